@@ -1,0 +1,28 @@
+"""Width pruning for GLU-MLP models inside EleutherAI's lm-evaluation-harness.
+
+Importing this package imports neither torch nor lm_eval: it runs at every start
+of an interpreter in which the package is installed (see ``_autoload``). The
+public names are resolved when they are first used.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from lm_eval_pruned.expansion import PrunePlan
+    from lm_eval_pruned.loading import load_pruned
+    from lm_eval_pruned.pruning import prune_model
+
+_HOMES = {
+    "PrunePlan": "lm_eval_pruned.expansion",
+    "load_pruned": "lm_eval_pruned.loading",
+    "prune_model": "lm_eval_pruned.pruning",
+}
+
+__all__ = ["PrunePlan", "load_pruned", "prune_model"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

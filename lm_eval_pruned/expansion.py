@@ -1,0 +1,210 @@
+"""Expansion arithmetic: from what the user asked for to a kept width.
+
+Everything here is exact rational arithmetic on plain integers: no torch, no
+floats. ``ceil(3.6 * 2560)`` is 9216, which binary floating point misses.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+#: Arguments that say how many neurons to keep; at most one may be given.
+SIZE_ARGUMENTS = ("ratio", "prune_percent", "intermediate_size")
+
+Number = int | float | str | Fraction
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What to do to every GLU-MLP of a model, as pure data.
+
+    Attributes:
+        hidden_size: Model width H.
+        width_before: Intermediate size I of the unpruned MLPs, in neurons.
+        width: Kept width k, in neurons; equal to `width_before` for the baseline.
+        criterion: Name of the importance score (see `lm_eval_pruned.criteria`).
+        asked: What the user asked for, as ``{argument: value}``; empty for the baseline.
+        multiple_of: The kept width was rounded down to a multiple of this.
+        seed: Seed of the ``random`` criterion; no other criterion reads it.
+
+    Example:
+        >>> plan = PrunePlan.from_arguments(2048, 8192, prune_percent=40)
+        >>> plan.width, f"{plan.ratio:.4f}"
+        (4916, '2.4004')
+    """
+
+    hidden_size: int
+    width_before: int
+    width: int
+    criterion: str
+    asked: dict[str, str]
+    multiple_of: int = 1
+    seed: int = 0
+
+    @property
+    def ratio_before(self) -> float:
+        """Expansion ratio I / H of the unpruned MLPs."""
+        return self.width_before / self.hidden_size
+
+    @property
+    def ratio(self) -> float:
+        """Expansion ratio k / H of the pruned MLPs."""
+        return self.width / self.hidden_size
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any neuron is removed."""
+        return self.width < self.width_before
+
+    @classmethod
+    def from_arguments(
+        cls,
+        hidden_size: int,
+        width_before: int,
+        *,
+        ratio: Number | None = None,
+        prune_percent: Number | None = None,
+        intermediate_size: Number | None = None,
+        multiple_of: Number = 1,
+        criterion: str = "maw",
+        seed: Number = 0,
+    ) -> PrunePlan:
+        """Resolve the user's arguments against a model's dimensions.
+
+        Args:
+            hidden_size: Model width H.
+            width_before: Intermediate size I, in neurons.
+            ratio: Expansion ratio to keep; the kept width is ``ceil(ratio * H)``.
+            prune_percent: Share of neurons to remove, in percent; the kept width
+                is ``I - floor(prune_percent / 100 * I)``.
+            intermediate_size: Kept width, in neurons.
+            multiple_of: Round the kept width down to a multiple of this, in neurons.
+            criterion: Name or alias of a criterion.
+            seed: Seed of the ``random`` criterion.
+
+        Raises:
+            ValueError: One sentence naming the argument, its value and what would
+                work, for a value that is no number or out of range, more than one
+                size argument, or an unknown criterion.
+
+        Source: sections 3.1 and 4.1 of arXiv 2512.22671; the widths are those of
+        its checkpoints.
+        """
+        from lm_eval_pruned.criteria import canonical_name
+
+        given = {
+            name: value
+            for name, value in zip(
+                SIZE_ARGUMENTS, (ratio, prune_percent, intermediate_size), strict=True
+            )
+            if value is not None
+        }
+        if len(given) > 1:
+            listed = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(
+                f"{listed} were given together, but each of them sets the kept width: pass one."
+            )
+        criterion = canonical_name(criterion)
+        seed_number = _whole("seed", seed, at_least=0)
+        multiple = _whole("multiple_of", multiple_of, at_least=1)
+        if not given:
+            if multiple != 1:
+                raise ValueError(
+                    f"multiple_of={multiple_of} rounds a kept width, but none was asked for: "
+                    f"add one of {', '.join(SIZE_ARGUMENTS)}."
+                )
+            return cls(
+                hidden_size, width_before, width_before, criterion, {}, 1, seed_number
+            )
+
+        ((name, value),) = given.items()
+        kept = _KEPT_WIDTH[name](value, hidden_size, width_before)
+        if multiple > kept:
+            raise ValueError(
+                f"multiple_of={multiple_of} is larger than the kept width {kept} that "
+                f"{name}={value} gives: use a multiple of at most {kept}."
+            )
+        return cls(
+            hidden_size,
+            width_before,
+            kept // multiple * multiple,
+            criterion,
+            {name: str(value)},
+            multiple,
+            seed_number,
+        )
+
+
+def _exact(name: str, value: Number, example: str) -> Fraction:
+    """Return `value` as the rational number that its decimal notation denotes."""
+    try:
+        text = str(value).strip()
+        # 10 ** exponent is computed in full, so an absurd exponent would hang.
+        if isinstance(value, bool) or re.search(r"[eE][+-]?\d{4}", text):
+            raise ValueError
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(
+            f"{name}={value} is not a finite number: pass one such as {name}={example}."
+        ) from None
+
+
+def _whole(name: str, value: Number, at_least: int) -> int:
+    exact = _exact(name, value, str(max(at_least, 1)))
+    if exact.denominator != 1 or exact < at_least:
+        raise ValueError(
+            f"{name}={value} is not a whole number of {at_least} or more: "
+            f"pass one such as {name}={max(at_least, 1)}."
+        )
+    return int(exact)
+
+
+def _down_to_four_places(value: Fraction) -> str:
+    return f"{math.floor(value * 10000) / 10000:.4f}".rstrip("0").rstrip(".")
+
+
+def _kept_from_ratio(value: Number, hidden_size: int, width_before: int) -> int:
+    ratio = _exact("ratio", value, "2.0")
+    own = Fraction(width_before, hidden_size)
+    if ratio <= 0:
+        raise ValueError(
+            f"ratio={value} keeps no neuron: pass an expansion ratio above 0 and at most "
+            f"{_down_to_four_places(own)}, the model's own."
+        )
+    if ratio > own:
+        raise ValueError(
+            f"ratio={value} is above the model's own expansion ratio {width_before}/{hidden_size}: "
+            f"pass at most {_down_to_four_places(own)}, or leave ratio out for the baseline."
+        )
+    return math.ceil(ratio * hidden_size)
+
+
+def _kept_from_percent(value: Number, hidden_size: int, width_before: int) -> int:
+    percent = _exact("prune_percent", value, "40")
+    if not 0 <= percent < 100:
+        raise ValueError(
+            f"prune_percent={value} is outside [0, 100): pass the share of neurons to remove, "
+            "such as prune_percent=40."
+        )
+    return width_before - math.floor(percent / 100 * width_before)
+
+
+def _kept_from_width(value: Number, hidden_size: int, width_before: int) -> int:
+    width = _exact("intermediate_size", value, str(width_before))
+    if width.denominator != 1 or not 1 <= width <= width_before:
+        raise ValueError(
+            f"intermediate_size={value} is not a kept width of this model: pass a whole number "
+            f"from 1 to {width_before}."
+        )
+    return int(width)
+
+
+_KEPT_WIDTH = {
+    "ratio": _kept_from_ratio,
+    "prune_percent": _kept_from_percent,
+    "intermediate_size": _kept_from_width,
+}

@@ -1,0 +1,135 @@
+"""``lm-eval-pruned plan``: what a model would become at several sizes, from its config."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from lm_eval_pruned.expansion import PrunePlan
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lm_eval_pruned.expansion import Number
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One requested size.
+
+    Attributes:
+        asked: The request, such as ``ratio=2.0``.
+        intermediate_size: Kept width, in neurons.
+        expansion_ratio: Kept width / hidden size.
+        parameters: Parameters of the pruned model; tied ones count once.
+        reduction: Share of the baseline's parameters that is removed, 0 to 1.
+        checkpoint_bytes: Size of its weights in the config's dtype.
+    """
+
+    asked: str
+    intermediate_size: int
+    expansion_ratio: float
+    parameters: int
+    reduction: float
+    checkpoint_bytes: int
+
+
+def plan_rows(
+    pretrained: str,
+    argument: str,
+    values: Iterable[Number],
+    *,
+    multiple_of: Number = 1,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> list[PlanRow]:
+    """Plan a model at several sizes without reading weights.
+
+    Args:
+        pretrained: Folder or Hub name.
+        argument: ``ratio`` or ``prune_percent``.
+        values: One size per row.
+        multiple_of: Round kept widths down to a multiple of this, in neurons.
+        revision: Revision on the Hub.
+        trust_remote_code: Whether model code that comes with the model may run.
+
+    Raises:
+        ValueError: A size is out of range.
+        UnsupportedModelError: The model cannot be pruned.
+        OSError: The config cannot be read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lm_eval_pruned.glu import count_parameters, find_glu_mlps, skeleton
+
+    config = AutoConfig.from_pretrained(
+        pretrained, revision=revision, trust_remote_code=trust_remote_code
+    )
+    model = skeleton(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code)
+    mlps = find_glu_mlps(model)
+    before = count_parameters(model)
+    per_neuron = sum(
+        parameter.numel() // mlp.width
+        for mlp in mlps
+        for name, parameter in model.named_parameters()
+        if name in mlp.sliced_parameters()
+    )
+    dtype = config.dtype or torch.float32
+    rows = []
+    for value in values:
+        plan = PrunePlan.from_arguments(
+            mlps[0].hidden_size,
+            mlps[0].width,
+            multiple_of=multiple_of,
+            **{argument: value},
+        )
+        parameters = before - per_neuron * (plan.width_before - plan.width)
+        rows.append(
+            PlanRow(
+                f"{argument}={value}",
+                plan.width,
+                plan.ratio,
+                parameters,
+                1 - parameters / before,
+                parameters * dtype.itemsize,
+            )
+        )
+    return rows
+
+
+def as_table(rows: list[PlanRow]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [
+        "|asked|intermediate size|expansion ratio|parameters|reduction|checkpoint bytes|",
+        "|-----|----------------:|--------------:|---------:|--------:|---------------:|",
+    ]
+    lines += [
+        f"|{row.asked}|{row.intermediate_size:,}|{row.expansion_ratio:.4f}|{row.parameters:,}"
+        f"|{row.reduction:.2%}|{row.checkpoint_bytes:,}|"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: list[PlanRow]) -> str:
+    """Return the rows as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(PlanRow.__dataclass_fields__), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def as_json(rows: list[PlanRow]) -> str:
+    """Return the rows as a JSON list of objects."""
+    return json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+
+
+FORMATS = {"table": as_table, "csv": as_csv, "json": as_json}

@@ -1,0 +1,1 @@
+"""Model types that this package adds to lm-evaluation-harness."""
