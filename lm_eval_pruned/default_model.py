@@ -110,8 +110,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import (
         AutoModelForCausalLM,
         AutoTokenizer,
-        GgufConfig,
         GenerationConfig,
+        GgufConfig,
     )
 
     unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))

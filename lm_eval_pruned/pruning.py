@@ -83,6 +83,7 @@ class PruneRecord:
         before, after = self.parameters_before, self.parameters_after
         asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
         criterion = f"criterion={plan.criterion}" if plan.prunes else "nothing removed"
+        digest = (self.digest or "none")[:12]
         return "\n".join(
             [
                 "|                 |        before|         after|",
@@ -90,8 +91,7 @@ class PruneRecord:
                 f"|expansion ratio  |{plan.ratio_before:14.4f}|{plan.ratio:14.4f}|",
                 f"|intermediate size|{plan.width_before:14,}|{plan.width:14,}|",
                 f"|parameters       |{before:14,}|{after:14,}|",
-                f"{asked or 'baseline'}, {criterion}, {self.layers} layers, "
-                f"kept digest {(self.digest or 'none')[:12]}",
+                f"{asked or 'baseline'}, {criterion}, {self.layers} layers, kept digest {digest}",
             ]
         )
 

@@ -1,0 +1,1 @@
+"""Task groups that this package adds to lm-evaluation-harness."""

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from . import checkpoints
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+settings.register_profile("dev", deadline=None, max_examples=25)
+settings.register_profile(
+    "ci",
+    deadline=None,
+    max_examples=150,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(items):
+    no_cuda = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_cuda)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """Folder of a tiny float32 Llama checkpoint in one file."""
+    return checkpoints.save_tiny(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_sharded(tmp_path_factory):
+    """The same weights as `tiny_llama`, in many shards."""
+    return checkpoints.save_tiny(
+        tmp_path_factory.mktemp("tiny-llama-sharded"), max_shard_size="20KB"
+    )
+
+
+@pytest.fixture(scope="session")
+def real_model() -> str:
+    """Folder of SmolLM2-135M-Instruct as an ordinary checkpoint."""
+    why = checkpoints.real_model_missing()
+    if why:
+        pytest.skip(why)
+    from lm_eval_pruned.default_model import find_default_model
+
+    return find_default_model().pretrained
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Folder of real benchmark data laid out under their Hub names."""
+    folder = checkpoints.SHARED / "data" / "hub"
+    if not folder.is_dir():
+        pytest.skip(f"the real benchmark data is not at {folder}")
+    return folder
