@@ -1,0 +1,214 @@
+"""Loading and scoring of the demo tasks.
+
+lm-evaluation-harness loads this file by its path, so it imports neither its
+siblings nor the installed package. The data are read from the JSON Lines files
+beside it into memory: no network, no `datasets` cache, any working directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import ModuleType
+
+FOLDER = Path(__file__).parent
+
+_STRING = datasets.Value("string")
+_INTEGER = datasets.Value("int64")
+_TARGETS = {"choices": [_STRING], "labels": [_INTEGER]}
+
+MISCONCEPTION_FEATURES = datasets.Features(
+    {"question": _STRING, "mc1_targets": _TARGETS, "mc2_targets": _TARGETS}
+)
+"""The columns of `truthfulqa/truthful_qa`, configuration `multiple_choice`."""
+
+INSTRUCTION_FEATURES = datasets.Features(
+    {
+        "key": _INTEGER,
+        "prompt": _STRING,
+        "instruction_id_list": [_STRING],
+        "kwargs": [
+            {
+                "end_phrase": _STRING,
+                "first_word": _STRING,
+                "forbidden_words": [_STRING],
+                "frequency": _INTEGER,
+                "keyword": _STRING,
+                "keywords": [_STRING],
+                "language": _STRING,
+                "let_frequency": _INTEGER,
+                "let_relation": _STRING,
+                "letter": _STRING,
+                "nth_paragraph": _INTEGER,
+                "num_bullets": _INTEGER,
+                "num_highlights": _INTEGER,
+                "num_paragraphs": _INTEGER,
+                "num_placeholders": _INTEGER,
+                "num_sections": _INTEGER,
+                "num_words": _INTEGER,
+                "postscript_marker": _STRING,
+                "prompt_to_repeat": _STRING,
+                "relation": _STRING,
+                "section_spliter": _STRING,
+            }
+        ],
+    }
+)
+"""The columns of `google/IFEval`; keys that a row leaves out become `None`."""
+
+
+def load_misconceptions(**_: Any) -> dict[str, datasets.Dataset]:
+    """Return the multiple-choice questions, in TruthfulQA's schema.
+
+    The harness passes the task's metadata as keyword arguments; none is used.
+
+    Returns:
+        One split, ``test``. Each row has a ``question`` and, under
+        ``mc1_targets`` and ``mc2_targets``, ``choices`` with ``labels`` (1 true,
+        0 false). In ``mc1_targets`` exactly one choice is true, the best answer;
+        ``mc2_targets`` holds the same choices and the other true answers.
+    """
+    return {"test": _read("misconceptions.jsonl", MISCONCEPTION_FEATURES)}
+
+
+def load_instructions(**_: Any) -> dict[str, datasets.Dataset]:
+    """Return the instruction prompts, in IFEval's schema.
+
+    The harness passes the task's metadata as keyword arguments; none is used.
+
+    Returns:
+        One split, ``test``. Each row has a ``key``, a ``prompt``, and equally long
+        lists ``instruction_id_list`` and ``kwargs`` (the arguments of each check).
+
+    Raises:
+        ImportError: A package of the harness's ``ifeval`` extra is missing. It is
+            raised here so that nothing is generated that could not be scored.
+    """
+    _ifeval()
+    return {"test": _read("instructions.jsonl", INSTRUCTION_FEATURES)}
+
+
+def score_answers(
+    doc: dict[str, Any], results: Sequence[tuple[float, bool]]
+) -> dict[str, float]:
+    """Score one question as TruthfulQA's MC1 and MC2 do.
+
+    Args:
+        doc: A row of `load_misconceptions`.
+        results: For each of the choices in ``mc2_targets``, in their order, the
+            log-likelihood in nats and whether greedy decoding would give it.
+
+    Returns:
+        ``mc1``: 1.0 if the best answer is likelier than each false answer, else
+        0.0; a tie is not enough, so a model that gives no usable numbers earns
+        nothing. ``mc2``: the share of the probability of all choices that the true
+        ones have; NaN if a log-likelihood is NaN.
+
+    Source:
+        Lin et al. 2022, https://arxiv.org/abs/2109.07958, section 3.2; equal to
+        ``acc`` of the harness's ``truthfulqa_mc1`` and ``truthfulqa_mc2``.
+    """
+    mc1, mc2 = doc["mc1_targets"], doc["mc2_targets"]
+    log_likelihoods = np.array([log_likelihood for log_likelihood, _ in results])
+
+    of_choice = dict(zip(mc2["choices"], log_likelihoods, strict=True))
+    best = of_choice[mc1["choices"][mc1["labels"].index(1)]]
+    false = [
+        of_choice[choice]
+        for choice, label in zip(mc1["choices"], mc1["labels"], strict=True)
+        if label == 0
+    ]
+
+    # Relative to the likeliest choice, so that long answers do not underflow.
+    probabilities = np.exp(log_likelihoods - log_likelihoods.max())
+    is_true = np.array(mc2["labels"]) == 1
+
+    return {
+        "mc1": float(all(best > other for other in false)),
+        "mc2": float(probabilities[is_true].sum() / probabilities.sum()),
+    }
+
+
+def score_instructions(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Score one response with the harness's own IFEval code.
+
+    Args:
+        doc: A row of `load_instructions`.
+        results: The response, as the only element.
+
+    Returns:
+        The harness's four metrics: ``prompt_level_strict_acc`` and
+        ``prompt_level_loose_acc`` (bool), ``inst_level_strict_acc`` and
+        ``inst_level_loose_acc`` (one bool per instruction).
+
+    Source:
+        Zhou et al. 2023, https://arxiv.org/abs/2311.07911.
+    """
+    with _repeatable_language_detection():
+        return _ifeval().process_results(doc, results)
+
+
+def mean_over_instructions(items: Sequence[Sequence[bool]]) -> float:
+    """Return the share of all instructions, over all prompts, that were followed."""
+    return _ifeval().agg_inst_level_acc(items)
+
+
+def _read(name: str, features: datasets.Features) -> datasets.Dataset:
+    with (FOLDER / name).open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+@functools.cache
+def _ifeval() -> ModuleType:
+    """Import the harness's IFEval scoring, without the download it starts.
+
+    ``lm_eval.tasks.ifeval.instructions_util`` looks for NLTK's ``punkt_tab`` when
+    it is imported and downloads it if it is missing. No check of the demo uses
+    it, so the search is answered here and nothing is fetched. The modules are
+    then forgotten, so that the harness's own ``ifeval`` task, if it is loaded in
+    the same process, imports them afresh and finds or fetches what it needs.
+    """
+    prefix = "lm_eval.tasks.ifeval"
+    if f"{prefix}.instructions_util" in sys.modules:
+        from lm_eval.tasks.ifeval import utils
+
+        return utils
+
+    import nltk
+
+    known = set(sys.modules)
+    find = nltk.data.find
+    nltk.data.find = lambda *_, **__: None
+    try:
+        from lm_eval.tasks.ifeval import utils
+    finally:
+        nltk.data.find = find
+    for name in set(sys.modules) - known:
+        if name == prefix or name.startswith(f"{prefix}."):
+            del sys.modules[name]
+    return utils
+
+
+@contextmanager
+def _repeatable_language_detection() -> Iterator[None]:
+    """Seed langdetect, which otherwise draws a fresh random state for each text."""
+    from langdetect import DetectorFactory
+
+    seed = DetectorFactory.seed
+    DetectorFactory.seed = 0
+    try:
+        yield
+    finally:
+        DetectorFactory.seed = seed
