@@ -35,7 +35,7 @@ class _HarnessFinder:
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _CompletingLoader(spec.loader, completion)
+                    spec.loader = _CompletingLoader(spec.loader, completion)  # type: ignore[assignment]
                 return spec
         return None
 

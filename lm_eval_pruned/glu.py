@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -41,15 +41,19 @@ class GluMlp:
     layer: int
     module: nn.Module
 
+    def projection(self, name: str) -> nn.Linear:
+        """Return ``gate_proj``, ``up_proj`` or ``down_proj``."""
+        return cast("nn.Linear", getattr(self.module, name))
+
     @property
     def hidden_size(self) -> int:
         """Model width H."""
-        return self.module.gate_proj.weight.shape[1]
+        return self.projection("gate_proj").in_features
 
     @property
     def width(self) -> int:
         """Intermediate size I, in neurons."""
-        return self.module.gate_proj.weight.shape[0]
+        return self.projection("gate_proj").out_features
 
     def sliced_parameters(self) -> dict[str, tuple[str, int]]:
         """Map each parameter with a neuron axis to its projection and that axis.
@@ -59,7 +63,7 @@ class GluMlp:
         sliced = {}
         for projection, axis in NEURON_AXIS.items():
             sliced[f"{self.name}.{projection}.weight"] = (projection, axis)
-            bias = getattr(self.module, projection).bias
+            bias = self.projection(projection).bias
             if bias is not None and axis == 0:
                 sliced[f"{self.name}.{projection}.bias"] = (projection, axis)
         return sliced
@@ -78,7 +82,7 @@ def narrowed_config(config: PretrainedConfig, width: int) -> PretrainedConfig:
 
 
 def skeleton(
-    auto_class: type, config: PretrainedConfig, *, trust_remote_code: bool = False
+    auto_class: Any, config: PretrainedConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Build the model that `config` describes on the meta device, without weights."""
     with torch.device("meta"):

@@ -86,7 +86,7 @@ def plan_rows(
             mlps[0].hidden_size,
             mlps[0].width,
             multiple_of=multiple_of,
-            **{argument: value},
+            **{argument: value},  # type: ignore[arg-type]
         )
         parameters = before - per_neuron * (plan.width_before - plan.width)
         rows.append(

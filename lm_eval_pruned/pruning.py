@@ -159,21 +159,22 @@ def carry_out(plan: PrunePlan, model: PreTrainedModel) -> PreTrainedModel:
     if plan.prunes:
         # All layers are scored before the first is sliced: an error leaves the model whole.
         for mlp in mlps:
-            weights = {p: getattr(mlp.module, p).weight for p in NEURON_AXIS}
+            weights = {p: mlp.projection(p).weight for p in NEURON_AXIS}
             kept.append(select(plan, mlp.name, mlp.layer, **weights))
         for mlp, indices in zip(mlps, kept, strict=True):
             for projection, axis in NEURON_AXIS.items():
-                _narrow_linear(getattr(mlp.module, projection), indices, axis)
+                _narrow_linear(mlp.projection(projection), indices, axis)
             if hasattr(mlp.module, WIDTH_KEY):
                 setattr(mlp.module, WIDTH_KEY, plan.width)
         setattr(text_config(model.config), WIDTH_KEY, plan.width)
-    model.prune_record = PruneRecord(
+    record = PruneRecord(
         plan,
         len(mlps),
         before,
         count_parameters(model),
         tuple(indices.cpu() for indices in kept),
     )
+    model.prune_record = record  # type: ignore[assignment]
     return model
 
 
@@ -237,16 +238,16 @@ def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
     return weight.index_select(axis, kept.to(weight.device))
 
 
-def _narrow_linear(linear: nn.Module, kept: Tensor, axis: int) -> None:
-    weight = linear.weight
-    linear.weight = nn.Parameter(
-        narrow(weight, kept, axis), requires_grad=weight.requires_grad
-    )
+def _narrow_linear(linear: nn.Linear, kept: Tensor, axis: int) -> None:
+    parts = {"weight": linear.weight}
     if axis == 0:
         linear.out_features = len(kept)
         if linear.bias is not None:
-            linear.bias = nn.Parameter(
-                narrow(linear.bias, kept, 0), requires_grad=linear.bias.requires_grad
-            )
+            parts["bias"] = linear.bias
     else:
         linear.in_features = len(kept)
+    for part, parameter in parts.items():
+        sliced = narrow(parameter, kept, axis)
+        setattr(
+            linear, part, nn.Parameter(sliced, requires_grad=parameter.requires_grad)
+        )
