@@ -72,12 +72,18 @@ REPLIES = {
     24: ("The day is bright.\n***\nThe night is dark.", "Day is bright."),
     25: ("Bread is soft.\n***\nMilk is white.\n***\nSalt is salty.", "Bread is soft."),
     26: ("a cup is tall.\n***\na bowl is wide and flat.", "A cup. A bowl."),
-    27: ("The key was lost.\n\nLater it was found.", "The key was lost.\n\nIt was found."),
+    27: (
+        "The key was lost.\n\nLater it was found.",
+        "The key was lost.\n\nIt was found.",
+    ),
     28: ("Once there was a dragon.\n\nIt slept.", "A dragon slept."),
     29: ("Slice it.\n\nToast it.\n\nFinally eat it.", "Slice it.\n\nToast it."),
     30: ("Happy birthday [name] from [sender]!", "Happy birthday [name]!"),
     31: ("Dear [name], come to tea on [date] at [place].", "Come to tea on [date]."),
-    32: ("Dear [name], your parcel is here.\nP.S. It is heavy.", "Your parcel is here."),
+    32: (
+        "Dear [name], your parcel is here.\nP.S. It is heavy.",
+        "Your parcel is here.",
+    ),
     33: ("Thank you for the scarf.\nP.S. It is warm.", "Thank you for the scarf."),
     34: ("Please water the plants.\nP.P.S. Not too much.", "Please water the plants."),
     35: ("* A fork\n* A spoon\n* A knife", "* A fork\n* A spoon"),
@@ -258,7 +264,9 @@ def test_instructions_can_be_followed_and_broken(row):
                     for key, value in given.items()} == built  # fmt: skip
         assert not any(other in conflicts[name] for other in names[:index])
 
-    good, bad = (utils.score_instructions(row, [reply]) for reply in REPLIES[row["key"]])
+    good, bad = (
+        utils.score_instructions(row, [reply]) for reply in REPLIES[row["key"]]
+    )
     assert good["prompt_level_strict_acc"]
     assert all(good["inst_level_strict_acc"])
     assert not any(bad["inst_level_strict_acc"])
@@ -295,7 +303,9 @@ def test_prompts_are_not_those_of_ifeval(shared_data):
 
 
 def test_equal_replies_get_equal_scores():
-    row = next(row for row in instructions() if "language" in row["instruction_id_list"][0])
+    row = next(
+        row for row in instructions() if "language" in row["instruction_id_list"][0]
+    )
     ambiguous = "no me la si"
     scores = [utils.score_instructions(row, [ambiguous]) for _ in range(10)]
     assert all(score == scores[0] for score in scores)
