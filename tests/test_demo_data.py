@@ -113,8 +113,7 @@ REPLIES = {
     59: ("Keep it in a tin. Enjoy your meal!", "Keep it in a tin."),
     60: (
         "They sing for joy. Now you try it.",
-        "They sing because they are glad or sad or bored or in love "
-        "and because they want to be heard by others.",
+        "They sing because they are glad or sad or in love and want to be heard by all others in the world.",
     ),
     61: ('"I am never late."', "I am never late."),
     62: ('"Slow rivers also reach the sea."', "Slow rivers reach the sea."),
