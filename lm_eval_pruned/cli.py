@@ -83,3 +83,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     )
     print(planning.FORMATS[arguments.format](rows), end="")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

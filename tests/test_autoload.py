@@ -179,3 +179,20 @@ def test_the_wrapped_modules_look_like_any_other():
         """
     )
     assert printed == "fine"
+
+
+def test_a_bare_clone_is_a_whole_package():
+    """As when Python starts at the root of a clone while a wheel is installed."""
+    printed = python(
+        f"""
+        import sys
+        sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+        sys.path.insert(0, {str(PACKAGE_ROOT)!r})
+        import lm_eval_pruned.tasks, lm_eval_pruned.model_wrappers
+        print(lm_eval_pruned.__file__, lm_eval_pruned.tasks.__file__)
+        """
+    )
+    assert (
+        printed
+        == f"{PACKAGE_ROOT}/lm_eval_pruned/__init__.py {PACKAGE_ROOT}/tasks/__init__.py"
+    )
