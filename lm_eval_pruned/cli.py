@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
+    _add_compare(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -82,4 +83,46 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
     print(planning.FORMATS[arguments.format](rows), end="")
+    return 0
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="paired statistics of runs against a base",
+        description="Compare runs with a base, task by task: paired differences with interval and "
+        "p from the logged samples, adjusted over the table; across expansion ratios also "
+        "correlations and trends.",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="RESULTS",
+        help="the base, then the runs: results files, folders that `lm_eval --output_path` filled, "
+        "or sweep folders; one sweep folder alone is compared with its own baseline",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.05,
+        metavar="A",
+        help="level of the tests; intervals cover 1 - A (default: 0.05)",
+    )
+    parser.add_argument(
+        "--subtasks",
+        action="store_true",
+        help="compare the members of groups too, such as the subjects of MMLU",
+    )
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    parser.set_defaults(run=_run_compare)
+
+
+def _run_compare(arguments: argparse.Namespace) -> int:
+    from lm_eval_pruned import comparison
+
+    base, runs = comparison.read_comparands(arguments.paths)
+    result = comparison.compare(
+        base, runs, alpha=arguments.alpha, subtasks=arguments.subtasks
+    )
+    print(comparison.FORMATS[arguments.format](result), end="")
     return 0
