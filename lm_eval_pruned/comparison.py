@@ -224,9 +224,7 @@ def compare(
         )
     everything = [base, *(run for run in runs if run is not base)]
     correlations, trends = across_ratios(everything, alpha=alpha)
-    return Comparison(
-        base.name, alpha, tuple(rows), correlations, trends, tuple(notes)
-    )
+    return Comparison(base.name, alpha, tuple(rows), correlations, trends, tuple(notes))
 
 
 def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -494,9 +492,7 @@ def as_table(comparison: Comparison) -> str:
     )
     lines = [header, "", columns, alignment]
     for row in comparison.rows:
-        interval = (
-            "-" if row.low is None else f"[{row.low:+.4f}, {_signed(row.high)}]"
-        )
+        interval = "-" if row.low is None else f"[{row.low:+.4f}, {_signed(row.high)}]"
         lines.append(
             f"|{row.run}|{row.task}|{row.metric}|{row.base_score:.4f}|{row.score:.4f}"
             f"|{row.difference:+.4f}|{interval}|{_percent(row.relative)}|{_p(row.p)}|{_p(row.q)}"

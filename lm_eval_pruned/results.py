@@ -364,7 +364,11 @@ def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
     file = run.samples[task]
     name, _, filter_name = metric.rpartition(",")
     cluster_field = next(
-        (field for task_name, field in CLUSTER_FIELDS.items() if task_name.search(task)),
+        (
+            field
+            for task_name, field in CLUSTER_FIELDS.items()
+            if task_name.search(task)
+        ),
         None,
     )
     rows = []
@@ -651,10 +655,9 @@ def _read_failure(run: str, unit: Path) -> Failure:
         (data[key] for key in ("message", "error") if isinstance(data.get(key), str)),
         "no message",
     )
-    task = data.get("task")
     return Failure(
         run,
-        task if isinstance(task, str) else unit.name,
+        unit.name,
         message.strip().splitlines()[0] if message.strip() else "no message",
     )
 

@@ -123,7 +123,9 @@ def paired_difference(
         and transform == "mean"
         and (weights == 1).all()
     ):
-        return _mcnemar(int((run > base).sum()), int((base > run).sum()), len(base), alpha)
+        return _mcnemar(
+            int((run > base).sum()), int((base > run).sum()), len(base), alpha
+        )
     sums = np.stack([weights * base, weights * run, weights])
     if clusters is not None:
         _, index = np.unique(np.asarray(clusters), return_inverse=True)
@@ -401,9 +403,7 @@ def _bootstrap(
 
 def _canonical(sums: np.ndarray) -> tuple[np.ndarray, bool]:
     """Sort columns and choose which run comes first, both from the values alone."""
-    one, other = (
-        rows[:, np.lexsort(rows[::-1])] for rows in (sums, sums[[1, 0, 2]])
-    )
+    one, other = (rows[:, np.lexsort(rows[::-1])] for rows in (sums, sums[[1, 0, 2]]))
     first = np.flatnonzero(one.T.ravel() != other.T.ravel())
     if not len(first):
         return one, False

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 DATE = "2026-01-02T03-04-05.678901"
@@ -100,9 +104,7 @@ def write_run(
                     },
                 )
                 row["metrics"].append(name)
-                row[name] = (
-                    value.tolist() if isinstance(value, np.generic) else value
-                )
+                row[name] = value.tolist() if isinstance(value, np.generic) else value
         if samples:
             (folder / f"samples_{task}_{date}.jsonl").write_text(
                 "".join(json.dumps(row) + "\n" for row in rows.values()),
