@@ -281,7 +281,7 @@ def read_sweep(path: str | Path) -> Sweep:
             f"{path} is not a sweep folder: it has no sweep.json. `lm-eval-pruned sweep` "
             "makes one."
         )
-    definition = _read_json(file)
+    definition = read_json(file)
     schema = _schema(definition)
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise ResultsError(f"{file} gives no schema version: it is not a sweep's.")
@@ -350,6 +350,33 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
                 if _same(float(score), reported):
                     return Documents(keys, values, weighting, clusters, transform)
     return None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ResultsError: The file cannot be read, or holds something else.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ResultsError(f"{file} is not a text file in UTF-8.") from None
+    except OSError as error:
+        raise ResultsError(f"{file} cannot be read: {error.strerror}.") from None
+    if not text.strip():
+        raise ResultsError(f"{file} is empty.")
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ResultsError(f"{file} is nested too deeply to be results.") from None
+    except ValueError as error:
+        raise ResultsError(f"{file} is not whole JSON ({error}).") from None
+    if not isinstance(data, dict):
+        raise ResultsError(
+            f"{file} is no results file of lm-eval: it holds a {type(data).__name__}, not an object."
+        )
+    return data
 
 
 @dataclass(frozen=True)
@@ -470,7 +497,7 @@ def _date(file: Path) -> str | None:
 
 
 def _read_file(file: Path) -> Run:
-    data = _read_json(file)
+    data = read_json(file)
     results = data.get("results")
     if not isinstance(results, dict) or not results:
         raise ResultsError(
@@ -577,28 +604,6 @@ def _object(file: Path, data: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ResultsError(f"{file} is not a text file in UTF-8.") from None
-    except OSError as error:
-        raise ResultsError(f"{file} cannot be read: {error.strerror}.") from None
-    if not text.strip():
-        raise ResultsError(f"{file} is empty.")
-    try:
-        data = json.loads(text)
-    except RecursionError:
-        raise ResultsError(f"{file} is nested too deeply to be results.") from None
-    except ValueError as error:
-        raise ResultsError(f"{file} is not whole JSON ({error}).") from None
-    if not isinstance(data, dict):
-        raise ResultsError(
-            f"{file} is no results file of lm-eval: it holds a {type(data).__name__}, not an object."
-        )
-    return data
-
-
 def _read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with file.open(encoding="utf-8") as lines:
@@ -650,7 +655,7 @@ def _configuration_ids(file: Path, definition: Mapping[str, Any]) -> list[str]:
 
 
 def _read_failure(run: str, unit: Path) -> Failure:
-    data = _read_json(unit / "error.json")
+    data = read_json(unit / "error.json")
     message = next(
         (data[key] for key in ("message", "error") if isinstance(data.get(key), str)),
         "no message",
