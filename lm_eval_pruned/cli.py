@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
     _add_compare(commands)
+    _add_report(commands)
     _add_check(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -206,4 +207,37 @@ def _run_check(arguments: argparse.Namespace) -> int:
     print(
         f"Wrote {len(baseline.expectations)} expected scores to {arguments.baseline}."
     )
+    return 0
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="a sweep as Markdown, CSV, HTML and plots",
+        description="Write report.md, results.csv, a self-contained report.html and plots from a "
+        "sweep folder. Needs the extra `report`.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="sweep folder")
+    parser.add_argument(
+        "--output_path",
+        metavar="DIR",
+        help="where to write (default: `report` in the sweep folder)",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.05,
+        metavar="A",
+        help="level of the tests; intervals cover 1 - A (default: 0.05)",
+    )
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(arguments: argparse.Namespace) -> int:
+    from lm_eval_pruned import report
+
+    for file in report.write_report(
+        arguments.folder, arguments.output_path, alpha=arguments.alpha
+    ):
+        print(file)
     return 0

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from lm_eval_pruned import statistics
+from lm_eval_pruned.atomic import write_atomically
 from lm_eval_pruned.results import (
     TRANSFORMS,
     Documents,
@@ -293,7 +292,6 @@ def read_baseline(file: str | Path) -> Baseline:
 
 def write_baseline(file: str | Path, baseline: Baseline) -> None:
     """Write a baseline file whole or not at all; the same baseline gives the same bytes."""
-    file = Path(file)
     runs: dict[str, Any] = {}
     for (run, task, metric), expected in baseline.expectations.items():
         entry = runs.setdefault(run, {}).setdefault(task, {"metrics": {}})
@@ -314,19 +312,7 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
         allow_nan=False,
         ensure_ascii=False,
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as unfinished:
-            unfinished.write(text + "\n")
-            unfinished.flush()
-            os.fsync(unfinished.fileno())
-        # mkstemp makes files that only their owner reads.
-        Path(name).chmod(file.stat().st_mode & 0o777 if file.exists() else 0o644)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(file, text + "\n")
 
 
 def _within(finding: Finding, expected: Expectation) -> Finding:
