@@ -166,20 +166,16 @@ def _scores(base: Run, others: Sequence[Run], comparison: Comparison) -> Section
     for task, metric in base.scores:
         if task not in shown:
             continue
-        cells = [
-            Cell(task),
-            Cell(metric),
-            Cell(_arrow(base.scores[task, metric].higher_is_better)),
-        ]
-        cells.append(Cell(_score(base.scores[task, metric].value)))
+        score = base.scores[task, metric]
+        arrow = _arrow(score.higher_is_better)
+        cells = [Cell(task), Cell(f"{metric.removesuffix(',none')} {arrow}")]
+        cells.append(Cell(_score(score.value)))
         cells += [_score_cell(found.get((run.name, task, metric))) for run in runs]
         rows.append(cells)
-    columns = ["task", "metric", "better is", _column(base)] + [
-        _column(run) for run in runs
-    ]
+    columns = ["task", "metric", _column(base)] + [_column(run) for run in runs]
     tests = sorted({row.method for row in comparison.rows})
     legend = (
-        "\u25b2 better and \u25bc worse than the unpruned model, "
+        "\u2191 higher is better, \u2193 lower is better. \u25b2 better and \u25bc worse than the unpruned model, "
         f"significant at {comparison.alpha:g} after Benjamini-Hochberg over the "
         f"{len(comparison.rows)} comparisons of this table; no mark: no difference was shown, "
         "which is not the same as none. Differences with intervals, p, q and the smallest "
@@ -191,7 +187,7 @@ def _scores(base: Run, others: Sequence[Run], comparison: Comparison) -> Section
             legend,
             f"Tests: {'; '.join(tests)}.",
         ],
-        Table("Scores", columns, rows, text=3),
+        Table("Scores", columns, rows, text=2),
     )
 
 
@@ -517,18 +513,22 @@ def as_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """Return the same as Markdown; the plots are links to files below ``plots/``."""
-    lines = [f"# {title}", "", subtitle]
+    lines = [f"# {_plain(title)}", "", _plain(subtitle)]
     for section in sections:
         lines += ["", f"## {section.heading}"]
         for text in section.paragraphs:
-            lines += ["", text]
+            lines += ["", _plain(text)]
         if section.table is not None:
             table = section.table
             alignment = [
                 "---" if number < table.text else "---:"
                 for number in range(len(table.columns))
             ]
-            lines += ["", _markdown_row(table.columns), _markdown_row(alignment)]
+            lines += [
+                "",
+                _markdown_row([_plain(name) for name in table.columns]),
+                _markdown_row(alignment),
+            ]
             lines += [
                 _markdown_row([_plain(cell.text) for cell in row]) for row in table.rows
             ]
@@ -536,11 +536,11 @@ def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             alternative = f"{plot.title}. {plot.description}".replace("]", ")").replace(
                 "[", "("
             )
-            lines += ["", f"![{alternative}](plots/{plot.name}.png)"]
+            lines += ["", f"![{_plain(alternative)}](plots/{plot.name}.png)"]
         if section.code:
             lines += ["", "```json", section.code, "```"]
         if section.notes:
-            lines += ["", *(f"- {note}" for note in section.notes)]
+            lines += ["", *(f"- {_plain(note)}" for note in section.notes)]
     return "\n".join(lines) + "\n"
 
 
@@ -603,8 +603,8 @@ def _share(baseline: float, score: float, falls: bool) -> float | None:
 
 def _column(run: Run) -> str:
     ratio = run.expansion_ratio
-    label = "unpruned" if run.is_baseline else _series(run)
-    return f"{run.name} ({label}, {ratio:.2f})" if ratio is not None else run.name
+    label = "unpruned, " if run.is_baseline else ""
+    return f"{run.name} ({label}{ratio:.2f})" if ratio is not None else run.name
 
 
 def _series(run: Run) -> str:
@@ -662,7 +662,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _arrow(higher_is_better: bool | None) -> str:
-    return {True: "higher", False: "lower", None: "-"}[higher_is_better]
+    return {True: "\u2191", False: "\u2193", None: ""}[higher_is_better]
 
 
 def _slug(name: str) -> str:
@@ -670,6 +670,8 @@ def _slug(name: str) -> str:
 
 
 def _plain(text: str) -> str:
+    """Return text that Markdown neither takes for HTML nor for the end of a cell."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
     return text.replace("|", "\\|").replace("\n", " ")
 
 
