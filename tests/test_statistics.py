@@ -166,6 +166,16 @@ def test_bootstrap_coverage_and_false_positive_rate():
     assert 0.025 <= rejected <= 0.075
 
 
+@pytest.mark.parametrize("n", [10])
+def test_the_bootstrap_keeps_its_level_with_few_documents(n):
+    def draw(rng):
+        return np.zeros(n) + 0.1, 0.1 + rng.normal(size=n), {}
+
+    coverage, rejected = simulate(draw, 0, 1000)
+    assert 0.93 <= coverage <= 0.97
+    assert 0.03 <= rejected <= 0.07
+
+
 def clustered(rng):
     effect = np.repeat(rng.normal(0, 0.3, size=40), 10)
     base = rng.random(400)
