@@ -19,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
+    _add_compare(commands)
+    _add_report(commands)
+    _add_check(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -82,6 +85,161 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
     print(planning.FORMATS[arguments.format](rows), end="")
+    return 0
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="paired statistics of runs against a base",
+        description="Compare runs with a base, task by task: paired differences with interval and "
+        "p from the logged samples, adjusted over the table; across expansion ratios also "
+        "correlations and trends.",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="RESULTS",
+        help="the base, then the runs: results files, folders that `lm_eval --output_path` filled, "
+        "or sweep folders; one sweep folder alone is compared with its own baseline",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.05,
+        metavar="A",
+        help="level of the tests; intervals cover 1 - A (default: 0.05)",
+    )
+    parser.add_argument(
+        "--subtasks",
+        action="store_true",
+        help="compare the members of groups too, such as the subjects of MMLU",
+    )
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    parser.set_defaults(run=_run_compare)
+
+
+def _run_compare(arguments: argparse.Namespace) -> int:
+    from lm_eval_pruned import comparison
+
+    base, runs = comparison.read_comparands(arguments.paths)
+    result = comparison.compare(
+        base, runs, alpha=arguments.alpha, subtasks=arguments.subtasks
+    )
+    print(comparison.FORMATS[arguments.format](result), end="")
+    return 0
+
+
+def _add_check(commands) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="hold results against a committed baseline, for CI",
+        description="Hold results against a baseline file. Exit code 0: pass, 1: a result is "
+        "missing or worse than its rule allows, 2: unusable input.",
+    )
+    parser.add_argument(
+        "results",
+        metavar="RESULTS",
+        help="results file, folder that `lm_eval --output_path` filled, or sweep folder",
+    )
+    parser.add_argument(
+        "--baseline", required=True, metavar="FILE", help="baseline file"
+    )
+    parser.add_argument(
+        "--format", choices=("text", "json", "junit", "github"), default="text"
+    )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="write the results to the baseline file instead; rules that it has stay",
+    )
+    rules = parser.add_mutually_exclusive_group()
+    rules.add_argument(
+        "--absolute",
+        type=float,
+        metavar="T",
+        help="with --update, rule for metrics new to the baseline: worse by at most T, in the "
+        "metric's own unit (default: 0)",
+    )
+    rules.add_argument(
+        "--relative",
+        type=float,
+        metavar="T",
+        help="the same, worse by at most T times the expected score",
+    )
+    rules.add_argument(
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="the same, not significantly worse at level A; needs --log_samples",
+    )
+    parser.set_defaults(run=_run_check)
+
+
+def _run_check(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lm_eval_pruned import regression
+
+    given = [
+        regression.Rule(kind, getattr(arguments, kind))
+        for kind in regression.RULES
+        if getattr(arguments, kind) is not None
+    ]
+    if given and not arguments.update:
+        raise ValueError(
+            f"--{given[0].kind} {given[0].value:g} makes rules for a new baseline: give it together "
+            "with --update, or edit the rules in the baseline file."
+        )
+    runs = regression.read_results(arguments.results)
+    if not arguments.update:
+        findings = regression.check(runs, regression.read_baseline(arguments.baseline))
+        print(regression.FORMATS[arguments.format](findings), end="")
+        return int(any(finding.failed for finding in findings))
+    previous = (
+        regression.read_baseline(arguments.baseline)
+        if Path(arguments.baseline).exists()
+        else None
+    )
+    rule = given[0] if given else regression.Rule("absolute", 0.0)
+    baseline = regression.make_baseline(runs, rule, previous)
+    regression.write_baseline(arguments.baseline, baseline)
+    print(
+        f"Wrote {len(baseline.expectations)} expected scores to {arguments.baseline}."
+    )
+    return 0
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="a sweep as Markdown, CSV, HTML and plots",
+        description="Write report.md, results.csv, a self-contained report.html and plots from a "
+        "sweep folder. Needs the extra `report`.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="sweep folder")
+    parser.add_argument(
+        "--output_path",
+        metavar="DIR",
+        help="where to write (default: `report` in the sweep folder)",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.05,
+        metavar="A",
+        help="level of the tests; intervals cover 1 - A (default: 0.05)",
+    )
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(arguments: argparse.Namespace) -> int:
+    from lm_eval_pruned import report
+
+    for file in report.write_report(
+        arguments.folder, arguments.output_path, alpha=arguments.alpha
+    ):
+        print(file)
     return 0
 
 
