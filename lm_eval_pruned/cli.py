@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_plan(commands)
+    _add_sweep(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -83,3 +84,35 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     )
     print(planning.FORMATS[arguments.format](rows), end="")
     return 0
+
+
+def _add_sweep(commands) -> None:
+    from lm_eval_pruned import sweep_options
+
+    parser = commands.add_parser(
+        "sweep",
+        help="many sizes by many tasks, resumable",
+        description="Evaluate a model at several sizes on several tasks, the unpruned model "
+        "first. Every finished unit is kept at once; the same command goes on where it "
+        "stopped. See docs/sweeps.md.",
+    )
+    sweep_options.add_arguments(parser)
+    parser.set_defaults(run=_run_sweep)
+
+
+def _run_sweep(arguments: argparse.Namespace) -> int:
+    from lm_eval_pruned import sweep_options
+
+    options = sweep_options.read_options(arguments)
+    shard = sweep_options.parse_shard(arguments.shard) if arguments.shard else None
+    from lm_eval.utils import setup_logging
+
+    from lm_eval_pruned.sweep import run_sweep
+
+    setup_logging()
+    return run_sweep(
+        options,
+        shard=shard,
+        retry_failed=arguments.retry_failed,
+        dry_run=arguments.dry_run,
+    )
