@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from typing_extensions import Self
-
 
 class Progress:
     """Reports units as they start and end.
@@ -65,10 +63,8 @@ class Progress:
             f"{len(waiting)} to run"
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Leave the terminal as it was."""
         self._stack.close()
 
     def start(self, configuration: str, task: str) -> None:

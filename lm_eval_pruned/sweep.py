@@ -6,6 +6,7 @@ runs those that are missing: here, or through `sweep_ray` on a cluster.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import glob
 import json
@@ -86,14 +87,18 @@ def run_sweep(
     with folder.locked():
         folder.write_definition(sweep.as_dict())
         done, failed, waiting = _sort(units, folder, prints, retry_failed)
-        run = _run_here
+        run: Any = _run_here
         if options.get("ray"):
-            from lm_eval_pruned.sweep_ray import run_on_ray as run
-        with Progress(
-            len(done),
-            len(failed),
-            [task.name for _, task in waiting],
-            [(task.name, seconds) for (_, task), seconds in done],
+            from lm_eval_pruned.sweep_ray import run_on_ray
+
+            run = run_on_ray
+        with contextlib.closing(
+            Progress(
+                len(done),
+                len(failed),
+                [task.name for _, task in waiting],
+                [(task.name, seconds) for (_, task), seconds in done],
+            )
         ) as progress:
             store = _Store(sweep, folder, prints)
             try:
@@ -188,8 +193,8 @@ class UnitRunner:
                 traceback.clear_frames(error.__traceback__)
                 self._load_error = error, error.__traceback__
         if self._load_error is not None:
-            error, frames = self._load_error
-            raise error.with_traceback(frames)
+            failure, frames = self._load_error
+            raise failure.with_traceback(frames)
         assert self._lm is not None
         # Automatic batch sizes were found for the lengths of another task.
         if hasattr(self._lm, "batch_sizes"):
@@ -338,7 +343,7 @@ def _run_here(
         with store.new_unit() as files:
             try:
                 seconds = runner.run(configuration, task, files)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 logger.exception("%s / %s failed.", configuration.id, task.name)
                 outcome = store.keep(unit, files, time.perf_counter() - start, error)
             else:

@@ -67,7 +67,7 @@ def own_scores(results: dict[str, Any]) -> dict[str, float]:
     A filter's name is kept where it is not ``none``: ``exact_match,strict-match``.
     """
     rows = results.get("groups") or results.get("results") or {}
-    row = next(iter(rows.values()), {})
+    row: dict[str, Any] = next(iter(rows.values()), {})
     return {
         name.removesuffix(",none"): value
         for name, value in row.items()

@@ -544,8 +544,10 @@ def _describe(value: Any) -> Any:
         return [_describe(item) for item in value]
     if isinstance(value, Callable):  # type: ignore[arg-type]
         code = getattr(value, "__code__", None)
-        folder = Path(code.co_filename).parent if code else None
-        return [getattr(value, "__qualname__", str(value)), _hash_beside(folder)]
+        return [
+            getattr(value, "__qualname__", str(value)),
+            _hash_beside(Path(code.co_filename).parent) if code else None,
+        ]
     if isinstance(value, str) and value.startswith("/") and "\n" not in value:
         # The loader leaves `!function module.name` as FOLDER/module.name.
         folder, _, function = value.rpartition("/")
@@ -602,10 +604,8 @@ def _hash_tree(folder: Path) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _hash_beside(folder: Path | None) -> str | None:
+def _hash_beside(folder: Path) -> str:
     """Return the hash of the files that a task's Python file may import or read."""
-    if folder is None or not folder.is_dir():
-        return None
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix not in (".yaml", ".yml", ".md", ".pyc"):
