@@ -148,4 +148,11 @@ def files_of(folder: Path) -> dict[str, tuple[str, ...]]:
     }
 
 
-__all__ = ["files_of", "forked", "read_options", "results_of", "run_sweep", "write_tasks"]
+__all__ = [
+    "files_of",
+    "forked",
+    "read_options",
+    "results_of",
+    "run_sweep",
+    "write_tasks",
+]

@@ -28,22 +28,20 @@ def tasks(tmp_path_factory):
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def quick():
     """Leave out what takes seconds and decides nothing: thirteen thousand YAML files of
     other tasks, and the harness's look at the machine.
     """
-    monkeypatch.setattr(
-        sweep_plan,
-        "_index_tasks",
-        lambda include_path: TaskManager(
-            include_path=include_path, include_defaults=False
-        ),
-    )
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "lm_eval.tasks.TaskManager",
+            functools.partial(TaskManager, include_defaults=False),
+        )
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+        yield
     torch.set_num_threads(threads)
 
 
@@ -68,11 +66,13 @@ def undisturbed(tiny_llama, tasks, tmp_path_factory):
         "ratios": ["1.5"],
         "tasks": ["tiny_both"],
         "include_path": str(tasks),
-        "output_path": str(folder),
+        "output_path": str(folder / "sweep"),
         "device": "cpu",
     }
+    # Here first, so that forked processes find the modules imported.
+    assert run_sweep(options) == 0
 
-    def run():
+    def counting():
         calls = 0
 
         def count(frame, event, argument):
@@ -80,13 +80,13 @@ def undisturbed(tiny_llama, tasks, tmp_path_factory):
             calls += 1
 
         sys.setprofile(count)
-        code = run_sweep(options)
+        code = run_sweep({**options, "output_path": str(folder / "counted")})
         sys.setprofile(None)
         (folder / "calls").write_text(str(calls))
         return code
 
-    assert forked(run) == 0
-    return folder, int((folder / "calls").read_text())
+    assert forked(counting) == 0
+    return folder / "sweep", int((folder / "calls").read_text())
 
 
 def test_units_are_results_of_the_harness(undisturbed):
@@ -119,9 +119,7 @@ def _resume_after_kills(options, undisturbed, kills, seed):
     killed = 0
     for _ in range(kills):
         before = files_of(folder)
-        code = forked(
-            functools.partial(run_sweep, options), chance.randrange(1, calls)
-        )
+        code = forked(functools.partial(run_sweep, options), chance.randrange(1, calls))
         killed += code == -9
         after = files_of(folder)
         # Nothing that was finished is lost or made again.
@@ -248,7 +246,12 @@ def test_an_option_that_decides_scores_changes_every_unit(options, change):
 
 @pytest.mark.parametrize(
     "change",
-    [{"batch_size": "8"}, {"device": "cuda:1"}, {"use_cache": "c"}, {"ratios": ["1.50"]}],
+    [
+        {"batch_size": "8"},
+        {"device": "cuda:1"},
+        {"use_cache": "c"},
+        {"ratios": ["1.50"]},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_an_option_that_says_how_changes_no_unit(options, change):
@@ -284,7 +287,9 @@ def test_task_version_code_and_data_belong_to_the_definition(options, tasks, tmp
         (copy / name).write_text(text.replace(old, new))
         after = _prints({**options, "include_path": str(copy)})
         assert {
-            task for (_, task) in before if before["baseline", task] != after["baseline", task]
+            task
+            for (_, task) in before
+            if before["baseline", task] != after["baseline", task]
         } == changed, name
 
 
@@ -329,7 +334,9 @@ def test_damaged_unit_is_evaluated_again(options, damage):
 def test_failed_unit_is_recorded_and_the_rest_goes_on(options, tasks, tmp_path, capsys):
     broken = _copy(tasks, tmp_path / "tasks")
     text = (broken / "choice.yaml").read_text()
-    (broken / "choice.yaml").write_text(text.replace("utils.load", "utils.cannot_be_had"))
+    (broken / "choice.yaml").write_text(
+        text.replace("utils.load", "utils.cannot_be_had")
+    )
     options = {**options, "include_path": str(broken)}
     folder = Path(options["output_path"])
     assert run_sweep(options) == 1
@@ -444,7 +451,9 @@ def test_two_sweeps_on_one_folder(options, tmp_path):
     folder = tmp_path / "sweep"
     with SweepFolder(folder).locked():
         for shard in (None, (0, 2)):
-            with pytest.raises(ValueError, match=f"{folder} is in use by another sweep"):
+            with pytest.raises(
+                ValueError, match=f"{folder} is in use by another sweep"
+            ):
                 run_sweep(options, shard=shard)
     with SweepFolder(folder, (0, 2)).locked(), SweepFolder(folder, (1, 2)).locked():
         for shard in (None, (0, 2), (1, 2)):
@@ -576,26 +585,34 @@ def test_same_as_the_stock_command(options, undisturbed, tmp_path, monkeypatch):
     from lm_eval.__main__ import cli_evaluate
 
     monkeypatch.setattr(
-        "lm_eval.tasks.TaskManager",
-        functools.partial(TaskManager, include_defaults=False),
-    )
-    monkeypatch.setattr(
         sys,
         "argv",
         ["lm_eval", "run", "--model", "pruned-hf", "--model_args"]
         + [f"pretrained={options['model_args']['pretrained']},ratio=1.5"]
         + ["--tasks", "tiny_sentence", "--include_path", options["include_path"]]
-        + ["--device", "cpu", "--log_samples", "--output_path", str(tmp_path / "stock")],
+        + [
+            "--device",
+            "cpu",
+            "--log_samples",
+            "--output_path",
+            str(tmp_path / "stock"),
+        ],
     )
     cli_evaluate()
     (stock,) = (tmp_path / "stock").rglob("results_*.json")
     (ours,) = undisturbed[0].glob("units/ratio-1.5/tiny_sentence/results_*.json")
     expected, found = json.loads(stock.read_text()), json.loads(ours.read_text())
     differing = {
-        key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)
+        key
+        for key in expected.keys() | found.keys()
+        if expected.get(key) != found.get(key)
     }
     assert differing <= {
-        "date", "start_time", "end_time", "total_evaluation_time_seconds", "configs",
+        "date",
+        "start_time",
+        "end_time",
+        "total_evaluation_time_seconds",
+        "configs",
     }
     # A group may set what the task leaves open.
     for results in (expected, found):
@@ -625,7 +642,9 @@ def test_command_killed_at_random_moments(options, undisturbed):
     chance = random.Random(7)
     for _ in range(6):
         before = files_of(folder)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             process.wait(chance.uniform(12, 35))
         except subprocess.TimeoutExpired:
