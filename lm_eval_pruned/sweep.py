@@ -100,7 +100,7 @@ def run_sweep(
                 [(task.name, seconds) for (_, task), seconds in done],
             )
         ) as progress:
-            store = _Store(sweep, folder, prints)
+            store = Store(sweep, folder, prints)
             try:
                 for outcome in run(sweep, waiting, store, progress, shard):
                     (configuration, task) = outcome.unit
@@ -264,7 +264,7 @@ class UnitRunner:
             lm.set_cache_hook(CacheHook(None))
 
 
-class _Store:
+class Store:
     """Keeps outcomes in the sweep's folder, all of them in one way."""
 
     def __init__(
@@ -276,7 +276,11 @@ class _Store:
         self.new_unit = folder.new_unit
 
     def keep(
-        self, unit: Unit, files: Path, seconds: float, error: Exception | None = None
+        self,
+        unit: Unit,
+        files: Path,
+        seconds: float,
+        error: dict[str, str] | None = None,
     ) -> Outcome:
         """Put a unit into its place.
 
@@ -284,19 +288,18 @@ class _Store:
             unit: Configuration and task.
             files: Folder from `new_unit`, with the harness's files.
             seconds: Time the evaluation took.
-            error: What the unit failed with; `files` is then emptied.
+            error: What the unit failed with, from `describe_error`; `files` is then
+                emptied.
         """
         scores: dict[str, float] = {}
-        description = None
         if error is None:
             (results,) = files.glob("results_*.json")
             scores = own_scores(json.loads(results.read_text(encoding="utf-8")))
         else:
             for file in files.iterdir():
                 file.unlink()
-            description = describe_error(error)
             (files / "error.json").write_text(
-                json.dumps(description, indent=2, ensure_ascii=False) + "\n",
+                json.dumps(error, indent=2, ensure_ascii=False) + "\n",
                 encoding="utf-8",
             )
         configuration, task = unit
@@ -312,7 +315,7 @@ class _Store:
                 "definition": self._sweep.definition(configuration, task),
             },
         )
-        return Outcome(unit, seconds, scores, description)
+        return Outcome(unit, seconds, scores, error)
 
 
 def describe_error(error: BaseException) -> dict[str, str]:
@@ -331,7 +334,7 @@ def describe_error(error: BaseException) -> dict[str, str]:
 def _run_here(
     sweep: Sweep,
     waiting: Iterable[Unit],
-    store: _Store,
+    store: Store,
     progress: Progress,
     shard: tuple[int, int] | None,
 ) -> Iterator[Outcome]:
@@ -345,7 +348,9 @@ def _run_here(
                 seconds = runner.run(configuration, task, files)
             except Exception as error:
                 logger.exception("%s / %s failed.", configuration.id, task.name)
-                outcome = store.keep(unit, files, time.perf_counter() - start, error)
+                outcome = store.keep(
+                    unit, files, time.perf_counter() - start, describe_error(error)
+                )
             else:
                 outcome = store.keep(unit, files, seconds)
         if outcome.error is not None:

@@ -7,10 +7,11 @@ import os
 import signal
 import sys
 import traceback
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lm_eval_pruned.sweep import run_sweep
-from lm_eval_pruned.sweep_options import read_options
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 CHOICES = """\
@@ -146,13 +147,3 @@ def files_of(folder: Path) -> dict[str, tuple[str, ...]]:
         )
         for unit in folder.glob("units/*/*")
     }
-
-
-__all__ = [
-    "files_of",
-    "forked",
-    "read_options",
-    "results_of",
-    "run_sweep",
-    "write_tasks",
-]

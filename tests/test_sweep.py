@@ -651,7 +651,7 @@ def test_command_killed_at_random_moments(options, undisturbed):
             process.kill()
         process.wait()
         assert {unit: files_of(folder).get(unit) for unit in before} == before
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    subprocess.run(command, check=True, capture_output=True)
     assert results_of(folder) == results_of(undisturbed[0])
 
 
