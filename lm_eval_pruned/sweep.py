@@ -11,19 +11,21 @@ import gc
 import glob
 import json
 import logging
+import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.progress import Progress
 from lm_eval_pruned.sweep_folder import SweepFolder, own_scores
 from lm_eval_pruned.sweep_plan import MODEL, Sweep, fingerprint, load_task
+from lm_eval_pruned.sweep_ranks import Ranks
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from pathlib import Path
+    from collections.abc import Generator
 
     from lm_eval.api.model import LM
 
@@ -84,14 +86,13 @@ def run_sweep(
     if dry_run:
         print(_plan_table(sweep, units, folder, prints), end="")
         return 0
+    ranks = Ranks()
+    if not ranks.main:
+        return _follow(sweep, units, ranks, shard)
     with folder.locked():
         folder.write_definition(sweep.as_dict())
         done, failed, waiting = _sort(units, folder, prints, retry_failed)
-        run: Any = _run_here
-        if options.get("ray"):
-            from lm_eval_pruned.sweep_ray import run_on_ray
-
-            run = run_on_ray
+        store = Store(sweep, folder, prints)
         with contextlib.closing(
             Progress(
                 len(done),
@@ -100,10 +101,15 @@ def run_sweep(
                 [(task.name, seconds) for (_, task), seconds in done],
             )
         ) as progress:
-            store = Store(sweep, folder, prints)
+            if options.get("ray"):
+                from lm_eval_pruned.sweep_ray import run_on_ray
+
+                outcomes = run_on_ray(sweep, waiting, store, progress, shard)
+            else:
+                outcomes = _run_here(sweep, waiting, store, progress, shard, ranks)
             try:
-                for outcome in run(sweep, waiting, store, progress, shard):
-                    (configuration, task) = outcome.unit
+                for outcome in outcomes:
+                    configuration, task = outcome.unit
                     progress.finish(
                         configuration.id,
                         task.name,
@@ -112,6 +118,7 @@ def run_sweep(
                         outcome.error,
                     )
             except KeyboardInterrupt:
+                outcomes.close()
                 print(
                     f"Stopped: {progress.done} of {len(units)} units are done. The same "
                     "command goes on from here."
@@ -333,30 +340,58 @@ def describe_error(error: BaseException) -> dict[str, str]:
 
 def _run_here(
     sweep: Sweep,
-    waiting: Iterable[Unit],
+    waiting: list[Unit],
     store: Store,
     progress: Progress,
     shard: tuple[int, int] | None,
-) -> Iterator[Outcome]:
-    runner = UnitRunner(sweep, f"_shard{shard[0]}of{shard[1]}" if shard else "")
+    ranks: Ranks,
+) -> Generator[Outcome]:
+    runner = UnitRunner(sweep, part_name(shard))
+    ranks.from_main([_key(unit) for unit in waiting])
     for unit in waiting:
         configuration, task = unit
         progress.start(configuration.id, task.name)
-        start = time.perf_counter()
         with store.new_unit() as files:
-            try:
-                seconds = runner.run(configuration, task, files)
-            except Exception as error:
-                logger.exception("%s / %s failed.", configuration.id, task.name)
-                outcome = store.keep(
-                    unit, files, time.perf_counter() - start, describe_error(error)
-                )
-            else:
-                outcome = store.keep(unit, files, seconds)
-        if outcome.error is not None:
-            _free_memory()
+            seconds, error = _attempt(runner, unit, files, ranks)
+            outcome = store.keep(unit, files, seconds, error)
         yield outcome
     runner.release()
+
+
+def _follow(
+    sweep: Sweep, units: list[Unit], ranks: Ranks, shard: tuple[int, int] | None
+) -> int:
+    """Take part in the units of the main process; it keeps and reports them."""
+    runner = UnitRunner(sweep, part_name(shard))
+    by_key = {_key(unit): unit for unit in units}
+    waiting: list[tuple[str, str]] = ranks.from_main([])
+    for key in waiting:
+        with tempfile.TemporaryDirectory() as nothing:
+            _attempt(runner, by_key[key], Path(nothing), ranks)
+    return 0
+
+
+def _attempt(
+    runner: UnitRunner, unit: Unit, files: Path, ranks: Ranks
+) -> tuple[float, dict[str, str] | None]:
+    """Return the seconds a unit took, and None or the error it failed with."""
+    error = None
+    start = time.perf_counter()
+    seconds = None
+    try:
+        seconds = runner.run(*unit, files)
+    except Exception as failure:
+        logger.exception("%s / %s failed.", *_key(unit))
+        error = describe_error(failure)
+    error = ranks.first_error(error)
+    if error is not None:
+        _free_memory()
+    return time.perf_counter() - start if seconds is None else seconds, error
+
+
+def part_name(shard: tuple[int, int] | None) -> str:
+    """Return what tells the cache files of a shard from those of another."""
+    return f"_shard{shard[0]}of{shard[1]}" if shard else ""
 
 
 def _write(results: dict[str, Any], tracker: Any, folder: Path) -> None:

@@ -7,6 +7,7 @@ sweep writes to the sweep's folder, so workers need not share a file system with
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import tempfile
@@ -16,12 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.sweep import UnitRunner, describe_error
+from lm_eval_pruned.sweep import UnitRunner, describe_error, part_name
 from lm_eval_pruned.sweep_plan import Sweep
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
     from lm_eval_pruned.progress import Progress
     from lm_eval_pruned.sweep import Outcome, Store, Unit
@@ -36,7 +37,7 @@ def run_on_ray(
     store: Store,
     progress: Progress,
     shard: tuple[int, int] | None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """Evaluate units on a cluster, each on the resources asked for.
 
     Args:
@@ -71,7 +72,7 @@ def run_on_ray(
             ray.init(
                 address=address if isinstance(address, str) else None,
                 log_to_driver=False,
-                logging_level="warning",
+                logging_level=logging.WARNING,
             )
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(
@@ -195,7 +196,7 @@ class _Cluster:
         self._waiting: list[Unit] = list(waiting)
         self._store = store
         self._progress = progress
-        self._part = f"_shard{shard[0]}of{shard[1]}" if shard else ""
+        self._part = part_name(shard)
         options = sweep.options
         cpus = options.get("cpus_per_unit", 1)
         gpus = options.get(
