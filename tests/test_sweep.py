@@ -668,3 +668,26 @@ def test_command_line(options, tmp_path, capsys):
     assert "ratio-2" not in out
     assert main(["sweep", "--config", str(file), "--shard", "2/2"]) == 2
     assert "--shard 2/2 is not a part of 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_launch(options, undisturbed):
+    from . import accelerate_sweep
+
+    # Samples are gathered by rank, and each rank draws its own random numbers.
+    options = {**options, "tasks": ["tiny_choice"]}
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu",
+        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--main_process_port", "0", accelerate_sweep.__file__, json.dumps(options),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = results_of(Path(options["output_path"]))
+    whole = results_of(undisturbed[0])
+    assert len(found) == 2
+    for unit, results in found.items():
+        assert results["scores"] == whole[unit]["scores"]
+        (samples,) = results["samples"].values()
+        (expected,) = whole[unit]["samples"].values()
+        assert sorted(samples, key=lambda s: s["doc_id"]) == expected
