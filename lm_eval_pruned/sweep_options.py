@@ -8,6 +8,7 @@ has the option. Nothing here imports torch or the harness.
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,9 @@ OPTIONS = (
     Option("tasks", "words", "tasks, groups, tags, patterns or YAML files", "TASK"),
     Option("output_path", "text", "folder of the sweep", "DIR"),
     Option("limit", "number", "documents per task: a count, or a share below 1", "N"),
-    Option("samples", "mapping", "JSON: documents per task, by index", "JSON"),
+    Option(
+        "samples", "samples", "JSON or a file: documents per task, by index", "JSON"
+    ),
     Option("batch_size", "text", "a number, auto, or auto:N (default: 1)", "SIZE"),
     Option("max_batch_size", "integer", "upper bound of auto", "N"),
     Option("num_fewshot", "integer", "examples in the context", "N"),
@@ -269,7 +272,7 @@ def _checked(option: Option, value: Any, where: str) -> Any:
     expected, check = _KINDS[option.kind]
     try:
         return check(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         detail = f" ({error})" if str(error) else ""
         raise ValueError(f"{where} is {value!r}{detail}: pass {expected}.") from None
 
@@ -309,6 +312,16 @@ def _mapping(value: Any) -> dict[str, Any]:
         parsed = try_parse_json(item) if item.lstrip().startswith("{") else item
         merged.update(parsed if isinstance(parsed, dict) else key_val_to_dict(item))
     return merged
+
+
+def _samples(value: Any) -> dict[str, list[int]]:
+    if isinstance(value, str):
+        if not value.lstrip().startswith("{"):
+            value = Path(value).read_text(encoding="utf-8")
+        value = json.loads(value)
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
 
 
 def _text(value: Any) -> str:
@@ -361,6 +374,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "numbers": ("one or more numbers", _numbers),
     "words": ("one or more names", _words),
     "mapping": ("key=value pairs or a mapping", _mapping),
+    "samples": ('JSON such as {"boolq": [0, 1]}, or a file of it', _samples),
     "text": ("one value", _text),
     "integer": ("a whole number", _integer),
     "number": ("a number of 0 or more", _number),

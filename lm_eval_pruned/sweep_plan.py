@@ -163,7 +163,9 @@ class Sweep:
         }
         named.setdefault("pretrained", _pretrained(self._base))
         return {
-            argument: _source(name, revision, _SOURCES[argument])
+            argument: _source(
+                name, revision, str(self._base.get("subfolder") or ""), argument
+            )
             for argument, name in named.items()
         }
 
@@ -576,24 +578,33 @@ def _describe_data(value: Any) -> Any:
 # Files
 
 
-def _source(name: str, revision: str, file: str) -> dict[str, str | None]:
-    """Return what identifies a checkpoint: of a folder its content, on the Hub the commit."""
+def _source(
+    name: str, revision: str, subfolder: str, argument: str
+) -> dict[str, str | None]:
+    """Return what identifies a checkpoint: of a folder its content, on the Hub the commit.
+
+    Other folders in it, such as the checkpoints of a training, do not count.
+    """
     folder = Path(name)
     if folder.is_dir():
-        return {"sha256": _hash_tree(folder)}
+        if (folder / subfolder).is_dir():
+            folder /= subfolder
+        return {"sha256": _hash_tree(folder, deep=False)}
     from transformers.utils import cached_file
 
     try:
-        path = Path(cached_file(name, file, revision=revision) or "").parts
+        path = Path(
+            cached_file(name, _SOURCES[argument], revision=revision) or ""
+        ).parts
         return {"name": name, "commit": path[path.index("snapshots") + 1]}
     except (OSError, ValueError, IndexError):
         return {"name": name, "commit": None}
 
 
 @functools.lru_cache(maxsize=64)
-def _hash_tree(folder: Path) -> str:
+def _hash_tree(folder: Path, deep: bool = True) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("*") if deep else folder.iterdir()):
         hidden = any(
             part.startswith(".") or part == "__pycache__"
             for part in path.relative_to(folder).parts

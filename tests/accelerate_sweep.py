@@ -6,7 +6,6 @@ for evaluation, which wraps no model and only gathers.
 
 import functools
 import json
-import os
 import sys
 
 import torch
@@ -28,13 +27,6 @@ def main() -> int:
     Accelerator.prepare_model = lambda self, model, **kwargs: model
     torch.set_num_threads(1)
     options = json.loads(sys.argv[1])
-    if options.pop("one_rank_fails", False) and os.environ["RANK"] == "1":
-        import lm_eval
-
-        def fail(**kwargs):
-            raise MemoryError("no memory on this rank")
-
-        lm_eval.simple_evaluate = fail
     from lm_eval_pruned.sweep import run_sweep
 
     return run_sweep(options)

@@ -69,6 +69,8 @@ def cannot_be_had(**kwargs):
 GROUPS = {
     "both.yaml": "group: tiny_both\ntask:\n  - tiny_choice\n  - task: tiny_sentence\n"
     "    num_fewshot: 0\n",
+    "nested.yaml": "group: tiny_nested\ntask:\n  - group: tiny_scored\n    num_fewshot: 1\n"
+    "  - group: inline\n    task: [tiny_sentence]\n",
     "scored.yaml": "group: tiny_scored\ntask:\n  - tiny_choice\naggregate_metric_list:\n"
     "  - metric: acc\n    weight_by_size: true\nmetadata:\n  version: 1.0\n",
 }

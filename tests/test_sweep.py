@@ -266,6 +266,9 @@ def test_dtype_and_weights_belong_to_the_definition(options, tiny_llama, tmp_pat
     other = {**options, "model_args": {"pretrained": str(model), "dtype": "bfloat16"}}
     assert not set(_prints(other).values()) & set(_prints(here).values())
     before = _prints(here)
+    (model / "checkpoint-500").mkdir()
+    (model / "checkpoint-500" / "model.safetensors").touch()
+    assert _prints(here) == before
     weights = model / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -546,6 +549,20 @@ def test_a_group_with_a_score_is_one_unit(options):
     (results,) = folder.glob("results_*.json")
     assert "tiny_scored" in json.loads(results.read_text())["groups"]
     assert len(list(folder.glob("samples_tiny_choice_*.jsonl"))) == 1
+
+
+def test_groups_in_groups_keep_their_settings(options):
+    options = {**options, "tasks": ["tiny_nested"], "ratios": []}
+    assert [task.name for task in Sweep(options).tasks] == [
+        "tiny_scored",
+        "tiny_sentence",
+    ]
+    assert run_sweep(options) == 0
+    folder = Path(options["output_path"], "units", "baseline", "tiny_scored")
+    (results,) = folder.glob("results_*.json")
+    results = json.loads(results.read_text())
+    assert results["n-shot"] == {"tiny_choice": 1}
+    assert set(results["groups"]) == {"tiny_scored"}
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,17 @@ def test_file_says_the_same_as_the_command_line(file):
     )  # fmt: skip
 
 
+def test_samples_from_json_or_a_file(tmp_path):
+    base = ["--tasks", "a", "--output_path", "o", "--samples"]
+    file = tmp_path / "samples.json"
+    file.write_text('{"a": [0, 2]}')
+    for text in (file, file.read_text()):
+        assert _read(*base, text)["samples"] == {"a": [0, 2]}
+    for text in ("{", "[1]", "no.json", tmp_path):
+        with pytest.raises(ValueError, match="--samples is"):
+            _read(*base, text)
+
+
 def test_command_line_wins_over_the_file(file):
     options = _read("--config", file(BASE + "limit: 3\n"), "--limit", "0.5")
     assert options["limit"] == 0.5
