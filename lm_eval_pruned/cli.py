@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_compare(commands)
     _add_report(commands)
     _add_check(commands)
+    _add_sweep(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -241,6 +242,38 @@ def _run_report(arguments: argparse.Namespace) -> int:
     ):
         print(file)
     return 0
+
+
+def _add_sweep(commands) -> None:
+    from lm_eval_pruned import sweep_options
+
+    parser = commands.add_parser(
+        "sweep",
+        help="many sizes by many tasks, resumable",
+        description="Evaluate a model at several sizes on several tasks, the unpruned model "
+        "first. Every finished unit is kept at once; the same command goes on where it "
+        "stopped. See docs/sweeps.md.",
+    )
+    sweep_options.add_arguments(parser)
+    parser.set_defaults(run=_run_sweep)
+
+
+def _run_sweep(arguments: argparse.Namespace) -> int:
+    from lm_eval_pruned import sweep_options
+
+    options = sweep_options.read_options(arguments)
+    shard = sweep_options.parse_shard(arguments.shard) if arguments.shard else None
+    from lm_eval.utils import setup_logging
+
+    from lm_eval_pruned.sweep import run_sweep
+
+    setup_logging()
+    return run_sweep(
+        options,
+        shard=shard,
+        retry_failed=arguments.retry_failed,
+        dry_run=arguments.dry_run,
+    )
 
 
 if __name__ == "__main__":
