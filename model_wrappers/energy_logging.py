@@ -13,15 +13,16 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_pruned.generation import count_generated, end_tokens
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import torch
     from lm_eval.api.instance import Instance
 
     from lm_eval_pruned.energy import EnergyMonitor, EnergyReading
@@ -221,33 +222,13 @@ class EnergyLoggingHFLM(HFLM):
         mask = generation_kwargs.get("attention_mask")
         prompt = context.numel() if mask is None else int(mask.sum())
         start = context.shape[1] if self.backend == "causal" else 1
-        generated = count_generated(output[:, start:], self._end_tokens())
+        generated = count_generated(output[:, start:], end_tokens(self.model))
         counts.prompt += prompt
         counts.generated += generated
         if counts.processed == before:
             # The last token of a row is never fed back.
             counts.processed += prompt + generated - context.shape[0]
         return output
-
-    def _end_tokens(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        if ends is None:
-            return []
-        return list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
-
-
-def count_generated(tokens: torch.Tensor, end_tokens: list[int]) -> int:
-    """Count generated tokens, up to and with the first end-of-text token of each row.
-
-    Args:
-        tokens: Shape (rows, steps): what ``generate`` returned, without the prompts.
-        end_tokens: Ids that end a row; what follows is padding.
-    """
-    if not end_tokens:
-        return tokens.numel()
-    ends = torch.isin(tokens, torch.tensor(end_tokens, device=tokens.device)).int()
-    ended_before = ends.cumsum(1) - ends
-    return int((ended_before == 0).sum())
 
 
 @dataclass

@@ -16,11 +16,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
 from lm_eval_pruned.energy import EnergyMonitor
+from lm_eval_pruned.generation import count_generated
 from lm_eval_pruned.model_wrappers import energy_logging
 from lm_eval_pruned.model_wrappers.energy_logging import (
     EnergyLog,
     Share,
-    count_generated,
     meters_the_machine,
 )
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
