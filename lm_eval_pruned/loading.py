@@ -40,6 +40,7 @@ from lm_eval_pruned.pruning import (
     PruneRecord,
     carry_out,
     check_finite,
+    choose_experts_implementation,
     narrow,
     select,
     warn_inexpressible,
@@ -214,17 +215,17 @@ def _load(
     model_arguments: dict[str, Any],
 ) -> PreTrainedModel:
     targets = widths.targets(plan)
-    narrowed, inexpressible = widths.narrowed_config(targets)
+    narrowed = widths.narrowed_config(targets)
     before = widths.count_parameters(widths.actual)
     session = _Session(plan, widths, targets)
     if model_arguments.get("gguf_file") is None:
         with _standing_in(session), _clear_errors(session, pretrained):
             model = load(narrowed if session.changes_model else widths.original)
+            choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
                 plan, widths, before, count_parameters(model), session.kept()
             )
-            if inexpressible:
-                warn_inexpressible(widths, inexpressible)
+            warn_inexpressible(widths, targets)
             return model
     else:
         session.declined = "it is a GGUF file"
