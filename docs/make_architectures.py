@@ -255,6 +255,11 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
         in_memory = auto_class.from_pretrained(source, **EAGER)
         _compare("in memory", prune_model(in_memory, prune_percent=PERCENT), expected)
         _compare("while loading", loaded, expected)
+        counts = [
+            (m.prune_record.parameters_before, m.prune_record.parameters_after)
+            for m in (in_memory, loaded)
+        ]
+        assert counts[0] == counts[1], f"parameters differ: {counts}"
         loaded.save_pretrained(saved)
         reloaded = aligned(type(model).from_pretrained(saved, **EAGER))
         _compare("saved and reloaded", reloaded, expected)

@@ -225,9 +225,11 @@ def skeleton(
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), torch.device("meta"):
-        return auto_class.from_config(
+        model = auto_class.from_config(
             copy.deepcopy(config), trust_remote_code=trust_remote_code
         )
+    model.tie_weights()
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:
