@@ -7,6 +7,7 @@ registers the class, so it carries no ``@register_model``.
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.default_model import find_default_model
@@ -18,7 +19,7 @@ from lm_eval_pruned.pruning import prune_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.expansion import Number
+    from lm_eval_pruned.expansion import Layers, Number
     from lm_eval_pruned.pruning import PruneRecord
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
@@ -35,6 +36,8 @@ class PrunedHFLM(EnergyLoggingHFLM):
         multiple_of: Number = 1,
         criterion: str = "maw",
         seed: Number = 0,
+        layers: Layers | None = None,
+        skip_layers: Layers | None = None,
         **kwargs: Any,
     ) -> None:
         """HFLM whose GLU-MLPs are narrowed while the model loads.
@@ -52,6 +55,10 @@ class PrunedHFLM(EnergyLoggingHFLM):
             criterion: ``maw`` (alias ``ppm``), ``max_abs``, ``l1``, ``l2``, ``vow``,
                 ``pon`` or ``random``; see `lm_eval_pruned.criteria`.
             seed: Seed of the criterion ``random``.
+            layers: Layers to prune, such as ``4-11``, ``0+4-11`` or ``[0,4]``, counted
+                from 0; default: all. The command line takes a bare comma for the end
+                of the argument; Python and YAML may write ``0,4-11``.
+            skip_layers: Layers to leave as they are, instead of `layers`.
             **kwargs: Everything HFLM takes, and the arguments ``energy...`` of
                 `EnergyLoggingHFLM`.
 
@@ -65,7 +72,10 @@ class PrunedHFLM(EnergyLoggingHFLM):
             "multiple_of": multiple_of,
             "criterion": criterion,
             "seed": seed,
+            "layers": layers,
+            "skip_layers": skip_layers,
         }
+        self._rejoin_layers(kwargs)
         if pretrained is None:
             default = find_default_model()
             pretrained = default.pretrained
@@ -81,6 +91,23 @@ class PrunedHFLM(EnergyLoggingHFLM):
             self._prune_record: PruneRecord = self._model.prune_record
         if self.rank == 0:
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
+
+    def _rejoin_layers(self, kwargs: dict[str, Any]) -> None:
+        """Undo what splitting ``skip_layers=0,15,ratio=2`` at commas did to it.
+
+        `lm_eval.utils.simple_parse_args_string` leaves ``{"skip_layers": 0, "15": ""}``.
+        """
+        pieces = [
+            name
+            for name, value in kwargs.items()
+            if value == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name)
+        ]
+        for name in ("layers", "skip_layers"):
+            if self._prune_arguments[name] is not None and pieces:
+                for piece in pieces:
+                    del kwargs[piece]
+                self._prune_arguments[name] = [self._prune_arguments[name], *pieces]
+                return
 
     def _create_model(
         self, pretrained: str, delta: str | None = None, **kwargs: Any
