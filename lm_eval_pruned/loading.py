@@ -18,7 +18,7 @@ import contextlib
 import logging
 import threading
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -155,22 +155,11 @@ def load_with_arguments(
         prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
         from_pretrained: Keyword arguments of ``auto_class.from_pretrained``.
     """
-    config, model_arguments = _resolve_config(pretrained, dict(from_pretrained))
-    _refuse_quantised(config, model_arguments)
-    whole = skeleton(
-        auto_class,
-        config,
-        trust_remote_code=bool(from_pretrained.get("trust_remote_code")),
-    )
-    mlps = find_glu_mlps(whole)
-    plan = PrunePlan.from_arguments(
-        mlps[0].hidden_size, mlps[0].width, **prune_arguments
-    )
-    before = count_parameters(whole)
-    del whole
+    request = resolve_request(auto_class, pretrained, prune_arguments, from_pretrained)
+    plan, config, model_arguments, layers, before = request
     if not plan.prunes:
         model = auto_class.from_pretrained(pretrained, config=config, **model_arguments)  # type: ignore[attr-defined]
-        model.prune_record = PruneRecord(plan, len(mlps), before, before, ())
+        model.prune_record = PruneRecord(plan, layers, before, before, ())
         return model
 
     session = _Session(plan)
@@ -182,7 +171,7 @@ def load_with_arguments(
                 **model_arguments,
             )
             model.prune_record = PruneRecord(
-                plan, len(mlps), before, count_parameters(model), session.kept()
+                plan, layers, before, count_parameters(model), session.kept()
             )
             return model
     else:
@@ -195,6 +184,53 @@ def load_with_arguments(
     )
     model = auto_class.from_pretrained(pretrained, config=config, **model_arguments)  # type: ignore[attr-defined]
     return carry_out(plan, model)
+
+
+class Request(NamedTuple):
+    """What is to be loaded, known before any weight is read.
+
+    Attributes:
+        plan: What to do to every GLU-MLP.
+        config: The config of the unpruned model.
+        model_arguments: Keyword arguments of ``from_pretrained`` besides the config.
+        layers: Number of GLU-MLPs.
+        parameters: Parameters of the unpruned model; tied ones count once.
+    """
+
+    plan: PrunePlan
+    config: PretrainedConfig
+    model_arguments: dict[str, Any]
+    layers: int
+    parameters: int
+
+
+def resolve_request(
+    auto_class: type,
+    pretrained: str,
+    prune_arguments: dict[str, Any],
+    from_pretrained: dict[str, Any],
+) -> Request:
+    """Read the config of a model and plan its pruning.
+
+    Takes the arguments of `load_with_arguments`.
+
+    Raises:
+        ValueError: An argument is out of range.
+        UnsupportedModelError: The model cannot be pruned.
+        OSError: The config cannot be read.
+    """
+    config, model_arguments = _resolve_config(pretrained, dict(from_pretrained))
+    _refuse_quantised(config, model_arguments)
+    whole = skeleton(
+        auto_class,
+        config,
+        trust_remote_code=bool(from_pretrained.get("trust_remote_code")),
+    )
+    mlps = find_glu_mlps(whole)
+    plan = PrunePlan.from_arguments(
+        mlps[0].hidden_size, mlps[0].width, **prune_arguments
+    )
+    return Request(plan, config, model_arguments, len(mlps), count_parameters(whole))
 
 
 def _resolve_config(
@@ -373,7 +409,7 @@ class _Session:
         return entries
 
     def _open_files(self, state_dict, checkpoint_files) -> dict[str, Any]:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
         from transformers.integrations import is_deepspeed_zero3_enabled
 
         if is_deepspeed_zero3_enabled():
@@ -385,13 +421,19 @@ class _Session:
         entries: dict[str, Any] = {}
         for file in checkpoint_files:
             try:
-                opened = self._files.enter_context(safe_open(file, framework="pt"))
-                entries |= {key: opened.get_slice(key) for key in opened.keys()}
+                entries |= self._entries_of(file)
             except (SafetensorError, OSError) as error:
                 raise OSError(
                     f"{file} is not an intact safetensors file ({error}): download or copy it again."
                 ) from None
         return entries
+
+    def _entries_of(self, file: str) -> dict[str, Any]:
+        """Return the tensors of one safetensors file, none of them read."""
+        from safetensors import safe_open
+
+        opened = self._files.enter_context(safe_open(file, framework="pt"))
+        return {key: opened.get_slice(key) for key in opened.keys()}
 
 
 class _NarrowedMlp:
