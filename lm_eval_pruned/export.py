@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
-    from transformers import PretrainedConfig
 
 logger = logging.getLogger("lm_eval.pruned.export")
 

@@ -1,7 +1,8 @@
-"""The stock ``lm_eval`` command, in this process and in one of its own."""
+"""Evaluations through the harness: here by its Python entry, or by its command."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -11,46 +12,74 @@ from typing import Any
 
 
 TASK = "pruned_demo_truthfulness"
+TASKS = Path(__file__).resolve().parents[1] / "tasks"
 
 
-def arguments(model: str, model_args: str, output: Path, limit: int = 3) -> list[str]:
-    """Return arguments of ``lm_eval`` for a few questions of the demo, with samples."""
+@functools.cache
+def _task_manager():
+    from lm_eval.tasks import TaskManager
+
+    # Without the harness's own tasks: reading them takes longer than the evaluation.
+    return TaskManager(include_path=str(TASKS), include_defaults=False)
+
+
+def evaluate(
+    model: str, model_args: str | dict[str, Any], limit: int = 3
+) -> tuple[list[Any], dict[str, Any]]:
+    """Evaluate a few questions of the demo in this process.
+
+    Args:
+        model: Model type, such as ``pruned-hf``.
+        model_args: Its arguments, as on the command line.
+        limit: Number of questions.
+
+    Returns:
+        The log-likelihoods of every answer, and the config part of the results.
+    """
+    from lm_eval import simple_evaluate
+
+    results = simple_evaluate(
+        model=model,
+        model_args=model_args,
+        tasks=[TASK],
+        device="cpu",
+        batch_size=4,
+        limit=limit,
+        log_samples=True,
+        bootstrap_iters=0,
+        task_manager=_task_manager(),
+    )
+    assert results is not None
+    samples = results["samples"][TASK]
+    return [sample["filtered_resps"] for sample in samples], results["config"]
+
+
+def command(model: str, model_args: str, output: Path, limit: int = 3) -> list[str]:
+    """Return the stock command that does the same, writing samples to `output`."""
     return [
-        *("--model", model, "--model_args", model_args, "--tasks", TASK),
+        *("lm_eval", "--model", model, "--model_args", model_args, "--tasks", TASK),
         *("--device", "cpu", "--batch_size", "4", "--limit", str(limit)),
         *("--output_path", str(output), "--log_samples"),
     ]
 
 
-def evaluate(monkeypatch, folder: Path, model: str, model_args: str, limit: int = 3):
-    """Run ``lm_eval`` here; return what `read` returns."""
-    from lm_eval.__main__ import cli_evaluate
-
-    output = folder / f"run{len(list(folder.glob('run*')))}"
-    monkeypatch.setattr(
-        sys, "argv", ["lm_eval", *arguments(model, model_args, output, limit)]
-    )
-    cli_evaluate()
-    return read(output)
-
-
 def read(output: Path) -> tuple[list[Any], dict[str, Any]]:
-    """Return the log-likelihoods of every answer, and the whole results file."""
+    """Return what `command` wrote, in the form of `evaluate`."""
     (results,) = output.rglob("results_*.json")
     (samples,) = output.rglob("samples_*.jsonl")
     responses = [
         json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()
     ]
-    return responses, json.loads(results.read_text())
+    return responses, json.loads(results.read_text())["config"]
 
 
 def run(
-    *command: str, cwd: Path, timeout: int = 300, **environment: str
+    arguments: list[str], cwd: Path, timeout: int = 300, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run a command with this interpreter's scripts first on the path."""
     scripts = str(Path(sys.executable).parent)
     return subprocess.run(
-        command,
+        arguments,
         cwd=cwd,
         env={
             **os.environ,

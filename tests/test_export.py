@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -255,7 +253,7 @@ def test_output_must_be_new_or_empty(tiny_llama, tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="output=.*taken exists and is not an empty"):
+    with pytest.raises(ValueError, match=r"output=.*taken exists and is not an empty"):
         export_pruned("no/such-model", taken, prune_arguments={"ratio": 2})
     assert [path.name for path in taken.iterdir()] == ["notes.txt"]
     empty = tmp_path / "empty"
@@ -357,43 +355,152 @@ def test_command(tiny_llama, tmp_path, capsys):
 
 
 def test_hf_scores_the_export_like_pruned_hf_scores_the_source(
-    tiny_llama_sharded, tmp_path, monkeypatch
+    tiny_llama_sharded, tmp_path
 ):
+    output = tmp_path / "out"
     export = export_pruned(
-        str(tiny_llama_sharded), tmp_path / "out", prune_arguments={"ratio": 2}
+        str(tiny_llama_sharded), output, prune_arguments={"ratio": 2}
     )
-    exported, _ = harness.evaluate(
-        monkeypatch, tmp_path, "hf", f"pretrained={tmp_path / 'out'}"
-    )
-    pruned, results = harness.evaluate(
-        monkeypatch, tmp_path, "pruned-hf", f"pretrained={tiny_llama_sharded},ratio=2"
+    exported, _ = harness.evaluate("hf", f"pretrained={output}")
+    pruned, config = harness.evaluate(
+        "pruned-hf", f"pretrained={tiny_llama_sharded},ratio=2"
     )
     assert exported == pruned
-    recorded = results["config"]["pruning"]["kept_digest"]
-    assert recorded == export.record.digest
+    assert config["pruning"]["kept_digest"] == export.record.digest
 
 
 @pytest.mark.slow
-def test_the_real_model(real_model, tmp_path, monkeypatch):
-    export = export_pruned(
-        real_model,
-        tmp_path / "out",
-        max_shard_size="100MB",
-        prune_arguments={"prune_percent": 40},
+def test_the_real_model_through_both_commands(real_model, tmp_path):
+    output = tmp_path / "out"
+    prune = ["lm-eval-pruned", "prune", "--pretrained", real_model]
+    prune += ["--prune_percent", "40", "--output", str(output)]
+    done = harness.run([*prune, "--max_shard_size", "100MB"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list(output.glob("*.safetensors"))) > 1
+    answers = {}
+    for model, model_args in {
+        "hf": f"pretrained={output}",
+        "pruned-hf": f"pretrained={real_model},prune_percent=40",
+    }.items():
+        done = harness.run(
+            harness.command(model, model_args, tmp_path / model, limit=10), tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        answers[model], config = harness.read(tmp_path / model)
+    assert answers["hf"] == answers["pruned-hf"]
+    assert config["pruning"]["kept_digest"] in (output / "README.md").read_text()
+
+
+_LIMITED = """
+import json, resource, sys, threading
+from pathlib import Path
+import torch, transformers
+from transformers import AutoModelForCausalLM
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.export import export_pruned
+
+what, warm_up, source, output, room = sys.argv[1:]
+# Imports and thread pools are no part of what is limited.
+export_pruned(warm_up, output + "-warm-up", prune_arguments={"ratio": 2})
+
+
+def private():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+def data():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmData:")[1].split()[0])
+
+
+peak, done = private(), threading.Event()
+before = peak
+
+
+def watch():
+    global peak
+    while not done.wait(0.005):
+        peak = max(peak, private())
+
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+limit = data() + int(room)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    if what == "export":
+        export_pruned(
+            source, output, max_shard_size="64MB", prune_arguments={"prune_percent": 50}
+        )
+    else:
+        load_pruned(source, prune_percent=50)
+finally:
+    done.set()
+    watcher.join()
+print(json.dumps({"private": peak - before}))
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_larger_than_the_memory_limit(tiny_llama, tmp_path):
+    """Private memory is limited by the kernel to a sixth of the checkpoint."""
+    folder = big_checkpoint(tmp_path / "in")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    room = 220_000_000
+    assert size > 6 * room
+    arguments = [str(tiny_llama), str(folder), str(tmp_path / "out"), str(room)]
+    python = [sys.executable, "-c", _LIMITED]
+    done = harness.run([*python, "export", *arguments], tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    peak = json.loads(done.stdout.splitlines()[-1])["private"]
+    print(f"checkpoint {size:,} bytes, limit {room:,}, peak private {peak:,}")
+    assert peak < room
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"]
+        == 2752
     )
-    assert export.streamed and export.shards > 1
-    exported, _ = harness.evaluate(
-        monkeypatch, tmp_path, "hf", f"pretrained={tmp_path / 'out'}", limit=10
-    )
-    pruned, results = harness.evaluate(
-        monkeypatch,
+    # The limit bites: the narrowed model itself does not fit under it.
+    done = harness.run(
+        [*python, "load", *arguments[:2], str(tmp_path / "none"), str(room)],
         tmp_path,
-        "pruned-hf",
-        f"pretrained={real_model},prune_percent=40",
-        limit=10,
+        timeout=600,
     )
-    assert exported == pruned
-    assert results["config"]["pruning"]["kept_digest"] == export.record.digest
+    assert done.returncode != 0 and "memory" in done.stderr
+
+
+def big_checkpoint(folder: Path) -> Path:
+    """Write a checkpoint of 1.4 GB in shards of 64 MB, a tensor at a time."""
+    config = checkpoints.tiny_config(
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=128,
+        dtype=torch.bfloat16,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config).state_dict()
+    weight_map, generator = {}, torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+
+    def write():
+        name = f"model-{len(set(weight_map.values())):05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for key, tensor in shapes.items():
+        shard[key] = torch.randn(tensor.shape, generator=generator).to(torch.bfloat16)
+        if sum(tensor.nbytes for tensor in shard.values()) > 40_000_000:
+            write()
+    write()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
 
 
 @pytest.mark.slow
