@@ -120,6 +120,9 @@ def _add_prune(commands) -> None:
         metavar="N",
         help="round the kept width down to a multiple of N (default: 1)",
     )
+    layers = parser.add_mutually_exclusive_group()
+    layers.add_argument("--layers", help="layers to prune, such as 4-11 (default: all)")
+    layers.add_argument("--skip_layers", help="layers to leave as they are")
     parser.add_argument(
         "--criterion", default="maw", help="importance score (default: maw)"
     )
@@ -157,6 +160,7 @@ def _run_prune(arguments: argparse.Namespace) -> int:
 
     given = vars(arguments)
     sizes = ("ratio", "prune_percent", "intermediate_size")
+    others = ("multiple_of", "criterion", "seed", "layers", "skip_layers")
     source = ("revision", "subfolder", "gguf_file", "trust_remote_code")
     export = export_pruned(
         arguments.pretrained,
@@ -165,9 +169,7 @@ def _run_prune(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         max_shard_size=arguments.max_shard_size,
         push_to_hub=arguments.push_to_hub,
-        prune_arguments={
-            name: given[name] for name in (*sizes, "multiple_of", "criterion", "seed")
-        },
+        prune_arguments={name: given[name] for name in (*sizes, *others)},
         **{name: given[name] for name in source},
     )
     print(export.record.as_table())

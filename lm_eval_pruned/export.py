@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.expansion import SIZE_ARGUMENTS
-from lm_eval_pruned.glu import count_parameters, narrowed_config, skeleton
 from lm_eval_pruned.loading import (
+    AssembledTensor,
     NarrowedTensor,
     Request,
     _clear_errors,
@@ -32,17 +32,18 @@ from lm_eval_pruned.loading import (
     _standing_in,
     _target,
     _target_names,
+    _WidthsDiffer,
     load_with_arguments,
-    resolve_request,
 )
-from lm_eval_pruned.pruning import PruneRecord
+from lm_eval_pruned.pruning import PruneRecord, warn_inexpressible
 from lm_eval_pruned.shards import DTYPE_NAMES, ITEM_BYTES, StoredTensor, write_shard
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
+    from transformers import PretrainedConfig
 
 logger = logging.getLogger("lm_eval.pruned.export")
 
@@ -140,7 +141,7 @@ def export_pruned(
         name: value for name, value in from_pretrained.items() if value is not None
     }
     auto_class = _auto_class(pretrained, source)
-    request = resolve_request(auto_class, pretrained, prune_arguments, source)
+    request = Request.resolve(auto_class, pretrained, prune_arguments, source)
     if not request.plan.prunes:
         asked = ", ".join(f"{k}={v}" for k, v in request.plan.asked.items())
         raise ValueError(
@@ -149,55 +150,77 @@ def export_pruned(
         )
     folder = _source_folder(pretrained, source)
     with _appearing_whole(output) as unfinished:
-        session = _ExportSession(
-            request, target_dtype, torch.device(device), unfinished, max_shard_size
+        writer = _Writer(
+            folder, unfinished, target_dtype, torch.device(device), max_shard_size
         )
-        with _standing_in(session), _clear_errors(session, pretrained):
-            try:
-                if source.get("gguf_file") is not None:
-                    raise _RouteDeclined("it is a GGUF file")
-                auto_class.from_pretrained(
-                    pretrained,
-                    config=narrowed_config(request.config, request.plan.width),
-                    **request.model_arguments,
-                )
-                raise _RouteDeclined("its model class loads checkpoints in its own way")
-            except _Written:
-                pass
-        streamed = session.declined is None
-        if streamed:
-            record = PruneRecord(
-                request.plan,
-                request.layers,
-                request.parameters,
-                _parameters_after(auto_class, request, source),
-                session.kept(),
+        try:
+            record, declined = _stream(request, writer)
+        except _WidthsDiffer as found:
+            request = Request.resolve(
+                auto_class, pretrained, prune_arguments, source, found
             )
-            _copy_companions(folder, unfinished)
-            _write_config(folder, request, target_dtype, unfinished)
-        else:
+            record, declined = _stream(request, writer)
+        if record is None:
             logger.warning(
                 "%s is loaded in full, pruned in memory and saved, because %s.",
                 pretrained,
-                session.declined,
+                declined,
             )
-            record = _save_whole(
-                auto_class,
-                pretrained,
-                prune_arguments,
-                {**source, "dtype": target_dtype or "auto"},
-                device,
-                max_shard_size,
-                folder,
-                unfinished,
-            )
+            record = _save_whole(request, prune_arguments, source, writer)
         card = _model_card(pretrained, source.get("revision"), folder, record)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         weights = sorted(unfinished.glob("*.safetensors"))
         size = sum(path.stat().st_size for path in weights)
     if push_to_hub is not None:
         _push(output, push_to_hub)
-    return Export(output, record, streamed, size, len(weights))
+    return Export(output, record, declined is None, size, len(weights))
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Where an export comes from and how it is written.
+
+    Attributes:
+        source: Folder of the files beside the weights.
+        folder: Folder to write to.
+        dtype: Dtype to store floating-point weights in; None: as stored.
+        device: Where neurons are ranked.
+        max_shard_size: Largest size of a weight file.
+    """
+
+    source: Path
+    folder: Path
+    dtype: torch.dtype | None
+    device: torch.device
+    max_shard_size: int | str
+
+
+def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str | None]:
+    """Write everything but the model card, or return why that cannot be streamed."""
+    plan, widths = request.plan, request.widths
+    targets = widths.targets(plan)
+    narrowed, inexpressible = widths.narrowed_config(targets)
+    session = _ExportSession(request, targets, writer)
+    with _standing_in(session), _clear_errors(session, request.pretrained):
+        if request.model_arguments.get("gguf_file") is not None:
+            raise _RouteDeclined("it is a GGUF file")
+        with contextlib.suppress(_Written):
+            request.load(narrowed)
+            raise _RouteDeclined("its model class loads checkpoints in its own way")
+    if session.declined is not None:
+        return None, session.declined
+    if inexpressible:
+        warn_inexpressible(widths, inexpressible)
+    _copy_companions(writer.source, writer.folder)
+    _write_config(widths.original, narrowed, writer)
+    record = PruneRecord.of(
+        plan,
+        widths,
+        widths.count_parameters(widths.actual),
+        widths.count_parameters(targets),
+        session.kept(),
+    )
+    return record, None
 
 
 class _Written(Exception):
@@ -207,34 +230,25 @@ class _Written(Exception):
 class _ExportSession(_Session):
     """A load that ends in files: the weights never reach a model."""
 
-    def __init__(
-        self,
-        request: Request,
-        dtype: torch.dtype | None,
-        device: torch.device,
-        folder: Path,
-        max_shard_size: int | str,
-    ):
-        super().__init__(request.plan)
-        self._dtype = dtype
-        self._device = device
-        self._folder = folder
-        self._max_shard_size = max_shard_size
+    def __init__(self, request: Request, targets: Mapping[str, int], writer: _Writer):
+        super().__init__(request.plan, request.widths, targets)
+        self._writer = writer
 
     def open(self, model, state_dict, checkpoint_files, load_config):
+        dtype = self._writer.dtype
         placed = dataclasses.replace(
             load_config,
-            device_map={"": self._device},
-            dtype=self._dtype,
-            dtype_plan=load_config.dtype_plan if self._dtype is not None else {},
+            device_map={"": self._writer.device},
+            dtype=dtype,
+            dtype_plan={} if dtype is None else load_config.dtype_plan,
         )
         entries = super().open(model, state_dict, checkpoint_files, placed)
         names = _target_names(entries, model, placed)
-        tensors = []
-        for key in _layer_by_layer(entries):
-            dtype = None if self._dtype is None else _target(placed, names[key][0])[1]
-            tensors.append(_stored(key, entries[key], dtype))
-        _write_shards(tensors, self._folder, self._max_shard_size)
+        tensors = [
+            _stored(key, entries[key], dtype and _target(placed, names[key][0])[1])
+            for key in _layer_by_layer(entries)
+        ]
+        _write_shards(tensors, self._writer)
         raise _Written
 
     def _entries_of(self, file: str) -> dict[str, Any]:
@@ -275,15 +289,15 @@ def _layer_by_layer(entries: dict[str, Any]) -> list[str]:
     """Order the keys so that an MLP is read in one go and can be dropped."""
     members: dict[int, list[str]] = {}
     for key, entry in entries.items():
-        if isinstance(entry, NarrowedTensor):
-            members.setdefault(id(entry._mlp), []).append(key)
-    ordered: dict[str, None] = {}
-    for key, entry in entries.items():
-        if isinstance(entry, NarrowedTensor):
-            ordered |= dict.fromkeys(members[id(entry._mlp)])
-        else:
-            ordered[key] = None
-    return list(ordered)
+        members.setdefault(_owner(entry), []).append(key)
+    return [key for keys in members.values() for key in keys]
+
+
+def _owner(entry: Any) -> int:
+    """Identify the MLP to which an entry belongs; other entries stand for themselves."""
+    if isinstance(entry, AssembledTensor):
+        entry = next(iter(entry._pieces.values()))
+    return id(entry._mlp if isinstance(entry, NarrowedTensor) else entry)
 
 
 def _stored(key: str, entry: Any, dtype: torch.dtype | None) -> StoredTensor:
@@ -294,16 +308,14 @@ def _stored(key: str, entry: Any, dtype: torch.dtype | None) -> StoredTensor:
         dtype = None
 
     def read() -> Tensor:
-        tensor = entry.to() if isinstance(entry, NarrowedTensor) else entry[...]
-        return tensor.to(dtype=dtype)
+        # An entry that is narrowed answers with itself, and reads when it is moved.
+        return entry[...].to(dtype=dtype)
 
     shape = tuple(entry.get_shape())
     return StoredTensor(key, DTYPE_NAMES[dtype] if dtype else name, shape, read)
 
 
-def _write_shards(
-    tensors: list[StoredTensor], folder: Path, max_shard_size: int | str
-) -> None:
+def _write_shards(tensors: list[StoredTensor], writer: _Writer) -> None:
     from huggingface_hub.serialization import split_state_dict_into_shards_factory
 
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -311,8 +323,9 @@ def _write_shards(
         by_name,
         get_storage_size=lambda tensor: tensor.bytes,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
+        max_shard_size=writer.max_shard_size,
     )
+    folder = writer.folder
     total = sum(tensor.bytes for tensor in tensors)
     free = shutil.disk_usage(folder).free
     if total > free:
@@ -405,15 +418,6 @@ def _appearing_whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _parameters_after(auto_class: Any, request: Request, source: dict[str, Any]) -> int:
-    narrow = skeleton(
-        auto_class,
-        narrowed_config(request.config, request.plan.width),
-        trust_remote_code=bool(source.get("trust_remote_code")),
-    )
-    return count_parameters(narrow)
-
-
 def _source_folder(pretrained: str, source: dict[str, Any]) -> Path:
     """Return the folder that holds the files beside the weights, fetching them if need be."""
     folder = Path(pretrained)
@@ -456,15 +460,12 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 
 
 def _write_config(
-    folder: Path,
-    request: Request,
-    dtype: torch.dtype | None,
-    output: Path,
+    original: PretrainedConfig, narrowed: PretrainedConfig, writer: _Writer
 ) -> None:
-    """Write the source's config.json with the new width, and nothing else changed."""
-    raw = _raw_config(folder)
-    narrowed = narrowed_config(request.config, request.plan.width)
-    _apply_changes(raw, request.config.to_dict(), narrowed.to_dict())
+    """Write the source's config.json with the new widths, and nothing else changed."""
+    raw = _raw_config(writer.source)
+    _apply_changes(raw, original.to_dict(), narrowed.to_dict())
+    dtype = writer.dtype
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         for part in (raw, *(v for v in raw.values() if isinstance(v, dict))):
@@ -473,7 +474,7 @@ def _write_config(
                     part[key] = name
         if "torch_dtype" not in raw:
             raw["dtype"] = name
-    _write_json(output / "config.json", raw)
+    _write_json(writer.folder / "config.json", raw)
 
 
 def _apply_changes(
@@ -489,40 +490,35 @@ def _apply_changes(
 
 
 def _save_whole(
-    auto_class: Any,
-    pretrained: str,
+    request: Request,
     prune_arguments: dict[str, Any],
-    from_pretrained: dict[str, Any],
-    device: str | torch.device,
-    max_shard_size: int | str,
-    folder: Path,
-    output: Path,
+    source: dict[str, Any],
+    writer: _Writer,
 ) -> PruneRecord:
+    """Load in full, prune in memory and save: everything but the model card."""
     from transformers import AutoTokenizer, GenerationConfig
 
     model = load_with_arguments(
-        auto_class,
-        pretrained,
+        request.auto_class,
+        request.pretrained,
         prune_arguments,
-        {**from_pretrained, "device_map": {"": device}},
+        {
+            **source,
+            "dtype": writer.dtype or "auto",
+            "device_map": {"": writer.device},
+        },
     )
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    gguf_file = from_pretrained.get("gguf_file")
-    if gguf_file is None:
-        _copy_companions(folder, output)
+    if source.get("gguf_file") is None:
+        _copy_companions(writer.source, writer.folder)
     else:
-        hub = {
-            name: from_pretrained[name]
-            for name in ("revision", "subfolder", "trust_remote_code")
-            if name in from_pretrained
-        }
-        AutoTokenizer.from_pretrained(
-            pretrained, gguf_file=gguf_file, **hub
-        ).save_pretrained(output)
+        AutoTokenizer.from_pretrained(request.pretrained, **source).save_pretrained(
+            writer.folder
+        )
         with contextlib.suppress(AttributeError):
             del model.config.quantization_config
         model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.save_pretrained(output, max_shard_size=max_shard_size)
+    model.save_pretrained(writer.folder, max_shard_size=writer.max_shard_size)
     return record
 
 
@@ -544,16 +540,23 @@ def _model_card(
         **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
     )
     plan = record.plan
-    *table, summary = record.as_table().splitlines()
-    rows = "\n".join(table)
+    lines = record.as_table().splitlines()
+    rows = "\n".join(line for line in lines if line.startswith("|"))
+    summary = "\n\n".join(line for line in lines if not line.startswith("|"))
+    opens = (
+        "The checkpoint opens in stock transformers and `lm_eval --model hf`."
+        if record.config_expresses_widths
+        else "Its layers differ in width, which its config cannot express: it opens with "
+        "`lm_eval_pruned.load_pruned` and `lm_eval --model pruned-hf`."
+    )
     return f"""---
 {fields.to_yaml()}
 ---
 
 # {name}, width-pruned to {plan.width:,} neurons per MLP
 
-`lm-eval-pruned {version("lm-eval-pruned")}` removed neurons from the GLU-MLPs of {name}. No other weight
-was changed, and nothing was trained afterwards.
+`lm-eval-pruned {version("lm-eval-pruned")}` removed neurons from the GLU-MLPs of {name}. No other
+weight was changed, and nothing was trained afterwards.
 
 {rows}
 
@@ -568,8 +571,8 @@ original order, and ties went to the lower index. The digest is SHA-256 over the
 {json.dumps(record.as_dict(), indent=2)}
 ```
 
-The checkpoint opens in stock transformers and `lm_eval --model hf`. Width pruning costs knowledge more than
-it costs instruction following (arXiv 2512.22671), so evaluate it for your use before relying on it.
+{opens} Width pruning costs knowledge more than it costs
+instruction following (arXiv 2512.22671), so evaluate the model for your use before relying on it.
 """
 
 

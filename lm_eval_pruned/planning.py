@@ -8,8 +8,6 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.expansion import PrunePlan
-
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -63,32 +61,29 @@ def plan_rows(
         OSError: The config cannot be read.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    from lm_eval_pruned.glu import count_parameters, find_glu_mlps, skeleton
+    from lm_eval_pruned.glu import skeleton
+    from lm_eval_pruned.widths import Widths
 
-    config = AutoConfig.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(
         pretrained, revision=revision, trust_remote_code=trust_remote_code
     )
-    model = skeleton(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code)
-    mlps = find_glu_mlps(model)
-    before = count_parameters(model)
-    per_neuron = sum(
-        parameter.numel() // mlp.width
-        for mlp in mlps
-        for name, parameter in model.named_parameters()
-        if name in mlp.sliced_parameters()
+    auto_class = (
+        transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
     )
+    widths = Widths(
+        config,
+        lambda c: skeleton(auto_class, c, trust_remote_code=trust_remote_code),
+    )
+    before = widths.count_parameters(widths.configured)
     dtype = config.dtype or torch.float32
     rows = []
     for value in values:
-        plan = PrunePlan.from_arguments(
-            mlps[0].hidden_size,
-            mlps[0].width,
-            multiple_of=multiple_of,
-            **{argument: value},  # type: ignore[arg-type]
-        )
-        parameters = before - per_neuron * (plan.width_before - plan.width)
+        plan = widths.plan(multiple_of=multiple_of, **{argument: value})
+        parameters = widths.count_parameters(widths.targets(plan))
         rows.append(
             PlanRow(
                 f"{argument}={value}",

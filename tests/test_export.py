@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import export as export_module, load_pruned
 from lm_eval_pruned.cli import main
@@ -28,6 +29,17 @@ ARCHITECTURES = {
     "qwen3": {},
     "mistral": {},
     "gemma2": {},
+    "phi3": {},
+    "mixtral": {"num_local_experts": 3},
+    "t5": {
+        "feed_forward_proj": "gated-gelu",
+        "d_model": 32,
+        "d_ff": 88,
+        "d_kv": 8,
+        "num_layers": 2,
+        "num_heads": 4,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -51,6 +63,10 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def auto_class_of(folder: Path) -> type:
+    return checkpoints.auto_class(AutoConfig.from_pretrained(folder))
+
+
 def assert_equal_weights(one: dict, other: dict) -> None:
     assert one.keys() == other.keys()
     for key, tensor in one.items():
@@ -62,8 +78,9 @@ def test_equals_pruning_while_loading(source, tmp_path):
     export = export_pruned(
         str(source), tmp_path / "out", prune_arguments={"ratio": "1.5"}
     )
-    loaded = load_pruned(str(source), ratio="1.5")
-    opened, report = AutoModelForCausalLM.from_pretrained(
+    auto_class = auto_class_of(source)
+    loaded = load_pruned(str(source), ratio="1.5", auto_class=auto_class)
+    opened, report = auto_class.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
     assert export.streamed
@@ -77,18 +94,39 @@ def test_only_the_width_changes(source, tmp_path):
     export_pruned(str(source), tmp_path / "out", prune_arguments={"ratio": "1.5"})
     before = json.loads((source / "config.json").read_text())
     after = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert after.pop("intermediate_size") == 48
-    assert before.pop("intermediate_size") == 88
+    key = "d_ff" if "d_ff" in before else "intermediate_size"
+    assert after.pop(key) == 48
+    assert before.pop(key) == 88
     assert after == before
     old, new = stored(source), stored(tmp_path / "out")
     assert old.keys() == new.keys()
     for key in old:
-        if ".mlp." not in key or key.endswith("down_proj.bias"):
+        narrowed = old[key].numel() * 48 == new[key].numel() * 88
+        assert narrowed == bool(
+            re.search(r"mlp\.(?!down_proj\.bias)|experts|wi_|wo", key)
+        )
+        if not narrowed:
             assert torch.equal(old[key], new[key]), key
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert (tmp_path / "out" / "generation_config.json").is_file()
     AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+def test_layers_of_different_width(tiny_llama, tmp_path, caplog):
+    arguments = {"ratio": 2, "skip_layers": "1"}
+    export_pruned(str(tiny_llama), tmp_path / "once", prune_arguments=arguments)
+    assert "stock transformers cannot open" in caplog.text
+    assert "lm_eval --model pruned-hf" in (tmp_path / "once" / "README.md").read_text()
+    loaded = load_pruned(str(tiny_llama), **arguments)
+    assert_equal_weights(stored(tmp_path / "once"), loaded.state_dict())
+    # Exporting the result narrows the layer that was left out.
+    export_pruned(
+        str(tmp_path / "once"), tmp_path / "twice", prune_arguments={"ratio": 2}
+    )
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    expected = load_pruned(str(tiny_llama), ratio=2)
+    assert_equal_weights(opened.state_dict(), expected.state_dict())
 
 
 @given(
@@ -131,8 +169,9 @@ def test_dtype_is_the_one_ranked_and_stored(source, tmp_path, dtype):
     export = export_pruned(
         str(source), tmp_path / "out", dtype=dtype, prune_arguments={"ratio": 2}
     )
-    loaded = load_pruned(str(source), ratio=2, dtype=dtype)
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    auto_class = auto_class_of(source)
+    loaded = load_pruned(str(source), ratio=2, dtype=dtype, auto_class=auto_class)
+    opened = auto_class.from_pretrained(tmp_path / "out")
     assert opened.dtype == getattr(torch, dtype)
     assert_equal_weights(opened.state_dict(), loaded.state_dict())
     assert export.record.digest == loaded.prune_record.digest
