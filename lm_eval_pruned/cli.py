@@ -127,6 +127,16 @@ def _add_prune(commands) -> None:
         "--criterion", default="maw", help="importance score (default: maw)"
     )
     parser.add_argument("--seed", default="0", help="seed of the criterion random")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE.jsonl",
+        help="text for the criteria that look at activations",
+    )
+    parser.add_argument(
+        "--calibration_samples",
+        metavar="N",
+        help="use its first N texts (default: all)",
+    )
     parser.add_argument("--revision", default="main", help="revision on the Hub")
     parser.add_argument("--subfolder", default="", help="folder in the repository")
     parser.add_argument("--gguf_file", help="GGUF file to read instead of safetensors")
@@ -161,6 +171,7 @@ def _run_prune(arguments: argparse.Namespace) -> int:
     given = vars(arguments)
     sizes = ("ratio", "prune_percent", "intermediate_size")
     others = ("multiple_of", "criterion", "seed", "layers", "skip_layers")
+    text = ("calibration", "calibration_samples")
     source = ("revision", "subfolder", "gguf_file", "trust_remote_code")
     export = export_pruned(
         arguments.pretrained,
@@ -169,7 +180,7 @@ def _run_prune(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         max_shard_size=arguments.max_shard_size,
         push_to_hub=arguments.push_to_hub,
-        prune_arguments={name: given[name] for name in (*sizes, *others)},
+        prune_arguments={name: given[name] for name in (*sizes, *others, *text)},
         **{name: given[name] for name in source},
     )
     print(export.record.as_table())

@@ -202,8 +202,8 @@ def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str 
     narrowed, inexpressible = widths.narrowed_config(targets)
     session = _ExportSession(request, targets, writer)
     with _standing_in(session), _clear_errors(session, request.pretrained):
-        if request.model_arguments.get("gguf_file") is not None:
-            raise _RouteDeclined("it is a GGUF file")
+        if (why := request.must_load_whole()) is not None:
+            raise _RouteDeclined(why)
         with contextlib.suppress(_Written):
             request.load(narrowed)
             raise _RouteDeclined("its model class loads checkpoints in its own way")

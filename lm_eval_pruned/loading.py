@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.calibration import check_observable, read_texts
 from lm_eval_pruned.glu import (
     NEURON_AXIS,
     GluMlp,
@@ -49,10 +50,14 @@ from lm_eval_pruned.widths import Widths
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
     from lm_eval_pruned.expansion import Layers, Number, PrunePlan
 
@@ -70,6 +75,8 @@ _HUB_ARGUMENTS = (
 )
 #: Arguments of `from_pretrained` that AutoConfig must not absorb into the config.
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+#: Arguments of `from_pretrained` that quantise the weights as they are loaded.
+_QUANTISING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
 
 def load_pruned(
@@ -83,6 +90,9 @@ def load_pruned(
     seed: Number = 0,
     layers: Layers | None = None,
     skip_layers: Layers | None = None,
+    calibration: str | None = None,
+    calibration_samples: Number | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     auto_class: type | None = None,
@@ -112,6 +122,10 @@ def load_pruned(
         layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
             default: all.
         skip_layers: Layers to leave as they are, instead of `layers`.
+        calibration: JSON Lines file of text, for criteria that look at activations;
+            see `lm_eval_pruned.calibration`.
+        calibration_samples: How many of its texts to use; default: all.
+        tokenizer: What reads that text; default: the tokenizer of `pretrained`.
         device: Where to load to; scores are computed there. Default: the CPU.
         dtype: Weight dtype; default: the one the checkpoint is stored in.
         auto_class: The transformers class to load with; default
@@ -157,8 +171,11 @@ def load_pruned(
             "seed": seed,
             "layers": layers,
             "skip_layers": skip_layers,
+            "calibration": calibration,
+            "calibration_samples": calibration_samples,
         },
         from_pretrained,
+        tokenizer=tokenizer,
     )
 
 
@@ -167,26 +184,37 @@ def load_with_arguments(
     pretrained: str,
     prune_arguments: dict[str, Any],
     from_pretrained: dict[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inspect: Callable[[Request], None] | None = None,
 ) -> PreTrainedModel:
-    """Load and prune; `load_pruned` with its arguments in two groups.
+    """Load and prune; `load_pruned` with its arguments in groups.
 
     Args:
         auto_class: The transformers class to load with.
         pretrained: Folder or Hub name of the model.
         prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
         from_pretrained: Keyword arguments of ``auto_class.from_pretrained``.
+        tokenizer: What reads calibration text; default: that of `pretrained`.
+        inspect: Called with what is about to be loaded, before weights are read; may
+            raise.
     """
+    inspect = inspect or (lambda request: None)
     request = Request.resolve(auto_class, pretrained, prune_arguments, from_pretrained)
+    inspect(request)
     try:
-        return _load(request)
+        return _load(request, tokenizer)
     except _WidthsDiffer as found:
         request = Request.resolve(
             auto_class, pretrained, prune_arguments, from_pretrained, found
         )
-        return _load(request)
+        inspect(request)
+        return _load(request, tokenizer)
 
 
-def _load(request: Request) -> PreTrainedModel:
+def _load(
+    request: Request, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedModel:
     plan, widths, model_arguments = (
         request.plan,
         request.widths,
@@ -196,7 +224,8 @@ def _load(request: Request) -> PreTrainedModel:
     narrowed, inexpressible = widths.narrowed_config(targets)
     before = widths.count_parameters(widths.actual)
     session = _Session(plan, widths, targets)
-    if model_arguments.get("gguf_file") is None:
+    session.declined = request.must_load_whole()
+    if session.declined is None:
         with _standing_in(session), _clear_errors(session, request.pretrained):
             model = request.load(narrowed if session.changes_model else widths.original)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
@@ -205,8 +234,8 @@ def _load(request: Request) -> PreTrainedModel:
             if inexpressible:
                 warn_inexpressible(widths, inexpressible)
             return model
-    else:
-        session.declined = "it is a GGUF file"
+    request.check_prunable_in_memory(session.declined)
+    if model_arguments.get("gguf_file") is not None:
         _dequantise(model_arguments)
     if plan.prunes:
         logger.info(
@@ -214,7 +243,9 @@ def _load(request: Request) -> PreTrainedModel:
             request.pretrained,
             session.declined,
         )
-    return carry_out(plan, request.load(widths.original))
+    if plan.prunes and plan.calibration is not None and tokenizer is None:
+        tokenizer = request.load_tokenizer()
+    return carry_out(plan, request.load(widths.original), tokenizer=tokenizer)
 
 
 @dataclass(frozen=True)
@@ -277,6 +308,54 @@ class Request:
         widths = Widths(config, build, actual)
         plan = widths.plan(**prune_arguments)
         return cls(auto_class, pretrained, plan, widths, model_arguments)
+
+    def must_load_whole(self) -> str | None:
+        """Return why the model cannot be pruned while it loads, if that is known."""
+        if self.model_arguments.get("gguf_file") is not None:
+            return "it is a GGUF file"
+        if self.plan.prunes and self.plan.calibration is not None:
+            return f"criterion={self.plan.criterion} looks at its activations"
+        return None
+
+    def check_prunable_in_memory(self, why: str | None) -> None:
+        """Refuse what pruning after loading cannot do, before the weights are read.
+
+        Args:
+            why: Why the model is not pruned while it loads.
+
+        Raises:
+            ValueError: The model would be quantised first, or its calibration text
+                cannot be read.
+            UnsupportedModelError: Its activations cannot be observed.
+        """
+        if not self.plan.prunes:
+            return
+        quantising = [
+            name
+            for name in _QUANTISING
+            if self.model_arguments.get(name) and name != "gguf_file"
+        ]
+        if quantising and self.model_arguments.get("gguf_file") is None:
+            raise ValueError(
+                f"{quantising[0]} quantises the model while it loads, but it has to be pruned "
+                f"afterwards, because {why}: export the pruned model first "
+                "(lm-eval-pruned prune), or leave the quantisation out."
+            )
+        if self.plan.calibration is not None:
+            read_texts(self.plan.calibration, self.plan.calibration_samples)
+            check_observable(self.widths.skeleton())
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer that belongs to the model."""
+        from transformers import AutoTokenizer
+
+        names = (*_HUB_ARGUMENTS, "trust_remote_code", "gguf_file")
+        arguments = {
+            name: self.model_arguments[name]
+            for name in names
+            if self.model_arguments.get(name) is not None
+        }
+        return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
 
     def load(self, config: PretrainedConfig) -> PreTrainedModel:
         """Load the model as transformers does, with `config`."""
@@ -644,7 +723,9 @@ class _NarrowedMlp:
         if self._kept is None and self.width == self._width_before:
             self._kept = torch.arange(self.width)
         if self._kept is None:
-            rows = {p: self._sources[p, "weight"].read() for p in _SCORED}
+            rows: dict[str, Any] = {
+                p: self._sources[p, "weight"].read() for p in _SCORED
+            }
             self._kept = select(
                 self._session.plan, self.name, self.layer, **rows, width=self.width
             )
