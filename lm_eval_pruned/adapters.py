@@ -53,9 +53,9 @@ def check_adapter(
         return
     widths, plan = request.widths, request.plan
     targets = widths.targets(plan) if stage == "after" else widths.actual
-    narrowed, inexpressible = widths.narrowed_config(targets)
-    if inexpressible:
+    if widths.inexpressible(targets):
         return
+    narrowed = widths.narrowed_config(targets)
     expected = _adapted_shapes(request, narrowed, config)
     for name, shape in stored.items():
         if name not in expected or shape == expected[name]:

@@ -199,7 +199,7 @@ def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str 
     """Write everything but the model card, or return why that cannot be streamed."""
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
-    narrowed, inexpressible = widths.narrowed_config(targets)
+    narrowed = widths.narrowed_config(targets)
     session = _ExportSession(request, targets, writer)
     with _standing_in(session), _clear_errors(session, request.pretrained):
         if (why := request.must_load_whole()) is not None:
@@ -209,8 +209,7 @@ def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str 
             raise _RouteDeclined("its model class loads checkpoints in its own way")
     if session.declined is not None:
         return None, session.declined
-    if inexpressible:
-        warn_inexpressible(widths, inexpressible)
+    warn_inexpressible(widths, targets)
     _copy_companions(writer.source, writer.folder)
     _write_config(widths.original, narrowed, writer)
     record = PruneRecord.of(

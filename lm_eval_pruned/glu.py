@@ -19,7 +19,7 @@ from torch import nn
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
@@ -222,10 +222,15 @@ def skeleton(
     auto_class: Any, config: PretrainedConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Build the model that `config` describes on the meta device, without weights."""
-    with torch.device("meta"):
-        return auto_class.from_config(
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device("meta"):
+        model = auto_class.from_config(
             copy.deepcopy(config), trust_remote_code=trust_remote_code
         )
+        # Ties are part of the initialisation that was left out.
+        model.tie_weights()
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -311,18 +316,29 @@ _WIDTH_ATTRIBUTES = (
 )
 
 
-def _language_modules(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Return the modules of the language part with their paths."""
-    from transformers import PreTrainedModel
-
-    config = model.config
-    text = text_config(config)
-    if config.is_encoder_decoder or type(text) is type(config):
-        return list(model.named_modules())
-    for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and type(module.config) is type(text):
-            return list(module.named_modules(prefix=path))
-    return list(model.named_modules())
+def _language_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the language part with their paths, its root first."""
+    text = text_config(model.config)
+    if model.config.is_encoder_decoder or type(text) is type(model.config):
+        root = ""
+    else:
+        root = next(
+            (
+                path
+                for path, module in model.named_modules()
+                if type(getattr(module, "config", None)) is type(text)
+            ),
+            "",
+        )
+    towers: list[str] = []
+    for path, module in model.get_submodule(root).named_modules(prefix=root):
+        if any(path.startswith(f"{tower}.") for tower in towers):
+            continue
+        # A tower for images or sound has a config of its own, which knows no words.
+        if not hasattr(getattr(module, "config", text), "vocab_size"):
+            towers.append(path)
+            continue
+        yield path, module
 
 
 def _kind(path: str) -> str:
@@ -382,9 +398,11 @@ def _stacked(label, path, module, fused: str, down: str) -> list[_Layout]:
     both, columns = getattr(module, fused), getattr(module, down)
     biases = {f"{fused}_bias", f"{down}_bias"}
     _check_extra(label, path, module, {fused, down} | biases)
-    if both.dim() != 3 or columns.dim() != 3:
+    if both.dim() != 3 or columns.dim() != 3 or len(both) != len(columns):
         raise UnsupportedModelError(
-            f"{label} holds {path}.{fused} with {both.dim()} axes: stacked experts have three."
+            f"{label} holds {path}.{fused} in the shape {list(both.shape)} beside a {down} in the "
+            f"shape {list(columns.shape)}: stacked experts have three axes, the first of them "
+            "equal."
         )
     transposed = both.shape[2] == 2 * columns.shape[1]
     if not transposed and both.shape[1] != 2 * columns.shape[2]:
@@ -421,7 +439,7 @@ def _check_linears(
     if not all(isinstance(getattr(module, name), nn.Linear) for name in names):
         raise UnsupportedModelError(
             f"{label} holds {path} in {', '.join(sorted(kinds))}: only dense nn.Linear "
-            "projections can be pruned, so load an unquantised checkpoint without adapters."
+            "projections can be pruned, unquantised and without adapters."
         )
     _check_extra(label, path, module, {f"{n}.{part}" for n in names for part in _PARTS})
 
@@ -441,19 +459,16 @@ def _check_extra(label: str, path: str, module: nn.Module, known: set[str]) -> N
 def _check_complete(label: str, model: PreTrainedModel, mlps: list[GluMlp]) -> None:
     """Refuse a model in which slicing the known layouts would do half the work."""
     known = slots_by_parameter(mlps)
-    language = next(path for path, _ in _language_modules(model))
-    for name, parameter in model.named_parameters():
-        if (
-            name.startswith(language)
-            and name not in known
-            and parameter.dim() > 1
-            and re.search(r"\bexperts\b", name)
-            and _kind(name) == "expert"
-        ):
-            raise UnsupportedModelError(
-                f"{label} has experts of an unknown layout in {name}, so its MLPs could be pruned "
-                "only in part."
-            )
+    owners = {mlp.path for mlp in mlps}
+    for path, module in _language_modules(model):
+        if path in owners or _kind(path) != "expert":
+            continue
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.dim() > 1 and name not in known:
+                raise UnsupportedModelError(
+                    f"{label} has experts of an unknown layout in {name}, so its MLPs could be "
+                    "pruned only in part."
+                )
     seen: dict[int, str] = {}
     for name, entries in known.items():
         mlp, _, slot = entries[0]

@@ -42,6 +42,7 @@ from lm_eval_pruned.pruning import (
     PruneRecord,
     carry_out,
     check_finite,
+    choose_experts_implementation,
     narrow,
     select,
     warn_inexpressible,
@@ -221,18 +222,18 @@ def _load(
         request.model_arguments,
     )
     targets = widths.targets(plan)
-    narrowed, inexpressible = widths.narrowed_config(targets)
+    narrowed = widths.narrowed_config(targets)
     before = widths.count_parameters(widths.actual)
     session = _Session(plan, widths, targets)
     session.declined = request.must_load_whole()
     if session.declined is None:
         with _standing_in(session), _clear_errors(session, request.pretrained):
             model = request.load(narrowed if session.changes_model else widths.original)
+            choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
                 plan, widths, before, count_parameters(model), session.kept()
             )
-            if inexpressible:
-                warn_inexpressible(widths, inexpressible)
+            warn_inexpressible(widths, targets)
             return model
     request.check_prunable_in_memory(session.declined)
     if model_arguments.get("gguf_file") is not None:

@@ -26,6 +26,8 @@ from lm_eval_pruned.widths import Widths
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from transformers import (
         PretrainedConfig,
@@ -115,7 +117,7 @@ class PruneRecord:
                 WidthGroup(kind, key, count, before, after)
                 for (kind, key, before, after), count in counts.items()
             ),
-            not widths.narrowed_config(targets)[1],
+            not widths.inexpressible(targets),
         )
 
     @property
@@ -295,7 +297,7 @@ def carry_out(
             observed = calibrate(
                 model, tokenizer, plan.calibration, plan.calibration_samples
             )
-        narrowed_config, inexpressible = widths.narrowed_config(targets)
+        narrowed_config = widths.narrowed_config(targets)
         # All layers are scored before the first is sliced: an error leaves the model whole.
         for mlp in mlps:
             kept[mlp.name] = (
@@ -306,8 +308,8 @@ def carry_out(
         for _, group in itertools.groupby(mlps, key=lambda mlp: mlp.path):
             _narrow_together(list(group), kept)
         widths.copy_keys(narrowed_config, model.config)
-        if inexpressible:
-            warn_inexpressible(widths, inexpressible)
+        warn_inexpressible(widths, targets)
+    choose_experts_implementation(model)
     record = PruneRecord.of(
         plan,
         widths,
@@ -320,14 +322,46 @@ def carry_out(
     return model
 
 
-def warn_inexpressible(widths: Widths, names: list[str]) -> None:
-    """Tell the user that only this package can open the model once it is saved."""
+def warn_inexpressible(widths: Widths, targets: Mapping[str, int]) -> None:
+    """Tell the user if only this package can open the model once it is saved."""
+    names = widths.inexpressible(targets)
+    if not names:
+        return
     logger.warning(
         "%s keeps a width of its own, which %s in the config cannot express: stock transformers "
         "cannot open this model once it is saved; --model pruned-hf and load_pruned can.",
         names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
         widths.keys[names[0]],
     )
+
+
+#: Bytes to which torch's grouped matrix product wants every row of the experts aligned.
+_GROUPED_ALIGNMENT = 16
+
+
+def choose_experts_implementation(model: PreTrainedModel) -> None:
+    """Let experts run one by one where their width rules out the grouped product.
+
+    transformers runs stacked experts in one `torch.nn.functional.grouped_mm` by
+    default, which refuses rows that are no multiple of 16 bytes.
+    """
+    if getattr(model.config, "_experts_implementation", None) != "grouped_mm":
+        return
+    for mlp in find_glu_mlps(model):
+        slot = mlp.slots["down_proj", "weight"]
+        size = mlp.parameter(slot).element_size()
+        if slot.expert is not None and mlp.width * size % _GROUPED_ALIGNMENT:
+            model.set_experts_implementation("eager")
+            multiple = _GROUPED_ALIGNMENT // size
+            logger.warning(
+                "The experts of %d neurons run one by one, because torch's grouped matrix product "
+                "needs a multiple of %d: add multiple_of=%d for speed. Stock transformers opens "
+                "the saved model with experts_implementation=eager.",
+                mlp.width,
+                multiple,
+                multiple,
+            )
+            return
 
 
 def _select_in_memory(

@@ -11,6 +11,7 @@ import copy
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.expansion import PrunePlan
@@ -128,7 +129,7 @@ class Widths:
         self.configured = {mlp.name: mlp.width for mlp in self.mlps}
         self.actual = dict(actual or self.configured)
         self._factors = {
-            mlp.name: mlp.width // self.keys[mlp.name].get(self.config)
+            mlp.name: Fraction(mlp.width, self.keys[mlp.name].get(self.config))
             for mlp in self.mlps
         }
         self._values: dict[WidthKey, int] = {}
@@ -157,7 +158,7 @@ class Widths:
         )
         return PrunePlan.from_arguments(
             primary.hidden_size,
-            widest * self._factors[primary.name],
+            int(widest * self._factors[primary.name]),
             available_layers=sorted({mlp.block for mlp in self.mlps}),
             **prune_arguments,
         )
@@ -172,7 +173,7 @@ class Widths:
             if not plan.prunes or not plan.includes_layer(mlp.block):
                 continue
             if own == factor * self._values[key] and key.index is None:
-                targets[mlp.name] = factor * plan.scaled(self._values[key])
+                targets[mlp.name] = int(factor * plan.scaled(self._values[key]))
             else:
                 targets[mlp.name] = plan.of_own(own)
         return targets
@@ -185,30 +186,38 @@ class Widths:
             for mlp in self.mlps
         )
 
-    def narrowed_config(
-        self, targets: Mapping[str, int]
-    ) -> tuple[PretrainedConfig, list[str]]:
-        """Return a copy of the config with the widths of `targets`.
+    def narrowed_config(self, targets: Mapping[str, int]) -> PretrainedConfig:
+        """Return a copy of the config with the widths of `targets`, as far as it can hold them.
 
-        Returns:
-            The config, and the names of the MLPs whose width it cannot express,
-            because their key also sets the width of others.
+        Raises:
+            UnsupportedModelError: The model's config does not accept the widths.
         """
-        wanted: dict[WidthKey, set[int]] = {}
-        for name, key in self.keys.items():
-            value, rest = divmod(targets[name], self._factors[name])
-            wanted.setdefault(key, set()).add(-1 if rest else value)
-        narrowed = copy.deepcopy(self.config)
-        for key, values in wanted.items():
-            if len(values) == 1 and values != {-1}:
-                key.set(narrowed, *values)
-        inexpressible = [
+        narrowed = self._narrowed(targets)
+        self._check(narrowed, targets)
+        return narrowed
+
+    def inexpressible(self, targets: Mapping[str, int]) -> list[str]:
+        """Return the names of the MLPs whose width in `targets` no config can hold.
+
+        Their key also sets the width of others.
+        """
+        narrowed = self._narrowed(targets)
+        return [
             name
             for name, key in self.keys.items()
             if key.get(narrowed) * self._factors[name] != targets[name]
         ]
-        self._check(narrowed, targets, inexpressible)
-        return narrowed, inexpressible
+
+    def _narrowed(self, targets: Mapping[str, int]) -> PretrainedConfig:
+        wanted: dict[WidthKey, set[int]] = {}
+        for name, key in self.keys.items():
+            value = math.ceil(targets[name] / self._factors[name])
+            wanted.setdefault(key, set()).add(value)
+        narrowed = copy.deepcopy(self.config)
+        for key, values in wanted.items():
+            if len(values) == 1:
+                key.set(narrowed, *values)
+        return narrowed
 
     def copy_keys(self, source: PretrainedConfig, target: PretrainedConfig) -> None:
         """Give `target` the width keys of `source`, as `plain_config` leaves them."""
@@ -218,8 +227,9 @@ class Widths:
         if hasattr(text, _DERIVES_WIDTH):
             target.get_text_config(decoder=True).block_auto_adjust_ff_dim = False
 
-    def _check(self, narrowed, targets: Mapping[str, int], inexpressible) -> None:
+    def _check(self, narrowed: PretrainedConfig, targets: Mapping[str, int]) -> None:
         """Refuse a config that would not build the model it stands for."""
+        inexpressible = set(self.inexpressible(targets))
         try:
             model = self._build(narrowed)
         except Exception as error:  # noqa: BLE001 - configs refuse values in any way
@@ -290,12 +300,10 @@ def _find_keys(
         if others:
             reason = f"{key} in its config also sets the shape of {min(others)}"
         elif any(
-            probed.get(name) != 2 * widths[name]
-            or name not in own_keys
-            or widths[name] % own_keys[name].get(config)
+            probed.get(name) != 2 * widths[name] or name not in own_keys
             for name in changed
         ):
-            reason = f"the widths are no whole multiples of {key} in its config"
+            reason = f"the widths do not grow in proportion to {key} in its config"
         else:
             keys |= {name: own_keys[name] for name in changed if name not in keys}
             continue

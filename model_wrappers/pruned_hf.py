@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.expansion import Number
+    from lm_eval_pruned.expansion import Layers, Number
     from lm_eval_pruned.pruning import PruneRecord
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
@@ -41,6 +42,8 @@ class PrunedHFLM(HFLM):
         multiple_of: Number = 1,
         criterion: str = "maw",
         seed: Number = 0,
+        layers: Layers | None = None,
+        skip_layers: Layers | None = None,
         calibration: str | None = None,
         calibration_samples: Number | None = None,
         peft: str | None = None,
@@ -63,6 +66,10 @@ class PrunedHFLM(HFLM):
                 ``pon`` or ``random``, the calibrated ``maw_act`` and ``act``, or one
                 that another package declares; see `lm_eval_pruned.criteria`.
             seed: Seed of the criterion ``random``.
+            layers: Layers to prune, such as ``4-11``, ``0+4-11`` or ``[0,4]``, counted
+                from 0; default: all. The command line takes a bare comma for the end
+                of the argument; Python and YAML may write ``0,4-11``.
+            skip_layers: Layers to leave as they are, instead of `layers`.
             calibration: JSON Lines file of text for ``maw_act`` and ``act``; see
                 `lm_eval_pruned.calibration`. There is no default text.
             calibration_samples: How many of its texts to use; default: all.
@@ -82,10 +89,13 @@ class PrunedHFLM(HFLM):
             "multiple_of": multiple_of,
             "criterion": criterion,
             "seed": seed,
+            "layers": layers,
+            "skip_layers": skip_layers,
             "calibration": calibration,
             "calibration_samples": calibration_samples,
         }
         self._peft_stage = self._resolve_stage(peft, peft_stage)
+        self._rejoin_layers(kwargs)
         if pretrained is None:
             default = find_default_model()
             pretrained = default.pretrained
@@ -100,6 +110,23 @@ class PrunedHFLM(HFLM):
             self._prune_in_memory()
         if self.rank == 0:
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
+
+    def _rejoin_layers(self, kwargs: dict[str, Any]) -> None:
+        """Undo what splitting ``skip_layers=0,15,ratio=2`` at commas did to it.
+
+        `lm_eval.utils.simple_parse_args_string` leaves ``{"skip_layers": 0, "15": ""}``.
+        """
+        pieces = [
+            name
+            for name, value in kwargs.items()
+            if value == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name)
+        ]
+        for name in ("layers", "skip_layers"):
+            if self._prune_arguments[name] is not None and pieces:
+                for piece in pieces:
+                    del kwargs[piece]
+                self._prune_arguments[name] = [self._prune_arguments[name], *pieces]
+                return
 
     @staticmethod
     def _resolve_stage(peft: str | None, stage: str | None) -> str:
