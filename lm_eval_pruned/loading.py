@@ -47,6 +47,7 @@ from lm_eval_pruned.pruning import (
     select,
     warn_inexpressible,
 )
+from lm_eval_pruned.quantisation import quantising_arguments, with_quantisation
 from lm_eval_pruned.widths import Widths
 
 
@@ -76,8 +77,6 @@ _HUB_ARGUMENTS = (
 )
 #: Arguments of `from_pretrained` that AutoConfig must not absorb into the config.
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
-#: Arguments of `from_pretrained` that quantise the weights as they are loaded.
-_QUANTISING = ("quantization_config", "load_in_8bit", "load_in_4bit")
 
 
 def load_pruned(
@@ -216,11 +215,7 @@ def load_with_arguments(
 def _load(
     request: Request, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedModel:
-    plan, widths, model_arguments = (
-        request.plan,
-        request.widths,
-        request.model_arguments,
-    )
+    plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
     before = widths.count_parameters(widths.actual)
@@ -236,8 +231,6 @@ def _load(
             warn_inexpressible(widths, targets)
             return model
     request.check_prunable_in_memory(session.declined)
-    if model_arguments.get("gguf_file") is not None:
-        _dequantise(model_arguments)
     if plan.prunes:
         logger.info(
             "%s is loaded in full and pruned in memory, because %s.",
@@ -331,12 +324,11 @@ class Request:
         """
         if not self.plan.prunes:
             return
-        quantising = [
-            name
-            for name in _QUANTISING
-            if self.model_arguments.get(name) and name != "gguf_file"
-        ]
-        if quantising and self.model_arguments.get("gguf_file") is None:
+        quantising = quantising_arguments(self.model_arguments)
+        if self.model_arguments.get("gguf_file") is not None:
+            # That one describes the file.
+            quantising = [n for n in quantising if n != "quantization_config"]
+        if quantising:
             raise ValueError(
                 f"{quantising[0]} quantises the model while it loads, but it has to be pruned "
                 f"afterwards, because {why}: export the pruned model first "
@@ -360,8 +352,14 @@ class Request:
 
     def load(self, config: PretrainedConfig) -> PreTrainedModel:
         """Load the model as transformers does, with `config`."""
+        arguments = with_quantisation(self.model_arguments)
+        if arguments.get("gguf_file") is not None:
+            from transformers import GgufConfig
+
+            # Blocks of a GGUF file can be neither ranked nor sliced.
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
         return self.auto_class.from_pretrained(
-            self.pretrained, config=config, **self.model_arguments
+            self.pretrained, config=config, **arguments
         )
 
 
@@ -397,15 +395,6 @@ def _refuse_quantised(config: PretrainedConfig, arguments: dict[str, Any]) -> No
         "and quantised neurons can be neither ranked nor sliced: pass the unquantised checkpoint "
         "it was made from."
     )
-
-
-def _dequantise(arguments: dict[str, Any]) -> None:
-    """Make transformers expand the blocks of a GGUF file to dense weights."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return
-    arguments["quantization_config"] = GgufConfig(dequantize=True)
 
 
 class _RouteDeclined(Exception):

@@ -48,6 +48,7 @@ class PrunedHFLM(HFLM):
         calibration_samples: Number | None = None,
         peft: str | None = None,
         peft_stage: str | None = None,
+        quantization_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """HFLM whose GLU-MLPs are narrowed while the model loads.
@@ -77,6 +78,9 @@ class PrunedHFLM(HFLM):
             peft_stage: ``after`` (default): `peft` was trained on the pruned model and
                 is applied to it. ``before``: it was trained on the full model, is
                 merged into it, and the result is pruned in memory.
+            quantization_config: How to quantise the pruned weights as they are loaded,
+                as the dict of a transformers quantisation config. ``load_in_8bit``,
+                ``load_in_4bit`` and ``bnb_4bit_...`` work as well.
             **kwargs: Everything HFLM takes.
 
         Raises:
@@ -94,6 +98,7 @@ class PrunedHFLM(HFLM):
             "calibration": calibration,
             "calibration_samples": calibration_samples,
         }
+        self._quantization_config = quantization_config
         self._peft_stage = self._resolve_stage(peft, peft_stage)
         self._rejoin_layers(kwargs)
         if pretrained is None:
@@ -155,6 +160,9 @@ class PrunedHFLM(HFLM):
                     f"{argument}={kwargs[argument]} loads quantised weights, which can be neither "
                     "ranked nor sliced: pass the unquantised checkpoint, or use --model hf."
                 )
+
+        if self._quantization_config is not None:
+            kwargs["quantization_config"] = self._quantization_config
 
         def inspect(request: Request) -> None:
             if peft is not None:
