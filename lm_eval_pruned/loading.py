@@ -354,10 +354,12 @@ class Request:
         """Load the model as transformers does, with `config`."""
         arguments = with_quantisation(self.model_arguments)
         if arguments.get("gguf_file") is not None:
-            from transformers import GgufConfig
+            # Blocks of a GGUF file can be neither ranked nor sliced. Releases without
+            # this class always expand them.
+            with contextlib.suppress(ImportError):
+                from transformers import GgufConfig
 
-            # Blocks of a GGUF file can be neither ranked nor sliced.
-            arguments["quantization_config"] = GgufConfig(dequantize=True)
+                arguments["quantization_config"] = GgufConfig(dequantize=True)
         return self.auto_class.from_pretrained(
             self.pretrained, config=config, **arguments
         )

@@ -158,7 +158,7 @@ def test_what_must_be_pruned_in_memory_cannot_be_quantised_before(
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(
-        ValueError, match="load_in_8bit quantises .* not in safetensors"
+        ValueError, match=r"load_in_8bit quantises .* not in safetensors"
     ):
         load_pruned(str(folder), ratio=2, load_in_8bit=True)
 
@@ -169,5 +169,5 @@ def test_a_quantised_checkpoint_is_refused(source, tmp_path, caplog):
         source, quantization_config=torchao_int8()
     )
     model.config.save_pretrained(tmp_path / "quantised")
-    with pytest.raises(ValueError, match="quantised already .quant_method=torchao"):
+    with pytest.raises(ValueError, match=r"quantised already .quant_method=torchao"):
         load_pruned(str(tmp_path / "quantised"), ratio=2)
