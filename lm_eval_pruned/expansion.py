@@ -34,6 +34,9 @@ class PrunePlan:
         multiple_of: The kept width was rounded down to a multiple of this.
         seed: Seed of the ``random`` criterion; no other criterion reads it.
         layers: Numbers of the layers to prune, ascending; None for all.
+        calibration: JSON Lines file of calibration text; None where the criterion
+            looks at weights alone.
+        calibration_samples: How many of its texts to use; None for all.
 
     Example:
         >>> plan = PrunePlan.from_arguments(2048, 8192, prune_percent=40)
@@ -49,6 +52,8 @@ class PrunePlan:
     multiple_of: int = 1
     seed: int = 0
     layers: tuple[int, ...] | None = None
+    calibration: str | None = None
+    calibration_samples: int | None = None
 
     @property
     def ratio_before(self) -> float:
@@ -105,6 +110,8 @@ class PrunePlan:
         seed: Number = 0,
         layers: Layers | None = None,
         skip_layers: Layers | None = None,
+        calibration: str | None = None,
+        calibration_samples: Number | None = None,
         available_layers: Sequence[int] | None = None,
     ) -> PrunePlan:
         """Resolve the user's arguments against a model's dimensions.
@@ -122,6 +129,10 @@ class PrunePlan:
             layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
                 default: all.
             skip_layers: Layers to leave as they are, instead of `layers`.
+            calibration: JSON Lines file of calibration text, for the criteria that
+                look at activations; see `lm_eval_pruned.calibration`.
+            calibration_samples: How many of its texts to use, from the first on;
+                default: all.
             available_layers: Numbers of the layers that have a GLU-MLP.
 
         Raises:
@@ -147,6 +158,7 @@ class PrunePlan:
                 f"{listed} were given together, but each of them sets the kept width: pass one."
             )
         criterion = canonical_name(criterion)
+        texts, samples = _calibration(criterion, calibration, calibration_samples)
         seed_number = _whole("seed", seed, at_least=0)
         multiple = _whole("multiple_of", multiple_of, at_least=1)
         chosen = _chosen_layers(layers, skip_layers, available_layers)
@@ -182,7 +194,35 @@ class PrunePlan:
             multiple,
             seed_number,
             chosen,
+            texts,
+            samples,
         )
+
+
+def _calibration(
+    criterion: str, calibration: str | None, samples: Number | None
+) -> tuple[str | None, int | None]:
+    from lm_eval_pruned.criteria import CALIBRATED
+
+    if criterion not in CALIBRATED:
+        for name, value in (
+            ("calibration", calibration),
+            ("calibration_samples", samples),
+        ):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value} was given, but criterion={criterion} looks at weights alone: "
+                    f"leave it out, or pass criterion={' or '.join(CALIBRATED)}."
+                )
+        return None, None
+    if calibration is None:
+        raise ValueError(
+            f"criterion={criterion} looks at activations, so it needs text to run on: pass "
+            "calibration=FILE.jsonl, with text that is not part of the evaluation."
+        )
+    if samples is None:
+        return str(calibration), None
+    return str(calibration), _whole("calibration_samples", samples, at_least=1)
 
 
 def _exact(name: str, value: Number, example: str) -> Fraction:

@@ -19,10 +19,12 @@ import copy
 import logging
 import threading
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.calibration import check_observable, read_texts
 from lm_eval_pruned.glu import (
     NEURON_AXIS,
     GluMlp,
@@ -45,6 +47,7 @@ from lm_eval_pruned.pruning import (
     select,
     warn_inexpressible,
 )
+from lm_eval_pruned.quantisation import quantising_arguments, with_quantisation
 from lm_eval_pruned.widths import Widths
 
 
@@ -52,7 +55,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
     from lm_eval_pruned.expansion import Layers, Number, PrunePlan
 
@@ -83,6 +90,9 @@ def load_pruned(
     seed: Number = 0,
     layers: Layers | None = None,
     skip_layers: Layers | None = None,
+    calibration: str | None = None,
+    calibration_samples: Number | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     auto_class: type | None = None,
@@ -112,6 +122,10 @@ def load_pruned(
         layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
             default: all.
         skip_layers: Layers to leave as they are, instead of `layers`.
+        calibration: JSON Lines file of text, for criteria that look at activations;
+            see `lm_eval_pruned.calibration`.
+        calibration_samples: How many of its texts to use; default: all.
+        tokenizer: What reads that text; default: the tokenizer of `pretrained`.
         device: Where to load to; scores are computed there. Default: the CPU.
         dtype: Weight dtype; default: the one the checkpoint is stored in.
         auto_class: The transformers class to load with; default
@@ -157,8 +171,11 @@ def load_pruned(
             "seed": seed,
             "layers": layers,
             "skip_layers": skip_layers,
+            "calibration": calibration,
+            "calibration_samples": calibration_samples,
         },
         from_pretrained,
+        tokenizer=tokenizer,
     )
 
 
@@ -167,76 +184,185 @@ def load_with_arguments(
     pretrained: str,
     prune_arguments: dict[str, Any],
     from_pretrained: dict[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inspect: Callable[[Request], None] | None = None,
 ) -> PreTrainedModel:
-    """Load and prune; `load_pruned` with its arguments in two groups.
+    """Load and prune; `load_pruned` with its arguments in groups.
 
     Args:
         auto_class: The transformers class to load with.
         pretrained: Folder or Hub name of the model.
         prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
         from_pretrained: Keyword arguments of ``auto_class.from_pretrained``.
+        tokenizer: What reads calibration text; default: that of `pretrained`.
+        inspect: Called with what is about to be loaded, before weights are read; may
+            raise.
     """
-    config, model_arguments = _resolve_config(pretrained, dict(from_pretrained))
-    _refuse_quantised(config, model_arguments)
-
-    def build(config: PretrainedConfig) -> PreTrainedModel:
-        return skeleton(
-            auto_class,
-            config,
-            trust_remote_code=bool(from_pretrained.get("trust_remote_code")),
-        )
-
-    def load(config: PretrainedConfig) -> PreTrainedModel:
-        return auto_class.from_pretrained(  # type: ignore[attr-defined]
-            pretrained, config=config, **model_arguments
-        )
-
-    widths = Widths(config, build)
-    plan = widths.plan(**prune_arguments)
+    inspect = inspect or (lambda request: None)
+    request = Request.resolve(auto_class, pretrained, prune_arguments, from_pretrained)
+    inspect(request)
     try:
-        return _load(plan, widths, load, pretrained, model_arguments)
+        return _load(request, tokenizer)
     except _WidthsDiffer as found:
-        logger.info(
-            "The layers of %s have widths of their own: its tensors have from %d to %d neurons.",
-            pretrained,
-            min(found.actual.values()),
-            max(found.actual.values()),
+        request = Request.resolve(
+            auto_class, pretrained, prune_arguments, from_pretrained, found
         )
-        widths = Widths(config, build, found.actual)
-        plan = widths.plan(**prune_arguments)
-        return _load(plan, widths, load, pretrained, model_arguments)
+        inspect(request)
+        return _load(request, tokenizer)
 
 
 def _load(
-    plan: PrunePlan,
-    widths: Widths,
-    load: Callable[[PretrainedConfig], PreTrainedModel],
-    pretrained: str,
-    model_arguments: dict[str, Any],
+    request: Request, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedModel:
+    plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
     before = widths.count_parameters(widths.actual)
     session = _Session(plan, widths, targets)
-    if model_arguments.get("gguf_file") is None:
-        with _standing_in(session), _clear_errors(session, pretrained):
-            model = load(narrowed if session.changes_model else widths.original)
+    session.declined = request.must_load_whole()
+    if session.declined is None:
+        with _standing_in(session), _clear_errors(session, request.pretrained):
+            model = request.load(narrowed if session.changes_model else widths.original)
             choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
                 plan, widths, before, count_parameters(model), session.kept()
             )
             warn_inexpressible(widths, targets)
             return model
-    else:
-        session.declined = "it is a GGUF file"
-        _dequantise(model_arguments)
+    request.check_prunable_in_memory(session.declined)
     if plan.prunes:
         logger.info(
             "%s is loaded in full and pruned in memory, because %s.",
-            pretrained,
+            request.pretrained,
             session.declined,
         )
-    return carry_out(plan, load(widths.original))
+    if plan.prunes and plan.calibration is not None and tokenizer is None:
+        tokenizer = request.load_tokenizer()
+    return carry_out(plan, request.load(widths.original), tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be loaded, known before any weight is read.
+
+    Attributes:
+        auto_class: The transformers class to load with.
+        pretrained: Folder or Hub name of the model.
+        plan: What to do to the GLU-MLPs.
+        widths: The widths that they have.
+        model_arguments: Keyword arguments of ``from_pretrained`` besides the config.
+    """
+
+    auto_class: Any
+    pretrained: str
+    plan: PrunePlan
+    widths: Widths
+    model_arguments: dict[str, Any]
+
+    @classmethod
+    def resolve(
+        cls,
+        auto_class: Any,
+        pretrained: str,
+        prune_arguments: dict[str, Any],
+        from_pretrained: dict[str, Any],
+        found: _WidthsDiffer | None = None,
+    ) -> Request:
+        """Read the config of a model and plan its pruning.
+
+        Takes the arguments of `load_with_arguments`, and the widths that a session
+        found in the checkpoint if they are not those of the config.
+
+        Raises:
+            ValueError: An argument is out of range.
+            UnsupportedModelError: The model cannot be pruned.
+            OSError: The config cannot be read.
+        """
+        config, model_arguments = _resolve_config(pretrained, dict(from_pretrained))
+        _refuse_quantised(config, model_arguments)
+
+        def build(config: PretrainedConfig) -> PreTrainedModel:
+            return skeleton(
+                auto_class,
+                config,
+                trust_remote_code=bool(from_pretrained.get("trust_remote_code")),
+            )
+
+        actual = None
+        if found is not None:
+            actual = found.actual
+            logger.info(
+                "The layers of %s have widths of their own: its tensors have from %d to %d "
+                "neurons.",
+                pretrained,
+                min(actual.values()),
+                max(actual.values()),
+            )
+        widths = Widths(config, build, actual)
+        plan = widths.plan(**prune_arguments)
+        return cls(auto_class, pretrained, plan, widths, model_arguments)
+
+    def must_load_whole(self) -> str | None:
+        """Return why the model cannot be pruned while it loads, if that is known."""
+        if self.model_arguments.get("gguf_file") is not None:
+            return "it is a GGUF file"
+        if self.plan.prunes and self.plan.calibration is not None:
+            return f"criterion={self.plan.criterion} looks at its activations"
+        return None
+
+    def check_prunable_in_memory(self, why: str | None) -> None:
+        """Refuse what pruning after loading cannot do, before the weights are read.
+
+        Args:
+            why: Why the model is not pruned while it loads.
+
+        Raises:
+            ValueError: The model would be quantised first, or its calibration text
+                cannot be read.
+            UnsupportedModelError: Its activations cannot be observed.
+        """
+        if not self.plan.prunes:
+            return
+        quantising = quantising_arguments(self.model_arguments)
+        if self.model_arguments.get("gguf_file") is not None:
+            # That one describes the file.
+            quantising = [n for n in quantising if n != "quantization_config"]
+        if quantising:
+            raise ValueError(
+                f"{quantising[0]} quantises the model while it loads, but it has to be pruned "
+                f"afterwards, because {why}: export the pruned model first "
+                "(lm-eval-pruned prune), or leave the quantisation out."
+            )
+        if self.plan.calibration is not None:
+            read_texts(self.plan.calibration, self.plan.calibration_samples)
+            check_observable(self.widths.skeleton())
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer that belongs to the model."""
+        from transformers import AutoTokenizer
+
+        names = (*_HUB_ARGUMENTS, "trust_remote_code", "gguf_file")
+        arguments = {
+            name: self.model_arguments[name]
+            for name in names
+            if self.model_arguments.get(name) is not None
+        }
+        return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
+
+    def load(self, config: PretrainedConfig) -> PreTrainedModel:
+        """Load the model as transformers does, with `config`."""
+        arguments = with_quantisation(self.model_arguments)
+        if arguments.get("gguf_file") is not None:
+            # Blocks of a GGUF file can be neither ranked nor sliced. Releases without
+            # this class always expand them.
+            with contextlib.suppress(ImportError):
+                from transformers import GgufConfig
+
+                arguments["quantization_config"] = GgufConfig(dequantize=True)
+        return self.auto_class.from_pretrained(
+            self.pretrained, config=config, **arguments
+        )
 
 
 def _resolve_config(
@@ -271,15 +397,6 @@ def _refuse_quantised(config: PretrainedConfig, arguments: dict[str, Any]) -> No
         "and quantised neurons can be neither ranked nor sliced: pass the unquantised checkpoint "
         "it was made from."
     )
-
-
-def _dequantise(arguments: dict[str, Any]) -> None:
-    """Make transformers expand the blocks of a GGUF file to dense weights."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return
-    arguments["quantization_config"] = GgufConfig(dequantize=True)
 
 
 class _RouteDeclined(Exception):
@@ -496,7 +613,7 @@ class _Session:
             )
 
     def _open_files(self, state_dict, checkpoint_files) -> dict[str, Any]:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
         from transformers.integrations import is_deepspeed_zero3_enabled
 
         if is_deepspeed_zero3_enabled():
@@ -508,13 +625,19 @@ class _Session:
         entries: dict[str, Any] = {}
         for file in checkpoint_files:
             try:
-                opened = self._files.enter_context(safe_open(file, framework="pt"))
-                entries |= {key: opened.get_slice(key) for key in opened.keys()}
+                entries |= self._entries_of(file)
             except (SafetensorError, OSError) as error:
                 raise OSError(
                     f"{file} is not an intact safetensors file ({error}): download or copy it again."
                 ) from None
         return entries
+
+    def _entries_of(self, file: str) -> dict[str, Any]:
+        """Return the tensors of one safetensors file, none of them read."""
+        from safetensors import safe_open
+
+        opened = self._files.enter_context(safe_open(file, framework="pt"))
+        return {key: opened.get_slice(key) for key in opened.keys()}
 
 
 def _shape(projection: str, part: str, width: int, hidden_size: int) -> list[int]:
@@ -592,7 +715,9 @@ class _NarrowedMlp:
         if self._kept is None and self.width == self._width_before:
             self._kept = torch.arange(self.width)
         if self._kept is None:
-            rows = {p: self._sources[p, "weight"].read() for p in _SCORED}
+            rows: dict[str, Any] = {
+                p: self._sources[p, "weight"].read() for p in _SCORED
+            }
             self._kept = select(
                 self._session.plan, self.name, self.layer, **rows, width=self.width
             )

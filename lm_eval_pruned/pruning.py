@@ -7,11 +7,12 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.calibration import Calibration, NeuronActivity, calibrate
 from lm_eval_pruned.criteria import kept_set, score_neurons
 from lm_eval_pruned.expansion import PrunePlan, written_layers
 from lm_eval_pruned.glu import (
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
     from lm_eval_pruned.expansion import Layers, Number
 
@@ -69,6 +74,8 @@ class PruneRecord:
         groups: The GLU-MLPs by kind and width.
         config_expresses_widths: Whether stock transformers can open the model once
             it is saved.
+        calibration: The text on which the neurons were observed; None where the
+            criterion looks at weights alone.
     """
 
     plan: PrunePlan
@@ -78,6 +85,7 @@ class PruneRecord:
     kept: tuple[Tensor, ...]
     groups: tuple[WidthGroup, ...] = ()
     config_expresses_widths: bool = True
+    calibration: Calibration | None = None
 
     @classmethod
     def of(
@@ -143,6 +151,8 @@ class PruneRecord:
         }
         if plan.layers is not None:
             record["layers_pruned"] = written_layers(plan.layers)
+        if self.calibration is not None:
+            record["calibration"] = self.calibration.as_dict()
         if plan.criterion == "random":
             record["seed"] = plan.seed
         return record
@@ -185,6 +195,9 @@ def prune_model(
     seed: Number = 0,
     layers: Layers | None = None,
     skip_layers: Layers | None = None,
+    calibration: str | None = None,
+    calibration_samples: Number | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """Prune the GLU-MLPs of a loaded model in place and return it.
 
@@ -210,6 +223,10 @@ def prune_model(
             can open the saved model only if its config holds widths per layer;
             `load_pruned` always can.
         skip_layers: Layers to leave as they are, instead of `layers`.
+        calibration: JSON Lines file of text, for criteria that look at activations;
+            see `lm_eval_pruned.calibration`.
+        calibration_samples: How many of its texts to use; default: all.
+        tokenizer: The model's tokenizer; needed for `calibration`.
 
     Returns:
         The same model. ``model.prune_record`` is the `PruneRecord` of what was done.
@@ -235,8 +252,10 @@ def prune_model(
         seed=seed,
         layers=layers,
         skip_layers=skip_layers,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
     )
-    return carry_out(plan, model, widths)
+    return carry_out(plan, model, widths, tokenizer)
 
 
 def widths_in_memory(model: PreTrainedModel) -> Widths:
@@ -256,7 +275,10 @@ def widths_in_memory(model: PreTrainedModel) -> Widths:
 
 
 def carry_out(
-    plan: PrunePlan, model: PreTrainedModel, widths: Widths | None = None
+    plan: PrunePlan,
+    model: PreTrainedModel,
+    widths: Widths | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """Prune `model` in place as `plan` says; see `prune_model`."""
     mlps = find_glu_mlps(model)
@@ -264,12 +286,22 @@ def carry_out(
     targets = widths.targets(plan)
     before = count_parameters(model)
     kept: dict[str, Tensor] = {}
+    observed: Calibration | None = None
     if plan.prunes:
+        if plan.calibration is not None:
+            if tokenizer is None:
+                raise ValueError(
+                    f"calibration={plan.calibration} is text, and there is no tokenizer to read it "
+                    "with: pass tokenizer."
+                )
+            observed = calibrate(
+                model, tokenizer, plan.calibration, plan.calibration_samples
+            )
         narrowed_config = widths.narrowed_config(targets)
         # All layers are scored before the first is sliced: an error leaves the model whole.
         for mlp in mlps:
             kept[mlp.name] = (
-                _select_in_memory(plan, mlp, targets[mlp.name])
+                _select_in_memory(plan, mlp, targets[mlp.name], observed)
                 if targets[mlp.name] < mlp.width
                 else torch.arange(mlp.width)
             )
@@ -285,6 +317,7 @@ def carry_out(
         count_parameters(model),
         tuple(indices.cpu() for indices in kept.values()),
     )
+    record = replace(record, calibration=observed)
     model.prune_record = record  # type: ignore[assignment]
     return model
 
@@ -331,9 +364,12 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
             return
 
 
-def _select_in_memory(plan: PrunePlan, mlp: GluMlp, width: int) -> Tensor:
+def _select_in_memory(
+    plan: PrunePlan, mlp: GluMlp, width: int, observed: Calibration | None
+) -> Tensor:
     weights = {p: mlp.weight(p) for p in NEURON_AXIS}
-    return select(plan, mlp.name, mlp.layer, **weights, width=width)
+    activity = None if observed is None else observed.activity[mlp.name]
+    return select(plan, mlp.name, mlp.layer, **weights, width=width, activity=activity)
 
 
 @torch.no_grad()
@@ -360,6 +396,7 @@ def select(
     up_proj: Tensor,
     down_proj: Tensor | None = None,
     width: int | None = None,
+    activity: NeuronActivity | None = None,
 ) -> Tensor:
     """Score one GLU-MLP and return its kept neurons.
 
@@ -369,8 +406,10 @@ def select(
         layer: Position of the MLP in the model.
         gate_proj: Shape (I, H).
         up_proj: Shape (I, H).
-        down_proj: Shape (H, I); only checked for NaN and infinity, where given.
+        down_proj: Shape (H, I); checked for NaN and infinity where given, and scored
+            by the criteria that look at activations.
         width: Kept width k; default: the plan's.
+        activity: What the neurons did on calibration text, for the same criteria.
 
     Returns:
         Kept neurons, shape (k,), int64, ascending, on the device of the weights.
@@ -383,7 +422,13 @@ def select(
         if weight is not None:
             check_finite(f"{name}.{projection}.weight", weight)
     scores = score_neurons(
-        gate_proj, up_proj, plan.criterion, layer=layer, seed=plan.seed
+        gate_proj,
+        up_proj,
+        plan.criterion,
+        layer=layer,
+        seed=plan.seed,
+        down=down_proj,
+        activity=activity,
     )
     return kept_set(scores, plan.width if width is None else width)
 

@@ -137,6 +137,10 @@ class Widths:
             value = math.ceil(self.actual[name] / self._factors[name])
             self._values[key] = max(value, self._values.get(key, 0))
 
+    def skeleton(self, config: PretrainedConfig | None = None) -> PreTrainedModel:
+        """Return the model on the meta device, of `config` or else of its own."""
+        return self._build(self.config if config is None else config)
+
     @property
     def primary(self) -> GluMlp:
         """The MLP to which sizes refer: the first expert, else the first of all."""
