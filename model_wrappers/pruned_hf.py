@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_eval_pruned.default_model import find_default_model
 from lm_eval_pruned.loading import load_with_arguments
+from lm_eval_pruned.model_wrappers.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.pruning import prune_model
 
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
 
-class PrunedHFLM(HFLM):
+class PrunedHFLM(PrefixSharingMixin, HFLM):
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
@@ -53,7 +54,8 @@ class PrunedHFLM(HFLM):
             criterion: ``maw`` (alias ``ppm``), ``max_abs``, ``l1``, ``l2``, ``vow``,
                 ``pon`` or ``random``; see `lm_eval_pruned.criteria`.
             seed: Seed of the criterion ``random``.
-            **kwargs: Everything HFLM takes.
+            **kwargs: Everything HFLM takes, and ``prefix_sharing`` (default true); see
+                `PrefixSharingMixin`.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
