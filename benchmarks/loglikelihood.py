@@ -168,13 +168,17 @@ def main() -> None:
     parser.add_argument("--pretrained", help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--limit", type=int, help="documents per task; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="of both sides each")
-    parser.add_argument("--hf-batch-sizes", default="1,8,32", help="to choose hf's from")
+    parser.add_argument(
+        "--hf-batch-sizes", default="1,8,32", help="to choose hf's from"
+    )
     parser.add_argument("--batch-size", default="auto", help="of hf-prefix")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     parser.add_argument("--data", type=Path, help="folder of data under its Hub names")
-    parser.add_argument("--profile", action="store_true", help="say where the time goes")
+    parser.add_argument(
+        "--profile", action="store_true", help="say where the time goes"
+    )
     arguments = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     if arguments.data:
@@ -213,14 +217,18 @@ def main() -> None:
     )
     flags = sum(a != b for (_, a), (_, b) in zip(ours.answers, hf.answers, strict=True))
     packages = ("lm_eval", "transformers", "torch")
-    print(f"task          {arguments.task}, {hf.requests} requests, limit {arguments.limit}")
+    print(
+        f"task          {arguments.task}, {hf.requests} requests, limit {arguments.limit}"
+    )
     print(f"model         {pretrained}, {arguments.dtype}, {arguments.attention}")
     print(
         f"machine       {platform.processor() or platform.machine()}, {arguments.device}, "
         f"{torch.get_num_threads()} threads; "
         + ", ".join(f"{name} {version(name)}" for name in ("lm-eval-pruned", *packages))
     )
-    print("hf chosen by  " + ", ".join(f"batch {b}: {s:.2f} s" for b, s in first.items()))
+    print(
+        "hf chosen by  " + ", ".join(f"batch {b}: {s:.2f} s" for b, s in first.items())
+    )
     for name, value in (
         (ours.name, ours.seconds),
         (hf.name, hf.seconds[1:]),

@@ -104,7 +104,9 @@ def build_tree(sequences: Iterable[Sequence[int]]) -> TokenTree:
     for sequence in sequences:
         key = np.asarray(sequence, dtype=">u4").tobytes()
         if not key:
-            raise ValueError("sequences has an empty member: every sequence needs a token.")
+            raise ValueError(
+                "sequences has an empty member: every sequence needs a token."
+            )
         member.append(number.setdefault(key, len(number)))
     arrays = [np.frombuffer(key, dtype=">u4") for key in number]
 

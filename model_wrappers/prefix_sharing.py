@@ -169,7 +169,9 @@ class PrefixSharingMixin:
         targets = torch.tensor([t for s in sequences for t in s[1:]])
         logits = self._model_call(torch.tensor(padded, device=self.device))
         logits = logits.flatten(0, 1)[torch.from_numpy(rows).to(logits.device)]
-        expected = logits.double().log_softmax(-1).cpu()[torch.arange(len(rows)), targets]
+        expected = (
+            logits.double().log_softmax(-1).cpu()[torch.arange(len(rows)), targets]
+        )
 
         work = _Work.of(requests, self.max_length)
         processed = self.tokens_processed
@@ -212,7 +214,9 @@ class PrefixSharingMixin:
                 answer = (float(total), bool(work.greedy[pairs].all()))
                 results[index] = answer
                 if requests[index][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                    self.cache_hook.add_partial(
+                        "loglikelihood", requests[index][0], answer
+                    )
                 done += 1
                 bar.update(1)
         bar.close()
@@ -292,7 +296,9 @@ class PrefixSharingMixin:
         pass_logits = self._logits_at(
             torch.from_numpy(tokens).to(device),
             torch.from_numpy(position).to(device),
-            torch.from_numpy(wanted if len(wanted) else np.zeros(1, np.int64)).to(device),
+            torch.from_numpy(wanted if len(wanted) else np.zeros(1, np.int64)).to(
+                device
+            ),
             arguments,
         )
         if len(wanted):
@@ -342,7 +348,9 @@ class PrefixSharingMixin:
             arguments: Further arguments of the model.
         """
 
-        def thin_out(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        def thin_out(
+            _module: torch.nn.Module, inputs: tuple[Any, ...]
+        ) -> tuple[Any, ...]:
             hidden, *others = inputs
             rows = hidden.flatten(0, -2).index_select(0, wanted.to(hidden.device))
             return (rows[None], *others)
@@ -428,10 +436,7 @@ class _Work:
         )
         counts = [len(continuation) for _, _, continuation in requests]
         nodes = np.concatenate(
-            [
-                tree.path(int(node), n)
-                for node, n in zip(tree.last, counts, strict=True)
-            ]
+            [tree.path(int(node), n) for node, n in zip(tree.last, counts, strict=True)]
         )
         targets = np.concatenate([np.asarray(r[2], dtype=np.int64) for r in requests])
         distinct, which = np.unique(nodes << 32 | targets, return_inverse=True)
@@ -598,7 +603,11 @@ def sequence_limit(config: PretrainedConfig) -> int | None:
         if isinstance(window, int) and window > 0:
             limits.append(window)
     rope = getattr(config, "rope_parameters", None) or {}
-    scalings = rope.values() if rope and all(isinstance(r, dict) for r in rope.values()) else [rope]
+    scalings = (
+        rope.values()
+        if rope and all(isinstance(r, dict) for r in rope.values())
+        else [rope]
+    )
     for scaling in scalings:
         if scaling.get("rope_type") in ("dynamic", "longrope"):
             limits.append(

@@ -103,7 +103,9 @@ def test_a_cut_is_made_where_the_path_is_short():
     # Ten shared tokens, then four questions of five tokens.
     sequences = [[0] * 10 + [q] * 5 for q in range(1, 5)]
     tree = build_tree(sequences)
-    pack = next_pack(tree, scored_before(np.zeros(len(tree), int)), 0, Budget(23, 23, 23))
+    pack = next_pack(
+        tree, scored_before(np.zeros(len(tree), int)), 0, Budget(23, 23, 23)
+    )
     assert not pack.complete
     assert pack.stop == 20
     assert tree.depth[pack.stop] == 10
