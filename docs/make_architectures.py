@@ -306,7 +306,7 @@ class _Declined(logging.Handler):
         if "pruned in memory" in record.getMessage():
             self.reasons.append(record.getMessage())
 
-    def __enter__(self) -> _Declined:
+    def __enter__(self):
         logging.getLogger("lm_eval.pruned.loading").addHandler(self)
         logging.getLogger("lm_eval.pruned.loading").setLevel(logging.INFO)
         return self
@@ -348,17 +348,21 @@ def table(rows: list[Row]) -> str:
         "",
         "Written by `python docs/make_architectures.py`; do not edit.",
         "",
-        f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}. A "
-        f"tiny model of every causal-LM and seq2seq class was built and pruned by {PERCENT} %. "
-        f"{len(pruned)} can be pruned, {on_load} of them while they load; the others are loaded "
-        "in full and pruned in memory, with identical weights.",
+        (
+            f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}. A "
+            f"tiny model of every causal-LM and seq2seq class was built and pruned by {PERCENT} %. "
+            f"{len(pruned)} can be pruned, {on_load} of them while they load; the others are loaded "
+            "in full and pruned in memory, with identical weights."
+        ),
         "",
         "## Pruned",
         "",
-        "Each equals slicing by hand bit for bit, in memory and from a checkpoint, and stock "
-        "transformers opens the saved result with equal logits. The config keys are those that "
-        "hold the new widths. Where an activation looks at all neurons at once (top-k sparsity), "
-        "removing neurons also changes the ones that stay.",
+        (
+            "Each equals slicing by hand bit for bit, in memory and from a checkpoint, and stock "
+            "transformers opens the saved result with equal logits. The config keys are those that "
+            "hold the new widths. Where an activation looks at all neurons at once (top-k sparsity), "
+            "removing neurons also changes the ones that stay."
+        ),
         "",
         "| model type | class | while loading | widths in the config |",
         "| --- | --- | --- | --- |",

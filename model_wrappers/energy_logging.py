@@ -188,9 +188,15 @@ class EnergyLoggingHFLM(HFLM):
         )
         before = counts.processed
         self._forwarded_positions = 0
+        # Kept by `PrefixSharingMixin`, which forwards less than HFLM would.
+        counted = getattr(self, "tokens_processed", None)
         answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
         if counts.processed == before:
-            counts.processed += self._forwarded_positions
+            counts.processed += (
+                self._forwarded_positions
+                if counted is None
+                else self.tokens_processed - counted
+            )
         return answers
 
     def _select_cont_toks(
