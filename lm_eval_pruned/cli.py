@@ -277,8 +277,6 @@ def _run_sweep(arguments: argparse.Namespace) -> int:
     )
 
 
-
-
 def _add_profile(commands) -> None:
     parser = commands.add_parser(
         "profile",
