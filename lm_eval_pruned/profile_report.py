@@ -89,8 +89,9 @@ def as_markdown(profile: Profile) -> str:
 
 def _setting(profile: Profile) -> str:
     request, environment, energy = profile.request, profile.environment, profile.energy
+    done = max((cell.repeats for cell in profile.cells), default=0)
     protocol = (
-        f"{request['repeats']} repeats asked for, interleaved; models held in memory "
+        f"{done} of {request['repeats']} repeats, interleaved; models held in memory "
         f"{profile.models_held}; {profile.warm_up_batches} warm-up batches, not counted."
     )
     machine = (
@@ -99,10 +100,7 @@ def _setting(profile: Profile) -> str:
     )
     lines = [protocol, machine, "Intervals are 95 %, over repeats. n/m: not measured."]
     if profile.interrupted:
-        done = max((cell.repeats for cell in profile.cells), default=0)
-        lines.append(
-            f"**Interrupted**: at most {done} of {request['repeats']} repeats were finished."
-        )
+        lines.append("**Interrupted**: the last repeat is not complete.")
     if energy["sources"]:
         lines.append(
             f"Energy by {energy['meter']}: {energy['scope']}. "
