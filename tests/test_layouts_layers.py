@@ -62,7 +62,7 @@ def test_layers_out_of_range_say_which_there_are():
         plan(skip_layers="0-15")
     with pytest.raises(ValueError, match="layers=1 and skip_layers=2"):
         plan(layers=1, skip_layers=2)
-    with pytest.raises(ValueError, match="skip_layers .* no size"):
+    with pytest.raises(ValueError, match=r"skip_layers .* no size"):
         PrunePlan.from_arguments(32, 80, skip_layers=1, available_layers=[0, 1])
 
 
@@ -116,9 +116,7 @@ def test_only_the_chosen_layers_are_pruned(family, tmp_path, caplog):
     assert_same(again, expected)
     assert torch.equal(logits(again), logits(loaded))
     assert again.prune_record.as_dict()["asked"] == {}
-    assert (
-        again.prune_record.parameters_before == loaded.prune_record.parameters_after
-    )
+    assert again.prune_record.parameters_before == loaded.prune_record.parameters_after
 
 
 def test_skipping_is_choosing_the_others(tmp_path):
