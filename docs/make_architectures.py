@@ -228,7 +228,7 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
             model.save_pretrained(source)
             # A class may stand for a part of its config, and then saves only that.
             config.save_pretrained(source)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - anything may be wrong with a guess
             return Row(model_type, class_name, "not tried", _first_line(error))
         try:
             widths = widths_in_memory(model)
@@ -237,7 +237,7 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
             return Row(model_type, class_name, "refused", str(refusal))
         try:
             logits(model)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - anything may be wrong with a guess
             reason = f"the tiny model does not run unpruned: {_first_line(error)}"
             return Row(model_type, class_name, "not tried", reason)
         plan = widths.plan(prune_percent=PERCENT)
@@ -255,6 +255,11 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
         in_memory = auto_class.from_pretrained(source, **EAGER)
         _compare("in memory", prune_model(in_memory, prune_percent=PERCENT), expected)
         _compare("while loading", loaded, expected)
+        counts = [
+            (m.prune_record.parameters_before, m.prune_record.parameters_after)
+            for m in (in_memory, loaded)
+        ]
+        assert counts[0] == counts[1], f"parameters differ: {counts}"
         loaded.save_pretrained(saved)
         reloaded = aligned(type(model).from_pretrained(saved, **EAGER))
         _compare("saved and reloaded", reloaded, expected)

@@ -293,7 +293,7 @@ def _layer_numbers(name: str, value: Layers | None) -> set[int]:
     text = ",".join(str(part) for part in value) if is_list else str(value)  # type: ignore[union-attr]
     numbers: set[int] = set()
     for part in re.split(r"[,;+\s]+", text.strip().strip("[]()")):
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
         first, last = (match[1], match[2] or match[1]) if match else (1, 0)
         if not 0 <= int(last) - int(first) < _MOST_LAYERS:
             raise ValueError(

@@ -84,8 +84,9 @@ def overrides(family: str, width: int) -> dict:
             "interleave_moe_layer_step": 2,
         },
         "lfm2": {
-            "intermediate_size": 3 * width,
-            "block_ffn_dim_multiplier": None,
+            "intermediate_size": (3 * width + 1) // 2,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_multiple_of": 1,
             "layer_types": ["conv", "full_attention", "conv"],
         },
     }[family]
