@@ -1,7 +1,7 @@
 """Expansion arithmetic: from what the user asked for to a kept width.
 
 Everything here is exact rational arithmetic on plain integers: no torch, no
-floats. ``ceil(3.6 * 2560)`` is 9216, which binary floating point misses.
+floats. Binary floating point would keep ``ceil(2.2 * 200) == 441`` neurons, not 440.
 """
 
 from __future__ import annotations

@@ -228,8 +228,8 @@ def skeleton(
         model = auto_class.from_config(
             copy.deepcopy(config), trust_remote_code=trust_remote_code
         )
-        # Ties are part of the initialisation that was left out.
-        model.tie_weights()
+    # Ties are part of the initialisation that was left out.
+    model.tie_weights()
     return model
 
 

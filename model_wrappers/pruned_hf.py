@@ -11,11 +11,11 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from lm_eval.models.huggingface import HFLM
-
 from lm_eval_pruned.adapters import STAGES, check_adapter, merged
 from lm_eval_pruned.default_model import find_default_model
 from lm_eval_pruned.loading import Request, load_with_arguments
+from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
+from lm_eval_pruned.model_wrappers.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.parallel import check_divisible
 from lm_eval_pruned.pruning import prune_model
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
 
-class PrunedHFLM(HFLM):
+class PrunedHFLM(PrefixSharingMixin, EnergyLoggingHFLM):
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
@@ -81,7 +81,9 @@ class PrunedHFLM(HFLM):
             quantization_config: How to quantise the pruned weights as they are loaded,
                 as the dict of a transformers quantisation config. ``load_in_8bit``,
                 ``load_in_4bit`` and ``bnb_4bit_...`` work as well.
-            **kwargs: Everything HFLM takes.
+            **kwargs: Everything HFLM takes, the arguments ``energy...`` of
+                `EnergyLoggingHFLM`, and ``prefix_sharing`` (default true); see
+                `PrefixSharingMixin`.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.

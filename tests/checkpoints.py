@@ -20,6 +20,9 @@ from transformers import (
 )
 
 
+ROOT = Path(__file__).resolve().parents[1]
+#: Published figures and small configs that the tests carry.
+DATA = Path(__file__).parent / "data"
 #: Data laid out under its Hub names; not part of the repository.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
-from . import checkpoints, harness
+from . import checkpoints, demo_runs
 
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -241,7 +241,7 @@ def test_through_the_harness(tiny_llama, tmp_path):
     adapter = save_adapter(
         tmp_path / "adapter", load_pruned(str(tiny_llama)), METHODS["lora"]
     )
-    scores, config = harness.evaluate(
+    scores, config = demo_runs.evaluate(
         "pruned-hf", f"pretrained={tiny_llama},ratio=2,peft={adapter},peft_stage=before"
     )
     merged = PeftModel.from_pretrained(
@@ -249,6 +249,6 @@ def test_through_the_harness(tiny_llama, tmp_path):
     ).merge_and_unload()
     prune_model(merged, ratio=2).save_pretrained(tmp_path / "by-hand")
     checkpoints.byte_tokenizer().save_pretrained(tmp_path / "by-hand")
-    by_hand, _ = harness.evaluate("hf", f"pretrained={tmp_path / 'by-hand'}")
+    by_hand, _ = demo_runs.evaluate("hf", f"pretrained={tmp_path / 'by-hand'}")
     assert scores == by_hand
     assert config["pruning"]["kept_digest"] == merged.prune_record.digest

@@ -15,7 +15,7 @@ from lm_eval_pruned.calibration import calibrate, read_texts
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.glu import UnsupportedModelError, find_glu_mlps
 
-from . import checkpoints, harness
+from . import checkpoints, demo_runs
 
 
 TEXTS = [
@@ -310,7 +310,7 @@ def test_a_tokenizer_is_needed(tiny_llama, texts):
 
 
 def test_through_the_harness_and_the_export(tiny_llama, tmp_path, texts, caplog):
-    scores, config = harness.evaluate(
+    scores, config = demo_runs.evaluate(
         "pruned-hf",
         f"pretrained={tiny_llama},ratio=2,criterion=act,calibration={texts}",
     )
@@ -320,7 +320,7 @@ def test_through_the_harness_and_the_export(tiny_llama, tmp_path, texts, caplog)
     command += ["--ratio", "2", "--criterion", "act", "--calibration", texts]
     assert main(command) == 0
     assert "is loaded in full" in caplog.text
-    exported, _ = harness.evaluate("hf", f"pretrained={output}")
+    exported, _ = demo_runs.evaluate("hf", f"pretrained={output}")
     assert exported == scores
     assert config["pruning"]["kept_digest"] in (output / "README.md").read_text()
 

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from lm_eval_pruned.criteria import GROUP, canonical_name, score_neurons
 
-from . import harness
+from . import demo_runs
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_packages_criterion_prunes_everywhere(install, tiny_llama, tmp_path):
         assert kept.tolist() == sorted(size.topk(64).indices.tolist())
     pruned = prune_model(whole, ratio=2, criterion="cubic")
     assert pruned.prune_record.digest == loaded.prune_record.digest
-    _, config = harness.evaluate(
+    _, config = demo_runs.evaluate(
         "pruned-hf", f"pretrained={tiny_llama},ratio=2,criterion=cubic", limit=1
     )
     assert config["pruning"]["criterion"] == "cubic"
@@ -144,7 +144,7 @@ def test_scores_of_any_real_dtype_rank(neurons, data):
 
 
 def test_the_example_of_the_documentation(install, tiny_llama):
-    text = (harness.TASKS.parent / "docs" / "criteria.md").read_text()
+    text = (demo_runs.TASKS.parent / "docs" / "criteria.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     declaration = text.split("```toml\n")[1].split("```")[0]
     name, _, value = declaration.splitlines()[-1].partition(" = ")
@@ -159,6 +159,6 @@ def test_the_example_of_the_documentation(install, tiny_llama):
 def test_every_built_in_criterion_is_documented():
     from lm_eval_pruned.criteria import ALIASES, CALIBRATED, CRITERIA, RANDOM
 
-    text = (harness.TASKS.parent / "docs" / "criteria.md").read_text()
+    text = (demo_runs.TASKS.parent / "docs" / "criteria.md").read_text()
     for name in (*CRITERIA, *CALIBRATED, RANDOM, *ALIASES):
         assert f"`{name}`" in text, name

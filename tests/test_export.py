@@ -18,7 +18,7 @@ from lm_eval_pruned import export as export_module, load_pruned
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.export import export_pruned
 
-from . import checkpoints, harness
+from . import checkpoints, demo_runs
 
 
 ARCHITECTURES = {
@@ -400,8 +400,8 @@ def test_hf_scores_the_export_like_pruned_hf_scores_the_source(
     export = export_pruned(
         str(tiny_llama_sharded), output, prune_arguments={"ratio": 2}
     )
-    exported, _ = harness.evaluate("hf", f"pretrained={output}")
-    pruned, config = harness.evaluate(
+    exported, _ = demo_runs.evaluate("hf", f"pretrained={output}")
+    pruned, config = demo_runs.evaluate(
         "pruned-hf", f"pretrained={tiny_llama_sharded},ratio=2"
     )
     assert exported == pruned
@@ -413,7 +413,7 @@ def test_the_real_model_through_both_commands(real_model, tmp_path):
     output = tmp_path / "out"
     prune = ["lm-eval-pruned", "prune", "--pretrained", real_model]
     prune += ["--prune_percent", "40", "--output", str(output)]
-    done = harness.run([*prune, "--max_shard_size", "100MB"], tmp_path)
+    done = demo_runs.run([*prune, "--max_shard_size", "100MB"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(output.glob("*.safetensors"))) > 1
     answers = {}
@@ -421,11 +421,11 @@ def test_the_real_model_through_both_commands(real_model, tmp_path):
         "hf": f"pretrained={output}",
         "pruned-hf": f"pretrained={real_model},prune_percent=40",
     }.items():
-        done = harness.run(
-            harness.command(model, model_args, tmp_path / model, limit=10), tmp_path
+        done = demo_runs.run(
+            demo_runs.command(model, model_args, tmp_path / model, limit=10), tmp_path
         )
         assert done.returncode == 0, done.stderr
-        answers[model], config = harness.read(tmp_path / model)
+        answers[model], config = demo_runs.read(tmp_path / model)
     assert answers["hf"] == answers["pruned-hf"]
     assert config["pruning"]["kept_digest"] in (output / "README.md").read_text()
 
@@ -490,7 +490,7 @@ def test_a_checkpoint_larger_than_the_memory_limit(tiny_llama, tmp_path):
     assert size > 6 * room
     arguments = [str(tiny_llama), str(folder), str(tmp_path / "out"), str(room)]
     python = [sys.executable, "-c", _LIMITED]
-    done = harness.run([*python, "export", *arguments], tmp_path, timeout=600)
+    done = demo_runs.run([*python, "export", *arguments], tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     peak = json.loads(done.stdout.splitlines()[-1])["private"]
     print(f"checkpoint {size:,} bytes, limit {room:,}, peak private {peak:,}")
@@ -500,7 +500,7 @@ def test_a_checkpoint_larger_than_the_memory_limit(tiny_llama, tmp_path):
         == 2752
     )
     # The limit bites: the narrowed model itself does not fit under it.
-    done = harness.run(
+    done = demo_runs.run(
         [*python, "load", *arguments[:2], str(tmp_path / "none"), str(room)],
         tmp_path,
         timeout=600,

@@ -116,9 +116,7 @@ def test_only_the_chosen_layers_are_pruned(family, tmp_path, caplog):
     assert_same(again, expected)
     assert torch.equal(logits(again), logits(loaded))
     assert again.prune_record.as_dict()["asked"] == {}
-    assert (
-        again.prune_record.parameters_before == loaded.prune_record.parameters_after
-    )
+    assert again.prune_record.parameters_before == loaded.prune_record.parameters_after
 
 
 def test_skipping_is_choosing_the_others(tmp_path):

@@ -152,7 +152,9 @@ def results_of(tmp_path) -> dict:
 )
 def test_the_stock_command(family, more, tmp_path):
     save_family(tmp_path / "model", family, 16)
-    done = run_command(tmp_path, f"pretrained={tmp_path}/model,intermediate_size=8{more}")
+    done = run_command(
+        tmp_path, f"pretrained={tmp_path}/model,intermediate_size=8{more}"
+    )
     assert done.returncode == 0, done.stderr
     pruning = results_of(tmp_path)["config"]["pruning"]
     assert pruning["intermediate_size_after"] == 8

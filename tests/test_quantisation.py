@@ -15,7 +15,7 @@ from lm_eval_pruned import load_pruned
 from lm_eval_pruned.export import export_pruned
 from lm_eval_pruned.loading import NarrowedTensor
 
-from . import checkpoints, harness
+from . import checkpoints, demo_runs
 
 
 def torchao_int8():
@@ -117,7 +117,7 @@ def test_through_the_harness(source, tmp_path, arguments):
         expected = torchao_int8()
     else:
         expected = bitsandbytes(**arguments)
-    scores, config = harness.evaluate(
+    scores, config = demo_runs.evaluate(
         "pruned-hf", {"pretrained": str(source), "ratio": 2, **arguments}, limit=2
     )
     export_pruned(str(source), tmp_path / "out", prune_arguments={"ratio": 2})
@@ -125,7 +125,7 @@ def test_through_the_harness(source, tmp_path, arguments):
         tmp_path / "out", quantization_config=expected
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    by_hand, _ = harness.evaluate(
+    by_hand, _ = demo_runs.evaluate(
         HFLM(pretrained=stock, tokenizer=tokenizer, batch_size=4), {}, limit=2
     )
     assert scores == by_hand

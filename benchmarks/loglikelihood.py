@@ -1,0 +1,289 @@
+"""Compare log-likelihood with shared prefixes (``hf-prefix``) with the harness's ``hf``.
+
+Both sides answer the same requests with the same weights in one process, taking
+turns; times are those of ``loglikelihood``, tokenising included. ``hf`` runs at the
+fastest of the batch sizes given. Log-probabilities, greedy flags and task scores of
+the two sides are compared in the same run, which fails where they differ.
+
+    python benchmarks/loglikelihood.py --task truthfulqa --limit 40
+
+The stock tasks read their data from the Hub, or from a folder laid out under the
+Hub names where `--data` names one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+
+from lm_eval_pruned.default_model import find_default_model
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
+
+
+BOOLQ = {
+    "dataset_path": "aps/super_glue",
+    "dataset_name": "boolq",
+    "output_type": "multiple_choice",
+    "training_split": "train",
+    "validation_split": "validation",
+    "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
+    "doc_to_target": "label",
+    "doc_to_choice": ["no", "yes"],
+    "metric_list": [{"metric": "acc"}],
+}
+
+
+def _with_two_choices(dataset: Any) -> Any:
+    """Pair each question with the first sentence of its own passage and of the next one.
+
+    Question and answers are about as long as PIQA's.
+    """
+    sentences = [f" {passage.split('. ')[0]}." for passage in dataset["passage"]]
+
+    def choices(_: dict[str, Any], index: int) -> dict[str, list[str]]:
+        return {"choices": [sentences[index], sentences[(index + 1) % len(sentences)]]}
+
+    return dataset.map(choices, with_indices=True, load_from_cache_file=False)
+
+
+TASKS: dict[str, list[Any]] = {
+    "truthfulqa": ["truthfulqa_mc1", "truthfulqa_mc2"],
+    "boolq": ["boolq"],
+    "boolq_fewshot_fixed": [
+        BOOLQ
+        | {
+            "task": "boolq_fewshot_fixed",
+            "num_fewshot": 5,
+            "fewshot_config": {"sampler": "first_n"},
+        }
+    ],
+    "boolq_fewshot_random": [
+        BOOLQ | {"task": "boolq_fewshot_random", "num_fewshot": 5}
+    ],
+    "two_choice": [
+        BOOLQ
+        | {
+            "task": "two_choice",
+            "process_docs": _with_two_choices,
+            "doc_to_text": "Question: {{question}}?\nAnswer:",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": 0,
+            "target_delimiter": "",
+            "training_split": None,
+        }
+    ],
+}
+
+#: Largest difference of two log-probabilities that rounding explains, by dtype.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 2.0}
+
+
+class Side:
+    """One model type: its answers, times in seconds, and peak memory in bytes."""
+
+    def __init__(self, name: str, lm: HFLM) -> None:
+        self.name = name
+        self.lm = lm
+        self.seconds: list[float] = []
+        self.peak = 0
+        self.requests = 0
+        self.answers: list[tuple[float, bool]] = []
+        self.scores: dict[str, Any] = {}
+        self._answer = lm.loglikelihood
+        lm.loglikelihood = self._timed
+
+    def _timed(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        self.requests = len(requests)
+        with _PeakMemory(self.lm.device) as memory:
+            begin = time.perf_counter()
+            self.answers = self._answer(requests, **kwargs)
+            if self.lm.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - begin)
+        self.peak = max(self.peak, memory.peak)
+        return self.answers
+
+    def run(self, task: str, limit: int | None) -> float:
+        """Evaluate `task` once; return the seconds its requests took."""
+        results = simple_evaluate(
+            model=self.lm,
+            tasks=[dict(t) if isinstance(t, dict) else t for t in TASKS[task]],
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        self.scores = results["results"]
+        return self.seconds[-1]
+
+
+class _PeakMemory:
+    """Peak of the process's resident memory, or of the CUDA device's allocated memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.peak = 0
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._stop.wait(0.01):
+            self.peak = max(self.peak, process.memory_info().rss)
+
+    def __enter__(self) -> _PeakMemory:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            self.peak = torch.cuda.max_memory_allocated()
+        else:
+            self._stop.set()
+            self._thread.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--pretrained", help="default: SmolLM2-135M-Instruct")
+    parser.add_argument("--limit", type=int, help="documents per task; default: all")
+    parser.add_argument("--repeats", type=int, default=3, help="of both sides each")
+    parser.add_argument(
+        "--hf-batch-sizes", default="1,8,32", help="to choose hf's from"
+    )
+    parser.add_argument("--batch-size", default="auto", help="of hf-prefix")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
+    parser.add_argument("--data", type=Path, help="folder of data under its Hub names")
+    parser.add_argument(
+        "--profile", action="store_true", help="say where the time goes"
+    )
+    arguments = parser.parse_args()
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    if arguments.data:
+        os.chdir(arguments.data)
+
+    pretrained = arguments.pretrained or find_default_model().pretrained
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        pretrained,
+        dtype=getattr(torch, arguments.dtype),
+        attn_implementation=arguments.attention,
+    ).to(arguments.device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained)
+
+    def side(name: str, cls: type[HFLM], batch_size: int | str) -> Side:
+        return Side(name, cls(model, tokenizer=tokenizer, batch_size=batch_size))
+
+    batch_size = arguments.batch_size
+    batch_size = batch_size if batch_size.startswith("auto") else int(batch_size)
+    ours = side("hf-prefix", PrefixHFLM, batch_size)
+    candidates = {
+        size: side(f"hf, batch size {size}", HFLM, size)
+        for size in map(int, arguments.hf_batch_sizes.split(","))
+    }
+    first = {
+        size: candidate.run(arguments.task, arguments.limit)
+        for size, candidate in candidates.items()
+    }
+    hf = candidates[min(first, key=first.__getitem__)]
+    ratios = []
+    for _ in range(arguments.repeats):
+        our_seconds = ours.run(arguments.task, arguments.limit)
+        ratios.append(hf.run(arguments.task, arguments.limit) / our_seconds)
+
+    worst = max(
+        abs(a - b) for (a, _), (b, _) in zip(ours.answers, hf.answers, strict=True)
+    )
+    flags = sum(a != b for (_, a), (_, b) in zip(ours.answers, hf.answers, strict=True))
+    packages = ("lm_eval", "transformers", "torch")
+    print(
+        f"task          {arguments.task}, {hf.requests} requests, limit {arguments.limit}"
+    )
+    print(f"model         {pretrained}, {arguments.dtype}, {arguments.attention}")
+    print(
+        f"machine       {platform.processor() or platform.machine()}, {arguments.device}, "
+        f"{torch.get_num_threads()} threads; "
+        + ", ".join(f"{name} {version(name)}" for name in ("lm-eval-pruned", *packages))
+    )
+    print(
+        "hf chosen by  " + ", ".join(f"batch {b}: {s:.2f} s" for b, s in first.items())
+    )
+    for name, value in (
+        (ours.name, ours.seconds),
+        (hf.name, hf.seconds[1:]),
+    ):
+        print(f"{name:22} s    {_spread(value)}")
+    print(f"ratio hf / hf-prefix        {_spread(ratios)}")
+    lm = ours.lm
+    assert isinstance(lm, PrefixHFLM)
+    print(
+        f"tokens        asked {lm.tokens_asked // arguments.repeats}, "
+        f"processed {lm.tokens_processed // arguments.repeats}"
+    )
+    print(f"peak memory   {ours.peak / 2**20:.0f} MiB, hf {hf.peak / 2**20:.0f} MiB")
+    print(f"differences   {worst:.1e} in log-probability, {flags} greedy flags")
+    print(f"scores        {json.dumps(_numbers(ours.scores))}")
+    if arguments.profile:
+        _profile(ours, arguments)
+    tolerance = TOLERANCE[getattr(torch, arguments.dtype)]
+    if worst > tolerance:
+        raise SystemExit(f"log-probabilities differ by more than {tolerance}")
+    if arguments.dtype == "float32" and _numbers(ours.scores) != _numbers(hf.scores):
+        raise SystemExit(f"scores differ: hf has {json.dumps(_numbers(hf.scores))}")
+
+
+def _spread(values: list[float]) -> str:
+    return (
+        f"min {min(values):.2f}  median {statistics.median(values):.2f}  "
+        f"max {max(values):.2f}"
+    )
+
+
+def _numbers(scores: dict[str, Any]) -> dict[str, float]:
+    return {
+        f"{task} {metric.partition(',')[0]}": round(value, 4)
+        for task, metrics in scores.items()
+        for metric, value in metrics.items()
+        if isinstance(value, float) and "stderr" not in metric
+    }
+
+
+def _profile(side: Side, arguments: argparse.Namespace) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if arguments.device != "cpu":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        side.run(arguments.task, arguments.limit)
+    print(
+        profile.key_averages().table(
+            sort_by=f"self_{'cpu' if arguments.device == 'cpu' else 'cuda'}_time_total",
+            row_limit=20,
+            max_name_column_width=40,
+        )
+    )
+    print(f"{side.name} while profiled: {side.seconds[-1]:.2f} s")
+
+
+if __name__ == "__main__":
+    main()
