@@ -201,7 +201,7 @@ def test_a_config_that_lies_about_the_width_is_caught(copied):
     edit_config(copied, intermediate_size=96)
     with pytest.raises(
         ValueError,
-        match="has 88 neurons in the checkpoint, but its config.json says 96",
+        match=r"has 88 neurons in the checkpoint, but its config\.json says 96",
     ):
         load_pruned(str(copied), ratio=1)
 
