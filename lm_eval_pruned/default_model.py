@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from lm_eval_pruned.atomic import appearing_whole
 
 
 #: Name of the default model on the Hub.
@@ -114,33 +114,20 @@ def _convert(gguf: Path, folder: Path) -> None:
         GgufConfig,
     )
 
-    unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        with contextlib.suppress(AttributeError):
-            del model.config.quantization_config
-        model.generation_config = GenerationConfig.from_model_config(model.config)
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        with contextlib.suppress(FileExistsError):
-            _rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _rename(unfinished: Path, folder: Path) -> None:
-    for path in unfinished.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    try:
-        unfinished.rename(folder)
+        with appearing_whole(folder) as unfinished:
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            with contextlib.suppress(AttributeError):
+                del model.config.quantization_config
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
     except OSError:
         # Another process finished the same conversion first.
         if not folder.is_dir():

@@ -11,9 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.atomic import appearing_whole
 from lm_eval_pruned.expansion import SIZE_ARGUMENTS
 from lm_eval_pruned.loading import (
     AssembledTensor,
@@ -40,7 +39,8 @@ from lm_eval_pruned.shards import DTYPE_NAMES, ITEM_BYTES, StoredTensor, write_s
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    import os
+    from collections.abc import Mapping
 
     from torch import Tensor
     from transformers import PretrainedConfig
@@ -149,7 +149,7 @@ def export_pruned(
             f"nothing to export: pass one of {', '.join(SIZE_ARGUMENTS)} that removes some."
         )
     folder = _source_folder(pretrained, source)
-    with _appearing_whole(output) as unfinished:
+    with appearing_whole(output) as unfinished:
         writer = _Writer(
             folder, unfinished, target_dtype, torch.device(device), max_shard_size
         )
@@ -395,26 +395,6 @@ def _auto_class(pretrained: str, source: dict[str, Any]) -> Any:
     if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForCausalLM
-
-
-@contextlib.contextmanager
-def _appearing_whole(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output` that takes its name when the block succeeds."""
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(
-        tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent)
-    )
-    try:
-        yield unfinished
-        for path in unfinished.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        unfinished.chmod(0o755)
-        unfinished.replace(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _source_folder(pretrained: str, source: dict[str, Any]) -> Path:

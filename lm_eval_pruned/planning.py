@@ -94,17 +94,22 @@ def plan_rows(
     for value in values:
         plan = widths.plan(multiple_of=multiple_of, **{argument: value})
         parameters = widths.count_parameters(widths.targets(plan))
-        rows.append(
-            PlanRow(
-                f"{argument}={value}",
-                plan.width,
-                plan.ratio,
-                parameters,
-                1 - parameters / before,
-                parameters * dtype.itemsize,
-            )
-        )
+        rows.append(_row(plan, parameters, before, dtype.itemsize))
     return rows
+
+
+def _row(
+    plan: PrunePlan, parameters: int, before: int, bytes_per_parameter: int
+) -> PlanRow:
+    ((argument, value),) = plan.asked.items()
+    return PlanRow(
+        f"{argument}={value}",
+        plan.width,
+        plan.ratio,
+        parameters,
+        1 - parameters / before,
+        parameters * bytes_per_parameter,
+    )
 
 
 def _read_config(pretrained: str, revision: str) -> dict[str, Any]:
@@ -133,15 +138,12 @@ def _rows_of_shape(
             **{argument: value},  # type: ignore[arg-type]
         )
         removed = shape.parameters_per_neuron * (shape.width - plan.width)
-        parameters = shape.parameters - removed
         rows.append(
-            PlanRow(
-                f"{argument}={value}",
-                plan.width,
-                plan.ratio,
-                parameters,
-                1 - parameters / shape.parameters,
-                parameters * shape.bytes_per_parameter,
+            _row(
+                plan,
+                shape.parameters - removed,
+                shape.parameters,
+                shape.bytes_per_parameter,
             )
         )
     return rows

@@ -27,6 +27,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+from lm_eval_pruned.atomic import sync, umask, write_atomically
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,25 +112,12 @@ class SweepFolder:
 
     def write_definition(self, definition: dict[str, Any]) -> None:
         """Write ``sweep.json``, the same bytes for the same definition."""
-        self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(
             {"schema_version": SCHEMA_VERSION, **definition},
             indent=2,
             ensure_ascii=False,
         )
-        target = self.path / "sweep.json"
-        handle, name = tempfile.mkstemp(prefix=".sweep.json-", dir=self.path)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        _sync(self.path)
+        write_atomically(self.path / "sweep.json", text + "\n")
 
     @contextlib.contextmanager
     def new_unit(self) -> Iterator[Path]:
@@ -136,7 +125,7 @@ class SweepFolder:
         parent = self.path / ".unfinished" / self._part
         parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=parent))
-        folder.chmod(0o777 & ~_umask())
+        folder.chmod(0o777 & ~umask())
         try:
             yield folder
         finally:
@@ -161,15 +150,15 @@ class SweepFolder:
         )
         (folder / "unit.json").write_text(text + "\n", encoding="utf-8")
         for file in folder.iterdir():
-            _sync(file)
-        _sync(folder)
+            sync(file)
+        sync(folder)
         target = self.unit(configuration, task)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             self._set_aside(target)
         os.rename(folder, target)
         for parent in (target.parent, target.parent.parent, self.path):
-            _sync(parent)
+            sync(parent)
 
     def _set_aside(self, target: Path) -> None:
         record = self.read(target.parent.name, target.name)
@@ -255,22 +244,3 @@ def _file_name(name: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot flush a folder.
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import os
 
+
+# huggingface_hub reads it once, when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from . import checkpoints
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 settings.register_profile("dev", deadline=None, max_examples=25)
 settings.register_profile(
