@@ -6,8 +6,11 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 
 if TYPE_CHECKING:
@@ -106,6 +109,8 @@ def forked(run, kill_after: int | None = None) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 99
     try:
+        # tqdm's own lock is shared among forks: one killed inside it would block the next.
+        tqdm.set_lock(threading.RLock())
         if kill_after is not None:
             left = kill_after
 

@@ -6,6 +6,8 @@ import json
 import logging
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -102,7 +104,8 @@ def test_nothing_stays_registered(tiny_llama, copied):
     )
 
 
-def test_other_threads_load_untouched(tiny_llama):
+def load_in_threads(tiny_llama):
+    """Load pruned and unpruned models in four threads at once."""
     full = AutoModelForCausalLM.from_pretrained(tiny_llama)
     loaded = []
 
@@ -125,6 +128,23 @@ def test_other_threads_load_untouched(tiny_llama):
         if model.config.intermediate_size == 32:
             expected = load_pruned(str(tiny_llama), ratio=1)
         slicing.assert_same_model(model, expected)
+
+
+def test_other_threads_load_untouched(tiny_llama):
+    # In a process of its own: where threads load at once, transformers itself can leave
+    # torch.nn.init replaced, and models built later would stay uninitialised.
+    subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            (
+                "import sys; from tests.test_loading import load_in_threads; "
+                "load_in_threads(sys.argv[1])"
+            ),
+            str(tiny_llama),
+        ],
+        cwd=checkpoints.ROOT,
+        check=True,
+    )
 
 
 def test_disk_offload_keeps_the_narrowed_weights(tiny_llama, tmp_path):
