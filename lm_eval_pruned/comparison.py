@@ -207,6 +207,12 @@ def compare(
                 )
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
+        unlike = _unlike_settings(base, run, shared)
+        if unlike:
+            notes.append(
+                f"{run.name} was evaluated with other settings than {base.name} "
+                f"({', '.join(unlike)}), so a difference need not come from the model."
+            )
         for task, metric in base.scores:
             if task in shared and (task, metric) in run.scores:
                 rows.append(_difference(base, run, task, metric, alpha, read))
@@ -465,6 +471,30 @@ def _verdict(row: Difference, q: float | None, alpha: float, base: Run) -> str:
     if higher_is_better is None:
         return "different"
     return "better" if (row.difference > 0) == higher_is_better else "worse"
+
+
+def _unlike_settings(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
+    """Return the settings, other than the model's, that two runs do not share."""
+    shots = [
+        {task: each.environment.get("n-shot", {}).get(task) for task in tasks}
+        for each in (base, run)
+    ]
+    unlike = ["num_fewshot"] if shots[0] != shots[1] else []
+    unlike += [
+        label
+        for key, label in (
+            ("chat_template_sha", "chat template"),
+            ("system_instruction_sha", "system instruction"),
+            ("fewshot_as_multiturn", "fewshot_as_multiturn"),
+        )
+        if base.environment.get(key) != run.environment.get(key)
+    ]
+    unlike += [
+        label
+        for key, label in (("model_dtype", "dtype"), ("gen_kwargs", "gen_kwargs"))
+        if base.config.get(key) != run.config.get(key)
+    ]
+    return unlike
 
 
 def _with_distinct_names(base: Run, runs: list[Run]) -> list[Run]:

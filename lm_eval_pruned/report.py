@@ -461,7 +461,7 @@ def _repeating(sweep: Sweep, base: Run) -> Section:
         "model arguments of the unpruned model": config.get("model_args"),
         "model revision": config.get("model_sha") or config.get("model_revision"),
         "dtype": config.get("model_dtype"),
-        "device": config.get("device"),
+        "device (as asked)": config.get("device"),
         "batch size": config.get("batch_size"),
         "limit": config.get("limit"),
         "few-shot examples": base.environment.get("n-shot"),
@@ -475,7 +475,9 @@ def _repeating(sweep: Sweep, base: Run) -> Section:
     rows = [[Cell(name), Cell(_fact(value))] for name, value in facts.items()]
     return Section(
         "To repeat this",
-        ["The definition of the sweep, from sweep.json:"],
+        [
+            "Settings of the unpruned model's run, and below them the sweep's own sweep.json."
+        ],
         Table("Versions and settings", ["what", "value"], rows, text=2),
         code=json.dumps(sweep.definition, indent=2, ensure_ascii=False, default=str),
     )

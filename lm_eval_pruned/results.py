@@ -539,6 +539,7 @@ def _read_file(file: Path) -> Run:
         if isinstance(members, list) and members
     }
     config = _object(file, data, "config")
+    _object(file, data, "n-shot")
     leaves = set(results).union(*subtasks.values())
     return Run(
         name=file.stem,

@@ -156,6 +156,18 @@ def test_tasks_of_one_run_only_are_named(tmp_path):
         comparison.compare(base, [other])
 
 
+def test_other_settings_are_named(tmp_path):
+    tasks = {"tf": {"acc,none": answers(0.4)}}
+    base = results.read_run(write_run(tmp_path / "a", tasks), "a")
+    file = write_run(
+        tmp_path / "b", tasks, chat_template_sha="f00", **{"n-shot": {"tf": 5}}
+    )
+    run = results.read_run(file, "b")
+    (note,) = comparison.compare(base, [run]).notes
+    assert "other settings than a (num_fewshot, chat template)" in note
+    assert comparison.compare(base, [base]).notes == ()
+
+
 @pytest.mark.parametrize("alpha", [0, 1, -0.1, float("nan")])
 def test_alpha_out_of_range(tmp_path, alpha):
     base, run = runs(tmp_path, *[{"tf": {"acc,none": answers(0.3)}}] * 2)
