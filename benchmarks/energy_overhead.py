@@ -4,9 +4,12 @@ The same requests run in one process with the hooks on and off, in turns (on, of
 off, on, ...), until each side took the time asked for. Printed: wall time and CPU
 time of the process, on against off, as the geometric mean over the pairs with its
 95 % interval; on a shared machine CPU time is the steadier one. Each turn opens and
-closes a window and starts and stops codecarbon, which a real run does once. What
-codecarbon needs to find out the hardware is printed apart: it happens while the
-model loads.
+closes windows and starts and stops codecarbon, which a real run does once.
+
+Because neighbours on the machine make the difference of two long runs vague, the CPU
+time of what the hooks add is also measured by itself: that of codecarbon's threads
+while nothing else runs, and that of one window. What codecarbon needs to find out the
+hardware is printed apart: it happens while the model loads.
 """
 
 from __future__ import annotations
@@ -51,6 +54,22 @@ def turn(lm: PrunedHFLM, log: EnergyLog | None, work) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def alone(seconds: float) -> tuple[float, float]:
+    """Return CPU seconds per second of codecarbon's threads, and per window."""
+    monitor = EnergyMonitor(CodecarbonMeter())
+    monitor.start()
+    before = time.process_time()
+    time.sleep(seconds)
+    background = (time.process_time() - before) / seconds
+    before, windows = time.process_time(), 200
+    for _ in range(windows):
+        monitor.begin_window("w")
+        monitor.end_window("w")
+    window = (time.process_time() - before) / windows
+    monitor.stop()
+    return background, window
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -90,6 +109,11 @@ def main() -> None:
             f"{name}: {middle:+.2f} % with the hooks on, 95 % interval {low:+.2f} to {high:+.2f} %"
         )
     print(f"finding out the hardware, once and while the model loads: {start:.2f} s")
+    background, window = alone(max(20.0, arguments.seconds / 3))
+    print(
+        f"by themselves: {100 * background:.3f} % of one core for codecarbon's threads, "
+        f"{1000 * window:.2f} ms for a window"
+    )
     print(log.as_table())
 
 

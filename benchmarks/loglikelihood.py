@@ -145,7 +145,7 @@ class _PeakMemory:
         while not self._stop.wait(0.01):
             self.peak = max(self.peak, process.memory_info().rss)
 
-    def __enter__(self) -> _PeakMemory:
+    def __enter__(self):
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         else:

@@ -12,6 +12,7 @@ with what stock transformers makes of the saved result.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -20,7 +21,11 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -248,7 +253,7 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
         expected, masks = by_hand.sliced(
             whole, by_hand.share(PERCENT, plan.width_before), language
         )
-        with _Declined() as declined:
+        with _collecting_reasons() as reasons:
             loaded = load_pruned(
                 source, prune_percent=PERCENT, auto_class=auto_class, **EAGER
             )
@@ -276,7 +281,7 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
     )
     if not zeroed:
         groups += "; its activation looks at all neurons at once"
-    return Row(model_type, class_name, "pruned", groups, not declined.reasons)
+    return Row(model_type, class_name, "pruned", groups, not reasons)
 
 
 def _compare(way: str, model, expected: dict[str, torch.Tensor]) -> None:
@@ -295,7 +300,7 @@ def _same_refusal(source: Path, auto_class, refusal: Exception) -> None:
         raise AssertionError("refused in memory, but not while loading")
 
 
-class _Declined(logging.Handler):
+class _Reasons(logging.Handler):
     """Collects why checkpoints were pruned in memory."""
 
     def __init__(self) -> None:
@@ -306,13 +311,16 @@ class _Declined(logging.Handler):
         if "pruned in memory" in record.getMessage():
             self.reasons.append(record.getMessage())
 
-    def __enter__(self) -> _Declined:
-        logging.getLogger("lm_eval.pruned.loading").addHandler(self)
-        logging.getLogger("lm_eval.pruned.loading").setLevel(logging.INFO)
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        logging.getLogger("lm_eval.pruned.loading").removeHandler(self)
+@contextlib.contextmanager
+def _collecting_reasons() -> Iterator[list[str]]:
+    logger, handler = logging.getLogger("lm_eval.pruned.loading"), _Reasons()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield handler.reasons
+    finally:
+        logger.removeHandler(handler)
 
 
 def _first_line(error: Exception) -> str:
@@ -343,26 +351,24 @@ def table(rows: list[Row]) -> str:
     """Return the Markdown document."""
     pruned = [row for row in rows if row.outcome == "pruned"]
     on_load = sum(row.on_load for row in pruned)
-    lines = [
-        "# Architectures",
-        "",
-        "Written by `python docs/make_architectures.py`; do not edit.",
-        "",
-        f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}. A "
-        f"tiny model of every causal-LM and seq2seq class was built and pruned by {PERCENT} %. "
-        f"{len(pruned)} can be pruned, {on_load} of them while they load; the others are loaded "
-        "in full and pruned in memory, with identical weights.",
-        "",
-        "## Pruned",
-        "",
-        "Each equals slicing by hand bit for bit, in memory and from a checkpoint, and stock "
-        "transformers opens the saved result with equal logits. The config keys are those that "
-        "hold the new widths. Where an activation looks at all neurons at once (top-k sparsity), "
-        "removing neurons also changes the ones that stay.",
-        "",
-        "| model type | class | while loading | widths in the config |",
-        "| --- | --- | --- | --- |",
-    ]
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    lines = f"""# Architectures
+
+Written by `python docs/make_architectures.py`; do not edit.
+
+{versions.partition("+")[0]}. A tiny model of every causal-LM and seq2seq class was
+built and pruned by {PERCENT} %. {len(pruned)} can be pruned, {on_load} of them while they load;
+the others are loaded in full and pruned in memory, with identical weights.
+
+## Pruned
+
+Each equals slicing by hand bit for bit, in memory and from a checkpoint, and stock
+transformers opens the saved result with equal logits. The config keys are those
+that hold the new widths. Where an activation looks at all neurons at once (top-k
+sparsity), removing neurons also changes the ones that stay.
+
+| model type | class | while loading | widths in the config |
+| --- | --- | --- | --- |""".splitlines()
     lines += [
         f"| `{r.model_type}` | `{r.class_name}` | {'yes' if r.on_load else 'no'} | {r.detail} |"
         for r in pruned

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.atomic import write_atomically
 from lm_eval_pruned.energy import COMPONENTS
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from lm_eval_pruned.profiling import Cell, Distribution, Estimate, Profile
 
@@ -30,16 +29,17 @@ def write(profile: Profile, folder: Path) -> list[Path]:
     Raises:
         OSError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [
-        _write(folder / "profile.json", profile.as_json().encode()),
-        _write(folder / "profile.md", as_markdown(profile).encode()),
-    ]
+    files: dict[str, str | bytes] = {
+        "profile.json": profile.as_json(),
+        "profile.md": as_markdown(profile),
+    }
     if plots_missing() is None:
         for name, draw in _PLOTS.items():
             for suffix in ("png", "svg"):
-                paths.append(_write(folder / f"{name}.{suffix}", draw(profile, suffix)))
-    return paths
+                files[f"{name}.{suffix}"] = draw(profile, suffix)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
 
 
 def write_json(profile: Profile, folder: Path) -> None:
@@ -48,23 +48,7 @@ def write_json(profile: Profile, folder: Path) -> None:
     Raises:
         OSError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "profile.json", profile.as_json().encode())
-
-
-def _write(path: Path, data: bytes) -> Path:
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(unfinished).chmod(0o644)
-        Path(unfinished).replace(path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
-    return path
+    write_atomically(folder / "profile.json", profile.as_json())
 
 
 def as_markdown(profile: Profile) -> str:
@@ -105,8 +89,9 @@ def as_markdown(profile: Profile) -> str:
 
 def _setting(profile: Profile) -> str:
     request, environment, energy = profile.request, profile.environment, profile.energy
+    done = max((cell.repeats for cell in profile.cells), default=0)
     protocol = (
-        f"{request['repeats']} repeats asked for, interleaved; models held in memory "
+        f"{done} of {request['repeats']} repeats, interleaved; models held in memory "
         f"{profile.models_held}; {profile.warm_up_batches} warm-up batches, not counted."
     )
     machine = (
@@ -115,10 +100,7 @@ def _setting(profile: Profile) -> str:
     )
     lines = [protocol, machine, "Intervals are 95 %, over repeats. n/m: not measured."]
     if profile.interrupted:
-        done = max((cell.repeats for cell in profile.cells), default=0)
-        lines.append(
-            f"**Interrupted**: at most {done} of {request['repeats']} repeats were finished."
-        )
+        lines.append("**Interrupted**: the last repeat is not complete.")
     if energy["sources"]:
         lines.append(
             f"Energy by {energy['meter']}: {energy['scope']}. "

@@ -76,7 +76,7 @@ class SweepTask:
     Attributes:
         name: The harness's name of it.
         digest: Hash of its YAML, its Python files and its local data.
-        spec: What `TaskManager.load` takes, see `load_task`.
+        spec: Its name, or a group of nothing else that holds its settings; see `load_task`.
     """
 
     name: str
@@ -428,7 +428,14 @@ def load_task(manager: TaskManager, task: SweepTask) -> list[Any]:
     """Return the harness's Task or Group objects of a unit; this loads its data."""
     if isinstance(task.spec, str):
         return [task.spec]
-    wrapper = manager.load([task.spec])["groups"][task.spec["group"]]
+    from lm_eval.tasks._factory import TaskFactory
+    from lm_eval.tasks._index import TaskIndex
+
+    # `TaskManager.load` would hand a dict's own key `task` down to the members of
+    # groups in it, in place of their names.
+    wrapper = TaskFactory(meta=manager.metadata).build(
+        TaskIndex.entry_from_config(task.spec), registry=manager.task_index
+    )
     return list(wrapper)
 
 

@@ -161,7 +161,7 @@ def _lay_out(
     leaves: list[int],
 ) -> TokenTree:
     children: list[list[int]] = [[] for _ in source]
-    roots = []
+    roots: list[int] = []
     for segment, parent in enumerate(above):
         (children[parent] if parent >= 0 else roots).append(segment)
     down = list(roots)

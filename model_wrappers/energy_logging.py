@@ -188,9 +188,15 @@ class EnergyLoggingHFLM(HFLM):
         )
         before = counts.processed
         self._forwarded_positions = 0
+        # Kept by `PrefixSharingMixin`, which forwards less than HFLM would.
+        counted = getattr(self, "tokens_processed", None)
         answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
         if counts.processed == before:
-            counts.processed += self._forwarded_positions
+            counts.processed += (
+                self._forwarded_positions
+                if counted is None
+                else self.tokens_processed - counted
+            )
         return answers
 
     def _select_cont_toks(
@@ -252,7 +258,9 @@ class Share:
 
 
 class EnergyLog:
-    """The readings of one model, and the block they become.
+    """The readings of one evaluation of a model, and the block they become.
+
+    The first request after the block was asked for begins the next evaluation.
 
     Args:
         monitor: Measures this machine; None in a process that is not the one to do so.
@@ -277,6 +285,7 @@ class EnergyLog:
         self._pending = Share()
         self._unreported_cached = 0
         self._notes: list[str] = []
+        self._over = False
 
     @classmethod
     def from_arguments(
@@ -330,6 +339,7 @@ class EnergyLog:
         class CountingReads(base):  # type: ignore[misc, valid-type]
             def __getitem__(self, key: Any) -> Any:
                 answer = super().__getitem__(key)
+                log._begin()
                 log._unreported_cached += 1
                 return answer
 
@@ -354,6 +364,7 @@ class EnergyLog:
     @contextlib.contextmanager
     def window(self, request_type: str, requests: int, lm: Any) -> Iterator[None]:
         """Measure the requests of one type; `close` ends the window."""
+        self._begin()
         if self._pending.request_type is not None:
             self.record([self.close()])
         before = replace(lm.token_counts)
@@ -417,11 +428,19 @@ class EnergyLog:
         )
 
     def stop(self) -> None:
-        """Stop the meter; a later request starts it again."""
+        """End the evaluation: stop the meter. A later request begins another one."""
         self.cached += self._unreported_cached
         self._unreported_cached = 0
         if self.monitor is not None:
             self.monitor.stop()
+        self._over = True
+
+    def _begin(self) -> None:
+        """Forget an evaluation that is over: a model may be evaluated many times."""
+        if self._over:
+            self._over = False
+            self.request_types, self.tasks = {}, {}
+            self.cached, self.machines, self._notes = 0, 1, []
 
     def as_dict(self) -> dict[str, Any]:
         """Return the block for the results file. None is *not measured*."""

@@ -71,7 +71,7 @@ class PrefixSharingMixin:
             ValueError: `prefix_sharing` is neither true nor false.
         """
         if not isinstance(prefix_sharing, bool):
-            raise ValueError(
+            raise ValueError(  # noqa: TRY004
                 f"prefix_sharing={prefix_sharing!r} is not understood: pass true or false."
             )
         self.prefix_sharing = prefix_sharing

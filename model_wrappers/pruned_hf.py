@@ -11,6 +11,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.models.huggingface import HFLM
+
 from lm_eval_pruned.adapters import STAGES, check_adapter, merged
 from lm_eval_pruned.default_model import find_default_model
 from lm_eval_pruned.loading import Request, load_with_arguments
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
 
-class PrunedHFLM(PrefixSharingMixin, EnergyLoggingHFLM):
+class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, HFLM):
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,

@@ -15,6 +15,15 @@ TASK = "pruned_demo_truthfulness"
 TASKS = Path(__file__).resolve().parents[1] / "tasks"
 
 
+def _unshared(model: str | Any, model_args: Any) -> Any:
+    """Turn prefix sharing off: it sums in another order, and answers are compared exactly."""
+    if model != "pruned-hf":
+        return model_args
+    if isinstance(model_args, dict):
+        return {**model_args, "prefix_sharing": False}
+    return f"{model_args},prefix_sharing=false"
+
+
 @functools.cache
 def _task_manager():
     from lm_eval.tasks import TaskManager
@@ -40,7 +49,7 @@ def evaluate(
 
     results = simple_evaluate(
         model=model,
-        model_args=model_args,
+        model_args=_unshared(model, model_args),
         tasks=[TASK],
         device="cpu",
         batch_size=4,
@@ -56,6 +65,7 @@ def evaluate(
 
 def command(model: str, model_args: str, output: Path, limit: int = 3) -> list[str]:
     """Return the stock command that does the same, writing samples to `output`."""
+    model_args = _unshared(model, model_args)
     return [
         *("lm_eval", "--model", model, "--model_args", model_args, "--tasks", TASK),
         *("--device", "cpu", "--batch_size", "4", "--limit", str(limit)),

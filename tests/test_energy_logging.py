@@ -269,11 +269,28 @@ def test_cached_answers_cost_nothing_and_are_counted(lm, tmp_path):
 def test_the_block_is_json_and_the_same_when_asked_twice(lm):
     model = lm()
     model.loglikelihood([scored("abc", "de")])
+    model.loglikelihood([scored("abc", "de")])
     block = model.get_model_info()["energy"]
+    assert block["total"]["requests"] == 2
     assert json.loads(json.dumps(block)) == block
     assert model.get_model_info()["energy"] == block
-    model.loglikelihood([scored("abc", "de")])
-    assert model.get_model_info()["energy"]["total"]["requests"] == 2
+
+
+def test_a_model_that_is_evaluated_again_starts_from_nothing(lm, tmp_path):
+    model = lm(log_of(idle_seconds=2))
+    cache = CachingLM(model, str(tmp_path / "cache.db"))
+    cache.loglikelihood([scored("abc", "de")])
+    first = cache.get_model_info()["energy"]
+    cache.generate_until([generated("abc")])
+    second = cache.get_model_info()["energy"]
+    assert set(first["request_types"]) == {"loglikelihood"}
+    assert set(second["request_types"]) == {"generate_until"}
+    assert second["total"]["requests"] == 1
+    assert second["idle"] == first["idle"]
+    cache.loglikelihood([scored("abc", "de")])
+    third = cache.get_model_info()["energy"]
+    assert third["request_types"] == {}
+    assert third["cached_answers"] == 1
 
 
 def test_machines_add_up_and_processes_are_not_metered_twice():

@@ -62,7 +62,7 @@ def test_layers_out_of_range_say_which_there_are():
         plan(skip_layers="0-15")
     with pytest.raises(ValueError, match="layers=1 and skip_layers=2"):
         plan(layers=1, skip_layers=2)
-    with pytest.raises(ValueError, match="skip_layers .* no size"):
+    with pytest.raises(ValueError, match=r"skip_layers .* no size"):
         PrunePlan.from_arguments(32, 80, skip_layers=1, available_layers=[0, 1])
 
 

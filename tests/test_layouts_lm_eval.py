@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ SEQ2SEQ = {"t5", "umt5"}
 TASK = "pruned_demo_truthfulness"
 
 
+@functools.cache
 def task_manager():
     from importlib.resources import files
 
@@ -51,9 +53,7 @@ def scores(results: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize(
-    "family", ["phi3", "glm4", "t5", "mixtral", "deepseek_v3", "gpt_oss"]
-)
+@pytest.mark.parametrize("family", ["phi3", "t5", "mixtral", "deepseek_v3"])
 def test_a_pruned_layout_scores_like_its_saved_self(family, tmp_path):
     whole = save_family(tmp_path, family, 16)
     pruned = evaluate(

@@ -466,16 +466,6 @@ def test_a_plot_without_energy_says_so(run, clock):
     assert profile_report._PLOTS["energy"](result, "png").startswith(b"\x89PNG")
 
 
-def test_a_write_that_fails_leaves_the_old_file(run, tmp_path, monkeypatch):
-    target = tmp_path / "profile.json"
-    target.write_text("old")
-    monkeypatch.setattr(profile_report.os, "fsync", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        profile_report.write_json(run(), tmp_path)
-    assert target.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -221,6 +221,16 @@ def test_the_digest_is_what_its_docstring_says(tiny_llama):
         "parameters_before": record.parameters_after + 3 * 3 * 56 * 32,
         "parameters_after": record.parameters_after,
         "kept_digest": record.digest,
+        "groups": [
+            {
+                "kind": "dense",
+                "config_key": "intermediate_size",
+                "mlps": 3,
+                "width_before": 88,
+                "width_after": 32,
+            }
+        ],
+        "config_expresses_widths": True,
     }
 
 

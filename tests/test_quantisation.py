@@ -154,6 +154,7 @@ def test_arguments_that_do_not_go_together(source, arguments, message):
 def test_what_must_be_pruned_in_memory_cannot_be_quantised_before(
     tmp_path, monkeypatch
 ):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     folder = checkpoints.save_tiny(tmp_path / "in")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

@@ -561,7 +561,7 @@ def test_groups_in_groups_keep_their_settings(options):
     folder = Path(options["output_path"], "units", "baseline", "tiny_scored")
     (results,) = folder.glob("results_*.json")
     results = json.loads(results.read_text())
-    assert results["n-shot"] == {"tiny_choice": 1}
+    assert results["n-shot"]["tiny_choice"] == 1
     assert set(results["groups"]) == {"tiny_scored"}
 
 
