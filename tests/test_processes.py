@@ -66,8 +66,10 @@ def test_device_map_with_disk_offload(tiny_llama_sharded, tmp_path):
     [
         (
             {"intermediate_size": 63},
-            r"intermediate_size=63 gives model\.layers\.0\.mlp 63 neurons, .* the 2 processes "
-            r"of tp_plan: the nearest width that does is 62, and multiple_of=2 rounds",
+            (
+                r"intermediate_size=63 gives model\.layers\.0\.mlp 63 neurons, .* the 2 processes "
+                r"of tp_plan: the nearest width that does is 62, and multiple_of=2 rounds"
+            ),
         ),
         ({"prune_percent": 1.2}, r"87 neurons, .*nearest width that does is 86"),
         ({"intermediate_size": 1}, r"1 neurons, .*nearest width that does is 2"),
