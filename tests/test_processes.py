@@ -11,7 +11,7 @@ import torch
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
-from . import harness
+from . import demo_runs
 
 
 #: What `accelerate launch` runs for several processes, which it does on CPUs only by MPI.
@@ -91,11 +91,13 @@ def test_widths_that_tensor_parallelism_cannot_split(
 def test_two_processes_share_the_documents_out(tiny_llama, tmp_path):
     """Each process prunes for itself; the scores are those of one process."""
     model_args = f"pretrained={tiny_llama},ratio=2"
-    arguments = harness.command("pruned-hf", model_args, tmp_path / "two", limit=5)
-    done = harness.run([*LAUNCH, "-m", *arguments], tmp_path, ACCELERATE_USE_CPU="true")
+    arguments = demo_runs.command("pruned-hf", model_args, tmp_path / "two", limit=5)
+    done = demo_runs.run(
+        [*LAUNCH, "-m", *arguments], tmp_path, ACCELERATE_USE_CPU="true"
+    )
     assert done.returncode == 0, done.stderr
-    scores, config = harness.read(tmp_path / "two")
-    alone, alone_config = harness.evaluate("pruned-hf", model_args, limit=5)
+    scores, config = demo_runs.read(tmp_path / "two")
+    alone, alone_config = demo_runs.evaluate("pruned-hf", model_args, limit=5)
     # Batches are formed within a process, and their size decides how sums round.
     for one, other in zip(sorted_pairs(scores), sorted_pairs(alone), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
@@ -141,7 +143,7 @@ with open(f"{folder}/{os.environ['RANK']}.json", "w") as file:
 def test_each_process_prunes_the_same_kept_set(tiny_llama, tmp_path, what):
     script = tmp_path / "ranks.py"
     script.write_text(_RANKS)
-    done = harness.run(
+    done = demo_runs.run(
         [*LAUNCH, str(script), str(tiny_llama), what, str(tmp_path)],
         tmp_path,
         ACCELERATE_USE_CPU="true",
