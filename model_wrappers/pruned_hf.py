@@ -117,6 +117,11 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, HFLM):
         super().__init__(pretrained, peft=peft, **kwargs)
         if not isinstance(pretrained, str):
             self._prune_in_memory()
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.device.type == "cpu":
+            # HFLM shares documents out among processes on GPUs only.
+            self._rank = accelerator.process_index
+            self._world_size = accelerator.num_processes
         if self.rank == 0:
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
 
