@@ -5,6 +5,14 @@ of an interpreter in which the package is installed (see ``_autoload``). The
 public names are resolved when they are first used.
 """
 
+import os
+
+
+# In a clone the tasks and the model wrappers lie beside this folder, not in it (setup.cfg maps
+# them). A Python started at the root of the clone finds this folder before the installed package.
+if not os.path.isdir(os.path.join(__path__[0], "tasks")):
+    __path__.append(os.path.dirname(__path__[0]))
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from lm_eval_pruned.expansion import PrunePlan

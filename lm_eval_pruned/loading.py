@@ -15,38 +15,53 @@ Source of the protocol: `transformers.core_model_loading.spawn_materialize` and
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import threading
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.expansion import PrunePlan
+from lm_eval_pruned.calibration import check_observable, read_texts
 from lm_eval_pruned.glu import (
+    NEURON_AXIS,
     GluMlp,
+    Slot,
     UnsupportedModelError,
+    assemble,
     count_parameters,
+    describe,
     find_glu_mlps,
-    narrowed_config,
+    resize,
     skeleton,
+    slots_by_parameter,
 )
 from lm_eval_pruned.pruning import (
     PruneRecord,
     carry_out,
     check_finite,
+    choose_experts_implementation,
     narrow,
     select,
+    warn_inexpressible,
 )
+from lm_eval_pruned.quantisation import quantising_arguments, with_quantisation
+from lm_eval_pruned.widths import Widths
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
-    from lm_eval_pruned.expansion import Number
+    from lm_eval_pruned.expansion import Layers, Number, PrunePlan
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.loading")
@@ -73,6 +88,11 @@ def load_pruned(
     criterion: str = "maw",
     multiple_of: Number = 1,
     seed: Number = 0,
+    layers: Layers | None = None,
+    skip_layers: Layers | None = None,
+    calibration: str | None = None,
+    calibration_samples: Number | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     auto_class: type | None = None,
@@ -80,9 +100,15 @@ def load_pruned(
 ) -> PreTrainedModel:
     """Load a model whose GLU-MLPs are narrowed while its checkpoint is read.
 
-    ``gate_proj`` and ``up_proj`` come out as (k, H) instead of (I, H), ``down_proj``
-    as (H, k). Checkpoints that cannot be pruned while they load (GGUF, ``.bin``)
-    are loaded in full and pruned in memory, with identical weights.
+    Gate and up come out as (k, H) instead of (I, H), down as (H, k). Checkpoints
+    that cannot be pruned while they load (GGUF, ``.bin``) are loaded in full and
+    pruned in memory, with identical weights. What sizes mean in a model with
+    experts is said in `lm_eval_pruned.prune_model`.
+
+    A checkpoint whose layers differ in width, although its config knows only one,
+    loads with the widths of its tensors; sizes then prune from there: layers that
+    are narrower than ``ratio`` or ``intermediate_size`` ask stay as they are, and
+    ``prune_percent`` is a share of each layer's own width.
 
     Args:
         pretrained: Folder or Hub name of the model.
@@ -93,6 +119,13 @@ def load_pruned(
         criterion: Importance score; see `lm_eval_pruned.criteria`.
         multiple_of: Round the kept width down to a multiple of this, in neurons.
         seed: Seed of the ``random`` criterion.
+        layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
+            default: all.
+        skip_layers: Layers to leave as they are, instead of `layers`.
+        calibration: JSON Lines file of text, for criteria that look at activations;
+            see `lm_eval_pruned.calibration`.
+        calibration_samples: How many of its texts to use; default: all.
+        tokenizer: What reads that text; default: the tokenizer of `pretrained`.
         device: Where to load to; scores are computed there. Default: the CPU.
         dtype: Weight dtype; default: the one the checkpoint is stored in.
         auto_class: The transformers class to load with; default
@@ -136,8 +169,13 @@ def load_pruned(
             "criterion": criterion,
             "multiple_of": multiple_of,
             "seed": seed,
+            "layers": layers,
+            "skip_layers": skip_layers,
+            "calibration": calibration,
+            "calibration_samples": calibration_samples,
         },
         from_pretrained,
+        tokenizer=tokenizer,
     )
 
 
@@ -146,55 +184,185 @@ def load_with_arguments(
     pretrained: str,
     prune_arguments: dict[str, Any],
     from_pretrained: dict[str, Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    inspect: Callable[[Request], None] | None = None,
 ) -> PreTrainedModel:
-    """Load and prune; `load_pruned` with its arguments in two groups.
+    """Load and prune; `load_pruned` with its arguments in groups.
 
     Args:
         auto_class: The transformers class to load with.
         pretrained: Folder or Hub name of the model.
         prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
         from_pretrained: Keyword arguments of ``auto_class.from_pretrained``.
+        tokenizer: What reads calibration text; default: that of `pretrained`.
+        inspect: Called with what is about to be loaded, before weights are read; may
+            raise.
     """
-    config, model_arguments = _resolve_config(pretrained, dict(from_pretrained))
-    _refuse_quantised(config, model_arguments)
-    whole = skeleton(
-        auto_class,
-        config,
-        trust_remote_code=bool(from_pretrained.get("trust_remote_code")),
-    )
-    mlps = find_glu_mlps(whole)
-    plan = PrunePlan.from_arguments(
-        mlps[0].hidden_size, mlps[0].width, **prune_arguments
-    )
-    before = count_parameters(whole)
-    del whole
-    if not plan.prunes:
-        model = auto_class.from_pretrained(pretrained, config=config, **model_arguments)  # type: ignore[attr-defined]
-        model.prune_record = PruneRecord(plan, len(mlps), before, before, ())
-        return model
+    inspect = inspect or (lambda request: None)
+    request = Request.resolve(auto_class, pretrained, prune_arguments, from_pretrained)
+    inspect(request)
+    try:
+        return _load(request, tokenizer)
+    except _WidthsDiffer as found:
+        request = Request.resolve(
+            auto_class, pretrained, prune_arguments, from_pretrained, found
+        )
+        inspect(request)
+        return _load(request, tokenizer)
 
-    session = _Session(plan)
-    if model_arguments.get("gguf_file") is None:
-        with _standing_in(session), _clear_errors(session, pretrained):
-            model = auto_class.from_pretrained(  # type: ignore[attr-defined]
-                pretrained,
-                config=narrowed_config(config, plan.width),
-                **model_arguments,
+
+def _load(
+    request: Request, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedModel:
+    plan, widths = request.plan, request.widths
+    targets = widths.targets(plan)
+    narrowed = widths.narrowed_config(targets)
+    before = widths.count_parameters(widths.actual)
+    session = _Session(plan, widths, targets)
+    session.declined = request.must_load_whole()
+    if session.declined is None:
+        with _standing_in(session), _clear_errors(session, request.pretrained):
+            model = request.load(narrowed if session.changes_model else widths.original)
+            choose_experts_implementation(model)
+            model.prune_record = PruneRecord.of(  # type: ignore[assignment]
+                plan, widths, before, count_parameters(model), session.kept()
             )
-            model.prune_record = PruneRecord(
-                plan, len(mlps), before, count_parameters(model), session.kept()
-            )
+            warn_inexpressible(widths, targets)
             return model
-    else:
-        session.declined = "it is a GGUF file"
-        _dequantise(model_arguments)
-    logger.info(
-        "%s is loaded in full and pruned in memory, because %s.",
-        pretrained,
-        session.declined,
-    )
-    model = auto_class.from_pretrained(pretrained, config=config, **model_arguments)  # type: ignore[attr-defined]
-    return carry_out(plan, model)
+    request.check_prunable_in_memory(session.declined)
+    if plan.prunes:
+        logger.info(
+            "%s is loaded in full and pruned in memory, because %s.",
+            request.pretrained,
+            session.declined,
+        )
+    if plan.prunes and plan.calibration is not None and tokenizer is None:
+        tokenizer = request.load_tokenizer()
+    return carry_out(plan, request.load(widths.original), tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be loaded, known before any weight is read.
+
+    Attributes:
+        auto_class: The transformers class to load with.
+        pretrained: Folder or Hub name of the model.
+        plan: What to do to the GLU-MLPs.
+        widths: The widths that they have.
+        model_arguments: Keyword arguments of ``from_pretrained`` besides the config.
+    """
+
+    auto_class: Any
+    pretrained: str
+    plan: PrunePlan
+    widths: Widths
+    model_arguments: dict[str, Any]
+
+    @classmethod
+    def resolve(
+        cls,
+        auto_class: Any,
+        pretrained: str,
+        prune_arguments: dict[str, Any],
+        from_pretrained: dict[str, Any],
+        found: _WidthsDiffer | None = None,
+    ) -> Request:
+        """Read the config of a model and plan its pruning.
+
+        Takes the arguments of `load_with_arguments`, and the widths that a session
+        found in the checkpoint if they are not those of the config.
+
+        Raises:
+            ValueError: An argument is out of range.
+            UnsupportedModelError: The model cannot be pruned.
+            OSError: The config cannot be read.
+        """
+        config, model_arguments = _resolve_config(pretrained, dict(from_pretrained))
+        _refuse_quantised(config, model_arguments)
+
+        def build(config: PretrainedConfig) -> PreTrainedModel:
+            return skeleton(
+                auto_class,
+                config,
+                trust_remote_code=bool(from_pretrained.get("trust_remote_code")),
+            )
+
+        actual = None
+        if found is not None:
+            actual = found.actual
+            logger.info(
+                "The layers of %s have widths of their own: its tensors have from %d to %d "
+                "neurons.",
+                pretrained,
+                min(actual.values()),
+                max(actual.values()),
+            )
+        widths = Widths(config, build, actual)
+        plan = widths.plan(**prune_arguments)
+        return cls(auto_class, pretrained, plan, widths, model_arguments)
+
+    def must_load_whole(self) -> str | None:
+        """Return why the model cannot be pruned while it loads, if that is known."""
+        if self.model_arguments.get("gguf_file") is not None:
+            return "it is a GGUF file"
+        if self.plan.prunes and self.plan.calibration is not None:
+            return f"criterion={self.plan.criterion} looks at its activations"
+        return None
+
+    def check_prunable_in_memory(self, why: str | None) -> None:
+        """Refuse what pruning after loading cannot do, before the weights are read.
+
+        Args:
+            why: Why the model is not pruned while it loads.
+
+        Raises:
+            ValueError: The model would be quantised first, or its calibration text
+                cannot be read.
+            UnsupportedModelError: Its activations cannot be observed.
+        """
+        if not self.plan.prunes:
+            return
+        quantising = quantising_arguments(self.model_arguments)
+        if self.model_arguments.get("gguf_file") is not None:
+            # That one describes the file.
+            quantising = [n for n in quantising if n != "quantization_config"]
+        if quantising:
+            raise ValueError(
+                f"{quantising[0]} quantises the model while it loads, but it has to be pruned "
+                f"afterwards, because {why}: export the pruned model first "
+                "(lm-eval-pruned prune), or leave the quantisation out."
+            )
+        if self.plan.calibration is not None:
+            read_texts(self.plan.calibration, self.plan.calibration_samples)
+            check_observable(self.widths.skeleton())
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer that belongs to the model."""
+        from transformers import AutoTokenizer
+
+        names = (*_HUB_ARGUMENTS, "trust_remote_code", "gguf_file")
+        arguments = {
+            name: self.model_arguments[name]
+            for name in names
+            if self.model_arguments.get(name) is not None
+        }
+        return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
+
+    def load(self, config: PretrainedConfig) -> PreTrainedModel:
+        """Load the model as transformers does, with `config`."""
+        arguments = with_quantisation(self.model_arguments)
+        if arguments.get("gguf_file") is not None:
+            # Blocks of a GGUF file can be neither ranked nor sliced. Releases without
+            # this class always expand them.
+            with contextlib.suppress(ImportError):
+                from transformers import GgufConfig
+
+                arguments["quantization_config"] = GgufConfig(dequantize=True)
+        return self.auto_class.from_pretrained(
+            self.pretrained, config=config, **arguments
+        )
 
 
 def _resolve_config(
@@ -231,17 +399,16 @@ def _refuse_quantised(config: PretrainedConfig, arguments: dict[str, Any]) -> No
     )
 
 
-def _dequantise(arguments: dict[str, Any]) -> None:
-    """Make transformers expand the blocks of a GGUF file to dense weights."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:
-        return
-    arguments["quantization_config"] = GgufConfig(dequantize=True)
-
-
 class _RouteDeclined(Exception):
     """The checkpoint cannot be pruned while it loads; nothing was read yet."""
+
+
+class _WidthsDiffer(Exception):
+    """The layers of the checkpoint differ in width; nothing was read yet."""
+
+    def __init__(self, actual: dict[str, int]):
+        super().__init__(str(actual))
+        self.actual = actual
 
 
 _current: ContextVar[_Session | None] = ContextVar("lm_eval_pruned_session")
@@ -289,6 +456,10 @@ def _load_through_session(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
     entries = session.open(model, state_dict, checkpoint_files, load_config)
+    if not session.changes_model:
+        return original(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
     # Without file names, offloading to disk writes the narrowed weights instead of
     # pointing into the original files.
     return original(model, entries, None, load_config, *args, **kwargs)
@@ -301,6 +472,8 @@ def _clear_errors(session: _Session, pretrained: str) -> Iterator[None]:
         yield
     except _RouteDeclined as reason:
         session.declined = str(reason)
+    except _WidthsDiffer:
+        raise
     except Exception as error:
         if session.error is not None:
             raise session.error from None
@@ -317,16 +490,25 @@ def _clear_errors(session: _Session, pretrained: str) -> Iterator[None]:
 class _Session:
     """One load of one model: opens its files and narrows its GLU-MLPs."""
 
-    def __init__(self, plan: PrunePlan):
+    def __init__(self, plan: PrunePlan, widths: Widths, targets: Mapping[str, int]):
         self.plan = plan
         self.opened = False
         self.declined: str | None = None
         self.error: Exception | None = None
+        self._widths = widths
+        self._targets = targets
         self._files = contextlib.ExitStack()
         self._mlps: list[_NarrowedMlp] = []
 
+    @property
+    def changes_model(self) -> bool:
+        """Whether the model differs from the one that stock transformers loads."""
+        return self._targets != self._widths.configured
+
     def kept(self) -> tuple[Tensor, ...]:
-        """Return the kept neurons of every layer, each of shape (k,), on the CPU."""
+        """Return the kept neurons of every MLP, each of shape (k,), on the CPU."""
+        if not self.plan.prunes:
+            return ()
         return tuple(mlp.kept_on_cpu() for mlp in self._mlps)
 
     def close(self) -> None:
@@ -337,43 +519,101 @@ class _Session:
 
         Raises:
             _RouteDeclined: The checkpoint is not in safetensors, or transformers
-                computes some GLU weight from other tensors.
+                computes some GLU weight from other tensors in a way not known here.
+            _WidthsDiffer: The layers have other widths than the session was told.
             OSError: A file is damaged.
             ValueError: A GLU weight is missing or has another shape than the
                 config says.
         """
         self.opened = True
         entries = self._open_files(state_dict, checkpoint_files)
-        places = {
-            parameter: (mlp, projection, axis)
-            for mlp in find_glu_mlps(model)
-            for parameter, (projection, axis) in mlp.sliced_parameters().items()
-        }
-        narrowed: dict[str, _NarrowedMlp] = {}
-        for key, (parameter, converted) in _target_names(
-            entries, model, load_config
-        ).items():
-            if parameter not in places:
-                continue
-            if converted:
-                raise _RouteDeclined(f"{parameter} is made from several tensors")
-            mlp, projection, axis = places.pop(parameter)
-            if mlp.name not in narrowed:
-                narrowed[mlp.name] = _NarrowedMlp(self, mlp)
-            part = parameter.rpartition(".")[2]
-            entries[key] = narrowed[mlp.name].add(
-                projection, part, axis, entries[key], _target(load_config, parameter)
+        mlps = find_glu_mlps(model)
+        narrowed = [
+            _NarrowedMlp(
+                self, mlp, self._widths.actual[mlp.name], self._targets[mlp.name]
             )
-        if places:
+            for mlp in mlps
+        ]
+        by_name = {mlp.name: mlp for mlp in narrowed}
+        wanted = {
+            (mlp.name, place): slot for mlp in mlps for place, slot in mlp.slots.items()
+        }
+        replaced = {}
+        for key, parts in _sources(entries, model, mlps, load_config).items():
+            pieces = {}
+            for mlp, place, slot, sourced in parts:
+                wanted.pop((mlp.name, place), None)
+                pieces[slot] = by_name[mlp.name].add(
+                    place[0],
+                    place[1],
+                    _SlotOfSource(sourced, entries[key]) if sourced else entries[key],
+                    _target(load_config, slot.parameter),
+                )
+            whole = len(parts) == 1 and not parts[0][3]
+            replaced[key] = (
+                next(iter(pieces.values())) if whole else AssembledTensor(pieces)
+            )
+        if wanted:
+            missing = next(iter(wanted.values()))
             raise ValueError(
-                f"The checkpoint holds no tensor for {next(iter(places))}: it is incomplete, or "
+                f"The checkpoint holds no tensor for {missing.parameter}: it is incomplete, or "
                 "its config.json describes another model."
             )
-        self._mlps = sorted(narrowed.values(), key=lambda mlp: mlp.layer)
-        return entries
+        self._mlps = narrowed
+        self._check_widths()
+        self._resize(model, mlps, load_config)
+        return entries | replaced
+
+    def _check_widths(self) -> None:
+        """Compare the widths of the checkpoint with those the session was told."""
+        stored = {mlp.name: mlp.stored_width() for mlp in self._mlps}
+        other = [
+            name for name, width in stored.items() if width != self._widths.actual[name]
+        ]
+        if not other:
+            return
+        if (
+            len(set(stored.values())) == 1
+            or self._widths.actual != self._widths.configured
+        ):
+            key = self._widths.keys[other[0]]
+            raise ValueError(
+                f"{other[0]} has {stored[other[0]]} neurons in the checkpoint, but its config.json "
+                f"says {self._widths.actual[other[0]]}: correct {key} there, or copy the "
+                "checkpoint again."
+            )
+        raise _WidthsDiffer(stored)
+
+    def _resize(self, model, mlps: list[GluMlp], load_config) -> None:
+        """Build the layers whose width the config cannot express."""
+        odd = [mlp for mlp in mlps if mlp.width != self._targets[mlp.name]]
+        if not odd:
+            return
+        for mlp in odd:
+            for slot in mlp.slots.values():
+                if type(mlp.parameter(slot)) is not torch.nn.Parameter:
+                    raise UnsupportedModelError(
+                        f"{describe(model)} would have layers of different width, which can be "
+                        "neither quantised by replacing layers nor split by tensor parallelism: "
+                        "leave out quantization_config and tp_plan, or layers and skip_layers."
+                    )
+        with torch.device("meta"):
+            resize(
+                odd,
+                {
+                    (mlp.name, *place): torch.empty(
+                        _shape(
+                            place[0], place[1], self._targets[mlp.name], mlp.hidden_size
+                        ),
+                        dtype=mlp.parameter(slot).dtype,
+                    )
+                    for mlp in odd
+                    for place, slot in mlp.slots.items()
+                },
+            )
 
     def _open_files(self, state_dict, checkpoint_files) -> dict[str, Any]:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
         from transformers.integrations import is_deepspeed_zero3_enabled
 
         if is_deepspeed_zero3_enabled():
@@ -385,50 +625,71 @@ class _Session:
         entries: dict[str, Any] = {}
         for file in checkpoint_files:
             try:
-                opened = self._files.enter_context(safe_open(file, framework="pt"))
-                entries |= {key: opened.get_slice(key) for key in opened.keys()}
+                entries |= self._entries_of(file)
             except (SafetensorError, OSError) as error:
                 raise OSError(
                     f"{file} is not an intact safetensors file ({error}): download or copy it again."
                 ) from None
         return entries
 
+    def _entries_of(self, file: str) -> dict[str, Any]:
+        """Return the tensors of one safetensors file, none of them read."""
+        from safetensors import safe_open
+
+        opened = self._files.enter_context(safe_open(file, framework="pt"))
+        return {key: opened.get_slice(key) for key in opened.keys()}
+
+
+def _shape(projection: str, part: str, width: int, hidden_size: int) -> list[int]:
+    if part == "bias":
+        return [width]
+    return [hidden_size, width] if projection == "down_proj" else [width, hidden_size]
+
 
 class _NarrowedMlp:
     """The source tensors of one GLU-MLP, and the kept set once it is known."""
 
-    def __init__(self, session: _Session, mlp: GluMlp):
+    def __init__(self, session: _Session, mlp: GluMlp, width_before: int, width: int):
         self.layer = mlp.layer
         self.name = mlp.name
+        self.width = width
+        self._width_before = width_before
+        self._hidden_size = mlp.hidden_size
         self._session = session
         self._sources: dict[tuple[str, str], NarrowedTensor] = {}
         self._ready: dict[tuple[str, str], Tensor] = {}
         self._kept: Tensor | None = None
         self._lock = threading.RLock()
 
-    def add(self, projection: str, part: str, axis: int, source, target):
-        plan = self._session.plan
-        shape = list(source.get_shape())
-        expected = {
-            "gate_proj": [plan.width_before, plan.hidden_size],
-            "up_proj": [plan.width_before, plan.hidden_size],
-            "down_proj": [plan.hidden_size, plan.width_before],
-        }[projection]
-        if part == "bias":
-            expected = [plan.width_before]
-        if shape != expected:
-            raise ValueError(
-                f"{self.name}.{projection}.{part} has shape {shape} in the checkpoint, but its "
-                f"config.json says {expected}."
-            )
+    def add(self, projection: str, part: str, source, target):
+        """Take the source of one projection and return its narrowed entry."""
         if not source.get_dtype().startswith(("F32", "F16", "BF16", "F64")):
             raise ValueError(
                 f"{self.name}.{projection}.{part} is stored as {source.get_dtype()}, which can "
                 "be neither ranked nor sliced: use a checkpoint in float32, float16 or bfloat16."
             )
+        axis = NEURON_AXIS[projection] if part == "weight" else 0
         tensor = NarrowedTensor(self, projection, part, axis, source, target)
         self._sources[projection, part] = tensor
         return tensor
+
+    def stored_width(self) -> int:
+        """Return the number of neurons in the checkpoint.
+
+        Raises:
+            ValueError: Its tensors do not fit together.
+        """
+        gate = self._sources["gate_proj", "weight"].stored_shape()
+        stored = gate[0] if len(gate) == 2 and gate[0] >= 1 else self._width_before
+        for (projection, part), tensor in self._sources.items():
+            shape = tensor.stored_shape()
+            if shape != _shape(projection, part, stored, self._hidden_size):
+                says = _shape(projection, part, self._width_before, self._hidden_size)
+                raise ValueError(
+                    f"{self.name}.{projection}.{part} has shape {shape} in the checkpoint, but "
+                    f"its config.json says {says}."
+                )
+        return stored
 
     def kept_on_cpu(self) -> Tensor:
         with self._lock:
@@ -451,9 +712,15 @@ class _NarrowedMlp:
             raise
 
     def _kept_set(self) -> Tensor:
+        if self._kept is None and self.width == self._width_before:
+            self._kept = torch.arange(self.width)
         if self._kept is None:
-            rows = {p: self._sources[p, "weight"].read() for p in _SCORED}
-            self._kept = select(self._session.plan, self.name, self.layer, **rows)
+            rows: dict[str, Any] = {
+                p: self._sources[p, "weight"].read() for p in _SCORED
+            }
+            self._kept = select(
+                self._session.plan, self.name, self.layer, **rows, width=self.width
+            )
             self._ready = {
                 (projection, "weight"): narrow(weight, self._kept, 0)
                 for projection, weight in rows.items()
@@ -490,9 +757,13 @@ class NarrowedTensor:
 
     def get_shape(self) -> list[int]:
         """Return the narrowed shape."""
-        shape = list(self._source.get_shape())
-        shape[self.axis] = self._mlp._session.plan.width
+        shape = self.stored_shape()
+        shape[self.axis] = self._mlp.width
         return shape
+
+    def stored_shape(self) -> list[int]:
+        """Return the unpruned shape."""
+        return list(self._source.get_shape())
 
     def get_dtype(self) -> str:
         """Return the stored dtype in safetensors' notation, such as ``BF16``."""
@@ -510,24 +781,154 @@ class NarrowedTensor:
         return self._source[...].to(device=self._device, dtype=self._dtype)
 
 
-def _target_names(entries, model, load_config) -> dict[str, tuple[str, bool]]:
-    """Map each checkpoint key to a parameter, and whether others flow into it too."""
+class _SlotOfSource:
+    """The part of a checkpoint entry that holds one projection, as an entry."""
+
+    def __init__(self, slot: Slot, source):
+        self._slot = slot
+        self._source = source
+
+    def get_shape(self) -> list[int]:
+        with torch.device("meta"):
+            whole = torch.empty(self._source.get_shape())
+            try:
+                return list(self._slot.view(whole).shape)
+            except (IndexError, RuntimeError):
+                return list(whole.shape)
+
+    def get_dtype(self) -> str:
+        return self._source.get_dtype()
+
+    def __getitem__(self, index):
+        return self._slot.read(self._source).contiguous()[index]
+
+
+class AssembledTensor:
+    """A checkpoint entry made of the `NarrowedTensor`s of several projections."""
+
+    def __init__(self, pieces: Mapping[Slot, NarrowedTensor]):
+        self._pieces = pieces
+
+    def get_shape(self) -> list[int]:
+        """Return the narrowed shape."""
+        with torch.device("meta"):
+            return list(
+                assemble(
+                    {s: torch.empty(p.get_shape()) for s, p in self._pieces.items()}
+                ).shape
+            )
+
+    def get_dtype(self) -> str:
+        """Return the stored dtype in safetensors' notation, such as ``BF16``."""
+        return next(iter(self._pieces.values())).get_dtype()
+
+    def __getitem__(self, index):
+        return self if index is Ellipsis else self.to()[index]
+
+    def to(self, device=None, dtype=None, **kwargs) -> Tensor:
+        """Read, narrow, assemble and move the weights."""
+        tensor = assemble({slot: piece.to() for slot, piece in self._pieces.items()})
+        return tensor.to(device=device, dtype=dtype)
+
+
+def _sources(entries, model, mlps: Iterable[GluMlp], load_config):
+    """Map checkpoint keys to the projections they hold.
+
+    Returns:
+        ``{key: [(mlp, (projection, part), slot, source_slot)]}``, where source_slot
+        is the part of the entry that is meant, None for all of it.
+
+    Raises:
+        _RouteDeclined: Some projection is computed in a way not known here.
+    """
+    from transformers.core_model_loading import dot_natural_key
+
+    places = slots_by_parameter(mlps)
+    found: dict[str, list] = {}
+    converted: dict[tuple[str, str], list[str]] = {}
+    converters = {}
+    names = _target_names(entries, model, load_config)
+    for key in sorted(names, key=dot_natural_key):
+        parameter, converter, pattern = names[key]
+        if converter is not None and pattern is not None:
+            targets = [
+                parameter.replace(converter.target_patterns[0], target)
+                for target in converter.target_patterns
+            ]
+            if places.keys() & {parameter, *targets}:
+                converted.setdefault((parameter, pattern), []).append(key)
+                converters[parameter] = converter
+        elif parameter in places:
+            found[key] = [
+                (mlp, place, slot, None if slot.is_whole else slot)
+                for mlp, place, slot in places[parameter]
+            ]
+    for (parameter, pattern), keys in converted.items():
+        found |= _converted_sources(
+            parameter, pattern, keys, converters[parameter], places.get(parameter, [])
+        )
+    return found
+
+
+def _converted_sources(
+    parameter: str, pattern: str, keys: list[str], converter, places
+):
+    """Assign the sources that a converter stacks or concatenates to their slots."""
+    steps = [
+        (type(op).__name__, getattr(op, "dim", None)) for op in converter.operations
+    ]
+    merges = steps[:1] == [("MergeModulelist", 0)]
+    concatenation = steps[1:] if merges else steps
+    halves = len(converter.source_patterns)
+    sizes = {slot.expert for _, _, slot in places}
+    known = (
+        len(converter.target_patterns) == 1
+        and concatenation
+        == ([] if halves == 1 else [("Concatenate", 1 if merges else 0)])
+        and merges == (None not in sizes)
+        and len(keys) == len(sizes)
+        and len(places) == len(sizes) * halves
+        and not any(slot.transposed or slot.interleaved for _, _, slot in places)
+    )
+    if not known:
+        raise _RouteDeclined(f"transformers computes {parameter} from other tensors")
+    half = converter.source_patterns.index(pattern)
+    chosen = [place for place in places if halves == 1 or place[2].half == half]
+    chosen.sort(key=lambda place: place[2].expert or 0)
+    return {
+        key: [(mlp, place, slot, None)]
+        for key, (mlp, place, slot) in zip(keys, chosen, strict=True)
+    }
+
+
+def _target_names(
+    entries, model, load_config
+) -> dict[str, tuple[str, Any, str | None]]:
+    """Map each checkpoint key to a parameter and the converter that leads there.
+
+    Mirrors `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
+    """
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
+        dot_natural_key,
         rename_source_key,
     )
 
-    transforms = load_config.weight_mapping or []
+    # Transforms remember what they have seen, which must not be seen twice.
+    transforms = copy.deepcopy(load_config.weight_mapping or [])
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
     state = model.state_dict()
+    prefix = model.base_model_prefix
     names = {}
-    for key in entries:
-        name, pattern = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, state
-        )
-        names[key] = (name, pattern is not None)
+    for key in sorted(entries, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        converter = None if pattern is None else by_pattern[pattern]
+        names[key] = (name, converter, pattern)
     return names
 
 

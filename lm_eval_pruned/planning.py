@@ -6,8 +6,10 @@ import csv
 import io
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.closed_form import DenseShape, dense_shape
 from lm_eval_pruned.expansion import PrunePlan
 
 
@@ -62,33 +64,36 @@ def plan_rows(
         UnsupportedModelError: The model cannot be pruned.
         OSError: The config cannot be read.
     """
+    shape = (
+        None if trust_remote_code else dense_shape(_read_config(pretrained, revision))
+    )
+    if shape is not None:
+        return _rows_of_shape(shape, argument, values, multiple_of)
+
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    from lm_eval_pruned.glu import count_parameters, find_glu_mlps, skeleton
+    from lm_eval_pruned.glu import skeleton
+    from lm_eval_pruned.widths import Widths
 
-    config = AutoConfig.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(
         pretrained, revision=revision, trust_remote_code=trust_remote_code
     )
-    model = skeleton(AutoModelForCausalLM, config, trust_remote_code=trust_remote_code)
-    mlps = find_glu_mlps(model)
-    before = count_parameters(model)
-    per_neuron = sum(
-        parameter.numel() // mlp.width
-        for mlp in mlps
-        for name, parameter in model.named_parameters()
-        if name in mlp.sliced_parameters()
+    auto_class = (
+        transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
     )
+    widths = Widths(
+        config,
+        lambda c: skeleton(auto_class, c, trust_remote_code=trust_remote_code),
+    )
+    before = widths.count_parameters(widths.configured)
     dtype = config.dtype or torch.float32
     rows = []
     for value in values:
-        plan = PrunePlan.from_arguments(
-            mlps[0].hidden_size,
-            mlps[0].width,
-            multiple_of=multiple_of,
-            **{argument: value},  # type: ignore[arg-type]
-        )
-        parameters = before - per_neuron * (plan.width_before - plan.width)
+        plan = widths.plan(multiple_of=multiple_of, **{argument: value})
+        parameters = widths.count_parameters(widths.targets(plan))
         rows.append(
             PlanRow(
                 f"{argument}={value}",
@@ -97,6 +102,46 @@ def plan_rows(
                 parameters,
                 1 - parameters / before,
                 parameters * dtype.itemsize,
+            )
+        )
+    return rows
+
+
+def _read_config(pretrained: str, revision: str) -> dict[str, Any]:
+    """Return ``config.json``, or nothing where transformers has to say what is wrong."""
+    try:
+        path = Path(pretrained, "config.json")
+        if not Path(pretrained).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(pretrained, "config.json", revision=revision))
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _rows_of_shape(
+    shape: DenseShape, argument: str, values: Iterable[Number], multiple_of: Number
+) -> list[PlanRow]:
+    rows = []
+    for value in values:
+        plan = PrunePlan.from_arguments(
+            shape.hidden_size,
+            shape.width,
+            multiple_of=multiple_of,
+            **{argument: value},  # type: ignore[arg-type]
+        )
+        removed = shape.parameters_per_neuron * (shape.width - plan.width)
+        parameters = shape.parameters - removed
+        rows.append(
+            PlanRow(
+                f"{argument}={value}",
+                plan.width,
+                plan.ratio,
+                parameters,
+                1 - parameters / shape.parameters,
+                parameters * shape.bytes_per_parameter,
             )
         )
     return rows

@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from dataclasses import dataclass
+import itertools
+import logging
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
+from lm_eval_pruned.calibration import Calibration, NeuronActivity, calibrate
 from lm_eval_pruned.criteria import kept_set, score_neurons
-from lm_eval_pruned.expansion import PrunePlan
+from lm_eval_pruned.expansion import PrunePlan, written_layers
 from lm_eval_pruned.glu import (
     NEURON_AXIS,
-    WIDTH_KEY,
+    GluMlp,
     count_parameters,
     find_glu_mlps,
-    text_config,
+    resize,
 )
+from lm_eval_pruned.widths import Widths
 
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
+    from collections.abc import Mapping
 
-    from lm_eval_pruned.expansion import Number
+    from torch import Tensor
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
+    from lm_eval_pruned.expansion import Layers, Number
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.pruning")
+
+
+@dataclass(frozen=True)
+class WidthGroup:
+    """GLU-MLPs of one kind and one width.
+
+    Attributes:
+        kind: ``dense``, ``expert`` or ``shared``.
+        config_key: The config key of their width, such as ``moe_intermediate_size``.
+        mlps: How many they are.
+        width_before: Their width before, in neurons.
+        width_after: Their width after, in neurons.
+    """
+
+    kind: str
+    config_key: str
+    mlps: int
+    width_before: int
+    width_after: int
 
 
 @dataclass(frozen=True)
@@ -33,11 +66,16 @@ class PruneRecord:
 
     Attributes:
         plan: The plan that was carried out.
-        layers: Number of GLU-MLPs.
+        layers: Number of layers that hold GLU-MLPs.
         parameters_before: Parameters of the unpruned model; tied ones count once.
         parameters_after: Parameters of the pruned model.
-        kept: Kept neurons of every layer, each of shape (k,), int64, on the CPU;
+        kept: Kept neurons of every GLU-MLP, each of shape (k,), int64, on the CPU;
             empty for the baseline.
+        groups: The GLU-MLPs by kind and width.
+        config_expresses_widths: Whether stock transformers can open the model once
+            it is saved.
+        calibration: The text on which the neurons were observed; None where the
+            criterion looks at weights alone.
     """
 
     plan: PrunePlan
@@ -45,10 +83,46 @@ class PruneRecord:
     parameters_before: int
     parameters_after: int
     kept: tuple[Tensor, ...]
+    groups: tuple[WidthGroup, ...] = ()
+    config_expresses_widths: bool = True
+    calibration: Calibration | None = None
+
+    @classmethod
+    def of(
+        cls,
+        plan: PrunePlan,
+        widths: Widths,
+        parameters_before: int,
+        parameters_after: int,
+        kept: tuple[Tensor, ...],
+    ) -> PruneRecord:
+        """Describe what `plan` did to the MLPs of `widths`."""
+        targets = widths.targets(plan)
+        counts = Counter(
+            (
+                mlp.kind,
+                str(widths.keys[mlp.name]),
+                widths.actual[mlp.name],
+                targets[mlp.name],
+            )
+            for mlp in widths.mlps
+        )
+        return cls(
+            plan,
+            len({mlp.stack for mlp in widths.mlps}),
+            parameters_before,
+            parameters_after,
+            kept,
+            tuple(
+                WidthGroup(kind, key, count, before, after)
+                for (kind, key, before, after), count in counts.items()
+            ),
+            not widths.inexpressible(targets),
+        )
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 over the kept indices of all layers (little-endian int64), or None."""
+        """SHA-256 over the kept indices of all MLPs (little-endian int64), or None."""
         if not self.kept:
             return None
         digest = hashlib.sha256()
@@ -72,7 +146,13 @@ class PruneRecord:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "kept_digest": self.digest,
+            "groups": [asdict(group) for group in self.groups],
+            "config_expresses_widths": self.config_expresses_widths,
         }
+        if plan.layers is not None:
+            record["layers_pruned"] = written_layers(plan.layers)
+        if self.calibration is not None:
+            record["calibration"] = self.calibration.as_dict()
         if plan.criterion == "random":
             record["seed"] = plan.seed
         return record
@@ -84,16 +164,24 @@ class PruneRecord:
         asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
         criterion = f"criterion={plan.criterion}" if plan.prunes else "nothing removed"
         digest = (self.digest or "none")[:12]
-        return "\n".join(
-            [
-                "|                 |        before|         after|",
-                "|-----------------|-------------:|-------------:|",
-                f"|expansion ratio  |{plan.ratio_before:14.4f}|{plan.ratio:14.4f}|",
-                f"|intermediate size|{plan.width_before:14,}|{plan.width:14,}|",
-                f"|parameters       |{before:14,}|{after:14,}|",
-                f"{asked or 'baseline'}, {criterion}, {self.layers} layers, kept digest {digest}",
+        layers = f"{self.layers} layers"
+        if plan.layers is not None:
+            layers += f" ({written_layers(plan.layers)} pruned)"
+        lines = [
+            "|                 |        before|         after|",
+            "|-----------------|-------------:|-------------:|",
+            f"|expansion ratio  |{plan.ratio_before:14.4f}|{plan.ratio:14.4f}|",
+            f"|intermediate size|{plan.width_before:14,}|{plan.width:14,}|",
+            f"|parameters       |{before:14,}|{after:14,}|",
+            f"{asked or 'baseline'}, {criterion}, {layers}, kept digest {digest}",
+        ]
+        if len(self.groups) > 1:
+            lines += [
+                f"{group.mlps} {group.kind} MLPs of {group.config_key}: "
+                f"{group.width_before:,} to {group.width_after:,} neurons"
+                for group in self.groups
             ]
-        )
+        return "\n".join(lines)
 
 
 def prune_model(
@@ -105,23 +193,40 @@ def prune_model(
     multiple_of: Number = 1,
     criterion: str = "maw",
     seed: Number = 0,
+    layers: Layers | None = None,
+    skip_layers: Layers | None = None,
+    calibration: str | None = None,
+    calibration_samples: Number | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """Prune the GLU-MLPs of a loaded model in place and return it.
 
-    ``gate_proj`` and ``up_proj`` go from (I, H) to (k, H), ``down_proj`` from
-    (H, I) to (H, k), biases of gate and up from (I,) to (k,). The kept neurons
-    keep their order, dtype and device, and the config gets the new width. Scores
-    are float32, computed on each layer's device.
+    Gate and up go from (I, H) to (k, H), down from (H, I) to (H, k), biases of
+    gate and up from (I,) to (k,), whether they are stored apart, fused or stacked
+    by expert. The kept neurons keep their order, dtype and device, and the config
+    gets the new width. Scores are float32, computed on each layer's device.
+
+    In a model with experts, sizes refer to the experts; every expert keeps its own
+    best neurons, and shared experts and dense layers are narrowed in the same
+    proportion, ``ceil(width * k / I)``. Routers stay as they are.
 
     Args:
-        model: A model with dense, separate ``gate_proj``, ``up_proj`` and
-            ``down_proj``.
+        model: A model whose MLPs are in a known layout; see `lm_eval_pruned.glu`.
         ratio: Expansion ratio to keep.
         prune_percent: Share of neurons to remove, in percent.
         intermediate_size: Kept width, in neurons.
         multiple_of: Round the kept width down to a multiple of this, in neurons.
         criterion: Importance score; see `lm_eval_pruned.criteria`.
         seed: Seed of the ``random`` criterion.
+        layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
+            default: all. The other layers keep their width, so stock transformers
+            can open the saved model only if its config holds widths per layer;
+            `load_pruned` always can.
+        skip_layers: Layers to leave as they are, instead of `layers`.
+        calibration: JSON Lines file of text, for criteria that look at activations;
+            see `lm_eval_pruned.calibration`.
+        calibration_samples: How many of its texts to use; default: all.
+        tokenizer: The model's tokenizer; needed for `calibration`.
 
     Returns:
         The same model. ``model.prune_record`` is the `PruneRecord` of what was done.
@@ -137,45 +242,149 @@ def prune_model(
         >>> prune_model(model, ratio=2.4).config.intermediate_size
         4916
     """
-    mlps = find_glu_mlps(model)
-    plan = PrunePlan.from_arguments(
-        mlps[0].hidden_size,
-        mlps[0].width,
+    widths = widths_in_memory(model)
+    plan = widths.plan(
         ratio=ratio,
         prune_percent=prune_percent,
         intermediate_size=intermediate_size,
         multiple_of=multiple_of,
         criterion=criterion,
         seed=seed,
+        layers=layers,
+        skip_layers=skip_layers,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
     )
-    return carry_out(plan, model)
+    return carry_out(plan, model, widths, tokenizer)
 
 
-def carry_out(plan: PrunePlan, model: PreTrainedModel) -> PreTrainedModel:
+def widths_in_memory(model: PreTrainedModel) -> Widths:
+    """Return the widths of a loaded model and the config keys that set them.
+
+    Raises:
+        UnsupportedModelError: The model cannot be pruned.
+    """
+
+    def build(config: PretrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            return type(model)(copy.deepcopy(config))
+
+    return Widths(
+        model.config, build, {mlp.name: mlp.width for mlp in find_glu_mlps(model)}
+    )
+
+
+def carry_out(
+    plan: PrunePlan,
+    model: PreTrainedModel,
+    widths: Widths | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
     """Prune `model` in place as `plan` says; see `prune_model`."""
     mlps = find_glu_mlps(model)
+    widths = widths or widths_in_memory(model)
+    targets = widths.targets(plan)
     before = count_parameters(model)
-    kept = []
+    kept: dict[str, Tensor] = {}
+    observed: Calibration | None = None
     if plan.prunes:
+        if plan.calibration is not None:
+            if tokenizer is None:
+                raise ValueError(
+                    f"calibration={plan.calibration} is text, and there is no tokenizer to read it "
+                    "with: pass tokenizer."
+                )
+            observed = calibrate(
+                model, tokenizer, plan.calibration, plan.calibration_samples
+            )
+        narrowed_config = widths.narrowed_config(targets)
         # All layers are scored before the first is sliced: an error leaves the model whole.
         for mlp in mlps:
-            weights = {p: mlp.projection(p).weight for p in NEURON_AXIS}
-            kept.append(select(plan, mlp.name, mlp.layer, **weights))
-        for mlp, indices in zip(mlps, kept, strict=True):
-            for projection, axis in NEURON_AXIS.items():
-                _narrow_linear(mlp.projection(projection), indices, axis)
-            if hasattr(mlp.module, WIDTH_KEY):
-                setattr(mlp.module, WIDTH_KEY, plan.width)
-        setattr(text_config(model.config), WIDTH_KEY, plan.width)
-    record = PruneRecord(
+            kept[mlp.name] = (
+                _select_in_memory(plan, mlp, targets[mlp.name], observed)
+                if targets[mlp.name] < mlp.width
+                else torch.arange(mlp.width)
+            )
+        for _, group in itertools.groupby(mlps, key=lambda mlp: mlp.path):
+            _narrow_together(list(group), kept)
+        widths.copy_keys(narrowed_config, model.config)
+        warn_inexpressible(widths, targets)
+    choose_experts_implementation(model)
+    record = PruneRecord.of(
         plan,
-        len(mlps),
+        widths,
         before,
         count_parameters(model),
-        tuple(indices.cpu() for indices in kept),
+        tuple(indices.cpu() for indices in kept.values()),
     )
+    record = replace(record, calibration=observed)
     model.prune_record = record  # type: ignore[assignment]
     return model
+
+
+def warn_inexpressible(widths: Widths, targets: Mapping[str, int]) -> None:
+    """Tell the user if only this package can open the model once it is saved."""
+    names = widths.inexpressible(targets)
+    if not names:
+        return
+    logger.warning(
+        "%s keeps a width of its own, which %s in the config cannot express: stock transformers "
+        "cannot open this model once it is saved; --model pruned-hf and load_pruned can.",
+        names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
+        widths.keys[names[0]],
+    )
+
+
+#: Bytes to which torch's grouped matrix product wants every row of the experts aligned.
+_GROUPED_ALIGNMENT = 16
+
+
+def choose_experts_implementation(model: PreTrainedModel) -> None:
+    """Let experts run one by one where their width rules out the grouped product.
+
+    transformers runs stacked experts in one `torch.nn.functional.grouped_mm` by
+    default, which refuses rows that are no multiple of 16 bytes.
+    """
+    if getattr(model.config, "_experts_implementation", None) != "grouped_mm":
+        return
+    for mlp in find_glu_mlps(model):
+        slot = mlp.slots["down_proj", "weight"]
+        size = mlp.parameter(slot).element_size()
+        if slot.expert is not None and mlp.width * size % _GROUPED_ALIGNMENT:
+            model.set_experts_implementation("eager")
+            multiple = _GROUPED_ALIGNMENT // size
+            logger.warning(
+                "The experts of %d neurons run one by one, because torch's grouped matrix product "
+                "needs a multiple of %d: add multiple_of=%d for speed. Stock transformers opens "
+                "the saved model with experts_implementation=eager.",
+                mlp.width,
+                multiple,
+                multiple,
+            )
+            return
+
+
+def _select_in_memory(
+    plan: PrunePlan, mlp: GluMlp, width: int, observed: Calibration | None
+) -> Tensor:
+    weights = {p: mlp.weight(p) for p in NEURON_AXIS}
+    activity = None if observed is None else observed.activity[mlp.name]
+    return select(plan, mlp.name, mlp.layer, **weights, width=width, activity=activity)
+
+
+@torch.no_grad()
+def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:
+    """Narrow GLU-MLPs that may share parameters."""
+    if all(len(kept[mlp.name]) == mlp.width for mlp in mlps):
+        return
+    pieces = {}
+    for mlp in mlps:
+        for projection, part in mlp.slots:
+            axis = NEURON_AXIS[projection] if part == "weight" else 0
+            pieces[mlp.name, projection, part] = narrow(
+                mlp.weight(projection, part), kept[mlp.name], axis
+            )
+    resize(mlps, pieces)
 
 
 @torch.no_grad()
@@ -186,6 +395,8 @@ def select(
     gate_proj: Tensor,
     up_proj: Tensor,
     down_proj: Tensor | None = None,
+    width: int | None = None,
+    activity: NeuronActivity | None = None,
 ) -> Tensor:
     """Score one GLU-MLP and return its kept neurons.
 
@@ -195,7 +406,10 @@ def select(
         layer: Position of the MLP in the model.
         gate_proj: Shape (I, H).
         up_proj: Shape (I, H).
-        down_proj: Shape (H, I); only checked for NaN and infinity, where given.
+        down_proj: Shape (H, I); checked for NaN and infinity where given, and scored
+            by the criteria that look at activations.
+        width: Kept width k; default: the plan's.
+        activity: What the neurons did on calibration text, for the same criteria.
 
     Returns:
         Kept neurons, shape (k,), int64, ascending, on the device of the weights.
@@ -208,9 +422,15 @@ def select(
         if weight is not None:
             check_finite(f"{name}.{projection}.weight", weight)
     scores = score_neurons(
-        gate_proj, up_proj, plan.criterion, layer=layer, seed=plan.seed
+        gate_proj,
+        up_proj,
+        plan.criterion,
+        layer=layer,
+        seed=plan.seed,
+        down=down_proj,
+        activity=activity,
     )
-    return kept_set(scores, plan.width)
+    return kept_set(scores, plan.width if width is None else width)
 
 
 def check_finite(name: str, weight: Tensor) -> None:
@@ -236,18 +456,3 @@ def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
         axis: The axis that counts neurons.
     """
     return weight.index_select(axis, kept.to(weight.device))
-
-
-def _narrow_linear(linear: nn.Linear, kept: Tensor, axis: int) -> None:
-    parts = {"weight": linear.weight}
-    if axis == 0:
-        linear.out_features = len(kept)
-        if linear.bias is not None:
-            parts["bias"] = linear.bias
-    else:
-        linear.in_features = len(kept)
-    for part, parameter in parts.items():
-        sliced = narrow(parameter, kept, axis)
-        setattr(
-            linear, part, nn.Parameter(sliced, requires_grad=parameter.requires_grad)
-        )

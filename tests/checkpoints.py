@@ -13,12 +13,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 
+ROOT = Path(__file__).resolve().parents[1]
+#: Published figures and small configs that the tests carry.
+DATA = Path(__file__).parent / "data"
 #: Data laid out under its Hub names; not part of the repository.
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -42,13 +46,18 @@ def tiny_config(model_type: str = "llama", **overrides) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **{**TINY, **overrides})
 
 
+def auto_class(config: PretrainedConfig) -> type:
+    """Return the AutoModel class for a config."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Return a randomly initialised model whose weights are worth ranking.
 
     Biases and norms are drawn too, so that a forgotten slice shows in the outputs.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = auto_class(config).from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(

@@ -1,0 +1,234 @@
+"""Prune-on-load against load-then-prune with optipfair, on a generated checkpoint.
+
+    python benchmarks/prune_on_load.py [--repeats 5] [--percent 50]
+
+The checkpoint has the shape of Llama-3.2-1B, in bfloat16, with random weights. It
+is written to a temporary folder (2.5 GB) and read once before the first
+measurement, so both sides find it in the page cache. The sides alternate, each
+run in a process of its own, and print:
+
+- seconds: from the first call to the finished model, imports left out;
+- private memory: the largest growth of the process's anonymous memory in that time, sampled;
+- whether both sides kept the same neurons: for every layer the multiset of scores of
+  the kept neurons is compared, because bfloat16 scores tie, and optipfair breaks ties
+  at the threshold in no documented order.
+
+The floor is the least work any method has to do: read gate and up once, read and
+write what is kept. It is timed as plain copies of that many bytes in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+
+LLAMA_3_2_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
+SIDES = ("lm-eval-pruned", "optipfair")
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Write random weights; every neuron has its own scale, as trained ones do."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(**LLAMA_3_2_1B, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, meta in shapes.items():
+        if name == "lm_head.weight":
+            continue
+        scale = torch.rand(meta.shape[0], generator=generator) * 0.04 + 0.01
+        weight = torch.randn(meta.shape, generator=generator)
+        tensors[name] = (
+            weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))
+        ).bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def anonymous_bytes() -> int:
+    """Return the anonymous resident memory of this process, in bytes."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon: this benchmark needs Linux.")
+
+
+def measure(side: str, folder: str, percent: float, dtype: str) -> dict:
+    """Load and prune once; return seconds, memory and what was kept."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if side == "lm-eval-pruned":
+        from lm_eval_pruned import load_pruned
+    else:
+        import optipfair
+
+    before, peak, running = anonymous_bytes(), 0, True
+
+    def watch():
+        nonlocal peak
+        while running:
+            peak = max(peak, anonymous_bytes())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    if side == "lm-eval-pruned":
+        model = load_pruned(folder, prune_percent=percent, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = optipfair.prune_model(
+            model, pruning_percentage=percent, show_progress=False
+        )
+    seconds = time.perf_counter() - started
+    running = False
+    watcher.join()
+    kept = hashlib.sha256()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            parts = [
+                weight.amax(1).float() + weight.amin(1).float().abs()
+                for weight in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
+            ]
+            kept.update((parts[0] + parts[1]).sort().values.numpy().tobytes())
+    return {
+        "seconds": seconds,
+        "memory": peak - before,
+        "model": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "kept": kept.hexdigest(),
+    }
+
+
+def floor_seconds(percent: float) -> float:
+    """Time plain copies of the bytes that have to move (minimum of five)."""
+    import torch
+
+    layers, width, hidden = (
+        LLAMA_3_2_1B[key]
+        for key in ("num_hidden_layers", "intermediate_size", "hidden_size")
+    )
+    kept = width - int(percent / 100 * width)
+    source = torch.ones(width, hidden, dtype=torch.bfloat16)
+    target = torch.empty(3 * kept, hidden, dtype=torch.bfloat16)
+    taken = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(layers):
+            # amax reads the matrix once and writes next to nothing.
+            source.view(torch.int16).sum(dtype=torch.int64)
+            source.view(torch.int16).sum(dtype=torch.int64)
+            for part in target.split(kept):
+                part.copy_(source[:kept])
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def run_side(side: str, folder: str, arguments: argparse.Namespace) -> dict:
+    """Run `measure` in a process of its own."""
+    run = subprocess.run(
+        [
+            *(sys.executable, __file__, "--side", side, "--folder", folder),
+            *("--percent", str(arguments.percent), "--dtype", arguments.dtype),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        raise RuntimeError(f"{side} failed:\n{run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def spread(values: list[float], unit: str, scale: float = 1) -> str:
+    """Return min / median / max."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{low * scale:.3g} / {middle * scale:.3g} / {high * scale:.3g} {unit}"
+
+
+def report(runs: dict[str, list[dict]], floor: float) -> None:
+    """Print both sides and their ratios with spread."""
+    from importlib.metadata import version
+
+    packages = ("lm-eval-pruned", "optipfair", "transformers", "torch")
+    print(", ".join(f"{name} {version(name)}" for name in packages))
+    print(f"Python {platform.python_version()}, {platform.machine()}")
+    print("\n|side|seconds (min / median / max)|private memory|")
+    print("|----|---------------------------:|-------------:|")
+    for side, measured in runs.items():
+        seconds = spread([run["seconds"] for run in measured], "s")
+        memory = spread([run["memory"] for run in measured], "GB", 1e-9)
+        print(f"|{side}|{seconds}|{memory}|")
+    ours, theirs = (runs[side] for side in SIDES)
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
+    memory = [b["memory"] / a["memory"] for a, b in zip(ours, theirs, strict=True)]
+    print(f"\ntime ratio, optipfair / lm-eval-pruned: {spread(ratios, 'x')}")
+    print(f"memory ratio, optipfair / lm-eval-pruned: {spread(memory, 'x')}")
+    best = min(run["seconds"] for run in ours)
+    print(
+        f"floor of this machine: {floor:.3f} s; ours takes {best / floor:.1f} times that"
+    )
+    print(f"pruned model: {ours[0]['model'] / 1e9:.3f} GB")
+    same = len({run["kept"] for measured in runs.values() for run in measured}) == 1
+    print(f"same kept neurons on both sides, up to exact ties: {same}")
+    if not same:
+        raise SystemExit(1)
+
+
+def main() -> None:
+    """Write the checkpoint, alternate the sides, print the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--percent", type=float, default=50)
+    parser.add_argument("--dtype", default="bfloat16", help="dtype to load in")
+    parser.add_argument("--folder", help="use this checkpoint, or write it there")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        result = measure(
+            arguments.side, arguments.folder, arguments.percent, arguments.dtype
+        )
+        print(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "model.safetensors").exists():
+            write_checkpoint(folder)
+        (folder / "model.safetensors").read_bytes()
+        runs: dict[str, list[dict]] = {side: [] for side in SIDES}
+        for _ in range(arguments.repeats):
+            for side in SIDES:
+                runs[side].append(run_side(side, str(folder), arguments))
+        report(runs, floor_seconds(arguments.percent))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,578 @@
+"""``lm-eval-pruned compare``: runs against a base, task by task."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lm_eval_pruned import statistics
+from lm_eval_pruned.results import (
+    Documents,
+    ResultsError,
+    Run,
+    is_sweep,
+    read_documents,
+    read_run,
+    read_sweep,
+)
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One row of the table: one run against the base, on one task and metric.
+
+    Attributes:
+        run: Name of the run.
+        task: Task or group.
+        metric: Metric with filter, such as ``acc,none``.
+        base_score: Score of the base.
+        score: Score of the run.
+        difference: `score` - `base_score`, in the metric's own unit.
+        relative: The same as a share of `base_score`, or None.
+        low: Lower end of the interval of the difference, or None.
+        high: Upper end.
+        p: p of the single test, or None where none was possible.
+        q: p adjusted for the whole table (Benjamini-Hochberg), or None.
+        smallest_detectable: See `statistics.PairedTest`.
+        documents: Documents both runs were scored on, or None.
+        method: Test that was made, or why none was.
+        verdict: ``better``, ``worse`` or ``different`` (where the task does not say
+            which way is up) if q < alpha, else ``not shown``; ``not comparable``
+            where a score is no number.
+    """
+
+    run: str
+    task: str
+    metric: str
+    base_score: float
+    score: float
+    difference: float
+    relative: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    q: float | None
+    smallest_detectable: float | None
+    documents: int | None
+    method: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class TaskCorrelation:
+    """Two tasks over the configurations of one series.
+
+    Attributes:
+        series: Model, criterion and seed that the configurations share.
+        tasks: The two tasks, each as (task, metric).
+        correlation: See `statistics.Correlation`.
+        q: Pearson's p, adjusted over all pairs of the series.
+    """
+
+    series: str
+    tasks: tuple[tuple[str, str], tuple[str, str]]
+    correlation: statistics.Correlation
+    q: float | None
+
+
+@dataclass(frozen=True)
+class TaskTrend:
+    """One task over the expansion ratios of one series.
+
+    Attributes:
+        series: Model, criterion and seed that the configurations share.
+        task: The task.
+        metric: The metric.
+        trend: See `statistics.Trend`.
+        q: Its p, adjusted over all tasks of the series.
+    """
+
+    series: str
+    task: str
+    metric: str
+    trend: statistics.Trend
+    q: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that `compare` says.
+
+    Attributes:
+        base: Name of the base.
+        alpha: Level of the tests; intervals have confidence 1 - alpha.
+        rows: The table.
+        correlations: Pairs of tasks, where there are at least 3 expansion ratios.
+        trends: Tasks, where there are at least 3 expansion ratios.
+        notes: What the reader has to know, such as tasks that only one run has.
+    """
+
+    base: str
+    alpha: float
+    rows: tuple[Difference, ...]
+    correlations: tuple[TaskCorrelation, ...]
+    trends: tuple[TaskTrend, ...]
+    notes: tuple[str, ...]
+
+
+def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
+    """Read what ``compare BASE RUN [RUN...]`` names.
+
+    A sweep folder as BASE stands for its baseline and, where it is the only
+    argument, its other configurations are the runs; as RUN it stands for all its
+    configurations but the baseline.
+
+    Raises:
+        ResultsError: Something cannot be read, or there is nothing to compare.
+    """
+    runs: list[Run] = []
+    base: Run | None = None
+    for number, path in enumerate(paths):
+        if is_sweep(path):
+            baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
+            if number == 0:
+                base = baseline
+            if number > 0 or len(paths) == 1:
+                runs += others
+        elif number == 0:
+            base = read_run(path)
+        else:
+            runs.append(read_run(path))
+    if base is None or not runs:
+        raise ResultsError(
+            "There is nothing to compare: give a base and at least one other run, or a sweep "
+            "folder with several configurations."
+        )
+    return base, _with_distinct_names(base, runs)
+
+
+def split_sweep(runs: list[Run], where: str) -> tuple[Run, list[Run]]:
+    """Return the baseline of a sweep and its other runs.
+
+    Raises:
+        ResultsError: No run of the sweep is unpruned.
+    """
+    baselines = [run for run in runs if run.is_baseline]
+    if not baselines:
+        raise ResultsError(
+            f"{where} has no finished run of the unpruned model to compare with: add prune_percent "
+            "0 to the sweep, or name a base: `compare BASE RUN`."
+        )
+    return baselines[0], [run for run in runs if run is not baselines[0]]
+
+
+def compare(
+    base: Run, runs: Sequence[Run], *, alpha: float = 0.05, subtasks: bool = False
+) -> Comparison:
+    """Compare runs with a base.
+
+    Args:
+        base: What the others are compared with.
+        runs: At least one.
+        alpha: Level of the tests, between 0 and 1.
+        subtasks: Whether to compare the members of groups that have scores too.
+
+    Raises:
+        ResultsError: Samples cannot be read, two runs saw different documents or
+            different versions of a task, or have no task in common.
+        ValueError: `alpha` is out of range.
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
+    rows: list[Difference] = []
+    notes: list[str] = []
+    read = _DocumentReader()
+    for run in runs:
+        shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
+        for one, other in ((base, run), (run, base)):
+            missing = [
+                task
+                for task in one.tasks(subtasks=subtasks)
+                if task not in other.tasks()
+            ]
+            if missing:
+                notes.append(
+                    f"{other.name} has no results for {', '.join(missing)}, which {one.name} has."
+                )
+        if not shared:
+            raise ResultsError(f"{base.name} and {run.name} have no task in common.")
+        for task, metric in base.scores:
+            if task in shared and (task, metric) in run.scores:
+                rows.append(_difference(base, run, task, metric, alpha, read))
+    adjusted = statistics.false_discovery_rate([row.p for row in rows])
+    rows = [
+        replace(row, q=q, verdict=_verdict(row, q, alpha, base))
+        for row, q in zip(rows, adjusted, strict=True)
+    ]
+    weaker = sorted({row.task for row in rows if "weaker" in row.method})
+    if weaker:
+        notes.append(
+            f"Without usable samples, {', '.join(weaker)} had to be tested on the standard errors, "
+            "as if the runs had seen different documents; that is weaker than a paired test: "
+            "evaluate with --log_samples."
+        )
+    everything = [base, *(run for run in runs if run is not base)]
+    correlations, trends = across_ratios(everything, alpha=alpha)
+    return Comparison(base.name, alpha, tuple(rows), correlations, trends, tuple(notes))
+
+
+def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group the runs of a sweep whose expansion ratio is the only thing that varies.
+
+    Baselines belong to every series of their model.
+
+    Returns:
+        Runs by series, in falling expansion ratio; runs without a recorded
+        expansion ratio are left out.
+    """
+
+    def model(run: Run) -> str:
+        pruning = run.pruning
+        return f"{pruning.get('hidden_size')}x{pruning.get('layers')}"
+
+    pruned = [run for run in runs if run.expansion_ratio is not None]
+    series: dict[tuple[str, str], list[Run]] = {}
+    for run in pruned:
+        if not run.is_baseline:
+            name = str(run.pruning.get("criterion"))
+            if "seed" in run.pruning:
+                name += f", seed {run.pruning['seed']}"
+            series.setdefault((model(run), name), []).append(run)
+    grouped = {}
+    for (of_model, name), members in series.items():
+        baselines = [r for r in pruned if r.is_baseline and model(r) == of_model][:1]
+        label = name if len({key[0] for key in series}) == 1 else f"{of_model}, {name}"
+        grouped[label] = sorted(
+            [*baselines, *members], key=lambda run: -(run.expansion_ratio or 0)
+        )
+    return grouped
+
+
+def primary_metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return one (task, metric) for each task that all runs have.
+
+    The metric is ``acc_norm`` where there is one, as the study reports it, else the
+    first that the task lists. Subtasks of groups with scores are left out.
+    """
+    primary = []
+    for task in runs[0].tasks(subtasks=False):
+        metrics = [
+            metric
+            for scored, metric in runs[0].scores
+            if scored == task
+            and all(
+                (task, metric) in run.scores
+                and math.isfinite(run.scores[task, metric].value)
+                for run in runs
+            )
+        ]
+        metrics.sort(key=lambda metric: not metric.startswith("acc_norm,"))
+        if metrics:
+            primary.append((task, metrics[0]))
+    return primary
+
+
+def across_ratios(
+    runs: Sequence[Run], *, alpha: float = 0.05
+) -> tuple[tuple[TaskCorrelation, ...], tuple[TaskTrend, ...]]:
+    """Correlate any two tasks, and test each for a trend, over expansion ratios.
+
+    Args:
+        runs: Runs of one or several series.
+        alpha: 1 - confidence of the intervals.
+
+    Returns:
+        Correlations and trends; empty for series with fewer than 3 ratios.
+    """
+    correlations: list[TaskCorrelation] = []
+    trends: list[TaskTrend] = []
+    for name, members in series_of(runs).items():
+        ratios = [run.expansion_ratio or 0.0 for run in members]
+        if len(set(ratios)) < 3:
+            continue
+        scores = {
+            key: [run.scores[key].value for run in members]
+            for key in primary_metrics(members)
+        }
+        pairs = [
+            TaskCorrelation(
+                name,
+                (one, other),
+                statistics.correlate(scores[one], scores[other], alpha=alpha),
+                None,
+            )
+            for one, other in itertools.combinations(scores, 2)
+        ]
+        adjusted = statistics.false_discovery_rate(
+            [pair.correlation.pearson_p for pair in pairs]
+        )
+        correlations += [
+            replace(pair, q=q) for pair, q in zip(pairs, adjusted, strict=True)
+        ]
+        tested = [
+            TaskTrend(name, *key, statistics.trend(ratios, values), None)
+            for key, values in scores.items()
+        ]
+        adjusted = statistics.false_discovery_rate([each.trend.p for each in tested])
+        trends += [replace(each, q=q) for each, q in zip(tested, adjusted, strict=True)]
+    return tuple(correlations), tuple(trends)
+
+
+class _DocumentReader:
+    """Reads the documents of a (run, task, metric) once: the base meets every run."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[int, str, str], Documents | None] = {}
+
+    def __call__(self, run: Run, task: str, metric: str) -> Documents | None:
+        key = id(run), task, metric
+        if key not in self._read:
+            self._read[key] = read_documents(run, task, metric)
+        return self._read[key]
+
+
+def paired_documents(
+    base: Run,
+    run: Run,
+    task: str,
+    metric: str,
+    read: _DocumentReader | None = None,
+) -> tuple[Documents, Documents] | None:
+    """Return the documents of two runs in the same order, or None without samples.
+
+    Raises:
+        ResultsError: The runs saw different documents or task versions.
+    """
+    read = read or _DocumentReader()
+    for name in base.leaves(task):
+        versions = base.versions.get(name), run.versions.get(name)
+        if None not in versions and versions[0] != versions[1]:
+            raise ResultsError(
+                f"{name} has version {versions[0]} in {base.name} and {versions[1]} in {run.name}: "
+                "scores of different versions of a task cannot be compared."
+            )
+    one, other = read(base, task, metric), read(run, task, metric)
+    if one is None or other is None:
+        return None
+    position = {key: index for index, key in enumerate(other.keys)}
+    only_base = sum(key not in position for key in one.keys)
+    only_run = len(other.keys) - (len(one.keys) - only_base)
+    if only_base or only_run:
+        raise ResultsError(
+            f"{task} was evaluated on different documents: {only_base} of {len(one.keys)} only in "
+            f"{base.name}, {only_run} of {len(other.keys)} only in {run.name} (matched by "
+            "doc_hash); evaluate both with the same --limit and data."
+        )
+    order = [position[key] for key in one.keys]
+    reordered = replace(
+        other,
+        keys=one.keys,
+        values=other.values[order],
+        weights=other.weights[order],
+        clusters=None
+        if other.clusters is None
+        else tuple(other.clusters[index] for index in order),
+    )
+    same_kind = one.transform == other.transform and np.allclose(
+        one.weights, reordered.weights
+    )
+    return (one, reordered) if same_kind else None
+
+
+def _difference(
+    base: Run,
+    run: Run,
+    task: str,
+    metric: str,
+    alpha: float,
+    read: _DocumentReader,
+) -> Difference:
+    before, after = base.scores[task, metric], run.scores[task, metric]
+    pair = paired_documents(base, run, task, metric, read)
+    documents = len(pair[0].keys) if pair else None
+    nothing = [
+        name
+        for name, score in ((base.name, before), (run.name, after))
+        if not math.isfinite(score.value)
+    ]
+    if nothing:
+        test = statistics.PairedTest(
+            after.value - before.value,
+            None,
+            None,
+            None,
+            f"none: the score of {' and '.join(nothing)} is no finite number",
+            None,
+            0,
+        )
+    elif pair:
+        test = statistics.paired_difference(
+            pair[0].values,
+            pair[1].values,
+            weights=pair[0].weights,
+            clusters=pair[0].clusters,
+            transform=pair[0].transform,
+            alpha=alpha,
+        )
+    elif before.stderr is not None and after.stderr is not None:
+        test = statistics.unpaired_difference(
+            before.value, before.stderr, after.value, after.stderr, alpha=alpha
+        )
+    else:
+        test = statistics.PairedTest(
+            after.value - before.value,
+            None,
+            None,
+            None,
+            "none: neither samples nor standard errors",
+            None,
+            0,
+        )
+    return Difference(
+        run=run.name,
+        task=task,
+        metric=metric,
+        base_score=before.value,
+        score=after.value,
+        difference=after.value - before.value,
+        relative=statistics.relative_change(before.value, after.value),
+        low=test.low,
+        high=test.high,
+        p=test.p,
+        q=None,
+        smallest_detectable=test.smallest_detectable,
+        documents=documents,
+        method=test.method,
+        verdict="not comparable" if nothing else "not shown",
+    )
+
+
+def _verdict(row: Difference, q: float | None, alpha: float, base: Run) -> str:
+    if row.verdict == "not comparable" or q is None or q >= alpha:
+        return row.verdict
+    higher_is_better = base.scores[row.task, row.metric].higher_is_better
+    if higher_is_better is None:
+        return "different"
+    return "better" if (row.difference > 0) == higher_is_better else "worse"
+
+
+def _with_distinct_names(base: Run, runs: list[Run]) -> list[Run]:
+    """Call runs that would share a name by their paths."""
+    names = [base.name, *(run.name for run in runs)]
+    return [
+        run if names.count(run.name) == 1 else replace(run, name=str(run.path))
+        for run in runs
+    ]
+
+
+def as_table(comparison: Comparison) -> str:
+    """Return the comparison as Markdown tables for people."""
+    confidence = f"{1 - comparison.alpha:.0%}"
+    header = (
+        f"Compared with {comparison.base}; difference = run - base; q: p after "
+        f"Benjamini-Hochberg over these {len(comparison.rows)} rows."
+    )
+    columns = (
+        f"|run|task|metric|base|score|difference|{confidence} interval|relative|p|q"
+        "|smallest detectable|documents|test|verdict|"
+    )
+    alignment = (
+        "|---|----|------|---:|----:|---------:|---:|---:|---:|---:|---:|---:|---|---|"
+    )
+    lines = [header, "", columns, alignment]
+    for row in comparison.rows:
+        interval = "-" if row.low is None else f"[{row.low:+.4f}, {_signed(row.high)}]"
+        lines.append(
+            f"|{row.run}|{row.task}|{row.metric}|{row.base_score:.4f}|{row.score:.4f}"
+            f"|{row.difference:+.4f}|{interval}|{_percent(row.relative)}|{_p(row.p)}|{_p(row.q)}"
+            f"|{_plain(row.smallest_detectable)}|{row.documents or '-'}|{row.method}|{row.verdict}|"
+        )
+    if comparison.trends:
+        lines += ["", "Trend of the score over expansion ratios (Mann-Kendall):", ""]
+        lines += ["|series|task|metric|n|tau|p|q|", "|---|---|---|---:|---:|---:|---:|"]
+        lines += [
+            f"|{each.series}|{each.task}|{each.metric}|{each.trend.n}|{_signed(each.trend.tau, 2)}"
+            f"|{_p(each.trend.p)}|{_p(each.q)}|"
+            for each in comparison.trends
+        ]
+    if comparison.correlations:
+        lines += ["", "Correlation of two tasks over expansion ratios:", ""]
+        columns = (
+            f"|series|task|task|n|Pearson r|{confidence} interval|p|q|Spearman rho"
+            f"|{confidence} interval|p|"
+        )
+        lines += [columns, "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+        for pair in comparison.correlations:
+            c = pair.correlation
+            one, other = (f"{task} {metric}" for task, metric in pair.tasks)
+            lines.append(
+                f"|{pair.series}|{one}|{other}|{c.n}|{_signed(c.pearson, 3)}"
+                f"|{_interval(c.pearson_low, c.pearson_high)}|{_p(c.pearson_p)}|{_p(pair.q)}"
+                f"|{_signed(c.spearman, 3)}|{_interval(c.spearman_low, c.spearman_high)}"
+                f"|{_p(c.spearman_p)}|"
+            )
+    if comparison.notes:
+        lines += ["", *(f"Note: {note}" for note in comparison.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(comparison: Comparison) -> str:
+    """Return the table of differences as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(Difference.__dataclass_fields__), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in comparison.rows)
+    return text.getvalue()
+
+
+def as_json(comparison: Comparison) -> str:
+    """Return the whole comparison as JSON; numbers that are not finite become null."""
+    return json.dumps(_finite(asdict(comparison)), indent=2, allow_nan=False) + "\n"
+
+
+FORMATS = {"table": as_table, "csv": as_csv, "json": as_json}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _p(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _signed(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:+.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.1%}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"[{low:+.2f}, {high:+.2f}]"

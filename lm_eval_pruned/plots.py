@@ -1,0 +1,263 @@
+"""The figures of a report: as SVG to be put into a page, and as PNG and SVG files.
+
+Colours are those of Okabe and Ito that stand out on white and on black; no two lines
+differ in colour alone. Needs matplotlib (the extra ``report``).
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import ScalarFormatter
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Okabe and Ito 2008, without black and yellow, which vanish on one of the grounds.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
+RATIO_LABEL = "expansion ratio (intermediate size / hidden size)"
+
+#: Drawn in this colour is what a page draws in the colour of its text.
+_INK = "#010203"
+_SETTINGS: dict[Any, Any] = {
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "text.color": _INK,
+    # Names of tasks and models are text, whatever characters they hold.
+    "text.parse_math": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot.
+
+    Attributes:
+        label: Entry in the legend.
+        x: Expansion ratios.
+        y: Values, as many.
+        marked: Whether each point is significant; those are drawn filled. Empty where
+            that was not asked.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    marked: Sequence[bool] = ()
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A finished figure.
+
+    Attributes:
+        name: Name of its files, without suffix.
+        title: Heading.
+        description: What it shows, in a sentence or two; the text alternative.
+        inline: ``<svg>`` element with transparent ground and text in ``currentColor``.
+        svg: SVG file on white ground.
+        png: PNG file on white ground, 200 dpi.
+    """
+
+    name: str
+    title: str
+    description: str
+    inline: str
+    svg: str
+    png: bytes
+
+
+def lines_plot(
+    name: str,
+    title: str,
+    description: str,
+    lines: Sequence[Line],
+    y_label: str,
+    *,
+    reference: float | None = None,
+    marks: str | None = None,
+) -> Plot:
+    """Draw lines over the expansion ratio, which falls from left to right.
+
+    Args:
+        name: Name of the files.
+        title: Heading.
+        description: Text alternative.
+        lines: The lines.
+        y_label: Label of the axis, with its unit.
+        reference: Value of a horizontal line, such as the baseline's.
+        marks: What filled points mean; None where no line is marked.
+    """
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+        figure = Figure(figsize=(8, 4.2))
+        axes = figure.subplots()
+        if reference is not None:
+            axes.axhline(reference, color=_INK, linewidth=0.8)
+        looks = itertools.cycle(range(len(COLOURS) * len(MARKERS) * len(STYLES)))
+        handles = []
+        for number, line in zip(looks, lines, strict=False):
+            colour = COLOURS[number % len(COLOURS)]
+            marker = MARKERS[number % len(MARKERS)]
+            style = STYLES[number // len(COLOURS) % len(STYLES)]
+            axes.plot(line.x, line.y, color=colour, linestyle=style, linewidth=1.4)
+            marked = line.marked or [True] * len(line.x)
+            for x, y, filled in zip(line.x, line.y, marked, strict=True):
+                axes.plot(
+                    x,
+                    y,
+                    marker=marker,
+                    markersize=6,
+                    markeredgecolor=colour,
+                    markerfacecolor=colour if filled else "none",
+                )
+            handles.append(
+                Line2D(
+                    [],
+                    [],
+                    color=colour,
+                    linestyle=style,
+                    marker=marker,
+                    label=line.label,
+                )
+            )
+        if marks is not None:
+            for face, label in ((_INK, marks), ("none", "no difference shown")):
+                handles.append(
+                    Line2D(
+                        [],
+                        [],
+                        color=_INK,
+                        linestyle="none",
+                        marker="o",
+                        markerfacecolor=face,
+                        label=label,
+                    )
+                )
+        axes.invert_xaxis()
+        _label_ratios(axes, [x for line in lines for x in line.x])
+        axes.set_ylabel(y_label)
+        axes.grid(axis="y", color=_INK, alpha=0.15)
+        figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+        return _finish(figure, name, title, description)
+
+
+def scatter_plot(
+    name: str,
+    title: str,
+    description: str,
+    points: Sequence[tuple[float, float, str]],
+    x_label: str,
+    y_label: str,
+    caption: str,
+) -> Plot:
+    """Draw labelled points, joined in their order.
+
+    Args:
+        name: Name of the files.
+        title: Heading.
+        description: Text alternative.
+        points: x, y and label of each, from the baseline down.
+        x_label: Label of the axis, with its unit.
+        y_label: Label of the axis, with its unit.
+        caption: Written above the points.
+    """
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+        figure = Figure(figsize=(6, 4.2))
+        axes = figure.subplots()
+        x, y, labels = zip(*points, strict=True)
+        axes.plot(x, y, color=COLOURS[0], linewidth=0.8, alpha=0.5)
+        axes.plot(x, y, color=COLOURS[0], marker="o", linestyle="none")
+        for place in zip(x, y, labels, strict=True):
+            axes.annotate(
+                place[2],
+                place[:2],
+                xytext=(6, 5),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        axes.margins(0.12)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_title(caption, fontsize=9, loc="left")
+        axes.grid(color=_INK, alpha=0.15)
+        return _finish(figure, name, title, description)
+
+
+def _label_ratios(axes, ratios: Sequence[float]) -> None:
+    ticks = sorted(set(ratios))
+    span = (ticks[-1] - ticks[0]) or 1.0
+    # Ratios that are closer than a label is wide share one.
+    spread = [ticks[0]]
+    for tick in ticks[1:]:
+        if tick - spread[-1] > span / 20:
+            spread.append(tick)
+    axes.set_xticks(spread, [f"{tick:.2f}" for tick in spread])
+    axes.set_xlabel(RATIO_LABEL)
+
+
+def _finish(figure: Figure, name: str, title: str, description: str) -> Plot:
+    for axes in figure.axes:
+        formatter = axes.yaxis.get_major_formatter()
+        if isinstance(formatter, ScalarFormatter):
+            formatter.set_useOffset(False)
+    FigureCanvasAgg(figure)
+    no_date = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    transparent = io.StringIO()
+    figure.savefig(transparent, format="svg", metadata=no_date, transparent=True)
+    standing = io.StringIO()
+    figure.savefig(standing, format="svg", metadata=no_date, facecolor="white")
+    png = io.BytesIO()
+    figure.savefig(
+        png, format="png", dpi=200, metadata={"Software": None}, facecolor="white"
+    )
+    return Plot(
+        name,
+        title,
+        description,
+        _inline(transparent.getvalue(), name),
+        standing.getvalue(),
+        png.getvalue(),
+    )
+
+
+def _inline(svg: str, name: str) -> str:
+    """Return the ``<svg>`` element alone, in the page's colours and with ids of its own."""
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(_INK, "currentColor", svg, flags=re.IGNORECASE)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    # The page scales it, up to the size that gives its text the page's size.
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])  # type: ignore[index]
+    return re.sub(
+        r'<svg([^>]*?) width="[^"]*"',
+        rf'<svg aria-hidden="true" style="max-width: {width / 11:.0f}rem"\1',
+        svg,
+        count=1,
+    )
+
+
+def is_drawable(value: float | None) -> bool:
+    """Whether a value can be a point."""
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,612 @@
+"""``lm-eval-pruned check``: results against a committed baseline, for CI.
+
+The baseline is one JSON file: for each run, task and metric the expected score and
+one rule of how far a result may fall behind it: ``absolute`` or ``relative``
+tolerance, or ``alpha``, the level at which the logged samples must not show it to be
+worse. The file holds hashes and scores of documents, never their text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from lm_eval_pruned import statistics
+from lm_eval_pruned.atomic import write_atomically
+from lm_eval_pruned.results import (
+    TRANSFORMS,
+    Documents,
+    ResultsError,
+    Run,
+    is_sweep,
+    read_documents,
+    read_json,
+    read_run,
+    read_sweep,
+)
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+#: Version of the baseline file.
+SCHEMA = 1
+RULES = ("absolute", "relative", "alpha")
+#: Digits that scores are written with, and what two equal scores may differ by.
+_DIGITS = 10
+_EQUAL = 1e-9
+#: Name of the run where the results are not a sweep's.
+_ONLY_RUN = "run"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How far a score may fall behind.
+
+    Attributes:
+        kind: One of `RULES`.
+        value: Tolerance in the metric's own unit, tolerance as a share of the expected
+            score, or level of the test.
+    """
+
+    kind: str
+    value: float
+
+    def __post_init__(self) -> None:
+        value = self.value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ResultsError(f"{self.kind} is {value!r}: give a number.")
+        if self.kind == "alpha" and not 0 < value < 1:
+            raise ResultsError(f"alpha={value} is not between 0 and 1: give 0.05, say.")
+        if not 0 <= value < math.inf:
+            raise ResultsError(
+                f"{self.kind}={value} is no tolerance: give 0 or a positive number."
+            )
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the baseline says about one metric.
+
+    Attributes:
+        score: Expected score.
+        higher_is_better: Direction; None where any change counts as worse.
+        rule: See `Rule`.
+        documents: Scores of single documents; only for the rule ``alpha``.
+    """
+
+    score: float
+    higher_is_better: bool | None
+    rule: Rule
+    documents: Documents | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline file.
+
+    Attributes:
+        expectations: By (run, task, metric).
+        versions: Task version by (run, task).
+    """
+
+    expectations: Mapping[tuple[str, str, str], Expectation]
+    versions: Mapping[tuple[str, str], Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the gate says about one metric.
+
+    Attributes:
+        run: Name of the run.
+        task: The task.
+        metric: The metric.
+        status: ``pass``, ``improved`` (passes), ``new`` (passes) or ``fail``.
+        expected: Score of the baseline, or None.
+        score: Score of the results, or None.
+        message: One sentence.
+    """
+
+    run: str
+    task: str
+    metric: str
+    status: str
+    expected: float | None
+    score: float | None
+    message: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether the gate closes."""
+        return self.status == "fail"
+
+
+def read_results(path: str | Path) -> dict[str, Run]:
+    """Read the runs to be checked, by the names they have in a baseline.
+
+    Raises:
+        ResultsError: They cannot be read, or a unit of the sweep failed.
+    """
+    if not is_sweep(path):
+        return {_ONLY_RUN: read_run(path)}
+    sweep = read_sweep(path)
+    if sweep.failures:
+        failure = sweep.failures[0]
+        raise ResultsError(
+            f"{len(sweep.failures)} units of {path} failed, first {failure.task} of "
+            f"{failure.run} ({failure.message}): run the sweep again with --retry_failed."
+        )
+    return {run.name: run for run in sweep.runs}
+
+
+def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
+    """Hold results against a baseline.
+
+    The p values of all ``alpha`` rules are adjusted together (Benjamini-Hochberg), so
+    that a gate of many metrics does not close by chance.
+
+    Args:
+        runs: From `read_results`.
+        baseline: From `read_baseline`.
+
+    Returns:
+        One finding per metric, sorted by run, task and metric.
+
+    Raises:
+        ResultsError: An ``alpha`` rule meets results without samples, or with other
+            documents.
+    """
+    findings = {}
+    tests: dict[tuple[str, str, str], float | None] = {}
+    for key, expected in baseline.expectations.items():
+        run_name, task, metric = key
+        run = runs.get(run_name)
+        score = run.scores.get((task, metric)) if run else None
+        findings[key] = Finding(
+            *key, "pass", expected.score, score.value if score else None, ""
+        )
+        if run is None or score is None:
+            what = (
+                f"no run {run_name}"
+                if run is None
+                else f"no result for {task}"
+                if task not in run.tasks()
+                else f"no metric {metric}"
+            )
+            findings[key] = replace(
+                findings[key], status="fail", message=f"The results have {what}."
+            )
+            continue
+        version = baseline.versions.get((run_name, task))
+        if version is not None and run.versions.get(task) not in (None, version):
+            message = (
+                f"The task has version {run.versions[task]}, and the baseline is of version "
+                f"{version}: the scores cannot be compared. To accept, run with --update."
+            )
+            findings[key] = replace(findings[key], status="fail", message=message)
+        elif not math.isfinite(score.value):
+            message = f"The score is {score.value}, not a finite number."
+            findings[key] = replace(findings[key], status="fail", message=message)
+        elif expected.rule.kind == "alpha":
+            tests[key] = _test(run, task, metric, expected)
+        else:
+            findings[key] = _within(findings[key], expected)
+    adjusted = statistics.false_discovery_rate(list(tests.values()))
+    for key, q in zip(tests, adjusted, strict=True):
+        findings[key] = _significant(findings[key], baseline.expectations[key], q)
+    for run_name, run in runs.items():
+        for (task, metric), score in run.scores.items():
+            key = run_name, task, metric
+            if key not in findings:
+                findings[key] = Finding(
+                    *key,
+                    "new",
+                    None,
+                    score.value,
+                    "Not in the baseline; to add it, run with --update.",
+                )
+    return [findings[key] for key in sorted(findings)]
+
+
+def make_baseline(
+    runs: Mapping[str, Run], rule: Rule, previous: Baseline | None = None
+) -> Baseline:
+    """Make a baseline of results.
+
+    Args:
+        runs: From `read_results`.
+        rule: For metrics that `previous` has no rule for.
+        previous: Whose rules stay.
+
+    Raises:
+        ResultsError: A score is NaN or infinite, or a rule ``alpha`` has no samples.
+    """
+    expectations = {}
+    versions = {}
+    for name, run in runs.items():
+        for (task, metric), score in run.scores.items():
+            if not math.isfinite(score.value):
+                raise ResultsError(
+                    f"The score {metric} of {task} in {run.path} is {score.value}: a baseline "
+                    "needs finite numbers."
+                )
+            key = name, task, metric
+            known = previous.expectations.get(key) if previous else None
+            kept = known.rule if known else rule
+            documents = None
+            if kept.kind == "alpha":
+                documents = _documents(run, task, metric)
+            expectations[key] = Expectation(
+                score.value, score.higher_is_better, kept, documents
+            )
+            if task in run.versions:
+                versions[name, task] = run.versions[task]
+    return Baseline(expectations, versions)
+
+
+def read_baseline(file: str | Path) -> Baseline:
+    """Read a baseline file.
+
+    Raises:
+        ResultsError: It does not exist, is damaged, or is of a later version.
+    """
+    file = Path(file)
+    if not file.exists():
+        raise ResultsError(
+            f"The baseline {file} does not exist: make it with `lm-eval-pruned check RESULTS "
+            f"--baseline {file} --update`."
+        )
+    data = read_json(file)
+    schema = data.get("schema_version")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ResultsError(
+            f"{file} has schema version {schema}, and this version of lm-eval-pruned reads up to "
+            f"{SCHEMA}: upgrade lm-eval-pruned."
+        )
+    if schema != SCHEMA or not isinstance(data.get("runs"), dict):
+        raise ResultsError(f"{file} is no baseline of `lm-eval-pruned check`.")
+    expectations = {}
+    versions = {}
+    for run, tasks in data["runs"].items():
+        for task, entry in _mapping(file, run, tasks).items():
+            entry = _mapping(file, f"{run}, {task}", entry)
+            if entry.get("version") is not None:
+                versions[run, task] = entry["version"]
+            metrics = _mapping(file, f"{run}, {task}", entry.get("metrics"))
+            for metric, record in metrics.items():
+                where = f"{run}, {task}, {metric}"
+                expectations[run, task, metric] = _expectation(
+                    file, where, _mapping(file, where, record)
+                )
+    if not expectations:
+        raise ResultsError(f"{file} expects nothing: make it anew with --update.")
+    return Baseline(expectations, versions)
+
+
+def write_baseline(file: str | Path, baseline: Baseline) -> None:
+    """Write a baseline file whole or not at all; the same baseline gives the same bytes."""
+    runs: dict[str, Any] = {}
+    for (run, task, metric), expected in baseline.expectations.items():
+        entry = runs.setdefault(run, {}).setdefault(task, {"metrics": {}})
+        if (run, task) in baseline.versions:
+            entry["version"] = baseline.versions[run, task]
+        record: dict[str, Any] = {
+            "score": _stable(expected.score),
+            "higher_is_better": expected.higher_is_better,
+            expected.rule.kind: expected.rule.value,
+        }
+        if expected.documents is not None:
+            record["documents"] = _documents_as_dict(expected.documents)
+        entry["metrics"][metric] = record
+    text = json.dumps(
+        {"schema_version": SCHEMA, "runs": runs},
+        indent=2,
+        sort_keys=True,
+        allow_nan=False,
+        ensure_ascii=False,
+    )
+    write_atomically(file, text + "\n")
+
+
+def _within(finding: Finding, expected: Expectation) -> Finding:
+    assert finding.score is not None
+    change = finding.score - expected.score
+    rule = expected.rule
+    tolerance = rule.value
+    if rule.kind == "relative":
+        tolerance *= abs(expected.score)
+    allowed = f"{rule.value:g}" + (
+        " of the expected score" if rule.kind == "relative" else ""
+    )
+    fuzz = _EQUAL * max(1.0, abs(expected.score))
+    if abs(change) <= tolerance + fuzz:
+        return replace(finding, message=f"Within {allowed} of the baseline.")
+    if _is_improvement(change, expected):
+        return replace(finding, status="improved", message=_IMPROVED)
+    direction = "Changed" if expected.higher_is_better is None else "Worse"
+    return replace(
+        finding,
+        status="fail",
+        message=f"{direction} by {abs(change):.6g}, allowed is {allowed}.",
+    )
+
+
+def _significant(finding: Finding, expected: Expectation, q: float | None) -> Finding:
+    assert finding.score is not None
+    change = finding.score - expected.score
+    alpha = expected.rule.value
+    if q is None:
+        return replace(
+            finding,
+            status="fail",
+            message="There are too few documents for a test: use a tolerance instead of alpha.",
+        )
+    if q >= alpha:
+        return replace(
+            finding, message=f"Not significantly different (q = {q:.3g} >= {alpha:g})."
+        )
+    if _is_improvement(change, expected):
+        return replace(finding, status="improved", message=_IMPROVED)
+    return replace(
+        finding,
+        status="fail",
+        message=f"Significantly worse by {abs(change):.6g} (q = {q:.3g} < {alpha:g}).",
+    )
+
+
+_IMPROVED = "Better than the baseline; to expect this from now on, run with --update."
+
+
+def _is_improvement(change: float, expected: Expectation) -> bool:
+    better = expected.higher_is_better
+    return better is not None and (change > 0) == better
+
+
+def _test(run: Run, task: str, metric: str, expected: Expectation) -> float | None:
+    before, after = expected.documents, _documents(run, task, metric)
+    assert before is not None
+    position = {key: index for index, key in enumerate(after.keys)}
+    if position.keys() != set(before.keys):
+        raise ResultsError(
+            f"{task} in {run.path} was evaluated on other documents than the baseline (matched by "
+            "doc_hash): evaluate with the same --limit and data, or run with --update."
+        )
+    order = [position[key] for key in before.keys]
+    if before.transform != after.transform or not np.allclose(
+        before.weights, after.weights[order]
+    ):
+        raise ResultsError(
+            f"{task} in {run.path} weighs its documents differently from the baseline: run with "
+            "--update."
+        )
+    return statistics.paired_difference(
+        before.values,
+        after.values[order],
+        weights=before.weights,
+        clusters=before.clusters,
+        transform=before.transform,
+        alpha=expected.rule.value,
+    ).p
+
+
+def _documents(run: Run, task: str, metric: str) -> Documents:
+    """Read documents and shorten their keys to what a baseline file holds."""
+    documents = read_documents(run, task, metric)
+    if documents is None:
+        raise ResultsError(
+            f"The rule alpha needs logged samples that make up {metric} of {task}, and {run.path} "
+            "has none: evaluate with --log_samples, or use a tolerance for this metric."
+        )
+    clusters = documents.clusters
+    if clusters is not None:
+        numbers = {
+            name: str(number) for number, name in enumerate(sorted(set(clusters)))
+        }
+        clusters = tuple(numbers[name] for name in clusters)
+    return replace(
+        documents,
+        keys=tuple((task, digest[:16], n) for task, digest, n in documents.keys),
+        clusters=clusters,
+    )
+
+
+def _documents_as_dict(documents: Documents) -> dict[str, Any]:
+    names = [f"{task} {digest} {n}" for task, digest, n in documents.keys]
+    record: dict[str, Any] = {
+        "transform": documents.transform,
+        "values": dict(zip(names, map(_stable, documents.values), strict=True)),
+    }
+    if (documents.weights != 1).any():
+        record["weights"] = dict(
+            zip(names, map(_stable, documents.weights), strict=True)
+        )
+    if documents.clusters is not None:
+        record["clusters"] = dict(zip(names, documents.clusters, strict=True))
+    return record
+
+
+def _expectation(file: Path, where: str, record: Mapping[str, Any]) -> Expectation:
+    score = record.get("score")
+    if (
+        isinstance(score, bool)
+        or not isinstance(score, int | float)
+        or not math.isfinite(score)
+    ):
+        raise ResultsError(f"{file}: the score of {where} is {score!r}, not a number.")
+    rules = [kind for kind in RULES if kind in record]
+    if len(rules) != 1:
+        raise ResultsError(
+            f"{file}: {where} has {len(rules)} rules: give it one of {', '.join(RULES)}."
+        )
+    direction = record.get("higher_is_better")
+    if direction is not None and not isinstance(direction, bool):
+        raise ResultsError(f"{file}: higher_is_better of {where} is {direction!r}.")
+    try:
+        rule = Rule(rules[0], record[rules[0]])
+    except ResultsError as error:
+        raise ResultsError(f"{file}: {where}: {error}") from None
+    documents = None
+    if rule.kind == "alpha":
+        if "documents" not in record:
+            raise ResultsError(
+                f"{file}: {where} has the rule alpha but no documents: run with --update."
+            )
+        try:
+            documents = _documents_from_dict(record["documents"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ResultsError(
+                f"{file}: the documents of {where} are damaged."
+            ) from None
+    return Expectation(float(score), direction, rule, documents)
+
+
+def _documents_from_dict(record: Mapping[str, Any]) -> Documents:
+    if record["transform"] not in TRANSFORMS:
+        raise ValueError(record["transform"])
+    values = record["values"]
+    names = list(values)
+    weights = record.get("weights")
+    clusters = record.get("clusters")
+    keys = []
+    for name in names:
+        task, digest, number = name.rsplit(" ", 2)
+        keys.append((task, digest, int(number)))
+    numbers = np.array([float(values[name]) for name in names])
+    if not names or not np.isfinite(numbers).all():
+        raise ValueError
+    return Documents(
+        tuple(keys),
+        numbers,
+        np.array([float(weights[name]) for name in names])
+        if weights
+        else np.ones(len(names)),
+        tuple(str(clusters[name]) for name in names) if clusters else None,
+        record["transform"],
+    )
+
+
+def _mapping(file: Path, where: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ResultsError(f"{file}: the entry of {where} is damaged.")
+    return value
+
+
+def _stable(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def as_text(findings: Sequence[Finding]) -> str:
+    """Return the findings for people; what needs no attention is only counted."""
+    lines = []
+    for finding in findings:
+        if finding.status != "pass":
+            scores = f"{_number(finding.expected)} -> {_number(finding.score)}"
+            lines.append(
+                f"{finding.status.upper():8} {_where(finding)}: {scores}. {finding.message}"
+            )
+    lines.append(_summary(findings))
+    return "\n".join(lines) + "\n"
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """Return the findings as a JSON object; numbers that are not finite become null."""
+    rows = [
+        {
+            name: None
+            if isinstance(value, float) and not math.isfinite(value)
+            else value
+            for name, value in asdict(finding).items()
+        }
+        for finding in findings
+    ]
+    passed = not any(finding.failed for finding in findings)
+    return json.dumps({"passed": passed, "findings": rows}, indent=2) + "\n"
+
+
+def as_junit(findings: Sequence[Finding]) -> str:
+    """Return the findings as JUnit XML, one test case per metric."""
+    failures = sum(finding.failed for finding in findings)
+    root = ElementTree.Element("testsuites")
+    suite = ElementTree.SubElement(
+        root,
+        "testsuite",
+        name="lm-eval-pruned check",
+        tests=str(len(findings)),
+        failures=str(failures),
+        errors="0",
+    )
+    for finding in findings:
+        case = ElementTree.SubElement(
+            suite,
+            "testcase",
+            classname=f"{finding.run}.{finding.task}",
+            name=finding.metric,
+        )
+        scores = f"expected {_number(finding.expected)}, got {_number(finding.score)}"
+        if finding.failed:
+            failure = ElementTree.SubElement(case, "failure", message=finding.message)
+            failure.text = scores
+        else:
+            ElementTree.SubElement(
+                case, "system-out"
+            ).text = f"{finding.message} {scores}"
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def as_github(findings: Sequence[Finding]) -> str:
+    """Return the findings as workflow commands, which GitHub Actions shows as annotations."""
+    commands = {"fail": "error", "improved": "notice", "new": "notice"}
+    lines = []
+    for finding in findings:
+        if finding.status in commands:
+            title = _escape(_where(finding)).replace(":", "%3A").replace(",", "%2C")
+            scores = (
+                f"expected {_number(finding.expected)}, got {_number(finding.score)}"
+            )
+            lines.append(
+                f"::{commands[finding.status]} title={title}::"
+                + _escape(f"{finding.message} ({scores})")
+            )
+    lines.append(_summary(findings))
+    return "\n".join(lines) + "\n"
+
+
+FORMATS = {
+    "text": as_text,
+    "json": as_json,
+    "junit": as_junit,
+    "github": as_github,
+}
+
+
+def _where(finding: Finding) -> str:
+    where = f"{finding.task} {finding.metric}"
+    return where if finding.run == _ONLY_RUN else f"{finding.run} {where}"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"
+
+
+def _summary(findings: Sequence[Finding]) -> str:
+    counts = {
+        status: sum(finding.status == status for finding in findings)
+        for status in ("fail", "improved", "new", "pass")
+    }
+    word = "failed" if counts["fail"] else "passed"
+    return (
+        f"Check {word}: {counts['fail']} failed, {counts['pass']} as expected, "
+        f"{counts['improved']} improved, {counts['new']} not in the baseline."
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

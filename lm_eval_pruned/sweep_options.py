@@ -1,0 +1,384 @@
+"""What a sweep can be asked for: the options of ``lm-eval-pruned sweep`` and of its YAML file.
+
+One table describes both, so that a key of the file is an option of the command
+without its dashes. Names and meanings are those of ``lm_eval run`` wherever it
+has the option. Nothing here imports torch or the harness.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the command and one key of the YAML file.
+
+    Attributes:
+        name: Name in both.
+        kind: Key of `_KINDS`: what a value must be.
+        help: Line for ``--help``.
+        metavar: Placeholder for ``--help``.
+        group: Heading for ``--help``.
+    """
+
+    name: str
+    kind: str
+    help: str
+    metavar: str | None = None
+    group: str = "evaluation, as in lm_eval run"
+
+
+_SIZES = "configurations"
+_PLACE = "where the units run"
+
+OPTIONS = (
+    Option(
+        "model_args",
+        "mapping",
+        "arguments of pruned-hf, without those of pruning",
+        "KEY=VALUE",
+        _SIZES,
+    ),
+    Option("ratios", "numbers", "expansion ratios to keep", "R", _SIZES),
+    Option(
+        "prune_percents",
+        "numbers",
+        "shares of neurons to remove, in percent",
+        "P",
+        _SIZES,
+    ),
+    Option("criteria", "words", "importance scores (default: maw)", "NAME", _SIZES),
+    Option("seeds", "numbers", "seeds of the criterion random", "N", _SIZES),
+    Option("tasks", "words", "tasks, groups, tags, patterns or YAML files", "TASK"),
+    Option("output_path", "text", "folder of the sweep", "DIR"),
+    Option("limit", "number", "documents per task: a count, or a share below 1", "N"),
+    Option(
+        "samples", "samples", "JSON or a file: documents per task, by index", "JSON"
+    ),
+    Option("batch_size", "text", "a number, auto, or auto:N (default: 1)", "SIZE"),
+    Option("max_batch_size", "integer", "upper bound of auto", "N"),
+    Option("num_fewshot", "integer", "examples in the context", "N"),
+    Option(
+        "apply_chat_template",
+        "flag_or_text",
+        "wrap prompts in the chat template, or in the one of this name",
+        "NAME",
+    ),
+    Option(
+        "fewshot_as_multiturn", "boolean", "examples as turns of a conversation", "BOOL"
+    ),
+    Option("system_instruction", "text", "system prompt", "TEXT"),
+    Option("gen_kwargs", "mapping", "arguments of generation", "KEY=VALUE"),
+    Option("device", "text", "such as cuda:0 or cpu", "DEVICE"),
+    Option(
+        "log_samples",
+        "boolean",
+        "write every document's outputs (default here: true)",
+        "BOOL",
+    ),
+    Option("predict_only", "flag", "write outputs, compute no metric"),
+    Option(
+        "use_cache",
+        "text",
+        "prefix of the files that cache responses, one file per configuration",
+        "PREFIX",
+    ),
+    Option("include_path", "text", "folder of more tasks", "DIR"),
+    Option("metadata", "mapping", "more arguments for tasks", "KEY=VALUE"),
+    Option("seed", "text", "seeds of python, numpy, torch and few-shot choice", "N"),
+    Option("trust_remote_code", "flag", "run code that comes with models and data"),
+    Option("confirm_run_unsafe_code", "flag", "run tasks marked as unsafe"),
+    Option(
+        "ray",
+        "flag_or_text",
+        "run on the Ray cluster at this address; without one, on the cluster that "
+        "RAY_ADDRESS names or that runs here, else on one started for the sweep",
+        "ADDRESS",
+        _PLACE,
+    ),
+    Option(
+        "gpus_per_unit",
+        "number",
+        "GPUs of one Ray worker (default: 1 where the cluster has any)",
+        "N",
+        _PLACE,
+    ),
+    Option(
+        "cpus_per_unit", "number", "CPUs of one Ray worker (default: 1)", "N", _PLACE
+    ),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options to `parser`; every one that was not given is None."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of options; those of the command line win",
+    )
+    groups: dict[str, Any] = {}
+    for option in OPTIONS:
+        group = groups.get(option.group)
+        if group is None:
+            group = groups[option.group] = parser.add_argument_group(option.group)
+        many = option.kind in ("numbers", "words")
+        if option.kind == "flag":
+            group.add_argument(
+                f"--{option.name}", action="store_true", default=None, help=option.help
+            )
+        elif many or option.kind == "mapping":
+            group.add_argument(
+                f"--{option.name}",
+                nargs="+",
+                metavar=option.metavar,
+                help=option.help,
+            )
+        elif option.kind in ("flag_or_text", "boolean"):
+            group.add_argument(
+                f"--{option.name}",
+                nargs="?",
+                const=True,
+                metavar=option.metavar,
+                help=option.help,
+            )
+        else:
+            group.add_argument(
+                f"--{option.name}", metavar=option.metavar, help=option.help
+            )
+    how = parser.add_argument_group("which units run")
+    how.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="run part I of N, I from 0 to N-1; the parts share the folder and need not "
+        "know of each other",
+    )
+    how.add_argument(
+        "--retry_failed", action="store_true", help="run failed units again"
+    )
+    how.add_argument(
+        "--dry_run", action="store_true", help="print the plan and evaluate nothing"
+    )
+
+
+def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that were given, the command line before the file.
+
+    Args:
+        arguments: What a parser prepared by `add_arguments` parsed.
+
+    Returns:
+        Checked values by name; an option that was not given is absent.
+
+    Raises:
+        ValueError: One sentence naming the key or option, its value and what works.
+        OSError: The file cannot be read.
+    """
+    given = {
+        option.name: getattr(arguments, option.name)
+        for option in OPTIONS
+        if getattr(arguments, option.name, None) is not None
+    }
+    options = read_file(arguments.config) if arguments.config else {}
+    for option in OPTIONS:
+        if option.name in given:
+            options[option.name] = _checked(
+                option, given[option.name], f"--{option.name}"
+            )
+    for name, example in (
+        ("output_path", "--output_path sweep"),
+        ("tasks", "--tasks boolq"),
+    ):
+        if not options.get(name):
+            raise ValueError(
+                f"{name} was not given: add {example}, or the key to --config."
+            )
+    return options
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """Return the checked options of a YAML file.
+
+    Raises:
+        ValueError: The file is no YAML mapping, or a key or a value is not usable.
+        OSError: The file cannot be read.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--config {path} is not valid YAML: {' '.join(str(error).split())}."
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(  # noqa: TRY004
+            f"--config {path} holds a {type(content).__name__}, but a sweep is a mapping of "
+            "options such as `ratios: [3.6, 2.0]`."
+        )
+    known = {option.name: option for option in OPTIONS}
+    options = {}
+    for key, value in content.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
+            raise ValueError(f"--config {path} has the unknown key {key}: {hint}")
+        if value is not None:
+            options[key] = _checked(known[key], value, f"{key} in {path}")
+    return options
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return ``(I, N)`` of ``I/N``.
+
+    Raises:
+        ValueError: `text` is something else, or I is not below N.
+    """
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isascii() and part.isdigit() and parts.isdigit()):
+        raise ValueError(
+            f"--shard {text} is not of the form I/N: pass one such as 0/4."
+        )
+    if int(part) >= int(parts):
+        raise ValueError(
+            f"--shard {text} is not a part of {parts}: I counts from 0, so pass 0/{parts} "
+            f"to {max(int(parts) - 1, 0)}/{parts}."
+        )
+    return int(part), int(parts)
+
+
+def parse_number(text: str) -> int | float | str:
+    """Return a size as `lm_eval run` would read it from ``--model_args``."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _checked(option: Option, value: Any, where: str) -> Any:
+    expected, check = _KINDS[option.kind]
+    try:
+        return check(value)
+    except (TypeError, ValueError, OSError) as error:
+        detail = f" ({error})" if str(error) else ""
+        raise ValueError(f"{where} is {value!r}{detail}: pass {expected}.") from None
+
+
+def _numbers(value: Any) -> list[str]:
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, bool) or not _is_scalar(item) for item in items):
+        raise TypeError
+    texts = [
+        part for item in items for part in str(item).replace(",", " ").split() if part
+    ]
+    if not texts:
+        raise ValueError
+    return texts
+
+
+def _words(value: Any) -> list[str]:
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in items):
+        raise TypeError
+    words = [part.strip() for item in items for part in item.split(",") if part.strip()]
+    if not words:
+        raise ValueError
+    return words
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    from lm_eval._cli.utils import key_val_to_dict, try_parse_json
+
+    if isinstance(value, dict):
+        return value
+    items = value if isinstance(value, list) else [value]
+    merged: dict[str, Any] = {}
+    for item in items:
+        if not isinstance(item, str):
+            raise TypeError
+        parsed = try_parse_json(item) if item.lstrip().startswith("{") else item
+        merged.update(parsed if isinstance(parsed, dict) else key_val_to_dict(item))
+    return merged
+
+
+def _samples(value: Any) -> dict[str, list[int]]:
+    if isinstance(value, str):
+        if not value.lstrip().startswith("{"):
+            value = Path(value).read_text(encoding="utf-8")
+        value = json.loads(value)
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list) and all(_is_scalar(item) for item in value) and value:
+        return ",".join(str(item) for item in value)
+    if isinstance(value, bool) or not _is_scalar(value):
+        raise TypeError
+    return str(value)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, (bool, float)):
+        raise TypeError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    number = float(value)
+    if not 0 <= number < float("inf"):
+        raise ValueError
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    text = str(value).lower()
+    if text not in ("true", "1", "yes", "false", "0", "no"):
+        raise ValueError
+    return text in ("true", "1", "yes")
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _flag_or_text(value: Any) -> bool | str:
+    if not isinstance(value, (bool, str)) or value == "":
+        raise TypeError
+    return value
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (str, int, float))
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "numbers": ("one or more numbers", _numbers),
+    "words": ("one or more names", _words),
+    "mapping": ("key=value pairs or a mapping", _mapping),
+    "samples": ('JSON such as {"boolq": [0, 1]}, or a file of it', _samples),
+    "text": ("one value", _text),
+    "integer": ("a whole number", _integer),
+    "number": ("a number of 0 or more", _number),
+    "boolean": ("true or false", _boolean),
+    "flag": ("true or false", _flag),
+    "flag_or_text": ("true, false or a name", _flag_or_text),
+}

@@ -1,0 +1,50 @@
+"""One sweep in several processes that share each unit, as `accelerate launch` starts them.
+
+The harness splits a unit's documents among the processes and gathers the scores
+in the first one. That one alone reads and writes the sweep's folder; here is what
+the others have to hear from it, and it from them.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TypeVar
+
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of this launch; a process on its own needs no other.
+
+    Attributes:
+        main: Whether this process keeps the results.
+    """
+
+    def __init__(self) -> None:
+        self._several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+        self.main = True
+        if self._several:
+            from accelerate import PartialState
+
+            # As HFLM has it: processes wait for the slowest, however long it takes.
+            state = PartialState(timeout=timedelta(weeks=52))
+            self.main = state.is_main_process
+
+    def from_main(self, value: T) -> T:
+        """Return the main process's `value` in every process."""
+        if not self._several:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        (value,) = broadcast_object_list([value])
+        return value
+
+    def first_error(self, error: dict[str, str] | None) -> dict[str, str] | None:
+        """Return, in every process, the error of the first one that has any."""
+        if not self._several:
+            return error
+        from accelerate.utils import gather_object
+
+        return next((each for each in gather_object([error]) if each), None)

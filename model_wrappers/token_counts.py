@@ -1,0 +1,41 @@
+"""How many tokens a model worked on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class TokenCounts:
+    """Running totals; padding is in none of them.
+
+    A class that sends tokens through the model by a route of its own adds them to
+    `processed` itself, inside HFLM's ``_loglikelihood_tokens`` or ``_model_generate``;
+    `EnergyLoggingHFLM` then leaves its own count of that call out.
+
+    Attributes:
+        prompt: Tokens of the requests: context and continuation of a scored request,
+            the prompt of a generation; after truncation to the model's length.
+        generated: Tokens that the model generated, the end-of-text token included. What
+            follows a stop string was generated too, before the harness cut it off.
+        processed: Positions that went through the model. Less than prompt + generated
+            where answers share their context.
+    """
+
+    prompt: int = 0
+    generated: int = 0
+    processed: int = 0
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(
+            self.prompt + other.prompt,
+            self.generated + other.generated,
+            self.processed + other.processed,
+        )
+
+    def __sub__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(
+            self.prompt - other.prompt,
+            self.generated - other.generated,
+            self.processed - other.processed,
+        )

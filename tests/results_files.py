@@ -1,0 +1,176 @@
+"""Writes results and samples in the harness's layout, without running a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+DATE = "2026-01-02T03-04-05.678901"
+
+
+def score_of(values, aggregation: str = "mean") -> float:
+    """Aggregate per-document values as lm_eval.api.metrics does."""
+    if aggregation == "mean":
+        return float(np.mean(np.array(values, dtype=float)))
+    if aggregation == "pooled":
+        return float(np.mean([item for value in values for item in value]))
+    if aggregation == "perplexity":
+        return float(np.exp(-np.mean(values)))
+    sums, weights = np.array(values, dtype=float).T
+    mean = sums.sum() / weights.sum()
+    return float(np.exp(-mean) if aggregation == "weighted" else -mean / np.log(2))
+
+
+def write_run(
+    folder: Path,
+    tasks: dict,
+    *,
+    date: str = DATE,
+    samples: bool = True,
+    pruning: dict | None = None,
+    groups: dict | None = None,
+    group_scores: dict | None = None,
+    **sections,
+) -> Path:
+    """Write one results file with its samples and return its path.
+
+    Args:
+        folder: Where; made if missing.
+        tasks: By task: ``{"metric,filter": values}``, or with a dict as value,
+            ``{"values", "aggregation", "higher_is_better", "stderr", "score",
+            "docs"}``.
+        date: Time stamp in the names.
+        samples: Whether to log samples.
+        pruning: ``config.pruning``.
+        groups: Members by group.
+        group_scores: Metrics by group.
+        **sections: Further top-level sections, replacing generated ones.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data: dict = {
+        "results": {},
+        "group_subtasks": {task: [] for task in tasks} | (groups or {}),
+        "configs": {},
+        "versions": {},
+        "n-shot": {},
+        "higher_is_better": {},
+        "n-samples": {},
+        "config": {"model": "pruned-hf", "model_args": {"pretrained": "tiny"}},
+        "lm_eval_version": "0.4.13",
+        "date": 1.0,
+    }
+    if pruning is not None:
+        data["config"]["pruning"] = pruning
+    for task, metrics in tasks.items():
+        rows: dict[tuple[str, int], dict] = {}
+        data["results"][task] = entry = {"name": task, "alias": task}
+        data["versions"][task] = 1.0
+        data["n-shot"][task] = 0
+        data["higher_is_better"][task] = {}
+        for metric, spec in metrics.items():
+            spec = spec if isinstance(spec, dict) else {"values": spec}
+            values = spec["values"]
+            name, filter_name = metric.split(",")
+            score = spec.get("score", score_of(values, spec.get("aggregation", "mean")))
+            entry[metric] = score
+            stderr = spec.get("stderr", "N/A")
+            entry[f"{name}_stderr,{filter_name}"] = stderr
+            data["higher_is_better"][task][name] = spec.get("higher_is_better", True)
+            data["n-samples"][task] = {
+                "original": len(values),
+                "effective": len(values),
+            }
+            for number, value in enumerate(values):
+                doc = (spec.get("docs") or {}).get(number, {"question": number})
+                digest = hashlib.sha256(json.dumps([task, doc]).encode()).hexdigest()
+                row = rows.setdefault(
+                    (filter_name, number),
+                    {
+                        "doc_id": number,
+                        "doc": doc,
+                        "target": "0",
+                        "resps": [],
+                        "filter": filter_name,
+                        "metrics": [],
+                        "doc_hash": digest,
+                    },
+                )
+                row["metrics"].append(name)
+                row[name] = value.tolist() if isinstance(value, np.generic) else value
+        if samples:
+            (folder / f"samples_{task}_{date}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows.values()),
+                encoding="utf-8",
+            )
+    for group, metrics in (group_scores or {}).items():
+        data["results"][group] = {"alias": group} | metrics
+        data["higher_is_better"][group] = {
+            metric.split(",")[0]: True for metric in metrics
+        }
+    data.update(sections)
+    file = folder / f"results_{date}.json"
+    file.write_text(json.dumps(data, indent=2), encoding="utf-8")
+    return file
+
+
+def pruning(percent: int, *, criterion: str = "maw", seed: int | None = None) -> dict:
+    """Return what ``pruned-hf`` records of a model with H = 100 and I = 400."""
+    kept = 400 - 4 * percent
+    record = {
+        "criterion": criterion if percent else None,
+        "asked": {"prune_percent": str(percent)},
+        "layers": 2,
+        "hidden_size": 100,
+        "intermediate_size_before": 400,
+        "intermediate_size_after": kept,
+        "expansion_ratio_before": 4.0,
+        "expansion_ratio_after": kept / 100,
+        "parameters_before": 1000,
+        "parameters_after": 1000 - 6 * percent,
+        "kept_digest": f"{percent:064x}" if percent else None,
+    }
+    if seed is not None and percent:
+        record["seed"] = seed
+    return record
+
+
+def write_sweep(folder: Path, runs: dict, *, schema: int = 1, **failures) -> Path:
+    """Write a sweep folder.
+
+    Args:
+        folder: Where.
+        runs: By configuration id: ``(percent, tasks)`` with tasks as in `write_run`.
+        schema: ``schema_version`` of sweep.json.
+        **failures: By configuration id, the task that failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.json").write_text(
+        json.dumps(
+            {
+                "schema_version": schema,
+                "configurations": [{"id": identifier} for identifier in runs],
+            }
+        )
+    )
+    for identifier, (percent, tasks) in runs.items():
+        for task, metrics in tasks.items():
+            write_run(
+                folder / "units" / identifier / task,
+                {task: metrics},
+                pruning=pruning(percent),
+            )
+    for identifier, task in failures.items():
+        unit = folder / "units" / identifier / task
+        unit.mkdir(parents=True)
+        (unit / "error.json").write_text(
+            json.dumps({"task": task, "message": "out of memory"})
+        )
+    return folder

@@ -1,0 +1,151 @@
+"""Tasks of a few documents, and sweeps over them, for the tests of sweeps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+CHOICES = """\
+task: tiny_choice
+custom_dataset: !function utils.load
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: answer
+doc_to_choice: ["yes", "no", "perhaps"]
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+SENTENCES = """\
+task: tiny_sentence
+custom_dataset: !function utils.load
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{question}}"
+generation_kwargs:
+  until: []
+  do_sample: true
+  temperature: 1.0
+  max_gen_toks: 3
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+UTILS = """\
+import json
+from pathlib import Path
+
+from datasets import Dataset
+
+
+def load(**kwargs):
+    lines = Path(__file__).with_name("questions.jsonl").read_text().splitlines()
+    return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+
+
+def cannot_be_had(**kwargs):
+    raise ConnectionError("the data set cannot be had")
+"""
+
+GROUPS = {
+    "both.yaml": "group: tiny_both\ntask:\n  - tiny_choice\n  - task: tiny_sentence\n"
+    "    num_fewshot: 0\n",
+    "nested.yaml": "group: tiny_nested\ntask:\n  - group: tiny_scored\n    num_fewshot: 1\n"
+    "  - group: inline\n    task: [tiny_sentence]\n",
+    "scored.yaml": "group: tiny_scored\ntask:\n  - tiny_choice\naggregate_metric_list:\n"
+    "  - metric: acc\n    weight_by_size: true\nmetadata:\n  version: 1.0\n",
+}
+
+
+def write_tasks(folder: Path, documents: int = 4) -> Path:
+    """Write two tasks and two groups of them to `folder` and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "choice.yaml").write_text(CHOICES)
+    (folder / "sentence.yaml").write_text(SENTENCES)
+    (folder / "utils.py").write_text(UTILS)
+    for name, text in GROUPS.items():
+        (folder / name).write_text(text)
+    (folder / "questions.jsonl").write_text(
+        "".join(
+            json.dumps({"question": f"Is {n} even?", "answer": n % 2}) + "\n"
+            for n in range(documents)
+        )
+    )
+    return folder
+
+
+def forked(run, kill_after: int | None = None) -> int:
+    """Run a function in a forked process and return its exit code.
+
+    Args:
+        run: Returns an exit code.
+        kill_after: The process kills itself with SIGKILL at this call of a Python
+            function; the exit code is then -9.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 99
+    try:
+        if kill_after is not None:
+            left = kill_after
+
+            def count(frame, event, argument):
+                nonlocal left
+                left -= 1
+                if left <= 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.setprofile(count)
+        code = run()
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def results_of(folder: Path) -> dict[str, dict]:
+    """Return what each unit's results file and samples say, without times and places."""
+    found = {}
+    for unit in sorted(folder.glob("units/*/*")):
+        (file,) = unit.glob("results_*.json")
+        results = json.loads(file.read_text())
+        samples = {}
+        for path in sorted(unit.glob("samples_*.jsonl")):
+            name = path.name.rpartition("_")[0]
+            samples[name] = [json.loads(line) for line in path.read_text().splitlines()]
+        found[f"{unit.parent.name}/{unit.name}"] = {
+            "scores": results["results"],
+            "hashes": results["task_hashes"],
+            "samples": samples,
+        }
+    return found
+
+
+def files_of(folder: Path) -> dict[str, tuple[str, ...]]:
+    """Return the names of the files of each unit; results carry the time in theirs."""
+    return {
+        f"{unit.parent.name}/{unit.name}": tuple(
+            sorted(file.name for file in unit.iterdir())
+        )
+        for unit in folder.glob("units/*/*")
+    }

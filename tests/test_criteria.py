@@ -1,0 +1,139 @@
+"""Importance scores against their formulas, and the choice of the kept set."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from hypothesis.extra.numpy import arrays
+
+from lm_eval_pruned import criteria
+from lm_eval_pruned.criteria import kept_set, score_neurons
+
+
+def _var(rows):
+    return rows.var(axis=1, ddof=1)
+
+
+def _norm(rows, order):
+    return np.linalg.norm(rows, ord=order, axis=1)
+
+
+#: The formulas, written down once more in float64.
+FORMULAS = {
+    "maw": lambda g, u: g.max(1) + abs(g.min(1)) + u.max(1) + abs(u.min(1)),
+    "max_abs": lambda g, u: abs(g).max(1) + abs(u).max(1),
+    "l1": lambda g, u: _norm(g, 1) + _norm(u, 1),
+    "l2": lambda g, u: _norm(g, 2) + _norm(u, 2),
+    "vow": lambda g, u: _var(g) + _var(u),
+    "pon": lambda g, u: _norm(g, 1) * _norm(u, 1),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def weights(seed: int, neurons: int, hidden: int, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(neurons, hidden, generator=generator).to(dtype) for _ in range(2)
+    ]
+
+
+def test_every_criterion_has_a_formula_here():
+    assert FORMULAS.keys() == criteria.CRITERIA.keys()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@given(
+    seed=st.integers(0, 2**32),
+    neurons=st.integers(1, 40),
+    hidden=st.integers(2, 40),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_scores_follow_the_formula(name, seed, neurons, hidden, dtype):
+    gate, up = weights(seed, neurons, hidden, dtype)
+    scores = score_neurons(gate, up, name)
+    assert scores.dtype == torch.float32
+    assert scores.shape == (neurons,)
+    expected = FORMULAS[name](*(w.double().numpy() for w in (gate, up)))
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*FORMULAS, "random"])
+def test_scoring_in_blocks_changes_nothing(name, monkeypatch):
+    gate, up = weights(0, 37, 8)
+    whole = score_neurons(gate, up, name)
+    monkeypatch.setattr(criteria, "_BLOCK_ELEMENTS", 8 * 5)
+    assert torch.equal(score_neurons(gate, up, name), whole)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@given(seed=st.integers(0, 2**32), data=st.data())
+def test_permuting_neurons_permutes_the_kept_set(name, seed, data):
+    gate, up = weights(seed, 20, 8)
+    width = data.draw(st.integers(1, 20))
+    permutation = torch.tensor(data.draw(st.permutations(range(20))))
+    kept = kept_set(score_neurons(gate, up, name), width)
+    permuted = kept_set(score_neurons(gate[permutation], up[permutation], name), width)
+    assert set(permutation[permuted].tolist()) == set(kept.tolist())
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@given(
+    seed=st.integers(0, 2**32), width=st.integers(1, 20), exponent=st.integers(-20, 20)
+)
+def test_scaling_all_weights_leaves_the_kept_set(name, seed, width, exponent):
+    # A power of two scales every float without rounding, so no near-tie can flip.
+    gate, up = weights(seed, 20, 8)
+    c = 2.0**exponent
+    kept = kept_set(score_neurons(gate, up, name), width)
+    scaled = kept_set(score_neurons(gate * c, up * c, name), width)
+    assert torch.equal(kept, scaled)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@given(c=st.floats(1e-3, 1e3), width=st.integers(1, 20))
+def test_any_scale_leaves_well_separated_scores(name, c, width):
+    rows = torch.linspace(1, 3, 20)[torch.randperm(20, generator=torch.manual_seed(1))]
+    gate = rows[:, None] * torch.tensor([1.0, -0.5, 0.25, 0.75])
+    kept = kept_set(score_neurons(gate, gate, name), width)
+    scaled = kept_set(score_neurons(gate * c, gate * c, name), width)
+    assert torch.equal(kept, scaled)
+
+
+@given(arrays(np.float32, st.integers(1, 30), elements=st.integers(0, 4)), st.data())
+def test_the_kept_set_is_the_top_with_ties_to_the_lower_index(scores, data):
+    width = data.draw(st.integers(1, len(scores)))
+    kept = kept_set(torch.from_numpy(scores), width).tolist()
+    by_rank = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    assert kept == sorted(by_rank[:width])
+
+
+@given(arrays(np.float32, st.integers(2, 30), elements=st.integers(0, 9)))
+def test_kept_sets_nest(scores):
+    kept = [
+        set(kept_set(torch.from_numpy(scores), k).tolist())
+        for k in range(1, len(scores) + 1)
+    ]
+    for smaller, larger in itertools.pairwise(kept):
+        assert smaller < larger
+
+
+def test_random_depends_on_seed_and_layer_only():
+    gate, up = weights(0, 50, 8)
+    other = weights(1, 50, 8)
+    scores = score_neurons(gate, up, "random", layer=3, seed=7)
+    assert torch.equal(scores, score_neurons(*other, "random", layer=3, seed=7))
+    assert not torch.equal(scores, score_neurons(gate, up, "random", layer=4, seed=7))
+    assert not torch.equal(scores, score_neurons(gate, up, "random", layer=3, seed=8))
+    assert len(scores.unique()) == 50
+
+
+def test_random_does_not_touch_the_global_generator():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    score_neurons(*weights(0, 10, 4), "random", layer=1)
+    assert torch.equal(torch.rand(1), expected)

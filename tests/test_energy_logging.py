@@ -1,0 +1,449 @@
+"""``pruned-hf,energy=true``: tokens, windows, tasks, cache, processes and the block."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+
+from lm_eval_pruned.energy import EnergyMonitor
+from lm_eval_pruned.generation import count_generated
+from lm_eval_pruned.model_wrappers import energy_logging
+from lm_eval_pruned.model_wrappers.energy_logging import (
+    EnergyLog,
+    Share,
+    meters_the_machine,
+)
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
+
+from . import checkpoints
+from .meters import Clock, FakeMeter
+
+
+def log_of(watts=None, *, idle_seconds=0, **meter):
+    clock = Clock()
+    monitor = EnergyMonitor(
+        FakeMeter(clock, watts or {"cpu": 10.0, "ram": 5.0}, **meter), clock
+    )
+    return EnergyLog(monitor, idle_seconds, clock.sleep), clock
+
+
+@pytest.fixture
+def lm(tiny_llama):
+    """Return a maker of tiny models whose log uses a fake meter; each row takes 1 s."""
+
+    def make(log_and_clock=None, **arguments):
+        log, clock = log_and_clock or log_of()
+        model = PrunedHFLM(
+            str(tiny_llama), ratio=2.0, device="cpu", batch_size=4, **arguments
+        )
+        model._energy = log
+        call = model.model.forward
+
+        def forward(*args, **kwargs):
+            clock.sleep(1.0)
+            return call(*args, **kwargs)
+
+        model.model.forward = forward
+        return model
+
+    return make
+
+
+def scored(context, continuation, task="t", number=0):
+    return Instance("loglikelihood", {}, (context, continuation), 0, (task, number, 1))
+
+
+def generated(prompt, task="t", number=0, **arguments):
+    arguments = {"until": [], "max_gen_toks": 4, "do_sample": False, **arguments}
+    return Instance("generate_until", {}, (prompt, arguments), 0, (task, number, 1))
+
+
+def rolling(text, task="t", number=0):
+    return Instance("loglikelihood_rolling", {}, (text,), 0, (task, number, 1))
+
+
+def test_scored_requests_are_counted_in_tokens_without_padding(lm):
+    model = lm()
+    model.loglikelihood([scored("abc", "de"), scored("a", "bcdefgh")])
+    block = model.get_model_info()["energy"]["request_types"]["loglikelihood"]
+    assert block["requests"] == 2
+    assert block["prompt_tokens"] == 5 + 8
+    # The last token of a continuation is scored but not sent through the model.
+    assert block["processed_tokens"] == 4 + 7
+    assert block["generated_tokens"] == 0
+    assert block["joules_per_generated_token"] is None
+    assert block["seconds"] == 1.0
+    assert block["joules"] == {"cpu": 10.0, "gpu": None, "ram": 5.0, "total": 15.0}
+    assert block["kwh"] == pytest.approx(15.0 / 3.6e6)
+    assert block["mean_watts"] == 15.0
+    assert block["joules_per_processed_token"] == pytest.approx(15.0 / 11)
+
+
+def test_a_context_shared_by_one_token_answers_is_processed_once(lm):
+    model = lm(logits_cache=True)
+    model.loglikelihood([scored("abcd", "x"), scored("abcd", "y"), scored("abcd", "z")])
+    assert model.token_counts == TokenCounts(prompt=15, processed=4)
+
+
+def test_rolling_requests_are_measured(lm):
+    model = lm()
+    model.loglikelihood_rolling([rolling("abcdef"), rolling("xy")])
+    block = model.get_model_info()["energy"]["request_types"]["loglikelihood_rolling"]
+    assert block["requests"] == 2
+    # One token of context is put before each text.
+    assert block["prompt_tokens"] == 7 + 3
+    assert block["processed_tokens"] == 6 + 2
+
+
+def test_generated_tokens_stop_at_the_end_of_text(lm, monkeypatch):
+    model = lm()
+    end = checkpoints.TINY["eos_token_id"]
+    pad = checkpoints.TINY["pad_token_id"]
+
+    def generate(input_ids, **_):
+        new = torch.tensor([[1, 2, 3, 4], [5, end, pad, pad]])
+        return torch.cat([input_ids, new], dim=1)
+
+    monkeypatch.setattr(model.model, "generate", generate)
+    model.generate_until([generated("abcdef"), generated("xy")])
+    assert model.token_counts == TokenCounts(prompt=8, generated=6, processed=8 + 6 - 2)
+    assert model._energy.request_types["generate_until"].requests == 2
+
+
+def test_generation_counts_what_the_model_was_given(lm):
+    model = lm()
+    positions = 0
+    forward = model.model.model.forward
+
+    def watched(*args, **kwargs):
+        nonlocal positions
+        ids = kwargs["input_ids"]
+        positions += int(kwargs["attention_mask"][:, -ids.shape[1] :].sum())
+        return forward(*args, **kwargs)
+
+    model.model.model.forward = watched
+    model.model.generation_config.eos_token_id = None
+    model.generate_until([generated("abcdef"), generated("xy")])
+    assert model.token_counts.generated == 8
+    assert model.token_counts.processed == positions
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(0, 4), min_size=5, max_size=5), min_size=1, max_size=4
+    ),
+    st.lists(st.integers(0, 4), max_size=2, unique=True),
+)
+def test_count_generated_agrees_with_counting_by_hand(rows, ends):
+    by_hand = 0
+    for row in rows:
+        for token in row:
+            by_hand += 1
+            if token in ends:
+                break
+    assert count_generated(torch.tensor(rows), ends) == by_hand
+
+
+def test_a_class_with_its_own_route_counts_its_own_tokens(lm, monkeypatch):
+    model = lm()
+
+    def own_route(self, requests, *args, **kwargs):
+        self.token_counts.processed += 2
+        self._select_cont_toks(torch.zeros(9, 3), contlen=1, inplen=9)
+        return [(0.0, True)] * len(requests)
+
+    monkeypatch.setattr(
+        lm_eval.models.huggingface.HFLM, "_loglikelihood_tokens", own_route
+    )
+    model.loglikelihood([scored("abcd", "x"), scored("abcd", "y")])
+    assert model.token_counts.processed == 2
+
+
+def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
+    requests = [
+        scored("abcd", "x", "one", 0),
+        scored("The sky", " is blue", "two", 0),
+        scored("efgh", "y", "one", 1),
+        scored("ijklm", "z", "three", 0),
+    ]
+    plain = lm().loglikelihood(requests)
+    model = lm(energy=True, energy_per_task=True)
+    assert model.loglikelihood(requests) == [
+        (pytest.approx(score, abs=1e-4), greedy) for score, greedy in plain
+    ]
+    block = model.get_model_info()["energy"]
+    tasks = block["tasks"]
+    assert [tasks[t]["loglikelihood"]["requests"] for t in ("one", "two", "three")] == [
+        2,
+        1,
+        1,
+    ]
+    whole = block["request_types"]["loglikelihood"]
+    for key in ("seconds", "prompt_tokens", "processed_tokens", "kwh"):
+        parts = sum(task["loglikelihood"][key] for task in tasks.values())
+        assert parts == pytest.approx(whole[key])
+
+
+def test_idle_energy_is_measured_first_and_negative_net_is_reported(lm, caplog):
+    log, clock = log_of({"cpu": [(0.0, 50.0), (4.0, 20.0)]}, idle_seconds=4)
+    model = lm((log, clock))
+    model.loglikelihood([scored("abc", "de")])
+    model.loglikelihood([scored("abc", "de")])
+    block = model.get_model_info()["energy"]
+    assert block["idle"]["seconds"] == 4.0
+    assert block["idle"]["mean_watts"] == 50.0
+    record = block["request_types"]["loglikelihood"]
+    assert record["joules"]["cpu"] == 40.0
+    assert record["idle_joules"]["cpu"] == 100.0
+    assert record["net_joules"] == {
+        "cpu": -60.0,
+        "gpu": None,
+        "ram": None,
+        "total": -60.0,
+    }
+    assert any("negative" in note for note in block["notes"])
+    assert "negative" in caplog.text
+
+
+@pytest.mark.parametrize("fail_at", ["start", 1, 2, 3, "stop"])
+def test_answers_survive_a_meter_that_fails(lm, fail_at):
+    requests = [scored("abc", "de")]
+    expected = lm().loglikelihood(requests)
+    model = lm(log_of(fail_at=fail_at))
+    assert model.loglikelihood(requests) == expected
+    assert model.loglikelihood(requests) == expected
+    block = model.get_model_info()["energy"]
+    assert block["status"] in {"not measured", "partial"}
+    assert any("the meter" in note for note in block["notes"])
+    assert block["request_types"]["loglikelihood"]["requests"] == 2
+    json.dumps(block)
+
+
+def test_a_model_that_raises_leaves_no_window_open(lm, monkeypatch):
+    model = lm()
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model, "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.loglikelihood([scored("abc", "de")])
+    model.loglikelihood([scored("abc", "de")])
+    assert model.get_model_info()["energy"]["total"]["requests"] == 1
+
+
+def test_cached_answers_cost_nothing_and_are_counted(lm, tmp_path):
+    requests = [scored("abc", "de"), scored("abc", "fg")]
+    first = CachingLM(lm(), str(tmp_path / "cache.db"))
+    answers = first.loglikelihood(requests)
+    assert first.get_model_info()["energy"]["cached_answers"] == 0
+    first.dbdict.close()
+
+    second = CachingLM(lm(), str(tmp_path / "cache.db"))
+    assert [tuple(a) for a in second.loglikelihood([*requests, scored("q", "r")])] == [
+        *answers,
+        second.lm.loglikelihood([scored("q", "r")])[0],
+    ]
+    block = second.get_model_info()["energy"]
+    assert block["cached_answers"] == 2
+    assert block["request_types"]["loglikelihood"]["requests"] == 2
+    assert "2 answers came from the cache" in second.lm._energy.as_table()
+
+    third = CachingLM(lm(), str(tmp_path / "cache.db"))
+    third.loglikelihood(requests)
+    block = third.get_model_info()["energy"]
+    assert block["cached_answers"] == 2
+    assert block["request_types"] == {}
+    assert block["total"]["requests"] == 0
+    assert block["total"]["joules"]["total"] is None
+
+
+def test_the_block_is_json_and_the_same_when_asked_twice(lm):
+    model = lm()
+    model.loglikelihood([scored("abc", "de")])
+    model.loglikelihood([scored("abc", "de")])
+    block = model.get_model_info()["energy"]
+    assert block["total"]["requests"] == 2
+    assert json.loads(json.dumps(block)) == block
+    assert model.get_model_info()["energy"] == block
+
+
+def test_a_model_that_is_evaluated_again_starts_from_nothing(lm, tmp_path):
+    model = lm(log_of(idle_seconds=2))
+    cache = CachingLM(model, str(tmp_path / "cache.db"))
+    cache.loglikelihood([scored("abc", "de")])
+    first = cache.get_model_info()["energy"]
+    cache.generate_until([generated("abc")])
+    second = cache.get_model_info()["energy"]
+    assert set(first["request_types"]) == {"loglikelihood"}
+    assert set(second["request_types"]) == {"generate_until"}
+    assert second["total"]["requests"] == 1
+    assert second["idle"] == first["idle"]
+    cache.loglikelihood([scored("abc", "de")])
+    third = cache.get_model_info()["energy"]
+    assert third["request_types"] == {}
+    assert third["cached_answers"] == 1
+
+
+def test_machines_add_up_and_processes_are_not_metered_twice():
+    log, clock = log_of()
+    shares = []
+    for metered, tokens, duration in [(True, 3, 2.0), (False, 4, 0.0), (True, 5, 4.0)]:
+        reading = None
+        if metered:
+            log.monitor.begin_window("w")
+            clock.sleep(duration)
+            reading = log.monitor.end_window("w")
+        shares.append(
+            Share("loglikelihood", 1, TokenCounts(prompt=tokens), reading, cached=1)
+        )
+    shares.append(Share(cached=2))
+    log.record(shares)
+    block = log.as_dict()
+    record = block["request_types"]["loglikelihood"]
+    assert record["prompt_tokens"] == 12
+    assert record["joules"]["total"] == 15.0 * 6.0
+    assert record["seconds"] == 4.0
+    assert block["machines"] == 2
+    assert block["cached_answers"] == 5
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"SLURM_LOCALID": "3"}, False),
+        ({"LOCAL_RANK": "0", "SLURM_LOCALID": "3"}, True),
+    ],
+)
+def test_one_process_of_a_launcher_meters_its_machine(
+    monkeypatch, environment, expected
+):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert meters_the_machine() is expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"energy_country": "FRA"}, "energy_country=FRA.*energy=true"),
+        ({"energy_idle_seconds": 3}, "energy_idle_seconds=3.*energy=true"),
+        ({"energy": True, "energy_country": "France"}, "energy_country=France"),
+        ({"energy": True, "energy_idle_seconds": -1}, "energy_idle_seconds=-1"),
+        ({"energy": True, "energy_idle_seconds": "long"}, "energy_idle_seconds=long"),
+        (
+            {"energy": True, "energy_country": "FRA", "energy_online": True},
+            "energy_country=FRA and energy_online=True",
+        ),
+    ],
+)
+def test_arguments_are_checked_before_the_model_loads(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PrunedHFLM("there is no such model", **arguments)
+
+
+def test_nothing_is_imported_or_started_when_it_is_off(tiny_llama):
+    code = (
+        "import sys, threading\n"
+        "from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM\n"
+        f"lm = PrunedHFLM({str(tiny_llama)!r}, device='cpu')\n"
+        "assert 'energy' not in lm.get_model_info()\n"
+        "names = [n for n in sys.modules if n.split('.')[0] == 'codecarbon']\n"
+        "names += [n for n in sys.modules if n == 'lm_eval_pruned.energy']\n"
+        "assert not names, names\n"
+        "assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.slow
+def test_processes_meet_at_the_barrier(tmp_path):
+    """Two real processes over gloo: counts of both, energy of one."""
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--standalone",
+            "--module",
+            "tests.barrier_of_two_processes",
+            str(tmp_path / "block.json"),
+        ],
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    block = json.loads((tmp_path / "block.json").read_text())
+    record = block["request_types"]["loglikelihood"]
+    assert block["machines"] == 1
+    assert record["requests"] == 1 + 2
+    assert record["prompt_tokens"] == 10 + 20
+    assert record["joules"]["total"] == 7.0 * 3.0
+    assert record["seconds"] == 3.0
+
+
+@pytest.mark.slow
+def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
+    """The real codecarbon, the real command, no network."""
+    command = Path(sys.executable).with_name("lm_eval")
+    model_args = (
+        f"pretrained={tiny_llama},ratio=2.0,energy=true,energy_per_task=true,"
+        "energy_idle_seconds=0.3,energy_country=ESP"
+    )
+    subprocess.run(
+        [
+            command,
+            "--model=pruned-hf",
+            f"--model_args={model_args}",
+            "--tasks=pruned_demo",
+            "--device=cpu",
+            "--batch_size=8",
+            "--limit=3",
+            f"--output_path={tmp_path / 'out'}",
+        ],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (results,) = (tmp_path / "out").glob("**/results_*.json")
+    block = json.loads(results.read_text())["config"]["energy"]
+    assert block["status"] == "ok"
+    assert block["schema_version"] == energy_logging.SCHEMA_VERSION
+    assert block["country"] == "ESP"
+    assert set(block["request_types"]) == {"loglikelihood", "generate_until"}
+    for record in (*block["request_types"].values(), block["total"], block["idle"]):
+        joules = record["joules"]
+        parts = [joules[name] for name in ("cpu", "gpu", "ram") if joules[name]]
+        assert joules["total"] == pytest.approx(sum(parts), rel=1e-6)
+        assert record["mean_watts"] == pytest.approx(
+            joules["total"] / record["seconds"]
+        )
+        assert record["emissions_kg_co2e"] == pytest.approx(
+            record["kwh"] * record["carbon_intensity_g_co2e_per_kwh"] / 1000
+        )
+    for name, record in block["request_types"].items():
+        parts = [
+            types[name]["joules"]["total"]
+            for types in block["tasks"].values()
+            if name in types
+        ]
+        slack = block["resolution_seconds"] * record["mean_watts"] * 2 * len(parts)
+        assert sum(parts) == pytest.approx(record["joules"]["total"], abs=slack)
+    for name, source in block["sources"].items():
+        assert (block["total"]["joules"][name] is None) == (source["kind"] == "none")

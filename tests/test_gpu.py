@@ -1,0 +1,118 @@
+"""What can only be checked on a CUDA device: clocks, memory and NVML.
+
+``sh benchmarks/gpu_check.sh`` runs these tests alone.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from lm_eval_pruned.codecarbon_meter import CodecarbonMeter
+from lm_eval_pruned.energy import EnergyMonitor
+from lm_eval_pruned.loading import load_pruned
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from lm_eval_pruned.profiling import ProfileRequest, generate, make_batches, profile
+
+from . import checkpoints
+from .test_energy_logging import generated, scored
+
+
+pytestmark = pytest.mark.gpu
+
+#: Wide enough for the device to lag behind the host that feeds it.
+WIDE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return checkpoints.save_tiny(tmp_path_factory.mktemp("wide"), **WIDE)
+
+
+def test_the_clock_waits_for_the_device(wide):
+    model = load_pruned(str(wide), device="cuda")
+    (batch,) = make_batches(checkpoints.byte_tokenizer(), ["a" * 256] * 32, 32, "cuda")
+    generate(model, batch, 4, fixed=True, pad_token=258)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    timing = generate(model, batch, 4, fixed=True, pad_token=258)
+    end.record()
+    torch.cuda.synchronize()
+    on_device = begin.elapsed_time(end) / 1000
+    assert 0 < timing.first < timing.total
+    assert timing.total == pytest.approx(on_device, rel=0.1)
+
+
+def test_a_narrower_model_takes_less_memory_on_the_device(wide):
+    request = ProfileRequest(
+        str(wide), ratios=("1.0",), device="cuda", max_new_tokens=4, repeats=1
+    )
+    result = profile(
+        request, ["one two", "three"], monitor=EnergyMonitor(CodecarbonMeter())
+    )
+    baseline, pruned = (
+        next(c for c in result.cells if c.model == name and c.mode == "fixed")
+        for name in ("baseline", "ratio=1.0")
+    )
+    sizes = {model.name: model.model_bytes for model in result.models}
+    assert baseline.peak_device_bytes > sizes["baseline"]
+    assert pruned.peak_device_bytes > sizes["ratio=1.0"]
+    assert pruned.peak_device_bytes < baseline.peak_device_bytes
+    assert baseline.joules["both"]["gpu"] > 0
+    assert result.energy["sources"]["gpu"]["kind"] == "measured"
+    assert result.environment["device_name"] == torch.cuda.get_device_name()
+
+
+def test_energy_is_that_of_nvml(wide):
+    import pynvml
+
+    pynvml.nvmlInit()
+    handles = [
+        pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
+    ]
+    try:
+        for handle in handles:
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        pytest.skip(f"the device has no energy counter: {error}")
+
+    def millijoules():
+        return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, handles))
+
+    work = torch.randn(4096, 4096, device="cuda")
+    monitor = EnergyMonitor(CodecarbonMeter())
+    monitor.start()
+    if "energy counter" not in monitor.describe().sources["gpu"].description:
+        pytest.skip("codecarbon watches fewer devices than NVML lists")
+    before = millijoules()
+    monitor.begin_window("work")
+    end = time.perf_counter() + 5
+    while time.perf_counter() < end:
+        work = torch.nn.functional.normalize(work @ work)
+        torch.cuda.synchronize()
+    reading = monitor.end_window("work")
+    expected = (millijoules() - before) / 1000
+    monitor.stop()
+    # The counter is renewed about ten times a second.
+    assert reading.joules.gpu == pytest.approx(expected, rel=0.05)
+
+
+def test_an_evaluation_reports_the_energy_of_the_gpu(wide):
+    model = PrunedHFLM(str(wide), ratio=2.0, device="cuda", batch_size=8, energy=True)
+    model.loglikelihood([scored("a" * 200, "bc", number=i) for i in range(256)])
+    model.generate_until(
+        [generated("abc", max_gen_toks=64, number=i) for i in range(8)]
+    )
+    block = model.get_model_info()["energy"]
+    assert block["status"] == "ok"
+    assert block["sources"]["gpu"]["kind"] == "measured"
+    for record in block["request_types"].values():
+        assert record["joules"]["gpu"] > 0
