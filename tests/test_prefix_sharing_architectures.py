@@ -108,7 +108,11 @@ def requests(lengths):
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, 200, (max(lengths),), generator=generator).tolist()
     return [
-        (None, text[: max(1, length - len(end) - len(continuation))] + end, continuation)
+        (
+            None,
+            text[: max(1, length - len(end) - len(continuation))] + end,
+            continuation,
+        )
         for length in lengths
         for end in ([1, 2], [length % 100] * 7)
         for continuation in ([3, 4], [5], [6, 7, 8])
@@ -214,7 +218,8 @@ def test_positions_that_depend_on_the_length_of_a_batch(rope_type):
             "original_max_position_embeddings": 40,
         }
     config = tiny_config(
-        rope_parameters=rope, max_position_embeddings=40 if rope_type == "dynamic" else 160
+        rope_parameters=rope,
+        max_position_embeddings=40 if rope_type == "dynamic" else 160,
     )
     plain, shared = sides(config)
     assert prefix_sharing.sequence_limit(shared.config) == 40
