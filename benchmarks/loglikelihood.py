@@ -21,9 +21,10 @@ import platform
 import statistics
 import threading
 import time
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -34,6 +35,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval_pruned.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BOOLQ = {
     "dataset_path": "aps/super_glue",
@@ -109,13 +113,13 @@ class Side:
 
     def _timed(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         self.requests = len(requests)
-        with _PeakMemory(self.lm.device) as memory:
+        with _peak_memory(self.lm.device) as peaks:
             begin = time.perf_counter()
             self.answers = self._answer(requests, **kwargs)
             if self.lm.device.type == "cuda":
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - begin)
-        self.peak = max(self.peak, memory.peak)
+        self.peak = max(self.peak, *peaks)
         return self.answers
 
     def run(self, task: str, limit: int | None) -> float:
@@ -131,33 +135,30 @@ class Side:
         return self.seconds[-1]
 
 
-class _PeakMemory:
-    """Peak of the process's resident memory, or of the CUDA device's allocated memory."""
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Append the peak, in bytes, to the list that it yields.
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self.peak = 0
+    On CUDA that of the memory allocated, elsewhere that of the process's resident memory.
+    """
+    peaks = [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield peaks
+        peaks.append(torch.cuda.max_memory_allocated())
+        return
+    stop = threading.Event()
 
-    def _watch(self) -> None:
+    def watch() -> None:
         process = psutil.Process()
-        while not self._stop.wait(0.01):
-            self.peak = max(self.peak, process.memory_info().rss)
+        while not stop.wait(0.01):
+            peaks[0] = max(peaks[0], process.memory_info().rss)
 
-    def __enter__(self):
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._cuda:
-            self.peak = torch.cuda.max_memory_allocated()
-        else:
-            self._stop.set()
-            self._thread.join()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield peaks
+    stop.set()
+    thread.join()
 
 
 def main() -> None:

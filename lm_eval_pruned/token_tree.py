@@ -315,7 +315,8 @@ def _subtrees(
     tree: TokenTree, scored_before: np.ndarray, start: int, budget: Budget
 ) -> Pack:
     size = int(tree.end[start]) - start
-    most_rows = max(1, budget.tokens // max(size, budget.row_tokens))
+    # Rows hold as many subtrees of the first one's size as `row_tokens` allows.
+    most_rows = max(1, budget.tokens // (size * max(1, budget.row_tokens // size)))
     length = budget.tokens // most_rows
     most_scored = int(scored_before[start]) + budget.scored
     rows: list[list[np.ndarray]] = []

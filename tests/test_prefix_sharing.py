@@ -276,14 +276,15 @@ def test_another_error_is_not_taken_for_lack_of_memory(models, monkeypatch):
         shared.loglikelihood(instances(QUESTIONS), disable_tqdm=True)
 
 
-def test_a_pass_holds_no_more_than_a_batch_of_hf(models):
+def test_a_pass_holds_no_more_than_a_batch_of_hf(models, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     shared = make(PrefixHFLM, models[0].model)
     requests = [(None, [1] * 300, [1])]
     assert shared._budget(requests).tokens == 900
     shared.batch_size_per_gpu = 1
     assert shared._budget(requests).tokens == 512
     shared.batch_size_per_gpu = "auto"
-    assert shared._budget(requests).tokens == 1024
+    assert shared._budget(requests).tokens == 2048
 
 
 def no_packs(*_):
