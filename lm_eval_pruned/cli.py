@@ -362,12 +362,9 @@ def _run_profile(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"{name}={model_args[name]} stands in --model_args: pass {option} instead."
             )
-    pretrained = model_args.pop("pretrained", None)
-    if pretrained is None:
+    if "pretrained" not in model_args:
         default = find_default_model()
-        pretrained = default.pretrained
-        if default.gguf_file is not None:
-            model_args["gguf_file"] = default.gguf_file
+        model_args |= default.model_args()
         print(f"pretrained was not given: profiling {default.source}.", file=sys.stderr)
     prompts = (
         profiling.demo_prompts()
@@ -381,7 +378,7 @@ def _run_profile(arguments: argparse.Namespace) -> int:
             )
         prompts = prompts[: arguments.limit]
     request = profiling.ProfileRequest(
-        pretrained=str(pretrained),
+        pretrained=str(model_args.pop("pretrained")),
         ratios=tuple(arguments.ratios),
         multiple_of=tuple(arguments.multiple_of),
         batch_sizes=tuple(arguments.batch_sizes),
@@ -498,12 +495,12 @@ def _add_prune(commands) -> None:
 
 def _run_prune(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.export import export_pruned
+    from lm_eval_pruned.planning import SOURCE_ARGUMENTS
 
     given = vars(arguments)
     sizes = ("ratio", "prune_percent", "intermediate_size")
     others = ("multiple_of", "criterion", "seed", "layers", "skip_layers")
     text = ("calibration", "calibration_samples")
-    source = ("revision", "subfolder", "gguf_file", "trust_remote_code")
     export = export_pruned(
         arguments.pretrained,
         arguments.output,
@@ -512,7 +509,7 @@ def _run_prune(arguments: argparse.Namespace) -> int:
         max_shard_size=arguments.max_shard_size,
         push_to_hub=arguments.push_to_hub,
         prune_arguments={name: given[name] for name in (*sizes, *others, *text)},
-        **{name: given[name] for name in source},
+        **{name: given[name] for name in SOURCE_ARGUMENTS},
     )
     print(export.record.as_table())
     print(

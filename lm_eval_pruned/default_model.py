@@ -41,6 +41,11 @@ class DefaultModel:
     source: str
     gguf_file: str | None = None
 
+    def model_args(self) -> dict[str, str]:
+        """Return the arguments of `hf` that load it."""
+        source = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {"pretrained": self.pretrained, **source}
+
 
 def find_default_model() -> DefaultModel:
     """Find the default model, converting it on the first use.

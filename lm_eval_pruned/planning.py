@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from lm_eval_pruned.expansion import Number
 
 
+#: Arguments of `hf` that say where a config, a tokenizer and weights come from.
+SOURCE_ARGUMENTS = ("revision", "subfolder", "gguf_file", "trust_remote_code")
+
+
 @dataclass(frozen=True)
 class PlanRow:
     """One requested size.
@@ -47,6 +51,8 @@ def plan_rows(
     *,
     multiple_of: Number = 1,
     revision: str = "main",
+    subfolder: str = "",
+    gguf_file: str | None = None,
     trust_remote_code: bool = False,
 ) -> list[PlanRow]:
     """Plan a model at several sizes without reading weights.
@@ -57,6 +63,8 @@ def plan_rows(
         values: One size per row.
         multiple_of: Round kept widths down to a multiple of this, in neurons.
         revision: Revision on the Hub.
+        subfolder: Folder in `pretrained`.
+        gguf_file: GGUF file to read the config from.
         trust_remote_code: Whether model code that comes with the model may run.
 
     Raises:
@@ -64,9 +72,9 @@ def plan_rows(
         UnsupportedModelError: The model cannot be pruned.
         OSError: The config cannot be read.
     """
-    shape = (
-        None if trust_remote_code else dense_shape(_read_config(pretrained, revision))
-    )
+    shape = None
+    if not trust_remote_code and gguf_file is None:
+        shape = dense_shape(_read_config(pretrained, revision, subfolder))
     if shape is not None:
         return _rows_of_shape(shape, argument, values, multiple_of)
 
@@ -77,7 +85,11 @@ def plan_rows(
     from lm_eval_pruned.widths import Widths
 
     config = transformers.AutoConfig.from_pretrained(
-        pretrained, revision=revision, trust_remote_code=trust_remote_code
+        pretrained,
+        revision=revision,
+        subfolder=subfolder,
+        trust_remote_code=trust_remote_code,
+        **({} if gguf_file is None else {"gguf_file": gguf_file}),
     )
     auto_class = (
         transformers.AutoModelForSeq2SeqLM
@@ -112,14 +124,21 @@ def _row(
     )
 
 
-def _read_config(pretrained: str, revision: str) -> dict[str, Any]:
+def _read_config(pretrained: str, revision: str, subfolder: str) -> dict[str, Any]:
     """Return ``config.json``, or nothing where transformers has to say what is wrong."""
     try:
-        path = Path(pretrained, "config.json")
+        path = Path(pretrained, subfolder, "config.json")
         if not Path(pretrained).is_dir():
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(pretrained, "config.json", revision=revision))
+            path = Path(
+                hf_hub_download(
+                    pretrained,
+                    "config.json",
+                    subfolder=subfolder or None,
+                    revision=revision,
+                )
+            )
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}

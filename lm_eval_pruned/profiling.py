@@ -325,11 +325,7 @@ def plan_models(request: ProfileRequest) -> list[ProfiledModel]:
     """
     from lm_eval_pruned.planning import plan_rows
 
-    known = {
-        name: request.load_arguments[name]
-        for name in ("revision", "trust_remote_code")
-        if name in request.load_arguments
-    }
+    known = _source(request)
     (row,) = plan_rows(request.pretrained, "prune_percent", [0], **known)
     models = [
         ProfiledModel(
@@ -595,15 +591,20 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _source(request: ProfileRequest) -> dict[str, Any]:
+    from lm_eval_pruned.planning import SOURCE_ARGUMENTS
+
+    return {
+        name: request.load_arguments[name]
+        for name in SOURCE_ARGUMENTS
+        if name in request.load_arguments
+    }
+
+
 def _tokenizer(request: ProfileRequest) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    known = {
-        name: request.load_arguments[name]
-        for name in ("revision", "trust_remote_code", "gguf_file")
-        if name in request.load_arguments
-    }
-    tokenizer = AutoTokenizer.from_pretrained(request.pretrained, **known)
+    tokenizer = AutoTokenizer.from_pretrained(request.pretrained, **_source(request))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if request.apply_chat_template and not tokenizer.chat_template:

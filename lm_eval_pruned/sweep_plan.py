@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.criteria import canonical_name
 from lm_eval_pruned.expansion import SIZE_ARGUMENTS
-from lm_eval_pruned.planning import plan_rows
+from lm_eval_pruned.planning import SOURCE_ARGUMENTS, plan_rows
 from lm_eval_pruned.sweep_options import parse_number
 
 
@@ -161,7 +161,7 @@ class Sweep:
             for argument in _SOURCES
             if self._base.get(argument)
         }
-        named.setdefault("pretrained", _pretrained(self._base))
+        named.setdefault("pretrained", str(_model_source(self._base)["pretrained"]))
         return {
             argument: _source(
                 name, revision, str(self._base.get("subfolder") or ""), argument
@@ -272,12 +272,13 @@ def _seeds(text: str) -> list[int | None]:
         ) from None
 
 
-def _pretrained(base: dict[str, Any]) -> str:
-    if base.get("pretrained"):
-        return str(base["pretrained"])
-    from lm_eval_pruned.default_model import find_default_model
+def _model_source(base: dict[str, Any]) -> dict[str, Any]:
+    if not base.get("pretrained"):
+        from lm_eval_pruned.default_model import find_default_model
 
-    return find_default_model().pretrained
+        base = {**base, **find_default_model().model_args()}
+    names = ("pretrained", *SOURCE_ARGUMENTS)
+    return {name: base[name] for name in names if base.get(name)}
 
 
 def _configurations(
@@ -294,13 +295,8 @@ def _configurations(
             f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has "
             "any: add --criteria random, or leave --seeds out."
         )
-    plan = functools.partial(
-        plan_rows,
-        _pretrained(base),
-        revision=base.get("revision") or "main",
-        trust_remote_code=bool(base.get("trust_remote_code")),
-    )
-    baseline = plan("prune_percent", ["0"])[0]
+    plan = functools.partial(plan_rows, **_model_source(base))
+    baseline = plan(argument="prune_percent", values=["0"])[0]
     found = [
         Configuration(
             "baseline",
@@ -313,7 +309,11 @@ def _configurations(
     ]
     for option, argument in (("ratios", "ratio"), ("prune_percents", "prune_percent")):
         values = [_canonical(text) for text in options.get(option, [])]
-        rows = plan(argument, values, multiple_of=base.get("multiple_of") or 1)
+        rows = plan(
+            argument=argument,
+            values=values,
+            multiple_of=base.get("multiple_of") or 1,
+        )
         for value, row in zip(values, rows, strict=True):
             if row.intermediate_size == baseline.intermediate_size:
                 continue

@@ -107,9 +107,8 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, HFLM):
         self._rejoin_layers(kwargs)
         if pretrained is None:
             default = find_default_model()
-            pretrained = default.pretrained
-            if default.gguf_file is not None:
-                kwargs["gguf_file"] = default.gguf_file
+            kwargs |= default.model_args()
+            pretrained = kwargs.pop("pretrained")
             eval_logger.warning(
                 "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
                 default.source,

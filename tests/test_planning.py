@@ -11,6 +11,8 @@ import pytest
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.cli import main
+from lm_eval_pruned.default_model import _packaged_gguf
+from lm_eval_pruned.planning import plan_rows
 
 from . import checkpoints
 
@@ -74,6 +76,26 @@ def test_a_plan_is_what_loading_gives(tiny_llama, tmp_path, capsys):
         assert row["parameters"] == record.parameters_after
         assert row["intermediate_size"] == record.plan.width
         assert row["asked"] == f"ratio={ratio}"
+
+
+def test_a_plan_reads_subfolders(tiny_llama, tmp_path):
+    (tmp_path / "inner").mkdir()
+    shutil.copy(tiny_llama / "config.json", tmp_path / "inner")
+    expected = plan_rows(str(tiny_llama), "ratio", ["2"])
+    assert plan_rows(str(tmp_path), "ratio", ["2"], subfolder="inner") == expected
+
+
+@pytest.mark.slow
+def test_a_plan_reads_gguf_files(real_model):
+    """As in a profile or a sweep of the default model where no cache can be written."""
+    gguf = _packaged_gguf()
+    planned = plan_rows(
+        str(gguf.parent), "prune_percent", ["0", "40"], gguf_file=gguf.name
+    )
+    expected = plan_rows(real_model, "prune_percent", ["0", "40"])
+    assert [(r.intermediate_size, r.parameters) for r in planned] == [
+        (r.intermediate_size, r.parameters) for r in expected
+    ]
 
 
 def test_the_formats_agree(tiny_llama, capsys):

@@ -511,6 +511,19 @@ def test_the_command_measures_with_the_real_meter(tiny_llama, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("# Profile of")
 
 
+@pytest.mark.slow
+def test_the_default_model_is_profiled_where_no_cache_can_be_written(
+    real_model, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    arguments = ["--limit=1", "--max_new_tokens=2", "--repeats=1", "--device=cpu"]
+    output = f"--output_path={tmp_path / 'out'}"
+    assert main(["profile", "--ratios=1.6", *arguments, output]) == 0
+    record = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert [m["intermediate_size"] for m in record["models"]] == [1536, 922]
+
+
 def test_help_imports_no_torch():
     code = (
         "import sys\n"
