@@ -54,8 +54,8 @@ def turn(lm: PrunedHFLM, log: EnergyLog | None, work) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def alone(seconds: float) -> tuple[float, float]:
-    """Return CPU seconds per second of codecarbon's threads, and per window."""
+def alone(seconds: float) -> tuple[float, float, float]:
+    """Return CPU seconds per second of codecarbon's threads, per window, per start and stop."""
     monitor = EnergyMonitor(CodecarbonMeter())
     monitor.start()
     before = time.process_time()
@@ -67,7 +67,14 @@ def alone(seconds: float) -> tuple[float, float]:
         monitor.end_window("w")
     window = (time.process_time() - before) / windows
     monitor.stop()
-    return background, window
+    before, starts = time.process_time(), 10
+    for _ in range(starts):
+        monitor.start()
+        monitor.begin_window("w")
+        monitor.end_window("w")
+        monitor.stop()
+    start = (time.process_time() - before) / starts - window
+    return background, window, start
 
 
 def main() -> None:
@@ -109,10 +116,12 @@ def main() -> None:
             f"{name}: {middle:+.2f} % with the hooks on, 95 % interval {low:+.2f} to {high:+.2f} %"
         )
     print(f"finding out the hardware, once and while the model loads: {start:.2f} s")
-    background, window = alone(max(20.0, arguments.seconds / 3))
+    background, window, start = alone(max(20.0, arguments.seconds / 3))
     print(
-        f"by themselves: {100 * background:.3f} % of one core for codecarbon's threads, "
-        f"{1000 * window:.2f} ms for a window"
+        f"CPU time by themselves: {100 * background:.3f} % of one core for codecarbon's threads, "
+        f"{1000 * window:.2f} ms for a window, {1000 * start:.2f} ms to start again and stop; so "
+        f"{100 * (background + (3 * window + start) / 60):.3f} % of a run of a minute with all "
+        "three request types"
     )
     print(log.as_table())
 

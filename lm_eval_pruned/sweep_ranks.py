@@ -23,14 +23,25 @@ class Ranks:
     """
 
     def __init__(self) -> None:
+        """Meet the other processes.
+
+        Raises:
+            ValueError: A launcher announced several, and they cannot find each other.
+        """
         self._several = int(os.environ.get("WORLD_SIZE") or 1) > 1
         self.main = True
         if self._several:
-            from accelerate import PartialState
+            from accelerate import Accelerator, InitProcessGroupKwargs
 
             # As HFLM has it: processes wait for the slowest, however long it takes.
-            state = PartialState(timeout=timedelta(weeks=52))
-            self.main = state.is_main_process
+            patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
+            accelerator = Accelerator(kwargs_handlers=[patience])
+            if accelerator.num_processes == 1:
+                raise ValueError(
+                    f"WORLD_SIZE={os.environ['WORLD_SIZE']} announces several processes, but "
+                    "accelerate sees one: set ACCELERATE_USE_CPU=true for processes on CPUs."
+                )
+            self.main = accelerator.is_main_process
 
     def from_main(self, value: T) -> T:
         """Return the main process's `value` in every process."""

@@ -12,6 +12,11 @@ from typing import Any
 
 
 TASK = "pruned_demo_truthfulness"
+#: What `accelerate launch` runs for several processes, which it does on CPUs only by MPI.
+TWO_PROCESSES = [
+    *(sys.executable, "-m", "torch.distributed.run"),
+    *("--standalone", "--nproc-per-node", "2"),
+]
 TASKS = Path(__file__).resolve().parents[1] / "tasks"
 
 

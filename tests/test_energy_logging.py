@@ -26,7 +26,7 @@ from lm_eval_pruned.model_wrappers.energy_logging import (
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 
-from . import checkpoints
+from . import checkpoints, demo_runs
 from .meters import Clock, FakeMeter
 
 
@@ -447,3 +447,66 @@ def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
         assert sum(parts) == pytest.approx(record["joules"]["total"], abs=slack)
     for name, source in block["sources"].items():
         assert (block["total"]["joules"][name] is None) == (source["kind"] == "none")
+
+
+_SITE = """
+import os, socket
+
+def refuse(*args, **kwargs):
+    with open(os.environ["NETWORK_ATTEMPTS"], "a") as file:
+        print(args, file=file)
+    raise OSError("the network is off limits in this test")
+
+connect = socket.socket.connect
+socket.socket.connect = lambda self, address: (
+    connect(self, address) if self.family == socket.AF_UNIX else refuse(address)
+)
+socket.socket.connect_ex = socket.socket.sendto = refuse
+socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refuse
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_with_energy_never_uses_the_network(tiny_llama, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(_SITE)
+    attempts = tmp_path / "attempts"
+    guarded = {
+        "PYTHONPATH": str(tmp_path / "site"),
+        "NETWORK_ATTEMPTS": str(attempts),
+    }
+    ask = "import socket; socket.create_connection(('localhost', 9))"
+    done = demo_runs.run([sys.executable, "-c", ask], tmp_path, **guarded)
+    assert "off limits" in done.stderr
+    attempts.unlink()
+
+    model_args = f"pretrained={tiny_llama},ratio=2.0,energy=true,energy_country=ESP"
+    arguments = demo_runs.command("pruned-hf", model_args, tmp_path / "out")
+    done = demo_runs.run(arguments, tmp_path, **guarded)
+    assert done.returncode == 0, done.stderr
+    assert not attempts.exists(), attempts.read_text()
+    _, config = demo_runs.read(tmp_path / "out")
+    assert config["energy"]["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_machine_are_metered_once(tiny_llama, tmp_path):
+    model_args = f"pretrained={tiny_llama},ratio=2.0,energy=true"
+    arguments = demo_runs.command("pruned-hf", model_args, tmp_path / "two", limit=5)
+    done = demo_runs.run(
+        [*demo_runs.TWO_PROCESSES, "-m", *arguments],
+        tmp_path,
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.returncode == 0, done.stderr
+    _, two = demo_runs.read(tmp_path / "two")
+    _, one = demo_runs.evaluate("pruned-hf", model_args, limit=5)
+    assert two["energy"]["status"] == "ok"
+    assert two["energy"]["machines"] == 1
+    record, whole = (each["energy"]["total"] for each in (two, one))
+    for key in ("requests", "prompt_tokens", "processed_tokens"):
+        # The harness gives all processes equally many, repeating some.
+        assert whole[key] <= record[key] < 1.5 * whole[key]
+    # Two meters would add up to twice the power.
+    watts = [each["joules"]["ram"] / each["seconds"] for each in (record, whole)]
+    assert watts[0] < 1.5 * watts[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -12,10 +11,7 @@ from lm_eval_pruned import load_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
 from . import demo_runs
-
-
-#: What `accelerate launch` runs for several processes, which it does on CPUs only by MPI.
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+from .demo_runs import TWO_PROCESSES
 
 
 def logits(model) -> torch.Tensor:
@@ -93,7 +89,7 @@ def test_two_processes_share_the_documents_out(tiny_llama, tmp_path):
     model_args = f"pretrained={tiny_llama},ratio=2"
     arguments = demo_runs.command("pruned-hf", model_args, tmp_path / "two", limit=5)
     done = demo_runs.run(
-        [*LAUNCH, "-m", *arguments], tmp_path, ACCELERATE_USE_CPU="true"
+        [*TWO_PROCESSES, "-m", *arguments], tmp_path, ACCELERATE_USE_CPU="true"
     )
     assert done.returncode == 0, done.stderr
     scores, config = demo_runs.read(tmp_path / "two")
@@ -144,7 +140,7 @@ def test_each_process_prunes_the_same_kept_set(tiny_llama, tmp_path, what):
     script = tmp_path / "ranks.py"
     script.write_text(_RANKS)
     done = demo_runs.run(
-        [*LAUNCH, str(script), str(tiny_llama), what, str(tmp_path)],
+        [*TWO_PROCESSES, str(script), str(tiny_llama), what, str(tmp_path)],
         tmp_path,
         ACCELERATE_USE_CPU="true",
     )

@@ -20,6 +20,8 @@ from lm_eval_pruned.sweep import run_sweep
 from lm_eval_pruned.sweep_folder import SweepFolder
 from lm_eval_pruned.sweep_plan import Sweep
 
+from . import demo_runs
+from .demo_runs import TWO_PROCESSES
 from .sweeping import files_of, forked, results_of, write_tasks
 
 
@@ -688,17 +690,15 @@ def test_command_line(options, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_of_accelerate_launch(options, undisturbed):
-    from . import accelerate_sweep
-
+def test_two_processes_share_each_unit(options, undisturbed, tmp_path):
     # Samples are gathered by rank, and each rank draws its own random numbers.
-    options = {**options, "tasks": ["tiny_choice"]}
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu",
-        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--main_process_port", "0", accelerate_sweep.__file__, json.dumps(options),
+        *TWO_PROCESSES, "-m", "lm_eval_pruned.cli", "sweep",
+        "--model_args", f"pretrained={options['model_args']['pretrained']}",
+        "--ratios", *options["ratios"], "--tasks", "tiny_choice", "--device", "cpu",
+        "--include_path", options["include_path"], "--output_path", options["output_path"],
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = demo_runs.run(command, tmp_path, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr
     found = results_of(Path(options["output_path"]))
     whole = results_of(undisturbed[0])
@@ -707,4 +707,25 @@ def test_two_processes_of_accelerate_launch(options, undisturbed):
         assert results["scores"] == whole[unit]["scores"]
         (samples,) = results["samples"].values()
         (expected,) = whole[unit]["samples"].values()
-        assert sorted(samples, key=lambda s: s["doc_id"]) == expected
+        samples = sorted(samples, key=lambda sample: sample["doc_id"])
+        for sample, one in zip(samples, expected, strict=True):
+            # Batches are formed within a process, and their size decides how sums round.
+            for key in ("resps", "filtered_resps"):
+                pairs = zip(flat(sample.pop(key)), flat(one.pop(key)), strict=True)
+                for answer, known in pairs:
+                    assert float(answer[0]) == pytest.approx(float(known[0]), rel=1e-5)
+                    assert answer[1] == known[1]
+        assert samples == expected
+
+
+def flat(answers):
+    """Return pairs of log-likelihood and greedy flag, however deeply they are nested."""
+    if isinstance(answers[0], str):
+        return [answers]
+    return [pair for each in answers for pair in flat(each)]
+
+
+def test_processes_that_do_not_see_each_other_are_refused(options, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*ACCELERATE_USE_CPU=true"):
+        run_sweep(options)
