@@ -98,7 +98,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 2.0}
 
 
 class Side:
-    """One model type: its answers, times in seconds, and peak memory in bytes."""
+    """One model type: its answers, times in seconds, and peak memory in bytes.
+
+    `positions` counts what the model was given in the last run, padding included.
+    """
 
     def __init__(self, name: str, lm: HFLM) -> None:
         self.name = name
@@ -106,6 +109,7 @@ class Side:
         self.seconds: list[float] = []
         self.peak = 0
         self.requests = 0
+        self.positions = 0
         self.answers: list[tuple[float, bool]] = []
         self.scores: dict[str, Any] = {}
         self._answer = lm.loglikelihood
@@ -113,14 +117,22 @@ class Side:
 
     def _timed(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         self.requests = len(requests)
+        self.positions = 0
+        watch = self.lm.model.get_input_embeddings().register_forward_pre_hook(
+            self._count
+        )
         with _peak_memory(self.lm.device) as peaks:
             begin = time.perf_counter()
             self.answers = self._answer(requests, **kwargs)
             if self.lm.device.type == "cuda":
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - begin)
+        watch.remove()
         self.peak = max(self.peak, *peaks)
         return self.answers
+
+    def _count(self, _: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        self.positions += inputs[0].numel()
 
     def run(self, task: str, limit: int | None) -> float:
         """Evaluate `task` once; return the seconds its requests took."""
@@ -236,12 +248,7 @@ def main() -> None:
     ):
         print(f"{name:22} s    {_spread(value)}")
     print(f"ratio hf / hf-prefix        {_spread(ratios)}")
-    lm = ours.lm
-    assert isinstance(lm, PrefixHFLM)
-    print(
-        f"tokens        asked {lm.tokens_asked // arguments.repeats}, "
-        f"processed {lm.tokens_processed // arguments.repeats}"
-    )
+    print(f"positions     {ours.positions}, hf {hf.positions}, padding included")
     print(f"peak memory   {ours.peak / 2**20:.0f} MiB, hf {hf.peak / 2**20:.0f} MiB")
     print(f"differences   {worst:.1e} in log-probability, {flags} greedy flags")
     print(f"scores        {json.dumps(_numbers(ours.scores))}")

@@ -62,7 +62,6 @@ class EnergyLoggingHFLM(HFLM):
         """
         #: Running totals since the model was loaded; HFLM's tokens count if ``energy``.
         self.token_counts = TokenCounts()
-        self._forwarded_positions = 0
         self._energy_per_task = energy_per_task
         self._energy: EnergyLog | None = None
         if energy:
@@ -186,18 +185,7 @@ class EnergyLoggingHFLM(HFLM):
             min(len(context) + len(continuation), self.max_length + 1)
             for _, context, continuation in requests
         )
-        before = counts.processed
-        self._forwarded_positions = 0
-        # Kept by `PrefixSharingMixin`, which forwards less than HFLM would.
-        counted = getattr(self, "tokens_processed", None)
-        answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
-        if counts.processed == before:
-            counts.processed += (
-                self._forwarded_positions
-                if counted is None
-                else self.tokens_processed - counted
-            )
-        return answers
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _select_cont_toks(
         self,
@@ -208,7 +196,7 @@ class EnergyLoggingHFLM(HFLM):
         # HFLM calls this once for each row that it sent through the model, with the
         # row's length before padding (the decoder's, in an encoder-decoder model).
         if self._energy is not None:
-            self._forwarded_positions += inplen or contlen or 0
+            self.token_counts.processed += inplen or contlen or 0
         return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
 
     def _model_generate(

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears
+from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 from lm_eval_pruned.token_tree import Budget, TokenTree, build_tree, next_pack
 
 
@@ -54,11 +55,11 @@ class PrefixSharingMixin:
     take `HFLM`'s own path, and one logged line says why.
 
     Attributes:
-        tokens_asked: Tokens that log-likelihood requests held so far, as the model
-            would have been given them one by one.
-        tokens_processed: Tokens that were really run through the model for them,
-            without padding.
+        token_counts: Its `processed` grows by the nodes that were run through the model;
+            what takes `HFLM`'s own path is for the class to count that measures it.
     """
+
+    token_counts: TokenCounts
 
     def __init__(self, *args: Any, prefix_sharing: bool = True, **kwargs: Any) -> None:
         """Set up as the next class does.
@@ -76,8 +77,8 @@ class PrefixSharingMixin:
                 f"prefix_sharing={prefix_sharing!r} is not understood: pass true or false."
             )
         self.prefix_sharing = bool(prefix_sharing)
-        self.tokens_asked = 0
-        self.tokens_processed = 0
+        if not hasattr(self, "token_counts"):
+            self.token_counts = TokenCounts()
         self._sharing_budget: Budget | None = None
         self._sharing_checked = False
         super().__init__(*args, **kwargs)
@@ -90,7 +91,6 @@ class PrefixSharingMixin:
     ) -> list[tuple[float, bool]]:
         plain = super()._loglikelihood_tokens  # type: ignore[misc]
         lengths = [self._input_length(request) for request in requests]
-        self.tokens_asked += sum(lengths)
         sharing = self._can_share() if requests else False
         limit = sequence_limit(self.config) if sharing else None
         shareable = [
@@ -113,9 +113,6 @@ class PrefixSharingMixin:
             )
         rest_results: Iterator[tuple[float, bool]] = iter(())
         if rest:
-            self.tokens_processed += sum(
-                self._input_length(request) for request in _distinct(rest)
-            )
             rest_results = iter(
                 plain(rest, disable_tqdm=disable_tqdm, override_bs=override_bs)
             )
@@ -175,14 +172,11 @@ class PrefixSharingMixin:
         )
 
         work = _Work.of(requests, self.max_length)
-        processed = self.tokens_processed
         try:
             for _ in self._passes(work, Budget(14, 4, 14)):
                 pass
         except Exception as error:  # noqa: BLE001 - whatever a model's code raises
             return f"the model's code rejects them ({type(error).__name__}: {error})"
-        finally:
-            self.tokens_processed = processed
         got = torch.from_numpy(work.values[np.concatenate(work.pairs)])
         difference = (got - expected).square().mean().sqrt().item()
         spread = expected.std().item()
@@ -207,7 +201,10 @@ class PrefixSharingMixin:
             disable=disable_tqdm or self.rank != 0,
             desc="Running loglikelihood requests",
         )
+        begin = 0
         for stop in self._passes(work, self._budget(requests)):
+            self.token_counts.processed += stop - begin
+            begin = stop
             while done < len(order) and last_nodes[order[done]] < stop:
                 index = int(order[done])
                 pairs = work.pairs[index]
@@ -265,7 +262,6 @@ class PrefixSharingMixin:
                     budget.tokens,
                 )
             else:
-                self.tokens_processed += pack.stop - pack.start
                 start = pack.stop
                 yield start
                 continue
@@ -551,7 +547,7 @@ def _base_model(model: Any) -> PreTrainedModel:
 
 
 def _forward_arguments(model: Any) -> set[str]:
-    return set(inspect.signature(_base_model(model).forward).parameters)
+    return set(inspect.signature(type(_base_model(model)).forward).parameters)
 
 
 def _cache_argument(model: Any) -> str:

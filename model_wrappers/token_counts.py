@@ -10,8 +10,8 @@ class TokenCounts:
     """Running totals; padding is in none of them.
 
     A class that sends tokens through the model by a route of its own adds them to
-    `processed` itself, inside HFLM's ``_loglikelihood_tokens`` or ``_model_generate``;
-    `EnergyLoggingHFLM` then leaves its own count of that call out.
+    `processed` itself. `EnergyLoggingHFLM` adds what takes HFLM's own route: each row of
+    ``_loglikelihood_tokens``, and each call of ``_model_generate`` that added nothing.
 
     Attributes:
         prompt: Tokens of the requests: context and continuation of a scored request,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lm_eval
@@ -44,9 +45,8 @@ def lm(tiny_llama):
 
     def make(log_and_clock=None, **arguments):
         log, clock = log_and_clock or log_of()
-        model = PrunedHFLM(
-            str(tiny_llama), ratio=2.0, device="cpu", batch_size=4, **arguments
-        )
+        arguments = {"batch_size": 4, "prefix_sharing": False, **arguments}
+        model = PrunedHFLM(str(tiny_llama), ratio=2.0, device="cpu", **arguments)
         model._energy = log
         call = model.model.forward
 
@@ -155,7 +155,7 @@ def test_count_generated_agrees_with_counting_by_hand(rows, ends):
     assert count_generated(torch.tensor(rows), ends) == by_hand
 
 
-def test_a_class_with_its_own_route_counts_its_own_tokens(lm, monkeypatch):
+def test_a_route_of_its_own_is_counted_beside_the_rows_of_hflm(lm, monkeypatch):
     model = lm()
 
     def own_route(self, requests, *args, **kwargs):
@@ -167,7 +167,38 @@ def test_a_class_with_its_own_route_counts_its_own_tokens(lm, monkeypatch):
         lm_eval.models.huggingface.HFLM, "_loglikelihood_tokens", own_route
     )
     model.loglikelihood([scored("abcd", "x"), scored("abcd", "y")])
-    assert model.token_counts.processed == 2
+    assert model.token_counts.processed == 2 + 9
+
+
+def test_tokens_of_shared_prefixes_and_of_the_plain_path(lm):
+    model = lm(prefix_sharing=True)
+    # The positions that the model was given; none of the rows is padded.
+    positions = 0
+
+    def watch(_, inputs):
+        nonlocal positions
+        positions += inputs[0].numel()
+
+    model.model.get_input_embeddings().register_forward_pre_hook(watch)
+    assert model._can_share()
+    shared = [scored("One preamble. " + c, " no") for c in ("abc", "abd", "xyz")]
+    alone = [scored("nothing in common", " yes")]
+    for requests in (shared, alone):
+        before, positions = replace(model.token_counts), 0
+        model.loglikelihood(requests)
+        counts = model.token_counts - before
+        assert counts.prompt == sum(len("".join(r.args)) for r in requests)
+        assert counts.processed == positions
+    # Some of a call's requests exceed what may be shared.
+    model.config.sliding_window = 20
+    before, positions = replace(model.token_counts), 0
+    model.loglikelihood(
+        shared + [scored("twenty-one characters" + c, "q") for c in "ab"]
+    )
+    counts = model.token_counts - before
+    assert counts.prompt == 3 * 20 + 2 * 23
+    assert counts.processed == positions
+    assert 2 * 22 < counts.processed < counts.prompt - 20
 
 
 def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
