@@ -210,7 +210,8 @@ class SlotRefillingMixin:
     def _unsupported_setting(self, kwargs: dict[str, Any]) -> str | None:
         """Return what would make generation more than greedy, or None."""
         config = copy.deepcopy(_base_model(self.model).generation_config)
-        for name in config.update(**kwargs):
+        relevant = {k: v for k, v in kwargs.items() if k not in _WITHOUT_EFFECT}
+        for name in config.update(**relevant):
             return name
         for name, value in config.to_diff_dict().items():
             if (
