@@ -23,7 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from lm_eval.api.instance import Instance
@@ -47,6 +46,19 @@ class Side:
         self.lm = lm
         self.seconds: list[float] = []
         self.answers: list[str] = []
+        #: Tokens of the texts that were generated.
+        self.tokens: dict[str, list[int]] = {}
+        self._decode = lm.tok_decode
+        lm.tok_decode = self._noted
+
+    def _noted(self, tokens: list[int], **kwargs: Any) -> str:
+        text = self._decode(tokens, **kwargs)
+        self.tokens[text] = list(tokens)
+        return text
+
+    def tokens_of(self, answer: str) -> list[int]:
+        """Return the tokens that `answer` was cut from."""
+        return next(t for text, t in self.tokens.items() if text.startswith(answer))
 
     def run(self, requests: list[Instance]) -> float:
         """Answer `requests` once; return the seconds that took."""
@@ -164,16 +176,18 @@ def main() -> None:
     for each in (ours, hf):
         print(f"{each.name:22} s    {_spread(each.seconds)}")
     print(f"ratio hf / hf-prefix        {_spread(ratios)}")
-    tokens = [len(tokenizer(answer)["input_ids"]) for answer in ours.answers]
+    tokens = [len(tokens) for tokens in map(ours.tokens_of, ours.answers)]
     print(
         f"answers       {sum(tokens)} tokens, median {statistics.median(tokens):g}, "
         f"most {max(tokens)}"
     )
-    print(f"peak memory   {psutil.Process().memory_info().rss / 2**20:.0f} MiB now")
     pairs = list(zip(requests, ours.answers, hf.answers, strict=True))
     parting = [(r, a, b) for r, a, b in pairs if a != b]
     print(f"same text     {len(pairs) - len(parting)} of {len(pairs)}")
-    gaps = [gap_where_they_part(hf.lm, r.args[0], a, b) for r, a, b in parting]
+    gaps = [
+        gap_where_they_part(hf.lm, r.args[0], ours.tokens_of(a), hf.tokens_of(b))
+        for r, a, b in parting
+    ]
     if gaps:
         print(
             "gap of logits where the others part  " + " ".join(f"{g:.1e}" for g in gaps)
@@ -186,15 +200,11 @@ def main() -> None:
         raise SystemExit(f"answers part at tokens further apart than {tolerance}")
 
 
-def gap_where_they_part(lm: HFLM, prompt: str, a: str, b: str) -> float:
-    """Return how far apart the two likeliest tokens are where two answers part, in logits.
-
-    The texts are tokenised again, which may split them in another way than the model did.
-    """
-    context = lm.tok_encode(prompt)
-    first, second = (
-        lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (a, b)
-    )
+def gap_where_they_part(
+    lm: HFLM, prompt: str, first: list[int], second: list[int]
+) -> float:
+    """Return how far apart the two likeliest tokens are where two answers part, in logits."""
+    context = lm.tok_batch_encode([prompt])[0][0].tolist()
     common = 0
     while common < min(len(first), len(second)) and first[common] == second[common]:
         common += 1

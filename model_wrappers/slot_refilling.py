@@ -12,7 +12,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from lm_eval.models.utils import (
 from tqdm import tqdm
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lm_eval_pruned.generation import end_tokens
 from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears
@@ -42,7 +45,7 @@ from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from lm_eval.api.instance import Instance
 
@@ -55,6 +58,11 @@ _WORTH_WAITING = 32
 _WORTH_SORTING = 0.2
 # Prompts go through the model together if the shortest is this much of the longest.
 _LEAST_FILLING = 0.75
+# Groups of slots whose attention ends with the group's longest, not the batch's.
+_GROUPS = 4
+_LEAST_SLOTS_IN_GROUPS = 16
+# Bringing slots into order moves each token about as often as so many steps read it.
+_COST_OF_ORDER = 4
 
 # What of a generation config has no part in greedy decoding, or is set by HFLM.
 _WITHOUT_EFFECT = {
@@ -310,6 +318,8 @@ class SlotRefillingMixin:
         ends = set(end_tokens(_base_model(self.model)))
         waiting = deque(_ordered(jobs))
         slots = self._slots(jobs)
+        # Elsewhere attention is the smaller part, and each group costs a launch.
+        in_groups = self.device.type == "cpu" and slots >= _LEAST_SLOTS_IN_GROUPS
         table = _SlotTable(slots)
         while waiting or table.busy:
             try:
@@ -318,12 +328,17 @@ class SlotRefillingMixin:
                     work = [(s, job.array()[start:], start) for s, job, start in group]
                 else:
                     table.compact()
+                    if in_groups:
+                        table.bring_into_order()
                     work = [
                         (s, job.array(1), len(job.tokens) - 1)
                         for s, job in enumerate(table.jobs)
                         if job is not None
                     ]
-                with fast_cpu_linears(self.model):
+                with (
+                    fast_cpu_linears(self.model),
+                    _attention_in_groups(table.cache, in_groups),
+                ):
                     logits = self._pass(table.cache, work)
                 chosen = logits.float().argmax(-1).tolist()
             except RuntimeError as error:
@@ -481,6 +496,7 @@ class _SlotTable:
         self.jobs: list[_Job | None] = [None] * slots
         #: Tokens that a slot began with; a released slot keeps them for others to copy.
         self.begun: list[np.ndarray] = [np.zeros(0, np.int64)] * slots
+        self._excess = 0
 
     @property
     def busy(self) -> bool:
@@ -542,6 +558,83 @@ class _SlotTable:
                 while self.jobs[-1] is None:
                     self.jobs.pop()
         del self.begun[len(self.jobs) :]
+
+    def bring_into_order(self) -> None:
+        """Put the longest first once disorder has cost as much as order does.
+
+        Needs a request in each slot.
+        """
+        lengths = np.array([len(job.tokens) for job in self.all_jobs()])
+        order = np.argsort(-lengths, kind="stable")
+        self._excess += _tokens_read(lengths) - _tokens_read(lengths[order])
+        if self._excess > _COST_OF_ORDER * lengths.sum():
+            self._excess = 0
+            self.cache.permute(order, int(lengths.max()))
+            self.jobs = [self.jobs[slot] for slot in order]
+            self.begun = [self.begun[slot] for slot in order]
+
+
+def _groups(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Return first slot, last + 1 and the longest's length of each group of slots."""
+    bounds = np.linspace(0, len(lengths), min(_GROUPS, len(lengths)) + 1).astype(int)
+    return [
+        (int(begin), int(end), int(max(lengths[begin:end])))
+        for begin, end in pairwise(bounds)
+    ]
+
+
+def _tokens_read(lengths: Sequence[int]) -> int:
+    return sum((end - begin) * width for begin, end, width in _groups(lengths))
+
+
+@contextmanager
+def _attention_in_groups(cache: _SlotCache, wanted: bool) -> Iterator[None]:
+    """Let sdpa attention read each group of slots as far as its longest reaches."""
+    if not wanted:
+        yield
+        return
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_grouped_attention, cache, plain)
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not plain:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
+
+
+def _grouped_attention(
+    cache: _SlotCache,
+    plain: Callable[..., Any],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    rows, width = len(query), cache.width
+    if (
+        cache.steps is None
+        or attention_mask is None
+        or attention_mask.shape != (rows, 1, 1, width)
+        or not len(key) == len(value) == rows
+        or not key.shape[-2] == value.shape[-2] == width
+        or kwargs.get("position_bias") is not None
+    ):
+        return plain(module, query, key, value, attention_mask, **kwargs)
+    parts = [
+        plain(
+            module,
+            query[begin:end],
+            key[begin:end, :, :longest],
+            value[begin:end, :, :longest],
+            attention_mask[begin:end, ..., :longest],
+            **kwargs,
+        )[0]
+        for begin, end, longest in cache.groups
+    ]
+    return torch.cat(parts), None
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -631,6 +724,7 @@ class _SlotCache(Cache):
         width: Tokens of the longest slot of a pass, the new ones included.
         places: Slot, first new token and number of new tokens, of each row of a pass.
         steps: Slots and places of the new tokens, if each row has one, else None.
+        groups: First slot, last + 1 and tokens of the longest, in a pass of steps.
         shows_slots: Whether the pass sees what slots hold; else new tokens alone.
     """
 
@@ -641,6 +735,7 @@ class _SlotCache(Cache):
         self.width = 0
         self.places: list[tuple[int, int, int]] = []
         self.steps: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.groups: list[tuple[int, int, int]] = []
         self.shows_slots = False
 
     def begin_pass(
@@ -655,6 +750,7 @@ class _SlotCache(Cache):
         self.steps = None
         if self.shows_slots and max(count) == 1 and slots == list(range(len(slots))):
             self.steps = torch.tensor(slots), torch.tensor(start)
+            self.groups = _groups([place + 1 for place in start])
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
@@ -662,6 +758,13 @@ class _SlotCache(Cache):
             if length and layer.keys is not None:
                 layer.keys[target, :, :length] = layer.keys[source, :, :length]
                 layer.values[target, :, :length] = layer.values[source, :, :length]
+
+    def permute(self, order: np.ndarray, length: int) -> None:
+        """Put the first `length` tokens of slot ``order[i]`` into slot i."""
+        for layer in self.layers:
+            for stored in (layer.keys, layer.values):
+                new = stored[torch.from_numpy(order), :, :length]
+                stored[: len(order), :, :length] = new
 
 
 def _rows_in_memory(lm: Any, length: int) -> int:

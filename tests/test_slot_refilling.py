@@ -9,11 +9,18 @@ import torch
 from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lm_eval_pruned.model_wrappers import slot_refilling
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.model_wrappers.slot_refilling import _Job, _ordered, _SlotTable
+from lm_eval_pruned.model_wrappers.slot_refilling import (
+    _attention_in_groups,
+    _Job,
+    _ordered,
+    _SlotCache,
+    _SlotTable,
+)
 
 from .checkpoints import byte_tokenizer, tiny_config, tiny_model
 
@@ -81,11 +88,20 @@ REQUESTS = st.lists(
 )
 
 
-@given(drawn=REQUESTS, slots=st.integers(1, 10), budget=st.integers(1, 200))
-def test_equal_to_one_by_one(pair, drawn, slots, budget):
+@given(
+    drawn=REQUESTS,
+    slots=st.integers(1, 10),
+    budget=st.integers(1, 200),
+    groups=st.integers(1, 5),
+    cost_of_order=st.sampled_from([0, 4]),
+)
+def test_equal_to_one_by_one(pair, drawn, slots, budget, groups, cost_of_order):
     plain, refilled = pair
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refilled, "_prefill_budget", lambda: budget)
+        patch.setattr(slot_refilling, "_GROUPS", groups)
+        patch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
+        patch.setattr(slot_refilling, "_COST_OF_ORDER", cost_of_order)
         refilled.batch_size_per_gpu = slots
         got = generate(refilled, drawn)
     assert got == generate(plain, drawn)
@@ -386,6 +402,38 @@ def test_slot_refilling_is_a_switch(pair):
         make(PrefixHFLM, pair[0].model, slot_refilling="sometimes")
 
 
+def test_attention_is_as_it_was_afterwards(pair, monkeypatch):
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
+    generate(pair[1], prompts())
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+    with _attention_in_groups(_SlotCache(2), wanted=True):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not plain
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+
+
+def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
+    plain, refilled = pair
+    if refilled.config._attn_implementation != "sdpa":
+        pytest.skip("only sdpa attention is grouped")
+    monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
+    monkeypatch.setattr(slot_refilling, "_GROUPS", 2)
+    widths = []
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watched(module, query, key, *args, **kwargs):
+        if query.shape[2] == 1:
+            widths.append((len(query), key.shape[-2]))
+        return attention(module, query, key, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched)
+    refilled.batch_size_per_gpu = 4
+    pairs = [(c * n, {"max_gen_toks": 2}) for c, n in zip("abcd", (30, 20, 9, 5))]
+    assert generate(refilled, pairs) == generate(plain, pairs)
+    layers = plain.config.num_hidden_layers
+    assert widths[: 2 * layers] == [(2, 31), (2, 10)] * layers
+
+
 def test_no_requests(pair):
     assert generate(pair[1], []) == []
 
@@ -402,7 +450,7 @@ def test_no_requests(pair):
     st.integers(1, 40),
 )
 def test_slots_hold_what_they_should(drawn, slots, budget):
-    """Plays the model: a slot's keys are the tokens written to it."""
+    # This test plays the model: a slot's keys are the tokens written to it.
     jobs = [
         _Job(i, list(prompt), most, [], slot_refilling._Stops(None, []))
         for i, (prompt, most) in enumerate(drawn)
@@ -414,12 +462,18 @@ def test_slots_hold_what_they_should(drawn, slots, budget):
     def copy(source, target, length):
         held[target] = held[source][:length]
 
+    def permute(order, length):
+        assert max(len(tokens) for tokens in held) >= length - 1
+        held[: len(order)] = [held[slot][:length] for slot in order]
+
     table.cache.copy = copy
+    table.cache.permute = permute
     while waiting or table.busy:
         group = table.admit(waiting, budget)
         if not group:
             table.compact()
             assert all(job is not None for job in table.jobs)
+            table.bring_into_order()
             group = [(s, job, len(job.tokens) - 1) for s, job in enumerate(table.jobs)]
         for slot, job, start in group:
             assert held[slot][:start] == job.tokens[:start]
