@@ -418,6 +418,7 @@ def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
         pytest.skip("only sdpa attention is grouped")
     monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
     monkeypatch.setattr(slot_refilling, "_GROUPS", 2)
+    monkeypatch.setattr(plain.model.generation_config, "eos_token_id", None)
     widths = []
     attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -428,7 +429,10 @@ def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched)
     refilled.batch_size_per_gpu = 4
-    pairs = [(c * n, {"max_gen_toks": 2}) for c, n in zip("abcd", (30, 20, 9, 5))]
+    pairs = [
+        (c * n, {"max_gen_toks": 2})
+        for c, n in zip("abcd", (30, 20, 9, 5), strict=True)
+    ]
     assert generate(refilled, pairs) == generate(plain, pairs)
     layers = plain.config.num_hidden_layers
     assert widths[: 2 * layers] == [(2, 31), (2, 10)] * layers
