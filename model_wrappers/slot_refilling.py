@@ -53,8 +53,8 @@ eval_logger = logging.getLogger("lm_eval.models.slot_refilling")
 
 # A prompt waits for another that begins alike if that saves so many tokens.
 _WORTH_WAITING = 32
-# Requests run in the order of their texts if the beginnings they share are this much
-# of the prompts, else from the longest prompt to the shortest.
+# The order of texts is worth leaving that of lengths if this much more of the prompts
+# is shared with the prompt before.
 _WORTH_SORTING = 0.2
 # Prompts go through the model together if the shortest is this much of the longest.
 _LEAST_FILLING = 0.75
@@ -521,7 +521,7 @@ class _SlotTable:
         while waiting and free:
             tokens = waiting[0].array()
             common = [_common(tokens, other) for other in self.begun]
-            source = int(np.argmax(common))
+            source = max(range(len(common)), key=lambda s: (common[s], s in free))
             start = min(common[source], len(tokens) - 1)
             new = [*lengths, len(tokens) - start]
             if group and (
@@ -576,10 +576,10 @@ class _SlotTable:
 
 def _groups(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     """Return first slot, last + 1 and the longest's length of each group of slots."""
-    bounds = np.linspace(0, len(lengths), min(_GROUPS, len(lengths)) + 1).astype(int)
+    count = min(_GROUPS, len(lengths))
+    bounds = [len(lengths) * i // count for i in range(count + 1)]
     return [
-        (int(begin), int(end), int(max(lengths[begin:end])))
-        for begin, end in pairwise(bounds)
+        (begin, end, int(max(lengths[begin:end]))) for begin, end in pairwise(bounds)
     ]
 
 
@@ -648,14 +648,18 @@ def _ordered(jobs: list[_Job]) -> list[_Job]:
     """Return the requests in the order in which to run them.
 
     From the longest prompt to the shortest, so that those side by side are alike and
-    a lack of memory shows early; by text where neighbours then share a lot.
+    a lack of memory shows early; by text where that puts more side by side that share.
     """
+    by_length = sorted(jobs, key=lambda job: (-len(job.tokens), job.tokens))
     by_text = sorted(jobs, key=lambda job: job.tokens)
-    arrays = [job.array() for job in by_text]
-    shared = sum(_common(a, b) for a, b in pairwise(arrays)) / sum(map(len, arrays))
-    if shared >= _WORTH_SORTING:
-        return by_text
-    return sorted(jobs, key=lambda job: (-len(job.tokens), job.tokens))
+    gain = _shared(by_text) - _shared(by_length)
+    worth_it = gain > _WORTH_SORTING * sum(len(job.tokens) for job in jobs)
+    return by_text if worth_it else by_length
+
+
+def _shared(jobs: list[_Job]) -> int:
+    """Return how many tokens the requests have in common with the one before, in all."""
+    return sum(_common(a, b) for a, b in pairwise([job.array() for job in jobs]))
 
 
 class _SlotLayer(DynamicLayer):
