@@ -1,14 +1,16 @@
-"""The model type ``hf-prefix``: the harness's ``hf`` with shared prefixes."""
+"""The model type ``hf-prefix``: the harness's ``hf`` with shared prefixes and refilled slots."""
 
 from __future__ import annotations
 
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_pruned.model_wrappers.prefix_sharing import PrefixSharingMixin
+from lm_eval_pruned.model_wrappers.slot_refilling import SlotRefillingMixin
 
 
-class PrefixHFLM(PrefixSharingMixin, HFLM):
-    """HFLM that computes what log-likelihood requests have in common once.
+class PrefixHFLM(PrefixSharingMixin, SlotRefillingMixin, HFLM):
+    """HFLM that computes what requests have in common once.
 
-    Takes HFLM's arguments and ``prefix_sharing``; see `PrefixSharingMixin`.
+    Takes HFLM's arguments, ``prefix_sharing`` and ``slot_refilling``; see
+    `PrefixSharingMixin` and `SlotRefillingMixin`.
     """

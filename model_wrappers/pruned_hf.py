@@ -18,6 +18,7 @@ from lm_eval_pruned.default_model import find_default_model
 from lm_eval_pruned.loading import Request, load_with_arguments
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
 from lm_eval_pruned.model_wrappers.prefix_sharing import PrefixSharingMixin
+from lm_eval_pruned.model_wrappers.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.parallel import check_divisible
 from lm_eval_pruned.pruning import prune_model
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
 
-class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, HFLM):
+class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM):
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
@@ -84,8 +85,8 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, HFLM):
                 as the dict of a transformers quantisation config. ``load_in_8bit``,
                 ``load_in_4bit`` and ``bnb_4bit_...`` work as well.
             **kwargs: Everything HFLM takes, the arguments ``energy...`` of
-                `EnergyLoggingHFLM`, and ``prefix_sharing`` (default true); see
-                `PrefixSharingMixin`.
+                `EnergyLoggingHFLM`, and ``prefix_sharing`` and ``slot_refilling``
+                (default true); see `PrefixSharingMixin` and `SlotRefillingMixin`.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.

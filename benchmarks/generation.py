@@ -1,0 +1,240 @@
+"""Compare generation in refilled slots (``hf-prefix``) with the harness's ``hf``.
+
+Both sides answer the same requests with the same weights in one process, taking
+turns; times are those of ``generate_until``, tokenising included. ``hf`` runs at the
+fastest of the batch sizes given. The run says how many answers are the same text, and
+for each other one how far apart the two likeliest tokens are where the answers part.
+
+    python benchmarks/generation.py --task ifeval --limit 24 --max-gen-toks 128
+
+The stock tasks read their data from the Hub, or from a folder laid out under the
+Hub names where `--data` names one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from lm_eval_pruned.default_model import find_default_model
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
+
+
+#: Answers that part where the likeliest tokens are no further apart are equal but for
+#: rounding, in logits by dtype.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
+
+
+class Side:
+    """One model type: its answers, times in seconds, and peak memory in bytes."""
+
+    def __init__(self, name: str, lm: HFLM) -> None:
+        self.name = name
+        self.lm = lm
+        self.seconds: list[float] = []
+        self.answers: list[str] = []
+        #: Tokens of the texts that were generated.
+        self.tokens: dict[str, list[int]] = {}
+        self._decode = lm.tok_decode
+        lm.tok_decode = self._noted
+
+    def _noted(self, tokens: list[int], **kwargs: Any) -> str:
+        text = self._decode(tokens, **kwargs)
+        self.tokens[text] = list(tokens)
+        return text
+
+    def tokens_of(self, answer: str) -> list[int]:
+        """Return the tokens that `answer` was cut from."""
+        return next(t for text, t in self.tokens.items() if text.startswith(answer))
+
+    def run(self, requests: list[Instance]) -> float:
+        """Answer `requests` once; return the seconds that took."""
+        begin = time.perf_counter()
+        self.answers = self.lm.generate_until(requests)
+        if self.lm.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - begin)
+        return self.seconds[-1]
+
+
+def requests_of(task: str, lm: HFLM, arguments: argparse.Namespace) -> list[Instance]:
+    """Return the requests of a stock task, the generation settings replaced as asked."""
+    if task == "uniform":
+        # Answers that all run to the end, as those to made-up prompts of one length.
+        generator = torch.Generator().manual_seed(0)
+        words = torch.randint(
+            1000, 20000, (arguments.limit or 32, 40), generator=generator
+        )
+        prompts = [lm.tok_decode(row) for row in words]
+        settings: dict[str, Any] = {"until": ["\0"], "do_sample": False}
+    else:
+        loaded = TaskManager().load([task])["tasks"][task]
+        if arguments.num_fewshot is not None:
+            loaded.set_config("num_fewshot", arguments.num_fewshot)
+        if arguments.fixed_examples:
+            loaded.config.fewshot_config = {"sampler": "first_n"}
+        loaded.set_fewshot_seed(1234)
+        template = {
+            "apply_chat_template": True,
+            "chat_template": lm.apply_chat_template,
+        }
+        loaded.build_all_requests(
+            limit=arguments.limit,
+            tokenizer_name=lm.tokenizer_name,
+            **(template if arguments.chat else {}),
+        )
+        prompts = [request.args[0] for request in loaded.instances]
+        settings = dict(loaded.instances[0].args[1])
+    if arguments.max_gen_toks is not None:
+        settings["max_gen_toks"] = arguments.max_gen_toks
+    return [
+        Instance("generate_until", {}, (prompt, settings), index)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--task", required=True, help="a generation task of the harness, or 'uniform'"
+    )
+    parser.add_argument("--pretrained", help="default: SmolLM2-135M-Instruct")
+    parser.add_argument("--limit", type=int, help="documents; default: all")
+    parser.add_argument("--num-fewshot", type=int)
+    parser.add_argument(
+        "--fixed-examples",
+        action="store_true",
+        help="the same few-shot examples in each prompt",
+    )
+    parser.add_argument("--chat", action="store_true", help="apply the chat template")
+    parser.add_argument("--max-gen-toks", type=int, help="default: the task's")
+    parser.add_argument("--repeats", type=int, default=3, help="of both sides each")
+    parser.add_argument("--hf-batch-sizes", default="8,32", help="to choose hf's from")
+    parser.add_argument("--batch-size", default="auto", help="of hf-prefix")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--data", type=Path, help="folder of data under its Hub names")
+    parser.add_argument(
+        "--profile", action="store_true", help="say where both sides' time goes"
+    )
+    arguments = parser.parse_args()
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    if arguments.data:
+        os.chdir(arguments.data)
+
+    pretrained = arguments.pretrained or find_default_model().pretrained
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        pretrained, dtype=getattr(torch, arguments.dtype)
+    ).to(arguments.device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained)
+
+    def side(name: str, cls: type[HFLM], batch_size: int | str) -> Side:
+        return Side(name, cls(model, tokenizer=tokenizer, batch_size=batch_size))
+
+    batch_size = arguments.batch_size
+    batch_size = batch_size if batch_size.startswith("auto") else int(batch_size)
+    ours = side("hf-prefix", PrefixHFLM, batch_size)
+    sizes = [int(size) for size in arguments.hf_batch_sizes.split(",")]
+    candidates = {size: side(f"hf, batch size {size}", HFLM, size) for size in sizes}
+    requests = requests_of(arguments.task, ours.lm, arguments)
+    # The first run of several is the first repeat of the fastest.
+    first = {size: candidate.run(requests) for size, candidate in candidates.items()}
+    hf = candidates[min(first, key=first.__getitem__)]
+    ratios = [hf.seconds[0] / ours.run(requests)]
+    for _ in range(arguments.repeats - 1):
+        ratios.append(hf.run(requests) / ours.run(requests))
+
+    packages = ("lm_eval", "transformers", "torch")
+    print(
+        f"task          {arguments.task}, {len(requests)} requests, "
+        f"{requests[0].args[1]}"
+    )
+    print(f"model         {pretrained}, {arguments.dtype}")
+    print(
+        f"machine       {platform.processor() or platform.machine()}, {arguments.device}, "
+        f"{torch.get_num_threads()} threads; "
+        + ", ".join(f"{name} {version(name)}" for name in ("lm-eval-pruned", *packages))
+    )
+    print(
+        "hf chosen by  " + ", ".join(f"batch {b}: {s:.2f} s" for b, s in first.items())
+    )
+    for each in (ours, hf):
+        print(f"{each.name:22} s    {_spread(each.seconds)}")
+    print(f"ratio hf / hf-prefix        {_spread(ratios)}")
+    tokens = [len(tokens) for tokens in map(ours.tokens_of, ours.answers)]
+    print(
+        f"answers       {sum(tokens)} tokens, median {statistics.median(tokens):g}, "
+        f"most {max(tokens)}"
+    )
+    pairs = list(zip(requests, ours.answers, hf.answers, strict=True))
+    parting = [(r, a, b) for r, a, b in pairs if a != b]
+    print(f"same text     {len(pairs) - len(parting)} of {len(pairs)}")
+    gaps = [
+        gap_where_they_part(hf.lm, r.args[0], ours.tokens_of(a), hf.tokens_of(b))
+        for r, a, b in parting
+    ]
+    if gaps:
+        print(
+            "gap of logits where the others part  " + " ".join(f"{g:.1e}" for g in gaps)
+        )
+    if arguments.profile:
+        for each in (hf, ours):
+            _profile(each, requests, arguments.device)
+    tolerance = TOLERANCE[getattr(torch, arguments.dtype)]
+    if any(gap > tolerance for gap in gaps):
+        raise SystemExit(f"answers part at tokens further apart than {tolerance}")
+
+
+def gap_where_they_part(
+    lm: HFLM, prompt: str, first: list[int], second: list[int]
+) -> float:
+    """Return how far apart the two likeliest tokens are where two answers part, in logits."""
+    context = lm.tok_batch_encode([prompt])[0][0].tolist()
+    common = 0
+    while common < min(len(first), len(second)) and first[common] == second[common]:
+        common += 1
+    tokens = torch.tensor([context + first[:common]], device=lm.device)
+    top = lm._model_call(tokens)[0, -1].float().topk(2).values
+    return float(top[0] - top[1])
+
+
+def _spread(values: list[float]) -> str:
+    return (
+        f"min {min(values):.2f}  median {statistics.median(values):.2f}  "
+        f"max {max(values):.2f}"
+    )
+
+
+def _profile(side: Side, requests: list[Instance], device: str) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device != "cpu":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        side.run(requests)
+    print(
+        profile.key_averages().table(
+            sort_by=f"self_{'cpu' if device == 'cpu' else 'cuda'}_time_total",
+            row_limit=16,
+            max_name_column_width=40,
+        )
+    )
+    print(f"{side.name} while profiled: {side.seconds[-1]:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

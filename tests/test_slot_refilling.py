@@ -1,0 +1,504 @@
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lm_eval_pruned.model_wrappers import slot_refilling
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from lm_eval_pruned.model_wrappers.slot_refilling import (
+    _attention_in_groups,
+    _Job,
+    _ordered,
+    _SlotCache,
+    _SlotTable,
+)
+
+from .checkpoints import byte_tokenizer, tiny_config, tiny_model
+
+
+MAX_LENGTH = 64
+
+
+def make(cls, model, batch_size=3, **kwargs):
+    kwargs = {"max_length": MAX_LENGTH, **kwargs}
+    return cls(
+        pretrained=model,
+        tokenizer=byte_tokenizer(),
+        device="cpu",
+        batch_size=batch_size,
+        **kwargs,
+    )
+
+
+def tiny(attention="sdpa", dtype=torch.float64, model_type="llama", **overrides):
+    config = tiny_config(model_type, **overrides)
+    config._attn_implementation = attention
+    model = tiny_model(config).to(dtype)
+    # End-of-text tokens come at random times: every eighth byte is one.
+    model.generation_config.eos_token_id = [257, *range(0, 256, 8)]
+    return model
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def pair(request):
+    """HFLM, and HFLM with refilled slots, on one tiny float64 model."""
+    model = tiny(request.param)
+    plain = make(HFLM, model, batch_size=1)
+    refilled = make(PrefixHFLM, model)
+    assert refilled._can_refill()
+    return plain, refilled
+
+
+def instances(pairs):
+    return [
+        Instance(request_type="generate_until", doc={}, arguments=pair, idx=i)
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def generate(lm, pairs):
+    return lm.generate_until(instances(pairs), disable_tqdm=True)
+
+
+LETTERS = "ab\n"
+REQUESTS = st.lists(
+    st.tuples(
+        st.text(LETTERS, min_size=1, max_size=MAX_LENGTH + 9),
+        st.fixed_dictionaries(
+            {
+                "until": st.lists(
+                    st.text(st.characters(max_codepoint=127), min_size=1, max_size=2),
+                    max_size=3,
+                ),
+                "max_gen_toks": st.integers(1, 40),
+            }
+        ),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@given(
+    drawn=REQUESTS,
+    slots=st.integers(1, 10),
+    budget=st.integers(1, 200),
+    groups=st.integers(1, 5),
+    cost_of_order=st.sampled_from([0, 4]),
+)
+def test_equal_to_one_by_one(pair, drawn, slots, budget, groups, cost_of_order):
+    plain, refilled = pair
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refilled, "_prefill_budget", lambda: budget)
+        patch.setattr(slot_refilling, "_GROUPS", groups)
+        patch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
+        patch.setattr(slot_refilling, "_COST_OF_ORDER", cost_of_order)
+        refilled.batch_size_per_gpu = slots
+        got = generate(refilled, drawn)
+    assert got == generate(plain, drawn)
+    assert not refilled._refilling_complaints
+
+
+PROMPTS = [
+    "One example. And a question",
+    "One example. Another question, a longer one",
+    "x",
+    "One example. And a question",
+    "Something else",
+    "One example. Yet another",
+    "A long text " * 4,
+]
+
+
+def prompts(**settings):
+    settings = {"until": ["\n"], "max_gen_toks": 12} | settings
+    return [(prompt, dict(settings)) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 20, "auto", "auto:3"])
+def test_batch_sizes(pair, batch_size):
+    plain, refilled = pair
+    refilled = make(PrefixHFLM, refilled.model, batch_size)
+    assert generate(refilled, prompts()) == generate(plain, prompts())
+
+
+def test_no_more_rows_than_the_batch_size(pair, monkeypatch):
+    _, refilled = pair
+    rows = []
+    run = refilled._pass
+
+    def watched(cache, work):
+        rows.append(len(work))
+        return run(cache, work)
+
+    monkeypatch.setattr(refilled, "_pass", watched)
+    refilled.batch_size_per_gpu = 2
+    generate(refilled, prompts())
+    assert max(rows) == 2
+
+
+def test_steps_are_as_few_as_the_slots_allow(pair, monkeypatch):
+    _, refilled = pair
+    model = refilled.model
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    steps = []
+    run = refilled._pass
+
+    def watched(cache, work):
+        steps.append([len(tokens) for _, tokens, _ in work])
+        return run(cache, work)
+
+    monkeypatch.setattr(refilled, "_pass", watched)
+    refilled.batch_size_per_gpu = 2
+    lengths = [9, 3, 3, 3]
+    generate(
+        refilled,
+        [
+            (f"{i}" * 5, {"until": ["\0\0\0"], "max_gen_toks": n})
+            for i, n in enumerate(lengths)
+        ],
+    )
+    decoding = [step for step in steps if max(step) == 1]
+    # The first token of an answer comes with its prompt.
+    assert sum(map(sum, decoding)) == sum(lengths) - len(lengths)
+    assert len(decoding) == 8
+
+
+def test_a_common_beginning_is_computed_once(pair):
+    plain, _ = pair
+    lm = make(PrunedHFLM, plain.model, prune_percent=40, max_length=512)
+    stem = "The same examples in front of each question. " * 4
+    pairs = [(stem + end, {"max_gen_toks": 1}) for end in ("one", "two", "three")]
+    lm.generate_until(instances(pairs), disable_tqdm=True)
+    assert lm.token_counts.prompt == 3 * len(stem) + 11
+    # "two" and "three" begin alike, too.
+    assert lm.token_counts.processed == len(stem) + 3 + 3 + 4
+    assert lm.token_counts.generated == 3
+
+
+def test_tokens_are_counted(pair):
+    plain, _ = pair
+    lm = make(PrunedHFLM, plain.model, prune_percent=40)
+    shortened = make(HFLM, lm.model, 1)
+    pairs = [(letter * 7, {"max_gen_toks": 9}) for letter in "xyzvw"]
+    counted = 0
+    generate_tokens = shortened._model_generate
+
+    def counting(context, **kwargs):
+        nonlocal counted
+        output = generate_tokens(context, **kwargs)
+        counted += output.shape[1] - context.shape[1]
+        return output
+
+    shortened._model_generate = counting
+    assert generate(lm, pairs) == generate(shortened, pairs)
+    assert lm.token_counts.generated == counted
+    assert lm.token_counts.prompt == 35
+    assert lm.token_counts.processed == 35 + counted - 5
+
+
+def test_results_reach_the_cache_as_they_come(pair):
+    _, refilled = pair
+    seen = {}
+
+    class Hook:
+        def add_partial(self, kind, request, answer):
+            seen[kind, request[0], str(request[1])] = answer
+
+    hook, refilled.cache_hook = refilled.cache_hook, Hook()
+    try:
+        got = generate(refilled, prompts())
+    finally:
+        refilled.cache_hook = hook
+    assert seen == {
+        ("generate_until", prompt, str(settings)): answer
+        for (prompt, settings), answer in zip(prompts(), got, strict=True)
+    }
+
+
+def test_requests_are_left_as_they_are(pair):
+    pairs = prompts()
+    generate(pair[1], pairs)
+    assert pairs == prompts()
+
+
+@pytest.mark.parametrize("think_end", ["b", 98])
+def test_thinking_is_cut_off(pair, think_end):
+    plain, refilled = (
+        make(cls, pair[0].model, 1, think_end_token=think_end)
+        for cls in (HFLM, PrefixHFLM)
+    )
+    pairs = prompts(max_gen_toks=40, until=[])
+    assert generate(refilled, pairs) == generate(plain, pairs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"do_sample": True, "temperature": 0.7}, "do_sample"),
+        ({"temperature": 0.7}, "do_sample"),
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"repetition_penalty": 1.3}, "repetition_penalty=1.3"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2"),
+        ({"suppress_tokens": [65]}, "suppress_tokens"),
+        ({"min_new_tokens": 2}, "min_new_tokens=2"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2"),
+        ({"max_length": 80}, "max_length"),
+        ({"logits_processor": []}, "logits_processor"),
+    ],
+)
+def test_more_than_greedy_takes_the_plain_path(pair, settings, reason, caplog):
+    plain, refilled = pair
+    plain = make(HFLM, plain.model, 3)
+    refilled = make(PrefixHFLM, plain.model, 3)
+    pairs = [*prompts(**settings)[:3], *prompts()[3:]]
+    torch.manual_seed(0)
+    expected = generate(plain, pairs)
+    torch.manual_seed(0)
+    with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
+        got = generate(refilled, pairs)
+    assert got == expected
+    lines = [r.message for r in caplog.records if "Slots are not" in r.message]
+    assert len(lines) == 1
+    assert reason in lines[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 1},
+        {"repetition_penalty": 1.0},
+        {"temperature": 0.0},
+        {"do_sample": False, "top_p": 0.9},
+    ],
+)
+def test_neutral_settings_do_not(pair, settings):
+    plain, refilled = pair
+    assert generate(refilled, prompts(**settings)) == generate(plain, prompts())
+    assert not refilled._refilling_complaints
+
+
+def test_the_models_own_settings_count(pair, monkeypatch):
+    plain, _ = pair
+    monkeypatch.setattr(plain.model.generation_config, "repetition_penalty", 1.4)
+    refilled = make(PrefixHFLM, plain.model)
+    assert generate(refilled, prompts()) == generate(plain, prompts())
+    assert refilled._refilling_complaints == {"repetition_penalty=1.4 is asked for"}
+
+
+def test_more_tokens_than_the_model_takes_is_hfs_error(pair):
+    plain, refilled = pair
+    for lm in (plain, make(PrefixHFLM, refilled.model)):
+        with pytest.raises(AssertionError, match="must be less than"):
+            generate(lm, prompts(max_gen_toks=MAX_LENGTH))
+
+
+def test_an_encoder_decoder_takes_the_plain_path():
+    model = tiny(
+        model_type="t5", d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8
+    )
+    model.generation_config.decoder_start_token_id = 258
+    plain, refilled = (
+        make(cls, model.float(), 2, backend="seq2seq") for cls in (HFLM, PrefixHFLM)
+    )
+    assert generate(refilled, prompts()) == generate(plain, prompts())
+    assert refilled._refilling_complaints == {"the model is an encoder-decoder"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "refills"),
+    [
+        ("qwen2", {}, True),
+        ("gemma2", {"sliding_window": 128}, True),
+        ("gemma2", {"sliding_window": 16}, False),
+        ("mistral", {"sliding_window": 16}, False),
+        ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}, True),
+        ("gpt_neox", {}, True),
+        ("phi", {}, True),
+        ("olmo2", {}, True),
+        ("qwen3", {}, True),
+        ("bloom", {"n_head": 4}, False),
+        ("mamba", {}, False),
+    ],
+)
+def test_architectures(model_type, overrides, refills):
+    attention = "eager" if model_type == "mamba" else "sdpa"
+    model = tiny(attention, model_type=model_type, dtype=torch.float32, **overrides)
+    plain = make(HFLM, model, 1)
+    refilled = make(PrefixHFLM, model, 3)
+    pairs = prompts(until=[])
+    assert generate(refilled, pairs) == generate(plain, pairs)
+    assert bool(refilled._refilling_complaints) is not refills
+
+
+def test_out_of_memory_backs_off(pair, monkeypatch, caplog):
+    plain, refilled = pair
+    refilled = make(PrefixHFLM, refilled.model, 7)
+    run = refilled._pass
+    passes = 0
+
+    def short_of_memory(cache, work):
+        nonlocal passes
+        passes += 1
+        if passes > 4 and len(work) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
+        return run(cache, work)
+
+    assert refilled._can_refill()
+    monkeypatch.setattr(refilled, "_pass", short_of_memory)
+    with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
+        got = generate(refilled, prompts(until=[], max_gen_toks=20))
+    assert got == generate(plain, prompts(until=[], max_gen_toks=20))
+    assert "at most 2 requests" in caplog.text
+    # Learnt for the next call.
+    assert refilled._most_slots == 2
+
+
+def test_another_error_is_not_taken_for_lack_of_memory(pair, monkeypatch):
+    refilled = make(PrefixHFLM, pair[0].model)
+    assert refilled._can_refill()
+
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(refilled, "_pass", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        generate(refilled, prompts())
+
+
+def test_a_model_whose_cache_is_its_own_is_noticed(pair, monkeypatch, caplog):
+    refilled = make(PrefixHFLM, pair[0].model)
+    write = slot_refilling._SlotLayer._write
+
+    def forgetful(layer, stored, states):
+        return write(layer, stored, states) * 0.5
+
+    monkeypatch.setattr(slot_refilling._SlotLayer, "_write", forgetful)
+    with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
+        got = generate(refilled, prompts())
+    assert got == generate(pair[0], prompts())
+    assert "logits change" in caplog.text
+
+
+def test_slot_refilling_false_is_the_plain_path(pair, monkeypatch):
+    plain, _ = pair
+    lm = make(PrefixHFLM, plain.model, 1, slot_refilling=False)
+    monkeypatch.setattr(lm, "_pass", None)
+    assert generate(lm, prompts()) == generate(plain, prompts())
+    assert not lm._refilling_complaints
+
+
+def test_slot_refilling_is_a_switch(pair):
+    with pytest.raises(ValueError, match="slot_refilling='sometimes'"):
+        make(PrefixHFLM, pair[0].model, slot_refilling="sometimes")
+
+
+def test_attention_is_as_it_was_afterwards(pair, monkeypatch):
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
+    generate(pair[1], prompts())
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+    with _attention_in_groups(_SlotCache(2), wanted=True):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not plain
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+
+
+def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
+    plain, refilled = pair
+    if refilled.config._attn_implementation != "sdpa":
+        pytest.skip("only sdpa attention is grouped")
+    monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
+    monkeypatch.setattr(slot_refilling, "_GROUPS", 2)
+    monkeypatch.setattr(plain.model.generation_config, "eos_token_id", None)
+    widths = []
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watched(module, query, key, *args, **kwargs):
+        if query.shape[2] == 1:
+            widths.append((len(query), key.shape[-2]))
+        return attention(module, query, key, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched)
+    refilled.batch_size_per_gpu = 4
+    pairs = [
+        (c * n, {"max_gen_toks": 2})
+        for c, n in zip("abcd", (30, 20, 9, 5), strict=True)
+    ]
+    assert generate(refilled, pairs) == generate(plain, pairs)
+    layers = plain.config.num_hidden_layers
+    assert widths[: 2 * layers] == [(2, 31), (2, 10)] * layers
+
+
+def test_no_requests(pair):
+    assert generate(pair[1], []) == []
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(1, 6)
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 5),
+    st.integers(1, 40),
+)
+def test_slots_hold_what_they_should(drawn, slots, budget):
+    # This test plays the model: a slot's keys are the tokens written to it.
+    jobs = [
+        _Job(i, list(prompt), most, [], slot_refilling._Stops(None, []))
+        for i, (prompt, most) in enumerate(drawn)
+    ]
+    waiting, done = deque(_ordered(jobs)), []
+    table = _SlotTable(slots)
+    held = [[] for _ in range(slots)]
+
+    def copy(source, target, length):
+        held[target] = held[source][:length]
+
+    def permute(order, length):
+        assert max(len(tokens) for tokens in held) >= length - 1
+        held[: len(order)] = [held[slot][:length] for slot in order]
+
+    table.cache.copy = copy
+    table.cache.permute = permute
+    while waiting or table.busy:
+        group = table.admit(waiting, budget)
+        if not group:
+            table.compact()
+            assert all(job is not None for job in table.jobs)
+            table.bring_into_order()
+            group = [(s, job, len(job.tokens) - 1) for s, job in enumerate(table.jobs)]
+        for slot, job, start in group:
+            assert held[slot][:start] == job.tokens[:start]
+            assert start < len(job.tokens)
+            held[slot] = list(job.tokens)
+            job.add(7)
+            if job.is_done():
+                table.release(slot)
+                done.append(job)
+    assert sorted(job.index for job in done) == list(range(len(jobs)))
+    assert all(len(job.generated) == job.most for job in done)
+
+
+def test_prompts_that_share_run_side_by_side():
+    def job(tokens):
+        return _Job(0, tokens, 1, [], slot_refilling._Stops(None, []))
+
+    alike = [[1] * 20 + [n] for n in (3, 1, 2)] + [[2] * 30 + [n] for n in (1, 2)]
+    order = [job.tokens for job in _ordered([job(tokens) for tokens in alike])]
+    assert order == sorted(alike)
+    random = np.random.default_rng(0).integers(0, 99, (6, 9))
+    different = [row[: i + 3].tolist() for i, row in enumerate(random)]
+    order = [job.tokens for job in _ordered([job(tokens) for tokens in different])]
+    assert order == different[::-1]
