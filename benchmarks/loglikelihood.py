@@ -22,6 +22,7 @@ import statistics
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 BOOLQ = {
     "dataset_path": "aps/super_glue",
@@ -79,6 +80,18 @@ TASKS: dict[str, list[Any]] = {
     "boolq_fewshot_random": [
         BOOLQ | {"task": "boolq_fewshot_random", "num_fewshot": 5}
     ],
+    "rolling": [
+        {
+            "task": "rolling",
+            "dataset_path": "aps/super_glue",
+            "dataset_name": "boolq",
+            "output_type": "loglikelihood_rolling",
+            "validation_split": "validation",
+            "doc_to_text": "",
+            "doc_to_target": "{{passage}}",
+            "metric_list": [{"metric": "word_perplexity"}],
+        }
+    ],
     "two_choice": [
         BOOLQ
         | {
@@ -100,6 +113,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 2.0}
 class Side:
     """One model type: its answers, times in seconds, and peak memory in bytes.
 
+    CPU seconds are those of all threads: what other processes take does not show in them.
     `positions` counts what the model was given in the last run, padding included.
     """
 
@@ -107,29 +121,35 @@ class Side:
         self.name = name
         self.lm = lm
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.peak = 0
         self.requests = 0
         self.positions = 0
         self.answers: list[tuple[float, bool]] = []
         self.scores: dict[str, Any] = {}
-        self._answer = lm.loglikelihood
-        lm.loglikelihood = self._timed
+        lm.loglikelihood = partial(self._timed, lm.loglikelihood)
+        lm.loglikelihood_rolling = partial(self._timed, lm.loglikelihood_rolling)
 
-    def _timed(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+    def _timed(
+        self, answer: Callable[..., list[Any]], requests: list[Any], **kwargs: Any
+    ) -> list[Any]:
         self.requests = len(requests)
         self.positions = 0
         watch = self.lm.model.get_input_embeddings().register_forward_pre_hook(
             self._count
         )
         with _peak_memory(self.lm.device) as peaks:
-            begin = time.perf_counter()
-            self.answers = self._answer(requests, **kwargs)
+            begin, cpu_begin = time.perf_counter(), time.process_time()
+            answers = answer(requests, **kwargs)
             if self.lm.device.type == "cuda":
                 torch.cuda.synchronize()
+            self.cpu_seconds.append(time.process_time() - cpu_begin)
             self.seconds.append(time.perf_counter() - begin)
         watch.remove()
         self.peak = max(self.peak, *peaks)
-        return self.answers
+        # A rolling answer is a number alone.
+        self.answers = [a if isinstance(a, tuple) else (a, True) for a in answers]
+        return answers
 
     def _count(self, _: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
         self.positions += inputs[0].numel()
@@ -182,7 +202,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="documents per task; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="of both sides each")
     parser.add_argument(
-        "--hf-batch-sizes", default="1,8,32", help="to choose hf's from"
+        "--hf-batch-sizes", default="1,8,16,32,64", help="to choose hf's from"
+    )
+    parser.add_argument(
+        "--choose-limit", type=int, help="documents to choose it on; default: --limit"
     )
     parser.add_argument("--batch-size", default="auto", help="of hf-prefix")
     parser.add_argument("--device", default="cpu")
@@ -215,15 +238,26 @@ def main() -> None:
         size: side(f"hf, batch size {size}", HFLM, size)
         for size in map(int, arguments.hf_batch_sizes.split(","))
     }
+    few = arguments.choose_limit or arguments.limit
+    for candidate in candidates.values():
+        candidate.run(arguments.task, few)
+    on_cpu = arguments.device == "cpu"
     first = {
-        size: candidate.run(arguments.task, arguments.limit)
-        for size, candidate in candidates.items()
+        size: (side.cpu_seconds if on_cpu else side.seconds)[0]
+        for size, side in candidates.items()
     }
     hf = candidates[min(first, key=first.__getitem__)]
-    ratios = []
+    hf.peak = 0
     for _ in range(arguments.repeats):
-        our_seconds = ours.run(arguments.task, arguments.limit)
-        ratios.append(hf.run(arguments.task, arguments.limit) / our_seconds)
+        for one in (ours, hf):
+            one.run(arguments.task, arguments.limit)
+    ratios, cpu_ratios = (
+        [b / a for a, b in zip(a_list, b_list[1:], strict=True)]
+        for a_list, b_list in (
+            (ours.seconds, hf.seconds),
+            (ours.cpu_seconds, hf.cpu_seconds),
+        )
+    )
 
     worst = max(
         abs(a - b) for (a, _), (b, _) in zip(ours.answers, hf.answers, strict=True)
@@ -248,6 +282,8 @@ def main() -> None:
     ):
         print(f"{name:22} s    {_spread(value)}")
     print(f"ratio hf / hf-prefix        {_spread(ratios)}")
+    if on_cpu:
+        print(f"ratio in CPU time           {_spread(cpu_ratios)}")
     print(f"positions     {ours.positions}, hf {hf.positions}, padding included")
     print(f"peak memory   {ours.peak / 2**20:.0f} MiB, hf {hf.peak / 2**20:.0f} MiB")
     print(f"differences   {worst:.1e} in log-probability, {flags} greedy flags")

@@ -92,7 +92,7 @@ class PrefixSharingMixin:
         plain = super()._loglikelihood_tokens  # type: ignore[misc]
         lengths = [self._input_length(request) for request in requests]
         sharing = self._can_share() if requests else False
-        limit = sequence_limit(self.config) if sharing else None
+        limit = sequence_limit(_config(self)) if sharing else None
         shareable = [
             sharing
             and (limit is None or length <= limit)
@@ -104,7 +104,9 @@ class PrefixSharingMixin:
         work = None
         if shared:
             work = _Work.of(shared, self.max_length)
-            if self._saving(shared, work) < _LEAST_SAVING:
+            if not self._detects_together and (
+                self._saving(shared, work) < _LEAST_SAVING
+            ):
                 shared, rest, work = [], requests, None
         shared_results: Iterator[tuple[float, bool]] = iter(())
         if work is not None:
@@ -113,6 +115,11 @@ class PrefixSharingMixin:
             )
         rest_results: Iterator[tuple[float, bool]] = iter(())
         if rest:
+            if sharing and self._detects_together:
+                longest = max(self._input_length(request) for request in rest)
+                override_bs = override_bs or max(
+                    1, self._budget(rest).scored // longest
+                )
             rest_results = iter(
                 plain(rest, disable_tqdm=disable_tqdm, override_bs=override_bs)
             )
@@ -120,12 +127,21 @@ class PrefixSharingMixin:
             return list(rest_results)
         return [next(shared_results if ok else rest_results) for ok in shareable]
 
+    @property
+    def _detects_together(self) -> bool:
+        """Whether `HFLM` finds a batch size in a meeting of all processes.
+
+        Processes hold different requests, so which path these take must not decide
+        who comes to the meeting.
+        """
+        return self.world_size > 1 and self.batch_size == "auto"
+
     def _input_length(self, request: Request) -> int:
         return min(len(request[1]) + len(request[2]) - 1, self.max_length)
 
     def _saving(self, requests: list[Request], work: _Work) -> float:
         """Estimate the share of `HFLM`'s work that sharing saves."""
-        config = self.config.get_text_config()
+        config = _config(self).get_text_config()
         head = config.vocab_size * getattr(config, "hidden_size", 1)
         if not hasattr(self, "_body_size"):
             everything = sum(p.numel() for p in self.model.parameters())
@@ -153,7 +169,7 @@ class PrefixSharingMixin:
     def _disagreement(self) -> str | None:
         """Compare a few random tokens with the plain path; return what differs."""
         generator = np.random.default_rng(0)
-        vocabulary = self.config.get_text_config().vocab_size
+        vocabulary = _config(self).get_text_config().vocab_size
         stem, *tails = (
             generator.integers(0, vocabulary, count).tolist() for count in (9, 5, 11, 7)
         )
@@ -546,6 +562,11 @@ def _base_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _config(lm: Any) -> PretrainedConfig:
+    # HFLM's own is what the checkpoint says, not what became of it on loading.
+    return _base_model(lm.model).config
+
+
 def _forward_arguments(model: Any) -> set[str]:
     return set(inspect.signature(type(_base_model(model)).forward).parameters)
 
@@ -567,7 +588,7 @@ def unsupported_reason(lm: Any) -> str | None:
     ):
         return "its adapter puts virtual tokens in front of each request"
     model = _base_model(lm.model)
-    config = lm.config.get_text_config()
+    config = _config(lm).get_text_config()
     if getattr(model, "_is_stateful", False):
         return f"{config.model_type} keeps a recurrent state, which cannot branch"
     odd = set(getattr(config, "layer_types", None) or ()) - {

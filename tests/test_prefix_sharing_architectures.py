@@ -35,6 +35,8 @@ SIZES = {
     "mamba_d_ssm": 64,
     "mamba_d_state": 8,
     "mamba_n_heads": 4,
+    # Some count positions from behind the padding token, whose number is 258.
+    "max_position_embeddings": 1024,
     "moe_intermediate_size": 16,
     "n_embd": 32,
     "n_group": 1,
@@ -153,7 +155,7 @@ def share_however_little(monkeypatch):
 def test_shared(model_type, limit):
     plain, shared = sides(shrunk(model_type))
     assert shared._can_share()
-    assert prefix_sharing.sequence_limit(shared.config) == limit
+    assert prefix_sharing.sequence_limit(shared.model.config) == limit
     check_answers(plain, shared)
     assert shared.token_counts.processed > 0
 
@@ -222,7 +224,7 @@ def test_positions_that_depend_on_the_length_of_a_batch(rope_type):
         max_position_embeddings=40 if rope_type == "dynamic" else 160,
     )
     plain, shared = sides(config)
-    assert prefix_sharing.sequence_limit(shared.config) == 40
+    assert prefix_sharing.sequence_limit(shared.model.config) == 40
     assert shared._can_share()
     # The plain path's answers beyond the limit depend on what else is in the batch.
     check_answers(plain, shared, lengths=(20, 39, 40))
@@ -230,7 +232,7 @@ def test_positions_that_depend_on_the_length_of_a_batch(rope_type):
 
 def test_flash_attention_takes_no_mask():
     _, shared = sides(tiny_config())
-    shared.config._attn_implementation = "flash_attention_2"
+    shared.model.config._attn_implementation = "flash_attention_2"
     reason = prefix_sharing.unsupported_reason(shared)
     assert reason == (
         "attn_implementation=flash_attention_2 takes no mask of its own; sdpa and eager do"
