@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -479,7 +480,18 @@ def _repeating(sweep: Sweep, base: Run) -> Section:
             "Settings of the unpruned model's run, and below them the sweep's own sweep.json."
         ],
         Table("Versions and settings", ["what", "value"], rows, text=2),
-        code=json.dumps(sweep.definition, indent=2, ensure_ascii=False, default=str),
+        code=_numbers_on_one_line(
+            json.dumps(sweep.definition, indent=2, ensure_ascii=False, default=str)
+        ),
+    )
+
+
+def _numbers_on_one_line(text: str) -> str:
+    """Keep lists of numbers, such as those of ``--samples``, from filling pages."""
+    return re.sub(
+        r"\[\n\s*(-?\d+(?:,\s+-?\d+)*)\n\s*\]",
+        lambda match: "[" + " ".join(match[1].split()) + "]",
+        text,
     )
 
 

@@ -222,6 +222,13 @@ def test_a_report_is_deterministic(sweep, tmp_path):
             assert file.read_bytes() == again.read_bytes(), file.name
 
 
+def test_lists_of_numbers_take_one_line():
+    definition = {"samples": {"a": list(range(99)), "[\n 1 ]": []}, "b": ["1", "2"]}
+    text = report._numbers_on_one_line(json.dumps(definition, indent=2))
+    assert json.loads(text) == definition
+    assert len(text.splitlines()) == 10
+
+
 def test_a_small_sweep(tmp_path):
     # Two configurations, no knowledge task, a baseline that scores nothing.
     zero, some = [0.0] * N, answers(0.4)
