@@ -3,8 +3,9 @@
 `load_pruned` asks transformers for a model with a narrowed config. While it
 loads, `_Session` stands in for the checkpoint: the entries of the GLU-MLPs are
 `NarrowedTensor`s, which look like tensors of the kept width. When transformers
-materialises one, the layer's gate and up are read, moved to their target device
-and dtype, scored there, sliced and dropped. Everything else transformers does
+materialises one, the layer's gate and up are scored as they lie in the file, as
+they would look in the target dtype, and only the kept neurons are copied, converted
+and moved to the target device. Everything else transformers does
 with a checkpoint (shards, renamed keys, ``device_map``, dtype casts, quantising
 while loading, tensor parallelism) sees a checkpoint that was always narrow.
 
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.calibration import check_observable, read_texts
+from lm_eval_pruned.criteria import kept_set, proves_finite
 from lm_eval_pruned.glu import (
     NEURON_AXIS,
     GluMlp,
@@ -44,7 +46,7 @@ from lm_eval_pruned.pruning import (
     check_finite,
     choose_experts_implementation,
     narrow,
-    select,
+    score,
     warn_inexpressible,
 )
 from lm_eval_pruned.quantisation import quantising_arguments, with_quantisation
@@ -498,6 +500,7 @@ class _Session:
         self._widths = widths
         self._targets = targets
         self._files = contextlib.ExitStack()
+        self._one_layer = threading.Lock()
         self._mlps: list[_NarrowedMlp] = []
 
     @property
@@ -509,10 +512,16 @@ class _Session:
         """Return the kept neurons of every MLP, each of shape (k,), on the CPU."""
         if not self.plan.prunes:
             return ()
-        return tuple(mlp.kept_on_cpu() for mlp in self._mlps)
+        return tuple(mlp.kept() for mlp in self._mlps)
 
     def close(self) -> None:
         self._files.close()
+
+    def scoring(self, criterion: str) -> contextlib.AbstractContextManager[Any]:
+        """Let one layer at a time be scored by a criterion that copies its weights."""
+        if proves_finite(criterion):
+            return contextlib.nullcontext()
+        return self._one_layer
 
     def open(self, model, state_dict, checkpoint_files, load_config) -> dict[str, Any]:
         """Return the checkpoint as a state dict of lazy entries.
@@ -659,7 +668,7 @@ class _NarrowedMlp:
         self._sources: dict[tuple[str, str], NarrowedTensor] = {}
         self._ready: dict[tuple[str, str], Tensor] = {}
         self._kept: Tensor | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     def add(self, projection: str, part: str, source, target):
         """Take the source of one projection and return its narrowed entry."""
@@ -691,9 +700,10 @@ class _NarrowedMlp:
                 )
         return stored
 
-    def kept_on_cpu(self) -> Tensor:
+    def kept(self) -> Tensor:
+        """Return the kept neurons, shape (k,), int64, on the CPU."""
         with self._lock:
-            return self._kept_set().cpu()
+            return self._kept_set()
 
     def take(self, tensor: NarrowedTensor) -> Tensor:
         """Return the narrowed weights of `tensor` on its target device, in its target dtype."""
@@ -704,9 +714,9 @@ class _NarrowedMlp:
                 if key in self._ready:
                     return self._ready.pop(key)
             weight = tensor.read()
-            if tensor.part == "weight":
-                check_finite(f"{self.name}.{tensor.projection}.weight", weight)
-            return narrow(weight, kept, tensor.axis)
+            if key == ("down_proj", "weight"):
+                check_finite(f"{self.name}.down_proj.weight", weight, tensor.dtype)
+            return tensor.narrowed(weight, kept)
         except Exception as error:
             self._session.error = self._session.error or error
             raise
@@ -715,20 +725,24 @@ class _NarrowedMlp:
         if self._kept is None and self.width == self._width_before:
             self._kept = torch.arange(self.width)
         if self._kept is None:
-            rows: dict[str, Any] = {
-                p: self._sources[p, "weight"].read() for p in _SCORED
-            }
-            self._kept = select(
-                self._session.plan, self.name, self.layer, **rows, width=self.width
-            )
+            plan = self._session.plan
+            gate, up = (self._sources[p, "weight"] for p in ("gate_proj", "up_proj"))
+            weights = gate.read(), up.read()
+            with self._session.scoring(plan.criterion):
+                scores = score(
+                    plan,
+                    self.name,
+                    self.layer,
+                    *weights,
+                    device=gate.device,
+                    dtype=gate.dtype,
+                )
+            self._kept = kept_set(scores, self.width).cpu()
             self._ready = {
-                (projection, "weight"): narrow(weight, self._kept, 0)
-                for projection, weight in rows.items()
+                (tensor.projection, "weight"): tensor.narrowed(weight, self._kept)
+                for tensor, weight in zip((gate, up), weights, strict=True)
             }
         return self._kept
-
-
-_SCORED = ("gate_proj", "up_proj")
 
 
 class NarrowedTensor:
@@ -753,7 +767,7 @@ class NarrowedTensor:
         self.axis = axis
         self._mlp = mlp
         self._source = source
-        self._device, self._dtype = target
+        self.device, self.dtype = target
 
     def get_shape(self) -> list[int]:
         """Return the narrowed shape."""
@@ -777,8 +791,12 @@ class NarrowedTensor:
         return self._mlp.take(self).to(device=device, dtype=dtype)
 
     def read(self) -> Tensor:
-        """Read the unpruned weights to the target device, in the target dtype."""
-        return self._source[...].to(device=self._device, dtype=self._dtype)
+        """Return the unpruned weights as they lie in the file, without a copy if it can be."""
+        return self._source[...]
+
+    def narrowed(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """Return the kept neurons of `weight` on the target device, in the target dtype."""
+        return narrow(weight, kept, self.axis, self.dtype).to(self.device)
 
 
 class _SlotOfSource:
