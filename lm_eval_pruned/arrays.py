@@ -12,7 +12,8 @@ reverse. NaN has the largest bits of all on either side, infinity the next ones.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WORDS = {
+_WORDS: dict[torch.dtype, np.dtype[Any]] = {
     torch.float16: np.dtype(np.int16),
     torch.bfloat16: np.dtype(np.int16),
     torch.float32: np.dtype(np.int32),
@@ -147,10 +148,10 @@ def gather(
 
 def _empty(shape: list[int], dtype: torch.dtype) -> Tensor:
     """Allocate a tensor through numpy, which asks the kernel for huge pages."""
-    itemsize = _WORDS[dtype].itemsize if dtype in _WORDS else 0
-    if not itemsize:
+    if dtype not in _WORDS:
         return torch.empty(shape, dtype=dtype)
-    count = int(np.prod(shape))
-    spare = np.empty(count + _ALIGNMENT // itemsize, _WORDS[dtype])
-    skipped = -spare.ctypes.data % _ALIGNMENT // itemsize
+    word = _WORDS[dtype]
+    count = math.prod(shape)
+    spare = np.empty(count + _ALIGNMENT // word.itemsize, dtype=word)
+    skipped = -spare.ctypes.data % _ALIGNMENT // word.itemsize
     return _floats(spare[skipped : skipped + count].reshape(shape), dtype)

@@ -40,6 +40,7 @@ from lm_eval_pruned.glu import (
     skeleton,
     slots_by_parameter,
 )
+from lm_eval_pruned.known_scores import ScoreTable, table_for
 from lm_eval_pruned.pruning import (
     PruneRecord,
     carry_out,
@@ -221,14 +222,20 @@ def _load(
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
     before = widths.count_parameters(widths.actual)
-    session = _Session(plan, widths, targets)
-    session.declined = request.must_load_whole()
+    known = table_for(request)
+    session = _Session(plan, widths, targets, known)
+    session.declined = request.must_load_whole(known)
     if session.declined is None:
         with _standing_in(session), _clear_errors(session, request.pretrained):
             model = request.load(narrowed if session.changes_model else widths.original)
             choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
-                plan, widths, before, count_parameters(model), session.kept()
+                plan,
+                widths,
+                before,
+                count_parameters(model),
+                session.kept(),
+                known.calibration if plan.prunes else None,
             )
             warn_inexpressible(widths, targets)
             return model
@@ -241,7 +248,9 @@ def _load(
         )
     if plan.prunes and plan.calibration is not None and tokenizer is None:
         tokenizer = request.load_tokenizer()
-    return carry_out(plan, request.load(widths.original), tokenizer=tokenizer)
+    return carry_out(
+        plan, request.load(widths.original), tokenizer=tokenizer, known=known
+    )
 
 
 @dataclass(frozen=True)
@@ -305,13 +314,21 @@ class Request:
         plan = widths.plan(**prune_arguments)
         return cls(auto_class, pretrained, plan, widths, model_arguments)
 
-    def must_load_whole(self) -> str | None:
-        """Return why the model cannot be pruned while it loads, if that is known."""
+    def must_load_whole(self, known: ScoreTable | None = None) -> str | None:
+        """Return why the model cannot be pruned while it loads, if that is known.
+
+        Args:
+            known: Scores from an earlier load of the same model.
+        """
         if self.model_arguments.get("gguf_file") is not None:
             return "it is a GGUF file"
-        if self.plan.prunes and self.plan.calibration is not None:
-            return f"criterion={self.plan.criterion} looks at its activations"
-        return None
+        if not self.plan.prunes or self.plan.calibration is None:
+            return None
+        if known is not None and known.covers(
+            self.widths.actual, self.widths.targets(self.plan)
+        ):
+            return None
+        return f"criterion={self.plan.criterion} looks at its activations"
 
     def check_prunable_in_memory(self, why: str | None) -> None:
         """Refuse what pruning after loading cannot do, before the weights are read.
@@ -492,8 +509,15 @@ def _clear_errors(session: _Session, pretrained: str) -> Iterator[None]:
 class _Session:
     """One load of one model: opens its files and narrows its GLU-MLPs."""
 
-    def __init__(self, plan: PrunePlan, widths: Widths, targets: Mapping[str, int]):
+    def __init__(
+        self,
+        plan: PrunePlan,
+        widths: Widths,
+        targets: Mapping[str, int],
+        known: ScoreTable | None = None,
+    ):
         self.plan = plan
+        self.known = known or ScoreTable()
         self.opened = False
         self.declined: str | None = None
         self.error: Exception | None = None
@@ -714,8 +738,10 @@ class _NarrowedMlp:
                 if key in self._ready:
                     return self._ready.pop(key)
             weight = tensor.read()
-            if key == ("down_proj", "weight"):
+            finite = self._session.known.finite
+            if key == ("down_proj", "weight") and self.name not in finite:
                 check_finite(f"{self.name}.down_proj.weight", weight, tensor.dtype)
+                finite.add(self.name)
             return tensor.narrowed(weight, kept)
         except Exception as error:
             self._session.error = self._session.error or error
@@ -725,24 +751,34 @@ class _NarrowedMlp:
         if self._kept is None and self.width == self._width_before:
             self._kept = torch.arange(self.width)
         if self._kept is None:
-            plan = self._session.plan
-            gate, up = (self._sources[p, "weight"] for p in ("gate_proj", "up_proj"))
-            weights = gate.read(), up.read()
-            with self._session.scoring(plan.criterion):
-                scores = score(
-                    plan,
-                    self.name,
-                    self.layer,
-                    *weights,
-                    device=gate.device,
-                    dtype=gate.dtype,
+            scores = self._session.known.scores
+            if self.name not in scores:
+                gate, up = (
+                    self._sources[p, "weight"] for p in ("gate_proj", "up_proj")
                 )
-            self._kept = kept_set(scores, self.width).cpu()
-            self._ready = {
-                (tensor.projection, "weight"): tensor.narrowed(weight, self._kept)
-                for tensor, weight in zip((gate, up), weights, strict=True)
-            }
+                weights = gate.read(), up.read()
+                scores[self.name] = self._score(*weights)
+                kept = kept_set(scores[self.name], self.width)
+                # The weights are in the processor's cache now.
+                self._ready = {
+                    (tensor.projection, "weight"): tensor.narrowed(weight, kept)
+                    for tensor, weight in zip((gate, up), weights, strict=True)
+                }
+            self._kept = kept_set(scores[self.name], self.width)
         return self._kept
+
+    def _score(self, gate: Tensor, up: Tensor) -> Tensor:
+        plan, target = self._session.plan, self._sources["gate_proj", "weight"]
+        with self._session.scoring(plan.criterion):
+            return score(
+                plan,
+                self.name,
+                self.layer,
+                gate,
+                up,
+                device=target.device,
+                dtype=target.dtype,
+            ).cpu()
 
 
 class NarrowedTensor:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from lm_eval_pruned.glu import (
     find_glu_mlps,
     resize,
 )
+from lm_eval_pruned.known_scores import ScoreTable
 from lm_eval_pruned.widths import Widths
 
 
@@ -96,6 +97,7 @@ class PruneRecord:
         parameters_before: int,
         parameters_after: int,
         kept: tuple[Tensor, ...],
+        calibration: Calibration | None = None,
     ) -> PruneRecord:
         """Describe what `plan` did to the MLPs of `widths`."""
         targets = widths.targets(plan)
@@ -119,6 +121,7 @@ class PruneRecord:
                 for (kind, key, before, after), count in counts.items()
             ),
             not widths.inexpressible(targets),
+            calibration,
         )
 
     @property
@@ -280,29 +283,38 @@ def carry_out(
     model: PreTrainedModel,
     widths: Widths | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    known: ScoreTable | None = None,
 ) -> PreTrainedModel:
-    """Prune `model` in place as `plan` says; see `prune_model`."""
+    """Prune `model` in place as `plan` says; see `prune_model`.
+
+    Args:
+        plan: The plan.
+        model: A loaded model.
+        widths: Its widths, if they are known.
+        tokenizer: Its tokenizer; needed where the plan has calibration text.
+        known: Scores of the same model from before; takes those that it lacks.
+    """
+    known = known or ScoreTable()
     mlps = find_glu_mlps(model)
     widths = widths or widths_in_memory(model)
     targets = widths.targets(plan)
     before = count_parameters(model)
     kept: dict[str, Tensor] = {}
-    observed: Calibration | None = None
     if plan.prunes:
-        if plan.calibration is not None:
+        if plan.calibration is not None and known.calibration is None:
             if tokenizer is None:
                 raise ValueError(
                     f"calibration={plan.calibration} is text, and there is no tokenizer to read it "
                     "with: pass tokenizer."
                 )
-            observed = calibrate(
+            known.calibration = calibrate(
                 model, tokenizer, plan.calibration, plan.calibration_samples
             )
         narrowed_config = widths.narrowed_config(targets)
         # All layers are scored before the first is sliced: an error leaves the model whole.
         for mlp in mlps:
             kept[mlp.name] = (
-                _select_in_memory(plan, mlp, targets[mlp.name], observed)
+                _select_in_memory(plan, mlp, targets[mlp.name], known)
                 if targets[mlp.name] < mlp.width
                 else torch.arange(mlp.width)
             )
@@ -317,8 +329,8 @@ def carry_out(
         before,
         count_parameters(model),
         tuple(indices.cpu() for indices in kept.values()),
+        known.calibration if plan.prunes else None,
     )
-    record = replace(record, calibration=observed)
     model.prune_record = record  # type: ignore[assignment]
     return model
 
@@ -366,12 +378,16 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
 
 
 def _select_in_memory(
-    plan: PrunePlan, mlp: GluMlp, width: int, observed: Calibration | None
+    plan: PrunePlan, mlp: GluMlp, width: int, known: ScoreTable
 ) -> Tensor:
-    weights = {p: mlp.weight(p) for p in NEURON_AXIS}
-    activity = None if observed is None else observed.activity[mlp.name]
-    scores = score(plan, mlp.name, mlp.layer, **weights, activity=activity)
-    return kept_set(scores, width)
+    if mlp.name not in known.scores:
+        gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
+        observed = known.calibration
+        activity = None if observed is None else observed.activity[mlp.name]
+        scores = score(plan, mlp.name, mlp.layer, gate, up, down, activity)
+        known.scores[mlp.name] = scores.cpu()
+        known.finite.add(mlp.name)
+    return kept_set(known.scores[mlp.name], width)
 
 
 @torch.no_grad()
