@@ -12,7 +12,6 @@ reverse. NaN has the largest bits of all on either side, infinity the next ones.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,8 +32,6 @@ _TORCH_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK_BYTES = 1 << 19
 #: Elements that torch converts in the calling thread (`at::internal::GRAIN_SIZE`).
 _SERIAL_ELEMENTS = 1 << 15
-#: What torch's own allocations are aligned to, in bytes.
-_ALIGNMENT = 64
 
 
 def _has_words(tensor: Tensor) -> bool:
@@ -128,7 +125,8 @@ def gather(
         return weight.index_select(axis, kept.to(weight.device)).to(dtype)
     shape = [*weight.shape]
     shape[axis] = len(kept)
-    result = _empty(shape, dtype)
+    # Not from numpy, which asks for huge pages: new ones took three times as long to come by.
+    result = torch.empty(shape, dtype=dtype)
     source, index = _words(weight), kept.cpu().numpy()
     if dtype == weight.dtype:
         # The other modes check all indices first, or copy the result.
@@ -144,14 +142,3 @@ def gather(
         )
         result[block].copy_(_floats(words, weight.dtype))
     return result
-
-
-def _empty(shape: list[int], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor through numpy, which asks the kernel for huge pages."""
-    if dtype not in _WORDS:
-        return torch.empty(shape, dtype=dtype)
-    word = _WORDS[dtype]
-    count = math.prod(shape)
-    spare = np.empty(count + _ALIGNMENT // word.itemsize, dtype=word)
-    skipped = -spare.ctypes.data % _ALIGNMENT // word.itemsize
-    return _floats(spare[skipped : skipped + count].reshape(shape), dtype)
