@@ -201,9 +201,9 @@ def report(runs: dict[str, list[dict]], floors: list[dict]) -> None:
     print("\n|side|seconds (min / median / max)|private memory|")
     print("|----|---------------------------:|-------------:|")
     for side, measured in runs.items():
-        seconds = spread([run["seconds"] for run in measured], "s")
-        memory = spread([run["memory"] for run in measured], "GB", 1e-9)
-        print(f"|{side}|{seconds}|{memory}|")
+        taken = spread([run["seconds"] for run in measured], "s")
+        private = spread([run["memory"] for run in measured], "GB", 1e-9)
+        print(f"|{side}|{taken}|{private}|")
     ours, theirs = (runs[side] for side in SIDES)
 
     def ratio(over: list[float], under: list[float]) -> str:
