@@ -7,7 +7,8 @@ is written to a temporary folder (2.5 GB) and read once before the first
 measurement, so both sides find it in the page cache. The sides alternate, each
 run in a process of its own, and print:
 
-- seconds: from the first call to the finished model, imports left out;
+- seconds: from the first call to the finished model, imports left out, as they pass and
+  as the processor works, which a busy machine changes less;
 - private memory: the largest growth of the process's anonymous memory in that time, sampled;
 - whether both sides kept the same neurons: for every layer the multiset of scores of
   the kept neurons is compared, because bfloat16 scores tie, and optipfair breaks ties
@@ -106,7 +107,7 @@ def measure(side: str, folder: str, percent: float, dtype: str) -> dict:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     if side == "lm-eval-pruned":
         model = load_pruned(folder, prune_percent=percent, dtype=dtype)
     else:
@@ -115,6 +116,7 @@ def measure(side: str, folder: str, percent: float, dtype: str) -> dict:
             model, pruning_percentage=percent, show_progress=False
         )
     seconds = time.perf_counter() - started
+    worked = time.process_time() - worked
     running = False
     watcher.join()
     kept = hashlib.sha256()
@@ -127,6 +129,7 @@ def measure(side: str, folder: str, percent: float, dtype: str) -> dict:
             kept.update((parts[0] + parts[1]).sort().values.numpy().tobytes())
     return {
         "seconds": seconds,
+        "cpu": worked,
         "memory": peak - before,
         "layer": 3
         * LLAMA_3_2_1B["intermediate_size"]
@@ -198,12 +201,13 @@ def report(runs: dict[str, list[dict]], floors: list[dict]) -> None:
     packages = ("lm-eval-pruned", "optipfair", "transformers", "torch")
     print(", ".join(f"{name} {version(name)}" for name in packages))
     print(f"Python {platform.python_version()}, {platform.machine()}")
-    print("\n|side|seconds (min / median / max)|private memory|")
-    print("|----|---------------------------:|-------------:|")
+    print("\n|side|seconds (min / median / max)|CPU seconds|private memory|")
+    print("|----|---------------------------:|----------:|-------------:|")
     for side, measured in runs.items():
         taken = spread([run["seconds"] for run in measured], "s")
         private = spread([run["memory"] for run in measured], "GB", 1e-9)
-        print(f"|{side}|{taken}|{private}|")
+        cpu = spread([run["cpu"] for run in measured], "s")
+        print(f"|{side}|{taken}|{cpu}|{private}|")
     ours, theirs = (runs[side] for side in SIDES)
 
     def ratio(over: list[float], under: list[float]) -> str:
