@@ -129,7 +129,8 @@ def load_pruned(
             see `lm_eval_pruned.calibration`.
         calibration_samples: How many of its texts to use; default: all.
         tokenizer: What reads that text; default: the tokenizer of `pretrained`.
-        device: Where to load to; scores are computed there. Default: the CPU.
+        device: Where to load to. Only the kept neurons go there; scores are computed
+            there if they are sums, whose rounding depends on it. Default: the CPU.
         dtype: Weight dtype; default: the one the checkpoint is stored in.
         auto_class: The transformers class to load with; default
             `AutoModelForCausalLM`.
