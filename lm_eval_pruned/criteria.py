@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     CalibratedCriterion = Callable[[Tensor, Tensor, Tensor, NeuronActivity], Tensor]
 
 #: Rows are scored in blocks of about this many elements, which bounds the float32 copy.
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 20
 
 
 def _peak_to_peak(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
