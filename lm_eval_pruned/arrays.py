@@ -36,7 +36,9 @@ _SERIAL_ELEMENTS = 1 << 15
 
 def _has_words(tensor: Tensor) -> bool:
     return (
-        tensor.device.type == "cpu"
+        # Subclasses hold their numbers in ways of their own.
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
         and tensor.dtype in _WORDS
         and tensor.is_contiguous()
         and tensor.numel() > 0

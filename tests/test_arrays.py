@@ -102,3 +102,21 @@ def test_gathered_weights_are_ordinary_tensors():
     parameter = torch.nn.Parameter(result)
     parameter.data.mul_(2)
     assert torch.equal(parameter, weight[:8] * 2)
+
+
+def test_subclasses_go_through_torch():
+    class Shifted(torch.Tensor):
+        """Stands for a quantised tensor, whose bits are not its numbers."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            called.append(function.__name__)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    called: list[str] = []
+    weight = torch.randn(4, 4).as_subclass(Shifted)
+    row_extremes(weight)
+    gather(weight, torch.arange(2), 1)
+    all_finite(weight)
+    assert {"amax", "amin", "index_select", "sum"} <= set(called)
+    assert "view" not in called
