@@ -7,14 +7,18 @@ is written to a temporary folder (2.5 GB) and read once before the first
 measurement, so both sides find it in the page cache. The sides alternate, each
 run in a process of its own, and print:
 
-- seconds: from the first call to the finished model, imports left out;
+- seconds: from the first call to the finished model, imports left out, as they pass and
+  as the processor works, which a busy machine changes less;
 - private memory: the largest growth of the process's anonymous memory in that time, sampled;
 - whether both sides kept the same neurons: for every layer the multiset of scores of
   the kept neurons is compared, because bfloat16 scores tie, and optipfair breaks ties
   at the threshold in no documented order.
 
-The floor is the least work any method has to do: read gate and up once, read and
-write what is kept. It is timed as plain copies of that many bytes in this process.
+The floor is the least work any method has to do on these tensors: read gate and up
+once, read and write as many bytes as are kept. It is timed as plain torch operations in
+a process of its own, alternating with the sides, twice: *new*, where the file has just
+been mapped and the memory written to is new, as it is for both sides, and *warm*, once
+more over the same pages, which is the speed of the memory itself.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ LLAMA_3_2_1B = {
     "tie_word_embeddings": True,
 }
 SIDES = ("lm-eval-pruned", "optipfair")
+FLOOR = "floor"
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -102,7 +107,7 @@ def measure(side: str, folder: str, percent: float, dtype: str) -> dict:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     if side == "lm-eval-pruned":
         model = load_pruned(folder, prune_percent=percent, dtype=dtype)
     else:
@@ -111,6 +116,7 @@ def measure(side: str, folder: str, percent: float, dtype: str) -> dict:
             model, pruning_percentage=percent, show_progress=False
         )
     seconds = time.perf_counter() - started
+    worked = time.process_time() - worked
     running = False
     watcher.join()
     kept = hashlib.sha256()
@@ -123,34 +129,47 @@ def measure(side: str, folder: str, percent: float, dtype: str) -> dict:
             kept.update((parts[0] + parts[1]).sort().values.numpy().tobytes())
     return {
         "seconds": seconds,
+        "cpu": worked,
         "memory": peak - before,
+        "layer": 3
+        * LLAMA_3_2_1B["intermediate_size"]
+        * LLAMA_3_2_1B["hidden_size"]
+        * model.dtype.itemsize,
         "model": sum(p.numel() * p.element_size() for p in model.parameters()),
         "kept": kept.hexdigest(),
     }
 
 
-def floor_seconds(percent: float) -> float:
-    """Time plain copies of the bytes that have to move (minimum of five)."""
+def measure_floor(folder: str, percent: float) -> dict:
+    """Read and copy the bytes that have to move; return seconds, new and warm."""
     import torch
+    from safetensors import safe_open
 
-    layers, width, hidden = (
-        LLAMA_3_2_1B[key]
-        for key in ("num_hidden_layers", "intermediate_size", "hidden_size")
-    )
-    kept = width - int(percent / 100 * width)
-    source = torch.ones(width, hidden, dtype=torch.bfloat16)
-    target = torch.empty(3 * kept, hidden, dtype=torch.bfloat16)
-    taken = []
-    for _ in range(5):
+    file = safe_open(Path(folder, "model.safetensors"), framework="pt")
+    layers = [
+        [
+            file.get_tensor(f"model.layers.{layer}.mlp.{name}_proj.weight")
+            for name in ("gate", "up", "down")
+        ]
+        for layer in range(LLAMA_3_2_1B["num_hidden_layers"])
+    ]
+    kept = layers[0][0].shape[0]
+    kept -= int(percent / 100 * kept)
+    memory = [
+        torch.empty(3, kept, layers[0][0].shape[1], dtype=torch.bfloat16)
+        for _ in layers
+    ]
+    taken = {}
+    for state in ("new", "warm"):
         started = time.perf_counter()
-        for _ in range(layers):
-            # A sum of whole words reads the matrix once and writes next to nothing.
-            source.view(torch.int64).sum()
-            source.view(torch.int64).sum()
-            for part in target.split(kept):
-                part.copy_(source[:kept])
-        taken.append(time.perf_counter() - started)
-    return min(taken)
+        for weights, targets in zip(layers, memory, strict=True):
+            for weight in weights[:2]:
+                # The fastest operation that reads all bytes and writes next to nothing.
+                weight.view(torch.int16).amax()
+            for weight, target in zip(weights, targets, strict=True):
+                target.copy_(weight.view(-1, target.shape[1])[:kept])
+        taken[state] = time.perf_counter() - started
+    return taken
 
 
 def run_side(side: str, folder: str, arguments: argparse.Namespace) -> dict:
@@ -175,29 +194,41 @@ def spread(values: list[float], unit: str, scale: float = 1) -> str:
     return f"{low * scale:.3g} / {middle * scale:.3g} / {high * scale:.3g} {unit}"
 
 
-def report(runs: dict[str, list[dict]], floor: float) -> None:
+def report(runs: dict[str, list[dict]], floors: list[dict]) -> None:
     """Print both sides and their ratios with spread."""
     from importlib.metadata import version
 
     packages = ("lm-eval-pruned", "optipfair", "transformers", "torch")
     print(", ".join(f"{name} {version(name)}" for name in packages))
     print(f"Python {platform.python_version()}, {platform.machine()}")
-    print("\n|side|seconds (min / median / max)|private memory|")
-    print("|----|---------------------------:|-------------:|")
+    print("\n|side|seconds (min / median / max)|CPU seconds|private memory|")
+    print("|----|---------------------------:|----------:|-------------:|")
     for side, measured in runs.items():
-        seconds = spread([run["seconds"] for run in measured], "s")
-        memory = spread([run["memory"] for run in measured], "GB", 1e-9)
-        print(f"|{side}|{seconds}|{memory}|")
+        taken = spread([run["seconds"] for run in measured], "s")
+        private = spread([run["memory"] for run in measured], "GB", 1e-9)
+        cpu = spread([run["cpu"] for run in measured], "s")
+        print(f"|{side}|{taken}|{cpu}|{private}|")
     ours, theirs = (runs[side] for side in SIDES)
-    ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
-    memory = [b["memory"] / a["memory"] for a, b in zip(ours, theirs, strict=True)]
-    print(f"\ntime ratio, optipfair / lm-eval-pruned: {spread(ratios, 'x')}")
-    print(f"memory ratio, optipfair / lm-eval-pruned: {spread(memory, 'x')}")
-    best = min(run["seconds"] for run in ours)
+
+    def ratio(over: list[float], under: list[float]) -> str:
+        return spread([a / b for a, b in zip(over, under, strict=True)], "x")
+
+    seconds = [run["seconds"] for run in ours]
+    theirs_seconds = [run["seconds"] for run in theirs]
+    print(f"\ntime, optipfair / lm-eval-pruned: {ratio(theirs_seconds, seconds)}")
+    memory = [run["memory"] for run in ours]
+    theirs_memory = [run["memory"] for run in theirs]
+    print(f"memory, optipfair / lm-eval-pruned: {ratio(theirs_memory, memory)}")
+    for state in ("new", "warm"):
+        least = [floor[state] for floor in floors]
+        print(
+            f"floor, {state}: {spread(least, 's')}; ours / floor: {ratio(seconds, least)}"
+        )
+    model = ours[0]["model"]
     print(
-        f"floor of this machine: {floor:.3f} s; ours takes {best / floor:.1f} times that"
+        f"pruned model: {model / 1e9:.3f} GB; ours has {(max(memory) - model) / 1e6:+.0f} MB at its "
+        f"peak, and one layer at full width takes {ours[0]['layer'] / 1e6:.0f} MB"
     )
-    print(f"pruned model: {ours[0]['model'] / 1e9:.3f} GB")
     same = len({run["kept"] for measured in runs.values() for run in measured}) == 1
     print(f"same kept neurons on both sides, up to exact ties: {same}")
     if not same:
@@ -211,11 +242,15 @@ def main() -> None:
     parser.add_argument("--percent", type=float, default=50)
     parser.add_argument("--dtype", default="bfloat16", help="dtype to load in")
     parser.add_argument("--folder", help="use this checkpoint, or write it there")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=[*SIDES, FLOOR], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        result = measure(
-            arguments.side, arguments.folder, arguments.percent, arguments.dtype
+        result = (
+            measure_floor(arguments.folder, arguments.percent)
+            if arguments.side == FLOOR
+            else measure(
+                arguments.side, arguments.folder, arguments.percent, arguments.dtype
+            )
         )
         print(json.dumps(result))
         return
@@ -226,10 +261,12 @@ def main() -> None:
             write_checkpoint(folder)
         (folder / "model.safetensors").read_bytes()
         runs: dict[str, list[dict]] = {side: [] for side in SIDES}
+        floors = []
         for _ in range(arguments.repeats):
             for side in SIDES:
                 runs[side].append(run_side(side, str(folder), arguments))
-        report(runs, floor_seconds(arguments.percent))
+            floors.append(run_side(FLOOR, str(folder), arguments))
+        report(runs, floors)
 
 
 if __name__ == "__main__":

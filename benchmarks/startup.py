@@ -1,13 +1,15 @@
 """What this package costs every Python start, and how fast its command answers.
 
-    python benchmarks/startup.py [--repeats 21]
+    python benchmarks/startup.py [--repeats 21] [--requests 7] [--model_args prune_percent=40]
 
-Each row alternates two commands, each in a process of its own, and prints the medians and
-the median of the pairwise differences, in milliseconds:
+Every process is a new one. Printed in milliseconds:
 
 - ``python -c pass`` in this environment, with and without the start-up shim
   (without: the shim's module is replaced by an empty one, so the ``.pth`` file still runs);
-- ``lm-eval-pruned --help``, ``lm-eval-pruned plan`` on a tiny config, alone.
+- ``lm-eval-pruned --help``, ``lm-eval-pruned plan`` on a tiny config, alone;
+- ``lm_eval run --model pruned-hf`` and ``--model hf``, alternating, from the start of the
+  process to the moment the harness hands the model its first request, on
+  SmolLM2-135M-Instruct and a task whose data comes with this package.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -46,11 +49,80 @@ def milliseconds(command: list[str], **environment: str) -> float:
     return (time.perf_counter() - started) * 1000
 
 
+#: Runs the harness until it says that it sends requests, and leaves.
+TO_THE_FIRST_REQUEST = """
+import logging, os, sys
+from lm_eval.__main__ import cli_evaluate
+
+class First(logging.Filter):
+    def filter(self, record):
+        if record.getMessage().endswith("requests") and record.funcName == "evaluate":
+            sys.stderr.flush()
+            os._exit(42)
+        return True
+
+logging.getLogger("lm_eval.evaluator").addFilter(First())
+cli_evaluate()
+"""
+
+
+def to_the_first_request(model: str, pretrained: str, model_args: str) -> float:
+    """Return the milliseconds that `model` takes until it gets its first request."""
+    own = f",{model_args}" if model_args and model == "pruned-hf" else ""
+    command = [
+        *(sys.executable, "-c", TO_THE_FIRST_REQUEST, "run", "--model", model),
+        *("--model_args", f"pretrained={pretrained},dtype=float32{own}"),
+        *("--tasks", "pruned_demo_truthfulness", "--device", "cpu"),
+    ]
+    started = time.perf_counter()
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    taken = (time.perf_counter() - started) * 1000
+    if run.returncode != 42:
+        raise RuntimeError(f"{model} did not get to a request:\n{run.stderr}")
+    return taken
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+    """Return min / median / max."""
+    three = min(values), statistics.median(values), max(values)
+    return " / ".join(f"{value:.{digits}f}" for value in three)
+
+
+def compare_models(repeats: int, model_args: str) -> None:
+    """Print how long each model type takes to its first request, and the ratio."""
+    from lm_eval_pruned.default_model import find_default_model
+
+    pretrained = find_default_model().pretrained
+    for model in ("hf", "pruned-hf"):
+        to_the_first_request(model, pretrained, model_args)
+    pairs = [
+        tuple(
+            to_the_first_request(model, pretrained, model_args)
+            for model in ("pruned-hf", "hf")
+        )
+        for _ in range(repeats)
+    ]
+    ours, theirs = (list(side) for side in zip(*pairs, strict=True))
+    own = f" ({model_args})" if model_args else ""
+    print(
+        f"to the first request, pruned-hf{own}: {spread(ours)} ms (min / median / max)"
+    )
+    print(f"to the first request, hf: {spread(theirs)} ms")
+    print(f"pruned-hf / hf: {spread([a / b for a, b in pairs], 3)} ({repeats} pairs)")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=21)
-    repeats = parser.parse_args().repeats
+    parser.add_argument(
+        "--requests", type=int, default=7, help="pairs to the first request; 0 for none"
+    )
+    parser.add_argument("--model_args", default="", help="more for pruned-hf")
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
+    packages = ("lm-eval-pruned", "lm-eval", "transformers", "torch")
+    print(", ".join(f"{name} {version(name)}" for name in packages))
     start = [sys.executable, "-c", "pass"]
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder, "empty", "lm_eval_pruned")
@@ -67,18 +139,19 @@ def main() -> None:
         print(f"python -c pass: {ours:.1f} ms, without the shim {bare:.1f} ms")
         print(f"the shim: {extra:.2f} ms (median of {repeats} pairs)")
         command = [sys.executable, "-m", "lm_eval_pruned.cli"]
-        for arguments in (
+        for subcommand in (
             ["--help"],
             ["plan", "--pretrained", folder, "--ratios", "2.0"],
         ):
             taken = [
-                milliseconds([*command, *arguments])
+                milliseconds([*command, *subcommand])
                 for _ in range(max(3, repeats // 4))
             ]
             print(
-                f"lm-eval-pruned {arguments[0]}: {min(taken):.0f} / "
-                f"{statistics.median(taken):.0f} / {max(taken):.0f} ms (min / median / max)"
+                f"lm-eval-pruned {subcommand[0]}: {spread(taken)} ms (min / median / max)"
             )
+    if arguments.requests:
+        compare_models(arguments.requests, arguments.model_args)
 
 
 if __name__ == "__main__":

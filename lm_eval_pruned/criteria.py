@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from importlib.metadata import EntryPoint
 
+    import torch
     from torch import Tensor
 
     from lm_eval_pruned.calibration import NeuronActivity
@@ -25,12 +26,26 @@ if TYPE_CHECKING:
     CalibratedCriterion = Callable[[Tensor, Tensor, Tensor, NeuronActivity], Tensor]
 
 #: Rows are scored in blocks of about this many elements, which bounds the float32 copy.
-_BLOCK_ELEMENTS = 1 << 22
+_BLOCK_ELEMENTS = 1 << 20
 
 
-def _peak_to_peak(rows: Tensor) -> Tensor:
-    # max and min are exact in every dtype, so only I values are converted.
-    return rows.amax(dim=1).float() + rows.amin(dim=1).float().abs()
+def _peak_to_peak(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    highest, lowest = _extremes(rows, dtype)
+    return highest + lowest.abs()
+
+
+def _largest_magnitude(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    highest, lowest = _extremes(rows, dtype)
+    return highest.abs().maximum(lowest.abs())
+
+
+def _extremes(rows: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    from lm_eval_pruned.arrays import row_extremes
+
+    # Conversions keep the order of numbers, so only 2 * I values are converted.
+    highest, lowest = row_extremes(rows)
+    dtype = dtype or rows.dtype
+    return highest.to(dtype).float(), lowest.to(dtype).float()
 
 
 def maw(gate: Tensor, up: Tensor) -> Tensor:
@@ -56,7 +71,7 @@ def max_abs(gate: Tensor, up: Tensor) -> Tensor:
 
     Shapes and dtype as in `maw`.
     """
-    return gate.abs().amax(dim=1).float() + up.abs().amax(dim=1).float()
+    return _largest_magnitude(gate) + _largest_magnitude(up)
 
 
 def l1(gate: Tensor, up: Tensor) -> Tensor:
@@ -133,6 +148,8 @@ CRITERIA: dict[str, Criterion] = {
     "vow": vow,
     "pon": pon,
 }
+#: Criteria that are a sum over gate and up of something of each row's extremes.
+_OF_EXTREMES = {"maw": _peak_to_peak, "max_abs": _largest_magnitude}
 #: Criteria that need calibration text.
 CALIBRATED: dict[str, CalibratedCriterion] = {"maw_act": maw_act, "act": act}
 ALIASES = {"ppm": "maw"}
@@ -224,8 +241,10 @@ def score_neurons(
     seed: int = 0,
     down: Tensor | None = None,
     activity: NeuronActivity | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Score the neurons of one GLU-MLP on the device that holds its weights.
+    """Score the neurons of one GLU-MLP.
 
     Args:
         gate: ``gate_proj.weight``, shape (I, H), floating point.
@@ -235,9 +254,13 @@ def score_neurons(
         seed: Seed of ``random``; other criteria ignore it.
         down: ``down_proj.weight``, shape (H, I); read by the criteria in `CALIBRATED`.
         activity: What the neurons did on calibration text; likewise.
+        device: Where to compute; default: the device of `gate`. Weights go there in
+            blocks, but those of another package's criterion all at once.
+        dtype: Dtype in which the weights are looked at; default: that of `gate`.
 
     Returns:
-        Scores, shape (I,), float32, on the same device.
+        Scores, shape (I,), float32. They are on `device`, unless the criterion is
+        exact wherever it is computed; those stay on the device of `gate`.
 
     Raises:
         ValueError: A criterion of another package cannot be imported, or returns
@@ -245,6 +268,7 @@ def score_neurons(
     """
     import torch
 
+    device, dtype = device or gate.device, dtype or gate.dtype
     if criterion == RANDOM:
         generator = torch.Generator().manual_seed((seed << 20) + layer)
         order = torch.randperm(gate.shape[0], generator=generator)
@@ -255,19 +279,30 @@ def score_neurons(
                 f"criterion={criterion} needs down_proj and the activity of its neurons."
             )
         return CALIBRATED[criterion](gate, up, down, activity)
+    if criterion in _OF_EXTREMES:
+        part = _OF_EXTREMES[criterion]
+        return part(gate, dtype) + part(up, dtype)
     if criterion not in CRITERIA:
         function = _added_criterion(criterion)
         # It may compare neurons with each other, so it sees all of them at once.
-        scores = function(gate, up)
-        return _checked(scores, criterion, gate.shape[0]).to(gate.device)
+        scores = function(gate.to(device, dtype), up.to(device, dtype))
+        return _checked(scores, criterion, gate.shape[0]).to(device)
     function = CRITERIA[criterion]
     rows = max(1, _BLOCK_ELEMENTS // gate.shape[1])
     return torch.cat(
         [
-            function(gate_rows, up_rows)
+            function(gate_rows.to(device, dtype), up_rows.to(device, dtype))
             for gate_rows, up_rows in zip(gate.split(rows), up.split(rows), strict=True)
         ]
     )
+
+
+def proves_finite(criterion: str) -> bool:
+    """Return whether a criterion looks at the extremes of rows alone.
+
+    Then finite scores prove that gate and up are finite, and no weight is copied.
+    """
+    return criterion in _OF_EXTREMES
 
 
 def kept_set(scores: Tensor, width: int) -> Tensor:

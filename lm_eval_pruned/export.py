@@ -117,7 +117,7 @@ def export_pruned(
             the weights in this dtype, as they are when loading with it. Default:
             as stored, which is also what ``lm_eval`` loads unless the config
             names another dtype.
-        device: Where scores are computed.
+        device: Where scores are computed that are sums of many weights.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
         prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
@@ -184,7 +184,7 @@ class _Writer:
         source: Folder of the files beside the weights.
         folder: Folder to write to.
         dtype: Dtype to store floating-point weights in; None: as stored.
-        device: Where neurons are ranked.
+        device: Where scores are computed that are sums of many weights.
         max_shard_size: Largest size of a weight file.
     """
 

@@ -3,8 +3,9 @@
 `load_pruned` asks transformers for a model with a narrowed config. While it
 loads, `_Session` stands in for the checkpoint: the entries of the GLU-MLPs are
 `NarrowedTensor`s, which look like tensors of the kept width. When transformers
-materialises one, the layer's gate and up are read, moved to their target device
-and dtype, scored there, sliced and dropped. Everything else transformers does
+materialises one, the layer's gate and up are scored as they lie in the file, as
+they would look in the target dtype, and only the kept neurons are copied, converted
+and moved to the target device. Everything else transformers does
 with a checkpoint (shards, renamed keys, ``device_map``, dtype casts, quantising
 while loading, tensor parallelism) sees a checkpoint that was always narrow.
 
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.calibration import check_observable, read_texts
+from lm_eval_pruned.criteria import kept_set, proves_finite
 from lm_eval_pruned.glu import (
     NEURON_AXIS,
     GluMlp,
@@ -38,13 +40,14 @@ from lm_eval_pruned.glu import (
     skeleton,
     slots_by_parameter,
 )
+from lm_eval_pruned.known_scores import ScoreTable, table_for
 from lm_eval_pruned.pruning import (
     PruneRecord,
     carry_out,
     check_finite,
     choose_experts_implementation,
     narrow,
-    select,
+    score,
     warn_inexpressible,
 )
 from lm_eval_pruned.quantisation import quantising_arguments, with_quantisation
@@ -126,7 +129,8 @@ def load_pruned(
             see `lm_eval_pruned.calibration`.
         calibration_samples: How many of its texts to use; default: all.
         tokenizer: What reads that text; default: the tokenizer of `pretrained`.
-        device: Where to load to; scores are computed there. Default: the CPU.
+        device: Where to load to. Only the kept neurons go there; scores are computed
+            there if they are sums, whose rounding depends on it. Default: the CPU.
         dtype: Weight dtype; default: the one the checkpoint is stored in.
         auto_class: The transformers class to load with; default
             `AutoModelForCausalLM`.
@@ -219,14 +223,20 @@ def _load(
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
     before = widths.count_parameters(widths.actual)
-    session = _Session(plan, widths, targets)
-    session.declined = request.must_load_whole()
+    known = table_for(request)
+    session = _Session(plan, widths, targets, known)
+    session.declined = request.must_load_whole(known)
     if session.declined is None:
         with _standing_in(session), _clear_errors(session, request.pretrained):
             model = request.load(narrowed if session.changes_model else widths.original)
             choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
-                plan, widths, before, count_parameters(model), session.kept()
+                plan,
+                widths,
+                before,
+                count_parameters(model),
+                session.kept(),
+                known.calibration if plan.prunes else None,
             )
             warn_inexpressible(widths, targets)
             return model
@@ -239,7 +249,9 @@ def _load(
         )
     if plan.prunes and plan.calibration is not None and tokenizer is None:
         tokenizer = request.load_tokenizer()
-    return carry_out(plan, request.load(widths.original), tokenizer=tokenizer)
+    return carry_out(
+        plan, request.load(widths.original), tokenizer=tokenizer, known=known
+    )
 
 
 @dataclass(frozen=True)
@@ -303,13 +315,21 @@ class Request:
         plan = widths.plan(**prune_arguments)
         return cls(auto_class, pretrained, plan, widths, model_arguments)
 
-    def must_load_whole(self) -> str | None:
-        """Return why the model cannot be pruned while it loads, if that is known."""
+    def must_load_whole(self, known: ScoreTable | None = None) -> str | None:
+        """Return why the model cannot be pruned while it loads, if that is known.
+
+        Args:
+            known: Scores from an earlier load of the same model.
+        """
         if self.model_arguments.get("gguf_file") is not None:
             return "it is a GGUF file"
-        if self.plan.prunes and self.plan.calibration is not None:
-            return f"criterion={self.plan.criterion} looks at its activations"
-        return None
+        if not self.plan.prunes or self.plan.calibration is None:
+            return None
+        if known is not None and known.covers(
+            self.widths.actual, self.widths.targets(self.plan)
+        ):
+            return None
+        return f"criterion={self.plan.criterion} looks at its activations"
 
     def check_prunable_in_memory(self, why: str | None) -> None:
         """Refuse what pruning after loading cannot do, before the weights are read.
@@ -490,14 +510,22 @@ def _clear_errors(session: _Session, pretrained: str) -> Iterator[None]:
 class _Session:
     """One load of one model: opens its files and narrows its GLU-MLPs."""
 
-    def __init__(self, plan: PrunePlan, widths: Widths, targets: Mapping[str, int]):
+    def __init__(
+        self,
+        plan: PrunePlan,
+        widths: Widths,
+        targets: Mapping[str, int],
+        known: ScoreTable | None = None,
+    ):
         self.plan = plan
+        self.known = known or ScoreTable()
         self.opened = False
         self.declined: str | None = None
         self.error: Exception | None = None
         self._widths = widths
         self._targets = targets
         self._files = contextlib.ExitStack()
+        self._one_layer = threading.Lock()
         self._mlps: list[_NarrowedMlp] = []
 
     @property
@@ -509,10 +537,16 @@ class _Session:
         """Return the kept neurons of every MLP, each of shape (k,), on the CPU."""
         if not self.plan.prunes:
             return ()
-        return tuple(mlp.kept_on_cpu() for mlp in self._mlps)
+        return tuple(mlp.kept() for mlp in self._mlps)
 
     def close(self) -> None:
         self._files.close()
+
+    def scoring(self, criterion: str) -> contextlib.AbstractContextManager[Any]:
+        """Let one layer at a time be scored by a criterion that copies its weights."""
+        if proves_finite(criterion):
+            return contextlib.nullcontext()
+        return self._one_layer
 
     def open(self, model, state_dict, checkpoint_files, load_config) -> dict[str, Any]:
         """Return the checkpoint as a state dict of lazy entries.
@@ -659,7 +693,7 @@ class _NarrowedMlp:
         self._sources: dict[tuple[str, str], NarrowedTensor] = {}
         self._ready: dict[tuple[str, str], Tensor] = {}
         self._kept: Tensor | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     def add(self, projection: str, part: str, source, target):
         """Take the source of one projection and return its narrowed entry."""
@@ -691,9 +725,10 @@ class _NarrowedMlp:
                 )
         return stored
 
-    def kept_on_cpu(self) -> Tensor:
+    def kept(self) -> Tensor:
+        """Return the kept neurons, shape (k,), int64, on the CPU."""
         with self._lock:
-            return self._kept_set().cpu()
+            return self._kept_set()
 
     def take(self, tensor: NarrowedTensor) -> Tensor:
         """Return the narrowed weights of `tensor` on its target device, in its target dtype."""
@@ -704,9 +739,11 @@ class _NarrowedMlp:
                 if key in self._ready:
                     return self._ready.pop(key)
             weight = tensor.read()
-            if tensor.part == "weight":
-                check_finite(f"{self.name}.{tensor.projection}.weight", weight)
-            return narrow(weight, kept, tensor.axis)
+            finite = self._session.known.finite
+            if key == ("down_proj", "weight") and self.name not in finite:
+                check_finite(f"{self.name}.down_proj.weight", weight, tensor.dtype)
+                finite.add(self.name)
+            return tensor.narrowed(weight, kept)
         except Exception as error:
             self._session.error = self._session.error or error
             raise
@@ -715,20 +752,34 @@ class _NarrowedMlp:
         if self._kept is None and self.width == self._width_before:
             self._kept = torch.arange(self.width)
         if self._kept is None:
-            rows: dict[str, Any] = {
-                p: self._sources[p, "weight"].read() for p in _SCORED
-            }
-            self._kept = select(
-                self._session.plan, self.name, self.layer, **rows, width=self.width
-            )
-            self._ready = {
-                (projection, "weight"): narrow(weight, self._kept, 0)
-                for projection, weight in rows.items()
-            }
+            scores = self._session.known.scores
+            if self.name not in scores:
+                gate, up = (
+                    self._sources[p, "weight"] for p in ("gate_proj", "up_proj")
+                )
+                weights = gate.read(), up.read()
+                scores[self.name] = self._score(*weights)
+                kept = kept_set(scores[self.name], self.width)
+                # The weights are in the processor's cache now.
+                self._ready = {
+                    (tensor.projection, "weight"): tensor.narrowed(weight, kept)
+                    for tensor, weight in zip((gate, up), weights, strict=True)
+                }
+            self._kept = kept_set(scores[self.name], self.width)
         return self._kept
 
-
-_SCORED = ("gate_proj", "up_proj")
+    def _score(self, gate: Tensor, up: Tensor) -> Tensor:
+        plan, target = self._session.plan, self._sources["gate_proj", "weight"]
+        with self._session.scoring(plan.criterion):
+            return score(
+                plan,
+                self.name,
+                self.layer,
+                gate,
+                up,
+                device=target.device,
+                dtype=target.dtype,
+            ).cpu()
 
 
 class NarrowedTensor:
@@ -753,7 +804,7 @@ class NarrowedTensor:
         self.axis = axis
         self._mlp = mlp
         self._source = source
-        self._device, self._dtype = target
+        self.device, self.dtype = target
 
     def get_shape(self) -> list[int]:
         """Return the narrowed shape."""
@@ -777,8 +828,12 @@ class NarrowedTensor:
         return self._mlp.take(self).to(device=device, dtype=dtype)
 
     def read(self) -> Tensor:
-        """Read the unpruned weights to the target device, in the target dtype."""
-        return self._source[...].to(device=self._device, dtype=self._dtype)
+        """Return the unpruned weights as they lie in the file, without a copy if it can be."""
+        return self._source[...]
+
+    def narrowed(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """Return the kept neurons of `weight` on the target device, in the target dtype."""
+        return narrow(weight, kept, self.axis, self.dtype).to(self.device)
 
 
 class _SlotOfSource:

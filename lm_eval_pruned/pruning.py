@@ -7,13 +7,14 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.arrays import all_finite, gather
 from lm_eval_pruned.calibration import Calibration, NeuronActivity, calibrate
-from lm_eval_pruned.criteria import kept_set, score_neurons
+from lm_eval_pruned.criteria import kept_set, proves_finite, score_neurons
 from lm_eval_pruned.expansion import PrunePlan, written_layers
 from lm_eval_pruned.glu import (
     NEURON_AXIS,
@@ -22,6 +23,7 @@ from lm_eval_pruned.glu import (
     find_glu_mlps,
     resize,
 )
+from lm_eval_pruned.known_scores import ScoreTable
 from lm_eval_pruned.widths import Widths
 
 
@@ -95,6 +97,7 @@ class PruneRecord:
         parameters_before: int,
         parameters_after: int,
         kept: tuple[Tensor, ...],
+        calibration: Calibration | None = None,
     ) -> PruneRecord:
         """Describe what `plan` did to the MLPs of `widths`."""
         targets = widths.targets(plan)
@@ -118,6 +121,7 @@ class PruneRecord:
                 for (kind, key, before, after), count in counts.items()
             ),
             not widths.inexpressible(targets),
+            calibration,
         )
 
     @property
@@ -279,29 +283,38 @@ def carry_out(
     model: PreTrainedModel,
     widths: Widths | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    known: ScoreTable | None = None,
 ) -> PreTrainedModel:
-    """Prune `model` in place as `plan` says; see `prune_model`."""
+    """Prune `model` in place as `plan` says; see `prune_model`.
+
+    Args:
+        plan: The plan.
+        model: A loaded model.
+        widths: Its widths, if they are known.
+        tokenizer: Its tokenizer; needed where the plan has calibration text.
+        known: Scores of the same model from before; takes those that it lacks.
+    """
+    known = known or ScoreTable()
     mlps = find_glu_mlps(model)
     widths = widths or widths_in_memory(model)
     targets = widths.targets(plan)
     before = count_parameters(model)
     kept: dict[str, Tensor] = {}
-    observed: Calibration | None = None
     if plan.prunes:
-        if plan.calibration is not None:
+        if plan.calibration is not None and known.calibration is None:
             if tokenizer is None:
                 raise ValueError(
                     f"calibration={plan.calibration} is text, and there is no tokenizer to read it "
                     "with: pass tokenizer."
                 )
-            observed = calibrate(
+            known.calibration = calibrate(
                 model, tokenizer, plan.calibration, plan.calibration_samples
             )
         narrowed_config = widths.narrowed_config(targets)
         # All layers are scored before the first is sliced: an error leaves the model whole.
         for mlp in mlps:
             kept[mlp.name] = (
-                _select_in_memory(plan, mlp, targets[mlp.name], observed)
+                _select_in_memory(plan, mlp, targets[mlp.name], known)
                 if targets[mlp.name] < mlp.width
                 else torch.arange(mlp.width)
             )
@@ -316,8 +329,8 @@ def carry_out(
         before,
         count_parameters(model),
         tuple(indices.cpu() for indices in kept.values()),
+        known.calibration if plan.prunes else None,
     )
-    record = replace(record, calibration=observed)
     model.prune_record = record  # type: ignore[assignment]
     return model
 
@@ -365,11 +378,16 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
 
 
 def _select_in_memory(
-    plan: PrunePlan, mlp: GluMlp, width: int, observed: Calibration | None
+    plan: PrunePlan, mlp: GluMlp, width: int, known: ScoreTable
 ) -> Tensor:
-    weights = {p: mlp.weight(p) for p in NEURON_AXIS}
-    activity = None if observed is None else observed.activity[mlp.name]
-    return select(plan, mlp.name, mlp.layer, **weights, width=width, activity=activity)
+    if mlp.name not in known.scores:
+        gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
+        observed = known.calibration
+        activity = None if observed is None else observed.activity[mlp.name]
+        scores = score(plan, mlp.name, mlp.layer, gate, up, down, activity)
+        known.scores[mlp.name] = scores.cpu()
+        known.finite.add(mlp.name)
+    return kept_set(known.scores[mlp.name], width)
 
 
 @torch.no_grad()
@@ -388,17 +406,18 @@ def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def select(
+def score(
     plan: PrunePlan,
     name: str,
     layer: int,
     gate_proj: Tensor,
     up_proj: Tensor,
     down_proj: Tensor | None = None,
-    width: int | None = None,
     activity: NeuronActivity | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Score one GLU-MLP and return its kept neurons.
+    """Score the neurons of one GLU-MLP.
 
     Args:
         plan: The plan.
@@ -408,19 +427,27 @@ def select(
         up_proj: Shape (I, H).
         down_proj: Shape (H, I); checked for NaN and infinity where given, and scored
             by the criteria that look at activations.
-        width: Kept width k; default: the plan's.
         activity: What the neurons did on calibration text, for the same criteria.
+        device: Where to compute; default: where the weights are.
+        dtype: Dtype in which the weights are looked at; default: their own.
 
     Returns:
-        Kept neurons, shape (k,), int64, ascending, on the device of the weights.
+        Scores, shape (I,), float32.
 
     Raises:
         ValueError: A weight is NaN or infinite; the tensor is named.
     """
-    weights = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj}
-    for projection, weight in weights.items():
-        if weight is not None:
-            check_finite(f"{name}.{projection}.weight", weight)
+    weights = {"down_proj": down_proj, "gate_proj": gate_proj, "up_proj": up_proj}
+
+    def check(*projections: str) -> None:
+        for projection in projections:
+            weight = weights[projection]
+            if weight is not None:
+                check_finite(f"{name}.{projection}.weight", weight, dtype)
+
+    check("down_proj")
+    if not proves_finite(plan.criterion):
+        check("gate_proj", "up_proj")
     scores = score_neurons(
         gate_proj,
         up_proj,
@@ -429,30 +456,44 @@ def select(
         seed=plan.seed,
         down=down_proj,
         activity=activity,
+        device=device,
+        dtype=dtype,
     )
-    return kept_set(scores, plan.width if width is None else width)
+    if proves_finite(plan.criterion) and not scores.isfinite().all():
+        check("gate_proj", "up_proj")
+    return scores
 
 
-def check_finite(name: str, weight: Tensor) -> None:
-    """Raise ValueError naming the tensor if it holds NaN or infinity."""
-    # A finite sum proves that every term is finite; an overflowing one proves nothing.
-    if weight.sum(dtype=torch.float32).isfinite():
+def check_finite(name: str, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError naming the tensor if it holds NaN or infinity.
+
+    Args:
+        name: What the message calls it.
+        weight: Any shape.
+        dtype: Look at the weights in this dtype; default: their own.
+    """
+    if all_finite(weight, dtype):
         return
-    bad = int((~weight.isfinite()).sum())
-    if bad:
-        raise ValueError(
-            f"{name} holds {bad} NaN or infinite values of {weight.numel()}, so its neurons "
-            "cannot be ranked: use an intact checkpoint."
-        )
+    bad = int((~weight.to(dtype or weight.dtype).isfinite()).sum())
+    raise ValueError(
+        f"{name} holds {bad} NaN or infinite values of {weight.numel()}, so its neurons "
+        "cannot be ranked: use an intact checkpoint."
+    )
 
 
 @torch.no_grad()
-def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
+def narrow(
+    weight: Tensor, kept: Tensor, axis: int, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return the kept neurons of a weight or bias, contiguous.
 
     Args:
         weight: Any shape with I entries along `axis`.
-        kept: Kept neurons, shape (k,), int64.
+        kept: Kept neurons, shape (k,), int64, ascending.
         axis: The axis that counts neurons.
+        dtype: Dtype of the result; default: that of `weight`. Where all neurons are
+            kept in that dtype, the result is `weight` itself.
     """
-    return weight.index_select(axis, kept.to(weight.device))
+    if len(kept) == weight.shape[axis]:
+        return weight.to(dtype or weight.dtype).contiguous()
+    return gather(weight, kept, axis, dtype)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.known_scores import KnownScores
 from lm_eval_pruned.progress import Progress
 from lm_eval_pruned.sweep_folder import SweepFolder, own_scores
 from lm_eval_pruned.sweep_plan import MODEL, Sweep, fingerprint, load_task
@@ -133,7 +134,7 @@ def run_sweep(
 
 
 class UnitRunner:
-    """Evaluates units, holding one model at a time.
+    """Evaluates units, holding one model at a time, and the scores of all neurons.
 
     Args:
         sweep: The plan.
@@ -147,6 +148,7 @@ class UnitRunner:
         self._sweep = sweep
         self._part = part
         self._lm: LM | None = None
+        self._known = KnownScores()
         self._load_error: tuple[Exception, Any] | None = None
         self.holds: str | None = None
 
@@ -187,14 +189,15 @@ class UnitRunner:
             settings = self._sweep.settings
             logger.info("Loading %s.", configuration.id)
             try:
-                self._lm = get_model(MODEL).create_from_arg_obj(
-                    self._sweep.model_args(configuration),
-                    {
-                        "batch_size": settings.batch_size,
-                        "max_batch_size": settings.max_batch_size,
-                        "device": settings.device,
-                    },
-                )
+                with self._known.in_use():
+                    self._lm = get_model(MODEL).create_from_arg_obj(
+                        self._sweep.model_args(configuration),
+                        {
+                            "batch_size": settings.batch_size,
+                            "max_batch_size": settings.max_batch_size,
+                            "device": settings.device,
+                        },
+                    )
             except Exception as error:  # noqa: BLE001
                 # The frames of the traceback keep what was loaded so far.
                 traceback.clear_frames(error.__traceback__)

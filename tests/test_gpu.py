@@ -71,6 +71,25 @@ def test_a_narrower_model_takes_less_memory_on_the_device(wide):
     assert result.environment["device_name"] == torch.cuda.get_device_name()
 
 
+@pytest.mark.parametrize("criterion", ["maw", "l2"])
+def test_loading_takes_no_more_than_the_pruned_model_and_one_layer(wide, criterion):
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_pruned(
+        str(wide), ratio=1.0, device="cuda", dtype=torch.float16, criterion=criterion
+    )
+    peak = torch.cuda.max_memory_allocated() - before
+    pruned = sum(p.numel() * p.element_size() for p in model.parameters())
+    layer = 3 * WIDE["intermediate_size"] * WIDE["hidden_size"] * 2
+    assert pruned <= peak <= pruned + layer
+    on_cpu = load_pruned(str(wide), ratio=1.0, dtype=torch.float16)
+    if criterion == "maw":
+        for name, weight in on_cpu.state_dict().items():
+            assert torch.equal(model.state_dict()[name].cpu(), weight)
+
+
 def test_energy_is_that_of_nvml(wide):
     import pynvml
 

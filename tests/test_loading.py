@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, conversion_mapping
 
 from lm_eval_pruned import load_pruned, loading, prune_model
@@ -79,6 +80,74 @@ def test_the_full_model_never_exists(tiny_llama, monkeypatch):
     load_pruned(str(tiny_llama), ratio=1, dtype=torch.bfloat16)
     assert len(peak) == 9, "every projection of the three layers is read once"
     assert max(peak) <= 3, "no more than one layer is held at its full width"
+
+
+def test_no_layer_is_converted_at_its_full_width(tiny_llama, monkeypatch):
+    # In the calling thread, where a dispatch mode sees every operation.
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    full = {(88, 32), (32, 88)}
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if (
+                isinstance(result, torch.Tensor)
+                and result.device.type == "cpu"
+                and result.dtype == torch.bfloat16
+            ):
+                seen.append(tuple(result.shape))
+            return result
+
+    with Watch():
+        load_pruned(str(tiny_llama), ratio=1, dtype=torch.bfloat16)
+    assert (32, 32) in seen, "the narrowed weights are converted"
+    assert not full & set(seen)
+
+
+@pytest.mark.parametrize("criterion", ["l2", "random"])
+def test_criteria_that_copy_weights_see_one_layer_at_a_time(
+    tiny_llama, monkeypatch, criterion
+):
+    scoring, most = [], []
+
+    def watched(*args, score=loading.score, **kwargs):
+        scoring.append(args[1])
+        most.append(len(scoring))
+        try:
+            return score(*args, **kwargs)
+        finally:
+            scoring.pop()
+
+    monkeypatch.setattr(loading, "score", watched)
+    load_pruned(str(tiny_llama), ratio=1, criterion=criterion, dtype=torch.bfloat16)
+    assert most == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("criterion", ["maw", "max_abs", "l1", "vow"])
+def test_narrowing_before_converting_changes_no_bit(
+    tmp_path, checkpoint_dtype, dtype, criterion
+):
+    folder = checkpoints.save_tiny(tmp_path / "tiny", dtype=checkpoint_dtype)
+    full = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    slicing.assert_same_model(
+        load_pruned(str(folder), ratio=2, dtype=dtype, criterion=criterion),
+        prune_model(full, ratio=2, criterion=criterion),
+    )
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64])
+def checkpoint_dtype(request):
+    return request.param
+
+
+def test_weights_that_overflow_in_the_target_dtype_are_named(copied):
+    key = "model.layers.1.mlp.gate_proj.weight"
+    edit_weights(copied, lambda tensors: tensors[key][3, 3].fill_(1e6))
+    load_pruned(str(copied), ratio=1)
+    with pytest.raises(ValueError, match=f"{re.escape(key)} holds 1 NaN or infinite"):
+        load_pruned(str(copied), ratio=1, dtype=torch.float16)
 
 
 def test_the_order_of_the_tensors_does_not_matter(copied):

@@ -398,6 +398,21 @@ def test_model_is_loaded_once_per_configuration(options, monkeypatch):
     assert loaded == [None, 1.5]
 
 
+def test_neurons_are_scored_once_for_all_ratios(options, monkeypatch):
+    from lm_eval_pruned import loading
+
+    scored = []
+
+    def counted(plan, name, *args, score=loading.score, **kwargs):
+        scored.append(name)
+        return score(plan, name, *args, **kwargs)
+
+    monkeypatch.setattr(loading, "score", counted)
+    options["ratios"] = ["1", "1.25", "1.5", "1.75", "2", "2.25", "2.5"]
+    assert run_sweep(options) == 0
+    assert sorted(scored) == [f"model.layers.{layer}.mlp" for layer in range(3)]
+
+
 def test_model_that_cannot_be_loaded_fails_its_units_only(options, monkeypatch):
     from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
