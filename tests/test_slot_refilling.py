@@ -48,6 +48,11 @@ def tiny(attention="sdpa", dtype=torch.float64, model_type="llama", **overrides)
     return model
 
 
+@pytest.fixture(autouse=True)
+def check_at_once(monkeypatch):
+    monkeypatch.setattr(slot_refilling, "_WORTH_CHECKING", 0)
+
+
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def pair(request):
     """HFLM, and HFLM with refilled slots, on one tiny float64 model."""
@@ -387,6 +392,17 @@ def test_a_model_whose_cache_is_its_own_is_noticed(pair, monkeypatch, caplog):
         got = generate(refilled, prompts())
     assert got == generate(pair[0], prompts())
     assert "logits change" in caplog.text
+
+
+def test_few_tokens_are_not_worth_the_check(pair, monkeypatch):
+    monkeypatch.setattr(slot_refilling, "_WORTH_CHECKING", 12 * len(PROMPTS))
+    plain, _ = pair
+    lm = make(PrefixHFLM, plain.model, 1)
+    assert generate(lm, prompts()[1:]) == generate(plain, prompts()[1:])
+    assert not lm._refilling_checked
+    assert generate(lm, prompts()) == generate(plain, prompts())
+    assert lm._refilling_checked
+    assert not lm._refilling_complaints
 
 
 def test_slot_refilling_false_is_the_plain_path(pair, monkeypatch):
