@@ -48,9 +48,11 @@ def tiny(attention="sdpa", dtype=torch.float64, model_type="llama", **overrides)
     return model
 
 
-@pytest.fixture(autouse=True)
-def check_at_once(monkeypatch):
-    monkeypatch.setattr(slot_refilling, "_WORTH_CHECKING", 0)
+@pytest.fixture(scope="module", autouse=True)
+def check_at_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slot_refilling, "_WORTH_CHECKING", 0)
+        yield
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
