@@ -23,6 +23,7 @@ from lm_eval_pruned.model_wrappers.slot_refilling import (
 )
 
 from .checkpoints import byte_tokenizer, tiny_config, tiny_model
+from .layouts import overrides
 from .test_prefix_sharing_architectures import shrunk
 
 
@@ -40,8 +41,8 @@ def make(cls, model, batch_size=3, **kwargs):
     )
 
 
-def tiny(attention="sdpa", dtype=torch.float64, model_type="llama", **overrides):
-    config = tiny_config(model_type, **overrides)
+def tiny(attention="sdpa", dtype=torch.float64):
+    config = tiny_config()
     config._attn_implementation = attention
     model = tiny_model(config).to(dtype)
     # End-of-text tokens come at random times: every eighth byte is one.
@@ -308,7 +309,7 @@ def test_more_tokens_than_the_model_takes_is_hfs_error(pair):
 
 
 def test_an_encoder_decoder_takes_the_plain_path():
-    model = tiny_model(shrunk("t5"))
+    model = tiny_model(tiny_config("t5", **overrides("t5", 64)))
     plain, refilled = (
         make(cls, model, 2, backend="seq2seq") for cls in (HFLM, PrefixHFLM)
     )
@@ -317,7 +318,7 @@ def test_an_encoder_decoder_takes_the_plain_path():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "overrides", "refills"),
+    ("model_type", "more", "refills"),
     [
         ("qwen2", {}, True),
         ("gemma2", {"sliding_window": 128}, True),
@@ -332,8 +333,8 @@ def test_an_encoder_decoder_takes_the_plain_path():
         ("mamba", {}, False),
     ],
 )
-def test_architectures(model_type, overrides, refills):
-    config = shrunk(model_type, **overrides)
+def test_architectures(model_type, more, refills):
+    config = shrunk(model_type, **more)
     # Gemma 2 has a soft cap on its attention, which sdpa does not know.
     config._attn_implementation = "eager" if model_type == "gemma2" else "sdpa"
     model = tiny_model(config)
