@@ -51,9 +51,11 @@ class Side:
         self._decode = lm.tok_decode
         lm.tok_decode = self._noted
 
-    def _noted(self, tokens: list[int], **kwargs: Any) -> str:
+    def _noted(self, tokens: list[int] | int, **kwargs: Any) -> str:
         text = self._decode(tokens, **kwargs)
-        self.tokens[text] = list(tokens)
+        # The harness asks for the text of the end-of-text token, too: a number.
+        if isinstance(tokens, list):
+            self.tokens[text] = tokens
         return text
 
     def tokens_of(self, answer: str) -> list[int]:

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 eval_logger = logging.getLogger("lm_eval.models.slot_refilling")
 
+# The first use compares a few tokens with a plain pass; requests that may generate
+# fewer tokens than this in all are not worth that.
+_WORTH_CHECKING = 256
 # A prompt waits for another that begins alike if that saves so many tokens.
 _WORTH_WAITING = 32
 # The order of texts is worth leaving that of lengths if this much more of the prompts
@@ -160,7 +163,10 @@ class SlotRefillingMixin:
 
     def _jobs(self, requests: list[Instance]) -> list[_Job]:
         """Return the requests that can run in slots, as `HFLM` would read them."""
-        if not self._can_refill() or not requests:
+        if self.slot_refilling and (reason := _unsupported(self)) is not None:
+            self.slot_refilling = False
+            self._complain(reason)
+        if not self.slot_refilling:
             return []
         limit = sequence_limit(self.config)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
@@ -192,7 +198,11 @@ class SlotRefillingMixin:
                 )
             else:
                 jobs.append(_Job(index, prompt, most, until, stops[tuple(until)]))
-        return jobs
+        if not self._refilling_checked and (
+            sum(job.most for job in jobs) < _WORTH_CHECKING
+        ):
+            return []
+        return jobs if self._can_refill() else []
 
     def _settings(self, gen_kwargs: Any, eos: str) -> tuple[list[str], int] | None:
         """Return stop strings and most tokens, or None where `HFLM` has to answer."""
@@ -258,9 +268,10 @@ class SlotRefillingMixin:
         )
 
     def _can_refill(self) -> bool:
+        """Try it out, the first time."""
         if self.slot_refilling and not self._refilling_checked:
             self._refilling_checked = True
-            reason = _unsupported(self) or self._slots_disagree()
+            reason = self._slots_disagree()
             if reason is not None:
                 self.slot_refilling = False
                 self._complain(reason)
