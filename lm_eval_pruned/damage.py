@@ -74,7 +74,7 @@ def check_config(pretrained: str, arguments: dict[str, Any]) -> None:
 
     with clear_config_errors(pretrained):
         config, _ = PretrainedConfig.get_config_dict(pretrained, **arguments)
-    check_counts(config, pretrained)
+        check_counts(config, pretrained)
     check_counts(arguments, pretrained)
 
 

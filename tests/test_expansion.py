@@ -310,6 +310,10 @@ def test_seeds_are_kept_with_and_without_a_size():
     assert PrunePlan.from_arguments(32, 88).seed == 0
     assert PrunePlan.from_arguments(32, 88, seed="7").seed == 7
     assert PrunePlan.from_arguments(32, 88, ratio=1, seed=7).seed == 7
+    largest = str(2**43 - 1)
+    assert PrunePlan.from_arguments(32, 88, seed=largest).seed == 2**43 - 1
+    with pytest.raises(ValueError, match="seed=8796093022208 is too large"):
+        PrunePlan.from_arguments(32, 88, seed=2**43)
     assert PrunePlan.from_arguments(32, 88).multiple_of == 1
     with pytest.raises(ValueError, match=r"seed=-1 .* of 0 or more: .* seed=1\."):
         PrunePlan.from_arguments(32, 88, seed=-1)
