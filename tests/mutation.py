@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import importlib
 import importlib.abc
 import importlib.util
 import json
@@ -152,11 +153,13 @@ def _run_tests(module: str, source: str, tests: list[str], log: Path) -> None:
 
 def _change(source: str, mutant: str) -> tuple[str, str]:
     """Return the lines that differ, before and after."""
-    lines = list(difflib.ndiff(source.splitlines(), mutant.splitlines()))
-    return tuple(
-        " / ".join(line[2:].strip() for line in lines if line.startswith(sign))
+    lines = difflib.unified_diff(source.splitlines(), mutant.splitlines(), n=0)
+    changed = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    before, after = (
+        " / ".join(line[1:].strip() for line in changed if line[0] == sign)
         for sign in "-+"
-    )  # type: ignore[return-value]
+    )
+    return before, after
 
 
 def _report(module: str, source: str, results: dict[str, dict]) -> None:
@@ -173,18 +176,16 @@ def _report(module: str, source: str, results: dict[str, dict]) -> None:
         print(f"  - {result['before']}\n  + {result['after']}")
 
 
-def _warm_up() -> None:
-    """Import what every fork needs, and nothing of this package."""
-    import _pytest.assertion.rewrite
-    import hypothesis.extra.numpy
-    import lm_eval.models.huggingface
-    import lm_eval.tasks
-    import peft
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    from transformers.models.llama import modeling_llama
-
-    torch.set_num_threads(1)
+#: What every fork needs, and nothing of this package.
+_WARM = (
+    "hypothesis.extra.numpy",
+    "lm_eval.models.huggingface",
+    "lm_eval.tasks",
+    "peft",
+    "pytest",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 def main() -> None:
@@ -214,7 +215,8 @@ def main() -> None:
             results[result["name"]] = result
     if not options.report:
         tests = [str(ROOT / "tests" / name) for name in TESTS[module]]
-        _warm_up()
+        for name in _WARM:
+            importlib.import_module(name)
         if not survives(module, source, tests, folder / "unchanged.log"):
             raise SystemExit(f"The tests fail unchanged: {folder / 'unchanged.log'}")
         start = time.monotonic()

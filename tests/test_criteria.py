@@ -154,7 +154,8 @@ def test_random_scores_are_the_same_everywhere():
 
 
 @pytest.mark.parametrize(
-    ("elements", "rows"), [(40, [5, 5, 2]), (39, [4, 4, 4]), (7, [1] * 12), (1 << 22, [12])]
+    ("elements", "rows"),
+    [(40, [5, 5, 2]), (39, [4, 4, 4]), (7, [1] * 12), (1 << 22, [12])],
 )
 def test_no_more_than_a_block_is_scored_at_once(monkeypatch, elements, rows):
     seen = []

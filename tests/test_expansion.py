@@ -164,7 +164,8 @@ def test_the_largest_ratio_that_a_message_offers_is_accepted():
 
 
 @pytest.mark.parametrize(
-    ("exponent", "message"), [("e999", "above the model's own"), ("e9999", "not a finite")]
+    ("exponent", "message"),
+    [("e999", "above the model's own"), ("e9999", "not a finite")],
 )
 def test_exponents_that_would_take_for_ever_are_not_computed(exponent, message):
     with pytest.raises(ValueError, match=message):
@@ -203,9 +204,7 @@ def test_other_mlps_are_narrowed_in_the_same_proportion(width, other, data):
 
 
 def test_other_mlps_are_rounded_down_where_that_leaves_something():
-    plan = PrunePlan.from_arguments(
-        64, 100, intermediate_size=50, multiple_of=16
-    )
+    plan = PrunePlan.from_arguments(64, 100, intermediate_size=50, multiple_of=16)
     assert plan.width == 48
     assert plan.scaled(200) == 96
     assert plan.scaled(110) == 48, "52.8 is 53, and then a multiple of 16"
@@ -287,7 +286,12 @@ def test_a_plan_knows_its_layers():
     plan = PrunePlan.from_arguments(
         32, 88, ratio=1, layers="0,2", available_layers=[0, 1, 2]
     )
-    assert [plan.includes_layer(layer) for layer in range(4)] == [True, False, True, False]
+    assert [plan.includes_layer(layer) for layer in range(4)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 @given(st.sets(st.integers(0, 40), min_size=1))
@@ -300,7 +304,8 @@ def test_written_layers_can_be_read_again(layers):
 
 
 @pytest.mark.parametrize(
-    ("layers", "written"), [([0], "0"), ([1, 0], "0-1"), ([0, 2, 3, 4], "0,2-4"), ([], "")]
+    ("layers", "written"),
+    [([0], "0"), ([1, 0], "0-1"), ([0, 2, 3, 4], "0,2-4"), ([], "")],
 )
 def test_layers_are_written_as_runs(layers, written):
     assert written_layers(layers) == written
@@ -330,7 +335,10 @@ def test_calibration_belongs_to_criteria_that_look_at_activations():
     assert (some.calibration, some.calibration_samples) == ("a.jsonl", 3)
     for arguments, message in (
         ({"calibration": "a"}, "calibration=a was given, but criterion=maw looks"),
-        ({"calibration_samples": 1}, "calibration_samples=1 was given, but criterion=maw"),
+        (
+            {"calibration_samples": 1},
+            "calibration_samples=1 was given, but criterion=maw",
+        ),
         ({"criterion": "act"}, "criterion=act looks at activations, so it needs text"),
         (
             {"criterion": "act", "calibration": "a", "calibration_samples": 0},

@@ -30,7 +30,10 @@ texts = st.one_of(
         ["", " ", "true", "False", "None", "[1]", "{}", "'1'", "a=b", "\0"]
     ),
     st.text(
-        st.characters(exclude_characters=",", exclude_categories=["Cs", "Cc", "Zl", "Zp"]), max_size=9
+        st.characters(
+            exclude_characters=",", exclude_categories=["Cs", "Cc", "Zl", "Zp"]
+        ),
+        max_size=9,
     ),
 )
 layers = st.sampled_from(

@@ -213,7 +213,7 @@ REFUSED = {
 def test_these_are_never_evaluated(tiny_llama, change, arguments):
     with copy_of(tiny_llama) as folder:
         edit_weights(folder, change)
-        with pytest.raises(ValueError, match="checkpoint|no weight|config.json"):
+        with pytest.raises(ValueError, match=r"checkpoint|no weight|config\.json"):
             load_pruned(str(folder), **arguments)
 
 
@@ -243,7 +243,9 @@ garbage = st.one_of(
 )
 
 
-@given(st.dictionaries(st.sampled_from(NUMBERS + OTHERS), garbage, min_size=1, max_size=3))
+@given(
+    st.dictionaries(st.sampled_from(NUMBERS + OTHERS), garbage, min_size=1, max_size=3)
+)
 @example({"hidden_size": 0})
 @example({"hidden_size": 64})
 @example({"hidden_size": 10**30})
@@ -273,7 +275,9 @@ def test_a_config_that_lies_is_refused_or_obeyed(tiny_llama, changes):
         refusal(folder, names=[*named, *changes])
 
 
-@pytest.mark.parametrize("text", ["", "null", "1", "[]", "{", '{"model_type": {}}', "{}"])
+@pytest.mark.parametrize(
+    "text", ["", "null", "1", "[]", "{", '{"model_type": {}}', "{}"]
+)
 def test_a_config_that_is_no_config_is_named(tiny_llama, text):
     with copy_of(tiny_llama) as folder:
         (folder / "config.json").write_text(text)

@@ -50,7 +50,11 @@ def by_hand(slot, tensor):
     for neuron in range(WIDTH):
         row = neuron
         if slot.half is not None:
-            row = 2 * neuron + slot.half if slot.interleaved else neuron + slot.half * WIDTH
+            row = (
+                2 * neuron + slot.half
+                if slot.interleaved
+                else neuron + slot.half * WIDTH
+            )
         rows.append(tensor[:, row] if slot.transposed else tensor[row])
     return torch.stack(rows)
 
@@ -178,7 +182,12 @@ SEPARATE = [
 def test_three_linears_are_an_mlp(names, bias):
     module = mlp(bias, names=names)
     (found,) = find_glu_mlps(Made(mlp=module))
-    assert (found.name, found.path, found.kind, found.layer) == ("mlp", "mlp", "dense", 0)
+    assert (found.name, found.path, found.kind, found.layer) == (
+        "mlp",
+        "mlp",
+        "dense",
+        0,
+    )
     assert (found.width, found.hidden_size) == (WIDTH, HIDDEN)
     for projection, name in zip(
         ("gate_proj", "up_proj", "down_proj"), names, strict=True
@@ -192,7 +201,9 @@ def test_three_linears_are_an_mlp(names, bias):
         assert torch.equal(found.weight("up_proj", "bias"), module[names[1]].bias)
 
 
-@pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("input_linear", "output_linear")])
+@pytest.mark.parametrize(
+    "names", [("gate_up_proj", "down_proj"), ("input_linear", "output_linear")]
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_gate_and_up_may_be_fused(names, bias):
     module = fused(bias, names=names)
@@ -234,7 +245,9 @@ def test_experts_may_be_stacked(transposed, concatenated):
             bias = one.weight(projection, "bias")
             assert torch.equal(bias, module.gate_up_proj_bias[expert][half])
         columns = module.down_proj[expert]
-        assert torch.equal(one.weight("down_proj"), columns.T if transposed else columns)
+        assert torch.equal(
+            one.weight("down_proj"), columns.T if transposed else columns
+        )
         assert (one.kind, one.width, one.hidden_size) == ("expert", WIDTH, HIDDEN)
         assert one.path == "experts"
 
@@ -255,7 +268,9 @@ def test_kinds_of_mlps_are_told_by_their_path(path, kind):
 
 
 def test_mlps_are_numbered_in_the_order_of_the_model():
-    model = Made(layers=nn.ModuleList([nn.ModuleDict({"mlp": mlp()}) for _ in range(3)]))
+    model = Made(
+        layers=nn.ModuleList([nn.ModuleDict({"mlp": mlp()}) for _ in range(3)])
+    )
     found = find_glu_mlps(Made(model=model))
     assert [m.layer for m in found] == [0, 1, 2]
     assert [m.block for m in found] == [0, 1, 2]
@@ -304,9 +319,18 @@ def unknown_experts():
 REFUSED = {
     "nothing": ({}, "has no GLU-MLP of a known layout.*use --model hf"),
     "two linears": ({"mlp": nn.ModuleDict({"up_proj": nn.Linear(2, 2)})}, "no GLU-MLP"),
-    "a parameter beside them": ({"mlp": with_extra(mlp())}, "has mlp.extra inside its MLP"),
-    "one beside fused ones": ({"mlp": with_extra(fused())}, "has mlp.extra inside its MLP"),
-    "one beside experts": ({"experts": with_extra(stacked())}, "has experts.extra inside"),
+    "a parameter beside them": (
+        {"mlp": with_extra(mlp())},
+        "has mlp.extra inside its MLP",
+    ),
+    "one beside fused ones": (
+        {"mlp": with_extra(fused())},
+        "has mlp.extra inside its MLP",
+    ),
+    "one beside experts": (
+        {"experts": with_extra(stacked())},
+        "has experts.extra inside",
+    ),
     "another kind of module": (
         {"mlp": embedded()},
         "holds mlp in Embedding, Linear: only dense nn.Linear",
@@ -331,8 +355,14 @@ REFUSED = {
         {"experts": stacked(down=(EXPERTS + 1, HIDDEN, WIDTH))},
         "the first of them equal",
     ),
-    "one weight in two layers": (tied(), "shares one weight between a.up_proj.weight and b"),
-    "experts beside known ones": (unknown_experts(), "unknown layout in experts.weights"),
+    "one weight in two layers": (
+        tied(),
+        "shares one weight between a.up_proj.weight and b",
+    ),
+    "experts beside known ones": (
+        unknown_experts(),
+        "unknown layout in experts.weights",
+    ),
 }
 
 
@@ -367,9 +397,10 @@ def test_slots_are_listed_by_parameter():
     model = Made(a=mlp(), b=fused())
     one, other = find_glu_mlps(model)
     listed = slots_by_parameter([one, other])
-    assert [
-        (m.name, place) for m, place, _ in listed["b.gate_up_proj.weight"]
-    ] == [("b", ("gate_proj", "weight")), ("b", ("up_proj", "weight"))]
+    assert [(m.name, place) for m, place, _ in listed["b.gate_up_proj.weight"]] == [
+        ("b", ("gate_proj", "weight")),
+        ("b", ("up_proj", "weight")),
+    ]
     assert listed["a.up_proj.weight"] == [
         (one, ("up_proj", "weight"), Slot("a.up_proj.weight"))
     ]
