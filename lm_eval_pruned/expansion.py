@@ -16,6 +16,9 @@ from fractions import Fraction
 #: Arguments that say how many neurons to keep; at most one may be given.
 SIZE_ARGUMENTS = ("ratio", "prune_percent", "intermediate_size")
 
+#: Seeds are below this: with the number of the layer, one has to fit into 63 bits.
+SEEDS = 1 << 43
+
 Number = int | float | str | Fraction
 #: Layers as the user writes them: ``4-11``, ``0,15``, 3 or a list of such.
 Layers = int | str | Iterable[int | str]
@@ -160,6 +163,10 @@ class PrunePlan:
         criterion = canonical_name(criterion)
         texts, samples = _calibration(criterion, calibration, calibration_samples)
         seed_number = _whole("seed", seed, at_least=0)
+        if seed_number >= SEEDS:
+            raise ValueError(
+                f"seed={seed} is too large for a generator: pass one below {SEEDS}."
+            )
         multiple = _whole("multiple_of", multiple_of, at_least=1)
         chosen = _chosen_layers(layers, skip_layers, available_layers)
         if not given:

@@ -201,7 +201,7 @@ def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str 
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
     session = _ExportSession(request, targets, writer)
-    with _standing_in(session), _clear_errors(session, request.pretrained):
+    with _standing_in(session), _clear_errors(session, request):
         if (why := request.must_load_whole()) is not None:
             raise _RouteDeclined(why)
         with contextlib.suppress(_Written):

@@ -27,6 +27,13 @@ import torch
 
 from lm_eval_pruned.calibration import check_observable, read_texts
 from lm_eval_pruned.criteria import kept_set, proves_finite
+from lm_eval_pruned.damage import (
+    check_complete,
+    check_config,
+    check_entries,
+    clear_config_errors,
+    clear_load_errors,
+)
 from lm_eval_pruned.glu import (
     NEURON_AXIS,
     GluMlp,
@@ -227,7 +234,7 @@ def _load(
     session = _Session(plan, widths, targets, known)
     session.declined = request.must_load_whole(known)
     if session.declined is None:
-        with _standing_in(session), _clear_errors(session, request.pretrained):
+        with _standing_in(session), _clear_errors(session, request):
             model = request.load(narrowed if session.changes_model else widths.original)
             choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
@@ -249,9 +256,7 @@ def _load(
         )
     if plan.prunes and plan.calibration is not None and tokenizer is None:
         tokenizer = request.load_tokenizer()
-    return carry_out(
-        plan, request.load(widths.original), tokenizer=tokenizer, known=known
-    )
+    return carry_out(plan, request.load_whole(), tokenizer=tokenizer, known=known)
 
 
 @dataclass(frozen=True)
@@ -291,8 +296,9 @@ class Request:
             UnsupportedModelError: The model cannot be pruned.
             OSError: The config cannot be read.
         """
-        config, model_arguments = _resolve_config(pretrained, dict(from_pretrained))
-        _refuse_quantised(config, model_arguments)
+        with clear_config_errors(pretrained):
+            config, model_arguments = _resolve_config(pretrained, dict(from_pretrained))
+            _refuse_quantised(config, model_arguments)
 
         def build(config: PretrainedConfig) -> PreTrainedModel:
             return skeleton(
@@ -311,8 +317,9 @@ class Request:
                 min(actual.values()),
                 max(actual.values()),
             )
-        widths = Widths(config, build, actual)
-        plan = widths.plan(**prune_arguments)
+        with clear_config_errors(pretrained):
+            widths = Widths(config, build, actual)
+            plan = widths.plan(**prune_arguments)
         return cls(auto_class, pretrained, plan, widths, model_arguments)
 
     def must_load_whole(self, known: ScoreTable | None = None) -> str | None:
@@ -380,9 +387,20 @@ class Request:
                 from transformers import GgufConfig
 
                 arguments["quantization_config"] = GgufConfig(dequantize=True)
-        return self.auto_class.from_pretrained(
-            self.pretrained, config=config, **arguments
+        model, found = self.auto_class.from_pretrained(
+            self.pretrained, config=config, output_loading_info=True, **arguments
         )
+        check_complete(found["missing_keys"])
+        return model
+
+    def load_whole(self) -> PreTrainedModel:
+        """Load the model unpruned.
+
+        Raises:
+            ValueError: It is damaged, or an argument is wrong.
+        """
+        with clear_load_errors(self.pretrained, self.model_arguments):
+            return self.load(self.widths.original)
 
 
 def _resolve_config(
@@ -399,6 +417,8 @@ def _resolve_config(
     for name in ("trust_remote_code", "gguf_file"):
         if name in arguments:
             kept[name] = arguments[name]
+    if arguments.get("gguf_file") is None:
+        check_config(pretrained, arguments)
     config, unused = AutoConfig.from_pretrained(
         pretrained, return_unused_kwargs=True, **arguments
     )
@@ -486,7 +506,7 @@ def _load_through_session(
 
 
 @contextlib.contextmanager
-def _clear_errors(session: _Session, pretrained: str) -> Iterator[None]:
+def _clear_errors(session: _Session, request: Request) -> Iterator[None]:
     """Turn what escapes from a load into one sentence, or into `session.declined`."""
     try:
         yield
@@ -495,13 +515,18 @@ def _clear_errors(session: _Session, pretrained: str) -> Iterator[None]:
     except _WidthsDiffer:
         raise
     except Exception as error:
-        if session.error is not None:
-            raise session.error from None
-        if not session.opened and isinstance(error, RuntimeError):
+        if (
+            session.error is None
+            and not session.opened
+            and isinstance(error, RuntimeError)
+        ):
             # A class with a loader of its own went past the session and met narrow shapes.
             session.declined = "its model class loads checkpoints in its own way"
             return
-        raise
+        with clear_load_errors(request.pretrained, request.model_arguments):
+            if session.error is not None:
+                raise session.error from None
+            raise
     else:
         if session.error is not None:
             raise session.error
@@ -903,6 +928,13 @@ def _sources(entries, model, mlps: Iterable[GluMlp], load_config):
     converted: dict[tuple[str, str], list[str]] = {}
     converters = {}
     names = _target_names(entries, model, load_config)
+    check_entries(
+        entries,
+        names,
+        model,
+        places,
+        any_shape=load_config.is_quantized or load_config.ignore_mismatched_sizes,
+    )
     for key in sorted(names, key=dot_natural_key):
         parameter, converter, pattern = names[key]
         if converter is not None and pattern is not None:

@@ -60,6 +60,15 @@ class EnergyLoggingHFLM(HFLM):
         Raises:
             ValueError: An argument is out of range, or needs ``energy=true``.
         """
+        for name, value in {
+            "energy": energy,
+            "energy_per_task": energy_per_task,
+            "energy_online": energy_online,
+        }.items():
+            if value not in (True, False):
+                raise ValueError(
+                    f"{name}={value!r} is not understood: pass true or false."
+                )
         #: Running totals since the model was loaded; HFLM's tokens count if ``energy``.
         self.token_counts = TokenCounts()
         self._energy_per_task = energy_per_task

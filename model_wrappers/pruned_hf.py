@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_pruned.adapters import STAGES, check_adapter, merged
+from lm_eval_pruned.damage import check_config, clear_config_errors
 from lm_eval_pruned.default_model import find_default_model
 from lm_eval_pruned.loading import Request, load_with_arguments
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
+from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
 from lm_eval_pruned.model_wrappers.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.parallel import check_divisible
@@ -103,6 +105,14 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
             "calibration": calibration,
             "calibration_samples": calibration_samples,
         }
+        check_hf_arguments(
+            {
+                **kwargs,
+                "pretrained": pretrained,
+                "peft": peft,
+                "quantization_config": quantization_config,
+            }
+        )
         self._quantization_config = quantization_config
         self._peft_stage = self._resolve_stage(peft, peft_stage)
         self._rejoin_layers(kwargs)
@@ -154,6 +164,12 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
                 "peft=ADAPTER, or leave it out."
             )
         return stage or "after"
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        if kwargs.get("gguf_file") is None:
+            check_config(pretrained, kwargs)
+        with clear_config_errors(pretrained):
+            super()._get_config(pretrained, **kwargs)
 
     def _create_model(
         self,
@@ -243,4 +259,4 @@ class _PruningAutoModel:
         )
         request.check_prunable_in_memory(f"{self._merging} adds to its weights first")
         self._inspect(request)
-        return request.load(request.widths.original)
+        return request.load_whole()

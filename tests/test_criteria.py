@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lm_eval_pruned import criteria
+from lm_eval_pruned.calibration import NeuronActivity
 from lm_eval_pruned.criteria import kept_set, score_neurons
 
 
@@ -137,3 +138,88 @@ def test_random_does_not_touch_the_global_generator():
     torch.manual_seed(5)
     score_neurons(*weights(0, 10, 4), "random", layer=1)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_random_scores_are_the_same_everywhere():
+    # Anybody can draw them again: the generator is torch's, seeded by both numbers.
+    for seed, layer in ((0, 0), (7, 3), (2**43 - 1, 5)):
+        generator = torch.Generator().manual_seed(seed * 2**20 + layer)
+        expected = torch.randperm(9, generator=generator).float()
+        scores = score_neurons(*weights(0, 9, 4), "random", layer=layer, seed=seed)
+        assert torch.equal(scores, expected)
+    default = score_neurons(*weights(0, 9, 4), "random")
+    assert torch.equal(
+        default, score_neurons(*weights(0, 9, 4), "random", layer=0, seed=0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("elements", "rows"),
+    [(40, [5, 5, 2]), (39, [4, 4, 4]), (7, [1] * 12), (1 << 22, [12])],
+)
+def test_no_more_than_a_block_is_scored_at_once(monkeypatch, elements, rows):
+    seen = []
+
+    def recorded(gate, up):
+        assert gate.shape == up.shape
+        seen.append(len(gate))
+        return criteria.maw(gate, up)
+
+    monkeypatch.setitem(criteria.CRITERIA, "maw", recorded)
+    monkeypatch.setattr(criteria, "_BLOCK_ELEMENTS", elements)
+    score_neurons(*weights(0, 12, 8), "maw")
+    assert seen == rows
+
+
+def test_blocks_are_a_few_megabytes():
+    assert 1e6 < criteria._BLOCK_ELEMENTS < 1e7
+
+
+@pytest.mark.parametrize("name", criteria.CALIBRATED)
+def test_calibrated_criteria_need_activity(name):
+    gate, up = weights(0, 6, 4)
+    for arguments in ({}, {"down": gate.T}, {"activity": activity(6)}):
+        with pytest.raises(ValueError, match=f"criterion={name} needs down_proj"):
+            score_neurons(gate, up, name, **arguments)
+
+
+def activity(neurons, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    norm, summed = torch.rand(2, neurons, generator=generator, dtype=torch.float64)
+    return NeuronActivity(norm, summed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_calibrated_scores_follow_their_formulas(dtype):
+    gate, up = weights(1, 10, 6, dtype)
+    down = weights(2, 6, 10, dtype)[0]
+    fired = activity(10)
+    g, u, d = (w.double().numpy() for w in (gate, up, down.T))
+    peaks = [rows.max(1) + abs(rows.min(1)) for rows in (g, u, d)]
+    structure = sum(p / p.max() for p in peaks)
+    scores = {
+        name: score_neurons(gate, up, name, down=down, activity=fired)
+        for name in criteria.CALIBRATED
+    }
+    assert all(s.dtype == torch.float32 and s.shape == (10,) for s in scores.values())
+    np.testing.assert_allclose(
+        scores["maw_act"], structure * fired.summed_norms.numpy(), rtol=2e-5
+    )
+    np.testing.assert_allclose(
+        scores["act"], _norm(d, 2) * fired.norm.numpy(), rtol=2e-5
+    )
+
+
+def test_weights_of_nought_have_a_score_of_nought():
+    zero = torch.zeros(5, 4)
+    scores = score_neurons(zero, zero, "maw_act", down=zero.T, activity=activity(5))
+    assert scores.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("name", [*criteria.CRITERIA, *criteria.CALIBRATED, "random"])
+def test_names_are_their_own_canonical_form(name):
+    assert criteria.canonical_name(name) == name
+
+
+def test_the_later_name_of_the_study_is_an_alias():
+    assert criteria.canonical_name("ppm") == "maw"

@@ -1,0 +1,238 @@
+"""Mutation testing: does a test fail when one operator of the core is changed?
+
+``python tests/mutation.py expansion`` changes `lm_eval_pruned.expansion` in every way
+that cosmic-ray knows, one at a time, and runs that module's tests on each version.
+Needs ``pip install cosmic-ray``. ``docs/hardening.md`` holds the results.
+
+torch and transformers are imported once; each mutant is a fork of that process in
+which the changed module is compiled from memory, so no file is touched and a
+mutant costs about a second. Results are appended to ``build/mutation`` as they come,
+and a later run goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import importlib.abc
+import importlib.util
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Survivors that no test can tell from the original, with the reason.
+EQUIVALENT = ROOT / "tests" / "data" / "equivalent_mutants.json"
+
+#: The tests that say what each module of the core must do, the quickest first.
+TESTS = {
+    "expansion": ["test_expansion.py", "test_planning.py"],
+    "criteria": ["test_criteria.py", "test_criteria_registry.py"],
+    "glu": ["test_glu.py", "test_layouts_properties.py"],
+    "pruning": ["test_pruning.py", "test_layouts_layers.py", "test_calibration.py"],
+    "loading": ["test_loading.py", "test_layouts_layers.py", "test_pruning.py"],
+}
+#: Of the many replacements of one operator, how many to try at each place.
+PER_PLACE = 2
+#: CPU seconds after which a mutant counts as hanging.
+CPU_LIMIT = 180
+MEMORY_LIMIT = 12 << 30
+
+
+def mutants(source: str) -> dict[str, str]:
+    """Return changed versions of `source` by name; those that change code that runs."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    places: dict[tuple, list[tuple[str, int]]] = {}
+    tree = get_ast(source)
+    for name in operator_names():
+        if name.endswith("NoOp") or get_operator(name).arguments():
+            continue
+        operator, occurrence = get_operator(name)(), 0
+        kind = name.split("_")[0]
+        for node in ast_nodes(tree):
+            for place in operator.mutation_positions(node):
+                places.setdefault((kind, str(place)), []).append((name, occurrence))
+                occurrence += 1
+    original = _code(source)
+    found: dict[str, str] = {}
+    for candidates in places.values():
+        candidates.sort(key=lambda pair: zlib.crc32(repr(pair).encode()))
+        tried = 0
+        for name, occurrence in candidates:
+            mutant = mutate_code(source, get_operator(name)(), occurrence)
+            if mutant and _code(mutant) != original and mutant not in found.values():
+                found[f"{name.removeprefix('core/')}:{occurrence}"] = mutant
+                tried += 1
+            if tried == PER_PLACE:
+                break
+    return found
+
+
+def _code(source: str) -> str | None:
+    """Return what of `source` is executed, or None where it is no Python."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        # Annotations are never evaluated: every module postpones them.
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Name("_")
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = [ast.Pass()]
+    return ast.dump(tree)
+
+
+class _Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from changed source."""
+
+    def __init__(self, module: str, path: Path, source: str) -> None:
+        self.module, self.path, self.source = module, path, source
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != self.module:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self.path, loader=self)
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(compile(self.source, str(self.path), "exec"), module.__dict__)  # noqa: S102
+
+
+def survives(module: str, source: str, tests: list[str], log: Path) -> bool:
+    """Run tests in a fork in which `module` has other source."""
+    child = os.fork()
+    if child == 0:
+        _run_tests(module, source, tests, log)
+    _, status = os.waitpid(child, 0)
+    return status == 0
+
+
+def _run_tests(module: str, source: str, tests: list[str], log: Path) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    # A deadlock uses no CPU; a test that takes this long does not end.
+    signal.alarm(20 * CPU_LIMIT)
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("lm_eval_pruned", "tests"):
+            del sys.modules[name]
+    path = ROOT / "lm_eval_pruned" / f"{module}.py"
+    sys.meta_path.insert(0, _Mutated(f"lm_eval_pruned.{module}", path, source))
+    code = 1
+    try:
+        import pytest
+
+        code = pytest.main(
+            ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+            + ["--tb=line", "-m", "not slow", *tests]
+        )
+    finally:
+        os._exit(int(code != 0))
+
+
+def _change(source: str, mutant: str) -> tuple[str, str]:
+    """Return the lines that differ, before and after."""
+    lines = difflib.unified_diff(source.splitlines(), mutant.splitlines(), n=0)
+    changed = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    before, after = (
+        " / ".join(line[1:].strip() for line in changed if line[0] == sign)
+        for sign in "-+"
+    )
+    return before, after
+
+
+def _report(module: str, source: str, results: dict[str, dict]) -> None:
+    known = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
+    equivalent = {(e["before"], e["after"]) for e in known.get(module, [])}
+    survivors = [r for r in results.values() if r["survived"]]
+    unknown = [r for r in survivors if (r["before"], r["after"]) not in equivalent]
+    killed, total = len(results) - len(survivors), len(results)
+    print(
+        f"{module}: {total} mutants, {killed} killed ({100 * killed / max(total, 1):.1f} %), "
+        f"{len(survivors) - len(unknown)} equivalent, {len(unknown)} survived"
+    )
+    for result in unknown:
+        print(f"  - {result['before']}\n  + {result['after']}")
+
+
+#: What every fork needs, and nothing of this package.
+_WARM = (
+    "hypothesis.extra.numpy",
+    "lm_eval.models.huggingface",
+    "lm_eval.tasks",
+    "peft",
+    "pytest",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("module", choices=TESTS)
+    parser.add_argument("--again", action="store_true", help="survivors only, anew")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HYPOTHESIS_STORAGE_DIRECTORY": tempfile.mkdtemp(),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    module = options.module
+    source = (ROOT / "lm_eval_pruned" / f"{module}.py").read_text(encoding="utf-8")
+    folder = ROOT / "build" / "mutation"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{module}-{zlib.crc32(source.encode()):08x}.jsonl"
+    results: dict[str, dict] = {}
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            result = json.loads(line)
+            results[result["name"]] = result
+    if not options.report:
+        tests = [str(ROOT / "tests" / name) for name in TESTS[module]]
+        for name in _WARM:
+            importlib.import_module(name)
+        if not survives(module, source, tests, folder / "unchanged.log"):
+            raise SystemExit(f"The tests fail unchanged: {folder / 'unchanged.log'}")
+        start = time.monotonic()
+        for name, mutant in mutants(source).items():
+            if time.monotonic() - start > options.seconds:
+                break
+            if name in results and not (options.again and results[name]["survived"]):
+                continue
+            alive = survives(module, mutant, tests, folder / f"{module}.log")
+            before, after = _change(source, mutant)
+            result = {"name": name, "survived": alive, "before": before, "after": after}
+            results[name] = result
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(result) + "\n")
+    _report(module, source, results)
+
+
+if __name__ == "__main__":
+    main()
