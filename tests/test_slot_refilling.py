@@ -188,8 +188,8 @@ def test_a_common_beginning_is_computed_once():
     pairs = [(stem + end, {"max_gen_toks": 1}) for end in ("one", "two", "three")]
     lm.generate_until(instances(pairs), disable_tqdm=True)
     assert lm.token_counts.prompt == 3 * len(stem) + 11
-    # "three" comes first; "one" has three more tokens, "two" has two.
-    assert lm.token_counts.processed == len(stem) + 5 + 3 + 2
+    # "three" comes first, "one" takes its place, and "two" has only the stem to copy.
+    assert lm.token_counts.processed == len(stem) + 5 + 3 + 3
     assert lm.token_counts.generated == 3
 
 
@@ -264,8 +264,8 @@ def test_thinking_is_cut_off(pair, think_end):
 )
 def test_more_than_greedy_takes_the_plain_path(pair, settings, reason, caplog):
     plain, refilled = pair
-    plain = make(HFLM, plain.model, 3)
-    refilled = make(PrefixHFLM, plain.model, 3)
+    # One by one: in float64, eager attention makes NaN of the padding in a batch.
+    refilled = make(PrefixHFLM, plain.model, 1)
     pairs = [*prompts(**settings)[:3], *prompts()[3:]]
     torch.manual_seed(0)
     expected = generate(plain, pairs)
@@ -320,7 +320,7 @@ def test_an_encoder_decoder_takes_the_plain_path():
 @pytest.mark.parametrize(
     ("model_type", "more", "refills"),
     [
-        ("qwen2", {}, True),
+        ("qwen2", {"use_sliding_window": False}, True),
         ("gemma2", {"sliding_window": 128}, True),
         ("gemma2", {"sliding_window": 16}, False),
         ("mistral", {"sliding_window": 16}, False),
@@ -328,7 +328,7 @@ def test_an_encoder_decoder_takes_the_plain_path():
         ("gpt_neox", {}, True),
         ("phi", {}, True),
         ("olmo2", {}, True),
-        ("qwen3", {}, True),
+        ("qwen3", {"use_sliding_window": False}, True),
         ("bloom", {}, False),
         ("mamba", {}, False),
     ],
@@ -336,7 +336,8 @@ def test_an_encoder_decoder_takes_the_plain_path():
 def test_architectures(model_type, more, refills):
     config = shrunk(model_type, **more)
     # Gemma 2 has a soft cap on its attention, which sdpa does not know.
-    config._attn_implementation = "eager" if model_type == "gemma2" else "sdpa"
+    without_sdpa = ("bloom", "gemma2", "mamba")
+    config._attn_implementation = "eager" if model_type in without_sdpa else "sdpa"
     model = tiny_model(config)
     plain = make(HFLM, model, 1)
     refilled = make(PrefixHFLM, model, 3)
@@ -381,7 +382,7 @@ def test_another_error_is_not_taken_for_lack_of_memory(pair, monkeypatch):
 
 
 def test_a_model_whose_cache_is_its_own_is_noticed(pair, monkeypatch, caplog):
-    refilled = make(PrefixHFLM, pair[0].model)
+    refilled = make(PrefixHFLM, pair[0].model, 1)
     write = slot_refilling._SlotLayer._write
 
     def forgetful(layer, stored, states):
