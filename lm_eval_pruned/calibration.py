@@ -91,7 +91,7 @@ def read_texts(file: str, samples: int | None = None) -> list[Text]:
     """
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"calibration={file} cannot be read ({error}): pass a JSON Lines file in UTF-8."
         ) from None
