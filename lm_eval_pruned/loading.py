@@ -21,6 +21,7 @@ import logging
 import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -387,6 +388,14 @@ class Request:
                 from transformers import GgufConfig
 
                 arguments["quantization_config"] = GgufConfig(dequantize=True)
+        from transformers import PreTrainedModel
+
+        loader = getattr_static(self.widths.model_class, "from_pretrained")
+        if loader is not getattr_static(PreTrainedModel, "from_pretrained"):
+            # A loader of its own need not know how to tell what was missing.
+            return self.auto_class.from_pretrained(
+                self.pretrained, config=config, **arguments
+            )
         model, found = self.auto_class.from_pretrained(
             self.pretrained, config=config, output_loading_info=True, **arguments
         )

@@ -96,6 +96,7 @@ class Widths:
     Attributes:
         original: The config.
         config: The same with plain width keys; see `plain_config`.
+        model_class: Class of the model.
         mlps: The GLU-MLPs, in order, without weights.
         keys: The key of each MLP, by the MLP's name.
         actual: The width of each MLP, by name. Differs from what the config says
@@ -123,6 +124,7 @@ class Widths:
         self.config = plain_config(config)
         self._build = build
         model = build(self.config)
+        self.model_class = type(model)
         self._parameters = count_parameters(model)
         self.mlps = find_glu_mlps(model)
         self.keys = _find_keys(self.config, model, self.mlps, build)
