@@ -113,6 +113,30 @@ def instances(pairs):
     ]
 
 
+@given(
+    texts=st.lists(
+        st.tuples(
+            st.text("ab ", max_size=MAX_LENGTH + 6),
+            st.text("ab", min_size=1, max_size=MAX_LENGTH - 1),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    batch_size=st.sampled_from([1, 3, "auto"]),
+)
+def test_texts_are_scored_as_by_hf(pair, texts, batch_size):
+    """Empty contexts, texts around the longest length, batches of one."""
+    plain, shared, tolerance = pair
+    with pytest.MonkeyPatch.context() as patch:
+        module = "lm_eval_pruned.model_wrappers.prefix_sharing"
+        patch.setattr(f"{module}._LEAST_SAVING", -9.0)
+        patch.setattr(f"{module}._FEWEST_TOKENS", 1)
+        patch.setattr(shared, "batch_size_per_gpu", batch_size)
+        got = shared.loglikelihood(instances(texts), disable_tqdm=True)
+    expected = plain.loglikelihood(instances(texts), disable_tqdm=True)
+    close(got, expected, tolerance)
+
+
 QUESTIONS = [
     (f"{stem} Q: {q} A:", f" {a}")
     for stem in ("Some examples.",)
