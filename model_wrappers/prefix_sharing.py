@@ -96,8 +96,12 @@ class PrefixSharingMixin:
         shareable = [
             sharing
             and (limit is None or length <= limit)
+            # HFLM refuses what has nothing to score, or no token to score it after.
+            and len(context) > 0
             and 0 < len(continuation) <= self.max_length
-            for length, (_, _, continuation) in zip(lengths, requests, strict=True)
+            for length, (_, context, continuation) in zip(
+                lengths, requests, strict=True
+            )
         ]
         shared = [r for r, ok in zip(requests, shareable, strict=True) if ok]
         rest = [r for r, ok in zip(requests, shareable, strict=True) if not ok]

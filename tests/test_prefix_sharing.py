@@ -113,6 +113,31 @@ def instances(pairs):
     ]
 
 
+@given(
+    texts=st.lists(
+        st.tuples(
+            # The harness moves spaces at the end to the continuation.
+            st.text("ab ", max_size=MAX_LENGTH + 6).map(str.rstrip),
+            st.text("ab", min_size=1, max_size=MAX_LENGTH - 1),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    batch_size=st.sampled_from([1, 3, "auto"]),
+)
+def test_texts_are_scored_as_by_hf(pair, texts, batch_size):
+    """Empty contexts, texts around the longest length, batches of one."""
+    plain, shared, tolerance = pair
+    with pytest.MonkeyPatch.context() as patch:
+        module = "lm_eval_pruned.model_wrappers.prefix_sharing"
+        patch.setattr(f"{module}._LEAST_SAVING", -9.0)
+        patch.setattr(f"{module}._FEWEST_TOKENS", 1)
+        patch.setattr(shared, "batch_size_per_gpu", batch_size)
+        got = shared.loglikelihood(instances(texts), disable_tqdm=True)
+    expected = plain.loglikelihood(instances(texts), disable_tqdm=True)
+    close(got, expected, tolerance)
+
+
 QUESTIONS = [
     (f"{stem} Q: {q} A:", f" {a}")
     for stem in ("Some examples.",)
@@ -220,6 +245,15 @@ def test_each_node_is_computed_once_and_logits_where_they_are_scored(models):
     # 15 common tokens; '1 ' and '2 ' after them. A text's last token is no input.
     assert shared.token_counts.processed - processed == 15 + 2 + 2 == sum(tokens)
     assert sum(r.numel() for r in rows) == 4
+
+
+@pytest.mark.parametrize(
+    "request_", [(None, [], [1, 2]), (None, [1], []), (None, [1], [2] * 513)]
+)
+def test_what_hf_refuses_is_refused(models, request_):
+    for lm in models:
+        with pytest.raises(AssertionError):
+            lm._loglikelihood_tokens([request_, (None, [1, 2], [3])], disable_tqdm=True)
 
 
 def test_results_reach_the_cache_as_they_come(models):

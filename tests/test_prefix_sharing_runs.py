@@ -24,7 +24,7 @@ def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     harness.write_choice_task(folder)
     harness.write_text_tasks(folder)
-    return TaskManager(include_path=str(folder))
+    return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def evaluate(lm, tasks, **arguments):
@@ -133,7 +133,7 @@ def test_a_broken_run_resumes_from_the_cache(tiny_llama, tasks, tmp_path, monkey
     run_pack, passes = lm._run_pack, []
 
     def breaks(*arguments):
-        if len(passes) == 5:
+        if len(passes) == 2:
             raise KeyboardInterrupt
         passes.append(1)
         run_pack(*arguments)
@@ -177,7 +177,7 @@ def test_processes_agree_on_how_batch_sizes_are_found(tiny_llama, monkeypatch):
         nothing_in_common, disable_tqdm=True
     )
     got = lm._loglikelihood_tokens(nothing_in_common, disable_tqdm=True)
-    assert got == plain(expected)
+    assert as_json(got) == plain(expected)
     # Beyond a window.
     lm.model.config.sliding_window = 3
     assert lm._loglikelihood_tokens(nothing_in_common, disable_tqdm=True) == got
