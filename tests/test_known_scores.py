@@ -85,6 +85,7 @@ def test_seven_widths_take_one_calibration(
         "calibrate",
         lambda *args, run=pruning.calibrate: passes.append(args) or run(*args),
     )
+    caplog.clear()
     with KnownScores().in_use(), caplog.at_level("INFO", "lm_eval.pruned"):
         for percent, model in zip(PERCENTS, expected, strict=True):
             again = load_pruned(str(tiny_llama), prune_percent=percent, **arguments)
