@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
 import threading
 from contextvars import ContextVar
@@ -235,7 +236,11 @@ def _load(
     session = _Session(plan, widths, targets, known)
     session.declined = request.must_load_whole(known)
     if session.declined is None:
-        with _standing_in(session), _clear_errors(session, request):
+        with (
+            _without_collections(),
+            _standing_in(session),
+            _clear_errors(session, request),
+        ):
             model = request.load(narrowed if session.changes_model else widths.original)
             choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
@@ -318,7 +323,7 @@ class Request:
                 min(actual.values()),
                 max(actual.values()),
             )
-        with clear_config_errors(pretrained):
+        with _without_collections(), clear_config_errors(pretrained):
             widths = Widths(config, build, actual)
             plan = widths.plan(**prune_arguments)
         return cls(auto_class, pretrained, plan, widths, model_arguments)
@@ -446,6 +451,22 @@ def _refuse_quantised(config: PretrainedConfig, arguments: dict[str, Any]) -> No
         "and quantised neurons can be neither ranked nor sliced: pass the unquantised checkpoint "
         "it was made from."
     )
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Put off the garbage collector while models are built.
+
+    Their many small objects set off collections of everything that the process has
+    imported, each of which takes as long as reading a small model.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _RouteDeclined(Exception):
