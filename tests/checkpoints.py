@@ -5,10 +5,12 @@ One place makes tiny checkpoints, one finds the real one.
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -107,3 +109,17 @@ def real_model_missing() -> str | None:
         if find_spec(package) is None:
             return f"the package {package} is not installed (see README, 'Tests')"
     return None
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Change entries of ``config.json``."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change) -> None:
+    """Rewrite ``model.safetensors`` after `change` has edited its dict of tensors."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import example, given, strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
 from . import slicing
+from .checkpoints import edit_weights
 
 
 INDEX = "model.safetensors.index.json"
@@ -65,13 +66,6 @@ def assert_as_stored(folder, model):
 
 def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder, change):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def edit_header(folder, change):

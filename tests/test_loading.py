@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import re
 import shutil
@@ -15,7 +14,7 @@ import weakref
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, conversion_mapping
 
@@ -23,6 +22,7 @@ from lm_eval_pruned import load_pruned, loading, prune_model
 from lm_eval_pruned.glu import UnsupportedModelError
 
 from . import checkpoints, slicing
+from .checkpoints import edit_config, edit_weights
 
 
 @pytest.fixture
@@ -35,18 +35,6 @@ def copied(tiny_llama, tmp_path):
 def copied_shards(tiny_llama_sharded, tmp_path):
     """A copy of the sharded tiny checkpoint that a test may damage."""
     return shutil.copytree(tiny_llama_sharded, tmp_path / "copy")
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder, change):
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def test_shards_are_joined(tiny_llama, tiny_llama_sharded):
