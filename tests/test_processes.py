@@ -14,6 +14,15 @@ from . import demo_runs
 from .demo_runs import TWO_PROCESSES
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that the tests start: the number decides how sums round."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.arange(1, 40).view(3, 13)).logits
