@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_pruned.generation import count_generated, end_tokens
+from lm_eval_pruned.model_wrappers.hf_arguments import check_flag
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 
 
@@ -65,10 +66,7 @@ class EnergyLoggingHFLM(HFLM):
             "energy_per_task": energy_per_task,
             "energy_online": energy_online,
         }.items():
-            if value not in (True, False):
-                raise ValueError(
-                    f"{name}={value!r} is not understood: pass true or false."
-                )
+            check_flag(name, value)
         #: Running totals since the model was loaded; HFLM's tokens count if ``energy``.
         self.token_counts = TokenCounts()
         self._energy_per_task = energy_per_task

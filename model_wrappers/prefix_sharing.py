@@ -12,7 +12,6 @@ own ancestors and nothing else.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,15 +23,21 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lm_eval_pruned.model_wrappers.attention_support import (
+    cache_argument,
+    config_of,
+    rounding,
+    sequence_limit,
+    unsupported_reason,
+)
 from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears
+from lm_eval_pruned.model_wrappers.hf_arguments import check_flag
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 from lm_eval_pruned.token_tree import Budget, TokenTree, build_tree, next_pack
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from transformers import PretrainedConfig, PreTrainedModel
 
     from lm_eval_pruned.token_tree import Pack
 
@@ -43,6 +48,8 @@ eval_logger = logging.getLogger("lm_eval.models.prefix_sharing")
 
 # Sharing has to save this much of the work to be worth leaving the plain path.
 _LEAST_SAVING = 0.05
+# The first use compares a few tokens with the plain path; it has to save more than that.
+_WORTH_CHECKING = 200
 # A pass of fewer tokens leaves the machine idle whatever the batch size.
 _FEWEST_TOKENS = 512
 
@@ -72,10 +79,7 @@ class PrefixSharingMixin:
         Raises:
             ValueError: `prefix_sharing` is neither true nor false.
         """
-        if prefix_sharing not in (True, False):
-            raise ValueError(
-                f"prefix_sharing={prefix_sharing!r} is not understood: pass true or false."
-            )
+        check_flag("prefix_sharing", prefix_sharing)
         self.prefix_sharing = bool(prefix_sharing)
         if not hasattr(self, "token_counts"):
             self.token_counts = TokenCounts()
@@ -91,8 +95,11 @@ class PrefixSharingMixin:
     ) -> list[tuple[float, bool]]:
         plain = super()._loglikelihood_tokens  # type: ignore[misc]
         lengths = [self._input_length(request) for request in requests]
-        sharing = self._can_share() if requests else False
-        limit = sequence_limit(_config(self)) if sharing else None
+        # Processes that find batch sizes together have to agree on whether they share.
+        sharing = bool(requests) and (
+            self._can_share() if self._detects_together else self._may_share()
+        )
+        limit = sequence_limit(config_of(self)) if sharing else None
         shareable = [
             sharing
             and (limit is None or length <= limit)
@@ -108,8 +115,8 @@ class PrefixSharingMixin:
         work = None
         if shared:
             work = _Work.of(shared, self.max_length)
-            if not self._detects_together and (
-                self._saving(shared, work) < _LEAST_SAVING
+            if not self._detects_together and not (
+                self._is_worth_sharing(shared, work) and self._can_share()
             ):
                 shared, rest, work = [], requests, None
         shared_results: Iterator[tuple[float, bool]] = iter(())
@@ -143,9 +150,9 @@ class PrefixSharingMixin:
     def _input_length(self, request: Request) -> int:
         return min(len(request[1]) + len(request[2]) - 1, self.max_length)
 
-    def _saving(self, requests: list[Request], work: _Work) -> float:
-        """Estimate the share of `HFLM`'s work that sharing saves."""
-        config = _config(self).get_text_config()
+    def _is_worth_sharing(self, requests: list[Request], work: _Work) -> bool:
+        """Estimate the share of `HFLM`'s work that sharing saves, and ask if it is enough."""
+        config = config_of(self).get_text_config()
         head = config.vocab_size * getattr(config, "hidden_size", 1)
         if not hasattr(self, "_body_size"):
             everything = sum(p.numel() for p in self.model.parameters())
@@ -153,27 +160,37 @@ class PrefixSharingMixin:
             self._body_size = max(everything - tables * head, 1)
         asked = sum(self._input_length(request) for request in _distinct(requests))
         ours = len(work.tree) * self._body_size + int(work.scored_before[-1]) * head
-        return 1 - ours / (asked * (self._body_size + head))
+        saving = 1 - ours / (asked * (self._body_size + head))
+        return saving >= _LEAST_SAVING and (
+            self._sharing_checked or saving * asked >= _WORTH_CHECKING
+        )
+
+    def _may_share(self) -> bool:
+        """Ask whether anything that can be read off the model speaks against sharing."""
+        if self.prefix_sharing and not self._sharing_checked:
+            self._give_up_if(unsupported_reason(self))
+        return self.prefix_sharing
 
     def _can_share(self) -> bool:
-        if not self.prefix_sharing:
-            return False
-        if not self._sharing_checked:
+        """Try it out, the first time."""
+        if self._may_share() and not self._sharing_checked:
             self._sharing_checked = True
-            reason = unsupported_reason(self) or self._disagreement()
-            if reason is not None:
-                self.prefix_sharing = False
-                if self.rank == 0:
-                    eval_logger.warning(
-                        "Prefixes are not shared, each request is computed whole: %s.",
-                        reason,
-                    )
+            self._give_up_if(self._disagreement())
         return self.prefix_sharing
+
+    def _give_up_if(self, reason: str | None) -> None:
+        if reason is None:
+            return
+        self.prefix_sharing = False
+        if self.rank == 0:
+            eval_logger.warning(
+                "Prefixes are not shared, each request is computed whole: %s.", reason
+            )
 
     def _disagreement(self) -> str | None:
         """Compare a few random tokens with the plain path; return what differs."""
         generator = np.random.default_rng(0)
-        vocabulary = _config(self).get_text_config().vocab_size
+        vocabulary = config_of(self).get_text_config().vocab_size
         stem, *tails = (
             generator.integers(0, vocabulary, count).tolist() for count in (9, 5, 11, 7)
         )
@@ -200,7 +217,7 @@ class PrefixSharingMixin:
         got = torch.from_numpy(work.values[np.concatenate(work.pairs)])
         difference = (got - expected).square().mean().sqrt().item()
         spread = expected.std().item()
-        if not difference <= _TOLERANCE.get(logits.dtype, 0.05) * spread:
+        if not difference <= rounding(logits.dtype) * spread:
             return (
                 "the model's log-probabilities change with them (by "
                 f"{difference:.1e}, of a spread of {spread:.1e}, on random tokens)"
@@ -309,7 +326,7 @@ class PrefixSharingMixin:
         arguments: dict[str, Any] = {"use_cache": False}
         if cache.length or kept is not None:
             cache.begin_pass(kept)
-            arguments = {"use_cache": True, _cache_argument(self.model): cache}
+            arguments = {"use_cache": True, cache_argument(self.model): cache}
         if not pack.chains:
             arguments["attention_mask"] = self._mask(tree, pack, nodes, cache.length)
 
@@ -421,9 +438,6 @@ class PrefixSharingMixin:
 
 # Rows of logits per softmax, so that a chunk stays in a processor's cache.
 _SOFTMAX_ROWS = 64
-
-# Root mean square of the difference that rounding explains, in units of the spread.
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01}
 
 
 @dataclass
@@ -560,92 +574,3 @@ def _distinct(requests: list[Request]) -> list[Request]:
 
 def _logits_dtype(lm: Any) -> torch.dtype:
     return lm.mixed_precision_dtype or lm.model.dtype
-
-
-def _base_model(model: Any) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _config(lm: Any) -> PretrainedConfig:
-    # HFLM's own is what the checkpoint says, not what became of it on loading.
-    return _base_model(lm.model).config
-
-
-def _forward_arguments(model: Any) -> set[str]:
-    return set(inspect.signature(type(_base_model(model)).forward).parameters)
-
-
-def _cache_argument(model: Any) -> str:
-    # Renamed in transformers 5.24.
-    return "cache" if "cache" in _forward_arguments(model) else "past_key_values"
-
-
-def unsupported_reason(lm: Any) -> str | None:
-    """Return why prefixes cannot be shared on an `HFLM`, or None if nothing speaks against it.
-
-    What cannot be read off the model shows in the comparison at the first use.
-    """
-    if lm.backend != "causal":
-        return "the model is an encoder-decoder"
-    if getattr(lm.model, "active_peft_config", None) is not None and (
-        lm.model.active_peft_config.is_prompt_learning
-    ):
-        return "its adapter puts virtual tokens in front of each request"
-    model = _base_model(lm.model)
-    config = _config(lm).get_text_config()
-    if getattr(model, "_is_stateful", False):
-        return f"{config.model_type} keeps a recurrent state, which cannot branch"
-    odd = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-        "chunked_attention",
-    }
-    if odd:
-        return f"{config.model_type} has layers of type {', '.join(sorted(odd))}"
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        return f"{config.model_type} has ALiBi, which counts tokens by their place in the row"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if "mrope_section" in rope:
-        return f"{config.model_type} has positions of several dimensions"
-    attention = getattr(config, "_attn_implementation", None)
-    if attention not in ("sdpa", "eager"):
-        return f"attn_implementation={attention} takes no mask of its own; sdpa and eager do"
-    if model.get_output_embeddings() is None:
-        return f"{config.model_type} has no output embedding to be found"
-    missing = {"position_ids", "attention_mask", _cache_argument(model)}
-    missing -= _forward_arguments(model)
-    if missing:
-        return f"{config.model_type} takes no {', '.join(sorted(missing))}"
-    try:
-        sequence_limit(config)
-    except RuntimeError:
-        # transformers raises where one setting has a value per layer.
-        return f"{config.model_type} has layers whose windows are set one by one"
-    return None
-
-
-def sequence_limit(config: PretrainedConfig) -> int | None:
-    """Return the longest sequence, in tokens, whose attention is plain, or None for any.
-
-    Beyond it a window cuts off tokens, or positions are scaled by the length of the batch.
-    """
-    config = config.get_text_config()
-    limits = []
-    for name in ("sliding_window", "attention_chunk_size", "window_size"):
-        window = getattr(config, name, None)
-        if isinstance(window, int) and window > 0:
-            limits.append(window)
-    rope = getattr(config, "rope_parameters", None) or {}
-    scalings = (
-        rope.values()
-        if rope and all(isinstance(r, dict) for r in rope.values())
-        else [rope]
-    )
-    for scaling in scalings:
-        if scaling.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(
-                scaling.get("original_max_position_embeddings")
-                or getattr(config, "original_max_position_embeddings", None)
-                or config.max_position_embeddings
-            )
-    return min(limits) if limits else None

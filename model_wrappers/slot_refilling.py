@@ -33,14 +33,15 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lm_eval_pruned.generation import end_tokens
-from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears
-from lm_eval_pruned.model_wrappers.prefix_sharing import (
-    _TOLERANCE,
-    _base_model,
-    _cache_argument,
+from lm_eval_pruned.model_wrappers.attention_support import (
+    base_model,
+    cache_argument,
+    rounding,
     sequence_limit,
     unsupported_reason,
 )
+from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears
+from lm_eval_pruned.model_wrappers.hf_arguments import check_flag
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 
 
@@ -124,10 +125,7 @@ class SlotRefillingMixin:
         Raises:
             ValueError: `slot_refilling` is neither true nor false.
         """
-        if slot_refilling not in (True, False):
-            raise ValueError(
-                f"slot_refilling={slot_refilling!r} is not understood: pass true or false."
-            )
+        check_flag("slot_refilling", slot_refilling)
         self.slot_refilling = bool(slot_refilling)
         self._refilling_checked = False
         self._refilling_complaints: set[str] = set()
@@ -227,7 +225,7 @@ class SlotRefillingMixin:
 
     def _unsupported_setting(self, kwargs: dict[str, Any]) -> str | None:
         """Return what would make generation more than greedy, or None."""
-        config = copy.deepcopy(_base_model(self.model).generation_config)
+        config = copy.deepcopy(base_model(self.model).generation_config)
         relevant = {k: v for k, v in kwargs.items() if k not in _WITHOUT_EFFECT}
         for name in config.update(**relevant):
             return name
@@ -299,7 +297,7 @@ class SlotRefillingMixin:
         got, expected = got.double(), expected.double()
         spread = expected.std(-1).mean().item()
         difference = (got - expected).square().mean().sqrt().item()
-        if not difference <= _TOLERANCE.get(logits.dtype, 0.05) * spread:
+        if not difference <= rounding(logits.dtype) * spread:
             return (
                 f"the model's logits change with them (by {difference:.1e}, of a spread "
                 f"of {spread:.1e}, on random tokens)"
@@ -326,7 +324,7 @@ class SlotRefillingMixin:
         """Run the requests through the model; yield each when its answer is done."""
         counts = getattr(self, "token_counts", TokenCounts())
         counts.prompt += sum(len(job.tokens) for job in jobs)
-        ends = set(end_tokens(_base_model(self.model)))
+        ends = set(end_tokens(base_model(self.model)))
         waiting = deque(_ordered(jobs))
         slots = self._slots(jobs)
         # Elsewhere attention is the smaller part, and each group costs a launch.
@@ -433,7 +431,7 @@ class SlotRefillingMixin:
                     position_ids=position,
                     attention_mask=mask,
                     use_cache=True,
-                    **{_cache_argument(self.model): cache},
+                    **{cache_argument(self.model): cache},
                 ).logits
         finally:
             if hook is not None:
@@ -802,7 +800,7 @@ def _unsupported(lm: Any) -> str | None:
     reason = unsupported_reason(lm)
     if reason is not None:
         return reason
-    model = _base_model(lm.model)
+    model = base_model(lm.model)
     if type(model).generate is not GenerationMixin.generate:
         return f"{type(model).__name__} generates in a way of its own"
     accelerator = getattr(lm, "accelerator", None)

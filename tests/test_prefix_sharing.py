@@ -342,6 +342,30 @@ def test_nothing_to_share_is_the_plain_path(models, monkeypatch):
     shared.loglikelihood_rolling(instances([("some text " * 20,)]), disable_tqdm=True)
 
 
+def test_the_check_is_made_where_it_pays(monkeypatch, caplog):
+    """The first use compares a few tokens with the plain path, which has to be worth it."""
+    model = tiny()
+    tried = []
+
+    def fresh():
+        lm = make(PrefixHFLM, model)
+        monkeypatch.setattr(lm, "_disagreement", lambda: tried.append(1))
+        return lm
+
+    stem = list(range(40))
+    requests = [(None, stem, [n, n + 1]) for n in range(3)]
+    lm = fresh()
+    lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert lm.token_counts.processed == 0 and not tried
+    lm._loglikelihood_tokens(requests * 2, disable_tqdm=True)
+    assert not tried, "duplicates are free on both paths"
+    many = [(None, stem, [n, n + 1]) for n in range(9)]
+    lm._loglikelihood_tokens(many, disable_tqdm=True)
+    assert lm.token_counts.processed == 40 + 9 and tried == [1]
+    lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert lm.token_counts.processed == 40 + 9 + 40 + 3 and tried == [1]
+
+
 def test_prefix_sharing_is_a_switch(models):
     with pytest.raises(ValueError, match="prefix_sharing='sometimes'"):
         make(PrefixHFLM, models[0].model, prefix_sharing="sometimes")
@@ -350,6 +374,7 @@ def test_prefix_sharing_is_a_switch(models):
 def test_pruned_hf_shares_prefixes():
     model = tiny()
     shared = make(PrunedHFLM, model, prune_percent=40)
+    assert shared._can_share()
     plain = make(HFLM, shared.model)
     close(
         shared.loglikelihood(instances(QUESTIONS), disable_tqdm=True),

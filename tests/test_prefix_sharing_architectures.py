@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lm_eval_pruned.model_wrappers import prefix_sharing
+from lm_eval_pruned.model_wrappers import attention_support, prefix_sharing
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 from .checkpoints import TINY, byte_tokenizer, tiny_config, tiny_model
@@ -135,6 +135,7 @@ def check_answers(plain, shared, lengths=(20, 23, 24, 25, 26, 60)):
 @pytest.fixture(autouse=True)
 def share_however_little(monkeypatch):
     monkeypatch.setattr(prefix_sharing, "_LEAST_SAVING", -9.0)
+    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", float("-inf"))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def share_however_little(monkeypatch):
 def test_shared(model_type, limit):
     plain, shared = sides(shrunk(model_type))
     assert shared._can_share()
-    assert prefix_sharing.sequence_limit(shared.model.config) == limit
+    assert attention_support.sequence_limit(shared.model.config) == limit
     check_answers(plain, shared)
     assert shared.token_counts.processed > 0
 
@@ -198,7 +199,7 @@ def test_shared_with_eager_attention(model_type):
 def test_falls_back(config, attention, reason, caplog):
     plain, shared = sides(shrunk(**config), attention)
     if plain.backend == "seq2seq":
-        assert reason in prefix_sharing.unsupported_reason(shared)
+        assert reason in attention_support.unsupported_reason(shared)
         return
     for _ in range(2):
         # Their plain path takes seconds on a CPU.
@@ -224,7 +225,7 @@ def test_positions_that_depend_on_the_length_of_a_batch(rope_type):
         max_position_embeddings=40 if rope_type == "dynamic" else 160,
     )
     plain, shared = sides(config)
-    assert prefix_sharing.sequence_limit(shared.model.config) == 40
+    assert attention_support.sequence_limit(shared.model.config) == 40
     assert shared._can_share()
     # The plain path's answers beyond the limit depend on what else is in the batch.
     check_answers(plain, shared, lengths=(20, 39, 40))
@@ -233,7 +234,7 @@ def test_positions_that_depend_on_the_length_of_a_batch(rope_type):
 def test_flash_attention_takes_no_mask():
     _, shared = sides(tiny_config())
     shared.model.config._attn_implementation = "flash_attention_2"
-    reason = prefix_sharing.unsupported_reason(shared)
+    reason = attention_support.unsupported_reason(shared)
     assert reason == (
         "attn_implementation=flash_attention_2 takes no mask of its own; sdpa and eager do"
     )

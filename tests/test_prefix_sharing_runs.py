@@ -11,6 +11,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from lm_eval_pruned.model_wrappers import prefix_sharing
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 from . import demo_runs, harness
@@ -25,6 +26,11 @@ def tasks(tmp_path_factory):
     harness.write_choice_task(folder)
     harness.write_text_tasks(folder)
     return TaskManager(include_path=str(folder), include_defaults=False)
+
+
+@pytest.fixture(autouse=True)
+def check_at_once(monkeypatch):
+    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 0)
 
 
 def evaluate(lm, tasks, **arguments):
