@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from reporting import machine, peak_memory, print_profile, spread
 
 from lm_eval_pruned.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
@@ -45,6 +44,7 @@ class Side:
         self.name = name
         self.lm = lm
         self.seconds: list[float] = []
+        self.peak = 0
         self.answers: list[str] = []
         #: Tokens of the texts that were generated.
         self.tokens: dict[str, list[int]] = {}
@@ -64,12 +64,37 @@ class Side:
 
     def run(self, requests: list[Instance]) -> float:
         """Answer `requests` once; return the seconds that took."""
-        begin = time.perf_counter()
-        self.answers = self.lm.generate_until(requests)
-        if self.lm.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - begin)
+        with peak_memory(self.lm.device) as peaks:
+            begin = time.perf_counter()
+            self.answers = self.lm.generate_until(requests)
+            if self.lm.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - begin)
+        self.peak = max(self.peak, *peaks)
         return self.seconds[-1]
+
+
+class ContinuousBatchingHFLM(HFLM):
+    """HFLM that generates through transformers' own continuous batching."""
+
+    def generate_until(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[str]:
+        settings = requests[0].args[1]
+        if settings["until"]:
+            raise SystemExit("--generate-batch knows no stop strings: use ifeval")
+        most = settings["max_gen_toks"]
+        config = transformers.GenerationConfig(
+            max_new_tokens=most,
+            do_sample=False,
+            eos_token_id=self.model.generation_config.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        before = self.model.config._attn_implementation
+        done = self.model.generate_batch(prompts, generation_config=config)
+        self.model.set_attn_implementation(before)
+        return [self.tok_decode(output.generated_tokens) for output in done.values()]
 
 
 def requests_of(task: str, lm: HFLM, arguments: argparse.Namespace) -> list[Instance]:
@@ -127,6 +152,14 @@ def main() -> None:
     parser.add_argument("--max-gen-toks", type=int, help="default: the task's")
     parser.add_argument("--repeats", type=int, default=3, help="of both sides each")
     parser.add_argument("--hf-batch-sizes", default="8,32", help="to choose hf's from")
+    parser.add_argument(
+        "--choose-limit", type=int, help="documents to choose it on; default: --limit"
+    )
+    parser.add_argument(
+        "--generate-batch",
+        action="store_true",
+        help="run transformers' continuous batching, too; stops at end tokens only",
+    )
     parser.add_argument("--batch-size", default="auto", help="of hf-prefix")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -154,30 +187,38 @@ def main() -> None:
     sizes = [int(size) for size in arguments.hf_batch_sizes.split(",")]
     candidates = {size: side(f"hf, batch size {size}", HFLM, size) for size in sizes}
     requests = requests_of(arguments.task, ours.lm, arguments)
-    # The first run of several is the first repeat of the fastest.
-    first = {size: candidate.run(requests) for size, candidate in candidates.items()}
+    few = requests[: arguments.choose_limit]
+    first = {size: candidate.run(few) for size, candidate in candidates.items()}
     hf = candidates[min(first, key=first.__getitem__)]
-    ratios = [hf.seconds[0] / ours.run(requests)]
-    for _ in range(arguments.repeats - 1):
-        ratios.append(hf.run(requests) / ours.run(requests))
+    if len(few) < len(requests):
+        hf.seconds.clear()
+    sides = [ours, hf]
+    if arguments.generate_batch:
+        sides.append(side("generate_batch", ContinuousBatchingHFLM, 1))
+    for repeat in range(arguments.repeats):
+        for each in sides:
+            # What chose hf's batch size is its first repeat where it is of all requests.
+            if len(each.seconds) <= repeat:
+                each.run(requests)
 
-    packages = ("lm_eval", "transformers", "torch")
     print(
         f"task          {arguments.task}, {len(requests)} requests, "
         f"{requests[0].args[1]}"
     )
     print(f"model         {pretrained}, {arguments.dtype}")
-    print(
-        f"machine       {platform.processor() or platform.machine()}, {arguments.device}, "
-        f"{torch.get_num_threads()} threads; "
-        + ", ".join(f"{name} {version(name)}" for name in ("lm-eval-pruned", *packages))
-    )
+    print(f"machine       {machine(arguments.device)}")
     print(
         "hf chosen by  " + ", ".join(f"batch {b}: {s:.2f} s" for b, s in first.items())
     )
-    for each in (ours, hf):
-        print(f"{each.name:22} s    {_spread(each.seconds)}")
-    print(f"ratio hf / hf-prefix        {_spread(ratios)}")
+    for each in sides:
+        print(f"{each.name:22} s    {spread(each.seconds)}")
+    for each in sides[1:]:
+        ratios = [b / a for a, b in zip(ours.seconds, each.seconds, strict=True)]
+        print(f"ratio {each.name} / hf-prefix   {spread(ratios)}")
+    print(
+        "peak memory   "
+        + ", ".join(f"{each.name} {each.peak / 2**20:.0f} MiB" for each in sides)
+    )
     tokens = [len(tokens) for tokens in map(ours.tokens_of, ours.answers)]
     print(
         f"answers       {sum(tokens)} tokens, median {statistics.median(tokens):g}, "
@@ -196,7 +237,8 @@ def main() -> None:
         )
     if arguments.profile:
         for each in (hf, ours):
-            _profile(each, requests, arguments.device)
+            print_profile(lambda each=each: each.run(requests), arguments.device)
+            print(f"{each.name} while profiled: {each.seconds[-1]:.2f} s")
     tolerance = TOLERANCE[getattr(torch, arguments.dtype)]
     if any(gap > tolerance for gap in gaps):
         raise SystemExit(f"answers part at tokens further apart than {tolerance}")
@@ -213,29 +255,6 @@ def gap_where_they_part(
     tokens = torch.tensor([context + first[:common]], device=lm.device)
     top = lm._model_call(tokens)[0, -1].float().topk(2).values
     return float(top[0] - top[1])
-
-
-def _spread(values: list[float]) -> str:
-    return (
-        f"min {min(values):.2f}  median {statistics.median(values):.2f}  "
-        f"max {max(values):.2f}"
-    )
-
-
-def _profile(side: Side, requests: list[Instance], device: str) -> None:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device != "cpu":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        side.run(requests)
-    print(
-        profile.key_averages().table(
-            sort_by=f"self_{'cpu' if device == 'cpu' else 'cuda'}_time_total",
-            row_limit=16,
-            max_name_column_width=40,
-        )
-    )
-    print(f"{side.name} while profiled: {side.seconds[-1]:.2f} s")
 
 
 if __name__ == "__main__":

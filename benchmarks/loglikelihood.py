@@ -17,28 +17,23 @@ import argparse
 import json
 import logging
 import os
-import platform
-import statistics
-import threading
 import time
-from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 import transformers
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from reporting import machine, peak_memory, print_profile, spread
 
 from lm_eval_pruned.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 BOOLQ = {
     "dataset_path": "aps/super_glue",
@@ -138,7 +133,7 @@ class Side:
         watch = self.lm.model.get_input_embeddings().register_forward_pre_hook(
             self._count
         )
-        with _peak_memory(self.lm.device) as peaks:
+        with peak_memory(self.lm.device) as peaks:
             begin, cpu_begin = time.perf_counter(), time.process_time()
             answers = answer(requests, **kwargs)
             if self.lm.device.type == "cuda":
@@ -165,32 +160,6 @@ class Side:
         )
         self.scores = results["results"]
         return self.seconds[-1]
-
-
-@contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Append the peak, in bytes, to the list that it yields.
-
-    On CUDA that of the memory allocated, elsewhere that of the process's resident memory.
-    """
-    peaks = [0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        yield peaks
-        peaks.append(torch.cuda.max_memory_allocated())
-        return
-    stop = threading.Event()
-
-    def watch() -> None:
-        process = psutil.Process()
-        while not stop.wait(0.01):
-            peaks[0] = max(peaks[0], process.memory_info().rss)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    yield peaks
-    stop.set()
-    thread.join()
 
 
 def main() -> None:
@@ -263,16 +232,11 @@ def main() -> None:
         abs(a - b) for (a, _), (b, _) in zip(ours.answers, hf.answers, strict=True)
     )
     flags = sum(a != b for (_, a), (_, b) in zip(ours.answers, hf.answers, strict=True))
-    packages = ("lm_eval", "transformers", "torch")
     print(
         f"task          {arguments.task}, {hf.requests} requests, limit {arguments.limit}"
     )
     print(f"model         {pretrained}, {arguments.dtype}, {arguments.attention}")
-    print(
-        f"machine       {platform.processor() or platform.machine()}, {arguments.device}, "
-        f"{torch.get_num_threads()} threads; "
-        + ", ".join(f"{name} {version(name)}" for name in ("lm-eval-pruned", *packages))
-    )
+    print(f"machine       {machine(arguments.device)}")
     print(
         "hf chosen by  " + ", ".join(f"batch {b}: {s:.2f} s" for b, s in first.items())
     )
@@ -280,28 +244,24 @@ def main() -> None:
         (ours.name, ours.seconds),
         (hf.name, hf.seconds[1:]),
     ):
-        print(f"{name:22} s    {_spread(value)}")
-    print(f"ratio hf / hf-prefix        {_spread(ratios)}")
+        print(f"{name:22} s    {spread(value)}")
+    print(f"ratio hf / hf-prefix        {spread(ratios)}")
     if on_cpu:
-        print(f"ratio in CPU time           {_spread(cpu_ratios)}")
+        print(f"ratio in CPU time           {spread(cpu_ratios)}")
     print(f"positions     {ours.positions}, hf {hf.positions}, padding included")
     print(f"peak memory   {ours.peak / 2**20:.0f} MiB, hf {hf.peak / 2**20:.0f} MiB")
     print(f"differences   {worst:.1e} in log-probability, {flags} greedy flags")
     print(f"scores        {json.dumps(_numbers(ours.scores))}")
     if arguments.profile:
-        _profile(ours, arguments)
+        print_profile(
+            lambda: ours.run(arguments.task, arguments.limit), arguments.device
+        )
+        print(f"{ours.name} while profiled: {ours.seconds[-1]:.2f} s")
     tolerance = TOLERANCE[getattr(torch, arguments.dtype)]
     if worst > tolerance:
         raise SystemExit(f"log-probabilities differ by more than {tolerance}")
     if arguments.dtype == "float32" and _numbers(ours.scores) != _numbers(hf.scores):
         raise SystemExit(f"scores differ: hf has {json.dumps(_numbers(hf.scores))}")
-
-
-def _spread(values: list[float]) -> str:
-    return (
-        f"min {min(values):.2f}  median {statistics.median(values):.2f}  "
-        f"max {max(values):.2f}"
-    )
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
@@ -311,22 +271,6 @@ def _numbers(scores: dict[str, Any]) -> dict[str, float]:
         for metric, value in metrics.items()
         if isinstance(value, float) and "stderr" not in metric
     }
-
-
-def _profile(side: Side, arguments: argparse.Namespace) -> None:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if arguments.device != "cpu":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        side.run(arguments.task, arguments.limit)
-    print(
-        profile.key_averages().table(
-            sort_by=f"self_{'cpu' if arguments.device == 'cpu' else 'cuda'}_time_total",
-            row_limit=20,
-            max_name_column_width=40,
-        )
-    )
-    print(f"{side.name} while profiled: {side.seconds[-1]:.2f} s")
 
 
 if __name__ == "__main__":
