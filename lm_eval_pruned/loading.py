@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import itertools
 import logging
 import threading
 from contextvars import ContextVar
@@ -649,6 +650,10 @@ class _Session:
                 "its config.json describes another model."
             )
         self._mlps = narrowed
+        if proves_finite(self.plan.criterion):
+            # Nothing is copied for their scores, so several layers may be at it.
+            for mlp, following in itertools.pairwise(narrowed):
+                mlp.following = following
         self._check_widths()
         self._resize(model, mlps, load_config)
         return entries | replaced
@@ -749,6 +754,7 @@ class _NarrowedMlp:
         self._ready: dict[tuple[str, str], Tensor] = {}
         self._kept: Tensor | None = None
         self._lock = threading.Lock()
+        self.following: _NarrowedMlp | None = None
 
     def add(self, projection: str, part: str, source, target):
         """Take the source of one projection and return its narrowed entry."""
@@ -788,7 +794,7 @@ class _NarrowedMlp:
     def take(self, tensor: NarrowedTensor) -> Tensor:
         """Return the narrowed weights of `tensor` on its target device, in its target dtype."""
         try:
-            with self._lock:
+            with self._locked():
                 kept = self._kept_set()
                 key = (tensor.projection, tensor.part)
                 if key in self._ready:
@@ -802,6 +808,24 @@ class _NarrowedMlp:
         except Exception as error:
             self._session.error = self._session.error or error
             raise
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock; while another thread has it, score an MLP that comes later."""
+        if not self._lock.acquire(blocking=False):
+            later = self.following
+            while later is not None and not later._lock.acquire(blocking=False):
+                later = later.following
+            if later is not None:
+                try:
+                    later._kept_set()
+                finally:
+                    later._lock.release()
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _kept_set(self) -> Tensor:
         if self._kept is None and self.width == self._width_before:

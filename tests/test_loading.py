@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import weakref
 
 import pytest
 import torch
@@ -54,21 +53,37 @@ def test_scores_follow_the_weights_in_their_target_dtype(tiny_llama, dtype):
     slicing.assert_same_model(pruned, prune_model(full, ratio=1))
 
 
-def test_the_full_model_never_exists(tiny_llama, monkeypatch):
-    alive: list[weakref.ref] = []
-    peak = []
+def test_every_projection_is_read_once_and_where_it_lies(tiny_llama, monkeypatch):
+    lies_in_the_file = []
     read = loading.NarrowedTensor.read
 
     def watched(self):
         weight = read(self)
-        alive.append(weakref.ref(weight))
-        peak.append(sum(ref() is not None for ref in alive))
+        lies_in_the_file.append(weight.data_ptr() == read(self).data_ptr())
         return weight
 
     monkeypatch.setattr(loading.NarrowedTensor, "read", watched)
     load_pruned(str(tiny_llama), ratio=1, dtype=torch.bfloat16)
-    assert len(peak) == 9, "every projection of the three layers is read once"
-    assert max(peak) <= 3, "no more than one layer is held at its full width"
+    assert len(lies_in_the_file) == 9, "every projection of the three layers"
+    assert all(lies_in_the_file), "not a copy"
+
+
+def test_a_thread_that_would_wait_scores_a_later_layer(tiny_llama, monkeypatch):
+    scored, others = [], threading.Event()
+
+    def watched(plan, name, *args, score=loading.score, **kwargs):
+        scored.append(name)
+        if name == "model.layers.0.mlp":
+            assert others.wait(60), "nobody scores another layer meanwhile"
+        else:
+            others.set()
+        return score(plan, name, *args, **kwargs)
+
+    monkeypatch.setattr(loading, "score", watched)
+    monkeypatch.setattr("transformers.core_model_loading.GLOBAL_WORKERS", 2)
+    expected = prune_model(AutoModelForCausalLM.from_pretrained(tiny_llama), ratio=1)
+    slicing.assert_same_model(load_pruned(str(tiny_llama), ratio=1), expected)
+    assert sorted(scored) == [f"model.layers.{layer}.mlp" for layer in range(3)]
 
 
 def test_no_layer_is_converted_at_its_full_width(tiny_llama, monkeypatch):
