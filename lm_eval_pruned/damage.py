@@ -185,6 +185,38 @@ def check_entries(
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 
+def missing_tensors(
+    names: Mapping[str, tuple[str, Any, str | None]], model: PreTrainedModel
+) -> list[str]:
+    """Return the parameters that no checkpoint entry leads to, as transformers finds them.
+
+    For what reads a checkpoint without loading a model. Parameters that are tied to
+    one that is there are not missing.
+
+    Args:
+        names: The parameter of each key, and the converter that leads there or None.
+        model: The model, on any device.
+
+    Source: `transformers.PreTrainedModel._finalize_model_loading`.
+    """
+    there = set()
+    for name, converter, _ in names.values():
+        there.add(name)
+        if converter is not None:
+            first, *others = converter.target_patterns
+            there |= {name.replace(first, other) for other in others}
+    tied: dict[str, str] = model.all_tied_weights_keys
+    there |= {tied[name] for name in there & tied.keys()}
+    ignored = model._keys_to_ignore_on_load_missing or []
+    return [
+        name
+        for name in model.state_dict()
+        if name not in there
+        and tied.get(name) not in there
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+
+
 def check_complete(missing: Collection[str]) -> None:
     """Refuse a checkpoint whose missing tensors were drawn at random.
 

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from lm_eval_pruned.atomic import appearing_whole
+from lm_eval_pruned.damage import check_complete, missing_tensors
 from lm_eval_pruned.expansion import SIZE_ARGUMENTS
 from lm_eval_pruned.loading import (
     AssembledTensor,
@@ -243,6 +245,7 @@ class _ExportSession(_Session):
         )
         entries = super().open(model, state_dict, checkpoint_files, placed)
         names = _target_names(entries, model, placed)
+        check_complete(missing_tensors(names, model))
         tensors = [
             _stored(key, entries[key], dtype and _target(placed, names[key][0])[1])
             for key in _layer_by_layer(entries)
@@ -332,11 +335,9 @@ def _write_shards(tensors: list[StoredTensor], writer: _Writer) -> None:
             f"The weights need {total:,} bytes, but only {free:,} are free where the output "
             "goes: choose another --output or a smaller dtype."
         )
-    for number, (file, names) in enumerate(split.filename_to_tensors.items(), 1):
-        write_shard(folder / file, (by_name[name] for name in names))
-        logger.info(
-            "Wrote %s (%d of %d).", file, number, len(split.filename_to_tensors)
-        )
+    with tqdm(total=total, desc="Writing", unit="B", unit_scale=True) as bar:
+        for file, names in split.filename_to_tensors.items():
+            write_shard(folder / file, (by_name[name] for name in names), bar.update)
     if split.is_sharded:
         index = {
             "metadata": {"total_size": total},

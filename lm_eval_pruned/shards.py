@@ -73,13 +73,18 @@ class StoredTensor:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def write_shard(path: Path, tensors: Iterable[StoredTensor]) -> None:
+def write_shard(
+    path: Path,
+    tensors: Iterable[StoredTensor],
+    written: Callable[[int], object] = lambda size: None,
+) -> None:
     """Write a safetensors file, holding one tensor in memory at a time.
 
     Args:
         path: File to write; its bytes are on the disk when this returns.
         tensors: Contents. They are stored widest dtype first, which keeps each
             aligned to its own size, and otherwise in the order given.
+        written: Called with the bytes of each tensor once they are written.
 
     Raises:
         ValueError: A tensor has another size than it declared.
@@ -107,5 +112,6 @@ def write_shard(path: Path, tensors: Iterable[StoredTensor]) -> None:
                     f"{tensor.bytes}."
                 )
             file.write(data.numpy().data)
+            written(tensor.bytes)
         file.flush()
         os.fsync(file.fileno())

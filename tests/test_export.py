@@ -288,6 +288,18 @@ def test_a_truncated_source_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_tensor_outside_the_mlps_that_is_missing_is_named(tmp_path, tie):
+    folder = checkpoints.save_tiny(tmp_path / "tiny", tie_word_embeddings=tie)
+    tensors = load_file(folder / "model.safetensors")
+    assert ("lm_head.weight" in tensors) != tie
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no tensor for model\.norm\.weight: "):
+        export_pruned(str(folder), tmp_path / "out", prune_arguments={"ratio": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
 def test_output_must_be_new_or_empty(tiny_llama, tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()
