@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import itertools
 import logging
 import threading
@@ -37,6 +36,7 @@ from lm_eval_pruned.damage import (
     clear_config_errors,
     clear_load_errors,
 )
+from lm_eval_pruned.garbage import without_collections
 from lm_eval_pruned.glu import (
     NEURON_AXIS,
     GluMlp,
@@ -238,7 +238,7 @@ def _load(
     session.declined = request.must_load_whole(known)
     if session.declined is None:
         with (
-            _without_collections(),
+            without_collections(),
             _standing_in(session),
             _clear_errors(session, request),
         ):
@@ -324,7 +324,7 @@ class Request:
                 min(actual.values()),
                 max(actual.values()),
             )
-        with _without_collections(), clear_config_errors(pretrained):
+        with without_collections(), clear_config_errors(pretrained):
             widths = Widths(config, build, actual)
             plan = widths.plan(**prune_arguments)
         return cls(auto_class, pretrained, plan, widths, model_arguments)
@@ -452,22 +452,6 @@ def _refuse_quantised(config: PretrainedConfig, arguments: dict[str, Any]) -> No
         "and quantised neurons can be neither ranked nor sliced: pass the unquantised checkpoint "
         "it was made from."
     )
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Put off the garbage collector while models are built.
-
-    Their many small objects set off collections of everything that the process has
-    imported, each of which takes as long as reading a small model.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _RouteDeclined(Exception):

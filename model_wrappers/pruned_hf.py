@@ -11,18 +11,22 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from lm_eval.models.huggingface import HFLM
+from lm_eval_pruned.garbage import without_collections
 
-from lm_eval_pruned.adapters import STAGES, check_adapter, merged
-from lm_eval_pruned.damage import check_config, clear_config_errors
-from lm_eval_pruned.default_model import find_default_model
-from lm_eval_pruned.loading import Request, load_with_arguments
-from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
-from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
-from lm_eval_pruned.model_wrappers.prefix_sharing import PrefixSharingMixin
-from lm_eval_pruned.model_wrappers.slot_refilling import SlotRefillingMixin
-from lm_eval_pruned.parallel import check_divisible
-from lm_eval_pruned.pruning import prune_model
+
+with without_collections():
+    from lm_eval.models.huggingface import HFLM
+
+    from lm_eval_pruned.adapters import STAGES, check_adapter, merged
+    from lm_eval_pruned.damage import check_config, clear_config_errors
+    from lm_eval_pruned.default_model import find_default_model
+    from lm_eval_pruned.loading import Request, load_with_arguments
+    from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
+    from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
+    from lm_eval_pruned.model_wrappers.prefix_sharing import PrefixSharingMixin
+    from lm_eval_pruned.model_wrappers.slot_refilling import SlotRefillingMixin
+    from lm_eval_pruned.parallel import check_divisible
+    from lm_eval_pruned.pruning import prune_model
 
 
 if TYPE_CHECKING:
