@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     parser.add_argument("--data", type=Path, help="folder of data under its Hub names")
     parser.add_argument(
-        "--profile", action="store_true", help="say where the time goes"
+        "--profile", action="store_true", help="say where both sides' time goes"
     )
     arguments = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
@@ -253,10 +253,12 @@ def main() -> None:
     print(f"differences   {worst:.1e} in log-probability, {flags} greedy flags")
     print(f"scores        {json.dumps(_numbers(ours.scores))}")
     if arguments.profile:
-        print_profile(
-            lambda: ours.run(arguments.task, arguments.limit), arguments.device
-        )
-        print(f"{ours.name} while profiled: {ours.seconds[-1]:.2f} s")
+        for one in (hf, ours):
+            print_profile(
+                lambda one=one: one.run(arguments.task, arguments.limit),
+                arguments.device,
+            )
+            print(f"{one.name} while profiled: {one.seconds[-1]:.2f} s")
     tolerance = TOLERANCE[getattr(torch, arguments.dtype)]
     if worst > tolerance:
         raise SystemExit(f"log-probabilities differ by more than {tolerance}")

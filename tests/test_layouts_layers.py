@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from lm_eval_pruned.expansion import written_layers
 
 from . import by_hand
-from .checkpoints import auto_class
+from .checkpoints import auto_class, byte_tokenizer, tiny_config, tiny_model
 from .layouts import EAGER, logits, save_family
 
 
@@ -227,24 +228,25 @@ def test_tensors_that_do_not_fit_together_are_named(tmp_path, part):
         load_pruned(tmp_path, prune_percent=50)
 
 
-def test_widths_per_layer_in_the_config(tmp_path):
-    """Gemma 3n keeps a list, so choosing layers leaves an ordinary checkpoint."""
-    pytest.importorskip("transformers.models.gemma3n")
-    from transformers import AutoModelForCausalLM
-
-    from .checkpoints import tiny_config, tiny_model
-
+def save_gemma3n(folder, widths):
+    """Write a checkpoint whose config has a list of widths, one per layer."""
     config = tiny_config(
         "gemma3n_text",
-        intermediate_size=[16, 24, 20],
+        intermediate_size=widths,
         vocab_size_per_layer_input=260,
         hidden_size_per_layer_input=8,
         laurel_rank=8,
         num_kv_shared_layers=0,
-        layer_types=["full_attention"] * 3,
-        activation_sparsity_pattern=[0.0] * 3,
+        layer_types=["full_attention"] * len(widths),
+        activation_sparsity_pattern=[0.0] * len(widths),
     )
-    tiny_model(config).save_pretrained(tmp_path)
+    tiny_model(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def test_widths_per_layer_in_the_config(tmp_path):
+    """Gemma 3n keeps a list, so choosing layers leaves an ordinary checkpoint."""
+    save_gemma3n(tmp_path, [16, 24, 20])
     pruned = load_pruned(tmp_path, layers="1-2", intermediate_size=18)
     assert pruned.config.intermediate_size == [16, 18, 18]
     assert pruned.prune_record.config_expresses_widths

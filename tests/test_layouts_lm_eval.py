@@ -10,10 +10,11 @@ import sys
 
 import lm_eval
 import pytest
+from transformers import AutoConfig
 
 from lm_eval_pruned import load_pruned
 
-from .checkpoints import auto_class
+from .checkpoints import TINY, auto_class, byte_tokenizer, tiny_model
 from .layouts import save_family
 
 
@@ -129,6 +130,53 @@ def run_command(tmp_path, model_args: str, *more: str):
     )
 
 
+#: What goes beyond a size, on the real model; FILE and ADAPTER are made by the test.
+REAL = {
+    "layers": "prune_percent=40,skip_layers=[0,29]",
+    "calibrated": "prune_percent=40,criterion=act,calibration=FILE,calibration_samples=2",
+    "adapter": "prune_percent=40,peft=ADAPTER",
+    "merged adapter": "prune_percent=40,peft=ADAPTER,peft_stage=before",
+    "quantised": "prune_percent=40,load_in_8bit=true",
+    "GGUF": "prune_percent=40,gguf_file=GGUF",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REAL)
+def test_the_stock_command_on_the_real_model(case, real_model, tmp_path):
+    arguments = REAL[case].replace("FILE", str(tmp_path / "texts.jsonl"))
+    (tmp_path / "texts.jsonl").write_text(
+        '{"text": "Rivers carry sand to the sea."}\n{"text": "It rained all day."}\n'
+    )
+    pretrained = real_model
+    if "ADAPTER" in arguments:
+        percent = 0 if case == "merged adapter" else 40
+        adapter = save_adapter(real_model, percent, tmp_path / "adapter")
+        arguments = arguments.replace("ADAPTER", str(adapter))
+    if "quantised" in case:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    if "GGUF" in case:
+        from lm_eval_pruned.default_model import _packaged_gguf
+
+        gguf = _packaged_gguf()
+        pretrained, arguments = gguf.parent, arguments.replace("=GGUF", f"={gguf.name}")
+    done = run_command(tmp_path, f"pretrained={pretrained},{arguments}")
+    assert done.returncode == 0, done.stderr
+    pruning = results_of(tmp_path)["config"]["pruning"]
+    widths = {group["width_after"] for group in pruning["groups"]}
+    assert widths == ({1536, 922} if case == "layers" else {922})
+
+
+def save_adapter(pretrained: str, percent: int, folder):
+    """Write a LoRA adapter of the MLPs, trained on nothing, for a pruned model."""
+    from peft import LoraConfig, get_peft_model
+
+    model = load_pruned(pretrained, prune_percent=percent)
+    config = LoraConfig(r=2, target_modules=["gate_proj", "down_proj"])
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
 def results_of(tmp_path) -> dict:
     (file,) = tmp_path.rglob("results*.json")
     return json.loads(file.read_text())
@@ -158,6 +206,32 @@ def test_the_stock_command(family, more, tmp_path):
     assert done.returncode == 0, done.stderr
     pruning = results_of(tmp_path)["config"]["pruning"]
     assert pruning["intermediate_size_after"] == 8
+
+
+@pytest.mark.slow
+def test_the_stock_command_with_a_width_per_layer(tmp_path):
+    from .test_layouts_layers import save_gemma3n
+
+    save_gemma3n(tmp_path / "model", [16, 24, 20])
+    done = run_command(tmp_path, f"pretrained={tmp_path}/model,prune_percent=50")
+    assert done.returncode == 0, done.stderr
+    groups = results_of(tmp_path)["config"]["pruning"]["groups"]
+    assert [group["width_after"] for group in groups] == [8, 12, 10]
+
+
+@pytest.mark.slow
+def test_the_stock_command_prunes_the_text_tower(tmp_path):
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    vision |= {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=TINY, vision_config=vision, mm_tokens_per_image=4
+    )
+    tiny_model(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    done = run_command(tmp_path, f"pretrained={tmp_path}/model,prune_percent=50")
+    assert done.returncode == 0, done.stderr
+    (group,) = results_of(tmp_path)["config"]["pruning"]["groups"]
+    assert (group["mlps"], group["width_before"], group["width_after"]) == (3, 88, 44)
 
 
 def test_the_stock_command_opens_layers_of_different_width(tmp_path):

@@ -109,6 +109,27 @@ def test_two_processes_share_the_documents_out(tiny_llama, tmp_path):
     assert config["pruning"] == json.loads(json.dumps(alone_config["pruning"]))
 
 
+@pytest.mark.slow
+def test_tensor_parallelism_through_the_command(tiny_llama, tmp_path):
+    """Both processes work on every document, each on its half of the kept neurons."""
+    model_args = f"pretrained={tiny_llama},ratio=2"
+    arguments = demo_runs.command(
+        "pruned-hf", f"{model_args},tp_plan=auto", tmp_path / "two", limit=5
+    )
+    done = demo_runs.run([*TWO_PROCESSES, "-m", *arguments], tmp_path)
+    assert done.returncode == 0, done.stderr
+    alone, alone_config = demo_runs.evaluate("pruned-hf", model_args, limit=5)
+    # Both write what they found, under the time at which they were done.
+    for file in (tmp_path / "two").rglob("samples_*.jsonl"):
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+        scores = [sample["filtered_resps"] for sample in found]
+        for one, other in zip(sorted_pairs(scores), sorted_pairs(alone), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for file in (tmp_path / "two").rglob("results_*.json"):
+        pruning = json.loads(file.read_text())["config"]["pruning"]
+        assert pruning["digest"] == alone_config["pruning"]["digest"]
+
+
 def sorted_pairs(answers) -> list[torch.Tensor]:
     """Return the log-likelihoods of each document; processes mix their order."""
     tensors = [
