@@ -108,11 +108,13 @@ def requests_of(task: str, lm: HFLM, arguments: argparse.Namespace) -> list[Inst
         prompts = [lm.tok_decode(row) for row in words]
         settings: dict[str, Any] = {"until": ["\0"], "do_sample": False}
     else:
-        loaded = TaskManager().load([task])["tasks"][task]
+        changes: dict[str, Any] = {}
         if arguments.num_fewshot is not None:
-            loaded.set_config("num_fewshot", arguments.num_fewshot)
+            changes["num_fewshot"] = arguments.num_fewshot
         if arguments.fixed_examples:
-            loaded.config.fewshot_config = {"sampler": "first_n"}
+            # A task reads this when it is made.
+            changes["fewshot_config"] = {"sampler": "first_n"}
+        loaded = TaskManager().load([{"task": task, **changes}])["tasks"][task]
         loaded.set_fewshot_seed(1234)
         template = {
             "apply_chat_template": True,

@@ -110,7 +110,10 @@ def forked(run, kill_after: int | None = None) -> int:
     code = 99
     try:
         # tqdm's own lock is shared among forks: one killed inside it would block the next.
-        tqdm.set_lock(threading.RLock())
+        lock, bars = threading.RLock(), [tqdm]
+        for bar in bars:
+            bar.set_lock(lock)
+            bars.extend(bar.__subclasses__())
         if kill_after is not None:
             left = kill_after
 
