@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from lm_eval.api.instance import Instance
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from reporting import machine, peak_memory, print_profile, spread
@@ -108,13 +109,12 @@ def requests_of(task: str, lm: HFLM, arguments: argparse.Namespace) -> list[Inst
         prompts = [lm.tok_decode(row) for row in words]
         settings: dict[str, Any] = {"until": ["\0"], "do_sample": False}
     else:
-        changes: dict[str, Any] = {}
+        loaded = TaskManager().load([task])["tasks"][task]
         if arguments.num_fewshot is not None:
-            changes["num_fewshot"] = arguments.num_fewshot
+            loaded.set_config("num_fewshot", arguments.num_fewshot)
         if arguments.fixed_examples:
-            # A task reads this when it is made.
-            changes["fewshot_config"] = {"sampler": "first_n"}
-        loaded = TaskManager().load([{"task": task, **changes}])["tasks"][task]
+            # The sampler that the config names was made with the task.
+            loaded.sampler = FirstNSampler(loaded.sampler.df)
         loaded.set_fewshot_seed(1234)
         template = {
             "apply_chat_template": True,
