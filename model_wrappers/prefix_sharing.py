@@ -161,9 +161,9 @@ class PrefixSharingMixin:
         asked = sum(self._input_length(request) for request in _distinct(requests))
         ours = len(work.tree) * self._body_size + int(work.scored_before[-1]) * head
         saving = 1 - ours / (asked * (self._body_size + head))
-        return saving >= _LEAST_SAVING and (
-            self._sharing_checked or saving * asked >= _WORTH_CHECKING
-        )
+        # HFLM's search for a batch size costs more than the check.
+        ready = self._sharing_checked or not isinstance(self.batch_size, int)
+        return saving >= _LEAST_SAVING and (ready or saving * asked >= _WORTH_CHECKING)
 
     def _may_share(self) -> bool:
         """Ask whether anything that can be read off the model speaks against sharing."""

@@ -359,6 +359,10 @@ def test_the_check_is_made_where_it_pays(monkeypatch, caplog):
     assert lm.token_counts.processed == 0 and not tried
     lm._loglikelihood_tokens(requests * 2, disable_tqdm=True)
     assert not tried, "duplicates are free on both paths"
+    searching = fresh()
+    searching.batch_size_per_gpu = "auto"
+    searching._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert searching.token_counts.processed == 40 + 3 and tried.pop() == 1
     many = [(None, stem, [n, n + 1]) for n in range(9)]
     lm._loglikelihood_tokens(many, disable_tqdm=True)
     assert lm.token_counts.processed == 40 + 9 and tried == [1]
