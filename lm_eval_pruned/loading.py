@@ -386,16 +386,12 @@ class Request:
 
     def load(self, config: PretrainedConfig) -> PreTrainedModel:
         """Load the model as transformers does, with `config`."""
+        from transformers import GgufConfig, PreTrainedModel
+
         arguments = with_quantisation(self.model_arguments)
         if arguments.get("gguf_file") is not None:
-            # Blocks of a GGUF file can be neither ranked nor sliced. Releases without
-            # this class always expand them.
-            with contextlib.suppress(ImportError):
-                from transformers import GgufConfig
-
-                arguments["quantization_config"] = GgufConfig(dequantize=True)
-        from transformers import PreTrainedModel
-
+            # Blocks of a GGUF file can be neither ranked nor sliced.
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
         loader = getattr_static(self.widths.model_class, "from_pretrained")
         if loader is not getattr_static(PreTrainedModel, "from_pretrained"):
             # A loader of its own need not know how to tell what was missing.
