@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import gc
 import importlib
 import importlib.abc
 import importlib.util
@@ -24,9 +25,13 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +49,7 @@ TESTS = {
 #: Of the many replacements of one operator, how many to try at each place.
 PER_PLACE = 2
 #: CPU seconds after which a mutant counts as hanging.
-CPU_LIMIT = 180
+CPU_LIMIT = 60
 MEMORY_LIMIT = 12 << 30
 
 
@@ -117,38 +122,157 @@ class _Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, str(self.path), "exec"), module.__dict__)  # noqa: S102
 
 
-def survives(module: str, source: str, tests: list[str], log: Path) -> bool:
-    """Run tests in a fork in which `module` has other source."""
+class _Reach:
+    """Notes, for each test, which lines of one file it runs and how long it takes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.lines: set[int] = set()
+        self.tests: dict[str, dict] = {}
+
+    def _call(self, frame, event, arg):
+        return self._line if frame.f_code.co_filename == self.path else None
+
+    def _line(self, frame, event, arg):
+        self.lines.add(frame.f_lineno)
+        return self._line
+
+    def start(self) -> None:
+        threading.settrace(self._call)
+        sys.settrace(self._call)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.lines, start = set(), time.monotonic()
+        self.start()
+        result = yield
+        self.tests[item.nodeid] = {
+            "lines": sorted(self.lines),
+            "seconds": time.monotonic() - start,
+        }
+        return result
+
+
+class _Only:
+    """Runs the named tests alone, in that order."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.place = {name: i for i, name in enumerate(names)}
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items[:] = sorted(
+            (item for item in items if item.nodeid in self.place),
+            key=lambda item: self.place[item.nodeid],
+        )
+
+
+def end_of(module: str, source: str, plugin, log: Path) -> int:
+    """Run a module's tests in a fork in which it has other source.
+
+    Returns:
+        The exit code of pytest, or the negative number of the signal that ended it.
+    """
     child = os.fork()
     if child == 0:
-        _run_tests(module, source, tests, log)
+        _run_tests(module, source, plugin, log)
     _, status = os.waitpid(child, 0)
-    return status == 0
+    return os.waitstatus_to_exitcode(status)
 
 
-def _run_tests(module: str, source: str, tests: list[str], log: Path) -> None:
+def _run_tests(module: str, source: str, plugin, log: Path) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    # A deadlock uses no CPU; a test that takes this long does not end.
-    signal.alarm(20 * CPU_LIMIT)
-    for name in list(sys.modules):
-        if name.split(".")[0] in ("lm_eval_pruned", "tests"):
-            del sys.modules[name]
-    path = ROOT / "lm_eval_pruned" / f"{module}.py"
-    sys.meta_path.insert(0, _Mutated(f"lm_eval_pruned.{module}", path, source))
-    code = 1
+    code = 70
     try:
-        import pytest
-
-        code = pytest.main(
-            ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-            + ["--tb=line", "-m", "not slow", *tests]
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+        measures = isinstance(plugin, _Reach)
+        if not measures:
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
+            # A deadlock uses no CPU; a test that takes this long does not end.
+            signal.alarm(2 * CPU_LIMIT)
+        path = ROOT / "lm_eval_pruned" / f"{module}.py"
+        sys.meta_path.insert(0, _Mutated(f"lm_eval_pruned.{module}", path, source))
+        settings.register_profile(
+            "mutants",
+            deadline=None,
+            max_examples=10,
+            # A failure is enough: its smallest example is not looked for.
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+            database=None,
         )
+        code = pytest.main(
+            [
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:anyio",
+                "--hypothesis-seed=0",
+            ]
+            + ["--hypothesis-profile=mutants", "--tb=line", "-m", "not slow"]
+            + [str(ROOT / "tests" / name) for name in TESTS[module]],
+            plugins=[plugin],
+        )
+        if measures:
+            sys.settrace(None)
+            log.with_suffix(".json").write_text(json.dumps(plugin.tests))
     finally:
-        os._exit(int(code != 0))
+        sys.stdout.flush()
+        os._exit(int(code))
+
+
+class _Tests:
+    """The tests of a module, and which of them can tell a mutant from it."""
+
+    def __init__(self, module: str, source: str, log: Path) -> None:
+        plugin = _Reach(ROOT / "lm_eval_pruned" / f"{module}.py")
+        if end_of(module, source, plugin, log) != 0:
+            raise SystemExit(f"The tests fail unchanged: {log}")
+        self.reach = json.loads(log.with_suffix(".json").read_text())
+        self.functions = [
+            (node.body[0].lineno, node.lineno, node.end_lineno or 0)
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
+        self.source = source
+
+    def for_mutant(self, mutant: str) -> list[str]:
+        """Return the tests that run what was changed, the quickest first.
+
+        That is any line of the body of the function that holds the first changed
+        line; all tests where this line runs during the import: outside of functions
+        or in the head of one.
+        """
+        blocks = difflib.SequenceMatcher(
+            None, self.source.splitlines(), mutant.splitlines(), autojunk=False
+        ).get_opcodes()
+        line = 1 + next(start for tag, start, *_ in blocks if tag != "equal")
+        inner = [f for f in self.functions if f[1] <= line <= f[2]]
+        chosen = list(self.reach)
+        if inner:
+            body, head, end = max(inner, key=lambda f: f[1])
+            # The head of a nested function runs with the body of the outer one.
+            if line < body:
+                inner.remove((body, head, end))
+                body, _, end = max(inner, key=lambda f: f[1], default=(0, 0, 0))
+            if end:
+                chosen = [
+                    name
+                    for name, test in self.reach.items()
+                    if any(body <= number <= end for number in test["lines"])
+                ]
+        return sorted(chosen, key=lambda name: self.reach[name]["seconds"])
+
+
+def is_killed(code: int) -> bool:
+    """Return whether pytest failed because of a test, or was stopped by a limit."""
+    if code not in (0, 1, 2, 5) and code >= 0:
+        raise SystemExit(f"pytest could not run: it ended with {code}")
+    return code not in (0, 5)
 
 
 def _change(source: str, mutant: str) -> tuple[str, str]:
@@ -184,7 +308,24 @@ _WARM = (
     "peft",
     "pytest",
     "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama",
+    *(
+        f"transformers.models.{family}.modeling_{family}"
+        for family in (
+            "cohere",
+            "gemma3",
+            "gemma3n",
+            "gpt2",
+            "gpt_neox",
+            "llama",
+            "mixtral",
+            "opt",
+            "phi3",
+            "qwen3",
+            "siglip",
+            "smollm3",
+            "t5",
+        )
+    ),
 )
 
 
@@ -214,20 +355,30 @@ def main() -> None:
             result = json.loads(line)
             results[result["name"]] = result
     if not options.report:
-        tests = [str(ROOT / "tests" / name) for name in TESTS[module]]
         for name in _WARM:
             importlib.import_module(name)
-        if not survives(module, source, tests, folder / "unchanged.log"):
-            raise SystemExit(f"The tests fail unchanged: {folder / 'unchanged.log'}")
+        # pytest collects garbage often; what was imported here is none.
+        gc.freeze()
+        tests = _Tests(module, source, folder / f"{module}-unchanged.log")
         start = time.monotonic()
         for name, mutant in mutants(source).items():
             if time.monotonic() - start > options.seconds:
                 break
             if name in results and not (options.again and results[name]["survived"]):
                 continue
-            alive = survives(module, mutant, tests, folder / f"{module}.log")
+            log, began = folder / f"{module}.log", time.monotonic()
+            code = end_of(module, mutant, _Only(tests.for_mutant(mutant)), log)
             before, after = _change(source, mutant)
-            result = {"name": name, "survived": alive, "before": before, "after": after}
+            result = {
+                "name": name,
+                "survived": not is_killed(code),
+                "before": before,
+                "after": after,
+                "seconds": round(time.monotonic() - began, 1),
+                "code": code,
+                # By what it ended: a failing test, and not the lack of a file.
+                "end": log.read_text(errors="replace")[-400:],
+            }
             results[name] = result
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(result) + "\n")
