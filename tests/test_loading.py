@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import re
@@ -9,16 +10,23 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel, conversion_mapping
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    conversion_mapping,
+)
 
 from lm_eval_pruned import load_pruned, loading, prune_model
-from lm_eval_pruned.glu import UnsupportedModelError
+from lm_eval_pruned.glu import Slot, UnsupportedModelError
+from lm_eval_pruned.known_scores import ScoreTable
 
 from . import checkpoints, slicing
 from .checkpoints import edit_config, edit_weights
@@ -369,3 +377,549 @@ def test_the_garbage_collector_is_left_as_it_was(tiny_llama, copied):
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def request_for(folder, arguments=None, **prune_arguments):
+    return loading.Request.resolve(
+        AutoModelForCausalLM, str(folder), prune_arguments, arguments or {}
+    )
+
+
+def test_what_cannot_be_pruned_while_it_loads_says_why(tiny_llama):
+    request = request_for(tiny_llama, ratio=1)
+    assert request.must_load_whole() is None
+    gguf = dataclasses.replace(request, model_arguments={"gguf_file": "a.gguf"})
+    assert gguf.must_load_whole() == "it is a GGUF file"
+    none = dataclasses.replace(request, model_arguments={"gguf_file": None})
+    assert none.must_load_whole() is None
+    observing = request_for(tiny_llama, ratio=1, criterion="act", calibration="a")
+    why = "criterion=act looks at its activations"
+    assert observing.must_load_whole() == why
+    known = ScoreTable()
+    assert observing.must_load_whole(known) == why
+    names = [f"model.layers.{layer}.mlp" for layer in range(3)]
+    known.scores = dict.fromkeys(names[:2], torch.zeros(88))
+    assert observing.must_load_whole(known) == why
+    known.scores[names[2]] = torch.zeros(88)
+    assert observing.must_load_whole(known) is None
+    baseline = request_for(tiny_llama, criterion="act", calibration="a")
+    assert baseline.must_load_whole() is None
+
+
+def test_what_is_pruned_in_memory_may_not_be_quantised_first(tiny_llama):
+    request = request_for(tiny_llama, ratio=1)
+    config = {"quantization_config": {"quant_method": "torchao"}}
+    for arguments, name in (
+        (config, "quantization_config"),
+        ({"load_in_8bit": True}, "load_in_8bit"),
+        ({"load_in_4bit": True, "gguf_file": "a.gguf"}, "load_in_4bit"),
+    ):
+        quantising = dataclasses.replace(request, model_arguments=arguments)
+        with pytest.raises(ValueError, match=f"{name} quantises .* because of me"):
+            quantising.check_prunable_in_memory("of me")
+    for arguments in ({}, config | {"gguf_file": "a.gguf"}):
+        fine = dataclasses.replace(request, model_arguments=arguments)
+        fine.check_prunable_in_memory("of me")
+    baseline = request_for(tiny_llama)
+    dataclasses.replace(baseline, model_arguments=config).check_prunable_in_memory(None)
+
+
+def test_the_tokenizer_comes_from_where_the_model_does(tiny_llama, monkeypatch):
+    request = request_for(tiny_llama, ratio=1)
+    calls = []
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained",
+        lambda *args, **kwargs: calls.append((args, kwargs)),
+    )
+    where = {
+        "cache_dir": "c",
+        "force_download": True,
+        "local_files_only": True,
+        "proxies": {"http": "p"},
+        "revision": "r",
+        "subfolder": "s",
+        "token": "t",
+        "trust_remote_code": True,
+        "gguf_file": "a.gguf",
+    }
+    for arguments, expected in (
+        ({}, {}),
+        (
+            {"revision": None, "dtype": torch.float16, "subfolder": ""},
+            {"subfolder": ""},
+        ),
+        ({**where, "device_map": {"": "cpu"}}, where),
+    ):
+        dataclasses.replace(request, model_arguments=arguments).load_tokenizer()
+        assert calls.pop() == ((str(tiny_llama),), expected)
+
+
+class Loader:
+    """In place of an Auto class: remembers with which arguments it was called."""
+
+    def __init__(self, missing=()):
+        self.missing = list(missing)
+        self.calls = []
+
+    def from_pretrained(self, pretrained, **arguments):
+        self.calls.append((pretrained, arguments))
+        if arguments.get("output_loading_info"):
+            return "model", {"missing_keys": self.missing}
+        return "model"
+
+
+def test_a_model_is_loaded_with_the_arguments_of_the_user(tiny_llama):
+    loader = Loader()
+    request = dataclasses.replace(
+        request_for(tiny_llama, {"dtype": torch.float16, "revision": "r"}, ratio=1),
+        auto_class=loader,
+    )
+    assert request.load("config") == "model"
+    assert loader.calls == [
+        (
+            str(tiny_llama),
+            {
+                "config": "config",
+                "output_loading_info": True,
+                "dtype": torch.float16,
+                "revision": "r",
+            },
+        )
+    ]
+
+
+def test_a_gguf_file_is_expanded(tiny_llama):
+    loader = Loader()
+    request = dataclasses.replace(
+        request_for(tiny_llama),
+        auto_class=loader,
+        model_arguments={"gguf_file": "a.gguf"},
+    )
+    assert request.load_whole() == "model"
+    ((_, arguments),) = loader.calls
+    assert arguments["gguf_file"] == "a.gguf"
+    assert arguments["config"] is request.widths.original
+    expanding = arguments.get("quantization_config")
+    assert expanding is None or expanding.dequantize is True
+
+
+def test_a_loader_that_tells_what_was_missing_is_believed(tiny_llama):
+    request = dataclasses.replace(
+        request_for(tiny_llama), auto_class=Loader(missing=["b", "a"])
+    )
+    with pytest.raises(ValueError, match="no tensor for a and 1 more"):
+        request.load("config")
+
+
+class OwnLoader(LlamaForCausalLM):
+    """A class that reads checkpoints in a way of its own."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained, *, config, **arguments):
+        assert "output_loading_info" not in arguments
+        model = cls(config).eval()
+        model.load_state_dict(load_file(f"{pretrained}/model.safetensors"), strict=True)
+        return model
+
+
+class OwnAuto:
+    from_pretrained = OwnLoader.from_pretrained
+
+    @staticmethod
+    def from_config(config, **arguments):
+        return OwnLoader(config)
+
+
+def test_a_class_with_a_loader_of_its_own_is_pruned_in_memory(tiny_llama, caplog):
+    with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
+        model = load_pruned(str(tiny_llama), ratio=1, auto_class=OwnAuto)
+    assert type(model) is OwnLoader
+    slicing.assert_same_model(model, load_pruned(str(tiny_llama), ratio=1))
+    assert "because its model class loads checkpoints in its own way" in caplog.text
+    whole = load_pruned(str(tiny_llama), auto_class=OwnAuto)
+    slicing.assert_same_model(whole, load_pruned(str(tiny_llama)))
+
+
+def test_pruning_in_memory_is_told_and_loading_whole_is_not(copied, caplog):
+    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
+        load_pruned(str(copied))
+        assert not caplog.messages
+        load_pruned(str(copied), ratio=1)
+    (message,) = caplog.messages
+    assert message == (
+        f"{copied} is loaded in full and pruned in memory, because its checkpoint is not in "
+        "safetensors."
+    )
+
+
+def test_sessions_within_sessions_share_one_replacement(tiny_llama):
+    before = PreTrainedModel.__dict__["_load_pretrained_model"]
+    request = request_for(tiny_llama, ratio=1)
+    targets = request.widths.targets(request.plan)
+
+    def session():
+        return loading._Session(request.plan, request.widths, targets)
+
+    with loading._standing_in(session()):
+        replaced = PreTrainedModel.__dict__["_load_pretrained_model"]
+        assert replaced is not before
+        with loading._standing_in(session()):
+            assert PreTrainedModel.__dict__["_load_pretrained_model"] is replaced
+        assert PreTrainedModel.__dict__["_load_pretrained_model"] is replaced
+    assert PreTrainedModel.__dict__["_load_pretrained_model"] is before
+    # Once more: what the first ones put back can be replaced again.
+    with pytest.raises(KeyError), loading._standing_in(session()):
+        raise KeyError
+    assert PreTrainedModel.__dict__["_load_pretrained_model"] is before
+    slicing.assert_same_model(
+        load_pruned(str(tiny_llama)), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    )
+
+
+def test_only_the_first_model_of_a_session_is_pruned(tiny_llama):
+    """A class may load another model while it is loaded."""
+    request = request_for(tiny_llama, ratio=1)
+    targets = request.widths.targets(request.plan)
+    session = loading._Session(request.plan, request.widths, targets)
+    with loading._standing_in(session):
+        first = request.load(request.widths.narrowed_config(targets))
+        second = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert first.config.intermediate_size == 32
+    slicing.assert_same_model(first, load_pruned(str(tiny_llama), ratio=1))
+    slicing.assert_same_model(second, load_pruned(str(tiny_llama)))
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "files", "why"),
+    [
+        ({}, ["a.safetensors"], "its weights do not come from files"),
+        (None, [], "its weights do not come from files"),
+        (None, None, "its weights do not come from files"),
+        (None, ["a.safetensors", "b.bin"], "its checkpoint is not in safetensors"),
+    ],
+)
+def test_checkpoints_that_are_no_safetensors_are_declined(
+    tiny_llama, state_dict, files, why
+):
+    request = request_for(tiny_llama, ratio=1)
+    session = loading._Session(request.plan, request.widths, {})
+    with pytest.raises(loading._RouteDeclined, match=why):
+        session._open_files(state_dict, files)
+
+
+def test_zero3_gathers_weights_itself(tiny_llama, monkeypatch):
+    request = request_for(tiny_llama, ratio=1)
+    session = loading._Session(request.plan, request.widths, {})
+    monkeypatch.setattr(
+        "transformers.integrations.is_deepspeed_zero3_enabled", lambda: True
+    )
+    with pytest.raises(loading._RouteDeclined, match="DeepSpeed"):
+        session._open_files(None, [str(tiny_llama / "model.safetensors")])
+
+
+class Entry:
+    """A safetensors slice of a tensor."""
+
+    def __init__(self, tensor, dtype="F32"):
+        self.tensor, self.dtype = tensor, dtype
+
+    def get_shape(self):
+        return list(self.tensor.shape)
+
+    def get_dtype(self):
+        return self.dtype
+
+    def __getitem__(self, index):
+        return self.tensor[index]
+
+
+def narrowed_mlp(request, width=32, sources=None):
+    """Return the entries of the first MLP of a Llama, and its state dict."""
+    mlp = request.widths.mlps[0]
+    targets = dict.fromkeys(request.widths.actual, width)
+    session = loading._Session(request.plan, request.widths, targets)
+    narrowed = loading._NarrowedMlp(session, mlp, 88, width)
+    target = (torch.device("cpu"), torch.bfloat16)
+    weights = {
+        "gate_proj": torch.randn(88, 32),
+        "up_proj": torch.randn(88, 32),
+        "down_proj": torch.randn(32, 88),
+    } | (sources or {})
+    entries = {
+        name: narrowed.add(name, "weight", Entry(weight), target)
+        for name, weight in weights.items()
+    }
+    return narrowed, entries, weights
+
+
+def test_entries_look_like_tensors_of_the_kept_width(tiny_llama):
+    mlp, entries, weights = narrowed_mlp(request_for(tiny_llama, ratio=1))
+    assert mlp.stored_width() == 88
+    gate, down = entries["gate_proj"], entries["down_proj"]
+    assert (gate.get_shape(), down.get_shape()) == ([32, 32], [32, 32])
+    assert (gate.stored_shape(), down.stored_shape()) == ([88, 32], [32, 88])
+    assert gate.get_dtype() == "F32"
+    assert gate[...] is gate
+    kept = mlp.kept()
+    assert kept.dtype == torch.int64 and len(kept) == 32
+    expected = weights["gate_proj"][kept].bfloat16()
+    # The first reading hands out what the scoring had at hand, the next one reads anew.
+    assert torch.equal(gate.to(), expected)
+    assert torch.equal(gate.to(), expected)
+    assert torch.equal(gate[1:3], expected[1:3])
+    assert gate.to(dtype=torch.float64).dtype == torch.float64
+    assert gate.to(device="meta").device.type == "meta"
+    assert torch.equal(down[...].to(), weights["down_proj"][:, kept].bfloat16())
+
+
+def test_entries_that_do_not_fit_the_others_are_named(tiny_llama):
+    request = request_for(tiny_llama, ratio=1)
+    name = r"model\.layers\.0\.mlp\."
+    for sources, message in (
+        (
+            {"up_proj": torch.randn(80, 32)},
+            r"up_proj.weight has shape \[80, 32\] .* says \[88, 32\]",
+        ),
+        (
+            {"down_proj": torch.randn(80, 88)},
+            r"down_proj.weight has shape \[80, 88\] .* says \[32, 88\]",
+        ),
+        ({"gate_proj": torch.randn(88)}, r"gate_proj.weight has shape \[88\] .* says"),
+        ({"gate_proj": torch.randn(0, 32)}, r"gate_proj.weight has shape \[0, 32\] .*"),
+    ):
+        mlp, _, _ = narrowed_mlp(request, sources=sources)
+        with pytest.raises(ValueError, match=name + message):
+            mlp.stored_width()
+    one = {"gate_proj": torch.randn(1, 32), "up_proj": torch.randn(1, 32)}
+    mlp, _, _ = narrowed_mlp(request, sources={**one, "down_proj": torch.randn(32, 1)})
+    assert mlp.stored_width() == 1
+
+
+@pytest.mark.parametrize("dtype", ["I8", "BOOL", "F8_E4M3", "U16"])
+def test_codes_are_no_weights(tiny_llama, dtype):
+    request = request_for(tiny_llama, ratio=1)
+    mlp, _, weights = narrowed_mlp(request)
+    source = Entry(weights["up_proj"], dtype)
+    with pytest.raises(
+        ValueError, match=rf"mlp\.up_proj\.weight is stored as {dtype},"
+    ):
+        mlp.add("up_proj", "weight", source, None)
+
+
+def test_fused_entries_are_assembled(tiny_llama):
+    request = request_for(tiny_llama, ratio=1)
+    mlp, entries, weights = narrowed_mlp(request)
+    halves = [Slot("p", half=0), Slot("p", half=1)]
+    pair = loading.AssembledTensor(
+        dict(zip(halves, (entries["gate_proj"], entries["up_proj"]), strict=True))
+    )
+    kept = mlp.kept()
+    expected = torch.cat(
+        [weights[name][kept].bfloat16() for name in ("gate_proj", "up_proj")]
+    )
+    assert pair.get_shape() == [64, 32]
+    assert pair.get_dtype() == "F32"
+    assert pair[...] is pair
+    assert torch.equal(pair.to(), expected)
+    assert torch.equal(pair[30:40], expected[30:40])
+    assert pair.to(dtype=torch.float64).dtype == torch.float64
+    assert pair.to(device="meta").device.type == "meta"
+
+
+def test_a_part_of_an_entry_is_an_entry():
+    tensor = torch.randn(10, 4)
+    part = loading._SlotOfSource(Slot("p", half=1), Entry(tensor, "F16"))
+    assert part.get_shape() == [5, 4]
+    assert part.get_dtype() == "F16"
+    assert torch.equal(part[...], tensor[5:])
+    assert part[...].is_contiguous()
+    assert torch.equal(part[1:3], tensor[6:8])
+    # A damaged entry has no such part; its whole shape is what the message shows.
+    broken = loading._SlotOfSource(Slot("p", expert=3), Entry(torch.randn(2, 4)))
+    assert broken.get_shape() == [2, 4]
+
+
+def converter(sources, targets, *operations):
+    return types.SimpleNamespace(
+        source_patterns=sources, target_patterns=targets, operations=operations
+    )
+
+
+class MergeModulelist:
+    def __init__(self, dim=0):
+        self.dim = dim
+
+
+class Concatenate(MergeModulelist):
+    pass
+
+
+class Transpose(MergeModulelist):
+    pass
+
+
+def test_experts_stored_one_by_one_are_told_apart():
+    merge = converter(["w1", "w3"], ["both"], MergeModulelist(), Concatenate(1))
+    places = [
+        (f"mlp{expert}", (projection, "weight"), Slot("p", expert, half))
+        for half, projection in enumerate(("gate_proj", "up_proj"))
+        for expert in (1, 0)
+    ]
+    keys = ["experts.0.w3", "experts.1.w3"]
+    assert loading._converted_sources("p", "w3", keys, merge, places) == {
+        key: [(f"mlp{i}", ("up_proj", "weight"), Slot("p", i, 1), None)]
+        for i, key in enumerate(keys)
+    }
+    first = loading._converted_sources("p", "w1", ["a", "b"], merge, places)
+    assert first["b"] == [("mlp1", ("gate_proj", "weight"), Slot("p", 1, 0), None)]
+
+    single = converter(["w2"], ["down"], MergeModulelist())
+    downs = [(f"mlp{i}", ("down_proj", "weight"), Slot("p", i)) for i in (0, 1)]
+    assert loading._converted_sources("p", "w2", ["a", "b"], single, downs) == {
+        key: [(f"mlp{i}", ("down_proj", "weight"), Slot("p", i), None)]
+        for i, key in enumerate("ab")
+    }
+
+    fuse = converter(["gate", "up"], ["both"], Concatenate(0))
+    halves = [("mlp", (n, "weight"), Slot("p", half=i)) for i, n in enumerate("gu")]
+    assert loading._converted_sources("p", "up", ["k"], fuse, halves) == {
+        "k": [("mlp", ("u", "weight"), Slot("p", half=1), None)]
+    }
+
+
+_EXPERT_HALVES = [("m", "x", Slot("p", i, half)) for i in (0, 1) for half in (0, 1)]
+_EXPERT_DOWNS = [("m", "x", Slot("p", i)) for i in (0, 1)]
+_HALVES = [("m", "x", Slot("p", half=i)) for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("conversion", "keys", "places"),
+    [
+        (converter(["a"], ["x", "y"], MergeModulelist()), 2, _EXPERT_DOWNS),
+        (converter(["a"], ["x"], MergeModulelist(1)), 2, _EXPERT_DOWNS),
+        (converter(["a"], ["x"], MergeModulelist(), Transpose(1)), 2, _EXPERT_DOWNS),
+        (converter(["a"], ["x"], MergeModulelist()), 1, _EXPERT_DOWNS),
+        (converter(["a"], ["x"], MergeModulelist()), 2, _EXPERT_HALVES),
+        (converter(["a"], ["x"]), 2, _EXPERT_DOWNS),
+        (
+            converter(["a", "b"], ["x"], MergeModulelist(), Concatenate(0)),
+            2,
+            _EXPERT_HALVES,
+        ),
+        (converter(["a", "b"], ["x"], Concatenate(1)), 1, _HALVES),
+        (converter(["a", "b"], ["x"], Transpose(0)), 1, _HALVES),
+        (converter(["a", "b"], ["x"], Concatenate(0)), 2, _HALVES),
+        (converter(["a", "b"], ["x"], MergeModulelist(), Concatenate(1)), 1, _HALVES),
+        (
+            converter(["a", "b"], ["x"], Concatenate(0)),
+            1,
+            [("m", "x", Slot("p", half=i, interleaved=True)) for i in (0, 1)],
+        ),
+        (
+            converter(["a", "b"], ["x"], Concatenate(0)),
+            1,
+            [("m", "x", Slot("p", half=i, transposed=True)) for i in (0, 1)],
+        ),
+        (converter(["a"], ["x"], MergeModulelist()), 2, []),
+    ],
+)
+def test_other_ways_of_computing_a_weight_are_declined(conversion, keys, places):
+    with pytest.raises(loading._RouteDeclined, match="computes p from other tensors"):
+        loading._converted_sources("p", "a", list("kl")[:keys], conversion, places)
+
+
+def test_weights_go_where_transformers_puts_them():
+    def config(device_map, plan=None):
+        return types.SimpleNamespace(
+            device_map=device_map, dtype=torch.float16, dtype_plan=plan
+        )
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert loading._target(config(None), name) == (cpu, torch.float16)
+    split = {"model.layers.0": "meta", "model.layers.1": "cpu"}
+    assert loading._target(config(split), name) == (meta, torch.float16)
+    other = name.replace("0", "1")
+    assert loading._target(config(split), other) == (cpu, torch.float16)
+    plan = {"down_proj": torch.float32, "layers.1": torch.float64}
+    assert loading._target(config(None, plan), name) == (cpu, torch.float32)
+    gate = name.replace("down", "gate")
+    assert loading._target(config(None, plan), gate) == (cpu, torch.float16)
+
+
+def test_quantised_checkpoints_are_told_by_their_config():
+    def refuse(quantisation, **arguments):
+        loading._refuse_quantised(
+            types.SimpleNamespace(quantization_config=quantisation), arguments
+        )
+
+    refuse(None)
+    refuse({"quant_method": "gguf"}, gguf_file="a.gguf")
+    loading._refuse_quantised(types.SimpleNamespace(), {})
+    method = types.SimpleNamespace(value="awq")
+    as_object = types.SimpleNamespace(to_dict=lambda: {"quant_method": method})
+    for quantisation, said in (
+        ({"quant_method": "gptq"}, "gptq"),
+        (as_object, "awq"),
+        ({}, "unknown"),
+    ):
+        for arguments in ({}, {"gguf_file": None}):
+            with pytest.raises(UnsupportedModelError, match=f"quant_method={said}."):
+                refuse(quantisation, **arguments)
+
+
+def test_arguments_are_for_the_config_or_for_the_model(tiny_llama):
+    arguments = {
+        "dtype": torch.float16,
+        "quantization_config": None,
+        "rms_norm_eps": 0.5,
+        "revision": "main",
+        "trust_remote_code": False,
+        "attn_implementation": "eager",
+        "low_cpu_mem_usage": True,
+    }
+    config, rest = loading._resolve_config(str(tiny_llama), dict(arguments))
+    assert config.rms_norm_eps == 0.5
+    assert config.dtype == torch.float32, "what the checkpoint says"
+    for name in ("dtype", "quantization_config", "revision", "trust_remote_code"):
+        assert rest[name] is arguments[name]
+    assert "rms_norm_eps" not in rest
+    assert rest["low_cpu_mem_usage"] is True
+
+
+def test_what_is_about_to_be_loaded_can_be_inspected(copied):
+    def inspected(folder, **prune_arguments):
+        seen = []
+        model = loading.load_with_arguments(
+            AutoModelForCausalLM, str(folder), prune_arguments, {}, inspect=seen.append
+        )
+        return seen, model
+
+    (request,), model = inspected(copied, ratio=1)
+    assert request.plan == model.prune_record.plan
+    ragged = copied.parent / "ragged"
+    load_pruned(str(copied), ratio=1, layers=1).save_pretrained(ragged)
+    (first, second), _ = inspected(ragged, ratio=2)
+    assert set(first.widths.actual.values()) == {88}
+    assert sorted(second.widths.actual.values()) == [32, 88, 88]
+    (ragged / "model.safetensors").unlink()
+
+    def refuse(request):
+        raise KeyError("before weights are read")
+
+    with pytest.raises(KeyError, match="before"):
+        loading.load_with_arguments(
+            AutoModelForCausalLM, str(ragged), {}, {}, inspect=refuse
+        )
+
+
+def test_widths_of_their_own_are_told(copied, caplog):
+    load_pruned(str(copied), ratio=1, layers=1).save_pretrained(copied)
+    with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
+        load_pruned(str(copied), ratio=2)
+    assert (
+        f"The layers of {copied} have widths of their own: its tensors have from 32 to 88 "
+        "neurons."
+    ) in caplog.messages
