@@ -406,6 +406,48 @@ def test_a_bad_down_projection_is_named_first(tiny_llama, criterion):
         prune_model(model, ratio=1, criterion=criterion)
 
 
+@pytest.mark.parametrize("criterion", ["l1", "vow", "random"])
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj"])
+def test_sums_and_chance_do_not_rank_bad_weights_either(
+    tiny_llama, projection, criterion
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    getattr(model.model.layers[2].mlp, projection).weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=rf"2\.mlp\.{projection}\.weight holds 1 NaN"):
+        prune_model(model, ratio=1, criterion=criterion)
+
+
+def test_extremes_prove_that_gate_and_up_are_finite(tiny_llama, monkeypatch):
+    checked = []
+    check = pruning.check_finite
+
+    def watched(name, *args):
+        checked.append(name)
+        check(name, *args)
+
+    monkeypatch.setattr(pruning, "check_finite", watched)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    prune_model(copy.deepcopy(model), ratio=1)
+    names = [f"model.layers.{layer}.mlp.{{}}.weight" for layer in range(3)]
+    assert checked == [name.format("down_proj") for name in names]
+    checked.clear()
+    prune_model(model, ratio=1, criterion="l2")
+    assert checked == [
+        name.format(projection)
+        for name in names
+        for projection in ("down_proj", "gate_proj", "up_proj")
+    ]
+
+
+def test_weights_are_counted_in_the_dtype_they_are_looked_at():
+    weight = torch.tensor([[1e6, 1.0], [float("nan"), -1e6]])
+    with pytest.raises(ValueError, match="w holds 1 NaN or infinite values of 4,"):
+        pruning.check_finite("w", weight)
+    with pytest.raises(ValueError, match="w holds 3 NaN or infinite values of 4,"):
+        pruning.check_finite("w", weight, torch.float16)
+    pruning.check_finite("w", weight[:1])
+
+
 @pytest.mark.parametrize("criterion", ["maw", "l1"])
 def test_scores_of_trainable_weights_hold_no_graph(criterion):
     plan = PrunePlan.from_arguments(4, 6, ratio=1, criterion=criterion)
