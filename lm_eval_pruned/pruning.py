@@ -85,9 +85,9 @@ class PruneRecord:
     parameters_before: int
     parameters_after: int
     kept: tuple[Tensor, ...]
-    groups: tuple[WidthGroup, ...] = ()
-    config_expresses_widths: bool = True
-    calibration: Calibration | None = None
+    groups: tuple[WidthGroup, ...]
+    config_expresses_widths: bool
+    calibration: Calibration | None
 
     @classmethod
     def of(
