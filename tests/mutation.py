@@ -244,33 +244,43 @@ class _Tests:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         ]
         self.source = source
+        self._killers: dict[tuple[int, int], list[str]] = {}
 
-    def for_mutant(self, mutant: str) -> list[str]:
-        """Return the tests that run what was changed, the quickest first.
+    def for_mutant(self, mutant: str) -> tuple[list[str], list[str]]:
+        """Return the tests that run the function that was changed, by promise.
 
-        That is any line of the body of the function that holds the first changed
-        line; all tests where this line runs during the import: outside of functions
-        or in the head of one.
+        Where a change is outside of functions or in the head of one, all tests run.
+
+        Returns:
+            Those that killed other mutants of that function, to be added to, and
+            all: these first, then the quickest.
         """
         blocks = difflib.SequenceMatcher(
             None, self.source.splitlines(), mutant.splitlines(), autojunk=False
         ).get_opcodes()
         line = 1 + next(start for tag, start, *_ in blocks if tag != "equal")
         inner = [f for f in self.functions if f[1] <= line <= f[2]]
-        chosen = list(self.reach)
+        body, end = 0, 0
         if inner:
             body, head, end = max(inner, key=lambda f: f[1])
             # The head of a nested function runs with the body of the outer one.
             if line < body:
                 inner.remove((body, head, end))
                 body, _, end = max(inner, key=lambda f: f[1], default=(0, 0, 0))
-            if end:
-                chosen = [
-                    name
-                    for name, test in self.reach.items()
-                    if any(body <= number <= end for number in test["lines"])
-                ]
-        return sorted(chosen, key=lambda name: self.reach[name]["seconds"])
+        chosen = [
+            name
+            for name, test in self.reach.items()
+            if not end or any(body <= number <= end for number in test["lines"])
+        ]
+        killers = self._killers.setdefault((body, end), [])
+        return killers, sorted(
+            chosen,
+            key=lambda name: (name not in killers, self.reach[name]["seconds"]),
+        )
+
+    def failed(self, log: str) -> str | None:
+        """Return the test that failed, as pytest's summary tells."""
+        return next((n for n in self.reach if f"\nFAILED {n}" in log), None)
 
 
 def is_killed(code: int) -> bool:
@@ -382,7 +392,12 @@ def main() -> None:
             ):
                 continue
             log, began = folder / f"{module}.log", time.monotonic()
-            code = end_of(module, mutant, _Only(tests.for_mutant(mutant)), log)
+            killers, chosen = tests.for_mutant(mutant)
+            code = end_of(module, mutant, _Only(chosen), log)
+            output = log.read_text(errors="replace")
+            failed = tests.failed(output)
+            if failed and failed not in killers:
+                killers.append(failed)
             result = {
                 "name": name,
                 "survived": not is_killed(code),
@@ -391,7 +406,8 @@ def main() -> None:
                 "seconds": round(time.monotonic() - began, 1),
                 "code": code,
                 # By what it ended: a failing test, and not the lack of a file.
-                "end": log.read_text(errors="replace")[-400:],
+                "test": failed,
+                "end": output[-400:],
             }
             results[name] = result
             with file.open("a", encoding="utf-8") as stream:
