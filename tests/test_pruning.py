@@ -253,6 +253,19 @@ def test_the_random_control_records_its_seed(tiny_llama):
         assert "seed" not in model.prune_record.as_dict()
 
 
+def test_without_a_seed_chance_is_the_same_everywhere(tiny_llama):
+    arguments = {"intermediate_size": 41, "criterion": "random"}
+    expected = PrunePlan.from_arguments(32, 88, seed=0, multiple_of=1, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    seeded = prune_model(copy.deepcopy(model), seed=0, **arguments).prune_record
+    for record in (
+        prune_model(model, **arguments).prune_record,
+        load_pruned(str(tiny_llama), **arguments).prune_record,
+    ):
+        assert record.plan == expected
+        assert record.digest == seeded.digest
+
+
 def test_layers_that_are_not_pruned_keep_their_very_parameters():
     model = checkpoints.tiny_model(checkpoints.tiny_config(intermediate_size=300))
     before = dict(model.named_parameters())
