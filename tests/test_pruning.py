@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model, pruning
 from lm_eval_pruned.glu import UnsupportedModelError
 
-from . import checkpoints, slicing
+from . import checkpoints, layouts, slicing
 
 
 #: Every family names a config key of its MLP's bias, or None where it has none.
@@ -393,6 +393,16 @@ def test_widths_that_the_config_cannot_express_are_told(
     assert [len(kept) for kept in record.kept] == [
         32 if str(layer) in layers else 88 for layer in range(3)
     ]
+
+
+def test_the_key_of_the_first_of_several_kinds_is_named(caplog):
+    sizes = layouts.overrides("deepseek_v3", 16)
+    sizes |= {"num_hidden_layers": 4, "first_k_dense_replace": 2}
+    model = checkpoints.tiny_model(checkpoints.tiny_config("deepseek_v3", **sizes))
+    prune_model(model, prune_percent=50, layers="0,2")
+    assert caplog.messages[0].startswith(
+        "Each of 5 GLU-MLPs keeps a width of its own, which intermediate_size in"
+    )
 
 
 def test_records_cannot_be_changed(tiny_llama):
