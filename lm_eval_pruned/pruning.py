@@ -390,7 +390,6 @@ def _select_in_memory(
     return kept_set(known.scores[mlp.name], width)
 
 
-@torch.no_grad()
 def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:
     """Narrow GLU-MLPs that may share parameters."""
     if all(len(kept[mlp.name]) == mlp.width for mlp in mlps):

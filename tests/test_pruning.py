@@ -476,11 +476,19 @@ def test_scores_of_trainable_weights_hold_no_graph(criterion):
     plan = PrunePlan.from_arguments(4, 6, ratio=1, criterion=criterion)
     gate, up = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
     assert not pruning.score(plan, "mlp", 0, gate, up).requires_grad
-    kept = torch.tensor([1, 4])
-    for rows, axis in ((kept, 0), (torch.arange(6), 0)):
-        narrowed = pruning.narrow(gate, rows, axis)
-        assert narrowed is gate or not narrowed.requires_grad
-        assert torch.equal(narrowed, gate.detach()[rows])
+    kept, half = torch.tensor([1, 3]), torch.float16
+    assert not pruning.narrow(gate, kept, 0).requires_grad
+    assert not pruning.narrow(gate.T, kept, 0).requires_grad, "not contiguous"
+    assert not pruning.narrow(gate, torch.arange(6), 0, half).requires_grad
+
+
+def test_pruned_weights_are_leaves_that_can_be_trained(tiny_llama):
+    model = prune_model(AutoModelForCausalLM.from_pretrained(tiny_llama), ratio=1)
+    assert all(p.is_leaf and p.requires_grad for p in model.parameters())
+    model(torch.arange(12)[None]).logits.sum().backward()
+    mlp = model.model.layers[1].mlp
+    for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        assert projection.weight.grad.shape == projection.weight.shape
 
 
 def test_what_keeps_all_neurons_is_not_copied():
