@@ -82,7 +82,9 @@ def mutants(source: str) -> dict[str, str]:
         tried = 0
         for name, occurrence in candidates:
             mutant = mutate_code(source, get_operator(name)(), occurrence)
-            if mutant and _code(mutant) != original and mutant not in found.values():
+            # What is no Python would be killed by any test.
+            changed = mutant and _code(mutant) not in (None, original)
+            if changed and mutant not in found.values():
                 found[f"{name.removeprefix('core/')}:{occurrence}"] = mutant
                 tried += 1
             if tried == PER_PLACE:
@@ -368,11 +370,13 @@ def main() -> None:
     folder = ROOT / "build" / "mutation"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{module}-{zlib.crc32(source.encode()):08x}.jsonl"
+    versions = mutants(source)
     results: dict[str, dict] = {}
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines():
             result = json.loads(line)
-            results[result["name"]] = result
+            if result["name"] in versions:
+                results[result["name"]] = result
     if not options.report:
         for name in _WARM:
             importlib.import_module(name)
@@ -381,7 +385,7 @@ def main() -> None:
         tests = _Tests(module, source, folder / f"{module}-unchanged.log")
         equivalent = _equivalent(module)
         start = time.monotonic()
-        for name, mutant in mutants(source).items():
+        for name, mutant in versions.items():
             if time.monotonic() - start > options.seconds:
                 break
             before, after = _change(source, mutant)

@@ -339,6 +339,42 @@ REFUSED = {
         {"mlp": fused(factor=3)},
         "mlp.gate_up_proj that is not twice as wide as its down_proj",
     ),
+    "a fused one too narrow": (
+        {"mlp": fused(factor=1)},
+        "mlp.gate_up_proj that is not twice as wide as its down_proj",
+    ),
+    "transposed experts too wide": (
+        {
+            "experts": stacked(
+                both=(EXPERTS, HIDDEN, 3 * WIDTH), down=(EXPERTS, WIDTH, HIDDEN)
+            )
+        },
+        "experts.gate_up_proj that is not twice as wide as its down_proj",
+    ),
+    "experts too narrow": (
+        {"experts": stacked(both=(EXPERTS, WIDTH, HIDDEN))},
+        "experts.gate_up_proj that is not twice as wide as its down_proj",
+    ),
+    "one axis per expert": (
+        {"experts": stacked(both=(EXPERTS, 2 * WIDTH))},
+        r"experts.gate_up_proj in the shape \[3, 10\]",
+    ),
+    "three axes per expert": (
+        {"experts": stacked(both=(EXPERTS, 2 * WIDTH, HIDDEN, 1))},
+        r"experts.gate_up_proj in the shape \[3, 10, 4, 1\]",
+    ),
+    "one axis per expert in down": (
+        {"experts": stacked(down=(EXPERTS, WIDTH))},
+        r"down_proj in the shape \[3, 5\]",
+    ),
+    "three axes per expert in down": (
+        {"experts": stacked(down=(EXPERTS, HIDDEN, WIDTH, 1))},
+        r"down_proj in the shape \[3, 4, 5, 1\]",
+    ),
+    "fewer experts in down": (
+        {"experts": stacked(down=(EXPERTS - 1, HIDDEN, WIDTH))},
+        "the first of them equal",
+    ),
     "experts too wide": (
         {"experts": stacked(both=(EXPERTS, 3 * WIDTH, HIDDEN))},
         "experts.gate_up_proj that is not twice as wide as its down_proj",
@@ -448,6 +484,39 @@ def test_resizing_gives_modules_their_new_width(make, trainable):
 
 def test_a_model_is_called_by_class_and_type():
     assert describe(Made()) == "Made (model_type llama)"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_layouts_of_any_size_are_found(transposed):
+    width, hidden = 700, 600
+    both, down = (2, 2 * width, hidden), (2, hidden, width)
+    if transposed:
+        both, down = (2, hidden, 2 * width), (2, width, hidden)
+    linears = nn.ModuleDict(
+        {
+            "gate_up_proj": nn.Linear(hidden, 2 * width),
+            "down_proj": nn.Linear(width, hidden),
+        }
+    )
+    found = find_glu_mlps(Made(experts=stacked(both, down), mlp=linears))
+    assert [(m.width, m.hidden_size) for m in found] == [(width, hidden)] * 3
+
+
+def test_skeletons_trust_code_on_request():
+    asked = []
+
+    class Auto:
+        @staticmethod
+        def from_config(config, *, trust_remote_code):
+            asked.append(trust_remote_code)
+            return checkpoints.tiny_model(config)
+
+    config = checkpoints.tiny_config(num_hidden_layers=1)
+    skeleton(Auto, config)
+    skeleton(auto_class=Auto, config=config, trust_remote_code=True)
+    assert asked == [False, True]
+    with pytest.raises(TypeError, match="positional"):
+        skeleton(Auto, config, True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
