@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import types
 
@@ -20,6 +21,7 @@ from lm_eval_pruned.glu import (
     resize,
     skeleton,
     slots_by_parameter,
+    text_config,
 )
 
 from . import checkpoints
@@ -75,7 +77,7 @@ class RecordedSlice:
         return part
 
 
-@pytest.mark.parametrize(("slot", "shape"), every_slot())
+@pytest.mark.parametrize(("slot", "shape"), list(every_slot()))
 def test_a_slot_is_its_neurons_in_order(slot, shape):
     tensor = torch.randn(shape)
     expected = by_hand(slot, tensor)
@@ -427,6 +429,73 @@ def test_a_tower_without_words_is_left_alone():
     speech = Made(mlp=mlp())
     found = find_glu_mlps(Made(vision=tower, text=speech, last=mlp()))
     assert [m.path for m in found] == ["text.mlp", "last"]
+
+
+class WordsConfig:
+    """Config of a model of language."""
+
+    model_type = "words"
+    vocab_size = 10
+
+
+class WholeConfig:
+    """Config of a model that has one of language inside, or an encoder and a decoder."""
+
+    model_type = "whole"
+    vocab_size = 10
+
+    def __init__(self, is_encoder_decoder=False):
+        self.is_encoder_decoder = is_encoder_decoder
+        self.encoder, self.decoder = WordsConfig(), WordsConfig()
+
+    def get_text_config(self, decoder=None, encoder=None):
+        return self.decoder if decoder else self.encoder
+
+
+def part(config, **modules):
+    module = Made(**modules)
+    module.config = config
+    return module
+
+
+def test_only_the_language_part_of_a_model_is_searched():
+    config = WholeConfig()
+    language = part(config.decoder, mlp=mlp(), picture=part(object(), mlp=mlp()))
+    model = part(config, projector=mlp(), language=language, last=mlp())
+    assert [m.path for m in find_glu_mlps(model)] == ["language.mlp"]
+    # Without such a part, the whole model is searched.
+    model = part(config, a=mlp(), b=mlp())
+    assert [m.path for m in find_glu_mlps(model)] == ["a", "b"]
+
+
+def test_encoders_and_decoders_are_both_searched():
+    config = WholeConfig(is_encoder_decoder=True)
+    model = part(
+        config,
+        encoder=part(config.encoder, mlp=mlp()),
+        decoder=part(config.decoder, mlp=mlp()),
+    )
+    assert [m.path for m in find_glu_mlps(model)] == ["encoder.mlp", "decoder.mlp"]
+
+
+def test_the_language_part_is_the_decoder():
+    config = WholeConfig()
+    assert text_config(config) is config.decoder
+
+
+def test_slots_and_mlps_cannot_be_changed():
+    (found,) = find_glu_mlps(Made(mlp=mlp()))
+    for one, name in ((found, "layer"), (found.slots["up_proj", "weight"], "half")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(one, name, 1)
+
+
+def test_the_bias_of_stacked_down_projections_is_no_unknown_weight():
+    module = stacked()
+    module.gate_up_proj_bias = nn.Parameter(torch.randn(EXPERTS, 2 * WIDTH))
+    module.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+    found = find_glu_mlps(Made(experts=nn.ModuleDict({"inner": module})))
+    assert [m.kind for m in found] == ["expert"] * EXPERTS
 
 
 def test_slots_are_listed_by_parameter():
