@@ -312,9 +312,9 @@ def tied():
     return {"a": one, "b": other}
 
 
-def unknown_experts():
+def unknown_experts(*shape):
     module = nn.Module()
-    module.weights = nn.Parameter(torch.randn(EXPERTS, WIDTH, HIDDEN))
+    module.weights = nn.Parameter(torch.randn(shape))
     return {"mlp": mlp(), "experts": module}
 
 
@@ -398,8 +398,16 @@ REFUSED = {
         "shares one weight between a.up_proj.weight and b",
     ),
     "experts beside known ones": (
-        unknown_experts(),
+        unknown_experts(EXPERTS, WIDTH, HIDDEN),
         "unknown layout in experts.weights",
+    ),
+    "flattened experts beside known ones": (
+        unknown_experts(EXPERTS * WIDTH, HIDDEN),
+        "unknown layout in experts.weights",
+    ),
+    "two parameters beside them": (
+        {"mlp": with_extra(with_extra(mlp(), "zeta"), "alpha")},
+        "has mlp.alpha inside its MLP",
     ),
 }
 
