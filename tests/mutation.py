@@ -89,7 +89,8 @@ def mutants(source: str) -> dict[str, str]:
                 tried += 1
             if tried == PER_PLACE:
                 break
-    return found
+    # In an order without a pattern, a run that is stopped leaves a random sample.
+    return dict(sorted(found.items(), key=lambda pair: zlib.crc32(pair[0].encode())))
 
 
 def _code(source: str) -> str | None:
@@ -241,7 +242,11 @@ class _Tests:
             raise SystemExit(f"The tests fail unchanged: {log}")
         self.reach = json.loads(log.with_suffix(".json").read_text())
         self.functions = [
-            (node.body[0].lineno, node.lineno, node.end_lineno or 0)
+            (
+                min(n.lineno for n in (node, *node.decorator_list)),
+                node.body[0].lineno,
+                node.end_lineno or 0,
+            )
             for node in ast.walk(ast.parse(source))
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         ]
@@ -251,7 +256,7 @@ class _Tests:
     def for_mutant(self, mutant: str) -> tuple[list[str], list[str]]:
         """Return the tests that run the function that was changed, by promise.
 
-        Where a change is outside of functions or in the head of one, all tests run.
+        Where a change is outside of functions, all tests run.
 
         Returns:
             Those that killed other mutants of that function, to be added to, and
@@ -261,14 +266,8 @@ class _Tests:
             None, self.source.splitlines(), mutant.splitlines(), autojunk=False
         ).get_opcodes()
         line = 1 + next(start for tag, start, *_ in blocks if tag != "equal")
-        inner = [f for f in self.functions if f[1] <= line <= f[2]]
-        body, end = 0, 0
-        if inner:
-            body, head, end = max(inner, key=lambda f: f[1])
-            # The head of a nested function runs with the body of the outer one.
-            if line < body:
-                inner.remove((body, head, end))
-                body, _, end = max(inner, key=lambda f: f[1], default=(0, 0, 0))
+        inner = [f for f in self.functions if f[0] <= line <= f[2]]
+        _, body, end = max(inner, default=(0, 0, 0))
         chosen = [
             name
             for name, test in self.reach.items()

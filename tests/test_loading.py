@@ -915,6 +915,22 @@ def test_what_is_about_to_be_loaded_can_be_inspected(copied):
         )
 
 
+def test_options_are_passed_by_name(tiny_llama):
+    with pytest.raises(TypeError, match="positional"):
+        load_pruned(str(tiny_llama), 1)
+    model = load_pruned(ratio=1, pretrained=str(tiny_llama))
+    assert model.config.intermediate_size == 32
+    arguments = {
+        "auto_class": AutoModelForCausalLM,
+        "pretrained": str(tiny_llama),
+        "prune_arguments": {"ratio": 1},
+        "from_pretrained": {},
+    }
+    with pytest.raises(TypeError, match="positional"):
+        loading.load_with_arguments(*arguments.values(), None)
+    slicing.assert_same_model(model, loading.load_with_arguments(**arguments))
+
+
 def test_widths_of_their_own_are_told(copied, caplog):
     load_pruned(str(copied), ratio=1, layers=1).save_pretrained(copied)
     with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
