@@ -26,7 +26,7 @@ from transformers import (
 
 from lm_eval_pruned import load_pruned, loading, prune_model
 from lm_eval_pruned.glu import Slot, UnsupportedModelError
-from lm_eval_pruned.known_scores import ScoreTable
+from lm_eval_pruned.known_scores import KnownScores, ScoreTable
 
 from . import checkpoints, slicing
 from .checkpoints import edit_config, edit_weights
@@ -913,6 +913,73 @@ def test_what_is_about_to_be_loaded_can_be_inspected(copied):
         loading.load_with_arguments(
             AutoModelForCausalLM, str(ragged), {}, {}, inspect=refuse
         )
+
+
+def test_an_unpruned_load_is_left_to_transformers(tiny_llama, monkeypatch):
+    calls = []
+    original = PreTrainedModel._load_pretrained_model
+
+    def recorded(model, state_dict, checkpoint_files, *args, **kwargs):
+        calls.append((state_dict, checkpoint_files))
+        return original(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    monkeypatch.setattr(
+        PreTrainedModel, "_load_pretrained_model", staticmethod(recorded)
+    )
+    load_pruned(str(tiny_llama))
+    load_pruned(str(tiny_llama), ratio="2.75")
+    for state_dict, files in calls:
+        assert state_dict is None
+        assert files == [str(tiny_llama / "model.safetensors")]
+    calls.clear()
+    load_pruned(str(tiny_llama), ratio=1)
+    ((state_dict, files),) = calls
+    assert files is None, "offloading writes the narrowed weights"
+    assert len(state_dict) == len(load_file(tiny_llama / "model.safetensors"))
+
+
+def test_a_config_that_no_model_has_is_refused(copied):
+    edit_config(copied, num_hidden_layers=10**12)
+    with pytest.raises(
+        ValueError, match="num_hidden_layers=1000000000000, which no mo"
+    ):
+        load_pruned(str(copied), ratio=1)
+    (copied / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="describes no model that can be built"):
+        load_pruned(str(copied), ratio=1)
+
+
+def test_biases_are_no_part_of_the_ranking(tmp_path):
+    folder = checkpoints.save_tiny(tmp_path / "tiny", mlp_bias=True)
+    expected = load_pruned(str(folder), ratio=1).prune_record.digest
+    gate, down = (f"model.layers.1.mlp.{name}_proj.bias" for name in ("gate", "down"))
+
+    def spoil(tensors):
+        tensors[gate][5:80] = float("nan")
+        tensors[down][3] = float("inf")
+
+    edit_weights(folder, spoil)
+    loaded = load_pruned(str(folder), ratio=1)
+    assert loaded.prune_record.digest == expected
+    assert loaded.get_parameter(gate).isnan().any()
+
+
+def test_down_is_looked_through_once(tiny_llama, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        loading,
+        "check_finite",
+        lambda name, *args, check=loading.check_finite: (
+            checked.append(name),
+            check(name, *args),
+        ),
+    )
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)]
+    with KnownScores().in_use():
+        load_pruned(str(tiny_llama), ratio=1)
+        assert sorted(checked) == names
+        load_pruned(str(tiny_llama), ratio=2)
+        assert sorted(checked) == names
 
 
 def test_options_are_passed_by_name(tiny_llama):
