@@ -20,6 +20,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import json
+import math
 import os
 import resource
 import signal
@@ -53,8 +54,8 @@ TESTS = {
 }
 #: Of the many replacements of one operator, how many to try at each place.
 PER_PLACE = 2
-#: CPU seconds after which a mutant counts as hanging.
-CPU_LIMIT = 60
+#: A mutant counts as hanging after this many seconds, and thrice the time of its tests.
+PATIENCE = 20
 MEMORY_LIMIT = 12 << 30
 
 
@@ -175,31 +176,34 @@ class _Only:
         )
 
 
-def end_of(module: str, source: str, plugin, log: Path) -> int:
+def end_of(module: str, source: str, plugin, log: Path, seconds: float = 3600) -> int:
     """Run a module's tests in a fork in which it has other source.
+
+    Args:
+        module: Name of the module.
+        source: Its source.
+        plugin: `_Reach` or `_Only`.
+        log: File for what pytest prints.
+        seconds: Time after which the fork is ended.
 
     Returns:
         The exit code of pytest, or the negative number of the signal that ended it.
     """
     child = os.fork()
     if child == 0:
-        _run_tests(module, source, plugin, log)
+        _run_tests(module, source, plugin, log, seconds)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
 
-def _run_tests(module: str, source: str, plugin, log: Path) -> None:
+def _run_tests(module: str, source: str, plugin, log: Path, seconds: float) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     code = 70
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-        measures = isinstance(plugin, _Reach)
-        if not measures:
-            resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
-            # A deadlock uses no CPU; a test that takes this long does not end.
-            signal.alarm(2 * CPU_LIMIT)
+        signal.alarm(math.ceil(seconds))
         path = ROOT / "lm_eval_pruned" / f"{module}.py"
         sys.meta_path.insert(0, _Mutated(f"lm_eval_pruned.{module}", path, source))
         settings.register_profile(
@@ -225,7 +229,7 @@ def _run_tests(module: str, source: str, plugin, log: Path) -> None:
             + [str(ROOT / "tests" / name) for name in TESTS[module]],
             plugins=[plugin],
         )
-        if measures:
+        if isinstance(plugin, _Reach):
             sys.settrace(None)
             log.with_suffix(".json").write_text(json.dumps(plugin.tests))
     finally:
@@ -396,7 +400,8 @@ def main() -> None:
                 continue
             log, began = folder / f"{module}.log", time.monotonic()
             killers, chosen = tests.for_mutant(mutant)
-            code = end_of(module, mutant, _Only(chosen), log)
+            took = sum(tests.reach[test]["seconds"] for test in chosen)
+            code = end_of(module, mutant, _Only(chosen), log, PATIENCE + 3 * took)
             output = log.read_text(errors="replace")
             failed = tests.failed(output)
             if failed and failed not in killers:
