@@ -643,9 +643,9 @@ def narrowed_mlp(request, width=32, sources=None):
     narrowed = loading._NarrowedMlp(session, mlp, 88, width)
     target = (torch.device("cpu"), torch.bfloat16)
     weights = {
+        "down_proj": torch.randn(32, 88),
         "gate_proj": torch.randn(88, 32),
         "up_proj": torch.randn(88, 32),
-        "down_proj": torch.randn(32, 88),
     } | (sources or {})
     entries = {
         name: narrowed.add(name, "weight", Entry(weight), target)
@@ -686,7 +686,7 @@ def test_entries_that_do_not_fit_the_others_are_named(tiny_llama):
             {"down_proj": torch.randn(80, 88)},
             r"down_proj.weight has shape \[80, 88\] .* says \[32, 88\]",
         ),
-        ({"gate_proj": torch.randn(88)}, r"gate_proj.weight has shape \[88\] .* says"),
+        ({"gate_proj": torch.randn(80)}, r"gate_proj.weight has shape \[80\] .* says"),
         ({"gate_proj": torch.randn(0, 32)}, r"gate_proj.weight has shape \[0, 32\] .*"),
     ):
         mlp, _, _ = narrowed_mlp(request, sources=sources)
@@ -980,6 +980,30 @@ def test_down_is_looked_through_once(tiny_llama, monkeypatch):
         assert sorted(checked) == names
         load_pruned(str(tiny_llama), ratio=2)
         assert sorted(checked) == names
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_config_that_lies_about_a_small_model_is_caught(tmp_path, layers):
+    folder = checkpoints.save_tiny(tmp_path / "tiny", num_hidden_layers=layers)
+    edit_config(folder, intermediate_size=96)
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp has 88 .* says 96: correct in"
+    ):
+        load_pruned(str(folder))
+
+
+def test_widths_that_change_while_they_are_read_are_told(copied):
+    """The first pass found widths that the second one does not."""
+    load_pruned(str(copied), ratio=1, layers=1).save_pretrained(copied)
+    names = [f"model.layers.{layer}.mlp" for layer in range(3)]
+    found = loading._WidthsDiffer(dict(zip(names, (40, 88, 88), strict=True)))
+    request = loading.Request.resolve(
+        AutoModelForCausalLM, str(copied), {"intermediate_size": 40}, {}, found
+    )
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp has 88 .* says 40: correct in"
+    ):
+        loading._load(request, None)
 
 
 def test_options_are_passed_by_name(tiny_llama):
