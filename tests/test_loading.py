@@ -402,8 +402,10 @@ def test_what_cannot_be_pruned_while_it_loads_says_why(tiny_llama):
     assert observing.must_load_whole(known) == why
     known.scores[names[2]] = torch.zeros(88)
     assert observing.must_load_whole(known) is None
-    baseline = request_for(tiny_llama, criterion="act", calibration="a")
+    baseline = request_for(tiny_llama)
     assert baseline.must_load_whole() is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.plan = baseline.plan
 
 
 def test_what_is_pruned_in_memory_may_not_be_quantised_first(tiny_llama):
