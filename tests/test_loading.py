@@ -1008,6 +1008,17 @@ def test_widths_that_change_while_they_are_read_are_told(copied):
         loading._load(request, None)
 
 
+def test_layers_that_keep_their_width_are_not_scored(tmp_path):
+    folder = checkpoints.save_tiny(tmp_path / "tiny", intermediate_size=300)
+    key = "model.layers.2.mlp.gate_proj.weight"
+    edit_weights(folder, lambda tensors: tensors[key][7].fill_(float("nan")))
+    model = load_pruned(str(folder), ratio=1, layers="0-1")
+    assert [len(kept) for kept in model.prune_record.kept] == [32, 32, 300]
+    assert model.get_parameter(key)[7].isnan().all()
+    with pytest.raises(ValueError, match=f"{re.escape(key)} holds 32 NaN"):
+        load_pruned(str(folder), ratio=1)
+
+
 def test_options_are_passed_by_name(tiny_llama):
     with pytest.raises(TypeError, match="positional"):
         load_pruned(str(tiny_llama), 1)
