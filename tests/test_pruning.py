@@ -253,6 +253,13 @@ def test_the_random_control_records_its_seed(tiny_llama):
         assert "seed" not in model.prune_record.as_dict()
 
 
+def test_options_are_passed_by_name(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with pytest.raises(TypeError, match="positional"):
+        prune_model(model, 1)
+    assert prune_model(ratio=1, model=model).config.intermediate_size == 32
+
+
 def test_without_a_seed_chance_is_the_same_everywhere(tiny_llama):
     arguments = {"intermediate_size": 41, "criterion": "random"}
     expected = PrunePlan.from_arguments(32, 88, seed=0, multiple_of=1, **arguments)
