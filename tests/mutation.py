@@ -54,8 +54,8 @@ TESTS = {
 }
 #: Of the many replacements of one operator, how many to try at each place.
 PER_PLACE = 2
-#: A mutant counts as hanging after this many seconds, and thrice the time of its tests.
-PATIENCE = 20
+#: A test counts as hanging after this many seconds, and thrice the time that it needs.
+PATIENCE = 10
 MEMORY_LIMIT = 12 << 30
 
 
@@ -163,10 +163,16 @@ class _Reach:
 
 
 class _Only:
-    """Runs the named tests alone, in that order."""
+    """Runs the named tests alone, in that order, and ends the process if one hangs."""
 
-    def __init__(self, names: list[str]) -> None:
-        self.place = {name: i for i, name in enumerate(names)}
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self.place = {name: i for i, name in enumerate(seconds)}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        signal.alarm(math.ceil(PATIENCE + 3 * self.seconds[item.nodeid]))
+        return (yield)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
@@ -176,7 +182,7 @@ class _Only:
         )
 
 
-def end_of(module: str, source: str, plugin, log: Path, seconds: float = 3600) -> int:
+def end_of(module: str, source: str, plugin, log: Path) -> int:
     """Run a module's tests in a fork in which it has other source.
 
     Args:
@@ -184,26 +190,24 @@ def end_of(module: str, source: str, plugin, log: Path, seconds: float = 3600) -
         source: Its source.
         plugin: `_Reach` or `_Only`.
         log: File for what pytest prints.
-        seconds: Time after which the fork is ended.
 
     Returns:
         The exit code of pytest, or the negative number of the signal that ended it.
     """
     child = os.fork()
     if child == 0:
-        _run_tests(module, source, plugin, log, seconds)
+        _run_tests(module, source, plugin, log)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
 
-def _run_tests(module: str, source: str, plugin, log: Path, seconds: float) -> None:
+def _run_tests(module: str, source: str, plugin, log: Path) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     code = 70
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-        signal.alarm(math.ceil(seconds))
         path = ROOT / "lm_eval_pruned" / f"{module}.py"
         sys.meta_path.insert(0, _Mutated(f"lm_eval_pruned.{module}", path, source))
         settings.register_profile(
@@ -400,8 +404,8 @@ def main() -> None:
                 continue
             log, began = folder / f"{module}.log", time.monotonic()
             killers, chosen = tests.for_mutant(mutant)
-            took = sum(tests.reach[test]["seconds"] for test in chosen)
-            code = end_of(module, mutant, _Only(chosen), log, PATIENCE + 3 * took)
+            seconds = {test: tests.reach[test]["seconds"] for test in chosen}
+            code = end_of(module, mutant, _Only(seconds), log)
             output = log.read_text(errors="replace")
             failed = tests.failed(output)
             if failed and failed not in killers:
