@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     conversion_mapping,
 )
+from transformers.core_model_loading import WeightRenaming
 
 from lm_eval_pruned import load_pruned, loading, prune_model
 from lm_eval_pruned.glu import Slot, UnsupportedModelError
@@ -1017,6 +1018,47 @@ def test_layers_that_keep_their_width_are_not_scored(tmp_path):
     assert model.get_parameter(key)[7].isnan().all()
     with pytest.raises(ValueError, match=f"{re.escape(key)} holds 32 NaN"):
         load_pruned(str(folder), ratio=1)
+
+
+def test_keys_are_renamed_unless_the_model_has_them_as_they_are(tiny_llama):
+    model = request_for(tiny_llama).widths.skeleton()
+    renaming = WeightRenaming(source_patterns="norm", target_patterns="scale")
+    config = types.SimpleNamespace(weight_mapping=[renaming])
+    names = loading._target_names(["model.norm.weight", "last_norm"], model, config)
+    assert names == {
+        "model.norm.weight": ("model.norm.weight", None, None),
+        "last_norm": ("last_scale", None, None),
+    }
+    plain = types.SimpleNamespace(weight_mapping=None)
+    names = loading._target_names(["norm.weight", "last_norm"], model, plain)
+    assert names == {
+        "norm.weight": ("model.norm.weight", None, None),
+        "last_norm": ("last_norm", None, None),
+    }
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError])
+def test_errors_while_loading_do_not_lead_to_another_way_of_loading(
+    tiny_llama, monkeypatch, error
+):
+    def fail(*args, **kwargs):
+        raise error("out of order")
+
+    monkeypatch.setattr(loading, "score", fail)
+    with pytest.raises(
+        ValueError, match=f"cannot be loaded .{error.__name__}: .*order"
+    ):
+        load_pruned(str(tiny_llama), ratio=1)
+
+
+def test_errors_before_the_checkpoint_is_opened_are_told(tiny_llama):
+    class Broken(OwnAuto):
+        @staticmethod
+        def from_pretrained(*args, **kwargs):
+            raise KeyError("out of order")
+
+    with pytest.raises(ValueError, match=r"cannot be loaded .KeyError: .*order"):
+        load_pruned(str(tiny_llama), ratio=1, auto_class=Broken)
 
 
 def test_options_are_passed_by_name(tiny_llama):
