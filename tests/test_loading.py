@@ -29,7 +29,7 @@ from lm_eval_pruned import load_pruned, loading, prune_model
 from lm_eval_pruned.glu import Slot, UnsupportedModelError
 from lm_eval_pruned.known_scores import KnownScores, ScoreTable
 
-from . import checkpoints, slicing
+from . import checkpoints, layouts, slicing
 from .checkpoints import edit_config, edit_weights
 
 
@@ -997,6 +997,16 @@ def test_a_config_that_lies_about_a_small_model_is_caught(tmp_path, layers):
         load_pruned(str(folder))
 
 
+def test_the_key_of_the_first_lie_is_named(tmp_path):
+    sizes = {**layouts.overrides("qwen3_moe", 16), "intermediate_size": 16}
+    folder = checkpoints.save_tiny(tmp_path / "tiny", "qwen3_moe", **sizes)
+    edit_config(folder, intermediate_size=20, moe_intermediate_size=24)
+    with pytest.raises(
+        ValueError, match=r"0\.mlp has 16 .* 20: correct intermediate_size"
+    ):
+        load_pruned(str(folder))
+
+
 def test_widths_that_change_while_they_are_read_are_told(copied):
     """The first pass found widths that the second one does not."""
     load_pruned(str(copied), ratio=1, layers=1).save_pretrained(copied)
@@ -1061,6 +1071,17 @@ def test_errors_before_the_checkpoint_is_opened_are_told(tiny_llama):
 
     with pytest.raises(ValueError, match=r"cannot be loaded .KeyError: .*order"):
         load_pruned(str(tiny_llama), ratio=1, auto_class=Broken)
+
+
+def test_shapes_may_differ_outside_of_the_mlps_on_request(copied):
+    def cut(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:200].clone()
+
+    edit_weights(copied, cut)
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \[200, 32\]"):
+        load_pruned(str(copied), ratio=1)
+    loaded = load_pruned(str(copied), ratio=1, ignore_mismatched_sizes=True)
+    assert loaded.lm_head.weight.shape == (260, 32)
 
 
 def test_options_are_passed_by_name(tiny_llama):
