@@ -1007,6 +1007,16 @@ def test_the_key_of_the_first_lie_is_named(tmp_path):
         load_pruned(str(folder))
 
 
+def test_a_stack_of_one_expert_is_a_stack(tmp_path):
+    sizes = layouts.overrides("gpt_oss", 16)
+    sizes |= {"num_local_experts": 1, "num_experts_per_tok": 1}
+    folder = checkpoints.save_tiny(tmp_path / "tiny", "gpt_oss", **sizes)
+    arguments = {"prune_percent": 50}
+    full = AutoModelForCausalLM.from_pretrained(folder, **layouts.EAGER)
+    loaded = load_pruned(str(folder), **arguments, **layouts.EAGER)
+    slicing.assert_same_model(loaded, prune_model(full, **arguments))
+
+
 def test_widths_that_change_while_they_are_read_are_told(copied):
     """The first pass found widths that the second one does not."""
     load_pruned(str(copied), ratio=1, layers=1).save_pretrained(copied)
