@@ -52,8 +52,8 @@ class PrunePlan:
     width: int
     criterion: str
     asked: dict[str, str]
-    multiple_of: int = 1
-    seed: int = 0
+    multiple_of: int
+    seed: int
     layers: tuple[int, ...] | None = None
     calibration: str | None = None
     calibration_samples: int | None = None

@@ -85,9 +85,9 @@ class PruneRecord:
     parameters_before: int
     parameters_after: int
     kept: tuple[Tensor, ...]
-    groups: tuple[WidthGroup, ...] = ()
-    config_expresses_widths: bool = True
-    calibration: Calibration | None = None
+    groups: tuple[WidthGroup, ...]
+    config_expresses_widths: bool
+    calibration: Calibration | None
 
     @classmethod
     def of(
@@ -390,7 +390,6 @@ def _select_in_memory(
     return kept_set(known.scores[mlp.name], width)
 
 
-@torch.no_grad()
 def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:
     """Narrow GLU-MLPs that may share parameters."""
     if all(len(kept[mlp.name]) == mlp.width for mlp in mlps):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -60,6 +62,41 @@ def test_scores_follow_the_formula(name, seed, neurons, hidden, dtype):
     assert scores.shape == (neurons,)
     expected = FORMULAS[name](*(w.double().numpy() for w in (gate, up)))
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-5, atol=1e-6)
+    if dtype == torch.float32:
+        assert torch.equal(criteria.CRITERIA[name](gate, up), scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_weights_are_looked_at_in_the_dtype_that_is_asked_for(name, dtype):
+    gate, up = weights(3, 20, 8)
+    scores = score_neurons(gate, up, name, dtype=dtype)
+    assert torch.equal(scores, score_neurons(gate.to(dtype), up.to(dtype), name))
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "vow", "pon"])
+def test_sums_are_computed_on_the_device_that_is_asked_for(name):
+    gate, up = weights(3, 20, 8)
+    assert score_neurons(gate, up, name).device.type == "cpu"
+    scores = score_neurons(gate, up, name, device=torch.device("meta"))
+    assert scores.device.type == "meta"
+
+
+def test_gate_and_up_of_different_length_are_not_cut_to_the_shorter(monkeypatch):
+    gate, up = weights(0, 10, 8)
+    monkeypatch.setattr(criteria, "_BLOCK_ELEMENTS", 8 * 5)
+    for pair in ((gate, up[:5]), (gate[:5], up)):
+        with pytest.raises(ValueError, match=r"shorter|longer"):
+            score_neurons(*pair, "l2")
+
+
+def test_options_are_passed_by_name():
+    gate, up = weights(0, 10, 8)
+    with pytest.raises(TypeError, match="positional"):
+        score_neurons(gate, up, "random", 3)
+    assert torch.equal(
+        score_neurons(up=up, gate=gate, criterion="l1"), score_neurons(gate, up, "l1")
+    )
 
 
 @pytest.mark.parametrize("name", [*FORMULAS, "random"])
@@ -218,9 +255,41 @@ def test_weights_of_nought_have_a_score_of_nought():
     assert scores.tolist() == [0] * 5
 
 
+def test_the_scale_of_a_matrix_does_not_matter_to_maw_act():
+    gate, up = weights(1, 10, 6)
+    down = weights(2, 6, 10)[0]
+    scores, scaled = (
+        score_neurons(gate * c, up, "maw_act", down=down * c * c, activity=activity(10))
+        for c in (1, 2.0**-20)
+    )
+    assert torch.equal(scores, scaled)
+
+
 @pytest.mark.parametrize("name", [*criteria.CRITERIA, *criteria.CALIBRATED, "random"])
 def test_names_are_their_own_canonical_form(name):
-    assert criteria.canonical_name(name) == name
+    # Read from a command line, the name is another object than the one in the code.
+    read = "".join(list(name))
+    assert criteria.canonical_name(read) == name
+    if name == "random":
+        gate, up = weights(0, 9, 4)
+        scores = score_neurons(gate, up, read)
+        assert torch.equal(scores, score_neurons(gate, up, name))
+
+
+@pytest.mark.parametrize("name", ["", "a", "Maw", "randon", "zebra", "~"])
+def test_any_other_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"criterion={name} is unknown: pass one of"):
+        criteria.canonical_name(name)
+
+
+def test_names_are_checked_without_torch(monkeypatch):
+    name = criteria.__name__
+    monkeypatch.setattr(sys.modules["lm_eval_pruned"], "criteria", criteria)
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    anew = importlib.import_module(name)
+    assert anew is not criteria
+    assert anew.canonical_name("ppm") == "maw"
 
 
 def test_the_later_name_of_the_study_is_an_alias():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from fractions import Fraction
@@ -129,12 +130,22 @@ def test_the_alias_of_a_criterion_is_resolved():
         ({"ratio": -1.5}, ["ratio=-1.5", "keeps no neuron"]),
         ({"ratio": 4.0001}, ["ratio=4.0001", "8192/2048", "at most 4,"]),
         ({"prune_percent": 100}, ["prune_percent=100", "[0, 100)"]),
+        ({"prune_percent": 100.5}, ["prune_percent=100.5", "[0, 100)"]),
+        ({"prune_percent": 250}, ["prune_percent=250", "[0, 100)"]),
         ({"prune_percent": -1}, ["prune_percent=-1", "[0, 100)"]),
         ({"prune_percent": "nan"}, ["prune_percent=nan", "not a finite number"]),
         ({"intermediate_size": 0}, ["intermediate_size=0", "from 1 to 8192"]),
         ({"intermediate_size": 8193}, ["intermediate_size=8193", "from 1 to 8192"]),
         ({"intermediate_size": 12.5}, ["intermediate_size=12.5", "whole number"]),
         ({"ratio": 2, "multiple_of": 0}, ["multiple_of=0", "1 or more"]),
+        (
+            {"ratio": 2, "multiple_of": "x"},
+            ["multiple_of=x is not a finite number: pass one such as multiple_of=1."],
+        ),
+        (
+            {"ratio": 2, "seed": "x"},
+            ["seed=x is not a finite number: pass one such as seed=1."],
+        ),
         ({"ratio": 2, "multiple_of": 1.5}, ["multiple_of=1.5", "whole number"]),
         (
             {"intermediate_size": 100, "multiple_of": 128},
@@ -256,6 +267,8 @@ def test_layers_are_written_as_numbers_and_ranges(written, layers):
     [
         ({"layers": "2-1"}, "layers=2-1 is no list of layers"),
         ({"layers": "0-100000"}, "layers=0-100000 is no list of layers"),
+        ({"layers": "0-100001"}, "layers=0-100001 is no list of layers"),
+        ({"layers": "0-999999"}, "layers=0-999999 is no list of layers"),
         ({"layers": "0-99999"}, "layers=0-99999 names layer 6.*in the layers 0-5"),
         ({"layers": "0000001"}, "is no list of layers"),
         ({"skip_layers": "x"}, "skip_layers=x is no list of layers"),
@@ -305,10 +318,33 @@ def test_written_layers_can_be_read_again(layers):
 
 @pytest.mark.parametrize(
     ("layers", "written"),
-    [([0], "0"), ([1, 0], "0-1"), ([0, 2, 3, 4], "0,2-4"), ([], "")],
+    [
+        ([0], "0"),
+        ([1, 0], "0-1"),
+        ([0, 2, 3, 4], "0,2-4"),
+        (range(997, 1003), "997-1002"),
+        ([], ""),
+    ],
 )
 def test_layers_are_written_as_runs(layers, written):
     assert written_layers(layers) == written
+
+
+def test_a_plan_cannot_be_changed_and_takes_options_by_name():
+    plan = PrunePlan.from_arguments(width_before=88, hidden_size=32, ratio=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.width = 3
+    with pytest.raises(TypeError, match="positional"):
+        PrunePlan.from_arguments(32, 88, 1)
+
+
+def test_only_fewer_neurons_than_before_are_a_pruning():
+    plan = PrunePlan.from_arguments(32, 88, ratio=1)
+    assert [dataclasses.replace(plan, width=k).prunes for k in (87, 88, 89)] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_seeds_are_kept_with_and_without_a_size():

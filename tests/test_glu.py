@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import types
 
@@ -20,6 +21,7 @@ from lm_eval_pruned.glu import (
     resize,
     skeleton,
     slots_by_parameter,
+    text_config,
 )
 
 from . import checkpoints
@@ -75,7 +77,7 @@ class RecordedSlice:
         return part
 
 
-@pytest.mark.parametrize(("slot", "shape"), every_slot())
+@pytest.mark.parametrize(("slot", "shape"), list(every_slot()))
 def test_a_slot_is_its_neurons_in_order(slot, shape):
     tensor = torch.randn(shape)
     expected = by_hand(slot, tensor)
@@ -310,9 +312,9 @@ def tied():
     return {"a": one, "b": other}
 
 
-def unknown_experts():
+def unknown_experts(*shape):
     module = nn.Module()
-    module.weights = nn.Parameter(torch.randn(EXPERTS, WIDTH, HIDDEN))
+    module.weights = nn.Parameter(torch.randn(shape))
     return {"mlp": mlp(), "experts": module}
 
 
@@ -339,6 +341,42 @@ REFUSED = {
         {"mlp": fused(factor=3)},
         "mlp.gate_up_proj that is not twice as wide as its down_proj",
     ),
+    "a fused one too narrow": (
+        {"mlp": fused(factor=1)},
+        "mlp.gate_up_proj that is not twice as wide as its down_proj",
+    ),
+    "transposed experts too wide": (
+        {
+            "experts": stacked(
+                both=(EXPERTS, HIDDEN, 3 * WIDTH), down=(EXPERTS, WIDTH, HIDDEN)
+            )
+        },
+        "experts.gate_up_proj that is not twice as wide as its down_proj",
+    ),
+    "experts too narrow": (
+        {"experts": stacked(both=(EXPERTS, WIDTH, HIDDEN))},
+        "experts.gate_up_proj that is not twice as wide as its down_proj",
+    ),
+    "one axis per expert": (
+        {"experts": stacked(both=(EXPERTS, 2 * WIDTH))},
+        r"experts.gate_up_proj in the shape \[3, 10\]",
+    ),
+    "three axes per expert": (
+        {"experts": stacked(both=(EXPERTS, 2 * WIDTH, HIDDEN, 1))},
+        r"experts.gate_up_proj in the shape \[3, 10, 4, 1\]",
+    ),
+    "one axis per expert in down": (
+        {"experts": stacked(down=(EXPERTS, WIDTH))},
+        r"down_proj in the shape \[3, 5\]",
+    ),
+    "three axes per expert in down": (
+        {"experts": stacked(down=(EXPERTS, HIDDEN, WIDTH, 1))},
+        r"down_proj in the shape \[3, 4, 5, 1\]",
+    ),
+    "fewer experts in down": (
+        {"experts": stacked(down=(EXPERTS - 1, HIDDEN, WIDTH))},
+        "the first of them equal",
+    ),
     "experts too wide": (
         {"experts": stacked(both=(EXPERTS, 3 * WIDTH, HIDDEN))},
         "experts.gate_up_proj that is not twice as wide as its down_proj",
@@ -360,8 +398,16 @@ REFUSED = {
         "shares one weight between a.up_proj.weight and b",
     ),
     "experts beside known ones": (
-        unknown_experts(),
+        unknown_experts(EXPERTS, WIDTH, HIDDEN),
         "unknown layout in experts.weights",
+    ),
+    "flattened experts beside known ones": (
+        unknown_experts(EXPERTS * WIDTH, HIDDEN),
+        "unknown layout in experts.weights",
+    ),
+    "two parameters beside them": (
+        {"mlp": with_extra(with_extra(mlp(), "zeta"), "alpha")},
+        "has mlp.alpha inside its MLP",
     ),
 }
 
@@ -391,6 +437,73 @@ def test_a_tower_without_words_is_left_alone():
     speech = Made(mlp=mlp())
     found = find_glu_mlps(Made(vision=tower, text=speech, last=mlp()))
     assert [m.path for m in found] == ["text.mlp", "last"]
+
+
+class WordsConfig:
+    """Config of a model of language."""
+
+    model_type = "words"
+    vocab_size = 10
+
+
+class WholeConfig:
+    """Config of a model that has one of language inside, or an encoder and a decoder."""
+
+    model_type = "whole"
+    vocab_size = 10
+
+    def __init__(self, is_encoder_decoder=False):
+        self.is_encoder_decoder = is_encoder_decoder
+        self.encoder, self.decoder = WordsConfig(), WordsConfig()
+
+    def get_text_config(self, decoder=None, encoder=None):
+        return self.decoder if decoder else self.encoder
+
+
+def part(config, **modules):
+    module = Made(**modules)
+    module.config = config
+    return module
+
+
+def test_only_the_language_part_of_a_model_is_searched():
+    config = WholeConfig()
+    language = part(config.decoder, mlp=mlp(), picture=part(object(), mlp=mlp()))
+    model = part(config, projector=mlp(), language=language, last=mlp())
+    assert [m.path for m in find_glu_mlps(model)] == ["language.mlp"]
+    # Without such a part, the whole model is searched.
+    model = part(config, a=mlp(), b=mlp())
+    assert [m.path for m in find_glu_mlps(model)] == ["a", "b"]
+
+
+def test_encoders_and_decoders_are_both_searched():
+    config = WholeConfig(is_encoder_decoder=True)
+    model = part(
+        config,
+        encoder=part(config.encoder, mlp=mlp()),
+        decoder=part(config.decoder, mlp=mlp()),
+    )
+    assert [m.path for m in find_glu_mlps(model)] == ["encoder.mlp", "decoder.mlp"]
+
+
+def test_the_language_part_is_the_decoder():
+    config = WholeConfig()
+    assert text_config(config) is config.decoder
+
+
+def test_slots_and_mlps_cannot_be_changed():
+    (found,) = find_glu_mlps(Made(mlp=mlp()))
+    for one, name in ((found, "layer"), (found.slots["up_proj", "weight"], "half")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(one, name, 1)
+
+
+def test_the_bias_of_stacked_down_projections_is_no_unknown_weight():
+    module = stacked()
+    module.gate_up_proj_bias = nn.Parameter(torch.randn(EXPERTS, 2 * WIDTH))
+    module.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+    found = find_glu_mlps(Made(experts=nn.ModuleDict({"inner": module})))
+    assert [m.kind for m in found] == ["expert"] * EXPERTS
 
 
 def test_slots_are_listed_by_parameter():
@@ -448,6 +561,39 @@ def test_resizing_gives_modules_their_new_width(make, trainable):
 
 def test_a_model_is_called_by_class_and_type():
     assert describe(Made()) == "Made (model_type llama)"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_layouts_of_any_size_are_found(transposed):
+    width, hidden = 700, 600
+    both, down = (2, 2 * width, hidden), (2, hidden, width)
+    if transposed:
+        both, down = (2, hidden, 2 * width), (2, width, hidden)
+    linears = nn.ModuleDict(
+        {
+            "gate_up_proj": nn.Linear(hidden, 2 * width),
+            "down_proj": nn.Linear(width, hidden),
+        }
+    )
+    found = find_glu_mlps(Made(experts=stacked(both, down), mlp=linears))
+    assert [(m.width, m.hidden_size) for m in found] == [(width, hidden)] * 3
+
+
+def test_skeletons_trust_code_on_request():
+    asked = []
+
+    class Auto:
+        @staticmethod
+        def from_config(config, *, trust_remote_code):
+            asked.append(trust_remote_code)
+            return checkpoints.tiny_model(config)
+
+    config = checkpoints.tiny_config(num_hidden_layers=1)
+    skeleton(Auto, config)
+    skeleton(auto_class=Auto, config=config, trust_remote_code=True)
+    assert asked == [False, True]
+    with pytest.raises(TypeError, match="positional"):
+        skeleton(Auto, config, True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -275,3 +275,5 @@ def test_layers_of_different_width_are_not_split_or_replaced(tmp_path, monkeypat
     monkeypatch.setattr(loading, "find_glu_mlps", find_replaced)
     with pytest.raises(UnsupportedModelError, match="quantization_config"):
         load_pruned(tmp_path, layers=1, prune_percent=50)
+    even = load_pruned(tmp_path, prune_percent=50)
+    assert even.config.intermediate_size == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import re
@@ -9,18 +10,26 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel, conversion_mapping
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    conversion_mapping,
+)
+from transformers.core_model_loading import WeightRenaming
 
 from lm_eval_pruned import load_pruned, loading, prune_model
-from lm_eval_pruned.glu import UnsupportedModelError
+from lm_eval_pruned.glu import Slot, UnsupportedModelError
+from lm_eval_pruned.known_scores import KnownScores, ScoreTable
 
-from . import checkpoints, slicing
+from . import checkpoints, layouts, slicing
 from .checkpoints import edit_config, edit_weights
 
 
@@ -369,3 +378,743 @@ def test_the_garbage_collector_is_left_as_it_was(tiny_llama, copied):
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def request_for(folder, arguments=None, **prune_arguments):
+    return loading.Request.resolve(
+        AutoModelForCausalLM, str(folder), prune_arguments, arguments or {}
+    )
+
+
+def test_what_cannot_be_pruned_while_it_loads_says_why(tiny_llama):
+    request = request_for(tiny_llama, ratio=1)
+    assert request.must_load_whole() is None
+    gguf = dataclasses.replace(request, model_arguments={"gguf_file": "a.gguf"})
+    assert gguf.must_load_whole() == "it is a GGUF file"
+    none = dataclasses.replace(request, model_arguments={"gguf_file": None})
+    assert none.must_load_whole() is None
+    observing = request_for(tiny_llama, ratio=1, criterion="act", calibration="a")
+    why = "criterion=act looks at its activations"
+    assert observing.must_load_whole() == why
+    known = ScoreTable()
+    assert observing.must_load_whole(known) == why
+    names = [f"model.layers.{layer}.mlp" for layer in range(3)]
+    known.scores = dict.fromkeys(names[:2], torch.zeros(88))
+    assert observing.must_load_whole(known) == why
+    known.scores[names[2]] = torch.zeros(88)
+    assert observing.must_load_whole(known) is None
+    baseline = request_for(tiny_llama)
+    assert baseline.must_load_whole() is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.plan = baseline.plan
+
+
+def test_what_is_pruned_in_memory_may_not_be_quantised_first(tiny_llama):
+    request = request_for(tiny_llama, ratio=1)
+    config = {"quantization_config": {"quant_method": "torchao"}}
+    for arguments, name in (
+        (config, "quantization_config"),
+        ({"load_in_8bit": True}, "load_in_8bit"),
+        ({"load_in_4bit": True, "gguf_file": "a.gguf"}, "load_in_4bit"),
+    ):
+        quantising = dataclasses.replace(request, model_arguments=arguments)
+        with pytest.raises(ValueError, match=f"{name} quantises .* because of me"):
+            quantising.check_prunable_in_memory("of me")
+    for arguments in ({}, config | {"gguf_file": "a.gguf"}):
+        fine = dataclasses.replace(request, model_arguments=arguments)
+        fine.check_prunable_in_memory("of me")
+    baseline = request_for(tiny_llama)
+    dataclasses.replace(baseline, model_arguments=config).check_prunable_in_memory(None)
+
+
+def test_the_tokenizer_comes_from_where_the_model_does(tiny_llama, monkeypatch):
+    request = request_for(tiny_llama, ratio=1)
+    calls = []
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained",
+        lambda *args, **kwargs: calls.append((args, kwargs)),
+    )
+    where = {
+        "cache_dir": "c",
+        "force_download": True,
+        "local_files_only": True,
+        "proxies": {"http": "p"},
+        "revision": "r",
+        "subfolder": "s",
+        "token": "t",
+        "trust_remote_code": True,
+        "gguf_file": "a.gguf",
+    }
+    for arguments, expected in (
+        ({}, {}),
+        (
+            {"revision": None, "dtype": torch.float16, "subfolder": ""},
+            {"subfolder": ""},
+        ),
+        ({**where, "device_map": {"": "cpu"}}, where),
+    ):
+        dataclasses.replace(request, model_arguments=arguments).load_tokenizer()
+        assert calls.pop() == ((str(tiny_llama),), expected)
+
+
+class Loader:
+    """In place of an Auto class: remembers with which arguments it was called."""
+
+    def __init__(self, missing=()):
+        self.missing = list(missing)
+        self.calls = []
+
+    def from_pretrained(self, pretrained, **arguments):
+        self.calls.append((pretrained, arguments))
+        if arguments.get("output_loading_info"):
+            return "model", {"missing_keys": self.missing}
+        return "model"
+
+
+def test_a_model_is_loaded_with_the_arguments_of_the_user(tiny_llama):
+    loader = Loader()
+    request = dataclasses.replace(
+        request_for(tiny_llama, {"dtype": torch.float16, "revision": "r"}, ratio=1),
+        auto_class=loader,
+    )
+    assert request.load("config") == "model"
+    assert loader.calls == [
+        (
+            str(tiny_llama),
+            {
+                "config": "config",
+                "output_loading_info": True,
+                "dtype": torch.float16,
+                "revision": "r",
+            },
+        )
+    ]
+
+
+def test_a_gguf_file_is_expanded(tiny_llama):
+    loader = Loader()
+    request = dataclasses.replace(
+        request_for(tiny_llama),
+        auto_class=loader,
+        model_arguments={"gguf_file": "a.gguf"},
+    )
+    assert request.load_whole() == "model"
+    ((_, arguments),) = loader.calls
+    assert arguments["gguf_file"] == "a.gguf"
+    assert arguments["config"] is request.widths.original
+    expanding = arguments.get("quantization_config")
+    assert expanding is None or expanding.dequantize is True
+
+
+def test_a_loader_that_tells_what_was_missing_is_believed(tiny_llama):
+    request = dataclasses.replace(
+        request_for(tiny_llama), auto_class=Loader(missing=["b", "a"])
+    )
+    with pytest.raises(ValueError, match="no tensor for a and 1 more"):
+        request.load("config")
+
+
+class OwnLoader(LlamaForCausalLM):
+    """A class that reads checkpoints in a way of its own."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained, *, config, **arguments):
+        assert "output_loading_info" not in arguments
+        model = cls(config).eval()
+        model.load_state_dict(load_file(f"{pretrained}/model.safetensors"), strict=True)
+        return model
+
+
+class OwnAuto:
+    from_pretrained = OwnLoader.from_pretrained
+
+    @staticmethod
+    def from_config(config, **arguments):
+        return OwnLoader(config)
+
+
+def test_a_class_with_a_loader_of_its_own_is_pruned_in_memory(tiny_llama, caplog):
+    with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
+        model = load_pruned(str(tiny_llama), ratio=1, auto_class=OwnAuto)
+    assert type(model) is OwnLoader
+    slicing.assert_same_model(model, load_pruned(str(tiny_llama), ratio=1))
+    assert "because its model class loads checkpoints in its own way" in caplog.text
+    whole = load_pruned(str(tiny_llama), auto_class=OwnAuto)
+    slicing.assert_same_model(whole, load_pruned(str(tiny_llama)))
+
+
+def test_pruning_in_memory_is_told_and_loading_whole_is_not(copied, caplog):
+    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    for file in copied.glob("tokenizer*"):
+        file.unlink()
+    with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
+        load_pruned(str(copied))
+        assert not caplog.messages
+        load_pruned(str(copied), ratio=1)
+    (message,) = caplog.messages
+    assert message == (
+        f"{copied} is loaded in full and pruned in memory, because its checkpoint is not in "
+        "safetensors."
+    )
+
+
+def test_sessions_within_sessions_share_one_replacement(tiny_llama):
+    before = PreTrainedModel.__dict__["_load_pretrained_model"]
+    request = request_for(tiny_llama, ratio=1)
+    targets = request.widths.targets(request.plan)
+
+    def session():
+        return loading._Session(request.plan, request.widths, targets)
+
+    with loading._standing_in(session()):
+        replaced = PreTrainedModel.__dict__["_load_pretrained_model"]
+        assert replaced is not before
+        with loading._standing_in(session()):
+            assert PreTrainedModel.__dict__["_load_pretrained_model"] is replaced
+        assert PreTrainedModel.__dict__["_load_pretrained_model"] is replaced
+    assert PreTrainedModel.__dict__["_load_pretrained_model"] is before
+    # Once more: what the first ones put back can be replaced again.
+    with pytest.raises(KeyError), loading._standing_in(session()):
+        raise KeyError
+    assert PreTrainedModel.__dict__["_load_pretrained_model"] is before
+    slicing.assert_same_model(
+        load_pruned(str(tiny_llama)), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    )
+
+
+def test_only_the_first_model_of_a_session_is_pruned(tiny_llama):
+    """A class may load another model while it is loaded."""
+    request = request_for(tiny_llama, ratio=1)
+    targets = request.widths.targets(request.plan)
+    session = loading._Session(request.plan, request.widths, targets)
+    with loading._standing_in(session):
+        first = request.load(request.widths.narrowed_config(targets))
+        second = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert first.config.intermediate_size == 32
+    slicing.assert_same_model(first, load_pruned(str(tiny_llama), ratio=1))
+    slicing.assert_same_model(second, load_pruned(str(tiny_llama)))
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "files", "why"),
+    [
+        ({}, ["a.safetensors"], "its weights do not come from files"),
+        (None, [], "its weights do not come from files"),
+        (None, None, "its weights do not come from files"),
+        (None, ["a.safetensors", "b.bin"], "its checkpoint is not in safetensors"),
+    ],
+)
+def test_checkpoints_that_are_no_safetensors_are_declined(
+    tiny_llama, state_dict, files, why
+):
+    request = request_for(tiny_llama, ratio=1)
+    session = loading._Session(request.plan, request.widths, {})
+    with pytest.raises(loading._RouteDeclined, match=why):
+        session._open_files(state_dict, files)
+
+
+def test_zero3_gathers_weights_itself(tiny_llama, monkeypatch):
+    request = request_for(tiny_llama, ratio=1)
+    session = loading._Session(request.plan, request.widths, {})
+    monkeypatch.setattr(
+        "transformers.integrations.is_deepspeed_zero3_enabled", lambda: True
+    )
+    with pytest.raises(loading._RouteDeclined, match="DeepSpeed"):
+        session._open_files(None, [str(tiny_llama / "model.safetensors")])
+
+
+class Entry:
+    """A safetensors slice of a tensor."""
+
+    def __init__(self, tensor, dtype="F32"):
+        self.tensor, self.dtype = tensor, dtype
+
+    def get_shape(self):
+        return list(self.tensor.shape)
+
+    def get_dtype(self):
+        return self.dtype
+
+    def __getitem__(self, index):
+        return self.tensor[index]
+
+
+def narrowed_mlp(request, width=32, sources=None):
+    """Return the entries of the first MLP of a Llama, and its state dict."""
+    mlp = request.widths.mlps[0]
+    targets = dict.fromkeys(request.widths.actual, width)
+    session = loading._Session(request.plan, request.widths, targets)
+    narrowed = loading._NarrowedMlp(session, mlp, 88, width)
+    target = (torch.device("cpu"), torch.bfloat16)
+    weights = {
+        "down_proj": torch.randn(32, 88),
+        "gate_proj": torch.randn(88, 32),
+        "up_proj": torch.randn(88, 32),
+    } | (sources or {})
+    entries = {
+        name: narrowed.add(name, "weight", Entry(weight), target)
+        for name, weight in weights.items()
+    }
+    return narrowed, entries, weights
+
+
+def test_entries_look_like_tensors_of_the_kept_width(tiny_llama):
+    mlp, entries, weights = narrowed_mlp(request_for(tiny_llama, ratio=1))
+    assert mlp.stored_width() == 88
+    gate, down = entries["gate_proj"], entries["down_proj"]
+    assert (gate.get_shape(), down.get_shape()) == ([32, 32], [32, 32])
+    assert (gate.stored_shape(), down.stored_shape()) == ([88, 32], [32, 88])
+    assert gate.get_dtype() == "F32"
+    assert gate[...] is gate
+    kept = mlp.kept()
+    assert kept.dtype == torch.int64 and len(kept) == 32
+    expected = weights["gate_proj"][kept].bfloat16()
+    # The first reading hands out what the scoring had at hand, the next one reads anew.
+    assert torch.equal(gate.to(), expected)
+    assert torch.equal(gate.to(), expected)
+    assert torch.equal(gate[1:3], expected[1:3])
+    assert gate.to(dtype=torch.float64).dtype == torch.float64
+    assert gate.to(device="meta").device.type == "meta"
+    assert torch.equal(down[...].to(), weights["down_proj"][:, kept].bfloat16())
+
+
+def test_entries_that_do_not_fit_the_others_are_named(tiny_llama):
+    request = request_for(tiny_llama, ratio=1)
+    name = r"model\.layers\.0\.mlp\."
+    for sources, message in (
+        (
+            {"up_proj": torch.randn(80, 32)},
+            r"up_proj.weight has shape \[80, 32\] .* says \[88, 32\]",
+        ),
+        (
+            {"down_proj": torch.randn(80, 88)},
+            r"down_proj.weight has shape \[80, 88\] .* says \[32, 88\]",
+        ),
+        ({"gate_proj": torch.randn(80)}, r"gate_proj.weight has shape \[80\] .* says"),
+        ({"gate_proj": torch.randn(0, 32)}, r"gate_proj.weight has shape \[0, 32\] .*"),
+    ):
+        mlp, _, _ = narrowed_mlp(request, sources=sources)
+        with pytest.raises(ValueError, match=name + message):
+            mlp.stored_width()
+    one = {"gate_proj": torch.randn(1, 32), "up_proj": torch.randn(1, 32)}
+    mlp, _, _ = narrowed_mlp(request, sources={**one, "down_proj": torch.randn(32, 1)})
+    assert mlp.stored_width() == 1
+
+
+@pytest.mark.parametrize("dtype", ["I8", "BOOL", "F8_E4M3", "U16"])
+def test_codes_are_no_weights(tiny_llama, dtype):
+    request = request_for(tiny_llama, ratio=1)
+    mlp, _, weights = narrowed_mlp(request)
+    source = Entry(weights["up_proj"], dtype)
+    with pytest.raises(
+        ValueError, match=rf"mlp\.up_proj\.weight is stored as {dtype},"
+    ):
+        mlp.add("up_proj", "weight", source, None)
+
+
+def test_fused_entries_are_assembled(tiny_llama):
+    request = request_for(tiny_llama, ratio=1)
+    mlp, entries, weights = narrowed_mlp(request)
+    halves = [Slot("p", half=0), Slot("p", half=1)]
+    pair = loading.AssembledTensor(
+        dict(zip(halves, (entries["gate_proj"], entries["up_proj"]), strict=True))
+    )
+    kept = mlp.kept()
+    expected = torch.cat(
+        [weights[name][kept].bfloat16() for name in ("gate_proj", "up_proj")]
+    )
+    assert pair.get_shape() == [64, 32]
+    assert pair.get_dtype() == "F32"
+    assert pair[...] is pair
+    assert torch.equal(pair.to(), expected)
+    assert torch.equal(pair[30:40], expected[30:40])
+    assert pair.to(dtype=torch.float64).dtype == torch.float64
+    assert pair.to(device="meta").device.type == "meta"
+
+
+def test_a_part_of_an_entry_is_an_entry():
+    tensor = torch.randn(10, 4)
+    part = loading._SlotOfSource(Slot("p", half=1), Entry(tensor, "F16"))
+    assert part.get_shape() == [5, 4]
+    assert part.get_dtype() == "F16"
+    assert torch.equal(part[...], tensor[5:])
+    assert part[...].is_contiguous()
+    assert torch.equal(part[1:3], tensor[6:8])
+    # A damaged entry has no such part; its whole shape is what the message shows.
+    broken = loading._SlotOfSource(Slot("p", expert=3), Entry(torch.randn(2, 4)))
+    assert broken.get_shape() == [2, 4]
+
+
+def converter(sources, targets, *operations):
+    return types.SimpleNamespace(
+        source_patterns=sources, target_patterns=targets, operations=operations
+    )
+
+
+class MergeModulelist:
+    def __init__(self, dim=0):
+        self.dim = dim
+
+
+class Concatenate(MergeModulelist):
+    pass
+
+
+class Transpose(MergeModulelist):
+    pass
+
+
+def test_experts_stored_one_by_one_are_told_apart():
+    merge = converter(["w1", "w3"], ["both"], MergeModulelist(), Concatenate(1))
+    places = [
+        (f"mlp{expert}", (projection, "weight"), Slot("p", expert, half))
+        for half, projection in enumerate(("gate_proj", "up_proj"))
+        for expert in (1, 0)
+    ]
+    keys = ["experts.0.w3", "experts.1.w3"]
+    assert loading._converted_sources("p", "w3", keys, merge, places) == {
+        key: [(f"mlp{i}", ("up_proj", "weight"), Slot("p", i, 1), None)]
+        for i, key in enumerate(keys)
+    }
+    first = loading._converted_sources("p", "w1", ["a", "b"], merge, places)
+    assert first["b"] == [("mlp1", ("gate_proj", "weight"), Slot("p", 1, 0), None)]
+
+    single = converter(["w2"], ["down"], MergeModulelist())
+    downs = [(f"mlp{i}", ("down_proj", "weight"), Slot("p", i)) for i in (0, 1)]
+    assert loading._converted_sources("p", "w2", ["a", "b"], single, downs) == {
+        key: [(f"mlp{i}", ("down_proj", "weight"), Slot("p", i), None)]
+        for i, key in enumerate("ab")
+    }
+
+    fuse = converter(["gate", "up"], ["both"], Concatenate(0))
+    halves = [("mlp", (n, "weight"), Slot("p", half=i)) for i, n in enumerate("gu")]
+    assert loading._converted_sources("p", "up", ["k"], fuse, halves) == {
+        "k": [("mlp", ("u", "weight"), Slot("p", half=1), None)]
+    }
+
+
+_EXPERT_HALVES = [("m", "x", Slot("p", i, half)) for i in (0, 1) for half in (0, 1)]
+_EXPERT_DOWNS = [("m", "x", Slot("p", i)) for i in (0, 1)]
+_HALVES = [("m", "x", Slot("p", half=i)) for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("conversion", "keys", "places"),
+    [
+        (converter(["a"], ["x", "y"], MergeModulelist()), 2, _EXPERT_DOWNS),
+        (converter(["a"], ["x"], MergeModulelist(1)), 2, _EXPERT_DOWNS),
+        (converter(["a"], ["x"], MergeModulelist(), Transpose(1)), 2, _EXPERT_DOWNS),
+        (converter(["a"], ["x"], MergeModulelist()), 1, _EXPERT_DOWNS),
+        (converter(["a"], ["x"], MergeModulelist()), 2, _EXPERT_HALVES),
+        (converter(["a"], ["x"]), 2, _EXPERT_DOWNS),
+        (
+            converter(["a", "b"], ["x"], MergeModulelist(), Concatenate(0)),
+            2,
+            _EXPERT_HALVES,
+        ),
+        (converter(["a", "b"], ["x"], Concatenate(1)), 1, _HALVES),
+        (converter(["a", "b"], ["x"], Transpose(0)), 1, _HALVES),
+        (converter(["a", "b"], ["x"], Concatenate(0)), 2, _HALVES),
+        (converter(["a", "b"], ["x"], MergeModulelist(), Concatenate(1)), 1, _HALVES),
+        (
+            converter(["a", "b"], ["x"], Concatenate(0)),
+            1,
+            [("m", "x", Slot("p", half=i, interleaved=True)) for i in (0, 1)],
+        ),
+        (
+            converter(["a", "b"], ["x"], Concatenate(0)),
+            1,
+            [("m", "x", Slot("p", half=i, transposed=True)) for i in (0, 1)],
+        ),
+        (converter(["a"], ["x"], MergeModulelist()), 2, []),
+    ],
+)
+def test_other_ways_of_computing_a_weight_are_declined(conversion, keys, places):
+    with pytest.raises(loading._RouteDeclined, match="computes p from other tensors"):
+        loading._converted_sources("p", "a", list("kl")[:keys], conversion, places)
+
+
+def test_weights_go_where_transformers_puts_them():
+    def config(device_map, plan=None):
+        return types.SimpleNamespace(
+            device_map=device_map, dtype=torch.float16, dtype_plan=plan
+        )
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert loading._target(config(None), name) == (cpu, torch.float16)
+    split = {"model.layers.0": "meta", "model.layers.1": "cpu"}
+    assert loading._target(config(split), name) == (meta, torch.float16)
+    other = name.replace("0", "1")
+    assert loading._target(config(split), other) == (cpu, torch.float16)
+    plan = {"down_proj": torch.float32, "layers.1": torch.float64}
+    assert loading._target(config(None, plan), name) == (cpu, torch.float32)
+    gate = name.replace("down", "gate")
+    assert loading._target(config(None, plan), gate) == (cpu, torch.float16)
+
+
+def test_quantised_checkpoints_are_told_by_their_config():
+    def refuse(quantisation, **arguments):
+        loading._refuse_quantised(
+            types.SimpleNamespace(quantization_config=quantisation), arguments
+        )
+
+    refuse(None)
+    refuse({"quant_method": "gguf"}, gguf_file="a.gguf")
+    loading._refuse_quantised(types.SimpleNamespace(), {})
+    method = types.SimpleNamespace(value="awq")
+    as_object = types.SimpleNamespace(to_dict=lambda: {"quant_method": method})
+    for quantisation, said in (
+        ({"quant_method": "gptq"}, "gptq"),
+        (as_object, "awq"),
+        ({}, "unknown"),
+    ):
+        for arguments in ({}, {"gguf_file": None}):
+            with pytest.raises(UnsupportedModelError, match=f"quant_method={said}."):
+                refuse(quantisation, **arguments)
+
+
+def test_arguments_are_for_the_config_or_for_the_model(tiny_llama):
+    arguments = {
+        "dtype": torch.float16,
+        "quantization_config": None,
+        "rms_norm_eps": 0.5,
+        "revision": "main",
+        "trust_remote_code": False,
+        "attn_implementation": "eager",
+        "low_cpu_mem_usage": True,
+    }
+    config, rest = loading._resolve_config(str(tiny_llama), dict(arguments))
+    assert config.rms_norm_eps == 0.5
+    assert config.dtype == torch.float32, "what the checkpoint says"
+    for name in ("dtype", "quantization_config", "revision", "trust_remote_code"):
+        assert rest[name] is arguments[name]
+    assert "rms_norm_eps" not in rest
+    assert rest["low_cpu_mem_usage"] is True
+
+
+def test_what_is_about_to_be_loaded_can_be_inspected(copied):
+    def inspected(folder, **prune_arguments):
+        seen = []
+        model = loading.load_with_arguments(
+            AutoModelForCausalLM, str(folder), prune_arguments, {}, inspect=seen.append
+        )
+        return seen, model
+
+    (request,), model = inspected(copied, ratio=1)
+    assert request.plan == model.prune_record.plan
+    ragged = copied.parent / "ragged"
+    load_pruned(str(copied), ratio=1, layers=1).save_pretrained(ragged)
+    (first, second), _ = inspected(ragged, ratio=2)
+    assert set(first.widths.actual.values()) == {88}
+    assert sorted(second.widths.actual.values()) == [32, 88, 88]
+    (ragged / "model.safetensors").unlink()
+
+    def refuse(request):
+        raise KeyError("before weights are read")
+
+    with pytest.raises(KeyError, match="before"):
+        loading.load_with_arguments(
+            AutoModelForCausalLM, str(ragged), {}, {}, inspect=refuse
+        )
+
+
+def test_an_unpruned_load_is_left_to_transformers(tiny_llama, monkeypatch):
+    calls = []
+    original = PreTrainedModel._load_pretrained_model
+
+    def recorded(model, state_dict, checkpoint_files, *args, **kwargs):
+        calls.append((state_dict, checkpoint_files))
+        return original(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    monkeypatch.setattr(
+        PreTrainedModel, "_load_pretrained_model", staticmethod(recorded)
+    )
+    load_pruned(str(tiny_llama))
+    load_pruned(str(tiny_llama), ratio="2.75")
+    for state_dict, files in calls:
+        assert state_dict is None
+        assert files == [str(tiny_llama / "model.safetensors")]
+    calls.clear()
+    load_pruned(str(tiny_llama), ratio=1)
+    ((state_dict, files),) = calls
+    assert files is None, "offloading writes the narrowed weights"
+    assert len(state_dict) == len(load_file(tiny_llama / "model.safetensors"))
+
+
+def test_a_config_that_no_model_has_is_refused(copied):
+    edit_config(copied, num_hidden_layers=10**12)
+    with pytest.raises(
+        ValueError, match="num_hidden_layers=1000000000000, which no mo"
+    ):
+        load_pruned(str(copied), ratio=1)
+    (copied / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="describes no model that can be built"):
+        load_pruned(str(copied), ratio=1)
+
+
+def test_biases_are_no_part_of_the_ranking(tmp_path):
+    folder = checkpoints.save_tiny(tmp_path / "tiny", mlp_bias=True)
+    expected = load_pruned(str(folder), ratio=1).prune_record.digest
+    gate, down = (f"model.layers.1.mlp.{name}_proj.bias" for name in ("gate", "down"))
+
+    def spoil(tensors):
+        tensors[gate][5:80] = float("nan")
+        tensors[down][3] = float("inf")
+
+    edit_weights(folder, spoil)
+    loaded = load_pruned(str(folder), ratio=1)
+    assert loaded.prune_record.digest == expected
+    assert loaded.get_parameter(gate).isnan().any()
+
+
+def test_down_is_looked_through_once(tiny_llama, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        loading,
+        "check_finite",
+        lambda name, *args, check=loading.check_finite: (
+            checked.append(name),
+            check(name, *args),
+        ),
+    )
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)]
+    with KnownScores().in_use():
+        load_pruned(str(tiny_llama), ratio=1)
+        assert sorted(checked) == names
+        load_pruned(str(tiny_llama), ratio=2)
+        assert sorted(checked) == names
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_config_that_lies_about_a_small_model_is_caught(tmp_path, layers):
+    folder = checkpoints.save_tiny(tmp_path / "tiny", num_hidden_layers=layers)
+    edit_config(folder, intermediate_size=96)
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp has 88 .* says 96: correct in"
+    ):
+        load_pruned(str(folder))
+
+
+def test_the_key_of_the_first_lie_is_named(tmp_path):
+    sizes = {**layouts.overrides("qwen3_moe", 16), "intermediate_size": 16}
+    folder = checkpoints.save_tiny(tmp_path / "tiny", "qwen3_moe", **sizes)
+    edit_config(folder, intermediate_size=20, moe_intermediate_size=24)
+    with pytest.raises(
+        ValueError, match=r"0\.mlp has 16 .* 20: correct intermediate_size"
+    ):
+        load_pruned(str(folder))
+
+
+def test_a_stack_of_one_expert_is_a_stack(tmp_path):
+    sizes = layouts.overrides("gpt_oss", 16)
+    sizes |= {"num_local_experts": 1, "num_experts_per_tok": 1}
+    folder = checkpoints.save_tiny(tmp_path / "tiny", "gpt_oss", **sizes)
+    arguments = {"prune_percent": 50}
+    full = AutoModelForCausalLM.from_pretrained(folder, **layouts.EAGER)
+    loaded = load_pruned(str(folder), **arguments, **layouts.EAGER)
+    slicing.assert_same_model(loaded, prune_model(full, **arguments))
+
+
+def test_widths_that_change_while_they_are_read_are_told(copied):
+    """The first pass found widths that the second one does not."""
+    load_pruned(str(copied), ratio=1, layers=1).save_pretrained(copied)
+    names = [f"model.layers.{layer}.mlp" for layer in range(3)]
+    found = loading._WidthsDiffer(dict(zip(names, (40, 88, 88), strict=True)))
+    request = loading.Request.resolve(
+        AutoModelForCausalLM, str(copied), {"intermediate_size": 40}, {}, found
+    )
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp has 88 .* says 40: correct in"
+    ):
+        loading._load(request, None)
+
+
+def test_layers_that_keep_their_width_are_not_scored(tmp_path):
+    folder = checkpoints.save_tiny(tmp_path / "tiny", intermediate_size=300)
+    key = "model.layers.2.mlp.gate_proj.weight"
+    edit_weights(folder, lambda tensors: tensors[key][7].fill_(float("nan")))
+    model = load_pruned(str(folder), ratio=1, layers="0-1")
+    assert [len(kept) for kept in model.prune_record.kept] == [32, 32, 300]
+    assert model.get_parameter(key)[7].isnan().all()
+    with pytest.raises(ValueError, match=f"{re.escape(key)} holds 32 NaN"):
+        load_pruned(str(folder), ratio=1)
+
+
+def test_keys_are_renamed_unless_the_model_has_them_as_they_are(tiny_llama):
+    model = request_for(tiny_llama).widths.skeleton()
+    renaming = WeightRenaming(source_patterns="norm", target_patterns="scale")
+    config = types.SimpleNamespace(weight_mapping=[renaming])
+    names = loading._target_names(["model.norm.weight", "last_norm"], model, config)
+    assert names == {
+        "model.norm.weight": ("model.norm.weight", None, None),
+        "last_norm": ("last_scale", None, None),
+    }
+    plain = types.SimpleNamespace(weight_mapping=None)
+    names = loading._target_names(["norm.weight", "last_norm"], model, plain)
+    assert names == {
+        "norm.weight": ("model.norm.weight", None, None),
+        "last_norm": ("last_norm", None, None),
+    }
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError])
+def test_errors_while_loading_do_not_lead_to_another_way_of_loading(
+    tiny_llama, monkeypatch, error
+):
+    def fail(*args, **kwargs):
+        raise error("out of order")
+
+    monkeypatch.setattr(loading, "score", fail)
+    with pytest.raises(
+        ValueError, match=f"cannot be loaded .{error.__name__}: .*order"
+    ):
+        load_pruned(str(tiny_llama), ratio=1)
+
+
+def test_errors_before_the_checkpoint_is_opened_are_told(tiny_llama):
+    class Broken(OwnAuto):
+        @staticmethod
+        def from_pretrained(*args, **kwargs):
+            raise KeyError("out of order")
+
+    with pytest.raises(ValueError, match=r"cannot be loaded .KeyError: .*order"):
+        load_pruned(str(tiny_llama), ratio=1, auto_class=Broken)
+
+
+def test_shapes_may_differ_outside_of_the_mlps_on_request(copied):
+    def cut(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:200].clone()
+
+    edit_weights(copied, cut)
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \[200, 32\]"):
+        load_pruned(str(copied), ratio=1)
+    loaded = load_pruned(str(copied), ratio=1, ignore_mismatched_sizes=True)
+    assert loaded.lm_head.weight.shape == (260, 32)
+
+
+def test_options_are_passed_by_name(tiny_llama):
+    with pytest.raises(TypeError, match="positional"):
+        load_pruned(str(tiny_llama), 1)
+    model = load_pruned(ratio=1, pretrained=str(tiny_llama))
+    assert model.config.intermediate_size == 32
+    arguments = {
+        "auto_class": AutoModelForCausalLM,
+        "pretrained": str(tiny_llama),
+        "prune_arguments": {"ratio": 1},
+        "from_pretrained": {},
+    }
+    with pytest.raises(TypeError, match="positional"):
+        loading.load_with_arguments(*arguments.values(), None)
+    slicing.assert_same_model(model, loading.load_with_arguments(**arguments))
+
+
+def test_widths_of_their_own_are_told(copied, caplog):
+    load_pruned(str(copied), ratio=1, layers=1).save_pretrained(copied)
+    with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
+        load_pruned(str(copied), ratio=2)
+    assert (
+        f"The layers of {copied} have widths of their own: its tensors have from 32 to 88 "
+        "neurons."
+    ) in caplog.messages

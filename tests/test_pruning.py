@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import logging
 import struct
@@ -14,10 +15,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned import PrunePlan, load_pruned, prune_model, pruning
 from lm_eval_pruned.glu import UnsupportedModelError
 
-from . import checkpoints, slicing
+from . import checkpoints, layouts, slicing
 
 
 #: Every family names a config key of its MLP's bias, or None where it has none.
@@ -243,8 +244,41 @@ def test_the_baseline_records_that_nothing_was_removed(tiny_llama):
 
 
 def test_the_random_control_records_its_seed(tiny_llama):
-    record = load_pruned(str(tiny_llama), ratio=1, criterion="random", seed=4)
-    assert record.prune_record.as_dict()["seed"] == 4
+    # Read from a command line, the name is another object than the one in the code.
+    for criterion in ("random", "".join(list("random"))):
+        model = load_pruned(str(tiny_llama), ratio=1, criterion=criterion, seed=4)
+        assert model.prune_record.as_dict()["seed"] == 4
+    for criterion in ("maw", "vow"):
+        model = load_pruned(str(tiny_llama), ratio=1, criterion=criterion, seed=4)
+        assert "seed" not in model.prune_record.as_dict()
+
+
+def test_options_are_passed_by_name(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with pytest.raises(TypeError, match="positional"):
+        prune_model(model, 1)
+    assert prune_model(ratio=1, model=model).config.intermediate_size == 32
+
+
+def test_without_a_seed_chance_is_the_same_everywhere(tiny_llama):
+    arguments = {"intermediate_size": 41, "criterion": "random"}
+    expected = PrunePlan.from_arguments(32, 88, seed=0, multiple_of=1, **arguments)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    seeded = prune_model(copy.deepcopy(model), seed=0, **arguments).prune_record
+    for record in (
+        prune_model(model, **arguments).prune_record,
+        load_pruned(str(tiny_llama), **arguments).prune_record,
+    ):
+        assert record.plan == expected
+        assert record.digest == seeded.digest
+
+
+def test_layers_that_are_not_pruned_keep_their_very_parameters():
+    model = checkpoints.tiny_model(checkpoints.tiny_config(intermediate_size=300))
+    before = dict(model.named_parameters())
+    prune_model(model, ratio=1, layers=1)
+    for name, parameter in model.named_parameters():
+        assert (parameter is before[name]) is ("layers.1.mlp" not in name), name
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox"])
@@ -296,3 +330,180 @@ def test_pruning_in_memory_logs_nothing_and_keeps_requires_grad(tiny_llama, capl
     assert not caplog.records
     assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
     assert model.model.layers[0].mlp.gate_proj.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_run_one_by_one_just_where_their_rows_are_unaligned(dtype, caplog):
+    config = checkpoints.tiny_config(
+        "mixtral", num_hidden_layers=1, intermediate_size=24, num_local_experts=2
+    )
+    full = checkpoints.tiny_model(config).to(dtype)
+    assert full.config._experts_implementation == "grouped_mm"
+    multiple = {torch.float32: 4, torch.bfloat16: 8}[dtype]
+    for width in range(1, 25):
+        caplog.clear()
+        pruned = prune_model(copy.deepcopy(full), intermediate_size=width)
+        aligned = width % multiple == 0
+        chosen = pruned.config._experts_implementation
+        assert chosen == ("grouped_mm" if aligned else "eager"), width
+        assert len(caplog.messages) == (0 if aligned else 1)
+        for message in caplog.messages:
+            assert f"The experts of {width} neurons run one by one" in message
+            assert f"a multiple of {multiple}: add multiple_of={multiple} f" in message
+        assert logits(pruned).isfinite().all()
+
+
+def test_experts_that_run_otherwise_are_left_alone(caplog):
+    config = checkpoints.tiny_config(
+        "mixtral", num_hidden_layers=1, intermediate_size=24, num_local_experts=2
+    )
+    full = checkpoints.tiny_model(config)
+    for implementation in ("batched_mm", "eager", "sonicmoe"):
+        full.set_experts_implementation(implementation)
+        pruned = prune_model(copy.deepcopy(full), intermediate_size=7)
+        assert pruned.config._experts_implementation == implementation
+    assert not caplog.messages
+
+
+def test_the_table_of_a_record_says_what_was_done(tiny_llama):
+    record = load_pruned(str(tiny_llama), ratio=1, layers="0,2").prune_record
+    assert record.as_table().splitlines() == [
+        "|                 |        before|         after|",
+        "|-----------------|-------------:|-------------:|",
+        "|expansion ratio  |        2.7500|        1.0000|",
+        "|intermediate size|            88|            32|",
+        f"|parameters       |{record.parameters_before:>14,}|{record.parameters_after:>14,}|",
+        f"ratio=1, criterion=maw, 3 layers (0,2 pruned), kept digest {record.digest[:12]}",
+        "2 dense MLPs of intermediate_size: 88 to 32 neurons",
+        "1 dense MLPs of intermediate_size: 88 to 88 neurons",
+    ]
+    lines = load_pruned(str(tiny_llama), ratio=2).prune_record.as_table().splitlines()
+    assert len(lines) == 6, "one kind of MLP is described by the table above"
+    assert "3 layers, kept digest" in lines[-1]
+    baseline = load_pruned(str(tiny_llama)).prune_record.as_table().splitlines()
+    assert baseline[-1] == "baseline, nothing removed, 3 layers, kept digest none"
+
+
+@pytest.mark.parametrize(
+    ("layers", "subject"),
+    [("1", "model.layers.1.mlp"), ("0,2", "Each of 2 GLU-MLPs")],
+)
+def test_widths_that_the_config_cannot_express_are_told(
+    tiny_llama, caplog, layers, subject
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    record = prune_model(model, ratio=1, layers=layers).prune_record
+    assert not record.config_expresses_widths
+    (message,) = caplog.messages
+    assert message.startswith(f"{subject} keeps a width of its own, which intermediate")
+    assert model.config.intermediate_size == 88
+    assert [len(kept) for kept in record.kept] == [
+        32 if str(layer) in layers else 88 for layer in range(3)
+    ]
+
+
+def test_the_key_of_the_first_of_several_kinds_is_named(caplog):
+    sizes = layouts.overrides("deepseek_v3", 16)
+    sizes |= {"num_hidden_layers": 4, "first_k_dense_replace": 2}
+    model = checkpoints.tiny_model(checkpoints.tiny_config("deepseek_v3", **sizes))
+    prune_model(model, prune_percent=50, layers="0,2")
+    assert caplog.messages[0].startswith(
+        "Each of 5 GLU-MLPs keeps a width of its own, which intermediate_size in"
+    )
+
+
+def test_records_cannot_be_changed(tiny_llama):
+    record = load_pruned(str(tiny_llama), ratio=1).prune_record
+    for one, name in ((record, "layers"), (record.groups[0], "mlps")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(one, name, 0)
+
+
+def test_the_message_counts_the_bad_weights(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5:8] = float("nan")
+    with pytest.raises(ValueError, match=r"up_proj\.weight holds 3 .* values of 2816,"):
+        prune_model(model, ratio=1)
+
+
+@pytest.mark.parametrize("criterion", ["maw", "l1", "random"])
+def test_a_bad_down_projection_is_named_first(tiny_llama, criterion):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for name, parameter in model.named_parameters():
+        if "layers.1.mlp" in name:
+            parameter.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight holds 1 "):
+        prune_model(model, ratio=1, criterion=criterion)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "vow", "random"])
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj"])
+def test_sums_and_chance_do_not_rank_bad_weights_either(
+    tiny_llama, projection, criterion
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    getattr(model.model.layers[2].mlp, projection).weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=rf"2\.mlp\.{projection}\.weight holds 1 NaN"):
+        prune_model(model, ratio=1, criterion=criterion)
+
+
+def test_extremes_prove_that_gate_and_up_are_finite(tiny_llama, monkeypatch):
+    checked = []
+    check = pruning.check_finite
+
+    def watched(name, *args):
+        checked.append(name)
+        check(name, *args)
+
+    monkeypatch.setattr(pruning, "check_finite", watched)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    prune_model(copy.deepcopy(model), ratio=1)
+    names = [f"model.layers.{layer}.mlp.{{}}.weight" for layer in range(3)]
+    assert checked == [name.format("down_proj") for name in names]
+    checked.clear()
+    prune_model(model, ratio=1, criterion="l2")
+    assert checked == [
+        name.format(projection)
+        for name in names
+        for projection in ("down_proj", "gate_proj", "up_proj")
+    ]
+
+
+def test_weights_are_counted_in_the_dtype_they_are_looked_at():
+    weight = torch.tensor([[1e6, 1.0], [float("nan"), -1e6]])
+    with pytest.raises(ValueError, match="w holds 1 NaN or infinite values of 4,"):
+        pruning.check_finite("w", weight)
+    with pytest.raises(ValueError, match="w holds 3 NaN or infinite values of 4,"):
+        pruning.check_finite("w", weight, torch.float16)
+    pruning.check_finite("w", weight[:1])
+
+
+@pytest.mark.parametrize("criterion", ["maw", "l1"])
+def test_scores_of_trainable_weights_hold_no_graph(criterion):
+    plan = PrunePlan.from_arguments(4, 6, ratio=1, criterion=criterion)
+    gate, up = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
+    assert not pruning.score(plan, "mlp", 0, gate, up).requires_grad
+    kept, half = torch.tensor([1, 3]), torch.float16
+    assert not pruning.narrow(gate, kept, 0).requires_grad
+    assert not pruning.narrow(gate.T, kept, 0).requires_grad, "not contiguous"
+    assert not pruning.narrow(gate, torch.arange(6), 0, half).requires_grad
+
+
+def test_pruned_weights_are_leaves_that_can_be_trained(tiny_llama):
+    model = prune_model(AutoModelForCausalLM.from_pretrained(tiny_llama), ratio=1)
+    assert all(p.is_leaf and p.requires_grad for p in model.parameters())
+    model(torch.arange(12)[None]).logits.sum().backward()
+    mlp = model.model.layers[1].mlp
+    for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        assert projection.weight.grad.shape == projection.weight.shape
+
+
+def test_what_keeps_all_neurons_is_not_copied():
+    weight = torch.randn(6, 4)
+    assert pruning.narrow(weight, torch.arange(6), 0) is weight
+    assert pruning.narrow(weight, torch.arange(4), 1) is weight
+    half = pruning.narrow(weight, torch.arange(6), 0, torch.float16)
+    assert torch.equal(half, weight.half())
+    assert pruning.narrow(weight.T, torch.arange(4), 0).is_contiguous()
+    some = pruning.narrow(weight, torch.tensor([0, 3]), 1, torch.float16)
+    assert torch.equal(some, weight[:, [0, 3]].half())
