@@ -31,6 +31,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(no_cuda)
 
 
+@pytest.fixture
+def one_thread():
+    """As in the processes that a test starts: the number decides how sums round."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """Folder of a tiny float32 Llama checkpoint in one file."""

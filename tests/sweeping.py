@@ -10,6 +10,7 @@ import threading
 import traceback
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 
 
@@ -114,6 +115,9 @@ def forked(run, kill_after: int | None = None) -> int:
         for bar in bars:
             bar.set_lock(lock)
             bars.extend(bar.__subclasses__())
+        # torch makes a new pool of threads at its first use in a fork, and fails if two
+        # threads that load a model are the first at once.
+        torch.set_num_threads(torch.get_num_threads())
         if kill_after is not None:
             left = kill_after
 

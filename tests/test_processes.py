@@ -14,13 +14,7 @@ from . import demo_runs
 from .demo_runs import TWO_PROCESSES
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes that the tests start: the number decides how sums round."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def logits(model) -> torch.Tensor:
@@ -127,7 +121,7 @@ def test_tensor_parallelism_through_the_command(tiny_llama, tmp_path):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     for file in (tmp_path / "two").rglob("results_*.json"):
         pruning = json.loads(file.read_text())["config"]["pruning"]
-        assert pruning["digest"] == alone_config["pruning"]["digest"]
+        assert pruning["kept_digest"] == alone_config["pruning"]["kept_digest"]
 
 
 def sorted_pairs(answers) -> list[torch.Tensor]:

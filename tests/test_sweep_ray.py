@@ -90,7 +90,7 @@ def options(tiny_llama, tmp_path):
 
 
 @pytest.mark.slow
-def test_same_results_as_without_ray(cluster, options, tmp_path):
+def test_same_results_as_without_ray(cluster, options, tmp_path, one_thread):
     here = {**options, "output_path": str(tmp_path / "here")}
     assert run_sweep(here) == 0
     assert run_sweep({**options, "ray": True}) == 0
