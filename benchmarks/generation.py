@@ -17,17 +17,17 @@ import argparse
 import logging
 import os
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
+import reporting
 import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.samplers import FirstNSampler
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from reporting import machine, peak_memory, print_profile, spread
+from reporting import machine, print_profile, spread
 
 from lm_eval_pruned.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
@@ -38,15 +38,11 @@ from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
 
 
-class Side:
-    """One model type: its answers, times in seconds, and peak memory in bytes."""
+class Side(reporting.Side):
+    """One model type, and the tokens of its answers."""
 
     def __init__(self, name: str, lm: HFLM) -> None:
-        self.name = name
-        self.lm = lm
-        self.seconds: list[float] = []
-        self.peak = 0
-        self.answers: list[str] = []
+        super().__init__(name, lm)
         #: Tokens of the texts that were generated.
         self.tokens: dict[str, list[int]] = {}
         self._decode = lm.tok_decode
@@ -65,13 +61,7 @@ class Side:
 
     def run(self, requests: list[Instance]) -> float:
         """Answer `requests` once; return the seconds that took."""
-        with peak_memory(self.lm.device) as peaks:
-            begin = time.perf_counter()
-            self.answers = self.lm.generate_until(requests)
-            if self.lm.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - begin)
-        self.peak = max(self.peak, *peaks)
+        self.timed(self.lm.generate_until, requests)
         return self.seconds[-1]
 
 

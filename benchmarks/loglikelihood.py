@@ -17,16 +17,16 @@ import argparse
 import json
 import logging
 import os
-import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import reporting
 import torch
 import transformers
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
-from reporting import machine, peak_memory, print_profile, spread
+from reporting import machine, print_profile, spread
 
 from lm_eval_pruned.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
@@ -62,6 +62,7 @@ def _with_two_choices(dataset: Any) -> Any:
 
 
 TASKS: dict[str, list[Any]] = {
+    "demo": ["pruned_demo_truthfulness"],
     "truthfulqa": ["truthfulqa_mc1", "truthfulqa_mc2"],
     "boolq": ["boolq"],
     "boolq_fewshot_fixed": [
@@ -105,27 +106,18 @@ TASKS: dict[str, list[Any]] = {
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 2.0}
 
 
-class Side:
-    """One model type: its answers, times in seconds, and peak memory in bytes.
-
-    CPU seconds are those of all threads: what other processes take does not show in them.
-    `positions` counts what the model was given in the last run, padding included.
-    """
+class Side(reporting.Side):
+    """One model type; `positions` counts what the model got in the last run, padding included."""
 
     def __init__(self, name: str, lm: HFLM) -> None:
-        self.name = name
-        self.lm = lm
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
-        self.peak = 0
+        super().__init__(name, lm)
         self.requests = 0
         self.positions = 0
-        self.answers: list[tuple[float, bool]] = []
         self.scores: dict[str, Any] = {}
-        lm.loglikelihood = partial(self._timed, lm.loglikelihood)
-        lm.loglikelihood_rolling = partial(self._timed, lm.loglikelihood_rolling)
+        lm.loglikelihood = partial(self._counted, lm.loglikelihood)
+        lm.loglikelihood_rolling = partial(self._counted, lm.loglikelihood_rolling)
 
-    def _timed(
+    def _counted(
         self, answer: Callable[..., list[Any]], requests: list[Any], **kwargs: Any
     ) -> list[Any]:
         self.requests = len(requests)
@@ -133,15 +125,8 @@ class Side:
         watch = self.lm.model.get_input_embeddings().register_forward_pre_hook(
             self._count
         )
-        with peak_memory(self.lm.device) as peaks:
-            begin, cpu_begin = time.perf_counter(), time.process_time()
-            answers = answer(requests, **kwargs)
-            if self.lm.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.cpu_seconds.append(time.process_time() - cpu_begin)
-            self.seconds.append(time.perf_counter() - begin)
+        answers = self.timed(answer, requests, **kwargs)
         watch.remove()
-        self.peak = max(self.peak, *peaks)
         # A rolling answer is a number alone.
         self.answers = [a if isinstance(a, tuple) else (a, True) for a in answers]
         return answers

@@ -5,16 +5,20 @@ from __future__ import annotations
 import platform
 import statistics
 import threading
+import time
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
 
 
 def spread(values: list[float]) -> str:
@@ -23,6 +27,12 @@ def spread(values: list[float]) -> str:
         f"min {min(values):.2f}  median {statistics.median(values):.2f}  "
         f"max {max(values):.2f}"
     )
+
+
+def table(heads: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [heads, ("---",) * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def machine(device: str) -> str:
@@ -56,9 +66,76 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    yield peaks
-    stop.set()
-    thread.join()
+    try:
+        yield peaks
+    finally:
+        stop.set()
+        thread.join()
+
+
+def likelihood_requests(tasks: list[Any], limit: int | None) -> list[Instance]:
+    """Return the requests of type ``loglikelihood`` of tasks of the harness.
+
+    Args:
+        tasks: Names and configs of tasks.
+        limit: Documents per task; None: all.
+    """
+    from lm_eval.tasks import TaskManager
+
+    requests = []
+    for task in TaskManager().load(tasks)["tasks"].values():
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(limit=limit)
+        requests += task.instances
+    return requests
+
+
+class Side:
+    """One model type: its answers, times in seconds, and peak memory in bytes.
+
+    CPU seconds are those of all threads: what other processes take does not show in them.
+    """
+
+    def __init__(self, name: str, lm: HFLM) -> None:
+        self.name = name
+        self.lm = lm
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.peak = 0
+        self.answers: list[Any] = []
+
+    def timed(
+        self, answer: Callable[..., list[Any]], requests: list[Any], **kwargs: Any
+    ) -> list[Any]:
+        """Have a method of `lm` answer `requests`; keep and return what it says."""
+        with peak_memory(self.lm.device) as peaks:
+            synchronise(self.lm.device)
+            begin, cpu_begin = time.perf_counter(), time.process_time()
+            self.answers = answer(requests, **kwargs)
+            synchronise(self.lm.device)
+            self.cpu_seconds.append(time.process_time() - cpu_begin)
+            self.seconds.append(time.perf_counter() - begin)
+        self.peak = max(self.peak, *peaks)
+        return self.answers
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what a CUDA device was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def on_the_fast_path(lm: HFLM) -> Iterator[None]:
+    """Raise RuntimeError where an `lm` with fast paths took none of them in the block."""
+    counts = getattr(lm, "token_counts", None)
+    before = counts and counts.processed
+    yield
+    if counts and counts.processed == before:
+        raise RuntimeError(
+            "hf-prefix answered on the plain path: its log says why prefixes are not shared or "
+            "slots not refilled."
+        )
 
 
 def print_profile(run: Callable[[], object], device: str) -> None:
