@@ -91,7 +91,7 @@ def root_mean_square(values: list[float], reference: list[float]) -> float:
     return math.sqrt(sum(squares) / len(squares))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,7 +107,7 @@ def main() -> None:
         "--batch-size", type=int, default=8, help="the larger one of hf (default: 8)"
     )
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     # It warns of each model that is handed over.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)

@@ -1,0 +1,60 @@
+"""What `benchmarks/rounding.py` prints, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from . import checkpoints
+
+
+@pytest.fixture(scope="module")
+def rounding():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(checkpoints.ROOT / "benchmarks"))
+        yield importlib.import_module("rounding")
+
+
+def test_the_table_has_three_distances_and_their_ratio(rounding, tiny_llama, capsys):
+    try:
+        rounding.main(["--pretrained", str(tiny_llama), "--limit", "4"])
+        refused = False
+    except SystemExit as end:
+        assert "times as far from float32" in str(end)
+        refused = True
+    lines = capsys.readouterr().out.splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|")
+    ]
+    heads, _, *body = rows
+    assert heads[2:5] == ["hf, batch size 1", "hf, batch size 8", "hf-prefix"]
+    assert [row[:2] for row in body] == [
+        [dtype, percent] for dtype in ("bfloat16", "float16") for percent in ("0", "40")
+    ]
+    figures = [[float(cell) for cell in row[2:]] for row in body]
+    assert all(math.isfinite(value) and value > 0 for row in figures for value in row)
+    # float16 has eight times the precision of bfloat16.
+    for low, high in zip(figures[:2], figures[2:], strict=True):
+        assert high[2] < low[2] / 3
+    assert refused == any(row[3] > 1.25 for row in figures)
+
+
+def test_it_fails_where_sharing_lies_further_off(rounding, tiny_llama, monkeypatch):
+    found = {"hf, batch size 1": 1.0, "hf, batch size 8": 1.0, "hf-prefix": 1.26}
+    monkeypatch.setattr(rounding, "distances", lambda *_: found)
+    with pytest.raises(SystemExit, match=r"1\.26 times as far"):
+        rounding.main(["--pretrained", str(tiny_llama), "--limit", "1"])
+
+
+def test_a_model_that_is_not_shared_is_an_error(rounding, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    model.set_attn_implementation("flex_attention")
+    requests = rounding.likelihood_requests(["pruned_demo_truthfulness"], 1)
+    with pytest.raises(RuntimeError, match="plain path"):
+        rounding.distances(model, checkpoints.byte_tokenizer(), requests)
