@@ -93,6 +93,18 @@ def unsupported_reason(lm: Any) -> str | None:
     return None
 
 
+def row_limit(config: PretrainedConfig) -> int | None:
+    """Return the most tokens in a row of several requests, or None for any.
+
+    Llama 4 scales attention by the place of a token in cache and row, not by its position,
+    from ``floor_scale`` places on: path and row have half of them each.
+    """
+    config = config.get_text_config()
+    if not getattr(config, "attn_temperature_tuning", False):
+        return None
+    return max(1, int(config.floor_scale) // 2)
+
+
 def _adapter_reason(model: Any) -> str | None:
     """Return what an adapter does that depends on more than the token at hand, or None."""
     for adapter in (getattr(model, "peft_config", None) or {}).values():
@@ -120,9 +132,8 @@ def sequence_limit(config: PretrainedConfig) -> int | None:
         window = getattr(config, name, None)
         if isinstance(window, int) and window > 0:
             limits.append(window)
-    if getattr(config, "attn_temperature_tuning", False):
-        # Llama 4 counts the tokens of the cache and the row, of which each stays below half.
-        limits.append(max(1, int(config.floor_scale) // 2))
+    if (row := row_limit(config)) is not None:
+        limits.append(row)
     rope = getattr(config, "rope_parameters", None) or {}
     scalings = (
         rope.values()

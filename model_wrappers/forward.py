@@ -73,13 +73,10 @@ class Forward:
                 stack.callback(output.register_forward_pre_hook(thin_out).remove)
             _send_masks_once(self.model, stack)
             stack.enter_context(torch.no_grad())
-            stack.enter_context(
-                torch.autocast(
-                    device_type=self.device.type,
-                    dtype=self.autocast_dtype,
-                    enabled=self.autocast_dtype is not None,
+            if self.autocast_dtype is not None:
+                stack.enter_context(
+                    torch.autocast(self.device.type, self.autocast_dtype)
                 )
-            )
             stack.enter_context(fast_cpu_linears(self.model))
             return self.model(
                 input_ids=tokens, position_ids=positions, **arguments

@@ -28,6 +28,7 @@ from lm_eval_pruned.model_wrappers.attention_support import (
     aligned_zeros,
     cache_argument,
     config_of,
+    row_limit,
     sequence_limit,
     trial_disagrees,
     unsupported_reason,
@@ -291,7 +292,10 @@ class PrefixSharingMixin:
             # What a shortage of memory left of it earlier.
             tokens = min(tokens, self._sharing_budget.tokens)
         return Budget(
-            tokens, min(ceiling.row_tokens, tokens), min(ceiling.scored, tokens)
+            tokens,
+            min(ceiling.row_tokens, tokens),
+            min(ceiling.scored, tokens),
+            row_limit=row_limit(config_of(self)) or tokens,
         )
 
     def _passes(self, work: _Work, budget: Budget) -> Iterator[int]:
