@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.model_wrappers.trial_model import TrialImpossible, trial_model
+
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,8 +177,6 @@ def trial_disagrees(
 
     Source: `model_wrappers.trial_model`.
     """
-    from lm_eval_pruned.model_wrappers.trial_model import TrialImpossible, trial_model
-
     try:
         trial = trial_model(base_model(model))
     except TrialImpossible as reason:

@@ -359,7 +359,7 @@ def test_what_cannot_be_made_small_takes_the_plain_path(monkeypatch, caplog):
     def impossible(model):
         raise TrialImpossible("no small model of its class can be made")
 
-    monkeypatch.setattr(trials, "trial_model", impossible)
+    monkeypatch.setattr(attention_support, "trial_model", impossible)
     lm = wrapped(PrefixHFLM, tiny_model(tiny_config()))
     assert not lm._can_share()
     assert "no small model of its class" in caplog.text
