@@ -16,7 +16,8 @@ Pure Python and NumPy: knows nothing of models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from math import isqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -233,19 +234,25 @@ class Budget:
         row_tokens: Tokens to collect in a row before another row is begun. The cost
             of attention grows with the length of a row, at equal tokens.
         scored: Most nodes whose logits are computed. At least 1.
+        mask: Most entries of a mask, one per token and what stands in its row or before
+            it; chains from the root need none. A single token may exceed it.
+        row_limit: Most tokens in a row that is no chain from the root.
     """
 
     tokens: int
     row_tokens: int
     scored: int
+    mask: int = 2**24
+    row_limit: int = 2**24
 
     def halved(self) -> Budget:
         """Return half of this budget, rounded down to one token at least."""
-        return Budget(
-            max(1, self.tokens // 2),
-            max(1, self.row_tokens // 2),
-            max(1, self.scored // 2),
-        )
+        return Budget(*(max(1, bound // 2) for bound in astuple(self)))
+
+    def longest_row(self, path: int) -> int:
+        """Return how many tokens a row behind `path` tokens may have under a mask."""
+        longest = (isqrt(path * path + 4 * self.mask) - path) // 2
+        return max(1, min(self.tokens, self.row_limit, longest))
 
 
 def next_pack(
@@ -264,17 +271,21 @@ def next_pack(
     """
     size = int(tree.end[start]) - start
     scored_limit = int(scored_before[start]) + budget.scored
-    if size > budget.tokens or scored_before[tree.end[start]] > scored_limit:
-        return _part_of_subtree(tree, scored_before, start, budget)
-    if tree.depth[start] == 0 and tree.is_chain(start, start + size):
+    chain = tree.depth[start] == 0 and tree.is_chain(
+        start, start + min(size, budget.tokens)
+    )
+    most = budget.tokens if chain else budget.longest_row(int(tree.depth[start]))
+    if size > most or scored_before[tree.end[start]] > scored_limit:
+        return _part_of_subtree(tree, scored_before, start, budget, most)
+    if chain:
         return _chains(tree, scored_before, start, budget)
-    return _subtrees(tree, scored_before, start, budget)
+    return _subtrees(tree, scored_before, start, budget, most)
 
 
 def _part_of_subtree(
-    tree: TokenTree, scored_before: np.ndarray, start: int, budget: Budget
+    tree: TokenTree, scored_before: np.ndarray, start: int, budget: Budget, most: int
 ) -> Pack:
-    limit = min(start + budget.tokens, int(tree.end[start]) - 1)
+    limit = min(start + most, int(tree.end[start]) - 1)
     most_scored = int(scored_before[start]) + budget.scored
     within = int(np.searchsorted(scored_before, most_scored, side="right")) - 1
     limit = max(start + 1, min(limit, within))
@@ -312,12 +323,14 @@ def _chains(
 
 
 def _subtrees(
-    tree: TokenTree, scored_before: np.ndarray, start: int, budget: Budget
+    tree: TokenTree, scored_before: np.ndarray, start: int, budget: Budget, most: int
 ) -> Pack:
     size = int(tree.end[start]) - start
     # Rows hold as many subtrees of the first one's size as `row_tokens` allows.
     most_rows = max(1, budget.tokens // (size * max(1, budget.row_tokens // size)))
-    length = budget.tokens // most_rows
+    length = min(budget.tokens // most_rows, most)
+    row_mask = length * (int(tree.depth[start]) + length)
+    most_rows = min(most_rows, max(1, budget.mask // row_mask))
     most_scored = int(scored_before[start]) + budget.scored
     rows: list[list[np.ndarray]] = []
     free: list[int] = []

@@ -11,24 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.model_wrappers.trial_model import TrialImpossible, trial_model
+
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
-_ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01}
+# The difference that rounding explains between float32 logits of random tokens, as root
+# mean square, in units of their spread. What sees other tokens differs by its order.
+_ROUNDING = 1e-4
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Return the difference that rounding explains in the logits of random tokens.
-
-    As root mean square, in units of the spread of what is compared.
-    """
-    return _ROUNDING.get(dtype, 0.05)
+    """To go with the slots' own check."""
+    return {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01}.get(
+        dtype, 0.05
+    )
 
 
 def base_model(model: Any) -> PreTrainedModel:
     """Return the model that an adapter may be wrapped around."""
-    return model.getbase_model() if hasattr(model, "getbase_model") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def config_of(lm: Any) -> PretrainedConfig:
@@ -50,14 +56,12 @@ def cache_argument(model: Any) -> str:
 def unsupported_reason(lm: Any) -> str | None:
     """Return why prefixes cannot be shared on an `HFLM`, or None if nothing speaks against it.
 
-    What cannot be read off the model shows in the comparison at the first use.
+    What cannot be read off the model shows in `trial_disagrees`.
     """
     if lm.backend != "causal":
         return "the model is an encoder-decoder"
-    if getattr(lm.model, "active_peft_config", None) is not None and (
-        lm.model.active_peft_config.is_prompt_learning
-    ):
-        return "its adapter puts virtual tokens in front of each request"
+    if reason := _adapter_reason(lm.model):
+        return reason
     model = base_model(lm.model)
     config = config_of(lm).get_text_config()
     if getattr(model, "_is_stateful", False):
@@ -91,10 +95,38 @@ def unsupported_reason(lm: Any) -> str | None:
     return None
 
 
+def row_limit(config: PretrainedConfig) -> int | None:
+    """Return the most tokens in a row of several requests, or None for any.
+
+    Llama 4 scales attention by the place of a token in cache and row, not by its position,
+    from ``floor_scale`` places on: path and row have half of them each.
+    """
+    config = config.get_text_config()
+    if not getattr(config, "attn_temperature_tuning", False):
+        return None
+    return max(1, int(config.floor_scale) // 2)
+
+
+def _adapter_reason(model: Any) -> str | None:
+    """Return what an adapter does that depends on more than the token at hand, or None."""
+    for adapter in (getattr(model, "peft_config", None) or {}).values():
+        kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        if adapter.is_prompt_learning:
+            return "its adapter puts virtual tokens in front of each request"
+        if kind in ("POLY", "XLORA"):
+            return f"its adapter ({kind}) weighs its parts by the whole request"
+        if getattr(adapter, "alora_invocation_tokens", None):
+            return (
+                "its adapter begins to work at a token that is searched for in the row"
+            )
+    return None
+
+
 def sequence_limit(config: PretrainedConfig) -> int | None:
     """Return the longest sequence, in tokens, whose attention is plain, or None for any.
 
-    Beyond it a window cuts off tokens, or positions are scaled by the length of the batch.
+    Beyond it a window cuts off tokens, positions are scaled by the length of the batch, or
+    attention is scaled by the place of a token in its row.
     """
     config = config.get_text_config()
     limits = []
@@ -102,6 +134,8 @@ def sequence_limit(config: PretrainedConfig) -> int | None:
         window = getattr(config, name, None)
         if isinstance(window, int) and window > 0:
             limits.append(window)
+    if (row := row_limit(config)) is not None:
+        limits.append(row)
     rope = getattr(config, "rope_parameters", None) or {}
     scalings = (
         rope.values()
@@ -116,3 +150,47 @@ def sequence_limit(config: PretrainedConfig) -> int | None:
                 or config.max_position_embeddings
             )
     return min(limits) if limits else None
+
+
+def aligned_zeros(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return zeros whose rows begin at multiples of 16 numbers.
+
+    The memory-efficient kernel of `torch.nn.functional.scaled_dot_product_attention`
+    copies any other mask, in each layer anew.
+    """
+    *others, last = shape
+    whole = torch.zeros(*others, -(-last // 16) * 16, dtype=dtype, device=device)
+    return whole[..., :last]
+
+
+def trial_disagrees(
+    model: Any, expected: Callable[[Any], Tensor], got: Callable[[Any], Tensor]
+) -> str | None:
+    """Compare two ways to compute logits on a trial model; return what differs, or None.
+
+    Args:
+        model: A model, perhaps with an adapter around it.
+        expected: Computes logits of some tokens of the trial model, the plain way.
+        got: Computes the same logits in the way that is in question, [..., vocabulary].
+
+    Source: `model_wrappers.trial_model`.
+    """
+    try:
+        trial = trial_model(base_model(model))
+    except TrialImpossible as reason:
+        return str(reason)
+    right = expected(trial).double()
+    try:
+        answer = got(trial).double()
+    except Exception as error:  # noqa: BLE001 - whatever a model's code raises
+        return f"the model's code rejects them ({type(error).__name__}: {error})"
+    difference = (answer - right).square().mean().sqrt().item()
+    spread = right.std(-1).mean().item()
+    if difference <= _ROUNDING * spread:
+        return None
+    return (
+        f"the model's logits change with them (by {difference:.1e}, of a spread of "
+        f"{spread:.1e}, on a small random model of its class in float32)"
+    )

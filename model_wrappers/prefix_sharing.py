@@ -23,14 +23,17 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lm_eval_pruned.model_wrappers.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.attention_support import (
+    aligned_zeros,
     cache_argument,
     config_of,
-    rounding,
+    row_limit,
     sequence_limit,
+    trial_disagrees,
     unsupported_reason,
 )
-from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears
+from lm_eval_pruned.model_wrappers.forward import Forward
 from lm_eval_pruned.model_wrappers.hf_arguments import check_flag
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 from lm_eval_pruned.token_tree import Budget, TokenTree, build_tree, next_pack
@@ -39,6 +42,9 @@ from lm_eval_pruned.token_tree import Budget, TokenTree, build_tree, next_pack
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lm_eval.api.instance import Instance
+    from transformers import PreTrainedModel
+
     from lm_eval_pruned.token_tree import Pack
 
     #: What identifies the request, its context and its continuation.
@@ -46,9 +52,7 @@ if TYPE_CHECKING:
 
 eval_logger = logging.getLogger("lm_eval.models.prefix_sharing")
 
-# Sharing has to save this much of the work to be worth leaving the plain path.
-_LEAST_SAVING = 0.05
-# The first use compares a few tokens with the plain path; it has to save more than that.
+# The first use tries a small model of the class; it has to save more tokens than that costs.
 _WORTH_CHECKING = 200
 # A pass of fewer tokens leaves the machine idle whatever the batch size.
 _FEWEST_TOKENS = 512
@@ -59,7 +63,9 @@ class PrefixSharingMixin:
 
     Put it before `HFLM` among the bases. Log-probabilities and greedy flags are
     `HFLM`'s up to rounding. Where a model's attention does not allow it, requests
-    take `HFLM`'s own path, and one logged line says why.
+    take `HFLM`'s own path, and one logged line says why. Whether it does is decided by its
+    class and config, on a small random model in float32: neither width nor dtype plays a
+    part. ``config.answer_paths`` in the results says which way was taken.
 
     Attributes:
         token_counts: Its `processed` grows by the nodes that were run through the model;
@@ -85,6 +91,9 @@ class PrefixSharingMixin:
             self.token_counts = TokenCounts()
         self._sharing_budget: Budget | None = None
         self._sharing_checked = False
+        self._no_sharing = None if prefix_sharing else "prefix_sharing=false"
+        self._request_type = "loglikelihood"
+        self.answer_paths = AnswerPaths()
         super().__init__(*args, **kwargs)
 
     def _loglikelihood_tokens(
@@ -93,7 +102,6 @@ class PrefixSharingMixin:
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        plain = super()._loglikelihood_tokens  # type: ignore[misc]
         lengths = [self._input_length(request) for request in requests]
         # Processes that find batch sizes together have to agree on whether they share.
         sharing = bool(requests) and (
@@ -112,15 +120,20 @@ class PrefixSharingMixin:
         ]
         shared = [r for r, ok in zip(requests, shareable, strict=True) if ok]
         rest = [r for r, ok in zip(requests, shareable, strict=True) if not ok]
+        reason = self._no_sharing or f"it is longer than {limit} tokens"
         work = None
         if shared:
             work = _Work.of(shared, self.max_length)
-            if not self._detects_together and not (
-                self._is_worth_sharing(shared, work) and self._can_share()
-            ):
+            if not self._detects_together and not self._is_worth_sharing(shared, work):
+                reason = "requests have too little in common"
                 shared, rest, work = [], requests, None
+            elif not self._can_share():
+                reason = self._no_sharing or ""
+                shared, rest, work = [], requests, None
+        paths = self.answer_paths.of(self._request_type)
         shared_results: Iterator[tuple[float, bool]] = iter(())
         if work is not None:
+            paths.add("shared", len(shared), len(work.tree))
             shared_results = iter(
                 self._score_requests(shared, work, disable_tqdm=disable_tqdm)
             )
@@ -131,12 +144,50 @@ class PrefixSharingMixin:
                 override_bs = override_bs or max(
                     1, self._budget(rest).scored // longest
                 )
-            rest_results = iter(
-                plain(rest, disable_tqdm=disable_tqdm, override_bs=override_bs)
+            rest_results = iter(self._score_plainly(rest, disable_tqdm, override_bs))
+            computed = _distinct(rest) if self.logits_cache else rest
+            paths.add(
+                "plain", len(rest), sum(map(self._input_length, computed)), reason
             )
         if work is None:
             return list(rest_results)
         return [next(shared_results if ok else rest_results) for ok in shareable]
+
+    def _score_plainly(
+        self, requests: list[Request], disable_tqdm: bool, override_bs: int | None
+    ) -> list[tuple[float, bool]]:
+        """Let `HFLM` answer, without its cache of logits where that answers wrongly.
+
+        lm-eval 0.4.13 gives two requests that split one text differently the first logits
+        of the text for the shorter continuation, where the last ones belong.
+        """
+        lengths: dict[tuple[int, ...], set[int]] = {}
+        for _, context, continuation in requests:
+            text = (*context, *continuation[:-1])
+            lengths.setdefault(text, set()).add(len(continuation))
+        cached = self.logits_cache
+        self.logits_cache = cached and all(len(n) == 1 for n in lengths.values())
+        try:
+            return super()._loglikelihood_tokens(  # type: ignore[misc]
+                requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+            )
+        finally:
+            self.logits_cache = cached
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Score whole texts as `HFLM` does; see `_loglikelihood_tokens`."""
+        self._request_type = "loglikelihood_rolling"
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+        finally:
+            self._request_type = "loglikelihood"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return `HFLM`'s model information and what answered, under ``answer_paths``."""
+        info = super().get_model_info()  # type: ignore[misc]
+        return {**info, "answer_paths": self.answer_paths.as_dict(self.model)}
 
     @property
     def _detects_together(self) -> bool:
@@ -153,17 +204,16 @@ class PrefixSharingMixin:
     def _is_worth_sharing(self, requests: list[Request], work: _Work) -> bool:
         """Estimate the share of `HFLM`'s work that sharing saves, and ask if it is enough."""
         config = config_of(self).get_text_config()
-        head = config.vocab_size * getattr(config, "hidden_size", 1)
-        if not hasattr(self, "_body_size"):
-            everything = sum(p.numel() for p in self.model.parameters())
-            tables = 1 if getattr(config, "tie_word_embeddings", False) else 2
-            self._body_size = max(everything - tables * head, 1)
+        # Of the usual proportions, whatever the width: sizes of a sweep take one path.
+        body = 12 * config.num_hidden_layers * config.hidden_size**2
+        head = config.vocab_size * config.hidden_size
         asked = sum(self._input_length(request) for request in _distinct(requests))
-        ours = len(work.tree) * self._body_size + int(work.scored_before[-1]) * head
-        saving = 1 - ours / (asked * (self._body_size + head))
+        ours = len(work.tree) * body + int(work.scored_before[-1]) * head
+        saving = 1 - ours / (asked * (body + head))
         # HFLM's search for a batch size costs more than the check.
         ready = self._sharing_checked or not isinstance(self.batch_size, int)
-        return saving >= _LEAST_SAVING and (ready or saving * asked >= _WORTH_CHECKING)
+        enough = saving >= _least_saving(self.device)
+        return enough and (ready or saving * asked >= _WORTH_CHECKING)
 
     def _may_share(self) -> bool:
         """Ask whether anything that can be read off the model speaks against sharing."""
@@ -175,54 +225,18 @@ class PrefixSharingMixin:
         """Try it out, the first time."""
         if self._may_share() and not self._sharing_checked:
             self._sharing_checked = True
-            self._give_up_if(self._disagreement())
+            self._give_up_if(trial_disagrees(self.model, _trial_plain, _trial_shared))
         return self.prefix_sharing
 
     def _give_up_if(self, reason: str | None) -> None:
         if reason is None:
             return
         self.prefix_sharing = False
+        self._no_sharing = reason
         if self.rank == 0:
             eval_logger.warning(
                 "Prefixes are not shared, each request is computed whole: %s.", reason
             )
-
-    def _disagreement(self) -> str | None:
-        """Compare a few random tokens with the plain path; return what differs."""
-        generator = np.random.default_rng(0)
-        vocabulary = config_of(self).get_text_config().vocab_size
-        stem, *tails = (
-            generator.integers(0, vocabulary, count).tolist() for count in (9, 5, 11, 7)
-        )
-        sequences = [stem + tails[0], stem + tails[1], stem + tails[1][:4] + tails[2]]
-        requests: list[Request] = [(None, s[:1], s[1:]) for s in sequences]
-        width = max(map(len, sequences))
-        padded = [s[:-1] + [0] * (width - len(s)) for s in sequences]
-        rows = np.concatenate(
-            [np.arange(len(s) - 1) + i * (width - 1) for i, s in enumerate(sequences)]
-        )
-        targets = torch.tensor([t for s in sequences for t in s[1:]])
-        logits = self._model_call(torch.tensor(padded, device=self.device))
-        logits = logits.flatten(0, 1)[torch.from_numpy(rows).to(logits.device)]
-        expected = (
-            logits.double().log_softmax(-1).cpu()[torch.arange(len(rows)), targets]
-        )
-
-        work = _Work.of(requests, self.max_length)
-        try:
-            for _ in self._passes(work, Budget(14, 4, 14)):
-                pass
-        except Exception as error:  # noqa: BLE001 - whatever a model's code raises
-            return f"the model's code rejects them ({type(error).__name__}: {error})"
-        got = torch.from_numpy(work.values[np.concatenate(work.pairs)])
-        difference = (got - expected).square().mean().sqrt().item()
-        spread = expected.std().item()
-        if not difference <= rounding(logits.dtype) * spread:
-            return (
-                "the model's log-probabilities change with them (by "
-                f"{difference:.1e}, of a spread of {spread:.1e}, on random tokens)"
-            )
-        return None
 
     def _score_requests(
         self, requests: list[Request], work: _Work, disable_tqdm: bool
@@ -278,7 +292,10 @@ class PrefixSharingMixin:
             # What a shortage of memory left of it earlier.
             tokens = min(tokens, self._sharing_budget.tokens)
         return Budget(
-            tokens, min(ceiling.row_tokens, tokens), min(ceiling.scored, tokens)
+            tokens,
+            min(ceiling.row_tokens, tokens),
+            min(ceiling.scored, tokens),
+            row_limit=row_limit(config_of(self)) or tokens,
         )
 
     def _passes(self, work: _Work, budget: Budget) -> Iterator[int]:
@@ -307,133 +324,173 @@ class PrefixSharingMixin:
             clear_device_cache(garbage_collection=True)
 
     def _run_pack(self, work: _Work, pack: Pack, cache: _PathCache) -> None:
-        tree, device = work.tree, self.device
-        width = max(len(row) for row in pack.rows)
-        nodes = np.full((len(pack.rows), width), -1)
-        for i, row in enumerate(pack.rows):
-            nodes[i, : len(row)] = row
-        real = nodes >= 0
-        tokens = np.where(real, tree.tokens[nodes], 0)
-        position = np.where(real, tree.depth[nodes], 0)
+        _run_pack(Forward.of(self), work, pack, cache, self.softmax_dtype)
 
-        next_depth = int(tree.depth[pack.stop]) if pack.stop < len(tree) else 0
-        kept = None
-        if not pack.complete:
-            path = tree.path(int(tree.parent[pack.stop]))
-            kept = np.where(
-                path < pack.start, tree.depth[path], cache.length + path - pack.start
-            )
-        arguments: dict[str, Any] = {"use_cache": False}
-        if cache.length or kept is not None:
-            cache.begin_pass(kept)
-            arguments = {"use_cache": True, cache_argument(self.model): cache}
-        if not pack.chains:
-            arguments["attention_mask"] = self._mask(tree, pack, nodes, cache.length)
 
-        scored = work.scored_before
-        wanted = np.flatnonzero((scored[nodes + 1] > scored[nodes]) & real)
-        pass_logits = self._logits_at(
-            torch.from_numpy(tokens).to(device),
-            torch.from_numpy(position).to(device),
-            torch.from_numpy(wanted if len(wanted) else np.zeros(1, np.int64)).to(
-                device
-            ),
-            arguments,
+def _least_saving(device: torch.device) -> float:
+    """Return the share of the work that sharing has to save to be worth it.
+
+    Either path keeps a CPU busy, so that what saves work saves time. A GPU computes
+    attention under a mask of ours with a kernel that takes up to twice as long as the one
+    for causal rows, and attention is about a fifth of the work in rows of a few thousand
+    tokens: less than that may be lost again.
+    """
+    return 0.05 if device.type == "cpu" else 0.2
+
+
+def _run_pack(
+    forward: Forward,
+    work: _Work,
+    pack: Pack,
+    cache: _PathCache,
+    softmax_dtype: torch.dtype | None = None,
+) -> None:
+    """Run the nodes of `pack` through the model and look up what is wanted at them."""
+    tree, device = work.tree, forward.device
+    width = max(len(row) for row in pack.rows)
+    nodes = np.full((len(pack.rows), width), -1)
+    for i, row in enumerate(pack.rows):
+        nodes[i, : len(row)] = row
+    real = nodes >= 0
+    tokens = np.where(real, tree.tokens[nodes], 0)
+    # A row that went back to 0 would look like two sequences to transformers.
+    padding = np.arange(width) if pack.chains else 0
+    position = np.where(real, tree.depth[nodes], padding)
+
+    next_depth = int(tree.depth[pack.stop]) if pack.stop < len(tree) else 0
+    kept = None
+    if not pack.complete:
+        path = tree.path(int(tree.parent[pack.stop]))
+        kept = np.where(
+            path < pack.start, tree.depth[path], cache.length + path - pack.start
         )
-        if len(wanted):
-            self._score(work, nodes.ravel()[wanted], pass_logits)
-        cache.end_pass(next_depth)
+    arguments: dict[str, Any] = {"use_cache": False}
+    if cache.length or kept is not None:
+        cache.begin_pass(kept)
+        arguments = {"use_cache": True, cache_argument(forward.model): cache}
+    if not pack.chains:
+        arguments["attention_mask"] = _mask(
+            tree, pack, nodes, cache.length, forward.model.dtype, device
+        )
 
-    def _mask(
-        self, tree: TokenTree, pack: Pack, nodes: np.ndarray, cached: int
-    ) -> torch.Tensor:
-        """Return the additive mask, [rows, 1, width, cached + width].
+    scored = work.scored_before
+    wanted = np.flatnonzero((scored[nodes + 1] > scored[nodes]) & real)
+    places = torch.from_numpy(wanted if len(wanted) else np.zeros(1, np.int64))
 
-        Padding gets numbers above all nodes' and sees itself only: a row without
-        anything to see would be NaN.
-        """
-        rows, width = nodes.shape
-        size = len(tree)
-        padding = size + np.arange(rows * width).reshape(rows, width)
-        number = np.where(nodes >= 0, nodes, padding)
-        end = np.where(nodes >= 0, tree.end[nodes], padding + 1)
-        path = tree.path(int(tree.parent[pack.start]))[:cached]
-        path = np.broadcast_to(path, (rows, cached))
-        key = torch.from_numpy(np.concatenate([path, number], 1)).to(self.device)
-        key_end = torch.from_numpy(
-            np.concatenate([tree.end[path], end], 1).astype(np.int64)
-        ).to(self.device)
-        query = torch.from_numpy(number).to(self.device)[:, :, None]
-        seen = (key[:, None] <= query) & (query < key_end[:, None])
-        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
-        return mask.masked_fill_(~seen, float("-inf"))[:, None]
+    def keep(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.flatten(0, -2).index_select(0, places.to(hidden.device))[None]
 
-    def _logits_at(
-        self,
-        tokens: torch.Tensor,
-        position: torch.Tensor,
-        wanted: torch.Tensor,
-        arguments: dict[str, Any],
-    ) -> torch.Tensor:
-        """Run the model and return logits at `wanted` only, [wanted, vocabulary].
+    logits = forward(
+        torch.from_numpy(tokens).to(device),
+        torch.from_numpy(position).to(device),
+        keep,
+        **arguments,
+    )[0]
+    if len(wanted):
+        _score(work, nodes.ravel()[wanted], logits, softmax_dtype)
+    cache.end_pass(next_depth)
 
-        The hidden states are thinned out in front of the output embedding, inside
-        the model's own forward: what a model does to its logits afterwards stays.
 
-        Args:
-            tokens: Token ids, [rows, width].
-            position: Their positions, [rows, width].
-            wanted: Indices into the flattened `tokens`.
-            arguments: Further arguments of the model.
-        """
+def _mask(
+    tree: TokenTree,
+    pack: Pack,
+    nodes: np.ndarray,
+    cached: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return the additive mask, [rows, 1, width, cached + width].
 
-        def thin_out(
-            _module: torch.nn.Module, inputs: tuple[Any, ...]
-        ) -> tuple[Any, ...]:
-            hidden, *others = inputs
-            rows = hidden.flatten(0, -2).index_select(0, wanted.to(hidden.device))
-            return (rows[None], *others)
+    Padding gets numbers above all nodes' and sees itself only: a row without
+    anything to see would be NaN.
+    """
+    rows, width = nodes.shape
+    size = len(tree)
+    padding = size + np.arange(rows * width).reshape(rows, width)
+    number = np.where(nodes >= 0, nodes, padding)
+    end = np.where(nodes >= 0, tree.end[nodes], padding + 1)
+    path = tree.path(int(tree.parent[pack.start]))[:cached]
+    path = np.broadcast_to(path, (rows, cached))
+    key = torch.from_numpy(np.concatenate([path, number], 1)).to(device)
+    key_end = torch.from_numpy(
+        np.concatenate([tree.end[path], end], 1).astype(np.int64)
+    ).to(device)
+    query = torch.from_numpy(number).to(device)[:, :, None]
+    seen = (key[:, None] <= query) & (query < key_end[:, None])
+    mask = aligned_zeros(seen.shape, dtype, device)
+    return mask.masked_fill_(~seen, float("-inf"))[:, None]
 
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(thin_out)
-        try:
-            with (
-                torch.no_grad(),
-                torch.autocast(
-                    device_type=self.device.type,
-                    dtype=self.mixed_precision_dtype,
-                    enabled=self.mixed_precision_dtype is not None,
-                ),
-                fast_cpu_linears(self.model),
-            ):
-                logits = self.model(
-                    input_ids=tokens, position_ids=position, **arguments
-                ).logits
-        finally:
-            hook.remove()
-        return logits[0]
 
-    def _score(self, work: _Work, nodes: np.ndarray, logits: torch.Tensor) -> None:
-        """Look up the log-probabilities of the pairs at `nodes`, whose logits are given."""
-        # The rows of a batch need not be in the order of the tree.
-        order = np.argsort(nodes)
-        first = np.searchsorted(work.pair_node, nodes[order[0]])
-        last = np.searchsorted(work.pair_node, nodes[order[-1]], side="right")
-        pair_row = order[np.searchsorted(nodes[order], work.pair_node[first:last])]
-        by_row = np.argsort(pair_row, kind="stable")
-        pairs, pair_row = by_row + first, pair_row[by_row]
-        for begin in range(0, len(logits), _SOFTMAX_ROWS):
-            chunk = logits[begin : begin + _SOFTMAX_ROWS]
-            chunk = F.log_softmax(chunk, dim=-1, dtype=self.softmax_dtype)
-            low, high = np.searchsorted(pair_row, [begin, begin + len(chunk)])
-            here = pairs[low:high]
-            row = torch.from_numpy(pair_row[low:high] - begin).to(chunk.device)
-            target = torch.from_numpy(work.pair_target[here]).to(chunk.device)
-            values = chunk[row, target]
-            greedy = values == chunk.amax(-1)[row]
-            # Of equals, argmax takes one.
-            greedy[greedy.clone()] = chunk[row[greedy]].argmax(-1) == target[greedy]
-            work.values[here] = values.double().cpu().numpy()
-            work.greedy[here] = greedy.cpu().numpy()
+def _score(
+    work: _Work,
+    nodes: np.ndarray,
+    logits: torch.Tensor,
+    softmax_dtype: torch.dtype | None,
+) -> None:
+    """Look up the log-probabilities of the pairs at `nodes`, whose logits are given."""
+    # The rows of a batch need not be in the order of the tree.
+    order = np.argsort(nodes)
+    first = np.searchsorted(work.pair_node, nodes[order[0]])
+    last = np.searchsorted(work.pair_node, nodes[order[-1]], side="right")
+    pair_row = order[np.searchsorted(nodes[order], work.pair_node[first:last])]
+    by_row = np.argsort(pair_row, kind="stable")
+    pairs, pair_row = by_row + first, pair_row[by_row]
+    # A chunk stays in a processor's cache; a GPU has the launches to save.
+    step = _SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
+    for begin in range(0, len(logits), step):
+        chunk = logits[begin : begin + step]
+        chunk = F.log_softmax(chunk, dim=-1, dtype=softmax_dtype)
+        low, high = np.searchsorted(pair_row, [begin, begin + len(chunk)])
+        here = pairs[low:high]
+        row = torch.from_numpy(pair_row[low:high] - begin).to(chunk.device)
+        target = torch.from_numpy(work.pair_target[here]).to(chunk.device)
+        values = chunk[row, target]
+        greedy = values == chunk.amax(-1)[row]
+        # Of equals, argmax takes one.
+        greedy[greedy.clone()] = chunk[row[greedy]].argmax(-1) == target[greedy]
+        # Not every device has float64.
+        work.values[here] = values.cpu().double().numpy()
+        work.greedy[here] = greedy.cpu().numpy()
+
+
+def _trial_texts(trial: PreTrainedModel) -> list[list[int]]:
+    """Return texts of random tokens: three that begin alike, two that do not."""
+    generator = np.random.default_rng(0)
+    vocabulary = trial.config.get_text_config().vocab_size
+    stem, tail, longer, end, other, last = (
+        generator.integers(0, vocabulary, count).tolist()
+        for count in (9, 5, 11, 7, 8, 6)
+    )
+    for text, begins in ((other, 1), (last, 2)):
+        text[0] = (stem[0] + begins) % vocabulary
+    return [stem + tail, stem + longer, stem + longer[:4] + end, other, last]
+
+
+def _trial_plain(trial: PreTrainedModel) -> torch.Tensor:
+    """Return the log-probabilities of the trial texts' tokens after the first, as `HFLM`."""
+    texts = _trial_texts(trial)
+    width = max(map(len, texts)) - 1
+    rows = [text[:-1] + [0] * (width + 1 - len(text)) for text in texts]
+    with torch.no_grad():
+        logits = trial(torch.tensor(rows)).logits.log_softmax(-1)
+    return torch.cat(
+        [
+            row[range(len(text) - 1), text[1:]]
+            for row, text in zip(logits, texts, strict=True)
+        ]
+    )
+
+
+def _trial_shared(trial: PreTrainedModel) -> torch.Tensor:
+    """Return the same with shared prefixes, in passes of every kind."""
+    requests: list[Request] = [(None, t[:1], t[1:]) for t in _trial_texts(trial)]
+    work = _Work.of(requests, max_length=64)
+    forward, cache, start = Forward(trial, torch.device("cpu")), _PathCache(), 0
+    while start < len(work.tree):
+        pack = next_pack(work.tree, work.scored_before, start, Budget(14, 4, 14))
+        _run_pack(forward, work, pack, cache)
+        start = pack.stop
+    return torch.from_numpy(work.values[np.concatenate(work.pairs)])
 
 
 # Rows of logits per softmax, so that a chunk stays in a processor's cache.

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import platform
+import time
+
 import pytest
 import torch
 
 from lm_eval_pruned.model_wrappers import cpu_linear
-from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears, onednn_is_faster
+from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears, linear_backend
 
 from .checkpoints import tiny_config, tiny_model
 
@@ -13,7 +16,7 @@ from .checkpoints import tiny_config, tiny_model
 def faster(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda threads: True)
+    monkeypatch.setattr(cpu_linear, "linear_backend", lambda: "onednn")
 
 
 @pytest.fixture
@@ -92,6 +95,47 @@ def test_without_the_operator(monkeypatch):
         raise AttributeError("no such operator")
 
     monkeypatch.setattr(cpu_linear, "_onednn", missing)
-    onednn_is_faster.cache_clear()
-    assert not onednn_is_faster(1)
-    onednn_is_faster.cache_clear()
+    monkeypatch.setattr(cpu_linear, "_processor", lambda: ("AuthenticAMD", 26))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert linear_backend.__wrapped__() == "torch"
+
+
+@pytest.mark.parametrize(
+    ("processor", "capability", "backend"),
+    [
+        (("AuthenticAMD", 26), "AVX512", "onednn"),
+        (("AuthenticAMD", 26), "AVX512_VNNI", "onednn"),
+        (("AuthenticAMD", 26), "AVX2", "torch"),
+        (("AuthenticAMD", 25), "AVX512", "torch"),
+        (("GenuineIntel", 6), "AVX512", "torch"),
+        (("", 0), "DEFAULT", "torch"),
+    ],
+)
+def test_the_processor_decides_and_no_clock(
+    processor, capability, backend, monkeypatch
+):
+    """Two runs on one machine have to give the same numbers."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+
+    def read(*_):
+        raise AssertionError("a clock was read")
+
+    for clock in ("perf_counter", "monotonic", "time", "process_time"):
+        monkeypatch.setattr(time, clock, read)
+    monkeypatch.setattr(cpu_linear, "_processor", lambda: processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert linear_backend.__wrapped__() == backend
+
+
+def test_processors_are_read_as_systems_write_them(monkeypatch, tmp_path):
+    linux = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t: 2\n"
+    (tmp_path / "cpuinfo").write_text(linux)
+    monkeypatch.setattr(cpu_linear, "_CPUINFO", tmp_path / "cpuinfo")
+    assert cpu_linear._processor() == ("AuthenticAMD", 26)
+    monkeypatch.setattr(cpu_linear, "_CPUINFO", tmp_path / "none")
+    windows = "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD"
+    monkeypatch.setattr(platform, "processor", lambda: windows)
+    assert cpu_linear._processor() == ("AuthenticAMD", 26)
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
+    assert cpu_linear._processor() == ("", 0)

@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_pruned.model_wrappers import prefix_sharing
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.token_tree import Budget
@@ -92,9 +93,7 @@ def test_equal_to_the_plain_path(pair, drawn, tokens, row, scored):
     plain, shared, tolerance = pair
     requests = as_requests(drawn)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "lm_eval_pruned.model_wrappers.prefix_sharing._LEAST_SAVING", -9.0
-        )
+        patch.setattr(prefix_sharing, "_least_saving", lambda device: -9.0)
         patch.setattr(
             shared,
             "_budget",
@@ -129,9 +128,8 @@ def test_texts_are_scored_as_by_hf(pair, texts, batch_size):
     """Empty contexts, texts around the longest length, batches of one."""
     plain, shared, tolerance = pair
     with pytest.MonkeyPatch.context() as patch:
-        module = "lm_eval_pruned.model_wrappers.prefix_sharing"
-        patch.setattr(f"{module}._LEAST_SAVING", -9.0)
-        patch.setattr(f"{module}._FEWEST_TOKENS", 1)
+        patch.setattr(prefix_sharing, "_least_saving", lambda device: -9.0)
+        patch.setattr(prefix_sharing, "_FEWEST_TOKENS", 1)
         patch.setattr(shared, "batch_size_per_gpu", batch_size)
         got = shared.loglikelihood(instances(texts), disable_tqdm=True)
     expected = plain.loglikelihood(instances(texts), disable_tqdm=True)
@@ -342,15 +340,14 @@ def test_nothing_to_share_is_the_plain_path(models, monkeypatch):
     shared.loglikelihood_rolling(instances([("some text " * 20,)]), disable_tqdm=True)
 
 
-def test_the_check_is_made_where_it_pays(monkeypatch, caplog):
-    """The first use compares a few tokens with the plain path, which has to be worth it."""
+def test_the_check_is_made_where_it_pays(monkeypatch):
+    """The first use tries a small model, which has to be worth it."""
     model = tiny()
     tried = []
+    monkeypatch.setattr(prefix_sharing, "trial_disagrees", lambda *_: tried.append(1))
 
     def fresh():
-        lm = make(PrefixHFLM, model)
-        monkeypatch.setattr(lm, "_disagreement", lambda: tried.append(1))
-        return lm
+        return make(PrefixHFLM, model)
 
     stem = list(range(40))
     requests = [(None, stem, [n, n + 1]) for n in range(3)]

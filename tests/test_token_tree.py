@@ -62,10 +62,12 @@ def test_an_empty_sequence_is_refused():
     st.integers(1, 40),
     st.integers(1, 10),
     st.integers(1, 10),
+    st.integers(1, 300),
+    st.integers(1, 40),
     st.randoms(use_true_random=False),
 )
 def test_packs_visit_every_node_once_and_find_their_ancestors(
-    sequences, tokens, row_tokens, scored, random
+    sequences, tokens, row_tokens, scored, mask, row_limit, random
 ):
     tree = build_tree(sequences)
     wanted = np.array([random.random() < 0.5 for _ in range(len(tree))], dtype=int)
@@ -73,12 +75,17 @@ def test_packs_visit_every_node_once_and_find_their_ancestors(
     start = 0
     path: set[int] = set()
     while start < len(tree):
-        pack = next_pack(tree, before, start, Budget(tokens, row_tokens, scored))
+        budget = Budget(tokens, row_tokens, scored, mask, row_limit)
+        pack = next_pack(tree, before, start, budget)
         assert pack.start == start < pack.stop
         visited = np.concatenate(pack.rows)
         assert sorted(visited.tolist()) == list(range(pack.start, pack.stop))
         assert len(pack.rows) * max(map(len, pack.rows)) <= tokens
         assert before[pack.stop] - before[pack.start] <= scored
+        width = max(map(len, pack.rows))
+        entries = len(pack.rows) * width * (width + int(tree.depth[start]))
+        assert pack.chains or entries <= mask or len(visited) == 1
+        assert pack.chains or width <= row_limit
         for row in pack.rows:
             assert row.tolist() == sorted(row.tolist())
             for node in row:
@@ -112,7 +119,20 @@ def test_a_cut_is_made_where_the_path_is_short():
 
 
 def test_a_halved_budget_ends_at_one_token():
-    budget = Budget(5, 2, 3)
+    budget = Budget(5, 2, 3, 7, 6)
     for _ in range(3):
         budget = budget.halved()
-    assert budget == Budget(1, 1, 1)
+    assert budget == Budget(1, 1, 1, 1, 1)
+
+
+def test_no_mask_of_thousands_of_tokens_by_as_many():
+    """What a GPU takes at once has masks of 2**24 entries at most, 32 MB in 16 bits."""
+    stem = list(range(9000))
+    tree = build_tree([stem[:n] + [1, 2] for n in range(100, 9000, 50)])
+    start, budget = 0, Budget(8192, 1024, 2048)
+    while start < len(tree):
+        pack = next_pack(tree, scored_before(np.ones(len(tree), int)), start, budget)
+        width = max(map(len, pack.rows))
+        entries = len(pack.rows) * width * (width + int(tree.depth[start]))
+        assert pack.chains or entries <= 2**24
+        start = pack.stop
