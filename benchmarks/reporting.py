@@ -132,9 +132,12 @@ def on_the_fast_path(lm: HFLM) -> Iterator[None]:
     before = counts and counts.processed
     yield
     if counts and counts.processed == before:
+        paths = lm.answer_paths.as_dict(lm.model).values()
+        reasons = [
+            r for path in paths if isinstance(path, dict) for r in path["reasons"]
+        ]
         raise RuntimeError(
-            "hf-prefix answered on the plain path: its log says why prefixes are not shared or "
-            "slots not refilled."
+            f"hf-prefix answered on the plain path: {'; '.join(reasons) or 'its log says why'}."
         )
 
 
