@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import time
 
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned.codecarbon_meter import CodecarbonMeter
 from lm_eval_pruned.energy import EnergyMonitor
 from lm_eval_pruned.loading import load_pruned
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.profiling import ProfileRequest, generate, make_batches, profile
 
-from . import checkpoints
+from . import checkpoints, layouts
 from .test_energy_logging import generated, scored
 
 
@@ -88,6 +93,115 @@ def test_loading_takes_no_more_than_the_pruned_model_and_one_layer(wide, criteri
     if criterion == "maw":
         for name, weight in on_cpu.state_dict().items():
             assert torch.equal(model.state_dict()[name].cpu(), weight)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoeshared"])
+def test_stacked_experts_take_no_more_than_the_pruned_model_and_one_layer(
+    tmp_path, family
+):
+    sizes = {
+        **WIDE,
+        **layouts.overrides(family, 2048),
+        "num_local_experts" if family != "qwen3_moe" else "num_experts": 8,
+    }
+    checkpoints.save_tiny(tmp_path, family, **sizes, dtype=torch.float16)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
+    layer = max(
+        sum(p.numel() * p.element_size() for p in one.parameters())
+        for one in whole.model.layers
+    )
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_pruned(str(tmp_path), prune_percent=50, device="cuda")
+    peak = torch.cuda.max_memory_allocated() - before
+    pruned = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert pruned <= peak <= pruned + layer
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory):
+    """Weights as transformers draws them: logits spread as those of trained models do."""
+    folder = tmp_path_factory.mktemp("usual")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(checkpoints.tiny_config(**WIDE))
+    model.save_pretrained(folder)
+    checkpoints.byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rounding():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(checkpoints.ROOT / "benchmarks"))
+        yield importlib.import_module("rounding")
+
+
+def questions():
+    """Return 128 requests, four for each context, behind one preamble."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return [
+        scored(
+            "Q: 1 + 1? A: 2. " * 8 + letters[i % 26] * (i % 7 + 3),
+            f" {letters[-j]} {letters[j + i % 9]}{j}",
+            number=4 * i + j,
+        )
+        for i in range(32)
+        for j in range(1, 5)
+    ]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_prefixes_are_shared_and_slots_refilled_in_float32_as_hf_answers(
+    usual, attention
+):
+    def lm(cls):
+        return cls(
+            str(usual),
+            device="cuda",
+            dtype="float32",
+            batch_size=8,
+            attn_implementation=attention,
+        )
+
+    hf, ours = lm(HFLM), lm(PrefixHFLM)
+    got = ours.loglikelihood(questions())
+    asked = sum(len(hf.tok_encode("".join(r.args))) - 1 for r in questions())
+    assert 0 < ours.token_counts.processed < asked / 4
+    for (value, greedy), expected in zip(
+        got, hf.loglikelihood(questions()), strict=True
+    ):
+        assert value == pytest.approx(expected[0], abs=1e-3)
+        assert greedy == expected[1]
+
+    prompts = [generated("abc" * (i + 1), max_gen_toks=24, number=i) for i in range(24)]
+    before = ours.token_counts.processed
+    assert ours.generate_until(prompts) == hf.generate_until(prompts)
+    assert ours.token_counts.processed > before
+    assert ours.prefix_sharing
+    assert ours.slot_refilling
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("percent", [None, 40])
+def test_16_bit_types_share_and_lie_no_further_from_float32_than_hf(
+    usual, rounding, dtype, percent
+):
+    model = load_pruned(str(usual), prune_percent=percent, dtype=dtype, device="cuda")
+    found = rounding.distances(model, checkpoints.byte_tokenizer(), questions())
+    _, batched, shared = found.values()
+    assert all(map(math.isfinite, found.values()))
+    assert shared <= rounding.LIMIT * batched
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_slots_are_refilled_in_16_bit_types(usual, dtype):
+    ours = PrefixHFLM(str(usual), device="cuda", dtype=dtype, batch_size=8)
+    prompts = [generated("abc" * (i + 1), max_gen_toks=24, number=i) for i in range(24)]
+    ours.generate_until(prompts)
+    assert ours.token_counts.processed > 0
+    assert ours.slot_refilling
 
 
 def test_energy_is_that_of_nvml(wide):
