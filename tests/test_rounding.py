@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM
 
 from . import checkpoints
@@ -48,6 +49,7 @@ def test_the_table_has_three_distances_and_their_ratio(rounding, tiny_llama, cap
 def test_it_fails_where_sharing_lies_further_off(rounding, tiny_llama, monkeypatch):
     found = {"hf, batch size 1": 1.0, "hf, batch size 8": 1.0, "hf-prefix": 1.26}
     monkeypatch.setattr(rounding, "distances", lambda *_: found)
+    monkeypatch.setattr(rounding, "likelihood_requests", lambda *_: [])
     with pytest.raises(SystemExit, match=r"1\.26 times as far"):
         rounding.main(["--pretrained", str(tiny_llama), "--limit", "1"])
 
@@ -55,6 +57,8 @@ def test_it_fails_where_sharing_lies_further_off(rounding, tiny_llama, monkeypat
 def test_a_model_that_is_not_shared_is_an_error(rounding, tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
     model.set_attn_implementation("flex_attention")
-    requests = rounding.likelihood_requests(["pruned_demo_truthfulness"], 1)
+    requests = [
+        Instance("loglikelihood", {}, ("a" * 200, "bcde"[i:]), i) for i in range(4)
+    ]
     with pytest.raises(RuntimeError, match="plain path"):
         rounding.distances(model, checkpoints.byte_tokenizer(), requests)
