@@ -6,19 +6,18 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch.overrides import TorchFunctionMode
 
 from lm_eval_pruned.model_wrappers import slot_refilling
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.model_wrappers.slot_refilling import (
-    _attention_in_groups,
     _Job,
     _ordered,
-    _SlotCache,
     _SlotTable,
 )
 
@@ -50,13 +49,6 @@ def tiny(attention="sdpa", dtype=torch.float64):
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def check_at_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slot_refilling, "_WORTH_CHECKING", 0)
-        yield
-
-
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def pair(request):
     """HFLM, and HFLM with refilled slots, on one tiny float64 model."""
@@ -76,6 +68,17 @@ def instances(pairs):
 
 def generate(lm, pairs):
     return lm.generate_until(instances(pairs), disable_tqdm=True)
+
+
+def watch_passes(monkeypatch, look):
+    """Call `look` with the rows of each pass before it runs."""
+    run = slot_refilling._pass
+
+    def watched(forward, cache, work):
+        look(work)
+        return run(forward, cache, work)
+
+    monkeypatch.setattr(slot_refilling, "_pass", watched)
 
 
 LETTERS = "ab\n"
@@ -143,13 +146,7 @@ def test_batch_sizes(pair, batch_size):
 def test_no_more_rows_than_the_batch_size(pair, monkeypatch):
     _, refilled = pair
     rows = []
-    run = refilled._pass
-
-    def watched(cache, work):
-        rows.append(len(work))
-        return run(cache, work)
-
-    monkeypatch.setattr(refilled, "_pass", watched)
+    watch_passes(monkeypatch, lambda work: rows.append(len(work)))
     refilled.batch_size_per_gpu = 2
     generate(refilled, prompts())
     assert max(rows) == 2
@@ -160,13 +157,9 @@ def test_steps_are_as_few_as_the_slots_allow(pair, monkeypatch):
     model = refilled.model
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     steps = []
-    run = refilled._pass
-
-    def watched(cache, work):
-        steps.append([len(tokens) for _, tokens, _ in work])
-        return run(cache, work)
-
-    monkeypatch.setattr(refilled, "_pass", watched)
+    watch_passes(
+        monkeypatch, lambda work: steps.append([len(tokens) for _, tokens, _ in work])
+    )
     refilled.batch_size_per_gpu = 2
     lengths = [9, 3, 3, 3]
     generate(
@@ -349,18 +342,16 @@ def test_architectures(model_type, more, refills):
 def test_out_of_memory_backs_off(pair, monkeypatch, caplog):
     plain, refilled = pair
     refilled = make(PrefixHFLM, refilled.model, 7)
-    run = refilled._pass
     passes = 0
 
-    def short_of_memory(cache, work):
+    def short_of_memory(work):
         nonlocal passes
         passes += 1
         if passes > 4 and len(work) > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
-        return run(cache, work)
 
     assert refilled._can_refill()
-    monkeypatch.setattr(refilled, "_pass", short_of_memory)
+    watch_passes(monkeypatch, short_of_memory)
     with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
         got = generate(refilled, prompts(until=[], max_gen_toks=20))
     assert got == generate(plain, prompts(until=[], max_gen_toks=20))
@@ -373,10 +364,10 @@ def test_another_error_is_not_taken_for_lack_of_memory(pair, monkeypatch):
     refilled = make(PrefixHFLM, pair[0].model)
     assert refilled._can_refill()
 
-    def broken(*_):
+    def broken(_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(refilled, "_pass", broken)
+    watch_passes(monkeypatch, broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         generate(refilled, prompts())
 
@@ -395,21 +386,10 @@ def test_a_model_whose_cache_is_its_own_is_noticed(pair, monkeypatch, caplog):
     assert "logits change" in caplog.text
 
 
-def test_few_tokens_are_not_worth_the_check(pair, monkeypatch):
-    monkeypatch.setattr(slot_refilling, "_WORTH_CHECKING", 12 * len(PROMPTS))
-    plain, _ = pair
-    lm = make(PrefixHFLM, plain.model, 1)
-    assert generate(lm, prompts()[1:]) == generate(plain, prompts()[1:])
-    assert not lm._refilling_checked
-    assert generate(lm, prompts()) == generate(plain, prompts())
-    assert lm._refilling_checked
-    assert not lm._refilling_complaints
-
-
 def test_slot_refilling_false_is_the_plain_path(pair, monkeypatch):
     plain, _ = pair
     lm = make(PrefixHFLM, plain.model, 1, slot_refilling=False)
-    monkeypatch.setattr(lm, "_pass", None)
+    monkeypatch.setattr(slot_refilling, "_pass", None)
     assert generate(lm, prompts()) == generate(plain, prompts())
     assert not lm._refilling_complaints
 
@@ -417,16 +397,6 @@ def test_slot_refilling_false_is_the_plain_path(pair, monkeypatch):
 def test_slot_refilling_is_a_switch(pair):
     with pytest.raises(ValueError, match="slot_refilling='sometimes'"):
         make(PrefixHFLM, pair[0].model, slot_refilling="sometimes")
-
-
-def test_attention_is_as_it_was_afterwards(pair, monkeypatch):
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
-    generate(pair[1], prompts())
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
-    with _attention_in_groups(_SlotCache(2), wanted=True):
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not plain
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
 
 
 def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
@@ -437,22 +407,28 @@ def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
     monkeypatch.setattr(slot_refilling, "_GROUPS", 2)
     monkeypatch.setattr(plain.model.generation_config, "eos_token_id", None)
     widths = []
-    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def watched(module, query, key, *args, **kwargs):
-        if query.shape[2] == 1:
-            widths.append((len(query), key.shape[-2]))
-        return attention(module, query, key, *args, **kwargs)
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                widths.append((len(args[0]), args[1].shape[-2]))
+            return func(*args, **(kwargs or {}))
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched)
+    attention = slot_refilling._grouped_attention
+
+    def watched(*args, **kwargs):
+        with Watched():
+            return attention(*args, **kwargs)
+
+    monkeypatch.setattr(slot_refilling, "_grouped_attention", watched)
+    assert refilled._can_refill()
     refilled.batch_size_per_gpu = 4
     pairs = [
         (c * n, {"max_gen_toks": 2})
         for c, n in zip("abcd", (30, 20, 9, 5), strict=True)
     ]
     assert generate(refilled, pairs) == generate(plain, pairs)
-    layers = plain.config.num_hidden_layers
-    assert widths[: 2 * layers] == [(2, 31), (2, 10)] * layers
+    assert widths == [(2, 31), (2, 10)] * plain.config.num_hidden_layers
 
 
 def test_no_requests(pair):
