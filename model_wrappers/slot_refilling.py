@@ -34,6 +34,7 @@ from lm_eval_pruned.generation import end_tokens
 from lm_eval_pruned.model_wrappers.attention_support import (
     base_model,
     cache_argument,
+    config_of,
     rounding,
     sequence_limit,
     unsupported_reason,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lm_eval.api.instance import Instance
+    from transformers import PretrainedConfig
 
 eval_logger = logging.getLogger("lm_eval.models.slot_refilling")
 
@@ -191,7 +193,7 @@ class SlotRefillingMixin:
             self._complain(reason)
         if not self.slot_refilling:
             return []
-        limit = sequence_limit(self.config)
+        limit = _length_limit(config_of(self))
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         settings: dict[str, Any] = {}
         stops: dict[tuple[str, ...], _Stops] = {}
@@ -414,7 +416,8 @@ def _pass(forward: Forward, cache: _SlotCache, work: list[_Row]) -> torch.Tensor
     mask = None
     if cache.shows_slots:
         places = torch.arange(cache.width, device=forward.device)
-        mask = additive_mask(places > position[:, :, None], forward.model.dtype)
+        dtype = forward.autocast_dtype or forward.model.dtype
+        mask = additive_mask(places > position[:, :, None], dtype)
 
     def last(states: torch.Tensor) -> torch.Tensor:
         place = sent[:, -1].to(states.device)
@@ -870,13 +873,28 @@ class _SlotCache(Cache):
                 stored[: len(order), :, :length] = new
 
 
+def _length_limit(config: PretrainedConfig) -> int | None:
+    """Return the longest sequence, in tokens, that slots answer as `HFLM` does, or None.
+
+    Some attention has a temperature that follows a token's place in what the cache
+    holds, not its position; below a first threshold it is 1.
+    """
+    limits = [sequence_limit(config)]
+    text = config.get_text_config()
+    if getattr(text, "attn_temperature_tuning", False):
+        limits.append(int(text.floor_scale) - 1)
+    if (threshold := getattr(text, "log_scaling_n_floor", None)) is not None:
+        limits.append(int(threshold))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _rows_in_memory(lm: Any, length: int) -> int:
     """Return how many rows of `length` tokens a third of the free memory holds.
 
     The same for all processes among which the model's tensors are split.
     """
     model = base_model(lm.model)
-    config = lm.config.get_text_config()
+    config = config_of(lm).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
