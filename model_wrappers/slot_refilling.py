@@ -31,26 +31,26 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lm_eval_pruned.generation import end_tokens
+from lm_eval_pruned.model_wrappers.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.attention_support import (
     base_model,
     cache_argument,
     config_of,
-    rounding,
     sequence_limit,
+    trial_disagrees,
     unsupported_reason,
 )
 from lm_eval_pruned.model_wrappers.forward import Forward
 from lm_eval_pruned.model_wrappers.hf_arguments import check_flag
 from lm_eval_pruned.model_wrappers.masks import additive_mask
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
-from lm_eval_pruned.model_wrappers.trial_model import TrialImpossible, trial_model
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lm_eval.api.instance import Instance
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedModel
 
 eval_logger = logging.getLogger("lm_eval.models.slot_refilling")
 
@@ -129,11 +129,13 @@ class SlotRefillingMixin:
         check_flag("slot_refilling", slot_refilling)
         self.slot_refilling = bool(slot_refilling)
         self._refilling_checked = False
-        self._refilling_complaints: set[str] = set()
+        self._refilling_complaints: list[str] = []
         self._most_slots: int | None = None
-        self._answered = {"slots": 0, "plain": 0}
-        self._computed_in_slots = 0
-        self._slots_used: int | None = None
+        # Classes may be combined: totals are of all.
+        if not hasattr(self, "token_counts"):
+            self.token_counts = TokenCounts()
+        if not hasattr(self, "answer_paths"):
+            self.answer_paths = AnswerPaths()
         super().__init__(*args, **kwargs)
 
     def generate_until(
@@ -142,6 +144,8 @@ class SlotRefillingMixin:
         plain = super().generate_until  # type: ignore[misc]
         answers: list[str | None] = [None] * len(requests)
         jobs = self._jobs(requests)
+        path = self.answer_paths.of("generate_until")
+        before = self.token_counts.processed
         if jobs:
             bar = tqdm(
                 total=len(jobs),
@@ -156,35 +160,19 @@ class SlotRefillingMixin:
                 )
                 bar.update(1)
             bar.close()
+            computed = self.token_counts.processed - before
+            path.add("slots", len(jobs), computed)
         rest = [i for i, answer in enumerate(answers) if answer is None]
         if rest:
+            before = self.token_counts.processed
             others = plain([requests[i] for i in rest], disable_tqdm=disable_tqdm)
+            # Zero where the class counts nothing of what `HFLM` computes.
+            computed = self.token_counts.processed - before
+            reasons = self._refilling_complaints or ["slot_refilling=false"]
+            path.add("plain", len(rest), computed or None, *reasons)
             for i, answer in zip(rest, others, strict=True):
                 answers[i] = answer
-        self._answered["slots"] += len(jobs)
-        self._answered["plain"] += len(rest)
         return answers  # type: ignore[return-value]
-
-    @property
-    def generation_path(self) -> dict[str, Any]:
-        """What answered the requests so far, for the record; empty before the first.
-
-        ``path`` is slots, plain or mixed, ``reason`` why not slots, ``requests`` the
-        number of either, ``slots`` the number of slots, ``tokens_computed`` the
-        positions that went through the model, None where the plain path took part.
-        """
-        paths = [path for path, number in self._answered.items() if number]
-        if not paths:
-            return {}
-        plain = bool(self._answered["plain"])
-        reasons = sorted(self._refilling_complaints) or ["slot_refilling=false"]
-        return {
-            "path": paths[0] if len(paths) == 1 else "mixed",
-            "reason": "; ".join(reasons) if plain else None,
-            "requests": dict(self._answered),
-            "slots": self._slots_used,
-            "tokens_computed": None if plain else self._computed_in_slots,
-        }
 
     def _jobs(self, requests: list[Instance]) -> list[_Job]:
         """Return the requests that can run in slots, as `HFLM` would read them."""
@@ -193,7 +181,7 @@ class SlotRefillingMixin:
             self._complain(reason)
         if not self.slot_refilling:
             return []
-        limit = _length_limit(config_of(self))
+        limit = sequence_limit(config_of(self))
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         settings: dict[str, Any] = {}
         stops: dict[tuple[str, ...], _Stops] = {}
@@ -264,11 +252,13 @@ class SlotRefillingMixin:
         return None
 
     def _complain(self, reason: str) -> None:
-        if reason not in self._refilling_complaints and self.rank == 0:
+        if reason in self._refilling_complaints:
+            return
+        self._refilling_complaints.append(reason)
+        if self.rank == 0:
             eval_logger.warning(
                 "Slots are not refilled, generation takes the usual path: %s.", reason
             )
-        self._refilling_complaints.add(reason)
 
     def _text(self, job: _Job) -> str:
         """Turn tokens into text as `HFLM.generate_until` does."""
@@ -292,19 +282,11 @@ class SlotRefillingMixin:
         """Try it out, the first time."""
         if self.slot_refilling and not self._refilling_checked:
             self._refilling_checked = True
-            reason = self._slots_disagree()
+            reason = trial_disagrees(self.model, _plain_logits, _slot_logits)
             if reason is not None:
                 self.slot_refilling = False
                 self._complain(reason)
         return self.slot_refilling
-
-    def _slots_disagree(self) -> str | None:
-        """Try slots on a tiny float32 model of the same class; return what speaks against them."""
-        try:
-            model = trial_model(base_model(self.model))
-        except TrialImpossible as error:
-            return str(error)
-        return _disagreement(Forward(model, model.device))
 
     def _slots(self, jobs: list[_Job]) -> int:
         """Return how many requests to run at once."""
@@ -320,7 +302,7 @@ class SlotRefillingMixin:
 
     def _generate(self, jobs: list[_Job]) -> Iterator[_Job]:
         """Run the requests through the model; yield each when its answer is done."""
-        counts = getattr(self, "token_counts", TokenCounts())
+        counts = self.token_counts
         counts.prompt += sum(len(job.tokens) for job in jobs)
         ends = set(end_tokens(base_model(self.model)))
         waiting = deque(_ordered(jobs))
@@ -364,10 +346,8 @@ class SlotRefillingMixin:
                     "Out of memory: going on with at most %d requests at once.", slots
                 )
             else:
-                processed = sum(len(tokens) for _, tokens, _ in work)
-                counts.processed += processed
-                self._computed_in_slots += processed
-                self._slots_used = slots
+                counts.processed += sum(len(tokens) for _, tokens, _ in work)
+                self.answer_paths.of("generate_until").slots = slots
                 counts.generated += len(chosen)
                 for (slot, _, _), token in zip(work, chosen, strict=True):
                     job = table.jobs[slot]
@@ -460,46 +440,38 @@ def _pieces(work: list[_Row]) -> Iterator[tuple[list[_Row], bool]]:
                 yield [(slot, piece, start + begin)], begin + count >= len(tokens)
 
 
-def _disagreement(forward: Forward) -> str | None:
-    """Compare a few random tokens in slots with plain passes; return what differs."""
-    vocabulary = base_model(forward.model).config.get_text_config().vocab_size
-    first, second = np.random.default_rng(0).integers(0, vocabulary, (2, 12))
-    second[:3] = first[:3]
+def _trial_tokens(model: PreTrainedModel) -> np.ndarray:
+    """Return two random sequences that begin alike, [2, 12]."""
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (2, 12))
+    tokens[1, :3] = tokens[0, :3]
+    return tokens
+
+
+def _plain_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return logits of the trial's tokens, [n, vocabulary], each sequence in one pass."""
+    with torch.no_grad():
+        first, second = (
+            model(input_ids=torch.from_numpy(tokens[None])).logits[0]
+            for tokens in _trial_tokens(model)
+        )
+    steps = torch.stack([first[7:11], second[8:12]], 1).flatten(0, 1)
+    return torch.cat([first[6:7], second[4:5], steps])
+
+
+def _slot_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return the same logits from slots: prompts, a shared beginning, steps."""
+    first, second = _trial_tokens(model)
+    forward = Forward(model, model.device)
     cache = _SlotCache(2, in_groups=True)
-    try:
-        with torch.no_grad():
-            expected = [
-                forward.model(input_ids=torch.from_numpy(tokens[None])).logits[0]
-                for tokens in (first, second)
-            ]
-        # A prompt, one that begins like it, one longer than the other, single tokens.
-        got = [_pass(forward, cache, [(0, first[:7], 0)])]
-        cache.copy(0, 1, 3)
-        got.append(_pass(forward, cache, [(1, second[3:5], 3)]))
-        got.append(_pass(forward, cache, [(0, first[7:8], 7), (1, second[5:9], 5)]))
-        got.extend(
-            _pass(forward, cache, [(0, first[i : i + 1], i), (1, second[j : j + 1], j)])
-            for i, j in ((8, 9), (9, 10), (10, 11))
-        )
-    except Exception as error:  # noqa: BLE001 - whatever a model's code raises
-        return f"the model's code rejects them ({type(error).__name__}: {error})"
-    rows = torch.stack(
-        [expected[0][6], expected[1][4]]
-        + [
-            expected[row][place]
-            for i in range(4)
-            for row, place in ((0, 7 + i), (1, 8 + i))
-        ]
-    )
-    difference = (torch.cat(got) - rows).square().mean().sqrt().item()
-    spread = rows.std(-1).mean().item()
-    if not difference <= rounding(rows.dtype) * spread:
-        return (
-            "logits change with them, by "
-            f"{difference:.1e} of a spread of {spread:.1e} in a tiny float32 model of "
-            "its class"
-        )
-    return None
+    parts = [_pass(forward, cache, [(0, first[:7], 0)])]
+    cache.copy(0, 1, 3)
+    parts.append(_pass(forward, cache, [(1, second[3:5], 3)]))
+    parts.append(_pass(forward, cache, [(0, first[7:8], 7), (1, second[5:9], 5)]))
+    for i in range(8, 11):
+        step = [(0, first[i : i + 1], i), (1, second[i + 1 : i + 2], i + 1)]
+        parts.append(_pass(forward, cache, step))
+    return torch.cat(parts)
 
 
 @dataclass
@@ -873,21 +845,6 @@ class _SlotCache(Cache):
                 stored[: len(order), :, :length] = new
 
 
-def _length_limit(config: PretrainedConfig) -> int | None:
-    """Return the longest sequence, in tokens, that slots answer as `HFLM` does, or None.
-
-    Some attention has a temperature that follows a token's place in what the cache
-    holds, not its position; below a first threshold it is 1.
-    """
-    limits = [sequence_limit(config)]
-    text = config.get_text_config()
-    if getattr(text, "attn_temperature_tuning", False):
-        limits.append(int(text.floor_scale) - 1)
-    if (threshold := getattr(text, "log_scaling_n_floor", None)) is not None:
-        limits.append(int(threshold))
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def _rows_in_memory(lm: Any, length: int) -> int:
     """Return how many rows of `length` tokens a third of the free memory holds.
 
@@ -929,7 +886,7 @@ def _layers_by_device(lm: Any, layers: int) -> Counter[torch.device]:
 
 def _free_memory(device: torch.device) -> int:
     """Return the bytes that a process can have on a device."""
-    backend = getattr(torch, device.type, None)
+    backend: Any = getattr(torch, device.type, None)
     if device.type == "cpu" or not hasattr(backend, "mem_get_info"):
         return psutil.virtual_memory().available
     # What the allocator keeps for the next tensor is free as well.
