@@ -549,7 +549,8 @@ def test_attention_whose_temperature_follows_the_cache_is_left_alone():
     )
     config._attn_implementation = "sdpa"
     model = tiny_model(config)
-    plain, lm = make(HFLM, model, 1), make(PrefixHFLM, model)
+    # One by one: padding in front counts, too.
+    plain, lm = make(HFLM, model, 1), make(PrefixHFLM, model, 1)
     pairs = prompts(until=[], max_gen_toks=8)
     expected = generate(plain, pairs)
     assert generate(lm, pairs) == expected
