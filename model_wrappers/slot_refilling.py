@@ -856,6 +856,7 @@ def _rows_in_memory(lm: Any, length: int) -> int:
     size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
+    heads = -(-heads // (getattr(model, "tp_size", None) or 1))
     row = 2 * heads * size * lm.model.dtype.itemsize * length
     rows = min(
         _free_memory(device) // 3 // (row * layers)

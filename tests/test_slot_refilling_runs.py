@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -13,7 +14,8 @@ from lm_eval_pruned.model_wrappers import slot_refilling
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
-from . import demo_runs, harness
+from . import checkpoints, demo_runs, harness
+from .test_slot_refilling import generate, prompts
 
 
 TASK = "tiny_generation"
@@ -150,3 +152,24 @@ def test_two_processes(tiny_llama, folder, tmp_path):
         answers[name] = sorted(map(tuple, found))
     assert answers["two"] == answers["one"]
     assert len(answers["two"]) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_a_model(tiny_llama, tmp_path):
+    """They have to run the same passes: as many slots as the one with less memory holds."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", "2", "-m", "tests.slots_of_a_split_model"),
+        *(str(tiny_llama), str(tmp_path)),
+    ]
+    done = demo_runs.run(command, checkpoints.ROOT)
+    assert done.returncode == 0, done.stderr
+    first, second = (
+        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert first == second
+    alone = loaded(HFLM, tiny_llama, batch_size=1, max_length=64)
+    answers, path = first
+    assert answers == generate(alone, prompts(until=[], max_gen_toks=16))
+    assert path["requests"] == {"slots": len(answers)}
+    assert path["slots"] == 2
