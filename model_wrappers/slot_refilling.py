@@ -113,7 +113,15 @@ class SlotRefillingMixin:
     of slots; ``auto`` takes HFLM's ``max_batch_size``, or as many as the memory holds.
     Sampling, beams, penalties and models whose attention does not allow it take
     `HFLM`'s own path, and one logged line says why.
+
+    Attributes:
+        token_counts: Grows by what goes through the slots; what takes `HFLM`'s own path is
+            for the class to count that measures it.
+        answer_paths: How many requests took which path, and why.
     """
+
+    token_counts: TokenCounts
+    answer_paths: AnswerPaths
 
     def __init__(self, *args: Any, slot_refilling: bool = True, **kwargs: Any) -> None:
         """Set up as the next class does.
