@@ -849,7 +849,7 @@ class _SlotCache(Cache):
         """Put the first `length` tokens of slot ``order[i]`` into slot i."""
         for layer in self.layers:
             for stored in (layer.keys, layer.values):
-                new = stored[torch.from_numpy(order), :, :length]
+                new = stored[torch.from_numpy(order).to(stored.device), :, :length]
                 stored[: len(order), :, :length] = new
 
 

@@ -70,8 +70,10 @@ def run_passes(forward, in_groups):
             logits = _pass(forward, cache, work)
         assert logits.shape == (len(work), 260)
         moved[name] = devices.moved
-        cache.copy(0, 2, 2)
-    cache.permute(np.array([2, 0, 1]), 9)
+        with Devices():
+            cache.copy(0, 2, 2)
+    with Devices():
+        cache.permute(np.array([2, 0, 1]), 9)
     return moved
 
 
