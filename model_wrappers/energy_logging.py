@@ -241,6 +241,11 @@ class EnergyLoggingHFLM(HFLM):
             min(len(context) + len(continuation), self.max_length + 1)
             for _, context, continuation in requests
         )
+        if self.backend == "seq2seq":
+            # The encoder reads each context; `_select_cont_toks` sees the decoder's part.
+            counts.processed += sum(
+                min(len(context), self.max_length) for _, context, _ in requests
+            )
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _select_cont_toks(

@@ -29,6 +29,7 @@ from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 
 from . import checkpoints, demo_runs
+from .layouts import save_family
 from .meters import Clock, FakeMeter
 
 
@@ -95,6 +96,25 @@ def test_a_context_shared_by_one_token_answers_is_processed_once(lm):
     model = lm(logits_cache=True)
     model.loglikelihood([scored("abcd", "x"), scored("abcd", "y"), scored("abcd", "z")])
     assert model.token_counts == TokenCounts(prompt=15, processed=4)
+
+
+def test_an_encoders_tokens_are_processed_too(tmp_path):
+    save_family(tmp_path, "t5", 16)
+    model = PrunedHFLM(str(tmp_path), device="cpu", batch_size=2, backend="seq2seq")
+    model._energy, _ = log_of()
+    positions = 0
+
+    def watch(module, arguments, options):
+        nonlocal positions
+        ids = arguments[0] if arguments else options["input_ids"]
+        positions += 0 if ids is None else ids.numel()
+
+    model._warm_up()
+    for stack in (model.model.get_encoder(), model.model.get_decoder()):
+        stack.register_forward_pre_hook(watch, with_kwargs=True)
+    # Of equal length, so that nothing is padded.
+    model.loglikelihood([scored("abcdef", "gh"), scored("uvwxyz", "ij")])
+    assert model.token_counts.processed == positions > 0
 
 
 def test_rolling_requests_are_measured(lm):
