@@ -141,7 +141,24 @@ class CodecarbonMeter:
             },
             joules_from_kwh(data.energy_consumed),
             data.emissions if located else None,
+            self._counters(),
         )
+
+    def _counters(self) -> dict[str, dict[str, float]]:
+        """Return the energy counters of single GPUs, which codecarbon only adds up."""
+        counters: dict[str, dict[str, float]] = {}
+        for hardware in self._tracker._hardware:
+            if type(hardware).__name__ == "GPU":
+                counters["gpu"] = {
+                    f"GPU {device.gpu_index}": joules_from_kwh(device.last_energy.kWh)
+                    for device in _watched(hardware)
+                    # Without a counter codecarbon samples the power. Of two chips on one
+                    # card AMD counts on the first.
+                    if device._has_counter
+                    and not device._use_power_fallback
+                    and not device._reports_zero_power_by_design()
+                }
+        return counters
 
     def stop(self) -> None:
         """Stop the tracker."""
@@ -287,9 +304,13 @@ def _cpu_source(cpu: Any) -> ComponentSource:
     return ComponentSource("modelled", f"codecarbon's mode {mode}")
 
 
-def _gpu_source(gpu: Any) -> ComponentSource:
+def _watched(gpu: Any) -> list[Any]:
     watched = set(gpu._get_gpu_ids())
-    devices = [d for d in gpu.devices.devices if d.gpu_index in watched]
+    return [d for d in gpu.devices.devices if d.gpu_index in watched]
+
+
+def _gpu_source(gpu: Any) -> ComponentSource:
+    devices = _watched(gpu)
     interface = (
         "NVML"
         if any("nvidia" in type(d).__name__.lower() for d in devices)

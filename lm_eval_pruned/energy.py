@@ -82,11 +82,15 @@ class MeterSample:
             meter has; a component it lacks is missing from the mapping.
         total_joules: Energy of all components together, in joules.
         emissions_kg: Emissions since the meter started, in kg CO2e, or None.
+        counters: What the counters of single devices show, in joules, by component and
+            name. One that stands still leaves its component unmeasured: the others of
+            several GPUs would hide it.
     """
 
     joules: dict[str, float]
     total_joules: float
     emissions_kg: float | None = None
+    counters: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Meter(Protocol):
@@ -413,13 +417,22 @@ class EnergyMonitor:
         parts: dict[str, float] = {}
         for name, after in end.sample.joules.items():
             part = after - begin.sample.joules.get(name, 0.0)
-            if part > 0:
+            before = begin.sample.counters.get(name, {})
+            still = [
+                device
+                for device, joules in end.sample.counters.get(name, {}).items()
+                if before.get(device) == joules
+            ]
+            if part > 0 and not still:
                 parts[name] = part
-            else:
-                notes.append(
-                    f"the meter counted {part:g} J for {name} in {seconds:.3f} s: not measured, "
-                    "so there is no total"
-                )
+                continue
+            where = (
+                f" (the counter of {', '.join(still)} stands still)" if still else ""
+            )
+            notes.append(
+                f"the meter counted {part:g} J for {name}{where} in {seconds:.3f} s: not "
+                "measured, so there is no total"
+            )
         notes += [
             f"the model runs on a {name} that the meter does not see, so there is no total"
             for name in sorted(self.required - set(end.sample.joules))

@@ -83,6 +83,11 @@ class RAM:
 class NvidiaGPUDevice:
     def __init__(self, index, counter):
         self.gpu_index, self._has_counter = index, counter
+        self._use_power_fallback = not counter
+        self.last_energy = SimpleNamespace(kWh=0.25) if counter else None
+
+    def _reports_zero_power_by_design(self):
+        return False
 
 
 class GPU:
@@ -138,6 +143,48 @@ def test_energy_is_energy_consumed_and_never_what_stop_or_flush_return(fake_trac
     figures = [*reading.joules.as_dict().values(), reading.emissions_kg, reading.kwh]
     for wrong in (EMISSIONS_OF_STOP, EMISSIONS_OF_STOP * 3.6e6):
         assert wrong not in figures
+
+
+def test_a_gpu_whose_counter_stands_still_leaves_no_total(fake_tracker, monkeypatch):
+    original, flush = FakeTracker.__init__, FakeTracker.flush
+    devices = [NvidiaGPUDevice(0, True), NvidiaGPUDevice(1, True)]
+
+    def with_gpus(self, **arguments):
+        original(self, **arguments)
+        self._hardware.append(GPU(*devices, NvidiaGPUDevice(2, False)))
+
+    def moving(self):
+        devices[0].last_energy.kWh += 0.1
+        return flush(self)
+
+    monkeypatch.setattr(FakeTracker, "__init__", with_gpus)
+    monkeypatch.setattr(FakeTracker, "flush", moving)
+    reading, description, _ = window(CodecarbonMeter())
+    assert description.sources["gpu"].kind == "measured"
+    assert reading.joules.cpu is not None
+    assert reading.joules.gpu is None
+    assert reading.joules.total is None
+    assert "GPU 1 stands still" in reading.notes[-1]
+
+
+def test_the_gpus_of_codecarbon_have_what_the_meter_reads():
+    from codecarbon.core.gpu_device import GPUDevice
+
+    class Device(GPUDevice):
+        def _get_total_energy_consumption(self):
+            return 5_000
+
+        def _init_static_details(self):
+            pass
+
+    device = Device(handle=None, gpu_index=3)
+    gpu = GPU(device)
+    meter = CodecarbonMeter()
+    meter._tracker = SimpleNamespace(_hardware=[gpu])
+    assert meter._counters() == {"gpu": {"GPU 3": pytest.approx(5.0)}}
+    device._get_total_energy_consumption = lambda: None
+    device.start()
+    assert meter._counters() == {"gpu": {}}
 
 
 def test_without_a_country_there_are_no_emissions_and_the_same_energy(fake_tracker):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, strategies as st
@@ -116,6 +117,22 @@ def test_a_component_that_stands_still_is_not_measured():
     assert reading.mean_watts is None
     assert reading.emissions_kg is None
     assert "gpu" in reading.notes[0]
+
+
+def test_one_gpu_that_stands_still_is_not_hidden_by_another():
+    clock = Clock()
+    meter = FakeMeter(clock, {"cpu": 5.0, "gpu": 100.0})
+    plain = meter.read
+
+    def read():
+        sample = plain()
+        moving = sample.joules["gpu"]
+        return replace(sample, counters={"gpu": {"GPU 0": moving, "GPU 1": 7.0}})
+
+    meter.read = read
+    (reading,) = measured(meter, clock, 2.0)
+    assert reading.joules == Joules(cpu=10.0)
+    assert "(the counter of GPU 1 stands still)" in reading.notes[0]
 
 
 def test_without_a_required_component_there_is_no_total():
