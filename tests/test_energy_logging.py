@@ -633,7 +633,7 @@ def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
     command = Path(sys.executable).with_name("lm_eval")
     model_args = (
         f"pretrained={tiny_llama},ratio=2.0,energy=true,energy_per_task=true,"
-        "energy_idle_seconds=0.3,energy_country=ESP"
+        "energy_idle_seconds=0.3,energy_country=ESP,max_length=512,prefix_sharing=false"
     )
     subprocess.run(
         [
@@ -642,7 +642,8 @@ def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
             f"--model_args={model_args}",
             "--tasks=pruned_demo",
             "--device=cpu",
-            "--batch_size=8",
+            "--batch_size=auto",
+            "--max_batch_size=2",
             "--limit=3",
             f"--output_path={tmp_path / 'out'}",
         ],
@@ -675,6 +676,10 @@ def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
         ]
         slack = block["resolution_seconds"] * record["mean_watts"] * 2 * len(parts)
         assert sum(parts) == pytest.approx(record["joules"]["total"], abs=slack)
+    # Every type of request was preceded by a search, which no record above holds.
+    assert set(block["set_up"]["batch_size_search"]) == set(block["request_types"])
+    for search in block["set_up"]["batch_size_search"].values():
+        assert search["joules"]["total"] > 0
     for name, source in block["sources"].items():
         assert (block["total"]["joules"][name] is None) == (source["kind"] == "none")
 
