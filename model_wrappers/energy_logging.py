@@ -189,10 +189,10 @@ class EnergyLoggingHFLM(HFLM):
                 answers[i] = answer
         return answers
 
-    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         # Its passes belong to no request, and their tokens are counted nowhere.
         with self._set_up("batch_size_search"):
-            return super()._detect_batch_size(requests, pos)
+            return super()._detect_batch_size(*args, **kwargs)
 
     def _warm_up(self) -> None:
         """Send a few tokens through the model: the first pass ever loads kernels and weights."""

@@ -531,6 +531,9 @@ def test_idle_power_is_subtracted_from_each_machine():
         for (log, clock), seconds in zip(logs, (10.0, 8.0, 0.0), strict=True):
             log.measure_idle()
             with log.window("loglikelihood", 1, lm):
+                with log.set_up("batch_size_search"):
+                    if clock is not None:
+                        clock.sleep(2.0)
                 if clock is not None:
                     clock.sleep(seconds)
             shares.append(log.close())
@@ -544,6 +547,9 @@ def test_idle_power_is_subtracted_from_each_machine():
         assert record["joules"]["total"] == 2 * (5000 + 2000)
         assert record["idle_joules"]["total"] == 2 * (1000 + 400)
         assert record["net_joules"]["total"] == 2 * (4000 + 1600)
+    search = block["set_up"]["batch_size_search"]["loglikelihood"]
+    assert search["seconds"] == 2 * 2.0
+    assert search["joules"]["total"] == 2 * (1000 + 500)
 
 
 @pytest.mark.parametrize(
