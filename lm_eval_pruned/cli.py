@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_check(commands)
     _add_sweep(commands)
     _add_profile(commands)
+    _add_study_energy(commands)
     _add_prune(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -411,6 +412,24 @@ def _run_profile(arguments: argparse.Namespace) -> int:
     if profile.interrupted:
         print("Interrupted: the files hold what was finished before.", file=sys.stderr)
         return 130
+    return 0
+
+
+def _add_study_energy(commands) -> None:
+    parser = commands.add_parser(
+        "study-energy",
+        help="the published energy runs of arXiv 2512.22671, gross and net",
+        description="Print what the energy runs published with arXiv 2512.22671 show, gross and "
+        "net of idle, as Markdown. Every figure is computed from the runs, which are part "
+        "of this package.",
+    )
+    parser.set_defaults(run=_run_study_energy)
+
+
+def _run_study_energy(arguments: argparse.Namespace) -> int:
+    from lm_eval_pruned import study_energy
+
+    print(study_energy.as_markdown())
     return 0
 
 
