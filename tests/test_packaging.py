@@ -14,31 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from . import checkpoints
 from .test_requirements import required
+from .tracked import copy_of_the_tree
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the tracked files, in which building leaves nothing in the repository."""
-    source = tmp_path_factory.mktemp("source") / "repository"
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z"],
-        cwd=checkpoints.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if tracked.returncode:
-        pytest.skip(
-            "this is not a clone of the repository, which tells what belongs to it"
-        )
-    for name in filter(None, tracked.stdout.split("\0")):
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (checkpoints.ROOT / name).is_file():
-            shutil.copy(checkpoints.ROOT / name, target)
-    return source
+    return copy_of_the_tree(tmp_path_factory.mktemp("source") / "repository")
 
 
 def build(kind: str, source: Path, target: Path) -> Path:
