@@ -205,3 +205,55 @@ def test_a_harness_is_replaced_only_if_it_cannot_be_used(
     installation.install(wheel)
     assert installation.version("lm_eval") == after
     installation.pip("check")
+
+
+def test_an_installation_that_cannot_be_written_to_works(wheel, tmp_path):
+    """As where an administrator installed it: nothing is written beside the code."""
+    site = tmp_path / "site"
+    shutil.unpack_archive(wheel, site, "zip")
+    before = state(site)
+    program = f"""
+import sys
+sys.dont_write_bytecode = True
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+sys.path.insert(0, {str(site)!r})
+sys.modules.pop("lm_eval_pruned", None)
+import importlib, pkgutil
+import lm_eval_pruned
+assert lm_eval_pruned.__path__ == [{str(site / "lm_eval_pruned")!r}]
+for module in pkgutil.walk_packages(lm_eval_pruned.__path__, "lm_eval_pruned."):
+    importlib.import_module(module.name)
+from pathlib import Path
+from lm_eval.tasks import TaskManager
+tasks = Path(lm_eval_pruned.tasks.__file__).parent
+manager = TaskManager(include_path=tasks, include_defaults=False)
+manager.load(["pruned_demo"])
+print(len(manager.all_tasks))
+"""
+    for path in [site, *site.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        run = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        for path in [site, *site.rglob("*")]:
+            if path.is_dir():
+                path.chmod(0o755)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split()[-1]) >= 11
+    # Permissions do not stop root.
+    assert state(site) == before
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
