@@ -79,15 +79,15 @@ class EnergyLoggingHFLM(HFLM):
                 energy_idle_seconds, energy_country, energy_online
             )
         else:
-            for name, value in {
+            for name, given in {
                 "energy_per_task": energy_per_task,
                 "energy_idle_seconds": energy_idle_seconds,
                 "energy_country": energy_country,
                 "energy_online": energy_online,
             }.items():
-                if value:
+                if given:
                     raise ValueError(
-                        f"{name}={value} measures nothing by itself: pass energy=true as well, "
+                        f"{name}={given} measures nothing by itself: pass energy=true as well, "
                         "or leave it out."
                     )
         super().__init__(*args, **kwargs)
