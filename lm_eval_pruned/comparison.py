@@ -22,6 +22,7 @@ from lm_eval_pruned.results import (
     read_run,
     read_sweep,
 )
+from lm_eval_pruned.settings import listed, mixed_settings, other_settings
 
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def compare(
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
     rows: list[Difference] = []
-    notes: list[str] = []
+    notes = _notes_on_runs([base, *(run for run in runs if run is not base)])
     read = _DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
@@ -207,15 +208,14 @@ def compare(
                 )
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
-        unlike = _unlike_settings(base, run, shared)
-        if unlike:
-            notes.append(
-                f"{run.name} was evaluated with other settings than {base.name} "
-                f"({', '.join(unlike)}), so a difference need not come from the model."
-            )
-        for task, metric in base.scores:
-            if task in shared and (task, metric) in run.scores:
-                rows.append(_difference(base, run, task, metric, alpha, read))
+        notes += _settings_notes(base, run, shared)
+        of_run = [
+            _difference(base, run, task, metric, alpha, read)
+            for task, metric in base.scores
+            if task in shared and (task, metric) in run.scores
+        ]
+        notes += _prompts_notes(base, run, of_run, read)
+        rows += of_run
     adjusted = statistics.false_discovery_rate([row.p for row in rows])
     rows = [
         replace(row, q=q, verdict=_verdict(row, q, alpha, base))
@@ -473,28 +473,43 @@ def _verdict(row: Difference, q: float | None, alpha: float, base: Run) -> str:
     return "better" if (row.difference > 0) == higher_is_better else "worse"
 
 
-def _unlike_settings(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
-    """Return the settings, other than the model's, that two runs do not share."""
-    shots = [
-        {task: each.environment.get("n-shot", {}).get(task) for task in tasks}
-        for each in (base, run)
+def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
+    """Return what two runs did not have in common beside the model."""
+    return [
+        f"{run.name} was evaluated with other settings than {base.name} "
+        f"({', '.join(labels)}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
+        "difference need not come from the model."
+        for labels, on in other_settings(base.settings, run.settings, tasks).items()
     ]
-    unlike = ["num_fewshot"] if shots[0] != shots[1] else []
-    unlike += [
-        label
-        for key, label in (
-            ("chat_template_sha", "chat template"),
-            ("system_instruction_sha", "system instruction"),
-            ("fewshot_as_multiturn", "fewshot_as_multiturn"),
-        )
-        if base.environment.get(key) != run.environment.get(key)
+
+
+def _notes_on_runs(runs: Sequence[Run]) -> list[str]:
+    """Return what was left out of runs, and which hold results of several commands."""
+    mixed: dict[str, list[str]] = {}
+    notes = [note for run in runs for note in run.notes]
+    for run in runs:
+        for clause in mixed_settings(run.settings):
+            mixed.setdefault(clause, []).append(run.name)
+    return notes + [
+        f"The tasks of {', '.join(names)} were not all evaluated with the same {clause}."
+        for clause, names in mixed.items()
     ]
-    unlike += [
-        label
-        for key, label in (("model_dtype", "dtype"), ("gen_kwargs", "gen_kwargs"))
-        if base.config.get(key) != run.config.get(key)
-    ]
-    return unlike
+
+
+def _prompts_notes(
+    base: Run, run: Run, rows: Sequence[Difference], read: _DocumentReader
+) -> list[str]:
+    notes = {}
+    for row in rows:
+        before, after = (read(each, row.task, row.metric) for each in (base, run))
+        if row.documents and before and after and row.task not in notes:
+            others = before.other_prompts(after)
+            if others:
+                notes[row.task] = (
+                    f"{others} of {row.documents} documents of {row.task} had another prompt "
+                    f"(prompt_hash) in {run.name} than in {base.name}."
+                )
+    return list(notes.values())
 
 
 def _with_distinct_names(base: Run, runs: list[Run]) -> list[Run]:
