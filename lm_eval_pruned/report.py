@@ -310,7 +310,7 @@ def _trends(comparison: Comparison) -> Section | None:
             Cell(each.task),
             Cell(each.metric),
             Cell(str(each.trend.n)),
-            Cell(_number(each.trend.tau, "+.2f")),
+            Cell(_number(each.trend.slope, "+.4f")),
             Cell(_number(each.trend.p, ".4f")),
             Cell(_number(each.q, ".4f")),
         ]

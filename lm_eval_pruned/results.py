@@ -32,10 +32,13 @@ CLUSTER_FIELDS = {
     re.compile(r"(^|_)musr(_|$)"): "narrative",
     re.compile(r"(^|_)boolq(_|$)"): "passage",
     re.compile(r"^race(_|$)"): "article",
+    re.compile(r"(^|_)drop(_|$)"): "passage",
+    re.compile(r"quad(v2|_|$)"): "context",
+    re.compile(r"hellaswag(_|$)"): "source_id",
+    re.compile(r"(^|_)multirc(_|$)"): "paragraph",
+    re.compile(r"(^|_)record(_|$)"): "passage",
+    re.compile(r"belebele(_|$)"): "flores_passage",
 }
-
-#: From this many subtasks on, a group's subtasks are its clusters (MMLU has 57).
-LEAST_CLUSTERS = 10
 
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.+-]+)$")
 _STDERR = "_stderr"
@@ -211,6 +214,16 @@ class Documents:
             key in prompts and prompts[key] != prompt
             for key, prompt in zip(other.keys, other.prompts, strict=False)
         )
+
+    @property
+    def strata(self) -> tuple[str, ...] | None:
+        """Task of each document, or None for a single one.
+
+        The subtasks of a group, such as MMLU's subjects, are not drawn from others:
+        another draw of documents would have the same.
+        """
+        tasks = tuple(task for task, _, _ in self.keys)
+        return tasks if len(set(tasks)) > 1 else None
 
 
 #: From a weighted mean to the score: the harness's mean, perplexity and bits per byte.
@@ -472,13 +485,10 @@ def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
 
 def _clusters(parts: list[tuple[str, list[_Sample]]]) -> tuple[str, ...] | None:
     names: list[str] = []
-    by_subtask = len(parts) >= LEAST_CLUSTERS
     for leaf, samples in parts:
         for number, sample in enumerate(samples):
             if sample.cluster is not None:
                 names.append(f"{leaf}\0{sample.cluster}")
-            elif by_subtask:
-                names.append(leaf)
             else:
                 names.append(f"{leaf}\0{number}")
     return tuple(names) if len(set(names)) < len(names) else None
