@@ -22,7 +22,7 @@ from lm_eval_pruned.results import (
     read_run,
     read_sweep,
 )
-from lm_eval_pruned.settings import listed, mixed_settings, other_settings
+from lm_eval_pruned.settings import listed, notes_on, other_settings
 
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def compare(
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
     rows: list[Difference] = []
-    notes = _notes_on_runs([base, *(run for run in runs if run is not base)])
+    notes = notes_on([base, *(run for run in runs if run is not base)])
     read = _DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
@@ -515,19 +515,6 @@ def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
         f"({', '.join(labels)}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
         "difference need not come from the model."
         for labels, on in other_settings(base.settings, run.settings, tasks).items()
-    ]
-
-
-def _notes_on_runs(runs: Sequence[Run]) -> list[str]:
-    """Return what was left out of runs, and which hold results of several commands."""
-    mixed: dict[str, list[str]] = {}
-    notes = [note for run in runs for note in run.notes]
-    for run in runs:
-        for clause in mixed_settings(run.settings):
-            mixed.setdefault(clause, []).append(run.name)
-    return notes + [
-        f"The tasks of {', '.join(names)} were not all evaluated with the same {clause}."
-        for clause, names in mixed.items()
     ]
 
 

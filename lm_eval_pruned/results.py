@@ -327,7 +327,7 @@ def read_sweep(path: str | Path) -> Sweep:
             f"{file} has schema version {schema}, and this version of lm-eval-pruned reads up "
             f"to {SWEEP_SCHEMA}: upgrade lm-eval-pruned."
         )
-    runs, failures = [], []
+    runs, failures, absent = [], [], []
     for identifier in _configuration_ids(file, definition):
         done = []
         for unit in sorted(path.glob(f"units/{identifier}/*/")):
@@ -337,11 +337,16 @@ def read_sweep(path: str | Path) -> Sweep:
                 failures.append(_read_failure(identifier, unit))
         if done:
             runs.append(_merge(identifier, path / "units" / identifier, done))
+        else:
+            absent.append(identifier)
     if not runs:
         raise ResultsError(
             f"{path} holds no finished unit yet"
             + (f"; {len(failures)} failed." if failures else ".")
         )
+    if absent:
+        note = f"{path} holds no finished unit of {', '.join(absent)}."
+        runs[0] = replace(runs[0], notes=(note,))
     return Sweep(path, definition, tuple(runs), tuple(failures))
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from lm_eval_pruned.results import Run
+
 #: What was asked. Scores under different ones are the scores of different tests.
 ASKED = (
     "documents",
@@ -124,21 +126,28 @@ def other_settings(
     return found
 
 
-def mixed_settings(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return in which settings the tasks of one run differ, one clause for each.
+def notes_on(runs: Iterable[Run]) -> list[str]:
+    """Return what was left out of runs, and which hold results of several commands.
 
-    Only settings that one command gives all its tasks: those of a resumed sweep, or of
-    a folder of several results, were given by several.
+    The tasks of a resumed sweep, or of a folder of several results, may have been
+    evaluated under several values of what one command gives all its tasks.
     """
-    clauses = []
-    for name in _SHARED:
-        by_value: dict[str, list[str]] = {}
-        for task, of_task in settings.items():
-            by_value.setdefault(shown(of_task.get(name)), []).append(task)
-        if len(by_value) > 1:
-            parts = [f"{value}: {listed(tasks)}" for value, tasks in by_value.items()]
-            clauses.append(f"{_LABELS.get(name, name)} ({'; '.join(parts)})")
-    return clauses
+    notes: list[str] = []
+    mixed: dict[str, list[str]] = {}
+    for run in runs:
+        notes += run.notes
+        for name in _SHARED:
+            by_value: dict[str, list[str]] = {}
+            for task, of_task in run.settings.items():
+                by_value.setdefault(shown(of_task.get(name)), []).append(task)
+            if len(by_value) > 1:
+                parts = [f"{value}: {listed(on)}" for value, on in by_value.items()]
+                clause = f"{_LABELS.get(name, name)} ({'; '.join(parts)})"
+                mixed.setdefault(clause, []).append(run.name)
+    return notes + [
+        f"The tasks of {listed(names)} were not all evaluated with the same {clause}."
+        for clause, names in mixed.items()
+    ]
 
 
 def shown(value: Any) -> str:

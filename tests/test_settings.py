@@ -143,6 +143,13 @@ def test_a_resumed_sweep_whose_configurations_agree(tmp_path, notes):
     assert "lm_eval_version (0.4.13: boolq; 0.4.12: tf)" in note
 
 
+def test_configurations_without_results_are_named(tmp_path, notes):
+    runs = {"base": (0, TASKS), "p20": (20, TASKS), "p40": (40, {}), "p60": (60, {})}
+    write_sweep(tmp_path, runs, p40="tf")
+    (note,) = notes(tmp_path)
+    assert "holds no finished unit of p40, p60." in note
+
+
 def test_what_a_folder_holds_beside_is_named(tmp_path, notes):
     write_run(tmp_path / "a", TASKS)
     write_run(tmp_path / "b", {"tf": TASKS["tf"]}, date=NEW)
