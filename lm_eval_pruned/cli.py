@@ -212,9 +212,9 @@ def _run_check(arguments: argparse.Namespace) -> int:
     rule = given[0] if given else regression.Rule("absolute", 0.0)
     baseline = regression.make_baseline(runs, rule, previous)
     regression.write_baseline(arguments.baseline, baseline)
-    if previous is not None:
-        for note in regression.update_notes(runs, baseline, previous):
-            print(f"NOTE     {note}")
+    notes = regression.update_notes(runs, baseline, previous) if previous else []
+    for note in [*notes, *regression.unusable_rules(runs, baseline)]:
+        print(f"NOTE     {note}")
     print(
         f"Wrote {len(baseline.expectations)} expected scores to {arguments.baseline}."
     )

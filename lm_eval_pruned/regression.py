@@ -35,6 +35,7 @@ from lm_eval_pruned.results import (
 from lm_eval_pruned.settings import (
     ASKED,
     CIRCUMSTANCES,
+    MODEL,
     OF_FEWSHOT,
     PRUNING,
     differing,
@@ -214,6 +215,15 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         elif not math.isfinite(score.value):
             message = f"The score is {score.value}, not a finite number."
             findings[key] = _failed(finding, message)
+        elif version is not None and task not in run.versions:
+            message = f"The results do not say whether the task has version {version}."
+            findings[key] = _undecided(finding, message)
+        elif {score.higher_is_better, expected.higher_is_better} == {True, False}:
+            message = (
+                "Not comparable: what was better is now worse (higher_is_better is "
+                f"{score.higher_is_better}). To accept, run with --update."
+            )
+            findings[key] = _undecided(finding, message)
         elif asked:
             message = f"Not comparable: {asked}. Evaluate as the baseline was, or accept with --update."
             findings[key] = _undecided(finding, message)
@@ -278,6 +288,15 @@ def update_notes(
     return dropped + notes(runs, previous)
 
 
+def unusable_rules(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:
+    """Return which rules cannot even hold the results that they were made of."""
+    return [
+        f"{_title(finding)}: {finding.message}"
+        for finding in check(runs, baseline)
+        if finding.status == "undecided"
+    ]
+
+
 def make_baseline(
     runs: Mapping[str, Run], rule: Rule, previous: Baseline | None = None
 ) -> Baseline:
@@ -315,7 +334,7 @@ def make_baseline(
             settings[name, task] = {
                 setting: value
                 for setting, value in run.settings.get(task, {}).items()
-                if value is not None
+                if value is not None and setting not in MODEL
             }
     return Baseline(expectations, versions, settings)
 
@@ -349,6 +368,8 @@ def read_baseline(file: str | Path, *, earlier: bool = False) -> Baseline:
     versions = {}
     settings = {}
     for run, tasks in data["runs"].items():
+        if tasks == {}:
+            raise ResultsError(f"{file} expects nothing of {run}: run with --update.")
         for task, entry in _mapping(file, run, tasks).items():
             entry = _mapping(file, f"{run}, {task}", entry)
             if entry.get("version") is not None:
@@ -357,6 +378,10 @@ def read_baseline(file: str | Path, *, earlier: bool = False) -> Baseline:
                 where = f"settings of {run}, {task}"
                 settings[run, task] = _mapping(file, where, entry.get("settings", {}))
             metrics = _mapping(file, f"{run}, {task}", entry.get("metrics"))
+            if not metrics:
+                raise ResultsError(
+                    f"{file} expects nothing of {run}, {task}: run with --update."
+                )
             for metric, record in metrics.items():
                 where = f"{run}, {task}, {metric}"
                 expectations[run, task, metric] = _expectation(

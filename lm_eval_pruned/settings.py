@@ -41,12 +41,10 @@ CIRCUMSTANCES = (
 )
 #: Which model ``pruned-hf`` made of its checkpoint. Runs that are compared differ in it.
 PRUNING = ("widths", "kept_digest")
+#: Where the model comes from; paths are among them.
+MODEL = ("model_args", "model_sha")
 #: What one command gives all its tasks.
-_SHARED = (
-    *ASKED[2:],
-    *CIRCUMSTANCES[1:],
-    *PRUNING,
-)
+_SHARED = (*ASKED[2:], *CIRCUMSTANCES[1:], *PRUNING, *MODEL)
 _LABELS = {
     name: name.replace("_", " ") for name in ("chat_template", "system_instruction")
 }
@@ -63,8 +61,8 @@ def settings_of(
         leaves: The tasks that it is made of.
 
     Returns:
-        A value of JSON by each name in `ASKED`, `CIRCUMSTANCES` and `PRUNING`; None for
-        what was off or is not recorded.
+        A value of JSON by each name in `ASKED`, `CIRCUMSTANCES`, `PRUNING` and `MODEL`;
+        None for what was off or is not recorded.
     """
     config = data.get("config") or {}
     pruning = config.get("pruning")
@@ -75,6 +73,8 @@ def settings_of(
         "system_instruction": data.get("system_instruction_sha"),
         "gen_kwargs": config.get("gen_kwargs"),
         "dtype": config.get("model_dtype"),
+        "model_sha": config.get("model_sha"),
+        "model_args": config.get("model_args"),
     }
     return {
         "documents": _documents(data.get("n-samples") or {}, leaves),

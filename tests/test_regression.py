@@ -300,6 +300,11 @@ def baseline_of(record):
             {"schema_version": 1, "runs": {"run": {"tf": {}}}},
             "entry of run, tf is damaged",
         ),
+        ({"schema_version": 2, "runs": {"run": {}}}, "expects nothing of run:"),
+        (
+            {"schema_version": 2, "runs": {"run": {"tf": {"metrics": {}}}}},
+            "expects nothing of run, tf:",
+        ),
         (
             baseline_of({**GOOD, "score": float("nan")}),
             "score of run, tf, acc,none is nan",
@@ -589,3 +594,31 @@ def test_results_of_several_commands_in_one_folder_are_checked(tmp_path, capsys)
         write_run(tmp_path / "several", {task: metrics}, date=date)
     command[1] = str(tmp_path / "several")
     assert cli.main(command) == 0
+
+
+def test_a_task_that_turned_round_is_not_compared(gate):
+    turned = {"values": answers(0.9), "higher_is_better": False}
+    code, text = gate(BEFORE, {**BEFORE, "tf": {"acc,none": turned}})
+    assert code == 2
+    assert "what was better is now worse" in text
+
+
+def test_results_without_versions_are_not_compared(gate):
+    code, text = gate(BEFORE, BEFORE, versions={})
+    assert code == 2
+    assert "do not say whether the task has version 1.0" in text
+
+
+def test_a_rule_that_cannot_decide_is_named_when_it_is_made(tmp_path, capsys):
+    write_run(tmp_path / "a", first(5))
+    options = ["--baseline", str(tmp_path / "b.json"), "--update", "--alpha", "0.05"]
+    assert cli.main(["check", str(tmp_path / "a"), *options]) == 0
+    assert "NOTE     tf acc,none: 5 independent documents" in capsys.readouterr().out
+
+
+def test_the_baseline_does_not_hold_where_the_model_was(tmp_path):
+    config = {"model": "pruned-hf", "model_args": {"pretrained": "/home/somebody/m"}}
+    write_run(tmp_path / "a", first(60), config=config)
+    file = tmp_path / "b.json"
+    cli.main(["check", str(tmp_path / "a"), "--baseline", str(file), "--update"])
+    assert "somebody" not in file.read_text()

@@ -143,6 +143,14 @@ def test_a_resumed_sweep_whose_configurations_agree(tmp_path, notes):
     assert "lm_eval_version (0.4.13: boolq; 0.4.12: tf)" in note
 
 
+def test_units_of_another_checkpoint_are_named(tmp_path, notes):
+    write_sweep(tmp_path, {"base": (0, TASKS), "p20": (20, TASKS)})
+    other = config(model_args={"pretrained": "other"}, pruning=pruning(20))
+    write_run(tmp_path / "units" / "p20" / "tf", {"tf": TASKS["tf"]}, config=other)
+    (note,) = notes(tmp_path)
+    assert "The tasks of p20 were not all evaluated with the same model_args" in note
+
+
 def test_configurations_without_results_are_named(tmp_path, notes):
     runs = {"base": (0, TASKS), "p20": (20, TASKS), "p40": (40, {}), "p60": (60, {})}
     write_sweep(tmp_path, runs, p40="tf")
