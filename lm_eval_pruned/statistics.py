@@ -420,7 +420,7 @@ def trend(
         test.low,
         test.high,
         test.p,
-        test.method.replace("paired", "slopes,"),
+        test.method.replace("paired t test", "t test of slopes"),
         test.units,
     )
 
@@ -579,13 +579,15 @@ def _moments(
         for row, mean in ((base, means[0]), (run, means[1]), (gains, gain))
     )
     level = (one + other) / 2
+    same = np.ptp(gains / weight) <= 1e-9 * np.abs(gains / weight).max()
+    spread = 1e-12 * np.ptp(residual)
+    if not same and np.ptp(_within(part, residual)) <= spread:
+        # Strata without any spread of their own say nothing about another draw.
+        part = np.zeros_like(part)
     sizes = np.bincount(part)
-    residual, level = (
-        row - (_sum_by(part, row) / sizes)[part] for row in (residual, level)
-    )
+    residual, level = _within(part, residual), _within(part, level)
     # One unit alone has no spread; `LEAST_UNITS` are asked for later.
     factor = (sizes / np.maximum(sizes - 1, 1))[part]
-    same = np.ptp(gains / weight) <= 1e-9 * np.abs(gains / weight).max()
     return _Moments(
         *means,
         gain,
@@ -604,9 +606,15 @@ def _index(labels: Sequence[str]) -> np.ndarray:
 
 
 def _sum_by(index: np.ndarray, row: np.ndarray) -> np.ndarray:
-    # Sorted first: adding up in another order gives other last digits.
-    order = np.lexsort((row, index))
-    return np.bincount(index[order], row[order])
+    """Return the sums of `row` by `index`, rounded once, whatever the order."""
+    parts = np.split(
+        row[np.argsort(index, kind="stable")], np.cumsum(np.bincount(index))[:-1]
+    )
+    return np.array([math.fsum(part) for part in parts])
+
+
+def _within(index: np.ndarray, row: np.ndarray) -> np.ndarray:
+    return row - (_sum_by(index, row) / np.bincount(index))[index]
 
 
 def _joined(part: np.ndarray) -> np.ndarray:
