@@ -22,6 +22,7 @@ from lm_eval_pruned.comparison import (
     Comparison,
     Difference,
     compare,
+    is_perplexity,
     primary_metrics,
     scale_name,
     series_of,
@@ -277,8 +278,9 @@ def _knowledge_and_truthfulness(
             caption = f"too few different points for a correlation (n = {len(members)})"
         else:
             both = "not tested" if found.p is None else f"p = {found.p:.3g}"
+            logs = any(is_perplexity(metric) for _, metric in pair)
             caption = (
-                f"Pearson r = {correlation.pearson:.3f}, {1 - comparison.alpha:.0%} interval "
+                f"Pearson r{' of log perplexity' if logs else ''} = {correlation.pearson:.3f}, {1 - comparison.alpha:.0%} interval "
                 f"[{correlation.pearson_low:.2f}, {correlation.pearson_high:.2f}] if sizes were "
                 f"independent draws, n = {correlation.n}\n"
                 f"Spearman rho = {correlation.spearman:.3f}; both have a trend over documents: {both}"
