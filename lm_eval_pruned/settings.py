@@ -197,7 +197,7 @@ def _task_hash(hashes: Any, leaves: Sequence[str]) -> str | None:
 def _widths(pruning: Mapping[str, Any]) -> str | None:
     """Return how many MLPs have which width, such as ``30 x 921``."""
     groups = pruning.get("groups")
-    if isinstance(groups, list) and all(isinstance(group, dict) for group in groups):
+    if groups and isinstance(groups, list) and all(isinstance(g, dict) for g in groups):
         return ", ".join(
             f"{group.get('mlps')} x {group.get('width_after')}" for group in groups
         )

@@ -622,3 +622,31 @@ def test_the_baseline_does_not_hold_where_the_model_was(tmp_path):
     file = tmp_path / "b.json"
     cli.main(["check", str(tmp_path / "a"), "--baseline", str(file), "--update"])
     assert "somebody" not in file.read_text()
+
+
+@pytest.mark.parametrize(("shift", "code"), [(0.2, 1), (-0.2, 0)])
+def test_a_higher_perplexity_is_significantly_worse(gate, shift, code):
+    noise = np.random.default_rng(2).normal(0, 0.1, size=N)
+    after = perplexity(0)
+    after["values"] = (np.array(after["values"]) - shift + noise).tolist()
+    tasks = ({"lambada": {"perplexity,none": spec}} for spec in (perplexity(0), after))
+    found, text = gate(*tasks, update=("--alpha", "0.05"))
+    assert found == code
+    assert ("IMPROVED" in text) == (shift < 0)
+
+
+def test_a_model_of_several_widths(tmp_path, capsys):
+    def groups(shared):
+        kinds = {"expert": (8, 64), "shared": (1, shared)}
+        return [
+            {"kind": kind, "mlps": mlps, "width_after": width}
+            for kind, (mlps, width) in kinds.items()
+        ]
+
+    for name, shared in (("a", 128), ("b", 96)):
+        record = {**pruning(20), "groups": groups(shared)}
+        write_run(tmp_path / name, first(60), pruning=record)
+    file = str(tmp_path / "b.json")
+    assert cli.main(["check", str(tmp_path / "a"), "--baseline", file, "--update"]) == 0
+    assert cli.main(["check", str(tmp_path / "b"), "--baseline", file]) == 2
+    assert "widths 8 x 64, 1 x 96 and" in capsys.readouterr().out
