@@ -159,19 +159,24 @@ def test_alpha_on_other_documents_is_unusable(gate):
 
 
 def test_a_group_by_significance(tmp_path):
-    # Documents of the members go through the file and back.
+    # Documents of the members, in clusters, go through the file and back.
     def write(name, share):
         rng = np.random.default_rng(0)
         tasks = {
-            f"s{n}": {"acc,none": (rng.random(20) < share).astype(float).tolist()}
+            f"musr_{n}": {
+                "acc,none": {
+                    "values": (rng.random(20) < share).astype(float).tolist(),
+                    "docs": {d: {"n": d, "narrative": f"{d // 5}"} for d in range(20)},
+                }
+            }
             for n in range(12)
         }
-        score = np.concatenate([task["acc,none"] for task in tasks.values()]).mean()
+        score = np.mean([task["acc,none"]["values"] for task in tasks.values()])
         write_run(
             tmp_path / name,
             tasks,
-            groups={"mmlu": list(tasks)},
-            group_scores={"mmlu": {"acc,none": score}},
+            groups={"musr": list(tasks)},
+            group_scores={"musr": {"acc,none": score}},
         )
         return str(tmp_path / name)
 
@@ -179,8 +184,8 @@ def test_a_group_by_significance(tmp_path):
     options = ["--baseline", str(file)]
     before = write("before", 0.6)
     assert cli.main(["check", before, *options, "--update", "--alpha", "0.05"]) == 0
-    record = json.loads(file.read_text())["runs"]["run"]["mmlu"]["metrics"]["acc,none"]
-    assert len(record["documents"]["values"]) == 12 * 20
+    record = json.loads(file.read_text())["runs"]["run"]["musr"]["metrics"]["acc,none"]
+    assert len(set(record["documents"]["clusters"].values())) == 48
     assert cli.main(["check", before, *options]) == 0
     assert cli.main(["check", write("after", 0.3), *options]) == 1
 

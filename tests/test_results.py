@@ -255,7 +255,7 @@ def test_stories_of_musr_are_clusters(tmp_path):
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_subjects_of_a_group_are_clusters(tmp_path, weighted):
+def test_subjects_of_a_group_are_strata(tmp_path, weighted):
     rng = np.random.default_rng(1)
     tasks = {
         f"mmlu_{n}": {"acc,none": rng.integers(0, 2, size=5 + n).astype(float)}
@@ -281,7 +281,8 @@ def test_subjects_of_a_group_are_clusters(tmp_path, weighted):
     run = results.read_run(file)
     assert run.tasks(subtasks=False) == ["mmlu"]
     documents = results.read_documents(run, "mmlu", "acc,none")
-    assert len(set(documents.clusters)) == 12
+    assert documents.clusters is None
+    assert len(set(documents.strata)) == 12
     assert np.average(documents.values, weights=documents.weights) == pytest.approx(
         score
     )
