@@ -46,7 +46,7 @@ from lm_eval_pruned.settings import (
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 #: Version of the baseline file. Version 1 did not say what its scores are of.
 SCHEMA = 2
@@ -241,6 +241,11 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         findings[key] = _significant(
             findings[key], baseline.expectations[key], test, q, q_better
         )
+    for key in tests:
+        group = _deciding_group(key, runs, findings, tests)
+        if findings[key].status == "undecided" and group:
+            message = f"Too few documents alone, decided as a part of {group}."
+            findings[key] = replace(findings[key], status="pass", message=message)
     for run_name, run in runs.items():
         for (task, metric), score in run.scores.items():
             key = run_name, task, metric
@@ -478,6 +483,25 @@ def _significant(
     return replace(
         finding, message=f"Not significantly {direction} (q = {q:.3g} >= {alpha:g})."
     )
+
+
+def _deciding_group(
+    key: tuple[str, str, str],
+    runs: Mapping[str, Run],
+    findings: Mapping[tuple[str, str, str], Finding],
+    tests: Iterable[tuple[str, str, str]],
+) -> str | None:
+    """Return the group whose test covers a subtask with too few documents of its own."""
+    run, task, metric = key
+    for other_run, group, other_metric in tests:
+        if (
+            (other_run, other_metric) == (run, metric)
+            and group != task
+            and task in runs[run].members(group)
+            and findings[run, group, metric].status != "undecided"
+        ):
+            return group
+    return None
 
 
 def _failed(finding: Finding, message: str) -> Finding:

@@ -655,3 +655,31 @@ def test_a_model_of_several_widths(tmp_path, capsys):
     assert cli.main(["check", str(tmp_path / "a"), "--baseline", file, "--update"]) == 0
     assert cli.main(["check", str(tmp_path / "b"), "--baseline", file]) == 2
     assert "widths 8 x 64, 1 x 96 and" in capsys.readouterr().out
+
+
+def test_small_subtasks_are_decided_with_their_group(tmp_path, capsys):
+    def write(name, shares):
+        tasks = {
+            f"s{n}": {"acc,none": [float(m < 4 * share) for m in range(4)]}
+            for n, share in enumerate(shares)
+        }
+        write_run(
+            tmp_path / name,
+            tasks,
+            groups={"all": list(tasks)},
+            group_scores={"all": {"acc,none": float(np.mean(shares))}},
+        )
+        return str(tmp_path / name)
+
+    options = ["--baseline", str(tmp_path / "b.json")]
+    before = write("before", [1.0] * 10)
+    assert cli.main(["check", before, *options, "--update", "--alpha", "0.05"]) == 0
+    assert cli.main(["check", before, *options, "--format", "json"]) == 0
+    output = capsys.readouterr().out
+    assert output.count("Too few documents alone, decided as a part of all.") == 10
+    assert cli.main(["check", write("after", [0.25] * 10), *options]) == 1
+    # Without the group there is nothing that decides.
+    data = json.loads((tmp_path / "b.json").read_text())
+    del data["runs"]["run"]["all"]
+    (tmp_path / "b.json").write_text(json.dumps(data))
+    assert cli.main(["check", before, *options]) == 2
