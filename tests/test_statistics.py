@@ -389,6 +389,18 @@ def test_ratio_scores_weigh_their_documents():
     assert result.p < 0.001
 
 
+@pytest.mark.parametrize("n", [12, 60, 5000])
+def test_a_stricter_level_needs_a_larger_difference(n):
+    gains = np.random.default_rng(0).normal(size=n)
+    test = statistics.paired_difference(np.zeros(n), gains)
+    sizes = [test.smallest_detectable(level) for level in (0.05, 1e-4, 1e-8)]
+    assert sizes == sorted(sizes)
+    normal = stats.norm.isf([0.025, 0.5e-4, 0.5e-8]) + stats.norm.ppf(0.8)
+    assert (np.array(sizes) >= normal * gains.std(ddof=1) / np.sqrt(n)).all()
+    less = statistics.paired_difference(np.zeros(n), gains, alternative="less")
+    assert less.smallest_detectable(0.025) == pytest.approx(sizes[0])
+
+
 def test_smallest_detectable_difference_is_found_with_the_stated_power():
     rng = np.random.default_rng(3)
     base = rng.normal(size=60)
