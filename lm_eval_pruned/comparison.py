@@ -22,6 +22,7 @@ from lm_eval_pruned.results import (
     read_run,
     read_sweep,
 )
+from lm_eval_pruned.settings import listed, notes_on, other_settings
 
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def compare(
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
     rows: list[Difference] = []
     tests: list[statistics.PairedTest] = []
-    notes: list[str] = []
+    notes = notes_on([base, *(run for run in runs if run is not base)])
     read = _DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
@@ -225,18 +226,14 @@ def compare(
                 )
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
-        unlike = _unlike_settings(base, run, shared)
-        if unlike:
-            notes.append(
-                f"{run.name} was evaluated with other settings than {base.name} "
-                f"({', '.join(unlike)}), so a difference need not come from the model."
-            )
+        notes += _settings_notes(base, run, shared)
         primary = primary_metrics([base, run], subtasks=subtasks)
         for key in base.scores:
             if key[0] in shared and key in run.scores:
                 test, documents = _test(base, run, *key, alpha, read)
                 tests.append(test)
                 rows.append(_row(base, run, key, key in primary, test, documents))
+        notes += _prompts_notes(base, run, shared, read)
     family = [row.p if row.primary else None for row in rows]
     adjusted = zip(
         statistics.false_discovery_rate(family),
@@ -574,28 +571,31 @@ def _verdict(row: Difference, q: float | None, alpha: float, base: Run) -> str:
     return "better" if (row.difference > 0) == higher_is_better else "worse"
 
 
-def _unlike_settings(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
-    """Return the settings, other than the model's, that two runs do not share."""
-    shots = [
-        {task: each.environment.get("n-shot", {}).get(task) for task in tasks}
-        for each in (base, run)
+def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
+    """Return what two runs did not have in common beside the model."""
+    return [
+        f"{run.name} was evaluated with other settings than {base.name} "
+        f"({', '.join(labels)}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
+        "difference need not come from the model."
+        for labels, on in other_settings(base.settings, run.settings, tasks).items()
     ]
-    unlike = ["num_fewshot"] if shots[0] != shots[1] else []
-    unlike += [
-        label
-        for key, label in (
-            ("chat_template_sha", "chat template"),
-            ("system_instruction_sha", "system instruction"),
-            ("fewshot_as_multiturn", "fewshot_as_multiturn"),
-        )
-        if base.environment.get(key) != run.environment.get(key)
-    ]
-    unlike += [
-        label
-        for key, label in (("model_dtype", "dtype"), ("gen_kwargs", "gen_kwargs"))
-        if base.config.get(key) != run.config.get(key)
-    ]
-    return unlike
+
+
+def _prompts_notes(
+    base: Run, run: Run, tasks: Sequence[str], read: _DocumentReader
+) -> list[str]:
+    notes = {}
+    for task, metric in base.scores:
+        if task not in tasks or task in notes or (task, metric) not in run.scores:
+            continue
+        before, after = (read(each, task, metric) for each in (base, run))
+        others = before.other_prompts(after) if before and after else 0
+        if before and others:
+            notes[task] = (
+                f"{others} of {len(before.keys)} documents of {task} had another prompt "
+                f"(prompt_hash) in {run.name} than in {base.name}."
+            )
+    return list(notes.values())
 
 
 def _with_distinct_names(base: Run, runs: list[Run]) -> list[Run]:
