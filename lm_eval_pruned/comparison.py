@@ -629,7 +629,8 @@ def as_table(comparison: Comparison) -> str:
     primary = sum(row.primary for row in comparison.rows)
     header = (
         f"Compared with {comparison.base}; difference = run - base; q: p after "
-        f"Benjamini-Hochberg over {primary} rows, one metric for each task; smallest detectable: "
+        f"Benjamini-Hochberg over {primary} row{'s' * (primary != 1)}, one metric for each task; "
+        "smallest detectable: "
         "with a chance of 80 % at the level that this leaves."
     )
     if primary < len(comparison.rows):

@@ -1,4 +1,4 @@
-"""Paired tests, intervals, correlations and trends, from scipy and statsmodels.
+"""Paired tests, intervals, correlations and trends, from scipy.
 
 Everything works on arrays, draws no random numbers, and adds up exactly: a permutation
 of the documents changes nothing, and swapping the two runs flips the sign of every
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -668,10 +667,8 @@ def _paired_t(
     base = moments.base
 
     def detectable(level: float) -> float | None:
-        effect = _effect(moments.degrees, level, alternative)
-        if effect is None:
-            return None
-        size = effect * math.sqrt(moments.degrees + 1) * stderr
+        needed = float(student.isf(level / (2 if alternative == "two-sided" else 1)))
+        size = stderr * special.nctdtrinc(moments.degrees, 1 - POWER, needed)
         if transform == "mean":
             return size
         with np.errstate(over="ignore"):
@@ -718,21 +715,6 @@ def _transformed_interval(
     if not np.isfinite(ends).all():
         return None, None
     return float(ends.min()), float(ends.max())
-
-
-@functools.lru_cache(maxsize=4096)
-def _effect(degrees: int, level: float, alternative: str) -> float | None:
-    """Return the mean over its standard deviation that a t test finds with `POWER`."""
-    from statsmodels.stats.power import TTestPower
-
-    sides = "two-sided" if alternative == "two-sided" else "larger"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        effect = TTestPower().solve_power(
-            nobs=degrees + 1, alpha=level, power=POWER, alternative=sides
-        )
-    effect = float(np.squeeze(effect))
-    return effect if math.isfinite(effect) and effect > 0 else None
 
 
 @functools.lru_cache(maxsize=8)

@@ -209,6 +209,19 @@ def test_a_sweep_is_compared_with_its_baseline(tmp_path):
     assert pair.p == max(trends["mmlu"].p, trends["tf"].p)
 
 
+def test_no_number_of_a_table_is_drawn(tmp_path, monkeypatch):
+    folder = sweep(tmp_path)
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a random number was asked for")
+
+    for name in ("default_rng", "RandomState", "Generator"):
+        monkeypatch.setattr(np.random, name, refuse)
+    base, others = comparison.read_comparands([str(folder)])
+    result = comparison.compare(base, others)
+    assert all(row.q is not None for row in result.rows)
+
+
 def test_without_samples_a_sweep_has_slopes_and_no_test_of_them(tmp_path):
     folder = sweep(tmp_path)
     for file in folder.glob("units/p40/*/samples_*.jsonl"):

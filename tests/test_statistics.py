@@ -172,8 +172,8 @@ def every_outcome(n: int, up: float, down: float):
 )
 def test_coverage_and_level_of_mid_p_counted_out(up, down):
     covered = rejected = 0.0
-    for ups, downs, chance in every_outcome(40, up, down):
-        result = paired(ups, downs, 40 - ups - downs)
+    for ups, downs, chance in every_outcome(30, up, down):
+        result = paired(ups, downs, 30 - ups - downs)
         covered += chance * (result.low - 1e-9 <= up - down <= result.high + 1e-9)
         rejected += chance * (result.p < 0.05)
     assert covered > 0.935
@@ -185,7 +185,7 @@ def test_coverage_and_level_of_mid_p_counted_out(up, down):
 def test_mid_p_uses_more_of_its_level_than_the_exact_test():
     level = exact = 0.0
     for ups, downs, chance in every_outcome(60, 0.15, 0.15):
-        level += chance * (paired(ups, downs, 60 - ups - downs).p < 0.05)
+        level += chance * (paired_p(ups, downs) < 0.05)
         exact += chance * (stats.binomtest(ups, max(ups + downs, 1)).pvalue < 0.05)
     assert exact < 0.03 < level < 0.052
 
@@ -387,6 +387,18 @@ def test_ratio_scores_weigh_their_documents():
     assert result.difference == pytest.approx(expected)
     assert 0 < result.low < expected < result.high
     assert result.p < 0.001
+
+
+@pytest.mark.parametrize("n", [12, 60, 5000])
+def test_a_stricter_level_needs_a_larger_difference(n):
+    gains = np.random.default_rng(0).normal(size=n)
+    test = statistics.paired_difference(np.zeros(n), gains)
+    sizes = [test.smallest_detectable(level) for level in (0.05, 1e-4, 1e-8)]
+    assert sizes == sorted(sizes)
+    normal = stats.norm.isf([0.025, 0.5e-4, 0.5e-8]) + stats.norm.ppf(0.8)
+    assert (np.array(sizes) >= normal * gains.std(ddof=1) / np.sqrt(n)).all()
+    less = statistics.paired_difference(np.zeros(n), gains, alternative="less")
+    assert less.smallest_detectable(0.025) == pytest.approx(sizes[0])
 
 
 def test_smallest_detectable_difference_is_found_with_the_stated_power():
