@@ -50,6 +50,11 @@ if TYPE_CHECKING:
     #: What identifies the request, its context and its continuation.
     Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
+    # The mixin's neighbour among the bases, whose attributes it uses.
+    from lm_eval.models.huggingface import HFLM as _Neighbour
+else:
+    _Neighbour = object
+
 eval_logger = logging.getLogger("lm_eval.models.prefix_sharing")
 
 # The first use tries a small model of the class; it has to save more tokens than that costs.
@@ -58,7 +63,7 @@ _WORTH_CHECKING = 200
 _FEWEST_TOKENS = 512
 
 
-class PrefixSharingMixin:
+class PrefixSharingMixin(_Neighbour):
     """Computes common prefixes of log-likelihood requests once.
 
     Put it before `HFLM` among the bases. Log-probabilities and greedy flags are
@@ -555,6 +560,8 @@ class _PathLayer(DynamicLayer):
     next path only.
     """
 
+    values: Any  # None where keys are.
+
     def __init__(self, kept: torch.Tensor | None = None) -> None:
         super().__init__()
         self.kept = kept
@@ -587,8 +594,12 @@ class _PathLayer(DynamicLayer):
 class _PathCache(Cache):
     """The cached path that a run of passes shares; see `_PathLayer`."""
 
+    layers: list[_PathLayer]  # type: ignore[assignment]
+
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _PathLayer(self._kept))
+        super().__init__(
+            layer_class_to_replicate=lambda: _PathLayer(self._kept)  # type: ignore[arg-type]
+        )
         self._kept: torch.Tensor | None = None
         #: Tokens of the path.
         self.length = 0

@@ -50,7 +50,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lm_eval.api.instance import Instance
+
+    # The mixin's neighbour among the bases, whose attributes it uses.
+    from lm_eval.models.huggingface import HFLM as _Neighbour
     from transformers import PreTrainedModel
+else:
+    _Neighbour = object
 
 eval_logger = logging.getLogger("lm_eval.models.slot_refilling")
 
@@ -105,7 +110,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class SlotRefillingMixin:
+class SlotRefillingMixin(_Neighbour):
     """Generates greedily, with the next request in the place of an answer that is done.
 
     Put it before `HFLM` among the bases. Answers are those of `HFLM` at batch size 1,
@@ -626,7 +631,7 @@ class _SlotTable:
             self.begun = [self.begun[slot] for slot in order]
 
 
-def _groups(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+def _groups(lengths: Sequence[int] | np.ndarray) -> list[tuple[int, int, int]]:
     """Return first slot, last + 1 and the longest's length of each group of slots."""
     count = min(_GROUPS, len(lengths))
     bounds = [len(lengths) * i // count for i in range(count + 1)]
@@ -635,7 +640,7 @@ def _groups(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _tokens_read(lengths: Sequence[int]) -> int:
+def _tokens_read(lengths: Sequence[int] | np.ndarray) -> int:
     return sum((end - begin) * width for begin, end, width in _groups(lengths))
 
 
@@ -732,6 +737,10 @@ def _shared(jobs: list[_Job]) -> int:
 class _SlotLayer(DynamicLayer):
     """Keys and values of the slots in one layer, [slots, heads, capacity, size]."""
 
+    # Tensors once something was written.
+    keys: Any
+    values: Any
+
     def __init__(self, cache: _SlotCache) -> None:
         super().__init__()
         self.cache = cache
@@ -800,8 +809,12 @@ class _SlotCache(Cache):
         shows_slots: Whether the pass sees what slots hold; else new tokens alone.
     """
 
+    layers: list[_SlotLayer]  # type: ignore[assignment]
+
     def __init__(self, slots: int, in_groups: bool = False) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))
+        super().__init__(
+            layer_class_to_replicate=lambda: _SlotLayer(self)  # type: ignore[arg-type]
+        )
         self.slots = slots
         self.in_groups = in_groups
         self.capacity = 0
@@ -914,7 +927,7 @@ def _unsupported(lm: Any) -> str | None:
     if reason is not None:
         return reason
     model = base_model(lm.model)
-    if type(model).generate is not GenerationMixin.generate:
+    if getattr(type(model), "generate", None) is not GenerationMixin.generate:
         return f"{type(model).__name__} generates in a way of its own"
     accelerator = getattr(lm, "accelerator", None)
     if accelerator is not None and accelerator.distributed_type in (
