@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -595,3 +596,15 @@ def test_trend():
 def test_unusable_trends(ratios, values, words):
     with pytest.raises(ValueError, match=words):
         statistics.trend(ratios, values)
+
+
+def test_the_benchmark_of_coverage_runs():
+    file = Path(__file__).parents[1] / "benchmarks" / "coverage.py"
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", file)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    for name, data, draw, units in benchmark.CASES:
+        cells = benchmark.line(draw, units[0], 2)
+        assert len(cells) == 5, (name, data)
+    assert len(benchmark.correlations(2)) == 10
+    assert len(benchmark.families(2)) == 3
