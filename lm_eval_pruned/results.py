@@ -280,10 +280,18 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
                 run = replace(run, notes=(*run.notes, note))
             return _renamed(run, name)
         if len(below) > 1:
-            raise ResultsError(
-                f"{path} holds the results of several models ({', '.join(below)}): name one of "
-                "them."
-            )
+            # Without `pretrained` the harness makes a new folder for each command.
+            runs = [_read_folder(folder) for folder in folders]
+            tasks = [task for run in runs for task in run.tasks()]
+            if len(set(tasks)) < len(tasks) or any(
+                _model(run) != _model(runs[0]) for run in runs
+            ):
+                raise ResultsError(
+                    f"{path} holds the results of several models ({', '.join(below)}): name one "
+                    "of them."
+                )
+            notes = tuple(note for run in runs for note in run.notes)
+            return replace(_merge(name, path, runs), notes=notes)
         return _renamed(_read_folder(folders[0]), name)
     if not path.exists():
         raise ResultsError(

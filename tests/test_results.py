@@ -62,6 +62,17 @@ def test_results_of_several_commands_in_a_folder_are_all_read(tmp_path, below):
     assert (run.name, run.notes) == (tmp_path.name, ())
 
 
+def test_results_of_one_model_in_several_folders_are_all_read(tmp_path):
+    """Without `pretrained` the harness names the folder of each command at random."""
+    write_run(tmp_path / "a8h3", TASKS, pruning=pruning(20))
+    write_run(tmp_path / "x7f1", BOOLQ, pruning=pruning(20))
+    run = results.read_run(tmp_path)
+    assert (run.tasks(), run.notes) == (["tf", "boolq"], ())
+    write_run(tmp_path / "z", {"arc": {"acc,none": [1.0]}}, pruning=pruning(40))
+    with pytest.raises(ResultsError, match=r"several models \(a8h3, x7f1, z\)"):
+        results.read_run(tmp_path)
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -353,24 +364,30 @@ def test_what_the_harness_writes(tmp_path):
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    tracker = EvaluationTracker(output_path=str(tmp_path))
-    evaluated = simple_evaluate(
-        model="dummy",
-        tasks=["pruned_demo"],
-        log_samples=True,
-        evaluation_tracker=tracker,
-        bootstrap_iters=0,
-    )
-    samples = evaluated.pop("samples")
-    tracker.save_results_aggregated(results=evaluated, samples=samples)
-    for task, rows in samples.items():
-        tracker.save_results_samples(task, rows)
+    tasks = ["pruned_demo_truthfulness", "pruned_demo_instruction_following"]
+    for task in tasks:
+        tracker = EvaluationTracker(output_path=str(tmp_path))
+        evaluated = simple_evaluate(
+            model="dummy",
+            model_args="pretrained=dummy",
+            tasks=[task],
+            log_samples=True,
+            evaluation_tracker=tracker,
+            bootstrap_iters=0,
+        )
+        samples = evaluated.pop("samples")
+        tracker.save_results_aggregated(results=evaluated, samples=samples)
+        tracker.save_results_samples(task, samples[task])
     run = results.read_run(tmp_path)
-    assert run.tasks() == [
-        "pruned_demo_truthfulness",
-        "pruned_demo_instruction_following",
-    ]
+    assert (run.tasks(), run.notes) == (tasks, ())
+    for task, settings in run.settings.items():
+        rows = run.samples[task].read_text(encoding="utf-8").splitlines()
+        assert settings["documents"] == len(rows)
+        assert (settings["num_fewshot"], settings["fewshot_seed"]) == (0, 1234)
+        assert len(settings["task_hash"]) == 64
+        assert settings["lm_eval_version"] == run.environment["lm_eval_version"]
     for task, metric in run.scores:
         documents = results.read_documents(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
+        assert None not in documents.prompts
         assert run.scores[task, metric].higher_is_better
