@@ -314,6 +314,13 @@ def test_documents_that_all_change_alike():
     assert less.p == pytest.approx(2**-13)
 
 
+def test_numbers_too_large_for_a_variance():
+    values = [1e300] * 12 + [0.0]
+    result = statistics.paired_difference(values, values[::-1])
+    assert (result.low, result.p) == (None, None)
+    assert "too large" in result.method
+
+
 def test_an_alternative_that_there_is_not():
     with pytest.raises(ValueError, match="alternative is 'worse': give one of two-si"):
         statistics.paired_difference([1], [0], alternative="worse")
