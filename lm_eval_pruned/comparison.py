@@ -647,7 +647,7 @@ def as_table(comparison: Comparison) -> str:
         interval = "-" if row.low is None else f"[{row.low:+.4f}, {_signed(row.high)}]"
         lines.append(
             f"|{row.run}|{row.task}|{row.metric}|{row.base_score:.4f}|{row.score:.4f}"
-            f"|{row.difference:+.4f}|{interval}|{_percent(row.relative)}|{_p(row.p)}|{_p(row.q)}"
+            f"|{row.difference:+.4f}|{interval}|{_percent(row.relative)}|{p_text(row.p)}|{p_text(row.q)}"
             f"|{_plain(row.smallest_detectable)}|{row.documents or '-'}|{row.method}|{row.verdict}|"
         )
     if comparison.trends:
@@ -661,7 +661,7 @@ def as_table(comparison: Comparison) -> str:
             interval = "-" if t.low is None else f"[{t.low:+.4f}, {_signed(t.high)}]"
             lines.append(
                 f"|{each.series}|{each.task}|{scale_name(each.metric)}|{t.n}|{_signed(t.slope)}"
-                f"|{interval}|{_p(t.p)}|{_p(each.q)}|{t.units or '-'}|{t.method}|"
+                f"|{interval}|{p_text(t.p)}|{p_text(each.q)}|{t.units or '-'}|{t.method}|"
             )
     if comparison.correlations:
         lines += ["", f"{CORRELATION}:", ""]
@@ -675,8 +675,8 @@ def as_table(comparison: Comparison) -> str:
             one, other = (f"{task} {scale_name(metric)}" for task, metric in pair.tasks)
             lines.append(
                 f"|{pair.series}|{one}|{other}|{c.n}|{_signed(c.pearson, 3)}"
-                f"|{_interval(c.pearson_low, c.pearson_high)}|{_p(c.pearson_p)}"
-                f"|{_signed(c.spearman, 3)}|{_p(c.spearman_p)}|{_p(pair.p)}|{_p(pair.q)}|"
+                f"|{_interval(c.pearson_low, c.pearson_high)}|{p_text(c.pearson_p)}"
+                f"|{_signed(c.spearman, 3)}|{p_text(c.spearman_p)}|{p_text(pair.p)}|{p_text(pair.q)}|"
             )
     if comparison.notes:
         lines += ["", *(f"Note: {note}" for note in comparison.notes)]
@@ -712,7 +712,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _p(p: float | None) -> str:
+def p_text(p: float | None) -> str:
+    """Return a p value as tables show it."""
     if p is None:
         return "-"
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"

@@ -23,6 +23,7 @@ from lm_eval_pruned.comparison import (
     Difference,
     compare,
     is_perplexity,
+    p_text,
     primary_metrics,
     scale_name,
     series_of,
@@ -324,8 +325,8 @@ def _trends(comparison: Comparison) -> Section | None:
                 if each.trend.low is None or each.trend.high is None
                 else f"[{each.trend.low:+.4f}, {each.trend.high:+.4f}]"
             ),
-            Cell(_number(each.trend.p, ".4f")),
-            Cell("not tested" if each.q is None else f"{each.q:.4f}"),
+            Cell(p_text(each.trend.p)),
+            Cell("not tested" if each.q is None else p_text(each.q)),
         ]
         for each in comparison.trends
     ]

@@ -34,6 +34,8 @@ ALTERNATIVES = ("two-sided", "less", "greater")
 #: Where a distribution is integrated over, and where an ellipse is walked along.
 _NODES = 512
 _ANGLES = 4096
+#: Squares of larger numbers, added up, are no longer finite.
+_LARGEST = 1e140
 
 
 def _nothing(level: float) -> None:
@@ -156,9 +158,14 @@ def paired_difference(
     ):
         up, down = int((run > base).sum()), int((base > run).sum())
         return _mcnemar(up, down, len(base), alpha, alternative)
-    moments = _moments(
-        np.stack([weights * base, weights * run, weights]), clusters, strata
-    )
+    sums = np.stack([weights * base, weights * run, weights])
+    if np.abs(sums).max() > _LARGEST:
+        with np.errstate(over="ignore"):
+            scores = [np.average(each, weights=weights) for each in (base, run)]
+        difference = float(scores[1] - scores[0])
+        why = "none: values too large to be squared"
+        return PairedTest(difference, None, None, None, why, len(base), alpha)
+    moments = _moments(sums, clusters, strata)
     return _paired_t(moments, transform, alpha, alternative)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,13 @@ def test_documents_that_all_change_alike():
     assert less.p == pytest.approx(2**-13)
 
 
+def test_numbers_too_large_for_a_variance():
+    values = [1e300] * 12 + [0.0]
+    result = statistics.paired_difference(values, values[::-1])
+    assert (result.low, result.p) == (None, None)
+    assert "too large" in result.method
+
+
 def test_an_alternative_that_there_is_not():
     with pytest.raises(ValueError, match="alternative is 'worse': give one of two-si"):
         statistics.paired_difference([1], [0], alternative="worse")
@@ -595,3 +603,15 @@ def test_trend():
 def test_unusable_trends(ratios, values, words):
     with pytest.raises(ValueError, match=words):
         statistics.trend(ratios, values)
+
+
+def test_the_benchmark_of_coverage_runs():
+    file = Path(__file__).parents[1] / "benchmarks" / "coverage.py"
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", file)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    for name, data, draw, units in benchmark.CASES:
+        cells = benchmark.line(draw, units[0], 2)
+        assert len(cells) == 5, (name, data)
+    assert len(benchmark.correlations(2)) == 10
+    assert len(benchmark.families(2)) == 3
