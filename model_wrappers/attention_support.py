@@ -152,19 +152,6 @@ def sequence_limit(config: PretrainedConfig) -> int | None:
     return min(limits) if limits else None
 
 
-def aligned_zeros(
-    shape: torch.Size, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Return zeros whose rows begin at multiples of 16 numbers.
-
-    The memory-efficient kernel of `torch.nn.functional.scaled_dot_product_attention`
-    copies any other mask, in each layer anew.
-    """
-    *others, last = shape
-    whole = torch.zeros(*others, -(-last // 16) * 16, dtype=dtype, device=device)
-    return whole[..., :last]
-
-
 def trial_disagrees(
     model: Any, expected: Callable[[Any], Tensor], got: Callable[[Any], Tensor]
 ) -> str | None:

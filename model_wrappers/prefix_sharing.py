@@ -25,7 +25,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from lm_eval_pruned.model_wrappers.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.attention_support import (
-    aligned_zeros,
     cache_argument,
     config_of,
     row_limit,
@@ -35,6 +34,7 @@ from lm_eval_pruned.model_wrappers.attention_support import (
 )
 from lm_eval_pruned.model_wrappers.forward import Forward
 from lm_eval_pruned.model_wrappers.hf_arguments import check_flag
+from lm_eval_pruned.model_wrappers.masks import additive_mask
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 from lm_eval_pruned.token_tree import Budget, TokenTree, build_tree, next_pack
 
@@ -422,8 +422,7 @@ def _mask(
     ).to(device)
     query = torch.from_numpy(number).to(device)[:, :, None]
     seen = (key[:, None] <= query) & (query < key_end[:, None])
-    mask = aligned_zeros(seen.shape, dtype, device)
-    return mask.masked_fill_(~seen, float("-inf"))[:, None]
+    return additive_mask(~seen, dtype)
 
 
 def _score(
