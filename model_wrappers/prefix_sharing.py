@@ -170,7 +170,7 @@ class PrefixSharingMixin(_Neighbour):
         for _, context, continuation in requests:
             text = (*context, *continuation[:-1])
             lengths.setdefault(text, set()).add(len(continuation))
-        cached = self.logits_cache
+        cached = self.logits_cache  # type: ignore[has-type]
         self.logits_cache = cached and all(len(n) == 1 for n in lengths.values())
         try:
             return super()._loglikelihood_tokens(  # type: ignore[misc]

@@ -117,8 +117,10 @@ def test_adapters_share(tiny_llama, tmp_path, name, share_however_little):
 @pytest.mark.parametrize(
     ("adapter", "reason"),
     [
-        ({"peft_type": peft.PeftType.XLORA}, "weighs its parts by the whole request"),
-        ({"peft_type": peft.PeftType.POLY}, "weighs its parts by the whole request"),
+        *(
+            ({"peft_type": kind}, f"({kind}) is none of those")
+            for kind in ("XLORA", "POLY", "LILY", "SHADOW", "ADAPTION_PROMPT", "NEW")
+        ),
         ({"alora_invocation_tokens": [5, 6]}, "searched for in the row"),
         ({"is_prompt_learning": True}, "virtual tokens"),
         ({}, None),
