@@ -374,8 +374,9 @@ def _run_pack(
         cache.begin_pass(kept)
         arguments = {"use_cache": True, cache_argument(forward.model): cache}
     if not pack.chains:
+        dtype = forward.autocast_dtype or forward.model.dtype
         arguments["attention_mask"] = _mask(
-            tree, pack, nodes, cache.length, forward.model.dtype, device
+            tree, pack, nodes, cache.length, dtype, device
         )
 
     scored = work.scored_before
