@@ -1,96 +1,288 @@
 """How far the statistics can be trusted: ``python benchmarks/coverage.py [--times 1500]``.
 
-Simulates comparisons whose true difference is known, and prints the share of 95 %
-intervals that hold it and, where there is no difference, the share of p below 0.05.
-All data are synthetic. The table stands in ``docs/statistics.md``.
+Simulates every test that is offered on data whose truth is known. Prints how often
+95 % intervals hold the truth, how often p is below 0.05 where there is nothing to find
+(one-sided: the worse of the two sides), and how often it is where the truth is what the
+test itself calls the smallest detectable. The tables stand in ``docs/statistics.md``.
+All data are synthetic; nothing is drawn twice: the same ``--times`` prints the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import stats
 from tqdm import tqdm
 
-from lm_eval_pruned.statistics import paired_difference
+from lm_eval_pruned import statistics
+from lm_eval_pruned.statistics import PairedTest, paired_difference
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Draw = Callable[[np.random.Generator, int], tuple[Any, Any, dict[str, Any]]]
+    #: Makes one test of `units` units whose true difference is `shift`.
+    Draw = Callable[[np.random.Generator, int, float], PairedTest]
+
+ALPHA = 0.05
+SIZES = (4.0, 3.6, 3.2, 2.8, 2.4, 2.0, 1.6)
 
 
-def normal(rng: np.random.Generator, units: int):
-    """Differences of a normal distribution around 0."""
-    return np.zeros(units), rng.normal(size=units), {}
+def gains(noise: Callable[[np.random.Generator, int], np.ndarray]) -> Draw:
+    """Differences of single documents with a noise of mean 0."""
+
+    def draw(rng: np.random.Generator, units: int, shift: float) -> PairedTest:
+        return paired_difference(np.zeros(units), shift + noise(rng, units))
+
+    return draw
 
 
-def exponential(rng: np.random.Generator, units: int):
-    """Differences of an exponential distribution, shifted to mean 0."""
-    return np.zeros(units), rng.exponential(size=units) - 1, {}
+def changes(share: float) -> Draw:
+    """Right-or-wrong documents of which a share changes, or more if `shift` needs it."""
+
+    def draw(rng: np.random.Generator, units: int, shift: float) -> PairedTest:
+        changing = max(share, abs(shift))
+        up = (changing + shift) / 2
+        ups, downs, _ = rng.multinomial(units, [up, changing - up, 1 - changing])
+        return _right_or_wrong(int(ups), int(downs), units)
+
+    return draw
 
 
-def clusters(rng: np.random.Generator, units: int, size: int = 20):
-    """Right-or-wrong documents in clusters that each gain or lose together."""
-    base = np.repeat(rng.uniform(0.3, 0.7, units), size)
-    run = np.repeat(rng.uniform(0.3, 0.7, units), size)
-    names = [str(i // size) for i in range(units * size)]
-    draws = rng.random((2, units * size))
-    return draws[0] < base, draws[1] < run, {"clusters": names}
+@functools.cache
+def _right_or_wrong(ups: int, downs: int, units: int) -> PairedTest:
+    base, run = np.zeros(units), np.zeros(units)
+    run[:ups] = base[ups : ups + downs] = 1
+    return paired_difference(base, run)
 
 
-def unchanged(rng: np.random.Generator, units: int):
-    """Right-or-wrong documents of which 15 % change each way."""
-    u = rng.random(units)
-    return u < 0.15, u >= 0.85, {}
+def clusters(sizes: Callable[[np.random.Generator, int], np.ndarray]) -> Draw:
+    """Documents that gain or lose with the others of their cluster."""
+
+    def draw(rng: np.random.Generator, units: int, shift: float) -> PairedTest:
+        index = np.repeat(np.arange(units), sizes(rng, units))
+        run = shift + rng.normal(size=units)[index] + rng.normal(size=len(index))
+        return paired_difference(np.zeros(len(index)), run, clusters=index.tolist())
+
+    return draw
 
 
-def worse(rng: np.random.Generator, units: int):
-    """Right-or-wrong documents: 0.45 of them before, 0.10 after."""
-    u = rng.random(units)
-    return u < 0.45, u > 0.9, {}
+def strata(rng: np.random.Generator, units: int, shift: float) -> PairedTest:
+    """Subjects of 5 to 15 documents, a mean of their means; each has its own effect."""
+    subjects = np.arange(units) % 10
+    sizes = np.bincount(subjects)
+    effects = np.linspace(-1, 1, 10)
+    run = shift + effects[subjects] + rng.normal(size=units)
+    return paired_difference(
+        np.zeros(units), run, weights=1 / sizes[subjects], strata=subjects.tolist()
+    )
 
 
-#: Name, generator, true difference, numbers of units.
-CASES: list[tuple[str, Draw, float, tuple[int, ...]]] = [
-    ("bootstrap, normal differences", normal, 0, (10, 20, 40, 80)),
-    ("bootstrap, exponential differences", exponential, 0, (10, 20, 40, 80)),
-    ("clusters of 20 right-or-wrong documents", clusters, 0, (12, 25, 57)),
-    ("right or wrong, 15 % change each way", unchanged, 0, (20, 60, 150, 800)),
-    ("right or wrong, from 0.45 to 0.10", worse, -0.35, (20, 60, 150, 800)),
+def perplexity(rng: np.random.Generator, units: int, shift: float) -> PairedTest:
+    """Perplexity over words of long and short documents; the shift is in perplexity."""
+    words = rng.integers(5, 200, size=units).astype(float)
+    base = rng.normal(-3, 0.5, size=units)
+    run = base - np.log1p(shift * np.exp(-3)) + rng.normal(0, 0.2, size=units)
+    return paired_difference(base, run, weights=words, transform="perplexity")
+
+
+def stderrs(rng: np.random.Generator, units: int, shift: float) -> PairedTest:
+    """Two runs on the same documents, of which only the standard errors are known."""
+    base = rng.normal(size=units)
+    run = base + shift + rng.normal(0, 0.5, size=units)
+    errors = (each.std(ddof=1) / np.sqrt(units) for each in (base, run))
+    return statistics.unpaired_difference(
+        base.mean(), next(errors), run.mean(), next(errors)
+    )
+
+
+def walk(rng: np.random.Generator, units: int, shift: float) -> np.ndarray:
+    """Right-or-wrong documents over nested sizes: what changed once stays or changes back.
+
+    Returns:
+        Shape (sizes, units).
+    """
+    steps = np.zeros((len(SIZES), units), dtype=bool)
+    steps[0] = rng.random(units) < 0.5
+    for number in range(1, len(SIZES)):
+        lost = rng.random(units) < 0.03 + shift
+        won = rng.random(units) < 0.03
+        steps[number] = np.where(steps[number - 1], ~lost, won)
+    return steps.astype(float)
+
+
+def slopes(rng: np.random.Generator, units: int, shift: float) -> PairedTest:
+    """Slopes of the documents of `walk`, all of which the shift tilts."""
+    documents = walk(rng, units, 0.0) + shift * np.array(SIZES)[:, None]
+    found = statistics.trend(SIZES, documents)
+    assert found.low is not None
+    assert found.high is not None
+    # From 1.96 standard errors to 1.96 + 0.84: half of the interval and what finds 80 %.
+    smallest = (found.high - found.low) / 2 * (1 + 0.8416 / 1.96)
+    return PairedTest(
+        found.slope,
+        found.low,
+        found.high,
+        found.p,
+        found.method,
+        found.units,
+        ALPHA,
+        lambda level: smallest,
+    )
+
+
+#: Name of the test, data, generator, numbers of units.
+CASES: list[tuple[str, str, Draw, tuple[int, ...]]] = [
+    ("McNemar mid-p", "2 % of answers change", changes(0.02), (100, 800)),
+    ("McNemar mid-p", "30 % of answers change", changes(0.3), (20, 60, 150, 800)),
+    ("t, documents", "normal", gains(lambda r, n: r.normal(size=n)), (10, 40, 200)),
+    (
+        "t, documents",
+        "heavy tails (Student's with 3 degrees)",
+        gains(lambda r, n: r.standard_t(3, size=n)),
+        (10, 40, 200),
+    ),
+    (
+        "t, documents",
+        "skewed (exponential)",
+        gains(lambda r, n: r.exponential(size=n) - 1),
+        (10, 20, 40, 80, 200),
+    ),
+    (
+        "t, documents",
+        "10 % of documents change by 1/2 or 1",
+        gains(
+            lambda r, n: r.choice(
+                [-1, -0.5, 0, 0.5, 1], size=n, p=[0.02, 0.03, 0.9, 0.03, 0.02]
+            )
+        ),
+        (40, 100, 500),
+    ),
+    ("t, documents", "perplexity over words", perplexity, (20, 60, 200)),
+    ("t, strata", "10 subjects, mean of means", strata, (55, 200)),
+    (
+        "t, clusters",
+        "of 20 documents",
+        clusters(lambda r, n: np.full(n, 20)),
+        (12, 25, 57),
+    ),
+    (
+        "t, clusters",
+        "of 1 to 40 documents",
+        clusters(lambda r, n: r.integers(1, 41, size=n)),
+        (12, 25, 57),
+    ),
+    ("z on stderrs", "correlated runs, samples lost", stderrs, (100,)),
+    ("t, slopes", "7 nested sizes, 3 % change at each", slopes, (50, 200, 800)),
 ]
 
 
-def simulate(draw: Draw, truth: float, units: int, times: int) -> tuple[float, float]:
-    """Return the shares of intervals that hold the truth, and of p below 0.05."""
-    covered = rejected = 0
+def simulate(draw: Draw, units: int, times: int, shift: float = 0.0):
+    """Return p, difference, and the ends of the interval of `times` tests, each (times,)."""
+    rows = []
     for seed in range(times):
-        base, run, options = draw(np.random.default_rng(seed), units)
-        result = paired_difference(base, run, resamples=999, **options)
-        assert result.low is not None
-        assert result.high is not None
-        assert result.p is not None
-        covered += result.low <= truth <= result.high
-        rejected += result.p < 0.05
-    return covered / times, rejected / times
+        test = draw(np.random.default_rng([seed, units]), units, shift)
+        rows.append([1.0 if test.p is None else test.p, test.difference])
+        rows[-1] += [np.nan if end is None else end for end in (test.low, test.high)]
+    return np.array(rows).T
+
+
+def line(draw: Draw, units: int, times: int) -> list[str]:
+    """Return coverage and both levels without a difference, power and coverage with one."""
+    p, difference, low, high = simulate(draw, units, times)
+    one_sided = max(
+        ((p < 2 * ALPHA) & (sign * difference > 0)).mean() for sign in (-1, 1)
+    )
+    # No test, no interval: nothing was claimed that could be wrong.
+    covered = ~((low > 1e-12) | (high < -1e-12))
+    cells = [covered.mean(), (p < ALPHA).mean(), one_sided]
+    rng = np.random.default_rng(0)
+    found = [draw(rng, units, 0.0).smallest_detectable() for _ in range(50)]
+    smallest = float(np.median([each for each in found if each is not None]))
+    p, _, low, high = simulate(draw, units, times, smallest)
+    holds = ~((low > smallest) | (high < smallest))
+    return [f"{cell:.3f}" for cell in [*cells, (p < ALPHA).mean(), holds.mean()]]
+
+
+def correlations(times: int) -> list[str]:
+    """Return lines on correlations: independent points, and steps of pruning."""
+    lines = []
+    for n in (4, 5, 7, 10):
+        for truth in (0.0, 0.8):
+            covered = rejected = ranks = 0
+            for seed in range(times):
+                rng = np.random.default_rng([seed, n])
+                x, noise = rng.normal(size=(2, n))
+                y = truth * x + np.sqrt(1 - truth**2) * noise
+                c: Any = statistics.correlate(x, y)
+                covered += c.pearson_low <= truth <= c.pearson_high
+                rejected += c.pearson_p < ALPHA
+                ranks += c.spearman_p < ALPHA
+            lines.append(
+                f"| independent, true r = {truth} | {n} | {covered / times:.3f} "
+                f"| {rejected / times:.3f} | {ranks / times:.3f} | |"
+            )
+    for name, shift in (("no trend", 0.0), ("one trend", 0.03)):
+        rejected = ranks = both = 0
+        for seed in range(times):
+            rng = np.random.default_rng([seed, 200])
+            one, other = walk(rng, 200, shift), walk(rng, 200, 0.0)
+            c = statistics.correlate(one.mean(axis=1), other.mean(axis=1))
+            rejected += c.pearson_p < ALPHA
+            ranks += c.spearman_p < ALPHA
+            both += (
+                max(statistics.trend(SIZES, each).p for each in (one, other)) < ALPHA
+            )
+        lines.append(
+            f"| unrelated tasks over nested sizes, {name} | {len(SIZES)} | "
+            f"| {rejected / times:.3f} | {ranks / times:.3f} | {both / times:.3f} |"
+        )
+    return lines
+
+
+def families(times: int) -> list[str]:
+    """Return lines on tables: how often one null task is marked in any of its metrics."""
+    lines = []
+    for certain in (0, 5, 18):
+        marked = {1: 0, 4: 0}
+        for seed in range(times):
+            rng = np.random.default_rng([seed, certain])
+            # Four metrics of the same answers, as IFEval's, correlated at 0.8.
+            z = np.sqrt(0.8) * rng.normal() + np.sqrt(0.2) * rng.normal(size=4)
+            p = 2 * stats.norm.sf(abs(z))
+            for metrics in marked:
+                family = [*p[:metrics], *[1e-9] * certain]
+                adjusted = statistics.false_discovery_rate(family)[:metrics]
+                marked[metrics] += min(adjusted) < ALPHA  # type: ignore[type-var]
+        lines.append(
+            f"| {certain} | {marked[4] / times:.3f} | {marked[1] / times:.3f} |"
+        )
+    return lines
 
 
 def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=1500, help="comparisons per line")
+    parser.add_argument("--times", type=int, default=1500, help="tests per line")
     times = parser.parse_args().times
-    lines = []
+    print(
+        "| test | data | units | coverage | p < 0.05 | one-sided p < 0.05 "
+        "| power at the smallest detectable | coverage there |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     cells = [(*case[:3], units) for case in CASES for units in case[3]]
-    for name, draw, truth, units in tqdm(cells):
-        coverage, rejected = simulate(draw, truth, units, times)
-        error = f"{rejected:.3f}" if truth == 0 else ""
-        lines.append(f"| {name} | {units} | {coverage:.3f} | {error} |")
-    print("| scores | units | coverage of the 95 % interval | share of p < 0.05 |")
-    print("| --- | ---: | ---: | ---: |")
-    print("\n".join(lines))
+    for name, data, draw, units in tqdm(cells):
+        row = " | ".join(line(draw, units, times))
+        print(f"| {name} | {data} | {units} | {row} |", flush=True)
+    print("\n| points | n | coverage of r | p of r | p of rho | p both |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("\n".join(correlations(times)))
+    print("\n| rows that differ for certain | four metrics in the family | one |")
+    print("| ---: | ---: | ---: |")
+    print("\n".join(families(times)))
 
 
 if __name__ == "__main__":

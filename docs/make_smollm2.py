@@ -49,7 +49,7 @@ def main() -> None:
         ratios, scores = relative(
             [(float(r["expansion_ratio"]), float(r["score"])) for r in here]
         )
-        marked = [row["q"] != "" and float(row["q"]) < 0.05 for row in here]
+        marked = [None if row["q"] == "" else float(row["q"]) < 0.05 for row in here]
         lines = [Line("SmolLM2-135M-Instruct", ratios, scores, marked)]
         for model in STUDY:
             points = [
@@ -61,7 +61,7 @@ def main() -> None:
             if points:
                 ratios, scores = relative(points)
                 lines.append(
-                    Line(f"{model} (study)", ratios, scores, [False] * len(ratios))
+                    Line(f"{model} (study)", ratios, scores, [None] * len(ratios))
                 )
         plot = lines_plot(
             f"{task}",

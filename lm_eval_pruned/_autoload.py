@@ -92,20 +92,23 @@ def _index_tasks(module) -> None:
 
     They are scanned after the harness's own tasks and before a user's
     ``--include_path``, as pull request 4015 does, and only where the harness's
-    own tasks are asked for and the folder is not in the list already.
+    own tasks are asked for and the folder is not in the list already, by
+    whatever links either is reached.
     """
     from pathlib import Path
 
     build = module.TaskIndex.build
-    own_tasks = Path(module.__file__).parent
+    own_tasks = Path(module.__file__).parent.resolve()
 
     def build_with_plugins(paths, **kwargs):
         paths = [Path(path) for path in paths]
-        if own_tasks in paths:
-            after_own = paths.index(own_tasks) + 1
-            paths[after_own:after_own] = [
-                folder for folder in _task_folders() if folder not in paths
-            ]
+        known = [path.resolve() for path in paths]
+        if own_tasks in known:
+            after_own = known.index(own_tasks) + 1
+            for folder in reversed(_task_folders()):
+                if folder.resolve() not in known:
+                    known.append(folder.resolve())
+                    paths.insert(after_own, folder)
         return build(paths, **kwargs)
 
     module.TaskIndex.build = staticmethod(build_with_plugins)

@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_check(commands)
     _add_sweep(commands)
     _add_profile(commands)
+    _add_study_energy(commands)
     _add_prune(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -137,8 +138,11 @@ def _add_check(commands) -> None:
     parser = commands.add_parser(
         "check",
         help="hold results against a committed baseline, for CI",
-        description="Hold results against a baseline file. Exit code 0: pass, 1: a result is "
-        "missing or worse than its rule allows, 2: unusable input.",
+        description="Hold results against a baseline file. Exit code 0: every expected score is "
+        "there and no worse than its rule allows. 1: one is missing, worse, not a number, or of "
+        "another version of its task. 2: nothing worse was seen, but something could not be "
+        "decided: other documents, shots, templates or widths than the baseline's, too few "
+        "documents for alpha, or input that cannot be read.",
     )
     parser.add_argument(
         "results",
@@ -196,17 +200,22 @@ def _run_check(arguments: argparse.Namespace) -> int:
         )
     runs = regression.read_results(arguments.results)
     if not arguments.update:
-        findings = regression.check(runs, regression.read_baseline(arguments.baseline))
-        print(regression.FORMATS[arguments.format](findings), end="")
-        return int(any(finding.failed for finding in findings))
+        baseline = regression.read_baseline(arguments.baseline)
+        findings = regression.check(runs, baseline)
+        notes = regression.notes(runs, baseline)
+        print(regression.FORMATS[arguments.format](findings, notes), end="")
+        return regression.exit_code(findings)
     previous = (
-        regression.read_baseline(arguments.baseline)
+        regression.read_baseline(arguments.baseline, earlier=True)
         if Path(arguments.baseline).exists()
         else None
     )
     rule = given[0] if given else regression.Rule("absolute", 0.0)
     baseline = regression.make_baseline(runs, rule, previous)
     regression.write_baseline(arguments.baseline, baseline)
+    notes = regression.update_notes(runs, baseline, previous) if previous else []
+    for note in [*notes, *regression.unusable_rules(runs, baseline)]:
+        print(f"NOTE     {note}")
     print(
         f"Wrote {len(baseline.expectations)} expected scores to {arguments.baseline}."
     )
@@ -411,6 +420,24 @@ def _run_profile(arguments: argparse.Namespace) -> int:
     if profile.interrupted:
         print("Interrupted: the files hold what was finished before.", file=sys.stderr)
         return 130
+    return 0
+
+
+def _add_study_energy(commands) -> None:
+    parser = commands.add_parser(
+        "study-energy",
+        help="the published energy runs of arXiv 2512.22671, gross and net",
+        description="Print what the energy runs published with arXiv 2512.22671 show, gross and "
+        "net of idle, as Markdown. Every figure is computed from the runs, which are part "
+        "of this package.",
+    )
+    parser.set_defaults(run=_run_study_energy)
+
+
+def _run_study_energy(arguments: argparse.Namespace) -> int:
+    from lm_eval_pruned import study_energy
+
+    print(study_energy.as_markdown())
     return 0
 
 

@@ -12,6 +12,8 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from lm_eval_pruned.energy import (
     COMPONENTS,
     ComponentSource,
@@ -139,7 +141,24 @@ class CodecarbonMeter:
             },
             joules_from_kwh(data.energy_consumed),
             data.emissions if located else None,
+            self._counters(),
         )
+
+    def _counters(self) -> dict[str, dict[str, float]]:
+        """Return the energy counters of single GPUs, which codecarbon only adds up."""
+        counters: dict[str, dict[str, float]] = {}
+        for hardware in self._tracker._hardware:
+            if type(hardware).__name__ == "GPU":
+                counters["gpu"] = {
+                    f"GPU {device.gpu_index}": joules_from_kwh(device.last_energy.kWh)
+                    for device in _watched(hardware)
+                    # Without a counter codecarbon samples the power. Of two chips on one
+                    # card AMD counts on the first.
+                    if device._has_counter
+                    and not device._use_power_fallback
+                    and not device._reports_zero_power_by_design()
+                }
+        return counters
 
     def stop(self) -> None:
         """Stop the tracker."""
@@ -244,6 +263,18 @@ def _source(hardware: Any) -> ComponentSource:
     return ComponentSource("modelled", f"codecarbon's {kind}, unknown to this package")
 
 
+def load_factor(load: float) -> float:
+    """Return the share of the design power that codecarbon's load model counts.
+
+    Args:
+        load: Mean load of all cores, from 0 to 1.
+
+    Source: codecarbon 3.3.2, `external/hardware.py`, `CPU._get_power_from_cpu_load`, for
+    every processor. (`_calculate_power_from_cpu_load`, with other curves, is not called.)
+    """
+    return 0.1 + 0.9 * load**3
+
+
 def _cpu_source(cpu: Any) -> ComponentSource:
     mode = cpu._mode
     counters = {
@@ -262,17 +293,24 @@ def _cpu_source(cpu: Any) -> ComponentSource:
     if mode == "constant":
         return ComponentSource("constant", f"half of {watts} ({origin})")
     if mode == "cpu_load":
+        cores = psutil.cpu_count() or 1
         return ComponentSource(
             "modelled",
-            f"codecarbon's load model: {watts} ({origin}) scaled by the load of all cores "
-            "of the machine; no counter was readable",
+            f"codecarbon's load model: {watts} ({origin}) x (0.1 + 0.9 x load^3), the load being "
+            f"that of all {cores} cores: an idle machine counts as {100 * load_factor(0):.4g} % "
+            f"of it, one busy core as {100 * load_factor(1 / cores):.4g} %; no counter was "
+            "readable",
         )
     return ComponentSource("modelled", f"codecarbon's mode {mode}")
 
 
-def _gpu_source(gpu: Any) -> ComponentSource:
+def _watched(gpu: Any) -> list[Any]:
     watched = set(gpu._get_gpu_ids())
-    devices = [d for d in gpu.devices.devices if d.gpu_index in watched]
+    return [d for d in gpu.devices.devices if d.gpu_index in watched]
+
+
+def _gpu_source(gpu: Any) -> ComponentSource:
+    devices = _watched(gpu)
     interface = (
         "NVML"
         if any("nvidia" in type(d).__name__.lower() for d in devices)

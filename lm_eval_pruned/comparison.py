@@ -22,6 +22,7 @@ from lm_eval_pruned.results import (
     read_run,
     read_sweep,
 )
+from lm_eval_pruned.settings import listed, notes_on, other_settings
 
 
 if TYPE_CHECKING:
@@ -43,13 +44,14 @@ class Difference:
         low: Lower end of the interval of the difference, or None.
         high: Upper end.
         p: p of the single test, or None where none was possible.
-        q: p adjusted for the whole table (Benjamini-Hochberg), or None.
-        smallest_detectable: See `statistics.PairedTest`.
+        q: p adjusted over the primary metrics of the table (Benjamini-Hochberg), or None.
+        smallest_detectable: See `statistics.PairedTest`, at the level that the
+            adjustment leaves; None where there is no q.
         documents: Documents both runs were scored on, or None.
         method: Test that was made, or why none was.
-        verdict: ``better``, ``worse`` or ``different`` (where the task does not say
-            which way is up) if q < alpha, else ``not shown``; ``not comparable``
-            where a score is no number.
+        primary: Whether this is the one metric that stands for its task; the others
+            restate the same answers, and stay outside of the adjustment.
+        verdict: One of `VERDICTS`.
     """
 
     run: str
@@ -66,7 +68,20 @@ class Difference:
     smallest_detectable: float | None
     documents: int | None
     method: str
+    primary: bool
     verdict: str
+
+
+#: What a row says, and what that means.
+VERDICTS = {
+    "better": "q < alpha",
+    "worse": "q < alpha",
+    "different": "q < alpha, and the task does not say which way is up",
+    "not shown": "q >= alpha, which is not the same as no difference",
+    "not tested": "no test was possible; see the method",
+    "not comparable": "a score is no finite number",
+    "restated": "not the primary metric of its task",
+}
 
 
 @dataclass(frozen=True)
@@ -76,13 +91,16 @@ class TaskCorrelation:
     Attributes:
         series: Model, criterion and seed that the configurations share.
         tasks: The two tasks, each as (task, metric).
-        correlation: See `statistics.Correlation`.
-        q: Pearson's p, adjusted over all pairs of the series.
+        correlation: See `statistics.Correlation`; perplexities as logarithms. Its p
+            take the sizes for independent draws.
+        p: p of "at most one of the two has a trend": the larger p of their trends.
+        q: `p`, adjusted over all pairs of the series.
     """
 
     series: str
     tasks: tuple[tuple[str, str], tuple[str, str]]
     correlation: statistics.Correlation
+    p: float | None
     q: float | None
 
 
@@ -191,7 +209,8 @@ def compare(
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
     rows: list[Difference] = []
-    notes: list[str] = []
+    tests: list[statistics.PairedTest] = []
+    notes = notes_on([base, *(run for run in runs if run is not base)])
     read = _DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
@@ -207,19 +226,30 @@ def compare(
                 )
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
-        unlike = _unlike_settings(base, run, shared)
-        if unlike:
-            notes.append(
-                f"{run.name} was evaluated with other settings than {base.name} "
-                f"({', '.join(unlike)}), so a difference need not come from the model."
-            )
-        for task, metric in base.scores:
-            if task in shared and (task, metric) in run.scores:
-                rows.append(_difference(base, run, task, metric, alpha, read))
-    adjusted = statistics.false_discovery_rate([row.p for row in rows])
+        notes += _settings_notes(base, run, shared)
+        primary = primary_metrics([base, run], subtasks=subtasks)
+        for key in base.scores:
+            if key[0] in shared and key in run.scores:
+                test, documents = _test(base, run, *key, alpha, read)
+                tests.append(test)
+                rows.append(_row(base, run, key, key in primary, test, documents))
+        notes += _prompts_notes(base, run, shared, read)
+    family = [row.p if row.primary else None for row in rows]
+    adjusted = zip(
+        statistics.false_discovery_rate(family),
+        statistics.false_discovery_levels(family, alpha),
+        strict=True,
+    )
     rows = [
-        replace(row, q=q, verdict=_verdict(row, q, alpha, base))
-        for row, q in zip(rows, adjusted, strict=True)
+        replace(
+            row,
+            q=q,
+            smallest_detectable=None
+            if level is None
+            else test.smallest_detectable(level),
+            verdict=_verdict(row, q, alpha, base),
+        )
+        for row, test, (q, level) in zip(rows, tests, adjusted, strict=True)
     ]
     weaker = sorted({row.task for row in rows if "weaker" in row.method})
     if weaker:
@@ -229,7 +259,7 @@ def compare(
             "evaluate with --log_samples."
         )
     everything = [base, *(run for run in runs if run is not base)]
-    correlations, trends = across_ratios(everything, alpha=alpha)
+    correlations, trends = across_ratios(everything, alpha=alpha, read=read)
     return Comparison(base.name, alpha, tuple(rows), correlations, trends, tuple(notes))
 
 
@@ -265,14 +295,20 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return grouped
 
 
-def primary_metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def primary_metrics(
+    runs: Sequence[Run], *, subtasks: bool = False
+) -> list[tuple[str, str]]:
     """Return one (task, metric) for each task that all runs have.
 
     The metric is ``acc_norm`` where there is one, as the study reports it, else the
-    first that the task lists. Subtasks of groups with scores are left out.
+    first that the task lists and that is a finite number in all runs.
+
+    Args:
+        runs: At least one.
+        subtasks: Whether to include the members of groups that have scores.
     """
     primary = []
-    for task in runs[0].tasks(subtasks=False):
+    for task in runs[0].tasks(subtasks=subtasks):
         metrics = [
             metric
             for scored, metric in runs[0].scores
@@ -290,49 +326,94 @@ def primary_metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def across_ratios(
-    runs: Sequence[Run], *, alpha: float = 0.05
+    runs: Sequence[Run], *, alpha: float = 0.05, read: _DocumentReader | None = None
 ) -> tuple[tuple[TaskCorrelation, ...], tuple[TaskTrend, ...]]:
     """Correlate any two tasks, and test each for a trend, over expansion ratios.
 
     Args:
         runs: Runs of one or several series.
-        alpha: 1 - confidence of the intervals.
+        alpha: 1 - confidence of the intervals, and level of the tests.
+        read: Reader whose documents are used again.
 
     Returns:
         Correlations and trends; empty for series with fewer than 3 ratios.
     """
     correlations: list[TaskCorrelation] = []
     trends: list[TaskTrend] = []
+    read = read or _DocumentReader()
     for name, members in series_of(runs).items():
         ratios = [run.expansion_ratio or 0.0 for run in members]
         if len(set(ratios)) < 3:
             continue
         scores = {
-            key: [run.scores[key].value for run in members]
+            key: [_linear(run, *key) for run in members]
             for key in primary_metrics(members)
         }
+        tested = {key: _trend(members, *key, alpha, read) for key in scores}
         pairs = [
             TaskCorrelation(
                 name,
                 (one, other),
                 statistics.correlate(scores[one], scores[other], alpha=alpha),
+                _larger(tested[one].p, tested[other].p),
                 None,
             )
             for one, other in itertools.combinations(scores, 2)
         ]
-        adjusted = statistics.false_discovery_rate(
-            [pair.correlation.pearson_p for pair in pairs]
-        )
+        adjusted = statistics.false_discovery_rate([pair.p for pair in pairs])
         correlations += [
             replace(pair, q=q) for pair, q in zip(pairs, adjusted, strict=True)
         ]
-        tested = [
-            TaskTrend(name, *key, statistics.trend(ratios, values), None)
-            for key, values in scores.items()
+        adjusted = statistics.false_discovery_rate([each.p for each in tested.values()])
+        trends += [
+            TaskTrend(name, *key, each, q)
+            for (key, each), q in zip(tested.items(), adjusted, strict=True)
         ]
-        adjusted = statistics.false_discovery_rate([each.trend.p for each in tested])
-        trends += [replace(each, q=q) for each, q in zip(tested, adjusted, strict=True)]
     return tuple(correlations), tuple(trends)
+
+
+def _trend(
+    members: Sequence[Run], task: str, metric: str, alpha: float, read: _DocumentReader
+) -> statistics.Trend:
+    """Test a score for a trend over the documents that all members were scored on."""
+    ratios = [run.expansion_ratio or 0.0 for run in members]
+    pairs: list[tuple[Documents, Documents] | None]
+    try:
+        pairs = [
+            paired_documents(members[0], run, task, metric, read) for run in members
+        ]
+    except ResultsError:
+        pairs = [None]
+    first = pairs[0]
+    if first is None or None in pairs:
+        scores = [_linear(run, task, metric) for run in members]
+        slope = float(np.polyfit(ratios, scores, 1)[0])
+        why = "none: needs logged samples of the same documents in all configurations"
+        return statistics.Trend(len(members), slope, None, None, None, why, 0)
+    return statistics.trend(
+        ratios,
+        [pair[1].values for pair in pairs if pair],
+        weights=first[0].weights,
+        clusters=first[0].clusters,
+        strata=first[0].strata,
+        transform=first[0].transform,
+        alpha=alpha,
+    )
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else max(one, other)
+
+
+def _linear(run: Run, task: str, metric: str) -> float:
+    """Return a score on the scale that is a mean over documents: log perplexity."""
+    value = run.scores[task, metric].value
+    return math.log(value) if is_perplexity(metric) and value > 0 else value
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether a metric is a perplexity, whose logarithm is the mean over documents."""
+    return "perplexity" in metric
 
 
 class _DocumentReader:
@@ -396,105 +477,125 @@ def paired_documents(
     return (one, reordered) if same_kind else None
 
 
-def _difference(
+def _test(
     base: Run,
     run: Run,
     task: str,
     metric: str,
     alpha: float,
     read: _DocumentReader,
-) -> Difference:
+) -> tuple[statistics.PairedTest, int | None]:
+    """Return the test of one row, and how many documents it is of."""
     before, after = base.scores[task, metric], run.scores[task, metric]
     pair = paired_documents(base, run, task, metric, read)
     documents = len(pair[0].keys) if pair else None
-    nothing = [
-        name
-        for name, score in ((base.name, before), (run.name, after))
-        if not math.isfinite(score.value)
-    ]
-    if nothing:
-        test = statistics.PairedTest(
-            after.value - before.value,
-            None,
-            None,
-            None,
-            f"none: the score of {' and '.join(nothing)} is no finite number",
-            None,
-            0,
+    nothing = _not_finite(base, run, task, metric)
+    if nothing or (not pair and None in (before.stderr, after.stderr)):
+        why = (
+            f"the score of {' and '.join(nothing)} is no finite number"
+            if nothing
+            else "neither samples nor standard errors"
         )
-    elif pair:
+        change = after.value - before.value
+        none = statistics.PairedTest(change, None, None, None, f"none: {why}", 0, alpha)
+        return none, documents
+    if pair:
         test = statistics.paired_difference(
             pair[0].values,
             pair[1].values,
             weights=pair[0].weights,
             clusters=pair[0].clusters,
+            strata=pair[0].strata,
             transform=pair[0].transform,
             alpha=alpha,
         )
-    elif before.stderr is not None and after.stderr is not None:
+    else:
+        assert before.stderr is not None
+        assert after.stderr is not None
         test = statistics.unpaired_difference(
             before.value, before.stderr, after.value, after.stderr, alpha=alpha
         )
-    else:
-        test = statistics.PairedTest(
-            after.value - before.value,
-            None,
-            None,
-            None,
-            "none: neither samples nor standard errors",
-            None,
-            0,
-        )
+    return test, documents
+
+
+def _not_finite(base: Run, run: Run, task: str, metric: str) -> list[str]:
+    return [
+        each.name
+        for each in (base, run)
+        if not math.isfinite(each.scores[task, metric].value)
+    ]
+
+
+def _row(
+    base: Run,
+    run: Run,
+    key: tuple[str, str],
+    primary: bool,
+    test: statistics.PairedTest,
+    documents: int | None,
+) -> Difference:
+    """Return a row that has no q and no verdict on it yet."""
+    before, after = base.scores[key].value, run.scores[key].value
     return Difference(
         run=run.name,
-        task=task,
-        metric=metric,
-        base_score=before.value,
-        score=after.value,
-        difference=after.value - before.value,
-        relative=statistics.relative_change(before.value, after.value),
+        task=key[0],
+        metric=key[1],
+        base_score=before,
+        score=after,
+        difference=after - before,
+        relative=statistics.relative_change(before, after),
         low=test.low,
         high=test.high,
         p=test.p,
         q=None,
-        smallest_detectable=test.smallest_detectable,
+        smallest_detectable=None,
         documents=documents,
         method=test.method,
-        verdict="not comparable" if nothing else "not shown",
+        primary=primary,
+        verdict="not comparable" if _not_finite(base, run, *key) else "not tested",
     )
 
 
 def _verdict(row: Difference, q: float | None, alpha: float, base: Run) -> str:
-    if row.verdict == "not comparable" or q is None or q >= alpha:
+    if row.verdict == "not comparable":
         return row.verdict
+    if not row.primary:
+        return "restated"
+    if q is None:
+        return row.verdict
+    if q >= alpha:
+        return "not shown"
     higher_is_better = base.scores[row.task, row.metric].higher_is_better
     if higher_is_better is None:
         return "different"
     return "better" if (row.difference > 0) == higher_is_better else "worse"
 
 
-def _unlike_settings(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
-    """Return the settings, other than the model's, that two runs do not share."""
-    shots = [
-        {task: each.environment.get("n-shot", {}).get(task) for task in tasks}
-        for each in (base, run)
+def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
+    """Return what two runs did not have in common beside the model."""
+    return [
+        f"{run.name} was evaluated with other settings than {base.name} "
+        f"({', '.join(labels)}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
+        "difference need not come from the model."
+        for labels, on in other_settings(base.settings, run.settings, tasks).items()
     ]
-    unlike = ["num_fewshot"] if shots[0] != shots[1] else []
-    unlike += [
-        label
-        for key, label in (
-            ("chat_template_sha", "chat template"),
-            ("system_instruction_sha", "system instruction"),
-            ("fewshot_as_multiturn", "fewshot_as_multiturn"),
-        )
-        if base.environment.get(key) != run.environment.get(key)
-    ]
-    unlike += [
-        label
-        for key, label in (("model_dtype", "dtype"), ("gen_kwargs", "gen_kwargs"))
-        if base.config.get(key) != run.config.get(key)
-    ]
-    return unlike
+
+
+def _prompts_notes(
+    base: Run, run: Run, tasks: Sequence[str], read: _DocumentReader
+) -> list[str]:
+    notes = {}
+    for task, metric in base.scores:
+        if task not in tasks or task in notes or (task, metric) not in run.scores:
+            continue
+        before, after = (read(each, task, metric) for each in (base, run))
+        others = before.other_prompts(after) if before and after else 0
+        if before and others:
+            notes[task] = (
+                f"{others} of {len(before.keys)} documents of {task} had another prompt "
+                f"(prompt_hash) in {run.name} than in {base.name}."
+            )
+    return list(notes.values())
 
 
 def _with_distinct_names(base: Run, runs: list[Run]) -> list[Run]:
@@ -506,13 +607,34 @@ def _with_distinct_names(base: Run, runs: list[Run]) -> list[Run]:
     ]
 
 
+#: What the tables of trends and correlations show.
+TREND = (
+    "Trend over expansion ratios (change of the score per 1 of ratio, positive where it falls "
+    "with pruning; slopes of single documents)"
+)
+CORRELATION = (
+    "Correlation of two tasks over expansion ratios (p of r and of rho take the sizes for "
+    "independent draws, which steps of pruning are not; p both: both tasks have a trend)"
+)
+
+
+def scale_name(metric: str) -> str:
+    """Return the name of a metric on the scale of trends and correlations."""
+    return f"log {metric}" if is_perplexity(metric) else metric
+
+
 def as_table(comparison: Comparison) -> str:
     """Return the comparison as Markdown tables for people."""
     confidence = f"{1 - comparison.alpha:.0%}"
+    primary = sum(row.primary for row in comparison.rows)
     header = (
         f"Compared with {comparison.base}; difference = run - base; q: p after "
-        f"Benjamini-Hochberg over these {len(comparison.rows)} rows."
+        f"Benjamini-Hochberg over {primary} row{'s' * (primary != 1)}, one metric for each task; "
+        "smallest detectable: "
+        "with a chance of 80 % at the level that this leaves."
     )
+    if primary < len(comparison.rows):
+        header += " Rows that are `restated` are other metrics of the same answers."
     columns = (
         f"|run|task|metric|base|score|difference|{confidence} interval|relative|p|q"
         "|smallest detectable|documents|test|verdict|"
@@ -525,32 +647,36 @@ def as_table(comparison: Comparison) -> str:
         interval = "-" if row.low is None else f"[{row.low:+.4f}, {_signed(row.high)}]"
         lines.append(
             f"|{row.run}|{row.task}|{row.metric}|{row.base_score:.4f}|{row.score:.4f}"
-            f"|{row.difference:+.4f}|{interval}|{_percent(row.relative)}|{_p(row.p)}|{_p(row.q)}"
+            f"|{row.difference:+.4f}|{interval}|{_percent(row.relative)}|{p_text(row.p)}|{p_text(row.q)}"
             f"|{_plain(row.smallest_detectable)}|{row.documents or '-'}|{row.method}|{row.verdict}|"
         )
     if comparison.trends:
-        lines += ["", "Trend of the score over expansion ratios (Mann-Kendall):", ""]
-        lines += ["|series|task|metric|n|tau|p|q|", "|---|---|---|---:|---:|---:|---:|"]
-        lines += [
-            f"|{each.series}|{each.task}|{each.metric}|{each.trend.n}|{_signed(each.trend.tau, 2)}"
-            f"|{_p(each.trend.p)}|{_p(each.q)}|"
-            for each in comparison.trends
-        ]
-    if comparison.correlations:
-        lines += ["", "Correlation of two tasks over expansion ratios:", ""]
+        lines += ["", f"{TREND}:", ""]
         columns = (
-            f"|series|task|task|n|Pearson r|{confidence} interval|p|q|Spearman rho"
-            f"|{confidence} interval|p|"
+            f"|series|task|metric|n|slope|{confidence} interval|p|q|documents|test|"
+        )
+        lines += [columns, "|---|---|---|---:|---:|---:|---:|---:|---:|---|"]
+        for each in comparison.trends:
+            t = each.trend
+            interval = "-" if t.low is None else f"[{t.low:+.4f}, {_signed(t.high)}]"
+            lines.append(
+                f"|{each.series}|{each.task}|{scale_name(each.metric)}|{t.n}|{_signed(t.slope)}"
+                f"|{interval}|{p_text(t.p)}|{p_text(each.q)}|{t.units or '-'}|{t.method}|"
+            )
+    if comparison.correlations:
+        lines += ["", f"{CORRELATION}:", ""]
+        columns = (
+            f"|series|task|task|n|Pearson r|{confidence} interval|p of r|Spearman rho|p of rho"
+            "|p both|q|"
         )
         lines += [columns, "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
         for pair in comparison.correlations:
             c = pair.correlation
-            one, other = (f"{task} {metric}" for task, metric in pair.tasks)
+            one, other = (f"{task} {scale_name(metric)}" for task, metric in pair.tasks)
             lines.append(
                 f"|{pair.series}|{one}|{other}|{c.n}|{_signed(c.pearson, 3)}"
-                f"|{_interval(c.pearson_low, c.pearson_high)}|{_p(c.pearson_p)}|{_p(pair.q)}"
-                f"|{_signed(c.spearman, 3)}|{_interval(c.spearman_low, c.spearman_high)}"
-                f"|{_p(c.spearman_p)}|"
+                f"|{_interval(c.pearson_low, c.pearson_high)}|{p_text(c.pearson_p)}"
+                f"|{_signed(c.spearman, 3)}|{p_text(c.spearman_p)}|{p_text(pair.p)}|{p_text(pair.q)}|"
             )
     if comparison.notes:
         lines += ["", *(f"Note: {note}" for note in comparison.notes)]
@@ -586,7 +712,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _p(p: float | None) -> str:
+def p_text(p: float | None) -> str:
+    """Return a p value as tables show it."""
     if p is None:
         return "-"
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 
@@ -82,11 +82,15 @@ class MeterSample:
             meter has; a component it lacks is missing from the mapping.
         total_joules: Energy of all components together, in joules.
         emissions_kg: Emissions since the meter started, in kg CO2e, or None.
+        counters: What the counters of single devices show, in joules, by component and
+            name. One that stands still leaves its component unmeasured: the others of
+            several GPUs would hide it.
     """
 
     joules: dict[str, float]
     total_joules: float
     emissions_kg: float | None = None
+    counters: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Meter(Protocol):
@@ -113,7 +117,8 @@ class Joules:
         cpu: Processor packages.
         gpu: All graphics processors that the meter sees.
         ram: Memory modules.
-        total: All components that were measured, as the meter adds them up.
+        total: All components together, as the meter adds them up; None where one that the
+            meter has, or that the model runs on, was not measured.
     """
 
     cpu: float | None = None
@@ -195,22 +200,31 @@ def add_up(
     """
     parts = list(readings)
 
-    def total(values: list[float | None], add: Callable[..., float] = sum):
-        known = [value for value in values if value is not None]
-        return add(known) if values and len(known) == len(values) else None
-
-    seconds = total([part.seconds for part in parts], max if at_once else sum)
+    seconds = _all_of([part.seconds for part in parts], max if at_once else sum)
     return EnergyReading(
         seconds if parts else 0.0,
-        Joules(
-            **{
-                name: total([getattr(part.joules, name) for part in parts])
-                for name in (*COMPONENTS, "total")
-            }
-        ),
-        total([part.emissions_kg for part in parts]),
+        add_joules(part.joules for part in parts),
+        _all_of([part.emissions_kg for part in parts]),
         tuple(dict.fromkeys(note for part in parts for note in part.notes)),
     )
+
+
+def add_joules(joules: Iterable[Joules]) -> Joules:
+    """Add energies by component; a figure that one of them lacks is None in the sum."""
+    parts = list(joules)
+    return Joules(
+        **{
+            name: _all_of([getattr(part, name) for part in parts])
+            for name in (*COMPONENTS, "total")
+        }
+    )
+
+
+def _all_of(
+    values: list[float | None], add: Callable[..., float] = sum
+) -> float | None:
+    known = [value for value in values if value is not None]
+    return add(known) if values and len(known) == len(values) else None
 
 
 def scale_idle(idle: EnergyReading, seconds: float | None) -> Joules:
@@ -240,13 +254,38 @@ class _Edge:
     seconds: float
     sample: MeterSample | None
 
+    def moved(self, begin: _Edge, end: _Edge) -> _Edge:
+        """Return the beginning of a window that leaves out what lies between two edges."""
+        seconds = self.seconds + end.seconds - begin.seconds
+        if self.sample is None or begin.sample is None or end.sample is None:
+            return _Edge(seconds, None)
+        mine, before, after = self.sample, begin.sample, end.sample
+        kg = (mine.emissions_kg, before.emissions_kg, after.emissions_kg)
+        return _Edge(
+            seconds,
+            replace(
+                mine,
+                joules={
+                    name: mine.joules.get(name, 0.0)
+                    + joules
+                    - before.joules.get(name, 0.0)
+                    for name, joules in after.joules.items()
+                },
+                total_joules=mine.total_joules
+                + after.total_joules
+                - before.total_joules,
+                emissions_kg=None if None in kg else kg[0] + kg[2] - kg[1],  # type: ignore[operator]
+            ),
+        )
+
 
 class EnergyMonitor:
     """Measures named windows with a meter that may fail.
 
     Windows may nest and overlap; those of one monitor share its counters, so the
-    windows inside another one add up to it. Nothing here raises because of the
-    meter: what went wrong is in `failures` and in the notes of the readings.
+    windows inside another one add up to it, but for those measured apart. Nothing here
+    raises because of the meter: what went wrong is in `failures` and in the notes of the
+    readings.
 
     Args:
         meter: The meter; it is started by the first window, or by `start`.
@@ -254,6 +293,8 @@ class EnergyMonitor:
 
     Attributes:
         failures: What the meter did wrong, one sentence each, in order.
+        required: Components without which there is no total, such as ``gpu`` for a model
+            that runs on one.
 
     Example:
         >>> monitor = EnergyMonitor(CodecarbonMeter())
@@ -266,6 +307,7 @@ class EnergyMonitor:
         self, meter: Meter, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.failures: list[str] = []
+        self.required: set[str] = set()
         self._meter = meter
         self._clock = clock
         self._state: Literal["new", "running", "stopped", "failed"] = "new"
@@ -329,16 +371,23 @@ class EnergyMonitor:
         self.start()
         self._open[name] = self._edge()
 
-    def end_window(self, name: str) -> EnergyReading:
+    def end_window(self, name: str, *, apart: bool = False) -> EnergyReading:
         """Close a window and return what it took.
+
+        Args:
+            name: The window.
+            apart: The windows that are open around it leave out what it took.
 
         Raises:
             ValueError: No window of this name is open.
         """
         if name not in self._open:
             raise ValueError(f"No energy window {name!r} is open.")
-        begin = self._open.pop(name)
-        return self._between(begin, self._edge())
+        begin, end = self._open.pop(name), self._edge()
+        if apart:
+            for other, edge in self._open.items():
+                self._open[other] = edge.moved(begin, end)
+        return self._between(begin, end)
 
     def _edge(self) -> _Edge:
         sample = None
@@ -368,21 +417,35 @@ class EnergyMonitor:
         parts: dict[str, float] = {}
         for name, after in end.sample.joules.items():
             part = after - begin.sample.joules.get(name, 0.0)
-            if part > 0:
+            before = begin.sample.counters.get(name, {})
+            still = [
+                device
+                for device, joules in end.sample.counters.get(name, {}).items()
+                if before.get(device) == joules
+            ]
+            if part > 0 and not still:
                 parts[name] = part
-            else:
-                notes.append(
-                    f"the meter counted {part:g} J for {name} in {seconds:.3f} s: not measured"
-                )
+                continue
+            where = (
+                f" (the counter of {', '.join(still)} stands still)" if still else ""
+            )
+            notes.append(
+                f"the meter counted {part:g} J for {name}{where} in {seconds:.3f} s: not "
+                "measured, so there is no total"
+            )
+        notes += [
+            f"the model runs on a {name} that the meter does not see, so there is no total"
+            for name in sorted(self.required - set(end.sample.joules))
+        ]
+        if notes:
+            return EnergyReading(seconds, Joules(**parts), None, tuple(notes))
         emissions = None
         if (
             begin.sample.emissions_kg is not None
             and end.sample.emissions_kg is not None
         ):
             emissions = end.sample.emissions_kg - begin.sample.emissions_kg
-        return EnergyReading(
-            seconds, Joules(total=total, **parts), emissions, tuple(notes)
-        )
+        return EnergyReading(seconds, Joules(total=total, **parts), emissions)
 
     def _fail(self, what: str, error: Exception) -> None:
         self._state = "failed"

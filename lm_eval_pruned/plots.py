@@ -57,14 +57,14 @@ class Line:
         label: Entry in the legend.
         x: Expansion ratios.
         y: Values, as many.
-        marked: Whether each point is significant; those are drawn filled. Empty where
-            that was not asked.
+        marked: Whether each point is significant: True is drawn filled, False open, and
+            None, a point that was not tested, as a cross. Empty where that was not asked.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    marked: Sequence[bool] = ()
+    marked: Sequence[bool | None] = ()
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,8 @@ def lines_plot(
             style = STYLES[number // len(COLOURS) % len(STYLES)]
             axes.plot(line.x, line.y, color=colour, linestyle=style, linewidth=1.4)
             marked = line.marked or [True] * len(line.x)
-            for x, y, filled in zip(line.x, line.y, marked, strict=True):
-                axes.plot(
-                    x,
-                    y,
-                    marker=marker,
-                    markersize=6,
-                    markeredgecolor=colour,
-                    markerfacecolor=colour if filled else "none",
-                )
+            for x, y, significant in zip(line.x, line.y, marked, strict=True):
+                axes.plot(x, y, markersize=6, **_point(marker, colour, significant))
             handles.append(
                 Line2D(
                     [],
@@ -142,24 +135,28 @@ def lines_plot(
                 )
             )
         if marks is not None:
-            for face, label in ((_INK, marks), ("none", "no difference shown")):
-                handles.append(
-                    Line2D(
-                        [],
-                        [],
-                        color=_INK,
-                        linestyle="none",
-                        marker="o",
-                        markerfacecolor=face,
-                        label=label,
-                    )
-                )
+            meanings = {True: marks, False: "no difference shown", None: "not tested"}
+            drawn = {mark for line in lines for mark in line.marked}
+            handles += [
+                Line2D([], [], linestyle="none", label=label, **_point("o", _INK, mark))
+                for mark, label in meanings.items()
+                if mark is not None or mark in drawn
+            ]
         axes.invert_xaxis()
         _label_ratios(axes, [x for line in lines for x in line.x])
         axes.set_ylabel(y_label)
         axes.grid(axis="y", color=_INK, alpha=0.15)
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
         return _finish(figure, name, title, description)
+
+
+def _point(marker: str, colour: str, significant: bool | None) -> dict[str, Any]:
+    """Return how a point is drawn that is significant, is not, or was not tested."""
+    return {
+        "marker": "x" if significant is None else marker,
+        "markeredgecolor": colour,
+        "markerfacecolor": colour if significant else "none",
+    }
 
 
 def scatter_plot(

@@ -460,6 +460,9 @@ def profile(
     def result() -> Profile:
         return _summarise(request, shelf, bench, jobs, interrupted, monitor)
 
+    if torch.device(request.device).type != "cpu":
+        # Energy without that of the GPU is then no total.
+        monitor.required.add("gpu")
     monitor.start()
     order = bench.order(models)
     bar = tqdm(total=request.repeats * len(order), desc="Profiling", unit="pass")

@@ -22,7 +22,10 @@ from lm_eval_pruned.comparison import (
     Comparison,
     Difference,
     compare,
+    is_perplexity,
+    p_text,
     primary_metrics,
+    scale_name,
     series_of,
     split_sweep,
 )
@@ -60,6 +63,7 @@ _COLUMNS = (
     "q",
     "smallest_detectable",
     "method",
+    "primary",
     "verdict",
 )
 
@@ -164,22 +168,28 @@ def _scores(base: Run, others: Sequence[Run], comparison: Comparison) -> Section
     runs = sorted(others, key=lambda run: (_series(run), -(run.expansion_ratio or 0)))
     rows = []
     shown = base.tasks(subtasks=False)
+    primary = primary_metrics([base]) + [
+        (row.task, row.metric) for row in comparison.rows if row.primary
+    ]
     for task, metric in base.scores:
         if task not in shown:
             continue
         score = base.scores[task, metric]
         arrow = _arrow(score.higher_is_better)
-        cells = [Cell(task), Cell(f"{metric.removesuffix(',none')} {arrow}")]
+        dagger = "" if (task, metric) in primary else " \u2020"
+        cells = [Cell(task), Cell(f"{metric.removesuffix(',none')} {arrow}{dagger}")]
         cells.append(Cell(_score(score.value)))
         cells += [_score_cell(found.get((run.name, task, metric))) for run in runs]
         rows.append(cells)
     columns = ["task", "metric", _column(base)] + [_column(run) for run in runs]
     tests = sorted({row.method for row in comparison.rows})
+    tested = sum(row.q is not None for row in comparison.rows)
     legend = (
         "\u2191 higher is better, \u2193 lower is better. \u25b2 better and \u25bc worse than the unpruned model, "
-        f"significant at {comparison.alpha:g} after Benjamini-Hochberg over the "
-        f"{len(comparison.rows)} comparisons of this table; no mark: no difference was shown, "
-        "which is not the same as none. Differences with intervals, p, q and the smallest "
+        f"\u25c6 different, significant at {comparison.alpha:g} after Benjamini-Hochberg over {tested} "
+        "comparisons, one metric for each task; \u00d7 not tested; no mark: no difference was shown, "
+        "which is not the same as none. \u2020 restates the same answers in another metric: outside of "
+        "the correction, without marks. Differences with intervals, p, q and the smallest "
         "detectable difference are in results.csv."
     )
     return Section(
@@ -212,12 +222,7 @@ def _capabilities(
                     continue
                 share = _share(baseline.value, score.value, falls)
                 if share is not None and is_drawable(share):
-                    significant = row is not None and row.verdict in (
-                        "better",
-                        "worse",
-                        "different",
-                    )
-                    points.append((run.expansion_ratio, 100 * share, significant))
+                    points.append((run.expansion_ratio, 100 * share, _significant(row)))
             label = f"{task} ({metric.split(',')[0]}{', inverted' if falls else ''})"
             if len(points) > 1:
                 lines.append(Line(label, *zip(*points, strict=True)))
@@ -233,7 +238,8 @@ def _capabilities(
                     f"Capabilities relative to the unpruned model ({series})",
                     "Each score as a share of the unpruned model's, against the expansion ratio. "
                     "Above 100 % is better; scores where less is better, such as perplexity, are "
-                    "inverted (unpruned / pruned). Filled points differ significantly.",
+                    "inverted (unpruned / pruned). Filled points differ significantly, open ones were "
+                    "tested and do not, crosses were not tested, as the unpruned model itself.",
                     lines,
                     "score relative to unpruned (%)",
                     reference=100,
@@ -260,22 +266,25 @@ def _knowledge_and_truthfulness(
         if knowledge is None or truth is None or len(members) < 2:
             continue
         pair = {(knowledge, metrics[knowledge]), (truth, metrics[truth])}
-        correlation = next(
+        found = next(
             (
-                each.correlation
+                each
                 for each in comparison.correlations
                 if each.series == series and set(each.tasks) == pair
             ),
             None,
         )
-        if correlation is None or correlation.pearson is None:
+        correlation = found and found.correlation
+        if not found or not correlation or correlation.pearson is None:
             caption = f"too few different points for a correlation (n = {len(members)})"
         else:
+            both = "not tested" if found.p is None else f"p = {found.p:.3g}"
+            logs = any(is_perplexity(metric) for _, metric in pair)
             caption = (
-                f"Pearson r = {correlation.pearson:.3f}, p = {correlation.pearson_p:.3f}, "
-                f"{1 - comparison.alpha:.0%} interval [{correlation.pearson_low:.2f}, "
-                f"{correlation.pearson_high:.2f}], n = {correlation.n}\n"
-                f"Spearman rho = {correlation.spearman:.3f}, p = {correlation.spearman_p:.3f}"
+                f"Pearson r{' of log perplexity' if logs else ''} = {correlation.pearson:.3f}, {1 - comparison.alpha:.0%} interval "
+                f"[{correlation.pearson_low:.2f}, {correlation.pearson_high:.2f}] if sizes were "
+                f"independent draws, n = {correlation.n}\n"
+                f"Spearman rho = {correlation.spearman:.3f}; both have a trend over documents: {both}"
             )
         plots.append(
             scatter_plot(
@@ -308,25 +317,32 @@ def _trends(comparison: Comparison) -> Section | None:
         [
             Cell(each.series),
             Cell(each.task),
-            Cell(each.metric),
+            Cell(scale_name(each.metric)),
             Cell(str(each.trend.n)),
-            Cell(_number(each.trend.tau, "+.2f")),
-            Cell(_number(each.trend.p, ".4f")),
-            Cell(_number(each.q, ".4f")),
+            Cell(_number(each.trend.slope, "+.4f"), note=each.trend.method),
+            Cell(
+                "-"
+                if each.trend.low is None or each.trend.high is None
+                else f"[{each.trend.low:+.4f}, {each.trend.high:+.4f}]"
+            ),
+            Cell(p_text(each.trend.p)),
+            Cell("not tested" if each.q is None else p_text(each.q)),
         ]
         for each in comparison.trends
     ]
     explanation = (
-        "Kendall's tau between expansion ratio and score: +1 falls with every step of "
-        "pruning, -1 rises. It sees the configurations only, not the documents; with few "
-        "configurations only a perfect order is significant."
+        "Slope: change of the score per 1 of expansion ratio, positive where the score falls with "
+        "pruning. Each document has a slope over the ratios, and their mean is tested over "
+        "documents, because the sizes are cut from each other and so no independent draws. A "
+        "score that first rises and then falls can have a slope of 0."
     )
     return Section(
         "Trends over expansion ratios",
         [explanation],
         Table(
             "Trends",
-            ["series", "task", "metric", "n", "tau", "p", "q"],
+            ["series", "task", "metric", "n", "slope"]
+            + [f"{1 - comparison.alpha:.0%} interval", "p", "q"],
             rows,
             text=3,
         ),
@@ -596,7 +612,13 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
 def _score_cell(row: Difference | None) -> Cell:
     if row is None:
         return Cell("-", note="not evaluated")
-    marks = {"better": "\u25b2", "worse": "\u25bc", "different": "\u25c6"}
+    marks = {
+        "better": "\u25b2",
+        "worse": "\u25bc",
+        "different": "\u25c6",
+        "not tested": "\u00d7",
+        "not comparable": "\u00d7",
+    }
     parts = [f"{row.difference:+.4f}"]
     if row.low is not None and row.high is not None:
         parts.append(f"[{row.low:+.4f}, {row.high:+.4f}]")
@@ -607,7 +629,14 @@ def _score_cell(row: Difference | None) -> Cell:
     ]
     mark = row.verdict if row.verdict in ("better", "worse") else ""
     text = f"{_score(row.score)} {marks.get(row.verdict, '')}".rstrip()
-    return Cell(text, mark, f"{', '.join(parts)}; {row.method}")
+    return Cell(text, mark, f"{', '.join(parts)}; {row.method}; {row.verdict}")
+
+
+def _significant(row: Difference | None) -> bool | None:
+    """Return whether a difference is significant, or None where it was not tested."""
+    if row is None or row.q is None:
+        return None
+    return row.verdict != "not shown"
 
 
 def _share(baseline: float, score: float, falls: bool) -> float | None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm_eval_pruned.settings import settings_of
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,10 +32,13 @@ CLUSTER_FIELDS = {
     re.compile(r"(^|_)musr(_|$)"): "narrative",
     re.compile(r"(^|_)boolq(_|$)"): "passage",
     re.compile(r"^race(_|$)"): "article",
+    re.compile(r"(^|_)drop(_|$)"): "passage",
+    re.compile(r"quad(v2|_|$)"): "context",
+    re.compile(r"hellaswag(_|$)"): "source_id",
+    re.compile(r"(^|_)multirc(_|$)"): "paragraph",
+    re.compile(r"(^|_)record(_|$)"): "passage",
+    re.compile(r"belebele(_|$)"): "flores_passage",
 }
-
-#: From this many subtasks on, a group's subtasks are its clusters (MMLU has 57).
-LEAST_CLUSTERS = 10
 
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.+-]+)$")
 _STDERR = "_stderr"
@@ -78,6 +83,8 @@ class Run:
         environment: What else is needed to repeat the run: versions, number of
             few-shot examples, chat template hash, date.
         energy: What was measured beside the scores, by task; empty where nothing was.
+        settings: How each task was evaluated; see `settings.settings_of`.
+        notes: What was left out of what `path` holds, one sentence each.
     """
 
     name: str
@@ -89,6 +96,8 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     energy: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def pruning(self) -> Mapping[str, Any]:
@@ -187,6 +196,8 @@ class Documents:
         clusters: Cluster of each document, length n, or None if documents are
             independent.
         transform: Name in `TRANSFORMS`.
+        prompts: The harness's ``prompt_hash`` of each document, length n, None where
+            none was logged; empty where they were not read.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -194,6 +205,25 @@ class Documents:
     weights: np.ndarray
     clusters: tuple[str, ...] | None
     transform: str
+    prompts: tuple[str | None, ...] = ()
+
+    def other_prompts(self, other: Documents) -> int:
+        """Return how many documents of both were put into other prompts."""
+        prompts = dict(zip(self.keys, self.prompts, strict=False))
+        return sum(
+            key in prompts and prompts[key] != prompt
+            for key, prompt in zip(other.keys, other.prompts, strict=False)
+        )
+
+    @property
+    def strata(self) -> tuple[str, ...] | None:
+        """Task of each document, or None for a single one.
+
+        The subtasks of a group, such as MMLU's subjects, are not drawn from others:
+        another draw of documents would have the same.
+        """
+        tasks = tuple(task for task, _, _ in self.keys)
+        return tasks if len(set(tasks)) > 1 else None
 
 
 #: From a weighted mean to the score: the harness's mean, perplexity and bits per byte.
@@ -213,8 +243,9 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     """Read one run.
 
     Args:
-        path: A results file, or a folder as ``lm_eval --output_path`` fills it; of
-            several results in a folder the newest counts.
+        path: A results file, or a folder as ``lm_eval --output_path`` fills it. Of
+            several results of one model in a folder the newest of each task counts;
+            what is not read is named in `Run.notes`.
         name: Name for tables; default: made from `path`.
 
     Raises:
@@ -233,21 +264,35 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
                 f"{path} holds no results_*.json: give the folder that `lm_eval --output_path` "
                 "named, or a results file."
             )
-        if path in folders:
-            folders = [path]
+        name = name or path.name
         if all(folder.parent == path for folder in folders) and path.parent.name == (
             "units"
         ):
-            return _merge(
-                name or path.name, path, [_read_newest(folder) for folder in folders]
-            )
-        if len(folders) > 1:
-            names = ", ".join(str(folder.relative_to(path)) for folder in folders)
-            raise ResultsError(
-                f"{path} holds the results of several models ({names}): name one of them."
-            )
-        run = _read_newest(folders[0])
-        return _renamed(run, name or path.name)
+            return _merge(name, path, [_read_newest(folder) for folder in folders])
+        below = [str(folder.relative_to(path)) for folder in folders if folder != path]
+        if path in folders:
+            run = _read_folder(path)
+            if below:
+                note = (
+                    f"The results in {', '.join(below)} below {path} were left out, which holds "
+                    "results itself."
+                )
+                run = replace(run, notes=(*run.notes, note))
+            return _renamed(run, name)
+        if len(below) > 1:
+            # Without `pretrained` the harness makes a new folder for each command.
+            runs = [_read_folder(folder) for folder in folders]
+            tasks = [task for run in runs for task in run.tasks()]
+            if len(set(tasks)) < len(tasks) or any(
+                _model(run) != _model(runs[0]) for run in runs
+            ):
+                raise ResultsError(
+                    f"{path} holds the results of several models ({', '.join(below)}): name one "
+                    "of them."
+                )
+            notes = tuple(note for run in runs for note in run.notes)
+            return replace(_merge(name, path, runs), notes=notes)
+        return _renamed(_read_folder(folders[0]), name)
     if not path.exists():
         raise ResultsError(
             f"{path} does not exist: give a results file or a folder with results."
@@ -290,7 +335,7 @@ def read_sweep(path: str | Path) -> Sweep:
             f"{file} has schema version {schema}, and this version of lm-eval-pruned reads up "
             f"to {SWEEP_SCHEMA}: upgrade lm-eval-pruned."
         )
-    runs, failures = [], []
+    runs, failures, absent = [], [], []
     for identifier in _configuration_ids(file, definition):
         done = []
         for unit in sorted(path.glob(f"units/{identifier}/*/")):
@@ -300,11 +345,16 @@ def read_sweep(path: str | Path) -> Sweep:
                 failures.append(_read_failure(identifier, unit))
         if done:
             runs.append(_merge(identifier, path / "units" / identifier, done))
+        else:
+            absent.append(identifier)
     if not runs:
         raise ResultsError(
             f"{path} holds no finished unit yet"
             + (f"; {len(failures)} failed." if failures else ".")
         )
+    if absent:
+        note = f"{path} holds no finished unit of {', '.join(absent)}."
+        runs[0] = replace(runs[0], notes=(note,))
     return Sweep(path, definition, tuple(runs), tuple(failures))
 
 
@@ -339,6 +389,7 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
     clusters = _clusters(parts)
     sizes = np.concatenate([np.full(len(s), float(len(s))) for _, s in parts])
     raw = [sample.value for _, samples in parts for sample in samples]
+    prompts = tuple(sample.prompt for _, samples in parts for sample in samples)
     for values, weights in _readings(raw):
         weightings = [weights]
         if len(parts) > 1:
@@ -348,7 +399,9 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
                 with np.errstate(over="ignore"):
                     score = function(np.average(values, weights=weighting))
                 if _same(float(score), reported):
-                    return Documents(keys, values, weighting, clusters, transform)
+                    return Documents(
+                        keys, values, weighting, clusters, transform, prompts
+                    )
     return None
 
 
@@ -384,6 +437,7 @@ class _Sample:
     key: tuple[str, int]
     value: Any
     cluster: str | None
+    prompt: str | None
 
 
 def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
@@ -415,12 +469,14 @@ def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
         document = row.get("doc")
         cluster = document.get(cluster_field) if isinstance(document, dict) else None
         order = row.get("doc_id")
+        prompt = row.get("prompt_hash")
         rows.append(
             (
                 order if isinstance(order, int) else number,
                 identity,
                 row[name],
                 None if cluster is None else str(cluster),
+                None if prompt is None else str(prompt),
             )
         )
     score = run.scores.get((task, metric))
@@ -433,22 +489,19 @@ def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
     rows.sort(key=lambda row: row[0])
     repetitions: dict[str, int] = {}
     samples = []
-    for _, identity, value, cluster in rows:
+    for _, identity, value, cluster, prompt in rows:
         repetition = repetitions.get(identity, 0)
         repetitions[identity] = repetition + 1
-        samples.append(_Sample((identity, repetition), value, cluster))
+        samples.append(_Sample((identity, repetition), value, cluster, prompt))
     return samples
 
 
 def _clusters(parts: list[tuple[str, list[_Sample]]]) -> tuple[str, ...] | None:
     names: list[str] = []
-    by_subtask = len(parts) >= LEAST_CLUSTERS
     for leaf, samples in parts:
         for number, sample in enumerate(samples):
             if sample.cluster is not None:
                 names.append(f"{leaf}\0{sample.cluster}")
-            elif by_subtask:
-                names.append(leaf)
             else:
                 names.append(f"{leaf}\0{number}")
     return tuple(names) if len(set(names)) < len(names) else None
@@ -486,9 +539,81 @@ def _same(score: float, reported: float) -> bool:
     )
 
 
-def _read_newest(folder: Path) -> Run:
+def _newest_first(folder: Path) -> list[Path]:
     files = folder.glob("results_*.json")
-    return _read_file(max(files, key=lambda file: (_date(file) or "", file.name)))
+    return sorted(files, key=lambda file: (_date(file) or "", file.name), reverse=True)
+
+
+def _read_newest(folder: Path) -> Run:
+    return _read_file(_newest_first(folder)[0])
+
+
+def _read_folder(folder: Path) -> Run:
+    """Read what several commands left in one folder: of each task the newest.
+
+    The harness names the folder after the checkpoint alone, so results of another
+    size or of other arguments may lie beside: those belong to another model.
+    """
+    newest_file, *older = _newest_first(folder)
+    newest = _read_file(newest_file)
+    parts, notes = [newest], []
+    taken = {leaf for task in newest.tasks() for leaf in newest.members(task)}
+    for file in older:
+        try:
+            run = _read_file(file)
+        except ResultsError as error:
+            notes.append(f"Left out: {error}")
+            continue
+        fresh = [task for task in run.tasks() if task not in taken]
+        if not fresh:
+            continue
+        where = f"{run.path.name}: {', '.join(fresh)}"
+        if _model(run) != _model(newest):
+            notes.append(
+                f"Left out, since {newest.path.name} is of another model or other model "
+                f"arguments: {where}."
+            )
+            continue
+        whole = [task for task in fresh if taken.isdisjoint(run.members(task))]
+        if whole != fresh:
+            split = [task for task in fresh if task not in whole]
+            notes.append(
+                f"Left out, since some of their subtasks were evaluated again: "
+                f"{', '.join(split)} of {run.path.name}."
+            )
+        if whole:
+            parts.append(_only(run, whole))
+            taken.update(leaf for task in whole for leaf in run.members(task))
+    if len(parts) == 1:
+        return replace(newest, notes=tuple(notes))
+    # The newest last: what holds for the whole run, such as the date, is then its.
+    return replace(_merge(folder.name, folder, parts[::-1]), notes=tuple(notes))
+
+
+def _model(run: Run) -> list[Any]:
+    """Return what two results of one model have in common."""
+    keys = ("model", "model_args", "model_sha", "peft_sha", "delta_sha")
+    pruning = run.pruning
+    return [run.config.get(key) for key in keys] + [
+        pruning.get(key) for key in ("intermediate_size_after", "kept_digest")
+    ]
+
+
+def _only(run: Run, tasks: list[str]) -> Run:
+    """Return `run` with the scores of `tasks` alone."""
+    members = {leaf for task in tasks for leaf in run.members(task)}
+
+    def kept(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in mapping.items() if name in members}
+
+    return replace(
+        run,
+        scores={key: score for key, score in run.scores.items() if key[0] in tasks},
+        versions=kept(run.versions),
+        subtasks=kept(run.subtasks),
+        samples=kept(run.samples),
+        settings=kept(run.settings),
+    )
 
 
 def _date(file: Path) -> str | None:
@@ -541,7 +666,7 @@ def _read_file(file: Path) -> Run:
     config = _object(file, data, "config")
     _object(file, data, "n-shot")
     leaves = set(results).union(*subtasks.values())
-    return Run(
+    run = Run(
         name=file.stem,
         path=file,
         scores=scores,
@@ -566,6 +691,8 @@ def _read_file(file: Path) -> Run:
         },
         energy=_energy(config, list(results)),
     )
+    settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
+    return replace(run, settings=settings)
 
 
 def _energy(config: Mapping[str, Any], tasks: list[str]) -> dict[str, Any]:
@@ -673,7 +800,7 @@ def _renamed(run: Run, name: str) -> Run:
 
 
 def _merge(name: str, path: Path, parts: list[Run]) -> Run:
-    """Join the units of one configuration."""
+    """Join the units of one configuration, or several results of one model."""
 
     def joined(attribute: str) -> dict[Any, Any]:
         merged: dict[Any, Any] = {}
@@ -682,6 +809,10 @@ def _merge(name: str, path: Path, parts: list[Run]) -> Run:
         return merged
 
     environment = joined("environment")
+    for key in ("lm_eval_version", "transformers_version"):
+        values = {str(part.environment.get(key, "unknown")) for part in parts}
+        if len(values) > 1:
+            environment[key] = ", ".join(sorted(values))
     shots: dict[str, Any] = {}
     for part in parts:
         of_part = part.environment.get("n-shot")
@@ -696,7 +827,8 @@ def _merge(name: str, path: Path, parts: list[Run]) -> Run:
         versions=joined("versions"),
         subtasks=joined("subtasks"),
         samples=joined("samples"),
-        config=parts[0].config,
+        config=parts[-1].config,
         environment=environment,
         energy=joined("energy"),
+        settings=joined("settings"),
     )

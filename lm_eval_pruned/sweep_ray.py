@@ -61,7 +61,7 @@ def run_on_ray(
     except ImportError:
         raise ValueError(
             "--ray needs the package ray, which is not installed: "
-            "run `pip install lm-eval-pruned[ray]`."
+            "run `pip install 'lm-eval-pruned[ray]'`."
         ) from None
     if not waiting:
         return

@@ -16,22 +16,25 @@ class AnswerPath:
 
     Attributes:
         requests: Number of requests by path: ``shared``, ``slots`` or ``plain``.
-        tokens_computed: Positions that went through the model, padding left out, by path.
+        tokens_computed: Positions that went through the model, padding left out, by path;
+            None where that was not counted.
         reasons: Why requests took the plain path.
+        slots: In how many slots texts were generated, last; None: in none.
     """
 
     requests: dict[str, int] = field(default_factory=dict)
-    tokens_computed: dict[str, int] = field(default_factory=dict)
+    tokens_computed: dict[str, int | None] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    slots: int | None = None
 
-    def add(
-        self, path: str, requests: int, tokens: int, reason: str | None = None
-    ) -> None:
-        """Count `requests` that took `path` and the tokens that this computed."""
+    def add(self, path: str, requests: int, tokens: int | None, *reasons: str) -> None:
+        """Count `requests` that took `path`, for `reasons`, and the tokens that this computed."""
         self.requests[path] = self.requests.get(path, 0) + requests
-        self.tokens_computed[path] = self.tokens_computed.get(path, 0) + tokens
-        if reason is not None and reason not in self.reasons:
-            self.reasons.append(reason)
+        before = self.tokens_computed.get(path, 0)
+        self.tokens_computed[path] = (
+            None if before is None or tokens is None else before + tokens
+        )
+        self.reasons += [reason for reason in reasons if reason not in self.reasons]
 
 
 class AnswerPaths:
@@ -58,6 +61,9 @@ class AnswerPaths:
         )
         faster = any(set(path.requests) - {"plain"} for path in self._paths.values())
         return {
-            **{name: vars(path) for name, path in self._paths.items()},
+            **{
+                name: {k: v for k, v in vars(path).items() if v is not None}
+                for name, path in self._paths.items()
+            },
             "linear": linear_backend() if onednn and faster else "torch",
         }

@@ -107,14 +107,57 @@ def row_limit(config: PretrainedConfig) -> int | None:
     return max(1, int(config.floor_scale) // 2)
 
 
+#: Adapters of peft that change a module's output by what the token at hand gives it.
+#: Left out are prompts, ADAPTION_PROMPT and SHADOW, which add tokens or states of their
+#: own, and LILY, POLY and XLORA, which weigh their parts by all tokens of a pass.
+_TOKEN_BY_TOKEN = frozenset(
+    [
+        "ADALORA",
+        "ADAMSS",
+        "BEFT",
+        "BOFT",
+        "C3A",
+        "DEFT",
+        "DELORA",
+        "FOURIERFT",
+        "FROD",
+        "GLORA",
+        "GRALORA",
+        "HIRA",
+        "HRA",
+        "IA3",
+        "LN_TUNING",
+        "LOHA",
+        "LOKR",
+        "LORA",
+        "MISS",
+        "OFT",
+        "OSF",
+        "PEANUT",
+        "PSOFT",
+        "PVERA",
+        "RANDLORA",
+        "ROAD",
+        "SHIRA",
+        "SUPERTUNING",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    ]
+)
+
+
 def _adapter_reason(model: Any) -> str | None:
     """Return what an adapter does that depends on more than the token at hand, or None."""
     for adapter in (getattr(model, "peft_config", None) or {}).values():
         kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
         if adapter.is_prompt_learning:
             return "its adapter puts virtual tokens in front of each request"
-        if kind in ("POLY", "XLORA"):
-            return f"its adapter ({kind}) weighs its parts by the whole request"
+        if kind not in _TOKEN_BY_TOKEN:
+            return f"its adapter ({kind}) is none of those that look at one token at a time"
         if getattr(adapter, "alora_invocation_tokens", None):
             return (
                 "its adapter begins to work at a token that is searched for in the row"
@@ -150,19 +193,6 @@ def sequence_limit(config: PretrainedConfig) -> int | None:
                 or config.max_position_embeddings
             )
     return min(limits) if limits else None
-
-
-def aligned_zeros(
-    shape: torch.Size, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Return zeros whose rows begin at multiples of 16 numbers.
-
-    The memory-efficient kernel of `torch.nn.functional.scaled_dot_product_attention`
-    copies any other mask, in each layer anew.
-    """
-    *others, last = shape
-    whole = torch.zeros(*others, -(-last // 16) * 16, dtype=dtype, device=device)
-    return whole[..., :last]
 
 
 def trial_disagrees(

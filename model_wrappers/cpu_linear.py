@@ -47,7 +47,7 @@ def fast_cpu_linears(model: torch.nn.Module) -> Iterator[None]:
         yield
         return
     for layer in layers:
-        layer.forward = partial(_linear, layer)
+        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_pruned.generation import count_generated, end_tokens
@@ -23,13 +24,14 @@ from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
     from lm_eval.api.instance import Instance
 
-    from lm_eval_pruned.energy import EnergyMonitor, EnergyReading
+    from lm_eval_pruned.energy import EnergyMonitor, EnergyReading, Joules
 
 #: Version of the block under ``config.energy``; raised when a key changes its meaning.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+#: Tokens of the pass that comes before the first request, on which nothing is counted.
+_WARM_UP_TOKENS = 8
 
 eval_logger = logging.getLogger("lm_eval.models.energy_logging")
 
@@ -71,20 +73,21 @@ class EnergyLoggingHFLM(HFLM):
         self.token_counts = TokenCounts()
         self._energy_per_task = energy_per_task
         self._energy: EnergyLog | None = None
+        self._warmed_up = False
         if energy:
             self._energy = EnergyLog.from_arguments(
                 energy_idle_seconds, energy_country, energy_online
             )
         else:
-            for name, value in {
+            for name, given in {
                 "energy_per_task": energy_per_task,
                 "energy_idle_seconds": energy_idle_seconds,
                 "energy_country": energy_country,
                 "energy_online": energy_online,
             }.items():
-                if value:
+                if given:
                     raise ValueError(
-                        f"{name}={value} measures nothing by itself: pass energy=true as well, "
+                        f"{name}={given} measures nothing by itself: pass energy=true as well, "
                         "or leave it out."
                     )
         super().__init__(*args, **kwargs)
@@ -148,7 +151,9 @@ class EnergyLoggingHFLM(HFLM):
     ) -> list:
         if self._energy is None:
             return run(requests, disable_tqdm=disable_tqdm)
+        self._energy.runs_on_gpu(bool(self._accelerators()))
         self._energy.measure_idle()
+        self._warm_up()
         with self._energy.window(request_type, len(requests), self):
             if not self._energy_per_task:
                 answers = run(requests, disable_tqdm=disable_tqdm)
@@ -184,6 +189,50 @@ class EnergyLoggingHFLM(HFLM):
                 answers[i] = answer
         return answers
 
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        # Its passes belong to no request, and their tokens are counted nowhere.
+        with self._set_up("batch_size_search"):
+            return super()._detect_batch_size(*args, **kwargs)
+
+    def _warm_up(self) -> None:
+        """Send a few tokens through the model: the first pass ever loads kernels and weights."""
+        if self._warmed_up:
+            return
+        self._warmed_up = True
+        with self._set_up("warm_up"):
+            tokens = torch.ones(
+                (1, min(_WARM_UP_TOKENS, self.max_length)),
+                dtype=torch.long,
+                device=self.device,
+            )
+            if self.backend == "seq2seq":
+                self._model_call(tokens, attn_mask=tokens, labels=tokens)
+            else:
+                self._model_call(tokens)
+
+    @contextlib.contextmanager
+    def _set_up(self, purpose: str) -> Iterator[None]:
+        """Measure what no request asked for apart from the requests."""
+        if self._energy is None:
+            yield
+            return
+        self._wait_for_accelerators()
+        with self._energy.set_up(purpose):
+            yield
+            self._wait_for_accelerators()
+
+    def _accelerators(self) -> set[torch.device]:
+        return {
+            parameter.device
+            for parameter in self.model.parameters()
+            if parameter.device.type not in ("cpu", "meta")
+        }
+
+    def _wait_for_accelerators(self) -> None:
+        """Let work that was only sent off be done before a meter is read."""
+        for device in self._accelerators():
+            torch.accelerator.synchronize(device)
+
     def _loglikelihood_tokens(self, requests: list, *args: Any, **kwargs: Any) -> list:
         if self._energy is None:
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
@@ -192,6 +241,11 @@ class EnergyLoggingHFLM(HFLM):
             min(len(context) + len(continuation), self.max_length + 1)
             for _, context, continuation in requests
         )
+        if self.backend == "seq2seq":
+            # The encoder reads each context; `_select_cont_toks` sees the decoder's part.
+            counts.processed += sum(
+                min(len(context), self.max_length) for _, context, _ in requests
+            )
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _select_cont_toks(
@@ -243,6 +297,10 @@ class Share:
         tokens: Tokens of these requests.
         reading: Energy of the machine; None in a process that is not the one to meter it.
         cached: Answers from the harness's cache since the last share.
+        set_up: What was measured apart, by purpose: ``warm_up``, ``batch_size_search``.
+        idle: The idle reading of the machine; None without one.
+        idle_joules: What the machine would have used in the time of `reading` if idle;
+            None without an idle reading.
     """
 
     request_type: str | None = None
@@ -250,6 +308,9 @@ class Share:
     tokens: TokenCounts = field(default_factory=TokenCounts)
     reading: EnergyReading | None = None
     cached: int = 0
+    set_up: dict[str, EnergyReading] = field(default_factory=dict)
+    idle: EnergyReading | None = None
+    idle_joules: Joules | None = None
 
 
 class EnergyLog:
@@ -272,10 +333,12 @@ class EnergyLog:
         self.monitor = monitor
         self.machines = 1
         self.cached = 0
-        self.idle: EnergyReading | None = None
         self.request_types: dict[str, Share] = {}
         self.tasks: dict[str, dict[str, Share]] = {}
         self._idle_seconds = idle_seconds
+        self._idle: EnergyReading | None = None
+        self._idle_machines: list[EnergyReading] = []
+        self._apart: dict[str, EnergyReading] = {}
         self._sleep = sleep
         self._pending = Share()
         self._unreported_cached = 0
@@ -343,6 +406,11 @@ class EnergyLog:
         except TypeError:
             self.note("answers from the cache could not be counted")
 
+    def runs_on_gpu(self, yes: bool) -> None:
+        """Say whether the model does: energy without that of the GPU is then no total."""
+        if yes and self.monitor is not None:
+            self.monitor.required.add("gpu")
+
     def measure_idle(self) -> None:
         """Measure the idle machine, the first time this is called."""
         seconds, self._idle_seconds = self._idle_seconds, 0
@@ -354,7 +422,24 @@ class EnergyLog:
             return
         self.monitor.begin_window("idle")
         self._sleep(seconds)
-        self.idle = self.monitor.end_window("idle")
+        self._idle = self.monitor.end_window("idle")
+        self._idle_machines = [self._idle]
+
+    @contextlib.contextmanager
+    def set_up(self, purpose: str) -> Iterator[None]:
+        """Measure something that is in no window of requests."""
+        from lm_eval_pruned.energy import add_up
+
+        if self.monitor is None:
+            yield
+            return
+        self.monitor.begin_window(purpose)
+        try:
+            yield
+        finally:
+            reading = self.monitor.end_window(purpose, apart=True)
+        before = self._apart.get(purpose)
+        self._apart[purpose] = add_up([before, reading]) if before else reading
 
     @contextlib.contextmanager
     def window(self, request_type: str, requests: int, lm: Any) -> Iterator[None]:
@@ -368,6 +453,7 @@ class EnergyLog:
         try:
             yield
         except BaseException:
+            self._apart = {}
             if self.monitor is not None:
                 self.monitor.end_window(request_type)
             raise
@@ -379,7 +465,16 @@ class EnergyLog:
         share.cached, self._unreported_cached = self._unreported_cached, 0
         if self.monitor is not None and share.request_type is not None:
             share.reading = self.monitor.end_window(share.request_type)
+            share.set_up, self._apart = self._apart, {}
+            share.idle, share.idle_joules = self._idle, self._as_if_idle(share.reading)
         return share
+
+    def _as_if_idle(self, reading: EnergyReading | None) -> Joules | None:
+        from lm_eval_pruned.energy import scale_idle
+
+        if self._idle is None or reading is None:
+            return None
+        return scale_idle(self._idle, reading.seconds)
 
     @contextlib.contextmanager
     def task_window(
@@ -397,7 +492,13 @@ class EnergyLog:
             if self.monitor is not None:
                 reading = self.monitor.end_window(name)
         types = self.tasks.setdefault(task, {})
-        share = Share(request_type, requests, lm.token_counts - before, reading)
+        share = Share(
+            request_type,
+            requests,
+            lm.token_counts - before,
+            reading,
+            idle_joules=self._as_if_idle(reading),
+        )
         types[request_type] = _added(types.get(request_type), share)
 
     def record(self, shares: list[Share]) -> None:
@@ -412,11 +513,16 @@ class EnergyLog:
         self.machines = max(self.machines, len(readings))
         request_type = busy[0].request_type
         assert request_type is not None
+        idle = [share.idle for share in busy if share.idle is not None]
+        if idle:
+            self._idle_machines = idle
         whole = Share(
             request_type,
             sum(share.requests for share in busy),
             sum((share.tokens for share in busy), TokenCounts()),
             add_up(readings, at_once=True) if readings else None,
+            set_up=_added_set_up(busy, at_once=True),
+            idle_joules=_added_idle([s for s in busy if s.reading is not None]),
         )
         self.request_types[request_type] = _added(
             self.request_types.get(request_type), whole
@@ -441,6 +547,7 @@ class EnergyLog:
         """Return the block for the results file. None is *not measured*."""
         from lm_eval_pruned.energy import EnergyReading
 
+        idle = self.idle
         meter = self.monitor.describe() if self.monitor is not None else None
         failures = self.monitor.failures if self.monitor is not None else []
         block: dict[str, Any] = {
@@ -458,7 +565,8 @@ class EnergyLog:
             "country": meter and meter.country,
             "machines": self.machines,
             "cached_answers": self.cached,
-            "idle": self.idle and self.idle.as_dict(),
+            "idle": idle and idle.as_dict(),
+            "set_up": self._set_up_as_dict(),
             "request_types": {
                 name: self._as_dict(share) for name, share in self.request_types.items()
             },
@@ -485,16 +593,33 @@ class EnergyLog:
         notes = [*failures, *self._notes]
         if self.monitor is None:
             notes.append("another process of this machine meters it")
-        for reading in (self.idle, *(s.reading for s in self.request_types.values())):
+        for reading in (idle, *(s.reading for s in self.request_types.values())):
             notes += reading.notes if isinstance(reading, EnergyReading) else ()
         block["notes"] = list(dict.fromkeys(notes))
+        return block
+
+    @property
+    def idle(self) -> EnergyReading | None:
+        """All machines together at idle; None where that was not asked for."""
+        from lm_eval_pruned.energy import add_up
+
+        machines = self._idle_machines
+        return add_up(machines, at_once=True) if machines else None
+
+    def _set_up_as_dict(self) -> dict[str, dict[str, Any]]:
+        block: dict[str, dict[str, Any]] = {}
+        for name, share in self.request_types.items():
+            for purpose, reading in share.set_up.items():
+                block.setdefault(purpose, {})[name] = reading.as_dict()
         return block
 
     def _status(self, metered: bool) -> str:
         if not metered or self.monitor is None:
             return "not measured"
-        reading = self.total().reading
-        whole = reading is not None and reading.joules.total is not None
+        readings = [self.total().reading]
+        if self._idle_machines:
+            readings.append(self.idle)
+        whole = all(r is not None and r.joules.total is not None for r in readings)
         return "partial" if self.monitor.failures or not whole else "ok"
 
     def total(self) -> Share:
@@ -508,6 +633,7 @@ class EnergyLog:
             sum(share.requests for share in shares),
             sum((share.tokens for share in shares), TokenCounts()),
             add_up(readings) if len(readings) == len(shares) else None,
+            idle_joules=_added_idle(shares),
         )
 
     def as_table(self) -> str:
@@ -534,6 +660,19 @@ class EnergyLog:
                 + "|".join("n/m" if f is None else f"{f:,.4g}" for f in figures)
                 + "|"
             )
+        for purpose, readings in self._set_up_as_dict().items():
+            for name, reading in readings.items():
+                joules = reading["joules"]
+                figures = [
+                    reading["seconds"],
+                    *(joules[part] for part in ("cpu", "gpu", "ram", "total")),
+                    reading["mean_watts"],
+                ]
+                lines.append(
+                    f"|{purpose.replace('_', ' ')} before {name}, in no other row|||||"
+                    + "|".join("n/m" if f is None else f"{f:,.4g}" for f in figures)
+                    + "|||"
+                )
         meter = self.monitor.describe() if self.monitor is not None else None
         if meter is not None:
             lines += [
@@ -547,7 +686,7 @@ class EnergyLog:
         return "\n".join(lines)
 
     def _as_dict(self, share: Share) -> dict[str, Any]:
-        from lm_eval_pruned.energy import EnergyReading, ratio, scale_idle, subtract
+        from lm_eval_pruned.energy import EnergyReading, ratio, subtract
 
         reading = share.reading or EnergyReading(None)
         tokens = share.tokens
@@ -563,10 +702,9 @@ class EnergyLog:
             if share.request_type == "generate_until"
             else None,
         }
-        if self.idle is not None:
-            idle = scale_idle(self.idle, reading.seconds)
-            record["idle_joules"] = idle.as_dict()
-            record["net_joules"] = subtract(reading.joules, idle).as_dict()
+        if share.idle_joules is not None:
+            record["idle_joules"] = share.idle_joules.as_dict()
+            record["net_joules"] = subtract(reading.joules, share.idle_joules).as_dict()
         return record
 
 
@@ -589,4 +727,30 @@ def _added(share: Share | None, more: Share) -> Share:
         share.requests + more.requests,
         share.tokens + more.tokens,
         add_up([share.reading, more.reading]) if known else None,  # type: ignore[list-item]
+        set_up=_added_set_up([share, more]),
+        idle_joules=_added_idle([share, more]),
     )
+
+
+def _added_set_up(
+    shares: list[Share], *, at_once: bool = False
+) -> dict[str, EnergyReading]:
+    from lm_eval_pruned.energy import add_up
+
+    purposes = dict.fromkeys(name for share in shares for name in share.set_up)
+    return {
+        name: add_up(
+            [share.set_up[name] for share in shares if name in share.set_up],
+            at_once=at_once,
+        )
+        for name in purposes
+    }
+
+
+def _added_idle(shares: list[Share]) -> Joules | None:
+    from lm_eval_pruned.energy import Joules, add_joules
+
+    known = [share.idle_joules for share in shares]
+    if all(joules is None for joules in known):
+        return None
+    return add_joules(joules or Joules() for joules in known)

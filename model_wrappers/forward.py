@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import send_to_device
 
 from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears
 
@@ -71,7 +70,6 @@ class Forward:
             if keep is not None:
                 output = self.model.get_output_embeddings()
                 stack.callback(output.register_forward_pre_hook(thin_out).remove)
-            _send_masks_once(self.model, stack)
             stack.enter_context(torch.no_grad())
             if self.autocast_dtype is not None:
                 stack.enter_context(
@@ -81,30 +79,3 @@ class Forward:
             return self.model(
                 input_ids=tokens, position_ids=positions, **arguments
             ).logits
-
-
-def _send_masks_once(model: Any, stack: ExitStack) -> None:
-    """Let layers on one device share one copy of the mask.
-
-    accelerate's hooks send a layer its arguments from the first device, each layer anew.
-    """
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2:
-        return
-    sent: dict[tuple[int, torch.device], Tensor] = {}
-
-    def send(
-        module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        mask = kwargs.get("attention_mask")
-        device = module._hf_hook.execution_device  # type: ignore[union-attr]
-        if not isinstance(mask, torch.Tensor) or device is None:
-            return None
-        key = (id(mask), torch.device(device))
-        if key not in sent:
-            sent[key] = send_to_device(mask, device)
-        return inputs, {**kwargs, "attention_mask": sent[key]}
-
-    for module in model.modules():
-        if getattr(getattr(module, "_hf_hook", None), "execution_device", None) is None:
-            continue
-        stack.callback(module.register_forward_pre_hook(send, with_kwargs=True).remove)

@@ -25,7 +25,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from lm_eval_pruned.model_wrappers.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.attention_support import (
-    aligned_zeros,
     cache_argument,
     config_of,
     row_limit,
@@ -35,6 +34,7 @@ from lm_eval_pruned.model_wrappers.attention_support import (
 )
 from lm_eval_pruned.model_wrappers.forward import Forward
 from lm_eval_pruned.model_wrappers.hf_arguments import check_flag
+from lm_eval_pruned.model_wrappers.masks import additive_mask
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 from lm_eval_pruned.token_tree import Budget, TokenTree, build_tree, next_pack
 
@@ -50,6 +50,11 @@ if TYPE_CHECKING:
     #: What identifies the request, its context and its continuation.
     Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
+    # The mixin's neighbour among the bases, whose attributes it uses.
+    from lm_eval.models.huggingface import HFLM as _Neighbour
+else:
+    _Neighbour = object
+
 eval_logger = logging.getLogger("lm_eval.models.prefix_sharing")
 
 # The first use tries a small model of the class; it has to save more tokens than that costs.
@@ -58,7 +63,7 @@ _WORTH_CHECKING = 200
 _FEWEST_TOKENS = 512
 
 
-class PrefixSharingMixin:
+class PrefixSharingMixin(_Neighbour):
     """Computes common prefixes of log-likelihood requests once.
 
     Put it before `HFLM` among the bases. Log-probabilities and greedy flags are
@@ -165,7 +170,7 @@ class PrefixSharingMixin:
         for _, context, continuation in requests:
             text = (*context, *continuation[:-1])
             lengths.setdefault(text, set()).add(len(continuation))
-        cached = self.logits_cache
+        cached = self.logits_cache  # type: ignore[has-type]
         self.logits_cache = cached and all(len(n) == 1 for n in lengths.values())
         try:
             return super()._loglikelihood_tokens(  # type: ignore[misc]
@@ -369,8 +374,9 @@ def _run_pack(
         cache.begin_pass(kept)
         arguments = {"use_cache": True, cache_argument(forward.model): cache}
     if not pack.chains:
+        dtype = forward.autocast_dtype or forward.model.dtype
         arguments["attention_mask"] = _mask(
-            tree, pack, nodes, cache.length, forward.model.dtype, device
+            tree, pack, nodes, cache.length, dtype, device
         )
 
     scored = work.scored_before
@@ -417,8 +423,7 @@ def _mask(
     ).to(device)
     query = torch.from_numpy(number).to(device)[:, :, None]
     seen = (key[:, None] <= query) & (query < key_end[:, None])
-    mask = aligned_zeros(seen.shape, dtype, device)
-    return mask.masked_fill_(~seen, float("-inf"))[:, None]
+    return additive_mask(~seen, dtype)
 
 
 def _score(
@@ -555,6 +560,8 @@ class _PathLayer(DynamicLayer):
     next path only.
     """
 
+    values: Any  # None where keys are.
+
     def __init__(self, kept: torch.Tensor | None = None) -> None:
         super().__init__()
         self.kept = kept
@@ -587,8 +594,12 @@ class _PathLayer(DynamicLayer):
 class _PathCache(Cache):
     """The cached path that a run of passes shares; see `_PathLayer`."""
 
+    layers: list[_PathLayer]  # type: ignore[assignment]
+
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _PathLayer(self._kept))
+        super().__init__(
+            layer_class_to_replicate=lambda: _PathLayer(self._kept)  # type: ignore[arg-type]
+        )
         self._kept: torch.Tensor | None = None
         #: Tokens of the path.
         self.length = 0

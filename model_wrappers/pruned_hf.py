@@ -41,6 +41,12 @@ eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
 
 class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM):
+    # HFLM's, which sets them in ways that a type checker does not follow.
+    AUTO_MODEL_CLASS: Any
+    _model: Any
+
+    _prune_record: PruneRecord
+
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
@@ -97,7 +103,7 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
         """
-        self._prune_arguments = {
+        self._prune_arguments: dict[str, Any] = {
             "ratio": ratio,
             "prune_percent": prune_percent,
             "intermediate_size": intermediate_size,
@@ -213,13 +219,13 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
             self.AUTO_MODEL_CLASS = auto_class
         if merging is not None:
             # The criterion has to see the sum of the weights.
-            if merging == "peft_stage":
+            if peft is not None and merging == "peft_stage":
                 self._model = merged(self._model, peft)
             self._prune_in_memory()
 
     def _prune_in_memory(self) -> None:
         prune_model(self._model, **self._prune_arguments, tokenizer=self.tokenizer)
-        self._prune_record: PruneRecord = self._model.prune_record
+        self._prune_record = self._model.prune_record
         self._config = self._model.config
 
     def get_model_info(self) -> dict[str, Any]:
@@ -253,7 +259,7 @@ class _PruningAutoModel:
             tokenizer=self._lm.tokenizer,
             inspect=self._inspect,
         )
-        self._lm._prune_record = model.prune_record
+        self._lm._prune_record = model.prune_record  # type: ignore[assignment]
         self._lm._config = model.config
         return model
 

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import deque
-from contextlib import contextmanager
+from collections import Counter, deque
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from lm_eval.models.utils import (
     handle_stop_sequences,
@@ -30,31 +29,36 @@ from lm_eval.models.utils import (
 from tqdm import tqdm
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lm_eval_pruned.generation import end_tokens
+from lm_eval_pruned.model_wrappers.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.attention_support import (
     base_model,
     cache_argument,
-    rounding,
+    config_of,
     sequence_limit,
+    trial_disagrees,
     unsupported_reason,
 )
-from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears
+from lm_eval_pruned.model_wrappers.forward import Forward
 from lm_eval_pruned.model_wrappers.hf_arguments import check_flag
+from lm_eval_pruned.model_wrappers.masks import additive_mask
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from lm_eval.api.instance import Instance
 
+    # The mixin's neighbour among the bases, whose attributes it uses.
+    from lm_eval.models.huggingface import HFLM as _Neighbour
+    from transformers import PreTrainedModel
+else:
+    _Neighbour = object
+
 eval_logger = logging.getLogger("lm_eval.models.slot_refilling")
 
-# The first use compares a few tokens with a plain pass; requests that may generate
-# fewer tokens than this in all are not worth that.
-_WORTH_CHECKING = 256
 # A prompt waits for another that begins alike if that saves so many tokens.
 _WORTH_WAITING = 32
 # The order of texts is worth leaving that of lengths if this much more of the prompts
@@ -67,6 +71,8 @@ _GROUPS = 4
 _LEAST_SLOTS_IN_GROUPS = 16
 # Bringing slots into order moves each token about as often as so many steps read it.
 _COST_OF_ORDER = 4
+# Elements of a pass's mask: 16 MiB in 16 bits. Prompts that need more go in pieces.
+_MOST_IN_MASK = 2**23
 
 # What of a generation config has no part in greedy decoding, or is set by HFLM.
 _WITHOUT_EFFECT = {
@@ -104,7 +110,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class SlotRefillingMixin:
+class SlotRefillingMixin(_Neighbour):
     """Generates greedily, with the next request in the place of an answer that is done.
 
     Put it before `HFLM` among the bases. Answers are those of `HFLM` at batch size 1,
@@ -112,7 +118,15 @@ class SlotRefillingMixin:
     of slots; ``auto`` takes HFLM's ``max_batch_size``, or as many as the memory holds.
     Sampling, beams, penalties and models whose attention does not allow it take
     `HFLM`'s own path, and one logged line says why.
+
+    Attributes:
+        token_counts: Grows by what goes through the slots; what takes `HFLM`'s own path is
+            for the class to count that measures it.
+        answer_paths: How many requests took which path, and why.
     """
+
+    token_counts: TokenCounts
+    answer_paths: AnswerPaths
 
     def __init__(self, *args: Any, slot_refilling: bool = True, **kwargs: Any) -> None:
         """Set up as the next class does.
@@ -128,8 +142,13 @@ class SlotRefillingMixin:
         check_flag("slot_refilling", slot_refilling)
         self.slot_refilling = bool(slot_refilling)
         self._refilling_checked = False
-        self._refilling_complaints: set[str] = set()
+        self._refilling_complaints: list[str] = []
         self._most_slots: int | None = None
+        # Classes may be combined: totals are of all.
+        if not hasattr(self, "token_counts"):
+            self.token_counts = TokenCounts()
+        if not hasattr(self, "answer_paths"):
+            self.answer_paths = AnswerPaths()
         super().__init__(*args, **kwargs)
 
     def generate_until(
@@ -138,6 +157,8 @@ class SlotRefillingMixin:
         plain = super().generate_until  # type: ignore[misc]
         answers: list[str | None] = [None] * len(requests)
         jobs = self._jobs(requests)
+        path = self.answer_paths.of("generate_until")
+        before = self.token_counts.processed
         if jobs:
             bar = tqdm(
                 total=len(jobs),
@@ -152,9 +173,16 @@ class SlotRefillingMixin:
                 )
                 bar.update(1)
             bar.close()
+            computed = self.token_counts.processed - before
+            path.add("slots", len(jobs), computed)
         rest = [i for i, answer in enumerate(answers) if answer is None]
         if rest:
+            before = self.token_counts.processed
             others = plain([requests[i] for i in rest], disable_tqdm=disable_tqdm)
+            # Zero where the class counts nothing of what `HFLM` computes.
+            computed = self.token_counts.processed - before
+            reasons = self._refilling_complaints or ["slot_refilling=false"]
+            path.add("plain", len(rest), computed or None, *reasons)
             for i, answer in zip(rest, others, strict=True):
                 answers[i] = answer
         return answers  # type: ignore[return-value]
@@ -166,7 +194,7 @@ class SlotRefillingMixin:
             self._complain(reason)
         if not self.slot_refilling:
             return []
-        limit = sequence_limit(self.config)
+        limit = sequence_limit(config_of(self))
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         settings: dict[str, Any] = {}
         stops: dict[tuple[str, ...], _Stops] = {}
@@ -196,11 +224,7 @@ class SlotRefillingMixin:
                 )
             else:
                 jobs.append(_Job(index, prompt, most, until, stops[tuple(until)]))
-        if not self._refilling_checked and (
-            sum(job.most for job in jobs) < _WORTH_CHECKING
-        ):
-            return []
-        return jobs if self._can_refill() else []
+        return jobs if jobs and self._can_refill() else []
 
     def _settings(self, gen_kwargs: Any, eos: str) -> tuple[list[str], int] | None:
         """Return stop strings and most tokens, or None where `HFLM` has to answer."""
@@ -241,11 +265,13 @@ class SlotRefillingMixin:
         return None
 
     def _complain(self, reason: str) -> None:
-        if reason not in self._refilling_complaints and self.rank == 0:
+        if reason in self._refilling_complaints:
+            return
+        self._refilling_complaints.append(reason)
+        if self.rank == 0:
             eval_logger.warning(
                 "Slots are not refilled, generation takes the usual path: %s.", reason
             )
-        self._refilling_complaints.add(reason)
 
     def _text(self, job: _Job) -> str:
         """Turn tokens into text as `HFLM.generate_until` does."""
@@ -269,44 +295,11 @@ class SlotRefillingMixin:
         """Try it out, the first time."""
         if self.slot_refilling and not self._refilling_checked:
             self._refilling_checked = True
-            reason = self._slots_disagree()
+            reason = trial_disagrees(self.model, _plain_logits, _slot_logits)
             if reason is not None:
                 self.slot_refilling = False
                 self._complain(reason)
         return self.slot_refilling
-
-    def _slots_disagree(self) -> str | None:
-        """Compare a few random tokens with a plain pass; return what differs."""
-        vocabulary = self.config.get_text_config().vocab_size
-        first = np.random.default_rng(0).integers(0, vocabulary, 9)
-        second = np.concatenate([first[:3], first[::-1][:4]])
-        padded = np.stack([first, np.append(second, [0, 0])])
-        logits = self._model_call(torch.from_numpy(padded).to(self.device))
-        expected = logits[[0, 0, 1, 1], [7, 8, 5, 6]]
-        try:
-            cache = _SlotCache(2)
-            with fast_cpu_linears(self.model):
-                parts = [
-                    self._pass(cache, [(0, first[:8], 0)]),
-                    self._shared_pass(cache, second[:6]),
-                    self._pass(cache, [(0, first[8:], 8), (1, second[6:], 6)]),
-                ]
-        except Exception as error:  # noqa: BLE001 - whatever a model's code raises
-            return f"the model's code rejects them ({type(error).__name__}: {error})"
-        got = torch.cat(parts)[[0, 2, 1, 3]]
-        got, expected = got.double(), expected.double()
-        spread = expected.std(-1).mean().item()
-        difference = (got - expected).square().mean().sqrt().item()
-        if not difference <= rounding(logits.dtype) * spread:
-            return (
-                f"the model's logits change with them (by {difference:.1e}, of a spread "
-                f"of {spread:.1e}, on random tokens)"
-            )
-        return None
-
-    def _shared_pass(self, cache: _SlotCache, tokens: np.ndarray) -> torch.Tensor:
-        cache.copy(0, 1, 3)
-        return self._pass(cache, [(1, tokens[3:], 3)])
 
     def _slots(self, jobs: list[_Job]) -> int:
         """Return how many requests to run at once."""
@@ -322,14 +315,15 @@ class SlotRefillingMixin:
 
     def _generate(self, jobs: list[_Job]) -> Iterator[_Job]:
         """Run the requests through the model; yield each when its answer is done."""
-        counts = getattr(self, "token_counts", TokenCounts())
+        counts = self.token_counts
         counts.prompt += sum(len(job.tokens) for job in jobs)
         ends = set(end_tokens(base_model(self.model)))
         waiting = deque(_ordered(jobs))
         slots = self._slots(jobs)
         # Elsewhere attention is the smaller part, and each group costs a launch.
         in_groups = self.device.type == "cpu" and slots >= _LEAST_SLOTS_IN_GROUPS
-        table = _SlotTable(slots)
+        forward = Forward.of(self)
+        table = _SlotTable(slots, in_groups)
         while waiting or table.busy:
             try:
                 group = table.admit(waiting, self._prefill_budget())
@@ -344,21 +338,29 @@ class SlotRefillingMixin:
                         for s, job in enumerate(table.jobs)
                         if job is not None
                     ]
-                with (
-                    fast_cpu_linears(self.model),
-                    _attention_in_groups(table.cache, in_groups),
-                ):
-                    logits = self._pass(table.cache, work)
-                chosen = logits.float().argmax(-1).tolist()
+                chosen = [
+                    token
+                    for piece, is_last in _pieces(work)
+                    for token in _likeliest(forward, table.cache, piece)
+                    if is_last
+                ]
             except RuntimeError as error:
                 if not should_reduce_batch_size(error) or slots == 1:
                     raise
+                if _is_split(base_model(self.model)):
+                    # The others wait for this one within the pass.
+                    raise RuntimeError(
+                        f"Out of memory with {slots} requests at once, and processes that "
+                        "share a model (tp_plan) cannot take fewer one by one: give "
+                        f"batch_size={slots // 2}"
+                    ) from error
                 slots = self._most_slots = (slots + 1) // 2
                 eval_logger.warning(
                     "Out of memory: going on with at most %d requests at once.", slots
                 )
             else:
                 counts.processed += sum(len(tokens) for _, tokens, _ in work)
+                self.answer_paths.of("generate_until").slots = slots
                 counts.generated += len(chosen)
                 for (slot, _, _), token in zip(work, chosen, strict=True):
                     job = table.jobs[slot]
@@ -370,73 +372,119 @@ class SlotRefillingMixin:
                 continue
             # Outside the handler, whose traceback holds on to the failed pass's tensors.
             waiting.extendleft(reversed(table.all_jobs()))
-            table = _SlotTable(slots)
+            table = _SlotTable(slots, in_groups)
             clear_device_cache(garbage_collection=True)
 
     def _prefill_budget(self) -> int:
         """Return how many tokens, with padding, of several prompts run together."""
         return 256 * torch.get_num_threads() if self.device.type == "cpu" else 8192
 
-    def _pass(
-        self, cache: _SlotCache, work: list[tuple[int, np.ndarray, int]]
-    ) -> torch.Tensor:
-        """Run tokens through the model; return the logits after each one's last, [n, vocabulary].
 
-        Args:
-            cache: Keys and values of the slots.
-            work: Slot, its new tokens, and the number of tokens that it holds already.
-                A pass of one token each has the slots 0, 1, ...
-        """
-        device = self.device
-        longest = max(len(tokens) for _, tokens, _ in work)
-        tokens = np.zeros((len(work), longest), dtype=np.int64)
-        for row, (_, new, _) in enumerate(work):
-            tokens[row, : len(new)] = new
-        start = np.array([start for _, _, start in work])
-        position = torch.from_numpy(start[:, None] + np.arange(longest)).to(device)
-        counts = [len(new) for _, new, _ in work]
-        width = int((start + counts).max())
-        cache.begin_pass([slot for slot, _, _ in work], start.tolist(), counts, width)
-        mask = None
-        if cache.shows_slots:
-            hidden = torch.arange(width, device=device) > position[:, :, None]
-            mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=device)
-            mask = mask.masked_fill_(hidden, float("-inf"))[:, None]
+#: Slot, its new tokens, and the number of tokens that it holds already.
+_Row = tuple[int, np.ndarray, int]
 
-        rows = torch.arange(len(work))
-        last = torch.tensor(counts) - 1
 
-        def keep_last(
-            _module: torch.nn.Module, inputs: tuple[Any, ...]
-        ) -> tuple[Any, ...]:
-            states, *others = inputs
-            return (states[rows, last][:, None], *others)
+def _pass(forward: Forward, cache: _SlotCache, work: list[_Row]) -> torch.Tensor:
+    """Run tokens through a model; return the logits after each row's last, [n, vocabulary].
 
-        hook = None
-        if longest > 1:
-            hook = self.model.get_output_embeddings().register_forward_pre_hook(
-                keep_last
-            )
-        try:
-            with (
-                torch.no_grad(),
-                torch.autocast(
-                    device_type=device.type,
-                    dtype=self.mixed_precision_dtype,
-                    enabled=self.mixed_precision_dtype is not None,
-                ),
-            ):
-                logits = self.model(
-                    input_ids=torch.from_numpy(tokens).to(device),
-                    position_ids=position,
-                    attention_mask=mask,
-                    use_cache=True,
-                    **{cache_argument(self.model): cache},
-                ).logits
-        finally:
-            if hook is not None:
-                hook.remove()
-        return logits[:, -1]
+    Args:
+        forward: The model.
+        cache: Keys and values of the slots.
+        work: The rows. A pass of one token each has the slots 0, 1, ...
+    """
+    longest = max(len(tokens) for _, tokens, _ in work)
+    tokens = np.zeros((len(work), longest), dtype=np.int64)
+    for row, (_, new, _) in enumerate(work):
+        tokens[row, : len(new)] = new
+    start = np.array([start for _, _, start in work])
+    counts = np.array([len(new) for _, new, _ in work])
+    slots = np.array([slot for slot, _, _ in work])
+    # One copy to the device for all that a pass needs there.
+    host = np.column_stack(
+        [tokens, start[:, None] + np.arange(longest), slots, start, counts - 1]
+    )
+    sent = torch.from_numpy(host).to(forward.device)
+    position = sent[:, longest : 2 * longest]
+    cache.begin_pass(slots.tolist(), start.tolist(), counts.tolist(), sent[:, -3:-1].T)
+    mask = None
+    if cache.shows_slots:
+        places = torch.arange(cache.width, device=forward.device)
+        dtype = forward.autocast_dtype or forward.model.dtype
+        mask = additive_mask(places > position[:, :, None], dtype)
+
+    def last(states: torch.Tensor) -> torch.Tensor:
+        place = sent[:, -1].to(states.device)
+        return states[torch.arange(len(place), device=place.device), place][:, None]
+
+    logits = forward(
+        sent[:, :longest],
+        position,
+        last if longest > 1 else None,
+        attention_mask=mask,
+        use_cache=True,
+        **{cache_argument(forward.model): cache},
+    )
+    return logits[:, -1]
+
+
+def _likeliest(forward: Forward, cache: _SlotCache, work: list[_Row]) -> list[int]:
+    return _pass(forward, cache, work).float().argmax(-1).tolist()
+
+
+def _pieces(work: list[_Row]) -> Iterator[tuple[list[_Row], bool]]:
+    """Cut a pass into such as need no mask of more than `_MOST_IN_MASK` elements.
+
+    Yields:
+        Rows, and whether they go to their prompts' ends.
+    """
+    longest = max(len(tokens) for _, tokens, _ in work)
+    width = max(start + len(tokens) for _, tokens, start in work)
+    fitting = _MOST_IN_MASK // (longest * width)
+    if longest == 1 or fitting >= len(work) or not any(start for _, _, start in work):
+        yield work, True
+    elif fitting:
+        for row in range(0, len(work), fitting):
+            yield work[row : row + fitting], True
+    else:
+        count = max(1, _MOST_IN_MASK // width)
+        for slot, tokens, start in work:
+            for begin in range(0, len(tokens), count):
+                piece = tokens[begin : begin + count]
+                yield [(slot, piece, start + begin)], begin + count >= len(tokens)
+
+
+def _trial_tokens(model: PreTrainedModel) -> np.ndarray:
+    """Return two random sequences that begin alike, [2, 12]."""
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (2, 12))
+    tokens[1, :3] = tokens[0, :3]
+    return tokens
+
+
+def _plain_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return logits of the trial's tokens, [n, vocabulary], each sequence in one pass."""
+    with torch.no_grad():
+        first, second = (
+            model(input_ids=torch.from_numpy(tokens[None])).logits[0]
+            for tokens in _trial_tokens(model)
+        )
+    steps = torch.stack([first[7:11], second[8:12]], 1).flatten(0, 1)
+    return torch.cat([first[6:7], second[4:5], steps])
+
+
+def _slot_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Return the same logits from slots: prompts, a shared beginning, steps."""
+    first, second = _trial_tokens(model)
+    forward = Forward(model, model.device)
+    cache = _SlotCache(2, in_groups=True)
+    parts = [_pass(forward, cache, [(0, first[:7], 0)])]
+    cache.copy(0, 1, 3)
+    parts.append(_pass(forward, cache, [(1, second[3:5], 3)]))
+    parts.append(_pass(forward, cache, [(0, first[7:8], 7), (1, second[5:9], 5)]))
+    for i in range(8, 11):
+        step = [(0, first[i : i + 1], i), (1, second[i + 1 : i + 2], i + 1)]
+        parts.append(_pass(forward, cache, step))
+    return torch.cat(parts)
 
 
 @dataclass
@@ -500,8 +548,8 @@ class _Stops:
 class _SlotTable:
     """Which request is in which slot, and what the slots' keys and values stand for."""
 
-    def __init__(self, slots: int) -> None:
-        self.cache = _SlotCache(slots)
+    def __init__(self, slots: int, in_groups: bool = False) -> None:
+        self.cache = _SlotCache(slots, in_groups)
         self.jobs: list[_Job | None] = [None] * slots
         #: Tokens that a slot began with; a released slot keeps them for others to copy.
         self.begun: list[np.ndarray] = [np.zeros(0, np.int64)] * slots
@@ -583,7 +631,7 @@ class _SlotTable:
             self.begun = [self.begun[slot] for slot in order]
 
 
-def _groups(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+def _groups(lengths: Sequence[int] | np.ndarray) -> list[tuple[int, int, int]]:
     """Return first slot, last + 1 and the longest's length of each group of slots."""
     count = min(_GROUPS, len(lengths))
     bounds = [len(lengths) * i // count for i in range(count + 1)]
@@ -592,58 +640,73 @@ def _groups(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     ]
 
 
-def _tokens_read(lengths: Sequence[int]) -> int:
+def _tokens_read(lengths: Sequence[int] | np.ndarray) -> int:
     return sum((end - begin) * width for begin, end, width in _groups(lengths))
 
 
-@contextmanager
-def _attention_in_groups(cache: _SlotCache, wanted: bool) -> Iterator[None]:
-    """Let sdpa attention read each group of slots as far as its longest reaches."""
-    if not wanted:
-        yield
-        return
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(_grouped_attention, cache, plain)
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
-        if ALL_ATTENTION_FUNCTIONS["sdpa"] is not plain:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
+class _GroupedKeys(torch.Tensor):
+    """Keys of which sdpa attention reads each group of slots as far as its longest reaches.
+
+    It is the layer's keys that carry this, so that nothing outside of a pass knows of it.
+    """
+
+    groups: list[tuple[int, int, int]]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.scaled_dot_product_attention:
+                return _grouped_attention(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if func not in _KEEPING_GROUPS:
+                return result
+            keys = args[0]
+            whole = (len(keys), keys.shape[-2]) == (len(result), result.shape[-2])
+            return _in_groups(result, keys.groups) if whole else result
+
+
+# Queries that share keys: what transformers does to these first.
+_KEEPING_GROUPS = {torch.Tensor.__getitem__, torch.Tensor.expand, torch.Tensor.reshape}
+
+
+def _in_groups(keys: torch.Tensor, groups: list[tuple[int, int, int]]) -> _GroupedKeys:
+    grouped = keys.as_subclass(_GroupedKeys)
+    grouped.groups = groups
+    return grouped
 
 
 def _grouped_attention(
-    cache: _SlotCache,
-    plain: Callable[..., Any],
-    module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
+    key: _GroupedKeys,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attn_mask: torch.Tensor | None = None,
+    *args: Any,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    rows, width = len(query), cache.width
+) -> torch.Tensor:
+    rows, width = len(key), key.shape[-2]
     if (
-        cache.steps is None
-        or attention_mask is None
-        or attention_mask.shape != (rows, 1, 1, width)
-        or not len(key) == len(value) == rows
-        or not key.shape[-2] == value.shape[-2] == width
-        or kwargs.get("position_bias") is not None
+        attn_mask is None
+        or (attn_mask.shape[0], attn_mask.shape[-1]) != (rows, width)
+        or not len(query) == len(value) == rows
     ):
-        return plain(module, query, key, value, attention_mask, **kwargs)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, *args, **kwargs
+        )
     parts = [
-        plain(
-            module,
+        F.scaled_dot_product_attention(
             query[begin:end],
             key[begin:end, :, :longest],
             value[begin:end, :, :longest],
-            attention_mask[begin:end, ..., :longest],
+            attn_mask[begin:end, ..., :longest],
+            *args,
             **kwargs,
-        )[0]
-        for begin, end, longest in cache.groups
+        )
+        for begin, end, longest in key.groups
     ]
-    return torch.cat(parts), None
+    return torch.cat(parts)
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -674,6 +737,10 @@ def _shared(jobs: list[_Job]) -> int:
 class _SlotLayer(DynamicLayer):
     """Keys and values of the slots in one layer, [slots, heads, capacity, size]."""
 
+    # Tensors once something was written.
+    keys: Any
+    values: Any
+
     def __init__(self, cache: _SlotCache) -> None:
         super().__init__()
         self.cache = cache
@@ -684,10 +751,10 @@ class _SlotLayer(DynamicLayer):
         self.keys = self._fitting(self.keys, key_states)
         self.values = self._fitting(self.values, value_states)
         self.is_initialized = True
-        return (
-            self._write(self.keys, key_states),
-            self._write(self.values, value_states),
-        )
+        keys = self._write(self.keys, key_states)
+        if self.cache.in_groups and self.cache.groups:
+            keys = _in_groups(keys, self.cache.groups)
+        return keys, self._write(self.values, value_states)
 
     def _fitting(
         self, stored: torch.Tensor | None, states: torch.Tensor
@@ -704,8 +771,8 @@ class _SlotLayer(DynamicLayer):
 
     def _write(self, stored: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         cache = self.cache
-        if cache.steps is not None:
-            rows, place = (index.to(states.device) for index in cache.steps)
+        if cache.groups:
+            rows, place = cache.on(states.device)
             stored[rows, :, place] = states[:, :, 0].to(stored.dtype)
             return stored[: len(rows), :, : cache.width]
         for row, (slot, start, count) in enumerate(cache.places):
@@ -715,8 +782,8 @@ class _SlotLayer(DynamicLayer):
         if len(cache.places) == 1:
             slot = cache.places[0][0]
             return stored[slot : slot + 1, :, : cache.width]
-        slots = torch.tensor([slot for slot, _, _ in cache.places])
-        return stored[slots.to(stored.device), :, : cache.width]
+        slots, _ = cache.on(stored.device)
+        return stored[slots, :, : cache.width]
 
     # What a model asks for that makes a mask of its own, in a pass without a past.
 
@@ -733,37 +800,56 @@ class _SlotCache(Cache):
 
     Attributes:
         slots: How many.
+        in_groups: Whether attention reads groups of slots by themselves in a step.
         capacity: Tokens that a slot has room for.
         width: Tokens of the longest slot of a pass, the new ones included.
         places: Slot, first new token and number of new tokens, of each row of a pass.
-        steps: Slots and places of the new tokens, if each row has one, else None.
-        groups: First slot, last + 1 and tokens of the longest, in a pass of steps.
+        groups: First slot, last + 1 and tokens of the longest, in a step: a pass of one
+            token for each of the slots 0, 1, ...; else empty.
         shows_slots: Whether the pass sees what slots hold; else new tokens alone.
     """
 
-    def __init__(self, slots: int) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))
+    layers: list[_SlotLayer]  # type: ignore[assignment]
+
+    def __init__(self, slots: int, in_groups: bool = False) -> None:
+        super().__init__(
+            layer_class_to_replicate=lambda: _SlotLayer(self)  # type: ignore[arg-type]
+        )
         self.slots = slots
+        self.in_groups = in_groups
         self.capacity = 0
         self.width = 0
         self.places: list[tuple[int, int, int]] = []
-        self.steps: tuple[torch.Tensor, torch.Tensor] | None = None
         self.groups: list[tuple[int, int, int]] = []
         self.shows_slots = False
+        self._index: dict[torch.device, torch.Tensor] = {}
 
     def begin_pass(
-        self, slots: list[int], start: list[int], count: list[int], width: int
+        self, slots: list[int], start: list[int], count: list[int], index: torch.Tensor
     ) -> None:
-        """Say where the new tokens of each row belong."""
+        """Say where the new tokens of each row belong.
+
+        Args:
+            slots: Slot of each row.
+            start: First new token of each row.
+            count: New tokens of each row.
+            index: `slots` and `start`, [2, rows], on the device of the model.
+        """
         self.places = list(zip(slots, start, count, strict=True))
-        self.width = width
-        if width > self.capacity:
-            self.capacity = -(-max(width, self.capacity * 5 // 4) // 64) * 64
+        self._index = {index.device: index}
+        ends = [first + new for _, first, new in self.places]
+        self.width = max(ends)
+        if self.width > self.capacity:
+            self.capacity = -(-max(self.width, self.capacity * 5 // 4) // 64) * 64
         self.shows_slots = any(start)
-        self.steps = None
-        if self.shows_slots and max(count) == 1 and slots == list(range(len(slots))):
-            self.steps = torch.tensor(slots), torch.tensor(start)
-            self.groups = _groups([place + 1 for place in start])
+        is_step = max(count) == 1 and slots == list(range(len(slots)))
+        self.groups = _groups(ends) if self.shows_slots and is_step else []
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """Return slot and first new token of each row, [2, rows]; sent once in a pass."""
+        if device not in self._index:
+            self._index[device] = next(iter(self._index.values())).to(device)
+        return self._index[device]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
@@ -776,23 +862,63 @@ class _SlotCache(Cache):
         """Put the first `length` tokens of slot ``order[i]`` into slot i."""
         for layer in self.layers:
             for stored in (layer.keys, layer.values):
-                new = stored[torch.from_numpy(order), :, :length]
+                new = stored[torch.from_numpy(order).to(stored.device), :, :length]
                 stored[: len(order), :, :length] = new
 
 
 def _rows_in_memory(lm: Any, length: int) -> int:
-    """Return how many rows of `length` tokens a third of the free memory holds."""
-    config = lm.config.get_text_config()
+    """Return how many rows of `length` tokens a third of the free memory holds.
+
+    The same for all processes among which the model's tensors are split.
+    """
+    model = base_model(lm.model)
+    config = config_of(lm).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    token = 2 * config.num_hidden_layers * heads * size * lm.model.dtype.itemsize
-    if lm.device.type == "cuda":
-        free = torch.cuda.mem_get_info(lm.device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return max(1, free // 3 // (token * length))
+    heads = -(-heads // (getattr(model, "tp_size", None) or 1))
+    row = 2 * heads * size * lm.model.dtype.itemsize * length
+    rows = min(
+        _free_memory(device) // 3 // (row * layers)
+        for device, layers in _layers_by_device(lm, config.num_hidden_layers).items()
+    )
+    if _is_split(model):
+        # They run the same passes in step.
+        least = torch.tensor(rows, device=lm.device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        rows = int(least)
+    return max(1, rows)
+
+
+def _layers_by_device(lm: Any, layers: int) -> Counter[torch.device]:
+    """Return how many layers of a model lie on each device."""
+    devices = {
+        module.layer_idx: next((p.device for p in module.parameters()), lm.device)
+        for module in lm.model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+    }
+    # What is offloaded runs where the model does.
+    found = Counter(
+        lm.device if device.type in ("meta", "cpu") else device
+        for device in devices.values()
+    )
+    return found or Counter({lm.device: layers})
+
+
+def _free_memory(device: torch.device) -> int:
+    """Return the bytes that a process can have on a device."""
+    backend: Any = getattr(torch, device.type, None)
+    if device.type == "cpu" or not hasattr(backend, "mem_get_info"):
+        return psutil.virtual_memory().available
+    # What the allocator keeps for the next tensor is free as well.
+    kept = backend.memory_reserved(device) - backend.memory_allocated(device)
+    return backend.mem_get_info(device)[0] + kept
+
+
+def _is_split(model: Any) -> bool:
+    """Return whether several processes hold a part of each of a model's tensors."""
+    return (getattr(model, "tp_size", None) or 1) > 1
 
 
 def _unsupported(lm: Any) -> str | None:
@@ -801,7 +927,7 @@ def _unsupported(lm: Any) -> str | None:
     if reason is not None:
         return reason
     model = base_model(lm.model)
-    if type(model).generate is not GenerationMixin.generate:
+    if getattr(type(model), "generate", None) is not GenerationMixin.generate:
         return f"{type(model).__name__} generates in a way of its own"
     accelerator = getattr(lm, "accelerator", None)
     if accelerator is not None and accelerator.distributed_type in (

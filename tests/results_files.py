@@ -46,7 +46,7 @@ def write_run(
         folder: Where; made if missing.
         tasks: By task: ``{"metric,filter": values}``, or with a dict as value,
             ``{"values", "aggregation", "higher_is_better", "stderr", "score",
-            "docs"}``.
+            "docs", "prompts"}``.
         date: Time stamp in the names.
         samples: Whether to log samples.
         pruning: ``config.pruning``.
@@ -103,6 +103,9 @@ def write_run(
                         "doc_hash": digest,
                     },
                 )
+                prompt = (spec.get("prompts") or {}).get(number, f"prompt {number}")
+                digest = hashlib.sha256(prompt.encode()).hexdigest()
+                row.setdefault("prompt_hash", digest)
                 row["metrics"].append(name)
                 row[name] = value.tolist() if isinstance(value, np.generic) else value
         if samples:

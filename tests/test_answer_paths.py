@@ -117,8 +117,10 @@ def test_adapters_share(tiny_llama, tmp_path, name, share_however_little):
 @pytest.mark.parametrize(
     ("adapter", "reason"),
     [
-        ({"peft_type": peft.PeftType.XLORA}, "weighs its parts by the whole request"),
-        ({"peft_type": peft.PeftType.POLY}, "weighs its parts by the whole request"),
+        *(
+            ({"peft_type": kind}, f"({kind}) is none of those")
+            for kind in ("XLORA", "POLY", "LILY", "SHADOW", "ADAPTION_PROMPT", "NEW")
+        ),
         ({"alora_invocation_tokens": [5, 6]}, "searched for in the row"),
         ({"is_prompt_learning": True}, "virtual tokens"),
         ({}, None),
@@ -363,6 +365,22 @@ def test_what_cannot_be_made_small_takes_the_plain_path(monkeypatch, caplog):
     lm = wrapped(PrefixHFLM, tiny_model(tiny_config()))
     assert not lm._can_share()
     assert "no small model of its class" in caplog.text
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_under_autocast(attention, monkeypatch, share_however_little):
+    config = tiny_config()
+    config._attn_implementation = attention
+    model = tiny_model(config)
+    arguments = {"mixed_precision_dtype": "bfloat16", "softmax_dtype": "float32"}
+    plain, shared = (
+        wrapped(HFLM, model, **arguments),
+        wrapped(PrefixHFLM, model, **arguments),
+    )
+    got = shared._loglikelihood_tokens(REQUESTS, disable_tqdm=True)
+    expected = plain._loglikelihood_tokens(REQUESTS, disable_tqdm=True)
+    assert [v for v, _ in got] == pytest.approx([v for v, _ in expected], abs=0.5)
+    assert shared.token_counts.processed > 0
 
 
 class SameDevice(torch.utils._python_dispatch.TorchDispatchMode):

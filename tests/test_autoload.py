@@ -149,6 +149,46 @@ def test_the_shim_is_inert_where_lm_eval_reads_the_entry_points(newer_lm_eval):
     assert folders == "2 2", "the harness's own folder and ours, each once"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "[own]",
+        "[linked(own)]",
+        "[own, ours]",
+        "[own, linked(ours)]",
+        "[linked(own), ours]",
+        "[linked(own), linked(ours)]",
+        "[str(linked(own)), str(ours / 'demo' / '..')]",
+    ],
+)
+def test_folders_behind_links_are_scanned_once(given, tmp_path):
+    """As in an environment that is, or is reached through, a symbolic link."""
+    printed = python(
+        f"""
+        from pathlib import Path
+        import lm_eval.tasks
+        import lm_eval_pruned.tasks
+        from lm_eval.tasks._index import TaskIndex
+
+        def linked(folder):
+            link = Path("links", *folder.parts[-2:])
+            link.parent.mkdir(parents=True)
+            link.symlink_to(folder)
+            return link.absolute()
+
+        own = Path(lm_eval.tasks.__file__).parent
+        ours = Path(lm_eval_pruned.tasks.__path__[0])
+        scanned = []
+        TaskIndex._iter_yaml_files = staticmethod(lambda root: scanned.append(root) or [])
+        TaskIndex.build({given})
+        assert [path.resolve() for path in scanned] == [own.resolve(), ours.resolve()], scanned
+        print("once each")
+        """,
+        cwd=tmp_path,
+    )
+    assert printed == "once each"
+
+
 def test_a_registry_of_another_make_costs_a_warning_and_nothing_else(newer_lm_eval):
     (newer_lm_eval / "lm_eval/api/registry.py").write_text("model_registry = None\n")
     printed = python(

@@ -6,17 +6,20 @@ import logging
 import socket
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import codecarbon
 import pytest
+from codecarbon.external import hardware
 
 from lm_eval_pruned.codecarbon_meter import (
     CodecarbonMeter,
     _exact,
     _source,
     check_country,
+    load_factor,
 )
 from lm_eval_pruned.energy import EnergyMonitor
 
@@ -80,6 +83,11 @@ class RAM:
 class NvidiaGPUDevice:
     def __init__(self, index, counter):
         self.gpu_index, self._has_counter = index, counter
+        self._use_power_fallback = not counter
+        self.last_energy = SimpleNamespace(kWh=0.25) if counter else None
+
+    def _reports_zero_power_by_design(self):
+        return False
 
 
 class GPU:
@@ -135,6 +143,48 @@ def test_energy_is_energy_consumed_and_never_what_stop_or_flush_return(fake_trac
     figures = [*reading.joules.as_dict().values(), reading.emissions_kg, reading.kwh]
     for wrong in (EMISSIONS_OF_STOP, EMISSIONS_OF_STOP * 3.6e6):
         assert wrong not in figures
+
+
+def test_a_gpu_whose_counter_stands_still_leaves_no_total(fake_tracker, monkeypatch):
+    original, flush = FakeTracker.__init__, FakeTracker.flush
+    devices = [NvidiaGPUDevice(0, True), NvidiaGPUDevice(1, True)]
+
+    def with_gpus(self, **arguments):
+        original(self, **arguments)
+        self._hardware.append(GPU(*devices, NvidiaGPUDevice(2, False)))
+
+    def moving(self):
+        devices[0].last_energy.kWh += 0.1
+        return flush(self)
+
+    monkeypatch.setattr(FakeTracker, "__init__", with_gpus)
+    monkeypatch.setattr(FakeTracker, "flush", moving)
+    reading, description, _ = window(CodecarbonMeter())
+    assert description.sources["gpu"].kind == "measured"
+    assert reading.joules.cpu is not None
+    assert reading.joules.gpu is None
+    assert reading.joules.total is None
+    assert "GPU 1 stands still" in reading.notes[-1]
+
+
+def test_the_gpus_of_codecarbon_have_what_the_meter_reads():
+    from codecarbon.core.gpu_device import GPUDevice
+
+    class Device(GPUDevice):
+        def _get_total_energy_consumption(self):
+            return 5_000
+
+        def _init_static_details(self):
+            pass
+
+    device = Device(handle=None, gpu_index=3)
+    gpu = GPU(device)
+    meter = CodecarbonMeter()
+    meter._tracker = SimpleNamespace(_hardware=[gpu])
+    assert meter._counters() == {"gpu": {"GPU 3": pytest.approx(5.0)}}
+    device._get_total_energy_consumption = lambda: None
+    device.start()
+    assert meter._counters() == {"gpu": {}}
 
 
 def test_without_a_country_there_are_no_emissions_and_the_same_energy(fake_tracker):
@@ -205,10 +255,11 @@ def test_the_cause_of_a_swallowed_failure_is_reported(fake_tracker, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("hardware", "kind", "words"),
+    ("part", "kind", "words"),
     [
         (CPU("intel_rapl", None), "measured", "RAPL"),
         (CPU("cpu_load", 120.0), "modelled", "120 W"),
+        (CPU("cpu_load", 120.0), "modelled", "x (0.1 + 0.9 x load^3)"),
         (CPU("cpu_load", 85, generic=True), "modelled", "does not know"),
         (CPU("constant", 85, generic=True), "constant", "half of 85 W"),
         (CPU("something_new", 85), "modelled", "something_new"),
@@ -218,10 +269,30 @@ def test_the_cause_of_a_swallowed_failure_is_reported(fake_tracker, monkeypatch)
         (GPU(NvidiaGPUDevice(0, True), NvidiaGPUDevice(1, False)), "measured", "power"),
     ],
 )
-def test_each_source_is_named(hardware, kind, words):
-    source = _source(hardware)
+def test_each_source_is_named(part, kind, words):
+    source = _source(part)
     assert source.kind == kind
     assert words in source.description
+
+
+@pytest.mark.parametrize("model", ["Intel Xeon", "AMD Ryzen Threadripper 3990X"])
+@pytest.mark.parametrize("load", [0.0, 1 / 16, 0.3, 0.5, 1.0])
+def test_the_load_model_is_the_installed_codecarbons(monkeypatch, model, load):
+    cpu = hardware.CPU(output_dir="", mode="cpu_load", model=model, tdp=200)
+    monkeypatch.setattr(cpu._cpu_load_meter, "percent", lambda: 100 * load)
+    watts = cpu.total_power().W
+    assert watts == pytest.approx(200 * load_factor(load))
+
+
+def test_one_busy_core_of_sixteen_is_said_to_look_like_an_idle_machine(monkeypatch):
+    monkeypatch.setattr("psutil.cpu_count", lambda: 16)
+    description = _source(CPU("cpu_load", 200.0)).description
+    figures = "an idle machine counts as 10 % of it, one busy core as 10.02 %"
+    assert figures in description
+    page = (Path(__file__).parents[1] / "docs" / "energy.md").read_text("utf-8")
+    assert "(0.1 + 0.9 x load^3)" in page
+    for load in (0, 1 / 16, 0.5):
+        assert f"{100 * load_factor(load):.4g} %" in page
 
 
 def test_measurements_come_one_at_a_time_and_fresh():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, strategies as st
@@ -112,9 +113,95 @@ def test_a_component_the_meter_lacks_is_none_never_zero():
 def test_a_component_that_stands_still_is_not_measured():
     clock = Clock()
     (reading,) = measured(FakeMeter(clock, {"cpu": 5.0, "gpu": 0.0}), clock, 2.0)
-    assert reading.joules.gpu is None
-    assert reading.joules.total == 10.0
+    assert reading.joules == Joules(cpu=10.0)
+    assert reading.mean_watts is None
+    assert reading.emissions_kg is None
     assert "gpu" in reading.notes[0]
+
+
+def test_one_gpu_that_stands_still_is_not_hidden_by_another():
+    clock = Clock()
+    meter = FakeMeter(clock, {"cpu": 5.0, "gpu": 100.0})
+    plain = meter.read
+
+    def read():
+        sample = plain()
+        moving = sample.joules["gpu"]
+        return replace(sample, counters={"gpu": {"GPU 0": moving, "GPU 1": 7.0}})
+
+    meter.read = read
+    (reading,) = measured(meter, clock, 2.0)
+    assert reading.joules == Joules(cpu=10.0)
+    assert "(the counter of GPU 1 stands still)" in reading.notes[0]
+
+
+def test_without_a_required_component_there_is_no_total():
+    clock = Clock()
+    monitor = EnergyMonitor(FakeMeter(clock, {"cpu": 5.0, "ram": 1.0}, 0.4), clock)
+    monitor.required.add("gpu")
+    monitor.begin_window("w")
+    clock.sleep(2.0)
+    reading = monitor.end_window("w")
+    assert reading.joules == Joules(cpu=10.0, ram=2.0)
+    assert (reading.kwh, reading.mean_watts, reading.emissions_kg) == (None,) * 3
+    assert "the meter does not see" in reading.notes[0]
+
+
+@given(
+    st.lists(st.tuples(seconds, st.booleans()), min_size=1, max_size=6), watts, watts
+)
+def test_what_is_measured_apart_is_in_no_window_around_it(parts, cpu, ram):
+    clock = Clock()
+    monitor = EnergyMonitor(FakeMeter(clock, {"cpu": cpu, "ram": ram}, 0.4), clock)
+    monitor.begin_window("outer")
+    monitor.begin_window("inner")
+    inside, apart = [], []
+    for duration, is_apart in parts:
+        monitor.begin_window("part")
+        clock.sleep(duration)
+        reading = monitor.end_window("part", apart=is_apart)
+        assert reading.joules.total == pytest.approx((cpu + ram) * duration, rel=1e-6)
+        (apart if is_apart else inside).append(reading)
+    for name in ("inner", "outer"):
+        window = monitor.end_window(name)
+        if not inside:
+            # What is left is rounding, in time as in energy.
+            assert abs(window.seconds or 0.0) <= 1e-9 * clock()
+            continue
+        expected = add_up(inside)
+        slack = {"rel": 1e-6, "abs": 1e-6 * clock() * (cpu + ram)}
+        assert window.seconds == pytest.approx(expected.seconds, **slack)
+        assert window.joules.cpu == pytest.approx(expected.joules.cpu, **slack)
+        assert window.joules.total == pytest.approx(expected.joules.total, **slack)
+        assert window.emissions_kg == pytest.approx(expected.emissions_kg, **slack)
+
+
+def test_a_stretch_apart_too_short_for_the_meter_costs_the_window_nothing():
+    clock = Clock()
+    meter = FakeMeter(clock, {"cpu": 5.0, "gpu": [(0.0, 0.0), (1.0, 100.0)]})
+    monitor = EnergyMonitor(meter, clock)
+    monitor.begin_window("outer")
+    monitor.begin_window("part")
+    clock.sleep(0.5)
+    assert monitor.end_window("part", apart=True).joules.gpu is None
+    clock.sleep(1.5)
+    reading = monitor.end_window("outer")
+    assert reading.seconds == 1.5
+    assert reading.joules == Joules(cpu=7.5, gpu=100.0, total=107.5)
+
+
+def test_a_meter_that_dies_in_a_stretch_apart_leaves_the_window_unmeasured():
+    clock = Clock()
+    monitor = EnergyMonitor(FakeMeter(clock, {"cpu": 5.0}, fail_at=3), clock)
+    monitor.begin_window("outer")
+    monitor.begin_window("part")
+    clock.sleep(1.0)
+    assert monitor.end_window("part", apart=True).joules == Joules()
+    clock.sleep(1.0)
+    reading = monitor.end_window("outer")
+    assert reading.seconds == 1.0
+    assert reading.joules == Joules()
+    assert reading.notes == ("the meter died: the sensor is gone",)
 
 
 def test_a_window_with_time_but_no_energy_is_not_measured():

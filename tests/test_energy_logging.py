@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
@@ -28,6 +29,7 @@ from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 
 from . import checkpoints, demo_runs
+from .layouts import save_family
 from .meters import Clock, FakeMeter
 
 
@@ -96,6 +98,25 @@ def test_a_context_shared_by_one_token_answers_is_processed_once(lm):
     assert model.token_counts == TokenCounts(prompt=15, processed=4)
 
 
+def test_an_encoders_tokens_are_processed_too(tmp_path):
+    save_family(tmp_path, "t5", 16)
+    model = PrunedHFLM(str(tmp_path), device="cpu", batch_size=2, backend="seq2seq")
+    model._energy, _ = log_of()
+    positions = 0
+
+    def watch(module, arguments, options):
+        nonlocal positions
+        ids = arguments[0] if arguments else options["input_ids"]
+        positions += 0 if ids is None else ids.numel()
+
+    model._warm_up()
+    for stack in (model.model.get_encoder(), model.model.get_decoder()):
+        stack.register_forward_pre_hook(watch, with_kwargs=True)
+    # Of equal length, so that nothing is padded.
+    model.loglikelihood([scored("abcdef", "gh"), scored("uvwxyz", "ij")])
+    assert model.token_counts.processed == positions > 0
+
+
 def test_rolling_requests_are_measured(lm):
     model = lm()
     model.loglikelihood_rolling([rolling("abcdef"), rolling("xy")])
@@ -132,6 +153,7 @@ def test_generation_counts_what_the_model_was_given(lm):
         positions += int(kwargs["attention_mask"][:, -ids.shape[1] :].sum())
         return forward(*args, **kwargs)
 
+    model._warm_up()
     model.model.model.forward = watched
     model.model.generation_config.eos_token_id = None
     model.generate_until([generated("abcdef"), generated("xy")])
@@ -180,6 +202,7 @@ def test_tokens_of_shared_prefixes_and_of_the_plain_path(lm):
         positions += inputs[0].numel()
 
     model.model.get_input_embeddings().register_forward_pre_hook(watch)
+    model._warm_up()
     assert model._can_share()
     shared = [scored("One preamble. " + c, " no") for c in ("abc", "abd", "xyz")]
     alone = [scored("nothing in common", " yes")]
@@ -226,6 +249,83 @@ def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
         assert parts == pytest.approx(whole[key])
 
 
+@pytest.mark.parametrize(
+    ("request_type", "requests", "arguments", "searches"),
+    [
+        ("loglikelihood", [scored("abcd", "ef"), scored("ab", "c")], {}, 1),
+        ("loglikelihood", [scored("a" * n, "b") for n in (9, 7, 5, 3)], {}, 2),
+        (
+            "loglikelihood",
+            [scored("abcd", "ef", "t"), scored("ab", "c", "u")],
+            {"energy": True, "energy_per_task": True},
+            2,
+        ),
+        ("loglikelihood_rolling", [rolling("abcdef"), rolling("xy")], {}, 1),
+        ("generate_until", [generated("abcdef"), generated("xy")], {}, 1),
+        # Greedy requests run in slots; the one that HFLM gets makes it search.
+        (
+            "generate_until",
+            [
+                *(generated(text, max_gen_toks=130) for text in ("abc", "defg")),
+                generated("xy", do_sample=True, temperature=0.5),
+            ],
+            {},
+            1,
+        ),
+    ],
+)
+def test_the_search_for_a_batch_size_is_a_window_of_its_own(
+    lm, request_type, requests, arguments, searches
+):
+    blocks = []
+    # With two batches, as HFLM searches before each.
+    size = 2 if searches == 2 and "energy" not in arguments else 4
+    auto = f"auto:{searches}" if size == 2 else "auto"
+    for batch_size in (size, auto):
+        torch.manual_seed(0)
+        model = lm(
+            batch_size=batch_size, max_batch_size=size, max_length=256, **arguments
+        )
+        getattr(model, request_type)(requests)
+        blocks.append((model.get_model_info()["energy"], model._energy.as_table()))
+    (fixed, _), (found, table) = blocks
+    assert found["request_types"] == fixed["request_types"]
+    assert found["total"] == fixed["total"]
+    assert found.get("tasks") == fixed.get("tasks")
+    assert "batch_size_search" not in fixed["set_up"]
+    # HFLM sends five passes through the model in each search.
+    search = found["set_up"]["batch_size_search"][request_type]
+    assert search["seconds"] == 5.0 * searches
+    assert search["joules"]["total"] == 15.0 * 5.0 * searches
+    assert f"batch size search before {request_type}" in table
+
+
+def test_the_first_pass_ever_is_a_window_of_its_own(lm):
+    model = lm()
+    for _ in range(2):
+        model.loglikelihood([scored("abc", "de")])
+    model.generate_until([generated("abc", max_gen_toks=1)])
+    block = model.get_model_info()["energy"]
+    assert set(block["set_up"]) == {"warm_up"}
+    assert set(block["set_up"]["warm_up"]) == {"loglikelihood"}
+    assert block["set_up"]["warm_up"]["loglikelihood"]["joules"]["total"] == 15.0
+    assert block["request_types"]["loglikelihood"]["seconds"] == 2.0
+    assert block["total"]["joules"]["total"] == 15.0 * 3
+
+
+def test_a_search_that_fails_is_not_told_of_the_next_requests(lm, monkeypatch):
+    model = lm(batch_size="auto", max_batch_size=1, max_length=64)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_model_call", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.loglikelihood([scored("abc", "de")])
+    model.loglikelihood([scored("abc", "de")])
+    block = model.get_model_info()["energy"]
+    (search,) = block["set_up"]["batch_size_search"].values()
+    assert search["seconds"] == 5.0
+    assert block["total"]["seconds"] == 1.0
+
+
 def test_idle_energy_is_measured_first_and_negative_net_is_reported(lm, caplog):
     log, clock = log_of({"cpu": [(0.0, 50.0), (4.0, 20.0)]}, idle_seconds=4)
     model = lm((log, clock))
@@ -245,6 +345,76 @@ def test_idle_energy_is_measured_first_and_negative_net_is_reported(lm, caplog):
     }
     assert any("negative" in note for note in block["notes"])
     assert "negative" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("watts", "on_gpu", "status"),
+    [
+        ({"cpu": 10.0, "ram": 5.0}, False, "ok"),
+        ({"cpu": 10.0, "ram": 5.0}, True, "partial"),
+        ({"cpu": 10.0, "ram": 5.0, "gpu": 0.0}, True, "partial"),
+        ({"cpu": 10.0, "ram": 5.0, "gpu": 0.0}, False, "partial"),
+        ({"cpu": 10.0, "ram": 5.0, "gpu": 50.0}, True, "ok"),
+    ],
+)
+def test_without_the_energy_of_the_gpu_there_is_none_per_token(
+    lm, monkeypatch, watts, on_gpu, status
+):
+    log, clock = log_of(watts, idle_seconds=2)
+    model = lm((log, clock), energy=True, energy_per_task=True)
+    if on_gpu:
+        device = torch.device("cuda")
+        monkeypatch.setattr(model, "_accelerators", lambda: {device})
+        monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: None)
+    model.loglikelihood([scored("abc", "de")])
+    model.generate_until([generated("abc")])
+    block = model.get_model_info()["energy"]
+    assert block["status"] == status
+    records = [
+        *block["request_types"].values(),
+        *(record for task in block["tasks"].values() for record in task.values()),
+        block["total"],
+        block["idle"],
+    ]
+    for record in records:
+        assert record["joules"]["cpu"] > 0
+        assert (record["joules"]["total"] is None) == (status != "ok")
+        assert (record["mean_watts"] is None) == (status != "ok")
+    for record in records[:-1]:
+        known = record["joules_per_processed_token"] is not None
+        assert known == (status == "ok")
+        assert (record["net_joules"]["total"] is None) == (status != "ok")
+    if status != "ok":
+        assert any("gpu" in note and "no total" in note for note in block["notes"])
+        assert (
+            block["request_types"]["generate_until"]["joules_per_generated_token"]
+            is None
+        )
+
+
+def test_devices_are_waited_for_where_a_meter_is_read_beside_other_work(
+    lm, monkeypatch
+):
+    model = lm(batch_size="auto", max_batch_size=1, max_length=64)
+    events = []
+    monkeypatch.setattr(model, "_accelerators", lambda: {torch.device("cuda", 1)})
+    monkeypatch.setattr(
+        torch.accelerator, "synchronize", lambda device: events.append(str(device))
+    )
+    for name in ("begin_window", "end_window"):
+        method = getattr(model._energy.monitor, name)
+        monkeypatch.setattr(
+            model._energy.monitor,
+            name,
+            lambda *args, method=method, **kwargs: (
+                events.append("meter"),
+                method(*args, **kwargs),
+            )[1],
+        )
+    model.loglikelihood([scored("abc", "de")])
+    # Warm-up, then the search within the window of the requests.
+    wait = "cuda:1"
+    assert events == [*(wait, "meter") * 2, "meter", *(wait, "meter") * 2, "meter"]
 
 
 @pytest.mark.parametrize("fail_at", ["start", 1, 2, 3, "stop"])
@@ -347,6 +517,41 @@ def test_machines_add_up_and_processes_are_not_metered_twice():
     assert block["cached_answers"] == 5
 
 
+def test_idle_power_is_subtracted_from_each_machine():
+    machines = [
+        # 100 W and 50 W at idle; 500 W and 250 W at work, for 10 s and 8 s.
+        log_of({"cpu": [(0.0, 100.0), (4.0, 500.0)]}, idle_seconds=4),
+        log_of({"cpu": [(0.0, 50.0), (4.0, 250.0)]}, idle_seconds=4),
+    ]
+    # A second process of the first machine, which another one meters.
+    logs = [*machines, (EnergyLog(None, 4, lambda _: None), None)]
+    lm = SimpleNamespace(token_counts=TokenCounts())
+    for _ in range(2):
+        shares = []
+        for (log, clock), seconds in zip(logs, (10.0, 8.0, 0.0), strict=True):
+            log.measure_idle()
+            with log.window("loglikelihood", 1, lm):
+                with log.set_up("batch_size_search"):
+                    if clock is not None:
+                        clock.sleep(2.0)
+                if clock is not None:
+                    clock.sleep(seconds)
+            shares.append(log.close())
+        machines[0][0].record(shares)
+    block = machines[0][0].as_dict()
+    assert block["machines"] == 2
+    assert block["idle"]["seconds"] == 4.0
+    assert block["idle"]["joules"]["total"] == 4 * (100 + 50)
+    assert block["idle"]["mean_watts"] == 150.0
+    for record in (block["request_types"]["loglikelihood"], block["total"]):
+        assert record["joules"]["total"] == 2 * (5000 + 2000)
+        assert record["idle_joules"]["total"] == 2 * (1000 + 400)
+        assert record["net_joules"]["total"] == 2 * (4000 + 1600)
+    search = block["set_up"]["batch_size_search"]["loglikelihood"]
+    assert search["seconds"] == 2 * 2.0
+    assert search["joules"]["total"] == 2 * (1000 + 500)
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -434,7 +639,7 @@ def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
     command = Path(sys.executable).with_name("lm_eval")
     model_args = (
         f"pretrained={tiny_llama},ratio=2.0,energy=true,energy_per_task=true,"
-        "energy_idle_seconds=0.3,energy_country=ESP"
+        "energy_idle_seconds=0.3,energy_country=ESP,max_length=512,prefix_sharing=false"
     )
     subprocess.run(
         [
@@ -443,7 +648,8 @@ def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
             f"--model_args={model_args}",
             "--tasks=pruned_demo",
             "--device=cpu",
-            "--batch_size=8",
+            "--batch_size=auto",
+            "--max_batch_size=2",
             "--limit=3",
             f"--output_path={tmp_path / 'out'}",
         ],
@@ -476,6 +682,10 @@ def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
         ]
         slack = block["resolution_seconds"] * record["mean_watts"] * 2 * len(parts)
         assert sum(parts) == pytest.approx(record["joules"]["total"], abs=slack)
+    # Every type of request was preceded by a search, which no record above holds.
+    assert set(block["set_up"]["batch_size_search"]) == set(block["request_types"])
+    for search in block["set_up"]["batch_size_search"].values():
+        assert search["joules"]["total"] > 0
     for name, source in block["sources"].items():
         assert (block["total"]["joules"][name] is None) == (source["kind"] == "none")
 

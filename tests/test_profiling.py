@@ -339,6 +339,30 @@ def test_a_meter_that_fails_leaves_the_times(run, clock, fail_at):
         assert "n/m" in profile_report.as_markdown(result)
 
 
+def test_without_the_energy_of_the_gpu_there_is_none_per_token(run, clock):
+    # The meter knows a GPU, and its counter stays at 0.
+    result = run(meter=FakeMeter(clock, {"cpu": 10.0, "gpu": 0.0}))
+    found = cell(result)
+    assert found.joules["both"]["cpu"] > 0
+    assert found.joules["both"]["total"] is None
+    assert found.joules_per_output_token is None
+    assert any("gpu" in note and "no total" in note for note in result.energy["notes"])
+
+
+def test_a_model_on_a_gpu_requires_its_energy(run, monkeypatch):
+    required = []
+
+    def start(self):
+        required.append(set(self.required))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EnergyMonitor, "start", start)
+    for device in ("cpu", "meta"):
+        with pytest.raises(KeyboardInterrupt):
+            run(device=device)
+    assert required == [set(), {"gpu"}]
+
+
 def test_negative_decode_energy_is_noted(run, clock):
     # The prefill window draws far more power than the generation after it.
     warm_up = 2 * (PREFILL + 4 * STEP)

@@ -193,6 +193,57 @@ def test_scores_carry_marks(page, sweep):
     assert 'class=" worse"' in page
 
 
+def test_what_was_not_tested_has_a_mark_of_its_own(tmp_path):
+    def metrics(share):
+        return {
+            "acc,none": {"values": answers(share), "score": 0.1 + share},
+            "acc_norm,none": answers(share),
+        }
+
+    write_sweep(
+        tmp_path,
+        {
+            f"p{percent}": (
+                percent,
+                {
+                    # A score that its documents do not make up, and no stderr.
+                    "odd": {"f1,none": {"values": answers(0.5), "score": 0.2 + share}},
+                    "arc": metrics(share),
+                    "same": {"acc,none": answers(0.5)},
+                },
+            )
+            for percent, share in ((0, 0.5), (20, 0.45), (40, 0.4))
+        },
+    )
+    report.write_report(tmp_path)
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    (odd,) = [line for line in text.splitlines() if line.startswith("|odd|f1 \u2191|")]
+    assert odd.count("\u00d7") == 2
+    (restated,) = [
+        line for line in text.splitlines() if line.startswith("|arc|acc \u2191")
+    ]
+    assert restated.startswith("|arc|acc \u2191 \u2020|")
+    assert "\u00d7" not in restated
+    (same,) = [line for line in text.splitlines() if line.startswith("|same|acc")]
+    assert "\u00d7" not in same
+    assert "only a perfect order" not in text
+    assert "not tested|" in text
+    svg = (tmp_path / "report/plots/capabilities-maw.svg").read_text(encoding="utf-8")
+    assert "not tested" in svg
+    with (tmp_path / "report/results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    verdicts = {(r["task"], r["metric"]): r["verdict"] for r in rows if r["verdict"]}
+    assert verdicts["odd", "f1,none"] == "not tested"
+    assert verdicts["arc", "acc,none"] == "restated"
+    assert verdicts["same", "acc,none"] == "not shown"
+
+
+def test_points_are_drawn_by_what_was_tested():
+    assert plots._point("s", "#0072B2", None)["marker"] == "x"
+    assert plots._point("s", "#0072B2", False)["markerfacecolor"] == "none"
+    assert plots._point("s", "#0072B2", True)["markerfacecolor"] == "#0072B2"
+
+
 def test_failures_energy_and_definition_are_told(sweep):
     text = (sweep / "report/report.md").read_text(encoding="utf-8")
     assert "mmlu failed on p80: out of memory" in text

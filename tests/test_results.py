@@ -13,6 +13,8 @@ from .results_files import DATE, pruning, score_of, write_run, write_sweep
 
 
 TASKS = {"tf": {"acc,none": [1.0, 0.0, 1.0]}}
+BOOLQ = {"boolq": {"acc,none": [1.0]}}
+OLD, NEW = "2026-01-02T03-04-05.678901", "2026-01-02T11-00-00.000001"
 
 
 def test_a_results_file(tmp_path):
@@ -28,12 +30,11 @@ def test_a_results_file(tmp_path):
 
 @pytest.mark.parametrize("below", ["", "org__model"])
 def test_the_newest_results_of_a_folder_count(tmp_path, below):
-    old, new = "2026-01-02T03-04-05.678901", "2026-01-02T11-00-00.000001"
-    write_run(tmp_path / below, {"tf": {"acc,none": [0.0]}}, date=new)
-    write_run(tmp_path / below, {"tf": {"acc,none": [1.0]}}, date=old)
+    write_run(tmp_path / below, {"tf": {"acc,none": [0.0]}}, date=NEW)
+    write_run(tmp_path / below, {"tf": {"acc,none": [1.0]}}, date=OLD)
     run = results.read_run(tmp_path)
     assert run.scores["tf", "acc,none"].value == 0
-    assert new in run.samples["tf"].name
+    assert NEW in run.samples["tf"].name
 
 
 def test_results_of_two_models_in_a_folder_are_not_mixed(tmp_path):
@@ -41,6 +42,86 @@ def test_results_of_two_models_in_a_folder_are_not_mixed(tmp_path):
     write_run(tmp_path / "b", TASKS)
     with pytest.raises(ResultsError, match=r"several models \(a, b\)"):
         results.read_run(tmp_path)
+
+
+@pytest.mark.parametrize("below", ["", "org__model"])
+def test_results_of_several_commands_in_a_folder_are_all_read(tmp_path, below):
+    folder = tmp_path / below
+    write_run(folder, {"tf": {"acc,none": [1.0, 0.0]}, **BOOLQ}, date=OLD)
+    write_run(folder, {"tf": {"acc,none": [0.0]}}, date=NEW, lm_eval_version="0.4.14")
+    run = results.read_run(tmp_path)
+    assert {key: score.value for key, score in run.scores.items()} == {
+        ("tf", "acc,none"): 0.0,
+        ("boolq", "acc,none"): 1.0,
+    }
+    assert OLD in run.samples["boolq"].name
+    assert NEW in run.samples["tf"].name
+    assert results.read_documents(run, "boolq", "acc,none").values.tolist() == [1.0]
+    assert run.environment["lm_eval_version"] == "0.4.13, 0.4.14"
+    assert run.settings["tf"]["lm_eval_version"] == "0.4.14"
+    assert (run.name, run.notes) == (tmp_path.name, ())
+
+
+def test_results_of_one_model_in_several_folders_are_all_read(tmp_path):
+    """Without `pretrained` the harness names the folder of each command at random."""
+    write_run(tmp_path / "a8h3", TASKS, pruning=pruning(20))
+    write_run(tmp_path / "x7f1", BOOLQ, pruning=pruning(20))
+    run = results.read_run(tmp_path)
+    assert (run.tasks(), run.notes) == (["tf", "boolq"], ())
+    write_run(tmp_path / "z", {"arc": {"acc,none": [1.0]}}, pruning=pruning(40))
+    with pytest.raises(ResultsError, match=r"several models \(a8h3, x7f1, z\)"):
+        results.read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"pruning": pruning(40)},
+        {"config": {"model": "hf", "model_args": {"pretrained": "tiny"}}},
+    ],
+)
+def test_results_of_another_model_in_a_folder_are_named(tmp_path, other):
+    """The harness names the folder after the checkpoint: two sizes share it."""
+    write_run(tmp_path, {**TASKS, **BOOLQ}, date=OLD, **other)
+    write_run(tmp_path, TASKS, date=NEW, pruning=pruning(20))
+    run = results.read_run(tmp_path)
+    assert run.tasks() == ["tf"]
+    (note,) = run.notes
+    assert "of another model" in note
+    assert f"results_{OLD}.json: boolq" in note
+
+
+def test_a_group_is_left_out_if_a_member_was_evaluated_again(tmp_path):
+    """Its score is of members that are no longer the newest."""
+    write_run(
+        tmp_path,
+        {**TASKS, **BOOLQ},
+        date=OLD,
+        groups={"both": ["tf", "boolq"]},
+        group_scores={"both": {"acc,none": 0.7}},
+    )
+    write_run(tmp_path, TASKS, date=NEW)
+    run = results.read_run(tmp_path)
+    assert sorted(run.tasks()) == ["boolq", "tf"]
+    (note,) = run.notes
+    assert f"both of results_{OLD}.json" in note
+
+
+def test_a_damaged_older_file_is_named(tmp_path):
+    write_run(tmp_path, TASKS, date=NEW)
+    (tmp_path / f"results_{OLD}.json").write_text('{"results": {')
+    run = results.read_run(tmp_path)
+    assert run.tasks() == ["tf"]
+    assert "Left out" in run.notes[0]
+    assert "not whole JSON" in run.notes[0]
+
+
+def test_results_below_results_are_named(tmp_path):
+    write_run(tmp_path, TASKS)
+    write_run(tmp_path / "other", BOOLQ)
+    run = results.read_run(tmp_path)
+    assert run.tasks() == ["tf"]
+    assert "The results in other below" in run.notes[0]
 
 
 def test_a_renamed_results_file_finds_its_samples(tmp_path):
@@ -185,7 +266,7 @@ def test_stories_of_musr_are_clusters(tmp_path):
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_subjects_of_a_group_are_clusters(tmp_path, weighted):
+def test_subjects_of_a_group_are_strata(tmp_path, weighted):
     rng = np.random.default_rng(1)
     tasks = {
         f"mmlu_{n}": {"acc,none": rng.integers(0, 2, size=5 + n).astype(float)}
@@ -211,7 +292,8 @@ def test_subjects_of_a_group_are_clusters(tmp_path, weighted):
     run = results.read_run(file)
     assert run.tasks(subtasks=False) == ["mmlu"]
     documents = results.read_documents(run, "mmlu", "acc,none")
-    assert len(set(documents.clusters)) == 12
+    assert documents.clusters is None
+    assert len(set(documents.strata)) == 12
     assert np.average(documents.values, weights=documents.weights) == pytest.approx(
         score
     )
@@ -282,24 +364,30 @@ def test_what_the_harness_writes(tmp_path):
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    tracker = EvaluationTracker(output_path=str(tmp_path))
-    evaluated = simple_evaluate(
-        model="dummy",
-        tasks=["pruned_demo"],
-        log_samples=True,
-        evaluation_tracker=tracker,
-        bootstrap_iters=0,
-    )
-    samples = evaluated.pop("samples")
-    tracker.save_results_aggregated(results=evaluated, samples=samples)
-    for task, rows in samples.items():
-        tracker.save_results_samples(task, rows)
+    tasks = ["pruned_demo_truthfulness", "pruned_demo_instruction_following"]
+    for task in tasks:
+        tracker = EvaluationTracker(output_path=str(tmp_path))
+        evaluated = simple_evaluate(
+            model="dummy",
+            model_args="pretrained=dummy",
+            tasks=[task],
+            log_samples=True,
+            evaluation_tracker=tracker,
+            bootstrap_iters=0,
+        )
+        samples = evaluated.pop("samples")
+        tracker.save_results_aggregated(results=evaluated, samples=samples)
+        tracker.save_results_samples(task, samples[task])
     run = results.read_run(tmp_path)
-    assert run.tasks() == [
-        "pruned_demo_truthfulness",
-        "pruned_demo_instruction_following",
-    ]
+    assert (run.tasks(), run.notes) == (tasks, ())
+    for task, settings in run.settings.items():
+        rows = run.samples[task].read_text(encoding="utf-8").splitlines()
+        assert settings["documents"] == len(rows)
+        assert (settings["num_fewshot"], settings["fewshot_seed"]) == (0, 1234)
+        assert len(settings["task_hash"]) == 64
+        assert settings["lm_eval_version"] == run.environment["lm_eval_version"]
     for task, metric in run.scores:
         documents = results.read_documents(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
+        assert None not in documents.prompts
         assert run.scores[task, metric].higher_is_better

@@ -1,28 +1,32 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama4 import Llama4TextConfig
 
 from lm_eval_pruned.model_wrappers import slot_refilling
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.model_wrappers.slot_refilling import (
-    _attention_in_groups,
     _Job,
     _ordered,
-    _SlotCache,
     _SlotTable,
 )
 
-from .checkpoints import byte_tokenizer, tiny_config, tiny_model
+from .checkpoints import TINY, byte_tokenizer, tiny_config, tiny_model
 from .layouts import overrides
 from .test_prefix_sharing_architectures import shrunk
 
@@ -50,13 +54,6 @@ def tiny(attention="sdpa", dtype=torch.float64):
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def check_at_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slot_refilling, "_WORTH_CHECKING", 0)
-        yield
-
-
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def pair(request):
     """HFLM, and HFLM with refilled slots, on one tiny float64 model."""
@@ -76,6 +73,17 @@ def instances(pairs):
 
 def generate(lm, pairs):
     return lm.generate_until(instances(pairs), disable_tqdm=True)
+
+
+def watch_passes(monkeypatch, look):
+    """Call `look` with the rows of each pass before it runs."""
+    run = slot_refilling._pass
+
+    def watched(forward, cache, work):
+        look(work)
+        return run(forward, cache, work)
+
+    monkeypatch.setattr(slot_refilling, "_pass", watched)
 
 
 LETTERS = "ab\n"
@@ -103,14 +111,18 @@ REQUESTS = st.lists(
     budget=st.integers(1, 200),
     groups=st.integers(1, 5),
     cost_of_order=st.sampled_from([0, 4]),
+    most_in_mask=st.integers(1, 2000),
 )
-def test_equal_to_one_by_one(pair, drawn, slots, budget, groups, cost_of_order):
+def test_equal_to_one_by_one(
+    pair, drawn, slots, budget, groups, cost_of_order, most_in_mask
+):
     plain, refilled = pair
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refilled, "_prefill_budget", lambda: budget)
         patch.setattr(slot_refilling, "_GROUPS", groups)
         patch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
         patch.setattr(slot_refilling, "_COST_OF_ORDER", cost_of_order)
+        patch.setattr(slot_refilling, "_MOST_IN_MASK", most_in_mask)
         refilled.batch_size_per_gpu = slots
         got = generate(refilled, drawn)
     assert got == generate(plain, drawn)
@@ -143,13 +155,7 @@ def test_batch_sizes(pair, batch_size):
 def test_no_more_rows_than_the_batch_size(pair, monkeypatch):
     _, refilled = pair
     rows = []
-    run = refilled._pass
-
-    def watched(cache, work):
-        rows.append(len(work))
-        return run(cache, work)
-
-    monkeypatch.setattr(refilled, "_pass", watched)
+    watch_passes(monkeypatch, lambda work: rows.append(len(work)))
     refilled.batch_size_per_gpu = 2
     generate(refilled, prompts())
     assert max(rows) == 2
@@ -160,13 +166,9 @@ def test_steps_are_as_few_as_the_slots_allow(pair, monkeypatch):
     model = refilled.model
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     steps = []
-    run = refilled._pass
-
-    def watched(cache, work):
-        steps.append([len(tokens) for _, tokens, _ in work])
-        return run(cache, work)
-
-    monkeypatch.setattr(refilled, "_pass", watched)
+    watch_passes(
+        monkeypatch, lambda work: steps.append([len(tokens) for _, tokens, _ in work])
+    )
     refilled.batch_size_per_gpu = 2
     lengths = [9, 3, 3, 3]
     generate(
@@ -298,7 +300,7 @@ def test_the_models_own_settings_count(pair, monkeypatch):
     monkeypatch.setattr(plain.model.generation_config, "repetition_penalty", 1.4)
     refilled = make(PrefixHFLM, plain.model)
     assert generate(refilled, prompts()) == generate(plain, prompts())
-    assert refilled._refilling_complaints == {"repetition_penalty=1.4 is asked for"}
+    assert refilled._refilling_complaints == ["repetition_penalty=1.4 is asked for"]
 
 
 def test_more_tokens_than_the_model_takes_is_hfs_error(pair):
@@ -314,7 +316,7 @@ def test_an_encoder_decoder_takes_the_plain_path():
         make(cls, model, 2, backend="seq2seq") for cls in (HFLM, PrefixHFLM)
     )
     assert generate(refilled, prompts()) == generate(plain, prompts())
-    assert refilled._refilling_complaints == {"the model is an encoder-decoder"}
+    assert refilled._refilling_complaints == ["the model is an encoder-decoder"]
 
 
 @pytest.mark.parametrize(
@@ -349,18 +351,16 @@ def test_architectures(model_type, more, refills):
 def test_out_of_memory_backs_off(pair, monkeypatch, caplog):
     plain, refilled = pair
     refilled = make(PrefixHFLM, refilled.model, 7)
-    run = refilled._pass
     passes = 0
 
-    def short_of_memory(cache, work):
+    def short_of_memory(work):
         nonlocal passes
         passes += 1
         if passes > 4 and len(work) > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
-        return run(cache, work)
 
     assert refilled._can_refill()
-    monkeypatch.setattr(refilled, "_pass", short_of_memory)
+    watch_passes(monkeypatch, short_of_memory)
     with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
         got = generate(refilled, prompts(until=[], max_gen_toks=20))
     assert got == generate(plain, prompts(until=[], max_gen_toks=20))
@@ -373,10 +373,10 @@ def test_another_error_is_not_taken_for_lack_of_memory(pair, monkeypatch):
     refilled = make(PrefixHFLM, pair[0].model)
     assert refilled._can_refill()
 
-    def broken(*_):
+    def broken(_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(refilled, "_pass", broken)
+    watch_passes(monkeypatch, broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         generate(refilled, prompts())
 
@@ -395,21 +395,10 @@ def test_a_model_whose_cache_is_its_own_is_noticed(pair, monkeypatch, caplog):
     assert "logits change" in caplog.text
 
 
-def test_few_tokens_are_not_worth_the_check(pair, monkeypatch):
-    monkeypatch.setattr(slot_refilling, "_WORTH_CHECKING", 12 * len(PROMPTS))
-    plain, _ = pair
-    lm = make(PrefixHFLM, plain.model, 1)
-    assert generate(lm, prompts()[1:]) == generate(plain, prompts()[1:])
-    assert not lm._refilling_checked
-    assert generate(lm, prompts()) == generate(plain, prompts())
-    assert lm._refilling_checked
-    assert not lm._refilling_complaints
-
-
 def test_slot_refilling_false_is_the_plain_path(pair, monkeypatch):
     plain, _ = pair
     lm = make(PrefixHFLM, plain.model, 1, slot_refilling=False)
-    monkeypatch.setattr(lm, "_pass", None)
+    monkeypatch.setattr(slot_refilling, "_pass", None)
     assert generate(lm, prompts()) == generate(plain, prompts())
     assert not lm._refilling_complaints
 
@@ -417,16 +406,6 @@ def test_slot_refilling_false_is_the_plain_path(pair, monkeypatch):
 def test_slot_refilling_is_a_switch(pair):
     with pytest.raises(ValueError, match="slot_refilling='sometimes'"):
         make(PrefixHFLM, pair[0].model, slot_refilling="sometimes")
-
-
-def test_attention_is_as_it_was_afterwards(pair, monkeypatch):
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
-    generate(pair[1], prompts())
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
-    with _attention_in_groups(_SlotCache(2), wanted=True):
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not plain
-    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
 
 
 def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
@@ -437,22 +416,179 @@ def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
     monkeypatch.setattr(slot_refilling, "_GROUPS", 2)
     monkeypatch.setattr(plain.model.generation_config, "eos_token_id", None)
     widths = []
-    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def watched(module, query, key, *args, **kwargs):
-        if query.shape[2] == 1:
-            widths.append((len(query), key.shape[-2]))
-        return attention(module, query, key, *args, **kwargs)
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                widths.append((len(args[0]), args[1].shape[-2]))
+            return func(*args, **(kwargs or {}))
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched)
+    attention = slot_refilling._grouped_attention
+
+    def watched(*args, **kwargs):
+        with Watched():
+            return attention(*args, **kwargs)
+
+    monkeypatch.setattr(slot_refilling, "_grouped_attention", watched)
+    assert refilled._can_refill()
     refilled.batch_size_per_gpu = 4
     pairs = [
         (c * n, {"max_gen_toks": 2})
         for c, n in zip("abcd", (30, 20, 9, 5), strict=True)
     ]
     assert generate(refilled, pairs) == generate(plain, pairs)
-    layers = plain.config.num_hidden_layers
-    assert widths[: 2 * layers] == [(2, 31), (2, 10)] * layers
+    assert widths == [(2, 31), (2, 10)] * plain.config.num_hidden_layers
+
+
+def test_two_models_in_two_threads(monkeypatch):
+    monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
+    before = dict(ALL_ATTENTION_FUNCTIONS)
+    local = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    models = [make(PrefixHFLM, tiny_model(tiny_config(), seed)) for seed in (0, 1)]
+    expected = [generate(make(HFLM, lm.model, 1), prompts()) for lm in models]
+    meeting = threading.Barrier(2)
+    seen = []
+
+    def meet(work):
+        # The first passes of one run while those of the other do.
+        seen.append(dict(ALL_ATTENTION_FUNCTIONS))
+        if len(seen) <= 8:
+            meeting.wait(60)
+
+    assert all(lm._can_refill() for lm in models)
+    watch_passes(monkeypatch, meet)
+    with ThreadPoolExecutor(2) as threads:
+        got = list(threads.map(lambda lm: generate(lm, prompts()), models))
+    assert got == expected
+    assert all(functions == before for functions in seen)
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+    assert ALL_ATTENTION_FUNCTIONS._local_mapping == local
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("percent", [0, 30, 60])
+def test_sizes_and_dtypes_of_a_sweep_take_one_path(dtype, percent, caplog):
+    lm = make(PrunedHFLM, tiny(dtype=dtype), prune_percent=percent)
+    with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
+        generate(lm, prompts())
+    assert "Slots are not" not in caplog.text
+    assert path_of(lm).requests == {"slots": len(PROMPTS)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["bert", "xlm-roberta", "data2vec-text"])
+def test_models_that_see_what_follows_are_refused(dtype, model_type):
+    config = shrunk(model_type)
+    config.is_decoder = False
+    lm = make(PrefixHFLM, tiny_model(config).to(dtype))
+    assert lm._jobs(instances(prompts())) == []
+    assert not lm.slot_refilling
+    assert "logits change with them" in lm._refilling_complaints[0]
+
+
+ADAPTERS = {
+    "lora": lambda: peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    ),
+    "dora": lambda: peft.LoraConfig(
+        r=4,
+        target_modules=["k_proj", "up_proj"],
+        init_lora_weights=False,
+        use_dora=True,
+    ),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    ),
+}
+
+
+def with_adapter(config):
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny(dtype=torch.float32), config).double().eval()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_refill(adapter):
+    model = with_adapter(ADAPTERS[adapter]())
+    with model.disable_adapter():
+        without = generate(make(HFLM, model, 1), prompts(until=[]))
+    lm = make(PrefixHFLM, model)
+    got = generate(lm, prompts(until=[]))
+    assert got == generate(make(HFLM, model, 1), prompts(until=[]))
+    assert got != without
+    assert path_of(lm).requests == {"slots": len(PROMPTS)}
+
+
+def test_an_adapter_with_virtual_tokens_does_not():
+    model = with_adapter(
+        peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    )
+    lm = make(PrefixHFLM, model)
+    assert lm._jobs(instances(prompts())) == []
+    assert "virtual tokens" in lm._refilling_complaints[0]
+
+
+def test_end_tokens_are_those_of_the_model_in_an_adapter():
+    model = with_adapter(ADAPTERS["lora"]())
+    model.get_base_model().generation_config.eos_token_id = list(range(256))
+    lm = make(PrefixHFLM, model)
+    generate(lm, prompts(until=[]))
+    assert lm.token_counts.generated == len(PROMPTS)
+
+
+def test_attention_whose_temperature_follows_the_cache_is_left_alone():
+    """Llama 4 takes a token's place in the cache for its position."""
+    config = Llama4TextConfig(
+        **{**TINY, "num_hidden_layers": 4},
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        floor_scale=50,
+        attn_scale=5.0,
+    )
+    config._attn_implementation = "sdpa"
+    model = tiny_model(config)
+    # One by one: padding in front counts, too.
+    plain, lm = make(HFLM, model, 1), make(PrefixHFLM, model, 1)
+    pairs = prompts(until=[], max_gen_toks=8)
+    expected = generate(plain, pairs)
+    assert generate(lm, pairs) == expected
+    taken = path_of(lm)
+    assert taken.requests == {"slots": 2, "plain": 5}
+    assert "attention is plain" in taken.reasons[0]
+
+
+def path_of(lm):
+    return lm.answer_paths.of("generate_until")
+
+
+def test_what_answered_is_recorded():
+    lm = make(PrefixHFLM, tiny(), 2)
+    generate(lm, prompts()[:3])
+    info = lm.get_model_info()["answer_paths"]["generate_until"]
+    assert info == {
+        "requests": {"slots": 3},
+        "tokens_computed": {"slots": lm.token_counts.processed},
+        "reasons": [],
+        "slots": 2,
+    }
+    generate(lm, prompts(do_sample=True, temperature=1.0)[:2])
+    info = lm.get_model_info()["answer_paths"]["generate_until"]
+    assert info["requests"] == {"slots": 3, "plain": 2}
+    # Nobody counts what HFLM computes here.
+    assert info["tokens_computed"]["plain"] is None
+    assert info["reasons"] == ["do_sample is asked for"]
+
+
+def test_the_plain_path_is_recorded_with_the_tokens_that_are_counted():
+    lm = make(PrunedHFLM, tiny(), 2, prune_percent=40, slot_refilling=False)
+    generate(lm, prompts()[:2])
+    path = path_of(lm)
+    assert path.requests == {"plain": 2}
+    assert path.reasons == ["slot_refilling=false"]
+    assert path.slots is None
+    assert path.tokens_computed == {"plain": lm.token_counts.processed or None}
 
 
 def test_no_requests(pair):

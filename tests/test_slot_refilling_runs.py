@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -13,7 +14,8 @@ from lm_eval_pruned.model_wrappers import slot_refilling
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
-from . import demo_runs, harness
+from . import checkpoints, demo_runs, harness
+from .test_slot_refilling import generate, prompts
 
 
 TASK = "tiny_generation"
@@ -27,11 +29,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tasks(folder):
     return TaskManager(include_path=str(folder), include_defaults=False)
-
-
-@pytest.fixture(autouse=True)
-def check_at_once(monkeypatch):
-    monkeypatch.setattr(slot_refilling, "_WORTH_CHECKING", 0)
 
 
 def loaded(cls, folder, **arguments):
@@ -61,13 +58,13 @@ def evaluate(lm, tasks, **arguments):
 def slots_used(monkeypatch):
     """The numbers of rows of the passes in slots."""
     rows = []
-    run = slot_refilling.SlotRefillingMixin._pass
+    run = slot_refilling._pass
 
-    def watched(self, cache, work):
+    def watched(forward, cache, work):
         rows.append(len(work))
-        return run(self, cache, work)
+        return run(forward, cache, work)
 
-    monkeypatch.setattr(slot_refilling.SlotRefillingMixin, "_pass", watched)
+    monkeypatch.setattr(slot_refilling, "_pass", watched)
     return rows
 
 
@@ -114,10 +111,12 @@ def test_a_broken_run_resumes_from_the_cache(tiny_llama, tasks, tmp_path, monkey
 
 def test_energy_counts_what_slots_generate(tiny_llama, tasks, slots_used):
     lm = loaded(PrunedHFLM, tiny_llama, ratio=2, energy=True, batch_size=1)
+    # The passes that try slots out belong to no request.
+    assert lm._can_refill()
+    slots_used.clear()
     _, _, config = evaluate(lm, tasks)
     counted = config["energy"]["request_types"]["generate_until"]
-    # The passes that try slots out belong to no request.
-    assert counted["generated_tokens"] == len(slots_used) - 3
+    assert counted["generated_tokens"] == len(slots_used)
     plain = loaded(
         PrunedHFLM,
         tiny_llama,
@@ -153,3 +152,24 @@ def test_two_processes(tiny_llama, folder, tmp_path):
         answers[name] = sorted(map(tuple, found))
     assert answers["two"] == answers["one"]
     assert len(answers["two"]) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_a_model(tiny_llama, tmp_path):
+    """They have to run the same passes: as many slots as the one with less memory holds."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", "2", "-m", "tests.slots_of_a_split_model"),
+        *(str(tiny_llama), str(tmp_path)),
+    ]
+    done = demo_runs.run(command, checkpoints.ROOT)
+    assert done.returncode == 0, done.stderr
+    first, second = (
+        json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)
+    )
+    assert first == second
+    alone = loaded(HFLM, tiny_llama, batch_size=1, max_length=64)
+    answers, path = first
+    assert answers == generate(alone, prompts(until=[], max_gen_toks=16))
+    assert path["requests"] == {"slots": len(answers)}
+    assert path["slots"] == 2

@@ -1,47 +1,91 @@
-"""The study's energy runs, read again (arXiv 2512.22671; figures in `tests/data`)."""
+"""``lm-eval-pruned study-energy``: the energy runs of arXiv 2512.22671, read again."""
 
 from __future__ import annotations
 
-import runpy
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from lm_eval_pruned import study_energy
+from lm_eval_pruned.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
-study = runpy.run_path(str(ROOT / "benchmarks" / "study_energy.py"))
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "energy.md"
 
 
 @pytest.fixture(scope="module")
 def runs():
-    return study["read"](ROOT / "tests" / "data" / "energy_llama32_1b_l4.csv")
+    return study_energy.read()
 
 
 def test_the_published_energy_is_emissions_in_every_run(runs):
-    low, high = study["quotient_of_raw_and_total"](runs)
+    taken_off = study_energy.Subtraction.of(runs)
     assert len(runs) == 126
-    assert low == pytest.approx(0.34923, abs=5e-6)
-    assert high == pytest.approx(0.34923, abs=5e-6)
+    assert taken_off.low == pytest.approx(0.34923, abs=5e-6)
+    assert taken_off.high == pytest.approx(taken_off.low, rel=1e-12)
+
+
+def test_the_published_joules_are_net_of_a_constant_power(runs):
+    taken_off = study_energy.Subtraction.of(runs)
+    assert taken_off.factor == pytest.approx(1.582, abs=5e-4)
+    assert taken_off.error < 0.0043
+    for run in runs:
+        # Emissions taken for kWh, less the factor times the RAM energy, per token.
+        taken = 3.6e6 * run.raw - 1.582 * run.ram
+        assert taken / run.tokens == pytest.approx(run.published, rel=0.0043)
+        # The same in the unit that it should have: the carbon intensity cancels.
+        assert taken_off.low * taken_off.net(run) == pytest.approx(taken, rel=1e-3)
+        # Processor and memory are constants times the time.
+        assert run.cpu / run.ram == pytest.approx(42.5 / 20, rel=1e-3)
+
+
+def test_the_saving_is_a_third_gross_of_what_it_is_net(runs):
+    change = {
+        key: study_energy.change(runs, "mmlu_latency_b1", key)
+        for key in ("published", "net", "gross", "gpu")
+    }
+    assert change["published"] == pytest.approx(-23.2, abs=0.05)
+    assert change["net"] == pytest.approx(-23.2, abs=0.05)
+    assert change["gross"] == pytest.approx(-7.7, abs=0.05)
+    assert change["gpu"] == pytest.approx(-13.7, abs=0.05)
+    # Emissions per token, straight from the raw figures.
+    emissions = [
+        sum(r.raw / r.tokens for r in runs if (r.workload, r.percent) == cell)
+        for cell in (("mmlu_latency_b1", 0), ("mmlu_latency_b1", 60))
+    ]
+    assert 100 * (emissions[1] / emissions[0] - 1) == pytest.approx(change["gross"])
 
 
 def test_the_latency_penalty_is_output_length(runs):
-    whole, pruned = (study["figures"](runs, "hellaswag_latency_b1", p) for p in (0, 60))
+    whole, pruned = (
+        study_energy.figures(runs, "hellaswag_latency_b1", p) for p in (0, 60)
+    )
     assert whole["tokens_per_prompt"] == pytest.approx(5.2, abs=0.1)
     assert pruned["tokens_per_prompt"] == pytest.approx(19.8, abs=0.1)
     assert pruned["ms"] / whole["ms"] > 3.5
     assert pruned["tokens_per_second"] > whole["tokens_per_second"]
 
 
-def test_the_headline_saving_is_a_third_of_what_was_published(runs):
-    before, after = (study["figures"](runs, "mmlu_latency_b1", p) for p in (0, 60))
-    change = {key: 100 * (after[key] / before[key] - 1) for key in before}
-    assert change["published"] == pytest.approx(-23.2, abs=0.05)
-    assert change["joules_per_token"] == pytest.approx(-7.7, abs=0.05)
-    assert change["gpu_joules_per_token"] == pytest.approx(-13.7, abs=0.05)
+def test_the_page_says_what_the_command_prints_and_no_figure_besides(capsys):
+    assert main(["study-energy"]) == 0
+    printed = capsys.readouterr().out.strip()
+    page = PAGE.read_text(encoding="utf-8")
+    _, section = page.split("\n## The study's energy runs, read this way\n")
+    introduction, rest = section.split(printed)
+    assert rest.strip() == ""
+    # Digits in the names of the paper, the model and the card are no figures.
+    figures = re.findall(r"(?<![\w.-])\d[\d.,]*", introduction)
+    assert figures == ["2512.22671"]
 
 
-def test_the_documentation_shows_what_the_script_prints(runs):
-    document = (ROOT / "docs" / "energy.md").read_text(encoding="utf-8")
-    for workload in ("hellaswag_latency_b1", "mmlu_latency_b1"):
-        assert study["table"](runs, workload) in document
-        assert study["changes"](runs, workload, 60) in document
+def test_the_command_starts_without_heavy_imports():
+    code = (
+        "import sys\n"
+        "from lm_eval_pruned.cli import main\n"
+        "main(['study-energy'])\n"
+        "assert not {'torch', 'lm_eval', 'numpy', 'scipy', 'codecarbon'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -314,6 +314,19 @@ def test_changed_definition_is_evaluated_again_and_the_old_results_kept(options)
     assert json.loads(results.read_text())["n-samples"]["tiny_choice"]["effective"] == 2
 
 
+def test_a_sweep_resumed_under_another_seed_says_so(options, capsys):
+    assert run_sweep({**options, "tasks": ["tiny_choice"]}) == 0
+    assert run_sweep({**options, "tasks": ["tiny_sentence"], "seed": "7"}) == 0
+    capsys.readouterr()
+    assert main(["compare", options["output_path"]]) == 0
+    output = capsys.readouterr().out
+    assert (
+        "Note: The tasks of baseline, ratio-1.5 were not all evaluated with the same "
+        "fewshot_seed (1234: tiny_choice; 7: tiny_sentence)."
+    ) in output
+    assert "other settings" not in output
+
+
 @pytest.mark.parametrize(
     "damage", ["truncated", "empty", "foreign", "future", "no results"]
 )

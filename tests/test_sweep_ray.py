@@ -55,7 +55,7 @@ def test_ray_not_installed(tiny_llama, tmp_path, monkeypatch):
     from lm_eval_pruned.sweep_ray import run_on_ray
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"pip install lm-eval-pruned\[ray\]"):
+    with pytest.raises(ValueError, match=r"pip install 'lm-eval-pruned\[ray\]"):
         next(run_on_ray(None, [], None, None, None))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -186,6 +187,39 @@ def test_configurations_follow_the_conventions(path):
     assert path.stem == name
     readme = (path.parent / "README.md").read_text(encoding="utf-8")
     assert f"`{name}`" in readme
+
+
+@pytest.fixture(scope="module")
+def demo_utils():
+    from lm_eval.tasks._yaml_loader import _load_module_with_cache
+
+    return _load_module_with_cache((FOLDER / "demo" / "utils.py").resolve())
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        [[True, False], [True], [False, True, True]],
+        [True, False, True, False, True, True],
+        # The harness's branch for 0.5 hands on a list of one value as that value.
+        [[True, False], True, [False, True, True]],
+        ([1, 0], 1.0, (0, 1, 1)),
+    ],
+    ids=["by prompt", "flattened", "partly flattened", "numbers"],
+)
+def test_the_mean_over_instructions_takes_what_the_harness_hands_on(items, demo_utils):
+    assert demo_utils.mean_over_instructions(items) == 4 / 6
+
+
+def test_the_mean_over_instructions_is_the_harness_s(demo_utils):
+    generator = random.Random(0)
+    for _ in range(20):
+        items = [
+            [generator.random() < 0.4 for _ in range(generator.randint(1, 3))]
+            for _ in range(generator.randint(1, 99))
+        ]
+        theirs = demo_utils._ifeval().agg_inst_level_acc(items)
+        assert demo_utils.mean_over_instructions(items) == theirs
 
 
 # --- the stock command, in a process of its own

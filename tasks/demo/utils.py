@@ -159,9 +159,18 @@ def score_instructions(doc: dict[str, Any], results: Sequence[str]) -> dict[str,
         return _ifeval().process_results(doc, results)
 
 
-def mean_over_instructions(items: Sequence[Sequence[bool]]) -> float:
-    """Return the share of all instructions, over all prompts, that were followed."""
-    return _ifeval().agg_inst_level_acc(items)
+def mean_over_instructions(items: Sequence[bool | Sequence[bool]]) -> float:
+    """Return the share of all instructions, over all prompts, that were followed.
+
+    Args:
+        items: For each prompt one bool per instruction. One bool in place of a list
+            counts as one instruction, as where a harness flattens what
+            `score_instructions` returned.
+
+    Source:
+        The harness's ``agg_inst_level_acc``, which takes lists alone.
+    """
+    return float(np.hstack(items).mean())
 
 
 def _read(name: str, features: datasets.Features) -> datasets.Dataset:
