@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -54,11 +55,12 @@ def test_it_fails_where_sharing_lies_further_off(rounding, tiny_llama, monkeypat
         rounding.main(["--pretrained", str(tiny_llama), "--limit", "1"])
 
 
-def test_a_model_that_is_not_shared_is_an_error(rounding, tiny_llama):
+def test_a_model_that_is_not_shared_is_an_error(rounding, tiny_llama, monkeypatch):
+    unshared = partial(rounding.PrefixHFLM, prefix_sharing=False)
+    monkeypatch.setattr(rounding, "PrefixHFLM", unshared)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
-    model.set_attn_implementation("flex_attention")
     requests = [
         Instance("loglikelihood", {}, ("a" * 200, "bcde"[i:]), i) for i in range(4)
     ]
-    with pytest.raises(RuntimeError, match="plain path"):
+    with pytest.raises(RuntimeError, match="plain path: prefix_sharing=false"):
         rounding.distances(model, checkpoints.byte_tokenizer(), requests)
