@@ -64,3 +64,22 @@ def test_a_model_that_is_not_shared_is_an_error(rounding, tiny_llama, monkeypatc
     ]
     with pytest.raises(RuntimeError, match="plain path: prefix_sharing=false"):
         rounding.distances(model, checkpoints.byte_tokenizer(), requests)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_rounds_no_worse_with_a_mask_and_behind_cached_keys(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 9, 250, 64).to(dtype) * 2 for _ in range(3))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    exact = attend(query.double(), key.double(), value.double(), is_causal=True)
+    mask = torch.full((250, 250), float("-inf"), dtype=dtype).triu(1)
+
+    def error(answer):
+        rest = exact[:, :, -answer.shape[2] :]
+        return (answer.double() - rest).square().mean().sqrt().item()
+
+    causal = attend(query, key, value, is_causal=True)
+    masked = attend(query, key, value, attn_mask=mask)
+    tail = attend(query[:, :, -20:], key, value, attn_mask=mask[-20:])
+    assert error(masked) <= 1.01 * error(causal)
+    assert error(tail) <= 1.01 * error(causal[:, :, -20:])
