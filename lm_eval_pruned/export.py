@@ -24,20 +24,19 @@ from lm_eval_pruned.atomic import appearing_whole
 from lm_eval_pruned.damage import check_complete, missing_tensors
 from lm_eval_pruned.expansion import SIZE_ARGUMENTS
 from lm_eval_pruned.loading import (
+    OWN_WAY,
     AssembledTensor,
     NarrowedTensor,
     Request,
     _clear_errors,
     _RouteDeclined,
     _Session,
-    _standing_in,
-    _target,
-    _target_names,
     _WidthsDiffer,
     load_with_arguments,
 )
 from lm_eval_pruned.pruning import PruneRecord, warn_inexpressible
 from lm_eval_pruned.shards import DTYPE_NAMES, ITEM_BYTES, StoredTensor, write_shard
+from lm_eval_pruned.transformers_api import Placement, standing_in, target_names
 
 
 if TYPE_CHECKING:
@@ -143,7 +142,9 @@ def export_pruned(
         name: value for name, value in from_pretrained.items() if value is not None
     }
     auto_class = _auto_class(pretrained, source)
-    request = Request.resolve(auto_class, pretrained, prune_arguments, source)
+    # transformers decides by the dtype which weights it keeps in another.
+    asked_for = source | ({} if target_dtype is None else {"dtype": target_dtype})
+    request = Request.resolve(auto_class, pretrained, prune_arguments, asked_for)
     if not request.plan.prunes:
         asked = ", ".join(f"{k}={v}" for k, v in request.plan.asked.items())
         raise ValueError(
@@ -159,7 +160,7 @@ def export_pruned(
             record, declined = _stream(request, writer)
         except _WidthsDiffer as found:
             request = Request.resolve(
-                auto_class, pretrained, prune_arguments, source, found
+                auto_class, pretrained, prune_arguments, asked_for, found
             )
             record, declined = _stream(request, writer)
         if record is None:
@@ -203,12 +204,16 @@ def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str 
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
     session = _ExportSession(request, targets, writer)
-    with _standing_in(session), _clear_errors(session, request):
-        if (why := request.must_load_whole()) is not None:
-            raise _RouteDeclined(why)
-        with contextlib.suppress(_Written):
+    session.declined = request.must_load_whole()
+    if session.declined is None:
+        with (
+            contextlib.closing(session),
+            standing_in(session),
+            _clear_errors(session, request),
+            contextlib.suppress(_Written),
+        ):
             request.load(narrowed)
-            raise _RouteDeclined("its model class loads checkpoints in its own way")
+            raise _RouteDeclined(OWN_WAY)
     if session.declined is not None:
         return None, session.declined
     warn_inexpressible(widths, targets)
@@ -244,10 +249,11 @@ class _ExportSession(_Session):
             dtype_plan={} if dtype is None else load_config.dtype_plan,
         )
         entries = super().open(model, state_dict, checkpoint_files, placed)
-        names = _target_names(entries, model, placed)
+        names = target_names(entries, model, placed)
         check_complete(missing_tensors(names, model))
+        placement = Placement(placed, model)
         tensors = [
-            _stored(key, entries[key], dtype and _target(placed, names[key][0])[1])
+            _stored(key, entries[key], placement.dtype(names[key][0]))
             for key in _layer_by_layer(entries)
         ]
         _write_shards(tensors, self._writer)

@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedModel,
     conversion_mapping,
 )
-from transformers.core_model_loading import WeightRenaming
 
 from lm_eval_pruned import load_pruned, loading, prune_model
 from lm_eval_pruned.glu import Slot, UnsupportedModelError
 from lm_eval_pruned.known_scores import KnownScores, ScoreTable
+from lm_eval_pruned.transformers_api import standing_in
 
 from . import checkpoints, layouts, slicing
 from .checkpoints import edit_config, edit_weights
@@ -559,36 +559,12 @@ def test_pruning_in_memory_is_told_and_loading_whole_is_not(copied, caplog):
     )
 
 
-def test_sessions_within_sessions_share_one_replacement(tiny_llama):
-    before = PreTrainedModel.__dict__["_load_pretrained_model"]
-    request = request_for(tiny_llama, ratio=1)
-    targets = request.widths.targets(request.plan)
-
-    def session():
-        return loading._Session(request.plan, request.widths, targets)
-
-    with loading._standing_in(session()):
-        replaced = PreTrainedModel.__dict__["_load_pretrained_model"]
-        assert replaced is not before
-        with loading._standing_in(session()):
-            assert PreTrainedModel.__dict__["_load_pretrained_model"] is replaced
-        assert PreTrainedModel.__dict__["_load_pretrained_model"] is replaced
-    assert PreTrainedModel.__dict__["_load_pretrained_model"] is before
-    # Once more: what the first ones put back can be replaced again.
-    with pytest.raises(KeyError), loading._standing_in(session()):
-        raise KeyError
-    assert PreTrainedModel.__dict__["_load_pretrained_model"] is before
-    slicing.assert_same_model(
-        load_pruned(str(tiny_llama)), AutoModelForCausalLM.from_pretrained(tiny_llama)
-    )
-
-
 def test_only_the_first_model_of_a_session_is_pruned(tiny_llama):
     """A class may load another model while it is loaded."""
     request = request_for(tiny_llama, ratio=1)
     targets = request.widths.targets(request.plan)
     session = loading._Session(request.plan, request.widths, targets)
-    with loading._standing_in(session):
+    with standing_in(session):
         first = request.load(request.widths.narrowed_config(targets))
         second = AutoModelForCausalLM.from_pretrained(tiny_llama)
     assert first.config.intermediate_size == 32
@@ -835,25 +811,6 @@ def test_other_ways_of_computing_a_weight_are_declined(conversion, keys, places)
         loading._converted_sources("p", "a", list("kl")[:keys], conversion, places)
 
 
-def test_weights_go_where_transformers_puts_them():
-    def config(device_map, plan=None):
-        return types.SimpleNamespace(
-            device_map=device_map, dtype=torch.float16, dtype_plan=plan
-        )
-
-    name = "model.layers.0.mlp.down_proj.weight"
-    cpu, meta = torch.device("cpu"), torch.device("meta")
-    assert loading._target(config(None), name) == (cpu, torch.float16)
-    split = {"model.layers.0": "meta", "model.layers.1": "cpu"}
-    assert loading._target(config(split), name) == (meta, torch.float16)
-    other = name.replace("0", "1")
-    assert loading._target(config(split), other) == (cpu, torch.float16)
-    plan = {"down_proj": torch.float32, "layers.1": torch.float64}
-    assert loading._target(config(None, plan), name) == (cpu, torch.float32)
-    gate = name.replace("down", "gate")
-    assert loading._target(config(None, plan), gate) == (cpu, torch.float16)
-
-
 def test_quantised_checkpoints_are_told_by_their_config():
     def refuse(quantisation, **arguments):
         loading._refuse_quantised(
@@ -1040,23 +997,6 @@ def test_layers_that_keep_their_width_are_not_scored(tmp_path):
     assert model.get_parameter(key)[7].isnan().all()
     with pytest.raises(ValueError, match=f"{re.escape(key)} holds 32 NaN"):
         load_pruned(str(folder), ratio=1)
-
-
-def test_keys_are_renamed_unless_the_model_has_them_as_they_are(tiny_llama):
-    model = request_for(tiny_llama).widths.skeleton()
-    renaming = WeightRenaming(source_patterns="norm", target_patterns="scale")
-    config = types.SimpleNamespace(weight_mapping=[renaming])
-    names = loading._target_names(["model.norm.weight", "last_norm"], model, config)
-    assert names == {
-        "model.norm.weight": ("model.norm.weight", None, None),
-        "last_norm": ("last_scale", None, None),
-    }
-    plain = types.SimpleNamespace(weight_mapping=None)
-    names = loading._target_names(["norm.weight", "last_norm"], model, plain)
-    assert names == {
-        "norm.weight": ("model.norm.weight", None, None),
-        "last_norm": ("last_norm", None, None),
-    }
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError])
