@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Numbers in a config that say how many modules or MLPs to build.
-_COUNT_NAME = re.compile(r"(^|_)(n_)?(layers?|experts?)$|^num_.*(layers|experts)$")
-#: More layers, or experts in a layer, than any model has.
-_MOST = 4096
+_COUNT_NAME = re.compile(
+    r"(?:^|_)(?:n_)?(?P<short>layer|expert)s?$|^num_.*(?P<long>layer|expert)s$"
+)
+#: More layers, or experts in a layer, than any model has. Doge routes among 16,384
+#: experts of one neuron each, and its dense models carry that number too.
+_MOST = {"layer": 4096, "expert": 16384}
 
 #: Dtypes that weights are stored in as numbers rather than as codes to be decoded.
 _NUMBERS = ("F64", "F32", "F16", "BF16")
@@ -48,14 +51,15 @@ def check_counts(config: Mapping[str, Any], pretrained: str) -> None:
     for name, value in config.items():
         if isinstance(value, dict):
             check_counts(value, pretrained)
-        elif (
-            isinstance(value, (int, float))
-            and _COUNT_NAME.search(str(name))
-            and value > _MOST
-        ):
+            continue
+        counted = _COUNT_NAME.search(str(name))
+        if counted is None or not isinstance(value, (int, float)):
+            continue
+        most = _MOST[counted["short"] or counted["long"]]
+        if value > most:
             raise ValueError(
                 f"The config of {pretrained} says {name}={value}, which no model has: correct it "
-                f"to at most {_MOST}."
+                f"to at most {most}."
             )
 
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from lm_eval_pruned import load_pruned, loading, prune_model
+from lm_eval_pruned.damage import check_counts
 from lm_eval_pruned.glu import Slot, UnsupportedModelError
 from lm_eval_pruned.known_scores import KnownScores, ScoreTable
 from lm_eval_pruned.transformers_api import standing_in
@@ -909,6 +911,41 @@ def test_a_config_that_no_model_has_is_refused(copied):
     (copied / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="describes no model that can be built"):
         load_pruned(str(copied), ratio=1)
+
+
+def test_counts_that_a_model_has_are_not_absurd(tmp_path):
+    """Dense Doge carries the number of experts of its sparse siblings."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 4}
+    dense = checkpoints.save_tiny(tmp_path / "dense", "doge", **sizes)
+    edit_config(dense, num_experts=16384, num_cdmoe_experts=16348)
+    model = load_pruned(str(dense), ratio=1)
+    whole = AutoModelForCausalLM.from_pretrained(dense)
+    slicing.assert_same_model(model, prune_model(whole, ratio=1))
+    edit_config(dense, is_moe=True)
+    with pytest.raises(
+        UnsupportedModelError, match=r"down_embed.* inside its MLP: a neuron of it is"
+    ):
+        load_pruned(str(dense), ratio=1)
+    edit_config(dense, num_experts=16385)
+    with pytest.raises(ValueError, match=r"=16385, which no model has: .* most 16384"):
+        load_pruned(str(dense), ratio=1)
+    edit_config(dense, num_experts=4, num_hidden_layers=4097)
+    with pytest.raises(ValueError, match=r"=4097, which no model has: .* most 4096"):
+        load_pruned(str(dense), ratio=1)
+
+
+def test_no_class_is_refused_with_its_own_defaults():
+    refused = []
+    for model_type, config_class in CONFIG_MAPPING.items():
+        try:
+            config = config_class()
+        except Exception:  # noqa: BLE001, S112 - not every class has defaults
+            continue
+        try:
+            check_counts(config.to_dict(), model_type)
+        except ValueError as error:
+            refused.append(str(error))
+    assert not refused
 
 
 def test_biases_are_no_part_of_the_ranking(tmp_path):
