@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lm_eval_pruned.atomic import appearing_whole
 from lm_eval_pruned.damage import check_complete, missing_tensors
-from lm_eval_pruned.expansion import SIZE_ARGUMENTS
+from lm_eval_pruned.expansion import SIZE_ARGUMENTS, PrunePlan
 from lm_eval_pruned.loading import (
     OWN_WAY,
     AssembledTensor,
@@ -145,12 +145,8 @@ def export_pruned(
     # transformers decides by the dtype which weights it keeps in another.
     asked_for = source | ({} if target_dtype is None else {"dtype": target_dtype})
     request = Request.resolve(auto_class, pretrained, prune_arguments, asked_for)
-    if not request.plan.prunes:
-        asked = ", ".join(f"{k}={v}" for k, v in request.plan.asked.items())
-        raise ValueError(
-            f"{asked or 'no size'} keeps all {request.plan.width_before} neurons, so there is "
-            f"nothing to export: pass one of {', '.join(SIZE_ARGUMENTS)} that removes some."
-        )
+    if not request.plan.asked.keys() & {"ratio", "intermediate_size"}:
+        _check_prunes(request.plan)
     folder = _source_folder(pretrained, source)
     with appearing_whole(output) as unfinished:
         writer = _Writer(
@@ -215,6 +211,7 @@ def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str 
             request.load(narrowed)
             raise _RouteDeclined(OWN_WAY)
     if session.declined is not None:
+        _check_prunes(plan)
         return None, session.declined
     warn_inexpressible(widths, targets)
     _copy_companions(writer.source, writer.folder)
@@ -227,6 +224,16 @@ def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str 
         session.kept(),
     )
     return record, None
+
+
+def _check_prunes(plan: PrunePlan) -> None:
+    if plan.prunes:
+        return
+    asked = ", ".join(f"{k}={v}" for k, v in plan.asked.items())
+    raise ValueError(
+        f"{asked or 'no size'} keeps all {plan.width_before} neurons, so there is "
+        f"nothing to export: pass one of {', '.join(SIZE_ARGUMENTS)} that removes some."
+    )
 
 
 class _Written(Exception):
@@ -249,6 +256,8 @@ class _ExportSession(_Session):
             dtype_plan={} if dtype is None else load_config.dtype_plan,
         )
         entries = super().open(model, state_dict, checkpoint_files, placed)
+        # A width is not compared before: layers may be wider than the config says.
+        _check_prunes(self.plan)
         names = target_names(entries, model, placed)
         check_complete(missing_tensors(names, model))
         placement = Placement(placed, model)
