@@ -17,7 +17,7 @@ import torch
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -237,3 +237,24 @@ def check_complete(missing: Collection[str]) -> None:
         f"The checkpoint holds no tensor for {min(missing)}{others}: it is incomplete, or its "
         "config.json describes another model."
     )
+
+
+def check_widths_fit(
+    mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]],
+    neurons: Collection[str],
+) -> None:
+    """Refuse a checkpoint whose MLPs were drawn at random because they do not fit.
+
+    Args:
+        mismatched: ``mismatched_keys`` of transformers' loading info.
+        neurons: Parameters with a neuron axis.
+
+    Raises:
+        ValueError: One of them has another shape than the config says.
+    """
+    for name, stored, own in sorted(mismatched):
+        if name in neurons:
+            raise ValueError(
+                f"{name} has shape {list(stored)} in the checkpoint, but its config.json says "
+                f"{list(own)}: correct the width there, or copy the checkpoint again."
+            )

@@ -31,6 +31,7 @@ from lm_eval_pruned.damage import (
     check_complete,
     check_config,
     check_entries,
+    check_widths_fit,
     clear_config_errors,
     clear_load_errors,
 )
@@ -71,7 +72,7 @@ from lm_eval_pruned.widths import Widths
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from torch import Tensor
     from transformers import (
@@ -395,8 +396,16 @@ class Request:
         }
         return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
 
-    def load(self, config: PretrainedConfig) -> PreTrainedModel:
-        """Load the model as transformers does, with `config`."""
+    def load(
+        self, config: PretrainedConfig, neurons: Collection[str] = ()
+    ) -> PreTrainedModel:
+        """Load the model as transformers does, with `config`.
+
+        Args:
+            config: The config.
+            neurons: Parameters that have to be as wide as they are stored, even if
+                the user lets other shapes differ.
+        """
         from transformers import GgufConfig, PreTrainedModel
 
         arguments = with_quantisation(self.model_arguments)
@@ -413,6 +422,7 @@ class Request:
             self.pretrained, config=config, output_loading_info=True, **arguments
         )
         check_complete(found["missing_keys"])
+        check_widths_fit(found.get("mismatched_keys", ()), neurons)
         return model
 
     def load_whole(self) -> PreTrainedModel:
@@ -422,7 +432,8 @@ class Request:
             ValueError: It is damaged, or an argument is wrong.
         """
         with clear_load_errors(self.pretrained, self.model_arguments):
-            return self.load(self.widths.original)
+            neurons = slots_by_parameter(self.widths.mlps)
+            return self.load(self.widths.original, neurons)
 
 
 def _resolve_config(

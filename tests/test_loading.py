@@ -1071,6 +1071,25 @@ def test_shapes_may_differ_outside_of_the_mlps_on_request(copied):
     assert loaded.lm_head.weight.shape == (260, 32)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"ratio": 1}])
+def test_shapes_may_not_differ_inside_of_the_mlps(copied, sizes):
+    """Neither in safetensors nor in files that are loaded in full."""
+    edit_config(copied, intermediate_size=80)
+    more = {"ignore_mismatched_sizes": True, **sizes}
+    with pytest.raises(ValueError, match=r"88 neurons .* config.json says 80"):
+        load_pruned(str(copied), **more)
+    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError,
+        match=r"layers\.0\.mlp\.down_proj\.weight has shape \[32, 88\] in the checkpoint, but "
+        r"its config\.json says \[32, 80\]: correct the width there",
+    ):
+        load_pruned(str(copied), **more)
+    edit_config(copied, intermediate_size=88, vocab_size=300)
+    assert load_pruned(str(copied), **more).lm_head.weight.shape == (300, 32)
+
+
 def test_options_are_passed_by_name(tiny_llama):
     with pytest.raises(TypeError, match="positional"):
         load_pruned(str(tiny_llama), 1)
