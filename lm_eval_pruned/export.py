@@ -114,8 +114,9 @@ def export_pruned(
         pretrained: Folder or Hub name of the model.
         output: Folder to write; it must not exist, or be empty. It appears when the
             export is complete, and not before.
-        dtype: Dtype to store the floating-point weights in; neurons are ranked by
-            the weights in this dtype, as they are when loading with it. Default:
+        dtype: Dtype to store the floating-point weights in, except for those that
+            transformers keeps in float32 when it loads with this dtype; neurons are
+            ranked by the weights in this dtype, as they are when loading with it. Default:
             as stored, which is also what ``lm_eval`` loads unless the config
             names another dtype.
         device: Where scores are computed that are sums of many weights.
