@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 #: The static method that fills a model from its checkpoint, and what it is given.
 _LOADER = "_load_pretrained_model"
 _LOADER_TAKES = ("model", "state_dict", "checkpoint_files", "load_config")
-#: Names that are imported, and what is called with these parameters or has these
-#: attributes.
+#: Modules and names that are imported, and the parameters of those whose order matters.
 _USED = (
     (
         "core_model_loading",
@@ -45,8 +44,8 @@ _USED = (
             "meta_state_dict",
         ),
     ),
-    ("core_model_loading", "build_glob_alternation", ("globs",)),
-    ("core_model_loading", "dot_natural_key", ("s",)),
+    ("core_model_loading", "build_glob_alternation", ()),
+    ("core_model_loading", "dot_natural_key", ()),
     (
         "integrations.accelerate",
         "get_device",
