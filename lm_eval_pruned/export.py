@@ -154,26 +154,20 @@ def export_pruned(
             folder, unfinished, target_dtype, torch.device(device), max_shard_size
         )
         try:
-            record, declined = _stream(request, writer)
+            streamed = _stream(request, writer)
         except _WidthsDiffer as found:
             request = Request.resolve(
                 auto_class, pretrained, prune_arguments, asked_for, found
             )
-            record, declined = _stream(request, writer)
-        if record is None:
-            logger.warning(
-                "%s is loaded in full, pruned in memory and saved, because %s.",
-                pretrained,
-                declined,
-            )
-            record = _save_whole(request, prune_arguments, source, writer)
+            streamed = _stream(request, writer)
+        record = streamed or _save_whole(request, prune_arguments, source, writer)
         card = _model_card(pretrained, source.get("revision"), folder, record)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         weights = sorted(unfinished.glob("*.safetensors"))
         size = sum(path.stat().st_size for path in weights)
     if push_to_hub is not None:
         _push(output, push_to_hub)
-    return Export(output, record, declined is None, size, len(weights))
+    return Export(output, record, streamed is not None, size, len(weights))
 
 
 @dataclass(frozen=True)
@@ -195,8 +189,8 @@ class _Writer:
     max_shard_size: int | str
 
 
-def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str | None]:
-    """Write everything but the model card, or return why that cannot be streamed."""
+def _stream(request: Request, writer: _Writer) -> PruneRecord | None:
+    """Write everything but the model card, or return None if it cannot be streamed."""
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
@@ -213,18 +207,17 @@ def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str 
             raise _RouteDeclined(OWN_WAY)
     if session.declined is not None:
         _check_prunes(plan)
-        return None, session.declined
+        return None
     warn_inexpressible(widths, targets)
     _copy_companions(writer.source, writer.folder)
     _write_config(widths.original, narrowed, writer)
-    record = PruneRecord.of(
+    return PruneRecord.of(
         plan,
         widths,
         widths.count_parameters(widths.actual),
         widths.count_parameters(targets),
         session.kept(),
     )
-    return record, None
 
 
 def _check_prunes(plan: PrunePlan) -> None:
@@ -321,8 +314,10 @@ def _owner(entry: Any) -> int:
 def _stored(key: str, entry: Any, dtype: torch.dtype | None) -> StoredTensor:
     name = entry.get_dtype()
     if name not in ITEM_BYTES:
+        logger.warning("The model is loaded and saved, because %s is %s.", key, name)
         raise _RouteDeclined(f"{key} is stored as {name}")
-    if not name.startswith(("F", "BF")) or name.startswith("F8"):
+    is_number = name.startswith(("F", "BF")) and not name.startswith("F8")
+    if not is_number or dtype not in DTYPE_NAMES:
         dtype = None
 
     def read() -> Tensor:
