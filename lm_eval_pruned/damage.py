@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.transformers_api import may_be_missing, may_be_superfluous
+
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -157,7 +159,7 @@ def check_entries(
     state = model.state_dict()
     layers = {_LAYER_NUMBER.sub(".*.", name) for name in neurons}
     extra_layers = getattr(model.config, "num_nextn_predict_layers", None)
-    ignored = model._keys_to_ignore_on_load_unexpected or []
+    ignored = may_be_superfluous(model)
     for key, (name, converter, _) in names.items():
         parameter = state.get(name)
         if parameter is None:
@@ -211,7 +213,7 @@ def missing_tensors(
             there |= {name.replace(first, other) for other in others}
     tied: dict[str, str] = model.all_tied_weights_keys
     there |= {tied[name] for name in there & tied.keys()}
-    ignored = model._keys_to_ignore_on_load_missing or []
+    ignored = may_be_missing(model)
     return [
         name
         for name in model.state_dict()

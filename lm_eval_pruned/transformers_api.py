@@ -1,4 +1,4 @@
-"""What transformers keeps private about loading, used here and nowhere else.
+"""What transformers keeps private about building and loading models, used here and nowhere else.
 
 Pruning while loading needs three things that no public interface offers: to hand
 transformers another checkpoint than the one in the files, to know which parameter a
@@ -221,6 +221,23 @@ def target_names(
         converter = None if pattern is None else by_pattern[pattern]
         names[key] = (name, converter, pattern)
     return names
+
+
+def may_be_missing(model: PreTrainedModel) -> list[str]:
+    """Return patterns of the parameters that a checkpoint of `model` need not hold."""
+    return list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+
+
+def may_be_superfluous(model: PreTrainedModel) -> list[str]:
+    """Return patterns of the keys that a checkpoint of `model` may hold in vain."""
+    return list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+
+
+def uninitialised() -> contextlib.AbstractContextManager[Any]:
+    """Build models without drawing their weights."""
+    from transformers.initialization import no_init_weights
+
+    return no_init_weights()
 
 
 class Placement:
