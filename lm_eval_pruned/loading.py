@@ -887,7 +887,9 @@ class NarrowedTensor:
 
     def read(self) -> Tensor:
         """Return the unpruned weights as they lie in the file, without a copy if it can be."""
-        return self._source[...]
+        # safetensors follows torch's default device.
+        with _CPU:
+            return self._source[...]
 
     def narrowed(self, weight: Tensor, kept: Tensor, device: torch.device) -> Tensor:
         """Return the kept neurons of `weight` in the target dtype, on `device` or in their place."""

@@ -87,9 +87,10 @@ def _copy(target, source, non_blocking=False):
     if non_blocking and is_on_card(target) and not is_on_card(source):
         with _lock:
             _waiting.append((numbers, source_numbers))
-    else:
+        return target
+    if is_on_card(source):
         wait()
-        numbers.copy_(source_numbers)
+    numbers.copy_(source_numbers)
     return target
 
 
@@ -100,8 +101,9 @@ def _run(operation, *args, **kwargs):
         source, target, *non_blocking = args
         return _copy(target, source, *non_blocking, **kwargs)
     flat, structure = pytree.tree_flatten((args, kwargs))
-    wait()
     here = {id(_numbers_of(value)): value for value in flat if is_on_card(value)}
+    if here and not any(r.alias_info for r in operation._schema.returns):
+        wait()
     for value in flat:
         # Only a number may come from elsewhere.
         other = isinstance(value, torch.Tensor) and not is_on_card(value)
