@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.alignment import warn_misaligned
 from lm_eval_pruned.calibration import check_observable, read_texts
 from lm_eval_pruned.criteria import kept_set, proves_finite
 from lm_eval_pruned.damage import (
@@ -255,6 +256,7 @@ def _load(
                 known.calibration if plan.prunes else None,
             )
             warn_inexpressible(widths, targets)
+            warn_misaligned(model, plan, widths, targets)
             return model
     request.check_prunable_in_memory(session.declined)
     if plan.prunes:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.alignment import warn_misaligned
 from lm_eval_pruned.arrays import all_finite, gather
 from lm_eval_pruned.calibration import Calibration, NeuronActivity, calibrate
 from lm_eval_pruned.criteria import kept_set, proves_finite, score_neurons
@@ -323,6 +324,7 @@ def carry_out(
             _narrow_together(list(group), kept)
         widths.copy_keys(narrowed_config, model.config)
         warn_inexpressible(widths, targets)
+        warn_misaligned(model, plan, widths, targets)
     choose_experts_implementation(model)
     record = PruneRecord.of(
         plan,

@@ -113,7 +113,9 @@ def _run(operation, *args, **kwargs):
     stays = devices[0].type == "card" if devices else bool(here)
     args, kwargs = pytree.tree_unflatten(
         [
-            torch.device("cpu") if isinstance(value, torch.device) else _numbers_of(value)
+            torch.device("cpu")
+            if isinstance(value, torch.device)
+            else _numbers_of(value)
             for value in flat
         ],
         structure,

@@ -674,6 +674,8 @@ def test_entries_look_like_tensors_of_the_kept_width(tiny_llama):
     assert torch.equal(gate.to(), expected)
     assert torch.equal(gate.to(), expected)
     assert torch.equal(gate[1:3], expected[1:3])
+    # The ranks of tensor parallelism ask for parts, and must not hold on to the rest.
+    assert gate[1:3].untyped_storage().nbytes() == 2 * 32 * 2
     assert gate.to(dtype=torch.float64).dtype == torch.float64
     assert gate.to(device="meta").device.type == "meta"
     assert torch.equal(down[...].to(), weights["down_proj"][:, kept].bfloat16())
@@ -729,6 +731,7 @@ def test_fused_entries_are_assembled(tiny_llama):
     assert pair[...] is pair
     assert torch.equal(pair.to(), expected)
     assert torch.equal(pair[30:40], expected[30:40])
+    assert pair[30:40].untyped_storage().nbytes() == 10 * 32 * 2
     assert pair.to(dtype=torch.float64).dtype == torch.float64
     assert pair.to(device="meta").device.type == "meta"
 
