@@ -515,6 +515,7 @@ def _load_through_session(
         return original(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+    entries = session.merge(entries, model, load_config)
     # Without file names, offloading to disk writes the narrowed weights instead of
     # pointing into the original files.
     return original(model, entries, None, load_config, *args, **kwargs)
@@ -567,6 +568,7 @@ class _Session:
         self._files = contextlib.ExitStack()
         self._one_layer = threading.Lock()
         self._mlps: list[_NarrowedMlp] = []
+        self._parts: dict[str, list] = {}
 
     @property
     def changes_model(self) -> bool:
@@ -613,7 +615,8 @@ class _Session:
             (mlp.name, place): slot for mlp in mlps for place, slot in mlp.slots.items()
         }
         replaced = {}
-        for key, parts in _sources(entries, model, mlps, load_config).items():
+        self._parts = _sources(entries, model, mlps, load_config)
+        for key, parts in self._parts.items():
             pieces = {}
             for mlp, place, slot, sourced in parts:
                 wanted.pop((mlp.name, place), None)
@@ -641,6 +644,37 @@ class _Session:
         self._check_widths()
         self._resize(model, mlps, load_config)
         return entries | replaced
+
+    def merge(self, entries: dict[str, Any], model, load_config) -> dict[str, Any]:
+        """Put together what transformers would, which takes a second copy for that.
+
+        Args:
+            entries: What `open` returned.
+            model: The model.
+            load_config: How it is loaded.
+
+        Returns:
+            The entries, with one for each parameter in place of those of its parts.
+        """
+        keys: dict[str, dict[Slot, str]] = {}
+        for key, [(mlp, _, slot, sourced), *others] in self._parts.items():
+            whole = others or sourced or slot.is_whole
+            # A process of many may need some of the parts only.
+            if not whole and type(mlp.parameter(slot)) is torch.nn.Parameter:
+                keys.setdefault(slot.parameter, {})[slot] = key
+        names = _target_names(keys, model, load_config)
+        whole_ones = {
+            parameter: AssembledTensor(
+                {slot: entries[key] for slot, key in slots.items()}
+            )
+            for parameter, slots in keys.items()
+            if names[parameter] == (parameter, None, None) and parameter not in entries
+        }
+        merged = {key for parameter in whole_ones for key in keys[parameter].values()}
+        # `save_pretrained` takes apart what it remembers to have been put together.
+        _target_names(merged, model, load_config, remember=True)
+        kept = {key: entry for key, entry in entries.items() if key not in merged}
+        return kept | whole_ones
 
     def _check_widths(self) -> None:
         """Compare the widths of the checkpoint with those the session was told."""
@@ -1053,11 +1087,17 @@ def _converted_sources(
 
 
 def _target_names(
-    entries, model, load_config
+    entries, model, load_config, remember: bool = False
 ) -> dict[str, tuple[str, Any, str | None]]:
     """Map each checkpoint key to a parameter and the converter that leads there.
 
     Mirrors `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
+
+    Args:
+        entries: The keys.
+        model: The model.
+        load_config: How it is loaded.
+        remember: Let its transforms know that they were used.
     """
     from transformers.core_model_loading import (
         WeightConverter,
@@ -1067,7 +1107,9 @@ def _target_names(
     )
 
     # Transforms remember what they have seen, which must not be seen twice.
-    transforms = copy.deepcopy(load_config.weight_mapping or [])
+    transforms = load_config.weight_mapping or []
+    if not remember:
+        transforms = copy.deepcopy(transforms)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}

@@ -755,6 +755,31 @@ def converter(sources, targets, *operations):
     )
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "phi3"])
+def test_what_was_merged_is_saved_as_it_was_stored(family, tmp_path, monkeypatch):
+    layouts.save_family(tmp_path / "source", family, 16)
+    merge = loading._Session.merge
+    entries = []
+
+    def watched(self, *args):
+        entries.append(merge(self, *args))
+        return entries[-1]
+
+    monkeypatch.setattr(loading._Session, "merge", watched)
+    model = load_pruned(str(tmp_path / "source"), intermediate_size=8)
+    stored = {}
+    for name in ("source", "saved"):
+        if name == "saved":
+            model.save_pretrained(tmp_path / name)
+        with safe_open(tmp_path / name / "model.safetensors", "pt") as file:
+            stored[name] = set(file.keys())
+    assert stored["source"] == stored["saved"]
+    # transformers saw no expert, but for models without any.
+    assert (entries[0].keys() == stored["source"]) == (family == "phi3")
+    again = load_pruned(str(tmp_path / "saved"))
+    slicing.assert_same_model(again, model)
+
+
 class MergeModulelist:
     def __init__(self, dim=0):
         self.dim = dim
