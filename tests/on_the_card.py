@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 
 import pytest
@@ -79,6 +80,8 @@ def test_loading_moves_what_is_kept_and_nothing_else(family, criterion, tmp_path
         "auto_class": auto_class(tiny_config(family)),
         "experts_implementation": "eager",
     }
+    # Of the tests before.
+    gc.collect()
     before = card.held_bytes()
     card.forget_peak()
     model = load_pruned(str(tmp_path), device="card", **arguments)
