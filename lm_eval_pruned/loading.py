@@ -895,7 +895,7 @@ class NarrowedTensor:
         self._source = source
         self.device, self.dtype = target
         #: Returns the part of a larger parameter that this tensor fills.
-        self.place: Callable[[torch.device], Tensor] | None = None
+        self.place: Callable[[torch.device, torch.dtype], Tensor] | None = None
 
     def get_shape(self) -> list[int]:
         """Return the narrowed shape."""
@@ -929,11 +929,11 @@ class NarrowedTensor:
 
     def narrowed(self, weight: Tensor, kept: Tensor, device: torch.device) -> Tensor:
         """Return the kept neurons of `weight` in the target dtype, on `device` or in their place."""
-        out = None
+        out, dtype = None, self.dtype or weight.dtype
         if self.place is not None:
-            out = self.place(device)
+            out = self.place(device, dtype)
         elif device.type != "cpu":
-            out = torch.empty(self.get_shape(), dtype=self.dtype, device=device)
+            out = torch.empty(self.get_shape(), dtype=dtype, device=device)
         return narrow(weight, kept, self.axis, self.dtype, out)
 
 
@@ -993,10 +993,9 @@ class AssembledTensor:
         target = next(iter(self._pieces.values())).device
         return self._filled(target).to(device=device, dtype=dtype)
 
-    def _place(self, slot: Slot, device: torch.device) -> Tensor:
+    def _place(self, slot: Slot, device: torch.device, dtype: torch.dtype) -> Tensor:
         with self._lock:
             if self._whole is None:
-                dtype = next(iter(self._pieces.values())).dtype
                 self._whole = torch.empty(self.get_shape(), dtype=dtype, device=device)
             return slot.view(self._whole)
 
