@@ -100,7 +100,15 @@ class PruneRecord:
         kept: tuple[Tensor, ...],
         calibration: Calibration | None = None,
     ) -> PruneRecord:
-        """Describe what `plan` did to the MLPs of `widths`."""
+        """Describe what `plan` did to the MLPs of `widths`.
+
+        Raises:
+            ValueError: Neurons were removed, and `kept` does not say which stayed.
+        """
+        if plan.prunes and len(kept) != len(widths.mlps):
+            raise ValueError(
+                f"The record needs the kept neurons of {len(widths.mlps)} MLPs, not of {len(kept)}."
+            )
         targets = widths.targets(plan)
         counts = Counter(
             (
