@@ -119,7 +119,8 @@ def export_pruned(
             ranked by the weights in this dtype, as they are when loading with it. Default:
             as stored, which is also what ``lm_eval`` loads unless the config
             names another dtype.
-        device: Where scores are computed that are sums of many weights.
+        device: Where a model is loaded to that has to be in memory in full, for example
+            because the criterion looks at its activations.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
         prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
@@ -178,7 +179,8 @@ class _Writer:
         source: Folder of the files beside the weights.
         folder: Folder to write to.
         dtype: Dtype to store floating-point weights in; None: as stored.
-        device: Where scores are computed that are sums of many weights.
+        device: Where a model is loaded to that has to be in memory in full, for example
+            because the criterion looks at its activations.
         max_shard_size: Largest size of a weight file.
     """
 
@@ -245,7 +247,7 @@ class _ExportSession(_Session):
         dtype = self._writer.dtype
         placed = dataclasses.replace(
             load_config,
-            device_map={"": self._writer.device},
+            device_map={"": "cpu"},
             dtype=dtype,
             dtype_plan={} if dtype is None else load_config.dtype_plan,
         )

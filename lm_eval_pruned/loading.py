@@ -16,6 +16,7 @@ session gets between transformers and the files is said in `transformers_api`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import threading
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.alignment import warn_misaligned
 from lm_eval_pruned.calibration import check_observable, read_texts
 from lm_eval_pruned.criteria import kept_set, proves_finite
 from lm_eval_pruned.damage import (
@@ -95,6 +97,7 @@ _HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
+_CPU = torch.device("cpu")
 #: Arguments of `from_pretrained` that AutoConfig must not absorb into the config.
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 
@@ -147,8 +150,8 @@ def load_pruned(
             see `lm_eval_pruned.calibration`.
         calibration_samples: How many of its texts to use; default: all.
         tokenizer: What reads that text; default: the tokenizer of `pretrained`.
-        device: Where to load to. Only the kept neurons go there; scores are computed
-            there if they are sums, whose rounding depends on it. Default: the CPU.
+        device: Where to load to; default: the CPU. Only the kept neurons go there:
+            scores are computed on the CPU.
         dtype: Weight dtype; default: the one the checkpoint is stored in.
         auto_class: The transformers class to load with; default
             `AutoModelForCausalLM`.
@@ -263,6 +266,7 @@ def _load(
                 known.calibration if plan.prunes else None,
             )
             warn_inexpressible(widths, targets)
+            warn_misaligned(model, plan, widths, targets)
             return model
     request.check_prunable_in_memory(session.declined)
     if plan.prunes:
@@ -534,6 +538,7 @@ class _Session:
         self._files = contextlib.ExitStack()
         self._one_layer = threading.Lock()
         self._mlps: list[_NarrowedMlp] = []
+        self._parts: dict[str, list] = {}
         self._model: PreTrainedModel | None = None
 
     @property
@@ -555,6 +560,7 @@ class _Session:
         entries = self.open(model, state_dict, checkpoint_files, load_config)
         if not self.changes_model:
             return state_dict, checkpoint_files
+        entries = self.merge(entries, model, load_config)
         # Without file names, offloading to disk writes the narrowed weights instead of
         # pointing into the original files.
         return entries, None
@@ -623,7 +629,8 @@ class _Session:
         }
         replaced = {}
         placement = Placement(load_config, model)
-        for key, parts in _sources(entries, model, mlps, load_config).items():
+        self._parts = _sources(entries, model, mlps, load_config)
+        for key, parts in self._parts.items():
             pieces = {}
             for mlp, place, slot, sourced in parts:
                 wanted.pop((mlp.name, place), None)
@@ -654,6 +661,37 @@ class _Session:
         self._check_widths()
         self._resize(model, mlps, load_config)
         return entries | replaced
+
+    def merge(self, entries: dict[str, Any], model, load_config) -> dict[str, Any]:
+        """Put together what transformers would, which takes a second copy for that.
+
+        Args:
+            entries: What `open` returned.
+            model: The model.
+            load_config: How it is loaded.
+
+        Returns:
+            The entries, with one for each parameter in place of those of its parts.
+        """
+        keys: dict[str, dict[Slot, str]] = {}
+        for key, [(mlp, _, slot, sourced), *others] in self._parts.items():
+            whole = others or sourced or slot.is_whole
+            # A process of many may need some of the parts only.
+            if not whole and type(mlp.parameter(slot)) is torch.nn.Parameter:
+                keys.setdefault(slot.parameter, {})[slot] = key
+        names = target_names(keys, model, load_config)
+        whole_ones = {
+            parameter: AssembledTensor(
+                {slot: entries[key] for slot, key in slots.items()}
+            )
+            for parameter, slots in keys.items()
+            if names[parameter] == (parameter, None, None) and parameter not in entries
+        }
+        merged = {key for parameter in whole_ones for key in keys[parameter].values()}
+        # `save_pretrained` takes apart what it remembers to have been put together.
+        target_names(merged, model, load_config, remember=True)
+        kept = {key: entry for key, entry in entries.items() if key not in merged}
+        return kept | whole_ones
 
     def _check_widths(self) -> None:
         """Compare the widths of the checkpoint with those the session was told."""
@@ -790,13 +828,13 @@ class _NarrowedMlp:
     def kept(self) -> Tensor:
         """Return the kept neurons, shape (k,), int64, on the CPU."""
         with self._lock:
-            return self._kept_set()
+            return self._kept_set(_CPU)
 
-    def take(self, tensor: NarrowedTensor) -> Tensor:
-        """Return the narrowed weights of `tensor` on its target device, in its target dtype."""
+    def take(self, tensor: NarrowedTensor, device: torch.device) -> Tensor:
+        """Return the narrowed weights of `tensor` in its target dtype, new ones on `device`."""
         try:
-            with self._locked():
-                kept = self._kept_set()
+            with self._locked(device):
+                kept = self._kept_set(device)
                 key = (tensor.projection, tensor.part)
                 if key in self._ready:
                     return self._ready.pop(key)
@@ -805,13 +843,13 @@ class _NarrowedMlp:
             if key == ("down_proj", "weight") and self.name not in finite:
                 check_finite(f"{self.name}.down_proj.weight", weight, tensor.dtype)
                 finite.add(self.name)
-            return tensor.narrowed(weight, kept)
+            return tensor.narrowed(weight, kept, device)
         except Exception as error:
             self._session.error = self._session.error or error
             raise
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, device: torch.device) -> Iterator[None]:
         """Hold the lock; while another thread has it, score an MLP that comes later."""
         if not self._lock.acquire(blocking=False):
             later = self.following
@@ -819,7 +857,7 @@ class _NarrowedMlp:
                 later = later.following
             if later is not None:
                 try:
-                    later._kept_set()
+                    later._kept_set(device)
                 finally:
                     later._lock.release()
             self._lock.acquire()
@@ -828,9 +866,9 @@ class _NarrowedMlp:
         finally:
             self._lock.release()
 
-    def _kept_set(self) -> Tensor:
+    def _kept_set(self, device: torch.device) -> Tensor:
         if self._kept is None and self.width == self._width_before:
-            self._kept = torch.arange(self.width)
+            self._kept = torch.arange(self.width, device=_CPU)
         if self._kept is None:
             scores = self._session.known.scores
             if self.name not in scores:
@@ -842,24 +880,16 @@ class _NarrowedMlp:
                 kept = kept_set(scores[self.name], self.width)
                 # The weights are in the processor's cache now.
                 self._ready = {
-                    (tensor.projection, "weight"): tensor.narrowed(weight, kept)
+                    (tensor.projection, "weight"): tensor.narrowed(weight, kept, device)
                     for tensor, weight in zip((gate, up), weights, strict=True)
                 }
             self._kept = kept_set(scores[self.name], self.width)
         return self._kept
 
     def _score(self, gate: Tensor, up: Tensor) -> Tensor:
-        plan, target = self._session.plan, self._sources["gate_proj", "weight"]
+        plan, dtype = self._session.plan, self._sources["gate_proj", "weight"].dtype
         with self._session.scoring(plan.criterion):
-            return score(
-                plan,
-                self.name,
-                self.layer,
-                gate,
-                up,
-                device=target.device,
-                dtype=target.dtype,
-            ).cpu()
+            return score(plan, self.name, self.layer, gate, up, dtype=dtype)
 
 
 class NarrowedTensor:
@@ -885,6 +915,8 @@ class NarrowedTensor:
         self._mlp = mlp
         self._source = source
         self.device, self.dtype = target
+        #: Returns the part of a larger parameter that this tensor fills.
+        self.place: Callable[[torch.device, torch.dtype], Tensor] | None = None
 
     def get_shape(self) -> list[int]:
         """Return the narrowed shape."""
@@ -901,19 +933,29 @@ class NarrowedTensor:
         return self._source.get_dtype()
 
     def __getitem__(self, index):
-        return self if index is Ellipsis else self.to()[index]
+        if index is Ellipsis:
+            return self
+        # A shard, which must not hold on to those of the other ranks.
+        return self._mlp.take(self, _CPU)[index].clone()
 
     def to(self, device=None, dtype=None, **kwargs) -> Tensor:
         """Read, narrow and move the weights."""
-        return self._mlp.take(self).to(device=device, dtype=dtype)
+        return self._mlp.take(self, self.device).to(device=device, dtype=dtype)
 
     def read(self) -> Tensor:
         """Return the unpruned weights as they lie in the file, without a copy if it can be."""
-        return self._source[...]
+        # safetensors follows torch's default device.
+        with _CPU:
+            return self._source[...]
 
-    def narrowed(self, weight: Tensor, kept: Tensor) -> Tensor:
-        """Return the kept neurons of `weight` on the target device, in the target dtype."""
-        return narrow(weight, kept, self.axis, self.dtype).to(self.device)
+    def narrowed(self, weight: Tensor, kept: Tensor, device: torch.device) -> Tensor:
+        """Return the kept neurons of `weight` in the target dtype, on `device` or in their place."""
+        out, dtype = None, self.dtype or weight.dtype
+        if self.place is not None:
+            out = self.place(device, dtype)
+        elif device.type != "cpu":
+            out = torch.empty(self.get_shape(), dtype=dtype, device=device)
+        return narrow(weight, kept, self.axis, self.dtype, out)
 
 
 class _SlotOfSource:
@@ -939,10 +981,17 @@ class _SlotOfSource:
 
 
 class AssembledTensor:
-    """A checkpoint entry made of the `NarrowedTensor`s of several projections."""
+    """A checkpoint entry made of the `NarrowedTensor`s of several projections.
+
+    It is allocated once, and each projection is gathered into its place.
+    """
 
     def __init__(self, pieces: Mapping[Slot, NarrowedTensor]):
         self._pieces = pieces
+        self._whole: Tensor | None = None
+        self._lock = threading.Lock()
+        for slot, piece in pieces.items():
+            piece.place = functools.partial(self._place, slot)
 
     def get_shape(self) -> list[int]:
         """Return the narrowed shape."""
@@ -958,12 +1007,26 @@ class AssembledTensor:
         return next(iter(self._pieces.values())).get_dtype()
 
     def __getitem__(self, index):
-        return self if index is Ellipsis else self.to()[index]
+        return self if index is Ellipsis else self._filled(_CPU)[index].clone()
 
     def to(self, device=None, dtype=None, **kwargs) -> Tensor:
         """Read, narrow, assemble and move the weights."""
-        tensor = assemble({slot: piece.to() for slot, piece in self._pieces.items()})
-        return tensor.to(device=device, dtype=dtype)
+        target = next(iter(self._pieces.values())).device
+        return self._filled(target).to(device=device, dtype=dtype)
+
+    def _place(self, slot: Slot, device: torch.device, dtype: torch.dtype) -> Tensor:
+        with self._lock:
+            if self._whole is None:
+                self._whole = torch.empty(self.get_shape(), dtype=dtype, device=device)
+            return slot.view(self._whole)
+
+    def _filled(self, device: torch.device) -> Tensor:
+        for piece in self._pieces.values():
+            piece._mlp.take(piece, device)
+        with self._lock:
+            whole, self._whole = self._whole, None
+        assert whole is not None
+        return whole
 
 
 def _sources(entries, model, mlps: Iterable[GluMlp], load_config):

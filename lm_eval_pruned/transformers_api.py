@@ -197,9 +197,19 @@ def in_order(keys: Iterable[str]) -> list[str]:
 
 
 def target_names(
-    entries: Iterable[str], model: PreTrainedModel, load_config
+    entries: Iterable[str],
+    model: PreTrainedModel,
+    load_config,
+    remember: bool = False,
 ) -> dict[str, tuple[str, Any, str | None]]:
-    """Map each checkpoint key to a parameter, the converter that leads there and its pattern."""
+    """Map each checkpoint key to a parameter, the converter that leads there and its pattern.
+
+    Args:
+        entries: The keys.
+        model: The model.
+        load_config: The settings of the load.
+        remember: Let its transforms know that they were used.
+    """
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
@@ -207,7 +217,9 @@ def target_names(
     )
 
     # Transforms remember what they have seen, which must not be seen twice.
-    transforms = copy.deepcopy(load_config.weight_mapping or [])
+    transforms = load_config.weight_mapping or []
+    if not remember:
+        transforms = copy.deepcopy(transforms)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}

@@ -652,6 +652,8 @@ def test_entries_look_like_tensors_of_the_kept_width(tiny_llama):
     assert torch.equal(gate.to(), expected)
     assert torch.equal(gate.to(), expected)
     assert torch.equal(gate[1:3], expected[1:3])
+    # The ranks of tensor parallelism ask for parts, and must not hold on to the rest.
+    assert gate[1:3].untyped_storage().nbytes() == 2 * 32 * 2
     assert gate.to(dtype=torch.float64).dtype == torch.float64
     assert gate.to(device="meta").device.type == "meta"
     assert torch.equal(down[...].to(), weights["down_proj"][:, kept].bfloat16())
@@ -707,6 +709,7 @@ def test_fused_entries_are_assembled(tiny_llama):
     assert pair[...] is pair
     assert torch.equal(pair.to(), expected)
     assert torch.equal(pair[30:40], expected[30:40])
+    assert pair[30:40].untyped_storage().nbytes() == 10 * 32 * 2
     assert pair.to(dtype=torch.float64).dtype == torch.float64
     assert pair.to(device="meta").device.type == "meta"
 
@@ -728,6 +731,31 @@ def converter(sources, targets, *operations):
     return types.SimpleNamespace(
         source_patterns=sources, target_patterns=targets, operations=operations
     )
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "phi3"])
+def test_what_was_merged_is_saved_as_it_was_stored(family, tmp_path, monkeypatch):
+    layouts.save_family(tmp_path / "source", family, 16)
+    merge = loading._Session.merge
+    entries = []
+
+    def watched(self, *args):
+        entries.append(merge(self, *args))
+        return entries[-1]
+
+    monkeypatch.setattr(loading._Session, "merge", watched)
+    model = load_pruned(str(tmp_path / "source"), intermediate_size=8)
+    stored = {}
+    for name in ("source", "saved"):
+        if name == "saved":
+            model.save_pretrained(tmp_path / name)
+        with safe_open(tmp_path / name / "model.safetensors", "pt") as file:
+            stored[name] = set(file.keys())
+    assert stored["source"] == stored["saved"]
+    # transformers saw no expert, but for models without any.
+    assert (entries[0].keys() == stored["source"]) == (family == "phi3")
+    again = load_pruned(str(tmp_path / "saved"))
+    slicing.assert_same_model(again, model)
 
 
 class MergeModulelist:
