@@ -157,6 +157,7 @@ class Check:
         found: dict[str, Callable[[], Iterator[str]]] = {
             "Tests marked gpu": self.tests,
             "Answers equal to those of hf": self.equality,
+            "Memory while loading, layout by layout": self.layouts,
         }
         for shape in self.scale.shapes:
             found |= {
@@ -172,10 +173,18 @@ class Check:
 
     def tests(self) -> Iterator[str]:
         """Run the test suite's part for a card."""
+        return self._run("-m", "pytest", "-q", "-m", "gpu", "-rfEs", "tests")
+
+    def layouts(self) -> Iterator[str]:
+        """Bound the memory of loading, for each way to store gate, up and down."""
+        return self._run("benchmarks/load_memory.py", "--device", str(self.device))
+
+    def _run(self, *command: str) -> Iterator[str]:
+        """Run another command of the repository that is about a card."""
         if not self.on_cuda:
-            raise Skipped("they need a CUDA device")
+            raise Skipped("this needs a CUDA device")
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rfEs", "tests"],
+            [sys.executable, *command],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -184,7 +193,8 @@ class Check:
         lines = run.stdout.strip().splitlines()
         yield "```\n" + "\n".join(lines[-40:]) + "\n```"
         if run.returncode:
-            raise RuntimeError(f"pytest ended with exit code {run.returncode}")
+            last = (run.stderr.strip().splitlines() or [""])[-1]
+            raise RuntimeError(f"exit code {run.returncode}. {last}")
 
     def equality(self) -> Iterator[str]:
         """Compare answers in float32 and in `DTYPE`; what differs has to be rounding."""

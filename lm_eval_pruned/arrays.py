@@ -17,8 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lm_eval_pruned.staging import send
+
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 _WORDS: dict[torch.dtype, np.dtype[Any]] = {
@@ -112,35 +116,69 @@ def all_finite(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def gather(
-    weight: Tensor, kept: Tensor, axis: int, dtype: torch.dtype | None = None
+    weight: Tensor,
+    kept: Tensor,
+    axis: int,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Return some of the entries along an axis, contiguous.
+    """Return some of the entries along an axis.
 
     Args:
         weight: Any shape, on any device.
         kept: Indices, shape (k,), int64.
         axis: 0 or 1.
-        dtype: Dtype of the result; default: that of `weight`.
+        dtype: Dtype of the result; default: that of `weight`. Not with `out`.
+        out: Where to put them, on any device, in any layout and dtype; default: a new
+            contiguous tensor on the device of `weight`. Weights on the CPU cross to
+            another device in the narrower of the two dtypes.
     """
-    dtype = dtype or weight.dtype
     if not _has_words(weight) or weight.dim() > 2:
-        return weight.index_select(axis, kept.to(weight.device)).to(dtype)
-    shape = [*weight.shape]
-    shape[axis] = len(kept)
-    # Not from numpy, which asks for huge pages: new ones took three times as long to come by.
-    result = torch.empty(shape, dtype=dtype)
+        result = weight.index_select(axis, kept.to(weight.device))
+        return result.to(dtype or weight.dtype) if out is None else out.copy_(result)
+    if out is None:
+        shape = [*weight.shape]
+        shape[axis] = len(kept)
+        # Not from numpy, which asks for huge pages: new ones took three times as long to come by.
+        out = torch.empty(shape, dtype=dtype or weight.dtype, device="cpu")
     source, index = _words(weight), kept.cpu().numpy()
-    if dtype == weight.dtype:
+
+    def take(rows: slice, words: np.ndarray) -> None:
         # The other modes check all indices first, or copy the result.
-        np.take(source, index, axis=axis, out=_words(result), mode="wrap")
-        return result
-    step = max(1, _SERIAL_ELEMENTS // max(1, result[0].numel()))
-    for start in range(0, shape[0], step):
-        block = slice(start, start + step)
-        words = (
-            np.take(source, index[block], axis=0)
-            if axis == 0
-            else np.take(source[block], index, axis=1)
-        )
-        result[block].copy_(_floats(words, weight.dtype))
-    return result
+        if axis == 0:
+            np.take(source, index[rows], axis=0, out=words, mode="wrap")
+        else:
+            np.take(source[rows], index, axis=1, out=words, mode="wrap")
+
+    if out.device.type != "cpu":
+        # Only conversions that round nothing are left to the device.
+        narrower = min(out.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+
+        def fill(rows: slice, block: Tensor) -> None:
+            if block.dtype == weight.dtype:
+                take(rows, _words(block))
+            else:
+                _convert(take, rows, weight.dtype, block)
+
+        return send(out, narrower, fill)
+    if out.dtype == weight.dtype and out.is_contiguous():
+        take(slice(None), _words(out))
+    else:
+        _convert(take, slice(0, len(out)), weight.dtype, out)
+    return out
+
+
+def _convert(
+    take: Callable[[slice, np.ndarray], None],
+    rows: slice,
+    dtype: torch.dtype,
+    target: Tensor,
+) -> None:
+    """Take some rows, which are words of `dtype`, into a CPU tensor of any dtype and layout."""
+    step = max(1, _SERIAL_ELEMENTS // max(1, target[0].numel()))
+    words = np.empty((min(step, len(target)), *target.shape[1:]), _WORDS[dtype])
+    for start in range(0, len(target), step):
+        block = target[start : start + step]
+        first = rows.start + start
+        take(slice(first, first + len(block)), words[: len(block)])
+        block.copy_(_floats(words[: len(block)], dtype))

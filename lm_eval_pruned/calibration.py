@@ -163,7 +163,10 @@ def calibrate(
         MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
     )
     inputs = [_tokenize(tokenizer, text, longest, file) for text in texts]
-    squares = {mlp.name: torch.zeros(mlp.width, dtype=torch.float64) for mlp in mlps}
+    squares = {
+        mlp.name: torch.zeros(mlp.width, dtype=torch.float64, device="cpu")
+        for mlp in mlps
+    }
     norms = {name: torch.zeros_like(total) for name, total in squares.items()}
 
     def observer(name: str) -> Callable[..., None]:

@@ -504,7 +504,9 @@ def _add_prune(commands) -> None:
         "--dtype", help="dtype to store weights in (default: as stored)"
     )
     parser.add_argument(
-        "--device", default="cpu", help="where neurons are ranked (default: cpu)"
+        "--device",
+        default="cpu",
+        help="where calibration text is run through the model (default: cpu)",
     )
     parser.add_argument(
         "--max_shard_size",

@@ -123,7 +123,7 @@ def maw_act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity) ->
         peaks / peaks.max().clamp_min(_TINY)
         for peaks in map(_peak_to_peak, (gate, up, down.T))
     )
-    return structure * activity.summed_norms.to(gate.device).float()
+    return structure * activity.summed_norms.float().to(gate.device)
 
 
 def act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity) -> Tensor:
@@ -135,7 +135,7 @@ def act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity) -> Ten
 
     Shapes and dtype as in `maw_act`. Source: arXiv 2306.11695, equation 1.
     """
-    return down.float().norm(p=2, dim=0) * activity.norm.to(down.device).float()
+    return down.float().norm(p=2, dim=0) * activity.norm.float().to(down.device)
 
 
 _TINY = 1e-30
@@ -241,7 +241,6 @@ def score_neurons(
     seed: int = 0,
     down: Tensor | None = None,
     activity: NeuronActivity | None = None,
-    device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Score the neurons of one GLU-MLP.
@@ -254,13 +253,13 @@ def score_neurons(
         seed: Seed of ``random``; other criteria ignore it.
         down: ``down_proj.weight``, shape (H, I); read by the criteria in `CALIBRATED`.
         activity: What the neurons did on calibration text; likewise.
-        device: Where to compute; default: the device of `gate`. Weights go there in
-            blocks, but those of another package's criterion all at once.
         dtype: Dtype in which the weights are looked at; default: that of `gate`.
 
     Returns:
-        Scores, shape (I,), float32. They are on `device`, unless the criterion is
-        exact wherever it is computed; those stay on the device of `gate`.
+        Scores, shape (I,), float32. Where rounding depends on the device, they are
+        computed on the CPU and stay there: weights elsewhere are fetched in blocks,
+        but those of another package's criterion all at once. Exact and calibrated
+        ones are computed on the device of the weights.
 
     Raises:
         ValueError: A criterion of another package cannot be imported, or returns
@@ -268,11 +267,11 @@ def score_neurons(
     """
     import torch
 
-    device, dtype = device or gate.device, dtype or gate.dtype
+    dtype = dtype or gate.dtype
     if criterion == RANDOM:
         generator = torch.Generator().manual_seed((seed << 20) + layer)
-        order = torch.randperm(gate.shape[0], generator=generator)
-        return order.to(device=gate.device, dtype=torch.float32)
+        order = torch.randperm(gate.shape[0], generator=generator, device="cpu")
+        return order.float()
     if criterion in CALIBRATED:
         if down is None or activity is None:
             raise ValueError(
@@ -285,13 +284,13 @@ def score_neurons(
     if criterion not in CRITERIA:
         function = _added_criterion(criterion)
         # It may compare neurons with each other, so it sees all of them at once.
-        scores = function(gate.to(device, dtype), up.to(device, dtype))
-        return _checked(scores, criterion, gate.shape[0]).to(device)
+        scores = function(gate.to("cpu", dtype), up.to("cpu", dtype))
+        return _checked(scores, criterion, gate.shape[0]).cpu()
     function = CRITERIA[criterion]
     rows = max(1, _BLOCK_ELEMENTS // gate.shape[1])
     return torch.cat(
         [
-            function(gate_rows.to(device, dtype), up_rows.to(device, dtype))
+            function(gate_rows.to("cpu", dtype), up_rows.to("cpu", dtype))
             for gate_rows, up_rows in zip(gate.split(rows), up.split(rows), strict=True)
         ]
     )

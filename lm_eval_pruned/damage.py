@@ -15,16 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.transformers_api import may_be_missing, may_be_superfluous
+
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
 #: Numbers in a config that say how many modules or MLPs to build.
-_COUNT_NAME = re.compile(r"(^|_)(n_)?(layers?|experts?)$|^num_.*(layers|experts)$")
-#: More layers, or experts in a layer, than any model has.
-_MOST = 4096
+_COUNT_NAME = re.compile(
+    r"(?:^|_)(?:n_)?(?P<short>layer|expert)s?$|^num_.*(?P<long>layer|expert)s$"
+)
+#: More layers, or experts in a layer, than any model has. Doge routes among 16,384
+#: experts of one neuron each, and its dense models carry that number too.
+_MOST = {"layer": 4096, "expert": 16384}
 
 #: Dtypes that weights are stored in as numbers rather than as codes to be decoded.
 _NUMBERS = ("F64", "F32", "F16", "BF16")
@@ -48,14 +53,15 @@ def check_counts(config: Mapping[str, Any], pretrained: str) -> None:
     for name, value in config.items():
         if isinstance(value, dict):
             check_counts(value, pretrained)
-        elif (
-            isinstance(value, (int, float))
-            and _COUNT_NAME.search(str(name))
-            and value > _MOST
-        ):
+            continue
+        counted = _COUNT_NAME.search(str(name))
+        if counted is None or not isinstance(value, (int, float)):
+            continue
+        most = _MOST[counted["short"] or counted["long"]]
+        if value > most:
             raise ValueError(
                 f"The config of {pretrained} says {name}={value}, which no model has: correct it "
-                f"to at most {_MOST}."
+                f"to at most {most}."
             )
 
 
@@ -153,7 +159,7 @@ def check_entries(
     state = model.state_dict()
     layers = {_LAYER_NUMBER.sub(".*.", name) for name in neurons}
     extra_layers = getattr(model.config, "num_nextn_predict_layers", None)
-    ignored = model._keys_to_ignore_on_load_unexpected or []
+    ignored = may_be_superfluous(model)
     for key, (name, converter, _) in names.items():
         parameter = state.get(name)
         if parameter is None:
@@ -207,7 +213,7 @@ def missing_tensors(
             there |= {name.replace(first, other) for other in others}
     tied: dict[str, str] = model.all_tied_weights_keys
     there |= {tied[name] for name in there & tied.keys()}
-    ignored = model._keys_to_ignore_on_load_missing or []
+    ignored = may_be_missing(model)
     return [
         name
         for name in model.state_dict()
@@ -233,3 +239,24 @@ def check_complete(missing: Collection[str]) -> None:
         f"The checkpoint holds no tensor for {min(missing)}{others}: it is incomplete, or its "
         "config.json describes another model."
     )
+
+
+def check_widths_fit(
+    mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]],
+    neurons: Collection[str],
+) -> None:
+    """Refuse a checkpoint whose MLPs were drawn at random because they do not fit.
+
+    Args:
+        mismatched: ``mismatched_keys`` of transformers' loading info.
+        neurons: Parameters with a neuron axis.
+
+    Raises:
+        ValueError: One of them has another shape than the config says.
+    """
+    for name, stored, own in sorted(mismatched):
+        if name in neurons:
+            raise ValueError(
+                f"{name} has shape {list(stored)} in the checkpoint, but its config.json says "
+                f"{list(own)}: correct the width there, or copy the checkpoint again."
+            )

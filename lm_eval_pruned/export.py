@@ -22,22 +22,21 @@ from tqdm import tqdm
 
 from lm_eval_pruned.atomic import appearing_whole
 from lm_eval_pruned.damage import check_complete, missing_tensors
-from lm_eval_pruned.expansion import SIZE_ARGUMENTS
+from lm_eval_pruned.expansion import SIZE_ARGUMENTS, PrunePlan
 from lm_eval_pruned.loading import (
+    OWN_WAY,
     AssembledTensor,
     NarrowedTensor,
     Request,
     _clear_errors,
     _RouteDeclined,
     _Session,
-    _standing_in,
-    _target,
-    _target_names,
     _WidthsDiffer,
     load_with_arguments,
 )
 from lm_eval_pruned.pruning import PruneRecord, warn_inexpressible
 from lm_eval_pruned.shards import DTYPE_NAMES, ITEM_BYTES, StoredTensor, write_shard
+from lm_eval_pruned.transformers_api import Placement, standing_in, target_names
 
 
 if TYPE_CHECKING:
@@ -115,11 +114,13 @@ def export_pruned(
         pretrained: Folder or Hub name of the model.
         output: Folder to write; it must not exist, or be empty. It appears when the
             export is complete, and not before.
-        dtype: Dtype to store the floating-point weights in; neurons are ranked by
-            the weights in this dtype, as they are when loading with it. Default:
+        dtype: Dtype to store the floating-point weights in, except for those that
+            transformers keeps in float32 when it loads with this dtype; neurons are
+            ranked by the weights in this dtype, as they are when loading with it. Default:
             as stored, which is also what ``lm_eval`` loads unless the config
             names another dtype.
-        device: Where scores are computed that are sums of many weights.
+        device: Where a model is loaded to that has to be in memory in full, for example
+            because the criterion looks at its activations.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
         prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
@@ -143,39 +144,31 @@ def export_pruned(
         name: value for name, value in from_pretrained.items() if value is not None
     }
     auto_class = _auto_class(pretrained, source)
-    request = Request.resolve(auto_class, pretrained, prune_arguments, source)
-    if not request.plan.prunes:
-        asked = ", ".join(f"{k}={v}" for k, v in request.plan.asked.items())
-        raise ValueError(
-            f"{asked or 'no size'} keeps all {request.plan.width_before} neurons, so there is "
-            f"nothing to export: pass one of {', '.join(SIZE_ARGUMENTS)} that removes some."
-        )
+    # transformers decides by the dtype which weights it keeps in another.
+    asked_for = source | ({} if target_dtype is None else {"dtype": target_dtype})
+    request = Request.resolve(auto_class, pretrained, prune_arguments, asked_for)
+    if not request.plan.asked.keys() & {"ratio", "intermediate_size"}:
+        _check_prunes(request.plan)
     folder = _source_folder(pretrained, source)
     with appearing_whole(output) as unfinished:
         writer = _Writer(
             folder, unfinished, target_dtype, torch.device(device), max_shard_size
         )
         try:
-            record, declined = _stream(request, writer)
+            streamed = _stream(request, writer)
         except _WidthsDiffer as found:
             request = Request.resolve(
-                auto_class, pretrained, prune_arguments, source, found
+                auto_class, pretrained, prune_arguments, asked_for, found
             )
-            record, declined = _stream(request, writer)
-        if record is None:
-            logger.warning(
-                "%s is loaded in full, pruned in memory and saved, because %s.",
-                pretrained,
-                declined,
-            )
-            record = _save_whole(request, prune_arguments, source, writer)
+            streamed = _stream(request, writer)
+        record = streamed or _save_whole(request, prune_arguments, source, writer)
         card = _model_card(pretrained, source.get("revision"), folder, record)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         weights = sorted(unfinished.glob("*.safetensors"))
         size = sum(path.stat().st_size for path in weights)
     if push_to_hub is not None:
         _push(output, push_to_hub)
-    return Export(output, record, declined is None, size, len(weights))
+    return Export(output, record, streamed is not None, size, len(weights))
 
 
 @dataclass(frozen=True)
@@ -186,7 +179,8 @@ class _Writer:
         source: Folder of the files beside the weights.
         folder: Folder to write to.
         dtype: Dtype to store floating-point weights in; None: as stored.
-        device: Where scores are computed that are sums of many weights.
+        device: Where a model is loaded to that has to be in memory in full, for example
+            because the criterion looks at its activations.
         max_shard_size: Largest size of a weight file.
     """
 
@@ -197,31 +191,45 @@ class _Writer:
     max_shard_size: int | str
 
 
-def _stream(request: Request, writer: _Writer) -> tuple[PruneRecord | None, str | None]:
-    """Write everything but the model card, or return why that cannot be streamed."""
+def _stream(request: Request, writer: _Writer) -> PruneRecord | None:
+    """Write everything but the model card, or return None if it cannot be streamed."""
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
     session = _ExportSession(request, targets, writer)
-    with _standing_in(session), _clear_errors(session, request):
-        if (why := request.must_load_whole()) is not None:
-            raise _RouteDeclined(why)
-        with contextlib.suppress(_Written):
+    session.declined = request.must_load_whole()
+    if session.declined is None:
+        with (
+            contextlib.closing(session),
+            standing_in(session),
+            _clear_errors(session, request),
+            contextlib.suppress(_Written),
+        ):
             request.load(narrowed)
-            raise _RouteDeclined("its model class loads checkpoints in its own way")
+            raise _RouteDeclined(OWN_WAY)
     if session.declined is not None:
-        return None, session.declined
+        _check_prunes(plan)
+        return None
     warn_inexpressible(widths, targets)
     _copy_companions(writer.source, writer.folder)
     _write_config(widths.original, narrowed, writer)
-    record = PruneRecord.of(
+    return PruneRecord.of(
         plan,
         widths,
         widths.count_parameters(widths.actual),
         widths.count_parameters(targets),
         session.kept(),
     )
-    return record, None
+
+
+def _check_prunes(plan: PrunePlan) -> None:
+    if plan.prunes:
+        return
+    asked = ", ".join(f"{k}={v}" for k, v in plan.asked.items())
+    raise ValueError(
+        f"{asked or 'no size'} keeps all {plan.width_before} neurons, so there is "
+        f"nothing to export: pass one of {', '.join(SIZE_ARGUMENTS)} that removes some."
+    )
 
 
 class _Written(Exception):
@@ -239,15 +247,18 @@ class _ExportSession(_Session):
         dtype = self._writer.dtype
         placed = dataclasses.replace(
             load_config,
-            device_map={"": self._writer.device},
+            device_map={"": "cpu"},
             dtype=dtype,
             dtype_plan={} if dtype is None else load_config.dtype_plan,
         )
         entries = super().open(model, state_dict, checkpoint_files, placed)
-        names = _target_names(entries, model, placed)
+        # A width is not compared before: layers may be wider than the config says.
+        _check_prunes(self.plan)
+        names = target_names(entries, model, placed)
         check_complete(missing_tensors(names, model))
+        placement = Placement(placed, model)
         tensors = [
-            _stored(key, entries[key], dtype and _target(placed, names[key][0])[1])
+            _stored(key, entries[key], placement.dtype(names[key][0]))
             for key in _layer_by_layer(entries)
         ]
         _write_shards(tensors, self._writer)
@@ -305,8 +316,10 @@ def _owner(entry: Any) -> int:
 def _stored(key: str, entry: Any, dtype: torch.dtype | None) -> StoredTensor:
     name = entry.get_dtype()
     if name not in ITEM_BYTES:
+        logger.warning("The model is loaded and saved, because %s is %s.", key, name)
         raise _RouteDeclined(f"{key} is stored as {name}")
-    if not name.startswith(("F", "BF")) or name.startswith("F8"):
+    is_number = name.startswith(("F", "BF")) and not name.startswith("F8")
+    if not is_number or dtype not in DTYPE_NAMES:
         dtype = None
 
     def read() -> Tensor:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from lm_eval_pruned.transformers_api import uninitialised
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -222,9 +224,7 @@ def skeleton(
     auto_class: Any, config: PretrainedConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Build the model that `config` describes on the meta device, without weights."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights(), torch.device("meta"):
+    with uninitialised(), torch.device("meta"):
         model = auto_class.from_config(
             copy.deepcopy(config), trust_remote_code=trust_remote_code
         )

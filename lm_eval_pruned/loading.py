@@ -9,30 +9,31 @@ and moved to the target device. Everything else transformers does
 with a checkpoint (shards, renamed keys, ``device_map``, dtype casts, quantising
 while loading, tensor parallelism) sees a checkpoint that was always narrow.
 
-Source of the protocol: `transformers.core_model_loading.spawn_materialize` and
-`transformers.modeling_utils.PreTrainedModel._load_pretrained_model`.
+Source of the protocol: `transformers.core_model_loading.spawn_materialize`. How the
+session gets between transformers and the files is said in `transformers_api`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import itertools
 import logging
 import threading
-from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.alignment import warn_misaligned
 from lm_eval_pruned.calibration import check_observable, read_texts
 from lm_eval_pruned.criteria import kept_set, proves_finite
 from lm_eval_pruned.damage import (
     check_complete,
     check_config,
     check_entries,
+    check_widths_fit,
     clear_config_errors,
     clear_load_errors,
 )
@@ -61,11 +62,19 @@ from lm_eval_pruned.pruning import (
     warn_inexpressible,
 )
 from lm_eval_pruned.quantisation import quantising_arguments, with_quantisation
+from lm_eval_pruned.transformers_api import (
+    Placement,
+    in_order,
+    shares_weights_among_ranks,
+    standing_in,
+    target_names,
+    unknown_loader,
+)
 from lm_eval_pruned.widths import Widths
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from torch import Tensor
     from transformers import (
@@ -88,6 +97,7 @@ _HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
+_CPU = torch.device("cpu")
 #: Arguments of `from_pretrained` that AutoConfig must not absorb into the config.
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 
@@ -114,9 +124,10 @@ def load_pruned(
     """Load a model whose GLU-MLPs are narrowed while its checkpoint is read.
 
     Gate and up come out as (k, H) instead of (I, H), down as (H, k). Checkpoints
-    that cannot be pruned while they load (GGUF, ``.bin``) are loaded in full and
-    pruned in memory, with identical weights. What sizes mean in a model with
-    experts is said in `lm_eval_pruned.prune_model`.
+    that cannot be pruned while they load (GGUF, ``.bin``, a release of transformers
+    that loads in a way not known here) are loaded in full and pruned in memory, with
+    identical weights and a warning. What sizes mean in a model with experts is said
+    in `lm_eval_pruned.prune_model`.
 
     A checkpoint whose layers differ in width, although its config knows only one,
     loads with the widths of its tensors; sizes then prune from there: layers that
@@ -139,8 +150,8 @@ def load_pruned(
             see `lm_eval_pruned.calibration`.
         calibration_samples: How many of its texts to use; default: all.
         tokenizer: What reads that text; default: the tokenizer of `pretrained`.
-        device: Where to load to. Only the kept neurons go there; scores are computed
-            there if they are sums, whose rounding depends on it. Default: the CPU.
+        device: Where to load to; default: the CPU. Only the kept neurons go there:
+            scores are computed on the CPU.
         dtype: Weight dtype; default: the one the checkpoint is stored in.
         auto_class: The transformers class to load with; default
             `AutoModelForCausalLM`.
@@ -239,10 +250,12 @@ def _load(
     if session.declined is None:
         with (
             without_collections(),
-            _standing_in(session),
+            contextlib.closing(session),
+            standing_in(session),
             _clear_errors(session, request),
         ):
             model = request.load(narrowed if session.changes_model else widths.original)
+            session.check_filled(model)
             choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
                 plan,
@@ -253,10 +266,11 @@ def _load(
                 known.calibration if plan.prunes else None,
             )
             warn_inexpressible(widths, targets)
+            warn_misaligned(model, plan, widths, targets)
             return model
     request.check_prunable_in_memory(session.declined)
     if plan.prunes:
-        logger.info(
+        logger.warning(
             "%s is loaded in full and pruned in memory, because %s.",
             request.pretrained,
             session.declined,
@@ -337,6 +351,8 @@ class Request:
         """
         if self.model_arguments.get("gguf_file") is not None:
             return "it is a GGUF file"
+        if (unknown := unknown_loader()) is not None:
+            return unknown
         if not self.plan.prunes or self.plan.calibration is None:
             return None
         if known is not None and known.covers(
@@ -384,8 +400,16 @@ class Request:
         }
         return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
 
-    def load(self, config: PretrainedConfig) -> PreTrainedModel:
-        """Load the model as transformers does, with `config`."""
+    def load(
+        self, config: PretrainedConfig, neurons: Collection[str] = ()
+    ) -> PreTrainedModel:
+        """Load the model as transformers does, with `config`.
+
+        Args:
+            config: The config.
+            neurons: Parameters that have to be as wide as they are stored, even if
+                the user lets other shapes differ.
+        """
         from transformers import GgufConfig, PreTrainedModel
 
         arguments = with_quantisation(self.model_arguments)
@@ -402,6 +426,7 @@ class Request:
             self.pretrained, config=config, output_loading_info=True, **arguments
         )
         check_complete(found["missing_keys"])
+        check_widths_fit(found.get("mismatched_keys", ()), neurons)
         return model
 
     def load_whole(self) -> PreTrainedModel:
@@ -411,7 +436,8 @@ class Request:
             ValueError: It is damaged, or an argument is wrong.
         """
         with clear_load_errors(self.pretrained, self.model_arguments):
-            return self.load(self.widths.original)
+            neurons = slots_by_parameter(self.widths.mlps)
+            return self.load(self.widths.original, neurons)
 
 
 def _resolve_config(
@@ -450,6 +476,10 @@ def _refuse_quantised(config: PretrainedConfig, arguments: dict[str, Any]) -> No
     )
 
 
+#: Why a class that goes past the session is pruned in memory.
+OWN_WAY = "its model class loads checkpoints in its own way"
+
+
 class _RouteDeclined(Exception):
     """The checkpoint cannot be pruned while it loads; nothing was read yet."""
 
@@ -460,60 +490,6 @@ class _WidthsDiffer(Exception):
     def __init__(self, actual: dict[str, int]):
         super().__init__(str(actual))
         self.actual = actual
-
-
-_current: ContextVar[_Session | None] = ContextVar("lm_eval_pruned_session")
-_installation = threading.Lock()
-_installed = 0
-_original: Any = None
-
-
-@contextlib.contextmanager
-def _standing_in(session: _Session) -> Iterator[None]:
-    """Let `session` provide the checkpoint of the next model this context loads.
-
-    transformers has no hook at this place, so one static method is replaced
-    while at least one session is open, and restored by the last one to close.
-    Loads outside of a session, in other threads too, go to the original.
-    """
-    from transformers import PreTrainedModel
-
-    global _installed, _original
-    with _installation:
-        if _installed == 0:
-            _original = PreTrainedModel.__dict__["_load_pretrained_model"]
-            PreTrainedModel._load_pretrained_model = staticmethod(_load_through_session)  # type: ignore[method-assign]
-        _installed += 1
-    token = _current.set(session)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-        session.close()
-        with _installation:
-            _installed -= 1
-            if _installed == 0:
-                PreTrainedModel._load_pretrained_model = _original  # type: ignore[method-assign]
-                _original = None
-
-
-def _load_through_session(
-    model, state_dict, checkpoint_files, load_config, *args, **kwargs
-):
-    session = _current.get(None)
-    original = _original.__func__
-    if session is None or session.opened:
-        return original(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
-    entries = session.open(model, state_dict, checkpoint_files, load_config)
-    if not session.changes_model:
-        return original(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
-    # Without file names, offloading to disk writes the narrowed weights instead of
-    # pointing into the original files.
-    return original(model, entries, None, load_config, *args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -532,7 +508,7 @@ def _clear_errors(session: _Session, request: Request) -> Iterator[None]:
             and isinstance(error, RuntimeError)
         ):
             # A class with a loader of its own went past the session and met narrow shapes.
-            session.declined = "its model class loads checkpoints in its own way"
+            session.declined = OWN_WAY
             return
         with clear_load_errors(request.pretrained, request.model_arguments):
             if session.error is not None:
@@ -555,7 +531,6 @@ class _Session:
     ):
         self.plan = plan
         self.known = known or ScoreTable()
-        self.opened = False
         self.declined: str | None = None
         self.error: Exception | None = None
         self._widths = widths
@@ -563,11 +538,55 @@ class _Session:
         self._files = contextlib.ExitStack()
         self._one_layer = threading.Lock()
         self._mlps: list[_NarrowedMlp] = []
+        self._parts: dict[str, list] = {}
+        self._model: PreTrainedModel | None = None
+
+    @property
+    def opened(self) -> bool:
+        """Whether transformers asked for the checkpoint of a model."""
+        return self._model is not None
 
     @property
     def changes_model(self) -> bool:
         """Whether the model differs from the one that stock transformers loads."""
-        return self._targets != self._widths.configured
+        return not (self._targets == self._widths.configured == self._widths.actual)
+
+    def provide(self, model, state_dict, checkpoint_files, load_config):
+        """Stand in for the checkpoint of the first model of its class; see `standing_in`."""
+        # A class may load another model before or while its own is loaded.
+        its_own = type(model).__name__ == self._widths.model_class.__name__
+        if self.opened or not its_own:
+            return state_dict, checkpoint_files
+        entries = self.open(model, state_dict, checkpoint_files, load_config)
+        if not self.changes_model:
+            return state_dict, checkpoint_files
+        entries = self.merge(entries, model, load_config)
+        # Without file names, offloading to disk writes the narrowed weights instead of
+        # pointing into the original files.
+        return entries, None
+
+    def check_filled(self, model: PreTrainedModel) -> None:
+        """Refuse a narrowed model that was filled with something else than narrowed weights.
+
+        A class that goes past the session meets narrow shapes, and mostly fails on
+        them; but where it was told to put up with other shapes, it draws weights.
+
+        Raises:
+            UnsupportedModelError: The MLPs of `model` did not come from this session.
+            _RouteDeclined: They did not, but are as wide as they are stored.
+        """
+        # Of experts, a process may ask for its share only.
+        read = not self.changes_model or any(not mlp.is_untouched for mlp in self._mlps)
+        if read and any(part is self._model for part in model.modules()):
+            return
+        if self.changes_model:
+            raise UnsupportedModelError(
+                f"{describe(model)} loads its checkpoint in its own way, which put no weights "
+                "into the narrowed MLPs and did not fail on their shapes: leave out "
+                "ignore_mismatched_sizes, or load it in full and pass it to prune_model."
+            )
+        if self.plan.prunes:
+            raise _RouteDeclined(OWN_WAY)
 
     def kept(self) -> tuple[Tensor, ...]:
         """Return the kept neurons of every MLP, each of shape (k,), on the CPU."""
@@ -595,7 +614,7 @@ class _Session:
             ValueError: A GLU weight is missing or has another shape than the
                 config says.
         """
-        self.opened = True
+        self._model = model
         entries = self._open_files(state_dict, checkpoint_files)
         mlps = find_glu_mlps(model)
         narrowed = [
@@ -609,7 +628,9 @@ class _Session:
             (mlp.name, place): slot for mlp in mlps for place, slot in mlp.slots.items()
         }
         replaced = {}
-        for key, parts in _sources(entries, model, mlps, load_config).items():
+        placement = Placement(load_config, model)
+        self._parts = _sources(entries, model, mlps, load_config)
+        for key, parts in self._parts.items():
             pieces = {}
             for mlp, place, slot, sourced in parts:
                 wanted.pop((mlp.name, place), None)
@@ -617,7 +638,10 @@ class _Session:
                     place[0],
                     place[1],
                     _SlotOfSource(sourced, entries[key]) if sourced else entries[key],
-                    _target(load_config, slot.parameter),
+                    (
+                        placement.device(slot.parameter),
+                        placement.dtype(slot.parameter),
+                    ),
                 )
             whole = len(parts) == 1 and not parts[0][3]
             replaced[key] = (
@@ -637,6 +661,37 @@ class _Session:
         self._check_widths()
         self._resize(model, mlps, load_config)
         return entries | replaced
+
+    def merge(self, entries: dict[str, Any], model, load_config) -> dict[str, Any]:
+        """Put together what transformers would, which takes a second copy for that.
+
+        Args:
+            entries: What `open` returned.
+            model: The model.
+            load_config: How it is loaded.
+
+        Returns:
+            The entries, with one for each parameter in place of those of its parts.
+        """
+        keys: dict[str, dict[Slot, str]] = {}
+        for key, [(mlp, _, slot, sourced), *others] in self._parts.items():
+            whole = others or sourced or slot.is_whole
+            # A process of many may need some of the parts only.
+            if not whole and type(mlp.parameter(slot)) is torch.nn.Parameter:
+                keys.setdefault(slot.parameter, {})[slot] = key
+        names = target_names(keys, model, load_config)
+        whole_ones = {
+            parameter: AssembledTensor(
+                {slot: entries[key] for slot, key in slots.items()}
+            )
+            for parameter, slots in keys.items()
+            if names[parameter] == (parameter, None, None) and parameter not in entries
+        }
+        merged = {key for parameter in whole_ones for key in keys[parameter].values()}
+        # `save_pretrained` takes apart what it remembers to have been put together.
+        target_names(merged, model, load_config, remember=True)
+        kept = {key: entry for key, entry in entries.items() if key not in merged}
+        return kept | whole_ones
 
     def _check_widths(self) -> None:
         """Compare the widths of the checkpoint with those the session was told."""
@@ -688,9 +743,8 @@ class _Session:
 
     def _open_files(self, state_dict, checkpoint_files) -> dict[str, Any]:
         from safetensors import SafetensorError
-        from transformers.integrations import is_deepspeed_zero3_enabled
 
-        if is_deepspeed_zero3_enabled():
+        if shares_weights_among_ranks():
             raise _RouteDeclined("DeepSpeed ZeRO-3 gathers its weights itself")
         if state_dict is not None or not checkpoint_files:
             raise _RouteDeclined("its weights do not come from files")
@@ -766,16 +820,21 @@ class _NarrowedMlp:
                 )
         return stored
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether none of its weights was asked for."""
+        return self._kept is None
+
     def kept(self) -> Tensor:
         """Return the kept neurons, shape (k,), int64, on the CPU."""
         with self._lock:
-            return self._kept_set()
+            return self._kept_set(_CPU)
 
-    def take(self, tensor: NarrowedTensor) -> Tensor:
-        """Return the narrowed weights of `tensor` on its target device, in its target dtype."""
+    def take(self, tensor: NarrowedTensor, device: torch.device) -> Tensor:
+        """Return the narrowed weights of `tensor` in its target dtype, new ones on `device`."""
         try:
-            with self._locked():
-                kept = self._kept_set()
+            with self._locked(device):
+                kept = self._kept_set(device)
                 key = (tensor.projection, tensor.part)
                 if key in self._ready:
                     return self._ready.pop(key)
@@ -784,13 +843,13 @@ class _NarrowedMlp:
             if key == ("down_proj", "weight") and self.name not in finite:
                 check_finite(f"{self.name}.down_proj.weight", weight, tensor.dtype)
                 finite.add(self.name)
-            return tensor.narrowed(weight, kept)
+            return tensor.narrowed(weight, kept, device)
         except Exception as error:
             self._session.error = self._session.error or error
             raise
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, device: torch.device) -> Iterator[None]:
         """Hold the lock; while another thread has it, score an MLP that comes later."""
         if not self._lock.acquire(blocking=False):
             later = self.following
@@ -798,7 +857,7 @@ class _NarrowedMlp:
                 later = later.following
             if later is not None:
                 try:
-                    later._kept_set()
+                    later._kept_set(device)
                 finally:
                     later._lock.release()
             self._lock.acquire()
@@ -807,9 +866,9 @@ class _NarrowedMlp:
         finally:
             self._lock.release()
 
-    def _kept_set(self) -> Tensor:
+    def _kept_set(self, device: torch.device) -> Tensor:
         if self._kept is None and self.width == self._width_before:
-            self._kept = torch.arange(self.width)
+            self._kept = torch.arange(self.width, device=_CPU)
         if self._kept is None:
             scores = self._session.known.scores
             if self.name not in scores:
@@ -821,24 +880,16 @@ class _NarrowedMlp:
                 kept = kept_set(scores[self.name], self.width)
                 # The weights are in the processor's cache now.
                 self._ready = {
-                    (tensor.projection, "weight"): tensor.narrowed(weight, kept)
+                    (tensor.projection, "weight"): tensor.narrowed(weight, kept, device)
                     for tensor, weight in zip((gate, up), weights, strict=True)
                 }
             self._kept = kept_set(scores[self.name], self.width)
         return self._kept
 
     def _score(self, gate: Tensor, up: Tensor) -> Tensor:
-        plan, target = self._session.plan, self._sources["gate_proj", "weight"]
+        plan, dtype = self._session.plan, self._sources["gate_proj", "weight"].dtype
         with self._session.scoring(plan.criterion):
-            return score(
-                plan,
-                self.name,
-                self.layer,
-                gate,
-                up,
-                device=target.device,
-                dtype=target.dtype,
-            ).cpu()
+            return score(plan, self.name, self.layer, gate, up, dtype=dtype)
 
 
 class NarrowedTensor:
@@ -864,6 +915,8 @@ class NarrowedTensor:
         self._mlp = mlp
         self._source = source
         self.device, self.dtype = target
+        #: Returns the part of a larger parameter that this tensor fills.
+        self.place: Callable[[torch.device, torch.dtype], Tensor] | None = None
 
     def get_shape(self) -> list[int]:
         """Return the narrowed shape."""
@@ -880,19 +933,29 @@ class NarrowedTensor:
         return self._source.get_dtype()
 
     def __getitem__(self, index):
-        return self if index is Ellipsis else self.to()[index]
+        if index is Ellipsis:
+            return self
+        # A shard, which must not hold on to those of the other ranks.
+        return self._mlp.take(self, _CPU)[index].clone()
 
     def to(self, device=None, dtype=None, **kwargs) -> Tensor:
         """Read, narrow and move the weights."""
-        return self._mlp.take(self).to(device=device, dtype=dtype)
+        return self._mlp.take(self, self.device).to(device=device, dtype=dtype)
 
     def read(self) -> Tensor:
         """Return the unpruned weights as they lie in the file, without a copy if it can be."""
-        return self._source[...]
+        # safetensors follows torch's default device.
+        with _CPU:
+            return self._source[...]
 
-    def narrowed(self, weight: Tensor, kept: Tensor) -> Tensor:
-        """Return the kept neurons of `weight` on the target device, in the target dtype."""
-        return narrow(weight, kept, self.axis, self.dtype).to(self.device)
+    def narrowed(self, weight: Tensor, kept: Tensor, device: torch.device) -> Tensor:
+        """Return the kept neurons of `weight` in the target dtype, on `device` or in their place."""
+        out, dtype = None, self.dtype or weight.dtype
+        if self.place is not None:
+            out = self.place(device, dtype)
+        elif device.type != "cpu":
+            out = torch.empty(self.get_shape(), dtype=dtype, device=device)
+        return narrow(weight, kept, self.axis, self.dtype, out)
 
 
 class _SlotOfSource:
@@ -918,10 +981,17 @@ class _SlotOfSource:
 
 
 class AssembledTensor:
-    """A checkpoint entry made of the `NarrowedTensor`s of several projections."""
+    """A checkpoint entry made of the `NarrowedTensor`s of several projections.
+
+    It is allocated once, and each projection is gathered into its place.
+    """
 
     def __init__(self, pieces: Mapping[Slot, NarrowedTensor]):
         self._pieces = pieces
+        self._whole: Tensor | None = None
+        self._lock = threading.Lock()
+        for slot, piece in pieces.items():
+            piece.place = functools.partial(self._place, slot)
 
     def get_shape(self) -> list[int]:
         """Return the narrowed shape."""
@@ -937,12 +1007,26 @@ class AssembledTensor:
         return next(iter(self._pieces.values())).get_dtype()
 
     def __getitem__(self, index):
-        return self if index is Ellipsis else self.to()[index]
+        return self if index is Ellipsis else self._filled(_CPU)[index].clone()
 
     def to(self, device=None, dtype=None, **kwargs) -> Tensor:
         """Read, narrow, assemble and move the weights."""
-        tensor = assemble({slot: piece.to() for slot, piece in self._pieces.items()})
-        return tensor.to(device=device, dtype=dtype)
+        target = next(iter(self._pieces.values())).device
+        return self._filled(target).to(device=device, dtype=dtype)
+
+    def _place(self, slot: Slot, device: torch.device, dtype: torch.dtype) -> Tensor:
+        with self._lock:
+            if self._whole is None:
+                self._whole = torch.empty(self.get_shape(), dtype=dtype, device=device)
+            return slot.view(self._whole)
+
+    def _filled(self, device: torch.device) -> Tensor:
+        for piece in self._pieces.values():
+            piece._mlp.take(piece, device)
+        with self._lock:
+            whole, self._whole = self._whole, None
+        assert whole is not None
+        return whole
 
 
 def _sources(entries, model, mlps: Iterable[GluMlp], load_config):
@@ -955,13 +1039,11 @@ def _sources(entries, model, mlps: Iterable[GluMlp], load_config):
     Raises:
         _RouteDeclined: Some projection is computed in a way not known here.
     """
-    from transformers.core_model_loading import dot_natural_key
-
     places = slots_by_parameter(mlps)
     found: dict[str, list] = {}
     converted: dict[tuple[str, str], list[str]] = {}
     converters = {}
-    names = _target_names(entries, model, load_config)
+    names = target_names(entries, model, load_config)
     check_entries(
         entries,
         names,
@@ -969,7 +1051,7 @@ def _sources(entries, model, mlps: Iterable[GluMlp], load_config):
         places,
         any_shape=load_config.is_quantized or load_config.ignore_mismatched_sizes,
     )
-    for key in sorted(names, key=dot_natural_key):
+    for key in in_order(names):
         parameter, converter, pattern = names[key]
         if converter is not None and pattern is not None:
             targets = [
@@ -1020,54 +1102,3 @@ def _converted_sources(
         key: [(mlp, place, slot, None)]
         for key, (mlp, place, slot) in zip(keys, chosen, strict=True)
     }
-
-
-def _target_names(
-    entries, model, load_config
-) -> dict[str, tuple[str, Any, str | None]]:
-    """Map each checkpoint key to a parameter and the converter that leads there.
-
-    Mirrors `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
-    """
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    # Transforms remember what they have seen, which must not be seen twice.
-    transforms = copy.deepcopy(load_config.weight_mapping or [])
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    by_pattern = {p: c for c in converters for p in c.source_patterns}
-    state = model.state_dict()
-    prefix = model.base_model_prefix
-    names = {}
-    for key in sorted(entries, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
-        converter = None if pattern is None else by_pattern[pattern]
-        names[key] = (name, converter, pattern)
-    return names
-
-
-def _target(load_config, parameter: str) -> tuple[torch.device, torch.dtype]:
-    """Return where and in which dtype transformers will put `parameter`.
-
-    Mirrors `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
-    """
-    from transformers.core_model_loading import build_glob_alternation
-    from transformers.integrations.accelerate import get_device
-
-    device = get_device(
-        load_config.device_map or {"": "cpu"}, parameter, valid_torch_device=True
-    )
-    dtype = load_config.dtype
-    if load_config.dtype_plan:
-        pattern, by_group, _ = build_glob_alternation(list(load_config.dtype_plan))
-        match = pattern.search(parameter)
-        if match is not None and match.lastgroup is not None:
-            dtype = load_config.dtype_plan[by_group[match.lastgroup]]
-    return torch.device(device), dtype

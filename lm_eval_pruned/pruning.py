@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.alignment import warn_misaligned
 from lm_eval_pruned.arrays import all_finite, gather
 from lm_eval_pruned.calibration import Calibration, NeuronActivity, calibrate
 from lm_eval_pruned.criteria import kept_set, proves_finite, score_neurons
@@ -99,7 +100,15 @@ class PruneRecord:
         kept: tuple[Tensor, ...],
         calibration: Calibration | None = None,
     ) -> PruneRecord:
-        """Describe what `plan` did to the MLPs of `widths`."""
+        """Describe what `plan` did to the MLPs of `widths`.
+
+        Raises:
+            ValueError: Neurons were removed, and `kept` does not say which stayed.
+        """
+        if plan.prunes and len(kept) != len(widths.mlps):
+            raise ValueError(
+                f"The record needs the kept neurons of {len(widths.mlps)} MLPs, not of {len(kept)}."
+            )
         targets = widths.targets(plan)
         counts = Counter(
             (
@@ -208,7 +217,8 @@ def prune_model(
     Gate and up go from (I, H) to (k, H), down from (H, I) to (H, k), biases of
     gate and up from (I,) to (k,), whether they are stored apart, fused or stacked
     by expert. The kept neurons keep their order, dtype and device, and the config
-    gets the new width. Scores are float32, computed on each layer's device.
+    gets the new width. Scores are float32 and do not depend on the device, except
+    those of activations, which are measured where the model is.
 
     In a model with experts, sizes refer to the experts; every expert keeps its own
     best neurons, and shared experts and dense layers are narrowed in the same
@@ -316,12 +326,13 @@ def carry_out(
             kept[mlp.name] = (
                 _select_in_memory(plan, mlp, targets[mlp.name], known)
                 if targets[mlp.name] < mlp.width
-                else torch.arange(mlp.width)
+                else torch.arange(mlp.width, device="cpu")
             )
         for _, group in itertools.groupby(mlps, key=lambda mlp: mlp.path):
             _narrow_together(list(group), kept)
         widths.copy_keys(narrowed_config, model.config)
         warn_inexpressible(widths, targets)
+        warn_misaligned(model, plan, widths, targets)
     choose_experts_implementation(model)
     record = PruneRecord.of(
         plan,
@@ -413,7 +424,6 @@ def score(
     up_proj: Tensor,
     down_proj: Tensor | None = None,
     activity: NeuronActivity | None = None,
-    device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Score the neurons of one GLU-MLP.
@@ -427,11 +437,10 @@ def score(
         down_proj: Shape (H, I); checked for NaN and infinity where given, and scored
             by the criteria that look at activations.
         activity: What the neurons did on calibration text, for the same criteria.
-        device: Where to compute; default: where the weights are.
         dtype: Dtype in which the weights are looked at; default: their own.
 
     Returns:
-        Scores, shape (I,), float32.
+        Scores, shape (I,), float32; see `lm_eval_pruned.criteria.score_neurons`.
 
     Raises:
         ValueError: A weight is NaN or infinite; the tensor is named.
@@ -455,7 +464,6 @@ def score(
         seed=plan.seed,
         down=down_proj,
         activity=activity,
-        device=device,
         dtype=dtype,
     )
     if proves_finite(plan.criterion) and not scores.isfinite().all():
@@ -482,17 +490,22 @@ def check_finite(name: str, weight: Tensor, dtype: torch.dtype | None = None) ->
 
 @torch.no_grad()
 def narrow(
-    weight: Tensor, kept: Tensor, axis: int, dtype: torch.dtype | None = None
+    weight: Tensor,
+    kept: Tensor,
+    axis: int,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Return the kept neurons of a weight or bias, contiguous.
+    """Return the kept neurons of a weight or bias.
 
     Args:
         weight: Any shape with I entries along `axis`.
         kept: Kept neurons, shape (k,), int64, ascending.
         axis: The axis that counts neurons.
-        dtype: Dtype of the result; default: that of `weight`. Where all neurons are
-            kept in that dtype, the result is `weight` itself.
+        dtype: Dtype of the result, which is contiguous; default: that of `weight`.
+            Where all neurons are kept in that dtype, the result is `weight` itself.
+        out: Where to put them instead; see `lm_eval_pruned.arrays.gather`.
     """
-    if len(kept) == weight.shape[axis]:
+    if out is None and len(kept) == weight.shape[axis]:
         return weight.to(dtype or weight.dtype).contiguous()
-    return gather(weight, kept, axis, dtype)
+    return gather(weight, kept, axis, dtype, out)

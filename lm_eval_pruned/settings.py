@@ -39,6 +39,8 @@ CIRCUMSTANCES = (
     "numpy_seed",
     "torch_seed",
 )
+#: Which way answers were computed; two ways of one model differ by rounding.
+COMPUTED = ("answer_paths",)
 #: Which model ``pruned-hf`` made of its checkpoint. Runs that are compared differ in it.
 PRUNING = ("widths", "kept_digest")
 #: Where the model comes from; paths are among them.
@@ -46,7 +48,8 @@ MODEL = ("model_args", "model_sha")
 #: What one command gives all its tasks.
 _SHARED = (*ASKED[2:], *CIRCUMSTANCES[1:], *PRUNING, *MODEL)
 _LABELS = {
-    name: name.replace("_", " ") for name in ("chat_template", "system_instruction")
+    name: name.replace("_", " ")
+    for name in ("answer_paths", "chat_template", "system_instruction")
 }
 
 
@@ -61,7 +64,7 @@ def settings_of(
         leaves: The tasks that it is made of.
 
     Returns:
-        A value of JSON by each name in `ASKED`, `CIRCUMSTANCES`, `PRUNING` and `MODEL`;
+        A value of JSON by each name in the tuples above;
         None for what was off or is not recorded.
     """
     config = data.get("config") or {}
@@ -88,6 +91,7 @@ def settings_of(
             for kind in ("fewshot", "random", "numpy", "torch")
         },
         **{name: value or None for name, value in off_or.items()},
+        "answer_paths": _answer_paths(config.get("answer_paths")),
         "widths": _widths(pruning),
         "kept_digest": pruning.get("kept_digest"),
     }
@@ -119,7 +123,9 @@ def other_settings(
     found: dict[tuple[str, ...], list[str]] = {}
     for task in tasks:
         names = differing(
-            base.get(task, {}), run.get(task, {}), (*ASKED, *CIRCUMSTANCES)
+            base.get(task, {}),
+            run.get(task, {}),
+            (*ASKED, *CIRCUMSTANCES, *COMPUTED),
         )
         if names:
             found.setdefault(tuple(_LABELS.get(n, n) for n in names), []).append(task)
@@ -192,6 +198,16 @@ def _task_hash(hashes: Any, leaves: Sequence[str]) -> str | None:
         return str(hashes[leaves[0]])
     text = "".join(f"{leaf} {hashes[leaf]}\n" for leaf in sorted(leaves))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _answer_paths(paths: Any) -> str | None:
+    """Return which paths answered, such as ``loglikelihood: shared; linear: torch``."""
+    if not isinstance(paths, dict):
+        return None
+    return "; ".join(
+        f"{name}: {', '.join(path.get('requests') or ()) if isinstance(path, dict) else path}"
+        for name, path in sorted(paths.items())
+    )
 
 
 def _widths(pruning: Mapping[str, Any]) -> str | None:

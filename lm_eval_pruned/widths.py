@@ -306,6 +306,12 @@ def _find_keys(
             for name in changed
         ):
             reason = f"the widths do not grow in proportion to {key} in its config"
+            better = _better_value(key, config, changed[0], widths, probed, build)
+            if better is not None:
+                reason = (
+                    f"{key}={key.get(config)} in its config does not divide into whole neurons: "
+                    f"write {better} there, which builds the same model"
+                )
         else:
             keys |= {name: own_keys[name] for name in changed if name not in keys}
             continue
@@ -317,6 +323,38 @@ def _find_keys(
                 f"{describe(model)} cannot be pruned in {name}, because {reason}."
             )
     return keys
+
+
+def _better_value(
+    key: WidthKey,
+    config: PretrainedConfig,
+    name: str,
+    widths: Mapping[str, int],
+    probed: Mapping[str, int],
+    build: Build,
+) -> int | None:
+    """Return the value of `key` that builds the same model without a remainder, if any.
+
+    RecurrentGemma halves its key, so that 97 and 96 both build 48 neurons.
+
+    Args:
+        key: A key to which the widths are not proportional.
+        config: The config.
+        name: An MLP whose width it sets.
+        widths: The widths of the MLPs as they are.
+        probed: The widths with the value of `key` doubled.
+        build: Returns a model of a config on the meta device.
+    """
+    value = key.get(config)
+    if not isinstance(value, int) or not probed.get(name):
+        return None
+    better = Fraction(widths[name] * 2 * value, probed[name])
+    if better.denominator > 1 or not 0 < better < value:
+        return None
+    other = copy.deepcopy(config)
+    key.set(other, int(better))
+    same = {mlp.name: mlp.width for mlp in find_glu_mlps(build(other))} == widths
+    return int(better) if same else None
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

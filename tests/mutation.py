@@ -47,10 +47,12 @@ TESTS = {
     "pruning": ["test_pruning.py", "test_layouts_layers.py", "test_calibration.py"],
     "loading": [
         "test_loading.py",
+        "test_transformers_api.py",
         "test_known_scores.py",
         "test_layouts_layers.py",
         "test_pruning.py",
     ],
+    "transformers_api": ["test_transformers_api.py", "test_loading.py"],
 }
 #: Of the many replacements of one operator, how many to try at each place.
 PER_PLACE = 2

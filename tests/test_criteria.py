@@ -74,14 +74,6 @@ def test_weights_are_looked_at_in_the_dtype_that_is_asked_for(name, dtype):
     assert torch.equal(scores, score_neurons(gate.to(dtype), up.to(dtype), name))
 
 
-@pytest.mark.parametrize("name", ["l1", "l2", "vow", "pon"])
-def test_sums_are_computed_on_the_device_that_is_asked_for(name):
-    gate, up = weights(3, 20, 8)
-    assert score_neurons(gate, up, name).device.type == "cpu"
-    scores = score_neurons(gate, up, name, device=torch.device("meta"))
-    assert scores.device.type == "meta"
-
-
 def test_gate_and_up_of_different_length_are_not_cut_to_the_shorter(monkeypatch):
     gate, up = weights(0, 10, 8)
     monkeypatch.setattr(criteria, "_BLOCK_ELEMENTS", 8 * 5)

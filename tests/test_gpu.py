@@ -77,22 +77,29 @@ def test_a_narrower_model_takes_less_memory_on_the_device(wide):
 
 
 @pytest.mark.parametrize("criterion", ["maw", "l2"])
-def test_loading_takes_no_more_than_the_pruned_model_and_one_layer(wide, criterion):
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "gpt_oss"])
+def test_loading_takes_no_more_than_the_pruned_model_and_one_layer(
+    family, criterion, tmp_path
+):
+    # Weights of more than a block, so that blocks take turns.
+    config = checkpoints.tiny_config(
+        family, **{**WIDE, "num_hidden_layers": 2, **layouts.overrides(family, 12288)}
+    )
+    checkpoints.tiny_model(config).half().save_pretrained(tmp_path)
+    arguments = {"prune_percent": 25, "criterion": criterion}
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model = load_pruned(
-        str(wide), ratio=1.0, device="cuda", dtype=torch.float16, criterion=criterion
-    )
+    model = load_pruned(str(tmp_path), device="cuda", **arguments)
     peak = torch.cuda.max_memory_allocated() - before
     pruned = sum(p.numel() * p.element_size() for p in model.parameters())
-    layer = 3 * WIDE["intermediate_size"] * WIDE["hidden_size"] * 2
+    layer = sum(p.nbytes for n, p in model.named_parameters() if ".layers.0." in n)
     assert pruned <= peak <= pruned + layer
-    on_cpu = load_pruned(str(wide), ratio=1.0, dtype=torch.float16)
-    if criterion == "maw":
-        for name, weight in on_cpu.state_dict().items():
-            assert torch.equal(model.state_dict()[name].cpu(), weight)
+    on_cpu = load_pruned(str(tmp_path), **arguments)
+    assert model.prune_record.digest == on_cpu.prune_record.digest
+    for name, weight in on_cpu.state_dict().items():
+        assert torch.equal(model.state_dict()[name].cpu(), weight), name
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoeshared"])

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from lm_eval_pruned.expansion import written_layers
+from lm_eval_pruned.export import export_pruned
 
 from . import by_hand
 from .checkpoints import auto_class, byte_tokenizer, tiny_config, tiny_model
@@ -182,6 +183,26 @@ def test_checkpoints_whose_layers_differ(widths, size, tmp_path_factory):
         record.as_dict() for record in (further.prune_record, in_memory.prune_record)
     )
     assert before == after
+
+
+@pytest.mark.parametrize("more", [{}, {"ignore_mismatched_sizes": True}])
+def test_pruning_to_the_width_of_the_config_narrows_the_wider_layers(tmp_path, more):
+    """The result is the model of the config, but not of the files."""
+    model, state = ragged(tmp_path, [8, 16, 12])
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "intermediate_size": 8})
+    )
+    loaded = load_pruned(tmp_path, intermediate_size=8, **more)
+    in_memory = prune_model(load_pruned(tmp_path), intermediate_size=8)
+    assert_same(loaded, in_memory.state_dict())
+    assert loaded.prune_record.digest == in_memory.prune_record.digest
+    assert_same(load_pruned(tmp_path, **more), state)
+    export_pruned(
+        str(tmp_path), tmp_path / "out", prune_arguments={"intermediate_size": 8}
+    )
+    opened = type(model).from_pretrained(tmp_path / "out")
+    assert_same(opened, loaded.state_dict())
 
 
 def prune_by_hand(model, state):

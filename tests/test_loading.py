@@ -18,16 +18,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     LlamaForCausalLM,
     PreTrainedModel,
     conversion_mapping,
 )
-from transformers.core_model_loading import WeightRenaming
 
 from lm_eval_pruned import load_pruned, loading, prune_model
+from lm_eval_pruned.damage import check_counts
 from lm_eval_pruned.glu import Slot, UnsupportedModelError
 from lm_eval_pruned.known_scores import KnownScores, ScoreTable
+from lm_eval_pruned.transformers_api import standing_in
 
 from . import checkpoints, layouts, slicing
 from .checkpoints import edit_config, edit_weights
@@ -559,36 +561,12 @@ def test_pruning_in_memory_is_told_and_loading_whole_is_not(copied, caplog):
     )
 
 
-def test_sessions_within_sessions_share_one_replacement(tiny_llama):
-    before = PreTrainedModel.__dict__["_load_pretrained_model"]
-    request = request_for(tiny_llama, ratio=1)
-    targets = request.widths.targets(request.plan)
-
-    def session():
-        return loading._Session(request.plan, request.widths, targets)
-
-    with loading._standing_in(session()):
-        replaced = PreTrainedModel.__dict__["_load_pretrained_model"]
-        assert replaced is not before
-        with loading._standing_in(session()):
-            assert PreTrainedModel.__dict__["_load_pretrained_model"] is replaced
-        assert PreTrainedModel.__dict__["_load_pretrained_model"] is replaced
-    assert PreTrainedModel.__dict__["_load_pretrained_model"] is before
-    # Once more: what the first ones put back can be replaced again.
-    with pytest.raises(KeyError), loading._standing_in(session()):
-        raise KeyError
-    assert PreTrainedModel.__dict__["_load_pretrained_model"] is before
-    slicing.assert_same_model(
-        load_pruned(str(tiny_llama)), AutoModelForCausalLM.from_pretrained(tiny_llama)
-    )
-
-
 def test_only_the_first_model_of_a_session_is_pruned(tiny_llama):
     """A class may load another model while it is loaded."""
     request = request_for(tiny_llama, ratio=1)
     targets = request.widths.targets(request.plan)
     session = loading._Session(request.plan, request.widths, targets)
-    with loading._standing_in(session):
+    with standing_in(session):
         first = request.load(request.widths.narrowed_config(targets))
         second = AutoModelForCausalLM.from_pretrained(tiny_llama)
     assert first.config.intermediate_size == 32
@@ -674,6 +652,8 @@ def test_entries_look_like_tensors_of_the_kept_width(tiny_llama):
     assert torch.equal(gate.to(), expected)
     assert torch.equal(gate.to(), expected)
     assert torch.equal(gate[1:3], expected[1:3])
+    # The ranks of tensor parallelism ask for parts, and must not hold on to the rest.
+    assert gate[1:3].untyped_storage().nbytes() == 2 * 32 * 2
     assert gate.to(dtype=torch.float64).dtype == torch.float64
     assert gate.to(device="meta").device.type == "meta"
     assert torch.equal(down[...].to(), weights["down_proj"][:, kept].bfloat16())
@@ -729,6 +709,7 @@ def test_fused_entries_are_assembled(tiny_llama):
     assert pair[...] is pair
     assert torch.equal(pair.to(), expected)
     assert torch.equal(pair[30:40], expected[30:40])
+    assert pair[30:40].untyped_storage().nbytes() == 10 * 32 * 2
     assert pair.to(dtype=torch.float64).dtype == torch.float64
     assert pair.to(device="meta").device.type == "meta"
 
@@ -750,6 +731,31 @@ def converter(sources, targets, *operations):
     return types.SimpleNamespace(
         source_patterns=sources, target_patterns=targets, operations=operations
     )
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "phi3"])
+def test_what_was_merged_is_saved_as_it_was_stored(family, tmp_path, monkeypatch):
+    layouts.save_family(tmp_path / "source", family, 16)
+    merge = loading._Session.merge
+    entries = []
+
+    def watched(self, *args):
+        entries.append(merge(self, *args))
+        return entries[-1]
+
+    monkeypatch.setattr(loading._Session, "merge", watched)
+    model = load_pruned(str(tmp_path / "source"), intermediate_size=8)
+    stored = {}
+    for name in ("source", "saved"):
+        if name == "saved":
+            model.save_pretrained(tmp_path / name)
+        with safe_open(tmp_path / name / "model.safetensors", "pt") as file:
+            stored[name] = set(file.keys())
+    assert stored["source"] == stored["saved"]
+    # transformers saw no expert, but for models without any.
+    assert (entries[0].keys() == stored["source"]) == (family == "phi3")
+    again = load_pruned(str(tmp_path / "saved"))
+    slicing.assert_same_model(again, model)
 
 
 class MergeModulelist:
@@ -833,25 +839,6 @@ _HALVES = [("m", "x", Slot("p", half=i)) for i in (0, 1)]
 def test_other_ways_of_computing_a_weight_are_declined(conversion, keys, places):
     with pytest.raises(loading._RouteDeclined, match="computes p from other tensors"):
         loading._converted_sources("p", "a", list("kl")[:keys], conversion, places)
-
-
-def test_weights_go_where_transformers_puts_them():
-    def config(device_map, plan=None):
-        return types.SimpleNamespace(
-            device_map=device_map, dtype=torch.float16, dtype_plan=plan
-        )
-
-    name = "model.layers.0.mlp.down_proj.weight"
-    cpu, meta = torch.device("cpu"), torch.device("meta")
-    assert loading._target(config(None), name) == (cpu, torch.float16)
-    split = {"model.layers.0": "meta", "model.layers.1": "cpu"}
-    assert loading._target(config(split), name) == (meta, torch.float16)
-    other = name.replace("0", "1")
-    assert loading._target(config(split), other) == (cpu, torch.float16)
-    plan = {"down_proj": torch.float32, "layers.1": torch.float64}
-    assert loading._target(config(None, plan), name) == (cpu, torch.float32)
-    gate = name.replace("down", "gate")
-    assert loading._target(config(None, plan), gate) == (cpu, torch.float16)
 
 
 def test_quantised_checkpoints_are_told_by_their_config():
@@ -954,6 +941,41 @@ def test_a_config_that_no_model_has_is_refused(copied):
         load_pruned(str(copied), ratio=1)
 
 
+def test_counts_that_a_model_has_are_not_absurd(tmp_path):
+    """Dense Doge carries the number of experts of its sparse siblings."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 4}
+    dense = checkpoints.save_tiny(tmp_path / "dense", "doge", **sizes)
+    edit_config(dense, num_experts=16384, num_cdmoe_experts=16348)
+    model = load_pruned(str(dense), ratio=1)
+    whole = AutoModelForCausalLM.from_pretrained(dense)
+    slicing.assert_same_model(model, prune_model(whole, ratio=1))
+    edit_config(dense, is_moe=True)
+    with pytest.raises(
+        UnsupportedModelError, match=r"down_embed.* inside its MLP: a neuron of it is"
+    ):
+        load_pruned(str(dense), ratio=1)
+    edit_config(dense, num_experts=16385)
+    with pytest.raises(ValueError, match=r"=16385, which no model has: .* most 16384"):
+        load_pruned(str(dense), ratio=1)
+    edit_config(dense, num_experts=4, num_hidden_layers=4097)
+    with pytest.raises(ValueError, match=r"=4097, which no model has: .* most 4096"):
+        load_pruned(str(dense), ratio=1)
+
+
+def test_no_class_is_refused_with_its_own_defaults():
+    refused = []
+    for model_type, config_class in CONFIG_MAPPING.items():
+        try:
+            config = config_class()
+        except Exception:  # noqa: BLE001, S112 - not every class has defaults
+            continue
+        try:
+            check_counts(config.to_dict(), model_type)
+        except ValueError as error:
+            refused.append(str(error))
+    assert not refused
+
+
 def test_biases_are_no_part_of_the_ranking(tmp_path):
     folder = checkpoints.save_tiny(tmp_path / "tiny", mlp_bias=True)
     expected = load_pruned(str(folder), ratio=1).prune_record.digest
@@ -1042,23 +1064,6 @@ def test_layers_that_keep_their_width_are_not_scored(tmp_path):
         load_pruned(str(folder), ratio=1)
 
 
-def test_keys_are_renamed_unless_the_model_has_them_as_they_are(tiny_llama):
-    model = request_for(tiny_llama).widths.skeleton()
-    renaming = WeightRenaming(source_patterns="norm", target_patterns="scale")
-    config = types.SimpleNamespace(weight_mapping=[renaming])
-    names = loading._target_names(["model.norm.weight", "last_norm"], model, config)
-    assert names == {
-        "model.norm.weight": ("model.norm.weight", None, None),
-        "last_norm": ("last_scale", None, None),
-    }
-    plain = types.SimpleNamespace(weight_mapping=None)
-    names = loading._target_names(["norm.weight", "last_norm"], model, plain)
-    assert names == {
-        "norm.weight": ("model.norm.weight", None, None),
-        "last_norm": ("last_norm", None, None),
-    }
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyError])
 def test_errors_while_loading_do_not_lead_to_another_way_of_loading(
     tiny_llama, monkeypatch, error
@@ -1092,6 +1097,25 @@ def test_shapes_may_differ_outside_of_the_mlps_on_request(copied):
         load_pruned(str(copied), ratio=1)
     loaded = load_pruned(str(copied), ratio=1, ignore_mismatched_sizes=True)
     assert loaded.lm_head.weight.shape == (260, 32)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"ratio": 1}])
+def test_shapes_may_not_differ_inside_of_the_mlps(copied, sizes):
+    """Neither in safetensors nor in files that are loaded in full."""
+    edit_config(copied, intermediate_size=80)
+    more = {"ignore_mismatched_sizes": True, **sizes}
+    with pytest.raises(ValueError, match=r"88 neurons .* config.json says 80"):
+        load_pruned(str(copied), **more)
+    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError,
+        match=r"layers\.0\.mlp\.down_proj\.weight has shape \[32, 88\] in the checkpoint, but "
+        r"its config\.json says \[32, 80\]: correct the width there",
+    ):
+        load_pruned(str(copied), **more)
+    edit_config(copied, intermediate_size=88, vocab_size=300)
+    assert load_pruned(str(copied), **more).lm_head.weight.shape == (300, 32)
 
 
 def test_options_are_passed_by_name(tiny_llama):

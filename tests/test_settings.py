@@ -36,6 +36,14 @@ def config(**options) -> dict:
         ({"config": config(torch_seed=7)}, "torch_seed"),
         ({"config": config(model_dtype="torch.bfloat16")}, "dtype"),
         ({"config": config(gen_kwargs={"temperature": 1})}, "gen_kwargs"),
+        (
+            {
+                "config": config(
+                    answer_paths={"loglikelihood": {"requests": {"plain": 40}}}
+                )
+            },
+            "answer paths",
+        ),
         ({"lm_eval_version": "0.4.12"}, "lm_eval_version"),
         ({"transformers_version": "5.0"}, "transformers_version"),
         ({"task_hashes": {"tf": "a", "boolq": "b"}}, "task_hash"),
@@ -56,6 +64,14 @@ def test_what_is_off_is_not_another_setting(tmp_path, notes):
     write_run(tmp_path / "a", TASKS)
     off = {"fewshot_as_multiturn": False, "chat_template_sha": None}
     write_run(tmp_path / "b", TASKS, config=config(gen_kwargs=None), **off)
+    assert notes(tmp_path / "a", tmp_path / "b") == []
+
+
+def test_other_numbers_on_one_path_are_no_other_setting(tmp_path, notes):
+    for name, tokens in (("a", 900), ("b", 700)):
+        path = {"requests": {"shared": tokens}, "tokens_computed": {"shared": tokens}}
+        paths = {"loglikelihood": path, "linear": "torch"}
+        write_run(tmp_path / name, TASKS, config=config(answer_paths=paths))
     assert notes(tmp_path / "a", tmp_path / "b") == []
 
 
