@@ -209,6 +209,8 @@ class UnitRunner:
         # Automatic batch sizes were found for the lengths of another task.
         if hasattr(self._lm, "batch_sizes"):
             self._lm.batch_sizes = {}
+        # The results of a unit are of that unit alone.
+        self._lm.begin_evaluation()  # type: ignore[attr-defined]
         return self._lm
 
     def _evaluate(self, lm: LM, configuration: Configuration, task: SweepTask):

@@ -406,6 +406,11 @@ class EnergyLog:
         except TypeError:
             self.note("answers from the cache could not be counted")
 
+    def begin(self) -> None:
+        """Forget the requests so far; what the idle machine uses stays known."""
+        self.cached = self._unreported_cached = 0
+        self.request_types, self.tasks = {}, {}
+
     def runs_on_gpu(self, yes: bool) -> None:
         """Say whether the model does: energy without that of the GPU is then no total."""
         if yes and self.monitor is not None:

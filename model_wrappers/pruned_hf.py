@@ -21,6 +21,7 @@ with without_collections():
     from lm_eval_pruned.damage import check_config, clear_config_errors
     from lm_eval_pruned.default_model import find_default_model
     from lm_eval_pruned.loading import Request, load_with_arguments
+    from lm_eval_pruned.model_wrappers.answer_paths import AnswerPaths
     from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
     from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
     from lm_eval_pruned.model_wrappers.prefix_sharing import PrefixSharingMixin
@@ -227,6 +228,12 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
         prune_model(self._model, **self._prune_arguments, tokenizer=self.tokenizer)
         self._prune_record = self._model.prune_record
         self._config = self._model.config
+
+    def begin_evaluation(self) -> None:
+        """Begin the records in the results anew, for a model that answers several evaluations."""
+        self.answer_paths = AnswerPaths()
+        if self._energy is not None:
+            self._energy.begin()
 
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's model information and what was pruned, under ``pruning``."""

@@ -127,8 +127,21 @@ def test_rolling_requests_are_measured(lm):
     assert block["processed_tokens"] == 6 + 2
 
 
-def test_generated_tokens_stop_at_the_end_of_text(lm, monkeypatch):
+def test_an_evaluation_has_its_own_requests(lm):
     model = lm()
+    model.loglikelihood([scored("abcdef", "gh"), scored("xy", "z")])
+    model.loglikelihood_rolling([rolling("abcdef")])
+    model.begin_evaluation()
+    model.loglikelihood([scored("abcd", "ef")])
+    info = model.get_model_info()
+    assert list(info["energy"]["request_types"]) == ["loglikelihood"]
+    assert info["energy"]["request_types"]["loglikelihood"]["requests"] == 1
+    assert info["energy"]["total"]["prompt_tokens"] == 6
+    assert info["answer_paths"]["loglikelihood"]["requests"] == {"plain": 1}
+
+
+def test_generated_tokens_stop_at_the_end_of_text(lm, monkeypatch):
+    model = lm(slot_refilling=False)
     end = checkpoints.TINY["eos_token_id"]
     pad = checkpoints.TINY["pad_token_id"]
 
@@ -143,7 +156,7 @@ def test_generated_tokens_stop_at_the_end_of_text(lm, monkeypatch):
 
 
 def test_generation_counts_what_the_model_was_given(lm):
-    model = lm()
+    model = lm(slot_refilling=False)
     positions = 0
     forward = model.model.model.forward
 
@@ -261,7 +274,12 @@ def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
             2,
         ),
         ("loglikelihood_rolling", [rolling("abcdef"), rolling("xy")], {}, 1),
-        ("generate_until", [generated("abcdef"), generated("xy")], {}, 1),
+        (
+            "generate_until",
+            [generated("abcdef"), generated("xy")],
+            {"slot_refilling": False},
+            1,
+        ),
         # Greedy requests run in slots; the one that HFLM gets makes it search.
         (
             "generate_until",
