@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from lm_eval_pruned.model_wrappers.cpu_linear import processor
+
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,8 +40,9 @@ def table(heads: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
 def machine(device: str) -> str:
     """Return processor, device, number of threads and versions."""
     packages = ("lm-eval-pruned", "lm_eval", "transformers", "torch")
+    vendor, family = processor()
     return (
-        f"{platform.processor() or platform.machine()}, {device}, "
+        f"{vendor or platform.machine()} family {family}, {device}, "
         f"{torch.get_num_threads()} threads; "
         + ", ".join(f"{name} {version(name)}" for name in packages)
     )

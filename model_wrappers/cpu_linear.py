@@ -84,7 +84,7 @@ def linear_backend() -> str:
 
 
 def _mkl_halves_its_vectors() -> bool:
-    vendor, family = _processor()
+    vendor, family = processor()
     return (
         vendor == "AuthenticAMD"
         and family >= 26
@@ -92,7 +92,7 @@ def _mkl_halves_its_vectors() -> bool:
     )
 
 
-def _processor() -> tuple[str, int]:
+def processor() -> tuple[str, int]:
     """Return vendor and family of the CPU, ``("", 0)`` where the system does not tell."""
     text = _CPUINFO.read_text(errors="replace") if _CPUINFO.exists() else ""
     vendor = re.search(r"^vendor_id\s*: (\S+)", text, re.MULTILINE)

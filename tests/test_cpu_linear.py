@@ -95,7 +95,7 @@ def test_without_the_operator(monkeypatch):
         raise AttributeError("no such operator")
 
     monkeypatch.setattr(cpu_linear, "_onednn", missing)
-    monkeypatch.setattr(cpu_linear, "_processor", lambda: ("AuthenticAMD", 26))
+    monkeypatch.setattr(cpu_linear, "processor", lambda: ("AuthenticAMD", 26))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert linear_backend.__wrapped__() == "torch"
 
@@ -123,7 +123,7 @@ def test_the_processor_decides_and_no_clock(
 
     for clock in ("perf_counter", "monotonic", "time", "process_time"):
         monkeypatch.setattr(time, clock, read)
-    monkeypatch.setattr(cpu_linear, "_processor", lambda: processor)
+    monkeypatch.setattr(cpu_linear, "processor", lambda: processor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert linear_backend.__wrapped__() == backend
 
@@ -132,10 +132,10 @@ def test_processors_are_read_as_systems_write_them(monkeypatch, tmp_path):
     linux = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t: 2\n"
     (tmp_path / "cpuinfo").write_text(linux)
     monkeypatch.setattr(cpu_linear, "_CPUINFO", tmp_path / "cpuinfo")
-    assert cpu_linear._processor() == ("AuthenticAMD", 26)
+    assert cpu_linear.processor() == ("AuthenticAMD", 26)
     monkeypatch.setattr(cpu_linear, "_CPUINFO", tmp_path / "none")
     windows = "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD"
     monkeypatch.setattr(platform, "processor", lambda: windows)
-    assert cpu_linear._processor() == ("AuthenticAMD", 26)
+    assert cpu_linear.processor() == ("AuthenticAMD", 26)
     monkeypatch.setattr(platform, "processor", lambda: "arm")
-    assert cpu_linear._processor() == ("", 0)
+    assert cpu_linear.processor() == ("", 0)
