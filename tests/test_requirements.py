@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SHIPPED = ("lm_eval_pruned", "model_wrappers", "tasks")
-OURS = {"lm_eval_pruned", "tests", "reporting"}
+#: Scripts import their neighbours by name.
+OURS = {"lm_eval_pruned", "tests"} | {
+    path.stem
+    for folder in ("benchmarks", "docs", "tests")
+    for path in (checkpoints.ROOT / folder).glob("*.py")
+}
 #: `tests/mutation.py` says how to install it, when it is missing.
 ON_REQUEST = {"cosmic-ray"}
 
