@@ -17,8 +17,8 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from lm_eval_pruned import statistics
-from lm_eval_pruned.statistics import PairedTest, paired_difference
+from lm_eval_pruned.analysis import statistics
+from lm_eval_pruned.analysis.statistics import PairedTest, paired_difference
 
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from scipy import stats
 
-from lm_eval_pruned.codecarbon_meter import CodecarbonMeter
-from lm_eval_pruned.energy import EnergyMonitor
+from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
+from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLog
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.profiling import demo_prompts
+from lm_eval_pruned.profiling.measure import demo_prompts
 
 
 def requests(count: int) -> tuple[list[Instance], list[Instance]]:

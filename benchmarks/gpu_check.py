@@ -54,11 +54,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lm_eval_pruned import load_pruned, profile_report, profiling, prune_model
-from lm_eval_pruned.atomic import appearing_whole, write_atomically
-from lm_eval_pruned.codecarbon_meter import CodecarbonMeter
-from lm_eval_pruned.energy import EnergyMonitor
+from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
+from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
+from lm_eval_pruned.profiling import measure as profiling, report as profile_report
+from lm_eval_pruned.util.atomic import appearing_whole, write_atomically
 
 
 if TYPE_CHECKING:

@@ -98,7 +98,7 @@ def measure(folder: str, device: str, percent: float, criterion: str) -> dict:
     from transformers.utils import logging
 
     from lm_eval_pruned import load_pruned
-    from lm_eval_pruned.glu import find_glu_mlps, slots_by_parameter
+    from lm_eval_pruned.pruning.layouts import find_glu_mlps, slots_by_parameter
 
     logging.disable_progress_bar()
     with torch.device("meta"):

@@ -28,7 +28,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from reporting import machine, print_profile, spread
 
-from lm_eval_pruned.default_model import find_default_model
+from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 

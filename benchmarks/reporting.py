@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from lm_eval_pruned.model_wrappers.cpu_linear import processor
+from lm_eval_pruned.model_wrappers.batching.cpu_linear import processor
 
 
 if TYPE_CHECKING:

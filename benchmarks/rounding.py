@@ -38,7 +38,7 @@ from loglikelihood import TASKS
 from reporting import likelihood_requests, machine, on_the_fast_path, table
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.default_model import find_default_model
+from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 

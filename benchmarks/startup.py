@@ -90,7 +90,7 @@ def spread(values: list[float], digits: int = 0) -> str:
 
 def compare_models(repeats: int, model_args: str) -> None:
     """Print how long each model type takes to its first request, and the ratio."""
-    from lm_eval_pruned.default_model import find_default_model
+    from lm_eval_pruned.checkpoints.default_model import find_default_model
 
     pretrained = find_default_model().pretrained
     for model in ("hf", "pruned-hf"):

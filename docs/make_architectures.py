@@ -35,9 +35,9 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from lm_eval_pruned.glu import UnsupportedModelError, find_glu_mlps
-from lm_eval_pruned.loading import load_pruned
-from lm_eval_pruned.pruning import prune_model, widths_in_memory
+from lm_eval_pruned.checkpoints.load import load_pruned
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
+from lm_eval_pruned.pruning.slicing import prune_model, widths_in_memory
 from tests import by_hand
 
 

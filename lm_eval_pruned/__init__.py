@@ -15,14 +15,14 @@ if not os.path.isdir(os.path.join(__path__[0], "tasks")):
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from lm_eval_pruned.expansion import PrunePlan
-    from lm_eval_pruned.loading import load_pruned
-    from lm_eval_pruned.pruning import prune_model
+    from lm_eval_pruned.checkpoints.load import load_pruned
+    from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.slicing import prune_model
 
 _HOMES = {
-    "PrunePlan": "lm_eval_pruned.expansion",
-    "load_pruned": "lm_eval_pruned.loading",
-    "prune_model": "lm_eval_pruned.pruning",
+    "PrunePlan": "lm_eval_pruned.pruning.plan",
+    "load_pruned": "lm_eval_pruned.checkpoints.load",
+    "prune_model": "lm_eval_pruned.pruning.slicing",
 }
 
 __all__ = ["PrunePlan", "load_pruned", "prune_model"]

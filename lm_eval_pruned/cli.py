@@ -77,7 +77,7 @@ def _add_plan(commands) -> None:
 
 
 def _run_plan(arguments: argparse.Namespace) -> int:
-    from lm_eval_pruned import planning
+    from lm_eval_pruned.checkpoints import planning
 
     argument = "ratio" if arguments.ratios else "prune_percent"
     rows = planning.plan_rows(
@@ -124,7 +124,7 @@ def _add_compare(commands) -> None:
 
 
 def _run_compare(arguments: argparse.Namespace) -> int:
-    from lm_eval_pruned import comparison
+    from lm_eval_pruned.analysis import comparison
 
     base, runs = comparison.read_comparands(arguments.paths)
     result = comparison.compare(
@@ -186,7 +186,7 @@ def _add_check(commands) -> None:
 def _run_check(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from lm_eval_pruned import regression
+    from lm_eval_pruned.analysis import gate as regression
 
     given = [
         regression.Rule(kind, getattr(arguments, kind))
@@ -246,7 +246,7 @@ def _add_report(commands) -> None:
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
-    from lm_eval_pruned import report
+    from lm_eval_pruned.analysis import report
 
     for file in report.write_report(
         arguments.folder, arguments.output_path, alpha=arguments.alpha
@@ -256,7 +256,7 @@ def _run_report(arguments: argparse.Namespace) -> int:
 
 
 def _add_sweep(commands) -> None:
-    from lm_eval_pruned import sweep_options
+    from lm_eval_pruned.sweeps import options as sweep_options
 
     parser = commands.add_parser(
         "sweep",
@@ -270,13 +270,13 @@ def _add_sweep(commands) -> None:
 
 
 def _run_sweep(arguments: argparse.Namespace) -> int:
-    from lm_eval_pruned import sweep_options
+    from lm_eval_pruned.sweeps import options as sweep_options
 
     options = sweep_options.read_options(arguments)
     shard = sweep_options.parse_shard(arguments.shard) if arguments.shard else None
     from lm_eval.utils import setup_logging
 
-    from lm_eval_pruned.sweep import run_sweep
+    from lm_eval_pruned.sweeps.run import run_sweep
 
     setup_logging()
     return run_sweep(
@@ -352,10 +352,10 @@ def _run_profile(arguments: argparse.Namespace) -> int:
     import torch
     from lm_eval.utils import simple_parse_args_string
 
-    from lm_eval_pruned import profile_report, profiling
-    from lm_eval_pruned.codecarbon_meter import CodecarbonMeter
-    from lm_eval_pruned.default_model import find_default_model
-    from lm_eval_pruned.energy import EnergyMonitor
+    from lm_eval_pruned.checkpoints.default_model import find_default_model
+    from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
+    from lm_eval_pruned.energy.monitor import EnergyMonitor
+    from lm_eval_pruned.profiling import measure as profiling, report as profile_report
 
     model_args = simple_parse_args_string(arguments.model_args)
     taken = {
@@ -435,7 +435,7 @@ def _add_study_energy(commands) -> None:
 
 
 def _run_study_energy(arguments: argparse.Namespace) -> int:
-    from lm_eval_pruned import study_energy
+    from lm_eval_pruned.energy import study as study_energy
 
     print(study_energy.as_markdown())
     return 0
@@ -523,8 +523,8 @@ def _add_prune(commands) -> None:
 
 
 def _run_prune(arguments: argparse.Namespace) -> int:
-    from lm_eval_pruned.export import export_pruned
-    from lm_eval_pruned.planning import SOURCE_ARGUMENTS
+    from lm_eval_pruned.checkpoints.export import export_pruned
+    from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
 
     given = vars(arguments)
     sizes = ("ratio", "prune_percent", "intermediate_size")

@@ -1,7 +1,7 @@
 """HFLM that measures the energy of each type of request while the harness runs it.
 
-Independent of pruning: it knows HFLM and `lm_eval_pruned.energy`, nothing else. With
-``energy`` off, neither codecarbon nor `lm_eval_pruned.energy` is imported.
+Independent of pruning: it knows HFLM and `lm_eval_pruned.energy.monitor`, nothing else. With
+``energy`` off, neither codecarbon nor `lm_eval_pruned.energy.monitor` is imported.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_pruned.generation import count_generated, end_tokens
-from lm_eval_pruned.model_wrappers.hf_arguments import check_flag
-from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
+from lm_eval_pruned.model_wrappers.batching.flags import check_flag
+from lm_eval_pruned.model_wrappers.batching.generation import (
+    count_generated,
+    end_tokens,
+)
+from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 
     from lm_eval.api.instance import Instance
 
-    from lm_eval_pruned.energy import EnergyMonitor, EnergyReading, Joules
+    from lm_eval_pruned.energy.monitor import EnergyMonitor, EnergyReading, Joules
 
 #: Version of the block under ``config.energy``; raised when a key changes its meaning.
 SCHEMA_VERSION = 2
@@ -354,8 +357,11 @@ class EnergyLog:
         Raises:
             ValueError: An argument is out of range.
         """
-        from lm_eval_pruned.codecarbon_meter import CodecarbonMeter, check_country
-        from lm_eval_pruned.energy import EnergyMonitor
+        from lm_eval_pruned.energy.codecarbon_meter import (
+            CodecarbonMeter,
+            check_country,
+        )
+        from lm_eval_pruned.energy.monitor import EnergyMonitor
 
         if (
             isinstance(idle_seconds, bool)
@@ -433,7 +439,7 @@ class EnergyLog:
     @contextlib.contextmanager
     def set_up(self, purpose: str) -> Iterator[None]:
         """Measure something that is in no window of requests."""
-        from lm_eval_pruned.energy import add_up
+        from lm_eval_pruned.energy.monitor import add_up
 
         if self.monitor is None:
             yield
@@ -475,7 +481,7 @@ class EnergyLog:
         return share
 
     def _as_if_idle(self, reading: EnergyReading | None) -> Joules | None:
-        from lm_eval_pruned.energy import scale_idle
+        from lm_eval_pruned.energy.monitor import scale_idle
 
         if self._idle is None or reading is None:
             return None
@@ -508,7 +514,7 @@ class EnergyLog:
 
     def record(self, shares: list[Share]) -> None:
         """Add what the processes did side by side."""
-        from lm_eval_pruned.energy import add_up
+        from lm_eval_pruned.energy.monitor import add_up
 
         self.cached += sum(share.cached for share in shares)
         busy = [share for share in shares if share.request_type is not None]
@@ -550,7 +556,7 @@ class EnergyLog:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the block for the results file. None is *not measured*."""
-        from lm_eval_pruned.energy import EnergyReading
+        from lm_eval_pruned.energy.monitor import EnergyReading
 
         idle = self.idle
         meter = self.monitor.describe() if self.monitor is not None else None
@@ -606,7 +612,7 @@ class EnergyLog:
     @property
     def idle(self) -> EnergyReading | None:
         """All machines together at idle; None where that was not asked for."""
-        from lm_eval_pruned.energy import add_up
+        from lm_eval_pruned.energy.monitor import add_up
 
         machines = self._idle_machines
         return add_up(machines, at_once=True) if machines else None
@@ -629,7 +635,7 @@ class EnergyLog:
 
     def total(self) -> Share:
         """Return all request types added up."""
-        from lm_eval_pruned.energy import add_up
+        from lm_eval_pruned.energy.monitor import add_up
 
         shares = list(self.request_types.values())
         readings = [share.reading for share in shares if share.reading is not None]
@@ -691,7 +697,7 @@ class EnergyLog:
         return "\n".join(lines)
 
     def _as_dict(self, share: Share) -> dict[str, Any]:
-        from lm_eval_pruned.energy import EnergyReading, ratio, subtract
+        from lm_eval_pruned.energy.monitor import EnergyReading, ratio, subtract
 
         reading = share.reading or EnergyReading(None)
         tokens = share.tokens
@@ -722,7 +728,7 @@ def meters_the_machine() -> bool:
 
 
 def _added(share: Share | None, more: Share) -> Share:
-    from lm_eval_pruned.energy import add_up
+    from lm_eval_pruned.energy.monitor import add_up
 
     if share is None:
         return more
@@ -740,7 +746,7 @@ def _added(share: Share | None, more: Share) -> Share:
 def _added_set_up(
     shares: list[Share], *, at_once: bool = False
 ) -> dict[str, EnergyReading]:
-    from lm_eval_pruned.energy import add_up
+    from lm_eval_pruned.energy.monitor import add_up
 
     purposes = dict.fromkeys(name for share in shares for name in share.set_up)
     return {
@@ -753,7 +759,7 @@ def _added_set_up(
 
 
 def _added_idle(shares: list[Share]) -> Joules | None:
-    from lm_eval_pruned.energy import Joules, add_joules
+    from lm_eval_pruned.energy.monitor import Joules, add_joules
 
     known = [share.idle_joules for share in shares]
     if all(joules is None for joules in known):

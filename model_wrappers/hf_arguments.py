@@ -103,13 +103,3 @@ def check_hf_arguments(arguments: Mapping[str, Any]) -> None:
         accepts, expected = _EXPECTED.get(name, (None, ""))
         if accepts is not None and not accepts(value):
             raise ValueError(f"{name}={value} is not understood: pass {expected}.")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither true nor false, such as the text ``off``.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    if value not in (True, False):
-        raise ValueError(f"{name}={value!r} is not understood: pass true or false.")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_pruned.model_wrappers.prefix_sharing import PrefixSharingMixin
-from lm_eval_pruned.model_wrappers.slot_refilling import SlotRefillingMixin
+from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
+from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 
 
 class PrefixHFLM(PrefixSharingMixin, SlotRefillingMixin, HFLM):

@@ -11,23 +11,23 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.garbage import without_collections
+from lm_eval_pruned.util.garbage import without_collections
 
 
 with without_collections():
     from lm_eval.models.huggingface import HFLM
 
-    from lm_eval_pruned.adapters import STAGES, check_adapter, merged
-    from lm_eval_pruned.damage import check_config, clear_config_errors
-    from lm_eval_pruned.default_model import find_default_model
-    from lm_eval_pruned.loading import Request, load_with_arguments
-    from lm_eval_pruned.model_wrappers.answer_paths import AnswerPaths
+    from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, merged
+    from lm_eval_pruned.checkpoints.damage import check_config, clear_config_errors
+    from lm_eval_pruned.checkpoints.default_model import find_default_model
+    from lm_eval_pruned.checkpoints.load import Request, load_with_arguments
+    from lm_eval_pruned.checkpoints.parallel import check_divisible
+    from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
+    from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
+    from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
     from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
     from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
-    from lm_eval_pruned.model_wrappers.prefix_sharing import PrefixSharingMixin
-    from lm_eval_pruned.model_wrappers.slot_refilling import SlotRefillingMixin
-    from lm_eval_pruned.parallel import check_divisible
-    from lm_eval_pruned.pruning import prune_model
+    from lm_eval_pruned.pruning.slicing import prune_model
 
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.expansion import Layers, Number
-    from lm_eval_pruned.pruning import PruneRecord
+    from lm_eval_pruned.pruning.plan import Layers, Number
+    from lm_eval_pruned.pruning.slicing import PruneRecord
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
@@ -88,7 +88,7 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
                 of the argument; Python and YAML may write ``0,4-11``.
             skip_layers: Layers to leave as they are, instead of `layers`.
             calibration: JSON Lines file of text for ``maw_act`` and ``act``; see
-                `lm_eval_pruned.calibration`. There is no default text.
+                `lm_eval_pruned.pruning.calibration`. There is no default text.
             calibration_samples: How many of its texts to use; default: all.
             peft: As in HFLM.
             peft_stage: ``after`` (default): `peft` was trained on the pruned model and

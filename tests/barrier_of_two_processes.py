@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import torch.distributed
 
-from lm_eval_pruned.energy import EnergyMonitor
+from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_logging import (
     EnergyLog,
     EnergyLoggingHFLM,
     meters_the_machine,
 )
-from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 from tests.meters import Clock, FakeMeter
 
 

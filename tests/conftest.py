@@ -60,7 +60,7 @@ def real_model() -> str:
     why = checkpoints.real_model_missing()
     if why:
         pytest.skip(why)
-    from lm_eval_pruned.default_model import find_default_model
+    from lm_eval_pruned.checkpoints.default_model import find_default_model
 
     return find_default_model().pretrained
 

@@ -8,7 +8,7 @@ from .checkpoints import auto_class, byte_tokenizer, tiny_config, tiny_model
 
 
 #: So that results can be compared bit for bit at any width; see
-#: `lm_eval_pruned.pruning.choose_experts_implementation`.
+#: `lm_eval_pruned.pruning.slicing.choose_experts_implementation`.
 EAGER = {"experts_implementation": "eager"}
 
 _T5 = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lm_eval_pruned.energy import ComponentSource, MeterDescription, MeterSample
+from lm_eval_pruned.energy.monitor import ComponentSource, MeterDescription, MeterSample
 
 
 class Clock:

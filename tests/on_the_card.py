@@ -12,8 +12,9 @@ import json
 import pytest
 import torch
 
-from lm_eval_pruned import load_pruned, prune_model, staging
-from lm_eval_pruned.calibration import calibrate
+from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.pruning import staging
+from lm_eval_pruned.pruning.calibration import calibrate
 
 from . import simulated_card as card
 from .checkpoints import auto_class, byte_tokenizer, tiny_config, tiny_model

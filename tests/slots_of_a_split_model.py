@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed
 
-from lm_eval_pruned.model_wrappers import slot_refilling
+from lm_eval_pruned.model_wrappers.batching import slot_refilling
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from tests.test_slot_refilling import generate, prompts
 

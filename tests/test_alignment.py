@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from lm_eval_pruned import alignment, load_pruned, prune_model
-from lm_eval_pruned.alignment import wanted_multiple, weight_bits
+from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.pruning import alignment
+from lm_eval_pruned.pruning.alignment import wanted_multiple, weight_bits
 
 from .layouts import save_family
 

@@ -14,15 +14,18 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned.model_wrappers import (
+from lm_eval_pruned.model_wrappers.batching import (
     attention_support,
     cpu_linear,
     prefix_sharing,
     trial_model as trials,
 )
+from lm_eval_pruned.model_wrappers.batching.trial_model import (
+    TrialImpossible,
+    trial_model,
+)
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.model_wrappers.trial_model import TrialImpossible, trial_model
 
 from . import harness
 from .checkpoints import byte_tokenizer, tiny_config, tiny_model

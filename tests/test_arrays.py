@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from lm_eval_pruned.arrays import all_finite, gather, row_extremes
+from lm_eval_pruned.pruning.arrays import all_finite, gather, row_extremes
 
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
-from lm_eval_pruned.calibration import calibrate, read_texts
 from lm_eval_pruned.cli import main
-from lm_eval_pruned.glu import UnsupportedModelError, find_glu_mlps
+from lm_eval_pruned.pruning.calibration import calibrate, read_texts
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
 
 from . import checkpoints, demo_runs
 
@@ -262,7 +262,7 @@ def test_bad_files_are_refused_before_the_weights_are_read(
     if content is not None:
         file.write_bytes(content)
     monkeypatch.setattr(
-        "lm_eval_pruned.loading.Request.load",
+        "lm_eval_pruned.checkpoints.load.Request.load",
         lambda *a: pytest.fail("weights were read"),
     )
     with pytest.raises(ValueError, match=message):
@@ -278,7 +278,7 @@ def test_bad_files_are_refused_before_the_weights_are_read(
 def test_models_that_cannot_be_observed(tmp_path, texts, monkeypatch):
     moe = checkpoints.save_tiny(tmp_path / "moe", "mixtral", num_local_experts=3)
     monkeypatch.setattr(
-        "lm_eval_pruned.loading.Request.load",
+        "lm_eval_pruned.checkpoints.load.Request.load",
         lambda *a: pytest.fail("weights were read"),
     )
     with pytest.raises(UnsupportedModelError, match="stacked with others"):

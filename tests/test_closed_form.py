@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned import closed_form
-from lm_eval_pruned.closed_form import dense_shape
-from lm_eval_pruned.glu import count_parameters, skeleton
+from lm_eval_pruned.checkpoints.skeleton import skeleton
+from lm_eval_pruned.pruning import sizes as closed_form
+from lm_eval_pruned.pruning.layouts import count_parameters
+from lm_eval_pruned.pruning.sizes import dense_shape
 
 from . import checkpoints
 

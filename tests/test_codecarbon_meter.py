@@ -14,14 +14,14 @@ import codecarbon
 import pytest
 from codecarbon.external import hardware
 
-from lm_eval_pruned.codecarbon_meter import (
+from lm_eval_pruned.energy.codecarbon_meter import (
     CodecarbonMeter,
     _exact,
     _source,
     check_country,
     load_factor,
 )
-from lm_eval_pruned.energy import EnergyMonitor
+from lm_eval_pruned.energy.monitor import EnergyMonitor
 
 
 EMISSIONS_OF_STOP = 1234.5

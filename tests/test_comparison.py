@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from lm_eval_pruned import cli, comparison, results
-from lm_eval_pruned.results import ResultsError
+from lm_eval_pruned import cli
+from lm_eval_pruned.analysis import comparison, results
+from lm_eval_pruned.analysis.results import ResultsError
 
 from .results_files import pruning, write_run, write_sweep
 

@@ -6,8 +6,11 @@ import time
 import pytest
 import torch
 
-from lm_eval_pruned.model_wrappers import cpu_linear
-from lm_eval_pruned.model_wrappers.cpu_linear import fast_cpu_linears, linear_backend
+from lm_eval_pruned.model_wrappers.batching import cpu_linear
+from lm_eval_pruned.model_wrappers.batching.cpu_linear import (
+    fast_cpu_linears,
+    linear_backend,
+)
 
 from .checkpoints import tiny_config, tiny_model
 

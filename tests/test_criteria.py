@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lm_eval_pruned import criteria
-from lm_eval_pruned.calibration import NeuronActivity
-from lm_eval_pruned.criteria import kept_set, score_neurons
+from lm_eval_pruned.pruning import criteria
+from lm_eval_pruned.pruning.calibration import NeuronActivity
+from lm_eval_pruned.pruning.criteria import kept_set, score_neurons
 
 
 def _var(rows):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
-from lm_eval_pruned.criteria import GROUP, canonical_name, score_neurons
+from lm_eval_pruned.pruning.criteria import GROUP, canonical_name, score_neurons
 
 from . import demo_runs
 
@@ -157,7 +157,7 @@ def test_the_example_of_the_documentation(install, tiny_llama):
 
 
 def test_every_built_in_criterion_is_documented():
-    from lm_eval_pruned.criteria import ALIASES, CALIBRATED, CRITERIA, RANDOM
+    from lm_eval_pruned.pruning.criteria import ALIASES, CALIBRATED, CRITERIA, RANDOM
 
     text = (demo_runs.TASKS.parent / "docs" / "criteria.md").read_text()
     for name in (*CRITERIA, *CALIBRATED, RANDOM, *ALIASES):

@@ -7,8 +7,8 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
-from lm_eval_pruned import default_model
-from lm_eval_pruned.default_model import DefaultModel, find_default_model
+from lm_eval_pruned.checkpoints import default_model
+from lm_eval_pruned.checkpoints.default_model import DefaultModel, find_default_model
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.criteria import score_neurons
+from lm_eval_pruned.pruning.criteria import score_neurons
 
 from . import checkpoints, slicing
 

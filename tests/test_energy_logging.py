@@ -17,16 +17,16 @@ from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
-from lm_eval_pruned.energy import EnergyMonitor
-from lm_eval_pruned.generation import count_generated
+from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers import energy_logging
+from lm_eval_pruned.model_wrappers.batching.generation import count_generated
+from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_logging import (
     EnergyLog,
     Share,
     meters_the_machine,
 )
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.model_wrappers.token_counts import TokenCounts
 
 from . import checkpoints, demo_runs
 from .layouts import save_family
@@ -616,7 +616,7 @@ def test_nothing_is_imported_or_started_when_it_is_off(tiny_llama):
         f"lm = PrunedHFLM({str(tiny_llama)!r}, device='cpu')\n"
         "assert 'energy' not in lm.get_model_info()\n"
         "names = [n for n in sys.modules if n.split('.')[0] == 'codecarbon']\n"
-        "names += [n for n in sys.modules if n == 'lm_eval_pruned.energy']\n"
+        "names += [n for n in sys.modules if n == 'lm_eval_pruned.energy.monitor']\n"
         "assert not names, names\n"
         "assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]\n"
     )

@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lm_eval_pruned import export as export_module, load_pruned
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints import export as export_module
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.checkpoints.skeleton import skeleton
 from lm_eval_pruned.cli import main
-from lm_eval_pruned.export import export_pruned
-from lm_eval_pruned.glu import skeleton
 
 from . import checkpoints, demo_runs
 
@@ -558,7 +559,7 @@ from pathlib import Path
 import torch, transformers
 from transformers import AutoModelForCausalLM
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.export import export_pruned
+from lm_eval_pruned.checkpoints.export import export_pruned
 
 what, warm_up, source, output, room = sys.argv[1:]
 # Imports and thread pools are no part of what is limited.
@@ -666,7 +667,7 @@ def big_checkpoint(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_gguf_file(tmp_path):
-    from lm_eval_pruned.default_model import _packaged_gguf
+    from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
 
     why = checkpoints.real_model_missing()
     if why:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.garbage import without_collections
+from lm_eval_pruned.util.garbage import without_collections
 
 
 def test_it_is_on_again_after_an_error():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lm_eval_pruned.glu import (
+from lm_eval_pruned.checkpoints.skeleton import skeleton
+from lm_eval_pruned.pruning.layouts import (
     GluMlp,
     Slot,
     UnsupportedModelError,
@@ -19,7 +20,6 @@ from lm_eval_pruned.glu import (
     describe,
     find_glu_mlps,
     resize,
-    skeleton,
     slots_by_parameter,
     text_config,
 )

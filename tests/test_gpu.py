@@ -14,12 +14,17 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned.codecarbon_meter import CodecarbonMeter
-from lm_eval_pruned.energy import EnergyMonitor
-from lm_eval_pruned.loading import load_pruned
+from lm_eval_pruned.checkpoints.load import load_pruned
+from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
+from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.profiling import ProfileRequest, generate, make_batches, profile
+from lm_eval_pruned.profiling.measure import (
+    ProfileRequest,
+    generate,
+    make_batches,
+    profile,
+)
 
 from . import checkpoints, layouts
 from .test_energy_logging import generated, scored

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lm_eval_pruned import load_pruned, loading, pruning
-from lm_eval_pruned.known_scores import KnownScores
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints import load as loading
+from lm_eval_pruned.pruning import slicing as pruning
+from lm_eval_pruned.pruning.scores import KnownScores
 
 from . import slicing
 

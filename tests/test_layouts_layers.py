@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
-from lm_eval_pruned.expansion import written_layers
-from lm_eval_pruned.export import export_pruned
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.pruning.plan import written_layers
 
 from . import by_hand
 from .checkpoints import auto_class, byte_tokenizer, tiny_config, tiny_model
@@ -279,8 +279,8 @@ def test_widths_per_layer_in_the_config(tmp_path):
 
 
 def test_layers_of_different_width_are_not_split_or_replaced(tmp_path, monkeypatch):
-    from lm_eval_pruned import loading
-    from lm_eval_pruned.glu import UnsupportedModelError, find_glu_mlps
+    from lm_eval_pruned.checkpoints import load as loading
+    from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
 
     class Replaced(torch.nn.Parameter):
         pass

@@ -156,7 +156,7 @@ def test_the_stock_command_on_the_real_model(case, real_model, tmp_path):
     if "quantised" in case:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     if "GGUF" in case:
-        from lm_eval_pruned.default_model import _packaged_gguf
+        from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
 
         gguf = _packaged_gguf()
         pretrained, arguments = gguf.parent, arguments.replace("=GGUF", f"={gguf.name}")

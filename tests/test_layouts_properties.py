@@ -198,7 +198,7 @@ def test_unaligned_experts_still_run_with_a_notice(tmp_path, caplog):
 
 
 def test_experts_of_an_unknown_layout_are_refused(tmp_path):
-    from lm_eval_pruned.glu import UnsupportedModelError
+    from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
     from .checkpoints import tiny_config, tiny_model
 

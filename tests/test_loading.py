@@ -25,11 +25,12 @@ from transformers import (
     conversion_mapping,
 )
 
-from lm_eval_pruned import load_pruned, loading, prune_model
-from lm_eval_pruned.damage import check_counts
-from lm_eval_pruned.glu import Slot, UnsupportedModelError
-from lm_eval_pruned.known_scores import KnownScores, ScoreTable
-from lm_eval_pruned.transformers_api import standing_in
+from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.checkpoints import load as loading
+from lm_eval_pruned.checkpoints.damage import check_counts
+from lm_eval_pruned.checkpoints.transformers_api import standing_in
+from lm_eval_pruned.pruning.layouts import Slot, UnsupportedModelError
+from lm_eval_pruned.pruning.scores import KnownScores, ScoreTable
 
 from . import checkpoints, layouts, slicing
 from .checkpoints import edit_config, edit_weights

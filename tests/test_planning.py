@@ -10,9 +10,9 @@ import shutil
 import pytest
 
 from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
+from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.cli import main
-from lm_eval_pruned.default_model import _packaged_gguf
-from lm_eval_pruned.planning import plan_rows
 
 from . import checkpoints
 

@@ -8,10 +8,10 @@ from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_pruned.model_wrappers import prefix_sharing
+from lm_eval_pruned.model_wrappers.batching import prefix_sharing
+from lm_eval_pruned.model_wrappers.batching.token_tree import Budget
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.token_tree import Budget
 
 from .checkpoints import byte_tokenizer, tiny_config, tiny_model
 

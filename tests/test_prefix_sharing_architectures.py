@@ -16,7 +16,7 @@ from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lm_eval_pruned.model_wrappers import attention_support, prefix_sharing
+from lm_eval_pruned.model_wrappers.batching import attention_support, prefix_sharing
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 from .checkpoints import TINY, byte_tokenizer, tiny_config, tiny_model

@@ -11,7 +11,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lm_eval_pruned.model_wrappers import prefix_sharing
+from lm_eval_pruned.model_wrappers.batching import prefix_sharing
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 from . import demo_runs, harness
@@ -89,7 +89,7 @@ def test_sharing_looks_for_no_batch_size(tiny_llama, monkeypatch):
 def test_no_pass_exceeds_a_batch_of_one(tiny_llama, monkeypatch):
     # The floor of a pass is for the speed of real models.
     monkeypatch.setattr(
-        "lm_eval_pruned.model_wrappers.prefix_sharing._FEWEST_TOKENS", 1
+        "lm_eval_pruned.model_wrappers.batching.prefix_sharing._FEWEST_TOKENS", 1
     )
     lm = loaded(PrefixHFLM, tiny_llama, batch_size=1)
     assert lm._can_share()
@@ -132,7 +132,7 @@ def test_the_cache_answers_the_second_time(tiny_llama, tasks, tmp_path, monkeypa
 
 def test_a_broken_run_resumes_from_the_cache(tiny_llama, tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "lm_eval_pruned.model_wrappers.prefix_sharing._FEWEST_TOKENS", 32
+        "lm_eval_pruned.model_wrappers.batching.prefix_sharing._FEWEST_TOKENS", 32
     )
     cache = str(tmp_path / "answers")
     lm = loaded(PrefixHFLM, tiny_llama, batch_size=1)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from lm_eval_pruned import profile_report, profiling
+from lm_eval_pruned.checkpoints.load import load_pruned
 from lm_eval_pruned.cli import main
-from lm_eval_pruned.energy import EnergyMonitor
-from lm_eval_pruned.loading import load_pruned
-from lm_eval_pruned.profiling import (
+from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.profiling import measure as profiling, report as profile_report
+from lm_eval_pruned.profiling.measure import (
     ProfileRequest,
     delta,
     distribution,

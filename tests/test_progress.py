@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lm_eval_pruned.progress import Progress
+from lm_eval_pruned.util.progress import Progress
 
 
 def test_lines_where_there_is_no_terminal(capsys):

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned import PrunePlan, load_pruned, prune_model, pruning
-from lm_eval_pruned.glu import UnsupportedModelError
+from lm_eval_pruned import PrunePlan, load_pruned, prune_model
+from lm_eval_pruned.pruning import slicing as pruning
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
 from . import checkpoints, layouts, slicing
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.export import export_pruned
-from lm_eval_pruned.loading import NarrowedTensor
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.checkpoints.load import NarrowedTensor
 
 from . import checkpoints, demo_runs
 

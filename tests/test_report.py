@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.results import ResultsError
+from lm_eval_pruned.analysis.results import ResultsError
 
 from .results_files import write_sweep
 
 
 pytest.importorskip("matplotlib", reason="plots need the extra `report`")
 
-from lm_eval_pruned import plots, report
+from lm_eval_pruned.analysis import plots, report
 
 
 N = 60

@@ -26,7 +26,7 @@ OURS = {"lm_eval_pruned", "tests"} | {
     for folder in ("benchmarks", "docs", "tests")
     for path in (checkpoints.ROOT / folder).glob("*.py")
 }
-#: `tests/mutation.py` says how to install it, when it is missing.
+#: `tools/mutation.py` says how to install it, when it is missing.
 ON_REQUEST = {"cosmic-ray"}
 
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from lm_eval_pruned import results
-from lm_eval_pruned.results import ResultsError
+from lm_eval_pruned.analysis import results
+from lm_eval_pruned.analysis.results import ResultsError
 
 from .results_files import DATE, pruning, score_of, write_run, write_sweep
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from lm_eval_pruned import cli, settings
+from lm_eval_pruned import cli
+from lm_eval_pruned.analysis import settings
 
 from .results_files import pruning, write_run, write_sweep
 

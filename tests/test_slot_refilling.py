@@ -17,14 +17,14 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama4 import Llama4TextConfig
 
-from lm_eval_pruned.model_wrappers import slot_refilling
-from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
-from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.model_wrappers.slot_refilling import (
+from lm_eval_pruned.model_wrappers.batching import slot_refilling
+from lm_eval_pruned.model_wrappers.batching.slot_refilling import (
     _Job,
     _ordered,
     _SlotTable,
 )
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
 from .checkpoints import TINY, byte_tokenizer, tiny_config, tiny_model
 from .layouts import overrides

@@ -13,17 +13,17 @@ from lm_eval.models.huggingface import HFLM
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lm_eval_pruned.model_wrappers import slot_refilling
-from lm_eval_pruned.model_wrappers.forward import Forward
-from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
-from lm_eval_pruned.model_wrappers.masks import ALIGNMENT, additive_mask
-from lm_eval_pruned.model_wrappers.slot_refilling import (
+from lm_eval_pruned.model_wrappers.batching import slot_refilling
+from lm_eval_pruned.model_wrappers.batching.forward import Forward
+from lm_eval_pruned.model_wrappers.batching.masks import ALIGNMENT, additive_mask
+from lm_eval_pruned.model_wrappers.batching.slot_refilling import (
     _free_memory,
     _pass,
     _pieces,
     _rows_in_memory,
     _SlotCache,
 )
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 from .checkpoints import auto_class, tiny_config, tiny_model
 from .test_slot_refilling import generate, make, prompts, tiny

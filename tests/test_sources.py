@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.export import export_pruned
+from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
 from . import checkpoints, demo_runs
@@ -107,7 +107,7 @@ _FROM_THE_HUB = """
 import json, sys
 from pathlib import Path
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.export import export_pruned
+from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
 found = {}
@@ -153,7 +153,7 @@ def test_revisions_of_a_model_on_the_hub(tmp_path):
 
 @pytest.mark.slow
 def test_a_gguf_file(real_model):
-    from lm_eval_pruned.default_model import _packaged_gguf
+    from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
 
     gguf = _packaged_gguf()
     model = PrunedHFLM(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
 
-from lm_eval_pruned import statistics
+from lm_eval_pruned.analysis import statistics
 
 
 STUDY = Path(__file__).parent / "data" / "study_benchmarks.csv"

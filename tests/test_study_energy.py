@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_pruned import study_energy
 from lm_eval_pruned.cli import main
+from lm_eval_pruned.energy import study as study_energy
 
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "energy.md"

@@ -15,11 +15,11 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
-from lm_eval_pruned import sweep_plan
 from lm_eval_pruned.cli import main
-from lm_eval_pruned.sweep import run_sweep
-from lm_eval_pruned.sweep_folder import SweepFolder
-from lm_eval_pruned.sweep_plan import Sweep
+from lm_eval_pruned.sweeps import plan as sweep_plan
+from lm_eval_pruned.sweeps.folder import SweepFolder
+from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.run import run_sweep
 
 from . import demo_runs
 from .demo_runs import TWO_PROCESSES
@@ -413,7 +413,7 @@ def test_model_is_loaded_once_per_configuration(options, monkeypatch):
 
 
 def test_neurons_are_scored_once_for_all_ratios(options, monkeypatch):
-    from lm_eval_pruned import loading
+    from lm_eval_pruned.checkpoints import load as loading
 
     scored = []
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lm_eval_pruned.sweep_options import (
+from lm_eval_pruned.sweeps.options import (
     OPTIONS,
     add_arguments,
     parse_number,

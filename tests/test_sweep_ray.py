@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lm_eval_pruned.sweep import run_sweep
-from lm_eval_pruned.sweep_ray import choose_unit, workers_that_fit
+from lm_eval_pruned.sweeps.ray import choose_unit, workers_that_fit
+from lm_eval_pruned.sweeps.run import run_sweep
 
 from .sweeping import files_of, results_of, write_tasks
 
@@ -52,7 +52,7 @@ def test_workers_fit_on_single_nodes():
 def test_ray_not_installed(tiny_llama, tmp_path, monkeypatch):
     import sys
 
-    from lm_eval_pruned.sweep_ray import run_on_ray
+    from lm_eval_pruned.sweeps.ray import run_on_ray
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'lm-eval-pruned\[ray\]"):

@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from lm_eval_pruned.token_tree import Budget, build_tree, next_pack
+from lm_eval_pruned.model_wrappers.batching.token_tree import (
+    Budget,
+    build_tree,
+    next_pack,
+)
 
 
 SEQUENCES = st.lists(

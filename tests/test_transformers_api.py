@@ -19,9 +19,10 @@ from transformers import (
 )
 from transformers.core_model_loading import WeightRenaming
 
-from lm_eval_pruned import load_pruned, loading, prune_model, transformers_api
-from lm_eval_pruned.export import export_pruned
-from lm_eval_pruned.glu import UnsupportedModelError
+from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.checkpoints import load as loading, transformers_api
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
 from . import checkpoints, slicing
 

@@ -20,7 +20,7 @@ FOLDERS = {
 }
 #: By file: a line that is wrong because of what another module says.
 MISTAKES = {
-    "lm_eval_pruned/planning.py": "1 + ''",
+    "lm_eval_pruned/checkpoints/planning.py": "1 + ''",
     "model_wrappers/hf_arguments.py": "1 + ''",
     "model_wrappers/hf_prefix.py": "PrefixSharingMixin.prefix_shoring",
     "tasks/demo/utils.py": "mean_over_instructions(1)",

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.glu import UnsupportedModelError
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
 from . import checkpoints, slicing
 

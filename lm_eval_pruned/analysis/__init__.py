@@ -1,0 +1,1 @@
+"""From results files to statistics, verdicts and reports."""

@@ -1,0 +1,1 @@
+"""Reading, narrowing and writing checkpoints."""

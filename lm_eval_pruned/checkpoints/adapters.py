@@ -1,0 +1,146 @@
+"""Adapters: whether one fits the width of the MLPs it is to be applied to.
+
+An adapter trained on a pruned model has the pruned width in its tensors, one
+trained on the full model the full width. Either is told from the shapes in the
+adapter's file, before any weight of the model is read.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from peft import PeftConfig, PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from lm_eval_pruned.checkpoints.load import Request
+
+#: When an adapter is applied, relative to the pruning.
+STAGES = ("after", "before")
+
+
+def check_adapter(
+    adapter: str, request: Request, stage: str, revision: str | None = None
+) -> None:
+    """Refuse an adapter whose tensors do not fit the MLPs.
+
+    Adapters of any method are checked, by building the adapted model without weights
+    and comparing shapes. Those that are not in safetensors are left to peft.
+
+    Args:
+        adapter: Folder or Hub name of the adapter.
+        request: The model and its pruning.
+        stage: ``after``: the adapter is applied to the pruned model; ``before``: to
+            the full one.
+        revision: Revision of the adapter on the Hub.
+
+    Raises:
+        ValueError: There is no adapter, or it was trained on MLPs of another width.
+    """
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(adapter, revision=revision)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"peft={adapter} is no adapter ({error}).") from None
+    stored = _stored_shapes(adapter, revision)
+    if not stored:
+        return
+    widths, plan = request.widths, request.plan
+    targets = widths.targets(plan) if stage == "after" else widths.actual
+    if widths.inexpressible(targets):
+        return
+    narrowed = widths.narrowed_config(targets)
+    expected = _adapted_shapes(request, narrowed, config)
+    for name, shape in stored.items():
+        if name not in expected or shape == expected[name]:
+            continue
+        differing = [
+            (have, want)
+            for have, want in zip(shape, expected[name], strict=False)
+            if have != want
+        ]
+        mlp = next((mlp for mlp in widths.mlps if f".{mlp.path}." in f".{name}"), None)
+        if mlp is None or len(shape) != len(expected[name]):
+            continue
+        for have, want in differing:
+            if want == targets[mlp.name]:
+                raise ValueError(
+                    f"peft={adapter} was trained on MLPs of {have} neurons, but it is applied to "
+                    f"MLPs of {want} ({name}): {_advice(have, stage, request)}."
+                )
+
+
+def _advice(width: int, stage: str, request: Request) -> str:
+    full, kept = request.plan.width_before, request.plan.width
+    if stage == "after" and width == full:
+        return "pass peft_stage=before to merge it into the full model and prune the result"
+    if stage == "before" and width == kept:
+        return "pass peft_stage=after to apply it to the pruned model"
+    if width < full:
+        return (
+            f"pass intermediate_size={width}, or an adapter of {kept} or {full} neurons"
+        )
+    return f"pass an adapter of {kept} neurons, or one of {full} with peft_stage=before"
+
+
+def _stored_shapes(adapter: str, revision: str | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in the adapter's safetensors file; empty where it has none."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    file = Path(adapter, SAFETENSORS_WEIGHTS_NAME)
+    if not Path(adapter).is_dir():
+        found = cached_file(
+            adapter,
+            SAFETENSORS_WEIGHTS_NAME,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if found is None:
+            return {}
+        file = Path(found)
+    if not file.is_file():
+        return {}
+    with safe_open(file, framework="pt") as opened:
+        return {
+            name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()
+        }
+
+
+def _adapted_shapes(
+    request: Request, narrowed: PretrainedConfig, config: PeftConfig
+) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes that the adapter would have, were it trained on this model."""
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+
+    model = request.widths.skeleton(narrowed)
+    config = copy.copy(config)
+    config.inference_mode = True
+    with torch.device("meta"):
+        adapted = PeftModel(model, config)
+        state = get_peft_model_state_dict(adapted)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def merged(model: PeftModel, adapter: str) -> PreTrainedModel:
+    """Merge an adapter into its model and return the model.
+
+    Raises:
+        ValueError: Adapters of this kind cannot be merged.
+    """
+    try:
+        return model.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        kind = model.peft_config[model.active_adapter].peft_type
+        raise ValueError(
+            f"peft={adapter} is of the kind {getattr(kind, 'value', kind)}, which cannot be merged "
+            f"({error}): leave out peft_stage=before."
+        ) from error

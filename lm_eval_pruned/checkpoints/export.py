@@ -1,0 +1,604 @@
+"""Exporting a pruned model as an ordinary checkpoint, layer by layer.
+
+The checkpoint is opened the way `lm_eval_pruned.checkpoints.load` opens it, but instead of
+filling a model, its entries go straight to new shards. No more than one MLP, or one
+other tensor, is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
+from lm_eval_pruned.checkpoints.load import (
+    OWN_WAY,
+    AssembledTensor,
+    NarrowedTensor,
+    Request,
+    _clear_errors,
+    _RouteDeclined,
+    _Session,
+    _WidthsDiffer,
+    load_with_arguments,
+)
+from lm_eval_pruned.checkpoints.shards import (
+    DTYPE_NAMES,
+    ITEM_BYTES,
+    StoredTensor,
+    write_shard,
+)
+from lm_eval_pruned.checkpoints.transformers_api import (
+    Placement,
+    standing_in,
+    target_names,
+)
+from lm_eval_pruned.pruning.plan import SIZE_ARGUMENTS, PrunePlan
+from lm_eval_pruned.pruning.slicing import PruneRecord, warn_inexpressible
+from lm_eval_pruned.util.atomic import appearing_whole
+
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
+logger = logging.getLogger("lm_eval.pruned.export")
+
+#: As in `transformers.PreTrainedModel.save_pretrained`.
+MAX_SHARD_SIZE = "50GB"
+#: Files beside the weights that an exported checkpoint keeps as they are.
+_KEPT_FILES = (
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_MODEL_CODE = "*.py"
+_OWN_FILES = ("config.json", "trainer_state.json", "adapter_config.json")
+_INDEX = ".index.json"
+#: Model-card fields of the source that stay true of the pruned model.
+_KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export wrote.
+
+    Attributes:
+        folder: The checkpoint.
+        record: What was pruned; its digest equals that of pruning while loading.
+        streamed: Whether the weights went from file to file; otherwise the model
+            was loaded in full, pruned and saved.
+        weight_bytes: Size of the weights, in bytes.
+        shards: Number of weight files.
+    """
+
+    folder: Path
+    record: PruneRecord
+    streamed: bool
+    weight_bytes: int
+    shards: int
+
+
+def export_pruned(
+    pretrained: str,
+    output: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    push_to_hub: str | None = None,
+    prune_arguments: dict[str, Any],
+    **from_pretrained: Any,
+) -> Export:
+    """Write a pruned model as an ordinary checkpoint that stock transformers opens.
+
+    The weights are read, scored, sliced and written one MLP at a time. Every tensor
+    keeps its name and, unless `dtype` says otherwise, its stored dtype; the config
+    changes in its width alone; tokenizer files, generation config and licence are
+    copied as they are. A checkpoint that cannot be opened tensor by tensor (GGUF,
+    ``.bin``, a model class that loads in its own way) is loaded in full, pruned
+    and saved, with a notice.
+
+    Args:
+        pretrained: Folder or Hub name of the model.
+        output: Folder to write; it must not exist, or be empty. It appears when the
+            export is complete, and not before.
+        dtype: Dtype to store the floating-point weights in, except for those that
+            transformers keeps in float32 when it loads with this dtype; neurons are
+            ranked by the weights in this dtype, as they are when loading with it. Default:
+            as stored, which is also what ``lm_eval`` loads unless the config
+            names another dtype.
+        device: Where a model is loaded to that has to be in memory in full, for example
+            because the criterion looks at its activations.
+        max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
+        push_to_hub: Repository on the Hub to upload the finished folder to.
+        prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
+        **from_pretrained: ``revision``, ``subfolder``, ``trust_remote_code`` and
+            what else ``from_pretrained`` takes.
+
+    Raises:
+        ValueError: An argument is out of range, nothing would be pruned, `output`
+            is not empty, or a weight is NaN or infinite.
+        UnsupportedModelError: The model cannot be pruned.
+        OSError: The checkpoint is missing or damaged, or the disk is full.
+
+    Example:
+        >>> export_pruned("meta-llama/Llama-3.2-1B", "llama-40", prune_arguments={"prune_percent": 40})
+    """
+    output = Path(output)
+    _check_output(output)
+    target_dtype = _resolve_dtype(dtype)
+    _check_shard_size(max_shard_size)
+    source = {
+        name: value for name, value in from_pretrained.items() if value is not None
+    }
+    auto_class = _auto_class(pretrained, source)
+    # transformers decides by the dtype which weights it keeps in another.
+    asked_for = source | ({} if target_dtype is None else {"dtype": target_dtype})
+    request = Request.resolve(auto_class, pretrained, prune_arguments, asked_for)
+    if not request.plan.asked.keys() & {"ratio", "intermediate_size"}:
+        _check_prunes(request.plan)
+    folder = _source_folder(pretrained, source)
+    with appearing_whole(output) as unfinished:
+        writer = _Writer(
+            folder, unfinished, target_dtype, torch.device(device), max_shard_size
+        )
+        try:
+            streamed = _stream(request, writer)
+        except _WidthsDiffer as found:
+            request = Request.resolve(
+                auto_class, pretrained, prune_arguments, asked_for, found
+            )
+            streamed = _stream(request, writer)
+        record = streamed or _save_whole(request, prune_arguments, source, writer)
+        card = _model_card(pretrained, source.get("revision"), folder, record)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        weights = sorted(unfinished.glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in weights)
+    if push_to_hub is not None:
+        _push(output, push_to_hub)
+    return Export(output, record, streamed is not None, size, len(weights))
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Where an export comes from and how it is written.
+
+    Attributes:
+        source: Folder of the files beside the weights.
+        folder: Folder to write to.
+        dtype: Dtype to store floating-point weights in; None: as stored.
+        device: Where a model is loaded to that has to be in memory in full, for example
+            because the criterion looks at its activations.
+        max_shard_size: Largest size of a weight file.
+    """
+
+    source: Path
+    folder: Path
+    dtype: torch.dtype | None
+    device: torch.device
+    max_shard_size: int | str
+
+
+def _stream(request: Request, writer: _Writer) -> PruneRecord | None:
+    """Write everything but the model card, or return None if it cannot be streamed."""
+    plan, widths = request.plan, request.widths
+    targets = widths.targets(plan)
+    narrowed = widths.narrowed_config(targets)
+    session = _ExportSession(request, targets, writer)
+    session.declined = request.must_load_whole()
+    if session.declined is None:
+        with (
+            contextlib.closing(session),
+            standing_in(session),
+            _clear_errors(session, request),
+            contextlib.suppress(_Written),
+        ):
+            request.load(narrowed)
+            raise _RouteDeclined(OWN_WAY)
+    if session.declined is not None:
+        _check_prunes(plan)
+        return None
+    warn_inexpressible(widths, targets)
+    _copy_companions(writer.source, writer.folder)
+    _write_config(widths.original, narrowed, writer)
+    return PruneRecord.of(
+        plan,
+        widths,
+        widths.count_parameters(widths.actual),
+        widths.count_parameters(targets),
+        session.kept(),
+    )
+
+
+def _check_prunes(plan: PrunePlan) -> None:
+    if plan.prunes:
+        return
+    asked = ", ".join(f"{k}={v}" for k, v in plan.asked.items())
+    raise ValueError(
+        f"{asked or 'no size'} keeps all {plan.width_before} neurons, so there is "
+        f"nothing to export: pass one of {', '.join(SIZE_ARGUMENTS)} that removes some."
+    )
+
+
+class _Written(Exception):
+    """The weights are written, so transformers has nothing left to load."""
+
+
+class _ExportSession(_Session):
+    """A load that ends in files: the weights never reach a model."""
+
+    def __init__(self, request: Request, targets: Mapping[str, int], writer: _Writer):
+        super().__init__(request.plan, request.widths, targets)
+        self._writer = writer
+
+    def open(self, model, state_dict, checkpoint_files, load_config):
+        dtype = self._writer.dtype
+        placed = dataclasses.replace(
+            load_config,
+            device_map={"": "cpu"},
+            dtype=dtype,
+            dtype_plan={} if dtype is None else load_config.dtype_plan,
+        )
+        entries = super().open(model, state_dict, checkpoint_files, placed)
+        # A width is not compared before: layers may be wider than the config says.
+        _check_prunes(self.plan)
+        names = target_names(entries, model, placed)
+        check_complete(missing_tensors(names, model))
+        placement = Placement(placed, model)
+        tensors = [
+            _stored(key, entries[key], placement.dtype(names[key][0]))
+            for key in _layer_by_layer(entries)
+        ]
+        _write_shards(tensors, self._writer)
+        raise _Written
+
+    def _entries_of(self, file: str) -> dict[str, Any]:
+        from safetensors import safe_open
+
+        # A mapped file counts as private memory, so files are mapped only while read.
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}
+            return {
+                key: _FileEntry(file, key, part.get_shape(), part.get_dtype())
+                for key, part in slices.items()
+            }
+
+
+@dataclass(frozen=True)
+class _FileEntry:
+    """A tensor in a safetensors file that is opened anew at each reading."""
+
+    file: str
+    key: str
+    shape: list[int]
+    dtype: str
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(self.key)[index]
+
+
+def _layer_by_layer(entries: dict[str, Any]) -> list[str]:
+    """Order the keys so that an MLP is read in one go and can be dropped."""
+    members: dict[int, list[str]] = {}
+    for key, entry in entries.items():
+        members.setdefault(_owner(entry), []).append(key)
+    return [key for keys in members.values() for key in keys]
+
+
+def _owner(entry: Any) -> int:
+    """Identify the MLP to which an entry belongs; other entries stand for themselves."""
+    if isinstance(entry, AssembledTensor):
+        entry = next(iter(entry._pieces.values()))
+    return id(entry._mlp if isinstance(entry, NarrowedTensor) else entry)
+
+
+def _stored(key: str, entry: Any, dtype: torch.dtype | None) -> StoredTensor:
+    name = entry.get_dtype()
+    if name not in ITEM_BYTES:
+        logger.warning("The model is loaded and saved, because %s is %s.", key, name)
+        raise _RouteDeclined(f"{key} is stored as {name}")
+    is_number = name.startswith(("F", "BF")) and not name.startswith("F8")
+    if not is_number or dtype not in DTYPE_NAMES:
+        dtype = None
+
+    def read() -> Tensor:
+        # An entry that is narrowed answers with itself, and reads when it is moved.
+        return entry[...].to(dtype=dtype)
+
+    shape = tuple(entry.get_shape())
+    return StoredTensor(key, DTYPE_NAMES[dtype] if dtype else name, shape, read)
+
+
+def _write_shards(tensors: list[StoredTensor], writer: _Writer) -> None:
+    from huggingface_hub.serialization import split_state_dict_into_shards_factory
+
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=writer.max_shard_size,
+    )
+    folder = writer.folder
+    total = sum(tensor.bytes for tensor in tensors)
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise OSError(
+            f"The weights need {total:,} bytes, but only {free:,} are free where the output "
+            "goes: choose another --output or a smaller dtype."
+        )
+    with tqdm(total=total, desc="Writing", unit="B", unit_scale=True) as bar:
+        for file, names in split.filename_to_tensors.items():
+            write_shard(folder / file, (by_name[name] for name in names), bar.update)
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted(split.tensor_to_filename.items())),
+        }
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(
+        json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(
+            f"output={output} exists and is not an empty folder: pass a new one."
+        )
+
+
+def _check_shard_size(max_shard_size: int | str) -> None:
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    try:
+        size = (
+            max_shard_size
+            if isinstance(max_shard_size, int)
+            else parse_size_to_int(max_shard_size)
+        )
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise ValueError(
+            f"max_shard_size={max_shard_size} is not a size: pass one such as 5GB."
+        )
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and resolved not in DTYPE_NAMES:
+        raise ValueError(
+            f"dtype={dtype} is not a dtype to store weights in: pass float32, float16 or bfloat16."
+        )
+    return resolved
+
+
+def _auto_class(pretrained: str, source: dict[str, Any]) -> Any:
+    """Choose the AutoModel class as `lm_eval.models.huggingface.HFLM` does."""
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    config = transformers.AutoConfig.from_pretrained(pretrained, **source)
+    if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
+
+
+def _source_folder(pretrained: str, source: dict[str, Any]) -> Path:
+    """Return the folder that holds the files beside the weights, fetching them if need be."""
+    folder = Path(pretrained)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        below = f"{source['subfolder']}/" if source.get("subfolder") else ""
+        wanted = (*_KEPT_FILES, _MODEL_CODE, "README.md")
+        folder = Path(
+            snapshot_download(
+                pretrained,
+                revision=source.get("revision"),
+                cache_dir=source.get("cache_dir"),
+                token=source.get("token"),
+                local_files_only=bool(source.get("local_files_only")),
+                allow_patterns=[f"{below}{pattern}" for pattern in wanted],
+            )
+        )
+    return folder / (source.get("subfolder") or "")
+
+
+def _copy_companions(folder: Path, output: Path) -> None:
+    patterns = [*_KEPT_FILES]
+    if "auto_map" in _raw_config(folder):
+        patterns.append(_MODEL_CODE)
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            target = output / path.relative_to(folder)
+            if (
+                path.is_file()
+                and path.name not in _OWN_FILES
+                and not path.name.endswith(_INDEX)
+            ):
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _write_config(
+    original: PretrainedConfig, narrowed: PretrainedConfig, writer: _Writer
+) -> None:
+    """Write the source's config.json with the new widths, and nothing else changed."""
+    raw = _raw_config(writer.source)
+    _apply_changes(raw, original.to_dict(), narrowed.to_dict())
+    dtype = writer.dtype
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        for part in (raw, *(v for v in raw.values() if isinstance(v, dict))):
+            for key in ("dtype", "torch_dtype"):
+                if key in part:
+                    part[key] = name
+        if "torch_dtype" not in raw:
+            raw["dtype"] = name
+    _write_json(writer.folder / "config.json", raw)
+
+
+def _apply_changes(
+    raw: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    for key, value in after.items():
+        if value == before.get(key):
+            continue
+        if isinstance(value, dict) and isinstance(raw.get(key), dict):
+            _apply_changes(raw[key], before[key], value)
+        else:
+            raw[key] = value
+
+
+def _save_whole(
+    request: Request,
+    prune_arguments: dict[str, Any],
+    source: dict[str, Any],
+    writer: _Writer,
+) -> PruneRecord:
+    """Load in full, prune in memory and save: everything but the model card."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    model = load_with_arguments(
+        request.auto_class,
+        request.pretrained,
+        prune_arguments,
+        {
+            **source,
+            "dtype": writer.dtype or "auto",
+            "device_map": {"": writer.device},
+        },
+    )
+    record: PruneRecord = model.prune_record  # type: ignore[assignment]
+    if source.get("gguf_file") is None:
+        _copy_companions(writer.source, writer.folder)
+    else:
+        AutoTokenizer.from_pretrained(request.pretrained, **source).save_pretrained(
+            writer.folder
+        )
+        with contextlib.suppress(AttributeError):
+            del model.config.quantization_config
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(writer.folder, max_shard_size=writer.max_shard_size)
+    return record
+
+
+def _model_card(
+    pretrained: str, revision: str | None, folder: Path, record: PruneRecord
+) -> str:
+    """Return the README.md of the exported checkpoint."""
+    from huggingface_hub import ModelCardData
+
+    local = Path(pretrained).is_dir()
+    known = _source_card(folder)
+    name = Path(pretrained).resolve().name if local else pretrained
+    if not local and revision:
+        name += f" (revision {revision})"
+    fields = ModelCardData(
+        base_model=None if local else pretrained,
+        library_name="transformers",
+        tags=["width-pruning", "glu", "lm-eval-pruned"],
+        **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
+    )
+    plan = record.plan
+    lines = record.as_table().splitlines()
+    rows = "\n".join(line for line in lines if line.startswith("|"))
+    summary = "\n\n".join(line for line in lines if not line.startswith("|"))
+    opens = (
+        "The checkpoint opens in stock transformers and `lm_eval --model hf`."
+        if record.config_expresses_widths
+        else "Its layers differ in width, which its config cannot express: it opens with "
+        "`lm_eval_pruned.load_pruned` and `lm_eval --model pruned-hf`."
+    )
+    return f"""---
+{fields.to_yaml()}
+---
+
+# {name}, width-pruned to {plan.width:,} neurons per MLP
+
+`lm-eval-pruned {version("lm-eval-pruned")}` removed neurons from the GLU-MLPs of {name}. No other
+weight was changed, and nothing was trained afterwards.
+
+{rows}
+
+{summary}
+
+Each neuron is a row of the gate and up projections with its column of the down projection. Neurons were
+ranked by the criterion `{plan.criterion}`, the {plan.width:,} best of {plan.width_before:,} stayed in their
+original order, and ties went to the lower index. The digest is SHA-256 over the kept indices of all layers
+(little-endian int64): the same request on the same weights gives the same digest.
+
+```json
+{json.dumps(record.as_dict(), indent=2)}
+```
+
+{opens} Width pruning costs knowledge more than it costs
+instruction following (arXiv 2512.22671), so evaluate the model for your use before relying on it.
+"""
+
+
+def _source_card(folder: Path) -> dict[str, Any]:
+    """Return the metadata of the source's model card; empty where it has none."""
+    from huggingface_hub import ModelCard
+
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # noqa: BLE001
+        logger.warning("%s cannot be read as a model card (%s).", path, error)
+        return {}
+
+
+def _push(folder: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    repository = api.create_repo(repository, exist_ok=True).repo_id
+    api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        commit_message="Upload a model pruned by lm-eval-pruned",
+    )

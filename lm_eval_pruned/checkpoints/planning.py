@@ -1,0 +1,201 @@
+"""``lm-eval-pruned plan``: what a model would become at several sizes, from its config."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.pruning.plan import PrunePlan
+from lm_eval_pruned.pruning.sizes import DenseShape, dense_shape
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lm_eval_pruned.pruning.plan import Number
+
+
+#: Arguments of `hf` that say where a config, a tokenizer and weights come from.
+SOURCE_ARGUMENTS = ("revision", "subfolder", "gguf_file", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One requested size.
+
+    Attributes:
+        asked: The request, such as ``ratio=2.0``.
+        intermediate_size: Kept width, in neurons.
+        expansion_ratio: Kept width / hidden size.
+        parameters: Parameters of the pruned model; tied ones count once.
+        reduction: Share of the baseline's parameters that is removed, 0 to 1.
+        checkpoint_bytes: Size of its weights in the config's dtype.
+    """
+
+    asked: str
+    intermediate_size: int
+    expansion_ratio: float
+    parameters: int
+    reduction: float
+    checkpoint_bytes: int
+
+
+def plan_rows(
+    pretrained: str,
+    argument: str,
+    values: Iterable[Number],
+    *,
+    multiple_of: Number = 1,
+    revision: str = "main",
+    subfolder: str = "",
+    gguf_file: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[PlanRow]:
+    """Plan a model at several sizes without reading weights.
+
+    Args:
+        pretrained: Folder or Hub name.
+        argument: ``ratio`` or ``prune_percent``.
+        values: One size per row.
+        multiple_of: Round kept widths down to a multiple of this, in neurons.
+        revision: Revision on the Hub.
+        subfolder: Folder in `pretrained`.
+        gguf_file: GGUF file to read the config from.
+        trust_remote_code: Whether model code that comes with the model may run.
+
+    Raises:
+        ValueError: A size is out of range.
+        UnsupportedModelError: The model cannot be pruned.
+        OSError: The config cannot be read.
+    """
+    shape = None
+    if not trust_remote_code and gguf_file is None:
+        shape = dense_shape(_read_config(pretrained, revision, subfolder))
+    if shape is not None:
+        return _rows_of_shape(shape, argument, values, multiple_of)
+
+    import torch
+    import transformers
+
+    from lm_eval_pruned.checkpoints.skeleton import skeleton
+    from lm_eval_pruned.pruning.widths import Widths
+
+    config = transformers.AutoConfig.from_pretrained(
+        pretrained,
+        revision=revision,
+        subfolder=subfolder,
+        trust_remote_code=trust_remote_code,
+        **({} if gguf_file is None else {"gguf_file": gguf_file}),
+    )
+    auto_class = (
+        transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
+    widths = Widths(
+        config,
+        lambda c: skeleton(auto_class, c, trust_remote_code=trust_remote_code),
+    )
+    before = widths.count_parameters(widths.configured)
+    dtype = config.dtype or torch.float32
+    rows = []
+    for value in values:
+        plan = widths.plan(multiple_of=multiple_of, **{argument: value})
+        parameters = widths.count_parameters(widths.targets(plan))
+        rows.append(_row(plan, parameters, before, dtype.itemsize))
+    return rows
+
+
+def _row(
+    plan: PrunePlan, parameters: int, before: int, bytes_per_parameter: int
+) -> PlanRow:
+    ((argument, value),) = plan.asked.items()
+    return PlanRow(
+        f"{argument}={value}",
+        plan.width,
+        plan.ratio,
+        parameters,
+        1 - parameters / before,
+        parameters * bytes_per_parameter,
+    )
+
+
+def _read_config(pretrained: str, revision: str, subfolder: str) -> dict[str, Any]:
+    """Return ``config.json``, or nothing where transformers has to say what is wrong."""
+    try:
+        path = Path(pretrained, subfolder, "config.json")
+        if not Path(pretrained).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(
+                hf_hub_download(
+                    pretrained,
+                    "config.json",
+                    subfolder=subfolder or None,
+                    revision=revision,
+                )
+            )
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _rows_of_shape(
+    shape: DenseShape, argument: str, values: Iterable[Number], multiple_of: Number
+) -> list[PlanRow]:
+    rows = []
+    for value in values:
+        plan = PrunePlan.from_arguments(
+            shape.hidden_size,
+            shape.width,
+            multiple_of=multiple_of,
+            **{argument: value},  # type: ignore[arg-type]
+        )
+        removed = shape.parameters_per_neuron * (shape.width - plan.width)
+        rows.append(
+            _row(
+                plan,
+                shape.parameters - removed,
+                shape.parameters,
+                shape.bytes_per_parameter,
+            )
+        )
+    return rows
+
+
+def as_table(rows: list[PlanRow]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [
+        "|asked|intermediate size|expansion ratio|parameters|reduction|checkpoint bytes|",
+        "|-----|----------------:|--------------:|---------:|--------:|---------------:|",
+    ]
+    lines += [
+        f"|{row.asked}|{row.intermediate_size:,}|{row.expansion_ratio:.4f}|{row.parameters:,}"
+        f"|{row.reduction:.2%}|{row.checkpoint_bytes:,}|"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: list[PlanRow]) -> str:
+    """Return the rows as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(PlanRow.__dataclass_fields__), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def as_json(rows: list[PlanRow]) -> str:
+    """Return the rows as a JSON list of objects."""
+    return json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+
+
+FORMATS = {"table": as_table, "csv": as_csv, "json": as_json}

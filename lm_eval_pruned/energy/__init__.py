@@ -1,0 +1,1 @@
+"""Joules: meters, windows, and the runs of the study."""

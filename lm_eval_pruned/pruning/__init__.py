@@ -1,0 +1,1 @@
+"""The pure core: how many neurons, which ones, and slicing them out."""

@@ -1,0 +1,369 @@
+"""Expansion arithmetic: from what the user asked for to a kept width.
+
+Everything here is exact rational arithmetic on plain integers: no torch, no
+floats. Binary floating point would keep ``ceil(2.2 * 200) == 441`` neurons, not 440.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+#: Arguments that say how many neurons to keep; at most one may be given.
+SIZE_ARGUMENTS = ("ratio", "prune_percent", "intermediate_size")
+
+#: Seeds are below this: with the number of the layer, one has to fit into 63 bits.
+SEEDS = 1 << 43
+
+Number = int | float | str | Fraction
+#: Layers as the user writes them: ``4-11``, ``0,15``, 3 or a list of such.
+Layers = int | str | Iterable[int | str]
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What to do to every GLU-MLP of a model, as pure data.
+
+    Attributes:
+        hidden_size: Model width H.
+        width_before: Intermediate size I of the unpruned MLPs, in neurons.
+        width: Kept width k, in neurons; equal to `width_before` for the baseline.
+        criterion: Name of the importance score (see `lm_eval_pruned.criteria`).
+        asked: What the user asked for, as ``{argument: value}``; empty for the baseline.
+        multiple_of: The kept width was rounded down to a multiple of this.
+        seed: Seed of the ``random`` criterion; no other criterion reads it.
+        layers: Numbers of the layers to prune, ascending; None for all.
+        calibration: JSON Lines file of calibration text; None where the criterion
+            looks at weights alone.
+        calibration_samples: How many of its texts to use; None for all.
+
+    Example:
+        >>> plan = PrunePlan.from_arguments(2048, 8192, prune_percent=40)
+        >>> plan.width, f"{plan.ratio:.4f}"
+        (4916, '2.4004')
+    """
+
+    hidden_size: int
+    width_before: int
+    width: int
+    criterion: str
+    asked: dict[str, str]
+    multiple_of: int
+    seed: int
+    layers: tuple[int, ...] | None = None
+    calibration: str | None = None
+    calibration_samples: int | None = None
+
+    @property
+    def ratio_before(self) -> float:
+        """Expansion ratio I / H of the unpruned MLPs."""
+        return self.width_before / self.hidden_size
+
+    @property
+    def ratio(self) -> float:
+        """Expansion ratio k / H of the pruned MLPs."""
+        return self.width / self.hidden_size
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any neuron is removed."""
+        return self.width < self.width_before
+
+    def includes_layer(self, layer: int) -> bool:
+        """Return whether the layer of that number is to be pruned."""
+        return self.layers is None or layer in self.layers
+
+    def scaled(self, width_before: int) -> int:
+        """Return the kept width of MLPs of another kind, in the same proportion.
+
+        It is ``ceil(width_before * k / I)``, rounded down to `multiple_of` where
+        that leaves something. ``scaled(I)`` is k.
+        """
+        kept = math.ceil(Fraction(width_before * self.width, self.width_before))
+        return kept // self.multiple_of * self.multiple_of or kept
+
+    def of_own(self, width_before: int) -> int:
+        """Return the kept width of an MLP in a model whose layers differ in width.
+
+        A share to remove is a share of its own width; any other size is a target
+        that narrower layers have reached already.
+        """
+        if "prune_percent" in self.asked:
+            kept = _kept_from_percent(
+                self.asked["prune_percent"], self.hidden_size, width_before
+            )
+            return kept // self.multiple_of * self.multiple_of or kept
+        return min(width_before, self.width)
+
+    @classmethod
+    def from_arguments(
+        cls,
+        hidden_size: int,
+        width_before: int,
+        *,
+        ratio: Number | None = None,
+        prune_percent: Number | None = None,
+        intermediate_size: Number | None = None,
+        multiple_of: Number = 1,
+        criterion: str = "maw",
+        seed: Number = 0,
+        layers: Layers | None = None,
+        skip_layers: Layers | None = None,
+        calibration: str | None = None,
+        calibration_samples: Number | None = None,
+        available_layers: Sequence[int] | None = None,
+    ) -> PrunePlan:
+        """Resolve the user's arguments against a model's dimensions.
+
+        Args:
+            hidden_size: Model width H.
+            width_before: Intermediate size I, in neurons.
+            ratio: Expansion ratio to keep; the kept width is ``ceil(ratio * H)``.
+            prune_percent: Share of neurons to remove, in percent; the kept width
+                is ``I - floor(prune_percent / 100 * I)``.
+            intermediate_size: Kept width, in neurons.
+            multiple_of: Round the kept width down to a multiple of this, in neurons.
+            criterion: Name or alias of a criterion.
+            seed: Seed of the ``random`` criterion.
+            layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
+                default: all.
+            skip_layers: Layers to leave as they are, instead of `layers`.
+            calibration: JSON Lines file of calibration text, for the criteria that
+                look at activations; see `lm_eval_pruned.pruning.calibration`.
+            calibration_samples: How many of its texts to use, from the first on;
+                default: all.
+            available_layers: Numbers of the layers that have a GLU-MLP.
+
+        Raises:
+            ValueError: One sentence naming the argument, its value and what would
+                work, for a value that is no number or out of range, more than one
+                size argument, layers that the model lacks, or an unknown criterion.
+
+        Source: sections 3.1 and 4.1 of arXiv 2512.22671; the widths are those of
+        its checkpoints.
+        """
+        from lm_eval_pruned.pruning.criteria import canonical_name
+
+        given = {
+            name: value
+            for name, value in zip(
+                SIZE_ARGUMENTS, (ratio, prune_percent, intermediate_size), strict=True
+            )
+            if value is not None
+        }
+        if len(given) > 1:
+            listed = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(
+                f"{listed} were given together, but each of them sets the kept width: pass one."
+            )
+        criterion = canonical_name(criterion)
+        texts, samples = _calibration(criterion, calibration, calibration_samples)
+        seed_number = _whole("seed", seed, at_least=0)
+        if seed_number >= SEEDS:
+            raise ValueError(
+                f"seed={seed} is too large for a generator: pass one below {SEEDS}."
+            )
+        multiple = _whole("multiple_of", multiple_of, at_least=1)
+        chosen = _chosen_layers(layers, skip_layers, available_layers)
+        if not given:
+            if chosen is not None:
+                name = "layers" if layers is not None else "skip_layers"
+                raise ValueError(
+                    f"{name} says which layers to prune, but no size was asked for: add one of "
+                    f"{', '.join(SIZE_ARGUMENTS)}."
+                )
+            if multiple != 1:
+                raise ValueError(
+                    f"multiple_of={multiple_of} rounds a kept width, but none was asked for: "
+                    f"add one of {', '.join(SIZE_ARGUMENTS)}."
+                )
+            return cls(
+                hidden_size, width_before, width_before, criterion, {}, 1, seed_number
+            )
+
+        ((name, value),) = given.items()
+        kept = _KEPT_WIDTH[name](value, hidden_size, width_before)
+        if multiple > kept:
+            raise ValueError(
+                f"multiple_of={multiple_of} is larger than the kept width {kept} that "
+                f"{name}={value} gives: use a multiple of at most {kept}."
+            )
+        return cls(
+            hidden_size,
+            width_before,
+            kept // multiple * multiple,
+            criterion,
+            {name: str(value)},
+            multiple,
+            seed_number,
+            chosen,
+            texts,
+            samples,
+        )
+
+
+def _calibration(
+    criterion: str, calibration: str | None, samples: Number | None
+) -> tuple[str | None, int | None]:
+    from lm_eval_pruned.pruning.criteria import CALIBRATED
+
+    if criterion not in CALIBRATED:
+        for name, value in (
+            ("calibration", calibration),
+            ("calibration_samples", samples),
+        ):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value} was given, but criterion={criterion} looks at weights alone: "
+                    f"leave it out, or pass criterion={' or '.join(CALIBRATED)}."
+                )
+        return None, None
+    if calibration is None:
+        raise ValueError(
+            f"criterion={criterion} looks at activations, so it needs text to run on: pass "
+            "calibration=FILE.jsonl, with text that is not part of the evaluation."
+        )
+    if samples is None:
+        return str(calibration), None
+    return str(calibration), _whole("calibration_samples", samples, at_least=1)
+
+
+def _exact(name: str, value: Number, example: str) -> Fraction:
+    """Return `value` as the rational number that its decimal notation denotes."""
+    try:
+        text = str(value).strip()
+        # 10 ** exponent is computed in full, so an absurd exponent would hang.
+        if isinstance(value, bool) or re.search(r"[eE][+-]?\d{4}", text):
+            raise ValueError
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(
+            f"{name}={value} is not a finite number: pass one such as {name}={example}."
+        ) from None
+
+
+def _whole(name: str, value: Number, at_least: int) -> int:
+    exact = _exact(name, value, str(max(at_least, 1)))
+    if exact.denominator != 1 or exact < at_least:
+        raise ValueError(
+            f"{name}={value} is not a whole number of {at_least} or more: "
+            f"pass one such as {name}={max(at_least, 1)}."
+        )
+    return int(exact)
+
+
+def _chosen_layers(
+    layers: Layers | None,
+    skip_layers: Layers | None,
+    available: Sequence[int] | None,
+) -> tuple[int, ...] | None:
+    """Return the numbers of the layers to prune, or None for all."""
+    if layers is not None and skip_layers is not None:
+        raise ValueError(
+            f"layers={layers} and skip_layers={skip_layers} were given together, but each of "
+            "them says which layers to prune: pass one."
+        )
+    if layers is None and skip_layers is None:
+        return None
+    name, value = (
+        ("layers", layers) if layers is not None else ("skip_layers", skip_layers)
+    )
+    if available is None:
+        raise ValueError(f"{name}={value} needs a model whose layers are known.")
+    named = _layer_numbers(name, value)
+    missing = sorted(named - set(available))
+    if missing:
+        raise ValueError(
+            f"{name}={value} names layer {missing[0]}, but the GLU-MLPs of this model are in the "
+            f"layers {written_layers(available)}."
+        )
+    chosen = named if layers is not None else set(available) - named
+    if not chosen:
+        raise ValueError(
+            f"{name}={value} leaves no layer to prune: leave out at least one of "
+            f"{written_layers(available)}."
+        )
+    return tuple(sorted(chosen))
+
+
+#: More layers than any model has; a longer range is a typing error.
+_MOST_LAYERS = 100_000
+
+
+def _layer_numbers(name: str, value: Layers | None) -> set[int]:
+    """Return the layers that text such as ``0,4-11`` names."""
+    is_list = isinstance(value, Iterable) and not isinstance(value, str)
+    text = ",".join(str(part) for part in value) if is_list else str(value)  # type: ignore[union-attr]
+    numbers: set[int] = set()
+    for part in re.split(r"[,;+\s]+", text.strip().strip("[]()")):
+        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
+        first, last = (match[1], match[2] or match[1]) if match else (1, 0)
+        if not 0 <= int(last) - int(first) < _MOST_LAYERS:
+            raise ValueError(
+                f"{name}={value} is no list of layers: write numbers and ranges such as 4-11, or "
+                "0+4-11 where a comma separates arguments."
+            )
+        numbers |= set(range(int(first), int(last) + 1))
+    return numbers
+
+
+def written_layers(layers: Iterable[int]) -> str:
+    """Return numbers of layers as the user would write them, such as ``0,4-11``."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _down_to_four_places(value: Fraction) -> str:
+    return f"{math.floor(value * 10000) / 10000:.4f}".rstrip("0").rstrip(".")
+
+
+def _kept_from_ratio(value: Number, hidden_size: int, width_before: int) -> int:
+    ratio = _exact("ratio", value, "2.0")
+    own = Fraction(width_before, hidden_size)
+    if ratio <= 0:
+        raise ValueError(
+            f"ratio={value} keeps no neuron: pass an expansion ratio above 0 and at most "
+            f"{_down_to_four_places(own)}, the model's own."
+        )
+    if ratio > own:
+        raise ValueError(
+            f"ratio={value} is above the model's own expansion ratio {width_before}/{hidden_size}: "
+            f"pass at most {_down_to_four_places(own)}, or leave ratio out for the baseline."
+        )
+    return math.ceil(ratio * hidden_size)
+
+
+def _kept_from_percent(value: Number, hidden_size: int, width_before: int) -> int:
+    percent = _exact("prune_percent", value, "40")
+    if not 0 <= percent < 100:
+        raise ValueError(
+            f"prune_percent={value} is outside [0, 100): pass the share of neurons to remove, "
+            "such as prune_percent=40."
+        )
+    return width_before - math.floor(percent / 100 * width_before)
+
+
+def _kept_from_width(value: Number, hidden_size: int, width_before: int) -> int:
+    width = _exact("intermediate_size", value, str(width_before))
+    if width.denominator != 1 or not 1 <= width <= width_before:
+        raise ValueError(
+            f"intermediate_size={value} is not a kept width of this model: pass a whole number "
+            f"from 1 to {width_before}."
+        )
+    return int(width)
+
+
+_KEPT_WIDTH = {
+    "ratio": _kept_from_ratio,
+    "prune_percent": _kept_from_percent,
+    "intermediate_size": _kept_from_width,
+}

@@ -1,0 +1,69 @@
+"""Scores that outlive a load: the widths of a sweep are cut by one scoring.
+
+Which neurons are kept at any width follows from the same scores, which are small
+(one float32 per neuron), while the weights are not kept at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Mapping
+
+    from torch import Tensor
+
+    from lm_eval_pruned.pruning.calibration import Calibration
+
+
+@dataclass
+class ScoreTable:
+    """What one criterion said about one model.
+
+    Attributes:
+        scores: By name of the GLU-MLP, shape (I,), float32, on the CPU.
+        finite: Names of the MLPs whose ``down_proj`` was found free of NaN.
+        calibration: The text behind the scores, for criteria that need one.
+    """
+
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    finite: set[str] = field(default_factory=set)
+    calibration: Calibration | None = None
+
+    def covers(self, before: Mapping[str, int], after: Mapping[str, int]) -> bool:
+        """Return whether every MLP is scored that has fewer neurons in `after`."""
+        return all(name in self.scores for name in before if after[name] < before[name])
+
+
+class KnownScores:
+    """The score tables of the models that were loaded while it was in use."""
+
+    def __init__(self) -> None:
+        self._tables: dict[Hashable, ScoreTable] = {}
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let loads in this context take scores from here, and leave theirs here."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def table(self, key: Hashable) -> ScoreTable:
+        """Return the table of `key`, a new one the first time."""
+        return self._tables.setdefault(key, ScoreTable())
+
+
+_current: ContextVar[KnownScores | None] = ContextVar(
+    "lm_eval_pruned_scores", default=None
+)
+
+
+def known_scores() -> KnownScores | None:
+    """Return what is in use in this context, or None."""
+    return _current.get()

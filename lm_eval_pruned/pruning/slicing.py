@@ -1,0 +1,511 @@
+"""Pruning in memory: slice the GLU-MLPs of a model that is already loaded."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import logging
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lm_eval_pruned.pruning.alignment import warn_misaligned
+from lm_eval_pruned.pruning.arrays import all_finite, gather
+from lm_eval_pruned.pruning.calibration import Calibration, NeuronActivity, calibrate
+from lm_eval_pruned.pruning.criteria import kept_set, proves_finite, score_neurons
+from lm_eval_pruned.pruning.layouts import (
+    NEURON_AXIS,
+    GluMlp,
+    count_parameters,
+    find_glu_mlps,
+    resize,
+)
+from lm_eval_pruned.pruning.plan import PrunePlan, written_layers
+from lm_eval_pruned.pruning.scores import ScoreTable
+from lm_eval_pruned.pruning.widths import Widths
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
+    from lm_eval_pruned.pruning.plan import Layers, Number
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.pruning")
+
+
+@dataclass(frozen=True)
+class WidthGroup:
+    """GLU-MLPs of one kind and one width.
+
+    Attributes:
+        kind: ``dense``, ``expert`` or ``shared``.
+        config_key: The config key of their width, such as ``moe_intermediate_size``.
+        mlps: How many they are.
+        width_before: Their width before, in neurons.
+        width_after: Their width after, in neurons.
+    """
+
+    kind: str
+    config_key: str
+    mlps: int
+    width_before: int
+    width_after: int
+
+
+@dataclass(frozen=True)
+class PruneRecord:
+    """What was done to a model.
+
+    Attributes:
+        plan: The plan that was carried out.
+        layers: Number of layers that hold GLU-MLPs.
+        parameters_before: Parameters of the unpruned model; tied ones count once.
+        parameters_after: Parameters of the pruned model.
+        kept: Kept neurons of every GLU-MLP, each of shape (k,), int64, on the CPU;
+            empty for the baseline.
+        groups: The GLU-MLPs by kind and width.
+        config_expresses_widths: Whether stock transformers can open the model once
+            it is saved.
+        calibration: The text on which the neurons were observed; None where the
+            criterion looks at weights alone.
+    """
+
+    plan: PrunePlan
+    layers: int
+    parameters_before: int
+    parameters_after: int
+    kept: tuple[Tensor, ...]
+    groups: tuple[WidthGroup, ...]
+    config_expresses_widths: bool
+    calibration: Calibration | None
+
+    @classmethod
+    def of(
+        cls,
+        plan: PrunePlan,
+        widths: Widths,
+        parameters_before: int,
+        parameters_after: int,
+        kept: tuple[Tensor, ...],
+        calibration: Calibration | None = None,
+    ) -> PruneRecord:
+        """Describe what `plan` did to the MLPs of `widths`.
+
+        Raises:
+            ValueError: Neurons were removed, and `kept` does not say which stayed.
+        """
+        if plan.prunes and len(kept) != len(widths.mlps):
+            raise ValueError(
+                f"The record needs the kept neurons of {len(widths.mlps)} MLPs, not of {len(kept)}."
+            )
+        targets = widths.targets(plan)
+        counts = Counter(
+            (
+                mlp.kind,
+                str(widths.keys[mlp.name]),
+                widths.actual[mlp.name],
+                targets[mlp.name],
+            )
+            for mlp in widths.mlps
+        )
+        return cls(
+            plan,
+            len({mlp.stack for mlp in widths.mlps}),
+            parameters_before,
+            parameters_after,
+            kept,
+            tuple(
+                WidthGroup(kind, key, count, before, after)
+                for (kind, key, before, after), count in counts.items()
+            ),
+            not widths.inexpressible(targets),
+            calibration,
+        )
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 over the kept indices of all MLPs (little-endian int64), or None."""
+        if not self.kept:
+            return None
+        digest = hashlib.sha256()
+        for indices in self.kept:
+            digest.update(indices.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as the results file holds it (JSON types only)."""
+        plan = self.plan
+        record: dict[str, Any] = {
+            "criterion": plan.criterion if plan.prunes else None,
+            "asked": plan.asked,
+            "multiple_of": plan.multiple_of,
+            "layers": self.layers,
+            "hidden_size": plan.hidden_size,
+            "intermediate_size_before": plan.width_before,
+            "intermediate_size_after": plan.width,
+            "expansion_ratio_before": plan.ratio_before,
+            "expansion_ratio_after": plan.ratio,
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "kept_digest": self.digest,
+            "groups": [asdict(group) for group in self.groups],
+            "config_expresses_widths": self.config_expresses_widths,
+        }
+        if plan.layers is not None:
+            record["layers_pruned"] = written_layers(plan.layers)
+        if self.calibration is not None:
+            record["calibration"] = self.calibration.as_dict()
+        if plan.criterion == "random":
+            record["seed"] = plan.seed
+        return record
+
+    def as_table(self) -> str:
+        """Return the record as a short Markdown table for people."""
+        plan = self.plan
+        before, after = self.parameters_before, self.parameters_after
+        asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
+        criterion = f"criterion={plan.criterion}" if plan.prunes else "nothing removed"
+        digest = (self.digest or "none")[:12]
+        layers = f"{self.layers} layers"
+        if plan.layers is not None:
+            layers += f" ({written_layers(plan.layers)} pruned)"
+        lines = [
+            "|                 |        before|         after|",
+            "|-----------------|-------------:|-------------:|",
+            f"|expansion ratio  |{plan.ratio_before:14.4f}|{plan.ratio:14.4f}|",
+            f"|intermediate size|{plan.width_before:14,}|{plan.width:14,}|",
+            f"|parameters       |{before:14,}|{after:14,}|",
+            f"{asked or 'baseline'}, {criterion}, {layers}, kept digest {digest}",
+        ]
+        if len(self.groups) > 1:
+            lines += [
+                f"{group.mlps} {group.kind} MLPs of {group.config_key}: "
+                f"{group.width_before:,} to {group.width_after:,} neurons"
+                for group in self.groups
+            ]
+        return "\n".join(lines)
+
+
+def prune_model(
+    model: PreTrainedModel,
+    *,
+    ratio: Number | None = None,
+    prune_percent: Number | None = None,
+    intermediate_size: Number | None = None,
+    multiple_of: Number = 1,
+    criterion: str = "maw",
+    seed: Number = 0,
+    layers: Layers | None = None,
+    skip_layers: Layers | None = None,
+    calibration: str | None = None,
+    calibration_samples: Number | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
+    """Prune the GLU-MLPs of a loaded model in place and return it.
+
+    Gate and up go from (I, H) to (k, H), down from (H, I) to (H, k), biases of
+    gate and up from (I,) to (k,), whether they are stored apart, fused or stacked
+    by expert. The kept neurons keep their order, dtype and device, and the config
+    gets the new width. Scores are float32 and do not depend on the device, except
+    those of activations, which are measured where the model is.
+
+    In a model with experts, sizes refer to the experts; every expert keeps its own
+    best neurons, and shared experts and dense layers are narrowed in the same
+    proportion, ``ceil(width * k / I)``. Routers stay as they are.
+
+    Args:
+        model: A model whose MLPs are in a known layout; see `lm_eval_pruned.pruning.layouts`.
+        ratio: Expansion ratio to keep.
+        prune_percent: Share of neurons to remove, in percent.
+        intermediate_size: Kept width, in neurons.
+        multiple_of: Round the kept width down to a multiple of this, in neurons.
+        criterion: Importance score; see `lm_eval_pruned.criteria`.
+        seed: Seed of the ``random`` criterion.
+        layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
+            default: all. The other layers keep their width, so stock transformers
+            can open the saved model only if its config holds widths per layer;
+            `load_pruned` always can.
+        skip_layers: Layers to leave as they are, instead of `layers`.
+        calibration: JSON Lines file of text, for criteria that look at activations;
+            see `lm_eval_pruned.pruning.calibration`.
+        calibration_samples: How many of its texts to use; default: all.
+        tokenizer: The model's tokenizer; needed for `calibration`.
+
+    Returns:
+        The same model. ``model.prune_record`` is the `PruneRecord` of what was done.
+
+    Raises:
+        ValueError: An argument is out of range, or a weight is NaN or infinite.
+        UnsupportedModelError: The model cannot be pruned.
+
+    Source: arXiv 2512.22671, section 3.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")
+        >>> prune_model(model, ratio=2.4).config.intermediate_size
+        4916
+    """
+    widths = widths_in_memory(model)
+    plan = widths.plan(
+        ratio=ratio,
+        prune_percent=prune_percent,
+        intermediate_size=intermediate_size,
+        multiple_of=multiple_of,
+        criterion=criterion,
+        seed=seed,
+        layers=layers,
+        skip_layers=skip_layers,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+    )
+    return carry_out(plan, model, widths, tokenizer)
+
+
+def widths_in_memory(model: PreTrainedModel) -> Widths:
+    """Return the widths of a loaded model and the config keys that set them.
+
+    Raises:
+        UnsupportedModelError: The model cannot be pruned.
+    """
+
+    def build(config: PretrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            return type(model)(copy.deepcopy(config))
+
+    return Widths(
+        model.config, build, {mlp.name: mlp.width for mlp in find_glu_mlps(model)}
+    )
+
+
+def carry_out(
+    plan: PrunePlan,
+    model: PreTrainedModel,
+    widths: Widths | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    known: ScoreTable | None = None,
+) -> PreTrainedModel:
+    """Prune `model` in place as `plan` says; see `prune_model`.
+
+    Args:
+        plan: The plan.
+        model: A loaded model.
+        widths: Its widths, if they are known.
+        tokenizer: Its tokenizer; needed where the plan has calibration text.
+        known: Scores of the same model from before; takes those that it lacks.
+    """
+    known = known or ScoreTable()
+    mlps = find_glu_mlps(model)
+    widths = widths or widths_in_memory(model)
+    targets = widths.targets(plan)
+    before = count_parameters(model)
+    kept: dict[str, Tensor] = {}
+    if plan.prunes:
+        if plan.calibration is not None and known.calibration is None:
+            if tokenizer is None:
+                raise ValueError(
+                    f"calibration={plan.calibration} is text, and there is no tokenizer to read it "
+                    "with: pass tokenizer."
+                )
+            known.calibration = calibrate(
+                model, tokenizer, plan.calibration, plan.calibration_samples
+            )
+        narrowed_config = widths.narrowed_config(targets)
+        # All layers are scored before the first is sliced: an error leaves the model whole.
+        for mlp in mlps:
+            kept[mlp.name] = (
+                _select_in_memory(plan, mlp, targets[mlp.name], known)
+                if targets[mlp.name] < mlp.width
+                else torch.arange(mlp.width, device="cpu")
+            )
+        for _, group in itertools.groupby(mlps, key=lambda mlp: mlp.path):
+            _narrow_together(list(group), kept)
+        widths.copy_keys(narrowed_config, model.config)
+        warn_inexpressible(widths, targets)
+        warn_misaligned(model, plan, widths, targets)
+    choose_experts_implementation(model)
+    record = PruneRecord.of(
+        plan,
+        widths,
+        before,
+        count_parameters(model),
+        tuple(indices.cpu() for indices in kept.values()),
+        known.calibration if plan.prunes else None,
+    )
+    model.prune_record = record  # type: ignore[assignment]
+    return model
+
+
+def warn_inexpressible(widths: Widths, targets: Mapping[str, int]) -> None:
+    """Tell the user if only this package can open the model once it is saved."""
+    names = widths.inexpressible(targets)
+    if not names:
+        return
+    logger.warning(
+        "%s keeps a width of its own, which %s in the config cannot express: stock transformers "
+        "cannot open this model once it is saved; --model pruned-hf and load_pruned can.",
+        names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
+        widths.keys[names[0]],
+    )
+
+
+#: Bytes to which torch's grouped matrix product wants every row of the experts aligned.
+_GROUPED_ALIGNMENT = 16
+
+
+def choose_experts_implementation(model: PreTrainedModel) -> None:
+    """Let experts run one by one where their width rules out the grouped product.
+
+    transformers runs stacked experts in one `torch.nn.functional.grouped_mm` by
+    default, which refuses rows that are no multiple of 16 bytes.
+    """
+    if getattr(model.config, "_experts_implementation", None) != "grouped_mm":
+        return
+    for mlp in find_glu_mlps(model):
+        slot = mlp.slots["down_proj", "weight"]
+        size = mlp.parameter(slot).element_size()
+        if slot.expert is not None and mlp.width * size % _GROUPED_ALIGNMENT:
+            model.set_experts_implementation("eager")
+            multiple = _GROUPED_ALIGNMENT // size
+            logger.warning(
+                "The experts of %d neurons run one by one, because torch's grouped matrix product "
+                "needs a multiple of %d: add multiple_of=%d for speed. Stock transformers opens "
+                "the saved model with experts_implementation=eager.",
+                mlp.width,
+                multiple,
+                multiple,
+            )
+            return
+
+
+def _select_in_memory(
+    plan: PrunePlan, mlp: GluMlp, width: int, known: ScoreTable
+) -> Tensor:
+    if mlp.name not in known.scores:
+        gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
+        observed = known.calibration
+        activity = None if observed is None else observed.activity[mlp.name]
+        scores = score(plan, mlp.name, mlp.layer, gate, up, down, activity)
+        known.scores[mlp.name] = scores.cpu()
+        known.finite.add(mlp.name)
+    return kept_set(known.scores[mlp.name], width)
+
+
+def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:
+    """Narrow GLU-MLPs that may share parameters."""
+    if all(len(kept[mlp.name]) == mlp.width for mlp in mlps):
+        return
+    pieces = {}
+    for mlp in mlps:
+        for projection, part in mlp.slots:
+            axis = NEURON_AXIS[projection] if part == "weight" else 0
+            pieces[mlp.name, projection, part] = narrow(
+                mlp.weight(projection, part), kept[mlp.name], axis
+            )
+    resize(mlps, pieces)
+
+
+@torch.no_grad()
+def score(
+    plan: PrunePlan,
+    name: str,
+    layer: int,
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor | None = None,
+    activity: NeuronActivity | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Score the neurons of one GLU-MLP.
+
+    Args:
+        plan: The plan.
+        name: Path of the MLP in the model, for messages.
+        layer: Position of the MLP in the model.
+        gate_proj: Shape (I, H).
+        up_proj: Shape (I, H).
+        down_proj: Shape (H, I); checked for NaN and infinity where given, and scored
+            by the criteria that look at activations.
+        activity: What the neurons did on calibration text, for the same criteria.
+        dtype: Dtype in which the weights are looked at; default: their own.
+
+    Returns:
+        Scores, shape (I,), float32; see `lm_eval_pruned.criteria.score_neurons`.
+
+    Raises:
+        ValueError: A weight is NaN or infinite; the tensor is named.
+    """
+    weights = {"down_proj": down_proj, "gate_proj": gate_proj, "up_proj": up_proj}
+
+    def check(*projections: str) -> None:
+        for projection in projections:
+            weight = weights[projection]
+            if weight is not None:
+                check_finite(f"{name}.{projection}.weight", weight, dtype)
+
+    check("down_proj")
+    if not proves_finite(plan.criterion):
+        check("gate_proj", "up_proj")
+    scores = score_neurons(
+        gate_proj,
+        up_proj,
+        plan.criterion,
+        layer=layer,
+        seed=plan.seed,
+        down=down_proj,
+        activity=activity,
+        dtype=dtype,
+    )
+    if proves_finite(plan.criterion) and not scores.isfinite().all():
+        check("gate_proj", "up_proj")
+    return scores
+
+
+def check_finite(name: str, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError naming the tensor if it holds NaN or infinity.
+
+    Args:
+        name: What the message calls it.
+        weight: Any shape.
+        dtype: Look at the weights in this dtype; default: their own.
+    """
+    if all_finite(weight, dtype):
+        return
+    bad = int((~weight.to(dtype or weight.dtype).isfinite()).sum())
+    raise ValueError(
+        f"{name} holds {bad} NaN or infinite values of {weight.numel()}, so its neurons "
+        "cannot be ranked: use an intact checkpoint."
+    )
+
+
+@torch.no_grad()
+def narrow(
+    weight: Tensor,
+    kept: Tensor,
+    axis: int,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the kept neurons of a weight or bias.
+
+    Args:
+        weight: Any shape with I entries along `axis`.
+        kept: Kept neurons, shape (k,), int64, ascending.
+        axis: The axis that counts neurons.
+        dtype: Dtype of the result, which is contiguous; default: that of `weight`.
+            Where all neurons are kept in that dtype, the result is `weight` itself.
+        out: Where to put them instead; see `lm_eval_pruned.pruning.arrays.gather`.
+    """
+    if out is None and len(kept) == weight.shape[axis]:
+        return weight.to(dtype or weight.dtype).contiguous()
+    return gather(weight, kept, axis, dtype, out)

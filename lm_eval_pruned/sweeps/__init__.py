@@ -1,0 +1,1 @@
+"""Many configurations by many tasks."""

@@ -1,0 +1,246 @@
+"""The folder of a sweep: its layout, and how a unit gets there whole or not at all.
+
+``DIR/sweep.json`` holds the definition, ``DIR/units/CONFIGURATION/TASK/`` one
+finished unit: the harness's ``results_*.json`` and ``samples_*.jsonl`` and our
+``unit.json``, or ``error.json`` and ``unit.json`` for one that failed. A unit is
+written below ``DIR/.unfinished``, flushed to the disk and renamed into place, so
+a process that dies at any moment leaves either the whole unit or none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+from lm_eval_pruned.util.atomic import sync, umask, write_atomically
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger("lm_eval.pruned.sweep")
+
+#: Version of the layout and of ``sweep.json`` and ``unit.json``.
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What the folder holds for one unit.
+
+    Attributes:
+        fingerprint: Of the definition that was evaluated.
+        seconds: Time the evaluation took, without loading the model.
+        error: None for a finished unit, else what ``error.json`` says.
+        results: None for a failed unit, else the harness's results file.
+    """
+
+    fingerprint: str
+    seconds: float
+    error: dict[str, str] | None
+    results: Path | None
+
+    def scores(self) -> dict[str, float]:
+        """Return the unit's own metrics, such as ``{"acc": 0.61}``; empty after a failure."""
+        if self.results is None:
+            return {}
+        results = json.loads(self.results.read_text(encoding="utf-8"))
+        return own_scores(results)
+
+
+def own_scores(results: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of a results file's group, or of its only task.
+
+    A filter's name is kept where it is not ``none``: ``exact_match,strict-match``.
+    """
+    rows = results.get("groups") or results.get("results") or {}
+    row: dict[str, Any] = next(iter(rows.values()), {})
+    return {
+        name.removesuffix(",none"): value
+        for name, value in row.items()
+        if isinstance(value, (int, float)) and "," in name and "_stderr," not in name
+    }
+
+
+class SweepFolder:
+    """Reads and writes the folder of one sweep.
+
+    Args:
+        path: The folder; made when the first thing is written.
+        shard: ``(I, N)`` where this process runs one part of the sweep.
+    """
+
+    def __init__(self, path: str | Path, shard: tuple[int, int] | None = None) -> None:
+        self.path = Path(path)
+        self._part = f"shard-{shard[0]}-of-{shard[1]}" if shard else "sweep"
+        self._is_shard = shard is not None
+
+    def unit(self, configuration: str, task: str) -> Path:
+        """Return where a unit belongs."""
+        return self.path / "units" / _file_name(configuration) / _file_name(task)
+
+    def read(self, configuration: str, task: str) -> UnitRecord | None:
+        """Return what is there for a unit; None for nothing, or nothing whole."""
+        folder = self.unit(configuration, task)
+        try:
+            unit = _read_json(folder / "unit.json")
+            fingerprint, seconds = str(unit["fingerprint"]), float(unit["seconds"])
+            if unit["schema_version"] != SCHEMA_VERSION:
+                return None
+            if (folder / "error.json").exists():
+                error = dict(_read_json(folder / "error.json"))
+                return UnitRecord(fingerprint, seconds, error, None)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        results = sorted(folder.glob("results_*.json"))
+        return UnitRecord(fingerprint, seconds, None, results[-1]) if results else None
+
+    def write_definition(self, definition: dict[str, Any]) -> None:
+        """Write ``sweep.json``, the same bytes for the same definition."""
+        text = json.dumps(
+            {"schema_version": SCHEMA_VERSION, **definition},
+            indent=2,
+            ensure_ascii=False,
+        )
+        write_atomically(self.path / "sweep.json", text + "\n")
+
+    @contextlib.contextmanager
+    def new_unit(self) -> Iterator[Path]:
+        """Give an empty folder on the sweep's file system; what is left of it goes."""
+        parent = self.path / ".unfinished" / self._part
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=parent))
+        folder.chmod(0o777 & ~umask())
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(
+        self, folder: Path, configuration: str, task: str, unit: dict[str, Any]
+    ) -> None:
+        """Make `folder` the unit's folder.
+
+        What was there before moves to ``DIR/superseded``, so that results made
+        under another definition are never lost to a mistyped command.
+
+        Args:
+            folder: From `new_unit`, with the unit's files.
+            configuration: Id of the configuration.
+            task: Name of the task.
+            unit: Content of ``unit.json`` without the schema version.
+        """
+        text = json.dumps(
+            {"schema_version": SCHEMA_VERSION, **unit}, indent=2, ensure_ascii=False
+        )
+        (folder / "unit.json").write_text(text + "\n", encoding="utf-8")
+        for file in folder.iterdir():
+            sync(file)
+        sync(folder)
+        target = self.unit(configuration, task)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            self._set_aside(target)
+        os.rename(folder, target)
+        for parent in (target.parent, target.parent.parent, self.path):
+            sync(parent)
+
+    def _set_aside(self, target: Path) -> None:
+        record = self.read(target.parent.name, target.name)
+        if record is not None and record.error is not None:
+            shutil.rmtree(target)
+            return
+        name = record.fingerprint[:12] if record else "unreadable"
+        parent = self.path / "superseded" / target.parent.name / target.name
+        parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1000):
+            place = parent / (f"{name}-{attempt}" if attempt else name)
+            if not place.exists():
+                break
+        os.rename(target, place)
+        logger.warning(
+            "%s was evaluated under another definition: its results are now in %s.",
+            target,
+            place,
+        )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second sweep, a shard against its double.
+
+        Shards of one sweep run side by side; a whole sweep runs alone.
+
+        Raises:
+            ValueError: Another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_lock(self.path / "sweep.lock", shared=self._is_shard))
+            if self._is_shard:
+                stack.enter_context(_lock(self.path / f"{self._part}.lock"))
+            self._sweep_up()
+            yield
+
+    def _sweep_up(self) -> None:
+        """Remove what processes that died left unfinished, but no running shard's."""
+        unfinished = self.path / ".unfinished"
+        if self._is_shard:
+            unfinished = unfinished / self._part
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, shared: bool = False) -> Iterator[None]:
+    if fcntl is None:
+        logger.warning("This system has no flock: nothing guards %s.", path.parent)
+        yield
+        return
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(
+                file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+            )
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
+                logger.warning(
+                    "The file system of %s has no locks (%s): make sure that only one "
+                    "sweep writes there.",
+                    path.parent,
+                    error.strerror,
+                )
+            else:
+                file.seek(0)
+                holder = file.read().strip()
+                raise ValueError(
+                    f"--output_path {path.parent} is in use by another sweep"
+                    f"{f' ({holder})' if holder else ''}: wait until it has ended, stop it, "
+                    "or pass another folder."
+                ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.+-]", "_", name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

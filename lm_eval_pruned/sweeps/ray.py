@@ -1,0 +1,287 @@
+"""Units of a sweep on a Ray cluster.
+
+Workers are Ray actors that keep a model between units. They evaluate into a
+folder of their own and send its files back; only the process that started the
+sweep writes to the sweep's folder, so workers need not share a file system with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.run import UnitRunner, describe_error, part_name
+
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+    from lm_eval_pruned.sweeps.run import Outcome, Store, Unit
+    from lm_eval_pruned.util.progress import Progress
+
+#: How often a unit starts again after its worker or node was lost.
+RETRIES = 3
+
+
+def run_on_ray(
+    sweep: Sweep,
+    waiting: Sequence[Unit],
+    store: Store,
+    progress: Progress,
+    shard: tuple[int, int] | None,
+) -> Generator[Outcome]:
+    """Evaluate units on a cluster, each on the resources asked for.
+
+    Args:
+        sweep: The plan; its options say which cluster and how much of it.
+        waiting: Units to run.
+        store: Where outcomes are kept.
+        progress: Told when a unit starts.
+        shard: ``(I, N)`` where this is one part of a sweep.
+
+    Yields:
+        Outcomes, as they come in.
+
+    Raises:
+        ValueError: Ray is not installed, the cluster cannot be reached, or none of
+            its nodes has what a unit needs.
+    """
+    # Ray reports its use over the network unless told otherwise before it is imported.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise ValueError(
+            "--ray needs the package ray, which is not installed: "
+            "run `pip install 'lm-eval-pruned[ray]'`."
+        ) from None
+    if not waiting:
+        return
+    ours = not ray.is_initialized()
+    if ours:
+        address = sweep.options["ray"]
+        try:
+            ray.init(
+                address=address if isinstance(address, str) else None,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except (ConnectionError, RuntimeError) as error:
+            raise ValueError(
+                f"--ray {address}: the cluster cannot be reached ({error}); pass the address "
+                "of its head, or --ray alone to start one here."
+            ) from None
+    try:
+        yield from _Cluster(ray, sweep, waiting, store, progress, shard).run()
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def choose_unit(
+    waiting: Sequence[Unit], holds: str | None, elsewhere: Sequence[str | None]
+) -> int:
+    """Return the position of the unit that a free worker should take.
+
+    One of the configuration it holds; else of one that no other worker holds; else
+    of the one with the most units left.
+
+    Args:
+        waiting: Units to choose from, at least one.
+        holds: Id of the configuration whose model the worker has.
+        elsewhere: Ids of those that other workers have.
+    """
+    left = Counter(configuration.id for configuration, _ in waiting)
+
+    def rank(position: int) -> tuple[bool, bool, int, int]:
+        name = waiting[position][0].id
+        return name != holds, name in elsewhere, -left[name], position
+
+    return min(range(len(waiting)), key=rank)
+
+
+def workers_that_fit(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float) -> int:
+    """Return how many workers the nodes of a cluster hold, each worker on one node.
+
+    Args:
+        nodes: As `ray.nodes` lists them.
+        cpus: CPUs of one worker.
+        gpus: GPUs of one worker.
+    """
+    total = 0
+    for node in nodes:
+        if not node["Alive"]:
+            continue
+        has = node["Resources"]
+        fit = [
+            int(has.get(name, 0) / need + 1e-9)
+            for name, need in (("CPU", cpus), ("GPU", gpus))
+            if need
+        ]
+        total += min(fit, default=os.cpu_count() or 1)
+    return total
+
+
+class Worker:
+    """Evaluates units in a process of the cluster.
+
+    Args:
+        options: Of the sweep.
+        folder: Working folder of the process that started the sweep; used where it
+            exists, since relative paths in the options start from it.
+        part: Distinguishes this worker's cache files.
+    """
+
+    def __init__(self, options: dict[str, Any], folder: str, part: str) -> None:
+        if Path(folder).is_dir():
+            os.chdir(folder)
+        from lm_eval.utils import setup_logging
+
+        setup_logging()
+        self._sweep = Sweep(options)
+        self._runner = UnitRunner(self._sweep, part)
+
+    def ready(self) -> str:
+        """Return the node's name, once the worker is there."""
+        return socket.gethostname()
+
+    def run(
+        self, configuration: str, task: str, digest: str
+    ) -> tuple[float, dict[str, bytes], dict[str, str] | None]:
+        """Evaluate one unit.
+
+        Args:
+            configuration: Id of its configuration.
+            task: Name of its task.
+            digest: Of the task as the sweep planned it.
+
+        Returns:
+            Seconds, the harness's files by name, and None or what the unit failed with.
+        """
+        start = time.perf_counter()
+        try:
+            here = {each.name: each for each in self._sweep.tasks}[task]
+            if here.digest != digest:
+                raise RuntimeError(
+                    f"the task {task} on {socket.gethostname()} is not the one this sweep was "
+                    "planned with: install the same lm_eval and task folders on every node."
+                )
+            model = {each.id: each for each in self._sweep.configurations}[
+                configuration
+            ]
+            with tempfile.TemporaryDirectory() as folder:
+                seconds = self._runner.run(model, here, Path(folder))
+                files = {
+                    path.name: path.read_bytes() for path in Path(folder).iterdir()
+                }
+        except Exception as error:  # noqa: BLE001
+            return time.perf_counter() - start, {}, describe_error(error)
+        return seconds, files, None
+
+
+class _Cluster:
+    """Deals units to workers and collects what they send back."""
+
+    def __init__(self, ray, sweep, waiting, store, progress, shard) -> None:
+        self._ray = ray
+        self._sweep = sweep
+        self._waiting: list[Unit] = list(waiting)
+        self._store = store
+        self._progress = progress
+        self._part = part_name(shard)
+        options = sweep.options
+        cpus = options.get("cpus_per_unit", 1)
+        gpus = options.get(
+            "gpus_per_unit", 1 if ray.cluster_resources().get("GPU") else 0
+        )
+        fit = workers_that_fit(ray.nodes(), cpus, gpus)
+        if not fit:
+            raise ValueError(
+                f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g} are more than any node of "
+                f"the cluster has (in all: {ray.cluster_resources().get('CPU', 0):g} CPUs, "
+                f"{ray.cluster_resources().get('GPU', 0):g} GPUs): ask for less."
+            )
+        self._slots = min(fit, len(self._waiting))
+        self._remote = ray.remote(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES
+        )(Worker)
+        # Options that are paths must mean the same on a node.
+        self._options = ray.put(options)
+        self._holds: dict[int, str | None] = {}
+        self._workers: dict[int, Any] = {}
+        self._births: Counter[int] = Counter()
+        self._running: dict[Any, tuple[int, Unit | None]] = {}
+
+    def run(self) -> Iterator[Outcome]:
+        self._progress.workers = self._slots
+        try:
+            for slot in range(self._slots):
+                self._start(slot)
+            while self._running:
+                (future, *_), _ = self._ray.wait(list(self._running))
+                slot, unit = self._running.pop(future)
+                yield from self._collect(future, slot, unit)
+        finally:
+            for worker in self._workers.values():
+                with suppress(Exception):
+                    self._ray.kill(worker)
+
+    def _start(self, slot: int) -> None:
+        self._births[slot] += 1
+        self._holds[slot] = None
+        worker = self._remote.remote(
+            self._options, os.getcwd(), f"{self._part}_worker{slot}"
+        )
+        self._workers[slot] = worker
+        self._running[worker.ready.remote()] = (slot, None)
+
+    def _assign(self, slot: int) -> None:
+        if not self._waiting:
+            return
+        elsewhere = [held for other, held in self._holds.items() if other != slot]
+        position = choose_unit(self._waiting, self._holds[slot], elsewhere)
+        unit = self._waiting.pop(position)
+        configuration, task = unit
+        self._holds[slot] = configuration.id
+        self._progress.start(configuration.id, task.name)
+        future = self._workers[slot].run.remote(
+            configuration.id, task.name, task.digest
+        )
+        self._running[future] = (slot, unit)
+
+    def _collect(self, future, slot: int, unit: Unit | None) -> Iterator[Outcome]:
+        try:
+            answer = self._ray.get(future)
+        except self._ray.exceptions.RayError as error:
+            # After RETRIES lost workers, or one that could not start at all.
+            with suppress(Exception):
+                self._ray.kill(self._workers[slot])
+            failure = describe_error(error)
+            if unit is not None:
+                yield self._keep(unit, 0.0, {}, failure)
+                self._births[slot] = 0
+            if self._births[slot] <= RETRIES:
+                if self._waiting:
+                    self._start(slot)
+            elif not self._running:
+                for lost in self._waiting:
+                    yield self._keep(lost, 0.0, {}, failure)
+                self._waiting = []
+            return
+        if unit is not None:
+            yield self._keep(unit, *answer)
+        self._assign(slot)
+
+    def _keep(self, unit, seconds, files, failure) -> Outcome:
+        with self._store.new_unit() as folder:
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+            return self._store.keep(unit, folder, seconds, failure)

@@ -1,0 +1,1 @@
+"""Files, progress and the collector: what every room may use."""

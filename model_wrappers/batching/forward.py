@@ -1,0 +1,81 @@
+"""One pass of a language model with logits at chosen positions only."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .cpu_linear import fast_cpu_linears
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+
+class Forward:
+    """Runs a model and computes logits where they are wanted.
+
+    Hidden states are thinned out in front of the output embedding, inside the model's own
+    forward: what a model does to its logits afterwards stays.
+
+    Attributes:
+        model: A causal language model, or an adapter around one.
+        device: Where its inputs belong.
+        autocast_dtype: Run under autocast to this dtype; None: as the weights are.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.autocast_dtype = autocast_dtype
+
+    @classmethod
+    def of(cls, lm: Any) -> Forward:
+        """Return what runs the model of an `HFLM` as `HFLM` does."""
+        return cls(lm.model, lm.device, lm.mixed_precision_dtype)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        keep: Callable[[Tensor], Tensor] | None,
+        **arguments: Any,
+    ) -> Tensor:
+        """Return the logits, [..., vocabulary], at the positions that `keep` leaves.
+
+        Args:
+            tokens: Token ids, [rows, width], on `device`.
+            positions: Their positions, [rows, width].
+            keep: Takes hidden states, [rows, width, H], and returns those whose logits
+                are wanted, with any shape that ends in H and has three dimensions;
+                None: all.
+            **arguments: Further arguments of the model.
+        """
+
+        def thin_out(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            assert keep is not None
+            hidden, *others = inputs
+            return (keep(hidden), *others)
+
+        with ExitStack() as stack:
+            if keep is not None:
+                output = self.model.get_output_embeddings()
+                stack.callback(output.register_forward_pre_hook(thin_out).remove)
+            stack.enter_context(torch.no_grad())
+            if self.autocast_dtype is not None:
+                stack.enter_context(
+                    torch.autocast(self.device.type, self.autocast_dtype)
+                )
+            stack.enter_context(fast_cpu_linears(self.model))
+            return self.model(
+                input_ids=tokens, position_ids=positions, **arguments
+            ).logits
