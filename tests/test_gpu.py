@@ -19,12 +19,9 @@ from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.profiling.measure import (
-    ProfileRequest,
-    generate,
-    make_batches,
-    profile,
-)
+from lm_eval_pruned.profiling.measure import generate, profile
+from lm_eval_pruned.profiling.model import ProfileRequest
+from lm_eval_pruned.profiling.prompts import make_batches
 
 from . import checkpoints, layouts
 from .test_energy_logging import generated, scored

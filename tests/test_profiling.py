@@ -16,17 +16,10 @@ from lm_eval_pruned.checkpoints.load import load_pruned
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.profiling import measure as profiling, report as profile_report
-from lm_eval_pruned.profiling.measure import (
-    ProfileRequest,
-    delta,
-    distribution,
-    estimate,
-    generate,
-    make_batches,
-    plan_models,
-    profile,
-    read_prompts,
-)
+from lm_eval_pruned.profiling.measure import generate, plan_models, profile
+from lm_eval_pruned.profiling.model import SCHEMA_VERSION, ProfileRequest
+from lm_eval_pruned.profiling.prompts import demo_prompts, make_batches, read_prompts
+from lm_eval_pruned.profiling.summary import delta, distribution, estimate
 
 from . import checkpoints
 from .meters import Clock, FakeMeter
@@ -285,7 +278,7 @@ def test_models_are_interleaved_and_warm_ups_are_counted(run, monkeypatch):
 def test_models_too_large_to_hold_together_are_loaded_in_turns(
     run, loader, monkeypatch
 ):
-    monkeypatch.setattr(profiling, "_free_bytes", lambda device: 0)
+    monkeypatch.setattr(profiling, "free_bytes", lambda device: 0)
     names = []
 
     def load(*args, **kwargs):
@@ -411,7 +404,7 @@ def test_prompts_come_from_text_and_from_json_lines(tmp_path):
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"prompt": "one"}\n\n{"prompt": "t\\nwo", "id": 3}\n')
     assert read_prompts(lines) == ["one", "t\nwo"]
-    assert len(profiling.demo_prompts()) > 10
+    assert len(demo_prompts()) > 10
 
 
 @pytest.mark.parametrize(
@@ -474,7 +467,7 @@ def test_files_are_written_and_readable(run, tmp_path):
     paths = profile_report.write(result, tmp_path)
     assert {path.name for path in paths} == {path.name for path in tmp_path.iterdir()}
     record = json.loads((tmp_path / "profile.json").read_text())
-    assert record["schema_version"] == profiling.SCHEMA_VERSION
+    assert record["schema_version"] == SCHEMA_VERSION
     assert [c["model"] for c in record["cells"]][:2] == ["baseline", "ratio=1.375"]
     assert record["models"][0]["model_bytes"] > record["models"][1]["model_bytes"] > 0
     for name in ("latency", "throughput", "energy"):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lm_eval_pruned.profiling.measure import Cell, Distribution, Estimate, Profile
+    from lm_eval_pruned.profiling.model import Cell, Distribution, Estimate, Profile
 
 
 def plots_missing() -> str | None:

@@ -8,44 +8,41 @@ changed is not mistaken for it.
 
 from __future__ import annotations
 
-import copy
 import functools
-import glob
-import hashlib
-import json
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
 from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.pruning.plan import SIZE_ARGUMENTS
+from lm_eval_pruned.sweeps.fingerprints import (
+    SOURCES,
+    hash_beside,
+    hash_tree,
+    source_of,
+)
 from lm_eval_pruned.sweeps.options import parse_number
+from lm_eval_pruned.sweeps.tasks import (
+    SweepTask,
+    index_tasks,
+    resolve_tasks,
+    with_metadata,
+)
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
 
 MODEL = "pruned-hf"
 
+
 #: Options that say how units are run. They decide no score, so a sweep may go on
 #: under others of them: a smaller batch after running out of memory, another device.
 _HOW = ("device", "batch_size", "max_batch_size", "use_cache", "cache_requests")
-
-#: Arguments of the model that name files, and a file by which the Hub knows them.
-_SOURCES = {
-    "pretrained": "config.json",
-    "delta": "config.json",
-    "peft": "adapter_config.json",
-    "tokenizer": "tokenizer_config.json",
-}
 
 
 @dataclass(frozen=True)
@@ -67,21 +64,6 @@ class Configuration:
     expansion_ratio: float
     parameters: int
     reduction: float
-
-
-@dataclass(frozen=True)
-class SweepTask:
-    """One task, or one group with a score of its own.
-
-    Attributes:
-        name: The harness's name of it.
-        digest: Hash of its YAML, its Python files and its local data.
-        spec: Its name, or a group of nothing else that holds its settings; see `load_task`.
-    """
-
-    name: str
-    digest: str
-    spec: Any = field(repr=False, compare=False)
 
 
 class Sweep:
@@ -106,9 +88,9 @@ class Sweep:
         self.settings = _settings(options)
         self._base = self.settings.model_args
         self.configurations = _configurations(options, self._base)
-        for cached in (_hash_tree, _hash_beside):
+        for cached in (hash_tree, hash_beside):
             cached.cache_clear()
-        self._manager = _index_tasks(self.settings.include_path)
+        self._manager = index_tasks(self.settings.include_path)
         self.tasks = resolve_tasks(options["tasks"], self._manager)
 
     def units(
@@ -150,7 +132,7 @@ class Sweep:
 
     def task_manager(self, configuration: Configuration) -> TaskManager:
         """Return the harness's task manager as `lm_eval run` would make it."""
-        return _with_metadata(self._manager, self.metadata(configuration))
+        return with_metadata(self._manager, self.metadata(configuration))
 
     @functools.cached_property
     def sources(self) -> dict[str, dict[str, str | None]]:
@@ -158,12 +140,12 @@ class Sweep:
         revision = self._base.get("revision") or "main"
         named = {
             argument: str(self._base[argument])
-            for argument in _SOURCES
+            for argument in SOURCES
             if self._base.get(argument)
         }
         named.setdefault("pretrained", str(_model_source(self._base)["pretrained"]))
         return {
-            argument: _source(
+            argument: source_of(
                 name, revision, str(self._base.get("subfolder") or ""), argument
             )
             for argument, name in named.items()
@@ -221,12 +203,6 @@ class Sweep:
             "configurations": [asdict(each) for each in self.configurations],
             "tasks": [each.name for each in self.tasks],
         }
-
-
-def fingerprint(definition: dict[str, Any]) -> str:
-    """Return the hash of a definition, as 64 hexadecimal digits."""
-    text = json.dumps(definition, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _settings(options: dict[str, Any]) -> EvaluatorConfig:
@@ -363,277 +339,3 @@ def _whole(name: str, text: str) -> int:
             "0 1 2."
         )
     return number
-
-
-# Tasks
-
-
-def _index_tasks(include_path: str | None) -> TaskManager:
-    from lm_eval.tasks import TaskManager
-
-    if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"include_path={include_path} is not a folder: pass one.")
-    return TaskManager(include_path=include_path)
-
-
-def _with_metadata(manager: TaskManager, metadata: dict[str, Any]) -> TaskManager:
-    """Return a copy of `manager` that attaches `metadata` to the tasks it loads.
-
-    A new one would read the harness's ten thousand YAML files again.
-    """
-    from lm_eval.tasks._factory import TaskFactory
-
-    manager = copy.copy(manager)
-    manager.metadata = metadata
-    manager._factory = TaskFactory(meta=metadata)
-    return manager
-
-
-def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
-    """Return the units' tasks for names, patterns, tags, groups and YAML files.
-
-    A group that aggregates its members' scores stays whole, since its score is
-    made from all of them. A group that only collects tasks, and a tag, become one
-    unit per member, with the settings that the group gives its members.
-
-    Raises:
-        ValueError: A name matches nothing, or one task is asked for in two ways.
-    """
-    tasks: dict[str, SweepTask] = {}
-    missing = []
-    for name in names:
-        if name.endswith((".yaml", ".yml")):
-            matches = [str(Path(path).resolve()) for path in sorted(glob.glob(name))]
-        else:
-            matches = sorted(manager.match_tasks([name]))
-        if not matches:
-            missing.append(name)
-        for match in matches:
-            for task in _Members(manager).of(match, {}, None):
-                other = tasks.setdefault(task.name, task)
-                if other.digest != task.digest:
-                    raise ValueError(
-                        f"the task {task.name} is asked for twice, with different settings: "
-                        f"leave one of them out of --tasks {' '.join(names)}."
-                    )
-    if missing:
-        raise ValueError(
-            f"--tasks has {', '.join(missing)}, which no task, group or tag is called: "
-            "`lm_eval ls tasks` lists them; --include_path adds a folder of your own."
-        )
-    return list(tasks.values())
-
-
-def load_task(manager: TaskManager, task: SweepTask) -> list[Any]:
-    """Return the harness's Task or Group objects of a unit; this loads its data."""
-    if isinstance(task.spec, str):
-        return [task.spec]
-    from lm_eval.tasks._factory import TaskFactory
-    from lm_eval.tasks._index import TaskIndex
-
-    # `TaskManager.load` would hand a dict's own key `task` down to the members of
-    # groups in it, in place of their names.
-    wrapper = TaskFactory(meta=manager.metadata).build(
-        TaskIndex.entry_from_config(task.spec), registry=manager.task_index
-    )
-    return list(wrapper)
-
-
-class _Members:
-    """Expands groups and tags on the level of their YAML, without loading data."""
-
-    def __init__(self, manager: TaskManager) -> None:
-        self._index = manager.task_index
-
-    def of(
-        self, name: str, overrides: dict[str, Any], parent: str | None
-    ) -> Iterator[SweepTask]:
-        from lm_eval.tasks._index import TaskIndex
-
-        entry = self._index.get(name) or TaskIndex.entry_from_path(Path(name))
-        if entry is None:
-            raise ValueError(
-                f"the group {parent} has the member {name}, which no task is called."
-            )
-        if entry.kind.name == "TAG":
-            for member in sorted(entry.tags):
-                yield from self.of(member, overrides, parent)
-        elif entry.kind.name == "GROUP" and not _config(entry).get(
-            "aggregate_metric_list"
-        ):
-            yield from self._of_group(entry.name, _config(entry), overrides)
-        else:
-            key = "group" if entry.kind.name == "GROUP" else "task"
-            yield self._unit(name, entry.name, {**overrides, key: name}, parent)
-
-    def _of_group(
-        self, group: str, config: dict[str, Any], overrides: dict[str, Any]
-    ) -> Iterator[SweepTask]:
-        from lm_eval.tasks._factory import GROUP_FIELD_NAMES
-
-        members = config.get("task")
-        shared = {k: v for k, v in config.items() if k not in GROUP_FIELD_NAMES}
-        shared.update(overrides)
-        for member in members if isinstance(members, list) else []:
-            if isinstance(member, str):
-                yield from self.of(member, shared, group)
-                continue
-            is_group = "group" in member
-            name = member["group" if is_group else "task"]
-            if name in self._index:
-                own = {k: v for k, v in member.items() if k not in ("group", "task")}
-                yield from self.of(name, {**shared, **own}, group)
-            elif is_group and not member.get("aggregate_metric_list"):
-                yield from self._of_group(f"{group}::{name}", member, shared)
-            else:
-                yield self._unit(
-                    name,
-                    f"{group}::{name}",
-                    {**member, **shared} if is_group else {**shared, **member},
-                    group,
-                )
-
-    def _unit(
-        self, name: str, label: str, item: dict[str, Any], parent: str | None
-    ) -> SweepTask:
-        described = _describe([item, self._tree(name)])
-        digest = hashlib.sha256(
-            json.dumps(described, sort_keys=True, default=str).encode()
-        ).hexdigest()
-        plain = len(item) == 1 and (name in self._index or Path(name).is_file())
-        spec = name if plain else {"group": parent or "sweep", "task": [item]}
-        return SweepTask(label, digest, spec)
-
-    def _tree(self, name: str) -> Any:
-        """Return the YAML of a task, or of a group and everything below it."""
-        from lm_eval.tasks._index import TaskIndex
-
-        entry = self._index.get(name) or TaskIndex.entry_from_path(Path(name))
-        if entry is None:
-            return None
-        if entry.kind.name == "TAG":
-            return [self._tree(member) for member in sorted(entry.tags)]
-        config = _config(entry, resolve=False)
-        if entry.kind.name != "GROUP" or not isinstance(config.get("task"), list):
-            return config
-        members = []
-        for member in config["task"]:
-            below = member if isinstance(member, str) else member.get("task")
-            if isinstance(member, dict) and "group" in member:
-                below = member["group"]
-            members.append([member, self._tree(below) if below != name else None])
-        return [config, members]
-
-
-def _config(entry: Any, resolve: bool = True) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    if entry.yaml_path is None:
-        return entry.cfg or {}
-    if not resolve and entry.cfg is not None:
-        return entry.cfg
-    return load_yaml(entry.yaml_path, resolve_func=resolve)
-
-
-def _describe(value: Any) -> Any:
-    """Return `value` with functions and local data replaced by hashes of their files.
-
-    Paths go, so that a task folder may move; contents stay.
-    """
-    if isinstance(value, dict):
-        described = {key: _describe(item) for key, item in value.items()}
-        data = value.get("dataset_path")
-        if isinstance(data, str) and Path(data).is_dir():
-            described["dataset_path"] = _hash_tree(Path(data))
-        files = value.get("dataset_kwargs")
-        if isinstance(files, dict):
-            described["dataset_kwargs"] = _describe_data(files)
-        return described
-    if isinstance(value, (list, tuple)):
-        return [_describe(item) for item in value]
-    if isinstance(value, Callable):  # type: ignore[arg-type]
-        code = getattr(value, "__code__", None)
-        return [
-            getattr(value, "__qualname__", str(value)),
-            _hash_beside(Path(code.co_filename).parent) if code else None,
-        ]
-    if isinstance(value, str) and value.startswith("/") and "\n" not in value:
-        # The loader leaves `!function module.name` as FOLDER/module.name.
-        folder, _, function = value.rpartition("/")
-        module = function.rpartition(".")[0].replace(".", "/")
-        if module and Path(folder, f"{module}.py").is_file():
-            return [function, _hash_beside(Path(folder, f"{module}.py").parent)]
-    return value
-
-
-def _describe_data(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _describe_data(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_describe_data(item) for item in value]
-    if isinstance(value, str) and len(value) < 4096 and "\n" not in value:
-        path = Path(value)
-        if path.is_file():
-            return _hash_file(path)
-        if path.is_dir():
-            return _hash_tree(path)
-        if glob.has_magic(value):
-            return [_hash_file(Path(each)) for each in sorted(glob.glob(value))]
-    return _describe(value)
-
-
-# Files
-
-
-def _source(
-    name: str, revision: str, subfolder: str, argument: str
-) -> dict[str, str | None]:
-    """Return what identifies a checkpoint: of a folder its content, on the Hub the commit.
-
-    Other folders in it, such as the checkpoints of a training, do not count.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        if (folder / subfolder).is_dir():
-            folder /= subfolder
-        return {"sha256": _hash_tree(folder, deep=False)}
-    from transformers.utils import cached_file
-
-    try:
-        path = Path(
-            cached_file(name, _SOURCES[argument], revision=revision) or ""
-        ).parts
-        return {"name": name, "commit": path[path.index("snapshots") + 1]}
-    except (OSError, ValueError, IndexError):
-        return {"name": name, "commit": None}
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_tree(folder: Path, deep: bool = True) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*") if deep else folder.iterdir()):
-        hidden = any(
-            part.startswith(".") or part == "__pycache__"
-            for part in path.relative_to(folder).parts
-        )
-        if path.is_file() and not hidden:
-            digest.update(f"{path.relative_to(folder)}\0{_hash_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash_beside(folder: Path) -> str:
-    """Return the hash of the files that a task's Python file may import or read."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix not in (".yaml", ".yml", ".md", ".pyc"):
-            digest.update(f"{path.name}\0{_hash_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

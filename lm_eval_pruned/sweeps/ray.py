@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.sweeps.plan import Sweep
-from lm_eval_pruned.sweeps.run import UnitRunner, describe_error, part_name
+from lm_eval_pruned.sweeps.runner import UnitRunner, describe_error, part_name
 
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
-    from lm_eval_pruned.sweeps.run import Outcome, Store, Unit
+    from lm_eval_pruned.sweeps.run import Unit
+    from lm_eval_pruned.sweeps.runner import Outcome, Store
     from lm_eval_pruned.util.progress import Progress
 
 #: How often a unit starts again after its worker or node was lost.

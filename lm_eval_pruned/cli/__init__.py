@@ -1,0 +1,45 @@
+"""The command ``lm-eval-pruned``: what surrounds one run of ``lm_eval``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lm_eval_pruned.cli import (
+    check,
+    compare,
+    plan,
+    profile,
+    prune,
+    report,
+    study_energy,
+    sweep,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code.
+
+    Args:
+        argv: Arguments without the program's name; default: those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lm-eval-pruned",
+        description="Width pruning around lm-evaluation-harness. To evaluate a pruned model, "
+        "run `lm_eval --model pruned-hf --model_args ratio=2.0 --tasks ...`.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    plan.add(commands)
+    compare.add(commands)
+    report.add(commands)
+    check.add(commands)
+    sweep.add(commands)
+    profile.add(commands)
+    study_energy.add(commands)
+    prune.add(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"lm-eval-pruned {arguments.command}: error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,99 @@
+"""``lm-eval-pruned check``: results held against a committed baseline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add(commands) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "check",
+        help="hold results against a committed baseline, for CI",
+        description="Hold results against a baseline file. Exit code 0: every expected score is "
+        "there and no worse than its rule allows. 1: one is missing, worse, not a number, or of "
+        "another version of its task. 2: nothing worse was seen, but something could not be "
+        "decided: other documents, shots, templates or widths than the baseline's, too few "
+        "documents for alpha, or input that cannot be read.",
+    )
+    parser.add_argument(
+        "results",
+        metavar="RESULTS",
+        help="results file, folder that `lm_eval --output_path` filled, or sweep folder",
+    )
+    parser.add_argument(
+        "--baseline", required=True, metavar="FILE", help="baseline file"
+    )
+    parser.add_argument(
+        "--format", choices=("text", "json", "junit", "github"), default="text"
+    )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="write the results to the baseline file instead; rules that it has stay",
+    )
+    rules = parser.add_mutually_exclusive_group()
+    rules.add_argument(
+        "--absolute",
+        type=float,
+        metavar="T",
+        help="with --update, rule for metrics new to the baseline: worse by at most T, in the "
+        "metric's own unit (default: 0)",
+    )
+    rules.add_argument(
+        "--relative",
+        type=float,
+        metavar="T",
+        help="the same, worse by at most T times the expected score",
+    )
+    rules.add_argument(
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="the same, not significantly worse at level A; needs --log_samples",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from pathlib import Path
+
+    from lm_eval_pruned.analysis import gate as regression
+
+    given = [
+        regression.Rule(kind, getattr(arguments, kind))
+        for kind in regression.RULES
+        if getattr(arguments, kind) is not None
+    ]
+    if given and not arguments.update:
+        raise ValueError(
+            f"--{given[0].kind} {given[0].value:g} makes rules for a new baseline: give it together "
+            "with --update, or edit the rules in the baseline file."
+        )
+    runs = regression.read_results(arguments.results)
+    if not arguments.update:
+        baseline = regression.read_baseline(arguments.baseline)
+        findings = regression.check(runs, baseline)
+        notes = regression.notes(runs, baseline)
+        print(regression.FORMATS[arguments.format](findings, notes), end="")
+        return regression.exit_code(findings)
+    previous = (
+        regression.read_baseline(arguments.baseline, earlier=True)
+        if Path(arguments.baseline).exists()
+        else None
+    )
+    rule = given[0] if given else regression.Rule("absolute", 0.0)
+    baseline = regression.make_baseline(runs, rule, previous)
+    regression.write_baseline(arguments.baseline, baseline)
+    notes = regression.update_notes(runs, baseline, previous) if previous else []
+    for note in [*notes, *regression.unusable_rules(runs, baseline)]:
+        print(f"NOTE     {note}")
+    print(
+        f"Wrote {len(baseline.expectations)} expected scores to {arguments.baseline}."
+    )
+    return 0

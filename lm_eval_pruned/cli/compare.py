@@ -1,0 +1,53 @@
+"""``lm-eval-pruned compare``: paired statistics of runs against a base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add(commands) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "compare",
+        help="paired statistics of runs against a base",
+        description="Compare runs with a base, task by task: paired differences with interval and "
+        "p from the logged samples, adjusted over the table; across expansion ratios also "
+        "correlations and trends.",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="RESULTS",
+        help="the base, then the runs: results files, folders that `lm_eval --output_path` filled, "
+        "or sweep folders; one sweep folder alone is compared with its own baseline",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.05,
+        metavar="A",
+        help="level of the tests; intervals cover 1 - A (default: 0.05)",
+    )
+    parser.add_argument(
+        "--subtasks",
+        action="store_true",
+        help="compare the members of groups too, such as the subjects of MMLU",
+    )
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from lm_eval_pruned.analysis import comparison
+
+    base, runs = comparison.read_comparands(arguments.paths)
+    result = comparison.compare(
+        base, runs, alpha=arguments.alpha, subtasks=arguments.subtasks
+    )
+    print(comparison.FORMATS[arguments.format](result), end="")
+    return 0

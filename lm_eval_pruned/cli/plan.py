@@ -1,0 +1,69 @@
+"""``lm-eval-pruned plan``: widths and parameters at several sizes, from a config alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add(commands) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "plan",
+        help="widths and parameters at several sizes, from a config alone",
+        description="Print kept width, expansion ratio, parameters and checkpoint bytes at "
+        "several sizes. Reads the config of a model, never its weights.",
+    )
+    parser.add_argument(
+        "--pretrained",
+        required=True,
+        metavar="NAME_OR_FOLDER",
+        help="model to plan for",
+    )
+    sizes = parser.add_mutually_exclusive_group(required=True)
+    sizes.add_argument(
+        "--ratios",
+        nargs="+",
+        metavar="R",
+        help="expansion ratios to keep, such as 3.6 2.0",
+    )
+    sizes.add_argument(
+        "--prune_percents",
+        nargs="+",
+        metavar="P",
+        help="shares of neurons to remove, in percent",
+    )
+    parser.add_argument(
+        "--multiple_of",
+        default="1",
+        metavar="N",
+        help="round kept widths down to a multiple of N (default: 1)",
+    )
+    parser.add_argument("--revision", default="main", help="revision on the Hub")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run model code that comes with the model",
+    )
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from lm_eval_pruned.checkpoints import planning
+
+    argument = "ratio" if arguments.ratios else "prune_percent"
+    rows = planning.plan_rows(
+        arguments.pretrained,
+        argument,
+        arguments.ratios or arguments.prune_percents,
+        multiple_of=arguments.multiple_of,
+        revision=arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(planning.FORMATS[arguments.format](rows), end="")
+    return 0

@@ -1,0 +1,118 @@
+"""``lm-eval-pruned prune``: a pruned model as an ordinary checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add(commands) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "prune",
+        help="write a pruned model as an ordinary checkpoint",
+        description="Write a pruned model as an ordinary checkpoint: safetensors shards, config "
+        "with the new width, tokenizer files, model card. The weights are streamed, so the model "
+        "may be larger than the memory.",
+    )
+    parser.add_argument(
+        "--pretrained",
+        required=True,
+        metavar="NAME_OR_FOLDER",
+        help="model to prune",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder to write; new or empty",
+    )
+    sizes = parser.add_mutually_exclusive_group(required=True)
+    sizes.add_argument("--ratio", metavar="R", help="expansion ratio to keep")
+    sizes.add_argument(
+        "--prune_percent", metavar="P", help="share of neurons to remove, in percent"
+    )
+    sizes.add_argument(
+        "--intermediate_size", metavar="K", help="kept width, in neurons"
+    )
+    parser.add_argument(
+        "--multiple_of",
+        default="1",
+        metavar="N",
+        help="round the kept width down to a multiple of N (default: 1)",
+    )
+    layers = parser.add_mutually_exclusive_group()
+    layers.add_argument("--layers", help="layers to prune, such as 4-11 (default: all)")
+    layers.add_argument("--skip_layers", help="layers to leave as they are")
+    parser.add_argument(
+        "--criterion", default="maw", help="importance score (default: maw)"
+    )
+    parser.add_argument("--seed", default="0", help="seed of the criterion random")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE.jsonl",
+        help="text for the criteria that look at activations",
+    )
+    parser.add_argument(
+        "--calibration_samples",
+        metavar="N",
+        help="use its first N texts (default: all)",
+    )
+    parser.add_argument("--revision", default="main", help="revision on the Hub")
+    parser.add_argument("--subfolder", default="", help="folder in the repository")
+    parser.add_argument("--gguf_file", help="GGUF file to read instead of safetensors")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run model code that comes with the model",
+    )
+    parser.add_argument(
+        "--dtype", help="dtype to store weights in (default: as stored)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="where calibration text is run through the model (default: cpu)",
+    )
+    parser.add_argument(
+        "--max_shard_size",
+        default="50GB",
+        metavar="SIZE",
+        help="largest weight file (default: 50GB)",
+    )
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="REPO",
+        help="upload the finished folder to this repository on the Hub",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from lm_eval_pruned.checkpoints.export import export_pruned
+    from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
+
+    given = vars(arguments)
+    sizes = ("ratio", "prune_percent", "intermediate_size")
+    others = ("multiple_of", "criterion", "seed", "layers", "skip_layers")
+    text = ("calibration", "calibration_samples")
+    export = export_pruned(
+        arguments.pretrained,
+        arguments.output,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        max_shard_size=arguments.max_shard_size,
+        push_to_hub=arguments.push_to_hub,
+        prune_arguments={name: given[name] for name in (*sizes, *others, *text)},
+        **{name: given[name] for name in SOURCE_ARGUMENTS},
+    )
+    print(export.record.as_table())
+    print(
+        f"Wrote {export.weight_bytes:,} bytes of weights in {export.shards} "
+        f"file{'s' if export.shards != 1 else ''} to {export.folder}."
+    )
+    return 0

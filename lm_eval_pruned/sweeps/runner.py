@@ -1,0 +1,298 @@
+"""One unit of a sweep: evaluating it with the model at hand, and keeping what came of it."""
+
+from __future__ import annotations
+
+import gc
+import glob
+import json
+import logging
+import time
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.pruning.scores import KnownScores
+from lm_eval_pruned.sweeps.fingerprints import fingerprint
+from lm_eval_pruned.sweeps.folder import SweepFolder, own_scores
+from lm_eval_pruned.sweeps.plan import MODEL, Sweep
+from lm_eval_pruned.sweeps.tasks import load_task
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lm_eval.api.model import LM
+
+    from lm_eval_pruned.sweeps.plan import Configuration
+    from lm_eval_pruned.sweeps.tasks import SweepTask
+
+    Unit = tuple[Configuration, SweepTask]
+
+
+logger = logging.getLogger("lm_eval.pruned.sweep")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one unit ended.
+
+    Attributes:
+        unit: Configuration and task.
+        seconds: Time the evaluation took, without loading the model.
+        scores: The unit's own metrics; empty after a failure.
+        error: None, or ``type``, ``message`` and ``traceback`` of the failure.
+    """
+
+    unit: Unit
+    seconds: float
+    scores: dict[str, float]
+    error: dict[str, str] | None
+
+
+class UnitRunner:
+    """Evaluates units, holding one model at a time, and the scores of all neurons.
+
+    Args:
+        sweep: The plan.
+        part: Distinguishes the cache files of processes that run side by side.
+
+    Attributes:
+        holds: Id of the configuration whose model is loaded, or None.
+    """
+
+    def __init__(self, sweep: Sweep, part: str = "") -> None:
+        self._sweep = sweep
+        self._part = part
+        self._lm: LM | None = None
+        self._known = KnownScores()
+        self._load_error: tuple[Exception, Any] | None = None
+        self.holds: str | None = None
+
+    def run(self, configuration: Configuration, task: SweepTask, folder: Path) -> float:
+        """Evaluate one unit and write the harness's files of it to `folder`.
+
+        Returns:
+            Seconds the evaluation took, without loading the model.
+
+        Raises:
+            Exception: Whatever loading or evaluating raised.
+        """
+        lm = self._model(configuration)
+        start = time.perf_counter()
+        try:
+            results, tracker = self._evaluate(lm, configuration, task)
+        finally:
+            self._drop_cache(lm)
+        if results is not None:
+            _write(results, tracker, folder)
+        return time.perf_counter() - start
+
+    def release(self) -> None:
+        """Free the model's memory."""
+        self._lm = self.holds = self._load_error = None
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _model(self, configuration: Configuration) -> LM:
+        if self.holds != configuration.id:
+            self.release()
+            from lm_eval.api.registry import get_model
+
+            self.holds = configuration.id
+            settings = self._sweep.settings
+            logger.info("Loading %s.", configuration.id)
+            try:
+                with self._known.in_use():
+                    self._lm = get_model(MODEL).create_from_arg_obj(
+                        self._sweep.model_args(configuration),
+                        {
+                            "batch_size": settings.batch_size,
+                            "max_batch_size": settings.max_batch_size,
+                            "device": settings.device,
+                        },
+                    )
+            except Exception as error:  # noqa: BLE001
+                # The frames of the traceback keep what was loaded so far.
+                traceback.clear_frames(error.__traceback__)
+                self._load_error = error, error.__traceback__
+        if self._load_error is not None:
+            failure, frames = self._load_error
+            raise failure.with_traceback(frames)
+        assert self._lm is not None
+        # Automatic batch sizes were found for the lengths of another task.
+        if hasattr(self._lm, "batch_sizes"):
+            self._lm.batch_sizes = {}
+        # The results of a unit are of that unit alone.
+        self._lm.begin_evaluation()  # type: ignore[attr-defined]
+        return self._lm
+
+    def _evaluate(self, lm: LM, configuration: Configuration, task: SweepTask):
+        from lm_eval import simple_evaluate
+        from lm_eval.loggers import EvaluationTracker
+
+        settings = self._sweep.settings
+        model_args = self._sweep.model_args(configuration)
+        manager = self._sweep.task_manager(configuration)
+        # The tracker writes beside a path that ends in .json; the folder comes later.
+        tracker = EvaluationTracker()
+        seed = settings.seed or [None] * 4
+        results = simple_evaluate(
+            model=lm,
+            model_args=model_args,
+            tasks=load_task(manager, task),
+            num_fewshot=settings.num_fewshot,
+            batch_size=settings.batch_size,
+            max_batch_size=settings.max_batch_size,
+            device=settings.device,
+            use_cache=self._cache(configuration),
+            limit=settings.limit,
+            samples=settings.samples,
+            log_samples=settings.log_samples,
+            evaluation_tracker=tracker,
+            system_instruction=settings.system_instruction,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.fewshot_as_multiturn,
+            gen_kwargs=settings.gen_kwargs,
+            task_manager=manager,
+            predict_only=settings.predict_only,
+            random_seed=seed[0],
+            numpy_random_seed=seed[1],
+            torch_random_seed=seed[2],
+            fewshot_random_seed=seed[3],
+            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+            metadata=self._sweep.metadata(configuration),
+        )
+        if results is not None:
+            # What `lm_eval run` records where it makes the model itself.
+            results["config"]["model"] = MODEL
+            tracker.general_config_tracker.model_source = MODEL
+        return results, tracker
+
+    def _cache(self, configuration: Configuration) -> str | None:
+        """Return a cache that no other model and no other process shares.
+
+        The harness's key of a response holds the request and nothing of the model.
+        """
+        prefix = self._sweep.settings.use_cache
+        if prefix is None:
+            return None
+        model = fingerprint(self._sweep.model_definition(configuration))[:12]
+        return f"{prefix}_{configuration.id}_{model}{self._part}"
+
+    @staticmethod
+    def _drop_cache(lm: LM) -> None:
+        from lm_eval.api.model import CacheHook
+
+        cache = getattr(getattr(lm, "cache_hook", None), "dbdict", None)
+        if cache is not None:
+            cache.close()
+            lm.set_cache_hook(CacheHook(None))
+
+
+class Store:
+    """Keeps outcomes in the sweep's folder, all of them in one way."""
+
+    def __init__(
+        self, sweep: Sweep, folder: SweepFolder, prints: dict[tuple[str, str], str]
+    ) -> None:
+        self._sweep = sweep
+        self._folder = folder
+        self._prints = prints
+        self.new_unit = folder.new_unit
+
+    def keep(
+        self,
+        unit: Unit,
+        files: Path,
+        seconds: float,
+        error: dict[str, str] | None = None,
+    ) -> Outcome:
+        """Put a unit into its place.
+
+        Args:
+            unit: Configuration and task.
+            files: Folder from `new_unit`, with the harness's files.
+            seconds: Time the evaluation took.
+            error: What the unit failed with, from `describe_error`; `files` is then
+                emptied.
+        """
+        scores: dict[str, float] = {}
+        if error is None:
+            (results,) = files.glob("results_*.json")
+            scores = own_scores(json.loads(results.read_text(encoding="utf-8")))
+        else:
+            for file in files.iterdir():
+                file.unlink()
+            (files / "error.json").write_text(
+                json.dumps(error, indent=2, ensure_ascii=False) + "\n",
+                encoding="utf-8",
+            )
+        configuration, task = unit
+        self._folder.commit(
+            files,
+            configuration.id,
+            task.name,
+            {
+                "configuration": configuration.id,
+                "task": task.name,
+                "fingerprint": self._prints[unit_key(unit)],
+                "seconds": round(seconds, 3),
+                "definition": self._sweep.definition(configuration, task),
+            },
+        )
+        return Outcome(unit, seconds, scores, error)
+
+
+def describe_error(error: BaseException) -> dict[str, str]:
+    """Return type, message and traceback of `error` as text."""
+    kind = type(error)
+    name = kind.__qualname__
+    if kind.__module__ != "builtins":
+        name = f"{kind.__module__}.{name}"
+    return {
+        "type": name,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+def part_name(shard: tuple[int, int] | None) -> str:
+    """Return what tells the cache files of a shard from those of another."""
+    return f"_shard{shard[0]}of{shard[1]}" if shard else ""
+
+
+def _write(results: dict[str, Any], tracker: Any, folder: Path) -> None:
+    """Let the harness write its files, and make sure that it did.
+
+    Raises:
+        OSError: A file is missing or cut short; the harness only logs that.
+    """
+    samples = results.pop("samples", None)
+    tracker.output_path = str(folder / "results.json")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    written = list(folder.glob("results_*.json"))
+    try:
+        json.loads(written[0].read_text(encoding="utf-8"))
+    except (IndexError, ValueError):
+        raise OSError(
+            f"the results could not be written to {folder}: is the disk full?"
+        ) from None
+    for name in results["configs"] if samples is not None else ():
+        tracker.save_results_samples(task_name=name, samples=samples[name])
+        lines = 0
+        for file in folder.glob(f"samples_{glob.escape(name)}_*.jsonl"):
+            with open(file, "rb") as content:
+                lines += sum(line.endswith(b"\n") for line in content)
+        if lines != len(samples[name]):
+            raise OSError(
+                f"{lines} of {len(samples[name])} samples of {name} were written to {folder}: "
+                "is the disk full?"
+            )
+
+
+def unit_key(unit: Unit) -> tuple[str, str]:
+    """Return the ids of a unit's configuration and task."""
+    return unit[0].id, unit[1].name
