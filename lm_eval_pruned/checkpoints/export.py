@@ -143,7 +143,9 @@ def export_pruned(
         OSError: The checkpoint is missing or damaged, or the disk is full.
 
     Example:
-        >>> export_pruned("meta-llama/Llama-3.2-1B", "llama-40", prune_arguments={"prune_percent": 40})
+        ```python
+        export_pruned("org/model", "model-40", prune_arguments={"prune_percent": 40})
+        ```
     """
     output = Path(output)
     _check_output(output)

@@ -172,9 +172,24 @@ def load_pruned(
     Source: arXiv 2512.22671, section 3.
 
     Example:
-        >>> model = load_pruned("meta-llama/Llama-3.2-1B", prune_percent=40)
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(
+        ...     hidden_size=32,
+        ...     intermediate_size=128,
+        ...     num_hidden_layers=2,
+        ...     num_attention_heads=4,
+        ...     vocab_size=64,
+        ... )
+        >>> with TemporaryDirectory() as folder:
+        ...     LlamaForCausalLM(tiny).save_pretrained(folder)
+        ...     model = load_pruned(folder, prune_percent=40)
         >>> model.config.intermediate_size
-        4916
+        77
+        >>> model.model.layers[0].mlp.down_proj.weight.shape
+        torch.Size([32, 77])
+        >>> model.prune_record.parameters_before, model.prune_record.parameters_after
+        (37024, 27232)
     """
     import transformers
 

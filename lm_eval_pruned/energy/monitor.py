@@ -297,10 +297,12 @@ class EnergyMonitor:
             that runs on one.
 
     Example:
-        >>> monitor = EnergyMonitor(CodecarbonMeter())
-        >>> monitor.begin_window("evaluation")
-        >>> reading = monitor.end_window("evaluation")
-        >>> reading.joules.total, reading.mean_watts
+        ```python
+        monitor = EnergyMonitor(CodecarbonMeter())
+        monitor.begin_window("evaluation")
+        reading = monitor.end_window("evaluation")
+        print(reading.joules.total, reading.mean_watts)
+        ```
     """
 
     def __init__(

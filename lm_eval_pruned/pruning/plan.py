@@ -45,6 +45,10 @@ class PrunePlan:
         >>> plan = PrunePlan.from_arguments(2048, 8192, prune_percent=40)
         >>> plan.width, f"{plan.ratio:.4f}"
         (4916, '2.4004')
+        >>> PrunePlan.from_arguments(2048, 8192, ratio=5)
+        Traceback (most recent call last):
+            ...
+        ValueError: ratio=5 is above the model's own expansion ratio 8192/2048: pass at most 4, ...
     """
 
     hidden_size: int
@@ -137,6 +141,9 @@ class PrunePlan:
             calibration_samples: How many of its texts to use, from the first on;
                 default: all.
             available_layers: Numbers of the layers that have a GLU-MLP.
+
+        Returns:
+            The plan; without a size it is the baseline, whose `width` is `width_before`.
 
         Raises:
             ValueError: One sentence naming the argument, its value and what would

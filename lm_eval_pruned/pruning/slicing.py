@@ -252,9 +252,19 @@ def prune_model(
     Source: arXiv 2512.22671, section 3.
 
     Example:
-        >>> model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")
-        >>> prune_model(model, ratio=2.4).config.intermediate_size
-        4916
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(
+        ...     hidden_size=32,
+        ...     intermediate_size=128,
+        ...     num_hidden_layers=2,
+        ...     num_attention_heads=4,
+        ...     vocab_size=64,
+        ... )
+        >>> model = prune_model(LlamaForCausalLM(tiny), ratio=2.0)
+        >>> model.model.layers[0].mlp.gate_proj.weight.shape
+        torch.Size([64, 32])
+        >>> [kept.shape for kept in model.prune_record.kept]
+        [torch.Size([64]), torch.Size([64])]
     """
     widths = widths_in_memory(model)
     plan = widths.plan(
