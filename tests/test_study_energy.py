@@ -13,7 +13,7 @@ from lm_eval_pruned import study_energy
 from lm_eval_pruned.cli import main
 
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "energy.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "measurements" / "energy.md"
 
 
 @pytest.fixture(scope="module")
