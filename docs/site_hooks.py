@@ -69,7 +69,7 @@ def printed(*arguments: str) -> str:
     """Return what the command prints; it needs nothing but Python for its help."""
     sys.path.insert(0, str(ROOT))
     before = dict(os.environ)
-    os.environ.update(COLUMNS="88", NO_COLOR="1")
+    os.environ.update(COLUMNS="74", NO_COLOR="1")
     text = io.StringIO()
     try:
         from lm_eval_pruned.cli import main
