@@ -15,6 +15,7 @@ import runpy
 import shlex
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -365,3 +366,32 @@ def test_the_links_of_the_readme_lead_somewhere():
                 r"^#+ (.+)$", (ROOT / name).read_text("utf-8"), re.MULTILINE
             )
             assert anchor in {re.sub(r"\W+", "-", title.lower()) for title in titles}
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """What `mkdocs.yml` hooks into the build of the site."""
+    return runpy.run_path(str(ROOT / "docs" / "site_hooks.py"))
+
+
+def test_the_page_of_the_command_line_holds_every_command(hooks):
+    page = hooks["commands"]()
+    for name in ("plan", "prune", "sweep", "compare", "report", "check", "profile"):
+        assert f"\n## {name}\n" in page
+        assert f"usage: lm-eval-pruned {name} " in page
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        '<script src="https://cdn.example/a.js"></script>',
+        "<img alt='' src='//images.example/a.png'>",
+        '<link rel="stylesheet" href="https://fonts.example/css">',
+    ],
+)
+def test_a_page_that_loads_from_another_host_is_refused(hooks, tag):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    harmless = '<a href="https://arxiv.org">x</a><img src="a.svg"><script>1</script>'
+    assert hooks["on_post_page"](harmless, page=page) == harmless
+    with pytest.raises(ValueError, match=r"page\.md loads from another host"):
+        hooks["on_post_page"](harmless + tag, page=page)
