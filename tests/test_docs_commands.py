@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import importlib.util
 import inspect
 import re
 import runpy
@@ -218,6 +219,15 @@ def check(words: tuple[str, ...], parse) -> None:
         assert program in NOT_PARSED, f"no parser is known for {program}"
 
 
+def command_of(module: str) -> str:
+    """Return the command that ``python -m MODULE`` is; fail if it can not be run so."""
+    found = importlib.util.find_spec(module)
+    assert found is not None, module
+    if found.submodule_search_locations is not None:
+        assert importlib.util.find_spec(f"{module}.__main__"), module
+    return {"lm_eval": "lm_eval", "lm_eval_pruned.cli": "lm-eval-pruned"}[module]
+
+
 def launched(program: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     """Parse the launcher's own options; return the command that it starts."""
     if program == "torchrun":
@@ -231,9 +241,7 @@ def launched(program: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
         parsed = launch_command_parser().parse_args(arguments[1:])
     started = parsed.training_script
     if parsed.module:
-        started = {"lm_eval": "lm_eval", "lm_eval_pruned.cli": "lm-eval-pruned"}[
-            started
-        ]
+        started = command_of(started)
     elif found := re.fullmatch(r"\$\(which (\S+)\)", started):
         started = found[1]
     return (started, *parsed.training_script_args)
@@ -245,11 +253,8 @@ def check_python(arguments: tuple[str, ...], parse) -> None:
         compile(arguments[1], "documentation", "exec")
         return
     if arguments[0] == "-m":
-        module, arguments = arguments[1], arguments[2:]
-        if module in ("lm_eval", "lm_eval_pruned.cli"):
-            check((module.partition(".")[0].replace("_p", "-p"), *arguments), parse)
-        else:
-            assert module in ("venv", "pip", "pytest"), module
+        if arguments[1] not in ("venv", "pip", "pytest"):
+            check((command_of(arguments[1]), *arguments[2:]), parse)
         return
     script = ROOT / arguments[0]
     assert script.is_file(), arguments[0]
@@ -319,6 +324,9 @@ def test_commands_are_found():
         "torchrun --standalone --nproc 2 -m lm_eval --modle pruned-hf",
         "accelerate launch --num_processes 2 -m lm_eval --modle pruned-hf",
         "python benchmarks/load_memory.py --no-such-option",
+        "python -m lm_eval --modle pruned-hf",
+        "python -m lm_eval_pruned.cli plan --no_such_option",
+        "python -m lm_eval_pruned",
         "python benchmarks/gone.py",
         "sh benchmarks/gpu_check.sh --no-such-option",
         "tox -e gone",
