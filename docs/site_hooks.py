@@ -38,6 +38,11 @@ def on_startup(**_):
     shutil.copytree(ROOT / "lm_eval_pruned", package, ignore=no_caches)
     for folder in ("model_wrappers", "tasks"):
         shutil.copytree(ROOT / folder, package / folder, ignore=no_caches)
+    for path in package.rglob("*.py"):
+        # Google's style has both names for the section; mkdocstrings knows the plural alone.
+        source = path.read_text(encoding="utf-8")
+        plural = re.sub(r"^( +)Example:$", r"\1Examples:", source, flags=re.MULTILINE)
+        path.write_text(plural, encoding="utf-8")
 
 
 def on_page_markdown(markdown, **_):
