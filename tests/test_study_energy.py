@@ -13,7 +13,7 @@ from lm_eval_pruned.cli import main
 from lm_eval_pruned.energy import study as study_energy
 
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "energy.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "measurements" / "energy.md"
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 `study.csv` beside this file holds the raw runs as they were published with the
 paper (Martra 2025): Llama-3.2-1B on one NVIDIA L4, 7 sizes, 6 workloads, 3 seeds.
 Figures only. Columns ``published_...`` keep that name because they are not what the
-study calls them. The text ends up in ``docs/energy.md`` as it is printed.
+study calls them. The text ends up in ``docs/measurements/energy.md`` as it is printed.
 """
 
 from __future__ import annotations
