@@ -20,8 +20,9 @@ with without_collections():
     from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, merged
     from lm_eval_pruned.checkpoints.damage import check_config, clear_config_errors
     from lm_eval_pruned.checkpoints.default_model import find_default_model
-    from lm_eval_pruned.checkpoints.load import Request, load_with_arguments
+    from lm_eval_pruned.checkpoints.load import load_with_arguments
     from lm_eval_pruned.checkpoints.parallel import check_divisible
+    from lm_eval_pruned.checkpoints.request import Request
     from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
     from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
     from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints import load as loading
+from lm_eval_pruned.checkpoints import narrowed
 from lm_eval_pruned.pruning import slicing as pruning
 from lm_eval_pruned.pruning.scores import KnownScores
 
@@ -24,7 +24,7 @@ PERCENTS = [0, 10, 20, 30, 40, 50, 60]
 def scored(monkeypatch):
     """The names of the MLPs that are scored from now on."""
     names = []
-    for module in (loading, pruning):
+    for module in (narrowed, pruning):
 
         def counted(plan, name, *args, score=module.score, **kwargs):
             names.append(name)
@@ -38,13 +38,13 @@ def scored(monkeypatch):
 def read(monkeypatch):
     """The projections that loads read from the checkpoint from now on."""
     entries = []
-    original = loading.NarrowedTensor.read
+    original = narrowed.NarrowedTensor.read
 
     def watched(self):
         entries.append(self.projection)
         return original(self)
 
-    monkeypatch.setattr(loading.NarrowedTensor, "read", watched)
+    monkeypatch.setattr(narrowed.NarrowedTensor, "read", watched)
     return entries
 
 

@@ -279,7 +279,7 @@ def test_widths_per_layer_in_the_config(tmp_path):
 
 
 def test_layers_of_different_width_are_not_split_or_replaced(tmp_path, monkeypatch):
-    from lm_eval_pruned.checkpoints import load as loading
+    from lm_eval_pruned.checkpoints import session
     from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
 
     class Replaced(torch.nn.Parameter):
@@ -293,7 +293,7 @@ def test_layers_of_different_width_are_not_split_or_replaced(tmp_path, monkeypat
         return mlps
 
     save_family(tmp_path, "llama", 16)
-    monkeypatch.setattr(loading, "find_glu_mlps", find_replaced)
+    monkeypatch.setattr(session, "find_glu_mlps", find_replaced)
     with pytest.raises(UnsupportedModelError, match="quantization_config"):
         load_pruned(tmp_path, layers=1, prune_percent=50)
     even = load_pruned(tmp_path, prune_percent=50)

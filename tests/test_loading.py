@@ -26,8 +26,22 @@ from transformers import (
 )
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.checkpoints import load as loading
+from lm_eval_pruned.checkpoints import load as loading, narrowed
 from lm_eval_pruned.checkpoints.damage import check_counts
+from lm_eval_pruned.checkpoints.narrowed import (
+    AssembledTensor,
+    NarrowedMlp,
+    NarrowedTensor,
+    SlotOfSource,
+)
+from lm_eval_pruned.checkpoints.request import (
+    Request,
+    _refuse_quantised,
+    _resolve_config,
+)
+from lm_eval_pruned.checkpoints.route import RouteDeclined
+from lm_eval_pruned.checkpoints.session import Session
+from lm_eval_pruned.checkpoints.sources import _converted_sources
 from lm_eval_pruned.checkpoints.transformers_api import standing_in
 from lm_eval_pruned.pruning.layouts import Slot, UnsupportedModelError
 from lm_eval_pruned.pruning.scores import KnownScores, ScoreTable
@@ -67,14 +81,14 @@ def test_scores_follow_the_weights_in_their_target_dtype(tiny_llama, dtype):
 
 def test_every_projection_is_read_once_and_where_it_lies(tiny_llama, monkeypatch):
     lies_in_the_file = []
-    read = loading.NarrowedTensor.read
+    read = NarrowedTensor.read
 
     def watched(self):
         weight = read(self)
         lies_in_the_file.append(weight.data_ptr() == read(self).data_ptr())
         return weight
 
-    monkeypatch.setattr(loading.NarrowedTensor, "read", watched)
+    monkeypatch.setattr(NarrowedTensor, "read", watched)
     load_pruned(str(tiny_llama), ratio=1, dtype=torch.bfloat16)
     assert len(lies_in_the_file) == 9, "every projection of the three layers"
     assert all(lies_in_the_file), "not a copy"
@@ -83,7 +97,7 @@ def test_every_projection_is_read_once_and_where_it_lies(tiny_llama, monkeypatch
 def test_a_thread_that_would_wait_scores_a_later_layer(tiny_llama, monkeypatch):
     scored, others = [], threading.Event()
 
-    def watched(plan, name, *args, score=loading.score, **kwargs):
+    def watched(plan, name, *args, score=narrowed.score, **kwargs):
         scored.append(name)
         if name == "model.layers.0.mlp":
             assert others.wait(60), "nobody scores another layer meanwhile"
@@ -91,7 +105,7 @@ def test_a_thread_that_would_wait_scores_a_later_layer(tiny_llama, monkeypatch):
             others.set()
         return score(plan, name, *args, **kwargs)
 
-    monkeypatch.setattr(loading, "score", watched)
+    monkeypatch.setattr(narrowed, "score", watched)
     monkeypatch.setattr("transformers.core_model_loading.GLOBAL_WORKERS", 2)
     expected = prune_model(AutoModelForCausalLM.from_pretrained(tiny_llama), ratio=1)
     slicing.assert_same_model(load_pruned(str(tiny_llama), ratio=1), expected)
@@ -127,7 +141,7 @@ def test_criteria_that_copy_weights_see_one_layer_at_a_time(
 ):
     scoring, most = [], []
 
-    def watched(*args, score=loading.score, **kwargs):
+    def watched(*args, score=narrowed.score, **kwargs):
         scoring.append(args[1])
         most.append(len(scoring))
         try:
@@ -135,7 +149,7 @@ def test_criteria_that_copy_weights_see_one_layer_at_a_time(
         finally:
             scoring.pop()
 
-    monkeypatch.setattr(loading, "score", watched)
+    monkeypatch.setattr(narrowed, "score", watched)
     load_pruned(str(tiny_llama), ratio=1, criterion=criterion, dtype=torch.bfloat16)
     assert most == [1, 1, 1]
 
@@ -384,7 +398,7 @@ def test_the_garbage_collector_is_left_as_it_was(tiny_llama, copied):
 
 
 def request_for(folder, arguments=None, **prune_arguments):
-    return loading.Request.resolve(
+    return Request.resolve(
         AutoModelForCausalLM, str(folder), prune_arguments, arguments or {}
     )
 
@@ -566,7 +580,7 @@ def test_only_the_first_model_of_a_session_is_pruned(tiny_llama):
     """A class may load another model while it is loaded."""
     request = request_for(tiny_llama, ratio=1)
     targets = request.widths.targets(request.plan)
-    session = loading._Session(request.plan, request.widths, targets)
+    session = Session(request.plan, request.widths, targets)
     with standing_in(session):
         first = request.load(request.widths.narrowed_config(targets))
         second = AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -588,18 +602,18 @@ def test_checkpoints_that_are_no_safetensors_are_declined(
     tiny_llama, state_dict, files, why
 ):
     request = request_for(tiny_llama, ratio=1)
-    session = loading._Session(request.plan, request.widths, {})
-    with pytest.raises(loading._RouteDeclined, match=why):
+    session = Session(request.plan, request.widths, {})
+    with pytest.raises(RouteDeclined, match=why):
         session._open_files(state_dict, files)
 
 
 def test_zero3_gathers_weights_itself(tiny_llama, monkeypatch):
     request = request_for(tiny_llama, ratio=1)
-    session = loading._Session(request.plan, request.widths, {})
+    session = Session(request.plan, request.widths, {})
     monkeypatch.setattr(
         "transformers.integrations.is_deepspeed_zero3_enabled", lambda: True
     )
-    with pytest.raises(loading._RouteDeclined, match="DeepSpeed"):
+    with pytest.raises(RouteDeclined, match="DeepSpeed"):
         session._open_files(None, [str(tiny_llama / "model.safetensors")])
 
 
@@ -623,8 +637,8 @@ def narrowed_mlp(request, width=32, sources=None):
     """Return the entries of the first MLP of a Llama, and its state dict."""
     mlp = request.widths.mlps[0]
     targets = dict.fromkeys(request.widths.actual, width)
-    session = loading._Session(request.plan, request.widths, targets)
-    narrowed = loading._NarrowedMlp(session, mlp, 88, width)
+    session = Session(request.plan, request.widths, targets)
+    glu = NarrowedMlp(session, mlp, 88, width)
     target = (torch.device("cpu"), torch.bfloat16)
     weights = {
         "down_proj": torch.randn(32, 88),
@@ -632,10 +646,10 @@ def narrowed_mlp(request, width=32, sources=None):
         "up_proj": torch.randn(88, 32),
     } | (sources or {})
     entries = {
-        name: narrowed.add(name, "weight", Entry(weight), target)
+        name: glu.add(name, "weight", Entry(weight), target)
         for name, weight in weights.items()
     }
-    return narrowed, entries, weights
+    return glu, entries, weights
 
 
 def test_entries_look_like_tensors_of_the_kept_width(tiny_llama):
@@ -698,7 +712,7 @@ def test_fused_entries_are_assembled(tiny_llama):
     request = request_for(tiny_llama, ratio=1)
     mlp, entries, weights = narrowed_mlp(request)
     halves = [Slot("p", half=0), Slot("p", half=1)]
-    pair = loading.AssembledTensor(
+    pair = AssembledTensor(
         dict(zip(halves, (entries["gate_proj"], entries["up_proj"]), strict=True))
     )
     kept = mlp.kept()
@@ -717,14 +731,14 @@ def test_fused_entries_are_assembled(tiny_llama):
 
 def test_a_part_of_an_entry_is_an_entry():
     tensor = torch.randn(10, 4)
-    part = loading._SlotOfSource(Slot("p", half=1), Entry(tensor, "F16"))
+    part = SlotOfSource(Slot("p", half=1), Entry(tensor, "F16"))
     assert part.get_shape() == [5, 4]
     assert part.get_dtype() == "F16"
     assert torch.equal(part[...], tensor[5:])
     assert part[...].is_contiguous()
     assert torch.equal(part[1:3], tensor[6:8])
     # A damaged entry has no such part; its whole shape is what the message shows.
-    broken = loading._SlotOfSource(Slot("p", expert=3), Entry(torch.randn(2, 4)))
+    broken = SlotOfSource(Slot("p", expert=3), Entry(torch.randn(2, 4)))
     assert broken.get_shape() == [2, 4]
 
 
@@ -737,14 +751,14 @@ def converter(sources, targets, *operations):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "phi3"])
 def test_what_was_merged_is_saved_as_it_was_stored(family, tmp_path, monkeypatch):
     layouts.save_family(tmp_path / "source", family, 16)
-    merge = loading._Session.merge
+    merge = Session.merge
     entries = []
 
     def watched(self, *args):
         entries.append(merge(self, *args))
         return entries[-1]
 
-    monkeypatch.setattr(loading._Session, "merge", watched)
+    monkeypatch.setattr(Session, "merge", watched)
     model = load_pruned(str(tmp_path / "source"), intermediate_size=8)
     stored = {}
     for name in ("source", "saved"):
@@ -780,23 +794,23 @@ def test_experts_stored_one_by_one_are_told_apart():
         for expert in (1, 0)
     ]
     keys = ["experts.0.w3", "experts.1.w3"]
-    assert loading._converted_sources("p", "w3", keys, merge, places) == {
+    assert _converted_sources("p", "w3", keys, merge, places) == {
         key: [(f"mlp{i}", ("up_proj", "weight"), Slot("p", i, 1), None)]
         for i, key in enumerate(keys)
     }
-    first = loading._converted_sources("p", "w1", ["a", "b"], merge, places)
+    first = _converted_sources("p", "w1", ["a", "b"], merge, places)
     assert first["b"] == [("mlp1", ("gate_proj", "weight"), Slot("p", 1, 0), None)]
 
     single = converter(["w2"], ["down"], MergeModulelist())
     downs = [(f"mlp{i}", ("down_proj", "weight"), Slot("p", i)) for i in (0, 1)]
-    assert loading._converted_sources("p", "w2", ["a", "b"], single, downs) == {
+    assert _converted_sources("p", "w2", ["a", "b"], single, downs) == {
         key: [(f"mlp{i}", ("down_proj", "weight"), Slot("p", i), None)]
         for i, key in enumerate("ab")
     }
 
     fuse = converter(["gate", "up"], ["both"], Concatenate(0))
     halves = [("mlp", (n, "weight"), Slot("p", half=i)) for i, n in enumerate("gu")]
-    assert loading._converted_sources("p", "up", ["k"], fuse, halves) == {
+    assert _converted_sources("p", "up", ["k"], fuse, halves) == {
         "k": [("mlp", ("u", "weight"), Slot("p", half=1), None)]
     }
 
@@ -838,19 +852,19 @@ _HALVES = [("m", "x", Slot("p", half=i)) for i in (0, 1)]
     ],
 )
 def test_other_ways_of_computing_a_weight_are_declined(conversion, keys, places):
-    with pytest.raises(loading._RouteDeclined, match="computes p from other tensors"):
-        loading._converted_sources("p", "a", list("kl")[:keys], conversion, places)
+    with pytest.raises(RouteDeclined, match="computes p from other tensors"):
+        _converted_sources("p", "a", list("kl")[:keys], conversion, places)
 
 
 def test_quantised_checkpoints_are_told_by_their_config():
     def refuse(quantisation, **arguments):
-        loading._refuse_quantised(
+        _refuse_quantised(
             types.SimpleNamespace(quantization_config=quantisation), arguments
         )
 
     refuse(None)
     refuse({"quant_method": "gguf"}, gguf_file="a.gguf")
-    loading._refuse_quantised(types.SimpleNamespace(), {})
+    _refuse_quantised(types.SimpleNamespace(), {})
     method = types.SimpleNamespace(value="awq")
     as_object = types.SimpleNamespace(to_dict=lambda: {"quant_method": method})
     for quantisation, said in (
@@ -873,7 +887,7 @@ def test_arguments_are_for_the_config_or_for_the_model(tiny_llama):
         "attn_implementation": "eager",
         "low_cpu_mem_usage": True,
     }
-    config, rest = loading._resolve_config(str(tiny_llama), dict(arguments))
+    config, rest = _resolve_config(str(tiny_llama), dict(arguments))
     assert config.rms_norm_eps == 0.5
     assert config.dtype == torch.float32, "what the checkpoint says"
     for name in ("dtype", "quantization_config", "revision", "trust_remote_code"):
@@ -995,9 +1009,9 @@ def test_biases_are_no_part_of_the_ranking(tmp_path):
 def test_down_is_looked_through_once(tiny_llama, monkeypatch):
     checked = []
     monkeypatch.setattr(
-        loading,
+        narrowed,
         "check_finite",
-        lambda name, *args, check=loading.check_finite: (
+        lambda name, *args, check=narrowed.check_finite: (
             checked.append(name),
             check(name, *args),
         ),
@@ -1044,10 +1058,8 @@ def test_widths_that_change_while_they_are_read_are_told(copied):
     """The first pass found widths that the second one does not."""
     load_pruned(str(copied), ratio=1, layers=1).save_pretrained(copied)
     names = [f"model.layers.{layer}.mlp" for layer in range(3)]
-    found = loading._WidthsDiffer(dict(zip(names, (40, 88, 88), strict=True)))
-    request = loading.Request.resolve(
-        AutoModelForCausalLM, str(copied), {"intermediate_size": 40}, {}, found
-    )
+    found = dict(zip(names, (40, 88, 88), strict=True))
+    request = request_for(copied, intermediate_size=40).with_widths(found)
     with pytest.raises(
         ValueError, match=r"layers\.0\.mlp has 88 .* says 40: correct in"
     ):
@@ -1072,7 +1084,7 @@ def test_errors_while_loading_do_not_lead_to_another_way_of_loading(
     def fail(*args, **kwargs):
         raise error("out of order")
 
-    monkeypatch.setattr(loading, "score", fail)
+    monkeypatch.setattr(narrowed, "score", fail)
     with pytest.raises(
         ValueError, match=f"cannot be loaded .{error.__name__}: .*order"
     ):

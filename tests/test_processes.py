@@ -79,7 +79,7 @@ def test_widths_that_tensor_parallelism_cannot_split(
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
-        "lm_eval_pruned.checkpoints.load.Request.load",
+        "lm_eval_pruned.checkpoints.request.Request.load",
         lambda *a: pytest.fail("weights were read"),
     )
     with pytest.raises(ValueError, match=message):

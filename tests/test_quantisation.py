@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.load import NarrowedTensor
+from lm_eval_pruned.checkpoints.narrowed import NarrowedTensor
 
 from . import checkpoints, demo_runs
 

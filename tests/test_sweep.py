@@ -413,15 +413,15 @@ def test_model_is_loaded_once_per_configuration(options, monkeypatch):
 
 
 def test_neurons_are_scored_once_for_all_ratios(options, monkeypatch):
-    from lm_eval_pruned.checkpoints import load as loading
+    from lm_eval_pruned.checkpoints import narrowed
 
     scored = []
 
-    def counted(plan, name, *args, score=loading.score, **kwargs):
+    def counted(plan, name, *args, score=narrowed.score, **kwargs):
         scored.append(name)
         return score(plan, name, *args, **kwargs)
 
-    monkeypatch.setattr(loading, "score", counted)
+    monkeypatch.setattr(narrowed, "score", counted)
     options["ratios"] = ["1", "1.25", "1.5", "1.75", "2", "2.25", "2.5"]
     assert run_sweep(options) == 0
     assert sorted(scored) == [f"model.layers.{layer}.mlp" for layer in range(3)]

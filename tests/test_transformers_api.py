@@ -20,8 +20,9 @@ from transformers import (
 from transformers.core_model_loading import WeightRenaming
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.checkpoints import load as loading, transformers_api
+from lm_eval_pruned.checkpoints import transformers_api
 from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.checkpoints.request import Request
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
 from . import checkpoints, slicing
@@ -280,7 +281,7 @@ def test_a_record_of_pruning_says_what_was_kept(tiny_llama):
     with pytest.raises(ValueError, match="kept neurons of 3 MLPs, not of 0"):
         type(record).of(
             record.plan,
-            loading.Request.resolve(
+            Request.resolve(
                 AutoModelForCausalLM, str(tiny_llama), {"ratio": 1}, {}
             ).widths,
             2,

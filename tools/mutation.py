@@ -49,13 +49,16 @@ TESTS = {
         "test_layouts_layers.py",
         "test_calibration.py",
     ],
-    "checkpoints.load": [
-        "test_loading.py",
-        "test_transformers_api.py",
-        "test_known_scores.py",
-        "test_layouts_layers.py",
-        "test_pruning.py",
-    ],
+    **{
+        f"checkpoints.{part}": [
+            "test_loading.py",
+            "test_transformers_api.py",
+            "test_known_scores.py",
+            "test_layouts_layers.py",
+            "test_pruning.py",
+        ]
+        for part in ("load", "request", "route", "session", "narrowed", "sources")
+    },
     "checkpoints.transformers_api": ["test_transformers_api.py", "test_loading.py"],
 }
 #: Of the many replacements of one operator, how many to try at each place.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from lm_eval_pruned.checkpoints.load import Request
+    from lm_eval_pruned.checkpoints.request import Request
 
 #: When an adapter is applied, relative to the pruning.
 STAGES = ("after", "before")

@@ -21,17 +21,16 @@ import torch
 from tqdm import tqdm
 
 from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
-from lm_eval_pruned.checkpoints.load import (
+from lm_eval_pruned.checkpoints.load import load_with_arguments
+from lm_eval_pruned.checkpoints.narrowed import AssembledTensor, NarrowedTensor
+from lm_eval_pruned.checkpoints.request import Request
+from lm_eval_pruned.checkpoints.route import (
     OWN_WAY,
-    AssembledTensor,
-    NarrowedTensor,
-    Request,
-    _clear_errors,
-    _RouteDeclined,
-    _Session,
-    _WidthsDiffer,
-    load_with_arguments,
+    RouteDeclined,
+    clear_errors,
+    with_stored_widths,
 )
+from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.shards import (
     DTYPE_NAMES,
     ITEM_BYTES,
@@ -165,14 +164,8 @@ def export_pruned(
         writer = _Writer(
             folder, unfinished, target_dtype, torch.device(device), max_shard_size
         )
-        try:
-            streamed = _stream(request, writer)
-        except _WidthsDiffer as found:
-            request = Request.resolve(
-                auto_class, pretrained, prune_arguments, asked_for, found
-            )
-            streamed = _stream(request, writer)
-        record = streamed or _save_whole(request, prune_arguments, source, writer)
+        streamed = with_stored_widths(request, lambda asked: _stream(asked, writer))
+        record = streamed or _save_whole(request, source, writer)
         card = _model_card(pretrained, source.get("revision"), folder, record)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         weights = sorted(unfinished.glob("*.safetensors"))
@@ -213,11 +206,11 @@ def _stream(request: Request, writer: _Writer) -> PruneRecord | None:
         with (
             contextlib.closing(session),
             standing_in(session),
-            _clear_errors(session, request),
+            clear_errors(session, request),
             contextlib.suppress(_Written),
         ):
             request.load(narrowed)
-            raise _RouteDeclined(OWN_WAY)
+            raise RouteDeclined(OWN_WAY)
     if session.declined is not None:
         _check_prunes(plan)
         return None
@@ -247,7 +240,7 @@ class _Written(Exception):
     """The weights are written, so transformers has nothing left to load."""
 
 
-class _ExportSession(_Session):
+class _ExportSession(Session):
     """A load that ends in files: the weights never reach a model."""
 
     def __init__(self, request: Request, targets: Mapping[str, int], writer: _Writer):
@@ -275,7 +268,7 @@ class _ExportSession(_Session):
         _write_shards(tensors, self._writer)
         raise _Written
 
-    def _entries_of(self, file: str) -> dict[str, Any]:
+    def entries_of(self, file: str) -> dict[str, Any]:
         from safetensors import safe_open
 
         # A mapped file counts as private memory, so files are mapped only while read.
@@ -320,15 +313,15 @@ def _layer_by_layer(entries: dict[str, Any]) -> list[str]:
 def _owner(entry: Any) -> int:
     """Identify the MLP to which an entry belongs; other entries stand for themselves."""
     if isinstance(entry, AssembledTensor):
-        entry = next(iter(entry._pieces.values()))
-    return id(entry._mlp if isinstance(entry, NarrowedTensor) else entry)
+        entry = next(iter(entry.pieces.values()))
+    return id(entry.mlp if isinstance(entry, NarrowedTensor) else entry)
 
 
 def _stored(key: str, entry: Any, dtype: torch.dtype | None) -> StoredTensor:
     name = entry.get_dtype()
     if name not in ITEM_BYTES:
         logger.warning("The model is loaded and saved, because %s is %s.", key, name)
-        raise _RouteDeclined(f"{key} is stored as {name}")
+        raise RouteDeclined(f"{key} is stored as {name}")
     is_number = name.startswith(("F", "BF")) and not name.startswith("F8")
     if not is_number or dtype not in DTYPE_NAMES:
         dtype = None
@@ -495,7 +488,6 @@ def _apply_changes(
 
 def _save_whole(
     request: Request,
-    prune_arguments: dict[str, Any],
     source: dict[str, Any],
     writer: _Writer,
 ) -> PruneRecord:
@@ -505,7 +497,7 @@ def _save_whole(
     model = load_with_arguments(
         request.auto_class,
         request.pretrained,
-        prune_arguments,
+        request.prune_arguments,
         {
             **source,
             "dtype": writer.dtype or "auto",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from lm_eval_pruned.checkpoints.load import Request
+    from lm_eval_pruned.checkpoints.request import Request
 
 
 def check_divisible(request: Request, processes: int) -> None:

@@ -143,6 +143,10 @@ class Widths:
         """Return the model on the meta device, of `config` or else of its own."""
         return self._build(self.config if config is None else config)
 
+    def of(self, actual: Mapping[str, int]) -> Widths:
+        """Return those of the same model with the width `actual` of each MLP, by name."""
+        return Widths(self.original, self._build, actual)
+
     @property
     def primary(self) -> GluMlp:
         """The MLP to which sizes refer: the first expert, else the first of all."""

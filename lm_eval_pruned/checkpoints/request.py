@@ -1,0 +1,309 @@
+"""A model that is to be loaded and pruned, as far as its config tells."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from inspect import getattr_static
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.checkpoints.damage import (
+    check_complete,
+    check_config,
+    check_widths_fit,
+    clear_config_errors,
+    clear_load_errors,
+)
+from lm_eval_pruned.checkpoints.quantisation import (
+    quantising_arguments,
+    with_quantisation,
+)
+from lm_eval_pruned.checkpoints.skeleton import skeleton
+from lm_eval_pruned.checkpoints.transformers_api import unknown_loader
+from lm_eval_pruned.pruning.calibration import check_observable, read_texts
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError, slots_by_parameter
+from lm_eval_pruned.pruning.scores import ScoreTable, known_scores
+from lm_eval_pruned.pruning.widths import Widths
+from lm_eval_pruned.util.garbage import without_collections
+
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Hashable, Mapping
+
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
+    from lm_eval_pruned.pruning.plan import PrunePlan
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.loading")
+
+
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+#: Arguments of `from_pretrained` that AutoConfig must not absorb into the config.
+_MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be loaded, known before any weight is read.
+
+    Attributes:
+        auto_class: The transformers class to load with.
+        pretrained: Folder or Hub name of the model.
+        plan: What to do to the GLU-MLPs.
+        widths: The widths that they have.
+        model_arguments: Keyword arguments of ``from_pretrained`` besides the config.
+        prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
+    """
+
+    auto_class: Any
+    pretrained: str
+    plan: PrunePlan
+    widths: Widths
+    model_arguments: dict[str, Any]
+    prune_arguments: dict[str, Any]
+
+    @classmethod
+    def resolve(
+        cls,
+        auto_class: Any,
+        pretrained: str,
+        prune_arguments: dict[str, Any],
+        from_pretrained: dict[str, Any],
+    ) -> Request:
+        """Read the config of a model and plan its pruning.
+
+        Takes the arguments of `lm_eval_pruned.checkpoints.load.load_with_arguments`.
+
+        Raises:
+            ValueError: An argument is out of range.
+            UnsupportedModelError: The model cannot be pruned.
+            OSError: The config cannot be read.
+        """
+        with clear_config_errors(pretrained):
+            config, model_arguments = _resolve_config(pretrained, dict(from_pretrained))
+            _refuse_quantised(config, model_arguments)
+
+        def build(config: PretrainedConfig) -> PreTrainedModel:
+            return skeleton(
+                auto_class,
+                config,
+                trust_remote_code=bool(from_pretrained.get("trust_remote_code")),
+            )
+
+        with without_collections(), clear_config_errors(pretrained):
+            widths = Widths(config, build)
+            plan = widths.plan(**prune_arguments)
+        return cls(
+            auto_class, pretrained, plan, widths, model_arguments, prune_arguments
+        )
+
+    def with_widths(self, actual: Mapping[str, int]) -> Request:
+        """Return the same request for layers that have widths of their own.
+
+        Args:
+            actual: The width of each MLP in the checkpoint, by name.
+
+        Raises:
+            ValueError: An argument is out of range for these widths.
+        """
+        logger.info(
+            "The layers of %s have widths of their own: its tensors have from %d to %d "
+            "neurons.",
+            self.pretrained,
+            min(actual.values()),
+            max(actual.values()),
+        )
+        with without_collections(), clear_config_errors(self.pretrained):
+            widths = self.widths.of(actual)
+            plan = widths.plan(**self.prune_arguments)
+        return dataclasses.replace(self, plan=plan, widths=widths)
+
+    def score_table(self) -> ScoreTable:
+        """Return the scores that an earlier load left for this one; empty if none did."""
+        known = known_scores()
+        key = None if known is None else self._scores_key()
+        return ScoreTable() if known is None or key is None else known.table(key)
+
+    def _scores_key(self) -> Hashable | None:
+        """Identify what scores depend on; None where the checkpoint's content is not known."""
+        checkpoint = self._content()
+        if checkpoint is None:
+            return None
+        plan, text = self.plan, None
+        if plan.calibration is not None:
+            text = (_stamp(Path(plan.calibration)), plan.calibration_samples)
+        arguments = sorted((k, repr(v)) for k, v in self.model_arguments.items())
+        return (
+            checkpoint,
+            self.auto_class,
+            tuple(arguments),
+            plan.criterion,
+            plan.seed,
+            text,
+        )
+
+    def _content(self) -> Hashable | None:
+        """Identify the checkpoint's content as it is now; None where that cannot be told."""
+        folder = Path(self.pretrained)
+        if not folder.is_dir():
+            # A commit of the Hub never changes.
+            commit = getattr(self.widths.original, "_commit_hash", None)
+            return commit and (self.pretrained, commit)
+        folder /= self.model_arguments.get("subfolder") or ""
+        return tuple(
+            _stamp(path) for path in sorted(folder.iterdir()) if path.is_file()
+        )
+
+    def must_load_whole(self, known: ScoreTable | None = None) -> str | None:
+        """Return why the model cannot be pruned while it loads, if that is known.
+
+        Args:
+            known: Scores from an earlier load of the same model.
+        """
+        if self.model_arguments.get("gguf_file") is not None:
+            return "it is a GGUF file"
+        if (unknown := unknown_loader()) is not None:
+            return unknown
+        if not self.plan.prunes or self.plan.calibration is None:
+            return None
+        if known is not None and known.covers(
+            self.widths.actual, self.widths.targets(self.plan)
+        ):
+            return None
+        return f"criterion={self.plan.criterion} looks at its activations"
+
+    def check_prunable_in_memory(self, why: str | None) -> None:
+        """Refuse what pruning after loading cannot do, before the weights are read.
+
+        Args:
+            why: Why the model is not pruned while it loads.
+
+        Raises:
+            ValueError: The model would be quantised first, or its calibration text
+                cannot be read.
+            UnsupportedModelError: Its activations cannot be observed.
+        """
+        if not self.plan.prunes:
+            return
+        quantising = quantising_arguments(self.model_arguments)
+        if self.model_arguments.get("gguf_file") is not None:
+            # That one describes the file.
+            quantising = [n for n in quantising if n != "quantization_config"]
+        if quantising:
+            raise ValueError(
+                f"{quantising[0]} quantises the model while it loads, but it has to be pruned "
+                f"afterwards, because {why}: export the pruned model first "
+                "(lm-eval-pruned prune), or leave the quantisation out."
+            )
+        if self.plan.calibration is not None:
+            read_texts(self.plan.calibration, self.plan.calibration_samples)
+            check_observable(self.widths.skeleton())
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer that belongs to the model."""
+        from transformers import AutoTokenizer
+
+        names = (*_HUB_ARGUMENTS, "trust_remote_code", "gguf_file")
+        arguments = {
+            name: self.model_arguments[name]
+            for name in names
+            if self.model_arguments.get(name) is not None
+        }
+        return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
+
+    def load(
+        self, config: PretrainedConfig, neurons: Collection[str] = ()
+    ) -> PreTrainedModel:
+        """Load the model as transformers does, with `config`.
+
+        Args:
+            config: The config.
+            neurons: Parameters that have to be as wide as they are stored, even if
+                the user lets other shapes differ.
+        """
+        from transformers import GgufConfig, PreTrainedModel
+
+        arguments = with_quantisation(self.model_arguments)
+        if arguments.get("gguf_file") is not None:
+            # Blocks of a GGUF file can be neither ranked nor sliced.
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        loader = getattr_static(self.widths.model_class, "from_pretrained")
+        if loader is not getattr_static(PreTrainedModel, "from_pretrained"):
+            # A loader of its own need not know how to tell what was missing.
+            return self.auto_class.from_pretrained(
+                self.pretrained, config=config, **arguments
+            )
+        model, found = self.auto_class.from_pretrained(
+            self.pretrained, config=config, output_loading_info=True, **arguments
+        )
+        check_complete(found["missing_keys"])
+        check_widths_fit(found.get("mismatched_keys", ()), neurons)
+        return model
+
+    def load_whole(self) -> PreTrainedModel:
+        """Load the model unpruned.
+
+        Raises:
+            ValueError: It is damaged, or an argument is wrong.
+        """
+        with clear_load_errors(self.pretrained, self.model_arguments):
+            neurons = slots_by_parameter(self.widths.mlps)
+            return self.load(self.widths.original, neurons)
+
+
+def _resolve_config(
+    pretrained: str, arguments: dict[str, Any]
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Split `arguments` into the config they describe and what is left for the model.
+
+    Mirrors `transformers.models.auto.auto_factory._BaseAutoModelClass.from_pretrained`.
+    """
+    from transformers import AutoConfig
+
+    kept = {name: arguments.pop(name) for name in _MODEL_ARGUMENTS if name in arguments}
+    kept |= {name: arguments[name] for name in _HUB_ARGUMENTS if name in arguments}
+    for name in ("trust_remote_code", "gguf_file"):
+        if name in arguments:
+            kept[name] = arguments[name]
+    if arguments.get("gguf_file") is None:
+        check_config(pretrained, arguments)
+    config, unused = AutoConfig.from_pretrained(
+        pretrained, return_unused_kwargs=True, **arguments
+    )
+    return config, {**unused, **kept}
+
+
+def _refuse_quantised(config: PretrainedConfig, arguments: dict[str, Any]) -> None:
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None or arguments.get("gguf_file") is not None:
+        return
+    if not isinstance(quantisation, dict):
+        quantisation = quantisation.to_dict()
+    method = quantisation.get("quant_method", "unknown")
+    raise UnsupportedModelError(
+        f"The checkpoint is quantised already (quant_method={getattr(method, 'value', method)}), "
+        "and quantised neurons can be neither ranked nor sliced: pass the unquantised checkpoint "
+        "it was made from."
+    )
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
