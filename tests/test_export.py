@@ -364,7 +364,7 @@ def test_an_interrupted_export_leaves_nothing(
     if when == "second shard":
         monkeypatch.setattr(export_module, "write_shard", interrupted)
     else:
-        name = {"config": "_write_config", "card": "_model_card"}[when]
+        name = {"config": "write_config", "card": "model_card"}[when]
         monkeypatch.setattr(export_module, name, broken)
     with pytest.raises(KeyboardInterrupt):
         export_pruned(

@@ -1,6 +1,6 @@
 """Exporting a pruned model as an ordinary checkpoint, layer by layer.
 
-The checkpoint is opened the way `lm_eval_pruned.checkpoints.load` opens it, but instead of
+The checkpoint is opened the way it is for loading (`lm_eval_pruned.checkpoints.session`), but instead of
 filling a model, its entries go straight to new shards. No more than one MLP, or one
 other tensor, is in memory at a time.
 """
@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
+from lm_eval_pruned.checkpoints.card import model_card
+from lm_eval_pruned.checkpoints.companions import (
+    copy_companions,
+    source_folder,
+    write_config,
+    write_json,
+)
 from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.narrowed import AssembledTensor, NarrowedTensor
@@ -52,30 +57,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
-    from transformers import PretrainedConfig
 
 logger = logging.getLogger("lm_eval.pruned.export")
 
 #: As in `transformers.PreTrainedModel.save_pretrained`.
 MAX_SHARD_SIZE = "50GB"
-#: Files beside the weights that an exported checkpoint keeps as they are.
-_KEPT_FILES = (
-    "*.json",
-    "*.txt",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-_MODEL_CODE = "*.py"
-_OWN_FILES = ("config.json", "trainer_state.json", "adapter_config.json")
-_INDEX = ".index.json"
-#: Model-card fields of the source that stay true of the pruned model.
-_KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
 
 
 @dataclass(frozen=True)
@@ -159,14 +145,14 @@ def export_pruned(
     request = Request.resolve(auto_class, pretrained, prune_arguments, asked_for)
     if not request.plan.asked.keys() & {"ratio", "intermediate_size"}:
         _check_prunes(request.plan)
-    folder = _source_folder(pretrained, source)
+    folder = source_folder(pretrained, source)
     with appearing_whole(output) as unfinished:
         writer = _Writer(
             folder, unfinished, target_dtype, torch.device(device), max_shard_size
         )
         streamed = with_stored_widths(request, lambda asked: _stream(asked, writer))
         record = streamed or _save_whole(request, source, writer)
-        card = _model_card(pretrained, source.get("revision"), folder, record)
+        card = model_card(pretrained, source.get("revision"), folder, record)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         weights = sorted(unfinished.glob("*.safetensors"))
         size = sum(path.stat().st_size for path in weights)
@@ -215,8 +201,8 @@ def _stream(request: Request, writer: _Writer) -> PruneRecord | None:
         _check_prunes(plan)
         return None
     warn_inexpressible(widths, targets)
-    _copy_companions(writer.source, writer.folder)
-    _write_config(widths.original, narrowed, writer)
+    copy_companions(writer.source, writer.folder)
+    write_config(widths.original, narrowed, writer.source, writer.folder, writer.dtype)
     return PruneRecord.of(
         plan,
         widths,
@@ -360,13 +346,7 @@ def _write_shards(tensors: list[StoredTensor], writer: _Writer) -> None:
             "metadata": {"total_size": total},
             "weight_map": dict(sorted(split.tensor_to_filename.items())),
         }
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(
-        json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _check_output(output: Path) -> None:
@@ -415,77 +395,6 @@ def _auto_class(pretrained: str, source: dict[str, Any]) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _source_folder(pretrained: str, source: dict[str, Any]) -> Path:
-    """Return the folder that holds the files beside the weights, fetching them if need be."""
-    folder = Path(pretrained)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        below = f"{source['subfolder']}/" if source.get("subfolder") else ""
-        wanted = (*_KEPT_FILES, _MODEL_CODE, "README.md")
-        folder = Path(
-            snapshot_download(
-                pretrained,
-                revision=source.get("revision"),
-                cache_dir=source.get("cache_dir"),
-                token=source.get("token"),
-                local_files_only=bool(source.get("local_files_only")),
-                allow_patterns=[f"{below}{pattern}" for pattern in wanted],
-            )
-        )
-    return folder / (source.get("subfolder") or "")
-
-
-def _copy_companions(folder: Path, output: Path) -> None:
-    patterns = [*_KEPT_FILES]
-    if "auto_map" in _raw_config(folder):
-        patterns.append(_MODEL_CODE)
-    for pattern in patterns:
-        for path in sorted(folder.glob(pattern)):
-            target = output / path.relative_to(folder)
-            if (
-                path.is_file()
-                and path.name not in _OWN_FILES
-                and not path.name.endswith(_INDEX)
-            ):
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
-
-
-def _raw_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def _write_config(
-    original: PretrainedConfig, narrowed: PretrainedConfig, writer: _Writer
-) -> None:
-    """Write the source's config.json with the new widths, and nothing else changed."""
-    raw = _raw_config(writer.source)
-    _apply_changes(raw, original.to_dict(), narrowed.to_dict())
-    dtype = writer.dtype
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        for part in (raw, *(v for v in raw.values() if isinstance(v, dict))):
-            for key in ("dtype", "torch_dtype"):
-                if key in part:
-                    part[key] = name
-        if "torch_dtype" not in raw:
-            raw["dtype"] = name
-    _write_json(writer.folder / "config.json", raw)
-
-
-def _apply_changes(
-    raw: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
-) -> None:
-    for key, value in after.items():
-        if value == before.get(key):
-            continue
-        if isinstance(value, dict) and isinstance(raw.get(key), dict):
-            _apply_changes(raw[key], before[key], value)
-        else:
-            raw[key] = value
-
-
 def _save_whole(
     request: Request,
     source: dict[str, Any],
@@ -506,7 +415,7 @@ def _save_whole(
     )
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
     if source.get("gguf_file") is None:
-        _copy_companions(writer.source, writer.folder)
+        copy_companions(writer.source, writer.folder)
     else:
         AutoTokenizer.from_pretrained(request.pretrained, **source).save_pretrained(
             writer.folder
@@ -516,74 +425,6 @@ def _save_whole(
         model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(writer.folder, max_shard_size=writer.max_shard_size)
     return record
-
-
-def _model_card(
-    pretrained: str, revision: str | None, folder: Path, record: PruneRecord
-) -> str:
-    """Return the README.md of the exported checkpoint."""
-    from huggingface_hub import ModelCardData
-
-    local = Path(pretrained).is_dir()
-    known = _source_card(folder)
-    name = Path(pretrained).resolve().name if local else pretrained
-    if not local and revision:
-        name += f" (revision {revision})"
-    fields = ModelCardData(
-        base_model=None if local else pretrained,
-        library_name="transformers",
-        tags=["width-pruning", "glu", "lm-eval-pruned"],
-        **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
-    )
-    plan = record.plan
-    lines = record.as_table().splitlines()
-    rows = "\n".join(line for line in lines if line.startswith("|"))
-    summary = "\n\n".join(line for line in lines if not line.startswith("|"))
-    opens = (
-        "The checkpoint opens in stock transformers and `lm_eval --model hf`."
-        if record.config_expresses_widths
-        else "Its layers differ in width, which its config cannot express: it opens with "
-        "`lm_eval_pruned.load_pruned` and `lm_eval --model pruned-hf`."
-    )
-    return f"""---
-{fields.to_yaml()}
----
-
-# {name}, width-pruned to {plan.width:,} neurons per MLP
-
-`lm-eval-pruned {version("lm-eval-pruned")}` removed neurons from the GLU-MLPs of {name}. No other
-weight was changed, and nothing was trained afterwards.
-
-{rows}
-
-{summary}
-
-Each neuron is a row of the gate and up projections with its column of the down projection. Neurons were
-ranked by the criterion `{plan.criterion}`, the {plan.width:,} best of {plan.width_before:,} stayed in their
-original order, and ties went to the lower index. The digest is SHA-256 over the kept indices of all layers
-(little-endian int64): the same request on the same weights gives the same digest.
-
-```json
-{json.dumps(record.as_dict(), indent=2)}
-```
-
-{opens} Width pruning costs knowledge more than it costs
-instruction following (arXiv 2512.22671), so evaluate the model for your use before relying on it.
-"""
-
-
-def _source_card(folder: Path) -> dict[str, Any]:
-    """Return the metadata of the source's model card; empty where it has none."""
-    from huggingface_hub import ModelCard
-
-    path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    try:
-        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except Exception as error:  # noqa: BLE001
-        logger.warning("%s cannot be read as a model card (%s).", path, error)
-        return {}
 
 
 def _push(folder: Path, repository: str) -> None:

@@ -1,0 +1,86 @@
+"""The model card of an exported checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from lm_eval_pruned.pruning.slicing import PruneRecord
+
+logger = logging.getLogger("lm_eval.pruned.export")
+
+#: Model-card fields of the source that stay true of the pruned model.
+_KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
+
+
+def model_card(
+    pretrained: str, revision: str | None, folder: Path, record: PruneRecord
+) -> str:
+    """Return the README.md of the exported checkpoint."""
+    from huggingface_hub import ModelCardData
+
+    local = Path(pretrained).is_dir()
+    known = _source_card(folder)
+    name = Path(pretrained).resolve().name if local else pretrained
+    if not local and revision:
+        name += f" (revision {revision})"
+    fields = ModelCardData(
+        base_model=None if local else pretrained,
+        library_name="transformers",
+        tags=["width-pruning", "glu", "lm-eval-pruned"],
+        **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
+    )
+    plan = record.plan
+    lines = record.as_table().splitlines()
+    rows = "\n".join(line for line in lines if line.startswith("|"))
+    summary = "\n\n".join(line for line in lines if not line.startswith("|"))
+    opens = (
+        "The checkpoint opens in stock transformers and `lm_eval --model hf`."
+        if record.config_expresses_widths
+        else "Its layers differ in width, which its config cannot express: it opens with "
+        "`lm_eval_pruned.load_pruned` and `lm_eval --model pruned-hf`."
+    )
+    return f"""---
+{fields.to_yaml()}
+---
+
+# {name}, width-pruned to {plan.width:,} neurons per MLP
+
+`lm-eval-pruned {version("lm-eval-pruned")}` removed neurons from the GLU-MLPs of {name}. No other
+weight was changed, and nothing was trained afterwards.
+
+{rows}
+
+{summary}
+
+Each neuron is a row of the gate and up projections with its column of the down projection. Neurons were
+ranked by the criterion `{plan.criterion}`, the {plan.width:,} best of {plan.width_before:,} stayed in their
+original order, and ties went to the lower index. The digest is SHA-256 over the kept indices of all layers
+(little-endian int64): the same request on the same weights gives the same digest.
+
+```json
+{json.dumps(record.as_dict(), indent=2)}
+```
+
+{opens} Width pruning costs knowledge more than it costs
+instruction following (arXiv 2512.22671), so evaluate the model for your use before relying on it.
+"""
+
+
+def _source_card(folder: Path) -> dict[str, Any]:
+    """Return the metadata of the source's model card; empty where it has none."""
+    from huggingface_hub import ModelCard
+
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # noqa: BLE001
+        logger.warning("%s cannot be read as a model card (%s).", path, error)
+        return {}
