@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lm_eval_pruned.pruning.plan import Layers, Number
-    from lm_eval_pruned.pruning.slicing import PruneRecord
+    from lm_eval_pruned.pruning.record import PruneRecord
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 

@@ -13,9 +13,7 @@ from torch import nn
 from lm_eval_pruned.checkpoints.skeleton import skeleton
 from lm_eval_pruned.pruning.layouts import (
     GluMlp,
-    Slot,
     UnsupportedModelError,
-    assemble,
     count_parameters,
     describe,
     find_glu_mlps,
@@ -23,6 +21,7 @@ from lm_eval_pruned.pruning.layouts import (
     slots_by_parameter,
     text_config,
 )
+from lm_eval_pruned.pruning.slots import Slot, assemble
 
 from . import checkpoints
 from .layouts import FAMILIES, overrides

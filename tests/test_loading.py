@@ -43,8 +43,9 @@ from lm_eval_pruned.checkpoints.route import RouteDeclined
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.sources import _converted_sources
 from lm_eval_pruned.checkpoints.transformers_api import standing_in
-from lm_eval_pruned.pruning.layouts import Slot, UnsupportedModelError
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.scores import KnownScores, ScoreTable
+from lm_eval_pruned.pruning.slots import Slot
 
 from . import checkpoints, layouts, slicing
 from .checkpoints import edit_config, edit_weights

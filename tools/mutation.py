@@ -43,12 +43,18 @@ EQUIVALENT = ROOT / "tests" / "data" / "equivalent_mutants.json"
 TESTS = {
     "pruning.plan": ["test_expansion.py", "test_planning.py"],
     "pruning.criteria": ["test_criteria.py", "test_criteria_registry.py"],
-    "pruning.layouts": ["test_glu.py", "test_layouts_properties.py"],
-    "pruning.slicing": [
-        "test_pruning.py",
-        "test_layouts_layers.py",
-        "test_calibration.py",
-    ],
+    **{
+        f"pruning.{part}": ["test_glu.py", "test_layouts_properties.py"]
+        for part in ("layouts", "slots")
+    },
+    **{
+        f"pruning.{part}": [
+            "test_pruning.py",
+            "test_layouts_layers.py",
+            "test_calibration.py",
+        ]
+        for part in ("slicing", "record")
+    },
     **{
         f"checkpoints.{part}": [
             "test_loading.py",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from lm_eval_pruned.pruning.slicing import PruneRecord
+    from lm_eval_pruned.pruning.record import PruneRecord
 
 logger = logging.getLogger("lm_eval.pruned.export")
 

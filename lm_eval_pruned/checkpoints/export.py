@@ -48,7 +48,8 @@ from lm_eval_pruned.checkpoints.transformers_api import (
     target_names,
 )
 from lm_eval_pruned.pruning.plan import SIZE_ARGUMENTS, PrunePlan
-from lm_eval_pruned.pruning.slicing import PruneRecord, warn_inexpressible
+from lm_eval_pruned.pruning.record import PruneRecord
+from lm_eval_pruned.pruning.slicing import warn_inexpressible
 from lm_eval_pruned.util.atomic import appearing_whole
 
 

@@ -19,8 +19,8 @@ from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.transformers_api import standing_in
 from lm_eval_pruned.pruning.alignment import warn_misaligned
 from lm_eval_pruned.pruning.layouts import count_parameters
+from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.slicing import (
-    PruneRecord,
     carry_out,
     choose_experts_implementation,
     warn_inexpressible,

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lm_eval_pruned.pruning.criteria import kept_set
-from lm_eval_pruned.pruning.layouts import NEURON_AXIS, GluMlp, Slot, assemble
+from lm_eval_pruned.pruning.layouts import NEURON_AXIS, GluMlp
 from lm_eval_pruned.pruning.slicing import check_finite, narrow, score
+from lm_eval_pruned.pruning.slots import Slot, assemble
 
 
 if TYPE_CHECKING:

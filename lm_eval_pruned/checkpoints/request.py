@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.loading")
 
-
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -53,8 +52,6 @@ _HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
-
-
 #: Arguments of `from_pretrained` that AutoConfig must not absorb into the config.
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 

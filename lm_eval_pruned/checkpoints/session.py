@@ -30,7 +30,6 @@ from lm_eval_pruned.checkpoints.transformers_api import (
 from lm_eval_pruned.pruning.criteria import proves_finite
 from lm_eval_pruned.pruning.layouts import (
     GluMlp,
-    Slot,
     UnsupportedModelError,
     describe,
     find_glu_mlps,
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.slots import Slot
     from lm_eval_pruned.pruning.widths import Widths
 
 

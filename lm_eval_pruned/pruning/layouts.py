@@ -3,18 +3,19 @@
 All knowledge of module names, of fused and stacked weights and of models that
 cannot be pruned lives here. A GLU-MLP computes
 ``down_proj(act(gate_proj(x)) * up_proj(x))``; neuron i is row i of gate and up
-with column i of down. A parameter of the model may hold one projection, gate and
-up together, or those of many experts: a `Slot` says which part of it is meant.
+with column i of down. What several projections in one parameter look like is said in
+`lm_eval_pruned.pruning.slots`.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-import torch
 from torch import nn
+
+from lm_eval_pruned.pruning.slots import Slot, assemble
 
 
 if TYPE_CHECKING:
@@ -40,101 +41,6 @@ _STACKED = (("gate_up_proj", "down_proj"),)
 
 class UnsupportedModelError(ValueError):
     """The model has no GLU-MLP, or one of a layout that cannot be pruned."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The part of a parameter that holds one projection of one GLU-MLP.
-
-    Attributes:
-        parameter: Full name of the parameter in the model.
-        expert: Position on its first axis, where it stacks experts.
-        half: 0 for gate and 1 for up, where it holds both.
-        interleaved: Whether gate and up alternate row by row, instead of all gate
-            rows preceding all up rows.
-        transposed: Whether its weights are stored as (inputs, outputs).
-    """
-
-    parameter: str
-    expert: int | None = None
-    half: int | None = None
-    interleaved: bool = False
-    transposed: bool = False
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the parameter holds nothing else."""
-        return self.expert is None and self.half is None and not self.transposed
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """Cut the slot out of its parameter.
-
-        Args:
-            tensor: The whole parameter.
-
-        Returns:
-            A view of shape (I, H) for gate and up, (H, I) for down, (I,) for biases.
-        """
-        if self.expert is not None:
-            tensor = tensor[self.expert]
-        if self.transposed:
-            tensor = tensor.T
-        if self.half is None:
-            return tensor
-        if self.interleaved:
-            return tensor[self.half :: 2]
-        return tensor.chunk(2)[self.half]
-
-    def read(self, source: Any) -> Tensor:
-        """Like `view`, but read no more than needed of a safetensors slice."""
-        rows = slice(None)
-        shape = source.get_shape()
-        plain_half = (
-            self.half is not None and not self.interleaved and not self.transposed
-        )
-        if plain_half:
-            width = shape[0 if self.expert is None else 1] // 2
-            rows = slice(self.half * width, (self.half + 1) * width)  # type: ignore[operator]
-        if self.expert is None:
-            tensor = source[rows] if plain_half else source[...]
-        elif plain_half:
-            tensor = source[self.expert : self.expert + 1, rows][0]
-        else:
-            tensor = source[self.expert : self.expert + 1][0]
-        half = None if plain_half else self.half
-        return Slot(self.parameter, None, half, self.interleaved, self.transposed).view(
-            tensor
-        )
-
-
-def assemble(pieces: Mapping[Slot, Tensor]) -> Tensor:
-    """Put the slots of one parameter together again; the inverse of `Slot.view`.
-
-    Args:
-        pieces: Every slot of the parameter, each of any width, equal within the
-            parameter.
-
-    Returns:
-        The parameter, contiguous.
-    """
-    by_expert: dict[int | None, list[Tensor]] = {}
-    slots = sorted(pieces, key=lambda slot: (slot.expert or 0, slot.half or 0))
-    for slot in slots:
-        by_expert.setdefault(slot.expert, []).append(pieces[slot])
-    first = slots[0]
-    experts = []
-    for halves in by_expert.values():
-        tensor = halves[0]
-        if first.half is not None:
-            tensor = (
-                torch.stack(halves, dim=1).flatten(0, 1)
-                if first.interleaved
-                else torch.cat(halves)
-            )
-        experts.append(tensor.T if first.transposed else tensor)
-    if first.expert is not None:
-        return torch.stack(experts)
-    return experts[0].contiguous()
 
 
 @dataclass(frozen=True)
