@@ -1156,3 +1156,9 @@ def test_widths_of_their_own_are_told(copied, caplog):
         f"The layers of {copied} have widths of their own: its tensors have from 32 to 88 "
         "neurons."
     ) in caplog.messages
+
+
+@pytest.mark.parametrize("text", ["off", "false", ""])
+def test_text_does_not_let_remote_code_run(tiny_llama, text):
+    with pytest.raises(ValueError, match=f"trust_remote_code='{text}' is not"):
+        load_pruned(str(tiny_llama), ratio=2, trust_remote_code=text)

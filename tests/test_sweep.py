@@ -16,7 +16,7 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from lm_eval_pruned.cli import main
-from lm_eval_pruned.sweeps import plan as sweep_plan
+from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
@@ -218,7 +218,7 @@ def _copy(source, target):
 def _prints(options):
     sweep = Sweep(options)
     return {
-        (configuration.id, task.name): sweep_plan.fingerprint(
+        (configuration.id, task.name): fingerprint(
             sweep.definition(configuration, task)
         )
         for configuration, task in sweep.units()

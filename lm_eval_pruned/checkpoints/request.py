@@ -93,6 +93,12 @@ class Request:
             UnsupportedModelError: The model cannot be pruned.
             OSError: The config cannot be read.
         """
+        trusted = from_pretrained.get("trust_remote_code")
+        if trusted not in (None, True, False):
+            # Any text counts as true to transformers, "off" included.
+            raise ValueError(
+                f"trust_remote_code={trusted!r} is not understood: pass true or false."
+            )
         with clear_config_errors(pretrained):
             config, model_arguments = _resolve_config(pretrained, dict(from_pretrained))
             _refuse_quantised(config, model_arguments)
@@ -101,7 +107,7 @@ class Request:
             return skeleton(
                 auto_class,
                 config,
-                trust_remote_code=bool(from_pretrained.get("trust_remote_code")),
+                trust_remote_code=bool(trusted),
             )
 
         with without_collections(), clear_config_errors(pretrained):
