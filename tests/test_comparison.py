@@ -193,6 +193,7 @@ def sweep(tmp_path):
     )
 
 
+@pytest.mark.smoke
 def test_a_sweep_is_compared_with_its_baseline(tmp_path):
     base, others = comparison.read_comparands([str(sweep(tmp_path))])
     assert base.name == "p0"

@@ -372,6 +372,7 @@ def test_prefix_sharing_is_a_switch(models):
         make(PrefixHFLM, models[0].model, prefix_sharing="sometimes")
 
 
+@pytest.mark.smoke
 def test_pruned_hf_shares_prefixes():
     model = tiny()
     shared = make(PrunedHFLM, model, prune_percent=40)

@@ -67,6 +67,7 @@ def logits(model, seed=0):
         return model(tokens).logits
 
 
+@pytest.mark.smoke
 @settings(max_examples=settings.default.max_examples // 3)
 @given(
     architecture=architectures(),

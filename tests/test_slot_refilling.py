@@ -184,6 +184,7 @@ def test_steps_are_as_few_as_the_slots_allow(pair, monkeypatch):
     assert len(decoding) == 8
 
 
+@pytest.mark.smoke
 def test_a_common_beginning_is_computed_once():
     lm = make(PrunedHFLM, tiny(), prune_percent=40, max_length=512)
     stem = "The same examples in front of each question. " * 4

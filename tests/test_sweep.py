@@ -92,6 +92,7 @@ def undisturbed(tiny_llama, tasks, tmp_path_factory):
     return folder / "sweep", int((folder / "calls").read_text())
 
 
+@pytest.mark.smoke
 def test_units_are_results_of_the_harness(undisturbed):
     folder, _ = undisturbed
     units = files_of(folder)
