@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.analysis import comparison, results
-from lm_eval_pruned.analysis.results import ResultsError
+from lm_eval_pruned.analysis import comparison
+from lm_eval_pruned.analysis.results_file import ResultsError
+from lm_eval_pruned.analysis.runs import read_run
 
 from .results_files import pruning, write_run, write_sweep
 
@@ -23,9 +24,7 @@ def answers(share: float, n: int = N) -> list[float]:
 
 def runs(tmp_path, base, *others, **options):
     return [
-        results.read_run(
-            write_run(tmp_path / str(number), tasks, **options), str(number)
-        )
+        read_run(write_run(tmp_path / str(number), tasks, **options), str(number))
         for number, tasks in enumerate([base, *others])
     ]
 
@@ -102,8 +101,8 @@ def test_other_documents_are_an_error(tmp_path):
 
 def test_another_version_of_a_task_is_an_error(tmp_path):
     tasks = {"tf": {"acc,none": answers(0.4)}}
-    base = results.read_run(write_run(tmp_path / "a", tasks))
-    run = results.read_run(write_run(tmp_path / "b", tasks, versions={"tf": 2.0}))
+    base = read_run(write_run(tmp_path / "a", tasks))
+    run = read_run(write_run(tmp_path / "b", tasks, versions={"tf": 2.0}))
     with pytest.raises(ResultsError, match=r"version 1\.0 in .* and 2\.0"):
         comparison.compare(base, [run])
 
@@ -152,18 +151,18 @@ def test_tasks_of_one_run_only_are_named(tmp_path):
     )
     result = comparison.compare(base, [run])
     assert any("1 has no results for ifeval" in note for note in result.notes)
-    other = results.read_run(write_run(tmp_path / "x", {"arc": {"acc,none": [1.0]}}))
+    other = read_run(write_run(tmp_path / "x", {"arc": {"acc,none": [1.0]}}))
     with pytest.raises(ResultsError, match="no task in common"):
         comparison.compare(base, [other])
 
 
 def test_other_settings_are_named(tmp_path):
     tasks = {"tf": {"acc,none": answers(0.4)}}
-    base = results.read_run(write_run(tmp_path / "a", tasks), "a")
+    base = read_run(write_run(tmp_path / "a", tasks), "a")
     file = write_run(
         tmp_path / "b", tasks, chat_template_sha="f00", **{"n-shot": {"tf": 5}}
     )
-    run = results.read_run(file, "b")
+    run = read_run(file, "b")
     (note,) = comparison.compare(base, [run]).notes
     assert "other settings than a (num_fewshot, chat template)" in note
     assert comparison.compare(base, [base]).notes == ()
@@ -366,7 +365,7 @@ def test_subjects_of_mmlu_are_no_clusters(tmp_path, weighted):
         return np.mean(np.concatenate(values) if weighted else [*map(np.mean, values)])
 
     base, run = (
-        results.read_run(
+        read_run(
             write_run(
                 tmp_path / str(share),
                 subjects(share),
@@ -386,7 +385,7 @@ def test_subjects_of_mmlu_are_no_clusters(tmp_path, weighted):
 
 def test_criteria_are_series_of_their_own(tmp_path):
     members = [
-        results.read_run(
+        read_run(
             write_run(
                 tmp_path / f"{criterion}{percent}",
                 {"tf": {"acc,none": answers(0.5)}},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.analysis.results import ResultsError
+from lm_eval_pruned.analysis.results_file import ResultsError
 
 from .results_files import write_sweep
 

@@ -13,16 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_pruned.analysis import statistics
-from lm_eval_pruned.analysis.results import (
-    Documents,
-    ResultsError,
-    Run,
-    is_sweep,
-    read_documents,
-    read_run,
-    read_sweep,
-)
+from lm_eval_pruned.analysis.results_file import ResultsError, Run
+from lm_eval_pruned.analysis.runs import is_sweep, read_run
+from lm_eval_pruned.analysis.samples import Documents, read_documents
 from lm_eval_pruned.analysis.settings import listed, notes_on, other_settings
+from lm_eval_pruned.analysis.sweep_results import read_sweep
 
 
 if TYPE_CHECKING:

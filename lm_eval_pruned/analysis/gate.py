@@ -20,17 +20,9 @@ from xml.etree import ElementTree
 import numpy as np
 
 from lm_eval_pruned.analysis import statistics
-from lm_eval_pruned.analysis.results import (
-    TRANSFORMS,
-    Documents,
-    ResultsError,
-    Run,
-    is_sweep,
-    read_documents,
-    read_json,
-    read_run,
-    read_sweep,
-)
+from lm_eval_pruned.analysis.results_file import ResultsError, Run, read_json
+from lm_eval_pruned.analysis.runs import is_sweep, read_run
+from lm_eval_pruned.analysis.samples import TRANSFORMS, Documents, read_documents
 from lm_eval_pruned.analysis.settings import (
     ASKED,
     CIRCUMSTANCES,
@@ -42,6 +34,7 @@ from lm_eval_pruned.analysis.settings import (
     notes_on,
     shown,
 )
+from lm_eval_pruned.analysis.sweep_results import read_sweep
 from lm_eval_pruned.util.atomic import write_atomically
 
 

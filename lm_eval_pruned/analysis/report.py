@@ -28,7 +28,7 @@ from lm_eval_pruned.analysis.comparison import (
     series_of,
     split_sweep,
 )
-from lm_eval_pruned.analysis.results import Run, Sweep, read_sweep
+from lm_eval_pruned.analysis.sweep_results import SweepResults, read_sweep
 from lm_eval_pruned.util.atomic import write_atomically
 
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.analysis.plots import Plot
+    from lm_eval_pruned.analysis.results_file import Run
 
 #: Tasks that stand for knowledge and for truthfulness, the study's own first.
 KNOWLEDGE = ("mmlu", "gsm8k", "arc_challenge", "boolq", "lambada_openai", "wikitext")
@@ -146,7 +147,7 @@ def write_report(
 
 
 def make_sections(
-    sweep: Sweep, base: Run, others: Sequence[Run], comparison: Comparison
+    sweep: SweepResults, base: Run, others: Sequence[Run], comparison: Comparison
 ) -> list[Section]:
     """Return what a report says, in order; sections with nothing to say are left out."""
     runs = [base, *others]
@@ -468,7 +469,7 @@ def _configurations(runs: Sequence[Run]) -> Section:
     )
 
 
-def _repeating(sweep: Sweep, base: Run) -> Section:
+def _repeating(sweep: SweepResults, base: Run) -> Section:
     config = base.config
     facts: dict[str, Any] = {
         "lm-eval": base.environment.get("lm_eval_version"),
@@ -512,7 +513,7 @@ def _numbers_on_one_line(text: str) -> str:
 
 
 def _remarks(
-    sweep: Sweep, runs: Sequence[Run], comparison: Comparison
+    sweep: SweepResults, runs: Sequence[Run], comparison: Comparison
 ) -> Section | None:
     notes = [
         f"{failure.task} failed on {failure.run}: {failure.message}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy import optimize, special, stats
 
-from lm_eval_pruned.analysis.results import TRANSFORMS
+from lm_eval_pruned.analysis.samples import TRANSFORMS
 
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def paired_difference(
         strata: Stratum of each document, length n, for parts that another draw of
             documents would hold too, such as the subjects of MMLU; default: one.
             Clusters lie within strata.
-        transform: From the weighted mean to the score, a name in `results.TRANSFORMS`.
+        transform: From the weighted mean to the score, a name in `samples.TRANSFORMS`.
         alpha: 1 - confidence of the interval, and the level of the test.
         alternative: What p is a test against: ``less``, the run scores less than the
             base; ``greater``; or either. The interval is two-sided in any case: a
