@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.analysis import comparison
+from lm_eval_pruned.analysis import comparison, comparison_table
 from lm_eval_pruned.analysis.results_file import ResultsError
 from lm_eval_pruned.analysis.runs import read_run
+from lm_eval_pruned.analysis.series import series_of
 
 from .results_files import pruning, write_run, write_sweep
 
@@ -140,7 +141,7 @@ def test_nan_is_not_comparable_and_does_not_spoil_the_rest(tmp_path):
     other = rows["1", "boolq", "acc,none"]
     assert other.verdict == "better"
     assert other.q == other.p
-    json.loads(comparison.as_json(comparison.compare(base, [run])))
+    json.loads(comparison_table.as_json(comparison.compare(base, [run])))
 
 
 def test_tasks_of_one_run_only_are_named(tmp_path):
@@ -233,7 +234,7 @@ def test_without_samples_a_sweep_has_slopes_and_no_test_of_them(tmp_path):
         assert each.trend.slope != 0
         assert "needs logged samples" in each.trend.method
     assert result.correlations[0].q is None
-    assert "needs logged samples" in comparison.as_table(result)
+    assert "needs logged samples" in comparison_table.as_table(result)
 
 
 def test_perplexities_are_correlated_as_logarithms(tmp_path):
@@ -263,7 +264,7 @@ def test_perplexities_are_correlated_as_logarithms(tmp_path):
     result = comparison.compare(base, others)
     (pair,) = result.correlations
     assert pair.correlation.pearson == pytest.approx(-1)
-    assert "wikitext log word_perplexity,none" in comparison.as_table(result)
+    assert "wikitext log word_perplexity,none" in comparison_table.as_table(result)
     slopes = {each.task: each.trend.slope for each in result.trends}
     assert slopes["wikitext"] == pytest.approx(-20 * slopes["mmlu"])
 
@@ -302,7 +303,7 @@ def test_one_metric_stands_for_a_task_in_the_correction(tmp_path):
         assert rows[key].low is None or rows[key].low < rows[key].high
         assert (rows[key].q, rows[key].verdict) == (None, "restated")
         assert rows[key].smallest_detectable is None
-    table = comparison.as_table(result)
+    table = comparison_table.as_table(result)
     assert "over 5 rows, one metric for each task" in table
     assert table.count("|restated|") == 2
 
@@ -400,7 +401,7 @@ def test_criteria_are_series_of_their_own(tmp_path):
             ("maw", None, 40),
         ]
     ]
-    series = comparison.series_of(members)
+    series = series_of(members)
     assert {name: len(runs) for name, runs in series.items()} == {
         "maw": 3,
         "random, seed 1": 2,

@@ -17,16 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis.comparison import (
-    Comparison,
-    Difference,
-    compare,
+from lm_eval_pruned.analysis.comparison import compare, split_sweep
+from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
+from lm_eval_pruned.analysis.comparison_table import p_text
+from lm_eval_pruned.analysis.series import (
     is_perplexity,
-    p_text,
     primary_metrics,
     scale_name,
     series_of,
-    split_sweep,
 )
 from lm_eval_pruned.analysis.sweep_results import SweepResults, read_sweep
 from lm_eval_pruned.util.atomic import write_atomically
