@@ -7,10 +7,17 @@ import io
 import json
 import math
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
 from lm_eval_pruned.analysis.series import scale_name
+from lm_eval_pruned.util.tables import markdown_table
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lm_eval_pruned.analysis.comparison_rows import TaskCorrelation, TaskTrend
 
 
 #: What the tables of trends and correlations show.
@@ -18,8 +25,6 @@ TREND = (
     "Trend over expansion ratios (change of the score per 1 of ratio, positive where it falls "
     "with pruning; slopes of single documents)"
 )
-
-
 CORRELATION = (
     "Correlation of two tasks over expansion ratios (p of r and of rho take the sizes for "
     "independent draws, which steps of pruning are not; p both: both tasks have a trend)"
@@ -38,52 +43,91 @@ def as_table(comparison: Comparison) -> str:
     )
     if primary < len(comparison.rows):
         header += " Rows that are `restated` are other metrics of the same answers."
-    columns = (
-        f"|run|task|metric|base|score|difference|{confidence} interval|relative|p|q"
-        "|smallest detectable|documents|test|verdict|"
-    )
-    alignment = (
-        "|---|----|------|---:|----:|---------:|---:|---:|---:|---:|---:|---:|---|---|"
-    )
-    lines = [header, "", columns, alignment]
-    for row in comparison.rows:
-        interval = "-" if row.low is None else f"[{row.low:+.4f}, {_signed(row.high)}]"
-        lines.append(
-            f"|{row.run}|{row.task}|{row.metric}|{row.base_score:.4f}|{row.score:.4f}"
-            f"|{row.difference:+.4f}|{interval}|{_percent(row.relative)}|{p_text(row.p)}|{p_text(row.q)}"
-            f"|{_plain(row.smallest_detectable)}|{row.documents or '-'}|{row.method}|{row.verdict}|"
-        )
+    parts = [header, _differences(comparison.rows, confidence)]
     if comparison.trends:
-        lines += ["", f"{TREND}:", ""]
-        columns = (
-            f"|series|task|metric|n|slope|{confidence} interval|p|q|documents|test|"
-        )
-        lines += [columns, "|---|---|---|---:|---:|---:|---:|---:|---:|---|"]
-        for each in comparison.trends:
-            t = each.trend
-            interval = "-" if t.low is None else f"[{t.low:+.4f}, {_signed(t.high)}]"
-            lines.append(
-                f"|{each.series}|{each.task}|{scale_name(each.metric)}|{t.n}|{_signed(t.slope)}"
-                f"|{interval}|{p_text(t.p)}|{p_text(each.q)}|{t.units or '-'}|{t.method}|"
-            )
+        parts += [f"{TREND}:", _trends(comparison.trends, confidence)]
     if comparison.correlations:
-        lines += ["", f"{CORRELATION}:", ""]
-        columns = (
-            f"|series|task|task|n|Pearson r|{confidence} interval|p of r|Spearman rho|p of rho"
-            "|p both|q|"
-        )
-        lines += [columns, "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
-        for pair in comparison.correlations:
-            c = pair.correlation
-            one, other = (f"{task} {scale_name(metric)}" for task, metric in pair.tasks)
-            lines.append(
-                f"|{pair.series}|{one}|{other}|{c.n}|{_signed(c.pearson, 3)}"
-                f"|{_interval(c.pearson_low, c.pearson_high)}|{p_text(c.pearson_p)}"
-                f"|{_signed(c.spearman, 3)}|{p_text(c.spearman_p)}|{p_text(pair.p)}|{p_text(pair.q)}|"
-            )
+        parts += [f"{CORRELATION}:", _correlations(comparison.correlations, confidence)]
     if comparison.notes:
-        lines += ["", *(f"Note: {note}" for note in comparison.notes)]
-    return "\n".join(lines) + "\n"
+        parts.append("\n".join(f"Note: {note}" for note in comparison.notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _differences(rows: Sequence[Difference], confidence: str) -> str:
+    return markdown_table(
+        ["run", "task", "metric", "base", "score", "difference"]
+        + [f"{confidence} interval", "relative", "p", "q", "smallest detectable"]
+        + ["documents", "test", "verdict"],
+        [
+            [
+                row.run,
+                row.task,
+                row.metric,
+                f"{row.base_score:.4f}",
+                f"{row.score:.4f}",
+                f"{row.difference:+.4f}",
+                _interval(row.low, row.high, 4),
+                _percent(row.relative),
+                p_text(row.p),
+                p_text(row.q),
+                _plain(row.smallest_detectable),
+                row.documents or "-",
+                row.method,
+                row.verdict,
+            ]
+            for row in rows
+        ],
+        "lllrrrrrrrrrll",
+    )
+
+
+def _trends(trends: Sequence[TaskTrend], confidence: str) -> str:
+    return markdown_table(
+        ["series", "task", "metric", "n", "slope", f"{confidence} interval", "p", "q"]
+        + ["documents", "test"],
+        [
+            [
+                each.series,
+                each.task,
+                scale_name(each.metric),
+                each.trend.n,
+                _signed(each.trend.slope),
+                _interval(each.trend.low, each.trend.high, 4),
+                p_text(each.trend.p),
+                p_text(each.q),
+                each.trend.units or "-",
+                each.trend.method,
+            ]
+            for each in trends
+        ],
+        "lllrrrrrrl",
+    )
+
+
+def _correlations(pairs: Sequence[TaskCorrelation], confidence: str) -> str:
+    rows = []
+    for pair in pairs:
+        found = pair.correlation
+        rows.append(
+            [
+                pair.series,
+                *(f"{task} {scale_name(metric)}" for task, metric in pair.tasks),
+                found.n,
+                _signed(found.pearson, 3),
+                _interval(found.pearson_low, found.pearson_high, 2),
+                p_text(found.pearson_p),
+                _signed(found.spearman, 3),
+                p_text(found.spearman_p),
+                p_text(pair.p),
+                p_text(pair.q),
+            ]
+        )
+    return markdown_table(
+        ["series", "task", "task", "n", "Pearson r", f"{confidence} interval", "p of r"]
+        + ["Spearman rho", "p of rho", "p both", "q"],
+        rows,
+        "lllrrrrrrrr",
+    )
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -134,5 +178,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:+.1%}"
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "-" if low is None or high is None else f"[{low:+.2f}, {high:+.2f}]"
+def _interval(low: float | None, high: float | None, digits: int) -> str:
+    if low is None or high is None:
+        return "-"
+    return f"[{_signed(low, digits)}, {_signed(high, digits)}]"

@@ -28,6 +28,7 @@ from lm_eval_pruned.analysis.series import (
 )
 from lm_eval_pruned.analysis.sweep_results import SweepResults, read_sweep
 from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -549,18 +550,10 @@ def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             lines += ["", _plain(text)]
         if section.table is not None:
             table = section.table
-            alignment = [
-                "---" if number < table.text else "---:"
-                for number in range(len(table.columns))
-            ]
-            lines += [
-                "",
-                _markdown_row([_plain(name) for name in table.columns]),
-                _markdown_row(alignment),
-            ]
-            lines += [
-                _markdown_row([_plain(cell.text) for cell in row]) for row in table.rows
-            ]
+            columns = [_not_html(name) for name in table.columns]
+            rows = [[_not_html(cell.text) for cell in row] for row in table.rows]
+            align = "l" * table.text + "r" * (len(columns) - table.text)
+            lines += ["", markdown_table(columns, rows, align)]
         for plot in section.plots:
             alternative = f"{plot.title}. {plot.description}".replace("]", ")").replace(
                 "[", "("
@@ -712,10 +705,9 @@ def _slug(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text that Markdown neither takes for HTML nor for the end of a cell."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;")
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Return text that Markdown neither takes for HTML nor for a table."""
+    return _not_html(text).replace("|", "\\|").replace("\n", " ")
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return f"|{'|'.join(cells)}|"
+def _not_html(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
