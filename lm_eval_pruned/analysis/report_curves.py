@@ -13,11 +13,7 @@ from lm_eval_pruned.analysis.report_page import (
     number_text,
     run_label,
 )
-from lm_eval_pruned.analysis.series import (
-    is_perplexity,
-    primary_metrics,
-    series_of,
-)
+from lm_eval_pruned.analysis.series import is_perplexity, primary_metrics, series_of
 
 
 if TYPE_CHECKING:

@@ -17,10 +17,7 @@ from lm_eval_pruned.analysis.report_page import (
     number_text,
     run_label,
 )
-from lm_eval_pruned.analysis.series import (
-    primary_metrics,
-    scale_name,
-)
+from lm_eval_pruned.analysis.series import primary_metrics, scale_name
 
 
 if TYPE_CHECKING:
