@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.analysis import comparison, results
-from lm_eval_pruned.analysis.results import ResultsError
+from lm_eval_pruned.analysis import comparison, comparison_table
+from lm_eval_pruned.analysis.results_file import ResultsError
+from lm_eval_pruned.analysis.runs import read_run
+from lm_eval_pruned.analysis.series import series_of
 
 from .results_files import pruning, write_run, write_sweep
 
@@ -23,9 +25,7 @@ def answers(share: float, n: int = N) -> list[float]:
 
 def runs(tmp_path, base, *others, **options):
     return [
-        results.read_run(
-            write_run(tmp_path / str(number), tasks, **options), str(number)
-        )
+        read_run(write_run(tmp_path / str(number), tasks, **options), str(number))
         for number, tasks in enumerate([base, *others])
     ]
 
@@ -102,8 +102,8 @@ def test_other_documents_are_an_error(tmp_path):
 
 def test_another_version_of_a_task_is_an_error(tmp_path):
     tasks = {"tf": {"acc,none": answers(0.4)}}
-    base = results.read_run(write_run(tmp_path / "a", tasks))
-    run = results.read_run(write_run(tmp_path / "b", tasks, versions={"tf": 2.0}))
+    base = read_run(write_run(tmp_path / "a", tasks))
+    run = read_run(write_run(tmp_path / "b", tasks, versions={"tf": 2.0}))
     with pytest.raises(ResultsError, match=r"version 1\.0 in .* and 2\.0"):
         comparison.compare(base, [run])
 
@@ -141,7 +141,7 @@ def test_nan_is_not_comparable_and_does_not_spoil_the_rest(tmp_path):
     other = rows["1", "boolq", "acc,none"]
     assert other.verdict == "better"
     assert other.q == other.p
-    json.loads(comparison.as_json(comparison.compare(base, [run])))
+    json.loads(comparison_table.as_json(comparison.compare(base, [run])))
 
 
 def test_tasks_of_one_run_only_are_named(tmp_path):
@@ -152,18 +152,18 @@ def test_tasks_of_one_run_only_are_named(tmp_path):
     )
     result = comparison.compare(base, [run])
     assert any("1 has no results for ifeval" in note for note in result.notes)
-    other = results.read_run(write_run(tmp_path / "x", {"arc": {"acc,none": [1.0]}}))
+    other = read_run(write_run(tmp_path / "x", {"arc": {"acc,none": [1.0]}}))
     with pytest.raises(ResultsError, match="no task in common"):
         comparison.compare(base, [other])
 
 
 def test_other_settings_are_named(tmp_path):
     tasks = {"tf": {"acc,none": answers(0.4)}}
-    base = results.read_run(write_run(tmp_path / "a", tasks), "a")
+    base = read_run(write_run(tmp_path / "a", tasks), "a")
     file = write_run(
         tmp_path / "b", tasks, chat_template_sha="f00", **{"n-shot": {"tf": 5}}
     )
-    run = results.read_run(file, "b")
+    run = read_run(file, "b")
     (note,) = comparison.compare(base, [run]).notes
     assert "other settings than a (num_fewshot, chat template)" in note
     assert comparison.compare(base, [base]).notes == ()
@@ -235,7 +235,7 @@ def test_without_samples_a_sweep_has_slopes_and_no_test_of_them(tmp_path):
         assert each.trend.slope != 0
         assert "needs logged samples" in each.trend.method
     assert result.correlations[0].q is None
-    assert "needs logged samples" in comparison.as_table(result)
+    assert "needs logged samples" in comparison_table.as_table(result)
 
 
 def test_perplexities_are_correlated_as_logarithms(tmp_path):
@@ -265,7 +265,7 @@ def test_perplexities_are_correlated_as_logarithms(tmp_path):
     result = comparison.compare(base, others)
     (pair,) = result.correlations
     assert pair.correlation.pearson == pytest.approx(-1)
-    assert "wikitext log word_perplexity,none" in comparison.as_table(result)
+    assert "wikitext log word_perplexity,none" in comparison_table.as_table(result)
     slopes = {each.task: each.trend.slope for each in result.trends}
     assert slopes["wikitext"] == pytest.approx(-20 * slopes["mmlu"])
 
@@ -304,7 +304,7 @@ def test_one_metric_stands_for_a_task_in_the_correction(tmp_path):
         assert rows[key].low is None or rows[key].low < rows[key].high
         assert (rows[key].q, rows[key].verdict) == (None, "restated")
         assert rows[key].smallest_detectable is None
-    table = comparison.as_table(result)
+    table = comparison_table.as_table(result)
     assert "over 5 rows, one metric for each task" in table
     assert table.count("|restated|") == 2
 
@@ -367,7 +367,7 @@ def test_subjects_of_mmlu_are_no_clusters(tmp_path, weighted):
         return np.mean(np.concatenate(values) if weighted else [*map(np.mean, values)])
 
     base, run = (
-        results.read_run(
+        read_run(
             write_run(
                 tmp_path / str(share),
                 subjects(share),
@@ -387,7 +387,7 @@ def test_subjects_of_mmlu_are_no_clusters(tmp_path, weighted):
 
 def test_criteria_are_series_of_their_own(tmp_path):
     members = [
-        results.read_run(
+        read_run(
             write_run(
                 tmp_path / f"{criterion}{percent}",
                 {"tf": {"acc,none": answers(0.5)}},
@@ -402,7 +402,7 @@ def test_criteria_are_series_of_their_own(tmp_path):
             ("maw", None, 40),
         ]
     ]
-    series = comparison.series_of(members)
+    series = series_of(members)
     assert {name: len(runs) for name, runs in series.items()} == {
         "maw": 3,
         "random, seed 1": 2,

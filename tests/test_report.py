@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.analysis.results import ResultsError
+from lm_eval_pruned.analysis.results_file import ResultsError
 
 from .results_files import write_sweep
 
@@ -20,6 +20,7 @@ from .results_files import write_sweep
 pytest.importorskip("matplotlib", reason="plots need the extra `report`")
 
 from lm_eval_pruned.analysis import plots, report
+from lm_eval_pruned.analysis.report_sections import _numbers_on_one_line
 
 
 N = 60
@@ -275,7 +276,7 @@ def test_a_report_is_deterministic(sweep, tmp_path):
 
 def test_lists_of_numbers_take_one_line():
     definition = {"samples": {"a": list(range(99)), "[\n 1 ]": []}, "b": ["1", "2"]}
-    text = report._numbers_on_one_line(json.dumps(definition, indent=2))
+    text = _numbers_on_one_line(json.dumps(definition, indent=2))
     assert json.loads(text) == definition
     assert len(text.splitlines()) == 10
 

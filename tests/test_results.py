@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from lm_eval_pruned.analysis import results
-from lm_eval_pruned.analysis.results import ResultsError
+from lm_eval_pruned.analysis import runs, sweep_results
+from lm_eval_pruned.analysis.results_file import ResultsError
+from lm_eval_pruned.analysis.samples import TRANSFORMS, read_documents
 
 from .results_files import DATE, pruning, score_of, write_run, write_sweep
 
@@ -19,7 +20,7 @@ OLD, NEW = "2026-01-02T03-04-05.678901", "2026-01-02T11-00-00.000001"
 
 def test_a_results_file(tmp_path):
     file = write_run(tmp_path / "model", TASKS, pruning=pruning(20))
-    run = results.read_run(file)
+    run = runs.read_run(file)
     score = run.scores["tf", "acc,none"]
     assert score.value == pytest.approx(2 / 3)
     assert (score.stderr, score.higher_is_better, score.documents) == (None, True, 3)
@@ -32,7 +33,7 @@ def test_a_results_file(tmp_path):
 def test_the_newest_results_of_a_folder_count(tmp_path, below):
     write_run(tmp_path / below, {"tf": {"acc,none": [0.0]}}, date=NEW)
     write_run(tmp_path / below, {"tf": {"acc,none": [1.0]}}, date=OLD)
-    run = results.read_run(tmp_path)
+    run = runs.read_run(tmp_path)
     assert run.scores["tf", "acc,none"].value == 0
     assert NEW in run.samples["tf"].name
 
@@ -41,7 +42,7 @@ def test_results_of_two_models_in_a_folder_are_not_mixed(tmp_path):
     write_run(tmp_path / "a", TASKS)
     write_run(tmp_path / "b", TASKS)
     with pytest.raises(ResultsError, match=r"several models \(a, b\)"):
-        results.read_run(tmp_path)
+        runs.read_run(tmp_path)
 
 
 @pytest.mark.parametrize("below", ["", "org__model"])
@@ -49,14 +50,14 @@ def test_results_of_several_commands_in_a_folder_are_all_read(tmp_path, below):
     folder = tmp_path / below
     write_run(folder, {"tf": {"acc,none": [1.0, 0.0]}, **BOOLQ}, date=OLD)
     write_run(folder, {"tf": {"acc,none": [0.0]}}, date=NEW, lm_eval_version="0.4.14")
-    run = results.read_run(tmp_path)
+    run = runs.read_run(tmp_path)
     assert {key: score.value for key, score in run.scores.items()} == {
         ("tf", "acc,none"): 0.0,
         ("boolq", "acc,none"): 1.0,
     }
     assert OLD in run.samples["boolq"].name
     assert NEW in run.samples["tf"].name
-    assert results.read_documents(run, "boolq", "acc,none").values.tolist() == [1.0]
+    assert read_documents(run, "boolq", "acc,none").values.tolist() == [1.0]
     assert run.environment["lm_eval_version"] == "0.4.13, 0.4.14"
     assert run.settings["tf"]["lm_eval_version"] == "0.4.14"
     assert (run.name, run.notes) == (tmp_path.name, ())
@@ -66,11 +67,11 @@ def test_results_of_one_model_in_several_folders_are_all_read(tmp_path):
     """Without `pretrained` the harness names the folder of each command at random."""
     write_run(tmp_path / "a8h3", TASKS, pruning=pruning(20))
     write_run(tmp_path / "x7f1", BOOLQ, pruning=pruning(20))
-    run = results.read_run(tmp_path)
+    run = runs.read_run(tmp_path)
     assert (run.tasks(), run.notes) == (["tf", "boolq"], ())
     write_run(tmp_path / "z", {"arc": {"acc,none": [1.0]}}, pruning=pruning(40))
     with pytest.raises(ResultsError, match=r"several models \(a8h3, x7f1, z\)"):
-        results.read_run(tmp_path)
+        runs.read_run(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_results_of_another_model_in_a_folder_are_named(tmp_path, other):
     """The harness names the folder after the checkpoint: two sizes share it."""
     write_run(tmp_path, {**TASKS, **BOOLQ}, date=OLD, **other)
     write_run(tmp_path, TASKS, date=NEW, pruning=pruning(20))
-    run = results.read_run(tmp_path)
+    run = runs.read_run(tmp_path)
     assert run.tasks() == ["tf"]
     (note,) = run.notes
     assert "of another model" in note
@@ -101,7 +102,7 @@ def test_a_group_is_left_out_if_a_member_was_evaluated_again(tmp_path):
         group_scores={"both": {"acc,none": 0.7}},
     )
     write_run(tmp_path, TASKS, date=NEW)
-    run = results.read_run(tmp_path)
+    run = runs.read_run(tmp_path)
     assert sorted(run.tasks()) == ["boolq", "tf"]
     (note,) = run.notes
     assert f"both of results_{OLD}.json" in note
@@ -110,7 +111,7 @@ def test_a_group_is_left_out_if_a_member_was_evaluated_again(tmp_path):
 def test_a_damaged_older_file_is_named(tmp_path):
     write_run(tmp_path, TASKS, date=NEW)
     (tmp_path / f"results_{OLD}.json").write_text('{"results": {')
-    run = results.read_run(tmp_path)
+    run = runs.read_run(tmp_path)
     assert run.tasks() == ["tf"]
     assert "Left out" in run.notes[0]
     assert "not whole JSON" in run.notes[0]
@@ -119,7 +120,7 @@ def test_a_damaged_older_file_is_named(tmp_path):
 def test_results_below_results_are_named(tmp_path):
     write_run(tmp_path, TASKS)
     write_run(tmp_path / "other", BOOLQ)
-    run = results.read_run(tmp_path)
+    run = runs.read_run(tmp_path)
     assert run.tasks() == ["tf"]
     assert "The results in other below" in run.notes[0]
 
@@ -127,7 +128,7 @@ def test_results_below_results_are_named(tmp_path):
 def test_a_renamed_results_file_finds_its_samples(tmp_path):
     file = write_run(tmp_path, TASKS)
     renamed = file.rename(tmp_path / "baseline.json")
-    assert results.read_run(renamed).samples["tf"].is_file()
+    assert runs.read_run(renamed).samples["tf"].is_file()
 
 
 HOSTILE = {
@@ -156,26 +157,26 @@ def test_hostile_results_files(tmp_path, name):
     file = tmp_path / f"results_{DATE}.json"
     file.write_bytes(content)
     with pytest.raises(ResultsError, match=words) as caught:
-        results.read_run(file)
+        runs.read_run(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_paths(tmp_path):
     with pytest.raises(ResultsError, match="does not exist"):
-        results.read_run(tmp_path / "nowhere")
+        runs.read_run(tmp_path / "nowhere")
     with pytest.raises(ResultsError, match=r"holds no results_\*.json"):
-        results.read_run(tmp_path)
+        runs.read_run(tmp_path)
 
 
 def test_nan_scores_are_read(tmp_path):
     file = write_run(tmp_path, {"tf": {"acc,none": {"values": [float("nan"), 1.0]}}})
-    assert math.isnan(results.read_run(file).scores["tf", "acc,none"].value)
+    assert math.isnan(runs.read_run(file).scores["tf", "acc,none"].value)
 
 
 def damage_samples(tmp_path, change):
     write_run(tmp_path, TASKS)
-    run = results.read_run(tmp_path)
+    run = runs.read_run(tmp_path)
     file = run.samples["tf"]
     file.write_bytes(change(file.read_bytes()))
     return run, file
@@ -195,7 +196,7 @@ def damage_samples(tmp_path, change):
 def test_hostile_samples(tmp_path, change, words):
     run, file = damage_samples(tmp_path, change)
     with pytest.raises(ResultsError, match=words) as caught:
-        results.read_documents(run, "tf", "acc,none")
+        read_documents(run, "tf", "acc,none")
     assert str(file) in str(caught.value)
 
 
@@ -220,10 +221,10 @@ PAIRS = [
 )
 def test_documents_reproduce_the_score(tmp_path, values, aggregation, transform):
     spec = {"values": values, "aggregation": aggregation}
-    run = results.read_run(write_run(tmp_path, {"t": {"m,none": spec}}))
-    documents = results.read_documents(run, "t", "m,none")
+    run = runs.read_run(write_run(tmp_path, {"t": {"m,none": spec}}))
+    documents = read_documents(run, "t", "m,none")
     assert documents.transform == transform
-    score = results.TRANSFORMS[transform](
+    score = TRANSFORMS[transform](
         np.average(documents.values, weights=documents.weights)
     )
     assert score == pytest.approx(score_of(values, aggregation))
@@ -231,8 +232,8 @@ def test_documents_reproduce_the_score(tmp_path, values, aggregation, transform)
 
 def test_an_aggregation_that_is_no_mean_is_not_guessed(tmp_path):
     spec = {"values": [1.0, 0.0, 1.0], "score": 0.31}
-    run = results.read_run(write_run(tmp_path, {"t": {"f1,none": spec}}))
-    assert results.read_documents(run, "t", "f1,none") is None
+    run = runs.read_run(write_run(tmp_path, {"t": {"f1,none": spec}}))
+    assert read_documents(run, "t", "f1,none") is None
 
 
 def test_each_filter_has_its_own_documents(tmp_path):
@@ -242,16 +243,16 @@ def test_each_filter_has_its_own_documents(tmp_path):
             "exact_match,flexible-extract": [1.0, 0.0, 1.0],
         }
     }
-    run = results.read_run(write_run(tmp_path, tasks))
-    strict = results.read_documents(run, "gsm8k", "exact_match,strict-match")
+    run = runs.read_run(write_run(tmp_path, tasks))
+    strict = read_documents(run, "gsm8k", "exact_match,strict-match")
     assert strict.values.tolist() == [0, 0, 1]
 
 
 def test_repeated_documents_are_told_apart(tmp_path):
     docs = {0: {"q": "same"}, 1: {"q": "same"}, 2: {"q": "other"}}
     spec = {"values": [1.0, 0.0, 1.0], "docs": docs}
-    run = results.read_run(write_run(tmp_path, {"t": {"acc,none": spec}}))
-    keys = results.read_documents(run, "t", "acc,none").keys
+    run = runs.read_run(write_run(tmp_path, {"t": {"acc,none": spec}}))
+    keys = read_documents(run, "t", "acc,none").keys
     assert len(set(keys)) == 3
 
 
@@ -259,8 +260,8 @@ def test_stories_of_musr_are_clusters(tmp_path):
     docs = {n: {"narrative": f"story {n // 2}", "question": n} for n in range(6)}
     spec = {"values": [1.0, 0.0] * 3, "docs": docs}
     name = "leaderboard_musr_object_placements"
-    run = results.read_run(write_run(tmp_path, {name: {"acc_norm,none": spec}}))
-    clusters = results.read_documents(run, name, "acc_norm,none").clusters
+    run = runs.read_run(write_run(tmp_path, {name: {"acc_norm,none": spec}}))
+    clusters = read_documents(run, name, "acc_norm,none").clusters
     assert len(clusters) == 6
     assert len(set(clusters)) == 3
 
@@ -289,9 +290,9 @@ def test_subjects_of_a_group_are_strata(tmp_path, weighted):
         groups=halves,
         group_scores={"mmlu": {"acc,none": float(score), "acc_stderr,none": 0.02}},
     )
-    run = results.read_run(file)
+    run = runs.read_run(file)
     assert run.tasks(subtasks=False) == ["mmlu"]
-    documents = results.read_documents(run, "mmlu", "acc,none")
+    documents = read_documents(run, "mmlu", "acc,none")
     assert documents.clusters is None
     assert len(set(documents.strata)) == 12
     assert np.average(documents.values, weights=documents.weights) == pytest.approx(
@@ -309,22 +310,22 @@ def test_a_sweep_folder(tmp_path):
         },
         p40="tf",
     )
-    sweep = results.read_sweep(tmp_path)
+    sweep = sweep_results.read_sweep(tmp_path)
     assert [run.name for run in sweep.runs] == ["base", "p20"]
     assert sweep.runs[0].is_baseline
     assert sweep.runs[1].tasks() == ["if", "tf"]
     assert sweep.runs[1].environment["n-shot"] == {"if": 0, "tf": 0}
-    assert sweep.failures == (results.Failure("p40", "tf", "out of memory"),)
-    assert [run.name for run in results.read_runs(tmp_path)] == ["base", "p20"]
-    assert results.read_run(tmp_path / "units" / "p20").tasks() == ["if", "tf"]
+    assert sweep.failures == (sweep_results.Failure("p40", "tf", "out of memory"),)
+    assert [run.name for run in sweep_results.read_runs(tmp_path)] == ["base", "p20"]
+    assert runs.read_run(tmp_path / "units" / "p20").tasks() == ["if", "tf"]
     with pytest.raises(ResultsError, match="holds several runs"):
-        results.read_run(tmp_path)
+        runs.read_run(tmp_path)
 
 
 def test_a_unit_that_succeeded_after_it_failed_is_done(tmp_path):
     write_sweep(tmp_path, {"base": (0, TASKS)})
     (tmp_path / "units" / "base" / "tf" / "error.json").write_text('{"message": "old"}')
-    assert results.read_sweep(tmp_path).failures == ()
+    assert sweep_results.read_sweep(tmp_path).failures == ()
 
 
 @pytest.mark.parametrize(
@@ -351,12 +352,12 @@ def test_a_unit_that_succeeded_after_it_failed_is_done(tmp_path):
 def test_hostile_sweep_folders(tmp_path, definition, words):
     (tmp_path / "sweep.json").write_text(json.dumps(definition))
     with pytest.raises(ResultsError, match=words):
-        results.read_sweep(tmp_path)
+        sweep_results.read_sweep(tmp_path)
 
 
 def test_a_folder_that_is_no_sweep(tmp_path):
     with pytest.raises(ResultsError, match=r"no sweep\.json"):
-        results.read_sweep(tmp_path)
+        sweep_results.read_sweep(tmp_path)
 
 
 @pytest.mark.slow
@@ -378,7 +379,7 @@ def test_what_the_harness_writes(tmp_path):
         samples = evaluated.pop("samples")
         tracker.save_results_aggregated(results=evaluated, samples=samples)
         tracker.save_results_samples(task, samples[task])
-    run = results.read_run(tmp_path)
+    run = runs.read_run(tmp_path)
     assert (run.tasks(), run.notes) == (tasks, ())
     for task, settings in run.settings.items():
         rows = run.samples[task].read_text(encoding="utf-8").splitlines()
@@ -387,7 +388,7 @@ def test_what_the_harness_writes(tmp_path):
         assert len(settings["task_hash"]) == 64
         assert settings["lm_eval_version"] == run.environment["lm_eval_version"]
     for task, metric in run.scores:
-        documents = results.read_documents(run, task, metric)
+        documents = read_documents(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
         assert None not in documents.prompts
         assert run.scores[task, metric].higher_is_better

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from lm_eval_pruned.analysis.results import Run
+    from lm_eval_pruned.analysis.results_file import Run
 
 #: What was asked. Scores under different ones are the scores of different tests.
 ASKED = (

@@ -44,10 +44,11 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.analysis import comparison
+    from lm_eval_pruned.analysis.comparison_table import FORMATS
 
     base, runs = comparison.read_comparands(arguments.paths)
     result = comparison.compare(
         base, runs, alpha=arguments.alpha, subtasks=arguments.subtasks
     )
-    print(comparison.FORMATS[arguments.format](result), end="")
+    print(FORMATS[arguments.format](result), end="")
     return 0

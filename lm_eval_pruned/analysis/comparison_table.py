@@ -1,0 +1,184 @@
+"""A comparison as Markdown tables, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
+from lm_eval_pruned.analysis.series import scale_name
+from lm_eval_pruned.util.tables import markdown_table
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lm_eval_pruned.analysis.comparison_rows import TaskCorrelation, TaskTrend
+
+
+#: What the tables of trends and correlations show.
+TREND = (
+    "Trend over expansion ratios (change of the score per 1 of ratio, positive where it falls "
+    "with pruning; slopes of single documents)"
+)
+CORRELATION = (
+    "Correlation of two tasks over expansion ratios (p of r and of rho take the sizes for "
+    "independent draws, which steps of pruning are not; p both: both tasks have a trend)"
+)
+
+
+def as_table(comparison: Comparison) -> str:
+    """Return the comparison as Markdown tables for people."""
+    confidence = f"{1 - comparison.alpha:.0%}"
+    primary = sum(row.primary for row in comparison.rows)
+    header = (
+        f"Compared with {comparison.base}; difference = run - base; q: p after "
+        f"Benjamini-Hochberg over {primary} row{'s' * (primary != 1)}, one metric for each task; "
+        "smallest detectable: "
+        "with a chance of 80 % at the level that this leaves."
+    )
+    if primary < len(comparison.rows):
+        header += " Rows that are `restated` are other metrics of the same answers."
+    parts = [header, _differences(comparison.rows, confidence)]
+    if comparison.trends:
+        parts += [f"{TREND}:", _trends(comparison.trends, confidence)]
+    if comparison.correlations:
+        parts += [f"{CORRELATION}:", _correlations(comparison.correlations, confidence)]
+    if comparison.notes:
+        parts.append("\n".join(f"Note: {note}" for note in comparison.notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _differences(rows: Sequence[Difference], confidence: str) -> str:
+    return markdown_table(
+        ["run", "task", "metric", "base", "score", "difference"]
+        + [f"{confidence} interval", "relative", "p", "q", "smallest detectable"]
+        + ["documents", "test", "verdict"],
+        [
+            [
+                row.run,
+                row.task,
+                row.metric,
+                f"{row.base_score:.4f}",
+                f"{row.score:.4f}",
+                f"{row.difference:+.4f}",
+                _interval(row.low, row.high, 4),
+                _percent(row.relative),
+                p_text(row.p),
+                p_text(row.q),
+                _plain(row.smallest_detectable),
+                row.documents or "-",
+                row.method,
+                row.verdict,
+            ]
+            for row in rows
+        ],
+        "lllrrrrrrrrrll",
+    )
+
+
+def _trends(trends: Sequence[TaskTrend], confidence: str) -> str:
+    return markdown_table(
+        ["series", "task", "metric", "n", "slope", f"{confidence} interval", "p", "q"]
+        + ["documents", "test"],
+        [
+            [
+                each.series,
+                each.task,
+                scale_name(each.metric),
+                each.trend.n,
+                _signed(each.trend.slope),
+                _interval(each.trend.low, each.trend.high, 4),
+                p_text(each.trend.p),
+                p_text(each.q),
+                each.trend.units or "-",
+                each.trend.method,
+            ]
+            for each in trends
+        ],
+        "lllrrrrrrl",
+    )
+
+
+def _correlations(pairs: Sequence[TaskCorrelation], confidence: str) -> str:
+    rows = []
+    for pair in pairs:
+        found = pair.correlation
+        rows.append(
+            [
+                pair.series,
+                *(f"{task} {scale_name(metric)}" for task, metric in pair.tasks),
+                found.n,
+                _signed(found.pearson, 3),
+                _interval(found.pearson_low, found.pearson_high, 2),
+                p_text(found.pearson_p),
+                _signed(found.spearman, 3),
+                p_text(found.spearman_p),
+                p_text(pair.p),
+                p_text(pair.q),
+            ]
+        )
+    return markdown_table(
+        ["series", "task", "task", "n", "Pearson r", f"{confidence} interval", "p of r"]
+        + ["Spearman rho", "p of rho", "p both", "q"],
+        rows,
+        "lllrrrrrrrr",
+    )
+
+
+def as_csv(comparison: Comparison) -> str:
+    """Return the table of differences as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(Difference.__dataclass_fields__), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in comparison.rows)
+    return text.getvalue()
+
+
+def as_json(comparison: Comparison) -> str:
+    """Return the whole comparison as JSON; numbers that are not finite become null."""
+    return json.dumps(_finite(asdict(comparison)), indent=2, allow_nan=False) + "\n"
+
+
+FORMATS = {"table": as_table, "csv": as_csv, "json": as_json}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def p_text(p: float | None) -> str:
+    """Return a p value as tables show it."""
+    if p is None:
+        return "-"
+    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _signed(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:+.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.1%}"
+
+
+def _interval(low: float | None, high: float | None, digits: int) -> str:
+    if low is None or high is None:
+        return "-"
+    return f"[{_signed(low, digits)}, {_signed(high, digits)}]"

@@ -1,0 +1,71 @@
+"""The documents that two runs were both scored on, in one order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from lm_eval_pruned.analysis.results_file import ResultsError, Run
+from lm_eval_pruned.analysis.samples import Documents, read_documents
+
+
+class DocumentReader:
+    """Reads the documents of a (run, task, metric) once: the base meets every run."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[int, str, str], Documents | None] = {}
+
+    def __call__(self, run: Run, task: str, metric: str) -> Documents | None:
+        key = id(run), task, metric
+        if key not in self._read:
+            self._read[key] = read_documents(run, task, metric)
+        return self._read[key]
+
+
+def paired_documents(
+    base: Run,
+    run: Run,
+    task: str,
+    metric: str,
+    read: DocumentReader | None = None,
+) -> tuple[Documents, Documents] | None:
+    """Return the documents of two runs in the same order, or None without samples.
+
+    Raises:
+        ResultsError: The runs saw different documents or task versions.
+    """
+    read = read or DocumentReader()
+    for name in base.leaves(task):
+        versions = base.versions.get(name), run.versions.get(name)
+        if None not in versions and versions[0] != versions[1]:
+            raise ResultsError(
+                f"{name} has version {versions[0]} in {base.name} and {versions[1]} in {run.name}: "
+                "scores of different versions of a task cannot be compared."
+            )
+    one, other = read(base, task, metric), read(run, task, metric)
+    if one is None or other is None:
+        return None
+    position = {key: index for index, key in enumerate(other.keys)}
+    only_base = sum(key not in position for key in one.keys)
+    only_run = len(other.keys) - (len(one.keys) - only_base)
+    if only_base or only_run:
+        raise ResultsError(
+            f"{task} was evaluated on different documents: {only_base} of {len(one.keys)} only in "
+            f"{base.name}, {only_run} of {len(other.keys)} only in {run.name} (matched by "
+            "doc_hash); evaluate both with the same --limit and data."
+        )
+    order = [position[key] for key in one.keys]
+    reordered = replace(
+        other,
+        keys=one.keys,
+        values=other.values[order],
+        weights=other.weights[order],
+        clusters=None
+        if other.clusters is None
+        else tuple(other.clusters[index] for index in order),
+    )
+    same_kind = one.transform == other.transform and np.allclose(
+        one.weights, reordered.weights
+    )
+    return (one, reordered) if same_kind else None

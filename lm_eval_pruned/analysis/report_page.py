@@ -1,0 +1,68 @@
+"""What a report is made of: sections with text, a table, plots and notes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lm_eval_pruned.analysis.plots import Plot
+    from lm_eval_pruned.analysis.results_file import Run
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: its text, ``better`` or ``worse``, and a remark."""
+
+    text: str
+    mark: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first `text` columns hold words and are aligned left."""
+
+    label: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    text: int = 1
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section; any of its parts may be missing."""
+
+    heading: str
+    paragraphs: Sequence[str] = ()
+    table: Table | None = None
+    plots: Sequence[Plot] = ()
+    code: str = ""
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def run_label(run: Run) -> str:
+    """Return what a run is called where its size matters, such as ``p20 (3.20)``."""
+    ratio = run.expansion_ratio
+    label = "unpruned, " if run.is_baseline else ""
+    return f"{run.name} ({label}{ratio:.2f})" if ratio is not None else run.name
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return a value of a results file, or an empty mapping where it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def finite_or_none(value: Any) -> float | None:
+    """Return a value of a results file as a number, or None where it is no finite one."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None
+
+
+def number_text(value: float | None, form: str) -> str:
+    """Return a number in the given format, or a dash."""
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,84 @@
+"""Which runs and which scores belong together: the sizes of one model, one metric for each task."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lm_eval_pruned.analysis.results_file import Run
+
+
+def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group the runs of a sweep whose expansion ratio is the only thing that varies.
+
+    Baselines belong to every series of their model.
+
+    Returns:
+        Runs by series, in falling expansion ratio; runs without a recorded
+        expansion ratio are left out.
+    """
+
+    def model(run: Run) -> str:
+        pruning = run.pruning
+        return f"{pruning.get('hidden_size')}x{pruning.get('layers')}"
+
+    pruned = [run for run in runs if run.expansion_ratio is not None]
+    series: dict[tuple[str, str], list[Run]] = {}
+    for run in pruned:
+        if not run.is_baseline:
+            name = str(run.pruning.get("criterion"))
+            if "seed" in run.pruning:
+                name += f", seed {run.pruning['seed']}"
+            series.setdefault((model(run), name), []).append(run)
+    grouped = {}
+    for (of_model, name), members in series.items():
+        baselines = [r for r in pruned if r.is_baseline and model(r) == of_model][:1]
+        label = name if len({key[0] for key in series}) == 1 else f"{of_model}, {name}"
+        grouped[label] = sorted(
+            [*baselines, *members], key=lambda run: -(run.expansion_ratio or 0)
+        )
+    return grouped
+
+
+def primary_metrics(
+    runs: Sequence[Run], *, subtasks: bool = False
+) -> list[tuple[str, str]]:
+    """Return one (task, metric) for each task that all runs have.
+
+    The metric is ``acc_norm`` where there is one, as the study reports it, else the
+    first that the task lists and that is a finite number in all runs.
+
+    Args:
+        runs: At least one.
+        subtasks: Whether to include the members of groups that have scores.
+    """
+    primary = []
+    for task in runs[0].tasks(subtasks=subtasks):
+        metrics = [
+            metric
+            for scored, metric in runs[0].scores
+            if scored == task
+            and all(
+                (task, metric) in run.scores
+                and math.isfinite(run.scores[task, metric].value)
+                for run in runs
+            )
+        ]
+        metrics.sort(key=lambda metric: not metric.startswith("acc_norm,"))
+        if metrics:
+            primary.append((task, metrics[0]))
+    return primary
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether a metric is a perplexity, whose logarithm is the mean over documents."""
+    return "perplexity" in metric
+
+
+def scale_name(metric: str) -> str:
+    """Return the name of a metric on the scale of trends and correlations."""
+    return f"log {metric}" if is_perplexity(metric) else metric

@@ -1,0 +1,51 @@
+"""Paired tests, intervals, correlations and trends, from scipy.
+
+Everything works on arrays, draws no random numbers, and adds up exactly: a permutation
+of the documents changes nothing, and swapping the two runs flips the sign of every
+number.
+"""
+
+from __future__ import annotations
+
+from lm_eval_pruned.analysis.statistics.across import (
+    MOST_PERMUTED,
+    Correlation,
+    Trend,
+    correlate,
+    trend,
+)
+from lm_eval_pruned.analysis.statistics.correction import (
+    false_discovery_levels,
+    false_discovery_rate,
+)
+from lm_eval_pruned.analysis.statistics.differences import (
+    paired_difference,
+    relative_change,
+    unpaired_difference,
+)
+from lm_eval_pruned.analysis.statistics.paired_test import (
+    ALTERNATIVES,
+    LEAST_UNITS,
+    POWER,
+    Alternative,
+    PairedTest,
+)
+
+
+__all__ = [
+    "ALTERNATIVES",
+    "LEAST_UNITS",
+    "MOST_PERMUTED",
+    "POWER",
+    "Alternative",
+    "Correlation",
+    "PairedTest",
+    "Trend",
+    "correlate",
+    "false_discovery_levels",
+    "false_discovery_rate",
+    "paired_difference",
+    "relative_change",
+    "trend",
+    "unpaired_difference",
+]

@@ -1,0 +1,50 @@
+"""Markdown tables."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+_RULES = {"l": "---", "r": "---:"}
+
+
+def markdown_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], align: str
+) -> str:
+    r"""Return a Markdown table; no cell can end early or break its row.
+
+    Args:
+        columns: Names of the columns, n of them.
+        rows: Rows of n cells each, which are written with ``str``.
+        align: One letter for each column: ``l`` for words, ``r`` for numbers.
+
+    Raises:
+        ValueError: `align` or a row has another length than `columns`, or `align` another
+            letter.
+
+    Example:
+        >>> print(markdown_table(["task", "score"], [["a|b", 0.5]], "lr"))
+        |task|score|
+        |---|---:|
+        |a\|b|0.5|
+    """
+    if not set(align) <= _RULES.keys():
+        raise ValueError(f"align={align!r} has other letters than {', '.join(_RULES)}.")
+    lines = [[_cell(cell) for cell in row] for row in (columns, *rows)]
+    lines.insert(1, [_RULES[letter] for letter in align])
+    for number, line in enumerate(lines):
+        if len(line) != len(columns):
+            what = "align" if number == 1 else f"row {number - 1}"
+            raise ValueError(f"{what} is for {len(line)} columns of {len(columns)}.")
+    return "\n".join(f"|{'|'.join(line)}|" for line in lines)
+
+
+def _cell(value: object) -> str:
+    text = re.sub(r"[\r\n]", " ", str(value))
+    # A backslash in front of a bar would take the escape away from it.
+    text = re.sub(r"\\+(?=\||$)", lambda found: 2 * found[0], text)
+    return text.replace("|", "\\|")
