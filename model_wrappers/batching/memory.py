@@ -1,14 +1,42 @@
-"""How many rows of a generating batch the free memory holds."""
+"""How much fits into the memory, and how to go on where a pass did not."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .attention_support import base_model, config_of
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+def run_or_shrink(
+    shrink: Callable[[RuntimeError], bool], run: Callable[..., T], *arguments: Any
+) -> T | None:
+    """Return what a pass returns, or None where the memory was too short for it.
+
+    Args:
+        shrink: Called with the error then: lets go of what the failed pass holds and makes
+            the next one smaller; False where none can be, and the error goes on.
+        run: Runs the pass.
+        *arguments: Given to `run`.
+    """
+    try:
+        return run(*arguments)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error) or not shrink(error):
+            raise
+    # Outside the handler, whose traceback holds on to the failed pass's tensors.
+    clear_device_cache(garbage_collection=True)
+    return None
 
 
 def rows_in_memory(lm: Any, length: int) -> int:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 
 from .answer_paths import AnswerPaths
@@ -26,6 +25,7 @@ from .attention_support import (
 )
 from .flags import check_flag
 from .forward import Forward
+from .memory import run_or_shrink
 from .path_cache import PathCache
 from .prefix_pass import Work, run_pack, trial_plain, trial_shared
 from .token_counts import TokenCounts
@@ -299,26 +299,30 @@ class PrefixSharingMixin(_Neighbour):
         """Run the tree through the model; yield how many nodes are done after each pass."""
         tree = work.tree
         cache = PathCache()
+
+        def run(pack: Pack) -> int:
+            self._run_pack(work, pack, cache)
+            return pack.stop
+
+        def shrink(error: RuntimeError) -> bool:
+            nonlocal budget
+            if budget.tokens == 1:
+                return False
+            budget = self._sharing_budget = budget.halved()
+            eval_logger.warning(
+                "Out of memory: going on with at most %d tokens per forward pass.",
+                budget.tokens,
+            )
+            cache.forget_pass()
+            return True
+
         start = 0
         while start < len(tree):
             pack = next_pack(tree, work.scored_before, start, budget)
-            try:
-                self._run_pack(work, pack, cache)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error) or budget.tokens == 1:
-                    raise
-                budget = self._sharing_budget = budget.halved()
-                eval_logger.warning(
-                    "Out of memory: going on with at most %d tokens per forward pass.",
-                    budget.tokens,
-                )
-            else:
-                start = pack.stop
-                yield start
-                continue
-            # Outside the handler, whose traceback holds on to the failed pass's tensors.
-            cache.forget_pass()
-            clear_device_cache(garbage_collection=True)
+            stop = run_or_shrink(shrink, run, pack)
+            if stop is not None:
+                yield stop
+                start = stop
 
     def _run_pack(self, work: Work, pack: Pack, cache: PathCache) -> None:
         run_pack(Forward.of(self), work, pack, cache, self.softmax_dtype)

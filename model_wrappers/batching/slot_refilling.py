@@ -14,7 +14,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from lm_eval.models.utils import (
     handle_stop_sequences,
     normalize_gen_kwargs,
@@ -35,7 +34,7 @@ from .flags import check_flag
 from .forward import Forward
 from .generation import end_tokens
 from .greedy_settings import StopStrings, unsupported_setting
-from .memory import is_split, rows_in_memory
+from .memory import is_split, rows_in_memory, run_or_shrink
 from .slot_pass import in_pieces, likeliest, trial_plain, trial_slots
 from .slot_table import SlotJob, SlotTable, ordered
 from .token_counts import TokenCounts
@@ -256,56 +255,64 @@ class SlotRefillingMixin(_Neighbour):
         in_groups = self.device.type == "cpu" and slots >= _LEAST_SLOTS_IN_GROUPS
         forward = Forward.of(self)
         table = SlotTable(slots, in_groups)
-        while waiting or table.busy:
-            try:
-                group = table.admit(waiting, self._prefill_budget())
-                if group:
-                    work = [(s, job.array()[start:], start) for s, job, start in group]
-                else:
-                    table.compact()
-                    if in_groups:
-                        table.bring_into_order()
-                    work = [
-                        (s, job.array(1), len(job.tokens) - 1)
-                        for s, job in enumerate(table.jobs)
-                        if job is not None
-                    ]
-                chosen = [
-                    token
-                    for piece, is_last in in_pieces(work)
-                    for token in likeliest(forward, table.cache, piece)
-                    if is_last
-                ]
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error) or slots == 1:
-                    raise
-                if is_split(base_model(self.model)):
-                    # The others wait for this one within the pass.
-                    raise RuntimeError(
-                        f"Out of memory with {slots} requests at once, and processes that "
-                        "share a model (tp_plan) cannot take fewer one by one: give "
-                        f"batch_size={slots // 2}"
-                    ) from error
-                slots = self._most_slots = (slots + 1) // 2
-                eval_logger.warning(
-                    "Out of memory: going on with at most %d requests at once.", slots
-                )
-            else:
-                counts.processed += sum(len(tokens) for _, tokens, _ in work)
-                self.answer_paths.of("generate_until").slots = slots
-                counts.generated += len(chosen)
-                for (slot, _, _), token in zip(work, chosen, strict=True):
-                    job = table.jobs[slot]
-                    assert job is not None
-                    job.add(token)
-                    if token in ends or job.is_done():
-                        table.release(slot)
-                        yield job
-                continue
-            # Outside the handler, whose traceback holds on to the failed pass's tensors.
+
+        def shrink(error: RuntimeError) -> bool:
+            nonlocal slots, table
+            if slots == 1:
+                return False
+            if is_split(base_model(self.model)):
+                # The others wait for this one within the pass.
+                raise RuntimeError(
+                    f"Out of memory with {slots} requests at once, and processes that "
+                    "share a model (tp_plan) cannot take fewer one by one: give "
+                    f"batch_size={slots // 2}"
+                ) from error
+            slots = self._most_slots = (slots + 1) // 2
+            eval_logger.warning(
+                "Out of memory: going on with at most %d requests at once.", slots
+            )
             waiting.extendleft(reversed(table.all_jobs()))
             table = SlotTable(slots, in_groups)
-            clear_device_cache(garbage_collection=True)
+            return True
+
+        while waiting or table.busy:
+            new_tokens = run_or_shrink(shrink, self._advance, forward, table, waiting)
+            if new_tokens is None:
+                continue
+            self.answer_paths.of("generate_until").slots = slots
+            counts.generated += len(new_tokens)
+            for slot, token in new_tokens:
+                job = table.jobs[slot]
+                assert job is not None
+                job.add(token)
+                if token in ends or job.is_done():
+                    table.release(slot)
+                    yield job
+
+    def _advance(
+        self, forward: Forward, table: SlotTable, waiting: deque[SlotJob]
+    ) -> list[tuple[int, int]]:
+        """Run a group of prompts, or else a step of all slots; return slots and new tokens."""
+        group = table.admit(waiting, self._prefill_budget())
+        if group:
+            work = [(s, job.array()[start:], start) for s, job, start in group]
+        else:
+            table.compact()
+            if table.cache.in_groups:
+                table.bring_into_order()
+            work = [
+                (s, job.array(1), len(job.tokens) - 1)
+                for s, job in enumerate(table.jobs)
+                if job is not None
+            ]
+        chosen = [
+            token
+            for piece, is_last in in_pieces(work)
+            for token in likeliest(forward, table.cache, piece)
+            if is_last
+        ]
+        self.token_counts.processed += sum(len(tokens) for _, tokens, _ in work)
+        return [(slot, token) for (slot, _, _), token in zip(work, chosen, strict=True)]
 
     def _prefill_budget(self) -> int:
         """Return how many tokens, with padding, of several prompts run together."""
