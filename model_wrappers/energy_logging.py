@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
 from lm_eval_pruned.model_wrappers.batching.flags import check_flag
 from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
@@ -205,7 +206,7 @@ class EnergyLoggingHFLM(HFLM):
                 dtype=torch.long,
                 device=self.device,
             )
-            if self.backend == "seq2seq":
+            if is_encoder_decoder(self):
                 self._model_call(tokens, attn_mask=tokens, labels=tokens)
             else:
                 self._model_call(tokens)
@@ -241,7 +242,7 @@ class EnergyLoggingHFLM(HFLM):
             min(len(context) + len(continuation), self.max_length + 1)
             for _, context, continuation in requests
         )
-        if self.backend == "seq2seq":
+        if is_encoder_decoder(self):
             # The encoder reads each context; `_select_cont_toks` sees the decoder's part.
             counts.processed += sum(
                 min(len(context), self.max_length) for _, context, _ in requests
@@ -276,7 +277,7 @@ class EnergyLoggingHFLM(HFLM):
         output = super()._model_generate(context, max_length, stop, **generation_kwargs)
         mask = generation_kwargs.get("attention_mask")
         prompt = context.numel() if mask is None else int(mask.sum())
-        start = context.shape[1] if self.backend == "causal" else 1
+        start = 1 if is_encoder_decoder(self) else context.shape[1]
         generated = count_generated(output[:, start:], end_tokens(self.model))
         counts.prompt += prompt
         counts.generated += generated
