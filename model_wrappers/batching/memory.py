@@ -19,18 +19,17 @@ T = TypeVar("T")
 
 
 def run_or_shrink(
-    shrink: Callable[[RuntimeError], bool], run: Callable[..., T], *arguments: Any
+    run: Callable[[], T], shrink: Callable[[RuntimeError], bool]
 ) -> T | None:
     """Return what a pass returns, or None where the memory was too short for it.
 
     Args:
+        run: Runs the pass. It takes no arguments: they would live as long as this call.
         shrink: Called with the error then: lets go of what the failed pass holds and makes
             the next one smaller; False where none can be, and the error goes on.
-        run: Runs the pass.
-        *arguments: Given to `run`.
     """
     try:
-        return run(*arguments)
+        return run()
     except RuntimeError as error:
         if not should_reduce_batch_size(error) or not shrink(error):
             raise

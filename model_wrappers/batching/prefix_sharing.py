@@ -299,8 +299,10 @@ class PrefixSharingMixin(_Neighbour):
         """Run the tree through the model; yield how many nodes are done after each pass."""
         tree = work.tree
         cache = PathCache()
+        start = 0
 
-        def run(pack: Pack) -> int:
+        def run() -> int:
+            pack = next_pack(tree, work.scored_before, start, budget)
             self._run_pack(work, pack, cache)
             return pack.stop
 
@@ -316,10 +318,8 @@ class PrefixSharingMixin(_Neighbour):
             cache.forget_pass()
             return True
 
-        start = 0
         while start < len(tree):
-            pack = next_pack(tree, work.scored_before, start, budget)
-            stop = run_or_shrink(shrink, run, pack)
+            stop = run_or_shrink(run, shrink)
             if stop is not None:
                 yield stop
                 start = stop

@@ -256,6 +256,9 @@ class SlotRefillingMixin(_Neighbour):
         forward = Forward.of(self)
         table = SlotTable(slots, in_groups)
 
+        def run() -> list[tuple[int, int]]:
+            return self._advance(forward, table, waiting)
+
         def shrink(error: RuntimeError) -> bool:
             nonlocal slots, table
             if slots == 1:
@@ -276,7 +279,7 @@ class SlotRefillingMixin(_Neighbour):
             return True
 
         while waiting or table.busy:
-            new_tokens = run_or_shrink(shrink, self._advance, forward, table, waiting)
+            new_tokens = run_or_shrink(run, shrink)
             if new_tokens is None:
                 continue
             self.answer_paths.of("generate_until").slots = slots
