@@ -23,7 +23,7 @@ from scipy import stats
 
 from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor
-from lm_eval_pruned.model_wrappers.energy_logging import EnergyLog
+from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.profiling.prompts import demo_prompts
 

@@ -1,21 +1,19 @@
 """HFLM that measures the energy of each type of request while the harness runs it.
 
-Independent of pruning: it knows HFLM and `lm_eval_pruned.energy.monitor`, nothing else. With
-``energy`` off, neither codecarbon nor `lm_eval_pruned.energy.monitor` is imported.
+Independent of pruning: it knows HFLM and `energy_log`, nothing else. With ``energy`` off,
+neither codecarbon nor `energy_log` is imported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import time
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
 from lm_eval_pruned.model_wrappers.batching.flags import check_flag
 from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
@@ -29,10 +27,8 @@ if TYPE_CHECKING:
 
     from lm_eval.api.instance import Instance
 
-    from lm_eval_pruned.energy.monitor import EnergyMonitor, EnergyReading, Joules
+    from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
 
-#: Version of the block under ``config.energy``; raised when a key changes its meaning.
-SCHEMA_VERSION = 2
 #: Tokens of the pass that comes before the first request, on which nothing is counted.
 _WARM_UP_TOKENS = 8
 
@@ -78,6 +74,8 @@ class EnergyLoggingHFLM(HFLM):
         self._energy: EnergyLog | None = None
         self._warmed_up = False
         if energy:
+            from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
+
             self._energy = EnergyLog.from_arguments(
                 energy_idle_seconds, energy_country, energy_online
             )
@@ -208,7 +206,7 @@ class EnergyLoggingHFLM(HFLM):
                 dtype=torch.long,
                 device=self.device,
             )
-            if self.backend == "seq2seq":
+            if is_encoder_decoder(self):
                 self._model_call(tokens, attn_mask=tokens, labels=tokens)
             else:
                 self._model_call(tokens)
@@ -244,7 +242,7 @@ class EnergyLoggingHFLM(HFLM):
             min(len(context) + len(continuation), self.max_length + 1)
             for _, context, continuation in requests
         )
-        if self.backend == "seq2seq":
+        if is_encoder_decoder(self):
             # The encoder reads each context; `_select_cont_toks` sees the decoder's part.
             counts.processed += sum(
                 min(len(context), self.max_length) for _, context, _ in requests
@@ -279,7 +277,7 @@ class EnergyLoggingHFLM(HFLM):
         output = super()._model_generate(context, max_length, stop, **generation_kwargs)
         mask = generation_kwargs.get("attention_mask")
         prompt = context.numel() if mask is None else int(mask.sum())
-        start = context.shape[1] if self.backend == "causal" else 1
+        start = 1 if is_encoder_decoder(self) else context.shape[1]
         generated = count_generated(output[:, start:], end_tokens(self.model))
         counts.prompt += prompt
         counts.generated += generated
@@ -287,481 +285,3 @@ class EnergyLoggingHFLM(HFLM):
             # The last token of a row is never fed back.
             counts.processed += prompt + generated - context.shape[0]
         return output
-
-
-@dataclass
-class Share:
-    """What one process did in one window, or in several added up.
-
-    Attributes:
-        request_type: ``loglikelihood``, ``loglikelihood_rolling`` or ``generate_until``;
-            None if the process had nothing to do.
-        requests: Requests that reached the model, with the repeats of the harness.
-        tokens: Tokens of these requests.
-        reading: Energy of the machine; None in a process that is not the one to meter it.
-        cached: Answers from the harness's cache since the last share.
-        set_up: What was measured apart, by purpose: ``warm_up``, ``batch_size_search``.
-        idle: The idle reading of the machine; None without one.
-        idle_joules: What the machine would have used in the time of `reading` if idle;
-            None without an idle reading.
-    """
-
-    request_type: str | None = None
-    requests: int = 0
-    tokens: TokenCounts = field(default_factory=TokenCounts)
-    reading: EnergyReading | None = None
-    cached: int = 0
-    set_up: dict[str, EnergyReading] = field(default_factory=dict)
-    idle: EnergyReading | None = None
-    idle_joules: Joules | None = None
-
-
-class EnergyLog:
-    """The readings of one evaluation of a model, and the block they become.
-
-    The first request after the block was asked for begins the next evaluation.
-
-    Args:
-        monitor: Measures this machine; None in a process that is not the one to do so.
-        idle_seconds: How long to measure the idle machine first, in seconds.
-        sleep: Waits for so many seconds; for tests.
-    """
-
-    def __init__(
-        self,
-        monitor: EnergyMonitor | None,
-        idle_seconds: float = 0,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self.monitor = monitor
-        self.machines = 1
-        self.cached = 0
-        self.request_types: dict[str, Share] = {}
-        self.tasks: dict[str, dict[str, Share]] = {}
-        self._idle_seconds = idle_seconds
-        self._idle: EnergyReading | None = None
-        self._idle_machines: list[EnergyReading] = []
-        self._apart: dict[str, EnergyReading] = {}
-        self._sleep = sleep
-        self._pending = Share()
-        self._unreported_cached = 0
-        self._notes: list[str] = []
-        self._over = False
-
-    @classmethod
-    def from_arguments(
-        cls, idle_seconds: Any, country: str | None, online: bool
-    ) -> EnergyLog:
-        """Check the arguments and start codecarbon in the background.
-
-        Raises:
-            ValueError: An argument is out of range.
-        """
-        from lm_eval_pruned.energy.codecarbon_meter import (
-            CodecarbonMeter,
-            check_country,
-        )
-        from lm_eval_pruned.energy.monitor import EnergyMonitor
-
-        if (
-            isinstance(idle_seconds, bool)
-            or not isinstance(idle_seconds, (int, float))
-            or not 0 <= idle_seconds < float("inf")
-        ):
-            raise ValueError(
-                f"energy_idle_seconds={idle_seconds} is no time to wait: pass a number of "
-                "seconds, such as 10, or 0."
-            )
-        if country is not None and online:
-            raise ValueError(
-                f"energy_country={country} and energy_online={online} both say where the "
-                "machine is: pass one."
-            )
-        if country is not None:
-            country = check_country(country)
-        if not meters_the_machine():
-            return cls(None, idle_seconds)
-        monitor = EnergyMonitor(CodecarbonMeter(country, online))
-        monitor.start_in_background()
-        return cls(monitor, idle_seconds)
-
-    def note(self, text: str) -> None:
-        """Add a sentence to the block, once, and to the log."""
-        if text not in self._notes:
-            self._notes.append(text)
-            eval_logger.warning("Energy: %s.", text)
-
-    def count_cache_reads(self, answers: Any) -> None:
-        """Count the answers that are read from the harness's cache.
-
-        Its `CachingLM` keeps such requests to itself, so reading is the one thing that
-        can be seen of them.
-        """
-        base = type(answers)
-        log = self
-
-        class CountingReads(base):  # type: ignore[misc, valid-type]
-            def __getitem__(self, key: Any) -> Any:
-                answer = super().__getitem__(key)
-                log._begin()
-                log._unreported_cached += 1
-                return answer
-
-        try:
-            answers.__class__ = CountingReads
-        except TypeError:
-            self.note("answers from the cache could not be counted")
-
-    def begin(self) -> None:
-        """Forget the requests so far; what the idle machine uses stays known."""
-        self.cached = self._unreported_cached = 0
-        self.request_types, self.tasks = {}, {}
-
-    def runs_on_gpu(self, yes: bool) -> None:
-        """Say whether the model does: energy without that of the GPU is then no total."""
-        if yes and self.monitor is not None:
-            self.monitor.required.add("gpu")
-
-    def measure_idle(self) -> None:
-        """Measure the idle machine, the first time this is called."""
-        seconds, self._idle_seconds = self._idle_seconds, 0
-        if not seconds:
-            return
-        if self.monitor is None:
-            # The other processes of a machine keep still as well.
-            self._sleep(seconds)
-            return
-        self.monitor.begin_window("idle")
-        self._sleep(seconds)
-        self._idle = self.monitor.end_window("idle")
-        self._idle_machines = [self._idle]
-
-    @contextlib.contextmanager
-    def set_up(self, purpose: str) -> Iterator[None]:
-        """Measure something that is in no window of requests."""
-        from lm_eval_pruned.energy.monitor import add_up
-
-        if self.monitor is None:
-            yield
-            return
-        self.monitor.begin_window(purpose)
-        try:
-            yield
-        finally:
-            reading = self.monitor.end_window(purpose, apart=True)
-        before = self._apart.get(purpose)
-        self._apart[purpose] = add_up([before, reading]) if before else reading
-
-    @contextlib.contextmanager
-    def window(self, request_type: str, requests: int, lm: Any) -> Iterator[None]:
-        """Measure the requests of one type; `close` ends the window."""
-        self._begin()
-        if self._pending.request_type is not None:
-            self.record([self.close()])
-        before = replace(lm.token_counts)
-        if self.monitor is not None:
-            self.monitor.begin_window(request_type)
-        try:
-            yield
-        except BaseException:
-            self._apart = {}
-            if self.monitor is not None:
-                self.monitor.end_window(request_type)
-            raise
-        self._pending = Share(request_type, requests, lm.token_counts - before)
-
-    def close(self) -> Share:
-        """End the window of this process and return its share."""
-        share, self._pending = self._pending, Share()
-        share.cached, self._unreported_cached = self._unreported_cached, 0
-        if self.monitor is not None and share.request_type is not None:
-            share.reading = self.monitor.end_window(share.request_type)
-            share.set_up, self._apart = self._apart, {}
-            share.idle, share.idle_joules = self._idle, self._as_if_idle(share.reading)
-        return share
-
-    def _as_if_idle(self, reading: EnergyReading | None) -> Joules | None:
-        from lm_eval_pruned.energy.monitor import scale_idle
-
-        if self._idle is None or reading is None:
-            return None
-        return scale_idle(self._idle, reading.seconds)
-
-    @contextlib.contextmanager
-    def task_window(
-        self, task: str, request_type: str, requests: int, lm: Any
-    ) -> Iterator[None]:
-        """Measure the requests of one type of one task."""
-        before = replace(lm.token_counts)
-        name = f"{task} {request_type}"
-        if self.monitor is not None:
-            self.monitor.begin_window(name)
-        reading = None
-        try:
-            yield
-        finally:
-            if self.monitor is not None:
-                reading = self.monitor.end_window(name)
-        types = self.tasks.setdefault(task, {})
-        share = Share(
-            request_type,
-            requests,
-            lm.token_counts - before,
-            reading,
-            idle_joules=self._as_if_idle(reading),
-        )
-        types[request_type] = _added(types.get(request_type), share)
-
-    def record(self, shares: list[Share]) -> None:
-        """Add what the processes did side by side."""
-        from lm_eval_pruned.energy.monitor import add_up
-
-        self.cached += sum(share.cached for share in shares)
-        busy = [share for share in shares if share.request_type is not None]
-        if not busy:
-            return
-        readings = [share.reading for share in busy if share.reading is not None]
-        self.machines = max(self.machines, len(readings))
-        request_type = busy[0].request_type
-        assert request_type is not None
-        idle = [share.idle for share in busy if share.idle is not None]
-        if idle:
-            self._idle_machines = idle
-        whole = Share(
-            request_type,
-            sum(share.requests for share in busy),
-            sum((share.tokens for share in busy), TokenCounts()),
-            add_up(readings, at_once=True) if readings else None,
-            set_up=_added_set_up(busy, at_once=True),
-            idle_joules=_added_idle([s for s in busy if s.reading is not None]),
-        )
-        self.request_types[request_type] = _added(
-            self.request_types.get(request_type), whole
-        )
-
-    def stop(self) -> None:
-        """End the evaluation: stop the meter. A later request begins another one."""
-        self.cached += self._unreported_cached
-        self._unreported_cached = 0
-        if self.monitor is not None:
-            self.monitor.stop()
-        self._over = True
-
-    def _begin(self) -> None:
-        """Forget an evaluation that is over: a model may be evaluated many times."""
-        if self._over:
-            self._over = False
-            self.request_types, self.tasks = {}, {}
-            self.cached, self.machines, self._notes = 0, 1, []
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the block for the results file. None is *not measured*."""
-        from lm_eval_pruned.energy.monitor import EnergyReading
-
-        idle = self.idle
-        meter = self.monitor.describe() if self.monitor is not None else None
-        failures = self.monitor.failures if self.monitor is not None else []
-        block: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "status": self._status(meter is not None),
-            "meter": meter and meter.name,
-            "scope": meter and meter.scope,
-            "resolution_seconds": meter and meter.resolution_seconds,
-            "sources": meter
-            and {
-                name: {"kind": source.kind, "description": source.description}
-                for name, source in meter.sources.items()
-            },
-            "hardware": meter and meter.hardware,
-            "country": meter and meter.country,
-            "machines": self.machines,
-            "cached_answers": self.cached,
-            "idle": idle and idle.as_dict(),
-            "set_up": self._set_up_as_dict(),
-            "request_types": {
-                name: self._as_dict(share) for name, share in self.request_types.items()
-            },
-            "total": self._as_dict(self.total()),
-        }
-        if self.tasks:
-            block["tasks"] = {
-                task: {name: self._as_dict(share) for name, share in types.items()}
-                for task, types in self.tasks.items()
-            }
-        negative = [
-            name
-            for name, record in block["request_types"].items()
-            if any(
-                joules is not None and joules < 0
-                for joules in (record.get("net_joules") or {}).values()
-            )
-        ]
-        if negative:
-            self.note(
-                f"net energy of {', '.join(negative)} is negative: the machine drew more while "
-                "it was measured as idle, so that reading is no baseline"
-            )
-        notes = [*failures, *self._notes]
-        if self.monitor is None:
-            notes.append("another process of this machine meters it")
-        for reading in (idle, *(s.reading for s in self.request_types.values())):
-            notes += reading.notes if isinstance(reading, EnergyReading) else ()
-        block["notes"] = list(dict.fromkeys(notes))
-        return block
-
-    @property
-    def idle(self) -> EnergyReading | None:
-        """All machines together at idle; None where that was not asked for."""
-        from lm_eval_pruned.energy.monitor import add_up
-
-        machines = self._idle_machines
-        return add_up(machines, at_once=True) if machines else None
-
-    def _set_up_as_dict(self) -> dict[str, dict[str, Any]]:
-        block: dict[str, dict[str, Any]] = {}
-        for name, share in self.request_types.items():
-            for purpose, reading in share.set_up.items():
-                block.setdefault(purpose, {})[name] = reading.as_dict()
-        return block
-
-    def _status(self, metered: bool) -> str:
-        if not metered or self.monitor is None:
-            return "not measured"
-        readings = [self.total().reading]
-        if self._idle_machines:
-            readings.append(self.idle)
-        whole = all(r is not None and r.joules.total is not None for r in readings)
-        return "partial" if self.monitor.failures or not whole else "ok"
-
-    def total(self) -> Share:
-        """Return all request types added up."""
-        from lm_eval_pruned.energy.monitor import add_up
-
-        shares = list(self.request_types.values())
-        readings = [share.reading for share in shares if share.reading is not None]
-        return Share(
-            None,
-            sum(share.requests for share in shares),
-            sum((share.tokens for share in shares), TokenCounts()),
-            add_up(readings) if len(readings) == len(shares) else None,
-            idle_joules=_added_idle(shares),
-        )
-
-    def as_table(self) -> str:
-        """Return the readings as a Markdown table; ``n/m`` is not measured."""
-        columns = (
-            "requests|number|prompt tokens|generated|processed|seconds|CPU J|GPU J|RAM J"
-            "|total J|mean W|J/processed token|J/generated token"
-        )
-        lines = [f"|{columns}|", "|---" + "|--:" * columns.count("|") + "|"]
-        rows = [*self.request_types.items(), ("total", self.total())]
-        for name, share in rows:
-            record = self._as_dict(share)
-            joules = record["joules"] or {}
-            figures = [
-                record["seconds"],
-                *(joules.get(part) for part in ("cpu", "gpu", "ram", "total")),
-                record["mean_watts"],
-                record["joules_per_processed_token"],
-                record["joules_per_generated_token"],
-            ]
-            lines.append(
-                f"|{name}|{share.requests:,}|{share.tokens.prompt:,}|{share.tokens.generated:,}"
-                f"|{share.tokens.processed:,}|"
-                + "|".join("n/m" if f is None else f"{f:,.4g}" for f in figures)
-                + "|"
-            )
-        for purpose, readings in self._set_up_as_dict().items():
-            for name, reading in readings.items():
-                joules = reading["joules"]
-                figures = [
-                    reading["seconds"],
-                    *(joules[part] for part in ("cpu", "gpu", "ram", "total")),
-                    reading["mean_watts"],
-                ]
-                lines.append(
-                    f"|{purpose.replace('_', ' ')} before {name}, in no other row|||||"
-                    + "|".join("n/m" if f is None else f"{f:,.4g}" for f in figures)
-                    + "|||"
-                )
-        meter = self.monitor.describe() if self.monitor is not None else None
-        if meter is not None:
-            lines += [
-                f"{name.upper()}: {source.kind}, {source.description}."
-                for name, source in meter.sources.items()
-            ]
-        if self.cached:
-            lines.append(
-                f"{self.cached:,} answers came from the cache and cost nothing."
-            )
-        return "\n".join(lines)
-
-    def _as_dict(self, share: Share) -> dict[str, Any]:
-        from lm_eval_pruned.energy.monitor import EnergyReading, ratio, subtract
-
-        reading = share.reading or EnergyReading(None)
-        tokens = share.tokens
-        total = reading.joules.total
-        record = {
-            "requests": share.requests,
-            "prompt_tokens": tokens.prompt,
-            "generated_tokens": tokens.generated,
-            "processed_tokens": tokens.processed,
-            **reading.as_dict(),
-            "joules_per_processed_token": ratio(total, tokens.processed),
-            "joules_per_generated_token": ratio(total, tokens.generated)
-            if share.request_type == "generate_until"
-            else None,
-        }
-        if share.idle_joules is not None:
-            record["idle_joules"] = share.idle_joules.as_dict()
-            record["net_joules"] = subtract(reading.joules, share.idle_joules).as_dict()
-        return record
-
-
-def meters_the_machine() -> bool:
-    """Whether this process is the one that meters its machine: the first of its launcher."""
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name]) == 0
-    return True
-
-
-def _added(share: Share | None, more: Share) -> Share:
-    from lm_eval_pruned.energy.monitor import add_up
-
-    if share is None:
-        return more
-    known = share.reading is not None and more.reading is not None
-    return Share(
-        more.request_type,
-        share.requests + more.requests,
-        share.tokens + more.tokens,
-        add_up([share.reading, more.reading]) if known else None,  # type: ignore[list-item]
-        set_up=_added_set_up([share, more]),
-        idle_joules=_added_idle([share, more]),
-    )
-
-
-def _added_set_up(
-    shares: list[Share], *, at_once: bool = False
-) -> dict[str, EnergyReading]:
-    from lm_eval_pruned.energy.monitor import add_up
-
-    purposes = dict.fromkeys(name for share in shares for name in share.set_up)
-    return {
-        name: add_up(
-            [share.set_up[name] for share in shares if name in share.set_up],
-            at_once=at_once,
-        )
-        for name in purposes
-    }
-
-
-def _added_idle(shares: list[Share]) -> Joules | None:
-    from lm_eval_pruned.energy.monitor import Joules, add_joules
-
-    known = [share.idle_joules for share in shares]
-    if all(joules is None for joules in known):
-        return None
-    return add_joules(joules or Joules() for joules in known)

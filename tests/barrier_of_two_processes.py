@@ -12,11 +12,8 @@ import torch.distributed
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
-from lm_eval_pruned.model_wrappers.energy_logging import (
-    EnergyLog,
-    EnergyLoggingHFLM,
-    meters_the_machine,
-)
+from lm_eval_pruned.model_wrappers.energy_log import EnergyLog, meters_the_machine
+from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
 from tests.meters import Clock, FakeMeter
 
 

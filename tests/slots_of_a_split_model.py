@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed
 
-from lm_eval_pruned.model_wrappers.batching import slot_refilling
+from lm_eval_pruned.model_wrappers.batching import memory
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from tests.test_slot_refilling import generate, prompts
 
@@ -18,7 +18,7 @@ def main(pretrained: str, folder: Path) -> None:
     rank = int(os.environ["RANK"])
     # Room for two rows of 64 tokens on one side, for all requests on the other.
     row = 3 * 2 * 1 * 8 * 4 * 64
-    slot_refilling._free_memory = lambda _: 3 * row * (1000, 2)[rank]
+    memory._free_memory = lambda _: 3 * row * (1000, 2)[rank]
     lm = PrefixHFLM(
         pretrained=pretrained,
         tp_plan="auto",

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from lm_eval_pruned.model_wrappers.batching import (
     attention_support,
     cpu_linear,
+    path_cache,
+    prefix_pass,
     prefix_sharing,
     trial_model as trials,
 )
@@ -86,7 +88,7 @@ def test_what_is_worth_sharing_does_not_depend_on_the_width():
         worth = []
         for length in range(1, 20):
             requests = [(None, [9] * length + [a], [a] * 40) for a in range(9)]
-            work = prefix_sharing._Work.of(requests, lm.max_length)
+            work = prefix_pass.Work.of(requests, lm.max_length)
             worth.append(lm._is_worth_sharing(requests, work))
         decisions.append(worth)
     assert False in decisions[0] and True in decisions[0]
@@ -288,9 +290,9 @@ def test_a_device_without_float64(monkeypatch, share_however_little):
 
     lm = wrapped(PrefixHFLM, tiny_model(tiny_config()))
     expected = lm._loglikelihood_tokens(REQUESTS, disable_tqdm=True)
-    score = prefix_sharing._score
+    score = prefix_pass._score
     monkeypatch.setattr(
-        prefix_sharing,
+        prefix_pass,
         "_score",
         lambda work, nodes, logits, *rest: score(
             work, nodes, logits.as_subclass(Values), *rest
@@ -407,9 +409,9 @@ def test_a_pass_stays_on_its_device(monkeypatch, share_however_little):
     lm._device = torch.device("meta")
     scored = []
     monkeypatch.setattr(
-        prefix_sharing, "_score", lambda work, nodes, logits, _: scored.append(logits)
+        prefix_pass, "_score", lambda work, nodes, logits, _: scored.append(logits)
     )
-    work = prefix_sharing._Work.of(REQUESTS, lm.max_length)
+    work = prefix_pass.Work.of(REQUESTS, lm.max_length)
     with SameDevice():
         for _ in lm._passes(work, prefix_sharing.Budget(14, 7, 14)):
             pass
@@ -428,7 +430,7 @@ def test_layers_on_one_device_get_a_mask_once(monkeypatch, share_however_little)
         model, blocks | rest, main_device="cpu", force_hooks=True, offload_dir=None
     )
     lm = wrapped(PrefixHFLM, model)
-    monkeypatch.setattr(prefix_sharing, "_score", lambda *_: None)
+    monkeypatch.setattr(prefix_pass, "_score", lambda *_: None)
     sent = []
 
     class Copies(torch.utils._python_dispatch.TorchDispatchMode):
@@ -441,11 +443,11 @@ def test_layers_on_one_device_get_a_mask_once(monkeypatch, share_however_little)
                 return torch.zeros(args[0].shape)
             return func(*args, **kwargs)
 
-    tree = prefix_sharing._Work.of(REQUESTS, lm.max_length)
+    tree = prefix_pass.Work.of(REQUESTS, lm.max_length)
     pack = prefix_sharing.next_pack(
         tree.tree, tree.scored_before, 0, prefix_sharing.Budget(200, 100, 200)
     )
     with Copies():
-        lm._run_pack(tree, pack, prefix_sharing._PathCache())
+        lm._run_pack(tree, pack, path_cache.PathCache())
     masks = [shape for shape in sent if len(shape) == 4 and shape[1] == 1]
     assert len(masks) == 1

@@ -18,14 +18,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor
-from lm_eval_pruned.model_wrappers import energy_logging
+from lm_eval_pruned.model_wrappers import energy_log
 from lm_eval_pruned.model_wrappers.batching.generation import count_generated
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
-from lm_eval_pruned.model_wrappers.energy_logging import (
-    EnergyLog,
-    Share,
-    meters_the_machine,
-)
+from lm_eval_pruned.model_wrappers.energy_log import EnergyLog, meters_the_machine
+from lm_eval_pruned.model_wrappers.energy_share import Share
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
 from . import checkpoints, demo_runs
@@ -679,7 +676,7 @@ def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
     (results,) = (tmp_path / "out").glob("**/results_*.json")
     block = json.loads(results.read_text())["config"]["energy"]
     assert block["status"] == "ok"
-    assert block["schema_version"] == energy_logging.SCHEMA_VERSION
+    assert block["schema_version"] == energy_log.SCHEMA_VERSION
     assert block["country"] == "ESP"
     assert set(block["request_types"]) == {"loglikelihood", "generate_until"}
     for record in (*block["request_types"].values(), block["total"], block["idle"]):

@@ -17,11 +17,17 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama4 import Llama4TextConfig
 
-from lm_eval_pruned.model_wrappers.batching import slot_refilling
-from lm_eval_pruned.model_wrappers.batching.slot_refilling import (
-    _Job,
-    _ordered,
-    _SlotTable,
+from lm_eval_pruned.model_wrappers.batching import (
+    greedy_settings,
+    slot_cache,
+    slot_pass,
+    slot_refilling,
+    slot_table,
+)
+from lm_eval_pruned.model_wrappers.batching.slot_table import (
+    SlotJob,
+    SlotTable,
+    ordered,
 )
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
@@ -77,13 +83,13 @@ def generate(lm, pairs):
 
 def watch_passes(monkeypatch, look):
     """Call `look` with the rows of each pass before it runs."""
-    run = slot_refilling._pass
+    run = slot_pass._pass
 
     def watched(forward, cache, work):
         look(work)
         return run(forward, cache, work)
 
-    monkeypatch.setattr(slot_refilling, "_pass", watched)
+    monkeypatch.setattr(slot_pass, "_pass", watched)
 
 
 LETTERS = "ab\n"
@@ -119,10 +125,10 @@ def test_equal_to_one_by_one(
     plain, refilled = pair
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refilled, "_prefill_budget", lambda: budget)
-        patch.setattr(slot_refilling, "_GROUPS", groups)
+        patch.setattr(slot_cache, "_GROUPS", groups)
         patch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
-        patch.setattr(slot_refilling, "_COST_OF_ORDER", cost_of_order)
-        patch.setattr(slot_refilling, "_MOST_IN_MASK", most_in_mask)
+        patch.setattr(slot_table, "_COST_OF_ORDER", cost_of_order)
+        patch.setattr(slot_pass, "_MOST_IN_MASK", most_in_mask)
         refilled.batch_size_per_gpu = slots
         got = generate(refilled, drawn)
     assert got == generate(plain, drawn)
@@ -384,12 +390,12 @@ def test_another_error_is_not_taken_for_lack_of_memory(pair, monkeypatch):
 
 def test_a_model_whose_cache_is_its_own_is_noticed(pair, monkeypatch, caplog):
     refilled = make(PrefixHFLM, pair[0].model, 1)
-    write = slot_refilling._SlotLayer._write
+    write = slot_cache._SlotLayer._write
 
     def forgetful(layer, stored, states):
         return write(layer, stored, states) * 0.5
 
-    monkeypatch.setattr(slot_refilling._SlotLayer, "_write", forgetful)
+    monkeypatch.setattr(slot_cache._SlotLayer, "_write", forgetful)
     with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
         got = generate(refilled, prompts())
     assert got == generate(pair[0], prompts())
@@ -399,7 +405,7 @@ def test_a_model_whose_cache_is_its_own_is_noticed(pair, monkeypatch, caplog):
 def test_slot_refilling_false_is_the_plain_path(pair, monkeypatch):
     plain, _ = pair
     lm = make(PrefixHFLM, plain.model, 1, slot_refilling=False)
-    monkeypatch.setattr(slot_refilling, "_pass", None)
+    monkeypatch.setattr(slot_pass, "_pass", None)
     assert generate(lm, prompts()) == generate(plain, prompts())
     assert not lm._refilling_complaints
 
@@ -414,7 +420,7 @@ def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
     if refilled.config._attn_implementation != "sdpa":
         pytest.skip("only sdpa attention is grouped")
     monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
-    monkeypatch.setattr(slot_refilling, "_GROUPS", 2)
+    monkeypatch.setattr(slot_cache, "_GROUPS", 2)
     monkeypatch.setattr(plain.model.generation_config, "eos_token_id", None)
     widths = []
 
@@ -424,13 +430,13 @@ def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
                 widths.append((len(args[0]), args[1].shape[-2]))
             return func(*args, **(kwargs or {}))
 
-    attention = slot_refilling._grouped_attention
+    attention = slot_cache._grouped_attention
 
     def watched(*args, **kwargs):
         with Watched():
             return attention(*args, **kwargs)
 
-    monkeypatch.setattr(slot_refilling, "_grouped_attention", watched)
+    monkeypatch.setattr(slot_cache, "_grouped_attention", watched)
     assert refilled._can_refill()
     refilled.batch_size_per_gpu = 4
     pairs = [
@@ -610,11 +616,11 @@ def test_no_requests(pair):
 def test_slots_hold_what_they_should(drawn, slots, budget):
     # This test plays the model: a slot's keys are the tokens written to it.
     jobs = [
-        _Job(i, list(prompt), most, [], slot_refilling._Stops(None, []))
+        SlotJob(i, list(prompt), most, [], greedy_settings.StopStrings(None, []))
         for i, (prompt, most) in enumerate(drawn)
     ]
-    waiting, done = deque(_ordered(jobs)), []
-    table = _SlotTable(slots)
+    waiting, done = deque(ordered(jobs)), []
+    table = SlotTable(slots)
     held = [[] for _ in range(slots)]
 
     def copy(source, target, length):
@@ -647,12 +653,12 @@ def test_slots_hold_what_they_should(drawn, slots, budget):
 
 def test_prompts_that_share_run_side_by_side():
     def job(tokens):
-        return _Job(0, tokens, 1, [], slot_refilling._Stops(None, []))
+        return SlotJob(0, tokens, 1, [], greedy_settings.StopStrings(None, []))
 
     alike = [[1 + n % 2] * 20 + [5] * n for n in range(6)]
-    order = [job.tokens for job in _ordered([job(tokens) for tokens in alike])]
+    order = [job.tokens for job in ordered([job(tokens) for tokens in alike])]
     assert order == sorted(alike)
     random = np.random.default_rng(0).integers(0, 99, (6, 9))
     different = [row[: i + 3].tolist() for i, row in enumerate(random)]
-    order = [job.tokens for job in _ordered([job(tokens) for tokens in different])]
+    order = [job.tokens for job in ordered([job(tokens) for tokens in different])]
     assert order == different[::-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,16 +14,12 @@ from lm_eval.models.huggingface import HFLM
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lm_eval_pruned.model_wrappers.batching import slot_refilling
+from lm_eval_pruned.model_wrappers.batching import memory, slot_pass, slot_refilling
 from lm_eval_pruned.model_wrappers.batching.forward import Forward
 from lm_eval_pruned.model_wrappers.batching.masks import ALIGNMENT, additive_mask
-from lm_eval_pruned.model_wrappers.batching.slot_refilling import (
-    _free_memory,
-    _pass,
-    _pieces,
-    _rows_in_memory,
-    _SlotCache,
-)
+from lm_eval_pruned.model_wrappers.batching.memory import _free_memory, rows_in_memory
+from lm_eval_pruned.model_wrappers.batching.slot_cache import SlotCache
+from lm_eval_pruned.model_wrappers.batching.slot_pass import _pass, in_pieces
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 from .checkpoints import auto_class, tiny_config, tiny_model
@@ -63,7 +60,7 @@ PASSES = {
 
 def run_passes(forward, in_groups):
     """Run each kind of pass; return what was moved in it."""
-    cache = _SlotCache(3, in_groups)
+    cache = SlotCache(3, in_groups)
     moved = {}
     for name, work in PASSES.items():
         with Devices() as devices:
@@ -128,8 +125,8 @@ def test_rows_of_a_mask_begin_where_kernels_want_them(rows, queries, keys):
 def test_pieces_are_the_whole_with_masks_that_are_not_too_large(drawn, most):
     work = [(slot, tokens(new), start) for slot, (new, start) in enumerate(drawn)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slot_refilling, "_MOST_IN_MASK", most)
-        pieces = list(_pieces(work))
+        patch.setattr(slot_pass, "_MOST_IN_MASK", most)
+        pieces = list(in_pieces(work))
     written = {slot: [] for slot, _, _ in work}
     ended = []
     for rows, is_last in pieces:
@@ -150,7 +147,7 @@ def test_pieces_are_the_whole_with_masks_that_are_not_too_large(drawn, most):
 def test_a_long_prompt_behind_a_prefix_makes_no_square_mask():
     work = [(0, np.zeros(8000, np.int64), 192)]
     areas = [
-        len(rows[0][1]) * (rows[0][2] + len(rows[0][1])) for rows, _ in _pieces(work)
+        len(rows[0][1]) * (rows[0][2] + len(rows[0][1])) for rows, _ in in_pieces(work)
     ]
     assert max(areas) <= 2**23
     assert len(areas) <= 9
@@ -184,9 +181,9 @@ def test_slots_are_as_many_as_the_fullest_card_has_room_for(monkeypatch):
     # Keys and values of 10 tokens in one layer: two heads of 8 numbers of two bytes.
     layer = 2 * 2 * 8 * 2 * 10
     card(monkeypatch, [7 * 3 * layer, 100 * 3 * layer], 0, 0)
-    assert _rows_in_memory(lm, 10) == 7
+    assert rows_in_memory(lm, 10) == 7
     card(monkeypatch, [100 * 3 * layer, 15 * 3 * layer], 0, 0)
-    assert _rows_in_memory(lm, 10) == 5
+    assert rows_in_memory(lm, 10) == 5
 
 
 @pytest.fixture
@@ -207,13 +204,13 @@ def test_processes_that_share_a_model_agree_on_the_slots(split, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", other_has_less)
     lm = make(PrefixHFLM, split, "auto")
     rows = []
-    run = slot_refilling._likeliest
+    run = slot_refilling.likeliest
 
     def watched(forward, cache, work):
         rows.append(len(work))
         return run(forward, cache, work)
 
-    monkeypatch.setattr(slot_refilling, "_likeliest", watched)
+    monkeypatch.setattr(slot_refilling, "likeliest", watched)
     assert generate(lm, prompts()) == generate(make(HFLM, tiny(), 1), prompts())
     assert max(rows) == 2
     [(own, op)] = asked
@@ -228,7 +225,7 @@ def test_processes_that_share_a_model_do_not_back_off_one_by_one(split, monkeypa
     def short_of_memory(*_):
         raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
 
-    monkeypatch.setattr(slot_refilling, "_likeliest", short_of_memory)
+    monkeypatch.setattr(slot_refilling, "likeliest", short_of_memory)
     with pytest.raises(RuntimeError, match=r"6 requests at once.*give batch_size=3"):
         generate(lm, prompts())
 
@@ -248,3 +245,26 @@ def test_a_device_without_float64(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "double", lambda t: t.to(torch.float64))
     generate(lm, prompts())
     assert lm.answer_paths.of("generate_until").requests == {"slots": len(prompts())}
+
+
+def test_nothing_of_a_failed_pass_is_left_when_the_memory_is_cleared(monkeypatch):
+    lm = make(PrefixHFLM, tiny(), 4)
+    assert lm._can_refill()
+    run, clear = slot_refilling.likeliest, memory.clear_device_cache
+    held, left = [], []
+
+    def short_of_memory(forward, cache, work):
+        if len(work) <= 2:
+            return run(forward, cache, work)
+        tensor = torch.zeros(1)
+        held.extend([weakref.ref(cache), weakref.ref(tensor)])
+        raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
+
+    def cleared(**arguments):
+        clear(**arguments)
+        left.extend(ref() for ref in held)
+
+    monkeypatch.setattr(slot_refilling, "likeliest", short_of_memory)
+    monkeypatch.setattr(memory, "clear_device_cache", cleared)
+    assert generate(lm, prompts()) == generate(make(HFLM, tiny(), 1), prompts())
+    assert left == [None, None]

@@ -10,7 +10,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lm_eval_pruned.model_wrappers.batching import slot_refilling
+from lm_eval_pruned.model_wrappers.batching import slot_pass
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
@@ -58,13 +58,13 @@ def evaluate(lm, tasks, **arguments):
 def slots_used(monkeypatch):
     """The numbers of rows of the passes in slots."""
     rows = []
-    run = slot_refilling._pass
+    run = slot_pass._pass
 
     def watched(forward, cache, work):
         rows.append(len(work))
         return run(forward, cache, work)
 
-    monkeypatch.setattr(slot_refilling, "_pass", watched)
+    monkeypatch.setattr(slot_pass, "_pass", watched)
     return rows
 
 

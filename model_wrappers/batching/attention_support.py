@@ -9,8 +9,6 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .trial_model import TrialImpossible, trial_model
 
 
@@ -25,13 +23,6 @@ if TYPE_CHECKING:
 _ROUNDING = 1e-4
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """To go with the slots' own check."""
-    return {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.01}.get(
-        dtype, 0.05
-    )
-
-
 def base_model(model: Any) -> PreTrainedModel:
     """Return the model that an adapter may be wrapped around."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -41,6 +32,14 @@ def config_of(lm: Any) -> PretrainedConfig:
     """Return the config that an `HFLM` runs with."""
     # HFLM's own is what the checkpoint says, not what became of it on loading.
     return base_model(lm.model).config
+
+
+def is_encoder_decoder(lm: Any) -> bool:
+    """Return whether an `HFLM` runs its model as an encoder and a decoder.
+
+    Its `backend` decides, which its caller may have chosen, not the model's config.
+    """
+    return lm.backend == "seq2seq"
 
 
 def _forward_arguments(model: Any) -> set[str]:
@@ -58,7 +57,7 @@ def unsupported_reason(lm: Any) -> str | None:
 
     What cannot be read off the model shows in `trial_disagrees`.
     """
-    if lm.backend != "causal":
+    if is_encoder_decoder(lm):
         return "the model is an encoder-decoder"
     if reason := _adapter_reason(lm.model):
         return reason
@@ -205,7 +204,7 @@ def trial_disagrees(
         expected: Computes logits of some tokens of the trial model, the plain way.
         got: Computes the same logits in the way that is in question, [..., vocabulary].
 
-    Source: `model_wrappers.trial_model`.
+    Source: `.trial_model`.
     """
     try:
         trial = trial_model(base_model(model))

@@ -2,30 +2,21 @@
 
 Multiple-choice tasks send each choice with its whole context, and few-shot tasks
 send the same examples with each question. `PrefixSharingMixin` puts all requests
-of a call into one prefix tree (`lm_eval_pruned.model_wrappers.batching.token_tree`), computes each node of
-the tree once, and computes logits at the scored nodes only. Independent of pruning.
-
-One forward pass takes a run of the tree's nodes behind a cached path, with the
-position of each token in its own request and a 4-D mask in which a token sees its
-own ancestors and nothing else.
+of a call into one prefix tree (`.token_tree`), computes each node of the tree once, and
+computes logits at the scored nodes only (`.prefix_pass`). Independent of pruning.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicLayer
 
 from .answer_paths import AnswerPaths
 from .attention_support import (
-    cache_argument,
     config_of,
     row_limit,
     sequence_limit,
@@ -34,28 +25,29 @@ from .attention_support import (
 )
 from .flags import check_flag
 from .forward import Forward
-from .masks import additive_mask
+from .memory import run_or_shrink
+from .path_cache import PathCache
+from .prefix_pass import Work, run_pack, trial_plain, trial_shared
 from .token_counts import TokenCounts
-from .token_tree import Budget, TokenTree, build_tree, next_pack
+from .token_tree import Budget, next_pack
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lm_eval.api.instance import Instance
-    from transformers import PreTrainedModel
-
-    from .token_tree import Pack
-
-    #: What identifies the request, its context and its continuation.
-    Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
     # The mixin's neighbour among the bases, whose attributes it uses.
     from lm_eval.models.huggingface import HFLM as _Neighbour
+
+    from .prefix_pass import Request
+    from .token_tree import Pack
 else:
     _Neighbour = object
 
+
 eval_logger = logging.getLogger("lm_eval.models.prefix_sharing")
+
 
 # The first use tries a small model of the class; it has to save more tokens than that costs.
 _WORTH_CHECKING = 200
@@ -128,7 +120,7 @@ class PrefixSharingMixin(_Neighbour):
         reason = self._no_sharing or f"it is longer than {limit} tokens"
         work = None
         if shared:
-            work = _Work.of(shared, self.max_length)
+            work = Work.of(shared, self.max_length)
             if not self._detects_together and not self._is_worth_sharing(shared, work):
                 reason = "requests have too little in common"
                 shared, rest, work = [], requests, None
@@ -206,7 +198,7 @@ class PrefixSharingMixin(_Neighbour):
     def _input_length(self, request: Request) -> int:
         return min(len(request[1]) + len(request[2]) - 1, self.max_length)
 
-    def _is_worth_sharing(self, requests: list[Request], work: _Work) -> bool:
+    def _is_worth_sharing(self, requests: list[Request], work: Work) -> bool:
         """Estimate the share of `HFLM`'s work that sharing saves, and ask if it is enough."""
         config = config_of(self).get_text_config()
         # Of the usual proportions, whatever the width: sizes of a sweep take one path.
@@ -230,7 +222,7 @@ class PrefixSharingMixin(_Neighbour):
         """Try it out, the first time."""
         if self._may_share() and not self._sharing_checked:
             self._sharing_checked = True
-            self._give_up_if(trial_disagrees(self.model, _trial_plain, _trial_shared))
+            self._give_up_if(trial_disagrees(self.model, trial_plain, trial_shared))
         return self.prefix_sharing
 
     def _give_up_if(self, reason: str | None) -> None:
@@ -244,7 +236,7 @@ class PrefixSharingMixin(_Neighbour):
             )
 
     def _score_requests(
-        self, requests: list[Request], work: _Work, disable_tqdm: bool
+        self, requests: list[Request], work: Work, disable_tqdm: bool
     ) -> list[tuple[float, bool]]:
         dtype = self.softmax_dtype or _logits_dtype(self)
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
@@ -303,33 +295,37 @@ class PrefixSharingMixin(_Neighbour):
             row_limit=row_limit(config_of(self)) or tokens,
         )
 
-    def _passes(self, work: _Work, budget: Budget) -> Iterator[int]:
+    def _passes(self, work: Work, budget: Budget) -> Iterator[int]:
         """Run the tree through the model; yield how many nodes are done after each pass."""
         tree = work.tree
-        cache = _PathCache()
+        cache = PathCache()
         start = 0
-        while start < len(tree):
-            pack = next_pack(tree, work.scored_before, start, budget)
-            try:
-                self._run_pack(work, pack, cache)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error) or budget.tokens == 1:
-                    raise
-                budget = self._sharing_budget = budget.halved()
-                eval_logger.warning(
-                    "Out of memory: going on with at most %d tokens per forward pass.",
-                    budget.tokens,
-                )
-            else:
-                start = pack.stop
-                yield start
-                continue
-            # Outside the handler, whose traceback holds on to the failed pass's tensors.
-            cache.forget_pass()
-            clear_device_cache(garbage_collection=True)
 
-    def _run_pack(self, work: _Work, pack: Pack, cache: _PathCache) -> None:
-        _run_pack(Forward.of(self), work, pack, cache, self.softmax_dtype)
+        def run() -> int:
+            pack = next_pack(tree, work.scored_before, start, budget)
+            self._run_pack(work, pack, cache)
+            return pack.stop
+
+        def shrink(error: RuntimeError) -> bool:
+            nonlocal budget
+            if budget.tokens == 1:
+                return False
+            budget = self._sharing_budget = budget.halved()
+            eval_logger.warning(
+                "Out of memory: going on with at most %d tokens per forward pass.",
+                budget.tokens,
+            )
+            cache.forget_pass()
+            return True
+
+        while start < len(tree):
+            stop = run_or_shrink(run, shrink)
+            if stop is not None:
+                yield stop
+                start = stop
+
+    def _run_pack(self, work: Work, pack: Pack, cache: PathCache) -> None:
+        run_pack(Forward.of(self), work, pack, cache, self.softmax_dtype)
 
 
 def _least_saving(device: torch.device) -> float:
@@ -341,295 +337,6 @@ def _least_saving(device: torch.device) -> float:
     tokens: less than that may be lost again.
     """
     return 0.05 if device.type == "cpu" else 0.2
-
-
-def _run_pack(
-    forward: Forward,
-    work: _Work,
-    pack: Pack,
-    cache: _PathCache,
-    softmax_dtype: torch.dtype | None = None,
-) -> None:
-    """Run the nodes of `pack` through the model and look up what is wanted at them."""
-    tree, device = work.tree, forward.device
-    width = max(len(row) for row in pack.rows)
-    nodes = np.full((len(pack.rows), width), -1)
-    for i, row in enumerate(pack.rows):
-        nodes[i, : len(row)] = row
-    real = nodes >= 0
-    tokens = np.where(real, tree.tokens[nodes], 0)
-    # A row that went back to 0 would look like two sequences to transformers.
-    padding = np.arange(width) if pack.chains else 0
-    position = np.where(real, tree.depth[nodes], padding)
-
-    next_depth = int(tree.depth[pack.stop]) if pack.stop < len(tree) else 0
-    kept = None
-    if not pack.complete:
-        path = tree.path(int(tree.parent[pack.stop]))
-        kept = np.where(
-            path < pack.start, tree.depth[path], cache.length + path - pack.start
-        )
-    arguments: dict[str, Any] = {"use_cache": False}
-    if cache.length or kept is not None:
-        cache.begin_pass(kept)
-        arguments = {"use_cache": True, cache_argument(forward.model): cache}
-    if not pack.chains:
-        dtype = forward.autocast_dtype or forward.model.dtype
-        arguments["attention_mask"] = _mask(
-            tree, pack, nodes, cache.length, dtype, device
-        )
-
-    scored = work.scored_before
-    wanted = np.flatnonzero((scored[nodes + 1] > scored[nodes]) & real)
-    places = torch.from_numpy(wanted if len(wanted) else np.zeros(1, np.int64))
-
-    def keep(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.flatten(0, -2).index_select(0, places.to(hidden.device))[None]
-
-    logits = forward(
-        torch.from_numpy(tokens).to(device),
-        torch.from_numpy(position).to(device),
-        keep,
-        **arguments,
-    )[0]
-    if len(wanted):
-        _score(work, nodes.ravel()[wanted], logits, softmax_dtype)
-    cache.end_pass(next_depth)
-
-
-def _mask(
-    tree: TokenTree,
-    pack: Pack,
-    nodes: np.ndarray,
-    cached: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor:
-    """Return the additive mask, [rows, 1, width, cached + width].
-
-    Padding gets numbers above all nodes' and sees itself only: a row without
-    anything to see would be NaN.
-    """
-    rows, width = nodes.shape
-    size = len(tree)
-    padding = size + np.arange(rows * width).reshape(rows, width)
-    number = np.where(nodes >= 0, nodes, padding)
-    end = np.where(nodes >= 0, tree.end[nodes], padding + 1)
-    path = tree.path(int(tree.parent[pack.start]))[:cached]
-    path = np.broadcast_to(path, (rows, cached))
-    key = torch.from_numpy(np.concatenate([path, number], 1)).to(device)
-    key_end = torch.from_numpy(
-        np.concatenate([tree.end[path], end], 1).astype(np.int64)
-    ).to(device)
-    query = torch.from_numpy(number).to(device)[:, :, None]
-    seen = (key[:, None] <= query) & (query < key_end[:, None])
-    return additive_mask(~seen, dtype)
-
-
-def _score(
-    work: _Work,
-    nodes: np.ndarray,
-    logits: torch.Tensor,
-    softmax_dtype: torch.dtype | None,
-) -> None:
-    """Look up the log-probabilities of the pairs at `nodes`, whose logits are given."""
-    # The rows of a batch need not be in the order of the tree.
-    order = np.argsort(nodes)
-    first = np.searchsorted(work.pair_node, nodes[order[0]])
-    last = np.searchsorted(work.pair_node, nodes[order[-1]], side="right")
-    pair_row = order[np.searchsorted(nodes[order], work.pair_node[first:last])]
-    by_row = np.argsort(pair_row, kind="stable")
-    pairs, pair_row = by_row + first, pair_row[by_row]
-    # A chunk stays in a processor's cache; a GPU has the launches to save.
-    step = _SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
-    for begin in range(0, len(logits), step):
-        chunk = logits[begin : begin + step]
-        chunk = F.log_softmax(chunk, dim=-1, dtype=softmax_dtype)
-        low, high = np.searchsorted(pair_row, [begin, begin + len(chunk)])
-        here = pairs[low:high]
-        row = torch.from_numpy(pair_row[low:high] - begin).to(chunk.device)
-        target = torch.from_numpy(work.pair_target[here]).to(chunk.device)
-        values = chunk[row, target]
-        greedy = values == chunk.amax(-1)[row]
-        # Of equals, argmax takes one.
-        greedy[greedy.clone()] = chunk[row[greedy]].argmax(-1) == target[greedy]
-        # Not every device has float64.
-        work.values[here] = values.cpu().double().numpy()
-        work.greedy[here] = greedy.cpu().numpy()
-
-
-def _trial_texts(trial: PreTrainedModel) -> list[list[int]]:
-    """Return texts of random tokens: three that begin alike, two that do not."""
-    generator = np.random.default_rng(0)
-    vocabulary = trial.config.get_text_config().vocab_size
-    stem, tail, longer, end, other, last = (
-        generator.integers(0, vocabulary, count).tolist()
-        for count in (9, 5, 11, 7, 8, 6)
-    )
-    for text, begins in ((other, 1), (last, 2)):
-        text[0] = (stem[0] + begins) % vocabulary
-    return [stem + tail, stem + longer, stem + longer[:4] + end, other, last]
-
-
-def _trial_plain(trial: PreTrainedModel) -> torch.Tensor:
-    """Return the log-probabilities of the trial texts' tokens after the first, as `HFLM`."""
-    texts = _trial_texts(trial)
-    width = max(map(len, texts)) - 1
-    rows = [text[:-1] + [0] * (width + 1 - len(text)) for text in texts]
-    with torch.no_grad():
-        logits = trial(torch.tensor(rows)).logits.log_softmax(-1)
-    return torch.cat(
-        [
-            row[range(len(text) - 1), text[1:]]
-            for row, text in zip(logits, texts, strict=True)
-        ]
-    )
-
-
-def _trial_shared(trial: PreTrainedModel) -> torch.Tensor:
-    """Return the same with shared prefixes, in passes of every kind."""
-    requests: list[Request] = [(None, t[:1], t[1:]) for t in _trial_texts(trial)]
-    work = _Work.of(requests, max_length=64)
-    forward, cache, start = Forward(trial, torch.device("cpu")), _PathCache(), 0
-    while start < len(work.tree):
-        pack = next_pack(work.tree, work.scored_before, start, Budget(14, 4, 14))
-        _run_pack(forward, work, pack, cache)
-        start = pack.stop
-    return torch.from_numpy(work.values[np.concatenate(work.pairs)])
-
-
-# Rows of logits per softmax, so that a chunk stays in a processor's cache.
-_SOFTMAX_ROWS = 64
-
-
-@dataclass
-class _Work:
-    """Requests as a tree, and what is wanted at its nodes.
-
-    A pair is a node and a token whose log-probability is wanted there.
-
-    Attributes:
-        tree: The distinct prefixes of the requests' inputs.
-        scored_before: Nodes below each number that are in a pair, [nodes + 1].
-        pair_node: Node of each pair, ascending, [pairs].
-        pair_target: Token of each pair, [pairs].
-        pairs: Indices of each request's pairs, in the order of its continuation.
-        values: Log-probability of each pair, [pairs].
-        greedy: Whether no token is more likely, [pairs].
-    """
-
-    tree: TokenTree
-    scored_before: np.ndarray
-    pair_node: np.ndarray
-    pair_target: np.ndarray
-    pairs: list[np.ndarray]
-    values: np.ndarray
-    greedy: np.ndarray
-
-    @classmethod
-    def of(cls, requests: list[Request], max_length: int) -> _Work:
-        # The model's input is cut from the left as HFLM does, and lacks the last token.
-        tree = build_tree(
-            (context + continuation)[-(max_length + 1) :][:-1]
-            for _, context, continuation in requests
-        )
-        counts = [len(continuation) for _, _, continuation in requests]
-        nodes = np.concatenate(
-            [tree.path(int(node), n) for node, n in zip(tree.last, counts, strict=True)]
-        )
-        targets = np.concatenate([np.asarray(r[2], dtype=np.int64) for r in requests])
-        distinct, which = np.unique(nodes << 32 | targets, return_inverse=True)
-        pair_node = distinct >> 32
-        wanted = np.zeros(len(tree), dtype=np.int64)
-        wanted[pair_node] = 1
-        return cls(
-            tree=tree,
-            scored_before=np.concatenate([[0], np.cumsum(wanted)]),
-            pair_node=pair_node,
-            pair_target=distinct & 0xFFFFFFFF,
-            pairs=np.split(which.reshape(-1), np.cumsum(counts)[:-1]),
-            values=np.full(len(distinct), np.nan),
-            greedy=np.zeros(len(distinct), dtype=bool),
-        )
-
-
-class _PathLayer(DynamicLayer):
-    """Keys and values of one path, lent to every row of a batch.
-
-    Unlike its parent it does not grow by what it is shown: of a pass it keeps the
-    next path only.
-    """
-
-    values: Any  # None where keys are.
-
-    def __init__(self, kept: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.kept = kept
-        self.next: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = len(key_states)
-        if self.keys is not None:
-            key_states = torch.cat(
-                [self.keys.expand(rows, -1, -1, -1), key_states], dim=-2
-            )
-            value_states = torch.cat(
-                [self.values.expand(rows, -1, -1, -1), value_states], dim=-2
-            )
-        if self.kept is not None:
-            kept = self.kept.to(key_states.device)
-            self.next = (
-                key_states.index_select(-2, kept),
-                value_states.index_select(-2, kept),
-            )
-        return key_states, value_states
-
-    def set(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
-        self.keys, self.values = keys, values
-        self.is_initialized = keys is not None
-
-
-class _PathCache(Cache):
-    """The cached path that a run of passes shares; see `_PathLayer`."""
-
-    layers: list[_PathLayer]  # type: ignore[assignment]
-
-    def __init__(self) -> None:
-        super().__init__(
-            layer_class_to_replicate=lambda: _PathLayer(self._kept)  # type: ignore[arg-type]
-        )
-        self._kept: torch.Tensor | None = None
-        #: Tokens of the path.
-        self.length = 0
-
-    def begin_pass(self, kept: np.ndarray | None) -> None:
-        """Say which tokens of [path, row] are the next path; None: a beginning of the path."""
-        self._kept = None if kept is None else torch.from_numpy(kept)
-        for layer in self.layers:
-            layer.kept, layer.next = self._kept, None
-
-    def end_pass(self, length: int) -> None:
-        """Take over the next path, of `length` tokens."""
-        for layer in self.layers:
-            if length == 0:
-                layer.set(None, None)
-            elif layer.next is not None:
-                layer.set(*layer.next)
-            elif length < self.length and layer.keys is not None:
-                layer.set(
-                    layer.keys[..., :length, :].clone(),
-                    layer.values[..., :length, :].clone(),
-                )
-        self.length = length
-        self.forget_pass()
-
-    def forget_pass(self) -> None:
-        """Drop what a pass has left, the path excepted."""
-        self._kept = None
-        for layer in self.layers:
-            layer.kept = layer.next = None
 
 
 def _distinct(requests: list[Request]) -> list[Request]:

@@ -1,0 +1,93 @@
+"""How much fits into the memory, and how to go on where a pass did not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psutil
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from .attention_support import base_model, config_of
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+def run_or_shrink(
+    run: Callable[[], T], shrink: Callable[[RuntimeError], bool]
+) -> T | None:
+    """Return what a pass returns, or None where the memory was too short for it.
+
+    Args:
+        run: Runs the pass. It takes no arguments: they would live as long as this call.
+        shrink: Called with the error then: lets go of what the failed pass holds and makes
+            the next one smaller; False where none can be, and the error goes on.
+    """
+    try:
+        return run()
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error) or not shrink(error):
+            raise
+    # Outside the handler, whose traceback holds on to the failed pass's tensors.
+    clear_device_cache(garbage_collection=True)
+    return None
+
+
+def rows_in_memory(lm: Any, length: int) -> int:
+    """Return how many rows of `length` tokens a third of the free memory holds.
+
+    The same for all processes among which the model's tensors are split.
+    """
+    model = base_model(lm.model)
+    config = config_of(lm).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    heads = -(-heads // (getattr(model, "tp_size", None) or 1))
+    row = 2 * heads * size * lm.model.dtype.itemsize * length
+    rows = min(
+        _free_memory(device) // 3 // (row * layers)
+        for device, layers in _layers_by_device(lm, config.num_hidden_layers).items()
+    )
+    if is_split(model):
+        # They run the same passes in step.
+        least = torch.tensor(rows, device=lm.device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        rows = int(least)
+    return max(1, rows)
+
+
+def _layers_by_device(lm: Any, layers: int) -> Counter[torch.device]:
+    """Return how many layers of a model lie on each device."""
+    devices = {
+        module.layer_idx: next((p.device for p in module.parameters()), lm.device)
+        for module in lm.model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+    }
+    # What is offloaded runs where the model does.
+    found = Counter(
+        lm.device if device.type in ("meta", "cpu") else device
+        for device in devices.values()
+    )
+    return found or Counter({lm.device: layers})
+
+
+def _free_memory(device: torch.device) -> int:
+    """Return the bytes that a process can have on a device."""
+    backend: Any = getattr(torch, device.type, None)
+    if device.type == "cpu" or not hasattr(backend, "mem_get_info"):
+        return psutil.virtual_memory().available
+    # What the allocator keeps for the next tensor is free as well.
+    kept = backend.memory_reserved(device) - backend.memory_allocated(device)
+    return backend.mem_get_info(device)[0] + kept
+
+
+def is_split(model: Any) -> bool:
+    """Return whether several processes hold a part of each of a model's tensors."""
+    return (getattr(model, "tp_size", None) or 1) > 1
