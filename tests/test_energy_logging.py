@@ -654,7 +654,7 @@ def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
     command = Path(sys.executable).with_name("lm_eval")
     model_args = (
         f"pretrained={tiny_llama},ratio=2.0,energy=true,energy_per_task=true,"
-        "energy_idle_seconds=0.3,energy_country=ESP,max_length=512,prefix_sharing=false"
+        "energy_idle_seconds=0.3,energy_country=ESP,max_length=512,prefix_sharing=false,slot_refilling=false"
     )
     subprocess.run(
         [
