@@ -276,7 +276,7 @@ def test_any_other_name_is_refused(name):
 
 def test_names_are_checked_without_torch(monkeypatch):
     name = criteria.__name__
-    monkeypatch.setattr(sys.modules["lm_eval_pruned"], "criteria", criteria)
+    monkeypatch.setattr(sys.modules["lm_eval_pruned.pruning"], "criteria", criteria)
     monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     anew = importlib.import_module(name)

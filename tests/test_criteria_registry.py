@@ -135,7 +135,7 @@ def test_scores_of_any_real_dtype_rank(neurons, data):
     gate = torch.zeros(neurons, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "lm_eval_pruned.criteria._added_criterion",
+            "lm_eval_pruned.pruning.criteria._added_criterion",
             lambda name: lambda gate, up: order.to(dtype),
         )
         scores = score_neurons(gate, gate, "added")
