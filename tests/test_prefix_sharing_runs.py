@@ -17,7 +17,7 @@ from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from . import demo_runs, harness
 
 
-LAUNCH = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 
 
 @pytest.fixture(scope="module")
