@@ -22,7 +22,8 @@ FOLDERS = {
 MISTAKES = {
     "lm_eval_pruned/checkpoints/planning.py": "1 + ''",
     "model_wrappers/hf_arguments.py": "1 + ''",
-    "model_wrappers/hf_prefix.py": "PrefixSharingMixin.prefix_shoring",
+    # No attribute of a mixin: below HFLM, which is Any to mypy, there may be any.
+    "model_wrappers/batching/prefix_sharing.py": "check_flag('a')",
     "tasks/demo/utils.py": "mean_over_instructions(1)",
     "tasks/nltk_resources.py": "punkt_is_installed(1)",
 }
