@@ -311,6 +311,8 @@ def test_one_text_split_in_two_ways_on_the_plain_path():
     expected = plain._loglikelihood_tokens(requests, disable_tqdm=True)
     assert got == expected
     assert ours.logits_cache
+    # Neither stands in for the other.
+    assert ours.answer_paths.of("loglikelihood").tokens_computed["plain"] == 5 + 5
 
 
 def test_hf_computes_answers_of_one_token_once(monkeypatch):

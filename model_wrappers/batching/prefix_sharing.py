@@ -141,35 +141,39 @@ class PrefixSharingMixin(_Neighbour):
                 override_bs = override_bs or max(
                     1, self._budget(rest).scored // longest
                 )
-            rest_results = iter(self._score_plainly(rest, disable_tqdm, override_bs))
-            computed = _distinct(rest) if self.logits_cache else rest
-            paths.add(
-                "plain", len(rest), sum(map(self._input_length, computed)), reason
-            )
+            answers, computed = self._score_plainly(rest, disable_tqdm, override_bs)
+            rest_results = iter(answers)
+            paths.add("plain", len(rest), computed, reason)
         if work is None:
             return list(rest_results)
         return [next(shared_results if ok else rest_results) for ok in shareable]
 
     def _score_plainly(
         self, requests: list[Request], disable_tqdm: bool, override_bs: int | None
-    ) -> list[tuple[float, bool]]:
+    ) -> tuple[list[tuple[float, bool]], int]:
         """Let `HFLM` answer, without its cache of logits where that answers wrongly.
 
         lm-eval 0.4.13 gives two requests that split one text differently the first logits
         of the text for the shorter continuation, where the last ones belong.
+
+        Returns:
+            The answers, and how many tokens they took.
         """
-        lengths: dict[tuple[int, ...], set[int]] = {}
-        for _, context, continuation in requests:
-            text = (*context, *continuation[:-1])
-            lengths.setdefault(text, set()).add(len(continuation))
-        cached = self.logits_cache  # type: ignore[has-type]
-        self.logits_cache = cached and all(len(n) == 1 for n in lengths.values())
+        groups = _by_text(requests)
+        asked = self.logits_cache  # type: ignore[has-type]
+        cached = asked and all(
+            len({len(continuation) for _, _, continuation in group}) == 1
+            for group in groups
+        )
+        computed = [group[0] for group in groups] if cached else requests
+        self.logits_cache = cached
         try:
-            return super()._loglikelihood_tokens(  # type: ignore[misc]
+            answers = super()._loglikelihood_tokens(  # type: ignore[misc]
                 requests, disable_tqdm=disable_tqdm, override_bs=override_bs
             )
         finally:
-            self.logits_cache = cached
+            self.logits_cache = asked
+        return answers, sum(map(self._input_length, computed))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -204,7 +208,7 @@ class PrefixSharingMixin(_Neighbour):
         # Of the usual proportions, whatever the width: sizes of a sweep take one path.
         body = 12 * config.num_hidden_layers * config.hidden_size**2
         head = config.vocab_size * config.hidden_size
-        asked = sum(self._input_length(request) for request in _distinct(requests))
+        asked = sum(self._input_length(group[0]) for group in _by_text(requests))
         ours = len(work.tree) * body + int(work.scored_before[-1]) * head
         saving = 1 - ours / (asked * (body + head))
         # HFLM's search for a batch size costs more than the check.
@@ -339,11 +343,11 @@ def _least_saving(device: torch.device) -> float:
     return 0.05 if device.type == "cpu" else 0.2
 
 
-def _distinct(requests: list[Request]) -> list[Request]:
-    """Return one request of each group that `HFLM` computes once."""
-    groups: dict[tuple[int, ...], Request] = {}
+def _by_text(requests: list[Request]) -> list[list[Request]]:
+    """Group the requests whose input is the same, which `HFLM` computes once."""
+    groups: dict[tuple[int, ...], list[Request]] = {}
     for request in requests:
-        groups.setdefault((*request[1], *request[2][:-1]), request)
+        groups.setdefault((*request[1], *request[2][:-1]), []).append(request)
     return list(groups.values())
 
 
