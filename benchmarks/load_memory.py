@@ -7,7 +7,7 @@ weights in bfloat16 is written to a temporary folder, and loaded in a process of
 The peak is that of CUDA's allocator, which is exact, or the largest growth of the
 process's anonymous memory, which is sampled every millisecond. The run fails
 where the peak lies above what the loaded model holds, and one of its layers more.
-``tests/on_the_card.py`` counts every byte instead.
+``tests/helpers/on_the_card.py`` counts every byte instead.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 # huggingface_hub reads it once, when it is imported.
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from . import checkpoints
+from tests.helpers import checkpoints
 
 
 settings.register_profile("dev", deadline=None, max_examples=25)
@@ -67,8 +68,8 @@ def real_model() -> str:
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """Folder of real benchmark data laid out under their Hub names."""
-    folder = checkpoints.SHARED / "data" / "hub"
-    if not folder.is_dir():
-        pytest.skip(f"the real benchmark data is not at {folder}")
-    return folder
+    """Folder of real benchmark data laid out under their Hub names (see CONTRIBUTING)."""
+    data = os.environ.get("LM_EVAL_PRUNED_DATA")
+    if not data:
+        pytest.skip("LM_EVAL_PRUNED_DATA does not say where the benchmark data is")
+    return Path(data, "hub")

@@ -41,31 +41,37 @@ EQUIVALENT = ROOT / "tests" / "data" / "equivalent_mutants.json"
 
 #: The tests that say what each module of the core must do, the quickest first.
 TESTS = {
-    "pruning.plan": ["test_expansion.py", "test_planning.py"],
-    "pruning.criteria": ["test_criteria.py", "test_criteria_registry.py"],
+    "pruning.plan": ["pruning/test_expansion.py", "checkpoints/test_planning.py"],
+    "pruning.criteria": [
+        "pruning/test_criteria.py",
+        "pruning/test_criteria_registry.py",
+    ],
     **{
-        f"pruning.{part}": ["test_glu.py", "test_layouts_properties.py"]
+        f"pruning.{part}": ["pruning/test_glu.py", "pruning/test_layouts_properties.py"]
         for part in ("layouts", "slots")
     },
     **{
         f"pruning.{part}": [
-            "test_pruning.py",
-            "test_layouts_layers.py",
-            "test_calibration.py",
+            "pruning/test_pruning.py",
+            "checkpoints/test_layouts_layers.py",
+            "pruning/test_calibration.py",
         ]
         for part in ("slicing", "record")
     },
     **{
         f"checkpoints.{part}": [
-            "test_loading.py",
-            "test_transformers_api.py",
-            "test_known_scores.py",
-            "test_layouts_layers.py",
-            "test_pruning.py",
+            "checkpoints/test_loading.py",
+            "checkpoints/test_transformers_api.py",
+            "pruning/test_known_scores.py",
+            "checkpoints/test_layouts_layers.py",
+            "pruning/test_pruning.py",
         ]
         for part in ("load", "request", "route", "session", "narrowed", "sources")
     },
-    "checkpoints.transformers_api": ["test_transformers_api.py", "test_loading.py"],
+    "checkpoints.transformers_api": [
+        "checkpoints/test_transformers_api.py",
+        "checkpoints/test_loading.py",
+    ],
 }
 #: Of the many replacements of one operator, how many to try at each place.
 PER_PLACE = 2

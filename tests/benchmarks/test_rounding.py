@@ -1,0 +1,85 @@
+"""What `benchmarks/rounding.py` prints, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from functools import partial
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import checkpoints
+
+
+@pytest.fixture(scope="module")
+def rounding():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(checkpoints.ROOT / "benchmarks"))
+        yield importlib.import_module("rounding")
+
+
+def test_the_table_has_three_distances_and_their_ratio(rounding, tiny_llama, capsys):
+    try:
+        rounding.main(["--pretrained", str(tiny_llama), "--limit", "2"])
+        refused = False
+    except SystemExit as end:
+        assert "times as far from float32" in str(end)
+        refused = True
+    lines = capsys.readouterr().out.splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|")
+    ]
+    heads, _, *body = rows
+    assert heads[2:5] == ["hf, batch size 1", "hf, batch size 8", "hf-prefix"]
+    assert [row[:2] for row in body] == [
+        [dtype, percent] for dtype in ("bfloat16", "float16") for percent in ("0", "40")
+    ]
+    figures = [[float(cell) for cell in row[2:]] for row in body]
+    assert all(math.isfinite(value) and value > 0 for row in figures for value in row)
+    # float16 has eight times the precision of bfloat16.
+    for low, high in zip(figures[:2], figures[2:], strict=True):
+        assert high[2] < low[2] / 3
+    assert refused == any(row[3] > 1.25 for row in figures)
+
+
+def test_it_fails_where_sharing_lies_further_off(rounding, tiny_llama, monkeypatch):
+    found = {"hf, batch size 1": 1.0, "hf, batch size 8": 1.0, "hf-prefix": 1.26}
+    monkeypatch.setattr(rounding, "distances", lambda *_: found)
+    monkeypatch.setattr(rounding, "likelihood_requests", lambda *_: [])
+    with pytest.raises(SystemExit, match=r"1\.26 times as far"):
+        rounding.main(["--pretrained", str(tiny_llama), "--limit", "1"])
+
+
+def test_a_model_that_is_not_shared_is_an_error(rounding, tiny_llama, monkeypatch):
+    unshared = partial(rounding.PrefixHFLM, prefix_sharing=False)
+    monkeypatch.setattr(rounding, "PrefixHFLM", unshared)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    requests = [
+        Instance("loglikelihood", {}, ("a" * 200, "bcde"[i:]), i) for i in range(4)
+    ]
+    with pytest.raises(RuntimeError, match="plain path: prefix_sharing=false"):
+        rounding.distances(model, checkpoints.byte_tokenizer(), requests)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_rounds_no_worse_with_a_mask_and_behind_cached_keys(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 9, 250, 64).to(dtype) * 2 for _ in range(3))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    exact = attend(query.double(), key.double(), value.double(), is_causal=True)
+    mask = torch.full((250, 250), float("-inf"), dtype=dtype).triu(1)
+
+    def error(answer):
+        rest = exact[:, :, -answer.shape[2] :]
+        return (answer.double() - rest).square().mean().sqrt().item()
+
+    causal = attend(query, key, value, is_causal=True)
+    masked = attend(query, key, value, attn_mask=mask)
+    tail = attend(query[:, :, -20:], key, value, attn_mask=mask[-20:])
+    assert error(masked) <= 1.01 * error(causal)
+    assert error(tail) <= 1.01 * error(causal[:, :, -20:])

@@ -1,0 +1,139 @@
+"""``lm-eval-pruned plan``: from a config alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+
+import pytest
+
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
+from lm_eval_pruned.checkpoints.planning import plan_rows
+from lm_eval_pruned.cli import main
+from tests.helpers import checkpoints
+
+
+STUDY = {
+    "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
+    "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b",
+    "meta-llama/Llama-3.2-3B": "llama-3.2-3b",
+}
+with (checkpoints.DATA / "architectures.csv").open(encoding="utf-8") as file:
+    ARCHITECTURES = list(csv.DictReader(file))
+
+
+def plan(capsys, *arguments) -> str:
+    assert main(["plan", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_study_has_fifteen_rows():
+    assert len(ARCHITECTURES) == 15
+
+
+@pytest.mark.parametrize("model", STUDY)
+def test_the_study_s_architectures_come_out_exactly(model, capsys):
+    rows = [row for row in ARCHITECTURES if row["base_model"] == model]
+    folder = checkpoints.DATA / STUDY[model]
+    percents = [row["prune_percent"] for row in rows]
+    planned = json.loads(
+        plan(
+            capsys,
+            *("--pretrained", folder),
+            *("--format", "json"),
+            *("--prune_percents", 0, *percents),
+        )
+    )
+    baseline, *pruned = planned
+    assert baseline["intermediate_size"] == int(rows[0]["intermediate_size_before"])
+    assert baseline["parameters"] == int(rows[0]["parameters_before"])
+    assert baseline["reduction"] == 0
+    for ours, theirs in zip(pruned, rows, strict=True):
+        assert ours["intermediate_size"] == int(theirs["intermediate_size_after"])
+        assert ours["parameters"] == int(theirs["parameters_after"])
+        assert ours["checkpoint_bytes"] == 2 * ours["parameters"]
+        assert ours["expansion_ratio"] == ours["intermediate_size"] / int(
+            theirs["hidden_size"]
+        )
+        assert ours["reduction"] == 1 - ours["parameters"] / baseline["parameters"]
+
+
+def test_a_plan_is_what_loading_gives(tiny_llama, tmp_path, capsys):
+    shutil.copy(tiny_llama / "config.json", tmp_path)
+    planned = json.loads(
+        plan(
+            capsys,
+            *("--pretrained", tmp_path, "--ratios", "1.3", "2.75"),
+            *("--multiple_of", 8, "--format", "json"),
+        )
+    )
+    for row, ratio in zip(planned, ("1.3", "2.75"), strict=True):
+        record = load_pruned(str(tiny_llama), ratio=ratio, multiple_of=8).prune_record
+        assert row["parameters"] == record.parameters_after
+        assert row["intermediate_size"] == record.plan.width
+        assert row["asked"] == f"ratio={ratio}"
+
+
+def test_a_plan_reads_subfolders(tiny_llama, tmp_path):
+    (tmp_path / "inner").mkdir()
+    shutil.copy(tiny_llama / "config.json", tmp_path / "inner")
+    expected = plan_rows(str(tiny_llama), "ratio", ["2"])
+    assert plan_rows(str(tmp_path), "ratio", ["2"], subfolder="inner") == expected
+
+
+@pytest.mark.slow
+def test_a_plan_reads_gguf_files(real_model):
+    """As in a profile or a sweep of the default model where no cache can be written."""
+    gguf = _packaged_gguf()
+    planned = plan_rows(
+        str(gguf.parent), "prune_percent", ["0", "40"], gguf_file=gguf.name
+    )
+    expected = plan_rows(real_model, "prune_percent", ["0", "40"])
+    assert [(r.intermediate_size, r.parameters) for r in planned] == [
+        (r.intermediate_size, r.parameters) for r in expected
+    ]
+
+
+def test_the_formats_agree(tiny_llama, capsys):
+    arguments = ("--pretrained", tiny_llama, "--ratios", "2", "1", "--format")
+    as_json = json.loads(plan(capsys, *arguments, "json"))
+    as_csv = list(csv.DictReader(io.StringIO(plan(capsys, *arguments, "csv"))))
+    assert as_csv == [
+        {key: str(value) for key, value in row.items()} for row in as_json
+    ]
+    table = plan(capsys, *arguments, "table").splitlines()
+    assert len(table) == 4
+    assert {line.count("|") for line in table} == {7}
+    for line, row in zip(table[2:], as_json, strict=True):
+        assert f"|{row['parameters']:,}|" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ratios", "9"], "ratio=9 is above the model's own"),
+        (["--ratios", "2", "--multiple_of", "100"], "multiple_of=100 is larger"),
+        (["--prune_percents", "100"], "prune_percent=100 is outside"),
+    ],
+)
+def test_bad_sizes_end_with_one_sentence(tiny_llama, arguments, message, capsys):
+    assert main(["plan", "--pretrained", str(tiny_llama), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("lm-eval-pruned plan: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_folder_that_is_not_there_ends_with_a_message(tmp_path, capsys):
+    assert main(["plan", "--pretrained", f"{tmp_path}/no", "--ratios", "1"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_model_without_a_glu_is_refused(tmp_path, capsys):
+    checkpoints.tiny_config("gpt2").save_pretrained(tmp_path)
+    assert main(["plan", "--pretrained", str(tmp_path), "--ratios", "1"]) == 2
+    assert "GPT2LMHeadModel" in capsys.readouterr().err

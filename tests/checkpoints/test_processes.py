@@ -1,0 +1,184 @@
+"""Several processes, several devices: the same kept set, the same scores."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from tests.helpers import evaluations
+from tests.helpers.evaluations import TWO_PROCESSES
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 40).view(3, 13)).logits
+
+
+def test_parallelize_with_a_limit_offloads_narrowed_weights(tiny_llama, tmp_path):
+    offload = tmp_path / "offload"
+    model = PrunedHFLM(
+        str(tiny_llama),
+        ratio=2,
+        device="cpu",
+        parallelize=True,
+        max_cpu_memory="100KB",
+        offload_folder=str(offload),
+    ).model
+    assert "disk" in model.hf_device_map.values()
+    plain = load_pruned(str(tiny_llama), ratio=2)
+    assert model.prune_record.digest == plain.prune_record.digest
+    assert torch.equal(logits(model), logits(plain))
+    (gate,) = offload.glob("*layers.1.mlp.gate_proj.weight*")
+    assert gate.stat().st_size < 88 * 32 * 4
+
+
+def test_device_map_with_disk_offload(tiny_llama_sharded, tmp_path):
+    whole = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    device_map = {
+        **dict.fromkeys(whole, "cpu"),
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "disk",
+    }
+    model = load_pruned(
+        str(tiny_llama_sharded),
+        ratio=2,
+        device_map=device_map,
+        offload_folder=str(tmp_path),
+    )
+    assert model.hf_device_map == device_map
+    plain = load_pruned(str(tiny_llama_sharded), ratio=2)
+    assert model.prune_record.digest == plain.prune_record.digest
+    assert torch.equal(logits(model), logits(plain))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"intermediate_size": 63},
+            (
+                r"intermediate_size=63 gives model\.layers\.0\.mlp 63 neurons, .* the 2 processes "
+                r"of tp_plan: the nearest width that does is 62, and multiple_of=2 rounds"
+            ),
+        ),
+        ({"prune_percent": 1.2}, r"87 neurons, .*nearest width that does is 86"),
+        ({"intermediate_size": 1}, r"1 neurons, .*nearest width that does is 2"),
+    ],
+)
+def test_widths_that_tensor_parallelism_cannot_split(
+    tiny_llama, monkeypatch, arguments, message
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(
+        "lm_eval_pruned.checkpoints.request.Request.load",
+        lambda *a: pytest.fail("weights were read"),
+    )
+    with pytest.raises(ValueError, match=message):
+        PrunedHFLM(str(tiny_llama), device="cpu", tp_plan="auto", **arguments)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_documents_out(tiny_llama, tmp_path):
+    """Each process prunes for itself; the scores are those of one process."""
+    model_args = f"pretrained={tiny_llama},ratio=2"
+    arguments = evaluations.command("pruned-hf", model_args, tmp_path / "two", limit=5)
+    done = evaluations.run(
+        [*TWO_PROCESSES, "-m", *arguments], tmp_path, ACCELERATE_USE_CPU="true"
+    )
+    assert done.returncode == 0, done.stderr
+    scores, config = evaluations.read(tmp_path / "two")
+    alone, alone_config = evaluations.evaluate("pruned-hf", model_args, limit=5)
+    # Batches are formed within a process, and their size decides how sums round.
+    for one, other in zip(sorted_pairs(scores), sorted_pairs(alone), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+    assert config["pruning"] == json.loads(json.dumps(alone_config["pruning"]))
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_through_the_command(tiny_llama, tmp_path):
+    """Both processes work on every document, each on its half of the kept neurons."""
+    model_args = f"pretrained={tiny_llama},ratio=2"
+    arguments = evaluations.command(
+        "pruned-hf", f"{model_args},tp_plan=auto", tmp_path / "two", limit=5
+    )
+    done = evaluations.run([*TWO_PROCESSES, "-m", *arguments], tmp_path)
+    assert done.returncode == 0, done.stderr
+    alone, alone_config = evaluations.evaluate("pruned-hf", model_args, limit=5)
+    # Both write what they found, under the time at which they were done.
+    for file in (tmp_path / "two").rglob("samples_*.jsonl"):
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+        scores = [sample["filtered_resps"] for sample in found]
+        for one, other in zip(sorted_pairs(scores), sorted_pairs(alone), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for file in (tmp_path / "two").rglob("results_*.json"):
+        pruning = json.loads(file.read_text())["config"]["pruning"]
+        assert pruning["kept_digest"] == alone_config["pruning"]["kept_digest"]
+
+
+def sorted_pairs(answers) -> list[torch.Tensor]:
+    """Return the log-likelihoods of each document; processes mix their order."""
+    tensors = [
+        torch.tensor([float(loglikelihood) for loglikelihood, _ in answer])
+        for answer in answers
+    ]
+    return sorted(tensors, key=lambda tensor: tensor.tolist())
+
+
+_RANKS = """
+import json, os, sys
+import torch
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+
+source, what, folder = sys.argv[1:]
+tokens = torch.arange(1, 40).view(3, 13)
+found = {}
+if what == "data":
+    model = PrunedHFLM(source, ratio=2, device="cpu")
+    found |= {"rank": model.rank, "world_size": model.world_size}
+    model = model.model
+else:
+    model = load_pruned(source, ratio=2, tp_plan="auto")
+    gate = model.model.layers[0].mlp.gate_proj.weight
+    found |= {"rank": int(os.environ["RANK"]), "local": list(gate.to_local().shape)}
+with torch.no_grad():
+    found["logits"] = model(input_ids=tokens).logits.tolist()
+found["digest"] = model.prune_record.digest
+with open(f"{folder}/{os.environ['RANK']}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["data", "tensors"])
+def test_each_process_prunes_the_same_kept_set(tiny_llama, tmp_path, what):
+    script = tmp_path / "ranks.py"
+    script.write_text(_RANKS)
+    done = evaluations.run(
+        [*TWO_PROCESSES, str(script), str(tiny_llama), what, str(tmp_path)],
+        tmp_path,
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    plain = load_pruned(str(tiny_llama), ratio=2)
+    assert [found["rank"] for found in ranks] == [0, 1]
+    for found in ranks:
+        assert found["digest"] == plain.prune_record.digest
+        if what == "data":
+            assert found["world_size"] == 2
+            assert torch.equal(torch.tensor(found["logits"]), logits(plain))
+        else:
+            # Each process holds half of the 64 kept neurons, and sums are split in two.
+            assert found["local"] == [32, 32]
+            torch.testing.assert_close(
+                torch.tensor(found["logits"]), logits(plain), rtol=1e-4, atol=1e-4
+            )

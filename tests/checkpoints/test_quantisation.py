@@ -1,0 +1,173 @@
+"""Quantising the pruned weights while they are loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.checkpoints.narrowed import NarrowedTensor
+from tests.helpers import checkpoints, evaluations
+
+
+def torchao_int8():
+    pytest.importorskip("torchao", reason="torchao is not installed (extra 'test')")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def bitsandbytes(**arguments):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**arguments)
+
+
+KINDS = {
+    "torchao-int8": torchao_int8,
+    "bitsandbytes-8bit": lambda: bitsandbytes(load_in_8bit=True),
+    "bitsandbytes-nf4": lambda: bitsandbytes(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Folder of a checkpoint whose rows are whole blocks of every kind."""
+    return checkpoints.save_tiny(
+        tmp_path_factory.mktemp("source"),
+        hidden_size=64,
+        intermediate_size=256,
+        head_dim=16,
+        num_hidden_layers=12,
+        dtype=torch.bfloat16,
+        max_shard_size="100KB",
+    )
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 40).view(3, 13)).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_quantising_the_exported_checkpoint(source, tmp_path, kind):
+    quantised = load_pruned(str(source), ratio=2, quantization_config=KINDS[kind]())
+    export = export_pruned(str(source), tmp_path / "out", prune_arguments={"ratio": 2})
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", quantization_config=KINDS[kind]()
+    )
+    gate = quantised.model.layers[0].mlp.gate_proj
+    assert type(gate) is type(stock.model.layers[0].mlp.gate_proj)
+    assert type(gate.weight) is type(stock.model.layers[0].mlp.gate_proj.weight)
+    assert gate.out_features == 128
+    assert torch.equal(logits(quantised), logits(stock))
+    # Neurons are ranked by the weights before they are quantised.
+    assert quantised.prune_record.digest == export.record.digest
+    plain = logits(load_pruned(str(source), ratio=2))
+    assert not torch.equal(logits(quantised), plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_full_model_is_never_in_memory(source, monkeypatch, kind):
+    alive: set[int] = set()
+    most = 0
+    read = NarrowedTensor.read
+
+    def counted(self):
+        nonlocal most
+        weight = read(self)
+        alive.add(id(weight))
+        weakref.finalize(weight, alive.discard, id(weight))
+        most = max(most, len(alive))
+        return weight
+
+    monkeypatch.setattr(NarrowedTensor, "read", counted)
+    model = load_pruned(str(source), ratio=2, quantization_config=KINDS[kind]())
+    assert len(model.model.layers) * 3 == 36
+    # transformers reads with four threads, each of which may hold gate, up and down.
+    assert 0 < most <= 12
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"load_in_8bit": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quantization_config": "torchao"},
+    ],
+)
+def test_through_the_harness(source, tmp_path, arguments):
+    from lm_eval.models.huggingface import HFLM
+
+    if "quantization_config" in arguments:
+        config = torchao_int8().to_dict()
+        arguments = {"quantization_config": json.loads(json.dumps(config))}
+        expected = torchao_int8()
+    else:
+        expected = bitsandbytes(**arguments)
+    scores, config = evaluations.evaluate(
+        "pruned-hf", {"pretrained": str(source), "ratio": 2, **arguments}, limit=2
+    )
+    export_pruned(str(source), tmp_path / "out", prune_arguments={"ratio": 2})
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", quantization_config=expected
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    by_hand, _ = evaluations.evaluate(
+        HFLM(pretrained=stock, tokenizer=tokenizer, batch_size=4), {}, limit=2
+    )
+    assert scores == by_hand
+    assert config["pruning"]["intermediate_size_after"] == 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"load_in_8bit": True, "quantization_config": {"quant_method": "torchao"}},
+            "load_in_8bit and quantization_config both say how to quantise",
+        ),
+        (
+            {"quantization_config": {"quant_method": "shrink"}},
+            "quant_method': 'shrink'.* is no quantisation that transformers knows",
+        ),
+        ({"quantization_config": {"bits": 8}}, "is no quantisation that transformers"),
+    ],
+)
+def test_arguments_that_do_not_go_together(source, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_pruned(str(source), ratio=2, **arguments)
+
+
+def test_what_must_be_pruned_in_memory_cannot_be_quantised_before(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    folder = checkpoints.save_tiny(tmp_path / "in")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"load_in_8bit quantises .* not in safetensors"
+    ):
+        load_pruned(str(folder), ratio=2, load_in_8bit=True)
+
+
+def test_a_quantised_checkpoint_is_refused(source, tmp_path, caplog):
+    caplog.set_level(logging.ERROR)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=torchao_int8()
+    )
+    model.config.save_pretrained(tmp_path / "quantised")
+    with pytest.raises(ValueError, match=r"quantised already .quant_method=torchao"):
+        load_pruned(str(tmp_path / "quantised"), ratio=2)

@@ -1,0 +1,162 @@
+"""Where models come from: folders, subfolders, revisions, model code, GGUF files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from tests.helpers import checkpoints, evaluations
+
+
+_MODEL_CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class ShiftedConfig(LlamaConfig):
+    model_type = "shifted-llama"
+
+    def __init__(self, shift=0.0, **kwargs):
+        self.shift = shift
+        super().__init__(**kwargs)
+
+
+class ShiftedForCausalLM(LlamaForCausalLM):
+    config_class = ShiftedConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.roll(int(self.config.shift), dims=-1)
+        return output
+"""
+
+
+def add_code(folder: Path) -> Path:
+    """Turn a Llama checkpoint into one whose model class comes with it."""
+    (folder / "modeling_shifted.py").write_text(_MODEL_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "shifted-llama",
+        "shift": 3,
+        "architectures": ["ShiftedForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_shifted.ShiftedConfig",
+            "AutoModelForCausalLM": "modeling_shifted.ShiftedForCausalLM",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 40).view(3, 13)).logits
+
+
+def test_a_subfolder(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "repository" / "inner")
+    model = PrunedHFLM(
+        str(tmp_path / "repository"), subfolder="inner", ratio=2, device="cpu"
+    )
+    plain = load_pruned(str(tiny_llama), ratio=2)
+    assert torch.equal(logits(model.model), logits(plain))
+    export_pruned(
+        str(tmp_path / "repository"),
+        tmp_path / "out",
+        subfolder="inner",
+        prune_arguments={"ratio": 2},
+    )
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(opened), logits(plain))
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_model_code_that_comes_with_the_model(tiny_llama, tmp_path):
+    folder = add_code(Path(shutil.copytree(tiny_llama, tmp_path / "coded")))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        PrunedHFLM(str(folder), ratio=2, device="cpu")
+    model = PrunedHFLM(str(folder), ratio=2, device="cpu", trust_remote_code=True).model
+    assert type(model).__name__ == "ShiftedForCausalLM"
+    plain = load_pruned(str(tiny_llama), ratio=2)
+    assert model.prune_record.digest == plain.prune_record.digest
+    assert torch.equal(logits(model), logits(plain).roll(3, dims=-1))
+    export = export_pruned(
+        str(folder),
+        tmp_path / "out",
+        trust_remote_code=True,
+        prune_arguments={"ratio": 2},
+    )
+    assert export.streamed
+    opened = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True
+    )
+    assert torch.equal(logits(opened), logits(model))
+
+
+_FROM_THE_HUB = """
+import json, sys
+from pathlib import Path
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+
+found = {}
+for revision in ("main", "old"):
+    model = PrunedHFLM("org/name", revision=revision, ratio=2, device="cpu")
+    found[revision] = model.model.prune_record.digest
+    exported = export_pruned(
+        "org/name", f"out-{revision}", revision=revision, prune_arguments={"ratio": 2}
+    )
+    assert exported.streamed
+    assert exported.record.digest == found[revision]
+    assert Path(f"out-{revision}/tokenizer.json").is_file()
+try:
+    PrunedHFLM("org/name", revision="none", ratio=2, device="cpu")
+except OSError as error:
+    found["none"] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_revisions_of_a_model_on_the_hub(tmp_path):
+    """A cache as the Hub client fills it, with two revisions, and no network."""
+    repository = tmp_path / "hub" / "models--org--name"
+    expected = {}
+    for seed, revision in enumerate(("main", "old")):
+        commit = str(seed) * 40
+        snapshot = checkpoints.save_tiny(
+            repository / "snapshots" / commit, seed=seed, max_shard_size="60KB"
+        )
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        expected[revision] = load_pruned(str(snapshot), ratio=2).prune_record.digest
+    done = evaluations.run(
+        [sys.executable, "-c", _FROM_THE_HUB], tmp_path, HF_HOME=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "couldn't find them in the cached files" in found.pop("none")
+    assert found == expected
+    card = (tmp_path / "out-old" / "README.md").read_text()
+    assert "base_model: org/name" in card and "revision old" in card
+
+
+@pytest.mark.slow
+def test_a_gguf_file(real_model):
+    from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
+
+    gguf = _packaged_gguf()
+    model = PrunedHFLM(
+        str(gguf.parent), gguf_file=gguf.name, prune_percent=40, device="cpu"
+    ).model
+    plain = load_pruned(real_model, prune_percent=40)
+    assert model.prune_record.digest == plain.prune_record.digest

@@ -1,0 +1,91 @@
+"""``lm-eval-pruned study-energy``: the energy runs of arXiv 2512.22671, read again."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lm_eval_pruned.cli import main
+from lm_eval_pruned.energy import study as study_energy
+from tests.helpers import checkpoints
+
+
+PAGE = checkpoints.ROOT / "docs" / "measurements" / "energy.md"
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return study_energy.read()
+
+
+def test_the_published_energy_is_emissions_in_every_run(runs):
+    taken_off = study_energy.Subtraction.of(runs)
+    assert len(runs) == 126
+    assert taken_off.low == pytest.approx(0.34923, abs=5e-6)
+    assert taken_off.high == pytest.approx(taken_off.low, rel=1e-12)
+
+
+def test_the_published_joules_are_net_of_a_constant_power(runs):
+    taken_off = study_energy.Subtraction.of(runs)
+    assert taken_off.factor == pytest.approx(1.582, abs=5e-4)
+    assert taken_off.error < 0.0043
+    for run in runs:
+        # Emissions taken for kWh, less the factor times the RAM energy, per token.
+        taken = 3.6e6 * run.raw - 1.582 * run.ram
+        assert taken / run.tokens == pytest.approx(run.published, rel=0.0043)
+        # The same in the unit that it should have: the carbon intensity cancels.
+        assert taken_off.low * taken_off.net(run) == pytest.approx(taken, rel=1e-3)
+        # Processor and memory are constants times the time.
+        assert run.cpu / run.ram == pytest.approx(42.5 / 20, rel=1e-3)
+
+
+def test_the_saving_is_a_third_gross_of_what_it_is_net(runs):
+    change = {
+        key: study_energy.change(runs, "mmlu_latency_b1", key)
+        for key in ("published", "net", "gross", "gpu")
+    }
+    assert change["published"] == pytest.approx(-23.2, abs=0.05)
+    assert change["net"] == pytest.approx(-23.2, abs=0.05)
+    assert change["gross"] == pytest.approx(-7.7, abs=0.05)
+    assert change["gpu"] == pytest.approx(-13.7, abs=0.05)
+    # Emissions per token, straight from the raw figures.
+    emissions = [
+        sum(r.raw / r.tokens for r in runs if (r.workload, r.percent) == cell)
+        for cell in (("mmlu_latency_b1", 0), ("mmlu_latency_b1", 60))
+    ]
+    assert 100 * (emissions[1] / emissions[0] - 1) == pytest.approx(change["gross"])
+
+
+def test_the_latency_penalty_is_output_length(runs):
+    whole, pruned = (
+        study_energy.figures(runs, "hellaswag_latency_b1", p) for p in (0, 60)
+    )
+    assert whole["tokens_per_prompt"] == pytest.approx(5.2, abs=0.1)
+    assert pruned["tokens_per_prompt"] == pytest.approx(19.8, abs=0.1)
+    assert pruned["ms"] / whole["ms"] > 3.5
+    assert pruned["tokens_per_second"] > whole["tokens_per_second"]
+
+
+def test_the_page_says_what_the_command_prints_and_no_figure_besides(capsys):
+    assert main(["study-energy"]) == 0
+    printed = capsys.readouterr().out.strip()
+    page = PAGE.read_text(encoding="utf-8")
+    _, section = page.split("\n## The study's energy runs, read this way\n")
+    introduction, rest = section.split(printed)
+    assert rest.strip() == ""
+    # Digits in the names of the paper, the model and the card are no figures.
+    figures = re.findall(r"(?<![\w.-])\d[\d.,]*", introduction)
+    assert figures == ["2512.22671"]
+
+
+def test_the_command_starts_without_heavy_imports():
+    code = (
+        "import sys\n"
+        "from lm_eval_pruned.cli import main\n"
+        "main(['study-energy'])\n"
+        "assert not {'torch', 'lm_eval', 'numpy', 'scipy', 'codecarbon'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,150 @@
+"""Pruning by hand, for comparison: no code of the package is used here.
+
+Modules are told apart by what they hold, one rule per layout, and every neuron is
+scored and sliced in a loop over plain tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+SEPARATE = [
+    ("gate_proj", "up_proj", "down_proj"),
+    ("wi_0", "wi_1", "wo"),
+    ("w1", "w3", "w2"),
+]
+FUSED = [("gate_up_proj", "down_proj"), ("input_linear", "output_linear")]
+
+
+def peak_to_peak(gate, up):
+    """Return the study's score of each row pair, float32."""
+    gate, up = gate.float(), up.float()
+    return (gate.max(1).values + gate.min(1).values.abs()) + (
+        up.max(1).values + up.min(1).values.abs()
+    )
+
+
+def best(width_of):
+    """Return the rule that keeps the best neurons; ties go to the lower index.
+
+    Args:
+        width_of: The kept width, or a rule that returns it for the path of a module
+            and its width.
+    """
+
+    def kept_of(path, gate, up):
+        scores = peak_to_peak(gate, up).tolist()
+        ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+        width = width_of(path, len(scores)) if callable(width_of) else width_of
+        return torch.tensor(sorted(ranked[:width]))
+
+    return kept_of
+
+
+def listed(kept):
+    """Return the rule that keeps the given neurons, one list per MLP in the model's order."""
+    remaining = iter(kept)
+    return lambda path, gate, up: torch.as_tensor(next(remaining))
+
+
+def sliced(model, kept_of, language=""):
+    """Return the state dict of `model` pruned by hand, and the removed neurons.
+
+    Args:
+        model: An unpruned model.
+        kept_of: From the path of a module and its rows of gate and up to the
+            neurons it keeps, such as `best` and `listed` return.
+        language: Path of the part to prune.
+
+    Returns:
+        ``(state_dict, masks)``: masks maps the name of each parameter with down
+        columns to a mask that is 0 in the columns of removed neurons.
+    """
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    masks = {}
+    for path, module in model.named_modules():
+        if not path.startswith(language):
+            continue
+        parts = dict(module.named_children()) | dict(module._parameters)
+        for gate, up, down in SEPARATE:
+            if isinstance(parts.get(gate), nn.Linear) and {up, down} <= parts.keys():
+                g, u, d = (f"{path}.{name}.weight" for name in (gate, up, down))
+                kept = kept_of(path, state[g], state[u])
+                masks[d] = _mask(state[d], kept)
+                for name in (g, u, f"{path}.{gate}.bias", f"{path}.{up}.bias"):
+                    if name in state:
+                        state[name] = state[name][kept]
+                state[d] = state[d][:, kept]
+        for both, down in FUSED:
+            if isinstance(parts.get(both), nn.Linear) and down in parts:
+                b, d = f"{path}.{both}.weight", f"{path}.{down}.weight"
+                width = len(state[b]) // 2
+                kept = kept_of(path, state[b][:width], state[b][width:])
+                masks[d] = _mask(state[d], kept)
+                for name in (b, f"{path}.{both}.bias"):
+                    if name in state:
+                        state[name] = torch.cat(
+                            [state[name][kept], state[name][kept + width]]
+                        )
+                state[d] = state[d][:, kept]
+        if isinstance(parts.get("gate_up_proj"), nn.Parameter):
+            _experts(state, masks, path, module, kept_of)
+    return state, masks
+
+
+@torch.no_grad()
+def narrow(model, kept_of):
+    """Give `model` its sliced parameters, in place, and return it."""
+    state, _ = sliced(model, kept_of)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.shape != state[name].shape:
+            path, _, own = name.rpartition(".")
+            setattr(model.get_submodule(path), own, nn.Parameter(state[name]))
+    return model
+
+
+@torch.no_grad()
+def silence(model, kept_of):
+    """Set the down columns of removed neurons to zero, in place, and return `model`."""
+    _, masks = sliced(model, kept_of)
+    for name, mask in masks.items():
+        model.get_parameter(name).mul_(mask)
+    return model
+
+
+def _experts(state, masks, path, module, kept_of):
+    b, d = f"{path}.gate_up_proj", f"{path}.down_proj"
+    bias = f"{path}.gate_up_proj_bias"
+    transposed = state[b].shape[2] == 2 * state[d].shape[1]
+    new = {b: [], d: [], bias: []}
+    masks[d] = torch.zeros_like(state[d])
+    for expert in range(len(state[b])):
+        both, down = state[b][expert], state[d][expert]
+        if transposed:
+            both, down = both.T.contiguous(), down.T.contiguous()
+        width = down.shape[1]
+        if getattr(module, "is_concatenated", True):
+            rows = torch.arange(2 * width).view(2, width)
+        else:
+            rows = torch.arange(2 * width).view(width, 2).T
+        kept = kept_of(path, both[rows[0]], both[rows[1]])
+        chosen = rows[:, kept].reshape(-1)
+        if not getattr(module, "is_concatenated", True):
+            chosen = rows[:, kept].T.reshape(-1)
+        mask = _mask(down, kept)
+        masks[d][expert] = mask.T if transposed else mask
+        new[b].append(both[chosen].T if transposed else both[chosen])
+        new[d].append(down[:, kept].T if transposed else down[:, kept])
+        if bias in state:
+            new[bias].append(state[bias][expert][chosen])
+    for name, tensors in new.items():
+        if tensors:
+            state[name] = torch.stack(tensors)
+
+
+def _mask(down, kept):
+    mask = torch.zeros_like(down)
+    mask[:, kept] = 1
+    return mask

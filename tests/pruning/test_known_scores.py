@@ -1,0 +1,167 @@
+"""One scoring for all widths: scores that outlive a load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints import narrowed
+from lm_eval_pruned.pruning import slicing as pruning
+from lm_eval_pruned.pruning.scores import KnownScores
+from tests.helpers.comparing import assert_same_model
+
+
+PERCENTS = [0, 10, 20, 30, 40, 50, 60]
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The names of the MLPs that are scored from now on."""
+    names = []
+    for module in (narrowed, pruning):
+
+        def counted(plan, name, *args, score=module.score, **kwargs):
+            names.append(name)
+            return score(plan, name, *args, **kwargs)
+
+        monkeypatch.setattr(module, "score", counted)
+    return names
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The projections that loads read from the checkpoint from now on."""
+    entries = []
+    original = narrowed.NarrowedTensor.read
+
+    def watched(self):
+        entries.append(self.projection)
+        return original(self)
+
+    monkeypatch.setattr(narrowed.NarrowedTensor, "read", watched)
+    return entries
+
+
+@pytest.fixture
+def texts(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"text": "The tide comes in twice a day."}) + "\n")
+    return str(file)
+
+
+@pytest.mark.parametrize("criterion", ["maw", "l2", "random"])
+def test_seven_widths_are_cut_by_one_scoring(tiny_llama, scored, criterion):
+    expected = [
+        load_pruned(str(tiny_llama), prune_percent=p, criterion=criterion)
+        for p in PERCENTS
+    ]
+    scored.clear()
+    with KnownScores().in_use():
+        for percent, model in zip(PERCENTS, expected, strict=True):
+            again = load_pruned(
+                str(tiny_llama), prune_percent=percent, criterion=criterion
+            )
+            assert_same_model(again, model)
+            assert again.prune_record.digest == model.prune_record.digest
+    assert len(scored) == len(set(scored)) == 3, "each of three layers is scored once"
+
+
+@pytest.mark.parametrize("criterion", ["maw_act", "act"])
+def test_seven_widths_take_one_calibration(
+    tiny_llama, texts, scored, monkeypatch, caplog, criterion
+):
+    arguments = {"criterion": criterion, "calibration": texts}
+    expected = [
+        load_pruned(str(tiny_llama), prune_percent=p, **arguments) for p in PERCENTS
+    ]
+    scored.clear()
+    passes = []
+    monkeypatch.setattr(
+        pruning,
+        "calibrate",
+        lambda *args, run=pruning.calibrate: passes.append(args) or run(*args),
+    )
+    caplog.clear()
+    with KnownScores().in_use(), caplog.at_level("INFO", "lm_eval.pruned"):
+        for percent, model in zip(PERCENTS, expected, strict=True):
+            again = load_pruned(str(tiny_llama), prune_percent=percent, **arguments)
+            assert_same_model(again, model)
+            assert again.prune_record.as_dict() == model.prune_record.as_dict()
+    assert len(passes) == 1
+    assert len(scored) == 3
+    assert caplog.text.count("loaded in full") == 1
+
+
+def test_known_scores_leave_gate_and_up_to_their_kept_rows(tiny_llama, read):
+    with KnownScores().in_use():
+        load_pruned(str(tiny_llama), ratio=1)
+        assert len(read) == 9, "gate, up and down of three layers"
+        read.clear()
+        load_pruned(str(tiny_llama), ratio=2)
+        assert sorted(read) == ["down_proj"] * 3 + ["gate_proj"] * 3 + ["up_proj"] * 3
+
+
+def test_nothing_is_remembered_outside(tiny_llama, scored):
+    with KnownScores().in_use():
+        load_pruned(str(tiny_llama), ratio=1)
+    scored.clear()
+    load_pruned(str(tiny_llama), ratio=2)
+    assert len(scored) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"criterion": "l1"},
+        {"dtype": torch.bfloat16},
+        {"criterion": "random", "seed": 7},
+    ],
+)
+def test_what_decides_the_scores_is_told_apart(tiny_llama, scored, change):
+    with KnownScores().in_use():
+        load_pruned(str(tiny_llama), ratio=1, criterion="random")
+        load_pruned(str(tiny_llama), ratio=1)
+        scored.clear()
+        changed = load_pruned(str(tiny_llama), ratio=1, **change)
+    assert len(scored) == 3
+    assert_same_model(changed, load_pruned(str(tiny_llama), ratio=1, **change))
+
+
+def test_a_checkpoint_that_changed_is_scored_again(tiny_llama, tmp_path, scored):
+    folder = shutil.copytree(tiny_llama, tmp_path / "copy")
+    with KnownScores().in_use():
+        load_pruned(str(folder), ratio=1)
+        tensors = load_file(folder / "model.safetensors")
+        for name, tensor in tensors.items():
+            if "gate_proj" in name:
+                tensors[name] = tensor.flip(0)
+        (folder / "model.safetensors").unlink()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        scored.clear()
+        changed = load_pruned(str(folder), ratio=1)
+    assert len(scored) == 3
+    assert_same_model(changed, load_pruned(str(folder), ratio=1))
+
+
+def test_layers_that_were_spared_before_are_scored_when_needed(tiny_llama, scored):
+    with KnownScores().in_use():
+        load_pruned(str(tiny_llama), ratio=1, layers="0")
+        both = load_pruned(str(tiny_llama), ratio=1, layers="0-1")
+    assert scored == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert_same_model(both, load_pruned(str(tiny_llama), ratio=1, layers="0-1"))
+
+
+def test_pickled_checkpoints_are_scored_once(tiny_llama, tmp_path, scored):
+    folder = shutil.copytree(tiny_llama, tmp_path / "copy")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with KnownScores().in_use():
+        models = [load_pruned(str(folder), prune_percent=p) for p in (20, 50)]
+    assert len(scored) == 3
+    for percent, model in zip((20, 50), models, strict=True):
+        assert_same_model(model, load_pruned(str(tiny_llama), prune_percent=percent))

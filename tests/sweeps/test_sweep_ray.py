@@ -1,0 +1,146 @@
+"""Sweeps on Ray: a cluster of two CPUs on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lm_eval_pruned.sweeps.ray import choose_unit, workers_that_fit
+from lm_eval_pruned.sweeps.run import run_sweep
+from tests.helpers.sweeping import files_of, results_of, write_tasks
+
+
+def _units(*names):
+    return [(SimpleNamespace(id=name), SimpleNamespace(name="t")) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "holds", "elsewhere", "chosen"),
+    [
+        ("aab", "b", [], 2),
+        ("aab", None, [], 0),
+        ("aab", None, ["a"], 2),
+        ("aab", "c", ["a", "b"], 0),
+        ("abb", "c", ["a", "b"], 1),
+        ("abb", "a", ["a", "b"], 0),
+    ],
+)
+def test_a_worker_prefers_the_model_it_holds(waiting, holds, elsewhere, chosen):
+    assert choose_unit(_units(*waiting), holds, elsewhere) == chosen
+
+
+def test_workers_fit_on_single_nodes():
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 8, "GPU": 3}},
+        {"Alive": True, "Resources": {"CPU": 3}},
+        {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}},
+    ]
+    assert workers_that_fit(nodes, 1, 0) == 11
+    assert workers_that_fit(nodes, 2, 0) == 5
+    assert workers_that_fit(nodes, 1, 1) == 3
+    assert workers_that_fit(nodes, 1, 2) == 1
+    assert workers_that_fit(nodes, 1, 0.5) == 6
+    assert workers_that_fit(nodes, 16, 0) == 0
+
+
+def test_ray_not_installed(tiny_llama, tmp_path, monkeypatch):
+    import sys
+
+    from lm_eval_pruned.sweeps.ray import run_on_ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'lm-eval-pruned\[ray\]"):
+        next(run_on_ray(None, [], None, None, None))
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of two CPUs that lives as long as these tests."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = pytest.importorskip("ray", reason="the package ray is not installed")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def options(tiny_llama, tmp_path):
+    tasks = write_tasks(tmp_path / "tasks")
+    return {
+        "model_args": {"pretrained": str(tiny_llama)},
+        "ratios": ["1.5"],
+        "tasks": ["tiny_both"],
+        "include_path": str(tasks),
+        "output_path": str(tmp_path / "sweep"),
+        "device": "cpu",
+    }
+
+
+@pytest.mark.slow
+def test_same_results_as_without_ray(cluster, options, tmp_path, one_thread):
+    here = {**options, "output_path": str(tmp_path / "here")}
+    assert run_sweep(here) == 0
+    assert run_sweep({**options, "ray": True}) == 0
+    assert results_of(tmp_path / "sweep") == results_of(tmp_path / "here")
+    # A sweep may go on with or without Ray.
+    before = files_of(tmp_path / "sweep")
+    assert run_sweep(options) == 0
+    assert files_of(tmp_path / "sweep") == before
+
+
+@pytest.mark.slow
+def test_units_of_lost_workers_run_again(cluster, options):
+    """The task kills the process that first loads it, as a lost node would."""
+    utils = Path(options["include_path"], "utils.py")
+    mark = Path(options["include_path"]).parent / "lost"
+    utils.write_text(
+        utils.read_text().replace(
+            "def load(**kwargs):\n",
+            "def load(**kwargs):\n"
+            "    import os, signal\n"
+            f"    mark = Path({str(mark)!r})\n"
+            "    if not mark.exists():\n"
+            "        mark.touch()\n"
+            f"        os.kill(os.getpid(), {int(signal.SIGKILL)})\n",
+        )
+    )
+    assert run_sweep({**options, "ray": True}) == 0
+    assert mark.exists()
+    assert len(files_of(Path(options["output_path"]))) == 4
+
+
+@pytest.mark.slow
+def test_a_unit_that_always_kills_its_worker_fails_alone(cluster, options):
+    tasks = Path(options["include_path"])
+    utils = tasks / "utils.py"
+    utils.write_text(
+        utils.read_text().replace(
+            'raise ConnectionError("the data set cannot be had")',
+            "import os; os.kill(os.getpid(), 9)",
+        )
+    )
+    choice = tasks / "choice.yaml"
+    choice.write_text(choice.read_text().replace("utils.load", "utils.cannot_be_had"))
+    assert run_sweep({**options, "ratios": [], "ray": True}) == 1
+    unit = Path(options["output_path"], "units", "baseline")
+    error = json.loads((unit / "tiny_choice" / "error.json").read_text())
+    assert error["type"].startswith("ray.exceptions.")
+    assert list((unit / "tiny_sentence").glob("results_*.json"))
+
+
+@pytest.mark.slow
+def test_more_than_a_node_has(cluster, options):
+    with pytest.raises(ValueError, match="cpus_per_unit=64 and gpus_per_unit=0"):
+        run_sweep({**options, "ray": True, "cpus_per_unit": 64.0})
