@@ -110,7 +110,7 @@ def newer_lm_eval(tmp_path):
             from pathlib import Path
             from lm_eval.tasks._index import TaskIndex
             def folders():
-                yield checkpoints.ROOT / "tests"
+                yield Path(__file__).parent
                 for entry_point in entry_points(group="lm_eval.tasks"):
                     yield Path(find_spec(entry_point.module).submodule_search_locations[0])
             """,
