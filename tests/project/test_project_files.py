@@ -38,6 +38,18 @@ def test_the_citation_is_of_this_version_and_of_the_study():
     assert study["url"] in metadata()["project_urls"]
 
 
+def test_tests_lie_in_folders_that_bear_the_names_of_what_they_test():
+    tests = ROOT / "tests"
+    folders = {
+        path.parent.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")
+    }
+    for folder in folders - {"project"}:
+        assert (ROOT / folder).is_dir() or (ROOT / "lm_eval_pruned" / folder).is_dir()
+    assert not any(
+        path.name.startswith("test_") for path in (tests / "helpers").iterdir()
+    )
+
+
 def test_one_address_of_the_repository():
     name = metadata()["name"]
     for path in [ROOT / "CITATION.cff", *(ROOT / ".github").rglob("*.*")]:
