@@ -11,24 +11,20 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.util.garbage import without_collections
+from lm_eval.models.huggingface import HFLM
 
-
-with without_collections():
-    from lm_eval.models.huggingface import HFLM
-
-    from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, merged
-    from lm_eval_pruned.checkpoints.damage import check_config, clear_config_errors
-    from lm_eval_pruned.checkpoints.default_model import find_default_model
-    from lm_eval_pruned.checkpoints.load import load_with_arguments
-    from lm_eval_pruned.checkpoints.parallel import check_divisible
-    from lm_eval_pruned.checkpoints.request import Request
-    from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
-    from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
-    from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
-    from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
-    from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
-    from lm_eval_pruned.pruning.slicing import prune_model
+from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, merged
+from lm_eval_pruned.checkpoints.damage import check_config, clear_config_errors
+from lm_eval_pruned.checkpoints.default_model import find_default_model
+from lm_eval_pruned.checkpoints.load import load_with_arguments
+from lm_eval_pruned.checkpoints.parallel import check_divisible
+from lm_eval_pruned.checkpoints.request import Request
+from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
+from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
+from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
+from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
+from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
+from lm_eval_pruned.pruning.slicing import prune_model
 
 
 if TYPE_CHECKING:

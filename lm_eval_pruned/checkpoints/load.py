@@ -25,7 +25,6 @@ from lm_eval_pruned.pruning.slicing import (
     choose_experts_implementation,
     warn_inexpressible,
 )
-from lm_eval_pruned.util.garbage import without_collections
 
 
 if TYPE_CHECKING:
@@ -199,7 +198,6 @@ def _load(
     session.declined = request.must_load_whole(known)
     if session.declined is None:
         with (
-            without_collections(),
             contextlib.closing(session),
             standing_in(session),
             clear_errors(session, request),

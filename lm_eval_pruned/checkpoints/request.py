@@ -26,7 +26,6 @@ from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, slots_by_parameter
 from lm_eval_pruned.pruning.scores import ScoreTable, known_scores
 from lm_eval_pruned.pruning.widths import Widths
-from lm_eval_pruned.util.garbage import without_collections
 
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ class Request:
                 trust_remote_code=bool(trusted),
             )
 
-        with without_collections(), clear_config_errors(pretrained):
+        with clear_config_errors(pretrained):
             widths = Widths(config, build)
             plan = widths.plan(**prune_arguments)
         return cls(
@@ -133,7 +132,7 @@ class Request:
             min(actual.values()),
             max(actual.values()),
         )
-        with without_collections(), clear_config_errors(self.pretrained):
+        with clear_config_errors(self.pretrained):
             widths = self.widths.of(actual)
             plan = widths.plan(**self.prune_arguments)
         return dataclasses.replace(self, plan=plan, widths=widths)
