@@ -44,7 +44,6 @@ from lm_eval_pruned.checkpoints.shards import (
 )
 from lm_eval_pruned.checkpoints.transformers_api import (
     Placement,
-    standing_in,
     target_names,
 )
 from lm_eval_pruned.pruning.plan import SIZE_ARGUMENTS, PrunePlan
@@ -192,11 +191,10 @@ def _stream(request: Request, writer: _Writer) -> PruneRecord | None:
     if session.declined is None:
         with (
             contextlib.closing(session),
-            standing_in(session),
             clear_errors(session, request),
             contextlib.suppress(_Written),
         ):
-            request.load(narrowed)
+            request.load(narrowed, checkpoint=session)
             raise RouteDeclined(OWN_WAY)
     if session.declined is not None:
         _check_prunes(plan)

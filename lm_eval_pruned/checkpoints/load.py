@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.checkpoints.request import Request
 from lm_eval_pruned.checkpoints.route import clear_errors, with_stored_widths
 from lm_eval_pruned.checkpoints.session import Session
-from lm_eval_pruned.checkpoints.transformers_api import standing_in
 from lm_eval_pruned.pruning.alignment import warn_misaligned
 from lm_eval_pruned.pruning.layouts import count_parameters
 from lm_eval_pruned.pruning.record import PruneRecord
@@ -197,12 +196,11 @@ def _load(
     session = Session(plan, widths, targets, known)
     session.declined = request.must_load_whole(known)
     if session.declined is None:
-        with (
-            contextlib.closing(session),
-            standing_in(session),
-            clear_errors(session, request),
-        ):
-            model = request.load(narrowed if session.changes_model else widths.original)
+        with contextlib.closing(session), clear_errors(session, request):
+            model = request.load(
+                narrowed if session.changes_model else widths.original,
+                checkpoint=session,
+            )
             session.check_filled(model)
             choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]

@@ -21,7 +21,7 @@ from lm_eval_pruned.checkpoints.quantisation import (
     with_quantisation,
 )
 from lm_eval_pruned.checkpoints.skeleton import skeleton
-from lm_eval_pruned.checkpoints.transformers_api import unknown_loader
+from lm_eval_pruned.checkpoints.transformers_api import reading, unknown_loader
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, slots_by_parameter
 from lm_eval_pruned.pruning.scores import ScoreTable, known_scores
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
+    from lm_eval_pruned.checkpoints.transformers_api import Checkpoint
     from lm_eval_pruned.pruning.plan import PrunePlan
 
 # Below the harness's logger, so that its verbosity applies.
@@ -231,7 +232,10 @@ class Request:
         return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
 
     def load(
-        self, config: PretrainedConfig, neurons: Collection[str] = ()
+        self,
+        config: PretrainedConfig,
+        neurons: Collection[str] = (),
+        checkpoint: Checkpoint | None = None,
     ) -> PreTrainedModel:
         """Load the model as transformers does, with `config`.
 
@@ -239,6 +243,7 @@ class Request:
             config: The config.
             neurons: Parameters that have to be as wide as they are stored, even if
                 the user lets other shapes differ.
+            checkpoint: What stands in for the files, if anything does.
         """
         from transformers import GgufConfig, PreTrainedModel
 
@@ -246,13 +251,16 @@ class Request:
         if arguments.get("gguf_file") is not None:
             # Blocks of a GGUF file can be neither ranked nor sliced.
             arguments["quantization_config"] = GgufConfig(dequantize=True)
-        loader = getattr_static(self.widths.model_class, "from_pretrained")
+        model_class, auto_class = self.widths.model_class, self.auto_class
+        if checkpoint is not None:
+            auto_class = reading(checkpoint, auto_class, model_class, config)
+        loader = getattr_static(model_class, "from_pretrained")
         if loader is not getattr_static(PreTrainedModel, "from_pretrained"):
             # A loader of its own need not know how to tell what was missing.
-            return self.auto_class.from_pretrained(
+            return auto_class.from_pretrained(
                 self.pretrained, config=config, **arguments
             )
-        model, found = self.auto_class.from_pretrained(
+        model, found = auto_class.from_pretrained(
             self.pretrained, config=config, output_loading_info=True, **arguments
         )
         check_complete(found["missing_keys"])

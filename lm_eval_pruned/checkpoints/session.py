@@ -82,7 +82,7 @@ class Session:
         return not (self._targets == self._widths.configured == self._widths.actual)
 
     def provide(self, model, state_dict, checkpoint_files, load_config):
-        """Stand in for the checkpoint of the first model of its class; see `standing_in`."""
+        """Stand in for the checkpoint of the first model of its class; see `reading`."""
         # A class may load another model before or while its own is loaded.
         its_own = type(model).__name__ == self._widths.model_class.__name__
         if self.opened or not its_own:
@@ -126,6 +126,8 @@ class Session:
 
     def close(self) -> None:
         self._files.close()
+        # Sessions wait for the garbage collector; the model must not wait with them.
+        self._model, self._parts = None, {}
 
     def scoring(self, criterion: str) -> contextlib.AbstractContextManager[Any]:
         """Let one layer at a time be scored by a criterion that copies its weights."""

@@ -12,19 +12,18 @@ Source: `transformers.PreTrainedModel._load_pretrained_model` and
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 import inspect
-import threading
-from contextvars import ContextVar
+import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    import contextlib
+    from collections.abc import Callable, Iterable
 
     from transformers import PreTrainedModel
 
@@ -120,66 +119,59 @@ class Checkpoint(Protocol):
     ) -> tuple[dict[str, Any] | None, list[str] | None]:
         """Return the state dict and the files to load instead.
 
-        Called for every model that is loaded; may return what it was given.
+        Called for every model that the class loads; may return what it was given.
         """
 
 
-_current: ContextVar[Checkpoint | None] = ContextVar("lm_eval_pruned_checkpoint")
-_installation = threading.Lock()
-_installed = 0
+def reading(
+    checkpoint: Checkpoint, auto_class: Any, model_class: type[PreTrainedModel], config
+) -> Any:
+    """Return an Auto class whose model is filled from what `checkpoint` provides.
 
-
-@contextlib.contextmanager
-def standing_in(checkpoint: Checkpoint) -> Iterator[None]:
-    """Let `checkpoint` provide what the models that this context loads are filled from.
-
-    transformers has no hook at this place, so one static method is replaced while
-    at least one such context is open. Loads outside of it, in other threads too, go
-    to the original. The replacement knows its original, and so outlives the last
-    context in a thread that fetched it before.
+    transformers has no hook at this place, but asks the class that it loads with for
+    the method that fills a model. So it is shown a subclass that answers with another
+    one. The model itself is of `model_class`, and no other load takes notice.
 
     Needs `unknown_loader` to be None.
+
+    Args:
+        checkpoint: What stands in for the files.
+        auto_class: The Auto class to load with.
+        model_class: The class that it chooses for `config`.
+        config: The config to load with.
+
+    Returns:
+        The new class; `auto_class` itself if the model would not ask.
     """
     from transformers import PreTrainedModel
 
-    global _installed
-    with _installation:
-        if _installed == 0:
-            original = vars(PreTrainedModel)[_LOADER]
-            setattr(PreTrainedModel, _LOADER, staticmethod(_through(original)))
-        _installed += 1
-    token = _current.set(checkpoint)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-        with _installation:
-            _installed -= 1
-            if _installed == 0:
-                _take_back(PreTrainedModel)
+    loader = inspect.getattr_static(model_class, _LOADER, None)
+    chooses = getattr(auto_class, "_model_mapping", None) is not None
+    if not chooses or loader is not vars(PreTrainedModel)[_LOADER]:
+        return auto_class
 
+    # A class waits for the garbage collector; the model must not wait with it.
+    checkpoint = weakref.proxy(checkpoint)
 
-def _through(original: staticmethod) -> Callable[..., Any]:
+    def build(cls, *args, **kwargs):
+        return model_class(*args, **kwargs)
+
     def load(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        checkpoint = _current.get(None)
-        if checkpoint is not None:
-            state_dict, checkpoint_files = checkpoint.provide(
-                model, state_dict, checkpoint_files, load_config
-            )
-        return original.__func__(
+        state_dict, checkpoint_files = checkpoint.provide(
+            model, state_dict, checkpoint_files, load_config
+        )
+        return getattr(model_class, _LOADER)(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
 
-    load.replaces = original  # type: ignore[attr-defined]
-    return load
+    asking = _subclass(model_class, __new__=build, **{_LOADER: staticmethod(load)})
+    return _subclass(auto_class, _model_mapping={type(config): asking})
 
 
-def _take_back(owner: type) -> None:
-    """Put the original back, unless someone else has replaced ours since."""
-    loader = vars(owner).get(_LOADER)
-    replaced = getattr(getattr(loader, "__func__", None), "replaces", None)
-    if replaced is not None:
-        setattr(owner, _LOADER, replaced)
+def _subclass(base: type, **attributes: Any) -> type:
+    """Derive a class that goes by the name of its base, which transformers asks for."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base)(base.__name__, (base,), {**names, **attributes})
 
 
 def shares_weights_among_ranks() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     conversion_mapping,
@@ -41,7 +44,6 @@ from lm_eval_pruned.checkpoints.request import (
 from lm_eval_pruned.checkpoints.route import RouteDeclined
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.sources import _converted_sources
-from lm_eval_pruned.checkpoints.transformers_api import standing_in
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.scores import KnownScores, ScoreTable
 from lm_eval_pruned.pruning.slots import Slot
@@ -382,6 +384,18 @@ def test_the_files_are_closed_after_loading(tiny_llama, monkeypatch):
     assert all(recorder.closed for recorder in opened)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"ratio": 1}])
+def test_a_model_that_is_let_go_waits_for_no_collection(tiny_llama, sizes):
+    gc.disable()
+    try:
+        model = load_pruned(str(tiny_llama), **sizes)
+        reference = weakref.ref(model)
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
 def request_for(folder, arguments=None, **prune_arguments):
     return Request.resolve(
         AutoModelForCausalLM, str(folder), prune_arguments, arguments or {}
@@ -561,14 +575,22 @@ def test_pruning_in_memory_is_told_and_loading_whole_is_not(copied, caplog):
     )
 
 
+class TwiceItself(LlamaForCausalLM):
+    """Loads another model of its class in the same call."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained, **arguments):
+        first = super().from_pretrained(pretrained, **arguments)
+        first.second = [super().from_pretrained(pretrained)]
+        return first
+
+
 def test_only_the_first_model_of_a_session_is_pruned(tiny_llama):
     """A class may load another model while it is loaded."""
-    request = request_for(tiny_llama, ratio=1)
-    targets = request.widths.targets(request.plan)
-    session = Session(request.plan, request.widths, targets)
-    with standing_in(session):
-        first = request.load(request.widths.narrowed_config(targets))
-        second = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    mapping = {LlamaConfig: TwiceItself}
+    auto = type("Auto", (AutoModelForCausalLM,), {"_model_mapping": mapping})
+    first = load_pruned(str(tiny_llama), ratio=1, auto_class=auto)
+    (second,) = first.second
     assert first.config.intermediate_size == 32
     assert_same_model(first, load_pruned(str(tiny_llama), ratio=1))
     assert_same_model(second, load_pruned(str(tiny_llama)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
+import shutil
 import types
 
 import pytest
@@ -12,12 +12,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     modeling_utils,
 )
 from transformers.core_model_loading import WeightRenaming
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints import transformers_api
@@ -143,8 +146,6 @@ CHANGES = [
 
 def test_the_installed_release_is_known():
     assert transformers_api.unknown_loader() is None
-    with transformers_api.standing_in(Untouched()):
-        assert transformers_api.unknown_loader() is None
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -224,12 +225,7 @@ class FromAnother(LlamaForCausalLM):
 
 def auto(model_class):
     return type(
-        "Auto",
-        (),
-        {
-            "from_pretrained": model_class.from_pretrained,
-            "from_config": staticmethod(lambda config, **_: model_class(config)),
-        },
+        "Auto", (_BaseAutoModelClass,), {"_model_mapping": {LlamaConfig: model_class}}
     )
 
 
@@ -260,7 +256,7 @@ def test_a_loader_that_asks_for_nothing_is_noticed(tiny_llama):
         def from_pretrained(cls, pretrained, *, config, **_):
             model = cls(config).eval()
             settings = modeling_utils.LoadStateDictConfig()
-            vars(PreTrainedModel)[LOADER].__func__(
+            cls._load_pretrained_model(
                 model, None, [f"{pretrained}/model.safetensors"], settings
             )
             fresh = cls(config).eval()
@@ -290,67 +286,89 @@ def test_a_record_of_pruning_says_what_was_kept(tiny_llama):
         )
 
 
-def test_contexts_within_contexts_share_one_replacement(tiny_llama):
-    with transformers_api.standing_in(Untouched()):
-        replaced = vars(PreTrainedModel)[LOADER]
-        assert replaced is not ORIGINAL
-        with transformers_api.standing_in(Untouched()):
-            assert vars(PreTrainedModel)[LOADER] is replaced
-        assert vars(PreTrainedModel)[LOADER] is replaced
-    assert vars(PreTrainedModel)[LOADER] is ORIGINAL
-    # Once more: what the first ones put back can be replaced again.
-    with pytest.raises(KeyError), transformers_api.standing_in(Untouched()):
-        raise KeyError
-    assert vars(PreTrainedModel)[LOADER] is ORIGINAL
+class AsksInTheMiddle(LlamaForCausalLM):
+    """Looks while it is filled what other loads would meet, and loads its like."""
+
+    @classmethod
+    def _finalize_model_loading(cls, model, *args):
+        assert vars(PreTrainedModel)[LOADER] is ORIGINAL
+        assert type(model) is AsksInTheMiddle
+        if "like" not in vars(AsksInTheMiddle):
+            AsksInTheMiddle.like = None
+            AsksInTheMiddle.like = AsksInTheMiddle.from_pretrained(model.name_or_path)
+        return super()._finalize_model_loading(model, *args)
+
+
+def test_no_other_load_takes_notice(tiny_llama):
+    expected = load_pruned(str(tiny_llama), ratio=1)
+    model = load_pruned(str(tiny_llama), ratio=1, auto_class=auto(AsksInTheMiddle))
+    assert type(model) is type(AsksInTheMiddle.like) is AsksInTheMiddle
+    assert_same_model(model, expected)
     assert_same_model(
-        load_pruned(str(tiny_llama)), AutoModelForCausalLM.from_pretrained(tiny_llama)
+        AsksInTheMiddle.like, AutoModelForCausalLM.from_pretrained(tiny_llama)
     )
 
 
-def test_a_loader_that_was_fetched_before_the_last_context_ended_still_loads(
-    tiny_llama, monkeypatch
-):
-    """Another thread looks the method up, and calls it when the others are done."""
-    fetched, ended, loaded = threading.Event(), threading.Event(), []
-
-    class Slow(LlamaForCausalLM):
-        @staticmethod
-        def _load_pretrained_model(*args, **kwargs):
-            loader = PreTrainedModel._load_pretrained_model
-            assert loader is not ORIGINAL.__func__
-            fetched.set()
-            assert ended.wait(60)
-            return loader(*args, **kwargs)
-
-    with transformers_api.standing_in(Untouched()):
-        thread = threading.Thread(
-            target=lambda: loaded.append(Slow.from_pretrained(tiny_llama))
-        )
-        thread.start()
-        assert fetched.wait(60)
-    assert vars(PreTrainedModel)[LOADER] is ORIGINAL
-    ended.set()
-    thread.join()
-    (model,) = loaded
+def test_the_class_that_asks_goes_by_the_names_of_its_model(tiny_llama):
+    config = AutoConfig.from_pretrained(tiny_llama)
+    checkpoint = Untouched()
+    chosen = transformers_api.reading(
+        checkpoint, AutoModelForCausalLM, LlamaForCausalLM, config
+    )
+    assert chosen is not AutoModelForCausalLM
+    asking = chosen._model_mapping[LlamaConfig]
+    for made, base in ((chosen, AutoModelForCausalLM), (asking, LlamaForCausalLM)):
+        assert repr(made) == repr(base)
+        assert made.__name__ == base.__name__
+    model = chosen.from_pretrained(tiny_llama, config=config)
+    assert type(model) is LlamaForCausalLM
+    assert [type(seen) for seen, _ in checkpoint.seen] == [LlamaForCausalLM]
     assert_same_model(model, AutoModelForCausalLM.from_pretrained(tiny_llama))
+    # Others are as they were.
+    AutoModelForCausalLM.from_pretrained(tiny_llama)
+    chosen.from_config(config)
+    assert len(checkpoint.seen) == 1
 
 
-def test_what_others_put_in_its_place_stays(tiny_llama, monkeypatch):
+def test_a_class_that_is_no_auto_class_is_left_alone(tiny_llama):
+    config = AutoConfig.from_pretrained(tiny_llama)
+    for auto_class in (object(), LlamaForCausalLM):
+        assert auto_class is transformers_api.reading(
+            Untouched(), auto_class, LlamaForCausalLM, config
+        )
+
+
+def test_what_others_put_in_its_place_is_called(tiny_llama, monkeypatch):
     calls = []
     expected = load_pruned(str(tiny_llama), ratio=1)
-    monkeypatch.setattr(PreTrainedModel, LOADER, ORIGINAL)
-    with transformers_api.standing_in(Untouched()):
-        ours = PreTrainedModel._load_pretrained_model
 
-        def theirs(model, state_dict, checkpoint_files, load_config, *args):
-            calls.append(type(model))
-            return ours(model, state_dict, checkpoint_files, load_config, *args)
+    def theirs(model, state_dict, checkpoint_files, load_config, *args):
+        calls.append(type(model))
+        return ORIGINAL.__func__(
+            model, state_dict, checkpoint_files, load_config, *args
+        )
 
-        PreTrainedModel._load_pretrained_model = staticmethod(theirs)
-    assert PreTrainedModel._load_pretrained_model is theirs
+    monkeypatch.setattr(PreTrainedModel, LOADER, staticmethod(theirs))
     assert_same_model(load_pruned(str(tiny_llama), ratio=1), expected)
     assert calls == [LlamaForCausalLM]
     assert PreTrainedModel._load_pretrained_model is theirs
+
+
+def test_a_model_of_remote_code_is_pruned_while_it_loads(tiny_llama, tmp_path, caplog):
+    folder = tmp_path / "remote"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "modeling_theirs.py").write_text(
+        "from transformers import LlamaForCausalLM\n"
+        "class Theirs(LlamaForCausalLM):\n    pass\n"
+    )
+    checkpoints.edit_config(
+        folder, auto_map={"AutoModelForCausalLM": "modeling_theirs.Theirs"}
+    )
+    model = load_pruned(str(folder), ratio=1, trust_remote_code=True)
+    assert type(model).__name__ == "Theirs"
+    assert type(model).__module__.startswith("transformers_modules.")
+    assert "in full" not in caplog.text
+    assert_same_model(model, load_pruned(str(tiny_llama), ratio=1))
 
 
 def test_keys_are_renamed_unless_the_model_has_them_as_they_are(tiny_llama):
