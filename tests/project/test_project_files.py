@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import pathlib
 import re
 
 import pytest
@@ -96,3 +97,19 @@ def test_files_that_are_named_exist(name):
     named = re.findall(r"(?:[\w.-]+/)+[\w-]+\.\w+", re.sub(r"https?://\S+", "", text))
     missing = [path for path in {*linked, *named} if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_the_workflow_to_copy_uses_actions_of_the_versions_that_ours_do():
+    example = ROOT / "docs" / "examples" / "pruning-gate.yml"
+    ours, copied = (
+        set(
+            re.findall(
+                r"uses: (\S+)@(\S+)", "\n".join(map(pathlib.Path.read_text, paths))
+            )
+        )
+        for paths in (WORKFLOWS, [example])
+    )
+    names = {name for name, _ in ours}
+    shared = {(name, version) for name, version in copied if name in names}
+    assert len(shared) >= 3
+    assert shared <= ours
