@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from lm_eval_pruned.cli import (
     check,
@@ -17,6 +18,23 @@ from lm_eval_pruned.cli import (
 )
 
 
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class _Version(argparse.Action):
+    """argparse's ``version``, which looks the version up where it is asked for."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments, nargs=0, default=argparse.SUPPRESS)
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        from importlib.metadata import version
+
+        print(parser.prog, version(parser.prog))
+        parser.exit()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code.
 
@@ -28,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Width pruning around lm-evaluation-harness. To evaluate a pruned model, "
         "run `lm_eval --model pruned-hf --model_args ratio=2.0 --tasks ...`.",
     )
+    parser.add_argument("--version", action=_Version, help="show the version and leave")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     plan.add(commands)
     compare.add(commands)
