@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from lm_eval_pruned.checkpoints.auto_class import auto_class_for
 from lm_eval_pruned.checkpoints.card import model_card
 from lm_eval_pruned.checkpoints.companions import (
     copy_companions,
@@ -132,6 +133,8 @@ def export_pruned(
         export_pruned("org/model", "model-40", prune_arguments={"prune_percent": 40})
         ```
     """
+    from transformers import AutoConfig
+
     output = Path(output)
     _check_output(output)
     target_dtype = _resolve_dtype(dtype)
@@ -139,7 +142,7 @@ def export_pruned(
     source = {
         name: value for name, value in from_pretrained.items() if value is not None
     }
-    auto_class = _auto_class(pretrained, source)
+    auto_class = auto_class_for(AutoConfig.from_pretrained(pretrained, **source))
     # transformers decides by the dtype which weights it keeps in another.
     asked_for = source | ({} if target_dtype is None else {"dtype": target_dtype})
     request = Request.resolve(auto_class, pretrained, prune_arguments, asked_for)
@@ -379,19 +382,6 @@ def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
             f"dtype={dtype} is not a dtype to store weights in: pass float32, float16 or bfloat16."
         )
     return resolved
-
-
-def _auto_class(pretrained: str, source: dict[str, Any]) -> Any:
-    """Choose the AutoModel class as `lm_eval.models.huggingface.HFLM` does."""
-    import transformers
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    )
-
-    config = transformers.AutoConfig.from_pretrained(pretrained, **source)
-    if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        return transformers.AutoModelForSeq2SeqLM
-    return transformers.AutoModelForCausalLM
 
 
 def _save_whole(

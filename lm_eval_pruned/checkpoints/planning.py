@@ -81,6 +81,7 @@ def plan_rows(
     import torch
     import transformers
 
+    from lm_eval_pruned.checkpoints.auto_class import auto_class_for
     from lm_eval_pruned.checkpoints.skeleton import skeleton
     from lm_eval_pruned.pruning.widths import Widths
 
@@ -91,11 +92,7 @@ def plan_rows(
         trust_remote_code=trust_remote_code,
         **({} if gguf_file is None else {"gguf_file": gguf_file}),
     )
-    auto_class = (
-        transformers.AutoModelForSeq2SeqLM
-        if config.is_encoder_decoder
-        else transformers.AutoModelForCausalLM
-    )
+    auto_class = auto_class_for(config)
     widths = Widths(
         config,
         lambda c: skeleton(auto_class, c, trust_remote_code=trust_remote_code),

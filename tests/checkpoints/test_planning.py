@@ -8,8 +8,11 @@ import json
 import shutil
 
 import pytest
+from lm_eval.models.huggingface import HFLM
+from transformers import CONFIG_MAPPING
 
 from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.auto_class import auto_class_for
 from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.cli import main
@@ -137,3 +140,28 @@ def test_a_model_without_a_glu_is_refused(tmp_path, capsys):
     checkpoints.tiny_config("gpt2").save_pretrained(tmp_path)
     assert main(["plan", "--pretrained", str(tmp_path), "--ratios", "1"]) == 2
     assert "GPT2LMHeadModel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "t5", "mbart", "qwen2_audio", "whisper", "gpt2"]
+)
+def test_the_auto_class_is_the_one_that_the_harness_takes(model_type):
+    config = CONFIG_MAPPING[model_type]()
+    lm = object.__new__(HFLM)
+    lm._get_backend(config, backend="default", trust_remote_code=False)
+    assert auto_class_for(config) is lm.AUTO_MODEL_CLASS
+
+
+def test_a_model_that_hears_is_planned_as_it_is_pruned(tmp_path, capsys):
+    """It has an encoder of sound, and transformers loads it as an encoder-decoder."""
+    text = checkpoints.tiny_config("qwen2", intermediate_size=88)
+    config = CONFIG_MAPPING["qwen2_audio"](
+        text_config=text.to_dict(),
+        audio_config={"d_model": 32, "encoder_attention_heads": 4, "encoder_layers": 1},
+    )
+    assert not config.is_encoder_decoder
+    config.save_pretrained(tmp_path)
+    (row,) = json.loads(
+        plan(capsys, "--pretrained", tmp_path, "--ratios", 2, "--format", "json")
+    )
+    assert row["intermediate_size"] == 2 * text.hidden_size
