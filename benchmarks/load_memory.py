@@ -98,7 +98,7 @@ def measure(folder: str, device: str, percent: float, criterion: str) -> dict:
     from transformers.utils import logging
 
     from lm_eval_pruned import load_pruned
-    from lm_eval_pruned.pruning.layouts import find_glu_mlps, slots_by_parameter
+    from lm_eval_pruned.pruning.layouts import find_glu_mlps, regions_by_parameter
 
     logging.disable_progress_bar()
     with torch.device("meta"):
@@ -132,9 +132,9 @@ def measure(folder: str, device: str, percent: float, criterion: str) -> dict:
         done.set()
         watcher.join()
     layers: dict[str, int] = {}
-    for entries in slots_by_parameter(find_glu_mlps(model)).values():
-        mlp, _, slot = entries[0]
-        parameter = mlp.parameter(slot)
+    for entries in regions_by_parameter(find_glu_mlps(model)).values():
+        mlp, _, region = entries[0]
+        parameter = mlp.parameter(region)
         layers[mlp.stack] = layers.get(mlp.stack, 0) + parameter.nbytes
     end = held(device)
     return {

@@ -48,7 +48,7 @@ TESTS = {
     ],
     **{
         f"pruning.{part}": ["pruning/test_glu.py", "pruning/test_layouts_properties.py"]
-        for part in ("layouts", "slots")
+        for part in ("layouts", "regions")
     },
     **{
         f"pruning.{part}": [

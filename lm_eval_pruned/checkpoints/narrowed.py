@@ -18,8 +18,8 @@ import torch
 
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.layouts import NEURON_AXIS, GluMlp
+from lm_eval_pruned.pruning.regions import Region, assemble
 from lm_eval_pruned.pruning.slicing import check_finite, narrow, score
-from lm_eval_pruned.pruning.slots import Slot, assemble
 
 
 if TYPE_CHECKING:
@@ -223,18 +223,18 @@ class NarrowedTensor:
         return narrow(weight, kept, self.axis, self.dtype, out)
 
 
-class SlotOfSource:
+class RegionOfSource:
     """The part of a checkpoint entry that holds one projection, as an entry."""
 
-    def __init__(self, slot: Slot, source):
-        self._slot = slot
+    def __init__(self, region: Region, source):
+        self._region = region
         self._source = source
 
     def get_shape(self) -> list[int]:
         with torch.device("meta"):
             whole = torch.empty(self._source.get_shape())
             try:
-                return list(self._slot.view(whole).shape)
+                return list(self._region.view(whole).shape)
             except (IndexError, RuntimeError):
                 return list(whole.shape)
 
@@ -242,7 +242,7 @@ class SlotOfSource:
         return self._source.get_dtype()
 
     def __getitem__(self, index):
-        return self._slot.read(self._source).contiguous()[index]
+        return self._region.read(self._source).contiguous()[index]
 
 
 class AssembledTensor:
@@ -251,12 +251,12 @@ class AssembledTensor:
     It is allocated once, and each projection is gathered into its place.
     """
 
-    def __init__(self, pieces: Mapping[Slot, NarrowedTensor]):
+    def __init__(self, pieces: Mapping[Region, NarrowedTensor]):
         self.pieces = pieces
         self._whole: Tensor | None = None
         self._lock = threading.Lock()
-        for slot, piece in pieces.items():
-            piece.place = functools.partial(self._place, slot)
+        for region, piece in pieces.items():
+            piece.place = functools.partial(self._place, region)
 
     def get_shape(self) -> list[int]:
         """Return the narrowed shape."""
@@ -279,11 +279,13 @@ class AssembledTensor:
         target = next(iter(self.pieces.values())).device
         return self._filled(target).to(device=device, dtype=dtype)
 
-    def _place(self, slot: Slot, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _place(
+        self, region: Region, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
         with self._lock:
             if self._whole is None:
                 self._whole = torch.empty(self.get_shape(), dtype=dtype, device=device)
-            return slot.view(self._whole)
+            return region.view(self._whole)
 
     def _filled(self, device: torch.device) -> Tensor:
         for piece in self.pieces.values():

@@ -23,7 +23,7 @@ from lm_eval_pruned.checkpoints.quantisation import (
 from lm_eval_pruned.checkpoints.skeleton import skeleton
 from lm_eval_pruned.checkpoints.transformers_api import reading, unknown_loader
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError, slots_by_parameter
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError, regions_by_parameter
 from lm_eval_pruned.pruning.scores import ScoreTable, known_scores
 from lm_eval_pruned.pruning.widths import Widths
 
@@ -274,7 +274,7 @@ class Request:
             ValueError: It is damaged, or an argument is wrong.
         """
         with clear_load_errors(self.pretrained, self.model_arguments):
-            neurons = slots_by_parameter(self.widths.mlps)
+            neurons = regions_by_parameter(self.widths.mlps)
             return self.load(self.widths.original, neurons)
 
 

@@ -17,7 +17,7 @@ import torch
 from lm_eval_pruned.checkpoints.narrowed import (
     AssembledTensor,
     NarrowedMlp,
-    SlotOfSource,
+    RegionOfSource,
     shape_of,
 )
 from lm_eval_pruned.checkpoints.route import OWN_WAY, RouteDeclined, WidthsDiffer
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lm_eval_pruned.pruning.plan import PrunePlan
-    from lm_eval_pruned.pruning.slots import Slot
+    from lm_eval_pruned.pruning.regions import Region
     from lm_eval_pruned.pruning.widths import Widths
 
 
@@ -157,22 +157,24 @@ class Session:
         ]
         by_name = {mlp.name: mlp for mlp in narrowed}
         wanted = {
-            (mlp.name, place): slot for mlp in mlps for place, slot in mlp.slots.items()
+            (mlp.name, place): region
+            for mlp in mlps
+            for place, region in mlp.regions.items()
         }
         replaced = {}
         placement = Placement(load_config, model)
         self._parts = find_sources(entries, model, mlps, load_config)
         for key, parts in self._parts.items():
             pieces = {}
-            for mlp, place, slot, sourced in parts:
+            for mlp, place, region, sourced in parts:
                 wanted.pop((mlp.name, place), None)
-                pieces[slot] = by_name[mlp.name].add(
+                pieces[region] = by_name[mlp.name].add(
                     place[0],
                     place[1],
-                    SlotOfSource(sourced, entries[key]) if sourced else entries[key],
+                    RegionOfSource(sourced, entries[key]) if sourced else entries[key],
                     (
-                        placement.device(slot.parameter),
-                        placement.dtype(slot.parameter),
+                        placement.device(region.parameter),
+                        placement.dtype(region.parameter),
                     ),
                 )
             whole = len(parts) == 1 and not parts[0][3]
@@ -205,18 +207,18 @@ class Session:
         Returns:
             The entries, with one for each parameter in place of those of its parts.
         """
-        keys: dict[str, dict[Slot, str]] = {}
-        for key, [(mlp, _, slot, sourced), *others] in self._parts.items():
-            whole = others or sourced or slot.is_whole
+        keys: dict[str, dict[Region, str]] = {}
+        for key, [(mlp, _, region, sourced), *others] in self._parts.items():
+            whole = others or sourced or region.is_whole
             # A process of many may need some of the parts only.
-            if not whole and type(mlp.parameter(slot)) is torch.nn.Parameter:
-                keys.setdefault(slot.parameter, {})[slot] = key
+            if not whole and type(mlp.parameter(region)) is torch.nn.Parameter:
+                keys.setdefault(region.parameter, {})[region] = key
         names = target_names(keys, model, load_config)
         whole_ones = {
             parameter: AssembledTensor(
-                {slot: entries[key] for slot, key in slots.items()}
+                {region: entries[key] for region, key in regions.items()}
             )
-            for parameter, slots in keys.items()
+            for parameter, regions in keys.items()
             if names[parameter] == (parameter, None, None) and parameter not in entries
         }
         merged = {key for parameter in whole_ones for key in keys[parameter].values()}
@@ -251,8 +253,8 @@ class Session:
         if not odd:
             return
         for mlp in odd:
-            for slot in mlp.slots.values():
-                if type(mlp.parameter(slot)) is not torch.nn.Parameter:
+            for region in mlp.regions.values():
+                if type(mlp.parameter(region)) is not torch.nn.Parameter:
                     raise UnsupportedModelError(
                         f"{describe(model)} would have layers of different width, which can be "
                         "neither quantised by replacing layers nor split by tensor parallelism: "
@@ -266,10 +268,10 @@ class Session:
                         shape_of(
                             place[0], place[1], self._targets[mlp.name], mlp.hidden_size
                         ),
-                        dtype=mlp.parameter(slot).dtype,
+                        dtype=mlp.parameter(region).dtype,
                     )
                     for mlp in odd
-                    for place, slot in mlp.slots.items()
+                    for place, region in mlp.regions.items()
                 },
             )
 

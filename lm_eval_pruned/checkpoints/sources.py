@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lm_eval_pruned.checkpoints.damage import check_entries
 from lm_eval_pruned.checkpoints.route import RouteDeclined
 from lm_eval_pruned.checkpoints.transformers_api import in_order, target_names
-from lm_eval_pruned.pruning.layouts import GluMlp, slots_by_parameter
+from lm_eval_pruned.pruning.layouts import GluMlp, regions_by_parameter
 
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ def find_sources(entries, model, mlps: Iterable[GluMlp], load_config):
     """Map checkpoint keys to the projections they hold.
 
     Returns:
-        ``{key: [(mlp, (projection, part), slot, source_slot)]}``, where source_slot
+        ``{key: [(mlp, (projection, part), region, source_region)]}``, where source_region
         is the part of the entry that is meant, None for all of it.
 
     Raises:
         RouteDeclined: Some projection is computed in a way not known here.
     """
-    places = slots_by_parameter(mlps)
+    places = regions_by_parameter(mlps)
     found: dict[str, list] = {}
     converted: dict[tuple[str, str], list[str]] = {}
     converters = {}
@@ -48,8 +48,8 @@ def find_sources(entries, model, mlps: Iterable[GluMlp], load_config):
                 converters[parameter] = converter
         elif parameter in places:
             found[key] = [
-                (mlp, place, slot, None if slot.is_whole else slot)
-                for mlp, place, slot in places[parameter]
+                (mlp, place, region, None if region.is_whole else region)
+                for mlp, place, region in places[parameter]
             ]
     for (parameter, pattern), keys in converted.items():
         found |= _converted_sources(
@@ -61,14 +61,14 @@ def find_sources(entries, model, mlps: Iterable[GluMlp], load_config):
 def _converted_sources(
     parameter: str, pattern: str, keys: list[str], converter, places
 ):
-    """Assign the sources that a converter stacks or concatenates to their slots."""
+    """Assign the sources that a converter stacks or concatenates to their regions."""
     steps = [
         (type(op).__name__, getattr(op, "dim", None)) for op in converter.operations
     ]
     merges = steps[:1] == [("MergeModulelist", 0)]
     concatenation = steps[1:] if merges else steps
     halves = len(converter.source_patterns)
-    sizes = {slot.expert for _, _, slot in places}
+    sizes = {region.expert for _, _, region in places}
     known = (
         len(converter.target_patterns) == 1
         and concatenation
@@ -76,7 +76,7 @@ def _converted_sources(
         and merges == (None not in sizes)
         and len(keys) == len(sizes)
         and len(places) == len(sizes) * halves
-        and not any(slot.transposed or slot.interleaved for _, _, slot in places)
+        and not any(region.transposed or region.interleaved for _, _, region in places)
     )
     if not known:
         raise RouteDeclined(f"transformers computes {parameter} from other tensors")
@@ -84,6 +84,6 @@ def _converted_sources(
     chosen = [place for place in places if halves == 1 or place[2].half == half]
     chosen.sort(key=lambda place: place[2].expert or 0)
     return {
-        key: [(mlp, place, slot, None)]
-        for key, (mlp, place, slot) in zip(keys, chosen, strict=True)
+        key: [(mlp, place, region, None)]
+        for key, (mlp, place, region) in zip(keys, chosen, strict=True)
     }

@@ -4,7 +4,7 @@ All knowledge of module names, of fused and stacked weights and of models that
 cannot be pruned lives here. A GLU-MLP computes
 ``down_proj(act(gate_proj(x)) * up_proj(x))``; neuron i is row i of gate and up
 with column i of down. What several projections in one parameter look like is said in
-`lm_eval_pruned.pruning.slots`.
+`lm_eval_pruned.pruning.regions`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
-from lm_eval_pruned.pruning.slots import Slot, assemble
+from lm_eval_pruned.pruning.regions import Region, assemble
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class GluMlp:
         module: The module that holds its parameters.
         path: Path of that module in the model.
         kind: ``dense``, ``expert`` or ``shared`` (an expert that every token uses).
-        slots: Where each ``(projection, "weight" or "bias")`` with a neuron axis
+        regions: Where each ``(projection, "weight" or "bias")`` with a neuron axis
             lies; the bias of down has none.
         linears: Attribute of `module` that holds each projection as nn.Linear;
             without the projections that are fused or stacked.
@@ -65,7 +65,7 @@ class GluMlp:
     module: nn.Module
     path: str
     kind: str
-    slots: Mapping[tuple[str, str], Slot]
+    regions: Mapping[tuple[str, str], Region]
     linears: Mapping[str, str]
 
     def projection(self, name: str) -> nn.Linear:
@@ -77,30 +77,30 @@ class GluMlp:
         if name not in self.linears:
             raise UnsupportedModelError(
                 f"{self.name} has no {name} of its own: it is stored in "
-                f"{self.slots[name, 'weight'].parameter}."
+                f"{self.regions[name, 'weight'].parameter}."
             )
         return cast("nn.Linear", getattr(self.module, self.linears[name]))
 
     def weight(self, projection: str, part: str = "weight") -> Tensor:
         """Return a projection: (I, H) for gate and up, (H, I) for down; contiguous."""
-        slot = self.slots[projection, part]
-        return slot.view(self.parameter(slot)).contiguous()
+        region = self.regions[projection, part]
+        return region.view(self.parameter(region)).contiguous()
 
-    def parameter(self, slot: Slot) -> Tensor:
-        """Return the parameter of the model that holds `slot`."""
-        return self.module.get_parameter(slot.parameter[len(self.path) + 1 :])
+    def parameter(self, region: Region) -> Tensor:
+        """Return the parameter of the model that holds `region`."""
+        return self.module.get_parameter(region.parameter[len(self.path) + 1 :])
 
     @property
     def hidden_size(self) -> int:
         """Width H of its input."""
-        slot = self.slots["gate_proj", "weight"]
-        return slot.view(self.parameter(slot)).shape[1]
+        region = self.regions["gate_proj", "weight"]
+        return region.view(self.parameter(region)).shape[1]
 
     @property
     def width(self) -> int:
         """Intermediate size I, in neurons."""
-        slot = self.slots["gate_proj", "weight"]
-        return slot.view(self.parameter(slot)).shape[0]
+        region = self.regions["gate_proj", "weight"]
+        return region.view(self.parameter(region)).shape[0]
 
     @property
     def stack(self) -> str:
@@ -141,9 +141,9 @@ def find_glu_mlps(model: PreTrainedModel) -> list[GluMlp]:
     label = describe(model)
     mlps: list[GluMlp] = []
     for path, module in _language_modules(model):
-        for name, slots, linears in _layouts(label, path, module):
+        for name, regions, linears in _layouts(label, path, module):
             mlps.append(
-                GluMlp(name, len(mlps), module, path, _kind(path), slots, linears)
+                GluMlp(name, len(mlps), module, path, _kind(path), regions, linears)
             )
     if not mlps:
         raise UnsupportedModelError(
@@ -159,14 +159,14 @@ def describe(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} (model_type {model.config.model_type})"
 
 
-def slots_by_parameter(
+def regions_by_parameter(
     mlps: Iterable[GluMlp],
-) -> dict[str, list[tuple[GluMlp, tuple[str, str], Slot]]]:
-    """Map each parameter to the GLU-MLPs, ``(projection, part)`` and slots in it."""
-    found: dict[str, list[tuple[GluMlp, tuple[str, str], Slot]]] = {}
+) -> dict[str, list[tuple[GluMlp, tuple[str, str], Region]]]:
+    """Map each parameter to the GLU-MLPs, ``(projection, part)`` and regions in it."""
+    found: dict[str, list[tuple[GluMlp, tuple[str, str], Region]]] = {}
     for mlp in mlps:
-        for place, slot in mlp.slots.items():
-            found.setdefault(slot.parameter, []).append((mlp, place, slot))
+        for place, region in mlp.regions.items():
+            found.setdefault(region.parameter, []).append((mlp, place, region))
     return found
 
 
@@ -179,13 +179,13 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
         pieces: The new weight of each ``(name of the MLP, projection, part)``, in
             the shapes of `GluMlp.weight`.
     """
-    for entries in slots_by_parameter(mlps).values():
-        mlp, _, slot = entries[0]
-        old = mlp.parameter(slot)
+    for entries in regions_by_parameter(mlps).values():
+        mlp, _, region = entries[0]
+        old = mlp.parameter(region)
         new = assemble(
             {s: pieces[m.name, place[0], place[1]] for m, place, s in entries}
         )
-        owner_path, _, attribute = slot.parameter[len(mlp.path) + 1 :].rpartition(".")
+        owner_path, _, attribute = region.parameter[len(mlp.path) + 1 :].rpartition(".")
         owner = mlp.module.get_submodule(owner_path)
         setattr(owner, attribute, nn.Parameter(new, requires_grad=old.requires_grad))
         if isinstance(owner, nn.Linear):
@@ -237,11 +237,11 @@ def _kind(path: str) -> str:
     return "expert" if re.search(r"\bexperts\b", path) else "dense"
 
 
-_Layout = tuple[str, dict[tuple[str, str], Slot], dict[str, str]]
+_Layout = tuple[str, dict[tuple[str, str], Region], dict[str, str]]
 
 
 def _layouts(label: str, path: str, module: nn.Module) -> list[_Layout]:
-    """Return name, slots and linears of each GLU-MLP whose parameters `module` owns."""
+    """Return name, regions and linears of each GLU-MLP whose parameters `module` owns."""
     children = dict(module.named_children())
     parameters = {
         name for name, value in module._parameters.items() if value is not None
@@ -261,12 +261,12 @@ def _layouts(label: str, path: str, module: nn.Module) -> list[_Layout]:
 def _separate(label, path, module, names: tuple[str, str, str]) -> list[_Layout]:
     _check_linears(label, path, module, names)
     linears = dict(zip(NEURON_AXIS, names, strict=True))
-    slots = {}
+    regions = {}
     for projection, name in linears.items():
-        slots[projection, "weight"] = Slot(f"{path}.{name}.weight")
+        regions[projection, "weight"] = Region(f"{path}.{name}.weight")
         if NEURON_AXIS[projection] == 0 and getattr(module, name).bias is not None:
-            slots[projection, "bias"] = Slot(f"{path}.{name}.bias")
-    return [(path, slots, linears)]
+            regions[projection, "bias"] = Region(f"{path}.{name}.bias")
+    return [(path, regions, linears)]
 
 
 def _fused(label, path, module, fused: str, down: str) -> list[_Layout]:
@@ -276,12 +276,12 @@ def _fused(label, path, module, fused: str, down: str) -> list[_Layout]:
             f"{label} has a {path}.{fused} that is not twice as wide as its {down}: this layout "
             "is not known."
         )
-    slots = {("down_proj", "weight"): Slot(f"{path}.{down}.weight")}
+    regions = {("down_proj", "weight"): Region(f"{path}.{down}.weight")}
     for half, projection in enumerate(("gate_proj", "up_proj")):
-        slots[projection, "weight"] = Slot(f"{path}.{fused}.weight", half=half)
+        regions[projection, "weight"] = Region(f"{path}.{fused}.weight", half=half)
         if getattr(module, fused).bias is not None:
-            slots[projection, "bias"] = Slot(f"{path}.{fused}.bias", half=half)
-    return [(path, slots, {"down_proj": down})]
+            regions[projection, "bias"] = Region(f"{path}.{fused}.bias", half=half)
+    return [(path, regions, {"down_proj": down})]
 
 
 def _stacked(label, path, module, fused: str, down: str) -> list[_Layout]:
@@ -304,20 +304,20 @@ def _stacked(label, path, module, fused: str, down: str) -> list[_Layout]:
     has_bias = getattr(module, f"{fused}_bias", None) is not None
     layouts: list[_Layout] = []
     for expert in range(both.shape[0]):
-        slots = {
-            ("down_proj", "weight"): Slot(
+        regions = {
+            ("down_proj", "weight"): Region(
                 f"{path}.{down}", expert, transposed=transposed
             )
         }
         for half, projection in enumerate(("gate_proj", "up_proj")):
-            slots[projection, "weight"] = Slot(
+            regions[projection, "weight"] = Region(
                 f"{path}.{fused}", expert, half, interleaved, transposed
             )
             if has_bias:
-                slots[projection, "bias"] = Slot(
+                regions[projection, "bias"] = Region(
                     f"{path}.{fused}_bias", expert, half, interleaved
                 )
-        layouts.append((f"{path}[{expert}]", slots, {}))
+        layouts.append((f"{path}[{expert}]", regions, {}))
     return layouts
 
 
@@ -348,7 +348,7 @@ def _check_extra(label: str, path: str, module: nn.Module, known: set[str]) -> N
 
 def _check_complete(label: str, model: PreTrainedModel, mlps: list[GluMlp]) -> None:
     """Refuse a model in which slicing the known layouts would do half the work."""
-    known = slots_by_parameter(mlps)
+    known = regions_by_parameter(mlps)
     owners = {mlp.path for mlp in mlps}
     for path, module in _language_modules(model):
         if path in owners or _kind(path) != "expert":
@@ -361,8 +361,8 @@ def _check_complete(label: str, model: PreTrainedModel, mlps: list[GluMlp]) -> N
                 )
     seen: dict[int, str] = {}
     for name, entries in known.items():
-        mlp, _, slot = entries[0]
-        other = seen.setdefault(id(mlp.parameter(slot)), name)
+        mlp, _, region = entries[0]
+        other = seen.setdefault(id(mlp.parameter(region)), name)
         if other != name:
             raise UnsupportedModelError(
                 f"{label} shares one weight between {other} and {name}: slicing would part them."

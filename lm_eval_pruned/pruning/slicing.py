@@ -226,9 +226,9 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
     if getattr(model.config, "_experts_implementation", None) != "grouped_mm":
         return
     for mlp in find_glu_mlps(model):
-        slot = mlp.slots["down_proj", "weight"]
-        size = mlp.parameter(slot).element_size()
-        if slot.expert is not None and mlp.width * size % _GROUPED_ALIGNMENT:
+        region = mlp.regions["down_proj", "weight"]
+        size = mlp.parameter(region).element_size()
+        if region.expert is not None and mlp.width * size % _GROUPED_ALIGNMENT:
             model.set_experts_implementation("eager")
             multiple = _GROUPED_ALIGNMENT // size
             logger.warning(
@@ -261,7 +261,7 @@ def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:
         return
     pieces = {}
     for mlp in mlps:
-        for projection, part in mlp.slots:
+        for projection, part in mlp.regions:
             axis = NEURON_AXIS[projection] if part == "weight" else 0
             pieces[mlp.name, projection, part] = narrow(
                 mlp.weight(projection, part), kept[mlp.name], axis

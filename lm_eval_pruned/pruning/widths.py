@@ -20,7 +20,7 @@ from lm_eval_pruned.pruning.layouts import (
     count_parameters,
     describe,
     find_glu_mlps,
-    slots_by_parameter,
+    regions_by_parameter,
 )
 from lm_eval_pruned.pruning.plan import PrunePlan
 
@@ -188,7 +188,7 @@ class Widths:
         """Return the parameters of the model with these widths; tied ones count once."""
         return self._parameters + sum(
             (widths[mlp.name] - mlp.width)
-            * sum(mlp.weight(*place).numel() // mlp.width for place in mlp.slots)
+            * sum(mlp.weight(*place).numel() // mlp.width for place in mlp.regions)
             for mlp in self.mlps
         )
 
@@ -276,7 +276,7 @@ def _find_keys(
     mlps: list[GluMlp],
     build: Build,
 ) -> dict[str, WidthKey]:
-    neurons = slots_by_parameter(mlps)
+    neurons = regions_by_parameter(mlps)
     widths = {mlp.name: mlp.width for mlp in mlps}
     shapes = _shapes(model)
     keys: dict[str, WidthKey] = {}

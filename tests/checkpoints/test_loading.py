@@ -34,7 +34,7 @@ from lm_eval_pruned.checkpoints.narrowed import (
     AssembledTensor,
     NarrowedMlp,
     NarrowedTensor,
-    SlotOfSource,
+    RegionOfSource,
 )
 from lm_eval_pruned.checkpoints.request import (
     Request,
@@ -45,8 +45,8 @@ from lm_eval_pruned.checkpoints.route import RouteDeclined
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.sources import _converted_sources
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.regions import Region
 from lm_eval_pruned.pruning.scores import KnownScores, ScoreTable
-from lm_eval_pruned.pruning.slots import Slot
 from tests.helpers import checkpoints, layouts
 from tests.helpers.checkpoints import edit_config, edit_weights
 from tests.helpers.comparing import assert_same_model
@@ -718,7 +718,7 @@ def test_codes_are_no_weights(tiny_llama, dtype):
 def test_fused_entries_are_assembled(tiny_llama):
     request = request_for(tiny_llama, ratio=1)
     mlp, entries, weights = narrowed_mlp(request)
-    halves = [Slot("p", half=0), Slot("p", half=1)]
+    halves = [Region("p", half=0), Region("p", half=1)]
     pair = AssembledTensor(
         dict(zip(halves, (entries["gate_proj"], entries["up_proj"]), strict=True))
     )
@@ -738,14 +738,14 @@ def test_fused_entries_are_assembled(tiny_llama):
 
 def test_a_part_of_an_entry_is_an_entry():
     tensor = torch.randn(10, 4)
-    part = SlotOfSource(Slot("p", half=1), Entry(tensor, "F16"))
+    part = RegionOfSource(Region("p", half=1), Entry(tensor, "F16"))
     assert part.get_shape() == [5, 4]
     assert part.get_dtype() == "F16"
     assert torch.equal(part[...], tensor[5:])
     assert part[...].is_contiguous()
     assert torch.equal(part[1:3], tensor[6:8])
     # A damaged entry has no such part; its whole shape is what the message shows.
-    broken = SlotOfSource(Slot("p", expert=3), Entry(torch.randn(2, 4)))
+    broken = RegionOfSource(Region("p", expert=3), Entry(torch.randn(2, 4)))
     assert broken.get_shape() == [2, 4]
 
 
@@ -796,35 +796,35 @@ class Transpose(MergeModulelist):
 def test_experts_stored_one_by_one_are_told_apart():
     merge = converter(["w1", "w3"], ["both"], MergeModulelist(), Concatenate(1))
     places = [
-        (f"mlp{expert}", (projection, "weight"), Slot("p", expert, half))
+        (f"mlp{expert}", (projection, "weight"), Region("p", expert, half))
         for half, projection in enumerate(("gate_proj", "up_proj"))
         for expert in (1, 0)
     ]
     keys = ["experts.0.w3", "experts.1.w3"]
     assert _converted_sources("p", "w3", keys, merge, places) == {
-        key: [(f"mlp{i}", ("up_proj", "weight"), Slot("p", i, 1), None)]
+        key: [(f"mlp{i}", ("up_proj", "weight"), Region("p", i, 1), None)]
         for i, key in enumerate(keys)
     }
     first = _converted_sources("p", "w1", ["a", "b"], merge, places)
-    assert first["b"] == [("mlp1", ("gate_proj", "weight"), Slot("p", 1, 0), None)]
+    assert first["b"] == [("mlp1", ("gate_proj", "weight"), Region("p", 1, 0), None)]
 
     single = converter(["w2"], ["down"], MergeModulelist())
-    downs = [(f"mlp{i}", ("down_proj", "weight"), Slot("p", i)) for i in (0, 1)]
+    downs = [(f"mlp{i}", ("down_proj", "weight"), Region("p", i)) for i in (0, 1)]
     assert _converted_sources("p", "w2", ["a", "b"], single, downs) == {
-        key: [(f"mlp{i}", ("down_proj", "weight"), Slot("p", i), None)]
+        key: [(f"mlp{i}", ("down_proj", "weight"), Region("p", i), None)]
         for i, key in enumerate("ab")
     }
 
     fuse = converter(["gate", "up"], ["both"], Concatenate(0))
-    halves = [("mlp", (n, "weight"), Slot("p", half=i)) for i, n in enumerate("gu")]
+    halves = [("mlp", (n, "weight"), Region("p", half=i)) for i, n in enumerate("gu")]
     assert _converted_sources("p", "up", ["k"], fuse, halves) == {
-        "k": [("mlp", ("u", "weight"), Slot("p", half=1), None)]
+        "k": [("mlp", ("u", "weight"), Region("p", half=1), None)]
     }
 
 
-_EXPERT_HALVES = [("m", "x", Slot("p", i, half)) for i in (0, 1) for half in (0, 1)]
-_EXPERT_DOWNS = [("m", "x", Slot("p", i)) for i in (0, 1)]
-_HALVES = [("m", "x", Slot("p", half=i)) for i in (0, 1)]
+_EXPERT_HALVES = [("m", "x", Region("p", i, half)) for i in (0, 1) for half in (0, 1)]
+_EXPERT_DOWNS = [("m", "x", Region("p", i)) for i in (0, 1)]
+_HALVES = [("m", "x", Region("p", half=i)) for i in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -848,12 +848,12 @@ _HALVES = [("m", "x", Slot("p", half=i)) for i in (0, 1)]
         (
             converter(["a", "b"], ["x"], Concatenate(0)),
             1,
-            [("m", "x", Slot("p", half=i, interleaved=True)) for i in (0, 1)],
+            [("m", "x", Region("p", half=i, interleaved=True)) for i in (0, 1)],
         ),
         (
             converter(["a", "b"], ["x"], Concatenate(0)),
             1,
-            [("m", "x", Slot("p", half=i, transposed=True)) for i in (0, 1)],
+            [("m", "x", Region("p", half=i, transposed=True)) for i in (0, 1)],
         ),
         (converter(["a"], ["x"], MergeModulelist()), 2, []),
     ],

@@ -1,4 +1,4 @@
-"""Where GLU-MLPs lie in a model: slots, layouts, and what is refused."""
+"""Where GLU-MLPs lie in a model: regions, layouts, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lm_eval_pruned.pruning.layouts import (
     count_parameters,
     describe,
     find_glu_mlps,
+    regions_by_parameter,
     resize,
-    slots_by_parameter,
     text_config,
 )
-from lm_eval_pruned.pruning.slots import Slot, assemble
+from lm_eval_pruned.pruning.regions import Region, assemble
 from tests.helpers import checkpoints
 from tests.helpers.layouts import FAMILIES, overrides
 
@@ -29,8 +29,8 @@ from tests.helpers.layouts import FAMILIES, overrides
 EXPERTS, WIDTH, HIDDEN = 3, 5, 4
 
 
-def every_slot():
-    """Yield one slot of every layout, with the shape of its parameter."""
+def every_region():
+    """Yield one region of every layout, with the shape of its parameter."""
     for expert, half, interleaved, transposed in itertools.product(
         (None, 0, 2), (None, 0, 1), (False, True), (False, True)
     ):
@@ -39,23 +39,23 @@ def every_slot():
         shape = [WIDTH if half is None else 2 * WIDTH, HIDDEN]
         shape = shape[::-1] if transposed else shape
         shape = shape if expert is None else [EXPERTS, *shape]
-        yield Slot("p", expert, half, interleaved, transposed), shape
+        yield Region("p", expert, half, interleaved, transposed), shape
 
 
-def by_hand(slot, tensor):
-    """Return a slot's weights, one neuron at a time."""
-    if slot.expert is not None:
-        tensor = tensor[slot.expert]
+def by_hand(region, tensor):
+    """Return a region's weights, one neuron at a time."""
+    if region.expert is not None:
+        tensor = tensor[region.expert]
     rows = []
     for neuron in range(WIDTH):
         row = neuron
-        if slot.half is not None:
+        if region.half is not None:
             row = (
-                2 * neuron + slot.half
-                if slot.interleaved
-                else neuron + slot.half * WIDTH
+                2 * neuron + region.half
+                if region.interleaved
+                else neuron + region.half * WIDTH
             )
-        rows.append(tensor[:, row] if slot.transposed else tensor[row])
+        rows.append(tensor[:, row] if region.transposed else tensor[row])
     return torch.stack(rows)
 
 
@@ -75,35 +75,35 @@ class RecordedSlice:
         return part
 
 
-@pytest.mark.parametrize(("slot", "shape"), list(every_slot()))
-def test_a_slot_is_its_neurons_in_order(slot, shape):
+@pytest.mark.parametrize(("region", "shape"), list(every_region()))
+def test_a_region_is_its_neurons_in_order(region, shape):
     tensor = torch.randn(shape)
-    expected = by_hand(slot, tensor)
-    assert torch.equal(slot.view(tensor), expected)
+    expected = by_hand(region, tensor)
+    assert torch.equal(region.view(tensor), expected)
     source = RecordedSlice(tensor)
-    assert torch.equal(slot.read(source), expected)
-    experts = 1 if slot.expert is None else EXPERTS
-    halves = 1 if slot.interleaved or slot.transposed or slot.half is None else 2
+    assert torch.equal(region.read(source), expected)
+    experts = 1 if region.expert is None else EXPERTS
+    halves = 1 if region.interleaved or region.transposed or region.half is None else 2
     assert source.read == tensor.numel() / experts / halves, "no more than needed"
 
 
 def test_a_view_shares_memory_with_its_parameter():
     tensor = torch.zeros(2 * WIDTH, HIDDEN)
-    Slot("p", half=1).view(tensor).fill_(1)
+    Region("p", half=1).view(tensor).fill_(1)
     assert torch.equal(tensor.sum(1), torch.tensor([0.0] * WIDTH + [HIDDEN] * WIDTH))
 
 
 @pytest.mark.parametrize(
-    ("slot", "whole"),
+    ("region", "whole"),
     [
-        (Slot("p"), True),
-        (Slot("p", expert=0), False),
-        (Slot("p", half=0), False),
-        (Slot("p", transposed=True), False),
+        (Region("p"), True),
+        (Region("p", expert=0), False),
+        (Region("p", half=0), False),
+        (Region("p", transposed=True), False),
     ],
 )
-def test_only_a_parameter_of_its_own_is_whole(slot, whole):
-    assert slot.is_whole is whole
+def test_only_a_parameter_of_its_own_is_whole(region, whole):
+    assert region.is_whole is whole
 
 
 @pytest.mark.parametrize("experts", [[None], [0, 1, 2]])
@@ -114,12 +114,12 @@ def test_only_a_parameter_of_its_own_is_whole(slot, whole):
 def test_assembling_undoes_cutting(experts, halves, interleaved, transposed, rows):
     shape = [rows, HIDDEN][:: -1 if transposed else 1]
     tensor = torch.randn(shape if experts == [None] else [len(experts), *shape])
-    slots = [
-        Slot("p", expert, half, interleaved and half is not None, transposed)
+    regions = [
+        Region("p", expert, half, interleaved and half is not None, transposed)
         for expert in experts
         for half in halves
     ]
-    pieces = {slot: slot.view(tensor) for slot in reversed(slots)}
+    pieces = {region: region.view(tensor) for region in reversed(regions)}
     whole = assemble(pieces)
     assert torch.equal(whole, tensor)
     assert whole.is_contiguous()
@@ -194,8 +194,8 @@ def test_three_linears_are_an_mlp(names, bias):
     ):
         assert found.projection(projection) is module[name]
         assert torch.equal(found.weight(projection), module[name].weight)
-        assert found.slots[projection, "weight"] == Slot(f"mlp.{name}.weight")
-    biases = [place for place in found.slots if place[1] == "bias"]
+        assert found.regions[projection, "weight"] == Region(f"mlp.{name}.weight")
+    biases = [place for place in found.regions if place[1] == "bias"]
     assert biases == ([("gate_proj", "bias"), ("up_proj", "bias")] if bias else [])
     if bias:
         assert torch.equal(found.weight("up_proj", "bias"), module[names[1]].bias)
@@ -214,7 +214,7 @@ def test_gate_and_up_may_be_fused(names, bias):
     assert torch.equal(found.weight("up_proj"), both.weight[WIDTH:])
     assert torch.equal(found.weight("down_proj"), module[names[1]].weight)
     assert found.projection("down_proj") is module[names[1]]
-    assert len(found.slots) == (5 if bias else 3)
+    assert len(found.regions) == (5 if bias else 3)
     if bias:
         assert torch.equal(found.weight("up_proj", "bias"), both.bias[WIDTH:])
     with pytest.raises(UnsupportedModelError, match=f"mlp.{names[0]}.weight"):
@@ -489,9 +489,9 @@ def test_the_language_part_is_the_decoder():
     assert text_config(config) is config.decoder
 
 
-def test_slots_and_mlps_cannot_be_changed():
+def test_regions_and_mlps_cannot_be_changed():
     (found,) = find_glu_mlps(Made(mlp=mlp()))
-    for one, name in ((found, "layer"), (found.slots["up_proj", "weight"], "half")):
+    for one, name in ((found, "layer"), (found.regions["up_proj", "weight"], "half")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(one, name, 1)
 
@@ -504,16 +504,16 @@ def test_the_bias_of_stacked_down_projections_is_no_unknown_weight():
     assert [m.kind for m in found] == ["expert"] * EXPERTS
 
 
-def test_slots_are_listed_by_parameter():
+def test_regions_are_listed_by_parameter():
     model = Made(a=mlp(), b=fused())
     one, other = find_glu_mlps(model)
-    listed = slots_by_parameter([one, other])
+    listed = regions_by_parameter([one, other])
     assert [(m.name, place) for m, place, _ in listed["b.gate_up_proj.weight"]] == [
         ("b", ("gate_proj", "weight")),
         ("b", ("up_proj", "weight")),
     ]
     assert listed["a.up_proj.weight"] == [
-        (one, ("up_proj", "weight"), Slot("a.up_proj.weight"))
+        (one, ("up_proj", "weight"), Region("a.up_proj.weight"))
     ]
     assert len(listed) == 5
 
@@ -527,7 +527,7 @@ def narrowed(mlps, kept):
             else m.weight(projection, part)[:kept]
         )
         for m in mlps
-        for projection, part in m.slots
+        for projection, part in m.regions
     }
 
 
@@ -545,7 +545,7 @@ def test_resizing_gives_modules_their_new_width(make, trainable):
     after = find_glu_mlps(model)
     assert {m.width for m in after} == {2}
     for one in after:
-        for projection, part in one.slots:
+        for projection, part in one.regions:
             assert torch.equal(
                 one.weight(projection, part), pieces[one.name, projection, part]
             )

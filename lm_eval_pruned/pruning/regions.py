@@ -1,7 +1,7 @@
 """The parts of parameters that hold one projection of one GLU-MLP each.
 
 A parameter of a model may hold one projection, gate and up together, or those of many
-experts. A `Slot` cuts one out, and `assemble` puts them together again.
+experts. A `Region` cuts one out, and `assemble` puts them together again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Slot:
+class Region:
     """The part of a parameter that holds one projection of one GLU-MLP.
 
     Attributes:
@@ -43,7 +43,7 @@ class Slot:
         return self.expert is None and self.half is None and not self.transposed
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Cut the slot out of its parameter.
+        """Cut the region out of its parameter.
 
         Args:
             tensor: The whole parameter.
@@ -78,26 +78,26 @@ class Slot:
         else:
             tensor = source[self.expert : self.expert + 1][0]
         half = None if plain_half else self.half
-        return Slot(self.parameter, None, half, self.interleaved, self.transposed).view(
-            tensor
-        )
+        return Region(
+            self.parameter, None, half, self.interleaved, self.transposed
+        ).view(tensor)
 
 
-def assemble(pieces: Mapping[Slot, Tensor]) -> Tensor:
-    """Put the slots of one parameter together again; the inverse of `Slot.view`.
+def assemble(pieces: Mapping[Region, Tensor]) -> Tensor:
+    """Put the regions of one parameter together again; the inverse of `Region.view`.
 
     Args:
-        pieces: Every slot of the parameter, each of any width, equal within the
+        pieces: Every region of the parameter, each of any width, equal within the
             parameter.
 
     Returns:
         The parameter, contiguous.
     """
     by_expert: dict[int | None, list[Tensor]] = {}
-    slots = sorted(pieces, key=lambda slot: (slot.expert or 0, slot.half or 0))
-    for slot in slots:
-        by_expert.setdefault(slot.expert, []).append(pieces[slot])
-    first = slots[0]
+    regions = sorted(pieces, key=lambda region: (region.expert or 0, region.half or 0))
+    for region in regions:
+        by_expert.setdefault(region.expert, []).append(pieces[region])
+    first = regions[0]
     experts = []
     for halves in by_expert.values():
         tensor = halves[0]
