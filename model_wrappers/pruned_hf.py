@@ -18,7 +18,7 @@ from lm_eval_pruned.checkpoints.damage import check_config, clear_config_errors
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.parallel import check_divisible
-from lm_eval_pruned.checkpoints.request import Request
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
@@ -197,7 +197,7 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
         if self._quantization_config is not None:
             kwargs["quantization_config"] = self._quantization_config
 
-        def inspect(request: Request) -> None:
+        def inspect(request: LoadRequest) -> None:
             if peft is not None:
                 revision = kwargs.get("revision")
                 check_adapter(peft, request, self._peft_stage, revision)
@@ -244,7 +244,7 @@ class _PruningAutoModel:
         self,
         lm: PrunedHFLM,
         auto_class: type,
-        inspect: Callable[[Request], None],
+        inspect: Callable[[LoadRequest], None],
         merging: str | None,
     ) -> None:
         self._lm = lm
@@ -268,7 +268,7 @@ class _PruningAutoModel:
         return model
 
     def _load_whole(self, pretrained: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-        request = Request.resolve(
+        request = LoadRequest.resolve(
             self._auto_class, pretrained, self._lm._prune_arguments, kwargs
         )
         request.check_prunable_in_memory(f"{self._merging} adds to its weights first")

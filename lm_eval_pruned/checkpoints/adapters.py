@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from lm_eval_pruned.checkpoints.request import Request
+    from lm_eval_pruned.checkpoints.request import LoadRequest
 
 #: When an adapter is applied, relative to the pruning.
 STAGES = ("after", "before")
 
 
 def check_adapter(
-    adapter: str, request: Request, stage: str, revision: str | None = None
+    adapter: str, request: LoadRequest, stage: str, revision: str | None = None
 ) -> None:
     """Refuse an adapter whose tensors do not fit the MLPs.
 
@@ -76,7 +76,7 @@ def check_adapter(
                 )
 
 
-def _advice(width: int, stage: str, request: Request) -> str:
+def _advice(width: int, stage: str, request: LoadRequest) -> str:
     full, kept = request.plan.width_before, request.plan.width
     if stage == "after" and width == full:
         return "pass peft_stage=before to merge it into the full model and prune the result"
@@ -115,7 +115,7 @@ def _stored_shapes(adapter: str, revision: str | None) -> dict[str, tuple[int, .
 
 
 def _adapted_shapes(
-    request: Request, narrowed: PretrainedConfig, config: PeftConfig
+    request: LoadRequest, narrowed: PretrainedConfig, config: PeftConfig
 ) -> Mapping[str, tuple[int, ...]]:
     """Return the shapes that the adapter would have, were it trained on this model."""
     import torch

@@ -29,7 +29,7 @@ from lm_eval_pruned.checkpoints.companions import (
 from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.narrowed import AssembledTensor, NarrowedTensor
-from lm_eval_pruned.checkpoints.request import Request
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.route import (
     OWN_WAY,
     RouteDeclined,
@@ -145,7 +145,7 @@ def export_pruned(
     auto_class = auto_class_for(AutoConfig.from_pretrained(pretrained, **source))
     # transformers decides by the dtype which weights it keeps in another.
     asked_for = source | ({} if target_dtype is None else {"dtype": target_dtype})
-    request = Request.resolve(auto_class, pretrained, prune_arguments, asked_for)
+    request = LoadRequest.resolve(auto_class, pretrained, prune_arguments, asked_for)
     if not request.plan.asked.keys() & {"ratio", "intermediate_size"}:
         _check_prunes(request.plan)
     folder = source_folder(pretrained, source)
@@ -184,7 +184,7 @@ class _Writer:
     max_shard_size: int | str
 
 
-def _stream(request: Request, writer: _Writer) -> PruneRecord | None:
+def _stream(request: LoadRequest, writer: _Writer) -> PruneRecord | None:
     """Write everything but the model card, or return None if it cannot be streamed."""
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
@@ -231,7 +231,9 @@ class _Written(Exception):
 class _ExportSession(Session):
     """A load that ends in files: the weights never reach a model."""
 
-    def __init__(self, request: Request, targets: Mapping[str, int], writer: _Writer):
+    def __init__(
+        self, request: LoadRequest, targets: Mapping[str, int], writer: _Writer
+    ):
         super().__init__(request.plan, request.widths, targets)
         self._writer = writer
 
@@ -385,7 +387,7 @@ def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _save_whole(
-    request: Request,
+    request: LoadRequest,
     source: dict[str, Any],
     writer: _Writer,
 ) -> PruneRecord:

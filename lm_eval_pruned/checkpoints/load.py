@@ -13,7 +13,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.request import Request
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.route import clear_errors, with_stored_widths
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.pruning.alignment import warn_misaligned
@@ -162,7 +162,7 @@ def load_with_arguments(
     from_pretrained: dict[str, Any],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    inspect: Callable[[Request], None] | None = None,
+    inspect: Callable[[LoadRequest], None] | None = None,
 ) -> PreTrainedModel:
     """Load and prune; `load_pruned` with its arguments in groups.
 
@@ -176,17 +176,19 @@ def load_with_arguments(
             raise.
     """
 
-    def load(request: Request) -> PreTrainedModel:
+    def load(request: LoadRequest) -> PreTrainedModel:
         if inspect is not None:
             inspect(request)
         return _load(request, tokenizer)
 
-    request = Request.resolve(auto_class, pretrained, prune_arguments, from_pretrained)
+    request = LoadRequest.resolve(
+        auto_class, pretrained, prune_arguments, from_pretrained
+    )
     return with_stored_widths(request, load)
 
 
 def _load(
-    request: Request, tokenizer: PreTrainedTokenizerBase | None
+    request: LoadRequest, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedModel:
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)

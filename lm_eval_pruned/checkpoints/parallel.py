@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from lm_eval_pruned.checkpoints.request import Request
+    from lm_eval_pruned.checkpoints.request import LoadRequest
 
 
-def check_divisible(request: Request, processes: int) -> None:
+def check_divisible(request: LoadRequest, processes: int) -> None:
     """Refuse kept widths that tensor parallelism cannot split evenly.
 
     Args:

@@ -57,7 +57,7 @@ _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 
 
 @dataclass(frozen=True)
-class Request:
+class LoadRequest:
     """What is to be loaded, known before any weight is read.
 
     Attributes:
@@ -83,7 +83,7 @@ class Request:
         pretrained: str,
         prune_arguments: dict[str, Any],
         from_pretrained: dict[str, Any],
-    ) -> Request:
+    ) -> LoadRequest:
         """Read the config of a model and plan its pruning.
 
         Takes the arguments of `lm_eval_pruned.checkpoints.load.load_with_arguments`.
@@ -117,7 +117,7 @@ class Request:
             auto_class, pretrained, plan, widths, model_arguments, prune_arguments
         )
 
-    def with_widths(self, actual: Mapping[str, int]) -> Request:
+    def with_widths(self, actual: Mapping[str, int]) -> LoadRequest:
         """Return the same request for layers that have widths of their own.
 
         Args:

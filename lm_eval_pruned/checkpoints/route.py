@@ -15,7 +15,7 @@ from lm_eval_pruned.checkpoints.damage import clear_load_errors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lm_eval_pruned.checkpoints.request import Request
+    from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.checkpoints.session import Session
 
 Result = TypeVar("Result")
@@ -37,7 +37,9 @@ class WidthsDiffer(Exception):
         self.actual = actual
 
 
-def with_stored_widths(request: Request, read: Callable[[Request], Result]) -> Result:
+def with_stored_widths(
+    request: LoadRequest, read: Callable[[LoadRequest], Result]
+) -> Result:
     """Return what `read` makes of `request`; anew if the checkpoint has other widths."""
     try:
         return read(request)
@@ -46,7 +48,7 @@ def with_stored_widths(request: Request, read: Callable[[Request], Result]) -> R
 
 
 @contextlib.contextmanager
-def clear_errors(session: Session, request: Request) -> Iterator[None]:
+def clear_errors(session: Session, request: LoadRequest) -> Iterator[None]:
     """Turn what escapes from a load into one sentence, or into `session.declined`."""
     try:
         yield

@@ -133,7 +133,7 @@ def weights_unread(monkeypatch):
     def read(*arguments):
         pytest.fail("weights were read")
 
-    monkeypatch.setattr("lm_eval_pruned.checkpoints.request.Request.load", read)
+    monkeypatch.setattr("lm_eval_pruned.checkpoints.request.LoadRequest.load", read)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from lm_eval_pruned.checkpoints.narrowed import (
     RegionOfSource,
 )
 from lm_eval_pruned.checkpoints.request import (
-    Request,
+    LoadRequest,
     _refuse_quantised,
     _resolve_config,
 )
@@ -397,7 +397,7 @@ def test_a_model_that_is_let_go_waits_for_no_collection(tiny_llama, sizes):
 
 
 def request_for(folder, arguments=None, **prune_arguments):
-    return Request.resolve(
+    return LoadRequest.resolve(
         AutoModelForCausalLM, str(folder), prune_arguments, arguments or {}
     )
 

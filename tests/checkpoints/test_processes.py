@@ -78,7 +78,7 @@ def test_widths_that_tensor_parallelism_cannot_split(
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
-        "lm_eval_pruned.checkpoints.request.Request.load",
+        "lm_eval_pruned.checkpoints.request.LoadRequest.load",
         lambda *a: pytest.fail("weights were read"),
     )
     with pytest.raises(ValueError, match=message):

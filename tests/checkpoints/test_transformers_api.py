@@ -25,7 +25,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints import transformers_api
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.request import Request
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers import checkpoints
 from tests.helpers.comparing import assert_same_model
@@ -277,7 +277,7 @@ def test_a_record_of_pruning_says_what_was_kept(tiny_llama):
     with pytest.raises(ValueError, match="kept neurons of 3 MLPs, not of 0"):
         type(record).of(
             record.plan,
-            Request.resolve(
+            LoadRequest.resolve(
                 AutoModelForCausalLM, str(tiny_llama), {"ratio": 1}, {}
             ).widths,
             2,

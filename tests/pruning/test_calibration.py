@@ -261,7 +261,7 @@ def test_bad_files_are_refused_before_the_weights_are_read(
     if content is not None:
         file.write_bytes(content)
     monkeypatch.setattr(
-        "lm_eval_pruned.checkpoints.request.Request.load",
+        "lm_eval_pruned.checkpoints.request.LoadRequest.load",
         lambda *a: pytest.fail("weights were read"),
     )
     with pytest.raises(ValueError, match=message):
@@ -277,7 +277,7 @@ def test_bad_files_are_refused_before_the_weights_are_read(
 def test_models_that_cannot_be_observed(tmp_path, texts, monkeypatch):
     moe = checkpoints.save_tiny(tmp_path / "moe", "mixtral", num_local_experts=3)
     monkeypatch.setattr(
-        "lm_eval_pruned.checkpoints.request.Request.load",
+        "lm_eval_pruned.checkpoints.request.LoadRequest.load",
         lambda *a: pytest.fail("weights were read"),
     )
     with pytest.raises(UnsupportedModelError, match="stacked with others"):
