@@ -112,7 +112,7 @@ class CodecarbonMeter:
                 "force_carbon_intensity_g_co2e_kwh": None if self._country else 0.0,
             }
         self._log.take_over()
-        self._tracker = _exact(base)(**arguments)
+        self._tracker = _with_fresh_readings(base)(**arguments)
         # Constructing a tracker puts codecarbon's own handler back.
         self._log.take_over()
         self._tracker.start()
@@ -228,7 +228,7 @@ class CodecarbonMeter:
         """Learn that the tracker stopped: nothing to close."""
 
 
-def _exact(base: type) -> type:
+def _with_fresh_readings(base: type) -> type:
     """Return `base` with measurements that are fresh and come one at a time.
 
     Its scheduler measures in a thread of its own; two measurements at once would both

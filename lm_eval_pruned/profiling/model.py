@@ -147,7 +147,7 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ProfileCell:
     """One model at one batch size and output length.
 
     Attributes:
@@ -226,7 +226,7 @@ class Profile:
     interrupted: bool
     energy: dict[str, Any]
     models: list[ProfiledModel]
-    cells: list[Cell]
+    cells: list[ProfileCell]
 
     def as_json(self) -> str:
         """Return the profile as JSON."""

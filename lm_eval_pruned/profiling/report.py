@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lm_eval_pruned.profiling.model import Cell, Distribution, Estimate, Profile
+    from lm_eval_pruned.profiling.model import (
+        Distribution,
+        Estimate,
+        Profile,
+        ProfileCell,
+    )
 
 
 def plots_missing() -> str | None:
@@ -114,7 +119,7 @@ def _setting(profile: Profile) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _main_table(cells: list[Cell]) -> str:
+def _main_table(cells: list[ProfileCell]) -> str:
     columns = (
         "model|output tokens per prompt|first token ms|ms per output token|end to end s"
         "|prefill tokens/s|decode tokens/s|J per prompt token|J per decode token"
@@ -144,7 +149,7 @@ def _main_table(cells: list[Cell]) -> str:
     )
 
 
-def _delta_table(cells: list[Cell]) -> str:
+def _delta_table(cells: list[ProfileCell]) -> str:
     rows = []
     for cell in cells:
         for metric, change in cell.deltas.items():
@@ -162,7 +167,7 @@ def _delta_table(cells: list[Cell]) -> str:
     return _table("model|against the baseline|difference|95 % interval|verdict", rows)
 
 
-def _spread_table(cells: list[Cell]) -> str:
+def _spread_table(cells: list[ProfileCell]) -> str:
     rows = []
     for cell in cells:
         for name, spread in (
@@ -204,7 +209,7 @@ def _draw(
     profile: Profile,
     suffix: str,
     panels: dict[
-        str, Callable[[Cell], tuple[float, float | None, float | None] | None]
+        str, Callable[[ProfileCell], tuple[float, float | None, float | None] | None]
     ],
 ) -> bytes:
     """Draw panels against expansion ratio, one line per batch size and output length.
@@ -278,8 +283,8 @@ def _draw(
 
 def _of(
     metric: str,
-) -> Callable[[Cell], tuple[float, float | None, float | None] | None]:
-    def value(cell: Cell) -> tuple[float, float | None, float | None] | None:
+) -> Callable[[ProfileCell], tuple[float, float | None, float | None] | None]:
+    def value(cell: ProfileCell) -> tuple[float, float | None, float | None] | None:
         found: Any = getattr(cell, metric)
         return None if found is None else (found.mean, found.low, found.high)
 
@@ -288,10 +293,10 @@ def _of(
 
 def _latency(
     metric: str, scale: float
-) -> Callable[[Cell], tuple[float, float | None, float | None] | None]:
+) -> Callable[[ProfileCell], tuple[float, float | None, float | None] | None]:
     """Give the mean of a latency with the interval of its mean over the repeats."""
 
-    def value(cell: Cell) -> tuple[float, float | None, float | None] | None:
+    def value(cell: ProfileCell) -> tuple[float, float | None, float | None] | None:
         found = cell.latency_estimates.get(metric)
         if found is None:
             return None

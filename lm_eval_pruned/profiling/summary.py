@@ -16,12 +16,12 @@ from lm_eval_pruned.profiling.model import (
     ENERGY_WINDOW_SECONDS,
     MODES,
     SCHEMA_VERSION,
-    Cell,
     Delta,
     Distribution,
     Estimate,
     Job,
     Profile,
+    ProfileCell,
     ProfileRequest,
 )
 
@@ -182,7 +182,7 @@ def _cell(
     mode: str,
     figures: dict[int, dict[str, float | None]],
     baseline: dict[int, dict[str, float | None]],
-) -> Cell:
+) -> ProfileCell:
     timings = [timing for job in jobs for timing in job.passes[mode][0]]
     once = jobs[0].passes[mode][0]
     energies = [_energy(job, job.passes[mode][1]) for job in jobs]
@@ -210,7 +210,7 @@ def _cell(
     per_token = [(t.total - t.first) / (t.steps - 1) for t in timings if t.steps > 1]
     prefill_rate = estimated("prefill_tokens_per_second")
     assert prefill_rate is not None
-    return Cell(
+    return ProfileCell(
         model=jobs[0].model,
         batch_size=jobs[0].batch_size,
         mode=mode,

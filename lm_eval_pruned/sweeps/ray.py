@@ -210,7 +210,7 @@ class _Cluster:
                 f"the cluster has (in all: {ray.cluster_resources().get('CPU', 0):g} CPUs, "
                 f"{ray.cluster_resources().get('GPU', 0):g} GPUs): ask for less."
             )
-        self._slots = min(fit, len(self._waiting))
+        self._size = min(fit, len(self._waiting))
         self._remote = ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES
         )(Worker)
@@ -222,56 +222,56 @@ class _Cluster:
         self._running: dict[Any, tuple[int, Unit | None]] = {}
 
     def run(self) -> Iterator[Outcome]:
-        self._progress.workers = self._slots
+        self._progress.workers = self._size
         try:
-            for slot in range(self._slots):
-                self._start(slot)
+            for number in range(self._size):
+                self._start(number)
             while self._running:
                 (future, *_), _ = self._ray.wait(list(self._running))
-                slot, unit = self._running.pop(future)
-                yield from self._collect(future, slot, unit)
+                number, unit = self._running.pop(future)
+                yield from self._collect(future, number, unit)
         finally:
             for worker in self._workers.values():
                 with suppress(Exception):
                     self._ray.kill(worker)
 
-    def _start(self, slot: int) -> None:
-        self._births[slot] += 1
-        self._holds[slot] = None
+    def _start(self, number: int) -> None:
+        self._births[number] += 1
+        self._holds[number] = None
         worker = self._remote.remote(
-            self._options, os.getcwd(), f"{self._part}_worker{slot}"
+            self._options, os.getcwd(), f"{self._part}_worker{number}"
         )
-        self._workers[slot] = worker
-        self._running[worker.ready.remote()] = (slot, None)
+        self._workers[number] = worker
+        self._running[worker.ready.remote()] = (number, None)
 
-    def _assign(self, slot: int) -> None:
+    def _assign(self, number: int) -> None:
         if not self._waiting:
             return
-        elsewhere = [held for other, held in self._holds.items() if other != slot]
-        position = choose_unit(self._waiting, self._holds[slot], elsewhere)
+        elsewhere = [held for other, held in self._holds.items() if other != number]
+        position = choose_unit(self._waiting, self._holds[number], elsewhere)
         unit = self._waiting.pop(position)
         configuration, task = unit
-        self._holds[slot] = configuration.id
+        self._holds[number] = configuration.id
         self._progress.start(configuration.id, task.name)
-        future = self._workers[slot].run.remote(
+        future = self._workers[number].run.remote(
             configuration.id, task.name, task.digest
         )
-        self._running[future] = (slot, unit)
+        self._running[future] = (number, unit)
 
-    def _collect(self, future, slot: int, unit: Unit | None) -> Iterator[Outcome]:
+    def _collect(self, future, number: int, unit: Unit | None) -> Iterator[Outcome]:
         try:
             answer = self._ray.get(future)
         except self._ray.exceptions.RayError as error:
             # After RETRIES lost workers, or one that could not start at all.
             with suppress(Exception):
-                self._ray.kill(self._workers[slot])
+                self._ray.kill(self._workers[number])
             failure = describe_error(error)
             if unit is not None:
                 yield self._keep(unit, 0.0, {}, failure)
-                self._births[slot] = 0
-            if self._births[slot] <= RETRIES:
+                self._births[number] = 0
+            if self._births[number] <= RETRIES:
                 if self._waiting:
-                    self._start(slot)
+                    self._start(number)
             elif not self._running:
                 for lost in self._waiting:
                     yield self._keep(lost, 0.0, {}, failure)
@@ -279,7 +279,7 @@ class _Cluster:
             return
         if unit is not None:
             yield self._keep(unit, *answer)
-        self._assign(slot)
+        self._assign(number)
 
     def _keep(self, unit, seconds, files, failure) -> Outcome:
         with self._store.new_unit() as folder:

@@ -15,8 +15,8 @@ from codecarbon.external import hardware
 
 from lm_eval_pruned.energy.codecarbon_meter import (
     CodecarbonMeter,
-    _exact,
     _source,
+    _with_fresh_readings,
     check_country,
     load_factor,
 )
@@ -313,7 +313,7 @@ def test_measurements_come_one_at_a_time_and_fresh():
         def _measure_power_and_energy_if_stale(self):
             raise AssertionError("a stale measurement was reused")
 
-    tracker = _exact(Base)()
+    tracker = _with_fresh_readings(Base)()
     threads = [
         threading.Thread(target=tracker._measure_power_and_energy_if_stale)
         for _ in range(4)
