@@ -29,7 +29,7 @@ _COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One run of the study.
 
     Attributes:
@@ -66,12 +66,12 @@ class Run:
         return self.total - self.cpu - self.gpu
 
 
-def read() -> list[Run]:
+def read() -> list[StudyRun]:
     """Return the study's runs."""
     path = Path(__file__).with_suffix(".csv")
     with path.open(encoding="utf-8", newline="") as file:
         return [
-            Run(
+            StudyRun(
                 int(row["prune_percent"]),
                 row["workload"],
                 int(row["measured_prompts"]),
@@ -110,7 +110,7 @@ class Subtraction:
     error: float
 
     @classmethod
-    def of(cls, runs: list[Run]) -> Subtraction:
+    def of(cls, runs: list[StudyRun]) -> Subtraction:
         """Find the one factor for all runs, from the sums over them."""
         quotients = [joules_from_kwh(run.raw) / run.total for run in runs]
         missing = sum(joules_from_kwh(r.raw) - r.published * r.tokens for r in runs)
@@ -129,7 +129,7 @@ class Subtraction:
             ),
         )
 
-    def net(self, run: Run) -> float:
+    def net(self, run: StudyRun) -> float:
         """Return the energy of a run above the idle power, in joules proper."""
         return run.total - self.factor / self.high * run.ram
 
@@ -139,7 +139,7 @@ class Subtraction:
         return self.factor / self.high * RAM_WATTS
 
 
-def figures(runs: list[Run], workload: str, percent: int) -> dict[str, float]:
+def figures(runs: list[StudyRun], workload: str, percent: int) -> dict[str, float]:
     """Return what one cell used and made, as means over its three seeds.
 
     Returns:
@@ -151,7 +151,7 @@ def figures(runs: list[Run], workload: str, percent: int) -> dict[str, float]:
     taken_off = Subtraction.of(runs)
     cell = [r for r in runs if (r.workload, r.percent) == (workload, percent)]
 
-    def mean(figure: Callable[[Run], float]) -> float:
+    def mean(figure: Callable[[StudyRun], float]) -> float:
         return sum(figure(run) for run in cell) / len(cell)
 
     return {
@@ -167,7 +167,7 @@ def figures(runs: list[Run], workload: str, percent: int) -> dict[str, float]:
     }
 
 
-def change(runs: list[Run], workload: str, key: str) -> float:
+def change(runs: list[StudyRun], workload: str, key: str) -> float:
     """Return how a figure changes from 0 to 60 % pruned, in percent."""
     before, after = (figures(runs, workload, percent)[key] for percent in (0, 60))
     return 100 * (after / before - 1)
@@ -241,7 +241,7 @@ def _paragraph(text: str) -> str:
     )
 
 
-def _table(runs: list[Run], workload: str) -> str:
+def _table(runs: list[StudyRun], workload: str) -> str:
     lines = [f"|{_COLUMNS}|", "|" + "--:|" * (_COLUMNS.count("|") + 1)]
     for percent in sorted({run.percent for run in runs}):
         f = figures(runs, workload, percent)
@@ -252,7 +252,7 @@ def _table(runs: list[Run], workload: str) -> str:
     return "\n".join(lines)
 
 
-def _changes(runs: list[Run]) -> str:
+def _changes(runs: list[StudyRun]) -> str:
     columns = ("published", "net", "gross", "gpu")
     lines = [
         "|60 % pruned against 0 %, J per token|published|net of idle|gross|GPU|",
