@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
@@ -369,6 +370,28 @@ def test_a_model_of_remote_code_is_pruned_while_it_loads(tiny_llama, tmp_path, c
     assert type(model).__module__.startswith("transformers_modules.")
     assert "in full" not in caplog.text
     assert_same_model(model, load_pruned(str(tiny_llama), ratio=1))
+
+
+def test_a_model_of_text_with_the_config_of_more_is_pruned_while_it_loads(
+    tmp_path, caplog
+):
+    """Its class is handed the part of the config that is of text."""
+    text = {
+        **checkpoints.tiny_config("qwen3_5_text", head_dim=8).to_dict(),
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    config = CONFIG_MAPPING["qwen3_5"](text_config=text)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(whole.config) is not type(config)
+    model = load_pruned(str(tmp_path), ratio=1)
+    assert "in full" not in caplog.text
+    assert_same_model(model, prune_model(whole, ratio=1))
 
 
 def test_keys_are_renamed_unless_the_model_has_them_as_they_are(tiny_llama):
