@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .cpu_linear import float32_layers, linear_backend
 
-from .cpu_linear import linear_backend
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -53,17 +55,11 @@ class AnswerPaths:
         ``linear`` is ``torch``, or ``onednn`` where float32 layers on a CPU ran through it
         on a path other than the plain one; see `lm_eval_pruned.model_wrappers.batching.cpu_linear`.
         """
-        onednn = any(
-            type(layer) is torch.nn.Linear
-            and layer.weight.device.type == "cpu"
-            and layer.weight.dtype == torch.float32
-            for layer in model.modules()
-        )
         faster = any(set(path.requests) - {"plain"} for path in self._paths.values())
         return {
             **{
                 name: {k: v for k, v in vars(path).items() if v is not None}
                 for name, path in self._paths.items()
             },
-            "linear": linear_backend() if onednn and faster else "torch",
+            "linear": linear_backend() if faster and float32_layers(model) else "torch",
         }
