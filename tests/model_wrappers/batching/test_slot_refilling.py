@@ -375,6 +375,30 @@ def test_out_of_memory_backs_off(pair, monkeypatch, caplog):
     assert refilled._most_slots == 2
 
 
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_no_request_is_lost_where_a_copy_runs_out_of_memory(pair, monkeypatch, failing):
+    """Prompts that begin alike are copied; so are answers that move up as others end."""
+    plain, _ = pair
+    refilled = make(PrefixHFLM, plain.model, 4)
+    assert refilled._can_refill()
+    copy = slot_cache.SlotCache.copy
+    copies = 0
+
+    def short_of_memory(*arguments):
+        nonlocal copies
+        copies += 1
+        if copies == failing:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
+        copy(*arguments)
+
+    monkeypatch.setattr(slot_cache.SlotCache, "copy", short_of_memory)
+    stem = "The same examples in front of each question. "
+    pairs = [(stem + c, {"max_gen_toks": n}) for n, c in enumerate("abcdefg", 1)]
+    assert generate(refilled, pairs) == generate(plain, pairs)
+    assert copies > failing
+    assert path_of(refilled).requests == {"slots": len(pairs)}
+
+
 def test_another_error_is_not_taken_for_lack_of_memory(pair, monkeypatch):
     refilled = make(PrefixHFLM, pair[0].model)
     assert refilled._can_refill()
