@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from .cpu_linear import float32_layers, linear_backend
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
 
@@ -20,23 +23,42 @@ class AnswerPath:
         requests: Number of requests by path: ``shared``, ``slots`` or ``plain``.
         tokens_computed: Positions that went through the model, padding left out, by path;
             None where that was not counted.
-        reasons: Why requests took the plain path.
+        by_reason: Why requests took the plain path, and how many did for each reason.
         slots: In how many slots texts were generated, last; None: in none.
     """
 
     requests: dict[str, int] = field(default_factory=dict)
     tokens_computed: dict[str, int | None] = field(default_factory=dict)
-    reasons: list[str] = field(default_factory=list)
+    by_reason: dict[str, int] = field(default_factory=dict)
     slots: int | None = None
 
-    def add(self, path: str, requests: int, tokens: int | None, *reasons: str) -> None:
-        """Count `requests` that took `path`, for `reasons`, and the tokens that this computed."""
+    @property
+    def reasons(self) -> list[str]:
+        return list(self.by_reason)
+
+    def add(self, path: str, requests: int, tokens: int | None) -> None:
+        """Count `requests` that took `path`, and the tokens that this computed."""
         self.requests[path] = self.requests.get(path, 0) + requests
         before = self.tokens_computed.get(path, 0)
         self.tokens_computed[path] = (
             None if before is None or tokens is None else before + tokens
         )
-        self.reasons += [reason for reason in reasons if reason not in self.reasons]
+
+    def add_plain(self, reasons: Iterable[str], tokens: int | None) -> None:
+        """Count requests that took the plain path, of which each had its reason."""
+        given = Counter(reasons)
+        self.add("plain", given.total(), tokens)
+        for reason, requests in given.items():
+            self.by_reason[reason] = self.by_reason.get(reason, 0) + requests
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record for the results file, without the numbers behind the reasons."""
+        record = {
+            "requests": self.requests,
+            "tokens_computed": self.tokens_computed,
+            "reasons": self.reasons,
+        }
+        return record if self.slots is None else {**record, "slots": self.slots}
 
 
 class AnswerPaths:
@@ -57,9 +79,6 @@ class AnswerPaths:
         """
         faster = any(set(path.requests) - {"plain"} for path in self._paths.values())
         return {
-            **{
-                name: {k: v for k, v in vars(path).items() if v is not None}
-                for name, path in self._paths.items()
-            },
+            **{name: path.as_dict() for name, path in self._paths.items()},
             "linear": linear_backend() if faster and float32_layers(model) else "torch",
         }

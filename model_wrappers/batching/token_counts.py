@@ -9,9 +9,8 @@ from dataclasses import dataclass
 class TokenCounts:
     """Running totals; padding is in none of them.
 
-    A class that sends tokens through the model by a route of its own adds them to
-    `processed` itself. `EnergyLoggingHFLM` adds what takes HFLM's own route: each row of
-    ``_loglikelihood_tokens``, and each call of ``_model_generate`` that added nothing.
+    The fast paths add what they do, `EnergyLoggingHFLM` what `HFLM` does: each row of
+    ``_loglikelihood_tokens``, and each call of ``_model_generate``.
 
     Attributes:
         prompt: Tokens of the requests: context and continuation of a scored request,

@@ -94,9 +94,17 @@ def test_a_context_shared_by_one_token_answers_is_processed_once(lm):
     assert model.token_counts == TokenCounts(prompt=15, processed=4)
 
 
-def test_an_encoders_tokens_are_processed_too(tmp_path):
+@pytest.mark.parametrize("batch_size", [2, "auto"])
+def test_an_encoders_tokens_are_processed_too(tmp_path, batch_size):
     save_family(tmp_path, "t5", 16)
-    model = PrunedHFLM(str(tmp_path), device="cpu", batch_size=2, backend="seq2seq")
+    model = PrunedHFLM(
+        str(tmp_path),
+        device="cpu",
+        batch_size=batch_size,
+        max_batch_size=2,
+        max_length=64,
+        backend="seq2seq",
+    )
     model._energy, _ = log_of()
     positions = 0
 
