@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .attention_support import (
     config_of,
+    is_encoder_decoder,
     row_limit,
     sequence_limit,
     trial_disagrees,
@@ -161,9 +162,13 @@ class PrefixSharingMixin(FastPathMixin):
         """
         groups = _by_text(requests)
         asked = self.logits_cache  # type: ignore[has-type]
-        cached = asked and all(
-            len({len(continuation) for _, _, continuation in group}) == 1
-            for group in groups
+        cached = (
+            asked
+            # HFLM looks for equal texts in front of a decoder alone.
+            and not is_encoder_decoder(self)
+            and all(
+                len({len(request[2]) for request in group}) == 1 for group in groups
+            )
         )
         computed = [group[0] for group in groups] if cached else requests
         self.logits_cache = cached
@@ -200,7 +205,11 @@ class PrefixSharingMixin(FastPathMixin):
         return self.world_size > 1 and self.batch_size == "auto"
 
     def _input_length(self, request: Request) -> int:
-        return min(len(request[1]) + len(request[2]) - 1, self.max_length)
+        _, context, continuation = request
+        if is_encoder_decoder(self):
+            parts = (len(context), len(continuation))
+            return sum(min(length, self.max_length) for length in parts)
+        return min(len(context) + len(continuation) - 1, self.max_length)
 
     def _is_worth_sharing(self, requests: list[Request], work: Work) -> bool:
         """Estimate the share of `HFLM`'s work that sharing saves, and ask if it is enough."""

@@ -615,10 +615,10 @@ def test_what_answered_is_recorded():
 def test_each_request_has_its_own_reason():
     lm = make(PrefixHFLM, tiny(), 2)
     sampled = prompts(do_sample=True, temperature=1.0)
-    generate(lm, [*sampled[:2], *prompts()[2:4], ("", {"until": []})])
+    generate(lm, [*sampled[:2], *prompts()[2:4], *prompts(num_beams=2)[:1]])
     assert path_of(lm).by_reason == {
         "do_sample is asked for": 2,
-        "a context is empty": 1,
+        "num_beams=2 is asked for": 1,
     }
     # What was logged in an earlier evaluation is no reason in the next.
     lm.answer_paths = AnswerPaths()
