@@ -36,20 +36,20 @@ class AnswerPath:
     def reasons(self) -> list[str]:
         return list(self.by_reason)
 
-    def add(self, path: str, requests: int, tokens: int | None) -> None:
-        """Count `requests` that took `path`, and the tokens that this computed."""
+    def add(
+        self,
+        path: str,
+        requests: int,
+        tokens: int | None,
+        reasons: Iterable[str] = (),
+    ) -> None:
+        """Count `requests` that took `path`, the tokens that this computed, each one's reason."""
         self.requests[path] = self.requests.get(path, 0) + requests
         before = self.tokens_computed.get(path, 0)
         self.tokens_computed[path] = (
             None if before is None or tokens is None else before + tokens
         )
-
-    def add_plain(self, reasons: Iterable[str], tokens: int | None) -> None:
-        """Count requests that took the plain path, of which each had its reason."""
-        given = Counter(reasons)
-        self.add("plain", given.total(), tokens)
-        for reason, requests in given.items():
-            self.by_reason[reason] = self.by_reason.get(reason, 0) + requests
+        self.by_reason = dict(Counter(self.by_reason) + Counter(reasons))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record for the results file, without the numbers behind the reasons."""

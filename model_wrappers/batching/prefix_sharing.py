@@ -91,7 +91,9 @@ class PrefixSharingMixin(FastPathMixin):
             for _, context, continuation in requests
         )
         reasons, work = self._sort_out(requests)
-        shared, rest = _split(requests, reasons)
+        sorted_out = list(zip(requests, reasons, strict=True))
+        shared = [request for request, why in sorted_out if why is None]
+        rest = [request for request, why in sorted_out if why is not None]
         path = self.answer_paths.of(self._request_type)
         shared_answers: Iterator[tuple[float, bool]] = iter(())
         if work is not None:
@@ -108,7 +110,7 @@ class PrefixSharingMixin(FastPathMixin):
                 )
             answers, computed = self._score_plainly(rest, disable_tqdm, override_bs)
             plain_answers = iter(answers)
-            path.add_plain((why for why in reasons if why is not None), computed)
+            path.add("plain", len(rest), computed, filter(None, reasons))
         return [
             next(shared_answers if why is None else plain_answers) for why in reasons
         ]
@@ -128,7 +130,7 @@ class PrefixSharingMixin(FastPathMixin):
             return [self._no_sharing] * len(requests), None
         limit = sequence_limit(config_of(self))
         reasons = [self._reason_against(request, limit) for request in requests]
-        shared, _ = _split(requests, reasons)
+        shared = [r for r, why in zip(requests, reasons, strict=True) if why is None]
         if not shared:
             return reasons, None
         work = Work.of(shared, self.max_length)
@@ -189,11 +191,6 @@ class PrefixSharingMixin(FastPathMixin):
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
         finally:
             self._request_type = "loglikelihood"
-
-    def get_model_info(self) -> dict[str, Any]:
-        """Return `HFLM`'s model information and what answered, under ``answer_paths``."""
-        info = super().get_model_info()  # type: ignore[misc]
-        return {**info, "answer_paths": self.answer_paths.as_dict(self.model)}
 
     @property
     def _detects_together(self) -> bool:
@@ -341,14 +338,6 @@ class PrefixSharingMixin(FastPathMixin):
 
     def _run_pack(self, work: Work, pack: Pack, cache: PathCache) -> None:
         run_pack(Forward.of(self), work, pack, cache, self.softmax_dtype)
-
-
-def _split(
-    requests: list[Request], reasons: list[str | None]
-) -> tuple[list[Request], list[Request]]:
-    """Return the requests against which there is no reason, and the others."""
-    pairs = list(zip(requests, reasons, strict=True))
-    return [r for r, why in pairs if why is None], [r for r, why in pairs if why]
 
 
 def _least_saving(device: torch.device) -> float:

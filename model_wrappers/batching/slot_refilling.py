@@ -112,7 +112,7 @@ class SlotRefillingMixin(FastPathMixin):
             others = plain([requests[i] for i in reasons], disable_tqdm=disable_tqdm)
             # Zero where the class counts nothing of what `HFLM` computes.
             computed = self.token_counts.processed - before
-            path.add_plain(reasons.values(), computed or None)
+            path.add("plain", len(reasons), computed or None, reasons.values())
             answers.update(zip(reasons, others, strict=True))
         return [answers[i] for i in range(len(requests))]
 

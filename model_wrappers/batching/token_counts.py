@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add, sub
 
 
 @dataclass
@@ -26,15 +27,7 @@ class TokenCounts:
     processed: int = 0
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(
-            self.prompt + other.prompt,
-            self.generated + other.generated,
-            self.processed + other.processed,
-        )
+        return TokenCounts(*map(add, astuple(self), astuple(other)))
 
     def __sub__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(
-            self.prompt - other.prompt,
-            self.generated - other.generated,
-            self.processed - other.processed,
-        )
+        return TokenCounts(*map(sub, astuple(self), astuple(other)))
