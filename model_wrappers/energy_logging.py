@@ -1,17 +1,18 @@
 """HFLM that measures the energy of each type of request while the harness runs it.
 
-Independent of pruning: it knows HFLM and `energy_log`, nothing else. With ``energy`` off,
-neither codecarbon nor `energy_log` is imported.
+Independent of pruning: it knows `PrefixHFLM` and `energy_log`, nothing else. With ``energy``
+off, neither codecarbon nor `energy_log` is imported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 
 from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
 from lm_eval_pruned.model_wrappers.batching.flags import check_flag
@@ -19,7 +20,7 @@ from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
     end_tokens,
 )
-from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 
 if TYPE_CHECKING:
@@ -29,13 +30,15 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
 
+    _Run = Callable[[list[Instance]], list]
+
 #: Tokens of the pass that comes before the first request, on which nothing is counted.
 _WARM_UP_TOKENS = 8
 
 eval_logger = logging.getLogger("lm_eval.models.energy_logging")
 
 
-class EnergyLoggingHFLM(HFLM):
+class EnergyLoggingHFLM(PrefixHFLM):
     def __init__(
         self,
         *args: Any,
@@ -46,10 +49,10 @@ class EnergyLoggingHFLM(HFLM):
         energy_online: bool = False,
         **kwargs: Any,
     ) -> None:
-        """HFLM with energy readings under ``config.energy`` of the results file.
+        """`PrefixHFLM` with energy readings under ``config.energy`` of the results file.
 
         Args:
-            *args: As in HFLM.
+            *args: As in `PrefixHFLM`.
             energy: Measure wall time, tokens and energy of each request type.
             energy_per_task: Run the requests of each task as a window of their own.
             energy_idle_seconds: First measure the idle machine with the model loaded,
@@ -57,7 +60,7 @@ class EnergyLoggingHFLM(HFLM):
             energy_country: ISO 3166 alpha-3 code of the country whose carbon intensity
                 turns energy into emissions. Without it there are no emissions.
             energy_online: Let codecarbon ask the network for the country instead.
-            **kwargs: Everything HFLM takes.
+            **kwargs: Everything `PrefixHFLM` takes.
 
         Raises:
             ValueError: An argument is out of range, or needs ``energy=true``.
@@ -68,8 +71,6 @@ class EnergyLoggingHFLM(HFLM):
             "energy_online": energy_online,
         }.items():
             check_flag(name, value)
-        #: Running totals since the model was loaded; HFLM's tokens count if ``energy``.
-        self.token_counts = TokenCounts()
         self._energy_per_task = energy_per_task
         self._energy: EnergyLog | None = None
         self._warmed_up = False
@@ -96,26 +97,20 @@ class EnergyLoggingHFLM(HFLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        return self._measured(
-            "loglikelihood", super().loglikelihood, requests, disable_tqdm
-        )
+        run = partial(super().loglikelihood, disable_tqdm=disable_tqdm)
+        return self._measured("loglikelihood", run, requests)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        return self._measured(
-            "loglikelihood_rolling",
-            super().loglikelihood_rolling,
-            requests,
-            disable_tqdm,
-        )
+        run = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
+        return self._measured("loglikelihood_rolling", run, requests)
 
     def generate_until(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[str]:
-        return self._measured(
-            "generate_until", super().generate_until, requests, disable_tqdm
-        )
+        run = partial(super().generate_until, disable_tqdm=disable_tqdm)
+        return self._measured("generate_until", run, requests)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's model information and, if it is on, ``energy``."""
@@ -143,55 +138,43 @@ class EnergyLoggingHFLM(HFLM):
         if self.rank == 0:
             self._energy.record(shares)
 
-    def _measured(
-        self,
-        request_type: str,
-        run: Callable[..., list],
-        requests: list[Instance],
-        disable_tqdm: bool,
-    ) -> list:
+    def _measured(self, request_type: str, run: _Run, requests: list[Instance]) -> list:
         if self._energy is None:
-            return run(requests, disable_tqdm=disable_tqdm)
+            return run(requests)
         self._energy.runs_on_gpu(bool(self._accelerators()))
         self._energy.measure_idle()
         self._warm_up()
         with self._energy.window(request_type, len(requests), self):
             if not self._energy_per_task:
-                answers = run(requests, disable_tqdm=disable_tqdm)
+                answers = run(requests)
             elif self.world_size > 1:
                 # Processes may hold requests of different tasks, and rolling requests
                 # wait for each other.
                 self._energy.note(
                     "energy per task is not measured in runs of several processes"
                 )
-                answers = run(requests, disable_tqdm=disable_tqdm)
+                answers = run(requests)
             else:
-                answers = self._task_by_task(request_type, run, requests, disable_tqdm)
+                answers = self._task_by_task(self._energy, request_type, run, requests)
         if self.world_size <= 1:
             self._energy.record([self._energy.close()])
         return answers
 
     def _task_by_task(
-        self,
-        request_type: str,
-        run: Callable[..., list],
-        requests: list[Instance],
-        disable_tqdm: bool,
+        self, energy: EnergyLog, request_type: str, run: _Run, requests: list[Instance]
     ) -> list:
-        assert self._energy is not None
         places: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             places.setdefault(str(request.task_name), []).append(place)
         answers: list = [None] * len(requests)
         for task, indices in places.items():
-            with self._energy.task_window(task, request_type, len(indices), self):
-                part = run([requests[i] for i in indices], disable_tqdm=disable_tqdm)
+            with energy.task_window(task, request_type, len(indices), self):
+                part = run([requests[i] for i in indices])
             for i, answer in zip(indices, part, strict=True):
                 answers[i] = answer
         return answers
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
-        # Its passes belong to no request, and their tokens are counted nowhere.
         with self._set_up("batch_size_search"):
             return super()._detect_batch_size(*args, **kwargs)
 
@@ -213,14 +196,16 @@ class EnergyLoggingHFLM(HFLM):
 
     @contextlib.contextmanager
     def _set_up(self, purpose: str) -> Iterator[None]:
-        """Measure what no request asked for apart from the requests."""
+        """Measure what no request asked for apart from the requests, and count none of it."""
         if self._energy is None:
             yield
             return
         self._wait_for_accelerators()
+        before = replace(self.token_counts)
         with self._energy.set_up(purpose):
             yield
             self._wait_for_accelerators()
+        self.token_counts = before
 
     def _accelerators(self) -> set[torch.device]:
         return {
@@ -234,20 +219,16 @@ class EnergyLoggingHFLM(HFLM):
         for device in self._accelerators():
             torch.accelerator.synchronize(device)
 
-    def _loglikelihood_tokens(self, requests: list, *args: Any, **kwargs: Any) -> list:
-        if self._energy is None:
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
-        counts = self.token_counts
-        counts.prompt += sum(
-            min(len(context) + len(continuation), self.max_length + 1)
-            for _, context, continuation in requests
-        )
-        if is_encoder_decoder(self):
-            # The encoder reads each context; `_select_cont_toks` sees the decoder's part.
-            counts.processed += sum(
-                min(len(context), self.max_length) for _, context, _ in requests
-            )
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+    def _model_call(
+        self,
+        inps: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        # What an encoder reads; `_select_cont_toks` sees the decoder's part.
+        if self._energy is not None and attn_mask is not None:
+            self.token_counts.processed += int(attn_mask.sum())
+        return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
 
     def _select_cont_toks(
         self,
@@ -272,16 +253,13 @@ class EnergyLoggingHFLM(HFLM):
             return super()._model_generate(
                 context, max_length, stop, **generation_kwargs
             )
-        counts = self.token_counts
-        before = counts.processed
         output = super()._model_generate(context, max_length, stop, **generation_kwargs)
         mask = generation_kwargs.get("attention_mask")
         prompt = context.numel() if mask is None else int(mask.sum())
         start = 1 if is_encoder_decoder(self) else context.shape[1]
         generated = count_generated(output[:, start:], end_tokens(self.model))
-        counts.prompt += prompt
-        counts.generated += generated
-        if counts.processed == before:
-            # The last token of a row is never fed back.
-            counts.processed += prompt + generated - context.shape[0]
+        self.token_counts.prompt += prompt
+        self.token_counts.generated += generated
+        # The last token of a row is never fed back.
+        self.token_counts.processed += prompt + generated - context.shape[0]
         return output

@@ -20,8 +20,6 @@ from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.parallel import check_divisible
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
-from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
-from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
 from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
 from lm_eval_pruned.pruning.slicing import prune_model
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
 
-class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM):
+class PrunedHFLM(EnergyLoggingHFLM):
     # HFLM's, which sets them in ways that a type checker does not follow.
     AUTO_MODEL_CLASS: Any
     _model: Any
@@ -94,9 +92,8 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
             quantization_config: How to quantise the pruned weights as they are loaded,
                 as the dict of a transformers quantisation config. ``load_in_8bit``,
                 ``load_in_4bit`` and ``bnb_4bit_...`` work as well.
-            **kwargs: Everything HFLM takes, the arguments ``energy...`` of
-                `EnergyLoggingHFLM`, and ``prefix_sharing`` and ``slot_refilling``
-                (default true); see `PrefixSharingMixin` and `SlotRefillingMixin`.
+            **kwargs: Everything HFLM takes, ``prefix_sharing`` and ``slot_refilling`` of
+                `PrefixHFLM`, and the arguments ``energy...`` of `EnergyLoggingHFLM`.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .cpu_linear import float32_layers, linear_backend
 
-from .cpu_linear import linear_backend
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
 
 
 @dataclass
@@ -18,23 +23,42 @@ class AnswerPath:
         requests: Number of requests by path: ``shared``, ``slots`` or ``plain``.
         tokens_computed: Positions that went through the model, padding left out, by path;
             None where that was not counted.
-        reasons: Why requests took the plain path.
+        by_reason: Why requests took the plain path, and how many did for each reason.
         slots: In how many slots texts were generated, last; None: in none.
     """
 
     requests: dict[str, int] = field(default_factory=dict)
     tokens_computed: dict[str, int | None] = field(default_factory=dict)
-    reasons: list[str] = field(default_factory=list)
+    by_reason: dict[str, int] = field(default_factory=dict)
     slots: int | None = None
 
-    def add(self, path: str, requests: int, tokens: int | None, *reasons: str) -> None:
-        """Count `requests` that took `path`, for `reasons`, and the tokens that this computed."""
+    @property
+    def reasons(self) -> list[str]:
+        return list(self.by_reason)
+
+    def add(
+        self,
+        path: str,
+        requests: int,
+        tokens: int | None,
+        reasons: Iterable[str] = (),
+    ) -> None:
+        """Count `requests` that took `path`, the tokens that this computed, each one's reason."""
         self.requests[path] = self.requests.get(path, 0) + requests
         before = self.tokens_computed.get(path, 0)
         self.tokens_computed[path] = (
             None if before is None or tokens is None else before + tokens
         )
-        self.reasons += [reason for reason in reasons if reason not in self.reasons]
+        self.by_reason = dict(Counter(self.by_reason) + Counter(reasons))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record for the results file, without the numbers behind the reasons."""
+        record = {
+            "requests": self.requests,
+            "tokens_computed": self.tokens_computed,
+            "reasons": self.reasons,
+        }
+        return record if self.slots is None else {**record, "slots": self.slots}
 
 
 class AnswerPaths:
@@ -53,17 +77,8 @@ class AnswerPaths:
         ``linear`` is ``torch``, or ``onednn`` where float32 layers on a CPU ran through it
         on a path other than the plain one; see `lm_eval_pruned.model_wrappers.batching.cpu_linear`.
         """
-        onednn = any(
-            type(layer) is torch.nn.Linear
-            and layer.weight.device.type == "cpu"
-            and layer.weight.dtype == torch.float32
-            for layer in model.modules()
-        )
         faster = any(set(path.requests) - {"plain"} for path in self._paths.values())
         return {
-            **{
-                name: {k: v for k, v in vars(path).items() if v is not None}
-                for name, path in self._paths.items()
-            },
-            "linear": linear_backend() if onednn and faster else "torch",
+            **{name: path.as_dict() for name, path in self._paths.items()},
+            "linear": linear_backend() if faster and float32_layers(model) else "torch",
         }

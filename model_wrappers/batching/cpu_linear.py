@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 _CPUINFO = Path("/proc/cpuinfo")
 
 
+def float32_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Return the linear layers of `model` that lie on a CPU in float32."""
+    return [
+        layer
+        for layer in model.modules()
+        if type(layer) is torch.nn.Linear
+        and layer.weight.device.type == "cpu"
+        and layer.weight.dtype == torch.float32
+    ]
+
+
 @contextmanager
 def fast_cpu_linears(model: torch.nn.Module) -> Iterator[None]:
     """Let the float32 linear layers of `model` run through oneDNN where that is faster.
@@ -34,18 +45,15 @@ def fast_cpu_linears(model: torch.nn.Module) -> Iterator[None]:
     of other classes than `torch.nn.Linear`, and models on a CPU where oneDNN is no
     faster, are left alone. On exit all is as before.
     """
-    layers = [
-        layer
-        for layer in model.modules()
-        if type(layer) is torch.nn.Linear
-        # Somebody else's replacement, such as accelerate's hook.
-        and "forward" not in vars(layer)
-        and layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.float32
-    ]
-    if not layers or linear_backend() != "onednn":
+    if linear_backend() != "onednn":
         yield
         return
+    layers = [
+        layer
+        for layer in float32_layers(model)
+        # Somebody else's replacement, such as accelerate's hook.
+        if "forward" not in vars(layer)
+    ]
     for layer in layers:
         layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
     try:
@@ -56,7 +64,9 @@ def fast_cpu_linears(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    # A single row waits for the memory, whichever library reads the weights.
+    one_row = x.numel() == x.shape[-1]
+    if one_row or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, layer.weight, layer.bias)
     return _onednn(x, layer.weight, layer.bias)
 
@@ -64,7 +74,8 @@ def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
 def _onednn(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    # A dense weight is read in place; what is copied is the input and the output.
+    return F.linear(x.to_mkldnn(), weight, bias).to_dense()
 
 
 @cache
@@ -73,14 +84,9 @@ def linear_backend() -> str:
 
     ``torch`` is `torch.nn.functional.linear` with whatever library it was built with.
     """
-    if not torch.backends.mkldnn.is_available() or not _mkl_halves_its_vectors():
-        return "torch"
-    try:
-        _onednn(torch.ones(2, 8), torch.ones(4, 8), None)
-    except (AttributeError, RuntimeError):
-        # The operator is not part of PyTorch's documented interface.
-        return "torch"
-    return "onednn"
+    if torch.backends.mkldnn.is_available() and _mkl_halves_its_vectors():
+        return "onednn"
+    return "torch"
 
 
 def _mkl_halves_its_vectors() -> bool:

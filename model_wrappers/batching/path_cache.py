@@ -9,10 +9,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 if TYPE_CHECKING:
-    #: What identifies the request, its context and its continuation.
     import numpy as np
-
-    Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class _PathLayer(DynamicLayer):

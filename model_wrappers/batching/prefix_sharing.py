@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .answer_paths import AnswerPaths
 from .attention_support import (
     config_of,
+    is_encoder_decoder,
     row_limit,
     sequence_limit,
     trial_disagrees,
     unsupported_reason,
 )
+from .fast_path import FastPathMixin
 from .flags import check_flag
 from .forward import Forward
 from .memory import run_or_shrink
 from .path_cache import PathCache
 from .prefix_pass import Work, run_pack, trial_plain, trial_shared
-from .token_counts import TokenCounts
 from .token_tree import Budget, next_pack
 
 
@@ -37,13 +37,8 @@ if TYPE_CHECKING:
 
     from lm_eval.api.instance import Instance
 
-    # The mixin's neighbour among the bases, whose attributes it uses.
-    from lm_eval.models.huggingface import HFLM as _Neighbour
-
     from .prefix_pass import Request
     from .token_tree import Pack
-else:
-    _Neighbour = object
 
 
 eval_logger = logging.getLogger("lm_eval.models.prefix_sharing")
@@ -55,7 +50,7 @@ _WORTH_CHECKING = 200
 _FEWEST_TOKENS = 512
 
 
-class PrefixSharingMixin(_Neighbour):
+class PrefixSharingMixin(FastPathMixin):
     """Computes common prefixes of log-likelihood requests once.
 
     Put it before `HFLM` among the bases. Log-probabilities and greedy flags are
@@ -63,13 +58,7 @@ class PrefixSharingMixin(_Neighbour):
     take `HFLM`'s own path, and one logged line says why. Whether it does is decided by its
     class and config, on a small random model in float32: neither width nor dtype plays a
     part. ``config.answer_paths`` in the results says which way was taken.
-
-    Attributes:
-        token_counts: Its `processed` grows by the nodes that were run through the model;
-            what takes `HFLM`'s own path is for the class to count that measures it.
     """
-
-    token_counts: TokenCounts
 
     def __init__(self, *args: Any, prefix_sharing: bool = True, **kwargs: Any) -> None:
         """Set up as the next class does.
@@ -84,13 +73,11 @@ class PrefixSharingMixin(_Neighbour):
         """
         check_flag("prefix_sharing", prefix_sharing)
         self.prefix_sharing = bool(prefix_sharing)
-        if not hasattr(self, "token_counts"):
-            self.token_counts = TokenCounts()
         self._sharing_budget: Budget | None = None
         self._sharing_checked = False
-        self._no_sharing = None if prefix_sharing else "prefix_sharing=false"
+        #: Why it does not share, if it does not.
+        self._no_sharing = "prefix_sharing=false"
         self._request_type = "loglikelihood"
-        self.answer_paths = AnswerPaths()
         super().__init__(*args, **kwargs)
 
     def _loglikelihood_tokens(
@@ -99,54 +86,70 @@ class PrefixSharingMixin(_Neighbour):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        lengths = [self._input_length(request) for request in requests]
-        # Processes that find batch sizes together have to agree on whether they share.
-        sharing = bool(requests) and (
-            self._can_share() if self._detects_together else self._may_share()
+        self.token_counts.prompt += sum(
+            min(len(context) + len(continuation), self.max_length + 1)
+            for _, context, continuation in requests
         )
-        limit = sequence_limit(config_of(self)) if sharing else None
-        shareable = [
-            sharing
-            and (limit is None or length <= limit)
-            # HFLM refuses what has nothing to score, or no token to score it after.
-            and len(context) > 0
-            and 0 < len(continuation) <= self.max_length
-            for length, (_, context, continuation) in zip(
-                lengths, requests, strict=True
-            )
-        ]
-        shared = [r for r, ok in zip(requests, shareable, strict=True) if ok]
-        rest = [r for r, ok in zip(requests, shareable, strict=True) if not ok]
-        reason = self._no_sharing or f"it is longer than {limit} tokens"
-        work = None
-        if shared:
-            work = Work.of(shared, self.max_length)
-            if not self._detects_together and not self._is_worth_sharing(shared, work):
-                reason = "requests have too little in common"
-                shared, rest, work = [], requests, None
-            elif not self._can_share():
-                reason = self._no_sharing or ""
-                shared, rest, work = [], requests, None
-        paths = self.answer_paths.of(self._request_type)
-        shared_results: Iterator[tuple[float, bool]] = iter(())
+        reasons, work = self._sort_out(requests)
+        sorted_out = list(zip(requests, reasons, strict=True))
+        shared = [request for request, why in sorted_out if why is None]
+        rest = [request for request, why in sorted_out if why is not None]
+        path = self.answer_paths.of(self._request_type)
+        shared_answers: Iterator[tuple[float, bool]] = iter(())
         if work is not None:
-            paths.add("shared", len(shared), len(work.tree))
-            shared_results = iter(
+            path.add("shared", len(shared), len(work.tree))
+            shared_answers = iter(
                 self._score_requests(shared, work, disable_tqdm=disable_tqdm)
             )
-        rest_results: Iterator[tuple[float, bool]] = iter(())
+        plain_answers: Iterator[tuple[float, bool]] = iter(())
         if rest:
-            if sharing and self._detects_together:
+            if self.prefix_sharing and self._detects_together:
                 longest = max(self._input_length(request) for request in rest)
                 override_bs = override_bs or max(
                     1, self._budget(rest).scored // longest
                 )
             answers, computed = self._score_plainly(rest, disable_tqdm, override_bs)
-            rest_results = iter(answers)
-            paths.add("plain", len(rest), computed, reason)
-        if work is None:
-            return list(rest_results)
-        return [next(shared_results if ok else rest_results) for ok in shareable]
+            plain_answers = iter(answers)
+            path.add("plain", len(rest), computed, filter(None, reasons))
+        return [
+            next(shared_answers if why is None else plain_answers) for why in reasons
+        ]
+
+    def _sort_out(
+        self, requests: list[Request]
+    ) -> tuple[list[str | None], Work | None]:
+        """Decide which requests share.
+
+        Returns:
+            Why each request takes `HFLM`'s own path, None for those that share, and the
+            tree of these; None if there are none.
+        """
+        # Processes that find batch sizes together have to agree on whether they share.
+        together = self._detects_together
+        if not requests or not (self._can_share() if together else self._may_share()):
+            return [self._no_sharing] * len(requests), None
+        limit = sequence_limit(config_of(self))
+        reasons = [self._reason_against(request, limit) for request in requests]
+        shared = [r for r, why in zip(requests, reasons, strict=True) if why is None]
+        if not shared:
+            return reasons, None
+        work = Work.of(shared, self.max_length)
+        if not together and not self._is_worth_sharing(shared, work):
+            reason = "requests have too little in common"
+        elif not self._can_share():
+            reason = self._no_sharing
+        else:
+            return reasons, work
+        return [reason if why is None else why for why in reasons], None
+
+    def _reason_against(self, request: Request, limit: int | None) -> str | None:
+        """Return what keeps a single request from being shared, or None."""
+        if limit is not None and self._input_length(request) > limit:
+            return f"it is longer than {limit} tokens"
+        _, context, continuation = request
+        if not context or not 0 < len(continuation) <= self.max_length:
+            return "hf refuses it"
+        return None
 
     def _score_plainly(
         self, requests: list[Request], disable_tqdm: bool, override_bs: int | None
@@ -161,9 +164,13 @@ class PrefixSharingMixin(_Neighbour):
         """
         groups = _by_text(requests)
         asked = self.logits_cache  # type: ignore[has-type]
-        cached = asked and all(
-            len({len(continuation) for _, _, continuation in group}) == 1
-            for group in groups
+        cached = (
+            asked
+            # HFLM looks for equal texts in front of a decoder alone.
+            and not is_encoder_decoder(self)
+            and all(
+                len({len(request[2]) for request in group}) == 1 for group in groups
+            )
         )
         computed = [group[0] for group in groups] if cached else requests
         self.logits_cache = cached
@@ -185,11 +192,6 @@ class PrefixSharingMixin(_Neighbour):
         finally:
             self._request_type = "loglikelihood"
 
-    def get_model_info(self) -> dict[str, Any]:
-        """Return `HFLM`'s model information and what answered, under ``answer_paths``."""
-        info = super().get_model_info()  # type: ignore[misc]
-        return {**info, "answer_paths": self.answer_paths.as_dict(self.model)}
-
     @property
     def _detects_together(self) -> bool:
         """Whether `HFLM` finds a batch size in a meeting of all processes.
@@ -200,7 +202,11 @@ class PrefixSharingMixin(_Neighbour):
         return self.world_size > 1 and self.batch_size == "auto"
 
     def _input_length(self, request: Request) -> int:
-        return min(len(request[1]) + len(request[2]) - 1, self.max_length)
+        _, context, continuation = request
+        if is_encoder_decoder(self):
+            parts = (len(context), len(continuation))
+            return sum(min(length, self.max_length) for length in parts)
+        return min(len(context) + len(continuation) - 1, self.max_length)
 
     def _is_worth_sharing(self, requests: list[Request], work: Work) -> bool:
         """Estimate the share of `HFLM`'s work that sharing saves, and ask if it is enough."""
@@ -219,17 +225,19 @@ class PrefixSharingMixin(_Neighbour):
     def _may_share(self) -> bool:
         """Ask whether anything that can be read off the model speaks against sharing."""
         if self.prefix_sharing and not self._sharing_checked:
-            self._give_up_if(unsupported_reason(self))
+            self._stop_sharing_if(unsupported_reason(self))
         return self.prefix_sharing
 
     def _can_share(self) -> bool:
         """Try it out, the first time."""
         if self._may_share() and not self._sharing_checked:
             self._sharing_checked = True
-            self._give_up_if(trial_disagrees(self.model, trial_plain, trial_shared))
+            self._stop_sharing_if(
+                trial_disagrees(self.model, trial_plain, trial_shared)
+            )
         return self.prefix_sharing
 
-    def _give_up_if(self, reason: str | None) -> None:
+    def _stop_sharing_if(self, reason: str | None) -> None:
         if reason is None:
             return
         self.prefix_sharing = False

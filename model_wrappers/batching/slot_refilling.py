@@ -22,7 +22,6 @@ from lm_eval.models.utils import (
 from tqdm import tqdm
 from transformers import GenerationMixin
 
-from .answer_paths import AnswerPaths
 from .attention_support import (
     base_model,
     config_of,
@@ -30,6 +29,7 @@ from .attention_support import (
     trial_disagrees,
     unsupported_reason,
 )
+from .fast_path import FastPathMixin
 from .flags import check_flag
 from .forward import Forward
 from .generation import end_tokens
@@ -37,7 +37,6 @@ from .greedy_settings import StopStrings, unsupported_setting
 from .memory import is_split, rows_in_memory, run_or_shrink
 from .slot_pass import in_pieces, likeliest, trial_plain, trial_slots
 from .slot_table import SlotJob, SlotTable, ordered
-from .token_counts import TokenCounts
 
 
 if TYPE_CHECKING:
@@ -45,18 +44,17 @@ if TYPE_CHECKING:
 
     from lm_eval.api.instance import Instance
 
-    # The mixin's neighbour among the bases, whose attributes it uses.
-    from lm_eval.models.huggingface import HFLM as _Neighbour
-else:
-    _Neighbour = object
 
 eval_logger = logging.getLogger("lm_eval.models.slot_refilling")
+
+#: Stop strings, most tokens to generate, and what finds the stop strings.
+_Settings = tuple[list[str], int, StopStrings]
 
 # Slots below which attention is not worth its groups.
 _LEAST_SLOTS_IN_GROUPS = 16
 
 
-class SlotRefillingMixin(_Neighbour):
+class SlotRefillingMixin(FastPathMixin):
     """Generates greedily, with the next request in the place of an answer that is done.
 
     Put it before `HFLM` among the bases. Answers are those of `HFLM` at batch size 1,
@@ -64,15 +62,7 @@ class SlotRefillingMixin(_Neighbour):
     of slots; ``auto`` takes HFLM's ``max_batch_size``, or as many as the memory holds.
     Sampling, beams, penalties and models whose attention does not allow it take
     `HFLM`'s own path, and one logged line says why.
-
-    Attributes:
-        token_counts: Grows by what goes through the slots; what takes `HFLM`'s own path is
-            for the class to count that measures it.
-        answer_paths: How many requests took which path, and why.
     """
-
-    token_counts: TokenCounts
-    answer_paths: AnswerPaths
 
     def __init__(self, *args: Any, slot_refilling: bool = True, **kwargs: Any) -> None:
         """Set up as the next class does.
@@ -88,21 +78,18 @@ class SlotRefillingMixin(_Neighbour):
         check_flag("slot_refilling", slot_refilling)
         self.slot_refilling = bool(slot_refilling)
         self._refilling_checked = False
+        #: Why it does not refill, if it does not.
+        self._no_refilling = "slot_refilling=false"
         self._refilling_complaints: list[str] = []
         self._most_slots: int | None = None
-        # Classes may be combined: totals are of all.
-        if not hasattr(self, "token_counts"):
-            self.token_counts = TokenCounts()
-        if not hasattr(self, "answer_paths"):
-            self.answer_paths = AnswerPaths()
         super().__init__(*args, **kwargs)
 
     def generate_until(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[str]:
         plain = super().generate_until  # type: ignore[misc]
-        answers: list[str | None] = [None] * len(requests)
-        jobs = self._jobs(requests)
+        answers: dict[int, str] = {}
+        jobs, reasons = self._jobs(requests)
         path = self.answer_paths.of("generate_until")
         before = self.token_counts.processed
         if jobs:
@@ -119,67 +106,77 @@ class SlotRefillingMixin(_Neighbour):
                 )
                 bar.update(1)
             bar.close()
-            computed = self.token_counts.processed - before
-            path.add("slots", len(jobs), computed)
-        rest = [i for i, answer in enumerate(answers) if answer is None]
-        if rest:
+            path.add("slots", len(jobs), self.token_counts.processed - before)
+        if reasons:
             before = self.token_counts.processed
-            others = plain([requests[i] for i in rest], disable_tqdm=disable_tqdm)
+            others = plain([requests[i] for i in reasons], disable_tqdm=disable_tqdm)
             # Zero where the class counts nothing of what `HFLM` computes.
             computed = self.token_counts.processed - before
-            reasons = self._refilling_complaints or ["slot_refilling=false"]
-            path.add("plain", len(rest), computed or None, *reasons)
-            for i, answer in zip(rest, others, strict=True):
-                answers[i] = answer
-        return answers  # type: ignore[return-value]
+            path.add("plain", len(reasons), computed or None, reasons.values())
+            answers.update(zip(reasons, others, strict=True))
+        return [answers[i] for i in range(len(requests))]
 
-    def _jobs(self, requests: list[Instance]) -> list[SlotJob]:
-        """Return the requests that can run in slots, as `HFLM` would read them."""
-        if self.slot_refilling and (reason := _unsupported(self)) is not None:
-            self.slot_refilling = False
-            self._complain(reason)
+    def _jobs(self, requests: list[Instance]) -> tuple[list[SlotJob], dict[int, str]]:
+        """Decide which requests run in slots.
+
+        Returns:
+            These, as `HFLM` would read them, and why each other one, by its place among
+            the requests, takes `HFLM`'s own path.
+        """
+        if self.slot_refilling:
+            self._stop_refilling_if(_unsupported(self))
         if not self.slot_refilling:
-            return []
-        limit = sequence_limit(config_of(self))
+            return [], dict.fromkeys(range(len(requests)), self._no_refilling)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        settings: dict[str, Any] = {}
-        stops: dict[tuple[str, ...], StopStrings] = {}
-        jobs = []
+        settings: dict[str, _Settings | str] = {}
+        jobs: list[SlotJob] = []
+        reasons: dict[int, str] = {}
         for index, request in enumerate(requests):
             context, gen_kwargs = request.args
             key = repr(gen_kwargs)
             if key not in settings:
                 settings[key] = self._settings(gen_kwargs, eos)
-            if settings[key] is None:
-                continue
-            until, most = settings[key]
-            if tuple(until) not in stops:
-                stops[tuple(until)] = StopStrings(self.tokenizer, until)
-            tokens, _ = self.tok_batch_encode(
-                [context],
-                left_truncate_len=self.max_length - most,
-                truncation=self.truncation,
-            )
-            prompt = [int(token) for token in tokens[0].tolist()]
-            if not prompt:
-                self._complain("a context is empty")
-            elif limit is not None and len(prompt) + most > limit:
-                self._complain(
-                    f"a request may grow longer than the {limit} tokens up to which "
-                    "attention is plain"
-                )
+            job = self._job(index, context, settings[key])
+            if isinstance(job, SlotJob):
+                jobs.append(job)
             else:
-                jobs.append(SlotJob(index, prompt, most, until, stops[tuple(until)]))
-        return jobs if jobs and self._can_refill() else []
+                reasons[index] = job
+                self._complain(job)
+        if jobs and not self._can_refill():
+            reasons |= dict.fromkeys((job.index for job in jobs), self._no_refilling)
+            return [], dict(sorted(reasons.items()))
+        return jobs, reasons
 
-    def _settings(self, gen_kwargs: Any, eos: str) -> tuple[list[str], int] | None:
-        """Return stop strings and most tokens, or None where `HFLM` has to answer."""
+    def _job(
+        self, index: int, context: str, settings: _Settings | str
+    ) -> SlotJob | str:
+        """Return what runs in a slot, or why `HFLM` has to answer."""
+        if isinstance(settings, str):
+            return settings
+        until, most, stops = settings
+        tokens, _ = self.tok_batch_encode(
+            [context],
+            left_truncate_len=self.max_length - most,
+            truncation=self.truncation,
+        )
+        prompt = [int(token) for token in tokens[0].tolist()]
+        limit = sequence_limit(config_of(self))
+        if not prompt:
+            return "a context is empty"
+        if limit is not None and len(prompt) + most > limit:
+            return (
+                f"a request may grow longer than the {limit} tokens up to which "
+                "attention is plain"
+            )
+        return SlotJob(index, prompt, most, until, stops)
+
+    def _settings(self, gen_kwargs: Any, eos: str) -> _Settings | str:
+        """Return how requests are generated, or why `HFLM` has to answer them."""
         if not isinstance(gen_kwargs, dict):
-            return None
+            return "hf refuses it"
         kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
         most = kwargs.pop("max_gen_toks")
-        reason = None
         if kwargs.get("do_sample") is not False:
             reason = "do_sample"
         elif "max_length" in kwargs:
@@ -187,13 +184,19 @@ class SlotRefillingMixin(_Neighbour):
         elif not 0 < most < self.max_length:
             reason = f"max_gen_toks={most}"
         else:
-            reason = unsupported_setting(
+            setting = unsupported_setting(
                 base_model(self.model).generation_config, kwargs
             )
+            if setting is None:
+                return until, most, StopStrings(self.tokenizer, until)
+            reason = setting
+        return f"{reason} is asked for"
+
+    def _stop_refilling_if(self, reason: str | None) -> None:
         if reason is not None:
-            self._complain(f"{reason} is asked for")
-            return None
-        return until, most
+            self.slot_refilling = False
+            self._no_refilling = reason
+            self._complain(reason)
 
     def _complain(self, reason: str) -> None:
         if reason in self._refilling_complaints:
@@ -226,10 +229,9 @@ class SlotRefillingMixin(_Neighbour):
         """Try it out, the first time."""
         if self.slot_refilling and not self._refilling_checked:
             self._refilling_checked = True
-            reason = trial_disagrees(self.model, trial_plain, trial_slots)
-            if reason is not None:
-                self.slot_refilling = False
-                self._complain(reason)
+            self._stop_refilling_if(
+                trial_disagrees(self.model, trial_plain, trial_slots)
+            )
         return self.slot_refilling
 
     def _slots(self, jobs: list[SlotJob]) -> int:

@@ -115,16 +115,16 @@ class SlotTable:
                 break
             slot = source if source in free else free[0]
             free.remove(slot)
+            # In the table before the copy, which the memory may be too short for.
+            job = self.jobs[slot] = waiting.popleft()
             if slot != source:
                 self.cache.copy(source, slot, start)
-            job = waiting.popleft()
             group.append((slot, job, start))
             # Nothing to copy from before the pass is through.
             self.begun[slot] = tokens[:start]
             begun.append(tokens)
             lengths = new
-        for (slot, job, _), tokens in zip(group, begun, strict=True):
-            self.jobs[slot] = job
+        for (slot, _, _), tokens in zip(group, begun, strict=True):
             self.begun[slot] = tokens
         return group
 
@@ -134,10 +134,9 @@ class SlotTable:
             self.jobs.pop()
         for slot in range(len(self.jobs)):
             if slot < len(self.jobs) and self.jobs[slot] is None:
-                job = self.jobs.pop()
+                job = self.jobs[slot] = self.jobs.pop()
                 assert job is not None
                 self.cache.copy(len(self.jobs), slot, len(job.tokens) - 1)
-                self.jobs[slot] = job
                 while self.jobs[-1] is None:
                     self.jobs.pop()
         del self.begun[len(self.jobs) :]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add, sub
 
 
 @dataclass
 class TokenCounts:
     """Running totals; padding is in none of them.
 
-    A class that sends tokens through the model by a route of its own adds them to
-    `processed` itself. `EnergyLoggingHFLM` adds what takes HFLM's own route: each row of
-    ``_loglikelihood_tokens``, and each call of ``_model_generate`` that added nothing.
+    The fast paths add what they do, `EnergyLoggingHFLM` what `HFLM` does: each row of
+    ``_loglikelihood_tokens``, and each call of ``_model_generate``.
 
     Attributes:
         prompt: Tokens of the requests: context and continuation of a scored request,
@@ -27,15 +27,7 @@ class TokenCounts:
     processed: int = 0
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(
-            self.prompt + other.prompt,
-            self.generated + other.generated,
-            self.processed + other.processed,
-        )
+        return TokenCounts(*map(add, astuple(self), astuple(other)))
 
     def __sub__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(
-            self.prompt - other.prompt,
-            self.generated - other.generated,
-            self.processed - other.processed,
-        )
+        return TokenCounts(*map(sub, astuple(self), astuple(other)))

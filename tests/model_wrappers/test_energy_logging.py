@@ -94,9 +94,17 @@ def test_a_context_shared_by_one_token_answers_is_processed_once(lm):
     assert model.token_counts == TokenCounts(prompt=15, processed=4)
 
 
-def test_an_encoders_tokens_are_processed_too(tmp_path):
+@pytest.mark.parametrize("batch_size", [2, "auto"])
+def test_an_encoders_tokens_are_processed_too(tmp_path, batch_size, monkeypatch):
     save_family(tmp_path, "t5", 16)
-    model = PrunedHFLM(str(tmp_path), device="cpu", batch_size=2, backend="seq2seq")
+    model = PrunedHFLM(
+        str(tmp_path),
+        device="cpu",
+        batch_size=batch_size,
+        max_batch_size=2,
+        max_length=64,
+        backend="seq2seq",
+    )
     model._energy, _ = log_of()
     positions = 0
 
@@ -105,12 +113,25 @@ def test_an_encoders_tokens_are_processed_too(tmp_path):
         ids = arguments[0] if arguments else options["input_ids"]
         positions += 0 if ids is None else ids.numel()
 
+    search = model._detect_batch_size
+
+    def uncounted(*arguments):
+        nonlocal positions
+        before = positions
+        found = search(*arguments)
+        positions = before
+        return found
+
+    monkeypatch.setattr(model, "_detect_batch_size", uncounted)
     model._warm_up()
     for stack in (model.model.get_encoder(), model.model.get_decoder()):
         stack.register_forward_pre_hook(watch, with_kwargs=True)
-    # Of equal length, so that nothing is padded.
-    model.loglikelihood([scored("abcdef", "gh"), scored("uvwxyz", "ij")])
+    # Of equal length, so that nothing is padded; a text twice, which is computed twice.
+    pairs = [("abcdef", "gh"), ("uvwxyz", "ij"), ("uvwxyz", "ij")]
+    model.loglikelihood([scored(*pair) for pair in pairs])
     assert model.token_counts.processed == positions > 0
+    path = model.get_model_info()["answer_paths"]["loglikelihood"]
+    assert path["tokens_computed"] == {"plain": positions}
 
 
 def test_rolling_requests_are_measured(lm):

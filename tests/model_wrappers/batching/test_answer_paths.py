@@ -22,6 +22,8 @@ from lm_eval_pruned.model_wrappers.batching import (
     prefix_sharing,
     trial_model as trials,
 )
+from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
+from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.batching.trial_model import (
     TrialImpossible,
     trial_model,
@@ -209,6 +211,38 @@ def test_a_limit_is_a_reason(share_however_little):
     assert path.reasons == ["it is longer than 24 tokens"]
     # HFLM computes what two answers of one token share once.
     assert path.tokens_computed["plain"] == 40
+
+
+def test_each_request_has_its_own_reason(share_however_little, monkeypatch):
+    lm = wrapped(PrefixHFLM, tiny_model(tiny_config("mistral", sliding_window=24)))
+    monkeypatch.setattr(prefix_sharing, "_least_saving", lambda device: 9.0)
+    lm._loglikelihood_tokens(
+        [*REQUESTS, (None, [1] * 40, [2]), (None, [1] * 50, [3])], disable_tqdm=True
+    )
+    path = lm.answer_paths.of("loglikelihood")
+    assert path.requests == {"plain": len(REQUESTS) + 2}
+    assert path.by_reason == {
+        "requests have too little in common": len(REQUESTS),
+        "it is longer than 24 tokens": 2,
+    }
+    info = lm.get_model_info()["answer_paths"]["loglikelihood"]
+    assert info["reasons"] == list(path.by_reason)
+    assert set(info) == {"requests", "tokens_computed", "reasons"}
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["_loglikelihood_tokens", "_select_cont_toks", "_model_call", "_model_generate"],
+)
+def test_what_hf_computes_with_is_overridden_in_one_place(method):
+    ours = PrunedHFLM.__mro__[: PrunedHFLM.__mro__.index(HFLM)]
+    assert len([cls for cls in ours if method in vars(cls)]) == 1
+
+
+def test_no_path_takes_the_name_of_another():
+    """Mixins of one class share a namespace, and a type checker does not mind."""
+    common = vars(SlotRefillingMixin).keys() & vars(PrefixSharingMixin).keys()
+    assert {name for name in common if not name.startswith("__")} == set()
 
 
 @pytest.mark.parametrize("lengths", [(40, 50, 56), (20, 31, 32, 33, 34, 56)])

@@ -81,6 +81,14 @@ def test_a_replaced_forward_is_left_alone(faster):
     assert layer(5) == 5
 
 
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (1, 1, 4)])
+def test_a_single_row_goes_the_ordinary_way(faster, calls, shape):
+    layer = torch.nn.Linear(4, 4)
+    with torch.no_grad(), fast_cpu_linears(layer):
+        assert layer(torch.ones(shape)).shape == shape
+    assert not calls
+
+
 def test_autocast_goes_the_ordinary_way(faster, calls):
     layer = torch.nn.Linear(4, 4)
     with (
@@ -92,14 +100,27 @@ def test_autocast_goes_the_ordinary_way(faster, calls):
     assert not calls
 
 
-def test_without_the_operator(monkeypatch):
-    def missing(*_):
-        raise AttributeError("no such operator")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (2, 0, 8)])
+def test_shapes_are_those_of_a_linear_layer(faster, calls, shape, bias):
+    layer = torch.nn.Linear(8, 5, bias=bias)
+    x = torch.randn(shape)
+    with torch.no_grad():
+        expected = layer(x)
+        with fast_cpu_linears(layer):
+            got = layer(x)
+    assert calls
+    torch.testing.assert_close(got, expected)
 
-    monkeypatch.setattr(cpu_linear, "_onednn", missing)
-    monkeypatch.setattr(cpu_linear, "processor", lambda: ("AuthenticAMD", 26))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert linear_backend.__wrapped__() == "torch"
+
+def test_a_transposed_weight_is_read_as_it_lies(faster, calls):
+    layer = torch.nn.Linear(8, 5)
+    layer.weight.data = torch.randn(8, 5).T
+    x = torch.randn(4, 8)
+    with torch.no_grad(), fast_cpu_linears(layer):
+        got = layer(x)
+    assert calls
+    torch.testing.assert_close(got, x @ layer.weight.T + layer.bias)
 
 
 @pytest.mark.parametrize(

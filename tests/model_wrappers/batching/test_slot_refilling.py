@@ -24,6 +24,7 @@ from lm_eval_pruned.model_wrappers.batching import (
     slot_refilling,
     slot_table,
 )
+from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.batching.slot_table import (
     SlotJob,
     SlotTable,
@@ -375,6 +376,30 @@ def test_out_of_memory_backs_off(pair, monkeypatch, caplog):
     assert refilled._most_slots == 2
 
 
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_no_request_is_lost_where_a_copy_runs_out_of_memory(pair, monkeypatch, failing):
+    """Prompts that begin alike are copied; so are answers that move up as others end."""
+    plain, _ = pair
+    refilled = make(PrefixHFLM, plain.model, 4)
+    assert refilled._can_refill()
+    copy = slot_cache.SlotCache.copy
+    copies = 0
+
+    def short_of_memory(*arguments):
+        nonlocal copies
+        copies += 1
+        if copies == failing:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
+        copy(*arguments)
+
+    monkeypatch.setattr(slot_cache.SlotCache, "copy", short_of_memory)
+    stem = "The same examples in front of each question. "
+    pairs = [(stem + c, {"max_gen_toks": n}) for n, c in enumerate("abcdefg", 1)]
+    assert generate(refilled, pairs) == generate(plain, pairs)
+    assert copies > failing
+    assert path_of(refilled).requests == {"slots": len(pairs)}
+
+
 def test_another_error_is_not_taken_for_lack_of_memory(pair, monkeypatch):
     refilled = make(PrefixHFLM, pair[0].model)
     assert refilled._can_refill()
@@ -487,7 +512,7 @@ def test_models_that_see_what_follows_are_refused(dtype, model_type):
     config = shrunk(model_type)
     config.is_decoder = False
     lm = make(PrefixHFLM, tiny_model(config).to(dtype))
-    assert lm._jobs(instances(prompts())) == []
+    assert lm._jobs(instances(prompts()))[0] == []
     assert not lm.slot_refilling
     assert "logits change with them" in lm._refilling_complaints[0]
 
@@ -532,7 +557,7 @@ def test_an_adapter_with_virtual_tokens_does_not():
         peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     )
     lm = make(PrefixHFLM, model)
-    assert lm._jobs(instances(prompts())) == []
+    assert lm._jobs(instances(prompts()))[0] == []
     assert "virtual tokens" in lm._refilling_complaints[0]
 
 
@@ -585,6 +610,20 @@ def test_what_answered_is_recorded():
     # Nobody counts what HFLM computes here.
     assert info["tokens_computed"]["plain"] is None
     assert info["reasons"] == ["do_sample is asked for"]
+
+
+def test_each_request_has_its_own_reason():
+    lm = make(PrefixHFLM, tiny(), 2)
+    sampled = prompts(do_sample=True, temperature=1.0)
+    generate(lm, [*sampled[:2], *prompts()[2:4], *prompts(num_beams=2)[:1]])
+    assert path_of(lm).by_reason == {
+        "do_sample is asked for": 2,
+        "num_beams=2 is asked for": 1,
+    }
+    # What was logged in an earlier evaluation is no reason in the next.
+    lm.answer_paths = AnswerPaths()
+    generate(lm, prompts(num_beams=2)[:3])
+    assert path_of(lm).by_reason == {"num_beams=2 is asked for": 3}
 
 
 def test_the_plain_path_is_recorded_with_the_tokens_that_are_counted():
