@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.plan import PrunePlan
 from lm_eval_pruned.pruning.sizes import DenseShape, dense_shape
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -170,16 +171,22 @@ def _rows_of_shape(
 
 def as_table(rows: list[PlanRow]) -> str:
     """Return the rows as a Markdown table."""
-    lines = [
-        "|asked|intermediate size|expansion ratio|parameters|reduction|checkpoint bytes|",
-        "|-----|----------------:|--------------:|---------:|--------:|---------------:|",
-    ]
-    lines += [
-        f"|{row.asked}|{row.intermediate_size:,}|{row.expansion_ratio:.4f}|{row.parameters:,}"
-        f"|{row.reduction:.2%}|{row.checkpoint_bytes:,}|"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+    table = markdown_table(
+        ["asked", "intermediate size", "expansion ratio", "parameters", "reduction"]
+        + ["checkpoint bytes"],
+        [
+            [
+                row.asked,
+                f"{row.intermediate_size:,}",
+                f"{row.expansion_ratio:.4f}",
+                f"{row.parameters:,}",
+                f"{row.reduction:.2%}",
+                f"{row.checkpoint_bytes:,}",
+            ]
+            for row in rows
+        ],
+    )
+    return table + "\n"
 
 
 def as_csv(rows: list[PlanRow]) -> str:

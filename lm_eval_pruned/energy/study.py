@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.energy.monitor import joules_from_kwh
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 
 #: codecarbon's constants for a processor it does not know (half of 85 W) and for memory.
 CPU_WATTS, RAM_WATTS = 42.5, 20.0
-_COLUMNS = (
-    "pruned|output tokens per prompt|ms to last token|tokens/s|J per token, gross"
-    "|net of idle|GPU|J per prompt, gross"
-)
 
 
 @dataclass(frozen=True)
@@ -242,23 +239,33 @@ def _paragraph(text: str) -> str:
 
 
 def _table(runs: list[Run], workload: str) -> str:
-    lines = [f"|{_COLUMNS}|", "|" + "--:|" * (_COLUMNS.count("|") + 1)]
+    rows = []
     for percent in sorted({run.percent for run in runs}):
         f = figures(runs, workload, percent)
-        lines.append(
-            f"|{percent} %|{f['tokens_per_prompt']:.1f}|{f['ms']:.0f}|{f['tokens_per_second']:.1f}"
-            f"|{f['gross']:.2f}|{f['net']:.3f}|{f['gpu']:.2f}|{f['joules_per_prompt']:.1f}|"
+        rows.append(
+            [
+                f"{percent} %",
+                f"{f['tokens_per_prompt']:.1f}",
+                f"{f['ms']:.0f}",
+                f"{f['tokens_per_second']:.1f}",
+                f"{f['gross']:.2f}",
+                f"{f['net']:.3f}",
+                f"{f['gpu']:.2f}",
+                f"{f['joules_per_prompt']:.1f}",
+            ]
         )
-    return "\n".join(lines)
+    columns = ["pruned", "output tokens per prompt", "ms to last token", "tokens/s"]
+    columns += ["J per token, gross", "net of idle", "GPU", "J per prompt, gross"]
+    return markdown_table(columns, rows, "r" * len(columns))
 
 
 def _changes(runs: list[Run]) -> str:
-    columns = ("published", "net", "gross", "gpu")
-    lines = [
-        "|60 % pruned against 0 %, J per token|published|net of idle|gross|GPU|",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for workload in sorted({run.workload for run in runs}):
-        cells = [f"{change(runs, workload, key):+.1f} %" for key in columns]
-        lines.append(f"|{workload}|" + "|".join(cells) + "|")
-    return "\n".join(lines)
+    keys = ("published", "net", "gross", "gpu")
+    return markdown_table(
+        ["60 % pruned against 0 %, J per token"]
+        + ["published", "net of idle", "gross", "GPU"],
+        [
+            [workload, *(f"{change(runs, workload, key):+.1f} %" for key in keys)]
+            for workload in sorted({run.workload for run in runs})
+        ],
+    )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.energy.monitor import COMPONENTS
 from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -57,11 +58,22 @@ def as_markdown(profile: Profile) -> str:
     chunks = [
         f"# Profile of {request['pretrained']}",
         _setting(profile),
-        _table(
-            "model|intermediate size|expansion ratio|parameters|model MiB",
+        markdown_table(
             [
-                f"{m.name}|{m.intermediate_size:,}|{m.expansion_ratio:.4f}|{m.parameters:,}|"
-                + _number(m.model_bytes, "{:,.1f}", 1 / 2**20)
+                "model",
+                "intermediate size",
+                "expansion ratio",
+                "parameters",
+                "model MiB",
+            ],
+            [
+                [
+                    m.name,
+                    f"{m.intermediate_size:,}",
+                    f"{m.expansion_ratio:.4f}",
+                    f"{m.parameters:,}",
+                    _number(m.model_bytes, "{:,.1f}", 1 / 2**20),
+                ]
                 for m in profile.models
             ],
         ),
@@ -115,30 +127,26 @@ def _setting(profile: Profile) -> str:
 
 
 def _main_table(cells: list[Cell]) -> str:
-    columns = (
-        "model|output tokens per prompt|first token ms|ms per output token|end to end s"
-        "|prefill tokens/s|decode tokens/s|J per prompt token|J per decode token"
-        "|J per output token|peak device MiB|peak host MiB"
-    )
-    return _table(
-        columns,
+    return markdown_table(
+        ["model", "output tokens per prompt", "first token ms", "ms per output token"]
+        + ["end to end s", "prefill tokens/s", "decode tokens/s", "J per prompt token"]
+        + ["J per decode token", "J per output token"]
+        + ["peak device MiB", "peak host MiB"],
         [
-            "|".join(
-                [
-                    cell.model,
-                    f"{cell.mean_output_tokens:.1f}",
-                    f"{1000 * cell.seconds_to_first_token.mean:.1f}",
-                    _number(_mean(cell.seconds_per_output_token), "{:.2f}", 1000),
-                    f"{cell.seconds_end_to_end.mean:.3f}",
-                    _estimate(cell.prefill_tokens_per_second, "{:.1f}"),
-                    _estimate(cell.decode_tokens_per_second, "{:.1f}"),
-                    _estimate(cell.joules_per_prompt_token, "{:.4f}"),
-                    _estimate(cell.joules_per_decode_token, "{:.3f}"),
-                    _estimate(cell.joules_per_output_token, "{:.3f}"),
-                    _number(cell.peak_device_bytes, "{:,.0f}", 1 / 2**20),
-                    _number(cell.peak_host_bytes, "{:,.0f}", 1 / 2**20),
-                ]
-            )
+            [
+                cell.model,
+                f"{cell.mean_output_tokens:.1f}",
+                f"{1000 * cell.seconds_to_first_token.mean:.1f}",
+                _number(_mean(cell.seconds_per_output_token), "{:.2f}", 1000),
+                f"{cell.seconds_end_to_end.mean:.3f}",
+                _estimate(cell.prefill_tokens_per_second, "{:.1f}"),
+                _estimate(cell.decode_tokens_per_second, "{:.1f}"),
+                _estimate(cell.joules_per_prompt_token, "{:.4f}"),
+                _estimate(cell.joules_per_decode_token, "{:.3f}"),
+                _estimate(cell.joules_per_output_token, "{:.3f}"),
+                _number(cell.peak_device_bytes, "{:,.0f}", 1 / 2**20),
+                _number(cell.peak_host_bytes, "{:,.0f}", 1 / 2**20),
+            ]
             for cell in cells
         ],
     )
@@ -154,12 +162,20 @@ def _delta_table(cells: list[Cell]) -> str:
                 else f"{change.low:+.1f} % to {change.high:+.1f} %"
             )
             rows.append(
-                f"{cell.model}|{metric.replace('_', ' ')}|{change.percent:+.1f} %|{interval}"
-                f"|{change.verdict}"
+                [
+                    cell.model,
+                    metric.replace("_", " "),
+                    f"{change.percent:+.1f} %",
+                    interval,
+                    change.verdict,
+                ]
             )
     if not rows:
         return ""
-    return _table("model|against the baseline|difference|95 % interval|verdict", rows)
+    return markdown_table(
+        ["model", "against the baseline", "difference", "95 % interval", "verdict"],
+        rows,
+    )
 
 
 def _spread_table(cells: list[Cell]) -> str:
@@ -172,16 +188,10 @@ def _spread_table(cells: list[Cell]) -> str:
         ):
             if spread is not None:
                 figures = (spread.mean, spread.sd, spread.p50, spread.p90, spread.p99)
-                rows.append(
-                    f"{cell.model}|{name}|{spread.n}|"
-                    + "|".join(_number(figure, "{:.2f}", 1000) for figure in figures)
-                )
-    return _table("model|latency, ms|batches|mean|sd|p50|p90|p99", rows)
-
-
-def _table(columns: str, rows: list[str]) -> str:
-    rule = "|---" + "|--:" * columns.count("|") + "|"
-    return "\n".join([f"|{columns}|", rule, *(f"|{row}|" for row in rows)])
+                cells_of = (_number(figure, "{:.2f}", 1000) for figure in figures)
+                rows.append([cell.model, name, spread.n, *cells_of])
+    columns = ["model", "latency, ms", "batches", "mean", "sd", "p50", "p90", "p99"]
+    return markdown_table(columns, rows)
 
 
 def _mean(spread: Distribution | None) -> float | None:

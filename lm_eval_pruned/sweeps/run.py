@@ -11,6 +11,7 @@ import gc
 import logging
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from lm_eval_pruned.sweeps.runner import (
     unit_key,
 )
 from lm_eval_pruned.util.progress import Progress
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -195,28 +197,30 @@ def _plan_table(
     prints: dict[tuple[str, str], str],
 ) -> str:
     done, failed, waiting = _sort(units, folder, prints, retry_failed=False)
-    lines = [
-        "|configuration|kept width|expansion ratio|parameters|reduction|done|failed|to run|",
-        "|-------------|---------:|--------------:|---------:|--------:|---:|-----:|-----:|",
+    counts = [
+        Counter(configuration.id for configuration, _ in part)
+        for part in ([unit for unit, _ in done], failed, waiting)
     ]
-    for each in sweep.configurations:
-        counts = [
-            sum(configuration.id == each.id for configuration, _ in part)
-            for part in ([unit for unit, _ in done], failed, waiting)
-        ]
-        lines.append(
-            f"|{each.id}|{each.kept_width:,}|{each.expansion_ratio:.4f}|{each.parameters:,}"
-            f"|{each.reduction:.2%}|{counts[0]}|{counts[1]}|{counts[2]}|"
-        )
-    lines += [
-        "",
-        f"Tasks: {', '.join(task.name for task in sweep.tasks)}",
-    ]
-    lines.append(
-        f"Units: {len(units)}, {len(done)} done, {len(failed)} failed, "
-        f"{len(waiting)} to run, in {folder.path}"
+    table = markdown_table(
+        ["configuration", "kept width", "expansion ratio", "parameters", "reduction"]
+        + ["done", "failed", "to run"],
+        [
+            [
+                each.id,
+                f"{each.kept_width:,}",
+                f"{each.expansion_ratio:.4f}",
+                f"{each.parameters:,}",
+                f"{each.reduction:.2%}",
+                *(count[each.id] for count in counts),
+            ]
+            for each in sweep.configurations
+        ],
     )
-    return "\n".join(lines) + "\n"
+    return (
+        f"{table}\n\nTasks: {', '.join(task.name for task in sweep.tasks)}\n"
+        f"Units: {len(units)}, {len(done)} done, {len(failed)} failed, "
+        f"{len(waiting)} to run, in {folder.path}\n"
+    )
 
 
 def _free_memory() -> None:

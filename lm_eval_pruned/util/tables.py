@@ -13,14 +13,20 @@ _RULES = {"l": "---", "r": "---:"}
 
 
 def markdown_table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], align: str
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    align: str | None = None,
+    *,
+    padded: bool = False,
 ) -> str:
     r"""Return a Markdown table; no cell can end early or break its row.
 
     Args:
         columns: Names of the columns, n of them.
         rows: Rows of n cells each, which are written with ``str``.
-        align: One letter for each column: ``l`` for words, ``r`` for numbers.
+        align: One letter for each column: ``l`` for words, ``r`` for numbers. By
+            default words in the first column, numbers in the others.
+        padded: Make the cells of a column equally wide, for readers of a terminal.
 
     Raises:
         ValueError: `align` or a row has another length than `columns`, or `align` another
@@ -32,6 +38,7 @@ def markdown_table(
         |---|---:|
         |a\|b|0.5|
     """
+    align = "l".ljust(len(columns), "r") if align is None else align
     if not set(align) <= _RULES.keys():
         raise ValueError(f"align={align!r} has other letters than {', '.join(_RULES)}.")
     lines = [[_cell(cell) for cell in row] for row in (columns, *rows)]
@@ -40,6 +47,13 @@ def markdown_table(
         if len(line) != len(columns):
             what = "align" if number == 1 else f"row {number - 1}"
             raise ValueError(f"{what} is for {len(line)} columns of {len(columns)}.")
+    if padded:
+        for column, letter in enumerate(align):
+            width = max(len(line[column]) for line in lines)
+            for number, line in enumerate(lines):
+                fill = "-" if number == 1 else " "
+                pad = line[column].ljust if letter == "l" else line[column].rjust
+                line[column] = pad(width, fill)
     return "\n".join(f"|{'|'.join(line)}|" for line in lines)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,37 @@ def test_a_table():
     assert markdown_table(["task", "n"], [["a", 1], ["b", 20]], "lr") == (
         "|task|n|\n|---|---:|\n|a|1|\n|b|20|"
     )
+
+
+def test_words_come_first_unless_something_else_is_said():
+    rows = [["a", 1, 2]]
+    table = markdown_table(["task", "n", "m"], rows)
+    assert table == markdown_table(["task", "n", "m"], rows, "lrr")
+    assert table != markdown_table(["task", "n", "m"], rows, "llr")
+
+
+def test_a_padded_table_lines_up():
+    assert markdown_table(
+        ["task", "n"], [["a|b", 1], ["b", 20_000]], padded=True
+    ).splitlines() == [
+        "|task|    n|",
+        "|----|----:|",
+        r"|a\|b|    1|",
+        "|b   |20000|",
+    ]
+
+
+def test_nothing_else_writes_tables():
+    root = Path(__file__).resolve().parents[1]
+    folders = ("lm_eval_pruned", "model_wrappers", "tasks", "benchmarks", "docs")
+    files = [file for folder in folders for file in (root / folder).rglob("*.py")]
+    assert len(files) > 100
+    by_hand = {
+        file.relative_to(root).as_posix()
+        for file in files
+        if re.search(r"\| ?:?--", file.read_text(encoding="utf-8"))
+    }
+    assert by_hand == {"lm_eval_pruned/util/tables.py"}
 
 
 @pytest.mark.parametrize("text", ["a|b", "a\nb", "|", "\r\n", "a\\", "a\\|b"])
