@@ -10,13 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter, check_country
-from lm_eval_pruned.energy.monitor import (
-    EnergyMonitor,
-    EnergyReading,
-    Joules,
-    add_up,
-    scale_idle,
-)
+from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.readings import EnergyReading, Joules, add_up, scale_idle
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_share import (
     Share,

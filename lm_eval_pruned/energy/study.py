@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.energy.monitor import joules_from_kwh
+from lm_eval_pruned.energy.readings import joules_from_kwh
 from lm_eval_pruned.util.tables import markdown_table
 
 

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.energy.monitor import EnergyMonitor, EnergyReading
+    from lm_eval_pruned.energy.monitor import EnergyMonitor
+    from lm_eval_pruned.energy.readings import EnergyReading
 
 
 logger = logging.getLogger("lm_eval.pruned.profiling")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.energy.monitor import COMPONENTS
+from lm_eval_pruned.energy.readings import COMPONENTS
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import markdown_table
 
