@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.energy.readings import COMPONENTS
+from lm_eval_pruned.profiling.model import MODES
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -224,50 +226,49 @@ def _draw(
         suffix: ``png`` or ``svg``.
         panels: Label of the vertical axis, and what gives value, low and high of a cell.
     """
-    import io
-
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    from lm_eval_pruned.util.figures import (
+        as_png,
+        as_svg,
+        line_look,
+        over_ratios,
+        style,
+    )
+
     place = {model.name: model.expansion_ratio for model in profile.models}
-    # A fixed salt and no date: the same profile gives the same file.
-    with mpl.rc_context({"svg.hashsalt": "lm-eval-pruned"}):
-        figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-        for axes, (label, value_of) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0],
-            panels.items(),
-            strict=True,
-        ):
-            for size in profile.request["batch_sizes"]:
-                for mode, style in (("fixed", "o-"), ("natural", "s--")):
-                    points = sorted(
-                        (place[cell.model], value)
-                        for cell in profile.cells
-                        if cell.batch_size == size
-                        and cell.mode == mode
-                        and (value := value_of(cell)) is not None
-                    )
-                    if not points:
-                        continue
-                    errors = [
+    lines = list(product(profile.request["batch_sizes"], MODES))
+    with style("lm-eval-pruned"):
+        figure = Figure(figsize=(5.5 * len(panels), 4))
+        columns = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (label, value_of) in zip(columns, panels.items(), strict=True):
+            for number, (size, mode) in enumerate(lines):
+                points = sorted(
+                    (place[cell.model], value)
+                    for cell in profile.cells
+                    if (cell.batch_size, cell.mode) == (size, mode)
+                    and (value := value_of(cell)) is not None
+                )
+                if not points:
+                    continue
+                axes.errorbar(
+                    [x for x, _ in points],
+                    [v for _, (v, _, _) in points],
+                    yerr=[
                         [
-                            max(0.0, v - (v if low is None else low))
+                            0 if low is None else max(0, v - low)
                             for _, (v, low, _) in points
                         ],
                         [
-                            max(0.0, (v if high is None else high) - v)
+                            0 if high is None else max(0, high - v)
                             for _, (v, _, high) in points
                         ],
-                    ]
-                    axes.errorbar(
-                        [x for x, _ in points],
-                        [v for _, (v, _, _) in points],
-                        yerr=errors,
-                        fmt=style,
-                        capsize=3,
-                        label=f"batch size {size}, {mode} length",
-                    )
-            axes.set_xlabel("expansion ratio (intermediate size / hidden size)")
+                    ],
+                    capsize=3,
+                    label=f"batch size {size}, {mode} length",
+                    **line_look(number),
+                )
+            over_ratios(axes, place.values())
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
             if axes.get_legend_handles_labels()[0]:
@@ -276,14 +277,7 @@ def _draw(
                 axes.text(
                     0.5, 0.5, "not measured", ha="center", transform=axes.transAxes
                 )
-        data = io.BytesIO()
-        figure.savefig(
-            data,
-            format=suffix,
-            dpi=150,
-            metadata={"Date": None} if suffix == "svg" else None,
-        )
-    return data.getvalue()
+        return as_svg(figure).encode() if suffix == "svg" else as_png(figure)
 
 
 def _of(
