@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.analysis.report_page import (
-    Cell,
-    Section,
-    Table,
-    as_mapping,
-    finite_or_none,
-    number_text,
-    run_label,
-)
+from lm_eval_pruned.analysis.report_page import Section, Table, number_text, run_label
+from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import is_perplexity, primary_metrics, series_of
 
 
@@ -139,7 +132,7 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
     """What the meter logged, by configuration and kind of request."""
     from lm_eval_pruned.analysis.plots import Line, is_drawable, lines_plot
 
-    rows: list[list[Cell]] = []
+    rows: list[list[str]] = []
     kinds: set[str] = set()
     notes: dict[str, None] = {}
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -161,13 +154,13 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
                 latency = 1000 * seconds / generated if seconds and generated else None
                 rows.append(
                     [
-                        Cell(run_label(run)),
-                        Cell(tasks),
-                        Cell(kind),
-                        Cell(number_text(seconds, ",.1f")),
-                        Cell(number_text(joules, ",.1f")),
-                        Cell(number_text(per_token, ".4g")),
-                        Cell(number_text(latency, ".4g")),
+                        run_label(run),
+                        tasks,
+                        kind,
+                        number_text(seconds, ",.1f"),
+                        number_text(joules, ",.1f"),
+                        number_text(per_token, ".4g"),
+                        number_text(latency, ".4g"),
                     ]
                 )
                 for what, value in (("energy", per_token), ("latency", latency)):

@@ -66,7 +66,7 @@ def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         if section.table is not None:
             table = section.table
             columns = [_not_html(name) for name in table.columns]
-            rows = [[_not_html(cell.text) for cell in row] for row in table.rows]
+            rows = [[_not_html(cell.text) for cell in row] for row in table.cells()]
             align = "l" * table.text + "r" * (len(columns) - table.text)
             lines += ["", markdown_table(columns, rows, align)]
         for plot in section.plots:

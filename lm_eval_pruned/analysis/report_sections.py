@@ -12,11 +12,10 @@ from lm_eval_pruned.analysis.report_page import (
     Cell,
     Section,
     Table,
-    as_mapping,
-    finite_or_none,
     number_text,
     run_label,
 )
+from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import primary_metrics, scale_name
 
 
@@ -32,7 +31,7 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
     """All scores, with marks where the difference to the unpruned model is significant."""
     found = {(row.run, row.task, row.metric): row for row in comparison.rows}
     runs = sorted(others, key=lambda run: (_series(run), -(run.expansion_ratio or 0)))
-    rows = []
+    rows: list[list[Cell | str]] = []
     shown = base.tasks(subtasks=False)
     primary = primary_metrics([base]) + [
         (row.task, row.metric) for row in comparison.rows if row.primary
@@ -43,10 +42,14 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
         score = base.scores[task, metric]
         arrow = _arrow(score.higher_is_better)
         dagger = "" if (task, metric) in primary else " \u2020"
-        cells = [Cell(task), Cell(f"{metric.removesuffix(',none')} {arrow}{dagger}")]
-        cells.append(Cell(_score(score.value)))
-        cells += [_score_cell(found.get((run.name, task, metric))) for run in runs]
-        rows.append(cells)
+        rows.append(
+            [
+                task,
+                f"{metric.removesuffix(',none')} {arrow}{dagger}",
+                _score(score.value),
+                *(_score_cell(found.get((run.name, task, metric))) for run in runs),
+            ]
+        )
     columns = ["task", "metric", run_label(base)] + [run_label(run) for run in runs]
     tests = sorted({row.method for row in comparison.rows})
     tested = sum(row.q is not None for row in comparison.rows)
@@ -72,20 +75,18 @@ def trends_section(comparison: Comparison) -> Section | None:
     """The slope of each task over the expansion ratios."""
     if not comparison.trends:
         return None
-    rows = [
+    rows: list[list[Cell | str]] = [
         [
-            Cell(each.series),
-            Cell(each.task),
-            Cell(scale_name(each.metric)),
-            Cell(str(each.trend.n)),
+            each.series,
+            each.task,
+            scale_name(each.metric),
+            str(each.trend.n),
             Cell(number_text(each.trend.slope, "+.4f"), note=each.trend.method),
-            Cell(
-                "-"
-                if each.trend.low is None or each.trend.high is None
-                else f"[{each.trend.low:+.4f}, {each.trend.high:+.4f}]"
-            ),
-            Cell(p_text(each.trend.p)),
-            Cell("not tested" if each.q is None else p_text(each.q)),
+            "-"
+            if each.trend.low is None or each.trend.high is None
+            else f"[{each.trend.low:+.4f}, {each.trend.high:+.4f}]",
+            p_text(each.trend.p),
+            "not tested" if each.q is None else p_text(each.q),
         ]
         for each in comparison.trends
     ]
@@ -120,20 +121,16 @@ def configurations_section(runs: Sequence[Run]) -> Section:
         asked = as_mapping(pruning.get("asked"))
         rows.append(
             [
-                Cell(run.name),
-                Cell(
-                    ", ".join(f"{key}={value}" for key, value in asked.items()) or "-"
+                run.name,
+                ", ".join(f"{key}={value}" for key, value in asked.items()) or "-",
+                _series(run) if not run.is_baseline else "-",
+                number_text(
+                    finite_or_none(pruning.get("intermediate_size_after")), ",.0f"
                 ),
-                Cell(_series(run) if not run.is_baseline else "-"),
-                Cell(
-                    number_text(
-                        finite_or_none(pruning.get("intermediate_size_after")), ",.0f"
-                    )
-                ),
-                Cell(number_text(run.expansion_ratio, ".4f")),
-                Cell(number_text(after, ",.0f")),
-                Cell("-" if not before or not after else f"{1 - after / before:.1%}"),
-                Cell(str(pruning.get("kept_digest") or "-")[:12]),
+                number_text(run.expansion_ratio, ".4f"),
+                number_text(after, ",.0f"),
+                "-" if not before or not after else f"{1 - after / before:.1%}",
+                str(pruning.get("kept_digest") or "-")[:12],
             ]
         )
     return Section(
@@ -170,7 +167,7 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
             for name in ("random", "numpy", "torch", "fewshot")
         ],
     }
-    rows = [[Cell(name), Cell(_fact(value))] for name, value in facts.items()]
+    rows = [[name, _fact(value)] for name, value in facts.items()]
     return Section(
         "To repeat this",
         [
