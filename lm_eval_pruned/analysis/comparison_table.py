@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from dataclasses import asdict
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
 from lm_eval_pruned.analysis.series import scale_name
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
 if TYPE_CHECKING:
@@ -132,13 +130,7 @@ def _correlations(pairs: Sequence[TaskCorrelation], confidence: str) -> str:
 
 def as_csv(comparison: Comparison) -> str:
     """Return the table of differences as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(Difference.__dataclass_fields__), lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in comparison.rows)
-    return text.getvalue()
+    return csv_table(Difference.__dataclass_fields__, map(asdict, comparison.rows))
 
 
 def as_json(comparison: Comparison) -> str:

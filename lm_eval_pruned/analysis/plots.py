@@ -5,7 +5,6 @@ Needs matplotlib (the extra ``report``).
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -194,8 +193,3 @@ def _inline(svg: str, name: str) -> str:
         svg,
         count=1,
     )
-
-
-def is_drawable(value: float | None) -> bool:
-    """Whether a value can be a point."""
-    return value is not None and math.isfinite(value)

@@ -24,7 +24,7 @@ def capabilities_section(
     base: Run, runs: Sequence[Run], comparison: Comparison
 ) -> Section | None:
     """Each task as a share of the unpruned model's score."""
-    from lm_eval_pruned.analysis.plots import Line, is_drawable, lines_plot
+    from lm_eval_pruned.analysis.plots import Line, lines_plot
 
     found = {(row.run, row.task, row.metric): row for row in comparison.rows}
     plots, notes = [], []
@@ -39,8 +39,8 @@ def capabilities_section(
                 row = found.get((run.name, task, metric))
                 if score is None:
                     continue
-                share = _share(baseline.value, score.value, falls)
-                if share is not None and is_drawable(share):
+                share = finite_or_none(_share(baseline.value, score.value, falls))
+                if share is not None:
                     points.append((run.expansion_ratio, 100 * share, _significant(row)))
             label = f"{task} ({metric.split(',')[0]}{', inverted' if falls else ''})"
             if len(points) > 1:
@@ -130,7 +130,7 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
 
 def energy_section(runs: Sequence[Run]) -> Section | None:
     """What the meter logged, by configuration and kind of request."""
-    from lm_eval_pruned.analysis.plots import Line, is_drawable, lines_plot
+    from lm_eval_pruned.analysis.plots import Line, lines_plot
 
     rows: list[list[str]] = []
     kinds: set[str] = set()
@@ -164,9 +164,9 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
                     ]
                 )
                 for what, value in (("energy", per_token), ("latency", latency)):
-                    if is_drawable(value) and run.expansion_ratio is not None:
+                    if value is not None and run.expansion_ratio is not None:
                         curves.setdefault((what, f"{tasks}, {kind}"), []).append(
-                            (run.expansion_ratio, value or 0.0)
+                            (run.expansion_ratio, value)
                         )
     if not rows:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.comparison_table import p_text
@@ -16,7 +16,7 @@ from lm_eval_pruned.analysis.report_page import (
     run_label,
 )
 from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
-from lm_eval_pruned.analysis.series import primary_metrics, scale_name
+from lm_eval_pruned.analysis.series import primary_metrics, scale_name, series_name
 
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> Section:
     """All scores, with marks where the difference to the unpruned model is significant."""
     found = {(row.run, row.task, row.metric): row for row in comparison.rows}
-    runs = sorted(others, key=lambda run: (_series(run), -(run.expansion_ratio or 0)))
+    runs = sorted(
+        others, key=lambda run: (series_name(run), -(run.expansion_ratio or 0))
+    )
     rows: list[list[Cell | str]] = []
     shown = base.tasks(subtasks=False)
     primary = primary_metrics([base]) + [
@@ -123,7 +125,7 @@ def configurations_section(runs: Sequence[Run]) -> Section:
             [
                 run.name,
                 ", ".join(f"{key}={value}" for key, value in asked.items()) or "-",
-                _series(run) if not run.is_baseline else "-",
+                series_name(run) if not run.is_baseline else "-",
                 number_text(
                     finite_or_none(pruning.get("intermediate_size_after")), ",.0f"
                 ),
@@ -151,7 +153,7 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
     facts: dict[str, Any] = {
         "lm-eval": base.environment.get("lm_eval_version"),
         "transformers": base.environment.get("transformers_version"),
-        "lm-eval-pruned (this report)": _own_version(),
+        "lm-eval-pruned (this report)": version("lm-eval-pruned"),
         "model": config.get("model"),
         "model arguments of the unpruned model": config.get("model_args"),
         "model revision": config.get("model_sha") or config.get("model_revision"),
@@ -228,18 +230,6 @@ def _score_cell(row: Difference | None) -> Cell:
     mark = row.verdict if row.verdict in ("better", "worse") else ""
     text = f"{_score(row.score)} {marks.get(row.verdict, '')}".rstrip()
     return Cell(text, mark, f"{', '.join(parts)}; {row.method}; {row.verdict}")
-
-
-def _series(run: Run) -> str:
-    name = str(run.pruning.get("criterion") or "-")
-    return f"{name}, seed {run.pruning['seed']}" if "seed" in run.pruning else name
-
-
-def _own_version() -> str:
-    try:
-        return version("lm-eval-pruned")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _fact(value: Any) -> str:

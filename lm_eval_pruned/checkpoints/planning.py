@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.plan import PrunePlan
 from lm_eval_pruned.pruning.sizes import DenseShape, dense_shape
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
 if TYPE_CHECKING:
@@ -191,13 +189,7 @@ def as_table(rows: list[PlanRow]) -> str:
 
 def as_csv(rows: list[PlanRow]) -> str:
     """Return the rows as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(PlanRow.__dataclass_fields__), lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return text.getvalue()
+    return csv_table(PlanRow.__dataclass_fields__, map(asdict, rows))
 
 
 def as_json(rows: list[PlanRow]) -> str:

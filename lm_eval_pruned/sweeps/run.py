@@ -7,7 +7,6 @@ are missing: here, or through `ray` on a cluster; `runner` runs one.
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import tempfile
 import time
@@ -165,7 +164,9 @@ def _attempt(
         error = describe_error(failure)
     error = ranks.first_error(error)
     if error is not None:
-        _free_memory()
+        from accelerate.utils import release_memory
+
+        release_memory()
     return time.perf_counter() - start if seconds is None else seconds, error
 
 
@@ -221,11 +222,3 @@ def _plan_table(
         f"Units: {len(units)}, {len(done)} done, {len(failed)} failed, "
         f"{len(waiting)} to run, in {folder.path}\n"
     )
-
-
-def _free_memory() -> None:
-    gc.collect()
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import glob
 import json
 import logging
@@ -90,11 +89,9 @@ class UnitRunner:
     def release(self) -> None:
         """Free the model's memory."""
         self._lm = self.holds = self._load_error = None
-        gc.collect()
-        import torch
+        from accelerate.utils import release_memory
 
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
     def _model(self, configuration: Configuration) -> LM:
         if self.holds != configuration.id:

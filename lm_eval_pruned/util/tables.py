@@ -1,13 +1,15 @@
-"""Markdown tables."""
+"""Tables in Markdown and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 _RULES = {"l": "---", "r": "---:"}
 
@@ -55,6 +57,15 @@ def markdown_table(
                 pad = line[column].ljust if letter == "l" else line[column].rjust
                 line[column] = pad(width, fill)
     return "\n".join(f"|{'|'.join(line)}|" for line in lines)
+
+
+def csv_table(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows by the names of their columns as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _cell(value: object) -> str:

@@ -315,7 +315,10 @@ def test_a_sweep_folder(tmp_path):
     assert sweep.runs[1].tasks() == ["if", "tf"]
     assert sweep.runs[1].environment["n-shot"] == {"if": 0, "tf": 0}
     assert sweep.failures == (sweep_results.Failure("p40", "tf", "out of memory"),)
-    assert [run.name for run in sweep_results.read_runs(tmp_path)] == ["base", "p20"]
+    assert [run.name for run in sweep_results.read_sweep(tmp_path).runs] == [
+        "base",
+        "p20",
+    ]
     assert runs.read_run(tmp_path / "units" / "p20").tasks() == ["if", "tf"]
     with pytest.raises(ResultsError, match="holds several runs"):
         runs.read_run(tmp_path)
