@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm_eval_pruned.energy.readings import COMPONENTS
 from lm_eval_pruned.profiling.model import MODES
@@ -13,7 +13,6 @@ from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from lm_eval_pruned.profiling.model import Cell, Distribution, Estimate, Profile
@@ -37,9 +36,8 @@ def write(profile: Profile, folder: Path) -> list[Path]:
         "profile.md": as_markdown(profile),
     }
     if plots_missing() is None:
-        for name, draw in _PLOTS.items():
-            for suffix in ("png", "svg"):
-                files[f"{name}.{suffix}"] = draw(profile, suffix)
+        for name, suffix in product(_PANELS, ("png", "svg")):
+            files[f"{name}.{suffix}"] = draw(profile, name, suffix)
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in files]
@@ -212,63 +210,70 @@ def _estimate(value: Estimate | None, form: str) -> str:
     return f"{form.format(value.mean)} ± {form.format((value.high - value.low) / 2)}"
 
 
-def _draw(
-    profile: Profile,
-    suffix: str,
-    panels: dict[
-        str, Callable[[Cell], tuple[float, float | None, float | None] | None]
-    ],
-) -> bytes:
-    """Draw panels against expansion ratio, one line per batch size and output length.
+#: By plot and label of a vertical axis, what is drawn and in which multiple of its unit.
+_PANELS = {
+    "latency": {
+        "time to first token, ms": ("seconds_to_first_token", 1000),
+        "time per output token, ms": ("seconds_per_output_token", 1000),
+        "end to end, s": ("seconds_end_to_end", 1),
+    },
+    "throughput": {
+        "prefill tokens/s": ("prefill_tokens_per_second", 1),
+        "decode tokens/s": ("decode_tokens_per_second", 1),
+    },
+    "energy": {
+        "J per prompt token": ("joules_per_prompt_token", 1),
+        "J per decode token": ("joules_per_decode_token", 1),
+        "J per output token": ("joules_per_output_token", 1),
+    },
+}
+
+
+def draw(profile: Profile, plot: str, suffix: str) -> bytes:
+    """Draw against expansion ratio, one line per batch size and output length.
 
     Args:
         profile: The profile.
+        plot: ``latency``, ``throughput`` or ``energy``.
         suffix: ``png`` or ``svg``.
-        panels: Label of the vertical axis, and what gives value, low and high of a cell.
+
+    Returns:
+        The file.
     """
     from matplotlib.figure import Figure
 
-    from lm_eval_pruned.util.figures import (
-        as_png,
-        as_svg,
-        line_look,
-        over_ratios,
-        style,
-    )
+    from lm_eval_pruned.util import figures
 
     place = {model.name: model.expansion_ratio for model in profile.models}
     lines = list(product(profile.request["batch_sizes"], MODES))
-    with style("lm-eval-pruned"):
+    panels = _PANELS[plot]
+    with figures.style("lm-eval-pruned"):
         figure = Figure(figsize=(5.5 * len(panels), 4))
         columns = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (label, value_of) in zip(columns, panels.items(), strict=True):
+        for axes, (label, (metric, scale)) in zip(columns, panels.items(), strict=True):
             for number, (size, mode) in enumerate(lines):
-                points = sorted(
-                    (place[cell.model], value)
+                points = [
+                    (place[cell.model], found)
                     for cell in profile.cells
                     if (cell.batch_size, cell.mode) == (size, mode)
-                    and (value := value_of(cell)) is not None
-                )
+                    and (found := _estimate_of(cell, metric)) is not None
+                ]
                 if not points:
                     continue
+                points.sort(key=lambda point: point[0])
                 axes.errorbar(
-                    [x for x, _ in points],
-                    [v for _, (v, _, _) in points],
+                    [ratio for ratio, _ in points],
+                    [scale * found.mean for _, found in points],
+                    # Ends, where there are any, are as far below the mean as above it.
                     yerr=[
-                        [
-                            0 if low is None else max(0, v - low)
-                            for _, (v, low, _) in points
-                        ],
-                        [
-                            0 if high is None else max(0, high - v)
-                            for _, (v, _, high) in points
-                        ],
+                        0 if found.high is None else scale * (found.high - found.mean)
+                        for _, found in points
                     ],
                     capsize=3,
                     label=f"batch size {size}, {mode} length",
-                    **line_look(number),
+                    **figures.line_look(number),
                 )
-            over_ratios(axes, place.values())
+            figures.over_ratios(axes, place.values())
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
             if axes.get_legend_handles_labels()[0]:
@@ -277,59 +282,13 @@ def _draw(
                 axes.text(
                     0.5, 0.5, "not measured", ha="center", transform=axes.transAxes
                 )
-        return as_svg(figure).encode() if suffix == "svg" else as_png(figure)
+        if suffix == "svg":
+            return figures.as_svg(figure).encode()
+        return figures.as_png(figure)
 
 
-def _of(
-    metric: str,
-) -> Callable[[Cell], tuple[float, float | None, float | None] | None]:
-    def value(cell: Cell) -> tuple[float, float | None, float | None] | None:
-        found: Any = getattr(cell, metric)
-        return None if found is None else (found.mean, found.low, found.high)
-
-    return value
-
-
-def _latency(
-    metric: str, scale: float
-) -> Callable[[Cell], tuple[float, float | None, float | None] | None]:
-    """Give the mean of a latency with the interval of its mean over the repeats."""
-
-    def value(cell: Cell) -> tuple[float, float | None, float | None] | None:
-        found = cell.latency_estimates.get(metric)
-        if found is None:
-            return None
-        ends = (None if end is None else end * scale for end in (found.low, found.high))
-        return (found.mean * scale, *ends)  # type: ignore[return-value]
-
-    return value
-
-
-_PLOTS: dict[str, Callable[[Profile, str], bytes]] = {
-    "latency": lambda profile, suffix: _draw(
-        profile,
-        suffix,
-        {
-            "time to first token, ms": _latency("seconds_to_first_token", 1000),
-            "time per output token, ms": _latency("seconds_per_output_token", 1000),
-            "end to end, s": _latency("seconds_end_to_end", 1),
-        },
-    ),
-    "throughput": lambda profile, suffix: _draw(
-        profile,
-        suffix,
-        {
-            "prefill tokens/s": _of("prefill_tokens_per_second"),
-            "decode tokens/s": _of("decode_tokens_per_second"),
-        },
-    ),
-    "energy": lambda profile, suffix: _draw(
-        profile,
-        suffix,
-        {
-            "J per prompt token": _of("joules_per_prompt_token"),
-            "J per decode token": _of("joules_per_decode_token"),
-            "J per output token": _of("joules_per_output_token"),
-        },
-    ),
-}
+def _estimate_of(cell: Cell, metric: str) -> Estimate | None:
+    """Return the mean over the repeats; the fields of latencies hold that of the batches."""
+    if metric.startswith("seconds"):
+        return cell.latency_estimates.get(metric)
+    return getattr(cell, metric)
