@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lm_eval_pruned.analysis import runs, sweep_results
 from lm_eval_pruned.analysis.results_file import ResultsError
-from lm_eval_pruned.analysis.samples import TRANSFORMS, read_documents
+from lm_eval_pruned.analysis.samples import TRANSFORMS, Documents, read_documents
 from tests.helpers.results_files import DATE, pruning, score_of, write_run, write_sweep
 
 
@@ -394,3 +395,17 @@ def test_what_the_harness_writes(tmp_path):
         assert len(documents.keys) == run.scores[task, metric].documents
         assert None not in documents.prompts
         assert run.scores[task, metric].higher_is_better
+
+
+def test_documents_in_another_order_keep_what_belongs_to_each():
+    keys = tuple(("task", name, 0) for name in "abc")
+    documents = Documents(
+        keys, np.arange(3.0), np.arange(1.0, 4), tuple("xyz"), "mean", tuple("pqr")
+    )
+    other = replace(documents, keys=keys[::-1])
+    turned = documents.in_the_order_of(other)
+    assert turned.keys == other.keys
+    assert turned.values.tolist() == [2, 1, 0]
+    assert turned.weights.tolist() == [3, 2, 1]
+    assert (turned.clusters, turned.prompts) == (tuple("zyx"), tuple("rqp"))
+    assert documents.in_the_order_of(replace(documents, keys=keys[:2])) is None
