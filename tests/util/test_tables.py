@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import csv_table, markdown_table
+from tests.helpers.checkpoints import ROOT
 
 
 def test_a_table():
@@ -33,12 +33,11 @@ def test_a_padded_table_lines_up():
 
 
 def test_nothing_else_writes_tables():
-    root = Path(__file__).resolve().parents[1]
     folders = ("lm_eval_pruned", "model_wrappers", "tasks", "benchmarks", "docs")
-    files = [file for folder in folders for file in (root / folder).rglob("*.py")]
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100
     by_hand = {
-        file.relative_to(root).as_posix()
+        file.relative_to(ROOT).as_posix()
         for file in files
         if re.search(r"\| ?:?--", file.read_text(encoding="utf-8"))
     }
@@ -65,3 +64,8 @@ def test_no_cell_ends_early_or_breaks_its_row(text):
 def test_a_table_that_does_not_fit_is_refused(rows, align, message):
     with pytest.raises(ValueError, match=message):
         markdown_table(["task", "n"], rows, align)
+
+
+def test_csv_quotes_what_would_end_a_cell():
+    rows = [{"task": 'a,"b"', "n": None}, {"n": 1, "task": "c"}]
+    assert csv_table(("task", "n"), rows) == 'task,n\n"a,""b""",\nc,1\n'

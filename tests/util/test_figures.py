@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 
@@ -12,6 +10,7 @@ pytest.importorskip("matplotlib", reason="plots need the extra `report`")
 from matplotlib.figure import Figure
 
 from lm_eval_pruned.util.figures import as_png, as_svg, line_look, over_ratios, style
+from tests.helpers.checkpoints import ROOT
 
 
 def figure_of(name: str) -> Figure:
@@ -42,12 +41,11 @@ def test_no_two_of_many_lines_look_alike():
 
 
 def test_every_figure_is_made_in_this_style():
-    root = Path(__file__).resolve().parents[1]
     folders = ("lm_eval_pruned", "model_wrappers", "tasks", "benchmarks", "docs")
-    files = [file for folder in folders for file in (root / folder).rglob("*.py")]
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100
     own_style = {
-        file.relative_to(root).as_posix()
+        file.relative_to(ROOT).as_posix()
         for file in files
         if any(
             word in file.read_text(encoding="utf-8")
