@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,22 +169,16 @@ def _rows_of_shape(
 
 def as_table(rows: list[PlanRow]) -> str:
     """Return the rows as a Markdown table."""
-    table = markdown_table(
-        ["asked", "intermediate size", "expansion ratio", "parameters", "reduction"]
-        + ["checkpoint bytes"],
-        [
-            [
-                row.asked,
-                f"{row.intermediate_size:,}",
-                f"{row.expansion_ratio:.4f}",
-                f"{row.parameters:,}",
-                f"{row.reduction:.2%}",
-                f"{row.checkpoint_bytes:,}",
-            ]
-            for row in rows
-        ],
-    )
-    return table + "\n"
+    forms = {
+        "asked": "",
+        "intermediate size": ",",
+        "expansion ratio": ".4f",
+        "parameters": ",",
+        "reduction": ".2%",
+        "checkpoint bytes": ",",
+    }
+    cells = [[*map(format, astuple(row), forms.values())] for row in rows]
+    return markdown_table(list(forms), cells) + "\n"
 
 
 def as_csv(rows: list[PlanRow]) -> str:

@@ -239,24 +239,21 @@ def _paragraph(text: str) -> str:
 
 
 def _table(runs: list[Run], workload: str) -> str:
+    columns = {
+        "output tokens per prompt": ("tokens_per_prompt", ".1f"),
+        "ms to last token": ("ms", ".0f"),
+        "tokens/s": ("tokens_per_second", ".1f"),
+        "J per token, gross": ("gross", ".2f"),
+        "net of idle": ("net", ".3f"),
+        "GPU": ("gpu", ".2f"),
+        "J per prompt, gross": ("joules_per_prompt", ".1f"),
+    }
     rows = []
     for percent in sorted({run.percent for run in runs}):
-        f = figures(runs, workload, percent)
-        rows.append(
-            [
-                f"{percent} %",
-                f"{f['tokens_per_prompt']:.1f}",
-                f"{f['ms']:.0f}",
-                f"{f['tokens_per_second']:.1f}",
-                f"{f['gross']:.2f}",
-                f"{f['net']:.3f}",
-                f"{f['gpu']:.2f}",
-                f"{f['joules_per_prompt']:.1f}",
-            ]
-        )
-    columns = ["pruned", "output tokens per prompt", "ms to last token", "tokens/s"]
-    columns += ["J per token, gross", "net of idle", "GPU", "J per prompt, gross"]
-    return markdown_table(columns, rows, "r" * len(columns))
+        found = figures(runs, workload, percent)
+        cells = (format(found[key], form) for key, form in columns.values())
+        rows.append([f"{percent} %", *cells])
+    return markdown_table(["pruned", *columns], rows, "r" * (1 + len(columns)))
 
 
 def _changes(runs: list[Run]) -> str:

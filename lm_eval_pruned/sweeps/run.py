@@ -202,21 +202,14 @@ def _plan_table(
         Counter(configuration.id for configuration, _ in part)
         for part in ([unit for unit, _ in done], failed, waiting)
     ]
-    table = markdown_table(
-        ["configuration", "kept width", "expansion ratio", "parameters", "reduction"]
-        + ["done", "failed", "to run"],
-        [
-            [
-                each.id,
-                f"{each.kept_width:,}",
-                f"{each.expansion_ratio:.4f}",
-                f"{each.parameters:,}",
-                f"{each.reduction:.2%}",
-                *(count[each.id] for count in counts),
-            ]
-            for each in sweep.configurations
-        ],
-    )
+    columns = ["configuration", "kept width", "expansion ratio", "parameters"]
+    columns += ["reduction", "done", "failed", "to run"]
+    rows = []
+    for each in sweep.configurations:
+        size = f"{each.kept_width:,}", f"{each.expansion_ratio:.4f}"
+        left = f"{each.parameters:,}", f"{each.reduction:.2%}"
+        rows.append([each.id, *size, *left, *(count[each.id] for count in counts)])
+    table = markdown_table(columns, rows)
     return (
         f"{table}\n\nTasks: {', '.join(task.name for task in sweep.tasks)}\n"
         f"Units: {len(units)}, {len(done)} done, {len(failed)} failed, "
