@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.analysis.report_page import Section, Table, number_text, run_label
+from lm_eval_pruned.analysis.comparison_table import number_text
+from lm_eval_pruned.analysis.report_page import Section, Table, run_label
 from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import is_perplexity, primary_metrics, series_of
 

@@ -56,8 +56,3 @@ def run_label(run: Run) -> str:
     ratio = run.expansion_ratio
     label = "unpruned, " if run.is_baseline else ""
     return f"{run.name} ({label}{ratio:.2f})" if ratio is not None else run.name
-
-
-def number_text(value: float | None, form: str) -> str:
-    """Return a number in the given format, or a dash."""
-    return "-" if value is None else format(value, form)

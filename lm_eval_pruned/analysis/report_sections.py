@@ -7,14 +7,8 @@ import re
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis.comparison_table import p_text
-from lm_eval_pruned.analysis.report_page import (
-    Cell,
-    Section,
-    Table,
-    number_text,
-    run_label,
-)
+from lm_eval_pruned.analysis.comparison_table import interval_text, number_text, p_text
+from lm_eval_pruned.analysis.report_page import Cell, Section, Table, run_label
 from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import primary_metrics, scale_name, series_name
 
@@ -84,9 +78,7 @@ def trends_section(comparison: Comparison) -> Section | None:
             scale_name(each.metric),
             str(each.trend.n),
             Cell(number_text(each.trend.slope, "+.4f"), note=each.trend.method),
-            "-"
-            if each.trend.low is None or each.trend.high is None
-            else f"[{each.trend.low:+.4f}, {each.trend.high:+.4f}]",
+            interval_text(each.trend.low, each.trend.high, 4),
             p_text(each.trend.p),
             "not tested" if each.q is None else p_text(each.q),
         ]
