@@ -11,6 +11,7 @@ from lm_eval_pruned.analysis.comparison_table import interval_text, number_text,
 from lm_eval_pruned.analysis.report_page import Cell, Section, Table, run_label
 from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import primary_metrics, scale_name, series_name
+from lm_eval_pruned.analysis.settings import setting_of
 
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
     """Versions and settings of the unpruned run, and the definition of the sweep."""
     config = base.config
     facts: dict[str, Any] = {
-        "lm-eval": base.environment.get("lm_eval_version"),
-        "transformers": base.environment.get("transformers_version"),
+        "lm-eval": setting_of(base, "lm_eval_version"),
+        "transformers": setting_of(base, "transformers_version"),
         "lm-eval-pruned (this report)": version("lm-eval-pruned"),
         "model": config.get("model"),
         "model arguments of the unpruned model": config.get("model_args"),
@@ -153,8 +154,8 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
         "device (as asked)": config.get("device"),
         "batch size": config.get("batch_size"),
         "limit": config.get("limit"),
-        "few-shot examples": base.environment.get("n-shot"),
-        "chat template": base.environment.get("chat_template_sha"),
+        "few-shot examples": setting_of(base, "num_fewshot"),
+        "chat template": setting_of(base, "chat_template"),
         "task versions": base.versions,
         "seeds (random, numpy, torch, few-shot)": [
             config.get(f"{name}_seed")

@@ -60,8 +60,6 @@ class Run:
         samples: File of logged samples by task.
         config: The harness's ``config`` section: model, arguments, limit, seeds and,
             for ``pruned-hf``, ``pruning``.
-        environment: What else is needed to repeat the run: versions, number of
-            few-shot examples, chat template hash.
         energy: What was measured beside the scores, by task; empty where nothing was.
         settings: How each task was evaluated; see `settings.settings_of`.
         notes: What was left out of what `path` holds, one sentence each.
@@ -74,7 +72,6 @@ class Run:
     subtasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     samples: Mapping[str, Path] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
     energy: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -236,16 +233,6 @@ def read_results_file(file: Path) -> Run:
         subtasks=subtasks,
         samples=_find_samples(file, leaves),
         config=config,
-        environment={
-            key: data[key]
-            for key in (
-                "n-shot",
-                "chat_template_sha",
-                "lm_eval_version",
-                "transformers_version",
-            )
-            if data.get(key) is not None
-        },
         energy=_energy(config, list(results)),
     )
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}

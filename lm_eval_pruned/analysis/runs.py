@@ -173,18 +173,6 @@ def merged_runs(name: str, path: Path, parts: list[Run]) -> Run:
             merged.update(getattr(part, attribute))
         return merged
 
-    environment = joined("environment")
-    for key in ("lm_eval_version", "transformers_version"):
-        values = {str(part.environment.get(key, "unknown")) for part in parts}
-        if len(values) > 1:
-            environment[key] = ", ".join(sorted(values))
-    shots: dict[str, Any] = {}
-    for part in parts:
-        of_part = part.environment.get("n-shot")
-        if isinstance(of_part, dict):
-            shots.update(of_part)
-    if shots:
-        environment["n-shot"] = shots
     return Run(
         name=name,
         path=path,
@@ -193,7 +181,6 @@ def merged_runs(name: str, path: Path, parts: list[Run]) -> Run:
         subtasks=joined("subtasks"),
         samples=joined("samples"),
         config=parts[-1].config,
-        environment=environment,
         energy=joined("energy"),
         settings=joined("settings"),
     )

@@ -29,14 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         "run `lm_eval --model pruned-hf --model_args ratio=2.0 --tasks ...`.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    plan.add(commands)
-    compare.add(commands)
-    report.add(commands)
-    check.add(commands)
-    sweep.add(commands)
-    profile.add(commands)
-    study_energy.add(commands)
-    prune.add(commands)
+    for command in (plan, compare, report, check, sweep, profile, study_energy, prune):
+        command.add(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
