@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lm_eval_pruned.analysis import statistics
 from lm_eval_pruned.analysis.statistics import PairedTest, paired_difference
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -207,9 +208,9 @@ def line(draw: Draw, units: int, times: int) -> list[str]:
     return [f"{cell:.3f}" for cell in [*cells, (p < ALPHA).mean(), holds.mean()]]
 
 
-def correlations(times: int) -> list[str]:
-    """Return lines on correlations: independent points, and steps of pruning."""
-    lines = []
+def correlations(times: int) -> list[list[Any]]:
+    """Return rows on correlations: independent points, and steps of pruning."""
+    rows: list[list[Any]] = []
     for n in (4, 5, 7, 10):
         for truth in (0.0, 0.8):
             covered = rejected = ranks = 0
@@ -221,10 +222,8 @@ def correlations(times: int) -> list[str]:
                 covered += c.pearson_low <= truth <= c.pearson_high
                 rejected += c.pearson_p < ALPHA
                 ranks += c.spearman_p < ALPHA
-            lines.append(
-                f"| independent, true r = {truth} | {n} | {covered / times:.3f} "
-                f"| {rejected / times:.3f} | {ranks / times:.3f} | |"
-            )
+            shares = [f"{hits / times:.3f}" for hits in (covered, rejected, ranks)]
+            rows.append([f"independent, true r = {truth}", n, *shares, ""])
     for name, shift in (("no trend", 0.0), ("one trend", 0.03)):
         rejected = ranks = both = 0
         for seed in range(times):
@@ -236,16 +235,15 @@ def correlations(times: int) -> list[str]:
             both += (
                 max(statistics.trend(SIZES, each).p for each in (one, other)) < ALPHA
             )
-        lines.append(
-            f"| unrelated tasks over nested sizes, {name} | {len(SIZES)} | "
-            f"| {rejected / times:.3f} | {ranks / times:.3f} | {both / times:.3f} |"
-        )
-    return lines
+        shares = [f"{hits / times:.3f}" for hits in (rejected, ranks, both)]
+        what = f"unrelated tasks over nested sizes, {name}"
+        rows.append([what, len(SIZES), "", *shares])
+    return rows
 
 
-def families(times: int) -> list[str]:
-    """Return lines on tables: how often one null task is marked in any of its metrics."""
-    lines = []
+def families(times: int) -> list[list[Any]]:
+    """Return rows on tables: how often one null task is marked in any of its metrics."""
+    rows: list[list[Any]] = []
     for certain in (0, 5, 18):
         marked = {1: 0, 4: 0}
         for seed in range(times):
@@ -257,10 +255,8 @@ def families(times: int) -> list[str]:
                 family = [*p[:metrics], *[1e-9] * certain]
                 adjusted = statistics.false_discovery_rate(family)[:metrics]
                 marked[metrics] += min(adjusted) < ALPHA  # type: ignore[type-var]
-        lines.append(
-            f"| {certain} | {marked[4] / times:.3f} | {marked[1] / times:.3f} |"
-        )
-    return lines
+        rows.append([certain, *(f"{marked[n] / times:.3f}" for n in (4, 1))])
+    return rows
 
 
 def main() -> None:
@@ -268,21 +264,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=1500, help="tests per line")
     times = parser.parse_args().times
-    print(
-        "| test | data | units | coverage | p < 0.05 | one-sided p < 0.05 "
-        "| power at the smallest detectable | coverage there |"
-    )
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     cells = [(*case[:3], units) for case in CASES for units in case[3]]
-    for name, data, draw, units in tqdm(cells):
-        row = " | ".join(line(draw, units, times))
-        print(f"| {name} | {data} | {units} | {row} |", flush=True)
-    print("\n| points | n | coverage of r | p of r | p of rho | p both |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    print("\n".join(correlations(times)))
-    print("\n| rows that differ for certain | four metrics in the family | one |")
-    print("| ---: | ---: | ---: |")
-    print("\n".join(families(times)))
+    rows = [
+        [name, data, units, *line(draw, units, times)]
+        for name, data, draw, units in tqdm(cells)
+    ]
+    columns = ["test", "data", "units", "coverage", "p < 0.05", "one-sided p < 0.05"]
+    columns += ["power at the smallest detectable", "coverage there"]
+    print(markdown_table(columns, rows, "llrrrrrr"))
+    columns = ["points", "n", "coverage of r", "p of r", "p of rho", "p both"]
+    print("\n" + markdown_table(columns, correlations(times)))
+    columns = ["rows that differ for certain", "four metrics in the family", "one"]
+    print("\n" + markdown_table(columns, families(times), "rrr"))
 
 
 if __name__ == "__main__":

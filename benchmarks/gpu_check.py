@@ -46,7 +46,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from prune_on_load import LLAMA_3_2_1B
-from reporting import Side, on_the_fast_path, peak_memory, synchronise, table
+from reporting import Side, on_the_fast_path, peak_memory, synchronise
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -60,6 +60,7 @@ from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.profiling import measure as profiling, report as profile_report
 from lm_eval_pruned.util.atomic import appearing_whole, write_atomically
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ class Check:
         model = self._random_model(shape, torch.float32)
         rows = _in_float32(model, tokenizer, self._questions(), prompts)
         rows += _in_16_bits(model, tokenizer, self._questions(), prompts)
-        yield table(
+        yield markdown_table(
             ("what", "measured", "limit"),
             [(what, f"{value:.2g}", f"{limit:.2g}") for what, value, limit in rows],
         )
@@ -242,7 +243,7 @@ class Check:
                 side.run()
         config = self.scale.shapes[shape]
         layer = 3 * config["hidden_size"] * config["intermediate_size"] * DTYPE.itemsize
-        yield table(
+        yield markdown_table(
             ("way", "s", "model, MiB", "peak above the model, MiB"),
             [
                 (
@@ -369,7 +370,7 @@ class Check:
             f"{what} {_name(DTYPE)}, {self.scale.repeats} repeats, the "
             "sides taking turns, after one that does not count."
         )
-        yield table(
+        yield markdown_table(
             (
                 *("batch size", "hf, s", "hf-prefix, s", "hf / hf-prefix"),
                 *("hf, MiB", "hf-prefix, MiB", "difference or same"),
@@ -693,10 +694,11 @@ def write_report(
     """Write what there is so far."""
     chunks = [
         f"# GPU check: {facts['card'].split(',')[0]}",
-        table(("", ""), list(facts.items())),
-        table(
+        markdown_table(("", ""), list(facts.items()), "ll"),
+        markdown_table(
             ("section", "result"),
             [(heading, status) for heading, (status, _) in outcomes.items()],
+            "ll",
         ),
     ]
     for heading, (_, text) in outcomes.items():

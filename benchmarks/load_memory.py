@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from reporting import machine
 
+from lm_eval_pruned.util.tables import markdown_table
+
 
 #: Neurons of a layer per unit of its hidden size, in one MLP or in all experts together.
 RATIO = 8
@@ -163,9 +165,7 @@ def main() -> None:
         return
     print(machine(arguments.device))
     print(f"prune_percent={arguments.percent:g}, criterion={arguments.criterion}\n")
-    print("|layout|checkpoint|pruned model|held|peak|peak above, in layers|seconds|")
-    print("|------|---------:|-----------:|---:|---:|--------------------:|------:|")
-    above = []
+    rows, above = [], []
     for layout, model_type in LAYOUTS.items():
         with tempfile.TemporaryDirectory() as folder:
             config = config_of(layout, arguments.hidden_size, arguments.layers)
@@ -182,12 +182,16 @@ def main() -> None:
             (found["peak"] - min(found["held"], found["model"])) / found["layer"]
         )
         sizes = (stored, found["model"], found["held"], found["peak"])
-        print(
-            f"|{layout} ({model_type})|"
-            + "|".join(f"{size / 1e6:.0f} MB" for size in sizes)
-            + f"|{above[-1]:.2f}|{found['seconds']:.2f}|",
-            flush=True,
+        rows.append(
+            [
+                f"{layout} ({model_type})",
+                *(f"{size / 1e6:.0f} MB" for size in sizes),
+                f"{above[-1]:.2f}",
+                f"{found['seconds']:.2f}",
+            ]
         )
+    columns = ["layout", "checkpoint", "pruned model", "held", "peak"]
+    print(markdown_table([*columns, "peak above, in layers", "seconds"], rows))
     if max(above) > 1:
         raise SystemExit("A peak lies above the pruned model and one of its layers.")
 

@@ -198,16 +198,19 @@ def report(runs: dict[str, list[dict]], floors: list[dict]) -> None:
     """Print both sides and their ratios with spread."""
     from importlib.metadata import version
 
+    from lm_eval_pruned.util.tables import markdown_table
+
     packages = ("lm-eval-pruned", "optipfair", "transformers", "torch")
     print(", ".join(f"{name} {version(name)}" for name in packages))
     print(f"Python {platform.python_version()}, {platform.machine()}")
-    print("\n|side|seconds (min / median / max)|CPU seconds|private memory|")
-    print("|----|---------------------------:|----------:|-------------:|")
+    rows = []
     for side, measured in runs.items():
         taken = spread([run["seconds"] for run in measured], "s")
         private = spread([run["memory"] for run in measured], "GB", 1e-9)
         cpu = spread([run["cpu"] for run in measured], "s")
-        print(f"|{side}|{taken}|{cpu}|{private}|")
+        rows.append([side, taken, cpu, private])
+    columns = ["side", "seconds (min / median / max)", "CPU seconds", "private memory"]
+    print("\n" + markdown_table(columns, rows))
     ours, theirs = (runs[side] for side in SIDES)
 
     def ratio(over: list[float], under: list[float]) -> str:

@@ -17,7 +17,7 @@ from lm_eval_pruned.model_wrappers.batching.cpu_linear import processor
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -29,12 +29,6 @@ def spread(values: list[float]) -> str:
         f"min {min(values):.2f}  median {statistics.median(values):.2f}  "
         f"max {max(values):.2f}"
     )
-
-
-def table(heads: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a Markdown table."""
-    lines = [heads, ("---",) * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def machine(device: str) -> str:

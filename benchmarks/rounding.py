@@ -35,11 +35,12 @@ from typing import TYPE_CHECKING
 import transformers
 from lm_eval.models.huggingface import HFLM
 from loglikelihood import TASKS
-from reporting import likelihood_requests, machine, on_the_fast_path, table
+from reporting import likelihood_requests, machine, on_the_fast_path
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         f"Task: {task}, limit {arguments.limit}, {len(requests)} answers; "
         f"{time.process_time() - began:.0f} s of CPU time.\n"
     )
-    print(table(("dtype", "pruned, %", *found, "hf-prefix / hf in batches"), rows))
+    columns = ("dtype", "pruned, %", *found, "hf-prefix / hf in batches")
+    print(markdown_table(columns, rows))
     if not worst <= LIMIT:
         raise SystemExit(
             f"\nSharing lies {worst:.2f} times as far from float32 as hf in batches: more than "

@@ -38,6 +38,7 @@ from transformers.models.auto import modeling_auto
 from lm_eval_pruned.checkpoints.load import load_pruned
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
 from lm_eval_pruned.pruning.slicing import prune_model, widths_in_memory
+from lm_eval_pruned.util.tables import markdown_table
 from tests import by_hand
 
 
@@ -366,30 +367,29 @@ Each equals slicing by hand bit for bit, in memory and from a checkpoint, and st
 transformers opens the saved result with equal logits. The config keys are those
 that hold the new widths. Where an activation looks at all neurons at once (top-k
 sparsity), removing neurons also changes the ones that stay.
-
-| model type | class | while loading | widths in the config |
-| --- | --- | --- | --- |""".splitlines()
-    lines += [
-        f"| `{r.model_type}` | `{r.class_name}` | {'yes' if r.on_load else 'no'} | {r.detail} |"
-        for r in pruned
-    ]
+""".splitlines()
+    lines.append(
+        markdown_table(
+            ["model type", "class", "while loading", "widths in the config"],
+            [
+                [*_names(row), "yes" if row.on_load else "no", row.detail]
+                for row in pruned
+            ],
+            "llll",
+        )
+    )
     for outcome, title in (
         ("refused", "Refused, with this message"),
         ("not tried", "Not tried: the script cannot build or run a tiny one"),
     ):
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| model type | class | |",
-            "| --- | --- | --- |",
-        ]
-        lines += [
-            f"| `{r.model_type}` | `{r.class_name}` | {r.detail.replace('|', '/')} |"
-            for r in rows
-            if r.outcome == outcome
-        ]
+        found = [[*_names(r), r.detail] for r in rows if r.outcome == outcome]
+        lines += ["", f"## {title}", ""]
+        lines.append(markdown_table(["model type", "class", ""], found, "lll"))
     return "\n".join(lines) + "\n"
+
+
+def _names(row: Row) -> list[str]:
+    return [f"`{row.model_type}`", f"`{row.class_name}`"]
 
 
 def main() -> int:

@@ -9,27 +9,19 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
+
+from lm_eval_pruned.util.figures import as_svg, line_look, over_ratios, style
 
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "Llama-3.2-1B"
-#: Task and metric: label, colour (Okabe and Ito 2008) and marker.
+#: Task and metric, label.
 BENCHMARKS = {
-    ("ifeval", "inst_level_strict_acc,none"): ("IFEval", "#0072B2", "o"),
-    ("truthfulqa_mc2", "acc,none"): ("TruthfulQA MC2", "#D55E00", "s"),
-    ("mmlu", "acc,none"): ("MMLU", "#009E73", "^"),
-    ("gsm8k", "exact_match,strict-match"): ("GSM8K", "#CC79A7", "D"),
-}
-SETTINGS = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.constrained_layout.use": True,
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "dichotomy",
+    ("ifeval", "inst_level_strict_acc,none"): "IFEval",
+    ("truthfulqa_mc2", "acc,none"): "TruthfulQA MC2",
+    ("mmlu", "acc,none"): "MMLU",
+    ("gsm8k", "exact_match,strict-match"): "GSM8K",
 }
 
 
@@ -38,11 +30,11 @@ def main() -> None:
     path = ROOT / "tests" / "data" / "study_benchmarks.csv"
     with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["base_model"] == MODEL]
-    with matplotlib.rc_context(SETTINGS):
+    with style("dichotomy", font_size=11):
         figure = Figure(figsize=(6.4, 4.2))
         axes = figure.subplots()
         axes.axhline(100, color="black", linewidth=0.8)
-        for (task, metric), (label, colour, marker) in BENCHMARKS.items():
+        for number, ((task, metric), label) in enumerate(BENCHMARKS.items()):
             points = sorted(
                 (
                     (float(row["expansion_ratio"]), float(row["value"]))
@@ -53,29 +45,24 @@ def main() -> None:
             )
             ratios = [ratio for ratio, _ in points]
             scores = [100 * score / points[0][1] for _, score in points]
-            axes.plot(ratios, scores, color=colour, marker=marker)
+            look = line_look(number)
+            axes.plot(ratios, scores, **look)
             axes.annotate(
                 label,
                 (ratios[-1], scores[-1]),
                 xytext=(9, 0),
                 textcoords="offset points",
-                color=colour,
+                color=look["color"],
                 verticalalignment="center",
                 annotation_clip=False,
             )
-        axes.set_xticks(ratios, [f"{ratio:.1f}" for ratio in ratios])
-        axes.invert_xaxis()
+        over_ratios(axes, ratios)
         axes.set_ylim(0)
         axes.grid(axis="y", alpha=0.2)
-        axes.set_xlabel("expansion ratio (intermediate size / hidden size)")
         axes.set_ylabel("score, % of the unpruned model")
         axes.set_title(f"{MODEL}, arXiv 2512.22671", fontsize=11, loc="left")
-        figure.savefig(
-            ROOT / "docs" / "dichotomy.svg",
-            format="svg",
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-            facecolor="white",
-        )
+        drawing = as_svg(figure)
+    (ROOT / "docs" / "dichotomy.svg").write_text(drawing, encoding="utf-8")
 
 
 if __name__ == "__main__":

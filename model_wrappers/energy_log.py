@@ -10,13 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter, check_country
-from lm_eval_pruned.energy.monitor import (
-    EnergyMonitor,
-    EnergyReading,
-    Joules,
-    add_up,
-    scale_idle,
-)
+from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.readings import EnergyReading, Joules, add_up, scale_idle
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_share import (
     Share,
@@ -24,10 +19,11 @@ from lm_eval_pruned.model_wrappers.energy_share import (
     added_idle,
     added_set_up,
 )
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 #: Version of the block under ``config.energy``; raised when a key changes its meaning.
@@ -351,13 +347,15 @@ class EnergyLog:
 
     def as_table(self) -> str:
         """Return the readings as a Markdown table; ``n/m`` is not measured."""
-        columns = (
-            "requests|number|prompt tokens|generated|processed|seconds|CPU J|GPU J|RAM J"
-            "|total J|mean W|J/processed token|J/generated token"
-        )
-        lines = [f"|{columns}|", "|---" + "|--:" * columns.count("|") + "|"]
-        rows = [*self.request_types.items(), ("total", self.total())]
-        for name, share in rows:
+
+        def written(values: Iterable[float | None]) -> Iterator[str]:
+            return ("n/m" if each is None else f"{each:,.4g}" for each in values)
+
+        columns = ["requests", "number", "prompt tokens", "generated", "processed"]
+        columns += ["seconds", "CPU J", "GPU J", "RAM J", "total J", "mean W"]
+        columns += ["J/processed token", "J/generated token"]
+        rows = []
+        for name, share in (*self.request_types.items(), ("total", self.total())):
             record = share.as_dict()
             joules = record["joules"] or {}
             figures = [
@@ -367,12 +365,9 @@ class EnergyLog:
                 record["joules_per_processed_token"],
                 record["joules_per_generated_token"],
             ]
-            lines.append(
-                f"|{name}|{share.requests:,}|{share.tokens.prompt:,}|{share.tokens.generated:,}"
-                f"|{share.tokens.processed:,}|"
-                + "|".join("n/m" if f is None else f"{f:,.4g}" for f in figures)
-                + "|"
-            )
+            tokens = share.tokens
+            counts = (share.requests, tokens.prompt, tokens.generated, tokens.processed)
+            rows.append([name, *(f"{n:,}" for n in counts), *written(figures)])
         for purpose, readings in self._set_up_as_dict().items():
             for name, reading in readings.items():
                 joules = reading["joules"]
@@ -381,11 +376,9 @@ class EnergyLog:
                     *(joules[part] for part in ("cpu", "gpu", "ram", "total")),
                     reading["mean_watts"],
                 ]
-                lines.append(
-                    f"|{purpose.replace('_', ' ')} before {name}, in no other row|||||"
-                    + "|".join("n/m" if f is None else f"{f:,.4g}" for f in figures)
-                    + "|||"
-                )
+                what = f"{purpose.replace('_', ' ')} before {name}, in no other row"
+                rows.append([what, *[""] * 4, *written(figures), *[""] * 2])
+        lines = [markdown_table(columns, rows)]
         meter = self.monitor.describe() if self.monitor is not None else None
         if meter is not None:
             lines += [

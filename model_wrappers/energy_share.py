@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm_eval_pruned.energy.monitor import (
+from lm_eval_pruned.energy.readings import (
     EnergyReading,
     Joules,
     add_joules,

@@ -32,7 +32,10 @@ class Difference:
         method: Test that was made, or why none was.
         primary: Whether this is the one metric that stands for its task; the others
             restate the same answers, and stay outside of the adjustment.
-        verdict: One of `VERDICTS`.
+        verdict: ``better`` or ``worse``, where q < alpha; ``different``, where the task does
+            not say which way is up; ``not shown``, which is not the same as no
+            difference; ``not tested``, see `method`; ``not comparable``, where a score is
+            no finite number; ``restated``, where the metric is not primary.
     """
 
     run: str
@@ -51,18 +54,6 @@ class Difference:
     method: str
     primary: bool
     verdict: str
-
-
-#: What a row says, and what that means.
-VERDICTS = {
-    "better": "q < alpha",
-    "worse": "q < alpha",
-    "different": "q < alpha, and the task does not say which way is up",
-    "not shown": "q >= alpha, which is not the same as no difference",
-    "not tested": "no test was possible; see the method",
-    "not comparable": "a score is no finite number",
-    "restated": "not the primary metric of its task",
-}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from dataclasses import asdict
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
 from lm_eval_pruned.analysis.series import scale_name
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
 if TYPE_CHECKING:
@@ -66,11 +64,11 @@ def _differences(rows: Sequence[Difference], confidence: str) -> str:
                 f"{row.base_score:.4f}",
                 f"{row.score:.4f}",
                 f"{row.difference:+.4f}",
-                _interval(row.low, row.high, 4),
-                _percent(row.relative),
+                interval_text(row.low, row.high, 4),
+                number_text(row.relative, "+.1%"),
                 p_text(row.p),
                 p_text(row.q),
-                _plain(row.smallest_detectable),
+                number_text(row.smallest_detectable, ".4f"),
                 row.documents or "-",
                 row.method,
                 row.verdict,
@@ -91,8 +89,8 @@ def _trends(trends: Sequence[TaskTrend], confidence: str) -> str:
                 each.task,
                 scale_name(each.metric),
                 each.trend.n,
-                _signed(each.trend.slope),
-                _interval(each.trend.low, each.trend.high, 4),
+                number_text(each.trend.slope, "+.4f"),
+                interval_text(each.trend.low, each.trend.high, 4),
                 p_text(each.trend.p),
                 p_text(each.q),
                 each.trend.units or "-",
@@ -113,10 +111,10 @@ def _correlations(pairs: Sequence[TaskCorrelation], confidence: str) -> str:
                 pair.series,
                 *(f"{task} {scale_name(metric)}" for task, metric in pair.tasks),
                 found.n,
-                _signed(found.pearson, 3),
-                _interval(found.pearson_low, found.pearson_high, 2),
+                number_text(found.pearson, "+.3f"),
+                interval_text(found.pearson_low, found.pearson_high, 2),
                 p_text(found.pearson_p),
-                _signed(found.spearman, 3),
+                number_text(found.spearman, "+.3f"),
                 p_text(found.spearman_p),
                 p_text(pair.p),
                 p_text(pair.q),
@@ -132,13 +130,7 @@ def _correlations(pairs: Sequence[TaskCorrelation], confidence: str) -> str:
 
 def as_csv(comparison: Comparison) -> str:
     """Return the table of differences as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(Difference.__dataclass_fields__), lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in comparison.rows)
-    return text.getvalue()
+    return csv_table(Difference.__dataclass_fields__, map(asdict, comparison.rows))
 
 
 def as_json(comparison: Comparison) -> str:
@@ -166,19 +158,13 @@ def p_text(p: float | None) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def number_text(value: float | None, form: str) -> str:
+    """Return a number in the given format, or a dash."""
+    return "-" if value is None else format(value, form)
 
 
-def _signed(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:+.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1%}"
-
-
-def _interval(low: float | None, high: float | None, digits: int) -> str:
+def interval_text(low: float | None, high: float | None, digits: int) -> str:
+    """Return an interval as tables show it, or a dash where it lacks an end."""
     if low is None or high is None:
         return "-"
-    return f"[{_signed(low, digits)}, {_signed(high, digits)}]"
+    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"

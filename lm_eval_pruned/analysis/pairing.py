@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
-
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.samples import Documents, read_documents
 
@@ -46,26 +42,12 @@ def paired_documents(
     one, other = read(base, task, metric), read(run, task, metric)
     if one is None or other is None:
         return None
-    position = {key: index for index, key in enumerate(other.keys)}
-    only_base = sum(key not in position for key in one.keys)
-    only_run = len(other.keys) - (len(one.keys) - only_base)
-    if only_base or only_run:
+    reordered = other.in_the_order_of(one)
+    if reordered is None:
+        before, after = set(one.keys), set(other.keys)
         raise ResultsError(
-            f"{task} was evaluated on different documents: {only_base} of {len(one.keys)} only in "
-            f"{base.name}, {only_run} of {len(other.keys)} only in {run.name} (matched by "
-            "doc_hash); evaluate both with the same --limit and data."
+            f"{task} was evaluated on different documents: {len(before - after)} of {len(before)} "
+            f"only in {base.name}, {len(after - before)} of {len(after)} only in {run.name} "
+            "(matched by doc_hash); evaluate both with the same --limit and data."
         )
-    order = [position[key] for key in one.keys]
-    reordered = replace(
-        other,
-        keys=one.keys,
-        values=other.values[order],
-        weights=other.weights[order],
-        clusters=None
-        if other.clusters is None
-        else tuple(other.clusters[index] for index in order),
-    )
-    same_kind = one.transform == other.transform and np.allclose(
-        one.weights, reordered.weights
-    )
-    return (one, reordered) if same_kind else None
+    return (one, reordered) if one.is_scored_like(reordered) else None

@@ -1,52 +1,30 @@
 """The figures of a report: as SVG to be put into a page, and as PNG and SVG files.
 
-Colours are those of Okabe and Ito that stand out on white and on black; no two lines
-differ in colour alone. Needs matplotlib (the extra ``report``).
+Needs matplotlib (the extra ``report``).
 """
 
 from __future__ import annotations
 
-import io
-import itertools
-import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import ScalarFormatter
+
+from lm_eval_pruned.util.figures import (
+    COLOURS,
+    INK,
+    as_png,
+    as_svg,
+    line_look,
+    over_ratios,
+    style,
+)
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-#: Okabe and Ito 2008, without black and yellow, which vanish on one of the grounds.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
-RATIO_LABEL = "expansion ratio (intermediate size / hidden size)"
-
-#: Drawn in this colour is what a page draws in the colour of its text.
-_INK = "#010203"
-_SETTINGS: dict[Any, Any] = {
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.constrained_layout.use": True,
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    # Names of tasks and models are text, whatever characters they hold.
-    "text.parse_math": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-}
 
 
 @dataclass(frozen=True)
@@ -109,43 +87,31 @@ def lines_plot(
         reference: Value of a horizontal line, such as the baseline's.
         marks: What filled points mean; None where no line is marked.
     """
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    with style(name):
         figure = Figure(figsize=(8, 4.2))
         axes = figure.subplots()
         if reference is not None:
-            axes.axhline(reference, color=_INK, linewidth=0.8)
-        looks = itertools.cycle(range(len(COLOURS) * len(MARKERS) * len(STYLES)))
+            axes.axhline(reference, color=INK, linewidth=0.8)
         handles = []
-        for number, line in zip(looks, lines, strict=False):
-            colour = COLOURS[number % len(COLOURS)]
-            marker = MARKERS[number % len(MARKERS)]
-            style = STYLES[number // len(COLOURS) % len(STYLES)]
-            axes.plot(line.x, line.y, color=colour, linestyle=style, linewidth=1.4)
+        for number, line in enumerate(lines):
+            look = line_look(number)
+            axes.plot(line.x, line.y, linewidth=1.4, **{**look, "marker": None})
             marked = line.marked or [True] * len(line.x)
             for x, y, significant in zip(line.x, line.y, marked, strict=True):
-                axes.plot(x, y, markersize=6, **_point(marker, colour, significant))
-            handles.append(
-                Line2D(
-                    [],
-                    [],
-                    color=colour,
-                    linestyle=style,
-                    marker=marker,
-                    label=line.label,
-                )
-            )
+                point = _point(look["marker"], look["color"], significant)
+                axes.plot(x, y, markersize=6, **point)
+            handles.append(Line2D([], [], label=line.label, **look))
         if marks is not None:
             meanings = {True: marks, False: "no difference shown", None: "not tested"}
             drawn = {mark for line in lines for mark in line.marked}
             handles += [
-                Line2D([], [], linestyle="none", label=label, **_point("o", _INK, mark))
+                Line2D([], [], linestyle="none", label=label, **_point("o", INK, mark))
                 for mark, label in meanings.items()
                 if mark is not None or mark in drawn
             ]
-        axes.invert_xaxis()
-        _label_ratios(axes, [x for line in lines for x in line.x])
+        over_ratios(axes, [x for line in lines for x in line.x])
         axes.set_ylabel(y_label)
-        axes.grid(axis="y", color=_INK, alpha=0.15)
+        axes.grid(axis="y", color=INK, alpha=0.15)
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
         return _finish(figure, name, title, description)
 
@@ -179,7 +145,7 @@ def scatter_plot(
         y_label: Label of the axis, with its unit.
         caption: Written above the points.
     """
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    with style(name):
         figure = Figure(figsize=(6, 4.2))
         axes = figure.subplots()
         x, y, labels = zip(*points, strict=True)
@@ -197,51 +163,25 @@ def scatter_plot(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_title(caption, fontsize=9, loc="left")
-        axes.grid(color=_INK, alpha=0.15)
+        axes.grid(color=INK, alpha=0.15)
         return _finish(figure, name, title, description)
 
 
-def _label_ratios(axes, ratios: Sequence[float]) -> None:
-    ticks = sorted(set(ratios))
-    span = (ticks[-1] - ticks[0]) or 1.0
-    # Ratios that are closer than a label is wide share one.
-    spread = [ticks[0]]
-    for tick in ticks[1:]:
-        if tick - spread[-1] > span / 20:
-            spread.append(tick)
-    axes.set_xticks(spread, [f"{tick:.2f}" for tick in spread])
-    axes.set_xlabel(RATIO_LABEL)
-
-
 def _finish(figure: Figure, name: str, title: str, description: str) -> Plot:
-    for axes in figure.axes:
-        formatter = axes.yaxis.get_major_formatter()
-        if isinstance(formatter, ScalarFormatter):
-            formatter.set_useOffset(False)
-    FigureCanvasAgg(figure)
-    no_date = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    transparent = io.StringIO()
-    figure.savefig(transparent, format="svg", metadata=no_date, transparent=True)
-    standing = io.StringIO()
-    figure.savefig(standing, format="svg", metadata=no_date, facecolor="white")
-    png = io.BytesIO()
-    figure.savefig(
-        png, format="png", dpi=200, metadata={"Software": None}, facecolor="white"
-    )
     return Plot(
         name,
         title,
         description,
-        _inline(transparent.getvalue(), name),
-        standing.getvalue(),
-        png.getvalue(),
+        _inline(as_svg(figure, transparent=True), name),
+        as_svg(figure),
+        as_png(figure),
     )
 
 
 def _inline(svg: str, name: str) -> str:
     """Return the ``<svg>`` element alone, in the page's colours and with ids of its own."""
     svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(_INK, "currentColor", svg, flags=re.IGNORECASE)
+    svg = re.sub(INK, "currentColor", svg, flags=re.IGNORECASE)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
@@ -253,8 +193,3 @@ def _inline(svg: str, name: str) -> str:
         svg,
         count=1,
     )
-
-
-def is_drawable(value: float | None) -> bool:
-    """Whether a value can be a point."""
-    return value is not None and math.isfinite(value)

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.analysis.report_page import (
-    Cell,
-    Section,
-    Table,
-    as_mapping,
-    finite_or_none,
-    number_text,
-    run_label,
-)
+from lm_eval_pruned.analysis.comparison_table import number_text
+from lm_eval_pruned.analysis.report_page import Section, Table, run_label
+from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import is_perplexity, primary_metrics, series_of
 
 
@@ -31,7 +25,7 @@ def capabilities_section(
     base: Run, runs: Sequence[Run], comparison: Comparison
 ) -> Section | None:
     """Each task as a share of the unpruned model's score."""
-    from lm_eval_pruned.analysis.plots import Line, is_drawable, lines_plot
+    from lm_eval_pruned.analysis.plots import Line, lines_plot
 
     found = {(row.run, row.task, row.metric): row for row in comparison.rows}
     plots, notes = [], []
@@ -46,8 +40,8 @@ def capabilities_section(
                 row = found.get((run.name, task, metric))
                 if score is None:
                     continue
-                share = _share(baseline.value, score.value, falls)
-                if share is not None and is_drawable(share):
+                share = finite_or_none(_share(baseline.value, score.value, falls))
+                if share is not None:
                     points.append((run.expansion_ratio, 100 * share, _significant(row)))
             label = f"{task} ({metric.split(',')[0]}{', inverted' if falls else ''})"
             if len(points) > 1:
@@ -137,9 +131,9 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
 
 def energy_section(runs: Sequence[Run]) -> Section | None:
     """What the meter logged, by configuration and kind of request."""
-    from lm_eval_pruned.analysis.plots import Line, is_drawable, lines_plot
+    from lm_eval_pruned.analysis.plots import Line, lines_plot
 
-    rows: list[list[Cell]] = []
+    rows: list[list[str]] = []
     kinds: set[str] = set()
     notes: dict[str, None] = {}
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -161,19 +155,19 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
                 latency = 1000 * seconds / generated if seconds and generated else None
                 rows.append(
                     [
-                        Cell(run_label(run)),
-                        Cell(tasks),
-                        Cell(kind),
-                        Cell(number_text(seconds, ",.1f")),
-                        Cell(number_text(joules, ",.1f")),
-                        Cell(number_text(per_token, ".4g")),
-                        Cell(number_text(latency, ".4g")),
+                        run_label(run),
+                        tasks,
+                        kind,
+                        number_text(seconds, ",.1f"),
+                        number_text(joules, ",.1f"),
+                        number_text(per_token, ".4g"),
+                        number_text(latency, ".4g"),
                     ]
                 )
                 for what, value in (("energy", per_token), ("latency", latency)):
-                    if is_drawable(value) and run.expansion_ratio is not None:
+                    if value is not None and run.expansion_ratio is not None:
                         curves.setdefault((what, f"{tasks}, {kind}"), []).append(
-                            (run.expansion_ratio, value or 0.0)
+                            (run.expansion_ratio, value)
                         )
     if not rows:
         return None

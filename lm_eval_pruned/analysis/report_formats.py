@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         if section.table is not None:
             table = section.table
             columns = [_not_html(name) for name in table.columns]
-            rows = [[_not_html(cell.text) for cell in row] for row in table.rows]
+            rows = [[_not_html(cell.text) for cell in row] for row in table.cells()]
             align = "l" * table.text + "r" * (len(columns) - table.text)
             lines += ["", markdown_table(columns, rows, align)]
         for plot in section.plots:
@@ -84,9 +82,7 @@ def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
     """Return all scores in long form, one row per run, task and metric."""
     found = {(row.run, row.task, row.metric): row for row in comparison.rows}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for run in (base, *others):
         for (task, metric), score in run.scores.items():
             row = found.get((run.name, task, metric))
@@ -112,8 +108,8 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
                 documents=score.documents,
                 base=base.name,
             )
-            writer.writerow(compared)
-    return text.getvalue()
+            rows.append(compared)
+    return csv_table(_COLUMNS, rows)
 
 
 def _plain(text: str) -> str:

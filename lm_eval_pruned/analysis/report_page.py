@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lm_eval_pruned.analysis.plots import Plot
     from lm_eval_pruned.analysis.results_file import Run
@@ -29,8 +28,15 @@ class Table:
 
     label: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[Cell | str]]
     text: int = 1
+
+    def cells(self) -> list[list[Cell]]:
+        """Return the rows; text alone is a cell without mark and remark."""
+        return [
+            [Cell(each) if isinstance(each, str) else each for each in row]
+            for row in self.rows
+        ]
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,3 @@ def run_label(run: Run) -> str:
     ratio = run.expansion_ratio
     label = "unpruned, " if run.is_baseline else ""
     return f"{run.name} ({label}{ratio:.2f})" if ratio is not None else run.name
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    """Return a value of a results file, or an empty mapping where it is none."""
-    return value if isinstance(value, dict) else {}
-
-
-def finite_or_none(value: Any) -> float | None:
-    """Return a value of a results file as a number, or None where it is no finite one."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
-
-
-def number_text(value: float | None, form: str) -> str:
-    """Return a number in the given format, or a dash."""
-    return "-" if value is None else format(value, form)

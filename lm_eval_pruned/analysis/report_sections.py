@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis.comparison_table import p_text
-from lm_eval_pruned.analysis.report_page import (
-    Cell,
-    Section,
-    Table,
-    as_mapping,
-    finite_or_none,
-    number_text,
-    run_label,
-)
-from lm_eval_pruned.analysis.series import primary_metrics, scale_name
+from lm_eval_pruned.analysis.comparison_table import interval_text, number_text, p_text
+from lm_eval_pruned.analysis.report_page import Cell, Section, Table, run_label
+from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
+from lm_eval_pruned.analysis.series import primary_metrics, scale_name, series_name
+from lm_eval_pruned.analysis.settings import setting_of
 
 
 if TYPE_CHECKING:
@@ -31,8 +25,10 @@ if TYPE_CHECKING:
 def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> Section:
     """All scores, with marks where the difference to the unpruned model is significant."""
     found = {(row.run, row.task, row.metric): row for row in comparison.rows}
-    runs = sorted(others, key=lambda run: (_series(run), -(run.expansion_ratio or 0)))
-    rows = []
+    runs = sorted(
+        others, key=lambda run: (series_name(run), -(run.expansion_ratio or 0))
+    )
+    rows: list[list[Cell | str]] = []
     shown = base.tasks(subtasks=False)
     primary = primary_metrics([base]) + [
         (row.task, row.metric) for row in comparison.rows if row.primary
@@ -43,10 +39,14 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
         score = base.scores[task, metric]
         arrow = _arrow(score.higher_is_better)
         dagger = "" if (task, metric) in primary else " \u2020"
-        cells = [Cell(task), Cell(f"{metric.removesuffix(',none')} {arrow}{dagger}")]
-        cells.append(Cell(_score(score.value)))
-        cells += [_score_cell(found.get((run.name, task, metric))) for run in runs]
-        rows.append(cells)
+        rows.append(
+            [
+                task,
+                f"{metric.removesuffix(',none')} {arrow}{dagger}",
+                _score(score.value),
+                *(_score_cell(found.get((run.name, task, metric))) for run in runs),
+            ]
+        )
     columns = ["task", "metric", run_label(base)] + [run_label(run) for run in runs]
     tests = sorted({row.method for row in comparison.rows})
     tested = sum(row.q is not None for row in comparison.rows)
@@ -72,20 +72,16 @@ def trends_section(comparison: Comparison) -> Section | None:
     """The slope of each task over the expansion ratios."""
     if not comparison.trends:
         return None
-    rows = [
+    rows: list[list[Cell | str]] = [
         [
-            Cell(each.series),
-            Cell(each.task),
-            Cell(scale_name(each.metric)),
-            Cell(str(each.trend.n)),
+            each.series,
+            each.task,
+            scale_name(each.metric),
+            str(each.trend.n),
             Cell(number_text(each.trend.slope, "+.4f"), note=each.trend.method),
-            Cell(
-                "-"
-                if each.trend.low is None or each.trend.high is None
-                else f"[{each.trend.low:+.4f}, {each.trend.high:+.4f}]"
-            ),
-            Cell(p_text(each.trend.p)),
-            Cell("not tested" if each.q is None else p_text(each.q)),
+            interval_text(each.trend.low, each.trend.high, 4),
+            p_text(each.trend.p),
+            "not tested" if each.q is None else p_text(each.q),
         ]
         for each in comparison.trends
     ]
@@ -120,20 +116,16 @@ def configurations_section(runs: Sequence[Run]) -> Section:
         asked = as_mapping(pruning.get("asked"))
         rows.append(
             [
-                Cell(run.name),
-                Cell(
-                    ", ".join(f"{key}={value}" for key, value in asked.items()) or "-"
+                run.name,
+                ", ".join(f"{key}={value}" for key, value in asked.items()) or "-",
+                series_name(run) if not run.is_baseline else "-",
+                number_text(
+                    finite_or_none(pruning.get("intermediate_size_after")), ",.0f"
                 ),
-                Cell(_series(run) if not run.is_baseline else "-"),
-                Cell(
-                    number_text(
-                        finite_or_none(pruning.get("intermediate_size_after")), ",.0f"
-                    )
-                ),
-                Cell(number_text(run.expansion_ratio, ".4f")),
-                Cell(number_text(after, ",.0f")),
-                Cell("-" if not before or not after else f"{1 - after / before:.1%}"),
-                Cell(str(pruning.get("kept_digest") or "-")[:12]),
+                number_text(run.expansion_ratio, ".4f"),
+                number_text(after, ",.0f"),
+                "-" if not before or not after else f"{1 - after / before:.1%}",
+                str(pruning.get("kept_digest") or "-")[:12],
             ]
         )
     return Section(
@@ -152,9 +144,9 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
     """Versions and settings of the unpruned run, and the definition of the sweep."""
     config = base.config
     facts: dict[str, Any] = {
-        "lm-eval": base.environment.get("lm_eval_version"),
-        "transformers": base.environment.get("transformers_version"),
-        "lm-eval-pruned (this report)": _own_version(),
+        "lm-eval": setting_of(base, "lm_eval_version"),
+        "transformers": setting_of(base, "transformers_version"),
+        "lm-eval-pruned (this report)": version("lm-eval-pruned"),
         "model": config.get("model"),
         "model arguments of the unpruned model": config.get("model_args"),
         "model revision": config.get("model_sha") or config.get("model_revision"),
@@ -162,15 +154,15 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
         "device (as asked)": config.get("device"),
         "batch size": config.get("batch_size"),
         "limit": config.get("limit"),
-        "few-shot examples": base.environment.get("n-shot"),
-        "chat template": base.environment.get("chat_template_sha"),
+        "few-shot examples": setting_of(base, "num_fewshot"),
+        "chat template": setting_of(base, "chat_template"),
         "task versions": base.versions,
         "seeds (random, numpy, torch, few-shot)": [
             config.get(f"{name}_seed")
             for name in ("random", "numpy", "torch", "fewshot")
         ],
     }
-    rows = [[Cell(name), Cell(_fact(value))] for name, value in facts.items()]
+    rows = [[name, _fact(value)] for name, value in facts.items()]
     return Section(
         "To repeat this",
         [
@@ -231,18 +223,6 @@ def _score_cell(row: Difference | None) -> Cell:
     mark = row.verdict if row.verdict in ("better", "worse") else ""
     text = f"{_score(row.score)} {marks.get(row.verdict, '')}".rstrip()
     return Cell(text, mark, f"{', '.join(parts)}; {row.method}; {row.verdict}")
-
-
-def _series(run: Run) -> str:
-    name = str(run.pruning.get("criterion") or "-")
-    return f"{name}, seed {run.pruning['seed']}" if "seed" in run.pruning else name
-
-
-def _own_version() -> str:
-    try:
-        return version("lm-eval-pruned")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _fact(value: Any) -> str:

@@ -7,6 +7,7 @@ empty, from another program or from a later version gives one `ResultsError` tha
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -59,8 +60,6 @@ class Run:
         samples: File of logged samples by task.
         config: The harness's ``config`` section: model, arguments, limit, seeds and,
             for ``pruned-hf``, ``pruning``.
-        environment: What else is needed to repeat the run: versions, number of
-            few-shot examples, chat template hash, date.
         energy: What was measured beside the scores, by task; empty where nothing was.
         settings: How each task was evaluated; see `settings.settings_of`.
         notes: What was left out of what `path` holds, one sentence each.
@@ -73,7 +72,6 @@ class Run:
     subtasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     samples: Mapping[str, Path] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
     energy: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -160,6 +158,17 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float)
 
 
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return a value of a results file, or an empty mapping where it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def finite_or_none(value: Any) -> float | None:
+    """Return a value of a results file as a number, or None where it is no finite one."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None
+
+
 def date_of(file: Path) -> str | None:
     """Return the date that the harness put into the name of a file, or None."""
     match = _DATE.search(file.stem)
@@ -224,21 +233,6 @@ def read_results_file(file: Path) -> Run:
         subtasks=subtasks,
         samples=_find_samples(file, leaves),
         config=config,
-        environment={
-            key: data[key]
-            for key in (
-                "n-shot",
-                "chat_template_sha",
-                "fewshot_as_multiturn",
-                "system_instruction_sha",
-                "lm_eval_version",
-                "transformers_version",
-                "git_hash",
-                "date",
-                "total_evaluation_time_seconds",
-            )
-            if data.get(key) is not None
-        },
         energy=_energy(config, list(results)),
     )
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}

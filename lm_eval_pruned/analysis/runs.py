@@ -62,7 +62,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
                     "results itself."
                 )
                 run = replace(run, notes=(*run.notes, note))
-            return _renamed(run, name)
+            return replace(run, name=name)
         if len(below) > 1:
             # Without `pretrained` the harness makes a new folder for each command.
             runs = [_read_folder(folder) for folder in folders]
@@ -76,12 +76,12 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
                 )
             notes = tuple(note for run in runs for note in run.notes)
             return replace(merged_runs(name, path, runs), notes=notes)
-        return _renamed(_read_folder(folders[0]), name)
+        return replace(_read_folder(folders[0]), name=name)
     if not path.exists():
         raise ResultsError(
             f"{path} does not exist: give a results file or a folder with results."
         )
-    return _renamed(read_results_file(path), name or path.stem)
+    return replace(read_results_file(path), name=name or path.stem)
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -134,7 +134,7 @@ def _read_folder(folder: Path) -> Run:
             taken.update(leaf for task in whole for leaf in run.members(task))
     if len(parts) == 1:
         return replace(newest, notes=tuple(notes))
-    # The newest last: what holds for the whole run, such as the date, is then its.
+    # The newest last: what holds for the whole run, such as the config, is then its.
     return replace(merged_runs(folder.name, folder, parts[::-1]), notes=tuple(notes))
 
 
@@ -164,10 +164,6 @@ def _only(run: Run, tasks: list[str]) -> Run:
     )
 
 
-def _renamed(run: Run, name: str) -> Run:
-    return replace(run, name=name)
-
-
 def merged_runs(name: str, path: Path, parts: list[Run]) -> Run:
     """Join the units of one configuration, or several results of one model."""
 
@@ -177,18 +173,6 @@ def merged_runs(name: str, path: Path, parts: list[Run]) -> Run:
             merged.update(getattr(part, attribute))
         return merged
 
-    environment = joined("environment")
-    for key in ("lm_eval_version", "transformers_version"):
-        values = {str(part.environment.get(key, "unknown")) for part in parts}
-        if len(values) > 1:
-            environment[key] = ", ".join(sorted(values))
-    shots: dict[str, Any] = {}
-    for part in parts:
-        of_part = part.environment.get("n-shot")
-        if isinstance(of_part, dict):
-            shots.update(of_part)
-    if shots:
-        environment["n-shot"] = shots
     return Run(
         name=name,
         path=path,
@@ -197,7 +181,6 @@ def merged_runs(name: str, path: Path, parts: list[Run]) -> Run:
         subtasks=joined("subtasks"),
         samples=joined("samples"),
         config=parts[-1].config,
-        environment=environment,
         energy=joined("energy"),
         settings=joined("settings"),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,31 @@ class Documents:
         return sum(
             key in prompts and prompts[key] != prompt
             for key, prompt in zip(other.keys, other.prompts, strict=False)
+        )
+
+    def in_the_order_of(self, other: Documents) -> Documents | None:
+        """Return the same documents in another order; None where `other` has others."""
+        position = {key: index for index, key in enumerate(self.keys)}
+        if position.keys() != set(other.keys):
+            return None
+        order = [position[key] for key in other.keys]
+
+        def sorted_(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[index] for index in order)
+
+        return replace(
+            self,
+            keys=other.keys,
+            values=self.values[order],
+            weights=self.weights[order],
+            clusters=None if self.clusters is None else sorted_(self.clusters),
+            prompts=sorted_(self.prompts) if self.prompts else (),
+        )
+
+    def is_scored_like(self, other: Documents) -> bool:
+        """Whether the same documents in the same order make up their score in one way."""
+        return self.transform == other.transform and np.allclose(
+            self.weights, other.weights
         )
 
     @property

@@ -30,10 +30,7 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     series: dict[tuple[str, str], list[Run]] = {}
     for run in pruned:
         if not run.is_baseline:
-            name = str(run.pruning.get("criterion"))
-            if "seed" in run.pruning:
-                name += f", seed {run.pruning['seed']}"
-            series.setdefault((model(run), name), []).append(run)
+            series.setdefault((model(run), series_name(run)), []).append(run)
     grouped = {}
     for (of_model, name), members in series.items():
         baselines = [r for r in pruned if r.is_baseline and model(r) == of_model][:1]
@@ -42,6 +39,12 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
             [*baselines, *members], key=lambda run: -(run.expansion_ratio or 0)
         )
     return grouped
+
+
+def series_name(run: Run) -> str:
+    """Return by what a run was pruned: the criterion, with the seed of a random one."""
+    name = str(run.pruning.get("criterion") or "-")
+    return f"{name}, seed {run.pruning['seed']}" if "seed" in run.pruning else name
 
 
 def primary_metrics(

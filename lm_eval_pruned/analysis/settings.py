@@ -97,6 +97,13 @@ def settings_of(
     }
 
 
+def setting_of(run: Run, name: str) -> Any:
+    """Return a setting of all tasks of a run; by task where they do not share it."""
+    by_task = {task: of_task.get(name) for task, of_task in run.settings.items()}
+    values = list(by_task.values())
+    return values[0] if values.count(values[0]) == len(values) else by_task
+
+
 def differing(
     one: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]
 ) -> list[str]:

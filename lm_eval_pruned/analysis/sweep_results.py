@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.results_file import ResultsError, Run, read_json
-from lm_eval_pruned.analysis.runs import is_sweep, merged_runs, read_newest, read_run
+from lm_eval_pruned.analysis.runs import merged_runs, read_newest
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-#: Highest version of ``sweep.json`` that this module understands.
+#: Version of a sweep's folder, its ``sweep.json`` and ``unit.json``.
 SWEEP_SCHEMA = 1
 
 
@@ -55,15 +55,6 @@ class SweepResults:
     failures: tuple[Failure, ...] = ()
 
 
-def read_runs(path: str | Path) -> list[Run]:
-    """Read a results file, a folder of one run, or all runs of a sweep folder.
-
-    Raises:
-        ResultsError: Nothing there can be read.
-    """
-    return list(read_sweep(path).runs) if is_sweep(path) else [read_run(path)]
-
-
 def read_sweep(path: str | Path) -> SweepResults:
     """Read a sweep folder: ``sweep.json`` and ``units/CONFIGURATION/TASK/``.
 
@@ -82,7 +73,7 @@ def read_sweep(path: str | Path) -> SweepResults:
             "makes one."
         )
     definition = read_json(file)
-    schema = _schema(definition)
+    schema = definition.get("schema_version")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise ResultsError(f"{file} gives no schema version: it is not a sweep's.")
     if schema > SWEEP_SCHEMA:
@@ -113,24 +104,12 @@ def read_sweep(path: str | Path) -> SweepResults:
     return SweepResults(path, definition, tuple(runs), tuple(failures))
 
 
-def _schema(definition: Mapping[str, Any]) -> Any:
-    for key in ("schema_version", "schema", "version"):
-        if key in definition:
-            return definition[key]
-    return None
-
-
 def _configuration_ids(file: Path, definition: Mapping[str, Any]) -> list[str]:
     configurations = definition.get("configurations")
-    if isinstance(configurations, dict):
-        identifiers = list(configurations)
-    elif isinstance(configurations, list):
-        identifiers = [
-            entry.get("id") if isinstance(entry, dict) else None
-            for entry in configurations
-        ]
-    else:
-        identifiers = []
+    identifiers: list[Any] = [
+        entry.get("id") if isinstance(entry, dict) else None
+        for entry in (configurations if isinstance(configurations, list) else [])
+    ]
     if not identifiers or not all(
         isinstance(name, str) and re.fullmatch(r"[\w.=+-]+", name) and ".." not in name
         for name in identifiers
@@ -142,13 +121,5 @@ def _configuration_ids(file: Path, definition: Mapping[str, Any]) -> list[str]:
 
 
 def _read_failure(run: str, unit: Path) -> Failure:
-    data = read_json(unit / "error.json")
-    message = next(
-        (data[key] for key in ("message", "error") if isinstance(data.get(key), str)),
-        "no message",
-    )
-    return Failure(
-        run,
-        unit.name,
-        message.strip().splitlines()[0] if message.strip() else "no message",
-    )
+    message = str(read_json(unit / "error.json").get("message") or "").strip()
+    return Failure(run, unit.name, message.splitlines()[0] if message else "no message")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.plan import PrunePlan
 from lm_eval_pruned.pruning.sizes import DenseShape, dense_shape
+from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
 if TYPE_CHECKING:
@@ -167,27 +166,21 @@ def _rows_of_shape(
 
 def as_table(rows: list[PlanRow]) -> str:
     """Return the rows as a Markdown table."""
-    lines = [
-        "|asked|intermediate size|expansion ratio|parameters|reduction|checkpoint bytes|",
-        "|-----|----------------:|--------------:|---------:|--------:|---------------:|",
-    ]
-    lines += [
-        f"|{row.asked}|{row.intermediate_size:,}|{row.expansion_ratio:.4f}|{row.parameters:,}"
-        f"|{row.reduction:.2%}|{row.checkpoint_bytes:,}|"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+    forms = {
+        "asked": "",
+        "intermediate size": ",",
+        "expansion ratio": ".4f",
+        "parameters": ",",
+        "reduction": ".2%",
+        "checkpoint bytes": ",",
+    }
+    cells = [[*map(format, astuple(row), forms.values())] for row in rows]
+    return markdown_table(list(forms), cells) + "\n"
 
 
 def as_csv(rows: list[PlanRow]) -> str:
     """Return the rows as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(PlanRow.__dataclass_fields__), lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return text.getvalue()
+    return csv_table(PlanRow.__dataclass_fields__, map(asdict, rows))
 
 
 def as_json(rows: list[PlanRow]) -> str:

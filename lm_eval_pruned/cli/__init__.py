@@ -48,14 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action=_Version, help="show the version and leave")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    plan.add(commands)
-    compare.add(commands)
-    report.add(commands)
-    check.add(commands)
-    sweep.add(commands)
-    profile.add(commands)
-    study_energy.add(commands)
-    prune.add(commands)
+    for command in (plan, compare, report, check, sweep, profile, study_energy, prune):
+        command.add(commands)
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)

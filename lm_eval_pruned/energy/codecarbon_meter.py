@@ -14,13 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from lm_eval_pruned.energy.monitor import (
-    COMPONENTS,
-    ComponentSource,
-    MeterDescription,
-    MeterSample,
-    joules_from_kwh,
-)
+from lm_eval_pruned.energy.monitor import ComponentSource, MeterDescription, MeterSample
+from lm_eval_pruned.energy.readings import COMPONENTS, joules_from_kwh
 
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.energy.monitor import joules_from_kwh
+from lm_eval_pruned.energy.readings import joules_from_kwh
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 
 #: codecarbon's constants for a processor it does not know (half of 85 W) and for memory.
 CPU_WATTS, RAM_WATTS = 42.5, 20.0
-_COLUMNS = (
-    "pruned|output tokens per prompt|ms to last token|tokens/s|J per token, gross"
-    "|net of idle|GPU|J per prompt, gross"
-)
 
 
 @dataclass(frozen=True)
@@ -242,23 +239,30 @@ def _paragraph(text: str) -> str:
 
 
 def _table(runs: list[StudyRun], workload: str) -> str:
-    lines = [f"|{_COLUMNS}|", "|" + "--:|" * (_COLUMNS.count("|") + 1)]
+    columns = {
+        "output tokens per prompt": ("tokens_per_prompt", ".1f"),
+        "ms to last token": ("ms", ".0f"),
+        "tokens/s": ("tokens_per_second", ".1f"),
+        "J per token, gross": ("gross", ".2f"),
+        "net of idle": ("net", ".3f"),
+        "GPU": ("gpu", ".2f"),
+        "J per prompt, gross": ("joules_per_prompt", ".1f"),
+    }
+    rows = []
     for percent in sorted({run.percent for run in runs}):
-        f = figures(runs, workload, percent)
-        lines.append(
-            f"|{percent} %|{f['tokens_per_prompt']:.1f}|{f['ms']:.0f}|{f['tokens_per_second']:.1f}"
-            f"|{f['gross']:.2f}|{f['net']:.3f}|{f['gpu']:.2f}|{f['joules_per_prompt']:.1f}|"
-        )
-    return "\n".join(lines)
+        found = figures(runs, workload, percent)
+        cells = (format(found[key], form) for key, form in columns.values())
+        rows.append([f"{percent} %", *cells])
+    return markdown_table(["pruned", *columns], rows, "r" * (1 + len(columns)))
 
 
 def _changes(runs: list[StudyRun]) -> str:
-    columns = ("published", "net", "gross", "gpu")
-    lines = [
-        "|60 % pruned against 0 %, J per token|published|net of idle|gross|GPU|",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for workload in sorted({run.workload for run in runs}):
-        cells = [f"{change(runs, workload, key):+.1f} %" for key in columns]
-        lines.append(f"|{workload}|" + "|".join(cells) + "|")
-    return "\n".join(lines)
+    keys = ("published", "net", "gross", "gpu")
+    return markdown_table(
+        ["60 % pruned against 0 %, J per token"]
+        + ["published", "net of idle", "gross", "GPU"],
+        [
+            [workload, *(f"{change(runs, workload, key):+.1f} %" for key in keys)]
+            for workload in sorted({run.workload for run in runs})
+        ],
+    )

@@ -12,13 +12,13 @@ repeat.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import release_memory
 
 from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.energy.monitor import EnergyMonitor, EnergyReading
+    from lm_eval_pruned.energy.monitor import EnergyMonitor
+    from lm_eval_pruned.energy.readings import EnergyReading
 
 
 logger = logging.getLogger("lm_eval.pruned.profiling")
@@ -301,9 +302,7 @@ class _Shelf:
         if name not in self._held:
             if self._held and not self.together:
                 self._held.clear()
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                release_memory()
             self._held[name] = self._loaded(name)
         return self._held[name]
 
@@ -330,11 +329,8 @@ class _Shelf:
             request.pretrained, device=request.device, dtype=request.dtype, **arguments
         )
         if spec.model_bytes is None:
-            self.models[name] = ProfiledModel(
-                **{
-                    **asdict(spec),
-                    "model_bytes": int(model.get_memory_footprint()),
-                }
+            self.models[name] = replace(
+                spec, model_bytes=int(model.get_memory_footprint())
             )
         return model.eval()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from lm_eval_pruned.energy.monitor import EnergyReading
+    from lm_eval_pruned.energy.readings import EnergyReading
     from lm_eval_pruned.pruning.plan import Number
 
 #: Version of the JSON; raised when a key changes its meaning.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING
 
-from lm_eval_pruned.energy.monitor import COMPONENTS
+from lm_eval_pruned.energy.readings import COMPONENTS
+from lm_eval_pruned.profiling.model import MODES
 from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from lm_eval_pruned.profiling.model import (
@@ -39,9 +41,8 @@ def write(profile: Profile, folder: Path) -> list[Path]:
         "profile.md": as_markdown(profile),
     }
     if plots_missing() is None:
-        for name, draw in _PLOTS.items():
-            for suffix in ("png", "svg"):
-                files[f"{name}.{suffix}"] = draw(profile, suffix)
+        for name, suffix in product(_PANELS, ("png", "svg")):
+            files[f"{name}.{suffix}"] = draw(profile, name, suffix)
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in files]
@@ -62,11 +63,22 @@ def as_markdown(profile: Profile) -> str:
     chunks = [
         f"# Profile of {request['pretrained']}",
         _setting(profile),
-        _table(
-            "model|intermediate size|expansion ratio|parameters|model MiB",
+        markdown_table(
             [
-                f"{m.name}|{m.intermediate_size:,}|{m.expansion_ratio:.4f}|{m.parameters:,}|"
-                + _number(m.model_bytes, "{:,.1f}", 1 / 2**20)
+                "model",
+                "intermediate size",
+                "expansion ratio",
+                "parameters",
+                "model MiB",
+            ],
+            [
+                [
+                    m.name,
+                    f"{m.intermediate_size:,}",
+                    f"{m.expansion_ratio:.4f}",
+                    f"{m.parameters:,}",
+                    _number(m.model_bytes, "{:,.1f}", 1 / 2**20),
+                ]
                 for m in profile.models
             ],
         ),
@@ -120,30 +132,26 @@ def _setting(profile: Profile) -> str:
 
 
 def _main_table(cells: list[ProfileCell]) -> str:
-    columns = (
-        "model|output tokens per prompt|first token ms|ms per output token|end to end s"
-        "|prefill tokens/s|decode tokens/s|J per prompt token|J per decode token"
-        "|J per output token|peak device MiB|peak host MiB"
-    )
-    return _table(
-        columns,
+    return markdown_table(
+        ["model", "output tokens per prompt", "first token ms", "ms per output token"]
+        + ["end to end s", "prefill tokens/s", "decode tokens/s", "J per prompt token"]
+        + ["J per decode token", "J per output token"]
+        + ["peak device MiB", "peak host MiB"],
         [
-            "|".join(
-                [
-                    cell.model,
-                    f"{cell.mean_output_tokens:.1f}",
-                    f"{1000 * cell.seconds_to_first_token.mean:.1f}",
-                    _number(_mean(cell.seconds_per_output_token), "{:.2f}", 1000),
-                    f"{cell.seconds_end_to_end.mean:.3f}",
-                    _estimate(cell.prefill_tokens_per_second, "{:.1f}"),
-                    _estimate(cell.decode_tokens_per_second, "{:.1f}"),
-                    _estimate(cell.joules_per_prompt_token, "{:.4f}"),
-                    _estimate(cell.joules_per_decode_token, "{:.3f}"),
-                    _estimate(cell.joules_per_output_token, "{:.3f}"),
-                    _number(cell.peak_device_bytes, "{:,.0f}", 1 / 2**20),
-                    _number(cell.peak_host_bytes, "{:,.0f}", 1 / 2**20),
-                ]
-            )
+            [
+                cell.model,
+                f"{cell.mean_output_tokens:.1f}",
+                f"{1000 * cell.seconds_to_first_token.mean:.1f}",
+                _number(_mean(cell.seconds_per_output_token), "{:.2f}", 1000),
+                f"{cell.seconds_end_to_end.mean:.3f}",
+                _estimate(cell.prefill_tokens_per_second, "{:.1f}"),
+                _estimate(cell.decode_tokens_per_second, "{:.1f}"),
+                _estimate(cell.joules_per_prompt_token, "{:.4f}"),
+                _estimate(cell.joules_per_decode_token, "{:.3f}"),
+                _estimate(cell.joules_per_output_token, "{:.3f}"),
+                _number(cell.peak_device_bytes, "{:,.0f}", 1 / 2**20),
+                _number(cell.peak_host_bytes, "{:,.0f}", 1 / 2**20),
+            ]
             for cell in cells
         ],
     )
@@ -159,12 +167,20 @@ def _delta_table(cells: list[ProfileCell]) -> str:
                 else f"{change.low:+.1f} % to {change.high:+.1f} %"
             )
             rows.append(
-                f"{cell.model}|{metric.replace('_', ' ')}|{change.percent:+.1f} %|{interval}"
-                f"|{change.verdict}"
+                [
+                    cell.model,
+                    metric.replace("_", " "),
+                    f"{change.percent:+.1f} %",
+                    interval,
+                    change.verdict,
+                ]
             )
     if not rows:
         return ""
-    return _table("model|against the baseline|difference|95 % interval|verdict", rows)
+    return markdown_table(
+        ["model", "against the baseline", "difference", "95 % interval", "verdict"],
+        rows,
+    )
 
 
 def _spread_table(cells: list[ProfileCell]) -> str:
@@ -177,16 +193,10 @@ def _spread_table(cells: list[ProfileCell]) -> str:
         ):
             if spread is not None:
                 figures = (spread.mean, spread.sd, spread.p50, spread.p90, spread.p99)
-                rows.append(
-                    f"{cell.model}|{name}|{spread.n}|"
-                    + "|".join(_number(figure, "{:.2f}", 1000) for figure in figures)
-                )
-    return _table("model|latency, ms|batches|mean|sd|p50|p90|p99", rows)
-
-
-def _table(columns: str, rows: list[str]) -> str:
-    rule = "|---" + "|--:" * columns.count("|") + "|"
-    return "\n".join([f"|{columns}|", rule, *(f"|{row}|" for row in rows)])
+                cells_of = (_number(figure, "{:.2f}", 1000) for figure in figures)
+                rows.append([cell.model, name, spread.n, *cells_of])
+    columns = ["model", "latency, ms", "batches", "mean", "sd", "p50", "p90", "p99"]
+    return markdown_table(columns, rows)
 
 
 def _mean(spread: Distribution | None) -> float | None:
@@ -205,64 +215,70 @@ def _estimate(value: Estimate | None, form: str) -> str:
     return f"{form.format(value.mean)} ± {form.format((value.high - value.low) / 2)}"
 
 
-def _draw(
-    profile: Profile,
-    suffix: str,
-    panels: dict[
-        str, Callable[[ProfileCell], tuple[float, float | None, float | None] | None]
-    ],
-) -> bytes:
-    """Draw panels against expansion ratio, one line per batch size and output length.
+#: By plot and label of a vertical axis, what is drawn and in which multiple of its unit.
+_PANELS = {
+    "latency": {
+        "time to first token, ms": ("seconds_to_first_token", 1000),
+        "time per output token, ms": ("seconds_per_output_token", 1000),
+        "end to end, s": ("seconds_end_to_end", 1),
+    },
+    "throughput": {
+        "prefill tokens/s": ("prefill_tokens_per_second", 1),
+        "decode tokens/s": ("decode_tokens_per_second", 1),
+    },
+    "energy": {
+        "J per prompt token": ("joules_per_prompt_token", 1),
+        "J per decode token": ("joules_per_decode_token", 1),
+        "J per output token": ("joules_per_output_token", 1),
+    },
+}
+
+
+def draw(profile: Profile, plot: str, suffix: str) -> bytes:
+    """Draw against expansion ratio, one line per batch size and output length.
 
     Args:
         profile: The profile.
+        plot: ``latency``, ``throughput`` or ``energy``.
         suffix: ``png`` or ``svg``.
-        panels: Label of the vertical axis, and what gives value, low and high of a cell.
-    """
-    import io
 
-    import matplotlib as mpl
+    Returns:
+        The file.
+    """
     from matplotlib.figure import Figure
 
+    from lm_eval_pruned.util import figures
+
     place = {model.name: model.expansion_ratio for model in profile.models}
-    # A fixed salt and no date: the same profile gives the same file.
-    with mpl.rc_context({"svg.hashsalt": "lm-eval-pruned"}):
-        figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-        for axes, (label, value_of) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0],
-            panels.items(),
-            strict=True,
-        ):
-            for size in profile.request["batch_sizes"]:
-                for mode, style in (("fixed", "o-"), ("natural", "s--")):
-                    points = sorted(
-                        (place[cell.model], value)
-                        for cell in profile.cells
-                        if cell.batch_size == size
-                        and cell.mode == mode
-                        and (value := value_of(cell)) is not None
-                    )
-                    if not points:
-                        continue
-                    errors = [
-                        [
-                            max(0.0, v - (v if low is None else low))
-                            for _, (v, low, _) in points
-                        ],
-                        [
-                            max(0.0, (v if high is None else high) - v)
-                            for _, (v, _, high) in points
-                        ],
-                    ]
-                    axes.errorbar(
-                        [x for x, _ in points],
-                        [v for _, (v, _, _) in points],
-                        yerr=errors,
-                        fmt=style,
-                        capsize=3,
-                        label=f"batch size {size}, {mode} length",
-                    )
-            axes.set_xlabel("expansion ratio (intermediate size / hidden size)")
+    lines = list(product(profile.request["batch_sizes"], MODES))
+    panels = _PANELS[plot]
+    with figures.style("lm-eval-pruned"):
+        figure = Figure(figsize=(5.5 * len(panels), 4))
+        columns = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (label, (metric, scale)) in zip(columns, panels.items(), strict=True):
+            for number, (size, mode) in enumerate(lines):
+                points = [
+                    (place[cell.model], found)
+                    for cell in profile.cells
+                    if (cell.batch_size, cell.mode) == (size, mode)
+                    and (found := _estimate_of(cell, metric)) is not None
+                ]
+                if not points:
+                    continue
+                points.sort(key=lambda point: point[0])
+                axes.errorbar(
+                    [ratio for ratio, _ in points],
+                    [scale * found.mean for _, found in points],
+                    # Ends, where there are any, are as far below the mean as above it.
+                    yerr=[
+                        0 if found.high is None else scale * (found.high - found.mean)
+                        for _, found in points
+                    ],
+                    capsize=3,
+                    label=f"batch size {size}, {mode} length",
+                    **figures.line_look(number),
+                )
+            figures.over_ratios(axes, place.values())
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
             if axes.get_legend_handles_labels()[0]:
@@ -271,66 +287,13 @@ def _draw(
                 axes.text(
                     0.5, 0.5, "not measured", ha="center", transform=axes.transAxes
                 )
-        data = io.BytesIO()
-        figure.savefig(
-            data,
-            format=suffix,
-            dpi=150,
-            metadata={"Date": None} if suffix == "svg" else None,
-        )
-    return data.getvalue()
+        if suffix == "svg":
+            return figures.as_svg(figure).encode()
+        return figures.as_png(figure)
 
 
-def _of(
-    metric: str,
-) -> Callable[[ProfileCell], tuple[float, float | None, float | None] | None]:
-    def value(cell: ProfileCell) -> tuple[float, float | None, float | None] | None:
-        found: Any = getattr(cell, metric)
-        return None if found is None else (found.mean, found.low, found.high)
-
-    return value
-
-
-def _latency(
-    metric: str, scale: float
-) -> Callable[[ProfileCell], tuple[float, float | None, float | None] | None]:
-    """Give the mean of a latency with the interval of its mean over the repeats."""
-
-    def value(cell: ProfileCell) -> tuple[float, float | None, float | None] | None:
-        found = cell.latency_estimates.get(metric)
-        if found is None:
-            return None
-        ends = (None if end is None else end * scale for end in (found.low, found.high))
-        return (found.mean * scale, *ends)  # type: ignore[return-value]
-
-    return value
-
-
-_PLOTS: dict[str, Callable[[Profile, str], bytes]] = {
-    "latency": lambda profile, suffix: _draw(
-        profile,
-        suffix,
-        {
-            "time to first token, ms": _latency("seconds_to_first_token", 1000),
-            "time per output token, ms": _latency("seconds_per_output_token", 1000),
-            "end to end, s": _latency("seconds_end_to_end", 1),
-        },
-    ),
-    "throughput": lambda profile, suffix: _draw(
-        profile,
-        suffix,
-        {
-            "prefill tokens/s": _of("prefill_tokens_per_second"),
-            "decode tokens/s": _of("decode_tokens_per_second"),
-        },
-    ),
-    "energy": lambda profile, suffix: _draw(
-        profile,
-        suffix,
-        {
-            "J per prompt token": _of("joules_per_prompt_token"),
-            "J per decode token": _of("joules_per_decode_token"),
-            "J per output token": _of("joules_per_output_token"),
-        },
-    ),
-}
+def _estimate_of(cell: ProfileCell, metric: str) -> Estimate | None:
+    """Return the mean over the repeats; the fields of latencies hold that of the batches."""
+    if metric.startswith("seconds"):
+        return cell.latency_estimates.get(metric)
+    return getattr(cell, metric)

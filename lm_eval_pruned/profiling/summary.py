@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lm_eval_pruned.energy.monitor import COMPONENTS, EnergyReading, ratio
+from lm_eval_pruned.energy.readings import COMPONENTS, EnergyReading, ratio
 from lm_eval_pruned.profiling.model import (
     CONFIDENCE,
     ENERGY_WINDOW_SECONDS,

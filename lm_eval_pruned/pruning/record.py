@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.plan import PrunePlan, written_layers
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -153,12 +154,13 @@ class PruneRecord:
         layers = f"{self.layers} layers"
         if plan.layers is not None:
             layers += f" ({written_layers(plan.layers)} pruned)"
+        rows = [
+            ("expansion ratio", f"{plan.ratio_before:14.4f}", f"{plan.ratio:14.4f}"),
+            ("intermediate size", f"{plan.width_before:14,}", f"{plan.width:14,}"),
+            ("parameters", f"{before:14,}", f"{after:14,}"),
+        ]
         lines = [
-            "|                 |        before|         after|",
-            "|-----------------|-------------:|-------------:|",
-            f"|expansion ratio  |{plan.ratio_before:14.4f}|{plan.ratio:14.4f}|",
-            f"|intermediate size|{plan.width_before:14,}|{plan.width:14,}|",
-            f"|parameters       |{before:14,}|{after:14,}|",
+            markdown_table(["", "before", "after"], rows, padded=True),
             f"{asked or 'baseline'}, {criterion}, {layers}, kept digest {digest}",
         ]
         if len(self.groups) > 1:

@@ -27,6 +27,7 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+from lm_eval_pruned.analysis.sweep_results import SWEEP_SCHEMA
 from lm_eval_pruned.util.atomic import sync, umask, write_atomically
 
 
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
-
-#: Version of the layout and of ``sweep.json`` and ``unit.json``.
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class SweepFolder:
         try:
             unit = _read_json(folder / "unit.json")
             fingerprint, seconds = str(unit["fingerprint"]), float(unit["seconds"])
-            if unit["schema_version"] != SCHEMA_VERSION:
+            if unit["schema_version"] != SWEEP_SCHEMA:
                 return None
             if (folder / "error.json").exists():
                 error = dict(_read_json(folder / "error.json"))
@@ -113,7 +111,7 @@ class SweepFolder:
     def write_definition(self, definition: dict[str, Any]) -> None:
         """Write ``sweep.json``, the same bytes for the same definition."""
         text = json.dumps(
-            {"schema_version": SCHEMA_VERSION, **definition},
+            {"schema_version": SWEEP_SCHEMA, **definition},
             indent=2,
             ensure_ascii=False,
         )
@@ -146,7 +144,7 @@ class SweepFolder:
             unit: Content of ``unit.json`` without the schema version.
         """
         text = json.dumps(
-            {"schema_version": SCHEMA_VERSION, **unit}, indent=2, ensure_ascii=False
+            {"schema_version": SWEEP_SCHEMA, **unit}, indent=2, ensure_ascii=False
         )
         (folder / "unit.json").write_text(text + "\n", encoding="utf-8")
         for file in folder.iterdir():

@@ -39,6 +39,13 @@ if TYPE_CHECKING:
 
 MODEL = "pruned-hf"
 
+#: Settings that decide a unit's scores or files, as `lm_eval.simple_evaluate` calls them;
+#: it takes the seeds one by one.
+DECIDING = (
+    *("num_fewshot", "limit", "samples", "apply_chat_template", "fewshot_as_multiturn"),
+    *("system_instruction", "gen_kwargs", "log_samples", "predict_only"),
+)
+
 
 #: Options that say how units are run. They decide no score, so a sweep may go on
 #: under others of them: a smaller batch after running out of memory, another device.
@@ -169,21 +176,7 @@ class Sweep:
             **self.model_definition(configuration),
             "task": task.name,
             "task_sha256": task.digest,
-            "settings": {
-                name: getattr(settings, name)
-                for name in (
-                    "num_fewshot",
-                    "limit",
-                    "samples",
-                    "apply_chat_template",
-                    "fewshot_as_multiturn",
-                    "system_instruction",
-                    "gen_kwargs",
-                    "log_samples",
-                    "predict_only",
-                    "seed",
-                )
-            },
+            "settings": {name: getattr(settings, name) for name in (*DECIDING, "seed")},
             "metadata": self.options.get("metadata") or {},
             "versions": {
                 package: version(package) for package in ("lm-eval", "lm-eval-pruned")

@@ -7,10 +7,10 @@ are missing: here, or through `ray` on a cluster; `runner` runs one.
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from lm_eval_pruned.sweeps.runner import (
     unit_key,
 )
 from lm_eval_pruned.util.progress import Progress
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -163,7 +164,9 @@ def _attempt(
         error = describe_error(failure)
     error = ranks.first_error(error)
     if error is not None:
-        _free_memory()
+        from accelerate.utils import release_memory
+
+        release_memory()
     return time.perf_counter() - start if seconds is None else seconds, error
 
 
@@ -195,33 +198,20 @@ def _plan_table(
     prints: dict[tuple[str, str], str],
 ) -> str:
     done, failed, waiting = _sort(units, folder, prints, retry_failed=False)
-    lines = [
-        "|configuration|kept width|expansion ratio|parameters|reduction|done|failed|to run|",
-        "|-------------|---------:|--------------:|---------:|--------:|---:|-----:|-----:|",
+    counts = [
+        Counter(configuration.id for configuration, _ in part)
+        for part in ([unit for unit, _ in done], failed, waiting)
     ]
+    columns = ["configuration", "kept width", "expansion ratio", "parameters"]
+    columns += ["reduction", "done", "failed", "to run"]
+    rows = []
     for each in sweep.configurations:
-        counts = [
-            sum(configuration.id == each.id for configuration, _ in part)
-            for part in ([unit for unit, _ in done], failed, waiting)
-        ]
-        lines.append(
-            f"|{each.id}|{each.kept_width:,}|{each.expansion_ratio:.4f}|{each.parameters:,}"
-            f"|{each.reduction:.2%}|{counts[0]}|{counts[1]}|{counts[2]}|"
-        )
-    lines += [
-        "",
-        f"Tasks: {', '.join(task.name for task in sweep.tasks)}",
-    ]
-    lines.append(
+        size = f"{each.kept_width:,}", f"{each.expansion_ratio:.4f}"
+        left = f"{each.parameters:,}", f"{each.reduction:.2%}"
+        rows.append([each.id, *size, *left, *(count[each.id] for count in counts)])
+    table = markdown_table(columns, rows)
+    return (
+        f"{table}\n\nTasks: {', '.join(task.name for task in sweep.tasks)}\n"
         f"Units: {len(units)}, {len(done)} done, {len(failed)} failed, "
-        f"{len(waiting)} to run, in {folder.path}"
+        f"{len(waiting)} to run, in {folder.path}\n"
     )
-    return "\n".join(lines) + "\n"
-
-
-def _free_memory() -> None:
-    gc.collect()
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import glob
 import json
 import logging
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.pruning.scores import KnownScores
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder, own_scores
-from lm_eval_pruned.sweeps.plan import MODEL, Sweep
+from lm_eval_pruned.sweeps.plan import DECIDING, MODEL, Sweep
 from lm_eval_pruned.sweeps.tasks import load_task
 
 
@@ -90,11 +89,9 @@ class UnitRunner:
     def release(self) -> None:
         """Free the model's memory."""
         self._lm = self.holds = self._load_error = None
-        gc.collect()
-        import torch
+        from accelerate.utils import release_memory
 
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
     def _model(self, configuration: Configuration) -> LM:
         if self.holds != configuration.id:
@@ -143,21 +140,13 @@ class UnitRunner:
             model=lm,
             model_args=model_args,
             tasks=load_task(manager, task),
-            num_fewshot=settings.num_fewshot,
+            **{name: getattr(settings, name) for name in DECIDING},
             batch_size=settings.batch_size,
             max_batch_size=settings.max_batch_size,
             device=settings.device,
             use_cache=self._cache(configuration),
-            limit=settings.limit,
-            samples=settings.samples,
-            log_samples=settings.log_samples,
             evaluation_tracker=tracker,
-            system_instruction=settings.system_instruction,
-            apply_chat_template=settings.apply_chat_template,
-            fewshot_as_multiturn=settings.fewshot_as_multiturn,
-            gen_kwargs=settings.gen_kwargs,
             task_manager=manager,
-            predict_only=settings.predict_only,
             random_seed=seed[0],
             numpy_random_seed=seed[1],
             torch_random_seed=seed[2],

@@ -1,1 +1,1 @@
-"""Files, progress and the collector: what every room may use."""
+"""Files, tables, figures, progress and the collector: what every room may use."""

@@ -1,26 +1,34 @@
-"""Markdown tables."""
+"""Tables in Markdown and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 _RULES = {"l": "---", "r": "---:"}
 
 
 def markdown_table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], align: str
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    align: str | None = None,
+    *,
+    padded: bool = False,
 ) -> str:
     r"""Return a Markdown table; no cell can end early or break its row.
 
     Args:
         columns: Names of the columns, n of them.
         rows: Rows of n cells each, which are written with ``str``.
-        align: One letter for each column: ``l`` for words, ``r`` for numbers.
+        align: One letter for each column: ``l`` for words, ``r`` for numbers. By
+            default words in the first column, numbers in the others.
+        padded: Make the cells of a column equally wide, for readers of a terminal.
 
     Raises:
         ValueError: `align` or a row has another length than `columns`, or `align` another
@@ -32,6 +40,7 @@ def markdown_table(
         |---|---:|
         |a\|b|0.5|
     """
+    align = "l".ljust(len(columns), "r") if align is None else align
     if not set(align) <= _RULES.keys():
         raise ValueError(f"align={align!r} has other letters than {', '.join(_RULES)}.")
     lines = [[_cell(cell) for cell in row] for row in (columns, *rows)]
@@ -40,7 +49,23 @@ def markdown_table(
         if len(line) != len(columns):
             what = "align" if number == 1 else f"row {number - 1}"
             raise ValueError(f"{what} is for {len(line)} columns of {len(columns)}.")
+    if padded:
+        for column, letter in enumerate(align):
+            width = max(len(line[column]) for line in lines)
+            for number, line in enumerate(lines):
+                fill = "-" if number == 1 else " "
+                pad = line[column].ljust if letter == "l" else line[column].rjust
+                line[column] = pad(width, fill)
     return "\n".join(f"|{'|'.join(line)}|" for line in lines)
+
+
+def csv_table(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows by the names of their columns as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _cell(value: object) -> str:

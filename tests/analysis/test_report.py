@@ -20,6 +20,7 @@ pytest.importorskip("matplotlib", reason="plots need the extra `report`")
 
 from lm_eval_pruned.analysis import plots, report
 from lm_eval_pruned.analysis.report_sections import _numbers_on_one_line
+from lm_eval_pruned.util import figures
 
 
 N = 60
@@ -161,7 +162,7 @@ def test_ids_of_the_plots_do_not_collide(page):
 def test_the_page_follows_light_and_dark(page):
     assert "prefers-color-scheme: dark" in page
     assert "currentColor" in page
-    assert plots._INK not in page.lower()
+    assert figures.INK not in page.lower()
 
 
 def test_every_plot_has_a_text_alternative_and_units(page, sweep):
@@ -346,7 +347,7 @@ def test_colours_stand_out_on_both_grounds():
         ]
         return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    for colour in plots.COLOURS:
+    for colour in figures.COLOURS:
         on_white = 1.05 / (luminance(colour) + 0.05)
         on_dark = (luminance(colour) + 0.05) / (luminance("#16181b") + 0.05)
         # WCAG asks 3 of lines; the lighter ones are thick and have markers of their own.
@@ -389,7 +390,7 @@ def test_a_browser_shows_it(sweep, tmp_path, scheme):
     assert np.allclose(pixels[0, 0], ground, atol=0.01)
     assert np.allclose(np.median(pixels, axis=(0, 1)), ground, atol=0.02)
     # Plots are there: pixels in the colours of the first two lines.
-    for colour in plots.COLOURS[:2]:
+    for colour in figures.COLOURS[:2]:
         wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert (np.abs(pixels - wanted).max(axis=2) < 0.02).sum() > 200
     # Text and axes are in the ink of the scheme: enough pixels far from the ground.

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lm_eval_pruned.analysis import runs, sweep_results
 from lm_eval_pruned.analysis.results_file import ResultsError
-from lm_eval_pruned.analysis.samples import TRANSFORMS, read_documents
+from lm_eval_pruned.analysis.samples import TRANSFORMS, Documents, read_documents
+from lm_eval_pruned.analysis.settings import setting_of
 from tests.helpers.results_files import DATE, pruning, score_of, write_run, write_sweep
 
 
@@ -57,8 +59,9 @@ def test_results_of_several_commands_in_a_folder_are_all_read(tmp_path, below):
     assert OLD in run.samples["boolq"].name
     assert NEW in run.samples["tf"].name
     assert read_documents(run, "boolq", "acc,none").values.tolist() == [1.0]
-    assert run.environment["lm_eval_version"] == "0.4.13, 0.4.14"
-    assert run.settings["tf"]["lm_eval_version"] == "0.4.14"
+    versions = {"boolq": "0.4.13", "tf": "0.4.14"}
+    assert setting_of(run, "lm_eval_version") == versions
+    assert setting_of(run, "num_fewshot") == 0
     assert (run.name, run.notes) == (tmp_path.name, ())
 
 
@@ -313,9 +316,13 @@ def test_a_sweep_folder(tmp_path):
     assert [run.name for run in sweep.runs] == ["base", "p20"]
     assert sweep.runs[0].is_baseline
     assert sweep.runs[1].tasks() == ["if", "tf"]
-    assert sweep.runs[1].environment["n-shot"] == {"if": 0, "tf": 0}
+    shots = {task: each["num_fewshot"] for task, each in sweep.runs[1].settings.items()}
+    assert shots == {"if": 0, "tf": 0}
     assert sweep.failures == (sweep_results.Failure("p40", "tf", "out of memory"),)
-    assert [run.name for run in sweep_results.read_runs(tmp_path)] == ["base", "p20"]
+    assert [run.name for run in sweep_results.read_sweep(tmp_path).runs] == [
+        "base",
+        "p20",
+    ]
     assert runs.read_run(tmp_path / "units" / "p20").tasks() == ["if", "tf"]
     with pytest.raises(ResultsError, match="holds several runs"):
         runs.read_run(tmp_path)
@@ -385,9 +392,23 @@ def test_what_the_harness_writes(tmp_path):
         assert settings["documents"] == len(rows)
         assert (settings["num_fewshot"], settings["fewshot_seed"]) == (0, 1234)
         assert len(settings["task_hash"]) == 64
-        assert settings["lm_eval_version"] == run.environment["lm_eval_version"]
+        assert settings["lm_eval_version"] == setting_of(run, "lm_eval_version")
     for task, metric in run.scores:
         documents = read_documents(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
         assert None not in documents.prompts
         assert run.scores[task, metric].higher_is_better
+
+
+def test_documents_in_another_order_keep_what_belongs_to_each():
+    keys = tuple(("task", name, 0) for name in "abc")
+    documents = Documents(
+        keys, np.arange(3.0), np.arange(1.0, 4), tuple("xyz"), "mean", tuple("pqr")
+    )
+    other = replace(documents, keys=keys[::-1])
+    turned = documents.in_the_order_of(other)
+    assert turned.keys == other.keys
+    assert turned.values.tolist() == [2, 1, 0]
+    assert turned.weights.tolist() == [3, 2, 1]
+    assert (turned.clusters, turned.prompts) == (tuple("zyx"), tuple("rqp"))
+    assert documents.in_the_order_of(replace(documents, keys=keys[:2])) is None

@@ -32,7 +32,7 @@ def script():
 
 def section(title: str) -> set[str]:
     text = TABLE.partition(f"## {title}")[2].partition("\n## ")[0]
-    return set(re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE))
+    return set(re.findall(r"^\|`([^`]+)`\|", text, flags=re.MULTILINE))
 
 
 def test_the_table_is_whole():

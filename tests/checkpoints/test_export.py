@@ -259,7 +259,7 @@ def test_every_class_with_a_dtype_plan_is_exported_as_it_is_loaded(dtype, tmp_pa
     table = (checkpoints.ROOT / "docs" / "architectures.md").read_text()
     pruned = set(
         re.findall(
-            r"^\| `([^`]+)` \|",
+            r"^\|`([^`]+)`\|",
             table.partition("## Pruned")[2].partition("\n## ")[0],
             flags=re.MULTILINE,
         )

@@ -1,4 +1,4 @@
-"""Windows, units and failures of `lm_eval_pruned.energy.monitor`, on meters of known power."""
+"""Windows, units and failures of `lm_eval_pruned.energy`, on meters of known power."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies as st
 
-from lm_eval_pruned.energy.monitor import (
-    EnergyMonitor,
+from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.readings import (
     EnergyReading,
     Joules,
     add_up,

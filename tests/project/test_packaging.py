@@ -102,10 +102,29 @@ def test_the_wheel_holds_the_tree_byte_for_byte(tree, wheels):
     assert any(name.endswith("/licenses/LICENSE") for name in wheels["wheel"])
 
 
-def test_a_wheel_from_the_source_distribution_is_the_same(tree, wheels, tmp_path):
-    archive = build("sdist", tree, tmp_path / "sdist")
-    shutil.unpack_archive(archive, tmp_path, filter="data")
-    (source,) = tmp_path.glob("lm_eval_pruned-*")
+@pytest.fixture(scope="module")
+def source(tree, tmp_path_factory):
+    """The folder that the source distribution unpacks to."""
+    folder = tmp_path_factory.mktemp("sdist")
+    archive = build("sdist", tree, folder / "archive")
+    shutil.unpack_archive(archive, folder, filter="data")
+    (source,) = folder.glob("lm_eval_pruned-*")
+    return source
+
+
+def test_the_source_distribution_holds_the_tests_and_what_they_read(tree, source):
+    """All that is tracked, but for what starts with a dot: machines of ours read that."""
+    for path in tree.rglob("*"):
+        name = path.relative_to(tree)
+        made = "build" in name.parts or any(".egg-info" in part for part in name.parts)
+        if path.is_file() and not name.parts[0].startswith(".") and not made:
+            shipped = (source / name).read_bytes()
+            # setuptools writes setup.cfg anew.
+            assert shipped == path.read_bytes() or path.name == "setup.cfg", name
+    assert (source / "tests" / "conftest.py").is_file()
+
+
+def test_a_wheel_from_the_source_distribution_is_the_same(source, wheels, tmp_path):
     again = unpacked(build("wheel", source, tmp_path / "wheel"))
     # The archive's order of names is that of the folder that was read.
     records = {name for name in again if name.endswith("/RECORD")}

@@ -123,3 +123,12 @@ def test_batching_can_be_handed_on_as_a_folder():
                 assert not any(name.startswith("lm_eval_pruned") for name in names), (
                     module
                 )
+
+
+def test_no_file_is_longer_than_a_reader_keeps_in_mind():
+    long = {
+        name: lines
+        for name, path in modules().items()
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 450
+    }
+    assert not long

@@ -30,27 +30,3 @@ from lm_eval_pruned.analysis.gate.formats import (
     as_text,
 )
 from lm_eval_pruned.analysis.gate.remarks import notes, update_notes
-
-
-__all__ = [
-    "FORMATS",
-    "RULES",
-    "SCHEMA",
-    "Baseline",
-    "Expectation",
-    "Finding",
-    "Rule",
-    "as_github",
-    "as_json",
-    "as_junit",
-    "as_text",
-    "check",
-    "exit_code",
-    "make_baseline",
-    "notes",
-    "read_baseline",
-    "read_results",
-    "unusable_rules",
-    "update_notes",
-    "write_baseline",
-]

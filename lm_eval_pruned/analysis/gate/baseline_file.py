@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_pruned.analysis.results_file import ResultsError, Run, read_json
+from lm_eval_pruned.analysis.results_file import (
+    ResultsError,
+    Run,
+    finite_or_none,
+    read_json,
+)
 from lm_eval_pruned.analysis.samples import TRANSFORMS, Documents, read_documents
 from lm_eval_pruned.analysis.settings import MODEL
 from lm_eval_pruned.util.atomic import write_atomically
@@ -254,13 +259,11 @@ def _documents_as_dict(documents: Documents) -> dict[str, Any]:
 
 
 def _expectation(file: Path, where: str, record: Mapping[str, Any]) -> Expectation:
-    score = record.get("score")
-    if (
-        isinstance(score, bool)
-        or not isinstance(score, int | float)
-        or not math.isfinite(score)
-    ):
-        raise ResultsError(f"{file}: the score of {where} is {score!r}, not a number.")
+    score = finite_or_none(record.get("score"))
+    if score is None:
+        raise ResultsError(
+            f"{file}: the score of {where} is {record.get('score')!r}, not a number."
+        )
     rules = [kind for kind in RULES if kind in record]
     if len(rules) != 1:
         raise ResultsError(
@@ -285,7 +288,7 @@ def _expectation(file: Path, where: str, record: Mapping[str, Any]) -> Expectati
             raise ResultsError(
                 f"{file}: the documents of {where} are damaged."
             ) from None
-    return Expectation(float(score), direction, rule, documents)
+    return Expectation(score, direction, rule, documents)
 
 
 def _documents_from_dict(record: Mapping[str, Any]) -> Documents:

@@ -117,18 +117,15 @@ def alpha_test(run: Run, task: str, metric: str, expected: Expectation) -> Alpha
     Raises:
         Undecidable: They are other documents, or weighted otherwise.
     """
-    before, after = expected.documents, documents_of(run, task, metric)
+    before = expected.documents
     assert before is not None
-    position = {key: index for index, key in enumerate(after.keys)}
-    if position.keys() != set(before.keys):
+    after = documents_of(run, task, metric).in_the_order_of(before)
+    if after is None:
         raise Undecidable(
             "Evaluated on other documents than the baseline (matched by doc_hash): evaluate with "
             "the same --limit and data, or run with --update."
         )
-    order = [position[key] for key in before.keys]
-    if before.transform != after.transform or not np.allclose(
-        before.weights, after.weights[order]
-    ):
+    if not before.is_scored_like(after):
         raise Undecidable(
             "The documents are weighted otherwise than in the baseline: run with --update."
         )
@@ -148,7 +145,7 @@ def alpha_test(run: Run, task: str, metric: str, expected: Expectation) -> Alpha
         )
 
     sides = _SIDES[expected.higher_is_better]
-    test = compared(after.values[order], sides[0])
+    test = compared(after.values, sides[0])
     worst = []
     if (
         before.clusters is None
@@ -157,10 +154,11 @@ def alpha_test(run: Run, task: str, metric: str, expected: Expectation) -> Alpha
         and np.isin(before.values, (0, 1)).all()
     ):
         worst = [
-            np.full(len(order), value) for value in _WORST[expected.higher_is_better]
+            np.full(len(before.keys), value)
+            for value in _WORST[expected.higher_is_better]
         ]
     smallest = [p for p in (compared(w, sides[0]).p for w in worst) if p is not None]
-    better = compared(after.values[order], sides[1]).p if len(sides) > 1 else None
+    better = compared(after.values, sides[1]).p if len(sides) > 1 else None
     return AlphaTest(test.p, better, min(smallest, default=None), test.units)
 
 

@@ -30,22 +30,3 @@ from lm_eval_pruned.analysis.statistics.paired_test import (
     Alternative,
     PairedTest,
 )
-
-
-__all__ = [
-    "ALTERNATIVES",
-    "LEAST_UNITS",
-    "MOST_PERMUTED",
-    "POWER",
-    "Alternative",
-    "Correlation",
-    "PairedTest",
-    "Trend",
-    "correlate",
-    "false_discovery_levels",
-    "false_discovery_rate",
-    "paired_difference",
-    "relative_change",
-    "trend",
-    "unpaired_difference",
-]
