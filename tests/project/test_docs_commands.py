@@ -11,6 +11,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import runpy
 import shlex
@@ -26,9 +27,11 @@ from tests.helpers import checkpoints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 ROOT = checkpoints.ROOT
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *NOTEBOOKS]
 #: Programs of others, whose commands no parser of ours knows, and why that is no loss.
 NOT_PARSED = {
     "pip": "installs; test_packaging.py builds and installs what it would",
@@ -45,6 +48,8 @@ PROGRAMS = re.compile(
     r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*"
     r"(?:lm_eval|lm-eval-pruned|python3?|pip|tox|accelerate|torchrun|srun|sh)\s+[-\w./\"']"
 )
+#: A command in a cell of a notebook, without where its output goes.
+IN_A_CELL = re.compile(r"(?:\w+ = )?!(.+?)(?: 2?> \S+)*")
 #: Arguments that HFLM hands on to transformers, in whose signatures they do not stand.
 FROM_PRETRAINED = {"load_in_8bit", "tp_plan"}
 
@@ -59,6 +64,27 @@ class Command:
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}: {' '.join(self.words)[:60]}"
+
+
+def read(page: Path) -> str:
+    """Return a page as Markdown: the commands in the cells of a notebook are shell blocks."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        python, shell = ["```python"], ["```bash"]
+        for line in source.replace("\\\n", " ").splitlines():
+            if found := IN_A_CELL.fullmatch(line):
+                shell.append(found[1])
+            elif not line.startswith("%"):
+                python.append(line)
+        parts += ["\n".join([*lines, "```"]) for lines in (python, shell)]
+    return "\n\n".join(parts)
 
 
 def blocks(text: str) -> Iterator[tuple[str, int, list[str]]]:
@@ -106,9 +132,7 @@ def commands(page: str, text: str) -> Iterator[Command]:
 COMMANDS = [
     command
     for path in PAGES
-    for command in commands(
-        path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
-    )
+    for command in commands(path.relative_to(ROOT).as_posix(), read(path))
 ]
 
 
@@ -340,7 +364,7 @@ def test_a_command_that_is_wrong_is_not_accepted(wrong, parse, beside_the_benchm
 
 def test_no_command_hides_in_a_block_without_a_language():
     for path in PAGES:
-        for language, start, lines in blocks(path.read_text(encoding="utf-8")):
+        for language, start, lines in blocks(read(path)):
             if not language:
                 hidden = [line for line in lines if PROGRAMS.match(line)]
                 assert not hidden, f"{path.name}:{start}: write ```bash or ```console"
@@ -348,7 +372,7 @@ def test_no_command_hides_in_a_block_without_a_language():
 
 def test_what_the_python_examples_import_is_there():
     for path in PAGES:
-        for language, _, lines in blocks(path.read_text(encoding="utf-8")):
+        for language, _, lines in blocks(read(path)):
             if language != "python":
                 continue
             for node in ast.walk(ast.parse("\n".join(lines))):
