@@ -11,8 +11,6 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from lm_eval.models.huggingface import HFLM
-
 from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, merged
 from lm_eval_pruned.checkpoints.damage import check_config, clear_config_errors
 from lm_eval_pruned.checkpoints.default_model import find_default_model
