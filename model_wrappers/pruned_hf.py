@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.plan import Layers, Number
     from lm_eval_pruned.pruning.record import PruneRecord
+    from lm_eval_pruned.pruning.scores import KnownScores
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
@@ -66,6 +67,7 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
         peft: str | None = None,
         peft_stage: str | None = None,
         quantization_config: dict[str, Any] | None = None,
+        known_scores: KnownScores | None = None,
         **kwargs: Any,
     ) -> None:
         """HFLM whose GLU-MLPs are narrowed while the model loads.
@@ -98,6 +100,7 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
             quantization_config: How to quantise the pruned weights as they are loaded,
                 as the dict of a transformers quantisation config. ``load_in_8bit``,
                 ``load_in_4bit`` and ``bnb_4bit_...`` work as well.
+            known_scores: Scores that a sweep keeps from one of its models to the next.
             **kwargs: Everything HFLM takes, the arguments ``energy...`` of
                 `EnergyLoggingHFLM`, and ``prefix_sharing`` and ``slot_refilling``
                 (default true); see `PrefixSharingMixin` and `SlotRefillingMixin`.
@@ -117,6 +120,7 @@ class PrunedHFLM(EnergyLoggingHFLM, PrefixSharingMixin, SlotRefillingMixin, HFLM
             "calibration": calibration,
             "calibration_samples": calibration_samples,
         }
+        self._known_scores = known_scores
         check_hf_arguments(
             {
                 **kwargs,
@@ -266,6 +270,7 @@ class _PruningAutoModel:
             kwargs,
             tokenizer=self._lm.tokenizer,
             inspect=self._inspect,
+            known_scores=self._lm._known_scores,
         )
         self._lm._prune_record = model.prune_record  # type: ignore[assignment]
         self._lm._config = model.config

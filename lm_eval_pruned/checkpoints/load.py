@@ -20,6 +20,7 @@ from lm_eval_pruned.checkpoints.transformers_api import standing_in
 from lm_eval_pruned.pruning.alignment import warn_misaligned
 from lm_eval_pruned.pruning.layouts import count_parameters
 from lm_eval_pruned.pruning.record import PruneRecord
+from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.slicing import (
     carry_out,
     choose_experts_implementation,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.plan import Layers, Number
+    from lm_eval_pruned.pruning.scores import KnownScores
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.loading")
@@ -165,6 +167,7 @@ def load_with_arguments(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     inspect: Callable[[Request], None] | None = None,
+    known_scores: KnownScores | None = None,
 ) -> PreTrainedModel:
     """Load and prune; `load_pruned` with its arguments in groups.
 
@@ -176,25 +179,30 @@ def load_with_arguments(
         tokenizer: What reads calibration text; default: that of `pretrained`.
         inspect: Called with what is about to be loaded, before weights are read; may
             raise.
+        known_scores: Scores of earlier loads; takes those of this one.
     """
 
     def load(request: Request) -> PreTrainedModel:
         if inspect is not None:
             inspect(request)
-        return _load(request, tokenizer)
+        return _load(request, tokenizer, known_scores)
 
     request = Request.resolve(auto_class, pretrained, prune_arguments, from_pretrained)
     return with_stored_widths(request, load)
 
 
 def _load(
-    request: Request, tokenizer: PreTrainedTokenizerBase | None
+    request: Request,
+    tokenizer: PreTrainedTokenizerBase | None,
+    known_scores: KnownScores | None,
 ) -> PreTrainedModel:
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
     before = widths.count_parameters(widths.actual)
-    known = request.score_table()
+    known = ScoreTable()
+    if known_scores is not None and (key := request.scores_key()) is not None:
+        known = known_scores.setdefault(key, known)
     session = Session(plan, widths, targets, known)
     session.declined = request.must_load_whole(known)
     if session.declined is None:

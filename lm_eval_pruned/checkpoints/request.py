@@ -24,7 +24,6 @@ from lm_eval_pruned.checkpoints.skeleton import skeleton
 from lm_eval_pruned.checkpoints.transformers_api import unknown_loader
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, slots_by_parameter
-from lm_eval_pruned.pruning.scores import ScoreTable, known_scores
 from lm_eval_pruned.pruning.widths import Widths
 from lm_eval_pruned.util.garbage import without_collections
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     )
 
     from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.scores import ScoreTable
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.loading")
@@ -138,13 +138,7 @@ class Request:
             plan = widths.plan(**self.prune_arguments)
         return dataclasses.replace(self, plan=plan, widths=widths)
 
-    def score_table(self) -> ScoreTable:
-        """Return the scores that an earlier load left for this one; empty if none did."""
-        known = known_scores()
-        key = None if known is None else self._scores_key()
-        return ScoreTable() if known is None or key is None else known.table(key)
-
-    def _scores_key(self) -> Hashable | None:
+    def scores_key(self) -> Hashable | None:
         """Identify what scores depend on; None where the checkpoint's content is not known."""
         checkpoint = self._content()
         if checkpoint is None:

@@ -44,7 +44,7 @@ from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.sources import _converted_sources
 from lm_eval_pruned.checkpoints.transformers_api import standing_in
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-from lm_eval_pruned.pruning.scores import KnownScores, ScoreTable
+from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.slots import Slot
 from tests.helpers import checkpoints, layouts
 from tests.helpers.checkpoints import edit_config, edit_weights
@@ -1018,10 +1018,15 @@ def test_down_is_looked_through_once(tiny_llama, monkeypatch):
         ),
     )
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)]
-    with KnownScores().in_use():
-        load_pruned(str(tiny_llama), ratio=1)
-        assert sorted(checked) == names
-        load_pruned(str(tiny_llama), ratio=2)
+    known_scores = {}
+    for ratio in (1, 2):
+        loading.load_with_arguments(
+            AutoModelForCausalLM,
+            str(tiny_llama),
+            {"ratio": ratio},
+            {},
+            known_scores=known_scores,
+        )
         assert sorted(checked) == names
 
 
@@ -1064,7 +1069,7 @@ def test_widths_that_change_while_they_are_read_are_told(copied):
     with pytest.raises(
         ValueError, match=r"layers\.0\.mlp has 88 .* says 40: correct in"
     ):
-        loading._load(request, None)
+        loading._load(request, None, None)
 
 
 def test_layers_that_keep_their_width_are_not_scored(tmp_path):
