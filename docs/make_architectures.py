@@ -36,6 +36,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from lm_eval_pruned.checkpoints.load import load_pruned
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
 from lm_eval_pruned.pruning.slicing import prune_model, widths_in_memory
 from tests import by_hand
@@ -245,7 +246,7 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
         except Exception as error:  # noqa: BLE001 - anything may be wrong with a guess
             reason = f"the tiny model does not run unpruned: {_first_line(error)}"
             return Row(model_type, class_name, "not tried", reason)
-        plan = widths.plan(prune_percent=PERCENT)
+        plan = widths.plan(PruneArguments(prune_percent=PERCENT))
         language = os.path.commonpath(
             [mlp.path.replace(".", "/") for mlp in find_glu_mlps(model)]
         ).replace("/", ".")

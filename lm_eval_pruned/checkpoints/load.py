@@ -18,6 +18,7 @@ from lm_eval_pruned.checkpoints.route import clear_errors, with_stored_widths
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.transformers_api import standing_in
 from lm_eval_pruned.pruning.alignment import warn_misaligned
+from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.layouts import count_parameters
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
@@ -35,26 +36,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.pruning.plan import Layers, Number
     from lm_eval_pruned.pruning.scores import KnownScores
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.loading")
 
 
+@takes_prune_arguments
 def load_pruned(
     pretrained: str,
     *,
-    ratio: Number | None = None,
-    prune_percent: Number | None = None,
-    intermediate_size: Number | None = None,
-    criterion: str = "maw",
-    multiple_of: Number = 1,
-    seed: Number = 0,
-    layers: Layers | None = None,
-    skip_layers: Layers | None = None,
-    calibration: str | None = None,
-    calibration_samples: Number | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -76,20 +67,8 @@ def load_pruned(
 
     Args:
         pretrained: Folder or Hub name of the model.
-        ratio: Expansion ratio to keep; the kept width is ``ceil(ratio * H)``.
-        prune_percent: Share of neurons to remove, in percent.
-        intermediate_size: Kept width, in neurons. At most one of these three; none
-            loads the model unpruned.
-        criterion: Importance score; see `lm_eval_pruned.criteria`.
-        multiple_of: Round the kept width down to a multiple of this, in neurons.
-        seed: Seed of the ``random`` criterion.
-        layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
-            default: all.
-        skip_layers: Layers to leave as they are, instead of `layers`.
-        calibration: JSON Lines file of text, for criteria that look at activations;
-            see `lm_eval_pruned.pruning.calibration`.
-        calibration_samples: How many of its texts to use; default: all.
-        tokenizer: What reads that text; default: the tokenizer of `pretrained`.
+        ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+        tokenizer: What reads calibration text; default: the tokenizer of `pretrained`.
         device: Where to load to; default: the CPU. Only the kept neurons go there:
             scores are computed on the CPU.
         dtype: Weight dtype; default: the one the checkpoint is stored in.
@@ -129,6 +108,7 @@ def load_pruned(
     """
     import transformers
 
+    prune_arguments = PruneArguments.taken_from(from_pretrained)
     auto_class = auto_class or transformers.AutoModelForCausalLM
     if dtype is not None:
         from_pretrained["dtype"] = dtype
@@ -142,18 +122,7 @@ def load_pruned(
     return load_with_arguments(
         auto_class,
         pretrained,
-        {
-            "ratio": ratio,
-            "prune_percent": prune_percent,
-            "intermediate_size": intermediate_size,
-            "criterion": criterion,
-            "multiple_of": multiple_of,
-            "seed": seed,
-            "layers": layers,
-            "skip_layers": skip_layers,
-            "calibration": calibration,
-            "calibration_samples": calibration_samples,
-        },
+        prune_arguments,
         from_pretrained,
         tokenizer=tokenizer,
     )
@@ -162,7 +131,7 @@ def load_pruned(
 def load_with_arguments(
     auto_class: type,
     pretrained: str,
-    prune_arguments: dict[str, Any],
+    prune_arguments: PruneArguments,
     from_pretrained: dict[str, Any],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -174,7 +143,7 @@ def load_with_arguments(
     Args:
         auto_class: The transformers class to load with.
         pretrained: Folder or Hub name of the model.
-        prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
+        prune_arguments: What to prune.
         from_pretrained: Keyword arguments of ``auto_class.from_pretrained``.
         tokenizer: What reads calibration text; default: that of `pretrained`.
         inspect: Called with what is about to be loaded, before weights are read; may

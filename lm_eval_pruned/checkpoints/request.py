@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
+    from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.scores import ScoreTable
 
@@ -66,7 +67,7 @@ class Request:
         plan: What to do to the GLU-MLPs.
         widths: The widths that they have.
         model_arguments: Keyword arguments of ``from_pretrained`` besides the config.
-        prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
+        prune_arguments: What the user asked for.
     """
 
     auto_class: Any
@@ -74,14 +75,14 @@ class Request:
     plan: PrunePlan
     widths: Widths
     model_arguments: dict[str, Any]
-    prune_arguments: dict[str, Any]
+    prune_arguments: PruneArguments
 
     @classmethod
     def resolve(
         cls,
         auto_class: Any,
         pretrained: str,
-        prune_arguments: dict[str, Any],
+        prune_arguments: PruneArguments,
         from_pretrained: dict[str, Any],
     ) -> Request:
         """Read the config of a model and plan its pruning.
@@ -112,7 +113,7 @@ class Request:
 
         with without_collections(), clear_config_errors(pretrained):
             widths = Widths(config, build)
-            plan = widths.plan(**prune_arguments)
+            plan = widths.plan(prune_arguments)
         return cls(
             auto_class, pretrained, plan, widths, model_arguments, prune_arguments
         )
@@ -135,7 +136,7 @@ class Request:
         )
         with without_collections(), clear_config_errors(self.pretrained):
             widths = self.widths.of(actual)
-            plan = widths.plan(**self.prune_arguments)
+            plan = widths.plan(self.prune_arguments)
         return dataclasses.replace(self, plan=plan, widths=widths)
 
     def scores_key(self) -> Hashable | None:

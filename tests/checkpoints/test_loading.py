@@ -43,6 +43,7 @@ from lm_eval_pruned.checkpoints.route import RouteDeclined
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.sources import _converted_sources
 from lm_eval_pruned.checkpoints.transformers_api import standing_in
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.slots import Slot
@@ -400,7 +401,10 @@ def test_the_garbage_collector_is_left_as_it_was(tiny_llama, copied):
 
 def request_for(folder, arguments=None, **prune_arguments):
     return Request.resolve(
-        AutoModelForCausalLM, str(folder), prune_arguments, arguments or {}
+        AutoModelForCausalLM,
+        str(folder),
+        PruneArguments(**prune_arguments),
+        arguments or {},
     )
 
 
@@ -901,7 +905,11 @@ def test_what_is_about_to_be_loaded_can_be_inspected(copied):
     def inspected(folder, **prune_arguments):
         seen = []
         model = loading.load_with_arguments(
-            AutoModelForCausalLM, str(folder), prune_arguments, {}, inspect=seen.append
+            AutoModelForCausalLM,
+            str(folder),
+            PruneArguments(**prune_arguments),
+            {},
+            inspect=seen.append,
         )
         return seen, model
 
@@ -919,7 +927,7 @@ def test_what_is_about_to_be_loaded_can_be_inspected(copied):
 
     with pytest.raises(KeyError, match="before"):
         loading.load_with_arguments(
-            AutoModelForCausalLM, str(ragged), {}, {}, inspect=refuse
+            AutoModelForCausalLM, str(ragged), PruneArguments(), {}, inspect=refuse
         )
 
 
@@ -1023,7 +1031,7 @@ def test_down_is_looked_through_once(tiny_llama, monkeypatch):
         loading.load_with_arguments(
             AutoModelForCausalLM,
             str(tiny_llama),
-            {"ratio": ratio},
+            PruneArguments(ratio=ratio),
             {},
             known_scores=known_scores,
         )
@@ -1145,7 +1153,7 @@ def test_options_are_passed_by_name(tiny_llama):
     arguments = {
         "auto_class": AutoModelForCausalLM,
         "pretrained": str(tiny_llama),
-        "prune_arguments": {"ratio": 1},
+        "prune_arguments": PruneArguments(ratio=1),
         "from_pretrained": {},
     }
     with pytest.raises(TypeError, match="positional"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 
@@ -11,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned import PrunePlan, load_pruned
+from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints import narrowed
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.pruning import slicing as pruning
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.comparing import assert_same_model
 
 
@@ -27,12 +27,11 @@ def load():
     known_scores = {}
 
     def load(folder, **arguments):
-        taken = inspect.signature(PrunePlan.from_arguments).parameters.keys()
         return load_with_arguments(
             AutoModelForCausalLM,
             folder,
-            {name: arguments[name] for name in arguments.keys() & taken},
-            {name: arguments[name] for name in arguments.keys() - taken},
+            PruneArguments.taken_from(arguments),
+            arguments,
             known_scores=known_scores,
         )
 
