@@ -36,10 +36,11 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from lm_eval_pruned.checkpoints.load import load_pruned
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
 from lm_eval_pruned.pruning.slicing import prune_model, widths_in_memory
 from lm_eval_pruned.util.tables import markdown_table
-from tests import by_hand
+from tests.helpers import by_hand
 
 
 PERCENT = 40
@@ -246,13 +247,13 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
         except Exception as error:  # noqa: BLE001 - anything may be wrong with a guess
             reason = f"the tiny model does not run unpruned: {_first_line(error)}"
             return Row(model_type, class_name, "not tried", reason)
-        plan = widths.plan(prune_percent=PERCENT)
+        plan = widths.plan(PruneArguments(prune_percent=PERCENT))
         language = os.path.commonpath(
             [mlp.path.replace(".", "/") for mlp in find_glu_mlps(model)]
         ).replace("/", ".")
         whole = aligned(auto_class.from_pretrained(source, **EAGER))
         expected, masks = by_hand.sliced(
-            whole, by_hand.share(PERCENT, plan.width_before), language
+            whole, by_hand.best(by_hand.share(PERCENT, plan.width_before)), language
         )
         with _collecting_reasons() as reasons:
             loaded = load_pruned(

@@ -1,7 +1,8 @@
 """What ``mkdocs build`` cannot know by itself; ``mkdocs.yml`` names this file.
 
 - setup.cfg maps two folders of the repository into the package, so mkdocstrings is shown a
-  copy in which they are where an installation has them.
+  copy in which they are where an installation has them. It reads sources and runs nothing, so in
+  the copy the arguments of pruning stand where a decorator puts them.
 - The page of the command line is what its parsers print.
 - A page that would load anything from another host fails the build.
 """
@@ -33,6 +34,7 @@ FETCHED = re.compile(
 def on_startup(**_):
     """Show mkdocstrings the package as it is installed."""
     package = AS_INSTALLED / "lm_eval_pruned"
+    sys.path.insert(0, str(ROOT))
     no_caches = shutil.ignore_patterns("__pycache__")
     shutil.rmtree(AS_INSTALLED, ignore_errors=True)
     shutil.copytree(ROOT / "lm_eval_pruned", package, ignore=no_caches)
@@ -42,7 +44,22 @@ def on_startup(**_):
         # Google's style has both names for the section; mkdocstrings knows the plural alone.
         source = path.read_text(encoding="utf-8")
         plural = re.sub(r"^( +)Example:$", r"\1Examples:", source, flags=re.MULTILINE)
-        path.write_text(plural, encoding="utf-8")
+        path.write_text(with_prune_arguments(plural), encoding="utf-8")
+
+
+def with_prune_arguments(source: str) -> str:
+    """Return a module with the arguments of pruning spelled out where they are taken."""
+    from lm_eval_pruned.pruning.arguments import DECLARED, described
+
+    def parameters(head: re.Match[str]) -> str:
+        return head[0] + "".join(
+            f"{head[1]}{name}: {each.type} = {each.default!r},\n"
+            for name, each in DECLARED.items()
+        )
+
+    taken = r"@takes_prune_arguments\n *def \w+\((?:.*\n)*?( +)\*,\n"
+    source = re.sub(taken, parameters, source)
+    return described(source.replace("        **prune_arguments: Any,\n", ""))
 
 
 def on_page_markdown(markdown, **_):

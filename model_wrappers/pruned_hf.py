@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, merged
@@ -20,16 +20,15 @@ from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
 from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
-from lm_eval_pruned.pruning.slicing import prune_model
+from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.slicing import carry_out, widths_in_memory
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.pruning.plan import Layers, Number
     from lm_eval_pruned.pruning.record import PruneRecord
+    from lm_eval_pruned.pruning.scores import KnownScores
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
@@ -41,23 +40,15 @@ class PrunedHFLM(EnergyLoggingHFLM):
 
     _prune_record: PruneRecord
 
+    @takes_prune_arguments
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
         *,
-        ratio: Number | None = None,
-        prune_percent: Number | None = None,
-        intermediate_size: Number | None = None,
-        multiple_of: Number = 1,
-        criterion: str = "maw",
-        seed: Number = 0,
-        layers: Layers | None = None,
-        skip_layers: Layers | None = None,
-        calibration: str | None = None,
-        calibration_samples: Number | None = None,
         peft: str | None = None,
         peft_stage: str | None = None,
         quantization_config: dict[str, Any] | None = None,
+        known_scores: KnownScores | None = None,
         **kwargs: Any,
     ) -> None:
         """HFLM whose GLU-MLPs are narrowed while the model loads.
@@ -67,22 +58,7 @@ class PrunedHFLM(EnergyLoggingHFLM):
 
         Args:
             pretrained: As in HFLM. If omitted, SmolLM2-135M-Instruct.
-            ratio: Expansion ratio (intermediate size / hidden size) to keep, such
-                as 2.0. The kept width is ``ceil(ratio * hidden_size)``.
-            prune_percent: Share of neurons to remove, in percent, such as 40.
-            intermediate_size: Kept width, in neurons.
-            multiple_of: Round the kept width down to a multiple of this, in neurons.
-            criterion: ``maw`` (alias ``ppm``), ``max_abs``, ``l1``, ``l2``, ``vow``,
-                ``pon`` or ``random``, the calibrated ``maw_act`` and ``act``, or one
-                that another package declares; see `lm_eval_pruned.criteria`.
-            seed: Seed of the criterion ``random``.
-            layers: Layers to prune, such as ``4-11``, ``0+4-11`` or ``[0,4]``, counted
-                from 0; default: all. The command line takes a bare comma for the end
-                of the argument; Python and YAML may write ``0,4-11``.
-            skip_layers: Layers to leave as they are, instead of `layers`.
-            calibration: JSON Lines file of text for ``maw_act`` and ``act``; see
-                `lm_eval_pruned.pruning.calibration`. There is no default text.
-            calibration_samples: How many of its texts to use; default: all.
+            ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
             peft: As in HFLM.
             peft_stage: ``after`` (default): `peft` was trained on the pruned model and
                 is applied to it. ``before``: it was trained on the full model, is
@@ -90,24 +66,15 @@ class PrunedHFLM(EnergyLoggingHFLM):
             quantization_config: How to quantise the pruned weights as they are loaded,
                 as the dict of a transformers quantisation config. ``load_in_8bit``,
                 ``load_in_4bit`` and ``bnb_4bit_...`` work as well.
+            known_scores: Scores that a sweep keeps from one of its models to the next.
             **kwargs: Everything HFLM takes, ``prefix_sharing`` and ``slot_refilling`` of
                 `PrefixHFLM`, and the arguments ``energy...`` of `EnergyLoggingHFLM`.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
         """
-        self._prune_arguments: dict[str, Any] = {
-            "ratio": ratio,
-            "prune_percent": prune_percent,
-            "intermediate_size": intermediate_size,
-            "multiple_of": multiple_of,
-            "criterion": criterion,
-            "seed": seed,
-            "layers": layers,
-            "skip_layers": skip_layers,
-            "calibration": calibration,
-            "calibration_samples": calibration_samples,
-        }
+        self._prune_arguments = PruneArguments.taken_from(kwargs)
+        self._known_scores = known_scores
         check_hf_arguments(
             {
                 **kwargs,
@@ -118,7 +85,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
         )
         self._quantization_config = quantization_config
         self._peft_stage = self._resolve_stage(peft, peft_stage)
-        self._rejoin_layers(kwargs)
         if pretrained is None:
             default = find_default_model()
             kwargs |= default.model_args()
@@ -137,23 +103,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
             self._world_size = accelerator.num_processes
         if self.rank == 0:
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
-
-    def _rejoin_layers(self, kwargs: dict[str, Any]) -> None:
-        """Undo what splitting ``skip_layers=0,15,ratio=2`` at commas did to it.
-
-        `lm_eval.utils.simple_parse_args_string` leaves ``{"skip_layers": 0, "15": ""}``.
-        """
-        pieces = [
-            name
-            for name, value in kwargs.items()
-            if value == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name)
-        ]
-        for name in ("layers", "skip_layers"):
-            if self._prune_arguments[name] is not None and pieces:
-                for piece in pieces:
-                    del kwargs[piece]
-                self._prune_arguments[name] = [self._prune_arguments[name], *pieces]
-                return
 
     @staticmethod
     def _resolve_stage(peft: str | None, stage: str | None) -> str:
@@ -203,7 +152,28 @@ class PrunedHFLM(EnergyLoggingHFLM):
         if peft is not None and self._peft_stage == "before":
             merging = "peft_stage"
         auto_class = self.AUTO_MODEL_CLASS
-        self.AUTO_MODEL_CLASS = _PruningAutoModel(self, auto_class, inspect, merging)
+
+        def load(name: str, **from_pretrained: Any) -> PreTrainedModel:
+            if merging is not None:
+                asked = self._prune_arguments
+                request = LoadRequest.resolve(auto_class, name, asked, from_pretrained)
+                request.check_prunable_in_memory(f"{merging} adds to its weights first")
+                inspect(request)
+                return request.load_whole()
+            model = load_with_arguments(
+                auto_class,
+                name,
+                self._prune_arguments,
+                from_pretrained,
+                tokenizer=self.tokenizer,
+                inspect=inspect,
+                known_scores=self._known_scores,
+            )
+            self._note_pruning(model)
+            return model
+
+        # HFLM has no hook for the one call that loads, and compares the class afterwards.
+        self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=load)
         try:
             super()._create_model(
                 pretrained, delta=delta, peft=peft, tp_plan=tp_plan, **kwargs
@@ -217,9 +187,13 @@ class PrunedHFLM(EnergyLoggingHFLM):
             self._prune_in_memory()
 
     def _prune_in_memory(self) -> None:
-        prune_model(self._model, **self._prune_arguments, tokenizer=self.tokenizer)
-        self._prune_record = self._model.prune_record
-        self._config = self._model.config
+        widths = widths_in_memory(self._model)
+        plan = widths.plan(self._prune_arguments)
+        self._note_pruning(carry_out(plan, self._model, widths, self.tokenizer))
+
+    def _note_pruning(self, model: PreTrainedModel) -> None:
+        self._prune_record = model.prune_record  # type: ignore[assignment]
+        self._config = model.config
 
     def begin_evaluation(self) -> None:
         """Begin the records in the results anew, for a model that answers several evaluations."""
@@ -230,42 +204,3 @@ class PrunedHFLM(EnergyLoggingHFLM):
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's model information and what was pruned, under ``pruning``."""
         return {**super().get_model_info(), "pruning": self._prune_record.as_dict()}
-
-
-class _PruningAutoModel:
-    """Stands in for an AutoModel class while HFLM loads through it."""
-
-    def __init__(
-        self,
-        lm: PrunedHFLM,
-        auto_class: type,
-        inspect: Callable[[LoadRequest], None],
-        merging: str | None,
-    ) -> None:
-        self._lm = lm
-        self._auto_class = auto_class
-        self._inspect = inspect
-        self._merging = merging
-
-    def from_pretrained(self, pretrained: str, **kwargs: Any) -> PreTrainedModel:
-        if self._merging is not None:
-            return self._load_whole(pretrained, kwargs)
-        model = load_with_arguments(
-            self._auto_class,
-            pretrained,
-            self._lm._prune_arguments,
-            kwargs,
-            tokenizer=self._lm.tokenizer,
-            inspect=self._inspect,
-        )
-        self._lm._prune_record = model.prune_record  # type: ignore[assignment]
-        self._lm._config = model.config
-        return model
-
-    def _load_whole(self, pretrained: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-        request = LoadRequest.resolve(
-            self._auto_class, pretrained, self._lm._prune_arguments, kwargs
-        )
-        request.check_prunable_in_memory(f"{self._merging} adds to its weights first")
-        self._inspect(request)
-        return request.load_whole()

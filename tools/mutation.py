@@ -41,7 +41,10 @@ EQUIVALENT = ROOT / "tests" / "data" / "equivalent_mutants.json"
 
 #: The tests that say what each module of the core must do, the quickest first.
 TESTS = {
-    "pruning.plan": ["pruning/test_expansion.py", "checkpoints/test_planning.py"],
+    **{
+        f"pruning.{part}": ["pruning/test_expansion.py", "checkpoints/test_planning.py"]
+        for part in ("arguments", "plan")
+    },
     "pruning.criteria": [
         "pruning/test_criteria.py",
         "pruning/test_criteria_registry.py",

@@ -47,7 +47,7 @@ from lm_eval_pruned.checkpoints.transformers_api import (
     Placement,
     target_names,
 )
-from lm_eval_pruned.pruning.plan import SIZE_ARGUMENTS, PrunePlan
+from lm_eval_pruned.pruning.arguments import SIZES, PruneArguments
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.slicing import warn_inexpressible
 from lm_eval_pruned.util.atomic import appearing_whole
@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+    from lm_eval_pruned.pruning.plan import PrunePlan
 
 logger = logging.getLogger("lm_eval.pruned.export")
 
@@ -118,7 +120,7 @@ def export_pruned(
             because the criterion looks at its activations.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
-        prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
+        prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
         **from_pretrained: ``revision``, ``subfolder``, ``trust_remote_code`` and
             what else ``from_pretrained`` takes.
 
@@ -145,7 +147,8 @@ def export_pruned(
     auto_class = auto_class_for(AutoConfig.from_pretrained(pretrained, **source))
     # transformers decides by the dtype which weights it keeps in another.
     asked_for = source | ({} if target_dtype is None else {"dtype": target_dtype})
-    request = LoadRequest.resolve(auto_class, pretrained, prune_arguments, asked_for)
+    asked = PruneArguments(**prune_arguments)
+    request = LoadRequest.resolve(auto_class, pretrained, asked, asked_for)
     if not request.plan.asked.keys() & {"ratio", "intermediate_size"}:
         _check_prunes(request.plan)
     folder = source_folder(pretrained, source)
@@ -220,7 +223,7 @@ def _check_prunes(plan: PrunePlan) -> None:
     asked = ", ".join(f"{k}={v}" for k, v in plan.asked.items())
     raise ValueError(
         f"{asked or 'no size'} keeps all {plan.width_before} neurons, so there is "
-        f"nothing to export: pass one of {', '.join(SIZE_ARGUMENTS)} that removes some."
+        f"nothing to export: pass one of {', '.join(SIZES)} that removes some."
     )
 
 

@@ -17,8 +17,10 @@ from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.route import clear_errors, with_stored_widths
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.pruning.alignment import warn_misaligned
+from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.layouts import count_parameters
 from lm_eval_pruned.pruning.record import PruneRecord
+from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.slicing import (
     carry_out,
     choose_experts_implementation,
@@ -32,25 +34,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.pruning.plan import Layers, Number
+    from lm_eval_pruned.pruning.scores import KnownScores
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.loading")
 
 
+@takes_prune_arguments
 def load_pruned(
     pretrained: str,
     *,
-    ratio: Number | None = None,
-    prune_percent: Number | None = None,
-    intermediate_size: Number | None = None,
-    criterion: str = "maw",
-    multiple_of: Number = 1,
-    seed: Number = 0,
-    layers: Layers | None = None,
-    skip_layers: Layers | None = None,
-    calibration: str | None = None,
-    calibration_samples: Number | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -72,20 +65,8 @@ def load_pruned(
 
     Args:
         pretrained: Folder or Hub name of the model.
-        ratio: Expansion ratio to keep; the kept width is ``ceil(ratio * H)``.
-        prune_percent: Share of neurons to remove, in percent.
-        intermediate_size: Kept width, in neurons. At most one of these three; none
-            loads the model unpruned.
-        criterion: Importance score; see `lm_eval_pruned.criteria`.
-        multiple_of: Round the kept width down to a multiple of this, in neurons.
-        seed: Seed of the ``random`` criterion.
-        layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
-            default: all.
-        skip_layers: Layers to leave as they are, instead of `layers`.
-        calibration: JSON Lines file of text, for criteria that look at activations;
-            see `lm_eval_pruned.pruning.calibration`.
-        calibration_samples: How many of its texts to use; default: all.
-        tokenizer: What reads that text; default: the tokenizer of `pretrained`.
+        ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+        tokenizer: What reads calibration text; default: the tokenizer of `pretrained`.
         device: Where to load to; default: the CPU. Only the kept neurons go there:
             scores are computed on the CPU.
         dtype: Weight dtype; default: the one the checkpoint is stored in.
@@ -125,6 +106,7 @@ def load_pruned(
     """
     import transformers
 
+    prune_arguments = PruneArguments.taken_from(from_pretrained)
     auto_class = auto_class or transformers.AutoModelForCausalLM
     if dtype is not None:
         from_pretrained["dtype"] = dtype
@@ -138,18 +120,7 @@ def load_pruned(
     return load_with_arguments(
         auto_class,
         pretrained,
-        {
-            "ratio": ratio,
-            "prune_percent": prune_percent,
-            "intermediate_size": intermediate_size,
-            "criterion": criterion,
-            "multiple_of": multiple_of,
-            "seed": seed,
-            "layers": layers,
-            "skip_layers": skip_layers,
-            "calibration": calibration,
-            "calibration_samples": calibration_samples,
-        },
+        prune_arguments,
         from_pretrained,
         tokenizer=tokenizer,
     )
@@ -158,28 +129,30 @@ def load_pruned(
 def load_with_arguments(
     auto_class: type,
     pretrained: str,
-    prune_arguments: dict[str, Any],
+    prune_arguments: PruneArguments,
     from_pretrained: dict[str, Any],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     inspect: Callable[[LoadRequest], None] | None = None,
+    known_scores: KnownScores | None = None,
 ) -> PreTrainedModel:
     """Load and prune; `load_pruned` with its arguments in groups.
 
     Args:
         auto_class: The transformers class to load with.
         pretrained: Folder or Hub name of the model.
-        prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
+        prune_arguments: What to prune.
         from_pretrained: Keyword arguments of ``auto_class.from_pretrained``.
         tokenizer: What reads calibration text; default: that of `pretrained`.
         inspect: Called with what is about to be loaded, before weights are read; may
             raise.
+        known_scores: Scores of earlier loads; takes those of this one.
     """
 
     def load(request: LoadRequest) -> PreTrainedModel:
         if inspect is not None:
             inspect(request)
-        return _load(request, tokenizer)
+        return _load(request, tokenizer, known_scores)
 
     request = LoadRequest.resolve(
         auto_class, pretrained, prune_arguments, from_pretrained
@@ -188,13 +161,17 @@ def load_with_arguments(
 
 
 def _load(
-    request: LoadRequest, tokenizer: PreTrainedTokenizerBase | None
+    request: LoadRequest,
+    tokenizer: PreTrainedTokenizerBase | None,
+    known_scores: KnownScores | None,
 ) -> PreTrainedModel:
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
     before = widths.count_parameters(widths.actual)
-    known = request.score_table()
+    known = ScoreTable()
+    if known_scores is not None and (key := request.scores_key()) is not None:
+        known = known_scores.setdefault(key, known)
     session = Session(plan, widths, targets, known)
     session.declined = request.must_load_whole(known)
     if session.declined is None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.plan import PrunePlan
 from lm_eval_pruned.pruning.sizes import DenseShape, dense_shape
 from lm_eval_pruned.util.tables import csv_table, markdown_table
@@ -15,7 +16,7 @@ from lm_eval_pruned.util.tables import csv_table, markdown_table
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from lm_eval_pruned.pruning.plan import Number
+    from lm_eval_pruned.pruning.arguments import Number
 
 
 #: Arguments of `hf` that say where a config, a tokenizer and weights come from.
@@ -48,7 +49,7 @@ def plan_rows(
     argument: str,
     values: Iterable[Number],
     *,
-    multiple_of: Number = 1,
+    multiple_of: Number = PruneArguments.multiple_of,
     revision: str = "main",
     subfolder: str = "",
     gguf_file: str | None = None,
@@ -71,11 +72,15 @@ def plan_rows(
         UnsupportedModelError: The model cannot be pruned.
         OSError: The config cannot be read.
     """
+    asked = [
+        PruneArguments(multiple_of=multiple_of, **{argument: value})  # type: ignore[arg-type]
+        for value in values
+    ]
     shape = None
     if not trust_remote_code and gguf_file is None:
         shape = dense_shape(_read_config(pretrained, revision, subfolder))
     if shape is not None:
-        return _rows_of_shape(shape, argument, values, multiple_of)
+        return _rows_of_shape(shape, asked)
 
     import torch
     import transformers
@@ -99,8 +104,8 @@ def plan_rows(
     before = widths.count_parameters(widths.configured)
     dtype = config.dtype or torch.float32
     rows = []
-    for value in values:
-        plan = widths.plan(multiple_of=multiple_of, **{argument: value})
+    for arguments in asked:
+        plan = widths.plan(arguments)
         parameters = widths.count_parameters(widths.targets(plan))
         rows.append(_row(plan, parameters, before, dtype.itemsize))
     return rows
@@ -141,17 +146,10 @@ def _read_config(pretrained: str, revision: str, subfolder: str) -> dict[str, An
     return config if isinstance(config, dict) else {}
 
 
-def _rows_of_shape(
-    shape: DenseShape, argument: str, values: Iterable[Number], multiple_of: Number
-) -> list[PlanRow]:
+def _rows_of_shape(shape: DenseShape, asked: Iterable[PruneArguments]) -> list[PlanRow]:
     rows = []
-    for value in values:
-        plan = PrunePlan.from_arguments(
-            shape.hidden_size,
-            shape.width,
-            multiple_of=multiple_of,
-            **{argument: value},  # type: ignore[arg-type]
-        )
+    for arguments in asked:
+        plan = PrunePlan.of(arguments, shape.hidden_size, shape.width)
         removed = shape.parameters_per_neuron * (shape.width - plan.width)
         rows.append(
             _row(

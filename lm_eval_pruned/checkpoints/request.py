@@ -24,7 +24,6 @@ from lm_eval_pruned.checkpoints.skeleton import skeleton
 from lm_eval_pruned.checkpoints.transformers_api import reading, unknown_loader
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, regions_by_parameter
-from lm_eval_pruned.pruning.scores import ScoreTable, known_scores
 from lm_eval_pruned.pruning.widths import Widths
 
 
@@ -38,7 +37,9 @@ if TYPE_CHECKING:
     )
 
     from lm_eval_pruned.checkpoints.transformers_api import Checkpoint
+    from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.scores import ScoreTable
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.loading")
@@ -66,7 +67,7 @@ class LoadRequest:
         plan: What to do to the GLU-MLPs.
         widths: The widths that they have.
         model_arguments: Keyword arguments of ``from_pretrained`` besides the config.
-        prune_arguments: Keyword arguments of `PrunePlan.from_arguments`.
+        prune_arguments: What the user asked for.
     """
 
     auto_class: Any
@@ -74,14 +75,14 @@ class LoadRequest:
     plan: PrunePlan
     widths: Widths
     model_arguments: dict[str, Any]
-    prune_arguments: dict[str, Any]
+    prune_arguments: PruneArguments
 
     @classmethod
     def resolve(
         cls,
         auto_class: Any,
         pretrained: str,
-        prune_arguments: dict[str, Any],
+        prune_arguments: PruneArguments,
         from_pretrained: dict[str, Any],
     ) -> LoadRequest:
         """Read the config of a model and plan its pruning.
@@ -112,7 +113,7 @@ class LoadRequest:
 
         with clear_config_errors(pretrained):
             widths = Widths(config, build)
-            plan = widths.plan(**prune_arguments)
+            plan = widths.plan(prune_arguments)
         return cls(
             auto_class, pretrained, plan, widths, model_arguments, prune_arguments
         )
@@ -135,16 +136,10 @@ class LoadRequest:
         )
         with clear_config_errors(self.pretrained):
             widths = self.widths.of(actual)
-            plan = widths.plan(**self.prune_arguments)
+            plan = widths.plan(self.prune_arguments)
         return dataclasses.replace(self, plan=plan, widths=widths)
 
-    def score_table(self) -> ScoreTable:
-        """Return the scores that an earlier load left for this one; empty if none did."""
-        known = known_scores()
-        key = None if known is None else self._scores_key()
-        return ScoreTable() if known is None or key is None else known.table(key)
-
-    def _scores_key(self) -> Hashable | None:
+    def scores_key(self) -> Hashable | None:
         """Identify what scores depend on; None where the checkpoint's content is not known."""
         checkpoint = self._content()
         if checkpoint is None:

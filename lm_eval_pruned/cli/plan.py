@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.pruning.arguments import SEVERAL_SIZES, add_option
+
 
 if TYPE_CHECKING:
     import argparse
@@ -24,24 +26,9 @@ def add(commands) -> None:
         help="model to plan for",
     )
     sizes = parser.add_mutually_exclusive_group(required=True)
-    sizes.add_argument(
-        "--ratios",
-        nargs="+",
-        metavar="R",
-        help="expansion ratios to keep, such as 3.6 2.0",
-    )
-    sizes.add_argument(
-        "--prune_percents",
-        nargs="+",
-        metavar="P",
-        help="shares of neurons to remove, in percent",
-    )
-    parser.add_argument(
-        "--multiple_of",
-        default="1",
-        metavar="N",
-        help="round kept widths down to a multiple of N (default: 1)",
-    )
+    for name in SEVERAL_SIZES:
+        add_option(sizes, name)
+    add_option(parser, "multiple_of")
     parser.add_argument("--revision", default="main", help="revision on the Hub")
     parser.add_argument(
         "--trust_remote_code",
@@ -56,11 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.checkpoints import planning
 
-    argument = "ratio" if arguments.ratios else "prune_percent"
+    (option,) = (name for name in SEVERAL_SIZES if getattr(arguments, name) is not None)
     rows = planning.plan_rows(
         arguments.pretrained,
-        argument,
-        arguments.ratios or arguments.prune_percents,
+        SEVERAL_SIZES[option],
+        getattr(arguments, option),
         multiple_of=arguments.multiple_of,
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code,

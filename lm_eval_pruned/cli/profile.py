@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.pruning.arguments import SEVERAL, add_option
+
 
 if TYPE_CHECKING:
     import argparse
@@ -40,9 +42,7 @@ def add(commands) -> None:
         metavar="N",
         help="measure each ratio at its width rounded down to these multiples (default: 1)",
     )
-    parser.add_argument(
-        "--criterion", default="maw", help="importance score (default: maw)"
-    )
+    add_option(parser, "criterion")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1], metavar="B")
     parser.add_argument(
         "--max_new_tokens", type=int, default=50, metavar="N", help="default: 50"
@@ -84,18 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.profiling.prompts import demo_prompts, read_prompts
 
     model_args = simple_parse_args_string(arguments.model_args)
-    taken = {
-        "ratio": "--ratios",
-        "multiple_of": "--multiple_of",
-        "criterion": "--criterion",
-        "seed": "--seed",
-        "dtype": "--dtype",
-        "device": "--device",
-    }
-    for name, option in taken.items():
-        if name in model_args:
+    taken = {SEVERAL.get(option, option): option for option in vars(arguments)}
+    for name, value in model_args.items():
+        if name in taken:
             raise ValueError(
-                f"{name}={model_args[name]} stands in --model_args: pass {option} instead."
+                f"{name}={value} stands in --model_args: pass --{taken[name]} instead."
             )
     if "pretrained" not in model_args:
         default = find_default_model()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.pruning.arguments import DECLARED, EXCLUSIVE, SIZES, add_option
 
 
 if TYPE_CHECKING:
@@ -30,37 +32,12 @@ def add(commands) -> None:
         metavar="DIR",
         help="folder to write; new or empty",
     )
-    sizes = parser.add_mutually_exclusive_group(required=True)
-    sizes.add_argument("--ratio", metavar="R", help="expansion ratio to keep")
-    sizes.add_argument(
-        "--prune_percent", metavar="P", help="share of neurons to remove, in percent"
-    )
-    sizes.add_argument(
-        "--intermediate_size", metavar="K", help="kept width, in neurons"
-    )
-    parser.add_argument(
-        "--multiple_of",
-        default="1",
-        metavar="N",
-        help="round the kept width down to a multiple of N (default: 1)",
-    )
-    layers = parser.add_mutually_exclusive_group()
-    layers.add_argument("--layers", help="layers to prune, such as 4-11 (default: all)")
-    layers.add_argument("--skip_layers", help="layers to leave as they are")
-    parser.add_argument(
-        "--criterion", default="maw", help="importance score (default: maw)"
-    )
-    parser.add_argument("--seed", default="0", help="seed of the criterion random")
-    parser.add_argument(
-        "--calibration",
-        metavar="FILE.jsonl",
-        help="text for the criteria that look at activations",
-    )
-    parser.add_argument(
-        "--calibration_samples",
-        metavar="N",
-        help="use its first N texts (default: all)",
-    )
+    groups: dict[str, Any] = dict.fromkeys(DECLARED, parser)
+    for names in EXCLUSIVE.values():
+        group = parser.add_mutually_exclusive_group(required=names is SIZES)
+        groups |= dict.fromkeys(names, group)
+    for name, group in groups.items():
+        add_option(group, name)
     parser.add_argument("--revision", default="main", help="revision on the Hub")
     parser.add_argument("--subfolder", default="", help="folder in the repository")
     parser.add_argument("--gguf_file", help="GGUF file to read instead of safetensors")
@@ -97,9 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
 
     given = vars(arguments)
-    sizes = ("ratio", "prune_percent", "intermediate_size")
-    others = ("multiple_of", "criterion", "seed", "layers", "skip_layers")
-    text = ("calibration", "calibration_samples")
     export = export_pruned(
         arguments.pretrained,
         arguments.output,
@@ -107,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         max_shard_size=arguments.max_shard_size,
         push_to_hub=arguments.push_to_hub,
-        prune_arguments={name: given[name] for name in (*sizes, *others, *text)},
+        prune_arguments={name: given[name] for name in DECLARED},
         **{name: given[name] for name in SOURCE_ARGUMENTS},
     )
     print(export.record.as_table())

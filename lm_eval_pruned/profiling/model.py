@@ -6,10 +6,12 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.pruning.arguments import PruneArguments
+
 
 if TYPE_CHECKING:
     from lm_eval_pruned.energy.readings import EnergyReading
-    from lm_eval_pruned.pruning.plan import Number
+    from lm_eval_pruned.pruning.arguments import Number
 
 #: Version of the JSON; raised when a key changes its meaning.
 SCHEMA_VERSION = 1
@@ -49,7 +51,7 @@ class ProfileRequest:
     max_new_tokens: int = 50
     repeats: int = 5
     seed: int = 0
-    criterion: str = "maw"
+    criterion: str = PruneArguments.criterion
     device: str = "cpu"
     dtype: str | None = None
     apply_chat_template: bool = False

@@ -11,17 +11,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.pruning.arguments import (
+    PruneArguments,
+    exact,
+    takes_prune_arguments,
+)
 
 
-#: Arguments that say how many neurons to keep; at most one may be given.
-SIZE_ARGUMENTS = ("ratio", "prune_percent", "intermediate_size")
-
-#: Seeds are below this: with the number of the layer, one has to fit into 63 bits.
-SEEDS = 1 << 43
-
-Number = int | float | str | Fraction
-#: Layers as the user writes them: ``4-11``, ``0,15``, 3 or a list of such.
-Layers = int | str | Iterable[int | str]
+if TYPE_CHECKING:
+    from lm_eval_pruned.pruning.arguments import Layers, Number
 
 
 @dataclass(frozen=True)
@@ -104,43 +104,22 @@ class PrunePlan:
         return min(width_before, self.width)
 
     @classmethod
+    @takes_prune_arguments
     def from_arguments(
         cls,
         hidden_size: int,
         width_before: int,
         *,
-        ratio: Number | None = None,
-        prune_percent: Number | None = None,
-        intermediate_size: Number | None = None,
-        multiple_of: Number = 1,
-        criterion: str = "maw",
-        seed: Number = 0,
-        layers: Layers | None = None,
-        skip_layers: Layers | None = None,
-        calibration: str | None = None,
-        calibration_samples: Number | None = None,
         available_layers: Sequence[int] | None = None,
+        **prune_arguments: Any,
     ) -> PrunePlan:
         """Resolve the user's arguments against a model's dimensions.
 
         Args:
             hidden_size: Model width H.
             width_before: Intermediate size I, in neurons.
-            ratio: Expansion ratio to keep; the kept width is ``ceil(ratio * H)``.
-            prune_percent: Share of neurons to remove, in percent; the kept width
-                is ``I - floor(prune_percent / 100 * I)``.
-            intermediate_size: Kept width, in neurons.
-            multiple_of: Round the kept width down to a multiple of this, in neurons.
-            criterion: Name or alias of a criterion.
-            seed: Seed of the ``random`` criterion.
-            layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
-                default: all.
-            skip_layers: Layers to leave as they are, instead of `layers`.
-            calibration: JSON Lines file of calibration text, for the criteria that
-                look at activations; see `lm_eval_pruned.pruning.calibration`.
-            calibration_samples: How many of its texts to use, from the first on;
-                default: all.
             available_layers: Numbers of the layers that have a GLU-MLP.
+            ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
         Returns:
             The plan; without a size it is the baseline, whose `width` is `width_before`.
@@ -153,132 +132,61 @@ class PrunePlan:
         Source: sections 3.1 and 4.1 of arXiv 2512.22671; the widths are those of
         its checkpoints.
         """
-        from lm_eval_pruned.pruning.criteria import canonical_name
+        arguments = PruneArguments(**prune_arguments)
+        return cls.of(arguments, hidden_size, width_before, available_layers)
 
-        given = {
-            name: value
-            for name, value in zip(
-                SIZE_ARGUMENTS, (ratio, prune_percent, intermediate_size), strict=True
-            )
-            if value is not None
-        }
-        if len(given) > 1:
-            listed = " and ".join(f"{name}={value}" for name, value in given.items())
-            raise ValueError(
-                f"{listed} were given together, but each of them sets the kept width: pass one."
-            )
-        criterion = canonical_name(criterion)
-        texts, samples = _calibration(criterion, calibration, calibration_samples)
-        seed_number = _whole("seed", seed, at_least=0)
-        if seed_number >= SEEDS:
-            raise ValueError(
-                f"seed={seed} is too large for a generator: pass one below {SEEDS}."
-            )
-        multiple = _whole("multiple_of", multiple_of, at_least=1)
-        chosen = _chosen_layers(layers, skip_layers, available_layers)
-        if not given:
-            if chosen is not None:
-                name = "layers" if layers is not None else "skip_layers"
-                raise ValueError(
-                    f"{name} says which layers to prune, but no size was asked for: add one of "
-                    f"{', '.join(SIZE_ARGUMENTS)}."
-                )
-            if multiple != 1:
-                raise ValueError(
-                    f"multiple_of={multiple_of} rounds a kept width, but none was asked for: "
-                    f"add one of {', '.join(SIZE_ARGUMENTS)}."
-                )
+    @classmethod
+    def of(
+        cls,
+        arguments: PruneArguments,
+        hidden_size: int,
+        width_before: int,
+        available_layers: Sequence[int] | None = None,
+    ) -> PrunePlan:
+        """Do the same with arguments that are together."""
+        seed, multiple = int(arguments.seed), int(arguments.multiple_of)
+        chosen = _chosen_layers(arguments, available_layers)
+        if arguments.size is None:
             return cls(
-                hidden_size, width_before, width_before, criterion, {}, 1, seed_number
+                hidden_size,
+                width_before,
+                width_before,
+                arguments.criterion,
+                {},
+                1,
+                seed,
             )
 
-        ((name, value),) = given.items()
+        name, value = arguments.size
         kept = _KEPT_WIDTH[name](value, hidden_size, width_before)
         if multiple > kept:
             raise ValueError(
-                f"multiple_of={multiple_of} is larger than the kept width {kept} that "
+                f"multiple_of={multiple} is larger than the kept width {kept} that "
                 f"{name}={value} gives: use a multiple of at most {kept}."
             )
+        samples = arguments.calibration_samples
         return cls(
             hidden_size,
             width_before,
             kept // multiple * multiple,
-            criterion,
+            arguments.criterion,
             {name: str(value)},
             multiple,
-            seed_number,
+            seed,
             chosen,
-            texts,
-            samples,
+            None if arguments.calibration is None else str(arguments.calibration),
+            None if samples is None else int(samples),
         )
-
-
-def _calibration(
-    criterion: str, calibration: str | None, samples: Number | None
-) -> tuple[str | None, int | None]:
-    from lm_eval_pruned.pruning.criteria import CALIBRATED
-
-    if criterion not in CALIBRATED:
-        for name, value in (
-            ("calibration", calibration),
-            ("calibration_samples", samples),
-        ):
-            if value is not None:
-                raise ValueError(
-                    f"{name}={value} was given, but criterion={criterion} looks at weights alone: "
-                    f"leave it out, or pass criterion={' or '.join(CALIBRATED)}."
-                )
-        return None, None
-    if calibration is None:
-        raise ValueError(
-            f"criterion={criterion} looks at activations, so it needs text to run on: pass "
-            "calibration=FILE.jsonl, with text that is not part of the evaluation."
-        )
-    if samples is None:
-        return str(calibration), None
-    return str(calibration), _whole("calibration_samples", samples, at_least=1)
-
-
-def _exact(name: str, value: Number, example: str) -> Fraction:
-    """Return `value` as the rational number that its decimal notation denotes."""
-    try:
-        text = str(value).strip()
-        # 10 ** exponent is computed in full, so an absurd exponent would hang.
-        if isinstance(value, bool) or re.search(r"[eE][+-]?\d{4}", text):
-            raise ValueError
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(
-            f"{name}={value} is not a finite number: pass one such as {name}={example}."
-        ) from None
-
-
-def _whole(name: str, value: Number, at_least: int) -> int:
-    exact = _exact(name, value, str(max(at_least, 1)))
-    if exact.denominator != 1 or exact < at_least:
-        raise ValueError(
-            f"{name}={value} is not a whole number of {at_least} or more: "
-            f"pass one such as {name}={max(at_least, 1)}."
-        )
-    return int(exact)
 
 
 def _chosen_layers(
-    layers: Layers | None,
-    skip_layers: Layers | None,
-    available: Sequence[int] | None,
+    arguments: PruneArguments, available: Sequence[int] | None
 ) -> tuple[int, ...] | None:
     """Return the numbers of the layers to prune, or None for all."""
-    if layers is not None and skip_layers is not None:
-        raise ValueError(
-            f"layers={layers} and skip_layers={skip_layers} were given together, but each of "
-            "them says which layers to prune: pass one."
-        )
-    if layers is None and skip_layers is None:
+    name = "skip_layers" if arguments.layers is None else "layers"
+    value = getattr(arguments, name)
+    if value is None:
         return None
-    name, value = (
-        ("layers", layers) if layers is not None else ("skip_layers", skip_layers)
-    )
     if available is None:
         raise ValueError(f"{name}={value} needs a model whose layers are known.")
     named = _layer_numbers(name, value)
@@ -288,7 +196,7 @@ def _chosen_layers(
             f"{name}={value} names layer {missing[0]}, but the GLU-MLPs of this model are in the "
             f"layers {written_layers(available)}."
         )
-    chosen = named if layers is not None else set(available) - named
+    chosen = named if name == "layers" else set(available) - named
     if not chosen:
         raise ValueError(
             f"{name}={value} leaves no layer to prune: leave out at least one of "
@@ -301,7 +209,7 @@ def _chosen_layers(
 _MOST_LAYERS = 100_000
 
 
-def _layer_numbers(name: str, value: Layers | None) -> set[int]:
+def _layer_numbers(name: str, value: Layers) -> set[int]:
     """Return the layers that text such as ``0,4-11`` names."""
     is_list = isinstance(value, Iterable) and not isinstance(value, str)
     text = ",".join(str(part) for part in value) if is_list else str(value)  # type: ignore[union-attr]
@@ -334,7 +242,7 @@ def _down_to_four_places(value: Fraction) -> str:
 
 
 def _kept_from_ratio(value: Number, hidden_size: int, width_before: int) -> int:
-    ratio = _exact("ratio", value, "2.0")
+    ratio = exact("ratio", value, "2.0")
     own = Fraction(width_before, hidden_size)
     if ratio <= 0:
         raise ValueError(
@@ -350,7 +258,7 @@ def _kept_from_ratio(value: Number, hidden_size: int, width_before: int) -> int:
 
 
 def _kept_from_percent(value: Number, hidden_size: int, width_before: int) -> int:
-    percent = _exact("prune_percent", value, "40")
+    percent = exact("prune_percent", value, "40")
     if not 0 <= percent < 100:
         raise ValueError(
             f"prune_percent={value} is outside [0, 100): pass the share of neurons to remove, "
@@ -360,7 +268,7 @@ def _kept_from_percent(value: Number, hidden_size: int, width_before: int) -> in
 
 
 def _kept_from_width(value: Number, hidden_size: int, width_before: int) -> int:
-    width = _exact("intermediate_size", value, str(width_before))
+    width = exact("intermediate_size", value, str(width_before))
     if width.denominator != 1 or not 1 <= width <= width_before:
         raise ValueError(
             f"intermediate_size={value} is not a kept width of this model: pass a whole number "

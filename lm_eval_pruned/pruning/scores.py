@@ -6,14 +6,13 @@ Which neurons are kept at any width follows from the same scores, which are smal
 
 from __future__ import annotations
 
-import contextlib
-from contextvars import ContextVar
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -39,31 +38,5 @@ class ScoreTable:
         return all(name in self.scores for name in before if after[name] < before[name])
 
 
-class KnownScores:
-    """The score tables of the models that were loaded while it was in use."""
-
-    def __init__(self) -> None:
-        self._tables: dict[Hashable, ScoreTable] = {}
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Let loads in this context take scores from here, and leave theirs here."""
-        token = _current.set(self)
-        try:
-            yield
-        finally:
-            _current.reset(token)
-
-    def table(self, key: Hashable) -> ScoreTable:
-        """Return the table of `key`, a new one the first time."""
-        return self._tables.setdefault(key, ScoreTable())
-
-
-_current: ContextVar[KnownScores | None] = ContextVar(
-    "lm_eval_pruned_scores", default=None
-)
-
-
-def known_scores() -> KnownScores | None:
-    """Return what is in use in this context, or None."""
-    return _current.get()
+#: The tables of several loads, by `lm_eval_pruned.checkpoints.request.Request.scores_key`.
+KnownScores = dict[Hashable, ScoreTable]

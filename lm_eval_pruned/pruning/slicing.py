@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lm_eval_pruned.pruning.alignment import warn_misaligned
+from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.arrays import all_finite, gather
 from lm_eval_pruned.pruning.calibration import NeuronActivity, calibrate
 from lm_eval_pruned.pruning.criteria import kept_set, proves_finite, score_neurons
@@ -35,26 +36,18 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
-    from lm_eval_pruned.pruning.plan import Layers, Number, PrunePlan
+    from lm_eval_pruned.pruning.plan import PrunePlan
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.pruning")
 
 
+@takes_prune_arguments
 def prune_model(
     model: PreTrainedModel,
     *,
-    ratio: Number | None = None,
-    prune_percent: Number | None = None,
-    intermediate_size: Number | None = None,
-    multiple_of: Number = 1,
-    criterion: str = "maw",
-    seed: Number = 0,
-    layers: Layers | None = None,
-    skip_layers: Layers | None = None,
-    calibration: str | None = None,
-    calibration_samples: Number | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    **prune_arguments: Any,
 ) -> PreTrainedModel:
     """Prune the GLU-MLPs of a loaded model in place and return it.
 
@@ -70,21 +63,8 @@ def prune_model(
 
     Args:
         model: A model whose MLPs are in a known layout; see `lm_eval_pruned.pruning.layouts`.
-        ratio: Expansion ratio to keep.
-        prune_percent: Share of neurons to remove, in percent.
-        intermediate_size: Kept width, in neurons.
-        multiple_of: Round the kept width down to a multiple of this, in neurons.
-        criterion: Importance score; see `lm_eval_pruned.criteria`.
-        seed: Seed of the ``random`` criterion.
-        layers: Layers to prune, such as ``4-11`` or ``0,2-5``, counted from 0;
-            default: all. The other layers keep their width, so stock transformers
-            can open the saved model only if its config holds widths per layer;
-            `load_pruned` always can.
-        skip_layers: Layers to leave as they are, instead of `layers`.
-        calibration: JSON Lines file of text, for criteria that look at activations;
-            see `lm_eval_pruned.pruning.calibration`.
-        calibration_samples: How many of its texts to use; default: all.
         tokenizer: The model's tokenizer; needed for `calibration`.
+        ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
     Returns:
         The same model. ``model.prune_record`` is the `PruneRecord` of what was done.
@@ -110,19 +90,9 @@ def prune_model(
         >>> [kept.shape for kept in model.prune_record.kept]
         [torch.Size([64]), torch.Size([64])]
     """
+    arguments = PruneArguments(**prune_arguments)
     widths = widths_in_memory(model)
-    plan = widths.plan(
-        ratio=ratio,
-        prune_percent=prune_percent,
-        intermediate_size=intermediate_size,
-        multiple_of=multiple_of,
-        criterion=criterion,
-        seed=seed,
-        layers=layers,
-        skip_layers=skip_layers,
-        calibration=calibration,
-        calibration_samples=calibration_samples,
-    )
+    plan = widths.plan(arguments)
     return carry_out(plan, model, widths, tokenizer)
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from lm_eval_pruned.pruning.arguments import PruneArguments
+
     Build = Callable[[PretrainedConfig], PreTrainedModel]
 
 
@@ -153,7 +155,7 @@ class Widths:
         experts = [mlp for mlp in self.mlps if mlp.kind == "expert"]
         return (experts or self.mlps)[0]
 
-    def plan(self, **prune_arguments: Any) -> PrunePlan:
+    def plan(self, arguments: PruneArguments) -> PrunePlan:
         """Resolve the user's arguments; see `PrunePlan.from_arguments`."""
         primary = self.primary
         key = self.keys[primary.name]
@@ -162,11 +164,11 @@ class Widths:
             for other, value in self._values.items()
             if (other.path, other.name) == (key.path, key.name)
         )
-        return PrunePlan.from_arguments(
+        return PrunePlan.of(
+            arguments,
             primary.hidden_size,
             int(widest * self._factors[primary.name]),
-            available_layers=sorted({mlp.block for mlp in self.mlps}),
-            **prune_arguments,
+            sorted({mlp.block for mlp in self.mlps}),
         )
 
     def targets(self, plan: PrunePlan) -> dict[str, int]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, help_of
+
 
 if TYPE_CHECKING:
     import argparse
@@ -49,16 +51,16 @@ OPTIONS = (
         "KEY=VALUE",
         _SIZES,
     ),
-    Option("ratios", "numbers", "expansion ratios to keep", "R", _SIZES),
-    Option(
-        "prune_percents",
-        "numbers",
-        "shares of neurons to remove, in percent",
-        "P",
-        _SIZES,
+    *(
+        Option(
+            name,
+            "words" if name == "criteria" else "numbers",
+            help_of(name),
+            DECLARED[argument].metadata["metavar"],
+            _SIZES,
+        )
+        for name, argument in SEVERAL.items()
     ),
-    Option("criteria", "words", "importance scores (default: maw)", "NAME", _SIZES),
-    Option("seeds", "numbers", "seeds of the criterion random", "N", _SIZES),
     Option("tasks", "words", "tasks, groups, tags, patterns or YAML files", "TASK"),
     Option("output_path", "text", "folder of the sweep", "DIR"),
     Option("limit", "number", "documents per task: a count, or a share below 1", "N"),

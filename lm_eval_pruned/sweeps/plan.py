@@ -16,8 +16,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
+from lm_eval_pruned.pruning.arguments import (
+    SEVERAL,
+    SEVERAL_SIZES,
+    SIZES,
+    PruneArguments,
+)
 from lm_eval_pruned.pruning.criteria import canonical_name
-from lm_eval_pruned.pruning.plan import SIZE_ARGUMENTS
 from lm_eval_pruned.sweeps.fingerprints import (
     SOURCES,
     hash_beside,
@@ -201,24 +206,19 @@ class Sweep:
 def _settings(options: dict[str, Any]) -> EvaluatorConfig:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    own = ("ratios", "prune_percents", "criteria", "seeds", "ray")
+    own = (*SEVERAL, "ray")
     known = {
         name: value
         for name, value in options.items()
         if name not in own and not name.endswith("_per_unit")
     }
     arguments = dict(options.get("model_args") or {})
-    for name in (*SIZE_ARGUMENTS, "criterion", "seed"):
+    instead = dict.fromkeys(SIZES, "ratios") | {v: k for k, v in SEVERAL.items()}
+    for name, option in instead.items():
         if name in arguments:
-            instead = {
-                "ratio": "--ratios",
-                "prune_percent": "--prune_percents",
-                "criterion": "--criteria",
-                "seed": "--seeds",
-            }.get(name, "--ratios")
             raise ValueError(
                 f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
-                f"configurations: use {instead}."
+                f"configurations: use --{option}."
             )
     known["model_args"] = arguments
     if "seed" in known:
@@ -254,7 +254,10 @@ def _configurations(
     options: dict[str, Any], base: dict[str, Any]
 ) -> list[Configuration]:
     criteria = list(
-        dict.fromkeys(canonical_name(name) for name in options.get("criteria", ["maw"]))
+        dict.fromkeys(
+            canonical_name(name)
+            for name in options.get("criteria", [PruneArguments.criterion])
+        )
     )
     seeds = list(
         dict.fromkeys(_whole("seeds", text) for text in options.get("seeds", []))
@@ -276,22 +279,22 @@ def _configurations(
             0.0,
         )
     ]
-    for option, argument in (("ratios", "ratio"), ("prune_percents", "prune_percent")):
+    for option, argument in SEVERAL_SIZES.items():
         values = [_canonical(text) for text in options.get(option, [])]
         rows = plan(
             argument=argument,
             values=values,
-            multiple_of=base.get("multiple_of") or 1,
+            multiple_of=base.get("multiple_of") or PruneArguments.multiple_of,
         )
         for value, row in zip(values, rows, strict=True):
             if row.intermediate_size == baseline.intermediate_size:
                 continue
             for criterion in criteria:
-                for seed in (seeds or [0]) if criterion == "random" else [0]:
+                for seed in seeds if seeds and criterion == "random" else [None]:
                     arguments: dict[str, Any] = {argument: parse_number(value)}
-                    if criterion != "maw":
+                    if criterion != PruneArguments.criterion:
                         arguments["criterion"] = criterion
-                    if criterion == "random" and seeds:
+                    if seed is not None:
                         arguments["seed"] = seed
                     found.append(
                         Configuration(

@@ -10,7 +10,6 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.scores import KnownScores
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder, own_scores
 from lm_eval_pruned.sweeps.plan import DECIDING, MODEL, Sweep
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from lm_eval.api.model import LM
 
+    from lm_eval_pruned.pruning.scores import KnownScores
     from lm_eval_pruned.sweeps.plan import Configuration
     from lm_eval_pruned.sweeps.tasks import SweepTask
 
@@ -63,7 +63,7 @@ class UnitRunner:
         self._sweep = sweep
         self._part = part
         self._lm: LM | None = None
-        self._known = KnownScores()
+        self._known_scores: KnownScores = {}
         self._load_error: tuple[Exception, Any] | None = None
         self.holds: str | None = None
 
@@ -102,15 +102,15 @@ class UnitRunner:
             settings = self._sweep.settings
             logger.info("Loading %s.", configuration.id)
             try:
-                with self._known.in_use():
-                    self._lm = get_model(MODEL).create_from_arg_obj(
-                        self._sweep.model_args(configuration),
-                        {
-                            "batch_size": settings.batch_size,
-                            "max_batch_size": settings.max_batch_size,
-                            "device": settings.device,
-                        },
-                    )
+                self._lm = get_model(MODEL).create_from_arg_obj(
+                    self._sweep.model_args(configuration),
+                    {
+                        "batch_size": settings.batch_size,
+                        "max_batch_size": settings.max_batch_size,
+                        "device": settings.device,
+                        "known_scores": self._known_scores,
+                    },
+                )
             except Exception as error:  # noqa: BLE001
                 # The frames of the traceback keep what was loaded so far.
                 traceback.clear_frames(error.__traceback__)

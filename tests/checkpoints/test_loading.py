@@ -44,9 +44,10 @@ from lm_eval_pruned.checkpoints.request import (
 from lm_eval_pruned.checkpoints.route import RouteDeclined
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.sources import _converted_sources
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.regions import Region
-from lm_eval_pruned.pruning.scores import KnownScores, ScoreTable
+from lm_eval_pruned.pruning.scores import ScoreTable
 from tests.helpers import checkpoints, layouts
 from tests.helpers.checkpoints import edit_config, edit_weights
 from tests.helpers.comparing import assert_same_model
@@ -398,7 +399,10 @@ def test_a_model_that_is_let_go_waits_for_no_collection(tiny_llama, sizes):
 
 def request_for(folder, arguments=None, **prune_arguments):
     return LoadRequest.resolve(
-        AutoModelForCausalLM, str(folder), prune_arguments, arguments or {}
+        AutoModelForCausalLM,
+        str(folder),
+        PruneArguments(**prune_arguments),
+        arguments or {},
     )
 
 
@@ -907,7 +911,11 @@ def test_what_is_about_to_be_loaded_can_be_inspected(copied):
     def inspected(folder, **prune_arguments):
         seen = []
         model = loading.load_with_arguments(
-            AutoModelForCausalLM, str(folder), prune_arguments, {}, inspect=seen.append
+            AutoModelForCausalLM,
+            str(folder),
+            PruneArguments(**prune_arguments),
+            {},
+            inspect=seen.append,
         )
         return seen, model
 
@@ -925,7 +933,7 @@ def test_what_is_about_to_be_loaded_can_be_inspected(copied):
 
     with pytest.raises(KeyError, match="before"):
         loading.load_with_arguments(
-            AutoModelForCausalLM, str(ragged), {}, {}, inspect=refuse
+            AutoModelForCausalLM, str(ragged), PruneArguments(), {}, inspect=refuse
         )
 
 
@@ -1024,10 +1032,15 @@ def test_down_is_looked_through_once(tiny_llama, monkeypatch):
         ),
     )
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)]
-    with KnownScores().in_use():
-        load_pruned(str(tiny_llama), ratio=1)
-        assert sorted(checked) == names
-        load_pruned(str(tiny_llama), ratio=2)
+    known_scores = {}
+    for ratio in (1, 2):
+        loading.load_with_arguments(
+            AutoModelForCausalLM,
+            str(tiny_llama),
+            PruneArguments(ratio=ratio),
+            {},
+            known_scores=known_scores,
+        )
         assert sorted(checked) == names
 
 
@@ -1070,7 +1083,7 @@ def test_widths_that_change_while_they_are_read_are_told(copied):
     with pytest.raises(
         ValueError, match=r"layers\.0\.mlp has 88 .* says 40: correct in"
     ):
-        loading._load(request, None)
+        loading._load(request, None, None)
 
 
 def test_layers_that_keep_their_width_are_not_scored(tmp_path):
@@ -1146,7 +1159,7 @@ def test_options_are_passed_by_name(tiny_llama):
     arguments = {
         "auto_class": AutoModelForCausalLM,
         "pretrained": str(tiny_llama),
-        "prune_arguments": {"ratio": 1},
+        "prune_arguments": PruneArguments(ratio=1),
         "from_pretrained": {},
     }
     with pytest.raises(TypeError, match="positional"):

@@ -27,6 +27,7 @@ from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints import transformers_api
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers import checkpoints
 from tests.helpers.comparing import assert_same_model
@@ -279,7 +280,7 @@ def test_a_record_of_pruning_says_what_was_kept(tiny_llama):
         type(record).of(
             record.plan,
             LoadRequest.resolve(
-                AutoModelForCausalLM, str(tiny_llama), {"ratio": 1}, {}
+                AutoModelForCausalLM, str(tiny_llama), PruneArguments(ratio=1), {}
             ).widths,
             2,
             1,

@@ -6,6 +6,8 @@ scored and sliced in a loop over plain tensors.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -148,3 +150,14 @@ def _mask(down, kept):
     mask = torch.zeros_like(down)
     mask[:, kept] = 1
     return mask
+
+
+def share(percent, primary):
+    """Return the rule ``(path, width) -> kept width`` of ``prune_percent``.
+
+    Args:
+        percent: Share to remove.
+        primary: Width to which it refers; others keep the same proportion.
+    """
+    kept = primary - math.floor(percent * primary / 100)
+    return lambda path, width: math.ceil(width * kept / primary)

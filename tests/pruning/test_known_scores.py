@@ -8,15 +8,34 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints import narrowed
+from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.pruning import slicing as pruning
-from lm_eval_pruned.pruning.scores import KnownScores
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.comparing import assert_same_model
 
 
 PERCENTS = [0, 10, 20, 30, 40, 50, 60]
+
+
+@pytest.fixture
+def load():
+    """`load_pruned`, whose calls know the scores of those before them."""
+    known_scores = {}
+
+    def load(folder, **arguments):
+        return load_with_arguments(
+            AutoModelForCausalLM,
+            folder,
+            PruneArguments.taken_from(arguments),
+            arguments,
+            known_scores=known_scores,
+        )
+
+    return load
 
 
 @pytest.fixture
@@ -55,25 +74,22 @@ def texts(tmp_path):
 
 
 @pytest.mark.parametrize("criterion", ["maw", "l2", "random"])
-def test_seven_widths_are_cut_by_one_scoring(tiny_llama, scored, criterion):
+def test_seven_widths_are_cut_by_one_scoring(tiny_llama, scored, criterion, load):
     expected = [
         load_pruned(str(tiny_llama), prune_percent=p, criterion=criterion)
         for p in PERCENTS
     ]
     scored.clear()
-    with KnownScores().in_use():
-        for percent, model in zip(PERCENTS, expected, strict=True):
-            again = load_pruned(
-                str(tiny_llama), prune_percent=percent, criterion=criterion
-            )
-            assert_same_model(again, model)
-            assert again.prune_record.digest == model.prune_record.digest
+    for percent, model in zip(PERCENTS, expected, strict=True):
+        again = load(str(tiny_llama), prune_percent=percent, criterion=criterion)
+        assert_same_model(again, model)
+        assert again.prune_record.digest == model.prune_record.digest
     assert len(scored) == len(set(scored)) == 3, "each of three layers is scored once"
 
 
 @pytest.mark.parametrize("criterion", ["maw_act", "act"])
 def test_seven_widths_take_one_calibration(
-    tiny_llama, texts, scored, monkeypatch, caplog, criterion
+    tiny_llama, texts, scored, monkeypatch, caplog, criterion, load
 ):
     arguments = {"criterion": criterion, "calibration": texts}
     expected = [
@@ -87,9 +103,9 @@ def test_seven_widths_take_one_calibration(
         lambda *args, run=pruning.calibrate: passes.append(args) or run(*args),
     )
     caplog.clear()
-    with KnownScores().in_use(), caplog.at_level("INFO", "lm_eval.pruned"):
+    with caplog.at_level("INFO", "lm_eval.pruned"):
         for percent, model in zip(PERCENTS, expected, strict=True):
-            again = load_pruned(str(tiny_llama), prune_percent=percent, **arguments)
+            again = load(str(tiny_llama), prune_percent=percent, **arguments)
             assert_same_model(again, model)
             assert again.prune_record.as_dict() == model.prune_record.as_dict()
     assert len(passes) == 1
@@ -97,18 +113,16 @@ def test_seven_widths_take_one_calibration(
     assert caplog.text.count("loaded in full") == 1
 
 
-def test_known_scores_leave_gate_and_up_to_their_kept_rows(tiny_llama, read):
-    with KnownScores().in_use():
-        load_pruned(str(tiny_llama), ratio=1)
-        assert len(read) == 9, "gate, up and down of three layers"
-        read.clear()
-        load_pruned(str(tiny_llama), ratio=2)
-        assert sorted(read) == ["down_proj"] * 3 + ["gate_proj"] * 3 + ["up_proj"] * 3
+def test_known_scores_leave_gate_and_up_to_their_kept_rows(tiny_llama, read, load):
+    load(str(tiny_llama), ratio=1)
+    assert len(read) == 9, "gate, up and down of three layers"
+    read.clear()
+    load(str(tiny_llama), ratio=2)
+    assert sorted(read) == ["down_proj"] * 3 + ["gate_proj"] * 3 + ["up_proj"] * 3
 
 
-def test_nothing_is_remembered_outside(tiny_llama, scored):
-    with KnownScores().in_use():
-        load_pruned(str(tiny_llama), ratio=1)
+def test_nothing_is_remembered_outside(tiny_llama, scored, load):
+    load(str(tiny_llama), ratio=1)
     scored.clear()
     load_pruned(str(tiny_llama), ratio=2)
     assert len(scored) == 3
@@ -122,46 +136,44 @@ def test_nothing_is_remembered_outside(tiny_llama, scored):
         {"criterion": "random", "seed": 7},
     ],
 )
-def test_what_decides_the_scores_is_told_apart(tiny_llama, scored, change):
-    with KnownScores().in_use():
-        load_pruned(str(tiny_llama), ratio=1, criterion="random")
-        load_pruned(str(tiny_llama), ratio=1)
-        scored.clear()
-        changed = load_pruned(str(tiny_llama), ratio=1, **change)
+def test_what_decides_the_scores_is_told_apart(tiny_llama, scored, change, load):
+    load(str(tiny_llama), ratio=1, criterion="random")
+    load(str(tiny_llama), ratio=1)
+    scored.clear()
+    changed = load(str(tiny_llama), ratio=1, **change)
     assert len(scored) == 3
     assert_same_model(changed, load_pruned(str(tiny_llama), ratio=1, **change))
 
 
-def test_a_checkpoint_that_changed_is_scored_again(tiny_llama, tmp_path, scored):
+def test_a_checkpoint_that_changed_is_scored_again(tiny_llama, tmp_path, scored, load):
     folder = shutil.copytree(tiny_llama, tmp_path / "copy")
-    with KnownScores().in_use():
-        load_pruned(str(folder), ratio=1)
-        tensors = load_file(folder / "model.safetensors")
-        for name, tensor in tensors.items():
-            if "gate_proj" in name:
-                tensors[name] = tensor.flip(0)
-        (folder / "model.safetensors").unlink()
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        scored.clear()
-        changed = load_pruned(str(folder), ratio=1)
+    load(str(folder), ratio=1)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "gate_proj" in name:
+            tensors[name] = tensor.flip(0)
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    scored.clear()
+    changed = load(str(folder), ratio=1)
     assert len(scored) == 3
     assert_same_model(changed, load_pruned(str(folder), ratio=1))
 
 
-def test_layers_that_were_spared_before_are_scored_when_needed(tiny_llama, scored):
-    with KnownScores().in_use():
-        load_pruned(str(tiny_llama), ratio=1, layers="0")
-        both = load_pruned(str(tiny_llama), ratio=1, layers="0-1")
+def test_layers_that_were_spared_before_are_scored_when_needed(
+    tiny_llama, scored, load
+):
+    load(str(tiny_llama), ratio=1, layers="0")
+    both = load(str(tiny_llama), ratio=1, layers="0-1")
     assert scored == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert_same_model(both, load_pruned(str(tiny_llama), ratio=1, layers="0-1"))
 
 
-def test_pickled_checkpoints_are_scored_once(tiny_llama, tmp_path, scored):
+def test_pickled_checkpoints_are_scored_once(tiny_llama, tmp_path, scored, load):
     folder = shutil.copytree(tiny_llama, tmp_path / "copy")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with KnownScores().in_use():
-        models = [load_pruned(str(folder), prune_percent=p) for p in (20, 50)]
+    models = [load(str(folder), prune_percent=p) for p in (20, 50)]
     assert len(scored) == 3
     for percent, model in zip((20, 50), models, strict=True):
         assert_same_model(model, load_pruned(str(tiny_llama), prune_percent=percent))

@@ -425,6 +425,9 @@ def test_neurons_are_scored_once_for_all_ratios(options, monkeypatch):
     options["ratios"] = ["1", "1.25", "1.5", "1.75", "2", "2.25", "2.5"]
     assert run_sweep(options) == 0
     assert sorted(scored) == [f"model.layers.{layer}.mlp" for layer in range(3)]
+    written = list(Path(options["output_path"]).rglob("*.json"))
+    assert len(written) > 16, "results and a definition of each of 16 units"
+    assert not [file for file in written if "known_scores" in file.read_text()]
 
 
 def test_model_that_cannot_be_loaded_fails_its_units_only(options, monkeypatch):

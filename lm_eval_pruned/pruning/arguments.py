@@ -1,0 +1,302 @@
+"""The arguments of pruning, declared once: names, defaults, help, and what is wrong with them.
+
+`lm_eval_pruned.load_pruned` and `lm_eval_pruned.prune_model`, the model types, and the commands
+``prune``, ``plan`` and ``sweep`` with its YAML file take them from `PruneArguments`. Whatever
+needs a model to be checked is checked in `lm_eval_pruned.pruning.plan`. Nothing here imports
+torch, transformers or the harness.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from dataclasses import Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lm_eval_pruned.pruning.criteria import CALIBRATED, canonical_name
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from fractions import Fraction
+
+    Function = TypeVar("Function", bound=Callable[..., Any])
+
+    Number = int | float | str | Fraction
+    #: Layers as the user writes them: ``4-11``, ``0,15``, 3 or a list of such.
+    Layers = int | str | Iterable[int | str]
+
+#: Seeds are below this: with the number of the layer, one has to fit into 63 bits.
+SEEDS = 1 << 43
+
+
+def exact(name: str, value: Number, example: str) -> Fraction:
+    """Return `value` as the rational number that its decimal notation denotes."""
+    from fractions import Fraction
+
+    try:
+        text = str(value).strip()
+        # 10 ** exponent is computed in full, so an absurd exponent would hang.
+        if isinstance(value, bool) or re.search(r"[eE][+-]?\d{4}", text):
+            raise ValueError
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(
+            f"{name}={value} is not a finite number: pass one such as {name}={example}."
+        ) from None
+
+
+def _whole(name: str, value: Number, at_least: int) -> int:
+    """Return `value` as a whole number."""
+    number = exact(name, value, str(max(at_least, 1)))
+    if number.denominator != 1 or number < at_least:
+        raise ValueError(
+            f"{name}={value} is not a whole number of {at_least} or more: "
+            f"pass one such as {name}={max(at_least, 1)}."
+        )
+    return int(number)
+
+
+def _seed(name: str, value: Number) -> int:
+    seed = _whole(name, value, at_least=0)
+    if seed >= SEEDS:
+        raise ValueError(
+            f"{name}={value} is too large for a generator: pass one below {SEEDS}."
+        )
+    return seed
+
+
+def _whole_from_1(name: str, value: Number) -> int:
+    return _whole(name, value, at_least=1)
+
+
+def _criterion(name: str, value: str) -> str:
+    return canonical_name(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneArguments:
+    """What a user asks for, checked as far as that needs no model; without a size, nothing.
+
+    Whole numbers become integers, and `criterion` its name without aliases. The first
+    sentence of each argument is its line for ``--help``.
+
+    Args:
+        ratio: Expansion ratio to keep. That is intermediate size / hidden size, such as
+            2.0; the kept width is ``ceil(ratio * H)``.
+        prune_percent: Share of neurons to remove, in percent. The kept width is
+            ``I - floor(prune_percent / 100 * I)``.
+        intermediate_size: Kept width, in neurons. At most one of these three; without
+            any the model stays as it is.
+        multiple_of: Round the kept width down to a multiple of this, in neurons.
+        layers: Layers to prune, such as 4-11; default: all. They count from 0: ``0,2-5``
+            or ``[0, 2]``, and ``0+2-5`` where a comma separates arguments. The others
+            keep their width, so stock transformers can open the saved model only if its
+            config holds widths per layer; this package always can.
+        skip_layers: Layers to leave as they are. Instead of `layers`.
+        criterion: Importance score. One of ``maw`` (alias ``ppm``), ``max_abs``, ``l1``,
+            ``l2``, ``vow``, ``pon`` and ``random``, the calibrated ``maw_act`` and
+            ``act``, or one that another package declares; see
+            `lm_eval_pruned.pruning.criteria`.
+        seed: Seed of the criterion random.
+        calibration: JSON Lines file of text, for the criteria that look at activations.
+            See `lm_eval_pruned.pruning.calibration`; there is no default text.
+        calibration_samples: How many of its texts to use, from the first on; default:
+            all.
+
+    Raises:
+        ValueError: One sentence naming an argument, its value and what would work.
+
+    Example:
+        >>> PruneArguments(prune_percent=40, criterion="ppm").criterion
+        'maw'
+        >>> PruneArguments(ratio=2, prune_percent=40)
+        Traceback (most recent call last):
+            ...
+        ValueError: ratio=2 and prune_percent=40 were given together, but each of them sets ...
+    """
+
+    # "several" is the option of a command that takes several values, for one model each.
+    ratio: Number | None = field(
+        default=None, metadata={"metavar": "R", "several": "ratios"}
+    )
+    prune_percent: Number | None = field(
+        default=None, metadata={"metavar": "P", "several": "prune_percents"}
+    )
+    intermediate_size: Number | None = field(default=None, metadata={"metavar": "K"})
+    multiple_of: Number = field(
+        default=1, metadata={"metavar": "N", "check": _whole_from_1}
+    )
+    layers: Layers | None = None
+    skip_layers: Layers | None = None
+    criterion: str = field(
+        default="maw",
+        metadata={"metavar": "NAME", "check": _criterion, "several": "criteria"},
+    )
+    seed: Number = field(
+        default=0, metadata={"metavar": "N", "check": _seed, "several": "seeds"}
+    )
+    calibration: str | None = field(default=None, metadata={"metavar": "FILE.jsonl"})
+    calibration_samples: Number | None = field(
+        default=None, metadata={"metavar": "N", "check": _whole_from_1}
+    )
+
+    @classmethod
+    def taken_from(cls, given: dict[str, Any]) -> PruneArguments:
+        """Take the arguments of pruning out of keyword arguments, and leave the others there.
+
+        From ``skip_layers=0,15`` the harness makes ``{"skip_layers": 0, "15": ""}``; such
+        pieces are taken too.
+        """
+        own = {name: given.pop(name) for name in DECLARED if name in given}
+        pieces = [
+            name
+            for name, value in given.items()
+            if value == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name)
+        ]
+        for name in ("layers", "skip_layers"):
+            if own.get(name) is not None and pieces:
+                own[name] = [own[name], *pieces]
+                for piece in pieces:
+                    del given[piece]
+                break
+        return cls(**own)
+
+    def __post_init__(self) -> None:
+        for name, declared in DECLARED.items():
+            check, value = declared.metadata.get("check"), getattr(self, name)
+            if check is not None and (value, declared.default) != (None, None):
+                object.__setattr__(self, name, check(name, value))
+        for purpose, names in EXCLUSIVE.items():
+            given = [f"{n}={v}" for n in names if (v := getattr(self, n)) is not None]
+            if len(given) > 1:
+                raise ValueError(
+                    f"{' and '.join(given)} were given together, but each of them {purpose}: "
+                    "pass one."
+                )
+        self._check_calibration()
+        if self.size is not None:
+            return
+        for name in ("layers", "skip_layers"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} says which layers to prune, but no size was asked for: add one of "
+                    f"{', '.join(SIZES)}."
+                )
+        if self.multiple_of != 1:
+            raise ValueError(
+                f"multiple_of={self.multiple_of} rounds a kept width, but none was asked for: "
+                f"add one of {', '.join(SIZES)}."
+            )
+
+    @property
+    def size(self) -> tuple[str, Number] | None:
+        """Name and value of the argument that says how many neurons to keep, if any."""
+        given = ((name, getattr(self, name)) for name in SIZES)
+        return next((size for size in given if size[1] is not None), None)
+
+    def _check_calibration(self) -> None:
+        if self.criterion in CALIBRATED:
+            if self.calibration is None:
+                raise ValueError(
+                    f"criterion={self.criterion} looks at activations, so it needs text to run "
+                    "on: pass calibration=FILE.jsonl, with text that is not part of the "
+                    "evaluation."
+                )
+            return
+        for name in ("calibration", "calibration_samples"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value} was given, but criterion={self.criterion} looks at weights "
+                    f"alone: leave it out, or pass criterion={' or '.join(CALIBRATED)}."
+                )
+
+
+#: The arguments by name, in order.
+DECLARED: dict[str, Field[Any]] = {each.name: each for each in fields(PruneArguments)}
+#: Those that say how many neurons to keep.
+SIZES = ("ratio", "prune_percent", "intermediate_size")
+#: Those of which only one may be given, by what each of them does.
+EXCLUSIVE = {
+    "sets the kept width": SIZES,
+    "says which layers to prune": ("layers", "skip_layers"),
+}
+#: Options that take several values of an argument, and the argument.
+SEVERAL = {
+    each.metadata["several"]: name
+    for name, each in DECLARED.items()
+    if "several" in each.metadata
+}
+#: Those of `SEVERAL` that take sizes.
+SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZES}
+
+
+def add_option(parser: Any, name: str) -> None:
+    """Add the option of the argument `name`, or of several of its values, to a command.
+
+    Args:
+        parser: An `argparse.ArgumentParser`, or a group of one.
+        name: Such as ``ratio``, or ``ratios``.
+    """
+    declared = DECLARED[SEVERAL.get(name, name)]
+    several: dict[str, Any] = {"nargs": "+", "default": None}
+    parser.add_argument(
+        f"--{name}",
+        metavar=declared.metadata.get("metavar"),
+        help=help_of(name),
+        **(several if name in SEVERAL else {"default": declared.default}),
+    )
+
+
+def help_of(name: str) -> str:
+    """Return the line for ``--help`` of the option `name` of `add_option`."""
+    argument = SEVERAL.get(name, name)
+    entry = re.search(
+        rf"^    {argument}: (.*(?:\n     .*)*)", _described(), re.MULTILINE
+    )
+    text = " ".join(entry[1].split()) if entry else ""
+    text = text.partition(". ")[0].rstrip(".")
+    if not text[:2].isupper():
+        text = text[:1].lower() + text[1:]
+    if (default := DECLARED[argument].default) is not None:
+        text += f" (default: {default})"
+    return f"{text}; one model each" if name in SEVERAL else text
+
+
+def takes_prune_arguments(function: Function) -> Function:
+    """Show the arguments of pruning in the signature and the docstring of a function.
+
+    In the signature they are the first to be passed by name, and stand for
+    ``**prune_arguments``; in the docstring they stand for the line ``ratio, ...:``.
+    """
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    if parameters[-1].name == "prune_arguments":
+        parameters.pop()
+    named = inspect.Parameter.KEYWORD_ONLY
+    first = sum(each.kind < named for each in parameters)
+    parameters[first:first] = [
+        inspect.Parameter(name, named, default=each.default, annotation=each.type)
+        for name, each in DECLARED.items()
+    ]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    if function.__doc__ is not None:
+        function.__doc__ = described(function.__doc__)
+    return function
+
+
+def described(docstring: str) -> str:
+    """Return a docstring with the arguments in place of its line ``ratio, ...:``."""
+    return re.sub(
+        r"^( *)ratio, \.\.\.:.*\n",
+        lambda line: textwrap.indent(textwrap.dedent(_described()), line[1]),
+        docstring,
+        flags=re.MULTILINE,
+    )
+
+
+def _described() -> str:
+    """Return what the docstring of `PruneArguments` says of them."""
+    docstring = inspect.getdoc(PruneArguments) or ""
+    return docstring.partition("Args:\n")[2].partition("\n\n")[0] + "\n"
