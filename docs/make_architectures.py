@@ -39,7 +39,7 @@ from lm_eval_pruned.checkpoints.load import load_pruned
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
 from lm_eval_pruned.pruning.slicing import prune_model, widths_in_memory
 from lm_eval_pruned.util.tables import markdown_table
-from tests import by_hand
+from tests.helpers import by_hand
 
 
 PERCENT = 40
