@@ -82,4 +82,5 @@ def _table(html: str) -> str:
     found = re.search(r"<table.*</table>", html, re.DOTALL)
     if found is None:
         raise ValueError(f"no table: {html[:80]}")
-    return re.sub(r' (class|border|style)="[^"]*"', "", found[0])
+    plain = re.sub(r' (class|border|style)="[^"]*"', "", found[0])
+    return f'<div class="narrow">\n{plain}\n</div>'
