@@ -38,5 +38,5 @@ class ScoreTable:
         return all(name in self.scores for name in before if after[name] < before[name])
 
 
-#: The tables of several loads, by `lm_eval_pruned.checkpoints.request.Request.scores_key`.
+#: The tables of several loads, by `lm_eval_pruned.checkpoints.request.LoadRequest.scores_key`.
 KnownScores = dict[Hashable, ScoreTable]
