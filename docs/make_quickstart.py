@@ -41,7 +41,9 @@ def executed(folder: str | Path) -> nbformat.NotebookNode:
     )
     # The commands of this environment, whether it is activated or not.
     commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    client.execute(env={**os.environ, "PATH": commands, "SOURCE_DATE_EPOCH": "0"})
+    # One thread: their number decides how sums round.
+    fixed = {"PATH": commands, "OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": "0"}
+    client.execute(env={**os.environ, **fixed})
     for cell in notebook.cells:
         if cell.cell_type == "code":
             # Progress bars, and warnings that name folders of this machine.
