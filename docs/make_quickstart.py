@@ -27,9 +27,6 @@ def executed(folder: str | Path) -> nbformat.NotebookNode:
         nbclient.exceptions.CellTimeoutError: A cell hangs.
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    # The same plot is the same SVG, and its text is text.
-    settings = "svg.hashsalt: quickstart\nsvg.fonttype: none\n"
-    Path(folder, "matplotlibrc").write_text(settings, encoding="utf-8")
     client = NotebookClient(
         notebook,
         timeout=HANGING,
