@@ -6,8 +6,11 @@ A module holds `PATCH`, a `Patch`. It is listed in `PATCHES`, in the order of th
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from .patch import Patch
+
+if TYPE_CHECKING:
+    from .patch import Patch
 
 
 #: Modules of this package that hold a `PATCH`, in the order of the pull requests.
