@@ -1,11 +1,9 @@
-"""The patches for lm-evaluation-harness that `tools/upstream.py` writes, one module each.
-
-A module holds `PATCH`, a `Patch`. It is listed in `PATCHES`, in the order of the pull requests.
-"""
+"""The patches for lm-evaluation-harness that `tools/upstream.py` writes, one module each."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 
@@ -13,17 +11,8 @@ if TYPE_CHECKING:
     from .patch import Patch
 
 
-#: Modules of this package that hold a `PATCH`, in the order of the pull requests.
-MODULES = (
-    "logits_cache",
-    "hf_prefix_small",
-    "hf_prefix",
-    "task_groups",
-    "paired_comparison",
-)
-
-
 def patches() -> dict[str, Patch]:
-    """Return all patches by the name of their branch."""
-    found = [import_module(f"{__name__}.{name}").PATCH for name in MODULES]
+    """Return by the name of its branch the ``PATCH`` of every module that holds one."""
+    modules = [import_module(f"{__name__}.{m.name}") for m in iter_modules(__path__)]
+    found = [module.PATCH for module in modules if hasattr(module, "PATCH")]
     return {patch.branch: patch for patch in found}

@@ -27,12 +27,34 @@ class Patch:
         write: Writes the patch into a checkout, given its root. Files that it adds, changes or
             removes are committed as they are then; raises ValueError, with a sentence for
             whoever typed the command, if the checkout is not what the patch was made for.
-        tests: Tests of the harness's that the patch adds or changes, as paths below the root of the
-            checkout: run on the branch, where they must pass. All other offline tests
-            run before and after.
+        tests: The test files that the patch adds, as paths below the root of the checkout. They
+            must pass on the branch.
+        mends: Whether one of them must fail without the patch, as for the mending of a defect.
     """
 
     branch: str
     title: str
     write: Callable[[Path], None]
     tests: tuple[str, ...] = ()
+    mends: bool = False
+
+
+def replace_once(file: Path, old: str, new: str) -> None:
+    """Replace a text that a file of the checkout holds exactly once.
+
+    Raises:
+        ValueError: It does not hold it, or holds it more than once: the patch has to be looked at.
+    """
+    text = file.read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise ValueError(
+            f"{file.name} holds {text.count(old)} times what is to be replaced: {old!r}"
+        )
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def copy(name: str, root: Path) -> None:
+    """Copy a file of `FILES` to the same place of a checkout."""
+    target = root / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes((FILES / name).read_bytes())
