@@ -58,3 +58,17 @@ def copy(name: str, root: Path) -> None:
     target = root / name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes((FILES / name).read_bytes())
+
+
+def register(root: Path, name: str, place: str) -> None:
+    """Add a model type to the harness's list, behind the other variants of ``hf``."""
+    after = '    "huggingface": "lm_eval.models.huggingface:HFLM",\n'
+    models = root / "lm_eval" / "models" / "__init__.py"
+    replace_once(models, after, f'    "{name}": "{place}",\n{after}')
+
+
+def describe(root: Path, name: str) -> None:
+    """Put a section of `FILES` into the README, before the one on steered models."""
+    after = "### Steered Hugging Face `transformers` models\n"
+    section = (FILES / name).read_text(encoding="utf-8")
+    replace_once(root / "README.md", after, f"{section}\n{after}")
