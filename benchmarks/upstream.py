@@ -52,7 +52,12 @@ class Timed:
         """Evaluate the tasks once."""
         self.scores = simple_evaluate(
             model=self.lm,
-            tasks=arguments.tasks.split(","),
+            tasks=[
+                {"task": name, "fewshot_config": {"sampler": "first_n"}}
+                if arguments.first_n
+                else name
+                for name in arguments.tasks.split(",")
+            ],
             num_fewshot=arguments.num_fewshot,
             limit=arguments.limit,
             bootstrap_iters=0,
@@ -86,6 +91,9 @@ def main() -> None:
     parser.add_argument("--model_args", required=True)
     parser.add_argument("--tasks", required=True)
     parser.add_argument("--num_fewshot", type=int)
+    parser.add_argument(
+        "--first_n", action="store_true", help="the same examples for every document"
+    )
     parser.add_argument("--limit", type=int, help="documents per task; default: all")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--device", default="cpu")
