@@ -22,6 +22,22 @@ from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 
 
+#: BoolQ with the same examples for every question, as MMLU has them for a subject.
+BOOLQ_FIRST_N = {
+    "task": "boolq_first_n",
+    "dataset_path": "aps/super_glue",
+    "dataset_name": "boolq",
+    "output_type": "multiple_choice",
+    "training_split": "train",
+    "validation_split": "validation",
+    "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
+    "doc_to_target": "label",
+    "doc_to_choice": ["no", "yes"],
+    "fewshot_config": {"sampler": "first_n"},
+    "metric_list": [{"metric": "acc"}],
+}
+
+
 class Timed:
     """One model type: its model, and what every run of it gave."""
 
@@ -53,9 +69,7 @@ class Timed:
         self.scores = simple_evaluate(
             model=self.lm,
             tasks=[
-                {"task": name, "fewshot_config": {"sampler": "first_n"}}
-                if arguments.first_n
-                else name
+                dict(BOOLQ_FIRST_N) if name == BOOLQ_FIRST_N["task"] else name
                 for name in arguments.tasks.split(",")
             ],
             num_fewshot=arguments.num_fewshot,
@@ -89,11 +103,10 @@ def main() -> None:
         "--models", nargs="+", required=True, help="the first is compared to"
     )
     parser.add_argument("--model_args", required=True)
-    parser.add_argument("--tasks", required=True)
-    parser.add_argument("--num_fewshot", type=int)
     parser.add_argument(
-        "--first_n", action="store_true", help="the same examples for every document"
+        "--tasks", required=True, help="names, boolq_first_n among them"
     )
+    parser.add_argument("--num_fewshot", type=int)
     parser.add_argument("--limit", type=int, help="documents per task; default: all")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--device", default="cpu")
