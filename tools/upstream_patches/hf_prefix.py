@@ -81,18 +81,15 @@ RULES = {
         leave_out=(
             "PrefixSharingMixin._score_plainly",
             "PrefixSharingMixin.loglikelihood_rolling",
-            "PrefixSharingMixin.get_model_info",
         ),
         change={
-            "class PrefixSharingMixin(_Neighbour):": '@register_model("hf-prefix")\nclass PrefixHFLM(HFLM):',
+            "class PrefixSharingMixin(FastPathMixin):": '@register_model("hf-prefix")\nclass PrefixHFLM(HFLM):',
             "import torch\nfrom tqdm": (
                 "import torch\n"
                 "from lm_eval.api.registry import register_model\n"
                 "from lm_eval.models.huggingface import HFLM\n"
                 "from tqdm"
             ),
-            "    # The mixin's neighbour among the bases, whose attributes it uses.\n"
-            "    from lm_eval.models.huggingface import HFLM as _Neighbour\n": "",
             'logging.getLogger("lm_eval.models.prefix_sharing")': "logging.getLogger(__name__)",
             '''\
     Put it before `HFLM` among the bases. Log-probabilities and greedy flags are
@@ -100,19 +97,11 @@ RULES = {
     take `HFLM`'s own path, and one logged line says why. Whether it does is decided by its
     class and config, on a small random model in float32: neither width nor dtype plays a
     part. ``config.answer_paths`` in the results says which way was taken.
-
-    Attributes:
-        token_counts: Its `processed` grows by the nodes that were run through the model;
-            what takes `HFLM`'s own path is for the class to count that measures it.
-    """
-
-    token_counts: TokenCounts
 ''': '''\
     Takes `HFLM`'s arguments. Log-probabilities and greedy flags are `HFLM`'s up to
     rounding. Where a model's attention does not allow it, requests take `HFLM`'s own path,
     and one logged line says why. Whether it does is decided by its class and config, on a
     small random model in float32: neither width nor dtype plays a part.
-    """
 ''',
             '''\
     def __init__(self, *args: Any, prefix_sharing: bool = True, **kwargs: Any) -> None:
@@ -128,49 +117,53 @@ RULES = {
         """
         check_flag("prefix_sharing", prefix_sharing)
         self.prefix_sharing = bool(prefix_sharing)
-        if not hasattr(self, "token_counts"):
-            self.token_counts = TokenCounts()
-''': """\
+''': '''\
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.prefix_sharing = True
-""",
-            """\
-        self._no_sharing = None if prefix_sharing else "prefix_sharing=false"
+''',
+            '''\
+        self._no_sharing = "prefix_sharing=false"
         self._request_type = "loglikelihood"
-        self.answer_paths = AnswerPaths()
-""": """\
-        self._no_sharing: str | None = None
-""",
-            """\
-        paths = self.answer_paths.of(self._request_type)
-""": "",
-            """\
-            paths.add("shared", len(shared), len(work.tree))
-""": """\
+''': '''\
+        self._no_sharing = ""
+''',
+            '''\
+        self.token_counts.prompt += sum(
+            min(len(context) + len(continuation), self.max_length + 1)
+            for _, context, continuation in requests
+        )
+''': "",
+            '''\
+        path = self.answer_paths.of(self._request_type)
+''': "",
+            '''\
+            path.add("shared", len(shared), len(work.tree))
+''': '''\
             eval_logger.info(
                 "%d requests share their prefixes: %d tokens are computed instead of %d.",
                 len(shared),
                 len(work.tree),
                 sum(map(self._input_length, shared)),
             )
-""",
-            """\
+''',
+            '''\
             answers, computed = self._score_plainly(rest, disable_tqdm, override_bs)
-            rest_results = iter(answers)
-            paths.add("plain", len(rest), computed, reason)
-""": """\
-            eval_logger.info("%d requests are computed whole: %s.", len(rest), reason)
-            rest_results = iter(
+            plain_answers = iter(answers)
+            path.add("plain", len(rest), computed, filter(None, reasons))
+''': '''\
+            why = "; ".join(dict.fromkeys(filter(None, reasons)))
+            eval_logger.info("%d requests are computed whole: %s.", len(rest), why)
+            plain_answers = iter(
                 super()._loglikelihood_tokens(
                     rest, disable_tqdm=disable_tqdm, override_bs=override_bs
                 )
             )
-""",
+''',
             "            self.token_counts.processed += stop - begin\n": "",
-            """\
+            '''\
         begin = 0
-        for stop in self._passes(""": """\
-        for stop in self._passes(""",
+        for stop in self._passes(''': '''\
+        for stop in self._passes(''',
             "            begin = stop\n": "",
         },
     ),
