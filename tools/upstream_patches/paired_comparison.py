@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .inlining import inlined
-from .patch import FILES, Patch
+from .patch import FILES, Patch, copy, replace_once
 
 
 if TYPE_CHECKING:
@@ -26,12 +26,28 @@ EDITS = {
     ],
     "_beta_cdf": [("special.betainc(", "incomplete_beta(")],
 }
+#: Where the paragraph goes: between saved results and what draws them.
+BEFORE = "## Visualizing Results\n"
+README = """\
+### Comparing Two Runs
+
+To see whether two models differ by more than chance, evaluate both with `--log_samples` and `--output_path`, then:
+
+```bash
+python scripts/paired_comparison.py results_of_base results_of_other
+```
+
+Documents are paired by their `doc_hash`: McNemar's mid-p test for metrics that are right or wrong, a paired t test for others, with confidence intervals and p values that are adjusted over the tasks.
+
+"""
 
 
 def write(checkout: Path) -> None:
     """Write the script, its tests and the paragraph in the README."""
-    script = inlined(FILES / "paired_comparison.py", EDITS)
+    script = inlined(FILES / SCRIPT, EDITS)
     (checkout / SCRIPT).write_text(script, encoding="utf-8")
+    copy(TEST, checkout)
+    replace_once(checkout / "README.md", BEFORE, README + BEFORE)
 
 
 PATCH = Patch(

@@ -102,7 +102,7 @@ def read_run(path: str) -> Run:
         ResultsError: There is none, or several, or it is no results file.
     """
     file = Path(path)
-    if file.is_dir():
+    if file.is_dir() or not file.exists():
         files = sorted(file.rglob("results_*.json"))
         if len(files) != 1:
             raise ResultsError(
@@ -282,7 +282,7 @@ def incomplete_beta(a: float, b: float, x: np.ndarray | float) -> np.ndarray:
             d, c = 1 + term * x_ * d, 1 + term * x_ / c
             d, c = 1 / np.where(d == 0, tiny, d), np.where(c == 0, tiny, c)
             value = value * (step := d * c)
-        if (np.abs(step - 1) < 1e-15).all():
+        if (np.abs(step - 1) < 1e-13).all():
             break
     return np.where(above, 1 - scale * value, scale * value)
 
@@ -307,6 +307,9 @@ def root(rising, low: float, high: float) -> float:
 
 def student_tail(t: float, degrees: int) -> float:
     """Return P(T > t) of Student's distribution for t >= 0."""
+    if t * t < 1:
+        within = incomplete_beta(0.5, degrees / 2, t * t / (degrees + t * t))
+        return float(1 - within) / 2
     return float(incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))) / 2
 
 
@@ -534,7 +537,10 @@ def _row(
     before, after = base.scores[key], run.scores[key]
     stderrs = base.stderr(*key), run.stderr(*key)
     if verdict == "not comparable":
-        test = PairedTest(None, None, None, "none: a score is no finite number")
+        named = zip(("base", "run"), (before, after), strict=True)
+        bad = " and ".join(name for name, score in named if not math.isfinite(score))
+        why = f"none: the score of {bad} is no finite number"
+        test = PairedTest(None, None, None, why)
     elif pair:
         test = paired_test(*pair, alpha)
     elif None in stderrs:
