@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -421,6 +422,7 @@ def test_its_own_tests_pass(checkout):
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         + ["--rootdir", ".", paired_comparison.TEST],
         cwd=checkout,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         check=False,
