@@ -52,7 +52,7 @@ def write(checkout: Path) -> None:
 
 PATCH = Patch(
     branch="paired-comparison",
-    title="A script that compares two runs on the same documents",
+    title="feat(scripts): compare two runs on the same documents",
     write=write,
     tests=(TEST,),
 )

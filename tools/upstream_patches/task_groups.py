@@ -1,4 +1,4 @@
-"""Task groups by capability: those of ours that a width-pruned model keeps.
+"""Task groups by capability, for the three that a study of width-pruned models found kept.
 
 Groups are ours without their prefix; what the README says of the paper is what ours says. Its
 form is the harness's own template, filled in.
@@ -33,8 +33,8 @@ FOLDER = f"lm_eval/tasks/benchmarks/{NAME}"
 TEMPLATE = "templates/new_yaml_task/README.md"
 INDEX = "lm_eval/tasks/README.md"
 DESCRIPTION = (
-    "Truthfulness, instruction following and multi-step reasoning: the capabilities that "
-    "narrowing the MLP layers of Llama-3.2 left intact, as one group each."
+    "Truthfulness, instruction following and multi-step reasoning as one group each, as a study of "
+    "width-pruned Llama-3.2 models evaluates them."
 )
 #: Lines of ours that make sense beside our package only: a check before IFEval's own download.
 LEFT_OUT = re.compile(r"^ *process_docs: !function nltk_resources\..*\n", re.MULTILINE)
@@ -88,11 +88,12 @@ def readme(template: str) -> str:
     summary = _only(r"^The paper (narrows.*?)\. The groups", ours)
     groups = "\n".join(f"* `{group}`: {text}" for group, text in GROUPS.items())
     parts = {
-        r"^# .*$": "# Capabilities that width pruning keeps",
+        r"^# .*$": "# Width pruning: truthfulness, instruction following, reasoning",
         r"^Title: .*$": f"Title: `{paper['Title']}`",
         r"^Abstract: .*$": f"Abstract: {paper['Abstract']}",
         r"^`[^`]*description of paper.*$": _paragraph(
-            f"The paper {summary}. Each group below is one of the three capabilities that held up, "
+            f"The paper {summary}. Each group below is one of the three capabilities that held up "
+            "there, "
             "with the tasks and few-shot counts of the paper. They suit any change to a model whose "
             "cost may differ between capabilities, such as quantisation or distillation."
         ),
@@ -169,7 +170,6 @@ def _only(pattern: str, text: str) -> str:
 
 PATCH = Patch(
     branch="capability-groups",
-    title="Task groups for truthfulness, instruction following and reasoning",
+    title="feat(tasks): truthfulness, instruction following and reasoning as groups",
     write=write,
-    tests=("tests/test_tasks.py", "tests/test_task_manager.py", "tests/test_group.py"),
 )
