@@ -91,18 +91,18 @@ RULES = {
                 "from tqdm"
             ),
             'logging.getLogger("lm_eval.models.prefix_sharing")': "logging.getLogger(__name__)",
-            '''\
+            """\
     Put it before `HFLM` among the bases. Log-probabilities and greedy flags are
     `HFLM`'s up to rounding. Where a model's attention does not allow it, requests
     take `HFLM`'s own path, and one logged line says why. Whether it does is decided by its
     class and config, on a small random model in float32: neither width nor dtype plays a
     part. ``config.answer_paths`` in the results says which way was taken.
-''': '''\
+""": """\
     Takes `HFLM`'s arguments. Log-probabilities and greedy flags are `HFLM`'s up to
     rounding. Where a model's attention does not allow it, requests take `HFLM`'s own path,
     and one logged line says why. Whether it does is decided by its class and config, on a
     small random model in float32: neither width nor dtype plays a part.
-''',
+""",
             '''\
     def __init__(self, *args: Any, prefix_sharing: bool = True, **kwargs: Any) -> None:
         """Set up as the next class does.
@@ -117,40 +117,40 @@ RULES = {
         """
         check_flag("prefix_sharing", prefix_sharing)
         self.prefix_sharing = bool(prefix_sharing)
-''': '''\
+''': """\
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.prefix_sharing = True
-''',
-            '''\
+""",
+            """\
         self._no_sharing = "prefix_sharing=false"
         self._request_type = "loglikelihood"
-''': '''\
+""": """\
         self._no_sharing = ""
-''',
-            '''\
+""",
+            """\
         self.token_counts.prompt += sum(
             min(len(context) + len(continuation), self.max_length + 1)
             for _, context, continuation in requests
         )
-''': "",
-            '''\
+""": "",
+            """\
         path = self.answer_paths.of(self._request_type)
-''': "",
-            '''\
+""": "",
+            """\
             path.add("shared", len(shared), len(work.tree))
-''': '''\
+""": """\
             eval_logger.info(
                 "%d requests share their prefixes: %d tokens are computed instead of %d.",
                 len(shared),
                 len(work.tree),
                 sum(map(self._input_length, shared)),
             )
-''',
-            '''\
+""",
+            """\
             answers, computed = self._score_plainly(rest, disable_tqdm, override_bs)
             plain_answers = iter(answers)
             path.add("plain", len(rest), computed, filter(None, reasons))
-''': '''\
+""": """\
             why = "; ".join(dict.fromkeys(filter(None, reasons)))
             eval_logger.info("%d requests are computed whole: %s.", len(rest), why)
             plain_answers = iter(
@@ -158,12 +158,12 @@ RULES = {
                     rest, disable_tqdm=disable_tqdm, override_bs=override_bs
                 )
             )
-''',
+""",
             "            self.token_counts.processed += stop - begin\n": "",
-            '''\
+            """\
         begin = 0
-        for stop in self._passes(''': '''\
-        for stop in self._passes(''',
+        for stop in self._passes(""": """\
+        for stop in self._passes(""",
             "            begin = stop\n": "",
         },
     ),

@@ -1,6 +1,6 @@
 """The statistics of `compare` as a script of the harness's, without scipy.
 
-`files/paired_comparison.py` is the script; what it imports from our package is written out
+`files/scripts/paired_comparison.py` is the script; what it imports from our package is written out
 in its place. Distribution functions are its own.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .inlining import inlined
+from .merge import Rules
 from .patch import FILES, Patch, copy, replace_once
 
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 SCRIPT = "scripts/paired_comparison.py"
 TEST = "tests/scripts/test_paired_comparison.py"
 #: scipy's functions, and the script's own.
-EDITS = {
-    "_changed_interval": [
-        ("special.betaincinv(", "beta_quantile("),
-        ("optimize.brentq(", "root("),
-    ],
-    "_beta_cdf": [("special.betainc(", "incomplete_beta(")],
+RULES = {
+    "mcnemar": Rules(
+        change={
+            "special.betaincinv(": "beta_quantile(",
+            "special.betainc(": "incomplete_beta(",
+            "optimize.brentq(lambda x, level": "root(lambda x, level",
+        }
+    )
 }
 #: Where the paragraph goes: between saved results and what draws them.
 BEFORE = "## Visualizing Results\n"
@@ -44,7 +47,7 @@ Documents are paired by their `doc_hash`: McNemar's mid-p test for metrics that 
 
 def write(checkout: Path) -> None:
     """Write the script, its tests and the paragraph in the README."""
-    script = inlined(FILES / SCRIPT, EDITS)
+    script = inlined(FILES / SCRIPT, RULES)
     (checkout / SCRIPT).write_text(script, encoding="utf-8")
     copy(TEST, checkout)
     replace_once(checkout / "README.md", BEFORE, README + BEFORE)
