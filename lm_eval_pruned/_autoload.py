@@ -1,8 +1,8 @@
 """Makes the stock ``lm_eval`` command find this package's models and tasks.
 
-lm-evaluation-harness reads the entry-point groups ``lm_eval.models`` from the
-release after 0.4.13 on (its pull request 4013) and may read ``lm_eval.tasks``
-later (pull request 4015). For releases that read neither, a ``.pth`` file calls
+lm-evaluation-harness may some day read the entry-point groups ``lm_eval.models``
+and ``lm_eval.tasks`` (its pull requests 4014 and 4015). For versions that read
+neither, a ``.pth`` file calls
 `install` when Python starts. It adds one import hook, which does nothing until
 lm_eval itself imports the module that holds its model registry or its task
 index, and then adds there what the entry points declare and lm_eval has not

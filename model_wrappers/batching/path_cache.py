@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 if TYPE_CHECKING:
@@ -50,18 +50,32 @@ class _PathLayer(DynamicLayer):
         self.is_initialized = keys is not None
 
 
-class PathCache(Cache):
+class PathCache(DynamicCache):
     """The cached path that a run of passes shares; see `_PathLayer`."""
 
     layers: list[_PathLayer]  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        super().__init__(
-            layer_class_to_replicate=lambda: _PathLayer(self._kept)  # type: ignore[arg-type]
-        )
+        super().__init__()
         self._kept: torch.Tensor | None = None
+        # transformers asks the first layer for lengths before anything is cached.
+        self.layers = [_PathLayer()]
         #: Tokens of the path.
         self.length = 0
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of path and row, as a layer's attention sees them."""
+        # How `Cache` makes layers of its own has changed with its releases.
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_PathLayer(self._kept))
+        return self.layers[layer_idx].update(key_states, value_states)
 
     def begin_pass(self, kept: np.ndarray | None) -> None:
         """Say which tokens of [path, row] are the next path; None: a beginning of the path."""
