@@ -274,7 +274,7 @@ def main() -> None:
     print(markdown_table(columns, rows, "llrrrrrr"))
     columns = ["points", "n", "coverage of r", "p of r", "p of rho", "p both"]
     print("\n" + markdown_table(columns, correlations(times)))
-    columns = ["rows that differ for certain", "four metrics in the family", "one"]
+    columns = ["rows that differ for certain", "four metrics in the correction", "one"]
     print("\n" + markdown_table(columns, families(times), "rrr"))
 
 

@@ -11,9 +11,10 @@ from lm_eval_pruned.analysis.across_ratios import across_ratios
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
 from lm_eval_pruned.analysis.pairing import DocumentReader, paired_documents
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
-from lm_eval_pruned.analysis.runs import is_sweep, read_run
+from lm_eval_pruned.analysis.runs import read_run
 from lm_eval_pruned.analysis.series import primary_metrics
 from lm_eval_pruned.analysis.settings import listed, notes_on, other_settings
+from lm_eval_pruned.analysis.sweep_format import is_sweep
 from lm_eval_pruned.analysis.sweep_results import read_sweep
 
 

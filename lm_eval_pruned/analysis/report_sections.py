@@ -150,7 +150,7 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
         "model": config.get("model"),
         "model arguments of the unpruned model": config.get("model_args"),
         "model revision": config.get("model_sha") or config.get("model_revision"),
-        "dtype": config.get("model_dtype"),
+        "dtype": setting_of(base, "dtype"),
         "device (as asked)": config.get("device"),
         "batch size": config.get("batch_size"),
         "limit": config.get("limit"),
@@ -158,7 +158,7 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
         "chat template": setting_of(base, "chat_template"),
         "task versions": base.versions,
         "seeds (random, numpy, torch, few-shot)": [
-            config.get(f"{name}_seed")
+            setting_of(base, f"{name}_seed")
             for name in ("random", "numpy", "torch", "fewshot")
         ],
     }

@@ -175,6 +175,14 @@ def date_of(file: Path) -> str | None:
     return match and match[1]
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """Return the results files that lie in a folder."""
+    files = folder.glob("results_*.json")
+    return sorted(
+        files, key=lambda file: (date_of(file) or "", file.name), reverse=True
+    )
+
+
 def read_results_file(file: Path) -> Run:
     """Read one results file; the run is called after it.
 

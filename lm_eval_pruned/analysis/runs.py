@@ -9,18 +9,14 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.analysis.results_file import (
     ResultsError,
     Run,
-    date_of,
+    newest_first,
     read_results_file,
 )
+from lm_eval_pruned.analysis.sweep_format import UNITS, is_sweep
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-
-def is_sweep(path: str | Path) -> bool:
-    """Return whether `path` is a sweep folder."""
-    return Path(path, "sweep.json").is_file()
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
@@ -39,7 +35,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     if is_sweep(path):
         raise ResultsError(
             f"{path} is a sweep folder, which holds several runs: name one of its "
-            f"configurations, such as {path / 'units' / 'ID'}."
+            f"configurations, such as {path / UNITS / 'ID'}."
         )
     if path.is_dir():
         folders = sorted({file.parent for file in path.rglob("results_*.json")})
@@ -49,8 +45,9 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
                 "named, or a results file."
             )
         name = name or path.name
-        if all(folder.parent == path for folder in folders) and path.parent.name == (
-            "units"
+        if (
+            all(folder.parent == path for folder in folders)
+            and path.parent.name == UNITS
         ):
             return merged_runs(name, path, [read_newest(folder) for folder in folders])
         below = [str(folder.relative_to(path)) for folder in folders if folder != path]
@@ -84,16 +81,9 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     return replace(read_results_file(path), name=name or path.stem)
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    files = folder.glob("results_*.json")
-    return sorted(
-        files, key=lambda file: (date_of(file) or "", file.name), reverse=True
-    )
-
-
 def read_newest(folder: Path) -> Run:
     """Read the newest results file of a folder that holds at least one."""
-    return read_results_file(_newest_first(folder)[0])
+    return read_results_file(newest_first(folder)[0])
 
 
 def _read_folder(folder: Path) -> Run:
@@ -102,7 +92,7 @@ def _read_folder(folder: Path) -> Run:
     The harness names the folder after the checkpoint alone, so results of another
     size or of other arguments may lie beside: those belong to another model.
     """
-    newest_file, *older = _newest_first(folder)
+    newest_file, *older = newest_first(folder)
     newest = read_results_file(newest_file)
     parts, notes = [newest], []
     taken = {leaf for task in newest.tasks() for leaf in newest.members(task)}

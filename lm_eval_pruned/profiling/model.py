@@ -37,7 +37,7 @@ class ProfileRequest:
         max_new_tokens: Output tokens of the fixed length, and most of the natural one.
         repeats: How often everything is measured.
         seed: Seed of torch and of the criterion ``random``.
-        criterion: Importance score; see `lm_eval_pruned.criteria`.
+        criterion: Importance score; see `lm_eval_pruned.pruning.criteria`.
         device: Where the models run.
         dtype: Weight dtype; None keeps the checkpoint's.
         apply_chat_template: Whether prompts are wrapped as a user's turn.

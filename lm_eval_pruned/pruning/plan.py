@@ -32,7 +32,7 @@ class PrunePlan:
         hidden_size: Model width H.
         width_before: Intermediate size I of the unpruned MLPs, in neurons.
         width: Kept width k, in neurons; equal to `width_before` for the baseline.
-        criterion: Name of the importance score (see `lm_eval_pruned.criteria`).
+        criterion: Name of the importance score (see `lm_eval_pruned.pruning.criteria`).
         asked: What the user asked for, as ``{argument: value}``; empty for the baseline.
         multiple_of: The kept width was rounded down to a multiple of this.
         seed: Seed of the ``random`` criterion; no other criterion reads it.

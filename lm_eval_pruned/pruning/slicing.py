@@ -264,7 +264,7 @@ def score(
         dtype: Dtype in which the weights are looked at; default: their own.
 
     Returns:
-        Scores, shape (I,), float32; see `lm_eval_pruned.criteria.score_neurons`.
+        Scores, shape (I,), float32; see `lm_eval_pruned.pruning.criteria.score_neurons`.
 
     Raises:
         ValueError: A weight is NaN or infinite; the tensor is named.

@@ -1,24 +1,19 @@
-"""The folder of a sweep: its layout, and how a unit gets there whole or not at all.
+"""The folder of a sweep: how a unit gets there whole or not at all.
 
-``DIR/sweep.json`` holds the definition, ``DIR/units/CONFIGURATION/TASK/`` one
-finished unit: the harness's ``results_*.json`` and ``samples_*.jsonl`` and our
-``unit.json``, or ``error.json`` and ``unit.json`` for one that failed. A unit is
-written below ``DIR/.unfinished``, flushed to the disk and renamed into place, so
-a process that dies at any moment leaves either the whole unit or none of it.
+A unit is written below ``DIR/.unfinished``, flushed to the disk and renamed into place,
+so a process that dies at any moment leaves either the whole unit or none of it. What the
+files are called and say is `lm_eval_pruned.analysis.sweep_format`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
-import re
 import shutil
 import socket
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,38 +22,22 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-from lm_eval_pruned.analysis.sweep_results import SWEEP_SCHEMA
+from lm_eval_pruned.analysis.sweep_format import (
+    DEFINITION,
+    UNIT,
+    as_text,
+    read_unit,
+    unit_folder,
+)
 from lm_eval_pruned.util.atomic import sync, umask, write_atomically
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lm_eval_pruned.analysis.sweep_format import UnitRecord
+
 logger = logging.getLogger("lm_eval.pruned.sweep")
-
-
-@dataclass(frozen=True)
-class UnitRecord:
-    """What the folder holds for one unit.
-
-    Attributes:
-        fingerprint: Of the definition that was evaluated.
-        seconds: Time the evaluation took, without loading the model.
-        error: None for a finished unit, else what ``error.json`` says.
-        results: None for a failed unit, else the harness's results file.
-    """
-
-    fingerprint: str
-    seconds: float
-    error: dict[str, str] | None
-    results: Path | None
-
-    def scores(self) -> dict[str, float]:
-        """Return the unit's own metrics, such as ``{"acc": 0.61}``; empty after a failure."""
-        if self.results is None:
-            return {}
-        results = json.loads(self.results.read_text(encoding="utf-8"))
-        return own_scores(results)
 
 
 def own_scores(results: dict[str, Any]) -> dict[str, float]:
@@ -90,32 +69,15 @@ class SweepFolder:
 
     def unit(self, configuration: str, task: str) -> Path:
         """Return where a unit belongs."""
-        return self.path / "units" / _file_name(configuration) / _file_name(task)
+        return unit_folder(self.path, configuration, task)
 
     def read(self, configuration: str, task: str) -> UnitRecord | None:
         """Return what is there for a unit; None for nothing, or nothing whole."""
-        folder = self.unit(configuration, task)
-        try:
-            unit = _read_json(folder / "unit.json")
-            fingerprint, seconds = str(unit["fingerprint"]), float(unit["seconds"])
-            if unit["schema_version"] != SWEEP_SCHEMA:
-                return None
-            if (folder / "error.json").exists():
-                error = dict(_read_json(folder / "error.json"))
-                return UnitRecord(fingerprint, seconds, error, None)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        results = sorted(folder.glob("results_*.json"))
-        return UnitRecord(fingerprint, seconds, None, results[-1]) if results else None
+        return read_unit(self.unit(configuration, task))
 
     def write_definition(self, definition: dict[str, Any]) -> None:
         """Write ``sweep.json``, the same bytes for the same definition."""
-        text = json.dumps(
-            {"schema_version": SWEEP_SCHEMA, **definition},
-            indent=2,
-            ensure_ascii=False,
-        )
-        write_atomically(self.path / "sweep.json", text + "\n")
+        write_atomically(self.path / DEFINITION, as_text(definition))
 
     @contextlib.contextmanager
     def new_unit(self) -> Iterator[Path]:
@@ -143,10 +105,7 @@ class SweepFolder:
             task: Name of the task.
             unit: Content of ``unit.json`` without the schema version.
         """
-        text = json.dumps(
-            {"schema_version": SWEEP_SCHEMA, **unit}, indent=2, ensure_ascii=False
-        )
-        (folder / "unit.json").write_text(text + "\n", encoding="utf-8")
+        (folder / UNIT).write_text(as_text(unit), encoding="utf-8")
         for file in folder.iterdir():
             sync(file)
         sync(folder)
@@ -234,11 +193,3 @@ def _lock(path: Path, shared: bool = False) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.+-]", "_", name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -82,7 +82,7 @@ class Sweep:
     """A sweep that has been planned: nothing is loaded, nothing is evaluated.
 
     Args:
-        options: From `sweep_options.read_options`.
+        options: From `options.read_options`.
 
     Attributes:
         options: As given.

@@ -48,7 +48,7 @@ def run_sweep(
     """Run the units of a sweep that its folder does not hold yet.
 
     Args:
-        options: From `sweep_options.read_options`.
+        options: From `options.read_options`.
         shard: ``(I, N)`` to run part I of N.
         retry_failed: Whether units that failed before run again.
         dry_run: Print the plan; evaluate and write nothing.
@@ -142,11 +142,11 @@ def _follow(
 ) -> int:
     """Take part in the units of the main process; it keeps and reports them."""
     runner = UnitRunner(sweep, part_name(shard))
-    byunit_key = {unit_key(unit): unit for unit in units}
+    by_key = {unit_key(unit): unit for unit in units}
     waiting: list[tuple[str, str]] = ranks.from_main([])
     for key in waiting:
         with tempfile.TemporaryDirectory() as nothing:
-            _attempt(runner, byunit_key[key], Path(nothing), ranks)
+            _attempt(runner, by_key[key], Path(nothing), ranks)
     return 0
 
 

@@ -10,6 +10,7 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.analysis.sweep_format import ERROR, error_text
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder, own_scores
 from lm_eval_pruned.sweeps.plan import DECIDING, MODEL, Sweep
@@ -215,10 +216,7 @@ class Store:
         else:
             for file in files.iterdir():
                 file.unlink()
-            (files / "error.json").write_text(
-                json.dumps(error, indent=2, ensure_ascii=False) + "\n",
-                encoding="utf-8",
-            )
+            (files / ERROR).write_text(error_text(error), encoding="utf-8")
         configuration, task = unit
         self._folder.commit(
             files,

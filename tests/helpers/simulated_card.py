@@ -1,7 +1,7 @@
 """A device called ``card``, simulated by CPU memory: what CUDA refuses, it refuses.
 
 Importing this registers the device for the rest of the process, so that tests run it
-in a process of its own (`tests.on_the_card`). Its operations compute on the CPU,
+in a process of its own (`tests.helpers.on_the_card`). Its operations compute on the CPU,
 raise if a tensor of another device is among their arguments, and count the bytes that
 the device holds, in all threads. A copy to it that is asked for with ``non_blocking``
 reads its source no sooner than someone waits for it, the latest moment that CUDA allows.

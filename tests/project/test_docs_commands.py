@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 ROOT = checkpoints.ROOT
 NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *NOTEBOOKS]
+#: Pages for contributors, and those of the tasks: parts of files stand there, no whole examples.
+OTHERS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "tasks").rglob("*.md"))]
 #: Programs of others, whose commands no parser of ours knows, and why that is no loss.
 NOT_PARSED = {
     "pip": "installs; test_packaging.py builds and installs what it would",
@@ -131,7 +133,7 @@ def commands(page: str, text: str) -> Iterator[Command]:
 
 COMMANDS = [
     command
-    for path in PAGES
+    for path in [*PAGES, *OTHERS]
     for command in commands(path.relative_to(ROOT).as_posix(), read(path))
 ]
 
@@ -365,7 +367,7 @@ def test_a_command_that_is_wrong_is_not_accepted(wrong, parse, beside_the_benchm
 
 
 def test_no_command_hides_in_a_block_without_a_language():
-    for path in PAGES:
+    for path in [*PAGES, *OTHERS]:
         for language, start, lines in blocks(read(path)):
             if not language:
                 hidden = [line for line in lines if PROGRAMS.match(line)]

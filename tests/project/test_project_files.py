@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import configparser
 import pathlib
+import pkgutil
 import re
 
 import pytest
 import yaml
 
+from lm_eval_pruned.pruning import criteria
 from tests.helpers import checkpoints
 from tests.project.test_requirements import extras
 
@@ -16,6 +18,27 @@ from tests.project.test_requirements import extras
 ROOT = checkpoints.ROOT
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PROSE = ("CONTRIBUTING.md", "SECURITY.md", ".github/PULL_REQUEST_TEMPLATE.md")
+#: Folders of the root, and what files that prose names there end in.
+FOLDERS = (
+    *("lm_eval_pruned", "model_wrappers", "tasks", "tests", "benchmarks", "tools"),
+    *("docs", r"\.github", r"\.ci"),
+)
+ENDINGS = "py|md|ya?ml|jsonl?|csv|html|sh|cff|svg|ipynb"
+#: By page: files that somebody makes who runs a command.
+WRITTEN_LATER = {
+    (page, "docs/measurements/gpu-CARD.md")
+    for page in ("benchmarks/gpu_check.py", "benchmarks/gpu_check.sh")
+}
+
+
+def written() -> list[pathlib.Path]:
+    """Return what people read: all prose but the changelog, and all source but tests."""
+    prose = [*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.*")]
+    for folder in ("docs", "tasks"):
+        prose += (ROOT / folder).rglob("*.md")
+    for folder in ("lm_eval_pruned", "model_wrappers", "tasks", "benchmarks", "tools"):
+        prose += (ROOT / folder).rglob("*.py")
+    return [path for path in prose if path.is_file() and path.name != "CHANGELOG.md"]
 
 
 def metadata() -> configparser.SectionProxy:
@@ -91,12 +114,45 @@ def test_the_hooks_take_the_ruff_that_the_tests_take():
 
 
 @pytest.mark.parametrize("name", PROSE)
-def test_files_that_are_named_exist(name):
+def test_links_lead_to_files(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     linked = re.findall(r"\]\((?!https?:)([^)#]+)", text)
-    named = re.findall(r"(?:[\w.-]+/)+[\w-]+\.\w+", re.sub(r"https?://\S+", "", text))
-    missing = [path for path in {*linked, *named} if not (ROOT / path).exists()]
-    assert not missing
+    assert not [path for path in linked if not (ROOT / path).exists()]
+
+
+def test_files_that_are_named_exist():
+    """In prose, docstrings and comments, wherever a path starts at the root of the repository."""
+    named = re.compile(
+        rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w\.(?:{ENDINGS})\b"
+    )
+    missing = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in written()
+        for name in named.findall(path.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    }
+    assert missing <= WRITTEN_LATER, missing - WRITTEN_LATER
+
+
+def test_names_of_the_package_that_are_mentioned_exist():
+    group = criteria.GROUP  # of entry points
+    mentioned = {
+        name
+        for path in written()
+        for name in re.findall(
+            r"`(lm_eval_pruned(?:\.\w+)+)`", path.read_text(encoding="utf-8")
+        )
+    }
+    assert len(mentioned) > 10
+    for name in mentioned - {group}:
+        pkgutil.resolve_name(name)
+
+
+def test_no_release_is_installed_where_there_is_none():
+    """Until the package is on PyPI, what installs it anew names the repository."""
+    for path in (ROOT / "docs" / "examples").iterdir():
+        for line in re.findall(r"pip install .*lm-eval-pruned.*", path.read_text()):
+            assert f"@ git+{metadata()['url']}" in line, path.name
 
 
 def test_the_workflow_to_copy_uses_actions_of_the_versions_that_ours_do():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
+from lm_eval_pruned.analysis.sweep_results import read_sweep
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder
@@ -22,6 +23,7 @@ from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers import evaluations
 from tests.helpers.evaluations import TWO_PROCESSES
+from tests.helpers.results_files import write_run
 from tests.helpers.sweeping import files_of, forked, results_of, write_tasks
 
 
@@ -197,6 +199,19 @@ def test_kill_at_each_step_of_a_commit_leaves_all_or_nothing(tmp_path, step):
             pass
         commit("new")
         assert SweepFolder(place).read("c", "t").fingerprint == "new"
+
+
+def test_a_unit_with_results_is_done_for_all_who_read_it(tmp_path):
+    """`analysis` and `sweeps` have one rule for an error that lies beside results."""
+    folder = SweepFolder(tmp_path)
+    folder.write_definition({"configurations": [{"id": "c"}]})
+    with folder.new_unit() as files:
+        write_run(files, {"t": {"acc,none": {"values": [1.0, 0.0]}}})
+        (files / "error.json").write_text('{"message": "left over"}')
+        folder.commit(files, "c", "t", {"fingerprint": "f", "seconds": 1})
+    assert folder.read("c", "t").error is None
+    sweep = read_sweep(tmp_path)
+    assert (sweep.runs[0].tasks(), sweep.failures) == (["t"], ())
 
 
 def test_second_start_evaluates_nothing(options, monkeypatch, capsys):

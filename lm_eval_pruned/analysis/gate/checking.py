@@ -22,8 +22,9 @@ from lm_eval_pruned.analysis.gate.rules import (
     within_tolerance,
 )
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
-from lm_eval_pruned.analysis.runs import is_sweep, read_run
+from lm_eval_pruned.analysis.runs import read_run
 from lm_eval_pruned.analysis.settings import ASKED, OF_FEWSHOT, differing, shown
+from lm_eval_pruned.analysis.sweep_format import is_sweep
 from lm_eval_pruned.analysis.sweep_results import read_sweep
 
 

@@ -1,0 +1,131 @@
+"""What a sweep's folder consists of: where its files lie, and what stands in them.
+
+``DIR/sweep.json`` says what the sweep is, ``DIR/units/CONFIGURATION/TASK/`` holds one
+unit: the harness's ``results_*.json`` and ``samples_*.jsonl`` and our ``unit.json``, or
+``error.json`` and ``unit.json`` for one that failed. `lm_eval_pruned.sweeps` writes such a
+folder and goes on in it, `sweep_results` reads it for tables; both ask here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.analysis.results_file import (
+    ResultsError,
+    newest_first,
+    read_json,
+)
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: Version of ``sweep.json`` and ``unit.json``.
+SCHEMA = 1
+DEFINITION = "sweep.json"
+UNIT = "unit.json"
+ERROR = "error.json"
+UNITS = "units"
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What the folder holds for one unit.
+
+    Attributes:
+        fingerprint: Of the definition that was evaluated.
+        seconds: Time the evaluation took, without loading the model.
+        error: None for a finished unit, else what ``error.json`` says.
+        results: None for a failed unit, else the harness's results file.
+    """
+
+    fingerprint: str
+    seconds: float
+    error: dict[str, str] | None
+    results: Path | None
+
+
+def is_sweep(path: str | Path) -> bool:
+    """Return whether `path` is a sweep folder."""
+    return Path(path, DEFINITION).is_file()
+
+
+def unit_folder(sweep: Path, configuration: str, task: str) -> Path:
+    """Return where a unit belongs."""
+    return sweep / UNITS / _file_name(configuration) / _file_name(task)
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """Return the text of a ``sweep.json`` or ``unit.json``, the same for the same content."""
+    versioned = {"schema_version": SCHEMA, **content}
+    return json.dumps(versioned, indent=2, ensure_ascii=False) + "\n"
+
+
+def error_text(error: Mapping[str, str]) -> str:
+    """Return the text of an ``error.json``: ``type``, ``message`` and ``traceback``."""
+    return json.dumps(error, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_unit(folder: Path) -> UnitRecord | None:
+    """Return what is there for a unit; None for nothing, or nothing whole."""
+    try:
+        unit = read_json(folder / UNIT)
+        fingerprint, seconds = str(unit["fingerprint"]), float(unit["seconds"])
+        if unit["schema_version"] != SCHEMA:
+            return None
+        if results := newest_first(folder):
+            return UnitRecord(fingerprint, seconds, None, results[0])
+        return UnitRecord(fingerprint, seconds, read_json(folder / ERROR), None)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
+    """Read ``sweep.json``.
+
+    Returns:
+        Its content, and the ids of the configurations in it.
+
+    Raises:
+        ResultsError: There is none, or none of a schema known here.
+    """
+    file = sweep / DEFINITION
+    if not is_sweep(sweep):
+        raise ResultsError(
+            f"{sweep} is not a sweep folder: it has no sweep.json. `lm-eval-pruned sweep` "
+            "makes one."
+        )
+    definition = read_json(file)
+    schema = definition.get("schema_version")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise ResultsError(f"{file} gives no schema version: it is not a sweep's.")
+    if schema > SCHEMA:
+        raise ResultsError(
+            f"{file} has schema version {schema}, and this version of lm-eval-pruned reads up "
+            f"to {SCHEMA}: upgrade lm-eval-pruned."
+        )
+    return definition, _configuration_ids(file, definition)
+
+
+def _configuration_ids(file: Path, definition: Mapping[str, Any]) -> list[str]:
+    configurations = definition.get("configurations")
+    identifiers: list[Any] = [
+        entry.get("id") if isinstance(entry, dict) else None
+        for entry in (configurations if isinstance(configurations, list) else [])
+    ]
+    if not identifiers or not all(
+        isinstance(name, str) and re.fullmatch(r"[\w.=+-]+", name) and ".." not in name
+        for name in identifiers
+    ):
+        raise ResultsError(
+            f"{file} does not list its configurations, each with an id that can be a folder's name."
+        )
+    return identifiers
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.+-]", "_", name)
