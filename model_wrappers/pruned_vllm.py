@@ -1,0 +1,164 @@
+"""The model type ``pruned-vllm``: the harness's ``vllm`` with narrowed GLU-MLPs.
+
+A sibling of `lm_eval_pruned.model_wrappers.pruned_hf`. vLLM prunes while it loads, with the
+loader of `lm_eval_pruned.model_wrappers.vllm_loader`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+
+try:
+    from lm_eval.models.vllm_causallms import VLLM
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"--model pruned-vllm needs vLLM, and the package {missing.name} is not installed: run "
+        "`pip install lm-eval-pruned[vllm]`, or use --model pruned-hf."
+    ) from missing
+
+from lm_eval_pruned.checkpoints.adapters import check_adapter
+from lm_eval_pruned.checkpoints.default_model import find_default_model
+from lm_eval_pruned.checkpoints.parallel import check_divisible
+from lm_eval_pruned.checkpoints.request import Request
+from lm_eval_pruned.checkpoints.stream import (
+    check_expressible,
+    open_stream,
+    record_of,
+)
+from lm_eval_pruned.model_wrappers.vllm_arguments import (
+    LOAD_FORMAT,
+    check_vllm_arguments,
+    split_arguments,
+)
+from lm_eval_pruned.pruning.calibration import Calibration
+
+
+if TYPE_CHECKING:
+    from lm_eval_pruned.pruning.record import PruneRecord
+
+eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
+
+#: Lets the processes of the engine say what they kept.
+_EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
+
+
+class PrunedVLLM(VLLM):
+    def __init__(self, pretrained: str | None = None, **kwargs: Any) -> None:
+        """VLLM whose GLU-MLPs are narrowed while the engine loads the model.
+
+        Args:
+            pretrained: As in VLLM. If omitted, SmolLM2-135M-Instruct.
+            **kwargs: Everything VLLM takes, and the arguments of pruning of
+                `lm_eval_pruned.model_wrappers.pruned_hf.PrunedHFLM`. ``seed`` is the seed
+                of the engine and of the criterion ``random`` alike.
+
+        Raises:
+            ValueError: A size, the criterion or the model cannot be pruned as asked.
+        """
+        prune_arguments, others = split_arguments(kwargs)
+        check_vllm_arguments(others)
+        if "seed" in prune_arguments:
+            others["seed"] = prune_arguments["seed"]
+        if pretrained is None:
+            default = find_default_model()
+            others |= default.model_args()
+            check_vllm_arguments(others)
+            pretrained = others.pop("pretrained")
+            eval_logger.warning(
+                "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
+                default.source,
+            )
+        request = _checked(pretrained, prune_arguments, others)
+        self._notes: list[str] = []
+        loader = dict(others.pop("model_loader_extra_config", None) or {})
+        others.setdefault("worker_extension_cls", _EXTENSION)
+        super().__init__(
+            pretrained,
+            **others
+            | {
+                "load_format": LOAD_FORMAT,
+                "model_loader_extra_config": loader | prune_arguments,
+            },
+        )
+        self._prune_record = self._record(request)
+        eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
+
+    def _record(self, request: Request) -> PruneRecord:
+        """Return what the engine did, as far as its processes tell."""
+        if not request.plan.prunes:
+            return record_of(request, ())
+        if self.data_parallel_size > 1:
+            self._notes.append(
+                "kept_digest is null: with data_parallel_size > 1 each replica loads in a process "
+                "that ends with its requests"
+            )
+            return record_of(request, None)
+        if self.model_args["worker_extension_cls"] != _EXTENSION:
+            self._notes.append(
+                "kept_digest is null: worker_extension_cls is another than the one that tells it"
+            )
+            return record_of(request, None)
+        told = self.model.collective_rpc("pruned_record")[0]
+        kept = [np.frombuffer(each, "<i8").astype(np.int64) for each in told["kept"]]
+        text = told["calibration"]
+        return record_of(
+            request,
+            tuple(torch.from_numpy(each) for each in kept),
+            text and Calibration(**text, activity={}),
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the harness records of a model: what was pruned, under ``pruning``."""
+        pruning = self._prune_record.as_dict()
+        if self._notes:
+            pruning["notes"] = self._notes
+        info: dict[str, Any] = {
+            "model_num_parameters": self._prune_record.parameters_after,
+            "model_dtype": str(self.model_args["dtype"]),
+            "model_revision": self.model_args["revision"] or "main",
+        }
+        if self.data_parallel_size <= 1:
+            info["model_dtype"] = str(self.model.llm_engine.model_config.dtype)
+        return {**info, "pruning": pruning}
+
+
+def _checked(
+    pretrained: str, prune_arguments: dict[str, Any], arguments: dict[str, Any]
+) -> Request:
+    """Return what the engine is to load, after everything that can be refused without it.
+
+    Raises:
+        ValueError: An argument is out of range, or the widths do not suit the engine.
+        UnsupportedModelError: The model cannot be pruned while an engine loads it.
+        OSError: The checkpoint is missing or damaged.
+    """
+    request = Request.resolve(
+        AutoModelForCausalLM,
+        pretrained,
+        prune_arguments,
+        {
+            "revision": arguments.get("revision"),
+            "trust_remote_code": arguments.get("trust_remote_code"),
+            "cache_dir": arguments.get("download_dir"),
+        },
+    )
+    if request.plan.prunes:
+        check_expressible(request)
+        with open_stream(request) as stream:
+            request = stream.request
+        request.check_prunable_in_memory("its criterion looks at activations")
+        check_divisible(
+            request,
+            int(arguments.get("tensor_parallel_size") or 1),
+            "tensor_parallel_size",
+        )
+    adapter = arguments.get("lora_local_path")
+    if adapter is not None:
+        check_adapter(adapter, request, "after", argument="lora_local_path")
+    return request
