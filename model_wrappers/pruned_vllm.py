@@ -15,12 +15,15 @@ from transformers import AutoModelForCausalLM
 
 
 try:
-    from lm_eval.models.vllm_causallms import VLLM
+    import vllm  # noqa: F401
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
-        f"--model pruned-vllm needs vLLM, and the package {missing.name} is not installed: run "
-        "`pip install lm-eval-pruned[vllm]`, or use --model pruned-hf."
+        "--model pruned-vllm needs vLLM, which is not installed: run "
+        "`pip install 'lm-eval-pruned[vllm]'`, or use --model pruned-hf.",
+        name="vllm",
     ) from missing
+
+from lm_eval.models.vllm_causallms import VLLM
 
 from lm_eval_pruned.checkpoints.adapters import check_adapter
 from lm_eval_pruned.checkpoints.default_model import find_default_model

@@ -1,0 +1,258 @@
+"""``pruned-vllm`` and the vLLM loader ``pruned``, held against ``pruned-hf``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+
+from . import checkpoints
+
+
+pytestmark = pytest.mark.vllm
+
+#: vLLM has attention kernels for heads of 32, not for the eight of other tests.
+HEADS = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "head_dim": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+}
+SCORED = [("The capital", " of France"), ("abcabc", "abcab"), ("x", "yz")]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Without processes of its own an engine starts in a tenth of the time."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return checkpoints.save_tiny(tmp_path_factory.mktemp("llama"), **HEADS)
+
+
+def pruned_vllm(folder, **arguments):
+    from lm_eval_pruned.model_wrappers.pruned_vllm import PrunedVLLM
+
+    return PrunedVLLM(str(folder), **{**ENGINE, **arguments})
+
+
+def pruned_hf(folder, **arguments):
+    return PrunedHFLM(
+        str(folder), **{"dtype": "float32", "device": "cpu", "batch_size": 1} | arguments
+    )
+
+
+def scores(lm) -> list[float]:
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in SCORED]
+    return [answer[0] for answer in lm.loglikelihood(requests, disable_tqdm=True)]
+
+
+def texts(lm) -> list[str]:
+    settings = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
+    return lm.generate_until(
+        [Instance("generate_until", {}, (pair[0], settings), 0) for pair in SCORED],
+        disable_tqdm=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "more"),
+    [
+        ("llama", {"ratio": 2.0}, {}),
+        ("qwen3", {"ratio": 2, "criterion": "random", "seed": 7, "multiple_of": 8}, {}),
+        ("phi3", {"prune_percent": 40, "criterion": "l2"}, {}),
+        ("mixtral", {"prune_percent": 40}, EXPERTS),
+        ("llama", {}, {}),
+    ],
+    ids=["separate", "random", "fused", "experts", "baseline"],
+)
+def test_the_same_neurons_the_same_record_the_same_answers(
+    family, asked, more, tmp_path, in_this_process
+):
+    checkpoints.save_tiny(tmp_path, family, **HEADS, **more)
+    ours, theirs = pruned_vllm(tmp_path, **asked), pruned_hf(tmp_path, **asked)
+    info, expected = ours.get_model_info(), theirs.get_model_info()
+    assert info["pruning"] == expected["pruning"]
+    assert info["model_dtype"] == str(expected["model_dtype"])
+    assert info["model_num_parameters"] == expected["model_num_parameters"]
+    assert scores(ours) == pytest.approx(scores(theirs), abs=1e-3)
+    assert texts(ours) == texts(theirs)
+
+
+def test_activations_are_observed_before_the_engine_loads(
+    llama, tmp_path, in_this_process
+):
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "Some words to run on."}) + "\n")
+    asked = {"ratio": 2.0, "criterion": "maw_act", "calibration": str(text)}
+    ours, theirs = pruned_vllm(llama, **asked), pruned_hf(llama, **asked)
+    assert ours.get_model_info()["pruning"] == theirs.get_model_info()["pruning"]
+
+
+def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
+    from peft import LoraConfig, get_peft_model
+
+    from lm_eval_pruned import load_pruned
+
+    torch.manual_seed(1)
+    adapted = get_peft_model(
+        load_pruned(str(llama), ratio=2.0),
+        LoraConfig(
+            r=8, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"],
+            init_lora_weights=False,
+        ),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    ours = pruned_vllm(llama, ratio=2.0, lora_local_path=adapter)
+    theirs = pruned_hf(llama, ratio=2.0, peft=adapter)
+    assert scores(ours) == pytest.approx(scores(theirs), abs=1e-2)
+    assert scores(ours) != pytest.approx(scores(pruned_hf(llama, ratio=2.0)), abs=1)
+    with pytest.raises(ValueError, match=r"lora_local_path=.* was trained on MLPs of"):
+        pruned_vllm(llama, ratio=1.5, lora_local_path=adapter)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"ratio": 9}, ValueError, r"ratio=9 is above the model's own"),
+        ({"ratio": 2, "prune_percent": 4}, ValueError, r"were given together"),
+        ({"ratio": 2, "criterion": "no"}, ValueError, r"criterion=no"),
+        (
+            {"ratio": 2, "layers": "0"},
+            UnsupportedModelError,
+            r"a width of its own.*prune all layers alike",
+        ),
+        (
+            {"intermediate_size": 101, "tensor_parallel_size": 2},
+            ValueError,
+            r"2 processes of tensor_parallel_size: the nearest width that does is 1",
+        ),
+        ({"ratio": 2, "load_format": "dummy"}, ValueError, r"load_format=dummy"),
+        ({"ratio": 2, "trust_remote_code": "off"}, ValueError, r"trust_remote_code"),
+    ],
+)
+def test_errors_come_before_the_engine_starts(
+    arguments, error, sentence, llama, monkeypatch
+):
+    from lm_eval.models.vllm_causallms import VLLM
+
+    monkeypatch.setattr(VLLM, "__init__", lambda *_, **__: pytest.fail("it started"))
+    with pytest.raises(error, match=sentence):
+        pruned_vllm(llama, **arguments)
+
+
+def test_a_width_that_is_typed_beside_the_derived_one_is_refused(
+    llama, in_this_process
+):
+    with pytest.raises(ValueError, match=r"intermediate_size=100.*hf_overrides"):
+        pruned_vllm(llama, ratio=2.0, hf_overrides={"intermediate_size": 100})
+
+
+def test_an_exported_checkpoint_is_the_same_model(llama, tmp_path, in_this_process):
+    export_pruned(str(llama), tmp_path / "x", prune_arguments={"ratio": 2.0})
+    assert scores(pruned_vllm(tmp_path / "x")) == scores(pruned_vllm(llama, ratio=2.0))
+
+
+def test_the_stock_command_with_an_engine_of_its_own(real_model, tmp_path):
+    """The engine loads in another process, as it does for users."""
+    from lm_eval_pruned.sweeps.folder import own_scores
+
+    results = {}
+    for model, more in (
+        ("pruned-vllm", ",enforce_eager=true,max_model_len=1024"),
+        ("pruned-hf", ""),
+    ):
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "lm_eval", "run", "--model", model),
+                *("--model_args", f"pretrained={real_model},ratio=2.0,dtype=float32{more}"),
+                *("--tasks", "pruned_demo", "--limit", "4", "--batch_size", "8"),
+                *("--output_path", str(tmp_path / model), "--device", "cpu"),
+            ],
+            check=True,
+            env=dict(os.environ, HF_HUB_OFFLINE="1"),
+        )
+        (file,) = (tmp_path / model).rglob("results_*.json")
+        results[model] = json.loads(file.read_text())
+    ours, theirs = results["pruned-vllm"], results["pruned-hf"]
+    assert ours["config"]["pruning"] == theirs["config"]["pruning"]
+    assert own_scores(ours).keys() == own_scores(theirs).keys()
+    for task in theirs["results"]:
+        assert own_scores(ours) == pytest.approx(own_scores(theirs), abs=0.01), task
+
+
+@contextlib.contextmanager
+def server(folder: Path, *options: str):
+    """`vllm serve` on the loopback address; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [
+            *(str(Path(sys.executable).with_name("vllm")), "serve", str(folder)),
+            *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
+            *("--dtype", "float32", "--max-model-len", "256", *options),
+        ]
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert process.poll() is None, "the server ended"
+            try:
+                with urllib.request.urlopen(f"{address}/health") as answer:
+                    if answer.status == 200:
+                        break
+            except OSError:
+                time.sleep(1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_a_server_prunes_and_derives_the_narrowed_config(llama):
+    prompt = "The capital"
+    body = {"model": str(llama), "prompt": prompt, "max_tokens": 12, "temperature": 0}
+    with server(
+        llama,
+        *("--load-format", "pruned"),
+        *("--model-loader-extra-config", '{"ratio": 2.0}'),
+    ) as address:
+        request = urllib.request.Request(
+            f"{address}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            text = json.loads(answer.read())["choices"][0]["text"]
+    lm = pruned_hf(llama, ratio=2.0)
+    settings = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
+    (expected,) = lm.generate_until(
+        [Instance("generate_until", {}, (prompt, settings), 0)], disable_tqdm=True
+    )
+    assert text == expected
