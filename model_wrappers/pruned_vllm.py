@@ -15,15 +15,13 @@ from transformers import AutoModelForCausalLM
 
 
 try:
-    import vllm  # noqa: F401
+    from vllm.v1.engine.exceptions import EngineDeadError
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
         "--model pruned-vllm needs vLLM, which is not installed: run "
         "`pip install 'lm-eval-pruned[vllm]'`, or use --model pruned-hf.",
         name="vllm",
     ) from missing
-
-from lm_eval.models.vllm_causallms import VLLM
 
 from lm_eval_pruned.checkpoints.adapters import check_adapter
 from lm_eval_pruned.checkpoints.default_model import find_default_model
@@ -39,6 +37,7 @@ from lm_eval_pruned.model_wrappers.vllm_arguments import (
     check_vllm_arguments,
     split_arguments,
 )
+from lm_eval_pruned.model_wrappers.vllm_energy import EnergyLoggingVLLM
 from lm_eval_pruned.pruning.calibration import Calibration
 
 
@@ -51,13 +50,16 @@ eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 _EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
 
 
-class PrunedVLLM(VLLM):
+class PrunedVLLM(EnergyLoggingVLLM):
+    #: Whether the processes of the engine ended before their time.
+    engine_died = False
+
     def __init__(self, pretrained: str | None = None, **kwargs: Any) -> None:
         """VLLM whose GLU-MLPs are narrowed while the engine loads the model.
 
         Args:
             pretrained: As in VLLM. If omitted, SmolLM2-135M-Instruct.
-            **kwargs: Everything VLLM takes, and the arguments of pruning of
+            **kwargs: Everything VLLM takes, and the arguments of pruning and of energy of
                 `lm_eval_pruned.model_wrappers.pruned_hf.PrunedHFLM`. ``seed`` is the seed
                 of the engine and of the criterion ``random`` alike.
 
@@ -65,6 +67,8 @@ class PrunedVLLM(VLLM):
             ValueError: A size, the criterion or the model cannot be pruned as asked.
         """
         prune_arguments, others = split_arguments(kwargs)
+        # A sweep hands them to every model type; an engine reads its own weights.
+        others.pop("known_scores", None)
         check_vllm_arguments(others)
         if "seed" in prune_arguments:
             others["seed"] = prune_arguments["seed"]
@@ -116,6 +120,24 @@ class PrunedVLLM(VLLM):
             text and Calibration(**text, activity={}),
         )
 
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._model_generate(*args, **kwargs)
+        except EngineDeadError as error:
+            self.engine_died = True
+            raise RuntimeError(
+                "The engine of vLLM ended while it worked on requests; its own messages above "
+                "say why. Too little memory is the usual cause: lower max_num_seqs, "
+                "gpu_memory_utilization or max_model_len."
+            ) from error
+
+    def close(self) -> None:
+        """End the engine; the model answers nothing afterwards."""
+        engine = getattr(self, "model", None)
+        if engine is not None:
+            engine.llm_engine.engine_core.shutdown()
+            del self.model
+
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness records of a model: what was pruned, under ``pruning``."""
         pruning = self._prune_record.as_dict()
@@ -128,7 +150,7 @@ class PrunedVLLM(VLLM):
         }
         if self.data_parallel_size <= 1:
             info["model_dtype"] = str(self.model.llm_engine.model_config.dtype)
-        return {**info, "pruning": pruning}
+        return {**info, "pruning": pruning, **self.energy_info()}
 
 
 def _checked(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -62,7 +62,8 @@ def pruned_vllm(folder, **arguments):
 
 def pruned_hf(folder, **arguments):
     return PrunedHFLM(
-        str(folder), **{"dtype": "float32", "device": "cpu", "batch_size": 1} | arguments
+        str(folder),
+        **{"dtype": "float32", "device": "cpu", "batch_size": 1} | arguments,
     )
 
 
@@ -122,7 +123,8 @@ def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
     adapted = get_peft_model(
         load_pruned(str(llama), ratio=2.0),
         LoraConfig(
-            r=8, target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"],
+            r=8,
+            target_modules=["gate_proj", "up_proj", "down_proj", "q_proj"],
             init_lora_weights=False,
         ),
     )
@@ -190,7 +192,10 @@ def test_the_stock_command_with_an_engine_of_its_own(real_model, tmp_path):
         subprocess.run(
             [
                 *(sys.executable, "-m", "lm_eval", "run", "--model", model),
-                *("--model_args", f"pretrained={real_model},ratio=2.0,dtype=float32{more}"),
+                *(
+                    "--model_args",
+                    f"pretrained={real_model},ratio=2.0,dtype=float32{more}",
+                ),
                 *("--tasks", "pruned_demo", "--limit", "4", "--batch_size", "8"),
                 *("--output_path", str(tmp_path / model), "--device", "cpu"),
             ],
@@ -208,7 +213,7 @@ def test_the_stock_command_with_an_engine_of_its_own(real_model, tmp_path):
 
 @contextlib.contextmanager
 def server(folder: Path, *options: str):
-    """`vllm serve` on the loopback address; yields its address."""
+    """`vllm serve` on the loopback address; yields its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -219,20 +224,30 @@ def server(folder: Path, *options: str):
             *("--dtype", "float32", "--max-model-len", "256", *options),
         ]
     )
-    address = f"http://127.0.0.1:{port}"
     try:
-        while True:
+        while ask(port, "GET", "/health") is None:
             assert process.poll() is None, "the server ended"
-            try:
-                with urllib.request.urlopen(f"{address}/health") as answer:
-                    if answer.status == 200:
-                        break
-            except OSError:
-                time.sleep(1)
-        yield address
+            time.sleep(1)
+        yield port
     finally:
         process.terminate()
         process.wait()
+
+
+def ask(port: int, method: str, path: str, body: dict | None = None) -> str | None:
+    """Return what the server answers, None if it does not listen yet or fails."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    try:
+        connection.request(
+            method, path, json.dumps(body), {"Content-Type": "application/json"}
+        )
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        return text if answer.status == 200 else None
+    except OSError:
+        return None
+    finally:
+        connection.close()
 
 
 def test_a_server_prunes_and_derives_the_narrowed_config(llama):
@@ -242,14 +257,10 @@ def test_a_server_prunes_and_derives_the_narrowed_config(llama):
         llama,
         *("--load-format", "pruned"),
         *("--model-loader-extra-config", '{"ratio": 2.0}'),
-    ) as address:
-        request = urllib.request.Request(
-            f"{address}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
-            text = json.loads(answer.read())["choices"][0]["text"]
+    ) as port:
+        answer = ask(port, "POST", "/v1/completions", body)
+    assert answer is not None
+    text = json.loads(answer)["choices"][0]["text"]
     lm = pruned_hf(llama, ratio=2.0)
     settings = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
     (expected,) = lm.generate_until(

@@ -46,7 +46,10 @@ def test_what_quantises_while_loading_is_taken():
 
 def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    for name in ("lm_eval.models.vllm_causallms", "lm_eval_pruned.model_wrappers.pruned_vllm"):
+    for name in (
+        "lm_eval.models.vllm_causallms",
+        "lm_eval_pruned.model_wrappers.pruned_vllm",
+    ):
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(
         ModuleNotFoundError, match=re.escape("pip install 'lm-eval-pruned[vllm]'")
