@@ -20,7 +20,7 @@ from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
-from . import checkpoints
+from tests.helpers import checkpoints
 
 
 pytestmark = pytest.mark.vllm

@@ -20,8 +20,8 @@ from lm_eval_pruned.checkpoints.stream import (
 )
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
-from . import checkpoints
-from .layouts import save_family
+from tests.helpers import checkpoints
+from tests.helpers.layouts import save_family
 
 
 def request_of(folder, *, dtype=torch.float32, **prune_arguments) -> Request:
