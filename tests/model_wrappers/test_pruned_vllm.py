@@ -39,6 +39,8 @@ ENGINE = {
     "enforce_eager": True,
     "max_model_len": 256,
     "max_num_seqs": 4,
+    # Of the machine's memory, which has to be free.
+    "gpu_memory_utilization": 0.2,
 }
 SCORED = [("The capital", " of France"), ("abcabc", "abcab"), ("x", "yz")]
 
@@ -186,7 +188,10 @@ def test_the_stock_command_with_an_engine_of_its_own(real_model, tmp_path):
 
     results = {}
     for model, more in (
-        ("pruned-vllm", ",enforce_eager=true,max_model_len=1024"),
+        (
+            "pruned-vllm",
+            ",enforce_eager=true,max_model_len=1024,gpu_memory_utilization=0.2",
+        ),
         ("pruned-hf", ""),
     ):
         subprocess.run(
@@ -221,7 +226,8 @@ def server(folder: Path, *options: str):
         [
             *(str(Path(sys.executable).with_name("vllm")), "serve", str(folder)),
             *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
-            *("--dtype", "float32", "--max-model-len", "256", *options),
+            *("--dtype", "float32", "--max-model-len", "256"),
+            *("--gpu-memory-utilization", "0.2", *options),
         ]
     )
     try:
