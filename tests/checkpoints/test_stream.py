@@ -19,7 +19,6 @@ from lm_eval_pruned.checkpoints.stream import (
     scores_of_activations,
 )
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-
 from tests.helpers import checkpoints
 from tests.helpers.layouts import save_family
 

@@ -19,8 +19,8 @@ from lm_eval.api.instance import Instance
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-
-from tests.helpers import checkpoints
+from lm_eval_pruned.sweeps.run import run_sweep
+from tests.helpers import checkpoints, sweeping
 
 
 pytestmark = pytest.mark.vllm
@@ -214,6 +214,42 @@ def test_the_stock_command_with_an_engine_of_its_own(real_model, tmp_path):
     assert own_scores(ours).keys() == own_scores(theirs).keys()
     for task in theirs["results"]:
         assert own_scores(ours) == pytest.approx(own_scores(theirs), abs=0.01), task
+
+
+def test_a_sweep_starts_an_engine_for_each_size(llama, tmp_path, in_this_process):
+    tasks = sweeping.write_tasks(tmp_path / "tasks")
+    options = {
+        "model": "pruned-vllm",
+        "model_args": {"pretrained": str(llama), **ENGINE},
+        "ratios": ["2.0"],
+        "tasks": ["tiny_choice"],
+        "include_path": str(tasks),
+        "output_path": str(tmp_path / "sweep"),
+    }
+    assert run_sweep(options) == 0
+    widths = {}
+    for file in (tmp_path / "sweep").glob("units/*/*/results_*.json"):
+        results = json.loads(file.read_text())
+        assert results["config"]["model"] == "pruned-vllm"
+        pruning = results["config"]["pruning"]
+        widths[file.parts[-3]] = pruning["intermediate_size_after"]
+    assert widths == {"baseline": 176, "ratio-2": 128}
+
+
+def test_energy_and_tokens_of_each_request_type(llama, in_this_process):
+    lm = pruned_vllm(llama, ratio=2.0, energy=True)
+    scores(lm)
+    texts(lm)
+    block = lm.get_model_info()["energy"]
+    scored = block["request_types"]["loglikelihood"]
+    tokens = sum(len(lm.tok_encode(a + b)) for a, b in SCORED)
+    assert scored["requests"] == len(SCORED)
+    assert scored["prompt_tokens"] == scored["processed_tokens"] == tokens
+    generated = block["request_types"]["generate_until"]
+    assert 0 < generated["generated_tokens"] <= 12 * len(SCORED)
+    assert set(block["set_up"]) == {"warm_up"}
+    with pytest.raises(ValueError, match=r"energy_country=FRA measures nothing"):
+        pruned_vllm(llama, energy_country="FRA")
 
 
 @contextlib.contextmanager
