@@ -117,6 +117,11 @@ def narrow_config(request: Request, config: Any) -> None:
 class PruneRecordExtension:
     """What a worker of vLLM tells of its model; see ``worker_extension_cls`` there."""
 
+    def model_bytes(self) -> int:
+        """Return the bytes of the weights and buffers of this worker."""
+        model = self.get_model()  # type: ignore[attr-defined]
+        return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
     def pruned_record(self) -> dict[str, Any] | None:
         """Return the kept neurons and the calibration text; None for an unpruned model."""
         model = self.get_model()  # type: ignore[attr-defined]

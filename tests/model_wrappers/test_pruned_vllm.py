@@ -17,6 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.cli import main
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.sweeps.run import run_sweep
@@ -250,6 +251,29 @@ def test_energy_and_tokens_of_each_request_type(llama, in_this_process):
     assert set(block["set_up"]) == {"warm_up"}
     with pytest.raises(ValueError, match=r"energy_country=FRA measures nothing"):
         pruned_vllm(llama, energy_country="FRA")
+
+
+def test_a_profile_of_engines(llama, tmp_path, monkeypatch, in_this_process, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The capital\nOnce upon a time\n")
+    more = ",".join(f"{name}={value}" for name, value in ENGINE.items())
+    arguments = [
+        *("profile", "--model", "pruned-vllm", "--ratios", "2.0", "--repeats", "2"),
+        *("--model_args", f"pretrained={llama},{more.replace('dtype=float32,', '')}"),
+        *("--dtype", "float32", "--prompts", str(prompts), "--batch_sizes", "2"),
+        *("--max_new_tokens", "4", "--output_path", str(tmp_path / "profile")),
+    ]
+    assert main(arguments) == 0
+    profile = json.loads((tmp_path / "profile" / "profile.json").read_text())
+    assert [model["intermediate_size"] for model in profile["models"]] == [176, 128]
+    assert all(model["model_bytes"] > 0 for model in profile["models"])
+    assert profile["models_held"] == "one at a time"
+    for cell in profile["cells"]:
+        assert cell["peak_host_bytes"] is cell["peak_device_bytes"] is None
+        first = cell["seconds_to_first_token"]["mean"]
+        assert 0 < first < cell["seconds_end_to_end"]["mean"]
+        if cell["mode"] == "fixed":
+            assert cell["mean_output_tokens"] == 4
 
 
 @contextlib.contextmanager

@@ -429,7 +429,7 @@ def test_an_engine_that_died_is_started_again_for_the_next_unit(options, monkeyp
     monkeypatch.setattr(PrunedHFLM, "create_from_arg_obj", classmethod(counted))
     monkeypatch.setattr(PrunedHFLM, "loglikelihood", dying)
     monkeypatch.setattr(
-        PrunedHFLM, "close", lambda lm: closed.append(lm), raising=False
+        PrunedHFLM, "close", lambda self: closed.append(True), raising=False
     )
     assert run_sweep(options) == 1
     folder = Path(options["output_path"])
