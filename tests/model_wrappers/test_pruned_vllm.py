@@ -76,11 +76,13 @@ def scores(lm) -> list[float]:
 
 
 def texts(lm) -> list[str]:
+    """Return what a model writes; vLLM keeps half a character at the end to itself."""
     settings = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
-    return lm.generate_until(
-        [Instance("generate_until", {}, (pair[0], settings), 0) for pair in SCORED],
-        disable_tqdm=True,
-    )
+    requests = [
+        Instance("generate_until", {}, (pair[0], settings), 0) for pair in SCORED
+    ]
+    answers = lm.generate_until(requests, disable_tqdm=True)
+    return [answer.rstrip("\N{REPLACEMENT CHARACTER}") for answer in answers]
 
 
 @pytest.mark.parametrize(
@@ -332,4 +334,5 @@ def test_a_server_prunes_and_derives_the_narrowed_config(llama):
     (expected,) = lm.generate_until(
         [Instance("generate_until", {}, (prompt, settings), 0)], disable_tqdm=True
     )
-    assert text == expected
+    half = "\N{REPLACEMENT CHARACTER}"
+    assert text.rstrip(half) == expected.rstrip(half)
