@@ -26,7 +26,7 @@ except ModuleNotFoundError as missing:
 from lm_eval_pruned.checkpoints.adapters import check_adapter
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.parallel import check_divisible
-from lm_eval_pruned.checkpoints.request import Request
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.stream import (
     check_expressible,
     open_stream,
@@ -35,14 +35,16 @@ from lm_eval_pruned.checkpoints.stream import (
 from lm_eval_pruned.model_wrappers.vllm_arguments import (
     LOAD_FORMAT,
     check_vllm_arguments,
-    split_arguments,
+    loader_config,
 )
 from lm_eval_pruned.model_wrappers.vllm_energy import EnergyLoggingVLLM
+from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.calibration import Calibration
 
 
 if TYPE_CHECKING:
     from lm_eval_pruned.pruning.record import PruneRecord
+    from lm_eval_pruned.pruning.scores import KnownScores
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 
@@ -54,49 +56,56 @@ class PrunedVLLM(EnergyLoggingVLLM):
     #: Whether the processes of the engine ended before their time.
     engine_died = False
 
-    def __init__(self, pretrained: str | None = None, **kwargs: Any) -> None:
+    @takes_prune_arguments
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        *,
+        known_scores: KnownScores | None = None,
+        **kwargs: Any,
+    ) -> None:
         """VLLM whose GLU-MLPs are narrowed while the engine loads the model.
 
         Args:
             pretrained: As in VLLM. If omitted, SmolLM2-135M-Instruct.
-            **kwargs: Everything VLLM takes, and the arguments of pruning and of energy of
-                `lm_eval_pruned.model_wrappers.pruned_hf.PrunedHFLM`. ``seed`` is the seed
-                of the engine and of the criterion ``random`` alike.
+            ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+            known_scores: Not used: the processes of an engine score for themselves.
+            **kwargs: Everything VLLM takes, and the arguments ``energy...`` of
+                `EnergyLoggingVLLM`. ``seed`` is that of the engine as well.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
         """
-        prune_arguments, others = split_arguments(kwargs)
-        # A sweep hands them to every model type; an engine reads its own weights.
-        others.pop("known_scores", None)
-        check_vllm_arguments(others)
-        if "seed" in prune_arguments:
-            others["seed"] = prune_arguments["seed"]
+        seed = kwargs.get("seed")
+        prune_arguments = PruneArguments.taken_from(kwargs)
+        check_vllm_arguments(kwargs)
+        if seed is not None:
+            kwargs["seed"] = seed
         if pretrained is None:
             default = find_default_model()
-            others |= default.model_args()
-            check_vllm_arguments(others)
-            pretrained = others.pop("pretrained")
+            kwargs |= default.model_args()
+            check_vllm_arguments(kwargs)
+            pretrained = kwargs.pop("pretrained")
             eval_logger.warning(
                 "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
                 default.source,
             )
-        request = _checked(pretrained, prune_arguments, others)
+        request = _checked(pretrained, prune_arguments, kwargs)
         self._notes: list[str] = []
-        loader = dict(others.pop("model_loader_extra_config", None) or {})
-        others.setdefault("worker_extension_cls", _EXTENSION)
+        loader = dict(kwargs.pop("model_loader_extra_config", None) or {})
+        kwargs.setdefault("worker_extension_cls", _EXTENSION)
         super().__init__(
             pretrained,
-            **others
+            **kwargs
             | {
                 "load_format": LOAD_FORMAT,
-                "model_loader_extra_config": loader | prune_arguments,
+                "model_loader_extra_config": loader | loader_config(prune_arguments),
             },
         )
         self._prune_record = self._record(request)
         eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
 
-    def _record(self, request: Request) -> PruneRecord:
+    def _record(self, request: LoadRequest) -> PruneRecord:
         """Return what the engine did, as far as its processes tell."""
         if not request.plan.prunes:
             return record_of(request, ())
@@ -154,8 +163,8 @@ class PrunedVLLM(EnergyLoggingVLLM):
 
 
 def _checked(
-    pretrained: str, prune_arguments: dict[str, Any], arguments: dict[str, Any]
-) -> Request:
+    pretrained: str, prune_arguments: PruneArguments, arguments: dict[str, Any]
+) -> LoadRequest:
     """Return what the engine is to load, after everything that can be refused without it.
 
     Raises:
@@ -163,7 +172,7 @@ def _checked(
         UnsupportedModelError: The model cannot be pruned while an engine loads it.
         OSError: The checkpoint is missing or damaged.
     """
-    request = Request.resolve(
+    request = LoadRequest.resolve(
         AutoModelForCausalLM,
         pretrained,
         prune_arguments,

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.plan import PrunePlan
+from lm_eval_pruned.pruning.arguments import DECLARED
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lm_eval_pruned.pruning.arguments import PruneArguments
+
 #: Name of our loader: ``--load-format pruned``.
 LOAD_FORMAT = "pruned"
-
-#: Names of the arguments of pruning.
-NAMES = tuple(
-    name
-    for name, parameter in inspect.signature(
-        PrunePlan.from_arguments
-    ).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name != "available_layers"
-)
 
 #: Arguments of vLLM that are set here.
 _OURS = {
@@ -31,25 +22,13 @@ _OURS = {
 }
 
 
-def split_arguments(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of pruning among `given`, and the others.
-
-    From ``skip_layers=0,15`` the harness makes ``{"skip_layers": 0, "15": ""}``; such
-    pieces are put together again.
-    """
-    own = {name: given[name] for name in NAMES if given.get(name) is not None}
-    others = {name: value for name, value in given.items() if name not in NAMES}
-    pieces = [
-        name
-        for name, value in others.items()
-        if value == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name)
-    ]
-    for name in ("layers", "skip_layers"):
-        if name in own and pieces:
-            own[name] = [own[name], *pieces]
-            others = {n: value for n, value in others.items() if n not in pieces}
-            break
-    return own, others
+def loader_config(arguments: PruneArguments) -> dict[str, Any]:
+    """Return `arguments` as ``model_loader_extra_config`` holds them."""
+    return {
+        name: value
+        for name, declared in DECLARED.items()
+        if (value := getattr(arguments, name)) != declared.default
+    }
 
 
 def check_vllm_arguments(arguments: Mapping[str, Any]) -> None:

@@ -18,13 +18,14 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 
-from lm_eval_pruned.checkpoints.request import Request
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.stream import (
     check_expressible,
     open_stream,
     scores_of_activations,
 )
-from lm_eval_pruned.model_wrappers.vllm_arguments import LOAD_FORMAT, split_arguments
+from lm_eval_pruned.model_wrappers.vllm_arguments import LOAD_FORMAT
+from lm_eval_pruned.pruning.arguments import PruneArguments
 
 
 if TYPE_CHECKING:
@@ -43,15 +44,14 @@ class PrunedModelLoader(DefaultModelLoader):
     """
 
     def __init__(self, load_config: Any) -> None:
-        self._prune_arguments, others = split_arguments(
-            load_config.model_loader_extra_config
-        )
+        others = dict(load_config.model_loader_extra_config)
+        self._prune_arguments = PruneArguments.taken_from(others)
         super().__init__(
             dataclasses.replace(
                 load_config, load_format="auto", model_loader_extra_config=others
             )
         )
-        self._request: Request | None = None
+        self._request: LoadRequest | None = None
 
     def load_model(
         self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
@@ -60,7 +60,7 @@ class PrunedModelLoader(DefaultModelLoader):
             # A draft model, whose widths are none of this request.
             loader = get_model_loader(self.load_config)
             return loader.load_model(vllm_config, model_config, *args, **kwargs)
-        request = Request.resolve(
+        request = LoadRequest.resolve(
             AutoModelForCausalLM,
             model_config.model,
             self._prune_arguments,
@@ -90,7 +90,7 @@ class PrunedModelLoader(DefaultModelLoader):
             yield from self._get_weights_iterator(source)
 
 
-def narrow_config(request: Request, config: Any) -> None:
+def narrow_config(request: LoadRequest, config: Any) -> None:
     """Write the kept widths into the config that vLLM builds its model from.
 
     Raises:

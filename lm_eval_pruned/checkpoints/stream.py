@@ -20,7 +20,7 @@ from lm_eval_pruned.checkpoints.route import (
     clear_errors,
 )
 from lm_eval_pruned.checkpoints.session import Session
-from lm_eval_pruned.checkpoints.transformers_api import standing_in, target_names
+from lm_eval_pruned.checkpoints.transformers_api import target_names
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lm_eval_pruned.checkpoints.request import Request
+    from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.calibration import Calibration
 
 
@@ -45,7 +45,7 @@ class NarrowedStream:
         changes_model: Whether any tensor differs from the one in the files.
     """
 
-    request: Request
+    request: LoadRequest
     changes_model: bool
     _session: _OpenedSession
 
@@ -73,7 +73,7 @@ class NarrowedStream:
 
 @contextlib.contextmanager
 def open_stream(
-    request: Request, known: ScoreTable | None = None
+    request: LoadRequest, known: ScoreTable | None = None
 ) -> Iterator[NarrowedStream]:
     """Open the checkpoint of `request` without reading a weight.
 
@@ -97,19 +97,17 @@ def open_stream(
         yield NarrowedStream(request, session.changes_model, session)
 
 
-def _opened(request: Request, known: ScoreTable | None) -> _OpenedSession:
+def _opened(request: LoadRequest, known: ScoreTable | None) -> _OpenedSession:
     targets = request.widths.targets(request.plan)
     session = _OpenedSession(request.plan, request.widths, targets, known)
     session.declined = request.unreadable()
     with contextlib.ExitStack() as on_error:
         on_error.callback(session.close)
         if session.declined is None:
-            with (
-                standing_in(session),
-                clear_errors(session, request),
-                contextlib.suppress(_Opened),
-            ):
-                request.load(request.widths.narrowed_config(targets))
+            with clear_errors(session, request), contextlib.suppress(_Opened):
+                request.load(
+                    request.widths.narrowed_config(targets), checkpoint=session
+                )
                 raise RouteDeclined(OWN_WAY)
         if session.declined is not None:
             raise UnsupportedModelError(
@@ -122,7 +120,7 @@ def _opened(request: Request, known: ScoreTable | None) -> _OpenedSession:
 
 
 def record_of(
-    request: Request,
+    request: LoadRequest,
     kept: tuple[Tensor, ...] | None,
     calibration: Calibration | None = None,
 ) -> PruneRecord:
@@ -145,7 +143,7 @@ def record_of(
     )
 
 
-def check_expressible(request: Request) -> None:
+def check_expressible(request: LoadRequest) -> None:
     """Refuse layers of different width where the config has one number for all.
 
     An engine builds its model from the config alone.
@@ -165,7 +163,7 @@ def check_expressible(request: Request) -> None:
     )
 
 
-def scores_of_activations(request: Request) -> ScoreTable:
+def scores_of_activations(request: LoadRequest) -> ScoreTable:
     """Return the scores that `request` needs from a pass over calibration text.
 
     They are computed by the model in full, on the CPU, which is dropped afterwards;

@@ -105,7 +105,7 @@ def profile(
     *,
     monitor: EnergyMonitor,
     clock: Callable[[], float] = time.perf_counter,
-    load: Callable[..., PreTrainedModel] | None = None,
+    load: Callable[..., Any] | None = None,
     on_repeat: Callable[[Profile], None] | None = None,
 ) -> Profile:
     """Measure; see the module's docstring.
@@ -289,12 +289,12 @@ class _Shelf:
         self,
         request: ProfileRequest,
         models: list[ProfiledModel],
-        load: Callable[..., PreTrainedModel],
+        load: Callable[..., Any],
     ) -> None:
         self.models = {model.name: model for model in models}
         self._request = request
         self._load = load
-        self._held: dict[str, PreTrainedModel] = {}
+        self._held: dict[str, Any] = {}
         self.together = True
         self.loads = dict.fromkeys(self.models, 0)
         first = self.get("baseline")
@@ -306,7 +306,7 @@ class _Shelf:
             more <= MEMORY_SHARE * free_bytes(first.device)
         )
 
-    def get(self, name: str) -> PreTrainedModel:
+    def get(self, name: str) -> Any:
         """Return a model, loading it if it is not held."""
         if name not in self._held:
             if self._held and not self.together:
@@ -333,7 +333,7 @@ class _Shelf:
                 "shorter prompts or fewer tokens."
             )
 
-    def _loaded(self, name: str) -> PreTrainedModel:
+    def _loaded(self, name: str) -> Any:
         request = self._request
         spec = self.models[name]
         arguments = {**request.load_arguments, **spec.asked}

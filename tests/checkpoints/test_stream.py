@@ -12,20 +12,24 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.request import Request
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.stream import (
     check_expressible,
     open_stream,
     scores_of_activations,
 )
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers import checkpoints
 from tests.helpers.layouts import save_family
 
 
-def request_of(folder, *, dtype=torch.float32, **prune_arguments) -> Request:
-    return Request.resolve(
-        AutoModelForCausalLM, str(folder), prune_arguments, {"dtype": dtype}
+def request_of(folder, *, dtype=torch.float32, **prune_arguments) -> LoadRequest:
+    return LoadRequest.resolve(
+        AutoModelForCausalLM,
+        str(folder),
+        PruneArguments(**prune_arguments),
+        {"dtype": dtype},
     )
 
 

@@ -9,22 +9,16 @@ import pytest
 
 from lm_eval_pruned.model_wrappers.vllm_arguments import (
     check_vllm_arguments,
-    split_arguments,
+    loader_config,
 )
+from lm_eval_pruned.pruning.arguments import PruneArguments
 
 
-def test_arguments_of_pruning_are_told_from_those_of_vllm():
-    own, others = split_arguments(
-        {"ratio": 2.0, "seed": 3, "max_model_len": 512, "layers": None}
-    )
-    assert own == {"ratio": 2.0, "seed": 3}
-    assert others == {"max_model_len": 512}
-
-
-def test_layers_that_the_harness_split_at_commas_are_put_together():
-    own, others = split_arguments({"skip_layers": 0, "15": "", "ratio": 2})
-    assert own == {"skip_layers": [0, "15"], "ratio": 2}
-    assert others == {}
+def test_the_loader_is_told_what_was_asked():
+    asked = PruneArguments(ratio=2.0, criterion="ppm", skip_layers=[0, "15"])
+    told = loader_config(asked)
+    assert told == {"ratio": 2.0, "skip_layers": [0, "15"]}
+    assert PruneArguments.taken_from(dict(told)) == asked
 
 
 @pytest.mark.parametrize(
