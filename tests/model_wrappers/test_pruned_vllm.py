@@ -185,6 +185,50 @@ def test_an_exported_checkpoint_is_the_same_model(llama, tmp_path, in_this_proce
     assert scores(pruned_vllm(tmp_path / "x")) == scores(pruned_vllm(llama, ratio=2.0))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-2), ("bfloat16", 0.05)]
+)
+def test_answers_to_real_questions(
+    dtype, tolerance, real_model, shared_data, monkeypatch, in_this_process
+):
+    """TruthfulQA by log-likelihood per token; IFEval and GSM8K by text, where rounding decides
+    near-ties: in 16 bits texts part after a while, so only the digest is held equal there.
+    """
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(shared_data)
+    monkeypatch.setenv("NLTK_DATA", str(shared_data.parent / "nltk_data"))
+    work: dict[str, list[Instance]] = {}
+    loaded = TaskManager().load(["truthfulqa_mc1", "ifeval", "gsm8k"])["tasks"]
+    for name, task in loaded.items():
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(limit=3)
+        for request in task.instances:
+            if request.request_type == "generate_until":
+                settings = {**request.args[1], "max_gen_toks": 24}
+                request.arguments = (request.args[0], settings)
+        work[name] = task.instances
+    asked = {"prune_percent": 10, "dtype": dtype}
+    engine = {"max_model_len": 2048, "gpu_memory_utilization": 0.2}
+    ours = pruned_vllm(real_model, **asked, **engine)
+    theirs = pruned_hf(real_model, **asked, max_length=2048)
+    digest = [lm.get_model_info()["pruning"]["kept_digest"] for lm in (ours, theirs)]
+    assert digest[0] == digest[1]
+    for request, a, b in zip(
+        work["truthfulqa_mc1"],
+        ours.loglikelihood(work["truthfulqa_mc1"]),
+        theirs.loglikelihood(work["truthfulqa_mc1"]),
+        strict=True,
+    ):
+        tokens = len(ours.tok_encode(request.args[1]))
+        assert abs(a[0] - b[0]) / tokens < tolerance
+    for name in ("ifeval", "gsm8k"):
+        texts = [lm.generate_until(work[name]) for lm in (ours, theirs)]
+        same = sum(a == b for a, b in zip(*texts, strict=True))
+        print(f"{name}, {dtype}: {same} of {len(work[name])} texts are the same")
+        assert dtype != "float32" or same == len(work[name])
+
+
 def test_the_stock_command_with_an_engine_of_its_own(real_model, tmp_path):
     """The engine loads in another process, as it does for users."""
     from lm_eval_pruned.sweeps.folder import own_scores
