@@ -40,16 +40,30 @@ ENGINE = {
     "enforce_eager": True,
     "max_model_len": 256,
     "max_num_seqs": 4,
-    # Of the machine's memory, which has to be free.
-    "gpu_memory_utilization": 0.2,
+    # Without it an engine takes its share of the machine, whatever is free.
+    "kv_cache_memory_bytes": 1 << 28,
 }
 SCORED = [("The capital", " of France"), ("abcabc", "abcab"), ("x", "yz")]
 
 
+#: Engines that were not ended yet.
+STARTED: list = []
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Without processes of its own an engine starts in a tenth of the time."""
+    """Without processes of its own an engine starts in a tenth of the time; one is held."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    yield
+    end_engines()
+
+
+def end_engines() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    while STARTED:
+        STARTED.pop().close()
+    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +74,9 @@ def llama(tmp_path_factory):
 def pruned_vllm(folder, **arguments):
     from lm_eval_pruned.model_wrappers.pruned_vllm import PrunedVLLM
 
-    return PrunedVLLM(str(folder), **{**ENGINE, **arguments})
+    end_engines()
+    STARTED.append(PrunedVLLM(str(folder), **{**ENGINE, **arguments}))
+    return STARTED[-1]
 
 
 def pruned_hf(folder, **arguments):
@@ -182,7 +198,8 @@ def test_a_width_that_is_typed_beside_the_derived_one_is_refused(
 
 def test_an_exported_checkpoint_is_the_same_model(llama, tmp_path, in_this_process):
     export_pruned(str(llama), tmp_path / "x", prune_arguments={"ratio": 2.0})
-    assert scores(pruned_vllm(tmp_path / "x")) == scores(pruned_vllm(llama, ratio=2.0))
+    exported = scores(pruned_vllm(tmp_path / "x"))
+    assert exported == scores(pruned_vllm(llama, ratio=2.0))
 
 
 @pytest.mark.parametrize(
@@ -209,8 +226,7 @@ def test_answers_to_real_questions(
                 request.arguments = (request.args[0], settings)
         work[name] = task.instances
     asked = {"prune_percent": 10, "dtype": dtype}
-    engine = {"max_model_len": 2048, "gpu_memory_utilization": 0.2}
-    ours = pruned_vllm(real_model, **asked, **engine)
+    ours = pruned_vllm(real_model, **asked, max_model_len=2048)
     theirs = pruned_hf(real_model, **asked, max_length=2048)
     digest = [lm.get_model_info()["pruning"]["kept_digest"] for lm in (ours, theirs)]
     assert digest[0] == digest[1]
@@ -237,7 +253,7 @@ def test_the_stock_command_with_an_engine_of_its_own(real_model, tmp_path):
     for model, more in (
         (
             "pruned-vllm",
-            ",enforce_eager=true,max_model_len=1024,gpu_memory_utilization=0.2",
+            ",enforce_eager=true,max_model_len=1024,kv_cache_memory_bytes=268435456",
         ),
         ("pruned-hf", ""),
     ):
@@ -333,7 +349,7 @@ def server(folder: Path, *options: str):
             *(str(Path(sys.executable).with_name("vllm")), "serve", str(folder)),
             *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
             *("--dtype", "float32", "--max-model-len", "256"),
-            *("--gpu-memory-utilization", "0.2", *options),
+            *("--kv-cache-memory-bytes", "268435456", *options),
         ]
     )
     try:
