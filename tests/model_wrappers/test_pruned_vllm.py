@@ -153,8 +153,9 @@ def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
     adapter = str(tmp_path / "adapter")
     ours = pruned_vllm(llama, ratio=2.0, lora_local_path=adapter)
     theirs = pruned_hf(llama, ratio=2.0, peft=adapter)
-    assert scores(ours) == pytest.approx(scores(theirs), abs=1e-2)
-    assert scores(ours) != pytest.approx(scores(pruned_hf(llama, ratio=2.0)), abs=1)
+    # By text: on a CPU vLLM has no log-probabilities of a prompt beside an adapter.
+    assert texts(ours) == texts(theirs)
+    assert texts(ours) != texts(pruned_hf(llama, ratio=2.0))
     with pytest.raises(ValueError, match=r"lora_local_path=.* was trained on MLPs of"):
         pruned_vllm(llama, ratio=1.5, lora_local_path=adapter)
 

@@ -291,16 +291,19 @@ def test_models_too_large_to_hold_together_are_loaded_in_turns(
     assert {c.repeats for c in result.cells} == {2}
 
 
-def test_an_engine_is_held_alone_times_itself_and_hides_its_memory(run, loader, clock):
+def test_an_engine_is_held_alone_times_itself_and_hides_its_memory(run, loader):
     closed = []
+
+    def timed(batch, tokens, *, fixed, clock):
+        total = 0.25 + 0.5 * (tokens - 1)
+        clock.sleep(total)
+        return Timing(1, batch.tokens, tokens, tokens, 0.25, total)
 
     def load(*args, **kwargs):
         model = loader(*args, **kwargs)
         # What `lm_eval_pruned.profiling.engine.EngineModel` has.
         model.close = lambda: closed.append(model.config.intermediate_size)
-        model.timed_generation = lambda batch, tokens, *, fixed, clock: Timing(
-            1, batch.tokens, tokens, tokens, 0.25, 0.25 + 0.5 * (tokens - 1)
-        )
+        model.timed_generation = timed
         return model
 
     result = run(load=load)
