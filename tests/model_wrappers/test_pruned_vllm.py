@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
@@ -138,8 +138,6 @@ def test_activations_are_observed_before_the_engine_loads(
 def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
     from peft import LoraConfig, get_peft_model
 
-    from lm_eval_pruned import load_pruned
-
     torch.manual_seed(1)
     adapted = get_peft_model(
         load_pruned(str(llama), ratio=2.0),
@@ -246,38 +244,24 @@ def test_answers_to_real_questions(
         assert dtype != "float32" or same == len(work[name])
 
 
-def test_the_stock_command_with_an_engine_of_its_own(real_model, tmp_path):
+def test_the_stock_command_with_an_engine_of_its_own(llama, tmp_path):
     """The engine loads in another process, as it does for users."""
-    from lm_eval_pruned.sweeps.folder import own_scores
-
-    results = {}
-    for model, more in (
-        (
-            "pruned-vllm",
-            ",enforce_eager=true,max_model_len=1024,kv_cache_memory_bytes=268435456",
-        ),
-        ("pruned-hf", ""),
-    ):
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "lm_eval", "run", "--model", model),
-                *(
-                    "--model_args",
-                    f"pretrained={real_model},ratio=2.0,dtype=float32{more}",
-                ),
-                *("--tasks", "pruned_demo", "--limit", "4", "--batch_size", "8"),
-                *("--output_path", str(tmp_path / model), "--device", "cpu"),
-            ],
-            check=True,
-            env=dict(os.environ, HF_HUB_OFFLINE="1"),
-        )
-        (file,) = (tmp_path / model).rglob("results_*.json")
-        results[model] = json.loads(file.read_text())
-    ours, theirs = results["pruned-vllm"], results["pruned-hf"]
-    assert ours["config"]["pruning"] == theirs["config"]["pruning"]
-    assert own_scores(ours).keys() == own_scores(theirs).keys()
-    for task in theirs["results"]:
-        assert own_scores(ours) == pytest.approx(own_scores(theirs), abs=0.01), task
+    more = ",".join(f"{name}={value}" for name, value in ENGINE.items())
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "run", "--model", "pruned-vllm"),
+            *("--model_args", f"pretrained={llama},ratio=2.0,{more}"),
+            *("--tasks", "tiny_choice", "--include_path"),
+            str(sweeping.write_tasks(tmp_path / "tasks")),
+            *("--output_path", str(tmp_path / "results")),
+        ],
+        check=True,
+    )
+    (file,) = (tmp_path / "results").rglob("results_*.json")
+    config = json.loads(file.read_text())["config"]
+    expected = load_pruned(str(llama), ratio=2.0).prune_record.as_dict()
+    assert config["pruning"] == expected
+    assert config["model_dtype"] == "torch.float32"
 
 
 def test_a_sweep_starts_an_engine_for_each_size(llama, tmp_path, in_this_process):
