@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -26,10 +27,13 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 def pytest_collection_modifyitems(items):
+    no_vllm = pytest.mark.skip(reason="needs vLLM; `tox -e vllm` installs it")
     no_cuda = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_cuda)
+        if item.get_closest_marker("vllm") and find_spec("vllm") is None:
+            item.add_marker(no_vllm)
 
 
 @pytest.fixture

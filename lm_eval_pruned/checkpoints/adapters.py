@@ -25,7 +25,11 @@ STAGES = ("after", "before")
 
 
 def check_adapter(
-    adapter: str, request: LoadRequest, stage: str, revision: str | None = None
+    adapter: str,
+    request: LoadRequest,
+    stage: str,
+    revision: str | None = None,
+    argument: str = "peft",
 ) -> None:
     """Refuse an adapter whose tensors do not fit the MLPs.
 
@@ -38,6 +42,8 @@ def check_adapter(
         stage: ``after``: the adapter is applied to the pruned model; ``before``: to
             the full one.
         revision: Revision of the adapter on the Hub.
+        argument: What named the adapter, for messages. With another than ``peft`` there
+            is no stage to choose.
 
     Raises:
         ValueError: There is no adapter, or it was trained on MLPs of another width.
@@ -47,7 +53,7 @@ def check_adapter(
     try:
         config = PeftConfig.from_pretrained(adapter, revision=revision)
     except (ValueError, OSError) as error:
-        raise ValueError(f"peft={adapter} is no adapter ({error}).") from None
+        raise ValueError(f"{argument}={adapter} is no adapter ({error}).") from None
     stored = _stored_shapes(adapter, revision)
     if not stored:
         return
@@ -70,9 +76,15 @@ def check_adapter(
             continue
         for have, want in differing:
             if want == targets[mlp.name]:
+                advice = _advice(have, stage, request)
+                if argument != "peft":
+                    advice = (
+                        f"pass an adapter of {want} neurons, or use --model pruned-hf with peft, "
+                        "which can merge one of the full model before pruning"
+                    )
                 raise ValueError(
-                    f"peft={adapter} was trained on MLPs of {have} neurons, but it is applied to "
-                    f"MLPs of {want} ({name}): {_advice(have, stage, request)}."
+                    f"{argument}={adapter} was trained on MLPs of {have} neurons, but it is "
+                    f"applied to MLPs of {want} ({name}): {advice}."
                 )
 
 

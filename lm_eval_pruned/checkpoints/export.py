@@ -28,7 +28,7 @@ from lm_eval_pruned.checkpoints.companions import (
 )
 from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
 from lm_eval_pruned.checkpoints.load import load_with_arguments
-from lm_eval_pruned.checkpoints.narrowed import AssembledTensor, NarrowedTensor
+from lm_eval_pruned.checkpoints.narrowed import layer_by_layer
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.route import (
     OWN_WAY,
@@ -256,7 +256,7 @@ class _ExportSession(Session):
         placement = Placement(placed, model)
         tensors = [
             _stored(key, entries[key], placement.dtype(names[key][0]))
-            for key in _layer_by_layer(entries)
+            for key in layer_by_layer(entries)
         ]
         _write_shards(tensors, self._writer)
         raise _Written
@@ -293,21 +293,6 @@ class _FileEntry:
 
         with safe_open(self.file, framework="pt") as opened:
             return opened.get_tensor(self.key)[index]
-
-
-def _layer_by_layer(entries: dict[str, Any]) -> list[str]:
-    """Order the keys so that an MLP is read in one go and can be dropped."""
-    members: dict[int, list[str]] = {}
-    for key, entry in entries.items():
-        members.setdefault(_owner(entry), []).append(key)
-    return [key for keys in members.values() for key in keys]
-
-
-def _owner(entry: Any) -> int:
-    """Identify the MLP to which an entry belongs; other entries stand for themselves."""
-    if isinstance(entry, AssembledTensor):
-        entry = next(iter(entry.pieces.values()))
-    return id(entry.mlp if isinstance(entry, NarrowedTensor) else entry)
 
 
 def _stored(key: str, entry: Any, dtype: torch.dtype | None) -> StoredTensor:

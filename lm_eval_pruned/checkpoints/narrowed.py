@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -294,3 +294,18 @@ class AssembledTensor:
             whole, self._whole = self._whole, None
         assert whole is not None
         return whole
+
+
+def layer_by_layer(entries: dict[str, Any]) -> list[str]:
+    """Order the keys so that an MLP is read in one go and can be dropped."""
+    members: dict[int, list[str]] = {}
+    for key, entry in entries.items():
+        members.setdefault(_owner(entry), []).append(key)
+    return [key for keys in members.values() for key in keys]
+
+
+def _owner(entry: Any) -> int:
+    """Identify the MLP to which an entry belongs; other entries stand for themselves."""
+    if isinstance(entry, AssembledTensor):
+        entry = next(iter(entry.pieces.values()))
+    return id(entry.mlp if isinstance(entry, NarrowedTensor) else entry)

@@ -9,12 +9,15 @@ if TYPE_CHECKING:
     from lm_eval_pruned.checkpoints.request import LoadRequest
 
 
-def check_divisible(request: LoadRequest, processes: int) -> None:
+def check_divisible(
+    request: LoadRequest, processes: int, argument: str = "tp_plan"
+) -> None:
     """Refuse kept widths that tensor parallelism cannot split evenly.
 
     Args:
         request: The model and its pruning.
         processes: Number of processes that share each MLP.
+        argument: What asked for them, for the message.
 
     Raises:
         ValueError: A kept width is no multiple of `processes`; the message names the
@@ -36,5 +39,5 @@ def check_divisible(request: LoadRequest, processes: int) -> None:
         )
         raise ValueError(
             f"{asked} gives {name} {width} neurons, which do not divide among the {processes} "
-            f"processes of tp_plan: {way_out}."
+            f"processes of {argument}: {way_out}."
         )

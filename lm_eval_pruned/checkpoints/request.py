@@ -169,16 +169,20 @@ class LoadRequest:
             _stamp(path) for path in sorted(folder.iterdir()) if path.is_file()
         )
 
+    def unreadable(self) -> str | None:
+        """Return why the checkpoint cannot be opened tensor by tensor, if that is known."""
+        if self.model_arguments.get("gguf_file") is not None:
+            return "it is a GGUF file"
+        return unknown_loader()
+
     def must_load_whole(self, known: ScoreTable | None = None) -> str | None:
         """Return why the model cannot be pruned while it loads, if that is known.
 
         Args:
             known: Scores from an earlier load of the same model.
         """
-        if self.model_arguments.get("gguf_file") is not None:
-            return "it is a GGUF file"
-        if (unknown := unknown_loader()) is not None:
-            return unknown
+        if (unreadable := self.unreadable()) is not None:
+            return unreadable
         if not self.plan.prunes or self.plan.calibration is None:
             return None
         if known is not None and known.covers(

@@ -21,6 +21,12 @@ def add(commands) -> None:
         "decode apart, at a fixed and at the natural output length.",
     )
     parser.add_argument(
+        "--model",
+        choices=("pruned-hf", "pruned-vllm"),
+        default="pruned-hf",
+        help="what the models run in: transformers (default) or vLLM",
+    )
+    parser.add_argument(
         "--model_args",
         default="",
         metavar="KEY=VALUE,...",
@@ -81,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
     from lm_eval_pruned.energy.monitor import EnergyMonitor
     from lm_eval_pruned.profiling import measure as profiling, report as profile_report
+    from lm_eval_pruned.profiling.engine import EngineModel
     from lm_eval_pruned.profiling.prompts import demo_prompts, read_prompts
 
     model_args = simple_parse_args_string(arguments.model_args)
@@ -128,6 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
             request,
             prompts,
             monitor=EnergyMonitor(CodecarbonMeter()),
+            load=EngineModel if arguments.model == "pruned-vllm" else None,
             on_repeat=lambda so_far: profile_report.write_json(so_far, folder),
         )
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ repeat.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from dataclasses import replace
@@ -104,7 +105,7 @@ def profile(
     *,
     monitor: EnergyMonitor,
     clock: Callable[[], float] = time.perf_counter,
-    load: Callable[..., PreTrainedModel] | None = None,
+    load: Callable[..., Any] | None = None,
     on_repeat: Callable[[Profile], None] | None = None,
 ) -> Profile:
     """Measure; see the module's docstring.
@@ -114,7 +115,7 @@ def profile(
         prompts: Texts.
         monitor: Measures the energy.
         clock: Returns seconds; for tests.
-        load: Loads a model; for tests. Default: `lm_eval_pruned.load_pruned`.
+        load: Loads a model. Default: `lm_eval_pruned.load_pruned`.
         on_repeat: Called with what there is so far after each repeat.
 
     Returns:
@@ -173,6 +174,7 @@ def profile(
     finally:
         bar.close()
         monitor.stop()
+        shelf.clear()
     return result()
 
 
@@ -276,6 +278,10 @@ def _tokenizer(request: ProfileRequest) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _is_engine(model: Any) -> bool:
+    return hasattr(model, "timed_generation")
+
+
 class _Shelf:
     """The models: all in memory, or the one that is needed."""
 
@@ -283,28 +289,38 @@ class _Shelf:
         self,
         request: ProfileRequest,
         models: list[ProfiledModel],
-        load: Callable[..., PreTrainedModel],
+        load: Callable[..., Any],
     ) -> None:
         self.models = {model.name: model for model in models}
         self._request = request
         self._load = load
-        self._held: dict[str, PreTrainedModel] = {}
+        self._held: dict[str, Any] = {}
         self.together = True
         self.loads = dict.fromkeys(self.models, 0)
         first = self.get("baseline")
         size = self.models["baseline"].model_bytes or 0
         per_parameter = size / self.models["baseline"].parameters
         more = per_parameter * sum(m.parameters for m in models[1:])
-        self.together = more <= MEMORY_SHARE * free_bytes(first.device)
+        # Each engine takes the memory that is left for its cache.
+        self.together = not _is_engine(first) and (
+            more <= MEMORY_SHARE * free_bytes(first.device)
+        )
 
-    def get(self, name: str) -> PreTrainedModel:
+    def get(self, name: str) -> Any:
         """Return a model, loading it if it is not held."""
         if name not in self._held:
             if self._held and not self.together:
-                self._held.clear()
+                self.clear()
                 release_memory()
             self._held[name] = self._loaded(name)
         return self._held[name]
+
+    def clear(self) -> None:
+        """Let go of the models."""
+        for model in self._held.values():
+            if _is_engine(model):
+                model.close()
+        self._held.clear()
 
     def check_length(self, prompt_length: int) -> None:
         """Raise ValueError if a prompt and its output do not fit into the model."""
@@ -317,7 +333,7 @@ class _Shelf:
                 "shorter prompts or fewer tokens."
             )
 
-    def _loaded(self, name: str) -> PreTrainedModel:
+    def _loaded(self, name: str) -> Any:
         request = self._request
         spec = self.models[name]
         arguments = {**request.load_arguments, **spec.asked}
@@ -368,7 +384,9 @@ class _Bench:
         model = self._shelf.get(spec.name)
         self._warm_up(spec.name, model, size)
         job = Job(repeat, spec.name, size)
-        with peak_memory(job, model.device):
+        # What an engine allocates is in other processes.
+        hidden = _is_engine(model)
+        with contextlib.nullcontext() if hidden else peak_memory(job, model.device):
             job.prefill, job.prefill_passes = self._prefill(model, size)
             for mode in MODES:
                 self._monitor.begin_window(mode)
@@ -384,6 +402,10 @@ class _Bench:
     def _generate(
         self, model: PreTrainedModel, batch: Batch, tokens: int, mode: str
     ) -> Timing:
+        if _is_engine(model):
+            return model.timed_generation(  # type: ignore[operator]
+                batch, tokens, fixed=mode == "fixed", clock=self._clock
+            )
         return generate(
             model,
             batch,

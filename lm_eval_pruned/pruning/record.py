@@ -47,7 +47,7 @@ class PruneRecord:
         parameters_before: Parameters of the unpruned model; tied ones count once.
         parameters_after: Parameters of the pruned model.
         kept: Kept neurons of every GLU-MLP, each of shape (k,), int64, on the CPU;
-            empty for the baseline.
+            empty for the baseline, and where the process that loaded does not tell.
         groups: The GLU-MLPs by kind and width.
         config_expresses_widths: Whether stock transformers can open the model once
             it is saved.
@@ -71,15 +71,15 @@ class PruneRecord:
         widths: Widths,
         parameters_before: int,
         parameters_after: int,
-        kept: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...] | None,
         calibration: Calibration | None = None,
     ) -> PruneRecord:
-        """Describe what `plan` did to the MLPs of `widths`.
+        """Describe what `plan` did to the MLPs of `widths`; `kept` None says that it is not known.
 
         Raises:
             ValueError: Neurons were removed, and `kept` does not say which stayed.
         """
-        if plan.prunes and len(kept) != len(widths.mlps):
+        if plan.prunes and kept is not None and len(kept) != len(widths.mlps):
             raise ValueError(
                 f"The record needs the kept neurons of {len(widths.mlps)} MLPs, not of {len(kept)}."
             )
@@ -98,7 +98,7 @@ class PruneRecord:
             len({mlp.stack for mlp in widths.mlps}),
             parameters_before,
             parameters_after,
-            kept,
+            kept or (),
             tuple(
                 WidthGroup(kind, key, count, before, after)
                 for (kind, key, before, after), count in counts.items()

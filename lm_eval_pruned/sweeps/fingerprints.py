@@ -16,6 +16,7 @@ SOURCES = {
     "pretrained": "config.json",
     "delta": "config.json",
     "peft": "adapter_config.json",
+    "lora_local_path": "adapter_config.json",
     "tokenizer": "tokenizer_config.json",
 }
 

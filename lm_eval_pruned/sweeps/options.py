@@ -45,9 +45,16 @@ _PLACE = "where the units run"
 
 OPTIONS = (
     Option(
+        "model",
+        "text",
+        "pruned-hf (default) or pruned-vllm",
+        "NAME",
+        _SIZES,
+    ),
+    Option(
         "model_args",
         "mapping",
-        "arguments of pruned-hf, without those of pruning",
+        "arguments of the model type, without those of pruning",
         "KEY=VALUE",
         _SIZES,
     ),

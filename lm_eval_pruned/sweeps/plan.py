@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
 
-MODEL = "pruned-hf"
+#: Model types that a sweep can evaluate, the default first.
+MODELS = ("pruned-hf", "pruned-vllm")
 
 #: Settings that decide a unit's scores or files, as `lm_eval.simple_evaluate` calls them;
 #: it takes the seeds one by one.
@@ -86,6 +87,7 @@ class Sweep:
 
     Attributes:
         options: As given.
+        model: The model type.
         settings: The harness's own reading of them.
         configurations: Baseline first, then in the order asked for.
         tasks: In the order asked for.
@@ -97,7 +99,8 @@ class Sweep:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
-        self.settings = _settings(options)
+        self.model = _model(options)
+        self.settings = _settings(options, self.model)
         self._base = self.settings.model_args
         self.configurations = _configurations(options, self._base)
         for cached in (hash_tree, hash_beside):
@@ -170,7 +173,7 @@ class Sweep:
             for name, value in self.model_args(configuration).items()
             if name not in _HOW and "sha256" not in self.sources.get(name, {})
         }
-        return {"model": MODEL, "model_args": arguments, "sources": self.sources}
+        return {"model": self.model, "model_args": arguments, "sources": self.sources}
 
     def definition(
         self, configuration: Configuration, task: SweepTask
@@ -203,10 +206,19 @@ class Sweep:
         }
 
 
-def _settings(options: dict[str, Any]) -> EvaluatorConfig:
+def _model(options: dict[str, Any]) -> str:
+    model: str = options.get("model", MODELS[0])
+    if model not in MODELS:
+        raise ValueError(
+            f"model={model} is no model type that prunes: pass {' or '.join(MODELS)}."
+        )
+    return model
+
+
+def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    own = (*SEVERAL, "ray")
+    own = ("model", *SEVERAL, "ray")
     known = {
         name: value
         for name, value in options.items()
@@ -225,7 +237,7 @@ def _settings(options: dict[str, Any]) -> EvaluatorConfig:
         known["seed"] = _seeds(known["seed"])
     known["log_samples"] = options.get("log_samples", True)
     # from_cli takes what is true or zero, as lm_eval run has it.
-    return EvaluatorConfig.from_cli(Namespace(model=MODEL, **known))
+    return EvaluatorConfig.from_cli(Namespace(model=model, **known))
 
 
 def _seeds(text: str) -> list[int | None]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.analysis.sweep_format import ERROR, error_text
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder, own_scores
-from lm_eval_pruned.sweeps.plan import DECIDING, MODEL, Sweep
+from lm_eval_pruned.sweeps.plan import DECIDING
 from lm_eval_pruned.sweeps.tasks import load_task
 
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
     from lm_eval_pruned.pruning.scores import KnownScores
-    from lm_eval_pruned.sweeps.plan import Configuration
+    from lm_eval_pruned.sweeps.plan import Configuration, Sweep
     from lm_eval_pruned.sweeps.tasks import SweepTask
 
     Unit = tuple[Configuration, SweepTask]
@@ -81,6 +81,11 @@ class UnitRunner:
         start = time.perf_counter()
         try:
             results, tracker = self._evaluate(lm, configuration, task)
+        except Exception:
+            # An engine that died answers nobody: the next unit starts another.
+            if getattr(lm, "engine_died", False):
+                self.release()
+            raise
         finally:
             self._drop_cache(lm)
         if results is not None:
@@ -89,6 +94,9 @@ class UnitRunner:
 
     def release(self) -> None:
         """Free the model's memory."""
+        close = getattr(self._lm, "close", None)
+        if close is not None:
+            close()
         self._lm = self.holds = self._load_error = None
         from accelerate.utils import release_memory
 
@@ -103,7 +111,7 @@ class UnitRunner:
             settings = self._sweep.settings
             logger.info("Loading %s.", configuration.id)
             try:
-                self._lm = get_model(MODEL).create_from_arg_obj(
+                self._lm = get_model(self._sweep.model).create_from_arg_obj(
                     self._sweep.model_args(configuration),
                     {
                         "batch_size": settings.batch_size,
@@ -157,8 +165,8 @@ class UnitRunner:
         )
         if results is not None:
             # What `lm_eval run` records where it makes the model itself.
-            results["config"]["model"] = MODEL
-            tracker.general_config_tracker.model_source = MODEL
+            results["config"]["model"] = self._sweep.model
+            tracker.general_config_tracker.model_source = self._sweep.model
         return results, tracker
 
     def _cache(self, configuration: Configuration) -> str | None:

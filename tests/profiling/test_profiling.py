@@ -17,7 +17,7 @@ from lm_eval_pruned.cli import main
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.profiling import measure as profiling, report as profile_report
 from lm_eval_pruned.profiling.measure import generate, plan_models, profile
-from lm_eval_pruned.profiling.model import SCHEMA_VERSION, ProfileRequest
+from lm_eval_pruned.profiling.model import SCHEMA_VERSION, ProfileRequest, Timing
 from lm_eval_pruned.profiling.prompts import demo_prompts, make_batches, read_prompts
 from lm_eval_pruned.profiling.summary import delta, distribution, estimate
 from tests.helpers import checkpoints
@@ -289,6 +289,30 @@ def test_models_too_large_to_hold_together_are_loaded_in_turns(
     assert names == ["baseline", "1.375", "baseline"]
     assert result.warm_up_batches == 3 * 2
     assert {c.repeats for c in result.cells} == {2}
+
+
+def test_an_engine_is_held_alone_times_itself_and_hides_its_memory(run, loader):
+    closed = []
+
+    def timed(batch, tokens, *, fixed, clock):
+        total = 0.25 + 0.5 * (tokens - 1)
+        clock.sleep(total)
+        return Timing(1, batch.tokens, tokens, tokens, 0.25, total)
+
+    def load(*args, **kwargs):
+        model = loader(*args, **kwargs)
+        # What `lm_eval_pruned.profiling.engine.EngineModel` has.
+        model.close = lambda: closed.append(model.config.intermediate_size)
+        model.timed_generation = timed
+        return model
+
+    result = run(load=load)
+    assert result.models_held == "one at a time"
+    assert closed == [88, 44, 88]
+    found = cell(result)
+    assert found.seconds_to_first_token.mean == 0.25
+    assert found.seconds_per_output_token.mean == 0.5
+    assert found.peak_host_bytes is found.peak_device_bytes is None
 
 
 def test_an_interrupt_keeps_what_was_finished(run, monkeypatch):

@@ -427,6 +427,42 @@ def test_model_is_loaded_once_per_configuration(options, monkeypatch):
     assert loaded == [None, 1.5]
 
 
+def test_an_engine_that_died_is_started_again_for_the_next_unit(options, monkeypatch):
+    from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+
+    loaded, closed = [], []
+    create = PrunedHFLM.create_from_arg_obj.__func__
+
+    def counted(cls, arguments, more=None):
+        loaded.append(arguments.get("ratio"))
+        return create(cls, arguments, more)
+
+    def dying(self, requests, **kwargs):
+        self.engine_died = True
+        raise RuntimeError("the engine ended")
+
+    monkeypatch.setattr(PrunedHFLM, "create_from_arg_obj", classmethod(counted))
+    monkeypatch.setattr(PrunedHFLM, "loglikelihood", dying)
+    monkeypatch.setattr(
+        PrunedHFLM, "close", lambda self: closed.append(True), raising=False
+    )
+    assert run_sweep(options) == 1
+    folder = Path(options["output_path"])
+    assert len(list(folder.glob("units/*/tiny_choice/error.json"))) == 2
+    assert len(list(folder.glob("units/*/tiny_sentence/results_*.json"))) == 2
+    assert loaded == [None, None, 1.5, 1.5]
+    assert len(closed) == 4
+
+
+def test_the_model_type_belongs_to_the_definition(options):
+    units = {}
+    for model in ("pruned-hf", "pruned-vllm"):
+        sweep = Sweep({**options, "model": model})
+        units[model] = sweep.definition(*sweep.units()[0])
+    assert [units[model]["model"] for model in units] == list(units)
+    assert Sweep(options).definition(*Sweep(options).units()[0]) == units["pruned-hf"]
+
+
 def test_neurons_are_scored_once_for_all_ratios(options, monkeypatch):
     from lm_eval_pruned.checkpoints import narrowed
 
@@ -622,6 +658,7 @@ def test_groups_in_groups_keep_their_settings(options):
         ({"seeds": ["1"]}, "only the criterion random"),
         ({"criteria": ["random"], "seeds": ["-1"]}, "seeds has -1"),
         ({"criteria": ["best"]}, "best"),
+        ({"model": "hf"}, "model=hf is no model type that prunes"),
         ({"tasks": ["no_such_task"]}, "no_such_task, which no task"),
         ({"include_path": "/no/such/folder"}, "not a folder"),
         ({"seed": "one"}, "seed=one"),

@@ -1,0 +1,200 @@
+"""A checkpoint as a stream of narrowed tensors, for engines that build models of their own.
+
+The checkpoint is opened the way it is for loading (`lm_eval_pruned.checkpoints.session`),
+but instead of filling a model of transformers, its entries are handed out one after the
+other under the names that they have in the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
+from lm_eval_pruned.checkpoints.narrowed import layer_by_layer
+from lm_eval_pruned.checkpoints.route import (
+    OWN_WAY,
+    RouteDeclined,
+    WidthsDiffer,
+    clear_errors,
+)
+from lm_eval_pruned.checkpoints.session import Session
+from lm_eval_pruned.checkpoints.transformers_api import target_names
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.record import PruneRecord
+from lm_eval_pruned.pruning.scores import ScoreTable
+from lm_eval_pruned.pruning.slicing import carry_out
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.pruning.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class NarrowedStream:
+    """An open checkpoint, none of its weights read yet.
+
+    Attributes:
+        request: What is loaded, with the widths that the checkpoint has.
+        changes_model: Whether any tensor differs from the one in the files.
+    """
+
+    request: LoadRequest
+    changes_model: bool
+    _session: _OpenedSession
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Read the checkpoint, one MLP at a time.
+
+        Yields:
+            The key and the narrowed tensor, on the CPU, of every entry.
+
+        Raises:
+            ValueError: A weight is NaN or infinite.
+        """
+        entries = self._session.entries
+        with clear_errors(self._session, self.request):
+            for key in layer_by_layer(entries):
+                # An entry that is narrowed answers with itself, and reads when it is moved.
+                yield key, entries[key][...].to(dtype=None)
+
+    def record(self) -> PruneRecord:
+        """Describe what became of the MLPs, once the tensors are read."""
+        return record_of(
+            self.request, self._session.kept(), self._session.known.calibration
+        )
+
+
+@contextlib.contextmanager
+def open_stream(
+    request: LoadRequest, known: ScoreTable | None = None
+) -> Iterator[NarrowedStream]:
+    """Open the checkpoint of `request` without reading a weight.
+
+    Args:
+        request: What is to be loaded.
+        known: Scores for criteria that look at activations; see `scores_of_activations`.
+
+    Raises:
+        UnsupportedModelError: It cannot be read tensor by tensor, or the layers would
+            have widths that no config can hold.
+        ValueError: A tensor is missing, or has another shape than the config says.
+        OSError: A file is missing or damaged.
+    """
+    try:
+        session = _opened(request, known)
+    except WidthsDiffer as found:
+        request = request.with_widths(found.actual)
+        check_expressible(request)
+        session = _opened(request, known)
+    with contextlib.closing(session):
+        yield NarrowedStream(request, session.changes_model, session)
+
+
+def _opened(request: LoadRequest, known: ScoreTable | None) -> _OpenedSession:
+    targets = request.widths.targets(request.plan)
+    session = _OpenedSession(request.plan, request.widths, targets, known)
+    session.declined = request.unreadable()
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(session.close)
+        if session.declined is None:
+            with clear_errors(session, request), contextlib.suppress(_Opened):
+                request.load(
+                    request.widths.narrowed_config(targets), checkpoint=session
+                )
+                raise RouteDeclined(OWN_WAY)
+        if session.declined is not None:
+            raise UnsupportedModelError(
+                f"{request.pretrained} cannot be pruned while an engine loads it, because "
+                f"{session.declined}: export the pruned model first (lm-eval-pruned prune), and "
+                "load that."
+            )
+        on_error.pop_all()
+    return session
+
+
+def record_of(
+    request: LoadRequest,
+    kept: tuple[Tensor, ...] | None,
+    calibration: Calibration | None = None,
+) -> PruneRecord:
+    """Describe what a stream did to the MLPs of `request`.
+
+    Args:
+        request: What was loaded, with the widths that the checkpoint has.
+        kept: The kept neurons of every MLP, each of shape (k,); none for the
+            baseline, None where they are not known.
+        calibration: The text behind the scores.
+    """
+    plan, widths = request.plan, request.widths
+    return PruneRecord.of(
+        plan,
+        widths,
+        widths.count_parameters(widths.actual),
+        widths.count_parameters(widths.targets(plan)),
+        kept,
+        calibration,
+    )
+
+
+def check_expressible(request: LoadRequest) -> None:
+    """Refuse layers of different width where the config has one number for all.
+
+    An engine builds its model from the config alone.
+
+    Raises:
+        UnsupportedModelError: The config cannot hold the widths.
+    """
+    widths, plan = request.widths, request.plan
+    names = widths.inexpressible(widths.targets(plan))
+    if not names:
+        return
+    asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
+    raise UnsupportedModelError(
+        f"{asked or 'The checkpoint'} gives {names[0]} a width of its own, and an engine that "
+        f"builds its layers from {widths.keys[names[0]]} in the config cannot have that: prune "
+        "all layers alike, or use --model pruned-hf."
+    )
+
+
+def scores_of_activations(request: LoadRequest) -> ScoreTable:
+    """Return the scores that `request` needs from a pass over calibration text.
+
+    They are computed by the model in full, on the CPU, which is dropped afterwards;
+    empty where the criterion looks at weights alone.
+    """
+    known = ScoreTable()
+    if request.plan.prunes and request.plan.calibration is not None:
+        request.check_prunable_in_memory("its criterion looks at activations")
+        carry_out(
+            request.plan,
+            request.load_whole(),
+            tokenizer=request.load_tokenizer(),
+            known=known,
+        )
+    return known
+
+
+class _Opened(Exception):
+    """The entries are known, so transformers has nothing to load."""
+
+
+class _OpenedSession(Session):
+    """A load that ends once the entries are known."""
+
+    entries: dict[str, Any]
+
+    def provide(self, model, state_dict, checkpoint_files, load_config):
+        its_own = type(model).__name__ == self._widths.model_class.__name__
+        if its_own and not self.opened:
+            self.entries = self.open(model, state_dict, checkpoint_files, load_config)
+            names = target_names(self.entries, model, load_config)
+            check_complete(missing_tensors(names, model))
+            raise _Opened
+        return state_dict, checkpoint_files

@@ -1,0 +1,198 @@
+"""The model type ``pruned-vllm``: the harness's ``vllm`` with narrowed GLU-MLPs.
+
+A sibling of `lm_eval_pruned.model_wrappers.pruned_hf`. vLLM prunes while it loads, with the
+loader of `lm_eval_pruned.model_wrappers.vllm_loader`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+
+try:
+    from vllm.v1.engine.exceptions import EngineDeadError
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        "--model pruned-vllm needs vLLM, which is not installed: run "
+        "`pip install 'lm-eval-pruned[vllm]'`, or use --model pruned-hf.",
+        name="vllm",
+    ) from missing
+
+from lm_eval_pruned.checkpoints.adapters import check_adapter
+from lm_eval_pruned.checkpoints.default_model import find_default_model
+from lm_eval_pruned.checkpoints.parallel import check_divisible
+from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.stream import (
+    check_expressible,
+    open_stream,
+    record_of,
+)
+from lm_eval_pruned.model_wrappers.vllm_arguments import (
+    LOAD_FORMAT,
+    check_vllm_arguments,
+    loader_config,
+)
+from lm_eval_pruned.model_wrappers.vllm_energy import EnergyLoggingVLLM
+from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.calibration import Calibration
+
+
+if TYPE_CHECKING:
+    from lm_eval_pruned.pruning.record import PruneRecord
+    from lm_eval_pruned.pruning.scores import KnownScores
+
+eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
+
+#: Lets the processes of the engine say what they kept.
+_EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
+
+
+class PrunedVLLM(EnergyLoggingVLLM):
+    #: Whether the processes of the engine ended before their time.
+    engine_died = False
+
+    @takes_prune_arguments
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        *,
+        known_scores: KnownScores | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """VLLM whose GLU-MLPs are narrowed while the engine loads the model.
+
+        Args:
+            pretrained: As in VLLM. If omitted, SmolLM2-135M-Instruct.
+            ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+            known_scores: Not used: the processes of an engine score for themselves.
+            **kwargs: Everything VLLM takes, and the arguments ``energy...`` of
+                `EnergyLoggingVLLM`. ``seed`` is that of the engine as well.
+
+        Raises:
+            ValueError: A size, the criterion or the model cannot be pruned as asked.
+        """
+        seed = kwargs.get("seed")
+        prune_arguments = PruneArguments.taken_from(kwargs)
+        check_vllm_arguments(kwargs)
+        if seed is not None:
+            kwargs["seed"] = seed
+        if pretrained is None:
+            default = find_default_model()
+            kwargs |= default.model_args()
+            check_vllm_arguments(kwargs)
+            pretrained = kwargs.pop("pretrained")
+            eval_logger.warning(
+                "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
+                default.source,
+            )
+        request = _checked(pretrained, prune_arguments, kwargs)
+        self._notes: list[str] = []
+        loader = dict(kwargs.pop("model_loader_extra_config", None) or {})
+        kwargs.setdefault("worker_extension_cls", _EXTENSION)
+        super().__init__(
+            pretrained,
+            **kwargs
+            | {
+                "load_format": LOAD_FORMAT,
+                "model_loader_extra_config": loader | loader_config(prune_arguments),
+            },
+        )
+        self._prune_record = self._record(request)
+        eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
+
+    def _record(self, request: LoadRequest) -> PruneRecord:
+        """Return what the engine did, as far as its processes tell."""
+        if not request.plan.prunes:
+            return record_of(request, ())
+        if self.data_parallel_size > 1:
+            self._notes.append(
+                "kept_digest is null: with data_parallel_size > 1 each replica loads in a process "
+                "that ends with its requests"
+            )
+            return record_of(request, None)
+        if self.model_args["worker_extension_cls"] != _EXTENSION:
+            self._notes.append(
+                "kept_digest is null: worker_extension_cls is another than the one that tells it"
+            )
+            return record_of(request, None)
+        told = self.model.collective_rpc("pruned_record")[0]
+        kept = [np.frombuffer(each, "<i8").astype(np.int64) for each in told["kept"]]
+        text = told["calibration"]
+        return record_of(
+            request,
+            tuple(torch.from_numpy(each) for each in kept),
+            text and Calibration(**text, activity={}),
+        )
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._model_generate(*args, **kwargs)
+        except EngineDeadError as error:
+            self.engine_died = True
+            raise RuntimeError(
+                "The engine of vLLM ended while it worked on requests; its own messages above "
+                "say why. Too little memory is the usual cause: lower max_num_seqs, "
+                "gpu_memory_utilization or max_model_len."
+            ) from error
+
+    def close(self) -> None:
+        """End the engine; the model answers nothing afterwards."""
+        engine = getattr(self, "model", None)
+        if engine is not None:
+            engine.llm_engine.engine_core.shutdown()
+            del self.model
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the harness records of a model: what was pruned, under ``pruning``."""
+        pruning = self._prune_record.as_dict()
+        if self._notes:
+            pruning["notes"] = self._notes
+        info: dict[str, Any] = {
+            "model_num_parameters": self._prune_record.parameters_after,
+            "model_dtype": str(self.model_args["dtype"]),
+            "model_revision": self.model_args["revision"] or "main",
+        }
+        if self.data_parallel_size <= 1:
+            info["model_dtype"] = str(self.model.llm_engine.model_config.dtype)
+        return {**info, "pruning": pruning, **self.energy_info()}
+
+
+def _checked(
+    pretrained: str, prune_arguments: PruneArguments, arguments: dict[str, Any]
+) -> LoadRequest:
+    """Return what the engine is to load, after everything that can be refused without it.
+
+    Raises:
+        ValueError: An argument is out of range, or the widths do not suit the engine.
+        UnsupportedModelError: The model cannot be pruned while an engine loads it.
+        OSError: The checkpoint is missing or damaged.
+    """
+    request = LoadRequest.resolve(
+        AutoModelForCausalLM,
+        pretrained,
+        prune_arguments,
+        {
+            "revision": arguments.get("revision"),
+            "trust_remote_code": arguments.get("trust_remote_code"),
+            "cache_dir": arguments.get("download_dir"),
+        },
+    )
+    if request.plan.prunes:
+        check_expressible(request)
+        with open_stream(request) as stream:
+            request = stream.request
+        request.check_prunable_in_memory("its criterion looks at activations")
+        check_divisible(
+            request,
+            int(arguments.get("tensor_parallel_size") or 1),
+            "tensor_parallel_size",
+        )
+    adapter = arguments.get("lora_local_path")
+    if adapter is not None:
+        check_adapter(adapter, request, "after", argument="lora_local_path")
+    return request
