@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from .trial_model import TrialImpossible, trial_model
+from .trial_model import REFUSALS, TrialImpossible, trial_model
 
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def trial_disagrees(
     right = expected(trial).double()
     try:
         answer = got(trial).double()
-    except Exception as error:  # noqa: BLE001 - whatever a model's code raises
+    except REFUSALS as error:
         return f"the model's code rejects them ({type(error).__name__}: {error})"
     difference = (answer - right).square().mean().sqrt().item()
     spread = right.std(-1).mean().item()

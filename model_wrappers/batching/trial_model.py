@@ -13,11 +13,24 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+#: What a model's code raises where config, masks or shapes do not suit it.
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 # Parameters of the largest trial model, 400 MB.
 _MOST_PARAMETERS = 10**8
 _VOCABULARY = 1000
@@ -70,7 +83,7 @@ def trial_model(model: PreTrainedModel) -> PreTrainedModel:
             if key not in _made:
                 _made[key] = _build(type(model), config)
             return _made[key]
-        except Exception as error:  # noqa: BLE001 - whatever a model's own code raises
+        except REFUSALS as error:
             reasons.append(f"{type(error).__name__}: {error}")
     raise TrialImpossible(
         f"no small model of its class can be made to try it out ({reasons[0]:.200})"
