@@ -109,6 +109,19 @@ def test_there_is_no_circle_of_rooms():
     tuple(TopologicalSorter({k: v for k, v in arrows().items() if k}).static_order())
 
 
+def test_the_map_counts_the_arrows_and_floors():
+    found = {name: targets for name, targets in arrows().items() if name}
+    floor: dict[str, int] = {}
+    for name in TopologicalSorter(found).static_order():
+        floor[name] = 1 + max((floor[each] for each in found.get(name, ())), default=0)
+    number, floors = sum(map(len, found.values())), max(floor.values())
+    assert (number <= 35, floors <= 6) == (True, True)
+    said = (
+        f"There are {number} arrows between rooms, on {floors} floors, and no circle."
+    )
+    assert said in (ROOT / "docs" / "architecture.md").read_text("utf-8")
+
+
 def test_batching_can_be_handed_on_as_a_folder():
     """It imports its own files alone, and these relatively."""
     for module, path in modules().items():
