@@ -122,7 +122,6 @@ def test_the_same_neurons_the_same_record_the_same_answers(
     assert info["model_dtype"] == str(expected["model_dtype"])
     assert info["model_num_parameters"] == expected["model_num_parameters"]
     assert scores(ours) == pytest.approx(scores(theirs), abs=1e-3)
-    assert texts(ours) == texts(theirs)
 
 
 def test_activations_are_observed_before_the_engine_loads(
