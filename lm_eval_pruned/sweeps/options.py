@@ -31,6 +31,10 @@ class Option:
         help: Line for ``--help``.
         metavar: Placeholder for ``--help``.
         group: Heading for ``--help``.
+        decides: What it decides: ``scores`` or files of a unit, as an argument of
+            `lm_eval.simple_evaluate`; ``how`` units are run, so that a sweep may go on
+            under another (a smaller batch after running out of memory, another device);
+            ``where`` they run and what they write lies; or else what is evaluated.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Option:
     help: str
     metavar: str | None = None
     group: str = "evaluation, as in lm_eval run"
+    decides: str = "what"
 
 
 _SIZES = "configurations"
@@ -69,38 +74,69 @@ OPTIONS = (
         for name, argument in SEVERAL.items()
     ),
     Option("tasks", "words", "tasks, groups, tags, patterns or YAML files", "TASK"),
-    Option("output_path", "text", "folder of the sweep", "DIR"),
-    Option("limit", "number", "documents per task: a count, or a share below 1", "N"),
+    Option("output_path", "text", "folder of the sweep", "DIR", decides="where"),
     Option(
-        "samples", "samples", "JSON or a file: documents per task, by index", "JSON"
+        "limit",
+        "number",
+        "documents per task: a count, or a share below 1",
+        "N",
+        decides="scores",
     ),
-    Option("batch_size", "text", "a number, auto, or auto:N (default: 1)", "SIZE"),
-    Option("max_batch_size", "integer", "upper bound of auto", "N"),
-    Option("num_fewshot", "integer", "examples in the context", "N"),
+    Option(
+        "samples",
+        "samples",
+        "JSON or a file: documents per task, by index",
+        "JSON",
+        decides="scores",
+    ),
+    Option(
+        "batch_size",
+        "text",
+        "a number, auto, or auto:N (default: 1)",
+        "SIZE",
+        decides="how",
+    ),
+    Option("max_batch_size", "integer", "upper bound of auto", "N", decides="how"),
+    Option("num_fewshot", "integer", "examples in the context", "N", decides="scores"),
     Option(
         "apply_chat_template",
         "flag_or_text",
         "wrap prompts in the chat template, or in the one of this name",
         "NAME",
+        decides="scores",
     ),
     Option(
-        "fewshot_as_multiturn", "boolean", "examples as turns of a conversation", "BOOL"
+        "fewshot_as_multiturn",
+        "boolean",
+        "examples as turns of a conversation",
+        "BOOL",
+        decides="scores",
     ),
-    Option("system_instruction", "text", "system prompt", "TEXT"),
-    Option("gen_kwargs", "mapping", "arguments of generation", "KEY=VALUE"),
-    Option("device", "text", "such as cuda:0 or cpu", "DEVICE"),
+    Option("system_instruction", "text", "system prompt", "TEXT", decides="scores"),
+    Option(
+        "gen_kwargs",
+        "mapping",
+        "arguments of generation",
+        "KEY=VALUE",
+        decides="scores",
+    ),
+    Option("device", "text", "such as cuda:0 or cpu", "DEVICE", decides="how"),
     Option(
         "log_samples",
         "boolean",
         "write every document's outputs (default here: true)",
         "BOOL",
+        decides="scores",
     ),
-    Option("predict_only", "flag", "write outputs, compute no metric"),
+    Option(
+        "predict_only", "flag", "write outputs, compute no metric", decides="scores"
+    ),
     Option(
         "use_cache",
         "text",
         "prefix of the files that cache responses, one file per configuration",
         "PREFIX",
+        decides="how",
     ),
     Option("include_path", "text", "folder of more tasks", "DIR"),
     Option("metadata", "mapping", "more arguments for tasks", "KEY=VALUE"),
@@ -114,6 +150,7 @@ OPTIONS = (
         "RAY_ADDRESS names or that runs here, else on one started for the sweep",
         "ADDRESS",
         _PLACE,
+        decides="where",
     ),
     Option(
         "gpus_per_unit",
@@ -121,11 +158,22 @@ OPTIONS = (
         "GPUs of one Ray worker (default: 1 where the cluster has any)",
         "N",
         _PLACE,
+        decides="where",
     ),
     Option(
-        "cpus_per_unit", "number", "CPUs of one Ray worker (default: 1)", "N", _PLACE
+        "cpus_per_unit",
+        "number",
+        "CPUs of one Ray worker (default: 1)",
+        "N",
+        _PLACE,
+        decides="where",
     ),
 )
+
+
+def deciding(what: str) -> tuple[str, ...]:
+    """Return the names of the options that decide this; see `Option`."""
+    return tuple(option.name for option in OPTIONS if option.decides == what)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ from lm_eval_pruned.sweeps.fingerprints import (
     hash_tree,
     source_of,
 )
-from lm_eval_pruned.sweeps.options import parse_number
+from lm_eval_pruned.sweeps.options import deciding, parse_number
 from lm_eval_pruned.sweeps.tasks import (
     SweepTask,
     index_tasks,
@@ -44,18 +44,6 @@ if TYPE_CHECKING:
 
 #: Model types that a sweep can evaluate, the default first.
 MODELS = ("pruned-hf", "pruned-vllm")
-
-#: Settings that decide a unit's scores or files, as `lm_eval.simple_evaluate` calls them;
-#: it takes the seeds one by one.
-DECIDING = (
-    *("num_fewshot", "limit", "samples", "apply_chat_template", "fewshot_as_multiturn"),
-    *("system_instruction", "gen_kwargs", "log_samples", "predict_only"),
-)
-
-
-#: Options that say how units are run. They decide no score, so a sweep may go on
-#: under others of them: a smaller batch after running out of memory, another device.
-_HOW = ("device", "batch_size", "max_batch_size", "use_cache", "cache_requests")
 
 
 @dataclass(frozen=True)
@@ -171,7 +159,8 @@ class Sweep:
         arguments = {
             name: value
             for name, value in self.model_args(configuration).items()
-            if name not in _HOW and "sha256" not in self.sources.get(name, {})
+            if name not in deciding("how")
+            and "sha256" not in self.sources.get(name, {})
         }
         return {"model": self.model, "model_args": arguments, "sources": self.sources}
 
@@ -184,7 +173,9 @@ class Sweep:
             **self.model_definition(configuration),
             "task": task.name,
             "task_sha256": task.digest,
-            "settings": {name: getattr(settings, name) for name in (*DECIDING, "seed")},
+            "settings": {
+                name: getattr(settings, name) for name in (*deciding("scores"), "seed")
+            },
             "metadata": self.options.get("metadata") or {},
             "versions": {
                 package: version(package) for package in ("lm-eval", "lm-eval-pruned")
@@ -197,8 +188,7 @@ class Sweep:
             "definition": {
                 name: value
                 for name, value in self.options.items()
-                if name
-                not in (*_HOW, "output_path", "ray", "gpus_per_unit", "cpus_per_unit")
+                if name not in deciding("how") + deciding("where")
             },
             "sources": self.sources,
             "configurations": [asdict(each) for each in self.configurations],

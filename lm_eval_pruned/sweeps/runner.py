@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.analysis.sweep_format import ERROR, error_text
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder, own_scores
-from lm_eval_pruned.sweeps.plan import DECIDING
+from lm_eval_pruned.sweeps.options import deciding
 from lm_eval_pruned.sweeps.tasks import load_task
 
 
@@ -149,7 +149,7 @@ class UnitRunner:
             model=lm,
             model_args=model_args,
             tasks=load_task(manager, task),
-            **{name: getattr(settings, name) for name in DECIDING},
+            **{name: getattr(settings, name) for name in deciding("scores")},
             batch_size=settings.batch_size,
             max_batch_size=settings.max_batch_size,
             device=settings.device,
