@@ -21,6 +21,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -44,7 +45,7 @@ from scipy.stats import binomtest
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Survivors that no test can tell from the original, with the reason.
@@ -74,6 +75,7 @@ TESTS = {
             "pruning/test_pruning.py",
             "checkpoints/test_layouts_layers.py",
             "pruning/test_calibration.py",
+            "pruning/test_arguments.py",
         ]
         for part in ("slicing", "record")
     },
@@ -84,6 +86,7 @@ TESTS = {
             "pruning/test_known_scores.py",
             "checkpoints/test_layouts_layers.py",
             "pruning/test_pruning.py",
+            "pruning/test_arguments.py",
         ]
         for part in (
             "load",
@@ -419,7 +422,8 @@ class _Tests:
     def for_mutant(self, mutant: str) -> tuple[list[str], list[str]]:
         """Return the tests that run the function that was changed, by promise.
 
-        Where imports run what was changed, all tests run.
+        Where imports run what was changed, and decorators and defaults are such, all
+        tests run.
 
         Returns:
             Those that killed other mutants of that function, to be added to, and
@@ -434,7 +438,8 @@ class _Tests:
         chosen = [
             name
             for name, test in self.reach.items()
-            if not end
+            if line < body
+            or not end
             or any(body <= number <= end for number in (*self.imported, *test["lines"]))
         ]
         killers = self._killers.setdefault((body, end), [])
@@ -500,34 +505,26 @@ class _Module:
             first: Of so many.
             again: Those that survived instead of those that were not tried.
         """
+        names = list(self.mutants)[:first]
+        if again:
+            names = [n for n in names if self.results.get(n, {}).get("survived")]
+        else:
+            names = [n for n in names if n not in self.results]
         equivalent = _equivalent(self.name)
-        survived = {
-            name
-            for name, r in self.results.items()
-            if r["survived"] and (r["before"], r["after"]) not in equivalent
-        }
-        return [
-            name
-            for name in list(self.mutants)[:first]
-            if (name in survived if again else name not in self.results)
-        ]
+        changes = {n: _change(self.source, self.mutants[n]) for n in names}
+        for name, change in changes.items():
+            if change in equivalent and not again:
+                self.note(name, *change, code=0, test=None, end="known as equivalent")
+        return [name for name in names if changes[name] not in equivalent]
 
-    def note(self, name: str, tests: _Tests, killers: list[str], code: int, log: Path):
+    def note(self, name: str, before: str, after: str, **end) -> None:
         """Keep what a mutant came to."""
-        output = log.read_text(errors="replace")
-        before, after = _change(self.source, self.mutants[name])
-        failed = tests.failed(output)
-        if failed and failed not in killers:
-            killers.append(failed)
         self.results[name] = {
             "name": name,
-            "survived": not is_killed(code),
+            "survived": not is_killed(end["code"]),
             "before": before,
             "after": after,
-            "code": code,
-            # By what it ended: a failing test, and not the lack of a file.
-            "test": failed,
-            "end": output[-400:],
+            **end,
         }
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(self.results[name]) + "\n")
@@ -590,27 +587,43 @@ def _try(modules: list[_Module], first: int | None, again: bool) -> None:
     if not any(todo.values()):
         return
     state = [module.source for module in modules]
-    state += [path.read_text() for path in sorted((ROOT / "tests").rglob("*.py"))]
+    state += [(ROOT / "tests" / name).read_text() for name in tests]
     log = FOLDER / f"unchanged-{zlib.crc32(''.join(state).encode()):08x}.log"
     reach = log.with_suffix(".json")
 
-    def each(reach: dict) -> Iterator[tuple]:
-        for module in modules:
-            promise = _Tests(module.name, module.source, reach)
-            for name in list(todo[module.name]):
-                killers, chosen = promise.for_mutant(module.mutants[name])
-                seconds = {test: promise.reach[test]["seconds"] for test in chosen}
-                yield module, name, promise, killers, seconds
+    def attempt(run: Callable[..., int | None], log: Path) -> None:
+        seen = json.loads(reach.read_text())
+        promises = {m.name: _Tests(m.name, m.source, seen) for m in modules}
+        # In turn: a run that is stopped leaves a sample of each.
+        for names in itertools.zip_longest(*map(list, todo.values())):
+            for module, name in zip(modules, names, strict=True):
+                if name is None:
+                    continue
+                mutant, promise = module.mutants[name], promises[module.name]
+                killers, chosen = promise.for_mutant(mutant)
+                seconds = {test: seen[test]["seconds"] for test in chosen}
+                code = run(module, mutant, seconds)
+                if code is None:
+                    continue
+                output = log.read_text(errors="replace")
+                # By what it ended: a failing test, and not the lack of a file.
+                failed = promise.failed(output)
+                if failed and failed not in killers:
+                    killers.append(failed)
+                change = _change(module.source, mutant)
+                module.note(name, *change, code=code, test=failed, end=output[-400:])
 
     def changed(session: _Session) -> None:
-        for module, name, promise, killers, seconds in each(
-            json.loads(reach.read_text())
-        ):
-            path = str(_path(module.name))
-            pair = _changed_function(module.source, module.mutants[name], path)
-            code = None if pair is None else session.run_changed(*pair, seconds)
-            if code is not None:
-                module.note(name, promise, killers, code, session.log)
+        def run(module: _Module, mutant: str, seconds: dict[str, float]) -> int | None:
+            pair = _changed_function(module.source, mutant, str(_path(module.name)))
+            return None if pair is None else session.run_changed(*pair, seconds)
+
+        attempt(run, session.log)
+
+    def imported(module: _Module, mutant: str, seconds: dict[str, float]) -> int:
+        return _in_fork(
+            partial(_run_imported, module.name, mutant, seconds, imported_log)
+        )
 
     _in_fork(lambda: _in_session([m.name for m in modules], tests, log, changed))
     if not reach.exists():
@@ -621,11 +634,8 @@ def _try(modules: list[_Module], first: int | None, again: bool) -> None:
         todo[module.name] = [
             name for name in todo[module.name] if module.tries[name] == before[name]
         ]
-    log = log.with_name(f"{log.stem}-imported.log")
-    for module, name, promise, killers, seconds in each(json.loads(reach.read_text())):
-        mutant = module.mutants[name]
-        code = _in_fork(partial(_run_imported, module.name, mutant, seconds, log))
-        module.note(name, promise, killers, code, log)
+    imported_log = log.with_name(f"{log.stem}-imported.log")
+    attempt(imported, imported_log)
 
 
 def _in_session(modules: list[str], tests: list[str], log: Path, work) -> int:
