@@ -699,6 +699,10 @@ def test_entries_that_do_not_fit_the_others_are_named(tiny_llama):
         ),
         ({"gate_proj": torch.randn(80)}, r"gate_proj.weight has shape \[80\] .* says"),
         ({"gate_proj": torch.randn(0, 32)}, r"gate_proj.weight has shape \[0, 32\] .*"),
+        (
+            {"gate_proj": torch.randn(5, 32, 1)},
+            r"gate_proj.weight has shape \[5, 32, 1\]",
+        ),
     ):
         mlp, _, _ = narrowed_mlp(request, sources=sources)
         with pytest.raises(ValueError, match=name + message):
@@ -1181,3 +1185,9 @@ def test_widths_of_their_own_are_told(copied, caplog):
 def test_text_does_not_let_remote_code_run(tiny_llama, text):
     with pytest.raises(ValueError, match=f"trust_remote_code='{text}' is not"):
         load_pruned(str(tiny_llama), ratio=2, trust_remote_code=text)
+
+
+@pytest.mark.parametrize("trusted", [False, None])
+def test_code_that_is_not_remote_needs_no_trust(tiny_llama, trusted):
+    model = load_pruned(str(tiny_llama), ratio=2, trust_remote_code=trusted)
+    assert_same_model(model, load_pruned(str(tiny_llama), ratio=2))
