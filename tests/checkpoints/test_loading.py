@@ -1197,3 +1197,11 @@ def test_a_gate_of_three_axes_is_named_and_not_its_neighbour(copied):
             ValueError, match=rf"^{re.escape(key)} has shape \[5, 32, 1\]"
         ):
             load_pruned(str(copied), ratio=1, **more)
+
+
+def test_what_the_hub_holds_is_known_by_name_and_commit(tiny_llama):
+    request = dataclasses.replace(request_for(tiny_llama, ratio=1), pretrained="org/a")
+    assert request.scores_key() is None
+    request.widths.original._commit_hash = "1" * 40
+    other = dataclasses.replace(request, pretrained="org/b")
+    assert request.scores_key() not in (None, other.scores_key())
