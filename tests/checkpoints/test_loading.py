@@ -1205,3 +1205,18 @@ def test_what_the_hub_holds_is_known_by_name_and_commit(tiny_llama):
     request.widths.original._commit_hash = "1" * 40
     other = dataclasses.replace(request, pretrained="org/b")
     assert request.scores_key() not in (None, other.scores_key())
+
+
+def test_what_the_class_lets_be_missing_or_superfluous_is_no_damage(
+    copied, monkeypatch
+):
+    def edit(tensors):
+        tensors["model.extra"] = tensors.pop("model.norm.weight")
+
+    edit_weights(copied, edit)
+    with pytest.raises(ValueError, match=r"model\.(norm\.weight|extra)"):
+        load_pruned(str(copied), ratio=1)
+    for list_of, name in (("missing", "norm"), ("unexpected", "extra")):
+        name = f"_keys_to_ignore_on_load_{list_of}", [rf"model\.{name}"]
+        monkeypatch.setattr(LlamaForCausalLM, *name, raising=False)
+    load_pruned(str(copied), ratio=1)
