@@ -1181,3 +1181,42 @@ def test_widths_of_their_own_are_told(copied, caplog):
 def test_text_does_not_let_remote_code_run(tiny_llama, text):
     with pytest.raises(ValueError, match=f"trust_remote_code='{text}' is not"):
         load_pruned(str(tiny_llama), ratio=2, trust_remote_code=text)
+
+
+@pytest.mark.parametrize("trusted", [False, None])
+def test_code_that_is_not_remote_needs_no_trust(tiny_llama, trusted):
+    model = load_pruned(str(tiny_llama), ratio=2, trust_remote_code=trusted)
+    assert_same_model(model, load_pruned(str(tiny_llama), ratio=2))
+
+
+def test_a_gate_of_three_axes_is_named_and_not_its_neighbour(copied):
+    key = "model.layers.1.mlp.gate_proj.weight"
+    edit_weights(copied, lambda tensors: tensors.update({key: torch.randn(5, 32, 1)}))
+    for more in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(key)} has shape \[5, 32, 1\]"
+        ):
+            load_pruned(str(copied), ratio=1, **more)
+
+
+def test_what_the_hub_holds_is_known_by_name_and_commit(tiny_llama):
+    request = dataclasses.replace(request_for(tiny_llama, ratio=1), pretrained="org/a")
+    assert request.scores_key() is None
+    request.widths.original._commit_hash = "1" * 40
+    other = dataclasses.replace(request, pretrained="org/b")
+    assert request.scores_key() not in (None, other.scores_key())
+
+
+def test_what_the_class_lets_be_missing_or_superfluous_is_no_damage(
+    copied, monkeypatch
+):
+    def edit(tensors):
+        tensors["model.extra"] = tensors.pop("model.norm.weight")
+
+    edit_weights(copied, edit)
+    with pytest.raises(ValueError, match=r"model\.(norm\.weight|extra)"):
+        load_pruned(str(copied), ratio=1)
+    for list_of, name in (("missing", "norm"), ("unexpected", "extra")):
+        name = f"_keys_to_ignore_on_load_{list_of}", [rf"model\.{name}"]
+        monkeypatch.setattr(LlamaForCausalLM, *name, raising=False)
+    load_pruned(str(copied), ratio=1)

@@ -414,6 +414,24 @@ def test_keys_are_renamed_unless_the_model_has_them_as_they_are(tiny_llama):
     }
 
 
+@pytest.mark.parametrize("remember", [False, True])
+def test_looking_a_name_up_leaves_no_trace_unless_it_shall(tiny_llama, remember):
+    """`save_pretrained` reverts the renamings that remember to have been used."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    renaming = WeightRenaming(source_patterns="norm", target_patterns="scale")
+    config = types.SimpleNamespace(weight_mapping=[renaming])
+    transformers_api.target_names(["last_norm"], model, config, remember)
+    assert renaming.was_used() == remember
+
+
+def test_a_loader_that_passes_on_what_it_does_not_name_is_known(monkeypatch):
+    def load(model, *args, **kwargs):
+        return ORIGINAL.__func__(model, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, LOADER, staticmethod(load))
+    assert transformers_api.unknown_loader() is None
+
+
 def test_keys_are_sorted_by_number():
     assert transformers_api.in_order(["a.10", "a.9", "a.1"]) == ["a.1", "a.9", "a.10"]
 

@@ -7,6 +7,7 @@ import ast
 import inspect
 import json
 import runpy
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,17 @@ def test_what_the_harness_split_at_commas_is_joined():
     without = {"4-5": ""}
     assert PruneArguments.taken_from(without) == PruneArguments()
     assert without == {"4-5": ""}
+
+
+def test_pieces_of_one_of_two_lists_of_layers_are_no_reason_to_forget_the_other():
+    given = {"ratio": 1, "layers": 0, "skip_layers": 3, "4-5": ""}
+    with pytest.raises(ValueError, match=r"layers=\[0, '4-5'\] and skip_layers=3 were"):
+        PruneArguments.taken_from(given)
+
+
+def test_what_was_checked_stays_as_it_is():
+    with pytest.raises(FrozenInstanceError):
+        PruneArguments(ratio=1).ratio = "none"
 
 
 #: The declaration; the arithmetic of each size; what is made of the arguments, which bears their

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from lm_eval_pruned.pruning import slicing as pruning
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.record import PruneRecord
 from tests.helpers import by_hand, checkpoints, layouts
 from tests.helpers.comparing import assert_same_model
 
@@ -415,6 +416,15 @@ def test_records_cannot_be_changed(tiny_llama):
     for one, name in ((record, "layers"), (record.groups[0], "mlps")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(one, name, 0)
+
+
+@pytest.mark.parametrize("mlps", [2, 4])
+def test_a_record_is_of_the_kept_neurons_of_all_mlps(tiny_llama, mlps):
+    record = load_pruned(str(tiny_llama), ratio=1).prune_record
+    widths = pruning.widths_in_memory(AutoModelForCausalLM.from_pretrained(tiny_llama))
+    kept = (record.kept * 2)[:mlps]
+    with pytest.raises(ValueError, match=rf"kept neurons of 3 MLPs, not of {mlps}\.$"):
+        PruneRecord.of(record.plan, widths, 2, 1, kept)
 
 
 def test_the_message_counts_the_bad_weights(tiny_llama):
