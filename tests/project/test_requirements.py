@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SHIPPED = ("lm_eval_pruned", "model_wrappers", "tasks")
 #: Scripts import their neighbours by name.
-OURS = {"lm_eval_pruned", "tests"} | {
+OURS = {"lm_eval_pruned", "tests", "tools", "upstream_patches"} | {
     path.stem
     for folder in ("benchmarks", "docs", "tests")
     for path in (checkpoints.ROOT / folder).glob("*.py")

@@ -98,7 +98,7 @@ def test_command_line_wins_over_the_file(file):
     ("text", "message"),
     [
         ("ratio: [2.0]\n" + BASE, "unknown key ratio: did you mean ratios?"),
-        ("zzz: 1\n" + BASE, "unknown key zzz: known: model_args, ratios"),
+        ("zzz: 1\n" + BASE, "unknown key zzz: known: model, model_args, ratios"),
         ("1: 1\n" + BASE, "unknown key 1"),
         (BASE + "ratios: many\n", "not a mistake"),
         (
