@@ -210,7 +210,9 @@ def test_an_exported_checkpoint_is_the_same_model(llama, tmp_path, in_this_proce
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 1e-2), ("bfloat16", 0.05)]
+    # In bfloat16 logits from 16 to 32 are an eighth apart; summing otherwise moves one by a step.
+    ("dtype", "tolerance"),
+    [("float32", 1e-2), ("bfloat16", 0.125)],
 )
 def test_answers_to_real_questions(
     dtype, tolerance, real_model, shared_data, monkeypatch, in_this_process
