@@ -83,9 +83,8 @@ class Session:
 
     def provide(self, model, state_dict, checkpoint_files, load_config):
         """Stand in for the checkpoint of the first model of its class; see `reading`."""
-        # A class may load another model before or while its own is loaded.
-        its_own = type(model).__name__ == self._widths.model_class.__name__
-        if self.opened or not its_own:
+        # A class may load another model of its class while its own is loaded.
+        if self.opened:
             return state_dict, checkpoint_files
         entries = self.open(model, state_dict, checkpoint_files, load_config)
         if not self.changes_model:

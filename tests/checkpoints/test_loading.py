@@ -12,6 +12,7 @@ import sys
 import threading
 import types
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -598,6 +599,20 @@ def test_only_the_first_model_of_a_session_is_pruned(tiny_llama):
     assert first.config.intermediate_size == 32
     assert_same_model(first, load_pruned(str(tiny_llama), ratio=1))
     assert_same_model(second, load_pruned(str(tiny_llama)))
+
+
+def test_a_model_whose_weights_nobody_asked_for_is_refused(tiny_llama):
+    """Of a mixture's experts a process may ask for its share; of none of them it may not."""
+    request = request_for(tiny_llama, ratio=1)
+    session = Session(
+        request.plan, request.widths, request.widths.targets(request.plan)
+    )
+    session._model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    session._mlps = [SimpleNamespace(is_untouched=True)] * 2
+    with pytest.raises(UnsupportedModelError, match="put no weights into the narrowed"):
+        session.check_filled(session._model)
+    session._mlps = [SimpleNamespace(is_untouched=untouched) for untouched in (1, 0)]
+    session.check_filled(session._model)
 
 
 @pytest.mark.parametrize(
