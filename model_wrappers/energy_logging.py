@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
-from lm_eval_pruned.model_wrappers.batching.flags import check_flag
 from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
     end_tokens,
 )
+from lm_eval_pruned.model_wrappers.energy_arguments import open_energy_log
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 
@@ -65,33 +65,15 @@ class EnergyLoggingHFLM(PrefixHFLM):
         Raises:
             ValueError: An argument is out of range, or needs ``energy=true``.
         """
-        for name, value in {
-            "energy": energy,
-            "energy_per_task": energy_per_task,
-            "energy_online": energy_online,
-        }.items():
-            check_flag(name, value)
+        self._energy = open_energy_log(
+            energy=energy,
+            energy_per_task=energy_per_task,
+            energy_idle_seconds=energy_idle_seconds,
+            energy_country=energy_country,
+            energy_online=energy_online,
+        )
         self._energy_per_task = energy_per_task
-        self._energy: EnergyLog | None = None
         self._warmed_up = False
-        if energy:
-            from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
-
-            self._energy = EnergyLog.from_arguments(
-                energy_idle_seconds, energy_country, energy_online
-            )
-        else:
-            for name, given in {
-                "energy_per_task": energy_per_task,
-                "energy_idle_seconds": energy_idle_seconds,
-                "energy_country": energy_country,
-                "energy_online": energy_online,
-            }.items():
-                if given:
-                    raise ValueError(
-                        f"{name}={given} measures nothing by itself: pass energy=true as well, "
-                        "or leave it out."
-                    )
         super().__init__(*args, **kwargs)
 
     def loglikelihood(

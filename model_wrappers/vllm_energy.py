@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.vllm_causallms import VLLM
 
-from lm_eval_pruned.model_wrappers.batching.flags import check_flag
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
+from lm_eval_pruned.model_wrappers.energy_arguments import open_energy_log
 
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from lm_eval.api.instance import Instance
 
-    from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
 
 eval_logger = logging.getLogger("lm_eval.models.energy_logging")
 
@@ -39,31 +38,16 @@ class EnergyLoggingVLLM(VLLM):
         **kwargs: Any,
     ) -> None:
         """VLLM with the arguments ``energy...`` of `EnergyLoggingHFLM`."""
-        check_flag("energy", energy)
-        check_flag("energy_per_task", energy_per_task)
-        check_flag("energy_online", energy_online)
-        asked = {
-            "energy_per_task": energy_per_task,
-            "energy_idle_seconds": energy_idle_seconds,
-            "energy_country": energy_country,
-            "energy_online": energy_online,
-        }
-        for name, value in asked.items():
-            if value and not energy:
-                raise ValueError(
-                    f"{name}={value} measures nothing by itself: pass energy=true as well, or "
-                    "leave it out."
-                )
+        self._energy = open_energy_log(
+            energy=energy,
+            energy_per_task=energy_per_task,
+            energy_idle_seconds=energy_idle_seconds,
+            energy_country=energy_country,
+            energy_online=energy_online,
+        )
         self.token_counts = TokenCounts()
         self._energy_per_task = energy_per_task
         self._warmed_up = False
-        self._energy: EnergyLog | None = None
-        if energy:
-            from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
-
-            self._energy = EnergyLog.from_arguments(
-                energy_idle_seconds, energy_country, energy_online
-            )
         super().__init__(*args, **kwargs)
 
     def loglikelihood(
