@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lm_eval_pruned.analysis import statistics
 from lm_eval_pruned.analysis.across_ratios import across_ratios
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
+from lm_eval_pruned.analysis.margins import Claim, Margin, claims
 from lm_eval_pruned.analysis.pairing import DocumentReader, paired_documents
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.runs import read_run
@@ -69,7 +70,12 @@ def split_sweep(runs: list[Run], where: str) -> tuple[Run, list[Run]]:
 
 
 def compare(
-    base: Run, runs: Sequence[Run], *, alpha: float = 0.05, subtasks: bool = False
+    base: Run,
+    runs: Sequence[Run],
+    *,
+    alpha: float = 0.05,
+    subtasks: bool = False,
+    margin: Margin | None = None,
 ) -> Comparison:
     """Compare runs with a base.
 
@@ -78,6 +84,8 @@ def compare(
         runs: At least one.
         alpha: Level of the tests, between 0 and 1.
         subtasks: Whether to compare the members of groups that have scores too.
+        margin: Within which differences are asked to lie; the verdicts say whether that
+            is shown.
 
     Raises:
         ResultsError: Samples cannot be read, two runs saw different documents or
@@ -129,6 +137,9 @@ def compare(
         )
         for row, test, (q, level) in zip(rows, tests, adjusted, strict=True)
     ]
+    if margin is not None:
+        rows, unusable = _with_claims(margin, rows, tests, alpha, base)
+        notes += unusable
     weaker = sorted({row.task for row in rows if "weaker" in row.method})
     if weaker:
         notes.append(
@@ -138,7 +149,9 @@ def compare(
         )
     everything = [base, *(run for run in runs if run is not base)]
     correlations, trends = across_ratios(everything, alpha=alpha, read=read)
-    return Comparison(base.name, alpha, tuple(rows), correlations, trends, tuple(notes))
+    return Comparison(
+        base.name, alpha, tuple(rows), correlations, trends, tuple(notes), margin
+    )
 
 
 def _test(
@@ -233,6 +246,57 @@ def _verdict(row: Difference, q: float | None, alpha: float, base: Run) -> str:
     if higher_is_better is None:
         return "different"
     return "better" if (row.difference > 0) == higher_is_better else "worse"
+
+
+def _with_claims(
+    margin: Margin,
+    rows: Sequence[Difference],
+    tests: Sequence[statistics.PairedTest],
+    alpha: float,
+    base: Run,
+) -> tuple[list[Difference], list[str]]:
+    """Return rows whose verdicts are about the margin, and notes on those that have none."""
+    found = claims(
+        margin,
+        [test if row.primary else None for row, test in zip(rows, tests, strict=True)],
+        [
+            (
+                row.base_score,
+                row.score,
+                base.scores[row.task, row.metric].higher_is_better,
+            )
+            for row in rows
+        ],
+        alpha,
+    )
+    asked = sorted(
+        {
+            row.task
+            for row, claim in zip(rows, found, strict=True)
+            if row.primary
+            and claim is None
+            and margin.size(row.base_score, row.score) is None
+        }
+    )
+    note = (
+        f"{margin.text} is no margin for {listed(asked)}, whose scores are not between 0 and 1: "
+        "give a share such as 2%, or a number in the metric's own unit."
+    )
+    decided = [
+        replace(row, claim=claim, verdict=_claimed(margin, row, claim, alpha))
+        for row, claim in zip(rows, found, strict=True)
+    ]
+    return decided, [note] if asked else []
+
+
+def _claimed(margin: Margin, row: Difference, claim: Claim | None, alpha: float) -> str:
+    if row.verdict in ("not comparable", "restated"):
+        return row.verdict
+    shown = claim is not None and claim.q < alpha
+    # What is better is not worse, and says more; what is equivalent may differ for certain.
+    if shown and not (margin.claim == "not_worse" and row.verdict == "better"):
+        return margin.verdict
+    return "undecided" if row.verdict.startswith("not ") else row.verdict
 
 
 def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:

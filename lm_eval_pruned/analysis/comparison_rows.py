@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lm_eval_pruned.analysis import statistics
+    from lm_eval_pruned.analysis.margins import Claim, Margin
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class Difference:
         verdict: ``better`` or ``worse``, where q < alpha; ``different``, where the task does
             not say which way is up; ``not shown``, which is not the same as no
             difference; ``not tested``, see `method`; ``not comparable``, where a score is
-            no finite number; ``restated``, where the metric is not primary.
+            no finite number; ``restated``, where the metric is not primary. With a margin
+            one of ``equivalent`` (or ``not worse``), ``better``, ``worse``, ``different``,
+            ``undecided``, ``not comparable`` and ``restated``.
+        claim: What is shown of the margin that was asked for; None without one.
     """
 
     run: str
@@ -54,6 +58,7 @@ class Difference:
     method: str
     primary: bool
     verdict: str
+    claim: Claim | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class Comparison:
         correlations: Pairs of tasks, where there are at least 3 expansion ratios.
         trends: Tasks, where there are at least 3 expansion ratios.
         notes: What the reader has to know, such as tasks that only one run has.
+        margin: Within which differences were asked to lie, if they were.
     """
 
     base: str
@@ -114,3 +120,4 @@ class Comparison:
     correlations: tuple[TaskCorrelation, ...]
     trends: tuple[TaskTrend, ...]
     notes: tuple[str, ...]
+    margin: Margin | None = None

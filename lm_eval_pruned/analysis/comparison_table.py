@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.analysis.comparison_rows import TaskCorrelation, TaskTrend
+    from lm_eval_pruned.analysis.margins import Claim
 
 
 #: What the tables of trends and correlations show.
@@ -41,7 +42,13 @@ def as_table(comparison: Comparison) -> str:
     )
     if primary < len(comparison.rows):
         header += " Rows that are `restated` are other metrics of the same answers."
-    parts = [header, _differences(comparison.rows, confidence)]
+    if comparison.margin is not None:
+        header += (
+            f" Margin: {comparison.margin.text}; the interval that decides lies within it exactly "
+            f"where {comparison.margin.verdict} is shown (two one-sided tests, q margin below "
+            f"{comparison.alpha:g})."
+        )
+    parts = [header, _differences(comparison, confidence)]
     if comparison.trends:
         parts += [f"{TREND}:", _trends(comparison.trends, confidence)]
     if comparison.correlations:
@@ -51,10 +58,12 @@ def as_table(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _differences(rows: Sequence[Difference], confidence: str) -> str:
+def _differences(comparison: Comparison, confidence: str) -> str:
+    with_margin = comparison.margin is not None
     return markdown_table(
         ["run", "task", "metric", "base", "score", "difference"]
         + [f"{confidence} interval", "relative", "p", "q", "smallest detectable"]
+        + (["margin", "interval that decides", "q margin"] if with_margin else [])
         + ["documents", "test", "verdict"],
         [
             [
@@ -69,14 +78,25 @@ def _differences(rows: Sequence[Difference], confidence: str) -> str:
                 p_text(row.p),
                 p_text(row.q),
                 number_text(row.smallest_detectable, ".4f"),
+                *(_claim(row.claim) if with_margin else ()),
                 row.documents or "-",
                 row.method,
                 row.verdict,
             ]
-            for row in rows
+            for row in comparison.rows
         ],
-        "lllrrrrrrrrrll",
+        "lllrrrrrrrr" + "rrr" * with_margin + "rll",
     )
+
+
+def _claim(claim: Claim | None) -> tuple[str, str, str]:
+    if claim is None:
+        return "-", "-", "-"
+    low, high = (
+        number_text(end, "+.4f", no_end)
+        for end, no_end in ((claim.low, "-inf"), (claim.high, "inf"))
+    )
+    return f"{claim.margin:.4g}", f"[{low}, {high}]", p_text(claim.q)
 
 
 def _trends(trends: Sequence[TaskTrend], confidence: str) -> str:
@@ -130,7 +150,25 @@ def _correlations(pairs: Sequence[TaskCorrelation], confidence: str) -> str:
 
 def as_csv(comparison: Comparison) -> str:
     """Return the table of differences as CSV with a header."""
-    return csv_table(Difference.__dataclass_fields__, map(asdict, comparison.rows))
+    columns = [name for name in Difference.__dataclass_fields__ if name != "claim"]
+    rows = [asdict(row) for row in comparison.rows]
+    if comparison.margin is not None:
+        columns += _CLAIM.values()
+    for row in rows:
+        claim = row.pop("claim") or {}
+        if comparison.margin is not None:
+            row |= {column: claim.get(name) for name, column in _CLAIM.items()}
+    return csv_table(columns, rows)
+
+
+#: Columns of the CSV on a margin, by their names in `Claim`.
+_CLAIM = {
+    "margin": "margin",
+    "low": "margin_low",
+    "high": "margin_high",
+    "p": "p_margin",
+    "q": "q_margin",
+}
 
 
 def as_json(comparison: Comparison) -> str:
@@ -158,9 +196,9 @@ def p_text(p: float | None) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def number_text(value: float | None, form: str) -> str:
-    """Return a number in the given format, or a dash."""
-    return "-" if value is None else format(value, form)
+def number_text(value: float | None, form: str, without: str = "-") -> str:
+    """Return a number in the given format, or `without` one a dash."""
+    return without if value is None else format(value, form)
 
 
 def interval_text(low: float | None, high: float | None, digits: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.analysis.margins import add_margins
+
 
 if TYPE_CHECKING:
     import argparse
@@ -56,6 +58,7 @@ def add(commands) -> None:
         metavar="A",
         help="the same, not significantly worse at level A; needs --log_samples",
     )
+    add_margins(rules, ", as a rule with --update; needs --log_samples")
     parser.set_defaults(run=run)
 
 
@@ -72,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if given and not arguments.update:
         raise ValueError(
-            f"--{given[0].kind} {given[0].value:g} makes rules for a new baseline: give it together "
+            f"--{given[0].kind} {given[0].value} makes rules for a new baseline: give it together "
             "with --update, or edit the rules in the baseline file."
         )
     runs = regression.read_results(arguments.results)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.analysis.margins import add_margins, margin_of
+
 
 if TYPE_CHECKING:
     import argparse
@@ -37,6 +39,7 @@ def add(commands) -> None:
         action="store_true",
         help="compare the members of groups too, such as the subjects of MMLU",
     )
+    add_margins(parser)
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
     parser.set_defaults(run=run)
 
@@ -46,9 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.analysis import comparison
     from lm_eval_pruned.analysis.comparison_table import FORMATS
 
+    margin = margin_of(arguments)
     base, runs = comparison.read_comparands(arguments.paths)
     result = comparison.compare(
-        base, runs, alpha=arguments.alpha, subtasks=arguments.subtasks
+        base,
+        runs,
+        alpha=arguments.alpha,
+        subtasks=arguments.subtasks,
+        margin=margin,
     )
     print(FORMATS[arguments.format](result), end="")
     return 0

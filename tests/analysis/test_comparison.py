@@ -7,6 +7,7 @@ import pytest
 
 from lm_eval_pruned import cli
 from lm_eval_pruned.analysis import comparison, comparison_table
+from lm_eval_pruned.analysis.margins import Margin
 from lm_eval_pruned.analysis.results_file import ResultsError
 from lm_eval_pruned.analysis.runs import read_run
 from lm_eval_pruned.analysis.series import series_of
@@ -436,3 +437,118 @@ def test_the_command_on_unusable_input(tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.startswith("lm-eval-pruned compare: error: ")
     assert message.count("\n") == 1
+
+
+def margin(text: str, claim: str = "equivalent") -> Margin:
+    return Margin(claim, text)
+
+
+def nearly(share: float, changed: int, n: int) -> list[float]:
+    """The answers of `answers`, of which some changed: as many for the better as the worse."""
+    values = np.array(answers(share, n))
+    for old in (0.0, 1.0):
+        values[np.flatnonzero(values == old)[: changed // 2]] = 1 - old
+    return values.tolist()
+
+
+def test_the_same_and_better_and_worse_and_not_known(tmp_path):
+    n = 1200
+    base, run = runs(
+        tmp_path,
+        {task: {"acc,none": answers(0.5, n)} for task in ("up", "down", "same", "few")},
+        {
+            "up": {"acc,none": answers(0.7, n)},
+            "down": {"acc,none": answers(0.3, n)},
+            "same": {"acc,none": nearly(0.5, 20, n)},
+            "few": {"acc,none": nearly(0.5, 400, n)},
+        },
+    )
+    rows = rows_of(base, run, margin=margin("2pt"))
+    assert {task: row.verdict for (_, task, _), row in rows.items()} == {
+        "up": "better",
+        "down": "worse",
+        "same": "equivalent",
+        "few": "undecided",
+    }
+    for row in rows.values():
+        assert row.claim.margin == 0.02
+        inside = -0.02 < row.claim.low and row.claim.high < 0.02
+        assert inside == (row.claim.q < 0.05) == (row.verdict == "equivalent")
+    rows = rows_of(base, run, margin=margin("2pt", "not_worse"))
+    assert {task: row.verdict for (_, task, _), row in rows.items()} == {
+        "up": "better",
+        "down": "worse",
+        "same": "not worse",
+        "few": "undecided",
+    }
+    assert all(row.claim.high is None for row in rows.values())
+    # Without a margin nothing of this is said.
+    assert {row.claim for row in rows_of(base, run).values()} == {None}
+
+
+def test_a_difference_that_is_certain_may_be_within_the_margin(tmp_path):
+    n = 2000
+    before = np.zeros(n)
+    after = before.copy()
+    after[:12] = 1
+    base, run = runs(
+        tmp_path,
+        {"t": {"acc,none": before.tolist()}},
+        {"t": {"acc,none": after.tolist()}},
+    )
+    (row,) = rows_of(base, run, margin=margin("2pt")).values()
+    assert row.q < 0.05
+    assert row.verdict == "equivalent"
+
+
+def test_not_worse_follows_the_direction_of_the_metric(tmp_path):
+    loglikelihoods = np.random.default_rng(0).normal(-3, 0.1, size=N)
+    metric = {"aggregation": "perplexity", "higher_is_better": False}
+
+    def of(shift):
+        noise = np.random.default_rng(1).normal(0, 0.01, size=N)
+        values = list(loglikelihoods + shift + (noise if shift else 0))
+        return {"wiki": {"word_perplexity,none": {"values": values, **metric}}}
+
+    base, lower, higher = runs(tmp_path, of(0), of(0.2), of(-0.2))
+    rows = rows_of(base, lower, higher, margin=margin("5%", "not_worse"))
+    assert [row.verdict for row in rows.values()] == ["better", "worse"]
+    assert all(row.claim.low is None for row in rows.values())
+    assert next(iter(rows.values())).claim.margin == pytest.approx(
+        0.05 * rows["1", "wiki", "word_perplexity,none"].base_score
+    )
+
+
+def test_percentage_points_of_a_perplexity_are_no_margin(tmp_path):
+    metric = {"aggregation": "perplexity", "higher_is_better": False}
+    tasks = {"wiki": {"perplexity,none": {"values": [-3.0] * 20, **metric}}}
+    base, run = runs(tmp_path, tasks, tasks)
+    result = comparison.compare(base, [run], margin=margin("1pt"))
+    assert [row.verdict for row in result.rows] == ["undecided"]
+    assert any("1pt is no margin for wiki" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "pt", "-1pt", "0", "0pt", "1 point", "nan", "inf%"]
+)
+def test_what_is_no_margin(text):
+    with pytest.raises(ValueError, match="is no margin: give percentage points"):
+        margin(text)
+
+
+def test_the_command_with_a_margin(tmp_path, capsys):
+    tasks = {"t": {"acc,none": answers(0.5, 400)}}
+    paths = [str(write_run(tmp_path / name, tasks)) for name in "ab"]
+    assert cli.main(["compare", *paths, "--equivalent", "3pt"]) == 0
+    shown = capsys.readouterr().out
+    assert "Margin: 3pt" in shown
+    assert "|equivalent|" in shown
+    assert cli.main(["compare", *paths, "--not_worse", "3pt", "--format", "csv"]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.endswith("verdict,margin,margin_low,margin_high,p_margin,q_margin")
+    assert ",not worse,0.03," in row
+    assert cli.main(["compare", *paths, "--not_worse", "3pt", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["margin"]["text"] == "3pt"
+    two = ["--not_worse", "3pt", "--equivalent", "1pt"]
+    assert cli.main(["compare", *paths, *two]) == 2
+    assert "were given together" in capsys.readouterr().err

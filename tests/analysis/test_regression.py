@@ -682,3 +682,37 @@ def test_small_subtasks_are_decided_with_their_group(tmp_path, capsys):
     del data["runs"]["run"]["all"]
     (tmp_path / "b.json").write_text(json.dumps(data))
     assert cli.main(["check", before, *options]) == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "after", "code", "words"),
+    [
+        (("--not_worse", "10pt"), 0.5, 0, "1 as expected"),
+        (("--equivalent", "15%"), 0.5, 0, "1 as expected"),
+        (("--not_worse", "1pt"), 0.3, 1, "Significantly worse"),
+        (("--equivalent", "1pt"), 0.48, 2, "Not shown to be equivalent within 1pt"),
+        (("--equivalent", "1pt"), 0.8, 0, "IMPROVED"),
+        (("--not_worse", "1pt"), 0.8, 0, "1 as expected"),
+    ],
+)
+def test_rules_with_a_margin(gate, rule, after, code, words):
+    before = {"tf": {"acc,none": answers(0.5)}}
+    found, text = gate(before, {"tf": {"acc,none": answers(after)}}, update=rule)
+    assert found == code, text
+    assert words in text
+
+
+def test_a_damaged_margin_in_a_baseline_is_named(tmp_path, capsys):
+    file = tmp_path / "b.json"
+    file.write_text(json.dumps(baseline_of({"score": 0.5, "not_worse": "much"})))
+    write_run(tmp_path / "a", first(60))
+    assert cli.main(["check", str(tmp_path / "a"), "--baseline", str(file)]) == 2
+    assert "not_worse=much is no margin" in capsys.readouterr().err
+
+
+def test_a_margin_that_cannot_be_is_refused_when_it_is_made(tmp_path, capsys):
+    write_run(tmp_path / "a", first(60))
+    options = ["--baseline", str(tmp_path / "b.json"), "--update", "--not_worse", "-1"]
+    assert cli.main(["check", str(tmp_path / "a"), *options]) == 2
+    assert "not_worse" in capsys.readouterr().err
+    assert not (tmp_path / "b.json").exists()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
+import math
 
 import numpy as np
 import pytest
@@ -615,3 +617,79 @@ def test_the_benchmark_of_coverage_runs():
         assert len(cells) == 5, (name, data)
     assert len(benchmark.correlations(2)) == 10
     assert len(benchmark.families(2)) == 3
+
+
+@given(
+    st.integers(0, 30),
+    st.integers(0, 30),
+    st.integers(0, 60),
+    st.floats(0.005, 0.3),
+    st.floats(0.01, 0.4),
+)
+def test_p_outside_is_where_the_interval_leaves_the_margin(up, down, same, margin, a):
+    if up + down + same == 0:
+        return
+    test = paired(up, down, same)
+    p = test.p_outside(-margin, margin)
+    low, high = test.interval(2 * a)
+    if min(abs(low + margin), abs(high - margin)) < 1e-6:
+        return
+    inside = -margin < low and high < margin and abs(test.difference) < margin
+    assert (p < a) == inside
+
+
+@pytest.mark.parametrize("transform", ["mean", "perplexity", "bits_per_byte"])
+@pytest.mark.parametrize("seed", range(4))
+def test_p_outside_and_intervals_of_means_agree(seed, transform):
+    rng = np.random.default_rng(seed)
+    base = rng.normal(-3, 0.4, size=50)
+    run = base + rng.normal(0.01, 0.1, size=50)
+    test = statistics.paired_difference(base, run, transform=transform, alpha=0.1)
+    low, high = test.interval(0.1)
+    assert (low, high) == pytest.approx((test.low, test.high), rel=1e-6)
+    # At its own ends the interval is just inside.
+    assert test.p_outside(low, math.inf) == pytest.approx(0.05, abs=1e-6)
+    assert test.p_outside(-math.inf, high) == pytest.approx(0.05, abs=1e-6)
+    wide = test.p_outside(low - 0.1, high + 0.1)
+    assert wide < test.p_outside(low - 0.01, high + 0.01) < 0.05
+
+
+def test_two_one_sided_tests_are_those_of_the_textbook():
+    rng = np.random.default_rng(3)
+    gains = rng.normal(0.02, 0.2, size=40)
+    test = statistics.paired_difference(np.zeros(40), gains)
+    lower = stats.ttest_1samp(gains, -0.1, alternative="greater").pvalue
+    upper = stats.ttest_1samp(gains, 0.1, alternative="less").pvalue
+    assert test.p_outside(-0.1, 0.1) == pytest.approx(max(lower, upper))
+    assert test.p_outside(-0.1, math.inf) == pytest.approx(lower)
+
+
+def test_documents_without_any_change_bound_the_share_of_those_that_do():
+    scores = np.linspace(0.1, 0.9, 200)
+    same = statistics.paired_difference(scores, scores)
+    assert same.p_outside(-0.02, 0.02) < 0.05 < same.p_outside(-0.005, 0.005)
+    # Without bounds on a score nothing follows from that.
+    assert statistics.paired_difference(scores + 5, scores + 5).p_outside(-1, 1) is None
+
+
+def test_a_difference_outside_of_the_margin_is_never_within_it():
+    test = paired(40, 0, 60)
+    assert test.p_outside(-0.1, 0.1) >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("n", "margin", "up", "down"), [(60, 0.05, 0.06, 0.01), (40, 0.1, 0.12, 0.02)]
+)
+def test_level_of_equivalence_counted_out(n, margin, up, down):
+    """At a true difference of the margin, equivalence is claimed in 5 % of cases at most."""
+    wrongly = sum(
+        chance
+        for ups, downs, chance in every_outcome(n, up, down)
+        if paired_p_outside(ups, downs, n - ups - downs, margin) < 0.05
+    )
+    assert 0.04 < wrongly < 0.05
+
+
+@functools.cache
+def paired_p_outside(up: int, down: int, same: int, margin: float) -> float:
+    return paired(up, down, same).p_outside(-margin, margin)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm_eval_pruned.analysis.margins import CLAIMS, Margin
 from lm_eval_pruned.analysis.results_file import (
     ResultsError,
     Run,
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 #: Version of the baseline file. Version 1 did not say what its scores are of.
 SCHEMA = 2
-RULES = ("absolute", "relative", "alpha")
+RULES = ("absolute", "relative", "alpha", *CLAIMS)
+#: Those that look at single documents.
+OF_DOCUMENTS = ("alpha", *CLAIMS)
 #: Digits that scores are written with.
 _DIGITS = 10
 
@@ -41,14 +44,20 @@ class Rule:
     Attributes:
         kind: One of `RULES`.
         value: Tolerance in the metric's own unit, tolerance as a share of the expected
-            score, or level of the test.
+            score, level of the test, or for `CLAIMS` a margin as `Margin` takes it.
     """
 
     kind: str
-    value: float
+    value: Any
 
     def __post_init__(self) -> None:
         value = self.value
+        if self.kind in CLAIMS:
+            try:
+                Margin(self.kind, value)
+            except ValueError as error:
+                raise ResultsError(str(error)) from None
+            return
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ResultsError(f"{self.kind} is {value!r}: give a number.")
         if self.kind == "alpha" and not 0 < value < 1:
@@ -67,7 +76,7 @@ class Expectation:
         score: Expected score.
         higher_is_better: Direction; None where any change counts as worse.
         rule: See `Rule`.
-        documents: Scores of single documents; only for the rule ``alpha``.
+        documents: Scores of single documents; only for the rules `OF_DOCUMENTS`.
     """
 
     score: float
@@ -102,7 +111,7 @@ def make_baseline(
         previous: Whose rules stay.
 
     Raises:
-        ResultsError: A score is NaN or infinite, or a rule ``alpha`` has no samples.
+        ResultsError: A score is NaN or infinite, or a rule of `OF_DOCUMENTS` has no samples.
     """
     expectations = {}
     versions = {}
@@ -118,8 +127,8 @@ def make_baseline(
             known = previous.expectations.get(key) if previous else None
             kept = known.rule if known else rule
             documents = None
-            if kept.kind == "alpha":
-                documents = documents_of(run, task, metric)
+            if kept.kind in OF_DOCUMENTS:
+                documents = documents_of(run, task, metric, kept)
             expectations[key] = Expectation(
                 score.value, score.higher_is_better, kept, documents
             )
@@ -222,12 +231,12 @@ class Undecidable(ResultsError):
     """Why the documents of results and baseline cannot be compared."""
 
 
-def documents_of(run: Run, task: str, metric: str) -> Documents:
+def documents_of(run: Run, task: str, metric: str, rule: Rule) -> Documents:
     """Read documents and shorten their keys to what a baseline file holds."""
     documents = read_documents(run, task, metric)
     if documents is None:
         raise Undecidable(
-            f"The rule alpha needs logged samples that make up {metric} of {task}, and {run.path} "
+            f"The rule {rule.kind} needs logged samples that make up {metric} of {task}, and {run.path} "
             "has none: evaluate with --log_samples, or use a tolerance for this metric."
         )
     clusters = documents.clusters
@@ -277,10 +286,10 @@ def _expectation(file: Path, where: str, record: Mapping[str, Any]) -> Expectati
     except ResultsError as error:
         raise ResultsError(f"{file}: {where}: {error}") from None
     documents = None
-    if rule.kind == "alpha":
+    if rule.kind in OF_DOCUMENTS:
         if "documents" not in record:
             raise ResultsError(
-                f"{file}: {where} has the rule alpha but no documents: run with --update."
+                f"{file}: {where} has the rule {rule.kind} but no documents: run with --update."
             )
         try:
             documents = _documents_from_dict(record["documents"])

@@ -7,7 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis import statistics
-from lm_eval_pruned.analysis.gate.baseline_file import Baseline, Undecidable
+from lm_eval_pruned.analysis.gate.baseline_file import (
+    OF_DOCUMENTS,
+    Baseline,
+    Undecidable,
+)
 from lm_eval_pruned.analysis.gate.findings import (
     ONLY_RUN,
     Finding,
@@ -18,9 +22,11 @@ from lm_eval_pruned.analysis.gate.findings import (
 from lm_eval_pruned.analysis.gate.rules import (
     AlphaTest,
     alpha_test,
+    claimed,
     significance,
     within_tolerance,
 )
+from lm_eval_pruned.analysis.margins import CLAIMS
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.runs import read_run
 from lm_eval_pruned.analysis.settings import ASKED, OF_FEWSHOT, differing, shown
@@ -54,7 +60,8 @@ def read_results(path: str | Path) -> dict[str, Run]:
 def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
     """Hold results against a baseline.
 
-    The p values of all ``alpha`` rules are adjusted together (Benjamini-Hochberg), so
+    The p values of all ``alpha`` rules are adjusted together (Benjamini-Hochberg), and
+    those of all rules with a margin, so
     that a gate of many metrics does not close by chance. They are one-sided where the
     direction is known: the rule asks whether a result is worse.
 
@@ -66,7 +73,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         One finding per metric, sorted by run, task and metric.
 
     Raises:
-        ResultsError: An ``alpha`` rule meets samples that cannot be read.
+        ResultsError: A rule of documents meets samples that cannot be read.
     """
     findings = {}
     tests: dict[tuple[str, str, str], AlphaTest] = {}
@@ -110,7 +117,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         elif asked:
             message = f"Not comparable: {asked}. Evaluate as the baseline was, or accept with --update."
             findings[key] = undecided_with(finding, message)
-        elif expected.rule.kind == "alpha":
+        elif expected.rule.kind in OF_DOCUMENTS:
             findings[key] = finding
             try:
                 tests[key] = alpha_test(run, task, metric, expected)
@@ -118,12 +125,25 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
                 findings[key] = undecided_with(finding, str(reason))
         else:
             findings[key] = within_tolerance(finding, expected)
-    worse = statistics.false_discovery_rate([test.worse for test in tests.values()])
-    better = statistics.false_discovery_rate([test.better for test in tests.values()])
-    for (key, test), q, q_better in zip(tests.items(), worse, better, strict=True):
-        findings[key] = significance(
-            findings[key], baseline.expectations[key], test, q, q_better
+    for kinds in (("alpha",), CLAIMS):
+        family = {
+            key: test
+            for key, test in tests.items()
+            if baseline.expectations[key].rule.kind in kinds
+        }
+        outside, worse, better = (
+            statistics.false_discovery_rate([getattr(t, p) for t in family.values()])
+            for p in ("outside", "worse", "better")
         )
+        for (key, test), q_outside, q, q_better in zip(
+            family.items(), outside, worse, better, strict=True
+        ):
+            expected = baseline.expectations[key]
+            findings[key] = (
+                claimed(findings[key], expected, test, q_outside, q, q_better)
+                if kinds is CLAIMS
+                else significance(findings[key], expected, test, q, q_better)
+            )
     for key in tests:
         group = _deciding_group(key, runs, findings, tests)
         if findings[key].status == "undecided" and group:

@@ -14,12 +14,15 @@ from lm_eval_pruned.analysis.gate.baseline_file import (
     documents_of,
 )
 from lm_eval_pruned.analysis.gate.findings import Finding, failed_with, undecided_with
+from lm_eval_pruned.analysis.margins import CLAIMS, Margin
 
 
 if TYPE_CHECKING:
     from lm_eval_pruned.analysis.results_file import Run
 
 
+#: Level of the tests behind the rules of `CLAIMS`.
+CLAIM_LEVEL = 0.05
 #: What two equal scores may differ by, as a share of them.
 _EQUAL = 1e-9
 
@@ -55,7 +58,7 @@ def significance(
 ) -> Finding:
     """Decide a rule ``alpha`` by p values that were adjusted over all such rules."""
     assert finding.score is not None
-    alpha = expected.rule.value
+    alpha = level_of(expected)
     least = statistics.LEAST_UNITS
     if q is None or test.units < least:
         message = (
@@ -84,6 +87,43 @@ def significance(
     )
 
 
+def claimed(
+    finding: Finding,
+    expected: Expectation,
+    test: AlphaTest,
+    q_outside: float | None,
+    q: float | None,
+    q_better: float | None,
+) -> Finding:
+    """Decide a rule of `CLAIMS` by p values that were adjusted over all such rules."""
+    margin, alpha = Margin(expected.rule.kind, expected.rule.value), CLAIM_LEVEL
+    if q_outside is None:
+        message = (
+            f"No interval can be given that would lie within {margin.text}: use a tolerance for "
+            "this metric."
+        )
+        return undecided_with(finding, message)
+    if q_outside < alpha:
+        message = (
+            f"Shown to be {margin.verdict} within {margin.text} (q = {q_outside:.3g})."
+        )
+        return replace(finding, message=message)
+    if q is not None and q < alpha:
+        return significance(finding, expected, test, q, q_better)
+    if q_better is not None and q_better < alpha:
+        return replace(finding, status="improved", message=_IMPROVED)
+    message = (
+        f"Not shown to be {margin.verdict} within {margin.text} (q = {q_outside:.3g} >= "
+        f"{alpha:g}), nor worse: `lm-eval-pruned power` says how many documents decide."
+    )
+    return undecided_with(finding, message)
+
+
+def level_of(expected: Expectation) -> float:
+    """Return the level at which a rule of documents is tested."""
+    return CLAIM_LEVEL if expected.rule.kind in CLAIMS else float(expected.rule.value)
+
+
 _IMPROVED = "Better than the baseline; to expect this from now on, run with --update."
 
 
@@ -103,12 +143,15 @@ class AlphaTest:
         smallest: The p that nothing but wrong answers would have; None where documents
             are not independent and right or wrong.
         units: Independent documents, or clusters of them.
+        outside: p of "the true difference lies outside of the margin", for rules of
+            `CLAIMS`; None for others, and where no interval can be given.
     """
 
     worse: float | None
     better: float | None
     smallest: float | None
     units: int
+    outside: float | None = None
 
 
 def alpha_test(run: Run, task: str, metric: str, expected: Expectation) -> AlphaTest:
@@ -119,7 +162,7 @@ def alpha_test(run: Run, task: str, metric: str, expected: Expectation) -> Alpha
     """
     before = expected.documents
     assert before is not None
-    after = documents_of(run, task, metric).in_the_order_of(before)
+    after = documents_of(run, task, metric, expected.rule).in_the_order_of(before)
     if after is None:
         raise Undecidable(
             "Evaluated on other documents than the baseline (matched by doc_hash): evaluate with "
@@ -140,7 +183,7 @@ def alpha_test(run: Run, task: str, metric: str, expected: Expectation) -> Alpha
             clusters=before.clusters,
             strata=before.strata,
             transform=before.transform,
-            alpha=expected.rule.value,
+            alpha=level_of(expected),
             alternative=alternative,
         )
 
@@ -159,7 +202,13 @@ def alpha_test(run: Run, task: str, metric: str, expected: Expectation) -> Alpha
         ]
     smallest = [p for p in (compared(w, sides[0]).p for w in worst) if p is not None]
     better = compared(after.values, sides[1]).p if len(sides) > 1 else None
-    return AlphaTest(test.p, better, min(smallest, default=None), test.units)
+    outside = None
+    if expected.rule.kind in CLAIMS:
+        bounds = Margin(expected.rule.kind, expected.rule.value).bounds(
+            expected.score, run.scores[task, metric].value, expected.higher_is_better
+        )
+        outside = None if bounds is None else test.p_outside(*bounds)
+    return AlphaTest(test.p, better, min(smallest, default=None), test.units, outside)
 
 
 #: Alternatives for worse and better, by `Expectation.higher_is_better`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -116,7 +117,14 @@ def paired_difference(
         why = "none: values too large to be squared"
         return PairedTest(difference, None, None, None, why, len(base), alpha)
     moments = moments_of(sums, clusters, strata)
-    return paired_t(moments, transform, alpha, alternative)
+    test = paired_t(moments, transform, alpha, alternative)
+    shares = [((each >= 0) & (each <= 1)).all() for each in (base, run)]
+    if moments.alike and test.difference == 0 and transform == "mean" and all(shares):
+        # Scores between 0 and 1 change by 1 at most: so many documents without any change
+        # bound the share of those that do.
+        bound = mcnemar(0, 0, moments.units, alpha, alternative)
+        return replace(test, _below=bound._below)
+    return test
 
 
 def unpaired_difference(
@@ -162,6 +170,7 @@ def unpaired_difference(
         0,
         alpha,
         detectable,
+        lambda x: float(stats.norm.cdf((x - difference) / stderr)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -15,6 +16,10 @@ from lm_eval_pruned.analysis.statistics.paired_test import (
 )
 
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
 #: Where a distribution is integrated over.
 _NODES = 512
 
@@ -23,7 +28,8 @@ def mcnemar(
     up: int, down: int, n: int, alpha: float, alternative: Alternative
 ) -> PairedTest:
     """Test `up` documents that became right and `down` that became wrong, of `n`."""
-    low, high = _changed_interval(up, down, n, alpha)
+    below = _confidence(up, down, n)
+    low, high = _changed_interval(below, (up - down) / n, alpha)
     return PairedTest(
         (up - down) / n,
         low,
@@ -35,6 +41,7 @@ def mcnemar(
         lambda level: _mcnemar_detectable(
             up + down, n, level / (2 if alternative == "two-sided" else 1)
         ),
+        below,
     )
 
 
@@ -46,8 +53,8 @@ def _mid_p(few: int, many: int) -> float:
     return float(coin.cdf(few) - coin.pmf(few) / 2)
 
 
-def _changed_interval(up: int, down: int, n: int, alpha: float) -> tuple[float, float]:
-    """Return the interval of a difference of paired shares that agrees with mid-p.
+def _confidence(up: int, down: int, n: int) -> Callable[[float], float]:
+    """Return the confidence distribution of a difference of paired shares that agrees with mid-p.
 
     The difference is the share of documents that changed times (2 r - 1), with r the
     share of these that became right. The two shares are independent binomial ones; their
@@ -59,16 +66,21 @@ def _changed_interval(up: int, down: int, n: int, alpha: float) -> tuple[float, 
     quantiles = (np.arange(_NODES) + 0.5) / _NODES
     share = special.betaincinv(changed + 0.5, n - changed + 0.5, quantiles)
 
-    def tail(difference: float) -> float:
+    def below(difference: float) -> float:
         right = (1 + difference / share) / 2
-        below = _beta_cdf(up + 1, down, right) + _beta_cdf(up, down + 1, right)
-        return float(below.mean() / 2)
+        tails = _beta_cdf(up + 1, down, right) + _beta_cdf(up, down + 1, right)
+        return float(tails.mean() / 2)
 
+    return below
+
+
+def _changed_interval(
+    below: Callable[[float], float], estimate: float, alpha: float
+) -> tuple[float, float]:
     ends = []
     for level in (alpha / 2, 1 - alpha / 2):
-        bracket = (-1.0, 0.0) if tail(0.0) >= level else (0.0, 1.0)
-        ends.append(optimize.brentq(lambda x, level=level: tail(x) - level, *bracket))
-    estimate = (up - down) / n
+        bracket = (-1.0, 0.0) if below(0.0) >= level else (0.0, 1.0)
+        ends.append(optimize.brentq(lambda x, level=level: below(x) - level, *bracket))
     return min(ends[0], estimate), max(ends[1], estimate)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from scipy import optimize
 
 
 if TYPE_CHECKING:
@@ -22,8 +24,9 @@ LEAST_UNITS = 10
 ALTERNATIVES = ("two-sided", "less", "greater")
 
 
-def _nothing(level: float) -> None:
-    return None
+def nothing(number: float) -> None:
+    """Say that a test can tell nothing, whatever is asked."""
+    return
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,12 @@ class PairedTest:
     units: int
     level: float = 0.05
     _detectable: Callable[[float], float | None] = field(
-        default=_nothing, compare=False, repr=False
+        default=nothing, compare=False, repr=False
+    )
+    #: Confidence that the true difference is below a number: the interval that has its ends at
+    #: alpha / 2 and 1 - alpha / 2, for any alpha.
+    _below: Callable[[float], float | None] = field(
+        default=nothing, compare=False, repr=False
     )
 
     def smallest_detectable(self, level: float | None = None) -> float | None:
@@ -63,6 +71,68 @@ class PairedTest:
             A positive number, or None where this test can find no difference.
         """
         return self._detectable(self.level if level is None else level)
+
+    def p_outside(self, low: float, high: float) -> float | None:
+        """Return the p of "the true difference lies outside of (`low`, `high`)".
+
+        Two one-sided tests, of which the larger p counts: below alpha exactly where the
+        interval with confidence 1 - 2 alpha lies within.
+
+        Args:
+            low: Lower end, or ``-math.inf`` for a test of the upper end alone.
+            high: Upper end, or ``math.inf``.
+
+        Returns:
+            None where no interval can be given.
+
+        Source: Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15,
+        657-680; Berger and Hsu 1996, Statistical Science 11, 283-319.
+
+        Example:
+            >>> from lm_eval_pruned.analysis.statistics import paired_difference
+            >>> same = paired_difference([1, 0] * 300, [1, 0] * 300)
+            >>> same.p_outside(-0.01, 0.01) < 0.01
+            True
+        """
+        tails = []
+        if low > -math.inf:
+            tails.append(self._below(low))
+        if high < math.inf:
+            above = self._below(high)
+            tails.append(None if above is None else 1 - above)
+        known = [tail for tail in tails if tail is not None]
+        if not known or len(known) < len(tails):
+            return None
+        if not low < self.difference < high:
+            # What was seen can never speak for less than it.
+            known.append(0.5)
+        return max(known)
+
+    def interval(self, alpha: float) -> tuple[float, float] | None:
+        """Return the interval of the difference with confidence 1 - `alpha`, or None."""
+        if self._below(self.difference) is None:
+            return None
+        return self._quantile(alpha / 2), self._quantile(1 - alpha / 2)
+
+    def _quantile(self, confidence: float) -> float:
+        def excess(x: float) -> float:
+            below = self._below(x)
+            assert below is not None
+            return below - confidence
+
+        sign = 1.0 if excess(self.difference) < 0 else -1.0
+        # From the estimate outwards, so that neither scale nor spread has to be known.
+        step = 1e-6 * max(1.0, abs(self.difference))
+        while sign * excess(self.difference + sign * step) < 0 and step < _FARTHEST:
+            step *= 4
+        if step >= _FARTHEST:
+            return sign * math.inf
+        bracket = sorted((self.difference, self.difference + sign * step))
+        return float(optimize.brentq(excess, *bracket, xtol=1e-12))
+
+
+#: No score of a model lies beyond.
+_FARTHEST = 1e12
 
 
 def p_of_tails(lower: float, upper: float, alternative: str) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from lm_eval_pruned.analysis.samples import TRANSFORMS
 from lm_eval_pruned.analysis.statistics.paired_test import (
@@ -14,6 +14,7 @@ from lm_eval_pruned.analysis.statistics.paired_test import (
     POWER,
     Alternative,
     PairedTest,
+    nothing,
     p_of_tails,
 )
 
@@ -83,6 +84,11 @@ def paired_t(
             )
         return change if math.isfinite(change) else None
 
+    def below(x: float) -> float | None:
+        if transform == "mean":
+            return float(student.cdf((x - moments.difference) / stderr))
+        return _below(moments, function, difference, transform, student, x)
+
     return PairedTest(
         difference,
         low,
@@ -92,7 +98,45 @@ def paired_t(
         units,
         alpha,
         detectable,
+        below if low is not None else nothing,
     )
+
+
+def _below(
+    moments: Moments,
+    function: Callable,
+    difference: float,
+    transform: str,
+    student: Any,
+    x: float,
+) -> float:
+    """Return the confidence that the difference of transformed means is below `x`.
+
+    One end of the interval of `_transformed_interval` lies at `x` for one critical value.
+    """
+    side = 0 if x < difference else 1
+
+    def reached(critical: float) -> float:
+        end = _transformed_interval(moments, function, critical, transform)[side]
+        # Beyond all numbers is beyond x.
+        return -1.0 if end is None else (end - x if side == 0 else x - end)
+
+    if x == difference:
+        return 0.5
+    farthest = 1.0
+    while reached(farthest) > 0 and farthest < _FARTHEST:
+        farthest *= 2
+    critical = (
+        float(optimize.brentq(reached, 0.0, farthest))
+        if farthest < _FARTHEST
+        else math.inf
+    )
+    tail = float(student.sf(critical))
+    return tail if side == 0 else 1 - tail
+
+
+#: Critical values beyond this have no chance that a number could hold.
+_FARTHEST = 1e6
 
 
 def _transformed_interval(
