@@ -3,7 +3,8 @@
 Simulates every test that is offered on data whose truth is known. Prints how often
 95 % intervals hold the truth, how often p is below 0.05 where there is nothing to find
 (one-sided: the worse of the two sides), and how often it is where the truth is what the
-test itself calls the smallest detectable. The tables stand in ``docs/statistics.md``.
+test itself calls the smallest detectable; and how often a margin is claimed that
+does not hold, or does. The tables stand in ``docs/statistics.md``.
 All data are synthetic; nothing is drawn twice: the same ``--times`` prints the same.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -208,6 +211,41 @@ def line(draw: Draw, units: int, times: int) -> list[str]:
     return [f"{cell:.3f}" for cell in [*cells, (p < ALPHA).mean(), holds.mean()]]
 
 
+def claims(times: int) -> list[list[Any]]:
+    """Return rows on margins: how often a claim is made that is wrong, and one that is true."""
+    rows: list[list[Any]] = []
+    cases: list[tuple[str, Draw, int, float]] = [
+        ("2 % of answers change", changes(0.02), 800, 0.02),
+        ("10 % of answers change", changes(0.1), 120, 0.1),
+        ("10 % of answers change", changes(0.1), 800, 0.03),
+        ("30 % of answers change", changes(0.3), 800, 0.05),
+        ("normal", gains(lambda r, n: r.normal(size=n)), 40, 0.5),
+        ("normal", gains(lambda r, n: r.normal(size=n)), 200, 0.2),
+        (
+            "skewed (exponential)",
+            gains(lambda r, n: r.exponential(size=n) - 1),
+            80,
+            0.4,
+        ),
+        ("perplexity over words", perplexity, 60, 1.0),
+    ]
+    for data, draw, units, margin in cases:
+        shown = dict.fromkeys(itertools.product((0, 1), ("both", "one")), 0)
+        for seed, truth in itertools.product(range(times), (0, 1)):
+            rng = np.random.default_rng([seed, units])
+            # Where the truth is the margin itself, a claim is wrong.
+            sides = (-1, 1) if truth else (0,)
+            for side in sides:
+                test = draw(rng, units, side * margin)
+                both = test.p_outside(-margin, margin)
+                one = test.p_outside(-margin, math.inf)
+                shown[truth, "both"] += both is not None and both < ALPHA and side >= 0
+                shown[truth, "one"] += one is not None and one < ALPHA and side <= 0
+        cells = [shown[1, "both"], shown[0, "both"], shown[1, "one"], shown[0, "one"]]
+        rows.append([data, units, margin, *(f"{hits / times:.3f}" for hits in cells)])
+    return rows
+
+
 def correlations(times: int) -> list[list[Any]]:
     """Return rows on correlations: independent points, and steps of pruning."""
     rows: list[list[Any]] = []
@@ -272,6 +310,9 @@ def main() -> None:
     columns = ["test", "data", "units", "coverage", "p < 0.05", "one-sided p < 0.05"]
     columns += ["power at the smallest detectable", "coverage there"]
     print(markdown_table(columns, rows, "llrrrrrr"))
+    columns = ["data", "units", "margin", "wrongly equivalent", "equivalent"]
+    columns += ["wrongly not worse", "not worse"]
+    print("\n" + markdown_table(columns, claims(times), "lrrrrrr"))
     columns = ["points", "n", "coverage of r", "p of r", "p of rho", "p both"]
     print("\n" + markdown_table(columns, correlations(times)))
     columns = ["rows that differ for certain", "four metrics in the correction", "one"]

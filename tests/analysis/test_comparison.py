@@ -472,7 +472,7 @@ def test_the_same_and_better_and_worse_and_not_known(tmp_path):
     }
     for row in rows.values():
         assert row.claim.margin == 0.02
-        inside = -0.02 < row.claim.low and row.claim.high < 0.02
+        inside = row.claim.low > -0.02 and row.claim.high < 0.02
         assert inside == (row.claim.q < 0.05) == (row.verdict == "equivalent")
     rows = rows_of(base, run, margin=margin("2pt", "not_worse"))
     assert {task: row.verdict for (_, task, _), row in rows.items()} == {

@@ -30,3 +30,10 @@ from lm_eval_pruned.analysis.statistics.paired_test import (
     Alternative,
     PairedTest,
 )
+from lm_eval_pruned.analysis.statistics.power import (
+    claim_power_of_means,
+    claim_power_of_shares,
+    difference_power_of_means,
+    difference_power_of_shares,
+    documents_for,
+)

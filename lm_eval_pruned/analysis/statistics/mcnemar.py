@@ -28,7 +28,7 @@ def mcnemar(
     up: int, down: int, n: int, alpha: float, alternative: Alternative
 ) -> PairedTest:
     """Test `up` documents that became right and `down` that became wrong, of `n`."""
-    below = _confidence(up, down, n)
+    below = confidence(up, down, n)
     low, high = _changed_interval(below, (up - down) / n, alpha)
     return PairedTest(
         (up - down) / n,
@@ -53,8 +53,16 @@ def _mid_p(few: int, many: int) -> float:
     return float(coin.cdf(few) - coin.pmf(few) / 2)
 
 
-def _confidence(up: int, down: int, n: int) -> Callable[[float], float]:
+def confidence(up: int, down: int, n: int) -> Callable[[float], float]:
     """Return the confidence distribution of a difference of paired shares that agrees with mid-p.
+
+    Args:
+        up: Documents that became right.
+        down: Documents that became wrong.
+        n: Documents.
+
+    Returns:
+        The confidence that the true difference is below a number.
 
     The difference is the share of documents that changed times (2 r - 1), with r the
     share of these that became right. The two shares are independent binomial ones; their
@@ -62,9 +70,7 @@ def _confidence(up: int, down: int, n: int) -> Callable[[float], float]:
     values, of the share that changed Jeffreys'. The product is on one side of 0 where r
     is on one side of 1/2, so that its tails at 0 are the mid-p of McNemar's test.
     """
-    changed = up + down
-    quantiles = (np.arange(_NODES) + 0.5) / _NODES
-    share = special.betaincinv(changed + 0.5, n - changed + 0.5, quantiles)
+    share = _share_changed(up + down, n)
 
     def below(difference: float) -> float:
         right = (1 + difference / share) / 2
@@ -72,6 +78,13 @@ def _confidence(up: int, down: int, n: int) -> Callable[[float], float]:
         return float(tails.mean() / 2)
 
     return below
+
+
+@functools.lru_cache(maxsize=1024)
+def _share_changed(changed: int, n: int) -> np.ndarray:
+    """Return quantiles of Jeffreys' distribution of the share of documents that change."""
+    quantiles = (np.arange(_NODES) + 0.5) / _NODES
+    return special.betaincinv(changed + 0.5, n - changed + 0.5, quantiles)
 
 
 def _changed_interval(
@@ -102,17 +115,26 @@ def _mcnemar_detectable(changed: int, n: int, tail: float) -> float | None:
     share = (changed + 0.5) / (n + 1)
 
     def power(difference: float) -> float:
-        changing = max(share, difference)
-        many = stats.binom(n, changing)
-        counts = np.arange(many.ppf(1e-9), many.isf(1e-9) + 1)
-        last = stats.binom.ppf(tail, counts, 0.5)
-        mid_p = (
-            stats.binom.cdf(last, counts, 0.5) - stats.binom.pmf(last, counts, 0.5) / 2
-        )
-        last -= mid_p >= tail
-        becoming_wrong = (1 - difference / changing) / 2
-        return float(many.pmf(counts) @ stats.binom.cdf(last, counts, becoming_wrong))
+        return rejects(max(share, difference), n, difference, tail)
 
     if power(1.0) < POWER:
         return None
     return float(optimize.brentq(lambda x: power(x) - POWER, 0.0, 1.0, xtol=1e-6))
+
+
+def rejects(changing: float, n: int, difference: float, tail: float) -> float:
+    """Return the chance that the mid-p test finds a difference, on its own side.
+
+    Args:
+        changing: Share of documents that change.
+        n: Documents.
+        difference: True difference, at most `changing`.
+        tail: Level of the side.
+    """
+    many = stats.binom(n, changing)
+    counts = np.arange(many.ppf(1e-9), many.isf(1e-9) + 1)
+    last = stats.binom.ppf(tail, counts, 0.5)
+    mid_p = stats.binom.cdf(last, counts, 0.5) - stats.binom.pmf(last, counts, 0.5) / 2
+    last -= mid_p >= tail
+    becoming_wrong = (1 - difference / changing) / 2
+    return float(many.pmf(counts) @ stats.binom.cdf(last, counts, becoming_wrong))

@@ -1,0 +1,73 @@
+"""``lm-eval-pruned power``: whether a comparison can reach a verdict, before it is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add(commands) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "power",
+        help="how likely a comparison reaches a verdict, from the answers that changed so far",
+        description="How many documents does a verdict need? From the answers of TASK that changed "
+        "between a base and its runs, say how likely `compare` calls them equivalent or not worse "
+        "if there is no difference, and how likely it sees a difference of the margin.",
+    )
+    parser.add_argument("task", metavar="TASK", help="task or group, such as boolq")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        default=["."],
+        metavar="RESULTS",
+        help="as for compare: the base, then the runs, or one sweep folder (default: the current "
+        "folder)",
+    )
+    parser.add_argument(
+        "--margin",
+        required=True,
+        metavar="MARGIN",
+        help="1pt (a percentage point), 2%% (of the base's score), or a number in the metric's own "
+        "unit",
+    )
+    parser.add_argument(
+        "--documents",
+        type=int,
+        metavar="N",
+        help="how many documents to ask about (default: as many as were evaluated)",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=0.05,
+        metavar="A",
+        help="level of one test (default: 0.05); with several rows in a table their correction "
+        "leaves less",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from lm_eval_pruned.analysis import comparison, power
+    from lm_eval_pruned.analysis.margins import Margin
+
+    try:
+        margin = Margin("equivalent", arguments.margin)
+    except ValueError as error:
+        raise ValueError(str(error).replace("equivalent=", "margin=")) from None
+    base, runs = comparison.read_comparands(arguments.paths)
+    found = power.power_of(
+        base,
+        runs,
+        arguments.task,
+        margin,
+        documents=arguments.documents,
+        alpha=arguments.alpha,
+    )
+    print(power.as_table(found, arguments.task, arguments.documents), end="")
+    return 0
