@@ -123,7 +123,7 @@ def paired_difference(
         # Scores between 0 and 1 change by 1 at most: so many documents without any change
         # bound the share of those that do.
         bound = mcnemar(0, 0, moments.units, alpha, alternative)
-        return replace(test, _below=bound._below)
+        return replace(test, _tails=bound._tails)
     return test
 
 
@@ -170,7 +170,10 @@ def unpaired_difference(
         0,
         alpha,
         detectable,
-        lambda x: float(stats.norm.cdf((x - difference) / stderr)),
+        lambda x: (
+            float(stats.norm.cdf((x - difference) / stderr)),
+            float(stats.norm.sf((x - difference) / stderr)),
+        ),
     )
 
 

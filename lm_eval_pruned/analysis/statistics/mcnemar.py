@@ -28,7 +28,7 @@ def mcnemar(
     up: int, down: int, n: int, alpha: float, alternative: Alternative
 ) -> PairedTest:
     """Test `up` documents that became right and `down` that became wrong, of `n`."""
-    below = confidence(up, down, n)
+    below = _confidence(up, down, n)
     low, high = _changed_interval(below, (up - down) / n, alpha)
     return PairedTest(
         (up - down) / n,
@@ -41,7 +41,7 @@ def mcnemar(
         lambda level: _mcnemar_detectable(
             up + down, n, level / (2 if alternative == "two-sided" else 1)
         ),
-        below,
+        lambda x: tails(up, down, n, x),
     )
 
 
@@ -53,16 +53,8 @@ def _mid_p(few: int, many: int) -> float:
     return float(coin.cdf(few) - coin.pmf(few) / 2)
 
 
-def confidence(up: int, down: int, n: int) -> Callable[[float], float]:
+def _confidence(up: int, down: int, n: int) -> Callable[[float], float]:
     """Return the confidence distribution of a difference of paired shares that agrees with mid-p.
-
-    Args:
-        up: Documents that became right.
-        down: Documents that became wrong.
-        n: Documents.
-
-    Returns:
-        The confidence that the true difference is below a number.
 
     The difference is the share of documents that changed times (2 r - 1), with r the
     share of these that became right. The two shares are independent binomial ones; their
@@ -85,6 +77,25 @@ def _share_changed(changed: int, n: int) -> np.ndarray:
     """Return quantiles of Jeffreys' distribution of the share of documents that change."""
     quantiles = (np.arange(_NODES) + 0.5) / _NODES
     return special.betaincinv(changed + 0.5, n - changed + 0.5, quantiles)
+
+
+def tails(up: int, down: int, n: int, x: float) -> tuple[float, float]:
+    """Return the p of "the difference is `x` or less", and of "`x` or more".
+
+    As `_confidence`, with the whole chance of what was seen on either side. Half of it, as
+    mid-p counts, is right where nothing differs, and too little at a margin: of 120
+    documents of which 10 % become wrong and none right, 7.8 % of outcomes would show at
+    level 0.05 that less than 10 % do, while these show it in 3.8 %.
+
+    Args:
+        up: Documents that became right.
+        down: Documents that became wrong.
+        n: Documents.
+        x: Difference of the shares that are right.
+    """
+    right = (1 + x / _share_changed(up + down, n)) / 2
+    less, more = _beta_cdf(up, down + 1, right), _beta_cdf(up + 1, down, right)
+    return float(less.mean()), float(1 - more.mean())
 
 
 def _changed_interval(

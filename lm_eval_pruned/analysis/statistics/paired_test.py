@@ -54,9 +54,8 @@ class PairedTest:
     _detectable: Callable[[float], float | None] = field(
         default=nothing, compare=False, repr=False
     )
-    #: Confidence that the true difference is below a number: the interval that has its ends at
-    #: alpha / 2 and 1 - alpha / 2, for any alpha.
-    _below: Callable[[float], float | None] = field(
+    #: p of "the true difference is x or less", and of "x or more".
+    _tails: Callable[[float], tuple[float, float] | None] = field(
         default=nothing, compare=False, repr=False
     )
 
@@ -94,39 +93,45 @@ class PairedTest:
             >>> same.p_outside(-0.01, 0.01) < 0.01
             True
         """
-        tails = []
-        if low > -math.inf:
-            tails.append(self._below(low))
-        if high < math.inf:
-            above = self._below(high)
-            tails.append(None if above is None else 1 - above)
-        known = [tail for tail in tails if tail is not None]
-        if not known or len(known) < len(tails):
+        ends = [(low, 0), (high, 1)]
+        ps = [
+            tails[side]
+            for end, side in ends
+            if math.isfinite(end) and (tails := self._tails(end)) is not None
+        ]
+        if not ps:
             return None
-        if not low < self.difference < high:
-            # What was seen can never speak for less than it.
-            known.append(0.5)
-        return max(known)
+        # What was seen can never speak for less than it.
+        return max(ps) if low < self.difference < high else max(0.5, *ps)
 
     def interval(self, alpha: float) -> tuple[float, float] | None:
-        """Return the interval of the difference with confidence 1 - `alpha`, or None."""
-        if self._below(self.difference) is None:
+        """Return the interval that `p_outside` goes by, or None.
+
+        It is that of `low` and `high`, but for right-or-wrong documents, where it counts
+        the whole chance of what was seen instead of half of it, and is a little wider.
+
+        Args:
+            alpha: 1 - confidence.
+        """
+        if self._tails(self.difference) is None:
             return None
-        return self._quantile(alpha / 2), self._quantile(1 - alpha / 2)
+        return self._end(alpha / 2, 0), self._end(alpha / 2, 1)
 
-    def _quantile(self, confidence: float) -> float:
+    def _end(self, p: float, side: int) -> float:
         def excess(x: float) -> float:
-            below = self._below(x)
-            assert below is not None
-            return below - confidence
+            tails = self._tails(x)
+            assert tails is not None
+            return tails[side] - p
 
-        sign = 1.0 if excess(self.difference) < 0 else -1.0
         # From the estimate outwards, so that neither scale nor spread has to be known.
+        sign = 1 if side else -1
         step = 1e-6 * max(1.0, abs(self.difference))
-        while sign * excess(self.difference + sign * step) < 0 and step < _FARTHEST:
+        while excess(self.difference + sign * step) > 0 and step < _FARTHEST:
             step *= 4
         if step >= _FARTHEST:
             return sign * math.inf
+        if excess(self.difference) <= 0:
+            return self.difference
         bracket = sorted((self.difference, self.difference + sign * step))
         return float(optimize.brentq(excess, *bracket, xtol=1e-12))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.analysis.statistics.mcnemar import confidence, rejects
+from lm_eval_pruned.analysis.statistics.mcnemar import rejects, tails
 from lm_eval_pruned.analysis.statistics.paired_test import POWER
 
 
@@ -59,7 +59,7 @@ def _fewest(count: int, n: int, margin: float, alpha: float, at_least: int) -> i
     """Return how many of `count` changes have to be for the better to show the claim."""
     for ups in range(at_least, count + 1):
         above = (2 * ups - count) / n > -margin
-        if above and confidence(ups, count - ups, n)(-margin) < alpha:
+        if above and tails(ups, count - ups, n, -margin)[0] < alpha:
             return ups
     return count + 1
 

@@ -84,10 +84,13 @@ def paired_t(
             )
         return change if math.isfinite(change) else None
 
-    def below(x: float) -> float | None:
-        if transform == "mean":
-            return float(student.cdf((x - moments.difference) / stderr))
-        return _below(moments, function, difference, transform, student, x)
+    def tails(x: float) -> tuple[float, float]:
+        below = (
+            float(student.cdf((x - moments.difference) / stderr))
+            if transform == "mean"
+            else _below(moments, function, difference, transform, student, x)
+        )
+        return below, 1 - below
 
     return PairedTest(
         difference,
@@ -98,7 +101,7 @@ def paired_t(
         units,
         alpha,
         detectable,
-        below if low is not None else nothing,
+        tails if low is not None else nothing,
     )
 
 
