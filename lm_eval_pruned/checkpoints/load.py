@@ -181,6 +181,8 @@ def _load(
                 checkpoint=session,
             )
             session.check_filled(model)
+            if session.changes_model:
+                widths.describe_layers(model.config, targets)
             choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
                 plan,

@@ -267,9 +267,7 @@ def _widths_before(
     return dict.fromkeys(available, width_before)
 
 
-def _kept_by_layer(
-    value: Any, multiple: int, own: Mapping[int, int]
-) -> dict[int, int]:
+def _kept_by_layer(value: Any, multiple: int, own: Mapping[int, int]) -> dict[int, int]:
     """Return the kept width of every layer as the argument `widths` has it."""
     where = f"widths={written_source(value)}"
     kept = dict(own)

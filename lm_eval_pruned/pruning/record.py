@@ -104,7 +104,7 @@ class PruneRecord:
                 WidthGroup(kind, key, count, before, after)
                 for (kind, key, before, after), count in counts.items()
             ),
-            not widths.inexpressible(targets),
+            widths.opens_in_stock(targets),
             calibration,
         )
 
@@ -163,7 +163,11 @@ class PruneRecord:
             layers += f" ({written_layers(plan.layers)} pruned)"
         mean = "mean " if plan.layer_widths is not None else ""
         rows = [
-            (f"{mean}expansion ratio", f"{plan.ratio_before:14.4f}", f"{plan.ratio:14.4f}"),
+            (
+                f"{mean}expansion ratio",
+                f"{plan.ratio_before:14.4f}",
+                f"{plan.ratio:14.4f}",
+            ),
             (
                 f"{mean}intermediate size",
                 f"{plan.width_before:14,}",
