@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
 from lm_eval_pruned.pruning.arguments import (
+    EXCLUSIVE,
     SEVERAL,
     SEVERAL_SIZES,
     SIZES,
@@ -291,6 +292,10 @@ def _configurations(
             text if argument == "widths" else _canonical(text)
             for text in options.get(option, [])
         ]
+        if argument == "widths":
+            for value in values:
+                chosen = EXCLUSIVE["says which layers to prune"]
+                PruneArguments(widths=value, **{n: base.get(n) for n in chosen})
         rows = plan(
             argument=argument,
             values=values,
@@ -302,9 +307,7 @@ def _configurations(
             for criterion in criteria:
                 for seed in seeds if seeds and criterion == "random" else [None]:
                     arguments: dict[str, Any] = {
-                        argument: value
-                        if argument == "widths"
-                        else parse_number(value)
+                        argument: value if argument == "widths" else parse_number(value)
                     }
                     if criterion != PruneArguments.criterion:
                         arguments["criterion"] = criterion

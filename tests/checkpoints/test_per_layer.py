@@ -8,11 +8,14 @@ import logging
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.stream import check_expressible
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.per_layer import with_layers, without_layers
 from lm_eval_pruned.pruning.slicing import widths_in_memory
 from tests.helpers import checkpoints, layouts
 from tests.helpers.comparing import assert_same_model
@@ -32,8 +35,6 @@ FAMILIES = (
     "gpt_oss",
     "lfm2",
 )
-#: transformers refuses to read from a config what may differ by layer.
-GUARDED = Version(transformers.__version__) >= Version("5.24")
 
 
 def auto_class(folder):
@@ -65,9 +66,13 @@ def test_round_trip(tmp_path, family):
     assert export.streamed
     assert export.record.digest == record.digest
     for folder in (saved, exported):
-        layers = {int(layer) for layer in saved_widths(folder)}
-        # What is as wide as the config says for all stands for itself.
-        assert layers <= asked.keys()
+        if record.config_expresses_widths:
+            # Two layers of two kinds, each with a key of its own.
+            assert saved_widths(folder) is None
+            stock = auto_class(folder).from_pretrained(folder, **layouts.EAGER)
+            assert_same_model(stock, model)
+        else:
+            assert {int(layer) for layer in saved_widths(folder)} <= asked.keys()
         again = load_pruned(str(folder), **eager)
         assert widths_in_memory(again).layers == asked
         assert torch.equal(layouts.logits(again), layouts.logits(model))
@@ -79,9 +84,7 @@ def test_round_trip(tmp_path, family):
         {"widths": {layer: width - 2 for layer, width in asked.items()}},
     ):
         twice = load_pruned(str(saved), **more, **eager)
-        assert_same_model(
-            twice, prune_model(load_pruned(str(saved), **eager), **more)
-        )
+        assert_same_model(twice, prune_model(load_pruned(str(saved), **eager), **more))
         third = tmp_path / "-".join(more)
         twice.save_pretrained(third)
         assert_same_model(load_pruned(str(third), **eager), twice)
@@ -175,3 +178,54 @@ def test_a_model_with_widths_in_its_config_generates(tmp_path):
         torch.arange(40, 44)[None], max_new_tokens=3, do_sample=False
     )
     assert tokens.shape == (1, 7)
+
+
+def test_an_engine_is_told_before_it_builds_its_layers(tmp_path):
+    """What `pruned-vllm` does first."""
+    layouts.save_family(tmp_path / "source", "llama", 40)
+    saved = tmp_path / "saved"
+    load_pruned(str(tmp_path / "source"), widths=[30, 20]).save_pretrained(saved)
+
+    def request(folder, **asked):
+        kind = transformers.AutoModelForCausalLM
+        return LoadRequest.resolve(kind, str(folder), PruneArguments(**asked), {})
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"widths=0:30,1:20 gives model\.lay"
+    ):
+        check_expressible(request(tmp_path / "source", widths=[30, 20]))
+    with pytest.raises(
+        UnsupportedModelError, match=r"^The checkpoint gives model\.lay"
+    ):
+        check_expressible(request(saved))
+    check_expressible(request(saved, intermediate_size=9))
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (
+            {"0": {"moe_intermediate_size": 9}},
+            "moe_intermediate_size of its own, which",
+        ),
+        ({"0": {"intermediate_size": 41}}, "has 40 neurons in the checkpoint"),
+        ({"0": {"intermediate_size": 0}}, "in the checkpoint, but its config"),
+    ],
+)
+def test_nonsense_in_per_layer_config(tmp_path, written, message):
+    layouts.save_family(tmp_path, "llama", 40)
+    checkpoints.edit_config(tmp_path, per_layer_config=written)
+    with pytest.raises(ValueError, match=message):
+        load_pruned(str(tmp_path), prune_percent=10)
+
+
+def test_what_else_a_layer_has_of_its_own_stays(tmp_path):
+    """In Gemma 4, layers differ in their heads."""
+    config = checkpoints.tiny_config("llama")
+    config.per_layer_config = {1: {"rms_norm_eps": 0.5, "intermediate_size": 30}}
+    plain, widths = without_layers(config)
+    assert widths == {((), "intermediate_size", 1): 30}
+    assert plain.intermediate_size == checkpoints.TINY["intermediate_size"]
+    assert plain.to_dict()["per_layer_config"] == {"1": {"rms_norm_eps": 0.5}}
+    again = with_layers(plain, widths)
+    assert again.to_dict() == config.to_dict()

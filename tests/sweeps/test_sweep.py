@@ -857,3 +857,13 @@ def test_files_of_widths_are_configurations_by_their_content(options, tmp_path, 
     )
     assert run.pruning["layer_widths"] == {"0": 10, "1": 20, "2": 30}
     assert run.pruning["asked"] == {"widths": "1.5.json"}
+
+
+def test_widths_and_layers_are_refused_before_anything_runs(options, tmp_path):
+    (tmp_path / "a.json").write_text("[10]")
+    model_args = {**options["model_args"], "skip_layers": 1}
+    asked = {**options, "widths": [str(tmp_path / "a.json")], "model_args": model_args}
+    with pytest.raises(
+        ValueError, match=r"skip_layers=1 and widths=a\.json were given"
+    ):
+        Sweep(asked)
