@@ -222,7 +222,7 @@ def test_nonsense_in_per_layer_config(tmp_path, written, message):
 def test_what_else_a_layer_has_of_its_own_stays(tmp_path):
     """In Gemma 4, layers differ in their heads."""
     config = checkpoints.tiny_config("llama")
-    config.per_layer_config = {1: {"rms_norm_eps": 0.5, "intermediate_size": 30}}
+    config.per_layer_config = {"1": {"rms_norm_eps": 0.5, "intermediate_size": 30}}
     plain, widths = without_layers(config)
     assert widths == {((), "intermediate_size", 1): 30}
     assert plain.intermediate_size == checkpoints.TINY["intermediate_size"]
