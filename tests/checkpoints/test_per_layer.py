@@ -206,8 +206,9 @@ def test_an_engine_is_told_before_it_builds_its_layers(tmp_path):
     [
         (
             {"0": {"moe_intermediate_size": 9}},
-            "moe_intermediate_size of its own, which",
+            "moe_intermediate_size",
         ),
+        ({"7": {"intermediate_size": 9}}, "layer 7|layer indices"),
         ({"0": {"intermediate_size": 41}}, "has 40 neurons in the checkpoint"),
         ({"0": {"intermediate_size": 0}}, "in the checkpoint, but its config"),
     ],
