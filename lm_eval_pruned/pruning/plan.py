@@ -195,7 +195,7 @@ class PrunePlan:
 
         name, value = arguments.size
         samples = arguments.calibration_samples
-        calibration = {
+        calibration: dict[str, Any] = {
             "calibration": None
             if arguments.calibration is None
             else str(arguments.calibration),
