@@ -155,6 +155,7 @@ def carry_out(
         for _, group in itertools.groupby(mlps, key=lambda mlp: mlp.path):
             _narrow_together(list(group), kept)
         widths.copy_keys(narrowed_config, model.config)
+        widths.describe_layers(model.config, targets)
         warn_inexpressible(widths, targets)
         warn_misaligned(model, plan, widths, targets)
     choose_experts_implementation(model)
@@ -170,16 +171,24 @@ def carry_out(
     return model
 
 
+#: What is said of a model whose widths its config has in ``per_layer_config`` alone.
+NOT_IN_STOCK = (
+    "the saved config has the widths in per_layer_config, from which transformers up to 5.24 "
+    "builds no MLPs, so stock transformers cannot open this model before a release that does; "
+    "--model pruned-hf and load_pruned can."
+)
+
+
 def warn_inexpressible(widths: Widths, targets: Mapping[str, int]) -> None:
     """Tell the user if only this package can open the model once it is saved."""
-    names = widths.inexpressible(targets)
-    if not names:
+    if widths.opens_in_stock(targets):
         return
+    names = widths.inexpressible(targets)
     logger.warning(
-        "%s keeps a width of its own, which %s in the config cannot express: stock transformers "
-        "cannot open this model once it is saved; --model pruned-hf and load_pruned can.",
+        "%s keeps a width of its own, which %s in the config cannot express: %s",
         names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
         widths.keys[names[0]],
+        NOT_IN_STOCK,
     )
 
 
@@ -219,7 +228,10 @@ def _select_in_memory(
         gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
         observed = known.calibration
         activity = None if observed is None else observed.activity[mlp.name]
-        scores = score(plan, mlp.name, mlp.layer, gate, up, down, activity)
+        criterion = plan.criterion_of(mlp.block)
+        scores = score(
+            plan, mlp.name, mlp.layer, gate, up, down, activity, criterion=criterion
+        )
         known.scores[mlp.name] = scores.cpu()
         known.finite.add(mlp.name)
     return kept_set(known.scores[mlp.name], width)
@@ -249,6 +261,7 @@ def score(
     down_proj: Tensor | None = None,
     activity: NeuronActivity | None = None,
     dtype: torch.dtype | None = None,
+    criterion: str | None = None,
 ) -> Tensor:
     """Score the neurons of one GLU-MLP.
 
@@ -262,6 +275,8 @@ def score(
             by the criteria that look at activations.
         activity: What the neurons did on calibration text, for the same criteria.
         dtype: Dtype in which the weights are looked at; default: their own.
+        criterion: Canonical name of the criterion of the MLP's layer; default: that of
+            the plan.
 
     Returns:
         Scores, shape (I,), float32; see `lm_eval_pruned.pruning.criteria.score_neurons`.
@@ -269,6 +284,7 @@ def score(
     Raises:
         ValueError: A weight is NaN or infinite; the tensor is named.
     """
+    criterion = criterion or plan.criterion
     weights = {"down_proj": down_proj, "gate_proj": gate_proj, "up_proj": up_proj}
 
     def check(*projections: str) -> None:
@@ -278,19 +294,19 @@ def score(
                 check_finite(f"{name}.{projection}.weight", weight, dtype)
 
     check("down_proj")
-    if not proves_finite(plan.criterion):
+    if not proves_finite(criterion):
         check("gate_proj", "up_proj")
     scores = score_neurons(
         gate_proj,
         up_proj,
-        plan.criterion,
+        criterion,
         layer=layer,
         seed=plan.seed,
         down=down_proj,
         activity=activity,
         dtype=dtype,
     )
-    if proves_finite(plan.criterion) and not scores.isfinite().all():
+    if proves_finite(criterion) and not scores.isfinite().all():
         check("gate_proj", "up_proj")
     return scores
 
