@@ -255,7 +255,8 @@ class SlotRefillingMixin(FastPathMixin):
         slots = self._slots(jobs)
         # Elsewhere attention is the smaller part, and each group costs a launch.
         in_groups = self.device.type == "cpu" and slots >= _LEAST_SLOTS_IN_GROUPS
-        forward = Forward.of(self)
+        forward = Forward.of(self, sum(len(job.tokens) + job.most for job in jobs))
+        self.answer_paths.note_packing(bool(forward.packs))
         table = SlotTable(slots, in_groups)
 
         def run() -> list[tuple[int, int]]:
