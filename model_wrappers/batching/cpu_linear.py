@@ -39,6 +39,9 @@ _CPUINFO = Path("/proc/cpuinfo")
 _FEWEST_ROWS = 16
 # Rows, over a whole task, from which on packing takes less time than it saves.
 _WORTH_PACKING = 2048
+# What the libraries are told to expect. Packed for few, MKL is slow at many; packed for
+# many, it is as fast at few as packed for these.
+_EXPECTED_ROWS = 1024
 # Of the memory that is free, the share that packed weights may take.
 _SHARE_OF_MEMORY = 1 / 3
 
@@ -83,11 +86,10 @@ class PackedWeight:
             RuntimeError, AttributeError: PyTorch lacks it, or the memory is too short.
         """
         plain = weight.detach().contiguous()
-        # Both are told of rows that they may expect; neither depends on it from 2 on.
         if onednn:
-            packed = torch.ops.mkldnn._reorder_linear_weight(plain, 64)
+            packed = torch.ops.mkldnn._reorder_linear_weight(plain, _EXPECTED_ROWS)
         else:
-            packed = torch.ops.mkl._mkl_reorder_linear_weight(plain, 64)
+            packed = torch.ops.mkl._mkl_reorder_linear_weight(plain, _EXPECTED_ROWS)
         return cls(weight, packed, onednn)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -101,16 +103,19 @@ class PackedWeight:
 
     def is_right(self) -> bool:
         """Compare with the plain product, for few rows and for many."""
+        generator = torch.Generator().manual_seed(0)
         for rows in (_FEWEST_ROWS, 100):
-            x = torch.randn(
-                rows, self.weight.shape[1], generator=torch.Generator().manual_seed(0)
-            )
+            x = torch.randn(rows, self.weight.shape[1], generator=generator)
             expected = F.linear(x, self.weight)
             spread = float(expected.abs().amax())
             if not torch.allclose(self(x, None), expected, 1e-4, 1e-4 * spread):
                 return False
         return True
 
+
+# Library and shapes of weights whose products were compared, once in a process: the
+# operators are private.
+_TRIED: set[tuple[bool, torch.Size]] = set()
 
 #: Packed weights by layer.
 Packs = dict[torch.nn.Linear, PackedWeight]
@@ -138,14 +143,14 @@ def pack_linears(model: torch.nn.Module, rows: int) -> Packs:
         return {}
     onednn = linear_backend() == "onednn"
     packs: Packs = {}
-    shapes = set()
     try:
         with torch.no_grad():
             for layer in layers:
                 pack = packs[layer] = PackedWeight.of(layer.weight, onednn)
-                if layer.weight.shape not in shapes and not pack.is_right():
+                kind = (onednn, layer.weight.shape)
+                if kind not in _TRIED and not pack.is_right():
                     raise RuntimeError("a product of theirs is wrong")
-                shapes.add(layer.weight.shape)
+                _TRIED.add(kind)
     # AttributeError where a release has other operators.
     except (AttributeError, RuntimeError) as error:
         _say_once(str(error).partition("\n")[0])

@@ -178,6 +178,7 @@ def packing(request, monkeypatch):
         pytest.skip("this PyTorch was built without the library")
     monkeypatch.setattr(cpu_linear, "linear_backend", lambda: request.param)
     monkeypatch.setattr(cpu_linear, "_WORTH_PACKING", 0)
+    monkeypatch.setattr(cpu_linear, "_TRIED", set())
     cpu_linear._say_once.cache_clear()
     used = []
     call = PackedWeight.__call__
