@@ -73,7 +73,8 @@ def test_samples_and_scores_are_those_of_hf(tiny_llama, tasks, chat, slots_used)
     expected = evaluate(
         loaded(HFLM, tiny_llama, batch_size=1), tasks, apply_chat_template=chat
     )
-    got = evaluate(loaded(PrefixHFLM, tiny_llama), tasks, apply_chat_template=chat)
+    lm = loaded(PrefixHFLM, tiny_llama, slots=2)
+    got = evaluate(lm, tasks, apply_chat_template=chat)
     assert got[:2] == expected[:2]
     assert max(slots_used) == 2
     assert got[0][0][0][0].endswith("<assistant>") == chat
