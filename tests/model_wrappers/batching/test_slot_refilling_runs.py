@@ -111,7 +111,7 @@ def test_a_broken_run_resumes_from_the_cache(tiny_llama, tasks, tmp_path, monkey
 
 
 def test_energy_counts_what_slots_generate(tiny_llama, tasks, slots_used):
-    lm = loaded(PrunedHFLM, tiny_llama, ratio=2, energy=True, batch_size=1)
+    lm = loaded(PrunedHFLM, tiny_llama, ratio=2, energy=True, slots=1)
     # The passes that try slots out belong to no request.
     assert lm._can_refill()
     slots_used.clear()
