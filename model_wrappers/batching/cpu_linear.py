@@ -166,10 +166,11 @@ def linear_name(packed: bool) -> str:
 
 
 def _can_pack() -> bool:
-    """Return whether PyTorch was built with the library that multiplies here."""
+    """Return whether the library that multiplies here is faster with packed weights."""
     if linear_backend() == "onednn":
         return True
-    return torch.backends.mkl.is_available()
+    # Of packed weights, MKL shares out few rows among threads badly: two threads took longer.
+    return torch.backends.mkl.is_available() and torch.get_num_threads() == 1
 
 
 @cache

@@ -179,6 +179,7 @@ def packing(request, monkeypatch):
     monkeypatch.setattr(cpu_linear, "linear_backend", lambda: request.param)
     monkeypatch.setattr(cpu_linear, "_WORTH_PACKING", 0)
     monkeypatch.setattr(cpu_linear, "_TRIED", set())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     cpu_linear._say_once.cache_clear()
     used = []
     call = PackedWeight.__call__
@@ -299,6 +300,12 @@ def test_adapters_are_computed_around_packed_layers(packing):
     got, count = packed_run(model, packing, lambda: model(tokens).logits)
     assert count > 0
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mkl_packs_for_one_thread_alone(packing, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    packed = bool(pack_linears(torch.nn.Linear(4, 4), 1))
+    assert packed == (cpu_linear.linear_backend() == "onednn")
 
 
 def test_small_tasks_are_not_worth_it(packing, monkeypatch):

@@ -185,6 +185,7 @@ def test_packed_weights_answer_as_hf_does_and_the_results_say_so(
         pytest.skip("this PyTorch was built without the library")
     backend = "torch" if library == "mkl" else library
     monkeypatch.setattr(cpu_linear, "linear_backend", lambda: backend)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     products = []
     call = cpu_linear.PackedWeight.__call__
 
