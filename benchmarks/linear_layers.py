@@ -19,12 +19,13 @@ from reporting import machine
 
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.batching.cpu_linear import (
+    Packs,
     linear_name,
     pack_linears,
 )
 
 
-def seconds(layers: list[torch.nn.Linear], packs: dict, rows: int) -> float:
+def seconds(layers: list[torch.nn.Linear], packs: Packs, rows: int) -> float:
     """Return the CPU time of one product in each layer, of plain weights without `packs`."""
     inputs = {
         layer.in_features: torch.randn(rows, layer.in_features) for layer in layers

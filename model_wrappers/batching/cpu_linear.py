@@ -193,6 +193,7 @@ def fast_cpu_linears(
         packs: Weights of it that `pack_linears` packed.
     """
     packs = packs or {}
+    plain: Callable[..., torch.Tensor]
     if linear_backend() == "onednn":
         layers = _ours(model)
         plain = _onednn
