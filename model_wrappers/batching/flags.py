@@ -1,4 +1,4 @@
-"""Model arguments that are true or false."""
+"""Checks of model arguments."""
 
 from __future__ import annotations
 
@@ -13,3 +13,15 @@ def check_flag(name: str, value: Any) -> None:
     """
     if value not in (True, False):
         raise ValueError(f"{name}={value!r} is not understood: pass true or false.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is neither None nor a whole number of 1 or more.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(
+            f"{name}={value!r} is not understood: pass a whole number of 1 or more."
+        )

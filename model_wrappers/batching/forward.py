@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cpu_linear import fast_cpu_linears
+from .cpu_linear import Packs, fast_cpu_linears, pack_linears
 
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Forward:
         model: A causal language model, or an adapter around one.
         device: Where its inputs belong.
         autocast_dtype: Run under autocast to this dtype; None: as the weights are.
+        packs: Its packed weights, if any.
     """
 
     def __init__(
@@ -33,15 +34,25 @@ class Forward:
         model: Any,
         device: torch.device,
         autocast_dtype: torch.dtype | None = None,
+        packs: Packs | None = None,
     ) -> None:
         self.model = model
         self.device = device
         self.autocast_dtype = autocast_dtype
+        self.packs = packs or {}
 
     @classmethod
-    def of(cls, lm: Any) -> Forward:
-        """Return what runs the model of an `HFLM` as `HFLM` does."""
-        return cls(lm.model, lm.device, lm.mixed_precision_dtype)
+    def of(cls, lm: Any, tokens: int) -> Forward:
+        """Return what runs the model of an `HFLM` as `HFLM` does.
+
+        Args:
+            lm: The `HFLM`.
+            tokens: About how many go through the model. The weights must not change until then.
+        """
+        packs = (
+            pack_linears(lm.model, tokens) if lm.mixed_precision_dtype is None else {}
+        )
+        return cls(lm.model, lm.device, lm.mixed_precision_dtype, packs)
 
     def __call__(
         self,
@@ -75,7 +86,7 @@ class Forward:
                 stack.enter_context(
                     torch.autocast(self.device.type, self.autocast_dtype)
                 )
-            stack.enter_context(fast_cpu_linears(self.model))
+            stack.enter_context(fast_cpu_linears(self.model, self.packs))
             return self.model(
                 input_ids=tokens, position_ids=positions, **arguments
             ).logits

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: Bytes of keys and values that are taken unasked.
+SMALL = 2 * 2**30
+
 
 def run_or_shrink(
     run: Callable[[], T], shrink: Callable[[RuntimeError], bool]
@@ -43,24 +46,38 @@ def rows_in_memory(lm: Any, length: int) -> int:
 
     The same for all processes among which the model's tensors are split.
     """
-    model = base_model(lm.model)
-    config = config_of(lm).get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    heads = -(-heads // (getattr(model, "tp_size", None) or 1))
-    row = 2 * heads * size * lm.model.dtype.itemsize * length
+    row = _bytes_in_a_layer(lm, length)
+    all_layers = config_of(lm).get_text_config().num_hidden_layers
     rows = min(
         _free_memory(device) // 3 // (row * layers)
-        for device, layers in _layers_by_device(lm, config.num_hidden_layers).items()
+        for device, layers in _layers_by_device(lm, all_layers).items()
     )
-    if is_split(model):
+    if is_split(base_model(lm.model)):
         # They run the same passes in step.
         least = torch.tensor(rows, device=lm.device)
         torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
         rows = int(least)
     return max(1, rows)
+
+
+def rows_that_are_small(lm: Any, length: int) -> int:
+    """Return how many rows of `length` tokens take at most `SMALL` bytes.
+
+    The same on every machine, whatever memory is free.
+    """
+    layers = config_of(lm).get_text_config().num_hidden_layers
+    return max(1, SMALL // (_bytes_in_a_layer(lm, length) * layers))
+
+
+def _bytes_in_a_layer(lm: Any, length: int) -> int:
+    """Return the bytes of the keys and values of a row in one layer."""
+    config = config_of(lm).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    heads = -(-heads // (getattr(base_model(lm.model), "tp_size", None) or 1))
+    return 2 * heads * size * lm.model.dtype.itemsize * length
 
 
 def _layers_by_device(lm: Any, layers: int) -> Counter[torch.device]:

@@ -311,11 +311,13 @@ class PrefixSharingMixin(FastPathMixin):
         """Run the tree through the model; yield how many nodes are done after each pass."""
         tree = work.tree
         cache = PathCache()
+        forward = Forward.of(self, len(tree))
+        self.answer_paths.note_packing(bool(forward.packs))
         start = 0
 
         def run() -> int:
             pack = next_pack(tree, work.scored_before, start, budget)
-            self._run_pack(work, pack, cache)
+            self._run_pack(forward, work, pack, cache)
             return pack.stop
 
         def shrink(error: RuntimeError) -> bool:
@@ -336,8 +338,10 @@ class PrefixSharingMixin(FastPathMixin):
                 yield stop
                 start = stop
 
-    def _run_pack(self, work: Work, pack: Pack, cache: PathCache) -> None:
-        run_pack(Forward.of(self), work, pack, cache, self.softmax_dtype)
+    def _run_pack(
+        self, forward: Forward, work: Work, pack: Pack, cache: PathCache
+    ) -> None:
+        run_pack(forward, work, pack, cache, self.softmax_dtype)
 
 
 def _least_saving(device: torch.device) -> float:

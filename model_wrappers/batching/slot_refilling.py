@@ -30,11 +30,11 @@ from .attention_support import (
     unsupported_reason,
 )
 from .fast_path import FastPathMixin
-from .flags import check_flag
+from .flags import check_count, check_flag
 from .forward import Forward
 from .generation import end_tokens
 from .greedy_settings import StopStrings, unsupported_setting
-from .memory import is_split, rows_in_memory, run_or_shrink
+from .memory import is_split, rows_in_memory, rows_that_are_small, run_or_shrink
 from .slot_pass import in_pieces, likeliest, trial_plain, trial_slots
 from .slot_table import SlotJob, SlotTable, ordered
 
@@ -50,6 +50,9 @@ eval_logger = logging.getLogger("lm_eval.models.slot_refilling")
 #: Stop strings, most tokens to generate, and what finds the stop strings.
 _Settings = tuple[list[str], int, StopStrings]
 
+# A step reads all weights, however many slots share it: with 16 a token takes a CPU twice
+# as long as with 64, with 1 ten times as long.
+_USUAL_SLOTS = 64
 # Slots below which attention is not worth its groups.
 _LEAST_SLOTS_IN_GROUPS = 16
 
@@ -58,24 +61,34 @@ class SlotRefillingMixin(FastPathMixin):
     """Generates greedily, with the next request in the place of an answer that is done.
 
     Put it before `HFLM` among the bases. Answers are those of `HFLM` at batch size 1,
-    up to tokens whose logits are equal but for rounding. ``batch_size`` is the number
-    of slots; ``auto`` takes HFLM's ``max_batch_size``, or as many as the memory holds.
-    Sampling, beams, penalties and models whose attention does not allow it take
+    up to tokens whose logits are equal but for rounding. ``slots`` is the number of
+    slots. Without it there are ``batch_size``, or `_USUAL_SLOTS` if that is more and their
+    keys and values are small; with ``batch_size=auto``, HFLM's ``max_batch_size`` or as many
+    as the memory holds. Sampling, beams, penalties and models whose attention does not allow it take
     `HFLM`'s own path, and one logged line says why.
     """
 
-    def __init__(self, *args: Any, slot_refilling: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        slot_refilling: bool = True,
+        slots: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Set up as the next class does.
 
         Args:
             *args: Passed on.
             slot_refilling: Refill the slots of a generating batch as they become free.
+            slots: Most requests to generate for at once; None: see the class.
             **kwargs: Passed on.
 
         Raises:
-            ValueError: `slot_refilling` is neither true nor false.
+            ValueError: `slot_refilling` is neither true nor false, or `slots` no count.
         """
         check_flag("slot_refilling", slot_refilling)
+        check_count("slots", slots)
+        self.slots = slots
         self.slot_refilling = bool(slot_refilling)
         self._refilling_checked = False
         #: Why it does not refill, if it does not.
@@ -237,9 +250,13 @@ class SlotRefillingMixin(FastPathMixin):
     def _slots(self, jobs: list[SlotJob]) -> int:
         """Return how many requests to run at once."""
         slots = self.batch_size
-        if not isinstance(slots, int):
+        longest = max(len(job.tokens) + job.most for job in jobs)
+        if self.slots is not None:
+            slots = self.slots
+        elif isinstance(slots, int):
+            slots = max(slots, min(_USUAL_SLOTS, rows_that_are_small(self, longest)))
+        else:
             # "auto", with or without a schedule.
-            longest = max(len(job.tokens) + job.most for job in jobs)
             slots = min(self.max_batch_size, rows_in_memory(self, longest))
         if self._most_slots is not None:
             # What a shortage of memory left of them earlier.
@@ -255,7 +272,8 @@ class SlotRefillingMixin(FastPathMixin):
         slots = self._slots(jobs)
         # Elsewhere attention is the smaller part, and each group costs a launch.
         in_groups = self.device.type == "cpu" and slots >= _LEAST_SLOTS_IN_GROUPS
-        forward = Forward.of(self)
+        forward = Forward.of(self, sum(len(job.tokens) + job.most for job in jobs))
+        self.answer_paths.note_packing(bool(forward.packs))
         table = SlotTable(slots, in_groups)
 
         def run() -> list[tuple[int, int]]:
@@ -270,7 +288,7 @@ class SlotRefillingMixin(FastPathMixin):
                 raise RuntimeError(
                     f"Out of memory with {slots} requests at once, and processes that "
                     "share a model (tp_plan) cannot take fewer one by one: give "
-                    f"batch_size={slots // 2}"
+                    f"slots={slots // 2}"
                 ) from error
             slots = self._most_slots = (slots + 1) // 2
             eval_logger.warning(

@@ -165,11 +165,33 @@ RULES = {
         for stop in self._passes(""": """\
         for stop in self._passes(""",
             "            begin = stop\n": "",
+            "forward = Forward.of(self, len(tree))\n": "forward = Forward.of(self)\n",
+            "        self.answer_paths.note_packing(bool(forward.packs))\n": "",
         },
     ),
     "forward": Rules(
         # Private to PyTorch.
-        change={"            stack.enter_context(fast_cpu_linears(self.model))\n": ""}
+        change={
+            "            stack.enter_context(fast_cpu_linears(self.model, self.packs))\n": "",
+            "        packs: Its packed weights, if any.\n": "",
+            "        packs: Packs | None = None,\n": "",
+            "        self.packs = packs or {}\n": "",
+            "def of(cls, lm: Any, tokens: int)": "def of(cls, lm: Any)",
+            """\
+ as `HFLM` does.
+
+        Args:
+            lm: The `HFLM`.
+            tokens: About how many go through the model. The weights must not change until then.
+        \"""
+        packs = (
+            pack_linears(lm.model, tokens) if lm.mixed_precision_dtype is None else {}
+        )
+""": """\
+ as `HFLM` does.\"""
+""",
+            "lm.mixed_precision_dtype, packs)": "lm.mixed_precision_dtype)",
+        }
     ),
     "masks": Rules(
         # One copy of a mask for each card, not for each layer on it: for the few who need it.

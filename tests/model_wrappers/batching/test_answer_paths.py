@@ -22,6 +22,7 @@ from lm_eval_pruned.model_wrappers.batching import (
     prefix_sharing,
     trial_model as trials,
 )
+from lm_eval_pruned.model_wrappers.batching.forward import Forward
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.batching.trial_model import (
@@ -486,6 +487,6 @@ def test_layers_on_one_device_get_a_mask_once(monkeypatch, share_however_little)
         tree.tree, tree.scored_before, 0, prefix_sharing.Budget(200, 100, 200)
     )
     with Copies():
-        lm._run_pack(tree, pack, path_cache.PathCache())
+        lm._run_pack(Forward.of(lm, 0), tree, pack, path_cache.PathCache())
     masks = [shape for shape in sent if len(shape) == 4 and shape[1] == 1]
     assert len(masks) == 1

@@ -278,12 +278,12 @@ def test_out_of_memory_backs_off(models, monkeypatch, caplog):
     assert shared._can_share()
     run_pack = shared._run_pack
 
-    def short_of_memory(work, pack, cache):
+    def short_of_memory(forward, work, pack, cache):
         if pack.stop - pack.start > 20:
             # Half of the pass has been through.
             cache.begin_pass(None)
             raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
-        run_pack(work, pack, cache)
+        run_pack(forward, work, pack, cache)
 
     monkeypatch.setattr(shared, "_run_pack", short_of_memory)
     with caplog.at_level(logging.WARNING, "lm_eval.models.prefix_sharing"):

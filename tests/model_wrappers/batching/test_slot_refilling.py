@@ -19,6 +19,7 @@ from transformers.models.llama4 import Llama4TextConfig
 
 from lm_eval_pruned.model_wrappers.batching import (
     greedy_settings,
+    memory,
     slot_cache,
     slot_pass,
     slot_refilling,
@@ -42,6 +43,8 @@ MAX_LENGTH = 64
 
 def make(cls, model, batch_size=3, **kwargs):
     kwargs = {"max_length": MAX_LENGTH, **kwargs}
+    if cls is not HFLM and isinstance(batch_size, int):
+        kwargs = {"slots": batch_size, **kwargs}
     return cls(
         pretrained=model,
         tokenizer=byte_tokenizer(),
@@ -129,7 +132,7 @@ def test_equal_to_one_by_one(
         patch.setattr(slot_refilling, "_LEAST_SLOTS_IN_GROUPS", 2)
         patch.setattr(slot_table, "_COST_OF_ORDER", cost_of_order)
         patch.setattr(slot_pass, "_MOST_IN_MASK", most_in_mask)
-        refilled.batch_size_per_gpu = slots
+        refilled.slots = slots
         got = generate(refilled, drawn)
     assert got == generate(plain, drawn)
     assert not refilled._refilling_complaints
@@ -146,6 +149,10 @@ PROMPTS = [
 ]
 
 
+#: Bytes of keys and values of a token in `tiny`: layers, heads, size, float64.
+ROW = 2 * tiny_config().num_hidden_layers * tiny_config().num_key_value_heads * 8 * 8
+
+
 def prompts(**settings):
     settings = {"until": ["\n"], "max_gen_toks": 12} | settings
     return [(prompt, dict(settings)) for prompt in PROMPTS]
@@ -158,13 +165,50 @@ def test_batch_sizes(pair, batch_size):
     assert generate(refilled, prompts()) == generate(plain, prompts())
 
 
-def test_no_more_rows_than_the_batch_size(pair, monkeypatch):
+def test_no_more_rows_than_slots(pair, monkeypatch):
     _, refilled = pair
     rows = []
     watch_passes(monkeypatch, lambda work: rows.append(len(work)))
-    refilled.batch_size_per_gpu = 2
+    refilled.slots = 2
     generate(refilled, prompts())
     assert max(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "small", "slots"),
+    [
+        # Small: as many as are usual, whatever the batch size below that.
+        ({"batch_size": 1}, 2**31, 5),
+        ({"batch_size": 2}, 2**31, 5),
+        ({"batch_size": 6}, 2**31, 6),
+        ({"batch_size": 50}, 2**31, 7),
+        # Room for three rows of 60 tokens, or for none.
+        ({"batch_size": 1}, 3 * 61 * ROW, 3),
+        ({"batch_size": 4}, 3 * 61 * ROW, 4),
+        ({"batch_size": 1}, 0, 1),
+        # What is asked for.
+        ({"batch_size": 1, "slots": 2}, 2**31, 2),
+        ({"batch_size": 4, "slots": 1}, 2**31, 1),
+        ({"batch_size": "auto", "slots": 6}, 0, 6),
+    ],
+)
+def test_slots_depend_on_shapes_and_on_what_is_asked_for(
+    pair, arguments, small, slots, monkeypatch
+):
+    """Neither on the memory that is free nor on a clock: on every machine the same."""
+    plain, refilled = pair
+    monkeypatch.setattr(memory.psutil, "virtual_memory", None)
+    monkeypatch.setattr(slot_refilling, "_USUAL_SLOTS", 5)
+    monkeypatch.setattr(memory, "SMALL", small)
+    lm = make(PrefixHFLM, refilled.model, **{"slots": None, **arguments})
+    assert generate(lm, prompts()) == generate(plain, prompts())
+    assert path_of(lm).slots == slots
+
+
+@pytest.mark.parametrize("slots", [0, -1, 1.5, "many", True])
+def test_slots_are_a_count(pair, slots):
+    with pytest.raises(ValueError, match=f"slots={slots!r} is not understood"):
+        make(PrefixHFLM, pair[0].model, slots=slots)
 
 
 def test_steps_are_as_few_as_the_slots_allow(pair, monkeypatch):
@@ -175,7 +219,7 @@ def test_steps_are_as_few_as_the_slots_allow(pair, monkeypatch):
     watch_passes(
         monkeypatch, lambda work: steps.append([len(tokens) for _, tokens, _ in work])
     )
-    refilled.batch_size_per_gpu = 2
+    refilled.slots = 2
     lengths = [9, 3, 3, 3]
     generate(
         refilled,
@@ -462,7 +506,7 @@ def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
 
     monkeypatch.setattr(slot_cache, "_grouped_attention", watched)
     assert refilled._can_refill()
-    refilled.batch_size_per_gpu = 4
+    refilled.slots = 4
     pairs = [
         (c * n, {"max_gen_toks": 2})
         for c, n in zip("abcd", (30, 20, 9, 5), strict=True)

@@ -230,7 +230,7 @@ def test_processes_that_share_a_model_do_not_back_off_one_by_one(split, monkeypa
         raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
 
     monkeypatch.setattr(slot_refilling, "likeliest", short_of_memory)
-    with pytest.raises(RuntimeError, match=r"6 requests at once.*give batch_size=3"):
+    with pytest.raises(RuntimeError, match=r"6 requests at once.*give slots=3"):
         generate(lm, prompts())
 
 

@@ -6,11 +6,12 @@ import json
 import sys
 
 import pytest
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lm_eval_pruned.model_wrappers.batching import slot_pass
+from lm_eval_pruned.model_wrappers.batching import cpu_linear, slot_pass
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import checkpoints, evaluations, made_tasks
@@ -72,7 +73,8 @@ def test_samples_and_scores_are_those_of_hf(tiny_llama, tasks, chat, slots_used)
     expected = evaluate(
         loaded(HFLM, tiny_llama, batch_size=1), tasks, apply_chat_template=chat
     )
-    got = evaluate(loaded(PrefixHFLM, tiny_llama), tasks, apply_chat_template=chat)
+    lm = loaded(PrefixHFLM, tiny_llama, slots=2)
+    got = evaluate(lm, tasks, apply_chat_template=chat)
     assert got[:2] == expected[:2]
     assert max(slots_used) == 2
     assert got[0][0][0][0].endswith("<assistant>") == chat
@@ -109,7 +111,7 @@ def test_a_broken_run_resumes_from_the_cache(tiny_llama, tasks, tmp_path, monkey
 
 
 def test_energy_counts_what_slots_generate(tiny_llama, tasks, slots_used):
-    lm = loaded(PrunedHFLM, tiny_llama, ratio=2, energy=True, batch_size=1)
+    lm = loaded(PrunedHFLM, tiny_llama, ratio=2, energy=True, slots=1)
     # The passes that try slots out belong to no request.
     assert lm._can_refill()
     slots_used.clear()
@@ -172,3 +174,37 @@ def test_two_processes_that_share_a_model(tiny_llama, tmp_path):
     assert answers == generate(alone, prompts(until=[], max_gen_toks=16))
     assert path["requests"] == {"slots": len(answers)}
     assert path["slots"] == 2
+
+
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+def test_packed_weights_answer_as_hf_does_and_the_results_say_so(
+    tiny_llama, library, monkeypatch
+):
+    backends = {"mkl": torch.backends.mkl, "onednn": torch.backends.mkldnn}
+    if not backends[library].is_available():
+        pytest.skip("this PyTorch was built without the library")
+    backend = "torch" if library == "mkl" else library
+    monkeypatch.setattr(cpu_linear, "linear_backend", lambda: backend)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    products = []
+    call = cpu_linear.PackedWeight.__call__
+
+    def counted(pack, x, bias):
+        products.append(len(x))
+        return call(pack, x, bias)
+
+    monkeypatch.setattr(cpu_linear.PackedWeight, "__call__", counted)
+    asked = prompts(until=[], max_gen_toks=16)
+    expected = generate(loaded(HFLM, tiny_llama, batch_size=1, max_length=64), asked)
+    lm = loaded(PrefixHFLM, tiny_llama, batch_size=1, max_length=64)
+    assert generate(lm, asked) == expected
+    assert lm.get_model_info()["answer_paths"]["linear"] == backend
+    assert not products
+    monkeypatch.setattr(cpu_linear, "_WORTH_PACKING", 0)
+    assert generate(lm, asked) == expected
+    assert lm.get_model_info()["answer_paths"]["linear"] == f"{library} packed"
+    assert products
+    with torch.no_grad():
+        lm.model.lm_head.weight.neg_()
+    expected = generate(HFLM(lm.model, tokenizer=lm.tokenizer, max_length=64), asked)
+    assert generate(lm, asked) == expected
