@@ -137,22 +137,27 @@ class LoadRequest:
 
     def scores_key(self) -> Hashable | None:
         """Identify what scores depend on; None where the checkpoint's content is not known."""
-        checkpoint = self._content()
-        if checkpoint is None:
+        model = self.content_key()
+        if model is None:
             return None
         plan, text = self.plan, None
         if plan.calibration is not None:
             text = (_stamp(Path(plan.calibration)), plan.calibration_samples)
-        arguments = sorted((k, repr(v)) for k, v in self.model_arguments.items())
         return (
-            checkpoint,
-            self.auto_class,
-            tuple(arguments),
+            *model,
             plan.criterion,
             plan.layer_criteria,
             plan.seed,
             text,
         )
+
+    def content_key(self) -> tuple[Hashable, ...] | None:
+        """Identify the unpruned model; None where the checkpoint's content is not known."""
+        checkpoint = self._content()
+        if checkpoint is None:
+            return None
+        arguments = sorted((k, repr(v)) for k, v in self.model_arguments.items())
+        return (checkpoint, self.auto_class, tuple(arguments))
 
     def _content(self) -> Hashable | None:
         """Identify the checkpoint's content as it is now; None where that cannot be told."""
@@ -172,21 +177,15 @@ class LoadRequest:
             return "it is a GGUF file"
         return unknown_loader()
 
-    def must_load_whole(self, known: ScoreTable | None = None) -> str | None:
-        """Return why the model cannot be pruned while it loads, if that is known.
+    def needs_scores(self, known: ScoreTable) -> bool:
+        """Return whether neurons have to be observed before weights are narrowed.
 
         Args:
             known: Scores from an earlier load of the same model.
         """
-        if (unreadable := self.unreadable()) is not None:
-            return unreadable
         if not self.plan.prunes or self.plan.calibration is None:
-            return None
-        if known is not None and known.covers(
-            self.widths.actual, self.widths.targets(self.plan)
-        ):
-            return None
-        return f"criterion={self.plan.criterion} looks at its activations"
+            return False
+        return not known.covers(self.widths.actual, self.widths.targets(self.plan))
 
     def check_prunable_in_memory(self, why: str | None) -> None:
         """Refuse what pruning after loading cannot do, before the weights are read.
