@@ -37,7 +37,7 @@ _WORDS: dict[torch.dtype, np.dtype[Any]] = {
 }
 _TORCH_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Bytes that are worked on before the next ones, so that they stay in the L2 cache.
-_BLOCK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 19
 #: Elements that torch converts in the calling thread (`at::internal::GRAIN_SIZE`).
 _SERIAL_ELEMENTS = 1 << 15
 
