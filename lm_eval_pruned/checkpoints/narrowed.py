@@ -133,24 +133,26 @@ class NarrowedMlp:
             self._lock.release()
 
     def _kept_set(self, device: torch.device) -> Tensor:
-        if self._kept is None and self.width == self._width_before:
-            self._kept = torch.arange(self.width, device=_CPU)
         if self._kept is None:
-            scores = self._session.known.scores
-            if self.name not in scores:
-                gate, up = (
-                    self._sources[p, "weight"] for p in ("gate_proj", "up_proj")
-                )
-                weights = gate.read(), up.read()
-                scores[self.name] = self._score(*weights)
-                kept = kept_set(scores[self.name], self.width)
-                # The weights are in the processor's cache now.
-                self._ready = {
-                    (tensor.projection, "weight"): tensor.narrowed(weight, kept, device)
-                    for tensor, weight in zip((gate, up), weights, strict=True)
-                }
-            self._kept = kept_set(scores[self.name], self.width)
+            self._kept = self._choose(device)
         return self._kept
+
+    def _choose(self, device: torch.device) -> Tensor:
+        if self.width == self._width_before:
+            return torch.arange(self.width, device=_CPU)
+        scores = self._session.known.scores
+        if self.name in scores:
+            return kept_set(scores[self.name], self.width)
+        gate, up = (self._sources[p, "weight"] for p in ("gate_proj", "up_proj"))
+        weights = gate.read(), up.read()
+        scores[self.name] = self._score(*weights)
+        kept = kept_set(scores[self.name], self.width)
+        # The weights are in the processor's cache now.
+        self._ready = {
+            (tensor.projection, "weight"): tensor.narrowed(weight, kept, device)
+            for tensor, weight in zip((gate, up), weights, strict=True)
+        }
+        return kept
 
     def _score(self, gate: Tensor, up: Tensor) -> Tensor:
         plan, dtype = self._session.plan, self._sources["gate_proj", "weight"].dtype

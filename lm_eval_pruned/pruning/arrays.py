@@ -12,6 +12,10 @@ reverse. NaN has the largest bits of all on either side, infinity the next ones.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import mmap
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +25,7 @@ from lm_eval_pruned.pruning.staging import send
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -32,7 +36,7 @@ _WORDS: dict[torch.dtype, np.dtype[Any]] = {
     torch.float64: np.dtype(np.int64),
 }
 _TORCH_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-#: Bytes that are looked at twice before the next ones, so that they stay in the L2 cache.
+#: Bytes that are worked on before the next ones, so that they stay in the L2 cache.
 _BLOCK_BYTES = 1 << 19
 #: Elements that torch converts in the calling thread (`at::internal::GRAIN_SIZE`).
 _SERIAL_ELEMENTS = 1 << 15
@@ -58,6 +62,13 @@ def _floats(words: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(words.view(_WORDS[dtype])).view(dtype)
 
 
+def _blocks(rows: np.ndarray | Tensor) -> Iterator[slice]:
+    """Cut the first axis into blocks."""
+    step = max(1, _BLOCK_BYTES * len(rows) // max(1, rows.nbytes))
+    for start in range(0, len(rows), step):
+        yield slice(start, min(start + step, len(rows)))
+
+
 def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest and the smallest weight of each row.
 
@@ -74,11 +85,9 @@ def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     unsigned = signed.view(f"u{signed.dtype.name}")
     high = np.empty(len(signed), signed.dtype)
     low = np.empty(len(signed), unsigned.dtype)
-    step = max(1, _BLOCK_BYTES // signed[0].nbytes)
-    for start in range(0, len(signed), step):
-        block = slice(start, start + step)
-        np.max(signed[block], axis=1, out=high[block])
-        np.max(unsigned[block], axis=1, out=low[block])
+    for block in _blocks(signed):
+        np.maximum.reduce(signed[block], axis=1, out=high[block])
+        np.maximum.reduce(unsigned[block], axis=1, out=low[block])
     highest, lowest = _floats(high, rows.dtype), _floats(low, rows.dtype)
     # With one sign only, the larger of the two numbers has the smaller bits or vice versa.
     one_sign = np.flatnonzero((high < 0) | (low.view(high.dtype) >= 0))
@@ -105,11 +114,9 @@ def all_finite(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
         )
     signed = _words(weight).reshape(-1)
     unsigned = signed.view(f"u{signed.dtype.name}")
-    step = _BLOCK_BYTES // signed.itemsize
-    blocks = [slice(start, start + step) for start in range(0, len(signed), step)]
     ends = [
-        *(signed[block].max() for block in blocks),
-        *(unsigned[block].max().view(signed.dtype) for block in blocks),
+        (signed[block].max(), unsigned[block].max().view(signed.dtype))
+        for block in _blocks(signed)
     ]
     largest = _floats(np.array(ends, signed.dtype), weight.dtype)
     return bool(largest.to(dtype).isfinite().all())
@@ -162,10 +169,37 @@ def gather(
 
         return send(out, narrower, fill)
     if out.dtype == weight.dtype and out.is_contiguous():
-        take(slice(None), _words(out))
+        for rows in _blocks(out):
+            take(rows, _words(_claim(out[rows])))
     else:
         _convert(take, slice(0, len(out)), weight.dtype, out)
     return out
+
+
+#: `MADV_POPULATE_WRITE`, which Linux knows from 5.14 on.
+_POPULATE_WRITE = 23
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+def _claim(target: Tensor) -> Tensor:
+    """Have the kernel hand out at once the pages that are about to be written to.
+
+    One by one, as each is first written to, takes longer. Returns `target`, unchanged.
+    """
+    advise = _madvise()
+    if advise is not None and target.is_contiguous():
+        start = target.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        # A kernel that does not know how answers so, and hands them out one by one.
+        advise(start, target.data_ptr() + target.nbytes - start, _POPULATE_WRITE)
+    return target
 
 
 def _convert(
@@ -178,7 +212,7 @@ def _convert(
     step = max(1, _SERIAL_ELEMENTS // max(1, target[0].numel()))
     words = np.empty((min(step, len(target)), *target.shape[1:]), _WORDS[dtype])
     for start in range(0, len(target), step):
-        block = target[start : start + step]
+        block = _claim(target[start : start + step])
         first = rows.start + start
         take(slice(first, first + len(block)), words[: len(block)])
         block.copy_(_floats(words[: len(block)], dtype))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from lm_eval_pruned.pruning import arrays
 from lm_eval_pruned.pruning.arrays import all_finite, gather, row_extremes
 
 
@@ -94,6 +95,21 @@ def test_large_gathers_cross_their_blocks(dtype):
     highest, lowest = row_extremes(weight)
     assert torch.equal(highest, weight.amax(1))
     assert torch.equal(lowest, weight.amin(1))
+
+
+#: `MADV_POPULATE_WRITE`; one that no kernel knows; a system without the call.
+@pytest.mark.parametrize("advice", [arrays._POPULATE_WRITE, 1 << 20, None])
+def test_what_lies_beside_a_gather_stays_however_its_pages_come(monkeypatch, advice):
+    monkeypatch.setattr(arrays, "_POPULATE_WRITE", advice)
+    if advice is None:
+        monkeypatch.setattr(arrays, "_madvise", lambda: None)
+    torch.manual_seed(0)
+    weight = torch.randn(700, 600, dtype=torch.bfloat16)
+    kept = torch.arange(1, 700, 2)
+    around = torch.full((352, 600), 7.0, dtype=torch.bfloat16)
+    gather(weight, kept, 0, out=around[1:-1])
+    assert torch.equal(around[1:-1], weight[kept])
+    assert (around[[0, -1]] == 7).all()
 
 
 def test_gathered_weights_are_ordinary_tensors():
