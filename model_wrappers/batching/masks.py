@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: sdpa's memory-efficient kernel wants the rows of a mask to begin at multiples of so
 #: many elements (8 or 16, by version), and else copies the mask in each layer.
 ALIGNMENT = 16
 
 
-def additive_mask(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive_mask(hidden: torch.Tensor, dtype: torch.dtype) -> SentOnce:
     """Return what is added to attention scores: 0, and minus infinity where `hidden`.
 
     Args:
@@ -41,7 +44,7 @@ class SentOnce(torch.Tensor):
     _copies: dict[Any, torch.Tensor]
 
     @classmethod
-    def of(cls, whole: torch.Tensor, keys: int) -> SentOnce:
+    def of(cls, whole: torch.Tensor, keys: int) -> Self:
         """Return the first `keys` of the last dimension of `whole`."""
         mask = whole[..., :keys].as_subclass(cls)
         mask._whole, mask._copies = whole, {}
