@@ -7,7 +7,7 @@ nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention_support import cache_argument
-from .forward import Forward
+from .forward import Forward, LogitsMemory
 from .masks import SentOnce, additive_mask
 from .path_cache import PathCache
 from .token_tree import Budget, TokenTree, blocks, build_tree, next_pack
@@ -50,6 +50,7 @@ class Work:
         pairs: Indices of each request's pairs, in the order of its continuation.
         values: Log-probability of each pair, [pairs].
         greedy: Whether no token is more likely, [pairs].
+        logits: What passes write their logits to.
     """
 
     tree: TokenTree
@@ -59,6 +60,7 @@ class Work:
     pairs: list[np.ndarray]
     values: np.ndarray
     greedy: np.ndarray
+    logits: LogitsMemory = field(default_factory=LogitsMemory)
 
     @classmethod
     def of(cls, requests: list[Request], max_length: int) -> Work:
@@ -134,6 +136,7 @@ def run_pack(
         torch.from_numpy(tokens).to(device),
         torch.from_numpy(position).to(device),
         keep,
+        work.logits,
         **arguments,
     )[0]
     if len(wanted):
