@@ -8,7 +8,7 @@ import torch
 
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 #: sdpa's memory-efficient kernel wants the rows of a mask to begin at multiples of so
 #: many elements (8 or 16, by version), and else copies the mask in each layer.

@@ -20,7 +20,10 @@ def engines():
     ("options", "said"),
     [
         (["pruned_demo_truthfulness"], "log-likelihoods differ by at most "),
-        (["pruned_demo_instruction_following", "--max-gen-toks", "4"], "2 of 2 texts are the same"),
+        (
+            ["pruned_demo_instruction_following", "--max-gen-toks", "4"],
+            "2 of 2 texts are the same",
+        ),
     ],
 )
 def test_the_table_has_loading_and_each_piece_of_work(
