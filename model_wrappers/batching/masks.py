@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-
-if TYPE_CHECKING:
-    from typing import Self
 
 #: sdpa's memory-efficient kernel wants the rows of a mask to begin at multiples of so
 #: many elements (8 or 16, by version), and else copies the mask in each layer.
@@ -44,7 +41,7 @@ class SentOnce(torch.Tensor):
     _copies: dict[Any, torch.Tensor]
 
     @classmethod
-    def of(cls, whole: torch.Tensor, keys: int) -> Self:
+    def of(cls, whole: torch.Tensor, keys: int) -> SentOnce:
         """Return the first `keys` of the last dimension of `whole`."""
         mask = whole[..., :keys].as_subclass(cls)
         mask._whole, mask._copies = whole, {}

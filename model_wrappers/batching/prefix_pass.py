@@ -191,7 +191,7 @@ class _BlockMask(SentOnce):
         cls, mask: SentOnce, tree: TokenTree, pack: Pack, cached: int
     ) -> _BlockMask:
         """Return `mask`, that of `pack`, in blocks."""
-        cut = cls.of(mask._whole, mask.shape[-1])
+        cut: Any = cls.of(mask._whole, mask.shape[-1])
         cut.blocks = []
         for start, stop, before in blocks(tree, pack.start, pack.stop, _BLOCK_QUERIES):
             begin, end = start - pack.start, stop - pack.start
