@@ -2,16 +2,18 @@
 
 Every model type answers the requests of every task, taking turns, each in a copy of the same
 weights; loading is timed apart. The table has a row for each task and request type with the
-median seconds of each model type, and below it the run says how far the answers agree with those
-of the last one: by how much log-likelihoods differ at most, and how many texts are the same.
+seconds of each model type, median and in brackets the range of the repeats, and below it the run
+says how far the answers agree with those of the last one: by how much log-likelihoods differ at most, and
+how many texts are the same.
 
-    python benchmarks/engines.py --tasks truthfulqa_mc1 truthfulqa_mc2 --limit 20
+    python benchmarks/engines.py --tasks truthfulqa_mc1 truthfulqa_mc2 --limit 4
     python benchmarks/engines.py --tasks ifeval --limit 64 --chat --max-gen-toks 128
 
-With ``--models pruned-vllm pruned-hf --model_args ratio=2.0`` it compares pruned models. vLLM
-has to be installed for ``vllm`` and ``pruned-vllm``; elsewhere name other model types. The stock
+With ``--models pruned-vllm pruned-hf --model_args ratio=2.0`` it compares pruned models. All run
+in the environment of the interpreter that runs the script: vLLM has to be installed there
+for ``vllm`` and ``pruned-vllm``; elsewhere name other model types. The stock
 tasks read their data from the Hub, or from a folder laid out under the Hub names where `--data`
-names one. On a card, add ``--device cuda`` and ``--dtype bfloat16``.
+names one. On a card, add ``--device cuda --dtype bfloat16``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from reporting import machine, table
+from reporting import machine, synchronise
+
+from lm_eval_pruned.checkpoints.default_model import find_default_model
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -51,6 +56,7 @@ class Engine:
         for key, requests in work.items():
             begin = time.perf_counter()
             self.answers[key] = getattr(self.lm, key[1])(requests)
+            synchronise(torch.device(getattr(self.lm, "device", "cpu")))
             self.seconds.setdefault(key, []).append(time.perf_counter() - begin)
 
 
@@ -58,8 +64,6 @@ def load(name: str, arguments: argparse.Namespace) -> Engine:
     """Load one model type."""
     from lm_eval.api.registry import get_model
     from lm_eval.utils import simple_parse_args_string
-
-    from lm_eval_pruned.checkpoints.default_model import find_default_model
 
     given = {
         "pretrained": arguments.pretrained or find_default_model().pretrained,
@@ -112,7 +116,15 @@ def agreement(ours: list[Any], theirs: list[Any]) -> str:
     return f"log-likelihoods differ by at most {max(abs(a - b) for a, b in pairs):.2g}"
 
 
-def main() -> None:
+def seconds(values: list[float]) -> str:
+    """Return the median, and the range of several."""
+    median = f"{statistics.median(values):.1f} s"
+    if len(values) == 1:
+        return median
+    return f"{median} ({min(values):.1f}-{max(values):.1f})"
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -132,7 +144,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", help="folder laid out under the Hub names")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     if arguments.data:
         os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -144,7 +156,7 @@ def main() -> None:
         shift = repeat % len(engines)
         for engine in engines[shift:] + engines[:shift]:
             engine.answer(work)
-    print(machine(arguments.device))
+    print(machine(arguments.device) + f", {arguments.dtype}", end="\n\n")
     names = [engine.name for engine in engines]
     rows: list[list[str]] = [
         ["loading", "", *(f"{engine.load_seconds:.1f} s" for engine in engines)]
@@ -153,11 +165,11 @@ def main() -> None:
         [
             f"{task}, {kind}",
             str(len(work[task, kind])),
-            *(f"{statistics.median(e.seconds[task, kind]):.1f} s" for e in engines),
+            *(seconds(engine.seconds[task, kind]) for engine in engines),
         ]
         for task, kind in work
     ]
-    print(table(["work", "requests", *names], rows))
+    print(markdown_table(["work", "requests", *names], rows), end="\n\n")
     for engine in engines[:-1]:
         for key in work:
             said = agreement(engine.answers[key], engines[-1].answers[key])

@@ -12,7 +12,7 @@ import torch
 ALIGNMENT = 16
 
 
-def additive_mask(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def additive_mask(hidden: torch.Tensor, dtype: torch.dtype) -> SentOnce:
     """Return what is added to attention scores: 0, and minus infinity where `hidden`.
 
     Args:

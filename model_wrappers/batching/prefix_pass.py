@@ -7,7 +7,7 @@ nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from .attention_support import cache_argument
-from .forward import Forward
-from .masks import additive_mask
+from .forward import Forward, LogitsMemory
+from .masks import SentOnce, additive_mask
 from .path_cache import PathCache
-from .token_tree import Budget, TokenTree, build_tree, next_pack
+from .token_tree import Budget, TokenTree, blocks, build_tree, next_pack
 
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # Rows of logits per softmax, so that a chunk stays in a processor's cache.
 _SOFTMAX_ROWS = 64
+# Queries of a row whose attention is computed at a time on a CPU.
+_BLOCK_QUERIES = 128
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Work:
         pairs: Indices of each request's pairs, in the order of its continuation.
         values: Log-probability of each pair, [pairs].
         greedy: Whether no token is more likely, [pairs].
+        logits: What passes write their logits to.
     """
 
     tree: TokenTree
@@ -57,6 +60,7 @@ class Work:
     pairs: list[np.ndarray]
     values: np.ndarray
     greedy: np.ndarray
+    logits: LogitsMemory = field(default_factory=LogitsMemory)
 
     @classmethod
     def of(cls, requests: list[Request], max_length: int) -> Work:
@@ -132,6 +136,7 @@ def run_pack(
         torch.from_numpy(tokens).to(device),
         torch.from_numpy(position).to(device),
         keep,
+        work.logits,
         **arguments,
     )[0]
     if len(wanted):
@@ -165,7 +170,76 @@ def _mask(
     ).to(device)
     query = torch.from_numpy(number).to(device)[:, :, None]
     seen = (key[:, None] <= query) & (query < key_end[:, None])
-    return additive_mask(~seen, dtype)
+    mask = additive_mask(~seen, dtype)
+    if rows == 1 and device.type == "cpu" and width > _BLOCK_QUERIES:
+        return _BlockMask.cut(mask, tree, pack, cached)
+    return mask
+
+
+class _BlockMask(SentOnce):
+    """A mask of one row with which sdpa attention reads, block by block, what a block may see.
+
+    Most of a long row is hidden from each of its tokens, and a CPU computes what is hidden
+    as well. Whatever else is done with the mask, it is that of the whole row.
+    """
+
+    #: First query of each block, one past its last, its keys, and its part of the mask.
+    blocks: list[tuple[int, int, torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def cut(
+        cls, mask: SentOnce, tree: TokenTree, pack: Pack, cached: int
+    ) -> _BlockMask:
+        """Return `mask`, that of `pack`, in blocks."""
+        cut: Any = cls.of(mask._whole, mask.shape[-1])
+        cut.blocks = []
+        for start, stop, before in blocks(tree, pack.start, pack.stop, _BLOCK_QUERIES):
+            begin, end = start - pack.start, stop - pack.start
+            path = np.where(
+                before < pack.start, tree.depth[before], cached + before - pack.start
+            )
+            seen = np.concatenate([path, np.arange(cached + begin, cached + end)])
+            keys = torch.from_numpy(seen)
+            part = mask[..., begin:end, :].index_select(-1, keys)
+            cut.blocks.append((begin, end, keys, part))
+        return cut
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            with torch._C.DisableTorchFunctionSubclass():
+                return _in_blocks(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _in_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Return what `scaled_dot_product_attention` does, by the blocks of the mask."""
+    attend = F.scaled_dot_product_attention
+    fits = attn_mask.shape[-2:] == (query.shape[-2], key.shape[-2])
+    if not (isinstance(attn_mask, _BlockMask) and fits):
+        return attend(query, key, value, attn_mask, *args, **kwargs)
+    parts = [
+        attend(
+            query[..., begin:end, :],
+            key.index_select(-2, keys),
+            value.index_select(-2, keys),
+            part,
+            *args,
+            **kwargs,
+        )
+        for begin, end, keys, part in attn_mask.blocks
+    ]
+    # Heads lie side by side in what the kernel returns, where a model wants them.
+    return torch.cat([part.transpose(-2, -3) for part in parts], -3).transpose(-2, -3)
 
 
 def _score(
@@ -192,12 +266,34 @@ def _score(
         row = torch.from_numpy(pair_row[low:high] - begin).to(chunk.device)
         target = torch.from_numpy(work.pair_target[here]).to(chunk.device)
         values = chunk[row, target]
-        greedy = values == chunk.amax(-1)[row]
-        # Of equals, argmax takes one.
-        greedy[greedy.clone()] = chunk[row[greedy]].argmax(-1) == target[greedy]
+        greedy = _is_greedy(chunk, row, target, values)
         # Not every device has float64.
         work.values[here] = values.cpu().double().numpy()
         work.greedy[here] = greedy.cpu().numpy()
+
+
+def _is_greedy(
+    chunk: torch.Tensor, row: torch.Tensor, target: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """Return whether argmax takes `target` in rows of `chunk`, where it has `values`.
+
+    Of equals, argmax takes one. It is slow, and equals are rare: they are looked for by the
+    largest of what is left. `chunk` is not to be used afterwards.
+    """
+    top = chunk.amax(-1)
+    greedy = values == top[row]
+    row, target = row[greedy], target[greedy]
+    chunk[row, target] = float("-inf")
+    tied = chunk.amax(-1)[row] == top[row]
+    # Two targets of one row may be equal to one another.
+    tied |= row.bincount(minlength=len(chunk))[row] > 1
+    if tied.any():
+        chunk[row, target] = top[row]
+        tied_row = row[tied]
+        taken = torch.ones_like(tied)
+        taken[tied] = chunk[tied_row].argmax(-1) == target[tied]
+        greedy[greedy.clone()] = taken
+    return greedy
 
 
 def _trial_texts(trial: PreTrainedModel) -> list[list[int]]:

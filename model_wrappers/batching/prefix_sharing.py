@@ -286,13 +286,14 @@ class PrefixSharingMixin(FastPathMixin):
         Never more tokens than `HFLM` would put into a batch of ``batch_size``, down
         to a floor that no machine notices; ``auto`` begins at the device's ceiling.
         """
-        on_cpu = self.device.type == "cpu"
-        # A core works fastest on as much as stays in its cache, a GPU on plenty.
-        ceiling = (
-            Budget(256 * torch.get_num_threads(), 256, 1024)
-            if on_cpu
-            else Budget(8192, 1024, 2048)
-        )
+        if self.device.type == "cpu":
+            # A core works fastest on as much as stays in its cache, a GPU on plenty.
+            most = 256 * torch.get_num_threads()
+            # With sdpa a row is read in blocks, and one row has no padding.
+            in_blocks = config_of(self)._attn_implementation == "sdpa"
+            ceiling = Budget(most, most if in_blocks else 256, 1024)
+        else:
+            ceiling = Budget(8192, 1024, 2048)
         tokens = ceiling.tokens
         if isinstance(self.batch_size, int):
             longest = max(self._input_length(request) for request in requests)

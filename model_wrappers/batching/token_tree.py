@@ -24,7 +24,7 @@ import numpy as np
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True)
@@ -289,16 +289,42 @@ def _part_of_subtree(
     most_scored = int(scored_before[start]) + budget.scored
     within = int(np.searchsorted(scored_before, most_scored, side="right")) - 1
     limit = max(start + 1, min(limit, within))
-    # The path to the cut stays cached for what follows: cut where it is short,
-    # but not before half of the budget is used.
+    # The path to the cut stays cached for what follows.
+    limit = _cut(tree, start, limit)
+    chain = tree.depth[start] == 0 and tree.is_chain(start, limit)
+    return Pack(start, limit, (np.arange(start, limit),), False, chain)
+
+
+def _cut(tree: TokenTree, start: int, limit: int) -> int:
+    """Return where ``[start, limit]`` is best cut: where the path is short, in its second half."""
     earliest = start + (limit - start) // 2 + 1
     cuts = np.arange(earliest, limit + 1)
     cuts = cuts[tree.parent[cuts] != cuts - 1]
-    if len(cuts):
-        shortest = tree.depth[cuts]
-        limit = int(cuts[np.flatnonzero(shortest == shortest.min())[-1]])
-    chain = tree.depth[start] == 0 and tree.is_chain(start, limit)
-    return Pack(start, limit, (np.arange(start, limit),), False, chain)
+    if not len(cuts):
+        return limit
+    shortest = tree.depth[cuts]
+    return int(cuts[np.flatnonzero(shortest == shortest.min())[-1]])
+
+
+def blocks(
+    tree: TokenTree, start: int, stop: int, size: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Cut the nodes ``[start, stop)`` into blocks that see little outside of themselves.
+
+    Args:
+        tree: The tree.
+        start: First node.
+        stop: One past the last.
+        size: Most nodes of a block.
+
+    Yields:
+        First node of a block, one past its last, and the nodes in front of it that its nodes
+        may see: the path to the parent of its first.
+    """
+    while start < stop:
+        end = stop if stop - start <= size else _cut(tree, start, start + size)
+        yield start, end, tree.path(int(tree.parent[start]))
+        start = end
 
 
 def _chains(

@@ -6,6 +6,7 @@ from hypothesis import given, strategies as st
 
 from lm_eval_pruned.model_wrappers.batching.token_tree import (
     Budget,
+    blocks,
     build_tree,
     next_pack,
 )
@@ -140,3 +141,21 @@ def test_no_mask_of_thousands_of_tokens_by_as_many():
         entries = len(pack.rows) * width * (width + int(tree.depth[start]))
         assert pack.chains or entries <= 2**24
         start = pack.stop
+
+
+@given(SEQUENCES, st.integers(1, 9), st.data())
+def test_blocks_visit_every_node_once_and_name_all_that_theirs_may_see(
+    sequences, size, data
+):
+    tree = build_tree(sequences)
+    start = data.draw(st.integers(0, len(tree) - 1))
+    stop = data.draw(st.integers(start + 1, len(tree)))
+    expected = start
+    for begin, end, before in blocks(tree, start, stop, size):
+        assert begin == expected
+        assert 0 < end - begin <= size
+        seen = {*before.tolist(), *range(begin, end)}
+        for node in range(begin, end):
+            assert set(tree.path(node).tolist()) <= seen
+        expected = end
+    assert expected == stop
