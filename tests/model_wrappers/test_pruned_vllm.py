@@ -83,7 +83,11 @@ def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
     theirs = pruned_hf(llama, ratio=2.0, peft=adapter)
     assert texts(ours) == texts(theirs)
     assert texts(ours) != texts(pruned_hf(llama, ratio=2.0))
-    assert scores(ours) == pytest.approx(scores(theirs), abs=1e-3)
+    alone = scores(pruned_hf(llama, ratio=2.0))
+    for pair, a, b, c in zip(SCORED, scores(ours), scores(theirs), alone, strict=True):
+        # As for real questions, where float32 is asked to agree to 0.01 per token.
+        near = 1e-2 * len(ours.tok_encode(pair[1]))
+        assert abs(a - b) < near < abs(a - c)
     with pytest.raises(ValueError, match=r"lora_local_path=.* was trained on MLPs of"):
         pruned_vllm(llama, ratio=1.5, lora_local_path=adapter)
 
