@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from reporting import machine, table
+from reporting import machine
+
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ def main() -> None:
         ]
         for task, kind in work
     ]
-    print(table(["work", "requests", *names], rows))
+    print(markdown_table(["work", "requests", *names], rows))
     for engine in engines[:-1]:
         for key in work:
             said = agreement(engine.answers[key], engines[-1].answers[key])
