@@ -68,7 +68,7 @@ class PrunedHFLM(EnergyLoggingHFLM):
                 ``load_in_4bit`` and ``bnb_4bit_...`` work as well.
             known_scores: Scores that a sweep keeps from one of its models to the next.
             **kwargs: Everything HFLM takes, ``prefix_sharing`` and ``slot_refilling`` of
-                `PrefixHFLM`, and the arguments ``energy...`` of `EnergyLoggingHFLM`.
+                `PrefixHFLM`, and the arguments ``energy...`` of `EnergyWindows`.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
@@ -197,9 +197,8 @@ class PrunedHFLM(EnergyLoggingHFLM):
 
     def begin_evaluation(self) -> None:
         """Begin the records in the results anew, for a model that answers several evaluations."""
+        super().begin_evaluation()
         self.answer_paths = AnswerPaths()
-        if self._energy is not None:
-            self._energy.begin()
 
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's model information and what was pruned, under ``pruning``."""

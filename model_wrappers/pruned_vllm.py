@@ -23,13 +23,13 @@ except ModuleNotFoundError as missing:
         name="vllm",
     ) from missing
 
-from lm_eval_pruned.checkpoints.adapters import check_adapter
+from lm_eval_pruned.checkpoints.adapters import adapted_modules, check_adapter
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.parallel import check_divisible
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.stream import (
-    check_expressible,
-    open_stream,
+    as_stored,
+    check_buildable,
     record_of,
 )
 from lm_eval_pruned.model_wrappers.vllm_arguments import (
@@ -71,7 +71,7 @@ class PrunedVLLM(EnergyLoggingVLLM):
             ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
             known_scores: Not used: the processes of an engine score for themselves.
             **kwargs: Everything VLLM takes, and the arguments ``energy...`` of
-                `EnergyLoggingVLLM`. ``seed`` is that of the engine as well.
+                `EnergyWindows`. ``seed`` is that of the engine as well.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
@@ -91,6 +91,10 @@ class PrunedVLLM(EnergyLoggingVLLM):
                 default.source,
             )
         request = _checked(pretrained, prune_arguments, kwargs)
+        self._adapted = adapted_modules(kwargs.get("lora_local_path"))
+        if self._adapted:
+            # vLLM else prepares the head as well, whose code for CPUs cannot score prompts.
+            kwargs.setdefault("lora_target_modules", sorted(self._adapted))
         self._notes: list[str] = []
         loader = dict(kwargs.pop("model_loader_extra_config", None) or {})
         kwargs.setdefault("worker_extension_cls", _EXTENSION)
@@ -128,6 +132,17 @@ class PrunedVLLM(EnergyLoggingVLLM):
             tuple(torch.from_numpy(each) for each in kept),
             text and Calibration(**text, activity={}),
         )
+
+    def _measured(self, request_type: str, *args: Any) -> list:
+        if request_type != "generate_until" and "lm_head" in self._adapted:
+            from vllm.platforms import current_platform
+
+            if current_platform.is_cpu():
+                raise ValueError(
+                    "lora_local_path adapts lm_head, and vLLM has no log-probabilities of prompts "
+                    "with that on a CPU: use --model pruned-hf with peft, or tasks that generate."
+                )
+        return super()._measured(request_type, *args)
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -182,10 +197,9 @@ def _checked(
             "cache_dir": arguments.get("download_dir"),
         },
     )
-    check_expressible(request)
+    check_buildable(request)
+    request = as_stored(request)
     if request.plan.prunes:
-        with open_stream(request) as stream:
-            request = stream.request
         request.check_prunable_in_memory("its criterion looks at activations")
         check_divisible(
             request,

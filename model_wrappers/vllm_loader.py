@@ -12,6 +12,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.model_loader import (
     DefaultModelLoader,
     get_model_loader,
@@ -20,12 +27,14 @@ from vllm.model_executor.model_loader import (
 
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.stream import (
-    check_expressible,
+    as_stored,
+    check_buildable,
     open_stream,
     scores_of_activations,
 )
 from lm_eval_pruned.model_wrappers.vllm_arguments import LOAD_FORMAT
 from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
 
 if TYPE_CHECKING:
@@ -71,10 +80,19 @@ class PrunedModelLoader(DefaultModelLoader):
                 "dtype": model_config.dtype,
             },
         )
-        check_expressible(request)
-        self._request = request
+        check_buildable(request)
+        self._request = request = as_stored(request)
         narrow_config(request, model_config.hf_config)
         return super().load_model(vllm_config, model_config, *args, **kwargs)
+
+    def create_model(
+        self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        model = super().create_model(vllm_config, model_config, *args, **kwargs)
+        if self._request is not None:
+            with set_current_vllm_config(vllm_config):
+                build_odd_widths(self._request, model)
+        return model
 
     def get_all_weights(
         self, model_config: Any, model: nn.Module
@@ -114,6 +132,60 @@ def narrow_config(request: LoadRequest, config: Any) -> None:
                 "kept width is derived."
             )
     widths.copy_keys(narrowed, config)
+
+
+def build_odd_widths(request: LoadRequest, model: nn.Module) -> None:
+    """Build the MLPs of `model` anew whose width its config cannot hold.
+
+    Args:
+        request: What is loaded, with the widths that the checkpoint has.
+        model: vLLM's model of the narrowed config, without weights.
+
+    Raises:
+        UnsupportedModelError: vLLM has no such MLP, or one of other layers.
+    """
+    targets = request.widths.targets(request.plan)
+    odd = set(request.widths.inexpressible(targets))
+    modules = dict(model.named_modules())
+    for mlp in request.widths.mlps:
+        if mlp.name not in odd:
+            continue
+        found = modules.get(mlp.path)
+        linears = {
+            name: child
+            for name, child in (found.named_children() if found is not None else ())
+            if isinstance(child, LinearBase)
+        }
+        if found is None or any(each.quant_config for each in linears.values()):
+            what = "no such module" if found is None else "it quantised"
+            raise UnsupportedModelError(
+                f"{mlp.name} would have a width of its own, and {type(model).__name__} of vLLM has "
+                f"{what}: prune all layers alike, or use --model pruned-hf."
+            )
+        for name, linear in linears.items():
+            setattr(found, name, _of_width(linear, targets[mlp.name]))
+
+
+def _of_width(linear: LinearBase, width: int) -> LinearBase:
+    """Return a projection like `linear` from or to `width` neurons, without weights."""
+    same: dict[str, Any] = {
+        "bias": linear.has_bias,
+        "skip_bias_add": linear.skip_bias_add,
+        "params_dtype": linear.params_dtype,
+        "prefix": linear.prefix,
+        "return_bias": linear.return_bias,
+        "disable_tp": linear.disable_tp,
+    }
+    if isinstance(linear, RowParallelLinear):
+        same["input_is_parallel"] = linear.input_is_parallel
+        same["reduce_results"] = linear.reduce_results
+        return type(linear)(width, linear.output_size, **same)
+    assert isinstance(linear, ColumnParallelLinear), linear
+    same["gather_output"] = linear.gather_output
+    if isinstance(linear, MergedColumnParallelLinear):
+        widths = [width] * len(linear.output_sizes)
+        return type(linear)(linear.input_size, widths, **same)
+    return type(linear)(linear.input_size, width, **same)
 
 
 class PruneRecordExtension:

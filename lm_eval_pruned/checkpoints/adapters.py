@@ -88,6 +88,19 @@ def check_adapter(
                 )
 
 
+def adapted_modules(adapter: str | None) -> set[str]:
+    """Return the last names of the modules that a LoRA adapter changes, such as ``up_proj``.
+
+    Empty without an adapter, and for one that is not in safetensors.
+    """
+    names = _stored_shapes(adapter, None) if adapter is not None else ()
+    return {
+        name.partition(".lora_")[0].rpartition(".")[2]
+        for name in names
+        if ".lora_" in name
+    }
+
+
 def _advice(width: int, stage: str, request: LoadRequest) -> str:
     full, kept = request.plan.width_before, request.plan.width
     if stage == "after" and width == full:

@@ -89,16 +89,16 @@ def open_stream(
 
     Raises:
         UnsupportedModelError: It cannot be read tensor by tensor, or the layers would
-            have widths that no config can hold.
+            have widths that no engine can build.
         ValueError: A tensor is missing, or has another shape than the config says.
         OSError: A file is missing or damaged.
     """
-    check_expressible(request)
+    check_buildable(request)
     try:
         session = _opened(request, known)
     except WidthsDiffer as found:
         request = request.with_widths(found.actual)
-        check_expressible(request)
+        check_buildable(request)
         session = _opened(request, known)
     with contextlib.closing(session):
         yield NarrowedStream(request, session.changes_model, session)
@@ -117,7 +117,7 @@ def _opened(request: LoadRequest, known: ScoreTable | None) -> _OpenedSession:
                 )
                 raise RouteDeclined(OWN_WAY)
         if session.declined is not None:
-            raise UnsupportedModelError(
+            raise _Unreadable(
                 f"{request.pretrained} cannot be pruned while an engine loads it, because "
                 f"{session.declined}: export the pruned model first (lm-eval-pruned prune), and "
                 "load that."
@@ -150,22 +150,44 @@ def record_of(
     )
 
 
-def check_expressible(request: LoadRequest) -> None:
-    """Refuse layers of different width where the config has one number for all.
+def as_stored(request: LoadRequest) -> LoadRequest:
+    """Return `request` with the widths that the checkpoint has, from the heads of its files.
 
-    An engine builds its model from the config alone.
+    A baseline that cannot be read tensor by tensor is left as it is: an engine may know how.
 
     Raises:
-        UnsupportedModelError: The config cannot hold the widths.
+        UnsupportedModelError, ValueError, OSError: As `open_stream`.
+    """
+    quantised = getattr(request.widths.original, "quantization_config", None)
+    if not request.plan.prunes and quantised is not None:
+        return request
+    try:
+        with open_stream(request) as stream:
+            return stream.request
+    except _Unreadable:
+        if request.plan.prunes:
+            raise
+        return request
+
+
+def check_buildable(request: LoadRequest) -> None:
+    """Refuse widths that no engine can build.
+
+    An engine builds a model from its config, and a layer's experts as one. Dense MLPs it can
+    build anew.
+
+    Raises:
+        UnsupportedModelError: Experts would have a width that the config cannot hold.
     """
     widths, plan = request.widths, request.plan
-    names = widths.inexpressible(widths.targets(plan))
+    experts = {mlp.name for mlp in widths.mlps if mlp.kind == "expert"}
+    names = [n for n in widths.inexpressible(widths.targets(plan)) if n in experts]
     if not names:
         return
     asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
     raise UnsupportedModelError(
         f"{asked or 'The checkpoint'} gives {names[0]} a width of its own, and an engine that "
-        f"builds its layers from {widths.keys[names[0]]} in the config cannot have that: prune "
+        f"builds experts from {widths.keys[names[0]]} in the config cannot have that: prune "
         "all layers alike, or use --model pruned-hf."
     )
 
@@ -194,6 +216,10 @@ def scores_of_activations(request: LoadRequest) -> ScoreTable:
             known=known,
         )
     return known
+
+
+class _Unreadable(UnsupportedModelError):
+    """A checkpoint cannot be read tensor by tensor."""
 
 
 class _Opened(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.stream import (
-    check_expressible,
+    as_stored,
+    check_buildable,
     open_stream,
     scores_of_activations,
 )
@@ -76,25 +76,32 @@ def test_scores_of_activations(tiny_llama, tmp_path):
     assert record.as_dict() == expected.as_dict()
 
 
-def test_layers_of_different_width_are_refused_where_the_config_has_one_number(
-    tiny_llama,
+def test_dense_layers_keep_widths_that_the_config_cannot_hold(tiny_llama, tmp_path):
+    asked = {"ratio": 2.0, "layers": "0"}
+    export_pruned(str(tiny_llama), tmp_path, prune_arguments=asked)
+    exported = load_file(tmp_path / "model.safetensors")
+    for request in (request_of(tiny_llama, **asked), request_of(tmp_path)):
+        check_buildable(request)
+        with open_stream(request) as stream:
+            streamed = dict(stream.tensors())
+        assert streamed.keys() == exported.keys()
+        for key, tensor in streamed.items():
+            assert torch.equal(tensor, exported[key]), key
+    found = as_stored(request_of(tmp_path)).widths.actual
+    assert list(found.values()) == [64, 88, 88]
+
+
+def test_experts_of_different_width_are_refused_where_the_config_has_one_number(
+    tmp_path,
 ):
-    with pytest.raises(
-        UnsupportedModelError,
-        match=re.escape("ratio=2.0 gives model.layers.0.mlp a width of its own"),
-    ):
-        check_expressible(request_of(tiny_llama, ratio=2.0, layers="0"))
-
-
-def test_a_checkpoint_with_widths_of_its_own_is_refused(tiny_llama, tmp_path):
-    export_pruned(
-        str(tiny_llama), tmp_path / "odd", prune_arguments={"ratio": 2.0, "layers": "0"}
-    )
-    with (
-        pytest.raises(UnsupportedModelError, match=r"a width of its own"),
-        open_stream(request_of(tmp_path / "odd", prune_percent=10)),
-    ):
-        pass
+    save_family(tmp_path / "full", "mixtral", 48)
+    asked = {"prune_percent": 50, "layers": "0"}
+    sentence = r"gives model.layers.0.mlp.experts.* a width of its own"
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        check_buildable(request_of(tmp_path / "full", **asked))
+    export_pruned(str(tmp_path / "full"), tmp_path / "odd", prune_arguments=asked)
+    with pytest.raises(UnsupportedModelError, match=r"The checkpoint " + sentence):
+        as_stored(request_of(tmp_path / "odd"))
 
 
 def test_a_pickled_checkpoint_has_to_be_exported_first(tiny_llama, tmp_path):
@@ -108,6 +115,8 @@ def test_a_pickled_checkpoint_has_to_be_exported_first(tiny_llama, tmp_path):
         open_stream(request_of(tmp_path, ratio=2.0)),
     ):
         pass
+    baseline = request_of(tmp_path)
+    assert as_stored(baseline) is baseline
 
 
 def test_damage_is_seen_before_a_weight_is_read(tiny_llama, tmp_path):

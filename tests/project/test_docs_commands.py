@@ -36,7 +36,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *NOTEBOOKS]
 OTHERS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "tasks").rglob("*.md"))]
 #: Programs of others, whose commands no parser of ours knows, and why that is no loss.
 NOT_PARSED = {
-    "vllm": "not installed here; tests/model_wrappers/test_pruned_vllm.py serves so",
+    "vllm": "not installed here; tests/model_wrappers/test_vllm_runs.py serves so",
     "pip": "installs; test_packaging.py builds and installs what it would",
     "cd": "a command of the shell",
     "source": "a command of the shell",
