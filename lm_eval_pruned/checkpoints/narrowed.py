@@ -49,6 +49,7 @@ class NarrowedMlp:
         self._width_before = width_before
         self._hidden_size = mlp.hidden_size
         self._session = session
+        self._criterion = session.plan.criterion_of(mlp.block)
         self._sources: dict[tuple[str, str], NarrowedTensor] = {}
         self._ready: dict[tuple[str, str], Tensor] = {}
         self._kept: Tensor | None = None
@@ -153,8 +154,16 @@ class NarrowedMlp:
 
     def _score(self, gate: Tensor, up: Tensor) -> Tensor:
         plan, dtype = self._session.plan, self._sources["gate_proj", "weight"].dtype
-        with self._session.scoring(plan.criterion):
-            return score(plan, self.name, self.layer, gate, up, dtype=dtype)
+        with self._session.scoring(self._criterion):
+            return score(
+                plan,
+                self.name,
+                self.layer,
+                gate,
+                up,
+                dtype=dtype,
+                criterion=self._criterion,
+            )
 
 
 class NarrowedTensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.plan import PrunePlan
+from lm_eval_pruned.pruning.layer_widths import written_by_layer
+from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
 from lm_eval_pruned.pruning.sizes import DenseShape, dense_shape
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
@@ -16,7 +17,7 @@ from lm_eval_pruned.util.tables import csv_table, markdown_table
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from lm_eval_pruned.pruning.arguments import Number
+    from lm_eval_pruned.pruning.arguments import LayerWidths, Number
 
 
 #: Arguments of `hf` that say where a config, a tokenizer and weights come from.
@@ -29,25 +30,28 @@ class PlanRow:
 
     Attributes:
         asked: The request, such as ``ratio=2.0``.
-        intermediate_size: Kept width, in neurons.
+        intermediate_size: Kept width, in neurons; the mean where the layers differ.
         expansion_ratio: Kept width / hidden size.
         parameters: Parameters of the pruned model; tied ones count once.
         reduction: Share of the baseline's parameters that is removed, 0 to 1.
         checkpoint_bytes: Size of its weights in the config's dtype.
+        layer_widths: Kept width of each layer, such as ``0:1200,1-29:900``; None where
+            all are alike.
     """
 
     asked: str
-    intermediate_size: int
+    intermediate_size: int | float
     expansion_ratio: float
     parameters: int
     reduction: float
     checkpoint_bytes: int
+    layer_widths: str | None = None
 
 
 def plan_rows(
     pretrained: str,
     argument: str,
-    values: Iterable[Number],
+    values: Iterable[Number | LayerWidths],
     *,
     multiple_of: Number = PruneArguments.multiple_of,
     revision: str = "main",
@@ -59,7 +63,7 @@ def plan_rows(
 
     Args:
         pretrained: Folder or Hub name.
-        argument: ``ratio`` or ``prune_percent``.
+        argument: ``ratio``, ``prune_percent`` or ``widths``.
         values: One size per row.
         multiple_of: Round kept widths down to a multiple of this, in neurons.
         revision: Revision on the Hub.
@@ -117,11 +121,12 @@ def _row(
     ((argument, value),) = plan.asked.items()
     return PlanRow(
         f"{argument}={value}",
-        plan.width,
+        whole_or_mean(plan.mean_width),
         plan.ratio,
         parameters,
         1 - parameters / before,
         parameters * bytes_per_parameter,
+        plan.layer_widths and written_by_layer(plan.layer_widths),
     )
 
 
@@ -149,12 +154,14 @@ def _read_config(pretrained: str, revision: str, subfolder: str) -> dict[str, An
 def _rows_of_shape(shape: DenseShape, asked: Iterable[PruneArguments]) -> list[PlanRow]:
     rows = []
     for arguments in asked:
-        plan = PrunePlan.of(arguments, shape.hidden_size, shape.width)
-        removed = shape.parameters_per_neuron * (shape.width - plan.width)
+        plan = PrunePlan.of(
+            arguments, shape.hidden_size, shape.width, range(shape.layers)
+        )
+        removed = shape.parameters_per_neuron * (shape.width - plan.mean_width)
         rows.append(
             _row(
                 plan,
-                shape.parameters - removed,
+                shape.parameters - int(removed),
                 shape.parameters,
                 shape.bytes_per_parameter,
             )
@@ -172,7 +179,14 @@ def as_table(rows: list[PlanRow]) -> str:
         "reduction": ".2%",
         "checkpoint bytes": ",",
     }
-    cells = [[*map(format, astuple(row), forms.values())] for row in rows]
+    cells = [
+        [*map(format, astuple(row), forms.values()), row.layer_widths or ""]
+        for row in rows
+    ]
+    forms["widths by layer"] = ""
+    if not any(row.layer_widths for row in rows):
+        del forms["widths by layer"]
+        cells = [cell[:-1] for cell in cells]
     return markdown_table(list(forms), cells) + "\n"
 
 

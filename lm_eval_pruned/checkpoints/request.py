@@ -153,6 +153,7 @@ class LoadRequest:
             self.auto_class,
             tuple(arguments),
             plan.criterion,
+            plan.layer_criteria,
             plan.seed,
             text,
         )

@@ -187,7 +187,7 @@ class Session:
                 "its config.json describes another model."
             )
         self._mlps = narrowed
-        if proves_finite(self.plan.criterion):
+        if all(map(proves_finite, self.plan.criteria)):
             # Nothing is copied for their scores, so several layers may be at it.
             for mlp, following in itertools.pairwise(narrowed):
                 mlp.following = following

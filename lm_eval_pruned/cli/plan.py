@@ -27,7 +27,7 @@ def add(commands) -> None:
     )
     sizes = parser.add_mutually_exclusive_group(required=True)
     for name in SEVERAL_SIZES:
-        add_option(sizes, name)
+        add_option(sizes, name, several=True)
     add_option(parser, "multiple_of")
     parser.add_argument("--revision", default="main", help="revision on the Hub")
     parser.add_argument(

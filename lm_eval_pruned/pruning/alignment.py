@@ -60,7 +60,13 @@ def warn_misaligned(
     width = plan.width // multiple * multiple
     if not odd or not width:
         return
-    aligned = dataclasses.replace(plan, width=width, multiple_of=multiple)
+    by_layer = plan.layer_widths and tuple(
+        (layer, kept // multiple * multiple or kept)
+        for layer, kept in plan.layer_widths
+    )
+    aligned = dataclasses.replace(
+        plan, width=width, multiple_of=multiple, layer_widths=by_layer
+    )
     logger.warning(
         "%d neurons are no multiple of %d, which CUDA's kernels for %d-bit weights want: add "
         "multiple_of=%d (%d neurons) for speed.",

@@ -15,17 +15,21 @@ from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval_pruned.pruning.criteria import CALIBRATED, canonical_name
+from lm_eval_pruned.pruning.layer_widths import written_source
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from fractions import Fraction
+    from pathlib import Path
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
     Number = int | float | str | Fraction
     #: Layers as the user writes them: ``4-11``, ``0,15``, 3 or a list of such.
     Layers = int | str | Iterable[int | str]
+    #: Kept widths by layer: a file, or what `lm_eval_pruned.pruning.layer_widths` reads from one.
+    LayerWidths = str | Path | Mapping[int, int] | Sequence[int | None]
 
 #: Seeds are below this: with the number of the layer, one has to fit into 63 bits.
 SEEDS = 1 << 43
@@ -87,8 +91,12 @@ class PruneArguments:
             2.0; the kept width is ``ceil(ratio * H)``.
         prune_percent: Share of neurons to remove, in percent. The kept width is
             ``I - floor(prune_percent / 100 * I)``.
-        intermediate_size: Kept width, in neurons. At most one of these three; without
-            any the model stays as it is.
+        intermediate_size: Kept width, in neurons.
+        widths: Kept width of each layer, as a JSON or CSV file. JSON such as
+            ``{"0": 1200, "1": 900}``, ``[1200, 900]`` or
+            ``[{"layer": 0, "width": 1200}]``, or CSV with the columns layer and width;
+            from Python also what such a file holds. Layers that it does not name keep
+            their width. At most one of these four; without any the model stays as it is.
         multiple_of: Round the kept width down to a multiple of this, in neurons.
         layers: Layers to prune, such as 4-11; default: all. They count from 0: ``0,2-5``
             or ``[0, 2]``, and ``0+2-5`` where a comma separates arguments. The others
@@ -125,6 +133,9 @@ class PruneArguments:
         default=None, metadata={"metavar": "P", "several": "prune_percents"}
     )
     intermediate_size: Number | None = field(default=None, metadata={"metavar": "K"})
+    widths: LayerWidths | None = field(
+        default=None, metadata={"metavar": "FILE", "several": "widths"}
+    )
     multiple_of: Number = field(
         default=1, metadata={"metavar": "N", "check": _whole_from_1}
     )
@@ -176,6 +187,12 @@ class PruneArguments:
                     "pass one."
                 )
         self._check_calibration()
+        for name in ("layers", "skip_layers"):
+            if self.widths is not None and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value} and widths={written_source(self.widths)} were given together, "
+                    "but widths says itself which layers to prune: leave out the others there."
+                )
         if self.size is not None:
             return
         for name in ("layers", "skip_layers"):
@@ -216,7 +233,7 @@ class PruneArguments:
 #: The arguments by name, in order.
 DECLARED: dict[str, Field[Any]] = {each.name: each for each in fields(PruneArguments)}
 #: Those that say how many neurons to keep.
-SIZES = ("ratio", "prune_percent", "intermediate_size")
+SIZES = ("ratio", "prune_percent", "intermediate_size", "widths")
 #: Those of which only one may be given, by what each of them does.
 EXCLUSIVE = {
     "sets the kept width": SIZES,
@@ -232,26 +249,27 @@ SEVERAL = {
 SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZES}
 
 
-def add_option(parser: Any, name: str) -> None:
-    """Add the option of the argument `name`, or of several of its values, to a command.
+def add_option(parser: Any, name: str, *, several: bool = False) -> None:
+    """Add the option of an argument, or of several of its values, to a command.
 
     Args:
         parser: An `argparse.ArgumentParser`, or a group of one.
-        name: Such as ``ratio``, or ``ratios``.
+        name: Such as ``ratio``; with `several`, such as ``ratios``.
+        several: Whether it takes several values, for one model each.
     """
-    declared = DECLARED[SEVERAL.get(name, name)]
-    several: dict[str, Any] = {"nargs": "+", "default": None}
+    declared = DECLARED[SEVERAL[name] if several else name]
+    takes = {"nargs": "+"} if several else {"default": declared.default}
     parser.add_argument(
         f"--{name}",
         metavar=declared.metadata.get("metavar"),
-        help=help_of(name),
-        **(several if name in SEVERAL else {"default": declared.default}),
+        help=help_of(name, several=several),
+        **takes,
     )
 
 
-def help_of(name: str) -> str:
-    """Return the line for ``--help`` of the option `name` of `add_option`."""
-    argument = SEVERAL.get(name, name)
+def help_of(name: str, *, several: bool = False) -> str:
+    """Return the line for ``--help`` of the option that `add_option` adds."""
+    argument = SEVERAL[name] if several else name
     entry = re.search(
         rf"^    {argument}: (.*(?:\n     .*)*)", _described(), re.MULTILINE
     )
@@ -261,7 +279,7 @@ def help_of(name: str) -> str:
         text = text[:1].lower() + text[1:]
     if (default := DECLARED[argument].default) is not None:
         text += f" (default: {default})"
-    return f"{text}; one model each" if name in SEVERAL else text
+    return f"{text}; one model each" if several else text
 
 
 def takes_prune_arguments(function: Function) -> Function:

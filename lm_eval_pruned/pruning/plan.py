@@ -6,9 +6,10 @@ floats. Binary floating point would keep ``ceil(2.2 * 200) == 441`` neurons, not
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,12 @@ from lm_eval_pruned.pruning.arguments import (
     exact,
     takes_prune_arguments,
 )
+from lm_eval_pruned.pruning.layer_widths import read_widths, written_source
 
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from lm_eval_pruned.pruning.arguments import Layers, Number
 
 
@@ -31,7 +35,8 @@ class PrunePlan:
     Attributes:
         hidden_size: Model width H.
         width_before: Intermediate size I of the unpruned MLPs, in neurons.
-        width: Kept width k, in neurons; equal to `width_before` for the baseline.
+        width: Kept width k, in neurons; equal to `width_before` for the baseline. Where
+            the layers differ, their mean, rounded up.
         criterion: Name of the importance score (see `lm_eval_pruned.pruning.criteria`).
         asked: What the user asked for, as ``{argument: value}``; empty for the baseline.
         multiple_of: The kept width was rounded down to a multiple of this.
@@ -40,6 +45,11 @@ class PrunePlan:
         calibration: JSON Lines file of calibration text; None where the criterion
             looks at weights alone.
         calibration_samples: How many of its texts to use; None for all.
+        layer_widths: Where the layers differ, pairs of a layer's number and its kept
+            width, ascending: of its experts if it has any, else of its MLP. A layer that
+            is not named keeps its width. None for `width` in all.
+        layer_criteria: Likewise the criterion of each layer; `criterion` scores the
+            layers that are not named.
 
     Example:
         >>> plan = PrunePlan.from_arguments(2048, 8192, prune_percent=40)
@@ -61,6 +71,8 @@ class PrunePlan:
     layers: tuple[int, ...] | None = None
     calibration: str | None = None
     calibration_samples: int | None = None
+    layer_widths: tuple[tuple[int, int], ...] | None = None
+    layer_criteria: tuple[tuple[int, str], ...] | None = None
 
     @property
     def ratio_before(self) -> float:
@@ -69,17 +81,39 @@ class PrunePlan:
 
     @property
     def ratio(self) -> float:
-        """Expansion ratio k / H of the pruned MLPs."""
-        return self.width / self.hidden_size
+        """Expansion ratio k / H of the pruned MLPs; their mean where the layers differ."""
+        return float(self.mean_width / self.hidden_size)
+
+    @property
+    def mean_width(self) -> Fraction:
+        """Kept width, in neurons, as the mean of `layer_widths` where the layers differ."""
+        if self.layer_widths is None:
+            return Fraction(self.width)
+        widths = [width for _, width in self.layer_widths]
+        return Fraction(sum(widths), len(widths))
 
     @property
     def prunes(self) -> bool:
         """Whether any neuron is removed."""
-        return self.width < self.width_before
+        return self.layer_widths is not None or self.width < self.width_before
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """The criteria that score some layer, each once; `criterion` comes first."""
+        others = [name for _, name in self.layer_criteria or ()]
+        return tuple(dict.fromkeys([self.criterion, *others]))
+
+    def criterion_of(self, layer: int) -> str:
+        """Return the name of the criterion that scores the layer of that number."""
+        return dict(self.layer_criteria or ()).get(layer, self.criterion)
 
     def includes_layer(self, layer: int) -> bool:
         """Return whether the layer of that number is to be pruned."""
         return self.layers is None or layer in self.layers
+
+    def rounded(self, kept: int) -> int:
+        """Return `kept`, rounded down to `multiple_of` where that leaves something."""
+        return kept // self.multiple_of * self.multiple_of or kept
 
     def scaled(self, width_before: int) -> int:
         """Return the kept width of MLPs of another kind, in the same proportion.
@@ -87,8 +121,9 @@ class PrunePlan:
         It is ``ceil(width_before * k / I)``, rounded down to `multiple_of` where
         that leaves something. ``scaled(I)`` is k.
         """
-        kept = math.ceil(Fraction(width_before * self.width, self.width_before))
-        return kept // self.multiple_of * self.multiple_of or kept
+        return self.rounded(
+            math.ceil(Fraction(width_before * self.width, self.width_before))
+        )
 
     def of_own(self, width_before: int) -> int:
         """Return the kept width of an MLP in a model whose layers differ in width.
@@ -100,7 +135,7 @@ class PrunePlan:
             kept = _kept_from_percent(
                 self.asked["prune_percent"], self.hidden_size, width_before
             )
-            return kept // self.multiple_of * self.multiple_of or kept
+            return self.rounded(kept)
         return min(width_before, self.width)
 
     @classmethod
@@ -110,7 +145,7 @@ class PrunePlan:
         hidden_size: int,
         width_before: int,
         *,
-        available_layers: Sequence[int] | None = None,
+        available_layers: Collection[int] | None = None,
         **prune_arguments: Any,
     ) -> PrunePlan:
         """Resolve the user's arguments against a model's dimensions.
@@ -118,7 +153,8 @@ class PrunePlan:
         Args:
             hidden_size: Model width H.
             width_before: Intermediate size I, in neurons.
-            available_layers: Numbers of the layers that have a GLU-MLP.
+            available_layers: Numbers of the layers that have a GLU-MLP; a mapping says
+                their widths too, where these differ.
             ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
         Returns:
@@ -141,7 +177,7 @@ class PrunePlan:
         arguments: PruneArguments,
         hidden_size: int,
         width_before: int,
-        available_layers: Sequence[int] | None = None,
+        available_layers: Collection[int] | None = None,
     ) -> PrunePlan:
         """Do the same with arguments that are together."""
         seed, multiple = int(arguments.seed), int(arguments.multiple_of)
@@ -158,13 +194,34 @@ class PrunePlan:
             )
 
         name, value = arguments.size
+        samples = arguments.calibration_samples
+        calibration = {
+            "calibration": None
+            if arguments.calibration is None
+            else str(arguments.calibration),
+            "calibration_samples": None if samples is None else int(samples),
+        }
+        if name == "widths":
+            own = _widths_before(available_layers, width_before)
+            widths = _kept_by_layer(value, multiple, own)
+            plan = cls(
+                hidden_size,
+                width_before,
+                width_before,
+                arguments.criterion,
+                {name: written_source(value)},
+                multiple,
+                seed,
+                **calibration,
+            )
+            return plan if widths == own else plan.with_layers(widths)
+
         kept = _KEPT_WIDTH[name](value, hidden_size, width_before)
         if multiple > kept:
             raise ValueError(
                 f"multiple_of={multiple} is larger than the kept width {kept} that "
                 f"{name}={value} gives: use a multiple of at most {kept}."
             )
-        samples = arguments.calibration_samples
         return cls(
             hidden_size,
             width_before,
@@ -174,13 +231,72 @@ class PrunePlan:
             multiple,
             seed,
             chosen,
-            None if arguments.calibration is None else str(arguments.calibration),
-            None if samples is None else int(samples),
+            **calibration,
+        )
+
+    def with_layers(
+        self, widths: Mapping[int, int], criteria: Mapping[int, str] | None = None
+    ) -> PrunePlan:
+        """Return the same plan with widths, and criteria, of each layer's own.
+
+        Args:
+            widths: Kept width by number of the layer, in neurons; `width` becomes their
+                mean.
+            criteria: Canonical names likewise; default: as they are.
+        """
+        mean = math.ceil(Fraction(sum(widths.values()), len(widths)))
+        names = self.layer_criteria
+        if criteria is not None:
+            names = tuple(sorted(criteria.items()))
+        return dataclasses.replace(
+            self,
+            width=mean,
+            layer_widths=tuple(sorted(widths.items())),
+            layer_criteria=names,
         )
 
 
+def _widths_before(
+    available: Collection[int] | None, width_before: int
+) -> dict[int, int]:
+    """Return the own width of each layer."""
+    if available is None:
+        raise ValueError("widths needs a model whose layers are known.")
+    if isinstance(available, Mapping):
+        return dict(available)
+    return dict.fromkeys(available, width_before)
+
+
+def _kept_by_layer(
+    value: Any, multiple: int, own: Mapping[int, int]
+) -> dict[int, int]:
+    """Return the kept width of every layer as the argument `widths` has it."""
+    where = f"widths={written_source(value)}"
+    kept = dict(own)
+    for layer, width in read_widths(value).items():
+        if layer not in own:
+            raise ValueError(
+                f"{where} names layer {layer}, but the GLU-MLPs of this model are in the layers "
+                f"{written_layers(own)}."
+            )
+        if not 1 <= width <= own[layer]:
+            raise ValueError(
+                f"{where} gives layer {layer} {width} neurons, but it has {own[layer]}: write a "
+                f"width from 1 to {own[layer]} there, or leave the layer out, which keeps them all."
+            )
+        if width == own[layer]:
+            continue
+        if multiple > width:
+            raise ValueError(
+                f"multiple_of={multiple} is larger than the kept width {width} that {where} gives "
+                f"layer {layer}: use a multiple of at most {width}."
+            )
+        kept[layer] = width // multiple * multiple
+    return kept
+
+
 def _chosen_layers(
-    arguments: PruneArguments, available: Sequence[int] | None
+    arguments: PruneArguments, available: Collection[int] | None
 ) -> tuple[int, ...] | None:
     """Return the numbers of the layers to prune, or None for all."""
     name = "skip_layers" if arguments.layers is None else "layers"
@@ -235,6 +351,16 @@ def written_layers(layers: Iterable[int]) -> str:
         else:
             runs.append([layer, layer])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def whole_or_mean(width: Fraction) -> int | float:
+    """Return a width as JSON has it: a whole number, unless it is a mean that is none.
+
+    Example:
+        >>> whole_or_mean(Fraction(1050)), whole_or_mean(Fraction(2101, 2))
+        (1050, 1050.5)
+    """
+    return int(width) if width.denominator == 1 else round(float(width), 4)
 
 
 def _down_to_four_places(value: Fraction) -> str:

@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.plan import PrunePlan, written_layers
+from lm_eval_pruned.pruning.layer_widths import written_by_layer
+from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean, written_layers
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -127,7 +128,7 @@ class PruneRecord:
             "layers": self.layers,
             "hidden_size": plan.hidden_size,
             "intermediate_size_before": plan.width_before,
-            "intermediate_size_after": plan.width,
+            "intermediate_size_after": whole_or_mean(plan.mean_width),
             "expansion_ratio_before": plan.ratio_before,
             "expansion_ratio_after": plan.ratio,
             "parameters_before": self.parameters_before,
@@ -138,9 +139,13 @@ class PruneRecord:
         }
         if plan.layers is not None:
             record["layers_pruned"] = written_layers(plan.layers)
+        if plan.layer_widths is not None:
+            record["layer_widths"] = {str(n): width for n, width in plan.layer_widths}
+        if plan.layer_criteria is not None:
+            record["layer_criteria"] = {str(n): name for n, name in plan.layer_criteria}
         if self.calibration is not None:
             record["calibration"] = self.calibration.as_dict()
-        if plan.criterion == "random":
+        if "random" in plan.criteria:
             record["seed"] = plan.seed
         return record
 
@@ -150,20 +155,29 @@ class PruneRecord:
         before, after = self.parameters_before, self.parameters_after
         asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
         criterion = f"criterion={plan.criterion}" if plan.prunes else "nothing removed"
+        if plan.prunes and plan.layer_criteria is not None:
+            criterion = f"criteria by layer {written_by_layer(plan.layer_criteria)}"
         digest = (self.digest or "none")[:12]
         layers = f"{self.layers} layers"
         if plan.layers is not None:
             layers += f" ({written_layers(plan.layers)} pruned)"
+        mean = "mean " if plan.layer_widths is not None else ""
         rows = [
-            ("expansion ratio", f"{plan.ratio_before:14.4f}", f"{plan.ratio:14.4f}"),
-            ("intermediate size", f"{plan.width_before:14,}", f"{plan.width:14,}"),
+            (f"{mean}expansion ratio", f"{plan.ratio_before:14.4f}", f"{plan.ratio:14.4f}"),
+            (
+                f"{mean}intermediate size",
+                f"{plan.width_before:14,}",
+                f"{whole_or_mean(plan.mean_width):14,}",
+            ),
             ("parameters", f"{before:14,}", f"{after:14,}"),
         ]
         lines = [
             markdown_table(["", "before", "after"], rows, padded=True),
             f"{asked or 'baseline'}, {criterion}, {layers}, kept digest {digest}",
         ]
-        if len(self.groups) > 1:
+        if plan.layer_widths is not None:
+            lines += [f"widths by layer {written_by_layer(plan.layer_widths)}"]
+        elif len(self.groups) > 1:
             lines += [
                 f"{group.mlps} {group.kind} MLPs of {group.config_key}: "
                 f"{group.width_before:,} to {group.width_after:,} neurons"

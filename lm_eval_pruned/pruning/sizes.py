@@ -24,7 +24,14 @@ _DIMENSIONS = (
     "num_attention_heads",
 )
 #: Keys whose presence means more parameters than are counted here.
-_UNCOUNTED = ("quantization_config", "text_config", "num_experts", "auto_map")
+_UNCOUNTED = (
+    "quantization_config",
+    "text_config",
+    "num_experts",
+    "auto_map",
+    "per_layer_config",
+    "block_configs",
+)
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -75,6 +82,7 @@ class DenseShape:
         parameters_per_neuron: Parameters that one removed neuron takes away, summed
             over the layers.
         bytes_per_parameter: Of the dtype that the config names, else of float32.
+        layers: Number of layers.
     """
 
     hidden_size: int
@@ -82,6 +90,7 @@ class DenseShape:
     parameters: int
     parameters_per_neuron: int
     bytes_per_parameter: int
+    layers: int
 
 
 def dense_shape(config: Mapping[str, Any]) -> DenseShape | None:
@@ -131,4 +140,5 @@ def dense_shape(config: Mapping[str, Any]) -> DenseShape | None:
         embeddings + layers * (attention + mlp + family.norms * hidden) + hidden,
         layers * per_neuron,
         _BYTES[dtype],
+        layers,
     )

@@ -219,7 +219,10 @@ def _select_in_memory(
         gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
         observed = known.calibration
         activity = None if observed is None else observed.activity[mlp.name]
-        scores = score(plan, mlp.name, mlp.layer, gate, up, down, activity)
+        criterion = plan.criterion_of(mlp.block)
+        scores = score(
+            plan, mlp.name, mlp.layer, gate, up, down, activity, criterion=criterion
+        )
         known.scores[mlp.name] = scores.cpu()
         known.finite.add(mlp.name)
     return kept_set(known.scores[mlp.name], width)
@@ -249,6 +252,7 @@ def score(
     down_proj: Tensor | None = None,
     activity: NeuronActivity | None = None,
     dtype: torch.dtype | None = None,
+    criterion: str | None = None,
 ) -> Tensor:
     """Score the neurons of one GLU-MLP.
 
@@ -262,6 +266,8 @@ def score(
             by the criteria that look at activations.
         activity: What the neurons did on calibration text, for the same criteria.
         dtype: Dtype in which the weights are looked at; default: their own.
+        criterion: Canonical name of the criterion of the MLP's layer; default: that of
+            the plan.
 
     Returns:
         Scores, shape (I,), float32; see `lm_eval_pruned.pruning.criteria.score_neurons`.
@@ -269,6 +275,7 @@ def score(
     Raises:
         ValueError: A weight is NaN or infinite; the tensor is named.
     """
+    criterion = criterion or plan.criterion
     weights = {"down_proj": down_proj, "gate_proj": gate_proj, "up_proj": up_proj}
 
     def check(*projections: str) -> None:
@@ -278,19 +285,19 @@ def score(
                 check_finite(f"{name}.{projection}.weight", weight, dtype)
 
     check("down_proj")
-    if not proves_finite(plan.criterion):
+    if not proves_finite(criterion):
         check("gate_proj", "up_proj")
     scores = score_neurons(
         gate_proj,
         up_proj,
-        plan.criterion,
+        criterion,
         layer=layer,
         seed=plan.seed,
         down=down_proj,
         activity=activity,
         dtype=dtype,
     )
-    if proves_finite(plan.criterion) and not scores.isfinite().all():
+    if proves_finite(criterion) and not scores.isfinite().all():
         check("gate_proj", "up_proj")
     return scores
 

@@ -168,11 +168,26 @@ class Widths:
             arguments,
             primary.hidden_size,
             int(widest * self._factors[primary.name]),
-            sorted({mlp.block for mlp in self.mlps}),
+            self.layers,
         )
+
+    @property
+    def layers(self) -> dict[int, int]:
+        """The width of each layer that has a GLU-MLP, in neurons, by number, ascending.
+
+        It is that of the layer's experts, else of its MLP.
+        """
+        found: dict[int, GluMlp] = {}
+        for mlp in self.mlps:
+            first = found.setdefault(mlp.block, mlp)
+            if mlp.kind == "expert" != first.kind:
+                found[mlp.block] = mlp
+        return {block: self.actual[found[block].name] for block in sorted(found)}
 
     def targets(self, plan: PrunePlan) -> dict[str, int]:
         """Return the kept width of each MLP, by name."""
+        if plan.layer_widths is not None:
+            return self._targets_by_layer(plan, dict(plan.layer_widths))
         targets = {}
         for mlp in self.mlps:
             own, key = self.actual[mlp.name], self.keys[mlp.name]
@@ -184,6 +199,26 @@ class Widths:
                 targets[mlp.name] = int(factor * plan.scaled(self._values[key]))
             else:
                 targets[mlp.name] = plan.of_own(own)
+        return targets
+
+    def _targets_by_layer(
+        self, plan: PrunePlan, kept: Mapping[int, int]
+    ) -> dict[str, int]:
+        """Return the kept width of each MLP where the layers have widths of their own.
+
+        Shared experts, and whatever else is as wide as it pleases in a layer, are
+        narrowed in the proportion of the layer.
+        """
+        layers, targets = self.layers, {}
+        for mlp in self.mlps:
+            own, before = self.actual[mlp.name], layers[mlp.block]
+            after = kept.get(mlp.block, before)
+            targets[mlp.name] = own
+            if after < before:
+                share = Fraction(own * after, before)
+                targets[mlp.name] = (
+                    after if own == before else plan.rounded(math.ceil(share))
+                )
         return targets
 
     def count_parameters(self, widths: Mapping[str, int]) -> int:

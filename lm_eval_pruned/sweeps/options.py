@@ -66,8 +66,8 @@ OPTIONS = (
     *(
         Option(
             name,
-            "words" if name == "criteria" else "numbers",
-            help_of(name),
+            "words" if name in ("criteria", "widths") else "numbers",
+            help_of(name, several=True),
             DECLARED[argument].metadata["metavar"],
             _SIZES,
         )

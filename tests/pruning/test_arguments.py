@@ -26,6 +26,7 @@ DEFAULTS = {
     "ratio": None,
     "prune_percent": None,
     "intermediate_size": None,
+    "widths": None,
     "multiple_of": 1,
     "layers": None,
     "skip_layers": None,
@@ -38,6 +39,7 @@ DEFAULTS = {
 SEVERAL = {
     "ratios": "ratio",
     "prune_percents": "prune_percent",
+    "widths": "widths",
     "criteria": "criterion",
     "seeds": "seed",
 }
@@ -123,7 +125,11 @@ def test_the_command_prune_takes_them():
 
 def test_the_command_plan_takes_several_sizes():
     options = options_of(plan_command.add)
-    assert [name for name in SEVERAL if name in options] == ["ratios", "prune_percents"]
+    assert [name for name in SEVERAL if name in options] == [
+        "ratios",
+        "prune_percents",
+        "widths",
+    ]
     assert [options[name].default for name in ("ratios", "multiple_of")] == [None, 1]
     assert options["ratios"].help == "expansion ratio to keep; one model each"
     assert (
