@@ -1,0 +1,287 @@
+"""Sensitivity: what the loss on calibration text becomes when one layer alone is cut.
+
+Pure data, without torch: the curves that `lm_eval_pruned.checkpoints.sensitivity` measures,
+that allocations are made of, and that tables and plots show.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.tables import csv_table
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: What a file of curves says it is, and the version of its entries.
+FORMAT, VERSION = "lm-eval-pruned sensitivity", 1
+#: The columns of `Sensitivity.as_csv`.
+COLUMNS = ("layer", "width", "criterion", "seed", "loss", "rise")
+
+
+@dataclass(frozen=True)
+class LayerCurve:
+    """What cutting one layer alone costs, by one criterion.
+
+    Attributes:
+        layer: Number of the layer, as ``layers=`` counts.
+        width_before: Its width in the unpruned model, in neurons. Where a layer has
+            several GLU-MLPs, that of its experts, to which sizes refer.
+        criterion: Canonical name of the criterion that chose the neurons.
+        seed: Seed of the criterion ``random``; None for any other.
+        widths: Kept widths that were measured, in neurons, ascending, all of them below
+            `width_before`.
+        losses: Loss of the model with this layer cut to each of `widths`, in nats per
+            token, in the same order.
+
+    Raises:
+        ValueError: The numbers contradict each other.
+
+    Example:
+        >>> curve = LayerCurve(0, 100, "maw", None, (50, 90), (4.0, 3.5))
+        >>> curve.loss_at(90)
+        3.5
+    """
+
+    layer: int
+    width_before: int
+    criterion: str
+    seed: int | None
+    widths: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        where = f"The curve of layer {self.layer} by {self.name}"
+        if len(self.widths) != len(self.losses):
+            raise ValueError(
+                f"{where} has {len(self.widths)} widths and {len(self.losses)} losses: "
+                "it needs one loss for each width."
+            )
+        points = (0, *self.widths, self.width_before)
+        if any(one >= other for one, other in pairwise(points)):
+            raise ValueError(
+                f"{where} has the widths {list(self.widths)}: they must ascend, from 1 on, and "
+                f"stay below the layer's own, {self.width_before}."
+            )
+        if not all(map(math.isfinite, self.losses)):
+            raise ValueError(f"{where} has losses that are NaN or infinite.")
+
+    @property
+    def name(self) -> str:
+        """The criterion, with its seed where it has one: ``maw``, ``random:3``."""
+        return (
+            self.criterion if self.seed is None else f"{self.criterion}:{self.seed:d}"
+        )
+
+    def loss_at(self, width: int) -> float:
+        """Return the loss at a width that was measured.
+
+        Raises:
+            ValueError: It was not measured.
+        """
+        if width not in self.widths:
+            raise ValueError(
+                f"The curve of layer {self.layer} by {self.name} has no width {width}: "
+                f"measured were {', '.join(map(str, self.widths))}."
+            )
+        return self.losses[self.widths.index(width)]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The curves of one model, and the text on which they were measured.
+
+    Attributes:
+        model: Folder or Hub name of the model.
+        loss: Loss of the unpruned model, in nats per token.
+        curves: One curve for each layer, criterion and seed.
+        file: Name of the calibration file, without its folder.
+        sha256: SHA-256 of that file.
+        texts: Number of texts that were used.
+        tokens: Number of tokens in them, after cutting.
+
+    Raises:
+        ValueError: Two curves are of the same layer, criterion and seed.
+
+    Example:
+        >>> curve = LayerCurve(0, 100, "maw", None, (50, 90), (4.0, 3.5))
+        >>> curves = Sensitivity("folder", 3.25, (curve,), "text.jsonl", "ab12", 2, 256)
+        >>> curves.rises(curves.curve(0, "maw"))
+        (0.75, 0.25)
+        >>> print(curves.as_csv(), end="")
+        layer,width,criterion,seed,loss,rise
+        0,50,maw,,4.0,0.75
+        0,90,maw,,3.5,0.25
+    """
+
+    model: str
+    loss: float
+    curves: tuple[LayerCurve, ...]
+    file: str
+    sha256: str
+    texts: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.loss):
+            raise ValueError(
+                f"The loss of the unpruned model, {self.loss}, is no finite number."
+            )
+        if len(self._by_key) < len(self.curves):
+            raise ValueError("Two curves are of the same layer, criterion and seed.")
+
+    @cached_property
+    def _by_key(self) -> Mapping[tuple[int, str, int | None], LayerCurve]:
+        return {(each.layer, each.criterion, each.seed): each for each in self.curves}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have curves, ascending."""
+        return tuple(sorted({curve.layer for curve in self.curves}))
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """Names of the criteria that have curves, in the order of the curves."""
+        return tuple(dict.fromkeys(curve.criterion for curve in self.curves))
+
+    def seeds(self, criterion: str) -> tuple[int | None, ...]:
+        """Return the seeds by which a criterion was measured; ``(None,)`` for most."""
+        found = (each.seed for each in self.curves if each.criterion == criterion)
+        return tuple(dict.fromkeys(found))
+
+    def curve(self, layer: int, criterion: str, seed: int | None = None) -> LayerCurve:
+        """Return the curve of a layer by a criterion.
+
+        Args:
+            layer: Number of the layer.
+            criterion: Canonical name.
+            seed: Seed of ``random``.
+
+        Raises:
+            ValueError: It was not measured.
+        """
+        found = self._by_key.get((layer, criterion, seed))
+        if found is None:
+            named = criterion if seed is None else f"{criterion} with seed {seed}"
+            have = ", ".join(dict.fromkeys(curve.name for curve in self.curves))
+            raise ValueError(
+                f"The loss of {self.model} was not measured with layer {layer} cut by {named}: "
+                f"there are curves by {have or 'no criterion'}, of the layers "
+                f"{', '.join(map(str, self.layers)) or 'of none'}."
+            )
+        return found
+
+    def of_layer(self, layer: int) -> tuple[LayerCurve, ...]:
+        """Return the curves of one layer, by whatever criterion."""
+        return tuple(curve for curve in self.curves if curve.layer == layer)
+
+    def rises(self, curve: LayerCurve) -> tuple[float, ...]:
+        """Return by how much the loss is above the unpruned model's at each width of `curve`."""
+        return tuple(loss - self.loss for loss in curve.losses)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each point of each curve, by `COLUMNS`."""
+        return [
+            dict(
+                zip(
+                    COLUMNS,
+                    (
+                        curve.layer,
+                        width,
+                        curve.criterion,
+                        curve.seed,
+                        loss,
+                        loss - self.loss,
+                    ),
+                    strict=True,
+                )
+            )
+            for curve in self.curves
+            for width, loss in zip(curve.widths, curve.losses, strict=True)
+        ]
+
+    def as_csv(self) -> str:
+        """Return `rows` as CSV with a header."""
+        return csv_table(COLUMNS, self.rows())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a file holds (JSON types only)."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    def write(self, file: str | Path) -> None:
+        """Write the curves to a JSON file, whole or not at all.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
+        write_atomically(file, text + "\n")
+
+
+def read_sensitivity(file: str | Path) -> Sensitivity:
+    """Read what `Sensitivity.write` wrote.
+
+    Raises:
+        ValueError: The file is missing or holds no curves, or those of another version.
+    """
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} cannot be read as sensitivity curves ({error}): pass a JSON file that "
+            "lm-eval-pruned sensitivity wrote."
+        ) from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(
+            f"{file} holds no sensitivity curves: pass a JSON file that lm-eval-pruned "
+            "sensitivity wrote."
+        )
+    if found.get("version") != VERSION:
+        raise ValueError(
+            f"{file} holds sensitivity curves of version {found.get('version')}, and this release "
+            f"reads version {VERSION}: measure them again."
+        )
+    try:
+        curves = tuple(
+            _typed(LayerCurve, entry) for entry in _of(list, found["curves"])
+        )
+        return _typed(Sensitivity, {**found, "curves": curves})
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{file} holds damaged sensitivity curves ({what}): measure them again."
+        ) from None
+
+
+def _typed(kind: Any, entries: Any) -> Any:
+    """Make a `kind` of the entries of a JSON object, each of the type that it declares."""
+    _of(dict, entries)
+    values = {each.name: entries[each.name] for each in fields(kind)}
+    for name, value in values.items():
+        if name in ("widths", "losses"):
+            one: type = int if name == "widths" else float
+            values[name] = tuple(_of(one, each) for each in _of(list, value))
+        elif name in ("model", "criterion", "file", "sha256"):
+            _of(str, value)
+        elif name == "loss":
+            values[name] = _of(float, value)
+        elif name != "curves" and not (name == "seed" and value is None):
+            _of(int, value)
+    return kind(**values)
+
+
+def _of(kind: type, value: Any) -> Any:
+    """Return `value` if it is a `kind`; a whole number is a float too."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.40} is no {kind.__name__}")
+    return value

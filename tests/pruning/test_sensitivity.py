@@ -1,0 +1,158 @@
+"""Curves of sensitivity as data: lookups, files, and what is no such file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lm_eval_pruned.pruning.sensitivity import (
+    LayerCurve,
+    Sensitivity,
+    read_sensitivity,
+)
+
+
+def curves() -> Sensitivity:
+    return Sensitivity(
+        "some/model",
+        3.2,
+        (
+            LayerCurve(0, 88, "maw", None, (44, 66), (5.5, 4.25)),
+            LayerCurve(0, 88, "random", 0, (44, 66), (3.75, 3.5)),
+            LayerCurve(0, 88, "random", 1, (44, 66), (3.7, 3.55)),
+            LayerCurve(2, 80, "maw", None, (40,), (3.1,)),
+        ),
+        "text.jsonl",
+        "0" * 64,
+        16,
+        2048,
+    )
+
+
+def test_a_curve_is_found_by_layer_criterion_and_seed():
+    found = curves()
+    assert found.curve(2, "maw").losses == (3.1,)
+    assert found.curve(0, "random", 1).loss_at(44) == 3.7
+    assert (found.layers, found.criteria) == ((0, 2), ("maw", "random"))
+    assert (found.seeds("random"), found.seeds("maw")) == ((0, 1), (None,))
+    assert [each.name for each in found.of_layer(0)] == ["maw", "random:0", "random:1"]
+
+
+def test_rises_may_be_negative():
+    found = curves()
+    assert found.rises(found.curve(2, "maw")) == pytest.approx((-0.1,))
+
+
+def test_what_was_not_measured_is_named():
+    with pytest.raises(ValueError, match=r"layer 1 cut by maw.*maw, random:0.*0, 2"):
+        curves().curve(1, "maw")
+    with pytest.raises(ValueError, match="random with seed 7"):
+        curves().curve(0, "random", 7)
+    with pytest.raises(ValueError, match=r"no width 50: measured were 44, 66"):
+        curves().curve(0, "maw").loss_at(50)
+
+
+@pytest.mark.parametrize(
+    ("widths", "losses", "says"),
+    [
+        ((10, 20), (1.0,), "2 widths and 1 losses"),
+        ((20, 10), (1.0, 1.0), "must ascend"),
+        ((10, 10), (1.0, 1.0), "must ascend"),
+        ((0,), (1.0,), "from 1 on"),
+        ((88,), (1.0,), "below the layer's own, 88"),
+        ((10,), (float("nan"),), "NaN"),
+    ],
+)
+def test_a_curve_that_contradicts_itself_is_refused(widths, losses, says):
+    with pytest.raises(ValueError, match=says):
+        LayerCurve(0, 88, "maw", None, widths, losses)
+
+
+def test_a_curve_may_have_no_point():
+    assert LayerCurve(0, 1, "maw", None, (), ()).widths == ()
+
+
+def test_two_curves_of_the_same_cut_are_refused():
+    one = LayerCurve(0, 88, "maw", None, (44,), (5.5,))
+    with pytest.raises(ValueError, match="same layer"):
+        Sensitivity("m", 3.2, (one, one), "t", "0", 1, 1)
+
+
+def test_a_file_gives_back_what_was_written(tmp_path):
+    file = tmp_path / "new" / "curves.json"
+    curves().write(file)
+    assert read_sensitivity(file) == curves()
+    assert [each.name for each in file.parent.iterdir()] == ["curves.json"]
+
+
+def test_csv_has_a_row_for_each_point():
+    rows = list(csv.DictReader(io.StringIO(curves().as_csv())))
+    assert len(rows) == 7
+    assert rows[2] == {
+        "layer": "0",
+        "width": "44",
+        "criterion": "random",
+        "seed": "0",
+        "loss": "3.75",
+        "rise": str(3.75 - 3.2),
+    }
+    assert rows[0]["seed"] == ""
+
+
+def _edited(**changes):
+    return json.dumps(curves().as_dict() | changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "holds no sensitivity curves"),
+        ("{}", "holds no sensitivity curves"),
+        (_edited(format="x"), "holds no sensitivity curves"),
+        (_edited(version=2), "of version 2, and this release reads version 1"),
+        (_edited(curves={}), "damaged"),
+        (_edited(curves=[1]), "damaged"),
+        (_edited(curves=[{"layer": 0}]), "'width_before' is missing"),
+        (_edited(loss="3"), "damaged"),
+        (_edited(loss=float("inf")), "damaged"),
+        (_edited(texts=True), "damaged"),
+        (_edited(model=None), "damaged"),
+        (_edited().replace("[44, 66]", "[44.0, 66]"), "damaged"),
+        (_edited().replace("[44, 66]", "[66, 44]"), "must ascend"),
+        (_edited().replace('"seed": 0', '"seed": "0"'), "damaged"),
+    ],
+)
+def test_a_file_that_holds_no_curves_is_refused_in_one_sentence(
+    tmp_path, content, says
+):
+    file = tmp_path / "curves.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=says) as error:
+        read_sensitivity(file)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_sensitivity(tmp_path / "none.json")
+
+
+def test_whole_numbers_are_losses_too(tmp_path):
+    file = tmp_path / "curves.json"
+    file.write_text(_edited(loss=3))
+    assert read_sensitivity(file).loss == 3.0
+
+
+def test_reading_curves_imports_no_torch():
+    code = (
+        "import sys, lm_eval_pruned.pruning.sensitivity; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
