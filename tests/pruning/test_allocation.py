@@ -130,7 +130,7 @@ def test_a_layer_that_is_spoilt_by_the_first_cut_is_given_up_or_left_alone():
     spoilt = CostCurve.of_points(0, 100, kept=[25, 75], rises=[2.1, 2.0])
     steady = CostCurve.of_points(1, 100, kept=[25, 75], rises=[1.8, 0.5])
     assert allocate([spoilt, steady], 150) == (100, 50)
-    assert allocate([spoilt, steady], 75, min_width=10) == (10, 65)
+    assert allocate([spoilt, steady], 75, min_width=10) == (25, 50)
 
 
 @given(
@@ -193,14 +193,14 @@ def test_layers_that_are_too_narrow_for_the_bounds_stay():
 
 
 def test_large_models_take_no_longer_than_their_curves_have_corners():
-    """An 8B model: 32 layers of 14336 neurons, half of which go."""
+    """Layers of an 8B model: 14336 neurons each, half of which go."""
     generator = np.random.default_rng(0)
     kept = [14336 * part // 8 for part in (1, 2, 4, 6)]
     curves = [
         CostCurve.of_points(n, 14336, kept, sorted(generator.random(4))[::-1])
-        for n in range(32)
+        for n in range(8)
     ]
-    widths = allocate(curves, 16 * 14336)
-    assert sum(widths) == 16 * 14336
+    widths = allocate(curves, 4 * 14336)
+    assert sum(widths) == 4 * 14336
     # All but one layer end at a corner of their curve, or at the bounds.
     assert sum(each not in (1, *kept, 14336) for each in widths) <= 1
