@@ -166,7 +166,7 @@ def calibrate(
     longest = min(
         MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
     )
-    inputs = [tokenize(tokenizer, text, longest, file) for text in texts]
+    inputs = [_tokenize(tokenizer, text, longest, file) for text in texts]
     squares = {
         mlp.name: torch.zeros(mlp.width, dtype=torch.float64, device="cpu")
         for mlp in mlps
@@ -238,7 +238,7 @@ def check_observable(model: PreTrainedModel) -> None:
             )
 
 
-def tokenize(
+def _tokenize(
     tokenizer: PreTrainedTokenizerBase, text: Text, longest: int, file: str
 ) -> Tensor:
     if isinstance(text, str):
