@@ -182,8 +182,8 @@ def _checked(
             "cache_dir": arguments.get("download_dir"),
         },
     )
+    check_expressible(request)
     if request.plan.prunes:
-        check_expressible(request)
         with open_stream(request) as stream:
             request = stream.request
         request.check_prunable_in_memory("its criterion looks at activations")

@@ -99,16 +99,18 @@ def narrow_config(request: LoadRequest, config: Any) -> None:
     widths = request.widths
     targets = widths.targets(request.plan)
     narrowed = widths.narrowed_config(targets)
+    # Nothing is left of widths for single layers, which guard the keys.
+    widths.describe_layers(config, targets)
     for key in set(widths.keys.values()):
         try:
             found = key.get(config)
         except AttributeError:
             found = None
         # A model that is loaded again finds the config narrow.
-        if found not in (key.get(widths.original), key.get(narrowed)):
+        if found not in (key.get(widths.config), key.get(narrowed)):
             raise ValueError(
                 f"vLLM's config of {request.pretrained} says {key}={found}, but the checkpoint's "
-                f"says {key.get(widths.original)}: leave that out of hf_overrides, because the "
+                f"says {key.get(widths.config)}: leave that out of hf_overrides, because the "
                 "kept width is derived."
             )
     widths.copy_keys(narrowed, config)

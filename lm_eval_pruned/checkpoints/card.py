@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.pruning.plan import whole_or_mean
+
 
 if TYPE_CHECKING:
     from lm_eval_pruned.pruning.record import PruneRecord
@@ -42,14 +44,27 @@ def model_card(
     opens = (
         "The checkpoint opens in stock transformers and `lm_eval --model hf`."
         if record.config_expresses_widths
-        else "Its layers differ in width, which its config cannot express: it opens with "
-        "`lm_eval_pruned.load_pruned` and `lm_eval --model pruned-hf`."
+        else "Its layers differ in width. The config has the widths in `per_layer_config`, from "
+        "which transformers up to 5.24 builds no MLPs: the checkpoint opens with "
+        "`lm_eval_pruned.load_pruned` and `lm_eval --model pruned-hf`, and in stock transformers "
+        "from the release on that does."
     )
+    alike = plan.layer_widths is None and plan.layers is None
+    best = (
+        f"the {plan.width:,} best of {plan.width_before:,} stayed"
+        if alike
+        else "the best of each layer stayed"
+    )
+    criteria = " or ".join(f"`{name}`" for name in plan.criteria)
+    by = "the criterion" if len(plan.criteria) == 1 else "the criterion of their layer,"
+    title = f"{whole_or_mean(plan.mean_width):,} neurons per MLP"
+    if not alike:
+        title += " on average" if plan.layers is None else " in some layers"
     return f"""---
 {fields.to_yaml()}
 ---
 
-# {name}, width-pruned to {plan.width:,} neurons per MLP
+# {name}, width-pruned to {title}
 
 `lm-eval-pruned {version("lm-eval-pruned")}` removed neurons from the GLU-MLPs of {name}. No other
 weight was changed, and nothing was trained afterwards.
@@ -59,7 +74,7 @@ weight was changed, and nothing was trained afterwards.
 {summary}
 
 Each neuron is a row of the gate and up projections with its column of the down projection. Neurons were
-ranked by the criterion `{plan.criterion}`, the {plan.width:,} best of {plan.width_before:,} stayed in their
+ranked by {by} {criteria}, {best} in their
 original order, and ties went to the lower index. The digest is SHA-256 over the kept indices of all layers
 (little-endian int64): the same request on the same weights gives the same digest.
 

@@ -111,10 +111,13 @@ def write_config(
 def _apply_changes(
     raw: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
 ) -> None:
+    for key in before.keys() - after.keys():
+        raw.pop(key, None)
     for key, value in after.items():
         if value == before.get(key):
             continue
-        if isinstance(value, dict) and isinstance(raw.get(key), dict):
+        layers = key == "per_layer_config"
+        if isinstance(value, dict) and isinstance(raw.get(key), dict) and not layers:
             _apply_changes(raw[key], before[key], value)
         else:
             raw[key] = value

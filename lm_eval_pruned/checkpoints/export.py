@@ -207,6 +207,7 @@ def _stream(request: LoadRequest, writer: _Writer) -> PruneRecord | None:
         return None
     warn_inexpressible(widths, targets)
     copy_companions(writer.source, writer.folder)
+    widths.describe_layers(narrowed, targets)
     write_config(widths.original, narrowed, writer.source, writer.folder, writer.dtype)
     return PruneRecord.of(
         plan,

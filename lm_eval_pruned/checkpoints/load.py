@@ -58,8 +58,9 @@ def load_pruned(
     identical weights and a warning. What sizes mean in a model with experts is said
     in `lm_eval_pruned.prune_model`.
 
-    A checkpoint whose layers differ in width, although its config knows only one,
-    loads with the widths of its tensors; sizes then prune from there: layers that
+    A checkpoint whose layers differ in width loads with the widths that its config has
+    for single layers (``per_layer_config``, ``block_configs``), or else with those of its
+    tensors; sizes then prune from there: layers that
     are narrower than ``ratio`` or ``intermediate_size`` ask stay as they are, and
     ``prune_percent`` is a share of each layer's own width.
 
@@ -181,6 +182,8 @@ def _load(
                 checkpoint=session,
             )
             session.check_filled(model)
+            if session.changes_model:
+                widths.describe_layers(model.config, targets)
             choose_experts_implementation(model)
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
                 plan,

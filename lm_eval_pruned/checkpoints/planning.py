@@ -35,7 +35,7 @@ class PlanRow:
         parameters: Parameters of the pruned model; tied ones count once.
         reduction: Share of the baseline's parameters that is removed, 0 to 1.
         checkpoint_bytes: Size of its weights in the config's dtype.
-        layer_widths: Kept width of each layer, such as ``0:1200,1-29:900``; None where
+        layer_widths: Kept width of each layer, such as ``0:1200,1-29:900``; empty where
             all are alike.
     """
 
@@ -45,7 +45,7 @@ class PlanRow:
     parameters: int
     reduction: float
     checkpoint_bytes: int
-    layer_widths: str | None = None
+    layer_widths: str = ""
 
 
 def plan_rows(
@@ -126,7 +126,7 @@ def _row(
         parameters,
         1 - parameters / before,
         parameters * bytes_per_parameter,
-        plan.layer_widths and written_by_layer(plan.layer_widths),
+        written_by_layer(plan.layer_widths or ()),
     )
 
 
@@ -180,8 +180,7 @@ def as_table(rows: list[PlanRow]) -> str:
         "checkpoint bytes": ",",
     }
     cells = [
-        [*map(format, astuple(row), forms.values()), row.layer_widths or ""]
-        for row in rows
+        [*map(format, astuple(row), forms.values()), row.layer_widths] for row in rows
     ]
     forms["widths by layer"] = ""
     if not any(row.layer_widths for row in rows):

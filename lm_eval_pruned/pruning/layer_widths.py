@@ -43,7 +43,7 @@ def read_widths(widths: Any) -> dict[int, int]:
     if isinstance(widths, Mapping):
         named = list(widths.items())
     elif not isinstance(widths, Iterable):
-        raise ValueError(f"{where} names no widths: {_FORMS}.")
+        raise ValueError(f"{where} names no widths: {_FORMS}.")  # noqa: TRY004
     else:
         named = list(enumerate(widths))
         if any(isinstance(entry, Mapping) for _, entry in named):

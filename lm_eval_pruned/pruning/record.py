@@ -109,7 +109,7 @@ class PruneRecord:
                 WidthGroup(kind, key, count, before, after)
                 for (kind, key, before, after), count in counts.items()
             ),
-            not widths.inexpressible(targets),
+            widths.opens_in_stock(targets),
             calibration,
         )
 

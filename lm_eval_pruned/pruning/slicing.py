@@ -163,6 +163,7 @@ def carry_out(
         for _, group in itertools.groupby(mlps, key=lambda mlp: mlp.path):
             _narrow_together(list(group), kept)
         widths.copy_keys(narrowed_config, model.config)
+        widths.describe_layers(model.config, targets)
         warn_inexpressible(widths, targets)
         warn_misaligned(model, plan, widths, targets)
     choose_experts_implementation(model)
@@ -178,16 +179,24 @@ def carry_out(
     return model
 
 
+#: What is said of a model whose widths its config has in ``per_layer_config`` alone.
+NOT_IN_STOCK = (
+    "the saved config has the widths in per_layer_config, from which transformers up to 5.24 "
+    "builds no MLPs, so stock transformers cannot open this model before a release that does; "
+    "--model pruned-hf and load_pruned can."
+)
+
+
 def warn_inexpressible(widths: Widths, targets: Mapping[str, int]) -> None:
     """Tell the user if only this package can open the model once it is saved."""
-    names = widths.inexpressible(targets)
-    if not names:
+    if widths.opens_in_stock(targets):
         return
+    names = widths.inexpressible(targets)
     logger.warning(
-        "%s keeps a width of its own, which %s in the config cannot express: stock transformers "
-        "cannot open this model once it is saved; --model pruned-hf and load_pruned can.",
+        "%s keeps a width of its own, which %s in the config cannot express: %s",
         names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
         widths.keys[names[0]],
+        NOT_IN_STOCK,
     )
 
 

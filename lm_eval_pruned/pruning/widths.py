@@ -1,18 +1,11 @@
-"""Widths: which config key sets which GLU-MLP's width, and what each becomes.
-
-The keys are not listed anywhere: a key belongs to the MLPs whose width doubles
-when it doubles, in a skeleton of the model. A key that also sets the shape of
-something else, such as a state-space layer, is found out the same way.
-"""
+"""Widths: how wide the GLU-MLPs of a model are, and what each becomes."""
 
 from __future__ import annotations
 
 import copy
 import math
-import re
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm_eval_pruned.pruning.layouts import (
     GluMlp,
@@ -20,76 +13,26 @@ from lm_eval_pruned.pruning.layouts import (
     count_parameters,
     describe,
     find_glu_mlps,
-    regions_by_parameter,
+)
+from lm_eval_pruned.pruning.per_layer import (
+    copy_layers,
+    with_layers,
+    without_layers,
 )
 from lm_eval_pruned.pruning.plan import PrunePlan
+from lm_eval_pruned.pruning.width_keys import WidthKey, find_keys
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
 
     from transformers import PretrainedConfig, PreTrainedModel
 
     from lm_eval_pruned.pruning.arguments import PruneArguments
-
-    Build = Callable[[PretrainedConfig], PreTrainedModel]
-
-
-@dataclass(frozen=True)
-class WidthKey:
-    """A number in a config that sets widths.
-
-    Attributes:
-        path: Names of the sub-configs that lead to it, such as ``("text_config",)``.
-        name: Its own name, such as ``intermediate_size``.
-        index: Its position, where the config has a list with one number per layer.
-    """
-
-    path: tuple[str, ...]
-    name: str
-    index: int | None = None
-
-    def __str__(self) -> str:
-        where = ".".join((*self.path, self.name))
-        return where if self.index is None else f"{where}[{self.index}]"
-
-    def get(self, config: PretrainedConfig) -> int:
-        """Return its value in `config`."""
-        value = getattr(self._owner(config), self.name)
-        return value if self.index is None else value[self.index]
-
-    def set(self, config: PretrainedConfig, value: int) -> None:
-        """Set its value in `config`."""
-        owner = self._owner(config)
-        if self.index is None:
-            setattr(owner, self.name, value)
-            return
-        values = list(getattr(owner, self.name))
-        values[self.index] = value
-        setattr(owner, self.name, values)
-
-    def double(self, config: PretrainedConfig) -> None:
-        """Double the number in `config`, or every number of its list."""
-        value = getattr(self._owner(config), self.name)
-        doubled = 2 * value if isinstance(value, int) else [2 * v for v in value]
-        setattr(self._owner(config), self.name, doubled)
-
-    def of_layer(self, config: PretrainedConfig, layer: int) -> WidthKey | None:
-        """Return the key of one layer: an entry, where the config has a list."""
-        value = getattr(self._owner(config), self.name)
-        if isinstance(value, int):
-            return self
-        return WidthKey(self.path, self.name, layer) if layer < len(value) else None
-
-    def _owner(self, config: PretrainedConfig) -> Any:
-        owner = config
-        for name in self.path:
-            owner = getattr(owner, name)
-        return owner
+    from lm_eval_pruned.pruning.width_keys import Build
 
 
 _DERIVES_WIDTH = "block_auto_adjust_ff_dim"
-_WIDTH_NAME = re.compile(r"intermediate|ffn|ff_dim|d_ff|mlp_(dim|size|hidden)|ff_size")
 
 
 class Widths:
@@ -97,13 +40,14 @@ class Widths:
 
     Attributes:
         original: The config.
-        config: The same with plain width keys; see `plain_config`.
+        config: The same with plain width keys, see `plain_config`, and without the
+            widths that it has for single layers.
         model_class: Class of the model.
         mlps: The GLU-MLPs, in order, without weights.
         keys: The key of each MLP, by the MLP's name.
         actual: The width of each MLP, by name. Differs from what the config says
             where layers were pruned one by one.
-        configured: The width of each MLP as the config has it, by name.
+        configured: The width of each MLP as a model of `config` has it, by name.
     """
 
     def __init__(
@@ -123,23 +67,42 @@ class Widths:
             UnsupportedModelError: The model cannot be pruned.
         """
         self.original = config
-        self.config = plain_config(config)
+        uniform, by_layer = without_layers(config)
+        self.config = plain_config(uniform)
         self._build = build
         model = build(self.config)
         self.model_class = type(model)
         self._parameters = count_parameters(model)
         self.mlps = find_glu_mlps(model)
-        self.keys = _find_keys(self.config, model, self.mlps, build)
+        self.keys = find_keys(self.config, model, self.mlps, build)
         self.configured = {mlp.name: mlp.width for mlp in self.mlps}
-        self.actual = dict(actual or self.configured)
         self._factors = {
             mlp.name: Fraction(mlp.width, self.keys[mlp.name].get(self.config))
             for mlp in self.mlps
         }
+        self.actual = dict(actual or self._said_of_layers(by_layer))
         self._values: dict[WidthKey, int] = {}
         for name, key in self.keys.items():
             value = math.ceil(self.actual[name] / self._factors[name])
             self._values[key] = max(value, self._values.get(key, 0))
+
+    def _said_of_layers(
+        self, by_layer: Mapping[tuple[tuple[str, ...], str, int], int]
+    ) -> dict[str, int]:
+        """Return the widths of a config that has some for single layers, by MLP."""
+        said, used = dict(self.configured), set()
+        for mlp in self.mlps:
+            key = self.keys[mlp.name]
+            place = key.path, key.name, mlp.block
+            if place in by_layer:
+                said[mlp.name] = math.floor(self._factors[mlp.name] * by_layer[place])
+                used.add(place)
+        for path, name, layer in by_layer.keys() - used:
+            raise UnsupportedModelError(
+                f"The config gives layer {layer} a {'.'.join((*path, name))} of its own, which is "
+                "the width of none of its MLPs: correct the number of the layer, or leave it out."
+            )
+        return said
 
     def skeleton(self, config: PretrainedConfig | None = None) -> PreTrainedModel:
         """Return the model on the meta device, of `config` or else of its own."""
@@ -251,6 +214,51 @@ class Widths:
             if key.get(narrowed) * self._factors[name] != targets[name]
         ]
 
+    def described(self, targets: Mapping[str, int]) -> PretrainedConfig:
+        """Return a copy of the config that says the widths of `targets` layer by layer.
+
+        Where no key can hold them it has a ``per_layer_config``; where that cannot
+        either, because MLPs of one layer share a key, it says what it can. A class
+        need not build its layers from that; see `opens_in_stock`.
+        """
+        narrowed = self._narrowed(targets)
+        said: dict[tuple[tuple[str, ...], str, int], set[int]] = {}
+        for mlp in self.mlps:
+            key = self.keys[mlp.name]
+            value = math.ceil(targets[mlp.name] / self._factors[mlp.name])
+            if (
+                key.index is None
+                and value * self._factors[mlp.name] == targets[mlp.name]
+            ):
+                said.setdefault((key.path, key.name, mlp.block), set()).add(value)
+        alike = {place: value for place, (value, *more) in said.items() if not more}
+        if alike.keys() != said.keys() or not self.inexpressible(targets):
+            return narrowed
+        try:
+            return with_layers(narrowed, alike)
+        except ValueError:
+            return narrowed
+
+    def opens_in_stock(self, targets: Mapping[str, int]) -> bool:
+        """Return whether the installed transformers builds a model of these widths.
+
+        It does where a key of the config holds them, and where the class builds its
+        MLPs from ``per_layer_config``.
+        """
+        if not self.inexpressible(targets):
+            return True
+        try:
+            built = find_glu_mlps(self._build(self.described(targets)))
+        except Exception:  # noqa: BLE001 - classes read such configs in any way
+            return False
+        return {mlp.name: mlp.width for mlp in built} == dict(targets)
+
+    def describe_layers(
+        self, config: PretrainedConfig, targets: Mapping[str, int]
+    ) -> None:
+        """Write the widths of `targets` into a config with the keys of `narrowed_config`."""
+        copy_layers(self.described(targets), config)
+
     def _narrowed(self, targets: Mapping[str, int]) -> PretrainedConfig:
         wanted: dict[WidthKey, set[int]] = {}
         for name, key in self.keys.items():
@@ -305,114 +313,3 @@ def plain_config(config: PretrainedConfig) -> PretrainedConfig:
         text.intermediate_size = width
         text.block_auto_adjust_ff_dim = False
     return plain
-
-
-def _find_keys(
-    config: PretrainedConfig,
-    model: PreTrainedModel,
-    mlps: list[GluMlp],
-    build: Build,
-) -> dict[str, WidthKey]:
-    neurons = regions_by_parameter(mlps)
-    widths = {mlp.name: mlp.width for mlp in mlps}
-    shapes = _shapes(model)
-    keys: dict[str, WidthKey] = {}
-    refusals: dict[str, str] = {}
-    for key in _candidates(config):
-        probe = copy.deepcopy(config)
-        try:
-            key.double(probe)
-            probed_model = build(probe)
-            probed = {mlp.name: mlp.width for mlp in find_glu_mlps(probed_model)}
-        except Exception:  # noqa: BLE001, S112 - configs refuse values in any way
-            continue
-        changed = [n for n in widths if probed.get(n) != widths[n]]
-        if not changed:
-            continue
-        probed_shapes = _shapes(probed_model)
-        others = [
-            name
-            for name in shapes.keys() | probed_shapes.keys()
-            if name not in neurons and shapes.get(name) != probed_shapes.get(name)
-        ]
-        own_keys = {
-            mlp.name: own
-            for mlp in mlps
-            if (own := key.of_layer(config, mlp.block)) is not None
-        }
-        if others:
-            reason = f"{key} in its config also sets the shape of {min(others)}"
-        elif any(
-            probed.get(name) != 2 * widths[name] or name not in own_keys
-            for name in changed
-        ):
-            reason = f"the widths do not grow in proportion to {key} in its config"
-            better = _better_value(key, config, changed[0], widths, probed, build)
-            if better is not None:
-                reason = (
-                    f"{key}={key.get(config)} in its config does not divide into whole neurons: "
-                    f"write {better} there, which builds the same model"
-                )
-        else:
-            keys |= {name: own_keys[name] for name in changed if name not in keys}
-            continue
-        refusals |= dict.fromkeys(changed, reason)
-    for name in widths:
-        if name not in keys:
-            reason = refusals.get(name, "no key of its config sets that width")
-            raise UnsupportedModelError(
-                f"{describe(model)} cannot be pruned in {name}, because {reason}."
-            )
-    return keys
-
-
-def _better_value(
-    key: WidthKey,
-    config: PretrainedConfig,
-    name: str,
-    widths: Mapping[str, int],
-    probed: Mapping[str, int],
-    build: Build,
-) -> int | None:
-    """Return the value of `key` that builds the same model without a remainder, if any.
-
-    RecurrentGemma halves its key, so that 97 and 96 both build 48 neurons.
-
-    Args:
-        key: A key to which the widths are not proportional.
-        config: The config.
-        name: An MLP whose width it sets.
-        widths: The widths of the MLPs as they are.
-        probed: The widths with the value of `key` doubled.
-        build: Returns a model of a config on the meta device.
-    """
-    value = key.get(config)
-    if not isinstance(value, int) or not probed.get(name):
-        return None
-    better = Fraction(widths[name] * 2 * value, probed[name])
-    if better.denominator > 1 or not 0 < better < value:
-        return None
-    other = copy.deepcopy(config)
-    key.set(other, int(better))
-    same = {mlp.name: mlp.width for mlp in find_glu_mlps(build(other))} == widths
-    return int(better) if same else None
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _candidates(
-    config: PretrainedConfig, path: tuple[str, ...] = ()
-) -> Iterator[WidthKey]:
-    from transformers import PretrainedConfig
-
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            yield from _candidates(value, (*path, name))
-            continue
-        if not _WIDTH_NAME.search(name):
-            continue
-        numbers = list(value) if isinstance(value, (list, tuple)) else [value]
-        if numbers and all(type(n) is int and n > 0 for n in numbers):
-            yield WidthKey(path, name)

@@ -13,18 +13,22 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
 from lm_eval_pruned.pruning.arguments import (
+    EXCLUSIVE,
     SEVERAL,
     SEVERAL_SIZES,
     SIZES,
     PruneArguments,
 )
 from lm_eval_pruned.pruning.criteria import canonical_name
+from lm_eval_pruned.pruning.layer_widths import read_widths
 from lm_eval_pruned.sweeps.fingerprints import (
     SOURCES,
+    fingerprint,
     hash_beside,
     hash_tree,
     source_of,
@@ -53,7 +57,7 @@ class Configuration:
     Attributes:
         id: Readable and unique, such as ``ratio-2.4``.
         arguments: What prunes it, such as ``{"ratio": 2.4}``; empty for the baseline.
-        kept_width: In neurons.
+        kept_width: In neurons; the mean where the layers differ.
         expansion_ratio: Kept width / hidden size.
         parameters: Of the pruned model; tied ones count once.
         reduction: Share of the baseline's parameters that is removed, 0 to 1.
@@ -61,7 +65,7 @@ class Configuration:
 
     id: str
     arguments: dict[str, Any]
-    kept_width: int
+    kept_width: int | float
     expansion_ratio: float
     parameters: int
     reduction: float
@@ -162,6 +166,8 @@ class Sweep:
             if name not in deciding("how")
             and "sha256" not in self.sources.get(name, {})
         }
+        if "widths" in arguments:
+            arguments["widths"] = read_widths(arguments["widths"])
         return {"model": self.model, "model_args": arguments, "sources": self.sources}
 
     def definition(
@@ -282,7 +288,14 @@ def _configurations(
         )
     ]
     for option, argument in SEVERAL_SIZES.items():
-        values = [_canonical(text) for text in options.get(option, [])]
+        values = [
+            text if argument == "widths" else _canonical(text)
+            for text in options.get(option, [])
+        ]
+        if argument == "widths":
+            for value in values:
+                chosen = EXCLUSIVE["says which layers to prune"]
+                PruneArguments(widths=value, **{n: base.get(n) for n in chosen})
         rows = plan(
             argument=argument,
             values=values,
@@ -293,7 +306,9 @@ def _configurations(
                 continue
             for criterion in criteria:
                 for seed in seeds if seeds and criterion == "random" else [None]:
-                    arguments: dict[str, Any] = {argument: parse_number(value)}
+                    arguments: dict[str, Any] = {
+                        argument: value if argument == "widths" else parse_number(value)
+                    }
                     if criterion != PruneArguments.criterion:
                         arguments["criterion"] = criterion
                     if seed is not None:
@@ -312,7 +327,12 @@ def _configurations(
 
 
 def _id(arguments: dict[str, Any]) -> str:
-    return "_".join(f"{name}-{value}" for name, value in arguments.items()).replace(
+    named = dict(arguments)
+    if "widths" in named:
+        # Two files may have one name, and one file may change.
+        digest = fingerprint(read_widths(named["widths"]))[:8]
+        named["widths"] = f"{Path(named['widths']).stem}-{digest}"
+    return "_".join(f"{name}-{value}" for name, value in named.items()).replace(
         "/", "over"
     )
 

@@ -123,6 +123,7 @@ def _small_config(
         if hasattr(small, name):
             delattr(small, name)
     text = small.get_text_config()
+    _alike(text)
     for name in small.sub_configs:
         if (other := getattr(small, name, None)) not in (None, text):
             _fewer_layers(other)
@@ -136,6 +137,21 @@ def _small_config(
     if tokens:
         _fewer_tokens(text)
     return small
+
+
+def _alike(config: PretrainedConfig) -> None:
+    """Take widths of single layers out of the config: narrow ones are all alike."""
+    if not getattr(config, "is_heterogeneous", False):
+        return
+    layers = config.to_dict().get("per_layer_config") or {}
+    rest = {
+        layer: kept
+        for layer, own in layers.items()
+        if (kept := {k: v for k, v in own.items() if k not in _WIDTH_KEYS})
+    }
+    config.per_layer_config = None  # type: ignore[attr-defined]
+    if rest:
+        config.per_layer_config = rest  # type: ignore[attr-defined]
 
 
 def _set(config: PretrainedConfig, name: str, value: Any) -> None:

@@ -73,6 +73,30 @@ def test_a_saved_model_scores_as_hf_does(tiny_llama, task_manager, tmp_path):
     assert ours["results"] != baseline["results"]
 
 
+def test_layers_of_different_width_score_alike_once_saved(
+    tiny_llama, task_manager, tmp_path
+):
+    (tmp_path / "a.csv").write_text("layer,width\n0,60\n2,21\n")
+    widths = str(tmp_path / "a.csv")
+    model = load_pruned(str(tiny_llama), widths=widths)
+    saved = tmp_path / "saved"
+    model.save_pretrained(saved)
+    checkpoints.byte_tokenizer().save_pretrained(saved)
+    asked = evaluate(
+        task_manager, "pruned-hf", pretrained=str(tiny_llama), widths=widths
+    )
+    pruning = asked["config"]["pruning"]
+    assert pruning["asked"] == {"widths": "a.csv"}
+    assert pruning["layer_widths"] == {"0": 60, "1": 88, "2": 21}
+    assert pruning["kept_digest"] == model.prune_record.digest
+    again = evaluate(task_manager, "pruned-hf", pretrained=str(saved))
+    assert again["results"] == asked["results"]
+    # Nor does it matter to the choice of a path that the layers differ.
+    ways = [each["config"]["answer_paths"] for each in (asked, again)]
+    usual = evaluate(task_manager, "pruned-hf", pretrained=str(tiny_llama), ratio=1)
+    assert ways == [usual["config"]["answer_paths"]] * 2
+
+
 def test_a_loaded_model_is_pruned_in_memory(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     lm = PrunedHFLM(

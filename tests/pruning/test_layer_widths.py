@@ -104,7 +104,10 @@ def test_multiples_round_the_layers_that_are_cut():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"widths": {4: 1}}, "names layer 4, but the GLU-MLPs of this model are in the"),
+        (
+            {"widths": {4: 1}},
+            "names layer 4, but the GLU-MLPs of this model are in the",
+        ),
         ({"widths": {0: 0}}, "gives layer 0 0 neurons, but it has 48: write a width"),
         ({"widths": {0: 49}}, "gives layer 0 49 neurons, but it has 48: write a width"),
         ({"widths": KEPT, "multiple_of": 8}, "multiple_of=8 is larger than .* width 7"),
@@ -136,9 +139,7 @@ def test_every_layer_keeps_its_own_best(tmp_path, how):
         assert torch.equal(model.prune_record.kept[layer], kept)
         narrow = model.model.layers[layer].mlp
         assert torch.equal(narrow.gate_proj.weight, gate[kept])
-        assert torch.equal(
-            narrow.down_proj.weight, own.mlp.down_proj.weight[:, kept]
-        )
+        assert torch.equal(narrow.down_proj.weight, own.mlp.down_proj.weight[:, kept])
     record = model.prune_record.as_dict()
     assert record["layer_widths"] == {
         str(layer): KEPT.get(layer, before) for layer in range(4)

@@ -818,3 +818,52 @@ def test_processes_that_do_not_see_each_other_are_refused(options, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*ACCELERATE_USE_CPU=true"):
         run_sweep(options)
+
+
+def test_files_of_widths_are_configurations_by_their_content(options, tmp_path, capsys):
+    one, other = tmp_path / "1.5.json", tmp_path / "else" / "1.5.json"
+    other.parent.mkdir()
+    one.write_text('{"0": 60, "2": 41}')
+    other.write_text("[10, 20, 30]")
+    asked = {**options, "ratios": [], "widths": [str(one), str(other), str(one)]}
+    sweep = Sweep(asked)
+    ids = [each.id for each in sweep.configurations]
+    assert ids[0] == "baseline"
+    assert [name.rpartition("-")[0] for name in ids[1:]] == ["widths-1.5"] * 2
+    assert ids[1] != ids[2]
+    assert [each.kept_width for each in sweep.configurations] == [88, 63, 20]
+
+    # Where a file lies, and how it says it, does not count.
+    one.rename(tmp_path / "moved.csv")
+    (tmp_path / "moved.csv").write_text("layer,width\n2,41\n0,60\n")
+    moved = Sweep({**asked, "widths": [str(tmp_path / "moved.csv")]})
+    definitions = [
+        fingerprint(each.definition(each.configurations[1], each.tasks[0]))
+        for each in (sweep, moved)
+    ]
+    assert definitions[0] == definitions[1]
+    (tmp_path / "moved.csv").write_text("layer,width\n2,42\n0,60\n")
+    changed = Sweep({**asked, "widths": [str(tmp_path / "moved.csv")]})
+    assert definitions[0] != fingerprint(
+        changed.definition(changed.configurations[1], changed.tasks[0])
+    )
+
+    asked |= {"widths": [str(other)], "tasks": ["tiny_choice"]}
+    assert run_sweep(asked) == 0
+    (run,) = (
+        each
+        for each in read_sweep(Path(asked["output_path"])).runs
+        if not each.is_baseline
+    )
+    assert run.pruning["layer_widths"] == {"0": 10, "1": 20, "2": 30}
+    assert run.pruning["asked"] == {"widths": "1.5.json"}
+
+
+def test_widths_and_layers_are_refused_before_anything_runs(options, tmp_path):
+    (tmp_path / "a.json").write_text("[10]")
+    model_args = {**options["model_args"], "skip_layers": 1}
+    asked = {**options, "widths": [str(tmp_path / "a.json")], "model_args": model_args}
+    with pytest.raises(
+        ValueError, match=r"skip_layers=1 and widths=a\.json were given"
+    ):
+        Sweep(asked)

@@ -1,0 +1,197 @@
+"""Widths of single layers in a config: read in the forms that there are, written in one.
+
+The form that is written is ``per_layer_config``, a sparse map from a layer to what differs
+there. transformers 5.24 knows it, older releases keep it as it is, and so far no class of
+transformers builds its MLPs from it.
+
+Source: `transformers.integrations.heterogeneity`; for ``block_configs``, which is read as
+well, the configs of NVIDIA's Puzzletron and Nemotron-NAS models.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from transformers import PretrainedConfig
+
+    #: What single layers have of their own: by layer, by name of a key.
+    Overrides = dict[int, dict[str, Any]]
+
+#: Names of keys that may set a width.
+WIDTH_NAME = re.compile(r"intermediate|ffn|ff_dim|d_ff|mlp_(dim|size|hidden)|ff_size")
+
+_LAYERS = "per_layer_config"
+_BLOCKS = "block_configs"
+
+
+def without_layers(
+    config: PretrainedConfig,
+) -> tuple[PretrainedConfig, dict[tuple[tuple[str, ...], str, int], int]]:
+    """Take the widths of single layers out of a config.
+
+    Args:
+        config: Any config.
+
+    Returns:
+        A copy without them, and the widths by path of the sub-config, key and layer.
+
+    Raises:
+        UnsupportedModelError: Its layers differ in more than their widths.
+    """
+    plain = copy.deepcopy(config)
+    found = {}
+    for path, part in _parts(plain):
+        own = _of_blocks(part)
+        others: Overrides = {}
+        for layer, overrides in _overrides(part).items():
+            for name, value in overrides.items():
+                is_width = WIDTH_NAME.search(name) and type(value) is int
+                kind = own if is_width else others
+                kind.setdefault(layer, {})[name] = value
+        if not own:
+            continue
+        _write(part, others)
+        for layer, widths in own.items():
+            found |= {(path, name, layer): width for name, width in widths.items()}
+    return plain, found
+
+
+def with_layers(
+    config: PretrainedConfig,
+    widths: Mapping[tuple[tuple[str, ...], str, int], int],
+) -> PretrainedConfig:
+    """Return a copy of a config with widths of single layers.
+
+    Args:
+        config: A config as `without_layers` returns it.
+        widths: As `without_layers` returns them; those that the config has for all
+            layers are left out.
+
+    Raises:
+        ValueError: The config counts no such layer.
+    """
+    described = copy.deepcopy(config)
+    for path, part in list(_parts(described)):
+        overrides = _overrides(part)
+        for (owner, name, layer), width in widths.items():
+            if owner == path and vars(part).get(name) != width:
+                overrides.setdefault(layer, {})[name] = width
+        if overrides:
+            _write(part, overrides)
+    return described
+
+
+def copy_layers(source: PretrainedConfig, target: PretrainedConfig) -> None:
+    """Give `target` what the single layers of `source` have of their own."""
+    parts = dict(_parts(target))
+    for path, part in _parts(source):
+        if path in parts:
+            vars(parts[path]).pop(_BLOCKS, None)
+            _write(parts[path], _overrides(part))
+
+
+def _parts(
+    config: PretrainedConfig, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], PretrainedConfig]]:
+    from transformers import PretrainedConfig
+
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from _parts(value, (*path, name))
+
+
+def _knows_layers(config: PretrainedConfig) -> bool:
+    """Return whether transformers has an opinion of its own on ``per_layer_config``."""
+    return isinstance(getattr(type(config), _LAYERS, None), property)
+
+
+def _overrides(config: PretrainedConfig) -> Overrides:
+    if _knows_layers(config):
+        differs = config.is_heterogeneous  # type: ignore[attr-defined]
+        written = config.to_dict().get(_LAYERS) if differs else None
+    else:
+        written = vars(config).get(_LAYERS)
+    if not isinstance(written, dict):
+        return {}
+    try:
+        return {int(layer): dict(own) for layer, own in written.items()}
+    except (TypeError, ValueError):
+        raise UnsupportedModelError(
+            f"{_LAYERS} in the config is no map from layers to what differs there: correct it."
+        ) from None
+
+
+def _write(config: PretrainedConfig, overrides: Overrides) -> None:
+    if _knows_layers(config):
+        # The setter looks at what is there already.
+        config.per_layer_config = None  # type: ignore[attr-defined]
+        if overrides:
+            config.per_layer_config = overrides  # type: ignore[attr-defined]
+        return
+    vars(config).pop(_LAYERS, None)
+    if overrides:
+        written = {str(layer): own for layer, own in sorted(overrides.items())}
+        setattr(config, _LAYERS, written)
+
+
+def _of_blocks(config: PretrainedConfig) -> Overrides:
+    """Take ``block_configs`` out of a config and return the widths that they set."""
+    blocks = vars(config).pop(_BLOCKS, None)
+    if not isinstance(blocks, (list, tuple)):
+        return {}
+    return {
+        layer: {"intermediate_size": width}
+        for layer, block in enumerate(blocks)
+        if (width := _of_block(block, layer, config)) is not None
+    }
+
+
+def _of_block(block: Any, layer: int, config: PretrainedConfig) -> int | None:
+    block = _as_dict(block)
+    ffn, attention = _as_dict(block.get("ffn")), _as_dict(block.get("attention"))
+    heads, groups = (
+        config.num_attention_heads,
+        getattr(config, "num_key_value_heads", config.num_attention_heads),
+    )
+    same = {
+        "num_key_value_heads": (None, groups),
+        "n_heads_in_group": (None, heads // groups),
+    }
+    odd = [n for n, usual in same.items() if attention.get(n) not in usual]
+    dropped = [
+        f"{part}.{name}"
+        for part, own in (("ffn", ffn), ("attention", attention))
+        for name in ("no_op", "replace_with_linear")
+        if own.get(name)
+    ]
+    for name in [f"attention.{each}" for each in odd] + dropped:
+        raise UnsupportedModelError(
+            f"{_BLOCKS} in the config gives layer {layer} {name} of its own, and models whose "
+            "layers differ in more than the width of their MLPs are not supported: use a "
+            "checkpoint whose blocks differ in ffn.intermediate_size alone."
+        )
+    if ffn.get("intermediate_size") is not None:
+        return int(ffn["intermediate_size"])
+    if ffn.get("ffn_mult") is not None:
+        width = int(2 * ffn["ffn_mult"] * config.hidden_size / 3)
+        return -(-width // _NAS_MULTIPLE) * _NAS_MULTIPLE
+    return None
+
+
+#: Nemotron-NAS rounds widths up to a multiple of this, in neurons.
+_NAS_MULTIPLE = 256
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    return dict(getattr(value, "__dict__", {}))
