@@ -29,6 +29,7 @@ from lm_eval_pruned.checkpoints.companions import (
 from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.narrowed import layer_by_layer
+from lm_eval_pruned.checkpoints.layers import observe
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.route import (
     OWN_WAY,
@@ -49,6 +50,7 @@ from lm_eval_pruned.checkpoints.transformers_api import (
 )
 from lm_eval_pruned.pruning.arguments import SIZES, PruneArguments
 from lm_eval_pruned.pruning.record import PruneRecord
+from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.slicing import warn_inexpressible
 from lm_eval_pruned.util.atomic import appearing_whole
 
@@ -116,8 +118,8 @@ def export_pruned(
             ranked by the weights in this dtype, as they are when loading with it. Default:
             as stored, which is also what ``lm_eval`` loads unless the config
             names another dtype.
-        device: Where a model is loaded to that has to be in memory in full, for example
-            because the criterion looks at its activations.
+        device: Where a model runs if the criterion looks at its activations, and where it is
+            loaded to if it has to be in memory in full.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
         prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
@@ -175,8 +177,8 @@ class _Writer:
         source: Folder of the files beside the weights.
         folder: Folder to write to.
         dtype: Dtype to store floating-point weights in; None: as stored.
-        device: Where a model is loaded to that has to be in memory in full, for example
-            because the criterion looks at its activations.
+        device: Where a model runs if the criterion looks at its activations, and where it is
+            loaded to if it has to be in memory in full.
         max_shard_size: Largest size of a weight file.
     """
 
@@ -192,8 +194,14 @@ def _stream(request: LoadRequest, writer: _Writer) -> PruneRecord | None:
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
-    session = _ExportSession(request, targets, writer)
-    session.declined = request.must_load_whole()
+    known = ScoreTable()
+    session = _ExportSession(request, targets, writer, known)
+    session.declined = request.unreadable()
+    if session.declined is None and request.needs_scores(known):
+        on_device = {**request.model_arguments, "device_map": {"": writer.device}}
+        session.declined = observe(
+            dataclasses.replace(request, model_arguments=on_device), known
+        )
     if session.declined is None:
         with (
             contextlib.closing(session),
@@ -215,6 +223,7 @@ def _stream(request: LoadRequest, writer: _Writer) -> PruneRecord | None:
         widths.count_parameters(widths.actual),
         widths.count_parameters(targets),
         session.kept(),
+        known.calibration,
     )
 
 
@@ -236,9 +245,13 @@ class _ExportSession(Session):
     """A load that ends in files: the weights never reach a model."""
 
     def __init__(
-        self, request: LoadRequest, targets: Mapping[str, int], writer: _Writer
+        self,
+        request: LoadRequest,
+        targets: Mapping[str, int],
+        writer: _Writer,
+        known: ScoreTable,
     ):
-        super().__init__(request.plan, request.widths, targets)
+        super().__init__(request.plan, request.widths, targets, known)
         self._writer = writer
 
     def open(self, model, state_dict, checkpoint_files, load_config):

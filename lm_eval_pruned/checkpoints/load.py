@@ -13,6 +13,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.checkpoints.layers import observe
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.route import clear_errors, with_stored_widths
 from lm_eval_pruned.checkpoints.session import Session
@@ -174,7 +175,9 @@ def _load(
     if known_scores is not None and (key := request.scores_key()) is not None:
         known = known_scores.setdefault(key, known)
     session = Session(plan, widths, targets, known)
-    session.declined = request.must_load_whole(known)
+    session.declined = request.unreadable()
+    if session.declined is None and request.needs_scores(known):
+        session.declined = observe(request, known, tokenizer)
     if session.declined is None:
         with contextlib.closing(session), clear_errors(session, request):
             model = request.load(

@@ -176,21 +176,15 @@ class LoadRequest:
             return "it is a GGUF file"
         return unknown_loader()
 
-    def must_load_whole(self, known: ScoreTable | None = None) -> str | None:
-        """Return why the model cannot be pruned while it loads, if that is known.
+    def needs_scores(self, known: ScoreTable) -> bool:
+        """Return whether neurons have to be observed before weights are narrowed.
 
         Args:
             known: Scores from an earlier load of the same model.
         """
-        if (unreadable := self.unreadable()) is not None:
-            return unreadable
         if not self.plan.prunes or self.plan.calibration is None:
-            return None
-        if known is not None and known.covers(
-            self.widths.actual, self.widths.targets(self.plan)
-        ):
-            return None
-        return f"criterion={self.plan.criterion} looks at its activations"
+            return False
+        return not known.covers(self.widths.actual, self.widths.targets(self.plan))
 
     def check_prunable_in_memory(self, why: str | None) -> None:
         """Refuse what pruning after loading cannot do, before the weights are read.

@@ -8,16 +8,19 @@ other under the names that they have in the files.
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
+from lm_eval_pruned.checkpoints.layers import observe
 from lm_eval_pruned.checkpoints.narrowed import layer_by_layer
 from lm_eval_pruned.checkpoints.route import (
     OWN_WAY,
     RouteDeclined,
     WidthsDiffer,
     clear_errors,
+    with_stored_widths,
 )
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.transformers_api import target_names
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.calibration import Calibration
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.loading")
 
 
 @dataclass(frozen=True)
@@ -166,12 +172,20 @@ def check_expressible(request: LoadRequest) -> None:
 def scores_of_activations(request: LoadRequest) -> ScoreTable:
     """Return the scores that `request` needs from a pass over calibration text.
 
-    They are computed by the model in full, on the CPU, which is dropped afterwards;
-    empty where the criterion looks at weights alone.
+    The model runs on the CPU, layer by layer, or in full where that cannot be; empty
+    where the criterion looks at weights alone.
     """
     known = ScoreTable()
-    if request.plan.prunes and request.plan.calibration is not None:
-        request.check_prunable_in_memory("its criterion looks at activations")
+    if not request.needs_scores(known):
+        return known
+    request.check_prunable_in_memory("its criterion looks at activations")
+    why = with_stored_widths(request, lambda stored: observe(stored, known))
+    if why is not None:
+        logger.warning(
+            "%s is loaded in full to see its activations, because %s.",
+            request.pretrained,
+            why,
+        )
         carry_out(
             request.plan,
             request.load_whole(),

@@ -7,6 +7,7 @@ default text: whatever stood here could be what the evaluation measures.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.pruning.layouts import (
+    GluMlp,
     UnsupportedModelError,
     describe,
     find_glu_mlps,
@@ -24,10 +26,12 @@ from lm_eval_pruned.pruning.layouts import (
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lm_eval_pruned.pruning.layerwise import LayeredModel
 
     Text = str | list[dict[str, Any]]
 
@@ -136,6 +140,123 @@ def _text_of(line: str, where: str) -> Text:
     )
 
 
+@dataclass(frozen=True)
+class CalibrationText:
+    """Calibration text as tokens.
+
+    Attributes:
+        path: The file.
+        tokens: One tensor for each text, shape (1, tokens), int64.
+    """
+
+    path: Path
+    tokens: list[Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        file: str,
+        samples: int | None = None,
+        longest: int = MAX_TOKENS,
+    ) -> CalibrationText:
+        """Read and tokenise calibration text.
+
+        Args:
+            model: The model that will read it, possibly without weights.
+            tokenizer: Its tokenizer.
+            file: JSON Lines file; see `read_texts`.
+            samples: How many texts to use, from the first on; default: all.
+            longest: A text is cut after this many tokens, or after the model's positions.
+
+        Raises:
+            ValueError: The file is not as `read_texts` wants it, or a text is empty once
+                it is tokenised.
+        """
+        positions = getattr(model.config, "max_position_embeddings", None)
+        longest = min(longest, positions or longest)
+        texts = read_texts(file, samples)
+        return cls(
+            Path(file), [_tokenize(tokenizer, text, longest, file) for text in texts]
+        )
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    @property
+    def count(self) -> int:
+        """Number of tokens in all texts."""
+        return sum(tokens.numel() for tokens in self.tokens)
+
+    def seen_by(self, activity: Mapping[str, NeuronActivity]) -> Calibration:
+        """Return what neurons did on this text, `activity` by name of the GLU-MLP."""
+        logger.info(
+            "Calibrated on %d texts (%d tokens) of %s.",
+            len(self.tokens),
+            self.count,
+            self.path,
+        )
+        return Calibration(
+            self.path.name, self.sha256, len(self.tokens), self.count, activity
+        )
+
+
+class Observer:
+    """Sums over texts what the neurons of some GLU-MLPs do."""
+
+    def __init__(self, mlps: Iterable[GluMlp]):
+        self._mlps = list(mlps)
+        self._squares = {
+            mlp.name: torch.zeros(mlp.width, dtype=torch.float64, device="cpu")
+            for mlp in self._mlps
+        }
+        self._norms = {
+            name: torch.zeros_like(total) for name, total in self._squares.items()
+        }
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take every pass through the MLPs for one text more."""
+        handles = [
+            mlp.projection("down_proj").register_forward_hook(self._hook(mlp.name))
+            for mlp in self._mlps
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def activity(self) -> dict[str, NeuronActivity]:
+        """Return what was seen, by name of the MLP.
+
+        Raises:
+            ValueError: An activation was NaN or infinite.
+        """
+        for name, total in self._squares.items():
+            if not total.isfinite().all():
+                raise ValueError(
+                    f"The calibration text makes {name} produce NaN or infinite activations: use "
+                    "another dtype, such as dtype=float32, or other text."
+                )
+        return {
+            name: NeuronActivity(total.sqrt(), self._norms[name])
+            for name, total in self._squares.items()
+        }
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def observe(module, arguments, output) -> None:
+            values = arguments[0].reshape(-1, arguments[0].shape[-1])
+            norm = values.float().norm(p=2, dim=0).cpu().double()
+            self._norms[name] += norm
+            self._squares[name] += norm.square()
+
+        return observe
+
+
 @torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
@@ -160,58 +281,54 @@ def calibrate(
             it is tokenised, or an activation is NaN or infinite.
         UnsupportedModelError: Activations cannot be observed in the model.
     """
-    texts = read_texts(file, samples)
-    mlps = find_glu_mlps(model)
     check_observable(model)
-    longest = min(
-        MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
-    )
-    inputs = [_tokenize(tokenizer, text, longest, file) for text in texts]
-    squares = {
-        mlp.name: torch.zeros(mlp.width, dtype=torch.float64, device="cpu")
-        for mlp in mlps
-    }
-    norms = {name: torch.zeros_like(total) for name, total in squares.items()}
-
-    def observer(name: str) -> Callable[..., None]:
-        def observe(module, arguments, output) -> None:
-            values = arguments[0].reshape(-1, arguments[0].shape[-1])
-            norm = values.float().norm(p=2, dim=0).cpu().double()
-            norms[name] += norm
-            squares[name] += norm.square()
-
-        return observe
-
-    handles = [
-        mlp.projection("down_proj").register_forward_hook(observer(mlp.name))
-        for mlp in mlps
-    ]
+    text = CalibrationText.of(model, tokenizer, file, samples)
+    observer = Observer(find_glu_mlps(model))
     training = model.training
     model.eval()
     try:
-        for tokens in inputs:
-            model(input_ids=tokens.to(model.device), use_cache=False)
+        with observer.watching():
+            for tokens in text.tokens:
+                model(input_ids=tokens.to(model.device), use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
         model.train(training)
-    for name, total in squares.items():
-        if not total.isfinite().all():
-            raise ValueError(
-                f"The calibration text makes {name} produce NaN or infinite activations: use "
-                "another dtype, such as dtype=float32, or other text."
-            )
-    tokens_seen = sum(tokens.numel() for tokens in inputs)
-    logger.info(
-        "Calibrated on %d texts (%d tokens) of %s.", len(texts), tokens_seen, file
-    )
-    return Calibration(
-        Path(file).name,
-        hashlib.sha256(Path(file).read_bytes()).hexdigest(),
-        len(texts),
-        tokens_seen,
-        {name: NeuronActivity(squares[name].sqrt(), norms[name]) for name in squares},
-    )
+    return text.seen_by(observer.activity())
+
+
+def calibrate_by_layer(
+    layers: LayeredModel,
+    text: CalibrationText,
+    seen: Callable[[GluMlp, NeuronActivity], None],
+) -> Calibration:
+    """Do what `calibrate` does with one layer in memory at a time, and the same numbers.
+
+    Hidden states are kept for as many texts at once as `lm_eval_pruned.pruning.layerwise.HIDDEN_BYTES`
+    hold; for more text, the layers are read again.
+
+    Args:
+        layers: The unpruned model.
+        text: The text.
+        seen: Called with each GLU-MLP, its weights in memory, and what its neurons did.
+
+    Raises:
+        ValueError: An activation is NaN or infinite.
+    """
+    observers = [Observer(mlps) for mlps in layers.mlps]
+    activity: dict[str, NeuronActivity] = {}
+    blocks = layers.blocks(text.tokens)
+    for number, block in enumerate(blocks, 1):
+        states, calls = layers.enter_all(block)
+        for layer, observer in enumerate(observers):
+            with layers.resident(layer):
+                with observer.watching():
+                    for index, hidden in enumerate(states):
+                        states[index] = layers.run(layer, hidden, calls[index][layer])
+                if number == len(blocks):
+                    found = observer.activity()
+                    activity |= found
+                    for mlp in layers.mlps[layer]:
+                        seen(mlp, found[mlp.name])
+    return text.seen_by(activity)
 
 
 def check_observable(model: PreTrainedModel) -> None:

@@ -409,23 +409,26 @@ def request_for(folder, arguments=None, **prune_arguments):
 
 def test_what_cannot_be_pruned_while_it_loads_says_why(tiny_llama):
     request = request_for(tiny_llama, ratio=1)
-    assert request.must_load_whole() is None
+    assert request.unreadable() is None
     gguf = dataclasses.replace(request, model_arguments={"gguf_file": "a.gguf"})
-    assert gguf.must_load_whole() == "it is a GGUF file"
+    assert gguf.unreadable() == "it is a GGUF file"
     none = dataclasses.replace(request, model_arguments={"gguf_file": None})
-    assert none.must_load_whole() is None
-    observing = request_for(tiny_llama, ratio=1, criterion="act", calibration="a")
-    why = "criterion=act looks at its activations"
-    assert observing.must_load_whole() == why
+    assert none.unreadable() is None
+
+
+def test_neurons_are_observed_where_their_scores_are_not_known(tiny_llama):
+    request = request_for(tiny_llama, ratio=1)
     known = ScoreTable()
-    assert observing.must_load_whole(known) == why
+    assert not request.needs_scores(known)
+    observing = request_for(tiny_llama, ratio=1, criterion="act", calibration="a")
+    assert observing.needs_scores(known)
     names = [f"model.layers.{layer}.mlp" for layer in range(3)]
     known.scores = dict.fromkeys(names[:2], torch.zeros(88))
-    assert observing.must_load_whole(known) == why
+    assert observing.needs_scores(known)
     known.scores[names[2]] = torch.zeros(88)
-    assert observing.must_load_whole(known) is None
+    assert not observing.needs_scores(known)
     baseline = request_for(tiny_llama)
-    assert baseline.must_load_whole() is None
+    assert not baseline.needs_scores(known)
     with pytest.raises(dataclasses.FrozenInstanceError):
         request.plan = baseline.plan
 

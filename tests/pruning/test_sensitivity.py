@@ -152,7 +152,5 @@ def test_whole_numbers_are_losses_too(tmp_path):
 
 
 def test_reading_curves_imports_no_torch():
-    code = (
-        "import sys, lm_eval_pruned.pruning.sensitivity; assert 'torch' not in sys.modules"
-    )
+    code = "import sys, lm_eval_pruned.pruning.sensitivity; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
