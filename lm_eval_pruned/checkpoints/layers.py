@@ -123,10 +123,16 @@ def observe(
             )
             layers.check(text.tokens[0].to(layers.device))
             found: dict[str, Tensor] = {}
+            targets = request.widths.targets(plan)
 
             def seen(mlp: GluMlp, activity: NeuronActivity) -> None:
+                if targets[mlp.name] == mlp.width:
+                    return
                 weights = (mlp.weight(projection) for projection in NEURON_AXIS)
-                scores = score(plan, mlp.name, mlp.layer, *weights, activity)
+                criterion = plan.criterion_of(mlp.block)
+                scores = score(
+                    plan, mlp.name, mlp.layer, *weights, activity, criterion=criterion
+                )
                 found[mlp.name] = scores.cpu()
 
             known.calibration = calibrate_by_layer(layers, text, seen)

@@ -7,19 +7,12 @@ down projections of a layer is multiplied by a mask.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from lm_eval_pruned.pruning.calibration import (
-    MAX_TOKENS,
-    check_observable,
-    read_texts,
-    tokenize,
-)
+from lm_eval_pruned.pruning.calibration import CalibrationText, check_observable
 from lm_eval_pruned.pruning.criteria import RANDOM, kept_set
 from lm_eval_pruned.pruning.sensitivity import LayerCurve, Sensitivity
 
@@ -62,10 +55,9 @@ def measure_in_memory(
         UnsupportedModelError: Neurons cannot be masked in the model.
     """
     file = str(plan.calibration)
-    texts = read_texts(file, plan.calibration_samples)
     check_observable(model)
-    positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
-    inputs = [tokenize(tokenizer, t, min(MAX_TOKENS, positions), file) for t in texts]
+    text = CalibrationText.of(model, tokenizer, file, plan.calibration_samples)
+    inputs = text.tokens
     training = model.training
     model.eval()
     try:
@@ -91,10 +83,10 @@ def measure_in_memory(
         str(model.config.name_or_path),
         unpruned,
         tuple(curves),
-        Path(file).name,
-        hashlib.sha256(Path(file).read_bytes()).hexdigest(),
-        len(texts),
-        sum(tokens.numel() for tokens in inputs),
+        text.path.name,
+        text.sha256,
+        len(text.tokens),
+        text.count,
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lm_eval_pruned.pruning.calibration import Calibration
+    from lm_eval_pruned.pruning.sensitivity import Sensitivity
 
 
 @dataclass
@@ -27,11 +28,15 @@ class ScoreTable:
         scores: By name of the GLU-MLP, shape (I,), float32, on the CPU.
         finite: Names of the MLPs whose ``down_proj`` was found free of NaN.
         calibration: The text behind the scores, for criteria that need one.
+        by_criterion: Scores of criteria that were compared, by criterion and MLP.
+        curves: The losses by which they were, with one layer cut at a time.
     """
 
     scores: dict[str, Tensor] = field(default_factory=dict)
     finite: set[str] = field(default_factory=set)
     calibration: Calibration | None = None
+    by_criterion: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    curves: Sensitivity | None = None
 
     def covers(self, before: Mapping[str, int], after: Mapping[str, int]) -> bool:
         """Return whether every MLP is scored that has fewer neurons in `after`."""

@@ -149,6 +149,8 @@ def carry_out(
         )
     if plan.is_open:
         plan = settled(plan, widths, LoadedModel(plan, model, mlps, tokenizer, known))
+        if plan.tried:
+            known = dataclasses.replace(known, scores=_of_layers(plan, mlps, known))
     targets = widths.targets(plan)
     if plan.prunes:
         _calibrate(plan, model, tokenizer, known)
@@ -229,6 +231,18 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
             return
 
 
+def _of_layers(
+    plan: PrunePlan, mlps: list[GluMlp], known: ScoreTable
+) -> dict[str, Tensor]:
+    """Return the scores of each MLP by the criterion of its layer, where it was compared."""
+    by_name = {}
+    for mlp in mlps:
+        scores = known.by_criterion.get(plan.criterion_of(mlp.block), {})
+        if mlp.name in scores:
+            by_name[mlp.name] = scores[mlp.name]
+    return by_name
+
+
 def _calibrate(
     plan: PrunePlan,
     model: PreTrainedModel,
@@ -274,20 +288,28 @@ class LoadedModel:
     ) -> Sensitivity:
         from lm_eval_pruned.pruning.measuring import measure_in_memory
 
-        orders = {}
+        known = self.known
+        if known.curves is not None and {*widths} <= {*known.curves.layers}:
+            return known.curves
         for criterion in criteria:
             plan = dataclasses.replace(self.plan, criterion=criterion, tried=())
-            scored = ScoreTable(calibration=self.known.calibration)
+            scored = ScoreTable(calibration=known.calibration)
             _calibrate(plan, self.model, self.tokenizer, scored)
-            self.known.calibration = scored.calibration
+            known.calibration = scored.calibration
             for mlp in self.mlps:
                 if mlp.block in widths:
                     _scores_in_memory(plan, mlp, scored)
-            orders[criterion] = scored.scores
+            known.by_criterion[criterion] = scored.scores
         assert self.tokenizer is not None
-        return measure_in_memory(
-            self.model, self.tokenizer, self.mlps, self.plan, orders, widths
+        known.curves = measure_in_memory(
+            self.model,
+            self.tokenizer,
+            self.mlps,
+            self.plan,
+            known.by_criterion,
+            widths,
         )
+        return known.curves
 
 
 def _select_in_memory(
