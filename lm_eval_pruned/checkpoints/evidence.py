@@ -7,9 +7,16 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.layers import observe
-from lm_eval_pruned.checkpoints.route import RouteDeclined, clear_errors
+from lm_eval_pruned.checkpoints.route import (
+    OWN_WAY,
+    RouteDeclined,
+    clear_errors,
+    with_stored_widths,
+)
 from lm_eval_pruned.checkpoints.stream import Opened, OpenedSession
+from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.settling import settled
+from lm_eval_pruned.pruning.slicing import LoadedModel, widths_in_memory
 
 
 if TYPE_CHECKING:
@@ -19,15 +26,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.scores import ScoreTable
     from lm_eval_pruned.pruning.sensitivity import Sensitivity
+    from lm_eval_pruned.pruning.widths import Widths
 
 
 def settled_request(
     request: LoadRequest,
     known: ScoreTable,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> tuple[LoadRequest, str | None]:
+) -> tuple[LoadRequest, ScoreTable, str | None]:
     """Settle the plan of `request` out of its checkpoint, without a model in memory.
 
     Args:
@@ -36,23 +45,49 @@ def settled_request(
         tokenizer: What reads calibration text; default: the model's own.
 
     Returns:
-        The request with a plan that says what each layer becomes, and None; or the request
-        as it is, and why the plan can be settled only with the model in memory.
+        The request with a plan that says what each layer becomes, the scores by which it does,
+        and None; or both as they are, and why that takes the model in memory.
 
     Raises:
         WidthsDiffer: The layers have other widths than `request` says.
         ValueError: The checkpoint, the text or a bound is wrong.
     """
     if not request.plan.is_open:
-        return request, None
+        return request, known, None
     if (why := request.unreadable()) is not None:
-        return request, why
+        return request, known, why
     try:
         evidence = _StoredModel(request, known, tokenizer)
         plan = settled(request.plan, request.widths, evidence)
     except RouteDeclined as reason:
-        return request, str(reason)
-    return dataclasses.replace(request, plan=plan), None
+        return request, known, str(reason)
+    settled_one = dataclasses.replace(request, plan=plan)
+    return settled_one, known.of_plan(plan, request.widths.mlps), None
+
+
+def settled_plan(request: LoadRequest, known: ScoreTable) -> tuple[PrunePlan, Widths]:
+    """Return what each layer of `request` becomes, and the widths that it has.
+
+    The model is loaded if it has to be, and dropped.
+
+    Args:
+        request: What would be loaded.
+        known: Scores and losses from before; takes those of this model.
+    """
+
+    def settle(request: LoadRequest) -> tuple[PrunePlan, Widths]:
+        request, _, why = settled_request(request, known)
+        if why is None:
+            return request.plan, request.widths
+        request.check_prunable_in_memory(why)
+        tokenizer = request.load_tokenizer() if request.plan.calibration else None
+        model = request.load_whole()
+        widths = widths_in_memory(model)
+        plan = widths.plan(request.prune_arguments)
+        evidence = LoadedModel(plan, model, find_glu_mlps(model), tokenizer, known)
+        return settled(plan, widths, evidence), widths
+
+    return with_stored_widths(request, settle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +112,7 @@ class _StoredModel:
             with clear_errors(session, request), contextlib.suppress(Opened):
                 narrowed = request.widths.narrowed_config(targets)
                 request.load(narrowed, checkpoint=session)
-                raise RouteDeclined("its model class loads checkpoints in its own way")
+                raise RouteDeclined(OWN_WAY)
             if session.declined is not None:
                 raise RouteDeclined(session.declined)
             with clear_errors(session, request):
@@ -87,4 +122,7 @@ class _StoredModel:
     def curves(
         self, criteria: Sequence[str], widths: Mapping[int, Sequence[int]]
     ) -> Sensitivity:
+        known = self.known
+        if known.curves is not None and {*widths} <= {*known.curves.layers}:
+            return known.curves
         raise RouteDeclined("losses are measured with the whole model")

@@ -193,7 +193,7 @@ class _Writer:
 def _stream(request: LoadRequest, writer: _Writer) -> PruneRecord | None:
     """Write everything but the model card, or return None if it cannot be streamed."""
     known = ScoreTable()
-    request, declined = settled_request(request, known)
+    request, known, declined = settled_request(request, known)
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)

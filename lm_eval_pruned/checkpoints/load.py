@@ -171,7 +171,7 @@ def _load(
     known = ScoreTable()
     if known_scores is not None and (key := request.scores_key()) is not None:
         known = known_scores.setdefault(key, known)
-    request, declined = settled_request(request, known, tokenizer)
+    request, known, declined = settled_request(request, known, tokenizer)
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)

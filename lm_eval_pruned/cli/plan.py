@@ -10,6 +10,20 @@ from lm_eval_pruned.pruning.arguments import SEVERAL_SIZES, add_option
 if TYPE_CHECKING:
     import argparse
 
+#: What else decides how wide each layer becomes.
+SHARING = (
+    "multiple_of",
+    "layers",
+    "skip_layers",
+    "allocation",
+    "min_width",
+    "criterion",
+    "criteria_tried",
+    "seed",
+    "calibration",
+    "calibration_samples",
+)
+
 
 def add(commands) -> None:
     """Declare the command and its options."""
@@ -17,7 +31,8 @@ def add(commands) -> None:
         "plan",
         help="widths and parameters at several sizes, from a config alone",
         description="Print kept width, expansion ratio, parameters and checkpoint bytes at "
-        "several sizes. Reads the config of a model, never its weights.",
+        "several sizes. Reads the config of a model alone, unless an allocation or the choice of "
+        "criteria looks at its weights.",
     )
     parser.add_argument(
         "--pretrained",
@@ -28,7 +43,8 @@ def add(commands) -> None:
     sizes = parser.add_mutually_exclusive_group(required=True)
     for name in SEVERAL_SIZES:
         add_option(sizes, name, several=True)
-    add_option(parser, "multiple_of")
+    for name in SHARING:
+        add_option(parser, name)
     parser.add_argument("--revision", default="main", help="revision on the Hub")
     parser.add_argument(
         "--trust_remote_code",
@@ -48,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.pretrained,
         SEVERAL_SIZES[option],
         getattr(arguments, option),
-        multiple_of=arguments.multiple_of,
+        **{name: getattr(arguments, name) for name in SHARING},
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code,
     )

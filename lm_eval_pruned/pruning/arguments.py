@@ -346,6 +346,29 @@ SEVERAL = {
 SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZES}
 
 
+def without_idle(given: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments without those that would say nothing, and be refused, beside the others.
+
+    A sweep passes one set to all of its models, the baseline among them.
+
+    Example:
+        >>> without_idle({"dtype": "float32", "calibration": "a.jsonl", "multiple_of": 8})
+        {'dtype': 'float32'}
+    """
+    criterion = given.get("criterion", PruneArguments.criterion)
+    allocation = given.get("allocation", PruneArguments.allocation)
+    idle: set[str] = set()
+    if all(given.get(name) is None for name in SIZES):
+        idle |= DECLARED.keys() - SIZES
+    if criterion != BEST:
+        idle |= {"criteria_tried"}
+    if allocation == UNIFORM:
+        idle |= {"min_width"}
+    if criterion not in (BEST, *CALIBRATED) and allocation not in MEASURED:
+        idle |= {"calibration", "calibration_samples"}
+    return {name: value for name, value in given.items() if name not in idle}
+
+
 def add_option(parser: Any, name: str, *, several: bool = False) -> None:
     """Add the option of an argument, or of several of its values, to a command.
 

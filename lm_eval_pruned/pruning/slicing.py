@@ -149,8 +149,7 @@ def carry_out(
         )
     if plan.is_open:
         plan = settled(plan, widths, LoadedModel(plan, model, mlps, tokenizer, known))
-        if plan.tried:
-            known = dataclasses.replace(known, scores=_of_layers(plan, mlps, known))
+        known = known.of_plan(plan, mlps)
     targets = widths.targets(plan)
     if plan.prunes:
         _calibrate(plan, model, tokenizer, known)
@@ -229,18 +228,6 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
                 multiple,
             )
             return
-
-
-def _of_layers(
-    plan: PrunePlan, mlps: list[GluMlp], known: ScoreTable
-) -> dict[str, Tensor]:
-    """Return the scores of each MLP by the criterion of its layer, where it was compared."""
-    by_name = {}
-    for mlp in mlps:
-        scores = known.by_criterion.get(plan.criterion_of(mlp.block), {})
-        if mlp.name in scores:
-            by_name[mlp.name] = scores[mlp.name]
-    return by_name
 
 
 def _calibrate(
