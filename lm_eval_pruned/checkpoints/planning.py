@@ -38,7 +38,7 @@ class PlanRow:
         checkpoint_bytes: Size of its weights in the config's dtype.
         layer_widths: Kept width of each layer, such as ``0:1200,1-29:900``; empty where
             all are alike.
-        layer_criteria: Criterion of each layer likewise; None where one scores all.
+        layer_criteria: Criterion of each layer likewise; empty where one scores all.
     """
 
     asked: str
@@ -48,6 +48,7 @@ class PlanRow:
     reduction: float
     checkpoint_bytes: int
     layer_widths: str = ""
+    layer_criteria: str = ""
 
 
 def plan_rows(
