@@ -1,0 +1,258 @@
+"""Measuring sensitivity: the loss of a model in which one layer alone is cut.
+
+A variant is the model with one layer cut to one width. It is the unpruned model up to
+that layer, so it is born there, and its hidden states go through the layers after it
+side by side with those of the other variants. A cut sets the removed columns of
+``down_proj`` to zero, which computes what the narrow layer would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import torch
+
+from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, kept_set
+from lm_eval_pruned.pruning.layerwise import loss_of
+from lm_eval_pruned.pruning.layouts import NEURON_AXIS, find_glu_mlps
+from lm_eval_pruned.pruning.sensitivity import LayerCurve
+from lm_eval_pruned.pruning.slicing import score
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from lm_eval_pruned.pruning.layerwise import LayeredModel
+    from lm_eval_pruned.pruning.layouts import GluMlp
+    from lm_eval_pruned.pruning.plan import PrunePlan
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How neurons are ranked while curves are measured.
+
+    Attributes:
+        plan: A plan with the criterion and its seed.
+        known: Scores by name of the GLU-MLP, for a criterion that looks at activations;
+            empty for any other.
+    """
+
+    plan: PrunePlan
+    known: Mapping[str, Tensor]
+
+    @classmethod
+    def by(
+        cls,
+        plan: PrunePlan,
+        criterion: str,
+        seed: int | None,
+        scores: Mapping[str, Mapping[str, Tensor]],
+    ) -> Ranking:
+        """Rank by `criterion`; `scores` are those of calibrated ones, by criterion."""
+        plan = dataclasses.replace(plan, criterion=criterion, seed=seed or 0)
+        return cls(plan, scores[criterion] if criterion in CALIBRATED else {})
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the criterion ``random``; None for any other."""
+        return self.plan.seed if self.plan.criterion == RANDOM else None
+
+    def scores(self, mlp: GluMlp) -> Tensor:
+        """Return the scores of an MLP whose weights are in memory, shape (I,), on the CPU."""
+        if mlp.name in self.known:
+            return self.known[mlp.name]
+        gate, up = mlp.weight("gate_proj"), mlp.weight("up_proj")
+        return score(self.plan, mlp.name, mlp.layer, gate, up).cpu()
+
+
+def widths_of(mlps: Sequence[GluMlp], removed: Iterable[Fraction]) -> tuple[int, ...]:
+    """Return the widths at which a layer is measured, ascending.
+
+    Args:
+        mlps: Its GLU-MLPs; sizes refer to its experts, where it has any.
+        removed: Shares of neurons to remove, in percent.
+    """
+    before = _primary(mlps).width
+    found = {before - math.floor(share / 100 * before) for share in removed}
+    return tuple(sorted(width for width in found if 1 <= width < before))
+
+
+@contextlib.contextmanager
+def cut(
+    mlps: Sequence[GluMlp], width: int, scores: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Let the GLU-MLPs of a layer compute as if they were narrow, for a while.
+
+    Args:
+        mlps: Those of one layer, their weights in memory.
+        width: Kept width of its primary MLP; others are cut in proportion.
+        scores: Scores of the neurons, by name of the MLP.
+    """
+    before = _primary(mlps).width
+    with contextlib.ExitStack() as undo, torch.no_grad():
+        for mlp in mlps:
+            own = math.ceil(Fraction(mlp.width * width, before))
+            kept = kept_set(scores[mlp.name], own)
+            gone = torch.ones(mlp.width, dtype=torch.bool, device="cpu")
+            gone[kept] = False
+            region = mlp.regions["down_proj", "weight"]
+            down = region.view(mlp.parameter(region).detach())
+            columns = gone.nonzero().flatten().to(down.device)
+            undo.callback(down.index_copy_, 1, columns, down[:, columns])
+            down.index_fill_(1, columns, 0)
+        yield
+
+
+def measure_by_layer(
+    layers: LayeredModel,
+    texts: Sequence[Tensor],
+    ranking: Ranking,
+    removed: Sequence[Fraction],
+    step: Callable[[int], None],
+) -> tuple[float, tuple[LayerCurve, ...]]:
+    """Measure the curves of one criterion in one pass over the layers.
+
+    There are hidden states for each token and variant, in the model's dtype; texts go
+    through the layers in as many blocks as `lm_eval_pruned.pruning.layerwise.HIDDEN_BYTES` ask for.
+
+    Args:
+        layers: The unpruned model.
+        texts: Tokens of each, shape (1, tokens), two or more.
+        ranking: How neurons are ranked.
+        removed: Shares of neurons to remove, in percent.
+        step: Called with the layers that a text and its variants went through, out of
+            ``len(texts) * len(layers)``.
+
+    Returns:
+        The loss of the unpruned model, in nats per token, and one curve for each layer
+        that has GLU-MLPs.
+    """
+    widths = [widths_of(mlps, removed) if mlps else () for mlps in layers.mlps]
+    sums: dict[tuple[int, int] | None, float] = defaultdict(float)
+    for block in layers.blocks(texts, 1 + sum(map(len, widths))):
+        batches = [tokens.to(layers.device) for tokens in _batches(block)]
+        hidden, calls = layers.enter_all(batches)
+        states: dict[tuple[int, int] | None, list[Tensor]] = {None: hidden}
+
+        def through(
+            layer: int, hidden: list[Tensor], calls: list = calls
+        ) -> list[Tensor]:
+            return [
+                layers.run(layer, each, call[layer])
+                for each, call in zip(hidden, calls, strict=True)
+            ]
+
+        for layer, mlps in enumerate(layers.mlps):
+            with layers.resident(layer):
+                born = {}
+                if widths[layer]:
+                    scores = {mlp.name: ranking.scores(mlp) for mlp in mlps}
+                for width in widths[layer]:
+                    with cut(mlps, width, scores):
+                        born[layer, width] = through(layer, states[None])
+                for variant, before in states.items():
+                    states[variant] = through(layer, before)
+                states |= born
+            step(len(block))
+        for variant in list(states):
+            for tokens, last in zip(batches, states.pop(variant), strict=True):
+                sums[variant] += layers.loss(tokens, last)
+    return _curves(dict(enumerate(layers.mlps)), widths, sums, texts, ranking)
+
+
+@torch.no_grad()
+def measure_in_full(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    ranking: Ranking,
+    removed: Sequence[Fraction],
+    step: Callable[[int], None],
+) -> tuple[float, tuple[LayerCurve, ...]]:
+    """Measure the same with a whole forward pass for every variant; see `measure_by_layer`."""
+    by_layer: dict[int, list[GluMlp]] = defaultdict(list)
+    for mlp in find_glu_mlps(model.eval()):
+        by_layer[mlp.block].append(mlp)
+
+    def summed() -> float:
+        total = 0.0
+        for tokens in texts:
+            tokens = tokens.to(model.device)  # noqa: PLW2901
+            logits = model(input_ids=tokens, use_cache=False).logits
+            total += loss_of(logits[:, :-1], tokens[:, 1:])
+        return total
+
+    widths = [
+        widths_of(by_layer[layer], removed) if layer in by_layer else ()
+        for layer in range(max(by_layer) + 1)
+    ]
+    sums: dict[tuple[int, int] | None, float] = {None: summed()}
+    for layer, mlps in by_layer.items():
+        scores = {mlp.name: ranking.scores(mlp) for mlp in mlps}
+        for width in widths[layer]:
+            with cut(mlps, width, scores):
+                sums[layer, width] = summed()
+        step(len(texts))
+    return _curves(by_layer, widths, sums, texts, ranking)
+
+
+def scores_of_activity(
+    plan: PrunePlan, mlp: GluMlp, activity, criteria: Iterable[str]
+) -> dict[str, Tensor]:
+    """Return the scores of an MLP by each of `criteria`, all of which look at activations."""
+    weights = [mlp.weight(projection) for projection in NEURON_AXIS]
+    return {
+        criterion: score(
+            dataclasses.replace(plan, criterion=criterion),
+            mlp.name,
+            mlp.layer,
+            *weights,
+            activity,
+        ).cpu()
+        for criterion in criteria
+    }
+
+
+def _curves(
+    by_layer: Mapping[int, Sequence[GluMlp]],
+    widths: Sequence[tuple[int, ...]],
+    sums: Mapping[tuple[int, int] | None, float],
+    texts: Sequence[Tensor],
+    ranking: Ranking,
+) -> tuple[float, tuple[LayerCurve, ...]]:
+    count = sum(tokens.numel() - 1 for tokens in texts)
+    curves = tuple(
+        LayerCurve(
+            layer,
+            _primary(mlps).width,
+            ranking.plan.criterion,
+            ranking.seed,
+            widths[layer],
+            tuple(sums[layer, width] / count for width in widths[layer]),
+        )
+        for layer, mlps in sorted(by_layer.items())
+        if mlps
+    )
+    return sums[None] / count, curves
+
+
+def _primary(mlps: Sequence[GluMlp]) -> GluMlp:
+    return next((mlp for mlp in mlps if mlp.kind == "expert"), mlps[0])
+
+
+def _batches(texts: Sequence[Tensor]) -> list[Tensor]:
+    """Stack texts of equal length, in order of length."""
+    ordered = sorted(texts, key=torch.Tensor.numel)
+    return [
+        torch.cat(list(group))
+        for _, group in itertools.groupby(ordered, key=torch.Tensor.numel)
+    ]
