@@ -142,23 +142,28 @@ class LoadRequest:
 
     def scores_key(self) -> Hashable | None:
         """Identify what scores depend on; None where the checkpoint's content is not known."""
-        checkpoint = self._content()
-        if checkpoint is None:
+        model = self.content_key()
+        if model is None:
             return None
         plan, text = self.plan, None
         if plan.calibration is not None:
             text = (_stamp(Path(plan.calibration)), plan.calibration_samples)
-        arguments = sorted((k, repr(v)) for k, v in self.model_arguments.items())
         return (
-            checkpoint,
-            self.auto_class,
-            tuple(arguments),
+            *model,
             plan.criterion,
             plan.layer_criteria,
             plan.tried,
             plan.seed,
             text,
         )
+
+    def content_key(self) -> tuple[Hashable, ...] | None:
+        """Identify the unpruned model; None where the checkpoint's content is not known."""
+        checkpoint = self._content()
+        if checkpoint is None:
+            return None
+        arguments = sorted((k, repr(v)) for k, v in self.model_arguments.items())
+        return (checkpoint, self.auto_class, tuple(arguments))
 
     def _content(self) -> Hashable | None:
         """Identify the checkpoint's content as it is now; None where that cannot be told."""

@@ -1,129 +1,258 @@
-"""Losses of a model in memory with one layer cut at a time.
+"""Measuring sensitivity: the loss of a model in which one layer alone is cut.
 
-A neuron whose output is 0 is as good as removed, so nothing is sliced: what goes into the
-down projections of a layer is multiplied by a mask.
+A variant is the model with one layer cut to one width. It is the unpruned model up to
+that layer, so it is born there, and its hidden states go through the layers after it
+side by side with those of the other variants. A cut sets the removed columns of
+``down_proj`` to zero, which computes what the narrow layer would.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from lm_eval_pruned.pruning.calibration import CalibrationText, check_observable
-from lm_eval_pruned.pruning.criteria import RANDOM, kept_set
-from lm_eval_pruned.pruning.sensitivity import LayerCurve, Sensitivity
+from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, kept_set
+from lm_eval_pruned.pruning.layerwise import loss_of
+from lm_eval_pruned.pruning.layouts import NEURON_AXIS, find_glu_mlps
+from lm_eval_pruned.pruning.sensitivity import LayerCurve
+from lm_eval_pruned.pruning.slicing import score
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
+    from lm_eval_pruned.pruning.layerwise import LayeredModel
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.pruning.plan import PrunePlan
 
 
-@torch.no_grad()
-def measure_in_memory(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    mlps: Sequence[GluMlp],
-    plan: PrunePlan,
-    scores: Mapping[str, Mapping[str, Tensor]],
-    widths: Mapping[int, Sequence[int]],
-) -> Sensitivity:
-    """Measure the loss on calibration text with one layer cut at a time.
+@dataclass(frozen=True)
+class Ranking:
+    """How neurons are ranked while curves are measured.
+
+    Attributes:
+        plan: A plan with the criterion and its seed.
+        known: Scores by name of the GLU-MLP, for a criterion that looks at activations;
+            empty for any other.
+    """
+
+    plan: PrunePlan
+    known: Mapping[str, Tensor]
+
+    @classmethod
+    def by(
+        cls,
+        plan: PrunePlan,
+        criterion: str,
+        seed: int | None,
+        scores: Mapping[str, Mapping[str, Tensor]],
+    ) -> Ranking:
+        """Rank by `criterion`; `scores` are those of calibrated ones, by criterion."""
+        plan = dataclasses.replace(plan, criterion=criterion, seed=seed or 0)
+        return cls(plan, scores[criterion] if criterion in CALIBRATED else {})
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the criterion ``random``; None for any other."""
+        return self.plan.seed if self.plan.criterion == RANDOM else None
+
+    def scores(self, mlp: GluMlp) -> Tensor:
+        """Return the scores of an MLP whose weights are in memory, shape (I,), on the CPU."""
+        if mlp.name in self.known:
+            return self.known[mlp.name]
+        gate, up = mlp.weight("gate_proj"), mlp.weight("up_proj")
+        return score(self.plan, mlp.name, mlp.layer, gate, up).cpu()
+
+
+def widths_of(mlps: Sequence[GluMlp], removed: Iterable[Fraction]) -> tuple[int, ...]:
+    """Return the widths at which a layer is measured, ascending.
 
     Args:
-        model: The unpruned model.
-        tokenizer: Its tokenizer.
-        mlps: Its GLU-MLPs.
-        plan: Names the text, and the seed of the criterion ``random``.
-        scores: Scores of the neurons by criterion and name of the GLU-MLP, each (I,).
-        widths: Kept widths by number of the layer, ascending.
-
-    Returns:
-        Losses in nats per token, each text's tokens but its first predicted.
-
-    Raises:
-        ValueError: The text is not as `lm_eval_pruned.pruning.calibration.read_texts` wants
-            it, or a loss is NaN or infinite.
-        UnsupportedModelError: Neurons cannot be masked in the model.
+        mlps: Its GLU-MLPs; sizes refer to its experts, where it has any.
+        removed: Shares of neurons to remove, in percent.
     """
-    file = str(plan.calibration)
-    check_observable(model)
-    text = CalibrationText.of(model, tokenizer, file, plan.calibration_samples)
-    inputs = text.tokens
-    training = model.training
-    model.eval()
-    try:
-        unpruned = _loss(model, inputs, file)
-        curves = []
-        for layer, kept in widths.items():
-            own = [mlp for mlp in mlps if mlp.block == layer]
-            widest = max(mlp.width for mlp in own)
-            for criterion, by_name in scores.items():
-                losses = []
-                for width in kept:
-                    with _cut(own, by_name, width / widest):
-                        losses.append(_loss(model, inputs, file))
-                seed = plan.seed if criterion == RANDOM else None
-                curves.append(
-                    LayerCurve(
-                        layer, widest, criterion, seed, tuple(kept), tuple(losses)
-                    )
-                )
-    finally:
-        model.train(training)
-    return Sensitivity(
-        str(model.config.name_or_path),
-        unpruned,
-        tuple(curves),
-        text.path.name,
-        text.sha256,
-        len(text.tokens),
-        text.count,
-    )
+    before = _primary(mlps).width
+    found = {before - math.floor(share / 100 * before) for share in removed}
+    return tuple(sorted(width for width in found if 1 <= width < before))
 
 
 @contextlib.contextmanager
-def _cut(
-    mlps: Sequence[GluMlp], scores: Mapping[str, Tensor], share: float
+def cut(
+    mlps: Sequence[GluMlp], width: int, scores: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Let the neurons outside of the kept set be 0, `share` of each MLP's being kept."""
-    handles = []
-    for mlp in mlps:
-        down = mlp.projection("down_proj")
-        mask = torch.zeros(mlp.width, dtype=mlp.weight("down_proj").dtype)
-        mask[kept_set(scores[mlp.name], max(1, round(mlp.width * share)))] = 1
-        mask = mask.to(mlp.weight("down_proj").device)
-        handles.append(
-            down.register_forward_pre_hook(
-                lambda module, arguments, mask=mask: (arguments[0] * mask,)
-            )
-        )
-    try:
+    """Let the GLU-MLPs of a layer compute as if they were narrow, for a while.
+
+    Args:
+        mlps: Those of one layer, their weights in memory.
+        width: Kept width of its primary MLP; others are cut in proportion.
+        scores: Scores of the neurons, by name of the MLP.
+    """
+    before = _primary(mlps).width
+    with contextlib.ExitStack() as undo, torch.no_grad():
+        for mlp in mlps:
+            own = math.ceil(Fraction(mlp.width * width, before))
+            kept = kept_set(scores[mlp.name], own)
+            gone = torch.ones(mlp.width, dtype=torch.bool, device="cpu")
+            gone[kept] = False
+            region = mlp.regions["down_proj", "weight"]
+            down = region.view(mlp.parameter(region).detach())
+            columns = gone.nonzero().flatten().to(down.device)
+            undo.callback(down.index_copy_, 1, columns, down[:, columns])
+            down.index_fill_(1, columns, 0)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _loss(model: PreTrainedModel, inputs: Sequence[Tensor], file: str) -> float:
-    total, tokens = 0.0, 0
-    for text in inputs:
-        text = text.to(model.device)
-        logits = model(input_ids=text, use_cache=False).logits
-        nats = cross_entropy(logits[0, :-1].float(), text[0, 1:], reduction="sum")
-        total += float(nats)
-        tokens += text.shape[1] - 1
-    if not tokens:
-        raise ValueError(
-            f"calibration={file} has no text of two tokens or more, so no loss can be measured: "
-            "pass longer text."
+def measure_by_layer(
+    layers: LayeredModel,
+    texts: Sequence[Tensor],
+    ranking: Ranking,
+    removed: Sequence[Fraction],
+    step: Callable[[int], None],
+) -> tuple[float, tuple[LayerCurve, ...]]:
+    """Measure the curves of one criterion in one pass over the layers.
+
+    There are hidden states for each token and variant, in the model's dtype; texts go
+    through the layers in as many blocks as `lm_eval_pruned.pruning.layerwise.HIDDEN_BYTES` ask for.
+
+    Args:
+        layers: The unpruned model.
+        texts: Tokens of each, shape (1, tokens), two or more.
+        ranking: How neurons are ranked.
+        removed: Shares of neurons to remove, in percent.
+        step: Called with the layers that a text and its variants went through, out of
+            ``len(texts) * len(layers)``.
+
+    Returns:
+        The loss of the unpruned model, in nats per token, and one curve for each layer
+        that has GLU-MLPs.
+    """
+    widths = [widths_of(mlps, removed) if mlps else () for mlps in layers.mlps]
+    sums: dict[tuple[int, int] | None, float] = defaultdict(float)
+    for block in layers.blocks(texts, 1 + sum(map(len, widths))):
+        batches = [tokens.to(layers.device) for tokens in _batches(block)]
+        hidden, calls = layers.enter_all(batches)
+        states: dict[tuple[int, int] | None, list[Tensor]] = {None: hidden}
+
+        def through(
+            layer: int, hidden: list[Tensor], calls: list = calls
+        ) -> list[Tensor]:
+            return [
+                layers.run(layer, each, call[layer])
+                for each, call in zip(hidden, calls, strict=True)
+            ]
+
+        for layer, mlps in enumerate(layers.mlps):
+            with layers.resident(layer):
+                born = {}
+                if widths[layer]:
+                    scores = {mlp.name: ranking.scores(mlp) for mlp in mlps}
+                for width in widths[layer]:
+                    with cut(mlps, width, scores):
+                        born[layer, width] = through(layer, states[None])
+                for variant, before in states.items():
+                    states[variant] = through(layer, before)
+                states |= born
+            step(len(block))
+        for variant in list(states):
+            for tokens, last in zip(batches, states.pop(variant), strict=True):
+                sums[variant] += layers.loss(tokens, last)
+    return _curves(dict(enumerate(layers.mlps)), widths, sums, texts, ranking)
+
+
+@torch.no_grad()
+def measure_in_full(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    ranking: Ranking,
+    removed: Sequence[Fraction],
+    step: Callable[[int], None],
+) -> tuple[float, tuple[LayerCurve, ...]]:
+    """Measure the same with a whole forward pass for every variant; see `measure_by_layer`."""
+    by_layer: dict[int, list[GluMlp]] = defaultdict(list)
+    for mlp in find_glu_mlps(model.eval()):
+        by_layer[mlp.block].append(mlp)
+
+    def summed() -> float:
+        total = 0.0
+        for tokens in texts:
+            tokens = tokens.to(model.device)  # noqa: PLW2901
+            logits = model(input_ids=tokens, use_cache=False).logits
+            total += loss_of(logits[:, :-1], tokens[:, 1:])
+        return total
+
+    widths = [
+        widths_of(by_layer[layer], removed) if layer in by_layer else ()
+        for layer in range(max(by_layer) + 1)
+    ]
+    sums: dict[tuple[int, int] | None, float] = {None: summed()}
+    for layer, mlps in by_layer.items():
+        scores = {mlp.name: ranking.scores(mlp) for mlp in mlps}
+        for width in widths[layer]:
+            with cut(mlps, width, scores):
+                sums[layer, width] = summed()
+        step(len(texts))
+    return _curves(by_layer, widths, sums, texts, ranking)
+
+
+def scores_of_activity(
+    plan: PrunePlan, mlp: GluMlp, activity, criteria: Iterable[str]
+) -> dict[str, Tensor]:
+    """Return the scores of an MLP by each of `criteria`, all of which look at activations."""
+    weights = [mlp.weight(projection) for projection in NEURON_AXIS]
+    return {
+        criterion: score(
+            dataclasses.replace(plan, criterion=criterion),
+            mlp.name,
+            mlp.layer,
+            *weights,
+            activity,
+        ).cpu()
+        for criterion in criteria
+    }
+
+
+def _curves(
+    by_layer: Mapping[int, Sequence[GluMlp]],
+    widths: Sequence[tuple[int, ...]],
+    sums: Mapping[tuple[int, int] | None, float],
+    texts: Sequence[Tensor],
+    ranking: Ranking,
+) -> tuple[float, tuple[LayerCurve, ...]]:
+    count = sum(tokens.numel() - 1 for tokens in texts)
+    curves = tuple(
+        LayerCurve(
+            layer,
+            _primary(mlps).width,
+            ranking.plan.criterion,
+            ranking.seed,
+            widths[layer],
+            tuple(sums[layer, width] / count for width in widths[layer]),
         )
-    return total / tokens
+        for layer, mlps in sorted(by_layer.items())
+        if mlps
+    )
+    return sums[None] / count, curves
+
+
+def _primary(mlps: Sequence[GluMlp]) -> GluMlp:
+    return next((mlp for mlp in mlps if mlp.kind == "expert"), mlps[0])
+
+
+def _batches(texts: Sequence[Tensor]) -> list[Tensor]:
+    """Stack texts of equal length, in order of length."""
+    ordered = sorted(texts, key=torch.Tensor.numel)
+    return [
+        torch.cat(list(group))
+        for _, group in itertools.groupby(ordered, key=torch.Tensor.numel)
+    ]

@@ -107,6 +107,7 @@ class Sensitivity:
         sha256: SHA-256 of that file.
         texts: Number of texts that were used.
         tokens: Number of tokens in them, after cutting.
+        path: How the model was run, such as ``layer by layer``, and why not otherwise.
 
     Raises:
         ValueError: Two curves are of the same layer, criterion and seed.
@@ -129,6 +130,7 @@ class Sensitivity:
     sha256: str
     texts: int
     tokens: int
+    path: str = "layer by layer"
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.loss):
@@ -269,7 +271,7 @@ def _typed(kind: Any, entries: Any) -> Any:
         if name in ("widths", "losses"):
             one: type = int if name == "widths" else float
             values[name] = tuple(_of(one, each) for each in _of(list, value))
-        elif name in ("model", "criterion", "file", "sha256"):
+        elif name in ("model", "criterion", "file", "sha256", "path"):
             _of(str, value)
         elif name == "loss":
             values[name] = _of(float, value)

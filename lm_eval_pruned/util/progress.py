@@ -1,4 +1,4 @@
-"""How far a sweep is: a bar on a terminal, one line per unit elsewhere."""
+"""How far something is: a bar on a terminal; of a sweep, one line per unit elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 class Progress:
@@ -133,6 +133,26 @@ class Progress:
             print(line, flush=True)
         else:
             self._bar.write(line, file=sys.stdout)
+
+
+@contextlib.contextmanager
+def steps(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal, and nothing elsewhere, while something takes `total` steps.
+
+    Args:
+        total: How many steps there are.
+        what: What the bar is of.
+
+    Yields:
+        A function to be called with how many more were taken.
+    """
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit="step", leave=False) as bar:
+        yield lambda count: bar.update(count) and None
 
 
 def _clock(seconds: float) -> str:

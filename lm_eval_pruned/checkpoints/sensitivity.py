@@ -1,0 +1,289 @@
+"""Sensitivity of a checkpoint: its curves, measured layer by layer and kept in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lm_eval_pruned.checkpoints.default_model import cache_folder
+from lm_eval_pruned.checkpoints.layers import open_layers
+from lm_eval_pruned.checkpoints.route import RouteDeclined, with_stored_widths
+from lm_eval_pruned.pruning.arguments import exact
+from lm_eval_pruned.pruning.calibration import (
+    CalibrationText,
+    calibrate,
+    calibrate_by_layer,
+    check_observable,
+)
+from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, canonical_name
+from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer
+from lm_eval_pruned.pruning.layouts import find_glu_mlps
+from lm_eval_pruned.pruning.measuring import (
+    Ranking,
+    measure_by_layer,
+    measure_in_full,
+    scores_of_activity,
+)
+from lm_eval_pruned.pruning.sensitivity import Sensitivity, read_sensitivity
+from lm_eval_pruned.util.progress import steps
+
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
+    from fractions import Fraction
+
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.pruning.arguments import Number
+
+    #: A criterion and its seed.
+    Way = tuple[str, int | None]
+
+logger = logging.getLogger("lm_eval.pruned.sensitivity")
+
+#: Shares of neurons that are removed by default, in percent.
+REMOVED = (10, 25, 50)
+#: How many texts the loss is measured on by default, and how many tokens of each.
+SAMPLES, LENGTH = 16, 128
+#: Part of the name of a cached curve; raise it when they are measured in another way.
+_MEASURE = 1
+
+
+def measure_sensitivity(
+    request: LoadRequest,
+    calibration: str,
+    *,
+    criteria: Sequence[str] = ("maw",),
+    seeds: Sequence[int] = (0, 1, 2),
+    removed: Sequence[Number] = REMOVED,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Sensitivity:
+    """Measure what cutting one layer alone costs, for each layer, criterion and width.
+
+    Each criterion takes one pass over the layers, of which one is in memory at a time;
+    a model that cannot be read or run layer by layer is loaded in full, with a warning.
+    Curves are kept in ``sensitivity`` of the user's cache folder, one file for each
+    criterion and seed, and found again as long as the checkpoint's files, the tokens,
+    the arguments of the load, criterion, seed and widths are the same.
+
+    Args:
+        request: The model, whatever its plan says.
+        calibration: JSON Lines file of text; see `lm_eval_pruned.pruning.calibration`.
+        criteria: Which to measure. Those that look at activations see the same texts,
+            and all of each, as they do when a model is loaded with
+            ``calibration_samples`` of the same number.
+        seeds: Seeds of ``random``, each of which has curves of its own.
+        removed: Shares of neurons to remove, in percent, as ``prune_percent`` counts.
+        samples: How many texts to use, from the first on.
+        length: How many tokens of each text to use for the loss.
+        tokenizer: What reads the text; default: the model's own.
+
+    Raises:
+        ValueError: An argument is out of range, the text cannot be used, or the
+            checkpoint is damaged.
+        UnsupportedModelError: The model cannot be measured.
+        OSError: A file of the checkpoint is missing or damaged.
+    """
+    ways: list[Way] = []
+    for name in dict.fromkeys(map(canonical_name, criteria)):
+        ways += [(name, each) for each in (seeds if name == RANDOM else (None,))]
+    shares = sorted({exact("removed", each, "25") for each in removed})
+    for share in shares:
+        if not 0 < share < 100:
+            raise ValueError(
+                f"removed={float(share):g} is outside (0, 100): pass shares of neurons to remove, "
+                "in percent, such as 10, 25 and 50."
+            )
+    if not ways or not shares or length < 2:
+        raise ValueError(
+            "There is nothing to measure: name a criterion and a share to remove, and use 2 tokens "
+            "of each text or more."
+        )
+    skeleton = request.widths.skeleton()
+    if skeleton.config.is_encoder_decoder:
+        check_observable(skeleton)
+    tokenizer = tokenizer or request.load_tokenizer()
+    text = CalibrationText.of(skeleton, tokenizer, calibration, samples, length)
+    if min(tokens.numel() for tokens in text.tokens) < 2:
+        raise ValueError(
+            f"calibration={calibration} has a text of one token among its first {samples}, in "
+            "which nothing is predicted: remove it."
+        )
+    return with_stored_widths(
+        request,
+        lambda stored: _Measurement(
+            stored, calibration, text, tokenizer, shares, samples
+        ).of(ways),
+    )
+
+
+class _Measurement:
+    """Curves of one model on one text at some shares."""
+
+    def __init__(
+        self,
+        request: LoadRequest,
+        calibration: str,
+        text: CalibrationText,
+        tokenizer: PreTrainedTokenizerBase,
+        shares: list[Fraction],
+        samples: int,
+    ):
+        self._request = request
+        self._calibration = calibration
+        self._text = text
+        self._tokenizer = tokenizer
+        self._shares = shares
+        self._samples = samples
+
+    def of(self, ways: Sequence[Way]) -> Sensitivity:
+        files = {way: self._file(way) for way in ways}
+        found = {way: each for way in ways if (each := _read(files[way])) is not None}
+        missing = [way for way in ways if way not in found]
+        if missing:
+            for way, measured in self._measure(missing):
+                _write(measured, files[way])
+                found[way] = measured
+        parts = [found[way] for way in ways]
+        curves = tuple(curve for part in parts for curve in part.curves)
+        return self._sensitivity(parts[0].loss, curves, parts[0].path)
+
+    def _sensitivity(self, loss: float, curves: tuple, path: str) -> Sensitivity:
+        text = self._text
+        return Sensitivity(
+            self._request.pretrained,
+            loss,
+            curves,
+            text.path.name,
+            text.sha256,
+            len(text.tokens),
+            text.count,
+            path,
+        )
+
+    def _measure(self, ways: list[Way]) -> Iterator[tuple[Way, Sensitivity]]:
+        """Measure the curves of each way, all of them with the model opened once."""
+        observed = [criterion for criterion, _ in ways if criterion in CALIBRATED]
+        if observed:
+            check_observable(self._request.widths.skeleton())
+        with self._opened() as (model, path):
+            scores = self._observe(model, observed) if observed else {}
+            plan, texts = self._request.plan, self._text.tokens
+            for criterion, seed in ways:
+                ranking = Ranking.by(plan, criterion, seed, scores)
+                name = criterion if seed is None else f"{criterion}, seed {seed}"
+                whole = not isinstance(model, LayeredModel)
+                count = len(self._request.widths.mlps) if whole else len(model)
+                with steps(count * len(texts), f"sensitivity by {name}") as step:
+                    if isinstance(model, LayeredModel):
+                        loss, curves = measure_by_layer(
+                            model, texts, ranking, self._shares, step
+                        )
+                    else:
+                        loss, curves = measure_in_full(
+                            model, texts, ranking, self._shares, step
+                        )
+                yield (criterion, seed), self._sensitivity(loss, curves, path)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[LayeredModel | PreTrainedModel, str]]:
+        """Open the model, layer by layer where that can be; and say how it was opened."""
+        request, first = self._request, self._text.tokens[0]
+        with contextlib.ExitStack() as stack:
+            try:
+                layers = stack.enter_context(open_layers(request))
+                layers.check(first.to(layers.device))
+                opened: tuple[LayeredModel | PreTrainedModel, str] = (
+                    layers,
+                    "layer by layer",
+                )
+            except (RouteDeclined, NotLayerByLayer) as reason:
+                stack.close()
+                opened = self._in_memory(str(reason))
+            yield opened
+
+    def _in_memory(self, why: str) -> tuple[LayeredModel | PreTrainedModel, str]:
+        request, first = self._request, self._text.tokens[0]
+        request.check_prunable_in_memory(why)
+        logger.warning(
+            "%s is loaded in full to measure its sensitivity, because %s.",
+            request.pretrained,
+            why,
+        )
+        model = request.load_whole()
+        try:
+            layers = LayeredModel(model)
+            layers.check(first.to(layers.device))
+        except NotLayerByLayer as reason:
+            return model, f"in memory, each cut in full, because {reason}"
+        return layers, f"in memory, because {why}"
+
+    def _observe(
+        self, model: LayeredModel | PreTrainedModel, criteria: list[str]
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return scores by criterion and name of the MLP."""
+        plan = self._request.plan
+        scores: dict[str, dict[str, Tensor]] = {each: {} for each in criteria}
+
+        def seen(mlp, activity) -> None:
+            found = scores_of_activity(plan, mlp, activity, criteria)
+            for criterion, values in found.items():
+                scores[criterion][mlp.name] = values
+
+        if isinstance(model, LayeredModel):
+            text = self._whole_text(model.model)
+            calibrate_by_layer(model, text, seen)
+            return scores
+        observed = calibrate(model, self._tokenizer, self._calibration, self._samples)
+        for mlp in find_glu_mlps(model):
+            seen(mlp, observed.activity[mlp.name])
+        return scores
+
+    def _whole_text(self, model: PreTrainedModel) -> CalibrationText:
+        return CalibrationText.of(
+            model, self._tokenizer, self._calibration, self._samples
+        )
+
+    def _file(self, way: Way) -> Path | None:
+        """Return the file in the cache that holds the curves of `way`, if any can."""
+        content = self._request.content_key()
+        if content is None:
+            return None
+        texts = [self._text]
+        if way[0] in CALIBRATED:
+            texts.append(self._whole_text(self._request.widths.skeleton()))
+        tokens = [[each.tolist() for each in text.tokens] for text in texts]
+        key: Hashable = (_MEASURE, content, repr(tokens), way, tuple(self._shares))
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()
+        return cache_folder() / "sensitivity" / f"{digest}.json"
+
+
+def _read(file: Path | None) -> Sensitivity | None:
+    if file is None or not file.is_file():
+        return None
+    try:
+        return read_sensitivity(file)
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _write(measured: Sensitivity, file: Path | None) -> None:
+    if file is None:
+        return
+    try:
+        measured.write(file)
+    except OSError as error:
+        logger.warning(
+            "The cache %s cannot be written (%s), so the curves are measured each time; set "
+            "XDG_CACHE_HOME to a writable folder to avoid that.",
+            file.parent,
+            error,
+        )

@@ -1,0 +1,223 @@
+"""Measured curves: those of models that were cut one layer at a time, in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from lm_eval_pruned import prune_model
+from lm_eval_pruned.checkpoints import layers, sensitivity
+from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
+from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.pruning import layerwise
+from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from tests.checkpoints.test_layers import EXPERTS, PLAIN, request_of, saved
+from tests.helpers import checkpoints
+from tests.helpers.layouts import save_family
+
+
+TEXTS = ("The tide comes in twice a day.", "A loaf rises.", "Bridges expand in summer.")
+#: What float32 rounds.
+ROUNDING = {"rel": 1e-5, "abs": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lm-eval-pruned" / "sensitivity"
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": each}) + "\n" for each in TEXTS))
+    return str(file)
+
+
+@torch.no_grad()
+def loss_by_hand(folder, length=128, **asked) -> float:
+    """Return nats per token of the model that is loaded in full, pruned and run."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = checkpoints.byte_tokenizer()
+    if asked:
+        prune_model(model, tokenizer=tokenizer, **asked)
+    losses = []
+    for text in TEXTS:
+        tokens = torch.tensor([tokenizer(text)["input_ids"][:length]])
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+        )
+    return float(torch.cat(losses).double().mean())
+
+
+def measured(folder, text, **asked):
+    return measure_sensitivity(request_of(folder), text, samples=3, **asked)
+
+
+@pytest.mark.parametrize("family", [*PLAIN, *EXPERTS])
+def test_a_curve_holds_the_losses_of_models_cut_in_one_layer(family, tmp_path, text):
+    folder = saved(tmp_path / "model", family)
+    found = measured(folder, text, removed=(25, 50))
+    assert found.path == "layer by layer"
+    assert found.loss == pytest.approx(loss_by_hand(folder), **ROUNDING)
+    for curve in found.curves:
+        assert curve.name == "maw" and len(curve.widths) == 2
+        for percent, loss in zip((50, 25), curve.losses, strict=True):
+            expected = loss_by_hand(folder, prune_percent=percent, layers=curve.layer)
+            assert loss == pytest.approx(expected, **ROUNDING)
+
+
+def test_every_criterion_has_curves_and_random_one_for_each_seed(
+    tiny_llama, text, cache
+):
+    found = measured(
+        tiny_llama, text, criteria=("act", "random", "maw_act", "l2"), seeds=(0, 5)
+    )
+    assert found.criteria == ("act", "random", "maw_act", "l2")
+    assert found.seeds("random") == (0, 5)
+    assert len(found.curves) == 3 * 5
+    for curve in found.curves:
+        asked = {"criterion": curve.criterion, "layers": curve.layer}
+        if curve.seed is not None:
+            asked["seed"] = curve.seed
+        if curve.criterion.endswith("act"):
+            asked["calibration"] = text
+        for width, loss in zip(curve.widths, curve.losses, strict=True):
+            expected = loss_by_hand(tiny_llama, intermediate_size=width, **asked)
+            assert loss == pytest.approx(expected, **ROUNDING)
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_what_was_measured_is_not_measured_again(tiny_llama, text, cache, monkeypatch):
+    first = measured(tiny_llama, text, criteria=("maw", "random"), seeds=(0,))
+
+    def measure(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(sensitivity, "measure_by_layer", measure)
+    assert measured(tiny_llama, text, criteria=("random", "maw"), seeds=(0,)).curves
+    again = measured(tiny_llama, text, criteria=("maw", "random"), seeds=(0,))
+    assert again == first
+
+
+def test_curves_do_not_depend_on_what_else_is_measured(tiny_llama, text, cache):
+    both = measured(tiny_llama, text, criteria=("maw", "l2"))
+    for file in cache.iterdir():
+        file.unlink()
+    alone = measured(tiny_llama, text, criteria=("l2",))
+    assert alone.curves == tuple(c for c in both.curves if c.criterion == "l2")
+    assert alone.loss == both.loss
+
+
+@pytest.mark.parametrize(
+    "change", ["weights", "text", "length", "removed", "dtype", "damage"]
+)
+def test_other_curves_are_measured_anew(change, tmp_path, text, cache):
+    folder = checkpoints.save_tiny(tmp_path / "model")
+    first = measured(folder, text)
+    asked, arguments = {}, {}
+    if change == "weights":
+        checkpoints.save_tiny(folder, seed=1)
+    elif change == "text":
+        texts = [*TEXTS[:2], "Other words."]
+        with open(text, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": each}) + "\n" for each in texts)
+    elif change == "length":
+        asked["length"] = 5
+    elif change == "removed":
+        asked["removed"] = (10, 25)
+    elif change == "dtype":
+        arguments["dtype"] = torch.bfloat16
+    else:
+        for file in cache.iterdir():
+            file.write_text("{")
+    other = measure_sensitivity(
+        request_of(folder, **arguments), text, samples=3, **asked
+    )
+    assert (other == first) == (change == "damage")
+
+
+def test_more_text_than_memory_goes_through_in_blocks(tiny_llama, text, monkeypatch):
+    expected = measured(tiny_llama, text)
+    monkeypatch.setattr(sensitivity, "_MEASURE", 0)
+    monkeypatch.setattr(layerwise, "HIDDEN_BYTES", 1)
+    monkeypatch.setattr(layerwise, "_LOGITS", 1)
+    found = measured(tiny_llama, text)
+    assert found.loss == pytest.approx(expected.loss, **ROUNDING)
+    for one, other in zip(found.curves, expected.curves, strict=True):
+        assert one.losses == pytest.approx(other.losses, **ROUNDING)
+
+
+@pytest.mark.parametrize("criterion", ["maw", "act"])
+def test_a_model_that_cannot_be_streamed_is_measured_in_memory(
+    criterion, tiny_llama, text, monkeypatch, caplog
+):
+    asked = {"criteria": (criterion,)}
+    expected = measured(tiny_llama, text, **asked)
+    monkeypatch.setattr(sensitivity, "_MEASURE", 0)
+    caplog.set_level(logging.WARNING, "lm_eval.pruned.sensitivity")
+
+    def declined(*_):
+        raise layers.RouteDeclined("it is a stone")
+
+    monkeypatch.setattr(sensitivity, "open_layers", declined)
+    found = measured(tiny_llama, text, **asked)
+    assert found.path == "in memory, because it is a stone"
+    assert caplog.text.count("is loaded in full") == 1
+    monkeypatch.setattr(sensitivity, "_MEASURE", -1)
+
+    def refused(*_):
+        raise layerwise.NotLayerByLayer("it is strange")
+
+    monkeypatch.setattr(layerwise.LayeredModel, "check", refused)
+    in_full = measured(tiny_llama, text, **asked)
+    assert in_full.path == "in memory, each cut in full, because it is strange"
+    for other in (found, in_full):
+        assert other.loss == pytest.approx(expected.loss, **ROUNDING)
+        for one, two in zip(other.curves, expected.curves, strict=True):
+            assert one.losses == pytest.approx(two.losses, **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"criteria": ()}, "nothing to measure"),
+        ({"removed": ()}, "nothing to measure"),
+        ({"length": 1}, "nothing to measure"),
+        ({"removed": (0,)}, r"removed=0 is outside"),
+        ({"removed": (100,)}, r"removed=100 is outside"),
+        ({"criteria": ("nonsense",)}, "criterion=nonsense is unknown"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(asked, says, tiny_llama, text):
+    with pytest.raises(ValueError, match=says):
+        measured(tiny_llama, text, **asked)
+
+
+def test_a_text_of_one_token_is_refused(tiny_llama, tmp_path):
+    file = tmp_path / "short.jsonl"
+    file.write_text('{"text": "a"}\n' * 3)
+    with pytest.raises(ValueError, match="one token"):
+        measured(tiny_llama, str(file))
+
+
+def test_an_encoder_is_refused(tmp_path, text):
+    folder = tmp_path / "model"
+    save_family(folder, "t5", 48)
+    request = LoadRequest.resolve(
+        AutoModelForSeq2SeqLM, str(folder), PruneArguments(), {}
+    )
+    with pytest.raises(UnsupportedModelError, match="encoder"):
+        measure_sensitivity(request, text, samples=3)
+
+
+def test_a_cache_that_cannot_be_written_is_said(tiny_llama, text, tmp_path, caplog):
+    (tmp_path / "cache").write_text("a file")
+    measured(tiny_llama, text)
+    assert "cannot be written" in caplog.text
