@@ -13,9 +13,10 @@ from lm_eval_pruned.checkpoints.route import (
     clear_errors,
     with_stored_widths,
 )
+from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.checkpoints.stream import Opened, OpenedSession
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
-from lm_eval_pruned.pruning.settling import settled
+from lm_eval_pruned.pruning.settling import REMOVED, settled
 from lm_eval_pruned.pruning.slicing import LoadedModel, widths_in_memory
 
 
@@ -119,10 +120,16 @@ class _StoredModel:
                 session.score()
         return known.scores
 
-    def curves(
-        self, criteria: Sequence[str], widths: Mapping[int, Sequence[int]]
-    ) -> Sensitivity:
-        known = self.known
-        if known.curves is not None and {*widths} <= {*known.curves.layers}:
-            return known.curves
-        raise RouteDeclined("losses are measured with the whole model")
+    def curves(self, criteria: Sequence[str]) -> Sensitivity:
+        if self.known.curves is None:
+            plan = self.request.plan
+            self.known.curves = measure_sensitivity(
+                self.request,
+                str(plan.calibration),
+                criteria=criteria,
+                seeds=(plan.seed,),
+                removed=REMOVED,
+                samples=plan.calibration_samples,
+                tokenizer=self.tokenizer,
+            )
+        return self.known.curves

@@ -174,6 +174,7 @@ def _row(
         1 - parameters / before,
         parameters * bytes_per_parameter,
         written_by_layer(plan.layer_widths or ()),
+        written_by_layer(plan.layer_criteria or ()),
     )
 
 
@@ -226,13 +227,12 @@ def as_table(rows: list[PlanRow]) -> str:
         "reduction": ".2%",
         "checkpoint bytes": ",",
     }
-    cells = [
-        [*map(format, astuple(row), forms.values()), row.layer_widths] for row in rows
-    ]
-    forms["widths by layer"] = ""
-    if not any(row.layer_widths for row in rows):
-        del forms["widths by layer"]
-        cells = [cell[:-1] for cell in cells]
+    cells = [[*map(format, astuple(row), forms.values())] for row in rows]
+    for name in ("widths", "criteria"):
+        by_layer = [getattr(row, f"layer_{name}") for row in rows]
+        if any(by_layer):
+            forms[f"{name} by layer"] = ""
+            cells = [[*cell, each] for cell, each in zip(cells, by_layer, strict=True)]
     return markdown_table(list(forms), cells) + "\n"
 
 

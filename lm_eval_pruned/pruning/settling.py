@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.allocation")
 
-#: Shares of a layer's neurons at which its loss is measured.
-MEASURED_SHARES = (0.125, 0.25, 0.5, 0.75)
+#: Shares of a layer's neurons to remove when its loss is measured, in percent.
+REMOVED = (25, 50, 75, 87.5)
 
 
 class Evidence(Protocol):
@@ -50,15 +51,8 @@ class Evidence(Protocol):
     def scores(self) -> Mapping[str, Tensor]:
         """Return the scores of every GLU-MLP by the plan's criterion, by name, each (I,)."""
 
-    def curves(
-        self, criteria: Sequence[str], widths: Mapping[int, Sequence[int]]
-    ) -> Sensitivity:
-        """Return the losses with one layer cut at a time.
-
-        Args:
-            criteria: By each of these.
-            widths: Kept widths by number of the layer, ascending; these layers alone.
-        """
+    def curves(self, criteria: Sequence[str]) -> Sensitivity:
+        """Return the losses with one layer cut at a time, by `REMOVED` and each of `criteria`."""
 
 
 def settled(plan: PrunePlan, widths: Widths, evidence: Evidence) -> PrunePlan:
@@ -84,9 +78,7 @@ def settled(plan: PrunePlan, widths: Widths, evidence: Evidence) -> PrunePlan:
     bounds = {"min_width": plan.min_width or 1, "multiple_of": plan.multiple_of}
     if plan.tried or plan.allocation in MEASURED:
         tried = plan.tried or (plan.criterion,)
-        found = evidence.curves(
-            tried, {layer: measured_widths(own) for layer, own in before.items()}
-        )
+        found = evidence.curves(tried)
         measured_on = {
             "file": found.file,
             "sha256": found.sha256,
@@ -127,17 +119,6 @@ def settled(plan: PrunePlan, widths: Widths, evidence: Evidence) -> PrunePlan:
     return result
 
 
-def measured_widths(width: int) -> tuple[int, ...]:
-    """Return the kept widths at which the loss of a layer is measured, ascending.
-
-    Example:
-        >>> measured_widths(1536)
-        (192, 384, 768, 1152)
-    """
-    found = {max(1, round(width * share)) for share in MEASURED_SHARES}
-    return tuple(sorted(each for each in found if each < width))
-
-
 def _uniform(plan: PrunePlan, widths: Widths) -> dict[int, int]:
     """Return what a uniform cut would keep of each layer that is pruned."""
     kinds: dict[int, list[tuple[str, int]]] = {}
@@ -175,7 +156,9 @@ def _by_losses(
     envelope = [cheapest(each) for each in curves.values()]
     lowest = plan.min_width
     if lowest is None:
-        lowest = min(min(measured_widths(own), default=1) for own in before.values())
+        lowest = min(
+            math.ceil(own * (100 - max(REMOVED)) / 100) for own in before.values()
+        )
         # What is not known of narrower layers is not relied on without need.
         needed = neurons // len(before) // plan.multiple_of * plan.multiple_of
         lowest = max(1, min(lowest, needed))

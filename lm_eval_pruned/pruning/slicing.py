@@ -270,32 +270,23 @@ class LoadedModel:
             _scores_in_memory(self.plan, mlp, self.known)
         return self.known.scores
 
-    def curves(
-        self, criteria: Sequence[str], widths: Mapping[int, Sequence[int]]
-    ) -> Sensitivity:
-        from lm_eval_pruned.pruning.measuring import measure_in_memory
+    def curves(self, criteria: Sequence[str]) -> Sensitivity:
+        from lm_eval_pruned.pruning.measuring import measure_loaded
 
-        known = self.known
-        if known.curves is not None and {*widths} <= {*known.curves.layers}:
-            return known.curves
-        for criterion in criteria:
-            plan = dataclasses.replace(self.plan, criterion=criterion, tried=())
-            scored = ScoreTable(calibration=known.calibration)
-            _calibrate(plan, self.model, self.tokenizer, scored)
-            known.calibration = scored.calibration
-            for mlp in self.mlps:
-                if mlp.block in widths:
-                    _scores_in_memory(plan, mlp, scored)
-            known.by_criterion[criterion] = scored.scores
-        assert self.tokenizer is not None
-        known.curves = measure_in_memory(
-            self.model,
-            self.tokenizer,
-            self.mlps,
-            self.plan,
-            known.by_criterion,
-            widths,
-        )
+        known, plan = self.known, self.plan
+        if known.curves is None:
+            for criterion in criteria:
+                one = dataclasses.replace(plan, criterion=criterion, tried=())
+                scored = ScoreTable(calibration=known.calibration)
+                _calibrate(one, self.model, self.tokenizer, scored)
+                known.calibration = scored.calibration
+                for mlp in self.mlps:
+                    _scores_in_memory(one, mlp, scored)
+                known.by_criterion[criterion] = scored.scores
+            assert self.tokenizer is not None
+            known.curves = measure_loaded(
+                self.model, self.tokenizer, plan, known.by_criterion
+            )
         return known.curves
 
 

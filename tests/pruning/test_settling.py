@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.checkpoints import evidence
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.planning import as_table, plan_rows
-from lm_eval_pruned.pruning import measuring
 from lm_eval_pruned.pruning.arguments import PruneArguments, without_idle
 from tests.helpers.checkpoints import byte_tokenizer
 
@@ -21,7 +21,8 @@ TEXTS = ("the quick brown fox jumps over the lazy dog", "a text of its own")
 
 
 @pytest.fixture
-def text(tmp_path):
+def text(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return str(file)
@@ -29,17 +30,6 @@ def text(tmp_path):
 
 def widths_of(model) -> list[int]:
     return [layer.mlp.gate_proj.out_features for layer in model.model.layers]
-
-
-def loss_of(model) -> float:
-    total = count = 0
-    for text in TEXTS:
-        tokens = torch.tensor([byte_tokenizer()(text)["input_ids"]])
-        with torch.no_grad():
-            output = model(input_ids=tokens, labels=tokens)
-        total += float(output.loss) * (tokens.shape[1] - 1)
-        count += tokens.shape[1] - 1
-    return total / count
 
 
 @pytest.mark.parametrize("arguments", [{}, {"multiple_of": 8}, {"min_width": 60}])
@@ -89,23 +79,15 @@ def test_losses_decide_where_neurons_go(tiny_llama, text):
     assert "calibration" not in found
 
 
-def test_a_mask_is_as_good_as_a_cut(tiny_llama, text, monkeypatch):
-    """What is measured is the loss of the model with that layer pruned."""
-    taken = []
-    measure = measuring.measure_in_memory
-
-    def measured(*arguments):
-        taken.append(measure(*arguments))
-        return taken[-1]
-
-    monkeypatch.setattr(measuring, "measure_in_memory", measured)
-    load_pruned(str(tiny_llama), ratio=2, allocation="sensitivity", calibration=text)
-    (curves,) = taken
-    assert curves.loss == pytest.approx(loss_of(load_pruned(str(tiny_llama))), abs=1e-5)
-    for curve in curves.curves:
-        width = curve.widths[1]
-        cut = load_pruned(str(tiny_llama), intermediate_size=width, layers=curve.layer)
-        assert curve.loss_at(width) == pytest.approx(loss_of(cut), abs=1e-5)
+def test_in_memory_and_from_the_checkpoint_the_same_is_found(tiny_llama, text):
+    asked = {"prune_percent": 40, "calibration": text, "allocation": "sensitivity"}
+    for more in ({}, {"criterion": "best", "criteria_tried": "act,random"}):
+        loaded = load_pruned(str(tiny_llama), **asked, **more).prune_record
+        whole = load_pruned(str(tiny_llama))
+        pruned = prune_model(whole, tokenizer=byte_tokenizer(), **asked, **more)
+        assert pruned.prune_record.plan == loaded.plan
+        assert pruned.prune_record.digest == loaded.digest
+        assert pruned.prune_record.as_dict() == loaded.as_dict()
 
 
 def test_the_best_criterion_of_each_layer_is_recorded_and_used(tiny_llama, text):
@@ -125,11 +107,11 @@ def test_the_best_criterion_of_each_layer_is_recorded_and_used(tiny_llama, text)
 
 def test_several_sizes_are_measured_once(tiny_llama, text, monkeypatch):
     calls = []
-    measure = measuring.measure_in_memory
+    measure = evidence.measure_sensitivity
     monkeypatch.setattr(
-        measuring,
-        "measure_in_memory",
-        lambda *arguments: calls.append(1) or measure(*arguments),
+        evidence,
+        "measure_sensitivity",
+        lambda *given, **named: calls.append(1) or measure(*given, **named),
     )
     rows = plan_rows(
         str(tiny_llama),
@@ -143,7 +125,7 @@ def test_several_sizes_are_measured_once(tiny_llama, text, monkeypatch):
     assert all(row.layer_widths and row.layer_criteria for row in rows)
     uniform = plan_rows(str(tiny_llama), "prune_percent", [10, 50])
     assert [r.parameters for r in rows] == [r.parameters for r in uniform]
-    assert "| widths by layer | criteria by layer |" in as_table(rows)
+    assert "|widths by layer|criteria by layer|" in as_table(rows)
 
 
 def test_layers_that_are_left_alone_take_no_part(tiny_llama):
@@ -180,7 +162,7 @@ def test_what_contradicts_is_refused(arguments, message):
 
 
 def test_an_allocation_needs_a_size_and_no_widths():
-    with pytest.raises(ValueError, match="^allocation=global shares out the neurons"):
+    with pytest.raises(ValueError, match=r"^allocation=global shares out the neurons"):
         PruneArguments(allocation="global")
     with pytest.raises(ValueError, match=r"^allocation=global and widths=\S+ were"):
         PruneArguments(allocation="global", widths={0: 5})
