@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.pruning.arguments import SEVERAL_SIZES, add_option
+from lm_eval_pruned.pruning.arguments import (
+    DECLARED,
+    SEVERAL_SIZES,
+    SIZES,
+    add_option,
+)
 
 
 if TYPE_CHECKING:
     import argparse
 
 #: What else decides how wide each layer becomes.
-SHARING = (
-    "multiple_of",
-    "layers",
-    "skip_layers",
-    "allocation",
-    "min_width",
-    "criterion",
-    "criteria_tried",
-    "seed",
-    "calibration",
-    "calibration_samples",
-)
+SHARING = tuple(name for name in DECLARED if name not in SIZES)
 
 
 def add(commands) -> None:

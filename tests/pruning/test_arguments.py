@@ -30,7 +30,10 @@ DEFAULTS = {
     "multiple_of": 1,
     "layers": None,
     "skip_layers": None,
+    "allocation": "uniform",
+    "min_width": None,
     "criterion": "maw",
+    "criteria_tried": None,
     "seed": 0,
     "calibration": None,
     "calibration_samples": None,
@@ -40,6 +43,7 @@ SEVERAL = {
     "ratios": "ratio",
     "prune_percents": "prune_percent",
     "widths": "widths",
+    "allocations": "allocation",
     "criteria": "criterion",
     "seeds": "seed",
 }
