@@ -92,7 +92,7 @@ def main() -> int:
             "calibration_samples": arguments.samples,
         }
         unpruned = losses(load_pruned(**load), held)
-        print(f"{machine()}\n\nunpruned: {unpruned.mean():.3f} nats per token\n")
+        print(f"{machine("cpu")}\n\nunpruned: {unpruned.mean():.3f} nats per token\n")
         for percent in arguments.prune_percents:
             cells = []
             uniform = losses(load_pruned(**load, prune_percent=percent), held)
