@@ -87,18 +87,14 @@ def canonical_allocation(allocation: str) -> str:
 def allocate_by_scores(
     allocation: str,
     scores: Mapping[int, Scores],
-    neurons: int,
-    min_width: int = 1,
-    multiple_of: int = 1,
+    **bounds: int,
 ) -> dict[int, int]:
     """Return the kept width of each layer by an allocation that looks at scores.
 
     Args:
         allocation: ``global``, or the name of one that another package declares.
         scores: The scores of each layer, each of shape (I,), by its number, ascending.
-        neurons: Neurons to keep in all.
-        min_width: Neurons to leave in each layer at least.
-        multiple_of: Widths are multiples of this.
+        **bounds: What `global_ranking` takes besides.
 
     Raises:
         ValueError: The bounds leave more than `neurons`; or the allocation of another package
@@ -108,14 +104,10 @@ def allocate_by_scores(
     ours = function is not None
     if function is None:
         function = load_declared(GROUP, "allocation", allocation)
-    widths = function(
-        [*scores.values()],
-        neurons=neurons,
-        min_width=min_width,
-        multiple_of=multiple_of,
-    )
+    widths = function([*scores.values()], **bounds)
     if not ours:
-        widths = _checked(allocation, widths, [*map(len, scores.values())], neurons)
+        before = [*map(len, scores.values())]
+        widths = _checked(allocation, widths, before, bounds["neurons"])
     return dict(zip(scores, widths, strict=True))
 
 

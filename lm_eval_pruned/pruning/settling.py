@@ -75,7 +75,11 @@ def settled(plan: PrunePlan, widths: Widths, evidence: Evidence) -> PrunePlan:
     criteria: dict[int, str] | None = None
     measured_on = None
     kept = uniform
-    bounds = {"min_width": plan.min_width or 1, "multiple_of": plan.multiple_of}
+    bounds = {
+        "neurons": sum(uniform.values()),
+        "min_width": plan.min_width or 1,
+        "multiple_of": plan.multiple_of,
+    }
     if plan.tried or plan.allocation in MEASURED:
         tried = plan.tried or (plan.criterion,)
         found = evidence.curves(tried)
@@ -100,8 +104,7 @@ def settled(plan: PrunePlan, widths: Widths, evidence: Evidence) -> PrunePlan:
             }
     elif plan.allocation != UNIFORM:
         scores = _by_layer(evidence.scores(), widths, before)
-        neurons = sum(uniform.values())
-        kept = allocate_by_scores(plan.allocation, scores, neurons, **bounds)
+        kept = allocate_by_scores(plan.allocation, scores, **bounds)
     result = plan if plan.allocation == UNIFORM else plan.with_layers(kept)
     names = None if criteria is None else tuple(criteria.items())
     result = dataclasses.replace(result, layer_criteria=names, measured_on=measured_on)
