@@ -42,9 +42,16 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def series_name(run: Run) -> str:
-    """Return by what a run was pruned: the criterion, with the seed of a random one."""
+    """Return by what a run was pruned: the criterion, with the seed of a random one.
+
+    Layers that differ in width are no point on the curve of those that do not.
+    """
     name = str(run.pruning.get("criterion") or "-")
-    return f"{name}, seed {run.pruning['seed']}" if "seed" in run.pruning else name
+    if "seed" in run.pruning:
+        name += f", seed {run.pruning['seed']}"
+    if "layer_widths" in run.pruning:
+        name += ", widths by layer"
+    return name
 
 
 def primary_metrics(

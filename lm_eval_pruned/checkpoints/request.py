@@ -115,6 +115,8 @@ class LoadRequest:
         with clear_config_errors(pretrained):
             widths = Widths(config, build)
             plan = widths.plan(prune_arguments)
+        if widths.actual != widths.configured:
+            _tell_widths(pretrained, "config has", widths.actual)
         return cls(
             auto_class, pretrained, plan, widths, model_arguments, prune_arguments
         )
@@ -128,13 +130,7 @@ class LoadRequest:
         Raises:
             ValueError: An argument is out of range for these widths.
         """
-        logger.info(
-            "The layers of %s have widths of their own: its tensors have from %d to %d "
-            "neurons.",
-            self.pretrained,
-            min(actual.values()),
-            max(actual.values()),
-        )
+        _tell_widths(self.pretrained, "tensors have", actual)
         with clear_config_errors(self.pretrained):
             widths = self.widths.of(actual)
             plan = widths.plan(self.prune_arguments)
@@ -279,6 +275,16 @@ class LoadRequest:
         with clear_load_errors(self.pretrained, self.model_arguments):
             neurons = regions_by_parameter(self.widths.mlps)
             return self.load(self.widths.original, neurons)
+
+
+def _tell_widths(pretrained: str, found: str, actual: Mapping[str, int]) -> None:
+    logger.info(
+        "The layers of %s have widths of their own: its %s from %d to %d neurons.",
+        pretrained,
+        found,
+        min(actual.values()),
+        max(actual.values()),
+    )
 
 
 def _resolve_config(

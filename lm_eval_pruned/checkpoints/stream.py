@@ -94,6 +94,7 @@ def open_stream(
         ValueError: A tensor is missing, or has another shape than the config says.
         OSError: A file is missing or damaged.
     """
+    check_expressible(request)
     try:
         session = _opened(request, known)
     except WidthsDiffer as found:

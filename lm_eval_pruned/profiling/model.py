@@ -85,7 +85,7 @@ class ProfiledModel:
 
     name: str
     asked: dict[str, Any]
-    intermediate_size: int
+    intermediate_size: int | float
     expansion_ratio: float
     parameters: int
     model_bytes: int | None = None

@@ -47,7 +47,7 @@ def without_layers(
         UnsupportedModelError: Its layers differ in more than their widths.
     """
     plain = copy.deepcopy(config)
-    found = {}
+    found: dict[tuple[tuple[str, ...], str, int], int] = {}
     for path, part in _parts(plain):
         own = _of_blocks(part)
         others: Overrides = {}
@@ -134,9 +134,6 @@ def _write(config: PretrainedConfig, overrides: Overrides) -> None:
     if _knows_layers(config):
         # The setter looks at what is there already.
         config.per_layer_config = None  # type: ignore[attr-defined]
-        if overrides:
-            config.per_layer_config = overrides  # type: ignore[attr-defined]
-        return
     vars(config).pop(_LAYERS, None)
     if overrides:
         written = {str(layer): own for layer, own in sorted(overrides.items())}

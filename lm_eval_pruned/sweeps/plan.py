@@ -301,7 +301,8 @@ def _configurations(
         if argument == "widths":
             for value in values:
                 chosen = EXCLUSIVE["says which layers to prune"]
-                PruneArguments(widths=value, **{n: base.get(n) for n in chosen})
+                layers: dict[str, Any] = {name: base.get(name) for name in chosen}
+                PruneArguments(widths=value, **layers)
         rows = plan(
             argument=argument,
             values=values,
@@ -340,7 +341,7 @@ def _id(arguments: dict[str, Any]) -> str:
     named = dict(arguments)
     if "widths" in named:
         # Two files may have one name, and one file may change.
-        digest = fingerprint(read_widths(named["widths"]))[:8]
+        digest = fingerprint({"widths": read_widths(named["widths"])})[:8]
         named["widths"] = f"{Path(named['widths']).stem}-{digest}"
     return "_".join(f"{name}-{value}" for name, value in named.items()).replace(
         "/", "over"

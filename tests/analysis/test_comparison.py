@@ -409,6 +409,21 @@ def test_criteria_are_series_of_their_own(tmp_path):
     }
 
 
+def test_layers_that_differ_in_width_are_no_point_on_the_curve_of_those_that_do_not(
+    tmp_path,
+):
+    members = []
+    for name, percent, own in (("a", 0, {}), ("b", 20, {}), ("c", 20, {"0": 9})):
+        described = pruning(percent) | ({"layer_widths": own} if own else {})
+        tasks = {"tf": {"acc,none": answers(0.5)}}
+        members.append(read_run(write_run(tmp_path / name, tasks, pruning=described)))
+    series = series_of(members)
+    assert {name: len(runs) for name, runs in series.items()} == {
+        "maw": 2,
+        "maw, widths by layer": 2,
+    }
+
+
 def test_a_sweep_without_baseline_is_refused(tmp_path):
     write_sweep(tmp_path, {"p20": (20, {"tf": {"acc,none": [1.0]}})})
     with pytest.raises(ResultsError, match="no finished run of the unpruned model"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import logging
 import re
 import shutil
@@ -941,6 +942,11 @@ def test_what_is_about_to_be_loaded_can_be_inspected(copied):
     assert request.plan == model.prune_record.plan
     ragged = copied.parent / "ragged"
     load_pruned(str(copied), ratio=1, layers=1).save_pretrained(ragged)
+    (only,), _ = inspected(ragged, ratio=2)
+    assert sorted(only.widths.actual.values()) == [32, 88, 88]
+    config = json.loads((ragged / "config.json").read_text())
+    del config["per_layer_config"]
+    (ragged / "config.json").write_text(json.dumps(config))
     (first, second), _ = inspected(ragged, ratio=2)
     assert set(first.widths.actual.values()) == {88}
     assert sorted(second.widths.actual.values()) == [32, 88, 88]
@@ -1190,7 +1196,7 @@ def test_widths_of_their_own_are_told(copied, caplog):
     with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
         load_pruned(str(copied), ratio=2)
     assert (
-        f"The layers of {copied} have widths of their own: its tensors have from 32 to 88 "
+        f"The layers of {copied} have widths of their own: its config has from 32 to 88 "
         "neurons."
     ) in caplog.messages
 

@@ -206,8 +206,9 @@ def test_an_engine_is_told_before_it_builds_its_layers(tmp_path):
     [
         (
             {"0": {"moe_intermediate_size": 9}},
-            "moe_intermediate_size of its own, which",
+            "moe_intermediate_size",
         ),
+        ({"7": {"intermediate_size": 9}}, "layer 7|layer indices"),
         ({"0": {"intermediate_size": 41}}, "has 40 neurons in the checkpoint"),
         ({"0": {"intermediate_size": 0}}, "in the checkpoint, but its config"),
     ],
@@ -222,7 +223,7 @@ def test_nonsense_in_per_layer_config(tmp_path, written, message):
 def test_what_else_a_layer_has_of_its_own_stays(tmp_path):
     """In Gemma 4, layers differ in their heads."""
     config = checkpoints.tiny_config("llama")
-    config.per_layer_config = {1: {"rms_norm_eps": 0.5, "intermediate_size": 30}}
+    config.per_layer_config = {"1": {"rms_norm_eps": 0.5, "intermediate_size": 30}}
     plain, widths = without_layers(config)
     assert widths == {((), "intermediate_size", 1): 30}
     assert plain.intermediate_size == checkpoints.TINY["intermediate_size"]

@@ -92,9 +92,10 @@ def test_layers_of_different_width_score_alike_once_saved(
     again = evaluate(task_manager, "pruned-hf", pretrained=str(saved))
     assert again["results"] == asked["results"]
     # Nor does it matter to the choice of a path that the layers differ.
-    ways = [each["config"]["answer_paths"] for each in (asked, again)]
-    usual = evaluate(task_manager, "pruned-hf", pretrained=str(tiny_llama), ratio=1)
-    assert ways == [usual["config"]["answer_paths"]] * 2
+    assert again["config"]["answer_paths"] == asked["config"]["answer_paths"]
+    assert set(again["config"]["answer_paths"]["generate_until"]["requests"]) == {
+        "slots"
+    }
 
 
 def test_a_loaded_model_is_pruned_in_memory(tiny_llama):

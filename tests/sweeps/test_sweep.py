@@ -833,20 +833,16 @@ def test_files_of_widths_are_configurations_by_their_content(options, tmp_path, 
     assert ids[1] != ids[2]
     assert [each.kept_width for each in sweep.configurations] == [88, 63, 20]
 
+    def defined(files):
+        sweep = Sweep({**asked, "widths": files})
+        return fingerprint(sweep.definition(sweep.configurations[1], sweep.tasks[0]))
+
     # Where a file lies, and how it says it, does not count.
-    one.rename(tmp_path / "moved.csv")
-    (tmp_path / "moved.csv").write_text("layer,width\n2,41\n0,60\n")
-    moved = Sweep({**asked, "widths": [str(tmp_path / "moved.csv")]})
-    definitions = [
-        fingerprint(each.definition(each.configurations[1], each.tasks[0]))
-        for each in (sweep, moved)
-    ]
-    assert definitions[0] == definitions[1]
-    (tmp_path / "moved.csv").write_text("layer,width\n2,42\n0,60\n")
-    changed = Sweep({**asked, "widths": [str(tmp_path / "moved.csv")]})
-    assert definitions[0] != fingerprint(
-        changed.definition(changed.configurations[1], changed.tasks[0])
-    )
+    moved = tmp_path / "moved.csv"
+    moved.write_text("layer,width\n2,41\n0,60\n")
+    assert defined([str(moved)]) == defined([str(one)])
+    moved.write_text("layer,width\n2,42\n0,60\n")
+    assert defined([str(moved)]) != defined([str(one)])
 
     asked |= {"widths": [str(other)], "tasks": ["tiny_choice"]}
     assert run_sweep(asked) == 0
