@@ -27,9 +27,9 @@ from lm_eval_pruned.checkpoints.companions import (
     write_json,
 )
 from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
+from lm_eval_pruned.checkpoints.layers import observe
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.narrowed import layer_by_layer
-from lm_eval_pruned.checkpoints.layers import observe
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.route import (
     OWN_WAY,

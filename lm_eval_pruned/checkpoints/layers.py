@@ -28,8 +28,7 @@ from lm_eval_pruned.pruning.layerwise import (
     NotLayerByLayer,
     layer_list,
 )
-from lm_eval_pruned.pruning.layouts import NEURON_AXIS
-from lm_eval_pruned.pruning.slicing import score
+from lm_eval_pruned.pruning.measuring import scores_of_activity
 
 
 if TYPE_CHECKING:
@@ -125,9 +124,8 @@ def observe(
             found: dict[str, Tensor] = {}
 
             def seen(mlp: GluMlp, activity: NeuronActivity) -> None:
-                weights = (mlp.weight(projection) for projection in NEURON_AXIS)
-                scores = score(plan, mlp.name, mlp.layer, *weights, activity)
-                found[mlp.name] = scores.cpu()
+                scores = scores_of_activity(plan, mlp, activity, (plan.criterion,))
+                found[mlp.name] = scores[plan.criterion]
 
             known.calibration = calibrate_by_layer(layers, text, seen)
     except (RouteDeclined, NotLayerByLayer) as reason:

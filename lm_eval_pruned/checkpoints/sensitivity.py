@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.default_model import cache_folder
@@ -34,6 +33,7 @@ from lm_eval_pruned.util.progress import steps
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
     from fractions import Fraction
+    from pathlib import Path
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -179,8 +179,8 @@ class _Measurement:
             for criterion, seed in ways:
                 ranking = Ranking.by(plan, criterion, seed, scores)
                 name = criterion if seed is None else f"{criterion}, seed {seed}"
-                whole = not isinstance(model, LayeredModel)
-                count = len(self._request.widths.mlps) if whole else len(model)
+                layers = {mlp.block for mlp in self._request.widths.mlps}
+                count = len(model if isinstance(model, LayeredModel) else layers)
                 with steps(count * len(texts), f"sensitivity by {name}") as step:
                     if isinstance(model, LayeredModel):
                         loss, curves = measure_by_layer(

@@ -21,7 +21,7 @@ import torch
 
 from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, kept_set
 from lm_eval_pruned.pruning.layerwise import loss_of
-from lm_eval_pruned.pruning.layouts import NEURON_AXIS, find_glu_mlps
+from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.sensitivity import LayerCurve
 from lm_eval_pruned.pruning.slicing import score
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from lm_eval_pruned.pruning.calibration import NeuronActivity
     from lm_eval_pruned.pruning.layerwise import LayeredModel
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.pruning.plan import PrunePlan
@@ -154,7 +155,7 @@ def measure_by_layer(
 
         for layer, mlps in enumerate(layers.mlps):
             with layers.resident(layer):
-                born = {}
+                born: dict[tuple[int, int] | None, list[Tensor]] = {}
                 if widths[layer]:
                     scores = {mlp.name: ranking.scores(mlp) for mlp in mlps}
                 for width in widths[layer]:
@@ -186,7 +187,7 @@ def measure_in_full(
     def summed() -> float:
         total = 0.0
         for tokens in texts:
-            tokens = tokens.to(model.device)  # noqa: PLW2901
+            tokens = tokens.to(model.device)
             logits = model(input_ids=tokens, use_cache=False).logits
             total += loss_of(logits[:, :-1], tokens[:, 1:])
         return total
@@ -206,16 +207,20 @@ def measure_in_full(
 
 
 def scores_of_activity(
-    plan: PrunePlan, mlp: GluMlp, activity, criteria: Iterable[str]
+    plan: PrunePlan, mlp: GluMlp, activity: NeuronActivity, criteria: Iterable[str]
 ) -> dict[str, Tensor]:
     """Return the scores of an MLP by each of `criteria`, all of which look at activations."""
-    weights = [mlp.weight(projection) for projection in NEURON_AXIS]
+    gate, up, down = (
+        mlp.weight(each) for each in ("gate_proj", "up_proj", "down_proj")
+    )
     return {
         criterion: score(
             dataclasses.replace(plan, criterion=criterion),
             mlp.name,
             mlp.layer,
-            *weights,
+            gate,
+            up,
+            down,
             activity,
         ).cpu()
         for criterion in criteria
