@@ -28,8 +28,7 @@ from lm_eval_pruned.pruning.layerwise import (
     NotLayerByLayer,
     layer_list,
 )
-from lm_eval_pruned.pruning.layouts import NEURON_AXIS
-from lm_eval_pruned.pruning.slicing import score
+from lm_eval_pruned.pruning.measuring import scores_of_activity
 
 
 if TYPE_CHECKING:
@@ -128,12 +127,9 @@ def observe(
             def seen(mlp: GluMlp, activity: NeuronActivity) -> None:
                 if targets[mlp.name] == mlp.width:
                     return
-                weights = (mlp.weight(projection) for projection in NEURON_AXIS)
                 criterion = plan.criterion_of(mlp.block)
-                scores = score(
-                    plan, mlp.name, mlp.layer, *weights, activity, criterion=criterion
-                )
-                found[mlp.name] = scores.cpu()
+                scores = scores_of_activity(plan, mlp, activity, (criterion,))
+                found[mlp.name] = scores[criterion]
 
             known.calibration = calibrate_by_layer(layers, text, seen)
     except (RouteDeclined, NotLayerByLayer) as reason:

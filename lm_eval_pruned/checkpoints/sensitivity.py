@@ -176,8 +176,8 @@ class _Measurement:
             for criterion, seed in ways:
                 ranking = Ranking.by(plan, criterion, seed, scores)
                 name = criterion if seed is None else f"{criterion}, seed {seed}"
-                whole = not isinstance(model, LayeredModel)
-                count = len(self._request.widths.mlps) if whole else len(model)
+                layers = {mlp.block for mlp in self._request.widths.mlps}
+                count = len(model if isinstance(model, LayeredModel) else layers)
                 with steps(count * len(texts), f"sensitivity by {name}") as step:
                     if isinstance(model, LayeredModel):
                         loss, curves = measure_by_layer(

@@ -22,7 +22,7 @@ import torch
 from lm_eval_pruned.pruning.calibration import LENGTH, CalibrationText
 from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, kept_set
 from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer, loss_of
-from lm_eval_pruned.pruning.layouts import NEURON_AXIS, find_glu_mlps
+from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.sensitivity import LayerCurve, Sensitivity
 from lm_eval_pruned.pruning.settling import REMOVED
 from lm_eval_pruned.pruning.slicing import score
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_eval_pruned.pruning.calibration import NeuronActivity
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.pruning.plan import PrunePlan
 
@@ -155,7 +156,7 @@ def measure_by_layer(
 
         for layer, mlps in enumerate(layers.mlps):
             with layers.resident(layer):
-                born = {}
+                born: dict[tuple[int, int] | None, list[Tensor]] = {}
                 if widths[layer]:
                     scores = {mlp.name: ranking.scores(mlp) for mlp in mlps}
                 for width in widths[layer]:
@@ -267,16 +268,20 @@ def _unseen(layers: int) -> None:
 
 
 def scores_of_activity(
-    plan: PrunePlan, mlp: GluMlp, activity, criteria: Iterable[str]
+    plan: PrunePlan, mlp: GluMlp, activity: NeuronActivity, criteria: Iterable[str]
 ) -> dict[str, Tensor]:
     """Return the scores of an MLP by each of `criteria`, all of which look at activations."""
-    weights = [mlp.weight(projection) for projection in NEURON_AXIS]
+    gate, up, down = (
+        mlp.weight(each) for each in ("gate_proj", "up_proj", "down_proj")
+    )
     return {
         criterion: score(
             dataclasses.replace(plan, criterion=criterion),
             mlp.name,
             mlp.layer,
-            *weights,
+            gate,
+            up,
+            down,
             activity,
         ).cpu()
         for criterion in criteria

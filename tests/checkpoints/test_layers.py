@@ -12,7 +12,6 @@ from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.layers import open_layers
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer
 from tests.helpers import checkpoints
 from tests.helpers.layouts import save_family
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lm_eval_pruned import prune_model
 from lm_eval_pruned.checkpoints import layers, sensitivity
-from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.pruning import layerwise
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError

@@ -167,6 +167,33 @@ def test_calibration_runs_where_the_model_is(criterion, route, tiny_llama, tmp_p
     assert_same_on_the_card(model, expected)
 
 
+@pytest.mark.parametrize("criterion", ["act", "maw_act"])
+def test_observing_holds_the_pruned_model_and_one_layer_at_most(criterion, tmp_path):
+    wide = {"intermediate_size": 1024, "num_hidden_layers": 8}
+    model = tiny_model(tiny_config("llama", **wide))
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    full, layer = size(model.parameters()), size(model.model.layers[0].parameters())
+    del model
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": t}) for t in ("one two", "three")))
+    gc.collect()
+    before = card.held_bytes()
+    card.forget_peak()
+    pruned = load_pruned(
+        str(tmp_path / "model"),
+        device="card",
+        prune_percent=60,
+        criterion=criterion,
+        calibration=str(text),
+    )
+    peak = card.peak_bytes() - before
+    kept = size(pruned.parameters())
+    # Hidden states, and what a layer computes of a text of seven tokens.
+    states = 4 * 7 * (12 * 32 + 4 * 1024 + 260)
+    assert peak <= kept + layer + states < full
+
+
 def test_activity_is_kept_on_the_cpu(tiny_llama, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "one two"}))
