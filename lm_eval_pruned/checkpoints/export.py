@@ -27,6 +27,7 @@ from lm_eval_pruned.checkpoints.companions import (
     write_json,
 )
 from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
+from lm_eval_pruned.checkpoints.evidence import settled_request
 from lm_eval_pruned.checkpoints.layers import observe
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.narrowed import layer_by_layer
@@ -191,12 +192,13 @@ class _Writer:
 
 def _stream(request: LoadRequest, writer: _Writer) -> PruneRecord | None:
     """Write everything but the model card, or return None if it cannot be streamed."""
+    known = ScoreTable()
+    request, known, declined = settled_request(request, known)
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
-    known = ScoreTable()
     session = _ExportSession(request, targets, writer, known)
-    session.declined = request.unreadable()
+    session.declined = declined or request.unreadable()
     if session.declined is None and request.needs_scores(known):
         on_device = {**request.model_arguments, "device_map": {"": writer.device}}
         session.declined = observe(

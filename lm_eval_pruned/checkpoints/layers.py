@@ -122,10 +122,14 @@ def observe(
             )
             layers.check(text.tokens[0].to(layers.device))
             found: dict[str, Tensor] = {}
+            targets = request.widths.targets(plan)
 
             def seen(mlp: GluMlp, activity: NeuronActivity) -> None:
-                scores = scores_of_activity(plan, mlp, activity, (plan.criterion,))
-                found[mlp.name] = scores[plan.criterion]
+                if targets[mlp.name] == mlp.width:
+                    return
+                criterion = plan.criterion_of(mlp.block)
+                scores = scores_of_activity(plan, mlp, activity, (criterion,))
+                found[mlp.name] = scores[criterion]
 
             known.calibration = calibrate_by_layer(layers, text, seen)
     except (RouteDeclined, NotLayerByLayer) as reason:

@@ -13,6 +13,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.checkpoints.evidence import settled_request
 from lm_eval_pruned.checkpoints.layers import observe
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.route import clear_errors, with_stored_widths
@@ -167,15 +168,16 @@ def _load(
     tokenizer: PreTrainedTokenizerBase | None,
     known_scores: KnownScores | None,
 ) -> PreTrainedModel:
+    known = ScoreTable()
+    if known_scores is not None and (key := request.scores_key()) is not None:
+        known = known_scores.setdefault(key, known)
+    request, known, declined = settled_request(request, known, tokenizer)
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
     before = widths.count_parameters(widths.actual)
-    known = ScoreTable()
-    if known_scores is not None and (key := request.scores_key()) is not None:
-        known = known_scores.setdefault(key, known)
     session = Session(plan, widths, targets, known)
-    session.declined = request.unreadable()
+    session.declined = declined or request.unreadable()
     if session.declined is None and request.needs_scores(known):
         session.declined = observe(request, known, tokenizer)
     if session.declined is None:

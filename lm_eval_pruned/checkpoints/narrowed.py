@@ -132,6 +132,13 @@ class NarrowedMlp:
         finally:
             self._lock.release()
 
+    def score(self) -> None:
+        """Score the neurons, if that was not done, and read nothing but gate and up."""
+        scores = self._session.known.scores
+        if self.width < self._width_before and self.name not in scores:
+            gate, up = (self._sources[p, "weight"] for p in ("gate_proj", "up_proj"))
+            scores[self.name] = self._score(gate.read(), up.read())
+
     def _kept_set(self, device: torch.device) -> Tensor:
         if self._kept is None:
             self._kept = self._choose(device)

@@ -7,6 +7,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.pruning.allocations import UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
@@ -37,6 +38,7 @@ class PlanRow:
         checkpoint_bytes: Size of its weights in the config's dtype.
         layer_widths: Kept width of each layer, such as ``0:1200,1-29:900``; empty where
             all are alike.
+        layer_criteria: Criterion of each layer likewise; empty where one scores all.
     """
 
     asked: str
@@ -46,6 +48,7 @@ class PlanRow:
     reduction: float
     checkpoint_bytes: int
     layer_widths: str = ""
+    layer_criteria: str = ""
 
 
 def plan_rows(
@@ -58,8 +61,9 @@ def plan_rows(
     subfolder: str = "",
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
+    **prune_arguments: Any,
 ) -> list[PlanRow]:
-    """Plan a model at several sizes without reading weights.
+    """Plan a model at several sizes, without reading weights where that can be.
 
     Args:
         pretrained: Folder or Hub name.
@@ -70,6 +74,8 @@ def plan_rows(
         subfolder: Folder in `pretrained`.
         gguf_file: GGUF file to read the config from.
         trust_remote_code: Whether model code that comes with the model may run.
+        **prune_arguments: Others of `lm_eval_pruned.pruning.arguments.PruneArguments`. An
+            allocation that is not uniform, and ``criterion=best``, look at weights or text.
 
     Raises:
         ValueError: A size is out of range.
@@ -77,9 +83,21 @@ def plan_rows(
         OSError: The config cannot be read.
     """
     asked = [
-        PruneArguments(multiple_of=multiple_of, **{argument: value})  # type: ignore[arg-type]
+        PruneArguments(
+            multiple_of=multiple_of,
+            **{argument: value},  # type: ignore[arg-type]
+            **prune_arguments,
+        )
         for value in values
     ]
+    source: dict[str, Any] = {
+        "revision": revision,
+        "subfolder": subfolder,
+        "gguf_file": gguf_file,
+        "trust_remote_code": trust_remote_code,
+    }
+    if any(each.allocation != UNIFORM or each.tried for each in asked):
+        return _settled_rows(pretrained, asked, source)
     shape = None
     if not trust_remote_code and gguf_file is None:
         shape = dense_shape(_read_config(pretrained, revision, subfolder))
@@ -115,6 +133,35 @@ def plan_rows(
     return rows
 
 
+def _settled_rows(
+    pretrained: str, asked: Iterable[PruneArguments], source: dict[str, Any]
+) -> list[PlanRow]:
+    """Plan sizes whose widths follow from weights or losses, measured once for all."""
+    import torch
+    from transformers import AutoConfig
+
+    from lm_eval_pruned.checkpoints.auto_class import auto_class_for
+    from lm_eval_pruned.checkpoints.evidence import settled_plan
+    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.pruning.scores import ScoreTable
+
+    source = {name: value for name, value in source.items() if value}
+    auto_class = auto_class_for(AutoConfig.from_pretrained(pretrained, **source))
+    known, rows = ScoreTable(), []
+    for arguments in asked:
+        request = LoadRequest.resolve(auto_class, pretrained, arguments, source)
+        plan, widths = settled_plan(request, known)
+        rows.append(
+            _row(
+                plan,
+                widths.count_parameters(widths.targets(plan)),
+                widths.count_parameters(widths.actual),
+                (widths.original.dtype or torch.float32).itemsize,
+            )
+        )
+    return rows
+
+
 def _row(
     plan: PrunePlan, parameters: int, before: int, bytes_per_parameter: int
 ) -> PlanRow:
@@ -127,6 +174,7 @@ def _row(
         1 - parameters / before,
         parameters * bytes_per_parameter,
         written_by_layer(plan.layer_widths or ()),
+        written_by_layer(plan.layer_criteria or ()),
     )
 
 
@@ -179,13 +227,12 @@ def as_table(rows: list[PlanRow]) -> str:
         "reduction": ".2%",
         "checkpoint bytes": ",",
     }
-    cells = [
-        [*map(format, astuple(row), forms.values()), row.layer_widths] for row in rows
-    ]
-    forms["widths by layer"] = ""
-    if not any(row.layer_widths for row in rows):
-        del forms["widths by layer"]
-        cells = [cell[:-1] for cell in cells]
+    cells = [[*map(format, astuple(row), forms.values())] for row in rows]
+    for name in ("widths", "criteria"):
+        by_layer = [getattr(row, f"layer_{name}") for row in rows]
+        if any(by_layer):
+            forms[f"{name} by layer"] = ""
+            cells = [[*cell, each] for cell, each in zip(cells, by_layer, strict=True)]
     return markdown_table(list(forms), cells) + "\n"
 
 

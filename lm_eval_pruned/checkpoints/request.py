@@ -23,6 +23,7 @@ from lm_eval_pruned.checkpoints.quantisation import (
 from lm_eval_pruned.checkpoints.skeleton import skeleton
 from lm_eval_pruned.checkpoints.transformers_api import reading, unknown_loader
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
+from lm_eval_pruned.pruning.criteria import CALIBRATED
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, regions_by_parameter
 from lm_eval_pruned.pruning.widths import Widths
 
@@ -147,6 +148,7 @@ class LoadRequest:
             *model,
             plan.criterion,
             plan.layer_criteria,
+            plan.tried,
             plan.seed,
             text,
         )
@@ -184,6 +186,8 @@ class LoadRequest:
             known: Scores from an earlier load of the same model.
         """
         if not self.plan.prunes or self.plan.calibration is None:
+            return False
+        if not any(name in CALIBRATED for name in self.plan.criteria):
             return False
         return not known.covers(self.widths.actual, self.widths.targets(self.plan))
 

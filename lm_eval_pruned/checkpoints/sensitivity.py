@@ -12,6 +12,7 @@ from lm_eval_pruned.checkpoints.layers import open_layers
 from lm_eval_pruned.checkpoints.route import RouteDeclined, with_stored_widths
 from lm_eval_pruned.pruning.arguments import exact
 from lm_eval_pruned.pruning.calibration import (
+    LENGTH,
     CalibrationText,
     calibrate,
     calibrate_by_layer,
@@ -48,8 +49,8 @@ logger = logging.getLogger("lm_eval.pruned.sensitivity")
 
 #: Shares of neurons that are removed by default, in percent.
 REMOVED = (10, 25, 50)
-#: How many texts the loss is measured on by default, and how many tokens of each.
-SAMPLES, LENGTH = 16, 128
+#: How many texts the loss is measured on by default.
+SAMPLES = 16
 #: Part of the name of a cached curve; raise it when they are measured in another way.
 _MEASURE = 1
 
@@ -61,7 +62,7 @@ def measure_sensitivity(
     criteria: Sequence[str] = ("maw",),
     seeds: Sequence[int] = (0, 1, 2),
     removed: Sequence[Number] = REMOVED,
-    samples: int = SAMPLES,
+    samples: int | None = SAMPLES,
     length: int = LENGTH,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Sensitivity:
@@ -81,7 +82,7 @@ def measure_sensitivity(
             ``calibration_samples`` of the same number.
         seeds: Seeds of ``random``, each of which has curves of its own.
         removed: Shares of neurons to remove, in percent, as ``prune_percent`` counts.
-        samples: How many texts to use, from the first on.
+        samples: How many texts to use, from the first on; None for all.
         length: How many tokens of each text to use for the loss.
         tokenizer: What reads the text; default: the model's own.
 
@@ -111,11 +112,7 @@ def measure_sensitivity(
         check_observable(skeleton)
     tokenizer = tokenizer or request.load_tokenizer()
     text = CalibrationText.of(skeleton, tokenizer, calibration, samples, length)
-    if min(tokens.numel() for tokens in text.tokens) < 2:
-        raise ValueError(
-            f"calibration={calibration} has a text of one token among its first {samples}, in "
-            "which nothing is predicted: remove it."
-        )
+    text.check_predictable()
     return with_stored_widths(
         request,
         lambda stored: _Measurement(
@@ -134,7 +131,7 @@ class _Measurement:
         text: CalibrationText,
         tokenizer: PreTrainedTokenizerBase,
         shares: list[Fraction],
-        samples: int,
+        samples: int | None,
     ):
         self._request = request
         self._calibration = calibration

@@ -117,6 +117,11 @@ class Session:
         if self.plan.prunes:
             raise RouteDeclined(OWN_WAY)
 
+    def score(self) -> None:
+        """Score every MLP that is to lose neurons, before any is narrowed."""
+        for mlp in self._mlps:
+            mlp.score()
+
     def kept(self) -> tuple[Tensor, ...]:
         """Return the kept neurons of every MLP, each of shape (k,), on the CPU."""
         if not self.plan.prunes:

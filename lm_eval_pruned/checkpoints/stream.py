@@ -24,6 +24,7 @@ from lm_eval_pruned.checkpoints.route import (
 )
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.transformers_api import target_names
+from lm_eval_pruned.pruning.allocations import UNIFORM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
@@ -53,7 +54,7 @@ class NarrowedStream:
 
     request: LoadRequest
     changes_model: bool
-    _session: _OpenedSession
+    _session: OpenedSession
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Read the checkpoint, one MLP at a time.
@@ -104,14 +105,14 @@ def open_stream(
         yield NarrowedStream(request, session.changes_model, session)
 
 
-def _opened(request: LoadRequest, known: ScoreTable | None) -> _OpenedSession:
+def _opened(request: LoadRequest, known: ScoreTable | None) -> OpenedSession:
     targets = request.widths.targets(request.plan)
-    session = _OpenedSession(request.plan, request.widths, targets, known)
+    session = OpenedSession(request.plan, request.widths, targets, known)
     session.declined = request.unreadable()
     with contextlib.ExitStack() as on_error:
         on_error.callback(session.close)
         if session.declined is None:
-            with clear_errors(session, request), contextlib.suppress(_Opened):
+            with clear_errors(session, request), contextlib.suppress(Opened):
                 request.load(
                     request.widths.narrowed_config(targets), checkpoint=session
                 )
@@ -180,6 +181,15 @@ def check_buildable(request: LoadRequest) -> None:
         UnsupportedModelError: Experts would have a width that the config cannot hold.
     """
     widths, plan = request.widths, request.plan
+    if plan.is_open:
+        asked = f"allocation={plan.allocation}"
+        if plan.allocation == UNIFORM:
+            asked = f"criterion={plan.criterion}"
+        raise UnsupportedModelError(
+            f"{asked} looks at the whole model before its first layer is narrowed, which an engine "
+            "that reads its layers one after the other cannot wait for: use --model pruned-hf, or "
+            "export the pruned model first (lm-eval-pruned prune)."
+        )
     experts = {mlp.name for mlp in widths.mlps if mlp.kind == "expert"}
     names = [n for n in widths.inexpressible(widths.targets(plan)) if n in experts]
     if not names:
@@ -222,11 +232,11 @@ class _Unreadable(UnsupportedModelError):
     """A checkpoint cannot be read tensor by tensor."""
 
 
-class _Opened(Exception):
+class Opened(Exception):
     """The entries are known, so transformers has nothing to load."""
 
 
-class _OpenedSession(Session):
+class OpenedSession(Session):
     """A load that ends once the entries are known."""
 
     entries: dict[str, Any]
@@ -237,5 +247,5 @@ class _OpenedSession(Session):
             self.entries = self.open(model, state_dict, checkpoint_files, load_config)
             names = target_names(self.entries, model, load_config)
             check_complete(missing_tensors(names, model))
-            raise _Opened
+            raise Opened
         return state_dict, checkpoint_files

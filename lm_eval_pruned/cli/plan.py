@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.pruning.arguments import SEVERAL_SIZES, add_option
+from lm_eval_pruned.pruning.arguments import (
+    DECLARED,
+    SEVERAL_SIZES,
+    SIZES,
+    add_option,
+)
 
 
 if TYPE_CHECKING:
     import argparse
+
+#: What else decides how wide each layer becomes.
+SHARING = tuple(name for name in DECLARED if name not in SIZES)
 
 
 def add(commands) -> None:
@@ -17,7 +25,8 @@ def add(commands) -> None:
         "plan",
         help="widths and parameters at several sizes, from a config alone",
         description="Print kept width, expansion ratio, parameters and checkpoint bytes at "
-        "several sizes. Reads the config of a model, never its weights.",
+        "several sizes. Reads the config of a model alone, unless an allocation or the choice of "
+        "criteria looks at its weights.",
     )
     parser.add_argument(
         "--pretrained",
@@ -28,7 +37,8 @@ def add(commands) -> None:
     sizes = parser.add_mutually_exclusive_group(required=True)
     for name in SEVERAL_SIZES:
         add_option(sizes, name, several=True)
-    add_option(parser, "multiple_of")
+    for name in SHARING:
+        add_option(parser, name)
     parser.add_argument("--revision", default="main", help="revision on the Hub")
     parser.add_argument(
         "--trust_remote_code",
@@ -48,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.pretrained,
         SEVERAL_SIZES[option],
         getattr(arguments, option),
-        multiple_of=arguments.multiple_of,
+        **{name: getattr(arguments, name) for name in SHARING},
         revision=arguments.revision,
         trust_remote_code=arguments.trust_remote_code,
     )

@@ -14,7 +14,12 @@ import textwrap
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lm_eval_pruned.pruning.criteria import CALIBRATED, canonical_name
+from lm_eval_pruned.pruning.allocations import (
+    MEASURED,
+    UNIFORM,
+    canonical_allocation,
+)
+from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, canonical_name
 from lm_eval_pruned.pruning.layer_widths import written_source
 
 
@@ -76,7 +81,22 @@ def _whole_from_1(name: str, value: Number) -> int:
 
 
 def _criterion(name: str, value: str) -> str:
-    return canonical_name(value)
+    return canonical_name(value, or_best=True)
+
+
+def _criteria(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the criteria that text such as ``maw+act`` names, each once."""
+    words = [value] if isinstance(value, str) else [*value]
+    written = [part for word in words for part in re.split(r"[+,;\s]+", word) if part]
+    if not written:
+        raise ValueError(
+            f"{name}={value} names no criterion: pass some such as {name}=maw+act."
+        )
+    return tuple(dict.fromkeys(map(canonical_name, written)))
+
+
+def _allocation(name: str, value: str) -> str:
+    return canonical_allocation(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +123,24 @@ class PruneArguments:
             keep their width, so stock transformers can open the saved model only if its
             config holds widths per layer; this package always can.
         skip_layers: Layers to leave as they are. Instead of `layers`.
+        allocation: How the neurons are shared among the layers. ``uniform`` cuts all
+            alike; ``sensitivity`` takes from those whose cut raises the loss on
+            `calibration` least; ``global`` ranks the neurons of all layers together; or
+            one that another package declares. A size is the mean over the layers then:
+            as many neurons stay in all as by ``uniform``. See
+            `lm_eval_pruned.pruning.allocations`.
+        min_width: Neurons to leave in each layer at least, where `allocation` is not
+            uniform.
         criterion: Importance score. One of ``maw`` (alias ``ppm``), ``max_abs``, ``l1``,
             ``l2``, ``vow``, ``pon`` and ``random``, the calibrated ``maw_act`` and
             ``act``, or one that another package declares; see
-            `lm_eval_pruned.pruning.criteria`.
+            `lm_eval_pruned.pruning.criteria`. ``best`` takes for each layer the one of
+            `criteria_tried` whose cut raises the loss on `calibration` least.
+        criteria_tried: Criteria that ``criterion=best`` chooses among, such as maw+act,
+            which is the default.
         seed: Seed of the criterion random.
-        calibration: JSON Lines file of text, for the criteria that look at activations.
+        calibration: JSON Lines file of text, for criteria that look at activations, for
+            ``criterion=best`` and for ``allocation=sensitivity``.
             See `lm_eval_pruned.pruning.calibration`; there is no default text.
         calibration_samples: How many of its texts to use, from the first on; default:
             all.
@@ -141,9 +173,19 @@ class PruneArguments:
     )
     layers: Layers | None = None
     skip_layers: Layers | None = None
+    allocation: str = field(
+        default=UNIFORM,
+        metadata={"metavar": "NAME", "check": _allocation, "several": "allocations"},
+    )
+    min_width: Number | None = field(
+        default=None, metadata={"metavar": "N", "check": _whole_from_1}
+    )
     criterion: str = field(
         default="maw",
         metadata={"metavar": "NAME", "check": _criterion, "several": "criteria"},
+    )
+    criteria_tried: str | Iterable[str] | None = field(
+        default=None, metadata={"metavar": "NAMES", "check": _criteria}
     )
     seed: Number = field(
         default=0, metadata={"metavar": "N", "check": _seed, "several": "seeds"}
@@ -187,6 +229,7 @@ class PruneArguments:
                     "pass one."
                 )
         self._check_calibration()
+        self._check_allocation()
         for name in ("layers", "skip_layers"):
             if self.widths is not None and (value := getattr(self, name)) is not None:
                 raise ValueError(
@@ -201,6 +244,11 @@ class PruneArguments:
                     f"{name} says which layers to prune, but no size was asked for: add one of "
                     f"{', '.join(SIZES)}."
                 )
+        if self.allocation != UNIFORM:
+            raise ValueError(
+                f"allocation={self.allocation} shares out the neurons to keep, but no size was "
+                f"asked for: add one of {', '.join(_SHARED)}."
+            )
         if self.multiple_of != 1:
             raise ValueError(
                 f"multiple_of={self.multiple_of} rounds a kept width, but none was asked for: "
@@ -213,13 +261,27 @@ class PruneArguments:
         given = ((name, getattr(self, name)) for name in SIZES)
         return next((size for size in given if size[1] is not None), None)
 
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """The criteria among which the loss decides; none where there is no choice."""
+        if self.criterion != BEST:
+            return ()
+        named: Any = self.criteria_tried
+        return named or DEFAULT_TRIED
+
     def _check_calibration(self) -> None:
+        why = None
         if self.criterion in CALIBRATED:
+            why = f"criterion={self.criterion} looks at activations"
+        elif self.criterion == BEST:
+            why = "criterion=best measures losses"
+        elif self.allocation in MEASURED:
+            why = f"allocation={self.allocation} measures losses"
+        if why is not None:
             if self.calibration is None:
                 raise ValueError(
-                    f"criterion={self.criterion} looks at activations, so it needs text to run "
-                    "on: pass calibration=FILE.jsonl, with text that is not part of the "
-                    "evaluation."
+                    f"{why}, so it needs text to run on: pass calibration=FILE.jsonl, with text "
+                    "that is not part of the evaluation."
                 )
             return
         for name in ("calibration", "calibration_samples"):
@@ -229,11 +291,46 @@ class PruneArguments:
                     f"alone: leave it out, or pass criterion={' or '.join(CALIBRATED)}."
                 )
 
+    def _check_allocation(self) -> None:
+        """Refuse what contradicts the allocation, or the choice of criteria."""
+        if self.criteria_tried is not None and self.criterion != BEST:
+            raise ValueError(
+                f"criteria_tried={'+'.join(self.criteria_tried)} names criteria to choose among, "
+                f"but criterion={self.criterion} leaves no choice: add criterion=best, or leave "
+                "it out."
+            )
+        if self.criterion == BEST and self.allocation not in (UNIFORM, *MEASURED):
+            raise ValueError(
+                f"criterion=best and allocation={self.allocation} were given together, but the one "
+                "compares losses and the other scores, which differ between criteria: name a "
+                f"criterion, or pass allocation={' or '.join((UNIFORM, *MEASURED))}."
+            )
+        if self.min_width is not None and self.allocation == UNIFORM:
+            raise ValueError(
+                f"min_width={self.min_width} bounds what an allocation takes from a layer, but "
+                "allocation=uniform cuts all alike: leave it out, or pass another allocation."
+            )
+        if self.widths is not None and (
+            self.allocation != UNIFORM or self.criterion == BEST
+        ):
+            given = "criterion=best"
+            if self.allocation != UNIFORM:
+                given = f"allocation={self.allocation}"
+            raise ValueError(
+                f"{given} and widths={written_source(self.widths)} were given together, but each "
+                f"of them decides layer by layer: pass one, or {given} with one of "
+                f"{', '.join(_SHARED)}."
+            )
+
 
 #: The arguments by name, in order.
 DECLARED: dict[str, Field[Any]] = {each.name: each for each in fields(PruneArguments)}
 #: Those that say how many neurons to keep.
 SIZES = ("ratio", "prune_percent", "intermediate_size", "widths")
+#: Those that an allocation shares out among the layers.
+_SHARED = SIZES[:-1]
+#: Among what ``criterion=best`` chooses, if nothing else is named.
+DEFAULT_TRIED = ("maw", "act")
 #: Those of which only one may be given, by what each of them does.
 EXCLUSIVE = {
     "sets the kept width": SIZES,
@@ -247,6 +344,29 @@ SEVERAL = {
 }
 #: Those of `SEVERAL` that take sizes.
 SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZES}
+
+
+def without_idle(given: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments without those that would say nothing, and be refused, beside the others.
+
+    A sweep passes one set to all of its models, the baseline among them.
+
+    Example:
+        >>> without_idle({"dtype": "float32", "calibration": "a.jsonl", "multiple_of": 8})
+        {'dtype': 'float32'}
+    """
+    criterion = given.get("criterion", PruneArguments.criterion)
+    allocation = given.get("allocation", PruneArguments.allocation)
+    idle: set[str] = set()
+    if all(given.get(name) is None for name in SIZES):
+        idle |= DECLARED.keys() - SIZES
+    if criterion != BEST:
+        idle |= {"criteria_tried"}
+    if allocation == UNIFORM:
+        idle |= {"min_width"}
+    if criterion not in (BEST, *CALIBRATED) and allocation not in MEASURED:
+        idle |= {"calibration", "calibration_samples"}
+    return {name: value for name, value in given.items() if name not in idle}
 
 
 def add_option(parser: Any, name: str, *, several: bool = False) -> None:

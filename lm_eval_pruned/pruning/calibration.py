@@ -39,6 +39,8 @@ logger = logging.getLogger("lm_eval.pruned.calibration")
 
 #: A text longer than this, or than the model's positions, is cut at its end.
 MAX_TOKENS = 2048
+#: A loss is measured on this many tokens of each text.
+LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,18 @@ class CalibrationText:
     def sha256(self) -> str:
         """SHA-256 of the file."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def check_predictable(self) -> None:
+        """Refuse a text in which no token is predicted from another.
+
+        Raises:
+            ValueError: There is one.
+        """
+        if min(tokens.numel() for tokens in self.tokens) < 2:
+            raise ValueError(
+                f"calibration={self.path} has a text of one token among its first "
+                f"{len(self.tokens)}, in which nothing is predicted: remove it."
+            )
 
     @property
     def count(self) -> int:

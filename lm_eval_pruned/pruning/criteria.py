@@ -10,7 +10,7 @@ This module imports torch only to compute, so that names can be checked without 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -155,41 +155,61 @@ CALIBRATED: dict[str, CalibratedCriterion] = {"maw_act": maw_act, "act": act}
 ALIASES = {"ppm": "maw"}
 #: The control: scores that do not look at the weights.
 RANDOM = "random"
+#: The wish to have the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocations`.
+BEST = "best"
 #: Entry-point group under which other packages declare criteria, name -> function.
 GROUP = "lm_eval_pruned.criteria"
 
 
-def canonical_name(criterion: str) -> str:
+def canonical_name(criterion: str, *, or_best: bool = False) -> str:
     """Return the name of a criterion without aliases.
+
+    Args:
+        criterion: The name.
+        or_best: Whether ``best`` will do, which stands for one of several.
 
     Raises:
         ValueError: `criterion` is unknown; the message lists the known ones.
     """
     name = ALIASES.get(criterion, criterion)
+    if name == BEST and or_best:
+        return name
     if name == RANDOM or name in CRITERIA or name in CALIBRATED:
         return name
-    added = _entry_points()
+    added = declared_elsewhere(GROUP)
     if name not in added:
-        known = ", ".join([*CRITERIA, *CALIBRATED, RANDOM, *ALIASES, *sorted(added)])
+        own = [*CRITERIA, *CALIBRATED, RANDOM, *([BEST] if or_best else []), *ALIASES]
+        known = ", ".join([*own, *sorted(added)])
         raise ValueError(f"criterion={criterion} is unknown: pass one of {known}.")
     return name
 
 
-def _entry_points() -> dict[str, list[EntryPoint]]:
+def declared_elsewhere(group: str) -> dict[str, list[EntryPoint]]:
+    """Return what other packages declare in a group of entry points, by name."""
     from importlib.metadata import entry_points
 
     found: dict[str, list[EntryPoint]] = {}
-    for entry_point in entry_points(group=GROUP):
+    for entry_point in entry_points(group=group):
         found.setdefault(entry_point.name, []).append(entry_point)
     return found
 
 
-def _added_criterion(name: str) -> Criterion:
-    """Import the criterion that another package declares under `name`."""
-    declared = {entry_point.value: entry_point for entry_point in _entry_points()[name]}
+def load_declared(group: str, argument: str, name: str) -> Callable[..., Any]:
+    """Import the function that another package declares under `name`.
+
+    Args:
+        group: Group of entry points.
+        argument: What the user calls it by, such as ``criterion``.
+        name: Name in the group.
+
+    Raises:
+        ValueError: It is declared twice, or cannot be imported, or is no function.
+    """
+    found = declared_elsewhere(group)[name]
+    declared = {entry_point.value: entry_point for entry_point in found}
     if len(declared) > 1:
         raise ValueError(
-            f"criterion={name} is declared by several packages ({', '.join(sorted(declared))}): "
+            f"{argument}={name} is declared by several packages ({', '.join(sorted(declared))}): "
             "uninstall all but one."
         )
     ((value, entry_point),) = declared.items()
@@ -199,7 +219,7 @@ def _added_criterion(name: str) -> Criterion:
             raise TypeError(f"it is a {type(function).__name__}, not a function")
     except Exception as error:
         raise ValueError(
-            f"criterion={name} is declared as {value}, which cannot be imported "
+            f"{argument}={name} is declared as {value}, which cannot be imported "
             f"({type(error).__name__}: {error}): repair the package that declares it."
         ) from error
     return function
@@ -282,7 +302,7 @@ def score_neurons(
         part = _OF_EXTREMES[criterion]
         return part(gate, dtype) + part(up, dtype)
     if criterion not in CRITERIA:
-        function = _added_criterion(criterion)
+        function = load_declared(GROUP, "criterion", criterion)
         # It may compare neurons with each other, so it sees all of them at once.
         scores = function(gate.to("cpu", dtype), up.to("cpu", dtype))
         return _checked(scores, criterion, gate.shape[0]).cpu()

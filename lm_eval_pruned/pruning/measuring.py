@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lm_eval_pruned.pruning.calibration import LENGTH, CalibrationText
 from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, kept_set
-from lm_eval_pruned.pruning.layerwise import loss_of
+from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer, loss_of
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
-from lm_eval_pruned.pruning.sensitivity import LayerCurve
+from lm_eval_pruned.pruning.sensitivity import LayerCurve, Sensitivity
+from lm_eval_pruned.pruning.settling import REMOVED
 from lm_eval_pruned.pruning.slicing import score
 
 
@@ -30,10 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.calibration import NeuronActivity
-    from lm_eval_pruned.pruning.layerwise import LayeredModel
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.pruning.plan import PrunePlan
 
@@ -204,6 +205,66 @@ def measure_in_full(
                 sums[layer, width] = summed()
         step(len(texts))
     return _curves(by_layer, widths, sums, texts, ranking)
+
+
+def measure_loaded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: PrunePlan,
+    scores: Mapping[str, Mapping[str, Tensor]],
+) -> Sensitivity:
+    """Measure the curves by which `plan` is settled, of a model that is in memory.
+
+    Args:
+        model: The unpruned model.
+        tokenizer: Its tokenizer.
+        plan: Names the text, how many of it, and the seed of ``random``.
+        scores: Scores of the neurons, by criterion and name of the GLU-MLP, each (I,).
+
+    Raises:
+        ValueError: The text is not as `lm_eval_pruned.pruning.calibration.read_texts` wants it.
+    """
+    file, removed = str(plan.calibration), [Fraction(str(each)) for each in REMOVED]
+    text = CalibrationText.of(model, tokenizer, file, plan.calibration_samples, LENGTH)
+    text.check_predictable()
+    training = model.training
+    model.eval()
+    curves: list[LayerCurve] = []
+    try:
+        whole: LayeredModel | None = LayeredModel(model)
+        whole.check(text.tokens[0].to(whole.device))
+        how = "in memory"
+    except NotLayerByLayer as reason:
+        whole, how = None, f"in memory, each cut in full, because {reason}"
+    try:
+        for criterion, by_name in scores.items():
+            asked = dataclasses.replace(plan, criterion=criterion)
+            ranking = Ranking(asked, by_name)
+            if whole is None:
+                loss, found = measure_in_full(
+                    model, text.tokens, ranking, removed, _unseen
+                )
+            else:
+                loss, found = measure_by_layer(
+                    whole, text.tokens, ranking, removed, _unseen
+                )
+            curves += found
+    finally:
+        model.train(training)
+    return Sensitivity(
+        str(model.config.name_or_path),
+        loss,
+        tuple(curves),
+        text.path.name,
+        text.sha256,
+        len(text.tokens),
+        text.count,
+        how,
+    )
+
+
+def _unseen(layers: int) -> None:
+    """Show nobody that so many layers were measured."""
 
 
 def scores_of_activity(

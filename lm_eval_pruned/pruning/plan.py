@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.pruning.allocations import UNIFORM
 from lm_eval_pruned.pruning.arguments import (
     PruneArguments,
     exact,
@@ -50,6 +51,11 @@ class PrunePlan:
             is not named keeps its width. None for `width` in all.
         layer_criteria: Likewise the criterion of each layer; `criterion` scores the
             layers that are not named.
+        allocation: Name of how the neurons are shared among the layers.
+        min_width: Neurons that it leaves in each layer at least; None where nobody asked.
+        tried: The criteria among which ``criterion=best`` chooses; else none.
+        measured_on: Name, SHA-256, texts and tokens of the text on which losses were
+            measured to settle the plan, as the results file holds them.
 
     Example:
         >>> plan = PrunePlan.from_arguments(2048, 8192, prune_percent=40)
@@ -73,6 +79,22 @@ class PrunePlan:
     calibration_samples: int | None = None
     layer_widths: tuple[tuple[int, int], ...] | None = None
     layer_criteria: tuple[tuple[int, str], ...] | None = None
+    allocation: str = UNIFORM
+    min_width: int | None = None
+    tried: tuple[str, ...] = ()
+    measured_on: Mapping[str, Any] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether weights or text have to be looked at before it says what each layer becomes.
+
+        See `lm_eval_pruned.pruning.settling.settled`.
+        """
+        if not self.prunes:
+            return False
+        if self.tried and self.layer_criteria is None:
+            return True
+        return self.allocation != UNIFORM and self.layer_widths is None
 
     @property
     def ratio_before(self) -> float:
@@ -101,7 +123,8 @@ class PrunePlan:
     def criteria(self) -> tuple[str, ...]:
         """The criteria that score some layer, each once; `criterion` comes first."""
         others = [name for _, name in self.layer_criteria or ()]
-        return tuple(dict.fromkeys([self.criterion, *others]))
+        own = () if self.tried else (self.criterion,)
+        return tuple(dict.fromkeys([*own, *others]))
 
     def criterion_of(self, layer: int) -> str:
         """Return the name of the criterion that scores the layer of that number."""
@@ -232,6 +255,9 @@ class PrunePlan:
             seed,
             chosen,
             **calibration,
+            allocation=arguments.allocation,
+            min_width=None if arguments.min_width is None else int(arguments.min_width),
+            tried=arguments.tried,
         )
 
     def with_layers(

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.pruning.allocations import UNIFORM
 from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean, written_layers
 from lm_eval_pruned.util.tables import markdown_table
@@ -80,6 +81,10 @@ class PruneRecord:
         Raises:
             ValueError: Neurons were removed, and `kept` does not say which stayed.
         """
+        if plan.is_open:
+            raise ValueError(
+                "The record needs a plan that says what each layer became."
+            )
         if plan.prunes and kept is not None and len(kept) != len(widths.mlps):
             raise ValueError(
                 f"The record needs the kept neurons of {len(widths.mlps)} MLPs, not of {len(kept)}."
@@ -139,6 +144,13 @@ class PruneRecord:
         }
         if plan.layers is not None:
             record["layers_pruned"] = written_layers(plan.layers)
+        if plan.allocation != UNIFORM:
+            record["allocation"] = plan.allocation
+            record["min_width"] = plan.min_width
+        if plan.tried:
+            record["criteria_tried"] = list(plan.tried)
+        if plan.measured_on is not None:
+            record["measured_on"] = dict(plan.measured_on)
         if plan.layer_widths is not None:
             record["layer_widths"] = {str(n): width for n, width in plan.layer_widths}
         if plan.layer_criteria is not None:
@@ -154,6 +166,8 @@ class PruneRecord:
         plan = self.plan
         before, after = self.parameters_before, self.parameters_after
         asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
+        if plan.allocation != UNIFORM:
+            asked += f", allocation={plan.allocation}"
         criterion = f"criterion={plan.criterion}" if plan.prunes else "nothing removed"
         if plan.prunes and plan.layer_criteria is not None:
             criterion = f"criteria by layer {written_by_layer(plan.layer_criteria)}"

@@ -6,17 +6,21 @@ Which neurons are kept at any width follows from the same scores, which are smal
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
     from lm_eval_pruned.pruning.calibration import Calibration
+    from lm_eval_pruned.pruning.layouts import GluMlp
+    from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.sensitivity import Sensitivity
 
 
 @dataclass
@@ -27,11 +31,26 @@ class ScoreTable:
         scores: By name of the GLU-MLP, shape (I,), float32, on the CPU.
         finite: Names of the MLPs whose ``down_proj`` was found free of NaN.
         calibration: The text behind the scores, for criteria that need one.
+        by_criterion: Scores of criteria that were compared, by criterion and MLP.
+        curves: The losses by which they were, with one layer cut at a time.
     """
 
     scores: dict[str, Tensor] = field(default_factory=dict)
     finite: set[str] = field(default_factory=set)
     calibration: Calibration | None = None
+    by_criterion: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    curves: Sensitivity | None = None
+
+    def of_plan(self, plan: PrunePlan, mlps: Iterable[GluMlp]) -> ScoreTable:
+        """Return the table for a plan that is settled: each MLP by its layer's criterion."""
+        if not plan.tried:
+            return self
+        chosen = {
+            mlp.name: self.by_criterion.get(plan.criterion_of(mlp.block), {})
+            for mlp in mlps
+        }
+        scores = {name: of[name] for name, of in chosen.items() if name in of}
+        return dataclasses.replace(self, scores=scores)
 
     def covers(self, before: Mapping[str, int], after: Mapping[str, int]) -> bool:
         """Return whether every MLP is scored that has fewer neurons in `after`."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +15,12 @@ from lm_eval_pruned.pruning.alignment import warn_misaligned
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.arrays import all_finite, gather
 from lm_eval_pruned.pruning.calibration import NeuronActivity, calibrate
-from lm_eval_pruned.pruning.criteria import kept_set, proves_finite, score_neurons
+from lm_eval_pruned.pruning.criteria import (
+    CALIBRATED,
+    kept_set,
+    proves_finite,
+    score_neurons,
+)
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
     GluMlp,
@@ -23,11 +30,12 @@ from lm_eval_pruned.pruning.layouts import (
 )
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
+from lm_eval_pruned.pruning.settling import settled
 from lm_eval_pruned.pruning.widths import Widths
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
     from transformers import (
@@ -37,6 +45,7 @@ if TYPE_CHECKING:
     )
 
     from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.sensitivity import Sensitivity
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.pruning")
@@ -131,19 +140,19 @@ def carry_out(
     known = known or ScoreTable()
     mlps = find_glu_mlps(model)
     widths = widths or widths_in_memory(model)
-    targets = widths.targets(plan)
     before = count_parameters(model)
     kept: dict[str, Tensor] = {}
+    if plan.prunes and plan.calibration is not None and tokenizer is None:
+        raise ValueError(
+            f"calibration={plan.calibration} is text, and there is no tokenizer to read it with: "
+            "pass tokenizer."
+        )
+    if plan.is_open:
+        plan = settled(plan, widths, LoadedModel(plan, model, mlps, tokenizer, known))
+        known = known.of_plan(plan, mlps)
+    targets = widths.targets(plan)
     if plan.prunes:
-        if plan.calibration is not None and known.calibration is None:
-            if tokenizer is None:
-                raise ValueError(
-                    f"calibration={plan.calibration} is text, and there is no tokenizer to read it "
-                    "with: pass tokenizer."
-                )
-            known.calibration = calibrate(
-                model, tokenizer, plan.calibration, plan.calibration_samples
-            )
+        _calibrate(plan, model, tokenizer, known)
         narrowed_config = widths.narrowed_config(targets)
         # All layers are scored before the first is sliced: an error leaves the model whole.
         for mlp in mlps:
@@ -221,20 +230,84 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
             return
 
 
+def _calibrate(
+    plan: PrunePlan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    known: ScoreTable,
+) -> None:
+    """Observe the neurons on the text of `plan`, if a criterion wants that."""
+    wanted = any(name in CALIBRATED for name in plan.criteria)
+    if plan.calibration is None or not wanted or known.calibration is not None:
+        return
+    assert tokenizer is not None
+    known.calibration = calibrate(
+        model, tokenizer, plan.calibration, plan.calibration_samples
+    )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory as evidence for a plan; see `lm_eval_pruned.pruning.settling.Evidence`.
+
+    Attributes:
+        plan: The plan that is to be settled.
+        model: The unpruned model.
+        mlps: Its GLU-MLPs.
+        tokenizer: Its tokenizer; needed where losses are measured.
+        known: Takes the scores by the plan's criterion.
+    """
+
+    plan: PrunePlan
+    model: PreTrainedModel
+    mlps: list[GluMlp]
+    tokenizer: PreTrainedTokenizerBase | None
+    known: ScoreTable
+
+    def scores(self) -> Mapping[str, Tensor]:
+        _calibrate(self.plan, self.model, self.tokenizer, self.known)
+        for mlp in self.mlps:
+            _scores_in_memory(self.plan, mlp, self.known)
+        return self.known.scores
+
+    def curves(self, criteria: Sequence[str]) -> Sensitivity:
+        from lm_eval_pruned.pruning.measuring import measure_loaded
+
+        known, plan = self.known, self.plan
+        if known.curves is None:
+            for criterion in criteria:
+                one = dataclasses.replace(plan, criterion=criterion, tried=())
+                scored = ScoreTable(calibration=known.calibration)
+                _calibrate(one, self.model, self.tokenizer, scored)
+                known.calibration = scored.calibration
+                for mlp in self.mlps:
+                    _scores_in_memory(one, mlp, scored)
+                known.by_criterion[criterion] = scored.scores
+            assert self.tokenizer is not None
+            known.curves = measure_loaded(
+                self.model, self.tokenizer, plan, known.by_criterion
+            )
+        return known.curves
+
+
 def _select_in_memory(
     plan: PrunePlan, mlp: GluMlp, width: int, known: ScoreTable
 ) -> Tensor:
+    _scores_in_memory(plan, mlp, known)
+    return kept_set(known.scores[mlp.name], width)
+
+
+def _scores_in_memory(plan: PrunePlan, mlp: GluMlp, known: ScoreTable) -> None:
     if mlp.name not in known.scores:
         gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
+        criterion = plan.criterion_of(mlp.block)
         observed = known.calibration
         activity = None if observed is None else observed.activity[mlp.name]
-        criterion = plan.criterion_of(mlp.block)
         scores = score(
             plan, mlp.name, mlp.layer, gate, up, down, activity, criterion=criterion
         )
         known.scores[mlp.name] = scores.cpu()
         known.finite.add(mlp.name)
-    return kept_set(known.scores[mlp.name], width)
 
 
 def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:

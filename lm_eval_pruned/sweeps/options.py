@@ -66,7 +66,7 @@ OPTIONS = (
     *(
         Option(
             name,
-            "words" if name in ("criteria", "widths") else "numbers",
+            "words" if name in ("criteria", "widths", "allocations") else "numbers",
             help_of(name, several=True),
             DECLARED[argument].metadata["metavar"],
             _SIZES,

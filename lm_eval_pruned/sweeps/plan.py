@@ -9,6 +9,7 @@ changed is not mistaken for it.
 from __future__ import annotations
 
 import functools
+import itertools
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
+from lm_eval_pruned.pruning.allocations import canonical_allocation
 from lm_eval_pruned.pruning.arguments import (
     EXCLUSIVE,
     SEVERAL,
     SEVERAL_SIZES,
     SIZES,
     PruneArguments,
+    without_idle,
 )
 from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.pruning.layer_widths import read_widths
@@ -127,10 +130,7 @@ class Sweep:
 
     def model_args(self, configuration: Configuration) -> dict[str, Any]:
         """Return the arguments that ``lm_eval --model_args`` would take."""
-        base = dict(self._base)
-        if not configuration.arguments:
-            base.pop("multiple_of", None)
-        return {**base, **configuration.arguments}
+        return without_idle({**self._base, **configuration.arguments})
 
     def metadata(self, configuration: Configuration) -> dict[str, Any]:
         """Return what the harness hands to tasks: model arguments, then --metadata."""
@@ -263,8 +263,14 @@ def _configurations(
 ) -> list[Configuration]:
     criteria = list(
         dict.fromkeys(
-            canonical_name(name)
+            canonical_name(name, or_best=True)
             for name in options.get("criteria", [PruneArguments.criterion])
+        )
+    )
+    allocations = list(
+        dict.fromkeys(
+            canonical_allocation(name)
+            for name in options.get("allocations", [PruneArguments.allocation])
         )
     )
     seeds = list(
@@ -305,15 +311,19 @@ def _configurations(
         for value, row in zip(values, rows, strict=True):
             if row.intermediate_size == baseline.intermediate_size:
                 continue
-            for criterion in criteria:
+            for allocation, criterion in itertools.product(allocations, criteria):
                 for seed in seeds if seeds and criterion == "random" else [None]:
                     arguments: dict[str, Any] = {
                         argument: value if argument == "widths" else parse_number(value)
                     }
+                    if allocation != PruneArguments.allocation:
+                        arguments["allocation"] = allocation
                     if criterion != PruneArguments.criterion:
                         arguments["criterion"] = criterion
                     if seed is not None:
                         arguments["seed"] = seed
+                    # Refused here, not once the baseline has been evaluated.
+                    PruneArguments.taken_from(without_idle({**base, **arguments}))
                     found.append(
                         Configuration(
                             _id(arguments),

@@ -11,9 +11,6 @@ import transformers
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.checkpoints.stream import check_expressible
-from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.per_layer import with_layers, without_layers
 from lm_eval_pruned.pruning.slicing import widths_in_memory
@@ -178,27 +175,6 @@ def test_a_model_with_widths_in_its_config_generates(tmp_path):
         torch.arange(40, 44)[None], max_new_tokens=3, do_sample=False
     )
     assert tokens.shape == (1, 7)
-
-
-def test_an_engine_is_told_before_it_builds_its_layers(tmp_path):
-    """What `pruned-vllm` does first."""
-    layouts.save_family(tmp_path / "source", "llama", 40)
-    saved = tmp_path / "saved"
-    load_pruned(str(tmp_path / "source"), widths=[30, 20]).save_pretrained(saved)
-
-    def request(folder, **asked):
-        kind = transformers.AutoModelForCausalLM
-        return LoadRequest.resolve(kind, str(folder), PruneArguments(**asked), {})
-
-    with pytest.raises(
-        UnsupportedModelError, match=r"widths=0:30,1:20 gives model\.lay"
-    ):
-        check_expressible(request(tmp_path / "source", widths=[30, 20]))
-    with pytest.raises(
-        UnsupportedModelError, match=r"^The checkpoint gives model\.lay"
-    ):
-        check_expressible(request(saved))
-    check_expressible(request(saved, intermediate_size=9))
 
 
 @pytest.mark.parametrize(

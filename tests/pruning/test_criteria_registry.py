@@ -134,8 +134,8 @@ def test_scores_of_any_real_dtype_rank(neurons, data):
     gate = torch.zeros(neurons, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "lm_eval_pruned.pruning.criteria._added_criterion",
-            lambda name: lambda gate, up: order.to(dtype),
+            "lm_eval_pruned.pruning.criteria.load_declared",
+            lambda *names: lambda gate, up: order.to(dtype),
         )
         scores = score_neurons(gate, gate, "added")
     assert scores.dtype == torch.float32

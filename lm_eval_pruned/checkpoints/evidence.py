@@ -1,0 +1,135 @@
+"""What a checkpoint says about its layers before it is pruned; see `lm_eval_pruned.pruning.settling`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING
+
+from lm_eval_pruned.checkpoints.layers import observe
+from lm_eval_pruned.checkpoints.route import (
+    OWN_WAY,
+    RouteDeclined,
+    clear_errors,
+    with_stored_widths,
+)
+from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
+from lm_eval_pruned.checkpoints.stream import Opened, OpenedSession
+from lm_eval_pruned.pruning.layouts import find_glu_mlps
+from lm_eval_pruned.pruning.settling import REMOVED, settled
+from lm_eval_pruned.pruning.slicing import LoadedModel, widths_in_memory
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.scores import ScoreTable
+    from lm_eval_pruned.pruning.sensitivity import Sensitivity
+    from lm_eval_pruned.pruning.widths import Widths
+
+
+def settled_request(
+    request: LoadRequest,
+    known: ScoreTable,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[LoadRequest, ScoreTable, str | None]:
+    """Settle the plan of `request` out of its checkpoint, without a model in memory.
+
+    Args:
+        request: What is to be loaded.
+        known: Scores from before; takes those of this checkpoint.
+        tokenizer: What reads calibration text; default: the model's own.
+
+    Returns:
+        The request with a plan that says what each layer becomes, the scores by which it does,
+        and None; or both as they are, and why that takes the model in memory.
+
+    Raises:
+        WidthsDiffer: The layers have other widths than `request` says.
+        ValueError: The checkpoint, the text or a bound is wrong.
+    """
+    if not request.plan.is_open:
+        return request, known, None
+    if (why := request.unreadable()) is not None:
+        return request, known, why
+    try:
+        evidence = _StoredModel(request, known, tokenizer)
+        plan = settled(request.plan, request.widths, evidence)
+    except RouteDeclined as reason:
+        return request, known, str(reason)
+    settled_one = dataclasses.replace(request, plan=plan)
+    return settled_one, known.of_plan(plan, request.widths.mlps), None
+
+
+def settled_plan(request: LoadRequest, known: ScoreTable) -> tuple[PrunePlan, Widths]:
+    """Return what each layer of `request` becomes, and the widths that it has.
+
+    The model is loaded if it has to be, and dropped.
+
+    Args:
+        request: What would be loaded.
+        known: Scores and losses from before; takes those of this model.
+    """
+
+    def settle(request: LoadRequest) -> tuple[PrunePlan, Widths]:
+        request, _, why = settled_request(request, known)
+        if why is None:
+            return request.plan, request.widths
+        request.check_prunable_in_memory(why)
+        tokenizer = request.load_tokenizer() if request.plan.calibration else None
+        model = request.load_whole()
+        widths = widths_in_memory(model)
+        plan = widths.plan(request.prune_arguments)
+        evidence = LoadedModel(plan, model, find_glu_mlps(model), tokenizer, known)
+        return settled(plan, widths, evidence), widths
+
+    return with_stored_widths(request, settle)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StoredModel:
+    """A checkpoint as evidence."""
+
+    request: LoadRequest
+    known: ScoreTable
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def scores(self) -> Mapping[str, Tensor]:
+        request, known = self.request, self.known
+        targets = request.widths.targets(request.plan)
+        if known.covers(request.widths.actual, targets):
+            return known.scores
+        if request.needs_scores(known):
+            if (why := observe(request, known, self.tokenizer)) is not None:
+                raise RouteDeclined(why)
+            return known.scores
+        session = OpenedSession(request.plan, request.widths, targets, known)
+        with contextlib.closing(session):
+            with clear_errors(session, request), contextlib.suppress(Opened):
+                narrowed = request.widths.narrowed_config(targets)
+                request.load(narrowed, checkpoint=session)
+                raise RouteDeclined(OWN_WAY)
+            if session.declined is not None:
+                raise RouteDeclined(session.declined)
+            with clear_errors(session, request):
+                session.score()
+        return known.scores
+
+    def curves(self, criteria: Sequence[str]) -> Sensitivity:
+        if self.known.curves is None:
+            plan = self.request.plan
+            self.known.curves = measure_sensitivity(
+                self.request,
+                str(plan.calibration),
+                criteria=criteria,
+                seeds=(plan.seed,),
+                removed=REMOVED,
+                samples=plan.calibration_samples,
+                tokenizer=self.tokenizer,
+            )
+        return self.known.curves
