@@ -130,7 +130,8 @@ def kill_the_engine_once(doc):
     import os
     import signal
 
-    killed = Path(__file__).with_name("killed")
+    # Not beside the tasks, whose files decide whether a unit is done.
+    killed = Path(__file__).parents[1] / "killed"
     if not killed.exists():
         killed.touch()
         (engine,) = [
