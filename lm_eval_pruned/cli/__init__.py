@@ -13,6 +13,7 @@ from lm_eval_pruned.cli import (
     profile,
     prune,
     report,
+    sensitivity,
     study_energy,
     sweep,
 )
@@ -48,7 +49,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action=_Version, help="show the version and leave")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (plan, compare, report, check, sweep, profile, study_energy, prune):
+    for command in (
+        plan,
+        compare,
+        report,
+        check,
+        sweep,
+        sensitivity,
+        profile,
+        study_energy,
+        prune,
+    ):
         command.add(commands)
     arguments = parser.parse_args(argv)
     try:
