@@ -33,8 +33,8 @@ def heat_map(curves: LayerCurves) -> Plot:
     """Draw the rise of the loss by layer and share removed, one map for each criterion."""
     name = "sensitivity"
     criteria = [*curves.criteria, *([RANDOM] if curves.seeds else [])]
-    most = max(max(each) for each in curves.rises.values())
-    norm = SymLogNorm(_LINEAR, vmin=0, vmax=max(most, 2 * _LINEAR), clip=True)
+    most = max(2 * _LINEAR, *(max(each) for each in curves.rises.values()))
+    norm = SymLogNorm(_LINEAR, vmin=0, vmax=most, clip=True)
     with style(name):
         height = 0.9 + len(criteria) * (0.45 + 0.22 * len(curves.shares))
         figure = Figure(figsize=(8, height))
@@ -75,7 +75,7 @@ def heat_map(curves: LayerCurves) -> Plot:
         bar = figure.colorbar(drawn, ax=list(maps), aspect=30, pad=0.02)
         bar.set_label("rise of the loss (nats per token)")
         bar.outline.set_visible(False)
-        ticks = [tick for tick in (0, 0.02, 0.1, 0.5, 1, 2, 5, 10) if tick <= norm.vmax]
+        ticks = [tick for tick in (0, 0.02, 0.1, 0.5, 1, 2, 5, 10) if tick <= most]
         bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         bar.minorticks_off()
         return finished_plot(
