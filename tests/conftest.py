@@ -71,6 +71,15 @@ def real_model() -> str:
 
 
 @pytest.fixture(scope="session")
+def second_model() -> Path:
+    """Folder of Gemma-3-270M (base), a GGUF file: GeGLU, sliding windows, a large vocabulary."""
+    why = checkpoints.second_model_missing()
+    if why:
+        pytest.skip(why)
+    return checkpoints.second_model()
+
+
+@pytest.fixture(scope="session")
 def shared_data():
     """Folder of real benchmark data laid out under their Hub names (see CONTRIBUTING)."""
     data = os.environ.get("LM_EVAL_PRUNED_DATA")

@@ -113,7 +113,7 @@ def lines_plot(
         axes.set_ylabel(y_label)
         axes.grid(axis="y", color=INK, alpha=0.15)
         figure.legend(handles=handles, loc="outside right upper", fontsize=8)
-        return _finish(figure, name, title, description)
+        return finished_plot(figure, name, title, description)
 
 
 def _point(marker: str, colour: str, significant: bool | None) -> dict[str, Any]:
@@ -164,10 +164,11 @@ def scatter_plot(
         axes.set_ylabel(y_label)
         axes.set_title(caption, fontsize=9, loc="left")
         axes.grid(color=INK, alpha=0.15)
-        return _finish(figure, name, title, description)
+        return finished_plot(figure, name, title, description)
 
 
-def _finish(figure: Figure, name: str, title: str, description: str) -> Plot:
+def finished_plot(figure: Figure, name: str, title: str, description: str) -> Plot:
+    """Return a figure as the files and the element that a report takes."""
     return Plot(
         name,
         title,

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.analysis.comparison import compare, split_sweep
+from lm_eval_pruned.analysis.random_baseline import random_baseline_section
 from lm_eval_pruned.analysis.report_curves import (
     capabilities_section,
     energy_section,
     truthfulness_section,
 )
 from lm_eval_pruned.analysis.report_formats import as_csv, as_html, as_markdown
+from lm_eval_pruned.analysis.report_layers import layers_section
 from lm_eval_pruned.analysis.report_sections import (
     configurations_section,
     remarks_section,
@@ -89,10 +91,12 @@ def make_sections(
     runs = [base, *others]
     sections = [
         scores_section(base, others, comparison),
+        random_baseline_section(sweep, base),
         capabilities_section(base, runs, comparison),
         truthfulness_section(runs, comparison),
         trends_section(comparison),
         energy_section(runs),
+        layers_section(sweep),
         configurations_section(runs),
         repeating_section(sweep, base),
         remarks_section(sweep, runs, comparison),

@@ -73,7 +73,7 @@ def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             )
             lines += ["", f"![{_plain(alternative)}](plots/{plot.name}.png)"]
         if section.code:
-            lines += ["", "```json", section.code, "```"]
+            lines += ["", f"```{section.language}", section.code, "```"]
         if section.notes:
             lines += ["", *(f"- {_plain(note)}" for note in section.notes)]
     return "\n".join(lines) + "\n"

@@ -41,13 +41,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One section; any of its parts may be missing."""
+    """One section; any of its parts may be missing. `code` is JSON, or of another language."""
 
     heading: str
     paragraphs: Sequence[str] = ()
     table: Table | None = None
     plots: Sequence[Plot] = ()
     code: str = ""
+    language: str = "json"
     notes: Sequence[str] = field(default_factory=tuple)
 
 

@@ -2,7 +2,9 @@
 
 ``DIR/sweep.json`` says what the sweep is, ``DIR/units/CONFIGURATION/TASK/`` holds one
 unit: the harness's ``results_*.json`` and ``samples_*.jsonl`` and our ``unit.json``, or
-``error.json`` and ``unit.json`` for one that failed. `lm_eval_pruned.sweeps` writes such a
+``error.json`` and ``unit.json`` for one that failed. ``DIR/sensitivity.json`` holds the
+curves of single layers that its widths or criteria were chosen by, as ``lm-eval-pruned
+sensitivity`` writes them. `lm_eval_pruned.sweeps` writes such a
 folder and goes on in it, `sweep_results` reads it for tables; both ask here.
 """
 
@@ -30,6 +32,8 @@ DEFINITION = "sweep.json"
 UNIT = "unit.json"
 ERROR = "error.json"
 UNITS = "units"
+#: Curves of single layers; there where a sweep measured them, or where somebody put them.
+SENSITIVITY = "sensitivity.json"
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,16 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
             f"to {SCHEMA}: upgrade lm-eval-pruned."
         )
     return definition, _configuration_ids(file, definition)
+
+
+def read_curves(sweep: Path) -> Mapping[str, Any] | None:
+    """Read ``sensitivity.json``; None where the sweep has none.
+
+    Raises:
+        ResultsError: It is no JSON object.
+    """
+    file = sweep / SENSITIVITY
+    return read_json(file) if file.is_file() else None
 
 
 def _configuration_ids(file: Path, definition: Mapping[str, Any]) -> list[str]:

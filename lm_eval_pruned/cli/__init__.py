@@ -14,6 +14,7 @@ from lm_eval_pruned.cli import (
     profile,
     prune,
     report,
+    sensitivity,
     study_energy,
     sweep,
 )
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         report,
         check,
         sweep,
+        sensitivity,
         profile,
         study_energy,
         prune,

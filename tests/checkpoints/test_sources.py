@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
@@ -160,3 +160,22 @@ def test_a_gguf_file(real_model):
     ).model
     plain = load_pruned(real_model, prune_percent=40)
     assert model.prune_record.digest == plain.prune_record.digest
+
+
+@pytest.mark.slow
+def test_the_second_real_model_prunes_and_answers(second_model, caplog):
+    """Gemma-3-270M: GeGLU, sliding windows, a norm behind each MLP."""
+    arguments = {"gguf_file": checkpoints.GEMMA_FILE, "dtype": "float32"}
+    model = load_pruned(str(second_model), prune_percent=30, **arguments)
+    assert "loaded in full and pruned in memory" in caplog.text
+    assert model.config.intermediate_size == 1434
+    record = model.prune_record
+    assert record.parameters_before - record.parameters_after == 18 * 614 * 3 * 640
+    tokenizer = AutoTokenizer.from_pretrained(
+        second_model, gguf_file=checkpoints.GEMMA_FILE
+    )
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.generate(**tokens, max_new_tokens=8, do_sample=False)
+    new = answer[0, tokens["input_ids"].shape[1] :]
+    assert len(new) == 8
+    assert len(tokenizer.decode(new).strip()) > 8

