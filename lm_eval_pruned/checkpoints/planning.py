@@ -148,15 +148,17 @@ def _settled_rows(
     source = {name: value for name, value in source.items() if value}
     auto_class = auto_class_for(AutoConfig.from_pretrained(pretrained, **source))
     known, rows = ScoreTable(), []
+    dtype: torch.dtype
     for arguments in asked:
         request = LoadRequest.resolve(auto_class, pretrained, arguments, source)
         plan, widths = settled_plan(request, known)
+        dtype = widths.original.dtype or torch.float32  # type: ignore[assignment]
         rows.append(
             _row(
                 plan,
                 widths.count_parameters(widths.targets(plan)),
                 widths.count_parameters(widths.actual),
-                (widths.original.dtype or torch.float32).itemsize,
+                dtype.itemsize,
             )
         )
     return rows

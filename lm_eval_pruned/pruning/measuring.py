@@ -231,8 +231,9 @@ def measure_loaded(
     model.eval()
     curves: list[LayerCurve] = []
     try:
-        whole: LayeredModel | None = LayeredModel(model)
-        whole.check(text.tokens[0].to(whole.device))
+        layers = LayeredModel(model)
+        layers.check(text.tokens[0].to(layers.device))
+        whole: LayeredModel | None = layers
         how = "in memory"
     except NotLayerByLayer as reason:
         whole, how = None, f"in memory, each cut in full, because {reason}"
