@@ -58,13 +58,14 @@ def _pass(forward: Forward, cache: SlotCache, work: list[_Row]) -> torch.Tensor:
         place = sent[:, -1].to(states.device)
         return states[torch.arange(len(place), device=place.device), place][:, None]
 
+    cached: dict[str, Any] = {cache_argument(forward.model): cache}
     logits = forward(
         sent[:, :longest],
         position,
         last if longest > 1 else None,
         attention_mask=mask,
         use_cache=True,
-        **{cache_argument(forward.model): cache},
+        **cached,
     )
     return logits[:, -1]
 

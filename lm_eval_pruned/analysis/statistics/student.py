@@ -55,12 +55,12 @@ def paired_t(
     if moments.alike:
         # No spread to compare with: the signs alone, as McNemar's mid-p counts them.
         unlikely = 0.5 ** (units + 1)
-        tails = (1 - unlikely, unlikely) if gained else (unlikely, 1 - unlikely)
+        both = (1 - unlikely, unlikely) if gained else (unlikely, 1 - unlikely)
         return PairedTest(
             difference,
             None,
             None,
-            p_of_tails(*tails, alternative),
+            p_of_tails(*both, alternative),
             f"sign test: all {unit} changed alike",
             units,
             alpha,
