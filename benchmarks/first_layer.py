@@ -290,9 +290,7 @@ def main() -> None:
     baseline = loss_of(model, held)
     print(f"Loss of the unpruned model: {baseline:.3f}\n", flush=True)
     mlps = {mlp.layer: mlp for mlp in find_glu_mlps(model)}
-    print(
-        "|layer|removed|loss|rise|share of the output's energy|\n|---|---|---:|---:|---:|"
-    )
+    rows = []
     for layer in arguments.layers:
         of = observed[layer]
         chosen = {name: of.removed(name, arguments.share) for name in of.scores}
@@ -304,10 +302,17 @@ def main() -> None:
         for name, neurons in chosen.items():
             with without(mlps[layer], neurons):
                 loss = loss_of(model, held)
-            print(
-                f"|{layer}|{name}|{loss:.3f}|{loss - baseline:+.3f}|{of.lost(neurons):.3f}|",
-                flush=True,
+            rows.append(
+                [
+                    layer,
+                    name,
+                    f"{loss:.3f}",
+                    f"{loss - baseline:+.3f}",
+                    f"{of.lost(neurons):.3f}",
+                ]
             )
+    header = ["layer", "removed", "loss", "rise", "share of the output's energy"]
+    print(markdown_table(header, rows, "llrrr"))
 
 
 if __name__ == "__main__":

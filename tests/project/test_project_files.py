@@ -12,7 +12,7 @@ import re
 import pytest
 import yaml
 
-from lm_eval_pruned.pruning import criteria
+from lm_eval_pruned.pruning import allocations, criteria
 from tests.helpers import checkpoints
 from tests.project.test_requirements import extras
 
@@ -139,7 +139,7 @@ def test_files_that_are_named_exist():
 
 
 def test_names_of_the_package_that_are_mentioned_exist():
-    group = criteria.GROUP  # of entry points
+    groups = {criteria.GROUP, allocations.GROUP}  # of entry points
     mentioned = {
         name
         for path in written()
@@ -148,7 +148,7 @@ def test_names_of_the_package_that_are_mentioned_exist():
         )
     }
     assert len(mentioned) > 10
-    for name in mentioned - {group}:
+    for name in mentioned - groups:
         # Modules are found, not imported: some need a package that is not installed here.
         with contextlib.suppress(ModuleNotFoundError):
             if importlib.util.find_spec(name) is not None:

@@ -144,7 +144,7 @@ def test_scores_of_any_real_dtype_rank(neurons, data):
 
 def test_the_example_of_the_documentation(install, tiny_llama):
     text = (checkpoints.ROOT / "docs" / "criteria.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
+    code = text.split("```toml\n")[0].split("```python\n")[-1].split("```")[0]
     declaration = text.split("```toml\n")[1].split("```")[0]
     name, _, value = declaration.splitlines()[-1].partition(" = ")
     module = value.strip('"').partition(":")[0]

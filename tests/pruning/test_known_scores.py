@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints import narrowed
+from lm_eval_pruned.checkpoints import load as loading, narrowed
 from lm_eval_pruned.checkpoints.load import load_with_arguments
-from lm_eval_pruned.pruning import slicing as pruning
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.comparing import assert_same_model
 
@@ -98,9 +97,9 @@ def test_seven_widths_take_one_calibration(
     scored.clear()
     passes = []
     monkeypatch.setattr(
-        pruning,
-        "calibrate",
-        lambda *args, run=pruning.calibrate: passes.append(args) or run(*args),
+        loading,
+        "observe",
+        lambda *args, run=loading.observe: passes.append(args) or run(*args),
     )
     caplog.clear()
     with caplog.at_level("INFO", "lm_eval.pruned"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -16,10 +15,6 @@ from lm_eval_pruned.analysis.statistics.paired_test import (
 )
 
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
 #: Where a distribution is integrated over.
 _NODES = 512
 
@@ -28,8 +23,7 @@ def mcnemar(
     up: int, down: int, n: int, alpha: float, alternative: Alternative
 ) -> PairedTest:
     """Test `up` documents that became right and `down` that became wrong, of `n`."""
-    below = _confidence(up, down, n)
-    low, high = _changed_interval(below, (up - down) / n, alpha)
+    low, high = _changed_interval(up, down, n, alpha)
     return PairedTest(
         (up - down) / n,
         low,
@@ -53,8 +47,8 @@ def _mid_p(few: int, many: int) -> float:
     return float(coin.cdf(few) - coin.pmf(few) / 2)
 
 
-def _confidence(up: int, down: int, n: int) -> Callable[[float], float]:
-    """Return the confidence distribution of a difference of paired shares that agrees with mid-p.
+def _changed_interval(up: int, down: int, n: int, alpha: float) -> tuple[float, float]:
+    """Return the interval of a difference of paired shares that agrees with mid-p.
 
     The difference is the share of documents that changed times (2 r - 1), with r the
     share of these that became right. The two shares are independent binomial ones; their
@@ -64,12 +58,17 @@ def _confidence(up: int, down: int, n: int) -> Callable[[float], float]:
     """
     share = _share_changed(up + down, n)
 
-    def below(difference: float) -> float:
+    def tail(difference: float) -> float:
         right = (1 + difference / share) / 2
-        tails = _beta_cdf(up + 1, down, right) + _beta_cdf(up, down + 1, right)
-        return float(tails.mean() / 2)
+        below = _beta_cdf(up + 1, down, right) + _beta_cdf(up, down + 1, right)
+        return float(below.mean() / 2)
 
-    return below
+    ends = []
+    for level in (alpha / 2, 1 - alpha / 2):
+        bracket = (-1.0, 0.0) if tail(0.0) >= level else (0.0, 1.0)
+        ends.append(optimize.brentq(lambda x, level=level: tail(x) - level, *bracket))
+    estimate = (up - down) / n
+    return min(ends[0], estimate), max(ends[1], estimate)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -82,7 +81,7 @@ def _share_changed(changed: int, n: int) -> np.ndarray:
 def tails(up: int, down: int, n: int, x: float) -> tuple[float, float]:
     """Return the p of "the difference is `x` or less", and of "`x` or more".
 
-    As `_confidence`, with the whole chance of what was seen on either side. Half of it, as
+    As `_changed_interval`, with the whole chance of what was seen on either side. Half of it, as
     mid-p counts, is right where nothing differs, and too little at a margin: of 120
     documents of which 10 % become wrong and none right, 7.8 % of outcomes would show at
     level 0.05 that less than 10 % do, while these show it in 3.8 %.
@@ -96,16 +95,6 @@ def tails(up: int, down: int, n: int, x: float) -> tuple[float, float]:
     right = (1 + x / _share_changed(up + down, n)) / 2
     less, more = _beta_cdf(up, down + 1, right), _beta_cdf(up + 1, down, right)
     return float(less.mean()), float(1 - more.mean())
-
-
-def _changed_interval(
-    below: Callable[[float], float], estimate: float, alpha: float
-) -> tuple[float, float]:
-    ends = []
-    for level in (alpha / 2, 1 - alpha / 2):
-        bracket = (-1.0, 0.0) if below(0.0) >= level else (0.0, 1.0)
-        ends.append(optimize.brentq(lambda x, level=level: below(x) - level, *bracket))
-    return min(ends[0], estimate), max(ends[1], estimate)
 
 
 def _beta_cdf(a: int, b: int, x: np.ndarray) -> np.ndarray:
