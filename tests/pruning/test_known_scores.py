@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints import load as loading, narrowed
 from lm_eval_pruned.checkpoints.load import load_with_arguments
+from lm_eval_pruned.pruning import measuring, slicing as pruning
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.comparing import assert_same_model
 
@@ -41,7 +42,7 @@ def load():
 def scored(monkeypatch):
     """The names of the MLPs that are scored from now on."""
     names = []
-    for module in (narrowed, pruning):
+    for module in (narrowed, measuring, pruning):
 
         def counted(plan, name, *args, score=module.score, **kwargs):
             names.append(name)
