@@ -35,6 +35,7 @@ from lm_eval_pruned.checkpoints.stream import (
 from lm_eval_pruned.model_wrappers.vllm_arguments import LOAD_FORMAT
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.per_layer import copy_layers
 
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ def narrow_config(request: LoadRequest, config: Any) -> None:
     widths = request.widths
     targets = widths.targets(request.plan)
     narrowed = widths.narrowed_config(targets)
-    # Nothing is left of widths for single layers, which guard the keys.
-    widths.describe_layers(config, targets)
+    # Widths of single layers guard the keys, and are no concern of vLLM: `build_odd_widths`.
+    copy_layers(widths.config, config)
     for key in set(widths.keys.values()):
         try:
             found = key.get(config)
