@@ -193,10 +193,10 @@ def test_running_out_of_memory_makes_passes_smaller(monkeypatch):
     plain, shared = both(llama())
     run_pack = shared._run_pack
 
-    def run(work, pack, cache):
+    def run(forward, work, pack, cache):
         if sum(map(len, pack.rows)) > 20:
             raise RuntimeError("CUDA out of memory.")
-        run_pack(work, pack, cache)
+        run_pack(forward, work, pack, cache)
 
     monkeypatch.setattr(shared, "_run_pack", run)
     check(plain, shared, draw_requests(5))
