@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.cli.model_args import add_model_args, with_default_model
 from lm_eval_pruned.pruning.arguments import SEVERAL, add_option
 
 
@@ -26,13 +27,7 @@ def add(commands) -> None:
         default="pruned-hf",
         help="what the models run in: transformers (default) or vLLM",
     )
-    parser.add_argument(
-        "--model_args",
-        default="",
-        metavar="KEY=VALUE,...",
-        help="pretrained=NAME_OR_FOLDER and other arguments of loading "
-        "(default: SmolLM2-135M-Instruct)",
-    )
+    add_model_args(parser)
     parser.add_argument(
         "--ratios",
         nargs="+",
@@ -83,7 +78,6 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
     from lm_eval.utils import simple_parse_args_string
 
-    from lm_eval_pruned.checkpoints.default_model import find_default_model
     from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
     from lm_eval_pruned.energy.monitor import EnergyMonitor
     from lm_eval_pruned.profiling import measure as profiling, report as profile_report
@@ -97,10 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"{name}={value} stands in --model_args: pass --{taken[name]} instead."
             )
-    if "pretrained" not in model_args:
-        default = find_default_model()
-        model_args |= default.model_args()
-        print(f"pretrained was not given: profiling {default.source}.", file=sys.stderr)
+    model_args = with_default_model(model_args, "profiling")
     prompts = (
         demo_prompts()
         if arguments.prompts is None

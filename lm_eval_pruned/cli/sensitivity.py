@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.cli.model_args import add_model_args, with_default_model
 from lm_eval_pruned.pruning.arguments import (
     DECLARED,
     SEVERAL,
@@ -35,13 +36,7 @@ def add(commands) -> None:
         "widths and by several criteria, with the criterion random as the zero line. Prints the "
         "curves; with --output_path also JSON, CSV and plots. See docs/sensitivity.md.",
     )
-    parser.add_argument(
-        "--model_args",
-        default="",
-        metavar="KEY=VALUE,...",
-        help="pretrained=NAME_OR_FOLDER and other arguments of loading "
-        "(default: SmolLM2-135M-Instruct)",
-    )
+    add_model_args(parser)
     parser.add_argument(
         "--calibration",
         required=True,
@@ -171,19 +166,13 @@ def _percent(text: str):
 def _model_args(text: str) -> dict[str, Any]:
     from lm_eval.utils import simple_parse_args_string
 
-    from lm_eval_pruned.checkpoints.default_model import find_default_model
-
     given = simple_parse_args_string(text)
     for name in given.keys() & DECLARED.keys():
         raise ValueError(
             f"model_args has {name}={given[name]}, but each layer is cut in turn: leave it out; "
             "--criteria, --seeds, --prune_percents and --calibration say how."
         )
-    if "pretrained" not in given:
-        default = find_default_model()
-        given |= default.model_args()
-        print(f"pretrained was not given: measuring {default.source}.", file=sys.stderr)
-    return given
+    return with_default_model(given, "measuring")
 
 
 def _measure(
