@@ -23,8 +23,8 @@ from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.measuring import (
     Ranking,
-    measure_by_layer,
-    measure_in_full,
+    layered,
+    measure,
     scores_of_activity,
 )
 from lm_eval_pruned.pruning.sensitivity import Sensitivity, read_sensitivity
@@ -179,14 +179,7 @@ class _Measurement:
                 layers = {mlp.block for mlp in self._request.widths.mlps}
                 count = len(model if isinstance(model, LayeredModel) else layers)
                 with steps(count * len(texts), f"sensitivity by {name}") as step:
-                    if isinstance(model, LayeredModel):
-                        loss, curves = measure_by_layer(
-                            model, texts, ranking, self._shares, step
-                        )
-                    else:
-                        loss, curves = measure_in_full(
-                            model, texts, ranking, self._shares, step
-                        )
+                    loss, curves = measure(model, texts, ranking, self._shares, step)
                 yield (criterion, seed), self._sensitivity(loss, curves, path)
 
     @contextlib.contextmanager
@@ -214,13 +207,8 @@ class _Measurement:
             request.pretrained,
             why,
         )
-        model = request.load_whole()
-        try:
-            layers = LayeredModel(model)
-            layers.check(first.to(layers.device))
-        except NotLayerByLayer as reason:
-            return model, f"in memory, each cut in full, because {reason}"
-        return layers, f"in memory, because {why}"
+        model, how = layered(request.load_whole(), first)
+        return model, how or f"in memory, because {why}"
 
     def _observe(
         self, model: LayeredModel | PreTrainedModel, criteria: list[str]

@@ -115,6 +115,44 @@ def cut(
         yield
 
 
+def measure(
+    model: LayeredModel | PreTrainedModel,
+    texts: Sequence[Tensor],
+    ranking: Ranking,
+    removed: Sequence[Fraction],
+    step: Callable[[int], None],
+) -> tuple[float, tuple[LayerCurve, ...]]:
+    """Measure the curves of one criterion; see `measure_by_layer`.
+
+    Args:
+        model: The unpruned model; whole, where it cannot be run layer by layer.
+        texts: Tokens of each, shape (1, tokens), two or more.
+        ranking: How neurons are ranked.
+        removed: Shares of neurons to remove, in percent.
+        step: Called with the layers that were measured.
+    """
+    if isinstance(model, LayeredModel):
+        return measure_by_layer(model, texts, ranking, removed, step)
+    return measure_in_full(model, texts, ranking, removed, step)
+
+
+def layered(
+    model: PreTrainedModel, tokens: Tensor
+) -> tuple[LayeredModel | PreTrainedModel, str | None]:
+    """Return a model in memory as one that is run layer by layer, or itself and why it is not.
+
+    Args:
+        model: The model.
+        tokens: A text to try it on, shape (1, tokens).
+    """
+    try:
+        layers = LayeredModel(model)
+        layers.check(tokens.to(layers.device))
+    except NotLayerByLayer as reason:
+        return model, f"in memory, each cut in full, because {reason}"
+    return layers, None
+
+
 def measure_by_layer(
     layers: LayeredModel,
     texts: Sequence[Tensor],
@@ -230,25 +268,12 @@ def measure_loaded(
     training = model.training
     model.eval()
     curves: list[LayerCurve] = []
-    try:
-        layers = LayeredModel(model)
-        layers.check(text.tokens[0].to(layers.device))
-        whole: LayeredModel | None = layers
-        how = "in memory"
-    except NotLayerByLayer as reason:
-        whole, how = None, f"in memory, each cut in full, because {reason}"
+    measured, how = layered(model, text.tokens[0])
     try:
         for criterion, by_name in scores.items():
             asked = dataclasses.replace(plan, criterion=criterion)
             ranking = Ranking(asked, by_name)
-            if whole is None:
-                loss, found = measure_in_full(
-                    model, text.tokens, ranking, removed, _unseen
-                )
-            else:
-                loss, found = measure_by_layer(
-                    whole, text.tokens, ranking, removed, _unseen
-                )
+            loss, found = measure(measured, text.tokens, ranking, removed, _unseen)
             curves += found
     finally:
         model.train(training)
@@ -260,7 +285,7 @@ def measure_loaded(
         text.sha256,
         len(text.tokens),
         text.count,
-        how,
+        how or "in memory",
     )
 
 

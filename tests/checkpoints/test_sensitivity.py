@@ -100,7 +100,7 @@ def test_what_was_measured_is_not_measured_again(tiny_llama, text, cache, monkey
     def measure(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(sensitivity, "measure_by_layer", measure)
+    monkeypatch.setattr(sensitivity, "measure", measure)
     assert measured(tiny_llama, text, criteria=("random", "maw"), seeds=(0,)).curves
     again = measured(tiny_llama, text, criteria=("maw", "random"), seeds=(0,))
     assert again == first
