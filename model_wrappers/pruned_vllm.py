@@ -7,6 +7,8 @@ loader of `lm_eval_pruned.model_wrappers.vllm_loader`.
 from __future__ import annotations
 
 import logging
+import multiprocessing.connection
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,6 +108,8 @@ class PrunedVLLM(EnergyLoggingVLLM):
                 "model_loader_extra_config": loader | loader_config(prune_arguments),
             },
         )
+        if self.data_parallel_size <= 1:
+            _wake_when_the_engine_ends(self.model.llm_engine.engine_core)
         self._prune_record = self._record(request)
         eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
 
@@ -175,6 +179,25 @@ class PrunedVLLM(EnergyLoggingVLLM):
         if self.data_parallel_size <= 1:
             info["model_dtype"] = str(self.model.llm_engine.model_config.dtype)
         return {**info, "pruning": pruning, **self.energy_info()}
+
+
+def _wake_when_the_engine_ends(client: Any) -> None:
+    """Have a call that waits for an engine's answers raise when its process ends.
+
+    vLLM's client notices the end of the process and closes its sockets, but a call that waits for
+    outputs by then is never told (``SyncMPClient.get_output`` in vllm/v1/engine/core_client.py).
+    """
+    resources = getattr(client, "resources", None)
+    manager = getattr(resources, "engine_manager", None)
+    if not (hasattr(manager, "sentinels") and hasattr(client, "outputs_queue")):
+        return
+    outputs, processes = client.outputs_queue, manager.processes
+
+    def watch() -> None:
+        multiprocessing.connection.wait([each.sentinel for each in processes])
+        outputs.put(EngineDeadError())
+
+    threading.Thread(target=watch, name="EngineEndWatch", daemon=True).start()
 
 
 def _checked(
