@@ -9,9 +9,9 @@ how many texts are the same.
     python benchmarks/engines.py --tasks truthfulqa_mc1 truthfulqa_mc2 --limit 4
     python benchmarks/engines.py --tasks ifeval --limit 64 --chat --max-gen-toks 128
 
-With ``--models pruned-vllm pruned-hf --model_args ratio=2.0`` it compares pruned models. All run
-in the environment of the interpreter that runs the script: vLLM has to be installed there
-for ``vllm`` and ``pruned-vllm``; elsewhere name other model types. The stock
+With ``--models pruned-vllm pruned-hf --model_args ratio=2.0`` it compares pruned models. Each runs
+in a process of its own, in the environment of the interpreter that runs the script, or, as vLLM asks for older
+releases of transformers, in another: ``--interpreters vllm=FOLDER/bin/python``. The stock
 tasks read their data from the Hub, or from a folder laid out under the Hub names where `--data`
 names one. On a card, add ``--device cuda --dtype bfloat16``.
 """
@@ -19,11 +19,14 @@ names one. On a card, add ``--device cuda --dtype bfloat16``.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import statistics
+import subprocess
+import sys
 import time
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,26 +44,69 @@ if TYPE_CHECKING:
     Work = dict[tuple[str, str], list[Instance]]
 
 
-@dataclass
 class Engine:
-    """One model type: its seconds and answers by task and request type."""
+    """One model type in a process of its own: its seconds and answers by task and request type.
 
-    name: str
-    lm: LM
-    load_seconds: float
-    seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    answers: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
+    The process is this script with ``--serve NAME``. It loads the model, says how long that took,
+    and answers everything once for each line it reads.
+    """
 
-    def answer(self, work: Work) -> None:
+    def __init__(self, name: str, python: str, options: list[str]) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [python, str(Path(__file__).resolve()), *options, "--serve", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        loaded = self.read()
+        self.machine: str = loaded["machine"]
+        self.load_seconds: float = loaded["seconds"]
+        self.seconds: dict[str, list[float]] = {}
+        self.answers: dict[str, list[Any]] = {}
+
+    def read(self) -> dict[str, Any]:
+        """Return what the process says next."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended; its own messages above say why.")
+        return json.loads(line)
+
+    def answer(self) -> None:
         """Answer everything once."""
-        for key, requests in work.items():
-            begin = time.perf_counter()
-            self.answers[key] = getattr(self.lm, key[1])(requests)
-            synchronise(torch.device(getattr(self.lm, "device", "cpu")))
-            self.seconds.setdefault(key, []).append(time.perf_counter() - begin)
+        self.process.stdin.write("answer\n")
+        self.process.stdin.flush()
+        for key, (seconds, answers) in self.read().items():
+            self.seconds.setdefault(key, []).append(seconds)
+            self.answers[key] = answers
 
 
-def load(name: str, arguments: argparse.Namespace) -> Engine:
+def serve(name: str, arguments: argparse.Namespace) -> None:
+    """Load one model type, and answer everything for each line of the standard input."""
+    if arguments.data:
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
+        os.chdir(arguments.data)
+    torch.manual_seed(0)
+    # What libraries print is not for the one who reads the answers.
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        begin = time.perf_counter()
+        lm = load(name, arguments)
+        seconds = time.perf_counter() - begin
+        work = work_of(arguments, lm)
+        said = f"{machine(arguments.device)}, {arguments.dtype}"
+        print(json.dumps({"seconds": seconds, "machine": said}), file=out, flush=True)
+        for _ in sys.stdin:
+            told = {}
+            for (task, kind), requests in work.items():
+                begin = time.perf_counter()
+                answers = getattr(lm, kind)(requests)
+                synchronise(torch.device(getattr(lm, "device", None) or "cpu"))
+                told[f"{task}, {kind}"] = time.perf_counter() - begin, answers
+            print(json.dumps(told), file=out, flush=True)
+
+
+def load(name: str, arguments: argparse.Namespace) -> LM:
     """Load one model type."""
     from lm_eval.api.registry import get_model
     from lm_eval.utils import simple_parse_args_string
@@ -74,9 +120,7 @@ def load(name: str, arguments: argparse.Namespace) -> Engine:
         given |= simple_parse_args_string(arguments.vllm_args)
     else:
         given |= {"batch_size": arguments.batch_size, "device": arguments.device}
-    begin = time.perf_counter()
-    lm = get_model(name)(**given)
-    return Engine(name, lm, time.perf_counter() - begin)
+    return get_model(name)(**given)
 
 
 def work_of(arguments: argparse.Namespace, lm: Any) -> Work:
@@ -110,7 +154,7 @@ def agreement(ours: list[Any], theirs: list[Any]) -> str:
         same = sum(a == b for a, b in zip(ours, theirs, strict=True))
         return f"{same} of {len(ours)} texts are the same"
     pairs = [
-        (a[0], b[0]) if isinstance(a, tuple) else (a, b)
+        (a[0], b[0]) if isinstance(a, list) else (a, b)
         for a, b in zip(ours, theirs, strict=True)
     ]
     return f"log-likelihoods differ by at most {max(abs(a - b) for a, b in pairs):.2g}"
@@ -144,36 +188,49 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", help="folder laid out under the Hub names")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--interpreters",
+        nargs="*",
+        default=[],
+        metavar="MODEL=PYTHON",
+        help="Python of another environment for a model type",
+    )
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(options)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    if arguments.data:
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
-        os.chdir(arguments.data)
-    torch.manual_seed(0)
-    engines = [load(name, arguments) for name in arguments.models]
-    work = work_of(arguments, engines[-1].lm)
+    if arguments.serve:
+        return serve(arguments.serve, arguments)
+    others = dict(each.split("=", 1) for each in arguments.interpreters)
+    engines = [
+        Engine(name, others.get(name, sys.executable), options)
+        for name in arguments.models
+    ]
     for repeat in range(arguments.repeats):
         shift = repeat % len(engines)
         for engine in engines[shift:] + engines[:shift]:
-            engine.answer(work)
-    print(machine(arguments.device) + f", {arguments.dtype}", end="\n\n")
-    names = [engine.name for engine in engines]
+            engine.answer()
+    for said in dict.fromkeys(engine.machine for engine in engines):
+        print(said, end="\n\n")
+    last = engines[-1]
     rows: list[list[str]] = [
         ["loading", "", *(f"{engine.load_seconds:.1f} s" for engine in engines)]
     ]
     rows += [
         [
-            f"{task}, {kind}",
-            str(len(work[task, kind])),
-            *(seconds(engine.seconds[task, kind]) for engine in engines),
+            work,
+            str(len(answers)),
+            *(seconds(engine.seconds[work]) for engine in engines),
         ]
-        for task, kind in work
+        for work, answers in last.answers.items()
     ]
-    print(markdown_table(["work", "requests", *names], rows), end="\n\n")
+    header = ["work", "requests", *(engine.name for engine in engines)]
+    print(markdown_table(header, rows), end="\n\n")
     for engine in engines[:-1]:
-        for key in work:
-            said = agreement(engine.answers[key], engines[-1].answers[key])
-            print(f"{engine.name} beside {names[-1]}, {key[0]}: {said}.")
+        for work, answers in last.answers.items():
+            said = agreement(engine.answers[work], answers)
+            print(f"{engine.name} beside {last.name}, {work}: {said}.")
+    return None
 
 
 if __name__ == "__main__":

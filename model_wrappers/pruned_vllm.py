@@ -187,11 +187,11 @@ def _wake_when_the_engine_ends(client: Any) -> None:
     vLLM's client notices the end of the process and closes its sockets, but a call that waits for
     outputs by then is never told (``SyncMPClient.get_output`` in vllm/v1/engine/core_client.py).
     """
-    resources = getattr(client, "resources", None)
-    manager = getattr(resources, "engine_manager", None)
-    if not (hasattr(manager, "sentinels") and hasattr(client, "outputs_queue")):
+    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
+    processes = getattr(manager, "processes", None)
+    outputs = getattr(client, "outputs_queue", None)
+    if processes is None or outputs is None:
         return
-    outputs, processes = client.outputs_queue, manager.processes
 
     def watch() -> None:
         multiprocessing.connection.wait([each.sentinel for each in processes])
