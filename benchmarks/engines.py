@@ -98,6 +98,10 @@ def serve(name: str, arguments: argparse.Namespace) -> None:
         print(json.dumps({"seconds": seconds, "machine": said}), file=out, flush=True)
         for _ in sys.stdin:
             told = {}
+            # An engine remembers prompts; the second round would be another work than the first.
+            forget = getattr(getattr(lm, "model", None), "reset_prefix_cache", None)
+            if forget is not None:
+                forget()
             for (task, kind), requests in work.items():
                 begin = time.perf_counter()
                 answers = getattr(lm, kind)(requests)

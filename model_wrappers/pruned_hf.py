@@ -15,7 +15,7 @@ from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, merged
 from lm_eval_pruned.checkpoints.damage import check_config, clear_config_errors
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.load import load_with_arguments
-from lm_eval_pruned.checkpoints.parallel import check_divisible
+from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
@@ -145,8 +145,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
             if peft is not None:
                 revision = kwargs.get("revision")
                 check_adapter(peft, request, self._peft_stage, revision)
-            if tp_plan is not None:
-                check_divisible(request, int(os.environ.get("WORLD_SIZE", "1")))
 
         merging = "delta" if delta is not None else None
         if peft is not None and self._peft_stage == "before":
@@ -154,9 +152,16 @@ class PrunedHFLM(EnergyLoggingHFLM):
         auto_class = self.AUTO_MODEL_CLASS
 
         def load(name: str, **from_pretrained: Any) -> PreTrainedModel:
+            def resolve(arguments: PruneArguments) -> LoadRequest:
+                return LoadRequest.resolve(auto_class, name, arguments, from_pretrained)
+
+            if tp_plan is not None:
+                processes = int(os.environ.get("WORLD_SIZE", "1"))
+                self._prune_arguments = divide_among(
+                    resolve, self._prune_arguments, processes
+                )
             if merging is not None:
-                asked = self._prune_arguments
-                request = LoadRequest.resolve(auto_class, name, asked, from_pretrained)
+                request = resolve(self._prune_arguments)
                 request.check_prunable_in_memory(f"{merging} adds to its weights first")
                 inspect(request)
                 return request.load_whole()

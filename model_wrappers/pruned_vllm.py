@@ -27,7 +27,7 @@ except ModuleNotFoundError as missing:
 
 from lm_eval_pruned.checkpoints.adapters import adapted_modules, check_adapter
 from lm_eval_pruned.checkpoints.default_model import find_default_model
-from lm_eval_pruned.checkpoints.parallel import check_divisible
+from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.stream import (
     as_stored,
@@ -92,7 +92,7 @@ class PrunedVLLM(EnergyLoggingVLLM):
                 "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
                 default.source,
             )
-        request = _checked(pretrained, prune_arguments, kwargs)
+        request, prune_arguments = _checked(pretrained, prune_arguments, kwargs)
         self._adapted = adapted_modules(kwargs.get("lora_local_path"))
         if self._adapted:
             # vLLM else prepares the head as well, whose code for CPUs cannot score prompts.
@@ -202,34 +202,42 @@ def _wake_when_the_engine_ends(client: Any) -> None:
 
 def _checked(
     pretrained: str, prune_arguments: PruneArguments, arguments: dict[str, Any]
-) -> LoadRequest:
+) -> tuple[LoadRequest, PruneArguments]:
     """Return what the engine is to load, after everything that can be refused without it.
+
+    The arguments come back too: their widths divide among the engine's processes.
 
     Raises:
         ValueError: An argument is out of range, or the widths do not suit the engine.
         UnsupportedModelError: The model cannot be pruned while an engine loads it.
         OSError: The checkpoint is missing or damaged.
     """
-    request = LoadRequest.resolve(
-        AutoModelForCausalLM,
-        pretrained,
-        prune_arguments,
-        {
-            "revision": arguments.get("revision"),
-            "trust_remote_code": arguments.get("trust_remote_code"),
-            "cache_dir": arguments.get("download_dir"),
-        },
-    )
+
+    def resolve(asked: PruneArguments) -> LoadRequest:
+        return LoadRequest.resolve(
+            AutoModelForCausalLM,
+            pretrained,
+            asked,
+            {
+                "revision": arguments.get("revision"),
+                "trust_remote_code": arguments.get("trust_remote_code"),
+                "cache_dir": arguments.get("download_dir"),
+            },
+        )
+
+    request = resolve(prune_arguments)
     check_buildable(request)
-    request = as_stored(request)
     if request.plan.prunes:
         request.check_prunable_in_memory("its criterion looks at activations")
-        check_divisible(
-            request,
+        prune_arguments = divide_among(
+            resolve,
+            prune_arguments,
             int(arguments.get("tensor_parallel_size") or 1),
             "tensor_parallel_size",
         )
+        request = resolve(prune_arguments)
+    request = as_stored(request)
     adapter = arguments.get("lora_local_path")
     if adapter is not None:
         check_adapter(adapter, request, "after", argument="lora_local_path")
-    return request
+    return request, prune_arguments

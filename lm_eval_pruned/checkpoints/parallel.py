@@ -1,43 +1,68 @@
-"""Tensor parallelism: whether the kept widths divide among the processes."""
+"""Tensor parallelism: kept widths that divide among the processes."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.pruning.arguments import PruneArguments
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.parallel")
 
 
-def check_divisible(
-    request: LoadRequest, processes: int, argument: str = "tp_plan"
-) -> None:
-    """Refuse kept widths that tensor parallelism cannot split evenly.
+def divide_among(
+    resolve: Callable[[PruneArguments], LoadRequest],
+    arguments: PruneArguments,
+    processes: int,
+    argument: str = "tp_plan",
+) -> PruneArguments:
+    """Return arguments whose kept widths tensor parallelism can split evenly.
+
+    They are `arguments` where those widths divide. Otherwise each width is rounded down to the
+    next that does, with ``multiple_of``, and a warning says so.
 
     Args:
-        request: The model and its pruning.
+        resolve: Returns what arguments ask of the model.
+        arguments: Those that were given.
         processes: Number of processes that share each MLP.
-        argument: What asked for them, for the message.
+        argument: What asked for them, for the messages.
 
     Raises:
-        ValueError: A kept width is no multiple of `processes`; the message names the
-            nearest that is.
+        ValueError: A width does not divide, and ``multiple_of`` cannot round it.
     """
-    widths, plan = request.widths, request.plan
-    for name, width in widths.targets(plan).items():
-        rest = width % processes
-        if not rest:
-            continue
-        below, above = width - rest, width - rest + processes
-        nearest = [w for w in (below, above) if 0 < w <= widths.actual[name]]
-        nearest.sort(key=lambda candidate: abs(candidate - width))
-        asked = ", ".join(f"{k}={v}" for k, v in plan.asked.items()) or "the baseline"
-        way_out = (
-            f"the nearest width that does is {nearest[0]}, and multiple_of={processes} rounds to one"
-            if nearest
-            else f"use fewer than {processes} processes"
-        )
-        raise ValueError(
-            f"{asked} gives {name} {width} neurons, which do not divide among the {processes} "
-            f"processes of {argument}: {way_out}."
-        )
+    asked = resolve(arguments)
+    odd = _odd(asked, processes)
+    if odd is None:
+        return arguments
+    name, width = odd
+    said = ", ".join(f"{k}={v}" for k, v in asked.plan.asked.items()) or "the baseline"
+    problem = (
+        f"{said} gives {name} {width} neurons, which do not divide among the {processes} processes "
+        f"of {argument}"
+    )
+    multiple = math.lcm(processes, int(arguments.multiple_of))
+    if asked.plan.prunes and arguments.widths is None and width >= multiple:
+        rounded = dataclasses.replace(arguments, multiple_of=multiple)
+        request = resolve(rounded)
+        if _odd(request, processes) is None:
+            kept = request.widths.targets(request.plan)[name]
+            logger.warning("%s: it keeps %d (multiple_of=%d).", problem, kept, multiple)
+            return rounded
+    raise ValueError(
+        f"{problem}: pass a size that keeps multiples of {processes}, or use a number of processes "
+        "that divides it."
+    )
+
+
+def _odd(request: LoadRequest, processes: int) -> tuple[str, int] | None:
+    """Return the first MLP whose width does not divide, and the width."""
+    targets = request.widths.targets(request.plan)
+    return next(((n, w) for n, w in targets.items() if w % processes), None)

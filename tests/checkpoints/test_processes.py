@@ -6,9 +6,13 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.parallel import divide_among
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers import evaluations
 from tests.helpers.evaluations import TWO_PROCESSES
 
@@ -60,29 +64,34 @@ def test_device_map_with_disk_offload(tiny_llama_sharded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"intermediate_size": 63},
-            (
-                r"intermediate_size=63 gives model\.layers\.0\.mlp 63 neurons, .* the 2 processes "
-                r"of tp_plan: the nearest width that does is 62, and multiple_of=2 rounds"
-            ),
-        ),
-        ({"prune_percent": 1.2}, r"87 neurons, .*nearest width that does is 86"),
-        ({"intermediate_size": 1}, r"1 neurons, .*nearest width that does is 2"),
-    ],
+    ("arguments", "width"),
+    [({"intermediate_size": 63}, 62), ({"prune_percent": 1.2}, 86), ({"ratio": 2}, 64)],
 )
-def test_widths_that_tensor_parallelism_cannot_split(
-    tiny_llama, monkeypatch, arguments, message
+def test_widths_are_rounded_until_tensor_parallelism_can_split_them(
+    tiny_llama, arguments, width, caplog
 ):
+    def resolve(asked: PruneArguments) -> LoadRequest:
+        return LoadRequest.resolve(AutoModelForCausalLM, str(tiny_llama), asked, {})
+
+    given = PruneArguments(**arguments)
+    request = resolve(divide_among(resolve, given, 2))
+    assert set(request.widths.targets(request.plan).values()) == {width}
+    assert ("do not divide" in caplog.text) == ("ratio" not in arguments)
+    assert ("(multiple_of=2)" in caplog.text) == ("ratio" not in arguments)
+
+
+def test_widths_that_tensor_parallelism_cannot_split(tiny_llama, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
         "lm_eval_pruned.checkpoints.request.LoadRequest.load",
         lambda *a: pytest.fail("weights were read"),
     )
-    with pytest.raises(ValueError, match=message):
-        PrunedHFLM(str(tiny_llama), device="cpu", tp_plan="auto", **arguments)
+    sentence = (
+        r"intermediate_size=1 gives model\.layers\.0\.mlp 1 neurons, .* the 2 processes of "
+        r"tp_plan: pass a size that keeps multiples of 2, "
+    )
+    with pytest.raises(ValueError, match=sentence):
+        PrunedHFLM(str(tiny_llama), device="cpu", tp_plan="auto", intermediate_size=1)
 
 
 @pytest.mark.slow
@@ -135,7 +144,11 @@ def sorted_pairs(answers) -> list[torch.Tensor]:
 _RANKS = """
 import json, os, sys
 import torch
+from transformers import AutoModelForCausalLM
+
 from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.parallel import divide_among
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
 source, what, folder = sys.argv[1:]

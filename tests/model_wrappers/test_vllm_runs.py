@@ -97,13 +97,16 @@ def test_a_profile_of_engines(llama, tmp_path, monkeypatch, in_this_process, cap
 def test_the_stock_command_with_an_engine_of_two_processes(
     llama, tmp_path, two_processes
 ):
-    """The engine loads in other processes, as it does for users; each holds half a layer."""
+    """The engine loads in other processes, as it does for users; each holds half a layer.
+
+    An odd width is rounded to one that has halves.
+    """
     given = {**ENGINE, "tensor_parallel_size": two_processes}
     more = ",".join(f"{name}={value}" for name, value in given.items())
     subprocess.run(
         [
             *(sys.executable, "-m", "lm_eval", "run", "--model", "pruned-vllm"),
-            *("--model_args", f"pretrained={llama},ratio=2.0,{more}"),
+            *("--model_args", f"pretrained={llama},intermediate_size=101,{more}"),
             *("--tasks", "tiny_choice", "--include_path"),
             str(sweeping.write_tasks(tmp_path / "tasks")),
             *("--output_path", str(tmp_path / "results"), "--log_samples"),
@@ -112,7 +115,7 @@ def test_the_stock_command_with_an_engine_of_two_processes(
     )
     (file,) = (tmp_path / "results").rglob("results_*.json")
     config = json.loads(file.read_text())["config"]
-    theirs = pruned_hf(llama, ratio=2.0)
+    theirs = pruned_hf(llama, intermediate_size=101, multiple_of=2)
     assert config["pruning"] == theirs.get_model_info()["pruning"]
     assert config["model_dtype"] == "torch.float32"
     (file,) = (tmp_path / "results").rglob("samples_*.jsonl")
