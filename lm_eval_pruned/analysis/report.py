@@ -17,6 +17,7 @@ from lm_eval_pruned.analysis.report_curves import (
     energy_section,
     truthfulness_section,
 )
+from lm_eval_pruned.analysis.report_flips import CSV, PAGE, flips_section
 from lm_eval_pruned.analysis.report_formats import as_csv, as_html, as_markdown
 from lm_eval_pruned.analysis.report_layers import layers_section
 from lm_eval_pruned.analysis.report_sections import (
@@ -39,14 +40,19 @@ if TYPE_CHECKING:
 
 
 def write_report(
-    folder: str | Path, output_path: str | Path | None = None, *, alpha: float = 0.05
+    folder: str | Path,
+    output_path: str | Path | None = None,
+    *,
+    alpha: float = 0.05,
+    texts: bool = True,
 ) -> list[Path]:
-    """Write ``report.md``, ``results.csv``, ``report.html`` and ``plots/``.
+    """Write ``report.md``, ``results.csv``, ``report.html``, ``plots/`` and pages beside them.
 
     Args:
         folder: Sweep folder.
         output_path: Where; default: ``report`` in the sweep folder.
         alpha: Level of the tests.
+        texts: Whether ``flips.html`` shows the texts of documents and answers.
 
     Returns:
         The files, the page first.
@@ -69,29 +75,39 @@ def write_report(
         f"{len(sweep.runs)} configurations, {len(base.tasks(subtasks=False))} tasks, compared with "
         f"the unpruned model ({base.name})"
     )
-    sections = make_sections(sweep, base, others, comparison)
+    flips, beside = flips_section(title, base, others, texts=texts)
+    sections = make_sections(sweep, base, others, comparison, flips)
     plots = [plot for section in sections for plot in section.plots]
     files: dict[Path, str | bytes] = {
         target / "report.html": as_html(title, subtitle, sections),
         target / "report.md": as_markdown(title, subtitle, sections),
         target / "results.csv": as_csv(base, others, comparison),
     }
+    files.update((target / name, content) for name, content in beside.items())
     for plot in plots:
         files[target / "plots" / f"{plot.name}.svg"] = plot.svg
         files[target / "plots" / f"{plot.name}.png"] = plot.png
+    for name in {PAGE, CSV} - set(beside):
+        # Of an earlier report, whose texts must not stay behind.
+        (target / name).unlink(missing_ok=True)
     for file, content in files.items():
         write_atomically(file, content)
     return list(files)
 
 
 def make_sections(
-    sweep: SweepResults, base: Run, others: Sequence[Run], comparison: Comparison
+    sweep: SweepResults,
+    base: Run,
+    others: Sequence[Run],
+    comparison: Comparison,
+    flips: Section | None = None,
 ) -> list[Section]:
     """Return what a report says, in order; sections with nothing to say are left out."""
     runs = [base, *others]
     sections = [
         scores_section(base, others, comparison),
         random_baseline_section(sweep, base),
+        flips,
         capabilities_section(base, runs, comparison),
         truthfulness_section(runs, comparison),
         trends_section(comparison),

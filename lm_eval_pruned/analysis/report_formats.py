@@ -61,6 +61,8 @@ def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         lines += ["", f"## {section.heading}"]
         for text in section.paragraphs:
             lines += ["", _plain(text)]
+        for text, file in section.links:
+            lines += ["", f"[{_plain(text)}]({file})"]
         if section.table is not None:
             table = section.table
             columns = [_not_html(name) for name in table.columns]

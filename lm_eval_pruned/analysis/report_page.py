@@ -41,7 +41,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One section; any of its parts may be missing. `code` is JSON, or of another language."""
+    """One section; any of its parts may be missing. `code` is JSON, or of another language.
+
+    `links` are texts with the names of files beside the report.
+    """
 
     heading: str
     paragraphs: Sequence[str] = ()
@@ -50,6 +53,7 @@ class Section:
     code: str = ""
     language: str = "json"
     notes: Sequence[str] = field(default_factory=tuple)
+    links: Sequence[tuple[str, str]] = ()
 
 
 def run_label(run: Run) -> str:

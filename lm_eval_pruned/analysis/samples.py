@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -15,9 +15,10 @@ from lm_eval_pruned.analysis.results_file import ResultsError, Run, is_number
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+T = TypeVar("T")
 
 #: Documents that share this field belong together: they ask about the same text.
 CLUSTER_FIELDS = {
@@ -165,18 +166,27 @@ class _Sample:
     prompt: str | None
 
 
-def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
-    """Read one metric of the samples of one task; documents without it are left out."""
+def read_samples(
+    run: Run, task: str, metric: str, take: Callable[[Mapping[str, Any]], T]
+) -> list[tuple[tuple[str, int], T]]:
+    """Read the logged documents of one task that have a metric.
+
+    Args:
+        run: A run that logged samples of `task`.
+        task: A task that is no group.
+        metric: Metric with filter, such as ``acc,none``.
+        take: Called with each line of the file, in its order; what it returns is kept.
+
+    Returns:
+        Pairs of key and what was taken, in the order of ``doc_id``. A key is ``doc_hash``
+        and which repetition of the document it is.
+
+    Raises:
+        ResultsError: The file cannot be read, or holds another number of documents than
+            the results file says.
+    """
     file = run.samples[task]
     name, _, filter_name = metric.rpartition(",")
-    cluster_field = next(
-        (
-            field
-            for task_name, field in CLUSTER_FIELDS.items()
-            if task_name.search(task)
-        ),
-        None,
-    )
     rows = []
     hashes = 0
     for number, row in _read_lines(file):
@@ -191,19 +201,8 @@ def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
         hashes += 1
         if row.get(name) is None:
             continue
-        document = row.get("doc")
-        cluster = document.get(cluster_field) if isinstance(document, dict) else None
         order = row.get("doc_id")
-        prompt = row.get("prompt_hash")
-        rows.append(
-            (
-                order if isinstance(order, int) else number,
-                identity,
-                row[name],
-                None if cluster is None else str(cluster),
-                None if prompt is None else str(prompt),
-            )
-        )
+        rows.append((order if isinstance(order, int) else number, identity, take(row)))
     score = run.scores.get((task, metric))
     expected = None if score is None else score.documents
     if expected is not None and hashes != expected:
@@ -214,11 +213,38 @@ def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
     rows.sort(key=lambda row: row[0])
     repetitions: dict[str, int] = {}
     samples = []
-    for _, identity, value, cluster, prompt in rows:
+    for _, identity, taken in rows:
         repetition = repetitions.get(identity, 0)
         repetitions[identity] = repetition + 1
-        samples.append(_Sample((identity, repetition), value, cluster, prompt))
+        samples.append(((identity, repetition), taken))
     return samples
+
+
+def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
+    """Read one metric of the samples of one task; documents without it are left out."""
+    name = metric.rpartition(",")[0]
+    cluster_field = next(
+        (
+            field
+            for task_name, field in CLUSTER_FIELDS.items()
+            if task_name.search(task)
+        ),
+        None,
+    )
+
+    def take(row: Mapping[str, Any]) -> tuple[Any, str | None, str | None]:
+        document = row.get("doc")
+        cluster = document.get(cluster_field) if isinstance(document, dict) else None
+        prompt = row.get("prompt_hash")
+        return (
+            row[name],
+            None if cluster is None else str(cluster),
+            None if prompt is None else str(prompt),
+        )
+
+    return [
+        _Sample(key, *taken) for key, taken in read_samples(run, task, metric, take)
+    ]
 
 
 def _clusters(parts: list[tuple[str, list[_Sample]]]) -> tuple[str, ...] | None:

@@ -14,8 +14,8 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "report",
         help="a sweep as Markdown, CSV, HTML and plots",
-        description="Write report.md, results.csv, a self-contained report.html and plots from a "
-        "sweep folder. Needs the extra `report`.",
+        description="Write report.md, results.csv, a self-contained report.html, plots and, from "
+        "logged samples, flips.html with every changed answer. Needs the extra `report`.",
     )
     parser.add_argument("folder", metavar="DIR", help="sweep folder")
     parser.add_argument(
@@ -30,6 +30,11 @@ def add(commands) -> None:
         metavar="A",
         help="level of the tests; intervals cover 1 - A (default: 0.05)",
     )
+    parser.add_argument(
+        "--no_texts",
+        action="store_true",
+        help="leave the texts of documents and answers out, for a report that is published",
+    )
     parser.set_defaults(run=run)
 
 
@@ -38,7 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.analysis import report
 
     for file in report.write_report(
-        arguments.folder, arguments.output_path, alpha=arguments.alpha
+        arguments.folder,
+        arguments.output_path,
+        alpha=arguments.alpha,
+        texts=not arguments.no_texts,
     ):
         print(file)
     return 0

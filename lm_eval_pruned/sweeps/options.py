@@ -8,17 +8,16 @@ has the option. Nothing here imports torch or the harness.
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, help_of
+from lm_eval_pruned.sweeps.option_kinds import checked
 
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Option:
 
     Attributes:
         name: Name in both.
-        kind: Key of `_KINDS`: what a value must be.
+        kind: Key of `option_kinds.KINDS`: what a value must be.
         help: Line for ``--help``.
         metavar: Placeholder for ``--help``.
         group: Heading for ``--help``.
@@ -47,6 +46,7 @@ class Option:
 
 _SIZES = "configurations"
 _PLACE = "where the units run"
+_TRACKING = "logging and tracking, as in lm_eval run"
 
 OPTIONS = (
     Option(
@@ -143,6 +143,15 @@ OPTIONS = (
     Option("seed", "text", "seeds of python, numpy, torch and few-shot choice", "N"),
     Option("trust_remote_code", "flag", "run code that comes with models and data"),
     Option("confirm_run_unsafe_code", "flag", "run tasks marked as unsafe"),
+    *(
+        Option(name, "mapping", words, "KEY=VALUE", _TRACKING, decides="where")
+        for name, words in (
+            ("wandb_args", "arguments of wandb.init; each unit is a run of its own"),
+            ("wandb_config_args", "what the config of each W&B run holds besides"),
+            ("trackio_args", "arguments of trackio.init; each unit is a run"),
+            ("hf_hub_log_args", "whether and where results go to the Hub"),
+        )
+    ),
     Option(
         "ray",
         "flag_or_text",
@@ -248,8 +257,8 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
     options = read_file(arguments.config) if arguments.config else {}
     for option in OPTIONS:
         if option.name in given:
-            options[option.name] = _checked(
-                option, given[option.name], f"--{option.name}"
+            options[option.name] = checked(
+                option.kind, given[option.name], f"--{option.name}"
             )
     for name, example in (
         ("output_path", "--output_path sweep"),
@@ -290,7 +299,7 @@ def read_file(path: str) -> dict[str, Any]:
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
             raise ValueError(f"--config {path} has the unknown key {key}: {hint}")
         if value is not None:
-            options[key] = _checked(known[key], value, f"{key} in {path}")
+            options[key] = checked(known[key].kind, value, f"{key} in {path}")
     return options
 
 
@@ -323,119 +332,3 @@ def parse_number(text: str) -> int | float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _checked(option: Option, value: Any, where: str) -> Any:
-    expected, check = _KINDS[option.kind]
-    try:
-        return check(value)
-    except (TypeError, ValueError, OSError) as error:
-        detail = f" ({error})" if str(error) else ""
-        raise ValueError(f"{where} is {value!r}{detail}: pass {expected}.") from None
-
-
-def _numbers(value: Any) -> list[str]:
-    items = value if isinstance(value, list) else [value]
-    if any(isinstance(item, bool) or not _is_scalar(item) for item in items):
-        raise TypeError
-    texts = [
-        part for item in items for part in str(item).replace(",", " ").split() if part
-    ]
-    if not texts:
-        raise ValueError
-    return texts
-
-
-def _words(value: Any) -> list[str]:
-    items = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, str) for item in items):
-        raise TypeError
-    words = [part.strip() for item in items for part in item.split(",") if part.strip()]
-    if not words:
-        raise ValueError
-    return words
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    from lm_eval._cli.utils import key_val_to_dict, try_parse_json
-
-    if isinstance(value, dict):
-        return value
-    items = value if isinstance(value, list) else [value]
-    merged: dict[str, Any] = {}
-    for item in items:
-        if not isinstance(item, str):
-            raise TypeError
-        parsed = try_parse_json(item) if item.lstrip().startswith("{") else item
-        merged.update(parsed if isinstance(parsed, dict) else key_val_to_dict(item))
-    return merged
-
-
-def _samples(value: Any) -> dict[str, list[int]]:
-    if isinstance(value, str):
-        if not value.lstrip().startswith("{"):
-            value = Path(value).read_text(encoding="utf-8")
-        value = json.loads(value)
-    if not isinstance(value, dict):
-        raise TypeError
-    return value
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list) and all(_is_scalar(item) for item in value) and value:
-        return ",".join(str(item) for item in value)
-    if isinstance(value, bool) or not _is_scalar(value):
-        raise TypeError
-    return str(value)
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, (bool, float)):
-        raise TypeError
-    return int(value)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise TypeError
-    number = float(value)
-    if not 0 <= number < float("inf"):
-        raise ValueError
-    return number
-
-
-def _boolean(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "1", "yes", "false", "0", "no"):
-        raise ValueError
-    return text in ("true", "1", "yes")
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _flag_or_text(value: Any) -> bool | str:
-    if not isinstance(value, (bool, str)) or value == "":
-        raise TypeError
-    return value
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (str, int, float))
-
-
-_KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "numbers": ("one or more numbers", _numbers),
-    "words": ("one or more names", _words),
-    "mapping": ("key=value pairs or a mapping", _mapping),
-    "samples": ('JSON such as {"boolq": [0, 1]}, or a file of it', _samples),
-    "text": ("one value", _text),
-    "integer": ("a whole number", _integer),
-    "number": ("a number of 0 or more", _number),
-    "boolean": ("true or false", _boolean),
-    "flag": ("true or false", _flag),
-    "flag_or_text": ("true, false or a name", _flag_or_text),
-}

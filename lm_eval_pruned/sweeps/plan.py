@@ -43,6 +43,7 @@ from lm_eval_pruned.sweeps.tasks import (
     resolve_tasks,
     with_metadata,
 )
+from lm_eval_pruned.sweeps.tracking import Tracking
 
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Sweep:
         settings: The harness's own reading of them.
         configurations: Baseline first, then in the order asked for.
         tasks: In the order asked for.
+        tracking: Where units are reported besides the folder.
 
     Raises:
         ValueError: An option, a size or a task does not exist or fit the model.
@@ -96,6 +98,7 @@ class Sweep:
         self.options = options
         self.model = _model(options)
         self.settings = _settings(options, self.model)
+        self.tracking = Tracking(self.settings)
         self._base = self.settings.model_args
         self.configurations = _configurations(options, self._base)
         for cached in (hash_tree, hash_beside):

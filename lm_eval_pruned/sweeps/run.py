@@ -74,6 +74,8 @@ def run_sweep(
     ranks = Ranks()
     if not ranks.main:
         return _follow(sweep, units, ranks, shard)
+    # What the Hub refuses, it refuses before the first model is loaded.
+    sweep.tracking.hub_tracker()
     with folder.locked():
         folder.write_definition(sweep.as_dict())
         done, failed, waiting = _sort(units, folder, prints, retry_failed)

@@ -78,19 +78,25 @@ class UnitRunner:
             Exception: Whatever loading or evaluating raised.
         """
         lm = self._model(configuration)
-        start = time.perf_counter()
-        try:
-            results, tracker = self._evaluate(lm, configuration, task)
-        except Exception:
-            # An engine that died answers nobody: the next unit starts another.
-            if getattr(lm, "engine_died", False):
-                self.release()
-            raise
-        finally:
-            self._drop_cache(lm)
-        if results is not None:
-            _write(results, tracker, folder)
-        return time.perf_counter() - start
+        tracking = self._sweep.tracking
+        with tracking.unit(configuration.id, task.name, lm.rank) as log:
+            start = time.perf_counter()
+            try:
+                results, tracker = self._evaluate(lm, configuration, task)
+            except Exception:
+                # An engine that died answers nobody: the next unit starts another.
+                if getattr(lm, "engine_died", False):
+                    self.release()
+                raise
+            finally:
+                self._drop_cache(lm)
+            seconds = time.perf_counter() - start
+            if results is not None:
+                tracking.name_on_the_hub(tracker, configuration.id)
+                log(results)
+                _write(results, tracker, folder)
+                tracking.describe_on_the_hub(tracker)
+        return seconds
 
     def release(self) -> None:
         """Free the model's memory."""
@@ -137,13 +143,12 @@ class UnitRunner:
 
     def _evaluate(self, lm: LM, configuration: Configuration, task: SweepTask):
         from lm_eval import simple_evaluate
-        from lm_eval.loggers import EvaluationTracker
 
         settings = self._sweep.settings
         model_args = self._sweep.model_args(configuration)
         manager = self._sweep.task_manager(configuration)
         # The tracker writes beside a path that ends in .json; the folder comes later.
-        tracker = EvaluationTracker()
+        tracker = self._sweep.tracking.hub_tracker(lm.rank)
         seed = settings.seed or [None] * 4
         results = simple_evaluate(
             model=lm,

@@ -46,7 +46,7 @@ def write_run(
         folder: Where; made if missing.
         tasks: By task: ``{"metric,filter": values}``, or with a dict as value,
             ``{"values", "aggregation", "higher_is_better", "stderr", "score",
-            "docs", "prompts"}``.
+            "docs", "prompts", "rows"}``; ``rows`` holds more of a line by its number.
         date: Time stamp in the names.
         samples: Whether to log samples.
         pruning: ``config.pruning``.
@@ -107,6 +107,7 @@ def write_run(
                 digest = hashlib.sha256(prompt.encode()).hexdigest()
                 row.setdefault("prompt_hash", digest)
                 row["metrics"].append(name)
+                row.update((spec.get("rows") or {}).get(number, {}))
                 row[name] = value.tolist() if isinstance(value, np.generic) else value
         if samples:
             (folder / f"samples_{task}_{date}.jsonl").write_text(
