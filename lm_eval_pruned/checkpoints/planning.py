@@ -157,7 +157,7 @@ def _settled_rows(
             _row(
                 plan,
                 widths.count_parameters(widths.targets(plan)),
-                widths.count_parameters(widths.actual),
+                widths.parameters_before,
                 dtype.itemsize,
             )
         )

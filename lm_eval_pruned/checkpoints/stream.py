@@ -144,7 +144,7 @@ def record_of(
     return PruneRecord.of(
         plan,
         widths,
-        widths.count_parameters(widths.actual),
+        widths.parameters_before,
         widths.count_parameters(widths.targets(plan)),
         kept,
         calibration,

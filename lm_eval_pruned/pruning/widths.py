@@ -7,6 +7,12 @@ import math
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.pruning.dropping import (
+    attributes_that_change,
+    layers_of,
+    moved_name,
+    shallow_config,
+)
 from lm_eval_pruned.pruning.layouts import (
     GluMlp,
     UnsupportedModelError,
@@ -25,10 +31,12 @@ from lm_eval_pruned.pruning.width_keys import WidthKey, find_keys
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from transformers import PretrainedConfig, PreTrainedModel
 
     from lm_eval_pruned.pruning.arguments import PruneArguments
+    from lm_eval_pruned.pruning.depth import Depth
     from lm_eval_pruned.pruning.width_keys import Build
 
 
@@ -48,7 +56,15 @@ class Widths:
         actual: The width of each MLP, by name. Differs from what the config says
             where layers were pruned one by one.
         configured: The width of each MLP as a model of `config` has it, by name.
+        depth: Which layers stay; None for all. The others are those of a model that never
+            had the rest, `whole` has them all.
+        whole: Those of the model with all its layers.
+        remembered: What modules remember of the number of layers; see
+            `lm_eval_pruned.pruning.dropping.attributes_that_change`.
     """
+
+    depth: Depth | None = None
+    remembered: list[tuple[str, str, Any]]
 
     def __init__(
         self,
@@ -67,6 +83,8 @@ class Widths:
             UnsupportedModelError: The model cannot be pruned.
         """
         self.original = config
+        self.whole = self
+        self.remembered = []
         uniform, by_layer = without_layers(config)
         self.config = plain_config(uniform)
         self._build = build
@@ -110,7 +128,40 @@ class Widths:
 
     def of(self, actual: Mapping[str, int]) -> Widths:
         """Return those of the same model with the width `actual` of each MLP, by name."""
-        return Widths(self.original, self._build, actual)
+        widths = Widths(self.original, self._build, actual)
+        if self.depth is not None:
+            widths.whole, widths.depth = self.whole, self.depth
+            widths.remembered = self.remembered
+        return widths
+
+    def without_layers(self, depth: Depth | None) -> Widths:
+        """Return those of the same model with the layers of `depth`; itself for None.
+
+        Raises:
+            UnsupportedModelError: Layers of this model cannot be dropped.
+        """
+        if depth is None:
+            return self
+        whole = self.skeleton()
+        path, _ = layers_of(whole)
+        new = {old: number for number, old in enumerate(depth.kept)}
+        actual = {
+            moved: width
+            for name, width in self.actual.items()
+            if (moved := moved_name(name, path, new)) is not None
+        }
+        try:
+            widths = Widths(shallow_config(self.original, depth), self._build, actual)
+        except UnsupportedModelError:
+            raise
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"drop_layers cannot be used with {describe(whole)}, whose config does not accept "
+                f"{len(depth.kept)} layers ({error}): leave it out."
+            ) from None
+        widths.remembered = attributes_that_change(whole, widths.skeleton(), depth)
+        widths.whole, widths.depth = self, depth
+        return widths
 
     @property
     def primary(self) -> GluMlp:
@@ -131,8 +182,13 @@ class Widths:
             arguments,
             primary.hidden_size,
             int(widest * self._factors[primary.name]),
-            self.layers,
+            {self._number(layer): width for layer, width in self.layers.items()},
+            self.depth,
         )
+
+    def _number(self, layer: int) -> int:
+        """Return the number that the whole model gives a layer."""
+        return layer if self.depth is None else self.depth.kept[layer]
 
     @property
     def layers(self) -> dict[int, int]:
@@ -191,6 +247,13 @@ class Widths:
             * sum(mlp.weight(*place).numel() // mlp.width for place in mlp.regions)
             for mlp in self.mlps
         )
+
+    @property
+    def parameters_before(self) -> int:
+        """The parameters of the unpruned model; tied ones count once."""
+        if self.depth is not None:
+            return self.whole.count_parameters(self.whole.actual)
+        return self.count_parameters(self.actual)
 
     def narrowed_config(self, targets: Mapping[str, int]) -> PretrainedConfig:
         """Return a copy of the config with the widths of `targets`, as far as it can hold them.
