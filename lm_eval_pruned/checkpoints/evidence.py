@@ -21,7 +21,8 @@ from lm_eval_pruned.pruning.influence import influence_by_layer, influence_in_me
 from lm_eval_pruned.pruning.layerwise import NotLayerByLayer
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.settling import REMOVED, settled
-from lm_eval_pruned.pruning.slicing import LoadedModel, widths_in_memory
+from lm_eval_pruned.pruning.slicing import LoadedModel
+from lm_eval_pruned.pruning.widths import widths_in_memory
 
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ class Depth:
 
     before: int
     kept: tuple[int, ...]
-    asked: Mapping[str, str]
+    asked: dict[str, str]
     influence: tuple[float, ...] | None = None
     measured_on: Mapping[str, Any] | None = None
 

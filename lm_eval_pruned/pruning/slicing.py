@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import logging
@@ -34,7 +33,7 @@ from lm_eval_pruned.pruning.layouts import (
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.settling import settled
-from lm_eval_pruned.pruning.widths import Widths
+from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import (
-        PretrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
@@ -115,22 +113,6 @@ def prune_loaded(
     if arguments.drop_layers is not None:
         widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
     return carry_out(widths.plan(arguments), model, widths, tokenizer)
-
-
-def widths_in_memory(model: PreTrainedModel) -> Widths:
-    """Return the widths of a loaded model and the config keys that set them.
-
-    Raises:
-        UnsupportedModelError: The model cannot be pruned.
-    """
-
-    def build(config: PretrainedConfig) -> PreTrainedModel:
-        with torch.device("meta"):
-            return type(model)(copy.deepcopy(config))
-
-    return Widths(
-        model.config, build, {mlp.name: mlp.width for mlp in find_glu_mlps(model)}
-    )
 
 
 def carry_out(

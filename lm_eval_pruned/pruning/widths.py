@@ -7,6 +7,8 @@ import math
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+import torch
+
 from lm_eval_pruned.pruning.dropping import (
     attributes_that_change,
     layers_of,
@@ -376,3 +378,19 @@ def plain_config(config: PretrainedConfig) -> PretrainedConfig:
         text.intermediate_size = width
         text.block_auto_adjust_ff_dim = False
     return plain
+
+
+def widths_in_memory(model: PreTrainedModel) -> Widths:
+    """Return the widths of a loaded model and the config keys that set them.
+
+    Raises:
+        UnsupportedModelError: The model cannot be pruned.
+    """
+
+    def build(config: PretrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            return type(model)(copy.deepcopy(config))
+
+    return Widths(
+        model.config, build, {mlp.name: mlp.width for mlp in find_glu_mlps(model)}
+    )
