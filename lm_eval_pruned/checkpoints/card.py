@@ -78,7 +78,7 @@ original order, and ties went to the lower index. """
         what = f"{what}, {left}" if plan.prunes else f"cut to {left}"
         dropped = f"left out the layers {written_layers(depth.dropped)}"
         how = f"{how}, and {dropped}" if plan.prunes else f"{dropped} of {name}"
-        costs = "Leaving out layers costs more than their share"
+        costs = "What it lost depends on the task"
         of_layers = ', after "layers" and the numbers of those that stay'
     if not plan.prunes:
         ranked = "The layers that stay are numbered anew, in their order. "

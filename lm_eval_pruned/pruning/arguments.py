@@ -191,9 +191,9 @@ class PruneArguments:
                     f"{' and '.join(given)} were given together, but each of them {purpose}: "
                     "pass one."
                 )
+        self._check_depth()
         self._check_calibration()
         self._check_allocation()
-        self._check_depth()
         for name in ("layers", "skip_layers"):
             if self.widths is not None and (value := getattr(self, name)) is not None:
                 raise ValueError(

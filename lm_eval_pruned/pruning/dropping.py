@@ -162,7 +162,7 @@ def attributes_that_change(
         if other is None or type(other) is not type(module):
             raise _another(whole, name, "")
         inside = moved.startswith(f"{path}.")
-        computed = module._non_persistent_buffers_set - _OF_POSITIONS
+        computed = getattr(module, "_non_persistent_buffers_set", set()) - _OF_POSITIONS
         if inside and computed:
             raise _another(whole, name, f".{min(computed)}")
         number = int(moved[len(path) + 1 :].partition(".")[0]) if inside else None
