@@ -176,9 +176,12 @@ def attributes_that_change(
             values = own.get(attribute), others.get(attribute)
             if values[0] == values[1]:
                 continue
-            if values != counts:
+            # A model may remember whether it has some kind of layer, or things for that kind.
+            summary = type(values[1]) is bool or None in values
+            if values != counts and not (number is None and summary):
                 raise _another(whole, name, f".{attribute}")
-            found.append((moved, attribute, values[1]))
+            if values[1] is not None:
+                found.append((moved, attribute, values[1]))
     if paired != len(modules):
         raise _another(whole, path, "")
     return found

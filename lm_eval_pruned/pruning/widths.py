@@ -260,9 +260,13 @@ class Widths:
     def narrowed_config(self, targets: Mapping[str, int]) -> PretrainedConfig:
         """Return a copy of the config with the widths of `targets`, as far as it can hold them.
 
+        It is a copy of the original where that builds these widths.
+
         Raises:
             UnsupportedModelError: The model's config does not accept the widths.
         """
+        if targets == self.configured == self.actual:
+            return copy.deepcopy(self.original)
         narrowed = self._narrowed(targets)
         self._check(narrowed, targets)
         return narrowed
@@ -322,6 +326,8 @@ class Widths:
         self, config: PretrainedConfig, targets: Mapping[str, int]
     ) -> None:
         """Write the widths of `targets` into a config with the keys of `narrowed_config`."""
+        if targets == self.configured == self.actual:
+            return
         copy_layers(self.described(targets), config)
 
     def _narrowed(self, targets: Mapping[str, int]) -> PretrainedConfig:
@@ -336,12 +342,13 @@ class Widths:
         return narrowed
 
     def copy_keys(self, source: PretrainedConfig, target: PretrainedConfig) -> None:
-        """Give `target` the width keys of `source`, as `plain_config` leaves them."""
+        """Give `target` the width keys of `source`, and whether they are the widths."""
         for key in set(self.keys.values()):
             key.set(target, key.get(source))
         text = source.get_text_config(decoder=True)
         if hasattr(text, _DERIVES_WIDTH):
-            target.get_text_config(decoder=True).block_auto_adjust_ff_dim = False
+            derives = text.block_auto_adjust_ff_dim
+            target.get_text_config(decoder=True).block_auto_adjust_ff_dim = derives
 
     def _check(self, narrowed: PretrainedConfig, targets: Mapping[str, int]) -> None:
         """Refuse a config that would not build the model it stands for."""
