@@ -30,6 +30,8 @@ DEFAULTS = {
     "multiple_of": 1,
     "layers": None,
     "skip_layers": None,
+    "drop_layers": None,
+    "drop_by": "last",
     "allocation": "uniform",
     "min_width": None,
     "criterion": "maw",
@@ -187,7 +189,7 @@ def test_what_the_harness_split_at_commas_is_joined():
 
 def test_pieces_of_one_of_two_lists_of_layers_are_no_reason_to_forget_the_other():
     given = {"ratio": 1, "layers": 0, "skip_layers": 3, "4-5": ""}
-    with pytest.raises(ValueError, match=r"layers=\[0, '4-5'\] and skip_layers=3 were"):
+    with pytest.raises(ValueError, match=r"layers=0 and skip_layers=\[3, '4-5'\] were"):
         PruneArguments.taken_from(given)
 
 
