@@ -323,8 +323,6 @@ class PruneArguments:
 DECLARED: dict[str, Field[Any]] = {each.name: each for each in fields(PruneArguments)}
 #: Those that say how many neurons to keep.
 SIZES = ("ratio", "prune_percent", "intermediate_size", "widths")
-#: Those that may be lists of layers.
-_LISTS = ("layers", "skip_layers", "drop_layers")
 #: Those that an allocation shares out among the layers.
 _SHARED = SIZES[:-1]
 #: Those that say which text is looked at.
@@ -336,6 +334,8 @@ EXCLUSIVE = {
     "sets the kept width": SIZES,
     "says which layers to prune": ("layers", "skip_layers"),
 }
+#: Those that may be lists of layers.
+_LISTS = (*EXCLUSIVE["says which layers to prune"], "drop_layers")
 #: Options that take several values of an argument, and the argument.
 SEVERAL = {
     each.metadata["several"]: name

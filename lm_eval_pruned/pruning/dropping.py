@@ -162,7 +162,8 @@ def attributes_that_change(
         if other is None or type(other) is not type(module):
             raise _another(whole, name, "")
         inside = moved.startswith(f"{path}.")
-        computed = getattr(module, "_non_persistent_buffers_set", set()) - _OF_POSITIONS
+        buffers: set[str] = getattr(module, "_non_persistent_buffers_set", set())
+        computed = buffers - _OF_POSITIONS
         if inside and computed:
             raise _another(whole, name, f".{min(computed)}")
         number = int(moved[len(path) + 1 :].partition(".")[0]) if inside else None

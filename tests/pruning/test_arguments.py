@@ -42,6 +42,7 @@ DEFAULTS = {
 }
 #: Options that take several values.
 SEVERAL = {
+    "drop_layers": "drop_layers",
     "ratios": "ratio",
     "prune_percents": "prune_percent",
     "widths": "widths",
