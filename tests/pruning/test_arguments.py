@@ -133,6 +133,7 @@ def test_the_command_prune_takes_them():
 def test_the_command_plan_takes_several_sizes():
     options = options_of(plan_command.add)
     assert [name for name in SEVERAL if name in options] == [
+        "drop_layers",
         "ratios",
         "prune_percents",
         "widths",
