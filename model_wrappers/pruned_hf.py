@@ -21,7 +21,7 @@ from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
 from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.slicing import carry_out, widths_in_memory
+from lm_eval_pruned.pruning.slicing import prune_loaded
 
 
 if TYPE_CHECKING:
@@ -192,9 +192,8 @@ class PrunedHFLM(EnergyLoggingHFLM):
             self._prune_in_memory()
 
     def _prune_in_memory(self) -> None:
-        widths = widths_in_memory(self._model)
-        plan = widths.plan(self._prune_arguments)
-        self._note_pruning(carry_out(plan, self._model, widths, self.tokenizer))
+        asked = self._prune_arguments
+        self._note_pruning(prune_loaded(self._model, asked, self.tokenizer))
 
     def _note_pruning(self, model: PreTrainedModel) -> None:
         self._prune_record = model.prune_record  # type: ignore[assignment]

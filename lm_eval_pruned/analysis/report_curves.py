@@ -165,9 +165,10 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
                     ]
                 )
                 for what, value in (("energy", per_token), ("latency", latency)):
-                    if value is not None and run.expansion_ratio is not None:
+                    ratio = None if run.is_shallow else run.expansion_ratio
+                    if value is not None and ratio is not None:
                         curves.setdefault((what, f"{tasks}, {kind}"), []).append(
-                            (run.expansion_ratio, value)
+                            (ratio, value)
                         )
     if not rows:
         return None

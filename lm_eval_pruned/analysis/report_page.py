@@ -58,6 +58,8 @@ class Section:
 
 def run_label(run: Run) -> str:
     """Return what a run is called where its size matters, such as ``p20 (3.20)``."""
+    if run.is_shallow:
+        return f"{run.name} ({run.pruning.get('layers')} layers)"
     ratio = run.expansion_ratio
     label = "unpruned, " if run.is_baseline else ""
     return f"{run.name} ({label}{ratio:.2f})" if ratio is not None else run.name

@@ -92,9 +92,13 @@ class Run:
     def is_baseline(self) -> bool:
         """Whether ``pruned-hf`` removed nothing."""
         pruning = self.pruning
-        return bool(pruning) and pruning.get("intermediate_size_after") == pruning.get(
-            "intermediate_size_before"
-        )
+        widths = (pruning.get(f"intermediate_size_{n}") for n in ("before", "after"))
+        return bool(pruning) and not self.is_shallow and len({*widths}) == 1
+
+    @property
+    def is_shallow(self) -> bool:
+        """Whether ``pruned-hf`` left out whole layers, so that the ratio is not its size."""
+        return "layers_dropped" in self.pruning
 
     def tasks(self, *, subtasks: bool = True) -> list[str]:
         """Return the tasks that have scores.

@@ -19,14 +19,14 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
     Returns:
         Runs by series, in falling expansion ratio; runs without a recorded
-        expansion ratio are left out.
+        expansion ratio are left out, and those that lack whole layers.
     """
 
     def model(run: Run) -> str:
         pruning = run.pruning
         return f"{pruning.get('hidden_size')}x{pruning.get('layers')}"
 
-    pruned = [run for run in runs if run.expansion_ratio is not None]
+    pruned = [r for r in runs if r.expansion_ratio is not None and not r.is_shallow]
     series: dict[tuple[str, str], list[Run]] = {}
     for run in pruned:
         if not run.is_baseline:
@@ -49,6 +49,9 @@ def series_name(run: Run) -> str:
     name = str(run.pruning.get("criterion") or "-")
     if "seed" in run.pruning:
         name += f", seed {run.pruning['seed']}"
+    if run.is_shallow:
+        dropped = f"layers {run.pruning['layers_dropped']} dropped"
+        name = dropped if name == "-" else f"{name}, {dropped}"
     if "layer_widths" in run.pruning:
         name += ", widths by layer"
     return name

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
@@ -58,11 +58,14 @@ def check_adapter(
     if not stored:
         return
     widths, plan = request.widths, request.plan
+    if stage == "before":
+        widths = widths.whole
     targets = widths.targets(plan) if stage == "after" else widths.actual
     if widths.inexpressible(targets):
         return
     narrowed = widths.narrowed_config(targets)
     expected = _adapted_shapes(request, narrowed, config)
+    _check_depth(adapter, request, stage, stored, expected, argument)
     for name, shape in stored.items():
         if name not in expected or shape == expected[name]:
             continue
@@ -86,6 +89,26 @@ def check_adapter(
                     f"{argument}={adapter} was trained on MLPs of {have} neurons, but it is "
                     f"applied to MLPs of {want} ({name}): {advice}."
                 )
+
+
+def _check_depth(
+    adapter: str,
+    request: LoadRequest,
+    stage: str,
+    stored: Collection[str],
+    expected: Collection[str],
+    argument: str,
+) -> None:
+    """Refuse an adapter with weights for layers that are not there, which peft passes over."""
+    depth = request.plan.depth
+    absent = sorted({*stored} - {*expected})
+    if stage != "after" or depth is None or not absent:
+        return
+    raise ValueError(
+        f"{argument}={adapter} has {absent[0]}, of which the {len(depth.kept)} of {depth.before} "
+        "layers that drop_layers leaves know nothing: pass an adapter that was trained on them, "
+        "or peft_stage=before to merge it first."
+    )
 
 
 def adapted_modules(adapter: str | None) -> set[str]:

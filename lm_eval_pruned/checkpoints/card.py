@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.plan import whole_or_mean
 
 
@@ -31,10 +32,13 @@ def model_card(
     name = Path(pretrained).resolve().name if local else pretrained
     if not local and revision:
         name += f" (revision {revision})"
+    tags = ["width-pruning"] if record.plan.prunes else []
+    if record.plan.depth is not None:
+        tags.append("depth-pruning")
     fields = ModelCardData(
         base_model=None if local else pretrained,
         library_name="transformers",
-        tags=["width-pruning", "glu", "lm-eval-pruned"],
+        tags=[*tags, "glu", "lm-eval-pruned"],
         **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
     )
     plan = record.plan
@@ -60,30 +64,45 @@ def model_card(
     title = f"{whole_or_mean(plan.mean_width):,} neurons per MLP"
     if not alike:
         title += " on average" if plan.layers is None else " in some layers"
+    depth, of_layers = plan.depth, ""
+    what, how = (
+        f"width-pruned to {title}",
+        f"removed neurons from the GLU-MLPs of {name}",
+    )
+    ranked = f"""Each neuron is a row of the gate and up projections with its column of the down projection. Neurons were
+ranked by {by} {criteria}, {best} in their
+original order, and ties went to the lower index. """
+    costs = "Width pruning costs knowledge more than it costs\ninstruction following (arXiv 2512.22671)"
+    if depth is not None:
+        left = f"{len(depth.kept)} of {depth.before} layers"
+        what = f"{what}, {left}" if plan.prunes else f"cut to {left}"
+        dropped = f"left out the layers {written_layers(depth.dropped)}"
+        how = f"{how}, and {dropped}" if plan.prunes else f"{dropped} of {name}"
+        costs = "What it lost depends on the task"
+        of_layers = ', after "layers" and the numbers of those that stay'
+    if not plan.prunes:
+        ranked = "The layers that stay are numbered anew, in their order. "
     return f"""---
 {fields.to_yaml()}
 ---
 
-# {name}, width-pruned to {title}
+# {name}, {what}
 
-`lm-eval-pruned {version("lm-eval-pruned")}` removed neurons from the GLU-MLPs of {name}. No other
+`lm-eval-pruned {version("lm-eval-pruned")}` {how}. No other
 weight was changed, and nothing was trained afterwards.
 
 {rows}
 
 {summary}
 
-Each neuron is a row of the gate and up projections with its column of the down projection. Neurons were
-ranked by {by} {criteria}, {best} in their
-original order, and ties went to the lower index. The digest is SHA-256 over the kept indices of all layers
-(little-endian int64): the same request on the same weights gives the same digest.
+{ranked}The digest is SHA-256 over the kept indices of all layers
+(little-endian int64{of_layers}): the same request on the same weights gives the same digest.
 
 ```json
 {json.dumps(record.as_dict(), indent=2)}
 ```
 
-{opens} Width pruning costs knowledge more than it costs
-instruction following (arXiv 2512.22671), so evaluate the model for your use before relying on it.
+{opens} {costs}, so evaluate the model for your use before relying on it.
 """
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.checkpoints.layers import observe
+from lm_eval_pruned.checkpoints.layers import observe, open_layers
 from lm_eval_pruned.checkpoints.route import (
     OWN_WAY,
     RouteDeclined,
@@ -15,9 +16,13 @@ from lm_eval_pruned.checkpoints.route import (
 )
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.checkpoints.stream import Opened, OpenedSession
+from lm_eval_pruned.pruning.calibration import CalibrationText, read_texts
+from lm_eval_pruned.pruning.influence import influence_by_layer, influence_in_memory
+from lm_eval_pruned.pruning.layerwise import NotLayerByLayer
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.settling import REMOVED, settled
-from lm_eval_pruned.pruning.slicing import LoadedModel, widths_in_memory
+from lm_eval_pruned.pruning.slicing import LoadedModel
+from lm_eval_pruned.pruning.widths import widths_in_memory
 
 
 if TYPE_CHECKING:
@@ -31,6 +36,10 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.scores import ScoreTable
     from lm_eval_pruned.pruning.sensitivity import Sensitivity
     from lm_eval_pruned.pruning.widths import Widths
+
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.loading")
 
 
 def settled_request(
@@ -64,6 +73,51 @@ def settled_request(
         return request, known, str(reason)
     settled_one = dataclasses.replace(request, plan=plan)
     return settled_one, known.of_plan(plan, request.widths.mlps), None
+
+
+def with_depth(
+    request: LoadRequest, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LoadRequest:
+    """Return `request` for the layers of most influence on its text, if it asks for them.
+
+    The checkpoint is run layer by layer, or loaded if it has to be, and dropped.
+
+    Args:
+        request: What is to be loaded.
+        tokenizer: What reads calibration text; default: the model's own.
+
+    Raises:
+        ValueError: The checkpoint or the text is wrong.
+        UnsupportedModelError: The model has layers that cannot be dropped.
+    """
+    if not request.lacks_depth:
+        return request
+    arguments = request.prune_arguments
+    file = str(arguments.calibration)
+    samples = None
+    if arguments.calibration_samples is not None:
+        samples = int(arguments.calibration_samples)
+    read_texts(file, samples)
+
+    def measure(request: LoadRequest) -> LoadRequest:
+        reader = tokenizer or request.load_tokenizer()
+        try:
+            with open_layers(request) as layers:
+                text = CalibrationText.of(layers.model, reader, file, samples)
+                layers.check(text.tokens[0].to(layers.device))
+                influence = influence_by_layer(layers, text)
+        except (RouteDeclined, NotLayerByLayer) as reason:
+            logger.warning(
+                "%s is loaded in full to see its hidden states, because %s.",
+                request.pretrained,
+                reason,
+            )
+            model = request.load_whole()
+            text = CalibrationText.of(model, reader, file, samples)
+            influence = influence_in_memory(model, text.tokens)
+        return request.with_influence(influence, text.seen_by({}).as_dict())
+
+    return with_stored_widths(request, measure)
 
 
 def settled_plan(request: LoadRequest, known: ScoreTable) -> tuple[PrunePlan, Widths]:

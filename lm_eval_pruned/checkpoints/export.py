@@ -27,7 +27,7 @@ from lm_eval_pruned.checkpoints.companions import (
     write_json,
 )
 from lm_eval_pruned.checkpoints.damage import check_complete, missing_tensors
-from lm_eval_pruned.checkpoints.evidence import settled_request
+from lm_eval_pruned.checkpoints.evidence import settled_request, with_depth
 from lm_eval_pruned.checkpoints.layers import observe
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.narrowed import layer_by_layer
@@ -49,7 +49,7 @@ from lm_eval_pruned.checkpoints.transformers_api import (
     Placement,
     target_names,
 )
-from lm_eval_pruned.pruning.arguments import SIZES, PruneArguments
+from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.slicing import warn_inexpressible
@@ -152,6 +152,10 @@ def export_pruned(
     asked_for = source | ({} if target_dtype is None else {"dtype": target_dtype})
     asked = PruneArguments(**prune_arguments)
     request = LoadRequest.resolve(auto_class, pretrained, asked, asked_for)
+    if request.lacks_depth:
+        on_device = {**request.model_arguments, "device_map": {"": device}}
+        measured = with_depth(dataclasses.replace(request, model_arguments=on_device))
+        request = dataclasses.replace(measured, model_arguments=request.model_arguments)
     if not request.plan.asked.keys() & {"ratio", "intermediate_size"}:
         _check_prunes(request.plan)
     folder = source_folder(pretrained, source)
@@ -218,11 +222,13 @@ def _stream(request: LoadRequest, writer: _Writer) -> PruneRecord | None:
     warn_inexpressible(widths, targets)
     copy_companions(writer.source, writer.folder)
     widths.describe_layers(narrowed, targets)
-    write_config(widths.original, narrowed, writer.source, writer.folder, writer.dtype)
+    write_config(
+        widths.whole.original, narrowed, writer.source, writer.folder, writer.dtype
+    )
     return PruneRecord.of(
         plan,
         widths,
-        widths.count_parameters(widths.actual),
+        widths.parameters_before,
         widths.count_parameters(targets),
         session.kept(),
         known.calibration,
@@ -230,12 +236,12 @@ def _stream(request: LoadRequest, writer: _Writer) -> PruneRecord | None:
 
 
 def _check_prunes(plan: PrunePlan) -> None:
-    if plan.prunes:
+    if plan.changes_model:
         return
     asked = ", ".join(f"{k}={v}" for k, v in plan.asked.items())
     raise ValueError(
         f"{asked or 'no size'} keeps all {plan.width_before} neurons, so there is "
-        f"nothing to export: pass one of {', '.join(SIZES)} that removes some."
+        f"nothing to export: pass one of {', '.join(CUTS)} that removes some."
     )
 
 

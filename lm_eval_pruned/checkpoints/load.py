@@ -13,7 +13,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.evidence import settled_request
+from lm_eval_pruned.checkpoints.evidence import settled_request, with_depth
 from lm_eval_pruned.checkpoints.layers import observe
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.route import clear_errors, with_stored_widths
@@ -160,7 +160,7 @@ def load_with_arguments(
     request = LoadRequest.resolve(
         auto_class, pretrained, prune_arguments, from_pretrained
     )
-    return with_stored_widths(request, load)
+    return with_stored_widths(with_depth(request, tokenizer), load)
 
 
 def _load(
@@ -175,7 +175,7 @@ def _load(
     plan, widths = request.plan, request.widths
     targets = widths.targets(plan)
     narrowed = widths.narrowed_config(targets)
-    before = widths.count_parameters(widths.actual)
+    before = widths.parameters_before
     session = Session(plan, widths, targets, known)
     session.declined = declined or request.unreadable()
     if session.declined is None and request.needs_scores(known):
@@ -202,7 +202,7 @@ def _load(
             warn_misaligned(model, plan, widths, targets)
             return model
     request.check_prunable_in_memory(session.declined)
-    if plan.prunes:
+    if plan.changes_model:
         logger.warning(
             "%s is loaded in full and pruned in memory, because %s.",
             request.pretrained,

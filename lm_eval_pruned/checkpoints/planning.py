@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, astuple, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.allocations import UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.depth import Depth
+from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
 from lm_eval_pruned.pruning.sizes import DenseShape, dense_shape
@@ -18,7 +21,8 @@ from lm_eval_pruned.util.tables import csv_table, markdown_table
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from lm_eval_pruned.pruning.arguments import LayerWidths, Number
+    from lm_eval_pruned.pruning.arguments import Layers, LayerWidths, Number
+    from lm_eval_pruned.pruning.widths import Widths
 
 
 #: Arguments of `hf` that say where a config, a tokenizer and weights come from.
@@ -27,7 +31,7 @@ SOURCE_ARGUMENTS = ("revision", "subfolder", "gguf_file", "trust_remote_code")
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One requested size.
+    """One requested size, or depth.
 
     Attributes:
         asked: The request, such as ``ratio=2.0``.
@@ -39,6 +43,10 @@ class PlanRow:
         layer_widths: Kept width of each layer, such as ``0:1200,1-29:900``; empty where
             all are alike.
         layer_criteria: Criterion of each layer likewise; empty where one scores all.
+        layers_dropped: Layers that are left out, such as ``20-22``; empty where none is.
+        equal_ratio: Where layers are left out and nothing else, the expansion ratio at which
+            all layers together are left with as many parameters, to a neuron; empty where
+            their MLPs do not have so many.
     """
 
     asked: str
@@ -49,12 +57,14 @@ class PlanRow:
     checkpoint_bytes: int
     layer_widths: str = ""
     layer_criteria: str = ""
+    layers_dropped: str = ""
+    equal_ratio: str = ""
 
 
 def plan_rows(
     pretrained: str,
     argument: str,
-    values: Iterable[Number | LayerWidths],
+    values: Iterable[Number | LayerWidths | Layers],
     *,
     multiple_of: Number = PruneArguments.multiple_of,
     revision: str = "main",
@@ -67,8 +77,8 @@ def plan_rows(
 
     Args:
         pretrained: Folder or Hub name.
-        argument: ``ratio``, ``prune_percent`` or ``widths``.
-        values: One size per row.
+        argument: ``ratio``, ``prune_percent``, ``widths`` or ``drop_layers``.
+        values: One size, or depth, per row.
         multiple_of: Round kept widths down to a multiple of this, in neurons.
         revision: Revision on the Hub.
         subfolder: Folder in `pretrained`.
@@ -96,19 +106,20 @@ def plan_rows(
         "gguf_file": gguf_file,
         "trust_remote_code": trust_remote_code,
     }
-    if any(each.allocation != UNIFORM or each.tried for each in asked):
+    if any(a.allocation != UNIFORM or a.tried or a.measures_depth for a in asked):
         return _settled_rows(pretrained, asked, source)
-    shape = None
+    raw: dict[str, Any] = {}
     if not trust_remote_code and gguf_file is None:
-        shape = dense_shape(_read_config(pretrained, revision, subfolder))
-    if shape is not None:
-        return _rows_of_shape(shape, asked)
+        raw = _read_config(pretrained, revision, subfolder)
+    if dense_shape(raw) is not None:
+        return _rows_of_shape(raw, asked)
 
     import torch
     import transformers
 
     from lm_eval_pruned.checkpoints.auto_class import auto_class_for
     from lm_eval_pruned.checkpoints.skeleton import skeleton
+    from lm_eval_pruned.pruning.dropping import count_layers
     from lm_eval_pruned.pruning.widths import Widths
 
     config = transformers.AutoConfig.from_pretrained(
@@ -119,18 +130,29 @@ def plan_rows(
         **({} if gguf_file is None else {"gguf_file": gguf_file}),
     )
     auto_class = auto_class_for(config)
-    widths = Widths(
+    whole = Widths(
         config,
         lambda c: skeleton(auto_class, c, trust_remote_code=trust_remote_code),
     )
-    before = widths.count_parameters(widths.configured)
     dtype = config.dtype or torch.float32
     rows = []
     for arguments in asked:
-        plan = widths.plan(arguments)
-        parameters = widths.count_parameters(widths.targets(plan))
-        rows.append(_row(plan, parameters, before, dtype.itemsize))
+        widths = whole
+        if arguments.drop_layers is not None:
+            layers = count_layers(whole.skeleton())
+            widths = whole.without_layers(Depth.of(arguments, layers))
+        rows.append(_row_of_widths(widths.plan(arguments), widths, dtype.itemsize))
     return rows
+
+
+def _row_of_widths(plan: PrunePlan, widths: Widths, item_bytes: int) -> PlanRow:
+    whole = widths.whole
+    narrowest = whole.plan(PruneArguments(intermediate_size=1))
+    least = whole.count_parameters(whole.targets(narrowest))
+    before = widths.parameters_before
+    per_neuron = Fraction(before - least, max(plan.width_before - 1, 1))
+    parameters = widths.count_parameters(widths.targets(plan))
+    return _row(plan, parameters, before, item_bytes, per_neuron)
 
 
 def _settled_rows(
@@ -141,7 +163,7 @@ def _settled_rows(
     from transformers import AutoConfig
 
     from lm_eval_pruned.checkpoints.auto_class import auto_class_for
-    from lm_eval_pruned.checkpoints.evidence import settled_plan
+    from lm_eval_pruned.checkpoints.evidence import settled_plan, with_depth
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.scores import ScoreTable
 
@@ -151,25 +173,28 @@ def _settled_rows(
     dtype: torch.dtype
     for arguments in asked:
         request = LoadRequest.resolve(auto_class, pretrained, arguments, source)
-        plan, widths = settled_plan(request, known)
+        plan, widths = settled_plan(with_depth(request), known)
         dtype = widths.original.dtype or torch.float32  # type: ignore[assignment]
-        rows.append(
-            _row(
-                plan,
-                widths.count_parameters(widths.targets(plan)),
-                widths.count_parameters(widths.actual),
-                dtype.itemsize,
-            )
-        )
+        rows.append(_row_of_widths(plan, widths, dtype.itemsize))
     return rows
 
 
 def _row(
-    plan: PrunePlan, parameters: int, before: int, bytes_per_parameter: int
+    plan: PrunePlan,
+    parameters: int,
+    before: int,
+    bytes_per_parameter: int,
+    per_neuron: int | Fraction,
 ) -> PlanRow:
-    ((argument, value),) = plan.asked.items()
+    """Describe a plan; `per_neuron` are the parameters of a neuron, summed over all layers."""
+    equal = ""
+    if plan.depth is not None and not plan.prunes:
+        width = plan.width_before - round(Fraction(before - parameters) / per_neuron)
+        # Rounded down, of which the kept width is rounded up again.
+        digits = width * 10**_DIGITS // plan.hidden_size
+        equal = f"{digits / 10**_DIGITS:.{_DIGITS}f}" if width >= 1 else ""
     return PlanRow(
-        f"{argument}={value}",
+        ", ".join(f"{argument}={value}" for argument, value in plan.asked.items()),
         whole_or_mean(plan.mean_width),
         plan.ratio,
         parameters,
@@ -177,6 +202,8 @@ def _row(
         parameters * bytes_per_parameter,
         written_by_layer(plan.layer_widths or ()),
         written_by_layer(plan.layer_criteria or ()),
+        "" if plan.depth is None else written_layers(plan.depth.dropped),
+        equal,
     )
 
 
@@ -201,22 +228,44 @@ def _read_config(pretrained: str, revision: str, subfolder: str) -> dict[str, An
     return config if isinstance(config, dict) else {}
 
 
-def _rows_of_shape(shape: DenseShape, asked: Iterable[PruneArguments]) -> list[PlanRow]:
+def _rows_of_shape(
+    config: dict[str, Any], asked: Iterable[PruneArguments]
+) -> list[PlanRow]:
     rows = []
     for arguments in asked:
-        plan = PrunePlan.of(
-            arguments, shape.hidden_size, shape.width, range(shape.layers)
-        )
+        whole = _shape(config)
+        depth = Depth.of(arguments, whole.layers)
+        layers = tuple(range(whole.layers)) if depth is None else depth.kept
+        shape = _shape({**config, "num_hidden_layers": len(layers)})
+        plan = PrunePlan.of(arguments, shape.hidden_size, shape.width, layers, depth)
         removed = shape.parameters_per_neuron * (shape.width - plan.mean_width)
         rows.append(
             _row(
                 plan,
                 shape.parameters - int(removed),
-                shape.parameters,
+                whole.parameters,
                 shape.bytes_per_parameter,
+                whole.parameters_per_neuron,
             )
         )
     return rows
+
+
+def _shape(config: dict[str, Any]) -> DenseShape:
+    shape = dense_shape(config)
+    assert shape is not None
+    return shape
+
+
+#: Columns of the table that it has where some row says something there.
+_SOMETIMES = {
+    "widths by layer": "layer_widths",
+    "criteria by layer": "layer_criteria",
+    "layers dropped": "layers_dropped",
+    "ratio of equal parameters": "equal_ratio",
+}
+#: A ratio of so many digits names the width of any model.
+_DIGITS = 6
 
 
 def as_table(rows: list[PlanRow]) -> str:
@@ -230,11 +279,11 @@ def as_table(rows: list[PlanRow]) -> str:
         "checkpoint bytes": ",",
     }
     cells = [[*map(format, astuple(row), forms.values())] for row in rows]
-    for name in ("widths", "criteria"):
-        by_layer = [getattr(row, f"layer_{name}") for row in rows]
-        if any(by_layer):
-            forms[f"{name} by layer"] = ""
-            cells = [[*cell, each] for cell, each in zip(cells, by_layer, strict=True)]
+    for heading, attribute in _SOMETIMES.items():
+        own = [getattr(row, attribute) for row in rows]
+        if any(own):
+            forms[heading] = ""
+            cells = [[*cell, each] for cell, each in zip(cells, own, strict=True)]
     return markdown_table(list(forms), cells) + "\n"
 
 

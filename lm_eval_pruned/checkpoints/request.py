@@ -24,12 +24,14 @@ from lm_eval_pruned.checkpoints.skeleton import skeleton
 from lm_eval_pruned.checkpoints.transformers_api import reading, unknown_loader
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.criteria import CALIBRATED
+from lm_eval_pruned.pruning.depth import Depth
+from lm_eval_pruned.pruning.dropping import count_layers
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, regions_by_parameter
 from lm_eval_pruned.pruning.widths import Widths
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Mapping
+    from collections.abc import Collection, Hashable, Mapping, Sequence
 
     from transformers import (
         PretrainedConfig,
@@ -114,6 +116,11 @@ class LoadRequest:
 
         with clear_config_errors(pretrained):
             widths = Widths(config, build)
+            if prune_arguments.drop_layers is not None:
+                layers = count_layers(widths.skeleton())
+                shallow = widths.without_layers(Depth.of(prune_arguments, layers))
+                if not prune_arguments.measures_depth:
+                    widths = shallow
             plan = widths.plan(prune_arguments)
         if widths.actual != widths.configured:
             _tell_widths(pretrained, "config has", widths.actual)
@@ -136,6 +143,27 @@ class LoadRequest:
             plan = widths.plan(self.prune_arguments)
         return dataclasses.replace(self, plan=plan, widths=widths)
 
+    @property
+    def lacks_depth(self) -> bool:
+        """Whether text has to be looked at before it says which layers are dropped."""
+        return self.prune_arguments.measures_depth and self.widths.depth is None
+
+    def with_influence(
+        self, influence: Sequence[float], measured_on: Mapping[str, Any]
+    ) -> LoadRequest:
+        """Return the same request for the layers of most block influence.
+
+        Args:
+            influence: That of each layer.
+            measured_on: What the results file says of the text.
+        """
+        arguments = self.prune_arguments
+        depth = Depth.of(arguments, len(influence), influence, measured_on)
+        with clear_config_errors(self.pretrained):
+            widths = self.widths.without_layers(depth)
+            plan = widths.plan(arguments)
+        return dataclasses.replace(self, plan=plan, widths=widths)
+
     def scores_key(self) -> Hashable | None:
         """Identify what scores depend on; None where the checkpoint's content is not known."""
         model = self.content_key()
@@ -151,6 +179,7 @@ class LoadRequest:
             plan.tried,
             plan.seed,
             text,
+            plan.depth and plan.depth.kept,
         )
 
     def content_key(self) -> tuple[Hashable, ...] | None:
@@ -202,7 +231,7 @@ class LoadRequest:
                 cannot be read.
             UnsupportedModelError: Its activations cannot be observed.
         """
-        if not self.plan.prunes:
+        if not self.plan.changes_model:
             return
         quantising = quantising_arguments(self.model_arguments)
         if self.model_arguments.get("gguf_file") is not None:
@@ -214,7 +243,9 @@ class LoadRequest:
                 f"afterwards, because {why}: export the pruned model first "
                 "(lm-eval-pruned prune), or leave the quantisation out."
             )
-        if self.plan.calibration is not None:
+        looks_at_losses = self.plan.is_open or self.plan.measured_on is not None
+        observes = looks_at_losses or {*self.plan.criteria} & {*CALIBRATED}
+        if self.plan.prunes and self.plan.calibration is not None and observes:
             read_texts(self.plan.calibration, self.plan.calibration_samples)
             check_observable(self.widths.skeleton())
 
@@ -267,14 +298,14 @@ class LoadRequest:
         return model
 
     def load_whole(self) -> PreTrainedModel:
-        """Load the model unpruned.
+        """Load the model unpruned, with all its layers.
 
         Raises:
             ValueError: It is damaged, or an argument is wrong.
         """
         with clear_load_errors(self.pretrained, self.model_arguments):
-            neurons = regions_by_parameter(self.widths.mlps)
-            return self.load(self.widths.original, neurons)
+            neurons = regions_by_parameter(self.widths.whole.mlps)
+            return self.load(self.widths.whole.original, neurons)
 
 
 def _tell_widths(pretrained: str, found: str, actual: Mapping[str, int]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lm_eval_pruned.checkpoints.default_model import cache_folder
 from lm_eval_pruned.checkpoints.layers import open_layers
 from lm_eval_pruned.checkpoints.route import RouteDeclined, with_stored_widths
-from lm_eval_pruned.pruning.arguments import exact
+from lm_eval_pruned.pruning.argument_checks import exact
 from lm_eval_pruned.pruning.calibration import (
     LENGTH,
     CalibrationText,

@@ -28,6 +28,7 @@ from lm_eval_pruned.checkpoints.transformers_api import (
     target_names,
 )
 from lm_eval_pruned.pruning.criteria import proves_finite
+from lm_eval_pruned.pruning.dropping import layers_of
 from lm_eval_pruned.pruning.layouts import (
     GluMlp,
     UnsupportedModelError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from lm_eval_pruned.pruning.depth import Depth
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.regions import Region
     from lm_eval_pruned.pruning.widths import Widths
@@ -79,7 +81,8 @@ class Session:
     @property
     def changes_model(self) -> bool:
         """Whether the model differs from the one that stock transformers loads."""
-        return not (self._targets == self._widths.configured == self._widths.actual)
+        alike = self._targets == self._widths.configured == self._widths.actual
+        return not alike or self._widths.depth is not None
 
     def provide(self, model, state_dict, checkpoint_files, load_config):
         """Stand in for the checkpoint of the first model of its class; see `reading`."""
@@ -114,7 +117,7 @@ class Session:
                 "into the narrowed MLPs and did not fail on their shapes: leave out "
                 "ignore_mismatched_sizes, or load it in full and pass it to prune_model."
             )
-        if self.plan.prunes:
+        if self.plan.changes_model:
             raise RouteDeclined(OWN_WAY)
 
     def score(self) -> None:
@@ -152,6 +155,8 @@ class Session:
         """
         self._model = model
         entries = self._open_files(state_dict, checkpoint_files)
+        if self._widths.depth is not None:
+            entries = self._without_layers(entries, self._widths.depth, load_config)
         mlps = find_glu_mlps(model)
         narrowed = [
             NarrowedMlp(
@@ -230,6 +235,29 @@ class Session:
         target_names(merged, model, load_config, remember=True)
         kept = {key: entry for key, entry in entries.items() if key not in merged}
         return kept | whole_ones
+
+    def _without_layers(
+        self, entries: dict[str, Any], depth: Depth, load_config
+    ) -> dict[str, Any]:
+        """Leave out the entries of dropped layers, and number the others anew."""
+        whole = self._widths.whole.skeleton()
+        path, _ = layers_of(whole)
+        gone = len(depth.dropped)
+        new = {old: number for number, old in enumerate(depth.kept)}
+        kept: dict[str, Any] = {}
+        for key, (name, _, _) in target_names(entries, whole, load_config).items():
+            if not name.startswith(f"{path}."):
+                kept[key] = entries[key]
+                continue
+            number = name[len(path) + 1 :].partition(".")[0]
+            before, found, after = key.partition(f".{number}.")
+            if not found or not number.isdecimal():
+                raise RouteDeclined(f"its key {key} does not name a layer")
+            # Layers beyond the last, as for predicting several tokens, stay beyond it.
+            if int(number) in new or int(number) >= depth.before:
+                now = new.get(int(number), int(number) - gone)
+                kept[f"{before}.{now}.{after}"] = entries[key]
+        return kept
 
     def _check_widths(self) -> None:
         """Compare the widths of the checkpoint with those the session was told."""

@@ -144,7 +144,7 @@ def record_of(
     return PruneRecord.of(
         plan,
         widths,
-        widths.count_parameters(widths.actual),
+        widths.parameters_before,
         widths.count_parameters(widths.targets(plan)),
         kept,
         calibration,
@@ -178,9 +178,16 @@ def check_buildable(request: LoadRequest) -> None:
     build anew.
 
     Raises:
-        UnsupportedModelError: Experts would have a width that the config cannot hold.
+        UnsupportedModelError: Experts would have a width that the config cannot hold, or
+            layers would be left out.
     """
     widths, plan = request.widths, request.plan
+    if request.prune_arguments.drop_layers is not None:
+        raise UnsupportedModelError(
+            "drop_layers leaves out whole layers, which an engine that builds its model by itself "
+            "would look for in the checkpoint: use --model pruned-hf, or export the pruned model "
+            "first (lm-eval-pruned prune)."
+        )
     if plan.is_open:
         asked = f"allocation={plan.allocation}"
         if plan.allocation == UNIFORM:

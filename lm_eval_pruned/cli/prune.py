@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.arguments import DECLARED, EXCLUSIVE, SIZES, add_option
+from lm_eval_pruned.pruning.arguments import DECLARED, EXCLUSIVE, add_option
 
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def add(commands) -> None:
         "prune",
         help="write a pruned model as an ordinary checkpoint",
         description="Write a pruned model as an ordinary checkpoint: safetensors shards, config "
-        "with the new width, tokenizer files, model card. The weights are streamed, so the model "
+        "with the new sizes, tokenizer files, model card. The weights are streamed, so the model "
         "may be larger than the memory.",
     )
     parser.add_argument(
@@ -34,7 +34,7 @@ def add(commands) -> None:
     )
     groups: dict[str, Any] = dict.fromkeys(DECLARED, parser)
     for names in EXCLUSIVE.values():
-        group = parser.add_mutually_exclusive_group(required=names is SIZES)
+        group = parser.add_mutually_exclusive_group()
         groups |= dict.fromkeys(names, group)
     for name, group in groups.items():
         add_option(group, name)

@@ -6,12 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.cli.model_args import add_model_args, with_default_model
-from lm_eval_pruned.pruning.arguments import (
-    DECLARED,
-    SEVERAL,
-    PruneArguments,
-    exact,
-)
+from lm_eval_pruned.pruning.argument_checks import exact
+from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, PruneArguments
 from lm_eval_pruned.pruning.criteria import RANDOM, canonical_name
 
 

@@ -14,12 +14,19 @@ import textwrap
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lm_eval_pruned.pruning.allocations import (
-    MEASURED,
-    UNIFORM,
-    canonical_allocation,
+from lm_eval_pruned.pruning.allocations import MEASURED, UNIFORM
+from lm_eval_pruned.pruning.argument_checks import (
+    BLOCK_INFLUENCE,
+    LAST,
+    allocation_name,
+    criterion_name,
+    criterion_names,
+    depth_rule,
+    dropped_layers,
+    seed_below_limit,
+    whole_from_1,
 )
-from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, canonical_name
+from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED
 from lm_eval_pruned.pruning.layer_widths import written_source
 
 
@@ -35,68 +42,6 @@ if TYPE_CHECKING:
     Layers = int | str | Iterable[int | str]
     #: Kept widths by layer: a file, or what `lm_eval_pruned.pruning.layer_widths` reads from one.
     LayerWidths = str | Path | Mapping[int, int] | Sequence[int | None]
-
-#: Seeds are below this: with the number of the layer, one has to fit into 63 bits.
-SEEDS = 1 << 43
-
-
-def exact(name: str, value: Number, example: str) -> Fraction:
-    """Return `value` as the rational number that its decimal notation denotes."""
-    from fractions import Fraction
-
-    try:
-        text = str(value).strip()
-        # 10 ** exponent is computed in full, so an absurd exponent would hang.
-        if isinstance(value, bool) or re.search(r"[eE][+-]?\d{4}", text):
-            raise ValueError
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(
-            f"{name}={value} is not a finite number: pass one such as {name}={example}."
-        ) from None
-
-
-def _whole(name: str, value: Number, at_least: int) -> int:
-    """Return `value` as a whole number."""
-    number = exact(name, value, str(max(at_least, 1)))
-    if number.denominator != 1 or number < at_least:
-        raise ValueError(
-            f"{name}={value} is not a whole number of {at_least} or more: "
-            f"pass one such as {name}={max(at_least, 1)}."
-        )
-    return int(number)
-
-
-def _seed(name: str, value: Number) -> int:
-    seed = _whole(name, value, at_least=0)
-    if seed >= SEEDS:
-        raise ValueError(
-            f"{name}={value} is too large for a generator: pass one below {SEEDS}."
-        )
-    return seed
-
-
-def _whole_from_1(name: str, value: Number) -> int:
-    return _whole(name, value, at_least=1)
-
-
-def _criterion(name: str, value: str) -> str:
-    return canonical_name(value, or_best=True)
-
-
-def _criteria(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
-    """Return the criteria that text such as ``maw+act`` names, each once."""
-    words = [value] if isinstance(value, str) else [*value]
-    written = [part for word in words for part in re.split(r"[+,;\s]+", word) if part]
-    if not written:
-        raise ValueError(
-            f"{name}={value} names no criterion: pass some such as {name}=maw+act."
-        )
-    return tuple(dict.fromkeys(map(canonical_name, written)))
-
-
-def _allocation(name: str, value: str) -> str:
-    return canonical_allocation(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +68,14 @@ class PruneArguments:
             keep their width, so stock transformers can open the saved model only if its
             config holds widths per layer; this package always can.
         skip_layers: Layers to leave as they are. Instead of `layers`.
+        drop_layers: Layers to leave out whole, as a count or as a list. Such as 4, chosen by
+            `drop_by`, or ``3+7-9``, ``[3]`` or ``[3, 7]``. The layers that stay are numbered
+            anew from 0; `layers` and `skip_layers` go by the numbers of the unpruned model.
+            With a size, the layers that stay are narrowed as well. See
+            `lm_eval_pruned.pruning.depth`.
+        drop_by: How a count of `drop_layers` chooses. ``last`` keeps the last layer and drops
+            those before it; ``block_influence`` drops those that change the hidden states of
+            `calibration` text least.
         allocation: How the neurons are shared among the layers. ``uniform`` cuts all
             alike; ``sensitivity`` takes from those whose cut raises the loss on
             `calibration` least; ``global`` ranks the neurons of all layers together; or
@@ -140,7 +93,7 @@ class PruneArguments:
             which is the default.
         seed: Seed of the criterion random.
         calibration: JSON Lines file of text, for criteria that look at activations, for
-            ``criterion=best`` and for ``allocation=sensitivity``.
+            ``criterion=best``, ``allocation=sensitivity`` and ``drop_by=block_influence``.
             See `lm_eval_pruned.pruning.calibration`; there is no default text.
         calibration_samples: How many of its texts to use, from the first on; default:
             all.
@@ -169,30 +122,42 @@ class PruneArguments:
         default=None, metadata={"metavar": "FILE", "several": "widths"}
     )
     multiple_of: Number = field(
-        default=1, metadata={"metavar": "N", "check": _whole_from_1}
+        default=1, metadata={"metavar": "N", "check": whole_from_1}
     )
     layers: Layers | None = None
     skip_layers: Layers | None = None
+    drop_layers: Layers | None = field(
+        default=None,
+        metadata={"metavar": "N", "check": dropped_layers, "several": "drop_layers"},
+    )
+    drop_by: str = field(
+        default=LAST, metadata={"metavar": "NAME", "check": depth_rule}
+    )
     allocation: str = field(
         default=UNIFORM,
-        metadata={"metavar": "NAME", "check": _allocation, "several": "allocations"},
+        metadata={
+            "metavar": "NAME",
+            "check": allocation_name,
+            "several": "allocations",
+        },
     )
     min_width: Number | None = field(
-        default=None, metadata={"metavar": "N", "check": _whole_from_1}
+        default=None, metadata={"metavar": "N", "check": whole_from_1}
     )
     criterion: str = field(
         default="maw",
-        metadata={"metavar": "NAME", "check": _criterion, "several": "criteria"},
+        metadata={"metavar": "NAME", "check": criterion_name, "several": "criteria"},
     )
     criteria_tried: str | Iterable[str] | None = field(
-        default=None, metadata={"metavar": "NAMES", "check": _criteria}
+        default=None, metadata={"metavar": "NAMES", "check": criterion_names}
     )
     seed: Number = field(
-        default=0, metadata={"metavar": "N", "check": _seed, "several": "seeds"}
+        default=0,
+        metadata={"metavar": "N", "check": seed_below_limit, "several": "seeds"},
     )
     calibration: str | None = field(default=None, metadata={"metavar": "FILE.jsonl"})
     calibration_samples: Number | None = field(
-        default=None, metadata={"metavar": "N", "check": _whole_from_1}
+        default=None, metadata={"metavar": "N", "check": whole_from_1}
     )
 
     @classmethod
@@ -200,20 +165,18 @@ class PruneArguments:
         """Take the arguments of pruning out of keyword arguments, and leave the others there.
 
         From ``skip_layers=0,15`` the harness makes ``{"skip_layers": 0, "15": ""}``; such
-        pieces are taken too.
+        pieces are taken too, for the list of layers that they follow.
         """
+        order = list(given)
         own = {name: given.pop(name) for name in DECLARED if name in given}
-        pieces = [
-            name
-            for name, value in given.items()
-            if value == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name)
-        ]
-        for name in ("layers", "skip_layers"):
-            if own.get(name) is not None and pieces:
-                own[name] = [own[name], *pieces]
-                for piece in pieces:
-                    del given[piece]
-                break
+        lists = [name for name in _LISTS if own.get(name) is not None]
+        for name in order if lists else ():
+            if name in lists:
+                lists.insert(0, lists.pop(lists.index(name)))
+            elif given.get(name) == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name):
+                del given[name]
+                before = own[lists[0]]
+                own[lists[0]] = [*(before if type(before) is list else [before]), name]
         return cls(**own)
 
     def __post_init__(self) -> None:
@@ -228,6 +191,7 @@ class PruneArguments:
                     f"{' and '.join(given)} were given together, but each of them {purpose}: "
                     "pass one."
                 )
+        self._check_depth()
         self._check_calibration()
         self._check_allocation()
         for name in ("layers", "skip_layers"):
@@ -269,6 +233,36 @@ class PruneArguments:
         named: Any = self.criteria_tried
         return named or DEFAULT_TRIED
 
+    @property
+    def measures_depth(self) -> bool:
+        """Whether text decides which layers are dropped."""
+        return self.drop_by == BLOCK_INFLUENCE
+
+    def _check_depth(self) -> None:
+        """Refuse what contradicts the layers to drop."""
+        dropped = self.drop_layers
+        if self.drop_by != LAST and not isinstance(dropped, int):
+            what = "no count was given"
+            if dropped is not None:
+                what = "drop_layers names them itself"
+            raise ValueError(
+                f"drop_by={self.drop_by} chooses layers to drop, but {what}: pass a count such as "
+                "drop_layers=4, or leave it out."
+            )
+        if dropped is None:
+            return
+        for name, value in (
+            ("widths", self.widths and written_source(self.widths)),
+            ("allocation", self.allocation != UNIFORM and self.allocation),
+            ("criterion", self.criterion == BEST and BEST),
+        ):
+            if value:
+                raise ValueError(
+                    f"drop_layers and {name}={value} were given together, but the one numbers the "
+                    "layers anew and the other decides layer by layer: pass one of them, or "
+                    f"drop_layers with one of {', '.join(_SHARED)}."
+                )
+
     def _check_calibration(self) -> None:
         why = None
         if self.criterion in CALIBRATED:
@@ -277,6 +271,8 @@ class PruneArguments:
             why = "criterion=best measures losses"
         elif self.allocation in MEASURED:
             why = f"allocation={self.allocation} measures losses"
+        elif self.measures_depth:
+            why = f"drop_by={self.drop_by} compares hidden states"
         if why is not None:
             if self.calibration is None:
                 raise ValueError(
@@ -329,6 +325,8 @@ DECLARED: dict[str, Field[Any]] = {each.name: each for each in fields(PruneArgum
 SIZES = ("ratio", "prune_percent", "intermediate_size", "widths")
 #: Those that an allocation shares out among the layers.
 _SHARED = SIZES[:-1]
+#: Those that say which text is looked at.
+_TEXT = ("calibration", "calibration_samples")
 #: Among what ``criterion=best`` chooses, if nothing else is named.
 DEFAULT_TRIED = ("maw", "act")
 #: Those of which only one may be given, by what each of them does.
@@ -336,6 +334,8 @@ EXCLUSIVE = {
     "sets the kept width": SIZES,
     "says which layers to prune": ("layers", "skip_layers"),
 }
+#: Those that may be lists of layers.
+_LISTS = (*EXCLUSIVE["says which layers to prune"], "drop_layers")
 #: Options that take several values of an argument, and the argument.
 SEVERAL = {
     each.metadata["several"]: name
@@ -344,6 +344,8 @@ SEVERAL = {
 }
 #: Those of `SEVERAL` that take sizes.
 SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZES}
+#: Those that say how much of the model goes: neurons, or layers.
+CUTS = (*SIZES, "drop_layers")
 
 
 def without_idle(given: dict[str, Any]) -> dict[str, Any]:
@@ -355,17 +357,21 @@ def without_idle(given: dict[str, Any]) -> dict[str, Any]:
         >>> without_idle({"dtype": "float32", "calibration": "a.jsonl", "multiple_of": 8})
         {'dtype': 'float32'}
     """
-    criterion = given.get("criterion", PruneArguments.criterion)
-    allocation = given.get("allocation", PruneArguments.allocation)
     idle: set[str] = set()
     if all(given.get(name) is None for name in SIZES):
-        idle |= DECLARED.keys() - SIZES
+        idle |= DECLARED.keys() - {*CUTS, "drop_by", *_TEXT}
+    if given.get("drop_layers") is None:
+        idle |= {"drop_by"}
+    told = {name: value for name, value in given.items() if name not in idle}
+    criterion = told.get("criterion", PruneArguments.criterion)
+    allocation = told.get("allocation", PruneArguments.allocation)
     if criterion != BEST:
         idle |= {"criteria_tried"}
     if allocation == UNIFORM:
         idle |= {"min_width"}
-    if criterion not in (BEST, *CALIBRATED) and allocation not in MEASURED:
-        idle |= {"calibration", "calibration_samples"}
+    by_text = allocation in MEASURED or told.get("drop_by") == BLOCK_INFLUENCE
+    if criterion not in (BEST, *CALIBRATED) and not by_text:
+        idle |= {*_TEXT}
     return {name: value for name, value in given.items() if name not in idle}
 
 

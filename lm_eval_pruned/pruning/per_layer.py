@@ -98,6 +98,12 @@ def copy_layers(source: PretrainedConfig, target: PretrainedConfig) -> None:
             _write(parts[path], _overrides(part))
 
 
+def renumber_layers(config: PretrainedConfig, new: Mapping[int, int]) -> None:
+    """Keep of ``per_layer_config`` what is about the layers of `new`, by their new numbers."""
+    if overrides := _overrides(config):
+        _write(config, {new[n]: own for n, own in overrides.items() if n in new})
+
+
 def _parts(
     config: PretrainedConfig, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], PretrainedConfig]]:

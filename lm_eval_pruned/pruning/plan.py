@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.allocations import UNIFORM
-from lm_eval_pruned.pruning.arguments import (
-    PruneArguments,
-    exact,
-    takes_prune_arguments,
-)
+from lm_eval_pruned.pruning.argument_checks import exact
+from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.layer_numbers import layer_numbers, written_layers
 from lm_eval_pruned.pruning.layer_widths import read_widths, written_source
 
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from lm_eval_pruned.pruning.arguments import Layers, Number
+    from lm_eval_pruned.pruning.arguments import Number
+    from lm_eval_pruned.pruning.depth import Depth
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class PrunePlan:
         asked: What the user asked for, as ``{argument: value}``; empty for the baseline.
         multiple_of: The kept width was rounded down to a multiple of this.
         seed: Seed of the ``random`` criterion; no other criterion reads it.
-        layers: Numbers of the layers to prune, ascending; None for all.
+        layers: Numbers of the layers to prune, ascending, as the unpruned model counts
+            them; None for all.
         calibration: JSON Lines file of calibration text; None where the criterion
             looks at weights alone.
         calibration_samples: How many of its texts to use; None for all.
@@ -56,6 +55,7 @@ class PrunePlan:
         tried: The criteria among which ``criterion=best`` chooses; else none.
         measured_on: Name, SHA-256, texts and tokens of the text on which losses were
             measured to settle the plan, as the results file holds them.
+        depth: Which layers stay; None for all.
 
     Example:
         >>> plan = PrunePlan.from_arguments(2048, 8192, prune_percent=40)
@@ -83,6 +83,7 @@ class PrunePlan:
     min_width: int | None = None
     tried: tuple[str, ...] = ()
     measured_on: Mapping[str, Any] | None = None
+    depth: Depth | None = None
 
     @property
     def is_open(self) -> bool:
@@ -116,8 +117,13 @@ class PrunePlan:
 
     @property
     def prunes(self) -> bool:
-        """Whether any neuron is removed."""
+        """Whether any neuron is removed from a layer that stays."""
         return self.layer_widths is not None or self.width < self.width_before
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether the model becomes another: neurons are removed, or layers are dropped."""
+        return self.prunes or self.depth is not None
 
     @property
     def criteria(self) -> tuple[str, ...]:
@@ -131,8 +137,9 @@ class PrunePlan:
         return dict(self.layer_criteria or ()).get(layer, self.criterion)
 
     def includes_layer(self, layer: int) -> bool:
-        """Return whether the layer of that number is to be pruned."""
-        return self.layers is None or layer in self.layers
+        """Return whether the layer is to be pruned that has this number among those that stay."""
+        number = layer if self.depth is None else self.depth.kept[layer]
+        return self.layers is None or number in self.layers
 
     def rounded(self, kept: int) -> int:
         """Return `kept`, rounded down to `multiple_of` where that leaves something."""
@@ -201,8 +208,9 @@ class PrunePlan:
         hidden_size: int,
         width_before: int,
         available_layers: Collection[int] | None = None,
+        depth: Depth | None = None,
     ) -> PrunePlan:
-        """Do the same with arguments that are together."""
+        """Do the same with arguments that are together, for the layers that `depth` leaves."""
         seed, multiple = int(arguments.seed), int(arguments.multiple_of)
         chosen = _chosen_layers(arguments, available_layers)
         if arguments.size is None:
@@ -211,9 +219,10 @@ class PrunePlan:
                 width_before,
                 width_before,
                 arguments.criterion,
-                {},
+                {} if depth is None else depth.asked,
                 1,
                 seed,
+                depth=depth,
             )
 
         name, value = arguments.size
@@ -250,11 +259,12 @@ class PrunePlan:
             width_before,
             kept // multiple * multiple,
             arguments.criterion,
-            {name: str(value)},
+            {name: str(value), **({} if depth is None else depth.asked)},
             multiple,
             seed,
             chosen,
             **calibration,
+            depth=depth,
             allocation=arguments.allocation,
             min_width=None if arguments.min_width is None else int(arguments.min_width),
             tried=arguments.tried,
@@ -329,7 +339,7 @@ def _chosen_layers(
         return None
     if available is None:
         raise ValueError(f"{name}={value} needs a model whose layers are known.")
-    named = _layer_numbers(name, value)
+    named = set(layer_numbers(name, value))
     missing = sorted(named - set(available))
     if missing:
         raise ValueError(
@@ -343,38 +353,6 @@ def _chosen_layers(
             f"{written_layers(available)}."
         )
     return tuple(sorted(chosen))
-
-
-#: More layers than any model has; a longer range is a typing error.
-_MOST_LAYERS = 100_000
-
-
-def _layer_numbers(name: str, value: Layers) -> set[int]:
-    """Return the layers that text such as ``0,4-11`` names."""
-    is_list = isinstance(value, Iterable) and not isinstance(value, str)
-    text = ",".join(str(part) for part in value) if is_list else str(value)  # type: ignore[union-attr]
-    numbers: set[int] = set()
-    for part in re.split(r"[,;+\s]+", text.strip().strip("[]()")):
-        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
-        first, last = (match[1], match[2] or match[1]) if match else (1, 0)
-        if not 0 <= int(last) - int(first) < _MOST_LAYERS:
-            raise ValueError(
-                f"{name}={value} is no list of layers: write numbers and ranges such as 4-11, or "
-                "0+4-11 where a comma separates arguments."
-            )
-        numbers |= set(range(int(first), int(last) + 1))
-    return numbers
-
-
-def written_layers(layers: Iterable[int]) -> str:
-    """Return numbers of layers as the user would write them, such as ``0,4-11``."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def whole_or_mean(width: Fraction) -> int | float:

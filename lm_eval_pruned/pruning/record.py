@@ -7,9 +7,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lm_eval_pruned.pruning.allocations import UNIFORM
+from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layer_widths import written_by_layer
-from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean, written_layers
+from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -45,7 +48,7 @@ class PruneRecord:
 
     Attributes:
         plan: The plan that was carried out.
-        layers: Number of layers that hold GLU-MLPs.
+        layers: Number of layers that stay and hold GLU-MLPs.
         parameters_before: Parameters of the unpruned model; tied ones count once.
         parameters_after: Parameters of the pruned model.
         kept: Kept neurons of every GLU-MLP, each of shape (k,), int64, on the CPU;
@@ -115,10 +118,16 @@ class PruneRecord:
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 over the kept indices of all MLPs (little-endian int64), or None."""
-        if not self.kept:
+        """SHA-256 over the kept indices of all MLPs (little-endian int64), or None.
+
+        Where layers were dropped, ``layers`` and the numbers of those that stay come first.
+        """
+        depth = self.plan.depth
+        if not self.kept and depth is None:
             return None
         digest = hashlib.sha256()
+        if depth is not None:
+            digest.update(b"layers" + np.array(depth.kept, "<i8").tobytes())
         for indices in self.kept:
             digest.update(indices.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
@@ -142,6 +151,8 @@ class PruneRecord:
             "groups": [asdict(group) for group in self.groups],
             "config_expresses_widths": self.config_expresses_widths,
         }
+        if plan.depth is not None:
+            record |= plan.depth.as_dict()
         if plan.layers is not None:
             record["layers_pruned"] = written_layers(plan.layers)
         if plan.allocation != UNIFORM:
@@ -168,7 +179,10 @@ class PruneRecord:
         asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
         if plan.allocation != UNIFORM:
             asked += f", allocation={plan.allocation}"
-        criterion = f"criterion={plan.criterion}" if plan.prunes else "nothing removed"
+        depth = plan.depth
+        criterion = "nothing removed" if depth is None else "no neuron removed"
+        if plan.prunes:
+            criterion = f"criterion={plan.criterion}"
         if plan.prunes and plan.layer_criteria is not None:
             criterion = f"criteria by layer {written_by_layer(plan.layer_criteria)}"
         digest = (self.digest or "none")[:12]
@@ -189,10 +203,14 @@ class PruneRecord:
             ),
             ("parameters", f"{before:14,}", f"{after:14,}"),
         ]
+        if depth is not None:
+            rows.insert(2, ("layers", f"{depth.before:14,}", f"{len(depth.kept):14,}"))
         lines = [
             markdown_table(["", "before", "after"], rows, padded=True),
             f"{asked or 'baseline'}, {criterion}, {layers}, kept digest {digest}",
         ]
+        if depth is not None:
+            lines += [f"layers dropped {written_layers(depth.dropped)}"]
         if plan.layer_widths is not None:
             lines += [f"widths by layer {written_by_layer(plan.layer_widths)}"]
         elif len(self.groups) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -21,6 +21,8 @@ from lm_eval_pruned.pruning.criteria import (
     proves_finite,
     score_neurons,
 )
+from lm_eval_pruned.pruning.dropping import drop_layers
+from lm_eval_pruned.pruning.influence import depth_in_memory
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
     GluMlp,
@@ -31,7 +33,7 @@ from lm_eval_pruned.pruning.layouts import (
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.settling import settled
-from lm_eval_pruned.pruning.widths import Widths
+from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
 if TYPE_CHECKING:
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import (
-        PretrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
@@ -99,26 +100,19 @@ def prune_model(
         >>> [kept.shape for kept in model.prune_record.kept]
         [torch.Size([64]), torch.Size([64])]
     """
-    arguments = PruneArguments(**prune_arguments)
+    return prune_loaded(model, PruneArguments(**prune_arguments), tokenizer)
+
+
+def prune_loaded(
+    model: PreTrainedModel,
+    arguments: PruneArguments,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
+    """Do what `prune_model` does with arguments that are together."""
     widths = widths_in_memory(model)
-    plan = widths.plan(arguments)
-    return carry_out(plan, model, widths, tokenizer)
-
-
-def widths_in_memory(model: PreTrainedModel) -> Widths:
-    """Return the widths of a loaded model and the config keys that set them.
-
-    Raises:
-        UnsupportedModelError: The model cannot be pruned.
-    """
-
-    def build(config: PretrainedConfig) -> PreTrainedModel:
-        with torch.device("meta"):
-            return type(model)(copy.deepcopy(config))
-
-    return Widths(
-        model.config, build, {mlp.name: mlp.width for mlp in find_glu_mlps(model)}
-    )
+    if arguments.drop_layers is not None:
+        widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
+    return carry_out(widths.plan(arguments), model, widths, tokenizer)
 
 
 def carry_out(
@@ -137,10 +131,27 @@ def carry_out(
         tokenizer: Its tokenizer; needed where the plan has calibration text.
         known: Scores of the same model from before; takes those that it lacks.
     """
-    known = known or ScoreTable()
-    mlps = find_glu_mlps(model)
-    widths = widths or widths_in_memory(model)
+    widths = widths or widths_in_memory(model).without_layers(plan.depth)
     before = count_parameters(model)
+    # An error leaves the model whole.
+    with contextlib.ExitStack() as on_error:
+        if widths.depth is not None:
+            drop_layers(model, widths.depth, widths.remembered, on_error)
+        _narrow_layers(plan, model, widths, tokenizer, known or ScoreTable(), before)
+        on_error.pop_all()
+    return model
+
+
+def _narrow_layers(
+    plan: PrunePlan,
+    model: PreTrainedModel,
+    widths: Widths,
+    tokenizer: PreTrainedTokenizerBase | None,
+    known: ScoreTable,
+    before: int,
+) -> None:
+    """Narrow the layers of a model, and write its record."""
+    mlps = find_glu_mlps(model)
     kept: dict[str, Tensor] = {}
     if plan.prunes and plan.calibration is not None and tokenizer is None:
         raise ValueError(
@@ -177,7 +188,6 @@ def carry_out(
         known.calibration if plan.prunes else None,
     )
     model.prune_record = record  # type: ignore[assignment]
-    return model
 
 
 #: What is said of a model whose widths its config has in ``per_layer_config`` alone.

@@ -7,6 +7,14 @@ import math
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+import torch
+
+from lm_eval_pruned.pruning.dropping import (
+    attributes_that_change,
+    layers_of,
+    moved_name,
+    shallow_config,
+)
 from lm_eval_pruned.pruning.layouts import (
     GluMlp,
     UnsupportedModelError,
@@ -25,10 +33,12 @@ from lm_eval_pruned.pruning.width_keys import WidthKey, find_keys
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from transformers import PretrainedConfig, PreTrainedModel
 
     from lm_eval_pruned.pruning.arguments import PruneArguments
+    from lm_eval_pruned.pruning.depth import Depth
     from lm_eval_pruned.pruning.width_keys import Build
 
 
@@ -48,7 +58,15 @@ class Widths:
         actual: The width of each MLP, by name. Differs from what the config says
             where layers were pruned one by one.
         configured: The width of each MLP as a model of `config` has it, by name.
+        depth: Which layers stay; None for all. The others are those of a model that never
+            had the rest, `whole` has them all.
+        whole: Those of the model with all its layers.
+        remembered: What modules remember of the number of layers; see
+            `lm_eval_pruned.pruning.dropping.attributes_that_change`.
     """
+
+    depth: Depth | None = None
+    remembered: list[tuple[str, str, Any]]
 
     def __init__(
         self,
@@ -67,6 +85,8 @@ class Widths:
             UnsupportedModelError: The model cannot be pruned.
         """
         self.original = config
+        self.whole = self
+        self.remembered = []
         uniform, by_layer = without_layers(config)
         self.config = plain_config(uniform)
         self._build = build
@@ -110,7 +130,40 @@ class Widths:
 
     def of(self, actual: Mapping[str, int]) -> Widths:
         """Return those of the same model with the width `actual` of each MLP, by name."""
-        return Widths(self.original, self._build, actual)
+        widths = Widths(self.original, self._build, actual)
+        if self.depth is not None:
+            widths.whole, widths.depth = self.whole, self.depth
+            widths.remembered = self.remembered
+        return widths
+
+    def without_layers(self, depth: Depth | None) -> Widths:
+        """Return those of the same model with the layers of `depth`; itself for None.
+
+        Raises:
+            UnsupportedModelError: Layers of this model cannot be dropped.
+        """
+        if depth is None:
+            return self
+        whole = self.skeleton()
+        path, _ = layers_of(whole)
+        new = {old: number for number, old in enumerate(depth.kept)}
+        actual = {
+            moved: width
+            for name, width in self.actual.items()
+            if (moved := moved_name(name, path, new)) is not None
+        }
+        try:
+            widths = Widths(shallow_config(self.original, depth), self._build, actual)
+        except UnsupportedModelError:
+            raise
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"drop_layers cannot be used with {describe(whole)}, whose config does not accept "
+                f"{len(depth.kept)} layers ({error}): leave it out."
+            ) from None
+        widths.remembered = attributes_that_change(whole, widths.skeleton(), depth)
+        widths.whole, widths.depth = self, depth
+        return widths
 
     @property
     def primary(self) -> GluMlp:
@@ -131,8 +184,13 @@ class Widths:
             arguments,
             primary.hidden_size,
             int(widest * self._factors[primary.name]),
-            self.layers,
+            {self._number(layer): width for layer, width in self.layers.items()},
+            self.depth,
         )
+
+    def _number(self, layer: int) -> int:
+        """Return the number that the whole model gives a layer."""
+        return layer if self.depth is None else self.depth.kept[layer]
 
     @property
     def layers(self) -> dict[int, int]:
@@ -192,12 +250,23 @@ class Widths:
             for mlp in self.mlps
         )
 
+    @property
+    def parameters_before(self) -> int:
+        """The parameters of the unpruned model; tied ones count once."""
+        if self.depth is not None:
+            return self.whole.count_parameters(self.whole.actual)
+        return self.count_parameters(self.actual)
+
     def narrowed_config(self, targets: Mapping[str, int]) -> PretrainedConfig:
         """Return a copy of the config with the widths of `targets`, as far as it can hold them.
+
+        It is a copy of the original where that builds these widths.
 
         Raises:
             UnsupportedModelError: The model's config does not accept the widths.
         """
+        if targets == self.configured == self.actual:
+            return copy.deepcopy(self.original)
         narrowed = self._narrowed(targets)
         self._check(narrowed, targets)
         return narrowed
@@ -257,6 +326,8 @@ class Widths:
         self, config: PretrainedConfig, targets: Mapping[str, int]
     ) -> None:
         """Write the widths of `targets` into a config with the keys of `narrowed_config`."""
+        if targets == self.configured == self.actual:
+            return
         copy_layers(self.described(targets), config)
 
     def _narrowed(self, targets: Mapping[str, int]) -> PretrainedConfig:
@@ -271,12 +342,13 @@ class Widths:
         return narrowed
 
     def copy_keys(self, source: PretrainedConfig, target: PretrainedConfig) -> None:
-        """Give `target` the width keys of `source`, as `plain_config` leaves them."""
+        """Give `target` the width keys of `source`, and whether they are the widths."""
         for key in set(self.keys.values()):
             key.set(target, key.get(source))
         text = source.get_text_config(decoder=True)
         if hasattr(text, _DERIVES_WIDTH):
-            target.get_text_config(decoder=True).block_auto_adjust_ff_dim = False
+            derives = text.block_auto_adjust_ff_dim
+            target.get_text_config(decoder=True).block_auto_adjust_ff_dim = derives
 
     def _check(self, narrowed: PretrainedConfig, targets: Mapping[str, int]) -> None:
         """Refuse a config that would not build the model it stands for."""
@@ -313,3 +385,19 @@ def plain_config(config: PretrainedConfig) -> PretrainedConfig:
         text.intermediate_size = width
         text.block_auto_adjust_ff_dim = False
     return plain
+
+
+def widths_in_memory(model: PreTrainedModel) -> Widths:
+    """Return the widths of a loaded model and the config keys that set them.
+
+    Raises:
+        UnsupportedModelError: The model cannot be pruned.
+    """
+
+    def build(config: PretrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            return type(model)(copy.deepcopy(config))
+
+    return Widths(
+        model.config, build, {mlp.name: mlp.width for mlp in find_glu_mlps(model)}
+    )

@@ -47,8 +47,12 @@ from lm_eval_pruned.sweeps.tracking import Tracking
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
+
+    from lm_eval_pruned.checkpoints.planning import PlanRow
 
 #: Model types that a sweep can evaluate, the default first.
 MODELS = ("pruned-hf", "pruned-vllm")
@@ -337,7 +341,30 @@ def _configurations(
                             row.reduction,
                         )
                     )
+    found += _depths(options.get("drop_layers", []), base, plan)
     return list({each.id: each for each in found}.values())
+
+
+def _depths(
+    values: list[str], base: dict[str, Any], plan: Callable[..., list[PlanRow]]
+) -> list[Configuration]:
+    """Return the configurations that lack whole layers."""
+    rows = plan(argument="drop_layers", values=values)
+    found = []
+    for value, row in zip(values, rows, strict=True):
+        arguments = {"drop_layers": parse_number(value)}
+        PruneArguments.taken_from(without_idle({**base, **arguments}))
+        found.append(
+            Configuration(
+                _id(arguments),
+                arguments,
+                row.intermediate_size,
+                row.expansion_ratio,
+                row.parameters,
+                row.reduction,
+            )
+        )
+    return found
 
 
 def _id(arguments: dict[str, Any]) -> str:

@@ -80,6 +80,33 @@ def test_a_plan_is_what_loading_gives(tiny_llama, tmp_path, capsys):
         assert row["asked"] == f"ratio={ratio}"
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_a_plan_of_fewer_layers_is_what_loading_gives(family, tmp_path, capsys):
+    folder = checkpoints.save_tiny(tmp_path, family, num_hidden_layers=5)
+    arguments = ("--pretrained", folder, "--format", "json")
+    alone = json.loads(plan(capsys, *arguments, "--drop_layers", 2, "0+4"))
+    both = json.loads(plan(capsys, *arguments, "--drop_layers", 2, "--ratios", 2))
+    for row, asked in (
+        (alone[0], {"drop_layers": 2}),
+        (alone[1], {"drop_layers": "0+4"}),
+        (both[0], {"drop_layers": 2, "ratio": 2}),
+    ):
+        record = load_pruned(str(folder), **asked).prune_record
+        assert row["parameters"] == record.parameters_after
+        share = 1 - record.parameters_after / record.parameters_before
+        assert row["reduction"] == pytest.approx(share)
+        assert row["layers_dropped"] == record.as_dict()["layers_dropped"]
+    assert both[0]["equal_ratio"] == ""
+    narrow = load_pruned(str(folder), ratio=alone[0]["equal_ratio"]).prune_record
+    per_neuron = 5 * 3 * 32
+    assert abs(narrow.parameters_after - alone[0]["parameters"]) <= per_neuron / 2
+
+
+def test_a_plan_without_a_size_is_refused(tiny_llama, capsys):
+    assert main(["plan", "--pretrained", str(tiny_llama)]) == 2
+    assert "--prune_percents, --widths, --drop_layers" in capsys.readouterr().err
+
+
 def test_a_plan_reads_subfolders(tiny_llama, tmp_path):
     (tmp_path / "inner").mkdir()
     shutil.copy(tiny_llama / "config.json", tmp_path / "inner")

@@ -30,6 +30,8 @@ DEFAULTS = {
     "multiple_of": 1,
     "layers": None,
     "skip_layers": None,
+    "drop_layers": None,
+    "drop_by": "last",
     "allocation": "uniform",
     "min_width": None,
     "criterion": "maw",
@@ -40,6 +42,7 @@ DEFAULTS = {
 }
 #: Options that take several values.
 SEVERAL = {
+    "drop_layers": "drop_layers",
     "ratios": "ratio",
     "prune_percents": "prune_percent",
     "widths": "widths",
@@ -130,6 +133,7 @@ def test_the_command_prune_takes_them():
 def test_the_command_plan_takes_several_sizes():
     options = options_of(plan_command.add)
     assert [name for name in SEVERAL if name in options] == [
+        "drop_layers",
         "ratios",
         "prune_percents",
         "widths",
@@ -187,7 +191,7 @@ def test_what_the_harness_split_at_commas_is_joined():
 
 def test_pieces_of_one_of_two_lists_of_layers_are_no_reason_to_forget_the_other():
     given = {"ratio": 1, "layers": 0, "skip_layers": 3, "4-5": ""}
-    with pytest.raises(ValueError, match=r"layers=\[0, '4-5'\] and skip_layers=3 were"):
+    with pytest.raises(ValueError, match=r"layers=0 and skip_layers=\[3, '4-5'\] were"):
         PruneArguments.taken_from(given)
 
 
