@@ -37,3 +37,9 @@ from lm_eval_pruned.analysis.statistics.power import (
     difference_power_of_shares,
     documents_for,
 )
+from lm_eval_pruned.analysis.statistics.sequential import (
+    family_wise,
+    looks,
+    nominal_levels,
+    repeated_p,
+)
