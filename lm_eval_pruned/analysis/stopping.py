@@ -129,12 +129,16 @@ class Looks:
         run = replace(run, stopping={task: so_far})
         pair = paired_documents(self._base, run, task, metric) if metric else None
         test = _test(pair, level) if pair else None
-        self._p.append(test and test.p)
+        p = _p(pair, test) if pair and test else None
+        self._p.append(p)
         claim = None
-        if test and self._rule.margin:
-            scores = self._base.scores[task, metric].value, run.scores[task, metric].value
+        if pair and test and self._rule.margin:
+            scores = (
+                self._base.scores[task, metric].value,
+                run.scores[task, metric].value,
+            )
             size = self._rule.margin.size(*scores)
-            claim = None if size is None else test.p_outside(-size, size)
+            claim = None if size is None else _p_margin(pair, test, size)
         if self._rule.margin:
             self._p_margin.append(claim)
         if test:
@@ -142,7 +146,7 @@ class Looks:
                 so_far, difference=test.difference, low=test.low, high=test.high
             )
         so_far = replace(so_far, p=tuple(self._p), p_margin=tuple(self._p_margin))
-        if test and test.p is not None and test.p < level:
+        if p is not None and p < level:
             return replace(so_far, reason="difference")
         if claim is not None and claim < self._margin_levels[number]:
             return replace(so_far, reason="equivalent")
@@ -165,9 +169,7 @@ def with_scores(stopping: Stopping, run: Run) -> Stopping:
     return replace(stopping, scores=found)
 
 
-def _test(
-    pair: tuple[Documents, Documents], alpha: float
-) -> statistics.PairedTest:
+def _test(pair: tuple[Documents, Documents], alpha: float) -> statistics.PairedTest:
     base, run = pair
     return statistics.paired_difference(
         base.values,
@@ -178,6 +180,39 @@ def _test(
         transform=run.transform,
         alpha=alpha,
     )
+
+
+def _counts_answers(test: statistics.PairedTest) -> bool:
+    return test.method.startswith("McNemar")
+
+
+def _p(pair: tuple[Documents, Documents], test: statistics.PairedTest) -> float | None:
+    """Return p of no difference; of means, the larger of two tests."""
+    if test.p is None or _counts_answers(test):
+        return test.p
+    base, run = pair
+    if len(run.keys) < statistics.LEAST_OF_MEANS:
+        return None
+    tails = statistics.skewed_tails(base.values, run.values, run.weights, run.clusters)
+    return min(1.0, max(test.p, 2 * min(tails)))
+
+
+def _p_margin(
+    pair: tuple[Documents, Documents], test: statistics.PairedTest, size: float
+) -> float | None:
+    """Return p of a difference of `size` or more either way; of means, the larger of two."""
+    p = test.p_outside(-size, size)
+    if p is None or _counts_answers(test):
+        return p
+    base, run = pair
+    if len(run.keys) < statistics.LEAST_OF_MEANS:
+        return None
+    if run.transform == "mean":
+        values = base.values, run.values, run.weights, run.clusters
+        below, _ = statistics.skewed_tails(*values, size)
+        _, above = statistics.skewed_tails(*values, -size)
+        p = max(p, below, above)
+    return p
 
 
 def _score_interval(

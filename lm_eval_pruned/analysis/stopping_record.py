@@ -73,7 +73,9 @@ class Stopping:
     @property
     def text(self) -> str:
         """How many documents were used, in words."""
-        return f"{'partial' if self.is_partial else 'all'}: {self.documents} of {self.of}"
+        return (
+            f"{'partial' if self.is_partial else 'all'}: {self.documents} of {self.of}"
+        )
 
     @property
     def margin(self) -> str | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, help_of
+from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS
 
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ OPTIONS = (
         _PLACE,
         decides="where",
     ),
+    *(Option(**each) for each in BLOCK_OPTIONS),
 )
 
 

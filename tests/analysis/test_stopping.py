@@ -69,7 +69,9 @@ def test_family_wise_is_holm_over_all_tests():
     assert family_wise([None, 0.5], 2) == [None, 1.0]
 
 
-@pytest.mark.parametrize("text", ["", "decide", "decided:", "decided:one", "decided:0pt"])
+@pytest.mark.parametrize(
+    "text", ["", "decide", "decided:", "decided:one", "decided:0pt"]
+)
 def test_other_rules_are_refused(text):
     with pytest.raises(ValueError, match="pass decided|give percentage points"):
         StopRule(text)

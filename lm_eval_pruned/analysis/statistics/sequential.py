@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 #: Documents of the first look, and by which factor each look has more than the one before.
 FIRST_LOOK = 25
 GROWTH = 1.5
+#: Fewer documents show nothing where they are not right or wrong: at the levels of early looks
+#: no test of their mean can be trusted.
+LEAST_OF_MEANS = 100
 #: Points at which the density of a sum that goes on is known.
 _POINTS = 301
 #: Beyond so many standard errors nothing is told apart.
@@ -164,9 +167,7 @@ def family_wise(p_values: Sequence[float | None], tests: int) -> list[float | No
         >>> family_wise([0.01, None, 0.02], 3)
         [0.03, None, 0.04]
     """
-    made = sorted(
-        (p, place) for place, p in enumerate(p_values) if p is not None
-    )
+    made = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     worst = 0.0
     for rank, (p, place) in enumerate(made):
