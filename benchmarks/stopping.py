@@ -68,10 +68,8 @@ def _levels(documents: int, tests: int) -> tuple[np.ndarray, np.ndarray]:
 def mid_p(up: np.ndarray, down: np.ndarray) -> np.ndarray:
     """Return McNemar's two-sided mid-p, as `compare` makes it."""
     few, both = np.minimum(up, down), up + down
-    return np.minimum(
-        1.0,
-        2 * (stats.binom.cdf(few, both, 0.5) - stats.binom.pmf(few, both, 0.5) / 2),
-    )
+    tail = stats.binom.cdf(few, both, 0.5) - stats.binom.pmf(few, both, 0.5) / 2
+    return np.clip(2 * tail, 0.0, 1.0)
 
 
 def mean_p(gains: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,8 +104,13 @@ class Stopping:
         if record["schema_version"] != SCHEMA or record["reason"] not in REASONS:
             raise ValueError
         found = cls(
-            **{name: record[name] for name in ("rule", "task", "metric", "reason")},
-            **{name: int(record[name]) for name in ("documents", "of", "sizes")},
+            rule=str(record["rule"]),
+            task=str(record["task"]),
+            metric=str(record["metric"]),
+            documents=int(record["documents"]),
+            of=int(record["of"]),
+            reason=record["reason"],
+            sizes=int(record["sizes"]),
             level=float(record["level"]),
             looks=tuple(int(count) for count in record["looks"]),
             p=_numbers(record["p"]),
@@ -119,7 +125,7 @@ class Stopping:
             },
         )
         counts = (0, *found.looks)
-        rises = all(one < other for one, other in zip(counts, counts[1:], strict=False))
+        rises = all(one < other for one, other in itertools.pairwise(counts))
         fits = len(found.p) == len(found.looks) and found.looks[-1:] == (
             found.documents,
         )

@@ -99,7 +99,7 @@ class Blocks:
 
             text = f"{self._seed} {kind} {number}"
             digest = hashlib.sha256(text.encode()).digest()
-            torch.manual_seed(int.from_bytes(digest[:7]))
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _file(self, kind: str, number: int) -> Path:
         return self._folder / f"{kind}-{number:06d}.json"

@@ -73,5 +73,5 @@ def test_family_wise_is_holm_over_all_tests():
     "text", ["", "decide", "decided:", "decided:one", "decided:0pt"]
 )
 def test_other_rules_are_refused(text):
-    with pytest.raises(ValueError, match="pass decided|give percentage points"):
+    with pytest.raises(ValueError, match=r"pass decided|give percentage points"):
         StopRule(text)

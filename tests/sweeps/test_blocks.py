@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -148,7 +149,8 @@ def test_killed_command_goes_on_from_its_finished_blocks(options, in_blocks, tas
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     while process.poll() is None and not list(folder.glob(".blocks/*/*/*/*.json")):
-        os.sched_yield()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
     process.kill()
     assert process.wait() == -9
     assert list(folder.glob(".blocks/*/*/*/*.json"))
@@ -397,9 +399,7 @@ def test_check_refuses_partial_scores(stopped):
     runs = {run.name: run for run in read_sweep(stopped["output_path"]).runs}
     with pytest.raises(ResultsError, match=r"partial: \d+ of 400 documents"):
         make_baseline(runs, Rule("absolute", 0.5))
-    complete = {
-        name: replace(run, stopping={}, settings={}) for name, run in runs.items()
-    }
+    complete = {name: replace(run, stopping={}) for name, run in runs.items()}
     baseline = make_baseline(complete, Rule("absolute", 0.5))
     findings = {each.run: each for each in check(runs, baseline)}
     assert findings["baseline"].status == "pass"
