@@ -373,12 +373,13 @@ def test_compare_calls_partial_scores_partial(stopped):
     base, runs = read_comparands([stopped["output_path"]])
     comparison = compare(base, runs)
     for row in comparison.rows:
-        assert row.verdict == "worse"
+        assert row.verdict == ("worse" if row.primary else "restated")
         assert "partial" in row.method
         assert row.documents < row.of == 400
-        assert row.q is not None
+        assert (row.q is not None) is row.primary
+        assert row.low <= row.difference <= row.high
     assert any("partial: " in note for note in comparison.notes)
-    assert not any("other settings" in note for note in comparison.notes)
+    assert not any("documents, task" in note for note in comparison.notes)
 
 
 def test_compare_shows_equivalence_that_a_unit_stopped_by(options):
