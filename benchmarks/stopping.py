@@ -216,8 +216,6 @@ class Replay:
     """How stopping did on the sizes of one task, over many sweeps.
 
     Attributes:
-        task: The task.
-        documents: How many there are.
         shown: Share of sweeps in which all documents show a difference, by size.
         same: Share of sweeps with the same verdict, by size.
         same_fdr: The same, held against Benjamini-Hochberg on all documents.
@@ -238,8 +236,6 @@ def replayed(task: str, documents: int, p: np.ndarray, full: np.ndarray) -> Repl
     """Compare stopping with the verdicts of all documents.
 
     Args:
-        task: The task.
-        documents: How many there are.
         p: Shape (sweeps, sizes, looks).
         full: p on all documents, shape (sweeps, sizes).
     """
