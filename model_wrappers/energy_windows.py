@@ -133,6 +133,11 @@ class EnergyWindows(_Neighbour):
         if self._energy is not None:
             self._energy.begin()
 
+    def count_kept_answers(self, count: int) -> None:
+        """Count answers that an earlier process computed and paid the energy for."""
+        if self._energy is not None:
+            self._energy.cached += count
+
     def energy_info(self) -> dict[str, Any]:
         """Return the block ``energy`` of the results, if it is on."""
         if self._energy is None:

@@ -11,7 +11,11 @@ import numpy as np
 
 from lm_eval_pruned.analysis import statistics
 from lm_eval_pruned.analysis.comparison_rows import TaskCorrelation, TaskTrend
-from lm_eval_pruned.analysis.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.analysis.pairing import (
+    DocumentReader,
+    is_partial,
+    paired_documents,
+)
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.series import is_perplexity, primary_metrics, series_of
 
@@ -33,7 +37,8 @@ def across_ratios(
         read: Reader whose documents are used again.
 
     Returns:
-        Correlations and trends; empty for series with fewer than 3 ratios.
+        Correlations and trends; empty for series with fewer than 3 ratios, and without tasks
+        of which a score is partial.
     """
     correlations: list[TaskCorrelation] = []
     trends: list[TaskTrend] = []
@@ -45,6 +50,8 @@ def across_ratios(
         scores = {
             key: [_linear(run, *key) for run in members]
             for key in primary_metrics(members)
+            # How many documents there are depends on what they showed: see `stopping`.
+            if not any(is_partial(run, key[0]) for run in members)
         }
         tested = {key: _trend(members, *key, alpha, read) for key in scores}
         pairs = [

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis import statistics
 from lm_eval_pruned.analysis.across_ratios import across_ratios
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
 from lm_eval_pruned.analysis.margins import Claim, Margin, claims
-from lm_eval_pruned.analysis.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.analysis.pairing import (
+    DocumentReader,
+    is_partial,
+    paired_documents,
+)
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.runs import read_run
 from lm_eval_pruned.analysis.series import primary_metrics
 from lm_eval_pruned.analysis.settings import listed, notes_on, other_settings
+from lm_eval_pruned.analysis.stopped_rows import (
+    partial_notes,
+    sequential_claims,
+    sequential_q,
+    sequential_test,
+    stopping_of,
+)
 from lm_eval_pruned.analysis.sweep_format import is_sweep
 from lm_eval_pruned.analysis.sweep_results import read_sweep
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lm_eval_pruned.analysis.stopping_record import Stopping
 
 
 def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
@@ -96,6 +109,7 @@ def compare(
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
     rows: list[Difference] = []
     tests: list[statistics.PairedTest] = []
+    stoppings: list[Stopping | None] = []
     notes = notes_on([base, *(run for run in runs if run is not base)])
     read = DocumentReader()
     for run in runs:
@@ -113,32 +127,42 @@ def compare(
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
         notes += _settings_notes(base, run, shared)
+        notes += partial_notes(base, run, shared)
         primary = primary_metrics([base, run], subtasks=subtasks)
         for key in base.scores:
             if key[0] in shared and key in run.scores:
                 test, documents = _test(base, run, *key, alpha, read)
                 tests.append(test)
+                stoppings.append(stopping_of(base, run, key[0]))
                 rows.append(_row(base, run, key, key in primary, test, documents))
         notes += _prompts_notes(base, run, shared, read)
-    family = [row.p if row.primary else None for row in rows]
-    adjusted = zip(
-        statistics.false_discovery_rate(family),
-        statistics.false_discovery_levels(family, alpha),
-        strict=True,
-    )
+    family = [
+        row.p if row.primary and stopping is None else None
+        for row, stopping in zip(rows, stoppings, strict=True)
+    ]
+    adjusted = [
+        (q, level) if stopping is None else (stopped_q, stopping.nominal_level)
+        for q, level, stopped_q, stopping in zip(
+            statistics.false_discovery_rate(family),
+            statistics.false_discovery_levels(family, alpha),
+            sequential_q(rows, stoppings),
+            stoppings,
+            strict=True,
+        )
+    ]
     rows = [
         replace(
             row,
             q=q,
             smallest_detectable=None
-            if level is None
+            if level is None or q is None
             else test.smallest_detectable(level),
             verdict=_verdict(row, q, alpha, base),
         )
         for row, test, (q, level) in zip(rows, tests, adjusted, strict=True)
     ]
     if margin is not None:
-        rows, unusable = _with_claims(margin, rows, tests, alpha, base)
+        rows, unusable = _with_claims(margin, rows, tests, stoppings, alpha, base)
         notes += unusable
     weaker = sorted({row.task for row in rows if "weaker" in row.method})
     if weaker:
@@ -166,6 +190,7 @@ def _test(
     before, after = base.scores[task, metric], run.scores[task, metric]
     pair = paired_documents(base, run, task, metric, read)
     documents = len(pair[0].keys) if pair else None
+    stopping = stopping_of(base, run, task)
     nothing = _not_finite(base, run, task, metric)
     if nothing or (not pair and None in (before.stderr, after.stderr)):
         why = (
@@ -184,8 +209,14 @@ def _test(
             clusters=pair[0].clusters,
             strata=pair[0].strata,
             transform=pair[0].transform,
-            alpha=alpha,
+            alpha=stopping.nominal_level if stopping else alpha,
         )
+        if stopping is not None:
+            test = sequential_test(test, stopping, metric)
+    elif stopping is not None:
+        change = after.value - before.value
+        why = f"none: {stopping.text} documents, without usable samples"
+        test = statistics.PairedTest(change, None, None, None, why, 0, alpha)
     else:
         assert before.stderr is not None
         assert after.stderr is not None
@@ -213,6 +244,11 @@ def _row(
 ) -> Difference:
     """Return a row that has no q and no verdict on it yet."""
     before, after = base.scores[key].value, run.scores[key].value
+    stopping = stopping_of(base, run, key[0])
+    of = stopping.of if stopping and stopping.is_partial else None
+    if of is not None and test.method[:4] != "none":
+        # On the documents that were used.
+        before = after - test.difference
     return Difference(
         run=run.name,
         task=key[0],
@@ -230,6 +266,7 @@ def _row(
         method=test.method,
         primary=primary,
         verdict="not comparable" if _not_finite(base, run, *key) else "not tested",
+        of=of,
     )
 
 
@@ -252,13 +289,17 @@ def _with_claims(
     margin: Margin,
     rows: Sequence[Difference],
     tests: Sequence[statistics.PairedTest],
+    stoppings: Sequence[Stopping | None],
     alpha: float,
     base: Run,
 ) -> tuple[list[Difference], list[str]]:
     """Return rows whose verdicts are about the margin, and notes on those that have none."""
     found = claims(
         margin,
-        [test if row.primary else None for row, test in zip(rows, tests, strict=True)],
+        [
+            test if row.primary and stopping is None else None
+            for row, test, stopping in zip(rows, tests, stoppings, strict=True)
+        ],
         [
             (
                 row.base_score,
@@ -269,6 +310,11 @@ def _with_claims(
         ],
         alpha,
     )
+    of_stopped = sequential_claims(margin, rows, tests, stoppings)
+    found = [
+        one if stopping is None else other
+        for one, other, stopping in zip(found, of_stopped, stoppings, strict=True)
+    ]
     asked = sorted(
         {
             row.task
@@ -301,11 +347,21 @@ def _claimed(margin: Margin, row: Difference, claim: Claim | None, alpha: float)
 
 def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return what two runs did not have in common beside the model."""
+    partial = [t for t in tasks if is_partial(base, t) or is_partial(run, t)]
+
+    def settings(each: Run) -> dict[str, dict[str, Any]]:
+        # A unit that stopped has other documents by design.
+        left_out = dict.fromkeys(partial, ("documents", "task_hash"))
+        return {
+            task: {k: v for k, v in known.items() if k not in left_out.get(task, ())}
+            for task, known in each.settings.items()
+        }
+
     return [
         f"{run.name} was evaluated with other settings than {base.name} "
         f"({', '.join(labels)}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
         "difference need not come from the model."
-        for labels, on in other_settings(base.settings, run.settings, tasks).items()
+        for labels, on in other_settings(settings(base), settings(run), tasks).items()
     ]
 
 

@@ -40,6 +40,8 @@ class Difference:
             one of ``equivalent`` (or ``not worse``), ``better``, ``worse``, ``different``,
             ``undecided``, ``not comparable`` and ``restated``.
         claim: What is shown of the margin that was asked for; None without one.
+        of: Documents that there are, where the run stopped after fewer: scores, difference,
+            interval, p and q are then of `documents` and hold for stopping. None else.
     """
 
     run: str
@@ -59,6 +61,7 @@ class Difference:
     primary: bool
     verdict: str
     claim: Claim | None = None
+    of: int | None = None
 
 
 @dataclass(frozen=True)

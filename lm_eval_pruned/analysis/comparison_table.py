@@ -79,7 +79,7 @@ def _differences(comparison: Comparison, confidence: str) -> str:
                 p_text(row.q),
                 number_text(row.smallest_detectable, ".4f"),
                 *(_claim(row.claim) if with_margin else ()),
-                row.documents or "-",
+                documents_text(row),
                 row.method,
                 row.verdict,
             ]
@@ -187,6 +187,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def documents_text(row: Difference) -> str:
+    """Return how many documents a row is of, and of how many where it is partial."""
+    if row.of is not None:
+        return f"partial: {row.documents} of {row.of}"
+    return str(row.documents or "-")
 
 
 def p_text(p: float | None) -> str:

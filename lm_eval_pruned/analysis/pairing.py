@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.samples import Documents, read_documents
 
@@ -28,6 +30,8 @@ def paired_documents(
 ) -> tuple[Documents, Documents] | None:
     """Return the documents of two runs in the same order, or None without samples.
 
+    Where one of the runs stopped early, these are the documents that it has.
+
     Raises:
         ResultsError: The runs saw different documents or task versions.
     """
@@ -42,6 +46,8 @@ def paired_documents(
     one, other = read(base, task, metric), read(run, task, metric)
     if one is None or other is None:
         return None
+    if is_partial(base, task) or is_partial(run, task):
+        one, other = _shared(one, other)
     reordered = other.in_the_order_of(one)
     if reordered is None:
         before, after = set(one.keys), set(other.keys)
@@ -51,3 +57,20 @@ def paired_documents(
             "(matched by doc_hash); evaluate both with the same --limit and data."
         )
     return (one, reordered) if one.is_scored_like(reordered) else None
+
+
+def is_partial(run: Run, task: str) -> bool:
+    """Return whether a run stopped before it had all documents of a task."""
+    stopping = run.stopping.get(task)
+    return stopping is not None and stopping.is_partial
+
+
+def _shared(one: Documents, other: Documents) -> tuple[Documents, Documents]:
+    """Cut the larger set of documents down to the smaller, where it holds all of that."""
+    few, many = (one, other) if len(one.keys) < len(other.keys) else (other, one)
+    cut = many.in_the_order_of(few, part=True)
+    if cut is None:
+        return one, other
+    # Members of groups weigh by how many documents of them there are.
+    cut = replace(cut, weights=few.weights)
+    return (few, cut) if few is one else (cut, few)

@@ -7,7 +7,12 @@ import re
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis.comparison_table import interval_text, number_text, p_text
+from lm_eval_pruned.analysis.comparison_table import (
+    documents_text,
+    interval_text,
+    number_text,
+    p_text,
+)
 from lm_eval_pruned.analysis.report_page import Cell, Section, Table, run_label
 from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import primary_metrics, scale_name, series_name
@@ -222,6 +227,8 @@ def _score_cell(row: Difference | None) -> Cell:
     ]
     mark = row.verdict if row.verdict in ("better", "worse") else ""
     text = f"{_score(row.score)} {marks.get(row.verdict, '')}".rstrip()
+    if row.of is not None:
+        text += f" ({documents_text(row)})"
     return Cell(text, mark, f"{', '.join(parts)}; {row.method}; {row.verdict}")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.settings import settings_of
+from lm_eval_pruned.analysis.stopping_record import Stopping
 
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Run:
         energy: What was measured beside the scores, by task; empty where nothing was.
         settings: How each task was evaluated; see `settings.settings_of`.
         notes: What was left out of what `path` holds, one sentence each.
+        stopping: How a comparison was ended before or with the last document, by task.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Run:
     energy: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    stopping: Mapping[str, Stopping] = field(default_factory=dict)
 
     @property
     def pruning(self) -> Mapping[str, Any]:
@@ -248,13 +251,27 @@ def read_results_file(file: Path) -> Run:
         energy=_energy(config, list(results)),
     )
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
-    return replace(run, settings=settings)
+    return replace(run, settings=settings, stopping=_stopping(file, data, run))
 
 
 def _energy(config: Mapping[str, Any], tasks: list[str]) -> dict[str, Any]:
     """Return the energy section, which belongs to all tasks of one file together."""
     record = config.get("energy")
     return {", ".join(tasks): record} if isinstance(record, dict) and record else {}
+
+
+def _stopping(file: Path, data: Mapping[str, Any], run: Run) -> dict[str, Stopping]:
+    """Return the record of stopping, for the task it is of and the members of a group."""
+    record = _object(file, data, "stopping")
+    if not record:
+        return {}
+    try:
+        stopping = Stopping.from_dict(record)
+    except (KeyError, TypeError, ValueError):
+        raise ResultsError(
+            f"{file} says that it stopped early, in a way that this version cannot read."
+        ) from None
+    return dict.fromkeys(run.members(stopping.task), stopping)
 
 
 def _find_samples(file: Path, tasks: set[str]) -> dict[str, Path]:

@@ -151,6 +151,7 @@ def _only(run: Run, tasks: list[str]) -> Run:
         subtasks=kept(run.subtasks),
         samples=kept(run.samples),
         settings=kept(run.settings),
+        stopping=kept(run.stopping),
     )
 
 
@@ -173,4 +174,5 @@ def merged_runs(name: str, path: Path, parts: list[Run]) -> Run:
         config=parts[-1].config,
         energy=joined("energy"),
         settings=joined("settings"),
+        stopping=joined("stopping"),
     )

@@ -67,10 +67,16 @@ class Documents:
             for key, prompt in zip(other.keys, other.prompts, strict=False)
         )
 
-    def in_the_order_of(self, other: Documents) -> Documents | None:
-        """Return the same documents in another order; None where `other` has others."""
+    def in_the_order_of(self, other: Documents, part: bool = False) -> Documents | None:
+        """Return the same documents in another order; None where `other` has others.
+
+        Args:
+            other: Gives the order.
+            part: Whether it may have fewer.
+        """
         position = {key: index for index, key in enumerate(self.keys)}
-        if position.keys() != set(other.keys):
+        wanted = set(other.keys)
+        if not (wanted <= position.keys() if part else wanted == position.keys()):
             return None
         order = [position[key] for key in other.keys]
 

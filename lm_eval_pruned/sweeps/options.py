@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, help_of
+from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS
 from lm_eval_pruned.sweeps.option_kinds import checked
 
 
@@ -177,6 +178,7 @@ OPTIONS = (
         _PLACE,
         decides="where",
     ),
+    *(Option(**each) for each in BLOCK_OPTIONS),
 )
 
 

@@ -29,6 +29,7 @@ from lm_eval_pruned.pruning.arguments import (
 )
 from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.pruning.layer_widths import read_widths
+from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS, read_block_options
 from lm_eval_pruned.sweeps.fingerprints import (
     SOURCES,
     fingerprint,
@@ -88,6 +89,8 @@ class Sweep:
     Attributes:
         options: As given.
         model: The model type.
+        stop_rule: What ends a unit of a pruned model, or None for its last document.
+        block_size: Documents of a block, or None.
         settings: The harness's own reading of them.
         configurations: Baseline first, then in the order asked for.
         tasks: In the order asked for.
@@ -101,6 +104,7 @@ class Sweep:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self.model = _model(options)
+        self.stop_rule, self.block_size = read_block_options(options)
         self.settings = _settings(options, self.model)
         self.tracking = Tracking(self.settings)
         self._base = self.settings.model_args
@@ -190,10 +194,33 @@ class Sweep:
                 name: getattr(settings, name) for name in (*deciding("scores"), "seed")
             },
             "metadata": self.options.get("metadata") or {},
+            **self._stopping(configuration),
             "versions": {
                 package: version(package) for package in ("lm-eval", "lm-eval-pruned")
             },
         }
+
+    @property
+    def baseline(self) -> Configuration:
+        """The unpruned model, with which others are compared."""
+        return self.configurations[0]
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether any unit is evaluated in blocks."""
+        return self.stop_rule is not None or self.block_size is not None
+
+    def may_stop(self, configuration: Configuration) -> bool:
+        """Return whether the units of a configuration end when they are decided."""
+        return self.stop_rule is not None and configuration is not self.baseline
+
+    def _stopping(self, configuration: Configuration) -> dict[str, Any]:
+        if not self.may_stop(configuration):
+            return {}
+        assert self.stop_rule is not None
+        # The sizes share the error: with more of them, each has to be clearer.
+        sizes = len(self.configurations) - 1
+        return {"stopping": {"rule": self.stop_rule.text, "sizes": sizes}}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``sweep.json``: the same for every shard and every start."""
@@ -221,7 +248,7 @@ def _model(options: dict[str, Any]) -> str:
 def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    own = ("model", *SEVERAL, "ray")
+    own = ("model", *SEVERAL, "ray", *(each["name"] for each in BLOCK_OPTIONS))
     known = {
         name: value
         for name, value in options.items()

@@ -33,7 +33,7 @@ from lm_eval_pruned.util.tables import markdown_table
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from lm_eval_pruned.sweeps.runner import Unit
+    from lm_eval_pruned.sweeps.runner import KeptUnit, Unit
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
 
@@ -79,6 +79,7 @@ def run_sweep(
     with folder.locked():
         folder.write_definition(sweep.as_dict())
         done, failed, waiting = _sort(units, folder, prints, retry_failed)
+        _check_baselines(sweep, folder, waiting)
         store = Store(sweep, folder, prints)
         with contextlib.closing(
             Progress(
@@ -133,7 +134,8 @@ def _run_here(
         configuration, task = unit
         progress.start(configuration.id, task.name)
         with store.new_unit() as files:
-            seconds, error = _attempt(runner, unit, files, ranks)
+            kept = store.kept(unit) if sweep.in_blocks else None
+            seconds, error = _attempt(runner, unit, files, ranks, kept)
             outcome = store.keep(unit, files, seconds, error)
         yield outcome
     runner.release()
@@ -153,14 +155,18 @@ def _follow(
 
 
 def _attempt(
-    runner: UnitRunner, unit: Unit, files: Path, ranks: Ranks
+    runner: UnitRunner,
+    unit: Unit,
+    files: Path,
+    ranks: Ranks,
+    kept: KeptUnit | None = None,
 ) -> tuple[float, dict[str, str] | None]:
     """Return the seconds a unit took, and None or the error it failed with."""
     error = None
     start = time.perf_counter()
     seconds = None
     try:
-        seconds = runner.run(*unit, files)
+        seconds = runner.run(*unit, files, kept)
     except Exception as failure:
         logger.exception("%s / %s failed.", *unit_key(unit))
         error = describe_error(failure)
@@ -191,6 +197,30 @@ def _sort(
         else:
             failed.append(unit)
     return done, failed, waiting
+
+
+def _check_baselines(sweep: Sweep, folder: SweepFolder, waiting: list[Unit]) -> None:
+    """Refuse a part of a sweep that may stop early but does not hold the unpruned model.
+
+    Raises:
+        ValueError: No unit of it is there, and none will be.
+    """
+    here = {
+        task.name for configuration, task in waiting if configuration is sweep.baseline
+    }
+    missing = {
+        task.name
+        for configuration, task in waiting
+        if sweep.may_stop(configuration)
+        and task.name not in here
+        and folder.read(sweep.baseline.id, task.name) is None
+    }
+    if missing:
+        raise ValueError(
+            f"stop_when compares with the unpruned model, and --shard does not hold it for "
+            f"{', '.join(sorted(missing))}: run the same command without sizes and --shard "
+            "first."
+        )
 
 
 def _plan_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
@@ -10,23 +11,34 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.analysis.results_file import read_results_file
 from lm_eval_pruned.analysis.sweep_format import ERROR, error_text
+from lm_eval_pruned.sweeps.blocks import Blocks, by_appearance
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder, own_scores
 from lm_eval_pruned.sweeps.options import deciding
-from lm_eval_pruned.sweeps.tasks import load_task
+from lm_eval_pruned.sweeps.tasks import load_objects, load_task
+from lm_eval_pruned.sweeps.until_decided import (
+    BOOTSTRAP,
+    Decision,
+    evaluate_until_decided,
+)
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from lm_eval.api.model import LM
+    from lm_eval.loggers import EvaluationTracker
 
+    from lm_eval_pruned.analysis.results_file import Run
     from lm_eval_pruned.pruning.scores import KnownScores
     from lm_eval_pruned.sweeps.plan import Configuration, Sweep
     from lm_eval_pruned.sweeps.tasks import SweepTask
 
     Unit = tuple[Configuration, SweepTask]
+    Log = Callable[[dict[str, Any]], None]
 
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
@@ -49,6 +61,19 @@ class Outcome:
     error: dict[str, str] | None
 
 
+@dataclass(frozen=True)
+class KeptUnit:
+    """What is kept of a unit while it is evaluated in blocks.
+
+    Attributes:
+        blocks: Folder of its finished blocks.
+        base: Reads the results of the unpruned model on the same task.
+    """
+
+    blocks: Path
+    base: Callable[[], Run]
+
+
 class UnitRunner:
     """Evaluates units, holding one model at a time, and the scores of all neurons.
 
@@ -68,8 +93,20 @@ class UnitRunner:
         self._load_error: tuple[Exception, Any] | None = None
         self.holds: str | None = None
 
-    def run(self, configuration: Configuration, task: SweepTask, folder: Path) -> float:
+    def run(
+        self,
+        configuration: Configuration,
+        task: SweepTask,
+        folder: Path,
+        kept: KeptUnit | None = None,
+    ) -> float:
         """Evaluate one unit and write the harness's files of it to `folder`.
+
+        Args:
+            configuration: The model.
+            task: The task.
+            folder: An empty one.
+            kept: What is kept of it beside; needed where units are evaluated in blocks.
 
         Returns:
             Seconds the evaluation took, without loading the model.
@@ -82,21 +119,20 @@ class UnitRunner:
         with tracking.unit(configuration.id, task.name, lm.rank) as log:
             start = time.perf_counter()
             try:
-                results, tracker = self._evaluate(lm, configuration, task)
+                if kept is not None and self._sweep.may_stop(configuration):
+                    self._evaluate_until_decided(
+                        lm, configuration, task, folder, kept, log
+                    )
+                else:
+                    tasks = load_task(self._sweep.task_manager(configuration), task)
+                    with self._in_blocks(lm, kept):
+                        self._evaluate(lm, configuration, tasks, folder, log)
             except Exception:
                 # An engine that died answers nobody: the next unit starts another.
                 if getattr(lm, "engine_died", False):
                     self.release()
                 raise
-            finally:
-                self._drop_cache(lm)
-            seconds = time.perf_counter() - start
-            if results is not None:
-                tracking.name_on_the_hub(tracker, configuration.id)
-                log(results)
-                _write(results, tracker, folder)
-                tracking.describe_on_the_hub(tracker)
-        return seconds
+            return time.perf_counter() - start
 
     def release(self) -> None:
         """Free the model's memory."""
@@ -141,19 +177,94 @@ class UnitRunner:
         self._lm.begin_evaluation()  # type: ignore[attr-defined]
         return self._lm
 
-    def _evaluate(self, lm: LM, configuration: Configuration, task: SweepTask):
+    def _in_blocks(
+        self, lm: LM, kept: KeptUnit | None
+    ) -> contextlib.AbstractContextManager[None]:
+        size = self._sweep.block_size
+        if kept is None or size is None:
+            return contextlib.nullcontext()
+        return Blocks(kept.blocks, by_appearance(size), self._torch_seed).answering(lm)
+
+    @property
+    def _torch_seed(self) -> int | None:
+        return (self._sweep.settings.seed or [None] * 4)[2]
+
+    def _evaluate_until_decided(
+        self,
+        lm: LM,
+        configuration: Configuration,
+        task: SweepTask,
+        folder: Path,
+        kept: KeptUnit,
+        log: Log,
+    ) -> None:
+        assert self._sweep.stop_rule is not None
+        decision = Decision(
+            self._sweep.stop_rule,
+            kept.base(),
+            len(self._sweep.configurations) - 1,
+            kept.blocks,
+            self._sweep.block_size,
+            (self._sweep.settings.seed or [None])[0] or 0,
+            self._torch_seed,
+        )
+        loaded = load_objects(self._sweep.task_manager(configuration), task)
+
+        def evaluate(tasks: list[Any], bootstrap_iters: int, place: Path) -> None:
+            told = log if place == folder else None
+            self._evaluate(lm, configuration, tasks, place, told, bootstrap_iters)
+
+        settings = self._sweep.settings
+        evaluate_until_decided(lm, loaded, decision, evaluate, settings, folder)
+
+    def _evaluate(
+        self,
+        lm: LM,
+        configuration: Configuration,
+        tasks: list[Any],
+        folder: Path,
+        log: Log | None,
+        bootstrap_iters: int = BOOTSTRAP,
+    ) -> None:
+        """Evaluate a unit and write its files; one that is not logged is a look on the way."""
+        from lm_eval.loggers import EvaluationTracker
+
+        tracking = self._sweep.tracking
+        # The tracker writes beside a path that ends in .json; the folder comes later.
+        tracker = tracking.hub_tracker(lm.rank) if log else EvaluationTracker()
+        try:
+            results = self._results(lm, configuration, tasks, tracker, bootstrap_iters)
+        finally:
+            self._drop_cache(lm)
+        if results is None:
+            return
+        if log is None:
+            _write(results, tracker, folder)
+            return
+        tracking.name_on_the_hub(tracker, configuration.id)
+        log(results)
+        _write(results, tracker, folder)
+        tracking.describe_on_the_hub(tracker)
+
+    def _results(
+        self,
+        lm: LM,
+        configuration: Configuration,
+        tasks: list[Any],
+        tracker: EvaluationTracker,
+        bootstrap_iters: int,
+    ) -> dict[str, Any] | None:
         from lm_eval import simple_evaluate
 
         settings = self._sweep.settings
         model_args = self._sweep.model_args(configuration)
         manager = self._sweep.task_manager(configuration)
-        # The tracker writes beside a path that ends in .json; the folder comes later.
-        tracker = self._sweep.tracking.hub_tracker(lm.rank)
         seed = settings.seed or [None] * 4
         results = simple_evaluate(
             model=lm,
             model_args=model_args,
-            tasks=load_task(manager, task),
+            tasks=tasks,
+            bootstrap_iters=bootstrap_iters,
             **{name: getattr(settings, name) for name in deciding("scores")},
             batch_size=settings.batch_size,
             max_batch_size=settings.max_batch_size,
@@ -172,7 +283,7 @@ class UnitRunner:
             # What `lm_eval run` records where it makes the model itself.
             results["config"]["model"] = self._sweep.model
             tracker.general_config_tracker.model_source = self._sweep.model
-        return results, tracker
+        return results
 
     def _cache(self, configuration: Configuration) -> str | None:
         """Return a cache that no other model and no other process shares.
@@ -205,6 +316,25 @@ class Store:
         self._folder = folder
         self._prints = prints
         self.new_unit = folder.new_unit
+
+    def kept(self, unit: Unit) -> KeptUnit:
+        """Return what is kept of a unit that is evaluated in blocks."""
+        key = unit_key(unit)
+        return KeptUnit(
+            self._folder.blocks(*key, self._prints[key]),
+            lambda: self._base(unit[1]),
+        )
+
+    def _base(self, task: SweepTask) -> Run:
+        base = self._sweep.baseline
+        record = self._folder.read(base.id, task.name)
+        definition = fingerprint(self._sweep.definition(base, task))
+        if record is None or record.fingerprint != definition or record.results is None:
+            raise ValueError(
+                f"{task.name} has no results of the unpruned model to compare with in "
+                f"{self._folder.path}: evaluate {base.id} first, and then use --retry_failed."
+            )
+        return read_results_file(record.results)
 
     def keep(
         self,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_pruned.analysis.margins import CLAIMS, Margin
+from lm_eval_pruned.analysis.pairing import is_partial
 from lm_eval_pruned.analysis.results_file import (
     ResultsError,
     Run,
@@ -111,13 +112,18 @@ def make_baseline(
         previous: Whose rules stay.
 
     Raises:
-        ResultsError: A score is NaN or infinite, or a rule of `OF_DOCUMENTS` has no samples.
+        ResultsError: A score is NaN, infinite or partial, or a rule of `OF_DOCUMENTS` has no samples.
     """
     expectations = {}
     versions = {}
     settings = {}
     for name, run in runs.items():
         for (task, metric), score in run.scores.items():
+            if is_partial(run, task):
+                raise ResultsError(
+                    f"The scores of {task} in {run.path} are {run.stopping[task].text} documents: "
+                    "a baseline needs all of them, so evaluate without --stop_when."
+                )
             if not math.isfinite(score.value):
                 raise ResultsError(
                     f"The score {metric} of {task} in {run.path} is {score.value}: a baseline "

@@ -27,6 +27,7 @@ from lm_eval_pruned.analysis.gate.rules import (
     within_tolerance,
 )
 from lm_eval_pruned.analysis.margins import CLAIMS
+from lm_eval_pruned.analysis.pairing import is_partial
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.runs import read_run
 from lm_eval_pruned.analysis.settings import ASKED, OF_FEWSHOT, differing, shown
@@ -112,6 +113,12 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
             message = (
                 "Not comparable: what was better is now worse (higher_is_better is "
                 f"{score.higher_is_better}). To accept, run with --update."
+            )
+            findings[key] = undecided_with(finding, message)
+        elif is_partial(run, task):
+            message = (
+                f"Not comparable: {run.stopping[task].text} documents, because the sweep stopped "
+                "when decided. Evaluate without --stop_when."
             )
             findings[key] = undecided_with(finding, message)
         elif asked:

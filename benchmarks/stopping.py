@@ -1,0 +1,450 @@
+"""What `sweep --stop_when decided` errs and saves: ``python benchmarks/stopping.py``.
+
+Four parts. ``errors``: sweeps of seven sizes without any difference, and how many decide one
+wrongly. ``study``: the differences that the study of Llama-3.2 published (a CSV file as
+``tests/data/study_benchmarks.csv``), drawn document by document, and how often stopping comes to
+the verdict of all documents, after how many. ``replay``: the same for a complete sweep on the
+disk, in many orders of its documents. ``cost``: what blocks of few documents cost on a model.
+
+    python benchmarks/stopping.py errors study
+    python benchmarks/stopping.py replay --sweep FOLDER
+    python benchmarks/stopping.py cost --task truthfulqa_mc1 --limit 150
+
+The tables stand in ``docs/measurements/stopping.md``. Simulated parts draw nothing twice: the same
+options print the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import stats
+
+from lm_eval_pruned.analysis import statistics
+from lm_eval_pruned.analysis.comparison import split_sweep
+from lm_eval_pruned.analysis.pairing import paired_documents
+from lm_eval_pruned.analysis.series import primary_metrics
+from lm_eval_pruned.analysis.sweep_results import read_sweep
+from lm_eval_pruned.util.tables import markdown_table
+
+
+if TYPE_CHECKING:
+    from lm_eval_pruned.analysis.samples import Documents
+
+ALPHA = 0.05
+#: Documents of the study's tasks, and the metric that decides.
+STUDY_TASKS = {
+    "arc_challenge": (1172, "acc_norm,none"),
+    "boolq": (3270, "acc,none"),
+    "gsm8k": (1319, "exact_match,strict-match"),
+    "hellaswag": (10042, "acc_norm,none"),
+    "ifeval": (541, "prompt_level_strict_acc,none"),
+    "leaderboard_musr": (756, "acc_norm,none"),
+    "mmlu": (14042, "acc,none"),
+    "piqa": (1838, "acc_norm,none"),
+    "truthfulqa_mc1": (817, "acc,none"),
+    "truthfulqa_mc2": (817, "acc,none"),
+    "winogrande": (1267, "acc,none"),
+}
+
+
+@functools.cache
+def _levels(documents: int, tests: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return looks and the levels of p at them, for one of `tests` sizes."""
+    counts = statistics.looks(documents)
+    fractions = tuple(count / documents for count in counts)
+    return np.array(counts), np.array(
+        statistics.nominal_levels(fractions, ALPHA / tests)
+    )
+
+
+def mid_p(up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """Return McNemar's two-sided mid-p, as `compare` makes it."""
+    few, both = np.minimum(up, down), up + down
+    tail = stats.binom.cdf(few, both, 0.5) - stats.binom.pmf(few, both, 0.5) / 2
+    return np.clip(2 * tail, 0.0, 1.0)
+
+
+def mean_p(gains: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return p of the mean of the first documents, shape (..., looks); gains (..., n).
+
+    As `lm_eval_pruned.analysis.stopping` makes it where documents are not right or wrong.
+    """
+    n = counts.astype(float)
+    first, second, third = (
+        (gains.astype(float) ** power).cumsum(axis=-1)[..., counts - 1] / n
+        for power in (1, 2, 3)
+    )
+    spread = np.sqrt(np.maximum(second - first**2, 1e-60))
+    skewness = (third - 3 * first * second + 2 * first**3) / spread**3
+    plain = first / spread * np.sqrt(n - 1)
+    corrected = statistics.hall_t(first / spread, skewness, n)
+    least = np.minimum(np.abs(plain), np.abs(corrected))
+    return np.where(
+        counts < statistics.LEAST_OF_MEANS, 1.0, 2 * stats.t.sf(least, n - 1)
+    )
+
+
+def decided(p: np.ndarray, documents: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which sizes show a difference, and after how many documents each stopped.
+
+    Units stop at the level of one size of all; what they show is p after Holm, as
+    `compare` has it.
+
+    Args:
+        p: Shape (sweeps, sizes, looks).
+        documents: How many there are.
+    """
+    sizes = p.shape[1]
+    counts, levels = _levels(documents, sizes)
+    below = p < levels
+    ever = below.any(axis=-1)
+    stop = np.where(ever, below.argmax(axis=-1), len(counts) - 1)
+    seen = np.arange(len(counts)) <= stop[..., None]
+    shown = ever
+    for left in range(sizes - 1, 0, -1):
+        # With so many shown, the next may use the level of those that are left.
+        more = ((p < _levels(documents, left)[1]) & seen).any(axis=-1)
+        enough = shown.sum(axis=-1, keepdims=True) >= sizes - left
+        shown = np.where(enough, shown | more, shown)
+    return shown, counts[stop]
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Return which of a family are shown after Holm at `ALPHA`, shape as `p` (..., sizes)."""
+    order = np.argsort(p, axis=-1)
+    bounds = ALPHA / np.arange(p.shape[-1], 0, -1)
+    passed = np.minimum.accumulate(
+        np.take_along_axis(p, order, axis=-1) < bounds, axis=-1
+    )
+    shown = np.zeros(p.shape, dtype=bool)
+    np.put_along_axis(shown, order, passed, axis=-1)
+    return shown
+
+
+def errors(times: int) -> str:
+    """Simulate sweeps without any difference, and count those that decide one."""
+    rows = []
+    for documents, changed in ((541, 0.1), (817, 0.2), (3270, 0.07), (14042, 0.4)):
+        rng = np.random.default_rng(documents)
+        p = _null_p(rng, documents, changed, times)
+        rows.append(_error_row(f"right or wrong, {changed:.0%} change", documents, p))
+    noises = {
+        "beta(1/2, 1/2), less another": lambda rng, shape: (
+            rng.beta(0.5, 0.5, shape) - rng.beta(0.5, 0.5, shape)
+        ),
+        "normal": lambda rng, shape: rng.standard_normal(shape, dtype=np.float32),
+        "one in ten changes, up or down": lambda rng, shape: (
+            (rng.random(shape) < 0.1) * rng.standard_normal(shape)
+        ),
+        "exponential, skewed": lambda rng, shape: (
+            rng.standard_exponential(shape, dtype=np.float32) - 1
+        ),
+    }
+    for name, noise in noises.items():
+        rng = np.random.default_rng(7)
+        documents = 817
+        counts, _ = _levels(documents, 7)
+        parts = [
+            mean_p(noise(rng, (min(250, times), 7, documents)), counts)
+            for _ in range(-(-times // 250))
+        ]
+        rows.append(_error_row(name, documents, np.concatenate(parts)[:times]))
+    columns = ["differences of documents", "documents", "sweeps", "decided wrongly"]
+    return markdown_table([*columns, "95 % interval"], rows, "lrrrr")
+
+
+def _null_p(
+    rng: np.random.Generator, documents: int, changed: float, times: int, sizes: int = 7
+) -> np.ndarray:
+    counts, _ = _levels(documents, sizes)
+    steps = np.diff(counts, prepend=0)
+    flips = rng.binomial(steps, changed, size=(times, sizes, len(counts)))
+    up = rng.binomial(flips, 0.5).cumsum(axis=-1)
+    return mid_p(up, flips.cumsum(axis=-1) - up)
+
+
+def _error_row(name: str, documents: int, p: np.ndarray) -> list[str]:
+    shown, _ = decided(p, documents)
+    wrong = int(shown.any(axis=-1).sum())
+    interval = stats.binomtest(wrong, len(p)).proportion_ci()
+    ends = f"{interval.low:.2%} to {interval.high:.2%}"
+    return [name, str(documents), str(len(p)), f"{wrong / len(p):.2%}", ends]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and task of the study."""
+
+    model: str
+    task: str
+    documents: int
+    base: float
+    scores: tuple[float, ...]
+
+
+def read_study(file: Path) -> list[Case]:
+    """Read the scores of the study's models, by model and task."""
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    with file.open(encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            task = row["task"]
+            if task in STUDY_TASKS and row["metric"] == STUDY_TASKS[task][1]:
+                of_model = scores.setdefault((row["base_model"], task), {})
+                of_model[int(row["prune_percent"])] = float(row["value"])
+    return [
+        Case(
+            model,
+            task,
+            STUDY_TASKS[task][0],
+            found[0],
+            tuple(score for percent, score in sorted(found.items()) if percent),
+        )
+        for (model, task), found in scores.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How stopping did on the sizes of one task, over many sweeps.
+
+    Attributes:
+        shown: Share of sweeps in which all documents show a difference, by size.
+        same: Share of sweeps with the same verdict, by size.
+        same_fdr: The same, held against Benjamini-Hochberg on all documents.
+        saving: Median of documents / documents used, by size.
+        used: Mean of documents used, by size.
+    """
+
+    task: str
+    documents: int
+    shown: np.ndarray
+    same: np.ndarray
+    same_fdr: np.ndarray
+    saving: np.ndarray
+    used: np.ndarray
+
+
+def replayed(task: str, documents: int, p: np.ndarray, full: np.ndarray) -> Replay:
+    """Compare stopping with the verdicts of all documents.
+
+    Args:
+        p: Shape (sweeps, sizes, looks).
+        full: p on all documents, shape (sweeps, sizes).
+    """
+    shown, used = decided(p, documents)
+    whole = holm(full)
+    fdr = stats.false_discovery_control(full, axis=-1) < ALPHA
+    return Replay(
+        task,
+        documents,
+        whole.mean(axis=0),
+        (shown == whole).mean(axis=0),
+        (shown == fdr).mean(axis=0),
+        np.median(documents / used, axis=0),
+        used.mean(axis=0),
+    )
+
+
+def study(cases: list[Case], times: int, correlation: float) -> list[Replay]:
+    """Draw the documents of the study's tasks with the differences that it saw.
+
+    Args:
+        cases: From `read_study`.
+        times: Sweeps for each.
+        correlation: Between a document's being right before and after pruning, which says
+            how many answers change in both directions; bounded by what the two scores
+            allow.
+    """
+    rng = np.random.default_rng(1)
+    found = []
+    for case in cases:
+        counts, _ = _levels(case.documents, len(case.scores))
+        steps = np.diff(counts, prepend=0)
+        p = np.empty((times, len(case.scores), len(counts)))
+        for size, score in enumerate(case.scores):
+            spread = case.base * (1 - case.base) * score * (1 - score)
+            right = case.base * score + correlation * np.sqrt(spread)
+            right = min(right, case.base, score)
+            gained, lost = score - right, case.base - right
+            flips = rng.binomial(steps, gained + lost, size=(times, len(counts)))
+            share = gained / (gained + lost) if gained + lost else 0.5
+            up = rng.binomial(flips, share).cumsum(axis=-1)
+            p[:, size] = mid_p(up, flips.cumsum(axis=-1) - up)
+        found.append(replayed(case.task, case.documents, p, p[..., -1]))
+    return found
+
+
+def replay(sweep: str, times: int) -> list[Replay]:
+    """Shuffle the documents of a complete sweep, and stop."""
+    base, runs = split_sweep(list(read_sweep(sweep).runs), sweep)
+    rng = np.random.default_rng(2)
+    found = []
+    for task, metric in primary_metrics([base, *runs]):
+        pairs = [paired_documents(base, run, task, metric) for run in runs]
+        usable = [pair for pair in pairs if pair is not None]
+        documents = len(usable[0][0].keys)
+        counts, _ = _levels(documents, len(usable))
+        p = np.ones((times, len(usable), len(counts)))
+        for one in range(times):
+            order = rng.permutation(documents)
+            for size, pair in enumerate(usable):
+                for look, count in enumerate(counts):
+                    chosen = order[:count]
+                    p[one, size, look] = _p_of(pair, chosen)
+        full = np.array([_p_of(pair, np.arange(documents)) for pair in usable])
+        found.append(replayed(task, documents, p, np.tile(full, (times, 1))))
+    return found
+
+
+def _p_of(pair: tuple[Documents, Documents], chosen: np.ndarray) -> float:
+    base, run = pair
+    test = statistics.paired_difference(
+        base.values[chosen],
+        run.values[chosen],
+        weights=run.weights[chosen],
+        clusters=run.clusters and [run.clusters[place] for place in chosen],
+        transform=run.transform,
+    )
+    if test.p is None or test.method.startswith("McNemar"):
+        return 1.0 if test.p is None else test.p
+    if len(chosen) < statistics.LEAST_OF_MEANS:
+        return 1.0
+    clusters = run.clusters and [run.clusters[place] for place in chosen]
+    values = base.values[chosen], run.values[chosen], run.weights[chosen]
+    return max(test.p, 2 * min(statistics.skewed_tails(*values, clusters)))
+
+
+def as_table(found: list[Replay]) -> str:
+    """Return one row per task, over models and sizes, and one for all."""
+    groups = {
+        task: [each for each in found if each.task == task]
+        for task in dict.fromkeys(each.task for each in found)
+    }
+    rows = [_row(task, group) for task, group in sorted(groups.items())]
+    if len(groups) > 1:
+        rows.append(_row("all", found))
+    columns = ["task", "documents", "units", "differences shown by all documents"]
+    columns += ["same verdict", "same as Benjamini-Hochberg", "median saving"]
+    columns += ["median where shown", "all documents / used"]
+    return markdown_table(columns, rows, "lrrrrrrrr")
+
+
+def _row(name: str, group: list[Replay]) -> list[str]:
+    def joined(attribute: str) -> np.ndarray:
+        return np.concatenate([getattr(each, attribute) for each in group])
+
+    shown, saving, used = joined("shown"), joined("saving"), joined("used")
+    clear = saving[shown > 0.5]
+    whole = sum(each.documents * len(each.used) for each in group)
+    documents = {each.documents for each in group}
+    return [
+        name,
+        str(documents.pop()) if len(documents) == 1 else "-",
+        str(len(shown)),
+        str(int((shown > 0.5).sum())),
+        f"{joined('same').mean():.1%}",
+        f"{joined('same_fdr').mean():.1%}",
+        f"{np.median(saving):.1f}",
+        f"{np.median(clear):.1f}" if len(clear) else "-",
+        f"{whole / used.sum():.1f}",
+    ]
+
+
+def cost(pretrained: str | None, task: str, limit: int, repeat: int) -> str:
+    """Time the same requests in one call and in blocks of documents."""
+    from lm_eval.api.registry import get_model
+    from reporting import likelihood_requests
+
+    from lm_eval_pruned.sweeps.blocks import by_appearance
+
+    arguments = {"pretrained": pretrained} if pretrained else {}
+    lm = get_model("pruned-hf").create_from_arg_obj(
+        {**arguments, "dtype": "float32"}, {"device": "cpu"}
+    )
+    requests = likelihood_requests([task], limit)
+    ends = list(statistics.looks(limit))
+    ways = {"one call": [limit], "looks of --stop_when": ends}
+    ways |= {f"blocks of {n}": [*range(n, limit, n), limit] for n in (8, 16, 32, 64)}
+    place = by_appearance(1)(requests)
+    lm.loglikelihood(requests[:4], disable_tqdm=True)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeat):
+        for name, blocks in ways.items():
+            # Other processes do not show in it.
+            begin = time.process_time()
+            for start, end in zip((0, *blocks), blocks, strict=False):
+                part = [
+                    r
+                    for r, at in zip(requests, place, strict=True)
+                    if start <= at < end
+                ]
+                lm.loglikelihood(part, disable_tqdm=True)
+            seconds[name].append(time.process_time() - begin)
+    once = np.median(seconds["one call"])
+    rows = [
+        [
+            name,
+            str(len(ways[name])),
+            f"{np.median(taken):.1f}",
+            f"{np.median(taken) / once:.2f}",
+        ]
+        for name, taken in seconds.items()
+    ]
+    columns = ["way", "calls", "CPU seconds, median", "relative to one call"]
+    return markdown_table(columns, rows, "lrrr")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the parts that were asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("errors", "study", "replay", "cost")
+    parser.add_argument("parts", nargs="+", choices=parts)
+    parser.add_argument("--times", type=int, default=10_000, help="sweeps of errors")
+    parser.add_argument(
+        "--study-times", type=int, default=500, help="sweeps of study and of replay"
+    )
+    parser.add_argument(
+        "--study-file", type=Path, default=Path("tests/data/study_benchmarks.csv")
+    )
+    parser.add_argument(
+        "--correlations", type=float, nargs="+", default=[0.2, 0.45, 0.8]
+    )
+    parser.add_argument("--sweep", help="folder of a complete sweep, for replay")
+    parser.add_argument("--pretrained", help="for cost; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--task", default="pruned_demo_truthfulness", help="for cost")
+    parser.add_argument("--limit", type=int, default=100, help="documents of cost")
+    parser.add_argument("--repeat", type=int, default=3, help="rounds of cost")
+    arguments = parser.parse_args(argv)
+    for part in arguments.parts:
+        if part == "errors":
+            print(f"{errors(arguments.times)}\n")
+        elif part == "study":
+            cases = read_study(arguments.study_file)
+            for correlation in arguments.correlations:
+                found = study(cases, arguments.study_times, correlation)
+                print(f"correlation {correlation:g}\n\n{as_table(found)}\n")
+        elif part == "replay":
+            if not arguments.sweep:
+                parser.error(
+                    "replay needs --sweep FOLDER, the folder of a complete sweep"
+                )
+            print(f"{as_table(replay(arguments.sweep, arguments.study_times))}\n")
+        else:
+            ways = cost(
+                arguments.pretrained, arguments.task, arguments.limit, arguments.repeat
+            )
+            print(f"{ways}\n")
+
+
+if __name__ == "__main__":
+    main()

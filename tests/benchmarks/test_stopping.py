@@ -1,0 +1,62 @@
+"""What `benchmarks/stopping.py` prints, and that stopping errs no more often than it says."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lm_eval_pruned.analysis.statistics import paired_difference, skewed_tails
+from tests.helpers import checkpoints
+
+
+STUDY = checkpoints.ROOT / "tests" / "data" / "study_benchmarks.csv"
+
+
+@pytest.fixture(scope="module")
+def stopping():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(checkpoints.ROOT / "benchmarks"))
+        yield importlib.import_module("stopping")
+
+
+def test_wrong_decisions_are_within_the_family_wise_level(stopping):
+    """Of seven sizes, in 95 % of sweeps none; bounded as 400 sweeps allow."""
+    lines = stopping.errors(400).splitlines()[2:]
+    assert len(lines) == 8
+    most = stats.binom.isf(0.001, 400, 0.05)
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert float(cells[3].rstrip("%")) / 100 * 400 <= most, line
+
+
+def test_the_study_is_replayed_with_the_verdicts_of_all_documents(stopping):
+    cases = stopping.read_study(STUDY)
+    assert len(cases) == 28
+    found = stopping.study(cases, 20, 0.45)
+    same = np.concatenate([each.same for each in found])
+    saving = np.concatenate([each.saving for each in found])
+    shown = np.concatenate([each.shown for each in found]) > 0.5
+    assert same.mean() >= 0.95
+    assert np.median(saving[shown]) >= 5
+    rows = stopping.as_table(found).splitlines()
+    assert rows[-1].startswith("|all|-|150|")
+
+
+def test_the_benchmark_makes_the_p_values_of_compare(stopping):
+    rng = np.random.default_rng(0)
+    base, run = rng.random(120), rng.random(120) ** 1.2
+    t = paired_difference(base, run).p
+    skewed = 2 * min(skewed_tails(base, run, np.ones(120), None))
+    p = stopping.mean_p((run - base)[None], np.array([120]))[0, 0]
+    assert float(p) == pytest.approx(max(t, skewed), rel=1e-6)
+    right = paired_difference([1, 0, 0, 0, 1], [0, 1, 1, 1, 1])
+    found = stopping.mid_p(np.array([3]), np.array([1]))
+    assert found[0] == pytest.approx(right.p)
+
+
+def test_holm_is_what_compare_does(stopping):
+    p = np.array([[0.01, 0.04, 0.03], [0.001, 0.02, 0.2]])
+    assert stopping.holm(p).tolist() == [[True, False, False], [True, True, False]]
