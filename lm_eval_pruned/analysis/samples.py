@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm_eval_pruned.analysis.levels import Choices, Levels, choices_of, levels_of
 from lm_eval_pruned.analysis.results_file import ResultsError, Run, is_number
 
 
@@ -49,6 +50,7 @@ class Documents:
         transform: Name in `TRANSFORMS`.
         prompts: The harness's ``prompt_hash`` of each document, length n, None where
             none was logged; empty where they were not read.
+        levels: Of guessing and of the commonest answer, where the documents tell.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -57,6 +59,7 @@ class Documents:
     clusters: tuple[str, ...] | None
     transform: str
     prompts: tuple[str | None, ...] = ()
+    levels: Levels = Levels()
 
     def other_prompts(self, other: Documents) -> int:
         """Return how many documents of both were put into other prompts."""
@@ -142,6 +145,7 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
     sizes = np.concatenate([np.full(len(s), float(len(s))) for _, s in parts])
     raw = [sample.value for _, samples in parts for sample in samples]
     prompts = tuple(sample.prompt for _, samples in parts for sample in samples)
+    offered = [sample.choices for _, samples in parts for sample in samples]
     for values, weights in _readings(raw):
         weightings = [weights]
         if len(parts) > 1:
@@ -151,8 +155,10 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
                 with np.errstate(over="ignore"):
                     score = function(np.average(values, weights=weighting))
                 if _same(float(score), reported):
+                    levels = levels_of(offered, weighting.tolist())
                     return Documents(
-                        keys, values, weighting, clusters, transform, prompts
+                        *(keys, values, weighting, clusters, transform, prompts),
+                        levels,
                     )
     return None
 
@@ -163,6 +169,7 @@ class _Sample:
     value: Any
     cluster: str | None
     prompt: str | None
+    choices: Choices | None
 
 
 def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
@@ -202,6 +209,7 @@ def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
                 row[name],
                 None if cluster is None else str(cluster),
                 None if prompt is None else str(prompt),
+                choices_of(row, name),
             )
         )
     score = run.scores.get((task, metric))
@@ -214,10 +222,10 @@ def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
     rows.sort(key=lambda row: row[0])
     repetitions: dict[str, int] = {}
     samples = []
-    for _, identity, value, cluster, prompt in rows:
+    for _, identity, *rest in rows:
         repetition = repetitions.get(identity, 0)
         repetitions[identity] = repetition + 1
-        samples.append(_Sample((identity, repetition), value, cluster, prompt))
+        samples.append(_Sample((identity, repetition), *rest))
     return samples
 
 
