@@ -115,24 +115,26 @@ def curves_of(
             ends = _ends(run is base, base.scores[task, metric].value, value, row)
             point = about | costs[run.name]
             for name, scale in measures.items():
-                place = scale(value)
+                place = finite_or_none(scale(value))
                 if place is None:
                     continue
-                within = [None if end is None else scale(end) for end in ends]
+                within = [
+                    finite_or_none(None if end is None else scale(end)) for end in ends
+                ]
                 point[name] = place
-                if None not in within:
-                    point |= dict(
-                        zip((f"{name}_low", f"{name}_high"), sorted(within), strict=True)
-                    )
+                low, high = within
+                if low is not None and high is not None:
+                    point |= {f"{name}_low": min(low, high), f"{name}_high": max(low, high)}
             points.append(point | _told(run, base, metric, value, row, comparison.alpha))
         for kind in ("chance", "majority"):
             level = getattr(known, kind, None)
             if level is not None and share:
-                text = f"{kind} of {task}: {level:.1%}"
                 places = {
-                    name: scale(level) for name, scale in measures.items() if name != "above_chance"
+                    name: scale(level)
+                    for name, scale in measures.items()
+                    if name != "above_chance"
                 }
-                drawn.append(about | {"kind": kind, "text": text} | places)
+                drawn.append(about | {"kind": kind} | places)
     return Curves(points, drawn, list(dict.fromkeys(notes)))
 
 

@@ -28,11 +28,16 @@ if TYPE_CHECKING:
 
 HEIGHT = 300
 #: Room to the right of a panel for the names of its tasks.
-LABELS = 118
+LABELS = 128
 #: Least distance of two names, in pixels.
 _APART = 13
 _DASHES = ([], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 6])
 _CROSS = "M-.6,-.6L.6,.6M-.6,.6L.6,-.6"
+#: Leaves what belongs to a family that is chosen, or to none.
+_SHOWN = (
+    "isValid(datum.family) ? indexof(shown, datum.family) >= 0 : !isValid(datum.families)"
+    " || length(shown) && test(regexp(join(shown, '|')), datum.families)"
+)
 #: What a reader is told who points at a point, by key in the points.
 _TOLD = {
     "configuration": "configuration",
@@ -119,7 +124,9 @@ def _domain(
     ]
     levels = [each[measure] for each in curves.levels if each.get(measure) is not None]
     if unit != "%":
-        return min([*values, *ends]), max([*values, *ends])
+        low, high = min([*values, *ends]), max([*values, *ends])
+        room = (high / low) ** 0.05 if low > 0 else 1.0
+        return low / room, high * room
     top = max([*values, *ends, *levels, *([] if measure == "raw" else [100])])
     return min([0.0, *values, *ends]), top + 0.03 * abs(top)
 
@@ -145,7 +152,7 @@ def _spec(
             "zero": False,
             "type": "log" if logarithmic else "linear",
         },
-        "axis": {"title": title, "tickCount": 6, "format": "~g", "grid": True},
+        "axis": {"title": title, "tickCount": 6, "format": ".6~r", "grid": True},
     }
     x = {
         "field": axis,
@@ -165,7 +172,7 @@ def _spec(
             **(
                 {"values": places, "format": ".2f"}
                 if axis == "ratio"
-                else {"tickCount": 4, "format": "~g"}
+                else {"tickCount": 4, "format": ".4~r"}
             ),
         },
     }
@@ -241,7 +248,7 @@ def _spec(
             **place,
             "tooltip": [
                 {"field": "task", "title": "title"},
-                {"field": axis, "title": AXES[axis].split(" (")[0], "format": ".4~g"},
+                {"field": axis, "title": AXES[axis].split(" (")[0], "format": ".4~r"},
                 *({"field": key, "title": text} for key, text in _TOLD.items()),
             ],
         },
@@ -263,7 +270,7 @@ def _spec(
             "type": "text",
             "align": "left",
             "dx": 15,
-            "limit": LABELS - 18,
+            "limit": LABELS - 15,
             "fontSize": 11,
         },
         "encoding": {
@@ -273,7 +280,8 @@ def _spec(
             "color": colour,
         },
     }
-    shown = [*_rules(levels, measure, y), interval, line, leader, name, marks, pointed]
+    shown = [*_rules(measure, y), interval, line, leader, name, marks]
+    shown += [*_levels(levels, measure, y), pointed]
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "height": HEIGHT,
@@ -287,15 +295,13 @@ def _spec(
             layer
             | {
                 "transform": [
-                    {
-                        "filter": "!isValid(datum.family) || "
-                        "indexof(shown, datum.family) >= 0"
-                    },
+                    {"filter": _SHOWN},
                     *layer.get("transform", ()),
                 ]
             }
             for layer in shown
         ],
+        "resolve": {"scale": {"strokeDash": "independent"}},
         "config": _LOOK,
     }
 
@@ -308,55 +314,74 @@ def _of(points: Sequence[dict[str, Any]], measure: str, unit: str) -> str:
     return " && ".join(wanted)
 
 
-def _rules(
-    levels: Sequence[dict[str, Any]], measure: str, y: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Return the horizontal lines: the unpruned model, chance, and the commonest answer."""
-    rules = [
-        {"family": each["family"], "kind": each["kind"], "text": each["text"]}
-        | {measure: each[measure]}
-        for each in levels
-    ]
-    fixed = {
-        "raw": (),
-        "relative": ((100, "the unpruned model"),),
-        "above_chance": ((100, "the unpruned model"), (0, "chance")),
-    }[measure]
-    layers: list[dict[str, Any]] = [
+def _rules(measure: str, y: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of the unpruned model, and of chance where all tasks share it."""
+    if measure == "raw":
+        return []
+    fixed = [{measure: 100}] + [{measure: 0}] * (measure == "above_chance")
+    return [
         {
-            "data": {
-                "values": [
-                    {"text": text, measure: place} for place, text in fixed
-                ]
-            },
+            "data": {"values": fixed},
             "mark": {"type": "rule", "color": "var(--ink)", "strokeWidth": 1},
             "encoding": {"y": y},
         }
     ]
-    if not fixed:
-        layers = []
-    if rules:
-        layers.append(
-            {
-                "data": {"values": rules},
-                "mark": {"type": "rule", "strokeWidth": 1.2},
-                "encoding": {
-                    "y": y,
-                    "color": {"value": "var(--edge)"},
-                    "strokeDash": {
-                        "field": "kind",
-                        "type": "nominal",
-                        "legend": None,
-                        "scale": {
-                            "domain": ["chance", "majority"],
-                            "range": [[7, 4], [1.5, 3]],
-                        },
-                    },
-                    "tooltip": {"field": "text"},
-                },
-            }
+
+
+def _levels(
+    levels: Sequence[dict[str, Any]], measure: str, y: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the lines of chance and of the commonest answer, with what they are of."""
+    # Relative to unpruned, each task has a chance of its own: too many lines to tell apart.
+    if measure != "raw" or not levels:
+        return []
+    same: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for each in levels:
+        same.setdefault((round(each[measure], 1), each["kind"]), []).append(each)
+    low, high = y["scale"]["domain"]
+    per_pixel = (high - low) / HEIGHT
+    rules = [
+        {
+            "kind": kind,
+            measure: place,
+            "families": " ".join(sorted({each["family"] for each in of})),
+            "text": f"{kind} of {', '.join(each['task'] for each in of)}",
+            "label": label * per_pixel,
+        }
+        for ((place, kind), of), label in zip(
+            sorted(same.items()),
+            spread([place / per_pixel for place, _ in sorted(same)], _APART),
+            strict=True,
         )
-    return layers
+    ]
+    dash = {
+        "field": "kind",
+        "type": "nominal",
+        "legend": None,
+        "scale": {"domain": ["chance", "majority"], "range": [[7, 4], [1.5, 3]]},
+    }
+    told = {"tooltip": {"field": "text"}}
+    text = {"type": "text", "align": "left", "baseline": "bottom", "dx": 3, "dy": -1}
+    written = {
+        "x": {"value": 0},
+        "y": y | {"field": "label"},
+        "text": {"field": "text"},
+    }
+    looks = (
+        # Letters stand on lines and bands: what is around them is cleared first.
+        {"stroke": "var(--ground)", "strokeWidth": 3, "strokeOpacity": 0.8},
+        {"color": "var(--quiet)"},
+    )
+    data = {"values": rules}
+    rule = {"type": "rule", "strokeWidth": 1.2, "color": "var(--edge)"}
+    limit = {"limit": {"expr": "width"}, "fontSize": 10}
+    return [
+        {"data": data, "mark": rule, "encoding": {"y": y, "strokeDash": dash, **told}},
+        *(
+            {"data": data, "mark": text | limit | look, "encoding": written | told}
+            for look in looks
+        ),
+    ]
 
 
 def _dashes(

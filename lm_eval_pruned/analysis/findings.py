@@ -101,18 +101,19 @@ def _finding(
                 [
                     *([_verb(verdict, {task: of})] if len(shown) > 1 else []),
                     *([_span(of, tested[task], sizes)] if len(tasks) > 1 else []),
-                    f"by up to {_largest(of, 'difference')}",
                 ]
             )
+            + f", by up to {_largest(of, 'difference')}"
             for verdict, of in here.items()
         ]
         if not tested[task]:
-            parts.append(f"{task} {'is not tested' if everything else rows[0].method}")
+            why = rows[0].method.removeprefix("none: ")
+            parts.append(f"{task}{' is not tested' if everything else ''} ({why})")
         elif not said:
-            none = "no difference shown; " if shown else ""
-            parts.append(f"{task}: {none}{_could_have(tested[task])}")
+            none = ": no difference shown" if shown else ""
+            parts.append(f"{task}{none}, {_could_have(tested[task])}")
         else:
-            parts.append(f"{task} {' and '.join(said)}")
+            parts.append(f"{task} {' and '.join(said)}".replace(" ,", ","))
     return Finding(lead, f": {'; '.join(parts)}.")
 
 
@@ -131,18 +132,21 @@ def _span(
     """Say at which sizes something is shown, of all at which it was tested."""
     ratios = sorted({sizes[row.run] for row in shown}, reverse=True)
     everywhere = sorted({sizes[row.run] for row in tested}, reverse=True)
-    texts = [f"{ratio:.2f}" for ratio in ratios]
-    if len(ratios) == len(everywhere) > 1:
-        return f"from {texts[0]} on, at all sizes"
-    if len(ratios) > 1 and ratios == everywhere[-len(ratios) :]:
-        return f"from {texts[0]} on"
-    return f"at {listed(texts)}" + (" alone" if len(everywhere) > 1 == len(ratios) else "")
+    # Sizes down to the smallest are a range, unless there is one size only.
+    tail = 0
+    while tail < len(ratios) and ratios[-tail - 1] == everywhere[-tail - 1]:
+        tail += 1
+    alone = ratios if tail < 2 else ratios[:-tail]
+    parts = [f"at {' and '.join(f'{ratio:.2f}' for ratio in alone)}"] if alone else []
+    if tail > 1:
+        parts.append(f"from {ratios[-tail]:.2f} on")
+    return " and ".join(parts)
 
 
 def _could_have(rows: Sequence[Difference]) -> str:
     if any(row.smallest_detectable is None for row in rows):
         return "no difference could have been seen with so few documents"
-    return f"could have seen {_largest(rows, 'smallest_detectable')}"
+    return f"{_largest(rows, 'smallest_detectable')} could have been seen"
 
 
 def _largest(rows: Sequence[Difference], what: str) -> str:

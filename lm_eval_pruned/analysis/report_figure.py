@@ -7,6 +7,7 @@ figure in a browser stands in the page itself, and draws its SVG and PNG files t
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,21 +105,27 @@ def figure_section(
     if not series:
         return None
     first = next(iter(series.values()))
-    start, axis = "relative", next(axis for axis in AXES if axis in axes)
+    drawn = [
+        measure
+        for measure in MEASURES
+        if any(each["panels"][measure] for each in series.values())
+    ]
     shown = {family.name: family.label for family in FAMILIES if family.name in families}
     figure = Figure(
         "What pruning takes, and what it leaves",
         _description(comparison.alpha),
         {
-            "measure": ("Scores", {name: _MEASURES[name] for name in MEASURES}),
+            "measure": ("Scores", {name: _MEASURES[name] for name in drawn}),
             "axis": ("Against", {name: AXES[name].split(" (")[0] for name in AXES if name in axes}),
             "series": ("Pruned by", {name: name for name in series}),
         },
         shown,
-        json.dumps({"series": series, "margins": _MARGINS}, ensure_ascii=False),
+        json.dumps(
+            {"series": series, "margins": _MARGINS}, ensure_ascii=False, allow_nan=False
+        ),
         [
-            (panel["title"], _svg(panel["specs"][axis], first["points"]))
-            for panel in first["panels"][start]
+            (panel["title"], _svg(next(iter(panel["specs"].values())), first["points"]))
+            for panel in first["panels"][drawn[0]]
         ],
         vl_convert.javascript_bundle(),
     )
@@ -140,7 +147,8 @@ def _description(alpha: float) -> str:
         f"significantly from the unpruned model (q < {alpha:g}); of open ones no difference was shown; crosses "
         f"were not tested. Bands are {1 - alpha:.0%} intervals of the paired difference. Dashed rules "
         "are chance, dotted ones the level of always giving the commonest answer, where the samples "
-        "tell. Relative to unpruned, perplexities are inverted (unpruned / pruned), so that up is better."
+        "tell. Relative to unpruned, perplexities are inverted (unpruned / pruned), so that up is better; "
+        "as they are, less is better, and the axis may be logarithmic."
     )
 
 
@@ -179,11 +187,12 @@ def _plot(
         "datasets": {"points": points},
         "hconcat": [
             {key: value for key, value in panel.specs[axis].items() if key not in shared}
-            | {"width": _WIDTH, "title": {"text": panel.title, "anchor": "start", "color": "var(--ink)"}}
+            | {"width": _WIDTH, "title": {"text": panel.title, "anchor": "start", "color": "var(--ink)", "frame": "group"}}
             for panel in panels
         ],
     }
-    text = json.dumps(spec)
+    # Among several panels, each is as wide as it is told and not as the whole is.
+    text = re.sub(r'"width( \+ \d+)?"}', rf'"{_WIDTH}\1"}}', json.dumps(spec))
     for variable, colour in variables("light").items():
         text = text.replace(f"var(--{variable})", colour)
     svg = vl_convert.vegalite_to_svg(text)

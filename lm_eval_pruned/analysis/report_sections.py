@@ -90,6 +90,7 @@ def differences_section(
 ) -> Section | None:
     """Each difference that was tested or could not be, with what else could have been seen."""
     ratios = {run.name: run.expansion_ratio for run in others}
+    labels = {run.name: run_label(run) for run in others}
     rows: list[list[Cell | str]] = []
     tasks = {row.task: None for row in comparison.rows}
     for row in sorted(
@@ -98,17 +99,13 @@ def differences_section(
     ):
         if not row.primary:
             continue
-        significant = row.verdict in ("better", "worse", "different")
-        word = f"significant: {row.verdict}" if significant else row.verdict
-        if row.verdict == "not shown":
-            word = "no difference shown"
         mark = row.verdict if row.verdict in ("better", "worse") else ""
         rows.append(
             [
                 row.task,
                 row.metric.removesuffix(",none"),
-                row.run,
-                number_text(ratios[row.run], ".2f"),
+                labels[row.run],
+                Cell(f"{_MARKS[row.verdict]} {_WORDS.get(row.verdict, row.verdict)}", mark),
                 _score(row.base_score),
                 _score(row.score),
                 Cell(f"{row.difference:+.4f}", mark),
@@ -116,7 +113,6 @@ def differences_section(
                 number_text(row.smallest_detectable, ".4f"),
                 p_text(row.q),
                 str(row.documents or "-"),
-                Cell(f"{_MARKS[row.verdict]} {word}", mark),
             ]
         )
     if not rows:
@@ -130,11 +126,11 @@ def differences_section(
         ],
         table=Table(
             "Differences from the unpruned model",
-            ["task", "metric", "configuration", "ratio", "unpruned", "score"]
+            ["task", "metric", "configuration", "verdict", "unpruned", "score"]
             + ["difference", f"{1 - comparison.alpha:.0%} interval"]
-            + ["smallest detectable", "q", "n", "verdict"],
+            + ["smallest detectable", "q", "n"],
             rows,
-            text=3,
+            text=4,
         ),
     )
 
@@ -285,6 +281,12 @@ _MARKS = {
     "not shown": "\u25cb",
     "not tested": "\u00d7",
     "not comparable": "\u00d7",
+}
+
+
+_WORDS = {
+    **dict.fromkeys(("better", "worse", "different"), "significant"),
+    "not shown": "no difference shown",
 }
 
 
