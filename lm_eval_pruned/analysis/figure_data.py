@@ -124,8 +124,13 @@ def curves_of(
                 point[name] = place
                 low, high = within
                 if low is not None and high is not None:
-                    point |= {f"{name}_low": min(low, high), f"{name}_high": max(low, high)}
-            points.append(point | _told(run, base, metric, value, row, comparison.alpha))
+                    point |= {
+                        f"{name}_low": min(low, high),
+                        f"{name}_high": max(low, high),
+                    }
+            points.append(
+                point | _told(run, base, metric, value, row, comparison.alpha)
+            )
         for kind in ("chance", "majority"):
             level = getattr(known, kind, None)
             if level is not None and share:

@@ -449,7 +449,9 @@ def spread(places: Sequence[float], apart: float) -> list[float]:
             wanted = [each - apart * number for number, each in enumerate(joined)]
             blocks[-2:] = [(joined, sum(wanted) / len(wanted))]
     return [
-        start + apart * number for members, start in blocks for number in range(len(members))
+        start + apart * number
+        for members, start in blocks
+        for number in range(len(members))
     ]
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from lm_eval_pruned.analysis.families import FAMILIES, family_of
 from lm_eval_pruned.analysis.random_baseline import RANDOM
 from lm_eval_pruned.analysis.series import is_share, series_of
-from lm_eval_pruned.analysis.settings import listed
 
 
 if TYPE_CHECKING:

@@ -70,14 +70,15 @@ def choices_of(row: Mapping[str, Any], metric: str) -> Choices | None:
     labels, choices = targets.get("labels"), targets.get("choices")
     if isinstance(labels, list) and isinstance(choices, list):
         asked = [option.strip() for option in options]
-        if len(labels) == len(asked) and [str(each).strip() for each in choices] == asked:
+        if (
+            len(labels) == len(asked)
+            and [str(each).strip() for each in choices] == asked
+        ):
             return Choices(sum(map(bool, labels)) / len(labels), options, None)
     return Choices(1 / len(options), options, _right(row.get("target"), options))
 
 
-def levels_of(
-    documents: Sequence[Choices | None], weights: Sequence[float]
-) -> Levels:
+def levels_of(documents: Sequence[Choices | None], weights: Sequence[float]) -> Levels:
     """Return the levels of a score from those of its documents.
 
     Args:

@@ -110,13 +110,18 @@ def figure_section(
         for measure in MEASURES
         if any(each["panels"][measure] for each in series.values())
     ]
-    shown = {family.name: family.label for family in FAMILIES if family.name in families}
+    shown = {
+        family.name: family.label for family in FAMILIES if family.name in families
+    }
     figure = Figure(
         "What pruning takes, and what it leaves",
         _description(comparison.alpha),
         {
             "measure": ("Scores", {name: _MEASURES[name] for name in drawn}),
-            "axis": ("Against", {name: AXES[name].split(" (")[0] for name in AXES if name in axes}),
+            "axis": (
+                "Against",
+                {name: AXES[name].split(" (")[0] for name in AXES if name in axes},
+            ),
             "series": ("Pruned by", {name: name for name in series}),
         },
         shown,
@@ -169,16 +174,18 @@ def _plot(
     """Return a measure over the expansion ratio as files, in the colours of paper."""
     axis = next(iter(panels[0].specs))
     name, title = _FILES[measure]
-    shared = {key: panels[0].specs[axis][key] for key in ("$schema", "params", "config")}
+    shared = {
+        key: panels[0].specs[axis][key] for key in ("$schema", "params", "config")
+    }
     spec = {
         **shared,
         "config": {**shared["config"], "background": "var(--ground)"},
         "title": {
             "text": f"{title} ({series})",
             "subtitle": [
-                f"filled: significant (q < {alpha:g}); open: no difference shown; crosses: not "
-                "tested",
-                f"bands: {1 - alpha:.0%} interval of the paired difference; dashed: chance; dotted: commonest answer",
+                f"filled: significant (q < {alpha:g}); open: not shown; crosses: not tested",
+                f"bands: {1 - alpha:.0%} interval of the paired difference",
+                *(["dashed: chance; dotted: commonest answer"] * (measure == "raw")),
             ],
             "anchor": "start",
             "color": "var(--ink)",
@@ -186,8 +193,20 @@ def _plot(
         },
         "datasets": {"points": points},
         "hconcat": [
-            {key: value for key, value in panel.specs[axis].items() if key not in shared}
-            | {"width": _WIDTH, "title": {"text": panel.title, "anchor": "start", "color": "var(--ink)", "frame": "group"}}
+            {
+                key: value
+                for key, value in panel.specs[axis].items()
+                if key not in shared
+            }
+            | {
+                "width": _WIDTH,
+                "title": {
+                    "text": panel.title,
+                    "anchor": "start",
+                    "color": "var(--ink)",
+                    "frame": "group",
+                },
+            }
             for panel in panels
         ],
     }

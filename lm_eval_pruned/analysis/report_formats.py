@@ -43,9 +43,7 @@ _COLUMNS = (
 )
 
 
-def as_html(
-    title: str, subtitle: str, sections: Sequence[Section], scores: str
-) -> str:
+def as_html(title: str, subtitle: str, sections: Sequence[Section], scores: str) -> str:
     """Return one page that needs no other file and no network.
 
     Args:

@@ -31,9 +31,12 @@ def findings_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     return Section(
         "Findings",
         [
-            f"Against the unpruned model, at q < {comparison.alpha:g}; sizes are expansion ratios. What could "
-            "have been seen is the smallest difference that the test of the least sensitive size "
-            "finds with a chance of 80 %. No difference shown is not the same as none."
+            (
+                f"Against the unpruned model, at q < {comparison.alpha:g}; sizes are expansion ratios. "
+                "What could have been seen is the smallest difference that the test of the least "
+                "sensitive size finds with a chance of 80 %. No difference shown is not the same "
+                "as none."
+            )
         ],
         findings=found,
     )
@@ -105,7 +108,10 @@ def differences_section(
                 row.task,
                 row.metric.removesuffix(",none"),
                 labels[row.run],
-                Cell(f"{_MARKS[row.verdict]} {_WORDS.get(row.verdict, row.verdict)}", mark),
+                Cell(
+                    f"{_MARKS[row.verdict]} {_WORDS.get(row.verdict, row.verdict)}",
+                    mark,
+                ),
                 _score(row.base_score),
                 _score(row.score),
                 Cell(f"{row.difference:+.4f}", mark),
@@ -120,9 +126,11 @@ def differences_section(
     return Section(
         "Differences from the unpruned model",
         [
-            "A difference of the smallest detectable size would have been found with a chance of "
-            "80 %, at the level that the correction leaves to its row. n counts the documents that both "
-            "were scored on."
+            (
+                "A difference of the smallest detectable size would have been found with a chance "
+                "of 80 %, at the level that the correction leaves to its row. n counts the "
+                "documents that both were scored on."
+            )
         ],
         table=Table(
             "Differences from the unpruned model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ class Documents:
     clusters: tuple[str, ...] | None
     transform: str
     prompts: tuple[str | None, ...] = ()
-    levels: Levels = Levels()
+    levels: Levels = field(default_factory=Levels)
 
     def other_prompts(self, other: Documents) -> int:
         """Return how many documents of both were put into other prompts."""

@@ -36,7 +36,9 @@ def sizes(criterion="maw", seed=None):
 BASE = Run("base", Path(), {}, config={"pruning": pruning(0)})
 
 
-def row(run, task, verdict, difference=0.0, detectable=0.04, metric="acc,none", base=0.5):
+def row(
+    run, task, verdict, difference=0.0, detectable=0.04, metric="acc,none", base=0.5
+):
     return Difference(
         run=run,
         task=task,
@@ -85,7 +87,9 @@ def test_nothing_shown_says_what_could_have_been_seen():
 
 
 def test_the_least_sensitive_size_says_what_could_have_been_seen():
-    verdicts = [("not shown", 0.0, detectable) for detectable in (0.01, 0.1, 0.02, 0.03)]
+    verdicts = [
+        ("not shown", 0.0, detectable) for detectable in (0.01, 0.1, 0.02, 0.03)
+    ]
     (sentence,) = told(rows("ifeval", *verdicts))
     assert "10.0 points could have been seen" in sentence
     verdicts[2] = ("not shown", 0.0, None)
@@ -108,10 +112,11 @@ def test_sizes_that_are_no_range_are_named():
 def test_tasks_of_a_family_that_disagree():
     up = rows("truthfulqa_mc2", *[("better", 0.05)] * 4)
     down = rows("truthfulqa_mc1", *[("not shown",)] * 2, *[("worse", -0.01)] * 2)
-    assert told(up, down) == [
+    (sentence,) = told(up, down)
+    assert sentence == (
         "Truthfulness falls from 2.80 on and rises from 3.60 on: truthfulqa_mc2 rises from 3.60 "
         "on, by up to 5.0 points; truthfulqa_mc1 falls from 2.80 on, by up to 1.0 point."
-    ]
+    )
 
 
 def test_more_perplexity_is_no_fall():

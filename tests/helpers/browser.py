@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -105,9 +106,13 @@ class Page:
         """Move the mouse."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def screenshot(self, file: Path) -> None:
-        """Write the whole page as PNG."""
-        answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+    def screenshot(self, file: Path, width: int, height: int = 2000) -> None:
+        """Write the page from its top down as PNG."""
+        answer = self.call(
+            "Page.captureScreenshot",
+            captureBeyondViewport=True,
+            clip={"x": 0, "y": 0, "width": width, "height": height, "scale": 1},
+        )
         file.write_bytes(base64.b64decode(answer["data"]))
 
     def _call(
@@ -128,6 +133,7 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            assert select.select([self._read], [], [], 60)[0], "the browser is silent"
             part = os.read(self._read, 1 << 20)
             assert part, "the browser has ended"
             self._buffer += part
