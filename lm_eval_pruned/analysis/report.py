@@ -55,11 +55,12 @@ def write_report(
         ResultsError: The folder holds no sweep that can be read, or no baseline.
         ValueError: A package that draws is not installed, or `alpha` is out of range.
     """
-    for module, package in (
-        ("matplotlib", "matplotlib"),
-        ("vl_convert", "vl-convert-python"),
-    ):
-        if find_spec(module) is None:
+    drawing = {
+        "matplotlib": find_spec("matplotlib"),
+        "vl-convert-python": find_spec("vl_convert"),
+    }
+    for package, found in drawing.items():
+        if found is None:
             raise ValueError(
                 f"The figures of a report need {package}: `pip install 'lm-eval-pruned[report]'`."
             )

@@ -21,7 +21,8 @@ for module in ("matplotlib", "vl_convert"):
 from lm_eval_pruned.analysis import report
 from lm_eval_pruned.analysis.comparison import compare, split_sweep
 from lm_eval_pruned.analysis.figure_data import AXES, MEASURES, curves_of
-from lm_eval_pruned.analysis.figure_spec import panels_of, spread
+from lm_eval_pruned.analysis.figure_labels import spread
+from lm_eval_pruned.analysis.figure_spec import panels_of
 from lm_eval_pruned.analysis.levels import Levels
 from lm_eval_pruned.analysis.series import series_of
 from lm_eval_pruned.analysis.sweep_results import read_sweep
