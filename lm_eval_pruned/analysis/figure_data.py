@@ -113,7 +113,7 @@ def curves_of(
             row = found.get((run.name, task, metric))
             value = scores[run.name]
             ends = _ends(run is base, base.scores[task, metric].value, value, row)
-            point = about | costs[run.name]
+            point: dict[str, Any] = {**about, **costs[run.name]}
             for name, scale in measures.items():
                 place = finite_or_none(scale(value))
                 if place is None:
@@ -165,7 +165,7 @@ def _measures(
             f"{task} is not drawn relative to the unpruned model, which scores 0: no other score "
             "is a share of that."
         )
-    chance = levels and levels.chance
+    chance = levels.chance if levels else None
     if chance is not None and not falls:
         above = score.value - chance
         if above > _ABOVE * (score.stderr or 0) and above > 0:

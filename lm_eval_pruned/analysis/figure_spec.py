@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 #: Room to the right of a panel for the names of its tasks.
 LABELS = 128
-_DASHES = ([], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 6])
+_DASHES: tuple[Sequence[int], ...] = ([], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 6])
 _CROSS = "M-.6,-.6L.6,.6M-.6,.6L.6,-.6"
 #: Leaves what belongs to a family that is chosen, or to none.
 _SHOWN = (
@@ -322,7 +322,7 @@ def _dashes(
     """Return how the line of each task is broken: no two of a family alike."""
     family = {point["task"]: point["family"] for point in points}
     seen: dict[str, int] = {}
-    dashes = []
+    dashes: list[Sequence[int]] = []
     for task in tasks:
         number = seen.get(family[task], 0)
         seen[family[task]] = number + 1

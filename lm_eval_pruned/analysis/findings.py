@@ -70,9 +70,9 @@ def _finding(
 ) -> Finding:
     changes = {
         verdict: {
-            task: shown
+            task: rows_so
             for task, rows in tasks.items()
-            if (shown := [row for row in rows if row.verdict == verdict])
+            if (rows_so := [row for row in rows if row.verdict == verdict])
         }
         for verdict in _SIGNIFICANT
     }

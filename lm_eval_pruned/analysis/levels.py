@@ -62,8 +62,9 @@ def choices_of(row: Mapping[str, Any], metric: str) -> Choices | None:
     # Asked once more without the question, for the metric that takes this away.
     if "acc_mutual_info" in row:
         requests = requests[: len(requests) // 2]
-    options = tuple(as_mapping(request).get("arg_1") for request in requests)
-    if len(options) < 2 or not all(isinstance(option, str) for option in options):
+    asked_for = [as_mapping(request).get("arg_1") for request in requests]
+    options = tuple(option for option in asked_for if isinstance(option, str))
+    if len(options) < 2 or len(options) < len(asked_for):
         return None
     # The score of MC2 is the share of probability on true answers, which can be several.
     targets = as_mapping(as_mapping(row.get("doc")).get("mc2_targets"))
