@@ -132,7 +132,7 @@ def figure_section(
             (panel["title"], _svg(next(iter(panel["specs"].values())), first["points"]))
             for panel in first["panels"][drawn[0]]
         ],
-        vl_convert.javascript_bundle(None),
+        vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
     )
     return Section(
         figure.title, figure=figure, plots=plots, notes=list(dict.fromkeys(notes))

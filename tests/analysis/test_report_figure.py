@@ -377,7 +377,8 @@ def test_a_measure_and_an_axis_are_chosen_with_arrows(shown):
 @pytest.mark.slow
 def test_who_points_at_a_point_is_told_its_numbers(shown):
     shown.look(1280)
-    redrawn(shown, "measure", "raw")
+    shown.wait(READY)
+    shown.ask("new Promise((done) => setTimeout(done, 500))")
     shown.ask("document.querySelector('.panels').scrollIntoView()")
     x, y = shown.ask(
         "((box) => [box.x + box.width / 2, box.y + box.height / 2])"
@@ -392,7 +393,6 @@ def test_who_points_at_a_point_is_told_its_numbers(shown):
         assert word in told
     assert str(N) in told
     shown.point(0, 0)
-    redrawn(shown, "measure", "relative")
 
 
 @pytest.mark.slow
