@@ -387,7 +387,7 @@ def test_who_points_at_a_point_is_told_its_numbers(shown):
     # A browser takes the first move for the mouse having been there.
     shown.point(x - 3, y)
     shown.point(x, y)
-    shown.wait("document.querySelector('#vg-tooltip-element.visible')")
+    shown.wait("document.querySelector('#vg-tooltip-element.visible') !== null")
     told = shown.ask("document.querySelector('#vg-tooltip-element').innerText")
     for word in ("interval", "documents (n)", "smallest detectable", "q", "verdict"):
         assert word in told
