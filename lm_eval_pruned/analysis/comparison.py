@@ -89,6 +89,7 @@ def compare(
     alpha: float = 0.05,
     subtasks: bool = False,
     margin: Margin | None = None,
+    read: DocumentReader | None = None,
 ) -> Comparison:
     """Compare runs with a base.
 
@@ -99,6 +100,7 @@ def compare(
         subtasks: Whether to compare the members of groups that have scores too.
         margin: Within which differences are asked to lie; the verdicts say whether that
             is shown.
+        read: Reader whose documents are used again.
 
     Raises:
         ResultsError: Samples cannot be read, two runs saw different documents or
@@ -111,7 +113,7 @@ def compare(
     tests: list[statistics.PairedTest] = []
     stoppings: list[Stopping | None] = []
     notes = notes_on([base, *(run for run in runs if run is not base)])
-    read = DocumentReader()
+    read = read or DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
         for one, other in ((base, run), (run, base)):

@@ -183,6 +183,8 @@ def _inline(svg: str, name: str) -> str:
     """Return the ``<svg>`` element alone, in the page's colours and with ids of its own."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(INK, "currentColor", svg, flags=re.IGNORECASE)
+    for number, colour in enumerate(COLOURS):
+        svg = re.sub(colour, f"var(--line-{number})", svg, flags=re.IGNORECASE)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
@@ -194,3 +196,8 @@ def _inline(svg: str, name: str) -> str:
         svg,
         count=1,
     )
+
+
+def slug(name: str) -> str:
+    """Return a name as part of a file's name."""
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower() or "all"

@@ -1,7 +1,7 @@
 """``lm-eval-pruned report``: a sweep as Markdown, CSV, one HTML page and plots.
 
-A report is a list of sections with text, a table, plots and notes; Markdown and HTML
-are two ways to write the same list.
+A report is a list of sections with text, a figure, a table, plots and notes; Markdown and
+HTML are two ways to write the same list.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.analysis.comparison import compare, split_sweep
+from lm_eval_pruned.analysis.pairing import DocumentReader
 from lm_eval_pruned.analysis.random_baseline import random_baseline_section
-from lm_eval_pruned.analysis.report_curves import (
-    capabilities_section,
-    energy_section,
-    truthfulness_section,
-)
+from lm_eval_pruned.analysis.report_curves import energy_section, truthfulness_section
 from lm_eval_pruned.analysis.report_flips import CSV, PAGE, flips_section
 from lm_eval_pruned.analysis.report_formats import as_csv, as_html, as_markdown
 from lm_eval_pruned.analysis.report_layers import layers_section
 from lm_eval_pruned.analysis.report_sections import (
     configurations_section,
+    differences_section,
+    findings_section,
     remarks_section,
     repeating_section,
     scores_section,
@@ -32,9 +31,10 @@ from lm_eval_pruned.util.atomic import write_atomically
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.analysis.comparison_rows import Comparison
+    from lm_eval_pruned.analysis.levels import Levels
     from lm_eval_pruned.analysis.report_page import Section
     from lm_eval_pruned.analysis.results_file import Run
 
@@ -59,29 +59,41 @@ def write_report(
 
     Raises:
         ResultsError: The folder holds no sweep that can be read, or no baseline.
-        ValueError: matplotlib is not installed, or `alpha` is out of range.
+        ValueError: A package that draws is not installed, or `alpha` is out of range.
     """
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            "The plots of a report need matplotlib: `pip install 'lm-eval-pruned[report]'`."
-        )
+    drawing = {
+        "matplotlib": find_spec("matplotlib"),
+        "vl-convert-python": find_spec("vl_convert"),
+    }
+    for package, found in drawing.items():
+        if found is None:
+            raise ValueError(
+                f"The figures of a report need {package}: `pip install 'lm-eval-pruned[report]'`."
+            )
     sweep = read_sweep(folder)
     base, others = split_sweep(list(sweep.runs), str(folder))
     target = Path(output_path) if output_path else sweep.path / "report"
     comparable = [run for run in others if set(run.tasks()) & set(base.tasks())]
-    comparison = compare(base, comparable, alpha=alpha)
+    read = DocumentReader()
+    comparison = compare(base, comparable, alpha=alpha, read=read)
+    levels = {
+        key: documents.levels
+        for key in {(row.task, row.metric) for row in comparison.rows}
+        if (documents := read(base, *key))
+    }
     title = f"Width pruning of {_model_name(base)}"
     subtitle = (
         f"{len(sweep.runs)} configurations, {len(base.tasks(subtasks=False))} tasks, compared with "
         f"the unpruned model ({base.name})"
     )
     flips, beside = flips_section(title, base, others, texts=texts)
-    sections = make_sections(sweep, base, others, comparison, flips)
+    sections = make_sections(sweep, base, others, comparison, levels, flips)
     plots = [plot for section in sections for plot in section.plots]
+    scores = as_csv(base, others, comparison)
     files: dict[Path, str | bytes] = {
-        target / "report.html": as_html(title, subtitle, sections),
+        target / "report.html": as_html(title, subtitle, sections, scores),
         target / "report.md": as_markdown(title, subtitle, sections),
-        target / "results.csv": as_csv(base, others, comparison),
+        target / "results.csv": scores,
     }
     files.update((target / name, content) for name, content in beside.items())
     for plot in plots:
@@ -100,15 +112,20 @@ def make_sections(
     base: Run,
     others: Sequence[Run],
     comparison: Comparison,
+    levels: Mapping[tuple[str, str], Levels],
     flips: Section | None = None,
 ) -> list[Section]:
     """Return what a report says, in order; sections with nothing to say are left out."""
+    from lm_eval_pruned.analysis.report_figure import figure_section
+
     runs = [base, *others]
     sections = [
+        findings_section(runs, comparison),
+        figure_section(base, runs, comparison, levels),
         scores_section(base, others, comparison),
+        differences_section(others, comparison),
         random_baseline_section(sweep, base),
         flips,
-        capabilities_section(base, runs, comparison),
         truthfulness_section(runs, comparison),
         trends_section(comparison),
         energy_section(runs),

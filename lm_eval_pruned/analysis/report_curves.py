@@ -13,7 +13,7 @@ from lm_eval_pruned.analysis.series import is_perplexity, primary_metrics, serie
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
+    from lm_eval_pruned.analysis.comparison_rows import Comparison
     from lm_eval_pruned.analysis.results_file import Run
 
 #: Tasks that stand for knowledge and for truthfulness, the study's own first.
@@ -21,61 +21,9 @@ KNOWLEDGE = ("mmlu", "gsm8k", "arc_challenge", "boolq", "lambada_openai", "wikit
 TRUTHFULNESS = ("truthfulqa_mc2", "truthfulqa_mc1", "pruned_demo_truthfulness")
 
 
-def capabilities_section(
-    base: Run, runs: Sequence[Run], comparison: Comparison
-) -> Section | None:
-    """Each task as a share of the unpruned model's score."""
-    from lm_eval_pruned.analysis.plots import Line, lines_plot
-
-    found = {(row.run, row.task, row.metric): row for row in comparison.rows}
-    plots, notes = [], []
-    for series, members in series_of(runs).items():
-        lines = []
-        for task, metric in primary_metrics([base]):
-            points = []
-            baseline = base.scores[task, metric]
-            falls = baseline.higher_is_better is False
-            for run in members:
-                score = run.scores.get((task, metric))
-                row = found.get((run.name, task, metric))
-                if score is None:
-                    continue
-                share = finite_or_none(_share(baseline.value, score.value, falls))
-                if share is not None:
-                    points.append((run.expansion_ratio, 100 * share, _significant(row)))
-            label = f"{task} ({metric.split(',')[0]}{', inverted' if falls else ''})"
-            if len(points) > 1:
-                lines.append(Line(label, *zip(*points, strict=True)))
-            elif not baseline.value:
-                notes.append(
-                    f"{task} is not drawn: the unpruned model scores 0, which no other score is a "
-                    "share of."
-                )
-        if lines:
-            plots.append(
-                lines_plot(
-                    f"capabilities-{_slug(series)}",
-                    f"Capabilities relative to the unpruned model ({series})",
-                    "Each score as a share of the unpruned model's, against the expansion ratio. "
-                    "Above 100 % is better; scores where less is better, such as perplexity, are "
-                    "inverted (unpruned / pruned). Filled points differ significantly, open ones were "
-                    "tested and do not, crosses were not tested, as the unpruned model itself.",
-                    lines,
-                    "score relative to unpruned (%)",
-                    reference=100,
-                    marks=f"significant (q < {comparison.alpha:g})",
-                )
-            )
-    if not plots:
-        return None
-    return Section(
-        "What pruning changes", plots=plots, notes=list(dict.fromkeys(notes))
-    )
-
-
 def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section | None:
     """A truthfulness task against a knowledge task, one point per size."""
-    from lm_eval_pruned.analysis.plots import scatter_plot
+    from lm_eval_pruned.analysis.plots import scatter_plot, slug
 
     plots = []
     for series, members in series_of(runs).items():
@@ -107,7 +55,7 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
             )
         plots.append(
             scatter_plot(
-                f"knowledge-truthfulness-{_slug(series)}",
+                f"knowledge-truthfulness-{slug(series)}",
                 f"{truth} against {knowledge} ({series})",
                 "One point per configuration, labelled with its expansion ratio, joined in the "
                 f"order of pruning. {caption}.".replace("\n", "; "),
@@ -204,35 +152,19 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
             + "Modelled energy is an estimate, not a measurement. The time per generated token "
             "includes reading the prompts."
         ],
-        Table(
+        table=Table(
             "Energy and latency",
             ["configuration", "tasks", "requests", "seconds", "joules"]
             + ["J / processed token", "ms / generated token"],
             rows,
             text=3,
         ),
-        plots,
+        plots=plots,
         notes=list(notes),
     )
-
-
-def _significant(row: Difference | None) -> bool | None:
-    """Return whether a difference is significant, or None where it was not tested."""
-    if row is None or row.q is None:
-        return None
-    return row.verdict != "not shown"
-
-
-def _share(baseline: float, score: float, falls: bool) -> float | None:
-    one, other = (score, baseline) if falls else (baseline, score)
-    return other / one if one else None
 
 
 def _axis(task: str, metric: str) -> str:
     name = metric.removesuffix(",none")
     unit = "" if "perplexity" in name or "bits" in name else " (share of 1)"
     return f"{task}, {name}{unit}"
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower() or "all"

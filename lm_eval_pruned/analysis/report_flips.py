@@ -63,7 +63,7 @@ def flips_section(
     section = Section(
         "Changed answers",
         [explanation],
-        _table(counts, others),
+        table=_table(counts, others),
         notes=_notes(counts),
         links=(
             ("The changed answers, document by document", PAGE),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
+from lm_eval_pruned.util.palette import variables
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
@@ -41,8 +43,15 @@ _COLUMNS = (
 )
 
 
-def as_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """Return one page that needs no other file and no network."""
+def as_html(title: str, subtitle: str, sections: Sequence[Section], scores: str) -> str:
+    """Return one page that needs no other file and no network.
+
+    Args:
+        title: Heading.
+        subtitle: Below it.
+        sections: What it says.
+        scores: ``results.csv``, which the page hands on.
+    """
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
@@ -51,7 +60,13 @@ def as_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         trim_blocks=True,
     )
     template = environment.get_template("report_template.html")
-    return template.render(title=title, subtitle=subtitle, sections=sections)
+    return template.render(
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        scores=base64.b64encode(scores.encode("utf-8")).decode("ascii"),
+        colours={scheme: variables(scheme) for scheme in ("light", "dark")},
+    )
 
 
 def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
@@ -61,6 +76,11 @@ def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         lines += ["", f"## {section.heading}"]
         for text in section.paragraphs:
             lines += ["", _plain(text)]
+        if section.findings:
+            lines += [
+                "",
+                *(f"- **{_plain(f.lead)}**{_plain(f.rest)}" for f in section.findings),
+            ]
         for text, file in section.links:
             lines += ["", f"[{_plain(text)}]({file})"]
         if section.table is not None:

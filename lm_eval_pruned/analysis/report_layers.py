@@ -34,6 +34,6 @@ def layers_section(sweep: SweepResults) -> Section | None:
             *explanation(curves),
             f"The table is of {share} % removed; the others are in {SENSITIVITY}.",
         ],
-        rises_table(curves, share),
-        [heat_map(curves), layer_lines(curves)],
+        table=rises_table(curves, share),
+        plots=[heat_map(curves), layer_lines(curves)],
     )

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lm_eval_pruned.analysis.findings import Finding
     from lm_eval_pruned.analysis.plots import Plot
+    from lm_eval_pruned.analysis.report_figure import Figure
     from lm_eval_pruned.analysis.results_file import Run
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table: its text, ``better`` or ``worse``, and a remark."""
+    """One cell of a table: its text, and ``better`` or ``worse``."""
 
     text: str
     mark: str = ""
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Table:
     text: int = 1
 
     def cells(self) -> list[list[Cell]]:
-        """Return the rows; text alone is a cell without mark and remark."""
+        """Return the rows; text alone is a cell without mark."""
         return [
             [Cell(each) if isinstance(each, str) else each for each in row]
             for row in self.rows
@@ -41,17 +42,32 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One section; any of its parts may be missing. `code` is JSON, or of another language.
+    """One section; any of its parts may be missing.
 
-    `links` are texts with the names of files beside the report.
+    Attributes:
+        heading: Heading.
+        paragraphs: Text.
+        findings: Sentences that stand out.
+        figure: Drawn by the page itself; its files are among the plots, which the page then
+            leaves out.
+        table: A table.
+        plots: Pictures.
+        code: JSON, or of another language.
+        language: Of the code.
+        folded: What a reader clicks at to see the code; shown at once where this is empty.
+        notes: Remarks.
+        links: Texts with the names of files beside the report.
     """
 
     heading: str
     paragraphs: Sequence[str] = ()
+    findings: Sequence[Finding] = ()
+    figure: Figure | None = None
     table: Table | None = None
     plots: Sequence[Plot] = ()
     code: str = ""
     language: str = "json"
+    folded: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
     links: Sequence[tuple[str, str]] = ()
 

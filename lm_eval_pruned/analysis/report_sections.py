@@ -13,6 +13,7 @@ from lm_eval_pruned.analysis.comparison_table import (
     number_text,
     p_text,
 )
+from lm_eval_pruned.analysis.findings import findings
 from lm_eval_pruned.analysis.report_page import Cell, Section, Table, run_label
 from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import primary_metrics, scale_name, series_name
@@ -25,6 +26,25 @@ if TYPE_CHECKING:
     from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
     from lm_eval_pruned.analysis.results_file import Run
     from lm_eval_pruned.analysis.sweep_results import SweepResults
+
+
+def findings_section(runs: Sequence[Run], comparison: Comparison) -> Section | None:
+    """One sentence for each family of tasks, from the tests."""
+    found = findings(runs, comparison)
+    if not found:
+        return None
+    return Section(
+        "Findings",
+        [
+            (
+                f"Against the unpruned model, at q < {comparison.alpha:g}; sizes are expansion ratios. "
+                "What could have been seen is the smallest difference that the test of the least "
+                "sensitive size finds with a chance of 80 %. No difference shown is not the same "
+                "as none."
+            )
+        ],
+        findings=found,
+    )
 
 
 def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> Section:
@@ -58,10 +78,10 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
     legend = (
         "\u2191 higher is better, \u2193 lower is better. \u25b2 better and \u25bc worse than the unpruned model, "
         f"\u25c6 different, significant at {comparison.alpha:g} after Benjamini-Hochberg over {tested} "
-        "comparisons, one metric for each task; \u00d7 not tested; no mark: no difference was shown, "
-        "which is not the same as none. \u2020 restates the same answers in another metric: outside of "
+        "comparisons, one metric for each task; \u25cb no difference shown, "
+        "which is not the same as none; \u00d7 not tested. \u2020 restates the same answers in another metric: outside of "
         "the correction, without marks. Differences with intervals, p, q and the smallest "
-        "detectable difference are in results.csv."
+        "detectable difference stand in the next table."
     )
     return Section(
         "Scores",
@@ -69,7 +89,62 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
             legend,
             f"Tests: {'; '.join(tests)}.",
         ],
-        Table("Scores", columns, rows, text=2),
+        table=Table("Scores", columns, rows, text=2),
+    )
+
+
+def differences_section(
+    others: Sequence[Run], comparison: Comparison
+) -> Section | None:
+    """Each difference that was tested or could not be, with what else could have been seen."""
+    ratios = {run.name: run.expansion_ratio for run in others}
+    labels = {run.name: run_label(run) for run in others}
+    rows: list[list[Cell | str]] = []
+    tasks = {row.task: None for row in comparison.rows}
+    for row in sorted(
+        comparison.rows,
+        key=lambda row: (list(tasks).index(row.task), -(ratios[row.run] or 0)),
+    ):
+        if not row.primary:
+            continue
+        mark = row.verdict if row.verdict in ("better", "worse") else ""
+        rows.append(
+            [
+                row.task,
+                row.metric.removesuffix(",none"),
+                labels[row.run],
+                Cell(
+                    f"{_MARKS[row.verdict]} {_WORDS.get(row.verdict, row.verdict)}",
+                    mark,
+                ),
+                _score(row.base_score),
+                _score(row.score),
+                Cell(f"{row.difference:+.4f}", mark),
+                interval_text(row.low, row.high, 4),
+                number_text(row.smallest_detectable, ".4f"),
+                p_text(row.q),
+                str(row.documents or "-"),
+            ]
+        )
+    if not rows:
+        return None
+    return Section(
+        "Differences from the unpruned model",
+        [
+            (
+                "A difference of the smallest detectable size would have been found with a chance "
+                "of 80 %, at the level that the correction leaves to its row. n counts the "
+                "documents that both were scored on."
+            )
+        ],
+        table=Table(
+            "Differences from the unpruned model",
+            ["task", "metric", "configuration", "verdict", "unpruned", "score"]
+            + ["difference", f"{1 - comparison.alpha:.0%} interval"]
+            + ["smallest detectable", "q", "n"],
+            rows,
+            text=4,
+        ),
     )
 
 
@@ -83,7 +158,7 @@ def trends_section(comparison: Comparison) -> Section | None:
             each.task,
             scale_name(each.metric),
             str(each.trend.n),
-            Cell(number_text(each.trend.slope, "+.4f"), note=each.trend.method),
+            number_text(each.trend.slope, "+.4f"),
             interval_text(each.trend.low, each.trend.high, 4),
             p_text(each.trend.p),
             "not tested" if each.q is None else p_text(each.q),
@@ -98,8 +173,11 @@ def trends_section(comparison: Comparison) -> Section | None:
     )
     return Section(
         "Trends over expansion ratios",
-        [explanation],
-        Table(
+        [
+            explanation,
+            f"Tests: {'; '.join(sorted({each.trend.method for each in comparison.trends}))}.",
+        ],
+        table=Table(
             "Trends",
             ["series", "task", "metric", "n", "slope"]
             + [f"{1 - comparison.alpha:.0%} interval", "p", "q"],
@@ -173,10 +251,11 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
         [
             "Settings of the unpruned model's run, and below them the sweep's own sweep.json."
         ],
-        Table("Versions and settings", ["what", "value"], rows, text=2),
+        table=Table("Versions and settings", ["what", "value"], rows, text=2),
         code=_numbers_on_one_line(
             json.dumps(sweep.definition, indent=2, ensure_ascii=False, default=str)
         ),
+        folded="sweep.json",
     )
 
 
@@ -207,29 +286,31 @@ def remarks_section(
     return Section("Remarks", notes=notes) if notes else None
 
 
+#: How a verdict is shown. What is significant says which way; `restated` has no mark.
+_MARKS = {
+    "better": "\u25b2",
+    "worse": "\u25bc",
+    "different": "\u25c6",
+    "not shown": "\u25cb",
+    "not tested": "\u00d7",
+    "not comparable": "\u00d7",
+}
+
+
+_WORDS = {
+    **dict.fromkeys(("better", "worse", "different"), "significant"),
+    "not shown": "no difference shown",
+}
+
+
 def _score_cell(row: Difference | None) -> Cell:
     if row is None:
-        return Cell("-", note="not evaluated")
-    marks = {
-        "better": "\u25b2",
-        "worse": "\u25bc",
-        "different": "\u25c6",
-        "not tested": "\u00d7",
-        "not comparable": "\u00d7",
-    }
-    parts = [f"{row.difference:+.4f}"]
-    if row.low is not None and row.high is not None:
-        parts.append(f"[{row.low:+.4f}, {row.high:+.4f}]")
-    parts += [
-        f"{name} = {value:.3g}"
-        for name, value in (("p", row.p), ("q", row.q))
-        if value is not None
-    ]
+        return Cell("-")
     mark = row.verdict if row.verdict in ("better", "worse") else ""
-    text = f"{_score(row.score)} {marks.get(row.verdict, '')}".rstrip()
+    text = f"{_score(row.score)} {_MARKS.get(row.verdict, '')}".rstrip()
     if row.of is not None:
         text += f" ({documents_text(row)})"
-    return Cell(text, mark, f"{', '.join(parts)}; {row.method}; {row.verdict}")
+    return Cell(text, mark)
 
 
 def _fact(value: Any) -> str:

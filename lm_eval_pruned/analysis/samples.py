@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from lm_eval_pruned.analysis.levels import Choices, Levels, choices_of, levels_of
 from lm_eval_pruned.analysis.results_file import ResultsError, Run, is_number
 
 
@@ -50,6 +51,7 @@ class Documents:
         transform: Name in `TRANSFORMS`.
         prompts: The harness's ``prompt_hash`` of each document, length n, None where
             none was logged; empty where they were not read.
+        levels: Of guessing and of the commonest answer, where the documents tell.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -58,6 +60,7 @@ class Documents:
     clusters: tuple[str, ...] | None
     transform: str
     prompts: tuple[str | None, ...] = ()
+    levels: Levels = field(default_factory=Levels)
 
     def other_prompts(self, other: Documents) -> int:
         """Return how many documents of both were put into other prompts."""
@@ -149,6 +152,7 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
     sizes = np.concatenate([np.full(len(s), float(len(s))) for _, s in parts])
     raw = [sample.value for _, samples in parts for sample in samples]
     prompts = tuple(sample.prompt for _, samples in parts for sample in samples)
+    offered = [sample.choices for _, samples in parts for sample in samples]
     for values, weights in _readings(raw):
         weightings = [weights]
         if len(parts) > 1:
@@ -158,8 +162,10 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
                 with np.errstate(over="ignore"):
                     score = function(np.average(values, weights=weighting))
                 if _same(float(score), reported):
+                    levels = levels_of(offered, weighting.tolist())
                     return Documents(
-                        keys, values, weighting, clusters, transform, prompts
+                        *(keys, values, weighting, clusters, transform, prompts),
+                        levels,
                     )
     return None
 
@@ -170,6 +176,7 @@ class _Sample:
     value: Any
     cluster: str | None
     prompt: str | None
+    choices: Choices | None
 
 
 def read_samples(
@@ -238,7 +245,9 @@ def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
         None,
     )
 
-    def take(row: Mapping[str, Any]) -> tuple[Any, str | None, str | None]:
+    def take(
+        row: Mapping[str, Any],
+    ) -> tuple[Any, str | None, str | None, Choices | None]:
         document = row.get("doc")
         cluster = document.get(cluster_field) if isinstance(document, dict) else None
         prompt = row.get("prompt_hash")
@@ -246,6 +255,7 @@ def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
             row[name],
             None if cluster is None else str(cluster),
             None if prompt is None else str(prompt),
+            choices_of(row, name),
         )
 
     return [

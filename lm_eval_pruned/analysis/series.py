@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from lm_eval_pruned.analysis.results_file import Run
 
@@ -90,6 +90,12 @@ def primary_metrics(
 def is_perplexity(metric: str) -> bool:
     """Whether a metric is a perplexity, whose logarithm is the mean over documents."""
     return "perplexity" in metric
+
+
+def is_share(metric: str, values: Iterable[float]) -> bool:
+    """Whether a metric is a share of 1, as far as its name and its values tell."""
+    named = is_perplexity(metric) or "bits_per_byte" in metric
+    return not named and all(0 <= value <= 1 for value in values)
 
 
 def scale_name(metric: str) -> str:

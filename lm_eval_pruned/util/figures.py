@@ -1,7 +1,6 @@
 """How every figure looks, and the files that it becomes.
 
-Colours are those of Okabe and Ito that stand out on white and on black; no two lines
-differ in colour alone. Needs matplotlib (the extra ``report``).
+Colours are those of the palette, on white ground; no two lines differ in colour alone. Needs matplotlib (the extra ``report``).
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import ScalarFormatter
 
+from lm_eval_pruned.util.palette import LINES
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Okabe and Ito 2008, without black and yellow, which vanish on one of the grounds.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = LINES["light"]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 #: Drawn in this colour is what a page draws in the colour of its text.

@@ -29,6 +29,17 @@ def score_of(values, aggregation: str = "mean") -> float:
     return float(np.exp(-mean) if aggregation == "weighted" else -mean / np.log(2))
 
 
+def offering(options, target: object = "0") -> dict:
+    """Return what the harness logs of a document with several choices."""
+    return {
+        "arguments": {
+            f"gen_args_{number}": {"arg_0": "the question", "arg_1": option}
+            for number, option in enumerate(options)
+        },
+        "target": str(target),
+    }
+
+
 def write_run(
     folder: Path,
     tasks: dict,
@@ -46,7 +57,7 @@ def write_run(
         folder: Where; made if missing.
         tasks: By task: ``{"metric,filter": values}``, or with a dict as value,
             ``{"values", "aggregation", "higher_is_better", "stderr", "score",
-            "docs", "prompts", "rows"}``; ``rows`` holds more of a line by its number.
+            "docs", "prompts", "rows"}``; rows are further keys of single samples.
         date: Time stamp in the names.
         samples: Whether to log samples.
         pruning: ``config.pruning``.
@@ -106,8 +117,8 @@ def write_run(
                 prompt = (spec.get("prompts") or {}).get(number, f"prompt {number}")
                 digest = hashlib.sha256(prompt.encode()).hexdigest()
                 row.setdefault("prompt_hash", digest)
-                row["metrics"].append(name)
                 row.update((spec.get("rows") or {}).get(number, {}))
+                row["metrics"].append(name)
                 row[name] = value.tolist() if isinstance(value, np.generic) else value
         if samples:
             (folder / f"samples_{task}_{date}.jsonl").write_text(
