@@ -11,7 +11,12 @@ import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, merged
+from lm_eval_pruned.checkpoints.adapters import (
+    STAGES,
+    check_adapter,
+    check_kept,
+    merged,
+)
 from lm_eval_pruned.checkpoints.damage import check_config, clear_config_errors
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.load import load_with_arguments
@@ -170,6 +175,8 @@ class PrunedHFLM(EnergyLoggingHFLM):
                 known_scores=self._known_scores,
             )
             self._note_pruning(model)
+            if peft is not None:
+                check_kept(peft, self._prune_record, kwargs.get("revision"))
             return model
 
         # HFLM has no hook for the one call that loads, and compares the class afterwards.

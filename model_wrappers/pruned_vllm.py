@@ -23,7 +23,11 @@ except ModuleNotFoundError as missing:
         name="vllm",
     ) from missing
 
-from lm_eval_pruned.checkpoints.adapters import adapted_modules, check_adapter
+from lm_eval_pruned.checkpoints.adapters import (
+    adapted_modules,
+    check_adapter,
+    check_kept,
+)
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.parallel import check_divisible
 from lm_eval_pruned.checkpoints.request import LoadRequest
@@ -107,6 +111,9 @@ class PrunedVLLM(EnergyLoggingVLLM):
             },
         )
         self._prune_record = self._record(request)
+        adapter = kwargs.get("lora_local_path")
+        if adapter is not None and not self._notes:
+            check_kept(adapter, self._prune_record, argument="lora_local_path")
         eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
 
     def _record(self, request: LoadRequest) -> PruneRecord:
