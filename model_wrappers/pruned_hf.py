@@ -44,6 +44,7 @@ class PrunedHFLM(EnergyLoggingHFLM):
     _model: Any
 
     _prune_record: PruneRecord
+    _healing: dict[str, Any] | None = None
 
     @takes_prune_arguments
     def __init__(
@@ -176,7 +177,9 @@ class PrunedHFLM(EnergyLoggingHFLM):
             )
             self._note_pruning(model)
             if peft is not None:
-                check_kept(peft, self._prune_record, kwargs.get("revision"))
+                self._healing = check_kept(
+                    peft, self._prune_record, kwargs.get("revision")
+                )
             return model
 
         # HFLM has no hook for the one call that loads, and compares the class afterwards.
@@ -208,5 +211,12 @@ class PrunedHFLM(EnergyLoggingHFLM):
         self.answer_paths = AnswerPaths()
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return HFLM's model information and what was pruned, under ``pruning``."""
-        return {**super().get_model_info(), "pruning": self._prune_record.as_dict()}
+        """Return HFLM's model information, what was pruned (``pruning``) and healed (``healing``)."""
+        info = {**super().get_model_info(), "pruning": self._prune_record.as_dict()}
+        if self._healing is not None:
+            info["healing"] = {
+                name: value
+                for name, value in self._healing.items()
+                if name != "pruning"
+            }
+        return info

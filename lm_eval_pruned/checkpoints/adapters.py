@@ -105,7 +105,7 @@ def check_kept(
     record: PruneRecord,
     revision: str | None = None,
     argument: str = "peft",
-) -> None:
+) -> dict[str, Any] | None:
     """Refuse an adapter that was trained on other neurons, if it says on which.
 
     Args:
@@ -114,15 +114,18 @@ def check_kept(
         revision: Revision of the adapter on the Hub.
         argument: What named the adapter, for messages.
 
+    Returns:
+        What it says it was trained on; None where it says nothing.
+
     Raises:
         ValueError: It was trained on another kept set, or its record is damaged.
     """
     healing = read_healing(adapter, revision)
     if healing is None:
-        return
+        return None
     trained, kept = healing["pruning"], record.digest
     if trained["kept_digest"] == kept:
-        return
+        return healing
     size = [f"{name}={value}" for name, value in (trained.get("asked") or {}).items()]
     if size:
         size.append(f"criterion={trained.get('criterion')}")

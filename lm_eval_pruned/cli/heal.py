@@ -95,6 +95,7 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
+    from accelerate import PartialState
     from lm_eval.utils import simple_parse_args_string
 
     from lm_eval_pruned.healing.options import HealingOptions
@@ -118,6 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         merge=arguments.merge,
     )
+    if not PartialState().is_main_process:
+        return 0 if healed.finished else 130
     if not healed.finished:
         print(
             f"Stopped after {healed.record['steps']} steps, which are kept in {healed.folder}: the "

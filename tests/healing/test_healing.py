@@ -180,6 +180,9 @@ def test_pruned_hf_checks_and_applies_it(adapter, tiny_llama):
     expected = logits(PeftModel.from_pretrained(pruned, adapter).eval())
     found = logits(model.model)
     torch.testing.assert_close(found, expected[..., : found.shape[-1]])
+    told = model.get_model_info()["healing"]
+    record = json.loads((adapter / HEALING).read_text())
+    assert record == told | {"pruning": model.get_model_info()["pruning"]}
 
 
 def test_the_record(adapter, tiny_llama, data):
@@ -375,6 +378,34 @@ def test_gradient_checkpointing_and_accumulation_change_no_step(
         found[name] = weights(output)
     for name, tensor in found["whole"].items():
         torch.testing.assert_close(found["parts"][name], tensor, msg=name)
+
+
+def test_two_processes_take_the_step_that_one_takes(tiny_llama, data, tmp_path):
+    command = ["heal", "--model_args", f"pretrained={tiny_llama},prune_percent=40"]
+    command += ["--data", data, "--max_length", "32", "--max_steps", "2"]
+    command += ["--teacher_weight", "0.5"]
+    training = {**TRAINING, "optim": "sgd"}
+
+    def words(batch: int, output: str) -> list[str]:
+        each = {**training, "per_device_train_batch_size": batch}
+        written = ",".join(f"{name}={value}" for name, value in each.items())
+        return [*command, "--training_args", written, "--output", output]
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc_per_node", "2", "-m", "lm_eval_pruned.cli"]
+    ended = subprocess.run(
+        [*launcher, *words(2, str(tmp_path / "several"))],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Trained 2 steps on 256 tokens") == 1
+    assert cli.main(words(4, str(tmp_path / "one"))) == 0
+    expected = weights(tmp_path / "one")
+    for name, tensor in weights(tmp_path / "several").items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
 
 
 def test_bf16_runs(tiny_llama, data, tmp_path):
