@@ -4,6 +4,8 @@ Every eighth document of a JSON Lines file is held out; the others are trained o
 size, the model is healed with next-token loss and by distillation, and the loss on the held
 documents is compared with that of the unpruned and of the pruned model, in nats per token.
 
+A run that was interrupted is measured as far as it came, and goes on when the script is started again.
+
 With `--evaluation FILE.jsonl ...` the script first counts how many documents of evaluation
 data share a run of words with the text, and how many held documents do.
 
@@ -17,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,13 +151,12 @@ def main() -> int:
                 training_args=simple_parse_args_string(arguments.training_args),
             )
             output = folder / f"{percent}-{name.replace(' ', '-')}"
-            began = time.perf_counter()
             healed = heal(
-                {**load, "prune_percent": percent}, str(text), output, options
+                *({**load, "prune_percent": percent}, str(text), output, options),
+                resume=any(folder.glob(f"{output.name}.checkpoints/*/healing.json")),
             )
-            seconds = time.perf_counter() - began
             pruned = load_pruned(**load, prune_percent=percent)
-            after = losses(PeftModel.from_pretrained(pruned, output).eval(), held)
+            after = losses(PeftModel.from_pretrained(pruned, healed.folder), held)
             back = (cut.mean() - after.mean()) / (cut.mean() - unpruned.mean())
             cells.append(
                 (
@@ -165,7 +165,7 @@ def main() -> int:
                     f"{back:.0%}",
                     f"{ttest_rel(after, cut).pvalue:.1e}",
                     f"{healed.record['tokens_seen']:,}",
-                    f"{seconds:.0f}",
+                    f"{healed.record['seconds']:.0f}",
                 )
             )
         print(f"{percent} % removed\n")

@@ -111,23 +111,29 @@ class HealingOptions:
         """
         from transformers import TrainingArguments
 
-        given = _known(
+        _check_known(
             "training_args",
             self.training_args,
             TrainingArguments,
             _TAKEN,
             "learning_rate=1e-4",
         )
-        chosen = {**TRAINING, "learning_rate": LEARNING_RATE[self.method], **given}
         try:
             return TrainingArguments(
-                output_dir=str(folder), max_steps=self.max_steps or -1, **chosen
+                output_dir=str(folder),
+                max_steps=self.max_steps or -1,
+                **self.training(),
             )
         except (TypeError, ValueError, ImportError, AttributeError) as error:
             raise ValueError(
                 f"training_args={written(self.training_args)} cannot be used ({error}): pass what "
                 "transformers.TrainingArguments takes."
             ) from None
+
+    def training(self) -> dict[str, Any]:
+        """Return the training arguments that are given, and those that differ by default."""
+        rate = {"learning_rate": LEARNING_RATE[self.method]}
+        return {**TRAINING, **rate, **self.training_args}
 
     def adapter_config(self) -> LoraConfig | None:
         """Return the adapter to train; None where all weights are trained.
@@ -139,8 +145,8 @@ class HealingOptions:
 
         if self.method == "full":
             return None
-        given = _known("peft_args", self.peft_args, LoraConfig, _TAKEN_ADAPTER, "r=32")
-        chosen = {**ADAPTER, "use_dora": self.method == "dora", **given}
+        _check_known("peft_args", self.peft_args, LoraConfig, _TAKEN_ADAPTER, "r=32")
+        chosen = {**ADAPTER, "use_dora": self.method == "dora", **self.peft_args}
         try:
             return LoraConfig(task_type=TaskType.CAUSAL_LM, **chosen)
         except (TypeError, ValueError) as error:
@@ -166,13 +172,13 @@ def written(arguments: dict[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in arguments.items())
 
 
-def _known(
+def _check_known(
     argument: str,
     given: dict[str, Any],
     declaring: Any,
     taken: dict[str, str],
     example: str,
-) -> dict[str, Any]:
+) -> None:
     names = {each.name for each in fields(declaring) if each.init}
     for name, value in given.items():
         if name in taken:
@@ -185,4 +191,3 @@ def _known(
                 f"{argument} has {name}={value}, which {declaring.__name__} does not know: pass "
                 f"{f'{near[0]}=...' if near else f'one of its fields, such as {example}'}."
             )
-    return given

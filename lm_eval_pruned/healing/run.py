@@ -101,7 +101,7 @@ def heal(
         )
     last = _checkpoint(checkpoints, resume)
     texts = texts_of(data)
-    request = _request(dict(model_args), options)
+    request, from_pretrained = _request(dict(model_args), options)
     if adapter is not None:
         try:
             adapted_shapes(request, request.widths.original, adapter)
@@ -121,6 +121,7 @@ def heal(
         "lm_eval_pruned": version("lm-eval-pruned"),
         **options.as_dict(),
         "data": text.as_dict(),
+        "training_args": options.training(),
     }
     if last is not None:
         _check_same(last, record, _SHARED)
@@ -134,13 +135,17 @@ def heal(
         write_record,
     )
 
+    # The last one has the widths that the checkpoint turns out to have.
+    read: list[LoadRequest] = []
     model: Any = load_with_arguments(
         request.auto_class,
         request.pretrained,
         request.prune_arguments,
-        request.model_arguments,
+        from_pretrained,
         tokenizer=tokenizer,
+        inspect=read.append,
     )
+    request = read[-1]
     pruned: PruneRecord = model.prune_record
     record["pruning"] = pruned.as_dict()
     if last is not None:
@@ -156,7 +161,7 @@ def heal(
         from peft import get_peft_model
 
         model = get_peft_model(model, adapter)
-    stop = StopWhenAsked()
+    stop, beside = StopWhenAsked(), RecordBeside(record, last)
     try:
         trainer = HealingTrainer(
             None if teacher is None else teacher.model,
@@ -165,7 +170,7 @@ def heal(
             model=model,
             args=arguments,
             train_dataset=text.examples(),
-            callbacks=[RecordBeside(record), stop],
+            callbacks=[beside, stop],
         )
     except (ImportError, RuntimeError) as error:
         raise ValueError(
@@ -176,6 +181,7 @@ def heal(
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     record["steps"] = trainer.state.global_step
+    record["seconds"] = beside.seconds()
     record["tokens_seen"] = (
         trainer.state.global_step
         * arguments.train_batch_size
@@ -195,8 +201,14 @@ def heal(
     return Healed(output, record, finished=True)
 
 
-def _request(model_args: dict[str, Any], options: HealingOptions) -> LoadRequest:
-    """Read the config of the model, and refuse what cannot be healed."""
+def _request(
+    model_args: dict[str, Any], options: HealingOptions
+) -> tuple[LoadRequest, dict[str, Any]]:
+    """Read the config of the model, and refuse what cannot be healed.
+
+    Returns:
+        The model and its pruning, and what ``from_pretrained`` takes besides.
+    """
     from transformers import AutoModelForCausalLM
 
     from lm_eval_pruned.pruning.layouts import UnsupportedModelError
@@ -230,7 +242,7 @@ def _request(model_args: dict[str, Any], options: HealingOptions) -> LoadRequest
             "size was asked for, so that both are one: add one such as prune_percent=40 to "
             "model_args, or leave it out."
         )
-    return request
+    return request, model_args
 
 
 def _checkpoint(folder: Path, resume: bool) -> Path | None:

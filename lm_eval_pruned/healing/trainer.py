@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 from transformers import Trainer, TrainerCallback
 
-from lm_eval_pruned.checkpoints.adapters import HEALING
+from lm_eval_pruned.checkpoints.adapters import HEALING, read_healing
 from lm_eval_pruned.util.atomic import write_atomically
 
 
@@ -93,16 +94,31 @@ class RecordBeside(TrainerCallback):
 
     Args:
         record: What the adapter is trained on.
+        last: The checkpoint that the training goes on from, or None.
     """
 
-    def __init__(self, record: dict[str, Any]) -> None:
+    def __init__(self, record: dict[str, Any], last: Path | None) -> None:
         self._record = record
+        before = None if last is None else read_healing(str(last))
+        self._seconds: float = before.get("seconds", 0.0) if before else 0.0
+        self._began = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return how long was trained so far, without what came after the checkpoint."""
+        return round(self._seconds + time.monotonic() - self._began, 1)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin to count the time."""
+        self._began = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
         """Write the record of this step."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            write_record(folder / HEALING, self._record | {"steps": state.global_step})
+            write_record(
+                folder / HEALING,
+                self._record | {"steps": state.global_step, "seconds": self.seconds()},
+            )
 
 
 class StopWhenAsked(TrainerCallback):

@@ -194,6 +194,8 @@ def test_the_record(adapter, tiny_llama, data):
     assert record["data"]["file"] == "data.jsonl"
     assert len(record["data"]["sha256"]) == 64
     assert (record["steps"], record["tokens_seen"]) == (4, 4 * 2 * 32)
+    assert record["training_args"]["learning_rate"] == 1e-2
+    assert record["seconds"] > 0
     assert not list(adapter.rglob("*.bin"))
 
 
