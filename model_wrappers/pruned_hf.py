@@ -11,7 +11,12 @@ import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, merged
+from lm_eval_pruned.checkpoints.adapters import (
+    STAGES,
+    check_adapter,
+    check_kept,
+    merged,
+)
 from lm_eval_pruned.checkpoints.damage import check_config, clear_config_errors
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.load import load_with_arguments
@@ -39,6 +44,7 @@ class PrunedHFLM(EnergyLoggingHFLM):
     _model: Any
 
     _prune_record: PruneRecord
+    _healing: dict[str, Any] | None = None
 
     @takes_prune_arguments
     def __init__(
@@ -175,6 +181,10 @@ class PrunedHFLM(EnergyLoggingHFLM):
                 known_scores=self._known_scores,
             )
             self._note_pruning(model)
+            if peft is not None:
+                self._healing = check_kept(
+                    peft, self._prune_record, kwargs.get("revision")
+                )
             return model
 
         # HFLM has no hook for the one call that loads, and compares the class afterwards.
@@ -205,5 +215,12 @@ class PrunedHFLM(EnergyLoggingHFLM):
         self.answer_paths = AnswerPaths()
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return HFLM's model information and what was pruned, under ``pruning``."""
-        return {**super().get_model_info(), "pruning": self._prune_record.as_dict()}
+        """Return HFLM's model information, what was pruned (``pruning``) and healed (``healing``)."""
+        info = {**super().get_model_info(), "pruning": self._prune_record.as_dict()}
+        if self._healing is not None:
+            info["healing"] = {
+                name: value
+                for name, value in self._healing.items()
+                if name != "pruning"
+            }
+        return info

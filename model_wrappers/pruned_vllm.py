@@ -25,7 +25,11 @@ except ModuleNotFoundError as missing:
         name="vllm",
     ) from missing
 
-from lm_eval_pruned.checkpoints.adapters import adapted_modules, check_adapter
+from lm_eval_pruned.checkpoints.adapters import (
+    adapted_modules,
+    check_adapter,
+    check_kept,
+)
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
@@ -111,6 +115,9 @@ class PrunedVLLM(EnergyLoggingVLLM):
         if self.data_parallel_size <= 1:
             _wake_when_the_engine_ends(self.model.llm_engine.engine_core)
         self._prune_record = self._record(request)
+        adapter = kwargs.get("lora_local_path")
+        if adapter is not None and not self._notes:
+            check_kept(adapter, self._prune_record, argument="lora_local_path")
         eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
 
     def _record(self, request: LoadRequest) -> PruneRecord:

@@ -1,15 +1,17 @@
-"""Adapters: whether one fits the width of the MLPs it is to be applied to.
+"""Adapters: whether one fits the MLPs it is to be applied to.
 
 An adapter trained on a pruned model has the pruned width in its tensors, one
 trained on the full model the full width. Either is told from the shapes in the
-adapter's file, before any weight of the model is read.
+adapter's file, before any weight of the model is read. Which neurons stayed is not in
+its tensors: an adapter of ``lm-eval-pruned heal`` has a file beside them that says so.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -19,9 +21,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.pruning.record import PruneRecord
 
 #: When an adapter is applied, relative to the pruning.
 STAGES = ("after", "before")
+#: File beside an adapter that says on what it was trained.
+HEALING = "healing.json"
 
 
 def check_adapter(
@@ -46,7 +51,8 @@ def check_adapter(
             is no stage to choose.
 
     Raises:
-        ValueError: There is no adapter, or it was trained on MLPs of another width.
+        ValueError: There is no adapter, or it was trained on MLPs of another width, or
+            after pruning where it is to be merged before.
     """
     from peft import PeftConfig
 
@@ -54,6 +60,12 @@ def check_adapter(
         config = PeftConfig.from_pretrained(adapter, revision=revision)
     except (ValueError, OSError) as error:
         raise ValueError(f"{argument}={adapter} is no adapter ({error}).") from None
+    healing = read_healing(adapter, revision)
+    if stage == "before" and healing and healing["pruning"]["kept_digest"]:
+        raise ValueError(
+            f"peft_stage=before merges {argument}={adapter} before pruning, but it was trained on "
+            "a model that was pruned already: leave out peft_stage."
+        )
     stored = _stored_shapes(adapter, revision)
     if not stored:
         return
@@ -64,7 +76,7 @@ def check_adapter(
     if widths.inexpressible(targets):
         return
     narrowed = widths.narrowed_config(targets)
-    expected = _adapted_shapes(request, narrowed, config)
+    expected = adapted_shapes(request, narrowed, config)
     _check_depth(adapter, request, stage, stored, expected, argument)
     for name, shape in stored.items():
         if name not in expected or shape == expected[name]:
@@ -111,6 +123,67 @@ def _check_depth(
     )
 
 
+def check_kept(
+    adapter: str,
+    record: PruneRecord,
+    revision: str | None = None,
+    argument: str = "peft",
+) -> dict[str, Any] | None:
+    """Refuse an adapter that was trained on other neurons, if it says on which.
+
+    Args:
+        adapter: Folder or Hub name of the adapter.
+        record: What the model that it is applied to kept.
+        revision: Revision of the adapter on the Hub.
+        argument: What named the adapter, for messages.
+
+    Returns:
+        What it says it was trained on; None where it says nothing.
+
+    Raises:
+        ValueError: It was trained on another kept set, or its record is damaged.
+    """
+    healing = read_healing(adapter, revision)
+    if healing is None:
+        return None
+    trained, kept = healing["pruning"], record.digest
+    if trained["kept_digest"] == kept:
+        return healing
+    size = [f"{name}={value}" for name, value in (trained.get("asked") or {}).items()]
+    if size:
+        size.append(f"criterion={trained.get('criterion')}")
+    raise ValueError(
+        f"{argument}={adapter} was trained on {_named(trained['kept_digest'])}, but this model has "
+        f"{_named(kept)}, so its columns belong to other neurons: pass "
+        f"{','.join(size) or 'no size'} with the pretrained that it was trained on, or another "
+        "adapter."
+    )
+
+
+def _named(digest: str | None) -> str:
+    return f"the kept set {digest[:12]}" if digest else "no kept set"
+
+
+def read_healing(adapter: str, revision: str | None = None) -> dict[str, Any] | None:
+    """Return what an adapter says it was trained on; None where it says nothing.
+
+    Raises:
+        ValueError: Its file is damaged.
+    """
+    file = _file_of(adapter, HEALING, revision)
+    if file is None:
+        return None
+    try:
+        healing = json.loads(file.read_text(encoding="utf-8"))
+        healing["pruning"]["kept_digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is no record of a healing ({error!r}), so nothing says on which neurons the "
+            "adapter was trained: copy it anew beside the adapter."
+        ) from None
+    return healing
+
+
 def adapted_modules(adapter: str | None) -> set[str]:
     """Return the last names of the modules that a LoRA adapter changes, such as ``up_proj``.
 
@@ -141,20 +214,9 @@ def _stored_shapes(adapter: str, revision: str | None) -> dict[str, tuple[int, .
     """Return the shapes in the adapter's safetensors file; empty where it has none."""
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
     from safetensors import safe_open
-    from transformers.utils import cached_file
 
-    file = Path(adapter, SAFETENSORS_WEIGHTS_NAME)
-    if not Path(adapter).is_dir():
-        found = cached_file(
-            adapter,
-            SAFETENSORS_WEIGHTS_NAME,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        if found is None:
-            return {}
-        file = Path(found)
-    if not file.is_file():
+    file = _file_of(adapter, SAFETENSORS_WEIGHTS_NAME, revision)
+    if file is None:
         return {}
     with safe_open(file, framework="pt") as opened:
         return {
@@ -162,10 +224,35 @@ def _stored_shapes(adapter: str, revision: str | None) -> dict[str, tuple[int, .
         }
 
 
-def _adapted_shapes(
+def _file_of(adapter: str, name: str, revision: str | None) -> Path | None:
+    """Return a file of an adapter, from the Hub if need be; None where it has none."""
+    from transformers.utils import cached_file
+
+    if Path(adapter).is_dir():
+        file = Path(adapter, name)
+        return file if file.is_file() else None
+    found = cached_file(
+        adapter,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return None if found is None else Path(found)
+
+
+def adapted_shapes(
     request: LoadRequest, narrowed: PretrainedConfig, config: PeftConfig
 ) -> Mapping[str, tuple[int, ...]]:
-    """Return the shapes that the adapter would have, were it trained on this model."""
+    """Return the shapes that an adapter would have, were it trained on this model.
+
+    Args:
+        request: The model.
+        narrowed: Its config as it is when the adapter is applied.
+        config: The adapter.
+
+    Raises:
+        ValueError: The model has no modules such as the adapter names.
+    """
     import torch
     from peft import PeftModel, get_peft_model_state_dict
 

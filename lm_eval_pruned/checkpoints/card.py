@@ -20,11 +20,25 @@ logger = logging.getLogger("lm_eval.pruned.export")
 #: Model-card fields of the source that stay true of the pruned model.
 _KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
 
+UNTRAINED = "No other\nweight was changed, and nothing was trained afterwards."
+
 
 def model_card(
-    pretrained: str, revision: str | None, folder: Path, record: PruneRecord
+    pretrained: str,
+    revision: str | None,
+    folder: Path,
+    record: PruneRecord,
+    trained: str | None = None,
 ) -> str:
-    """Return the README.md of the exported checkpoint."""
+    """Return the README.md of the exported checkpoint.
+
+    Args:
+        pretrained: Folder or Hub name of the source.
+        revision: Its revision on the Hub.
+        folder: Folder of the source's own card.
+        record: What was pruned.
+        trained: A sentence on how the pruned model was trained, if it was.
+    """
     from huggingface_hub import ModelCardData
 
     local = Path(pretrained).is_dir()
@@ -88,8 +102,7 @@ original order, and ties went to the lower index. """
 
 # {name}, {what}
 
-`lm-eval-pruned {version("lm-eval-pruned")}` {how}. No other
-weight was changed, and nothing was trained afterwards.
+`lm-eval-pruned {version("lm-eval-pruned")}` {how}. {trained or UNTRAINED}
 
 {rows}
 

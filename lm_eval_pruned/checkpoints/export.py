@@ -38,6 +38,7 @@ from lm_eval_pruned.checkpoints.route import (
     clear_errors,
     with_stored_widths,
 )
+from lm_eval_pruned.checkpoints.saving import check_output, save_loaded
 from lm_eval_pruned.checkpoints.session import Session
 from lm_eval_pruned.checkpoints.shards import (
     DTYPE_NAMES,
@@ -141,7 +142,7 @@ def export_pruned(
     from transformers import AutoConfig
 
     output = Path(output)
-    _check_output(output)
+    check_output(output)
     target_dtype = _resolve_dtype(dtype)
     _check_shard_size(max_shard_size)
     source = {
@@ -363,13 +364,6 @@ def _write_shards(tensors: list[StoredTensor], writer: _Writer) -> None:
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(
-            f"output={output} exists and is not an empty folder: pass a new one."
-        )
-
-
 def _check_shard_size(max_shard_size: int | str) -> None:
     from huggingface_hub.serialization._base import parse_size_to_int
 
@@ -402,8 +396,6 @@ def _save_whole(
     writer: _Writer,
 ) -> PruneRecord:
     """Load in full, prune in memory and save: everything but the model card."""
-    from transformers import AutoTokenizer, GenerationConfig
-
     model = load_with_arguments(
         request.auto_class,
         request.pretrained,
@@ -415,16 +407,13 @@ def _save_whole(
         },
     )
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    if source.get("gguf_file") is None:
-        copy_companions(writer.source, writer.folder)
-    else:
-        AutoTokenizer.from_pretrained(request.pretrained, **source).save_pretrained(
-            writer.folder
-        )
-        with contextlib.suppress(AttributeError):
-            del model.config.quantization_config
-        model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.save_pretrained(writer.folder, max_shard_size=writer.max_shard_size)
+    save_loaded(
+        model,
+        request,
+        writer.source,
+        writer.folder,
+        max_shard_size=writer.max_shard_size,
+    )
     return record
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lm_eval_pruned.cli import (
     check,
     compare,
+    heal,
     plan,
     power,
     profile,
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         profile,
         study_energy,
         prune,
+        heal,
     ):
         command.add(commands)
     arguments = parser.parse_args(argv)

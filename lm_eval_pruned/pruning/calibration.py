@@ -85,12 +85,15 @@ class Calibration:
         }
 
 
-def read_texts(file: str, samples: int | None = None) -> list[Text]:
+def read_texts(
+    file: str, samples: int | None = None, argument: str = "calibration"
+) -> list[Text]:
     """Read calibration texts.
 
     Args:
         file: JSON Lines file.
         samples: How many texts to take, from the first on; default: all.
+        argument: What named the file, for messages.
 
     Returns:
         A string or a list of messages for each line; empty lines are passed over.
@@ -103,7 +106,7 @@ def read_texts(file: str, samples: int | None = None) -> list[Text]:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"calibration={file} cannot be read ({error}): pass a JSON Lines file in UTF-8."
+            f"{argument}={file} cannot be read ({error}): pass a JSON Lines file in UTF-8."
         ) from None
     texts: list[Text] = []
     for number, line in enumerate(lines, 1):
@@ -111,10 +114,10 @@ def read_texts(file: str, samples: int | None = None) -> list[Text]:
             continue
         if len(texts) == samples:
             break
-        texts.append(_text_of(line, f"calibration={file}, line {number}"))
+        texts.append(_text_of(line, f"{argument}={file}, line {number}"))
     if len(texts) < (samples or 1):
         raise ValueError(
-            f"calibration={file} holds {len(texts)} texts, but "
+            f"{argument}={file} holds {len(texts)} texts, but "
             f"{samples or 'at least one'} {'were' if samples else 'was'} asked for: pass "
             f"{'a smaller calibration_samples' if texts else 'a file with text'}."
         )
@@ -369,13 +372,20 @@ def check_observable(model: PreTrainedModel) -> None:
             )
 
 
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, text: Text, longest: int, file: str
-) -> Tensor:
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+    """Return the tokens of a text, a chat by way of the tokenizer's chat template."""
+    tokens: Any
     if isinstance(text, str):
         tokens = tokenizer(text)["input_ids"]
     else:
         tokens = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)
+    return tokens
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: Text, longest: int, file: str
+) -> Tensor:
+    tokens = token_ids(tokenizer, text)
     if not tokens:
         raise ValueError(
             f"calibration={file} has a text without tokens, {text!r}: remove it."

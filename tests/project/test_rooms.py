@@ -28,11 +28,13 @@ MAY_IMPORT = {
     "wrappers": {"batching", "checkpoints", "energy", "pruning", "util"},
     "tasks": set(),
     "sweeps": {"analysis", "checkpoints", "pruning", "util"},
+    "healing": {"checkpoints", "pruning", "util"},
     "profiling": {"batching", "checkpoints", "energy", "pruning", "tasks", "util"},
     "cli": {
         "analysis",
         "checkpoints",
         "energy",
+        "healing",
         "profiling",
         "pruning",
         "sweeps",

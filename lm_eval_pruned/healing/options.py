@@ -1,0 +1,193 @@
+"""What may be said about a healing, and what is wrong with it before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+#: What is trained: two kinds of adapter, or every weight.
+METHODS = ("lora", "dora", "full")
+#: Defaults that differ from those of `transformers.TrainingArguments`.
+TRAINING = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_steps": 10,
+    "num_train_epochs": 1,
+    "save_steps": 100,
+    "save_total_limit": 2,
+}
+#: Adapters start at zero and bear a higher rate than weights that were trained before.
+LEARNING_RATE = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5}
+#: Defaults of `peft.LoraConfig` here: every linear layer but the head.
+ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+#: Training arguments that are options of their own, or have no meaning here, with advice.
+_TAKEN = {
+    "output_dir": "pass output",
+    "max_steps": "pass max_steps as an option of its own",
+    "resume_from_checkpoint": "pass resume",
+    "do_eval": "evaluate the adapter with lm_eval",
+    "eval_strategy": "evaluate the adapter with lm_eval",
+}
+_TAKEN_ADAPTER = {"use_dora": "pass method=dora", "task_type": "leave it out"}
+
+
+@dataclass(frozen=True)
+class HealingOptions:
+    """How a pruned model is trained.
+
+    Args:
+        method: ``lora`` or ``dora``: an adapter is trained, every weight stays as it is.
+            ``full``: all weights are trained.
+        teacher_weight: Share of the loss that measures the distance to the unpruned model;
+            the rest is the loss of the next token. 0 loads no teacher.
+        temperature: By which the logits of both models are divided before they are compared.
+        max_length: Tokens of each block of text.
+        max_steps: Steps of the optimiser; default: until the text was seen once.
+        training_args: Further fields of `transformers.TrainingArguments`.
+        peft_args: Further fields of `peft.LoraConfig`.
+
+    Raises:
+        ValueError: One sentence naming an argument, its value and what would work.
+
+    Example:
+        >>> HealingOptions(teacher_weight=1.5)
+        Traceback (most recent call last):
+            ...
+        ValueError: teacher_weight=1.5 is no share of the loss: pass a number from 0 to 1.
+    """
+
+    method: str = "lora"
+    teacher_weight: float = 0.0
+    temperature: float = 1.0
+    max_length: int = 512
+    max_steps: int | None = None
+    training_args: dict[str, Any] = field(default_factory=dict)
+    peft_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(
+                f"method={self.method} is unknown: pass one of {', '.join(METHODS)}."
+            )
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(
+                f"teacher_weight={self.teacher_weight} is no share of the loss: pass a number "
+                "from 0 to 1."
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature} divides logits: pass a number above 0."
+            )
+        if self.temperature != 1 and self.teacher_weight == 0:
+            raise ValueError(
+                f"temperature={self.temperature} compares the model with a teacher, but there is "
+                "none: add teacher_weight, or leave it out."
+            )
+        for name, least in (("max_length", 2), ("max_steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(
+                    f"{name}={value} is too small: pass a whole number of {least} or more."
+                )
+        if self.peft_args and self.method == "full":
+            raise ValueError(
+                f"peft_args={written(self.peft_args)} describes an adapter, but method=full "
+                "trains none: leave it out, or pass method=lora."
+            )
+
+    def trainer_arguments(self, folder: Path) -> TrainingArguments:
+        """Return what `transformers.Trainer` is told, its checkpoints being in `folder`.
+
+        Raises:
+            ValueError: A training argument is unknown, taken or out of range.
+        """
+        from transformers import TrainingArguments
+
+        _check_known(
+            "training_args",
+            self.training_args,
+            TrainingArguments,
+            _TAKEN,
+            "learning_rate=1e-4",
+        )
+        try:
+            return TrainingArguments(
+                output_dir=str(folder),
+                max_steps=self.max_steps or -1,
+                **self.training(),
+            )
+        except (TypeError, ValueError, ImportError, AttributeError) as error:
+            raise ValueError(
+                f"training_args={written(self.training_args)} cannot be used ({error}): pass what "
+                "transformers.TrainingArguments takes."
+            ) from None
+
+    def training(self) -> dict[str, Any]:
+        """Return the training arguments that are given, and those that differ by default."""
+        rate = {"learning_rate": LEARNING_RATE[self.method]}
+        return {**TRAINING, **rate, **self.training_args}
+
+    def adapter_config(self) -> LoraConfig | None:
+        """Return the adapter to train; None where all weights are trained.
+
+        Raises:
+            ValueError: An argument of the adapter is unknown, taken or out of range.
+        """
+        from peft import LoraConfig, TaskType
+
+        if self.method == "full":
+            return None
+        _check_known("peft_args", self.peft_args, LoraConfig, _TAKEN_ADAPTER, "r=32")
+        chosen = {**ADAPTER, "use_dora": self.method == "dora", **self.peft_args}
+        try:
+            return LoraConfig(task_type=TaskType.CAUSAL_LM, **chosen)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"peft_args={written(self.peft_args)} cannot be used ({error}): pass what "
+                "peft.LoraConfig takes."
+            ) from None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the record of a healing holds, and what a resumed one must share."""
+        teacher = None
+        if self.teacher_weight:
+            teacher = {"weight": self.teacher_weight, "temperature": self.temperature}
+        return {
+            "method": self.method,
+            "max_length": self.max_length,
+            "teacher": teacher,
+        }
+
+
+def written(arguments: dict[str, Any]) -> str:
+    """Return arguments as the command line takes them."""
+    return ",".join(f"{name}={value}" for name, value in arguments.items())
+
+
+def _check_known(
+    argument: str,
+    given: dict[str, Any],
+    declaring: Any,
+    taken: dict[str, str],
+    example: str,
+) -> None:
+    names = {each.name for each in fields(declaring) if each.init}
+    for name, value in given.items():
+        if name in taken:
+            raise ValueError(
+                f"{argument} has {name}={value}, which is not settled there: {taken[name]}."
+            )
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            raise ValueError(
+                f"{argument} has {name}={value}, which {declaring.__name__} does not know: pass "
+                f"{f'{near[0]}=...' if near else f'one of its fields, such as {example}'}."
+            )

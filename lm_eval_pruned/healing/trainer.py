@@ -1,0 +1,160 @@
+"""`transformers.Trainer` with a teacher, and with checkpoints that say what they are of."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import kl_div, log_softmax
+from transformers import Trainer, TrainerCallback
+
+from lm_eval_pruned.checkpoints.adapters import HEALING, read_healing
+from lm_eval_pruned.util.atomic import write_atomically
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def distillation_loss(logits: Tensor, expected: Tensor, temperature: float) -> Tensor:
+    """Return how far the distribution of each next token is from a teacher's.
+
+    ``T ** 2 * KL(softmax(expected / T) || softmax(logits / T))``, the mean over the
+    positions that predict a token of their block.
+
+    Args:
+        logits: Shape (rows, tokens, vocabulary).
+        expected: Those of the teacher, of the same shape.
+        temperature: T. The factor keeps gradients of one size over temperatures.
+
+    Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2.
+    """
+    ours, theirs = (
+        log_softmax(each[:, :-1].flatten(0, 1).float() / temperature, dim=-1)
+        for each in (logits, expected)
+    )
+    divergence = kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence
+
+
+class HealingTrainer(Trainer):
+    """A trainer whose loss is mixed with the distance to a teacher.
+
+    Args:
+        teacher: The unpruned model, or None.
+        teacher_weight: Share of the distance in the loss.
+        temperature: See `distillation_loss`.
+        **arguments: Those of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel | None,
+        teacher_weight: float,
+        temperature: float,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        # Blocks are of one length, so that the mean of their means is the mean over tokens;
+        # where the model divides by a count instead, the distance would have to as well.
+        self.model_accepts_loss_kwargs = False
+        self._teacher = teacher
+        self._weight, self._temperature = teacher_weight, temperature
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if self._teacher is not None:
+            with torch.no_grad():
+                expected = self._teacher(input_ids=inputs["input_ids"]).logits
+            distance = distillation_loss(outputs.logits, expected, self._temperature)
+            loss = (1 - self._weight) * loss + self._weight * distance
+        return (loss, outputs) if return_outputs else loss
+
+
+class RecordBeside(TrainerCallback):
+    """Writes the record into each checkpoint, last, so that one without it is not whole.
+
+    Args:
+        record: What the adapter is trained on.
+        last: The checkpoint that the training goes on from, or None.
+    """
+
+    def __init__(self, record: dict[str, Any], last: Path | None) -> None:
+        self._record = record
+        before = None if last is None else read_healing(str(last))
+        self._seconds: float = before.get("seconds", 0.0) if before else 0.0
+        self._began = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return how long was trained so far, without what came after the checkpoint."""
+        return round(self._seconds + time.monotonic() - self._began, 1)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin to count the time."""
+        self._began = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        """Write the record of this step."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            write_record(
+                folder / HEALING,
+                self._record | {"steps": state.global_step, "seconds": self.seconds()},
+            )
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends the training after the step in which it is interrupted, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Save and stop, if that was asked for."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the first Ctrl-C as the wish to stop; a second one interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def ask(number, frame) -> None:
+            self.asked = True
+            signal.signal(signal.SIGINT, before)
+            print(
+                "\nStopping after this step, with a checkpoint; Ctrl-C again stops at once.",
+                file=sys.stderr,
+            )
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def write_record(file: Path, record: dict[str, Any]) -> None:
+    """Write the record of a healing."""
+    write_atomically(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
