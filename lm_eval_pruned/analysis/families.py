@@ -35,7 +35,7 @@ def _family(name: str, label: str, side: str, *tasks: str) -> Family:
     return Family(name, label, side, re.compile("|".join(tasks)))
 
 
-OTHER = _family("other", "Other tasks", UNKNOWN, "")
+OTHER = _family("other", "The rest", UNKNOWN, "")
 #: In the order of legends; the first whose pattern is found counts.
 FAMILIES = (
     _family(
@@ -67,6 +67,6 @@ def family_of(task: str) -> Family:
 
     Example:
         >>> family_of("truthfulqa_mc2").label, family_of("glue").label
-        ('Truthfulness', 'Other tasks')
+        ('Truthfulness', 'The rest')
     """
     return next(family for family in FAMILIES if family.tasks.search(task))

@@ -172,7 +172,7 @@ def test_what_pruning_takes_stands_next_to_what_it_leaves(drawn):
     assert [panel.title for panel in panels_of(drawn, "relative")] == [
         "Knowledge, Commonsense, Language modelling",
         "Truthfulness, Multi-step reasoning",
-        "Other tasks",
+        "The rest",
     ]
     scales = {
         str(layer["encoding"]["y"]["scale"]["domain"])
