@@ -356,18 +356,7 @@ def _configurations(
                         arguments["criterion"] = criterion
                     if seed is not None:
                         arguments["seed"] = seed
-                    # Refused here, not once the baseline has been evaluated.
-                    PruneArguments.taken_from(without_idle({**base, **arguments}))
-                    found.append(
-                        Configuration(
-                            _id(arguments),
-                            arguments,
-                            row.intermediate_size,
-                            row.expansion_ratio,
-                            row.parameters,
-                            row.reduction,
-                        )
-                    )
+                    found.append(_configuration(arguments, base, row))
     found += _depths(options.get("drop_layers", []), base, plan)
     return list({each.id: each for each in found}.values())
 
@@ -377,21 +366,25 @@ def _depths(
 ) -> list[Configuration]:
     """Return the configurations that lack whole layers."""
     rows = plan(argument="drop_layers", values=values)
-    found = []
-    for value, row in zip(values, rows, strict=True):
-        arguments = {"drop_layers": parse_number(value)}
-        PruneArguments.taken_from(without_idle({**base, **arguments}))
-        found.append(
-            Configuration(
-                _id(arguments),
-                arguments,
-                row.intermediate_size,
-                row.expansion_ratio,
-                row.parameters,
-                row.reduction,
-            )
-        )
-    return found
+    return [
+        _configuration({"drop_layers": parse_number(value)}, base, row)
+        for value, row in zip(values, rows, strict=True)
+    ]
+
+
+def _configuration(
+    arguments: dict[str, Any], base: dict[str, Any], row: PlanRow
+) -> Configuration:
+    # Refused here, not once the baseline has been evaluated.
+    PruneArguments.taken_from(without_idle({**base, **arguments}))
+    return Configuration(
+        _id(arguments),
+        arguments,
+        row.intermediate_size,
+        row.expansion_ratio,
+        row.parameters,
+        row.reduction,
+    )
 
 
 def _id(arguments: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -78,6 +78,21 @@ GROUPS = {
     "scored.yaml": "group: tiny_scored\ntask:\n  - tiny_choice\naggregate_metric_list:\n"
     "  - metric: acc\n    weight_by_size: true\nmetadata:\n  version: 1.0\n",
 }
+
+
+def sweep_options(
+    model: Path, tasks: Path, folder: Path, **more: Any
+) -> dict[str, Any]:
+    """Return options of a sweep of one size over `write_tasks`, into `folder`."""
+    return {
+        "model_args": {"pretrained": str(model)},
+        "ratios": ["1.5"],
+        "tasks": ["tiny_both"],
+        "include_path": str(tasks),
+        "output_path": str(folder),
+        "device": "cpu",
+        **more,
+    }
 
 
 def write_tasks(folder: Path, documents: int = 4) -> Path:

@@ -14,8 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from lm_eval.tasks import TaskManager
 
 from lm_eval_pruned.analysis.comparison import compare, read_comparands
 from lm_eval_pruned.analysis.gate import Rule, check, make_baseline
@@ -28,25 +26,19 @@ from lm_eval_pruned.sweeps.document_order import DocumentOrder
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.made_tasks import write_choice_task
-from tests.helpers.sweeping import files_of, forked, results_of, write_tasks
+from tests.helpers.sweeping import (
+    files_of,
+    forked,
+    results_of,
+    sweep_options,
+    write_tasks,
+)
+
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 DOCUMENTS = 60
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Leave out what takes seconds and decides nothing; see `test_sweep`."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "lm_eval.tasks.TaskManager",
-            functools.partial(TaskManager, include_defaults=False),
-        )
-        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +48,14 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture
 def options(tiny_llama, tasks, tmp_path):
-    return {
-        "model_args": {"pretrained": str(tiny_llama)},
-        "ratios": ["1.5"],
-        "tasks": ["tiny_both"],
-        "include_path": str(tasks),
-        "output_path": str(tmp_path / "sweep"),
-        "device": "cpu",
-    }
+    return sweep_options(tiny_llama, tasks, tmp_path / "sweep")
 
 
 @pytest.fixture(scope="module")
 def in_blocks(tiny_llama, tasks, tmp_path_factory):
     """Folder of a sweep in blocks that nothing disturbed."""
     folder = tmp_path_factory.mktemp("blocks") / "sweep"
-    options = {
-        "model_args": {"pretrained": str(tiny_llama)},
-        "ratios": ["1.5"],
-        "tasks": ["tiny_both"],
-        "include_path": str(tasks),
-        "output_path": str(folder),
-        "device": "cpu",
-        "block_size": 16,
-    }
+    options = sweep_options(tiny_llama, tasks, folder, block_size=16)
     assert run_sweep(options) == 0
     return folder
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
 
 from lm_eval_pruned.analysis.sweep_results import read_sweep
 from lm_eval_pruned.cli import main
@@ -24,7 +23,16 @@ from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers import evaluations
 from tests.helpers.evaluations import TWO_PROCESSES
 from tests.helpers.results_files import write_run
-from tests.helpers.sweeping import files_of, forked, results_of, write_tasks
+from tests.helpers.sweeping import (
+    files_of,
+    forked,
+    results_of,
+    sweep_options,
+    write_tasks,
+)
+
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -32,47 +40,16 @@ def tasks(tmp_path_factory):
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Leave out what takes seconds and decides nothing: thirteen thousand YAML files of
-    other tasks, and the harness's look at the machine.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "lm_eval.tasks.TaskManager",
-            functools.partial(TaskManager, include_defaults=False),
-        )
-        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def options(tiny_llama, tasks, tmp_path):
-    return {
-        "model_args": {"pretrained": str(tiny_llama)},
-        "ratios": ["1.5"],
-        "tasks": ["tiny_both"],
-        "include_path": str(tasks),
-        "output_path": str(tmp_path / "sweep"),
-        "device": "cpu",
-    }
+    return sweep_options(tiny_llama, tasks, tmp_path / "sweep")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_llama, tasks, tmp_path_factory):
     """Folder of one sweep that nothing disturbed, and the number of its Python calls."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    options = {
-        "model_args": {"pretrained": str(tiny_llama)},
-        "ratios": ["1.5"],
-        "tasks": ["tiny_both"],
-        "include_path": str(tasks),
-        "output_path": str(folder / "sweep"),
-        "device": "cpu",
-    }
+    options = sweep_options(tiny_llama, tasks, folder / "sweep")
     # Here first, so that forked processes find the modules imported.
     assert run_sweep(options) == 0
 

@@ -12,7 +12,7 @@ import pytest
 
 from lm_eval_pruned.sweeps.ray import choose_unit, workers_that_fit
 from lm_eval_pruned.sweeps.run import run_sweep
-from tests.helpers.sweeping import files_of, results_of, write_tasks
+from tests.helpers.sweeping import files_of, results_of, sweep_options, write_tasks
 
 
 def _units(*names):
@@ -78,14 +78,7 @@ def cluster():
 @pytest.fixture
 def options(tiny_llama, tmp_path):
     tasks = write_tasks(tmp_path / "tasks")
-    return {
-        "model_args": {"pretrained": str(tiny_llama)},
-        "ratios": ["1.5"],
-        "tasks": ["tiny_both"],
-        "include_path": str(tasks),
-        "output_path": str(tmp_path / "sweep"),
-        "device": "cpu",
-    }
+    return sweep_options(tiny_llama, tasks, tmp_path / "sweep")
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from pathlib import Path
@@ -10,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
 
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers import trackers
-from tests.helpers.sweeping import results_of, write_tasks
+from tests.helpers.sweeping import results_of, sweep_options, write_tasks
+
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 UNITS = [
@@ -32,31 +33,10 @@ def tasks(tmp_path_factory):
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "lm_eval.tasks.TaskManager",
-            functools.partial(TaskManager, include_defaults=False),
-        )
-        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def options(tiny_llama, tasks, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    return {
-        "model_args": {"pretrained": str(tiny_llama)},
-        "ratios": ["1.5"],
-        "tasks": ["tiny_choice"],
-        "include_path": str(tasks),
-        "output_path": str(tmp_path / "sweep"),
-        "device": "cpu",
-    }
+    return sweep_options(tiny_llama, tasks, tmp_path / "sweep", tasks=["tiny_choice"])
 
 
 @pytest.fixture

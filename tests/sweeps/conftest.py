@@ -1,0 +1,26 @@
+"""What tests that run sweeps in this process share."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Leave out what takes seconds and decides nothing: thirteen thousand YAML files of
+    other tasks, and the harness's look at the machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "lm_eval.tasks.TaskManager",
+            functools.partial(TaskManager, include_defaults=False),
+        )
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
+        yield
+    torch.set_num_threads(threads)
