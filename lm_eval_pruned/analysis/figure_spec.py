@@ -245,7 +245,13 @@ def _spec(
         },
     }
     pointed = {
-        "mark": {"type": "point", "size": 400, "opacity": 0, "filled": True},
+        "mark": {
+            "type": "point",
+            "size": 400,
+            "opacity": 0,
+            "filled": True,
+            "color": "var(--ink)",
+        },
         "encoding": {
             **place,
             "tooltip": [

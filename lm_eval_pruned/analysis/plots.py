@@ -99,7 +99,9 @@ def lines_plot(
             marked = line.marked or [True] * len(line.x)
             for x, y, significant in zip(line.x, line.y, marked, strict=True):
                 point = _point(look["marker"], look["color"], significant)
-                axes.plot(x, y, markersize=6, **point)
+                axes.plot(
+                    x, y, markersize=6, linestyle="none", color=look["color"], **point
+                )
             handles.append(Line2D([], [], label=line.label, **look))
         if marks is not None:
             meanings = {True: marks, False: "no difference shown", None: "not tested"}
