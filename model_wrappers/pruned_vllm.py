@@ -7,7 +7,7 @@ loader of `lm_eval_pruned.model_wrappers.vllm_loader`.
 from __future__ import annotations
 
 import logging
-import multiprocessing.connection
+import selectors
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +201,10 @@ def _wake_when_the_engine_ends(client: Any) -> None:
         return
 
     def watch() -> None:
-        multiprocessing.connection.wait([each.sentinel for each in processes])
+        with selectors.DefaultSelector() as ends:
+            for each in processes:
+                ends.register(each.sentinel, selectors.EVENT_READ)
+            ends.select()
         outputs.put(EngineDeadError())
 
     threading.Thread(target=watch, name="EngineEndWatch", daemon=True).start()

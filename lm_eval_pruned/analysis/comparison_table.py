@@ -149,13 +149,22 @@ def _correlations(pairs: Sequence[TaskCorrelation], confidence: str) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return the table of differences as CSV with a header."""
-    columns = [name for name in Difference.__dataclass_fields__ if name != "claim"]
+    """Return the table of differences as CSV with a header.
+
+    The column ``of`` is there where a run stopped before its last document.
+    """
+    apart = {"claim", "of"}
+    columns = [name for name in Difference.__dataclass_fields__ if name not in apart]
     rows = [asdict(row) for row in comparison.rows]
     if comparison.margin is not None:
         columns += _CLAIM.values()
+    partial = any(row.of is not None for row in comparison.rows)
+    if partial:
+        columns.append("of")
     for row in rows:
         claim = row.pop("claim") or {}
+        if not partial:
+            del row["of"]
         if comparison.margin is not None:
             row |= {column: claim.get(name) for name, column in _CLAIM.items()}
     return csv_table(columns, rows)
