@@ -16,30 +16,25 @@ def engines():
         yield importlib.import_module("engines")
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["pruned_demo_truthfulness"], "log-likelihoods differ by at most "),
-        (
-            ["pruned_demo_instruction_following", "--max-gen-toks", "4"],
-            "2 of 2 texts are the same",
-        ),
-    ],
-)
-def test_the_table_has_loading_and_each_piece_of_work(
-    options, said, engines, tiny_llama, capsys
-):
+def test_the_table_has_loading_and_each_piece_of_work(engines, tiny_llama, capfd):
+    tasks = ["pruned_demo_truthfulness", "pruned_demo_instruction_following"]
     engines.main(
         ["--models", "hf-prefix", "hf", "--pretrained", str(tiny_llama)]
-        + ["--limit", "2", "--repeats", "2", "--tasks", *options]
+        + ["--limit", "2", "--repeats", "2", "--max-gen-toks", "4", "--tasks", *tasks]
     )
-    lines = capsys.readouterr().out.splitlines()
-    heads, _, loading, work, *_ = (line for line in lines if line.startswith("|"))
+    lines = capfd.readouterr().out.splitlines()
+    heads, _, loading, *work = (line for line in lines if line.startswith("|"))
     assert heads == "|work|requests|hf-prefix|hf|"
     assert loading.startswith("|loading||")
-    assert work.startswith(f"|{options[0]}, ")
-    assert work.count(" s (") == 2
-    assert any("hf-prefix beside hf, " in line and said in line for line in lines)
+    for task, said in zip(
+        tasks,
+        ("log-likelihoods differ by at most ", "2 of 2 texts are the same"),
+        strict=True,
+    ):
+        (row,) = (line for line in work if line.startswith(f"|{task}, "))
+        assert row.count(" s (") == 2
+        about = f"hf-prefix beside hf, {task}"
+        assert any(line.startswith(about) and said in line for line in lines)
 
 
 def test_only_one_repeat_has_no_range(engines):

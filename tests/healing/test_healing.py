@@ -382,6 +382,7 @@ def test_gradient_checkpointing_and_accumulation_change_no_step(
         torch.testing.assert_close(found["parts"][name], tensor, msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_that_one_takes(tiny_llama, data, tmp_path):
     command = ["heal", "--model_args", f"pretrained={tiny_llama},prune_percent=40"]
     command += ["--data", data, "--max_length", "32", "--max_steps", "2"]

@@ -81,14 +81,14 @@ GROUPS = {
 
 
 def sweep_options(
-    model: Path, tasks: Path, folder: Path, **more: Any
+    model: Path, written: Path, folder: Path, **more: Any
 ) -> dict[str, Any]:
-    """Return options of a sweep of one size over `write_tasks`, into `folder`."""
+    """Return options of a sweep of one size over tasks of `write_tasks`, into `folder`."""
     return {
         "model_args": {"pretrained": str(model)},
         "ratios": ["1.5"],
         "tasks": ["tiny_both"],
-        "include_path": str(tasks),
+        "include_path": str(written),
         "output_path": str(folder),
         "device": "cpu",
         **more,
