@@ -179,7 +179,7 @@ def heal(
     if teacher is not None:
         teacher.move(arguments.device)
     with stop.listening():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.train_from(last)
     record["steps"] = trainer.state.global_step
     record["seconds"] = beside.seconds()
     record["tokens_seen"] = (

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import kl_div, log_softmax
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from lm_eval_pruned.checkpoints.adapters import HEALING, read_healing
 from lm_eval_pruned.util.atomic import write_atomically
@@ -70,6 +71,25 @@ class HealingTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._teacher = teacher
         self._weight, self._temperature = teacher_weight, temperature
+
+    def train_from(self, last: Path | None) -> None:
+        """Train from a checkpoint to the end; from one of the last step, take no other.
+
+        Args:
+            last: The checkpoint; None to begin.
+        """
+        if last is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+        steps = self.args.max_steps
+        if steps <= 0 and state.num_train_epochs >= self.args.num_train_epochs:
+            steps = state.max_steps
+        if 0 < steps <= state.global_step:
+            self._load_from_checkpoint(str(last))
+            self.state = state
+        else:
+            self.train(resume_from_checkpoint=str(last))
 
     def compute_loss(
         self,

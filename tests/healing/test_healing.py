@@ -294,6 +294,26 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tiny_llama, data, tmp_path
     assert_same(weights(output), weights(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("limit", ["max_steps", "num_train_epochs"])
+def test_killed_after_its_last_step_a_healing_takes_no_other(
+    tiny_llama, data, tmp_path, limit
+):
+    output = tmp_path / "healed"
+    training = {**TRAINING, "lr_scheduler_type": "constant"}
+    options: dict = {"training_args": training}
+    if limit == "num_train_epochs":
+        options = {"training_args": {**training, limit: 1}, "max_steps": None}
+    whole = healed(tiny_llama, data, output, **options)
+    expected = weights(output)
+    for file in output.iterdir():
+        file.unlink()
+    again = healed(tiny_llama, data, output, resume=True, **options)
+    assert again.finished
+    assert again.record["steps"] == whole.record["steps"]
+    assert again.record["tokens_seen"] == whole.record["tokens_seen"]
+    assert_same(weights(output), expected)
+
+
 SCRIPT = """
 import os, signal, sys
 from lm_eval_pruned import cli
