@@ -103,6 +103,7 @@ def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
             ValueError,
             r"2 processes of tensor_parallel_size: pass a size that keeps multiples of 2",
         ),
+        ({"drop_layers": 1}, ValueError, r"drop_layers leaves out whole layers"),
         ({"ratio": 2, "load_format": "dummy"}, ValueError, r"load_format=dummy"),
         ({"ratio": 2, "trust_remote_code": "off"}, ValueError, r"trust_remote_code"),
     ],

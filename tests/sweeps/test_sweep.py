@@ -604,6 +604,15 @@ def test_criteria_and_seeds_multiply(options):
     }
 
 
+def test_depths_are_configurations_beside_widths(options):
+    assert run_sweep({**options, "drop_layers": ["1"]}) == 0
+    layers = {}
+    for file in Path(options["output_path"]).glob("units/*/*/results_*.json"):
+        pruning = json.loads(file.read_text())["config"]["pruning"]
+        layers[file.parts[-3]] = pruning.get("layers_kept")
+    assert layers == {"baseline": None, "ratio-1.5": None, "drop_layers-1": "0,2"}
+
+
 def test_a_group_with_a_score_is_one_unit(options):
     options = {**options, "tasks": ["tiny_scored"], "ratios": []}
     assert run_sweep(options) == 0
