@@ -42,9 +42,10 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def series_name(run: Run) -> str:
-    """Return by what a run was pruned: the criterion, with the seed of a random one.
+    """Return how a run was pruned: the criterion with the seed of a random one, and where.
 
-    Layers that differ in width are no point on the curve of those that do not.
+    Layers that differ in width are no point on the curve of those that do not, and neither are
+    models of which some layers were left alone.
     """
     name = str(run.pruning.get("criterion") or "-")
     if "seed" in run.pruning:
@@ -52,7 +53,11 @@ def series_name(run: Run) -> str:
     if run.is_shallow:
         dropped = f"layers {run.pruning['layers_dropped']} dropped"
         name = dropped if name == "-" else f"{name}, {dropped}"
-    if "layer_widths" in run.pruning:
+    if "layers_pruned" in run.pruning:
+        name += f", layers {run.pruning['layers_pruned']}"
+    if "allocation" in run.pruning:
+        name += f", allocation {run.pruning['allocation']}"
+    elif "layer_widths" in run.pruning:
         name += ", widths by layer"
     return name
 

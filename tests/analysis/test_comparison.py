@@ -410,18 +410,25 @@ def test_criteria_are_series_of_their_own(tmp_path):
     }
 
 
-def test_layers_that_differ_in_width_are_no_point_on_the_curve_of_those_that_do_not(
-    tmp_path,
-):
+def test_what_cuts_layers_otherwise_is_a_series_of_its_own(tmp_path):
     members = []
-    for name, percent, own in (("a", 0, {}), ("b", 20, {}), ("c", 20, {"0": 9})):
-        described = pruning(percent) | ({"layer_widths": own} if own else {})
+    for name, percent, own in (
+        ("a", 0, {}),
+        ("b", 20, {}),
+        ("c", 20, {"layer_widths": {"0": 9}}),
+        ("d", 20, {"layer_widths": {"0": 9}, "allocation": "sensitivity"}),
+        ("e", 30, {"layer_widths": {"0": 8}, "allocation": "sensitivity"}),
+        ("f", 20, {"layers_pruned": "1-29"}),
+    ):
         tasks = {"tf": {"acc,none": answers(0.5)}}
+        described = pruning(percent) | own
         members.append(read_run(write_run(tmp_path / name, tasks, pruning=described)))
     series = series_of(members)
     assert {name: len(runs) for name, runs in series.items()} == {
         "maw": 2,
         "maw, widths by layer": 2,
+        "maw, allocation sensitivity": 3,
+        "maw, layers 1-29": 2,
     }
 
 
