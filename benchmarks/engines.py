@@ -1,19 +1,20 @@
 """Compare model types on the same work: which engine for what?
 
 Every model type answers the requests of every task, taking turns, each in a copy of the same
-weights; loading is timed apart. The table has a row for each task and request type with the
-seconds of each model type, median and in brackets the range of the repeats, and below it the run
-says how far the answers agree with those of the last one: by how much log-likelihoods differ at most, and
-how many texts are the same.
+weights; loading is timed apart. The table has a row for each request type, whose requests the
+harness hands over together whatever tasks they are of, with the seconds of each model type: the
+median, and in brackets the range of the repeats. Below it the run says how far the answers agree
+with those of the last one: by how much log-likelihoods differ at most, and how many texts are the
+same.
 
     python benchmarks/engines.py --tasks truthfulqa_mc1 truthfulqa_mc2 --limit 4
     python benchmarks/engines.py --tasks ifeval --limit 64 --chat --max-gen-toks 128
 
 With ``--models pruned-vllm pruned-hf --model_args ratio=2.0`` it compares pruned models. Each runs
-in a process of its own, in the environment of the interpreter that runs the script, or, as vLLM asks for older
-releases of transformers, in another: ``--interpreters vllm=FOLDER/bin/python``. The stock
-tasks read their data from the Hub, or from a folder laid out under the Hub names where `--data`
-names one. On a card, add ``--device cuda --dtype bfloat16``.
+in a process of its own, in the environment of the interpreter that runs the script, or, as vLLM
+asks for older releases of transformers, in another: ``--interpreters vllm=FOLDER/bin/python``. The
+stock tasks read their data from the Hub, or from a folder laid out under the Hub names where
+`--data` names one. On a card, add ``--device cuda --dtype bfloat16``.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
 
-    #: Requests by task and request type.
-    Work = dict[tuple[str, str], list[Instance]]
+    #: Requests by request type.
+    Work = dict[str, list[Instance]]
 
 
 class Engine:
-    """One model type in a process of its own: its seconds and answers by task and request type.
+    """One model type in a process of its own: its seconds and answers by request type.
 
     The process is this script with ``--serve NAME``. It loads the model, says how long that took,
     and answers everything once for each line it reads.
@@ -102,11 +103,12 @@ def serve(name: str, arguments: argparse.Namespace) -> None:
             forget = getattr(getattr(lm, "model", None), "reset_prefix_cache", None)
             if forget is not None:
                 forget()
-            for (task, kind), requests in work.items():
+            for kind, requests in work.items():
                 begin = time.perf_counter()
                 answers = getattr(lm, kind)(requests)
                 synchronise(torch.device(getattr(lm, "device", None) or "cpu"))
-                told[f"{task}, {kind}"] = time.perf_counter() - begin, answers
+                label = f"{' + '.join(dict.fromkeys(r.task_name for r in requests))}, {kind}"
+                told[label] = time.perf_counter() - begin, answers
             print(json.dumps(told), file=out, flush=True)
 
 
@@ -128,7 +130,7 @@ def load(name: str, arguments: argparse.Namespace) -> LM:
 
 
 def work_of(arguments: argparse.Namespace, lm: Any) -> Work:
-    """Return the requests of the tasks, the length of generated answers set as asked."""
+    """Return the requests by type, as the harness hands them over; see ``--max-gen-toks``."""
     from lm_eval.tasks import TaskManager
 
     work: Work = {}
@@ -137,7 +139,7 @@ def work_of(arguments: argparse.Namespace, lm: Any) -> Work:
         "chat_template": lm.apply_chat_template,
         "tokenizer_name": lm.tokenizer_name,
     }
-    for name, task in TaskManager().load(arguments.tasks)["tasks"].items():
+    for task in TaskManager().load(arguments.tasks)["tasks"].values():
         if arguments.num_fewshot is not None:
             task.set_config("num_fewshot", arguments.num_fewshot)
         task.set_fewshot_seed(1234)
@@ -148,7 +150,7 @@ def work_of(arguments: argparse.Namespace, lm: Any) -> Work:
             if request.request_type == "generate_until" and arguments.max_gen_toks:
                 settings = {**request.args[1], "max_gen_toks": arguments.max_gen_toks}
                 request.arguments = (request.args[0], settings)
-            work.setdefault((name, request.request_type), []).append(request)
+            work.setdefault(request.request_type, []).append(request)
     return work
 
 
