@@ -287,8 +287,8 @@ class PrefixSharingMixin(FastPathMixin):
         to a floor that no machine notices; ``auto`` begins at the device's ceiling.
         """
         if self.device.type == "cpu":
-            # A core works fastest on as much as stays in its cache, a GPU on plenty.
-            most = 256 * torch.get_num_threads()
+            # Products of fewer tokens are slower for each; of more a core's cache holds none.
+            most = 256 * max(torch.get_num_threads(), 4)
             # With sdpa a row is read in blocks, and one row has no padding.
             in_blocks = config_of(self)._attn_implementation == "sdpa"
             ceiling = Budget(most, most if in_blocks else 256, 1024)
