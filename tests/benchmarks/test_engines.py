@@ -16,6 +16,7 @@ def engines():
         yield importlib.import_module("engines")
 
 
+@pytest.mark.slow
 def test_the_table_has_loading_and_each_piece_of_work(engines, tiny_llama, capfd):
     tasks = ["pruned_demo_truthfulness", "pruned_demo_instruction_following"]
     engines.main(

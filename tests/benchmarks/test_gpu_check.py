@@ -54,6 +54,7 @@ def section(report, heading):
     return report.split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
+@pytest.mark.slow
 def test_one_command_answers_everything(on_the_cpu, gpu_check, monkeypatch):
     # Energy windows need no second each here.
     monkeypatch.setattr(gpu_check.profiling, "ENERGY_WINDOW_SECONDS", 0)

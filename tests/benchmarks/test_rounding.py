@@ -21,6 +21,7 @@ def rounding():
         yield importlib.import_module("rounding")
 
 
+@pytest.mark.slow
 def test_the_table_has_three_distances_and_their_ratio(rounding, tiny_llama, capsys):
     try:
         rounding.main(["--pretrained", str(tiny_llama), "--limit", "2"])

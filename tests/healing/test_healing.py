@@ -331,6 +331,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_interrupted_by_hand_it_keeps_the_step_and_goes_on(tiny_llama, data, tmp_path):
     command = ["heal", "--model_args", f"pretrained={tiny_llama},prune_percent=40"]
     command += ["--data", data, "--max_length", "32", "--max_steps", "5"]
