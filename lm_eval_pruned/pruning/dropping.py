@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layerwise import NotLayerByLayer, layer_list
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
@@ -77,7 +78,23 @@ def shallow_config(config: PretrainedConfig, depth: Depth) -> PretrainedConfig:
 
     Their number, lists with an entry for each layer, and lists of numbers of layers
     change.
+
+    Raises:
+        UnsupportedModelError: None of several kinds of layers that attend would be left, and
+            transformers generates with no such model.
     """
+    kinds = list(getattr(text_config(config), "layer_types", None) or [])
+    attending = [
+        number
+        for number, kind in enumerate(kinds)
+        if "attention" in kind and "linear" not in kind
+    ]
+    if attending and not {*attending} & {*depth.kept}:
+        raise UnsupportedModelError(
+            f"drop_layers={written_layers(depth.dropped)} drops every layer with attention of a "
+            f"{config.model_type} model, which cannot generate without: keep one of the layers "
+            f"{written_layers(tuple(attending))}."
+        )
     shallow = copy.deepcopy(config)
     _make_shallow(text_config(shallow), depth)
     return shallow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +77,26 @@ def texts(tmp_path) -> str:
     return str(file)
 
 
+def keeps_attention(folder: str, dropped) -> bool:
+    """Return whether a model whose layers are of several kinds keeps one that attends."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    kinds = config.get("layer_types") or ["full_attention"] * LAYERS
+    return any(
+        "attention" in kind and "linear" not in kind
+        for number, kind in enumerate(kinds)
+        if number not in dropped
+    )
+
+
+def test_a_model_without_attention_is_refused(checkpoint):
+    folder = checkpoint("lfm2")
+    kinds = json.loads((Path(folder) / "config.json").read_text())["layer_types"]
+    attending = [n for n, kind in enumerate(kinds) if kind == "full_attention"]
+    sentence = r"drops every layer with attention of a lfm2 model"
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        load_pruned(folder, drop_layers=attending)
+
+
 def passed_over(folder: str, dropped):
     """Return the whole model with layers that hand on what they are given."""
     model = AutoModelForCausalLM.from_pretrained(folder, **EAGER)
@@ -126,6 +146,7 @@ def test_on_load_in_memory_and_by_hand_are_one_model(
     family, dropped, checkpoint, tmp_path_factory
 ):
     folder, asked = checkpoint(family), sorted(dropped)
+    assume(keeps_attention(folder, dropped))
     expected = without(folder, dropped)
 
     loaded = load_pruned(folder, drop_layers=asked, **EAGER)
@@ -173,6 +194,7 @@ def test_an_export_opens_in_stock_transformers(
     family, dropped, percent, checkpoint, tmp_path_factory
 ):
     folder = checkpoint(family)
+    assume(keeps_attention(folder, dropped))
     options = {"drop_layers": sorted(dropped), "prune_percent": percent}
     output = tmp_path_factory.mktemp("exported") / "model"
     export = export_pruned(folder, output, prune_arguments=options)
@@ -194,6 +216,7 @@ def test_an_export_opens_in_stock_transformers(
         "first_k_dense_replace",
         *(["intermediate_size"] if percent else []),
         *(["moe_intermediate_size", "intermediate_size_mlp"] if percent else []),
+        *(["block_auto_adjust_ff_dim"] if percent else []),
     }
     card = (output / "README.md").read_text()
     assert f"{LAYERS - len(dropped)} of {LAYERS} layers" in card
