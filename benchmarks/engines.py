@@ -81,6 +81,11 @@ class Engine:
             self.seconds.setdefault(key, []).append(seconds)
             self.answers[key] = answers
 
+    def close(self) -> None:
+        """End the process, which ends with its input."""
+        self.process.stdin.close()
+        self.process.wait()
+
 
 def serve(name: str, arguments: argparse.Namespace) -> None:
     """Load one model type, and answer everything for each line of the standard input."""
@@ -216,6 +221,8 @@ def main(argv: list[str] | None = None) -> None:
         shift = repeat % len(engines)
         for engine in engines[shift:] + engines[:shift]:
             engine.answer()
+    for engine in engines:
+        engine.close()
     for said in dict.fromkeys(engine.machine for engine in engines):
         print(said, end="\n\n")
     last = engines[-1]
