@@ -14,6 +14,7 @@ from lm_eval_pruned.analysis.pairing import (
     DocumentReader,
     is_partial,
     paired_documents,
+    paired_test,
 )
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.runs import read_run
@@ -204,15 +205,7 @@ def _test(
         none = statistics.PairedTest(change, None, None, None, f"none: {why}", 0, alpha)
         return none, documents
     if pair:
-        test = statistics.paired_difference(
-            pair[0].values,
-            pair[1].values,
-            weights=pair[0].weights,
-            clusters=pair[0].clusters,
-            strata=pair[0].strata,
-            transform=pair[0].transform,
-            alpha=stopping.nominal_level if stopping else alpha,
-        )
+        test = paired_test(pair, stopping.nominal_level if stopping else alpha)
         if stopping is not None:
             test = sequential_test(test, stopping, metric)
     elif stopping is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lm_eval_pruned.analysis import statistics
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.samples import Documents, read_documents
 
@@ -57,6 +58,22 @@ def paired_documents(
             "(matched by doc_hash); evaluate both with the same --limit and data."
         )
     return (one, reordered) if one.is_scored_like(reordered) else None
+
+
+def paired_test(
+    pair: tuple[Documents, Documents], alpha: float = 0.05
+) -> statistics.PairedTest:
+    """Test what the second of two runs differs by, on what `paired_documents` returned."""
+    base, run = pair
+    return statistics.paired_difference(
+        base.values,
+        run.values,
+        weights=base.weights,
+        clusters=base.clusters,
+        strata=base.strata,
+        transform=base.transform,
+        alpha=alpha,
+    )
 
 
 def is_partial(run: Run, task: str) -> bool:

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 from scipy import stats
 
 from lm_eval_pruned.analysis import statistics
-from lm_eval_pruned.analysis.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.analysis.pairing import (
+    DocumentReader,
+    paired_documents,
+    paired_test,
+)
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.series import primary_metrics
 from lm_eval_pruned.util.tables import markdown_table
@@ -127,14 +131,7 @@ def _power(
             f"{margin.text} is no margin for {metric} of {task}, whose score is not between 0 and "
             "1: give a share such as 2%, or a number in the metric's own unit."
         )
-    test = statistics.paired_difference(
-        before.values,
-        after.values,
-        weights=before.weights,
-        clusters=before.clusters,
-        strata=before.strata,
-        transform=before.transform,
-    )
+    test = paired_test(pair)
     seen = len(before.keys)
     n = documents or seen
     changed = int((before.values != after.values).sum())

@@ -10,7 +10,7 @@ from scipy import stats
 
 from lm_eval_pruned.analysis import statistics
 from lm_eval_pruned.analysis.margins import Margin
-from lm_eval_pruned.analysis.pairing import paired_documents
+from lm_eval_pruned.analysis.pairing import paired_documents, paired_test
 from lm_eval_pruned.analysis.samples import read_documents
 from lm_eval_pruned.analysis.series import primary_metrics
 from lm_eval_pruned.analysis.stopping_record import Stopping
@@ -128,7 +128,7 @@ class Looks:
         # That a run is partial is known here before its results file says so.
         run = replace(run, stopping={task: so_far})
         pair = paired_documents(self._base, run, task, metric) if metric else None
-        test = _test(pair, level) if pair else None
+        test = paired_test(pair, level) if pair else None
         p = _p(pair, test) if pair and test else None
         self._p.append(p)
         claim = None
@@ -167,19 +167,6 @@ def with_scores(stopping: Stopping, run: Run) -> Stopping:
         if task == stopping.task:
             found[metric] = _score_interval(run, task, metric, stopping.nominal_level)
     return replace(stopping, scores=found)
-
-
-def _test(pair: tuple[Documents, Documents], alpha: float) -> statistics.PairedTest:
-    base, run = pair
-    return statistics.paired_difference(
-        base.values,
-        run.values,
-        weights=run.weights,
-        clusters=run.clusters,
-        strata=run.strata,
-        transform=run.transform,
-        alpha=alpha,
-    )
 
 
 def _counts_answers(test: statistics.PairedTest) -> bool:
@@ -228,7 +215,7 @@ def _score_interval(
             ends = right.proportion_ci(1 - alpha, method="wilson")
             return float(ends.low), float(ends.high)
         none = replace(documents, values=np.zeros(len(values)))
-        test = _test((none, documents), alpha)
+        test = paired_test((none, documents), alpha)
         if test.low is not None:
             return test.low, test.high
     if score.stderr is None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
-
-from tests.helpers import checkpoints
 
 
 @pytest.fixture(scope="module")
-def engines():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(checkpoints.ROOT / "benchmarks"))
-        yield importlib.import_module("engines")
+def engines(script):
+    return script("engines")
 
 
 @pytest.mark.slow

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import pytest
 
-from tests.helpers import checkpoints
-
 
 @pytest.fixture(scope="module")
-def healing():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(checkpoints.ROOT / "benchmarks"))
-        yield importlib.import_module("healing")
+def healing(script):
+    return script("healing")
 
 
 def test_runs_of_words_are_counted_without_case_and_punctuation(healing):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from functools import partial
 
@@ -15,10 +14,8 @@ from tests.helpers import checkpoints
 
 
 @pytest.fixture(scope="module")
-def rounding():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(checkpoints.ROOT / "benchmarks"))
-        yield importlib.import_module("rounding")
+def rounding(script):
+    return script("rounding")
 
 
 @pytest.mark.slow

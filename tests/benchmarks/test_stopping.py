@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -16,10 +14,8 @@ STUDY = checkpoints.ROOT / "tests" / "data" / "study_benchmarks.csv"
 
 
 @pytest.fixture(scope="module")
-def stopping():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(checkpoints.ROOT / "benchmarks"))
-        yield importlib.import_module("stopping")
+def stopping(script):
+    return script("stopping")
 
 
 def test_wrong_decisions_are_within_the_family_wise_level(stopping):
