@@ -256,10 +256,11 @@ def test_tensors_that_do_not_fit_together_are_named(tmp_path, part):
         load_pruned(tmp_path, prune_percent=50)
 
 
-def save_gemma3n(folder, widths):
+def save_gemma3n(folder, widths, **more):
     """Write a checkpoint whose config has a list of widths, one per layer."""
     config = tiny_config(
         "gemma3n_text",
+        **more,
         intermediate_size=widths,
         vocab_size_per_layer_input=260,
         hidden_size_per_layer_input=8,

@@ -9,6 +9,7 @@ import torch
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
+from tests.checkpoints.test_layouts_layers import save_gemma3n
 from tests.helpers import checkpoints
 from tests.helpers.engines import (
     EXPERTS,
@@ -133,6 +134,21 @@ def test_an_exported_checkpoint_is_the_same_model(
     ours = scores(pruned_vllm(llama, **asked))
     export_pruned(str(llama), tmp_path / "x", prune_arguments=asked)
     assert scores(pruned_vllm(tmp_path / "x")) == ours
+
+
+def test_a_config_that_lists_a_width_for_each_layer(tmp_path, in_this_process):
+    """Gemma 3n. vLLM's own answers differ there from those of transformers, unpruned too."""
+    heads = {name: size for name, size in HEADS.items() if name != "intermediate_size"}
+    save_gemma3n(tmp_path / "model", [96, 160, 128], **heads)
+    asked = {"prune_percent": 50}
+    ours = pruned_vllm(tmp_path / "model", **asked)
+    record = ours.get_model_info()["pruning"]
+    assert [group["width_after"] for group in record["groups"]] == [48, 80, 64]
+    theirs = pruned_hf(tmp_path / "model", **asked)
+    assert record == theirs.get_model_info()["pruning"]
+    found = scores(ours)
+    export_pruned(str(tmp_path / "model"), tmp_path / "x", prune_arguments=asked)
+    assert scores(pruned_vllm(tmp_path / "x")) == found
 
 
 @pytest.mark.parametrize("method", ["fp8_per_channel", "fp8_per_block"])
