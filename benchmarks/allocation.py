@@ -14,19 +14,11 @@ Without `--pretrained` the default model is pruned.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
-from pathlib import Path
 
-import numpy as np
-import torch
+from held_text import add_arguments, compared, losses, source_of, split_text
 from reporting import machine
-from scipy.stats import ttest_rel
-from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -45,52 +37,20 @@ ROWS = {
 _NEED_TEXT = ("best", "act", "sensitivity")
 
 
-@torch.no_grad()
-def losses(model, documents: list[torch.Tensor]) -> np.ndarray:
-    """Return the loss of each document, shape (documents,), in nats per token."""
-    found = []
-    for tokens in documents:
-        logits = model(input_ids=tokens[None]).logits[0, :-1]
-        found.append(float(cross_entropy(logits.float(), tokens[1:])))
-    return np.array(found)
-
-
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", required=True, metavar="FILE.jsonl")
-    parser.add_argument("--pretrained", metavar="NAME_OR_FOLDER")
+    add_arguments(parser)
     parser.add_argument(
         "--prune_percents", nargs="+", type=int, default=[10, 20, 30, 40, 50]
     )
-    parser.add_argument("--documents", type=int, default=48, help="held documents")
-    parser.add_argument("--samples", type=int, default=16, help="calibration texts")
-    parser.add_argument("--tokens", type=int, default=128, help="of each held document")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--dtype", default="float32")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
-    source = {"pretrained": arguments.pretrained}
-    if arguments.pretrained is None:
-        source = find_default_model().model_args()
-    load = {**source, "dtype": arguments.dtype}
-    tokenizer = AutoTokenizer.from_pretrained(source["pretrained"])
-    lines = Path(arguments.data).read_text("utf-8").splitlines()
-    held = [
-        torch.tensor(
-            tokenizer(json.loads(line)["text"])["input_ids"][: arguments.tokens]
-        )
-        for line in lines[1::2]
-    ][: arguments.documents]
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "calibration.jsonl")
-        text.write_text("\n".join(lines[::2]) + "\n", "utf-8")
-        calibration = {
-            "calibration": str(text),
-            "calibration_samples": arguments.samples,
-        }
+    load = source_of(arguments)
+    with split_text(arguments, load["pretrained"]) as (held, calibration):
         unpruned = losses(load_pruned(**load), held)
         print(f"{machine('cpu')}\n\nunpruned: {unpruned.mean():.3f} nats per token\n")
         for percent in arguments.prune_percents:
@@ -102,17 +62,8 @@ def main() -> int:
                     asked |= calibration
                 model = load_pruned(**load, prune_percent=percent, **asked)
                 found = uniform if name == "uniform maw" else losses(model, held)
-                rise = found.mean() - unpruned.mean()
-                back = 1 - rise / (uniform.mean() - unpruned.mean())
-                p = (
-                    ""
-                    if found is uniform
-                    else f"{ttest_rel(found, uniform).pvalue:.1e}"
-                )
                 after = model.prune_record.parameters_after
-                cells.append(
-                    (name, f"{found.mean():.3f}", f"{back:.0%}", p, f"{after:,}")
-                )
+                cells.append((name, *compared(found, uniform, unpruned), f"{after:,}"))
             print(f"{percent} % removed\n")
             header = ["", "loss", "taken back", "p", "parameters"]
             print(markdown_table(header, cells) + "\n", flush=True)
