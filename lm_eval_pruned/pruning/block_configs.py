@@ -49,7 +49,7 @@ def widths_of_blocks(
                 "differ in ffn.intermediate_size or ffn.ffn_mult alone."
             )
         if ffn.get("intermediate_size") is not None:
-            found[layer] = _number("intermediate_size", ffn, layer, where, int)
+            found[layer] = int(_number("intermediate_size", ffn, layer, where, int))
         elif ffn.get("ffn_mult") is not None:
             share = _number("ffn_mult", ffn, layer, where, float)
             if type(hidden_size) is not int:
@@ -89,7 +89,7 @@ def _number(
     if type(value) not in (int, kind) or not 0 < value < 10**9:
         raise ValueError(
             f"{where} has ffn.{name}={value!r:.40} in layer {layer}, which is no width: write a "
-            f"number above 0 there, whole where it is an intermediate_size."
+            "number above 0 there, whole where it is an intermediate_size."
         )
     return value
 
