@@ -20,7 +20,7 @@ from lm_eval_pruned.pruning.calibration import CalibrationText, read_texts
 from lm_eval_pruned.pruning.influence import influence_by_layer, influence_in_memory
 from lm_eval_pruned.pruning.layerwise import NotLayerByLayer
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
-from lm_eval_pruned.pruning.settling import REMOVED, settled
+from lm_eval_pruned.pruning.settling import REMOVED, check_settleable, settled
 from lm_eval_pruned.pruning.slicing import LoadedModel
 from lm_eval_pruned.pruning.widths import widths_in_memory
 
@@ -64,6 +64,7 @@ def settled_request(
     """
     if not request.plan.is_open:
         return request, known, None
+    check_settleable(request.plan, request.widths)
     if (why := request.unreadable()) is not None:
         return request, known, why
     try:

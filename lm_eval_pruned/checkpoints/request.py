@@ -244,9 +244,12 @@ class LoadRequest:
                 "(lm-eval-pruned prune), or leave the quantisation out."
             )
         looks_at_losses = self.plan.is_open or self.plan.measured_on is not None
-        observes = looks_at_losses or {*self.plan.criteria} & {*CALIBRATED}
-        if self.plan.prunes and self.plan.calibration is not None and observes:
+        observes = {*self.plan.criteria, *self.plan.tried} & {*CALIBRATED}
+        if not self.plan.prunes or self.plan.calibration is None:
+            return
+        if looks_at_losses or observes:
             read_texts(self.plan.calibration, self.plan.calibration_samples)
+        if observes:
             check_observable(self.widths.skeleton())
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:

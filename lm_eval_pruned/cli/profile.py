@@ -1,4 +1,4 @@
-"""``lm-eval-pruned profile``: latency, throughput, memory and energy over ratios."""
+"""``lm-eval-pruned profile``: latency, throughput, memory and energy over sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add(commands) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser(
         "profile",
-        help="latency, throughput, memory and energy at several expansion ratios",
+        help="latency, throughput, memory and energy at several sizes",
         description="Measure the unpruned model and pruned ones side by side: prefill and "
         "decode apart, at a fixed and at the natural output length.",
     )
@@ -31,17 +31,18 @@ def add(commands) -> None:
     parser.add_argument(
         "--ratios",
         nargs="+",
-        required=True,
+        default=[],
         metavar="R",
         help="expansion ratios to measure beside the unpruned model",
     )
+    add_option(parser, "widths", several=True)
     parser.add_argument(
         "--multiple_of",
         nargs="+",
         type=int,
         default=[1],
         metavar="N",
-        help="measure each ratio at its width rounded down to these multiples (default: 1)",
+        help="measure each size at its widths rounded down to these multiples (default: 1)",
     )
     add_option(parser, "criterion")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1], metavar="B")
@@ -106,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     request = profiling.ProfileRequest(
         pretrained=str(model_args.pop("pretrained")),
         ratios=tuple(arguments.ratios),
+        widths=tuple(arguments.widths or ()),
         multiple_of=tuple(arguments.multiple_of),
         batch_sizes=tuple(arguments.batch_sizes),
         max_new_tokens=arguments.max_new_tokens,

@@ -1,4 +1,4 @@
-"""``lm-eval-pruned profile``: latency, throughput, memory and energy over expansion ratios.
+"""``lm-eval-pruned profile``: latency, throughput, memory and energy over sizes.
 
 Prefill and decode are told apart, and each model is measured at a *fixed* output
 length and at its *natural* one. A model that stops earlier is not a faster model:
@@ -37,10 +37,11 @@ from lm_eval_pruned.profiling.model import (
 )
 from lm_eval_pruned.profiling.prompts import Batch, make_batches
 from lm_eval_pruned.profiling.summary import summarise
+from lm_eval_pruned.pruning.layer_widths import written_source
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,51 +53,67 @@ logger = logging.getLogger("lm_eval.pruned.profiling")
 
 
 def plan_models(request: ProfileRequest) -> list[ProfiledModel]:
-    """Resolve the ratios to widths, without reading weights; the baseline comes first.
+    """Resolve the sizes to widths, without reading weights; the baseline comes first.
 
-    Sizes that come to the width of one before them are left out, with a line in the log.
+    Sizes that come to the widths of one before them are left out, with a line in the log.
 
     Raises:
-        ValueError: A ratio or multiple is out of range.
+        ValueError: A size or multiple is out of range.
         UnsupportedModelError: The model cannot be pruned.
         OSError: The config cannot be read.
     """
+    known = _source(request)
+    models = [_planned(request.pretrained, "baseline", {"prune_percent": 0}, known)]
+    models[0] = replace(models[0], asked={})
+    for name, asked in _sizes(request):
+        model = _planned(request.pretrained, name, asked, known)
+        for other in models:
+            widths = (model.intermediate_size, model.layer_widths)
+            if widths == (other.intermediate_size, other.layer_widths):
+                logger.info(
+                    "%s has the width of %s, %s: it is measured once.",
+                    name,
+                    other.name,
+                    model.layer_widths or model.intermediate_size,
+                )
+                break
+        else:
+            models.append(model)
+    return models
+
+
+def _sizes(request: ProfileRequest) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Return name and arguments of each model but the baseline."""
+    files = [written_source(file) for file in request.widths]
+    named: list[tuple[str, str, Any]] = [
+        ("ratio", str(value), value) for value in request.ratios
+    ]
+    for name, file in zip(files, request.widths, strict=True):
+        # Files in different folders may have one name.
+        named.append(("widths", name if files.count(name) == 1 else str(file), file))
+    for argument, written, value in named:
+        for multiple in request.multiple_of:
+            rounded = f" multiple_of={multiple}" if multiple != 1 else ""
+            asked = {argument: value, "multiple_of": multiple}
+            yield f"{argument}={written}{rounded}", asked
+
+
+def _planned(
+    pretrained: str, name: str, asked: dict[str, Any], known: dict[str, Any]
+) -> ProfiledModel:
     from lm_eval_pruned.checkpoints.planning import plan_rows
 
-    known = _source(request)
-    (row,) = plan_rows(request.pretrained, "prune_percent", [0], **known)
-    models = [
-        ProfiledModel(
-            "baseline", {}, row.intermediate_size, row.expansion_ratio, row.parameters
-        )
-    ]
-    for value in request.ratios:
-        for multiple in request.multiple_of:
-            (row,) = plan_rows(
-                request.pretrained, "ratio", [value], multiple_of=multiple, **known
-            )
-            name = f"ratio={value}" + (
-                f" multiple_of={multiple}" if multiple != 1 else ""
-            )
-            same = [m for m in models if m.intermediate_size == row.intermediate_size]
-            if same:
-                logger.info(
-                    "%s has the width of %s, %d: it is measured once.",
-                    name,
-                    same[0].name,
-                    row.intermediate_size,
-                )
-                continue
-            models.append(
-                ProfiledModel(
-                    name,
-                    {"ratio": value, "multiple_of": multiple},
-                    row.intermediate_size,
-                    row.expansion_ratio,
-                    row.parameters,
-                )
-            )
-    return models
+    (argument, value), *others = asked.items()
+    (row,) = plan_rows(pretrained, argument, [value], **dict(others), **known)
+    return ProfiledModel(
+        name,
+        asked,
+        row.intermediate_size,
+        row.expansion_ratio,
+        row.parameters,
+        # A file may give all layers one width.
+        layer_widths=row.layer_widths if "," in row.layer_widths else "",
+    )
 
 
 def profile(

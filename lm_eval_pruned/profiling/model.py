@@ -32,7 +32,9 @@ class ProfileRequest:
     Attributes:
         pretrained: Folder or Hub name of the unpruned model.
         ratios: Expansion ratios to measure beside the unpruned model.
-        multiple_of: Each ratio is measured at its width rounded down to each of these.
+        widths: Files with the width of each layer, as
+            `lm_eval_pruned.pruning.layer_widths` reads them, for one more model each.
+        multiple_of: Each size is measured at its widths rounded down to each of these.
         batch_sizes: Prompts per batch.
         max_new_tokens: Output tokens of the fixed length, and most of the natural one.
         repeats: How often everything is measured.
@@ -45,7 +47,8 @@ class ProfileRequest:
     """
 
     pretrained: str
-    ratios: tuple[Number, ...]
+    ratios: tuple[Number, ...] = ()
+    widths: tuple[str, ...] = ()
     multiple_of: tuple[int, ...] = (1,)
     batch_sizes: tuple[int, ...] = (1,)
     max_new_tokens: int = 50
@@ -58,7 +61,11 @@ class ProfileRequest:
     load_arguments: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise ValueError for a number that is out of range."""
+        """Raise ValueError for a number that is out of range, and where no size is named."""
+        if not (self.ratios or self.widths):
+            raise ValueError(
+                "No size was given to measure beside the unpruned model: pass ratios or widths."
+            )
         for name in ("max_new_tokens", "repeats"):
             least = 2 if name == "max_new_tokens" else 1
             if getattr(self, name) < least:
@@ -77,10 +84,12 @@ class ProfiledModel:
     Attributes:
         name: ``baseline`` or such as ``ratio=2.4 multiple_of=64``.
         asked: Arguments of `load_pruned` that make it; empty for the baseline.
-        intermediate_size: Kept width, in neurons.
+        intermediate_size: Kept width, in neurons; the mean where the layers differ.
         expansion_ratio: Kept width / hidden size.
         parameters: Number of parameters; tied ones count once.
         model_bytes: Weights and buffers in memory, in bytes; None before it was loaded.
+        layer_widths: Kept width of each layer, such as ``0:1200,1-29:900``; empty where
+            all are alike.
     """
 
     name: str
@@ -89,6 +98,7 @@ class ProfiledModel:
     expansion_ratio: float
     parameters: int
     model_bytes: int | None = None
+    layer_widths: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Estimate,
         Profile,
         ProfileCell,
+        ProfiledModel,
     )
 
 
@@ -63,25 +64,7 @@ def as_markdown(profile: Profile) -> str:
     chunks = [
         f"# Profile of {request['pretrained']}",
         _setting(profile),
-        markdown_table(
-            [
-                "model",
-                "intermediate size",
-                "expansion ratio",
-                "parameters",
-                "model MiB",
-            ],
-            [
-                [
-                    m.name,
-                    f"{m.intermediate_size:,}",
-                    f"{m.expansion_ratio:.4f}",
-                    f"{m.parameters:,}",
-                    _number(m.model_bytes, "{:,.1f}", 1 / 2**20),
-                ]
-                for m in profile.models
-            ],
-        ),
+        _model_table(profile.models),
     ]
     headings = {
         "fixed": f"every model generates exactly {request['max_new_tokens']} tokens",
@@ -102,6 +85,25 @@ def as_markdown(profile: Profile) -> str:
                     _spread_table(cells),
                 ]
     return "\n\n".join(chunk for chunk in chunks if chunk) + "\n"
+
+
+def _model_table(models: list[ProfiledModel]) -> str:
+    columns = ["model", "intermediate size", "expansion ratio", "parameters"]
+    rows = [
+        [
+            m.name,
+            f"{m.intermediate_size:,}",
+            f"{m.expansion_ratio:.4f}",
+            f"{m.parameters:,}",
+            _number(m.model_bytes, "{:,.1f}", 1 / 2**20),
+        ]
+        for m in models
+    ]
+    columns.append("model MiB")
+    if any(m.layer_widths for m in models):
+        columns.append("widths by layer")
+        rows = [[*row, m.layer_widths] for row, m in zip(rows, models, strict=True)]
+    return markdown_table(columns, rows)
 
 
 def _setting(profile: Profile) -> str:
@@ -237,6 +239,8 @@ _PANELS = {
 def draw(profile: Profile, plot: str, suffix: str) -> bytes:
     """Draw against expansion ratio, one line per batch size and output length.
 
+    Models whose layers differ in width are open points beside the line.
+
     Args:
         profile: The profile.
         plot: ``latency``, ``throughput`` or ``energy``.
@@ -250,6 +254,7 @@ def draw(profile: Profile, plot: str, suffix: str) -> bytes:
     from lm_eval_pruned.util import figures
 
     place = {model.name: model.expansion_ratio for model in profile.models}
+    by_layer = {model.name for model in profile.models if model.layer_widths}
     lines = list(product(profile.request["batch_sizes"], MODES))
     panels = _PANELS[plot]
     with figures.style("lm-eval-pruned"):
@@ -257,27 +262,37 @@ def draw(profile: Profile, plot: str, suffix: str) -> bytes:
         columns = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (label, (metric, scale)) in zip(columns, panels.items(), strict=True):
             for number, (size, mode) in enumerate(lines):
-                points = [
-                    (place[cell.model], found)
-                    for cell in profile.cells
-                    if (cell.batch_size, cell.mode) == (size, mode)
-                    and (found := _estimate_of(cell, metric)) is not None
-                ]
-                if not points:
-                    continue
-                points.sort(key=lambda point: point[0])
-                axes.errorbar(
-                    [ratio for ratio, _ in points],
-                    [scale * found.mean for _, found in points],
-                    # Ends, where there are any, are as far below the mean as above it.
-                    yerr=[
-                        0 if found.high is None else scale * (found.high - found.mean)
-                        for _, found in points
-                    ],
-                    capsize=3,
-                    label=f"batch size {size}, {mode} length",
-                    **figures.line_look(number),
-                )
+                label = f"batch size {size}, {mode} length"
+                look = figures.line_look(number)
+                apart = {**look, "linestyle": "none", "markerfacecolor": "white"}
+                for differ, what, how in (
+                    (False, label, look),
+                    (True, f"{label}, widths by layer", apart),
+                ):
+                    points = [
+                        (place[cell.model], found)
+                        for cell in profile.cells
+                        if (cell.batch_size, cell.mode) == (size, mode)
+                        and (cell.model in by_layer) == differ
+                        and (found := _estimate_of(cell, metric)) is not None
+                    ]
+                    if not points:
+                        continue
+                    points.sort(key=lambda point: point[0])
+                    axes.errorbar(
+                        [ratio for ratio, _ in points],
+                        [scale * found.mean for _, found in points],
+                        # Ends, where there are any, are as far below the mean as above it.
+                        yerr=[
+                            0
+                            if found.high is None
+                            else scale * (found.high - found.mean)
+                            for _, found in points
+                        ],
+                        capsize=3,
+                        label=what,
+                        **how,
+                    )
             figures.over_ratios(axes, place.values())
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)

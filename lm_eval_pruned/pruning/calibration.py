@@ -348,11 +348,12 @@ def calibrate_by_layer(
     return text.seen_by(activity)
 
 
-def check_observable(model: PreTrainedModel) -> None:
+def check_observable(model: PreTrainedModel, instead: str = "criterion=maw") -> None:
     """Refuse a model whose activations hooks cannot see.
 
     Args:
         model: A model, possibly on the meta device.
+        instead: What would work, as an argument.
 
     Raises:
         UnsupportedModelError: It has an encoder, or experts whose down projections
@@ -361,14 +362,13 @@ def check_observable(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{describe(model)} has an encoder, and calibration text has no target for its "
-            "decoder: choose a criterion that looks at weights alone, such as criterion=maw."
+            f"decoder: choose by weights alone, such as {instead}."
         )
     for mlp in find_glu_mlps(model):
         if "down_proj" not in mlp.linears:
             raise UnsupportedModelError(
                 f"{describe(model)} keeps the down projection of {mlp.name} stacked with others, "
-                "where its input cannot be observed: choose a criterion that looks at weights "
-                "alone, such as criterion=maw."
+                f"where its input cannot be observed: choose by weights alone, such as {instead}."
             )
 
 

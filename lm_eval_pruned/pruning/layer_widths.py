@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from lm_eval_pruned.pruning.block_configs import BLOCKS, widths_of_blocks
+
 
 _FORMS = (
     'pass a JSON file such as {"0": 1200, "1": 900} or [1200, 900], or a CSV file with the '
@@ -26,7 +28,8 @@ def read_widths(widths: Any) -> dict[int, int]:
         widths: A file, or what such a file holds. JSON: an object
             ``{"0": 1200, "1": 900}``, a list with one width per layer from 0 on, in which
             null leaves a layer alone, or a list of objects
-            ``{"layer": 0, "width": 1200}``. CSV: the columns ``layer`` and ``width``,
+            ``{"layer": 0, "width": 1200}``; or a config with ``block_configs``, see
+            `lm_eval_pruned.pruning.block_configs`. CSV: the columns ``layer`` and ``width``,
             named in the first line; others are passed over.
 
     Raises:
@@ -40,10 +43,12 @@ def read_widths(widths: Any) -> dict[int, int]:
     where = f"widths={written_source(widths)}"
     if isinstance(widths, (str, Path)):
         widths = _content(widths, where)
-    if isinstance(widths, Mapping):
+    if isinstance(widths, Mapping) and BLOCKS in widths:
+        named = list(_of_blocks(widths, where).items())
+    elif isinstance(widths, Mapping):
         named = list(widths.items())
     elif not isinstance(widths, Iterable):
-        raise ValueError(f"{where} names no widths: {_FORMS}.")  # noqa: TRY004
+        raise ValueError(f"{where} names no widths: {_FORMS}.")
     else:
         named = list(enumerate(widths))
         if any(isinstance(entry, Mapping) for _, entry in named):
@@ -123,6 +128,17 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if repeated:
         raise ValueError(f"{min(repeated)} stands in it twice")
     return dict(pairs)
+
+
+def _of_blocks(config: Mapping[str, Any], where: str) -> dict[int, int]:
+    heads = config.get("num_attention_heads")
+    return widths_of_blocks(
+        config[BLOCKS],
+        config.get("hidden_size"),
+        heads,
+        config.get("num_key_value_heads", heads),
+        where,
+    )
 
 
 def _pair(entry: Any, where: str) -> tuple[Any, Any]:

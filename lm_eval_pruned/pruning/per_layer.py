@@ -4,8 +4,9 @@ The form that is written is ``per_layer_config``, a sparse map from a layer to w
 there. transformers 5.24 knows it, older releases keep it as it is, and so far no class of
 transformers builds its MLPs from it.
 
-Source: `transformers.integrations.heterogeneity`; for ``block_configs``, which is read as
-well, the configs of NVIDIA's Puzzletron and Nemotron-NAS models.
+``block_configs`` are read as well; see `lm_eval_pruned.pruning.block_configs`.
+
+Source: `transformers.integrations.heterogeneity`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import copy
 import re
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.pruning.block_configs import BLOCKS, widths_of_blocks
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
 
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 WIDTH_NAME = re.compile(r"intermediate|ffn|ff_dim|d_ff|mlp_(dim|size|hidden)|ff_size")
 
 _LAYERS = "per_layer_config"
-_BLOCKS = "block_configs"
 
 
 def without_layers(
@@ -94,7 +95,7 @@ def copy_layers(source: PretrainedConfig, target: PretrainedConfig) -> None:
     parts = dict(_parts(target))
     for path, part in _parts(source):
         if path in parts:
-            vars(parts[path]).pop(_BLOCKS, None)
+            vars(parts[path]).pop(BLOCKS, None)
             _write(parts[path], _overrides(part))
 
 
@@ -148,53 +149,15 @@ def _write(config: PretrainedConfig, overrides: Overrides) -> None:
 
 def _of_blocks(config: PretrainedConfig) -> Overrides:
     """Take ``block_configs`` out of a config and return the widths that they set."""
-    blocks = vars(config).pop(_BLOCKS, None)
-    if not isinstance(blocks, (list, tuple)):
-        return {}
-    return {
-        layer: {"intermediate_size": width}
-        for layer, block in enumerate(blocks)
-        if (width := _of_block(block, layer, config)) is not None
-    }
-
-
-def _of_block(block: Any, layer: int, config: PretrainedConfig) -> int | None:
-    block = _as_dict(block)
-    ffn, attention = _as_dict(block.get("ffn")), _as_dict(block.get("attention"))
-    heads, groups = (
-        config.num_attention_heads,
-        getattr(config, "num_key_value_heads", config.num_attention_heads),
+    blocks = vars(config).pop(BLOCKS, None)
+    hidden, heads = (
+        getattr(config, name, None) for name in ("hidden_size", "num_attention_heads")
     )
-    same = {
-        "num_key_value_heads": (None, groups),
-        "n_heads_in_group": (None, heads // groups),
-    }
-    odd = [n for n, usual in same.items() if attention.get(n) not in usual]
-    dropped = [
-        f"{part}.{name}"
-        for part, own in (("ffn", ffn), ("attention", attention))
-        for name in ("no_op", "replace_with_linear")
-        if own.get(name)
-    ]
-    for name in [f"attention.{each}" for each in odd] + dropped:
-        raise UnsupportedModelError(
-            f"{_BLOCKS} in the config gives layer {layer} {name} of its own, and models whose "
-            "layers differ in more than the width of their MLPs are not supported: use a "
-            "checkpoint whose blocks differ in ffn.intermediate_size alone."
+    groups = getattr(config, "num_key_value_heads", heads)
+    try:
+        found = widths_of_blocks(
+            blocks, hidden, heads, groups, f"{BLOCKS} in the config"
         )
-    if ffn.get("intermediate_size") is not None:
-        return int(ffn["intermediate_size"])
-    if ffn.get("ffn_mult") is not None:
-        width = int(2 * ffn["ffn_mult"] * config.hidden_size / 3)
-        return -(-width // _NAS_MULTIPLE) * _NAS_MULTIPLE
-    return None
-
-
-#: Nemotron-NAS rounds widths up to a multiple of this, in neurons.
-_NAS_MULTIPLE = 256
-
-
-def _as_dict(value: Any) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    return dict(getattr(value, "__dict__", {}))
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from None
+    return {layer: {"intermediate_size": width} for layer, width in found.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -25,6 +26,8 @@ from lm_eval_pruned.pruning.allocations import (
     UNIFORM,
     allocate_by_scores,
 )
+from lm_eval_pruned.pruning.calibration import check_observable
+from lm_eval_pruned.pruning.criteria import CALIBRATED
 from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
 
@@ -66,10 +69,11 @@ def settled(plan: PrunePlan, widths: Widths, evidence: Evidence) -> PrunePlan:
     Raises:
         ValueError: The bounds leave more neurons than the size asks for; see also
             `lm_eval_pruned.pruning.allocations.allocate_by_scores`.
-        UnsupportedModelError: The layers hold MLPs of different kinds.
+        UnsupportedModelError: See `check_settleable`.
     """
     if not plan.is_open:
         return plan
+    check_settleable(plan, widths)
     uniform = _uniform(plan, widths)
     before = {layer: widths.layers[layer] for layer in uniform}
     criteria: dict[int, str] | None = None
@@ -122,23 +126,59 @@ def settled(plan: PrunePlan, widths: Widths, evidence: Evidence) -> PrunePlan:
     return result
 
 
+def check_settleable(plan: PrunePlan, widths: Widths) -> None:
+    """Refuse a model that an open plan cannot be settled for, before any weight is read.
+
+    Args:
+        plan: The plan.
+        widths: The model's widths.
+
+    Raises:
+        UnsupportedModelError: An allocation would have to weigh layers against each other that
+            hold different MLPs, a criterion cannot be observed, or losses cannot be measured.
+    """
+    model = widths.skeleton()
+    if plan.allocation in MEASURED and model.config.is_encoder_decoder:
+        check_observable(model, "allocation=global")
+    if plan.tried and (
+        {*plan.tried} & {*CALIBRATED} or model.config.is_encoder_decoder
+    ):
+        encodes = model.config.is_encoder_decoder
+        check_observable(model, "criterion=maw" if encodes else "criteria_tried=maw+l2")
+    if plan.allocation == UNIFORM:
+        return
+    held: dict[int, Counter[str]] = {}
+    for mlp in widths.mlps:
+        if plan.includes_layer(mlp.block):
+            held.setdefault(mlp.block, Counter())[mlp.kind] += 1
+    first, *others = sorted(held)
+    for other in others:
+        if held[other] != held[first]:
+            raise UnsupportedModelError(
+                f"{describe(model)} has {_told(held[first])} in layer {first} and "
+                f"{_told(held[other])} in layer {other}, whose neurons "
+                f"allocation={plan.allocation} cannot weigh against each other: name layers that "
+                "are alike with layers, or leave it out."
+            )
+
+
+def _told(held: Mapping[str, int]) -> str:
+    """Return which MLPs a layer holds, such as ``8 experts and 1 shared MLP``."""
+    names = {"expert": "expert", "shared": "shared MLP", "dense": "dense MLP"}
+    return " and ".join(
+        f"{count} {names[kind]}{'s' if count > 1 else ''}"
+        for kind, count in held.items()
+    )
+
+
 def _uniform(plan: PrunePlan, widths: Widths) -> dict[int, int]:
     """Return what a uniform cut would keep of each layer that is pruned."""
-    kinds: dict[int, list[tuple[str, int]]] = {}
     targets = widths.targets(plan)
     kept: dict[int, int] = {}
     for mlp in widths.mlps:
-        if plan.includes_layer(mlp.block):
-            kinds.setdefault(mlp.block, []).append((mlp.kind, mlp.width))
-            if widths.actual[mlp.name] == widths.layers[mlp.block]:
-                kept.setdefault(mlp.block, targets[mlp.name])
-    if len({tuple(kind for kind, _ in each) for each in kinds.values()}) > 1:
-        what = "criterion=best" if plan.allocation == UNIFORM else None
-        raise UnsupportedModelError(
-            f"{describe(widths.skeleton())} has experts in some layers and one MLP in others, "
-            f"whose neurons {what or f'allocation={plan.allocation}'} cannot weigh against each "
-            "other: name the layers of one kind with layers, or leave it out."
-        )
+        primary = widths.actual[mlp.name] == widths.layers[mlp.block]
+        if primary and plan.includes_layer(mlp.block):
+            kept.setdefault(mlp.block, targets[mlp.name])
     return dict(sorted(kept.items()))
 
 

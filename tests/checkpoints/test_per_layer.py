@@ -206,3 +206,17 @@ def test_what_else_a_layer_has_of_its_own_stays(tmp_path):
     assert plain.to_dict()["per_layer_config"] == {"1": {"rms_norm_eps": 0.5}}
     again = with_layers(plain, widths)
     assert again.to_dict() == config.to_dict()
+
+
+def test_multiples_of_the_hidden_size_are_read_as_nemotron_means_them(tmp_path):
+    """A hidden size of 32: a multiple of 16 is 341 neurons, rounded up to 512."""
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    checkpoints.save_tiny(source, intermediate_size=512, num_hidden_layers=2)
+    blocks = [{"ffn": {"ffn_mult": 16.0}}, {"ffn": {"ffn_mult": 4.0}}]
+    config = tmp_path / "puzzle.json"
+    config.write_text(json.dumps({"hidden_size": 32, "block_configs": blocks}))
+    model = load_pruned(str(source), widths=str(config))
+    assert widths_in_memory(model).layers == {0: 512, 1: 256}
+    model.save_pretrained(saved)
+    checkpoints.edit_config(saved, per_layer_config=None, block_configs=blocks)
+    assert_same_model(load_pruned(str(saved)), model)

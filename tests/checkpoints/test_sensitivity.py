@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lm_eval_pruned import prune_model
 from lm_eval_pruned.checkpoints import layers, sensitivity
@@ -16,6 +17,7 @@ from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.pruning import layerwise
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.settling import REMOVED
 from tests.checkpoints.test_layers import EXPERTS, PLAIN, request_of, saved
 from tests.helpers import checkpoints
 from tests.helpers.layouts import save_family
@@ -221,3 +223,61 @@ def test_a_cache_that_cannot_be_written_is_said(tiny_llama, text, tmp_path, capl
     (tmp_path / "cache").write_text("a file")
     measured(tiny_llama, text)
     assert "cannot be written" in caplog.text
+
+
+@pytest.fixture
+def token_layers(monkeypatch):
+    """Return a counter of how many tokens went through a layer of Llama."""
+    counted = [0]
+    forward = LlamaMLP.forward
+
+    def counting(self, hidden):
+        counted[0] += hidden.shape[0] * hidden.shape[1]
+        return forward(self, hidden)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counting)
+    return counted
+
+
+def passes(layers: int, widths: int) -> int:
+    """Return through how many layers a text goes for one criterion (docs/allocation.md)."""
+    return layers + widths * layers * (layers + 1) // 2
+
+
+@pytest.mark.parametrize(("layers", "room"), [(1, None), (3, 1), (7, None)])
+def test_the_work_is_what_the_documentation_says(
+    tmp_path, text, token_layers, layers, room, monkeypatch
+):
+    """Half of a whole forward pass for each cut, whatever the memory for hidden states."""
+    if room is not None:
+        monkeypatch.setattr(layerwise, "HIDDEN_BYTES", room)
+    small = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": layers}
+    folder = checkpoints.save_tiny(tmp_path / "model", **small)
+    tokens = [len(checkpoints.byte_tokenizer()(each)["input_ids"]) for each in TEXTS]
+    found = measured(folder, text, removed=REMOVED)
+    assert found.tokens == sum(tokens)
+    assert {len(curve.widths) for curve in found.curves} == {len(REMOVED)}
+    # One text goes through the model's own forward pass before.
+    once = layers * tokens[0]
+    assert token_layers[0] == sum(tokens) * passes(layers, len(REMOVED)) + once
+    in_full = sum(tokens) * layers * (layers * len(REMOVED) + 1)
+    assert layers == 1 or token_layers[0] < 0.75 * in_full + once
+    token_layers[0] = 0
+    measured(folder, text, removed=REMOVED)
+    assert token_layers[0] == 0
+
+
+def test_a_criterion_more_costs_a_pass_over_the_variants_more(
+    tiny_llama, text, token_layers
+):
+    tokens = [len(checkpoints.byte_tokenizer()(each)["input_ids"]) for each in TEXTS]
+    measured(tiny_llama, text, criteria=("maw", "l2", "act"), removed=REMOVED)
+    # Activations are those of the unpruned model, in one pass for all criteria.
+    observed = 3 * sum(tokens)
+    expected = 3 * sum(tokens) * passes(3, len(REMOVED)) + observed
+    assert token_layers[0] == expected + 3 * tokens[0]
+
+
+def test_a_model_of_thirty_layers_at_four_widths_takes_63_forward_passes():
+    assert len(REMOVED) == 4
+    assert passes(30, 4) == 63 * 30

@@ -40,11 +40,12 @@ def loader(clock):
     def load(pretrained, **arguments):
         model = load_pruned(pretrained, **arguments)
         forward = model.forward
+        own = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+        model.share = sum(own) / len(own) / 88
 
         def timed(*args, **kwargs):
             ids = kwargs["input_ids"]
-            width = model.config.intermediate_size / 88
-            clock.sleep((PREFILL if ids.shape[1] > 1 else STEP) * width)
+            clock.sleep((PREFILL if ids.shape[1] > 1 else STEP) * model.share)
             return forward(*args, **kwargs)
 
         model.forward = timed
@@ -166,7 +167,7 @@ def test_a_model_that_stops_early_is_shorter_and_not_faster(run, loader, monkeyp
 
     def load(*args, **kwargs):
         model = loader(*args, **kwargs)
-        model.config.intermediate_size = 88
+        model.share = 1
         if "ratio" not in kwargs:
             head = model.lm_head.forward
 
@@ -403,9 +404,75 @@ def test_widths_are_planned_and_equal_ones_measured_once(tmp_path, caplog):
     assert "ratio=2.0 has the width of ratio=3.1 multiple_of=64, 64" in caplog.text
 
 
+def widths_file(folder, widths):
+    folder.mkdir(exist_ok=True)
+    file = folder / "widths.json"
+    file.write_text(json.dumps(widths))
+    return str(file)
+
+
+def test_models_of_files_of_widths_stand_beside_the_sizes(run, tmp_path):
+    file = widths_file(tmp_path, [80, None, 20])
+    result = run(widths=(file,))
+    own = result.models[2]
+    assert [m.name for m in result.models] == [
+        "baseline",
+        "ratio=1.375",
+        "widths=widths.json",
+    ]
+    assert own.asked == {"widths": file, "multiple_of": 1}
+    assert own.layer_widths == "0:80,1:88,2:20"
+    assert own.intermediate_size == pytest.approx(188 / 3, abs=1e-4)
+    assert own.parameters == result.models[0].parameters - 3 * 32 * (8 + 68)
+    loaded = load_pruned(result.request["pretrained"], widths=file)
+    assert own.model_bytes == loaded.get_memory_footprint()
+    assert "seconds_end_to_end" in cell(result, own.name).deltas
+    text = profile_report.as_markdown(result)
+    assert "|model MiB|widths by layer|" in text
+    assert "|0:80,1:88,2:20|" in text
+    drawn = profile_report.draw(result, "latency", "svg").decode()
+    assert "batch size 1, fixed length, widths by layer" in drawn
+
+
+def test_files_of_widths_alone_are_a_profile(run, tmp_path):
+    result = run(ratios=(), widths=(widths_file(tmp_path, {"0": 40}),))
+    assert [m.layer_widths for m in result.models] == ["", "0:40,1-2:88"]
+
+
+def test_files_of_widths_are_told_apart_and_equal_ones_measured_once(
+    tiny_llama, tmp_path, caplog
+):
+    first, second, uniform = (
+        widths_file(tmp_path / name, widths)
+        for name, widths in (
+            ("a", [50, 40, 42]),
+            ("b", [42, 40, 50]),
+            ("c", [44, 44, 44]),
+        )
+    )
+    request = ProfileRequest(
+        str(tiny_llama),
+        ratios=("1.375",),
+        widths=(first, second, uniform, first),
+        multiple_of=(1, 40),
+    )
+    with caplog.at_level("INFO", "lm_eval.pruned.profiling"):
+        models = plan_models(request)
+    # All of them have a mean of 44 neurons.
+    assert [(m.name, m.layer_widths) for m in models[1:]] == [
+        ("ratio=1.375", ""),
+        ("ratio=1.375 multiple_of=40", ""),
+        (f"widths={first}", "0:50,1:40,2:42"),
+        (f"widths={second}", "0:42,1:40,2:50"),
+    ]
+    assert f"widths={uniform} has the width of ratio=1.375, 44" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"ratios": ()}, "pass ratios or widths"),
+        ({"widths": ("none.json",)}, "widths=none.json cannot be read"),
         ({"ratios": ("9",)}, "ratio=9"),
         ({"ratios": ("x",)}, "ratio=x"),
         ({"multiple_of": (0,)}, "multiple_of=0"),
@@ -510,6 +577,7 @@ def test_a_plot_without_energy_says_so(run, clock):
     ("arguments", "message"),
     [
         (["--model_args", "ratio=2.0"], "pass --ratios instead"),
+        (["--model_args", "widths=a.json"], "pass --widths instead"),
         (["--model_args", "pretrained={},dtype=float16"], "pass --dtype instead"),
         (["--model_args", "pretrained={}", "--limit", "0"], "limit=0"),
         (["--model_args", "pretrained={}", "--prompts", "no.txt"], "no.txt"),
@@ -534,6 +602,7 @@ def test_the_command_measures_with_the_real_meter(tiny_llama, tmp_path, capsys):
             "profile",
             f"--model_args=pretrained={tiny_llama}",
             "--ratios=1.5",
+            f"--widths={widths_file(tmp_path, [60, 50, 40])}",
             f"--prompts={prompts}",
             "--max_new_tokens=4",
             "--repeats=1",
@@ -545,6 +614,8 @@ def test_the_command_measures_with_the_real_meter(tiny_llama, tmp_path, capsys):
     assert code == 0
     record = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert record["energy"]["sources"]["ram"]["kind"] in {"modelled", "constant"}
+    names = ["baseline", "ratio=1.5", "widths=widths.json"]
+    assert [found["name"] for found in record["models"]] == names
     for found in record["cells"]:
         assert found["joules"]["both"]["total"] > 0
         assert found["seconds_to_first_token"]["mean"] > 0
