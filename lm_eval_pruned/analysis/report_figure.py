@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import vl_convert
@@ -54,7 +55,7 @@ class Figure:
         data: JSON that the page's script reads: points and specifications.
         panels: Title and ``<svg>`` of each panel as it is first shown, for readers without
             scripts.
-        script: Vega-Lite, as JavaScript.
+        scripts: Vega-Lite, and what draws the figure with it.
     """
 
     title: str
@@ -63,7 +64,7 @@ class Figure:
     families: Mapping[str, str]
     data: str
     panels: Sequence[tuple[str, str]]
-    script: str
+    scripts: Sequence[str]
 
 
 def figure_section(
@@ -132,7 +133,10 @@ def figure_section(
             (panel["title"], _svg(next(iter(panel["specs"].values())), first["points"]))
             for panel in first["panels"][drawn[0]]
         ],
-        vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
+        [
+            vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
+            files(__package__).joinpath("report_figure.js").read_text("utf-8"),
+        ],
     )
     return Section(
         figure.title, figure=figure, plots=plots, notes=list(dict.fromkeys(notes))

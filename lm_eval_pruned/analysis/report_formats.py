@@ -6,6 +6,7 @@ import base64
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
+from lm_eval_pruned.analysis.report_page import only_these
 from lm_eval_pruned.util.palette import variables
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
@@ -65,6 +66,14 @@ def as_html(title: str, subtitle: str, sections: Sequence[Section], scores: str)
         subtitle=subtitle,
         sections=sections,
         scores=base64.b64encode(scores.encode("utf-8")).decode("ascii"),
+        allowed=only_these(
+            [
+                script
+                for section in sections
+                if section.figure
+                for script in section.figure.scripts
+            ]
+        ),
         colours={scheme: variables(scheme) for scheme in ("light", "dark")},
     )
 
