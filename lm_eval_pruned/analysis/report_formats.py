@@ -29,7 +29,10 @@ _COLUMNS = (
     "higher_is_better",
     "score",
     "stderr",
+    "score_low",
+    "score_high",
     "documents",
+    "of",
     "base",
     "difference",
     "relative",
@@ -122,8 +125,13 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
                 compared = {
                     name: getattr(row, name)
                     for name in _COLUMNS
-                    if name in Difference.__dataclass_fields__ and name != "documents"
+                    if name in Difference.__dataclass_fields__
+                    and name not in ("documents", "of")
                 }
+            if stopping := run.stopping.get(task):
+                low, high = stopping.score_interval(task, metric)
+                of = stopping.of if stopping.is_partial else None
+                compared |= {"score_low": low, "score_high": high, "of": of}
             compared.update(
                 run=run.name,
                 expansion_ratio=run.expansion_ratio,
