@@ -192,7 +192,8 @@ def _measures(
         else:
             notes.append(
                 f"{task} is not drawn above chance: the unpruned model scores {score.value:.1%} "
-                f"where guessing scores {chance:.1%}, so there is nothing above chance to lose."
+                f"where guessing scores {chance:.1%}. What is above chance is less than two standard "
+                "errors, too little to take shares of."
             )
     return measures, notes
 

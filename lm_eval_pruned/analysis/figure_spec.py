@@ -37,7 +37,7 @@ LABELS = 128
 _DASHES: tuple[Sequence[int], ...] = ([], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 6])
 _CROSS = "M-.6,-.6L.6,.6M-.6,.6L.6,-.6"
 #: Larger than Vega's own, so that it is told from a circle at a glance.
-_DIAMOND = "M0,-.85L.85,0L0,.85L-.85,0Z"
+_DIAMOND = "M0,-1.5L1.3,0L0,1.5L-1.3,0Z"
 #: Leaves what belongs to a family that is chosen, or to none.
 _SHOWN = (
     "isValid(datum.family) ? indexof(shown, datum.family) >= 0 : !isValid(datum.families)"

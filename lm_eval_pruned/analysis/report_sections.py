@@ -77,7 +77,10 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
             ]
         )
     columns = ["task", "metric", run_label(base)] + [run_label(run) for run in runs]
-    tests = sorted({row.method for row in comparison.rows})
+    # How many documents each was made on stands in the table.
+    tests = sorted(
+        {re.sub(r", (partial|all): .*$", "", row.method) for row in comparison.rows}
+    )
     by_name = {run.name: run for run in runs}
     stopped = [
         stopping_of(base, by_name[row.run], row.task) is not None
