@@ -70,10 +70,7 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
                 task,
                 f"{metric.removesuffix(',none')} {arrow}{dagger}",
                 _score(score.value),
-                *(
-                    _score_cell(run, found.get((run.name, task, metric)))
-                    for run in runs
-                ),
+                *(_score_cell(found.get((run.name, task, metric))) for run in runs),
             ]
         )
     columns = ["task", "metric", run_label(base)] + [run_label(run) for run in runs]
@@ -102,7 +99,7 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
     if any(row.of is not None for row in comparison.rows):
         legend += (
             " A score marked as partial is of a unit that stopped when it was decided; its "
-            "interval holds for stopping."
+            "interval, which holds for stopping, stands in the next table as well."
         )
     return Section(
         "Scores",
@@ -119,6 +116,7 @@ def differences_section(
 ) -> Section | None:
     """Each difference that was tested or could not be, with what else could have been seen."""
     ratios = {run.name: run.expansion_ratio for run in others}
+    runs = {run.name: run for run in others}
     labels = {run.name: run_label(run) for run in others}
     rows: list[list[Cell | str]] = []
     tasks = {row.task: None for row in comparison.rows}
@@ -139,7 +137,7 @@ def differences_section(
                     mark,
                 ),
                 _score(row.base_score),
-                _score(row.score),
+                _partial_score(runs[row.run], row),
                 Cell(f"{row.difference:+.4f}", mark),
                 interval_text(row.low, row.high, 4),
                 number_text(row.smallest_detectable, ".4f"),
@@ -156,8 +154,8 @@ def differences_section(
     )
     if any(row.of is not None for row in comparison.rows):
         explanation += (
-            " Where n is partial, both scores are of the documents that were used; interval and q "
-            "hold for stopping."
+            " Where n is partial, both scores are of the documents that were used; the interval of "
+            "the score beside it, that of the difference and q hold for stopping."
         )
     return Section(
         "Differences from the unpruned model",
@@ -328,16 +326,25 @@ _WORDS = {
 }
 
 
-def _score_cell(run: Run, row: Difference | None) -> Cell:
+def _partial_score(run: Run, row: Difference) -> str:
+    """Return the score of a row, with its own interval where the unit stopped."""
+    stopping = run.stopping.get(row.task) if row.of is not None else None
+    low, high = (
+        stopping.score_interval(row.task, row.metric) if stopping else (None, None)
+    )
+    within = (
+        "" if low is None or high is None else f" ({_score(low)} to {_score(high)})"
+    )
+    return f"{_score(row.score)}{within}"
+
+
+def _score_cell(row: Difference | None) -> Cell:
     if row is None:
         return Cell("-")
     mark = row.verdict if row.verdict in ("better", "worse") else ""
     text = f"{_score(row.score)} {_MARKS.get(row.verdict, '')}".rstrip()
     if row.of is not None:
-        stopping = run.stopping.get(row.task)
-        ends = stopping.score_interval(row.task, row.metric) if stopping else ()
-        interval = " to ".join(_score(end) for end in ends if end is not None)
-        text += f" ({', '.join(filter(None, (interval, documents_text(row))))})"
+        text += f" ({documents_text(row)})"
     return Cell(text, mark)
 
 
