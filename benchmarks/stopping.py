@@ -3,11 +3,11 @@
 Four parts. ``errors``: sweeps of seven sizes without any difference, and how many decide one
 wrongly. ``study``: the differences that the study of Llama-3.2 published (a CSV file as
 ``tests/data/study_benchmarks.csv``), drawn document by document, and how often stopping comes to
-the verdict of all documents, after how many. ``replay``: the same for a complete sweep on the
-disk, in many orders of its documents. ``cost``: what blocks of few documents cost on a model.
+the verdict of all documents, after how many. ``replay``: the same for complete sweeps on the
+disk, in many orders of their documents (`stopping_replay`). ``cost``: what blocks of few documents cost on a model.
 
     python benchmarks/stopping.py errors study
-    python benchmarks/stopping.py replay --sweep FOLDER
+    python benchmarks/stopping.py replay --sweeps FOLDER --orders 200
     python benchmarks/stopping.py cost --task truthfulqa_mc1 --limit 150
 
 The tables stand in ``docs/measurements/stopping.md``. Simulated parts draw nothing twice: the same
@@ -22,21 +22,14 @@ import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import stats
 
 from lm_eval_pruned.analysis import statistics
-from lm_eval_pruned.analysis.comparison import split_sweep
-from lm_eval_pruned.analysis.pairing import paired_documents
-from lm_eval_pruned.analysis.series import primary_metrics
-from lm_eval_pruned.analysis.sweep_results import read_sweep
+from lm_eval_pruned.analysis.stopping import StopRule
 from lm_eval_pruned.util.tables import markdown_table
 
-
-if TYPE_CHECKING:
-    from lm_eval_pruned.analysis.samples import Documents
 
 ALPHA = 0.05
 #: Documents of the study's tasks, and the metric that decides.
@@ -282,46 +275,6 @@ def study(cases: list[Case], times: int, correlation: float) -> list[Replay]:
     return found
 
 
-def replay(sweep: str, times: int) -> list[Replay]:
-    """Shuffle the documents of a complete sweep, and stop."""
-    base, runs = split_sweep(list(read_sweep(sweep).runs), sweep)
-    rng = np.random.default_rng(2)
-    found = []
-    for task, metric in primary_metrics([base, *runs]):
-        pairs = [paired_documents(base, run, task, metric) for run in runs]
-        usable = [pair for pair in pairs if pair is not None]
-        documents = len(usable[0][0].keys)
-        counts, _ = _levels(documents, len(usable))
-        p = np.ones((times, len(usable), len(counts)))
-        for one in range(times):
-            order = rng.permutation(documents)
-            for size, pair in enumerate(usable):
-                for look, count in enumerate(counts):
-                    chosen = order[:count]
-                    p[one, size, look] = _p_of(pair, chosen)
-        full = np.array([_p_of(pair, np.arange(documents)) for pair in usable])
-        found.append(replayed(task, documents, p, np.tile(full, (times, 1))))
-    return found
-
-
-def _p_of(pair: tuple[Documents, Documents], chosen: np.ndarray) -> float:
-    base, run = pair
-    test = statistics.paired_difference(
-        base.values[chosen],
-        run.values[chosen],
-        weights=run.weights[chosen],
-        clusters=run.clusters and [run.clusters[place] for place in chosen],
-        transform=run.transform,
-    )
-    if test.p is None or test.method.startswith("McNemar"):
-        return 1.0 if test.p is None else test.p
-    if len(chosen) < statistics.LEAST_OF_MEANS:
-        return 1.0
-    clusters = run.clusters and [run.clusters[place] for place in chosen]
-    values = base.values[chosen], run.values[chosen], run.weights[chosen]
-    return max(test.p, 2 * min(statistics.skewed_tails(*values, clusters)))
-
-
 def as_table(found: list[Replay]) -> str:
     """Return one row per task, over models and sizes, and one for all."""
     groups = {
@@ -410,16 +363,18 @@ def main(argv: list[str] | None = None) -> None:
     parts = ("errors", "study", "replay", "cost")
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--times", type=int, default=10_000, help="sweeps of errors")
-    parser.add_argument(
-        "--study-times", type=int, default=500, help="sweeps of study and of replay"
-    )
+    parser.add_argument("--study-times", type=int, default=500, help="sweeps of study")
     parser.add_argument(
         "--study-file", type=Path, default=Path("tests/data/study_benchmarks.csv")
     )
     parser.add_argument(
         "--correlations", type=float, nargs="+", default=[0.2, 0.45, 0.8]
     )
-    parser.add_argument("--sweep", help="folder of a complete sweep, for replay")
+    parser.add_argument(
+        "--sweeps", nargs="+", default=[], help="folders of complete sweeps, for replay"
+    )
+    parser.add_argument("--orders", type=int, default=200, help="orders of replay")
+    parser.add_argument("--rule", default="decided", help="of replay, as --stop_when")
     parser.add_argument("--pretrained", help="for cost; default: SmolLM2-135M-Instruct")
     parser.add_argument("--task", default="pruned_demo_truthfulness", help="for cost")
     parser.add_argument("--limit", type=int, default=100, help="documents of cost")
@@ -434,11 +389,15 @@ def main(argv: list[str] | None = None) -> None:
                 found = study(cases, arguments.study_times, correlation)
                 print(f"correlation {correlation:g}\n\n{as_table(found)}\n")
         elif part == "replay":
-            if not arguments.sweep:
+            if not arguments.sweeps:
                 parser.error(
-                    "replay needs --sweep FOLDER, the folder of a complete sweep"
+                    "replay needs --sweeps FOLDER, of a sweep that is complete"
                 )
-            print(f"{as_table(replay(arguments.sweep, arguments.study_times))}\n")
+            from stopping_replay import as_table as replays, replay
+
+            rule = StopRule(arguments.rule)
+            found = [replay(each, arguments.orders, rule) for each in arguments.sweeps]
+            print(f"{replays([unit for units in found for unit in units])}\n")
         else:
             ways = cost(
                 arguments.pretrained, arguments.task, arguments.limit, arguments.repeat

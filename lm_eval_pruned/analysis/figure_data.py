@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis.comparison_table import interval_text, number_text, p_text
+from lm_eval_pruned.analysis.comparison_table import (
+    documents_text,
+    interval_text,
+    number_text,
+    p_text,
+)
 from lm_eval_pruned.analysis.families import FAMILIES, family_of
 from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import is_share, primary_metrics
@@ -26,6 +31,8 @@ SIGNIFICANT, NOT_SHOWN, NOT_TESTED, UNPRUNED = MARKS = (
     "not tested",
     "unpruned",
 )
+#: The shape of a point whose unit stopped before its last document.
+PARTIAL = "partial"
 #: What may stand on the horizontal axis, by key in the points.
 AXES = {
     "ratio": "expansion ratio (intermediate size / hidden size)",
@@ -63,6 +70,10 @@ class Curves:
         """Return the axes on which there is more than one place."""
         places = {axis: {point[axis] for point in self.points} for axis in AXES}
         return [axis for axis, found in places.items() if len(found - {None}) > 1]
+
+    def partial(self) -> bool:
+        """Return whether a unit stopped before its last document."""
+        return any(point["shape"] == PARTIAL for point in self.points)
 
     def families(self) -> list[str]:
         """Return the families that have points, in the order of legends."""
@@ -112,14 +123,17 @@ def curves_of(
                 continue
             row = found.get((run.name, task, metric))
             value = scores[run.name]
-            ends = _ends(run is base, base.scores[task, metric].value, value, row)
+            # Of a unit that stopped, both scores are of the documents that it used.
+            reference = row.base_score if row else base.scores[task, metric].value
+            ends = _ends(run is base, reference, row, share)
             point: dict[str, Any] = {**about, **costs[run.name]}
             for name, scale in measures.items():
-                place = finite_or_none(scale(value))
+                place = finite_or_none(scale(reference, value))
                 if place is None:
                     continue
                 within = [
-                    finite_or_none(None if end is None else scale(end)) for end in ends
+                    finite_or_none(None if end is None else scale(reference, end))
+                    for end in ends
                 ]
                 point[name] = place
                 low, high = within
@@ -135,7 +149,7 @@ def curves_of(
             level = getattr(known, kind, None)
             if level is not None and share:
                 places = {
-                    name: scale(level)
+                    name: scale(base.scores[task, metric].value, level)
                     for name, scale in measures.items()
                     if name != "above_chance"
                 }
@@ -149,17 +163,20 @@ def _measures(
     metric: str,
     scores: Mapping[str, float],
     levels: Levels | None,
-) -> tuple[dict[str, Callable[[float], float | None]], list[str]]:
-    """Return the scales on which a task can be drawn, and why it cannot be on others."""
+) -> tuple[dict[str, Callable[[float, float], float | None]], list[str]]:
+    """Return the scales on which a task can be drawn, and why it cannot be on others.
+
+    A scale takes the unpruned model's score and the one that is placed.
+    """
     score = base.scores[task, metric]
     falls = score.higher_is_better is False
     factor = 100 if is_share(metric, scores.values()) else 1
-    measures: dict[str, Callable[[float], float | None]] = {
-        "raw": lambda value: factor * value
+    measures: dict[str, Callable[[float, float], float | None]] = {
+        "raw": lambda _, value: factor * value
     }
     notes = []
     if score.value:
-        measures["relative"] = lambda value: _share(score.value, value, falls)
+        measures["relative"] = lambda base, value: _share(base, value, falls)
     else:
         notes.append(
             f"{task} is not drawn relative to the unpruned model, which scores 0: no other score "
@@ -169,11 +186,14 @@ def _measures(
     if chance is not None and not falls:
         above = score.value - chance
         if above > _ABOVE * (score.stderr or 0) and above > 0:
-            measures["above_chance"] = lambda value: 100 * (value - chance) / above
+            measures["above_chance"] = lambda base, value: (
+                100 * (value - chance) / (base - chance) if base > chance else None
+            )
         else:
             notes.append(
                 f"{task} is not drawn above chance: the unpruned model scores {score.value:.1%} "
-                f"where guessing scores {chance:.1%}, so there is nothing above chance to lose."
+                f"where guessing scores {chance:.1%}. What is above chance is less than two standard "
+                "errors, too little to take shares of."
             )
     return measures, notes
 
@@ -186,14 +206,16 @@ def _share(base: float, score: float, falls: bool) -> float | None:
 
 
 def _ends(
-    is_base: bool, base: float, value: float, row: Difference | None
+    is_base: bool, base: float, row: Difference | None, share: bool
 ) -> tuple[float | None, float | None]:
     """Return the interval of a score: what the paired test leaves of its difference."""
     if is_base:
-        return value, value
+        return base, base
     if row is None or row.low is None or row.high is None:
         return None, None
-    return base + row.low, base + row.high
+    low, high = base + row.low, base + row.high
+    # The interval of a difference may reach beyond what a share can be.
+    return (max(0.0, low), min(1.0, high)) if share else (low, high)
 
 
 def _told(
@@ -209,8 +231,10 @@ def _told(
     if row is not None and row.q is not None:
         mark = NOT_SHOWN if row.verdict == "not shown" else SIGNIFICANT
     documents = base.scores[row.task, metric].documents if row else None
+    stopped = row is not None and row.of is not None and mark != NOT_TESTED
     told = {
         "mark": mark,
+        "shape": PARTIAL if stopped else mark,
         "configuration": run.name,
         "metric": metric.removesuffix(",none"),
         "score": f"{value:.4g}",
@@ -221,7 +245,7 @@ def _told(
             "interval": interval_text(row.low, row.high, 4),
             "q": p_text(row.q),
             "detectable": number_text(row.smallest_detectable, ".4f"),
-            "n": f"{row.documents or documents or '-'}",
+            "n": documents_text(replace(row, documents=row.documents or documents)),
         }
     return told
 

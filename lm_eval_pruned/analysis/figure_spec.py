@@ -16,6 +16,7 @@ from lm_eval_pruned.analysis.figure_data import (
     MEASURES,
     NOT_SHOWN,
     NOT_TESTED,
+    PARTIAL,
     SIGNIFICANT,
 )
 from lm_eval_pruned.analysis.figure_labels import (
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 LABELS = 128
 _DASHES: tuple[Sequence[int], ...] = ([], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 6])
 _CROSS = "M-.6,-.6L.6,.6M-.6,.6L.6,-.6"
+#: Larger than Vega's own, so that it is told from a circle at a glance.
+_DIAMOND = "M0,-1.5L1.3,0L0,1.5L-1.3,0Z"
 #: Leaves what belongs to a family that is chosen, or to none.
 _SHOWN = (
     "isValid(datum.family) ? indexof(shown, datum.family) >= 0 : !isValid(datum.families)"
@@ -225,9 +228,14 @@ def _spec(
             "order": {"field": "ratio", "type": "quantitative", "sort": "descending"},
         },
     }
-    shapes = {SIGNIFICANT: "circle", NOT_SHOWN: "circle", NOT_TESTED: _CROSS}
+    shapes = {
+        SIGNIFICANT: "circle",
+        NOT_SHOWN: "circle",
+        NOT_TESTED: _CROSS,
+        PARTIAL: _DIAMOND,
+    }
     marks = {
-        "transform": [{"filter": {"field": "mark", "oneOf": list(shapes)}}],
+        "transform": [{"filter": {"field": "shape", "oneOf": list(shapes)}}],
         "mark": {"type": "point", "size": 46, "strokeWidth": 1.6, "opacity": 1},
         "encoding": {
             **place,
@@ -237,7 +245,7 @@ def _spec(
                 "value": "var(--ground)",
             },
             "shape": {
-                "field": "mark",
+                "field": "shape",
                 "type": "nominal",
                 "legend": None,
                 "scale": {"domain": list(shapes), "range": list(shapes.values())},

@@ -6,15 +6,13 @@ can end, and the page's script writes them with ``textContent`` alone.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.answers import shared_beginning
 from lm_eval_pruned.analysis.flips import KINDS
-from lm_eval_pruned.analysis.report_page import run_label
+from lm_eval_pruned.analysis.report_page import only_these, run_label
 
 
 if TYPE_CHECKING:
@@ -53,12 +51,11 @@ def as_flips_page(
     loader = PackageLoader("lm_eval_pruned.analysis", ".")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
     script = loader.get_source(environment, "flips_page.js")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("flips_page.html").render(
         title=title,
         data=script_json(_data(base, others, changed, texts)),
         script=script,
-        script_hash=f"sha256-{digest}",
+        allowed=only_these([script]),
     )
 
 

@@ -38,6 +38,8 @@ for (const figure of document.querySelectorAll("[data-figure]")) {
       const view = await vegaEmbed(drawing, spec, {
         renderer: "svg",
         actions: false,
+        // Interpreted, because the page's policy forbids to compile.
+        ast: true,
         defaultStyle: false,
         tooltip: { disableDefaultStyle: true },
       });

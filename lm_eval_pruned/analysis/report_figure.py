@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import vl_convert
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.analysis.comparison_rows import Comparison
+    from lm_eval_pruned.analysis.figure_data import Curves
     from lm_eval_pruned.analysis.figure_spec import Panel
     from lm_eval_pruned.analysis.levels import Levels
     from lm_eval_pruned.analysis.results_file import Run
@@ -54,7 +56,7 @@ class Figure:
         data: JSON that the page's script reads: points and specifications.
         panels: Title and ``<svg>`` of each panel as it is first shown, for readers without
             scripts.
-        script: Vega-Lite, as JavaScript.
+        scripts: Vega-Lite, and what draws the figure with it.
     """
 
     title: str
@@ -63,7 +65,7 @@ class Figure:
     families: Mapping[str, str]
     data: str
     panels: Sequence[tuple[str, str]]
-    script: str
+    scripts: Sequence[str]
 
 
 def figure_section(
@@ -82,6 +84,7 @@ def figure_section(
     """
     series: dict[str, Any] = {}
     plots, notes, families, axes = [], [], set(), set()
+    partial = False
     for name, members in series_of(runs).items():
         curves = curves_of(members, base, comparison, levels)
         if not curves.axes():
@@ -97,11 +100,10 @@ def figure_section(
         families |= set(curves.families())
         axes |= set(curves.axes())
         notes += curves.notes
+        partial = partial or curves.partial()
         for measure, found in panels.items():
             if found:
-                plots.append(
-                    _plot(name, measure, found, curves.points, comparison.alpha)
-                )
+                plots.append(_plot(name, measure, found, curves, comparison.alpha))
     if not series:
         return None
     first = next(iter(series.values()))
@@ -115,7 +117,7 @@ def figure_section(
     }
     figure = Figure(
         "What pruning takes, and what it leaves",
-        _description(comparison.alpha),
+        _description(comparison.alpha, partial),
         {
             "measure": ("Scores", {name: _MEASURES[name] for name in drawn}),
             "axis": (
@@ -132,7 +134,10 @@ def figure_section(
             (panel["title"], _svg(next(iter(panel["specs"].values())), first["points"]))
             for panel in first["panels"][drawn[0]]
         ],
-        vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
+        [
+            vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
+            files(__package__).joinpath("report_figure.js").read_text("utf-8"),
+        ],
     )
     return Section(
         figure.title, figure=figure, plots=plots, notes=list(dict.fromkeys(notes))
@@ -146,11 +151,15 @@ _MEASURES = {
 }
 
 
-def _description(alpha: float) -> str:
+def _description(alpha: float, partial: bool) -> str:
+    diamonds = (
+        "Diamonds are partial scores: the unit stopped when it was decided, score and unpruned "
+        "score are of the documents that it used, and the interval holds for stopping. "
+    )
     return (
         "One line for each task, from the unpruned model at the left to the smallest at the right. Filled points differ "
         f"significantly from the unpruned model (q < {alpha:g}); of open ones no difference was shown; crosses "
-        f"were not tested. Bands are {1 - alpha:.0%} intervals of the paired difference. Dashed rules "
+        f"were not tested. {diamonds * partial}Bands are {1 - alpha:.0%} intervals of the paired difference. Dashed rules "
         "are chance, dotted ones the level of always giving the commonest answer, where the samples "
         "tell. Relative to unpruned, perplexities are inverted (unpruned / pruned), so that up is better; "
         "as they are, less is better, and the axis may be logarithmic."
@@ -168,7 +177,7 @@ def _plot(
     series: str,
     measure: str,
     panels: Sequence[Panel],
-    points: Sequence[Mapping[str, Any]],
+    curves: Curves,
     alpha: float,
 ) -> Plot:
     """Return a measure over the expansion ratio as files, in the colours of paper."""
@@ -184,6 +193,7 @@ def _plot(
             "text": f"{title} ({series})",
             "subtitle": [
                 f"filled: significant (q < {alpha:g}); open: not shown; crosses: not tested",
+                *(["diamonds: partial, stopped when decided"] * curves.partial()),
                 f"bands: {1 - alpha:.0%} interval of the paired difference",
                 *(["dashed: chance; dotted: commonest answer"] * (measure == "raw")),
             ],
@@ -191,7 +201,7 @@ def _plot(
             "color": "var(--ink)",
             "subtitleColor": "var(--quiet)",
         },
-        "datasets": {"points": points},
+        "datasets": {"points": curves.points},
         "hconcat": [
             {
                 key: value
@@ -218,7 +228,7 @@ def _plot(
     return Plot(
         f"{name}-{slug(series)}",
         f"{title} ({series})",
-        _description(alpha),
+        _description(alpha, curves.partial()),
         "",
         svg,
         vl_convert.vegalite_to_png(text, scale=2),

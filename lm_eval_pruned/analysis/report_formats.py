@@ -6,6 +6,7 @@ import base64
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
+from lm_eval_pruned.analysis.report_page import only_these
 from lm_eval_pruned.util.palette import variables
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
@@ -28,7 +29,10 @@ _COLUMNS = (
     "higher_is_better",
     "score",
     "stderr",
+    "score_low",
+    "score_high",
     "documents",
+    "of",
     "base",
     "difference",
     "relative",
@@ -65,6 +69,14 @@ def as_html(title: str, subtitle: str, sections: Sequence[Section], scores: str)
         subtitle=subtitle,
         sections=sections,
         scores=base64.b64encode(scores.encode("utf-8")).decode("ascii"),
+        allowed=only_these(
+            [
+                script
+                for section in sections
+                if section.figure
+                for script in section.figure.scripts
+            ]
+        ),
         colours={scheme: variables(scheme) for scheme in ("light", "dark")},
     )
 
@@ -113,8 +125,13 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
                 compared = {
                     name: getattr(row, name)
                     for name in _COLUMNS
-                    if name in Difference.__dataclass_fields__ and name != "documents"
+                    if name in Difference.__dataclass_fields__
+                    and name not in ("documents", "of")
                 }
+            if stopping := run.stopping.get(task):
+                low, high = stopping.score_interval(task, metric)
+                of = stopping.of if stopping.is_partial else None
+                compared |= {"score_low": low, "score_high": high, "of": of}
             compared.update(
                 run=run.name,
                 expansion_ratio=run.expansion_ratio,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -70,6 +72,18 @@ class Section:
     folded: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
     links: Sequence[tuple[str, str]] = ()
+
+
+def only_these(scripts: Sequence[str]) -> str:
+    """Return the ``script-src`` of a page's policy that runs these scripts and no other.
+
+    Example:
+        >>> only_these([])
+        "'none'"
+    """
+    digests = (hashlib.sha256(script.encode("utf-8")).digest() for script in scripts)
+    sources = [f"'sha256-{base64.b64encode(each).decode()}'" for each in digests]
+    return " ".join(sources) or "'none'"
 
 
 def run_label(run: Run) -> str:

@@ -18,6 +18,7 @@ from lm_eval_pruned.analysis.report_page import Cell, Section, Table, run_label
 from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import primary_metrics, scale_name, series_name
 from lm_eval_pruned.analysis.settings import setting_of
+from lm_eval_pruned.analysis.stopped_rows import stopping_of
 
 
 if TYPE_CHECKING:
@@ -73,16 +74,33 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
             ]
         )
     columns = ["task", "metric", run_label(base)] + [run_label(run) for run in runs]
-    tests = sorted({row.method for row in comparison.rows})
-    tested = sum(row.q is not None for row in comparison.rows)
+    # How many documents each was made on stands in the table.
+    tests = sorted(
+        {re.sub(r", (partial|all): .*$", "", row.method) for row in comparison.rows}
+    )
+    by_name = {run.name: run for run in runs}
+    stopped = [
+        stopping_of(base, by_name[row.run], row.task) is not None
+        for row in comparison.rows
+        if row.q is not None
+    ]
+    corrections = [f"Benjamini-Hochberg over {stopped.count(False)} comparisons"]
+    if any(stopped):
+        holm = "Holm over the sizes of each task whose units could stop"
+        corrections = [*(corrections if not all(stopped) else ()), holm]
     legend = (
         "\u2191 higher is better, \u2193 lower is better. \u25b2 better and \u25bc worse than the unpruned model, "
-        f"\u25c6 different, significant at {comparison.alpha:g} after Benjamini-Hochberg over {tested} "
-        "comparisons, one metric for each task; \u25cb no difference shown, "
+        f"\u25c6 different, significant at {comparison.alpha:g} after {' and '.join(corrections)}, "
+        "one metric for each task; \u25cb no difference shown, "
         "which is not the same as none; \u00d7 not tested. \u2020 restates the same answers in another metric: outside of "
         "the correction, without marks. Differences with intervals, p, q and the smallest "
         "detectable difference stand in the next table."
     )
+    if any(row.of is not None for row in comparison.rows):
+        legend += (
+            " A score marked as partial is of a unit that stopped when it was decided; its "
+            "interval, which holds for stopping, stands in the next table as well."
+        )
     return Section(
         "Scores",
         [
@@ -98,6 +116,7 @@ def differences_section(
 ) -> Section | None:
     """Each difference that was tested or could not be, with what else could have been seen."""
     ratios = {run.name: run.expansion_ratio for run in others}
+    runs = {run.name: run for run in others}
     labels = {run.name: run_label(run) for run in others}
     rows: list[list[Cell | str]] = []
     tasks = {row.task: None for row in comparison.rows}
@@ -118,25 +137,29 @@ def differences_section(
                     mark,
                 ),
                 _score(row.base_score),
-                _score(row.score),
+                _partial_score(runs[row.run], row),
                 Cell(f"{row.difference:+.4f}", mark),
                 interval_text(row.low, row.high, 4),
                 number_text(row.smallest_detectable, ".4f"),
                 p_text(row.q),
-                str(row.documents or "-"),
+                documents_text(row),
             ]
         )
     if not rows:
         return None
+    explanation = (
+        "A difference of the smallest detectable size would have been found with a chance of 80 %, "
+        "at the level that the correction leaves to its row. n counts the documents that both "
+        "were scored on."
+    )
+    if any(row.of is not None for row in comparison.rows):
+        explanation += (
+            " Where n is partial, both scores are of the documents that were used; the interval of "
+            "the score beside it, that of the difference and q hold for stopping."
+        )
     return Section(
         "Differences from the unpruned model",
-        [
-            (
-                "A difference of the smallest detectable size would have been found with a chance "
-                "of 80 %, at the level that the correction leaves to its row. n counts the "
-                "documents that both were scored on."
-            )
-        ],
+        [explanation],
         table=Table(
             "Differences from the unpruned model",
             ["task", "metric", "configuration", "verdict", "unpruned", "score"]
@@ -301,6 +324,18 @@ _WORDS = {
     **dict.fromkeys(("better", "worse", "different"), "significant"),
     "not shown": "no difference shown",
 }
+
+
+def _partial_score(run: Run, row: Difference) -> str:
+    """Return the score of a row, with its own interval where the unit stopped."""
+    stopping = run.stopping.get(row.task) if row.of is not None else None
+    low, high = (
+        stopping.score_interval(row.task, row.metric) if stopping else (None, None)
+    )
+    within = (
+        "" if low is None or high is None else f" ({_score(low)} to {_score(high)})"
+    )
+    return f"{_score(row.score)}{within}"
 
 
 def _score_cell(row: Difference | None) -> Cell:

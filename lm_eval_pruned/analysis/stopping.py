@@ -102,41 +102,44 @@ class Looks:
         Raises:
             ResultsError: Base and run do not belong together.
         """
-        number = len(self._p)
-        count, level = self._counts[number], self._levels[number]
         metric = next(
             (m for t, m in primary_metrics([self._base, run]) if t == task), ""
         )
-        so_far = Stopping(
-            rule=self._rule.text,
-            task=task,
-            metric=metric,
-            documents=count,
-            of=self._counts[-1],
-            reason="no test",
-            level=LEVEL,
-            sizes=self._sizes,
-            looks=self._counts[: number + 1],
-            p=(),
-            p_margin=(),
-            nominal_level=level,
-            difference=None,
-            low=None,
-            high=None,
-            scores={},
-        )
         # That a run is partial is known here before its results file says so.
-        run = replace(run, stopping={task: so_far})
+        run = replace(run, stopping={task: self._so_far(task, metric)})
         pair = paired_documents(self._base, run, task, metric) if metric else None
+        scores = tuple(
+            each.scores[task, metric].value if metric else 0.0
+            for each in (self._base, run)
+        )
+        return self.look(task, metric, pair, scores)
+
+    def look(
+        self,
+        task: str,
+        metric: str,
+        pair: tuple[Documents, Documents] | None,
+        scores: tuple[float, ...],
+    ) -> Stopping | None:
+        """Look at the documents so far.
+
+        Args:
+            task: The unit's task or group.
+            metric: The metric that decides.
+            pair: Its first documents, as many as the next look has: of the unpruned model and
+                of the unit, in one order. None where there are none to compare.
+            scores: Of the unpruned model and of the unit, which give a relative margin its size.
+
+        Returns:
+            What ended the comparison, or None where it goes on.
+        """
+        so_far = self._so_far(task, metric)
+        number, count, level = len(self._p), so_far.documents, so_far.nominal_level
         test = paired_test(pair, level) if pair else None
         p = _p(pair, test) if pair and test else None
         self._p.append(p)
         claim = None
         if pair and test and self._rule.margin:
-            scores = (
-                self._base.scores[task, metric].value,
-                run.scores[task, metric].value,
-            )
             size = self._rule.margin.size(*scores)
             claim = None if size is None else _p_margin(pair, test, size)
         if self._rule.margin:
@@ -154,6 +157,27 @@ class Looks:
             tested = any(p is not None for p in self._p)
             return replace(so_far, reason="all documents" if tested else "no test")
         return None
+
+    def _so_far(self, task: str, metric: str) -> Stopping:
+        number = len(self._p)
+        return Stopping(
+            rule=self._rule.text,
+            task=task,
+            metric=metric,
+            documents=self._counts[number],
+            of=self._counts[-1],
+            reason="no test",
+            level=LEVEL,
+            sizes=self._sizes,
+            looks=self._counts[: number + 1],
+            p=(),
+            p_margin=(),
+            nominal_level=self._levels[number],
+            difference=None,
+            low=None,
+            high=None,
+            scores={},
+        )
 
 
 def with_scores(stopping: Stopping, run: Run) -> Stopping:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 #: Why a unit stopped.
 REASONS = ("difference", "equivalent", "all documents", "no test")
+_NO_ENDS = (None, None)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ class Stopping:
     def fractions(self) -> tuple[float, ...]:
         """Share of the documents that were used at each look."""
         return tuple(count / self.of for count in self.looks)
+
+    def score_interval(
+        self, task: str, metric: str
+    ) -> tuple[float | None, float | None]:
+        """Return the interval of a score, or no ends where it is not known."""
+        return self.scores.get(metric, _NO_ENDS) if task == self.task else _NO_ENDS
 
     def as_dict(self) -> dict[str, Any]:
         """Return the block ``stopping`` of a results file."""

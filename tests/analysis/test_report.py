@@ -157,9 +157,12 @@ def test_the_page_needs_nothing_from_elsewhere(page):
     (policy,) = (a for tag, a in elements(page) if "http-equiv" in a)
     rules = dict(rule.split(None, 1) for rule in policy["content"].split("; "))
     assert rules.pop("default-src") == "'none'"
+    scripts = rules.pop("script-src")
+    assert re.fullmatch(r"'sha256-[\w+/]+=' 'sha256-[\w+/]+='", scripts)
     assert rules == {
         "style-src": "'unsafe-inline'",
-        "script-src": "'unsafe-inline' 'unsafe-eval'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 from xml.etree import ElementTree
@@ -25,6 +26,7 @@ from lm_eval_pruned.analysis.figure_labels import spread
 from lm_eval_pruned.analysis.figure_spec import panels_of
 from lm_eval_pruned.analysis.levels import Levels
 from lm_eval_pruned.analysis.series import series_of
+from lm_eval_pruned.analysis.stopping_record import Stopping
 from lm_eval_pruned.analysis.sweep_results import read_sweep
 
 
@@ -201,6 +203,73 @@ def test_files_beside_the_page_are_in_the_colours_of_paper(sweep):
         assert palette.FAMILIES["light"]["knowledge"] in text
         png = (sweep / f"report/plots/{name}.png").read_bytes()
         assert png.startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A sweep of which one unit was decided after 20 documents of `N`."""
+    folder = tmp_path_factory.mktemp("stopped")
+    before, after = answers(0.7, 1), [0.0] * 20
+    write_sweep(
+        folder,
+        {
+            "p0": (0, {"mmlu": {"acc,none": before}}),
+            "p20": (20, {"mmlu": {"acc,none": answers(0.6, 2)}}),
+            "p60": (60, {"mmlu": {"acc,none": after}}),
+        },
+    )
+    lost = -sum(before[:20]) / 20
+    record = Stopping(
+        *("decided", "mmlu", "acc,none", 20, N, "difference", 0.05, 2),
+        *((20,), (1e-5,), (), 0.006, lost, lost - 0.2, lost + 0.2),
+        {"acc,none": (0.0, 0.3)},
+    )
+    (file,) = folder.glob("units/p60/mmlu/results_*.json")
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({**data, "stopping": record.as_dict()}))
+    report.write_report(folder)
+    return folder
+
+
+def test_a_partial_score_is_drawn_with_the_documents_it_has(stopped):
+    base, others = split_sweep(list(read_sweep(stopped).runs), str(stopped))
+    ((_, members),) = series_of([base, *others]).items()
+    comparison = compare(base, others)
+    curves = curves_of(members, base, comparison, {("mmlu", "acc,none"): Levels(0.25)})
+    full, partial = (point(curves, "mmlu", name) for name in ("p20", "p60"))
+    assert (full["shape"], partial["shape"]) == (full["mark"], "partial")
+    assert full["n"] == str(N)
+    assert partial["n"] == f"partial: 20 of {N}"
+    assert partial["mark"] == "significant"
+    # Its interval is that of the look, and all of it is of the same documents.
+    (row,) = (each for each in comparison.rows if each.run == "p60")
+    assert partial["raw"] == 0
+    assert row.base_score + row.low < partial["raw_low"] == 0
+    assert partial["raw_high"] == pytest.approx(100 * (row.base_score + row.high))
+    assert partial["relative_high"] == pytest.approx(
+        100 * (1 + row.high / row.base_score)
+    )
+    chance = 100 * (0 - 0.25) / (row.base_score - 0.25)
+    assert partial["above_chance"] == pytest.approx(chance)
+
+
+def test_a_partial_score_has_a_mark_of_its_own_in_every_format(stopped, sweep):
+    legend = "diamonds: partial"
+    for measure in ("capabilities", "scores"):
+        name = f"report/plots/{measure}-maw.svg"
+        assert legend in "".join(ElementTree.parse(stopped / name).getroot().itertext())  # noqa: S314
+        assert legend not in (sweep / name).read_text(encoding="utf-8")
+    for name in ("report.html", "report.md"):
+        text = (stopped / "report" / name).read_text(encoding="utf-8")
+        assert "Diamonds are partial" in text
+        assert f"partial: 20 of {N}" in text
+        assert "Diamonds" not in (sweep / "report" / name).read_text(encoding="utf-8")
+    rows = list(csv.DictReader((stopped / "report/results.csv").open()))
+    (partial,) = (row for row in rows if row["of"])
+    assert (partial["documents"], partial["of"]) == ("20", str(N))
+    assert (partial["score_low"], partial["score_high"]) == ("0.0", "0.3")
+    assert "0.0000 (0.0000 to 0.3000)" in text
+    assert "McNemar mid-p, group sequential." in text
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -406,3 +475,16 @@ def test_it_is_printed_dark_on_white_whatever_the_screen(shown):
     )
     assert shown.ask("document.querySelectorAll('.panels svg').length") >= 2
     shown.look(1280)
+
+
+@pytest.mark.slow
+def test_a_browser_tells_a_partial_score_apart(shown, stopped):
+    shown.look(1280)
+    one = READY.replace("> 9", "> 1")
+    shown.open(stopped / "report/report.html", one)
+    shapes = shown.ask(
+        "[...document.querySelectorAll('.panels .mark-symbol path')]"
+        ".filter((path) => getComputedStyle(path).opacity > 0)"
+        ".map((path) => path.getAttribute('d').includes('A') ? 'circle' : 'diamond')"
+    )
+    assert sorted(shapes) == ["circle", "diamond"]

@@ -7,7 +7,9 @@ import pytest
 from scipy import stats
 
 from lm_eval_pruned.analysis.statistics import paired_difference, skewed_tails
+from lm_eval_pruned.analysis.stopping import StopRule
 from tests.helpers import checkpoints
+from tests.helpers.results_files import write_sweep
 
 
 STUDY = checkpoints.ROOT / "tests" / "data" / "study_benchmarks.csv"
@@ -51,6 +53,31 @@ def test_the_benchmark_makes_the_p_values_of_compare(stopping):
     right = paired_difference([1, 0, 0, 0, 1], [0, 1, 1, 1, 1])
     found = stopping.mid_p(np.array([3]), np.array([1]))
     assert found[0] == pytest.approx(right.p)
+
+
+def test_a_complete_sweep_is_stopped_in_many_orders(script, tmp_path):
+    """Of two sizes, one lost half of its answers and the other none."""
+    rng = np.random.default_rng(0)
+    base = (rng.random(300) < 0.8).astype(float)
+    same, half = base.copy(), base * (rng.random(300) < 0.5)
+    flips = rng.choice(300, 20, replace=False)
+    same[flips] = 1 - same[flips]
+    runs = {"p0": (0, base), "p20": (20, same), "p60": (60, half)}
+    write_sweep(
+        tmp_path,
+        {
+            name: (percent, {"boolq": {"acc,none": values.tolist()}})
+            for name, (percent, values) in runs.items()
+        },
+    )
+    replaying = script("stopping_replay")
+    (found,) = replaying.replay(str(tmp_path), 20, StopRule("decided"))
+    assert found.whole[1] == found.compared[1] == -1
+    assert (found.shown[:, 1] == -1).all()
+    assert np.median(300 / found.used[:, 1]) >= 3
+    assert (found.used[:, 0] == 300).mean() >= 0.9
+    row = replaying.as_table([found]).splitlines()[-1].split("|")
+    assert row[1:6] == ["boolq", "300", "2", "20", str(np.count_nonzero(found.whole))]
 
 
 def test_holm_is_what_compare_does(stopping):

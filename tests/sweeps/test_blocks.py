@@ -21,6 +21,7 @@ from lm_eval_pruned.analysis.margins import Margin
 from lm_eval_pruned.analysis.report import write_report
 from lm_eval_pruned.analysis.results_file import ResultsError
 from lm_eval_pruned.analysis.sweep_results import read_sweep
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.sweeps.block_options import read_block_options
 from lm_eval_pruned.sweeps.document_order import DocumentOrder
 from lm_eval_pruned.sweeps.plan import Sweep
@@ -307,13 +308,28 @@ def test_order_takes_members_in_proportion():
     [
         ({"stop_when": "soon"}, "stop_when=soon"),
         ({"stop_when": "decided", "log_samples": False}, "log_samples is False"),
-        ({"stop_when": "decided", "ray": True}, "leave --ray out"),
+        ({"stop_when": "decided", "ray": True}, "stop_when=decided .* leave --ray out"),
+        ({"block_size": 8, "ray": "10.0.0.5:6379"}, "block_size=8 .* leave --ray out"),
         ({"block_size": 0}, "block_size=0"),
     ],
 )
 def test_what_cannot_be_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         read_block_options(options)
+
+
+@pytest.mark.parametrize("blocks", [{"stop_when": "decided"}, {"block_size": 8}])
+def test_blocks_on_ray_are_refused_before_anything_starts(
+    stopped, tmp_path, monkeypatch, blocks
+):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(PrunedHFLM, "__init__", lambda *_, **__: pytest.fail("loaded"))
+    kept = {k: v for k, v in stopped.items() if k not in ("stop_when", "block_size")}
+    folder = tmp_path / "sweep"
+    with pytest.raises(ValueError, match="which Ray's workers do not see") as error:
+        run_sweep({**kept, **blocks, "ray": True, "output_path": str(folder)})
+    assert "\n" not in str(error.value)
+    assert not folder.exists()
 
 
 def test_several_processes_are_refused(monkeypatch):

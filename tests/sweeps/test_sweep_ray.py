@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from lm_eval_pruned.sweeps.ray import choose_unit, workers_that_fit
+from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.ray import Worker, choose_unit, workers_that_fit
 from lm_eval_pruned.sweeps.run import run_sweep
+from tests.helpers import trackers
 from tests.helpers.sweeping import files_of, results_of, sweep_options, write_tasks
 
 
@@ -59,6 +61,14 @@ def test_ray_not_installed(tiny_llama, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def services(tmp_path_factory):
+    """Stand-ins for W&B and Trackio."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("packages")
+        yield trackers.install(patch, folder)
+
+
+@pytest.fixture(scope="module")
 def cluster():
     """A Ray of two CPUs that lives as long as these tests."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -79,6 +89,30 @@ def cluster():
 def options(tiny_llama, tmp_path):
     tasks = write_tasks(tmp_path / "tasks")
     return sweep_options(tiny_llama, tasks, tmp_path / "sweep")
+
+
+def test_a_worker_reports_its_units(quick, options, services, monkeypatch):
+    hub = trackers.stand_in_for_the_hub(monkeypatch)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    told = {
+        "wandb_args": {"project": "of a worker"},
+        "trackio_args": {"project": "of a worker"},
+        "hf_hub_log_args": {"push_results_to_hub": True, "hub_results_org": "o"},
+    }
+    worker = Worker({**options, **told}, os.getcwd(), "_worker0")
+    task = next(t for t in Sweep(options).tasks if t.name == "tiny_choice")
+    _, files, failure = worker.run("ratio-1.5", task.name, task.digest)
+    assert failure is None
+    assert any(name.startswith("results_") for name in files)
+    assert not any(b"hf_of_a_test" in content for content in files.values())
+    assert _runs_of(services, "of a worker") == ["ratio-1.5 tiny_choice"] * 2
+    (place,) = (call["path_in_repo"] for name, call in hub if name == "upload_file")
+    assert "_ratio-1.5/results_" in place
+
+
+def _runs_of(services, project):
+    calls = [*services.wandb(), *services.trackio()]
+    return [call["name"] for call in calls if call.get("project") == project]
 
 
 @pytest.mark.slow
