@@ -1,4 +1,4 @@
-"""Draw what the study found, for the README: ``python docs/make_dichotomy.py``.
+"""Draw what the study found, for the README: ``python docs/make_study_figure.py``.
 
 Reads the scores published with arXiv 2512.22671 (``tests/data/study_benchmarks.csv``) and
 writes ``docs/dichotomy.svg``. Needs the extra ``report``.
