@@ -15,7 +15,7 @@ from dichotomy.contrasts import contrast_rows
 from dichotomy.crossed import against_chance
 from dichotomy.latency import latency_rows
 from dichotomy.measured import SAID, Sweep, sweeps_of
-from dichotomy.mechanisms import drift_of, split_of
+from dichotomy.mechanisms import drifts_of, split_of
 from dichotomy.steps import MODELS
 from dichotomy.tables import (
     MEASURES,
@@ -158,7 +158,8 @@ def _against_chance(sweep: Sweep, read: DocumentReader, notes: list[str]) -> lis
         me = sweep.identity(run)
         if me["criterion"] in (None, "random"):
             continue
-        controls = sweep.select(criterion="random", percent=me["percent"])
+        same = {name: me[name] for name in ("percent", "healed")}
+        controls = sweep.select(criterion="random", **same)
         for task, measure in MEASURES.items():
             key = task, measure.metric
             documents = read(run, *key) if key in run.scores else None
@@ -188,15 +189,10 @@ def _against_chance(sweep: Sweep, read: DocumentReader, notes: list[str]) -> lis
 
 
 def _mc2(sweep: Sweep, run: Run) -> list[Row]:
-    try:
-        test = drift_of(sweep.base, run)
-    except ValueError:
-        return []
-    if test is None:
-        return []
     return [
         {
             **sweep.identity(run),
+            "toward": name,
             "n": test.questions,
             "level": test.level,
             "base": test.base,
@@ -214,6 +210,7 @@ def _mc2(sweep: Sweep, run: Run) -> list[Row]:
             "rest_high": test.rest_high,
             "rest_p": test.rest_p,
         }
+        for name, test in drifts_of(sweep.base, run).items()
     ]
 
 

@@ -58,9 +58,10 @@ QUESTIONS = {
     ),
 }
 GPU = """\
-On a machine with a CUDA card one command compares the two kinds of widths there, beside other checks:
+On a machine with a CUDA card, one command measures the two kinds of widths there, and another checks what 40 % leave beside the next multiple of 64 in models of the Llama-3 shapes:
 
 ```bash
+lm-eval-pruned profile --ratios 2.4 1.6 1.07 --multiple_of 1 64 --batch_sizes 1 8 32 --device cuda --output_path FOLDER
 sh benchmarks/gpu_check.sh
 ```"""
 

@@ -30,12 +30,14 @@ class Contrast:
         one: Step and criterion of the first; None for runs without a criterion.
         other: Step and criterion of the second.
         nearest: Whether sizes are matched by parameters, and not by percentage.
+        healed: Whether the first was trained again.
     """
 
     question: str
     one: tuple[str, str | None]
     other: tuple[str, str | None]
     nearest: bool = False
+    healed: bool = False
 
 
 CONTRASTS = (
@@ -59,7 +61,7 @@ CONTRASTS = (
             ("choice_sensitivity", "best"),
         )
     ),
-    Contrast("healed", ("healed", "maw"), ("choice", "maw")),
+    Contrast("healed", ("healed", "maw"), ("healed", "maw"), healed=True),
 )
 
 
@@ -71,10 +73,8 @@ def contrast_rows(sweeps: Mapping[str, Sweep], notes: list[str]) -> list[Row]:
         if not {contrast.one[0], contrast.other[0]} <= sweeps.keys():
             continue
         here, there = (sweeps[step] for step, _ in (contrast.one, contrast.other))
-        ones, others = (
-            sweeps[step].select(criterion=criterion)
-            for step, criterion in (contrast.one, contrast.other)
-        )
+        ones = here.select(criterion=contrast.one[1], healed=contrast.healed)
+        others = there.select(criterion=contrast.other[1], healed=False)
         for one, other in _matched(here, ones, there, others, contrast.nearest):
             rows = by_question.setdefault(contrast.question, [])
             rows += _rows(contrast, here, one, there, other, read, notes)

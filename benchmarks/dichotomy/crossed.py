@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from lm_eval_pruned.analysis.samples import Documents
 
 
+#: What is smaller is no spread, but the rounding of a mean.
+_ROUNDING = 1e-12
+
+
 @dataclass(frozen=True)
 class CrossedTest:
     """How far a run is from what chance gives.
@@ -92,9 +96,11 @@ def against_chance(
     of_documents = units / (units - 1) * float((shares**2).sum())
     of_seeds = float(means.var(ddof=1)) / seeds
     variance = of_documents + of_seeds
-    if variance == 0:
-        p = 1.0 if difference == 0 else 0.0
-        return CrossedTest(*result, result[0], result[0], p, seeds)
+    if variance < _ROUNDING**2:
+        # Nothing varies, so nothing says how far another draw may lie.
+        return CrossedTest(
+            *result, None, None, 1.0 if abs(difference) < _ROUNDING else None, seeds
+        )
     freedom = variance**2 / (of_documents**2 / (units - 1) + of_seeds**2 / (seeds - 1))
     error = abs(slope) * math.sqrt(variance)
     width = float(stats.t.ppf(1 - alpha / 2, freedom)) * error

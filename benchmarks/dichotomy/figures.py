@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from matplotlib.figure import Figure
+
 from dichotomy.steps import MODELS
 from dichotomy.tables import MEASURES
 from dichotomy.words import Cells, Tables, grouped, number
-from matplotlib.figure import Figure
-
 from lm_eval_pruned.util.figures import as_svg, line_look, style
 
 

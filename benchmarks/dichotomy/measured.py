@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dichotomy.tables import Row
     from lm_eval_pruned.analysis.results_file import Run
 
+#: What the id of a configuration ends in that was trained again.
+HEALED = "_healed"
 #: What of a sweep's definition the page says; the rest is paths, or stands in the other tables.
 SAID = (
     *("dtype", "calibration_samples", "drop_by", "skip_layers", "multiple_of", "limit"),
@@ -53,7 +55,8 @@ class Sweep:
             words.append(f"layer {asked['skip_layers']} kept")
         if asked.get("multiple_of"):
             words.append(f"multiples of {asked['multiple_of']}")
-        if self.step == "healed":
+        healed = run.name.endswith(HEALED)
+        if healed:
             words.append("healed")
         return {
             "model": self.model,
@@ -65,6 +68,7 @@ class Sweep:
             if criterion == "random" and not baseline
             else None,
             "allocation": asked.get("allocation"),
+            "healed": healed,
             "percent": 0 if baseline else asked.get("prune_percent"),
             "parameters": run.pruning.get("parameters_after"),
         }

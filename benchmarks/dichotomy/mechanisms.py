@@ -68,7 +68,7 @@ class Drift:
 
 
 def drift(base: ArrayLike, run: ArrayLike, level: ArrayLike) -> Drift:
-    """Test whether scores of MC2 drift to the level of equally likely answers.
+    """Test whether scores of MC2 drift to a level, such as that of equally likely answers.
 
     A model that finds all answers of a question equally likely scores the share of them that is
     true. The change of each question is regressed on its way to that level,
@@ -79,7 +79,7 @@ def drift(base: ArrayLike, run: ArrayLike, level: ArrayLike) -> Drift:
     Args:
         base: Scores of the unpruned model, shape (n,), n >= 3.
         run: Scores of the pruned model on the same questions.
-        level: True answers / all answers of each question.
+        level: Of each question, such as true answers / all answers.
 
     Raises:
         ValueError: All questions are equally far from their levels, so that there is no slope.
@@ -119,22 +119,43 @@ def drift(base: ArrayLike, run: ArrayLike, level: ArrayLike) -> Drift:
     )
 
 
-def drift_of(base: Run, run: Run) -> Drift | None:
-    """Test two runs that logged samples of ``truthfulqa_mc2``; None where they have no such."""
+#: Levels to which a score of MC2 may drift: the share of answers that is true, and that of the
+#: shortest answers alone. Likelihoods of MC2 are of whole answers, so if every word gets less likely,
+#: long answers lose most.
+MC2_LEVELS = ("equally likely answers", "the shortest answer")
 
-    def take(row: Mapping[str, Any]) -> tuple[float, float | None]:
-        offered = choices_of(row, "acc")
-        return float(row["acc"]), None if offered is None else offered.chance
 
-    before, after = (_by_document(each, MC2, take) for each in (base, run))
-    shared = [key for key in before if key in after and before[key][1] is not None]
-    if len(shared) < max(3, len(before)):
+def drifts_of(base: Run, run: Run) -> dict[str, Drift]:
+    """Test two runs that logged samples of ``truthfulqa_mc2``.
+
+    Returns:
+        By level of `MC2_LEVELS`; empty where a run has no such samples, or other questions.
+    """
+    before, after = (_by_document(each, MC2, _mc2_of) for each in (base, run))
+    if not before or before.keys() != after.keys() or None in before.values():
+        return {}
+    pairs = [(before[key], after[key]) for key in before]
+    scores = [[pair[side][0] for pair in pairs] for side in (0, 1)]
+    levels = [[one[number] for one, _ in pairs] for number in (1, 2)]
+    return {
+        name: drift(*scores, level)
+        for name, level in zip(MC2_LEVELS, levels, strict=True)
+    }
+
+
+def _mc2_of(row: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """Return score and levels of one line of samples."""
+    offered = choices_of(row, "acc")
+    labels = row["doc"]["mc2_targets"]["labels"]
+    if offered is None or len(offered.options) != len(labels):
         return None
-    return drift(
-        [before[key][0] for key in shared],
-        [after[key][0] for key in shared],
-        [before[key][1] for key in shared],
-    )
+    lengths = [len(option) for option in offered.options]
+    of_shortest = [
+        bool(label)
+        for label, length in zip(labels, lengths, strict=True)
+        if length == min(lengths)
+    ]
+    return float(row["acc"]), offered.chance, sum(of_shortest) / len(of_shortest)
 
 
 #: Instructions that an answer which satisfies them goes on to satisfy if its end is cut away, with the

@@ -18,7 +18,9 @@ MC2 = """\
 
 A model that finds all answers of a question equally likely scores the share of them that is true. If pruning makes answers equally likely, the distance of a question's score from that level shrinks, which a paired
 t test over questions asks. The change of each question is regressed on its way to its level: the slope is the share of the way that it moves, which times the mean way is the part of the mean change that is explained,
-and the intercept is the rest, the change of a question that is at its level already. A slope alone shows that scores of the unpruned model are forgotten, not that answers become equally likely."""
+and the intercept is the rest, the change of a question that is at its level already. A slope alone shows that scores of the unpruned model are forgotten, not that answers become equally likely.
+
+The same is asked of another level, whether the shortest answer is true: MC2 takes the likelihoods of whole answers, so if every word becomes less likely, the longer answers lose most."""
 IFEVAL = """\
 ### IFEval and the length of answers
 
@@ -35,20 +37,26 @@ def mc2_section(rows: Sequence[Cells]) -> list[str]:
     if not rows:
         return [*blocks, "No samples of it yet."]
     bullets, table = [], []
-    for (model, step), of in grouped(rows, "model", "step").items():
+    for (model, step, toward), of in grouped(rows, "model", "step", "toward").items():
         closer, away = (
             shown(of, "closer", sign) for sign in (lambda x: x < 0, lambda x: x > 0)
         )
         rest = shown(of, "rest", lambda x: x != 0)
         bullets.append(
-            f"- {MODELS[model]}, `{step}`, {len(of)} pruned models: scores come closer to their levels in {closer}, and move away in {away}; "
+            f"- {MODELS[model]}, `{step}`, level of {toward}, pruned models: {len(of)}. Scores come closer to their levels in {closer}, and move away in {away}; "
             f"the part of the change that the move does not explain is shown in {rest}."
         )
         for row in of:
             seed = f", seed {row['seed']}" if row["seed"] else ""
             table.append(
                 [
-                    *(MODELS[model], f"{row['method']}{seed}", _size(row), row["n"]),
+                    *(
+                        MODELS[model],
+                        f"{row['method']}{seed}",
+                        _size(row),
+                        toward,
+                        row["n"],
+                    ),
                     *(
                         _points(row, "level"),
                         _points(row, "base"),
@@ -60,14 +68,23 @@ def mc2_section(rows: Sequence[Cells]) -> list[str]:
                 ]
             )
     columns = [
-        *("model", "method", "removed", "questions", "level", "unpruned", "pruned"),
+        *(
+            "model",
+            "method",
+            "removed",
+            "level of",
+            "questions",
+            "level",
+            "unpruned",
+            "pruned",
+        ),
         *("distance, unpruned", "pruned", "change of the distance", "share moved"),
         *("explained", "rest"),
     ]
     return [
         *blocks,
         "\n".join(bullets),
-        markdown_table(columns, table, "llrrrrrrrrrrr"),
+        markdown_table(columns, table, "llrl" + "r" * 10),
     ]
 
 
@@ -88,7 +105,7 @@ def ifeval_section(rows: Sequence[Cells]) -> list[str]:
                     for sign in (lambda x: x > 0, lambda x: x < 0)
                 ]
                 bullets.append(
-                    f"- {MODELS[model]}, `{step}`, instructions: {part}; {len(here)} pruned models. The score is shown to rise in {counts[0]} and to fall in {counts[1]}; length alone raises it in {counts[2]} and "
+                    f"- {MODELS[model]}, `{step}`, instructions: {part}, pruned models: {len(here)}. The score is shown to rise in {counts[0]} and to fall in {counts[1]}; length alone raises it in {counts[2]} and "
                     f"lowers it in {counts[3]}; the rest raises it in {counts[4]} and lowers it in {counts[5]}."
                 )
         for row in of:

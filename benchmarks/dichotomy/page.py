@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from dichotomy.comparisons_page import QUESTIONS, contrast_section, latency_section
 from dichotomy.mechanisms_page import ifeval_section, mc2_section
-from dichotomy.steps import MODELS, PERCENTS, STEPS
+from dichotomy.steps import MODELS, PERCENTS, STEPS, cells_of
 from dichotomy.tables import ALPHA, MEASURES
 from dichotomy.words import (
     NOTHING,
@@ -30,6 +31,7 @@ from lm_eval_pruned.util.tables import markdown_table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+RUN = "python docs/make_dichotomy.py --run --data FILE.jsonl --output FOLDER"
 AGAINST = ("better", "worse", WITHIN, "not shown")
 CHANGES = ("falls", "rises", "holds", "undecided")
 HEAD = """\
@@ -320,33 +322,34 @@ def study_section(study: Sequence[Cells]) -> list[str]:
 
 
 def missing_section(tables: Tables) -> list[str]:
-    """List the steps without data, each with its command."""
-    there = {(row["model"], row["step"]) for row in tables["scores"]}
-    there |= {(row["model"], "latency") for row in tables["latency"]}
-    missing = [
-        (model, step)
-        for model in MODELS
-        for step in STEPS
-        if model in step.models and (model, step.name) not in there
-    ]
+    """List the steps that have no data, or not all of it, each with its command."""
+    there: Counter[tuple[str, str]] = Counter()
+    for row in tables["scores"]:
+        there[row["model"], row["step"]] += row["method"] != "unpruned"
+    for row in tables["latency"]:
+        there[row["model"], "latency"] += 1
+    bullets, commands = [], []
+    for model in MODELS:
+        for step in STEPS:
+            have = there[model, step.name]
+            wanted = 1 if step.profile else cells_of(step, model)
+            if model not in step.models or have >= wanted:
+                continue
+            how_far = f", has {have} of {wanted} scores" if have else ""
+            bullets.append(
+                f"- {MODELS[model]}, {step.text}: step `{step.name}`{how_far}"
+            )
+            other = "" if model == "smollm2" else f" --model {model} --pretrained NAME"
+            commands.append(f"{RUN}{other} --only {step.name}")
     blocks = ["## Not measured yet"]
-    if not missing:
-        return [*blocks, "Every step has data."]
-    said = "\n".join(
-        f"- {MODELS[model]}, {step.text}: step `{step.name}`" for model, step in missing
-    )
-    commands = "\n".join(
-        "python docs/make_dichotomy.py --run --data FILE.jsonl --output FOLDER"
-        + ("" if model == "smollm2" else f" --model {model} --pretrained NAME")
-        + f" --only {step.name}"
-        for model, step in missing
-    )
+    if not bullets:
+        return [*blocks, "Every step has its data."]
     return [
         *blocks,
-        "No data, so no verdict:",
-        said,
-        "The commands:",
-        f"```bash\n{commands}\n```",
+        "Of these steps there is no data or only a part, so the page says nothing of what is missing:",
+        "\n".join(bullets),
+        "The commands, each of which goes on where it stopped:",
+        "```bash\n" + "\n".join(commands) + "\n```",
     ]
 
 

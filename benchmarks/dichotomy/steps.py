@@ -78,6 +78,26 @@ class Step:
     profile: bool = False
 
 
+def cells_of(step: Step, model: str) -> int:
+    """Return how many scores of pruned models a step has when it is finished."""
+    options = list(step.options)
+    sizes = len(DEPTHS[model]) if "{depths}" in step.cut else len(step.cut) - 1
+    ways = 1
+    if names := _values(options, "--criteria"):
+        ways = len(names)
+        if "random" in names:
+            ways += len(_values(options, "--seeds")) - 1
+    return len(step.tasks) * sizes * ways
+
+
+def _values(options: list[str], name: str) -> list[str]:
+    if name not in options:
+        return []
+    rest = options[options.index(name) + 1 :]
+    ends = [number for number, word in enumerate(rest) if word.startswith("--")]
+    return rest[: ends[0]] if ends else rest
+
+
 _AGAINST_CHANCE = ("--criteria", "maw", "random", "--seeds", *SEEDS)
 _SHORT = ("--gen_kwargs", "max_gen_toks=128")
 _SENSITIVITY = ("--allocations", "sensitivity", "--criteria", "maw", "best")

@@ -68,7 +68,7 @@ TABLES = {
         *("p_margin", "q_margin", "verdict"),
     ),
     "mc2": (
-        *(*_RUN, "n", "level", "base", "score", "distance_base", "distance"),
+        *(*_RUN, "toward", "n", "level", "base", "score", "distance_base", "distance"),
         *(
             "closer",
             "closer_low",

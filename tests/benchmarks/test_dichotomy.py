@@ -241,6 +241,29 @@ def test_contrasts_match_sizes_by_percentage_or_by_parameters(tables):
     assert depth["verdict"] == "worse"
 
 
+def test_healed_models_stand_beside_the_same_models_before(collecting, tmp_path):
+    arguments = {"prune_percent": 20, "criterion": "maw"}
+    runs = {"p-20": (arguments, -0.2), "p-20_healed": (arguments, -0.05)}
+    tasks = {("boolq", "acc,none"): SCORES}
+    write_sweep(tmp_path / "smollm2" / "healed", runs, tasks)
+    found = collecting.collect(tmp_path).tables
+    (row,) = found["contrasts"]
+    assert (row["question"], row["one"], row["other"]) == (
+        *("healed", "maw, healed"),
+        "maw",
+    )
+    assert row["difference"] == pytest.approx(0.15)
+
+
+def test_a_step_knows_when_it_is_finished(steps):
+    known = {step.name: step for step in steps.STEPS}
+    assert steps.cells_of(known["choice"], "smollm2") == 4 * 6 * 5
+    assert steps.cells_of(known["choice_sensitivity"], "gemma") == 4 * 6 * 2
+    assert steps.cells_of(known["choice_depth"], "gemma") == 4 * 6
+    assert steps.cells_of(known["instructions"], "smollm2") == 6 * 4
+    assert steps.cells_of(known["instructions_plain"], "smollm2") == 6
+
+
 def test_what_cannot_be_read_is_said_and_left_out(collecting, measured, tmp_path):
     with pytest.raises(ValueError, match="holds nothing that the steps have measured"):
         collecting.collect(tmp_path)
@@ -275,12 +298,47 @@ def test_the_page_says_what_the_tests_say(make, collecting, measured, tmp_path):
     assert "falls at 20 %" in text
     assert "*maw* beside *depth*" in text
     assert "step `instructions`" in text
-    assert (
-        "SmolLM2-135M-Instruct, multiple choice and held text, uniform cuts: step"
-        not in text
-    )
+    assert "uniform cuts: step `choice`, has 10 of 120 scores" in text
     assert "Gemma-3-270M, multiple choice and held text, uniform cuts: step" in text
     assert "Healing" in text
+
+
+def test_the_page_counts_what_the_mechanisms_show(script, collecting, tmp_path):
+    """Two models come closer to their levels; of one the rest is shown, and length lowers scores."""
+    run = {
+        "model": "smollm2",
+        "step": "choice",
+        "run": "a",
+        "method": "maw",
+        "percent": 20,
+    }
+    numbers = dict.fromkeys(
+        ("level", "base", "score", "distance_base", "distance"), 0.4
+    )
+    mc2 = {**run, **numbers, "toward": "equally likely answers", "n": 9, "moved": 0.5}
+    mc2 |= {"explained": 0.01, "closer": -0.1, "closer_q": 0.01, "rest": 0.02}
+    split = {**run, "part": "others", "instructions": 20, "prompts": 9, "base": 0.4}
+    split |= {"words_base": 80.0, "words": 20.0, "cut": 0.3, "score": 0.35}
+    split |= {"total_difference": -0.05, "total_q": 0.2, "length_difference": -0.1}
+    split |= {"length_q": 0.01, "rest_difference": 0.05, "rest_q": 0.03}
+    found = collecting.Collection()
+    found.tables["mc2"] = [{**mc2, "rest_q": 0.01}, {**mc2, "rest_q": 0.6}]
+    found.tables["ifeval"] = [split]
+    for name, content in found.files().items():
+        (tmp_path / name).write_text(content)
+    tables = script("dichotomy.words").read_tables(tmp_path)
+    page = script("dichotomy.mechanisms_page")
+    text = "\n".join(page.mc2_section(tables["mc2"]))
+    assert "come closer to their levels in 2, and move away in 0" in text
+    assert "does not explain is shown in 1." in text
+    assert "|**-10.0**|0.50|+1.0|+2.0|" in text
+    text = "\n".join(page.ifeval_section(tables["ifeval"]))
+    assert (
+        "rise in 0 and to fall in 0; length alone raises it in 0 and lowers it in 1"
+        in text
+    )
+    assert "the rest raises it in 1" in text
+    assert "|80 / 20|40.0|35.0|-5.0|**-10.0**|**+5.0**|" in text
 
 
 def test_a_page_without_data_lists_every_command(make, steps, tmp_path):

@@ -85,12 +85,12 @@ def test_questions_that_are_all_equally_far_have_no_slope(mechanisms):
 def mc2_run(folder, values):
     rows = {
         number: {
-            **results_files.offering([" a", " b", " c", " d"]),
+            **results_files.offering([" a", " bb", " cc", " dd"]),
             "doc": {
                 "question": number,
                 "mc2_targets": {
-                    "choices": ["a", "b", "c", "d"],
-                    "labels": [1, number % 2, 0, 0],
+                    "choices": ["a", "bb", "cc", "dd"],
+                    "labels": [number // 2, 1, number % 2, 0],
                 },
             },
         }
@@ -104,12 +104,14 @@ def mc2_run(folder, values):
 def test_levels_are_read_from_the_samples(mechanisms, tmp_path):
     base = mc2_run(tmp_path / "base", [0.9, 0.1, 0.8, 0.3])
     run = mc2_run(tmp_path / "run", [0.5, 0.4, 0.5, 0.4])
-    found = mechanisms.drift_of(base, run)
-    assert found.level == pytest.approx((0.25 + 0.5) / 2)
+    found, shortest = mechanisms.drifts_of(base, run).values()
+    # One to three of four answers are true, and the shortest is so in the last two questions.
+    assert found.level == pytest.approx((0.25 + 0.5 + 0.5 + 0.75) / 4)
+    assert shortest.level == 0.5
     assert found.questions == 4
-    assert found.distance_base == pytest.approx((0.65 + 0.4 + 0.55 + 0.2) / 4)
+    assert found.distance_base == pytest.approx((0.65 + 0.4 + 0.3 + 0.45) / 4)
     other = results_files.write_run(tmp_path / "other", {"boolq": {"acc,none": [1.0]}})
-    assert mechanisms.drift_of(base, read_results_file(other)) is None
+    assert mechanisms.drifts_of(base, read_results_file(other)) == {}
 
 
 @pytest.mark.parametrize(
@@ -278,6 +280,13 @@ def test_one_seed_gives_a_difference_and_no_interval(crossed):
     found = crossed.against_chance(documents([1.0] * 20), [documents([0.0] * 20)])
     assert found.difference == pytest.approx(1)
     assert (found.low, found.p, found.seeds) == (None, None, 1)
+
+
+def test_what_does_not_vary_gets_no_interval(crossed):
+    same = documents([1.0] * 20)
+    found = crossed.against_chance(same, [same, same])
+    assert found.difference == pytest.approx(0)
+    assert (found.low, found.p) == (None, 1.0)
 
 
 def test_controls_on_other_documents_are_refused(crossed):
