@@ -57,6 +57,7 @@ QUESTIONS = {
         "Pruned models that were trained again, beside the same models before.",
     ),
 }
+NO_HEALING = "Nothing of this has been measured yet. [Healing](healing.md) has what one run took back of the loss on held text."
 GPU = """\
 On a machine with a CUDA card, one command measures the two kinds of widths there, and another checks what 40 % leave beside the next multiple of 64 in models of the Llama-3 shapes:
 
@@ -66,11 +67,12 @@ sh benchmarks/gpu_check.sh
 ```"""
 
 
-def contrast_section(title: str, text: str, rows: Sequence[Cells]) -> list[str]:
-    """Compare two ways to prune."""
+def contrast_section(question: str, rows: Sequence[Cells]) -> list[str]:
+    """Compare the two ways to prune of one question."""
+    title, text = QUESTIONS[question]
     blocks = [f"## {title}", text]
     if not rows:
-        return [*blocks, NOTHING]
+        return [*blocks, NO_HEALING if question == "healed" else NOTHING]
     said = {
         "better": "better",
         "worse": "worse",
@@ -116,7 +118,10 @@ def contrast_section(title: str, text: str, rows: Sequence[Cells]) -> list[str]:
 
 def latency_section(rows: Sequence[Cells]) -> list[str]:
     """Show the latency of aligned and odd widths, and how to measure it on a card."""
-    blocks = ["### Aligned widths, latency"]
+    blocks = [
+        "### Aligned widths, latency",
+        "[Latency and energy](energy.md) has a profile with both kinds of widths and with joules.",
+    ]
     if not rows:
         return [*blocks, NOTHING, GPU]
     for (model, device), of in grouped(rows, "model", "device").items():

@@ -75,9 +75,9 @@ def page(tables: Tables, study: Sequence[Cells], figures: Sequence[str] = ()) ->
         *chance_section(tables["chance"], figures),
         *family_section(tables["scores"]),
     ]
-    for question, (title, text) in QUESTIONS.items():
+    for question in QUESTIONS:
         rows = [row for row in tables["contrasts"] if row["question"] == question]
-        blocks += contrast_section(title, text, rows)
+        blocks += contrast_section(question, rows)
         if question == "aligned":
             blocks += latency_section(tables["latency"])
     blocks += [
@@ -139,7 +139,7 @@ def chance_section(rows: Sequence[Cells], figures: Sequence[str]) -> list[str]:
             )
         else:
             blocks.append(
-                f"- {MODELS[model]}, {step_text(step)}: `{criterion}` was compared with one seed alone, so nothing is tested."
+                f"- {MODELS[model]}, {step_text(step)}: `{criterion}` was compared with one seed alone, or on fewer than ten documents, so nothing is tested."
             )
     bullets = "\n".join(block for block in blocks[1:])
     columns = [
@@ -207,6 +207,7 @@ def family_section(rows: Sequence[Cells]) -> list[str]:
             continue
         blocks.append(f"### {family.label}")
         blocks += level_sentences(here)
+        blocks += perplexity_table(here)
         table = []
         for key, of in grouped(here, "model", "task", "step", "method", "seed").items():
             model, task, step, method, seed = key
@@ -247,6 +248,31 @@ def family_section(rows: Sequence[Cells]) -> list[str]:
                 markdown_table(columns, table, "lllrr" + "r" * len(sizes) + "l")
             )
     return blocks
+
+
+def perplexity_table(rows: Sequence[Cells]) -> list[str]:
+    """Show the perplexities of words, which are not tested, where a task has them."""
+    sizes = ["0", *map(str, PERCENTS)]
+    table = []
+    for key, of in grouped(rows, "model", "step", "method", "seed").items():
+        model, step, method, seed = key
+        values = {
+            row["percent"]: f"{value:.1f}"
+            for row in of
+            if (value := number(row, "word_perplexity")) is not None and row["percent"]
+        }
+        if values:
+            named = f"{method}, seed {seed}" if seed else method
+            cells = [values.get(size, "") for size in sizes]
+            table.append([MODELS[model], step_text(step), named, *cells])
+    if not table:
+        return []
+    columns = ["model", "sweep", "method", *(f"{size} %" for size in sizes)]
+    return [
+        "Word perplexity of the held text, by the share of neurons removed:",
+        markdown_table(columns, table, "lll" + "r" * len(sizes)),
+        "Bits per byte, which are tested:",
+    ]
 
 
 def level_sentences(rows: Sequence[Cells]) -> list[str]:

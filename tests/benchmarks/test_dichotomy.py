@@ -341,6 +341,26 @@ def test_the_page_counts_what_the_mechanisms_show(script, collecting, tmp_path):
     assert "|80 / 20|40.0|35.0|-5.0|**-10.0**|**+5.0**|" in text
 
 
+def test_perplexities_are_shown_beside_the_bits_that_are_tested(script):
+    row = {"model": "smollm2", "step": "choice", "seed": "", "method": "unpruned"}
+    rows = [
+        {**row, "percent": "0", "word_perplexity": "60.23"},
+        {
+            **row,
+            "percent": "20",
+            "method": "random",
+            "seed": "1",
+            "word_perplexity": "99",
+        },
+        {**row, "percent": "20", "method": "maw", "word_perplexity": ""},
+    ]
+    blocks = script("dichotomy.page").perplexity_table(rows)
+    assert "|unpruned|60.2|||||||" in blocks[1]
+    assert "|random, seed 1|||99.0|||||" in blocks[1]
+    assert "maw" not in blocks[1]
+    assert script("dichotomy.page").perplexity_table(rows[2:]) == []
+
+
 def test_a_page_without_data_lists_every_command(make, steps, tmp_path):
     text = make.page(make.read_tables(tmp_path), [])
     for step in steps.STEPS:
