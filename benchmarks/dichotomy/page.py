@@ -354,27 +354,28 @@ def missing_section(tables: Tables) -> list[str]:
         there[row["model"], row["step"]] += row["method"] != "unpruned"
     for row in tables["latency"]:
         there[row["model"], "latency"] += 1
-    bullets, commands = [], []
+    rows, commands = [], []
     for model in MODELS:
+        names = []
         for step in STEPS:
             have = there[model, step.name]
             wanted = 1 if step.profile else cells_of(step, model)
             if model not in step.models or have >= wanted:
                 continue
-            how_far = f", has {have} of {wanted} scores" if have else ""
-            bullets.append(
-                f"- {MODELS[model]}, {step.text}: step `{step.name}`{how_far}"
-            )
+            how_far = f"{have} of {wanted} scores" if have else "nothing"
+            rows.append([MODELS[model], step.text, f"`{step.name}`", how_far])
+            names.append(step.name)
+        if names:
             other = "" if model == "smollm2" else f" --model {model} --pretrained NAME"
-            commands.append(f"{RUN}{other} --only {step.name}")
+            commands.append(f"{RUN}{other} --only {' '.join(names)}")
     blocks = ["## Not measured yet"]
-    if not bullets:
+    if not rows:
         return [*blocks, "Every step has its data."]
     return [
         *blocks,
         "Of these steps there is no data or only a part, so the page says nothing of what is missing:",
-        "\n".join(bullets),
-        "The commands, each of which goes on where it stopped:",
+        markdown_table(["model", "what", "step", "there is"], rows, "llll"),
+        "The commands, which go on where they stopped; `--only` takes one step or several:",
         "```bash\n" + "\n".join(commands) + "\n```",
     ]
 

@@ -297,9 +297,12 @@ def test_the_page_says_what_the_tests_say(make, collecting, measured, tmp_path):
     assert "### Truthfulness" in text
     assert "falls at 20 %" in text
     assert "*maw* beside *depth*" in text
-    assert "step `instructions`" in text
-    assert "uniform cuts: step `choice`, has 10 of 120 scores" in text
-    assert "Gemma-3-270M, multiple choice and held text, uniform cuts: step" in text
+    assert "|`instructions`|nothing|" in text
+    assert "uniform cuts|`choice`|10 of 120 scores|" in text
+    assert (
+        "|Gemma-3-270M|multiple choice and held text, uniform cuts|`choice`|nothing|"
+        in text
+    )
     assert "Healing" in text
 
 
@@ -364,7 +367,8 @@ def test_perplexities_are_shown_beside_the_bits_that_are_tested(script):
 def test_a_page_without_data_lists_every_command(make, steps, tmp_path):
     text = make.page(make.read_tables(tmp_path), [])
     for step in steps.STEPS:
-        assert f" --only {step.name}\n" in text
+        assert f"|{step.text}|`{step.name}`|nothing|" in text
+        assert f" {step.name}" in text[text.index("```bash\npython docs") :]
     assert "No samples of it yet." in text
 
 
