@@ -1,69 +1,145 @@
-"""Draw what the study found, for the README: ``python docs/make_dichotomy.py``.
+"""Measure, collect and write the page of the dichotomy: ``python docs/make_dichotomy.py``.
 
-Reads the scores published with arXiv 2512.22671 (``tests/data/study_benchmarks.csv``) and
-writes ``docs/dichotomy.svg``. Needs the extra ``report``.
+Without an option, or with ``--render``, the page ``docs/measurements/dichotomy.md`` and its figures are
+written from the tables in ``docs/measurements/dichotomy``. ``--collect`` writes those tables from
+the sweeps in the work folder before, ``--run`` runs the steps before that, and ``--list``
+prints the commands of the steps and does nothing. Needs the extra ``report``; the page says what
+the steps need.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import shlex
+import subprocess
+import sys
 from pathlib import Path
-
-from matplotlib.figure import Figure
-
-from lm_eval_pruned.util.figures import as_svg, line_look, over_ratios, style
 
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = "Llama-3.2-1B"
-#: Task and metric, label.
-BENCHMARKS = {
-    ("ifeval", "inst_level_strict_acc,none"): "IFEval",
-    ("truthfulqa_mc2", "acc,none"): "TruthfulQA MC2",
-    ("mmlu", "acc,none"): "MMLU",
-    ("gsm8k", "exact_match,strict-match"): "GSM8K",
-}
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from dichotomy.collecting import collect
+from dichotomy.figures import draw
+from dichotomy.page import page
+from dichotomy.steps import MODELS, STEPS, Setting, prepare, words_of
+from dichotomy.words import read_tables
+
+from lm_eval_pruned.util.atomic import write_atomically
 
 
-def main() -> None:
-    """Draw and write."""
-    path = ROOT / "tests" / "data" / "study_benchmarks.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["base_model"] == MODEL]
-    with style("dichotomy", font_size=11):
-        figure = Figure(figsize=(6.4, 4.2))
-        axes = figure.subplots()
-        axes.axhline(100, color="black", linewidth=0.8)
-        for number, ((task, metric), label) in enumerate(BENCHMARKS.items()):
-            points = sorted(
-                (
-                    (float(row["expansion_ratio"]), float(row["value"]))
-                    for row in rows
-                    if (row["task"], row["metric"]) == (task, metric)
-                ),
-                reverse=True,
-            )
-            ratios = [ratio for ratio, _ in points]
-            scores = [100 * score / points[0][1] for _, score in points]
-            look = line_look(number)
-            axes.plot(ratios, scores, **look)
-            axes.annotate(
-                label,
-                (ratios[-1], scores[-1]),
-                xytext=(9, 0),
-                textcoords="offset points",
-                color=look["color"],
-                verticalalignment="center",
-                annotation_clip=False,
-            )
-        over_ratios(axes, ratios)
-        axes.set_ylim(0)
-        axes.grid(axis="y", alpha=0.2)
-        axes.set_ylabel("score, % of the unpruned model")
-        axes.set_title(f"{MODEL}, arXiv 2512.22671", fontsize=11, loc="left")
-        drawing = as_svg(figure)
-    (ROOT / "docs" / "dichotomy.svg").write_text(drawing, encoding="utf-8")
+PAGE = ROOT / "docs" / "measurements" / "dichotomy.md"
+TABLES = ROOT / "docs" / "measurements" / "dichotomy"
+STUDY = ROOT / "tests" / "data" / "study_benchmarks.csv"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    what = parser.add_argument_group("what to do (default: --render)")
+    what.add_argument("--list", action="store_true", help="print the commands")
+    what.add_argument("--run", action="store_true", help="run the steps, then collect")
+    what.add_argument(
+        "--collect", action="store_true", help="write the tables, then render"
+    )
+    what.add_argument(
+        "--render", action="store_true", help="write the page and its figures"
+    )
+    steps = parser.add_argument_group("steps")
+    names = [step.name for step in STEPS]
+    steps.add_argument(
+        "--only", nargs="+", choices=names, metavar="STEP", help=", ".join(names)
+    )
+    steps.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="work folder for the sweeps"
+    )
+    steps.add_argument(
+        "--data", type=Path, metavar="FILE.jsonl", help="text that is in no benchmark"
+    )
+    steps.add_argument("--model", choices=MODELS, default="smollm2")
+    steps.add_argument(
+        "--pretrained", help="name or folder of the model (default: the default model)"
+    )
+    steps.add_argument("--model_args", nargs="+", default=(), metavar="KEY=VALUE")
+    steps.add_argument("--dtype", help="such as bfloat16 (default: the checkpoint's)")
+    steps.add_argument("--device", help="such as cpu (default: what is there)")
+    steps.add_argument("--batch_size", default="16")
+    steps.add_argument("--samples", help="JSON or a file: documents per task, by index")
+    steps.add_argument("--limit", help="documents per task, in place of --samples")
+    return parser
+
+
+def main() -> int:
+    """Do what the options say; the exit code is that of the first step that failed."""
+    options = parser().parse_args()
+    needs_folder = options.list or options.run or options.collect
+    if needs_folder and options.output is None:
+        sys.exit(
+            "Steps are measured in a work folder outside of the repository: give --output."
+        )
+    if (
+        options.model != "smollm2"
+        and options.pretrained is None
+        and (options.list or options.run)
+    ):
+        sys.exit(
+            f"--model {options.model} is not the default model: give --pretrained."
+        )
+    if options.list or options.run:
+        code = _steps(options)
+        if code or options.list:
+            return code
+    if options.run or options.collect:
+        collected = collect(options.output)
+        for name, content in collected.files().items():
+            write_atomically(TABLES / name, content)
+        for note in collected.notes:
+            print(note, file=sys.stderr)
+    render()
+    return 0
+
+
+def _steps(options: argparse.Namespace) -> int:
+    setting = Setting(
+        *(options.output.resolve(), options.model, options.pretrained),
+        *(tuple(options.model_args), options.dtype, options.device, options.batch_size),
+        *(options.samples, options.limit),
+    )
+    if options.run:
+        if options.data is None:
+            sys.exit("The steps score and calibrate on text: give --data FILE.jsonl.")
+        try:
+            prepare(options.data, setting.folder)
+        except (OSError, ValueError) as error:
+            sys.exit(str(error))
+    for step in STEPS:
+        if options.model not in step.models or step.name not in (
+            options.only or [step.name]
+        ):
+            continue
+        words = words_of(step, setting)
+        print(shlex.join(words), flush=True)
+        done = step.profile and (Path(words[-1]) / "profile.json").is_file()
+        if options.list or done:
+            continue
+        module = [sys.executable, "-m", "lm_eval_pruned.cli"]
+        code = subprocess.run([*module, *words[1:]], check=False).returncode  # noqa: S603
+        if code:
+            return code
+    return 0
+
+
+def render() -> None:
+    """Write the page and its figures from the tables."""
+    tables = read_tables(TABLES)
+    figures = draw(tables)
+    for name, drawing in figures.items():
+        write_atomically(TABLES / name, drawing)
+    with STUDY.open(encoding="utf-8", newline="") as lines:
+        study = list(csv.DictReader(lines))
+    write_atomically(PAGE, page(tables, study, sorted(figures)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -50,7 +50,14 @@ FAMILIES = (
     ),
     _family(
         *("language_modeling", "Language modelling", TAKEN),
-        *("wikitext", "lambada", r"(^|_)c4(_|$)", r"(^|_)pile(_|$)", "paloma"),
+        *(
+            "wikitext",
+            "lambada",
+            r"^held_text",
+            r"(^|_)c4(_|$)",
+            r"(^|_)pile(_|$)",
+            "paloma",
+        ),
     ),
     _family("truthfulness", "Truthfulness", LEFT, "truthful"),
     _family(

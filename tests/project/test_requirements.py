@@ -21,11 +21,18 @@ if TYPE_CHECKING:
 
 SHIPPED = ("lm_eval_pruned", "model_wrappers", "tasks")
 #: Scripts import their neighbours by name.
-OURS = {"lm_eval_pruned", "tests", "tools", "upstream_patches"} | {
-    path.stem
-    for folder in ("benchmarks", "docs", "tests")
-    for path in (checkpoints.ROOT / folder).glob("*.py")
-}
+OURS = (
+    {"lm_eval_pruned", "tests", "tools", "upstream_patches"}
+    | {
+        path.stem
+        for folder in ("benchmarks", "docs", "tests")
+        for path in (checkpoints.ROOT / folder).glob("*.py")
+    }
+    | {
+        path.parent.name
+        for path in (checkpoints.ROOT / "benchmarks").glob("*/__init__.py")
+    }
+)
 #: `tools/mutation.py` says how to install the one, `tox -e vllm` brings the other.
 ON_REQUEST = {"cosmic-ray", "vllm"}
 

@@ -1,0 +1,173 @@
+"""Two ways to prune beside each other, on the page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dichotomy.steps import MODELS
+from dichotomy.words import (
+    NOTHING,
+    WITHIN,
+    Cells,
+    change,
+    counted,
+    grouped,
+    label_of,
+    millions,
+    model_of,
+    number,
+    score,
+)
+from lm_eval_pruned.util.tables import markdown_table
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Heading and what is compared, by question; the first of the two is called "it".
+QUESTIONS = {
+    "depth": (
+        "Width against depth",
+        (
+            "The narrower model beside the shallower one, of the widths that were measured the one with the nearest number of parameters; both numbers are in "
+            "the table, in millions. A better score is one of the narrower model."
+        ),
+    ),
+    "skip0": (
+        "Layer 0 left alone",
+        (
+            "Cut by `maw` in all layers but the first, beside cut in all. [The first layer](first_layer.md) says why this may matter. At the same percentage the model whose layer 0 is "
+            "kept has a few more parameters."
+        ),
+    ),
+    "best": (
+        "The best criterion of each layer",
+        "`criterion=best`, which chooses for each layer the criterion whose cut costs least on calibration text, beside `maw` in all layers.",
+    ),
+    "sensitivity": (
+        "Widths by sensitivity",
+        "`allocation=sensitivity`, which takes more from layers that bear it, beside the same share of each layer, with the same criterion.",
+    ),
+    "aligned": (
+        "Aligned widths, scores",
+        "Widths rounded down to multiples of 64, beside the widths that the percentages leave. The aligned model is at most 63 neurons a layer narrower.",
+    ),
+    "healed": (
+        "Healing",
+        "Pruned models that were trained again, beside the same models before.",
+    ),
+}
+NO_HEALING = "Nothing of this has been measured yet. [Healing](healing.md) has what one run took back of the loss on held text."
+GPU = """\
+On a machine with a CUDA card, one command measures the two kinds of widths there, and another checks what 40 % leave beside the next multiple of 64 in models of the Llama-3 shapes:
+
+```bash
+lm-eval-pruned profile --ratios 2.4 1.6 1.07 --multiple_of 1 64 --batch_sizes 1 8 32 --device cuda --output_path FOLDER
+sh benchmarks/gpu_check.sh
+```"""
+
+
+def contrast_section(question: str, rows: Sequence[Cells]) -> list[str]:
+    """Compare the two ways to prune of one question."""
+    title, text = QUESTIONS[question]
+    blocks = [f"## {title}", text]
+    if not rows:
+        return [*blocks, NO_HEALING if question == "healed" else NOTHING]
+    said = {
+        "better": "better",
+        "worse": "worse",
+        WITHIN: WITHIN,
+        "not shown": "not told apart",
+    }
+    bullets = [
+        f"- {MODELS[model]}, *{one}* beside *{other}*: of {len(of)} comparisons over tasks and sizes it is {counted(of, said)}."
+        for (model, one, other), of in grouped(rows, "model", "one", "other").items()
+    ]
+    blocks.append("\n".join(bullets))
+    table = [
+        [
+            *(
+                model_of(row),
+                label_of(row),
+                row["one"],
+                row["other"],
+                f"{row['percent']} %",
+            ),
+            *(
+                f"{millions(row, 'parameters_one')} / {millions(row, 'parameters_other')}",
+                score(row, "score_one"),
+            ),
+            *(score(row, "score_other"), change(row), row["verdict"] or "not tested"),
+        ]
+        for row in rows
+    ]
+    columns = [
+        "model",
+        "task",
+        "it",
+        "beside",
+        "removed",
+        "millions of parameters",
+        "score",
+        "beside it",
+        "difference",
+        "it is",
+    ]
+    return [*blocks, markdown_table(columns, table, "llllrrrrrl")]
+
+
+def latency_section(rows: Sequence[Cells]) -> list[str]:
+    """Show the latency of aligned and odd widths, and how to measure it on a card."""
+    blocks = [
+        "### Aligned widths, latency",
+        "[Latency and energy](energy.md) has a profile with both kinds of widths and with joules.",
+    ]
+    if not rows:
+        return [*blocks, NOTHING, GPU]
+    for (model, device), of in grouped(rows, "model", "device").items():
+        table = [
+            [
+                *(
+                    row["width"],
+                    f"{float(row['ratio']):.2f}",
+                    row["batch_size"],
+                    row["length"],
+                ),
+                *(
+                    _fixed(row, "ms_first_token", 0),
+                    _fixed(row, "ms_per_token", 1),
+                    _fixed(row, "seconds", 2),
+                ),
+                ""
+                if not row["seconds_change"]
+                else f"{float(row['seconds_change']):+.0f} %"
+                + (
+                    f" ({float(row['seconds_low']):+.0f} to {float(row['seconds_high']):+.0f})"
+                    if row["seconds_low"]
+                    else ""
+                ),
+                row["seconds_verdict"],
+            ]
+            for row in of
+        ]
+        columns = [
+            "width",
+            "ratio",
+            "batch",
+            "length",
+            "first token ms",
+            "ms per token",
+            "end to end s",
+            "against unpruned",
+            "verdict",
+        ]
+        blocks += [
+            f"{MODELS[model]} on {device}; widths that are multiples of 64 are aligned:",
+            markdown_table(columns, table, "rrrlrrrrl"),
+        ]
+    return [*blocks, GPU]
+
+
+def _fixed(row: Cells, column: str, digits: int) -> str:
+    value = number(row, column)
+    return "" if value is None else f"{value:.{digits}f}"

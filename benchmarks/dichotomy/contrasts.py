@@ -1,0 +1,140 @@
+"""Two ways to prune at one size, on the same documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dichotomy.tables import MEASURES, Row, adjusted, against_verdict, tested
+from lm_eval_pruned.analysis.pairing import (
+    DocumentReader,
+    paired_documents,
+    paired_test,
+)
+from lm_eval_pruned.analysis.results_file import ResultsError
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from dichotomy.measured import Sweep
+    from lm_eval_pruned.analysis.results_file import Run
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two methods that are compared at the same size.
+
+    Attributes:
+        question: Under which they stand on the page.
+        one: Step and criterion of the first; None for runs without a criterion.
+        other: Step and criterion of the second.
+        nearest: Whether sizes are matched by parameters, and not by percentage.
+        healed: Whether the first was trained again.
+    """
+
+    question: str
+    one: tuple[str, str | None]
+    other: tuple[str, str | None]
+    nearest: bool = False
+    healed: bool = False
+
+
+CONTRASTS = (
+    Contrast("best", ("choice", "best"), ("choice", "maw")),
+    *(
+        Contrast("skip0", (f"{step}_skip0", "maw"), (step, "maw"))
+        for step in ("choice", "instructions")
+    ),
+    *(
+        Contrast("sensitivity", (f"{step}_sensitivity", criterion), (step, criterion))
+        for step in ("choice", "instructions")
+        for criterion in ("maw", "best")
+    ),
+    Contrast("aligned", ("choice_aligned", "maw"), ("choice", "maw")),
+    *(
+        Contrast("depth", (width, criterion), (depth, None), nearest=True)
+        for depth in ("choice_depth", "choice_depth_influence")
+        for width, criterion in (
+            ("choice", "maw"),
+            ("choice", "best"),
+            ("choice_sensitivity", "best"),
+        )
+    ),
+    Contrast("healed", ("healed", "maw"), ("healed", "maw"), healed=True),
+)
+
+
+def contrast_rows(sweeps: Mapping[str, Sweep], notes: list[str]) -> list[Row]:
+    """Return the comparisons of `CONTRASTS` whose two sides were measured; `notes` gets the rest."""
+    by_question: dict[str, list[Row]] = {}
+    read = DocumentReader()
+    for contrast in CONTRASTS:
+        if not {contrast.one[0], contrast.other[0]} <= sweeps.keys():
+            continue
+        here, there = (sweeps[step] for step, _ in (contrast.one, contrast.other))
+        ones = here.select(criterion=contrast.one[1], healed=contrast.healed)
+        others = there.select(criterion=contrast.other[1], healed=False)
+        for one, other in _matched(here, ones, there, others, contrast.nearest):
+            rows = by_question.setdefault(contrast.question, [])
+            rows += _rows(contrast, here, one, there, other, read, notes)
+    return [
+        row for rows in by_question.values() for row in adjusted(rows, against_verdict)
+    ]
+
+
+def _matched(
+    here: Sweep, ones: Sequence[Run], there: Sweep, others: Sequence[Run], nearest: bool
+) -> Iterator[tuple[Run, Run]]:
+    if nearest:
+        for other in others:
+            if ones:
+                size = other.pruning.get("parameters_after", 0)
+                yield (
+                    min(
+                        ones,
+                        key=lambda run: abs(
+                            run.pruning.get("parameters_after", 0) - size
+                        ),
+                    ),
+                    other,
+                )
+        return
+    by_percent = {there.identity(run)["percent"]: run for run in others}
+    for one in ones:
+        percent = here.identity(one)["percent"]
+        if percent in by_percent:
+            yield one, by_percent[percent]
+
+
+def _rows(
+    contrast: Contrast,
+    here: Sweep,
+    one: Run,
+    there: Sweep,
+    other: Run,
+    read: DocumentReader,
+    notes: list[str],
+) -> Iterator[Row]:
+    first, second = here.identity(one), there.identity(other)
+    for task, measure in MEASURES.items():
+        key = task, measure.metric
+        if key not in one.scores or key not in other.scores:
+            continue
+        try:
+            pair = paired_documents(other, one, *key, read)
+        except ResultsError as error:
+            notes.append(f"{here.model}, {contrast.question}: {error}")
+            continue
+        yield {
+            **first,
+            "question": contrast.question,
+            "task": task,
+            "one": first["method"],
+            "other": second["method"],
+            "parameters_one": first["parameters"],
+            "parameters_other": second["parameters"],
+            "score_one": one.scores[key].value,
+            "score_other": other.scores[key].value,
+            **tested(paired_test(pair) if pair else None, measure.margin),
+        }

@@ -1,0 +1,290 @@
+"""The steps of the page of the dichotomy: each is one command of this package.
+
+A step writes into ``FOLDER/MODEL/STEP``. Sweeps go on where they stopped, so a step can be
+interrupted and given again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lm_eval_pruned.util.atomic import write_atomically
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+#: Short name and name of each model.
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma-3-270M"}
+#: The study's sizes, in percent of the neurons of each layer that go.
+PERCENTS = (10, 20, 30, 40, 50, 60)
+#: Numbers of layers that have about as many parameters as those percentages have.
+DEPTHS = {"smollm2": (2, 4, 7, 9, 11, 13), "gemma": (1, 3, 4, 5, 6, 8)}
+#: Expansion ratios of the percentages 10, 40 and 60.
+RATIOS = {"smollm2": ("2.4", "1.6", "1.07"), "gemma": ("2.88", "1.92", "1.28")}
+SEEDS = ("0", "1", "2")
+CHOICE = ("truthfulqa_mc1", "truthfulqa_mc2", "boolq", "held_text")
+#: How many documents of a task are used, from the first on, where a whole task takes too long.
+SUBSETS = {"boolq": 500, "gsm8k": 50}
+#: How many characters of each held document are scored.
+PASSAGE = 2000
+HELD_TASK = """\
+task: held_text
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+should_decontaminate: false
+metric_list:
+  - metric: word_perplexity
+  - metric: byte_perplexity
+  - metric: bits_per_byte
+metadata:
+  version: 1.0
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: Of the folder that it fills.
+        text: What it is for, as half a sentence.
+        tasks: Tasks that it evaluates; empty for a profile.
+        options: Further options of the sweep.
+        cut: Options that say what is pruned; default: the study's sizes.
+        model_args: Further arguments of the model.
+        calibrated: Whether it looks at calibration text.
+        models: For which models it is.
+        profile: Whether it is a profile and no sweep.
+    """
+
+    name: str
+    text: str
+    tasks: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ("--prune_percents", *map(str, PERCENTS))
+    model_args: tuple[str, ...] = ()
+    calibrated: bool = False
+    models: tuple[str, ...] = tuple(MODELS)
+    profile: bool = False
+
+
+def cells_of(step: Step, model: str) -> int:
+    """Return how many scores of pruned models a step has when it is finished."""
+    options = list(step.options)
+    sizes = len(DEPTHS[model]) if "{depths}" in step.cut else len(step.cut) - 1
+    ways = 1
+    if names := _values(options, "--criteria"):
+        ways = len(names)
+        if "random" in names:
+            ways += len(_values(options, "--seeds")) - 1
+    return len(step.tasks) * sizes * ways
+
+
+def _values(options: list[str], name: str) -> list[str]:
+    if name not in options:
+        return []
+    rest = options[options.index(name) + 1 :]
+    ends = [number for number, word in enumerate(rest) if word.startswith("--")]
+    return rest[: ends[0]] if ends else rest
+
+
+_AGAINST_CHANCE = ("--criteria", "maw", "random", "--seeds", *SEEDS)
+_SHORT = ("--gen_kwargs", "max_gen_toks=128")
+_SENSITIVITY = ("--allocations", "sensitivity", "--criteria", "maw", "best")
+_SKIP_0 = ("--criteria", "maw", "l2", "act", "random", "--seeds", *SEEDS)
+_ALIGNED = ("multiple_of=64",)
+
+STEPS = (
+    Step(
+        *("choice", "multiple choice and held text, uniform cuts", CHOICE),
+        ("--criteria", "maw", "best", "random", "--seeds", *SEEDS),
+        calibrated=True,
+    ),
+    Step(
+        *("choice_sensitivity", "widths by sensitivity", CHOICE, _SENSITIVITY),
+        calibrated=True,
+    ),
+    Step(
+        *("choice_skip0", "layer 0 left alone", CHOICE, _SKIP_0),
+        model_args=("skip_layers=0",),
+        calibrated=True,
+    ),
+    Step(
+        *("choice_depth", "whole layers left out, the last but one first", CHOICE),
+        cut=("--drop_layers", "{depths}"),
+    ),
+    Step(
+        *("choice_depth_influence", "whole layers left out by block influence", CHOICE),
+        cut=("--drop_layers", "{depths}"),
+        model_args=("drop_by=block_influence",),
+        calibrated=True,
+    ),
+    Step(
+        *("choice_aligned", "widths that are multiples of 64", CHOICE),
+        ("--criteria", "maw"),
+        model_args=_ALIGNED,
+    ),
+    Step(
+        *("instructions", "IFEval, uniform cuts", ("ifeval",)),
+        ("{template}", *_SHORT, *_AGAINST_CHANCE),
+    ),
+    Step(
+        *("instructions_skip0", "IFEval, layer 0 left alone", ("ifeval",)),
+        ("{template}", *_SHORT, *_SKIP_0),
+        model_args=("skip_layers=0",),
+        calibrated=True,
+    ),
+    Step(
+        *("instructions_sensitivity", "IFEval, widths by sensitivity", ("ifeval",)),
+        ("{template}", *_SHORT, *_SENSITIVITY),
+        calibrated=True,
+    ),
+    Step(
+        *("instructions_plain", "IFEval without a chat template", ("ifeval",)),
+        (*_SHORT, "--criteria", "maw"),
+        models=("smollm2",),
+    ),
+    *(
+        Step(
+            f"instructions_sampled_{seed}",
+            f"IFEval, answers sampled at temperature 0.7, seed {seed}",
+            ("ifeval",),
+            (
+                *("{template}", "--gen_kwargs", "max_gen_toks=128", "do_sample=true"),
+                *("temperature=0.7", "--criteria", "maw", "--seed", seed),
+            ),
+        )
+        for seed in SEEDS
+    ),
+    Step(
+        *("reasoning", "GSM8K, 5 examples", ("gsm8k",)),
+        ("--num_fewshot", "5", *_AGAINST_CHANCE),
+    ),
+    *(
+        Step(
+            f"reasoning_draw_{seed}",
+            f"GSM8K, 5 other examples, drawn with seed {seed}",
+            ("gsm8k",),
+            ("--num_fewshot", "5", "--criteria", "maw", "--seed", seed),
+        )
+        for seed in SEEDS[1:]
+    ),
+    Step("latency", "latency of aligned and of odd widths", profile=True),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all commands have in common.
+
+    Attributes:
+        folder: Work folder.
+        model: Key of `MODELS`.
+        pretrained: Name or folder of the model; None for the default model.
+        model_args: Further ``KEY=VALUE`` of the model.
+        dtype: Of the weights, or None for the checkpoint's.
+        device: Such as ``cpu``, or None for what is there.
+        batch_size: Of the sweeps.
+        samples: File of documents by task; None for the one of `prepare`.
+        limit: Documents per task, in place of `samples`; None for those of `samples`.
+    """
+
+    folder: Path
+    model: str = "smollm2"
+    pretrained: str | None = None
+    model_args: tuple[str, ...] = ()
+    dtype: str | None = None
+    device: str | None = None
+    batch_size: str = "16"
+    samples: str | None = None
+    limit: str | None = None
+
+
+def words_of(step: Step, setting: Setting) -> list[str]:
+    """Return the command of a step, word by word."""
+    output = ["--output_path", str(setting.folder / setting.model / step.name)]
+    device = [] if setting.device is None else ["--device", setting.device]
+    pretrained = [f"pretrained={setting.pretrained}"] if setting.pretrained else []
+    if step.profile:
+        words = ["lm-eval-pruned", "profile", "--ratios", *RATIOS[setting.model]]
+        named = ",".join([*pretrained, *setting.model_args])
+        words += ["--model_args", named] if named else []
+        words += ["--dtype", setting.dtype] if setting.dtype else []
+        words += ["--multiple_of", "1", "64", "--batch_sizes", "1", "4"]
+        words += ["--max_new_tokens", "32", "--limit", "4", "--repeats", "5"]
+        return [*words, *device, *output]
+    tasks = setting.folder / "tasks"
+    arguments = [*pretrained, *setting.model_args]
+    arguments += [f"dtype={setting.dtype}"] if setting.dtype else []
+    arguments += step.model_args
+    if step.calibrated:
+        arguments.append(f"calibration={tasks / 'calibration.jsonl'}")
+        arguments.append("calibration_samples=16")
+    words = ["lm-eval-pruned", "sweep"]
+    words += ["--model_args", *arguments] if arguments else []
+    for word in (*step.cut, "--tasks", *step.tasks, *step.options):
+        if word == "{depths}":
+            words += map(str, DEPTHS[setting.model])
+        elif word != "{template}":
+            words.append(word)
+        elif setting.model == "smollm2":
+            # The other model is no instruction-tuned one.
+            words.append("--apply_chat_template")
+    if "held_text" in step.tasks:
+        words += ["--include_path", str(tasks)]
+    if setting.limit is not None:
+        words += ["--limit", setting.limit]
+    else:
+        words += ["--samples", setting.samples or str(tasks / "samples.json")]
+    return [*words, "--batch_size", setting.batch_size, *device, *output]
+
+
+def prepare(data: Path, folder: Path) -> None:
+    """Write the held text as a task, the calibration text, and the subsets.
+
+    Lines count from 0: the odd ones are held out, the even ones calibrate.
+
+    Args:
+        data: JSON Lines with a key ``text``.
+        folder: Work folder; its folder ``tasks`` is written.
+
+    Raises:
+        ValueError: `data` is not such a file, or has fewer than two lines.
+    """
+    texts = []
+    for number, line in enumerate(data.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(str(json.loads(line)["text"]))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"data={data}, line {number}: not a JSON object with a key 'text'; give JSON Lines "
+                "such as those that calibration= takes."
+            ) from None
+    if len(texts) < 2:
+        raise ValueError(
+            f"data={data} holds {len(texts)} texts: give at least two, one to be held out and one "
+            "for calibration."
+        )
+    tasks = folder.resolve() / "tasks"
+    held = tasks / "held.jsonl"
+    write_atomically(held, _lines([text[:PASSAGE] for text in texts[1::2]]))
+    write_atomically(tasks / "calibration.jsonl", _lines(texts[::2]))
+    write_atomically(tasks / "held_text.yaml", HELD_TASK.format(file=held))
+    subsets = {task: list(range(count)) for task, count in SUBSETS.items()}
+    write_atomically(tasks / "samples.json", json.dumps(subsets))
+
+
+def _lines(texts: Sequence[str]) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)

@@ -1,0 +1,164 @@
+"""What is measured and what the tables of the page hold, and the words for single tests."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.analysis import statistics
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lm_eval_pruned.analysis.statistics import PairedTest
+
+Row = dict[str, Any]
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How one task is read.
+
+    Attributes:
+        metric: The one that stands for the task.
+        label: On the page.
+        higher_is_better: Which way is up.
+        margin: A change within it is none that matters, in the unit of the metric.
+        share: Whether it is a share, shown in points.
+    """
+
+    metric: str
+    label: str
+    higher_is_better: bool = True
+    margin: float = 0.03
+    share: bool = True
+
+
+#: In the order of the page. Bits per byte are a mean over bytes, which the word perplexity is
+#: not: it stands beside them as a score, and is not tested.
+MEASURES = {
+    "truthfulqa_mc1": Measure("acc,none", "TruthfulQA MC1"),
+    "truthfulqa_mc2": Measure("acc,none", "TruthfulQA MC2"),
+    "ifeval": Measure("inst_level_strict_acc,none", "IFEval, instructions"),
+    "boolq": Measure("acc,none", "BoolQ"),
+    "gsm8k": Measure("exact_match,strict-match", "GSM8K"),
+    "held_text": Measure(
+        *("bits_per_byte,none", "held text, bits per byte", False, 0.05, False)
+    ),
+}
+_RUN = ("model", "step", "run", "method", "criterion", "seed", "percent", "parameters")
+_TEST = ("difference", "low", "high", "p", "q")
+TABLES = {
+    "scores": (
+        *_RUN,
+        *("allocation", "width", "ratio", "layers", "task", "metric", "n", "score"),
+        *("stderr", "word_perplexity", "chance", "majority", "p_levels", *_TEST),
+        *("p_margin", "q_margin", "verdict"),
+    ),
+    "chance": (
+        *("model", "step", "task", "criterion", "percent", "parameters", "score"),
+        *("random", "seeds", *_TEST, "verdict"),
+    ),
+    "contrasts": (
+        *("question", "model", "task", "criterion", "percent", "one", "other"),
+        *("parameters_one", "parameters_other", "score_one", "score_other", *_TEST),
+        *("p_margin", "q_margin", "verdict"),
+    ),
+    "mc2": (
+        *(*_RUN, "toward", "n", "level", "base", "score", "distance_base", "distance"),
+        *(
+            "closer",
+            "closer_low",
+            "closer_high",
+            "closer_p",
+            "closer_q",
+            "moved",
+            "explained",
+        ),
+        *("rest", "rest_low", "rest_high", "rest_p", "rest_q"),
+    ),
+    "ifeval": (
+        *(*_RUN, "part", "instructions", "prompts", "words_base", "words"),
+        *("base", "cut", "score"),
+        *(
+            f"{part}_{each}"
+            for part in ("total", "length", "rest")
+            for each in ("difference", "low", "high", "p", "q")
+        ),
+    ),
+    "settings": ("model", "step", "setting", "value"),
+    "latency": (
+        *("model", "name", "width", "ratio", "parameters", "batch_size", "length"),
+        *("ms_first_token", "ms_per_token", "seconds"),
+        *("seconds_change", "seconds_low", "seconds_high", "seconds_verdict"),
+        "device",
+    ),
+}
+
+
+def written(value: Any) -> Any:
+    """Return a value as it stands in a table."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def plainly(value: Any) -> str:
+    """Return a setting as it is typed."""
+    if isinstance(value, dict):
+        return " ".join(f"{name}={each}" for name, each in value.items())
+    return str(value)
+
+
+def tested(test: PairedTest | None, margin: float) -> Row:
+    """Return the columns of a paired test, with that of "the change is larger than the margin"."""
+    if test is None:
+        return {}
+    return {
+        "difference": test.difference,
+        "low": test.low,
+        "high": test.high,
+        "p": test.p,
+        "p_margin": test.p_outside(-margin, margin),
+    }
+
+
+def with_q(rows: list[Row], *tests: str) -> list[Row]:
+    """Add ``TEST_q`` to rows that hold ``TEST_p``, each test a family of its own."""
+    for test in tests:
+        values = statistics.false_discovery_rate([row[f"{test}_p"] for row in rows])
+        for row, value in zip(rows, values, strict=True):
+            row[f"{test}_q"] = value
+    return rows
+
+
+def adjusted(rows: list[Row], verdict: Callable[[Row], str]) -> list[Row]:
+    """Add q to the rows of one family of tests, and what they say."""
+    for p, q in (("p", "q"), ("p_margin", "q_margin")):
+        values = statistics.false_discovery_rate([row.get(p) for row in rows])
+        for row, value in zip(rows, values, strict=True):
+            row[q] = value
+    for row in rows:
+        row["verdict"] = verdict(row)
+    return rows
+
+
+def change_verdict(row: Row) -> str:
+    """Return ``falls``, ``rises``, ``holds`` (within the margin), ``undecided`` or nothing."""
+    if row.get("q") is None:
+        return ""
+    if row["q"] < ALPHA:
+        better = MEASURES[row["task"]].higher_is_better
+        return "rises" if (row["difference"] > 0) == better else "falls"
+    within = row.get("q_margin")
+    return "holds" if within is not None and within < ALPHA else "undecided"
+
+
+def against_verdict(row: Row) -> str:
+    """Return whether the first of two is ``better`` or ``worse``, or that it is not shown."""
+    change = change_verdict(row)
+    words = {"rises": "better", "falls": "worse", "holds": "equal within the margin"}
+    return words.get(change, "not shown" if change else "")

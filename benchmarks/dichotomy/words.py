@@ -1,0 +1,155 @@
+"""How numbers, tests and lists stand on the page; everything is read from the CSV files."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from dichotomy.steps import MODELS
+from dichotomy.tables import ALPHA, MEASURES, TABLES
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+#: Verdict on two ways to prune whose difference is small for certain.
+WITHIN = "equal within the margin"
+NOTHING = "Nothing of this has been measured yet; [the list below](#not-measured-yet) has the commands."
+#: A row of a CSV file.
+Cells = dict[str, str]
+Tables = dict[str, list[Cells]]
+
+
+def read_tables(folder: Path) -> Tables:
+    """Return the rows of the CSV files by table; a file that is not there has none."""
+    tables: Tables = {}
+    for name in TABLES:
+        file = folder / f"{name}.csv"
+        tables[name] = []
+        if file.is_file():
+            with file.open(encoding="utf-8", newline="") as lines:
+                tables[name] = list(csv.DictReader(lines))
+    return tables
+
+
+def number(row: Cells, column: str) -> float | None:
+    """Return a number of a row, or None where the cell is empty."""
+    return float(row[column]) if row.get(column) else None
+
+
+def score(row: Cells, column: str = "score") -> str:
+    """Return a score: a share in percent, anything else in its own unit."""
+    value = number(row, column)
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}" if is_share(row) else f"{value:.3f}"
+
+
+def is_share(row: Cells) -> bool:
+    """Return whether scores of a row are shares; without a task they are."""
+    return row.get("task", "") not in MEASURES or MEASURES[row["task"]].share
+
+
+def change(row: Cells, test: str = "", *, interval: bool = True) -> str:
+    """Return a difference with its interval, in bold where q is below 0.05.
+
+    Args:
+        row: A row.
+        test: What the columns begin with, such as ``rest``; default: nothing.
+        interval: Whether to say it.
+    """
+    names = [
+        f"{test}_{each}" if test else each
+        for each in ("difference", "low", "high", "q")
+    ]
+    if test in row:
+        names[0] = test
+    value, low, high, q = (number(row, name) for name in names)
+    if value is None:
+        return ""
+    text = signed(row, value)
+    if q is not None and q < ALPHA:
+        text = f"**{text}**"
+    if interval and low is not None and high is not None:
+        text += f" ({signed(row, low)} to {signed(row, high)})"
+    return text
+
+
+def signed(row: Cells, value: float) -> str:
+    """Return a difference with its sign: of shares in points."""
+    text = f"{100 * value:+.1f}" if is_share(row) else f"{value:+.3f}"
+    return text.replace("-0.0", "+0.0") if float(text) == 0 else text
+
+
+def millions(row: Cells, column: str = "parameters") -> str:
+    """Return parameters in millions."""
+    value = number(row, column)
+    return "" if value is None else f"{value / 1e6:.1f}"
+
+
+def model_of(row: Cells) -> str:
+    """Return the whole name of a row's model."""
+    return MODELS.get(row["model"], row["model"])
+
+
+def label_of(row: Cells) -> str:
+    """Return the label of a row's task."""
+    return MEASURES[row["task"]].label
+
+
+def listed(parts: Iterable[str]) -> str:
+    """Join with commas and a last ``and``."""
+    parts = list(parts)
+    if len(parts) < 2:
+        return "".join(parts)
+    return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def by_size(row: Cells) -> float:
+    """Sort by percentage; what has none comes last."""
+    return float(row["percent"]) if row.get("percent") else 1e9
+
+
+def spans(rows: Sequence[Cells], order: Sequence[str]) -> str:
+    """Say at which sizes which verdict stands, such as ``falls at 30 and 40 %, undecided at 10 %``."""
+    parts = []
+    for verdict in order:
+        sizes = [
+            row["percent"]
+            for row in sorted(rows, key=by_size)
+            if row["verdict"] == verdict
+        ]
+        if sizes:
+            parts.append(f"{verdict} at {listed(sizes)} %")
+    return ", ".join(parts) or "not tested"
+
+
+def counted(rows: Sequence[Cells], said: dict[str, str]) -> str:
+    """Say how often each verdict stands, such as ``better in 3, worse in 2``.
+
+    Args:
+        rows: Rows with a verdict.
+        said: Words by verdict, in order; those that stand nowhere are said as well.
+    """
+    counts = Counter(row["verdict"] for row in rows)
+    return listed(f"{words} in {counts[verdict]}" for verdict, words in said.items())
+
+
+def grouped(rows: Iterable[Cells], *columns: str) -> dict[tuple[str, ...], list[Cells]]:
+    """Return rows by the values of some columns, in the order in which they come."""
+    groups: dict[tuple[str, ...], list[Cells]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return groups
+
+
+def shown(rows: Iterable[Cells], test: str, sign: Callable[[float], bool]) -> int:
+    """Count rows whose test has q below 0.05 and whose difference has the sign."""
+    count = 0
+    for row in rows:
+        column = test if test in row else f"{test}_difference"
+        value, q = number(row, column), number(row, f"{test}_q")
+        count += q is not None and value is not None and q < ALPHA and sign(value)
+    return count

@@ -1,0 +1,408 @@
+"""The page of the dichotomy: its commands, its tables from tiny sweeps, and the page as committed."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import shlex
+
+import numpy as np
+import pytest
+
+from lm_eval_pruned.cli import profile
+from lm_eval_pruned.sweeps import options as sweep_options
+from tests.helpers import checkpoints, results_files
+
+
+TABLES = checkpoints.ROOT / "docs" / "measurements" / "dichotomy"
+
+
+@pytest.fixture(scope="module")
+def steps(script):
+    return script("dichotomy.steps")
+
+
+@pytest.fixture(scope="module")
+def collecting(script):
+    return script("dichotomy.collecting")
+
+
+@pytest.fixture(scope="module")
+def make(script):
+    """The script `docs/make_dichotomy.py`, as a module."""
+    file = checkpoints.ROOT / "docs" / "make_dichotomy.py"
+    spec = importlib.util.spec_from_file_location("make_dichotomy", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("model", ["smollm2", "gemma"])
+def test_every_step_is_a_command_that_is_accepted(steps, model, tmp_path):
+    setting = steps.Setting(
+        tmp_path, model, "NAME", ("gguf_file=FILE",), "bfloat16", "cpu", samples="{}"
+    )
+    parsers = {"sweep": argparse.ArgumentParser(), "profile": argparse.ArgumentParser()}
+    sweep_options.add_arguments(parsers["sweep"])
+    commands = argparse.ArgumentParser().add_subparsers()
+    profile.add(commands)
+    parsers["profile"] = commands.choices["profile"]
+    for step in steps.STEPS:
+        program, command, *words = steps.words_of(step, setting)
+        assert program == "lm-eval-pruned"
+        parsed = parsers[command].parse_args(words)
+        assert parsed.output_path == str(tmp_path / model / step.name)
+        if command == "profile":
+            continue
+        given = sweep_options.read_options(parsed)
+        assert given["tasks"] == list(step.tasks)
+        assert given["model_args"]["pretrained"] == "NAME"
+        assert ("apply_chat_template" in words) == ("{template}" in step.options) or (
+            "--apply_chat_template" in words
+        ) == (model == "smollm2" and "{template}" in step.options)
+
+
+def test_names_of_steps_are_distinct_and_those_that_are_compared_exist(steps, script):
+    names = [step.name for step in steps.STEPS]
+    assert len(set(names)) == len(names)
+    compared = {
+        step
+        for contrast in script("dichotomy.contrasts").CONTRASTS
+        for step, _ in (contrast.one, contrast.other)
+    }
+    # Healed models are measured once a sweep can heal.
+    assert compared - {"healed"} <= set(names)
+
+
+def test_held_text_and_calibration_share_no_line(steps, tmp_path):
+    data = tmp_path / "data.jsonl"
+    texts = [str(n) * 3000 for n in range(5)]
+    data.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    steps.prepare(data, tmp_path / "work")
+    tasks = tmp_path / "work" / "tasks"
+
+    def read(name):
+        return [json.loads(line)["text"] for line in (tasks / name).open()]
+
+    assert read("held.jsonl") == [texts[1][:2000], texts[3][:2000]]
+    assert read("calibration.jsonl") == [texts[0], texts[2], texts[4]]
+    yaml = (tasks / "held_text.yaml").read_text()
+    assert f"test: {tasks / 'held.jsonl'}" in yaml
+    assert 'doc_to_target: "{{text}}"' in yaml
+    assert len(json.loads((tasks / "samples.json").read_text())["boolq"]) == 500
+
+
+def test_data_that_is_no_text_is_refused(steps, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a"}\n')
+    with pytest.raises(
+        ValueError, match=r"line 1: not a JSON object with a key 'text'"
+    ):
+        steps.prepare(data, tmp_path)
+    data.write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="holds 1 texts: give at least two"):
+        steps.prepare(data, tmp_path)
+
+
+def write_sweep(folder, runs, tasks, model_args=None):
+    """Write a sweep of the unpruned model and others.
+
+    Args:
+        folder: Where.
+        runs: By id: arguments of the pruning, and the shift of the scores.
+        tasks: By task and metric, the scores of the unpruned model.
+        model_args: Of the whole sweep.
+    """
+    runs = {"baseline": ({}, 0.0), **runs}
+    folder.mkdir(parents=True)
+    definition = {
+        "schema_version": 1,
+        "definition": {"model_args": model_args or {"dtype": "float32"}},
+        "configurations": [
+            {"id": name, "arguments": arguments}
+            for name, (arguments, _) in runs.items()
+        ],
+    }
+    (folder / "sweep.json").write_text(json.dumps(definition))
+    for name, (arguments, shift) in runs.items():
+        for (task, metric), values in tasks.items():
+            record = results_files.pruning(
+                arguments.get("prune_percent", 0),
+                criterion=arguments.get("criterion", "maw"),
+                seed=arguments.get("seed"),
+            )
+            if "drop_layers" in arguments:
+                record |= {"layers_dropped": "1", "parameters_after": 890}
+            moved = np.clip(np.asarray(values) + shift, 0, 1).tolist()
+            results_files.write_run(
+                folder / "units" / name / task,
+                {task: {metric: {"values": moved, "stderr": 0.02}}},
+                pruning=record,
+            )
+
+
+SCORES = np.random.default_rng(0).uniform(0.3, 0.7, 60)
+CHOICE = {
+    "prune_percent-20": ({"prune_percent": 20, "criterion": "maw"}, -0.2),
+    "best": ({"prune_percent": 20, "criterion": "best"}, 0.0),
+    **{
+        f"random-{seed}": (
+            {"prune_percent": 20, "criterion": "random", "seed": seed},
+            -0.1 + 0.01 * seed,
+        )
+        for seed in range(3)
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A work folder in which some steps have data."""
+    folder = tmp_path_factory.mktemp("work")
+    tasks = {("truthfulqa_mc1", "acc,none"): SCORES, ("boolq", "acc,none"): SCORES}
+    write_sweep(folder / "smollm2" / "choice", CHOICE, tasks)
+    write_sweep(
+        folder / "smollm2" / "choice_skip0",
+        {"prune_percent-20": ({"prune_percent": 20, "criterion": "maw"}, -0.05)},
+        tasks,
+        {"dtype": "float32", "skip_layers": 0},
+    )
+    depth = {"drop_layers-1": ({"drop_layers": 1}, -0.1)}
+    write_sweep(folder / "smollm2" / "choice_depth", depth, tasks)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(collecting, measured):
+    return collecting.collect(measured).tables
+
+
+def test_scores_have_tests_against_the_unpruned_model(tables):
+    rows = {
+        (row["step"], row["method"], row["seed"]): row
+        for row in tables["scores"]
+        if row["task"] == "boolq"
+    }
+    assert rows["choice", "unpruned", None]["percent"] == 0
+    assert rows["choice", "unpruned", None].get("p") is None
+    cut = rows["choice", "maw", None]
+    assert cut["difference"] == pytest.approx(-0.2)
+    assert (cut["verdict"], cut["n"], cut["percent"]) == ("falls", 60, 20)
+    # Sixty documents without any change do not rule out one of three points.
+    assert rows["choice", "best", None]["verdict"] == "undecided"
+    assert ("choice_skip0", "maw, layer 0 kept", None) in rows
+    depth = rows["choice_depth", "depth", None]
+    assert (depth["percent"], depth["parameters"]) == (None, 890)
+    assert {key[2] for key in rows if key[1] == "random"} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("task", "difference", "q", "q_margin", "verdict"),
+    [
+        ("boolq", -0.1, 0.01, 0.9, "falls"),
+        ("boolq", 0.1, 0.01, 0.9, "rises"),
+        ("held_text", 0.1, 0.01, 0.9, "falls"),
+        ("boolq", 0.01, 0.6, 0.01, "holds"),
+        ("boolq", 0.01, 0.6, 0.06, "undecided"),
+        ("boolq", 0.01, None, None, ""),
+    ],
+)
+def test_verdicts_need_a_test(script, task, difference, q, q_margin, verdict):
+    row = {"task": task, "difference": difference, "q": q, "q_margin": q_margin}
+    assert script("dichotomy.tables").change_verdict(row) == verdict
+
+
+def test_criteria_are_compared_with_the_mean_of_the_seeds(tables):
+    rows = {
+        row["criterion"]: row
+        for row in tables["chance"]
+        if row["task"] == "truthfulqa_mc1"
+    }
+    assert rows["maw"]["difference"] == pytest.approx(-0.11)
+    assert rows["maw"]["verdict"] == "worse"
+    assert rows["best"]["difference"] == pytest.approx(0.09)
+    assert rows["best"]["verdict"] == "better"
+    assert rows["best"]["seeds"] == 3
+
+
+def test_contrasts_match_sizes_by_percentage_or_by_parameters(tables):
+    rows = {
+        (row["question"], row["one"]): row
+        for row in tables["contrasts"]
+        if row["task"] == "boolq"
+    }
+    assert rows["best", "best"]["difference"] == pytest.approx(0.2)
+    assert rows["skip0", "maw, layer 0 kept"]["verdict"] == "better"
+    depth = rows["depth", "maw"]
+    assert (depth["parameters_one"], depth["parameters_other"]) == (880, 890)
+    assert depth["difference"] == pytest.approx(-0.1)
+    assert depth["verdict"] == "worse"
+
+
+def test_healed_models_stand_beside_the_same_models_before(collecting, tmp_path):
+    arguments = {"prune_percent": 20, "criterion": "maw"}
+    runs = {"p-20": (arguments, -0.2), "p-20_healed": (arguments, -0.05)}
+    tasks = {("boolq", "acc,none"): SCORES}
+    write_sweep(tmp_path / "smollm2" / "healed", runs, tasks)
+    found = collecting.collect(tmp_path).tables
+    (row,) = found["contrasts"]
+    assert (row["question"], row["one"], row["other"]) == (
+        *("healed", "maw, healed"),
+        "maw",
+    )
+    assert row["difference"] == pytest.approx(0.15)
+
+
+def test_a_step_knows_when_it_is_finished(steps):
+    known = {step.name: step for step in steps.STEPS}
+    assert steps.cells_of(known["choice"], "smollm2") == 4 * 6 * 5
+    assert steps.cells_of(known["choice_sensitivity"], "gemma") == 4 * 6 * 2
+    assert steps.cells_of(known["choice_depth"], "gemma") == 4 * 6
+    assert steps.cells_of(known["instructions"], "smollm2") == 6 * 4
+    assert steps.cells_of(known["instructions_plain"], "smollm2") == 6
+
+
+def test_what_cannot_be_read_is_said_and_left_out(collecting, measured, tmp_path):
+    with pytest.raises(ValueError, match="holds nothing that the steps have measured"):
+        collecting.collect(tmp_path)
+    broken = tmp_path / "smollm2" / "choice"
+    broken.mkdir(parents=True)
+    (broken / "sweep.json").write_text('{"schema_version": 1, "configurations": []}')
+    assert (tmp_path / "smollm2").is_dir()
+    with pytest.raises(ValueError, match="holds nothing"):
+        collecting.collect(tmp_path)
+
+
+def test_the_tables_hold_no_texts(collecting, measured):
+    for name, content in collecting.collect(measured).files().items():
+        rows = list(csv.reader(content.splitlines()))
+        assert len({len(row) for row in rows}) == 1, name
+        assert "question" not in content.replace("question,model", ""), name
+        assert str(measured) not in content, name
+
+
+def test_the_page_says_what_the_tests_say(make, collecting, measured, tmp_path):
+    for name, content in collecting.collect(measured).files().items():
+        (tmp_path / name).write_text(content)
+    tables = make.read_tables(tmp_path)
+    text = make.page(tables, [], ["scores.svg"])
+    assert (
+        "`maw` is better than chance in 0, worse in 2 and not told apart from it in 0"
+        in text
+    )
+    assert "`best` is better than chance in 2" in text
+    assert "|BoolQ|3|worse at 20 %|" in text
+    assert "### Truthfulness" in text
+    assert "falls at 20 %" in text
+    assert "*maw* beside *depth*" in text
+    assert "|`instructions`|nothing|" in text
+    assert "uniform cuts|`choice`|10 of 120 scores|" in text
+    assert (
+        "|Gemma-3-270M|multiple choice and held text, uniform cuts|`choice`|nothing|"
+        in text
+    )
+    assert "Healing" in text
+
+
+def test_the_page_counts_what_the_mechanisms_show(script, collecting, tmp_path):
+    """Two models come closer to their levels; of one the rest is shown, and length lowers scores."""
+    run = {
+        "model": "smollm2",
+        "step": "choice",
+        "run": "a",
+        "method": "maw",
+        "percent": 20,
+    }
+    numbers = dict.fromkeys(
+        ("level", "base", "score", "distance_base", "distance"), 0.4
+    )
+    mc2 = {**run, **numbers, "toward": "equally likely answers", "n": 9, "moved": 0.5}
+    mc2 |= {"explained": 0.01, "closer": -0.1, "closer_q": 0.01, "rest": 0.02}
+    split = {**run, "part": "others", "instructions": 20, "prompts": 9, "base": 0.4}
+    split |= {"words_base": 80.0, "words": 20.0, "cut": 0.3, "score": 0.35}
+    split |= {"total_difference": -0.05, "total_q": 0.2, "length_difference": -0.1}
+    split |= {"length_q": 0.01, "rest_difference": 0.05, "rest_q": 0.03}
+    found = collecting.Collection()
+    found.tables["mc2"] = [{**mc2, "rest_q": 0.01}, {**mc2, "rest_q": 0.6}]
+    found.tables["ifeval"] = [split]
+    for name, content in found.files().items():
+        (tmp_path / name).write_text(content)
+    tables = script("dichotomy.words").read_tables(tmp_path)
+    page = script("dichotomy.mechanisms_page")
+    text = "\n".join(page.mc2_section(tables["mc2"]))
+    assert "come closer to their levels in 2, and move away in 0" in text
+    assert "does not explain is shown in 1." in text
+    assert "|**-10.0**|0.50|+1.0|+2.0|" in text
+    text = "\n".join(page.ifeval_section(tables["ifeval"]))
+    assert (
+        "rise in 0 and to fall in 0; length alone raises it in 0 and lowers it in 1"
+        in text
+    )
+    assert "the rest raises it in 1" in text
+    assert "|80 / 20|40.0|35.0|-5.0|**-10.0**|**+5.0**|" in text
+
+
+def test_perplexities_are_shown_beside_the_bits_that_are_tested(script):
+    row = {"model": "smollm2", "step": "choice", "seed": "", "method": "unpruned"}
+    rows = [
+        {**row, "percent": "0", "word_perplexity": "60.23"},
+        {
+            **row,
+            "percent": "20",
+            "method": "random",
+            "seed": "1",
+            "word_perplexity": "99",
+        },
+        {**row, "percent": "20", "method": "maw", "word_perplexity": ""},
+    ]
+    blocks = script("dichotomy.page").perplexity_table(rows)
+    assert "|unpruned|60.2|||||||" in blocks[1]
+    assert "|random, seed 1|||99.0|||||" in blocks[1]
+    assert "maw" not in blocks[1]
+    assert script("dichotomy.page").perplexity_table(rows[2:]) == []
+
+
+def test_a_page_without_data_lists_every_command(make, steps, tmp_path):
+    text = make.page(make.read_tables(tmp_path), [])
+    for step in steps.STEPS:
+        assert f"|{step.text}|`{step.name}`|nothing|" in text
+        assert f" {step.name}" in text[text.index("```bash\npython docs") :]
+    assert "No samples of it yet." in text
+
+
+def test_the_page_is_what_its_tables_say(make):
+    with make.STUDY.open(encoding="utf-8", newline="") as lines:
+        study = list(csv.DictReader(lines))
+    tables = make.read_tables(TABLES)
+    figures = sorted(path.name for path in TABLES.glob("*.svg"))
+    assert make.PAGE.read_text(encoding="utf-8") == make.page(tables, study, figures)
+    assert sorted(make.draw(tables)) == figures
+
+
+def test_listing_prints_commands_and_writes_nothing(
+    make, tmp_path, capsys, monkeypatch
+):
+    words = ["make_dichotomy.py", "--list", "--output", str(tmp_path), "--limit", "8"]
+    monkeypatch.setattr("sys.argv", [*words, "--only", "choice", "latency"])
+    monkeypatch.setattr(make, "render", None)
+    assert make.main() == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines] == ["sweep", "profile"]
+    assert "--limit" in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--run"], "give --output"),
+        (["--run", "--output", "x"], "give --data"),
+        (["--list", "--output", "x", "--model", "gemma"], "give --pretrained"),
+    ],
+)
+def test_what_is_missing_is_said_at_once(make, words, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["make_dichotomy.py", *words])
+    with pytest.raises(SystemExit, match=message):
+        make.main()
