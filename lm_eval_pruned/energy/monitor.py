@@ -8,6 +8,7 @@ exception. The one meter this package ships is `lm_eval_pruned.energy.codecarbon
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -301,3 +302,11 @@ class EnergyMonitor:
             "Energy is not measured any more, the evaluation goes on: %s.",
             self.failures[-1],
         )
+
+
+def meters_the_machine() -> bool:
+    """Whether this process is the one that meters its machine: the first of its launcher."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name]) == 0
+    return True
