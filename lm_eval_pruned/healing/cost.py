@@ -99,7 +99,9 @@ class Cost:
 
 def _machines() -> int:
     """Return on how many machines a launcher has started processes."""
-    of_all, of_one = (os.environ.get(n) or "1" for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    of_all, of_one = (
+        os.environ.get(n) or "1" for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    )
     return max(1, int(of_all) // int(of_one)) if "LOCAL_WORLD_SIZE" in os.environ else 1
 
 
