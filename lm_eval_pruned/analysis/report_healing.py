@@ -184,7 +184,7 @@ def _differences(base: Run, found: Sequence[_Row], alpha: float) -> Section:
                 row.metric.removesuffix(",none"),
                 run_label(row.before),
                 Cell(word, mark),
-                number_text(unpruned and unpruned.value, ".4f"),
+                number_text(unpruned.value if unpruned else None, ".4f"),
                 f"{before.value:.4f}",
                 f"{after.value:.4f}",
                 Cell(f"{after.value - before.value:+.4f}", mark),
