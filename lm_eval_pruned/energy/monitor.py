@@ -219,6 +219,16 @@ class EnergyMonitor:
         self.start()
         self._open[name] = self._edge()
 
+    def read_window(self, name: str) -> EnergyReading:
+        """Return what a window took so far; it stays open.
+
+        Raises:
+            ValueError: No window of this name is open.
+        """
+        if name not in self._open:
+            raise ValueError(f"No energy window {name!r} is open.")
+        return self._between(self._open[name], self._edge())
+
     def end_window(self, name: str, *, apart: bool = False) -> EnergyReading:
         """Close a window and return what it took.
 

@@ -85,12 +85,12 @@ class Cost:
         if self._monitor is None:
             notes: tuple[str, ...] = ("another process of this machine meters it",)
             return _written(EnergyReading(None, notes=notes), None)
-        reading = self._before
+        parts = [] if self._before is None else [self._before]
         if self._open:
-            now = self._monitor.end_window(_WINDOW)
-            self._monitor.begin_window(_WINDOW)
-            reading = add_up([reading, now] if reading else [now])
-        reading = self._before = reading or EnergyReading(None, notes=("not measured",))
+            # One window to the end: in a short one of its own a counter may stand still.
+            parts.append(self._monitor.read_window(_WINDOW))
+        nothing = EnergyReading(None, notes=("nothing was trained",))
+        reading = add_up(parts) if parts else nothing
         if _machines() > 1:
             notes = (*reading.notes, "only the first of several machines was metered")
             reading = EnergyReading(None, notes=notes)
