@@ -57,12 +57,13 @@ class Cost:
         Args:
             on_gpu: Energy without that of the GPU is then no total.
         """
-        self._began = time.monotonic()
         if self._monitor is not None:
             if on_gpu:
                 self._monitor.required.add("gpu")
             self._monitor.begin_window(_WINDOW)
             self._open = True
+        # The meter may take a second or two to start.
+        self._began = time.monotonic()
 
     def so_far(self) -> dict[str, Any]:
         """Return ``seconds`` and, where it is metered, ``energy``, as records have them."""

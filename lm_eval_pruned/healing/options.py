@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -272,6 +273,8 @@ def _of_kind(kind: type, value: Any) -> Any:
     from lm_eval.utils import handle_arg_string, simple_parse_args_string
 
     if kind is dict:
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            value = json.loads(value)
         if isinstance(value, str):
             return simple_parse_args_string(value)
         # YAML takes 1e-4 for a text.

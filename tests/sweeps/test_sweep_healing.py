@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from lm_eval_pruned.checkpoints.adapters import HEALING
 from lm_eval_pruned.cli import main
+from lm_eval_pruned.healing.options import HealingOptions
 from lm_eval_pruned.healing.trainer import HealingTrainer
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
@@ -297,7 +298,9 @@ def test_command_line_and_yaml_ask_for_the_same(tmp_path):
     expected = {"data": "a.jsonl", "max_steps": 200, "training_args": {"bf16": True}}
     assert read("--config", str(file), *rest) == expected
     words = 'data=a.jsonl,max_steps=200,training_args={"bf16": true}'
-    assert read("--heal", words, *rest)["max_steps"] == 200
+    assert HealingOptions.of(
+        {k: v for k, v in read("--heal", words, *rest).items() if k != "data"}, "heal"
+    ) == HealingOptions(max_steps=200, training_args={"bf16": True})
     assert read("--heal", json.dumps(expected), *rest) == expected
 
 
