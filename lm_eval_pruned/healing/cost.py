@@ -72,7 +72,7 @@ class Cost:
             record["energy"] = self._energy()
         return record
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Stop the meter."""
         if self._monitor is not None:
             self._monitor.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -216,32 +217,30 @@ def heal(
         from peft import get_peft_model
 
         model = get_peft_model(model, adapter)
-    cost = Cost(metered=metered)
-    cost.add(None if last is None else read_healing(str(last)))
     stop = StopWhenAsked()
-    try:
-        trainer = HealingTrainer(
-            None if teacher is None else teacher.model,
-            options.teacher_weight,
-            options.temperature,
-            model=model,
-            args=arguments,
-            train_dataset=text.examples(),
-            callbacks=[RecordBeside(record, cost), stop],
-        )
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"training_args ask for what is not here ({error}): install it, or leave it out."
-        ) from None
-    if teacher is not None:
-        teacher.move(arguments.device)
-    try:
+    with contextlib.closing(Cost(metered=metered)) as cost:
+        cost.add(None if last is None else read_healing(str(last)))
+        try:
+            trainer = HealingTrainer(
+                None if teacher is None else teacher.model,
+                options.teacher_weight,
+                options.temperature,
+                model=model,
+                args=arguments,
+                train_dataset=text.examples(),
+                callbacks=[RecordBeside(record, cost), stop],
+            )
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(
+                f"training_args ask for what is not here ({error}): install it, or leave it "
+                "out."
+            ) from None
+        if teacher is not None:
+            teacher.move(arguments.device)
         with stop.listening():
             trainer.train_from(last)
         record["steps"] = trainer.state.global_step
         record |= cost.so_far()
-    finally:
-        cost.end()
     record["tokens_seen"] = (
         trainer.state.global_step
         * arguments.train_batch_size

@@ -89,7 +89,7 @@ def test_what_was_not_measured_is_null_with_a_note(metered, clock, more, on_gpu,
     energy = cost.so_far()["energy"]
     assert energy["joules"]["total"] is None
     assert energy["notes"][0].startswith(note)
-    cost.end()
+    cost.close()
 
 
 def test_processes_and_machines(metered, clock, monkeypatch):
