@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter, check_country
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.energy.readings import EnergyReading, Joules, add_up, scale_idle
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_share import (
@@ -390,11 +389,3 @@ class EnergyLog:
                 f"{self.cached:,} answers came from the cache and cost nothing."
             )
         return "\n".join(lines)
-
-
-def meters_the_machine() -> bool:
-    """Whether this process is the one that meters its machine: the first of its launcher."""
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name]) == 0
-    return True

@@ -16,6 +16,7 @@ from lm_eval_pruned.analysis.random_baseline import random_baseline_section
 from lm_eval_pruned.analysis.report_curves import energy_section, truthfulness_section
 from lm_eval_pruned.analysis.report_flips import CSV, PAGE, flips_section
 from lm_eval_pruned.analysis.report_formats import as_csv, as_html, as_markdown
+from lm_eval_pruned.analysis.report_healing import healing_sections
 from lm_eval_pruned.analysis.report_layers import layers_section
 from lm_eval_pruned.analysis.report_sections import (
     configurations_section,
@@ -87,7 +88,8 @@ def write_report(
         f"the unpruned model ({base.name})"
     )
     flips, beside = flips_section(title, base, others, texts=texts)
-    sections = make_sections(sweep, base, others, comparison, levels, flips)
+    healing = healing_sections(base, others, alpha, read)
+    sections = make_sections(sweep, base, others, comparison, levels, flips, healing)
     plots = [plot for section in sections for plot in section.plots]
     scores = as_csv(base, others, comparison)
     files: dict[Path, str | bytes] = {
@@ -114,6 +116,7 @@ def make_sections(
     comparison: Comparison,
     levels: Mapping[tuple[str, str], Levels],
     flips: Section | None = None,
+    healing: Sequence[Section] = (),
 ) -> list[Section]:
     """Return what a report says, in order; sections with nothing to say are left out."""
     from lm_eval_pruned.analysis.report_figure import figure_section
@@ -124,6 +127,7 @@ def make_sections(
         figure_section(base, runs, comparison, levels),
         scores_section(base, others, comparison),
         differences_section(others, comparison),
+        *healing,
         random_baseline_section(sweep, base),
         flips,
         truthfulness_section(runs, comparison),

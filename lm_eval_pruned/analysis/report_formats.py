@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
 from lm_eval_pruned.analysis.report_page import only_these
+from lm_eval_pruned.analysis.series import healing_name
 from lm_eval_pruned.util.palette import variables
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
@@ -24,6 +25,7 @@ _COLUMNS = (
     "parameters",
     "criterion",
     "seed",
+    "healed_by",
     "task",
     "metric",
     "higher_is_better",
@@ -139,6 +141,7 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
                 parameters=run.pruning.get("parameters_after"),
                 criterion=run.pruning.get("criterion"),
                 seed=run.pruning.get("seed"),
+                healed_by=healing_name(run) if run.healing else None,
                 task=task,
                 metric=metric,
                 higher_is_better=score.higher_is_better,

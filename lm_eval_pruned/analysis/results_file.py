@@ -86,6 +86,12 @@ class Run:
         return record if isinstance(record, dict) else {}
 
     @property
+    def healing(self) -> Mapping[str, Any]:
+        """On what the pruned model was trained again, as its adapter says; else empty."""
+        record = self.config.get("healing")
+        return record if isinstance(record, dict) else {}
+
+    @property
     def expansion_ratio(self) -> float | None:
         """Intermediate size / hidden size of the model that was evaluated, or None."""
         ratio = self.pruning.get("expansion_ratio_after")

@@ -42,7 +42,8 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def series_name(run: Run) -> str:
-    """Return how a run was pruned: the criterion with the seed of a random one, and where.
+    """Return how a run was pruned: the criterion with the seed of a random one, where, and
+    whether it was trained again.
 
     Layers that differ in width are no point on the curve of those that do not, and neither are
     models of which some layers were left alone.
@@ -59,6 +60,17 @@ def series_name(run: Run) -> str:
         name += f", allocation {run.pruning['allocation']}"
     elif "layer_widths" in run.pruning:
         name += ", widths by layer"
+    if run.healing:
+        name += f", healed by {healing_name(run)}"
+    return name
+
+
+def healing_name(run: Run) -> str:
+    """Return how a healed run was trained, such as ``lora`` or ``dora with teacher 0.5``."""
+    method, teacher = run.healing.get("method"), run.healing.get("teacher")
+    name = str(method or "unknown training")
+    if isinstance(teacher, dict):
+        name += f" with teacher {teacher.get('weight')}"
     return name
 
 

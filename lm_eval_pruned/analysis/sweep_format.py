@@ -2,7 +2,8 @@
 
 ``DIR/sweep.json`` says what the sweep is, ``DIR/units/CONFIGURATION/TASK/`` holds one
 unit: the harness's ``results_*.json`` and ``samples_*.jsonl`` and our ``unit.json``, or
-``error.json`` and ``unit.json`` for one that failed. ``DIR/sensitivity.json`` holds the
+``error.json`` and ``unit.json`` for one that failed. ``DIR/adapters/CONFIGURATION/`` holds
+what healed configurations were trained to. ``DIR/sensitivity.json`` holds the
 curves of single layers that its widths or criteria were chosen by, as ``lm-eval-pruned
 sensitivity`` writes them. `lm_eval_pruned.sweeps` writes such a
 folder and goes on in it, `sweep_results` reads it for tables; both ask here.
@@ -32,6 +33,8 @@ DEFINITION = "sweep.json"
 UNIT = "unit.json"
 ERROR = "error.json"
 UNITS = "units"
+#: Adapters of healed configurations, by configuration and what they were trained with.
+ADAPTERS = "adapters"
 #: Curves of single layers; there where a sweep measured them, or where somebody put them.
 SENSITIVITY = "sensitivity.json"
 

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.cli.model_args import add_model_args, with_default_model
+from lm_eval_pruned.healing.options import DECLARED, HealingOptions
 
 
 if TYPE_CHECKING:
@@ -35,53 +36,15 @@ def add(commands) -> None:
         metavar="DIR",
         help="folder to write, new or empty; checkpoints go to DIR.checkpoints",
     )
-    parser.add_argument(
-        "--method",
-        default="lora",
-        help="what is trained: the adapters lora or dora, or full, all weights (default: lora)",
-    )
-    parser.add_argument(
-        "--teacher_weight",
-        type=float,
-        default=0.0,
-        metavar="W",
-        help="share of the loss that is the distance to the unpruned model, from 0 to 1 "
-        "(default: 0, next-token loss alone)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="what the logits of both are divided by (default: 1)",
-    )
-    parser.add_argument(
-        "--max_length",
-        type=int,
-        default=512,
-        metavar="N",
-        help="tokens of each block of text (default: 512)",
-    )
-    parser.add_argument(
-        "--max_steps",
-        type=int,
-        metavar="N",
-        help="steps of the optimiser (default: until the text was seen once)",
-    )
-    parser.add_argument(
-        "--training_args",
-        default="",
-        metavar="KEY=VALUE,...",
-        help="further fields of transformers.TrainingArguments, such as "
-        "learning_rate=1e-4,bf16=true,gradient_checkpointing=true,report_to=tensorboard",
-    )
-    parser.add_argument(
-        "--peft_args",
-        default="",
-        metavar="KEY=VALUE,...",
-        help="further fields of peft.LoraConfig (default: r=16,lora_alpha=32,"
-        "target_modules=all-linear)",
-    )
+    for name, option in DECLARED.items():
+        kind, several = option.metadata["kind"], option.metadata["kind"] is dict
+        parser.add_argument(
+            f"--{name}",
+            type=str if several else kind,
+            default="" if several else option.default,
+            metavar=option.metadata["metavar"],
+            help=option.metadata["help"],
+        )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint"
     )
@@ -98,17 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
     from accelerate import PartialState
     from lm_eval.utils import simple_parse_args_string
 
-    from lm_eval_pruned.healing.options import HealingOptions
     from lm_eval_pruned.healing.run import heal
 
-    options = HealingOptions(
-        method=arguments.method,
-        teacher_weight=arguments.teacher_weight,
-        temperature=arguments.temperature,
-        max_length=arguments.max_length,
-        max_steps=arguments.max_steps,
-        training_args=simple_parse_args_string(arguments.training_args),
-        peft_args=simple_parse_args_string(arguments.peft_args),
+    options = HealingOptions.of(
+        {
+            name: value
+            for name in DECLARED
+            if (value := getattr(arguments, name)) is not None
+        },
+        "heal",
     )
     model_args = simple_parse_args_string(arguments.model_args)
     healed = heal(

@@ -8,6 +8,7 @@ exception. The one meter this package ships is `lm_eval_pruned.energy.codecarbon
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -218,6 +219,16 @@ class EnergyMonitor:
         self.start()
         self._open[name] = self._edge()
 
+    def read_window(self, name: str) -> EnergyReading:
+        """Return what a window took so far; it stays open.
+
+        Raises:
+            ValueError: No window of this name is open.
+        """
+        if name not in self._open:
+            raise ValueError(f"No energy window {name!r} is open.")
+        return self._between(self._open[name], self._edge())
+
     def end_window(self, name: str, *, apart: bool = False) -> EnergyReading:
         """Close a window and return what it took.
 
@@ -301,3 +312,11 @@ class EnergyMonitor:
             "Energy is not measured any more, the evaluation goes on: %s.",
             self.failures[-1],
         )
+
+
+def meters_the_machine() -> bool:
+    """Whether this process is the one that meters its machine: the first of its launcher."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name]) == 0
+    return True

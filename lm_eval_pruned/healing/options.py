@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from peft import LoraConfig
@@ -64,13 +66,67 @@ class HealingOptions:
         ValueError: teacher_weight=1.5 is no share of the loss: pass a number from 0 to 1.
     """
 
-    method: str = "lora"
-    teacher_weight: float = 0.0
-    temperature: float = 1.0
-    max_length: int = 512
-    max_steps: int | None = None
-    training_args: dict[str, Any] = field(default_factory=dict)
-    peft_args: dict[str, Any] = field(default_factory=dict)
+    # "help" and "metavar" are those of commands; "kind" is what a value must be.
+    method: str = field(
+        default="lora",
+        metadata={
+            "kind": str,
+            "metavar": "NAME",
+            "help": "what is trained: the adapters lora or dora, or full, all weights (default: "
+            "lora)",
+        },
+    )
+    teacher_weight: float = field(
+        default=0.0,
+        metadata={
+            "kind": float,
+            "metavar": "W",
+            "help": "share of the loss that is the distance to the unpruned model, from 0 to 1 "
+            "(default: 0, next-token loss alone)",
+        },
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "kind": float,
+            "metavar": "T",
+            "help": "what the logits of both are divided by (default: 1)",
+        },
+    )
+    max_length: int = field(
+        default=512,
+        metadata={
+            "kind": int,
+            "metavar": "N",
+            "help": "tokens of each block of text (default: 512)",
+        },
+    )
+    max_steps: int | None = field(
+        default=None,
+        metadata={
+            "kind": int,
+            "metavar": "N",
+            "help": "steps of the optimiser (default: until the text was seen once)",
+        },
+    )
+    training_args: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "kind": dict,
+            "metavar": "KEY=VALUE,...",
+            "help": "further fields of transformers.TrainingArguments, such as "
+            "learning_rate=1e-4,bf16=true,gradient_checkpointing=true,report_to=tensorboard",
+        },
+    )
+    peft_args: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "kind": dict,
+            "metavar": "KEY=VALUE,...",
+            "help": "further fields of peft.LoraConfig (default: r=16,lora_alpha=32,"
+            "target_modules=all-linear)",
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -102,6 +158,32 @@ class HealingOptions:
                 f"peft_args={written(self.peft_args)} describes an adapter, but method=full "
                 "trains none: leave it out, or pass method=lora."
             )
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], where: str) -> HealingOptions:
+        """Return the options that a mapping holds, as YAML or ``KEY=VALUE,...`` has them.
+
+        Args:
+            given: Values by the names of the options. Those that are mappings may be text.
+            where: What holds them, for messages.
+
+        Raises:
+            ValueError: A name is unknown, or a value of no use.
+        """
+        values = {}
+        for name, value in given.items():
+            if name not in DECLARED:
+                near = difflib.get_close_matches(str(name), DECLARED, 1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {_names()}."
+                raise ValueError(f"{where} has the unknown key {name}: {hint}")
+            kind = DECLARED[name].metadata["kind"]
+            try:
+                values[name] = _of_kind(kind, value)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{where} has {name}={value}: pass {_EXPECTED[kind]}."
+                ) from None
+        return cls(**values)
 
     def trainer_arguments(self, folder: Path) -> TrainingArguments:
         """Return what `transformers.Trainer` is told, its checkpoints being in `folder`.
@@ -165,6 +247,46 @@ class HealingOptions:
             "max_length": self.max_length,
             "teacher": teacher,
         }
+
+
+#: The options by name.
+DECLARED = {each.name: each for each in fields(HealingOptions)}
+_EXPECTED = {
+    str: "a name",
+    int: "a whole number",
+    float: "a number",
+    dict: "a mapping, or text such as key=value,key=value",
+}
+
+
+def _names() -> str:
+    return ", ".join(DECLARED)
+
+
+def _of_kind(kind: type, value: Any) -> Any:
+    """Return a value as its option has it; texts become what they spell.
+
+    Raises:
+        TypeError: It is of another kind.
+        ValueError: A text does not spell one of this kind.
+    """
+    from lm_eval.utils import handle_arg_string, simple_parse_args_string
+
+    if kind is dict:
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            value = json.loads(value)
+        if isinstance(value, str):
+            return simple_parse_args_string(value)
+        # YAML takes 1e-4 for a text.
+        return {
+            str(name): handle_arg_string(each) if isinstance(each, str) else each
+            for name, each in dict(value).items()
+        }
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError
+    if kind is int and isinstance(value, float):
+        raise TypeError
+    return kind(value)
 
 
 def written(arguments: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,8 +18,9 @@ from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.quantisation import quantising_arguments
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.saving import check_output, save_loaded
+from lm_eval_pruned.healing.cost import Cost
 from lm_eval_pruned.healing.options import written
-from lm_eval_pruned.healing.text import HealingText, texts_of
+from lm_eval_pruned.healing.text import HealingText, check_length, texts_of
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.util.atomic import appearing_whole
 
@@ -26,9 +28,15 @@ from lm_eval_pruned.util.atomic import appearing_whole
 if TYPE_CHECKING:
     import os
 
-    from transformers import PreTrainedModel
+    from peft import LoraConfig
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainingArguments,
+    )
 
     from lm_eval_pruned.healing.options import HealingOptions
+    from lm_eval_pruned.pruning.calibration import Text
     from lm_eval_pruned.pruning.record import PruneRecord
 
 # Below the harness's logger, so that its verbosity applies.
@@ -56,51 +64,48 @@ class Healed:
     finished: bool
 
 
-def heal(
+@dataclass(frozen=True)
+class Prepared:
+    """What a healing needs, checked as far as that reads no weight.
+
+    Attributes:
+        arguments: What Trainer is told.
+        adapter: The adapter to train, or None.
+        request: The model and its pruning.
+        from_pretrained: What loading it takes besides.
+        tokenizer: Its tokenizer.
+    """
+
+    arguments: TrainingArguments
+    adapter: LoraConfig | None
+    request: LoadRequest
+    from_pretrained: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def prepare(
     model_args: dict[str, Any],
     data: str,
-    output: str | os.PathLike[str],
+    texts: list[Text],
     options: HealingOptions,
-    *,
-    resume: bool = False,
-    merge: bool = False,
-) -> Healed:
-    """Train a pruned model, so that it takes back some of what pruning cost.
-
-    Checkpoints go to a folder beside `output` whose name ends in ``.checkpoints``;
-    `output` appears when the training is over. The first Ctrl-C ends it after the step
-    that runs, with a checkpoint.
+    checkpoints: Path,
+) -> Prepared:
+    """Refuse a healing that cannot be, before a weight is read.
 
     Args:
-        model_args: ``pretrained``, the arguments of
-            `lm_eval_pruned.pruning.arguments.PruneArguments` and what else
-            ``from_pretrained`` takes.
-        data: Text to train on; see `lm_eval_pruned.healing.text.texts_of`. None of it may
-            be part of what is evaluated.
-        output: Folder to write; it must not exist, or be empty.
+        model_args: As in `heal`.
+        data: Where the texts come from.
+        texts: What `lm_eval_pruned.healing.text.texts_of` read.
         options: How to train.
-        resume: Go on from the last checkpoint of the same healing.
-        merge: Also write the model with the adapter merged, as an ordinary checkpoint in
-            the folder ``merged`` below `output`.
+        checkpoints: Folder of the checkpoints; nothing is written there yet.
 
     Raises:
-        ValueError: An argument, the text or the checkpoint to resume from is of no use.
+        ValueError: An argument or the text is of no use.
         UnsupportedModelError: The model cannot be pruned, or has an encoder.
-        OSError: The model cannot be read, or the result not be written.
+        OSError: The model's config or tokenizer cannot be read.
     """
-    output = Path(output)
-    whole = output.resolve()
-    checkpoints = whole.with_name(f"{whole.name}.checkpoints")
     arguments = options.trainer_arguments(checkpoints)
     adapter = options.adapter_config()
-    check_output(output)
-    if merge and adapter is None:
-        raise ValueError(
-            "merge adds an adapter to its model, but method=full trains none: leave it out, the "
-            "output is an ordinary checkpoint already."
-        )
-    last = _checkpoint(checkpoints, resume)
-    texts = texts_of(data)
     request, from_pretrained = _request(dict(model_args), options)
     if adapter is not None:
         try:
@@ -116,6 +121,57 @@ def heal(
             f"max_length={options.max_length} is more than the {positions} positions of the "
             "model: pass that many or fewer."
         )
+    check_length(data, texts, tokenizer, options.max_length)
+    return Prepared(arguments, adapter, request, from_pretrained, tokenizer)
+
+
+def heal(
+    model_args: dict[str, Any],
+    data: str,
+    output: str | os.PathLike[str],
+    options: HealingOptions,
+    *,
+    resume: bool | None = False,
+    merge: bool = False,
+    metered: bool = True,
+) -> Healed:
+    """Train a pruned model, so that it takes back some of what pruning cost.
+
+    Checkpoints go to a folder beside `output` whose name ends in ``.checkpoints``;
+    `output` appears when the training is over. The first Ctrl-C ends it after the step
+    that runs, with a checkpoint.
+
+    Args:
+        model_args: ``pretrained``, the arguments of
+            `lm_eval_pruned.pruning.arguments.PruneArguments` and what else
+            ``from_pretrained`` takes.
+        data: Text to train on; see `lm_eval_pruned.healing.text.texts_of`. None of it may
+            be part of what is evaluated.
+        output: Folder to write; it must not exist, or be empty.
+        options: How to train.
+        resume: Go on from the last checkpoint of the same healing. None: if there is one.
+        merge: Also write the model with the adapter merged, as an ordinary checkpoint in
+            the folder ``merged`` below `output`.
+        metered: Whether to measure the energy of the training.
+
+    Raises:
+        ValueError: An argument, the text or the checkpoint to resume from is of no use.
+        UnsupportedModelError: The model cannot be pruned, or has an encoder.
+        OSError: The model cannot be read, or the result not be written.
+    """
+    output = Path(output)
+    checkpoints = checkpoints_of(output)
+    check_output(output)
+    if merge and options.method == "full":
+        raise ValueError(
+            "merge adds an adapter to its model, but method=full trains none: leave it out, the "
+            "output is an ordinary checkpoint already."
+        )
+    last = _checkpoint(checkpoints, resume)
+    texts = texts_of(data)
+    prepared = prepare(model_args, data, texts, options, checkpoints)
+    arguments, adapter = prepared.arguments, prepared.adapter
+    request, tokenizer = prepared.request, prepared.tokenizer
     text = HealingText.of(data, texts, tokenizer, options.max_length)
     record = {
         "lm_eval_pruned": version("lm-eval-pruned"),
@@ -141,7 +197,7 @@ def heal(
         request.auto_class,
         request.pretrained,
         request.prune_arguments,
-        from_pretrained,
+        prepared.from_pretrained,
         tokenizer=tokenizer,
         inspect=read.append,
     )
@@ -161,27 +217,30 @@ def heal(
         from peft import get_peft_model
 
         model = get_peft_model(model, adapter)
-    stop, beside = StopWhenAsked(), RecordBeside(record, last)
-    try:
-        trainer = HealingTrainer(
-            None if teacher is None else teacher.model,
-            options.teacher_weight,
-            options.temperature,
-            model=model,
-            args=arguments,
-            train_dataset=text.examples(),
-            callbacks=[beside, stop],
-        )
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"training_args ask for what is not here ({error}): install it, or leave it out."
-        ) from None
-    if teacher is not None:
-        teacher.move(arguments.device)
-    with stop.listening():
-        trainer.train_from(last)
-    record["steps"] = trainer.state.global_step
-    record["seconds"] = beside.seconds()
+    stop = StopWhenAsked()
+    with contextlib.closing(Cost(metered=metered)) as cost:
+        cost.add(None if last is None else read_healing(str(last)))
+        try:
+            trainer = HealingTrainer(
+                None if teacher is None else teacher.model,
+                options.teacher_weight,
+                options.temperature,
+                model=model,
+                args=arguments,
+                train_dataset=text.examples(),
+                callbacks=[RecordBeside(record, cost), stop],
+            )
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(
+                f"training_args ask for what is not here ({error}): install it, or leave it "
+                "out."
+            ) from None
+        if teacher is not None:
+            teacher.move(arguments.device)
+        with stop.listening():
+            trainer.train_from(last)
+        record["steps"] = trainer.state.global_step
+        record |= cost.so_far()
     record["tokens_seen"] = (
         trainer.state.global_step
         * arguments.train_batch_size
@@ -245,7 +304,13 @@ def _request(
     return request, model_args
 
 
-def _checkpoint(folder: Path, resume: bool) -> Path | None:
+def checkpoints_of(output: Path) -> Path:
+    """Return where the checkpoints of a healing lie."""
+    whole = output.resolve()
+    return whole.with_name(f"{whole.name}.checkpoints")
+
+
+def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
     """Return the last whole checkpoint to go on from; None to begin."""
     found = {
         int(path.name.partition("-")[2]): path
@@ -256,7 +321,7 @@ def _checkpoint(folder: Path, resume: bool) -> Path | None:
         raise ValueError(
             f"resume goes on from a checkpoint, but {folder} holds none: leave it out to begin."
         )
-    if found and not resume:
+    if found and resume is False:
         raise ValueError(
             f"{folder} holds checkpoints of a healing: add --resume to go on from the last, or "
             "delete the folder."

@@ -57,22 +57,10 @@ class HealingText:
         Raises:
             ValueError: All texts together are shorter than a block.
         """
-        end = tokenizer.eos_token_id
-        stream: list[int] = []
-        for text in texts:
-            stream += token_ids(tokenizer, text)
-            if end is not None:
-                stream.append(end)
+        stream = _stream(file, texts, tokenizer, length)
         count = len(stream) // length
-        if count == 0:
-            raise ValueError(
-                f"data={file} holds {len(stream)} tokens, but each step needs blocks of "
-                f"max_length={length}: pass more text or a smaller max_length."
-            )
         blocks = torch.tensor(stream[: count * length]).view(count, length)
-        path = Path(file)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return cls(path, digest, len(texts), blocks)
+        return cls(Path(file), digest_of(file), len(texts), blocks)
 
     def examples(self) -> list[dict[str, Tensor]]:
         """Return the blocks as a data set for `transformers.Trainer`."""
@@ -86,6 +74,46 @@ class HealingText:
             "texts": self.texts,
             "tokens": self.blocks.numel(),
         }
+
+
+def check_length(
+    file: str, texts: list[Text], tokenizer: PreTrainedTokenizerBase, length: int
+) -> None:
+    """Refuse texts that together are shorter than a block, without reading more than one.
+
+    Raises:
+        ValueError: They are.
+    """
+    _stream(file, texts, tokenizer, length, enough=length)
+
+
+def digest_of(file: str) -> str:
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _stream(
+    file: str,
+    texts: list[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    enough: int | None = None,
+) -> list[int]:
+    """Return the tokens of all texts, or of the first that together have `enough`."""
+    end = tokenizer.eos_token_id
+    stream: list[int] = []
+    for text in texts:
+        stream += token_ids(tokenizer, text)
+        if end is not None:
+            stream.append(end)
+        if enough is not None and len(stream) >= enough:
+            break
+    if len(stream) < length:
+        raise ValueError(
+            f"data={file} holds {len(stream)} tokens, but each step needs blocks of "
+            f"max_length={length}: pass more text or a smaller max_length."
+        )
+    return stream
 
 
 def texts_of(file: str) -> list[Text]:

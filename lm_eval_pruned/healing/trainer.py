@@ -7,7 +7,6 @@ import json
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from lm_eval_pruned.checkpoints.adapters import HEALING, read_healing
+from lm_eval_pruned.checkpoints.adapters import HEALING
 from lm_eval_pruned.util.atomic import write_atomically
 
 
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from lm_eval_pruned.healing.cost import Cost
 
 
 def distillation_loss(logits: Tensor, expected: Tensor, temperature: float) -> Tensor:
@@ -114,22 +115,16 @@ class RecordBeside(TrainerCallback):
 
     Args:
         record: What the adapter is trained on.
-        last: The checkpoint that the training goes on from, or None.
+        cost: What was spent on it so far.
     """
 
-    def __init__(self, record: dict[str, Any], last: Path | None) -> None:
+    def __init__(self, record: dict[str, Any], cost: Cost) -> None:
         self._record = record
-        before = None if last is None else read_healing(str(last))
-        self._seconds: float = before.get("seconds", 0.0) if before else 0.0
-        self._began = time.monotonic()
-
-    def seconds(self) -> float:
-        """Return how long was trained so far, without what came after the checkpoint."""
-        return round(self._seconds + time.monotonic() - self._began, 1)
+        self._cost = cost
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Begin to count the time."""
-        self._began = time.monotonic()
+        """Begin to count what is spent."""
+        self._cost.begin(on_gpu=args.device.type == "cuda")
 
     def on_save(self, args, state, control, **kwargs):
         """Write the record of this step."""
@@ -137,7 +132,7 @@ class RecordBeside(TrainerCallback):
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             write_record(
                 folder / HEALING,
-                self._record | {"steps": state.global_step, "seconds": self.seconds()},
+                self._record | {"steps": state.global_step} | self._cost.so_far(),
             )
 
 

@@ -166,9 +166,9 @@ class SweepFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_lock(self.path / "sweep.lock", shared=self._is_shard))
+            stack.enter_context(lock(self.path / "sweep.lock", shared=self._is_shard))
             if self._is_shard:
-                stack.enter_context(_lock(self.path / f"{self._part}.lock"))
+                stack.enter_context(lock(self.path / f"{self._part}.lock"))
             self._sweep_up()
             yield
 
@@ -181,16 +181,25 @@ class SweepFolder:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, shared: bool = False) -> Iterator[None]:
+def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold a file against other processes, where the file system has locks.
+
+    Args:
+        path: The file; made if it is missing.
+        shared: Against those alone that do not share it.
+        wait: Until the others are gone.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
     if fcntl is None:
         logger.warning("This system has no flock: nothing guards %s.", path.parent)
         yield
         return
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(
-                file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
-            )
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
                 logger.warning(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.healing.options import DECLARED as HEALING
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, help_of
 from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS
 from lm_eval_pruned.sweeps.option_kinds import checked
@@ -73,6 +74,14 @@ OPTIONS = (
             _SIZES,
         )
         for name, argument in SEVERAL.items()
+    ),
+    Option(
+        "heal",
+        "mapping",
+        "train each pruned model again and evaluate it before and after: data=FILE and the "
+        f"options of lm-eval-pruned heal ({', '.join(HEALING)})",
+        "KEY=VALUE",
+        _SIZES,
     ),
     Option("tasks", "words", "tasks, groups, tags, patterns or YAML files", "TASK"),
     Option("output_path", "text", "folder of the sweep", "DIR", decides="where"),

@@ -9,27 +9,25 @@ changed is not mistaken for it.
 from __future__ import annotations
 
 import functools
-import itertools
 from argparse import Namespace
-from dataclasses import asdict, dataclass
-from decimal import Decimal, InvalidOperation
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
-from lm_eval_pruned.pruning.allocations import canonical_allocation
+from lm_eval_pruned.analysis.sweep_format import ADAPTERS
 from lm_eval_pruned.pruning.arguments import (
-    EXCLUSIVE,
     SEVERAL,
-    SEVERAL_SIZES,
     SIZES,
-    PruneArguments,
     without_idle,
 )
-from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.pruning.layer_widths import read_widths
 from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS, read_block_options
+from lm_eval_pruned.sweeps.configurations import (
+    Configuration,
+    configurations_of,
+    model_source,
+)
 from lm_eval_pruned.sweeps.fingerprints import (
     SOURCES,
     fingerprint,
@@ -37,7 +35,8 @@ from lm_eval_pruned.sweeps.fingerprints import (
     hash_tree,
     source_of,
 )
-from lm_eval_pruned.sweeps.options import deciding, parse_number
+from lm_eval_pruned.sweeps.healing import SUFFIX, SweepHealing, training_arguments
+from lm_eval_pruned.sweeps.options import deciding
 from lm_eval_pruned.sweeps.tasks import (
     SweepTask,
     index_tasks,
@@ -48,36 +47,12 @@ from lm_eval_pruned.sweeps.tracking import Tracking
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
 
-    from lm_eval_pruned.checkpoints.planning import PlanRow
 
 #: Model types that a sweep can evaluate, the default first.
 MODELS = ("pruned-hf", "pruned-vllm")
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One model of the sweep.
-
-    Attributes:
-        id: Readable and unique, such as ``ratio-2.4``.
-        arguments: What prunes it, such as ``{"ratio": 2.4}``; empty for the baseline.
-        kept_width: In neurons; the mean where the layers differ.
-        expansion_ratio: Kept width / hidden size.
-        parameters: Of the pruned model; tied ones count once.
-        reduction: Share of the baseline's parameters that is removed, 0 to 1.
-    """
-
-    id: str
-    arguments: dict[str, Any]
-    kept_width: int | float
-    expansion_ratio: float
-    parameters: int
-    reduction: float
 
 
 class Sweep:
@@ -95,6 +70,7 @@ class Sweep:
         configurations: Baseline first, then in the order asked for.
         tasks: In the order asked for.
         tracking: Where units are reported besides the folder.
+        healing: How pruned models are trained again, or None.
 
     Raises:
         ValueError: An option, a size or a task does not exist or fit the model.
@@ -108,7 +84,10 @@ class Sweep:
         self.settings = _settings(options, self.model)
         self.tracking = Tracking(self.settings)
         self._base = self.settings.model_args
-        self.configurations = _configurations(options, self._base)
+        self.configurations = configurations_of(options, self._base)
+        self.healing: SweepHealing | None = None
+        if options.get("heal") is not None:
+            self._add_healed()
         for cached in (hash_tree, hash_beside):
             cached.cache_clear()
         self._manager = index_tasks(self.settings.include_path)
@@ -141,7 +120,32 @@ class Sweep:
 
     def model_args(self, configuration: Configuration) -> dict[str, Any]:
         """Return the arguments that ``lm_eval --model_args`` would take."""
-        return without_idle({**self._base, **configuration.arguments})
+        arguments = without_idle({**self._base, **configuration.arguments})
+        if configuration.healed:
+            arguments["peft"] = str(self.adapter(configuration))
+        return arguments
+
+    def adapter(self, configuration: Configuration) -> Path:
+        """Return where the adapter of a healed configuration lies, once it was trained."""
+        assert self.healing is not None
+        digest = fingerprint(
+            {
+                "model_args": self._described(self._training_arguments(configuration)),
+                "sources": self.sources,
+                "healing": self.healing.definition(),
+            }
+        )
+        folder = Path(self.options["output_path"])
+        return folder / ADAPTERS / configuration.id / digest[:16]
+
+    def heal(self, configuration: Configuration) -> None:
+        """Train the adapter of a healed configuration, unless it is there."""
+        assert self.healing is not None
+        self.healing.train(
+            self._training_arguments(configuration),
+            self.adapter(configuration),
+            self.settings.device,
+        )
 
     def metadata(self, configuration: Configuration) -> dict[str, Any]:
         """Return what the harness hands to tasks: model arguments, then --metadata."""
@@ -161,7 +165,7 @@ class Sweep:
             for argument in SOURCES
             if self._base.get(argument)
         }
-        named.setdefault("pretrained", str(_model_source(self._base)["pretrained"]))
+        named.setdefault("pretrained", str(model_source(self._base)["pretrained"]))
         return {
             argument: source_of(
                 name, revision, str(self._base.get("subfolder") or ""), argument
@@ -171,15 +175,56 @@ class Sweep:
 
     def model_definition(self, configuration: Configuration) -> dict[str, Any]:
         """Return everything that decides which model a configuration is."""
+        arguments = without_idle({**self._base, **configuration.arguments})
+        definition = {
+            "model": self.model,
+            "model_args": self._described(arguments),
+            "sources": self.sources,
+        }
+        if configuration.healed:
+            assert self.healing is not None
+            definition["healing"] = self.healing.definition()
+        return definition
+
+    def _described(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments of the model without what decides nothing, files by their content."""
         arguments = {
             name: value
-            for name, value in self.model_args(configuration).items()
+            for name, value in arguments.items()
             if name not in deciding("how")
             and "sha256" not in self.sources.get(name, {})
         }
         if "widths" in arguments:
             arguments["widths"] = read_widths(arguments["widths"])
-        return {"model": self.model, "model_args": arguments, "sources": self.sources}
+        return arguments
+
+    def _training_arguments(self, configuration: Configuration) -> dict[str, Any]:
+        arguments = without_idle({**self._base, **configuration.arguments})
+        source = model_source(self._base)
+        return training_arguments(self.model, {**source, **arguments})
+
+    def _add_healed(self) -> None:
+        """Put behind each pruned configuration the same one, trained again.
+
+        Raises:
+            ValueError: There is none, or it cannot be trained as asked.
+        """
+        self.healing = SweepHealing.of(self.options)
+        found = []
+        for each in self.configurations[1:]:
+            found += [each, replace(each, id=each.id + SUFFIX, healed=True)]
+        if not found:
+            raise ValueError(
+                "heal trains pruned models, but the sweep has none: add sizes such as "
+                "--prune_percents 20 40."
+            )
+        # What is wrong with one size is wrong with all that are asked for alike.
+        alike = {tuple(each.arguments): each for each in found}
+        for each in alike.values():
+            self.healing.check(
+                self._training_arguments(each), Path(self.options["output_path"])
+            )
+        self.configurations = [self.baseline, *found]
 
     def definition(
         self, configuration: Configuration, task: SweepTask
@@ -248,7 +293,7 @@ def _model(options: dict[str, Any]) -> str:
 def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    own = ("model", *SEVERAL, "ray", *(each["name"] for each in BLOCK_OPTIONS))
+    own = ("model", *SEVERAL, "heal", "ray", *(each["name"] for each in BLOCK_OPTIONS))
     known = {
         name: value
         for name, value in options.items()
@@ -281,140 +326,3 @@ def _seeds(text: str) -> list[int | None]:
             f"seed={text} is not a whole number or four of them: pass one such as 42 or "
             "0,1234,1234,1234."
         ) from None
-
-
-def _model_source(base: dict[str, Any]) -> dict[str, Any]:
-    if not base.get("pretrained"):
-        from lm_eval_pruned.checkpoints.default_model import find_default_model
-
-        base = {**base, **find_default_model().model_args()}
-    names = ("pretrained", *SOURCE_ARGUMENTS)
-    return {name: base[name] for name in names if base.get(name)}
-
-
-def _configurations(
-    options: dict[str, Any], base: dict[str, Any]
-) -> list[Configuration]:
-    criteria = list(
-        dict.fromkeys(
-            canonical_name(name, or_best=True)
-            for name in options.get("criteria", [PruneArguments.criterion])
-        )
-    )
-    allocations = list(
-        dict.fromkeys(
-            canonical_allocation(name)
-            for name in options.get("allocations", [PruneArguments.allocation])
-        )
-    )
-    seeds = list(
-        dict.fromkeys(_whole("seeds", text) for text in options.get("seeds", []))
-    )
-    if seeds and "random" not in criteria:
-        raise ValueError(
-            f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has "
-            "any: add --criteria random, or leave --seeds out."
-        )
-    plan = functools.partial(plan_rows, **_model_source(base))
-    baseline = plan(argument="prune_percent", values=["0"])[0]
-    found = [
-        Configuration(
-            "baseline",
-            {},
-            baseline.intermediate_size,
-            baseline.expansion_ratio,
-            baseline.parameters,
-            0.0,
-        )
-    ]
-    for option, argument in SEVERAL_SIZES.items():
-        values = [
-            text if argument == "widths" else _canonical(text)
-            for text in options.get(option, [])
-        ]
-        if argument == "widths":
-            for value in values:
-                chosen = EXCLUSIVE["says which layers to prune"]
-                layers: dict[str, Any] = {name: base.get(name) for name in chosen}
-                PruneArguments(widths=value, **layers)
-        rows = plan(
-            argument=argument,
-            values=values,
-            multiple_of=base.get("multiple_of") or PruneArguments.multiple_of,
-        )
-        for value, row in zip(values, rows, strict=True):
-            if row.intermediate_size == baseline.intermediate_size:
-                continue
-            for allocation, criterion in itertools.product(allocations, criteria):
-                for seed in seeds if seeds and criterion == "random" else [None]:
-                    arguments: dict[str, Any] = {
-                        argument: value if argument == "widths" else parse_number(value)
-                    }
-                    if allocation != PruneArguments.allocation:
-                        arguments["allocation"] = allocation
-                    if criterion != PruneArguments.criterion:
-                        arguments["criterion"] = criterion
-                    if seed is not None:
-                        arguments["seed"] = seed
-                    found.append(_configuration(arguments, base, row))
-    found += _depths(options.get("drop_layers", []), base, plan)
-    return list({each.id: each for each in found}.values())
-
-
-def _depths(
-    values: list[str], base: dict[str, Any], plan: Callable[..., list[PlanRow]]
-) -> list[Configuration]:
-    """Return the configurations that lack whole layers."""
-    rows = plan(argument="drop_layers", values=values)
-    return [
-        _configuration({"drop_layers": parse_number(value)}, base, row)
-        for value, row in zip(values, rows, strict=True)
-    ]
-
-
-def _configuration(
-    arguments: dict[str, Any], base: dict[str, Any], row: PlanRow
-) -> Configuration:
-    # Refused here, not once the baseline has been evaluated.
-    PruneArguments.taken_from(without_idle({**base, **arguments}))
-    return Configuration(
-        _id(arguments),
-        arguments,
-        row.intermediate_size,
-        row.expansion_ratio,
-        row.parameters,
-        row.reduction,
-    )
-
-
-def _id(arguments: dict[str, Any]) -> str:
-    named = dict(arguments)
-    if "widths" in named:
-        # Two files may have one name, and one file may change.
-        digest = fingerprint({"widths": read_widths(named["widths"])})[:8]
-        named["widths"] = f"{Path(named['widths']).stem}-{digest}"
-    return "_".join(f"{name}-{value}" for name, value in named.items()).replace(
-        "/", "over"
-    )
-
-
-def _canonical(text: str) -> str:
-    """Return one notation for one number, so that 2.40 is the same configuration as 2.4."""
-    try:
-        number = Decimal(text)
-        return f"{number.normalize():f}" if number.is_finite() else text
-    except InvalidOperation:
-        return text
-
-
-def _whole(name: str, text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = -1
-    if number < 0:
-        raise ValueError(
-            f"{name} has {text}, which is not a whole number of 0 or more: pass some such as "
-            "0 1 2."
-        )
-    return number

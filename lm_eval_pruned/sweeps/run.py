@@ -242,8 +242,16 @@ def _plan_table(
         left = f"{each.parameters:,}", f"{each.reduction:.2%}"
         rows.append([each.id, *size, *left, *(count[each.id] for count in counts)])
     table = markdown_table(columns, rows)
+    healing = ""
+    if sweep.healing is not None:
+        healed = [each for each in sweep.configurations if each.healed]
+        trained = sum(sweep.adapter(each).is_dir() for each in healed)
+        healing = (
+            f"Healing: {trained} of {len(healed)} trained, {len(healed) - trained} to train, on "
+            f"{sweep.healing.data}\n"
+        )
     return (
-        f"{table}\n\nTasks: {', '.join(task.name for task in sweep.tasks)}\n"
+        f"{table}\n\nTasks: {', '.join(task.name for task in sweep.tasks)}\n{healing}"
         f"Units: {len(units)}, {len(done)} done, {len(failed)} failed, "
         f"{len(waiting)} to run, in {folder.path}\n"
     )

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.analysis.results_file import Run
     from lm_eval_pruned.pruning.scores import KnownScores
-    from lm_eval_pruned.sweeps.plan import Configuration, Sweep
+    from lm_eval_pruned.sweeps.configurations import Configuration
+    from lm_eval_pruned.sweeps.plan import Sweep
     from lm_eval_pruned.sweeps.tasks import SweepTask
 
     Unit = tuple[Configuration, SweepTask]
@@ -147,12 +148,16 @@ class UnitRunner:
     def _model(self, configuration: Configuration) -> LM:
         if self.holds != configuration.id:
             self.release()
+            from accelerate.utils import release_memory
             from lm_eval.api.registry import get_model
 
             self.holds = configuration.id
             settings = self._sweep.settings
             logger.info("Loading %s.", configuration.id)
             try:
+                if configuration.healed:
+                    self._sweep.heal(configuration)
+                    release_memory()
                 self._lm = get_model(self._sweep.model).create_from_arg_obj(
                     self._sweep.model_args(configuration),
                     {

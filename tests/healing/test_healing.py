@@ -61,6 +61,7 @@ def healed(tiny, data, output, *, resume=False, merge=False, size=KEPT, **option
         HealingOptions(**given),
         resume=resume,
         merge=merge,
+        metered=False,
     )
 
 

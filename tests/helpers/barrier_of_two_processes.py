@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import torch.distributed
 
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
-from lm_eval_pruned.model_wrappers.energy_log import EnergyLog, meters_the_machine
+from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
 from tests.helpers.meters import Clock, FakeMeter
 

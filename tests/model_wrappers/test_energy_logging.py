@@ -17,11 +17,11 @@ from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.model_wrappers import energy_log
 from lm_eval_pruned.model_wrappers.batching.generation import count_generated
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
-from lm_eval_pruned.model_wrappers.energy_log import EnergyLog, meters_the_machine
+from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
 from lm_eval_pruned.model_wrappers.energy_share import Share
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import checkpoints, evaluations

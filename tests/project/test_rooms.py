@@ -27,8 +27,8 @@ MAY_IMPORT = {
     "batching": set(),
     "wrappers": {"batching", "checkpoints", "energy", "pruning", "util"},
     "tasks": set(),
-    "sweeps": {"analysis", "checkpoints", "pruning", "util"},
-    "healing": {"checkpoints", "pruning", "util"},
+    "healing": {"checkpoints", "energy", "pruning", "util"},
+    "sweeps": {"analysis", "checkpoints", "healing", "pruning", "util"},
     "profiling": {"batching", "checkpoints", "energy", "pruning", "tasks", "util"},
     "cli": {
         "analysis",
