@@ -62,11 +62,10 @@ def plan_models(request: ProfileRequest) -> list[ProfiledModel]:
         UnsupportedModelError: The model cannot be pruned.
         OSError: The config cannot be read.
     """
-    known = _source(request)
-    models = [_planned(request.pretrained, "baseline", {"prune_percent": 0}, known)]
+    models = [_plan(request, "baseline", {"prune_percent": 0})]
     models[0] = replace(models[0], asked={})
     for name, asked in _sizes(request):
-        model = _planned(request.pretrained, name, asked, known)
+        model = _plan(request, name, asked)
         for other in models:
             widths = (model.intermediate_size, model.layer_widths)
             if widths == (other.intermediate_size, other.layer_widths):
@@ -85,9 +84,7 @@ def plan_models(request: ProfileRequest) -> list[ProfiledModel]:
 def _sizes(request: ProfileRequest) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return name and arguments of each model but the baseline."""
     files = [written_source(file) for file in request.widths]
-    named: list[tuple[str, str, Any]] = [
-        ("ratio", str(value), value) for value in request.ratios
-    ]
+    named: list[tuple[str, str, Any]] = [("ratio", str(r), r) for r in request.ratios]
     for name, file in zip(files, request.widths, strict=True):
         # Files in different folders may have one name.
         named.append(("widths", name if files.count(name) == 1 else str(file), file))
@@ -98,13 +95,12 @@ def _sizes(request: ProfileRequest) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{argument}={written}{rounded}", asked
 
 
-def _planned(
-    pretrained: str, name: str, asked: dict[str, Any], known: dict[str, Any]
-) -> ProfiledModel:
+def _plan(request: ProfileRequest, name: str, asked: dict[str, Any]) -> ProfiledModel:
     from lm_eval_pruned.checkpoints.planning import plan_rows
 
     (argument, value), *others = asked.items()
-    (row,) = plan_rows(pretrained, argument, [value], **dict(others), **known)
+    given = {**dict(others), **_source(request)}
+    (row,) = plan_rows(request.pretrained, argument, [value], **given)
     return ProfiledModel(
         name,
         asked,
