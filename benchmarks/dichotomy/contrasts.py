@@ -61,7 +61,10 @@ CONTRASTS = (
             ("choice_sensitivity", "best"),
         )
     ),
-    Contrast("healed", ("healed", "maw"), ("healed", "maw"), healed=True),
+    *(
+        Contrast("healed", (step, "maw"), (step, "maw"), healed=True)
+        for step in ("healed", "instructions_healed")
+    ),
 )
 
 

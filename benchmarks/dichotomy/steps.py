@@ -87,6 +87,8 @@ def cells_of(step: Step, model: str) -> int:
         ways = len(names)
         if "random" in names:
             ways += len(_values(options, "--seeds")) - 1
+    if "--heal" in options:
+        ways *= 2
     return len(step.tasks) * sizes * ways
 
 
@@ -103,6 +105,10 @@ _SHORT = ("--gen_kwargs", "max_gen_toks=128")
 _SENSITIVITY = ("--allocations", "sensitivity", "--criteria", "maw", "best")
 _SKIP_0 = ("--criteria", "maw", "l2", "act", "random", "--seeds", *SEEDS)
 _ALIGNED = ("multiple_of=64",)
+_HEALED = (
+    *("--heal", "data={calibration}", "max_steps=200", "max_length=256"),
+    'training_args={"per_device_train_batch_size": 4, "learning_rate": 1e-3}',
+)
 
 STEPS = (
     Step(
@@ -179,6 +185,15 @@ STEPS = (
         )
         for seed in SEEDS[1:]
     ),
+    Step(
+        *("healed", "before and after healing by LoRA", CHOICE, _HEALED),
+        cut=("--prune_percents", "20", "40"),
+    ),
+    Step(
+        *("instructions_healed", "IFEval, before and after healing by LoRA"),
+        *(("ifeval",), ("{template}", *_SHORT, *_HEALED)),
+        cut=("--prune_percents", "20", "40"),
+    ),
     Step("latency", "latency of aligned and of odd widths", profile=True),
 )
 
@@ -224,11 +239,12 @@ def words_of(step: Step, setting: Setting) -> list[str]:
         words += ["--max_new_tokens", "32", "--limit", "4", "--repeats", "5"]
         return [*words, *device, *output]
     tasks = setting.folder / "tasks"
+    calibration = str(tasks / "calibration.jsonl")
     arguments = [*pretrained, *setting.model_args]
     arguments += [f"dtype={setting.dtype}"] if setting.dtype else []
     arguments += step.model_args
     if step.calibrated:
-        arguments.append(f"calibration={tasks / 'calibration.jsonl'}")
+        arguments.append(f"calibration={calibration}")
         arguments.append("calibration_samples=16")
     words = ["lm-eval-pruned", "sweep"]
     words += ["--model_args", *arguments] if arguments else []
@@ -236,7 +252,7 @@ def words_of(step: Step, setting: Setting) -> list[str]:
         if word == "{depths}":
             words += map(str, DEPTHS[setting.model])
         elif word != "{template}":
-            words.append(word)
+            words.append(word.replace("{calibration}", calibration))
         elif setting.model == "smollm2":
             # The other model is no instruction-tuned one.
             words.append("--apply_chat_template")

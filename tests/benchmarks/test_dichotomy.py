@@ -72,8 +72,7 @@ def test_names_of_steps_are_distinct_and_those_that_are_compared_exist(steps, sc
         for contrast in script("dichotomy.contrasts").CONTRASTS
         for step, _ in (contrast.one, contrast.other)
     }
-    # Healed models are measured once a sweep can heal.
-    assert compared - {"healed"} <= set(names)
+    assert compared <= set(names)
 
 
 def test_held_text_and_calibration_share_no_line(steps, tmp_path):
