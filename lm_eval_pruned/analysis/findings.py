@@ -154,4 +154,5 @@ def _largest(rows: Sequence[Difference], what: str) -> str:
     if is_share(row.metric, (row.base_score, row.score)):
         number = f"{100 * size:.1f}"
         return f"{number} point{'s' * (number != '1.0')}"
-    return f"{size:.3g} in {row.metric.removesuffix(',none')}"
+    number = f"{size:,.0f}" if size >= 1000 else f"{size:.3g}"
+    return f"{number} in {row.metric.removesuffix(',none')}"

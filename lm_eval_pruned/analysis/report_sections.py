@@ -357,7 +357,7 @@ def _fact(value: Any) -> str:
 
 
 def _score(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _arrow(higher_is_better: bool | None) -> str:

@@ -119,12 +119,16 @@ def test_tasks_of_a_family_that_disagree():
     )
 
 
-def test_more_perplexity_is_no_fall():
+@pytest.mark.parametrize(("rise", "written"), [(3.25, "3.25"), (51098.8, "51,099")])
+def test_more_perplexity_is_no_fall(rise, written):
     table = rows(
-        "wikitext", *[("worse", 3.25)] * 4, metric="word_perplexity,none", base=20.0
+        "wikitext", *[("worse", rise)] * 4, metric="word_perplexity,none", base=20.0
     )
     assert told(table) == [
-        "Language modelling gets worse from 3.60 on: wikitext, by up to 3.25 in word_perplexity."
+        (
+            "Language modelling gets worse from 3.60 on: wikitext, by up to "
+            f"{written} in word_perplexity."
+        )
     ]
 
 
