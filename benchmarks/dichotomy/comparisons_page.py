@@ -80,7 +80,7 @@ def contrast_section(question: str, rows: Sequence[Cells]) -> list[str]:
         "not shown": "not told apart",
     }
     bullets = [
-        f"- {MODELS[model]}, *{one}* beside *{other}*: of {len(of)} comparisons over tasks and sizes it is {counted(of, said)}."
+        f"- {MODELS[model]}, *{one}* beside *{other}*: of {len(of)} comparison{'s' * (len(of) > 1)} over tasks and sizes it is {counted(of, said)}."
         for (model, one, other), of in grouped(rows, "model", "one", "other").items()
     ]
     blocks.append("\n".join(bullets))

@@ -135,7 +135,7 @@ def chance_section(rows: Sequence[Cells], figures: Sequence[str]) -> list[str]:
         more = f" and equal within the margin in {equal}" if equal else ""
         if tested:
             blocks.append(
-                f"- {MODELS[model]}, {step_text(step)}: of {len(tested)} comparisons over tasks and sizes `{criterion}` is {said}{more}."
+                f"- {MODELS[model]}, {step_text(step)}: of {len(tested)} comparison{'s' * (len(tested) > 1)} over tasks and sizes `{criterion}` is {said}{more}."
             )
         else:
             blocks.append(
