@@ -120,7 +120,7 @@ class Sweep:
 
     def model_args(self, configuration: Configuration) -> dict[str, Any]:
         """Return the arguments that ``lm_eval --model_args`` would take."""
-        arguments = without_idle({**self._base, **configuration.arguments})
+        arguments = self._pruning_arguments(configuration)
         if configuration.healed:
             arguments["peft"] = str(self.adapter(configuration))
         return arguments
@@ -175,10 +175,9 @@ class Sweep:
 
     def model_definition(self, configuration: Configuration) -> dict[str, Any]:
         """Return everything that decides which model a configuration is."""
-        arguments = without_idle({**self._base, **configuration.arguments})
         definition = {
             "model": self.model,
-            "model_args": self._described(arguments),
+            "model_args": self._described(self._pruning_arguments(configuration)),
             "sources": self.sources,
         }
         if configuration.healed:
@@ -198,10 +197,13 @@ class Sweep:
             arguments["widths"] = read_widths(arguments["widths"])
         return arguments
 
+    def _pruning_arguments(self, configuration: Configuration) -> dict[str, Any]:
+        """Return the model's arguments before what it is trained on."""
+        return without_idle({**self._base, **configuration.arguments})
+
     def _training_arguments(self, configuration: Configuration) -> dict[str, Any]:
-        arguments = without_idle({**self._base, **configuration.arguments})
-        source = model_source(self._base)
-        return training_arguments(self.model, {**source, **arguments})
+        arguments = self._pruning_arguments(configuration)
+        return training_arguments(self.model, {**model_source(self._base), **arguments})
 
     def _add_healed(self) -> None:
         """Put behind each pruned configuration the same one, trained again.
