@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 
-from held_text import add_arguments, compared, losses, source_of, split_text
+from held_text import add_arguments, losses, print_table, source_of, split_text
 from reporting import machine
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.util.tables import markdown_table
 
 
 #: Name of a row and its arguments; those that measure losses get the calibration text.
@@ -54,19 +53,12 @@ def main(argv: list[str] | None = None) -> int:
         unpruned = losses(load_pruned(**load), held)
         print(f"{machine('cpu')}\n\nunpruned: {unpruned.mean():.3f} nats per token\n")
         for percent in arguments.prune_percents:
-            cells = []
-            uniform = losses(load_pruned(**load, prune_percent=percent), held)
+            uniform = {**load, "prune_percent": percent}
+            rows = {}
             for name in arguments.rows:
-                asked = dict(ROWS[name])
-                if {*map(str, asked.values())} & {*_NEED_TEXT}:
-                    asked |= calibration
-                model = load_pruned(**load, prune_percent=percent, **asked)
-                found = uniform if name == "uniform maw" else losses(model, held)
-                after = model.prune_record.parameters_after
-                cells.append((name, *compared(found, uniform, unpruned), f"{after:,}"))
-            print(f"{percent} % removed\n")
-            header = ["", "loss", "taken back", "p", "parameters"]
-            print(markdown_table(header, cells) + "\n", flush=True)
+                text = {*map(str, ROWS[name].values())} & {*_NEED_TEXT}
+                rows[name] = uniform | ROWS[name] | (calibration if text else {})
+            print_table(f"{percent} % removed", uniform, rows, held, unpruned)
     return 0
 
 

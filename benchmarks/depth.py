@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 
-from held_text import add_arguments, compared, losses, source_of, split_text
+from held_text import add_arguments, losses, print_table, source_of, split_text
 from reporting import machine
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
-from lm_eval_pruned.util.tables import markdown_table
 
 
 #: Name of a row, its arguments, and whether it looks at text.
@@ -61,20 +60,15 @@ def main(argv: list[str] | None = None) -> int:
         unpruned = losses(load_pruned(**load), held)
         print(f"{machine('cpu')}\n\nunpruned: {unpruned.mean():.3f} nats per token\n")
         for number, planned in zip(arguments.drop_layers, plan, strict=True):
-            ratio = {"ratio": planned.equal_ratio}
-            cells = []
-            uniform = losses(load_pruned(**load, **ratio), held)
+            uniform = {**load, "ratio": planned.equal_ratio}
+            shallow = {**load, "drop_layers": number}
+            asked = {}
             for name in arguments.rows:
-                asked, text = rows[name]
-                size = {"drop_layers": number} if name in DEPTHS else ratio
-                more = calibration if text else {}
-                model = load_pruned(**load, **size, **asked, **more)
-                found = uniform if name == "width, maw" else losses(model, held)
-                after = model.prune_record.parameters_after
-                cells.append((name, *compared(found, uniform, unpruned), f"{after:,}"))
-            print(f"{number} layers, or a ratio of {planned.equal_ratio}\n")
-            header = ["", "loss", "taken back", "p", "parameters"]
-            print(markdown_table(header, cells) + "\n", flush=True)
+                more, text = rows[name]
+                size = shallow if name in DEPTHS else uniform
+                asked[name] = size | more | (calibration if text else {})
+            title = f"{number} layers, or a ratio of {planned.equal_ratio}"
+            print_table(title, uniform, asked, held, unpruned)
     return 0
 
 

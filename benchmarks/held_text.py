@@ -17,12 +17,14 @@ from scipy.stats import ttest_rel
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
+from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.default_model import find_default_model
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,14 +76,32 @@ def losses(model: Any, documents: list[torch.Tensor]) -> np.ndarray:
     return np.array(found)
 
 
-def compared(
-    found: np.ndarray, uniform: np.ndarray, unpruned: np.ndarray
-) -> tuple[str, str, str]:
-    """Return loss, share of the rise by the uniform cut that is taken back, and its p.
+def print_table(
+    title: str,
+    uniform: dict[str, Any],
+    rows: Mapping[str, dict[str, Any]],
+    held: list[torch.Tensor],
+    unpruned: np.ndarray,
+) -> None:
+    """Print loss, share of the rise by a uniform cut that is taken back, its p, and parameters.
 
     p is that of a paired t-test over documents, empty for the uniform cut itself.
+
+    Args:
+        title: Of the table.
+        uniform: Arguments of `load_pruned` for the uniform cut.
+        rows: The same for each row, by name.
+        held: The documents.
+        unpruned: Loss of each, unpruned.
     """
-    rise = found.mean() - unpruned.mean()
-    back = 1 - rise / (uniform.mean() - unpruned.mean())
-    p = "" if found is uniform else f"{ttest_rel(found, uniform).pvalue:.1e}"
-    return f"{found.mean():.3f}", f"{back:.0%}", p
+    against = losses(load_pruned(**uniform), held)
+    cells = []
+    for name, asked in rows.items():
+        model = load_pruned(**asked)
+        found = against if asked == uniform else losses(model, held)
+        back = 1 - (found.mean() - unpruned.mean()) / (against.mean() - unpruned.mean())
+        p = "" if found is against else f"{ttest_rel(found, against).pvalue:.1e}"
+        after = model.prune_record.parameters_after
+        cells.append((name, f"{found.mean():.3f}", f"{back:.0%}", p, f"{after:,}"))
+    header = ["", "loss", "taken back", "p", "parameters"]
+    print(f"{title}\n\n{markdown_table(header, cells)}\n", flush=True)

@@ -47,12 +47,11 @@ def mc2_section(rows: Sequence[Cells]) -> list[str]:
             f"the part of the change that the move does not explain is shown in {rest}."
         )
         for row in of:
-            seed = f", seed {row['seed']}" if row["seed"] else ""
             table.append(
                 [
                     *(
                         MODELS[model],
-                        f"{row['method']}{seed}",
+                        _method(row),
                         _size(row),
                         toward,
                         row["n"],
@@ -109,10 +108,9 @@ def ifeval_section(rows: Sequence[Cells]) -> list[str]:
                     f"lowers it in {counts[3]}; the rest raises it in {counts[4]} and lowers it in {counts[5]}."
                 )
         for row in of:
-            seed = f", seed {row['seed']}" if row["seed"] else ""
             table.append(
                 [
-                    *(MODELS[model], f"`{step}`", f"{row['method']}{seed}", _size(row)),
+                    *(MODELS[model], f"`{step}`", _method(row), _size(row)),
                     *(row["part"], row["instructions"]),
                     f"{float(row['words_base']):.0f} / {float(row['words']):.0f}",
                     *(
@@ -138,8 +136,12 @@ def ifeval_section(rows: Sequence[Cells]) -> list[str]:
     return [
         *blocks,
         "\n".join(bullets),
-        markdown_table(columns, table, "llllrrrrrrrr".replace("llllr", "lllrl", 1)),
+        markdown_table(columns, table, "lllrl" + "r" * 7),
     ]
+
+
+def _method(row: Cells) -> str:
+    return f"{row['method']}, seed {row['seed']}" if row["seed"] else row["method"]
 
 
 def _size(row: Cells) -> str:

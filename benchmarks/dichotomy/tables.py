@@ -129,21 +129,23 @@ def tested(test: PairedTest | None, margin: float) -> Row:
 def with_q(rows: list[Row], *tests: str) -> list[Row]:
     """Add ``TEST_q`` to rows that hold ``TEST_p``, each test a family of its own."""
     for test in tests:
-        values = statistics.false_discovery_rate([row[f"{test}_p"] for row in rows])
-        for row, value in zip(rows, values, strict=True):
-            row[f"{test}_q"] = value
+        _add_q(rows, f"{test}_p", f"{test}_q")
     return rows
 
 
 def adjusted(rows: list[Row], verdict: Callable[[Row], str]) -> list[Row]:
     """Add q to the rows of one family of tests, and what they say."""
-    for p, q in (("p", "q"), ("p_margin", "q_margin")):
-        values = statistics.false_discovery_rate([row.get(p) for row in rows])
-        for row, value in zip(rows, values, strict=True):
-            row[q] = value
+    _add_q(rows, "p", "q")
+    _add_q(rows, "p_margin", "q_margin")
     for row in rows:
         row["verdict"] = verdict(row)
     return rows
+
+
+def _add_q(rows: list[Row], p: str, q: str) -> None:
+    values = statistics.false_discovery_rate([row.get(p) for row in rows])
+    for row, value in zip(rows, values, strict=True):
+        row[q] = value
 
 
 def change_verdict(row: Row) -> str:
