@@ -8,7 +8,6 @@ unpruned and of a pruned model, question by question.
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,11 @@ from scipy import stats
 from lm_eval_pruned.analysis import statistics
 from lm_eval_pruned.analysis.levels import choices_of
 from lm_eval_pruned.analysis.samples import read_samples
+from lm_eval_pruned.tasks.demo.utils import repeatable_language_detection
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import ArrayLike
 
@@ -327,21 +327,9 @@ def followed(doc: Mapping[str, Any], text: str) -> tuple[bool, ...]:
     example = utils.InputExample(
         *(doc["key"], doc["instruction_id_list"], doc["prompt"], doc["kwargs"])
     )
-    with _language_detection_that_repeats():
+    with repeatable_language_detection():
         output = utils.test_instruction_following_strict(example, text)
     return tuple(output.follow_instruction_list)
-
-
-@contextmanager
-def _language_detection_that_repeats() -> Iterator[None]:
-    from langdetect import DetectorFactory
-
-    seed = DetectorFactory.seed
-    DetectorFactory.seed = 0
-    try:
-        yield
-    finally:
-        DetectorFactory.seed = seed
 
 
 def _by_document(run: Run, key: tuple[str, str], take: Any) -> dict[Any, Any]:

@@ -155,7 +155,7 @@ def score_instructions(doc: dict[str, Any], results: Sequence[str]) -> dict[str,
     Source:
         Zhou et al. 2023, https://arxiv.org/abs/2311.07911.
     """
-    with _repeatable_language_detection():
+    with repeatable_language_detection():
         return _ifeval().process_results(doc, results)
 
 
@@ -211,7 +211,7 @@ def _ifeval() -> ModuleType:
 
 
 @contextmanager
-def _repeatable_language_detection() -> Iterator[None]:
+def repeatable_language_detection() -> Iterator[None]:
     """Seed langdetect, which otherwise draws a fresh random state for each text."""
     from langdetect import DetectorFactory
 
