@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis import statistics
 from lm_eval_pruned.analysis.across_ratios import across_ratios
-from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
+from lm_eval_pruned.analysis.comparison_rows import (
+    Comparison,
+    Difference,
+    verdict_of,
+)
 from lm_eval_pruned.analysis.margins import Claim, Margin, claims
 from lm_eval_pruned.analysis.pairing import (
     DocumentReader,
@@ -272,12 +276,8 @@ def _verdict(row: Difference, q: float | None, alpha: float, base: Run) -> str:
         return "restated"
     if q is None:
         return row.verdict
-    if q >= alpha:
-        return "not shown"
     higher_is_better = base.scores[row.task, row.metric].higher_is_better
-    if higher_is_better is None:
-        return "different"
-    return "better" if (row.difference > 0) == higher_is_better else "worse"
+    return verdict_of(row.difference, q, alpha, higher_is_better)
 
 
 def _with_claims(

@@ -124,3 +124,16 @@ class Comparison:
     trends: tuple[TaskTrend, ...]
     notes: tuple[str, ...]
     margin: Margin | None = None
+
+
+def verdict_of(
+    difference: float, q: float | None, alpha: float, higher_is_better: bool | None
+) -> str:
+    """Return what a test says of a difference, in the words of `Difference.verdict`."""
+    if q is None:
+        return "not tested"
+    if q >= alpha:
+        return "not shown"
+    if higher_is_better is None:
+        return "different"
+    return "better" if (difference > 0) == higher_is_better else "worse"

@@ -6,13 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.analysis import statistics
+from lm_eval_pruned.analysis.comparison_rows import verdict_of
 from lm_eval_pruned.analysis.comparison_table import (
     interval_text,
     number_text,
     p_text,
 )
 from lm_eval_pruned.analysis.pairing import is_partial, paired_documents, paired_test
-from lm_eval_pruned.analysis.report_page import Cell, Section, Table, run_label
+from lm_eval_pruned.analysis.report_page import (
+    Cell,
+    Section,
+    Table,
+    run_label,
+    tone_of,
+    verdict_cell,
+)
 from lm_eval_pruned.analysis.results_file import (
     ResultsError,
     as_mapping,
@@ -167,11 +175,8 @@ def _differences(base: Run, found: Sequence[_Row], alpha: float) -> Section:
         key = row.task, row.metric
         before, after = (run.scores[key] for run in (row.before, row.after))
         unpruned = base.scores.get(key)
-        word, mark = _verdict(
-            after.value - before.value, before.higher_is_better, q, alpha
-        )
-        if row.test is None:
-            word = f"\u00d7 not tested: {row.why_not}"
+        difference = after.value - before.value
+        verdict = verdict_of(difference, q, alpha, before.higher_is_better)
         detectable = (
             row.test.smallest_detectable(level)
             if row.test is not None and level is not None and q is not None
@@ -183,11 +188,11 @@ def _differences(base: Run, found: Sequence[_Row], alpha: float) -> Section:
                 row.task,
                 row.metric.removesuffix(",none"),
                 run_label(row.before),
-                Cell(word, mark),
+                verdict_cell(verdict, "" if row.test else row.why_not),
                 number_text(unpruned.value if unpruned else None, ".4f"),
                 f"{before.value:.4f}",
                 f"{after.value:.4f}",
-                Cell(f"{after.value - before.value:+.4f}", mark),
+                Cell(f"{difference:+.4f}", tone_of(verdict)),
                 interval_text(low, high, 4),
                 number_text(detectable, ".4f"),
                 p_text(q),
@@ -223,18 +228,3 @@ def _differences(base: Run, found: Sequence[_Row], alpha: float) -> Section:
             text=4,
         ),
     )
-
-
-def _verdict(
-    difference: float, higher_is_better: bool | None, q: float | None, alpha: float
-) -> tuple[str, str]:
-    """Return the words of a row, and its mark."""
-    if q is None:
-        return "\u00d7 not tested", ""
-    if q >= alpha:
-        return "\u25cb no difference shown", ""
-    if higher_is_better is None:
-        return "\u25c6 significant", ""
-    if (difference > 0) == higher_is_better:
-        return "\u25b2 significant", "better"
-    return "\u25bc significant", "worse"

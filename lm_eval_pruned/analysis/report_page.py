@@ -17,12 +17,38 @@ if TYPE_CHECKING:
     from lm_eval_pruned.analysis.results_file import Run
 
 
+#: How a verdict is shown. What is significant says which way; `restated` has no mark.
+MARKS = {
+    "better": "\u25b2",
+    "worse": "\u25bc",
+    "different": "\u25c6",
+    "not shown": "\u25cb",
+    "not tested": "\u00d7",
+    "not comparable": "\u00d7",
+}
+_WORDS = {
+    **dict.fromkeys(("better", "worse", "different"), "significant"),
+    "not shown": "no difference shown",
+}
+
+
 @dataclass(frozen=True)
 class Cell:
     """One cell of a table: its text, and ``better`` or ``worse``."""
 
     text: str
     mark: str = ""
+
+
+def tone_of(verdict: str) -> str:
+    """Return the mark of a cell with this verdict: its colour."""
+    return verdict if verdict in ("better", "worse") else ""
+
+
+def verdict_cell(verdict: str, why: str = "") -> Cell:
+    """Return a verdict as tables show it, with the reason where there is one."""
+    text = f"{MARKS[verdict]} {_WORDS.get(verdict, verdict)}"
+    return Cell(f"{text}: {why}" if why else text, tone_of(verdict))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ from lm_eval_pruned.analysis.comparison_table import (
     p_text,
 )
 from lm_eval_pruned.analysis.findings import findings
-from lm_eval_pruned.analysis.report_page import Cell, Section, Table, run_label
+from lm_eval_pruned.analysis.report_page import (
+    MARKS,
+    Cell,
+    Section,
+    Table,
+    run_label,
+    tone_of,
+    verdict_cell,
+)
 from lm_eval_pruned.analysis.results_file import as_mapping, finite_or_none
 from lm_eval_pruned.analysis.series import primary_metrics, scale_name, series_name
 from lm_eval_pruned.analysis.settings import setting_of
@@ -126,19 +134,15 @@ def differences_section(
     ):
         if not row.primary:
             continue
-        mark = row.verdict if row.verdict in ("better", "worse") else ""
         rows.append(
             [
                 row.task,
                 row.metric.removesuffix(",none"),
                 labels[row.run],
-                Cell(
-                    f"{_MARKS[row.verdict]} {_WORDS.get(row.verdict, row.verdict)}",
-                    mark,
-                ),
+                verdict_cell(row.verdict),
                 _score(row.base_score),
                 _partial_score(runs[row.run], row),
-                Cell(f"{row.difference:+.4f}", mark),
+                Cell(f"{row.difference:+.4f}", tone_of(row.verdict)),
                 interval_text(row.low, row.high, 4),
                 number_text(row.smallest_detectable, ".4f"),
                 p_text(row.q),
@@ -309,23 +313,6 @@ def remarks_section(
     return Section("Remarks", notes=notes) if notes else None
 
 
-#: How a verdict is shown. What is significant says which way; `restated` has no mark.
-_MARKS = {
-    "better": "\u25b2",
-    "worse": "\u25bc",
-    "different": "\u25c6",
-    "not shown": "\u25cb",
-    "not tested": "\u00d7",
-    "not comparable": "\u00d7",
-}
-
-
-_WORDS = {
-    **dict.fromkeys(("better", "worse", "different"), "significant"),
-    "not shown": "no difference shown",
-}
-
-
 def _partial_score(run: Run, row: Difference) -> str:
     """Return the score of a row, with its own interval where the unit stopped."""
     stopping = run.stopping.get(row.task) if row.of is not None else None
@@ -341,11 +328,10 @@ def _partial_score(run: Run, row: Difference) -> str:
 def _score_cell(row: Difference | None) -> Cell:
     if row is None:
         return Cell("-")
-    mark = row.verdict if row.verdict in ("better", "worse") else ""
-    text = f"{_score(row.score)} {_MARKS.get(row.verdict, '')}".rstrip()
+    text = f"{_score(row.score)} {MARKS.get(row.verdict, '')}".rstrip()
     if row.of is not None:
         text += f" ({documents_text(row)})"
-    return Cell(text, mark)
+    return Cell(text, tone_of(row.verdict))
 
 
 def _fact(value: Any) -> str:
