@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,13 @@ def _steps(options: argparse.Namespace) -> int:
         done = step.profile and (Path(words[-1]) / "profile.json").is_file()
         if options.list or done:
             continue
+        if step.adapters is not None:
+            model = setting.folder / setting.model
+            trained = model / step.adapters / "adapters"
+            if trained.is_dir():
+                shutil.copytree(
+                    trained, model / step.name / "adapters", dirs_exist_ok=True
+                )
         module = [sys.executable, "-m", "lm_eval_pruned.cli"]
         code = subprocess.run([*module, *words[1:]], check=False).returncode  # noqa: S603
         if code:

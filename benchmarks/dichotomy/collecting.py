@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from scipy import stats
 
 from dichotomy.contrasts import contrast_rows
-from dichotomy.crossed import against_chance
+from dichotomy.crossed import over_seeds
 from dichotomy.latency import latency_rows
 from dichotomy.measured import SAID, Sweep, sweeps_of
 from dichotomy.mechanisms import drifts_of, split_of
+from dichotomy.seeds import pooled_rows
 from dichotomy.steps import MODELS
 from dichotomy.tables import (
     MEASURES,
@@ -104,6 +105,7 @@ def collect(folder: Path) -> Collection:
             splits = [row for run in sweep.runs for row in _ifeval(sweep, run)]
             found.tables["ifeval"] += with_q(splits, "total", "length", "rest")
         found.tables["contrasts"] += contrast_rows(sweeps, found.notes)
+        found.tables["contrasts"] += pooled_rows(sweeps, DocumentReader(), found.notes)
         found.tables["latency"] += latency_rows(folder / model / "latency", model)
     if not any(found.tables.values()):
         raise ResultsError(
@@ -168,7 +170,7 @@ def _against_chance(sweep: Sweep, read: DocumentReader, notes: list[str]) -> lis
             if documents is None or not of_controls:
                 continue
             try:
-                test = against_chance(documents, of_controls)
+                test = over_seeds([documents], of_controls)
             except ValueError as error:
                 notes.append(f"{sweep.model}/{sweep.step}, {run.name}, {task}: {error}")
                 continue
@@ -177,7 +179,7 @@ def _against_chance(sweep: Sweep, read: DocumentReader, notes: list[str]) -> lis
                     **me,
                     "task": task,
                     "score": run.scores[key].value,
-                    "random": test.control,
+                    "random": test.other,
                     "seeds": test.seeds,
                     "difference": test.difference,
                     "low": test.low,

@@ -30,14 +30,12 @@ class Contrast:
         one: Step and criterion of the first; None for runs without a criterion.
         other: Step and criterion of the second.
         nearest: Whether sizes are matched by parameters, and not by percentage.
-        healed: Whether the first was trained again.
     """
 
     question: str
     one: tuple[str, str | None]
     other: tuple[str, str | None]
     nearest: bool = False
-    healed: bool = False
 
 
 CONTRASTS = (
@@ -61,10 +59,6 @@ CONTRASTS = (
             ("choice_sensitivity", "best"),
         )
     ),
-    *(
-        Contrast("healed", (step, "maw"), (step, "maw"), healed=True)
-        for step in ("healed", "instructions_healed")
-    ),
 )
 
 
@@ -76,8 +70,8 @@ def contrast_rows(sweeps: Mapping[str, Sweep], notes: list[str]) -> list[Row]:
         if not {contrast.one[0], contrast.other[0]} <= sweeps.keys():
             continue
         here, there = (sweeps[step] for step, _ in (contrast.one, contrast.other))
-        ones = here.select(criterion=contrast.one[1], healed=contrast.healed)
-        others = there.select(criterion=contrast.other[1], healed=False)
+        ones = here.select(criterion=contrast.one[1])
+        others = there.select(criterion=contrast.other[1])
         for one, other in _matched(here, ones, there, others, contrast.nearest):
             rows = by_question.setdefault(contrast.question, [])
             rows += _rows(contrast, here, one, there, other, read, notes)

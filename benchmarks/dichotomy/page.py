@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dichotomy.comparisons_page import QUESTIONS, contrast_section, latency_section
 from dichotomy.mechanisms_page import ifeval_section, mc2_section
+from dichotomy.seeds import SEEDED
 from dichotomy.steps import MODELS, PERCENTS, STEPS, cells_of
 from dichotomy.tables import ALPHA, MEASURES
 from dichotomy.words import (
@@ -57,7 +58,7 @@ FAMILY = """\
 ## What falls, what holds, what rises
 
 By family of tasks and by method. *Needs no knowledge* is the score of guessing, or of always giving the commonest answer, whichever is higher. Models that
-lack whole layers stand under [width against depth](#width-against-depth)."""
+lack whole layers stand under [width against depth](#width-against-depth), and what was measured with several seeds under [healing](#healing), [sampled answers](#answers-that-are-sampled) and [examples](#examples-in-the-prompt)."""
 
 
 def page(tables: Tables, study: Sequence[Cells], figures: Sequence[str] = ()) -> str:
@@ -201,6 +202,7 @@ def family_section(rows: Sequence[Cells]) -> list[str]:
     if not rows:
         return [*blocks, NOTHING]
     sizes = [str(percent) for percent in PERCENTS]
+    rows = [row for row in rows if row["step"] not in SEEDED]
     for family in FAMILIES:
         here = [row for row in rows if family_of(row["task"]) is family]
         if not here:

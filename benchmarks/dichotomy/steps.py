@@ -65,6 +65,7 @@ class Step:
         calibrated: Whether it looks at calibration text.
         models: For which models it is.
         profile: Whether it is a profile and no sweep.
+        adapters: The step that trains the same adapters, which need not be trained twice.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Step:
     calibrated: bool = False
     models: tuple[str, ...] = tuple(MODELS)
     profile: bool = False
+    adapters: str | None = None
 
 
 def cells_of(step: Step, model: str) -> int:
@@ -105,10 +107,20 @@ _SHORT = ("--gen_kwargs", "max_gen_toks=128")
 _SENSITIVITY = ("--allocations", "sensitivity", "--criteria", "maw", "best")
 _SKIP_0 = ("--criteria", "maw", "l2", "act", "random", "--seeds", *SEEDS)
 _ALIGNED = ("multiple_of=64",)
-_HEALED = (
-    *("--heal", "data={calibration}", "max_steps=200", "max_length=256"),
-    'training_args={"per_device_train_batch_size": 4, "learning_rate": 1e-3}',
-)
+#: What the trained models of a step are called: the name it begins with, and their loss.
+LOSSES = {"healed": "next-token loss", "distilled": "distillation"}
+
+
+def _trained(name: str, seed: str) -> tuple[str, ...]:
+    arguments = (
+        f'{{"per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": {seed}}}'
+    )
+    return (
+        *("--heal", "data={calibration}", "max_steps=100", "max_length=256"),
+        *(() if name == "healed" else ("teacher_weight=1",)),
+        f"training_args={arguments}",
+    )
+
 
 STEPS = (
     Step(
@@ -185,14 +197,26 @@ STEPS = (
         )
         for seed in SEEDS[1:]
     ),
-    Step(
-        *("healed", "before and after healing by LoRA", CHOICE, _HEALED),
-        cut=("--prune_percents", "20", "40"),
+    *(
+        Step(
+            f"{name}_{seed}",
+            f"before and after healing by LoRA, {loss}, seed {seed}",
+            *(CHOICE, _trained(name, seed)),
+            cut=("--prune_percents", "20", "40"),
+        )
+        for name, loss in LOSSES.items()
+        for seed in SEEDS
     ),
-    Step(
-        *("instructions_healed", "IFEval, before and after healing by LoRA"),
-        *(("ifeval",), ("{template}", *_SHORT, *_HEALED)),
-        cut=("--prune_percents", "20", "40"),
+    *(
+        Step(
+            f"instructions_{name}_{seed}",
+            f"IFEval, before and after healing by LoRA, {loss}, seed {seed}",
+            *(("ifeval",), ("{template}", *_SHORT, *_trained(name, seed))),
+            cut=("--prune_percents", "20", "40"),
+            adapters=f"{name}_{seed}",
+        )
+        for name, loss in LOSSES.items()
+        for seed in SEEDS
     ),
     Step("latency", "latency of aligned and of odd widths", profile=True),
 )

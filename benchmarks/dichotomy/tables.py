@@ -63,7 +63,7 @@ TABLES = {
         *("random", "seeds", *_TEST, "verdict"),
     ),
     "contrasts": (
-        *("question", "model", "task", "criterion", "percent", "one", "other"),
+        *("question", "model", "task", "criterion", "percent", "seeds", "one", "other"),
         *("parameters_one", "parameters_other", "score_one", "score_other", *_TEST),
         *("p_margin", "q_margin", "verdict"),
     ),

@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import json
 import shlex
+import subprocess
 
 import numpy as np
 import pytest
@@ -72,7 +73,12 @@ def test_names_of_steps_are_distinct_and_those_that_are_compared_exist(steps, sc
         for contrast in script("dichotomy.contrasts").CONTRASTS
         for step, _ in (contrast.one, contrast.other)
     }
-    assert compared <= set(names)
+    pooled = {
+        step
+        for _, one, other in script("dichotomy.seeds").POOLED
+        for step in (*one.steps, *other.steps)
+    }
+    assert compared | pooled <= set(names)
 
 
 def test_held_text_and_calibration_share_no_line(steps, tmp_path):
@@ -240,18 +246,35 @@ def test_contrasts_match_sizes_by_percentage_or_by_parameters(tables):
     assert depth["verdict"] == "worse"
 
 
-def test_healed_models_stand_beside_the_same_models_before(collecting, tmp_path):
+def test_what_has_several_seeds_is_compared_over_them(collecting, tmp_path):
     arguments = {"prune_percent": 20, "criterion": "maw"}
-    runs = {"p-20": (arguments, -0.2), "p-20_healed": (arguments, -0.05)}
     tasks = {("boolq", "acc,none"): SCORES}
-    write_sweep(tmp_path / "smollm2" / "healed", runs, tasks)
-    found = collecting.collect(tmp_path).tables
-    (row,) = found["contrasts"]
-    assert (row["question"], row["one"], row["other"]) == (
-        *("healed", "maw, healed"),
-        "maw",
-    )
-    assert row["difference"] == pytest.approx(0.15)
+    for name, gain in (("healed", 0.15), ("distilled", 0.17)):
+        for seed in range(3):
+            runs = {
+                "p-20": (arguments, -0.2),
+                "p-20_healed": (arguments, -0.2 + gain + 0.001 * seed),
+            }
+            write_sweep(tmp_path / "smollm2" / f"{name}_{seed}", runs, tasks)
+    gsm8k = {("gsm8k", "exact_match,strict-match"): SCORES}
+    for step, shift in (("reasoning", -0.1), ("reasoning_draw_2", -0.12)):
+        runs = {"p-20": (arguments, shift)}
+        write_sweep(tmp_path / "smollm2" / step, runs, gsm8k)
+    rows = {
+        (row["question"], row["one"], row["other"]): row
+        for row in collecting.collect(tmp_path).tables["contrasts"]
+    }
+    before, after = "the same before", "next-token loss"
+    healed = rows["healed", after, before]
+    assert (healed["seeds"], healed["percent"]) == (3, 20)
+    assert healed["difference"] == pytest.approx(0.151)
+    assert healed["score_other"] == pytest.approx(SCORES.mean() - 0.2)
+    assert (healed["verdict"], len(rows)) == ("better", 6)
+    assert rows["healed", after, "unpruned"]["verdict"] == "worse"
+    assert rows["healed", "distillation", after]["difference"] == pytest.approx(0.02)
+    drawn = rows["draws", "maw", "unpruned"]
+    assert drawn["seeds"] == 2
+    assert drawn["difference"] == pytest.approx(-0.11)
 
 
 def test_a_step_knows_when_it_is_finished(steps):
@@ -391,6 +414,24 @@ def test_listing_prints_commands_and_writes_nothing(
     assert [line[1] for line in lines] == ["sweep", "profile"]
     assert "--limit" in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_are_trained_for_one_step_and_used_by_another(
+    make, tmp_path, monkeypatch
+):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "A."}\n{"text": "B."}\n')
+    trained = tmp_path / "work" / "smollm2" / "distilled_1" / "adapters" / "p-20_healed"
+    trained.mkdir(parents=True)
+    (trained / "healing.json").write_text("{}")
+    words = ["make_dichotomy.py", "--run", "--output", str(tmp_path / "work")]
+    words += ["--data", str(data), "--only", "instructions_distilled_1"]
+    monkeypatch.setattr("sys.argv", words)
+    failed = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr(make.subprocess, "run", lambda *_, **__: failed)
+    assert make.main() == 3
+    used = trained.parents[2] / "instructions_distilled_1" / "adapters"
+    assert (used / "p-20_healed" / "healing.json").is_file()
 
 
 @pytest.mark.parametrize(

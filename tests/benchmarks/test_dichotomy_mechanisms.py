@@ -221,18 +221,30 @@ def documents(values, transform="mean", weights=None, clusters=None):
 def test_the_interval_over_seeds_and_documents_by_hand(crossed):
     run = documents([1.0, 0.0] * 10)
     controls = [documents([shift] * 20) for shift in (0.2, 0.3, 0.4)]
-    found = crossed.against_chance(run, controls)
+    found = crossed.over_seeds([run], controls)
     of_documents = 0.25 * 20 / 19 / 20
     of_seeds = 0.01 / 3
     error = (of_documents + of_seeds) ** 0.5
     freedom = (of_documents + of_seeds) ** 2 / (of_documents**2 / 19 + of_seeds**2 / 2)
     from scipy import stats
 
-    assert found.control == pytest.approx(0.3)
+    assert (found.one, found.other) == pytest.approx((0.5, 0.3))
     assert found.difference == pytest.approx(0.2)
     width = stats.t.ppf(0.975, freedom) * error
     assert (found.low, found.high) == pytest.approx((0.2 - width, 0.2 + width))
     assert found.p == pytest.approx(2 * stats.t.sf(0.2 / error, freedom))
+
+
+def test_seeds_are_paired_where_both_sides_have_them(crossed):
+    """What a seed does to both sides alike is no part of the interval."""
+    noise = np.random.default_rng(1).normal(0, 0.1, (6, 30))
+    others = [documents(10 * seed + noise[seed]) for seed in range(3)]
+    ones = [documents(10 * seed + 1 + noise[3 + seed]) for seed in range(3)]
+    paired = crossed.over_seeds(ones, others)
+    assert paired.difference == pytest.approx(1, abs=0.1)
+    assert paired.other == pytest.approx(10, abs=0.1)
+    assert 0.5 < paired.low < paired.difference < paired.high < 1.5
+    assert crossed.over_seeds([ones[0]], others).low < -10
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says(crossed):
@@ -245,7 +257,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(crossed):
             documents(shared + draw.normal(0, 0.2) + draw.normal(0, 0.5, 60))
             for _ in range(3)
         ]
-        found = crossed.against_chance(run, controls)
+        found = crossed.over_seeds([run], controls)
         held += found.low <= 0.5 <= found.high
     assert held / 400 >= 0.93
 
@@ -257,7 +269,7 @@ def test_bits_per_byte_have_the_sign_of_the_score(crossed):
     controls = [
         documents(np.full(12, each), "bits_per_byte", weights) for each in (-2.0, -2.1)
     ]
-    found = crossed.against_chance(run, controls)
+    found = crossed.over_seeds([run], controls)
     score = -np.average(run.values, weights=weights) / np.log(2)
     assert found.difference == pytest.approx(score - 2.05 / np.log(2))
     assert found.low < found.difference < found.high < 0
@@ -266,34 +278,35 @@ def test_bits_per_byte_have_the_sign_of_the_score(crossed):
 def test_clusters_count_as_one(crossed):
     values = np.repeat(np.arange(12) % 2, 4).astype(float)
     clusters = tuple(str(n // 4) for n in range(48))
-    alone = crossed.against_chance(
-        documents(values), [documents(np.zeros(48)), documents(np.zeros(48))]
+    alone = crossed.over_seeds(
+        [documents(values)], [documents(np.zeros(48)), documents(np.zeros(48))]
     )
-    together = crossed.against_chance(
-        documents(values, clusters=clusters),
+    together = crossed.over_seeds(
+        [documents(values, clusters=clusters)],
         [documents(np.zeros(48)), documents(np.zeros(48))],
     )
     assert together.high - together.low > 1.8 * (alone.high - alone.low)
 
 
 def test_one_seed_gives_a_difference_and_no_interval(crossed):
-    found = crossed.against_chance(documents([1.0] * 20), [documents([0.0] * 20)])
+    found = crossed.over_seeds([documents([1.0] * 20)], [documents([0.0] * 20)])
     assert found.difference == pytest.approx(1)
     assert (found.low, found.p, found.seeds) == (None, None, 1)
 
 
 def test_what_does_not_vary_gets_no_interval(crossed):
     same = documents([1.0] * 20)
-    found = crossed.against_chance(same, [same, same])
+    found = crossed.over_seeds([same], [same, same])
     assert found.difference == pytest.approx(0)
     assert (found.low, found.p) == (None, 1.0)
 
 
 def test_controls_on_other_documents_are_refused(crossed):
-    with pytest.raises(
-        ValueError, match="1 of 1 controls were scored on other documents"
-    ):
-        crossed.against_chance(documents([1.0] * 20), [documents([0.0] * 19)])
+    with pytest.raises(ValueError, match="1 of 2 runs were scored on other documents"):
+        crossed.over_seeds([documents([1.0] * 20)], [documents([0.0] * 19)])
     perplexities = documents([-1.0] * 20, "perplexity")
     with pytest.raises(ValueError, match="perplexity is no linear function"):
-        crossed.against_chance(perplexities, [perplexities])
+        crossed.over_seeds([perplexities], [perplexities])
+    same = documents([1.0] * 20)
+    with pytest.raises(ValueError, match="3 runs stand beside 2"):
+        crossed.over_seeds([same] * 3, [same] * 2)
