@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-#: Short name and name of each model.
+#: Short name and name of each model. The second is a base model, without a chat template.
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma-3-270M"}
 #: The study's sizes, in percent of the neurons of each layer that go.
 PERCENTS = (10, 20, 30, 40, 50, 60)
@@ -260,7 +260,8 @@ def words_of(step: Step, setting: Setting) -> list[str]:
         words += ["--model_args", named] if named else []
         words += ["--dtype", setting.dtype] if setting.dtype else []
         words += ["--multiple_of", "1", "64", "--batch_sizes", "1", "4"]
-        words += ["--max_new_tokens", "32", "--limit", "4", "--repeats", "5"]
+        words += ["--max_new_tokens", "32", "--limit", "4", "--repeats", "12"]
+        words += ["--apply_chat_template"] if setting.model == "smollm2" else []
         return [*words, *device, *output]
     tasks = setting.folder / "tasks"
     calibration = str(tasks / "calibration.jsonl")
@@ -278,7 +279,6 @@ def words_of(step: Step, setting: Setting) -> list[str]:
         elif word != "{template}":
             words.append(word.replace("{calibration}", calibration))
         elif setting.model == "smollm2":
-            # The other model is no instruction-tuned one.
             words.append("--apply_chat_template")
     if "held_text" in step.tasks:
         words += ["--include_path", str(tasks)]
