@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma-3-270M"}
 #: The study's sizes, in percent of the neurons of each layer that go.
 PERCENTS = (10, 20, 30, 40, 50, 60)
-#: Numbers of layers that have about as many parameters as those percentages have.
-DEPTHS = {"smollm2": (2, 4, 7, 9, 11, 13), "gemma": (1, 3, 4, 5, 6, 8)}
+#: Of them, where every second one must do.
+FEW = ("--prune_percents", "20", "40", "60")
+#: Numbers of layers that have about as many parameters as the percentages of `FEW` have.
+DEPTHS = {"smollm2": (4, 9, 13), "gemma": (3, 5, 8)}
 #: Expansion ratios of the percentages 10, 40 and 60.
 RATIOS = {"smollm2": ("2.4", "1.6", "1.07"), "gemma": ("2.88", "1.92", "1.28")}
 SEEDS = ("0", "1", "2")
@@ -134,6 +136,7 @@ STEPS = (
     ),
     Step(
         *("choice_skip0", "layer 0 left alone", CHOICE, _SKIP_0),
+        cut=FEW,
         model_args=("skip_layers=0",),
         calibrated=True,
     ),
@@ -150,6 +153,7 @@ STEPS = (
     Step(
         *("choice_aligned", "widths that are multiples of 64", CHOICE),
         ("--criteria", "maw"),
+        cut=FEW,
         model_args=_ALIGNED,
     ),
     Step(
@@ -159,6 +163,7 @@ STEPS = (
     Step(
         *("instructions_skip0", "IFEval, layer 0 left alone", ("ifeval",)),
         ("{template}", *_SHORT, *_SKIP_0),
+        cut=FEW,
         model_args=("skip_layers=0",),
         calibrated=True,
     ),
@@ -181,12 +186,14 @@ STEPS = (
                 *("{template}", "--gen_kwargs", "max_gen_toks=128", "do_sample=true"),
                 *("temperature=0.7", "--criteria", "maw", "--seed", seed),
             ),
+            cut=FEW,
         )
         for seed in SEEDS
     ),
     Step(
         *("reasoning", "GSM8K, 5 examples", ("gsm8k",)),
         ("--num_fewshot", "5", *_AGAINST_CHANCE),
+        cut=FEW,
     ),
     *(
         Step(
@@ -194,6 +201,7 @@ STEPS = (
             f"GSM8K, 5 other examples, drawn with seed {seed}",
             ("gsm8k",),
             ("--num_fewshot", "5", "--criteria", "maw", "--seed", seed),
+            cut=FEW,
         )
         for seed in SEEDS[1:]
     ),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
@@ -13,9 +15,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
 
-
+# Bytes at whose multiples torch lets memory begin.
+_ALIGNMENT = 64
 # Groups of slots whose attention ends with the group's longest, not the batch's.
 _GROUPS = 4
 
@@ -94,6 +96,21 @@ def _grouped_attention(
     return torch.cat(parts)
 
 
+def _zeros_like(states: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return zeros of a shape; on a CPU their memory is taken when it is written to.
+
+    Zeros, because what is masked is multiplied by 0, which not every number survives.
+    """
+    if states.device.type != "cpu":
+        return states.new_zeros(shape)
+    # torch writes its zeros one by one, numpy asks the system for memory that is empty.
+    size = math.prod(shape) * states.itemsize
+    empty = np.zeros(size + _ALIGNMENT, np.uint8)
+    begin = -empty.ctypes.data % _ALIGNMENT
+    whole = torch.from_numpy(empty[begin : begin + size])
+    return whole.view(states.dtype).view(shape)
+
+
 class _SlotLayer(DynamicLayer):
     """Keys and values of the slots in one layer, [slots, heads, capacity, size]."""
 
@@ -123,8 +140,7 @@ class _SlotLayer(DynamicLayer):
         if stored is not None and stored.shape[-2] >= cache.capacity:
             return stored
         _, heads, _, size = states.shape
-        # Zeros: what is masked is multiplied by 0, which not every number survives.
-        larger = states.new_zeros(cache.slots, heads, cache.capacity, size)
+        larger = _zeros_like(states, (cache.slots, heads, cache.capacity, size))
         if stored is not None:
             larger[:, :, : stored.shape[-2]] = stored
         return larger
@@ -200,7 +216,8 @@ class SlotCache(Cache):
         ends = [first + new for _, first, new in self.places]
         self.width = max(ends)
         if self.width > self.capacity:
-            self.capacity = -(-max(self.width, self.capacity * 5 // 4) // 64) * 64
+            # With room for answers: to make more later is to copy everything.
+            self.capacity = -(-max(self.width, self.capacity) * 5 // 256) * 64
         self.shows_slots = any(start)
         is_step = max(count) == 1 and slots == list(range(len(slots)))
         self.groups = groups_of(ends) if self.shows_slots and is_step else []

@@ -733,6 +733,35 @@ def test_slots_hold_what_they_should(drawn, slots, budget):
     assert all(len(job.generated) == job.most for job in done)
 
 
+@pytest.mark.parametrize(("shared", "start"), [(2, 0), (8, 8), (40, 40)])
+def test_a_few_shared_tokens_are_not_worth_a_mask(shared, start):
+    first = list(range(64))
+    second = first[:shared] + list(range(100, 164 - shared))
+    jobs = [
+        SlotJob(n, tokens, 1, [], greedy_settings.StopStrings(None, []))
+        for n, tokens in enumerate((first, second))
+    ]
+    table = SlotTable(2)
+    copied = []
+    table.cache.copy = lambda *copy: copied.append(copy)
+    assert [row[2] for row in table.admit(deque(jobs[:1]), 64)] == [0]
+    assert [row[2] for row in table.admit(deque(jobs[1:]), 64)] == [start]
+    assert copied == [(0, 1, start)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_begin_as_zeros(dtype):
+    cache = slot_cache.SlotCache(3)
+    cache.begin_pass([0], [0], [5], torch.tensor([[0], [0]]))
+    states = torch.ones(1, 2, 5, 8, dtype=dtype)
+    cache.update(states, states, 0)
+    keys = cache.layers[0].keys
+    assert (keys.dtype, keys.shape) == (dtype, (3, 2, 64, 8))
+    assert keys.data_ptr() % 64 == 0
+    assert keys.sum() == states.numel()
+    assert keys[0, :, :5].eq(1).all()
+
+
 def test_prompts_that_share_run_side_by_side():
     def job(tokens):
         return SlotJob(0, tokens, 1, [], greedy_settings.StopStrings(None, []))
