@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned.util import palette
-from tests.helpers import browser
+from tests.helpers.chromium import chromium_page, find_chromium
 from tests.helpers.results_files import offering, write_sweep
 
 
@@ -284,14 +284,14 @@ def test_colours_stand_out(scheme):
 
 
 @pytest.fixture(scope="module")
-def shown(sweep):
-    if browser.found() is None:
-        pytest.skip(f"none of {', '.join(browser.NAMES)} is there to look at the page")
-    with browser.browser() as page:
-        page.look(1280)
-        page.open(sweep / "report/report.html", READY)
+def shown(sweep, tmp_path_factory):
+    if find_chromium() is None:
+        pytest.skip("no Chromium to look at the page with")
+    with chromium_page(tmp_path_factory.mktemp("browser")) as page:
+        page.open(sweep / "report/report.html")
+        page.wait(READY)
         yield page
-        assert page.said == []
+        assert page.errors == []
 
 
 READY = "!document.querySelector('form')?.hidden && document.querySelectorAll('.panels .role-mark').length > 9"
@@ -338,8 +338,8 @@ OVERLAPS = """
 
 def redrawn(page, name, value):
     """Choose something in the figure and wait until it is drawn anew."""
-    page.ask("document.querySelector('.panels').firstElementChild.dataset.old = 1")
-    page.ask(f"document.querySelector('[name={name}][value={value}]').click()")
+    page.run("document.querySelector('.panels').firstElementChild.dataset.old = 1")
+    page.run(f"document.querySelector('[name={name}][value={value}]').click()")
     page.wait(f"!document.querySelector('.panels [data-old]') && {READY}")
 
 
@@ -356,16 +356,16 @@ def as_hex(colour):
 def test_a_browser_shows_it(shown, tmp_path, width, measure, scheme):
     import matplotlib.image
 
-    shown.look(width, scheme)
-    shown.ask("new Promise((done) => setTimeout(done, 300))")
+    shown.look(width, scheme=scheme)
+    shown.run("new Promise((done) => setTimeout(done, 300))")
     shown.wait(READY)
-    if not shown.ask(f"document.querySelector('[value={measure}]').checked"):
+    if not shown.run(f"document.querySelector('[value={measure}]').checked"):
         redrawn(shown, "measure", measure)
     widths = "[document.documentElement.scrollWidth, innerWidth]"
-    assert shown.ask(widths) == [width, width]
-    assert shown.ask(OVERLAPS) == []
+    assert shown.run(widths) == [width, width]
+    assert shown.run(OVERLAPS) == []
     shot = tmp_path / "page.png"
-    shown.screenshot(shot, width)
+    shown.screenshot(shot, 2000)
     pixels = matplotlib.image.imread(shot)[..., :3]
     assert pixels.shape[1] == width
 
@@ -383,9 +383,9 @@ def test_a_browser_shows_it(shown, tmp_path, width, measure, scheme):
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_what_a_browser_shows_stands_out(shown, scheme):
-    shown.look(1280, scheme)
+    shown.look(scheme=scheme)
     shown.wait(READY)
-    found = [each.split("|") for each in shown.ask(COLOURS)]
+    found = [each.split("|") for each in shown.run(COLOURS)]
     assert {kind for kind, *_ in found} == {"text", "mark"}
     assert len(found) > 15
     for kind, colour, ground in found:
@@ -396,17 +396,17 @@ def test_what_a_browser_shows_stands_out(shown, scheme):
 @pytest.mark.slow
 def test_families_are_chosen_with_keys(shown):
     def lines():
-        return shown.ask("document.querySelectorAll('.panels .mark-line path').length")
+        return shown.run("document.querySelectorAll('.panels .mark-line path').length")
 
-    shown.look(1280)
+    shown.look()
     shown.wait(READY)
     before = lines()
-    shown.ask("document.querySelector('[name=family][value=commonsense]').focus()")
-    shown.press(" ", 32, " ")
+    shown.run("document.querySelector('[name=family][value=commonsense]').focus()")
+    shown.key(" ")
     shown.wait(
         f"document.querySelectorAll('.panels .mark-line path').length < {before}"
     )
-    shown.press(" ", 32, " ")
+    shown.key(" ")
     shown.wait(
         f"document.querySelectorAll('.panels .mark-line path').length == {before}"
     )
@@ -414,13 +414,13 @@ def test_families_are_chosen_with_keys(shown):
 
 @pytest.mark.slow
 def test_every_control_is_reached_with_the_tab_key(shown):
-    shown.look(1280)
-    shown.ask("document.activeElement.blur(); scrollTo(0, 0)")
+    shown.look()
+    shown.run("document.activeElement.blur(); scrollTo(0, 0)")
     seen = set()
     for _ in range(60):
-        shown.press("Tab", 9)
+        shown.key("Tab")
         seen.add(
-            shown.ask(
+            shown.run(
                 "((e) => e.name || e.download || e.ariaLabel || e.tagName)"
                 "(document.activeElement)"
             )
@@ -431,11 +431,11 @@ def test_every_control_is_reached_with_the_tab_key(shown):
 
 @pytest.mark.slow
 def test_a_measure_and_an_axis_are_chosen_with_arrows(shown):
-    shown.look(1280)
-    shown.ask("document.querySelector('[name=axis]').focus()")
-    shown.ask("document.querySelector('[name=axis]').click()")
+    shown.look()
+    shown.run("document.querySelector('[name=axis]').focus()")
+    shown.run("document.querySelector('[name=axis]').click()")
     for axis in list(AXES)[1:]:
-        shown.press("ArrowRight", 39)
+        shown.key("ArrowRight")
         title = json.dumps(AXES[axis])
         shown.wait(
             f"[...document.querySelectorAll('.panels text')].some((text) => text.textContent === {title})"
@@ -445,11 +445,11 @@ def test_a_measure_and_an_axis_are_chosen_with_arrows(shown):
 
 @pytest.mark.slow
 def test_who_points_at_a_point_is_told_its_numbers(shown):
-    shown.look(1280)
+    shown.look()
     shown.wait(READY)
-    shown.ask("new Promise((done) => setTimeout(done, 500))")
-    shown.ask("document.querySelector('.panels').scrollIntoView()")
-    x, y = shown.ask(
+    shown.run("new Promise((done) => setTimeout(done, 500))")
+    shown.run("document.querySelector('.panels').scrollIntoView()")
+    x, y = shown.run(
         "((box) => [box.x + box.width / 2, box.y + box.height / 2])"
         "(document.querySelector('.panels .mark-symbol path').getBoundingClientRect())"
     )
@@ -457,7 +457,7 @@ def test_who_points_at_a_point_is_told_its_numbers(shown):
     shown.point(x - 3, y)
     shown.point(x, y)
     shown.wait("document.querySelector('#vg-tooltip-element.visible') !== null")
-    told = shown.ask("document.querySelector('#vg-tooltip-element').innerText")
+    told = shown.run("document.querySelector('#vg-tooltip-element').innerText")
     for word in ("interval", "documents (n)", "smallest detectable", "q", "verdict"):
         assert word in told
     assert str(N) in told
@@ -466,23 +466,24 @@ def test_who_points_at_a_point_is_told_its_numbers(shown):
 
 @pytest.mark.slow
 def test_it_is_printed_dark_on_white_whatever_the_screen(shown):
-    shown.look(1280, "dark", "print")
-    assert shown.ask("getComputedStyle(document.body).backgroundColor") == (
+    shown.look(scheme="dark", media="print")
+    assert shown.run("getComputedStyle(document.body).backgroundColor") == (
         "rgb(255, 255, 255)"
     )
     assert (
-        shown.ask("getComputedStyle(document.querySelector('form')).display") == "none"
+        shown.run("getComputedStyle(document.querySelector('form')).display") == "none"
     )
-    assert shown.ask("document.querySelectorAll('.panels svg').length") >= 2
-    shown.look(1280)
+    assert shown.run("document.querySelectorAll('.panels svg').length") >= 2
+    shown.look()
 
 
 @pytest.mark.slow
 def test_a_browser_tells_a_partial_score_apart(shown, stopped):
-    shown.look(1280)
+    shown.look()
     one = READY.replace("> 9", "> 1")
-    shown.open(stopped / "report/report.html", one)
-    shapes = shown.ask(
+    shown.open(stopped / "report/report.html")
+    shown.wait(one)
+    shapes = shown.run(
         "[...document.querySelectorAll('.panels .mark-symbol path')]"
         ".filter((path) => getComputedStyle(path).opacity > 0)"
         ".map((path) => path.getAttribute('d').includes('A') ? 'circle' : 'diamond')"

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 #: Seconds that a page, or an answer of the browser, may take.
 PATIENCE = 60
+#: Keys that do something of their own in a page only with their code.
+_CODES = {"Tab": 9, " ": 32, "ArrowRight": 39}
 
 
 def find_chromium() -> str | None:
     """Return the program of a Chromium or Chrome, or None."""
-    names = ("chromium", "chromium-browser", "google-chrome")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     return next(filter(None, map(shutil.which, names)), None)
 
 
@@ -63,25 +65,29 @@ class Page:
                     raise RuntimeError(f"{method}: {answer['error']}")
                 return answer["result"]
 
-    def open(self, file: Path, *, width: int = 1280, height: int = 900) -> None:
-        """Open a file and wait until it is loaded."""
-        self.resize(width, height)
+    def open(self, file: Path, **look: Any) -> None:
+        """Open a file, seen as `look` has it, and wait until it is loaded."""
+        self.look(**look)
         self.send("Page.navigate", url=file.as_uri())
         self.wait(
             f"location.href == {file.as_uri()!r} && document.readyState == 'complete'"
         )
 
-    def resize(self, width: int, height: int) -> None:
-        """Show the page as on a screen of this size."""
+    def look(
+        self,
+        width: int = 1280,
+        height: int = 900,
+        scheme: str = "light",
+        media: str = "screen",
+    ) -> None:
+        """Show the page at a size in pixels, in a colour scheme, on a medium."""
+        self._width = width
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
         )  # fmt: skip
-
-    def scheme(self, name: str) -> None:
-        """Prefer ``light`` or ``dark``."""
-        feature = {"name": "prefers-color-scheme", "value": name}
-        self.send("Emulation.setEmulatedMedia", features=[feature])
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.send("Emulation.setEmulatedMedia", media=media, features=[feature])
 
     def run(self, script: str) -> Any:
         """Return the value of an expression of JavaScript."""
@@ -97,17 +103,31 @@ class Page:
         end = time.monotonic() + PATIENCE
         while not self.run(f"Boolean({condition})"):
             if time.monotonic() > end:
-                raise TimeoutError(condition)
+                raise TimeoutError(f"{condition} never held; {self.errors}")
+            time.sleep(0.02)
 
     def key(self, key: str) -> None:
         """Press a key such as ``ArrowDown``, ``Home`` or ``/``."""
         text = {"text": key} if len(key) == 1 else {}
         for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, **text)
+            self.send(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=_CODES.get(key, 0),
+                **(text if kind == "keyDown" else {}),
+            )
 
-    def screenshot(self, file: Path) -> None:
-        """Write what is visible as PNG."""
-        data = self.send("Page.captureScreenshot", format="png")["data"]
+    def point(self, x: float, y: float) -> None:
+        """Move the mouse."""
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def screenshot(self, file: Path, height: int | None = None) -> None:
+        """Write what is visible as PNG, or so many pixels from the top of the page down."""
+        clip = {"x": 0, "y": 0, "width": self._width, "height": height, "scale": 1}
+        whole = {} if height is None else {"captureBeyondViewport": True, "clip": clip}
+        data = self.send("Page.captureScreenshot", format="png", **whole)["data"]
         file.write_bytes(base64.b64decode(data))
 
     def _message(self) -> dict[str, Any]:
@@ -142,6 +162,8 @@ def chromium_page(folder: Path) -> Iterator[Page]:
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--hide-scrollbars",
+        "--disable-dev-shm-usage",
         "--no-first-run",
         "--remote-debugging-pipe",
         f"--user-data-dir={folder / 'profile'}",
