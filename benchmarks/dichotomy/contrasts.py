@@ -39,7 +39,10 @@ class Contrast:
 
 
 CONTRASTS = (
-    Contrast("best", ("choice", "best"), ("choice", "maw")),
+    *(
+        Contrast("best", (step, "best"), (step, "maw"))
+        for step in ("choice", "instructions")
+    ),
     *(
         Contrast("skip0", (f"{step}_skip0", "maw"), (step, "maw"))
         for step in ("choice", "instructions")

@@ -105,6 +105,7 @@ def _values(options: list[str], name: str) -> list[str]:
 
 
 _AGAINST_CHANCE = ("--criteria", "maw", "random", "--seeds", *SEEDS)
+_BEST_AGAINST_CHANCE = ("--criteria", "maw", "best", "random", "--seeds", *SEEDS)
 _SHORT = ("--gen_kwargs", "max_gen_toks=128")
 _SENSITIVITY = ("--allocations", "sensitivity", "--criteria", "maw", "best")
 _SKIP_0 = ("--criteria", "maw", "l2", "act", "random", "--seeds", *SEEDS)
@@ -127,7 +128,7 @@ def _trained(name: str, seed: str) -> tuple[str, ...]:
 STEPS = (
     Step(
         *("choice", "multiple choice and held text, uniform cuts", CHOICE),
-        ("--criteria", "maw", "best", "random", "--seeds", *SEEDS),
+        _BEST_AGAINST_CHANCE,
         calibrated=True,
     ),
     Step(
@@ -158,7 +159,8 @@ STEPS = (
     ),
     Step(
         *("instructions", "IFEval, uniform cuts", ("ifeval",)),
-        ("{template}", *_SHORT, *_AGAINST_CHANCE),
+        ("{template}", *_SHORT, *_BEST_AGAINST_CHANCE),
+        calibrated=True,
     ),
     Step(
         *("instructions_skip0", "IFEval, layer 0 left alone", ("ifeval",)),

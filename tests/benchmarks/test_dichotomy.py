@@ -282,7 +282,7 @@ def test_a_step_knows_when_it_is_finished(steps):
     assert steps.cells_of(known["choice"], "smollm2") == 4 * 6 * 5
     assert steps.cells_of(known["choice_sensitivity"], "gemma") == 4 * 6 * 2
     assert steps.cells_of(known["choice_depth"], "gemma") == 4 * 3
-    assert steps.cells_of(known["instructions"], "smollm2") == 6 * 4
+    assert steps.cells_of(known["instructions"], "smollm2") == 6 * 5
     assert steps.cells_of(known["instructions_plain"], "smollm2") == 6
 
 
