@@ -151,7 +151,19 @@ def test_a_config_that_lists_a_width_for_each_layer(tmp_path, in_this_process):
     assert scores(pruned_vllm(tmp_path / "x")) == found
 
 
-@pytest.mark.parametrize("method", ["fp8_per_channel", "fp8_per_block"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "fp8_per_channel",
+        pytest.param(
+            "fp8_per_block",
+            marks=pytest.mark.skipif(
+                not torch.cpu._is_amx_tile_supported(),
+                reason="vLLM's kernels for blocks of fp8 need a processor with AMX",
+            ),
+        ),
+    ],
+)
 def test_pruned_weights_are_quantised_while_they_load(
     method, llama, tmp_path, in_this_process
 ):
