@@ -288,7 +288,12 @@ def split_by_length(
         sides = [[a.followed for a in base], cut, [a.followed for a in run]]
         weights = weights[used]
         shares = [
-            np.array([np.dot(*pair) for pair in zip(side, taken, strict=True)])[used]
+            np.array(
+                [
+                    np.sum(np.logical_and(*each))
+                    for each in zip(side, taken, strict=True)
+                ]
+            )[used]
             / weights
             for side in sides
         ]

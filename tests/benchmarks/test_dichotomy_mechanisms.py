@@ -200,6 +200,7 @@ def test_what_length_alone_changes_is_split_from_the_rest(mechanisms, checkers):
         15,
         15,
     )
+    assert (whole.base, whole.cut, whole.run) == pytest.approx((0.6, 0.6, 0.5))
     assert (enough.base, enough.cut, enough.run) == pytest.approx((0.2, 1.0, 0.8))
     assert (others.base, others.cut, others.run) == pytest.approx((1.0, 0.2, 0.2))
     for split in found.values():
