@@ -56,7 +56,7 @@ QUESTIONS = {
         "Healing",
         (
             "Models cut by `maw` and trained again by LoRA for 100 steps of 1,024 tokens of the calibration text, which shares no line with the held text: with the loss of the next "
-            "token, or with the distance to the unpruned model alone. Three seeds, which choose the adapter's first weights and the order of the text; intervals are over seeds and documents. "
+            "token, or with the distance to the unpruned model alone. A seed chooses the adapter's first weights and the order of the text; intervals are over three seeds and documents, and with one seed there is none. "
             "The held text is of the same kind as what is trained on, so a part of what comes back there is that the model has learnt this kind of text."
         ),
     ),
@@ -90,10 +90,15 @@ def contrast_section(question: str, rows: Sequence[Cells]) -> list[str]:
         WITHIN: WITHIN,
         "not shown": "not told apart",
     }
-    bullets = [
-        f"- {MODELS[model]}, *{one}* beside *{other}*: of {len(of)} comparison{'s' * (len(of) > 1)} over tasks and sizes it is {counted(of, said)}."
-        for (model, one, other), of in grouped(rows, "model", "one", "other").items()
-    ]
+    bullets = []
+    for (model, one, other), of in grouped(rows, "model", "one", "other").items():
+        tested = [row for row in of if row["verdict"]]
+        found = (
+            f"of {len(tested)} comparison{'s' * (len(tested) > 1)} over tasks and sizes it is {counted(tested, said)}"
+            if tested
+            else "nothing is tested, for there is one seed alone or too few documents"
+        )
+        bullets.append(f"- {MODELS[model]}, *{one}* beside *{other}*: {found}.")
     blocks.append("\n".join(bullets))
     seeds = any(row["seeds"] for row in rows)
     table = [

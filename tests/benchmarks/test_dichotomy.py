@@ -328,6 +328,25 @@ def test_the_page_says_what_the_tests_say(make, collecting, measured, tmp_path):
     assert "Healing" in text
 
 
+def test_what_is_not_tested_is_not_counted(script):
+    row = {
+        **dict.fromkeys(script("dichotomy.tables").TABLES["contrasts"], ""),
+        "model": "smollm2",
+        "one": "A",
+        "other": "B",
+        "task": "boolq",
+        "score_one": "0.5",
+        "score_other": "0.4",
+        "difference": "0.1",
+    }
+    section = script("dichotomy.comparisons_page").contrast_section
+    (untested,) = [line for line in section("healed", [row]) if line[0] == "-"]
+    assert "*A* beside *B*: nothing is tested" in untested
+    both = [row, {**row, "verdict": "better"}]
+    (tested,) = [line for line in section("healed", both) if line[0] == "-"]
+    assert "of 1 comparison over tasks and sizes it is better in 1" in tested
+
+
 def test_the_page_counts_what_the_mechanisms_show(script, collecting, tmp_path):
     """Two models come closer to their levels; of one the rest is shown, and length lowers scores."""
     run = {
