@@ -189,6 +189,17 @@ def test_the_harness_scores_an_answer_as_it_does_in_its_task(mechanisms, checker
     assert one.words == 3
 
 
+def test_a_letter_that_the_harness_draws_is_drawn_alike(mechanisms, checkers):
+    doc = {
+        "key": 1,
+        "prompt": "Say something.",
+        "instruction_id_list": ["keywords:letter_frequency"],
+        "kwargs": [{"letter": "!", "let_frequency": 2, "let_relation": "at least"}],
+    }
+    text = "one two three four five"
+    assert len({mechanisms.followed(doc, text) for _ in range(40)}) == 1
+
+
 def test_what_length_alone_changes_is_split_from_the_rest(mechanisms, checkers):
     """Cut to two words, no answer has its comma, nor its end; the pruned model says "b b"."""
     base = answers(mechanisms, *["a b c, end"] * 12, *["a b end"] * 3)
