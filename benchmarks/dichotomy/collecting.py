@@ -104,8 +104,9 @@ def collect(folder: Path) -> Collection:
             found.tables["mc2"] += with_q(drifts, "closer", "rest")
             splits = [row for run in sweep.runs for row in _ifeval(sweep, run)]
             found.tables["ifeval"] += with_q(splits, "total", "length", "rest")
-        found.tables["contrasts"] += contrast_rows(sweeps, found.notes)
-        found.tables["contrasts"] += pooled_rows(sweeps, DocumentReader(), found.notes)
+        read = DocumentReader()
+        found.tables["contrasts"] += contrast_rows(sweeps, read, found.notes)
+        found.tables["contrasts"] += pooled_rows(sweeps, read, found.notes)
         found.tables["latency"] += latency_rows(folder / model / "latency", model)
     if not any(found.tables.values()):
         raise ResultsError(

@@ -65,10 +65,11 @@ CONTRASTS = (
 )
 
 
-def contrast_rows(sweeps: Mapping[str, Sweep], notes: list[str]) -> list[Row]:
+def contrast_rows(
+    sweeps: Mapping[str, Sweep], read: DocumentReader, notes: list[str]
+) -> list[Row]:
     """Return the comparisons of `CONTRASTS` whose two sides were measured; `notes` gets the rest."""
     by_question: dict[str, list[Row]] = {}
-    read = DocumentReader()
     for contrast in CONTRASTS:
         if not {contrast.one[0], contrast.other[0]} <= sweeps.keys():
             continue

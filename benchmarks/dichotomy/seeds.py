@@ -46,26 +46,25 @@ def _seeded(step: str) -> tuple[str, ...]:
 
 _SAMPLED = _seeded("instructions_sampled")
 _DRAWN = ("reasoning", *_seeded("reasoning_draw")[1:])
+
+
+def _healed(prefix: str) -> Iterator[tuple[str, Side, Side]]:
+    after = {
+        name: Side(loss, _seeded(prefix + name), "healed")
+        for name, loss in LOSSES.items()
+    }
+    for one in after.values():
+        yield "healed", one, Side("the same before", one.steps)
+        yield "healed", one, Side("unpruned", one.steps, "unpruned")
+    yield "healed", after["distilled"], after["healed"]
+
+
 #: Question, and the two sides, by seed.
 POOLED = (
     ("sampled", Side("maw", _SAMPLED), Side("unpruned", _SAMPLED, "unpruned")),
     ("draws", Side("maw", _DRAWN), Side("unpruned", _DRAWN, "unpruned")),
-    *(
-        ("healed", healed, other)
-        for what in ("", "instructions_")
-        for name, loss in LOSSES.items()
-        for steps in [_seeded(what + name)]
-        for healed in [Side(loss, steps, "healed")]
-        for other in (
-            Side("the same before", steps),
-            Side("unpruned", steps, "unpruned"),
-            *(
-                [Side(LOSSES["healed"], _seeded(what + "healed"), "healed")]
-                if name == "distilled"
-                else []
-            ),
-        )
-    ),
+    *_healed(""),
+    *_healed("instructions_"),
 )
 #: Steps that are on the page as one of several seeds only.
 SEEDED = {step for _, one, _ in POOLED for step in one.steps} - {"reasoning"}

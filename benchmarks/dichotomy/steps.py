@@ -104,11 +104,12 @@ def _values(options: list[str], name: str) -> list[str]:
     return rest[: ends[0]] if ends else rest
 
 
-_AGAINST_CHANCE = ("--criteria", "maw", "random", "--seeds", *SEEDS)
-_BEST_AGAINST_CHANCE = ("--criteria", "maw", "best", "random", "--seeds", *SEEDS)
+_CHANCE = ("random", "--seeds", *SEEDS)
+_AGAINST_CHANCE = ("--criteria", "maw", *_CHANCE)
+_BEST_AGAINST_CHANCE = ("--criteria", "maw", "best", *_CHANCE)
 _SHORT = ("--gen_kwargs", "max_gen_toks=128")
 _SENSITIVITY = ("--allocations", "sensitivity", "--criteria", "maw", "best")
-_SKIP_0 = ("--criteria", "maw", "l2", "act", "random", "--seeds", *SEEDS)
+_SKIP_0 = ("--criteria", "maw", "l2", "act", *_CHANCE)
 _ALIGNED = ("multiple_of=64",)
 #: What the trained models of a step are called: the name it begins with, and their loss.
 LOSSES = {"healed": "next-token loss", "distilled": "distillation"}
