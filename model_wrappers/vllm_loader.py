@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 
+from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.stream import (
     as_stored,
@@ -70,18 +71,28 @@ class PrunedModelLoader(DefaultModelLoader):
             # A draft model, whose widths are none of this request.
             loader = get_model_loader(self.load_config)
             return loader.load_model(vllm_config, model_config, *args, **kwargs)
-        request = LoadRequest.resolve(
-            AutoModelForCausalLM,
-            model_config.model,
-            self._prune_arguments,
-            {
-                "revision": model_config.revision,
-                "trust_remote_code": model_config.trust_remote_code,
-                "cache_dir": self.load_config.download_dir,
-                "dtype": model_config.dtype,
-            },
-        )
+
+        def resolve(asked: PruneArguments) -> LoadRequest:
+            return LoadRequest.resolve(
+                AutoModelForCausalLM,
+                model_config.model,
+                asked,
+                {
+                    "revision": model_config.revision,
+                    "trust_remote_code": model_config.trust_remote_code,
+                    "cache_dir": self.load_config.download_dir,
+                    "dtype": model_config.dtype,
+                },
+            )
+
+        request = resolve(self._prune_arguments)
         check_buildable(request)
+        if request.plan.prunes:
+            processes = vllm_config.parallel_config.tensor_parallel_size
+            given = self._prune_arguments
+            request = resolve(
+                divide_among(resolve, given, processes, "tensor_parallel_size")
+            )
         self._request = request = as_stored(request)
         narrow_config(request, model_config.hf_config)
         return super().load_model(vllm_config, model_config, *args, **kwargs)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
+from hypothesis import assume, given, strategies as st
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
@@ -13,7 +15,8 @@ from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from tests.helpers import evaluations
+from tests.helpers import evaluations, layouts
+from tests.helpers.checkpoints import save_tiny
 from tests.helpers.evaluations import TWO_PROCESSES
 
 
@@ -63,24 +66,128 @@ def test_device_map_with_disk_offload(tiny_llama_sharded, tmp_path):
     assert torch.equal(logits(model), logits(plain))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "width"),
-    [({"intermediate_size": 63}, 62), ({"prune_percent": 1.2}, 86), ({"ratio": 2}, 64)],
-)
-def test_widths_are_rounded_until_tensor_parallelism_can_split_them(
-    tiny_llama, arguments, width, caplog
-):
+def asking(folder):
+    """Return what resolves arguments against the model in `folder`, without its weights."""
+
     def resolve(asked: PruneArguments) -> LoadRequest:
-        return LoadRequest.resolve(AutoModelForCausalLM, str(tiny_llama), asked, {})
+        return LoadRequest.resolve(AutoModelForCausalLM, str(folder), asked, {})
 
-    given = PruneArguments(**arguments)
-    request = resolve(divide_among(resolve, given, 2))
+    return resolve
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "width"),
+    [
+        ({"intermediate_size": 63}, 2, 62),
+        ({"prune_percent": 1.2}, 2, 86),
+        ({"intermediate_size": 63}, 4, 64),
+        ({"intermediate_size": 61}, 4, 60),
+        ({"intermediate_size": 62}, 4, 60),
+        ({"intermediate_size": 1}, 2, 2),
+        # 88 would be the width of the model.
+        ({"intermediate_size": 87}, 4, 84),
+        ({"intermediate_size": 47, "multiple_of": 6}, 8, 48),
+        ({"ratio": 2}, 2, 64),
+    ],
+)
+def test_widths_that_do_not_divide_become_the_nearest_that_do(
+    tiny_llama, arguments, processes, width, caplog
+):
+    resolve = asking(tiny_llama)
+    asked = PruneArguments(**arguments)
+    found = divide_among(resolve, asked, processes)
+    request = resolve(found)
     assert set(request.widths.targets(request.plan).values()) == {width}
-    assert ("do not divide" in caplog.text) == ("ratio" not in arguments)
-    assert ("(multiple_of=2)" in caplog.text) == ("ratio" not in arguments)
+    if "ratio" in arguments:
+        assert found is asked
+        assert "do not divide" not in caplog.text
+    else:
+        assert "do not divide" in caplog.text
+        assert f"it keeps {width} (intermediate_size={width})" in caplog.text
 
 
-def test_widths_that_tensor_parallelism_cannot_split(tiny_llama, monkeypatch):
+@given(
+    width=st.integers(1, 87),
+    processes=st.integers(2, 44),
+    multiple=st.integers(1, 8),
+)
+def test_no_width_that_divides_is_nearer(tiny_llama, width, processes, multiple):
+    resolve = asking(tiny_llama)
+    assume(multiple <= width)
+    asked = PruneArguments(intermediate_size=width, multiple_of=multiple)
+    before = width // multiple * multiple
+    step = math.lcm(processes, multiple)
+    possible = [k for k in range(step, 88, step)]
+    if before % processes and not possible:
+        with pytest.raises(ValueError, match="pass a size that keeps multiples"):
+            divide_among(resolve, asked, processes)
+        return
+    request = resolve(divide_among(resolve, asked, processes))
+    (kept,) = set(request.widths.targets(request.plan).values())
+    if before % processes:
+        assert abs(kept - before) == min(abs(k - before) for k in possible)
+    else:
+        assert kept == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ({"widths": {0: 63, 1: 41}}, [64, 40, 88]),
+        ({"widths": {1: 27}}, [88, 28, 88]),
+        ({"intermediate_size": 50, "layers": "1"}, [88, 48, 88]),
+        ({"intermediate_size": 51, "allocation": "global"}, [52, 52, 52]),
+    ],
+    ids=["a file", "a layer of a file", "some layers", "an allocation"],
+)
+def test_each_layer_has_the_nearest_width_that_divides(tiny_llama, arguments, kept):
+    resolve = asking(tiny_llama)
+    request = resolve(divide_among(resolve, PruneArguments(**arguments), 4))
+    assert list(request.widths.targets(request.plan).values()) == kept
+
+
+def test_an_allocation_shares_out_multiples_although_their_mean_divides(tiny_llama):
+    """The widths that an allocation finds are not known yet; their mean is."""
+    resolve = asking(tiny_llama)
+    asked = PruneArguments(intermediate_size=52, allocation="global")
+    found = divide_among(resolve, asked, 4)
+    assert (found.intermediate_size, found.multiple_of) == (52, 4)
+
+
+@pytest.mark.parametrize("criterion", ["maw", "l2"])
+def test_layers_that_differ_already_have_the_nearest_width_each(tmp_path, criterion):
+    """A share is one of each layer's own neurons."""
+    save_tiny(tmp_path / "whole", num_hidden_layers=2, intermediate_size=80)
+    model = load_pruned(str(tmp_path / "whole"), widths={1: 60})
+    model.save_pretrained(tmp_path / "own")
+    resolve = asking(tmp_path / "own")
+    asked = PruneArguments(prune_percent=10, criterion=criterion)
+    request = resolve(asked)
+    assert list(request.widths.targets(request.plan).values()) == [72, 54]
+    found = divide_among(resolve, asked, 5)
+    assert found.widths == {0: 70, 1: 55}
+    assert found.criterion == criterion
+    request = resolve(found)
+    assert list(request.widths.targets(request.plan).values()) == [70, 55]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "granitemoeshared"])
+def test_experts_and_what_stands_beside_them_divide(tmp_path, family):
+    save_tiny(tmp_path, family, **layouts.overrides(family, 40))
+    resolve = asking(tmp_path)
+    asked = PruneArguments(prune_percent=33)
+    before = resolve(asked)
+    targets = before.widths.targets(before.plan)
+    assert any(width % 2 for width in targets.values())
+    request = resolve(divide_among(resolve, asked, 2))
+    kept = request.widths.targets(request.plan)
+    assert not any(width % 2 for width in kept.values())
+    assert all(abs(kept[name] - targets[name]) < 4 for name in kept)
+
+
+def test_widths_that_tensor_parallelism_cannot_split(tmp_path, monkeypatch):
+    """The next width that two processes can share is that of the unpruned model."""
+    narrow = str(save_tiny(tmp_path, intermediate_size=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
         "lm_eval_pruned.checkpoints.request.LoadRequest.load",
@@ -91,7 +198,7 @@ def test_widths_that_tensor_parallelism_cannot_split(tiny_llama, monkeypatch):
         r"tp_plan: pass a size that keeps multiples of 2, "
     )
     with pytest.raises(ValueError, match=sentence):
-        PrunedHFLM(str(tiny_llama), device="cpu", tp_plan="auto", intermediate_size=1)
+        PrunedHFLM(narrow, device="cpu", tp_plan="auto", intermediate_size=1)
 
 
 @pytest.mark.slow

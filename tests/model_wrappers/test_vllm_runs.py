@@ -99,7 +99,7 @@ def test_the_stock_command_with_an_engine_of_two_processes(
 ):
     """The engine loads in other processes, as it does for users; each holds half a layer.
 
-    An odd width is rounded to one that has halves.
+    An odd width becomes the nearest that has halves.
     """
     given = {**ENGINE, "tensor_parallel_size": two_processes}
     more = ",".join(f"{name}={value}" for name, value in given.items())
@@ -115,7 +115,7 @@ def test_the_stock_command_with_an_engine_of_two_processes(
     )
     (file,) = (tmp_path / "results").rglob("results_*.json")
     config = json.loads(file.read_text())["config"]
-    theirs = pruned_hf(llama, intermediate_size=101, multiple_of=2)
+    theirs = pruned_hf(llama, intermediate_size=100, multiple_of=2)
     assert config["pruning"] == theirs.get_model_info()["pruning"]
     assert config["model_dtype"] == "torch.float32"
     (file,) = (tmp_path / "results").rglob("samples_*.jsonl")
@@ -244,18 +244,19 @@ def ask(port: int, method: str, path: str, body: dict | None = None) -> str | No
 
 
 def test_a_server_prunes_and_derives_the_narrowed_config(llama, two_processes):
+    """Of an odd width, two processes get halves of the nearest even one."""
     prompt = "The capital"
     body = {"model": str(llama), "prompt": prompt, "max_tokens": 12, "temperature": 0}
     with server(
         llama,
         *("--load-format", "pruned"),
-        *("--model-loader-extra-config", '{"ratio": 2.0}'),
+        *("--model-loader-extra-config", '{"intermediate_size": 101}'),
         *("--tensor-parallel-size", str(two_processes)),
     ) as port:
         answer = ask(port, "POST", "/v1/completions", body)
     assert answer is not None
     text = json.loads(answer)["choices"][0]["text"]
-    lm = pruned_hf(llama, ratio=2.0)
+    lm = pruned_hf(llama, intermediate_size=100)
     settings = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
     (expected,) = lm.generate_until(
         [Instance("generate_until", {}, (prompt, settings), 0)], disable_tqdm=True
