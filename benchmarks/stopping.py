@@ -32,6 +32,7 @@ from lm_eval_pruned.util.tables import markdown_table
 
 
 ALPHA = 0.05
+STUDY_FILE = Path(__file__).parents[1] / "tests/data/study_benchmarks.csv"
 #: Documents of the study's tasks, and the metric that decides.
 STUDY_TASKS = {
     "arc_challenge": (1172, "acc_norm,none"),
@@ -364,9 +365,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--times", type=int, default=10_000, help="sweeps of errors")
     parser.add_argument("--study-times", type=int, default=500, help="sweeps of study")
-    parser.add_argument(
-        "--study-file", type=Path, default=Path("tests/data/study_benchmarks.csv")
-    )
+    parser.add_argument("--study-file", type=Path, default=STUDY_FILE)
     parser.add_argument(
         "--correlations", type=float, nargs="+", default=[0.2, 0.45, 0.8]
     )
