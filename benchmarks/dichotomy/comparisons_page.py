@@ -36,7 +36,7 @@ QUESTIONS = {
     "skip0": (
         "Layer 0 left alone",
         (
-            "Cut by `maw` in all layers but the first, beside cut in all. [The first layer](first_layer.md) says why this may matter. At the same percentage the model whose layer 0 is "
+            "Cut in all layers but the first, beside cut in all by the same criterion. [The first layer](first_layer.md) says why this may matter. At the same percentage the model whose layer 0 is "
             "kept has a few more parameters."
         ),
     ),

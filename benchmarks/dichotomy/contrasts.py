@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dichotomy.steps import OF_LAYER_0
 from dichotomy.tables import MEASURES, Row, adjusted, against_verdict, tested
 from lm_eval_pruned.analysis.pairing import (
     DocumentReader,
@@ -44,9 +45,10 @@ CONTRASTS = (
         for step in ("choice", "instructions")
     ),
     *(
-        Contrast("skip0", (f"{step}_skip0", "maw"), (step, "maw"))
-        for step in ("choice", "instructions")
+        Contrast("skip0", ("choice_skip0", criterion), ("choice", criterion))
+        for criterion in OF_LAYER_0
     ),
+    Contrast("skip0", ("instructions_skip0", "maw"), ("instructions", "maw")),
     *(
         Contrast("sensitivity", (f"{step}_sensitivity", criterion), (step, criterion))
         for step in ("choice", "instructions")

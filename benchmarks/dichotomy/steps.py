@@ -107,9 +107,11 @@ def _values(options: list[str], name: str) -> list[str]:
 _CHANCE = ("random", "--seeds", *SEEDS)
 _AGAINST_CHANCE = ("--criteria", "maw", *_CHANCE)
 _BEST_AGAINST_CHANCE = ("--criteria", "maw", "best", *_CHANCE)
+#: Criteria that are compared with layer 0 and without it.
+OF_LAYER_0 = ("maw", "l2", "pon", "max_abs", "act")
 _SHORT = ("--gen_kwargs", "max_gen_toks=128")
 _SENSITIVITY = ("--allocations", "sensitivity", "--criteria", "maw", "best")
-_SKIP_0 = ("--criteria", "maw", "l2", "act", *_CHANCE)
+_SKIP_0 = ("--criteria", *OF_LAYER_0, *_CHANCE)
 _ALIGNED = ("multiple_of=64",)
 #: What the trained models of a step are called: the name it begins with, and their loss.
 LOSSES = {"healed": "next-token loss", "distilled": "distillation"}
@@ -129,7 +131,7 @@ def _trained(name: str, seed: str) -> tuple[str, ...]:
 STEPS = (
     Step(
         *("choice", "multiple choice and held text, uniform cuts", CHOICE),
-        _BEST_AGAINST_CHANCE,
+        ("--criteria", *OF_LAYER_0, "best", *_CHANCE),
         calibrated=True,
     ),
     Step(
@@ -165,7 +167,7 @@ STEPS = (
     ),
     Step(
         *("instructions_skip0", "IFEval, layer 0 left alone", ("ifeval",)),
-        ("{template}", *_SHORT, *_SKIP_0),
+        ("{template}", *_SHORT, *_AGAINST_CHANCE),
         cut=FEW,
         model_args=("skip_layers=0",),
         calibrated=True,

@@ -279,7 +279,7 @@ def test_what_has_several_seeds_is_compared_over_them(collecting, tmp_path):
 
 def test_a_step_knows_when_it_is_finished(steps):
     known = {step.name: step for step in steps.STEPS}
-    assert steps.cells_of(known["choice"], "smollm2") == 4 * 6 * 5
+    assert steps.cells_of(known["choice"], "smollm2") == 4 * 6 * 9
     assert steps.cells_of(known["choice_sensitivity"], "gemma") == 4 * 6 * 2
     assert steps.cells_of(known["choice_depth"], "gemma") == 4 * 3
     assert steps.cells_of(known["instructions"], "smollm2") == 6 * 5
@@ -320,7 +320,7 @@ def test_the_page_says_what_the_tests_say(make, collecting, measured, tmp_path):
     assert "falls at 20 %" in text
     assert "*maw* beside *depth*" in text
     assert "|`instructions`|nothing|" in text
-    assert "uniform cuts|`choice`|10 of 120 scores|" in text
+    assert "uniform cuts|`choice`|10 of 216 scores|" in text
     assert (
         "|Gemma-3-270M|multiple choice and held text, uniform cuts|`choice`|nothing|"
         in text
