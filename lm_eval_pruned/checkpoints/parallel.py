@@ -90,7 +90,8 @@ def _nearest(
             kept[mlp.block] = _near(targets[mlp.name], own, multiple)
     if None in kept.values():
         return None
-    given |= {"widths": kept, "layers": None, "skip_layers": None}
+    # Widths say themselves which layers are pruned.
+    given |= dict.fromkeys(("layers", "skip_layers")) | {"widths": kept}
     return dataclasses.replace(arguments, **given)
 
 
