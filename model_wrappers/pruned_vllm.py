@@ -239,13 +239,13 @@ def _checked(
     check_buildable(request)
     if request.plan.prunes:
         request.check_prunable_in_memory("its criterion looks at activations")
+        processes = int(arguments.get("tensor_parallel_size") or 1)
+        given = prune_arguments
         prune_arguments = divide_among(
-            resolve,
-            prune_arguments,
-            int(arguments.get("tensor_parallel_size") or 1),
-            "tensor_parallel_size",
+            resolve, given, processes, "tensor_parallel_size"
         )
-        request = resolve(prune_arguments)
+        if prune_arguments is not given:
+            request = resolve(prune_arguments)
     request = as_stored(request)
     adapter = arguments.get("lora_local_path")
     if adapter is not None:

@@ -90,9 +90,9 @@ class PrunedModelLoader(DefaultModelLoader):
         if request.plan.prunes:
             processes = vllm_config.parallel_config.tensor_parallel_size
             given = self._prune_arguments
-            request = resolve(
-                divide_among(resolve, given, processes, "tensor_parallel_size")
-            )
+            divided = divide_among(resolve, given, processes, "tensor_parallel_size")
+            if divided is not given:
+                request = resolve(divided)
         self._request = request = as_stored(request)
         narrow_config(request, model_config.hf_config)
         return super().load_model(vllm_config, model_config, *args, **kwargs)

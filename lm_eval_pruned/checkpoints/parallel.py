@@ -43,6 +43,8 @@ def divide_among(
     Raises:
         ValueError: A width does not divide, and no width of a pruned layer near it does.
     """
+    if processes == 1:
+        return arguments
     asked = resolve(arguments)
     multiple = math.lcm(processes, int(arguments.multiple_of))
     odd = _odd(asked, processes)

@@ -146,6 +146,16 @@ def test_each_layer_has_the_nearest_width_that_divides(tiny_llama, arguments, ke
     assert list(request.widths.targets(request.plan).values()) == kept
 
 
+def test_one_process_divides_every_width(tiny_llama):
+    """Nobody has to look at the model for that."""
+
+    def resolve(arguments):
+        raise AssertionError("looked at the model")
+
+    asked = PruneArguments(intermediate_size=87)
+    assert divide_among(resolve, asked, 1) is asked
+
+
 def test_an_allocation_shares_out_multiples_although_their_mean_divides(tiny_llama):
     """The widths that an allocation finds are not known yet; their mean is."""
     resolve = asking(tiny_llama)
