@@ -64,7 +64,7 @@ def open_layers(request: LoadRequest) -> Iterator[LayeredModel]:
     """
     if (why := request.unreadable()) is not None:
         raise RouteDeclined(why)
-    device = _first_device(request.model_arguments.get("device_map"))
+    device = request.device
     arguments = {
         name: value
         for name, value in request.model_arguments.items()
@@ -255,14 +255,3 @@ def _set(module: torch.nn.Module, name: str, weight: Tensor) -> None:
         attribute,
         torch.nn.Parameter(weight, requires_grad=False),
     )
-
-
-def _first_device(device_map: Any) -> torch.device:
-    """Return the device for a model that is in one place, given where it may be spread."""
-    if isinstance(device_map, dict):
-        device_map = next(iter(device_map.values()), None)
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        device_map = 0 if torch.cuda.is_available() else "cpu"
-    if device_map in (None, "disk", "cpu"):
-        return torch.device("cpu")
-    return torch.device(device_map)

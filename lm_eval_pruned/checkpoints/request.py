@@ -9,6 +9,8 @@ from inspect import getattr_static
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lm_eval_pruned.checkpoints.damage import (
     check_complete,
     check_config,
@@ -58,6 +60,11 @@ _HUB_ARGUMENTS = (
 )
 #: Arguments of `from_pretrained` that AutoConfig must not absorb into the config.
 _MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+#: Those that say how to get at files or where to put weights, and nothing of the values.
+_REACHING = (
+    *(name for name in _HUB_ARGUMENTS if name != "subfolder"),
+    *("low_cpu_mem_usage", "max_memory", "offload_folder"),
+)
 
 
 @dataclass(frozen=True)
@@ -183,12 +190,41 @@ class LoadRequest:
         )
 
     def content_key(self) -> tuple[Hashable, ...] | None:
-        """Identify the unpruned model; None where the checkpoint's content is not known."""
+        """Identify the unpruned model; None where the checkpoint's content is not known.
+
+        It is the same however the model is asked for: by a command, by the harness or in Python.
+        """
         checkpoint = self._content()
         if checkpoint is None:
             return None
-        arguments = sorted((k, repr(v)) for k, v in self.model_arguments.items())
-        return (checkpoint, self.auto_class, tuple(arguments))
+        named = {
+            name: value
+            for name, value in self.model_arguments.items()
+            if name not in _REACHING and value not in (None, False, "")
+        }
+        dtypes = [named.pop(name, None) for name in ("dtype", "torch_dtype")]
+        dtype = next((each for each in dtypes if each is not None), "auto")
+        named |= {"dtype": str(dtype).removeprefix("torch."), "device_map": self.device}
+        arguments = tuple(sorted((k, repr(v)) for k, v in named.items()))
+        # Arguments that transformers knows as settings of the config are in no file.
+        config = self.widths.original.to_diff_dict()
+        settings = sorted((k, repr(v)) for k, v in config.items() if "dtype" not in k)
+        return (checkpoint, self.auto_class, arguments, tuple(settings))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model if it lies in one place: the first of ``device_map``."""
+        device_map = self.model_arguments.get("device_map")
+        if isinstance(device_map, dict):
+            device_map = next(iter(device_map.values()), None)
+        if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            device_map = 0 if torch.cuda.is_available() else "cpu"
+        if device_map in (None, "disk", "cpu"):
+            return torch.device("cpu")
+        if isinstance(device_map, int) and not torch.accelerator.is_available():
+            # torch knows the kind of a numbered device only where there is one.
+            return torch.device("cuda", device_map)
+        return torch.device(device_map)
 
     def _content(self) -> Hashable | None:
         """Identify the checkpoint's content as it is now; None where that cannot be told."""

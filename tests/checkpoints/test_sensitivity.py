@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from lm_eval_pruned import prune_model
+from lm_eval_pruned import cli, load_pruned, prune_model
 from lm_eval_pruned.checkpoints import layers, sensitivity
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning import layerwise
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
@@ -106,6 +107,49 @@ def test_what_was_measured_is_not_measured_again(tiny_llama, text, cache, monkey
     assert measured(tiny_llama, text, criteria=("random", "maw"), seeds=(0,)).curves
     again = measured(tiny_llama, text, criteria=("maw", "random"), seeds=(0,))
     assert again == first
+
+
+@pytest.mark.parametrize("asker", ["the harness", "Python"])
+def test_curves_of_the_command_are_those_of_an_allocation(
+    asker, tiny_llama, text, cache, monkeypatch
+):
+    """The same model has the same curves, whoever asks for it and in what words."""
+    code = cli.main(
+        ["sensitivity", "--model_args", f"pretrained={tiny_llama},dtype=float32"]
+        + ["--calibration", text, "--criteria", "maw", "act"]
+        + ["--prune_percents", *map(str, REMOVED)]
+    )
+    assert code == 0
+
+    def measure(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(sensitivity, "measure", measure)
+    asked = {"prune_percent": 30, "allocation": "sensitivity", "criterion": "best"}
+    asked |= {"calibration": text, "calibration_samples": 3}
+    if asker == "Python":
+        model = load_pruned(str(tiny_llama), dtype=torch.float32, **asked)
+    else:
+        model = PrunedHFLM(str(tiny_llama), device="cpu", dtype="float32", **asked)
+        model = model.model
+    assert model.prune_record.as_dict()["allocation"] == "sensitivity"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"dtype": "auto", "revision": "main", "trust_remote_code": False}),
+        ({"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16, "cache_dir": "/else"}),
+        ({}, {"device_map": {"": "cpu"}, "subfolder": "", "gguf_file": None}),
+        ({"device_map": {"": 0}}, {"device_map": "cuda:0", "max_memory": {0: "1GB"}}),
+    ],
+)
+def test_one_model_has_one_key_however_it_was_asked_for(one, other, tiny_llama):
+    first, second = (request_of(tiny_llama, **each) for each in (one, other))
+    assert first.content_key() == second.content_key()
+    changed = [{"device_map": "cuda:1"}, {"dtype": "float16"}, {"rms_norm_eps": 0.5}]
+    keys = [request_of(tiny_llama, **(one | each)).content_key() for each in changed]
+    assert len({first.content_key(), *keys}) == 1 + len(changed)
 
 
 def test_curves_do_not_depend_on_what_else_is_measured(tiny_llama, text, cache):
