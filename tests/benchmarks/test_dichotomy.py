@@ -297,6 +297,38 @@ def test_what_cannot_be_read_is_said_and_left_out(collecting, measured, tmp_path
         collecting.collect(tmp_path)
 
 
+def test_what_the_folder_lacks_stays_as_it_was(collecting, measured, make, tmp_path):
+    def write(collected):
+        for name, content in collected.files().items():
+            (tmp_path / name).write_text(content)
+        return make.read_tables(tmp_path)
+
+    before = write(collecting.collect(measured))
+    tasks = {("boolq", "acc,none"): SCORES}
+    depth = {"drop_layers-1": ({"drop_layers": 1}, -0.3)}
+    write_sweep(tmp_path / "work" / "smollm2" / "choice_depth", depth, tasks)
+    smaller = collecting.collect(tmp_path / "work")
+    smaller.keep(before)
+    after = write(smaller)
+
+    def rows(tables, name, **where):
+        return [row for row in tables[name] if where.items() <= row.items()]
+
+    for step in ("choice", "choice_skip0"):
+        for name in ("scores", "chance", "settings", "mc2"):
+            assert rows(after, name, step=step) == rows(before, name, step=step)
+    assert after["contrasts"] == before["contrasts"] != []
+    assert len(rows(before, "scores", step="choice_depth")) == 4
+    assert {row["task"] for row in rows(after, "scores", step="choice_depth")} == {
+        "boolq"
+    }
+    assert "scores.csv: smollm2 choice stays as it was." in smaller.notes
+    # The same folder again changes nothing.
+    again = collecting.collect(tmp_path / "work")
+    again.keep(after)
+    assert write(again) == after
+
+
 def test_the_tables_hold_no_texts(collecting, measured):
     for name, content in collecting.collect(measured).files().items():
         rows = list(csv.reader(content.splitlines()))
