@@ -29,8 +29,8 @@ QUESTIONS = {
     "depth": (
         "Width against depth",
         (
-            "The narrower model beside the shallower one, of the widths that were measured the one with the nearest number of parameters; both numbers are in "
-            "the table, in millions. A better score is one of the narrower model."
+            "The narrower model beside the shallower one with as many parameters, to one neuron per layer; both numbers are in the table, in millions. *Removed* is the share of "
+            "neurons that the narrower model lacks, and it is the narrower model that is better or worse."
         ),
     ),
     "skip0": (

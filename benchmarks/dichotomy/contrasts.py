@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dichotomy.steps import OF_LAYER_0
 from dichotomy.tables import MEASURES, Row, adjusted, against_verdict, tested
@@ -22,49 +22,80 @@ if TYPE_CHECKING:
     from lm_eval_pruned.analysis.results_file import Run
 
 
+class Way(NamedTuple):
+    """Runs of one step that are pruned in one way.
+
+    Attributes:
+        step: Name of the step.
+        criterion: None for runs without a criterion.
+        allocation: None for uniform widths.
+    """
+
+    step: str
+    criterion: str | None = None
+    allocation: str | None = None
+
+    def runs(self, sweep: Sweep) -> list[Run]:
+        """Return the runs of the step's sweep."""
+        return sweep.select(criterion=self.criterion, allocation=self.allocation)
+
+
 @dataclass(frozen=True)
 class Contrast:
     """Two methods that are compared at the same size.
 
     Attributes:
         question: Under which they stand on the page.
-        one: Step and criterion of the first; None for runs without a criterion.
-        other: Step and criterion of the second.
+        one: The first.
+        other: The second.
         nearest: Whether sizes are matched by parameters, and not by percentage.
     """
 
     question: str
-    one: tuple[str, str | None]
-    other: tuple[str, str | None]
+    one: Way
+    other: Way
     nearest: bool = False
 
 
 CONTRASTS = (
     *(
-        Contrast("best", (step, "best"), (step, "maw"))
+        Contrast("best", Way(step, "best"), Way(step, "maw"))
         for step in ("choice", "instructions")
     ),
     *(
-        Contrast("skip0", ("choice_skip0", criterion), ("choice", criterion))
+        Contrast("skip0", Way("choice_skip0", criterion), Way("choice", criterion))
         for criterion in OF_LAYER_0
     ),
-    Contrast("skip0", ("instructions_skip0", "maw"), ("instructions", "maw")),
+    Contrast("skip0", Way("instructions_skip0", "maw"), Way("instructions", "maw")),
     *(
-        Contrast("sensitivity", (f"{step}_sensitivity", criterion), (step, criterion))
+        Contrast(
+            "sensitivity",
+            Way(f"{step}_sensitivity", criterion, "sensitivity"),
+            Way(step, criterion),
+        )
         for step in ("choice", "instructions")
         for criterion in ("maw", "best")
     ),
-    Contrast("aligned", ("choice_aligned", "maw"), ("choice", "maw")),
+    Contrast("aligned", Way("choice_aligned", "maw"), Way("choice", "maw")),
     *(
-        Contrast("depth", (width, criterion), (depth, None), nearest=True)
-        for depth in ("choice_depth", "choice_depth_influence")
-        for width, criterion in (
-            ("choice", "maw"),
-            ("choice", "best"),
-            ("choice_sensitivity", "best"),
+        Contrast(
+            "depth",
+            Way("choice_depth", criterion, allocation),
+            Way(depth),
+            nearest=True,
         )
+        for depth in ("choice_depth", "choice_depth_influence")
+        for allocation in (None, "sensitivity")
+        for criterion in ("maw", "best")
     ),
 )
+#: Steps with sizes of their own, which are on the page as width against depth only.
+OF_DEPTH = {
+    way.step
+    for each in CONTRASTS
+    if each.question == "depth"
+    for way in (each.one, each.other)
+}
 
 
 def contrast_rows(
@@ -73,11 +104,10 @@ def contrast_rows(
     """Return the comparisons of `CONTRASTS` whose two sides were measured; `notes` gets the rest."""
     by_question: dict[str, list[Row]] = {}
     for contrast in CONTRASTS:
-        if not {contrast.one[0], contrast.other[0]} <= sweeps.keys():
+        if not {contrast.one.step, contrast.other.step} <= sweeps.keys():
             continue
-        here, there = (sweeps[step] for step, _ in (contrast.one, contrast.other))
-        ones = here.select(criterion=contrast.one[1])
-        others = there.select(criterion=contrast.other[1])
+        here, there = (sweeps[way.step] for way in (contrast.one, contrast.other))
+        ones, others = contrast.one.runs(here), contrast.other.runs(there)
         for one, other in _matched(here, ones, there, others, contrast.nearest):
             rows = by_question.setdefault(contrast.question, [])
             rows += _rows(contrast, here, one, there, other, read, notes)

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from dichotomy.comparisons_page import QUESTIONS, contrast_section, latency_section
+from dichotomy.contrasts import OF_DEPTH
 from dichotomy.mechanisms_page import ifeval_section, mc2_section
 from dichotomy.seeds import SEEDED
 from dichotomy.steps import MODELS, PERCENTS, STEPS, cells_of
@@ -202,7 +203,7 @@ def family_section(rows: Sequence[Cells]) -> list[str]:
     if not rows:
         return [*blocks, NOTHING]
     sizes = [str(percent) for percent in PERCENTS]
-    rows = [row for row in rows if row["step"] not in SEEDED]
+    rows = [row for row in rows if row["step"] not in SEEDED | OF_DEPTH]
     for family in FAMILIES:
         here = [row for row in rows if family_of(row["task"]) is family]
         if not here:

@@ -25,6 +25,8 @@ PERCENTS = (10, 20, 30, 40, 50, 60)
 FEW = ("--prune_percents", "20", "40", "60")
 #: Numbers of layers that have about as many parameters as the percentages of `FEW` have.
 DEPTHS = {"smollm2": (4, 9, 13), "gemma": (3, 5, 8)}
+#: Percentages that leave as many parameters as these depths, by `lm-eval-pruned plan`.
+EQUAL = {"smollm2": ("17.78", "40", "57.82"), "gemma": ("23.64", "39.36", "63")}
 #: Expansion ratios of the percentages 10, 40 and 60.
 RATIOS = {"smollm2": ("2.4", "1.6", "1.07"), "gemma": ("2.88", "1.92", "1.28")}
 SEEDS = ("0", "1", "2")
@@ -85,15 +87,24 @@ class Step:
 def cells_of(step: Step, model: str) -> int:
     """Return how many scores of pruned models a step has when it is finished."""
     options = list(step.options)
-    sizes = len(DEPTHS[model]) if "{depths}" in step.cut else len(step.cut) - 1
+    cut = _filled(step.cut, model)
+    sizes, depths = (
+        len(_values(cut, name)) for name in ("--prune_percents", "--drop_layers")
+    )
     ways = 1
     if names := _values(options, "--criteria"):
         ways = len(names)
         if "random" in names:
             ways += len(_values(options, "--seeds")) - 1
+    ways *= len(_values(options, "--allocations")) or 1
     if "--heal" in options:
         ways *= 2
-    return len(step.tasks) * sizes * ways
+    return len(step.tasks) * (sizes * ways + depths)
+
+
+def _filled(words: Sequence[str], model: str) -> list[str]:
+    sizes = {"{depths}": DEPTHS[model], "{equal}": EQUAL[model]}
+    return [str(each) for word in words for each in sizes.get(word, (word,))]
 
 
 def _values(options: list[str], name: str) -> list[str]:
@@ -145,8 +156,12 @@ STEPS = (
         calibrated=True,
     ),
     Step(
-        *("choice_depth", "whole layers left out, the last but one first", CHOICE),
-        cut=("--drop_layers", "{depths}"),
+        "choice_depth",
+        "whole layers left out, the last but one first, and widths of as many parameters",
+        CHOICE,
+        ("--criteria", "maw", "best", "--allocations", "uniform", "sensitivity"),
+        cut=("--prune_percents", "{equal}", "--drop_layers", "{depths}"),
+        calibrated=True,
     ),
     Step(
         *("choice_depth_influence", "whole layers left out by block influence", CHOICE),
@@ -286,10 +301,9 @@ def words_of(step: Step, setting: Setting) -> list[str]:
         arguments.append("calibration_samples=16")
     words = ["lm-eval-pruned", "sweep"]
     words += ["--model_args", *arguments] if arguments else []
-    for word in (*step.cut, "--tasks", *step.tasks, *step.options):
-        if word == "{depths}":
-            words += map(str, DEPTHS[setting.model])
-        elif word != "{template}":
+    words += _filled(step.cut, setting.model)
+    for word in ("--tasks", *step.tasks, *step.options):
+        if word != "{template}":
             words.append(word.replace("{calibration}", calibration))
         elif setting.model == "smollm2":
             words.append("--apply_chat_template")

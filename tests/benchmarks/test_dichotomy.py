@@ -71,7 +71,7 @@ def test_names_of_steps_are_distinct_and_those_that_are_compared_exist(steps, sc
     compared = {
         step
         for contrast in script("dichotomy.contrasts").CONTRASTS
-        for step, _ in (contrast.one, contrast.other)
+        for step, *_ in (contrast.one, contrast.other)
     }
     pooled = {
         step
@@ -174,7 +174,12 @@ def measured(tmp_path_factory):
         tasks,
         {"dtype": "float32", "skip_layers": 0},
     )
-    depth = {"drop_layers-1": ({"drop_layers": 1}, -0.1)}
+    depth = {
+        "drop_layers-1": ({"drop_layers": 1}, -0.1),
+        "p": ({"prune_percent": 18}, -0.2),
+        "p_sensitivity": ({"prune_percent": 18, "allocation": "sensitivity"}, -0.05),
+        "p_best": ({"prune_percent": 18, "criterion": "best"}, -0.02),
+    }
     write_sweep(folder / "smollm2" / "choice_depth", depth, tasks)
     return folder
 
@@ -241,9 +246,12 @@ def test_contrasts_match_sizes_by_percentage_or_by_parameters(tables):
     assert rows["best", "best"]["difference"] == pytest.approx(0.2)
     assert rows["skip0", "maw, layer 0 kept"]["verdict"] == "better"
     depth = rows["depth", "maw"]
-    assert (depth["parameters_one"], depth["parameters_other"]) == (880, 890)
+    assert (depth["parameters_one"], depth["parameters_other"]) == (892, 890)
     assert depth["difference"] == pytest.approx(-0.1)
     assert depth["verdict"] == "worse"
+    by_sensitivity = rows["depth", "maw, sensitivity"]
+    assert by_sensitivity["difference"] == pytest.approx(0.05)
+    assert rows["depth", "best"]["difference"] == pytest.approx(0.08)
 
 
 def test_what_has_several_seeds_is_compared_over_them(collecting, tmp_path):
@@ -281,7 +289,8 @@ def test_a_step_knows_when_it_is_finished(steps):
     known = {step.name: step for step in steps.STEPS}
     assert steps.cells_of(known["choice"], "smollm2") == 4 * 6 * 9
     assert steps.cells_of(known["choice_sensitivity"], "gemma") == 4 * 6 * 2
-    assert steps.cells_of(known["choice_depth"], "gemma") == 4 * 3
+    assert steps.cells_of(known["choice_depth"], "gemma") == 4 * (3 * 2 * 2 + 3)
+    assert steps.cells_of(known["choice_depth_influence"], "gemma") == 4 * 3
     assert steps.cells_of(known["instructions"], "smollm2") == 6 * 5
     assert steps.cells_of(known["instructions_plain"], "smollm2") == 6
 
@@ -318,7 +327,7 @@ def test_what_the_folder_lacks_stays_as_it_was(collecting, measured, make, tmp_p
         for name in ("scores", "chance", "settings", "mc2"):
             assert rows(after, name, step=step) == rows(before, name, step=step)
     assert after["contrasts"] == before["contrasts"] != []
-    assert len(rows(before, "scores", step="choice_depth")) == 4
+    assert len(rows(before, "scores", step="choice_depth")) == 10
     assert {row["task"] for row in rows(after, "scores", step="choice_depth")} == {
         "boolq"
     }
@@ -351,6 +360,9 @@ def test_the_page_says_what_the_tests_say(make, collecting, measured, tmp_path):
     assert "### Truthfulness" in text
     assert "falls at 20 %" in text
     assert "*maw* beside *depth*" in text
+    families = text[: text.index("## Width against depth")]
+    assert "18 %" not in families
+    assert "sensitivity" not in families
     assert "|`instructions`|nothing|" in text
     assert "uniform cuts|`choice`|10 of 216 scores|" in text
     assert (
