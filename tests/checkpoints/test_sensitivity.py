@@ -189,11 +189,14 @@ def test_other_curves_are_measured_anew(change, tmp_path, text, cache):
     assert (other == first) == (change == "damage")
 
 
-def test_more_text_than_memory_goes_through_in_blocks(tiny_llama, text, monkeypatch):
+@pytest.mark.parametrize("size", ["_LOGITS", "_LOSSES"])
+def test_more_text_than_memory_goes_through_in_blocks(
+    size, tiny_llama, text, monkeypatch
+):
     expected = measured(tiny_llama, text)
     monkeypatch.setattr(sensitivity, "_MEASURE", 0)
     monkeypatch.setattr(layerwise, "HIDDEN_BYTES", 1)
-    monkeypatch.setattr(layerwise, "_LOGITS", 1)
+    monkeypatch.setattr(layerwise, size, 1)
     found = measured(tiny_llama, text)
     assert found.loss == pytest.approx(expected.loss, **ROUNDING)
     for one, other in zip(found.curves, expected.curves, strict=True):
