@@ -204,6 +204,8 @@ class LoadRequest:
         }
         dtypes = [named.pop(name, None) for name in ("dtype", "torch_dtype")]
         dtype = next((each for each in dtypes if each is not None), "auto")
+        if dtype == "auto":
+            dtype = self.widths.original.dtype or dtype
         named |= {"dtype": str(dtype).removeprefix("torch."), "device_map": self.device}
         arguments = tuple(sorted((k, repr(v)) for k, v in named.items()))
         # Arguments that transformers knows as settings of the config are in no file.

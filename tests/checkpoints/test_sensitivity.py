@@ -139,6 +139,7 @@ def test_curves_of_the_command_are_those_of_an_allocation(
     ("one", "other"),
     [
         ({}, {"dtype": "auto", "revision": "main", "trust_remote_code": False}),
+        ({}, {"dtype": "float32"}),
         ({"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16, "cache_dir": "/else"}),
         ({}, {"device_map": {"": "cpu"}, "subfolder": "", "gguf_file": None}),
         ({"device_map": {"": 0}}, {"device_map": "cuda:0", "max_memory": {0: "1GB"}}),
