@@ -30,7 +30,7 @@ QUESTIONS = {
         "Width against depth",
         (
             "The narrower model beside the shallower one with as many parameters, to one neuron per layer; both numbers are in the table, in millions. *Removed* is the share of "
-            "neurons that the narrower model lacks, and it is the narrower model that is better or worse."
+            "neurons that the narrower model lacks, and it is the narrower model that is better or worse. [How many documents](#how-the-page-is-made) there were stands at the end."
         ),
     ),
     "skip0": (

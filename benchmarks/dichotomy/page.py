@@ -385,19 +385,28 @@ def missing_section(tables: Tables) -> list[str]:
 
 def settings_section(tables: Tables) -> list[str]:
     """Say with which settings the steps were measured, and how the page is made."""
+    settings = sorted(
+        tables["settings"], key=lambda row: list(MODELS).index(row["model"])
+    )
+    unpruned = [row for row in tables["scores"] if row["method"] == "unpruned"]
+    documents = {
+        key: "; ".join(f"{label_of(row)}: {row['n']}" for row in of)
+        for key, of in grouped(unpruned, "model", "step").items()
+    }
     rows = [
         [
             MODELS[model],
             step_text(step),
+            documents.get((model, step), ""),
             listed(f"`{row['setting']}={row['value']}`" for row in of),
         ]
-        for (model, step), of in grouped(tables["settings"], "model", "step").items()
+        for (model, step), of in grouped(settings, "model", "step").items()
     ]
     blocks = [HOW]
     if rows:
         blocks += [
-            "What was set in the sweeps behind this page:",
-            markdown_table(["model", "sweep", "settings"], rows, "lll"),
+            "What was evaluated and what was set in the sweeps behind this page:",
+            markdown_table(["model", "sweep", "documents", "settings"], rows, "llll"),
         ]
     return blocks
 
