@@ -360,6 +360,7 @@ def test_the_page_says_what_the_tests_say(make, collecting, measured, tmp_path):
     assert "### Truthfulness" in text
     assert "falls at 20 %" in text
     assert "*maw* beside *depth*" in text
+    assert "|TruthfulQA MC1: 60; BoolQ: 60|`dtype=float32`" in text
     families = text[: text.index("## Width against depth")]
     assert "18 %" not in families
     assert "sensitivity" not in families
