@@ -107,7 +107,7 @@ def _summed(marginal: Costs) -> Costs:
 def cheapest(curves: Mapping[str, CostCurve]) -> CostCurve:
     """Return the lower envelope of the curves of one layer, by criterion."""
     first = next(iter(curves.values()))
-    costs = np.minimum.reduce([curve.costs for curve in curves.values()])
+    costs = np.stack([curve.costs for curve in curves.values()]).min(axis=0)
     return CostCurve(first.layer, costs)
 
 
