@@ -6,9 +6,11 @@ loader of `lm_eval_pruned.model_wrappers.vllm_loader`.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import selectors
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +58,8 @@ eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 
 #: Lets the processes of the engine say what they kept.
 _EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
+#: How many seconds the exit waits for the thread that takes the answers of an engine.
+_PATIENCE = 30
 
 
 class PrunedVLLM(EnergyLoggingVLLM):
@@ -113,7 +117,9 @@ class PrunedVLLM(EnergyLoggingVLLM):
             },
         )
         if self.data_parallel_size <= 1:
-            _wake_when_the_engine_ends(self.model.llm_engine.engine_core)
+            client = self.model.llm_engine.engine_core
+            _wake_when_the_engine_ends(client)
+            _end_before_the_interpreter(client)
         self._prune_record = self._record(request)
         adapter = kwargs.get("lora_local_path")
         if adapter is not None and not self._notes:
@@ -208,6 +214,27 @@ def _wake_when_the_engine_ends(client: Any) -> None:
         outputs.put(EngineDeadError())
 
     threading.Thread(target=watch, name="EngineEndWatch", daemon=True).start()
+
+
+def _end_before_the_interpreter(client: Any) -> None:
+    """Have an engine and the thread that takes its answers end before Python is taken down.
+
+    vLLM ends the engine at exit, but does not wait for that thread. When it ends late, it frees
+    the tensors of the last log-probabilities while Python is being taken down; torch's destructors
+    give the interpreter's lock away and cannot be unwound when it does not come back, so that the
+    process aborts after its work is done ("terminate called without an active exception").
+    """
+    thread = getattr(client, "output_queue_thread", None)
+    if thread is None:
+        return
+    running = weakref.ref(client)
+
+    def end() -> None:
+        if (still := running()) is not None:
+            still.shutdown()
+        thread.join(_PATIENCE)
+
+    atexit.register(end)
 
 
 def _checked(

@@ -128,6 +128,66 @@ def test_the_stock_command_with_an_engine_of_two_processes(
         assert found == pytest.approx(expected, abs=1e-3)
 
 
+EXITS = """\
+import atexit
+import json
+import sys
+import threading
+import time
+
+NAME = "EngineCoreOutputQueueThread"
+
+
+def names():
+    return [thread.name for thread in threading.enumerate()]
+
+
+if __name__ == "__main__":
+    # The first that is registered is the last that runs, before the interpreter is taken down.
+    atexit.register(lambda: print("at the end:", NAME in names()))
+
+import zmq
+from lm_eval.api.instance import Instance
+
+from lm_eval_pruned.model_wrappers.pruned_vllm import PrunedVLLM
+
+close = zmq.Socket.close
+
+
+def close_late(socket, linger=None):
+    if threading.current_thread().name == NAME:
+        time.sleep(5)
+    close(socket, linger)
+
+
+if __name__ == "__main__":
+    zmq.Socket.close = close_late
+    lm = PrunedVLLM(sys.argv[1], prune_percent=50, **json.loads(sys.argv[2]))
+    lm.loglikelihood([Instance("loglikelihood", {}, ("The capital", " of France"), 0)])
+    print("at work:", NAME in names())
+"""
+
+
+def test_no_thread_that_holds_answers_outlives_the_interpreter(llama, tmp_path):
+    """A thread that frees tensors while the interpreter is taken down aborts the process, after
+    all its work: exit status 134 of a command that had succeeded. It is held up here, as a busy
+    machine holds it up now and then.
+    """
+    end_engine()
+    script = tmp_path / "exits.py"
+    script.write_text(EXITS)
+    said = subprocess.run(
+        [sys.executable, str(script), str(llama), json.dumps(ENGINE)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    assert [line for line in said.splitlines() if line.startswith("at ")] == [
+        "at work: True",
+        "at the end: False",
+    ]
+
+
 KILLS = """\
 
 
