@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lm_eval_pruned.model_wrappers.batching.cpu_linear import fast_cpu_linears
 from lm_eval_pruned.pruning.calibration import LENGTH, CalibrationText
 from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, kept_set
 from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer, loss_of
@@ -193,7 +194,7 @@ def measure_by_layer(
             ]
 
         for layer, mlps in enumerate(layers.mlps):
-            with layers.resident(layer):
+            with layers.resident(layer), fast_cpu_linears(layers.model):
                 born: dict[tuple[int, int] | None, list[Tensor]] = {}
                 if widths[layer]:
                     scores = {mlp.name: ranking.scores(mlp) for mlp in mlps}
@@ -204,9 +205,10 @@ def measure_by_layer(
                     states[variant] = through(layer, before)
                 states |= born
             step(len(block))
-        for variant in list(states):
-            for tokens, last in zip(batches, states.pop(variant), strict=True):
-                sums[variant] += layers.loss(tokens, last)
+        with fast_cpu_linears(layers.model):
+            for variant in list(states):
+                for tokens, last in zip(batches, states.pop(variant), strict=True):
+                    sums[variant] += layers.loss(tokens, last)
     return _curves(dict(enumerate(layers.mlps)), widths, sums, texts, ranking)
 
 
@@ -227,7 +229,8 @@ def measure_in_full(
         total = 0.0
         for tokens in texts:
             tokens = tokens.to(model.device)
-            logits = model(input_ids=tokens, use_cache=False).logits
+            with fast_cpu_linears(model):
+                logits = model(input_ids=tokens, use_cache=False).logits
             total += loss_of(logits[:, :-1], tokens[:, 1:])
         return total
 

@@ -36,7 +36,7 @@ eval_logger = logging.getLogger("lm_eval.models.cpu_linear")
 _CPUINFO = Path("/proc/cpuinfo")
 
 # Rows of input from which on a packed weight is used: on them MKL's results are the
-# same to the bit as those of the plain weight.
+# same to the bit as those of the plain weight. Those of oneDNN are for two rows or more.
 _FEWEST_ROWS = 16
 # Rows, over a whole task, from which on packing takes less time than it saves.
 _WORTH_PACKING = 2048
@@ -79,6 +79,11 @@ class PackedWeight:
     packed: torch.Tensor
     onednn: bool
 
+    @property
+    def fewest_rows(self) -> int:
+        """Rows of input from which on it is used."""
+        return 2 if self.onednn else _FEWEST_ROWS
+
     @classmethod
     def of(cls, weight: torch.Tensor, onednn: bool) -> PackedWeight:
         """Pack a float32 weight, [out, in], for any number of rows.
@@ -96,16 +101,14 @@ class PackedWeight:
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return what `torch.nn.functional.linear` does for two rows or more."""
         if self.onednn:
-            return torch.ops.mkldnn._linear_pointwise(
-                x, self.packed, bias, "none", [], ""
-            )
+            return _onednn_product(x, self.packed, bias)
         rows = x.numel() // x.shape[-1]
         return torch.ops.mkl._mkl_linear(x, self.packed, self.weight, bias, rows)
 
     def is_right(self) -> bool:
         """Compare with the plain product, for few rows and for many."""
         generator = torch.Generator().manual_seed(0)
-        for rows in (_FEWEST_ROWS, 100):
+        for rows in (self.fewest_rows, 100):
             x = torch.randn(rows, self.weight.shape[1], generator=generator)
             expected = F.linear(x, self.weight)
             spread = float(expected.abs().amax())
@@ -223,7 +226,7 @@ def _linear(
     # A single row waits for the memory, whichever library reads the weights.
     if rows == 1 or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, layer.weight, layer.bias)
-    if pack is not None and rows >= _FEWEST_ROWS and pack.weight is layer.weight:
+    if pack is not None and rows >= pack.fewest_rows and pack.weight is layer.weight:
         return pack(x, layer.bias)
     return plain(x, layer.weight, layer.bias)
 
@@ -231,8 +234,32 @@ def _linear(
 def _onednn(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    # A dense weight is read in place; what is copied is the input and the output.
+    if _product_is_right():
+        return _onednn_product(x, weight, bias)
+    # The public way, to the same bits, which copies the input and the output.
     return F.linear(x.to_mkldnn(), weight, bias).to_dense()
+
+
+def _onednn_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Multiply by a weight, packed or as it lies, of two rows or more."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@cache
+def _product_is_right() -> bool:
+    """Try `_onednn_product` on a weight as it lies, once in a process."""
+    weight = torch.randn(48, 40, generator=torch.Generator().manual_seed(0))
+    try:
+        if PackedWeight(weight, weight, onednn=True).is_right():
+            return True
+        why = "a product of its is wrong"
+    # AttributeError where a release has another operator.
+    except (AttributeError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+    eval_logger.warning("What oneDNN multiplies is copied to it and back: %s.", why)
+    return False
 
 
 @cache

@@ -14,6 +14,7 @@ from lm_eval_pruned import cli, load_pruned, prune_model
 from lm_eval_pruned.checkpoints import layers, sensitivity
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
+from lm_eval_pruned.model_wrappers.batching import cpu_linear
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning import layerwise
 from lm_eval_pruned.pruning.arguments import PruneArguments
@@ -324,6 +325,31 @@ def test_a_criterion_more_costs_a_pass_over_the_variants_more(
     observed = 3 * sum(tokens)
     expected = 3 * sum(tokens) * passes(3, len(REMOVED)) + observed
     assert token_layers[0] == expected + 3 * tokens[0]
+
+
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN"
+)
+def test_all_products_go_through_the_faster_library(tiny_llama, text, monkeypatch):
+    """Nine tenths of the time are products of linear layers."""
+    monkeypatch.setattr(cpu_linear, "linear_backend", lambda: "onednn")
+    onednn, counted = cpu_linear._onednn, [0]
+
+    def counting(*arguments):
+        counted[0] += 1
+        return onednn(*arguments)
+
+    monkeypatch.setattr(cpu_linear, "_onednn", counting)
+    found = measured(tiny_llama, text, removed=REMOVED)
+    outputs = 1 + 3 * len(REMOVED)
+    assert counted[0] == len(TEXTS) * (7 * passes(3, len(REMOVED)) + outputs)
+    assert found.loss == pytest.approx(loss_by_hand(tiny_llama), **ROUNDING)
+    for curve in found.curves:
+        for width, loss in zip(curve.widths, curve.losses, strict=True):
+            expected = loss_by_hand(
+                tiny_llama, intermediate_size=width, layers=curve.layer
+            )
+            assert loss == pytest.approx(expected, **ROUNDING)
 
 
 def test_a_model_of_thirty_layers_at_four_widths_takes_63_forward_passes():

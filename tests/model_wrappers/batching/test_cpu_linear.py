@@ -231,10 +231,58 @@ def test_one_packed_weight_serves_any_number_of_rows(packing, rows, shape, bias)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_few_rows_take_the_plain_weight(packing):
-    layer = torch.nn.Linear(8, 4)
-    _, count = packed_run(layer, packing, lambda: layer(torch.ones(15, 8)))
-    assert count == 0
+@pytest.mark.parametrize("rows", [1, 2, 15])
+def test_few_rows_take_the_plain_weight(packing, rows):
+    """On them MKL's products of the two differ in the last bits; oneDNN's do on one row."""
+    layer, x = torch.nn.Linear(8, 4), torch.ones(rows, 8)
+    with torch.no_grad(), fast_cpu_linears(layer):
+        expected = layer(x)
+    got, count = packed_run(layer, packing, lambda: layer(x))
+    assert count == (rows > 1 and cpu_linear.linear_backend() == "onednn")
+    assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def untried():
+    cpu_linear._product_is_right.cache_clear()
+    yield
+    cpu_linear._product_is_right.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [2, 3, 16, 100])
+@pytest.mark.parametrize("shape", [(5, 8), (192, 576), (33, 17)])
+def test_no_way_through_onednn_changes_a_bit(faster, rows, shape):
+    """A weight as it lies, one packed, and PyTorch's public way with its copies."""
+    weight, x = torch.randn(shape), torch.randn(2, rows, shape[1])
+    bias = torch.randn(shape[0])
+    public = torch.nn.functional.linear(x.to_mkldnn(), weight, bias).to_dense()
+    assert cpu_linear._product_is_right()
+    assert torch.equal(cpu_linear._onednn(x, weight, bias), public)
+    assert torch.equal(PackedWeight.of(weight, onednn=True)(x, bias), public)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "reason"),
+    [("operator", "has no attribute"), ("right", "a product of its is wrong")],
+)
+def test_without_the_private_operator_the_public_one_answers_and_it_is_said_once(
+    faster, untried, replaced, reason, monkeypatch, caplog
+):
+    if replaced == "right":
+        monkeypatch.setattr(PackedWeight, "is_right", lambda pack: False)
+    else:
+        monkeypatch.setattr(torch, "ops", SimpleNamespace())
+    layer, x = torch.nn.Linear(8, 5), torch.randn(3, 8)
+    with (
+        caplog.at_level(logging.WARNING, "lm_eval.models.cpu_linear"),
+        torch.no_grad(),
+        fast_cpu_linears(layer),
+    ):
+        got = layer(x), layer(x)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    for each in got:
+        torch.testing.assert_close(each, expected)
+    assert [record.message.count(reason) for record in caplog.records] == [1]
 
 
 def test_weights_that_changed_are_packed_anew(packing):
