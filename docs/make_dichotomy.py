@@ -1,7 +1,7 @@
-"""Measure, collect and write the page of the dichotomy: ``python docs/make_dichotomy.py``.
+"""Measure, collect and write the pages of the dichotomy: ``python docs/make_dichotomy.py``.
 
-Without an option, or with ``--render``, the page ``docs/measurements/dichotomy.md`` and its figures are
-written from the tables in ``docs/measurements/dichotomy``. ``--collect`` brings what
+Without an option, or with ``--render``, ``docs/measurements/dichotomy.md``, ``dichotomy-tables.md`` beside
+it and the figures are written from the tables in ``docs/measurements/dichotomy``. ``--collect`` brings what
 the work folder holds into those tables before, ``--run`` runs the steps before that, and ``--list``
 prints the commands of the steps and does nothing. Needs the extra ``report``; the page says what
 the steps need.
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from dichotomy.collecting import collect
 from dichotomy.figures import draw
-from dichotomy.page import page
+from dichotomy.page import page, tables_page
 from dichotomy.steps import MODELS, STEPS, Setting, prepare, words_of
 from dichotomy.words import read_tables
 
@@ -31,6 +31,7 @@ from lm_eval_pruned.util.atomic import write_atomically
 
 
 PAGE = ROOT / "docs" / "measurements" / "dichotomy.md"
+DETAILS = PAGE.with_name("dichotomy-tables.md")
 TABLES = ROOT / "docs" / "measurements" / "dichotomy"
 STUDY = ROOT / "tests" / "data" / "study_benchmarks.csv"
 
@@ -44,10 +45,10 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--collect",
         action="store_true",
-        help="bring what was measured into the tables, then render",
+        help="bring what was measured (of --only) into the tables, then render",
     )
     what.add_argument(
-        "--render", action="store_true", help="write the page and its figures"
+        "--render", action="store_true", help="write the pages and their figures"
     )
     steps = parser.add_argument_group("steps")
     names = [step.name for step in STEPS]
@@ -94,7 +95,7 @@ def main() -> int:
         if code or options.list:
             return code
     if options.run or options.collect:
-        collected = collect(options.output)
+        collected = collect(options.output, options.only)
         collected.keep(read_tables(TABLES))
         for name, content in collected.files().items():
             write_atomically(TABLES / name, content)
@@ -142,7 +143,7 @@ def _steps(options: argparse.Namespace) -> int:
 
 
 def render() -> None:
-    """Write the page and its figures from the tables."""
+    """Write the pages and their figures from the tables."""
     tables = read_tables(TABLES)
     figures = draw(tables)
     for name, drawing in figures.items():
@@ -150,6 +151,7 @@ def render() -> None:
     with STUDY.open(encoding="utf-8", newline="") as lines:
         study = list(csv.DictReader(lines))
     write_atomically(PAGE, page(tables, study, sorted(figures)))
+    write_atomically(DETAILS, tables_page(tables))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from lm_eval_pruned.util.tables import csv_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from dichotomy.words import Tables
@@ -59,7 +59,8 @@ class Collection:
     def keep(self, earlier: Tables) -> None:
         """Keep the rows of earlier tables that belong to what the folder does not hold.
 
-        A step that it holds, or a question that it answers, replaces the earlier one whole.
+        A step that it holds, or a question that it answers for a task, replaces the earlier
+        one whole.
 
         Args:
             earlier: Tables that were written before, by name.
@@ -93,14 +94,17 @@ class Collection:
 def _measured_together(table: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     columns = TABLES[table]
     names = [name for name in ("model", "step", "question") if name in columns]
+    # Steps of other tasks answer the same question.
+    names += ["task"] if "question" in names else []
     return tuple(str(row[name]) for name in names)
 
 
-def collect(folder: Path) -> Collection:
+def collect(folder: Path, only: Sequence[str] | None = None) -> Collection:
     """Read everything that the steps have measured so far.
 
     Args:
         folder: Work folder, with sweeps under ``MODEL/STEP``.
+        only: Steps whose rows are wanted; others are read to compare with. Default: all.
 
     Raises:
         ResultsError: A folder cannot be read, or none holds a finished unit.
@@ -132,6 +136,9 @@ def collect(folder: Path) -> Collection:
         found.tables["contrasts"] += contrast_rows(sweeps, read, found.notes)
         found.tables["contrasts"] += pooled_rows(sweeps, read, found.notes)
         found.tables["latency"] += latency_rows(folder / model / "latency", model)
+    if only is not None:
+        for name, rows in found.tables.items():
+            found.tables[name] = [row for row in rows if row.get("step", name) in only]
     if not any(found.tables.values()):
         raise ResultsError(
             f"{folder} holds nothing that the steps have measured: run a step, or name the folder "

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING
 
 from dichotomy.steps import MODELS
 from dichotomy.words import (
+    AGAINST,
     NOTHING,
-    WITHIN,
     Cells,
     change,
-    counted,
+    each_one,
     grouped,
     label_of,
     millions,
     model_of,
     number,
     score,
+    verdict_table,
 )
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -29,7 +30,7 @@ QUESTIONS = {
     "depth": (
         "Width against depth",
         (
-            "The narrower model beside the shallower one with as many parameters, to one neuron per layer; both numbers are in the table, in millions. *Removed* is the share of "
+            "The narrower model beside the shallower one with as many parameters, to one neuron per layer. The sizes are the share of "
             "neurons that the narrower model lacks, and it is the narrower model that is better or worse. [How many documents](#how-the-page-is-made) there were stands at the end."
         ),
     ),
@@ -84,56 +85,35 @@ def contrast_section(question: str, rows: Sequence[Cells]) -> list[str]:
     blocks = [f"## {title}", text]
     if not rows:
         return [*blocks, NOTHING]
-    said = {
-        "better": "better",
-        "worse": "worse",
-        WITHIN: WITHIN,
-        "not shown": "not told apart",
+    heads = {
+        "model": model_of,
+        "it": lambda row: row["one"],
+        "beside": lambda row: row["other"],
     }
-    bullets = []
-    for (model, one, other), of in grouped(rows, "model", "one", "other").items():
-        tested = [row for row in of if row["verdict"]]
-        found = (
-            f"of {len(tested)} comparison{'s' * (len(tested) > 1)} over tasks and sizes it is {counted(tested, said)}"
-            if tested
-            else "nothing is tested, for there is one seed alone or too few documents"
-        )
-        bullets.append(f"- {MODELS[model]}, *{one}* beside *{other}*: {found}.")
-    blocks.append("\n".join(bullets))
+    return [*blocks, verdict_table(rows, heads, AGAINST), each_one(title)]
+
+
+def contrast_details(question: str, rows: Sequence[Cells]) -> list[str]:
+    """Show each comparison of one question, size by size."""
+    if not rows:
+        return []
     seeds = any(row["seeds"] for row in rows)
     table = [
         [
-            *(
-                model_of(row),
-                label_of(row),
-                row["one"],
-                row["other"],
-                f"{row['percent']} %",
-                *([row["seeds"]] if seeds else []),
-            ),
-            *(
-                f"{millions(row, 'parameters_one')} / {millions(row, 'parameters_other')}",
-                score(row, "score_one"),
-            ),
-            *(score(row, "score_other"), change(row), row["verdict"] or "not tested"),
+            *(model_of(row), label_of(row), row["one"], row["other"]),
+            *(f"{row['percent']} %", *([row["seeds"]] if seeds else [])),
+            f"{millions(row, 'parameters_one')} / {millions(row, 'parameters_other')}",
+            *(score(row, "score_one"), score(row, "score_other"), change(row)),
+            row["verdict"] or "not tested",
         ]
         for row in rows
     ]
     columns = [
-        "model",
-        "task",
-        "it",
-        "beside",
-        "removed",
-        *(["seeds"] if seeds else []),
-        "millions of parameters",
-        "score",
-        "beside it",
-        "difference",
-        "it is",
+        *("model", "task", "it", "beside", "removed", *(["seeds"] if seeds else [])),
+        *("millions of parameters", "score", "beside it", "difference", "it is"),
     ]
     aligned = "llllr" + "r" * seeds + "rrrrl"
-    return [*blocks, markdown_table(columns, table, aligned)]
+    return [f"## {QUESTIONS[question][0]}", markdown_table(columns, table, aligned)]
 
 
 def latency_section(rows: Sequence[Cells]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from dichotomy.steps import MODELS
+from dichotomy.steps import MODELS, UNIFORM
 from dichotomy.tables import MEASURES
 from dichotomy.words import Cells, Tables, grouped, number
 from lm_eval_pruned.util.figures import as_svg, line_look, style
@@ -14,9 +14,6 @@ from lm_eval_pruned.util.figures import as_svg, line_look, style
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-#: Sweeps that are drawn together, of which each has another part of the tasks.
-DRAWN = ("choice", "instructions", "reasoning")
 
 
 def draw(tables: Tables) -> dict[str, str]:
@@ -26,7 +23,7 @@ def draw(tables: Tables) -> dict[str, str]:
         rows = [
             row
             for row in tables["scores"]
-            if row["model"] == model and row["step"] in DRAWN and row["percent"]
+            if row["model"] == model and row["step"] in UNIFORM and row["percent"]
         ]
         by_task = {
             task: of

@@ -123,7 +123,7 @@ def drift(base: ArrayLike, run: ArrayLike, level: ArrayLike) -> Drift:
 #: Levels to which a score of MC2 may drift: the share of answers that is true, and that of the
 #: shortest answers alone. Likelihoods of MC2 are of whole answers, so if every word gets less likely,
 #: long answers lose most.
-MC2_LEVELS = ("equally likely answers", "the shortest answer")
+LIKELIHOOD, LENGTH = MC2_LEVELS = ("equally likely answers", "the shortest answer")
 
 
 def drifts_of(base: Run, run: Run) -> dict[str, Drift]:

@@ -30,6 +30,8 @@ EQUAL = {"smollm2": ("17.78", "40", "57.82"), "gemma": ("23.64", "39.36", "63")}
 #: Expansion ratios of the percentages 10, 40 and 60.
 RATIOS = {"smollm2": ("2.4", "1.6", "1.07"), "gemma": ("2.88", "1.92", "1.28")}
 SEEDS = ("0", "1", "2")
+#: Steps whose cuts are uniform, of which each has another part of the tasks.
+UNIFORM = ("choice", "instructions", "reasoning")
 CHOICE = ("truthfulqa_mc1", "truthfulqa_mc2", "boolq", "held_text")
 #: How many documents of a task are used, from the first on, where a whole task takes too long.
 SUBSETS = {"boolq": 500, "gsm8k": 50}
@@ -309,6 +311,8 @@ def words_of(step: Step, setting: Setting) -> list[str]:
             words.append("--apply_chat_template")
     if "held_text" in step.tasks:
         words += ["--include_path", str(tasks)]
+    # Steps share unpruned models and sizes, and the two scores of TruthfulQA most answers.
+    words += ["--use_cache", str(setting.folder / "answers" / setting.model)]
     if setting.limit is not None:
         words += ["--limit", setting.limit]
     else:

@@ -6,32 +6,49 @@ import csv
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from dichotomy.steps import MODELS
+from dichotomy.steps import MODELS, PERCENTS, STEPS
 from dichotomy.tables import ALPHA, MEASURES, TABLES
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
 #: Verdict on two ways to prune whose difference is small for certain.
 WITHIN = "equal within the margin"
 NOTHING = "Nothing of this has been measured yet; [the list below](#not-measured-yet) has the commands."
+#: What two ways to prune are to each other, in the order in which it is said.
+AGAINST = ("better", "worse", WITHIN, "not shown")
+#: What a score does when a model is pruned, in the order in which it is said.
+CHANGES = ("falls", "rises", "holds", "undecided")
 #: A row of a CSV file.
 Cells = dict[str, str]
 Tables = dict[str, list[Cells]]
 
 
 def read_tables(folder: Path) -> Tables:
-    """Return the rows of the CSV files by table; a file that is not there has none."""
+    """Return the rows of the CSV files by table, in the order of models and steps.
+
+    A file that is not there has no rows.
+    """
     tables: Tables = {}
     for name in TABLES:
         file = folder / f"{name}.csv"
         tables[name] = []
         if file.is_file():
             with file.open(encoding="utf-8", newline="") as lines:
-                tables[name] = list(csv.DictReader(lines))
+                tables[name] = sorted(csv.DictReader(lines), key=_place)
     return tables
+
+
+def _place(row: Cells) -> tuple[int, int]:
+    models, steps = list(MODELS), [step.name for step in STEPS]
+    step = row.get("step", "")
+    return (
+        models.index(row["model"]),
+        steps.index(step) if step in steps else len(steps),
+    )
 
 
 def number(row: Cells, column: str) -> float | None:
@@ -99,6 +116,49 @@ def label_of(row: Cells) -> str:
     return MEASURES[row["task"]].label
 
 
+def step_text(name: str) -> str:
+    """Return what a step is for, or its name where it is none of the list."""
+    return next((step.text for step in STEPS if step.name == name), name)
+
+
+def each_one(heading: str) -> str:
+    """Return the sentence that leads to the numbers of a section, by its heading."""
+    anchor = "".join(
+        each
+        for each in heading.lower().replace(" ", "-")
+        if each.isalnum() or each == "-"
+    )
+    return f"[Every comparison, with its interval](dichotomy-tables.md#{anchor})."
+
+
+def verdict_table(
+    rows: Iterable[Cells],
+    heads: Mapping[str, Callable[[Cells], str]],
+    order: Sequence[str],
+) -> str:
+    """Return verdicts as a Markdown table with a column for each task.
+
+    Args:
+        rows: Rows with a task, a size and a verdict.
+        heads: By column, what to say of a row; rows that say the same share a line.
+        order: Verdicts in the order in which they are said.
+    """
+    lines: dict[tuple[str, ...], list[Cells]] = {}
+    for row in rows:
+        lines.setdefault(tuple(say(row) for say in heads.values()), []).append(row)
+    found = {row["task"] for of in lines.values() for row in of}
+    tasks = [task for task in MEASURES if task in found]
+    table = []
+    for key, of in lines.items():
+        by_task = grouped(of, "task")
+        cells = [
+            spans(by_task[task,], order) if (task,) in by_task else "" for task in tasks
+        ]
+        table.append([*key, *cells])
+    columns = [*heads, *(MEASURES[task].label for task in tasks)]
+    return markdown_table(columns, table, "l" * len(columns))
+
+
 def listed(parts: Iterable[str]) -> str:
     """Join with commas and a last ``and``."""
     parts = list(parts)
@@ -112,8 +172,34 @@ def by_size(row: Cells) -> float:
     return float(row["percent"]) if row.get("percent") else 1e9
 
 
+def sizes_text(sizes: Sequence[str]) -> str:
+    """Say percentages in order, such as ``10 to 40 and 60 %``; two neighbours are named singly.
+
+    Args:
+        sizes: Percentages as they stand in the tables, ascending.
+    """
+    known = [str(percent) for percent in PERCENTS]
+    runs: list[list[str]] = []
+    for size in sizes:
+        last = runs[-1][-1] if runs else None
+        if (
+            size in known
+            and last in known
+            and known.index(last) + 1 == known.index(size)
+        ):
+            runs[-1].append(size)
+        else:
+            runs.append([size])
+    parts = [
+        part
+        for run in runs
+        for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else run)
+    ]
+    return f"{listed(parts)} %"
+
+
 def spans(rows: Sequence[Cells], order: Sequence[str]) -> str:
-    """Say at which sizes which verdict stands, such as ``falls at 30 and 40 %, undecided at 10 %``."""
+    """Say at which sizes which verdict stands, such as ``falls at 30 to 60 %, undecided at 10 and 20 %``."""
     parts = []
     for verdict in order:
         sizes = [
@@ -122,7 +208,7 @@ def spans(rows: Sequence[Cells], order: Sequence[str]) -> str:
             if row["verdict"] == verdict
         ]
         if sizes:
-            parts.append(f"{verdict} at {listed(sizes)} %")
+            parts.append(f"{verdict} at {sizes_text(sizes)}")
     return ", ".join(parts) or "not tested"
 
 
@@ -145,11 +231,11 @@ def grouped(rows: Iterable[Cells], *columns: str) -> dict[tuple[str, ...], list[
     return groups
 
 
-def shown(rows: Iterable[Cells], test: str, sign: Callable[[float], bool]) -> int:
-    """Count rows whose test has q below 0.05 and whose difference has the sign."""
+def shown(rows: Iterable[Cells], test: str, sign: int = 0) -> int:
+    """Count rows whose test has q below 0.05, and whose difference has the sign, if one is given."""
     count = 0
     for row in rows:
         column = test if test in row else f"{test}_difference"
         value, q = number(row, column), number(row, f"{test}_q")
-        count += q is not None and value is not None and q < ALPHA and sign(value)
+        count += q is not None and value is not None and q < ALPHA and sign * value >= 0
     return count

@@ -6,6 +6,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import re
 import shlex
 import subprocess
 
@@ -60,6 +61,7 @@ def test_every_step_is_a_command_that_is_accepted(steps, model, tmp_path):
         given = sweep_options.read_options(parsed)
         assert given["tasks"] == list(step.tasks)
         assert given["model_args"]["pretrained"] == "NAME"
+        assert given["use_cache"] == str(tmp_path / "answers" / model)
         assert ("apply_chat_template" in words) == ("{template}" in step.options) or (
             "--apply_chat_template" in words
         ) == (model == "smollm2" and "{template}" in step.options)
@@ -332,6 +334,13 @@ def test_what_the_folder_lacks_stays_as_it_was(collecting, measured, make, tmp_p
         "boolq"
     }
     assert "scores.csv: smollm2 choice stays as it was." in smaller.notes
+    # A step that is not asked for stays, although the folder holds less of it.
+    of_choice = collecting.collect(measured, ["choice"])
+    assert {row["step"] for row in of_choice.tables["scores"]} == {"choice"}
+    assert {row["question"] for row in of_choice.tables["contrasts"]} == {"best"}
+    of_choice.keep(after)
+    kept = of_choice.tables["scores"]
+    assert sum(row["step"] == "choice_depth" for row in kept) == 2
     # The same folder again changes nothing.
     again = collecting.collect(tmp_path / "work")
     again.keep(after)
@@ -352,25 +361,39 @@ def test_the_page_says_what_the_tests_say(make, collecting, measured, tmp_path):
     tables = make.read_tables(tmp_path)
     text = make.page(tables, [], ["scores.svg"])
     assert (
-        "`maw` is better than chance in 0, worse in 2 and not told apart from it in 0"
-        in text
+        "`maw` better in 0, worse in 2 of 2; `best` better in 2, worse in 0 of 2"
+        in (text)
     )
-    assert "`best` is better than chance in 2" in text
-    assert "|BoolQ|3|worse at 20 %|" in text
-    assert "### Truthfulness" in text
-    assert "falls at 20 %" in text
-    assert "*maw* beside *depth*" in text
+    assert "*falls*: TruthfulQA MC1 (at 20 %) and BoolQ (at 20 %)." in text
+    beside = "narrower models, beside shallower ones with as many parameters"
+    assert f"- {beside.capitalize()}: better in " in text
+    assert "uniform cuts|`maw`|worse at 20 %|worse at 20 %|" in text
+    assert "|SmolLM2-135M-Instruct|maw|falls at 20 %|falls at 20 %|" in text
+    assert "|SmolLM2-135M-Instruct|maw|depth|worse at 18 %|worse at 18 %|" in text
     assert "|TruthfulQA MC1: 60; BoolQ: 60|`dtype=float32`" in text
     families = text[: text.index("## Width against depth")]
     assert "18 %" not in families
     assert "sensitivity" not in families
-    assert "|`instructions`|nothing|" in text
-    assert "uniform cuts|`choice`|10 of 216 scores|" in text
-    assert (
-        "|Gemma-3-270M|multiple choice and held text, uniform cuts|`choice`|nothing|"
-        in text
-    )
+    assert "uniform cuts|10 of 216|" in text
+    assert "|Gemma-3-270M|the other steps of its command|none|" in text
     assert "Healing" in text
+
+
+def test_numbers_have_a_page_of_their_own_under_the_same_headings(
+    make, collecting, measured, tmp_path
+):
+    for name, content in collecting.collect(measured).files().items():
+        (tmp_path / name).write_text(content)
+    tables = make.read_tables(tmp_path)
+    numbers = make.tables_page(tables)
+    assert "|`maw`|BoolQ|20 %|30.2|41.2|3|**-11.0** (" in numbers
+    assert "### Truthfulness" in numbers
+    links = re.findall(r"dichotomy-tables\.md#([\w-]+)", make.page(tables, []))
+    headings = re.findall(r"^#+ (.+)$", numbers, re.MULTILINE)
+    assert links
+    assert set(links) <= {
+        re.sub(r"[^\w-]", "", each.lower().replace(" ", "-")) for each in headings
+    }
 
 
 def test_what_is_not_tested_is_not_counted(script):
@@ -385,11 +408,28 @@ def test_what_is_not_tested_is_not_counted(script):
         "difference": "0.1",
     }
     section = script("dichotomy.comparisons_page").contrast_section
-    (untested,) = [line for line in section("healed", [row]) if line[0] == "-"]
-    assert "*A* beside *B*: nothing is tested" in untested
-    both = [row, {**row, "verdict": "better"}]
-    (tested,) = [line for line in section("healed", both) if line[0] == "-"]
-    assert "of 1 comparison over tasks and sizes it is better in 1" in tested
+    assert "|A|B|not tested|" in "".join(section("healed", [row]))
+    tested = {**row, "percent": "20", "verdict": "better"}
+    assert "|A|B|better at 20 %|" in "".join(section("healed", [row, tested]))
+    short = script("dichotomy.short_page").short_section
+    nothing = {name: [] for name in script("dichotomy.tables").TABLES}
+    of_depth = [{**each, "question": "depth"} for each in (row, tested)]
+    assert short({**nothing, "contrasts": of_depth[:1]}) == []
+    (*_, bullet) = short({**nothing, "contrasts": of_depth})
+    assert bullet.endswith("as many parameters: better in BoolQ (1 of 1).")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        (["20"], "20 %"),
+        (["20", "30"], "20 and 30 %"),
+        (["10", "20", "30", "50", "60"], "10 to 30, 50 and 60 %"),
+        (["17.78", "40", "57.82"], "17.78, 40 and 57.82 %"),
+    ],
+)
+def test_neighbouring_sizes_are_said_as_one(script, sizes, said):
+    assert script("dichotomy.words").sizes_text(sizes) == said
 
 
 def test_the_page_counts_what_the_mechanisms_show(script, collecting, tmp_path):
@@ -418,16 +458,16 @@ def test_the_page_counts_what_the_mechanisms_show(script, collecting, tmp_path):
     tables = script("dichotomy.words").read_tables(tmp_path)
     page = script("dichotomy.mechanisms_page")
     text = "\n".join(page.mc2_section(tables["mc2"]))
-    assert "come closer to their levels in 2, and move away in 0" in text
-    assert "does not explain is shown in 1." in text
+    assert "uniform cuts|equally likely answers|2|2|0|1|" in text
+    text = "\n".join(page.mc2_details(tables["mc2"]))
     assert "|**-10.0**|0.50|+1.0|+2.0|" in text
     text = "\n".join(page.ifeval_section(tables["ifeval"]))
-    assert (
-        "rise in 0 and to fall in 0; length alone raises it in 0 and lowers it in 1"
-        in text
-    )
-    assert "the rest raises it in 1" in text
+    assert "uniform cuts|others|1|0 / 0|0 / 1|1 / 0|" in text
+    text = "\n".join(page.ifeval_details(tables["ifeval"]))
     assert "|80 / 20|40.0|35.0|-5.0|**-10.0**|**+5.0**|" in text
+    short = "\n".join(script("dichotomy.short_page").short_section(tables))
+    assert "all answers equally likely in 2 of 2 pruned models and away" in short
+    assert "the others are followed more often in 0 of 1 pruned models" in short
 
 
 def test_perplexities_are_shown_beside_the_bits_that_are_tested(script):
@@ -443,17 +483,16 @@ def test_perplexities_are_shown_beside_the_bits_that_are_tested(script):
         },
         {**row, "percent": "20", "method": "maw", "word_perplexity": ""},
     ]
-    blocks = script("dichotomy.page").perplexity_table(rows)
+    blocks = script("dichotomy.families_page").perplexity_table(rows)
     assert "|unpruned|60.2|||||||" in blocks[1]
     assert "|random, seed 1|||99.0|||||" in blocks[1]
     assert "maw" not in blocks[1]
-    assert script("dichotomy.page").perplexity_table(rows[2:]) == []
+    assert script("dichotomy.families_page").perplexity_table(rows[2:]) == []
 
 
 def test_a_page_without_data_lists_every_command(make, steps, tmp_path):
     text = make.page(make.read_tables(tmp_path), [])
     for step in steps.STEPS:
-        assert f"|{step.text}|`{step.name}`|nothing|" in text
         assert f" {step.name}" in text[text.index("```bash\npython docs") :]
     assert "No samples of it yet." in text
 
@@ -464,6 +503,7 @@ def test_the_page_is_what_its_tables_say(make):
     tables = make.read_tables(TABLES)
     figures = sorted(path.name for path in TABLES.glob("*.svg"))
     assert make.PAGE.read_text(encoding="utf-8") == make.page(tables, study, figures)
+    assert make.DETAILS.read_text(encoding="utf-8") == make.tables_page(tables)
     assert sorted(make.draw(tables)) == figures
 
 
