@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import pytest
 import torch
 
 from tests.helpers.checkpoints import (
@@ -11,6 +14,9 @@ from tests.helpers.checkpoints import (
     tiny_model,
 )
 
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 #: So that results can be compared bit for bit at any width; see
 #: `lm_eval_pruned.pruning.slicing.choose_experts_implementation`.
@@ -136,3 +142,16 @@ def logits(model) -> torch.Tensor:
     if model.config.is_encoder_decoder:
         arguments["decoder_input_ids"] = tokens[:, :6]
     return model(**arguments, use_cache=False).logits
+
+
+def breadth(families: Iterable[str], *always: str) -> list[Any]:
+    """Return families as parameters of a test, of which all but some are slow.
+
+    Args:
+        families: All of them.
+        always: Those that differ most from one another, which the fast tests have too.
+    """
+    slow = pytest.mark.slow
+    return [
+        each if each in always else pytest.param(each, marks=slow) for each in families
+    ]

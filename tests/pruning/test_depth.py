@@ -19,7 +19,7 @@ from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers import by_hand
 from tests.helpers.checkpoints import byte_tokenizer, save_tiny, tiny_config, tiny_model
-from tests.helpers.layouts import EAGER, logits, overrides
+from tests.helpers.layouts import EAGER, breadth, logits, overrides
 
 
 LAYERS = 5
@@ -45,6 +45,8 @@ FAMILIES = {
     "llama4_text": {**overrides("llama4_text", 12), "moe_layers": [1, 3]},
     "deepseek_v3": _MOE,
 }
+#: Without and with windows by layer, without attention in some, with experts in all or some.
+EACH = breadth(FAMILIES, "llama", "gemma3_text", "lfm2", "gpt_oss", "deepseek_v3")
 dropped_layers = st.sets(st.integers(0, LAYERS - 1), min_size=1, max_size=LAYERS - 1)
 
 
@@ -139,7 +141,7 @@ def answer(model, **options):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 @settings(max_examples=settings.default.max_examples // 10)
 @given(dropped=dropped_layers)
 def test_on_load_in_memory_and_by_hand_are_one_model(
@@ -187,7 +189,7 @@ def test_generating_with_a_cache_is_generating_without(family, checkpoint):
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 @settings(max_examples=settings.default.max_examples // 20)
 @given(dropped=dropped_layers, percent=st.sampled_from([None, 40]))
 def test_an_export_opens_in_stock_transformers(
