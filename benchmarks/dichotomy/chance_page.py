@@ -17,7 +17,7 @@ from dichotomy.words import (
     model_of,
     score,
     step_text,
-    verdict_table,
+    verdict_tables,
 )
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -36,12 +36,8 @@ def chance_section(rows: Sequence[Cells], figures: Sequence[str]) -> list[str]:
     blocks = [f"## {TITLE}", TEXT]
     if not rows:
         return [*blocks, NOTHING]
-    heads = {
-        "model": model_of,
-        "sweep": lambda row: step_text(row["step"]),
-        "criterion": lambda row: f"`{row['criterion']}`",
-    }
-    blocks += [verdict_table(_in_order(rows), heads, AGAINST), each_one(TITLE)]
+    heads = {"criterion": _criterion}
+    blocks += [*verdict_tables(_in_order(rows), heads, AGAINST), each_one(TITLE)]
     return blocks + [
         f"![Scores of {label} over size, by criterion and by chance](dichotomy/{name})"
         for model, label in MODELS.items()
@@ -64,6 +60,11 @@ def chance_details(rows: Sequence[Cells]) -> list[str]:
         *("at random", "seeds", "difference"),
     ]
     return [f"## {TITLE}", markdown_table(columns, table, "llllrrrrr")] if table else []
+
+
+def _criterion(row: Cells) -> str:
+    kept = ", layer 0 kept" if row["step"].endswith("_skip0") else ""
+    return f"{row['criterion']}{kept}"
 
 
 def _in_order(rows: Sequence[Cells]) -> list[Cells]:

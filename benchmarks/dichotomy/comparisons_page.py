@@ -17,7 +17,7 @@ from dichotomy.words import (
     model_of,
     number,
     score,
-    verdict_table,
+    verdict_tables,
 )
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -85,12 +85,8 @@ def contrast_section(question: str, rows: Sequence[Cells]) -> list[str]:
     blocks = [f"## {title}", text]
     if not rows:
         return [*blocks, NOTHING]
-    heads = {
-        "model": model_of,
-        "it": lambda row: row["one"],
-        "beside": lambda row: row["other"],
-    }
-    return [*blocks, verdict_table(rows, heads, AGAINST), each_one(title)]
+    heads = {"it": lambda row: row["one"], "beside": lambda row: row["other"]}
+    return [*blocks, *verdict_tables(rows, heads, AGAINST), each_one(title)]
 
 
 def contrast_details(question: str, rows: Sequence[Cells]) -> list[str]:

@@ -15,12 +15,11 @@ from dichotomy.words import (
     change,
     each_one,
     grouped,
-    model_of,
     number,
     score,
     spans,
     step_text,
-    verdict_table,
+    verdict_tables,
 )
 from lm_eval_pruned.analysis.families import FAMILIES, family_of
 from lm_eval_pruned.util.tables import markdown_table
@@ -52,10 +51,8 @@ def family_section(rows: Sequence[Cells]) -> list[str]:
         "By `maw`, the study's criterion, cutting all layers alike:",
         _numbers(by_maw, rows),
         "By any method:",
-        verdict_table(
-            [row for row in pruned if row["percent"]],
-            {"model": model_of, "method": _method},
-            CHANGES,
+        *verdict_tables(
+            [row for row in pruned if row["percent"]], {"method": _method}, CHANGES
         ),
         each_one(TITLE),
     ]

@@ -98,31 +98,30 @@ def _chance(rows: Sequence[Cells]) -> str:
 def _drift(rows: Sequence[Cells]) -> str:
     parts = []
     for toward, said in (
-        (LIKELIHOOD, "a model that finds all answers equally likely"),
-        (LENGTH, "one that prefers the shortest answer"),
+        (LIKELIHOOD, "toward those of a model that finds all answers equally likely"),
+        (LENGTH, "toward those of one that prefers the shortest answer"),
     ):
         of = [row for row in rows if row["step"] in UNIFORM and row["toward"] == toward]
         if of:
             parts.append(
-                f"closer to those of {said} in {shown(of, 'closer', -1)} of {len(of)} pruned models and away from them in {shown(of, 'closer', +1)}"
+                f"{said} in {shown(of, 'closer', -1)} and away from them in {shown(of, 'closer', +1)} of {len(of)} pruned models"
             )
-    return f"Scores of TruthfulQA MC2 move {', '.join(parts)}." if parts else ""
+    return f"Scores of TruthfulQA MC2 move {'; '.join(parts)}." if parts else ""
 
 
 def _length(rows: Sequence[Cells]) -> str:
-    uniform = [row for row in rows if row["step"] in UNIFORM]
     parts = []
     for part, said in zip(
         PARTS[1:],
-        ("those that a shorter answer satisfies as well", "the others"),
+        ("that a shorter answer satisfies as well are followed", "of other kinds"),
         strict=True,
     ):
-        of = [row for row in uniform if row["part"] == part]
+        of = [row for row in rows if row["step"] in UNIFORM and row["part"] == part]
         if of:
             parts.append(
-                f"{said} are followed more often in {shown(of, 'total', +1)} of {len(of)} pruned models and less often in {shown(of, 'total', -1)}"
+                f"{said} more often in {shown(of, 'total', +1)} and less often in {shown(of, 'total', -1)} of {len(of)} pruned models"
             )
-    return f"Of IFEval's instructions, {', '.join(parts)}." if parts else ""
+    return f"IFEval's instructions {'; those '.join(parts)}." if parts else ""
 
 
 def _compared(question: str, rows: Iterable[Cells]) -> str:

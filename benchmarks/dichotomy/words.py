@@ -131,32 +131,33 @@ def each_one(heading: str) -> str:
     return f"[Every comparison, with its interval](dichotomy-tables.md#{anchor})."
 
 
-def verdict_table(
-    rows: Iterable[Cells],
+def verdict_tables(
+    rows: Sequence[Cells],
     heads: Mapping[str, Callable[[Cells], str]],
     order: Sequence[str],
-) -> str:
-    """Return verdicts as a Markdown table with a column for each task.
+) -> list[str]:
+    """Return the verdicts on each model as Markdown tables with a column for each task.
 
     Args:
-        rows: Rows with a task, a size and a verdict.
+        rows: Rows with a model, a task, a size and a verdict.
         heads: By column, what to say of a row; rows that say the same share a line.
         order: Verdicts in the order in which they are said.
     """
-    lines: dict[tuple[str, ...], list[Cells]] = {}
-    for row in rows:
-        lines.setdefault(tuple(say(row) for say in heads.values()), []).append(row)
-    found = {row["task"] for of in lines.values() for row in of}
-    tasks = [task for task in MEASURES if task in found]
-    table = []
-    for key, of in lines.items():
-        by_task = grouped(of, "task")
-        cells = [
-            spans(by_task[task,], order) if (task,) in by_task else "" for task in tasks
-        ]
-        table.append([*key, *cells])
-    columns = [*heads, *(MEASURES[task].label for task in tasks)]
-    return markdown_table(columns, table, "l" * len(columns))
+    blocks = []
+    for (model,), of_model in grouped(rows, "model").items():
+        tasks = [task for task in MEASURES if task in {row["task"] for row in of_model}]
+        lines: dict[tuple[str, ...], list[Cells]] = {}
+        for row in of_model:
+            lines.setdefault(tuple(say(row) for say in heads.values()), []).append(row)
+        table = []
+        for key, of in lines.items():
+            by_task = grouped(of, "task")
+            cells = [spans(by_task.get((task,), []), order) for task in tasks]
+            table.append([*key, *cells])
+        columns = [*heads, *(MEASURES[task].label for task in tasks)]
+        shown = markdown_table(columns, table, "l" * len(columns))
+        blocks += [f"**{MODELS[model]}**", shown]
+    return blocks
 
 
 def listed(parts: Iterable[str]) -> str:
@@ -209,7 +210,7 @@ def spans(rows: Sequence[Cells], order: Sequence[str]) -> str:
         ]
         if sizes:
             parts.append(f"{verdict} at {sizes_text(sizes)}")
-    return ", ".join(parts) or "not tested"
+    return ", ".join(parts) or ("not tested" if rows else "")
 
 
 def counted(rows: Sequence[Cells], said: dict[str, str]) -> str:
