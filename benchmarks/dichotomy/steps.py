@@ -32,6 +32,8 @@ RATIOS = {"smollm2": ("2.4", "1.6", "1.07"), "gemma": ("2.88", "1.92", "1.28")}
 SEEDS = ("0", "1", "2")
 #: Steps whose cuts are uniform, of which each has another part of the tasks.
 UNIFORM = ("choice", "instructions", "reasoning")
+#: The step that is as one of them, but for the chat template.
+PLAIN = "instructions_plain"
 CHOICE = ("truthfulqa_mc1", "truthfulqa_mc2", "boolq", "held_text")
 #: How many documents of a task are used, from the first on, where a whole task takes too long.
 SUBSETS = {"boolq": 500, "gsm8k": 50}
@@ -195,7 +197,7 @@ STEPS = (
         calibrated=True,
     ),
     Step(
-        *("instructions_plain", "IFEval without a chat template", ("ifeval",)),
+        *(PLAIN, "IFEval without a chat template", ("ifeval",)),
         (*_SHORT, "--criteria", "maw"),
         models=("smollm2",),
     ),
