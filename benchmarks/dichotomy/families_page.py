@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dichotomy.contrasts import OF_DEPTH
 from dichotomy.seeds import SEEDED
-from dichotomy.steps import MODELS, PERCENTS, UNIFORM
+from dichotomy.steps import MODELS, PERCENTS, PLAIN, UNIFORM
 from dichotomy.tables import ALPHA, MEASURES
 from dichotomy.words import (
     CHANGES,
@@ -32,8 +32,6 @@ TITLE = "What falls, what holds, what rises"
 TEXT = """\
 Scores of pruned models beside those of the unpruned model. *Needs no knowledge* is the score of guessing, or of always giving the commonest answer, whichever is higher. Models that
 lack whole layers stand under [width against depth](#width-against-depth), and what was measured with several seeds under [healing](#healing), [sampled answers](#answers-that-are-sampled) and [examples](#examples-in-the-prompt)."""
-#: Steps whose methods are named by the criterion alone, although something else is different.
-_UNNAMED = ("instructions_plain",)
 _SIZES = [str(percent) for percent in PERCENTS]
 
 
@@ -43,7 +41,8 @@ def family_section(rows: Sequence[Cells]) -> list[str]:
     rows = shown_here(rows)
     if not rows:
         return [*blocks, NOTHING]
-    by_maw = [row for row in rows if row["step"] in UNIFORM and row["method"] == "maw"]
+    steps = (*UNIFORM, PLAIN)
+    by_maw = [row for row in rows if row["step"] in steps and row["method"] == "maw"]
     pruned = [row for row in rows if row["method"] != "unpruned" and not row["seed"]]
     return [
         *blocks,
@@ -106,7 +105,7 @@ def _numbers(pruned: Sequence[Cells], rows: Sequence[Cells]) -> str:
 
 
 def _method(row: Cells) -> str:
-    if row["step"] in _UNNAMED:
+    if row["step"] == PLAIN:
         return f"{row['method']} ({step_text(row['step'])})"
     return row["method"]
 

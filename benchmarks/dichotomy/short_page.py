@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dichotomy.mechanisms import LENGTH, LIKELIHOOD, PARTS
-from dichotomy.steps import MODELS, UNIFORM
+from dichotomy.steps import MODELS, PLAIN, UNIFORM
 from dichotomy.tables import ALPHA
 from dichotomy.words import (
     CHANGES,
@@ -43,7 +43,9 @@ def short_section(tables: Tables) -> list[str]:
         }
         said = [
             *(_dichotomy(mine["scores"]), _levels(mine["scores"])),
-            *(_chance(mine["chance"]), _drift(mine["mc2"]), _length(mine["ifeval"])),
+            *(_chance(mine["chance"]), _drift(mine["mc2"])),
+            _length([row for row in mine["ifeval"] if row["step"] in UNIFORM]),
+            _length([row for row in mine["ifeval"] if row["step"] == PLAIN]),
             *(_compared(question, mine["contrasts"]) for question in COMPARED),
         ]
         bullets = [f"- {sentence}" for sentence in said if sentence]
@@ -53,9 +55,10 @@ def short_section(tables: Tables) -> list[str]:
 
 
 def _dichotomy(rows: Sequence[Cells]) -> str:
-    mine = [row for row in rows if row["step"] in UNIFORM and row["method"] == "maw"]
+    steps = (*UNIFORM, PLAIN)
+    mine = [row for row in rows if row["step"] in steps and row["method"] == "maw"]
     by_verdict: dict[str, list[str]] = {}
-    for of in grouped(mine, "task").values():
+    for of in grouped(mine, "step", "task").values():
         for verdict in CHANGES[:-1]:
             sizes = [row["percent"] for row in of if row["verdict"] == verdict]
             if sizes:
@@ -116,12 +119,15 @@ def _length(rows: Sequence[Cells]) -> str:
         ("that a shorter answer satisfies as well are followed", "of other kinds"),
         strict=True,
     ):
-        of = [row for row in rows if row["step"] in UNIFORM and row["part"] == part]
+        of = [row for row in rows if row["part"] == part]
         if of:
             parts.append(
                 f"{said} more often in {shown(of, 'total', +1)} and less often in {shown(of, 'total', -1)} of {len(of)} pruned models"
             )
-    return f"IFEval's instructions {'; those '.join(parts)}." if parts else ""
+    if not parts:
+        return ""
+    plain = "Without a chat template, " if rows[0]["step"] == PLAIN else ""
+    return f"{plain}IFEval's instructions {'; those '.join(parts)}."
 
 
 def _compared(question: str, rows: Iterable[Cells]) -> str:
@@ -157,4 +163,5 @@ def _how_many(rows: Sequence[Cells], verdict: str) -> int:
 
 
 def _name(row: Cells) -> str:
-    return label_of(row).partition(",")[0]
+    plain = " without a chat template" if row.get("step") == PLAIN else ""
+    return label_of(row).partition(",")[0] + plain
