@@ -95,7 +95,9 @@ def main() -> int:
         if code or options.list:
             return code
     if options.run or options.collect:
-        collected = collect(options.output, options.only)
+        # A step that ran may be one side of a comparison, or one seed of several.
+        only = None if options.run else options.only
+        collected = collect(options.output, only)
         collected.keep(read_tables(TABLES))
         for name, content in collected.files().items():
             write_atomically(TABLES / name, content)

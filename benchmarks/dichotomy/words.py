@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from dichotomy.steps import MODELS, PERCENTS, STEPS
@@ -211,17 +210,6 @@ def spans(rows: Sequence[Cells], order: Sequence[str]) -> str:
         if sizes:
             parts.append(f"{verdict} at {sizes_text(sizes)}")
     return ", ".join(parts) or ("not tested" if rows else "")
-
-
-def counted(rows: Sequence[Cells], said: dict[str, str]) -> str:
-    """Say how often each verdict stands, such as ``better in 3, worse in 2``.
-
-    Args:
-        rows: Rows with a verdict.
-        said: Words by verdict, in order; those that stand nowhere are said as well.
-    """
-    counts = Counter(row["verdict"] for row in rows)
-    return listed(f"{words} in {counts[verdict]}" for verdict, words in said.items())
 
 
 def grouped(rows: Iterable[Cells], *columns: str) -> dict[tuple[str, ...], list[Cells]]:

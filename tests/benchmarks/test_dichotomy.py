@@ -362,7 +362,7 @@ def test_the_page_says_what_the_tests_say(make, collecting, measured, tmp_path):
     text = make.page(tables, [], ["scores.svg"])
     assert (
         "`maw` better in 0, worse in 2 of 2; `best` better in 2, worse in 0 of 2"
-        in (text)
+        in text
     )
     assert "*falls*: TruthfulQA MC1 (at 20 %) and BoolQ (at 20 %)." in text
     beside = "narrower models, beside shallower ones with as many parameters"
@@ -494,6 +494,8 @@ def test_a_page_without_data_lists_every_command(make, steps, tmp_path):
     text = make.page(make.read_tables(tmp_path), [])
     for step in steps.STEPS:
         assert f" {step.name}" in text[text.index("```bash\npython docs") :]
+    for model in steps.MODELS.values():
+        assert f"|{model}|the other steps of its command|none|" in text
     assert "No samples of it yet." in text
 
 
@@ -518,6 +520,27 @@ def test_listing_prints_commands_and_writes_nothing(
     assert [line[1] for line in lines] == ["sweep", "profile"]
     assert "--limit" in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("what", "brought"), [("--run", None), ("--collect", ["choice"])]
+)
+def test_a_run_brings_what_other_steps_have_with_it(
+    make, what, brought, tmp_path, monkeypatch
+):
+    class Asked(Exception):
+        pass
+
+    def collect(folder, only):
+        assert (folder, only) == (tmp_path, brought)
+        raise Asked
+
+    words = ["make_dichotomy.py", what, "--output", str(tmp_path), "--only", "choice"]
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.setattr(make, "_steps", lambda _: 0)
+    monkeypatch.setattr(make, "collect", collect)
+    with pytest.raises(Asked):
+        make.main()
 
 
 def test_adapters_are_trained_for_one_step_and_used_by_another(
