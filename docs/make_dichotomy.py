@@ -71,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     steps.add_argument("--batch_size", default="16")
     steps.add_argument("--samples", help="JSON or a file: documents per task, by index")
     steps.add_argument("--limit", help="documents per task, in place of --samples")
+    steps.add_argument(
+        "--max_steps",
+        default="100",
+        help="steps of each training, of 1,024 tokens each",
+    )
     return parser
 
 
@@ -111,7 +116,7 @@ def _steps(options: argparse.Namespace) -> int:
     setting = Setting(
         *(options.output.resolve(), options.model, options.pretrained),
         *(tuple(options.model_args), options.dtype, options.device, options.batch_size),
-        *(options.samples, options.limit),
+        *(options.samples, options.limit, options.max_steps),
     )
     if options.run:
         if options.data is None:

@@ -56,8 +56,8 @@ QUESTIONS = {
     "healed": (
         "Healing",
         (
-            "Models cut by `maw` and trained again by LoRA for 100 steps of 1,024 tokens of the calibration text, which shares no line with the held text: with the loss of the next "
-            "token, or with the distance to the unpruned model alone. A seed chooses the adapter's first weights and the order of the text; intervals are over three seeds and documents, and with one seed there is none. "
+            "Models cut by `maw` and trained again by LoRA on the calibration text, which shares no line with the held text: with the loss of the next "
+            "token, or with the distance to the unpruned model alone. A step has 1,024 tokens, and [the settings](#how-the-page-is-made) have the number of steps. A seed chooses the adapter's first weights and the order of the text; intervals are over three seeds and documents, and with one seed there is none. "
             "The held text is of the same kind as what is trained on, so a part of what comes back there is that the model has learnt this kind of text."
         ),
     ),

@@ -23,7 +23,7 @@ HEALED = "_healed"
 #: What of a sweep's definition the page says; the rest is paths, or stands in the other tables.
 SAID = (
     *("dtype", "calibration_samples", "drop_by", "skip_layers", "multiple_of", "limit"),
-    *("apply_chat_template", "gen_kwargs", "num_fewshot", "seed"),
+    *("apply_chat_template", "gen_kwargs", "num_fewshot", "seed", "max_steps"),
 )
 
 
@@ -101,5 +101,5 @@ def sweeps_of(folder: Path, model: str, notes: list[str]) -> Iterator[Sweep]:
             str(each["id"]): {**everywhere, **as_mapping(each.get("arguments"))}
             for each in sweep.definition.get("configurations", [])
         }
-        settings = {**definition, **everywhere}
+        settings = {**definition, **as_mapping(definition.get("heal")), **everywhere}
         yield Sweep(model, path.name, base, tuple(runs), asked, settings)

@@ -219,7 +219,7 @@ HOW = """\
 ## How the page is made
 
 Each step is one command of this package, `lm-eval-pruned sweep` or `lm-eval-pruned profile`, and `--list` prints them. Sweeps go on where they stopped, and steps share the answers of models that they have in common (`--use_cache`). All steps together take many hours on two cores; `--only` runs one,
-and `--limit` or `--samples` shrink them.
+and `--limit`, `--samples` and `--max_steps` shrink them.
 
 ```bash
 python docs/make_dichotomy.py --list --data FILE.jsonl --output FOLDER

@@ -137,7 +137,7 @@ def _trained(name: str, seed: str) -> tuple[str, ...]:
         f'{{"per_device_train_batch_size": 4, "learning_rate": 1e-3, "seed": {seed}}}'
     )
     return (
-        *("--heal", "data={calibration}", "max_steps=100", "max_length=256"),
+        *("--heal", "data={calibration}", "max_steps={steps}", "max_length=256"),
         *(() if name == "healed" else ("teacher_weight=1",)),
         f"training_args={arguments}",
     )
@@ -268,6 +268,7 @@ class Setting:
         batch_size: Of the sweeps.
         samples: File of documents by task; None for the one of `prepare`.
         limit: Documents per task, in place of `samples`; None for those of `samples`.
+        max_steps: Of each training, of 1,024 tokens each.
     """
 
     folder: Path
@@ -279,6 +280,7 @@ class Setting:
     batch_size: str = "16"
     samples: str | None = None
     limit: str | None = None
+    max_steps: str = "100"
 
 
 def words_of(step: Step, setting: Setting) -> list[str]:
@@ -308,7 +310,11 @@ def words_of(step: Step, setting: Setting) -> list[str]:
     words += _filled(step.cut, setting.model)
     for word in ("--tasks", *step.tasks, *step.options):
         if word != "{template}":
-            words.append(word.replace("{calibration}", calibration))
+            words.append(
+                word.replace("{calibration}", calibration).replace(
+                    "{steps}", setting.max_steps
+                )
+            )
         elif setting.model == "smollm2":
             words.append("--apply_chat_template")
     if "held_text" in step.tasks:

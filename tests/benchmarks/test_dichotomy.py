@@ -44,7 +44,9 @@ def make(script):
 @pytest.mark.parametrize("model", ["smollm2", "gemma"])
 def test_every_step_is_a_command_that_is_accepted(steps, model, tmp_path):
     setting = steps.Setting(
-        tmp_path, model, "NAME", ("gguf_file=FILE",), "bfloat16", "cpu", samples="{}"
+        *(tmp_path, model, "NAME", ("gguf_file=FILE",), "bfloat16", "cpu"),
+        samples="{}",
+        max_steps="7",
     )
     parsers = {"sweep": argparse.ArgumentParser(), "profile": argparse.ArgumentParser()}
     sweep_options.add_arguments(parsers["sweep"])
@@ -62,6 +64,7 @@ def test_every_step_is_a_command_that_is_accepted(steps, model, tmp_path):
         assert given["tasks"] == list(step.tasks)
         assert given["model_args"]["pretrained"] == "NAME"
         assert given["use_cache"] == str(tmp_path / "answers" / model)
+        assert given.get("heal", {}).get("max_steps", 7) == 7
         assert ("apply_chat_template" in words) == ("{template}" in step.options) or (
             "--apply_chat_template" in words
         ) == (model == "smollm2" and "{template}" in step.options)
@@ -113,7 +116,7 @@ def test_data_that_is_no_text_is_refused(steps, tmp_path):
         steps.prepare(data, tmp_path)
 
 
-def write_sweep(folder, runs, tasks, model_args=None):
+def write_sweep(folder, runs, tasks, model_args=None, **settings):
     """Write a sweep of the unpruned model and others.
 
     Args:
@@ -121,12 +124,13 @@ def write_sweep(folder, runs, tasks, model_args=None):
         runs: By id: arguments of the pruning, and the shift of the scores.
         tasks: By task and metric, the scores of the unpruned model.
         model_args: Of the whole sweep.
+        settings: Further ones of its definition.
     """
     runs = {"baseline": ({}, 0.0), **runs}
     folder.mkdir(parents=True)
     definition = {
         "schema_version": 1,
-        "definition": {"model_args": model_args or {"dtype": "float32"}},
+        "definition": {"model_args": model_args or {"dtype": "float32"}, **settings},
         "configurations": [
             {"id": name, "arguments": arguments}
             for name, (arguments, _) in runs.items()
@@ -265,14 +269,18 @@ def test_what_has_several_seeds_is_compared_over_them(collecting, tmp_path):
                 "p-20": (arguments, -0.2),
                 "p-20_healed": (arguments, -0.2 + gain + 0.001 * seed),
             }
-            write_sweep(tmp_path / "smollm2" / f"{name}_{seed}", runs, tasks)
+            trained = {"heal": {"max_steps": 40, "data": "FILE"}}
+            write_sweep(tmp_path / "smollm2" / f"{name}_{seed}", runs, tasks, **trained)
     gsm8k = {("gsm8k", "exact_match,strict-match"): SCORES}
     for step, shift in (("reasoning", -0.1), ("reasoning_draw_2", -0.12)):
         runs = {"p-20": (arguments, shift)}
         write_sweep(tmp_path / "smollm2" / step, runs, gsm8k)
+    tables = collecting.collect(tmp_path).tables
+    said = {row["step"]: row for row in tables["settings"] if row["value"] == "40"}
+    assert len(said) == 6
+    assert said["distilled_1"]["setting"] == "max_steps"
     rows = {
-        (row["question"], row["one"], row["other"]): row
-        for row in collecting.collect(tmp_path).tables["contrasts"]
+        (row["question"], row["one"], row["other"]): row for row in tables["contrasts"]
     }
     before, after = "the same before", "next-token loss"
     healed = rows["healed", after, before]
