@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dichotomy.contrasts import OF_DEPTH
 from dichotomy.seeds import SEEDED
 from dichotomy.steps import MODELS, PERCENTS, PLAIN, UNIFORM
-from dichotomy.tables import ALPHA, MEASURES
+from dichotomy.tables import MEASURES
 from dichotomy.words import (
     CHANGES,
     NOTHING,
@@ -15,6 +15,7 @@ from dichotomy.words import (
     change,
     each_one,
     grouped,
+    has_nothing_to_lose,
     number,
     score,
     spans,
@@ -145,19 +146,21 @@ def level_sentences(rows: Sequence[Cells]) -> list[str]:
             for each in ("chance", "majority")
             if base and (value := number(base, each)) is not None
         ]
-        if base is None or not levels:
+        if base is None:
             continue
-        p = number(base, "p_levels")
+        who = f"- {MEASURES[task].label}: the unpruned {MODELS[model]}"
+        if not levels:
+            if has_nothing_to_lose(base):
+                said.append(f"{who} solves none of {base['n']}, so no score can fall.")
+            continue
         level = f"{100 * max(levels):.1f}"
         what = (
             "always giving the commonest answer"
             if len(levels) == 2 and levels[1] >= levels[0]
             else "finding all answers equally likely"
         )
-        verdict = (
-            "is above" if p is not None and p < ALPHA else "is not shown to be above"
-        )
+        verdict = "is not shown to be" if has_nothing_to_lose(base) else "is"
         said.append(
-            f"- {MEASURES[task].label}: the unpruned {MODELS[model]} ({score(base)}) {verdict} what needs no knowledge ({level}, {what})."
+            f"{who} ({score(base)}) {verdict} above what needs no knowledge ({level}, {what})."
         )
     return ["\n".join(said)] if said else []

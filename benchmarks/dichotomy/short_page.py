@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 
 from dichotomy.mechanisms import LENGTH, LIKELIHOOD, PARTS
 from dichotomy.steps import MODELS, PLAIN, UNIFORM
-from dichotomy.tables import ALPHA
 from dichotomy.words import (
     CHANGES,
     Cells,
     Tables,
     grouped,
+    has_nothing_to_lose,
     label_of,
     listed,
-    number,
     shown,
     sizes_text,
 )
@@ -78,8 +77,7 @@ def _levels(rows: Sequence[Cells]) -> str:
     names = []
     for of in grouped(rows, "task").values():
         base = next((row for row in of if row["method"] == "unpruned"), None)
-        p = number(base, "p_levels") if base else None
-        if base and p is not None and p >= ALPHA:
+        if base and has_nothing_to_lose(base):
             names.append(_name(base))
     return (
         f"The unpruned model is itself not shown to be above what needs no knowledge in {listed(names)}: scores there cannot show that knowledge is lost, and a change may be one of habit alone."

@@ -63,6 +63,15 @@ def score(row: Cells, column: str = "score") -> str:
     return f"{100 * value:.1f}" if is_share(row) else f"{value:.3f}"
 
 
+def has_nothing_to_lose(unpruned: Cells) -> bool:
+    """Whether an unpruned model's score is not shown to be above what needs no knowledge, or is 0."""
+    if number(unpruned, "score") == 0:
+        return True
+    p = number(unpruned, "p_levels")
+    tested = unpruned.get("chance") or unpruned.get("majority")
+    return bool(tested) and (p is None or p >= ALPHA)
+
+
 def is_share(row: Cells) -> bool:
     """Return whether scores of a row are shares; without a task they are."""
     return row.get("task", "") not in MEASURES or MEASURES[row["task"]].share

@@ -428,6 +428,32 @@ def test_what_is_not_tested_is_not_counted(script):
 
 
 @pytest.mark.parametrize(
+    ("score", "level", "p", "sentence"),
+    [
+        ("0.3", "0.25", "0.01", "(30.0) is above what needs no knowledge (25.0"),
+        ("0.3", "0.25", "0.2", "(30.0) is not shown to be above what needs no"),
+        ("0.3", "0.25", "", "(30.0) is not shown to be above what needs no"),
+        ("0", "", "", "solves none of 30, so no score can fall."),
+        ("0.1", "", "", None),
+    ],
+)
+def test_where_nothing_is_known_no_score_shows_a_loss(
+    script, score, level, p, sentence
+):
+    row = {"model": "smollm2", "step": "choice", "task": "boolq", "n": "30"}
+    row |= {"method": "unpruned", "score": score, "chance": level, "p_levels": p}
+    said = "".join(script("dichotomy.families_page").level_sentences([row]))
+    short = "".join(
+        script("dichotomy.short_page").short_section(
+            {name: [] for name in script("dichotomy.tables").TABLES} | {"scores": [row]}
+        )
+    )
+    assert (sentence or "") in said
+    assert bool(said) == (sentence is not None)
+    assert ("cannot show" in short) == ("not shown" in said or "none of 30" in said)
+
+
+@pytest.mark.parametrize(
     ("sizes", "said"),
     [
         (["20"], "20 %"),
