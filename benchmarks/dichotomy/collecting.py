@@ -17,7 +17,7 @@ from dichotomy.latency import latency_rows
 from dichotomy.measured import SAID, Sweep, sweeps_of
 from dichotomy.mechanisms import drifts_of, split_of
 from dichotomy.seeds import pooled_rows
-from dichotomy.steps import MODELS
+from dichotomy.steps import MODELS, place_of
 from dichotomy.tables import (
     MEASURES,
     TABLES,
@@ -71,7 +71,7 @@ class Collection:
             kept = [row for row in rows if _measured_together(name, row) not in held]
             for each in sorted({_measured_together(name, row) for row in kept}):
                 self.notes.append(f"{name}.csv: {' '.join(each)} stays as it was.")
-            found[:] = [*kept, *found]
+            found[:] = sorted([*kept, *found], key=place_of)
 
     def files(self) -> dict[str, str]:
         """Return the CSV files by name; numbers have six significant digits."""

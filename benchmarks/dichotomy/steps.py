@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.util.atomic import write_atomically
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 #: Short name and name of each model. The second is a base model, without a chat template.
@@ -281,6 +281,17 @@ class Setting:
     samples: str | None = None
     limit: str | None = None
     max_steps: str = "100"
+
+
+def place_of(row: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Return the key that sorts rows of a table by model and step, or by question where they have one."""
+    steps = [step.name for step in STEPS]
+    step = row.get("step", "")
+    return (
+        list(MODELS).index(row["model"]),
+        steps.index(step) if step in steps else len(steps),
+        row.get("question", ""),
+    )
 
 
 def words_of(step: Step, setting: Setting) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from typing import TYPE_CHECKING
 
-from dichotomy.steps import MODELS, PERCENTS, STEPS
+from dichotomy.steps import MODELS, PERCENTS, STEPS, place_of
 from dichotomy.tables import ALPHA, MEASURES, TABLES
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -37,17 +37,8 @@ def read_tables(folder: Path) -> Tables:
         tables[name] = []
         if file.is_file():
             with file.open(encoding="utf-8", newline="") as lines:
-                tables[name] = sorted(csv.DictReader(lines), key=_place)
+                tables[name] = sorted(csv.DictReader(lines), key=place_of)
     return tables
-
-
-def _place(row: Cells) -> tuple[int, int]:
-    models, steps = list(MODELS), [step.name for step in STEPS]
-    step = row.get("step", "")
-    return (
-        models.index(row["model"]),
-        steps.index(step) if step in steps else len(steps),
-    )
 
 
 def number(row: Cells, column: str) -> float | None:
