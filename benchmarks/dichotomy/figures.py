@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from dichotomy.steps import MODELS, UNIFORM
+from dichotomy.steps import MODELS, OF_LAYER_0, UNIFORM
 from dichotomy.tables import MEASURES
 from dichotomy.words import Cells, Tables, grouped, number
 from lm_eval_pruned.util.figures import as_svg, line_look, style
@@ -14,6 +14,11 @@ from lm_eval_pruned.util.figures import as_svg, line_look, style
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+#: In the order of their lines.
+METHODS = (*OF_LAYER_0, "best", "random")
+#: What is no criterion has no colour.
+BY_CHANCE = {"color": "0.35", "marker": "o", "linestyle": "--"}
 
 
 def draw(tables: Tables) -> dict[str, str]:
@@ -32,38 +37,47 @@ def draw(tables: Tables) -> dict[str, str]:
         }
         if by_task:
             name = f"scores-{model}.svg"
-            drawings[name] = _draw(name, by_task)
+            with style(name):
+                drawings[name] = as_svg(panels(by_task))
     return drawings
 
 
-def _draw(name: str, by_task: dict[str, list[Cells]]) -> str:
+def panels(by_task: dict[str, list[Cells]]) -> Figure:
+    """Return a panel for each task; a method looks the same in all of them."""
     order = [task for task in MEASURES if task in by_task]
-    with style(name):
-        figure = Figure(figsize=(2.9 * min(3, len(order)), 2.6 * -(-len(order) // 3)))
-        every = figure.subplots(-(-len(order) // 3), min(3, len(order)), squeeze=False)
-        panels = list(every.flat)
-        for axes in panels[len(order) :]:
-            axes.remove()
-        for axes, task in zip(panels, order, strict=False):
-            rows = by_task[task]
-            scale = 100 if MEASURES[task].share else 1
-            base = [row for row in rows if row["method"] == "unpruned"]
-            methods = sorted({row["method"] for row in rows} - {"unpruned"})
-            for line, method in enumerate(methods):
-                _line(axes, base, rows, method, line_look(line), scale)
-            level = number(base[0], "chance") if base else None
-            if level is not None:
-                axes.axhline(scale * level, color="gray", linewidth=0.8, linestyle=":")
-            axes.set_title(MEASURES[task].label, loc="left", fontsize=9)
-            axes.set_xlabel("neurons removed, %")
-            axes.grid(axis="y", alpha=0.2)
-        panels[0].legend(fontsize=7)
-        return as_svg(figure)
+    across, down = min(3, len(order)), -(-len(order) // 3)
+    figure = Figure(figsize=(2.9 * across, 2.6 * down + 0.4))
+    every = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in every[len(order) :]:
+        axes.remove()
+    names: dict[str, Any] = {}
+    for axes, task in zip(every, order, strict=False):
+        rows = by_task[task]
+        scale = 100 if MEASURES[task].share else 1
+        base = [row for row in rows if row["method"] == "unpruned"]
+        methods = {row["method"] for row in rows}
+        for line, method in enumerate(METHODS):
+            if method in methods:
+                look = BY_CHANCE if method == "random" else line_look(line)
+                names[method] = _line(axes, base, rows, method, look, scale)
+        level = number(base[0], "chance") if base else None
+        if level is not None:
+            axes.axhline(scale * level, color="gray", linewidth=0.8, linestyle=":")
+        low, high = axes.get_ylim()
+        if MEASURES[task].share and high - low < 1:
+            axes.set_ylim(max(low - 1, -0.1), high + 1)
+        axes.set_title(MEASURES[task].label, loc="left", fontsize=9)
+        axes.set_xlabel("neurons removed, %")
+        axes.grid(axis="y", alpha=0.2)
+    shown = [method for method in METHODS if method in names]
+    lines = [names[method] for method in shown]
+    figure.legend(lines, shown, loc="outside lower center", ncols=len(shown))
+    return figure
 
 
 def _line(
     axes, base: Sequence[Cells], rows: Sequence[Cells], method: str, look, scale: float
-) -> None:
+) -> Any:
     """Draw the means over seeds, and bars from the lowest seed to the highest."""
     values: dict[float, list[float]] = {}
     for row in (*base, *(row for row in rows if row["method"] == method)):
@@ -76,6 +90,6 @@ def _line(
         [mean - min(values[size]) for size, mean in zip(sizes, means, strict=True)],
         [max(values[size]) - mean for size, mean in zip(sizes, means, strict=True)],
     ]
-    axes.errorbar(
+    return axes.errorbar(
         sizes, means, yerr=spread, markersize=3, capsize=2, label=method, **look
     )

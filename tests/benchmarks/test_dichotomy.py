@@ -507,6 +507,31 @@ def test_the_page_counts_what_the_mechanisms_show(script, collecting, tmp_path):
     assert "of other kinds more often in 0 and less often in 0 of 1" in short
 
 
+def test_a_method_looks_the_same_in_every_panel(script):
+    figures = script("dichotomy.figures")
+    by_task = {
+        task: [
+            {"task": task, "method": method, "percent": percent, "score": "0.2"}
+            for method, percent in (("unpruned", "0"), *((each, "20") for each in of))
+        ]
+        for task, of in {
+            "boolq": ("act", "maw", "random"),
+            "ifeval": ("maw", "best", "random"),
+        }.items()
+    }
+    figure = figures.panels(by_task)
+    looks = {}
+    for axes in figure.axes:
+        for line in axes.containers:
+            looks.setdefault(line.get_label(), set()).add(line[0].get_color())
+    assert all(len(colours) == 1 for colours in looks.values())
+    assert len({*map(str, looks.values())}) == 4
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *("maw", "act", "best", "random")
+    ]
+
+
 def test_perplexities_are_shown_beside_the_bits_that_are_tested(script):
     row = {"model": "smollm2", "step": "choice", "seed": "", "method": "unpruned"}
     rows = [
