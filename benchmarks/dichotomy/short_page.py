@@ -27,6 +27,7 @@ COMPARED = {
     "best": "the best criterion of each layer, beside `maw` in all",
     "sensitivity": "widths by sensitivity, beside uniform ones",
     "skip0": "layer 0 left alone, beside cut as the others",
+    "aligned": "widths that are multiples of 64, beside those that the percentages leave",
     "depth": "narrower models, beside shallower ones with as many parameters",
     "healed": "models that were trained again, beside the same before",
 }
