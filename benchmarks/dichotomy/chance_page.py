@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 TITLE = "Whether the criterion beats chance"
 TEXT = """\
 Each criterion is compared with neurons that are removed at random, at the same size and in the same layers. The interval is over seeds and documents: the variance
-of the mean over documents and that over seeds are added, so another experiment may draw both anew. With a single seed there is no such interval, and no test."""
+of the mean over documents and that over seeds are added, so another experiment may draw both anew. With a single seed there is no such interval, and no test.
+Three seeds say little about how far seeds are apart, so even a large difference may stand as not shown: the figures have the range of the seeds, the tables the intervals, and `--seeds` takes more of them."""
 
 
 def chance_section(rows: Sequence[Cells], figures: Sequence[str]) -> list[str]:
