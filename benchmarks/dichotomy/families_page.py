@@ -139,15 +139,13 @@ def perplexity_table(rows: Sequence[Cells]) -> list[str]:
 def level_sentences(rows: Sequence[Cells]) -> list[str]:
     """Say where the unpruned models stand beside what needs no knowledge."""
     said = []
-    for (model, task), of in grouped(rows, "model", "task").items():
-        base = next((row for row in of if row["method"] == "unpruned"), None)
+    unpruned = (row for row in rows if row["method"] == "unpruned")
+    for (model, task), (base, *_) in grouped(unpruned, "model", "task").items():
         levels = [
             value
             for each in ("chance", "majority")
-            if base and (value := number(base, each)) is not None
+            if (value := number(base, each)) is not None
         ]
-        if base is None:
-            continue
         who = f"- {MEASURES[task].label}: the unpruned {MODELS[model]}"
         if not levels:
             if has_nothing_to_lose(base):

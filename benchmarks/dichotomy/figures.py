@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from dichotomy.steps import MODELS, OF_LAYER_0, UNIFORM
+from dichotomy.steps import CRITERIA, MODELS, UNIFORM
 from dichotomy.tables import MEASURES
 from dichotomy.words import Cells, Tables, grouped, number
 from lm_eval_pruned.util.figures import as_svg, line_look, style
@@ -15,8 +15,6 @@ from lm_eval_pruned.util.figures import as_svg, line_look, style
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: In the order of their lines.
-METHODS = (*OF_LAYER_0, "best", "random")
 #: What is no criterion has no colour.
 BY_CHANCE = {"color": "0.35", "marker": "o", "linestyle": "--"}
 
@@ -56,7 +54,7 @@ def panels(by_task: dict[str, list[Cells]]) -> Figure:
         scale = 100 if MEASURES[task].share else 1
         base = [row for row in rows if row["method"] == "unpruned"]
         methods = {row["method"] for row in rows}
-        for line, method in enumerate(METHODS):
+        for line, method in enumerate(CRITERIA):
             if method in methods:
                 look = BY_CHANCE if method == "random" else line_look(line)
                 names[method] = _line(axes, base, rows, method, look, scale)
@@ -69,7 +67,7 @@ def panels(by_task: dict[str, list[Cells]]) -> Figure:
         axes.set_title(MEASURES[task].label, loc="left", fontsize=9)
         axes.set_xlabel("neurons removed, %")
         axes.grid(axis="y", alpha=0.2)
-    shown = [method for method in METHODS if method in names]
+    shown = [method for method in CRITERIA if method in names]
     lines = [names[method] for method in shown]
     figure.legend(lines, shown, loc="outside lower center", ncols=len(shown))
     return figure

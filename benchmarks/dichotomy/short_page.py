@@ -75,11 +75,12 @@ def _dichotomy(rows: Sequence[Cells]) -> str:
 
 
 def _levels(rows: Sequence[Cells]) -> str:
-    names = []
-    for of in grouped(rows, "task").values():
-        base = next((row for row in of if row["method"] == "unpruned"), None)
-        if base and has_nothing_to_lose(base):
-            names.append(_name(base))
+    unpruned = (row for row in rows if row["method"] == "unpruned")
+    names = [
+        _name(base)
+        for base, *_ in grouped(unpruned, "task").values()
+        if has_nothing_to_lose(base)
+    ]
     return (
         f"The unpruned model is itself not shown to be above what needs no knowledge in {listed(names)}: scores there cannot show that knowledge is lost, and a change may be one of habit alone."
         if names

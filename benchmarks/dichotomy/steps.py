@@ -124,6 +124,8 @@ _AGAINST_CHANCE = ("--criteria", "maw", *_CHANCE)
 _BEST_AGAINST_CHANCE = ("--criteria", "maw", "best", *_CHANCE)
 #: Criteria that are compared with layer 0 and without it.
 OF_LAYER_0 = ("maw", "l2", "pon", "max_abs", "act")
+#: All criteria, and chance.
+CRITERIA = (*OF_LAYER_0, "best", "random")
 _SHORT = ("--gen_kwargs", "max_gen_toks=128")
 _SENSITIVITY = ("--allocations", "sensitivity", "--criteria", "maw", "best")
 _SKIP_0 = ("--criteria", *OF_LAYER_0, *_CHANCE)
@@ -146,7 +148,7 @@ def _trained(name: str, seed: str) -> tuple[str, ...]:
 STEPS = (
     Step(
         *("choice", "multiple choice and held text, uniform cuts", CHOICE),
-        ("--criteria", *OF_LAYER_0, "best", *_CHANCE),
+        ("--criteria", *CRITERIA, "--seeds", *SEEDS),
         calibrated=True,
     ),
     Step(
