@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import kl_div, log_softmax
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lm_eval_pruned.checkpoints.adapters import HEALING
+from lm_eval_pruned.healing.distillation import distillation_loss
 from lm_eval_pruned.util.atomic import write_atomically
 
 
@@ -28,34 +28,13 @@ if TYPE_CHECKING:
     from lm_eval_pruned.healing.cost import Cost
 
 
-def distillation_loss(logits: Tensor, expected: Tensor, temperature: float) -> Tensor:
-    """Return how far the distribution of each next token is from a teacher's.
-
-    ``T ** 2 * KL(softmax(expected / T) || softmax(logits / T))``, the mean over the
-    positions that predict a token of their block.
-
-    Args:
-        logits: Shape (rows, tokens, vocabulary).
-        expected: Those of the teacher, of the same shape.
-        temperature: T. The factor keeps gradients of one size over temperatures.
-
-    Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2.
-    """
-    ours, theirs = (
-        log_softmax(each[:, :-1].flatten(0, 1).float() / temperature, dim=-1)
-        for each in (logits, expected)
-    )
-    divergence = kl_div(ours, theirs, reduction="batchmean", log_target=True)
-    return temperature**2 * divergence
-
-
 class HealingTrainer(Trainer):
     """A trainer whose loss is mixed with the distance to a teacher.
 
     Args:
         teacher: The unpruned model, or None.
         teacher_weight: Share of the distance in the loss.
-        temperature: See `distillation_loss`.
+        temperature: See `lm_eval_pruned.healing.distillation.distillation_loss`.
         **arguments: Those of `transformers.Trainer`.
     """
 
@@ -99,15 +78,28 @@ class HealingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        if self._teacher is not None:
-            with torch.no_grad():
-                expected = self._teacher(input_ids=inputs["input_ids"]).logits
-            distance = distillation_loss(outputs.logits, expected, self._temperature)
-            loss = (1 - self._weight) * loss + self._weight * distance
+        if self._weight == 1:
+            # Next-token loss would be computed, and its gradient, to be multiplied by 0.
+            inputs = {name: each for name, each in inputs.items() if name != "labels"}
+            outputs = model(**inputs)
+            loss = self._distance(inputs, outputs)
+        else:
+            loss, outputs = super().compute_loss(
+                model,
+                inputs,
+                return_outputs=True,
+                num_items_in_batch=num_items_in_batch,
+            )
+            if self._teacher is not None:
+                distance = self._distance(inputs, outputs)
+                loss = (1 - self._weight) * loss + self._weight * distance
         return (loss, outputs) if return_outputs else loss
+
+    def _distance(self, inputs: dict[str, Any], outputs: Any) -> Tensor:
+        assert self._teacher is not None
+        with torch.no_grad():
+            expected = self._teacher(input_ids=inputs["input_ids"]).logits
+        return distillation_loss(outputs.logits, expected, self._temperature)
 
 
 class RecordBeside(TrainerCallback):

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import cli, load_pruned
 from lm_eval_pruned.checkpoints.adapters import HEALING
+from lm_eval_pruned.healing.distillation import distillation_loss
 from lm_eval_pruned.healing.options import HealingOptions
 from lm_eval_pruned.healing.run import heal
-from lm_eval_pruned.healing.trainer import HealingTrainer, distillation_loss
+from lm_eval_pruned.healing.trainer import HealingTrainer
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
 
@@ -159,6 +160,29 @@ def test_one_step_of_distillation_is_the_step_by_hand(tiny_llama, data, tmp_path
     for name, parameter in student.named_parameters():
         expected = parameter.detach() - 1e-2 * parameter.grad
         torch.testing.assert_close(after[name], expected, msg=name)
+
+
+def test_distillation_alone_asks_the_model_for_no_loss(tiny_llama, data, tmp_path):
+    """Next-token loss over a large vocabulary would be computed to be multiplied by 0."""
+    seen = []
+
+    class Watched(HealingTrainer):
+        def compute_loss(self, model, inputs, *arguments, **named):
+            handle = model.register_forward_pre_hook(
+                lambda module, args, given: seen.append(sorted(given)), with_kwargs=True
+            )
+            loss = super().compute_loss(model, inputs, *arguments, **named)
+            handle.remove()
+            seen.append(float(loss.detach()))
+            return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval_pruned.healing.trainer.HealingTrainer", Watched)
+        healed(tiny_llama, data, tmp_path / "healed", max_steps=1, teacher_weight=1.0)
+    given, loss = seen
+    assert "input_ids" in given
+    assert "labels" not in given
+    assert loss > 0
 
 
 def test_the_merged_checkpoint_equals_the_adapter_applied(adapter, tiny_llama):

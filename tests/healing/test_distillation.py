@@ -1,0 +1,74 @@
+"""The distance to a teacher, and its gradient, beside what autograd makes of the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch.nn.functional import log_softmax
+
+from lm_eval_pruned.healing import distillation
+from lm_eval_pruned.healing.distillation import distillation_loss
+
+
+def plain(ours, theirs, temperature):
+    """Return T² KL(teacher || student), the mean over positions that predict a token."""
+    q, p = (
+        log_softmax(each[:, :-1].float() / temperature, dim=-1)
+        for each in (ours, theirs)
+    )
+    return temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
+
+
+@given(
+    rows=st.integers(1, 3),
+    tokens=st.integers(2, 6),
+    vocabulary=st.integers(2, 9),
+    at_once=st.integers(1, 40),
+    temperature=st.floats(0.5, 4),
+    slope=st.floats(-2, 2),
+    seed=st.integers(0, 99),
+)
+def test_loss_and_gradient_are_those_of_the_formula(
+    rows, tokens, vocabulary, at_once, temperature, slope, seed
+):
+    random = torch.Generator().manual_seed(seed)
+    ours, theirs = (
+        3 * torch.randn(rows, tokens, vocabulary, generator=random) for _ in range(2)
+    )
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distillation, "_AT_ONCE", at_once)
+        for loss_of in (distillation_loss, plain):
+            leaf = ours.clone().requires_grad_()
+            loss = loss_of(leaf, theirs, temperature)
+            (slope * loss).backward()
+            results.append((loss.detach(), leaf.grad))
+    (loss, gradient), (expected_loss, expected_gradient) = results
+    torch.testing.assert_close(loss, expected_loss, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_half_precision_is_rounded_after_the_softmax():
+    random = torch.Generator().manual_seed(0)
+    ours, theirs = (
+        torch.randn(2, 5, 300, generator=random).bfloat16() for _ in range(2)
+    )
+    leaf, exact = ours.clone().requires_grad_(), ours.float().requires_grad_()
+    loss, expected = distillation_loss(leaf, theirs, 1.0), plain(exact, theirs, 1.0)
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert leaf.grad is not None and exact.grad is not None
+    torch.testing.assert_close(loss, expected)
+    assert leaf.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(leaf.grad.float(), exact.grad, atol=1e-7, rtol=1e-2)
+
+
+def test_no_gradient_is_made_where_none_is_asked_for():
+    ours, theirs = torch.randn(2, 5, 11), torch.randn(2, 5, 11).requires_grad_()
+    with torch.no_grad():
+        assert distillation_loss(ours, theirs, 1.0).grad_fn is None
+    loss = distillation_loss(ours.requires_grad_(), theirs, 1.0)
+    loss.backward()
+    assert theirs.grad is None
