@@ -428,6 +428,9 @@ def test_what_is_not_tested_is_not_counted(script):
     assert short({**nothing, "contrasts": of_depth[:1]}) == []
     (*_, bullet) = short({**nothing, "contrasts": of_depth})
     assert bullet.endswith("as many parameters: better in BoolQ (1 of 1).")
+    first = {**of_depth[1], "task": "truthfulqa_mc1"}
+    (*_, bullet) = short({**nothing, "contrasts": [*of_depth, first]})
+    assert bullet.endswith("in TruthfulQA MC1 (1 of 1) and BoolQ (1 of 1).")
 
 
 @pytest.mark.parametrize(
