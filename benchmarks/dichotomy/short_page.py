@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from dichotomy.mechanisms import LENGTH, LIKELIHOOD, PARTS
 from dichotomy.steps import MODELS, PLAIN, UNIFORM
-from dichotomy.tables import MEASURES
 from dichotomy.words import (
     CHANGES,
     Cells,
@@ -143,10 +142,7 @@ def _compared(question: str, rows: Iterable[Cells]) -> str:
         "task",
     )
     found: dict[str, list[str]] = {}
-    for task in MEASURES:
-        of = by_task.get((task,), [])
-        if not of:
-            continue
+    for of in by_task.values():
         for verdict in ("better", "worse"):
             if count := _how_many(of, verdict):
                 said = f"{_name(of[0])} ({count} of {len(of)})"

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dichotomy.tables import MEASURES
 from lm_eval_pruned.util.atomic import write_atomically
 
 
@@ -285,14 +286,15 @@ class Setting:
     max_steps: str = "100"
 
 
-def place_of(row: Mapping[str, Any]) -> tuple[int, int, str]:
-    """Return the key that sorts rows of a table by model and step, or by question where they have one."""
+def place_of(row: Mapping[str, Any]) -> tuple[int, int, str, int]:
+    """Return the key that sorts rows of a table by model and step, or by question and task where they have one."""
     steps = [step.name for step in STEPS]
     step = row.get("step", "")
     return (
         list(MODELS).index(row["model"]),
         steps.index(step) if step in steps else len(steps),
         row.get("question", ""),
+        list(MEASURES).index(row["task"]) if "question" in row else 0,
     )
 
 

@@ -356,6 +356,12 @@ def test_what_the_folder_lacks_stays_as_it_was(collecting, measured, make, tmp_p
     of_choice = collecting.collect(measured, ["choice"])
     of_choice.keep(after)
     assert again.files() == of_choice.files() == files
+    order = [row["task"] for row in after["contrasts"] if row["question"] == "best"]
+    assert order == sorted(order, key=list(collecting.MEASURES).index)
+    lines = files["contrasts.csv"].splitlines()
+    (tmp_path / "contrasts.csv").write_text("\n".join([lines[0], *lines[:0:-1]]))
+    found = make.read_tables(tmp_path)["contrasts"]
+    assert [row["task"] for row in found if row["question"] == "best"] == order
 
 
 def test_the_tables_hold_no_texts(collecting, measured):
@@ -428,9 +434,6 @@ def test_what_is_not_tested_is_not_counted(script):
     assert short({**nothing, "contrasts": of_depth[:1]}) == []
     (*_, bullet) = short({**nothing, "contrasts": of_depth})
     assert bullet.endswith("as many parameters: better in BoolQ (1 of 1).")
-    first = {**of_depth[1], "task": "truthfulqa_mc1"}
-    (*_, bullet) = short({**nothing, "contrasts": [*of_depth, first]})
-    assert bullet.endswith("in TruthfulQA MC1 (1 of 1) and BoolQ (1 of 1).")
 
 
 @pytest.mark.parametrize(
