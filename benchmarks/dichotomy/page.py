@@ -153,7 +153,7 @@ def study_section(study: Sequence[Cells]) -> list[str]:
 
 
 def missing_section(tables: Tables) -> list[str]:
-    """List the steps that have no data, or not all of it, and the commands that measure them."""
+    """List the steps that have no data, or not all of it, and the commands that measure them, if any."""
     there: Counter[tuple[str, str]] = Counter()
     for row in tables["scores"]:
         there[row["model"], row["step"]] += row["method"] != "unpruned"
@@ -175,11 +175,10 @@ def missing_section(tables: Tables) -> list[str]:
         if nothing or some:
             other = "" if model == "smollm2" else f" --model {model} --pretrained NAME"
             commands.append(f"{RUN}{other} --only {' '.join([*some, *nothing])}")
-    blocks = ["## Not measured yet"]
     if not rows:
-        return [*blocks, "Every step has its data."]
+        return []
     return [
-        *blocks,
+        "## Not measured yet",
         "Of these there is no data or only a part, so the page says nothing of what is missing:",
         markdown_table(["model", "what", "scores that there are"], rows, "llr"),
         "The commands, which go on where they stopped; `--only` takes one step or several:",

@@ -288,14 +288,12 @@ class Setting:
 
 def place_of(row: Mapping[str, Any]) -> tuple[int, int, str, int]:
     """Return the key that sorts rows of a table by model and step, or by question and task where they have one."""
+    model = list(MODELS).index(row["model"])
+    if "question" in row:
+        return model, 0, row["question"], list(MEASURES).index(row["task"])
     steps = [step.name for step in STEPS]
     step = row.get("step", "")
-    return (
-        list(MODELS).index(row["model"]),
-        steps.index(step) if step in steps else len(steps),
-        row.get("question", ""),
-        list(MEASURES).index(row["task"]) if "question" in row else 0,
-    )
+    return model, steps.index(step) if step in steps else len(steps), "", 0
 
 
 def words_of(step: Step, setting: Setting) -> list[str]:

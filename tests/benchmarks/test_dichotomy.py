@@ -353,9 +353,10 @@ def test_what_the_folder_lacks_stays_as_it_was(collecting, measured, make, tmp_p
     files = smaller.files()
     again = collecting.collect(tmp_path / "work")
     again.keep(after)
-    of_choice = collecting.collect(measured, ["choice"])
-    of_choice.keep(after)
-    assert again.files() == of_choice.files() == files
+    for step in ("choice", "choice_skip0"):
+        alone = collecting.collect(measured, [step])
+        alone.keep(after)
+        assert again.files() == alone.files() == files
     order = [row["task"] for row in after["contrasts"] if row["question"] == "best"]
     assert order == sorted(order, key=list(collecting.MEASURES).index)
     lines = files["contrasts.csv"].splitlines()
@@ -411,6 +412,24 @@ def test_numbers_have_a_page_of_their_own_under_the_same_headings(
     assert set(links) <= {
         re.sub(r"[^\w-]", "", each.lower().replace(" ", "-")) for each in headings
     }
+
+
+def test_the_page_lists_what_is_missing_and_nothing_else(script, steps):
+    section = script("dichotomy.page").missing_section
+    scores = [
+        {"model": model, "step": step.name, "method": "maw"}
+        for model in steps.MODELS
+        for step in steps.STEPS
+        if model in step.models
+        for _ in range(steps.cells_of(step, model))
+    ]
+    latency = [{"model": model} for model in steps.MODELS]
+    assert section({"scores": scores, "latency": latency}) == []
+    fewer = {"scores": scores[1:], "latency": latency[:1]}
+    said = "\n".join(section(fewer))
+    whole = steps.cells_of(steps.STEPS[0], "smollm2")
+    assert f"uniform cuts|{whole - 1} of {whole}|" in said
+    assert "--model gemma --pretrained NAME --only latency" in said
 
 
 def test_what_is_not_tested_is_not_counted(script):
