@@ -432,7 +432,7 @@ def test_the_page_lists_what_is_missing_and_nothing_else(script, steps):
     assert "--model gemma --pretrained NAME --only latency" in said
 
 
-def test_what_is_not_tested_is_not_counted(script):
+def test_what_is_not_tested_is_not_counted(script, steps):
     row = {
         **dict.fromkeys(script("dichotomy.tables").TABLES["contrasts"], ""),
         "model": "smollm2",
@@ -453,6 +453,10 @@ def test_what_is_not_tested_is_not_counted(script):
     assert short({**nothing, "contrasts": of_depth[:1]}) == []
     (*_, bullet) = short({**nothing, "contrasts": of_depth})
     assert bullet.endswith("as many parameters: better in BoolQ (1 of 1).")
+    first = {**of_depth[1], "task": "truthfulqa_mc1"}
+    in_order = sorted([*of_depth, first], key=steps.place_of)
+    (*_, bullet) = short({**nothing, "contrasts": in_order})
+    assert bullet.endswith("in TruthfulQA MC1 (1 of 1) and BoolQ (1 of 1).")
 
 
 @pytest.mark.parametrize(
