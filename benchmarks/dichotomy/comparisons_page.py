@@ -120,7 +120,8 @@ def latency_section(rows: Sequence[Cells]) -> list[str]:
     ]
     if not rows:
         return [*blocks, NOTHING, GPU]
-    for (model, device), of in grouped(rows, "model", "device").items():
+    by = ("model", "device", "repeats")
+    for (model, device, repeats), of in grouped(rows, *by).items():
         table = [
             [
                 *(
@@ -158,7 +159,7 @@ def latency_section(rows: Sequence[Cells]) -> list[str]:
             "verdict",
         ]
         blocks += [
-            f"{MODELS[model]} on {device}; widths that are multiples of 64 are aligned:",
+            f"{MODELS[model]} on {device}, means of {repeats} repeats; widths that are multiples of 64 are aligned:",
             markdown_table(columns, table, "rrrlrrrrl"),
         ]
     return [*blocks, GPU]

@@ -40,6 +40,7 @@ def latency_rows(folder: Path, model: str) -> list[dict[str, Any]]:
                 "parameters": of["parameters"],
                 "batch_size": cell["batch_size"],
                 "length": cell["mode"],
+                "repeats": cell["repeats"],
                 "ms_first_token": _milliseconds(cell["seconds_to_first_token"]),
                 "ms_per_token": _milliseconds(cell["seconds_per_output_token"]),
                 "seconds": cell["seconds_end_to_end"]["mean"],

@@ -307,7 +307,7 @@ def words_of(step: Step, setting: Setting) -> list[str]:
         words += ["--model_args", named] if named else []
         words += ["--dtype", setting.dtype] if setting.dtype else []
         words += ["--multiple_of", "1", "64", "--batch_sizes", "1", "4"]
-        words += ["--max_new_tokens", "32", "--limit", "4", "--repeats", "6"]
+        words += ["--max_new_tokens", "32", "--limit", "4", "--repeats", "24"]
         words += ["--apply_chat_template"] if setting.model == "smollm2" else []
         return [*words, *device, *output]
     tasks = setting.folder / "tasks"

@@ -92,6 +92,7 @@ TABLES = {
     "settings": ("model", "step", "setting", "value"),
     "latency": (
         *("model", "name", "width", "ratio", "parameters", "batch_size", "length"),
+        "repeats",
         *("ms_first_token", "ms_per_token", "seconds"),
         *("seconds_change", "seconds_low", "seconds_high", "seconds_verdict"),
         "device",
