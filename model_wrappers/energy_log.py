@@ -34,7 +34,7 @@ eval_logger = logging.getLogger("lm_eval.models.energy_logging")
 class EnergyLog:
     """The readings of one evaluation of a model, and the block they become.
 
-    The first request after the block was asked for begins the next evaluation.
+    Whoever adds to it calls `begin_if_over` first.
 
     Args:
         monitor: Measures this machine; None in a process that is not the one to do so.
@@ -106,13 +106,14 @@ class EnergyLog:
         Its `CachingLM` keeps such requests to itself, so reading is the one thing that
         can be seen of them.
         """
+        self.begin_if_over()
         base = type(answers)
         log = self
 
         class CountingReads(base):  # type: ignore[misc, valid-type]
             def __getitem__(self, key: Any) -> Any:
                 answer = super().__getitem__(key)
-                log._begin()
+                log.begin_if_over()
                 log._unreported_cached += 1
                 return answer
 
@@ -122,9 +123,15 @@ class EnergyLog:
             self.note("answers from the cache could not be counted")
 
     def begin(self) -> None:
-        """Forget the requests so far; what the idle machine uses stays known."""
-        self.cached = self._unreported_cached = 0
-        self.request_types, self.tasks = {}, {}
+        """Forget the evaluation so far; what the idle machine uses stays known."""
+        self._over = False
+        self.cached, self.machines, self._unreported_cached = 0, 1, 0
+        self.request_types, self.tasks, self._notes = {}, {}, []
+
+    def begin_if_over(self) -> None:
+        """Forget an evaluation that `stop` ended: a model may be evaluated many times."""
+        if self._over:
+            self.begin()
 
     def runs_on_gpu(self, yes: bool) -> None:
         """Say whether the model does: energy without that of the GPU is then no total."""
@@ -162,7 +169,6 @@ class EnergyLog:
     @contextlib.contextmanager
     def window(self, request_type: str, requests: int, lm: Any) -> Iterator[None]:
         """Measure the requests of one type; `close` ends the window."""
-        self._begin()
         if self._pending.request_type is not None:
             self.record([self.close()])
         before = replace(lm.token_counts)
@@ -243,19 +249,12 @@ class EnergyLog:
         )
 
     def stop(self) -> None:
-        """End the evaluation: stop the meter. A later request begins another one."""
+        """End the evaluation: stop the meter."""
         self.cached += self._unreported_cached
         self._unreported_cached = 0
         if self.monitor is not None:
             self.monitor.stop()
         self._over = True
-
-    def _begin(self) -> None:
-        """Forget an evaluation that is over: a model may be evaluated many times."""
-        if self._over:
-            self._over = False
-            self.request_types, self.tasks = {}, {}
-            self.cached, self.machines, self._notes = 0, 1, []
 
     def as_dict(self) -> dict[str, Any]:
         """Return the block for the results file. None is *not measured*."""

@@ -136,6 +136,7 @@ class EnergyWindows(_Neighbour):
     def count_kept_answers(self, count: int) -> None:
         """Count answers that an earlier process computed and paid the energy for."""
         if self._energy is not None:
+            self._energy.begin_if_over()
             self._energy.cached += count
 
     def energy_info(self) -> dict[str, Any]:
@@ -150,6 +151,7 @@ class EnergyWindows(_Neighbour):
         energy = self._energy
         if energy is None:
             return run(requests)
+        energy.begin_if_over()
         self._meters(energy)
         energy.measure_idle()
         self._warm_up()

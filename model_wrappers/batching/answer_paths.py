@@ -62,14 +62,20 @@ class AnswerPath:
 
 
 class AnswerPaths:
-    """The `AnswerPath` of each request type that a model was asked for."""
+    """The `AnswerPath` of each request type that a model was asked for in one evaluation.
+
+    The first request after `as_dict` begins the next one.
+    """
 
     def __init__(self) -> None:
         self._paths: dict[str, AnswerPath] = {}
         self._packed = False
+        self._over = False
 
     def of(self, request_type: str) -> AnswerPath:
         """Return the record of `request_type`, such as ``loglikelihood``."""
+        if self._over:
+            self._paths, self._packed, self._over = {}, False, False
         return self._paths.setdefault(request_type, AnswerPath())
 
     def note_packing(self, packed: bool) -> None:
@@ -84,6 +90,7 @@ class AnswerPaths:
         there was enough to compute for it at least once. See
         `lm_eval_pruned.model_wrappers.batching.cpu_linear`.
         """
+        self._over = True
         faster = any(set(path.requests) - {"plain"} for path in self._paths.values())
         return {
             **{name: path.as_dict() for name, path in self._paths.items()},

@@ -218,9 +218,9 @@ class PrefixSharingMixin(FastPathMixin):
         ours = len(work.tree) * body + int(work.scored_before[-1]) * head
         saving = 1 - ours / (asked * (body + head))
         # HFLM's search for a batch size costs more than the check.
-        ready = self._sharing_checked or not isinstance(self.batch_size, int)
+        searches = not isinstance(self.batch_size, int)
         enough = saving >= _least_saving(self.device)
-        return enough and (ready or saving * asked >= _WORTH_CHECKING)
+        return enough and (searches or saving * asked >= _WORTH_CHECKING)
 
     def _may_share(self) -> bool:
         """Ask whether anything that can be read off the model speaks against sharing."""

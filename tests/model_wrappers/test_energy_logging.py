@@ -19,6 +19,7 @@ from lm_eval.api.model import CachingLM
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.model_wrappers import energy_log
+from lm_eval_pruned.model_wrappers.batching import prefix_sharing
 from lm_eval_pruned.model_wrappers.batching.generation import count_generated
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
@@ -222,7 +223,8 @@ def test_a_route_of_its_own_is_counted_beside_the_rows_of_hflm(lm, monkeypatch):
     assert model.token_counts.processed == 2 + 9
 
 
-def test_tokens_of_shared_prefixes_and_of_the_plain_path(lm):
+def test_tokens_of_shared_prefixes_and_of_the_plain_path(lm, monkeypatch):
+    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 0)
     model = lm(prefix_sharing=True)
     # The positions that the model was given; none of the rows is padded.
     positions = 0
@@ -527,6 +529,44 @@ def test_a_model_that_is_evaluated_again_starts_from_nothing(lm, tmp_path):
     third = cache.get_model_info()["energy"]
     assert third["request_types"] == {}
     assert third["cached_answers"] == 1
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_every_evaluation_counts_the_answers_it_was_handed(lm, announced):
+    """They are handed over before the requests that are left to compute, as in a sweep."""
+    model = lm()
+    counted = []
+    for _ in range(3):
+        if announced:
+            model.begin_evaluation()
+        model.count_kept_answers(5)
+        model.loglikelihood([scored("abc", "de")])
+        counted.append(model.get_model_info()["energy"]["cached_answers"])
+    assert counted == [5, 5, 5]
+
+
+def test_an_evaluation_without_requests_reports_nothing_of_the_one_before(lm):
+    class Opaque:
+        """Reads of it cannot be counted."""
+
+        __slots__ = ()
+
+    model = lm()
+    model.set_cache_hook(SimpleNamespace(dbdict=Opaque()))
+    first = model.get_model_info()["energy"]
+    assert first["notes"] == ["answers from the cache could not be counted"]
+    model.begin_evaluation()
+    assert model.get_model_info()["energy"]["notes"] == []
+
+
+def test_a_note_that_comes_before_the_first_request_is_kept(lm, monkeypatch):
+    model = lm()
+    monkeypatch.setattr(model, "_meters", lambda energy: energy.note("half of it"))
+    notes = []
+    for _ in range(2):
+        model.loglikelihood([scored("abc", "de")])
+        notes.append(model.get_model_info()["energy"]["notes"])
+    assert notes == [["half of it"]] * 2
 
 
 def test_machines_add_up_and_processes_are_not_metered_twice():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -84,12 +85,12 @@ def test_all_sizes_and_dtypes_of_a_sweep_share(dtype, prune_percent):
     assert paths["loglikelihood"]["tokens_computed"]["shared"] < 22 * len(REQUESTS)
 
 
-def test_what_is_worth_sharing_does_not_depend_on_the_width():
+def test_what_is_worth_sharing_does_not_depend_on_the_width(monkeypatch):
     """Close to the least saving, the share of the MLPs in the work would decide."""
+    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 0)
     decisions = []
     for prune_percent in (None, 20, 40, 60, 80):
         lm = wrapped(PrunedHFLM, tiny_model(tiny_config()), prune_percent=prune_percent)
-        lm._sharing_checked = True
         worth = []
         for length in range(1, 20):
             requests = [(None, [9] * length + [a], [a] * 40) for a in range(9)]
@@ -182,6 +183,26 @@ def test_the_results_say_which_path_answered(
         assert paths[kind]["reasons"] == []
     assert paths["loglikelihood"]["requests"]["shared"] == 12
     assert paths["linear"] in ("torch", "onednn")
+
+
+def test_the_results_are_those_of_one_evaluation(tiny_llama, tasks):
+    lm = PrefixHFLM(pretrained=str(tiny_llama), device="cpu", batch_size=4)
+    first, second = (copy.deepcopy(evaluate(lm, tasks)) for _ in range(2))
+    assert first == second
+
+
+def test_the_path_does_not_depend_on_what_was_answered_before():
+    """A sweep that goes on evaluates its tasks in another order, and compares the paths."""
+    few = REQUESTS[:4]
+    paths = []
+    for before in ([], REQUESTS * 2):
+        lm = wrapped(PrefixHFLM, tiny_model(tiny_config()))
+        for requests in filter(None, (before, few)):
+            lm._loglikelihood_tokens(requests, disable_tqdm=True)
+            path = lm.get_model_info()["answer_paths"]["loglikelihood"]
+        paths.append(path)
+    assert paths[0]["requests"] == {"plain": len(few)}
+    assert paths[0] == paths[1]
 
 
 @pytest.mark.parametrize(
