@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +56,33 @@ def test_the_same_neurons_the_same_record_the_same_answers(
     assert info["model_num_parameters"] == expected["model_num_parameters"]
     assert scores(ours) == pytest.approx(scores(theirs), abs=1e-3)
     assert texts(ours) == texts(theirs)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+def test_each_list_of_widths_is_compiled_for_itself(
+    llama, tmp_path, in_this_process, monkeypatch
+):
+    """vLLM keeps compiled code under a hash of the config, which holds one width for all layers."""
+    from vllm import envs
+
+    # An engine of an earlier test had vLLM remember the environment.
+    envs.disable_envs_cache()
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    # vLLM sets it for the whole process; this has it restored.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiled = set()
+    for asked in ({}, *({"prune_percent": p, "layers": "0"} for p in (20, 40))):
+        ours, theirs = (
+            pruned_vllm(llama, **asked, enforce_eager=False),
+            pruned_hf(llama, **asked),
+        )
+        assert scores(ours) == pytest.approx(scores(theirs), abs=1e-3)
+        config = ours.model.llm_engine.vllm_config.compilation_config
+        compiled.add(Path(config.local_cache_dir))
+    assert len(compiled) == 3
+    assert all(list(folder.rglob("*.so")) for folder in compiled)
 
 
 def test_activations_are_observed_before_the_engine_loads(
