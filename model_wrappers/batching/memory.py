@@ -41,6 +41,25 @@ def run_or_shrink(
     return None
 
 
+def check_not_split(model: Any, error: RuntimeError, size: str, smaller: str) -> None:
+    """Refuse to make the passes of one of several processes smaller.
+
+    Args:
+        model: A model, perhaps with an adapter around it.
+        error: The lack of memory.
+        size: What did not fit, such as ``6 requests``.
+        smaller: The argument that makes all processes take less.
+
+    Raises:
+        RuntimeError: The others wait for this one within the pass that failed.
+    """
+    if is_split(base_model(model)):
+        raise RuntimeError(
+            f"Out of memory with {size} at once, and processes that share a model (tp_plan) "
+            f"cannot take fewer one by one: give {smaller}."
+        ) from error
+
+
 def rows_in_memory(lm: Any, length: int) -> int:
     """Return how many rows of `length` tokens a third of the free memory holds.
 

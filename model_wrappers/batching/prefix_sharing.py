@@ -26,7 +26,7 @@ from .attention_support import (
 from .fast_path import FastPathMixin
 from .flags import check_flag
 from .forward import Forward
-from .memory import run_or_shrink
+from .memory import check_not_split, run_or_shrink
 from .path_cache import PathCache
 from .prefix_pass import Work, run_pack, trial_plain, trial_shared
 from .token_tree import Budget, next_pack
@@ -325,6 +325,12 @@ class PrefixSharingMixin(FastPathMixin):
             nonlocal budget
             if budget.tokens == 1:
                 return False
+            check_not_split(
+                self.model,
+                error,
+                f"{budget.tokens} tokens",
+                "a smaller batch_size, or prefix_sharing=false",
+            )
             budget = self._sharing_budget = budget.halved()
             eval_logger.warning(
                 "Out of memory: going on with at most %d tokens per forward pass.",

@@ -34,7 +34,12 @@ from .flags import check_count, check_flag
 from .forward import Forward
 from .generation import end_tokens
 from .greedy_settings import StopStrings, unsupported_setting
-from .memory import is_split, rows_in_memory, rows_that_are_small, run_or_shrink
+from .memory import (
+    check_not_split,
+    rows_in_memory,
+    rows_that_are_small,
+    run_or_shrink,
+)
 from .slot_pass import in_pieces, likeliest, trial_plain, trial_slots
 from .slot_table import SlotJob, SlotTable, ordered
 
@@ -283,13 +288,9 @@ class SlotRefillingMixin(FastPathMixin):
             nonlocal slots, table
             if slots == 1:
                 return False
-            if is_split(base_model(self.model)):
-                # The others wait for this one within the pass.
-                raise RuntimeError(
-                    f"Out of memory with {slots} requests at once, and processes that "
-                    "share a model (tp_plan) cannot take fewer one by one: give "
-                    f"slots={slots // 2}"
-                ) from error
+            check_not_split(
+                self.model, error, f"{slots} requests", f"slots={slots // 2}"
+            )
             slots = self._most_slots = (slots + 1) // 2
             eval_logger.warning(
                 "Out of memory: going on with at most %d requests at once.", slots

@@ -34,6 +34,13 @@ def tiny(attention="sdpa", dtype=torch.float64, model_type="llama", **overrides)
     return tiny_model(config).to(dtype)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def share_few_tokens():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_sharing, "_WORTH_CHECKING", float("-inf"))
+        yield
+
+
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def pair(request):
     """HFLM and PrefixHFLM on one tiny float64 model."""
@@ -343,6 +350,7 @@ def test_nothing_to_share_is_the_plain_path(models, monkeypatch):
 
 def test_the_check_is_made_where_it_pays(monkeypatch):
     """The first use tries a small model, which has to be worth it."""
+    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 200)
     model = tiny()
     tried = []
     monkeypatch.setattr(prefix_sharing, "trial_disagrees", lambda *_: tried.append(1))

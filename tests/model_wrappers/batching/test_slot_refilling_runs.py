@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -174,6 +175,27 @@ def test_two_processes_that_share_a_model(tiny_llama, tmp_path):
     assert answers == generate(alone, prompts(until=[], max_gen_toks=16))
     assert path["requests"] == {"slots": len(answers)}
     assert path["slots"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("slots", "with 4 requests at once, .* give slots=2"),
+        ("shared", "with 512 tokens at once, .* give a smaller batch_size"),
+    ],
+)
+def test_a_process_that_runs_out_of_memory_alone_says_so(tiny_llama, path, advice):
+    """A pass of its own size would meet the passes of the other process."""
+    command = [
+        *evaluations.TWO_PROCESSES,
+        *("-m", "tests.helpers.memory_of_a_split_model"),
+        *(str(tiny_llama), path),
+    ]
+    done = evaluations.run(command, checkpoints.ROOT)
+    assert done.returncode != 0
+    assert re.search(f"RuntimeError: Out of memory {advice}", done.stderr), done.stderr
+    assert "SIGABRT" not in done.stderr
 
 
 @pytest.mark.parametrize("library", ["mkl", "onednn"])
