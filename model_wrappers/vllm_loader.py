@@ -145,9 +145,7 @@ def narrow_config(request: LoadRequest, config: Any) -> None:
             )
     widths.copy_keys(narrowed, config)
     # vLLM looks up compiled code by a hash of all that is in its config.
-    config.odd_widths = {
-        name: targets[name] for name in widths.inexpressible(targets)
-    }
+    config.odd_widths = {name: targets[name] for name in widths.inexpressible(targets)}
 
 
 def build_odd_widths(request: LoadRequest, model: nn.Module) -> None:

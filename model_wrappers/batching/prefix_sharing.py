@@ -45,6 +45,7 @@ eval_logger = logging.getLogger("lm_eval.models.prefix_sharing")
 
 
 # The first use tries a small model of the class; it has to save more tokens than that costs.
+# Later ones ask the same, so that the path of requests does not depend on those before.
 _WORTH_CHECKING = 200
 # A pass of fewer tokens leaves the machine idle whatever the batch size.
 _FEWEST_TOKENS = 512

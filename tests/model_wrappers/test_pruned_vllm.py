@@ -62,7 +62,7 @@ def test_the_same_neurons_the_same_record_the_same_answers(
 def test_each_list_of_widths_is_compiled_for_itself(
     llama, tmp_path, in_this_process, monkeypatch
 ):
-    """vLLM keeps compiled code under a hash of the config, which holds one width for all layers."""
+    """The config, whose hash vLLM keeps compiled code under, has one width for all layers."""
     from vllm import envs
 
     # An engine of an earlier test had vLLM remember the environment.
