@@ -246,6 +246,24 @@ def claims(times: int) -> list[list[Any]]:
     return rows
 
 
+def one_way() -> list[list[Any]]:
+    """Return rows on answers that change for the worse only, counted out over all outcomes."""
+    rows: list[list[Any]] = []
+    for units in (30, 64, 400):
+        for share in (0.01, 0.03, 0.1, 0.3):
+            covered = wrongly = 0.0
+            for downs in range(units + 1):
+                chance = float(stats.binom.pmf(downs, units, share))
+                test = _right_or_wrong(0, downs, units)
+                assert test.low is not None
+                assert test.high is not None
+                covered += chance * (test.low <= -share <= test.high)
+                p = test.p_outside(-share, math.inf)
+                wrongly += chance * (p is not None and p < ALPHA)
+            rows.append([f"{share:.0%}", units, f"{covered:.3f}", f"{wrongly:.3f}"])
+    return rows
+
+
 def correlations(times: int) -> list[list[Any]]:
     """Return rows on correlations: independent points, and steps of pruning."""
     rows: list[list[Any]] = []
@@ -338,6 +356,8 @@ def main() -> None:
     columns = ["data", "units", "margin", "wrongly equivalent", "equivalent"]
     columns += ["wrongly not worse", "not worse"]
     print("\n" + markdown_table(columns, claims(times), "lrrrrrr"))
+    columns = ["become wrong, none right", "units", "coverage", "wrongly not worse"]
+    print("\n" + markdown_table(columns, one_way(), "rrrr"))
     columns = ["points", "n", "coverage of r", "p of r", "p of rho", "p both"]
     print("\n" + markdown_table(columns, correlations(times)))
     columns = ["runs that differ for certain", "four metrics in the correction", "one"]

@@ -160,14 +160,7 @@ def compare(
         )
     ]
     rows = [
-        replace(
-            row,
-            q=q,
-            smallest_detectable=None
-            if level is None or q is None
-            else test.smallest_detectable(level),
-            verdict=_verdict(row, q, alpha, base),
-        )
+        _decided(row, test, q, level, alpha, base)
         for row, test, (q, level) in zip(rows, tests, adjusted, strict=True)
     ]
     if margin is not None:
@@ -270,6 +263,28 @@ def _row(
         primary=primary,
         verdict="not comparable" if _not_finite(base, run, *key) else "not tested",
         of=of,
+    )
+
+
+def _decided(
+    row: Difference,
+    test: statistics.PairedTest,
+    q: float | None,
+    level: float | None,
+    alpha: float,
+    base: Run,
+) -> Difference:
+    """Return a row with its q and verdict, and all else at the level that the correction leaves."""
+    if q is None or level is None:
+        return replace(row, verdict=_verdict(row, q, alpha, base))
+    low, high = test.at_level(level)
+    return replace(
+        row,
+        low=low,
+        high=high,
+        q=q,
+        smallest_detectable=test.smallest_detectable(level),
+        verdict=_verdict(row, q, alpha, base),
     )
 
 

@@ -23,7 +23,8 @@ class Difference:
         score: Score of the run.
         difference: `score` - `base_score`, in the metric's own unit.
         relative: The same as a share of `base_score`, or None.
-        low: Lower end of the interval of the difference, or None.
+        low: Lower end of the interval of the difference, or None. At the level that the
+            adjustment leaves where there is a q: 0 is outside exactly where q < alpha.
         high: Upper end.
         p: p of the single test, or None where none was possible.
         q: p adjusted over the runs that are compared on the task (Benjamini-Hochberg), those

@@ -36,7 +36,8 @@ def as_table(comparison: Comparison) -> str:
     header = (
         f"Compared with {comparison.base}; difference = run - base; q: p after "
         "Benjamini-Hochberg over the runs of each task, random controls apart, so of many tasks "
-        "some may show a difference by chance; smallest detectable: "
+        "some may show a difference by chance; interval: widened as q is, so that it leaves out 0 "
+        "exactly where a difference is shown; smallest detectable: "
         "with a chance of 80 % at the level that this leaves."
     )
     if not all(row.primary for row in comparison.rows):

@@ -178,12 +178,11 @@ def _differences(base: Run, found: Sequence[_Row], alpha: float) -> Section:
         unpruned = base.scores.get(key)
         difference = after.value - before.value
         verdict = verdict_of(difference, q, alpha, before.higher_is_better)
-        detectable = (
-            row.test.smallest_detectable(level)
-            if row.test is not None and level is not None and q is not None
-            else None
-        )
         low, high = (row.test.low, row.test.high) if row.test else (None, None)
+        detectable = None
+        if row.test is not None and level is not None:
+            low, high = row.test.at_level(level)
+            detectable = row.test.smallest_detectable(level)
         rows.append(
             [
                 row.task,
@@ -207,7 +206,7 @@ def _differences(base: Run, found: Sequence[_Row], alpha: float) -> Section:
             (
                 "Each size against itself: the score after it was trained again, less that before, "
                 f"paired by document. q: p after Benjamini-Hochberg over the sizes of each task, "
-                f"significant at {alpha:g}. How both differ from the unpruned model stands in the "
+                f"significant at {alpha:g}; intervals are widened as q is. How both differ from the unpruned model stands in the "
                 "tables above."
             ),
             f"Tests: {'; '.join(methods)}." if methods else "Nothing could be tested.",

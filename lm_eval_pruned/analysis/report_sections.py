@@ -155,7 +155,8 @@ def differences_section(
         return None
     explanation = (
         "A difference of the smallest detectable size would have been found with a chance of 80 %, "
-        "at the level that the correction leaves to its row. n counts the documents that both "
+        "at the level that the correction leaves to its row, and the interval is that of the same "
+        "level: it leaves out 0 exactly where a difference is shown. n counts the documents that both "
         "were scored on."
     )
     if any(row.of is not None for row in comparison.rows):

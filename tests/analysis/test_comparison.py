@@ -327,6 +327,29 @@ def test_certain_tasks_and_random_controls_are_no_part_of_the_family(tmp_path, m
         assert one.claim.q == pytest.approx(5 / 3 * other.claim.q)
 
 
+def test_intervals_agree_with_verdicts_after_the_correction(tmp_path):
+    soft = np.random.default_rng(5).random(N)
+    noise = np.random.default_rng(6).normal(0, 0.1, size=(6, N))
+    shares = (0.5, 0.42, 0.48, 0.49, 0.5, 0.5)
+    tasks = [
+        {
+            "tf": {"acc,none": answers(share)},
+            "mc": {"mc2,none": (soft + share / 4 + noise[number]).tolist()},
+        }
+        for number, share in enumerate(shares)
+    ]
+    base, *others = runs(tmp_path, *tasks)
+    result = comparison.compare(base, others)
+    apart = {row.task for row in result.rows if row.p < 0.05 <= row.q}
+    assert apart == {"tf", "mc"}
+    for row in result.rows:
+        assert (row.low > 0 or row.high < 0) == (row.q < 0.05), row
+        assert row.low <= row.difference <= row.high
+    assert "so that it leaves out 0 exactly where a difference is shown" in (
+        comparison_table.as_table(result)
+    )
+
+
 def test_one_metric_stands_for_a_task_in_the_correction(tmp_path):
     result = family(tmp_path)
     rows = {(row.task, row.metric): row for row in result.rows}
@@ -517,7 +540,7 @@ def test_the_same_and_better_and_worse_and_not_known(tmp_path):
             "up": {"acc,none": answers(0.7, n)},
             "down": {"acc,none": answers(0.3, n)},
             "same": {"acc,none": nearly(0.5, 20, n)},
-            "few": {"acc,none": nearly(0.5, 400, n)},
+            "few": {"acc,none": nearly(0.5, 600, n)},
         },
     )
     rows = rows_of(base, run, margin=margin("2pt"))
