@@ -366,8 +366,15 @@ def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     partial = [t for t in tasks if is_partial(base, t) or is_partial(run, t)]
 
     def settings(each: Run) -> dict[str, dict[str, Any]]:
-        # A unit that stopped has other documents by design.
-        left_out = dict.fromkeys(partial, ("documents", "task_hash"))
+        # A unit that could stop has other documents by design, and is answered in blocks.
+        left_out = {
+            task: (
+                "answer_paths",
+                *(("documents", "task_hash") if task in partial else ()),
+            )
+            for task in tasks
+            if stopping_of(base, run, task)
+        }
         return {
             task: {k: v for k, v in known.items() if k not in left_out.get(task, ())}
             for task, known in each.settings.items()

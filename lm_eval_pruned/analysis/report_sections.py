@@ -96,7 +96,7 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
         "Benjamini-Hochberg over the sizes of each task, random controls apart"
     ]
     if any(stopped):
-        holm = "Holm over the sizes of each task whose units could stop"
+        holm = "Holm (with a margin, Bonferroni) over the sizes of each task whose units could stop"
         corrections = [*(corrections if not all(stopped) else ()), holm]
     legend = (
         "\u2191 higher is better, \u2193 lower is better. \u25b2 better and \u25bc worse than the unpruned model, "
