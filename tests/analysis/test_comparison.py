@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -500,6 +502,52 @@ def test_one_run_alone_cannot_be_compared(tmp_path):
     write_run(tmp_path, {"tf": {"acc,none": [1.0]}})
     with pytest.raises(ResultsError, match="nothing to compare"):
         comparison.read_comparands([str(tmp_path)])
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_command_in_a_terminal(tmp_path, capsys, monkeypatch, width):
+    tasks = [
+        {
+            "pruned_demo_truthfulness": {
+                "acc,none": answers(share),
+                "acc_norm,none": answers(share),
+            }
+        }
+        for share in (0.5, 0.3, 0.49)
+    ]
+    folders = [
+        str(write_run(tmp_path / str(number), each))
+        for number, each in enumerate(tasks)
+    ]
+    monkeypatch.setenv("COLUMNS", str(width))
+    texts = []
+    for options in ([], ["--all"], ["--format", "markdown"]):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        assert cli.main(["compare", *folders, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    short, everything, markdown = texts
+    assert short.startswith("2 comparisons with ")
+    first = " ".join(short.partition("\n\n")[0].split())
+    assert first.endswith(
+        "1 worse, 1 not shown. Left out: 2 rows that restate the same answers "
+        "(--all shows them)."
+    )
+    table = short.split("\n\n")[1].splitlines()
+    assert len(table) == 3
+    for line in (*short.splitlines(), *everything.splitlines()):
+        assert len(line) <= width
+    for column in ("score", "difference", "95% interval", "verdict"):
+        assert column in table[0]
+    # Numbers end under the end of their column's name.
+    end = table[0].index("difference") + len("difference")
+    assert all(re.match(r"[+-]0\.\d{4}$", line[end - 7 : end]) for line in table[1:])
+    assert ("smallest detectable" in table[0]) == (width == 200)
+    assert everything.count("restated") == 2
+    assert "restated" not in short
+    assert markdown.startswith("Compared with ")
+    monkeypatch.undo()
+    assert cli.main(["compare", *folders]) == 0
+    assert capsys.readouterr().out == markdown
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
