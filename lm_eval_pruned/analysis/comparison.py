@@ -22,7 +22,7 @@ from lm_eval_pruned.analysis.pairing import (
 )
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.runs import read_run
-from lm_eval_pruned.analysis.series import primary_metrics
+from lm_eval_pruned.analysis.series import is_control, primary_metrics
 from lm_eval_pruned.analysis.settings import listed, notes_on, other_settings
 from lm_eval_pruned.analysis.stopped_rows import (
     partial_notes,
@@ -117,6 +117,7 @@ def compare(
     rows: list[Difference] = []
     tests: list[statistics.PairedTest] = []
     stoppings: list[Stopping | None] = []
+    families: list[tuple[str, bool]] = []
     notes = notes_on([base, *(run for run in runs if run is not base)])
     read = read or DocumentReader()
     for run in runs:
@@ -141,35 +142,31 @@ def compare(
                 test, documents = _test(base, run, *key, alpha, read)
                 tests.append(test)
                 stoppings.append(stopping_of(base, run, key[0]))
+                families.append((key[0], is_control(run)))
                 rows.append(_row(base, run, key, key in primary, test, documents))
         notes += _prompts_notes(base, run, shared, read)
-    family = [
+    ps = [
         row.p if row.primary and stopping is None else None
         for row, stopping in zip(rows, stoppings, strict=True)
     ]
     adjusted = [
         (q, level) if stopping is None else (stopped_q, stopping.nominal_level)
         for q, level, stopped_q, stopping in zip(
-            statistics.false_discovery_rate(family),
-            statistics.false_discovery_levels(family, alpha),
+            statistics.false_discovery_rate(ps, families),
+            statistics.false_discovery_levels(ps, alpha, families),
             sequential_q(rows, stoppings),
             stoppings,
             strict=True,
         )
     ]
     rows = [
-        replace(
-            row,
-            q=q,
-            smallest_detectable=None
-            if level is None or q is None
-            else test.smallest_detectable(level),
-            verdict=_verdict(row, q, alpha, base),
-        )
+        _decided(row, test, q, level, alpha, base)
         for row, test, (q, level) in zip(rows, tests, adjusted, strict=True)
     ]
     if margin is not None:
-        rows, unusable = _with_claims(margin, rows, tests, stoppings, alpha, base)
+        rows, unusable = _with_claims(
+            margin, rows, tests, stoppings, families, alpha, base
+        )
         notes += unusable
     weaker = sorted({row.task for row in rows if "weaker" in row.method})
     if weaker:
@@ -269,6 +266,28 @@ def _row(
     )
 
 
+def _decided(
+    row: Difference,
+    test: statistics.PairedTest,
+    q: float | None,
+    level: float | None,
+    alpha: float,
+    base: Run,
+) -> Difference:
+    """Return a row with its q and verdict, and all else at the level that the correction leaves."""
+    if q is None or level is None:
+        return replace(row, verdict=_verdict(row, q, alpha, base))
+    low, high = test.at_level(level)
+    return replace(
+        row,
+        low=low,
+        high=high,
+        q=q,
+        smallest_detectable=test.smallest_detectable(level),
+        verdict=_verdict(row, q, alpha, base),
+    )
+
+
 def _verdict(row: Difference, q: float | None, alpha: float, base: Run) -> str:
     if row.verdict == "not comparable":
         return row.verdict
@@ -285,6 +304,7 @@ def _with_claims(
     rows: Sequence[Difference],
     tests: Sequence[statistics.PairedTest],
     stoppings: Sequence[Stopping | None],
+    families: Sequence[tuple[str, bool]],
     alpha: float,
     base: Run,
 ) -> tuple[list[Difference], list[str]]:
@@ -303,6 +323,7 @@ def _with_claims(
             )
             for row in rows
         ],
+        families,
         alpha,
     )
     of_stopped = sequential_claims(margin, rows, tests, stoppings)
@@ -345,8 +366,15 @@ def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     partial = [t for t in tasks if is_partial(base, t) or is_partial(run, t)]
 
     def settings(each: Run) -> dict[str, dict[str, Any]]:
-        # A unit that stopped has other documents by design.
-        left_out = dict.fromkeys(partial, ("documents", "task_hash"))
+        # A unit that could stop has other documents by design, and is answered in blocks.
+        left_out = {
+            task: (
+                "answer_paths",
+                *(("documents", "task_hash") if task in partial else ()),
+            )
+            for task in tasks
+            if stopping_of(base, run, task)
+        }
         return {
             task: {k: v for k, v in known.items() if k not in left_out.get(task, ())}
             for task, known in each.settings.items()

@@ -23,10 +23,12 @@ class Difference:
         score: Score of the run.
         difference: `score` - `base_score`, in the metric's own unit.
         relative: The same as a share of `base_score`, or None.
-        low: Lower end of the interval of the difference, or None.
+        low: Lower end of the interval of the difference, or None. At the level that the
+            adjustment leaves where there is a q: 0 is outside exactly where q < alpha.
         high: Upper end.
         p: p of the single test, or None where none was possible.
-        q: p adjusted over the primary metrics of the table (Benjamini-Hochberg), or None.
+        q: p adjusted over the runs that are compared on the task (Benjamini-Hochberg), those
+            that were pruned at random apart; or None.
         smallest_detectable: See `statistics.PairedTest`, at the level that the
             adjustment leaves; None where there is no q.
         documents: Documents both runs were scored on, or None.

@@ -1,10 +1,12 @@
-"""A comparison as Markdown tables, CSV and JSON."""
+"""A comparison as Markdown tables, text for a terminal, CSV and JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+import textwrap
+from collections import Counter
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
@@ -33,14 +35,14 @@ CORRELATION = (
 def as_table(comparison: Comparison) -> str:
     """Return the comparison as Markdown tables for people."""
     confidence = f"{1 - comparison.alpha:.0%}"
-    primary = sum(row.primary for row in comparison.rows)
     header = (
         f"Compared with {comparison.base}; difference = run - base; q: p after "
-        f"Benjamini-Hochberg over {primary} row{'s' * (primary != 1)}, one metric for each task; "
-        "smallest detectable: "
+        "Benjamini-Hochberg over the runs of each task, random controls apart, so of many tasks "
+        "some may show a difference by chance; interval: widened as q is, so that it leaves out 0 "
+        "exactly where a difference is shown; smallest detectable: "
         "with a chance of 80 % at the level that this leaves."
     )
-    if primary < len(comparison.rows):
+    if not all(row.primary for row in comparison.rows):
         header += " Rows that are `restated` are other metrics of the same answers."
     if comparison.margin is not None:
         header += (
@@ -48,19 +50,113 @@ def as_table(comparison: Comparison) -> str:
             f"where {comparison.margin.verdict} is shown (two one-sided tests, q margin below "
             f"{comparison.alpha:g})."
         )
-    parts = [header, _differences(comparison, confidence)]
+    parts = [header, markdown_table(*_differences(comparison, confidence))]
     if comparison.trends:
-        parts += [f"{TREND}:", _trends(comparison.trends, confidence)]
+        trends = markdown_table(*_trends(comparison.trends, confidence))
+        parts += [f"{TREND}:", trends]
     if comparison.correlations:
-        parts += [f"{CORRELATION}:", _correlations(comparison.correlations, confidence)]
+        pairs = markdown_table(*_correlations(comparison.correlations, confidence))
+        parts += [f"{CORRELATION}:", pairs]
     if comparison.notes:
         parts.append("\n".join(f"Note: {note}" for note in comparison.notes))
     return "\n\n".join(parts) + "\n"
 
 
-def _differences(comparison: Comparison, confidence: str) -> str:
+def as_text(comparison: Comparison, width: int, *, everything: bool = False) -> str:
+    """Return the comparison as aligned text for a terminal.
+
+    Args:
+        comparison: What is shown.
+        width: Columns of the terminal. Columns of a table that do not fit are left out, the least
+            important first.
+        everything: Whether to show restated metrics, trends and correlations.
+    """
+    confidence = f"{1 - comparison.alpha:.0%}"
+    primary = tuple(row for row in comparison.rows if row.primary)
+    counts = Counter(row.verdict for row in primary)
+    found = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    summary = f"{len(primary)} comparisons with {comparison.base}: {found}."
+    left_out = [
+        f"{count} {what}"
+        for count, what in (
+            (len(comparison.rows) - len(primary), "rows that restate the same answers"),
+            (len(comparison.trends), "trends"),
+            (len(comparison.correlations), "correlations"),
+        )
+        if count and not everything
+    ]
+    if left_out:
+        summary += f" Left out: {', '.join(left_out)} (--all shows them)."
+    shown = comparison if everything else replace(comparison, rows=primary)
+    parts = [summary, _aligned(*_differences(shown, confidence), width)]
+    if everything and comparison.trends:
+        trends = _aligned(*_trends(comparison.trends, confidence), width)
+        parts += [f"{TREND}:", trends]
+    if everything and comparison.correlations:
+        pairs = _aligned(*_correlations(comparison.correlations, confidence), width)
+        parts += [f"{CORRELATION}:", pairs]
+    parts += [f"Note: {note}" for note in comparison.notes]
+    return (
+        "\n\n".join(
+            part if "\n" in part else textwrap.fill(part, width) for part in parts
+        )
+        + "\n"
+    )
+
+
+#: What a narrow terminal does not show, the first to go first.
+_LEAST = ("test", "relative", "documents", "smallest detectable", "margin", "q margin")
+_LEAST += ("interval that decides", "p of rho", "p of r", "p", "base", "metric", "q")
+
+
+#: Columns of names, of which the last characters are shown where there are more.
+_NAMES = ("run", "task", "series")
+_LONGEST_NAME = 28
+_SHORTEST_NAME = 8
+
+
+def _aligned(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], align: str, width: int
+) -> str:
+    table = {
+        place: [name, *(str(row[place]) for row in rows)]
+        for place, name in enumerate(columns)
+    }
+
+    def shorten(longest: int) -> None:
+        for place, cells in table.items():
+            if columns[place] in _NAMES:
+                table[place] = [
+                    cell if len(cell) <= longest else f"\u2026{cell[1 - longest :]}"
+                    for cell in cells
+                ]
+
+    def needed() -> int:
+        return sum(max(map(len, cells)) + 2 for cells in table.values()) - 2
+
+    shorten(_LONGEST_NAME)
+    for name in _LEAST:
+        if needed() <= width:
+            break
+        table = {k: cells for k, cells in table.items() if columns[k] != name}
+    for longest in range(_LONGEST_NAME, _SHORTEST_NAME - 1, -1):
+        if needed() <= width:
+            break
+        shorten(longest)
+    for place, cells in table.items():
+        side = "<" if align[place] == "l" else ">"
+        size = max(map(len, cells))
+        table[place] = [f"{cell:{side}{size}}" for cell in cells]
+    return "\n".join(
+        "  ".join(line).rstrip() for line in zip(*table.values(), strict=True)
+    )
+
+
+def _differences(
+    comparison: Comparison, confidence: str
+) -> tuple[list[str], list[list[str]], str]:
     with_margin = comparison.margin is not None
-    return markdown_table(
+    return (
         ["run", "task", "metric", "base", "score", "difference"]
         + [f"{confidence} interval", "relative", "p", "q", "smallest detectable"]
         + (["margin", "interval that decides", "q margin"] if with_margin else [])
@@ -99,8 +195,10 @@ def _claim(claim: Claim | None) -> tuple[str, str, str]:
     return f"{claim.margin:.4g}", f"[{low}, {high}]", p_text(claim.q)
 
 
-def _trends(trends: Sequence[TaskTrend], confidence: str) -> str:
-    return markdown_table(
+def _trends(
+    trends: Sequence[TaskTrend], confidence: str
+) -> tuple[list[str], list[list[Any]], str]:
+    return (
         ["series", "task", "metric", "n", "slope", f"{confidence} interval", "p", "q"]
         + ["documents", "test"],
         [
@@ -122,7 +220,9 @@ def _trends(trends: Sequence[TaskTrend], confidence: str) -> str:
     )
 
 
-def _correlations(pairs: Sequence[TaskCorrelation], confidence: str) -> str:
+def _correlations(
+    pairs: Sequence[TaskCorrelation], confidence: str
+) -> tuple[list[str], list[list[Any]], str]:
     rows = []
     for pair in pairs:
         found = pair.correlation
@@ -140,7 +240,7 @@ def _correlations(pairs: Sequence[TaskCorrelation], confidence: str) -> str:
                 p_text(pair.q),
             ]
         )
-    return markdown_table(
+    return (
         ["series", "task", "task", "n", "Pearson r", f"{confidence} interval", "p of r"]
         + ["Spearman rho", "p of rho", "p both", "q"],
         rows,
@@ -185,7 +285,7 @@ def as_json(comparison: Comparison) -> str:
     return json.dumps(_finite(asdict(comparison)), indent=2, allow_nan=False) + "\n"
 
 
-FORMATS = {"table": as_table, "csv": as_csv, "json": as_json}
+FORMATS = {"markdown": as_table, "csv": as_csv, "json": as_json}
 
 
 def _finite(value: Any) -> Any:

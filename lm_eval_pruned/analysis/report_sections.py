@@ -92,9 +92,11 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
         for row in comparison.rows
         if row.q is not None
     ]
-    corrections = [f"Benjamini-Hochberg over {stopped.count(False)} comparisons"]
+    corrections = [
+        "Benjamini-Hochberg over the sizes of each task, random controls apart"
+    ]
     if any(stopped):
-        holm = "Holm over the sizes of each task whose units could stop"
+        holm = "Holm (with a margin, Bonferroni) over the sizes of each task whose units could stop"
         corrections = [*(corrections if not all(stopped) else ()), holm]
     legend = (
         "\u2191 higher is better, \u2193 lower is better. \u25b2 better and \u25bc worse than the unpruned model, "
@@ -153,7 +155,8 @@ def differences_section(
         return None
     explanation = (
         "A difference of the smallest detectable size would have been found with a chance of 80 %, "
-        "at the level that the correction leaves to its row. n counts the documents that both "
+        "at the level that the correction leaves to its row, and the interval is that of the same "
+        "level: it leaves out 0 exactly where a difference is shown. n counts the documents that both "
         "were scored on."
     )
     if any(row.of is not None for row in comparison.rows):

@@ -47,7 +47,7 @@ def sequential_test(
 def sequential_q(
     rows: Sequence[Difference], stoppings: Sequence[Stopping | None]
 ) -> list[float | None]:
-    """Return p after Holm over the sizes of a sweep, for each task, or None for other rows."""
+    """Return p after a correction over the sizes of a sweep, for each task, or None for other rows."""
     ps = [
         row.p if stopping is not None and row.primary else None
         for row, stopping in zip(rows, stoppings, strict=True)
@@ -99,8 +99,8 @@ def partial_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
         if parts:
             notes.append(
                 f"{each.name} stopped when decided: {', '.join(parts)}. Scores and differences are "
-                "of these documents; intervals and p hold for stopping, and q is p after Holm over "
-                "the sizes of the sweep, apart from the other rows."
+                "of these documents; intervals and p hold for stopping. q bounds the chance of any "
+                "wrong decision over the sizes of one task, not over all tasks together."
             )
     return notes
 
@@ -118,6 +118,12 @@ def _by_task(
     stoppings: Sequence[Stopping | None],
     ps: Sequence[float | None],
 ) -> list[float | None]:
+    """Adjust p over the sizes of each task: after Holm, or Bonferroni where there is a margin.
+
+    A size can be wrongly called different or wrongly equivalent, but not both, because the true
+    difference is not 0 and the margin at once. So each size may spend its share of the level on
+    both questions, if no size hands its share on as Holm's method does.
+    """
     adjusted: list[float | None] = [None] * len(rows)
     for task in dict.fromkeys(row.task for row in rows):
         places = [
@@ -127,7 +133,12 @@ def _by_task(
         ]
         sizes = [each.sizes for place in places if (each := stoppings[place])]
         if sizes:
-            family = statistics.family_wise([ps[place] for place in places], max(sizes))
-            for place, q in zip(places, family, strict=True):
+            family = [ps[place] for place in places]
+            tests = max(sizes)
+            if any(each.margin for place in places if (each := stoppings[place])):
+                qs = [None if p is None else min(1.0, tests * p) for p in family]
+            else:
+                qs = statistics.family_wise(family, tests)
+            for place, q in zip(places, qs, strict=True):
                 adjusted[place] = q
     return adjusted

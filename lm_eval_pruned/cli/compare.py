@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.analysis.margins import add_margins, margin_of
@@ -17,7 +19,7 @@ def add(commands) -> None:
         "compare",
         help="paired statistics of runs against a base",
         description="Compare runs with a base, task by task: paired differences with interval and "
-        "p from the logged samples, adjusted over the table; across expansion ratios also "
+        "p from the logged samples, adjusted over the runs of each task; across expansion ratios also "
         "correlations and trends.",
     )
     parser.add_argument(
@@ -40,14 +42,24 @@ def add(commands) -> None:
         help="compare the members of groups too, such as the subjects of MMLU",
     )
     add_margins(parser)
-    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    parser.add_argument(
+        "--format",
+        choices=("table", "markdown", "csv", "json"),
+        default="table",
+        help="table (default) is aligned text that fits a terminal, and Markdown in a file or pipe",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="in a terminal, show restated metrics, trends and correlations too",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.analysis import comparison
-    from lm_eval_pruned.analysis.comparison_table import FORMATS
+    from lm_eval_pruned.analysis.comparison_table import FORMATS, as_text
 
     margin = margin_of(arguments)
     base, runs = comparison.read_comparands(arguments.paths)
@@ -58,5 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
         subtasks=arguments.subtasks,
         margin=margin,
     )
-    print(FORMATS[arguments.format](result), end="")
+    if arguments.format == "table" and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        print(as_text(result, width, everything=arguments.all), end="")
+    else:
+        form = "markdown" if arguments.format == "table" else arguments.format
+        print(FORMATS[form](result), end="")
     return 0

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -270,19 +272,16 @@ def test_perplexities_are_correlated_as_logarithms(tmp_path):
     assert slopes["wikitext"] == pytest.approx(-20 * slopes["mmlu"])
 
 
-def family(tmp_path, others: int):
-    """Compare a task that lost a little, and `others` that lost for certain."""
-    certain = {f"certain{number}": (0.9, 0.1) for number in range(others)}
+def family(tmp_path):
+    """Compare a run on four tasks, two of which have two metrics."""
     sides = []
     for side in (0, 1):
         perplexity = {"aggregation": "perplexity", "higher_is_better": False}
         values = np.random.default_rng(side).normal(-3, 0.1, size=N)
         sides.append(
             {
-                name: {"acc,none": answers(shares[side])}
-                for name, shares in (("little", (0.5, 0.4)), *certain.items())
-            }
-            | {
+                "little": {"acc,none": answers((0.5, 0.4)[side])},
+                "certain": {"acc,none": answers((0.9, 0.1)[side])},
                 "arc": {"acc,none": answers(0.6), "acc_norm,none": answers(0.5)},
                 "wikitext": {
                     f"{unit}_perplexity,none": {"values": list(values), **perplexity}
@@ -294,8 +293,67 @@ def family(tmp_path, others: int):
     return comparison.compare(base, [run])
 
 
+@pytest.mark.parametrize("margin", [None, Margin("not_worse", "15pt")])
+def test_certain_tasks_and_random_controls_are_no_part_of_the_family(tmp_path, margin):
+    shares = {0: 0.5, 10: 0.4, 20: 0.48, 30: 0.47, 40: 0.1, 50: 0.1}
+
+    def rows(name, certain: int, largest: str):
+        runs = [
+            read_run(
+                write_run(
+                    tmp_path / name / str(percent),
+                    {"asked": {"acc,none": answers(share)}}
+                    | {
+                        f"held{n}": {"acc,none": answers(0.1 if percent else 0.9)}
+                        for n in range(certain)
+                    },
+                    pruning=pruning(
+                        percent, criterion=largest if percent >= 40 else "maw"
+                    ),
+                ),
+                str(percent),
+            )
+            for percent, share in shares.items()
+        ]
+        found = rows_of(*runs, margin=margin)
+        return {key[0]: row for key, row in found.items() if key[1] == "asked"}
+
+    alone = rows("alone", 0, "maw")
+    assert rows("beside", 3, "maw") == alone
+    one, other = alone["10"], rows("random", 0, "random")["10"]
+    assert one.p == other.p
+    # Where the two that lost for certain were cut at random, only three are asked about.
+    assert one.q == pytest.approx(5 / 3 * one.p)
+    assert other.q == pytest.approx(3 * other.p)
+    if margin is not None:
+        assert one.claim.q == pytest.approx(5 / 3 * other.claim.q)
+
+
+def test_intervals_agree_with_verdicts_after_the_correction(tmp_path):
+    soft = np.random.default_rng(5).random(N)
+    noise = np.random.default_rng(6).normal(0, 0.1, size=(6, N))
+    shares = (0.5, 0.42, 0.48, 0.49, 0.5, 0.5)
+    tasks = [
+        {
+            "tf": {"acc,none": answers(share)},
+            "mc": {"mc2,none": (soft + share / 4 + noise[number]).tolist()},
+        }
+        for number, share in enumerate(shares)
+    ]
+    base, *others = runs(tmp_path, *tasks)
+    result = comparison.compare(base, others)
+    apart = {row.task for row in result.rows if row.p < 0.05 <= row.q}
+    assert apart == {"tf", "mc"}
+    for row in result.rows:
+        assert (row.low > 0 or row.high < 0) == (row.q < 0.05), row
+        assert row.low <= row.difference <= row.high
+    assert "so that it leaves out 0 exactly where a difference is shown" in (
+        comparison_table.as_table(result)
+    )
+
+
 def test_one_metric_stands_for_a_task_in_the_correction(tmp_path):
-    result = family(tmp_path, 2)
+    result = family(tmp_path)
     rows = {(row.task, row.metric): row for row in result.rows}
     restated = {key for key, row in rows.items() if not row.primary}
     assert restated == {("arc", "acc,none"), ("wikitext", "byte_perplexity,none")}
@@ -305,7 +363,7 @@ def test_one_metric_stands_for_a_task_in_the_correction(tmp_path):
         assert (rows[key].q, rows[key].verdict) == (None, "restated")
         assert rows[key].smallest_detectable is None
     table = comparison_table.as_table(result)
-    assert "over 5 rows, one metric for each task" in table
+    assert "over the runs of each task, random controls apart" in table
     assert table.count("|restated|") == 2
 
 
@@ -323,12 +381,14 @@ def test_subtasks_have_a_primary_metric_each(tmp_path):
 
 
 def test_the_smallest_detectable_is_that_of_the_corrected_level(tmp_path):
-    def smallest(others):
-        rows = family(tmp_path / str(others), others).rows
-        return next(r for r in rows if r.task == "little").smallest_detectable
+    def smallest(*others):
+        shares = (0.5, 0.4, *others)
+        tasks = [{"tf": {"acc,none": answers(share)}} for share in shares]
+        rows = rows_of(*runs(tmp_path / str(others), *tasks))
+        return rows["1", "tf", "acc,none"].smallest_detectable
 
-    # Alone among null tasks it has a third of alpha; among certain ones nearly all.
-    assert smallest(0) > smallest(8)
+    # Among runs without a difference it has a part of alpha; among certain ones nearly all.
+    assert smallest(0.5, 0.5) > smallest(0.1, 0.1) == smallest()
 
 
 @pytest.mark.parametrize(
@@ -444,6 +504,52 @@ def test_one_run_alone_cannot_be_compared(tmp_path):
         comparison.read_comparands([str(tmp_path)])
 
 
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_command_in_a_terminal(tmp_path, capsys, monkeypatch, width):
+    tasks = [
+        {
+            "pruned_demo_truthfulness": {
+                "acc,none": answers(share),
+                "acc_norm,none": answers(share),
+            }
+        }
+        for share in (0.5, 0.3, 0.49)
+    ]
+    folders = [
+        str(write_run(tmp_path / str(number), each))
+        for number, each in enumerate(tasks)
+    ]
+    monkeypatch.setenv("COLUMNS", str(width))
+    texts = []
+    for options in ([], ["--all"], ["--format", "markdown"]):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        assert cli.main(["compare", *folders, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    short, everything, markdown = texts
+    assert short.startswith("2 comparisons with ")
+    first = " ".join(short.partition("\n\n")[0].split())
+    assert first.endswith(
+        "1 worse, 1 not shown. Left out: 2 rows that restate the same answers "
+        "(--all shows them)."
+    )
+    table = short.split("\n\n")[1].splitlines()
+    assert len(table) == 3
+    for line in (*short.splitlines(), *everything.splitlines()):
+        assert len(line) <= width
+    for column in ("score", "difference", "95% interval", "verdict"):
+        assert column in table[0]
+    # Numbers end under the end of their column's name.
+    end = table[0].index("difference") + len("difference")
+    assert all(re.match(r"[+-]0\.\d{4}$", line[end - 7 : end]) for line in table[1:])
+    assert ("smallest detectable" in table[0]) == (width == 200)
+    assert everything.count("restated") == 2
+    assert "restated" not in short
+    assert markdown.startswith("Compared with ")
+    monkeypatch.undo()
+    assert cli.main(["compare", *folders]) == 0
+    assert capsys.readouterr().out == markdown
+
+
 @pytest.mark.parametrize("form", ["table", "csv", "json"])
 def test_the_command(tmp_path, capsys, form):
     folder = sweep(tmp_path)
@@ -482,7 +588,7 @@ def test_the_same_and_better_and_worse_and_not_known(tmp_path):
             "up": {"acc,none": answers(0.7, n)},
             "down": {"acc,none": answers(0.3, n)},
             "same": {"acc,none": nearly(0.5, 20, n)},
-            "few": {"acc,none": nearly(0.5, 400, n)},
+            "few": {"acc,none": nearly(0.5, 600, n)},
         },
     )
     rows = rows_of(base, run, margin=margin("2pt"))

@@ -372,7 +372,8 @@ def test_compare_calls_partial_scores_partial(stopped):
         assert (row.q is not None) is row.primary
         assert row.low <= row.difference <= row.high
     assert any("partial: " in note for note in comparison.notes)
-    assert not any("documents, task" in note for note in comparison.notes)
+    assert not any("other settings" in note for note in comparison.notes)
+    assert any("not over all tasks" in note for note in comparison.notes)
 
 
 def test_compare_shows_equivalence_that_a_unit_stopped_by(options):

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,18 @@ def close(value: float | None, expected: float | None) -> bool:
     return math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-11)
 
 
+def over_tasks(ours):
+    """Return our comparison with q over the tasks, as the script of two runs adjusts it."""
+    qs = statistics.false_discovery_rate(
+        [r.p if r.primary else None for r in ours.rows]
+    )
+    rows = []
+    for row, q in zip(ours.rows, qs, strict=True):
+        shown = q is None or q < ours.alpha
+        rows.append(replace(row, q=q, verdict=row.verdict if shown else "not shown"))
+    return replace(ours, rows=tuple(rows))
+
+
 @pytest.mark.parametrize(
     ("kind", "subtasks"),
     [(kind, False) for kind in RUNS] + [(k, True) for k in RUNS if "group" in k],
@@ -240,8 +253,8 @@ def close(value: float | None, expected: float | None) -> bool:
 @pytest.mark.parametrize("samples", [True, False])
 def test_figures_are_those_of_compare(kind, samples, subtasks, script, tmp_path):
     paths = write_both(tmp_path, RUNS[kind], samples=samples)
-    ours = comparison.compare(
-        *map(read_run, paths[:1]), [read_run(paths[1])], subtasks=subtasks
+    ours = over_tasks(
+        comparison.compare(read_run(paths[0]), [read_run(paths[1])], subtasks=subtasks)
     )
     rows, notes = script.compare(*map(script.read_run, paths), subtasks=subtasks)
     printed = table(script.as_table(rows, notes, 0.05))
@@ -308,10 +321,6 @@ def test_distribution_functions_are_those_of_scipy(script):
         for b in (0.5, 1, 12, 650, 7000.5):
             assert script.incomplete_beta(a, b, x) == pytest.approx(
                 special.betainc(a, b, x), rel=1e-9, abs=1e-13
-            )
-            shares = np.linspace(0.001, 0.999, 40)
-            assert script.beta_quantile(a, b, shares) == pytest.approx(
-                special.betaincinv(a, b, shares), rel=1e-9, abs=1e-15
             )
     for degrees in (1, 2, 9, 30, 800, 14041):
         for t in (0, 1e-6, 0.3, 1, 2.5, 8, 30):
@@ -450,12 +459,12 @@ def test_it_is_clean(command, checkout):
 def test_a_rule_that_no_longer_fits_is_named(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import math\n\nfrom lm_eval_pruned.analysis.statistics.mcnemar import _beta_cdf\n"
+        "import math\n\nfrom lm_eval_pruned.analysis.statistics.mcnemar import _mid_p\n"
     )
     rules = {"mcnemar": Rules(change={"betaln(": "other("})}
     with pytest.raises(ValueError, match=r"mcnemar holds 0 times .* 'betaln\('"):
         inlining.inlined(script, rules)
-    with pytest.raises(ValueError, match="scipy is needed for special"):
+    with pytest.raises(ValueError, match="scipy is needed for stats"):
         inlining.inlined(script, {})
 
 

@@ -23,9 +23,8 @@ TEST = "tests/scripts/test_paired_comparison.py"
 RULES = {
     "mcnemar": Rules(
         change={
-            "special.betaincinv(": "beta_quantile(",
-            "special.betainc(": "incomplete_beta(",
-            "optimize.brentq(lambda x, level": "root(lambda x, level",
+            "return optimize.brentq(": "return root(",
+            "            xtol=1e-13,\n": "",
         }
     )
 }

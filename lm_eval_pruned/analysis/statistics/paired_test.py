@@ -107,15 +107,26 @@ class PairedTest:
     def interval(self, alpha: float) -> tuple[float, float] | None:
         """Return the interval that `p_outside` goes by, or None.
 
-        It is that of `low` and `high`, but for right-or-wrong documents, where it counts
-        the whole chance of what was seen instead of half of it, and is a little wider.
-
         Args:
             alpha: 1 - confidence.
         """
         if self._tails(self.difference) is None:
             return None
         return self._end(alpha / 2, 0), self._end(alpha / 2, 1)
+
+    def at_level(self, level: float) -> tuple[float | None, float | None]:
+        """Return `low` and `high` at another level of a two-sided test.
+
+        With the levels of `false_discovery_levels`, no more than alpha of the intervals of
+        differences that are shown miss the true one, on average.
+
+        Source: Benjamini and Yekutieli 2005, Journal of the American Statistical
+        Association 100, 71-81.
+        """
+        ends = None if level == self.level else self.interval(level)
+        if ends is None or self.low is None or self.p is None:
+            return self.low, self.high
+        return agreeing(ends, self.difference, self.p, level)
 
     def _end(self, p: float, side: int) -> float:
         def excess(x: float) -> float:
@@ -132,12 +143,27 @@ class PairedTest:
             return sign * math.inf
         if excess(self.difference) <= 0:
             return self.difference
-        bracket = sorted((self.difference, self.difference + sign * step))
-        return float(optimize.brentq(excess, *bracket, xtol=1e-12))
+        farther = self.difference + sign * step
+        return float(optimize.brentq(excess, self.difference, farther, xtol=1e-12))
 
 
 #: No score of a model lies beyond.
 _FARTHEST = 1e12
+
+
+def agreeing(
+    ends: tuple[float, float], difference: float, p: float, level: float
+) -> tuple[float, float]:
+    """Return an interval that holds 0 exactly where a two-sided p is not below its level.
+
+    The interval of right-or-wrong documents comes from another test than their p, which can
+    differ about 0 and about nothing else.
+    """
+    low, high = ends
+    if p >= level:
+        return min(low, 0.0), max(high, 0.0)
+    beyond = 1e-6 * difference
+    return (max(low, beyond), high) if difference > 0 else (low, min(high, beyond))
 
 
 def p_of_tails(lower: float, upper: float, alternative: str) -> float:

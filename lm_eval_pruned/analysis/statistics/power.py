@@ -40,9 +40,8 @@ def claim_power_of_shares(
         the normal distribution.
     """
     if n * changed > _MOST_COUNTED:
-        # Outcomes are 2 / n apart, and the test counts the whole chance of the one it saw.
         return claim_power_of_means(
-            math.sqrt(changed / n), n - 1, margin - 1 / n, alpha, both_sides=both_sides
+            math.sqrt(changed / n), n - 1, margin, alpha, both_sides=both_sides
         )
     many = stats.binom(n, changed)
     counts = np.arange(max(0, many.ppf(1e-7)), many.isf(1e-7) + 1).astype(int)

@@ -10,6 +10,7 @@ documents ask about one text, over texts. p values are adjusted over the tasks (
 and Hochberg). No random numbers are drawn, and numpy is all that is needed.
 
 Sources: Fagerland, Lydersen and Laake 2013, BMC Medical Research Methodology 13:91 (mid-p);
+Tango 1998, Statistics in Medicine 17:891 (the interval beside it);
 Miller 2024, arXiv 2411.00640 (paired differences, clusters); Cochran 1977, Sampling
 Techniques, chapters 5 and 6 (strata, ratios); Benjamini and Hochberg 1995, Journal of the
 Royal Statistical Society B 57:289.
@@ -287,16 +288,6 @@ def incomplete_beta(a: float, b: float, x: np.ndarray | float) -> np.ndarray:
     return np.where(above, 1 - scale * value, scale * value)
 
 
-def beta_quantile(a: float, b: float, share: np.ndarray) -> np.ndarray:
-    """Return where I_x(a, b) is `share`, by bisection."""
-    low, high = np.zeros_like(share), np.ones_like(share)
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = incomplete_beta(a, b, middle) < share
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return (low + high) / 2
-
-
 def root(rising, low: float, high: float) -> float:
     """Return where a rising function is 0 between `low` and `high`, by bisection."""
     for _ in range(45):
@@ -338,7 +329,8 @@ class PairedTest:
     method: str
 
 
-from lm_eval_pruned.analysis.statistics.mcnemar import _changed_interval
+from lm_eval_pruned.analysis.statistics.mcnemar import _score_interval
+from lm_eval_pruned.analysis.statistics.paired_test import agreeing
 
 
 def mcnemar(up: int, down: int, n: int, alpha: float) -> PairedTest:
@@ -350,7 +342,9 @@ def mcnemar(up: int, down: int, n: int, alpha: float) -> PairedTest:
         ways = ways * (changed - k) // (k + 1)
     # Twice P(X < few) + P(X = few) / 2 of X ~ Binomial(changed, 1/2), in whole numbers.
     p = 1.0 if up == down else (2 * below + ways) / 2**changed
-    return PairedTest(*_changed_interval(up, down, n, alpha), p, "McNemar mid-p")
+    interval = _score_interval(up, down, n, alpha)
+    interval = agreeing(interval, (up - down) / n, p, alpha)
+    return PairedTest(*interval, p, "McNemar mid-p")
 
 
 from lm_eval_pruned.analysis.statistics.moments import Moments, moments_of
