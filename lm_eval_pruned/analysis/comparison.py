@@ -22,7 +22,7 @@ from lm_eval_pruned.analysis.pairing import (
 )
 from lm_eval_pruned.analysis.results_file import ResultsError, Run
 from lm_eval_pruned.analysis.runs import read_run
-from lm_eval_pruned.analysis.series import primary_metrics
+from lm_eval_pruned.analysis.series import is_control, primary_metrics
 from lm_eval_pruned.analysis.settings import listed, notes_on, other_settings
 from lm_eval_pruned.analysis.stopped_rows import (
     partial_notes,
@@ -117,6 +117,7 @@ def compare(
     rows: list[Difference] = []
     tests: list[statistics.PairedTest] = []
     stoppings: list[Stopping | None] = []
+    families: list[tuple[str, bool]] = []
     notes = notes_on([base, *(run for run in runs if run is not base)])
     read = read or DocumentReader()
     for run in runs:
@@ -141,17 +142,18 @@ def compare(
                 test, documents = _test(base, run, *key, alpha, read)
                 tests.append(test)
                 stoppings.append(stopping_of(base, run, key[0]))
+                families.append((key[0], is_control(run)))
                 rows.append(_row(base, run, key, key in primary, test, documents))
         notes += _prompts_notes(base, run, shared, read)
-    family = [
+    ps = [
         row.p if row.primary and stopping is None else None
         for row, stopping in zip(rows, stoppings, strict=True)
     ]
     adjusted = [
         (q, level) if stopping is None else (stopped_q, stopping.nominal_level)
         for q, level, stopped_q, stopping in zip(
-            statistics.false_discovery_rate(family),
-            statistics.false_discovery_levels(family, alpha),
+            statistics.false_discovery_rate(ps, families),
+            statistics.false_discovery_levels(ps, alpha, families),
             sequential_q(rows, stoppings),
             stoppings,
             strict=True,
@@ -169,7 +171,9 @@ def compare(
         for row, test, (q, level) in zip(rows, tests, adjusted, strict=True)
     ]
     if margin is not None:
-        rows, unusable = _with_claims(margin, rows, tests, stoppings, alpha, base)
+        rows, unusable = _with_claims(
+            margin, rows, tests, stoppings, families, alpha, base
+        )
         notes += unusable
     weaker = sorted({row.task for row in rows if "weaker" in row.method})
     if weaker:
@@ -285,6 +289,7 @@ def _with_claims(
     rows: Sequence[Difference],
     tests: Sequence[statistics.PairedTest],
     stoppings: Sequence[Stopping | None],
+    families: Sequence[tuple[str, bool]],
     alpha: float,
     base: Run,
 ) -> tuple[list[Difference], list[str]]:
@@ -303,6 +308,7 @@ def _with_claims(
             )
             for row in rows
         ],
+        families,
         alpha,
     )
     of_stopped = sequential_claims(margin, rows, tests, stoppings)

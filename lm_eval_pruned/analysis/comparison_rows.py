@@ -26,7 +26,8 @@ class Difference:
         low: Lower end of the interval of the difference, or None.
         high: Upper end.
         p: p of the single test, or None where none was possible.
-        q: p adjusted over the primary metrics of the table (Benjamini-Hochberg), or None.
+        q: p adjusted over the runs that are compared on the task (Benjamini-Hochberg), those
+            that were pruned at random apart; or None.
         smallest_detectable: See `statistics.PairedTest`, at the level that the
             adjustment leaves; None where there is no q.
         documents: Documents both runs were scored on, or None.

@@ -33,14 +33,13 @@ CORRELATION = (
 def as_table(comparison: Comparison) -> str:
     """Return the comparison as Markdown tables for people."""
     confidence = f"{1 - comparison.alpha:.0%}"
-    primary = sum(row.primary for row in comparison.rows)
     header = (
         f"Compared with {comparison.base}; difference = run - base; q: p after "
-        f"Benjamini-Hochberg over {primary} row{'s' * (primary != 1)}, one metric for each task; "
-        "smallest detectable: "
+        "Benjamini-Hochberg over the runs of each task, random controls apart, so of many tasks "
+        "some may show a difference by chance; smallest detectable: "
         "with a chance of 80 % at the level that this leaves."
     )
-    if primary < len(comparison.rows):
+    if not all(row.primary for row in comparison.rows):
         header += " Rows that are `restated` are other metrics of the same answers."
     if comparison.margin is not None:
         header += (

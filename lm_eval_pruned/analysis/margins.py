@@ -105,7 +105,7 @@ class Claim:
             where the claim is shown. None where the margin does not bound this side.
         high: Upper end.
         p: p of "the true difference lies outside of the margin".
-        q: p, adjusted over the primary metrics of the table (Benjamini-Hochberg).
+        q: p, adjusted as the q of differences is.
     """
 
     margin: float
@@ -119,6 +119,7 @@ def claims(
     margin: Margin,
     tests: Sequence[statistics.PairedTest | None],
     scores: Sequence[tuple[float, float, bool | None]],
+    families: Sequence[tuple[str, bool]],
     alpha: float,
 ) -> list[Claim | None]:
     """Decide one claim for each test of a table.
@@ -127,7 +128,8 @@ def claims(
         margin: What is claimed.
         tests: One for each row; None for rows that are no part of the table's family.
         scores: Score of the base, score of the run, and whether higher is better.
-        alpha: Rate of wrong claims in the table.
+        families: Which tests are adjusted together.
+        alpha: Rate of wrong claims in each family.
 
     Returns:
         None where there is no test, no margin, or no interval.
@@ -145,8 +147,8 @@ def claims(
         tests,
         bounds,
         ps,
-        statistics.false_discovery_rate(ps),
-        statistics.false_discovery_levels(ps, alpha),
+        statistics.false_discovery_rate(ps, families),
+        statistics.false_discovery_levels(ps, alpha, families),
         strict=True,
     ):
         if test is None or within is None or p is None or q is None or level is None:

@@ -26,7 +26,7 @@ from lm_eval_pruned.analysis.results_file import (
     as_mapping,
     finite_or_none,
 )
-from lm_eval_pruned.analysis.series import healing_name, primary_metrics
+from lm_eval_pruned.analysis.series import healing_name, is_control, primary_metrics
 
 
 if TYPE_CHECKING:
@@ -167,10 +167,11 @@ def _differences(base: Run, found: Sequence[_Row], alpha: float) -> Section:
         ),
     )
     ps = [row.test.p if row.test else None for row in found]
-    levels = statistics.false_discovery_levels(ps, alpha)
+    families = [(row.task, is_control(row.after)) for row in found]
+    levels = statistics.false_discovery_levels(ps, alpha, families)
     rows: list[list[Cell | str]] = []
     for row, q, level in zip(
-        found, statistics.false_discovery_rate(ps), levels, strict=True
+        found, statistics.false_discovery_rate(ps, families), levels, strict=True
     ):
         key = row.task, row.metric
         before, after = (run.scores[key] for run in (row.before, row.after))
@@ -205,7 +206,7 @@ def _differences(base: Run, found: Sequence[_Row], alpha: float) -> Section:
         [
             (
                 "Each size against itself: the score after it was trained again, less that before, "
-                f"paired by document. q: p after Benjamini-Hochberg over the rows of this table, "
+                f"paired by document. q: p after Benjamini-Hochberg over the sizes of each task, "
                 f"significant at {alpha:g}. How both differ from the unpruned model stands in the "
                 "tables above."
             ),

@@ -92,7 +92,9 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
         for row in comparison.rows
         if row.q is not None
     ]
-    corrections = [f"Benjamini-Hochberg over {stopped.count(False)} comparisons"]
+    corrections = [
+        "Benjamini-Hochberg over the sizes of each task, random controls apart"
+    ]
     if any(stopped):
         holm = "Holm over the sizes of each task whose units could stop"
         corrections = [*(corrections if not all(stopped) else ()), holm]

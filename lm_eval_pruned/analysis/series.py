@@ -65,6 +65,11 @@ def series_name(run: Run) -> str:
     return name
 
 
+def is_control(run: Run) -> bool:
+    """Return whether the neurons of a run were removed at random."""
+    return run.pruning.get("criterion") == "random"
+
+
 def healing_name(run: Run) -> str:
     """Return how a healed run was trained, such as ``lora`` or ``dora with teacher 0.5``."""
     method, teacher = run.healing.get("method"), run.healing.get("teacher")

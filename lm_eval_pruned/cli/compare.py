@@ -17,7 +17,7 @@ def add(commands) -> None:
         "compare",
         help="paired statistics of runs against a base",
         description="Compare runs with a base, task by task: paired differences with interval and "
-        "p from the logged samples, adjusted over the table; across expansion ratios also "
+        "p from the logged samples, adjusted over the runs of each task; across expansion ratios also "
         "correlations and trends.",
     )
     parser.add_argument(

@@ -270,19 +270,16 @@ def test_perplexities_are_correlated_as_logarithms(tmp_path):
     assert slopes["wikitext"] == pytest.approx(-20 * slopes["mmlu"])
 
 
-def family(tmp_path, others: int):
-    """Compare a task that lost a little, and `others` that lost for certain."""
-    certain = {f"certain{number}": (0.9, 0.1) for number in range(others)}
+def family(tmp_path):
+    """Compare a run on four tasks, two of which have two metrics."""
     sides = []
     for side in (0, 1):
         perplexity = {"aggregation": "perplexity", "higher_is_better": False}
         values = np.random.default_rng(side).normal(-3, 0.1, size=N)
         sides.append(
             {
-                name: {"acc,none": answers(shares[side])}
-                for name, shares in (("little", (0.5, 0.4)), *certain.items())
-            }
-            | {
+                "little": {"acc,none": answers((0.5, 0.4)[side])},
+                "certain": {"acc,none": answers((0.9, 0.1)[side])},
                 "arc": {"acc,none": answers(0.6), "acc_norm,none": answers(0.5)},
                 "wikitext": {
                     f"{unit}_perplexity,none": {"values": list(values), **perplexity}
@@ -294,8 +291,44 @@ def family(tmp_path, others: int):
     return comparison.compare(base, [run])
 
 
+@pytest.mark.parametrize("margin", [None, Margin("not_worse", "15pt")])
+def test_certain_tasks_and_random_controls_are_no_part_of_the_family(tmp_path, margin):
+    shares = {0: 0.5, 10: 0.4, 20: 0.48, 30: 0.47, 40: 0.1, 50: 0.1}
+
+    def rows(name, certain: int, largest: str):
+        runs = [
+            read_run(
+                write_run(
+                    tmp_path / name / str(percent),
+                    {"asked": {"acc,none": answers(share)}}
+                    | {
+                        f"held{n}": {"acc,none": answers(0.1 if percent else 0.9)}
+                        for n in range(certain)
+                    },
+                    pruning=pruning(
+                        percent, criterion=largest if percent >= 40 else "maw"
+                    ),
+                ),
+                str(percent),
+            )
+            for percent, share in shares.items()
+        ]
+        found = rows_of(*runs, margin=margin)
+        return {key[0]: row for key, row in found.items() if key[1] == "asked"}
+
+    alone = rows("alone", 0, "maw")
+    assert rows("beside", 3, "maw") == alone
+    one, other = alone["10"], rows("random", 0, "random")["10"]
+    assert one.p == other.p
+    # Where the two that lost for certain were cut at random, only three are asked about.
+    assert one.q == pytest.approx(5 / 3 * one.p)
+    assert other.q == pytest.approx(3 * other.p)
+    if margin is not None:
+        assert one.claim.q == pytest.approx(5 / 3 * other.claim.q)
+
+
 def test_one_metric_stands_for_a_task_in_the_correction(tmp_path):
-    result = family(tmp_path, 2)
+    result = family(tmp_path)
     rows = {(row.task, row.metric): row for row in result.rows}
     restated = {key for key, row in rows.items() if not row.primary}
     assert restated == {("arc", "acc,none"), ("wikitext", "byte_perplexity,none")}
@@ -305,7 +338,7 @@ def test_one_metric_stands_for_a_task_in_the_correction(tmp_path):
         assert (rows[key].q, rows[key].verdict) == (None, "restated")
         assert rows[key].smallest_detectable is None
     table = comparison_table.as_table(result)
-    assert "over 5 rows, one metric for each task" in table
+    assert "over the runs of each task, random controls apart" in table
     assert table.count("|restated|") == 2
 
 
@@ -323,12 +356,14 @@ def test_subtasks_have_a_primary_metric_each(tmp_path):
 
 
 def test_the_smallest_detectable_is_that_of_the_corrected_level(tmp_path):
-    def smallest(others):
-        rows = family(tmp_path / str(others), others).rows
-        return next(r for r in rows if r.task == "little").smallest_detectable
+    def smallest(*others):
+        shares = (0.5, 0.4, *others)
+        tasks = [{"tf": {"acc,none": answers(share)}} for share in shares]
+        rows = rows_of(*runs(tmp_path / str(others), *tasks))
+        return rows["1", "tf", "acc,none"].smallest_detectable
 
-    # Alone among null tasks it has a third of alpha; among certain ones nearly all.
-    assert smallest(0) > smallest(8)
+    # Among runs without a difference it has a part of alpha; among certain ones nearly all.
+    assert smallest(0.5, 0.5) > smallest(0.1, 0.1) == smallest()
 
 
 @pytest.mark.parametrize(

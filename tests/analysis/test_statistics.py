@@ -493,6 +493,16 @@ def test_levels_of_a_table():
     assert levels == [pytest.approx(0.04), pytest.approx(0.04), 0.06, None]
 
 
+def test_families_are_adjusted_by_themselves():
+    p = [0.01, 1e-9, None, 0.04, 1e-9]
+    families = ["one", "other", "one", "one", "other"]
+    assert statistics.false_discovery_rate(p, families) == pytest.approx(
+        [0.02, 1e-9, None, 0.04, 1e-9]
+    )
+    levels = statistics.false_discovery_levels(p, 0.05, families)
+    assert levels == pytest.approx([0.05, 0.05, None, 0.05, 0.05])
+
+
 def test_false_discovery_rate_counts_only_tests_that_were_made():
     assert statistics.false_discovery_rate([0.01, None, 0.04]) == [0.02, None, 0.04]
 
@@ -616,7 +626,13 @@ def test_the_benchmark_of_coverage_runs():
         cells = benchmark.line(draw, units[0], 2)
         assert len(cells) == 5, (name, data)
     assert len(benchmark.correlations(2)) == 10
-    assert len(benchmark.families(2)) == 3
+    assert len(benchmark.restated(2)) == 3
+    (_, nulls, wrong, any_wrong), (_, few, *alone) = benchmark.families(400)
+    # 54 certainties leave room for two wrong discoveries; a family of one question does not.
+    assert (nulls, few) == (162, 36)
+    assert float(wrong) > 1.8
+    assert float(any_wrong) > 0.8
+    assert max(map(float, alone)) < 0.08
 
 
 @given(
