@@ -1,7 +1,8 @@
 """Measure, collect and write the pages of the dichotomy: ``python docs/make_dichotomy.py``.
 
 Without an option, or with ``--render``, ``docs/measurements/dichotomy.md``, ``dichotomy-tables.md`` beside
-it and the figures are written from the tables in ``docs/measurements/dichotomy``. ``--collect`` brings what
+it and the figures are written from the tables in ``docs/measurements/dichotomy``, as are a table of `first_layer.md` and one of
+`allocation.md` there. ``--collect`` brings what
 the work folder holds into those tables before, ``--run`` runs the steps before that, and ``--list``
 prints the commands of the steps and does nothing. Needs the extra ``report``; the page says what
 the steps need.
@@ -21,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from dichotomy.collecting import collect
+from dichotomy.collecting import Collection, collect
+from dichotomy.comparisons_page import tables_of_other_pages
 from dichotomy.figures import draw
 from dichotomy.page import page, tables_page
 from dichotomy.steps import MODELS, STEPS, Setting, prepare, words_of
@@ -33,6 +35,9 @@ from lm_eval_pruned.util.atomic import write_atomically
 PAGE = ROOT / "docs" / "measurements" / "dichotomy.md"
 DETAILS = PAGE.with_name("dichotomy-tables.md")
 TABLES = ROOT / "docs" / "measurements" / "dichotomy"
+#: Around a table that stands on a page which is written by hand.
+BEGIN = "<!-- drawn by docs/make_dichotomy.py -->\n\n"
+END = "\n\n<!-- end -->"
 STUDY = ROOT / "tests" / "data" / "study_benchmarks.csv"
 
 
@@ -104,10 +109,13 @@ def main() -> int:
         only = None if options.run else options.only
         collected = collect(options.output, only)
         collected.keep(read_tables(TABLES))
-        for name, content in collected.files().items():
-            write_atomically(TABLES / name, content)
         for note in collected.notes:
             print(note, file=sys.stderr)
+    else:
+        collected = Collection()
+        collected.keep(read_tables(TABLES))
+    for name, content in collected.files().items():
+        write_atomically(TABLES / name, content)
     render()
     return 0
 
@@ -159,6 +167,11 @@ def render() -> None:
         study = list(csv.DictReader(lines))
     write_atomically(PAGE, page(tables, study, sorted(figures)))
     write_atomically(DETAILS, tables_page(tables))
+    for name, table in tables_of_other_pages(tables).items():
+        file = PAGE.with_name(name)
+        before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        write_atomically(file, f"{before}{BEGIN}{table}{END}{after}")
 
 
 if __name__ == "__main__":

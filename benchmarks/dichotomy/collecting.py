@@ -22,12 +22,9 @@ from dichotomy.tables import (
     MEASURES,
     TABLES,
     Row,
-    adjusted,
-    against_verdict,
-    change_verdict,
+    adjust,
     plainly,
     tested,
-    with_q,
     written,
 )
 from lm_eval_pruned.analysis.pairing import (
@@ -68,10 +65,14 @@ class Collection:
         for name, rows in earlier.items():
             found = self.tables[name]
             held = {_measured_together(name, row) for row in found}
-            kept = [row for row in rows if _measured_together(name, row) not in held]
+            kept = [
+                dict(row) for row in rows if _measured_together(name, row) not in held
+            ]
             for each in sorted({_measured_together(name, row) for row in kept}):
                 self.notes.append(f"{name}.csv: {' '.join(each)} stays as it was.")
             found[:] = sorted([*kept, *found], key=place_of)
+        # A family may have rows of both.
+        adjust(self.tables)
 
     def files(self) -> dict[str, str]:
         """Return the CSV files by name; numbers have six significant digits."""
@@ -128,10 +129,9 @@ def collect(folder: Path, only: Sequence[str] | None = None) -> Collection:
             ]
             found.tables["scores"] += _scores(sweep, read)
             found.tables["chance"] += _against_chance(sweep, read, found.notes)
-            drifts = [row for run in sweep.runs for row in _mc2(sweep, run)]
-            found.tables["mc2"] += with_q(drifts, "closer", "rest")
-            splits = [row for run in sweep.runs for row in _ifeval(sweep, run)]
-            found.tables["ifeval"] += with_q(splits, "total", "length", "rest")
+            for run in sweep.runs:
+                found.tables["mc2"] += _mc2(sweep, run)
+                found.tables["ifeval"] += _ifeval(sweep, run)
         read = DocumentReader()
         found.tables["contrasts"] += contrast_rows(sweeps, read, found.notes)
         found.tables["contrasts"] += pooled_rows(sweeps, read, found.notes)
@@ -144,6 +144,7 @@ def collect(folder: Path, only: Sequence[str] | None = None) -> Collection:
             f"{folder} holds nothing that the steps have measured: run a step, or name the folder "
             "that was their --output."
         )
+    adjust(found.tables)
     return found
 
 
@@ -183,7 +184,7 @@ def _scores(sweep: Sweep, read: DocumentReader) -> list[Row]:
                 pair = paired_documents(sweep.base, run, *key, read)
                 row |= tested(paired_test(pair) if pair else None, measure.margin)
             rows.append(row)
-    return adjusted(rows, change_verdict)
+    return rows
 
 
 def _against_chance(sweep: Sweep, read: DocumentReader, notes: list[str]) -> list[Row]:
@@ -219,7 +220,7 @@ def _against_chance(sweep: Sweep, read: DocumentReader, notes: list[str]) -> lis
                     "p": test.p,
                 }
             )
-    return adjusted(rows, against_verdict)
+    return rows
 
 
 def _mc2(sweep: Sweep, run: Run) -> list[Row]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dichotomy.steps import MODELS
+from dichotomy.steps import MODELS, OF_LAYER_0
+from dichotomy.tables import ALPHA, MEASURES
 from dichotomy.words import (
     AGAINST,
     NOTHING,
@@ -23,7 +24,9 @@ from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from dichotomy.words import Tables
 
 #: Heading and what is compared, by question; the first of the two is called "it".
 QUESTIONS = {
@@ -69,6 +72,12 @@ QUESTIONS = {
         "Examples in the prompt",
         "GSM8K with three draws of five examples; intervals are over draws and documents.",
     ),
+}
+#: The model of `tables_of_other_pages`, and its sizes there, in percent.
+_THEIRS = "smollm2"
+_SIZES = {
+    "first_layer.md": ("20", "40", "60"),
+    "allocation.md": ("10", "20", "30", "40", "50"),
 }
 GPU = """\
 On a machine with a CUDA card, one command measures the two kinds of widths there, and another checks what 40 % leave beside the next multiple of 64 in models of the Llama-3 shapes:
@@ -168,3 +177,104 @@ def latency_section(rows: Sequence[Cells]) -> list[str]:
 def _fixed(row: Cells, column: str, digits: int) -> str:
     value = number(row, column)
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def tables_of_other_pages(tables: Tables) -> dict[str, str]:
+    """Return the tables that are drawn from the same data on other pages, by page."""
+    mine = [row for row in tables["scores"] if row["model"] == _THEIRS]
+    by = ("step", "criterion", "percent", "task")
+    scores = grouped(mine, *by)
+    stars = grouped(
+        (
+            row
+            for row in tables["contrasts"]
+            if row["model"] == _THEIRS and row["question"] == "skip0"
+        ),
+        *by[1:],
+    )
+    return {
+        "first_layer.md": _first_layer(scores, stars),
+        "allocation.md": _by_widths(scores),
+    }
+
+
+def _first_layer(
+    scores: Mapping[tuple[str, ...], Sequence[Cells]],
+    stars: Mapping[tuple[str, ...], Sequence[Cells]],
+) -> str:
+    """Show cuts in all layers, and behind a stroke those that leave layer 0 alone."""
+    tasks = ("held_text", "truthfulqa_mc1", "truthfulqa_mc2", "boolq", "ifeval")
+
+    def cell(criterion: str, percent: str, task: str) -> str:
+        found = [
+            scores.get((f"{_step(task)}{kept}", criterion, percent, task), ())
+            for kept in ("", "_skip0")
+        ]
+        # Of several seeds the ends stand for all.
+        sides = [" to ".join(dict.fromkeys(map(_bold, _ends(side)))) for side in found]
+        if not all(sides) or (criterion == "random" and task != "held_text"):
+            return ""
+        differs = any(map(_differs, stars.get((criterion, percent, task), ())))
+        return (
+            sides[0] if not criterion and sides[0] == sides[1] else " / ".join(sides)
+        ) + "*" * differs
+
+    sizes = [
+        (f"`{name}`", name, size)
+        for name in (*OF_LAYER_0, "random")
+        for size in _SIZES["first_layer.md"]
+    ]
+    rows = [
+        [head, f"{size} %" if name else "", *(cell(name, size, task) for task in tasks)]
+        for head, name, size in [("unpruned", "", "0"), *sizes]
+    ]
+    columns = [
+        "criterion",
+        "removed",
+        *(
+            label.partition(",")[0]
+            for label in (MEASURES[task].label for task in tasks)
+        ),
+    ]
+    return markdown_table(columns, rows, "ll" + "r" * len(tasks))
+
+
+def _by_widths(scores: Mapping[tuple[str, ...], Sequence[Cells]]) -> str:
+    """Show uniform widths beside those by sensitivity, each by `maw` and `best`."""
+    rows = []
+    for task in ("held_text", "truthfulqa_mc1", "truthfulqa_mc2", "boolq", "ifeval"):
+        (unpruned,) = scores[_step(task), "", "0", task]
+        head = [label_of(unpruned), unpruned["n"]]
+        for size in _SIZES["allocation.md"]:
+            cells = [
+                _bold(row)
+                for kind in ("", "_sensitivity")
+                for criterion in ("maw", "best")
+                for row in scores[f"{_step(task)}{kind}", criterion, size, task]
+            ]
+            rows.append(
+                [*head, f"{size} %", score(unpruned) if head[0] else "", *cells]
+            )
+            head = ["", ""]
+    columns = ["task", "n", "removed", "unpruned", "uniform maw", "uniform best"]
+    return markdown_table(
+        [*columns, "sensitivity maw", "sensitivity best"], rows, "lrr" + "r" * 5
+    )
+
+
+def _step(task: str) -> str:
+    return "instructions" if task == "ifeval" else "choice"
+
+
+def _ends(rows: Sequence[Cells]) -> list[Cells]:
+    ordered = sorted(rows, key=lambda row: float(row["score"]))
+    return [*ordered[:1], *ordered[-1:]]
+
+
+def _differs(row: Cells) -> bool:
+    q = number(row, "q")
+    return q is not None and q < ALPHA
+
+
+def _bold(row: Cells) -> str:
+    return f"**{score(row)}**" if _differs(row) else score(row)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from dichotomy.steps import OF_LAYER_0
-from dichotomy.tables import MEASURES, Row, adjusted, against_verdict, tested
+from dichotomy.tables import MEASURES, Row, tested
 from lm_eval_pruned.analysis.pairing import (
     DocumentReader,
     paired_documents,
@@ -102,18 +102,15 @@ def contrast_rows(
     sweeps: Mapping[str, Sweep], read: DocumentReader, notes: list[str]
 ) -> list[Row]:
     """Return the comparisons of `CONTRASTS` whose two sides were measured; `notes` gets the rest."""
-    by_question: dict[str, list[Row]] = {}
+    rows: list[Row] = []
     for contrast in CONTRASTS:
         if not {contrast.one.step, contrast.other.step} <= sweeps.keys():
             continue
         here, there = (sweeps[way.step] for way in (contrast.one, contrast.other))
         ones, others = contrast.one.runs(here), contrast.other.runs(there)
         for one, other in _matched(here, ones, there, others, contrast.nearest):
-            rows = by_question.setdefault(contrast.question, [])
             rows += _rows(contrast, here, one, there, other, read, notes)
-    return [
-        row for rows in by_question.values() for row in adjusted(rows, against_verdict)
-    ]
+    return rows
 
 
 def _matched(

@@ -47,7 +47,7 @@ criterion that chooses the neurons or would come with any cut, and whether it ha
 READING = """\
 ## How to read it
 
-A difference is said to be there where q < 0.05: the p of a [paired test](../statistics.md) on the same documents, adjusted over all tests of its sweep (Benjamini-Hochberg).
+A difference is said to be there where q < 0.05: the p of a [paired test](../statistics.md) on the same documents, adjusted over all tests of its task in its sweep, or under its question (Benjamini-Hochberg), with neurons removed at random apart.
 *Falls* and *rises* mean worse and better scores than those of the unpruned model, *better* and *worse* are about the first of two ways to prune. *Holds* and *{within}* mean that a difference of
 {points} points (hundredths; {bits} bits per byte of held text) or more is ruled out at the same level. *Undecided* and *not shown* mean that neither is shown, which is not the same as no difference.
 

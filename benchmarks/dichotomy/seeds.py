@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dichotomy.crossed import over_seeds
 from dichotomy.steps import LOSSES, SEEDS
-from dichotomy.tables import MEASURES, Row, adjusted, against_verdict
+from dichotomy.tables import MEASURES, Row
 
 
 if TYPE_CHECKING:
@@ -74,13 +74,10 @@ def pooled_rows(
     sweeps: Mapping[str, Sweep], read: DocumentReader, notes: list[str]
 ) -> list[Row]:
     """Return the comparisons of `POOLED` over the seeds that were measured; `notes` gets the rest."""
-    by_question: dict[str, list[Row]] = {}
+    rows: list[Row] = []
     for question, one, other in POOLED:
-        rows = by_question.setdefault(question, [])
         rows += _rows(question, one, other, sweeps, read, notes)
-    return [
-        row for rows in by_question.values() for row in adjusted(rows, against_verdict)
-    ]
+    return rows
 
 
 def _rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from lm_eval_pruned.analysis import statistics
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.analysis.statistics import PairedTest
 
@@ -127,26 +128,45 @@ def tested(test: PairedTest | None, margin: float) -> Row:
     }
 
 
-def with_q(rows: list[Row], *tests: str) -> list[Row]:
-    """Add ``TEST_q`` to rows that hold ``TEST_p``, each test a family of its own."""
-    for test in tests:
-        _add_q(rows, f"{test}_p", f"{test}_q")
-    return rows
+#: Tests that are adjusted together have these columns in common, and are of random controls or
+#: of none: each task is a question, and what is certain does not belong to what is asked.
+_FAMILIES = {
+    "scores": ("model", "step", "task"),
+    "chance": ("model", "step", "task"),
+    "contrasts": ("question", "model", "task"),
+    "mc2": ("model", "step"),
+    "ifeval": ("model", "step"),
+}
 
 
-def adjusted(rows: list[Row], verdict: Callable[[Row], str]) -> list[Row]:
-    """Add q to the rows of one family of tests, and what they say."""
-    _add_q(rows, "p", "q")
-    _add_q(rows, "p_margin", "q_margin")
-    for row in rows:
-        row["verdict"] = verdict(row)
-    return rows
+def adjust(tables: Mapping[str, Sequence[Row]]) -> None:
+    """Add q to the rows of each table, and what they say, whoever measured them and when.
 
-
-def _add_q(rows: list[Row], p: str, q: str) -> None:
-    values = statistics.false_discovery_rate([row.get(p) for row in rows])
-    for row, value in zip(rows, values, strict=True):
-        row[q] = value
+    A p is read as it is written, so that rows that were written and read again have the same q.
+    """
+    for name, columns in _FAMILIES.items():
+        rows = tables[name]
+        families = [
+            (
+                *(str(row[column]) for column in columns),
+                row.get("criterion") == "random",
+            )
+            for row in rows
+        ]
+        for q in (
+            column for column in TABLES[name] if re.search("(^|_)q(_|$)", column)
+        ):
+            p = re.sub("(^|_)q(_|$)", r"\1p\2", q)
+            made = [written(row.get(p)) for row in rows]
+            values = statistics.false_discovery_rate(
+                [float(each) if each != "" else None for each in made], families
+            )
+            for row, value in zip(rows, values, strict=True):
+                row[q] = value
+        if "verdict" in TABLES[name]:
+            say = change_verdict if name == "scores" else against_verdict
+            for row in rows:
+                row["verdict"] = say(row)
 
 
 def change_verdict(row: Row) -> str:
@@ -155,7 +175,7 @@ def change_verdict(row: Row) -> str:
         return ""
     if row["q"] < ALPHA:
         better = MEASURES[row["task"]].higher_is_better
-        return "rises" if (row["difference"] > 0) == better else "falls"
+        return "rises" if (float(row["difference"]) > 0) == better else "falls"
     within = row.get("q_margin")
     return "holds" if within is not None and within < ALPHA else "undecided"
 

@@ -24,7 +24,8 @@ class Question:
         number: The harness's ``doc_id``.
         digest: Its ``doc_hash``.
         prompt: What the model read.
-        target: The target as the harness writes it: a text, or the index of a choice.
+        target: The target as the harness writes it: a text, or the index of a choice. In
+            the schema of IFEval, whose targets say nothing, the instructions that are checked.
         choices: Continuations that were compared; empty where the model wrote freely.
     """
 
@@ -66,7 +67,7 @@ def read_question(row: Mapping[str, Any]) -> Question:
         number=str(number) if isinstance(number, int) else "",
         digest=str(row.get("doc_hash", "")),
         prompt=prompt,
-        target=_text(row.get("target")),
+        target=_instructions(row.get("doc")) or _text(row.get("target")),
         choices=choices if len(_likelihoods(row)) == len(pairs) > 1 else (),
     )
 
@@ -122,6 +123,23 @@ def _arguments(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         for each in requests
         if isinstance(each, (list, tuple)) and len(each) > 1
     ]
+
+
+def _instructions(document: Any) -> str:
+    """Return what IFEval checks an answer for, one instruction a line; empty for others."""
+    document = document if isinstance(document, dict) else {}
+    names, given = document.get("instruction_id_list"), document.get("kwargs")
+    if not isinstance(names, list) or not isinstance(given, list):
+        return ""
+    lines = []
+    for name, arguments in zip(names, given, strict=False):
+        told = [
+            f"{key}={_text(value)}"
+            for key, value in (arguments if isinstance(arguments, dict) else {}).items()
+            if value is not None
+        ]
+        lines.append(f"{_text(name)} ({', '.join(told)})" if told else _text(name))
+    return "\n".join(lines)
 
 
 def _likelihoods(row: Mapping[str, Any]) -> list[float]:

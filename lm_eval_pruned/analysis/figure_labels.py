@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.optimize import isotonic_regression
 
 from lm_eval_pruned.analysis.figure_data import AXES
 
@@ -13,8 +17,10 @@ if TYPE_CHECKING:
 
 #: Height of a panel, in pixels.
 HEIGHT = 300
-#: Least distance of two names, in pixels.
-_APART = 13
+#: Height of a line of a name, in pixels.
+LINE = 13
+#: Letters of a line, so that the names of tasks fit beside a panel.
+_LETTERS = 18
 
 
 def rules_of(measure: str, y: dict[str, Any]) -> list[dict[str, Any]]:
@@ -53,7 +59,9 @@ def levels_of_panel(
         }
         for ((place, kind), of), label in zip(
             sorted(same.items()),
-            spread([place / per_pixel for place, _ in sorted(same)], _APART),
+            spread(
+                [place / per_pixel for place, _ in sorted(same)], [LINE] * len(same)
+            ),
             strict=True,
         )
     ]
@@ -99,46 +107,59 @@ def names_of(
     low, high = map(scale, domain)
     per_pixel = (high - low) / HEIGHT or 1.0
     ends = sorted(last.values(), key=lambda point: point[measure])
-    heights = spread([(scale(end[measure]) - low) / per_pixel for end in ends], _APART)
+    written = [in_lines(end["task"]) for end in ends]
+    heights = spread(
+        [(scale(end[measure]) - low) / per_pixel for end in ends],
+        [LINE * len(lines) for lines in written],
+    )
     names = []
-    for end, height in zip(ends, heights, strict=True):
+    for end, lines, height in zip(ends, written, heights, strict=True):
         label = low + height * per_pixel
+        # Vega puts the first line where it is told, and the others below.
+        first = label + (len(lines) - 1) / 2 * LINE * per_pixel
         names.append(
             {
                 "task": end["task"],
+                "lines": lines,
                 "family": end["family"],
                 measure: end[measure],
                 "label": math.exp(label) if logarithmic else label,
+                "first": math.exp(first) if logarithmic else first,
                 **{axis: end[axis] for axis in AXES},
             }
         )
     return names
 
 
-def spread(places: Sequence[float], apart: float) -> list[float]:
-    """Move places as little as needed until no two are nearer than `apart`.
-
-    Args:
-        places: In rising order.
-        apart: Least distance.
+def in_lines(name: str) -> list[str]:
+    """Break a name after underscores into lines of at most 18 letters, where that is possible.
 
     Example:
-        >>> spread([0.0, 1.0, 50.0], 10)
+        >>> in_lines("leaderboard_musr_object_placements")
+        ['leaderboard_musr_', 'object_placements']
+    """
+    lines = [""]
+    for part in re.findall("[^_]*_|[^_]+", name):
+        if lines[-1] and len(lines[-1] + part) > _LETTERS:
+            lines.append("")
+        lines[-1] += part
+    return lines
+
+
+def spread(places: Sequence[float], heights: Sequence[float]) -> list[float]:
+    """Move places as little as needed until nothing overlaps.
+
+    Args:
+        places: Of the middles, in rising order.
+        heights: How much room each takes.
+
+    Example:
+        >>> spread([0.0, 1.0, 50.0], [10, 10, 10])
         [-4.5, 5.5, 50.0]
     """
-    blocks: list[tuple[list[float], float]] = []
-    for place in places:
-        blocks.append(([place], place))
-        # Blocks that touch move together, to the mean of what their members want.
-        while len(blocks) > 1:
-            (one, start), (other, begin) = blocks[-2:]
-            if begin - (start + apart * (len(one) - 1)) >= apart:
-                break
-            joined = one + other
-            wanted = [each - apart * number for number, each in enumerate(joined)]
-            blocks[-2:] = [(joined, sum(wanted) / len(wanted))]
-    return [
-        start + apart * number
-        for members, start in blocks
-        for number in range(len(members))
-    ]
+    if not places:
+        return []
+    sizes = np.array(heights, dtype=float)
+    # Less the room below each, places that do not overlap are in rising order.
+    below = np.cumsum(sizes) - sizes / 2
+    return (isotonic_regression(np.array(places) - below).x + below).tolist()

@@ -21,6 +21,7 @@ from lm_eval_pruned.analysis.figure_data import (
 )
 from lm_eval_pruned.analysis.figure_labels import (
     HEIGHT,
+    LINE,
     levels_of_panel,
     names_of,
     rules_of,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from lm_eval_pruned.analysis.figure_data import Curves
 
 #: Room to the right of a panel for the names of its tasks.
-LABELS = 128
+LABELS = 140
 _DASHES: tuple[Sequence[int], ...] = ([], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 6])
 _CROSS = "M-.6,-.6L.6,.6M-.6,.6L.6,-.6"
 #: Larger than Vega's own, so that it is told from a circle at a glance.
@@ -288,11 +289,13 @@ def _spec(
             "dx": 15,
             "limit": LABELS - 15,
             "fontSize": 11,
+            "lineHeight": LINE,
+            "baseline": "middle",
         },
         "encoding": {
             "x": {"value": {"expr": "width"}},
-            "y": y | {"field": "label"},
-            "text": {"field": "task"},
+            "y": y | {"field": "first"},
+            "text": {"field": "lines"},
             "color": colour,
         },
     }

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.analysis.families import FAMILIES, family_of
-from lm_eval_pruned.analysis.random_baseline import RANDOM
-from lm_eval_pruned.analysis.series import is_share, series_of
+from lm_eval_pruned.analysis.series import is_control, is_share, series_of
 
 
 if TYPE_CHECKING:
@@ -42,9 +41,7 @@ def findings(runs: Sequence[Run], comparison: Comparison) -> list[Finding]:
     """
     series = series_of(runs)
     chosen = {
-        name: members
-        for name, members in series.items()
-        if members[-1].pruning.get("criterion") != RANDOM
+        name: members for name, members in series.items() if not is_control(members[-1])
     }
     found = []
     for name, members in (chosen or series).items():
@@ -112,6 +109,9 @@ def _finding(
             none = ": no difference shown" if shown else ""
             parts.append(f"{task}{none}, {_could_have(tested[task])}")
         else:
+            found = {id(row) for of in here.values() for row in of}
+            rest = [row for row in tested[task] if id(row) not in found]
+            said[-1] += _not_shown(rest, sizes)
             parts.append(f"{task} {' and '.join(said)}".replace(" ,", ","))
     return Finding(lead, f": {'; '.join(parts)}.")
 
@@ -140,6 +140,14 @@ def _span(
     if tail > 1:
         parts.append(f"from {ratios[-tail]:.2f} on")
     return " and ".join(parts)
+
+
+def _not_shown(rows: Sequence[Difference], sizes: dict[str, float]) -> str:
+    """Name the sizes of a task at which nothing is shown beside those at which something is."""
+    if not rows:
+        return ""
+    ratios = dict.fromkeys(f"{sizes[row.run]:.2f}" for row in rows)
+    return f", no difference shown at {' and '.join(ratios)} ({_could_have(rows)})"
 
 
 def _could_have(rows: Sequence[Difference]) -> str:

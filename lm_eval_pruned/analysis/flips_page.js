@@ -100,13 +100,24 @@
     return element;
   };
 
+  // A block in which a run of blank lines, which would fill the screen, is said in words.
+  const folded = (text) => {
+    const element = make("p", undefined, "text");
+    text.split(/((?:[^\S\n]*\n){4,}[^\S\n]*)/).forEach((part, index) => {
+      if (index % 2) element.append(make("span", `\n(${count(part.split("\n").length - 1)} line breaks)\n`, "quiet"));
+      else element.append(...block(part).childNodes);
+    });
+    return element;
+  };
+
   const answer = (who, right, chosen, written, options) => {
     const part = make("section");
     part.append(make("h2", `${who}: ${right ? "right \u2713" : "wrong \u2717"}`));
     const text = options.length && chosen !== null ? options[Number(chosen)].trim() : chosen ?? written ?? "";
-    part.append(text === "" ? make("p", "(nothing, or not in the samples)", "quiet") : block(text));
+    const nothing = text === "" ? "(nothing, or not in the samples)" : "(white space alone)";
+    part.append(text.trim() === "" ? make("p", nothing, "quiet") : folded(text));
     if (written !== null && chosen !== null)
-      part.append(make("p", "Taken from what it wrote:", "quiet"), block(written));
+      part.append(make("p", "Taken from what it wrote:", "quiet"), folded(written));
     return part;
   };
 
@@ -133,7 +144,7 @@
                     make("p", data.shared[found[LEAF]], "text"));
       detail.append(shared);
     }
-    detail.append(block(found[PROMPT]), make("h2", "Target"));
+    detail.append(block(found[PROMPT]), make("h2", "Expected"));
     const target = options[Number(found[TARGET])];
     const named = /^\d+$/.test(found[TARGET]) && target !== undefined;
     detail.append(block(named ? `${found[TARGET]}: ${target.trim()}` : found[TARGET]), pair);

@@ -75,7 +75,8 @@ def _data(
     documents: list[list[Any]] = []
     rows: list[list[Any]] = []
     known: dict[tuple[str, int], int] = {}
-    for each in changed:
+    # What was lost comes first.
+    for each in sorted(changed, key=lambda each: KINDS.index(each.kind)):
         # One object for each document of a task, whichever runs changed its answer.
         key = each.task, id(each.question)
         if key not in known:

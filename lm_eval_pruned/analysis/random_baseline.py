@@ -1,4 +1,4 @@
-"""Whether a sweep has pruned at random too, and the command that adds it where it has not.
+"""What a criterion gives beside pruning at random, and the command that adds what is missing for it.
 
 A criterion that is no better than chance looks as good as any other until chance stands
 beside it.
@@ -11,13 +11,18 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.analysis.findings import Finding
+from lm_eval_pruned.analysis.report_healing import judged, paired_rows, paired_section
 from lm_eval_pruned.analysis.report_page import Section
 from lm_eval_pruned.analysis.results_file import as_mapping
+from lm_eval_pruned.analysis.series import healing_name, is_control, series_name
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from lm_eval_pruned.analysis.pairing import DocumentReader
+    from lm_eval_pruned.analysis.report_healing import PairedRow
     from lm_eval_pruned.analysis.results_file import Run
     from lm_eval_pruned.analysis.sweep_results import SweepResults
 
@@ -31,6 +36,81 @@ TAKE_FALSE = ("fewshot_as_multiturn", "log_samples")
 _OURS = ("criteria", "seeds")
 #: What a sweep's definition leaves out, since it decides no score but how long one takes; with defaults.
 _HOW = {"batch_size": 1, "device": None}
+
+
+def beside_random(
+    base: Run, others: Sequence[Run], alpha: float, read: DocumentReader
+) -> tuple[list[Finding], Section | None]:
+    """Compare each configuration with those of its size that were cut at random.
+
+    Args:
+        base: The unpruned model.
+        others: The other runs.
+        alpha: Level of the tests.
+        read: Reader whose documents are used again.
+
+    Returns:
+        A sentence for each criterion, and the table; nothing where no size has both.
+    """
+    rows = judged(
+        [
+            row
+            for run in others
+            if not is_control(run)
+            for control in others
+            if is_control(control) and _cut(control) == _cut(run)
+            for row in paired_rows(control, run, alpha, read)
+        ],
+        alpha,
+    )
+    if not rows:
+        return [], None
+    text = (
+        "Each configuration against those of its size whose neurons were removed at random, one "
+        "seed at a time, paired by document: what the criterion is worth. q: p after "
+        f"Benjamini-Hochberg over the rows of each task, significant at {alpha:g}."
+    )
+    by_series: dict[str, list[PairedRow]] = {}
+    for row in rows:
+        by_series.setdefault(series_name(row.after), []).append(row)
+    return (
+        [_finding(name, of) for name, of in by_series.items()],
+        paired_section(
+            "Against pruning at random", "at random", "score", text, base, rows, alpha
+        ),
+    )
+
+
+def _cut(run: Run) -> tuple[Any, ...]:
+    """Return what a run has in common with one that was cut at random in the same places."""
+    names = ("asked", "allocation", "layers_pruned", "layers_dropped", "hidden_size")
+    return (
+        *(run.pruning.get(name) for name in names),
+        healing_name(run) if run.healing else None,
+    )
+
+
+def _finding(series: str, rows: Sequence[PairedRow]) -> Finding:
+    """Say on how many comparisons of each task a criterion is better than chance."""
+    tasks: dict[str, list[PairedRow]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, []).append(row)
+    shown: dict[str, list[str]] = {}
+    parts = []
+    for task, of in tasks.items():
+        tested = [row for row in of if row.q is not None]
+        said = []
+        for verdict in ("better", "worse", "different"):
+            if count := sum(row.verdict == verdict for row in tested):
+                shown.setdefault(verdict, []).append(task)
+                said.append(f"{verdict} in {count} of {len(tested)}")
+        none = f"no difference shown in {len(tested)}" if tested else "not tested"
+        parts.append(f"{task} {' and '.join(said) or none}")
+    leads = [f"{verdict} on {', '.join(on)}" for verdict, on in shown.items()]
+    return Finding(
+        f"{series} beside pruning at random: {' and '.join(leads) or 'no difference shown'}",
+        f": of the comparisons by size and seed, {'; '.join(parts)}.",
+    )
 
 
 def random_baseline_section(sweep: SweepResults, base: Run) -> Section | None:

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 
 from lm_eval_pruned.analysis.comparison import compare, split_sweep
 from lm_eval_pruned.analysis.pairing import DocumentReader
-from lm_eval_pruned.analysis.random_baseline import random_baseline_section
+from lm_eval_pruned.analysis.random_baseline import (
+    beside_random,
+    random_baseline_section,
+)
 from lm_eval_pruned.analysis.report_curves import energy_section, truthfulness_section
 from lm_eval_pruned.analysis.report_flips import CSV, PAGE, flips_section
 from lm_eval_pruned.analysis.report_formats import as_csv, as_html, as_markdown
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.analysis.comparison_rows import Comparison
+    from lm_eval_pruned.analysis.findings import Finding
     from lm_eval_pruned.analysis.levels import Levels
     from lm_eval_pruned.analysis.report_page import Section
     from lm_eval_pruned.analysis.results_file import Run
@@ -89,7 +93,10 @@ def write_report(
     )
     flips, beside = flips_section(title, base, others, texts=texts)
     healing = healing_sections(base, others, alpha, read)
-    sections = make_sections(sweep, base, others, comparison, levels, flips, healing)
+    chance = beside_random(base, others, alpha, read)
+    sections = make_sections(
+        sweep, base, others, comparison, levels, flips, healing, chance
+    )
     plots = [plot for section in sections for plot in section.plots]
     scores = as_csv(base, others, comparison)
     files: dict[Path, str | bytes] = {
@@ -117,16 +124,18 @@ def make_sections(
     levels: Mapping[tuple[str, str], Levels],
     flips: Section | None = None,
     healing: Sequence[Section] = (),
+    chance: tuple[Sequence[Finding], Section | None] = ((), None),
 ) -> list[Section]:
     """Return what a report says, in order; sections with nothing to say are left out."""
     from lm_eval_pruned.analysis.report_figure import figure_section
 
     runs = [base, *others]
     sections = [
-        findings_section(runs, comparison),
+        findings_section(runs, comparison, chance[0]),
         figure_section(base, runs, comparison, levels),
         scores_section(base, others, comparison),
         differences_section(others, comparison),
+        chance[1],
         *healing,
         random_baseline_section(sweep, base),
         flips,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.analysis import statistics
@@ -38,8 +38,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A task of a size, before and after; without a test the reason why there is none."""
+class PairedRow:
+    """A task of two runs; without a test the reason why there is none.
+
+    `q`, `level`, which is what the correction leaves to the row, and `verdict` are those of `judged`.
+    """
 
     before: Run
     after: Run
@@ -48,6 +51,17 @@ class _Row:
     test: PairedTest | None
     documents: int | None
     why_not: str = ""
+    q: float | None = None
+    level: float | None = None
+    verdict: str = ""
+
+    @property
+    def difference(self) -> float:
+        """Score of `after`, less that of `before`."""
+        before, after = (
+            run.scores[self.task, self.metric] for run in (self.before, self.after)
+        )
+        return after.value - before.value
 
 
 def healing_sections(
@@ -69,9 +83,18 @@ def healing_sections(
         row
         for after in healed
         if (before := before_healing(after, others)) is not None
-        for row in _rows(before, after, alpha, read)
+        for row in paired_rows(before, after, alpha, read)
     ]
-    return [*sections, _differences(base, rows, alpha)] if rows else sections
+    if not rows:
+        return sections
+    text = (
+        "Each size against itself: the score after it was trained again, less that before, "
+        "paired by document. q: p after Benjamini-Hochberg over the sizes of each task, "
+        f"significant at {alpha:g}. How both differ from the unpruned model stands in the "
+        "tables above."
+    )
+    names = "Healing: after against before", "before", "after"
+    return [*sections, paired_section(*names, text, base, judged(rows, alpha), alpha)]
 
 
 def before_healing(after: Run, runs: Sequence[Run]) -> Run | None:
@@ -138,7 +161,10 @@ def _cost(healed: Sequence[Run]) -> Section:
     )
 
 
-def _rows(before: Run, after: Run, alpha: float, read: DocumentReader) -> list[_Row]:
+def paired_rows(
+    before: Run, after: Run, alpha: float, read: DocumentReader
+) -> list[PairedRow]:
+    """Return the tasks of two runs, paired by document."""
     rows = []
     for task, metric in primary_metrics([before, after]):
         if task not in before.tasks(subtasks=False):
@@ -153,78 +179,104 @@ def _rows(before: Run, after: Run, alpha: float, read: DocumentReader) -> list[_
                 why = "other documents"
         test = None if pair is None else paired_test(pair, alpha)
         count = None if pair is None else len(pair[0].keys)
-        rows.append(_Row(before, after, task, metric, test, count, why))
+        rows.append(PairedRow(before, after, task, metric, test, count, why))
     return rows
 
 
-def _differences(base: Run, found: Sequence[_Row], alpha: float) -> Section:
+def judged(found: Sequence[PairedRow], alpha: float) -> list[PairedRow]:
+    """Return rows with what is shown of them, by task and falling expansion ratio."""
     order = list(dict.fromkeys(row.task for row in found))
     found = sorted(
         found,
-        key=lambda row: (
-            order.index(row.task),
-            -(row.after.expansion_ratio or 0),
-        ),
+        key=lambda row: (order.index(row.task), -(row.after.expansion_ratio or 0)),
     )
     ps = [row.test.p if row.test else None for row in found]
     families = [(row.task, is_control(row.after)) for row in found]
-    levels = statistics.false_discovery_levels(ps, alpha, families)
+    return [
+        replace(
+            row,
+            q=q,
+            level=level,
+            verdict=verdict_of(
+                row.difference,
+                q,
+                alpha,
+                row.before.scores[row.task, row.metric].higher_is_better,
+            ),
+        )
+        for row, q, level in zip(
+            found,
+            statistics.false_discovery_rate(ps, families),
+            statistics.false_discovery_levels(ps, alpha, families),
+            strict=True,
+        )
+    ]
+
+
+def paired_section(
+    heading: str,
+    before: str,
+    after: str,
+    text: str,
+    base: Run,
+    found: Sequence[PairedRow],
+    alpha: float,
+) -> Section:
+    """Return rows as a section.
+
+    Args:
+        heading: Its heading.
+        before: What the column of the first scores is called.
+        after: What that of the second ones is called.
+        text: What it says first.
+        base: The unpruned model.
+        found: From `judged`.
+        alpha: Level of the tests.
+    """
     rows: list[list[Cell | str]] = []
-    for row, q, level in zip(
-        found, statistics.false_discovery_rate(ps, families), levels, strict=True
-    ):
+    for row in found:
         key = row.task, row.metric
-        before, after = (run.scores[key] for run in (row.before, row.after))
+        one, other = (run.scores[key].value for run in (row.before, row.after))
         unpruned = base.scores.get(key)
-        difference = after.value - before.value
-        verdict = verdict_of(difference, q, alpha, before.higher_is_better)
+        drawn = is_control(row.before) and not is_control(row.after)
+        seed = f" (seed {row.before.pruning.get('seed')})" if drawn else ""
+        detectable = (
+            row.test.smallest_detectable(row.level)
+            if row.test is not None and row.level is not None and row.q is not None
+            else None
+        )
         low, high = (row.test.low, row.test.high) if row.test else (None, None)
-        detectable = None
-        if row.test is not None and level is not None:
-            low, high = row.test.at_level(level)
-            detectable = row.test.smallest_detectable(level)
+        if row.test is not None and row.level is not None:
+            low, high = row.test.at_level(row.level)
         rows.append(
             [
                 row.task,
                 row.metric.removesuffix(",none"),
-                run_label(row.before),
-                verdict_cell(verdict, "" if row.test else row.why_not),
+                run_label(row.after if drawn else row.before),
                 number_text(unpruned.value if unpruned else None, ".4f"),
-                f"{before.value:.4f}",
-                f"{after.value:.4f}",
-                Cell(f"{difference:+.4f}", tone_of(verdict)),
+                f"{one:.4f}{seed}",
+                f"{other:.4f}",
+                Cell(f"{row.difference:+.4f}", tone_of(row.verdict)),
+                verdict_cell(row.verdict, "" if row.test else row.why_not),
                 interval_text(low, high, 4),
                 number_text(detectable, ".4f"),
-                p_text(q),
+                p_text(row.q),
                 str(row.documents or "-"),
             ]
         )
     methods = sorted({row.test.method for row in found if row.test})
     return Section(
-        "Healing: after against before",
+        heading,
         [
-            (
-                "Each size against itself: the score after it was trained again, less that before, "
-                f"paired by document. q: p after Benjamini-Hochberg over the sizes of each task, "
-                f"significant at {alpha:g}; intervals are widened as q is. How both differ from the unpruned model stands in the "
-                "tables above."
-            ),
+            text,
             f"Tests: {'; '.join(methods)}." if methods else "Nothing could be tested.",
         ],
         table=Table(
-            "Healing: after against before",
-            [
-                "task",
-                "metric",
-                "configuration",
-                "verdict",
-                "unpruned",
-                "before",
-                "after",
-            ]
-            + ["difference", f"{1 - alpha:.0%} interval", "smallest detectable"]
-            + ["q", "n"],
+            heading,
+            ["task", "metric", "configuration", "unpruned", before, after]
+            + ["difference", "verdict", f"{1 - alpha:.0%} interval"]
+            + ["smallest detectable", "q", "n"],
             rows,
-            text=4,
+            text=3,
         ),
     )

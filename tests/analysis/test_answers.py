@@ -29,6 +29,21 @@ def test_the_most_likely_choice_is_the_answer():
     assert question.target == "1"
 
 
+def test_the_instructions_of_ifeval_stand_for_its_target():
+    document = {
+        "instruction_id_list": ["length_constraints:number_words", "punctuation:x"],
+        "kwargs": [{"num_words": 15, "relation": "less than", "letter": None}, {}],
+    }
+    question = read_question({"doc": document, "target": "0"})
+    assert question.target == (
+        "length_constraints:number_words (num_words=15, relation=less than)\n"
+        "punctuation:x"
+    )
+    # Of another form, what the harness calls the target is all there is.
+    for broken in ({"instruction_id_list": "x", "kwargs": []}, "text", None, {}):
+        assert read_question({"doc": broken, "target": "0"}).target == "0"
+
+
 def test_each_metric_has_its_own_answer():
     # -3 / 1 < -4 / 2 by letters, and \u20ac has three bytes: -3 / 3 > -4 / 2.
     row = choices(

@@ -75,9 +75,11 @@ def told(*given, runs=None):
 
 def test_the_size_from_which_on_a_family_falls():
     verdicts = [("not shown",), ("worse", -0.1), ("worse", -0.2), ("worse", -0.123)]
-    assert told(rows("mmlu", *verdicts)) == [
-        "Knowledge falls from 3.20 on: mmlu, by up to 20.0 points."
-    ]
+    (sentence,) = told(rows("mmlu", *verdicts))
+    assert sentence == (
+        "Knowledge falls from 3.20 on: mmlu, by up to 20.0 points, no difference shown at 3.60 "
+        "(4.0 points could have been seen)."
+    )
 
 
 def test_nothing_shown_says_what_could_have_been_seen():
@@ -115,7 +117,8 @@ def test_tasks_of_a_family_that_disagree():
     (sentence,) = told(up, down)
     assert sentence == (
         "Truthfulness falls from 2.80 on and rises from 3.60 on: truthfulqa_mc2 rises from 3.60 "
-        "on, by up to 5.0 points; truthfulqa_mc1 falls from 2.80 on, by up to 1.0 point."
+        "on, by up to 5.0 points; truthfulqa_mc1 falls from 2.80 on, by up to 1.0 point, no difference "
+        "shown at 3.60 and 3.20 (4.0 points could have been seen)."
     )
 
 

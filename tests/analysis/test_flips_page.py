@@ -159,7 +159,8 @@ def test_keys(browser, many):
         )
         assert selected == [f"row-{row}"]
         text = browser.run("document.getElementById('document').textContent")
-        assert f"document {row}," in text
+        # Of the documents every second turned from right to wrong: those come first.
+        assert f"document {row if row == MANY - 1 else 2 * row}," in text
     browser.key("Enter")
     assert browser.run("document.activeElement.id") == "document"
     browser.key("Escape")
@@ -180,6 +181,33 @@ def test_both_answers_stand_side_by_side(browser, tmp_path):
     assert left[0] == "base (unpruned, 4.00): right \u2713by the river"
     assert right[0] == "p20 (3.20): wrong \u2717in the sky"
     assert left[1] == right[1]
+
+
+@in_a_browser
+def test_what_was_lost_comes_first(browser, tmp_path):
+    changed = [made(number, kind=kind) for number, kind in enumerate(reversed(KINDS))]
+    browser.open(write(tmp_path, changed))
+    browser.wait("document.querySelectorAll('.row').length")
+    rows = browser.run(
+        "[...document.querySelectorAll('.row .kind')].map(e => e.textContent)"
+    )
+    assert [row.partition(" ")[2] for row in rows] == list(KINDS)
+
+
+@in_a_browser
+def test_blank_answers_are_said_to_be_blank(browser, tmp_path):
+    question = Question("1", "", "Write.", "length_constraints:number_words", ())
+    before = Answer(True, "Right.\n" + "\n" * 18 + "____")
+    changed = Changed("p20", "t", "t", KINDS[0], question, before, Answer(False, " \n"))
+    browser.open(write(tmp_path, [changed]), width=1280)
+    browser.wait("document.querySelectorAll('.row').length")
+    left, right = browser.run(
+        "[...document.querySelectorAll('.pair section > :last-child')].map(e => e.innerText)"
+    )
+    assert left == "Right.\n(19 line breaks)\n____"
+    assert right == "(white space alone)"
+    headings = browser.run("[...document.querySelectorAll('h2')].map(e => e.innerText)")
+    assert "Expected" in headings
 
 
 @in_a_browser

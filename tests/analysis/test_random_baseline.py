@@ -17,7 +17,7 @@ from lm_eval_pruned.analysis.sweep_results import read_sweep
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.sweeps.options import OPTIONS, add_arguments, read_options
-from tests.helpers.results_files import write_sweep
+from tests.helpers.results_files import pruning, write_sweep
 
 
 def configurations(*arguments: dict[str, Any]) -> dict[str, Any]:
@@ -181,6 +181,57 @@ class TestReport:
         self.define(sweep, size, {**size, "criterion": "random"})
         found = read_sweep(sweep)
         assert random_baseline_section(found, found.runs[0]) is None
+
+    def test_it_says_whether_the_criterion_beats_random(self, tmp_path):
+        pytest.importorskip("matplotlib", reason="plots need the extra `report`")
+        from lm_eval_pruned.analysis.report import write_report
+
+        def scores(quiz, same=20):
+            shares = {"quiz": quiz, "same": same}
+            return {
+                task: {"acc,none": [float(n < share) for n in range(40)]}
+                for task, share in shares.items()
+            }
+
+        chance = {
+            f"r{percent}_{seed}": (
+                pruning(percent, criterion="random", seed=seed),
+                scores(10 + seed),
+            )
+            for percent in (20, 40)
+            for seed in (0, 1)
+        }
+        sweep = write_sweep(
+            tmp_path / "sweep",
+            {"base": (0, scores(40)), "p20": (20, scores(36)), "p40": (40, scores(11))}
+            # No random one has this size.
+            | {"p60": (60, scores(9))}
+            | chance,
+        )
+        write_report(sweep)
+        text = (sweep / "report/report.md").read_text()
+        assert (
+            "- **maw beside pruning at random: better on quiz**: of the comparisons by size and "
+            "seed, quiz better in 2 of 4; same no difference shown in 4."
+        ) in text
+        _, _, section = text.partition("## Against pruning at random\n")
+        rows = [
+            line.split("|")[1:9]
+            for line in section.partition("\n## ")[0].splitlines()
+            if line.startswith("|quiz")
+        ]
+        assert rows == [
+            ["quiz", "acc", "p20 (3.20)", "1.0000", "0.2500 (seed 0)", "0.9000"]
+            + ["+0.6500", "\u25b2 significant"],
+            ["quiz", "acc", "p20 (3.20)", "1.0000", "0.2750 (seed 1)", "0.9000"]
+            + ["+0.6250", "\u25b2 significant"],
+            ["quiz", "acc", "p40 (2.40)", "1.0000", "0.2500 (seed 0)", "0.2750"]
+            + ["+0.0250", "\u25cb no difference shown"],
+            ["quiz", "acc", "p40 (2.40)", "1.0000", "0.2750 (seed 1)", "0.2750"]
+            + ["+0.0000", "\u25cb no difference shown"],
+        ]
+        with_random = (sweep / "report/report.html").read_text()
+        assert "Against pruning at random</h2>" in with_random
 
     def test_sizes_that_lack_it_are_named(self, sweep):
         self.define(

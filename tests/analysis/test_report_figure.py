@@ -184,12 +184,20 @@ def test_what_pruning_takes_stands_next_to_what_it_leaves(drawn):
     assert len(scales) == 1
 
 
-@given(st.lists(st.floats(0, 300), max_size=15), st.floats(1, 20))
-def test_names_are_spread_and_keep_their_order(places, apart):
-    places.sort()
-    found = spread(places, apart)
-    assert all(b - a >= apart - 1e-6 for a, b in itertools.pairwise(found))
-    if all(b - a >= apart for a, b in itertools.pairwise(places)):
+@given(
+    st.lists(st.tuples(st.floats(0, 300), st.sampled_from((13, 26, 39))), max_size=15)
+)
+def test_names_are_spread_and_keep_their_order(names):
+    places, heights = ([each[n] for each in sorted(names)] for n in (0, 1))
+    apart = [(a + b) / 2 for a, b in itertools.pairwise(heights)]
+
+    def far_enough(found, room=0.0):
+        steps = (b - a for a, b in itertools.pairwise(found))
+        return all(step >= gap - room for step, gap in zip(steps, apart, strict=True))
+
+    found = spread(places, heights)
+    assert far_enough(found, 1e-6)
+    if far_enough(places):
         assert found == pytest.approx(places)
 
 
@@ -299,11 +307,14 @@ READY = "!document.querySelector('form')?.hidden && document.querySelectorAll('.
 COLOURS = """
 (() => {
   const found = {};
+  const paper = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
+  const ink = paper.getContext("2d");
   const ground = (element) => {
-    for (let each = element; each; each = each.parentElement) {
-      const colour = getComputedStyle(each).backgroundColor;
-      if (!/, 0\\)$/.test(colour)) return colour;
-    }
+    // Some are translucent: all that is behind is painted, the outermost first.
+    const all = [];
+    for (let each = element; each; each = each.parentElement) all.unshift(getComputedStyle(each).backgroundColor);
+    all.forEach((colour) => { ink.fillStyle = colour; ink.fillRect(0, 0, 1, 1); });
+    return `rgb(${ink.getImageData(0, 0, 1, 1).data.slice(0, 3)})`;
   };
   const note = (kind, colour, element) => {
     if (colour.startsWith("rgb")) found[[kind, colour, ground(element)].join("|")] = 1;
@@ -378,6 +389,70 @@ def test_a_browser_shows_it(shown, tmp_path, width, measure, scheme):
     assert share(page["ink"]) > 1000
     for family in ("knowledge", "commonsense", "truthfulness", "reasoning"):
         assert share(palette.FAMILIES[scheme][family]) > 100, family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_name_of_a_task_is_cut(shown, width):
+    shown.look(width)
+    shown.run("new Promise((done) => setTimeout(done, 300))")
+    shown.wait(READY)
+    texts = shown.run(
+        "[...document.querySelectorAll('.panels text')].map(e => e.textContent)"
+    )
+    assert set(CHOICES) <= set(texts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_table_that_is_cut_off_has_a_shadow_there(shown, tmp_path, width, scheme):
+    import matplotlib.image
+
+    shown.look(width, scheme=scheme)
+
+    def edge(name):
+        shot = tmp_path / f"{name}.png"
+        shown.run("document.querySelector('[aria-label=Scores]').scrollIntoView()")
+        box = shown.run(
+            "((b) => [b.right, b.top, b.bottom])"
+            "(document.querySelector('[aria-label=Scores]').getBoundingClientRect())"
+        )
+        right, top, bottom = map(round, box)
+        shown.screenshot(shot)
+        pixels = matplotlib.image.imread(shot)[top : min(bottom, 900), :, :3]
+        # More of a table is ground than letters.
+        return np.median(pixels[:, right - 5 : right - 2], axis=(0, 1))
+
+    scroll = "(x) => document.querySelector('[aria-label=Scores]').scrollTo(x, 0)"
+    shown.run(f"({scroll})(0)")
+    wide = shown.run(
+        "((e) => e.scrollWidth > e.clientWidth)(document.querySelector('[aria-label=Scores]'))"
+    )
+    cut = edge("start")
+    shown.run(f"({scroll})(1e6)")
+    whole = edge("end")
+    shown.run(f"({scroll})(0)")
+    assert wide == (width < 1280)
+    assert (np.abs(cut - whole).max() > 0.1) == wide
+
+
+@pytest.mark.slow
+def test_scores_are_seen_on_a_telephone(shown):
+    shown.look(390)
+    cut = shown.run(
+        "[...document.querySelectorAll('.wide')].filter((e) => {"
+        " const cell = e.querySelector('tbody td:not(.text)');"
+        " return cell && cell.getBoundingClientRect().right > e.getBoundingClientRect().right; })"
+        ".map((e) => e.ariaLabel)"
+    )
+    assert cut == []
+    shown_scores = shown.run(
+        "((e) => [...e.querySelectorAll('tbody tr:first-child td:not(.text)')]"
+        ".filter((c) => c.getBoundingClientRect().right <= e.getBoundingClientRect().right)"
+        ".map((c) => c.textContent))(document.querySelector('[aria-label^=Differences]'))"
+    )
+    assert len(shown_scores) >= 2
 
 
 @pytest.mark.slow

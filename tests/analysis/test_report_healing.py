@@ -148,12 +148,12 @@ def test_after_is_tested_against_before(folder):
     _, section = sections_of(folder)
     rows = [[cell.text for cell in row] for row in section.table.cells()]
     assert [row[2] for row in rows[:3]] == ["p20 (3.20)", "p40 (2.40)", "p60 (1.60)"]
-    assert rows[1][4:8] == ["0.8000", "0.3000", "0.5000", "+0.2000"]
-    assert rows[1][3] == "\u25b2 significant"
+    assert rows[1][3:7] == ["0.8000", "0.3000", "0.5000", "+0.2000"]
+    assert rows[1][7] == "\u25b2 significant"
     test = paired_difference(answers(0.3), answers(0.5))
     assert rows[1][8] == f"[{test.low:+.4f}, {test.high:+.4f}]"
-    assert {row[3] for row in rows[3:]} == {"\u25cb no difference shown"}
-    assert section.table.cells()[1][3].mark == "better"
+    assert {row[7] for row in rows[3:]} == {"\u25cb no difference shown"}
+    assert section.table.cells()[1][7].mark == "better"
     assert "## Healing: after against before" in as_markdown("", "", [section])
 
 
@@ -162,8 +162,8 @@ def test_without_samples_nothing_is_tested(folder):
         file.unlink()
     _, section = sections_of(folder)
     row = [cell.text for cell in section.table.cells()[0]]
-    assert row[3] == "\u00d7 not tested: no samples of the same documents"
-    assert row[5:8] == ["0.6000", "0.7000", "+0.1000"]
+    assert row[7] == "\u00d7 not tested: no samples of the same documents"
+    assert row[4:7] == ["0.6000", "0.7000", "+0.1000"]
     assert row[10] == "-"
 
 

@@ -598,6 +598,38 @@ def test_the_page_is_what_its_tables_say(make):
     assert make.PAGE.read_text(encoding="utf-8") == make.page(tables, study, figures)
     assert make.DETAILS.read_text(encoding="utf-8") == make.tables_page(tables)
     assert sorted(make.draw(tables)) == figures
+    for name, table in make.tables_of_other_pages(tables).items():
+        text = make.PAGE.with_name(name).read_text(encoding="utf-8")
+        assert f"{make.BEGIN}{table}{make.END}" in text
+
+
+def test_every_q_of_the_tables_is_of_the_rows_that_are_there(make):
+    """Steps are measured at different times, and a family may lose or gain rows by then."""
+    collected = make.Collection()
+    collected.keep(make.read_tables(TABLES))
+    for name, content in collected.files().items():
+        assert content == (TABLES / name).read_text(encoding="utf-8"), name
+
+
+def test_each_task_is_a_family_and_random_controls_are_one_apart(script):
+    module = script("dichotomy.tables")
+
+    def row(task, p, criterion="maw", model="gemma"):
+        who = {"model": model, "step": "choice", "criterion": criterion}
+        return {**who, "task": task, "p": p, "p_margin": None, "difference": -0.1}
+
+    tables = {name: [] for name in module.TABLES}
+    tables["scores"] = [
+        *(row("boolq", p) for p in (0.02, "0.04")),
+        *(row("held_text", 1e-9) for _ in range(9)),
+        *(row("boolq", 1e-9, "random") for _ in range(9)),
+        row("boolq", 1e-9, model="smollm2"),
+        row("boolq", ""),
+    ]
+    module.adjust(tables)
+    first, second, *_, untested = tables["scores"]
+    assert (first["q"], second["q"]) == (0.04, 0.04)
+    assert (first["verdict"], untested["q"], untested["verdict"]) == ("falls", None, "")
 
 
 def test_listing_prints_commands_and_writes_nothing(

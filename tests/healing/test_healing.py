@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -197,6 +198,19 @@ def test_the_merged_checkpoint_equals_the_adapter_applied(adapter, tiny_llama):
     card = (adapter / "merged" / "README.md").read_text()
     assert "was then trained on" in card
     assert "nothing was trained" not in card
+
+
+def test_the_adapter_s_card_says_what_it_belongs_to(adapter, tiny_llama):
+    card = ModelCard.load(adapter / "README.md")
+    record = json.loads((adapter / HEALING).read_text())
+    assert card.data.library_name == "peft"
+    assert f" adapter for {tiny_llama.name}" in card.text
+    assert "53 neurons per MLP" in card.text
+    assert record["pruning"]["kept_digest"][:12] in card.text
+    assert f"{record['tokens_seen']:,} tokens of data.jsonl" in card.text
+    assert "prune_percent=40,peft=" in card.text
+    assert "More Information Needed" not in card.text
+    assert str(tiny_llama) not in card.content
 
 
 def test_pruned_hf_checks_and_applies_it(adapter, tiny_llama):

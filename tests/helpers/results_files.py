@@ -162,7 +162,8 @@ def write_sweep(folder: Path, runs: dict, *, schema: int = 1, **failures) -> Pat
 
     Args:
         folder: Where.
-        runs: By configuration id: ``(percent, tasks)`` with tasks as in `write_run`.
+        runs: By configuration id: ``(percent, tasks)`` with tasks as in `write_run`; in
+            place of the percent also what `pruning` returns.
         schema: ``schema_version`` of sweep.json.
         **failures: By configuration id, the task that failed.
     """
@@ -175,12 +176,12 @@ def write_sweep(folder: Path, runs: dict, *, schema: int = 1, **failures) -> Pat
             }
         )
     )
-    for identifier, (percent, tasks) in runs.items():
+    for identifier, (size, tasks) in runs.items():
         for task, metrics in tasks.items():
             write_run(
                 folder / "units" / identifier / task,
                 {task: metrics},
-                pruning=pruning(percent),
+                pruning=size if isinstance(size, dict) else pruning(size),
             )
     for identifier, task in failures.items():
         unit = folder / "units" / identifier / task

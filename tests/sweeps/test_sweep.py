@@ -202,6 +202,16 @@ def test_second_start_evaluates_nothing(options, monkeypatch, capsys):
     assert "4 done, 0 failed before, 0 to run" in capsys.readouterr().out
 
 
+def test_results_name_the_device_that_computed(options):
+    options = {**options, "ratios": [], "device": None}
+    assert run_sweep(options) == 0
+    folder = Path(options["output_path"], "units", "baseline", "tiny_choice")
+    (results,) = folder.glob("results_*.json")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    # Without a card, the harness's own word is the cuda:0 of its defaults.
+    assert json.loads(results.read_text())["config"]["device"].startswith(here)
+
+
 def _copy(source, target):
     shutil.copytree(source, target)
     return target
