@@ -23,6 +23,7 @@ from lm_eval_pruned.sweeps.runner import (
     Store,
     UnitRunner,
     describe_error,
+    device_failed,
     part_name,
     unit_key,
 )
@@ -55,7 +56,7 @@ def run_sweep(
 
     Returns:
         Exit code: 0 where every unit of this sweep (or shard) is done, 1 where one
-        failed, 130 after Ctrl-C.
+        failed or could not be run, 130 after Ctrl-C.
 
     Raises:
         ValueError: The sweep cannot be planned, or its folder is in use.
@@ -117,7 +118,7 @@ def run_sweep(
             f"{progress.failed} of {len(units)} units failed; error.json in their folders "
             f"below {folder.path / 'units'} says why, --retry_failed tries them again."
         )
-    return 1 if progress.failed else 0
+    return 0 if progress.done == len(units) else 1
 
 
 def _run_here(
@@ -135,9 +136,15 @@ def _run_here(
         progress.start(configuration.id, task.name)
         with store.new_unit() as files:
             kept = store.kept(unit) if sweep.in_blocks else None
-            seconds, error = _attempt(runner, unit, files, ranks, kept)
+            seconds, error, no_device = _attempt(runner, unit, files, ranks, kept)
             outcome = store.keep(unit, files, seconds, error)
         yield outcome
+        if no_device:
+            print(
+                "Stopped: after an error of its device this process can evaluate nothing else. The "
+                "same command goes on with the other units."
+            )
+            return
     runner.release()
 
 
@@ -150,7 +157,9 @@ def _follow(
     waiting: list[tuple[str, str]] = ranks.from_main([])
     for key in waiting:
         with tempfile.TemporaryDirectory() as nothing:
-            _attempt(runner, by_key[key], Path(nothing), ranks)
+            *_, no_device = _attempt(runner, by_key[key], Path(nothing), ranks)
+        if no_device:
+            return 1
     return 0
 
 
@@ -160,22 +169,28 @@ def _attempt(
     files: Path,
     ranks: Ranks,
     kept: KeptUnit | None = None,
-) -> tuple[float, dict[str, str] | None]:
-    """Return the seconds a unit took, and None or the error it failed with."""
+) -> tuple[float, dict[str, str] | None, bool]:
+    """Return the seconds a unit took, None or what it failed with, and whether the device did."""
     error = None
+    no_device = False
     start = time.perf_counter()
     seconds = None
     try:
         seconds = runner.run(*unit, files, kept)
     except Exception as failure:
         logger.exception("%s / %s failed.", *unit_key(unit))
-        error = describe_error(failure)
-    error = ranks.first_error(error)
-    if error is not None:
-        from accelerate.utils import release_memory
+        error, no_device = describe_error(failure), device_failed(failure)
+    # Processes talk through their devices: without one, this process can only leave, and the
+    # launcher ends the others.
+    if not no_device:
+        error = ranks.first_error(error)
+        if error is not None:
+            from accelerate.utils import release_memory
 
-        release_memory()
-    return time.perf_counter() - start if seconds is None else seconds, error
+            release_memory()
+    if seconds is None:
+        seconds = time.perf_counter() - start
+    return seconds, error, no_device
 
 
 def _sort(

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import json
 import logging
+import re
 import time
 import traceback
 from dataclasses import dataclass
@@ -392,6 +393,20 @@ def describe_error(error: BaseException) -> dict[str, str]:
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
+
+
+def device_failed(error: BaseException | None) -> bool:
+    """Return whether the accelerator failed, after which this process can use it no more.
+
+    torch's releases before 2.8 raise a plain RuntimeError. Too little memory is no such failure.
+    """
+    while error is not None:
+        if isinstance(error, RuntimeError) and re.match(
+            r"(CUDA|HIP|XPU)( driver)? error: (?!out of memory)", str(error)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def part_name(shard: tuple[int, int] | None) -> str:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
 
@@ -387,6 +388,36 @@ def test_retry_failed_mends(options, monkeypatch):
     assert len(errors) == 4
     assert run_sweep(options, retry_failed=True) == 0
     assert not list(folder.glob("units/*/*/error.json"))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_sweep_whose_device_fails_ends_with_one_sentence(
+    options, monkeypatch, capsys, wrapped
+):
+    evaluate, failing = lm_eval.simple_evaluate, []
+    kind = getattr(torch, "AcceleratorError", RuntimeError)
+
+    def fails_second(**arguments):
+        failing.append(arguments)
+        if len(failing) != 2:
+            return evaluate(**arguments)
+        error = kind("CUDA error: device-side assert triggered")
+        if wrapped:
+            raise ValueError("it cannot be evaluated") from error
+        raise error
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", fails_second)
+    assert run_sweep(options) == 1
+    out = capsys.readouterr().out
+    assert "Stopped: after an error of its device this process" in out
+    assert len(failing) == 2
+    folder = Path(options["output_path"])
+    assert len(list(folder.glob("units/*/*/results_*.json"))) == 1
+    assert len(list(folder.glob("units/*/*/error.json"))) == 1
+    # The same command goes on, behind the unit that may be to blame.
+    assert run_sweep(options) == 1
+    assert len(failing) == 4
+    assert run_sweep(options, retry_failed=True) == 0
 
 
 def test_model_is_loaded_once_per_configuration(options, monkeypatch):
