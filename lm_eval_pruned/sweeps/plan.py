@@ -8,6 +8,7 @@ changed is not mistaken for it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.sweep_format import ADAPTERS
+from lm_eval_pruned.checkpoints.damage import misspelt
 from lm_eval_pruned.pruning.arguments import (
+    DECLARED,
     SEVERAL,
     SIZES,
     without_idle,
@@ -309,12 +312,38 @@ def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
                 f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
                 f"configurations: use --{option}."
             )
+    found = misspelt(arguments, _known(model), lambda: _config(arguments))
+    if found is not None:
+        name, near = found
+        meant = f"--{instead[near]}" if near in instead else near
+        raise ValueError(
+            f"model_args has {name}={arguments[name]}, which {model} does not know: did you mean "
+            f"{meant}?"
+        )
     known["model_args"] = arguments
     if "seed" in known:
         known["seed"] = _seeds(known["seed"])
     known["log_samples"] = options.get("log_samples", True)
     # from_cli takes what is true or zero, as lm_eval run has it.
     return EvaluatorConfig.from_cli(Namespace(model=model, **known))
+
+
+def _known(model: str) -> set[str]:
+    """Return the names of a model type's arguments, as far as this machine knows them."""
+    from lm_eval.api.registry import get_model
+
+    known = {"pretrained", *DECLARED}
+    # The workers of Ray may have vLLM where this machine has none.
+    with contextlib.suppress(ImportError):
+        known |= get_model(model).argument_names()  # type: ignore[attr-defined]
+    return known
+
+
+def _config(arguments: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    source = model_source(arguments)
+    return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
 
 
 def _seeds(text: str) -> list[int | None]:

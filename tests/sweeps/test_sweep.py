@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -418,6 +419,53 @@ def test_a_sweep_whose_device_fails_ends_with_one_sentence(
     assert run_sweep(options) == 1
     assert len(failing) == 4
     assert run_sweep(options, retry_failed=True) == 0
+
+
+@pytest.mark.parametrize("repository", [False, True])
+def test_git_says_nothing_outside_a_repository(
+    options, tmp_path, monkeypatch, capfd, repository
+):
+    monkeypatch.chdir(tmp_path)
+    if repository:
+        me = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        for words in (["init"], [*me, "commit", "--allow-empty", "-m", "first"]):
+            subprocess.run(["git", *words], check=True, capture_output=True)
+    assert run_sweep({**options, "ratios": [], "tasks": ["tiny_choice"]}) == 0
+    assert "fatal" not in capfd.readouterr().err
+    (file,) = Path(options["output_path"]).glob("units/*/*/results_*.json")
+    assert bool(json.loads(file.read_text())["git_hash"]) == repository
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"prune_precent": 3}, "--prune_percents"),
+        ({"multipleof": 8}, "multiple_of"),
+        ({"prefix_share": False}, "prefix_sharing"),
+    ],
+)
+def test_a_misspelt_model_argument_is_refused_before_anything_runs(
+    options, capsys, given, meant
+):
+    assert run_sweep({**options, "ratios": []}) == 0
+    before = files_of(Path(options["output_path"]))
+    capsys.readouterr()
+    model_args = {**options["model_args"], **given}
+    ((name, value),) = given.items()
+    sentence = f"model_args has {name}={value}, which pruned-hf does not know: did you mean {meant}?"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        run_sweep({**options, "model_args": model_args})
+    assert files_of(Path(options["output_path"])) == before
+
+
+def test_a_setting_of_the_config_is_no_misspelt_argument(options, tiny_llama, tmp_path):
+    model = _copy(tiny_llama, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "n_layers": 3}))
+    given = {"pretrained": str(model), "n_layers": 2}
+    Sweep({**options, "model_args": given})
+    with pytest.raises(ValueError, match="n_layers=2"):
+        Sweep({**options, "model_args": {**given, "pretrained": str(tiny_llama)}})
 
 
 def test_model_is_loaded_once_per_configuration(options, monkeypatch):
