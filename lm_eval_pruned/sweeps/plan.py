@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.analysis.sweep_format import ADAPTERS
 from lm_eval_pruned.checkpoints.damage import misspelt
 from lm_eval_pruned.pruning.arguments import (
+    CUTS,
     DECLARED,
     SEVERAL,
     SIZES,
@@ -50,6 +51,8 @@ from lm_eval_pruned.sweeps.tracking import Tracking
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
 
@@ -272,16 +275,27 @@ class Sweep:
         sizes = len(self.configurations) - 1
         return {"stopping": {"rule": self.stop_rule.text, "sizes": sizes}}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the content of ``sweep.json``: the same for every shard and every start."""
+    def as_dict(self, kept: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Return the content of ``sweep.json``: the same for every shard and every start.
+
+        Args:
+            kept: Configurations of earlier sweeps in the folder that are part of this one.
+        """
+        baseline, *others = (asdict(each) for each in self.configurations)
+        definition = {
+            name: value
+            for name, value in self.options.items()
+            if name not in deciding("how") + deciding("where")
+        }
+        for option, argument in SEVERAL.items():
+            sizes = [each["arguments"].get(argument) for each in kept]
+            if argument in CUTS and any(sizes):
+                asked = [*definition.get(option, []), *map(str, filter(None, sizes))]
+                definition[option] = list(dict.fromkeys(asked))
         return {
-            "definition": {
-                name: value
-                for name, value in self.options.items()
-                if name not in deciding("how") + deciding("where")
-            },
+            "definition": definition,
             "sources": self.sources,
-            "configurations": [asdict(each) for each in self.configurations],
+            "configurations": [baseline, *kept, *others],
             "tasks": [each.name for each in self.tasks],
         }
 

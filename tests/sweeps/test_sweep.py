@@ -308,6 +308,83 @@ def test_changed_definition_is_evaluated_again_and_the_old_results_kept(options)
     assert json.loads(results.read_text())["n-samples"]["tiny_choice"]["effective"] == 2
 
 
+def test_a_second_sweep_keeps_what_the_first_finished(options, capsys):
+    """Sizes and tasks that the second command does not name stay in every table."""
+    folder = options["output_path"]
+    assert run_sweep({**options, "tasks": ["tiny_choice"]}) == 0
+    second = {**options, "ratios": ["1"], "tasks": ["tiny_choice", "tiny_sentence"]}
+    capsys.readouterr()
+    assert run_sweep(second) == 0
+    kept = (
+        f"Finished units of earlier sweeps stay in {folder}: ratio-1.5 / tiny_choice."
+    )
+    assert kept in capsys.readouterr().out
+    runs = read_sweep(folder).runs
+    assert [run.name for run in runs] == ["baseline", "ratio-1.5", "ratio-1"]
+    assert main(["compare", folder]) == 0
+    assert "ratio-1.5" in capsys.readouterr().out
+    definition = json.loads(Path(folder, "sweep.json").read_text())["definition"]
+    assert definition["ratios"] == ["1", "1.5"]
+    assert run_sweep({**options, "ratios": [], "tasks": ["tiny_sentence"]}) == 0
+    assert {run.name: run.tasks() for run in read_sweep(folder).runs} == {
+        "baseline": ["tiny_choice", "tiny_sentence"],
+        "ratio-1.5": ["tiny_choice"],
+        "ratio-1": ["tiny_choice", "tiny_sentence"],
+    }
+
+
+def test_configurations_without_a_finished_unit_are_not_kept(options, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("lm_eval.simple_evaluate", lambda **_: 1 / 0)
+        assert run_sweep(options) == 1
+    assert run_sweep({**options, "ratios": ["1"]}, retry_failed=True) == 0
+    runs = read_sweep(options["output_path"]).runs
+    assert [run.name for run in runs] == ["baseline", "ratio-1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "bfloat16"}, "dtype=None, now bfloat16"),
+        ({"limit": 2.0}, "limit=None, now 2.0"),
+        ({"stop_when": "decided"}, "stop_when=decided shares one error"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_would_stay_beside_results_made_in_another_way_is_refused(
+    options, change, said
+):
+    assert run_sweep({**options, "tasks": ["tiny_choice"]}) == 0
+    before = files_of(Path(options["output_path"]))
+    second = {**options, "ratios": ["1"], "tasks": ["tiny_choice"]}
+    if "dtype" in change:
+        second |= {"model_args": {**options["model_args"], **change}}
+        # Of another task as well: it is another model.
+        second["tasks"] = ["tiny_sentence"]
+    else:
+        second |= change
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=said):
+            run_sweep(second, dry_run=dry_run)
+    assert files_of(Path(options["output_path"])) == before
+
+
+def test_another_dtype_of_all_units_is_said_before_they_are_evaluated_again(
+    options, capsys
+):
+    options = {**options, "tasks": ["tiny_choice"]}
+    assert run_sweep(options) == 0
+    capsys.readouterr()
+    model_args = {**options["model_args"], "dtype": "bfloat16"}
+    assert run_sweep({**options, "model_args": model_args}) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    folder = Path(options["output_path"])
+    assert first == (
+        f"2 finished units in {folder} are evaluated again, and their results move to "
+        f"{folder / 'superseded'}: dtype=None, now bfloat16."
+    )
+
+
 def test_a_sweep_resumed_under_another_seed_says_so(options, capsys):
     assert run_sweep({**options, "tasks": ["tiny_choice"]}) == 0
     assert run_sweep({**options, "tasks": ["tiny_sentence"], "seed": "7"}) == 0
@@ -870,6 +947,34 @@ def test_two_processes_share_each_unit(options, undisturbed, tmp_path):
                     assert float(answer[0]) == pytest.approx(float(known[0]), rel=1e-5)
                     assert answer[1] == known[1]
         assert samples == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_processes_whose_device_fails_ends_both(
+    options, tasks, tmp_path, rank
+):
+    broken = _copy(tasks, tmp_path / "tasks")
+    (broken / "utils.py").write_text(
+        (broken / "utils.py")
+        .read_text()
+        .replace(
+            "def load(**kwargs):\n",
+            "def load(**kwargs):\n    import os\n"
+            f"    if os.environ['RANK'] == '{rank}':\n"
+            "        raise RuntimeError('CUDA error: unspecified launch failure')\n",
+        )
+    )
+    command = [
+        *TWO_PROCESSES, "-m", "lm_eval_pruned.cli", "sweep",
+        "--model_args", f"pretrained={options['model_args']['pretrained']}",
+        "--ratios", *options["ratios"], "--tasks", "tiny_choice", "--device", "cpu",
+        "--include_path", str(broken), "--output_path", options["output_path"],
+    ]  # fmt: skip
+    done = evaluations.run(command, tmp_path, ACCELERATE_USE_CPU="true")
+    assert done.returncode != 0
+    assert "unspecified launch failure" in done.stderr
+    assert not list(Path(options["output_path"]).glob("units/*/*/results_*.json"))
 
 
 def flat(answers):
