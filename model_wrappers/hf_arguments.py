@@ -115,7 +115,7 @@ def argument_names(model_type: type) -> set[str]:
         name
         for each in model_type.__mro__
         if "__init__" in vars(each)
-        for name in inspect.signature(each.__init__).parameters
+        for name in inspect.signature(vars(each)["__init__"]).parameters
     } - {"self", "args", "kwargs"}
 
 

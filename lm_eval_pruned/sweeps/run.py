@@ -139,7 +139,8 @@ def _kept(sweep: Sweep, folder: SweepFolder) -> list[Any]:
     own = [each.id for each in sweep.configurations]
     units = {unit_key(unit): unit for unit in sweep.units()}
     tasks = {task.name: task for task in sweep.tasks}
-    again, kept, differing = [], [], []
+    again, kept = [], []
+    differing: list[str] = []
     for name in dict.fromkeys([*own, *listed]):
         for record in folder.finished(name):
             before, task = record.definition, record.definition["task"]
