@@ -6,15 +6,19 @@ the cause, and takes any text for true: ``trust_remote_code=off`` would run that
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.checkpoints.damage import misspelt
+from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
+
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 
 def _is_text(value: Any) -> bool:
@@ -103,3 +107,41 @@ def check_hf_arguments(arguments: Mapping[str, Any]) -> None:
         accepts, expected = _EXPECTED.get(name, (None, ""))
         if accepts is not None and not accepts(value):
             raise ValueError(f"{name}={value} is not understood: pass {expected}.")
+
+
+def argument_names(model_type: type) -> set[str]:
+    """Return the names of the arguments of a model type, without those that it passes on."""
+    return {
+        name
+        for each in model_type.__mro__
+        if "__init__" in vars(each)
+        for name in inspect.signature(vars(each)["__init__"]).parameters
+    } - {"self", "args", "kwargs"}
+
+
+def check_names(arguments: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse arguments of a model type whose names are misspelt.
+
+    Args:
+        arguments: Those that were given.
+        known: Names that the model type knows.
+
+    Raises:
+        ValueError: A name is unknown and resembles a known one.
+    """
+    found = misspelt(arguments, known, lambda: _config(arguments))
+    if found is not None:
+        name, near = found
+        raise ValueError(
+            f"{name}={arguments[name]} is not understood: did you mean {near}?"
+        )
+
+
+def _config(arguments: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    pretrained = arguments.get("pretrained")
+    if not isinstance(pretrained, (str, os.PathLike)):
+        return getattr(pretrained, "config", None)
+    source = {n: arguments[n] for n in SOURCE_ARGUMENTS if arguments.get(n)}
+    return AutoConfig.from_pretrained(pretrained, **source)

@@ -17,14 +17,22 @@ from lm_eval_pruned.checkpoints.adapters import (
     check_kept,
     merged,
 )
-from lm_eval_pruned.checkpoints.damage import check_config, clear_config_errors
+from lm_eval_pruned.checkpoints.damage import (
+    argument_errors,
+    check_config,
+    clear_config_errors,
+)
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
-from lm_eval_pruned.model_wrappers.hf_arguments import check_hf_arguments
+from lm_eval_pruned.model_wrappers.hf_arguments import (
+    argument_names,
+    check_hf_arguments,
+    check_names,
+)
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.slicing import prune_loaded
 
@@ -79,18 +87,19 @@ class PrunedHFLM(EnergyLoggingHFLM):
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
         """
-        self._prune_arguments = PruneArguments.taken_from(kwargs)
-        self._known_scores = known_scores
-        check_hf_arguments(
-            {
+        with argument_errors():
+            self._prune_arguments = PruneArguments.taken_from(kwargs)
+            given = {
                 **kwargs,
                 "pretrained": pretrained,
                 "peft": peft,
                 "quantization_config": quantization_config,
             }
-        )
+            check_names(given, self.argument_names())
+            check_hf_arguments(given)
+            self._peft_stage = self._resolve_stage(peft, peft_stage)
+        self._known_scores = known_scores
         self._quantization_config = quantization_config
-        self._peft_stage = self._resolve_stage(peft, peft_stage)
         if pretrained is None:
             default = find_default_model()
             kwargs |= default.model_args()
@@ -109,6 +118,11 @@ class PrunedHFLM(EnergyLoggingHFLM):
             self._world_size = accelerator.num_processes
         if self.rank == 0:
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
+
+    @classmethod
+    def argument_names(cls) -> set[str]:
+        """Return the names of all arguments but those that HFLM hands on to transformers."""
+        return argument_names(cls)
 
     @staticmethod
     def _resolve_stage(peft: str | None, stage: str | None) -> str:

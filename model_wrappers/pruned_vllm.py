@@ -11,6 +11,7 @@ import logging
 import selectors
 import threading
 import weakref
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 
 try:
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.exceptions import EngineDeadError
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
@@ -32,6 +34,7 @@ from lm_eval_pruned.checkpoints.adapters import (
     check_adapter,
     check_kept,
 )
+from lm_eval_pruned.checkpoints.damage import argument_errors
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
@@ -40,6 +43,7 @@ from lm_eval_pruned.checkpoints.stream import (
     check_buildable,
     record_of,
 )
+from lm_eval_pruned.model_wrappers.hf_arguments import argument_names, check_names
 from lm_eval_pruned.model_wrappers.vllm_arguments import (
     LOAD_FORMAT,
     check_vllm_arguments,
@@ -87,8 +91,11 @@ class PrunedVLLM(EnergyLoggingVLLM):
             ValueError: A size, the criterion or the model cannot be pruned as asked.
         """
         seed = kwargs.get("seed")
-        prune_arguments = PruneArguments.taken_from(kwargs)
-        check_vllm_arguments(kwargs)
+        with argument_errors():
+            prune_arguments = PruneArguments.taken_from(kwargs)
+            given = {**kwargs, "pretrained": pretrained}
+            check_names(given, self.argument_names())
+            check_vllm_arguments(kwargs)
         if seed is not None:
             kwargs["seed"] = seed
         if pretrained is None:
@@ -125,6 +132,11 @@ class PrunedVLLM(EnergyLoggingVLLM):
         if adapter is not None and not self._notes:
             check_kept(adapter, self._prune_record, argument="lora_local_path")
         eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
+
+    @classmethod
+    def argument_names(cls) -> set[str]:
+        """Return the names of all arguments, those of vLLM's engine among them."""
+        return argument_names(cls) | {each.name for each in fields(EngineArgs)}
 
     def _record(self, request: LoadRequest) -> PruneRecord:
         """Return what the engine did, as far as its processes tell."""

@@ -90,8 +90,8 @@ def healing_sections(
     text = (
         "Each size against itself: the score after it was trained again, less that before, "
         "paired by document. q: p after Benjamini-Hochberg over the sizes of each task, "
-        f"significant at {alpha:g}. How both differ from the unpruned model stands in the "
-        "tables above."
+        f"significant at {alpha:g}; intervals are widened as q is. The "
+        "tables above compare both with the unpruned model."
     )
     names = "Healing: after against before", "before", "after"
     return [*sections, paired_section(*names, text, base, judged(rows, alpha), alpha)]

@@ -48,12 +48,14 @@ class UnitRecord:
         seconds: Time the evaluation took, without loading the model.
         error: None for a finished unit, else what ``error.json`` says.
         results: None for a failed unit, else the harness's results file.
+        definition: What the fingerprint is made from.
     """
 
     fingerprint: str
     seconds: float
     error: dict[str, str] | None
     results: Path | None
+    definition: Mapping[str, Any]
 
 
 def is_sweep(path: str | Path) -> bool:
@@ -84,9 +86,10 @@ def read_unit(folder: Path) -> UnitRecord | None:
         fingerprint, seconds = str(unit["fingerprint"]), float(unit["seconds"])
         if unit["schema_version"] != SCHEMA:
             return None
-        if results := newest_first(folder):
-            return UnitRecord(fingerprint, seconds, None, results[0])
-        return UnitRecord(fingerprint, seconds, read_json(folder / ERROR), None)
+        results = next(iter(newest_first(folder)), None)
+        error = None if results else read_json(folder / ERROR)
+        definition = unit.get("definition") or {}
+        return UnitRecord(fingerprint, seconds, error, results, definition)
     except (ValueError, KeyError, TypeError):
         return None
 

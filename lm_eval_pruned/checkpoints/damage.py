@@ -9,6 +9,8 @@ what transformers raises is turned into a sentence that names the file.
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,14 @@ from lm_eval_pruned.checkpoints.transformers_api import (
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import (
+        Callable,
+        Collection,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from transformers import PreTrainedModel
 
@@ -41,6 +50,55 @@ _NUMBERS = ("F64", "F32", "F16", "BF16")
 _CLEAR = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
 #: Kinds of them that do not name the file.
 _UNCLEAR = (json.JSONDecodeError, UnicodeDecodeError)
+
+
+#: What ``from_pretrained`` takes without naming it in its signature, and resembles arguments of ours.
+_TAKEN_UNNAMED = ("code_revision", "device_map", "max_memory", "offload_buffers")
+
+
+class ArgumentError(ValueError, SystemExit):
+    """An argument of a model type cannot be used.
+
+    It is caught like any ValueError. Where nobody catches it, as in the ``lm_eval`` command, Python
+    ends with this one sentence instead of a traceback.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = message
+
+
+@contextlib.contextmanager
+def argument_errors() -> Iterator[None]:
+    """Turn the ValueErrors of checks of arguments into ArgumentErrors."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise ArgumentError(str(error)) from error
+
+
+def misspelt(
+    given: Iterable[str], known: Collection[str], config: Callable[[], Any]
+) -> tuple[str, str] | None:
+    """Return the first name that is unknown but resembles a known one, and that one.
+
+    Args:
+        given: Names of arguments of a model type, which hands unknown ones to transformers.
+        known: Names that the model type knows.
+        config: Returns the model's config, whose settings may be given as well.
+    """
+    from transformers import PreTrainedModel
+
+    taken = inspect.signature(PreTrainedModel.from_pretrained).parameters
+    for name in given:
+        if name in known or name in taken or name in _TAKEN_UNNAMED:
+            continue
+        near = difflib.get_close_matches(str(name), known, 1, cutoff=0.8)
+        if near and not hasattr(config(), str(name)):
+            return name, near[0]
+    return None
 
 
 def check_counts(config: Mapping[str, Any], pretrained: str) -> None:
@@ -117,7 +175,7 @@ def clear_load_errors(pretrained: str, arguments: Mapping[str, Any]) -> Iterator
         unknown = re.search(r"unexpected keyword argument '(.*)'", str(error))
         if unknown and unknown[1] in arguments:
             name = unknown[1]
-            raise ValueError(
+            raise ArgumentError(
                 f"{name}={arguments[name]} is not understood: neither this package nor the model "
                 f"in {pretrained} has an argument of that name."
             ) from error

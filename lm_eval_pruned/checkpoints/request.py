@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.checkpoints.damage import (
+    argument_errors,
     check_complete,
     check_config,
     check_widths_fit,
@@ -128,7 +129,8 @@ class LoadRequest:
                 shallow = widths.without_layers(Depth.of(prune_arguments, layers))
                 if not prune_arguments.measures_depth:
                     widths = shallow
-            plan = widths.plan(prune_arguments)
+            with argument_errors():
+                plan = widths.plan(prune_arguments)
         if widths.actual != widths.configured:
             _tell_widths(pretrained, "config has", widths.actual)
         return cls(

@@ -6,7 +6,7 @@ import functools
 import glob
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,26 @@ def fingerprint(definition: dict[str, Any]) -> str:
     """Return the hash of a definition, as 64 hexadecimal digits."""
     text = json.dumps(definition, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], of: str = "the task"
+) -> Iterator[str]:
+    """Say in which ways one definition differs from another, such as ``dtype=float32, now bfloat16``.
+
+    Args:
+        before: A definition that was read from a file, or a part of it.
+        now: One that was made here.
+        of: What hashes in it are of.
+    """
+    now = json.loads(json.dumps(now, default=str))
+    for name in [*now, *(name for name in before if name not in now)]:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from changes(old, new, name)
+        elif old != new:
+            hashed = "sha256" in name
+            yield f"another {of}" if hashed else f"{name}={old}, now {new}"
 
 
 def entry_config(entry: Any, resolve: bool = True) -> dict[str, Any]:

@@ -76,6 +76,13 @@ class SweepFolder:
         """Return what is there for a unit; None for nothing, or nothing whole."""
         return read_unit(self.unit(configuration, task))
 
+    def finished(self, configuration: str) -> Iterator[UnitRecord]:
+        """Yield what is there of a configuration's finished units, whatever their task."""
+        for place in sorted(self.unit(configuration, "any").parent.glob("*")):
+            record = read_unit(place)
+            if record is not None and record.error is None:
+                yield record
+
     def write_definition(self, definition: dict[str, Any]) -> None:
         """Write ``sweep.json``, the same bytes for the same definition."""
         write_atomically(self.path / DEFINITION, as_text(definition))
@@ -149,11 +156,6 @@ class SweepFolder:
             if not place.exists():
                 break
         os.rename(target, place)
-        logger.warning(
-            "%s was evaluated under another definition: its results are now in %s.",
-            target,
-            place,
-        )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 from dataclasses import dataclass, field, fields, replace
@@ -188,12 +187,7 @@ def training_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, A
                 f"model_args has {name}={model_args[name]}, with which heal does not train: leave "
                 "one of the two out."
             )
-    declared = {
-        name
-        for each in get_model(model).__mro__
-        if "__init__" in vars(each)
-        for name in inspect.signature(each.__init__).parameters
-    }
+    declared = get_model(model).argument_names()  # type: ignore[attr-defined]
     return {
         name: value
         for name, value in model_args.items()

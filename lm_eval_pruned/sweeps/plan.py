@@ -8,6 +8,7 @@ changed is not mistaken for it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -16,7 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.analysis.sweep_format import ADAPTERS
+from lm_eval_pruned.checkpoints.damage import misspelt
 from lm_eval_pruned.pruning.arguments import (
+    CUTS,
+    DECLARED,
     SEVERAL,
     SIZES,
     without_idle,
@@ -47,6 +51,8 @@ from lm_eval_pruned.sweeps.tracking import Tracking
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
 
@@ -269,16 +275,27 @@ class Sweep:
         sizes = len(self.configurations) - 1
         return {"stopping": {"rule": self.stop_rule.text, "sizes": sizes}}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the content of ``sweep.json``: the same for every shard and every start."""
+    def as_dict(self, kept: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """Return the content of ``sweep.json``: the same for every shard and every start.
+
+        Args:
+            kept: Configurations of earlier sweeps in the folder that are part of this one.
+        """
+        baseline, *others = (asdict(each) for each in self.configurations)
+        definition = {
+            name: value
+            for name, value in self.options.items()
+            if name not in deciding("how") + deciding("where")
+        }
+        for option, argument in SEVERAL.items():
+            sizes = [each["arguments"].get(argument) for each in kept]
+            if argument in CUTS and any(sizes):
+                asked = [*definition.get(option, []), *map(str, filter(None, sizes))]
+                definition[option] = list(dict.fromkeys(asked))
         return {
-            "definition": {
-                name: value
-                for name, value in self.options.items()
-                if name not in deciding("how") + deciding("where")
-            },
+            "definition": definition,
             "sources": self.sources,
-            "configurations": [asdict(each) for each in self.configurations],
+            "configurations": [baseline, *kept, *others],
             "tasks": [each.name for each in self.tasks],
         }
 
@@ -309,12 +326,38 @@ def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
                 f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
                 f"configurations: use --{option}."
             )
+    found = misspelt(arguments, _known(model), lambda: _config(arguments))
+    if found is not None:
+        name, near = found
+        meant = f"--{instead[near]}" if near in instead else near
+        raise ValueError(
+            f"model_args has {name}={arguments[name]}, which {model} does not know: did you mean "
+            f"{meant}?"
+        )
     known["model_args"] = arguments
     if "seed" in known:
         known["seed"] = _seeds(known["seed"])
     known["log_samples"] = options.get("log_samples", True)
     # from_cli takes what is true or zero, as lm_eval run has it.
     return EvaluatorConfig.from_cli(Namespace(model=model, **known))
+
+
+def _known(model: str) -> set[str]:
+    """Return the names of a model type's arguments, as far as this machine knows them."""
+    from lm_eval.api.registry import get_model
+
+    known = {"pretrained", *DECLARED}
+    # The workers of Ray may have vLLM where this machine has none.
+    with contextlib.suppress(ImportError):
+        known |= get_model(model).argument_names()  # type: ignore[attr-defined]
+    return known
+
+
+def _config(arguments: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    source = model_source(arguments)
+    return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
 
 
 def _seeds(text: str) -> list[int | None]:

@@ -7,6 +7,7 @@ sweep writes to the sweep's folder, so workers need not share a file system with
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -18,7 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.sweeps.plan import Sweep
-from lm_eval_pruned.sweeps.runner import UnitRunner, describe_error, part_name
+from lm_eval_pruned.sweeps.runner import (
+    UnitRunner,
+    describe_error,
+    device_failed,
+    part_name,
+    unit_key,
+)
 
 
 if TYPE_CHECKING:
@@ -28,8 +35,12 @@ if TYPE_CHECKING:
     from lm_eval_pruned.sweeps.runner import Outcome, Store
     from lm_eval_pruned.util.progress import Progress
 
+logger = logging.getLogger("lm_eval.pruned.sweep")
+
 #: How often a unit starts again after its worker or node was lost.
 RETRIES = 3
+#: Seconds until the user hears that no worker could start yet.
+PATIENCE = 60
 
 
 def run_on_ray(
@@ -117,18 +128,15 @@ def workers_that_fit(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float) 
         cpus: CPUs of one worker.
         gpus: GPUs of one worker.
     """
-    total = 0
-    for node in nodes:
-        if not node["Alive"]:
-            continue
-        has = node["Resources"]
-        fit = [
-            int(has.get(name, 0) / need + 1e-9)
-            for name, need in (("CPU", cpus), ("GPU", gpus))
-            if need
-        ]
-        total += min(fit, default=os.cpu_count() or 1)
-    return total
+    needs = [(name, need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
+    return sum(
+        min(
+            (int(node["Resources"].get(name, 0) / n + 1e-9) for name, n in needs),
+            default=os.cpu_count() or 1,
+        )
+        for node in nodes
+        if node["Alive"]
+    )
 
 
 class Worker:
@@ -156,7 +164,7 @@ class Worker:
 
     def run(
         self, configuration: str, task: str, digest: str
-    ) -> tuple[float, dict[str, bytes], dict[str, str] | None]:
+    ) -> tuple[float, dict[str, bytes], dict[str, str] | None, bool]:
         """Evaluate one unit.
 
         Args:
@@ -165,7 +173,8 @@ class Worker:
             digest: Of the task as the sweep planned it.
 
         Returns:
-            Seconds, the harness's files by name, and None or what the unit failed with.
+            Seconds, the harness's files by name, None or what the unit failed with, and
+            whether the device failed, after which this process can run no other unit.
         """
         start = time.perf_counter()
         try:
@@ -184,16 +193,20 @@ class Worker:
                     path.name: path.read_bytes() for path in Path(folder).iterdir()
                 }
         except Exception as error:  # noqa: BLE001
-            return time.perf_counter() - start, {}, describe_error(error)
-        return seconds, files, None
+            spent = time.perf_counter() - start
+            return spent, {}, describe_error(error), device_failed(error)
+        return seconds, files, None, False
 
 
 class _Cluster:
-    """Deals units to workers and collects what they send back."""
+    """Deals units to workers and collects what they send back.
+
+    Ray starts a worker once its resources are free, so fewer may run than there are places
+    for. A worker that has no unit left to run ends, and others get what it held.
+    """
 
     def __init__(self, ray, sweep, waiting, store, progress, shard) -> None:
         self._ray = ray
-        self._sweep = sweep
         self._waiting: list[Unit] = list(waiting)
         self._store = store
         self._progress = progress
@@ -203,55 +216,76 @@ class _Cluster:
         gpus = options.get(
             "gpus_per_unit", 1 if ray.cluster_resources().get("GPU") else 0
         )
-        fit = workers_that_fit(ray.nodes(), cpus, gpus)
-        if not fit:
+        self._needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
+        self._places = workers_that_fit(ray.nodes(), cpus, gpus)
+        if not self._places:
             raise ValueError(
-                f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g} are more than any node of "
-                f"the cluster has (in all: {ray.cluster_resources().get('CPU', 0):g} CPUs, "
-                f"{ray.cluster_resources().get('GPU', 0):g} GPUs): ask for less."
+                f"{self._needs} are more than any node of the cluster has (in all: "
+                f"{_written(ray.cluster_resources())}): ask for less."
             )
-        self._size = min(fit, len(self._waiting))
-        self._remote = ray.remote(
-            num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=RETRIES
-        )(Worker)
+        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(Worker)
         # Options that are paths must mean the same on a node.
         self._options = ray.put(options)
-        self._holds: dict[int, str | None] = {}
         self._workers: dict[int, Any] = {}
-        self._births: Counter[int] = Counter()
+        # Of the workers that have started.
+        self._holds: dict[int, str | None] = {}
+        # None while the worker starts.
         self._running: dict[Any, tuple[int, Unit | None]] = {}
+        self._losses: Counter[tuple[str, str]] = Counter()
 
     def run(self) -> Iterator[Outcome]:
-        self._progress.workers = self._size
+        told = False
         try:
-            for number in range(self._size):
-                self._start(number)
-            while self._running:
-                (future, *_), _ = self._ray.wait(list(self._running))
-                number, unit = self._running.pop(future)
-                yield from self._collect(future, number, unit)
+            while units := [*self._waiting, *filter(None, self._assigned())]:
+                while len(self._workers) < min(self._places, len(units)):
+                    self._start()
+                if not self._workers:
+                    print(
+                        f"Stopped: no worker is left for {len(units)} units. The same command "
+                        "goes on with them."
+                    )
+                    return
+                done, _ = self._ray.wait(list(self._running), timeout=PATIENCE)
+                if not (done or self._holds or told):
+                    told = True
+                    logger.warning(
+                        "The sweep waits for its first worker, which needs %s; the cluster has "
+                        "%s free.",
+                        self._needs,
+                        _written(self._ray.available_resources()),
+                    )
+                for future in done:
+                    yield from self._collect(future, *self._running.pop(future))
         finally:
-            for worker in self._workers.values():
-                with suppress(Exception):
-                    self._ray.kill(worker)
+            for number in list(self._workers):
+                self._end(number)
 
-    def _start(self, number: int) -> None:
-        self._births[number] += 1
-        self._holds[number] = None
+    def _assigned(self) -> list[Unit | None]:
+        return [unit for _, unit in self._running.values()]
+
+    def _start(self) -> None:
+        number = next(n for n in itertools.count() if n not in self._workers)
         worker = self._remote.remote(
             self._options, os.getcwd(), f"{self._part}_worker{number}"
         )
         self._workers[number] = worker
         self._running[worker.ready.remote()] = (number, None)
 
+    def _end(self, number: int) -> None:
+        self._holds.pop(number, None)
+        with suppress(Exception):
+            self._ray.kill(self._workers.pop(number))
+
     def _assign(self, number: int) -> None:
         if not self._waiting:
+            self._end(number)
             return
-        elsewhere = [held for other, held in self._holds.items() if other != number]
-        position = choose_unit(self._waiting, self._holds[number], elsewhere)
+        holds = self._holds.pop(number, None)
+        position = choose_unit(self._waiting, holds, list(self._holds.values()))
         unit = self._waiting.pop(position)
         configuration, task = unit
         self._holds[number] = configuration.id
+        self._progress.workers = len(self._holds)
         self._progress.start(configuration.id, task.name)
         future = self._workers[number].run.remote(
             configuration.id, task.name, task.digest
@@ -262,27 +296,39 @@ class _Cluster:
         try:
             answer = self._ray.get(future)
         except self._ray.exceptions.RayError as error:
-            # After RETRIES lost workers, or one that could not start at all.
-            with suppress(Exception):
-                self._ray.kill(self._workers[number])
             failure = describe_error(error)
-            if unit is not None:
-                yield self._keep(unit, 0.0, {}, failure)
-                self._births[number] = 0
-            if self._births[number] <= RETRIES:
-                if self._waiting:
-                    self._start(number)
-            elif not self._running:
-                for lost in self._waiting:
-                    yield self._keep(lost, 0.0, {}, failure)
-                self._waiting = []
+            yield from self._lose(number, unit, 0.0, failure, place=unit is None)
             return
         if unit is not None:
-            yield self._keep(unit, *answer)
+            seconds, files, failure, no_device = answer
+            if no_device:
+                yield from self._lose(number, unit, seconds, failure, place=True)
+                return
+            yield self._keep(unit, seconds, files, failure)
         self._assign(number)
+
+    def _lose(
+        self, number: int, unit: Unit | None, seconds, failure, place: bool
+    ) -> Iterator[Outcome]:
+        """Give up a worker, and its place where the next one would fail there as well."""
+        self._end(number)
+        self._places -= place
+        if unit is None:
+            logger.error("A worker could not start: %s", failure["message"])
+            return
+        self._losses[unit_key(unit)] += 1
+        # Two devices that fail with one unit are enough.
+        if self._places and self._losses[unit_key(unit)] <= (1 if place else RETRIES):
+            self._waiting.append(unit)
+        else:
+            yield self._keep(unit, seconds, {}, failure)
 
     def _keep(self, unit, seconds, files, failure) -> Outcome:
         with self._store.new_unit() as folder:
             for name, content in files.items():
                 (folder / name).write_bytes(content)
             return self._store.keep(unit, folder, seconds, failure)
+
+
+def _written(resources: dict[str, float]) -> str:
+    return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"

@@ -7,6 +7,7 @@ are missing: here, or through `ray` on a cluster; `runner` runs one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import tempfile
 import time
@@ -14,7 +15,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.sweeps.fingerprints import fingerprint
+from lm_eval_pruned.analysis.sweep_format import is_sweep, read_definition
+from lm_eval_pruned.pruning.arguments import DECLARED
+from lm_eval_pruned.sweeps.fingerprints import changes, fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.ranks import Ranks
@@ -23,6 +26,7 @@ from lm_eval_pruned.sweeps.runner import (
     Store,
     UnitRunner,
     describe_error,
+    device_failed,
     part_name,
     unit_key,
 )
@@ -31,7 +35,7 @@ from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable
 
     from lm_eval_pruned.sweeps.runner import KeptUnit, Unit
 
@@ -55,7 +59,7 @@ def run_sweep(
 
     Returns:
         Exit code: 0 where every unit of this sweep (or shard) is done, 1 where one
-        failed, 130 after Ctrl-C.
+        failed or could not be run, 130 after Ctrl-C.
 
     Raises:
         ValueError: The sweep cannot be planned, or its folder is in use.
@@ -69,6 +73,7 @@ def run_sweep(
         for unit in units
     }
     if dry_run:
+        _kept(sweep, folder)
         print(_plan_table(sweep, units, folder, prints), end="")
         return 0
     ranks = Ranks()
@@ -77,7 +82,7 @@ def run_sweep(
     # What the Hub refuses, it refuses before the first model is loaded.
     sweep.tracking.hub_tracker()
     with folder.locked():
-        folder.write_definition(sweep.as_dict())
+        folder.write_definition(sweep.as_dict(_kept(sweep, folder)))
         done, failed, waiting = _sort(units, folder, prints, retry_failed)
         _check_baselines(sweep, folder, waiting)
         store = Store(sweep, folder, prints)
@@ -117,7 +122,73 @@ def run_sweep(
             f"{progress.failed} of {len(units)} units failed; error.json in their folders "
             f"below {folder.path / 'units'} says why, --retry_failed tries them again."
         )
-    return 1 if progress.failed else 0
+    return 0 if progress.done == len(units) else 1
+
+
+def _kept(sweep: Sweep, folder: SweepFolder) -> list[Any]:
+    """Return the configurations of earlier sweeps that stay in the folder, and say what becomes of it.
+
+    Raises:
+        ValueError: Finished units would stay that cannot be compared with those of this sweep.
+    """
+    if not is_sweep(folder.path):
+        return []
+    listed = {
+        each["id"]: each for each in read_definition(folder.path)[0]["configurations"]
+    }
+    own = [each.id for each in sweep.configurations]
+    units = {unit_key(unit): unit for unit in sweep.units()}
+    tasks = {task.name: task for task in sweep.tasks}
+    again, kept = [], []
+    differing: list[str] = []
+    for name in dict.fromkeys([*own, *listed]):
+        for record in folder.finished(name):
+            before, task = record.definition, record.definition["task"]
+            if (name, task) in units:
+                found = [*changes(before, sweep.definition(*units[name, task]))]
+                again += [found] if found else []
+                continue
+            now = sweep.model_definition(sweep.baseline)
+            if task in tasks:
+                now = sweep.definition(sweep.baseline, tasks[task])
+            kept.append((name, task))
+            differing += changes(
+                _unpruned({key: before.get(key) for key in now}), _unpruned(now)
+            )
+    names = ", ".join(" / ".join(each) for each in sorted(kept))
+    if differing:
+        raise ValueError(
+            f"--output_path {folder.path} holds finished units that this sweep does not have and "
+            f"cannot be compared with ({names}): {_listed(differing)}. Ask for them as well, or pass "
+            "another folder."
+        )
+    if sweep.stop_rule is not None and any(name not in own for name, _ in kept):
+        raise ValueError(
+            f"stop_when={sweep.stop_rule.text} shares one error among all sizes, but --output_path "
+            f"{folder.path} holds units of others ({names}): ask for those sizes as well, or pass "
+            "another folder."
+        )
+    if again:
+        print(
+            f"{len(again)} finished units in {folder.path} are evaluated again, and their results "
+            f"move to {folder.path / 'superseded'}: {_listed(itertools.chain(*again))}."
+        )
+    if kept:
+        print(f"Finished units of earlier sweeps stay in {folder.path}: {names}.")
+    return [listed[name] for name in listed if name not in own and name in dict(kept)]
+
+
+def _unpruned(definition: dict[str, Any]) -> dict[str, Any]:
+    """Return what configurations of one sweep have in common."""
+    arguments = definition["model_args"].items()
+    return {
+        **definition,
+        "model_args": {k: v for k, v in arguments if k not in DECLARED},
+    }
+
+
+def _listed(found: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(found))
 
 
 def _run_here(
@@ -135,9 +206,15 @@ def _run_here(
         progress.start(configuration.id, task.name)
         with store.new_unit() as files:
             kept = store.kept(unit) if sweep.in_blocks else None
-            seconds, error = _attempt(runner, unit, files, ranks, kept)
+            seconds, error, no_device = _attempt(runner, unit, files, ranks, kept)
             outcome = store.keep(unit, files, seconds, error)
         yield outcome
+        if no_device:
+            print(
+                "Stopped: after an error of its device this process can evaluate nothing else. The "
+                "same command goes on with the other units."
+            )
+            return
     runner.release()
 
 
@@ -150,7 +227,9 @@ def _follow(
     waiting: list[tuple[str, str]] = ranks.from_main([])
     for key in waiting:
         with tempfile.TemporaryDirectory() as nothing:
-            _attempt(runner, by_key[key], Path(nothing), ranks)
+            *_, no_device = _attempt(runner, by_key[key], Path(nothing), ranks)
+        if no_device:
+            return 1
     return 0
 
 
@@ -160,22 +239,28 @@ def _attempt(
     files: Path,
     ranks: Ranks,
     kept: KeptUnit | None = None,
-) -> tuple[float, dict[str, str] | None]:
-    """Return the seconds a unit took, and None or the error it failed with."""
+) -> tuple[float, dict[str, str] | None, bool]:
+    """Return the seconds a unit took, None or what it failed with, and whether the device did."""
     error = None
+    no_device = False
     start = time.perf_counter()
     seconds = None
     try:
         seconds = runner.run(*unit, files, kept)
     except Exception as failure:
         logger.exception("%s / %s failed.", *unit_key(unit))
-        error = describe_error(failure)
-    error = ranks.first_error(error)
-    if error is not None:
-        from accelerate.utils import release_memory
+        error, no_device = describe_error(failure), device_failed(failure)
+    # Processes talk through their devices: without one, this process can only leave, and the
+    # launcher ends the others.
+    if not no_device:
+        error = ranks.first_error(error)
+        if error is not None:
+            from accelerate.utils import release_memory
 
-        release_memory()
-    return time.perf_counter() - start if seconds is None else seconds, error
+            release_memory()
+    if seconds is None:
+        seconds = time.perf_counter() - start
+    return seconds, error, no_device
 
 
 def _sort(

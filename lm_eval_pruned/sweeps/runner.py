@@ -6,10 +6,14 @@ import contextlib
 import glob
 import json
 import logging
+import os
+import re
+import subprocess
 import time
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from lm_eval_pruned.analysis.results_file import read_results_file
 from lm_eval_pruned.analysis.sweep_format import ERROR, error_text
@@ -265,26 +269,27 @@ class UnitRunner:
         model_args = self._sweep.model_args(configuration)
         manager = self._sweep.task_manager(configuration)
         seed = settings.seed or [None] * 4
-        results = simple_evaluate(
-            model=lm,
-            model_args=model_args,
-            tasks=tasks,
-            bootstrap_iters=bootstrap_iters,
-            **{name: getattr(settings, name) for name in deciding("scores")},
-            batch_size=settings.batch_size,
-            max_batch_size=settings.max_batch_size,
-            # What it computes on, which need not be what was asked for.
-            device=str(getattr(lm, "device", settings.device)),
-            use_cache=self._cache(configuration),
-            evaluation_tracker=tracker,
-            task_manager=manager,
-            random_seed=seed[0],
-            numpy_random_seed=seed[1],
-            torch_random_seed=seed[2],
-            fewshot_random_seed=seed[3],
-            confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
-            metadata=self._sweep.metadata(configuration),
-        )
+        with mock.patch("lm_eval.evaluator.get_git_commit_hash", _git_hash):
+            results = simple_evaluate(
+                model=lm,
+                model_args=model_args,
+                tasks=tasks,
+                bootstrap_iters=bootstrap_iters,
+                **{name: getattr(settings, name) for name in deciding("scores")},
+                batch_size=settings.batch_size,
+                max_batch_size=settings.max_batch_size,
+                # What it computes on, which need not be what was asked for.
+                device=str(getattr(lm, "device", settings.device)),
+                use_cache=self._cache(configuration),
+                evaluation_tracker=tracker,
+                task_manager=manager,
+                random_seed=seed[0],
+                numpy_random_seed=seed[1],
+                torch_random_seed=seed[2],
+                fewshot_random_seed=seed[3],
+                confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+                metadata=self._sweep.metadata(configuration),
+            )
         if results is not None:
             # What `lm_eval run` records where it makes the model itself.
             results["config"]["model"] = self._sweep.model
@@ -393,6 +398,34 @@ def describe_error(error: BaseException) -> dict[str, str]:
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),
     }
+
+
+def device_failed(error: BaseException | None) -> bool:
+    """Return whether the accelerator failed, after which this process can use it no more.
+
+    torch's releases before 2.8 raise a plain RuntimeError. Too little memory is no such failure.
+    """
+    while error is not None:
+        if isinstance(error, RuntimeError) and re.match(
+            r"(CUDA|HIP|XPU)( driver)? error: (?!out of memory)", str(error)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _git_hash() -> str | None:
+    """Return what the harness records as ``git_hash``, without git's complaint where there is none."""
+    from lm_eval.loggers.utils import get_commit_from_path
+
+    command = ["git", "describe", "--always"]
+    try:
+        described = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return get_commit_from_path(os.getcwd())
+    return described.stdout.strip()
 
 
 def part_name(shard: tuple[int, int] | None) -> str:

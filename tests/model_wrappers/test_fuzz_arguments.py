@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from hypothesis import example, given, strategies as st
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.utils import simple_parse_args_string
 from transformers import AutoModelForCausalLM
 
@@ -183,7 +184,9 @@ def test_an_argument_is_obeyed_or_named(tiny_llama, text):
         ("hidden_size=abc", "describes no model that can be built"),
         ("num_hidden_layers=1000000000000", "num_hidden_layers=1000000000000"),
         ("num_hidden_layers=2", "layers.2.mlp.*config.json knows nothing"),
-        ("prune_precent=40", "prune_precent=40 is not understood"),
+        ("prune_precent=40", "prune_precent=40 .*: did you mean prune_percent\\?"),
+        ("prefix_share=0", "prefix_share=0 .*: did you mean prefix_sharing\\?"),
+        ("frobnicate=3", "frobnicate=3 is not understood: neither this package"),
     ],
 )
 def test_what_hf_and_transformers_leave_unclear_is_one_sentence(
@@ -194,6 +197,18 @@ def test_what_hf_and_transformers_leave_unclear_is_one_sentence(
     with pytest.raises(ValueError, match=message) as error:
         PrunedHFLM(**arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["prune_precent=3", "frobnicate=3", "ratio=two"])
+def test_the_command_ends_with_the_sentence(tiny_llama, text, monkeypatch):
+    """Python prints the code of a SystemExit, and no traceback."""
+    command = ["lm_eval", "run", "--model", "pruned-hf", "--tasks", "pruned_demo"]
+    given = ["--model_args", f"pretrained={tiny_llama},{text}", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [*command, *given])
+    with pytest.raises(SystemExit) as ended:
+        cli_evaluate()
+    assert str(ended.value.code).startswith(f"{text} is not ")
+    assert isinstance(ended.value, ValueError)
 
 
 @pytest.mark.parametrize("size", ["4", "auto", "auto:2", "007"])

@@ -6,11 +6,13 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
 
@@ -316,6 +318,83 @@ def test_changed_definition_is_evaluated_again_and_the_old_results_kept(options)
     assert json.loads(results.read_text())["n-samples"]["tiny_choice"]["effective"] == 2
 
 
+def test_a_second_sweep_keeps_what_the_first_finished(options, capsys):
+    """Sizes and tasks that the second command does not name stay in every table."""
+    folder = options["output_path"]
+    assert run_sweep({**options, "tasks": ["tiny_choice"]}) == 0
+    second = {**options, "ratios": ["1"], "tasks": ["tiny_choice", "tiny_sentence"]}
+    capsys.readouterr()
+    assert run_sweep(second) == 0
+    kept = (
+        f"Finished units of earlier sweeps stay in {folder}: ratio-1.5 / tiny_choice."
+    )
+    assert kept in capsys.readouterr().out
+    runs = read_sweep(folder).runs
+    assert [run.name for run in runs] == ["baseline", "ratio-1.5", "ratio-1"]
+    assert main(["compare", folder]) == 0
+    assert "ratio-1.5" in capsys.readouterr().out
+    definition = json.loads(Path(folder, "sweep.json").read_text())["definition"]
+    assert definition["ratios"] == ["1", "1.5"]
+    assert run_sweep({**options, "ratios": [], "tasks": ["tiny_sentence"]}) == 0
+    assert {run.name: run.tasks() for run in read_sweep(folder).runs} == {
+        "baseline": ["tiny_choice", "tiny_sentence"],
+        "ratio-1.5": ["tiny_choice"],
+        "ratio-1": ["tiny_choice", "tiny_sentence"],
+    }
+
+
+def test_configurations_without_a_finished_unit_are_not_kept(options, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("lm_eval.simple_evaluate", lambda **_: 1 / 0)
+        assert run_sweep(options) == 1
+    assert run_sweep({**options, "ratios": ["1"]}, retry_failed=True) == 0
+    runs = read_sweep(options["output_path"]).runs
+    assert [run.name for run in runs] == ["baseline", "ratio-1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "bfloat16"}, "dtype=None, now bfloat16"),
+        ({"limit": 2.0}, "limit=None, now 2.0"),
+        ({"stop_when": "decided"}, "stop_when=decided shares one error"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_would_stay_beside_results_made_in_another_way_is_refused(
+    options, change, said
+):
+    assert run_sweep({**options, "tasks": ["tiny_choice"]}) == 0
+    before = files_of(Path(options["output_path"]))
+    second = {**options, "ratios": ["1"], "tasks": ["tiny_choice"]}
+    if "dtype" in change:
+        second |= {"model_args": {**options["model_args"], **change}}
+        # Of another task as well: it is another model.
+        second["tasks"] = ["tiny_sentence"]
+    else:
+        second |= change
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=said):
+            run_sweep(second, dry_run=dry_run)
+    assert files_of(Path(options["output_path"])) == before
+
+
+def test_another_dtype_of_all_units_is_said_before_they_are_evaluated_again(
+    options, capsys
+):
+    options = {**options, "tasks": ["tiny_choice"]}
+    assert run_sweep(options) == 0
+    capsys.readouterr()
+    model_args = {**options["model_args"], "dtype": "bfloat16"}
+    assert run_sweep({**options, "model_args": model_args}) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    folder = Path(options["output_path"])
+    assert first == (
+        f"2 finished units in {folder} are evaluated again, and their results move to "
+        f"{folder / 'superseded'}: dtype=None, now bfloat16."
+    )
+
+
 def test_a_sweep_resumed_under_another_seed_says_so(options, capsys):
     assert run_sweep({**options, "tasks": ["tiny_choice"]}) == 0
     assert run_sweep({**options, "tasks": ["tiny_sentence"], "seed": "7"}) == 0
@@ -397,6 +476,83 @@ def test_retry_failed_mends(options, monkeypatch):
     assert len(errors) == 4
     assert run_sweep(options, retry_failed=True) == 0
     assert not list(folder.glob("units/*/*/error.json"))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_sweep_whose_device_fails_ends_with_one_sentence(
+    options, monkeypatch, capsys, wrapped
+):
+    evaluate, failing = lm_eval.simple_evaluate, []
+    kind = getattr(torch, "AcceleratorError", RuntimeError)
+
+    def fails_second(**arguments):
+        failing.append(arguments)
+        if len(failing) != 2:
+            return evaluate(**arguments)
+        error = kind("CUDA error: device-side assert triggered")
+        if wrapped:
+            raise ValueError("it cannot be evaluated") from error
+        raise error
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", fails_second)
+    assert run_sweep(options) == 1
+    out = capsys.readouterr().out
+    assert "Stopped: after an error of its device this process" in out
+    assert len(failing) == 2
+    folder = Path(options["output_path"])
+    assert len(list(folder.glob("units/*/*/results_*.json"))) == 1
+    assert len(list(folder.glob("units/*/*/error.json"))) == 1
+    # The same command goes on, behind the unit that may be to blame.
+    assert run_sweep(options) == 1
+    assert len(failing) == 4
+    assert run_sweep(options, retry_failed=True) == 0
+
+
+@pytest.mark.parametrize("repository", [False, True])
+def test_git_says_nothing_outside_a_repository(
+    options, tmp_path, monkeypatch, capfd, repository
+):
+    monkeypatch.chdir(tmp_path)
+    if repository:
+        me = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        for words in (["init"], [*me, "commit", "--allow-empty", "-m", "first"]):
+            subprocess.run(["git", *words], check=True, capture_output=True)
+    assert run_sweep({**options, "ratios": [], "tasks": ["tiny_choice"]}) == 0
+    assert "fatal" not in capfd.readouterr().err
+    (file,) = Path(options["output_path"]).glob("units/*/*/results_*.json")
+    assert bool(json.loads(file.read_text())["git_hash"]) == repository
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"prune_precent": 3}, "--prune_percents"),
+        ({"multipleof": 8}, "multiple_of"),
+        ({"prefix_share": False}, "prefix_sharing"),
+    ],
+)
+def test_a_misspelt_model_argument_is_refused_before_anything_runs(
+    options, capsys, given, meant
+):
+    assert run_sweep({**options, "ratios": []}) == 0
+    before = files_of(Path(options["output_path"]))
+    capsys.readouterr()
+    model_args = {**options["model_args"], **given}
+    ((name, value),) = given.items()
+    sentence = f"model_args has {name}={value}, which pruned-hf does not know: did you mean {meant}?"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        run_sweep({**options, "model_args": model_args})
+    assert files_of(Path(options["output_path"])) == before
+
+
+def test_a_setting_of_the_config_is_no_misspelt_argument(options, tiny_llama, tmp_path):
+    model = _copy(tiny_llama, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "n_layers": 3}))
+    given = {"pretrained": str(model), "n_layers": 2}
+    Sweep({**options, "model_args": given})
+    with pytest.raises(ValueError, match="n_layers=2"):
+        Sweep({**options, "model_args": {**given, "pretrained": str(tiny_llama)}})
 
 
 def test_model_is_loaded_once_per_configuration(options, monkeypatch):
@@ -801,6 +957,34 @@ def test_two_processes_share_each_unit(options, undisturbed, tmp_path):
                     assert float(answer[0]) == pytest.approx(float(known[0]), rel=1e-5)
                     assert answer[1] == known[1]
         assert samples == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_processes_whose_device_fails_ends_both(
+    options, tasks, tmp_path, rank
+):
+    broken = _copy(tasks, tmp_path / "tasks")
+    (broken / "utils.py").write_text(
+        (broken / "utils.py")
+        .read_text()
+        .replace(
+            "def load(**kwargs):\n",
+            "def load(**kwargs):\n    import os\n"
+            f"    if os.environ['RANK'] == '{rank}':\n"
+            "        raise RuntimeError('CUDA error: unspecified launch failure')\n",
+        )
+    )
+    command = [
+        *TWO_PROCESSES, "-m", "lm_eval_pruned.cli", "sweep",
+        "--model_args", f"pretrained={options['model_args']['pretrained']}",
+        "--ratios", *options["ratios"], "--tasks", "tiny_choice", "--device", "cpu",
+        "--include_path", str(broken), "--output_path", options["output_path"],
+    ]  # fmt: skip
+    done = evaluations.run(command, tmp_path, ACCELERATE_USE_CPU="true")
+    assert done.returncode != 0
+    assert "unspecified launch failure" in done.stderr
+    assert not list(Path(options["output_path"]).glob("units/*/*/results_*.json"))
 
 
 def flat(answers):

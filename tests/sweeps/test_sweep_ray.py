@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,7 +100,7 @@ def test_a_worker_reports_its_units(quick, options, services, monkeypatch):
     }
     worker = Worker({**options, **told}, os.getcwd(), "_worker0")
     task = next(t for t in Sweep(options).tasks if t.name == "tiny_choice")
-    _, files, failure = worker.run("ratio-1.5", task.name, task.digest)
+    _, files, failure, _ = worker.run("ratio-1.5", task.name, task.digest)
     assert failure is None
     assert any(name.startswith("results_") for name in files)
     assert not any(b"hf_of_a_test" in content for content in files.values())
@@ -127,25 +126,77 @@ def test_same_results_as_without_ray(cluster, options, tmp_path, one_thread):
     assert files_of(tmp_path / "sweep") == before
 
 
-@pytest.mark.slow
-def test_units_of_lost_workers_run_again(cluster, options):
-    """The task kills the process that first loads it, as a lost node would."""
+@pytest.fixture
+def one_cpu(cluster):
+    """Another program holds one of the two CPUs."""
+
+    @cluster.remote(num_cpus=1)
+    class Other:
+        def there(self):
+            pass
+
+    other = Other.remote()
+    cluster.get(other.there.remote())
+    yield
+    cluster.kill(other)
+
+
+def _in_the_first_process(options, statement):
+    """Have the process that first loads a task run a statement whenever it loads one."""
     utils = Path(options["include_path"], "utils.py")
-    mark = Path(options["include_path"]).parent / "lost"
+    mark = Path(options["include_path"]).parent / "first"
     utils.write_text(
         utils.read_text().replace(
             "def load(**kwargs):\n",
             "def load(**kwargs):\n"
-            "    import os, signal\n"
+            "    import os, signal, torch\n"
             f"    mark = Path({str(mark)!r})\n"
             "    if not mark.exists():\n"
-            "        mark.touch()\n"
-            f"        os.kill(os.getpid(), {int(signal.SIGKILL)})\n",
+            "        mark.write_text(str(os.getpid()))\n"
+            "    if mark.read_text() == str(os.getpid()):\n"
+            f"        {statement}\n",
         )
     )
+    return mark
+
+
+@pytest.mark.slow
+def test_units_wait_for_no_worker_that_finds_no_place(one_cpu, options):
+    assert run_sweep({**options, "ray": True}) == 0
+    assert len(files_of(Path(options["output_path"]))) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", ["cluster", "one_cpu"])
+def test_units_of_lost_workers_run_again(cpus, options, request):
+    """The process is killed, as it is with a node that is lost."""
+    request.getfixturevalue(cpus)
+    mark = _in_the_first_process(options, "os.kill(os.getpid(), signal.SIGKILL)")
     assert run_sweep({**options, "ray": True}) == 0
     assert mark.exists()
     assert len(files_of(Path(options["output_path"]))) == 4
+
+
+@pytest.mark.slow
+def test_units_of_a_worker_whose_device_fails_run_on_another(cluster, options):
+    mark = _in_the_first_process(
+        options, "raise RuntimeError('CUDA error: unspecified launch failure')"
+    )
+    assert run_sweep({**options, "ray": True}) == 0
+    assert mark.exists()
+    assert len(results_of(Path(options["output_path"]))) == 4
+
+
+@pytest.mark.slow
+def test_a_sweep_without_a_device_that_works_ends(one_cpu, options, capsys):
+    utils = Path(options["include_path"], "utils.py")
+    text = utils.read_text().replace(
+        "    lines = ", "    raise RuntimeError('CUDA error: no device')\n    lines = "
+    )
+    utils.write_text(text)
+    assert run_sweep({**options, "ray": True}) == 1
+    assert "Stopped: no worker is left for" in capsys.readouterr().out
+    assert len(list(Path(options["output_path"]).glob("units/*/*"))) < 4
 
 
 @pytest.mark.slow
