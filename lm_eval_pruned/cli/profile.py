@@ -123,17 +123,13 @@ def run(arguments: argparse.Namespace) -> int:
     if why is not None:
         print(f"There will be no plots: {why}.", file=sys.stderr)
     folder = Path(arguments.output_path)
-    try:
-        profile = profiling.profile(
-            request,
-            prompts,
-            monitor=EnergyMonitor(CodecarbonMeter()),
-            load=EngineModel if arguments.model == "pruned-vllm" else None,
-            on_repeat=lambda so_far: profile_report.write_json(so_far, folder),
-        )
-    except KeyboardInterrupt:
-        print("Interrupted before anything was measured.", file=sys.stderr)
-        return 130
+    profile = profiling.profile(
+        request,
+        prompts,
+        monitor=EnergyMonitor(CodecarbonMeter()),
+        load=EngineModel if arguments.model == "pruned-vllm" else None,
+        on_repeat=lambda so_far: profile_report.write_json(so_far, folder),
+    )
     paths = profile_report.write(profile, folder)
     print(profile_report.as_markdown(profile))
     print(f"Written to {', '.join(str(path) for path in paths)}.", file=sys.stderr)
