@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+#: As in the metadata, which takes longer to read.
+DOCUMENTATION = "https://lm-eval-pruned.github.io/lm-eval-pruned/"
 #: The extra that brings a package which not every command needs, by the name it is imported by.
 EXTRAS = {
     "gguf": "demo",
@@ -75,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         heal,
     ):
         command.add(commands)
+    for each in (parser, *commands.choices.values()):
+        each.epilog = f"Documentation: {DOCUMENTATION}"
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)

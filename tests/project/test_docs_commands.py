@@ -313,8 +313,9 @@ def beside_the_benchmarks(monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_the_command_is_accepted(command, parse, beside_the_benchmarks):
+def test_the_command_is_accepted(command, parse, beside_the_benchmarks, capsys):
     check(command.words, parse)
+    assert "is an old name" not in capsys.readouterr().err
 
 
 def test_commands_are_found():
@@ -347,7 +348,7 @@ def test_commands_are_found():
         "lm_eval --model pruned-hf --no_such_option 1",
         "lm_eval --model pruned-hf --model_args rato=2.0 --tasks pruned_demo",
         "lm_eval --model pruned-hf --model_args ratio=2.0 --tasks pruned_domo",
-        "lm-eval-pruned plan --pretrained NAME --ratio 2.0 --percent 3",
+        "lm-eval-pruned plan --model_args pretrained=NAME --ratio 2.0 --percent 3",
         "lm-eval-pruned prone --pretrained NAME",
         "lm-eval-pruned sweep --model_args pretrain=x --ratios 2 --tasks boolq --output_path x",
         "torchrun --standalone --nproc 2 -m lm_eval --modle pruned-hf",
