@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 from tests.helpers import checkpoints
 
@@ -404,6 +405,23 @@ def test_the_links_of_the_readme_lead_somewhere():
                 r"^#+ (.+)$", (ROOT / name).read_text("utf-8"), re.MULTILINE
             )
             assert anchor in {re.sub(r"\W+", "-", title.lower()) for title in titles}
+
+
+def test_titles_tell_pages_apart():
+    """By more than a short word such as "by" or "per"; those of reports are their models'."""
+    titles = [
+        tuple(re.findall(r"\w{4,}", page.read_text("utf-8").partition("\n")[0].lower()))
+        for page in (ROOT / "docs").rglob("*.md")
+        if page.name != "report.md"
+    ]
+    assert len(titles) > 30
+    assert len(set(titles)) == len(titles)
+
+
+def test_the_site_can_be_read_without_a_server():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+    assert site["use_directory_urls"] is False
+    assert "__pycache__/" in site["exclude_docs"].split()
 
 
 @pytest.fixture(scope="module")
