@@ -156,7 +156,7 @@ def main() -> None:
         command = [sys.executable, "-m", "lm_eval_pruned.cli"]
         for subcommand in (
             ["--help"],
-            ["plan", "--pretrained", folder, "--ratios", "2.0"],
+            ["plan", "--model_args", f"pretrained={folder}", "--ratios", "2.0"],
         ):
             taken = [
                 milliseconds([*command, *subcommand])

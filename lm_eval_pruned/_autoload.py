@@ -1,8 +1,8 @@
 """Makes the stock ``lm_eval`` command find this package's models and tasks.
 
-lm-evaluation-harness may some day read the entry-point groups ``lm_eval.models``
-and ``lm_eval.tasks`` (its pull requests 4014 and 4015). For versions that read
-neither, a ``.pth`` file calls
+Release 0.4.13 of lm-evaluation-harness reads neither of the entry-point groups
+``lm_eval.models`` (its pull request 4013, listed as merged) and ``lm_eval.tasks``
+(4015, open). For versions that lack one of them, a ``.pth`` file calls
 `install` when Python starts. It adds one import hook, which does nothing until
 lm_eval itself imports the module that holds its model registry or its task
 index, and then adds there what the entry points declare and lm_eval has not

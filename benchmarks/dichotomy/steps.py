@@ -301,19 +301,17 @@ def words_of(step: Step, setting: Setting) -> list[str]:
     output = ["--output_path", str(setting.folder / setting.model / step.name)]
     device = [] if setting.device is None else ["--device", setting.device]
     pretrained = [f"pretrained={setting.pretrained}"] if setting.pretrained else []
+    arguments = [*pretrained, *setting.model_args]
+    arguments += [f"dtype={setting.dtype}"] if setting.dtype else []
     if step.profile:
         words = ["lm-eval-pruned", "profile", "--ratios", *RATIOS[setting.model]]
-        named = ",".join([*pretrained, *setting.model_args])
-        words += ["--model_args", named] if named else []
-        words += ["--dtype", setting.dtype] if setting.dtype else []
+        words += ["--model_args", *arguments] if arguments else []
         words += ["--multiple_of", "1", "64", "--batch_sizes", "1", "4"]
         words += ["--max_new_tokens", "32", "--limit", "4", "--repeats", "24"]
         words += ["--apply_chat_template"] if setting.model == "smollm2" else []
         return [*words, *device, *output]
     tasks = setting.folder / "tasks"
     calibration = str(tasks / "calibration.jsonl")
-    arguments = [*pretrained, *setting.model_args]
-    arguments += [f"dtype={setting.dtype}"] if setting.dtype else []
     arguments += step.model_args
     if step.calibrated:
         arguments.append(f"calibration={calibration}")

@@ -6,7 +6,6 @@ HTML are two ways to write the same list.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from lm_eval_pruned.analysis.random_baseline import (
     random_baseline_section,
 )
 from lm_eval_pruned.analysis.report_curves import energy_section, truthfulness_section
+from lm_eval_pruned.analysis.report_figure import figure_section
 from lm_eval_pruned.analysis.report_flips import CSV, PAGE, flips_section
 from lm_eval_pruned.analysis.report_formats import as_csv, as_html, as_markdown
 from lm_eval_pruned.analysis.report_healing import healing_sections
@@ -64,17 +64,8 @@ def write_report(
 
     Raises:
         ResultsError: The folder holds no sweep that can be read, or no baseline.
-        ValueError: A package that draws is not installed, or `alpha` is out of range.
+        ValueError: `alpha` is out of range.
     """
-    drawing = {
-        "matplotlib": find_spec("matplotlib"),
-        "vl-convert-python": find_spec("vl_convert"),
-    }
-    for package, found in drawing.items():
-        if found is None:
-            raise ValueError(
-                f"The figures of a report need {package}: `pip install 'lm-eval-pruned[report]'`."
-            )
     sweep = read_sweep(folder)
     base, others = split_sweep(list(sweep.runs), str(folder))
     target = Path(output_path) if output_path else sweep.path / "report"
@@ -127,8 +118,6 @@ def make_sections(
     chance: tuple[Sequence[Finding], Section | None] = ((), None),
 ) -> list[Section]:
     """Return what a report says, in order; sections with nothing to say are left out."""
-    from lm_eval_pruned.analysis.report_figure import figure_section
-
     runs = [base, *others]
     sections = [
         findings_section(runs, comparison, chance[0]),

@@ -351,7 +351,7 @@ def _write_shards(tensors: list[StoredTensor], writer: _Writer) -> None:
     if total > free:
         raise OSError(
             f"The weights need {total:,} bytes, but only {free:,} are free where the output "
-            "goes: choose another --output or a smaller dtype."
+            "goes: choose another folder or a smaller dtype."
         )
     with tqdm(total=total, desc="Writing", unit="B", unit_scale=True) as bar:
         for file, names in split.filename_to_tensors.items():

@@ -25,6 +25,18 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+#: As in the metadata, which takes longer to read.
+DOCUMENTATION = "https://lm-eval-pruned.github.io/lm-eval-pruned/"
+#: The extra that brings a package which not every command needs, by the name it is imported by.
+EXTRAS = {
+    "gguf": "demo",
+    "matplotlib": "report",
+    "ray": "ray",
+    "vl_convert": "report",
+    "vllm": "vllm",
+}
+
+
 class _Version(argparse.Action):
     """argparse's ``version``, which looks the version up where it is asked for."""
 
@@ -65,9 +77,23 @@ def main(argv: list[str] | None = None) -> int:
         heal,
     ):
         command.add(commands)
+    for each in (parser, *commands.choices.values()):
+        each.epilog = f"Documentation: {DOCUMENTATION}"
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print(f"lm-eval-pruned {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        message = (
+            f"this needs the package {package}, which is not installed: run "
+            f"`pip install 'lm-eval-pruned[{EXTRAS[package]}]'`."
+        )
     except (ValueError, OSError) as error:
-        print(f"lm-eval-pruned {arguments.command}: error: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
+    print(f"lm-eval-pruned {arguments.command}: error: {message}", file=sys.stderr)
+    return 2

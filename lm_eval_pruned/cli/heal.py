@@ -5,7 +5,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.cli.model_args import add_model_args, with_default_model
+from lm_eval_pruned.cli.model_args import (
+    add_model_args,
+    add_output_path,
+    read_model_args,
+    with_default_model,
+)
 from lm_eval_pruned.healing.options import DECLARED, HealingOptions
 
 
@@ -20,7 +25,7 @@ def add(commands) -> None:
         help="train a pruned model again: an adapter, or all weights",
         description="Train a pruned model on text, by next-token loss or by distillation from the "
         "unpruned model. Writes an adapter that `lm_eval --model pruned-hf --model_args "
-        "...,peft=DIR` checks and applies. See docs/healing.md.",
+        "...,peft=DIR` checks and applies.",
     )
     add_model_args(parser)
     parser.add_argument(
@@ -30,11 +35,8 @@ def add(commands) -> None:
         help='text to train on: JSON Lines, one {"text": ...} a line, or plain text in a file '
         ".txt; no text of a benchmark",
     )
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="folder to write, new or empty; checkpoints go to DIR.checkpoints",
+    add_output_path(
+        parser, "folder to write, new or empty; checkpoints go to DIR.checkpoints"
     )
     for name, option in DECLARED.items():
         kind, several = option.metadata["kind"], option.metadata["kind"] is dict
@@ -59,7 +61,6 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from accelerate import PartialState
-    from lm_eval.utils import simple_parse_args_string
 
     from lm_eval_pruned.healing.run import heal
 
@@ -71,11 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
         },
         "heal",
     )
-    model_args = simple_parse_args_string(arguments.model_args)
     healed = heal(
-        with_default_model(model_args, "healing"),
+        with_default_model(read_model_args(arguments), "healing"),
         arguments.data,
-        arguments.output,
+        arguments.output_path,
         options,
         resume=arguments.resume,
         merge=arguments.merge,

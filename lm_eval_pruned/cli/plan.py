@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.cli.model_args import (
+    add_model_args,
+    merged,
+    pruning_of,
+    read_model_args,
+    refuse_others,
+    with_default_model,
+)
 from lm_eval_pruned.pruning.arguments import (
     CUTS,
     DECLARED,
@@ -28,19 +36,13 @@ def add(commands) -> None:
         "several sizes, and with fewer layers. Reads the config of a model alone, unless an allocation or the choice of "
         "criteria looks at its weights.",
     )
-    parser.add_argument(
-        "--pretrained",
-        required=True,
-        metavar="NAME_OR_FOLDER",
-        help="model to plan for",
-    )
+    add_model_args(parser, "pretrained", "revision")
     sizes = parser.add_mutually_exclusive_group()
     for name in SEVERAL_SIZES:
         add_option(sizes, name, several=True)
     add_option(parser, "drop_layers", several=True)
     for name in SHARING:
         add_option(parser, name)
-    parser.add_argument("--revision", default="main", help="revision on the Hub")
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",
@@ -54,28 +56,35 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.checkpoints import planning
 
-    given = [name for name in SEVERAL_SIZES if getattr(arguments, name) is not None]
-    depths = arguments.drop_layers
-    if not given and depths is None:
+    model_args = read_model_args(arguments)
+    pruning = pruning_of(arguments, model_args, SHARING)
+    sizes = {
+        argument: values
+        for option, argument in (*SEVERAL_SIZES.items(), ("drop_layers", "drop_layers"))
+        if (values := getattr(arguments, option)) is not None
+    }
+    asked = merged({n: [pruning.pop(n)] for n in CUTS if n in pruning}, sizes)
+    if not asked:
         options = ", ".join(f"--{name}" for name in (*SEVERAL_SIZES, "drop_layers"))
         raise ValueError(f"No size was given: pass one of {options}.")
-    shared = {name: getattr(arguments, name) for name in SHARING}
+    if arguments.trust_remote_code:
+        model_args["trust_remote_code"] = True
+    refuse_others(model_args, planning.SOURCE_ARGUMENTS, "plan")
+    source = with_default_model(model_args, "planning")
 
-    def plan(argument: str, values: list[str], **more: Any) -> list[planning.PlanRow]:
+    def plan(argument: str, values: list[Any], **more: Any) -> list[planning.PlanRow]:
         return planning.plan_rows(
-            arguments.pretrained,
-            argument,
-            values,
-            revision=arguments.revision,
-            trust_remote_code=arguments.trust_remote_code,
-            **shared,
-            **more,
+            argument=argument, values=values, **source, **pruning, **more
         )
 
-    if given:
-        argument, values = SEVERAL_SIZES[given[0]], getattr(arguments, given[0])
+    depths = asked.pop("drop_layers", None)
+    if asked:
+        # Of more than one size, the arguments of pruning say what is wrong.
+        (argument, values), *others = asked.items()
+        more = {name: value for name, (value,) in others}
         found = [
-            plan(argument, values, drop_layers=depth) for depth in depths or [None]
+            plan(argument, values, drop_layers=depth, **more)
+            for depth in depths or [None]
         ]
         rows = [row for part in found for row in part]
     else:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.cli.model_args import add_model_args, with_default_model
-from lm_eval_pruned.pruning.arguments import SEVERAL, add_option
+from lm_eval_pruned.cli.model_args import (
+    add_model_args,
+    read_model_args,
+    with_default_model,
+)
+from lm_eval_pruned.pruning.arguments import SEVERAL, SEVERAL_SIZES, add_option
 
 
 if TYPE_CHECKING:
@@ -27,15 +31,9 @@ def add(commands) -> None:
         default="pruned-hf",
         help="what the models run in: transformers (default) or vLLM",
     )
-    add_model_args(parser)
-    parser.add_argument(
-        "--ratios",
-        nargs="+",
-        default=[],
-        metavar="R",
-        help="expansion ratios to measure beside the unpruned model",
-    )
-    add_option(parser, "widths", several=True)
+    add_model_args(parser, "dtype")
+    for name in SEVERAL_SIZES:
+        add_option(parser, name, several=True)
     parser.add_argument(
         "--multiple_of",
         nargs="+",
@@ -66,7 +64,6 @@ def add(commands) -> None:
         help="wrap each prompt as a turn of the user",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--dtype", help="weight dtype (default: the checkpoint's)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--output_path", required=True, metavar="DIR")
     parser.set_defaults(run=run)
@@ -77,7 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     import torch
-    from lm_eval.utils import simple_parse_args_string
 
     from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
     from lm_eval_pruned.energy.monitor import EnergyMonitor
@@ -85,8 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.profiling.engine import EngineModel
     from lm_eval_pruned.profiling.prompts import demo_prompts, read_prompts
 
-    model_args = simple_parse_args_string(arguments.model_args)
+    model_args = read_model_args(arguments)
     taken = {SEVERAL.get(option, option): option for option in vars(arguments)}
+    del taken["dtype"]
     for name, value in model_args.items():
         if name in taken:
             raise ValueError(
@@ -106,8 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         prompts = prompts[: arguments.limit]
     request = profiling.ProfileRequest(
         pretrained=str(model_args.pop("pretrained")),
-        ratios=tuple(arguments.ratios),
-        widths=tuple(arguments.widths or ()),
+        **{name: tuple(getattr(arguments, name) or ()) for name in SEVERAL_SIZES},
         multiple_of=tuple(arguments.multiple_of),
         batch_sizes=tuple(arguments.batch_sizes),
         max_new_tokens=arguments.max_new_tokens,
@@ -115,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         criterion=arguments.criterion,
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=arguments.dtype,
+        dtype=model_args.pop("dtype", None),
         apply_chat_template=arguments.apply_chat_template,
         load_arguments=model_args,
     )
@@ -123,17 +119,13 @@ def run(arguments: argparse.Namespace) -> int:
     if why is not None:
         print(f"There will be no plots: {why}.", file=sys.stderr)
     folder = Path(arguments.output_path)
-    try:
-        profile = profiling.profile(
-            request,
-            prompts,
-            monitor=EnergyMonitor(CodecarbonMeter()),
-            load=EngineModel if arguments.model == "pruned-vllm" else None,
-            on_repeat=lambda so_far: profile_report.write_json(so_far, folder),
-        )
-    except KeyboardInterrupt:
-        print("Interrupted before anything was measured.", file=sys.stderr)
-        return 130
+    profile = profiling.profile(
+        request,
+        prompts,
+        monitor=EnergyMonitor(CodecarbonMeter()),
+        load=EngineModel if arguments.model == "pruned-vllm" else None,
+        on_repeat=lambda so_far: profile_report.write_json(so_far, folder),
+    )
     paths = profile_report.write(profile, folder)
     print(profile_report.as_markdown(profile))
     print(f"Written to {', '.join(str(path) for path in paths)}.", file=sys.stderr)

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.cli.model_args import (
+    add_model_args,
+    add_output_path,
+    pruning_of,
+    read_model_args,
+    refuse_others,
+    with_default_model,
+)
 from lm_eval_pruned.pruning.arguments import DECLARED, EXCLUSIVE, add_option
 
 
 if TYPE_CHECKING:
     import argparse
+
+#: Options that were there before --model_args.
+_OLD = ("pretrained", "revision", "subfolder", "gguf_file", "dtype")
 
 
 def add(commands) -> None:
@@ -20,34 +31,18 @@ def add(commands) -> None:
         "with the new sizes, tokenizer files, model card. The weights are streamed, so the model "
         "may be larger than the memory.",
     )
-    parser.add_argument(
-        "--pretrained",
-        required=True,
-        metavar="NAME_OR_FOLDER",
-        help="model to prune",
-    )
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="folder to write; new or empty",
-    )
+    add_model_args(parser, *_OLD)
+    add_output_path(parser, "folder to write; new or empty")
     groups: dict[str, Any] = dict.fromkeys(DECLARED, parser)
     for names in EXCLUSIVE.values():
         group = parser.add_mutually_exclusive_group()
         groups |= dict.fromkeys(names, group)
     for name, group in groups.items():
         add_option(group, name)
-    parser.add_argument("--revision", default="main", help="revision on the Hub")
-    parser.add_argument("--subfolder", default="", help="folder in the repository")
-    parser.add_argument("--gguf_file", help="GGUF file to read instead of safetensors")
     parser.add_argument(
         "--trust_remote_code",
         action="store_true",
         help="run model code that comes with the model",
-    )
-    parser.add_argument(
-        "--dtype", help="dtype to store weights in (default: as stored)"
     )
     parser.add_argument(
         "--device",
@@ -73,16 +68,18 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.checkpoints.export import export_pruned
     from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
 
-    given = vars(arguments)
+    model_args = read_model_args(arguments)
+    asked = pruning_of(arguments, model_args)
+    if arguments.trust_remote_code:
+        model_args["trust_remote_code"] = True
+    refuse_others(model_args, ("dtype", *SOURCE_ARGUMENTS), "prune")
     export = export_pruned(
-        arguments.pretrained,
-        arguments.output,
-        dtype=arguments.dtype,
+        output=arguments.output_path,
         device=arguments.device,
         max_shard_size=arguments.max_shard_size,
         push_to_hub=arguments.push_to_hub,
-        prune_arguments={name: given[name] for name in DECLARED},
-        **{name: given[name] for name in SOURCE_ARGUMENTS},
+        prune_arguments=asked,
+        **with_default_model(model_args, "pruning"),
     )
     print(export.record.as_table())
     print(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.cli.model_args import add_model_args, with_default_model
+from lm_eval_pruned.cli.model_args import (
+    add_model_args,
+    read_model_args,
+    with_default_model,
+)
 from lm_eval_pruned.pruning.argument_checks import exact
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, PruneArguments
 from lm_eval_pruned.pruning.criteria import RANDOM, canonical_name
@@ -30,7 +34,7 @@ def add(commands) -> None:
         help="what cutting one layer alone costs, by criterion and width",
         description="Measure the loss on calibration text with one layer cut at a time, at a few "
         "widths and by several criteria, with the criterion random as the zero line. Prints the "
-        "curves; with --output_path also JSON, CSV and plots. See docs/sensitivity.md.",
+        "curves; with --output_path also JSON, CSV and plots.",
     )
     add_model_args(parser)
     parser.add_argument(
@@ -111,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     measured = _measure(
-        _model_args(arguments.model_args),
+        _model_args(read_model_args(arguments)),
         arguments.device,
         {
             "calibration": arguments.calibration,
@@ -159,10 +163,7 @@ def _percent(text: str):
     return percent
 
 
-def _model_args(text: str) -> dict[str, Any]:
-    from lm_eval.utils import simple_parse_args_string
-
-    given = simple_parse_args_string(text)
+def _model_args(given: dict[str, Any]) -> dict[str, Any]:
     for name in given.keys() & DECLARED.keys():
         raise ValueError(
             f"model_args has {name}={given[name]}, but each layer is cut in turn: leave it out; "

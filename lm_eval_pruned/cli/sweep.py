@@ -18,7 +18,7 @@ def add(commands) -> None:
         help="many sizes by many tasks, resumable",
         description="Evaluate a model at several sizes on several tasks, the unpruned model "
         "first. Every finished unit is kept at once; the same command goes on where it "
-        "stopped. See docs/sweeps.md.",
+        "stopped.",
     )
     sweep_options.add_arguments(parser)
     parser.set_defaults(run=run)

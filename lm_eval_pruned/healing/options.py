@@ -32,7 +32,7 @@ LEARNING_RATE = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5}
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 #: Training arguments that are options of their own, or have no meaning here, with advice.
 _TAKEN = {
-    "output_dir": "pass output",
+    "output_dir": "pass output_path",
     "max_steps": "pass max_steps as an option of its own",
     "resume_from_checkpoint": "pass resume",
     "do_eval": "evaluate the adapter with lm_eval",

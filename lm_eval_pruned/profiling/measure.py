@@ -85,6 +85,7 @@ def _sizes(request: ProfileRequest) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return name and arguments of each model but the baseline."""
     files = [written_source(file) for file in request.widths]
     named: list[tuple[str, str, Any]] = [("ratio", str(r), r) for r in request.ratios]
+    named += [("prune_percent", str(p), p) for p in request.prune_percents]
     for name, file in zip(files, request.widths, strict=True):
         # Files in different folders may have one name.
         named.append(("widths", name if files.count(name) == 1 else str(file), file))

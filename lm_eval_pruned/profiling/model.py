@@ -32,6 +32,7 @@ class ProfileRequest:
     Attributes:
         pretrained: Folder or Hub name of the unpruned model.
         ratios: Expansion ratios to measure beside the unpruned model.
+        prune_percents: Shares of neurons to remove, for one more model each.
         widths: Files with the width of each layer, as
             `lm_eval_pruned.pruning.layer_widths` reads them, for one more model each.
         multiple_of: Each size is measured at its widths rounded down to each of these.
@@ -48,6 +49,7 @@ class ProfileRequest:
 
     pretrained: str
     ratios: tuple[Number, ...] = ()
+    prune_percents: tuple[Number, ...] = ()
     widths: tuple[str, ...] = ()
     multiple_of: tuple[int, ...] = (1,)
     batch_sizes: tuple[int, ...] = (1,)
@@ -62,9 +64,10 @@ class ProfileRequest:
 
     def check(self) -> None:
         """Raise ValueError for a number that is out of range, and where no size is named."""
-        if not (self.ratios or self.widths):
+        if not (self.ratios or self.prune_percents or self.widths):
             raise ValueError(
-                "No size was given to measure beside the unpruned model: pass ratios or widths."
+                "No size was given to measure beside the unpruned model: pass ratios, "
+                "prune_percents or widths."
             )
         for name in ("max_new_tokens", "repeats"):
             least = 2 if name == "max_new_tokens" else 1

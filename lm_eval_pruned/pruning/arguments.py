@@ -162,22 +162,8 @@ class PruneArguments:
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> PruneArguments:
-        """Take the arguments of pruning out of keyword arguments, and leave the others there.
-
-        From ``skip_layers=0,15`` the harness makes ``{"skip_layers": 0, "15": ""}``; such
-        pieces are taken too, for the list of layers that they follow.
-        """
-        order = list(given)
-        own = {name: given.pop(name) for name in DECLARED if name in given}
-        lists = [name for name in _LISTS if own.get(name) is not None]
-        for name in order if lists else ():
-            if name in lists:
-                lists.insert(0, lists.pop(lists.index(name)))
-            elif given.get(name) == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name):
-                del given[name]
-                before = own[lists[0]]
-                own[lists[0]] = [*(before if type(before) is list else [before]), name]
-        return cls(**own)
+        """Take the arguments of pruning out of keyword arguments, and leave the others there."""
+        return cls(**take_prune_arguments(given))
 
     def __post_init__(self) -> None:
         for name, declared in DECLARED.items():
@@ -346,6 +332,25 @@ SEVERAL = {
 SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZES}
 #: Those that say how much of the model goes: neurons, or layers.
 CUTS = (*SIZES, "drop_layers")
+
+
+def take_prune_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the arguments of pruning out of keyword arguments, unchecked.
+
+    From ``skip_layers=0,15`` the harness makes ``{"skip_layers": 0, "15": ""}``; such
+    pieces are taken too, for the list of layers that they follow.
+    """
+    order = list(given)
+    own = {name: given.pop(name) for name in DECLARED if name in given}
+    lists = [name for name in _LISTS if own.get(name) is not None]
+    for name in order if lists else ():
+        if name in lists:
+            lists.insert(0, lists.pop(lists.index(name)))
+        elif given.get(name) == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name):
+            del given[name]
+            before = own[lists[0]]
+            own[lists[0]] = [*(before if type(before) is list else [before]), name]
+    return own
 
 
 def without_idle(given: dict[str, Any]) -> dict[str, Any]:

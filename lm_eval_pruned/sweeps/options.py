@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.healing.options import DECLARED as HEALING
-from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, help_of
+from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
 from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS
 from lm_eval_pruned.sweeps.option_kinds import checked
 
@@ -49,6 +49,8 @@ class Option:
 _SIZES = "configurations"
 _PLACE = "where the units run"
 _TRACKING = "logging and tracking, as in lm_eval run"
+#: Arguments of pruning of which all models of a sweep have one value.
+SHARED = tuple(name for name in DECLARED if name not in (*SIZES, *SEVERAL.values()))
 
 OPTIONS = (
     Option(
@@ -61,7 +63,7 @@ OPTIONS = (
     Option(
         "model_args",
         "mapping",
-        "arguments of the model type, without those of pruning",
+        "arguments of the model type, those of pruning that all models share among them",
         "KEY=VALUE",
         _SIZES,
     ),
@@ -74,6 +76,16 @@ OPTIONS = (
             _SIZES,
         )
         for name, argument in SEVERAL.items()
+    ),
+    *(
+        Option(
+            name,
+            "text",
+            help_of(name),
+            DECLARED[name].metadata.get("metavar", name.upper()),
+            _SIZES,
+        )
+        for name in SHARED
     ),
     Option(
         "heal",
@@ -271,6 +283,15 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
             options[option.name] = checked(
                 option.kind, given[option.name], f"--{option.name}"
             )
+    shared = {n: parse_number(options.pop(n)) for n in SHARED if n in options}
+    model_args = options.get("model_args", {})
+    for name in shared.keys() & model_args.keys():
+        raise ValueError(
+            f"{name} was given twice, as --{name} {shared[name]} and as "
+            f"{name}={model_args[name]} in --model_args: leave one of them out."
+        )
+    if shared:
+        options["model_args"] = {**model_args, **shared}
     for name, example in (
         ("output_path", "--output_path sweep"),
         ("tasks", "--tasks boolq"),

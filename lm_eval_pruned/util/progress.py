@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -53,9 +54,7 @@ class Progress:
                 tqdm(
                     total=self._total,
                     initial=done + failed,
-                    unit="unit",
-                    bar_format="{desc}: {n_fmt}/{total_fmt} units |{bar}| {postfix}",
-                    desc="sweep",
+                    bar_format="{n_fmt}/{total_fmt} |{bar:10}| {desc}",
                 )
             )
         self._say(
@@ -72,7 +71,12 @@ class Progress:
         if self._bar is None:
             self._say(f"{self._place(1)} {configuration} / {task} starts")
         else:
-            self._bar.set_postfix_str(f"{configuration} / {task}, {self._left()}")
+            left = self._left()
+            others = f"{self._place()} |{' ' * 10}| {left},  / {task}"
+            room = max(shutil.get_terminal_size().columns - len(others), 1)
+            if len(configuration) > room:
+                configuration = configuration[: room - 1] + "…"
+            self._bar.set_description_str(f"{left}, {configuration} / {task}")
 
     def finish(
         self,

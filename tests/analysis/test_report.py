@@ -408,17 +408,3 @@ def test_the_command(sweep, tmp_path, capsys):
     )
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "sweep.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("module", "package"),
-    [("matplotlib", "matplotlib"), ("vl_convert", "vl-convert-python")],
-)
-def test_what_draws_is_missing_and_the_command_says_what_to_install(
-    sweep, monkeypatch, capsys, module, package
-):
-    monkeypatch.setattr(report, "find_spec", lambda name: None if name == module else 1)
-    assert cli.main(["report", str(sweep)]) == 2
-    error = capsys.readouterr().err
-    assert f"need {package}:" in error
-    assert "pip install 'lm-eval-pruned[report]'" in error

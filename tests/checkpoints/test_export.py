@@ -504,9 +504,9 @@ def test_pushes_the_finished_folder_only_when_asked(tiny_llama, tmp_path, monkey
 def test_command(tiny_llama, tmp_path, capsys):
     command = [
         "prune",
-        "--pretrained",
-        str(tiny_llama),
-        "--output",
+        "--model_args",
+        f"pretrained={tiny_llama}",
+        "--output_path",
         str(tmp_path / "out"),
     ]
     assert main([*command, "--prune_percent", "50", "--multiple_of", "8"]) == 0
@@ -536,8 +536,8 @@ def test_hf_scores_the_export_like_pruned_hf_scores_the_source(
 @pytest.mark.slow
 def test_the_real_model_through_both_commands(real_model, tmp_path):
     output = tmp_path / "out"
-    prune = ["lm-eval-pruned", "prune", "--pretrained", real_model]
-    prune += ["--prune_percent", "40", "--output", str(output)]
+    prune = ["lm-eval-pruned", "prune", "--model_args", f"pretrained={real_model}"]
+    prune += ["--prune_percent", "40", "--output_path", str(output)]
     done = evaluations.run([*prune, "--max_shard_size", "100MB"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(output.glob("*.safetensors"))) > 1

@@ -45,7 +45,7 @@ def test_the_study_s_architectures_come_out_exactly(model, capsys):
     planned = json.loads(
         plan(
             capsys,
-            *("--pretrained", folder),
+            *("--model_args", f"pretrained={folder}"),
             *("--format", "json"),
             *("--prune_percents", 0, *percents),
         )
@@ -69,7 +69,7 @@ def test_a_plan_is_what_loading_gives(tiny_llama, tmp_path, capsys):
     planned = json.loads(
         plan(
             capsys,
-            *("--pretrained", tmp_path, "--ratios", "1.3", "2.75"),
+            *("--model_args", f"pretrained={tmp_path}", "--ratios", "1.3", "2.75"),
             *("--multiple_of", 8, "--format", "json"),
         )
     )
@@ -83,7 +83,7 @@ def test_a_plan_is_what_loading_gives(tiny_llama, tmp_path, capsys):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
 def test_a_plan_of_fewer_layers_is_what_loading_gives(family, tmp_path, capsys):
     folder = checkpoints.save_tiny(tmp_path, family, num_hidden_layers=5)
-    arguments = ("--pretrained", folder, "--format", "json")
+    arguments = ("--model_args", f"pretrained={folder}", "--format", "json")
     alone = json.loads(plan(capsys, *arguments, "--drop_layers", 2, "0+4"))
     both = json.loads(plan(capsys, *arguments, "--drop_layers", 2, "--ratios", 2))
     for row, asked in (
@@ -103,7 +103,7 @@ def test_a_plan_of_fewer_layers_is_what_loading_gives(family, tmp_path, capsys):
 
 
 def test_a_plan_without_a_size_is_refused(tiny_llama, capsys):
-    assert main(["plan", "--pretrained", str(tiny_llama)]) == 2
+    assert main(["plan", "--model_args", f"pretrained={tiny_llama}"]) == 2
     assert "--prune_percents, --widths, --drop_layers" in capsys.readouterr().err
 
 
@@ -128,7 +128,14 @@ def test_a_plan_reads_gguf_files(real_model):
 
 
 def test_the_formats_agree(tiny_llama, capsys):
-    arguments = ("--pretrained", tiny_llama, "--ratios", "2", "1", "--format")
+    arguments = (
+        "--model_args",
+        f"pretrained={tiny_llama}",
+        "--ratios",
+        "2",
+        "1",
+        "--format",
+    )
     as_json = json.loads(plan(capsys, *arguments, "json"))
     as_csv = list(csv.DictReader(io.StringIO(plan(capsys, *arguments, "csv"))))
     assert as_csv == [
@@ -150,7 +157,7 @@ def test_the_formats_agree(tiny_llama, capsys):
     ],
 )
 def test_bad_sizes_end_with_one_sentence(tiny_llama, arguments, message, capsys):
-    assert main(["plan", "--pretrained", str(tiny_llama), *arguments]) == 2
+    assert main(["plan", "--model_args", f"pretrained={tiny_llama}", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("lm-eval-pruned plan: error: ")
@@ -159,13 +166,18 @@ def test_bad_sizes_end_with_one_sentence(tiny_llama, arguments, message, capsys)
 
 
 def test_a_folder_that_is_not_there_ends_with_a_message(tmp_path, capsys):
-    assert main(["plan", "--pretrained", f"{tmp_path}/no", "--ratios", "1"]) == 2
+    assert (
+        main(["plan", "--model_args", f"pretrained={tmp_path}/no", "--ratios", "1"])
+        == 2
+    )
     assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_model_without_a_glu_is_refused(tmp_path, capsys):
     checkpoints.tiny_config("gpt2").save_pretrained(tmp_path)
-    assert main(["plan", "--pretrained", str(tmp_path), "--ratios", "1"]) == 2
+    assert (
+        main(["plan", "--model_args", f"pretrained={tmp_path}", "--ratios", "1"]) == 2
+    )
     assert "GPT2LMHeadModel" in capsys.readouterr().err
 
 
@@ -189,6 +201,14 @@ def test_a_model_that_hears_is_planned_as_it_is_pruned(tmp_path, capsys):
     assert not config.is_encoder_decoder
     config.save_pretrained(tmp_path)
     (row,) = json.loads(
-        plan(capsys, "--pretrained", tmp_path, "--ratios", 2, "--format", "json")
+        plan(
+            capsys,
+            "--model_args",
+            f"pretrained={tmp_path}",
+            "--ratios",
+            2,
+            "--format",
+            "json",
+        )
     )
     assert row["intermediate_size"] == 2 * text.hidden_size

@@ -376,7 +376,7 @@ def test_interrupted_by_hand_it_keeps_the_step_and_goes_on(tiny_llama, data, tmp
     command += ["--data", data, "--max_length", "32", "--max_steps", "5"]
     training = {**TRAINING, "save_steps": 100}
     written = ",".join(f"{name}={value}" for name, value in training.items())
-    command += ["--training_args", written, "--output"]
+    command += ["--training_args", written, "--output_path"]
     ended = subprocess.run(
         [sys.executable, "-c", SCRIPT, *command, str(tmp_path / "healed")],
         check=False,
@@ -452,7 +452,7 @@ def test_two_processes_take_the_step_that_one_takes(tiny_llama, data, tmp_path):
     def words(batch: int, output: str) -> list[str]:
         each = {**training, "per_device_train_batch_size": batch}
         written = ",".join(f"{name}={value}" for name, value in each.items())
-        return [*command, "--training_args", written, "--output", output]
+        return [*command, "--training_args", written, "--output_path", output]
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc_per_node", "2", "-m", "lm_eval_pruned.cli"]
@@ -527,7 +527,7 @@ def weights_unread(monkeypatch):
         (["--method", "full", "--peft_args", "r=3"], "method=full trains none"),
         (["--method", "full", "--merge"], "method=full trains none"),
         (["--resume"], "resume goes on from a checkpoint, but"),
-        (["--output", "."], "output=. exists and is not an empty folder"),
+        (["--output_path", "."], "output=. exists and is not an empty folder"),
         (["--model_args", "pretrained=TINY,load_in_8bit=true"], "quantised weights"),
         (["--model_args", "pretrained=TINY,peft=x"], "model_args has peft=x"),
         (["--model_args", "pretrained=TINY,device=cpu"], "model_args has device=cpu"),
@@ -544,7 +544,7 @@ def test_what_is_refused_before_a_weight_is_read(
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"text": "Not 500 tokens of text."}))
     command = ["heal", "--model_args", f"pretrained={tiny_llama},prune_percent=40"]
-    command += ["--data", str(file), "--output", str(tmp_path / "out")]
+    command += ["--data", str(file), "--output_path", str(tmp_path / "out")]
     command += [word.replace("TINY", str(tiny_llama)) for word in words]
     assert cli.main(command) == 2
     assert message in capsys.readouterr().err

@@ -77,8 +77,8 @@ def test_a_profile_of_engines(llama, tmp_path, monkeypatch, in_this_process, cap
     more = ",".join(f"{name}={value}" for name, value in ENGINE.items())
     arguments = [
         *("profile", "--model", "pruned-vllm", "--ratios", "2.0", "--repeats", "2"),
-        *("--model_args", f"pretrained={llama},{more.replace('dtype=float32,', '')}"),
-        *("--dtype", "float32", "--prompts", str(prompts), "--batch_sizes", "2"),
+        *("--model_args", f"pretrained={llama},{more}"),
+        *("--prompts", str(prompts), "--batch_sizes", "2"),
         *("--max_new_tokens", "4", "--output_path", str(tmp_path / "profile")),
     ]
     assert main(arguments) == 0

@@ -578,7 +578,7 @@ def test_a_plot_without_energy_says_so(run, clock):
     [
         (["--model_args", "ratio=2.0"], "pass --ratios instead"),
         (["--model_args", "widths=a.json"], "pass --widths instead"),
-        (["--model_args", "pretrained={},dtype=float16"], "pass --dtype instead"),
+        (["--model_args", "device=cuda"], "pass --device instead"),
         (["--model_args", "pretrained={}", "--limit", "0"], "limit=0"),
         (["--model_args", "pretrained={}", "--prompts", "no.txt"], "no.txt"),
         (["--model_args", "pretrained={}", "--max_new_tokens", "999"], "999"),
@@ -600,13 +600,12 @@ def test_the_command_measures_with_the_real_meter(tiny_llama, tmp_path, capsys):
     code = main(
         [
             "profile",
-            f"--model_args=pretrained={tiny_llama}",
+            f"--model_args=pretrained={tiny_llama},dtype=float32",
             "--ratios=1.5",
             f"--widths={widths_file(tmp_path, [60, 50, 40])}",
             f"--prompts={prompts}",
             "--max_new_tokens=4",
             "--repeats=1",
-            "--dtype=float32",
             "--device=cpu",
             f"--output_path={tmp_path / 'out'}",
         ]

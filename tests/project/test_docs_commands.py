@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 from tests.helpers import checkpoints
 
@@ -313,8 +314,9 @@ def beside_the_benchmarks(monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_the_command_is_accepted(command, parse, beside_the_benchmarks):
+def test_the_command_is_accepted(command, parse, beside_the_benchmarks, capsys):
     check(command.words, parse)
+    assert "is an old name" not in capsys.readouterr().err
 
 
 def test_commands_are_found():
@@ -347,7 +349,7 @@ def test_commands_are_found():
         "lm_eval --model pruned-hf --no_such_option 1",
         "lm_eval --model pruned-hf --model_args rato=2.0 --tasks pruned_demo",
         "lm_eval --model pruned-hf --model_args ratio=2.0 --tasks pruned_domo",
-        "lm-eval-pruned plan --pretrained NAME --ratio 2.0 --percent 3",
+        "lm-eval-pruned plan --model_args pretrained=NAME --ratio 2.0 --percent 3",
         "lm-eval-pruned prone --pretrained NAME",
         "lm-eval-pruned sweep --model_args pretrain=x --ratios 2 --tasks boolq --output_path x",
         "torchrun --standalone --nproc 2 -m lm_eval --modle pruned-hf",
@@ -403,6 +405,23 @@ def test_the_links_of_the_readme_lead_somewhere():
                 r"^#+ (.+)$", (ROOT / name).read_text("utf-8"), re.MULTILINE
             )
             assert anchor in {re.sub(r"\W+", "-", title.lower()) for title in titles}
+
+
+def test_titles_tell_pages_apart():
+    """By more than a short word such as "by" or "per"; those of reports are their models'."""
+    titles = [
+        tuple(re.findall(r"\w{4,}", page.read_text("utf-8").partition("\n")[0].lower()))
+        for page in (ROOT / "docs").rglob("*.md")
+        if page.name != "report.md"
+    ]
+    assert len(titles) > 30
+    assert len(set(titles)) == len(titles)
+
+
+def test_the_site_can_be_read_without_a_server():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+    assert site["use_directory_urls"] is False
+    assert "__pycache__/" in site["exclude_docs"].split()
 
 
 @pytest.fixture(scope="module")

@@ -315,7 +315,13 @@ def test_through_the_harness_and_the_export(tiny_llama, tmp_path, texts, caplog)
     )
     assert config["pruning"]["calibration"]["texts"] == len(TEXTS)
     output = tmp_path / "out"
-    command = ["prune", "--pretrained", str(tiny_llama), "--output", str(output)]
+    command = [
+        "prune",
+        "--model_args",
+        f"pretrained={tiny_llama}",
+        "--output_path",
+        str(output),
+    ]
     command += ["--ratio", "2", "--criterion", "act", "--calibration", texts]
     assert main(command) == 0
     assert "is loaded in full" not in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -308,6 +309,32 @@ def test_equal_replies_get_equal_scores():
     ambiguous = "no me la si"
     scores = [utils.score_instructions(row, [ambiguous]) for _ in range(10)]
     assert all(score == scores[0] for score in scores)
+
+
+def test_an_answer_without_a_language_is_no_error(caplog):
+    """IFEval counts it as followed, and logs it as an error with the whole answer."""
+    row = next(
+        row for row in instructions() if "language" in row["instruction_id_list"][0]
+    )
+    log = logging.getLogger("lm_eval.tasks.ifeval.instructions")
+    assert utils.score_instructions(row, ["\n\n____"])["prompt_level_strict_acc"]
+    assert not caplog.records
+    log.error("Unable to detect language for text %s", "of the task ifeval")
+    assert len(caplog.records) == 1
+
+
+def test_other_errors_of_ifeval_are_seen(caplog, monkeypatch):
+    log = logging.getLogger("lm_eval.tasks.ifeval.instructions")
+
+    def fail(doc, results):
+        log.error("Unable to read %s", results)
+        raise RuntimeError
+
+    monkeypatch.setattr(utils._ifeval(), "process_results", fail)
+    with pytest.raises(RuntimeError):
+        utils.score_instructions(instructions()[0], ["answer"])
+    assert "Unable to read" in caplog.text
+    assert not log.filters
 
 
 @pytest.mark.slow
