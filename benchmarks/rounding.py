@@ -12,9 +12,6 @@ What all answers begin with is computed once where it is shared, so its rounding
 once for all of them, and where a pass ends changes the draw. Sharing is therefore scored
 with the requests in one call, and in two, three and four; its figure is of all four.
 
-The reference keeps the neurons that the 16-bit model keeps: scores are taken in the dtype
-that is loaded, so a model pruned in float32 could have kept others.
-
     python benchmarks/rounding.py --data FOLDER --limit 4
 
 Without `--data` it scores the demo questions of this package, which need no download.

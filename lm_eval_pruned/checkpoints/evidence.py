@@ -103,7 +103,7 @@ def with_depth(
     def measure(request: LoadRequest) -> LoadRequest:
         reader = tokenizer or request.load_tokenizer()
         try:
-            with open_layers(request) as layers:
+            with open_layers(request.in_stored_dtype()) as layers:
                 text = CalibrationText.of(layers.model, reader, file, samples)
                 layers.check(text.tokens[0].to(layers.device))
                 influence = influence_by_layer(layers, text)
@@ -113,7 +113,7 @@ def with_depth(
                 request.pretrained,
                 reason,
             )
-            model = request.load_whole()
+            model = request.in_stored_dtype().load_whole()
             text = CalibrationText.of(model, reader, file, samples)
             influence = influence_in_memory(model, text.tokens)
         return request.with_influence(influence, text.seen_by({}).as_dict())
@@ -137,7 +137,7 @@ def settled_plan(request: LoadRequest, known: ScoreTable) -> tuple[PrunePlan, Wi
             return request.plan, request.widths
         request.check_prunable_in_memory(why)
         tokenizer = request.load_tokenizer() if request.plan.calibration else None
-        model = request.load_whole()
+        model = request.in_stored_dtype().load_whole()
         widths = widths_in_memory(model)
         plan = widths.plan(request.prune_arguments)
         evidence = LoadedModel(plan, model, find_glu_mlps(model), tokenizer, known)
@@ -157,7 +157,8 @@ class _StoredModel:
     def scores(self) -> Mapping[str, Tensor]:
         request, known = self.request, self.known
         targets = request.widths.targets(request.plan)
-        if known.covers(request.widths.actual, targets):
+        ranked = request.ranked
+        if known.covers(ranked):
             return known.scores
         if request.needs_scores(known):
             if (why := observe(request, known, self.tokenizer)) is not None:
@@ -172,14 +173,14 @@ class _StoredModel:
             if session.declined is not None:
                 raise RouteDeclined(session.declined)
             with clear_errors(session, request):
-                session.score()
+                session.score(ranked)
         return known.scores
 
     def curves(self, criteria: Sequence[str]) -> Sensitivity:
         if self.known.curves is None:
             plan = self.request.plan
             self.known.curves = measure_sensitivity(
-                self.request,
+                self.request.in_stored_dtype(),
                 str(plan.calibration),
                 criteria=criteria,
                 seeds=(plan.seed,),

@@ -116,8 +116,8 @@ def export_pruned(
         output: Folder to write; it must not exist, or be empty. It appears when the
             export is complete, and not before.
         dtype: Dtype to store the floating-point weights in, except for those that
-            transformers keeps in float32 when it loads with this dtype; neurons are
-            ranked by the weights in this dtype, as they are when loading with it. Default:
+            transformers keeps in float32 when it loads with this dtype. Neurons are
+            ranked by the weights as they are stored in `pretrained`. Default:
             as stored, which is also what ``lm_eval`` loads unless the config
             names another dtype.
         device: Where a model runs if the criterion looks at its activations, and where it is

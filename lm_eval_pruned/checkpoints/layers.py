@@ -8,8 +8,6 @@ are read when `lm_eval_pruned.pruning.layerwise.LayeredModel` asks for them, and
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,12 +40,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.pruning.scores import ScoreTable
 
-#: Arguments of `from_pretrained` that say where and how the finished model lies.
-_PLACING = re.compile(
-    r"device_map|max_memory|tp_(plan|size)|offload_\w+|quantization_config"
-    r"|load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+"
-)
-
 
 @contextlib.contextmanager
 def open_layers(request: LoadRequest) -> Iterator[LayeredModel]:
@@ -65,12 +57,7 @@ def open_layers(request: LoadRequest) -> Iterator[LayeredModel]:
     if (why := request.unreadable()) is not None:
         raise RouteDeclined(why)
     device = request.device
-    arguments = {
-        name: value
-        for name, value in request.model_arguments.items()
-        if not _PLACING.fullmatch(name)
-    }
-    request = dataclasses.replace(request, model_arguments=arguments)
+    request = request.unplaced()
     layer_list(request.widths.skeleton())
     session = _LayersSession(request)
     with contextlib.closing(session):
@@ -94,7 +81,8 @@ def observe(
 ) -> str | None:
     """Score the neurons of a model by what they do on calibration text, layer by layer.
 
-    Peak memory is what the model has besides its layers, one layer, and hidden states.
+    The text runs in the checkpoint's dtype, so that scores do not depend on the one in which
+    the pruned model is loaded. Peak memory is what the model has besides its layers, one layer, and hidden states.
 
     Args:
         request: What is loaded, with a criterion that looks at activations.
@@ -113,7 +101,7 @@ def observe(
     read_texts(plan.calibration, plan.calibration_samples)
     check_observable(request.widths.skeleton())
     try:
-        with open_layers(request) as layers:
+        with open_layers(request.in_stored_dtype()) as layers:
             text = CalibrationText.of(
                 layers.model,
                 tokenizer or request.load_tokenizer(),
@@ -122,10 +110,10 @@ def observe(
             )
             layers.check(text.tokens[0].to(layers.device))
             found: dict[str, Tensor] = {}
-            targets = request.widths.targets(plan)
+            ranked = request.ranked
 
             def seen(mlp: GluMlp, activity: NeuronActivity) -> None:
-                if targets[mlp.name] == mlp.width:
+                if mlp.name not in ranked:
                     return
                 criterion = plan.criterion_of(mlp.block)
                 scores = scores_of_activity(plan, mlp, activity, (criterion,))
@@ -135,7 +123,6 @@ def observe(
     except (RouteDeclined, NotLayerByLayer) as reason:
         return str(reason)
     known.scores |= found
-    known.finite |= found.keys()
     return None
 
 

@@ -26,6 +26,7 @@ from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.slicing import (
     carry_out,
     choose_experts_implementation,
+    score_loaded,
     warn_inexpressible,
 )
 
@@ -72,7 +73,9 @@ def load_pruned(
         tokenizer: What reads calibration text; default: the tokenizer of `pretrained`.
         device: Where to load to; default: the CPU. Only the kept neurons go there:
             scores are computed on the CPU.
-        dtype: Weight dtype; default: the one the checkpoint is stored in.
+        dtype: Weight dtype; default: the one the checkpoint is stored in. Neurons are ranked
+            by the weights as they are stored, and calibration text runs in the dtype that the
+            checkpoint names, so the kept neurons do not depend on it.
         auto_class: The transformers class to load with; default
             `AutoModelForCausalLM`.
         **from_pretrained: Anything else ``from_pretrained`` takes.
@@ -210,4 +213,10 @@ def _load(
         )
     if plan.prunes and plan.calibration is not None and tokenizer is None:
         tokenizer = request.load_tokenizer()
+    scored = not plan.is_open and known.covers(request.ranked)
+    if plan.prunes and request.rounds and not scored:
+        stored = request.in_stored_dtype()
+        if plan.calibration is None:
+            stored = stored.unplaced()
+        score_loaded(plan, stored.load_whole(), tokenizer, known)
     return carry_out(plan, request.load_whole(), tokenizer=tokenizer, known=known)

@@ -1,7 +1,7 @@
 """Checkpoint entries of GLU-MLPs that read as if they had been saved narrow.
 
 A `NarrowedMlp` knows the stored tensors of one GLU-MLP. It scores gate and up as they
-lie in the file, as they would look in the target dtype, the first time that one of its
+lie in the file, whatever the target dtype, the first time that one of its
 entries is read; from then on only the kept neurons are copied, converted and moved.
 
 Source of the protocol that the entries follow: `transformers.core_model_loading.spawn_materialize`.
@@ -105,14 +105,25 @@ class NarrowedMlp:
                 if key in self._ready:
                     return self._ready.pop(key)
             weight = tensor.read()
-            finite = self._session.known.finite
-            if key == ("down_proj", "weight") and self.name not in finite:
-                check_finite(f"{self.name}.down_proj.weight", weight, tensor.dtype)
-                finite.add(self.name)
+            if tensor.part == "weight":
+                self._check(tensor, weight)
             return tensor.narrowed(weight, kept, device)
         except Exception as error:
             self._session.error = self._session.error or error
             raise
+
+    def _check(self, tensor: NarrowedTensor, weight: Tensor) -> None:
+        """Refuse NaN and infinity in the target dtype, in which large weights may overflow."""
+        dtype = tensor.dtype or weight.dtype
+        overflows = torch.finfo(dtype).max < torch.finfo(weight.dtype).max
+        # Scores prove it of gate and up as they are stored.
+        if tensor.projection != "down_proj" and not overflows:
+            return
+        name = f"{self.name}.{tensor.projection}.weight"
+        finite = self._session.known.finite
+        if name not in finite:
+            check_finite(name, weight, dtype)
+            finite.add(name)
 
     @contextlib.contextmanager
     def _locked(self, device: torch.device) -> Iterator[None]:
@@ -135,7 +146,7 @@ class NarrowedMlp:
     def score(self) -> None:
         """Score the neurons, if that was not done, and read nothing but gate and up."""
         scores = self._session.known.scores
-        if self.width < self._width_before and self.name not in scores:
+        if self.name not in scores:
             gate, up = (self._sources[p, "weight"] for p in ("gate_proj", "up_proj"))
             scores[self.name] = self._score(gate.read(), up.read())
 
@@ -155,23 +166,17 @@ class NarrowedMlp:
         scores[self.name] = self._score(*weights)
         kept = kept_set(scores[self.name], self.width)
         # The weights are in the processor's cache now.
-        self._ready = {
-            (tensor.projection, "weight"): tensor.narrowed(weight, kept, device)
-            for tensor, weight in zip((gate, up), weights, strict=True)
-        }
+        for tensor, weight in zip((gate, up), weights, strict=True):
+            self._check(tensor, weight)
+            ready = tensor.narrowed(weight, kept, device)
+            self._ready[tensor.projection, "weight"] = ready
         return kept
 
     def _score(self, gate: Tensor, up: Tensor) -> Tensor:
-        plan, dtype = self._session.plan, self._sources["gate_proj", "weight"].dtype
+        plan = self._session.plan
         with self._session.scoring(self._criterion):
             return score(
-                plan,
-                self.name,
-                self.layer,
-                gate,
-                up,
-                dtype=dtype,
-                criterion=self._criterion,
+                plan, self.name, self.layer, gate, up, criterion=self._criterion
             )
 
 

@@ -238,7 +238,11 @@ def _rows_of_shape(
         layers = tuple(range(whole.layers)) if depth is None else depth.kept
         shape = _shape({**config, "num_hidden_layers": len(layers)})
         plan = PrunePlan.of(arguments, shape.hidden_size, shape.width, layers, depth)
-        removed = shape.parameters_per_neuron * (shape.width - plan.mean_width)
+        share = Fraction(
+            sum(map(plan.includes_layer, range(shape.layers))), shape.layers
+        )
+        cut = share * (shape.width - plan.mean_width)
+        removed = shape.parameters_per_neuron * cut
         rows.append(
             _row(
                 plan,

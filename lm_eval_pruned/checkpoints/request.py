@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from dataclasses import dataclass
 from inspect import getattr_static
 from pathlib import Path
@@ -60,7 +61,13 @@ _HUB_ARGUMENTS = (
     "token",
 )
 #: Arguments of `from_pretrained` that AutoConfig must not absorb into the config.
-_MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+_DTYPES = ("dtype", "torch_dtype")
+_MODEL_ARGUMENTS = (*_DTYPES, "quantization_config")
+#: Arguments that say where and how the finished model lies.
+_PLACING = re.compile(
+    r"device_map|max_memory|tp_(plan|size)|offload_\w+|quantization_config"
+    r"|load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+"
+)
 #: Those that say how to get at files or where to put weights, and nothing of the values.
 _REACHING = (
     *(name for name in _HUB_ARGUMENTS if name != "subfolder"),
@@ -204,16 +211,54 @@ class LoadRequest:
             for name, value in self.model_arguments.items()
             if name not in _REACHING and value not in (None, False, "")
         }
-        dtypes = [named.pop(name, None) for name in ("dtype", "torch_dtype")]
-        dtype = next((each for each in dtypes if each is not None), "auto")
-        if dtype == "auto":
-            dtype = self.widths.original.dtype or dtype
-        named |= {"dtype": str(dtype).removeprefix("torch."), "device_map": self.device}
+        for name in _DTYPES:
+            named.pop(name, None)
+        named |= {"dtype": self.dtype, "device_map": self.device}
         arguments = tuple(sorted((k, repr(v)) for k, v in named.items()))
         # Arguments that transformers knows as settings of the config are in no file.
         config = self.widths.original.to_diff_dict()
         settings = sorted((k, repr(v)) for k, v in config.items() if "dtype" not in k)
         return (checkpoint, self.auto_class, arguments, tuple(settings))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype to load in, such as ``bfloat16``; ``auto`` where only the files know it."""
+        asked = [self.model_arguments.get(name) for name in _DTYPES]
+        dtype = next((each for each in asked if each is not None), "auto")
+        if dtype == "auto":
+            dtype = self.widths.original.dtype or dtype
+        return str(dtype).removeprefix("torch.")
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the dtype to load in may hold less than what is stored.
+
+        A GGUF file holds blocks, which are exact in float32.
+        """
+        if self.dtype in ("float32", "float64"):
+            return False
+        gguf = self.model_arguments.get("gguf_file") is not None
+        return gguf or self.dtype != self.in_stored_dtype().dtype
+
+    def in_stored_dtype(self) -> LoadRequest:
+        """Return the same request for the dtype that the checkpoint names, whatever was asked for."""
+        arguments = {
+            name: value
+            for name, value in self.model_arguments.items()
+            if name not in _DTYPES
+        }
+        if arguments.get("gguf_file") is not None:
+            arguments["dtype"] = torch.float32
+        return dataclasses.replace(self, model_arguments=arguments)
+
+    def unplaced(self) -> LoadRequest:
+        """Return the same request for the CPU, unquantised and undivided."""
+        arguments = {
+            name: value
+            for name, value in self.model_arguments.items()
+            if not _PLACING.fullmatch(name)
+        }
+        return dataclasses.replace(self, model_arguments=arguments)
 
     @property
     def device(self) -> torch.device:
@@ -248,6 +293,21 @@ class LoadRequest:
             return "it is a GGUF file"
         return unknown_loader()
 
+    @property
+    def ranked(self) -> list[str]:
+        """Names of the GLU-MLPs whose neurons are ranked.
+
+        Where layers are weighed against each other, that is also those which a uniform cut
+        would leave as they are.
+        """
+        targets, actual = self.widths.targets(self.plan), self.widths.actual
+        return [
+            mlp.name
+            for mlp in self.widths.mlps
+            if targets[mlp.name] < actual[mlp.name]
+            or (self.plan.is_open and self.plan.includes_layer(mlp.block))
+        ]
+
     def needs_scores(self, known: ScoreTable) -> bool:
         """Return whether neurons have to be observed before weights are narrowed.
 
@@ -258,7 +318,7 @@ class LoadRequest:
             return False
         if not any(name in CALIBRATED for name in self.plan.criteria):
             return False
-        return not known.covers(self.widths.actual, self.widths.targets(self.plan))
+        return not known.covers(self.ranked)
 
     def check_prunable_in_memory(self, why: str | None) -> None:
         """Refuse what pruning after loading cannot do, before the weights are read.

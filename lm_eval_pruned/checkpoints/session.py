@@ -40,7 +40,7 @@ from lm_eval_pruned.pruning.scores import ScoreTable
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -120,10 +120,11 @@ class Session:
         if self.plan.changes_model:
             raise RouteDeclined(OWN_WAY)
 
-    def score(self) -> None:
-        """Score every MLP that is to lose neurons, before any is narrowed."""
+    def score(self, names: Collection[str]) -> None:
+        """Score the MLPs of these names, before any is narrowed."""
         for mlp in self._mlps:
-            mlp.score()
+            if mlp.name in names:
+                mlp.score()
 
     def kept(self) -> tuple[Tensor, ...]:
         """Return the kept neurons of every MLP, each of shape (k,), on the CPU."""

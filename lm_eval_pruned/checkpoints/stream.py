@@ -28,7 +28,7 @@ from lm_eval_pruned.pruning.allocations import UNIFORM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
-from lm_eval_pruned.pruning.slicing import carry_out
+from lm_eval_pruned.pruning.slicing import score_loaded
 
 
 if TYPE_CHECKING:
@@ -226,11 +226,11 @@ def scores_of_activations(request: LoadRequest) -> ScoreTable:
             request.pretrained,
             why,
         )
-        carry_out(
+        score_loaded(
             request.plan,
-            request.load_whole(),
-            tokenizer=request.load_tokenizer(),
-            known=known,
+            request.in_stored_dtype().load_whole(),
+            request.load_tokenizer(),
+            known,
         )
     return known
 

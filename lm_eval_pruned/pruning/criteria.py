@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from importlib.metadata import EntryPoint
 
-    import torch
     from torch import Tensor
 
     from lm_eval_pruned.pruning.calibration import NeuronActivity
@@ -29,23 +28,22 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = 1 << 20
 
 
-def _peak_to_peak(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    highest, lowest = _extremes(rows, dtype)
+def _peak_to_peak(rows: Tensor) -> Tensor:
+    highest, lowest = _extremes(rows)
     return highest + lowest.abs()
 
 
-def _largest_magnitude(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    highest, lowest = _extremes(rows, dtype)
+def _largest_magnitude(rows: Tensor) -> Tensor:
+    highest, lowest = _extremes(rows)
     return highest.abs().maximum(lowest.abs())
 
 
-def _extremes(rows: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     from lm_eval_pruned.pruning.arrays import row_extremes
 
     # Conversions keep the order of numbers, so only 2 * I values are converted.
     highest, lowest = row_extremes(rows)
-    dtype = dtype or rows.dtype
-    return highest.to(dtype).float(), lowest.to(dtype).float()
+    return highest.float(), lowest.float()
 
 
 def maw(gate: Tensor, up: Tensor) -> Tensor:
@@ -261,19 +259,17 @@ def score_neurons(
     seed: int = 0,
     down: Tensor | None = None,
     activity: NeuronActivity | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Score the neurons of one GLU-MLP.
 
     Args:
         gate: ``gate_proj.weight``, shape (I, H), floating point.
-        up: ``up_proj.weight``, shape (I, H), same dtype and device.
+        up: ``up_proj.weight``, shape (I, H), same device.
         criterion: Canonical name of a criterion.
         layer: Position of the MLP in its model; with `seed` it fixes ``random``.
         seed: Seed of ``random``; other criteria ignore it.
         down: ``down_proj.weight``, shape (H, I); read by the criteria in `CALIBRATED`.
         activity: What the neurons did on calibration text; likewise.
-        dtype: Dtype in which the weights are looked at; default: that of `gate`.
 
     Returns:
         Scores, shape (I,), float32. Where rounding depends on the device, they are
@@ -287,7 +283,6 @@ def score_neurons(
     """
     import torch
 
-    dtype = dtype or gate.dtype
     if criterion == RANDOM:
         generator = torch.Generator().manual_seed((seed << 20) + layer)
         order = torch.randperm(gate.shape[0], generator=generator, device="cpu")
@@ -300,17 +295,17 @@ def score_neurons(
         return CALIBRATED[criterion](gate, up, down, activity)
     if criterion in _OF_EXTREMES:
         part = _OF_EXTREMES[criterion]
-        return part(gate, dtype) + part(up, dtype)
+        return part(gate) + part(up)
     if criterion not in CRITERIA:
         function = load_declared(GROUP, "criterion", criterion)
         # It may compare neurons with each other, so it sees all of them at once.
-        scores = function(gate.to("cpu", dtype), up.to("cpu", dtype))
+        scores = function(gate.cpu(), up.cpu())
         return _checked(scores, criterion, gate.shape[0]).cpu()
     function = CRITERIA[criterion]
     rows = max(1, _BLOCK_ELEMENTS // gate.shape[1])
     return torch.cat(
         [
-            function(gate_rows.to("cpu", dtype), up_rows.to("cpu", dtype))
+            function(gate_rows.cpu(), up_rows.cpu())
             for gate_rows, up_rows in zip(gate.split(rows), up.split(rows), strict=True)
         ]
     )

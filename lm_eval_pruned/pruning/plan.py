@@ -155,18 +155,22 @@ class PrunePlan:
             math.ceil(Fraction(width_before * self.width, self.width_before))
         )
 
-    def of_own(self, width_before: int) -> int:
-        """Return the kept width of an MLP in a model whose layers differ in width.
+    def of_own(self, width_before: int, target: int) -> int:
+        """Return the kept width of an MLP that is narrower than others of its kind.
 
         A share to remove is a share of its own width; any other size is a target
         that narrower layers have reached already.
+
+        Args:
+            width_before: Its own width, in neurons.
+            target: What is kept of the widest of its kind, in neurons.
         """
         if "prune_percent" in self.asked:
             kept = _kept_from_percent(
                 self.asked["prune_percent"], self.hidden_size, width_before
             )
             return self.rounded(kept)
-        return min(width_before, self.width)
+        return min(width_before, target)
 
     @classmethod
     @takes_prune_arguments

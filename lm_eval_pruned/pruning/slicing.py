@@ -142,6 +142,29 @@ def carry_out(
     return model
 
 
+def score_loaded(
+    plan: PrunePlan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    known: ScoreTable,
+) -> None:
+    """Let `known` take the scores by which `carry_out` would prune `model`.
+
+    Takes the arguments of `carry_out`. The model loses the layers that are dropped.
+    """
+    widths = widths_in_memory(model).without_layers(plan.depth)
+    if widths.depth is not None:
+        with contextlib.ExitStack() as on_error:
+            drop_layers(model, widths.depth, widths.remembered, on_error)
+            on_error.pop_all()
+    evidence = LoadedModel(plan, model, find_glu_mlps(model), tokenizer, known)
+    settled(plan, widths, evidence)
+    if not (plan.is_open and plan.tried):
+        evidence.scores()
+    # What is finite here may overflow in another dtype.
+    known.finite.clear()
+
+
 def _narrow_layers(
     plan: PrunePlan,
     model: PreTrainedModel,
@@ -308,16 +331,22 @@ def _select_in_memory(
 
 
 def _scores_in_memory(plan: PrunePlan, mlp: GluMlp, known: ScoreTable) -> None:
-    if mlp.name not in known.scores:
-        gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
-        criterion = plan.criterion_of(mlp.block)
-        observed = known.calibration
-        activity = None if observed is None else observed.activity[mlp.name]
-        scores = score(
-            plan, mlp.name, mlp.layer, gate, up, down, activity, criterion=criterion
-        )
-        known.scores[mlp.name] = scores.cpu()
-        known.finite.add(mlp.name)
+    weights = {f"{mlp.name}.{name}.weight": mlp.weight(name) for name in NEURON_AXIS}
+    if mlp.name in known.scores:
+        # They may be scores of what was stored, and a narrower dtype may overflow.
+        for name, weight in weights.items():
+            if name not in known.finite:
+                check_finite(name, weight)
+        return
+    gate, up, down = weights.values()
+    criterion = plan.criterion_of(mlp.block)
+    observed = known.calibration
+    activity = None if observed is None else observed.activity[mlp.name]
+    scores = score(
+        plan, mlp.name, mlp.layer, gate, up, down, activity, criterion=criterion
+    )
+    known.scores[mlp.name] = scores.cpu()
+    known.finite |= weights.keys()
 
 
 def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:
@@ -343,7 +372,6 @@ def score(
     up_proj: Tensor,
     down_proj: Tensor | None = None,
     activity: NeuronActivity | None = None,
-    dtype: torch.dtype | None = None,
     criterion: str | None = None,
 ) -> Tensor:
     """Score the neurons of one GLU-MLP.
@@ -357,7 +385,6 @@ def score(
         down_proj: Shape (H, I); checked for NaN and infinity where given, and scored
             by the criteria that look at activations.
         activity: What the neurons did on calibration text, for the same criteria.
-        dtype: Dtype in which the weights are looked at; default: their own.
         criterion: Canonical name of the criterion of the MLP's layer; default: that of
             the plan.
 
@@ -374,7 +401,7 @@ def score(
         for projection in projections:
             weight = weights[projection]
             if weight is not None:
-                check_finite(f"{name}.{projection}.weight", weight, dtype)
+                check_finite(f"{name}.{projection}.weight", weight)
 
     check("down_proj")
     if not proves_finite(criterion):
@@ -387,7 +414,6 @@ def score(
         seed=plan.seed,
         down=down_proj,
         activity=activity,
-        dtype=dtype,
     )
     if proves_finite(criterion) and not scores.isfinite().all():
         check("gate_proj", "up_proj")

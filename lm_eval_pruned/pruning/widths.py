@@ -101,10 +101,12 @@ class Widths:
             for mlp in self.mlps
         }
         self.actual = dict(actual or self._said_of_layers(by_layer))
-        self._values: dict[WidthKey, int] = {}
+        # One number for the key of all layers, or for a list with one number per layer.
+        self._widest: dict[tuple[tuple[str, ...], str], int] = {}
         for name, key in self.keys.items():
             value = math.ceil(self.actual[name] / self._factors[name])
-            self._values[key] = max(value, self._values.get(key, 0))
+            place = key.path, key.name
+            self._widest[place] = max(value, self._widest.get(place, 0))
 
     def _said_of_layers(
         self, by_layer: Mapping[tuple[tuple[str, ...], str, int], int]
@@ -175,11 +177,7 @@ class Widths:
         """Resolve the user's arguments; see `PrunePlan.from_arguments`."""
         primary = self.primary
         key = self.keys[primary.name]
-        widest = max(
-            value
-            for other, value in self._values.items()
-            if (other.path, other.name) == (key.path, key.name)
-        )
+        widest = self._widest[key.path, key.name]
         return PrunePlan.of(
             arguments,
             primary.hidden_size,
@@ -212,14 +210,13 @@ class Widths:
         targets = {}
         for mlp in self.mlps:
             own, key = self.actual[mlp.name], self.keys[mlp.name]
-            factor = self._factors[mlp.name]
+            factor, widest = self._factors[mlp.name], self._widest[key.path, key.name]
             targets[mlp.name] = own
             if not plan.prunes or not plan.includes_layer(mlp.block):
                 continue
-            if own == factor * self._values[key] and key.index is None:
-                targets[mlp.name] = int(factor * plan.scaled(self._values[key]))
-            else:
-                targets[mlp.name] = plan.of_own(own)
+            target = int(factor * plan.scaled(widest))
+            narrower = own != factor * widest
+            targets[mlp.name] = plan.of_own(own, target) if narrower else target
         return targets
 
     def _targets_by_layer(

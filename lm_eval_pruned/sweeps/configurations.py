@@ -101,15 +101,12 @@ def configurations_of(
             text if argument == "widths" else _canonical(text)
             for text in options.get(option, [])
         ]
-        if argument == "widths":
-            for value in values:
-                chosen = EXCLUSIVE["says which layers to prune"]
-                layers: dict[str, Any] = {name: base.get(name) for name in chosen}
-                PruneArguments(widths=value, **layers)
+        chosen = EXCLUSIVE["says which layers to prune"]
         rows = plan(
             argument=argument,
             values=values,
             multiple_of=base.get("multiple_of") or PruneArguments.multiple_of,
+            **{name: base[name] for name in chosen if base.get(name) is not None},
         )
         for value, row in zip(values, rows, strict=True):
             if row.intermediate_size == baseline.intermediate_size:

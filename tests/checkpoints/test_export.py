@@ -533,6 +533,61 @@ def test_hf_scores_the_export_like_pruned_hf_scores_the_source(
     assert config["pruning"]["kept_digest"] == export.record.digest
 
 
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    texts = ("the quick brown fox jumps over the lazy dog", "some other text")
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(file)
+
+
+WAYS = {
+    "maw": {"criterion": "maw"},
+    "global": {"criterion": "vow", "allocation": "global"},
+    "act": {"criterion": "act"},
+    "sensitivity": {"allocation": "sensitivity"},
+    "best": {"criterion": "best", "criteria_tried": "maw+act"},
+    "influence": {"drop_layers": 1, "drop_by": "block_influence"},
+}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickled"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_kept_neurons_are_those_of_the_stored_dtype(
+    tmp_path, monkeypatch, calibration, way, form
+):
+    """So an export is its source in each dtype in which both are loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = checkpoints.save_tiny(tmp_path / "in", num_hidden_layers=4)
+    if form == "pickled":
+        weights = load_file(folder / "model.safetensors")
+        torch.save(weights, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    asked = {"ratio": 2, **WAYS[way]}
+    if way not in ("maw", "global"):
+        asked["calibration"] = calibration
+    output = tmp_path / "out"
+    export = export_pruned(str(folder), output, prune_arguments=asked)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pruned = load_pruned(str(folder), dtype=dtype, **asked)
+        assert pruned.dtype == dtype
+        assert pruned.prune_record.digest == export.record.digest
+        exported = load_pruned(str(output), dtype=dtype)
+        assert_equal_weights(exported.state_dict(), pruned.state_dict())
+
+
+def test_hf_answers_as_pruned_hf_in_a_dtype_that_rounds(tiny_llama, tmp_path):
+    """The source is stored in float32."""
+    output = tmp_path / "out"
+    export_pruned(str(tiny_llama), output, prune_arguments={"ratio": 2})
+    exported, _ = evaluations.evaluate("hf", f"pretrained={output},dtype=bfloat16")
+    pruned, config = evaluations.evaluate(
+        "pruned-hf", f"pretrained={tiny_llama},ratio=2,dtype=bfloat16"
+    )
+    assert config["model_dtype"] == torch.bfloat16
+    assert exported == pruned
+
+
 @pytest.mark.slow
 def test_the_real_model_through_both_commands(real_model, tmp_path):
     output = tmp_path / "out"

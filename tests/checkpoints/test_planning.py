@@ -102,6 +102,19 @@ def test_a_plan_of_fewer_layers_is_what_loading_gives(family, tmp_path, capsys):
     assert abs(narrow.parameters_after - alone[0]["parameters"]) <= per_neuron / 2
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"layers": "0+3"}, {"skip_layers": 1}, {"layers": "0+2", "drop_layers": "1+4"}],
+)
+def test_layers_that_are_left_alone_keep_their_parameters(tmp_path, asked):
+    """Whether the count is the closed form or that of a skeleton."""
+    folder = str(checkpoints.save_tiny(tmp_path, num_hidden_layers=5))
+    (row,) = plan_rows(folder, "ratio", ["2"], **asked)
+    assert plan_rows(folder, "ratio", ["2"], trust_remote_code=True, **asked) == [row]
+    record = load_pruned(folder, ratio=2, **asked).prune_record
+    assert row.parameters == record.parameters_after
+
+
 def test_a_plan_without_a_size_is_refused(tiny_llama, capsys):
     assert main(["plan", "--model_args", f"pretrained={tiny_llama}"]) == 2
     assert "--prune_percents, --widths, --drop_layers" in capsys.readouterr().err

@@ -123,7 +123,7 @@ FAMILIES = (
 
 def save_family(folder, family: str, width: int, seed: int = 0, **more):
     """Write a tiny checkpoint of a family with tokenizer and return the model."""
-    config = tiny_config(family, **overrides(family, width), **more)
+    config = tiny_config(family, **{**overrides(family, width), **more})
     model = tiny_model(config, seed)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

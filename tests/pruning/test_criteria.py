@@ -66,14 +66,6 @@ def test_scores_follow_the_formula(name, seed, neurons, hidden, dtype):
         assert torch.equal(criteria.CRITERIA[name](gate, up), scores)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", FORMULAS)
-def test_weights_are_looked_at_in_the_dtype_that_is_asked_for(name, dtype):
-    gate, up = weights(3, 20, 8)
-    scores = score_neurons(gate, up, name, dtype=dtype)
-    assert torch.equal(scores, score_neurons(gate.to(dtype), up.to(dtype), name))
-
-
 def test_gate_and_up_of_different_length_are_not_cut_to_the_shorter(monkeypatch):
     gate, up = weights(0, 10, 8)
     monkeypatch.setattr(criteria, "_BLOCK_ELEMENTS", 8 * 5)

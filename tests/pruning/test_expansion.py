@@ -224,13 +224,19 @@ def test_other_mlps_are_rounded_down_where_that_leaves_something():
 
 def test_a_share_is_a_share_of_every_layer_s_own_width():
     plan = PrunePlan.from_arguments(32, 88, prune_percent=50, multiple_of=4)
-    assert [plan.of_own(width) for width in (88, 60, 9, 5)] == [44, 28, 4, 3]
+    assert [plan.of_own(width, plan.width) for width in (88, 60, 9, 5)] == [
+        44,
+        28,
+        4,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("arguments", [{"ratio": 1}, {"intermediate_size": 32}])
 def test_any_other_size_is_a_target(arguments):
     plan = PrunePlan.from_arguments(32, 88, **arguments)
-    assert [plan.of_own(width) for width in (88, 33, 32, 20)] == [32, 32, 32, 20]
+    kept = [plan.of_own(width, plan.width) for width in (88, 33, 32, 20)]
+    assert kept == [32, 32, 32, 20]
 
 
 def layers_of(available=range(6), **arguments):

@@ -217,3 +217,29 @@ def test_a_layer_with_experts_has_the_width_of_its_experts(tmp_path):
             assert mlp.width == asked[mlp.block]
         share = Fraction(asked[mlp.block], layers[mlp.block])
         assert mlp.width == -(-before * share // 1)
+
+
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "llama4_text", "granitemoeshared", "qwen2_moe"]
+)
+@pytest.mark.parametrize("size", [{"intermediate_size": 21}, {"ratio": 0.5}])
+def test_a_size_narrows_each_mlp_that_is_wider_than_in_a_model_of_that_size(
+    tmp_path, family, size
+):
+    """A target is one of the experts; that of a shared or dense MLP is in proportion."""
+    more = {"num_hidden_layers": 4}
+    if family == "deepseek_v3":
+        more |= {"first_k_dense_replace": 2, "intermediate_size": 75}
+    if family == "llama4_text":
+        more |= {"moe_layers": [2, 3], "interleave_moe_layer_step": 1}
+    folder = tmp_path / "model"
+    layouts.save_family(folder, family, 35, **more)
+    uniform = widths_in_memory(load_pruned(str(folder), **size)).actual
+    asked = {1: 60 if family in ("deepseek_v3", "llama4_text") else 30, 3: 30}
+    first = load_pruned(str(folder), widths=asked)
+    own = widths_in_memory(first).actual
+    first.save_pretrained(tmp_path / "saved")
+    again = load_pruned(str(tmp_path / "saved"), **size)
+    expected = {name: min(own[name], uniform[name]) for name in own}
+    assert widths_in_memory(again).actual == expected
+    assert_same_model(again, prune_model(first, **size))

@@ -65,6 +65,32 @@ def test_pruning_in_memory_and_while_loading_keep_the_same(tiny_llama, tmp_path)
     assert loaded.as_dict()["allocation"] == "global"
 
 
+@pytest.mark.parametrize("criterion", ["maw", "act"])
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_layers_that_a_uniform_cut_leaves_alone_are_weighed_too(
+    tiny_llama, tmp_path, text, criterion, multiple_of
+):
+    folder = tmp_path / "differing"
+    load_pruned(str(tiny_llama), widths={1: 43}).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    asked = {"intermediate_size": 64, "criterion": criterion}
+    if criterion == "act":
+        asked["calibration"] = text
+    asked["multiple_of"] = multiple_of
+    uniform = widths_of(load_pruned(str(folder), **asked))
+    assert uniform == [64, 43, 64]
+    loaded = load_pruned(str(folder), allocation="global", **asked)
+    # With multiples of 8 alone, no widths add up to 171.
+    assert sum(widths_of(loaded)) == (168 if multiple_of == 8 else 171)
+    in_memory = prune_model(
+        load_pruned(str(folder)),
+        tokenizer=byte_tokenizer(),
+        allocation="global",
+        **asked,
+    )
+    assert in_memory.prune_record.digest == loaded.prune_record.digest
+
+
 def test_losses_decide_where_neurons_go(tiny_llama, text):
     asked = {"prune_percent": 40, "calibration": text}
     model = load_pruned(str(tiny_llama), allocation="sensitivity", **asked)

@@ -1043,3 +1043,11 @@ def test_widths_and_layers_are_refused_before_anything_runs(options, tmp_path):
         ValueError, match=r"skip_layers=1 and widths=a\.json were given"
     ):
         Sweep(asked)
+
+
+def test_layers_that_are_left_alone_count_as_whole(options):
+    """In the table of a sweep, its definition and its reports."""
+    model_args = {**options["model_args"], "layers": "0"}
+    sweep = Sweep({**options, "ratios": ["1"], "model_args": model_args})
+    baseline, cut = sweep.configurations
+    assert baseline.parameters - cut.parameters == 3 * 32 * (88 - 32)
