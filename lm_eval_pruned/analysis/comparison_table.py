@@ -77,16 +77,16 @@ def as_text(comparison: Comparison, width: int, *, everything: bool = False) -> 
     found = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
     summary = f"{len(primary)} comparisons with {comparison.base}: {found}."
     left_out = [
-        f"{count} {what}"
-        for count, what in (
-            (len(comparison.rows) - len(primary), "rows that restate the same answers"),
-            (len(comparison.trends), "trends"),
-            (len(comparison.correlations), "correlations"),
+        what
+        for what, there in (
+            ("metrics that restate the same answers", primary != comparison.rows),
+            ("trends", comparison.trends),
+            ("correlations", comparison.correlations),
         )
-        if count and not everything
+        if there and not everything
     ]
     if left_out:
-        summary += f" Left out: {', '.join(left_out)} (--all shows them)."
+        summary += f" Left out (--all shows them): {', '.join(left_out)}."
     shown = comparison if everything else replace(comparison, rows=primary)
     parts = [summary, _aligned(*_differences(shown, confidence), width)]
     if everything and comparison.trends:
@@ -105,10 +105,11 @@ def as_text(comparison: Comparison, width: int, *, everything: bool = False) -> 
 
 
 #: What a narrow terminal does not show, the first to go first.
-_LEAST = ("test", "relative", "documents", "smallest detectable", "margin", "q margin")
-_LEAST += ("interval that decides", "p of rho", "p of r", "p", "base", "metric", "q")
-
-
+_LEAST = (
+    *("test", "relative", "documents", "smallest detectable", "margin", "q margin"),
+    *("interval that decides", "p of rho", "Spearman rho", "p of r", "p", "base"),
+    *("metric", "q"),
+)
 #: Columns of names, of which the last characters are shown where there are more.
 _NAMES = ("run", "task", "series")
 _LONGEST_NAME = 28

@@ -529,8 +529,8 @@ def test_the_command_in_a_terminal(tmp_path, capsys, monkeypatch, width):
     assert short.startswith("2 comparisons with ")
     first = " ".join(short.partition("\n\n")[0].split())
     assert first.endswith(
-        "1 worse, 1 not shown. Left out: 2 rows that restate the same answers "
-        "(--all shows them)."
+        "1 worse, 1 not shown. Left out (--all shows them): metrics that restate the "
+        "same answers."
     )
     table = short.split("\n\n")[1].splitlines()
     assert len(table) == 3
