@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.ranks import device_failed
 from lm_eval_pruned.sweeps.runner import (
     UnitRunner,
     describe_error,
-    device_failed,
     part_name,
     unit_key,
 )
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
     from lm_eval_pruned.sweeps.run import Unit
-    from lm_eval_pruned.sweeps.runner import Outcome, Store
+    from lm_eval_pruned.sweeps.ranks import device_failed
+from lm_eval_pruned.sweeps.runner import Outcome, Store
     from lm_eval_pruned.util.progress import Progress
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
