@@ -335,11 +335,9 @@ CUTS = (*SIZES, "drop_layers")
 
 
 def take_prune_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Take the arguments of pruning out of keyword arguments, unchecked.
-
-    From ``skip_layers=0,15`` the harness makes ``{"skip_layers": 0, "15": ""}``; such
-    pieces are taken too, for the list of layers that they follow.
-    """
+    """Take the arguments of pruning out of keyword arguments, unchecked."""
+    # From skip_layers=0,15 the harness makes {"skip_layers": 0, "15": ""}: such pieces
+    # are taken too, for the list of layers that they follow.
     order = list(given)
     own = {name: given.pop(name) for name in DECLARED if name in given}
     lists = [name for name in _LISTS if own.get(name) is not None]

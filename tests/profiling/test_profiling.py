@@ -471,7 +471,7 @@ def test_files_of_widths_are_told_apart_and_equal_ones_measured_once(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ratios": ()}, "pass ratios or widths"),
+        ({"ratios": ()}, "pass ratios, prune_percents or widths"),
         ({"widths": ("none.json",)}, "widths=none.json cannot be read"),
         ({"ratios": ("9",)}, "ratio=9"),
         ({"ratios": ("x",)}, "ratio=x"),
