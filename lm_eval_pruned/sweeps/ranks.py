@@ -8,6 +8,7 @@ the others have to hear from it, and it from them.
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from typing import TypeVar
 
@@ -59,3 +60,17 @@ class Ranks:
         from accelerate.utils import gather_object
 
         return next((each for each in gather_object([error]) if each), None)
+
+
+def device_failed(error: BaseException | None) -> bool:
+    """Return whether the accelerator failed, after which this process can use it no more.
+
+    torch's releases before 2.8 raise a plain RuntimeError. Too little memory is no such failure.
+    """
+    while error is not None:
+        if isinstance(error, RuntimeError) and re.match(
+            r"(CUDA|HIP|XPU)( driver)? error: (?!out of memory)", str(error)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

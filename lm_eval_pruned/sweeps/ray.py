@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.ranks import device_failed
 from lm_eval_pruned.sweeps.runner import (
     UnitRunner,
     describe_error,
-    device_failed,
     part_name,
     unit_key,
 )

@@ -20,13 +20,12 @@ from lm_eval_pruned.pruning.arguments import DECLARED
 from lm_eval_pruned.sweeps.fingerprints import changes, fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.plan import Sweep
-from lm_eval_pruned.sweeps.ranks import Ranks
+from lm_eval_pruned.sweeps.ranks import Ranks, device_failed
 from lm_eval_pruned.sweeps.runner import (
     Outcome,
     Store,
     UnitRunner,
     describe_error,
-    device_failed,
     part_name,
     unit_key,
 )

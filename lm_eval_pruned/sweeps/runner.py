@@ -6,12 +6,10 @@ import contextlib
 import glob
 import json
 import logging
-import os
-import re
-import subprocess
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -31,7 +29,6 @@ from lm_eval_pruned.sweeps.until_decided import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from lm_eval.api.model import LM
     from lm_eval.loggers import EvaluationTracker
@@ -269,7 +266,7 @@ class UnitRunner:
         model_args = self._sweep.model_args(configuration)
         manager = self._sweep.task_manager(configuration)
         seed = settings.seed or [None] * 4
-        with mock.patch("lm_eval.evaluator.get_git_commit_hash", _git_hash):
+        with _quiet_git():
             results = simple_evaluate(
                 model=lm,
                 model_args=model_args,
@@ -399,32 +396,12 @@ def describe_error(error: BaseException) -> dict[str, str]:
     }
 
 
-def device_failed(error: BaseException | None) -> bool:
-    """Return whether the accelerator failed, after which this process can use it no more.
-
-    torch's releases before 2.8 raise a plain RuntimeError. Too little memory is no such failure.
-    """
-    while error is not None:
-        if isinstance(error, RuntimeError) and re.match(
-            r"(CUDA|HIP|XPU)( driver)? error: (?!out of memory)", str(error)
-        ):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _git_hash() -> str | None:
-    """Return what the harness records as ``git_hash``, without git's complaint where there is none."""
-    from lm_eval.loggers.utils import get_commit_from_path
-
-    command = ["git", "describe", "--always"]
-    try:
-        described = subprocess.run(  # noqa: S603
-            command, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return get_commit_from_path(os.getcwd())
-    return described.stdout.strip()
+def _quiet_git() -> contextlib.AbstractContextManager[Any]:
+    """Have the harness ask git for a commit only where there is a repository to ask about."""
+    here = Path.cwd()
+    if any((place / ".git").exists() for place in (here, *here.parents)):
+        return contextlib.nullcontext()
+    return mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None)
 
 
 def part_name(shard: tuple[int, int] | None) -> str:
