@@ -28,6 +28,7 @@ from lm_eval_pruned.pruning.layerwise import (
     NotLayerByLayer,
     layer_list,
 )
+from lm_eval_pruned.pruning.layouts import BUILDING
 from lm_eval_pruned.pruning.measuring import scores_of_activity
 
 
@@ -186,7 +187,8 @@ class _LayersSession(Session):
                     for each, tensor in tensors.items():
                         if tensor is not None:
                             tensors[each] = _moved(tensor, device)
-        model.tie_weights()
+        with BUILDING:
+            model.tie_weights()
 
     @contextlib.contextmanager
     def resident(self, layer: int) -> Iterator[None]:

@@ -28,7 +28,11 @@ from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.criteria import CALIBRATED
 from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.dropping import count_layers
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError, regions_by_parameter
+from lm_eval_pruned.pruning.layouts import (
+    BUILDING,
+    UnsupportedModelError,
+    regions_by_parameter,
+)
 from lm_eval_pruned.pruning.widths import Widths
 
 
@@ -328,12 +332,14 @@ class LoadRequest:
         loader = getattr_static(model_class, "from_pretrained")
         if loader is not getattr_static(PreTrainedModel, "from_pretrained"):
             # A loader of its own need not know how to tell what was missing.
-            return auto_class.from_pretrained(
-                self.pretrained, config=config, **arguments
+            with BUILDING:
+                return auto_class.from_pretrained(
+                    self.pretrained, config=config, **arguments
+                )
+        with BUILDING:
+            model, found = auto_class.from_pretrained(
+                self.pretrained, config=config, output_loading_info=True, **arguments
             )
-        model, found = auto_class.from_pretrained(
-            self.pretrained, config=config, output_loading_info=True, **arguments
-        )
         check_complete(found["missing_keys"])
         check_widths_fit(found.get("mismatched_keys", ()), neurons)
         return model

@@ -16,6 +16,7 @@ from lm_eval_pruned.pruning.dropping import (
     shallow_config,
 )
 from lm_eval_pruned.pruning.layouts import (
+    BUILDING,
     GluMlp,
     UnsupportedModelError,
     count_parameters,
@@ -395,7 +396,7 @@ def widths_in_memory(model: PreTrainedModel) -> Widths:
     """
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             return type(model)(copy.deepcopy(config))
 
     return Widths(
