@@ -18,7 +18,12 @@ from lm_eval_pruned.pruning.calibration import (
     calibrate_by_layer,
     check_observable,
 )
-from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, canonical_name
+from lm_eval_pruned.pruning.criteria import (
+    CALIBRATED,
+    RANDOM,
+    canonical_name,
+    code_behind,
+)
 from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.measuring import (
@@ -72,7 +77,8 @@ def measure_sensitivity(
     a model that cannot be read or run layer by layer is loaded in full, with a warning.
     Curves are kept in ``sensitivity`` of the user's cache folder, one file for each
     criterion and seed, and found again as long as the checkpoint's files, the tokens,
-    the arguments of the load, criterion, seed and widths are the same.
+    the arguments of the load, criterion (of another package: its code), seed and widths
+    are the same.
 
     Args:
         request: The model, whatever its plan says.
@@ -238,14 +244,17 @@ class _Measurement:
 
     def _file(self, way: Way) -> Path | None:
         """Return the file in the cache that holds the curves of `way`, if any can."""
-        content = self._request.content_key()
-        if content is None:
+        content, code = self._request.content_key(), code_behind(way[0])
+        if content is None or code is None:
             return None
         texts = [self._text]
         if way[0] in CALIBRATED:
             texts.append(self._whole_text(self._request.widths.skeleton()))
         tokens = [[each.tolist() for each in text.tokens] for text in texts]
-        key: Hashable = (_MEASURE, content, repr(tokens), way, tuple(self._shares))
+        key: tuple[Hashable, ...]
+        key = (_MEASURE, content, repr(tokens), way, tuple(self._shares))
+        if code:
+            key += (code,)
         digest = hashlib.sha256(repr(key).encode()).hexdigest()
         return cache_folder() / "sensitivity" / f"{digest}.json"
 
