@@ -23,6 +23,7 @@ from lm_eval_pruned.pruning.calibration import (
     check_observable,
     read_texts,
 )
+from lm_eval_pruned.pruning.criteria import CALIBRATED
 from lm_eval_pruned.pruning.layerwise import (
     LayeredModel,
     NotLayerByLayer,
@@ -126,11 +127,16 @@ def observe(
             targets = request.widths.targets(plan)
 
             def seen(mlp: GluMlp, activity: NeuronActivity) -> None:
-                if targets[mlp.name] == mlp.width:
+                tried = [each for each in plan.tried if each in CALIBRATED]
+                if targets[mlp.name] == mlp.width and not tried:
                     return
                 criterion = plan.criterion_of(mlp.block)
-                scores = scores_of_activity(plan, mlp, activity, (criterion,))
-                found[mlp.name] = scores[criterion]
+                scores = scores_of_activity(plan, mlp, activity, tried or (criterion,))
+                for each in tried:
+                    # Another size may choose another.
+                    known.by_criterion.setdefault(each, {})[mlp.name] = scores[each]
+                if criterion in scores:
+                    found[mlp.name] = scores[criterion]
 
             known.calibration = calibrate_by_layer(layers, text, seen)
     except (RouteDeclined, NotLayerByLayer) as reason:

@@ -193,6 +193,12 @@ class LoadRequest:
             plan.depth and plan.depth.kept,
         )
 
+    def influence_key(self) -> Hashable | None:
+        """Identify what block influence depends on; None as in `scores_key`."""
+        model, arguments = self.content_key(), self.prune_arguments
+        text = Path(str(arguments.calibration))
+        return model and (*model, _stamp(text), arguments.calibration_samples)
+
     def content_key(self) -> tuple[Hashable, ...] | None:
         """Identify the unpruned model; None where the checkpoint's content is not known.
 
@@ -258,9 +264,13 @@ class LoadRequest:
         """
         if not self.plan.prunes or self.plan.calibration is None:
             return False
-        if not any(name in CALIBRATED for name in self.plan.criteria):
-            return False
-        return not known.covers(self.widths.actual, self.widths.targets(self.plan))
+        targets = self.widths.targets(self.plan)
+        return any(
+            targets[mlp.name] < self.widths.actual[mlp.name]
+            and mlp.name not in known.scores
+            and self.plan.criterion_of(mlp.block) in CALIBRATED
+            for mlp in self.widths.mlps
+        )
 
     def check_prunable_in_memory(self, why: str | None) -> None:
         """Refuse what pruning after loading cannot do, before the weights are read.

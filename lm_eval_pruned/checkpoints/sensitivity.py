@@ -32,6 +32,7 @@ from lm_eval_pruned.pruning.measuring import (
     measure,
     scores_of_activity,
 )
+from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.sensitivity import Sensitivity, read_sensitivity
 from lm_eval_pruned.util.progress import steps
 
@@ -70,6 +71,7 @@ def measure_sensitivity(
     samples: int | None = SAMPLES,
     length: int = LENGTH,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    known: ScoreTable | None = None,
 ) -> Sensitivity:
     """Measure what cutting one layer alone costs, for each layer, criterion and width.
 
@@ -91,6 +93,8 @@ def measure_sensitivity(
         samples: How many texts to use, from the first on; None for all.
         length: How many tokens of each text to use for the loss.
         tokenizer: What reads the text; default: the model's own.
+        known: Takes the scores by criteria that look at activations, if curves by them are
+            not in the cache.
 
     Raises:
         ValueError: An argument is out of range, the text cannot be used, or the
@@ -122,7 +126,7 @@ def measure_sensitivity(
     return with_stored_widths(
         request,
         lambda stored: _Measurement(
-            stored, calibration, text, tokenizer, shares, samples
+            stored, calibration, text, tokenizer, shares, samples, known or ScoreTable()
         ).of(ways),
     )
 
@@ -138,6 +142,7 @@ class _Measurement:
         tokenizer: PreTrainedTokenizerBase,
         shares: list[Fraction],
         samples: int | None,
+        known: ScoreTable,
     ):
         self._request = request
         self._calibration = calibration
@@ -145,6 +150,7 @@ class _Measurement:
         self._tokenizer = tokenizer
         self._shares = shares
         self._samples = samples
+        self._known = known
 
     def of(self, ways: Sequence[Way]) -> Sensitivity:
         files = {way: self._file(way) for way in ways}
@@ -230,11 +236,14 @@ class _Measurement:
 
         if isinstance(model, LayeredModel):
             text = self._whole_text(model.model)
-            calibrate_by_layer(model, text, seen)
-            return scores
-        observed = calibrate(model, self._tokenizer, self._calibration, self._samples)
-        for mlp in find_glu_mlps(model):
-            seen(mlp, observed.activity[mlp.name])
+            observed = calibrate_by_layer(model, text, seen)
+        else:
+            file, samples = self._calibration, self._samples
+            observed = calibrate(model, self._tokenizer, file, samples)
+            for mlp in find_glu_mlps(model):
+                seen(mlp, observed.activity[mlp.name])
+        self._known.calibration = observed
+        self._known.by_criterion |= scores
         return scores
 
     def _whole_text(self, model: PreTrainedModel) -> CalibrationText:

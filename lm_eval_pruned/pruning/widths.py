@@ -154,7 +154,10 @@ class Widths:
             if (moved := moved_name(name, path, new)) is not None
         }
         try:
-            widths = Widths(shallow_config(self.original, depth), self._build, actual)
+            config = shallow_config(self.original, depth)
+            shallow = self._build(plain_config(without_layers(config)[0]))
+            remembered = attributes_that_change(whole, shallow, depth)
+            widths = Widths(config, self._build, actual)
         except UnsupportedModelError:
             raise
         except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
@@ -162,8 +165,7 @@ class Widths:
                 f"drop_layers cannot be used with {describe(whole)}, whose config does not accept "
                 f"{len(depth.kept)} layers ({error}): leave it out."
             ) from None
-        widths.remembered = attributes_that_change(whole, widths.skeleton(), depth)
-        widths.whole, widths.depth = self, depth
+        widths.whole, widths.depth, widths.remembered = self, depth, remembered
         return widths
 
     @property
