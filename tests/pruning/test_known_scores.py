@@ -133,7 +133,9 @@ def passes(monkeypatch, tmp_path):
         (evidence, "influence_by_layer"),
     ):
 
-        def counted(*args, run=getattr(module, name), name=name):
+        original = getattr(module, name)
+
+        def counted(*args, run=original, name=name):
             found[name] += 1
             return run(*args)
 
