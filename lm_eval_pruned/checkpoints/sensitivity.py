@@ -34,7 +34,6 @@ from lm_eval_pruned.pruning.measuring import (
 )
 from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.sensitivity import Sensitivity, read_sensitivity
-from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
@@ -187,11 +186,7 @@ class _Measurement:
             plan, texts = self._request.plan, self._text.tokens
             for criterion, seed in ways:
                 ranking = Ranking.by(plan, criterion, seed, scores)
-                name = criterion if seed is None else f"{criterion}, seed {seed}"
-                layers = {mlp.block for mlp in self._request.widths.mlps}
-                count = len(model if isinstance(model, LayeredModel) else layers)
-                with steps(count * len(texts), f"sensitivity by {name}") as step:
-                    loss, curves = measure(model, texts, ranking, self._shares, step)
+                loss, curves = measure(model, texts, ranking, self._shares)
                 yield (criterion, seed), self._sensitivity(loss, curves, path)
 
     @contextlib.contextmanager
