@@ -119,14 +119,17 @@ def _convert(gguf: Path, folder: Path) -> None:
         GgufConfig,
     )
 
+    from lm_eval_pruned.pruning.layouts import BUILDING
+
     try:
         with appearing_whole(folder) as unfinished:
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            )
+            with BUILDING:
+                model = AutoModelForCausalLM.from_pretrained(
+                    gguf.parent,
+                    gguf_file=gguf.name,
+                    dtype=torch.float32,
+                    quantization_config=GgufConfig(dequantize=True),
+                )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             with contextlib.suppress(AttributeError):
                 del model.config.quantization_config

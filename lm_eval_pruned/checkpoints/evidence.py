@@ -20,6 +20,7 @@ from lm_eval_pruned.pruning.calibration import CalibrationText, read_texts
 from lm_eval_pruned.pruning.influence import influence_by_layer, influence_in_memory
 from lm_eval_pruned.pruning.layerwise import NotLayerByLayer
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
+from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.settling import REMOVED, check_settleable, settled
 from lm_eval_pruned.pruning.slicing import LoadedModel
 from lm_eval_pruned.pruning.widths import widths_in_memory
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.plan import PrunePlan
-    from lm_eval_pruned.pruning.scores import ScoreTable
+    from lm_eval_pruned.pruning.scores import KnownScores
     from lm_eval_pruned.pruning.sensitivity import Sensitivity
     from lm_eval_pruned.pruning.widths import Widths
 
@@ -77,7 +78,9 @@ def settled_request(
 
 
 def with_depth(
-    request: LoadRequest, tokenizer: PreTrainedTokenizerBase | None = None
+    request: LoadRequest,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    known_scores: KnownScores | None = None,
 ) -> LoadRequest:
     """Return `request` for the layers of most influence on its text, if it asks for them.
 
@@ -86,6 +89,7 @@ def with_depth(
     Args:
         request: What is to be loaded.
         tokenizer: What reads calibration text; default: the model's own.
+        known_scores: What earlier requests measured; takes what this one does.
 
     Raises:
         ValueError: The checkpoint or the text is wrong.
@@ -99,8 +103,13 @@ def with_depth(
     if arguments.calibration_samples is not None:
         samples = int(arguments.calibration_samples)
     read_texts(file, samples)
+    known = ScoreTable()
+    if known_scores is not None and (key := request.influence_key()) is not None:
+        known = known_scores.setdefault(key, known)
 
     def measure(request: LoadRequest) -> LoadRequest:
+        if known.influence is not None:
+            return request.with_influence(*known.influence)
         reader = tokenizer or request.load_tokenizer()
         try:
             with open_layers(request.in_stored_dtype()) as layers:
@@ -116,7 +125,8 @@ def with_depth(
             model = request.in_stored_dtype().load_whole()
             text = CalibrationText.of(model, reader, file, samples)
             influence = influence_in_memory(model, text.tokens)
-        return request.with_influence(influence, text.seen_by({}).as_dict())
+        known.influence = influence, text.seen_by({}).as_dict()
+        return request.with_influence(*known.influence)
 
     return with_stored_widths(request, measure)
 
@@ -187,5 +197,6 @@ class _StoredModel:
                 removed=REMOVED,
                 samples=plan.calibration_samples,
                 tokenizer=self.tokenizer,
+                known=self.known,
             )
         return self.known.curves

@@ -21,11 +21,13 @@ from lm_eval_pruned.pruning.calibration import (
     check_observable,
     read_texts,
 )
+from lm_eval_pruned.pruning.criteria import CALIBRATED
 from lm_eval_pruned.pruning.layerwise import (
     LayeredModel,
     NotLayerByLayer,
     layer_list,
 )
+from lm_eval_pruned.pruning.layouts import BUILDING
 from lm_eval_pruned.pruning.measuring import scores_of_activity
 
 
@@ -113,11 +115,16 @@ def observe(
             ranked = request.ranked
 
             def seen(mlp: GluMlp, activity: NeuronActivity) -> None:
-                if mlp.name not in ranked:
+                tried = [each for each in plan.tried if each in CALIBRATED]
+                if mlp.name not in ranked and not tried:
                     return
                 criterion = plan.criterion_of(mlp.block)
-                scores = scores_of_activity(plan, mlp, activity, (criterion,))
-                found[mlp.name] = scores[criterion]
+                scores = scores_of_activity(plan, mlp, activity, tried or (criterion,))
+                for each in tried:
+                    # Another size may choose another.
+                    known.by_criterion.setdefault(each, {})[mlp.name] = scores[each]
+                if criterion in scores:
+                    found[mlp.name] = scores[criterion]
 
             known.calibration = calibrate_by_layer(layers, text, seen)
     except (RouteDeclined, NotLayerByLayer) as reason:
@@ -173,7 +180,8 @@ class _LayersSession(Session):
                     for each, tensor in tensors.items():
                         if tensor is not None:
                             tensors[each] = _moved(tensor, device)
-        model.tie_weights()
+        with BUILDING:
+            model.tie_weights()
 
     @contextlib.contextmanager
     def resident(self, layer: int) -> Iterator[None]:

@@ -163,7 +163,7 @@ def load_with_arguments(
     request = LoadRequest.resolve(
         auto_class, pretrained, prune_arguments, from_pretrained
     )
-    return with_stored_widths(with_depth(request, tokenizer), load)
+    return with_stored_widths(with_depth(request, tokenizer, known_scores), load)
 
 
 def _load(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lm_eval_pruned.pruning.arguments import Layers, LayerWidths, Number
+    from lm_eval_pruned.pruning.scores import KnownScores
     from lm_eval_pruned.pruning.widths import Widths
 
 
@@ -170,10 +171,11 @@ def _settled_rows(
     source = {name: value for name, value in source.items() if value}
     auto_class = auto_class_for(AutoConfig.from_pretrained(pretrained, **source))
     known, rows = ScoreTable(), []
+    influences: KnownScores = {}
     dtype: torch.dtype
     for arguments in asked:
         request = LoadRequest.resolve(auto_class, pretrained, arguments, source)
-        plan, widths = settled_plan(with_depth(request), known)
+        plan, widths = settled_plan(with_depth(request, known_scores=influences), known)
         dtype = widths.original.dtype or torch.float32  # type: ignore[assignment]
         rows.append(_row_of_widths(plan, widths, dtype.itemsize))
     return rows

@@ -30,7 +30,11 @@ from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.criteria import CALIBRATED
 from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.dropping import count_layers
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError, regions_by_parameter
+from lm_eval_pruned.pruning.layouts import (
+    BUILDING,
+    UnsupportedModelError,
+    regions_by_parameter,
+)
 from lm_eval_pruned.pruning.widths import Widths
 
 
@@ -198,6 +202,12 @@ class LoadRequest:
             plan.depth and plan.depth.kept,
         )
 
+    def influence_key(self) -> Hashable | None:
+        """Identify what block influence depends on; None as in `scores_key`."""
+        model, arguments = self.content_key(), self.prune_arguments
+        text = Path(str(arguments.calibration))
+        return model and (*model, _stamp(text), arguments.calibration_samples)
+
     def content_key(self) -> tuple[Hashable, ...] | None:
         """Identify the unpruned model; None where the checkpoint's content is not known.
 
@@ -316,9 +326,13 @@ class LoadRequest:
         """
         if not self.plan.prunes or self.plan.calibration is None:
             return False
-        if not any(name in CALIBRATED for name in self.plan.criteria):
-            return False
-        return not known.covers(self.ranked)
+        ranked = self.ranked
+        return any(
+            mlp.name in ranked
+            and mlp.name not in known.scores
+            and self.plan.criterion_of(mlp.block) in CALIBRATED
+            for mlp in self.widths.mlps
+        )
 
     def check_prunable_in_memory(self, why: str | None) -> None:
         """Refuse what pruning after loading cannot do, before the weights are read.
@@ -390,12 +404,14 @@ class LoadRequest:
         loader = getattr_static(model_class, "from_pretrained")
         if loader is not getattr_static(PreTrainedModel, "from_pretrained"):
             # A loader of its own need not know how to tell what was missing.
-            return auto_class.from_pretrained(
-                self.pretrained, config=config, **arguments
+            with BUILDING:
+                return auto_class.from_pretrained(
+                    self.pretrained, config=config, **arguments
+                )
+        with BUILDING:
+            model, found = auto_class.from_pretrained(
+                self.pretrained, config=config, output_loading_info=True, **arguments
             )
-        model, found = auto_class.from_pretrained(
-            self.pretrained, config=config, output_loading_info=True, **arguments
-        )
         check_complete(found["missing_keys"])
         check_widths_fit(found.get("mismatched_keys", ()), neurons)
         return model

@@ -18,7 +18,12 @@ from lm_eval_pruned.pruning.calibration import (
     calibrate_by_layer,
     check_observable,
 )
-from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, canonical_name
+from lm_eval_pruned.pruning.criteria import (
+    CALIBRATED,
+    RANDOM,
+    canonical_name,
+    code_behind,
+)
 from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.measuring import (
@@ -27,8 +32,8 @@ from lm_eval_pruned.pruning.measuring import (
     measure,
     scores_of_activity,
 )
+from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.sensitivity import Sensitivity, read_sensitivity
-from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
@@ -65,6 +70,7 @@ def measure_sensitivity(
     samples: int | None = SAMPLES,
     length: int = LENGTH,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    known: ScoreTable | None = None,
 ) -> Sensitivity:
     """Measure what cutting one layer alone costs, for each layer, criterion and width.
 
@@ -72,7 +78,8 @@ def measure_sensitivity(
     a model that cannot be read or run layer by layer is loaded in full, with a warning.
     Curves are kept in ``sensitivity`` of the user's cache folder, one file for each
     criterion and seed, and found again as long as the checkpoint's files, the tokens,
-    the arguments of the load, criterion, seed and widths are the same.
+    the arguments of the load, criterion (of another package: its code), seed and widths
+    are the same.
 
     Args:
         request: The model, whatever its plan says.
@@ -85,6 +92,8 @@ def measure_sensitivity(
         samples: How many texts to use, from the first on; None for all.
         length: How many tokens of each text to use for the loss.
         tokenizer: What reads the text; default: the model's own.
+        known: Takes the scores by criteria that look at activations, if curves by them are
+            not in the cache.
 
     Raises:
         ValueError: An argument is out of range, the text cannot be used, or the
@@ -116,7 +125,7 @@ def measure_sensitivity(
     return with_stored_widths(
         request,
         lambda stored: _Measurement(
-            stored, calibration, text, tokenizer, shares, samples
+            stored, calibration, text, tokenizer, shares, samples, known or ScoreTable()
         ).of(ways),
     )
 
@@ -132,6 +141,7 @@ class _Measurement:
         tokenizer: PreTrainedTokenizerBase,
         shares: list[Fraction],
         samples: int | None,
+        known: ScoreTable,
     ):
         self._request = request
         self._calibration = calibration
@@ -139,6 +149,7 @@ class _Measurement:
         self._tokenizer = tokenizer
         self._shares = shares
         self._samples = samples
+        self._known = known
 
     def of(self, ways: Sequence[Way]) -> Sensitivity:
         files = {way: self._file(way) for way in ways}
@@ -175,11 +186,7 @@ class _Measurement:
             plan, texts = self._request.plan, self._text.tokens
             for criterion, seed in ways:
                 ranking = Ranking.by(plan, criterion, seed, scores)
-                name = criterion if seed is None else f"{criterion}, seed {seed}"
-                layers = {mlp.block for mlp in self._request.widths.mlps}
-                count = len(model if isinstance(model, LayeredModel) else layers)
-                with steps(count * len(texts), f"sensitivity by {name}") as step:
-                    loss, curves = measure(model, texts, ranking, self._shares, step)
+                loss, curves = measure(model, texts, ranking, self._shares)
                 yield (criterion, seed), self._sensitivity(loss, curves, path)
 
     @contextlib.contextmanager
@@ -224,11 +231,14 @@ class _Measurement:
 
         if isinstance(model, LayeredModel):
             text = self._whole_text(model.model)
-            calibrate_by_layer(model, text, seen)
-            return scores
-        observed = calibrate(model, self._tokenizer, self._calibration, self._samples)
-        for mlp in find_glu_mlps(model):
-            seen(mlp, observed.activity[mlp.name])
+            observed = calibrate_by_layer(model, text, seen)
+        else:
+            file, samples = self._calibration, self._samples
+            observed = calibrate(model, self._tokenizer, file, samples)
+            for mlp in find_glu_mlps(model):
+                seen(mlp, observed.activity[mlp.name])
+        self._known.calibration = observed
+        self._known.by_criterion |= scores
         return scores
 
     def _whole_text(self, model: PreTrainedModel) -> CalibrationText:
@@ -238,14 +248,17 @@ class _Measurement:
 
     def _file(self, way: Way) -> Path | None:
         """Return the file in the cache that holds the curves of `way`, if any can."""
-        content = self._request.content_key()
-        if content is None:
+        content, code = self._request.content_key(), code_behind(way[0])
+        if content is None or code is None:
             return None
         texts = [self._text]
         if way[0] in CALIBRATED:
             texts.append(self._whole_text(self._request.widths.skeleton()))
         tokens = [[each.tolist() for each in text.tokens] for text in texts]
-        key: Hashable = (_MEASURE, content, repr(tokens), way, tuple(self._shares))
+        key: tuple[Hashable, ...]
+        key = (_MEASURE, content, repr(tokens), way, tuple(self._shares))
+        if code:
+            key += (code,)
         digest = hashlib.sha256(repr(key).encode()).hexdigest()
         return cache_folder() / "sensitivity" / f"{digest}.json"
 

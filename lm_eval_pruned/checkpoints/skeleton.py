@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.checkpoints.transformers_api import uninitialised
+from lm_eval_pruned.pruning.layouts import BUILDING
 
 
 if TYPE_CHECKING:
@@ -18,10 +19,11 @@ def skeleton(
     auto_class: Any, config: PretrainedConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Build the model that `config` describes on the meta device, without weights."""
-    with uninitialised(), torch.device("meta"):
-        model = auto_class.from_config(
-            copy.deepcopy(config), trust_remote_code=trust_remote_code
-        )
-    # Ties are part of the initialisation that was left out.
-    model.tie_weights()
+    with BUILDING:
+        with uninitialised(), torch.device("meta"):
+            model = auto_class.from_config(
+                copy.deepcopy(config), trust_remote_code=trust_remote_code
+            )
+        # Ties are part of the initialisation that was left out.
+        model.tie_weights()
     return model

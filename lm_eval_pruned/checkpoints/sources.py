@@ -23,11 +23,13 @@ def find_sources(entries, model, mlps: Iterable[GluMlp], load_config):
 
     Raises:
         RouteDeclined: Some projection is computed in a way not known here.
+        ValueError: Two keys hold one projection.
     """
     places = regions_by_parameter(mlps)
     found: dict[str, list] = {}
     converted: dict[tuple[str, str], list[str]] = {}
     converters = {}
+    first: dict[str, str] = {}
     names = target_names(entries, model, load_config)
     check_entries(
         entries,
@@ -47,6 +49,11 @@ def find_sources(entries, model, mlps: Iterable[GluMlp], load_config):
                 converted.setdefault((parameter, pattern), []).append(key)
                 converters[parameter] = converter
         elif parameter in places:
+            if (other := first.setdefault(parameter, key)) != key:
+                raise ValueError(
+                    f"The checkpoint holds {other} and {key}, which are one parameter of this "
+                    "model: remove the one that is not meant."
+                )
             found[key] = [
                 (mlp, place, region, None if region.is_whole else region)
                 for mlp, place, region in places[parameter]

@@ -188,6 +188,7 @@ def heal(
         HealingTrainer,
         RecordBeside,
         StopWhenAsked,
+        TellTimeLeft,
         write_record,
     )
 
@@ -228,7 +229,7 @@ def heal(
                 model=model,
                 args=arguments,
                 train_dataset=text.examples(),
-                callbacks=[RecordBeside(record, cost), stop],
+                callbacks=[RecordBeside(record, cost), TellTimeLeft(), stop],
             )
         except (ImportError, RuntimeError) as error:
             raise ValueError(

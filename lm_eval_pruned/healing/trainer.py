@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from lm_eval_pruned.checkpoints.adapters import HEALING
 from lm_eval_pruned.healing.distillation import distillation_loss
 from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.progress import clock
 
 
 if TYPE_CHECKING:
@@ -125,6 +127,31 @@ class RecordBeside(TrainerCallback):
             write_record(
                 folder / HEALING,
                 self._record | {"steps": state.global_step} | self._cost.so_far(),
+            )
+
+
+class TellTimeLeft(TrainerCallback):
+    """Says once how long the training will take, after a few of its steps."""
+
+    #: The first step is slower than others, so that the time runs from its end.
+    AFTER = 3
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._began = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Say it after the third step."""
+        self._steps += 1
+        if self._steps == 1:
+            self._began = time.monotonic()
+        left = state.max_steps - state.global_step
+        if self._steps == self.AFTER and left > 0 and state.is_world_process_zero:
+            each = (time.monotonic() - self._began) / (self.AFTER - 1)
+            print(
+                f"\n{state.global_step} of {state.max_steps} steps are done; the others take about "
+                f"{clock(each * left)}.",
+                file=sys.stderr,
             )
 
 

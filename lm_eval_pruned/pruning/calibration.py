@@ -23,6 +23,7 @@ from lm_eval_pruned.pruning.layouts import (
     describe,
     find_glu_mlps,
 )
+from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
@@ -304,9 +305,10 @@ def calibrate(
     training = model.training
     model.eval()
     try:
-        with observer.watching():
+        with observer.watching(), steps(len(text.tokens), "calibration") as step:
             for tokens in text.tokens:
                 model(input_ids=tokens.to(model.device), use_cache=False)
+                step(1)
     finally:
         model.train(training)
     return text.seen_by(observer.activity())
@@ -333,18 +335,21 @@ def calibrate_by_layer(
     observers = [Observer(mlps) for mlps in layers.mlps]
     activity: dict[str, NeuronActivity] = {}
     blocks = layers.blocks(text.tokens)
-    for number, block in enumerate(blocks, 1):
-        states, calls = layers.enter_all(block)
-        for layer, observer in enumerate(observers):
-            with layers.resident(layer):
-                with observer.watching():
-                    for index, hidden in enumerate(states):
-                        states[index] = layers.run(layer, hidden, calls[index][layer])
-                if number == len(blocks):
-                    found = observer.activity()
-                    activity |= found
-                    for mlp in layers.mlps[layer]:
-                        seen(mlp, found[mlp.name])
+    with steps(len(layers) * len(text.tokens), "calibration") as step:
+        for number, block in enumerate(blocks, 1):
+            states, calls = layers.enter_all(block)
+            for layer, observer in enumerate(observers):
+                with layers.resident(layer):
+                    with observer.watching():
+                        for index, hidden in enumerate(states):
+                            call = calls[index][layer]
+                            states[index] = layers.run(layer, hidden, call)
+                    if number == len(blocks):
+                        found = observer.activity()
+                        activity |= found
+                        for mlp in layers.mlps[layer]:
+                            seen(mlp, found[mlp.name])
+                step(len(block))
     return text.seen_by(activity)
 
 

@@ -10,6 +10,10 @@ This module imports torch only to compute, so that names can be checked without 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 
@@ -221,6 +225,38 @@ def load_declared(group: str, argument: str, name: str) -> Callable[..., Any]:
             f"({type(error).__name__}: {error}): repair the package that declares it."
         ) from error
     return function
+
+
+def code_behind(criterion: str) -> str | None:
+    """Identify the code of a criterion as it was when it was first asked for.
+
+    Args:
+        criterion: Canonical name.
+
+    Returns:
+        Of another package's criterion, package and version, and the SHA-256 of the module
+        that holds it where there is source; empty for a criterion of this package. None
+        where nothing tells one code from another.
+
+    Raises:
+        ValueError: See `load_declared`.
+    """
+    if criterion == RANDOM or criterion in CRITERIA or criterion in CALIBRATED:
+        return ""
+    function = load_declared(GROUP, "criterion", criterion)
+    package = declared_elsewhere(GROUP)[criterion][0].dist
+    known = package and f"{package.name} {package.version}"
+    with contextlib.suppress(OSError, TypeError):
+        known = f"{known} {_source_digest(function)}"
+    return known
+
+
+@functools.cache
+def _source_digest(function: Callable[..., Any]) -> str:
+    # Remembered: a file may change after it was imported.
+    module = inspect.getmodule(function)
+    source = inspect.getsource(function if module is None else module)
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def _checked(scores: Tensor, criterion: str, neurons: int) -> Tensor:

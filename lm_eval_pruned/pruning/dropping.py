@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.depth import Depth
 
 #: Lists of a config that are about something else than layers, however long they are.
-_OTHER_LISTS = re.compile(r"token|architectures|label|bos|eos")
+_OTHER_LISTS = re.compile(r"token|architectures|label|bos|eos|multiplier")
 #: Names of lists that hold the numbers of some layers.
 _NUMBERS_OF_LAYERS = re.compile(r"layers|idx|indices|index")
 #: The first so many layers are dense.
 _FIRST_DENSE = "first_k_dense_replace"
 #: Buffers that a layer computes from its config, and that are the same in all layers.
-_OF_POSITIONS = {"inv_freq", "original_inv_freq"}
+_ALIKE = {"inv_freq", "original_inv_freq", "mup_vector"}
 
 
 def count_layers(model: PreTrainedModel) -> int:
@@ -180,7 +180,7 @@ def attributes_that_change(
             raise _another(whole, name, "")
         inside = moved.startswith(f"{path}.")
         buffers: set[str] = getattr(module, "_non_persistent_buffers_set", set())
-        computed = buffers - _OF_POSITIONS
+        computed = buffers - _ALIKE
         if inside and computed:
             raise _another(whole, name, f".{min(computed)}")
         number = int(moved[len(path) + 1 :].partition(".")[0]) if inside else None

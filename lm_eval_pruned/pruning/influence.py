@@ -18,10 +18,11 @@ from lm_eval_pruned.pruning.calibration import CalibrationText
 from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.dropping import layers_of
 from lm_eval_pruned.pruning.layerwise import Call
+from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,21 +77,23 @@ def influence_by_layer(
         The influence of each layer, from 0 (it changes no direction) to 2.
     """
     similarities = _Similarities(len(layers))
-    for block in layers.blocks(text.tokens):
-        states, calls = layers.enter_all(block)
-        for layer in range(len(layers)):
-            with layers.resident(layer):
-                for index, hidden in enumerate(states):
-                    # A layer may add to what it is given in place.
-                    before = hidden.clone()
-                    states[index] = layers.run(layer, hidden, calls[index][layer])
-                    similarities.add(layer, before, states[index])
+    with steps(len(layers) * len(text.tokens), "block influence") as step:
+        for block in layers.blocks(text.tokens):
+            states, calls = layers.enter_all(block)
+            for layer in range(len(layers)):
+                with layers.resident(layer):
+                    for index, hidden in enumerate(states):
+                        # A layer may add to what it is given in place.
+                        before = hidden.clone()
+                        states[index] = layers.run(layer, hidden, calls[index][layer])
+                        similarities.add(layer, before, states[index])
+                step(len(block))
     return similarities.influence()
 
 
 @torch.no_grad()
 def influence_in_memory(
-    model: PreTrainedModel, texts: Iterable[Tensor]
+    model: PreTrainedModel, texts: Sequence[Tensor]
 ) -> tuple[float, ...]:
     """Measure the block influence of each layer of a loaded model.
 
@@ -126,8 +129,10 @@ def influence_in_memory(
             handle = layer.register_forward_pre_hook(before(number), with_kwargs=True)
             hooks.callback(handle.remove)
             hooks.callback(layer.register_forward_hook(after(number)).remove)
+        step = hooks.enter_context(steps(len(texts), "block influence"))
         for tokens in texts:
             model(input_ids=tokens.to(model.device), use_cache=False)
+            step(1)
     return similarities.influence()
 
 

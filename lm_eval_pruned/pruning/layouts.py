@@ -10,6 +10,7 @@ with column i of down. What several projections in one parameter look like is sa
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 #: Projections of a GLU-MLP and the axis of their weight that counts neurons.
 NEURON_AXIS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
+
+#: Held while a model is built or loaded: transformers replaces methods of all models and
+#: functions of torch meanwhile, and two threads restore each other's replacements.
+BUILDING = threading.RLock()
 
 #: Names under which models hold gate, up and down as three nn.Linear.
 _SEPARATE = (

@@ -27,6 +27,7 @@ from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.sensitivity import LayerCurve, Sensitivity
 from lm_eval_pruned.pruning.settling import REMOVED
 from lm_eval_pruned.pruning.slicing import score
+from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
@@ -121,20 +122,22 @@ def measure(
     texts: Sequence[Tensor],
     ranking: Ranking,
     removed: Sequence[Fraction],
-    step: Callable[[int], None],
 ) -> tuple[float, tuple[LayerCurve, ...]]:
-    """Measure the curves of one criterion; see `measure_by_layer`.
+    """Measure the curves of one criterion, with a bar on a terminal; see `measure_by_layer`.
 
     Args:
         model: The unpruned model; whole, where it cannot be run layer by layer.
         texts: Tokens of each, shape (1, tokens), two or more.
         ranking: How neurons are ranked.
         removed: Shares of neurons to remove, in percent.
-        step: Called with the layers that were measured.
     """
-    if isinstance(model, LayeredModel):
-        return measure_by_layer(model, texts, ranking, removed, step)
-    return measure_in_full(model, texts, ranking, removed, step)
+    by_layer = isinstance(model, LayeredModel)
+    count = len(model if by_layer else {mlp.block for mlp in find_glu_mlps(model)})
+    seed = "" if ranking.seed is None else f", seed {ranking.seed}"
+    what = f"sensitivity by {ranking.plan.criterion}{seed}"
+    run = measure_by_layer if by_layer else measure_in_full
+    with steps(count * len(texts), what) as step:
+        return run(model, texts, ranking, removed, step)
 
 
 def layered(
@@ -276,7 +279,7 @@ def measure_loaded(
         for criterion, by_name in scores.items():
             asked = dataclasses.replace(plan, criterion=criterion)
             ranking = Ranking(asked, by_name)
-            loss, found = measure(measured, text.tokens, ranking, removed, _unseen)
+            loss, found = measure(measured, text.tokens, ranking, removed)
             curves += found
     finally:
         model.train(training)
@@ -290,10 +293,6 @@ def measure_loaded(
         text.count,
         how or "in memory",
     )
-
-
-def _unseen(layers: int) -> None:
-    """Show nobody that so many layers were measured."""
 
 
 def scores_of_activity(

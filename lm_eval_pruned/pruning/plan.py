@@ -216,7 +216,7 @@ class PrunePlan:
     ) -> PrunePlan:
         """Do the same with arguments that are together, for the layers that `depth` leaves."""
         seed, multiple = int(arguments.seed), int(arguments.multiple_of)
-        chosen = _chosen_layers(arguments, available_layers)
+        chosen = _chosen_layers(arguments, available_layers, depth)
         if arguments.size is None:
             return cls(
                 hidden_size,
@@ -334,7 +334,9 @@ def _kept_by_layer(value: Any, multiple: int, own: Mapping[int, int]) -> dict[in
 
 
 def _chosen_layers(
-    arguments: PruneArguments, available: Collection[int] | None
+    arguments: PruneArguments,
+    available: Collection[int] | None,
+    depth: Depth | None,
 ) -> tuple[int, ...] | None:
     """Return the numbers of the layers to prune, or None for all."""
     name = "skip_layers" if arguments.layers is None else "layers"
@@ -344,6 +346,9 @@ def _chosen_layers(
     if available is None:
         raise ValueError(f"{name}={value} needs a model whose layers are known.")
     named = set(layer_numbers(name, value))
+    if arguments.measures_depth and depth is not None:
+        # Which layers the text would drop could not be known.
+        named -= {*depth.dropped}
     missing = sorted(named - set(available))
     if missing:
         raise ValueError(
@@ -355,6 +360,13 @@ def _chosen_layers(
         raise ValueError(
             f"{name}={value} leaves no layer to prune: leave out at least one of "
             f"{written_layers(available)}."
+        )
+    going: Any = arguments.drop_layers
+    if arguments.measures_depth and depth is None and len(chosen) <= going:
+        raise ValueError(
+            f"{name}={value} leaves {len(chosen)} of the layers to prune, all of which "
+            f"drop_by={arguments.drop_by} could drop with drop_layers={going}: leave more than "
+            f"{going}, or drop fewer."
         )
     return tuple(sorted(chosen))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_pruned.pruning.allocations import UNIFORM
+from lm_eval_pruned.pruning.criteria import CALIBRATED
 from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
@@ -113,7 +114,8 @@ class PruneRecord:
                 for (kind, key, before, after), count in counts.items()
             ),
             widths.opens_in_stock(targets),
-            calibration,
+            # Others may have been tried on the text, and not been chosen.
+            calibration if {*plan.criteria} & {*CALIBRATED} else None,
         )
 
     @property

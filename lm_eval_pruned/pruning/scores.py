@@ -6,14 +6,13 @@ Which neurons are kept at any width follows from the same scores, which are smal
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -34,6 +33,7 @@ class ScoreTable:
         calibration: The text behind the scores, for criteria that need one.
         by_criterion: Scores of criteria that were compared, by criterion and MLP.
         curves: The losses by which they were, with one layer cut at a time.
+        influence: Block influence of each layer, and what the results file says of its text.
     """
 
     scores: dict[str, Tensor] = field(default_factory=dict)
@@ -41,17 +41,17 @@ class ScoreTable:
     calibration: Calibration | None = None
     by_criterion: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     curves: Sensitivity | None = None
+    influence: tuple[Sequence[float], Mapping[str, Any]] | None = None
 
     def of_plan(self, plan: PrunePlan, mlps: Iterable[GluMlp]) -> ScoreTable:
-        """Return the table for a plan that is settled: each MLP by its layer's criterion."""
-        if not plan.tried:
-            return self
-        chosen = {
-            mlp.name: self.by_criterion.get(plan.criterion_of(mlp.block), {})
-            for mlp in mlps
-        }
-        scores = {name: of[name] for name, of in chosen.items() if name in of}
-        return dataclasses.replace(self, scores=scores)
+        """Take the scores of each MLP by its layer's criterion, for a plan that is settled."""
+        if plan.tried:
+            chosen = {
+                mlp.name: self.by_criterion.get(plan.criterion_of(mlp.block), {})
+                for mlp in mlps
+            }
+            self.scores = {name: of[name] for name, of in chosen.items() if name in of}
+        return self
 
     def covers(self, names: Iterable[str]) -> bool:
         """Return whether every MLP of these names is scored."""

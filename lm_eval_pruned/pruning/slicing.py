@@ -111,6 +111,9 @@ def prune_loaded(
     """Do what `prune_model` does with arguments that are together."""
     widths = widths_in_memory(model)
     if arguments.drop_layers is not None:
+        if arguments.measures_depth:
+            # What is wrong with the arguments is refused before text runs.
+            widths.plan(arguments)
         widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
     return carry_out(widths.plan(arguments), model, widths, tokenizer)
 

@@ -16,6 +16,7 @@ from lm_eval_pruned.pruning.dropping import (
     shallow_config,
 )
 from lm_eval_pruned.pruning.layouts import (
+    BUILDING,
     GluMlp,
     UnsupportedModelError,
     count_parameters,
@@ -155,7 +156,10 @@ class Widths:
             if (moved := moved_name(name, path, new)) is not None
         }
         try:
-            widths = Widths(shallow_config(self.original, depth), self._build, actual)
+            config = shallow_config(self.original, depth)
+            shallow = self._build(plain_config(without_layers(config)[0]))
+            remembered = attributes_that_change(whole, shallow, depth)
+            widths = Widths(config, self._build, actual)
         except UnsupportedModelError:
             raise
         except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
@@ -163,8 +167,7 @@ class Widths:
                 f"drop_layers cannot be used with {describe(whole)}, whose config does not accept "
                 f"{len(depth.kept)} layers ({error}): leave it out."
             ) from None
-        widths.remembered = attributes_that_change(whole, widths.skeleton(), depth)
-        widths.whole, widths.depth = self, depth
+        widths.whole, widths.depth, widths.remembered = self, depth, remembered
         return widths
 
     @property
@@ -392,7 +395,7 @@ def widths_in_memory(model: PreTrainedModel) -> Widths:
     """
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             return type(model)(copy.deepcopy(config))
 
     return Widths(

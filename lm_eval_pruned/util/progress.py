@@ -108,7 +108,7 @@ class Progress:
             self._bar.update()
         self._say(
             f"{self._place()} {configuration} / {task}: {what} "
-            f"({_clock(seconds)}, {self._left()})"
+            f"({clock(seconds)}, {self._left()})"
         )
 
     def remaining_seconds(self) -> float | None:
@@ -130,7 +130,7 @@ class Progress:
 
     def _left(self) -> str:
         left = self.remaining_seconds()
-        return "time left unknown" if left is None else f"{_clock(left)} left"
+        return "time left unknown" if left is None else f"{clock(left)} left"
 
     def _say(self, line: str) -> None:
         if self._bar is None:
@@ -159,7 +159,8 @@ def steps(total: int, what: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.update(count) and None
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds, such as ``0:09:30``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"

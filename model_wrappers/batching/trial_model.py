@@ -91,13 +91,11 @@ def trial_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _build(model_class: type, config: PretrainedConfig) -> PreTrainedModel:
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights(), torch.device("meta"):
+    with torch.device("meta"):
         size = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
     if size > _MOST_PARAMETERS:
         raise ValueError(f"it would have {size:,} parameters")
-    with no_init_weights(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config).to(torch.float32).eval()
     model.tie_weights()

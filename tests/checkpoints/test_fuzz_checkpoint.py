@@ -194,6 +194,12 @@ REFUSED = {
     "there is a layer too many": lambda t: t.update(
         {GATE.replace("layers.1", "layers.3"): torch.ones(88, 32)}
     ),
+    "a gate is there under two names": lambda t: t.update(
+        {GATE.removeprefix("model."): torch.ones(88, 32)}
+    ),
+    "a gate of another shape is there too": lambda t: t.update(
+        {GATE.removeprefix("model."): torch.ones(7, 32)}
+    ),
     "there is nothing": lambda t: t.clear(),
 }
 

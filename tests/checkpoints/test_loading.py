@@ -236,21 +236,45 @@ def load_in_threads(tiny_llama):
         assert_same_model(model, expected)
 
 
+def in_another_process(function, folder):
+    code = f"import sys; from {__name__} import {function}; {function}(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", code, folder], cwd=checkpoints.ROOT, check=True
+    )
+
+
+def load_tied_models_in_threads(folder):
+    """Build, load and prune models with tied embeddings in six threads at once."""
+    start = threading.Barrier(6)
+
+    def load():
+        start.wait()
+        for _ in range(5):
+            model = load_pruned(folder, ratio=1)
+            loaded.append(prune_model(model, ratio=0.5))
+
+    loaded: list = []
+    threads = [threading.Thread(target=load) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 30, "some thread failed"
+    built = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+    for model in (*loaded, built):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert built.model.layers[0].mlp.gate_proj.weight.std() < 0.1, "initialised"
+
+
+def test_tied_models_load_in_threads(tmp_path):
+    folder = str(checkpoints.save_tiny(tmp_path, tie_word_embeddings=True))
+    in_another_process("load_tied_models_in_threads", folder)
+
+
 def test_other_threads_load_untouched(tiny_llama):
     # In a process of its own: where threads load at once, transformers itself can leave
     # torch.nn.init replaced, and models built later would stay uninitialised.
-    subprocess.run(
-        [
-            *(sys.executable, "-c"),
-            (
-                "import sys; from tests.checkpoints.test_loading import load_in_threads; "
-                "load_in_threads(sys.argv[1])"
-            ),
-            str(tiny_llama),
-        ],
-        cwd=checkpoints.ROOT,
-        check=True,
-    )
+    in_another_process("load_in_threads", str(tiny_llama))
 
 
 def test_disk_offload_keeps_the_narrowed_weights(tiny_llama, tmp_path):

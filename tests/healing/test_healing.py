@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import cli, load_pruned
 from lm_eval_pruned.checkpoints.adapters import HEALING
+from lm_eval_pruned.healing import trainer
 from lm_eval_pruned.healing.distillation import distillation_loss
 from lm_eval_pruned.healing.options import HealingOptions
 from lm_eval_pruned.healing.run import heal
@@ -368,6 +371,17 @@ def interrupted(self, *arguments, **named):
 HealingTrainer.compute_loss = interrupted
 sys.exit(cli.main(sys.argv[1:]))
 """
+
+
+def test_it_says_once_how_long_the_rest_takes(
+    tiny_llama, data, tmp_path, monkeypatch, capsys
+):
+    # 100 seconds pass from one look at the clock to the next: two steps.
+    clock = SimpleNamespace(monotonic=itertools.count(0, 100).__next__)
+    monkeypatch.setattr(trainer, "time", clock)
+    healed(tiny_llama, data, tmp_path / "healed", max_steps=6)
+    told = capsys.readouterr().err
+    assert told.count("3 of 6 steps are done; the others take about 0:02:30.") == 1
 
 
 @pytest.mark.slow

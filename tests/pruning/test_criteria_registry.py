@@ -9,7 +9,10 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
+from lm_eval_pruned.checkpoints import sensitivity
+from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.pruning.criteria import GROUP, canonical_name, score_neurons
+from tests.checkpoints.test_layers import request_of
 from tests.helpers import checkpoints, evaluations
 
 
@@ -62,6 +65,33 @@ def test_a_packages_criterion_prunes_everywhere(install, tiny_llama, tmp_path):
     )
     assert config["pruning"]["criterion"] == "cubic"
     assert config["pruning"]["kept_digest"] == loaded.prune_record.digest
+
+
+def test_curves_are_measured_anew_when_the_code_changes(
+    install, tiny_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "The tide comes in twice a day."}\n')
+
+    def losses():
+        sys.modules.pop("user_criteria", None)
+        found = measure_sensitivity(
+            request_of(tiny_llama), str(text), criteria=("f",), samples=1
+        )
+        return [curve.losses for curve in found.curves]
+
+    code = "def score(x):\n    return x.abs().sum(1)\n"
+    code += "def f(gate, up):\n    return score(gate)\n"
+    install(code, "f = user_criteria:f")
+    first = losses()
+    # Another length, by which Python tells that its compiled file is of other source.
+    edited = code.replace("x.abs()", "-x.abs()")
+    (tmp_path / "user_criteria" / "user_criteria.py").write_text(edited)
+    assert losses() != first
+    (tmp_path / "user_criteria" / "user_criteria.py").write_text(code)
+    monkeypatch.setattr(sensitivity, "measure", None)
+    assert losses() == first
 
 
 def test_unknown_names_list_what_there_is(install):

@@ -44,9 +44,11 @@ FAMILIES = {
     "qwen3_moe": {**overrides("qwen3_moe", 12), "mlp_only_layers": [0, 3]},
     "llama4_text": {**overrides("llama4_text", 12), "moe_layers": [1, 3]},
     "deepseek_v3": _MOE,
+    "falcon_h1": {},
 }
 #: Without and with windows by layer, without attention in some, with experts in all or some.
 EACH = breadth(FAMILIES, "llama", "gemma3_text", "lfm2", "gpt_oss", "deepseek_v3")
+BY_TEXT = {"drop_by": "block_influence", "calibration": "missing.jsonl"}
 dropped_layers = st.sets(st.integers(0, LAYERS - 1), min_size=1, max_size=LAYERS - 1)
 
 
@@ -119,7 +121,7 @@ def without(folder: str, dropped):
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
     model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
+    if vars(model.config).get("layer_types"):
         model.config.layer_types = [model.config.layer_types[n] for n in kept]
     return model
 
@@ -345,6 +347,14 @@ def test_counts_and_lists_of_layers(asked, dropped, checkpoint):
             {"drop_layers": "1", "ratio": 1, "layers": "0+3"},
             "layers=0[+]3 names layer 3, but the GLU-MLPs of this model are in the layers 0-2,4",
         ),
+        (
+            {"drop_layers": 2, "ratio": 1, "layers": "0+3", **BY_TEXT},
+            "layers=0[+]3 leaves 2 of the layers to prune, all of which drop_by=block_influ",
+        ),
+        (
+            {"drop_layers": 2, "ratio": 1, "skip_layers": "0-2", **BY_TEXT},
+            "skip_layers=0-2 leaves 2 of the layers to prune",
+        ),
     ],
 )
 def test_what_cannot_be_dropped_is_refused_in_one_sentence(asked, message, checkpoint):
@@ -367,6 +377,11 @@ def test_what_cannot_be_dropped_is_refused_in_one_sentence(asked, message, check
             "gemma3n_text",
             {"num_kv_shared_layers": 0},
             "depends on the number of its layer",
+        ),
+        (
+            "jamba",
+            {"num_hidden_layers": 8},
+            "because model.layers.7.feed_forward depends on the number of its layer",
         ),
         ("t5", overrides("t5", 12), "it has an encoder"),
     ],
@@ -495,6 +510,25 @@ def test_text_chooses_layers_and_neurons(criterion, checkpoint, texts, tmp_path)
     assert in_memory.prune_record.digest == export.record.digest == digest
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(opened), logits(loaded))
+
+
+@pytest.mark.parametrize("named", ["layers", "skip_layers"])
+def test_layers_may_name_some_that_text_drops(named, checkpoint, texts):
+    folder = checkpoint()
+    options = {"drop_layers": 2, "drop_by": "block_influence", "calibration": texts}
+    gone = load_pruned(folder, **options).prune_record.plan.depth.dropped
+    stay = [layer for layer in range(LAYERS) if layer not in gone]
+    listed = {"layers": [*gone, *stay[:2]], "skip_layers": [gone[0], stay[2]]}[named]
+    expected = prune_model(without(folder, gone), prune_percent=40, layers="0-1")
+    options |= {"prune_percent": 40, named: listed}
+    in_memory = prune_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        tokenizer=byte_tokenizer(),
+        **options,
+    )
+    for model in (load_pruned(folder, **options), in_memory):
+        assert model.prune_record.plan.layers == tuple(stay[:2])
+        assert_same(model, expected)
 
 
 def test_influence_without_a_tokenizer_is_refused(checkpoint, texts):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +14,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints import load as loading, narrowed
+from lm_eval_pruned.checkpoints import (
+    evidence,
+    layers,
+    load as loading,
+    narrowed,
+    sensitivity,
+)
 from lm_eval_pruned.checkpoints.load import load_with_arguments
-from lm_eval_pruned.pruning import measuring, slicing as pruning
+from lm_eval_pruned.checkpoints.planning import plan_rows
+from lm_eval_pruned.pruning import (
+    calibration,
+    influence,
+    measuring,
+    slicing as pruning,
+)
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.comparing import assert_same_model
 
@@ -111,6 +126,117 @@ def test_seven_widths_take_one_calibration(
     assert len(passes) == 1
     assert len(scored) == 3
     assert "loaded in full" not in caplog.text
+
+
+@pytest.fixture
+def passes(monkeypatch, tmp_path):
+    """Count the passes of text over a whole model, each by what it is for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found: Counter[str] = Counter()
+    for module, name in (
+        (layers, "calibrate_by_layer"),
+        (sensitivity, "calibrate_by_layer"),
+        (sensitivity, "measure"),
+        (evidence, "influence_by_layer"),
+    ):
+        original = getattr(module, name)
+
+        def counted(*args, run=original, name=name):
+            found[name] += 1
+            return run(*args)
+
+        monkeypatch.setattr(module, name, counted)
+    return found
+
+
+BEST = {"criterion": "best", "criteria_tried": "maw+act+maw_act"}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_sizes_with_the_best_criterion_take_one_calibration(
+    tiny_llama, texts, load, passes, cached
+):
+    if cached:
+        load_pruned(str(tiny_llama), prune_percent=30, calibration=texts, **BEST)
+        passes.clear()
+    models = [
+        load(str(tiny_llama), prune_percent=percent, calibration=texts, **BEST)
+        for percent in PERCENTS
+    ]
+    assert passes == {"calibrate_by_layer": 1, **({} if cached else {"measure": 3})}
+    for percent, model in zip(PERCENTS, models, strict=True):
+        alone = load_pruned(
+            str(tiny_llama), prune_percent=percent, calibration=texts, **BEST
+        )
+        assert_same_model(model, alone)
+        assert model.prune_record.as_dict() == alone.prune_record.as_dict()
+
+
+DEPTH = {"drop_by": "block_influence"}
+
+
+def test_depths_take_one_pass_of_text(tiny_llama, texts, load, passes):
+    models = [
+        load(str(tiny_llama), drop_layers=count, calibration=texts, **DEPTH)
+        for count in (1, 2)
+    ]
+    assert passes == {"influence_by_layer": 1}
+    for count, model in zip((1, 2), models, strict=True):
+        alone = load_pruned(
+            str(tiny_llama), drop_layers=count, calibration=texts, **DEPTH
+        )
+        assert_same_model(model, alone)
+        assert model.prune_record.as_dict() == alone.prune_record.as_dict()
+
+
+def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, texts, passes):
+    asked = {"calibration": texts}
+    plan_rows(str(tiny_llama), "drop_layers", [1, 2], **DEPTH, **asked)
+    assert passes == {"influence_by_layer": 1}
+    passes.clear()
+    plan_rows(str(tiny_llama), "prune_percent", [20, 40], **BEST, **asked)
+    assert passes == {"calibrate_by_layer": 1, "measure": 3}
+
+
+@pytest.fixture
+def bars(monkeypatch, tmp_path):
+    """Each bar that is shown: what it is of, its steps, and those that were taken."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = []
+
+    @contextlib.contextmanager
+    def steps(total, what):
+        taken = []
+        yield taken.append
+        found.append((what, total, sum(taken)))
+
+    for module in (calibration, influence, measuring):
+        monkeypatch.setattr(module, "steps", steps)
+    return found
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_everything_that_text_takes_long_for_has_a_bar(
+    tiny_llama, texts, tmp_path, bars, file
+):
+    """3 layers, 1 text: each pass by layer takes 3 steps, one through the whole model 1."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    text = {"calibration": texts}
+    whole = 3
+    if file == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / file)
+        (folder / "model.safetensors").unlink()
+        whole = 1
+    load_pruned(str(folder), drop_layers=1, **DEPTH, **text)
+    assert bars == [("block influence", whole, whole)]
+    bars.clear()
+    asked = {"criterion": "best", "criteria_tried": "act+random", "seed": 7}
+    load_pruned(str(folder), prune_percent=30, **asked, **text)
+    assert bars == [
+        ("calibration", 3, 3),
+        ("sensitivity by act", 3, 3),
+        ("sensitivity by random, seed 7", 3, 3),
+    ]
 
 
 def test_known_scores_leave_gate_and_up_to_their_kept_rows(tiny_llama, read, load):

@@ -225,14 +225,6 @@ RULES = {
             "import clear_device_cache, should": "import release_memory, should",
         }
     ),
-    "trial_model": Rules(
-        # Elsewhere in transformers 4; without it a tiny model takes no longer.
-        change={
-            "    from transformers.initialization import no_init_weights\n\n": "",
-            'with no_init_weights(), torch.device("meta"):': 'with torch.device("meta"):',
-            'with no_init_weights(), torch.device("cpu"),': 'with torch.device("cpu"),',
-        }
-    ),
     "attention_support": Rules(
         # The adapters that are common; and transformers 4 calls it rope_scaling.
         change={
