@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.default_model import cache_folder
-from lm_eval_pruned.checkpoints.layers import open_layers
-from lm_eval_pruned.checkpoints.route import RouteDeclined, with_stored_widths
 from lm_eval_pruned.pruning.argument_checks import exact
 from lm_eval_pruned.pruning.calibration import (
     LENGTH,
@@ -19,7 +16,7 @@ from lm_eval_pruned.pruning.calibration import (
     check_observable,
 )
 from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, canonical_name
-from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer
+from lm_eval_pruned.pruning.layerwise import LayeredModel
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.measuring import (
     Ranking,
@@ -65,6 +62,7 @@ def measure_sensitivity(
     samples: int | None = SAMPLES,
     length: int = LENGTH,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel | None = None,
 ) -> Sensitivity:
     """Measure what cutting one layer alone costs, for each layer, criterion and width.
 
@@ -85,6 +83,7 @@ def measure_sensitivity(
         samples: How many texts to use, from the first on; None for all.
         length: How many tokens of each text to use for the loss.
         tokenizer: What reads the text; default: the model's own.
+        model: The unpruned model of `request`, if it is loaded already.
 
     Raises:
         ValueError: An argument is out of range, the text cannot be used, or the
@@ -113,12 +112,10 @@ def measure_sensitivity(
     tokenizer = tokenizer or request.load_tokenizer()
     text = CalibrationText.of(skeleton, tokenizer, calibration, samples, length)
     text.check_predictable()
-    return with_stored_widths(
-        request,
-        lambda stored: _Measurement(
-            stored, calibration, text, tokenizer, shares, samples
-        ).of(ways),
+    measurement = _Measurement(
+        request, calibration, text, tokenizer, shares, samples, model
     )
+    return measurement.of(ways)
 
 
 class _Measurement:
@@ -132,6 +129,7 @@ class _Measurement:
         tokenizer: PreTrainedTokenizerBase,
         shares: list[Fraction],
         samples: int | None,
+        model: PreTrainedModel | None,
     ):
         self._request = request
         self._calibration = calibration
@@ -139,6 +137,7 @@ class _Measurement:
         self._tokenizer = tokenizer
         self._shares = shares
         self._samples = samples
+        self._model = model
 
     def of(self, ways: Sequence[Way]) -> Sensitivity:
         files = {way: self._file(way) for way in ways}
@@ -170,45 +169,19 @@ class _Measurement:
         observed = [criterion for criterion, _ in ways if criterion in CALIBRATED]
         if observed:
             check_observable(self._request.widths.skeleton())
-        with self._opened() as (model, path):
-            scores = self._observe(model, observed) if observed else {}
-            plan, texts = self._request.plan, self._text.tokens
-            for criterion, seed in ways:
-                ranking = Ranking.by(plan, criterion, seed, scores)
-                name = criterion if seed is None else f"{criterion}, seed {seed}"
-                layers = {mlp.block for mlp in self._request.widths.mlps}
-                count = len(model if isinstance(model, LayeredModel) else layers)
-                with steps(count * len(texts), f"sensitivity by {name}") as step:
-                    loss, curves = measure(model, texts, ranking, self._shares, step)
-                yield (criterion, seed), self._sensitivity(loss, curves, path)
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[tuple[LayeredModel | PreTrainedModel, str]]:
-        """Open the model, layer by layer where that can be; and say how it was opened."""
-        request, first = self._request, self._text.tokens[0]
-        with contextlib.ExitStack() as stack:
-            try:
-                layers = stack.enter_context(open_layers(request))
-                layers.check(first.to(layers.device))
-                opened: tuple[LayeredModel | PreTrainedModel, str] = (
-                    layers,
-                    "layer by layer",
-                )
-            except (RouteDeclined, NotLayerByLayer) as reason:
-                stack.close()
-                opened = self._in_memory(str(reason))
-            yield opened
-
-    def _in_memory(self, why: str) -> tuple[LayeredModel | PreTrainedModel, str]:
-        request, first = self._request, self._text.tokens[0]
-        request.check_prunable_in_memory(why)
-        logger.warning(
-            "%s is loaded in full to measure its sensitivity, because %s.",
-            request.pretrained,
-            why,
-        )
-        model, how = layered(request.load_whole(), first)
-        return model, how or f"in memory, because {why}"
+        whole = self._model or self._request.load_stored()[0]
+        model, how = layered(whole, self._text.tokens[0])
+        scores = self._observe(model, observed) if observed else {}
+        plan, texts = self._request.plan, self._text.tokens
+        for criterion, seed in ways:
+            ranking = Ranking.by(plan, criterion, seed, scores)
+            name = criterion if seed is None else f"{criterion}, seed {seed}"
+            layers = {mlp.block for mlp in find_glu_mlps(whole)}
+            count = len(model if isinstance(model, LayeredModel) else layers)
+            with steps(count * len(texts), f"sensitivity by {name}") as step:
+                loss, curves = measure(model, texts, ranking, self._shares, step)
+            path = how or "layer by layer"
+            yield (criterion, seed), self._sensitivity(loss, curves, path)
 
     def _observe(
         self, model: LayeredModel | PreTrainedModel, criteria: list[str]

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.checkpoints.transformers_api import uninitialised
-
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -18,7 +16,9 @@ def skeleton(
     auto_class: Any, config: PretrainedConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Build the model that `config` describes on the meta device, without weights."""
-    with uninitialised(), torch.device("meta"):
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device("meta"):
         model = auto_class.from_config(
             copy.deepcopy(config), trust_remote_code=trust_remote_code
         )
