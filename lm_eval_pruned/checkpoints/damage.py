@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from lm_eval_pruned.pruning.layouts import regions_by_parameter
 
@@ -110,6 +112,8 @@ def clear_load_errors(pretrained: str, arguments: Mapping[str, Any]) -> Iterator
     except Exception as error:
         if isinstance(error, _CLEAR) and not isinstance(error, _UNCLEAR):
             raise
+        if isinstance(error, SafetensorError):
+            _name_broken_file(Path(pretrained))
         unknown = re.search(r"unexpected keyword argument '(.*)'", str(error))
         if unknown and unknown[1] in arguments:
             name = unknown[1]
@@ -124,6 +128,17 @@ def clear_load_errors(pretrained: str, arguments: Mapping[str, Any]) -> Iterator
             f"{pretrained} cannot be loaded ({_summary(error)}): its files or the index of its "
             f"shards are damaged, or an argument is wrong ({names or 'none was given'})."
         ) from error
+
+
+def _name_broken_file(folder: Path) -> None:
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise OSError(
+                f"{file} is not an intact safetensors file ({error}): download or copy it again."
+            ) from error
 
 
 def _summary(error: Exception) -> str:

@@ -9,8 +9,6 @@ from inspect import getattr_static
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lm_eval_pruned.checkpoints.damage import (
     check_config,
     check_filled,
@@ -76,7 +74,7 @@ _READING = (
 #: Those that say how to get at files or where to put weights, and nothing of the values.
 _REACHING = (
     *(name for name in _HUB_ARGUMENTS if name != "subfolder"),
-    *("low_cpu_mem_usage", "max_memory", "offload_folder"),
+    "low_cpu_mem_usage",
 )
 
 
@@ -169,7 +167,8 @@ class LoadRequest:
     def content_key(self) -> tuple[Hashable, ...] | None:
         """Identify the unpruned model; None where the checkpoint's content is not known.
 
-        It is the same however the model is asked for: by a command, by the harness or in Python.
+        It is the same however the model is asked for, and wherever it is to go in what dtype:
+        neurons are ranked and losses measured before.
         """
         checkpoint = self._content()
         if checkpoint is None:
@@ -177,33 +176,15 @@ class LoadRequest:
         named = {
             name: value
             for name, value in self.model_arguments.items()
-            if name not in _REACHING and value not in (None, False, "")
+            if name not in _REACHING
+            and not _PLACING.fullmatch(name)
+            and value not in (None, False, "")
         }
-        dtypes = [named.pop(name, None) for name in ("dtype", "torch_dtype")]
-        dtype = next((each for each in dtypes if each is not None), "auto")
-        if dtype == "auto":
-            dtype = self.widths.original.dtype or dtype
-        named |= {"dtype": str(dtype).removeprefix("torch."), "device_map": self.device}
         arguments = tuple(sorted((k, repr(v)) for k, v in named.items()))
         # Arguments that transformers knows as settings of the config are in no file.
         config = self.widths.original.to_diff_dict()
         settings = sorted((k, repr(v)) for k, v in config.items() if "dtype" not in k)
         return (checkpoint, self.auto_class, arguments, tuple(settings))
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model if it lies in one place: the first of ``device_map``."""
-        device_map = self.model_arguments.get("device_map")
-        if isinstance(device_map, dict):
-            device_map = next(iter(device_map.values()), None)
-        if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-            device_map = 0 if torch.cuda.is_available() else "cpu"
-        if device_map in (None, "disk", "cpu"):
-            return torch.device("cpu")
-        if isinstance(device_map, int) and not torch.accelerator.is_available():
-            # torch knows the kind of a numbered device only where there is one.
-            return torch.device("cuda", device_map)
-        return torch.device(device_map)
 
     def _content(self) -> Hashable | None:
         """Identify the checkpoint's content as it is now; None where that cannot be told."""
@@ -315,11 +296,12 @@ class LoadRequest:
         if widths.actual != widths.configured:
             config = widths.narrowed_config(widths.actual)
             loader = class_with_widths(widths.model_class, widths.actual)
-        arguments = {**arguments, "config": config, "ignore_mismatched_sizes": True}
+        arguments = {**arguments, "config": config}
         own = getattr_static(widths.model_class, "from_pretrained")
         if own is not getattr_static(PreTrainedModel, "from_pretrained"):
             # A loader of its own need not know how to tell what was missing.
             return loader.from_pretrained(self.pretrained, **arguments), {}
+        arguments["ignore_mismatched_sizes"] = True
         model, found = loader.from_pretrained(
             self.pretrained, output_loading_info=True, **arguments
         )
@@ -347,6 +329,10 @@ class LoadRequest:
             return model
         record: PruneRecord = model.prune_record  # type: ignore[assignment]
         targets = widths.targets(record.plan)
+        state = model.state_dict()
+        for name in model.all_tied_weights_keys:
+            # It would be sent to the device a second time.
+            state.pop(name, None)
         loader = widths.model_class
         if widths.inexpressible(targets):
             loader = class_with_widths(loader, targets)
@@ -354,7 +340,7 @@ class LoadRequest:
             placed = loader.from_pretrained(
                 None,
                 config=widths.narrowed_config(targets),
-                state_dict=model.state_dict(),
+                state_dict=state,
                 dtype=dtype,
                 **arguments,
             )

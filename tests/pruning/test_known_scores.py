@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints import load as loading, narrowed
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.pruning import measuring, slicing as pruning
 from lm_eval_pruned.pruning.arguments import PruneArguments
@@ -42,7 +41,7 @@ def load():
 def scored(monkeypatch):
     """The names of the MLPs that are scored from now on."""
     names = []
-    for module in (narrowed, measuring, pruning):
+    for module in (measuring, pruning):
 
         def counted(plan, name, *args, score=module.score, **kwargs):
             names.append(name)
@@ -50,20 +49,6 @@ def scored(monkeypatch):
 
         monkeypatch.setattr(module, "score", counted)
     return names
-
-
-@pytest.fixture
-def read(monkeypatch):
-    """The projections that loads read from the checkpoint from now on."""
-    entries = []
-    original = narrowed.NarrowedTensor.read
-
-    def watched(self):
-        entries.append(self.projection)
-        return original(self)
-
-    monkeypatch.setattr(narrowed.NarrowedTensor, "read", watched)
-    return entries
 
 
 @pytest.fixture
@@ -89,7 +74,7 @@ def test_seven_widths_are_cut_by_one_scoring(tiny_llama, scored, criterion, load
 
 @pytest.mark.parametrize("criterion", ["maw_act", "act"])
 def test_seven_widths_take_one_calibration(
-    tiny_llama, texts, scored, monkeypatch, caplog, criterion, load
+    tiny_llama, texts, scored, monkeypatch, criterion, load
 ):
     arguments = {"criterion": criterion, "calibration": texts}
     expected = [
@@ -98,27 +83,16 @@ def test_seven_widths_take_one_calibration(
     scored.clear()
     passes = []
     monkeypatch.setattr(
-        loading,
-        "observe",
-        lambda *args, run=loading.observe: passes.append(args) or run(*args),
+        pruning,
+        "calibrate",
+        lambda *args, run=pruning.calibrate: passes.append(args) or run(*args),
     )
-    caplog.clear()
-    with caplog.at_level("INFO", "lm_eval.pruned"):
-        for percent, model in zip(PERCENTS, expected, strict=True):
-            again = load(str(tiny_llama), prune_percent=percent, **arguments)
-            assert_same_model(again, model)
-            assert again.prune_record.as_dict() == model.prune_record.as_dict()
+    for percent, model in zip(PERCENTS, expected, strict=True):
+        again = load(str(tiny_llama), prune_percent=percent, **arguments)
+        assert_same_model(again, model)
+        assert again.prune_record.as_dict() == model.prune_record.as_dict()
     assert len(passes) == 1
     assert len(scored) == 3
-    assert "loaded in full" not in caplog.text
-
-
-def test_known_scores_leave_gate_and_up_to_their_kept_rows(tiny_llama, read, load):
-    load(str(tiny_llama), ratio=1)
-    assert len(read) == 9, "gate, up and down of three layers"
-    read.clear()
-    load(str(tiny_llama), ratio=2)
-    assert sorted(read) == ["down_proj"] * 3 + ["gate_proj"] * 3 + ["up_proj"] * 3
 
 
 def test_nothing_is_remembered_outside(tiny_llama, scored, load):
@@ -132,7 +106,6 @@ def test_nothing_is_remembered_outside(tiny_llama, scored, load):
     "change",
     [
         {"criterion": "l1"},
-        {"dtype": torch.bfloat16},
         {"criterion": "random", "seed": 7},
     ],
 )
@@ -143,6 +116,14 @@ def test_what_decides_the_scores_is_told_apart(tiny_llama, scored, change, load)
     changed = load(str(tiny_llama), ratio=1, **change)
     assert len(scored) == 3
     assert_same_model(changed, load_pruned(str(tiny_llama), ratio=1, **change))
+
+
+def test_one_scoring_serves_all_dtypes(tiny_llama, scored, load):
+    load(str(tiny_llama), ratio=1)
+    for dtype in (torch.bfloat16, torch.float16):
+        again = load(str(tiny_llama), ratio=2, dtype=dtype)
+        assert_same_model(again, load_pruned(str(tiny_llama), ratio=2, dtype=dtype))
+    assert len(scored) == 3 + 2 * 3, "those of load_pruned are its own"
 
 
 def test_a_checkpoint_that_changed_is_scored_again(tiny_llama, tmp_path, scored, load):
