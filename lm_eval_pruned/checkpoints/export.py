@@ -74,8 +74,7 @@ def export_pruned(
             export is complete, and not before.
         dtype: Dtype to store the floating-point weights in, except for those that
             transformers keeps in float32. Default: as stored.
-        device: Where a model runs if the criterion looks at its activations, and where it is
-            loaded to if it has to be in memory in full.
+        device: Where the pruned model is put before it is saved.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
         prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.

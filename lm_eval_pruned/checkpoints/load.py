@@ -44,11 +44,10 @@ def load_pruned(
 ) -> PreTrainedModel:
     """Load a model whose GLU-MLPs are narrowed while its checkpoint is read.
 
-    Gate and up come out as (k, H) instead of (I, H), down as (H, k). Checkpoints
-    that cannot be pruned while they load (GGUF, ``.bin``, a release of transformers
-    that loads in a way not known here) are loaded in full and pruned in memory, with
-    identical weights and a warning. What sizes mean in a model with experts is said
-    in `lm_eval_pruned.prune_model`.
+    Gate and up come out as (k, H) instead of (I, H), down as (H, k). Neurons are ranked by
+    the weights as they are stored. Files of safetensors are mapped, so that only the neurons
+    that are kept take memory; others (GGUF, ``.bin``) are in memory in full until the model is
+    pruned. What sizes mean in a model with experts is said in `lm_eval_pruned.prune_model`.
 
     A checkpoint whose layers differ in width loads with the widths that its config has
     for single layers (``per_layer_config``, ``block_configs``), or else with those of its

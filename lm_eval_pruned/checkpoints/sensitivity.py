@@ -66,9 +66,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Measure what cutting one layer alone costs, for each layer, criterion and width.
 
-    Each criterion takes one pass over the layers, of which one is in memory at a time;
-    a model that cannot be read or run layer by layer is loaded in full, with a warning.
-    Curves are kept in ``sensitivity`` of the user's cache folder, one file for each
+    Each criterion takes one pass over the layers; in a model that cannot be run layer by
+    layer, each cut takes a pass over the model. Curves are kept in ``sensitivity`` of the user's cache folder, one file for each
     criterion and seed, and found again as long as the checkpoint's files, the tokens,
     the arguments of the load, criterion, seed and widths are the same.
 
