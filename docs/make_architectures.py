@@ -12,8 +12,6 @@ with what stock transformers makes of the saved result.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import os
 import signal
 import sys
@@ -21,11 +19,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -158,14 +152,12 @@ class Row:
         class_name: The class that AutoModel picks.
         outcome: ``pruned``, ``refused`` or ``not tried``.
         detail: Config keys and layouts, or the reason.
-        on_load: Whether it was pruned while loading, instead of after it.
     """
 
     model_type: str
     class_name: str
     outcome: str
     detail: str
-    on_load: bool = False
 
 
 def tiny_values(config) -> dict:
@@ -255,10 +247,9 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
         expected, masks = by_hand.sliced(
             whole, by_hand.best(by_hand.share(PERCENT, plan.width_before)), language
         )
-        with _collecting_reasons() as reasons:
-            loaded = load_pruned(
-                source, prune_percent=PERCENT, auto_class=auto_class, **EAGER
-            )
+        loaded = load_pruned(
+            source, prune_percent=PERCENT, auto_class=auto_class, **EAGER
+        )
         in_memory = auto_class.from_pretrained(source, **EAGER)
         _compare("in memory", prune_model(in_memory, prune_percent=PERCENT), expected)
         _compare("while loading", loaded, expected)
@@ -283,7 +274,7 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
     )
     if not zeroed:
         groups += "; its activation looks at all neurons at once"
-    return Row(model_type, class_name, "pruned", groups, not reasons)
+    return Row(model_type, class_name, "pruned", groups)
 
 
 def _compare(way: str, model, expected: dict[str, torch.Tensor]) -> None:
@@ -300,29 +291,6 @@ def _same_refusal(source: Path, auto_class, refusal: Exception) -> None:
         assert str(other) == str(refusal), f"{other} / {refusal}"
     else:
         raise AssertionError("refused in memory, but not while loading")
-
-
-class _Reasons(logging.Handler):
-    """Collects why checkpoints were pruned in memory."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.reasons: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if "pruned in memory" in record.getMessage():
-            self.reasons.append(record.getMessage())
-
-
-@contextlib.contextmanager
-def _collecting_reasons() -> Iterator[list[str]]:
-    logger, handler = logging.getLogger("lm_eval.pruned.loading"), _Reasons()
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield handler.reasons
-    finally:
-        logger.removeHandler(handler)
 
 
 def _first_line(error: Exception) -> str:
@@ -352,15 +320,13 @@ def candidates() -> list[tuple[str, type, str]]:
 def table(rows: list[Row]) -> str:
     """Return the Markdown document."""
     pruned = [row for row in rows if row.outcome == "pruned"]
-    on_load = sum(row.on_load for row in pruned)
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     lines = f"""# Architectures
 
 Written by `python docs/make_architectures.py`; do not edit.
 
 {versions.partition("+")[0]}. A tiny model of every causal-LM and seq2seq class was
-built and pruned by {PERCENT} %. {len(pruned)} can be pruned, {on_load} of them while they load;
-the others are loaded in full and pruned in memory, with identical weights.
+built and pruned by {PERCENT} %. {len(pruned)} can be pruned.
 
 ## Pruned
 
@@ -371,12 +337,9 @@ sparsity), removing neurons also changes the ones that stay.
 """.splitlines()
     lines.append(
         markdown_table(
-            ["model type", "class", "while loading", "widths in the config"],
-            [
-                [*_names(row), "yes" if row.on_load else "no", row.detail]
-                for row in pruned
-            ],
-            "llll",
+            ["model type", "class", "widths in the config"],
+            [[*_names(row), row.detail] for row in pruned],
+            "lll",
         )
     )
     for outcome, title in (

@@ -184,7 +184,7 @@ class PrunedHFLM(EnergyLoggingHFLM):
                 request = resolve(self._prune_arguments)
                 request.check_prunable_in_memory(f"{merging} adds to its weights first")
                 inspect(request)
-                return request.load_whole()
+                return request.load()[0]
             model = load_with_arguments(
                 auto_class,
                 name,

@@ -39,7 +39,6 @@ from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.stream import (
-    as_stored,
     check_buildable,
     record_of,
 )
@@ -141,23 +140,24 @@ class PrunedVLLM(EnergyLoggingVLLM):
     def _record(self, request: LoadRequest) -> PruneRecord:
         """Return what the engine did, as far as its processes tell."""
         if not request.plan.prunes:
-            return record_of(request, ())
+            return record_of(request, request.widths, ())
         if self.data_parallel_size > 1:
             self._notes.append(
                 "kept_digest is null: with data_parallel_size > 1 each replica loads in a process "
                 "that ends with its requests"
             )
-            return record_of(request, None)
+            return record_of(request, request.widths, None)
         if self.model_args["worker_extension_cls"] != _EXTENSION:
             self._notes.append(
                 "kept_digest is null: worker_extension_cls is another than the one that tells it"
             )
-            return record_of(request, None)
+            return record_of(request, request.widths, None)
         told = self.model.collective_rpc("pruned_record")[0]
         kept = [np.frombuffer(each, "<i8").astype(np.int64) for each in told["kept"]]
         text = told["calibration"]
         return record_of(
             request,
+            request.widths.of(told["widths_before"]),
             tuple(torch.from_numpy(each) for each in kept),
             text and Calibration(**text, activity={}),
         )
@@ -277,7 +277,7 @@ def _checked(
     request = resolve(prune_arguments)
     check_buildable(request)
     if request.plan.prunes:
-        request.check_prunable_in_memory("its criterion looks at activations")
+        request.check_text()
         processes = int(arguments.get("tensor_parallel_size") or 1)
         given = prune_arguments
         prune_arguments = divide_among(
@@ -285,7 +285,6 @@ def _checked(
         )
         if prune_arguments is not given:
             request = resolve(prune_arguments)
-    request = as_stored(request)
     adapter = arguments.get("lora_local_path")
     if adapter is not None:
         check_adapter(adapter, request, "after", argument="lora_local_path")

@@ -25,14 +25,10 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 
+from lm_eval_pruned.checkpoints.load import Stored
 from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.checkpoints.stream import (
-    as_stored,
-    check_buildable,
-    open_stream,
-    scores_of_activations,
-)
+from lm_eval_pruned.checkpoints.stream import check_buildable, tensors_of
 from lm_eval_pruned.model_wrappers.vllm_arguments import LOAD_FORMAT
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
@@ -43,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from lm_eval_pruned.pruning.record import PruneRecord
 
@@ -63,6 +60,7 @@ class PrunedModelLoader(DefaultModelLoader):
             )
         )
         self._request: LoadRequest | None = None
+        self._pruned: PreTrainedModel | None = None
 
     def load_model(
         self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
@@ -81,7 +79,6 @@ class PrunedModelLoader(DefaultModelLoader):
                     "revision": model_config.revision,
                     "trust_remote_code": model_config.trust_remote_code,
                     "cache_dir": self.load_config.download_dir,
-                    "dtype": model_config.dtype,
                 },
             )
 
@@ -93,7 +90,9 @@ class PrunedModelLoader(DefaultModelLoader):
             divided = divide_among(resolve, given, processes, "tensor_parallel_size")
             if divided is not given:
                 request = resolve(divided)
-        self._request = request = as_stored(request)
+            stored = Stored.of(request)
+            request, self._pruned = stored.request, stored.pruned()
+        self._request = request
         narrow_config(request, model_config.hf_config)
         return super().load_model(vllm_config, model_config, *args, **kwargs)
 
@@ -109,13 +108,13 @@ class PrunedModelLoader(DefaultModelLoader):
     def get_all_weights(
         self, model_config: Any, model: nn.Module
     ) -> Generator[tuple[str, Tensor], None, None]:
-        request = self._request
-        if request is None or not request.plan.prunes:
+        if self._pruned is None or self._request is None:
             yield from super().get_all_weights(model_config, model)
             return
-        with open_stream(request, scores_of_activations(request)) as stream:
-            yield from stream.tensors()
-            model.prune_record = stream.record()  # type: ignore[assignment]
+        pruned, self._pruned = self._pruned, None
+        model.prune_record = pruned.prune_record  # type: ignore[assignment]
+        model.widths_before = self._request.widths.actual  # type: ignore[assignment]
+        yield from tensors_of(pruned)
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
 
@@ -211,13 +210,14 @@ class PruneRecordExtension:
         return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
     def pruned_record(self) -> dict[str, Any] | None:
-        """Return the kept neurons and the calibration text; None for an unpruned model."""
+        """Return kept neurons, earlier widths and calibration text; None for an unpruned model."""
         model = self.get_model()  # type: ignore[attr-defined]
         record: PruneRecord | None = getattr(model, "prune_record", None)
         if record is None:
             return None
         text = record.calibration
         return {
+            "widths_before": model.widths_before,
             "kept": [kept.numpy().astype("<i8").tobytes() for kept in record.kept],
             "calibration": text and text.as_dict(),
         }

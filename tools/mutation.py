@@ -82,21 +82,12 @@ TESTS = {
     **{
         f"checkpoints.{part}": [
             "checkpoints/test_loading.py",
-            "checkpoints/test_transformers_api.py",
             "pruning/test_known_scores.py",
             "checkpoints/test_layouts_layers.py",
             "pruning/test_pruning.py",
             "pruning/test_arguments.py",
         ]
-        for part in (
-            "load",
-            "request",
-            "route",
-            "session",
-            "narrowed",
-            "sources",
-            "transformers_api",
-        )
+        for part in ("load", "request", "own_widths")
     },
 }
 #: Of the many replacements of one operator, how many to try at each place.

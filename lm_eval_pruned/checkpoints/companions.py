@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 #: Files beside the weights that an exported checkpoint keeps as they are.
 _KEPT_FILES = (
@@ -80,31 +79,25 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 
 
 def write_config(
-    original: PretrainedConfig,
-    narrowed: PretrainedConfig,
-    source: Path,
-    folder: Path,
-    dtype: torch.dtype | None,
+    original: PretrainedConfig, model: PreTrainedModel, source: Path, folder: Path
 ) -> None:
-    """Write the source's config.json with the new widths, and nothing else changed.
+    """Write the source's config.json with the widths and the dtype of a model, and nothing else changed.
 
     Args:
         original: The config of the source.
-        narrowed: The same with the new widths.
+        model: The model that was saved.
         source: Folder of the source's config.json.
         folder: Folder to write to.
-        dtype: Dtype in which the weights are stored; None: as before.
     """
     raw = _raw_config(source)
-    _apply_changes(raw, original.to_dict(), narrowed.to_dict())
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        for part in (raw, *(v for v in raw.values() if isinstance(v, dict))):
-            for key in ("dtype", "torch_dtype"):
-                if key in part:
-                    part[key] = name
-        if "torch_dtype" not in raw:
-            raw["dtype"] = name
+    _apply_changes(raw, original.to_dict(), model.config.to_dict())
+    name = str(model.dtype).removeprefix("torch.")
+    for part in (raw, *(v for v in raw.values() if isinstance(v, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = name
+    if "torch_dtype" not in raw:
+        raw["dtype"] = name
     write_json(folder / "config.json", raw)
 
 

@@ -13,27 +13,21 @@ import difflib
 import inspect
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from lm_eval_pruned.checkpoints.transformers_api import (
-    may_be_missing,
-    may_be_superfluous,
-)
+from lm_eval_pruned.pruning.layouts import regions_by_parameter
 
 
 if TYPE_CHECKING:
-    from collections.abc import (
-        Callable,
-        Collection,
-        Iterable,
-        Iterator,
-        Mapping,
-        Sequence,
-    )
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from transformers import PreTrainedModel
+
+    from lm_eval_pruned.pruning.widths import Widths
 
 #: Numbers in a config that say how many modules or MLPs to build.
 _COUNT_NAME = re.compile(
@@ -42,9 +36,6 @@ _COUNT_NAME = re.compile(
 #: More layers, or experts in a layer, than any model has. Doge routes among 16,384
 #: experts of one neuron each, and its dense models carry that number too.
 _MOST = {"layer": 4096, "expert": 16384}
-
-#: Dtypes that weights are stored in as numbers rather than as codes to be decoded.
-_NUMBERS = ("F64", "F32", "F16", "BF16")
 
 #: Errors that say themselves what is wrong.
 _CLEAR = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
@@ -172,6 +163,8 @@ def clear_load_errors(pretrained: str, arguments: Mapping[str, Any]) -> Iterator
     except Exception as error:
         if isinstance(error, _CLEAR) and not isinstance(error, _UNCLEAR):
             raise
+        if isinstance(error, SafetensorError):
+            _name_broken_file(Path(pretrained))
         unknown = re.search(r"unexpected keyword argument '(.*)'", str(error))
         if unknown and unknown[1] in arguments:
             name = unknown[1]
@@ -188,6 +181,17 @@ def clear_load_errors(pretrained: str, arguments: Mapping[str, Any]) -> Iterator
         ) from error
 
 
+def _name_broken_file(folder: Path) -> None:
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise OSError(
+                f"{file} is not an intact safetensors file ({error}): download or copy it again."
+            ) from error
+
+
 def _summary(error: Exception) -> str:
     """Return kind and text of an error on one line."""
     text = " ".join(str(error).split())
@@ -195,129 +199,49 @@ def _summary(error: Exception) -> str:
     return f"{kind}: {text[:200]}" if text else kind
 
 
-def check_entries(
-    entries: Mapping[str, Any],
-    names: Mapping[str, tuple[str, Any, str | None]],
+def check_filled(
     model: PreTrainedModel,
-    neurons: Collection[str],
-    *,
-    any_shape: bool,
+    found: Mapping[str, Any],
+    widths: Widths,
+    arguments: Mapping[str, Any],
 ) -> None:
-    """Refuse checkpoint entries that do not belong to the model.
+    """Refuse a model that its checkpoint filled in part, or that leaves part of it out.
 
     Args:
-        entries: Lazy tensors of the checkpoint, by key.
-        names: The parameter of each key, and the converter that leads there or None.
-        model: The model, narrowed.
-        neurons: Parameters with a neuron axis; their shapes are checked elsewhere.
-        any_shape: Whether the entries may have other dtypes and shapes, because they
-            will be quantised or the user said so.
+        model: The model.
+        found: transformers' loading info.
+        widths: The widths of its MLPs.
+        arguments: Keyword arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: A weight is stored as integers, has another shape than the config
-            says, or belongs to a layer or is a bias of which the config knows nothing.
+        ValueError: A tensor is missing, has another shape than the config says, or belongs to a
+            layer or is a bias of which the config knows nothing.
     """
-    state = model.state_dict()
-    layers = {_LAYER_NUMBER.sub(".*.", name) for name in neurons}
-    extra_layers = getattr(model.config, "num_nextn_predict_layers", None)
-    ignored = may_be_superfluous(model)
-    for key, (name, converter, _) in names.items():
-        parameter = state.get(name)
-        if parameter is None:
-            if converter or any(re.search(pattern, name) for pattern in ignored):
-                continue
-            other_layer = _LAYER_NUMBER.sub(".*.", name) in layers and not extra_layers
-            stem = name.removesuffix(".bias")
-            if other_layer or (stem != name and f"{stem}.weight" in state):
-                raise ValueError(
-                    f"The checkpoint holds {key}, of which its config.json knows nothing: correct "
-                    f"the number of layers or the key of that bias there, or copy it again."
-                )
-            continue
-        if any_shape or not parameter.is_floating_point():
-            continue
-        if entries[key].get_dtype() not in _NUMBERS:
+    missing = found.get("missing_keys", ())
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"The checkpoint holds no tensor for {min(missing)}{others}: it is incomplete, or its "
+            "config.json describes another model."
+        )
+    for name, stored, own in sorted(found.get("mismatched_keys", ())):
+        if not arguments.get("ignore_mismatched_sizes"):
             raise ValueError(
-                f"{key} is stored as {entries[key].get_dtype()}, which is no weight: use a "
-                "checkpoint in float32, float16 or bfloat16."
+                f"{name} has shape {list(stored)} in the checkpoint, but its config.json says "
+                f"{list(own)}."
             )
-        shape = list(entries[key].get_shape())
-        if converter is None and name not in neurons and shape != list(parameter.shape):
+    neurons = regions_by_parameter(widths.mlps)
+    layers = {_LAYER_NUMBER.sub(".*.", name) for name in neurons}
+    state = model.state_dict().keys()
+    for key in sorted(found.get("unexpected_keys", ())):
+        stem = key.removesuffix(".bias")
+        is_bias = stem != key and f"{stem}.weight" in state
+        predicts_more = getattr(model.config, "num_nextn_predict_layers", None)
+        if is_bias or (_LAYER_NUMBER.sub(".*.", key) in layers and not predicts_more):
             raise ValueError(
-                f"{key} has shape {shape} in the checkpoint, but its config.json says "
-                f"{list(parameter.shape)}."
+                f"The checkpoint holds {key}, of which its config.json knows nothing: correct "
+                "the number of layers or the key of that bias there, or copy it again."
             )
 
 
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
-
-
-def missing_tensors(
-    names: Mapping[str, tuple[str, Any, str | None]], model: PreTrainedModel
-) -> list[str]:
-    """Return the parameters that no checkpoint entry leads to, as transformers finds them.
-
-    For what reads a checkpoint without loading a model. Parameters that are tied to
-    one that is there are not missing.
-
-    Args:
-        names: The parameter of each key, and the converter that leads there or None.
-        model: The model, on any device.
-
-    Source: `transformers.PreTrainedModel._finalize_model_loading`.
-    """
-    there = set()
-    for name, converter, _ in names.values():
-        there.add(name)
-        if converter is not None:
-            first, *others = converter.target_patterns
-            there |= {name.replace(first, other) for other in others}
-    tied: dict[str, str] = model.all_tied_weights_keys
-    there |= {tied[name] for name in there & tied.keys()}
-    ignored = may_be_missing(model)
-    return [
-        name
-        for name in model.state_dict()
-        if name not in there
-        and tied.get(name) not in there
-        and not any(re.search(pattern, name) for pattern in ignored)
-    ]
-
-
-def check_complete(missing: Collection[str]) -> None:
-    """Refuse a checkpoint whose missing tensors were drawn at random.
-
-    Args:
-        missing: ``missing_keys`` of transformers' loading info.
-
-    Raises:
-        ValueError: Some are missing.
-    """
-    if not missing:
-        return
-    others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    raise ValueError(
-        f"The checkpoint holds no tensor for {min(missing)}{others}: it is incomplete, or its "
-        "config.json describes another model."
-    )
-
-
-def check_widths_fit(
-    mismatched: Collection[tuple[str, Sequence[int], Sequence[int]]],
-    neurons: Collection[str],
-) -> None:
-    """Refuse a checkpoint whose MLPs were drawn at random because they do not fit.
-
-    Args:
-        mismatched: ``mismatched_keys`` of transformers' loading info.
-        neurons: Parameters with a neuron axis.
-
-    Raises:
-        ValueError: One of them has another shape than the config says.
-    """
-    for name, stored, own in sorted(mismatched):
-        if name in neurons:
-            raise ValueError(
-                f"{name} has shape {list(stored)} in the checkpoint, but its config.json says "
-                f"{list(own)}: correct the width there, or copy the checkpoint again."
-            )

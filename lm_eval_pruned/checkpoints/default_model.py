@@ -71,8 +71,8 @@ def find_default_model() -> DefaultModel:
             _convert(gguf, folder)
         except OSError as error:
             logger.warning(
-                "The cache %s cannot be written (%s), so the GGUF file is read each time and "
-                "pruned in memory; set XDG_CACHE_HOME to a writable folder to avoid that.",
+                "The cache %s cannot be written (%s), so the GGUF file is read each "
+                "time; set XDG_CACHE_HOME to a writable folder to avoid that.",
                 cache_folder(),
                 error,
             )

@@ -1,46 +1,35 @@
-"""Pruning while loading: the full model never exists in memory.
+"""Loading a pruned model: whole in the stored dtype, pruned in memory, then cast and placed.
 
-`load_pruned` asks transformers for a model with a narrowed config. While it
-loads, a `Session` stands in for the checkpoint: the entries of the GLU-MLPs are
-`NarrowedTensor`s, which look like tensors of the kept width. Everything else that
-transformers does with a checkpoint (shards, renamed keys, ``device_map``, dtype casts,
-quantising while loading, tensor parallelism) sees a checkpoint that was always narrow.
+The files of a safetensors checkpoint are mapped, so the unpruned model takes no memory until
+something is written. Only what is kept is copied, cast, quantised and sent to a device.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.evidence import settled_request, with_depth
-from lm_eval_pruned.checkpoints.layers import observe
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.checkpoints.route import clear_errors, with_stored_widths
-from lm_eval_pruned.checkpoints.session import Session
-from lm_eval_pruned.pruning.alignment import warn_misaligned
+from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.influence import depth_in_memory
 from lm_eval_pruned.pruning.layouts import count_parameters
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
-from lm_eval_pruned.pruning.slicing import (
-    carry_out,
-    choose_experts_implementation,
-    score_loaded,
-    warn_inexpressible,
-)
+from lm_eval_pruned.pruning.settling import REMOVED, settled
+from lm_eval_pruned.pruning.slicing import LoadedModel, carry_out
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable, Sequence
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.scores import KnownScores
-
-# Below the harness's logger, so that its verbosity applies.
-logger = logging.getLogger("lm_eval.pruned.loading")
+    from lm_eval_pruned.pruning.sensitivity import Sensitivity
 
 
 @takes_prune_arguments
@@ -55,11 +44,10 @@ def load_pruned(
 ) -> PreTrainedModel:
     """Load a model whose GLU-MLPs are narrowed while its checkpoint is read.
 
-    Gate and up come out as (k, H) instead of (I, H), down as (H, k). Checkpoints
-    that cannot be pruned while they load (GGUF, ``.bin``, a release of transformers
-    that loads in a way not known here) are loaded in full and pruned in memory, with
-    identical weights and a warning. What sizes mean in a model with experts is said
-    in `lm_eval_pruned.prune_model`.
+    Gate and up come out as (k, H) instead of (I, H), down as (H, k). Neurons are ranked by
+    the weights as they are stored. Files of safetensors are mapped, so that only the neurons
+    that are kept take memory; others (GGUF, ``.bin``) are in memory in full until the model is
+    pruned. What sizes mean in a model with experts is said in `lm_eval_pruned.prune_model`.
 
     A checkpoint whose layers differ in width loads with the widths that its config has
     for single layers (``per_layer_config``, ``block_configs``), or else with those of its
@@ -73,9 +61,7 @@ def load_pruned(
         tokenizer: What reads calibration text; default: the tokenizer of `pretrained`.
         device: Where to load to; default: the CPU. Only the kept neurons go there:
             scores are computed on the CPU.
-        dtype: Weight dtype; default: the one the checkpoint is stored in. Neurons are ranked
-            by the weights as they are stored, and calibration text runs in the dtype that the
-            checkpoint names, so the kept neurons do not depend on it.
+        dtype: Weight dtype; default: the one the checkpoint is stored in.
         auto_class: The transformers class to load with; default
             `AutoModelForCausalLM`.
         **from_pretrained: Anything else ``from_pretrained`` takes.
@@ -155,68 +141,121 @@ def load_with_arguments(
         known_scores: Scores of earlier loads; takes those of this one.
     """
 
-    def load(request: LoadRequest) -> PreTrainedModel:
-        if inspect is not None:
-            inspect(request)
-        return _load(request, tokenizer, known_scores)
-
     request = LoadRequest.resolve(
         auto_class, pretrained, prune_arguments, from_pretrained
     )
-    return with_stored_widths(with_depth(request, tokenizer, known_scores), load)
+    if inspect is not None:
+        inspect(request)
+    return load_request(request, tokenizer, known_scores)
 
 
-def _load(
+def load_request(
     request: LoadRequest,
-    tokenizer: PreTrainedTokenizerBase | None,
-    known_scores: KnownScores | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    known_scores: KnownScores | None = None,
 ) -> PreTrainedModel:
-    known = ScoreTable()
-    if known_scores is not None and (key := request.scores_key()) is not None:
-        known = known_scores.setdefault(key, known)
-    request, known, declined = settled_request(request, known, tokenizer)
-    plan, widths = request.plan, request.widths
-    targets = widths.targets(plan)
-    narrowed = widths.narrowed_config(targets)
-    before = widths.parameters_before
-    session = Session(plan, widths, targets, known)
-    session.declined = declined or request.unreadable()
-    if session.declined is None and request.needs_scores(known):
-        session.declined = observe(request, known, tokenizer)
-    if session.declined is None:
-        with contextlib.closing(session), clear_errors(session, request):
-            model = request.load(
-                narrowed if session.changes_model else widths.original,
-                checkpoint=session,
-            )
-            session.check_filled(model)
-            if session.changes_model:
-                widths.describe_layers(model.config, targets)
-            choose_experts_implementation(model)
-            model.prune_record = PruneRecord.of(  # type: ignore[assignment]
-                plan,
-                widths,
-                before,
-                count_parameters(model),
-                session.kept(),
-                known.calibration if plan.prunes else None,
-            )
-            warn_inexpressible(widths, targets)
-            warn_misaligned(model, plan, widths, targets)
-            return model
-    request.check_prunable_in_memory(session.declined)
-    if plan.changes_model:
-        logger.warning(
-            "%s is loaded in full and pruned in memory, because %s.",
-            request.pretrained,
-            session.declined,
+    """Load the model of `request`, prune it in its stored dtype, then cast and place what is left.
+
+    Args:
+        request: What is to be loaded.
+        tokenizer: What reads calibration text; default: that of the model.
+        known_scores: Scores of earlier loads; takes those of this one.
+
+    Raises:
+        ValueError, UnsupportedModelError, OSError: As `load_pruned`.
+    """
+    asked = request.prune_arguments
+    request.check_text()
+    if not (request.plan.changes_model or asked.measures_depth):
+        model, widths = request.load()
+        size = count_parameters(model)
+        model.prune_record = PruneRecord.of(  # type: ignore[assignment]
+            request.plan, widths, size, size, ()
         )
-    if plan.prunes and plan.calibration is not None and tokenizer is None:
-        tokenizer = request.load_tokenizer()
-    scored = not plan.is_open and known.covers(request.ranked)
-    if plan.prunes and request.rounds and not scored:
-        stored = request.in_stored_dtype()
-        if plan.calibration is None:
-            stored = stored.unplaced()
-        score_loaded(plan, stored.load_whole(), tokenizer, known)
-    return carry_out(plan, request.load_whole(), tokenizer=tokenizer, known=known)
+        return model
+    stored = Stored.of(request, tokenizer, known_scores)
+    return request.placed(stored.pruned(), stored.request.widths)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model as it is stored, all its layers in memory, and what is to become of it.
+
+    Attributes:
+        request: What was loaded, with the widths that its tensors have, those of the layers that
+            are to stay, and the plan for them.
+        model: The model, in its stored dtype, on the CPU.
+        tokenizer: What reads calibration text, if there is any.
+        known: Scores and curves of the model.
+    """
+
+    request: LoadRequest
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    known: ScoreTable
+
+    @classmethod
+    def of(
+        cls,
+        request: LoadRequest,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        known_scores: KnownScores | None = None,
+    ) -> Stored:
+        """Load the model of `request`.
+
+        Args:
+            request: What is to be loaded.
+            tokenizer: What reads calibration text; default: that of the model.
+            known_scores: What earlier loads measured; takes what this one does.
+        """
+
+        def known(key: Hashable | None) -> ScoreTable:
+            if known_scores is None or key is None:
+                return ScoreTable()
+            return known_scores.setdefault(key, ScoreTable())
+
+        asked = request.prune_arguments
+        model, widths = request.load_stored()
+        if asked.calibration is not None and tokenizer is None:
+            tokenizer = request.load_tokenizer()
+        if asked.drop_layers is not None:
+            seen = known(request.influence_key() if asked.measures_depth else None)
+            depth = depth_in_memory(model, asked, tokenizer, seen)
+            widths = widths.without_layers(depth)
+        request = dataclasses.replace(request, widths=widths, plan=widths.plan(asked))
+        return cls(request, model, tokenizer, known(request.scores_key()))
+
+    def settled(self) -> PrunePlan:
+        """Return the plan with what scores or losses decide."""
+        return settled(self.request.plan, self.request.widths, self._evidence())
+
+    def pruned(self) -> PreTrainedModel:
+        """Prune the model in place and return it."""
+        plan, widths = self.request.plan, self.request.widths
+        return carry_out(plan, self.model, widths, self._evidence(), self.known)
+
+    def _evidence(self) -> LoadedModel:
+        plan = self.request.plan
+        return _CachedCurves(plan, self.model, self.tokenizer, self.known, self.request)
+
+
+@dataclass(frozen=True)
+class _CachedCurves(LoadedModel):
+    """A model whose curves are looked up in the user's cache."""
+
+    request: LoadRequest
+
+    def curves(self, criteria: Sequence[str]) -> Sensitivity:
+        if self.known.curves is None:
+            self.known.curves = measure_sensitivity(
+                self.request,
+                str(self.plan.calibration),
+                criteria=criteria,
+                seeds=(self.plan.seed,),
+                removed=REMOVED,
+                samples=self.plan.calibration_samples,
+                tokenizer=self.tokenizer,
+                model=self.model,
+                known=self.known,
+            )
+        return self.known.curves

@@ -164,18 +164,19 @@ def _settled_rows(
     from transformers import AutoConfig
 
     from lm_eval_pruned.checkpoints.auto_class import auto_class_for
-    from lm_eval_pruned.checkpoints.evidence import settled_plan, with_depth
+    from lm_eval_pruned.checkpoints.load import Stored
     from lm_eval_pruned.checkpoints.request import LoadRequest
-    from lm_eval_pruned.pruning.scores import ScoreTable
 
     source = {name: value for name, value in source.items() if value}
     auto_class = auto_class_for(AutoConfig.from_pretrained(pretrained, **source))
-    known, rows = ScoreTable(), []
-    influences: KnownScores = {}
+    known: KnownScores = {}
+    rows = []
     dtype: torch.dtype
     for arguments in asked:
         request = LoadRequest.resolve(auto_class, pretrained, arguments, source)
-        plan, widths = settled_plan(with_depth(request, known_scores=influences), known)
+        request.check_text()
+        stored = Stored.of(request, known_scores=known)
+        plan, widths = stored.settled(), stored.request.widths
         dtype = widths.original.dtype or torch.float32  # type: ignore[assignment]
         rows.append(_row_of_widths(plan, widths, dtype.itemsize))
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from dataclasses import dataclass
@@ -14,18 +13,17 @@ import torch
 
 from lm_eval_pruned.checkpoints.damage import (
     argument_errors,
-    check_complete,
     check_config,
-    check_widths_fit,
+    check_filled,
     clear_config_errors,
     clear_load_errors,
 )
+from lm_eval_pruned.checkpoints.own_widths import class_with_widths, stored_widths
 from lm_eval_pruned.checkpoints.quantisation import (
     quantising_arguments,
     with_quantisation,
 )
 from lm_eval_pruned.checkpoints.skeleton import skeleton
-from lm_eval_pruned.checkpoints.transformers_api import reading, unknown_loader
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.criteria import CALIBRATED
 from lm_eval_pruned.pruning.depth import Depth
@@ -33,13 +31,16 @@ from lm_eval_pruned.pruning.dropping import count_layers
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
     UnsupportedModelError,
+    find_glu_mlps,
     regions_by_parameter,
 )
+from lm_eval_pruned.pruning.settling import check_settleable
+from lm_eval_pruned.pruning.slicing import check_finite, choose_experts_implementation
 from lm_eval_pruned.pruning.widths import Widths
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Mapping, Sequence
+    from collections.abc import Hashable, Mapping
 
     from transformers import (
         PretrainedConfig,
@@ -47,10 +48,9 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
-    from lm_eval_pruned.checkpoints.transformers_api import Checkpoint
     from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.plan import PrunePlan
-    from lm_eval_pruned.pruning.scores import ScoreTable
+    from lm_eval_pruned.pruning.record import PruneRecord
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.loading")
@@ -65,17 +65,24 @@ _HUB_ARGUMENTS = (
     "token",
 )
 #: Arguments of `from_pretrained` that AutoConfig must not absorb into the config.
-_DTYPES = ("dtype", "torch_dtype")
-_MODEL_ARGUMENTS = (*_DTYPES, "quantization_config")
-#: Arguments that say where and how the finished model lies.
+_MODEL_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
+#: Arguments of `from_pretrained` that say where and how the finished model lies.
 _PLACING = re.compile(
-    r"device_map|max_memory|tp_(plan|size)|offload_\w+|quantization_config"
-    r"|load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+"
+    r"device_map|max_memory|tp_(plan|size)|distributed_config|offload_\w+|quantization_config"
+    r"|load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+|dtype|torch_dtype"
+)
+#: Arguments of `from_pretrained` that say how to read a checkpoint.
+_READING = (
+    *_HUB_ARGUMENTS,
+    "gguf_file",
+    "trust_remote_code",
+    "use_safetensors",
+    "variant",
 )
 #: Those that say how to get at files or where to put weights, and nothing of the values.
 _REACHING = (
     *(name for name in _HUB_ARGUMENTS if name != "subfolder"),
-    *("low_cpu_mem_usage", "max_memory", "offload_folder"),
+    "low_cpu_mem_usage",
 )
 
 
@@ -148,42 +155,6 @@ class LoadRequest:
             auto_class, pretrained, plan, widths, model_arguments, prune_arguments
         )
 
-    def with_widths(self, actual: Mapping[str, int]) -> LoadRequest:
-        """Return the same request for layers that have widths of their own.
-
-        Args:
-            actual: The width of each MLP in the checkpoint, by name.
-
-        Raises:
-            ValueError: An argument is out of range for these widths.
-        """
-        _tell_widths(self.pretrained, "tensors have", actual)
-        with clear_config_errors(self.pretrained):
-            widths = self.widths.of(actual)
-            plan = widths.plan(self.prune_arguments)
-        return dataclasses.replace(self, plan=plan, widths=widths)
-
-    @property
-    def lacks_depth(self) -> bool:
-        """Whether text has to be looked at before it says which layers are dropped."""
-        return self.prune_arguments.measures_depth and self.widths.depth is None
-
-    def with_influence(
-        self, influence: Sequence[float], measured_on: Mapping[str, Any]
-    ) -> LoadRequest:
-        """Return the same request for the layers of most block influence.
-
-        Args:
-            influence: That of each layer.
-            measured_on: What the results file says of the text.
-        """
-        arguments = self.prune_arguments
-        depth = Depth.of(arguments, len(influence), influence, measured_on)
-        with clear_config_errors(self.pretrained):
-            widths = self.widths.without_layers(depth)
-            plan = widths.plan(arguments)
-        return dataclasses.replace(self, plan=plan, widths=widths)
-
     def scores_key(self) -> Hashable | None:
         """Identify what scores depend on; None where the checkpoint's content is not known."""
         model = self.content_key()
@@ -211,7 +182,8 @@ class LoadRequest:
     def content_key(self) -> tuple[Hashable, ...] | None:
         """Identify the unpruned model; None where the checkpoint's content is not known.
 
-        It is the same however the model is asked for: by a command, by the harness or in Python.
+        It is the same however the model is asked for, and wherever it is to go in what dtype:
+        neurons are ranked and losses measured before.
         """
         checkpoint = self._content()
         if checkpoint is None:
@@ -219,71 +191,15 @@ class LoadRequest:
         named = {
             name: value
             for name, value in self.model_arguments.items()
-            if name not in _REACHING and value not in (None, False, "")
+            if name not in _REACHING
+            and not _PLACING.fullmatch(name)
+            and value not in (None, False, "")
         }
-        for name in _DTYPES:
-            named.pop(name, None)
-        named |= {"dtype": self.dtype, "device_map": self.device}
         arguments = tuple(sorted((k, repr(v)) for k, v in named.items()))
         # Arguments that transformers knows as settings of the config are in no file.
         config = self.widths.original.to_diff_dict()
         settings = sorted((k, repr(v)) for k, v in config.items() if "dtype" not in k)
         return (checkpoint, self.auto_class, arguments, tuple(settings))
-
-    @property
-    def dtype(self) -> str:
-        """The dtype to load in, such as ``bfloat16``; ``auto`` where only the files know it."""
-        asked = [self.model_arguments.get(name) for name in _DTYPES]
-        dtype = next((each for each in asked if each is not None), "auto")
-        if dtype == "auto":
-            dtype = self.widths.original.dtype or dtype
-        return str(dtype).removeprefix("torch.")
-
-    @property
-    def rounds(self) -> bool:
-        """Whether the dtype to load in may hold less than what is stored.
-
-        A GGUF file holds blocks, which are exact in float32.
-        """
-        if self.dtype in ("float32", "float64"):
-            return False
-        gguf = self.model_arguments.get("gguf_file") is not None
-        return gguf or self.dtype != self.in_stored_dtype().dtype
-
-    def in_stored_dtype(self) -> LoadRequest:
-        """Return the same request for the dtype that the checkpoint names, whatever was asked for."""
-        arguments = {
-            name: value
-            for name, value in self.model_arguments.items()
-            if name not in _DTYPES
-        }
-        if arguments.get("gguf_file") is not None:
-            arguments["dtype"] = torch.float32
-        return dataclasses.replace(self, model_arguments=arguments)
-
-    def unplaced(self) -> LoadRequest:
-        """Return the same request for the CPU, unquantised and undivided."""
-        arguments = {
-            name: value
-            for name, value in self.model_arguments.items()
-            if not _PLACING.fullmatch(name)
-        }
-        return dataclasses.replace(self, model_arguments=arguments)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model if it lies in one place: the first of ``device_map``."""
-        device_map = self.model_arguments.get("device_map")
-        if isinstance(device_map, dict):
-            device_map = next(iter(device_map.values()), None)
-        if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-            device_map = 0 if torch.cuda.is_available() else "cpu"
-        if device_map in (None, "disk", "cpu"):
-            return torch.device("cpu")
-        if isinstance(device_map, int) and not torch.accelerator.is_available():
-            # torch knows the kind of a numbered device only where there is one.
-            return torch.device("cuda", device_map)
-        return torch.device(device_map)
 
     def _content(self) -> Hashable | None:
         """Identify the checkpoint's content as it is now; None where that cannot be told."""
@@ -297,74 +213,40 @@ class LoadRequest:
             _stamp(path) for path in sorted(folder.iterdir()) if path.is_file()
         )
 
-    def unreadable(self) -> str | None:
-        """Return why the checkpoint cannot be opened tensor by tensor, if that is known."""
-        if self.model_arguments.get("gguf_file") is not None:
-            return "it is a GGUF file"
-        return unknown_loader()
-
-    @property
-    def ranked(self) -> list[str]:
-        """Names of the GLU-MLPs whose neurons are ranked.
-
-        Where layers are weighed against each other, that is also those which a uniform cut
-        would leave as they are.
-        """
-        targets, actual = self.widths.targets(self.plan), self.widths.actual
-        return [
-            mlp.name
-            for mlp in self.widths.mlps
-            if targets[mlp.name] < actual[mlp.name]
-            or (self.plan.is_open and self.plan.includes_layer(mlp.block))
-        ]
-
-    def needs_scores(self, known: ScoreTable) -> bool:
-        """Return whether neurons have to be observed before weights are narrowed.
-
-        Args:
-            known: Scores from an earlier load of the same model.
-        """
-        if not self.plan.prunes or self.plan.calibration is None:
-            return False
-        ranked = self.ranked
-        return any(
-            mlp.name in ranked
-            and mlp.name not in known.scores
-            and self.plan.criterion_of(mlp.block) in CALIBRATED
-            for mlp in self.widths.mlps
-        )
-
-    def check_prunable_in_memory(self, why: str | None) -> None:
-        """Refuse what pruning after loading cannot do, before the weights are read.
-
-        Args:
-            why: Why the model is not pruned while it loads.
+    def check_text(self) -> None:
+        """Refuse what cannot be calibrated before a weight is read.
 
         Raises:
-            ValueError: The model would be quantised first, or its calibration text
-                cannot be read.
-            UnsupportedModelError: Its activations cannot be observed.
+            ValueError: The calibration text cannot be read.
+            UnsupportedModelError: Activations cannot be observed in the model.
         """
-        if not self.plan.changes_model:
+        asked, plan = self.prune_arguments, self.plan
+        if asked.calibration is None:
             return
+        samples: Any = asked.calibration_samples
+        read_texts(asked.calibration, samples and int(samples))
+        if plan.is_open:
+            check_settleable(plan, self.widths)
+        if {*plan.criteria, *plan.tried} & {*CALIBRATED}:
+            check_observable(self.widths.skeleton())
+
+    def check_prunable_in_memory(self, why: str) -> None:
+        """Refuse to quantise a model that is pruned only after it was loaded.
+
+        Args:
+            why: Why it is pruned afterwards.
+
+        Raises:
+            ValueError: It would be quantised first.
+        """
+        self.check_text()
         quantising = quantising_arguments(self.model_arguments)
-        if self.model_arguments.get("gguf_file") is not None:
-            # That one describes the file.
-            quantising = [n for n in quantising if n != "quantization_config"]
-        if quantising:
+        if quantising and self.plan.changes_model:
             raise ValueError(
                 f"{quantising[0]} quantises the model while it loads, but it has to be pruned "
                 f"afterwards, because {why}: export the pruned model first "
                 "(lm-eval-pruned prune), or leave the quantisation out."
             )
-        looks_at_losses = self.plan.is_open or self.plan.measured_on is not None
-        observes = {*self.plan.criteria, *self.plan.tried} & {*CALIBRATED}
-        if not self.plan.prunes or self.plan.calibration is None:
-            return
-        if looks_at_losses or observes:
-            read_texts(self.plan.calibration, self.plan.calibration_samples)
-        if observes:
-            check_observable(self.widths.skeleton())
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that belongs to the model."""
@@ -378,53 +260,127 @@ class LoadRequest:
         }
         return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
 
-    def load(
-        self,
-        config: PretrainedConfig,
-        neurons: Collection[str] = (),
-        checkpoint: Checkpoint | None = None,
-    ) -> PreTrainedModel:
-        """Load the model as transformers does, with `config`.
+    def load(self) -> tuple[PreTrainedModel, Widths]:
+        """Load the model unpruned, with all its layers and as the user asked; see `load_stored`."""
+        return self._loaded(with_quantisation(self.model_arguments))
 
-        Args:
-            config: The config.
-            neurons: Parameters that have to be as wide as they are stored, even if
-                the user lets other shapes differ.
-            checkpoint: What stands in for the files, if anything does.
-        """
-        from transformers import GgufConfig, PreTrainedModel
+    def load_stored(self) -> tuple[PreTrainedModel, Widths]:
+        """Load the model unpruned, with all its layers, in its stored dtype, on the CPU.
 
-        arguments = with_quantisation(self.model_arguments)
-        if arguments.get("gguf_file") is not None:
-            # Blocks of a GGUF file can be neither ranked nor sliced.
-            arguments["quantization_config"] = GgufConfig(dequantize=True)
-        model_class, auto_class = self.widths.model_class, self.auto_class
-        if checkpoint is not None:
-            auto_class = reading(checkpoint, auto_class, model_class, config)
-        loader = getattr_static(model_class, "from_pretrained")
-        if loader is not getattr_static(PreTrainedModel, "from_pretrained"):
-            # A loader of its own need not know how to tell what was missing.
-            with BUILDING:
-                return auto_class.from_pretrained(
-                    self.pretrained, config=config, **arguments
-                )
-        with BUILDING:
-            model, found = auto_class.from_pretrained(
-                self.pretrained, config=config, output_loading_info=True, **arguments
-            )
-        check_complete(found["missing_keys"])
-        check_widths_fit(found.get("mismatched_keys", ()), neurons)
-        return model
-
-    def load_whole(self) -> PreTrainedModel:
-        """Load the model unpruned, with all its layers.
+        Returns:
+            The model, and the widths that its tensors have.
 
         Raises:
             ValueError: It is damaged, or an argument is wrong.
         """
+        arguments = {
+            name: value
+            for name, value in self.model_arguments.items()
+            if not _PLACING.fullmatch(name)
+        }
+        if arguments.get("gguf_file") is not None:
+            # Its blocks are exact in this dtype.
+            arguments["dtype"] = torch.float32
+        return self._loaded(arguments)
+
+    def _loaded(self, arguments: dict[str, Any]) -> tuple[PreTrainedModel, Widths]:
+        if arguments.get("gguf_file") is not None:
+            from transformers import GgufConfig
+
+            # Blocks of a GGUF file can be neither ranked nor sliced.
+            arguments = {
+                **arguments,
+                "quantization_config": GgufConfig(dequantize=True),
+            }
+        widths = self.widths.whole
         with clear_load_errors(self.pretrained, self.model_arguments):
-            neurons = regions_by_parameter(self.widths.whole.mlps)
-            return self.load(self.widths.whole.original, neurons)
+            model, found = self._filled(widths, arguments)
+            stored = stored_widths(found.get("mismatched_keys", ()), widths)
+            if stored != widths.actual:
+                _tell_widths(self.pretrained, "tensors have", stored)
+                widths = widths.of(stored)
+                model, found = self._filled(widths, arguments)
+            check_filled(model, found, widths, arguments)
+            return model, widths
+
+    def _filled(
+        self, widths: Widths, arguments: dict[str, Any]
+    ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Load a model with MLPs of `widths`; return it and what transformers says of its keys."""
+        from transformers import PreTrainedModel
+
+        loader: Any = self.auto_class
+        config = widths.original
+        if widths.actual != widths.configured:
+            config = widths.narrowed_config(widths.actual)
+            loader = class_with_widths(widths.model_class, widths.actual)
+        arguments = {**arguments, "config": config}
+        own = getattr_static(widths.model_class, "from_pretrained")
+        if own is not getattr_static(PreTrainedModel, "from_pretrained"):
+            # A loader of its own need not know how to tell what was missing.
+            with BUILDING:
+                return loader.from_pretrained(self.pretrained, **arguments), {}
+        arguments["ignore_mismatched_sizes"] = True
+        with BUILDING:
+            model, found = loader.from_pretrained(
+                self.pretrained, output_loading_info=True, **arguments
+            )
+        model.__class__ = widths.model_class
+        return model, found
+
+    def placed(self, model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
+        """Return a pruned model in the dtype, and on the devices, that the user asked for.
+
+        Args:
+            model: A model in its stored dtype, on the CPU, as `load_stored` returns it.
+            widths: The widths that its unpruned MLPs have.
+        """
+        arguments = {
+            name: value
+            for name, value in with_quantisation(self.model_arguments).items()
+            if name not in _READING and value is not None
+        }
+        dtypes = [arguments.pop(name, None) for name in ("dtype", "torch_dtype")]
+        dtype = next(
+            (each for each in dtypes if each not in (None, "auto")), model.dtype
+        )
+        placing = any(map(_PLACING.fullmatch, arguments))
+        if not placing and str(dtype).removeprefix("torch.") == str(model.dtype)[6:]:
+            return model
+        record: PruneRecord = model.prune_record  # type: ignore[assignment]
+        targets = widths.targets(record.plan)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        if torch.finfo(dtype).max < torch.finfo(model.dtype).max:
+            for name, weights in regions_by_parameter(find_glu_mlps(model)).items():
+                mlp, _, region = weights[0]
+                check_finite(name, mlp.parameter(region).to(dtype))
+        state = model.state_dict()
+        for name in model.all_tied_weights_keys:
+            # It would be sent to the device a second time.
+            state.pop(name, None)
+        loader = widths.model_class
+        if widths.inexpressible(targets):
+            loader = class_with_widths(loader, targets)
+        with BUILDING, clear_load_errors(self.pretrained, self.model_arguments):
+            placed = loader.from_pretrained(
+                None,
+                config=widths.narrowed_config(targets),
+                state_dict=state,
+                dtype=dtype,
+                **arguments,
+            )
+        placed.__class__ = widths.model_class
+        widths.describe_layers(placed.config, targets)
+        choose_experts_implementation(placed)
+        placed.config.name_or_path = model.config.name_or_path
+        placed.generation_config = model.generation_config
+        # What `save_pretrained` takes apart again.
+        placed._weight_conversions = getattr(  # type: ignore[assignment]
+            model, "_weight_conversions", None
+        )
+        placed.prune_record = record  # type: ignore[assignment]
+        return placed
 
 
 def _tell_widths(pretrained: str, found: str, actual: Mapping[str, int]) -> None:

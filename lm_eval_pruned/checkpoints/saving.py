@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.checkpoints.companions import copy_companions
+from lm_eval_pruned.checkpoints.companions import copy_companions, write_config
 
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ def save_loaded(
     from transformers import GenerationConfig
 
     if request.model_arguments.get("gguf_file") is None:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
         copy_companions(source, folder)
-    else:
-        request.load_tokenizer().save_pretrained(folder)
-        with contextlib.suppress(AttributeError):
-            del model.config.quantization_config
-        model.generation_config = GenerationConfig.from_model_config(model.config)
+        write_config(request.widths.whole.original, model, source, folder)
+        return
+    request.load_tokenizer().save_pretrained(folder)
+    with contextlib.suppress(AttributeError):
+        del model.config.quantization_config
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

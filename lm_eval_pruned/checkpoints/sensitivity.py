@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.default_model import cache_folder
-from lm_eval_pruned.checkpoints.layers import open_layers
-from lm_eval_pruned.checkpoints.route import RouteDeclined, with_stored_widths
 from lm_eval_pruned.pruning.argument_checks import exact
 from lm_eval_pruned.pruning.calibration import (
     LENGTH,
@@ -24,7 +21,7 @@ from lm_eval_pruned.pruning.criteria import (
     canonical_name,
     code_behind,
 )
-from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer
+from lm_eval_pruned.pruning.layerwise import LayeredModel
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.measuring import (
     Ranking,
@@ -70,13 +67,13 @@ def measure_sensitivity(
     samples: int | None = SAMPLES,
     length: int = LENGTH,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel | None = None,
     known: ScoreTable | None = None,
 ) -> Sensitivity:
     """Measure what cutting one layer alone costs, for each layer, criterion and width.
 
-    Each criterion takes one pass over the layers, of which one is in memory at a time;
-    a model that cannot be read or run layer by layer is loaded in full, with a warning.
-    Curves are kept in ``sensitivity`` of the user's cache folder, one file for each
+    Each criterion takes one pass over the layers; in a model that cannot be run layer by
+    layer, each cut takes a pass over the model. Curves are kept in ``sensitivity`` of the user's cache folder, one file for each
     criterion and seed, and found again as long as the checkpoint's files, the tokens,
     the arguments of the load, criterion (of another package: its code), seed and widths
     are the same.
@@ -92,6 +89,7 @@ def measure_sensitivity(
         samples: How many texts to use, from the first on; None for all.
         length: How many tokens of each text to use for the loss.
         tokenizer: What reads the text; default: the model's own.
+        model: The unpruned model of `request`, if it is loaded already.
         known: Takes the scores by criteria that look at activations, if curves by them are
             not in the cache.
 
@@ -122,12 +120,17 @@ def measure_sensitivity(
     tokenizer = tokenizer or request.load_tokenizer()
     text = CalibrationText.of(skeleton, tokenizer, calibration, samples, length)
     text.check_predictable()
-    return with_stored_widths(
+    measurement = _Measurement(
         request,
-        lambda stored: _Measurement(
-            stored, calibration, text, tokenizer, shares, samples, known or ScoreTable()
-        ).of(ways),
+        calibration,
+        text,
+        tokenizer,
+        shares,
+        samples,
+        model,
+        known or ScoreTable(),
     )
+    return measurement.of(ways)
 
 
 class _Measurement:
@@ -141,6 +144,7 @@ class _Measurement:
         tokenizer: PreTrainedTokenizerBase,
         shares: list[Fraction],
         samples: int | None,
+        model: PreTrainedModel | None,
         known: ScoreTable,
     ):
         self._request = request
@@ -149,6 +153,7 @@ class _Measurement:
         self._tokenizer = tokenizer
         self._shares = shares
         self._samples = samples
+        self._model = model
         self._known = known
 
     def of(self, ways: Sequence[Way]) -> Sensitivity:
@@ -181,41 +186,15 @@ class _Measurement:
         observed = [criterion for criterion, _ in ways if criterion in CALIBRATED]
         if observed:
             check_observable(self._request.widths.skeleton())
-        with self._opened() as (model, path):
-            scores = self._observe(model, observed) if observed else {}
-            plan, texts = self._request.plan, self._text.tokens
-            for criterion, seed in ways:
-                ranking = Ranking.by(plan, criterion, seed, scores)
-                loss, curves = measure(model, texts, ranking, self._shares)
-                yield (criterion, seed), self._sensitivity(loss, curves, path)
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[tuple[LayeredModel | PreTrainedModel, str]]:
-        """Open the model, layer by layer where that can be; and say how it was opened."""
-        request, first = self._request, self._text.tokens[0]
-        with contextlib.ExitStack() as stack:
-            try:
-                layers = stack.enter_context(open_layers(request))
-                layers.check(first.to(layers.device))
-                opened: tuple[LayeredModel | PreTrainedModel, str] = (
-                    layers,
-                    "layer by layer",
-                )
-            except (RouteDeclined, NotLayerByLayer) as reason:
-                stack.close()
-                opened = self._in_memory(str(reason))
-            yield opened
-
-    def _in_memory(self, why: str) -> tuple[LayeredModel | PreTrainedModel, str]:
-        request, first = self._request, self._text.tokens[0]
-        request.check_prunable_in_memory(why)
-        logger.warning(
-            "%s is loaded in full to measure its sensitivity, because %s.",
-            request.pretrained,
-            why,
-        )
-        model, how = layered(request.load_whole(), first)
-        return model, how or f"in memory, because {why}"
+        whole = self._model or self._request.load_stored()[0]
+        model, how = layered(whole, self._text.tokens[0])
+        scores = self._observe(model, observed) if observed else {}
+        plan, texts = self._request.plan, self._text.tokens
+        for criterion, seed in ways:
+            ranking = Ranking.by(plan, criterion, seed, scores)
+            loss, curves = measure(model, texts, ranking, self._shares)
+            path = how or "layer by layer"
+            yield (criterion, seed), self._sensitivity(loss, curves, path)
 
     def _observe(
         self, model: LayeredModel | PreTrainedModel, criteria: list[str]

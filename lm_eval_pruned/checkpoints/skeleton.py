@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.checkpoints.transformers_api import uninitialised
 from lm_eval_pruned.pruning.layouts import BUILDING
 
 
@@ -19,8 +18,10 @@ def skeleton(
     auto_class: Any, config: PretrainedConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Build the model that `config` describes on the meta device, without weights."""
+    from transformers.initialization import no_init_weights
+
     with BUILDING:
-        with uninitialised(), torch.device("meta"):
+        with no_init_weights(), torch.device("meta"):
             model = auto_class.from_config(
                 copy.deepcopy(config), trust_remote_code=trust_remote_code
             )

@@ -28,8 +28,7 @@ def add(commands) -> None:
         "prune",
         help="write a pruned model as an ordinary checkpoint",
         description="Write a pruned model as an ordinary checkpoint: safetensors shards, config "
-        "with the new sizes, tokenizer files, model card. The weights are streamed, so the model "
-        "may be larger than the memory.",
+        "with the new sizes, tokenizer files, model card. What is kept has to fit in memory.",
     )
     add_model_args(parser, *_OLD)
     add_output_path(parser, "folder to write; new or empty")

@@ -366,7 +366,7 @@ class _Teacher:
             pruned: The model that learns.
             frozen: Whether its own weights stay as they are.
         """
-        model = request.load_whole().eval().requires_grad_(False)
+        model = request.load()[0].eval().requires_grad_(False)
         teacher = cls(model)
         if frozen:
             learning = dict(pruned.named_parameters())

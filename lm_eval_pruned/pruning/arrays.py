@@ -12,20 +12,14 @@ reverse. NaN has the largest bits of all on either side, infinity the next ones.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import mmap
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lm_eval_pruned.pruning.staging import send
-
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -38,8 +32,6 @@ _WORDS: dict[torch.dtype, np.dtype[Any]] = {
 _TORCH_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Bytes that are worked on before the next ones, so that they stay in the L2 cache.
 _BLOCK_BYTES = 1 << 19
-#: Elements that torch converts in the calling thread (`at::internal::GRAIN_SIZE`).
-_SERIAL_ELEMENTS = 1 << 15
 
 
 def _has_words(tensor: Tensor) -> bool:
@@ -98,19 +90,16 @@ def row_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     return highest, lowest
 
 
-def all_finite(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+def all_finite(weight: Tensor) -> bool:
     """Return whether no weight is NaN or infinite.
 
     Args:
         weight: Any shape, floating point, on any device.
-        dtype: Look at the weights in this dtype, in which large ones may overflow.
     """
-    dtype = dtype or weight.dtype
     if not _has_words(weight):
-        converted = weight.to(dtype)
         # A finite sum proves that every term is finite; an overflowing one proves nothing.
         return bool(
-            converted.sum(dtype=torch.float32).isfinite() or converted.isfinite().all()
+            weight.sum(dtype=torch.float32).isfinite() or weight.isfinite().all()
         )
     signed = _words(weight).reshape(-1)
     unsigned = signed.view(f"u{signed.dtype.name}")
@@ -118,101 +107,28 @@ def all_finite(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
         (signed[block].max(), unsigned[block].max().view(signed.dtype))
         for block in _blocks(signed)
     ]
-    largest = _floats(np.array(ends, signed.dtype), weight.dtype)
-    return bool(largest.to(dtype).isfinite().all())
+    return bool(_floats(np.array(ends, signed.dtype), weight.dtype).isfinite().all())
 
 
-def gather(
-    weight: Tensor,
-    kept: Tensor,
-    axis: int,
-    dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Return some of the entries along an axis.
+def gather(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
+    """Return some of the entries along an axis, as a new contiguous tensor on the same device.
 
     Args:
         weight: Any shape, on any device.
         kept: Indices, shape (k,), int64.
         axis: 0 or 1.
-        dtype: Dtype of the result; default: that of `weight`. Not with `out`.
-        out: Where to put them, on any device, in any layout and dtype; default: a new
-            contiguous tensor on the device of `weight`. Weights on the CPU cross to
-            another device in the narrower of the two dtypes.
     """
     if not _has_words(weight) or weight.dim() > 2:
-        result = weight.index_select(axis, kept.to(weight.device))
-        return result.to(dtype or weight.dtype) if out is None else out.copy_(result)
-    if out is None:
-        shape = [*weight.shape]
-        shape[axis] = len(kept)
-        # Not from numpy, which asks for huge pages: new ones took three times as long to come by.
-        out = torch.empty(shape, dtype=dtype or weight.dtype, device="cpu")
-    source, index = _words(weight), kept.cpu().numpy()
-
-    def take(rows: slice, words: np.ndarray) -> None:
+        return weight.index_select(axis, kept.to(weight.device))
+    shape = [*weight.shape]
+    shape[axis] = len(kept)
+    # Not from numpy, which asks for huge pages: new ones took three times as long to come by.
+    out = torch.empty(shape, dtype=weight.dtype, device="cpu")
+    source, index, words = _words(weight), kept.cpu().numpy(), _words(out)
+    for rows in _blocks(out):
         # The other modes check all indices first, or copy the result.
         if axis == 0:
-            np.take(source, index[rows], axis=0, out=words, mode="wrap")
+            np.take(source, index[rows], axis=0, out=words[rows], mode="wrap")
         else:
-            np.take(source[rows], index, axis=1, out=words, mode="wrap")
-
-    if out.device.type != "cpu":
-        # Only conversions that round nothing are left to the device.
-        narrower = min(out.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
-
-        def fill(rows: slice, block: Tensor) -> None:
-            if block.dtype == weight.dtype:
-                take(rows, _words(block))
-            else:
-                _convert(take, rows, weight.dtype, block)
-
-        return send(out, narrower, fill)
-    if out.dtype == weight.dtype and out.is_contiguous():
-        for rows in _blocks(out):
-            take(rows, _words(_claim(out[rows])))
-    else:
-        _convert(take, slice(0, len(out)), weight.dtype, out)
+            np.take(source[rows], index, axis=1, out=words[rows], mode="wrap")
     return out
-
-
-#: `MADV_POPULATE_WRITE`, which Linux knows from 5.14 on.
-_POPULATE_WRITE = 23
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if sys.platform != "linux":
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
-
-
-def _claim(target: Tensor) -> Tensor:
-    """Have the kernel hand out at once the pages that are about to be written to.
-
-    One by one, as each is first written to, takes longer. Returns `target`, unchanged.
-    """
-    advise = _madvise()
-    if advise is not None and target.is_contiguous():
-        start = target.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        # A kernel that does not know how answers so, and hands them out one by one.
-        advise(start, target.data_ptr() + target.nbytes - start, _POPULATE_WRITE)
-    return target
-
-
-def _convert(
-    take: Callable[[slice, np.ndarray], None],
-    rows: slice,
-    dtype: torch.dtype,
-    target: Tensor,
-) -> None:
-    """Take some rows, which are words of `dtype`, into a CPU tensor of any dtype and layout."""
-    step = max(1, _SERIAL_ELEMENTS // max(1, target[0].numel()))
-    words = np.empty((min(step, len(target)), *target.shape[1:]), _WORDS[dtype])
-    for start in range(0, len(target), step):
-        block = _claim(target[start : start + step])
-        first = rows.start + start
-        take(slice(first, first + len(block)), words[: len(block)])
-        block.copy_(_floats(words[: len(block)], dtype))

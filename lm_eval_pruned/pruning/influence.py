@@ -18,6 +18,7 @@ from lm_eval_pruned.pruning.calibration import CalibrationText
 from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.dropping import layers_of
 from lm_eval_pruned.pruning.layerwise import Call
+from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.util.progress import steps
 
 
@@ -140,6 +141,7 @@ def depth_in_memory(
     model: PreTrainedModel,
     arguments: PruneArguments,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    known: ScoreTable | None = None,
 ) -> Depth | None:
     """Return which layers of a loaded model stay.
 
@@ -147,6 +149,7 @@ def depth_in_memory(
         model: The model.
         arguments: What the user asked for.
         tokenizer: What reads the text that decides, if one does.
+        known: Influence from before; takes what is measured here.
 
     Raises:
         ValueError: The layers or the text are wrong, or there is no tokenizer.
@@ -160,7 +163,10 @@ def depth_in_memory(
             f"calibration={arguments.calibration} is text, and there is no tokenizer to read it "
             "with: pass tokenizer."
         )
-    samples: Any = arguments.calibration_samples
-    text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
-    influence = influence_in_memory(model, text.tokens)
-    return Depth.of(arguments, layers, influence, text.seen_by({}).as_dict())
+    known = known or ScoreTable()
+    if known.influence is None:
+        samples: Any = arguments.calibration_samples
+        text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
+        influence = influence_in_memory(model, text.tokens)
+        known.influence = influence, text.seen_by({}).as_dict()
+    return Depth.of(arguments, layers, *known.influence)

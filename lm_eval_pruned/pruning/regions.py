@@ -7,7 +7,7 @@ experts. A `Region` cuts one out, and `assemble` puts them together again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -60,27 +60,6 @@ class Region:
         if self.interleaved:
             return tensor[self.half :: 2]
         return tensor.chunk(2)[self.half]
-
-    def read(self, source: Any) -> Tensor:
-        """Like `view`, but read no more than needed of a safetensors slice."""
-        rows = slice(None)
-        shape = source.get_shape()
-        plain_half = (
-            self.half is not None and not self.interleaved and not self.transposed
-        )
-        if plain_half:
-            width = shape[0 if self.expert is None else 1] // 2
-            rows = slice(self.half * width, (self.half + 1) * width)  # type: ignore[operator]
-        if self.expert is None:
-            tensor = source[rows] if plain_half else source[...]
-        elif plain_half:
-            tensor = source[self.expert : self.expert + 1, rows][0]
-        else:
-            tensor = source[self.expert : self.expert + 1][0]
-        half = None if plain_half else self.half
-        return Region(
-            self.parameter, None, half, self.interleaved, self.transposed
-        ).view(tensor)
 
 
 def assemble(pieces: Mapping[Region, Tensor]) -> Tensor:

@@ -115,77 +115,57 @@ def prune_loaded(
             # What is wrong with the arguments is refused before text runs.
             widths.plan(arguments)
         widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
-    return carry_out(widths.plan(arguments), model, widths, tokenizer)
+    plan, known = widths.plan(arguments), ScoreTable()
+    return carry_out(
+        plan, model, widths, LoadedModel(plan, model, tokenizer, known), known
+    )
 
 
 def carry_out(
     plan: PrunePlan,
     model: PreTrainedModel,
-    widths: Widths | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    known: ScoreTable | None = None,
+    widths: Widths,
+    evidence: LoadedModel,
+    known: ScoreTable,
 ) -> PreTrainedModel:
     """Prune `model` in place as `plan` says; see `prune_model`.
 
     Args:
         plan: The plan.
         model: A loaded model.
-        widths: Its widths, if they are known.
-        tokenizer: Its tokenizer; needed where the plan has calibration text.
+        widths: Its widths, those of the layers that stay.
+        evidence: What the plan is settled by.
         known: Scores of the same model from before; takes those that it lacks.
     """
-    widths = widths or widths_in_memory(model).without_layers(plan.depth)
     before = count_parameters(model)
     # An error leaves the model whole.
     with contextlib.ExitStack() as on_error:
         if widths.depth is not None:
             drop_layers(model, widths.depth, widths.remembered, on_error)
-        _narrow_layers(plan, model, widths, tokenizer, known or ScoreTable(), before)
+        _narrow_layers(plan, model, widths, evidence, known, before)
         on_error.pop_all()
     return model
-
-
-def score_loaded(
-    plan: PrunePlan,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    known: ScoreTable,
-) -> None:
-    """Let `known` take the scores by which `carry_out` would prune `model`.
-
-    Takes the arguments of `carry_out`. The model loses the layers that are dropped.
-    """
-    widths = widths_in_memory(model).without_layers(plan.depth)
-    if widths.depth is not None:
-        with contextlib.ExitStack() as on_error:
-            drop_layers(model, widths.depth, widths.remembered, on_error)
-            on_error.pop_all()
-    evidence = LoadedModel(plan, model, find_glu_mlps(model), tokenizer, known)
-    settled(plan, widths, evidence)
-    if not (plan.is_open and plan.tried):
-        evidence.scores()
-    # What is finite here may overflow in another dtype.
-    known.finite.clear()
 
 
 def _narrow_layers(
     plan: PrunePlan,
     model: PreTrainedModel,
     widths: Widths,
-    tokenizer: PreTrainedTokenizerBase | None,
+    evidence: LoadedModel,
     known: ScoreTable,
     before: int,
 ) -> None:
     """Narrow the layers of a model, and write its record."""
     mlps = find_glu_mlps(model)
     kept: dict[str, Tensor] = {}
+    tokenizer = evidence.tokenizer
     if plan.prunes and plan.calibration is not None and tokenizer is None:
         raise ValueError(
             f"calibration={plan.calibration} is text, and there is no tokenizer to read it with: "
             "pass tokenizer."
         )
     if plan.is_open:
-        plan = settled(plan, widths, LoadedModel(plan, model, mlps, tokenizer, known))
+        plan = settled(plan, widths, evidence)
         known = known.of_plan(plan, mlps)
     targets = widths.targets(plan)
     if plan.prunes:
@@ -289,20 +269,18 @@ class LoadedModel:
     Attributes:
         plan: The plan that is to be settled.
         model: The unpruned model.
-        mlps: Its GLU-MLPs.
         tokenizer: Its tokenizer; needed where losses are measured.
         known: Takes the scores by the plan's criterion.
     """
 
     plan: PrunePlan
     model: PreTrainedModel
-    mlps: list[GluMlp]
     tokenizer: PreTrainedTokenizerBase | None
     known: ScoreTable
 
     def scores(self) -> Mapping[str, Tensor]:
         _calibrate(self.plan, self.model, self.tokenizer, self.known)
-        for mlp in self.mlps:
+        for mlp in find_glu_mlps(self.model):
             _scores_in_memory(self.plan, mlp, self.known)
         return self.known.scores
 
@@ -316,7 +294,7 @@ class LoadedModel:
                 scored = ScoreTable(calibration=known.calibration)
                 _calibrate(one, self.model, self.tokenizer, scored)
                 known.calibration = scored.calibration
-                for mlp in self.mlps:
+                for mlp in find_glu_mlps(self.model):
                     _scores_in_memory(one, mlp, scored)
                 known.by_criterion[criterion] = scored.scores
             assert self.tokenizer is not None
@@ -423,17 +401,16 @@ def score(
     return scores
 
 
-def check_finite(name: str, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+def check_finite(name: str, weight: Tensor) -> None:
     """Raise ValueError naming the tensor if it holds NaN or infinity.
 
     Args:
         name: What the message calls it.
         weight: Any shape.
-        dtype: Look at the weights in this dtype; default: their own.
     """
-    if all_finite(weight, dtype):
+    if all_finite(weight):
         return
-    bad = int((~weight.to(dtype or weight.dtype).isfinite()).sum())
+    bad = int((~weight.isfinite()).sum())
     raise ValueError(
         f"{name} holds {bad} NaN or infinite values of {weight.numel()}, so its neurons "
         "cannot be ranked: use an intact checkpoint."
@@ -441,23 +418,17 @@ def check_finite(name: str, weight: Tensor, dtype: torch.dtype | None = None) ->
 
 
 @torch.no_grad()
-def narrow(
-    weight: Tensor,
-    kept: Tensor,
-    axis: int,
-    dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
     """Return the kept neurons of a weight or bias.
 
     Args:
         weight: Any shape with I entries along `axis`.
         kept: Kept neurons, shape (k,), int64, ascending.
         axis: The axis that counts neurons.
-        dtype: Dtype of the result, which is contiguous; default: that of `weight`.
-            Where all neurons are kept in that dtype, the result is `weight` itself.
-        out: Where to put them instead; see `lm_eval_pruned.pruning.arrays.gather`.
+
+    Returns:
+        A contiguous tensor; `weight` itself where all neurons are kept.
     """
-    if out is None and len(kept) == weight.shape[axis]:
-        return weight.to(dtype or weight.dtype).contiguous()
-    return gather(weight, kept, axis, dtype, out)
+    if len(kept) == weight.shape[axis]:
+        return weight.contiguous()
+    return gather(weight, kept, axis)

@@ -13,11 +13,9 @@ import sys
 import threading
 import types
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -25,31 +23,18 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
-    conversion_mapping,
 )
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.checkpoints import load as loading, narrowed
+from lm_eval_pruned.checkpoints import load as loading
 from lm_eval_pruned.checkpoints.damage import check_counts
-from lm_eval_pruned.checkpoints.narrowed import (
-    AssembledTensor,
-    NarrowedMlp,
-    NarrowedTensor,
-    RegionOfSource,
-)
 from lm_eval_pruned.checkpoints.request import (
     LoadRequest,
     _refuse_quantised,
     _resolve_config,
 )
-from lm_eval_pruned.checkpoints.route import RouteDeclined
-from lm_eval_pruned.checkpoints.session import Session
-from lm_eval_pruned.checkpoints.sources import _converted_sources
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-from lm_eval_pruned.pruning.regions import Region
-from lm_eval_pruned.pruning.scores import ScoreTable
 from tests.helpers import checkpoints, layouts
 from tests.helpers.checkpoints import edit_config, edit_weights
 from tests.helpers.comparing import assert_same_model
@@ -85,39 +70,6 @@ def test_scores_are_those_of_the_stored_weights_in_any_target_dtype(tiny_llama, 
     assert_same_model(pruned, stored.to(cast))
 
 
-def test_every_projection_is_read_once_and_where_it_lies(tiny_llama, monkeypatch):
-    lies_in_the_file = []
-    read = NarrowedTensor.read
-
-    def watched(self):
-        weight = read(self)
-        lies_in_the_file.append(weight.data_ptr() == read(self).data_ptr())
-        return weight
-
-    monkeypatch.setattr(NarrowedTensor, "read", watched)
-    load_pruned(str(tiny_llama), ratio=1, dtype=torch.bfloat16)
-    assert len(lies_in_the_file) == 9, "every projection of the three layers"
-    assert all(lies_in_the_file), "not a copy"
-
-
-def test_a_thread_that_would_wait_scores_a_later_layer(tiny_llama, monkeypatch):
-    scored, others = [], threading.Event()
-
-    def watched(plan, name, *args, score=narrowed.score, **kwargs):
-        scored.append(name)
-        if name == "model.layers.0.mlp":
-            assert others.wait(60), "nobody scores another layer meanwhile"
-        else:
-            others.set()
-        return score(plan, name, *args, **kwargs)
-
-    monkeypatch.setattr(narrowed, "score", watched)
-    monkeypatch.setattr("transformers.core_model_loading.GLOBAL_WORKERS", 2)
-    expected = prune_model(AutoModelForCausalLM.from_pretrained(tiny_llama), ratio=1)
-    assert_same_model(load_pruned(str(tiny_llama), ratio=1), expected)
-    assert sorted(scored) == [f"model.layers.{layer}.mlp" for layer in range(3)]
-
-
 def test_no_layer_is_converted_at_its_full_width(tiny_llama, monkeypatch):
     # In the calling thread, where a dispatch mode sees every operation.
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
@@ -141,50 +93,24 @@ def test_no_layer_is_converted_at_its_full_width(tiny_llama, monkeypatch):
     assert not full & set(seen)
 
 
-@pytest.mark.parametrize("criterion", ["l2", "random"])
-def test_criteria_that_copy_weights_see_one_layer_at_a_time(
-    tiny_llama, monkeypatch, criterion
-):
-    scoring, most = [], []
-
-    def watched(*args, score=narrowed.score, **kwargs):
-        scoring.append(args[1])
-        most.append(len(scoring))
-        try:
-            return score(*args, **kwargs)
-        finally:
-            scoring.pop()
-
-    monkeypatch.setattr(narrowed, "score", watched)
-    load_pruned(str(tiny_llama), ratio=1, criterion=criterion, dtype=torch.bfloat16)
-    assert most == [1, 1, 1]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("criterion", ["maw", "max_abs", "l1", "vow"])
-def test_narrowing_before_converting_changes_no_bit(
+def test_weights_are_ranked_as_they_are_stored_and_then_converted(
     tmp_path, checkpoint_dtype, dtype, criterion
 ):
     folder = checkpoints.save_tiny(tmp_path / "tiny", dtype=checkpoint_dtype)
-    stored = AutoModelForCausalLM.from_pretrained(folder)
-    assert stored.dtype == checkpoint_dtype
-    assert_same_model(
-        load_pruned(str(folder), ratio=2, dtype=dtype, criterion=criterion),
-        prune_model(stored, ratio=2, criterion=criterion).to(dtype),
-    )
+    full = AutoModelForCausalLM.from_pretrained(folder)
+    pruned = prune_model(full, ratio=2, criterion=criterion)
+    digest = pruned.prune_record.digest
+    loaded = load_pruned(str(folder), ratio=2, dtype=dtype, criterion=criterion)
+    assert_same_model(loaded, pruned.to(dtype))
+    assert loaded.dtype == dtype
+    assert loaded.prune_record.digest == digest
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64])
 def checkpoint_dtype(request):
     return request.param
-
-
-def test_weights_that_overflow_in_the_target_dtype_are_named(copied):
-    key = "model.layers.1.mlp.gate_proj.weight"
-    edit_weights(copied, lambda tensors: tensors[key][3, 3].fill_(1e6))
-    load_pruned(str(copied), ratio=1)
-    with pytest.raises(ValueError, match=f"{re.escape(key)} holds 1 NaN or infinite"):
-        load_pruned(str(copied), ratio=1, dtype=torch.float16)
 
 
 def test_the_order_of_the_tensors_does_not_matter(copied):
@@ -195,19 +121,6 @@ def test_the_order_of_the_tensors_does_not_matter(copied):
     expected = load_pruned(str(copied), ratio=1)
     edit_weights(copied, reverse)
     assert_same_model(load_pruned(str(copied), ratio=1), expected)
-
-
-def test_nothing_stays_registered(tiny_llama, copied):
-    before = PreTrainedModel.__dict__["_load_pretrained_model"]
-    mapping = repr(conversion_mapping.get_checkpoint_conversion_mapping("llama"))
-    load_pruned(str(tiny_llama), ratio=1)
-    (copied / "model.safetensors").write_bytes(b"")
-    with pytest.raises(OSError, match="not an intact safetensors file"):
-        load_pruned(str(copied), ratio=1)
-    assert PreTrainedModel.__dict__["_load_pretrained_model"] is before
-    assert (
-        repr(conversion_mapping.get_checkpoint_conversion_mapping("llama")) == mapping
-    )
 
 
 def load_in_threads(tiny_llama):
@@ -299,16 +212,12 @@ def test_disk_offload_keeps_the_narrowed_weights(tiny_llama, tmp_path):
         assert torch.equal(offloaded(tokens).logits, expected)
 
 
-def test_pickled_checkpoints_are_pruned_in_memory(copied, caplog):
+def test_pickled_checkpoints_are_pruned_like_others(copied):
     tensors = load_file(copied / "model.safetensors")
     expected = load_pruned(str(copied), ratio=1)
     (copied / "model.safetensors").unlink()
     torch.save(tensors, copied / "pytorch_model.bin")
-    with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
-        model = load_pruned(str(copied), ratio=1)
-    assert_same_model(model, expected)
-    assert "loaded in full and pruned in memory" in caplog.text
-    assert "not in safetensors" in caplog.text
+    assert_same_model(load_pruned(str(copied), ratio=1), expected)
 
 
 def test_device_and_device_map_exclude_each_other(tiny_llama):
@@ -356,17 +265,6 @@ def test_a_config_that_lies_about_the_width_is_caught(copied):
         load_pruned(str(copied), ratio=1)
 
 
-def test_integer_weights_are_refused(copied):
-    key = "model.layers.1.mlp.up_proj.weight"
-
-    def to_int(tensors):
-        tensors[key] = tensors[key].to(torch.int8)
-
-    edit_weights(copied, to_int)
-    with pytest.raises(ValueError, match="stored as I8"):
-        load_pruned(str(copied), ratio=1)
-
-
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
 def test_quantised_checkpoints_are_refused_before_weights_are_read(copied, method):
     edit_config(copied, quantization_config={"quant_method": method, "bits": 4})
@@ -391,28 +289,6 @@ def test_models_without_a_glu_are_refused_before_weights_are_read(tmp_path):
         load_pruned(str(tmp_path), ratio=1)
 
 
-def test_the_files_are_closed_after_loading(tiny_llama, monkeypatch):
-    opened = []
-
-    class Recorder:
-        def __init__(self, *args, **kwargs):
-            self.file = safe_open(*args, **kwargs)
-            self.closed = False
-            opened.append(self)
-
-        def __enter__(self):
-            return self.file.__enter__()
-
-        def __exit__(self, *error):
-            self.closed = True
-            return self.file.__exit__(*error)
-
-    monkeypatch.setattr("safetensors.safe_open", Recorder)
-    load_pruned(str(tiny_llama), ratio=1)
-    assert opened
-    assert all(recorder.closed for recorder in opened)
-
-
 @pytest.mark.parametrize("sizes", [{}, {"ratio": 1}])
 def test_a_model_that_is_let_go_waits_for_no_collection(tiny_llama, sizes):
     gc.disable()
@@ -434,32 +310,6 @@ def request_for(folder, arguments=None, **prune_arguments):
     )
 
 
-def test_what_cannot_be_pruned_while_it_loads_says_why(tiny_llama):
-    request = request_for(tiny_llama, ratio=1)
-    assert request.unreadable() is None
-    gguf = dataclasses.replace(request, model_arguments={"gguf_file": "a.gguf"})
-    assert gguf.unreadable() == "it is a GGUF file"
-    none = dataclasses.replace(request, model_arguments={"gguf_file": None})
-    assert none.unreadable() is None
-
-
-def test_neurons_are_observed_where_their_scores_are_not_known(tiny_llama):
-    request = request_for(tiny_llama, ratio=1)
-    known = ScoreTable()
-    assert not request.needs_scores(known)
-    observing = request_for(tiny_llama, ratio=1, criterion="act", calibration="a")
-    assert observing.needs_scores(known)
-    names = [f"model.layers.{layer}.mlp" for layer in range(3)]
-    known.scores = dict.fromkeys(names[:2], torch.zeros(88))
-    assert observing.needs_scores(known)
-    known.scores[names[2]] = torch.zeros(88)
-    assert not observing.needs_scores(known)
-    baseline = request_for(tiny_llama)
-    assert not baseline.needs_scores(known)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        request.plan = baseline.plan
-
-
 def test_what_is_pruned_in_memory_may_not_be_quantised_first(tiny_llama):
     request = request_for(tiny_llama, ratio=1)
     config = {"quantization_config": {"quant_method": "torchao"}}
@@ -471,9 +321,7 @@ def test_what_is_pruned_in_memory_may_not_be_quantised_first(tiny_llama):
         quantising = dataclasses.replace(request, model_arguments=arguments)
         with pytest.raises(ValueError, match=f"{name} quantises .* because of me"):
             quantising.check_prunable_in_memory("of me")
-    for arguments in ({}, config | {"gguf_file": "a.gguf"}):
-        fine = dataclasses.replace(request, model_arguments=arguments)
-        fine.check_prunable_in_memory("of me")
+    request.check_prunable_in_memory("of me")
     baseline = request_for(tiny_llama)
     dataclasses.replace(baseline, model_arguments=config).check_prunable_in_memory(None)
 
@@ -508,63 +356,6 @@ def test_the_tokenizer_comes_from_where_the_model_does(tiny_llama, monkeypatch):
         assert calls.pop() == ((str(tiny_llama),), expected)
 
 
-class Loader:
-    """In place of an Auto class: remembers with which arguments it was called."""
-
-    def __init__(self, missing=()):
-        self.missing = list(missing)
-        self.calls = []
-
-    def from_pretrained(self, pretrained, **arguments):
-        self.calls.append((pretrained, arguments))
-        if arguments.get("output_loading_info"):
-            return "model", {"missing_keys": self.missing}
-        return "model"
-
-
-def test_a_model_is_loaded_with_the_arguments_of_the_user(tiny_llama):
-    loader = Loader()
-    request = dataclasses.replace(
-        request_for(tiny_llama, {"dtype": torch.float16, "revision": "r"}, ratio=1),
-        auto_class=loader,
-    )
-    assert request.load("config") == "model"
-    assert loader.calls == [
-        (
-            str(tiny_llama),
-            {
-                "config": "config",
-                "output_loading_info": True,
-                "dtype": torch.float16,
-                "revision": "r",
-            },
-        )
-    ]
-
-
-def test_a_gguf_file_is_expanded(tiny_llama):
-    loader = Loader()
-    request = dataclasses.replace(
-        request_for(tiny_llama),
-        auto_class=loader,
-        model_arguments={"gguf_file": "a.gguf"},
-    )
-    assert request.load_whole() == "model"
-    ((_, arguments),) = loader.calls
-    assert arguments["gguf_file"] == "a.gguf"
-    assert arguments["config"] is request.widths.original
-    expanding = arguments.get("quantization_config")
-    assert expanding is None or expanding.dequantize is True
-
-
-def test_a_loader_that_tells_what_was_missing_is_believed(tiny_llama):
-    request = dataclasses.replace(
-        request_for(tiny_llama), auto_class=Loader(missing=["b", "a"])
-    )
-    with pytest.raises(ValueError, match="no tensor for a and 1 more"):
-        request.load("config")
-
-
 class OwnLoader(LlamaForCausalLM):
     """A class that reads checkpoints in a way of its own."""
 
@@ -584,332 +375,25 @@ class OwnAuto:
         return OwnLoader(config)
 
 
-def test_a_class_with_a_loader_of_its_own_is_pruned_in_memory(tiny_llama, caplog):
-    with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
-        model = load_pruned(str(tiny_llama), ratio=1, auto_class=OwnAuto)
+def test_a_class_may_have_a_loader_of_its_own(tiny_llama):
+    model = load_pruned(str(tiny_llama), ratio=1, auto_class=OwnAuto)
     assert type(model) is OwnLoader
     assert_same_model(model, load_pruned(str(tiny_llama), ratio=1))
-    assert "because its model class loads checkpoints in its own way" in caplog.text
     whole = load_pruned(str(tiny_llama), auto_class=OwnAuto)
     assert_same_model(whole, load_pruned(str(tiny_llama)))
 
 
-def test_pruning_in_memory_is_told_and_loading_whole_is_not(copied, caplog):
-    torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
-    (copied / "model.safetensors").unlink()
-    for file in copied.glob("tokenizer*"):
-        file.unlink()
-    with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
-        load_pruned(str(copied))
-        assert not caplog.messages
-        load_pruned(str(copied), ratio=1)
-    (message,) = caplog.messages
-    assert message == (
-        f"{copied} is loaded in full and pruned in memory, because its checkpoint is not in "
-        "safetensors."
-    )
-
-
-class TwiceItself(LlamaForCausalLM):
-    """Loads another model of its class in the same call."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained, **arguments):
-        first = super().from_pretrained(pretrained, **arguments)
-        first.second = [super().from_pretrained(pretrained)]
-        return first
-
-
-def test_only_the_first_model_of_a_session_is_pruned(tiny_llama):
-    """A class may load another model while it is loaded."""
-    mapping = {LlamaConfig: TwiceItself}
-    auto = type("Auto", (AutoModelForCausalLM,), {"_model_mapping": mapping})
-    first = load_pruned(str(tiny_llama), ratio=1, auto_class=auto)
-    (second,) = first.second
-    assert first.config.intermediate_size == 32
-    assert_same_model(first, load_pruned(str(tiny_llama), ratio=1))
-    assert_same_model(second, load_pruned(str(tiny_llama)))
-
-
-def test_a_model_whose_weights_nobody_asked_for_is_refused(tiny_llama):
-    """Of a mixture's experts a process may ask for its share; of none of them it may not."""
-    request = request_for(tiny_llama, ratio=1)
-    session = Session(
-        request.plan, request.widths, request.widths.targets(request.plan)
-    )
-    session._model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    session._mlps = [SimpleNamespace(is_untouched=True)] * 2
-    with pytest.raises(UnsupportedModelError, match="put no weights into the narrowed"):
-        session.check_filled(session._model)
-    session._mlps = [SimpleNamespace(is_untouched=untouched) for untouched in (1, 0)]
-    session.check_filled(session._model)
-
-
-@pytest.mark.parametrize(
-    ("state_dict", "files", "why"),
-    [
-        ({}, ["a.safetensors"], "its weights do not come from files"),
-        (None, [], "its weights do not come from files"),
-        (None, None, "its weights do not come from files"),
-        (None, ["a.safetensors", "b.bin"], "its checkpoint is not in safetensors"),
-    ],
-)
-def test_checkpoints_that_are_no_safetensors_are_declined(
-    tiny_llama, state_dict, files, why
-):
-    request = request_for(tiny_llama, ratio=1)
-    session = Session(request.plan, request.widths, {})
-    with pytest.raises(RouteDeclined, match=why):
-        session._open_files(state_dict, files)
-
-
-def test_zero3_gathers_weights_itself(tiny_llama, monkeypatch):
-    request = request_for(tiny_llama, ratio=1)
-    session = Session(request.plan, request.widths, {})
-    monkeypatch.setattr(
-        "transformers.integrations.is_deepspeed_zero3_enabled", lambda: True
-    )
-    with pytest.raises(RouteDeclined, match="DeepSpeed"):
-        session._open_files(None, [str(tiny_llama / "model.safetensors")])
-
-
-class Entry:
-    """A safetensors slice of a tensor."""
-
-    def __init__(self, tensor, dtype="F32"):
-        self.tensor, self.dtype = tensor, dtype
-
-    def get_shape(self):
-        return list(self.tensor.shape)
-
-    def get_dtype(self):
-        return self.dtype
-
-    def __getitem__(self, index):
-        return self.tensor[index]
-
-
-def narrowed_mlp(request, width=32, sources=None):
-    """Return the entries of the first MLP of a Llama, and its state dict."""
-    mlp = request.widths.mlps[0]
-    targets = dict.fromkeys(request.widths.actual, width)
-    session = Session(request.plan, request.widths, targets)
-    glu = NarrowedMlp(session, mlp, 88, width)
-    target = (torch.device("cpu"), torch.bfloat16)
-    weights = {
-        "down_proj": torch.randn(32, 88),
-        "gate_proj": torch.randn(88, 32),
-        "up_proj": torch.randn(88, 32),
-    } | (sources or {})
-    entries = {
-        name: glu.add(name, "weight", Entry(weight), target)
-        for name, weight in weights.items()
-    }
-    return glu, entries, weights
-
-
-def test_entries_look_like_tensors_of_the_kept_width(tiny_llama):
-    mlp, entries, weights = narrowed_mlp(request_for(tiny_llama, ratio=1))
-    assert mlp.stored_width() == 88
-    gate, down = entries["gate_proj"], entries["down_proj"]
-    assert (gate.get_shape(), down.get_shape()) == ([32, 32], [32, 32])
-    assert (gate.stored_shape(), down.stored_shape()) == ([88, 32], [32, 88])
-    assert gate.get_dtype() == "F32"
-    assert gate[...] is gate
-    kept = mlp.kept()
-    assert kept.dtype == torch.int64 and len(kept) == 32
-    expected = weights["gate_proj"][kept].bfloat16()
-    # The first reading hands out what the scoring had at hand, the next one reads anew.
-    assert torch.equal(gate.to(), expected)
-    assert torch.equal(gate.to(), expected)
-    assert torch.equal(gate[1:3], expected[1:3])
-    # The ranks of tensor parallelism ask for parts, and must not hold on to the rest.
-    assert gate[1:3].untyped_storage().nbytes() == 2 * 32 * 2
-    assert gate.to(dtype=torch.float64).dtype == torch.float64
-    assert gate.to(device="meta").device.type == "meta"
-    assert torch.equal(down[...].to(), weights["down_proj"][:, kept].bfloat16())
-
-
-def test_entries_that_do_not_fit_the_others_are_named(tiny_llama):
-    request = request_for(tiny_llama, ratio=1)
-    name = r"model\.layers\.0\.mlp\."
-    for sources, message in (
-        (
-            {"up_proj": torch.randn(80, 32)},
-            r"up_proj.weight has shape \[80, 32\] .* says \[88, 32\]",
-        ),
-        (
-            {"down_proj": torch.randn(80, 88)},
-            r"down_proj.weight has shape \[80, 88\] .* says \[32, 88\]",
-        ),
-        ({"gate_proj": torch.randn(80)}, r"gate_proj.weight has shape \[80\] .* says"),
-        ({"gate_proj": torch.randn(0, 32)}, r"gate_proj.weight has shape \[0, 32\] .*"),
-    ):
-        mlp, _, _ = narrowed_mlp(request, sources=sources)
-        with pytest.raises(ValueError, match=name + message):
-            mlp.stored_width()
-    one = {"gate_proj": torch.randn(1, 32), "up_proj": torch.randn(1, 32)}
-    mlp, _, _ = narrowed_mlp(request, sources={**one, "down_proj": torch.randn(32, 1)})
-    assert mlp.stored_width() == 1
-
-
-@pytest.mark.parametrize("dtype", ["I8", "BOOL", "F8_E4M3", "U16"])
-def test_codes_are_no_weights(tiny_llama, dtype):
-    request = request_for(tiny_llama, ratio=1)
-    mlp, _, weights = narrowed_mlp(request)
-    source = Entry(weights["up_proj"], dtype)
-    with pytest.raises(
-        ValueError, match=rf"mlp\.up_proj\.weight is stored as {dtype},"
-    ):
-        mlp.add("up_proj", "weight", source, None)
-
-
-def test_fused_entries_are_assembled(tiny_llama):
-    request = request_for(tiny_llama, ratio=1)
-    mlp, entries, weights = narrowed_mlp(request)
-    halves = [Region("p", half=0), Region("p", half=1)]
-    pair = AssembledTensor(
-        dict(zip(halves, (entries["gate_proj"], entries["up_proj"]), strict=True))
-    )
-    kept = mlp.kept()
-    expected = torch.cat(
-        [weights[name][kept].bfloat16() for name in ("gate_proj", "up_proj")]
-    )
-    assert pair.get_shape() == [64, 32]
-    assert pair.get_dtype() == "F32"
-    assert pair[...] is pair
-    assert torch.equal(pair.to(), expected)
-    assert torch.equal(pair[30:40], expected[30:40])
-    assert pair[30:40].untyped_storage().nbytes() == 10 * 32 * 2
-    assert pair.to(dtype=torch.float64).dtype == torch.float64
-    assert pair.to(device="meta").device.type == "meta"
-
-
-def test_a_part_of_an_entry_is_an_entry():
-    tensor = torch.randn(10, 4)
-    part = RegionOfSource(Region("p", half=1), Entry(tensor, "F16"))
-    assert part.get_shape() == [5, 4]
-    assert part.get_dtype() == "F16"
-    assert torch.equal(part[...], tensor[5:])
-    assert part[...].is_contiguous()
-    assert torch.equal(part[1:3], tensor[6:8])
-    # A damaged entry has no such part; its whole shape is what the message shows.
-    broken = RegionOfSource(Region("p", expert=3), Entry(torch.randn(2, 4)))
-    assert broken.get_shape() == [2, 4]
-
-
-def converter(sources, targets, *operations):
-    return types.SimpleNamespace(
-        source_patterns=sources, target_patterns=targets, operations=operations
-    )
-
-
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "phi3"])
-def test_what_was_merged_is_saved_as_it_was_stored(family, tmp_path, monkeypatch):
+def test_what_was_merged_is_saved_as_it_was_stored(family, dtype, tmp_path):
     layouts.save_family(tmp_path / "source", family, 16)
-    merge = Session.merge
-    entries = []
-
-    def watched(self, *args):
-        entries.append(merge(self, *args))
-        return entries[-1]
-
-    monkeypatch.setattr(Session, "merge", watched)
-    model = load_pruned(str(tmp_path / "source"), intermediate_size=8)
-    stored = {}
-    for name in ("source", "saved"):
-        if name == "saved":
-            model.save_pretrained(tmp_path / name)
-        with safe_open(tmp_path / name / "model.safetensors", "pt") as file:
-            stored[name] = set(file.keys())
-    assert stored["source"] == stored["saved"]
-    # transformers saw no expert, but for models without any.
-    assert (entries[0].keys() == stored["source"]) == (family == "phi3")
-    again = load_pruned(str(tmp_path / "saved"))
-    assert_same_model(again, model)
-
-
-class MergeModulelist:
-    def __init__(self, dim=0):
-        self.dim = dim
-
-
-class Concatenate(MergeModulelist):
-    pass
-
-
-class Transpose(MergeModulelist):
-    pass
-
-
-def test_experts_stored_one_by_one_are_told_apart():
-    merge = converter(["w1", "w3"], ["both"], MergeModulelist(), Concatenate(1))
-    places = [
-        (f"mlp{expert}", (projection, "weight"), Region("p", expert, half))
-        for half, projection in enumerate(("gate_proj", "up_proj"))
-        for expert in (1, 0)
-    ]
-    keys = ["experts.0.w3", "experts.1.w3"]
-    assert _converted_sources("p", "w3", keys, merge, places) == {
-        key: [(f"mlp{i}", ("up_proj", "weight"), Region("p", i, 1), None)]
-        for i, key in enumerate(keys)
-    }
-    first = _converted_sources("p", "w1", ["a", "b"], merge, places)
-    assert first["b"] == [("mlp1", ("gate_proj", "weight"), Region("p", 1, 0), None)]
-
-    single = converter(["w2"], ["down"], MergeModulelist())
-    downs = [(f"mlp{i}", ("down_proj", "weight"), Region("p", i)) for i in (0, 1)]
-    assert _converted_sources("p", "w2", ["a", "b"], single, downs) == {
-        key: [(f"mlp{i}", ("down_proj", "weight"), Region("p", i), None)]
-        for i, key in enumerate("ab")
-    }
-
-    fuse = converter(["gate", "up"], ["both"], Concatenate(0))
-    halves = [("mlp", (n, "weight"), Region("p", half=i)) for i, n in enumerate("gu")]
-    assert _converted_sources("p", "up", ["k"], fuse, halves) == {
-        "k": [("mlp", ("u", "weight"), Region("p", half=1), None)]
-    }
-
-
-_EXPERT_HALVES = [("m", "x", Region("p", i, half)) for i in (0, 1) for half in (0, 1)]
-_EXPERT_DOWNS = [("m", "x", Region("p", i)) for i in (0, 1)]
-_HALVES = [("m", "x", Region("p", half=i)) for i in (0, 1)]
-
-
-@pytest.mark.parametrize(
-    ("conversion", "keys", "places"),
-    [
-        (converter(["a"], ["x", "y"], MergeModulelist()), 2, _EXPERT_DOWNS),
-        (converter(["a"], ["x"], MergeModulelist(1)), 2, _EXPERT_DOWNS),
-        (converter(["a"], ["x"], MergeModulelist(), Transpose(1)), 2, _EXPERT_DOWNS),
-        (converter(["a"], ["x"], MergeModulelist()), 1, _EXPERT_DOWNS),
-        (converter(["a"], ["x"], MergeModulelist()), 2, _EXPERT_HALVES),
-        (converter(["a"], ["x"]), 2, _EXPERT_DOWNS),
-        (
-            converter(["a", "b"], ["x"], MergeModulelist(), Concatenate(0)),
-            2,
-            _EXPERT_HALVES,
-        ),
-        (converter(["a", "b"], ["x"], Concatenate(1)), 1, _HALVES),
-        (converter(["a", "b"], ["x"], Transpose(0)), 1, _HALVES),
-        (converter(["a", "b"], ["x"], Concatenate(0)), 2, _HALVES),
-        (converter(["a", "b"], ["x"], MergeModulelist(), Concatenate(1)), 1, _HALVES),
-        (
-            converter(["a", "b"], ["x"], Concatenate(0)),
-            1,
-            [("m", "x", Region("p", half=i, interleaved=True)) for i in (0, 1)],
-        ),
-        (
-            converter(["a", "b"], ["x"], Concatenate(0)),
-            1,
-            [("m", "x", Region("p", half=i, transposed=True)) for i in (0, 1)],
-        ),
-        (converter(["a"], ["x"], MergeModulelist()), 2, []),
-    ],
-)
-def test_other_ways_of_computing_a_weight_are_declined(conversion, keys, places):
-    with pytest.raises(RouteDeclined, match="computes p from other tensors"):
-        _converted_sources("p", "a", list("kl")[:keys], conversion, places)
+    model = load_pruned(str(tmp_path / "source"), intermediate_size=8, dtype=dtype)
+    model.save_pretrained(tmp_path / "saved")
+    source, saved = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("source", "saved")
+    )
+    assert source.keys() == saved.keys()
+    assert_same_model(load_pruned(str(tmp_path / "saved")), model)
 
 
 def test_quantised_checkpoints_are_told_by_their_config():
@@ -973,9 +457,9 @@ def test_what_is_about_to_be_loaded_can_be_inspected(copied):
     config = json.loads((ragged / "config.json").read_text())
     del config["per_layer_config"]
     (ragged / "config.json").write_text(json.dumps(config))
-    (first, second), _ = inspected(ragged, ratio=2)
-    assert set(first.widths.actual.values()) == {88}
-    assert sorted(second.widths.actual.values()) == [32, 88, 88]
+    (before,), model = inspected(ragged, ratio=2)
+    assert set(before.widths.actual.values()) == {88}
+    assert [len(kept) for kept in model.prune_record.kept] == [64, 32, 64]
     (ragged / "model.safetensors").unlink()
 
     def refuse(request):
@@ -985,29 +469,6 @@ def test_what_is_about_to_be_loaded_can_be_inspected(copied):
         loading.load_with_arguments(
             AutoModelForCausalLM, str(ragged), PruneArguments(), {}, inspect=refuse
         )
-
-
-def test_an_unpruned_load_is_left_to_transformers(tiny_llama, monkeypatch):
-    calls = []
-    original = PreTrainedModel._load_pretrained_model
-
-    def recorded(model, state_dict, checkpoint_files, *args, **kwargs):
-        calls.append((state_dict, checkpoint_files))
-        return original(model, state_dict, checkpoint_files, *args, **kwargs)
-
-    monkeypatch.setattr(
-        PreTrainedModel, "_load_pretrained_model", staticmethod(recorded)
-    )
-    load_pruned(str(tiny_llama))
-    load_pruned(str(tiny_llama), ratio="2.75")
-    for state_dict, files in calls:
-        assert state_dict is None
-        assert files == [str(tiny_llama / "model.safetensors")]
-    calls.clear()
-    load_pruned(str(tiny_llama), ratio=1)
-    ((state_dict, files),) = calls
-    assert files is None, "offloading writes the narrowed weights"
-    assert len(state_dict) == len(load_file(tiny_llama / "model.safetensors"))
 
 
 def test_a_config_that_no_model_has_is_refused(copied):
@@ -1071,29 +532,6 @@ def test_biases_are_no_part_of_the_ranking(tmp_path):
     assert loaded.get_parameter(gate).isnan().any()
 
 
-def test_down_is_looked_through_once(tiny_llama, monkeypatch):
-    checked = []
-    monkeypatch.setattr(
-        narrowed,
-        "check_finite",
-        lambda name, *args, check=narrowed.check_finite: (
-            checked.append(name),
-            check(name, *args),
-        ),
-    )
-    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)]
-    known_scores = {}
-    for ratio in (1, 2):
-        loading.load_with_arguments(
-            AutoModelForCausalLM,
-            str(tiny_llama),
-            PruneArguments(ratio=ratio),
-            {},
-            known_scores=known_scores,
-        )
-        assert sorted(checked) == names
-
-
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_config_that_lies_about_a_small_model_is_caught(tmp_path, layers):
     folder = checkpoints.save_tiny(tmp_path / "tiny", num_hidden_layers=layers)
@@ -1124,18 +562,6 @@ def test_a_stack_of_one_expert_is_a_stack(tmp_path):
     assert_same_model(loaded, prune_model(full, **arguments))
 
 
-def test_widths_that_change_while_they_are_read_are_told(copied):
-    """The first pass found widths that the second one does not."""
-    load_pruned(str(copied), ratio=1, layers=1).save_pretrained(copied)
-    names = [f"model.layers.{layer}.mlp" for layer in range(3)]
-    found = dict(zip(names, (40, 88, 88), strict=True))
-    request = request_for(copied, intermediate_size=40).with_widths(found)
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp has 88 .* says 40: correct in"
-    ):
-        loading._load(request, None, None)
-
-
 def test_layers_that_keep_their_width_are_not_scored(tmp_path):
     folder = checkpoints.save_tiny(tmp_path / "tiny", intermediate_size=300)
     key = "model.layers.2.mlp.gate_proj.weight"
@@ -1145,20 +571,6 @@ def test_layers_that_keep_their_width_are_not_scored(tmp_path):
     assert model.get_parameter(key)[7].isnan().all()
     with pytest.raises(ValueError, match=f"{re.escape(key)} holds 32 NaN"):
         load_pruned(str(folder), ratio=1)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyError])
-def test_errors_while_loading_do_not_lead_to_another_way_of_loading(
-    tiny_llama, monkeypatch, error
-):
-    def fail(*args, **kwargs):
-        raise error("out of order")
-
-    monkeypatch.setattr(narrowed, "score", fail)
-    with pytest.raises(
-        ValueError, match=f"cannot be loaded .{error.__name__}: .*order"
-    ):
-        load_pruned(str(tiny_llama), ratio=1)
 
 
 def test_errors_before_the_checkpoint_is_opened_are_told(tiny_llama):
@@ -1184,18 +596,14 @@ def test_shapes_may_differ_outside_of_the_mlps_on_request(copied):
 
 @pytest.mark.parametrize("sizes", [{}, {"ratio": 1}])
 def test_shapes_may_not_differ_inside_of_the_mlps(copied, sizes):
-    """Neither in safetensors nor in files that are loaded in full."""
+    """Neither in safetensors nor in other files."""
     edit_config(copied, intermediate_size=80)
     more = {"ignore_mismatched_sizes": True, **sizes}
     with pytest.raises(ValueError, match=r"88 neurons .* config.json says 80"):
         load_pruned(str(copied), **more)
     torch.save(load_file(copied / "model.safetensors"), copied / "pytorch_model.bin")
     (copied / "model.safetensors").unlink()
-    with pytest.raises(
-        ValueError,
-        match=r"layers\.0\.mlp\.down_proj\.weight has shape \[32, 88\] in the checkpoint, but "
-        r"its config\.json says \[32, 80\]: correct the width there",
-    ):
+    with pytest.raises(ValueError, match=r"88 neurons .* config.json says 80"):
         load_pruned(str(copied), **more)
     edit_config(copied, intermediate_size=88, vocab_size=300)
     assert load_pruned(str(copied), **more).lm_head.weight.shape == (300, 32)
@@ -1270,3 +678,31 @@ def test_what_the_class_lets_be_missing_or_superfluous_is_no_damage(
         name = f"_keys_to_ignore_on_load_{list_of}", [rf"model\.{name}"]
         monkeypatch.setattr(LlamaForCausalLM, *name, raising=False)
     load_pruned(str(copied), ratio=1)
+
+
+def test_a_model_of_text_with_the_config_of_more(tmp_path):
+    """Its class is handed the part of the config that is of text."""
+    text = {
+        **checkpoints.tiny_config("qwen3_5_text", head_dim=8).to_dict(),
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    config = CONFIG_MAPPING["qwen3_5"](text_config=text)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(whole.config) is not type(config)
+    pruned = prune_model(whole, ratio=1)
+    assert_same_model(load_pruned(str(tmp_path), ratio=1), pruned)
+    cast = load_pruned(str(tmp_path), ratio=1, dtype=torch.bfloat16)
+    assert_same_model(cast, pruned.to(torch.bfloat16))
+
+
+def test_a_record_of_pruning_says_what_was_kept(tiny_llama):
+    record = load_pruned(str(tiny_llama), ratio=1).prune_record
+    widths = request_for(tiny_llama, ratio=1).widths
+    with pytest.raises(ValueError, match="kept neurons of 3 MLPs, not of 0"):
+        type(record).of(record.plan, widths, 2, 1, ())

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import weakref
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.narrowed import NarrowedTensor
 from tests.helpers import checkpoints, evaluations
 
 
@@ -78,27 +75,6 @@ def test_equals_quantising_the_exported_checkpoint(source, tmp_path, kind):
     assert not torch.equal(logits(quantised), plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_full_model_is_never_in_memory(source, monkeypatch, kind):
-    alive: set[int] = set()
-    most = 0
-    read = NarrowedTensor.read
-
-    def counted(self):
-        nonlocal most
-        weight = read(self)
-        alive.add(id(weight))
-        weakref.finalize(weight, alive.discard, id(weight))
-        most = max(most, len(alive))
-        return weight
-
-    monkeypatch.setattr(NarrowedTensor, "read", counted)
-    model = load_pruned(str(source), ratio=2, quantization_config=KINDS[kind]())
-    assert len(model.model.layers) * 3 == 36
-    # transformers reads with four threads, each of which may hold gate, up and down.
-    assert 0 < most <= 12
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -148,19 +124,6 @@ def test_through_the_harness(source, tmp_path, arguments):
 def test_arguments_that_do_not_go_together(source, arguments, message):
     with pytest.raises(ValueError, match=message):
         load_pruned(str(source), ratio=2, **arguments)
-
-
-def test_what_must_be_pruned_in_memory_cannot_be_quantised_before(
-    tmp_path, monkeypatch
-):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    folder = checkpoints.save_tiny(tmp_path / "in")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match=r"load_in_8bit quantises .* not in safetensors"
-    ):
-        load_pruned(str(folder), ratio=2, load_in_8bit=True)
 
 
 def test_a_quantised_checkpoint_is_refused(source, tmp_path, caplog):

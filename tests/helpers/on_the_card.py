@@ -13,16 +13,14 @@ import pytest
 import torch
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.pruning import staging
 from lm_eval_pruned.pruning.calibration import calibrate
 from tests.helpers import simulated_card as card
 from tests.helpers.checkpoints import (
     auto_class,
     byte_tokenizer,
     tiny_config,
-    tiny_model,
 )
-from tests.helpers.layouts import FAMILIES, logits, overrides, save_family
+from tests.helpers.layouts import FAMILIES, logits, save_family
 
 
 #: One of each way to store gate, up and down.
@@ -31,19 +29,6 @@ LAYOUTS = ("llama", "phi3", "mixtral", "granitemoeshared", "gpt_oss", "llama4_te
 
 def size(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-@pytest.fixture
-def asynchronous(monkeypatch):
-    """Let the card fetch pinned memory on its own, in blocks of a few rows."""
-    monkeypatch.setattr(staging, "fetches_on_its_own", lambda d: d.type == "card")
-    monkeypatch.setattr(
-        staging,
-        "new_block",
-        lambda shape, dtype, pinned: torch.empty(shape, dtype=dtype),
-    )
-    monkeypatch.setattr(staging, "mark", lambda device: card.Event())
-    monkeypatch.setattr(staging, "BLOCK_BYTES", 1 << 10)
 
 
 def assert_same_on_the_card(model, expected):
@@ -99,47 +84,6 @@ def test_loading_moves_what_is_kept_and_nothing_else(family, criterion, tmp_path
     assert_same_on_the_card(model, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", LAYOUTS)
-def test_blocks_are_not_written_to_before_they_are_fetched(
-    family, stored, dtype, tmp_path, asynchronous
-):
-    config = tiny_config(family, **overrides(family, 64))
-    tiny_model(config).to(stored).save_pretrained(tmp_path)
-    arguments = {"intermediate_size": 56, "dtype": dtype, "layers": "0"}
-    if family not in ("llama", "phi3"):
-        del arguments["layers"]
-    model = load_pruned(str(tmp_path), device="card", **arguments)
-    assert_same_on_the_card(model, load_pruned(str(tmp_path), **arguments))
-
-
-def test_nobody_waits_in_vain(tiny_llama, asynchronous, monkeypatch):
-    # Without waiting, the simulated card reads blocks that were filled anew.
-    monkeypatch.setattr(card.Event, "synchronize", lambda self: None)
-    model = load_pruned(str(tiny_llama), ratio=1, device="card")
-    with pytest.raises(AssertionError):
-        assert_same_on_the_card(model, load_pruned(str(tiny_llama), ratio=1))
-
-
-def test_only_the_narrower_dtype_crosses(tiny_llama, monkeypatch, asynchronous):
-    sent = []
-    run = card._copy
-
-    def watched(target, source, non_blocking=False):
-        # transformers waits for what it sends.
-        if non_blocking:
-            sent.append(size([source]))
-        return run(target, source, non_blocking)
-
-    monkeypatch.setattr(card, "_copy", watched)
-    for target, item in ((torch.bfloat16, 2), (torch.float32, 4), (torch.float64, 4)):
-        sent.clear()
-        load_pruned(str(tiny_llama), ratio=1, device="card", dtype=target)
-        # Three layers of gate, up and down with 32 of 88 neurons.
-        assert sum(sent) == 3 * 3 * 32 * 32 * item
-
-
 @pytest.mark.parametrize("criterion", ["maw", "max_abs", "l2", "vow", "random"])
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_pruning_in_memory_stays_on_the_card(family, criterion, tmp_path):
@@ -165,33 +109,6 @@ def test_calibration_runs_where_the_model_is(criterion, route, tiny_llama, tmp_p
         model = load_pruned(str(tiny_llama), device="card")
         prune_model(model, tokenizer=byte_tokenizer(), **arguments)
     assert_same_on_the_card(model, expected)
-
-
-@pytest.mark.parametrize("criterion", ["act", "maw_act"])
-def test_observing_holds_the_pruned_model_and_one_layer_at_most(criterion, tmp_path):
-    wide = {"intermediate_size": 1024, "num_hidden_layers": 8}
-    model = tiny_model(tiny_config("llama", **wide))
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    full, layer = size(model.parameters()), size(model.model.layers[0].parameters())
-    del model
-    text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": t}) for t in ("one two", "three")))
-    gc.collect()
-    before = card.held_bytes()
-    card.forget_peak()
-    pruned = load_pruned(
-        str(tmp_path / "model"),
-        device="card",
-        prune_percent=60,
-        criterion=criterion,
-        calibration=str(text),
-    )
-    peak = card.peak_bytes() - before
-    kept = size(pruned.parameters())
-    # Hidden states, and what a layer computes of a text of seven tokens.
-    states = 4 * 7 * (12 * 32 + 4 * 1024 + 260)
-    assert peak <= kept + layer + states < full
 
 
 def test_activity_is_kept_on_the_cpu(tiny_llama, tmp_path):

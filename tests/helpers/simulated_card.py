@@ -54,13 +54,6 @@ def wait() -> None:
         _waiting.clear()
 
 
-class Event:
-    """Stands for a CUDA event that was recorded after a copy."""
-
-    def synchronize(self) -> None:
-        wait()
-
-
 def is_on_card(value) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "card"
 

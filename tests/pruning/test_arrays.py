@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from lm_eval_pruned.pruning import arrays
 from lm_eval_pruned.pruning.arrays import all_finite, gather, row_extremes
 
 
@@ -44,13 +43,9 @@ def test_what_is_not_finite_shows_in_the_extremes(matrix):
     assert torch.equal(broken, ~matrix.isfinite().all(1))
 
 
-@given(
-    matrices(special=[float("inf"), float("-inf"), float("nan")]),
-    st.sampled_from(DTYPES),
-)
-def test_finiteness_is_that_of_the_target_dtype(matrix, dtype):
+@given(matrices(special=[float("inf"), float("-inf"), float("nan")]))
+def test_finiteness_is_exact(matrix):
     assert all_finite(matrix) == bool(matrix.isfinite().all())
-    assert all_finite(matrix, dtype) == bool(matrix.to(dtype).isfinite().all())
 
 
 @pytest.mark.parametrize("payload", [0x7F81, 0xFF81, 0x7FFF, 0xFFFF])
@@ -62,14 +57,8 @@ def test_every_nan_is_found(payload):
     assert any(extreme.isnan().any() for extreme in row_extremes(matrix))
 
 
-def test_overflow_in_the_target_dtype_is_not_finite():
-    matrix = torch.tensor([[1.0, -1e30]])
-    assert all_finite(matrix, torch.bfloat16)
-    assert not all_finite(matrix, torch.float16)
-
-
-@given(matrices(), st.integers(0, 1), st.sampled_from(DTYPES), st.data())
-def test_gathers_are_exact(matrix, axis, dtype, data):
+@given(matrices(), st.integers(0, 1), st.data())
+def test_gathers_are_exact(matrix, axis, data):
     width = matrix.shape[axis]
     kept = torch.tensor(
         sorted(data.draw(st.sets(st.integers(0, width - 1), min_size=1)))
@@ -78,38 +67,23 @@ def test_gathers_are_exact(matrix, axis, dtype, data):
         along = axis if weight.dim() > 1 else 0
         if along >= weight.dim() or kept[-1] >= weight.shape[along]:
             continue
-        result = gather(weight, kept, along, dtype)
+        result = gather(weight, kept, along)
         assert result.is_contiguous()
-        assert torch.equal(result, weight.index_select(along, kept).to(dtype))
+        assert torch.equal(result, weight.index_select(along, kept))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_gathers_cross_their_blocks(dtype):
     torch.manual_seed(0)
-    weight = torch.randn(301, 503).to(torch.bfloat16)
+    weight = torch.randn(301, 503).to(dtype)
     for axis in (0, 1):
         kept = torch.randperm(weight.shape[axis])[:200].sort().values
-        result = gather(weight, kept, axis, dtype)
-        assert torch.equal(result, weight.index_select(axis, kept).to(dtype))
+        result = gather(weight, kept, axis)
+        assert torch.equal(result, weight.index_select(axis, kept))
         assert result.data_ptr() % 64 == 0
     highest, lowest = row_extremes(weight)
     assert torch.equal(highest, weight.amax(1))
     assert torch.equal(lowest, weight.amin(1))
-
-
-#: `MADV_POPULATE_WRITE`; one that no kernel knows; a system without the call.
-@pytest.mark.parametrize("advice", [arrays._POPULATE_WRITE, 1 << 20, None])
-def test_what_lies_beside_a_gather_stays_however_its_pages_come(monkeypatch, advice):
-    monkeypatch.setattr(arrays, "_POPULATE_WRITE", advice)
-    if advice is None:
-        monkeypatch.setattr(arrays, "_madvise", lambda: None)
-    torch.manual_seed(0)
-    weight = torch.randn(700, 600, dtype=torch.bfloat16)
-    kept = torch.arange(1, 700, 2)
-    around = torch.full((352, 600), 7.0, dtype=torch.bfloat16)
-    gather(weight, kept, 0, out=around[1:-1])
-    assert torch.equal(around[1:-1], weight[kept])
-    assert (around[[0, -1]] == 7).all()
 
 
 def test_gathered_weights_are_ordinary_tensors():

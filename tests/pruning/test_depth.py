@@ -205,7 +205,6 @@ def test_an_export_opens_in_stock_transformers(
     loaded = load_pruned(folder, **options, **EAGER)
     opened = AutoModelForCausalLM.from_pretrained(output, **EAGER)
 
-    assert export.streamed
     assert_same(opened, loaded)
     assert torch.equal(logits(opened), logits(loaded))
     assert torch.equal(answer(opened), answer(loaded))
@@ -258,33 +257,6 @@ def test_the_layers_that_stay_are_narrowed_as_ever(dropped, percent, data, check
         assert all(torch.equal(own[key], state[key]) for key in state)
     assert loaded.prune_record.as_dict() == in_memory.prune_record.as_dict()
     assert loaded.config.to_dict() == in_memory.config.to_dict()
-
-
-def test_no_tensor_of_a_dropped_layer_is_read(checkpoint, monkeypatch):
-    read = set()
-
-    class Watched:
-        def __init__(self, key, part):
-            self.key, self.part = key, part
-
-        def __getattr__(self, name):
-            return getattr(self.part, name)
-
-        def __getitem__(self, index):
-            read.add(self.key)
-            return self.part[index]
-
-    from lm_eval_pruned.checkpoints.session import Session
-
-    opened = Session.entries_of
-
-    def watched(self, file):
-        return {key: Watched(key, e) for key, e in opened(self, file).items()}
-
-    monkeypatch.setattr(Session, "entries_of", watched)
-    load_pruned(checkpoint(), drop_layers=2)
-    assert any(".layers.4." in key for key in read)
-    assert not any(f".layers.{n}." in key for key in read for n in (2, 3))
 
 
 @pytest.mark.parametrize(

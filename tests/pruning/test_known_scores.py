@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints import (
-    evidence,
-    layers,
-    load as loading,
-    narrowed,
-    sensitivity,
-)
+from lm_eval_pruned.checkpoints import sensitivity
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.pruning import (
@@ -57,7 +50,7 @@ def load():
 def scored(monkeypatch):
     """The names of the MLPs that are scored from now on."""
     names = []
-    for module in (narrowed, measuring, pruning):
+    for module in (measuring, pruning):
 
         def counted(plan, name, *args, score=module.score, **kwargs):
             names.append(name)
@@ -65,20 +58,6 @@ def scored(monkeypatch):
 
         monkeypatch.setattr(module, "score", counted)
     return names
-
-
-@pytest.fixture
-def read(monkeypatch):
-    """The projections that loads read from the checkpoint from now on."""
-    entries = []
-    original = narrowed.NarrowedTensor.read
-
-    def watched(self):
-        entries.append(self.projection)
-        return original(self)
-
-    monkeypatch.setattr(narrowed.NarrowedTensor, "read", watched)
-    return entries
 
 
 @pytest.fixture
@@ -104,7 +83,7 @@ def test_seven_widths_are_cut_by_one_scoring(tiny_llama, scored, criterion, load
 
 @pytest.mark.parametrize("criterion", ["maw_act", "act"])
 def test_seven_widths_take_one_calibration(
-    tiny_llama, texts, scored, monkeypatch, caplog, criterion, load
+    tiny_llama, texts, scored, monkeypatch, criterion, load
 ):
     arguments = {"criterion": criterion, "calibration": texts}
     expected = [
@@ -113,19 +92,16 @@ def test_seven_widths_take_one_calibration(
     scored.clear()
     passes = []
     monkeypatch.setattr(
-        loading,
-        "observe",
-        lambda *args, run=loading.observe: passes.append(args) or run(*args),
+        pruning,
+        "calibrate",
+        lambda *args, run=pruning.calibrate: passes.append(args) or run(*args),
     )
-    caplog.clear()
-    with caplog.at_level("INFO", "lm_eval.pruned"):
-        for percent, model in zip(PERCENTS, expected, strict=True):
-            again = load(str(tiny_llama), prune_percent=percent, **arguments)
-            assert_same_model(again, model)
-            assert again.prune_record.as_dict() == model.prune_record.as_dict()
+    for percent, model in zip(PERCENTS, expected, strict=True):
+        again = load(str(tiny_llama), prune_percent=percent, **arguments)
+        assert_same_model(again, model)
+        assert again.prune_record.as_dict() == model.prune_record.as_dict()
     assert len(passes) == 1
     assert len(scored) == 3
-    assert "loaded in full" not in caplog.text
 
 
 @pytest.fixture
@@ -134,10 +110,10 @@ def passes(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found: Counter[str] = Counter()
     for module, name in (
-        (layers, "calibrate_by_layer"),
+        (pruning, "calibrate"),
         (sensitivity, "calibrate_by_layer"),
         (sensitivity, "measure"),
-        (evidence, "influence_by_layer"),
+        (influence, "influence_in_memory"),
     ):
         original = getattr(module, name)
 
@@ -163,7 +139,10 @@ def test_sizes_with_the_best_criterion_take_one_calibration(
         load(str(tiny_llama), prune_percent=percent, calibration=texts, **BEST)
         for percent in PERCENTS
     ]
-    assert passes == {"calibrate_by_layer": 1, **({} if cached else {"measure": 3})}
+    if cached:
+        assert passes == {"calibrate": 1}
+    else:
+        assert passes == {"calibrate_by_layer": 1, "measure": 3}
     for percent, model in zip(PERCENTS, models, strict=True):
         alone = load_pruned(
             str(tiny_llama), prune_percent=percent, calibration=texts, **BEST
@@ -180,7 +159,7 @@ def test_depths_take_one_pass_of_text(tiny_llama, texts, load, passes):
         load(str(tiny_llama), drop_layers=count, calibration=texts, **DEPTH)
         for count in (1, 2)
     ]
-    assert passes == {"influence_by_layer": 1}
+    assert passes == {"influence_in_memory": 1}
     for count, model in zip((1, 2), models, strict=True):
         alone = load_pruned(
             str(tiny_llama), drop_layers=count, calibration=texts, **DEPTH
@@ -192,7 +171,7 @@ def test_depths_take_one_pass_of_text(tiny_llama, texts, load, passes):
 def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, texts, passes):
     asked = {"calibration": texts}
     plan_rows(str(tiny_llama), "drop_layers", [1, 2], **DEPTH, **asked)
-    assert passes == {"influence_by_layer": 1}
+    assert passes == {"influence_in_memory": 1}
     passes.clear()
     plan_rows(str(tiny_llama), "prune_percent", [20, 40], **BEST, **asked)
     assert passes == {"calibrate_by_layer": 1, "measure": 3}
@@ -215,36 +194,19 @@ def bars(monkeypatch, tmp_path):
     return found
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_everything_that_text_takes_long_for_has_a_bar(
-    tiny_llama, texts, tmp_path, bars, file
-):
-    """3 layers, 1 text: each pass by layer takes 3 steps, one through the whole model 1."""
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+def test_everything_that_text_takes_long_for_has_a_bar(tiny_llama, texts, bars):
+    """1 text through the whole model takes 1 step, through its 3 layers one by one 3."""
     text = {"calibration": texts}
-    whole = 3
-    if file == "pytorch_model.bin":
-        torch.save(load_file(folder / "model.safetensors"), folder / file)
-        (folder / "model.safetensors").unlink()
-        whole = 1
-    load_pruned(str(folder), drop_layers=1, **DEPTH, **text)
-    assert bars == [("block influence", whole, whole)]
+    load_pruned(str(tiny_llama), drop_layers=1, **DEPTH, **text)
+    assert bars == [("block influence", 1, 1)]
     bars.clear()
     asked = {"criterion": "best", "criteria_tried": "act+random", "seed": 7}
-    load_pruned(str(folder), prune_percent=30, **asked, **text)
+    load_pruned(str(tiny_llama), prune_percent=30, **asked, **text)
     assert bars == [
         ("calibration", 3, 3),
         ("sensitivity by act", 3, 3),
         ("sensitivity by random, seed 7", 3, 3),
     ]
-
-
-def test_known_scores_leave_gate_and_up_to_their_kept_rows(tiny_llama, read, load):
-    load(str(tiny_llama), ratio=1)
-    assert len(read) == 9, "gate, up and down of three layers"
-    read.clear()
-    load(str(tiny_llama), ratio=2)
-    assert sorted(read) == ["down_proj"] * 3 + ["gate_proj"] * 3 + ["up_proj"] * 3
 
 
 def test_nothing_is_remembered_outside(tiny_llama, scored, load):
@@ -258,7 +220,6 @@ def test_nothing_is_remembered_outside(tiny_llama, scored, load):
     "change",
     [
         {"criterion": "l1"},
-        {"dtype": torch.bfloat16},
         {"criterion": "random", "seed": 7},
     ],
 )
@@ -269,6 +230,14 @@ def test_what_decides_the_scores_is_told_apart(tiny_llama, scored, change, load)
     changed = load(str(tiny_llama), ratio=1, **change)
     assert len(scored) == 3
     assert_same_model(changed, load_pruned(str(tiny_llama), ratio=1, **change))
+
+
+def test_one_scoring_serves_all_dtypes(tiny_llama, scored, load):
+    load(str(tiny_llama), ratio=1)
+    for dtype in (torch.bfloat16, torch.float16):
+        again = load(str(tiny_llama), ratio=2, dtype=dtype)
+        assert_same_model(again, load_pruned(str(tiny_llama), ratio=2, dtype=dtype))
+    assert len(scored) == 3 + 2 * 3, "those of load_pruned are its own"
 
 
 def test_a_checkpoint_that_changed_is_scored_again(tiny_llama, tmp_path, scored, load):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.checkpoints import evidence
+from lm_eval_pruned.checkpoints import load
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.planning import as_table, plan_rows
 from lm_eval_pruned.pruning.arguments import PruneArguments, without_idle
@@ -133,9 +133,9 @@ def test_the_best_criterion_of_each_layer_is_recorded_and_used(tiny_llama, text)
 
 def test_several_sizes_are_measured_once(tiny_llama, text, monkeypatch):
     calls = []
-    measure = evidence.measure_sensitivity
+    measure = load.measure_sensitivity
     monkeypatch.setattr(
-        evidence,
+        load,
         "measure_sensitivity",
         lambda *given, **named: calls.append(1) or measure(*given, **named),
     )

@@ -607,15 +607,15 @@ def test_the_model_type_belongs_to_the_definition(options):
 
 
 def test_neurons_are_scored_once_for_all_ratios(options, monkeypatch):
-    from lm_eval_pruned.checkpoints import narrowed
+    from lm_eval_pruned.pruning import slicing
 
     scored = []
 
-    def counted(plan, name, *args, score=narrowed.score, **kwargs):
+    def counted(plan, name, *args, score=slicing.score, **kwargs):
         scored.append(name)
         return score(plan, name, *args, **kwargs)
 
-    monkeypatch.setattr(narrowed, "score", counted)
+    monkeypatch.setattr(slicing, "score", counted)
     options["ratios"] = ["1", "1.25", "1.5", "1.75", "2", "2.25", "2.5"]
     assert run_sweep(options) == 0
     assert sorted(scored) == [f"model.layers.{layer}.mlp" for layer in range(3)]
