@@ -245,7 +245,7 @@ def code_behind(criterion: str) -> str | None:
         return ""
     function = load_declared(GROUP, "criterion", criterion)
     package = declared_elsewhere(GROUP)[criterion][0].dist
-    known = package and f"{package.name} {package.version}"
+    known = None if package is None else f"{package.name} {package.version}"
     with contextlib.suppress(OSError, TypeError):
         known = f"{known} {_source_digest(function)}"
     return known

@@ -131,13 +131,14 @@ def measure(
         ranking: How neurons are ranked.
         removed: Shares of neurons to remove, in percent.
     """
-    by_layer = isinstance(model, LayeredModel)
-    count = len(model if by_layer else {mlp.block for mlp in find_glu_mlps(model)})
     seed = "" if ranking.seed is None else f", seed {ranking.seed}"
     what = f"sensitivity by {ranking.plan.criterion}{seed}"
-    run = measure_by_layer if by_layer else measure_in_full
+    if isinstance(model, LayeredModel):
+        with steps(len(model) * len(texts), what) as step:
+            return measure_by_layer(model, texts, ranking, removed, step)
+    count = len({mlp.block for mlp in find_glu_mlps(model)})
     with steps(count * len(texts), what) as step:
-        return run(model, texts, ranking, removed, step)
+        return measure_in_full(model, texts, ranking, removed, step)
 
 
 def layered(
