@@ -136,8 +136,8 @@ def measure(
     if isinstance(model, LayeredModel):
         with steps(len(model) * len(texts), what) as step:
             return measure_by_layer(model, texts, ranking, removed, step)
-    layers = {mlp.block for mlp in find_glu_mlps(model)}
-    with steps(len(layers) * len(texts), what) as step:
+    count = len({mlp.block for mlp in find_glu_mlps(model)})
+    with steps(count * len(texts), what) as step:
         return measure_in_full(model, texts, ranking, removed, step)
 
 
