@@ -28,7 +28,7 @@ from lm_eval_pruned.pruning.dropping import count_layers
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.settling import check_settleable
 from lm_eval_pruned.pruning.slicing import choose_experts_implementation
-from lm_eval_pruned.pruning.widths import Widths
+from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
 if TYPE_CHECKING:
@@ -283,7 +283,10 @@ class LoadRequest:
                 widths = widths.of(stored)
                 model, found = self._filled(widths, arguments)
             check_filled(model, found, widths, arguments)
-            return model, widths
+        if type(model.config) is not type(widths.original):
+            # The class is handed the part of the config that is of text.
+            widths = widths_in_memory(model)
+        return model, widths
 
     def _filled(
         self, widths: Widths, arguments: dict[str, Any]
