@@ -309,6 +309,7 @@ class LoadRequest:
             self.pretrained, output_loading_info=True, **arguments
         )
         model.__class__ = widths.model_class
+        widths.describe_layers(model.config, widths.actual)
         return model, found
 
     def placed(self, model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
