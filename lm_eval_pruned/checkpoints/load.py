@@ -168,11 +168,14 @@ def load_request(
     request.check_text()
     if not (request.plan.changes_model or asked.measures_depth):
         model, widths = request.load()
-        size = count_parameters(model)
-        model.prune_record = PruneRecord.of(  # type: ignore[assignment]
-            request.plan, widths, size, size, ()
-        )
-        return model
+        plan = widths.plan(asked)
+        # Layers that are wider than the config says may have to be narrowed.
+        if not plan.changes_model:
+            size = count_parameters(model)
+            model.prune_record = PruneRecord.of(  # type: ignore[assignment]
+                plan, widths, size, size, ()
+            )
+            return model
     stored = Stored.of(request, tokenizer, known_scores)
     return request.placed(stored.pruned(), stored.request.widths)
 

@@ -8,8 +8,6 @@ import torch
 
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
-    UnsupportedModelError,
-    describe,
     find_glu_mlps,
     regions_by_parameter,
     resize,
@@ -40,12 +38,6 @@ def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
         for mlp in odd:
             for (projection, part), region in mlp.regions.items():
                 parameter = mlp.parameter(region)
-                if type(parameter) is not torch.nn.Parameter:
-                    raise UnsupportedModelError(
-                        f"{describe(self)} would have layers of different width, which can be "
-                        "neither quantised by replacing layers nor split by tensor parallelism: "
-                        "leave out quantization_config and tp_plan, or layers and skip_layers."
-                    )
                 shape = list(region.view(parameter).shape)
                 shape[NEURON_AXIS[projection] if part == "weight" else 0] = widths[
                     mlp.name

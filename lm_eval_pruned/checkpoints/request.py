@@ -36,7 +36,7 @@ from lm_eval_pruned.pruning.layouts import (
 )
 from lm_eval_pruned.pruning.settling import check_settleable
 from lm_eval_pruned.pruning.slicing import check_finite, choose_experts_implementation
-from lm_eval_pruned.pruning.widths import Widths
+from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
 if TYPE_CHECKING:
@@ -301,7 +301,10 @@ class LoadRequest:
                 widths = widths.of(stored)
                 model, found = self._filled(widths, arguments)
             check_filled(model, found, widths, arguments)
-            return model, widths
+        if type(model.config) is not type(widths.original):
+            # The class is handed the part of the config that is of text.
+            widths = widths_in_memory(model)
+        return model, widths
 
     def _filled(
         self, widths: Widths, arguments: dict[str, Any]
@@ -326,6 +329,7 @@ class LoadRequest:
                 self.pretrained, output_loading_info=True, **arguments
             )
         model.__class__ = widths.model_class
+        widths.describe_layers(model.config, widths.actual)
         return model, found
 
     def placed(self, model: PreTrainedModel, widths: Widths) -> PreTrainedModel:

@@ -175,15 +175,6 @@ REFUSED = {
     "attention is missing": lambda t: t.pop(QUERY),
     "attention is renamed": lambda t: t.update({f"{QUERY}x": t.pop(QUERY)}),
     "attention has other heads": lambda t: t.update({QUERY: torch.ones(16, 32)}),
-    "attention is in integers": lambda t: t.update({QUERY: t[QUERY].to(torch.int8)}),
-    "attention is true or false": lambda t: t.update({QUERY: t[QUERY].bool()}),
-    "attention is complex": lambda t: t.update({QUERY: t[QUERY] + 0j}),
-    "attention is in float8, without a scale": lambda t: t.update(
-        {QUERY: t[QUERY].to(torch.float8_e4m3fn)}
-    ),
-    "the embedding is in integers": lambda t: t.update(
-        {"model.embed_tokens.weight": t["model.embed_tokens.weight"].int()}
-    ),
     "gate is empty": lambda t: t.update({GATE: torch.ones(0, 32)}),
     "gate is a number": lambda t: t.update({GATE: torch.tensor(1.0)}),
     "gate is flat": lambda t: t.update({GATE: t[GATE].reshape(-1)}),

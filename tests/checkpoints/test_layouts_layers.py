@@ -284,25 +284,3 @@ def test_widths_per_layer_in_the_config(tmp_path):
     assert_same(AutoModelForCausalLM.from_pretrained(saved), pruned.state_dict())
     percent = load_pruned(tmp_path, prune_percent=50)
     assert percent.config.intermediate_size == [8, 12, 10]
-
-
-def test_layers_of_different_width_are_not_split_or_replaced(tmp_path, monkeypatch):
-    from lm_eval_pruned.checkpoints import session
-    from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
-
-    class Replaced(torch.nn.Parameter):
-        pass
-
-    def find_replaced(model):
-        mlps = find_glu_mlps(model)
-        for mlp in mlps:
-            linear = mlp.projection("gate_proj")
-            linear.weight = Replaced(linear.weight.data)
-        return mlps
-
-    save_family(tmp_path, "llama", 16)
-    monkeypatch.setattr(session, "find_glu_mlps", find_replaced)
-    with pytest.raises(UnsupportedModelError, match="quantization_config"):
-        load_pruned(tmp_path, layers=1, prune_percent=50)
-    even = load_pruned(tmp_path, prune_percent=50)
-    assert even.config.intermediate_size == 8

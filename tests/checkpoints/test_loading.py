@@ -28,6 +28,7 @@ from transformers import (
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints import load as loading
 from lm_eval_pruned.checkpoints.damage import check_counts
+from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.request import (
     LoadRequest,
     _refuse_quantised,
@@ -699,6 +700,14 @@ def test_a_model_of_text_with_the_config_of_more(tmp_path):
     assert_same_model(load_pruned(str(tmp_path), ratio=1), pruned)
     cast = load_pruned(str(tmp_path), ratio=1, dtype=torch.bfloat16)
     assert_same_model(cast, pruned.to(torch.bfloat16))
+    export_pruned(str(tmp_path), tmp_path / "out", prune_arguments={"ratio": 1})
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_model(opened.to(torch.bfloat16), cast)
+    ragged = load_pruned(str(tmp_path), ratio=1, layers=1, dtype=torch.bfloat16)
+    whole = prune_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path), ratio=1, layers=1
+    )
+    assert_same_model(ragged, whole.to(torch.bfloat16))
 
 
 def test_a_record_of_pruning_says_what_was_kept(tiny_llama):

@@ -75,6 +75,19 @@ def test_equals_quantising_the_exported_checkpoint(source, tmp_path, kind):
     assert not torch.equal(logits(quantised), plain)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_different_width_are_quantised(source, kind):
+    config = KINDS[kind]
+    some = load_pruned(str(source), ratio=2, layers=1, quantization_config=config())
+    all_layers = load_pruned(str(source), ratio=2, quantization_config=config())
+    none = load_pruned(str(source), quantization_config=config())
+    hidden = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for layer, like in ((0, none), (1, all_layers)):
+            one, other = (m.model.layers[layer].mlp(hidden) for m in (some, like))
+            assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -477,12 +477,10 @@ def test_extremes_prove_that_gate_and_up_are_finite(tiny_llama, monkeypatch):
     ]
 
 
-def test_weights_are_counted_in_the_dtype_they_are_looked_at():
+def test_weights_that_are_not_finite_are_counted():
     weight = torch.tensor([[1e6, 1.0], [float("nan"), -1e6]])
     with pytest.raises(ValueError, match="w holds 1 NaN or infinite values of 4,"):
         pruning.check_finite("w", weight)
-    with pytest.raises(ValueError, match="w holds 3 NaN or infinite values of 4,"):
-        pruning.check_finite("w", weight, torch.float16)
     pruning.check_finite("w", weight[:1])
 
 
@@ -491,10 +489,9 @@ def test_scores_of_trainable_weights_hold_no_graph(criterion):
     plan = PrunePlan.from_arguments(4, 6, ratio=1, criterion=criterion)
     gate, up = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
     assert not pruning.score(plan, "mlp", 0, gate, up).requires_grad
-    kept, half = torch.tensor([1, 3]), torch.float16
+    kept = torch.tensor([1, 3])
     assert not pruning.narrow(gate, kept, 0).requires_grad
     assert not pruning.narrow(gate.T, kept, 0).requires_grad, "not contiguous"
-    assert not pruning.narrow(gate, torch.arange(6), 0, half).requires_grad
 
 
 def test_pruned_weights_are_leaves_that_can_be_trained(tiny_llama):
@@ -510,8 +507,6 @@ def test_what_keeps_all_neurons_is_not_copied():
     weight = torch.randn(6, 4)
     assert pruning.narrow(weight, torch.arange(6), 0) is weight
     assert pruning.narrow(weight, torch.arange(4), 1) is weight
-    half = pruning.narrow(weight, torch.arange(6), 0, torch.float16)
-    assert torch.equal(half, weight.half())
     assert pruning.narrow(weight.T, torch.arange(4), 0).is_contiguous()
-    some = pruning.narrow(weight, torch.tensor([0, 3]), 1, torch.float16)
-    assert torch.equal(some, weight[:, [0, 3]].half())
+    some = pruning.narrow(weight, torch.tensor([0, 3]), 1)
+    assert torch.equal(some, weight[:, [0, 3]])

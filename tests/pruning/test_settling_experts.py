@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 
@@ -11,7 +10,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.sensitivity import LayerCurve, Sensitivity
@@ -161,13 +159,3 @@ def test_stacked_experts_cannot_be_observed(tmp_path, text, more, monkeypatch):
         UnsupportedModelError, match=r"such as criteria_tried=maw\+l2\.$"
     ):
         load_pruned(str(folder), **asked)
-
-
-def test_losses_of_experts_are_measured_in_memory_too(tmp_path, text, monkeypatch):
-    folder = tmp_path / "model"
-    layouts.save_family(folder, "mixtral", 24)
-    asked = {"prune_percent": 40, "allocation": "sensitivity", "calibration": text}
-    read = load_pruned(str(folder), **asked, **layouts.EAGER).prune_record
-    monkeypatch.setattr(LoadRequest, "unreadable", lambda self: "the test says so")
-    whole = load_pruned(str(folder), **asked, **layouts.EAGER).prune_record
-    assert dataclasses.asdict(whole.plan) == dataclasses.asdict(read.plan)
