@@ -12,7 +12,7 @@ from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from lm_eval_pruned.checkpoints import sensitivity
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.pruning.criteria import GROUP, canonical_name, score_neurons
-from tests.checkpoints.test_layers import request_of
+from tests.checkpoints.test_sensitivity import request_of
 from tests.helpers import checkpoints, evaluations
 
 
