@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from torch import Tensor
 
@@ -29,14 +29,12 @@ class ScoreTable:
 
     Attributes:
         scores: By name of the GLU-MLP, shape (I,), float32, on the CPU.
-        finite: Names of the MLPs whose ``down_proj`` was found free of NaN.
         calibration: The text behind the scores, for criteria that need one.
         by_criterion: Scores of criteria that were compared, by criterion and MLP.
         curves: The losses by which they were, with one layer cut at a time.
     """
 
     scores: dict[str, Tensor] = field(default_factory=dict)
-    finite: set[str] = field(default_factory=set)
     calibration: Calibration | None = None
     by_criterion: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     curves: Sensitivity | None = None
@@ -51,10 +49,6 @@ class ScoreTable:
         }
         scores = {name: of[name] for name, of in chosen.items() if name in of}
         return dataclasses.replace(self, scores=scores)
-
-    def covers(self, before: Mapping[str, int], after: Mapping[str, int]) -> bool:
-        """Return whether every MLP is scored that has fewer neurons in `after`."""
-        return all(name in self.scores for name in before if after[name] < before[name])
 
 
 #: The tables of several loads, by `lm_eval_pruned.checkpoints.request.LoadRequest.scores_key`.

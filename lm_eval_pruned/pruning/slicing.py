@@ -318,7 +318,6 @@ def _scores_in_memory(plan: PrunePlan, mlp: GluMlp, known: ScoreTable) -> None:
             plan, mlp.name, mlp.layer, gate, up, down, activity, criterion=criterion
         )
         known.scores[mlp.name] = scores.cpu()
-        known.finite.add(mlp.name)
 
 
 def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:
