@@ -37,11 +37,6 @@ class Region:
     interleaved: bool = False
     transposed: bool = False
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the parameter holds nothing else."""
-        return self.expert is None and self.half is None and not self.transposed
-
     def view(self, tensor: Tensor) -> Tensor:
         """Cut the region out of its parameter.
 

@@ -28,8 +28,6 @@ class ScoreTable:
 
     Attributes:
         scores: By name of the GLU-MLP, shape (I,), float32, on the CPU.
-        finite: Names of the weights that hold neither NaN nor infinity in the dtype in which
-            the model is loaded.
         calibration: The text behind the scores, for criteria that need one.
         by_criterion: Scores of criteria that were compared, by criterion and MLP.
         curves: The losses by which they were, with one layer cut at a time.
@@ -37,7 +35,6 @@ class ScoreTable:
     """
 
     scores: dict[str, Tensor] = field(default_factory=dict)
-    finite: set[str] = field(default_factory=set)
     calibration: Calibration | None = None
     by_criterion: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     curves: Sensitivity | None = None
@@ -52,10 +49,6 @@ class ScoreTable:
             }
             self.scores = {name: of[name] for name, of in chosen.items() if name in of}
         return self
-
-    def covers(self, names: Iterable[str]) -> bool:
-        """Return whether every MLP of these names is scored."""
-        return all(name in self.scores for name in names)
 
 
 #: The tables of several loads, by `lm_eval_pruned.checkpoints.request.LoadRequest.scores_key`.

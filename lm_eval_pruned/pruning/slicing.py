@@ -116,9 +116,10 @@ def prune_loaded(
             widths.plan(arguments)
         widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
     plan, known = widths.plan(arguments), ScoreTable()
-    return carry_out(
-        plan, model, widths, LoadedModel(plan, model, tokenizer, known), known
-    )
+    evidence = LoadedModel(plan, model, tokenizer, known)
+    carry_out(plan, model, widths, evidence, known)
+    suit_kernels(model, widths)
+    return model
 
 
 def carry_out(
@@ -183,8 +184,6 @@ def _narrow_layers(
         widths.copy_keys(narrowed_config, model.config)
         widths.describe_layers(model.config, targets)
         warn_inexpressible(widths, targets)
-        warn_misaligned(model, plan, widths, targets)
-    choose_experts_implementation(model)
     record = PruneRecord.of(
         plan,
         widths,
@@ -219,6 +218,17 @@ def warn_inexpressible(widths: Widths, targets: Mapping[str, int]) -> None:
 
 #: Bytes to which torch's grouped matrix product wants every row of the experts aligned.
 _GROUPED_ALIGNMENT = 16
+
+
+def suit_kernels(model: PreTrainedModel, widths: Widths) -> None:
+    """Choose what runs the experts of a pruned model, and tell of widths that a device is slow at.
+
+    Both depend on the dtype and the device that the model has in the end.
+    """
+    record: PruneRecord = model.prune_record  # type: ignore[assignment]
+    if record.plan.prunes:
+        warn_misaligned(model, record.plan, widths, widths.targets(record.plan))
+    choose_experts_implementation(model)
 
 
 def choose_experts_implementation(model: PreTrainedModel) -> None:
@@ -312,22 +322,15 @@ def _select_in_memory(
 
 
 def _scores_in_memory(plan: PrunePlan, mlp: GluMlp, known: ScoreTable) -> None:
-    weights = {f"{mlp.name}.{name}.weight": mlp.weight(name) for name in NEURON_AXIS}
-    if mlp.name in known.scores:
-        # They may be scores of what was stored, and a narrower dtype may overflow.
-        for name, weight in weights.items():
-            if name not in known.finite:
-                check_finite(name, weight)
-        return
-    gate, up, down = weights.values()
-    criterion = plan.criterion_of(mlp.block)
-    observed = known.calibration
-    activity = None if observed is None else observed.activity[mlp.name]
-    scores = score(
-        plan, mlp.name, mlp.layer, gate, up, down, activity, criterion=criterion
-    )
-    known.scores[mlp.name] = scores.cpu()
-    known.finite |= weights.keys()
+    if mlp.name not in known.scores:
+        gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
+        criterion = plan.criterion_of(mlp.block)
+        observed = known.calibration
+        activity = None if observed is None else observed.activity[mlp.name]
+        scores = score(
+            plan, mlp.name, mlp.layer, gate, up, down, activity, criterion=criterion
+        )
+        known.scores[mlp.name] = scores.cpu()
 
 
 def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:

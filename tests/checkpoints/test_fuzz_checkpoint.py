@@ -15,7 +15,7 @@ from hypothesis import example, given, strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned import load_pruned
+from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import by_hand
 from tests.helpers.checkpoints import edit_weights
@@ -185,14 +185,23 @@ REFUSED = {
     "there is a layer too many": lambda t: t.update(
         {GATE.replace("layers.1", "layers.3"): torch.ones(88, 32)}
     ),
-    "a gate is there under two names": lambda t: t.update(
-        {GATE.removeprefix("model."): torch.ones(88, 32)}
-    ),
     "a gate of another shape is there too": lambda t: t.update(
         {GATE.removeprefix("model."): torch.ones(7, 32)}
     ),
     "there is nothing": lambda t: t.clear(),
 }
+
+
+def test_of_two_names_for_one_weight_the_one_counts_that_stock_transformers_takes(
+    tiny_llama, tmp_path
+):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    stray = GATE.removeprefix("model.")
+    edit_weights(folder, lambda t: t.update({stray: torch.ones(88, 32)}))
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same_model(load_pruned(str(folder)), stock)
+    pruned = load_pruned(str(folder), ratio=1)
+    assert_same_model(pruned, prune_model(stock, ratio=1))
 
 
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)

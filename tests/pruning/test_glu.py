@@ -93,19 +93,6 @@ def test_a_view_shares_memory_with_its_parameter():
     assert torch.equal(tensor.sum(1), torch.tensor([0.0] * WIDTH + [HIDDEN] * WIDTH))
 
 
-@pytest.mark.parametrize(
-    ("region", "whole"),
-    [
-        (Region("p"), True),
-        (Region("p", expert=0), False),
-        (Region("p", half=0), False),
-        (Region("p", transposed=True), False),
-    ],
-)
-def test_only_a_parameter_of_its_own_is_whole(region, whole):
-    assert region.is_whole is whole
-
-
 @pytest.mark.parametrize("experts", [[None], [0, 1, 2]])
 @pytest.mark.parametrize("halves", [[None], [0, 1]])
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -13,7 +13,9 @@ from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.criteria import kept_set, score_neurons
 from lm_eval_pruned.pruning.layer_widths import read_widths
-from lm_eval_pruned.pruning.slicing import carry_out, widths_in_memory
+from lm_eval_pruned.pruning.scores import ScoreTable
+from lm_eval_pruned.pruning.slicing import LoadedModel, carry_out
+from lm_eval_pruned.pruning.widths import widths_in_memory
 from tests.helpers import checkpoints, layouts
 from tests.helpers.comparing import assert_same_model
 
@@ -186,8 +188,9 @@ def test_criteria_by_layer(tmp_path, how, monkeypatch):
         model = load_pruned(str(folder), prune_percent=50)
     else:
         model = load_pruned(str(folder))
-        plan = widths_in_memory(model).plan(own)
-        carry_out(dataclasses.replace(plan, layer_criteria=criteria), model)
+        widths, known = widths_in_memory(model), ScoreTable()
+        plan = dataclasses.replace(widths.plan(own), layer_criteria=criteria)
+        carry_out(plan, model, widths, LoadedModel(plan, model, None, known), known)
     for layer, name in enumerate(["l2", "maw", "random"]):
         mlp = full.model.layers[layer].mlp
         scores = score_neurons(
