@@ -59,32 +59,10 @@ def by_hand(region, tensor):
     return torch.stack(rows)
 
 
-class RecordedSlice:
-    """A safetensors slice that remembers how much was read of it."""
-
-    def __init__(self, tensor):
-        self._tensor = tensor
-        self.read = 0
-
-    def get_shape(self):
-        return list(self._tensor.shape)
-
-    def __getitem__(self, index):
-        part = self._tensor[index]
-        self.read += part.numel()
-        return part
-
-
 @pytest.mark.parametrize(("region", "shape"), list(every_region()))
 def test_a_region_is_its_neurons_in_order(region, shape):
     tensor = torch.randn(shape)
-    expected = by_hand(region, tensor)
-    assert torch.equal(region.view(tensor), expected)
-    source = RecordedSlice(tensor)
-    assert torch.equal(region.read(source), expected)
-    experts = 1 if region.expert is None else EXPERTS
-    halves = 1 if region.interleaved or region.transposed or region.half is None else 2
-    assert source.read == tensor.numel() / experts / halves, "no more than needed"
+    assert torch.equal(region.view(tensor), by_hand(region, tensor))
 
 
 def test_a_view_shares_memory_with_its_parameter():
