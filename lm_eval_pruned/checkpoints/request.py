@@ -27,7 +27,6 @@ from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.dropping import count_layers
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.settling import check_settleable
-from lm_eval_pruned.pruning.slicing import choose_experts_implementation
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
@@ -350,7 +349,6 @@ class LoadRequest:
             )
         placed.__class__ = widths.model_class
         widths.describe_layers(placed.config, targets)
-        choose_experts_implementation(placed)
         placed.config.name_or_path = model.config.name_or_path
         placed.generation_config = model.generation_config
         # What `save_pretrained` takes apart again.

@@ -113,9 +113,8 @@ def prune_loaded(
     if arguments.drop_layers is not None:
         widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
     plan, known = widths.plan(arguments), ScoreTable()
-    return carry_out(
-        plan, model, widths, LoadedModel(plan, model, tokenizer, known), known
-    )
+    evidence = LoadedModel(plan, model, tokenizer, known)
+    return finished(carry_out(plan, model, widths, evidence, known), widths)
 
 
 def carry_out(
@@ -179,9 +178,6 @@ def _narrow_layers(
             _narrow_together(list(group), kept)
         widths.copy_keys(narrowed_config, model.config)
         widths.describe_layers(model.config, targets)
-        warn_inexpressible(widths, targets)
-        warn_misaligned(model, plan, widths, targets)
-    choose_experts_implementation(model)
     record = PruneRecord.of(
         plan,
         widths,
@@ -212,6 +208,21 @@ def warn_inexpressible(widths: Widths, targets: Mapping[str, int]) -> None:
         widths.keys[names[0]],
         NOT_IN_STOCK,
     )
+
+
+def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
+    """Have a model run with its widths, on its device and in its dtype, and tell what they cost.
+
+    Args:
+        model: A model with its record, where it is going to stay.
+        widths: The widths that its unpruned MLPs have.
+    """
+    record: PruneRecord = model.prune_record  # type: ignore[assignment]
+    plan, targets = record.plan, widths.targets(record.plan)
+    choose_experts_implementation(model)
+    warn_inexpressible(widths, targets)
+    warn_misaligned(model, plan, widths, targets)
+    return model
 
 
 #: Bytes to which torch's grouped matrix product wants every row of the experts aligned.

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
-from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.criteria import kept_set, score_neurons
 from lm_eval_pruned.pruning.layer_widths import read_widths
-from lm_eval_pruned.pruning.slicing import carry_out, widths_in_memory
+from lm_eval_pruned.pruning.slicing import widths_in_memory
 from tests.helpers import checkpoints, layouts
 from tests.helpers.comparing import assert_same_model
 
@@ -174,20 +173,17 @@ def test_every_layer_keeps_its_own_best(tmp_path, how):
 def test_criteria_by_layer(tmp_path, how, monkeypatch):
     folder = checkpoints.save_tiny(tmp_path, "llama", num_hidden_layers=3)
     full = load_pruned(str(folder))
-    own = PruneArguments(prune_percent=50)
     criteria = ((0, "l2"), (2, "random"))
+    of = PrunePlan.of
+
+    def planned(*given):
+        return dataclasses.replace(of(*given), layer_criteria=criteria)
+
+    monkeypatch.setattr(PrunePlan, "of", planned)
     if how == "loading":
-        of = PrunePlan.of
-
-        def planned(*given):
-            return dataclasses.replace(of(*given), layer_criteria=criteria)
-
-        monkeypatch.setattr(PrunePlan, "of", planned)
         model = load_pruned(str(folder), prune_percent=50)
     else:
-        model = load_pruned(str(folder))
-        plan = widths_in_memory(model).plan(own)
-        carry_out(dataclasses.replace(plan, layer_criteria=criteria), model)
+        model = prune_model(load_pruned(str(folder)), prune_percent=50)
     for layer, name in enumerate(["l2", "maw", "random"]):
         mlp = full.model.layers[layer].mlp
         scores = score_neurons(
