@@ -18,7 +18,7 @@ from lm_eval_pruned.pruning.layouts import count_parameters
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.settling import REMOVED, settled
-from lm_eval_pruned.pruning.slicing import LoadedModel, carry_out
+from lm_eval_pruned.pruning.slicing import LoadedModel, carry_out, finished
 
 
 if TYPE_CHECKING:
@@ -175,9 +175,10 @@ def load_request(
             model.prune_record = PruneRecord.of(  # type: ignore[assignment]
                 plan, widths, size, size, ()
             )
-            return model
+            return finished(model, widths)
     stored = Stored.of(request, tokenizer, known_scores)
-    return request.placed(stored.pruned(), stored.request.widths)
+    widths = stored.request.widths
+    return finished(request.placed(stored.pruned(), widths), widths)
 
 
 @dataclass(frozen=True)

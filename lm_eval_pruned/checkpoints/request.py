@@ -35,7 +35,7 @@ from lm_eval_pruned.pruning.layouts import (
     regions_by_parameter,
 )
 from lm_eval_pruned.pruning.settling import check_settleable
-from lm_eval_pruned.pruning.slicing import check_finite, suit_kernels
+from lm_eval_pruned.pruning.slicing import check_finite
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
@@ -350,7 +350,6 @@ class LoadRequest:
         )
         placing = any(map(_PLACING.fullmatch, arguments))
         if not placing and str(dtype).removeprefix("torch.") == str(model.dtype)[6:]:
-            suit_kernels(model, widths)
             return model
         record: PruneRecord = model.prune_record  # type: ignore[assignment]
         targets = widths.targets(record.plan)
@@ -384,7 +383,6 @@ class LoadRequest:
             model, "_weight_conversions", None
         )
         placed.prune_record = record  # type: ignore[assignment]
-        suit_kernels(placed, widths)
         return placed
 
 

@@ -117,9 +117,7 @@ def prune_loaded(
         widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
     plan, known = widths.plan(arguments), ScoreTable()
     evidence = LoadedModel(plan, model, tokenizer, known)
-    carry_out(plan, model, widths, evidence, known)
-    suit_kernels(model, widths)
-    return model
+    return finished(carry_out(plan, model, widths, evidence, known), widths)
 
 
 def carry_out(
@@ -183,7 +181,6 @@ def _narrow_layers(
             _narrow_together(list(group), kept)
         widths.copy_keys(narrowed_config, model.config)
         widths.describe_layers(model.config, targets)
-        warn_inexpressible(widths, targets)
     record = PruneRecord.of(
         plan,
         widths,
@@ -216,19 +213,23 @@ def warn_inexpressible(widths: Widths, targets: Mapping[str, int]) -> None:
     )
 
 
-#: Bytes to which torch's grouped matrix product wants every row of the experts aligned.
-_GROUPED_ALIGNMENT = 16
+def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
+    """Have a model run with its widths, on its device and in its dtype, and tell what they cost.
 
-
-def suit_kernels(model: PreTrainedModel, widths: Widths) -> None:
-    """Choose what runs the experts of a pruned model, and tell of widths that a device is slow at.
-
-    Both depend on the dtype and the device that the model has in the end.
+    Args:
+        model: A model with its record, where it is going to stay.
+        widths: The widths that its unpruned MLPs have.
     """
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    if record.plan.prunes:
-        warn_misaligned(model, record.plan, widths, widths.targets(record.plan))
+    plan, targets = record.plan, widths.targets(record.plan)
     choose_experts_implementation(model)
+    warn_inexpressible(widths, targets)
+    warn_misaligned(model, plan, widths, targets)
+    return model
+
+
+#: Bytes to which torch's grouped matrix product wants every row of the experts aligned.
+_GROUPED_ALIGNMENT = 16
 
 
 def choose_experts_implementation(model: PreTrainedModel) -> None:
