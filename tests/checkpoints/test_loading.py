@@ -109,6 +109,17 @@ def test_weights_are_ranked_as_they_are_stored_and_then_converted(
     assert loaded.prune_record.digest == digest
 
 
+def test_a_weight_that_overflows_in_the_dtype_of_the_load_is_named(
+    tiny_llama, tmp_path
+):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(folder, lambda tensors: tensors[name].fill_(1e6))
+    load_pruned(str(folder), ratio=2, dtype="bfloat16")
+    with pytest.raises(ValueError, match=rf"{name} holds \d+ NaN or infinite values"):
+        load_pruned(str(folder), ratio=2, dtype="float16")
+
+
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64])
 def checkpoint_dtype(request):
     return request.param
