@@ -27,7 +27,11 @@ def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    yield from revert_weight_conversion(model, model.state_dict()).items()
+    state = model.state_dict()
+    for name in model.all_tied_weights_keys:
+        # A saved checkpoint holds it once.
+        state.pop(name, None)
+    yield from revert_weight_conversion(model, state).items()
 
 
 def record_of(

@@ -33,7 +33,7 @@ def assert_streams(request, folder):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "phi3", "mixtral", "qwen3_moe", "llama4_text"]
+    "family", ["llama", "phi3", "mixtral", "qwen3_moe", "llama4_text", "lfm2"]
 )
 def test_the_stream_is_the_exported_checkpoint(family, tmp_path):
     save_family(tmp_path / "full", family, 48)
