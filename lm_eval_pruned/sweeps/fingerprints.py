@@ -97,11 +97,11 @@ def _describe_data(value: Any) -> Any:
     if isinstance(value, str) and len(value) < 4096 and "\n" not in value:
         path = Path(value)
         if path.is_file():
-            return _hash_file(path)
+            return hash_file(path)
         if path.is_dir():
             return hash_tree(path)
         if glob.has_magic(value):
-            return [_hash_file(Path(each)) for each in sorted(glob.glob(value))]
+            return [hash_file(Path(each)) for each in sorted(glob.glob(value))]
     return describe(value)
 
 
@@ -136,7 +136,7 @@ def hash_tree(folder: Path, deep: bool = True) -> str:
             for part in path.relative_to(folder).parts
         )
         if path.is_file() and not hidden:
-            digest.update(f"{path.relative_to(folder)}\0{_hash_file(path)}\n".encode())
+            digest.update(f"{path.relative_to(folder)}\0{hash_file(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -146,11 +146,11 @@ def hash_beside(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix not in (".yaml", ".yml", ".md", ".pyc"):
-            digest.update(f"{path.name}\0{_hash_file(path)}\n".encode())
+            digest.update(f"{path.name}\0{hash_file(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -36,6 +36,7 @@ from lm_eval_pruned.sweeps.fingerprints import (
     SOURCES,
     fingerprint,
     hash_beside,
+    hash_file,
     hash_tree,
     source_of,
 )
@@ -201,6 +202,9 @@ class Sweep:
         }
         if "widths" in arguments:
             arguments["widths"] = read_widths(arguments["widths"])
+        text = Path(arguments.get("calibration", ""))
+        if text.is_file():
+            arguments["calibration"] = {"sha256": hash_file(text)}
         return arguments
 
     def _pruning_arguments(self, configuration: Configuration) -> dict[str, Any]:

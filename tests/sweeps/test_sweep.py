@@ -1035,6 +1035,23 @@ def test_files_of_widths_are_configurations_by_their_content(options, tmp_path, 
     assert run.pruning["asked"] == {"widths": "1.5.json"}
 
 
+def test_calibration_text_belongs_to_the_definition_by_its_content(options, tmp_path):
+    text, moved = tmp_path / "texts.jsonl", tmp_path / "moved.jsonl"
+    asked = {**options, "ratios": ["2.0"], "criteria": ["act"]}
+
+    def prints(file) -> str:
+        sweep = Sweep(
+            {**asked, "model_args": {**asked["model_args"], "calibration": str(file)}}
+        )
+        return fingerprint(sweep.definition(sweep.configurations[1], sweep.tasks[0]))
+
+    text.write_text('{"text": "one"}\n')
+    before = prints(text)
+    assert prints(text.rename(moved)) == before
+    text.write_text('{"text": "another"}\n')
+    assert prints(text) != before
+
+
 def test_widths_and_layers_are_refused_before_anything_runs(options, tmp_path):
     (tmp_path / "a.json").write_text("[10]")
     model_args = {**options["model_args"], "skip_layers": 1}
