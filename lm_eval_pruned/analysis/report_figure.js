@@ -12,6 +12,7 @@ for (const figure of document.querySelectorAll("[data-figure]")) {
 
   async function draw() {
     const mine = ++turn;
+    place.setAttribute("aria-busy", "true");
     const [series] = chosen("series");
     const [measure] = chosen("measure");
     const [axis] = chosen("axis");
@@ -46,12 +47,13 @@ for (const figure of document.querySelectorAll("[data-figure]")) {
       if (mine !== turn) return view.finalize();
       views.push(view);
     }
-    filter();
+    await filter();
+    if (mine === turn) place.setAttribute("aria-busy", "false");
   }
 
   function filter() {
     const families = chosen("family");
-    views.forEach(({ view }) => view.signal("shown", families).runAsync());
+    return Promise.all(views.map(({ view }) => view.signal("shown", families).runAsync()));
   }
 
   form.addEventListener("change", (event) => (event.target.name === "family" ? filter() : draw()));

@@ -292,17 +292,29 @@ def test_colours_stand_out(scheme):
 
 
 @pytest.fixture(scope="module")
-def shown(sweep, tmp_path_factory):
+def browser(sweep, tmp_path_factory):
     if find_chromium() is None:
         pytest.skip("no Chromium to look at the page with")
     with chromium_page(tmp_path_factory.mktemp("browser")) as page:
         page.open(sweep / "report/report.html")
-        page.wait(READY)
         yield page
         assert page.errors == []
 
 
-READY = "!document.querySelector('form')?.hidden && document.querySelectorAll('.panels .role-mark').length > 9"
+@pytest.fixture
+def shown(browser):
+    """The page as it is when it is opened, whatever the test before did to it."""
+    browser.look()
+    browser.run("window.before = 1")
+    browser.send("Page.reload")
+    browser.wait(f"!window.before && {READY}")
+    return browser
+
+
+READY = (
+    "document.querySelector('.panels')?.getAttribute('aria-busy') === 'false' "
+    "&& document.querySelectorAll('.panels .role-mark').length > 9"
+)
 #: Colours of all texts and marks of the page, with those behind them.
 COLOURS = """
 (() => {
@@ -368,7 +380,6 @@ def test_a_browser_shows_it(shown, tmp_path, width, measure, scheme):
     import matplotlib.image
 
     shown.look(width, scheme=scheme)
-    shown.run("new Promise((done) => setTimeout(done, 300))")
     shown.wait(READY)
     if not shown.run(f"document.querySelector('[value={measure}]').checked"):
         redrawn(shown, "measure", measure)
@@ -395,7 +406,6 @@ def test_a_browser_shows_it(shown, tmp_path, width, measure, scheme):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_name_of_a_task_is_cut(shown, width):
     shown.look(width)
-    shown.run("new Promise((done) => setTimeout(done, 300))")
     shown.wait(READY)
     texts = shown.run(
         "[...document.querySelectorAll('.panels text')].map(e => e.textContent)"

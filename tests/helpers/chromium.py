@@ -88,6 +88,9 @@ class Page:
         )  # fmt: skip
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.send("Emulation.setEmulatedMedia", media=media, features=[feature])
+        # In the first frame the page hears of its new size, in the second it has begun to draw.
+        frame = "requestAnimationFrame"
+        self.run(f"new Promise((done) => {frame}(() => {frame}(done)))")
 
     def run(self, script: str) -> Any:
         """Return the value of an expression of JavaScript."""
