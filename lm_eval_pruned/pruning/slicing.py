@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -177,8 +178,13 @@ def _narrow_layers(
                 if targets[mlp.name] < mlp.width
                 else torch.arange(mlp.width, device="cpu")
             )
-        for _, group in itertools.groupby(mlps, key=lambda mlp: mlp.path):
-            _narrow_together(list(group), kept)
+        groups = [
+            list(group)
+            for _, group in itertools.groupby(mlps, key=lambda mlp: mlp.path)
+        ]
+        # numpy copies without holding the interpreter's lock.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda group: _narrow_together(group, kept), groups))
         widths.copy_keys(narrowed_config, model.config)
         widths.describe_layers(model.config, targets)
     record = PruneRecord.of(
