@@ -164,7 +164,7 @@ def _check_room(model: PreTrainedModel, folder: Path) -> None:
     if total > free:
         raise OSError(
             f"The weights need {total:,} bytes, but only {free:,} are free where the output "
-            "goes: choose another --output or a smaller dtype."
+            "goes: choose another folder or a smaller dtype."
         )
 
 
