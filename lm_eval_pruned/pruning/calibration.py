@@ -339,16 +339,15 @@ def calibrate_by_layer(
         for number, block in enumerate(blocks, 1):
             states, calls = layers.enter_all(block)
             for layer, observer in enumerate(observers):
-                with layers.resident(layer):
-                    with observer.watching():
-                        for index, hidden in enumerate(states):
-                            call = calls[index][layer]
-                            states[index] = layers.run(layer, hidden, call)
-                    if number == len(blocks):
-                        found = observer.activity()
-                        activity |= found
-                        for mlp in layers.mlps[layer]:
-                            seen(mlp, found[mlp.name])
+                with observer.watching():
+                    for index, hidden in enumerate(states):
+                        call = calls[index][layer]
+                        states[index] = layers.run(layer, hidden, call)
+                if number == len(blocks):
+                    found = observer.activity()
+                    activity |= found
+                    for mlp in layers.mlps[layer]:
+                        seen(mlp, found[mlp.name])
                 step(len(block))
     return text.seen_by(activity)
 

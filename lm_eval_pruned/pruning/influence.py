@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.arguments import PruneArguments
-    from lm_eval_pruned.pruning.layerwise import LayeredModel
 
 
 class _Similarities:
@@ -65,34 +64,6 @@ class _Similarities:
 
 
 @torch.no_grad()
-def influence_by_layer(
-    layers: LayeredModel, text: CalibrationText
-) -> tuple[float, ...]:
-    """Measure the block influence of each layer with one of them in memory at a time.
-
-    Args:
-        layers: The model.
-        text: The text.
-
-    Returns:
-        The influence of each layer, from 0 (it changes no direction) to 2.
-    """
-    similarities = _Similarities(len(layers))
-    with steps(len(layers) * len(text.tokens), "block influence") as step:
-        for block in layers.blocks(text.tokens):
-            states, calls = layers.enter_all(block)
-            for layer in range(len(layers)):
-                with layers.resident(layer):
-                    for index, hidden in enumerate(states):
-                        # A layer may add to what it is given in place.
-                        before = hidden.clone()
-                        states[index] = layers.run(layer, hidden, calls[index][layer])
-                        similarities.add(layer, before, states[index])
-                step(len(block))
-    return similarities.influence()
-
-
-@torch.no_grad()
 def influence_in_memory(
     model: PreTrainedModel, texts: Sequence[Tensor]
 ) -> tuple[float, ...]:
@@ -103,7 +74,7 @@ def influence_in_memory(
         texts: Tokens, each of shape (1, tokens), int64.
 
     Returns:
-        As `influence_by_layer`.
+        The influence of each layer, from 0 (it changes no direction) to 2.
     """
     _, layers = layers_of(model)
     similarities = _Similarities(len(layers))

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    Resident = Callable[[int], contextlib.AbstractContextManager[Any]]
-
 #: Logits are computed for so many numbers at once (256 MiB in float32).
 _LOGITS = 1 << 26
 #: Of them, the loss is taken of so many at once: memory of this size is used again, larger blocks
@@ -80,27 +78,22 @@ class Call:
 class LayeredModel:
     """A model whose decoder layers are called one by one.
 
-    Its layers may lie on the meta device, as long as `resident` puts them into memory.
-
     Attributes:
         model: The model, in evaluation mode.
         mlps: The GLU-MLPs of each layer.
     """
 
-    def __init__(self, model: PreTrainedModel, resident: Resident | None = None):
+    def __init__(self, model: PreTrainedModel):
         """Find the layers of a decoder-only model.
 
         Args:
             model: The model.
-            resident: Returns a context in which the weights of the layer of a number are
-                in memory; default: they always are.
 
         Raises:
             NotLayerByLayer: Its GLU-MLPs do not lie in one list of layers.
         """
         self.model = model.eval()
         self.path, self._layers = layer_list(model)
-        self.resident = resident or (lambda layer: contextlib.nullcontext())
         self.mlps: list[list[GluMlp]] = [[] for _ in self._layers]
         for mlp in find_glu_mlps(model):
             self.mlps[mlp.block].append(mlp)
@@ -235,8 +228,7 @@ class LayeredModel:
             hidden, call = Call.of(positional, named)
             if layer != len(calls) or (outputs and not _same(hidden, outputs[-1])):
                 raise NotLayerByLayer("its layers are not called one after the other")
-            with self.resident(layer):
-                output = forwards[layer](*positional, **named)
+            output = forwards[layer](*positional, **named)
             self._wraps[layer] = isinstance(output, tuple)
             if self._wraps[layer] and any(each is not None for each in output[1:]):
                 raise NotLayerByLayer("its layers return more than hidden states")

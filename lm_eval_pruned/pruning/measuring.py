@@ -198,7 +198,7 @@ def measure_by_layer(
             ]
 
         for layer, mlps in enumerate(layers.mlps):
-            with layers.resident(layer), fast_cpu_linears(layers.model):
+            with fast_cpu_linears(layers.model):
                 born: dict[tuple[int, int] | None, list[Tensor]] = {}
                 if widths[layer]:
                     scores = {mlp.name: ranking.scores(mlp) for mlp in mlps}
