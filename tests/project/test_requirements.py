@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHIPPED = ("lm_eval_pruned", "model_wrappers", "tasks")
 #: Scripts import their neighbours by name.
 OURS = (
-    {"lm_eval_pruned", "tests", "tools", "upstream_patches"}
+    {"lm_eval_pruned", "tests", "tools"}
     | {
         path.stem
         for folder in ("benchmarks", "docs", "tests")
