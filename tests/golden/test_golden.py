@@ -6,18 +6,19 @@ import json
 
 import pytest
 
-from tests.golden import loading
+from tests.golden import loading, reading
 from tests.helpers import layouts
 
 
 GOLDEN = json.loads(loading.FILE.read_text())
 
-pytestmark = pytest.mark.skipif(
+same_versions = pytest.mark.skipif(
     loading.versions() != GOLDEN["versions"],
     reason=f"the golden files were written with {GOLDEN['versions']}",
 )
 
 
+@same_versions
 @pytest.mark.parametrize(
     "family", layouts.breadth(layouts.FAMILIES, "llama", "phi3", "qwen3_moe")
 )
@@ -25,5 +26,17 @@ def test_pruning_gives_what_it_gave(family, one_thread):
     assert loading.observed(family) == GOLDEN["families"][family]
 
 
+@same_versions
 def test_mistakes_are_told_as_before():
     assert loading.sentences() == GOLDEN["mistakes"]
+
+
+@pytest.mark.skipif(
+    not reading.same_python(), reason="argparse breaks lines differently"
+)
+def test_commands_that_read_results_say_what_they_said():
+    pytest.importorskip("vl_convert", reason="figures need the extra `report`")
+    found = dict(reading.observed())
+    assert found.keys() == {each.name for each in reading.FOLDER.iterdir()}
+    for name, text in found.items():
+        assert text == (reading.FOLDER / name).read_text(encoding="utf-8"), name

@@ -1,0 +1,151 @@
+"""What the commands that read results print and write, as text files in the folder ``reading``.
+
+The results are synthetic. After a change that is meant to alter what a command says,
+
+    python -m tests.golden.reading
+
+writes the files anew; the diff then shows what else changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import platform
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
+
+import numpy as np
+
+from lm_eval_pruned import cli
+from lm_eval_pruned.analysis.comparison import compare, read_comparands
+from lm_eval_pruned.analysis.comparison_table import as_text
+from tests.helpers.results_files import pruning, write_run, write_sweep
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FOLDER = Path(__file__).with_suffix("")
+DOCUMENTS = 80
+COMMANDS = (
+    *("plan", "compare", "power", "report", "check", "sweep"),
+    *("sensitivity", "profile", "prune", "heal"),
+)
+#: The shares of right answers by size, then the level of the perplexities.
+SIZES = {
+    0: (0.8, 0.3, 0.5, 2.0),
+    20: (0.5, 0.45, 0.48, 2.6),
+    40: (0.4, 0.6, 0.4, 3.1),
+    60: (0.3, 0.7, 0.1, 3.9),
+}
+
+
+def right(share: float) -> list[float]:
+    """Return which documents are answered rightly: the easy ones first."""
+    order = np.random.default_rng(11).permutation(DOCUMENTS)
+    luck = np.random.default_rng(int(1000 * share)).random(DOCUMENTS) < 0.05
+    return ((order < share * DOCUMENTS) ^ luck).astype(float).tolist()
+
+
+def tasks(size: int) -> dict:
+    """Return synthetic answers: two tasks of right and wrong, one of two metrics, one perplexity."""
+    knows, true, follows, level = SIZES[size]
+    losses = np.random.default_rng(2).normal(-level, 0.3, size=DOCUMENTS)
+    losses = (losses + np.random.default_rng(size).normal(0, 1, DOCUMENTS)).tolist()
+    wide = {"aggregation": "perplexity", "higher_is_better": False}
+    return {
+        "boolq": {"acc,none": right(knows)},
+        "truthfulqa_mc2": {
+            "acc,none": np.random.default_rng(size).beta(2, 3, DOCUMENTS).tolist()
+        },
+        "truthfulqa_mc1": {"acc,none": right(true)},
+        "ifeval": {
+            "prompt_level_strict_acc,none": right(follows),
+            "prompt_level_loose_acc,none": right(follows + 0.05),
+        },
+        "wikitext": {"word_perplexity,none": {"values": losses, **wide}},
+    }
+
+
+def write(folder: Path) -> None:
+    """Write a sweep with a failed configuration, and three results folders."""
+    sizes = {
+        ("base" if not size else f"p{size}"): (size, tasks(size)) for size in SIZES
+    }
+    write_sweep(folder / "sweep", {**sizes, "p80": (80, {})}, p80="boolq")
+    for size in (0, 40):
+        write_run(folder / f"p{size}", tasks(size), pruning=pruning(size))
+    write_run(
+        folder / "changed", tasks(40) | {"boolq": tasks(0)["boolq"]}, pruning=pruning(0)
+    )
+
+
+def printed(*arguments: str) -> str:
+    """Return what a command prints."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        cli.main(list(arguments))
+    return rounded(out.getvalue())
+
+
+def rounded(text: str) -> str:
+    """Return a text whose numbers have nine digits: the last ones depend on the processor."""
+    return re.sub(
+        r"-?\d+\.\d{9,}(e-?\d+)?", lambda number: f"{float(number[0]):.9g}", text
+    )
+
+
+def observed() -> Iterator[tuple[str, str]]:
+    """Yield the name of each file and the text that belongs there."""
+    with (
+        tempfile.TemporaryDirectory() as path,
+        contextlib.chdir(path),
+        mock.patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"),
+    ):
+        write(Path())
+        for form in ("markdown", "csv", "json"):
+            yield f"compare.{form}", printed("compare", "sweep", "--format", form)
+        yield "compare.txt", as_text(compare(*read_comparands(["sweep"])), 100)
+        pair = ("compare", "p0", "p40", "--format", "markdown")
+        yield "compare_two.markdown", printed(*pair, "--subtasks")
+        yield "not_worse.markdown", printed(*pair, "--not_worse", "5pt")
+        yield "equivalent.markdown", printed(*pair, "--equivalent", "10%")
+        yield "power.txt", printed("power", "boolq", "sweep", "--margin", "5pt")
+        for rule in ("absolute", "relative", "alpha", "not_worse"):
+            value = {"alpha": "0.05", "not_worse": "5pt"}.get(rule, "0.2")
+            file = f"{rule}.json"
+            update = ("check", "p0", "--baseline", file, "--update", f"--{rule}", value)
+            yield f"update_{rule}.txt", printed(*update)
+            if rule == "absolute":
+                yield "baseline.json", rounded(Path(file).read_text("utf-8"))
+            for form in ("text", "json", "junit", "github"):
+                yield (
+                    f"check_{rule}.{form}",
+                    printed("check", "changed", "--baseline", file, "--format", form),
+                )
+        printed("report", "sweep", "--output_path", "report")
+        for name in ("report.md", "results.csv"):
+            yield name, rounded((Path("report") / name).read_text("utf-8"))
+        for command in COMMANDS:
+            yield f"help_{command}.txt", printed(command, "--help")
+
+
+def same_python() -> bool:
+    """Return whether argparse breaks lines as it did when the files were written."""
+    return platform.python_version_tuple()[:2] == ("3", "11")
+
+
+def main() -> None:
+    """Write the golden files."""
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in observed():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
