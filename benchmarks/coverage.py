@@ -20,8 +20,8 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from lm_eval_pruned.analysis import statistics
-from lm_eval_pruned.analysis.statistics import PairedTest, paired_difference
+from lm_eval_pruned.compare import statistics
+from lm_eval_pruned.compare.statistics import PairedTest, paired_difference
 from lm_eval_pruned.util.tables import markdown_table
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.analysis.statistics import paired_difference
+from lm_eval_pruned.compare.statistics import paired_difference
 from lm_eval_pruned.util.tables import markdown_table
 
 

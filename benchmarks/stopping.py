@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.analysis import statistics
-from lm_eval_pruned.analysis.stopping import StopRule
+from lm_eval_pruned.compare import statistics
+from lm_eval_pruned.compare.stopping import StopRule
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -69,7 +69,7 @@ def mid_p(up: np.ndarray, down: np.ndarray) -> np.ndarray:
 def mean_p(gains: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return p of the mean of the first documents, shape (..., looks); gains (..., n).
 
-    As `lm_eval_pruned.analysis.stopping` makes it where documents are not right or wrong.
+    As `lm_eval_pruned.compare.stopping` makes it where documents are not right or wrong.
     """
     n = counts.astype(float)
     first, second, third = (

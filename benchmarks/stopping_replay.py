@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm_eval_pruned.analysis import statistics
-from lm_eval_pruned.analysis.comparison import compare, split_sweep
-from lm_eval_pruned.analysis.pairing import DocumentReader, paired_documents
-from lm_eval_pruned.analysis.samples import TRANSFORMS
-from lm_eval_pruned.analysis.series import primary_metrics
-from lm_eval_pruned.analysis.stopping import LEVEL, Looks
-from lm_eval_pruned.analysis.sweep_results import read_sweep
+from lm_eval_pruned.compare import statistics
+from lm_eval_pruned.compare.comparison import compare, split_sweep
+from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.compare.stopping import LEVEL, Looks
+from lm_eval_pruned.results.documents import TRANSFORMS
+from lm_eval_pruned.results.series import primary_metrics
+from lm_eval_pruned.results.sweep_results import read_sweep
 from lm_eval_pruned.sweeps.document_order import DocumentOrder
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -24,10 +24,10 @@ from lm_eval_pruned.util.tables import markdown_table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.analysis.results_file import Run
-    from lm_eval_pruned.analysis.samples import Documents
-    from lm_eval_pruned.analysis.stopping import StopRule
-    from lm_eval_pruned.analysis.stopping_record import Stopping
+    from lm_eval_pruned.compare.stopping import StopRule
+    from lm_eval_pruned.results.documents import Documents
+    from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.stopping_record import Stopping
 
     Pair = tuple[Documents, Documents]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from lm_eval_pruned.analysis.plots import Line, lines_plot
+from lm_eval_pruned.report.plots import Line, lines_plot
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,12 +27,12 @@ from dichotomy.tables import (
     tested,
     written,
 )
-from lm_eval_pruned.analysis.pairing import (
+from lm_eval_pruned.compare.pairing import (
     DocumentReader,
     paired_documents,
     paired_test,
 )
-from lm_eval_pruned.analysis.results_file import ResultsError
+from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.util.tables import csv_table
 
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dichotomy.words import Tables
-    from lm_eval_pruned.analysis.results_file import Run
+    from lm_eval_pruned.results.files import Run
 
 
 @dataclass

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dichotomy.steps import OF_LAYER_0
 from dichotomy.tables import MEASURES, Row, tested
-from lm_eval_pruned.analysis.pairing import (
+from lm_eval_pruned.compare.pairing import (
     DocumentReader,
     paired_documents,
     paired_test,
 )
-from lm_eval_pruned.analysis.results_file import ResultsError
+from lm_eval_pruned.results.files import ResultsError
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from dichotomy.measured import Sweep
-    from lm_eval_pruned.analysis.results_file import Run
+    from lm_eval_pruned.results.files import Run
 
 
 class Way(NamedTuple):

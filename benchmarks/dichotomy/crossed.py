@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.analysis.samples import TRANSFORMS
+from lm_eval_pruned.results.documents import TRANSFORMS
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.analysis.samples import Documents
+    from lm_eval_pruned.results.documents import Documents
 
 
 #: What is smaller is no spread, but the rounding of a mean.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis.results_file import as_mapping, read_json
+from lm_eval_pruned.results.files import as_mapping, read_json
 
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis.comparison import split_sweep
-from lm_eval_pruned.analysis.results_file import ResultsError, as_mapping
-from lm_eval_pruned.analysis.sweep_format import is_sweep
-from lm_eval_pruned.analysis.sweep_results import read_sweep
+from lm_eval_pruned.compare.comparison import split_sweep
+from lm_eval_pruned.results.files import ResultsError, as_mapping
+from lm_eval_pruned.results.folder import is_sweep
+from lm_eval_pruned.results.sweep_results import read_sweep
 
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dichotomy.tables import Row
-    from lm_eval_pruned.analysis.results_file import Run
+    from lm_eval_pruned.results.files import Run
 
 #: What the id of a configuration ends in that was trained again.
 HEALED = "_healed"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.analysis import statistics
-from lm_eval_pruned.analysis.levels import choices_of
-from lm_eval_pruned.analysis.samples import read_samples
+from lm_eval_pruned.compare import statistics
+from lm_eval_pruned.results.chance import choices_of
+from lm_eval_pruned.results.documents import read_samples
 from lm_eval_pruned.tasks.demo.utils import repeatable_language_detection
 
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-    from lm_eval_pruned.analysis.results_file import Run
-    from lm_eval_pruned.analysis.statistics import PairedTest
+    from lm_eval_pruned.compare.statistics import PairedTest
+    from lm_eval_pruned.results.files import Run
 
 MC2 = "truthfulqa_mc2", "acc,none"
 IFEVAL = "ifeval", "inst_level_strict_acc,none"

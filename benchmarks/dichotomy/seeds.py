@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from dichotomy.measured import Sweep
-    from lm_eval_pruned.analysis.pairing import DocumentReader
-    from lm_eval_pruned.analysis.results_file import Run
+    from lm_eval_pruned.compare.pairing import DocumentReader
+    from lm_eval_pruned.results.files import Run
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis import statistics
+from lm_eval_pruned.compare import statistics
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.analysis.statistics import PairedTest
+    from lm_eval_pruned.compare.statistics import PairedTest
 
 Row = dict[str, Any]
 ALPHA = 0.05

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.analysis.margins import add_margins
+from lm_eval_pruned.compare.margins import add_margins
 
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from pathlib import Path
 
-    from lm_eval_pruned.analysis import gate as regression
+    from lm_eval_pruned import gate as regression
 
     given = [
         regression.Rule(kind, getattr(arguments, kind))

@@ -6,7 +6,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.analysis.margins import add_margins, margin_of
+from lm_eval_pruned.compare.margins import add_margins, margin_of
 
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    from lm_eval_pruned.analysis import comparison
-    from lm_eval_pruned.analysis.comparison_table import FORMATS, as_text
+    from lm_eval_pruned.compare import comparison
+    from lm_eval_pruned.compare.comparison_table import FORMATS, as_text
 
     margin = margin_of(arguments)
     base, runs = comparison.read_comparands(arguments.paths)

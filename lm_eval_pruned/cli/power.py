@@ -53,8 +53,8 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    from lm_eval_pruned.analysis import comparison, power
-    from lm_eval_pruned.analysis.margins import Margin
+    from lm_eval_pruned.compare import comparison, power
+    from lm_eval_pruned.compare.margins import Margin
 
     try:
         margin = Margin("equivalent", arguments.margin)

@@ -40,7 +40,7 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    from lm_eval_pruned.analysis import report
+    from lm_eval_pruned.report import report
 
     for file in report.write_report(
         arguments.folder,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
-    from lm_eval_pruned.analysis.layer_curves import LayerCurves
     from lm_eval_pruned.pruning.sensitivity import Sensitivity
+    from lm_eval_pruned.report.layer_curves import LayerCurves
 
 CRITERIA = ("maw", "act", RANDOM)
 SEEDS = ("0", "1", "2")
@@ -83,13 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
     from importlib.util import find_spec
     from pathlib import Path
 
-    from lm_eval_pruned.analysis.layer_curves import (
+    from lm_eval_pruned.checkpoints.sensitivity import LENGTH, SAMPLES
+    from lm_eval_pruned.pruning.calibration import read_texts
+    from lm_eval_pruned.report.layer_curves import (
         LayerCurves,
         explanation,
         rises_table,
     )
-    from lm_eval_pruned.checkpoints.sensitivity import LENGTH, SAMPLES
-    from lm_eval_pruned.pruning.calibration import read_texts
     from lm_eval_pruned.util.tables import markdown_table
 
     criteria, seeds = _ranked_by(arguments.criteria, arguments.seeds)
@@ -197,14 +197,14 @@ def _measure(
 def _write(
     measured: Sensitivity, curves: LayerCurves, folder: Path, plots: bool
 ) -> list[Path]:
-    from lm_eval_pruned.analysis.sweep_format import SENSITIVITY
+    from lm_eval_pruned.results.folder import SENSITIVITY
     from lm_eval_pruned.util.atomic import write_atomically
 
     files: dict[Path, str | bytes] = {
         (folder / SENSITIVITY).with_suffix(".csv"): measured.as_csv()
     }
     if plots:
-        from lm_eval_pruned.analysis.sensitivity_plots import heat_map, layer_lines
+        from lm_eval_pruned.report.sensitivity_plots import heat_map, layer_lines
 
         for plot in (heat_map(curves), layer_lines(curves)):
             files[folder / f"{plot.name}.svg"] = plot.svg

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from lm_eval_pruned.analysis.stopping import StopRule
+    from lm_eval_pruned.compare.stopping import StopRule
 
 _GROUP = "documents in blocks"
 #: Arguments of `options.Option`.
@@ -64,6 +64,6 @@ def read_block_options(options: dict[str, Any]) -> tuple[StopRule | None, int | 
                 f"stop_when={text} compares documents, and {other} is {value}: leave one of "
                 "them out."
             )
-    from lm_eval_pruned.analysis.stopping import StopRule
+    from lm_eval_pruned.compare.stopping import StopRule
 
     return StopRule(text), size

@@ -2,7 +2,7 @@
 
 A unit is written below ``DIR/.unfinished``, flushed to the disk and renamed into place,
 so a process that dies at any moment leaves either the whole unit or none of it. What the
-files are called and say is `lm_eval_pruned.analysis.sweep_format`.
+files are called and say is `lm_eval_pruned.results.folder`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-from lm_eval_pruned.analysis.sweep_format import (
+from lm_eval_pruned.results.folder import (
     DEFINITION,
     ERROR,
     UNIT,
@@ -36,7 +36,7 @@ from lm_eval_pruned.util.atomic import sync, umask, write_atomically
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lm_eval_pruned.analysis.sweep_format import UnitRecord
+    from lm_eval_pruned.results.folder import UnitRecord
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
 

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis.sweep_format import ADAPTERS
 from lm_eval_pruned.checkpoints.damage import misspelt
 from lm_eval_pruned.pruning.arguments import (
     CUTS,
@@ -26,6 +25,7 @@ from lm_eval_pruned.pruning.arguments import (
     without_idle,
 )
 from lm_eval_pruned.pruning.layer_widths import read_widths
+from lm_eval_pruned.results.folder import ADAPTERS
 from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS, read_block_options
 from lm_eval_pruned.sweeps.configurations import (
     Configuration,

@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis.sweep_format import is_sweep, read_definition
 from lm_eval_pruned.pruning.arguments import DECLARED
+from lm_eval_pruned.results.folder import is_sweep, read_definition
 from lm_eval_pruned.sweeps.fingerprints import changes, fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.plan import Sweep

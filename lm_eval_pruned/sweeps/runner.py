@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from lm_eval_pruned.analysis.results_file import read_results_file
-from lm_eval_pruned.analysis.sweep_format import ERROR, error_text
+from lm_eval_pruned.results.files import read_results_file
+from lm_eval_pruned.results.folder import ERROR, error_text
 from lm_eval_pruned.sweeps.blocks import Blocks, by_appearance
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder, own_scores
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.loggers import EvaluationTracker
 
-    from lm_eval_pruned.analysis.results_file import Run
     from lm_eval_pruned.pruning.scores import KnownScores
+    from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.sweeps.configurations import Configuration
     from lm_eval_pruned.sweeps.plan import Sweep
     from lm_eval_pruned.sweeps.tasks import SweepTask

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.analysis import statistics
-from lm_eval_pruned.analysis.runs import read_newest
-from lm_eval_pruned.analysis.stopping import Looks, StopRule, with_scores
+from lm_eval_pruned.compare import statistics
+from lm_eval_pruned.compare.stopping import Looks, StopRule, with_scores
+from lm_eval_pruned.results.runs import read_newest
 from lm_eval_pruned.sweeps.blocks import Blocks
 from lm_eval_pruned.sweeps.document_order import (
     DocumentOrder,
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from lm_eval.api.model import LM
 
-    from lm_eval_pruned.analysis.results_file import Run
-    from lm_eval_pruned.analysis.stopping_record import Stopping
+    from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.stopping_record import Stopping
 
     #: Evaluates tasks, with so many bootstrap iterations, and writes the files to a folder.
     Evaluate = Callable[[list[Any], int, Path], None]

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from lm_eval_pruned.analysis.results_file import read_results_file
-from lm_eval_pruned.analysis.samples import Documents
+from lm_eval_pruned.results.documents import Documents
+from lm_eval_pruned.results.files import read_results_file
 from tests.helpers import results_files
 
 

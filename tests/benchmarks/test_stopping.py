@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned.analysis.statistics import paired_difference, skewed_tails
-from lm_eval_pruned.analysis.stopping import StopRule
+from lm_eval_pruned.compare.statistics import paired_difference, skewed_tails
+from lm_eval_pruned.compare.stopping import StopRule
 from tests.helpers import checkpoints
 from tests.helpers.results_files import write_sweep
 

@@ -22,8 +22,8 @@ from unittest import mock
 import numpy as np
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.analysis.comparison import compare, read_comparands
-from lm_eval_pruned.analysis.comparison_table import as_text
+from lm_eval_pruned.compare.comparison import compare, read_comparands
+from lm_eval_pruned.compare.comparison_table import as_text
 from tests.helpers.results_files import pruning, write_run, write_sweep
 
 

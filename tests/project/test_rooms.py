@@ -23,20 +23,26 @@ MAY_IMPORT = {
     "pruning": {"batching", "util"},
     "checkpoints": {"pruning", "util"},
     "energy": {"util"},
-    "analysis": {"util"},
+    "results": {"util"},
+    "compare": {"results", "util"},
+    "gate": {"compare", "results", "util"},
+    "report": {"compare", "results", "util"},
     "batching": set(),
     "wrappers": {"batching", "checkpoints", "energy", "pruning", "util"},
     "tasks": set(),
     "healing": {"checkpoints", "energy", "pruning", "util"},
-    "sweeps": {"analysis", "checkpoints", "healing", "pruning", "util"},
+    "sweeps": {"checkpoints", "compare", "healing", "pruning", "results", "util"},
     "profiling": {"batching", "checkpoints", "energy", "pruning", "tasks", "util"},
     "cli": {
-        "analysis",
         "checkpoints",
+        "compare",
         "energy",
+        "gate",
         "healing",
         "profiling",
         "pruning",
+        "report",
+        "results",
         "sweeps",
         "util",
     },
@@ -117,7 +123,7 @@ def test_the_map_counts_the_arrows_and_floors():
     for name in TopologicalSorter(found).static_order():
         floor[name] = 1 + max((floor[each] for each in found.get(name, ())), default=0)
     number, floors = sum(map(len, found.values())), max(floor.values())
-    assert (number <= 35, floors <= 6) == (True, True)
+    assert (number <= 45, floors <= 6) == (True, True)
     said = (
         f"There are {number} arrows between rooms, on {floors} floors, and no circle."
     )

@@ -210,8 +210,8 @@ EXPECTED = {
     ("pruning/plan.py", "_KEPT_WIDTH"),
     ("pruning/record.py", "PruneRecord"),
     ("pruning/sensitivity.py", "LayerCurve"),
-    ("analysis/report_formats.py", "_COLUMNS"),
-    ("analysis/report_formats.py", "as_csv"),
+    ("report/formats.py", "_COLUMNS"),
+    ("report/formats.py", "as_csv"),
     ("profiling/model.py", "ProfileRequest"),
     ("cli/profile.py", "run"),
 }

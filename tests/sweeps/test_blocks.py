@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_pruned.analysis.comparison import compare, read_comparands
-from lm_eval_pruned.analysis.gate import Rule, check, make_baseline
-from lm_eval_pruned.analysis.margins import Margin
-from lm_eval_pruned.analysis.report import write_report
-from lm_eval_pruned.analysis.results_file import ResultsError
-from lm_eval_pruned.analysis.sweep_results import read_sweep
+from lm_eval_pruned.compare.comparison import compare, read_comparands
+from lm_eval_pruned.compare.margins import Margin
+from lm_eval_pruned.gate import Rule, check, make_baseline
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from lm_eval_pruned.report.report import write_report
+from lm_eval_pruned.results.files import ResultsError
+from lm_eval_pruned.results.sweep_results import read_sweep
 from lm_eval_pruned.sweeps.block_options import read_block_options
 from lm_eval_pruned.sweeps.document_order import DocumentOrder
 from lm_eval_pruned.sweeps.plan import Sweep

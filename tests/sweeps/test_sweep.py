@@ -16,8 +16,8 @@ import lm_eval
 import pytest
 import torch
 
-from lm_eval_pruned.analysis.sweep_results import read_sweep
 from lm_eval_pruned.cli import main
+from lm_eval_pruned.results.sweep_results import read_sweep
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.plan import Sweep
@@ -181,7 +181,7 @@ def test_kill_at_each_step_of_a_commit_leaves_all_or_nothing(tmp_path, step):
 
 
 def test_a_unit_with_results_is_done_for_all_who_read_it(tmp_path):
-    """`analysis` and `sweeps` have one rule for an error that lies beside results."""
+    """`results` and `sweeps` have one rule for an error that lies beside results."""
     folder = SweepFolder(tmp_path)
     folder.write_definition({"configurations": [{"id": "c"}]})
     with folder.new_unit() as files:

@@ -1,0 +1,93 @@
+"""The documents that two runs were both scored on, in one order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lm_eval_pruned.compare import statistics
+from lm_eval_pruned.results.documents import Documents, read_documents
+from lm_eval_pruned.results.files import ResultsError, Run
+
+
+class DocumentReader:
+    """Reads the documents of a (run, task, metric) once: the base meets every run."""
+
+    def __init__(self) -> None:
+        self._read: dict[tuple[int, str, str], Documents | None] = {}
+
+    def __call__(self, run: Run, task: str, metric: str) -> Documents | None:
+        key = id(run), task, metric
+        if key not in self._read:
+            self._read[key] = read_documents(run, task, metric)
+        return self._read[key]
+
+
+def paired_documents(
+    base: Run,
+    run: Run,
+    task: str,
+    metric: str,
+    read: DocumentReader | None = None,
+) -> tuple[Documents, Documents] | None:
+    """Return the documents of two runs in the same order, or None without samples.
+
+    Where one of the runs stopped early, these are the documents that it has.
+
+    Raises:
+        ResultsError: The runs saw different documents or task versions.
+    """
+    read = read or DocumentReader()
+    for name in base.leaves(task):
+        versions = base.versions.get(name), run.versions.get(name)
+        if None not in versions and versions[0] != versions[1]:
+            raise ResultsError(
+                f"{name} has version {versions[0]} in {base.name} and {versions[1]} in {run.name}: "
+                "scores of different versions of a task cannot be compared."
+            )
+    one, other = read(base, task, metric), read(run, task, metric)
+    if one is None or other is None:
+        return None
+    if is_partial(base, task) or is_partial(run, task):
+        one, other = _shared(one, other)
+    reordered = other.in_the_order_of(one)
+    if reordered is None:
+        before, after = set(one.keys), set(other.keys)
+        raise ResultsError(
+            f"{task} was evaluated on different documents: {len(before - after)} of {len(before)} "
+            f"only in {base.name}, {len(after - before)} of {len(after)} only in {run.name} "
+            "(matched by doc_hash); evaluate both with the same --limit and data."
+        )
+    return (one, reordered) if one.is_scored_like(reordered) else None
+
+
+def paired_test(
+    pair: tuple[Documents, Documents], alpha: float = 0.05
+) -> statistics.PairedTest:
+    """Test what the second of two runs differs by, on what `paired_documents` returned."""
+    base, run = pair
+    return statistics.paired_difference(
+        base.values,
+        run.values,
+        weights=base.weights,
+        clusters=base.clusters,
+        strata=base.strata,
+        transform=base.transform,
+        alpha=alpha,
+    )
+
+
+def is_partial(run: Run, task: str) -> bool:
+    """Return whether a run stopped before it had all documents of a task."""
+    stopping = run.stopping.get(task)
+    return stopping is not None and stopping.is_partial
+
+
+def _shared(one: Documents, other: Documents) -> tuple[Documents, Documents]:
+    """Cut the larger set of documents down to the smaller, where it holds all of that."""
+    few, many = (one, other) if len(one.keys) < len(other.keys) else (other, one)
+    cut = many.in_the_order_of(few, part=True)
+    if cut is None:
+        return one, other
+    # Members of groups weigh by how many documents of them there are.
+    cut = replace(cut, weights=few.weights)
+    return (few, cut) if few is one else (cut, few)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+
+from lm_eval_pruned.pruning.sensitivity import FORMAT, VERSION, read_sensitivity
+from lm_eval_pruned.report import layer_curves
+from lm_eval_pruned.report.layer_curves import LayerCurves, explanation, rises_table
+from lm_eval_pruned.results.files import ResultsError
+from tests.helpers.results_files import write_sweep
+from tests.helpers.sensitivities import made_curves
+
+
+@pytest.fixture
+def curves():
+    return LayerCurves.of(made_curves())
+
+
+def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
+    """Rooms keep the two apart; the file is what they share."""
+    file = tmp_path / "sensitivity.json"
+    file.write_text(json.dumps(made_curves()))
+    measured = read_sensitivity(file)
+    measured.write(file)
+    read = LayerCurves.of(json.loads(file.read_text()))
+    assert json.loads(file.read_text())["format"] == FORMAT
+    assert layer_curves.VERSION == VERSION
+    assert read.layers == measured.layers
+    assert ("random", *read.criteria) == ("random", "maw", "act")
+    for row in measured.rows():
+        share = round(100 - row["width"])
+        assert row["rise"] in read.rises[row["layer"], row["criterion"], share]
+
+
+def test_shares_rises_and_chance(curves):
+    assert curves.shares == (10, 50)
+    assert curves.seeds == 3
+    assert curves.rise(0, "maw", 50) == pytest.approx(2.0)
+    assert curves.rise(1, "random", 50) == pytest.approx(0.55)
+    assert curves.chance(1, 50) == pytest.approx((0.5, 0.6))
+    assert curves.rise(7, "maw", 50) is None
+
+
+def test_the_zero_line_is_every_seed(curves):
+    assert curves.misjudged("maw", 10) == [0]
+    assert curves.misjudged("act", 10) == []
+    assert curves.verdict(0, "maw", 50) == "worse"
+    assert curves.verdict(1, "maw", 50) == ""
+    assert curves.verdict(1, "act", 50) == "better"
+
+
+def test_the_table_marks_what_is_worse_than_chance(curves):
+    table = rises_table(curves, 50)
+    assert table.columns == ["layer", "maw", "act", "random, 3 seeds"]
+    first = [cell.text for cell in table.cells()[0]]
+    assert first == ["0", "+2.000 \u25bc", "+0.050 \u25b2", "+0.550 [+0.500, +0.600]"]
+
+
+def test_the_sentences_name_the_layers(curves):
+    text = " ".join(explanation(curves))
+    assert "3.000 unpruned, on 2 texts with 256 tokens" in text
+    assert "maw: worse than chance in layer 0 at 10 %; layer 0 at 50 %." in text
+    assert "act: nowhere worse than chance." in text
+    assert "one of 4 layers" in text
+
+
+def test_without_random_nothing_is_judged():
+    curves = LayerCurves.of(made_curves(seeds=()))
+    assert curves.misjudged("maw", 50) == []
+    assert rises_table(curves, 50).columns == ["layer", "maw", "act"]
+    assert "add random to --criteria" in explanation(curves)[1]
+
+
+def test_spans_of_layers():
+    assert layer_curves._layers([0, 3, 4, 5, 9]) == "layers 0, 3-5, 9"
+
+
+def test_layers_of_different_widths_share_their_shares():
+    data = made_curves(width=99, kept=(49, 89))
+    data["curves"] += [
+        {**curve, "layer": curve["layer"] + 4} for curve in made_curves()["curves"]
+    ]
+    assert LayerCurves.of(data).shares == (10, 50, 51)
+
+
+def _without(key):
+    return lambda data: data.pop(key)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _without("curves"),
+        _without("loss"),
+        _without("tokens"),
+        lambda data: data.update(curves=[]),
+        lambda data: data.update(curves=3),
+        lambda data: data.update(loss="much"),
+        lambda data: data.update(loss=math.nan),
+        lambda data: data["curves"][0].pop("layer"),
+        lambda data: data["curves"][0]["widths"].pop(),
+        lambda data: data["curves"][0].update(width_before=0),
+        lambda data: data["curves"][0]["losses"].__setitem__(0, math.inf),
+    ],
+)
+def test_damaged_curves_are_refused(damage):
+    data = copy.deepcopy(made_curves())
+    damage(data)
+    with pytest.raises(ResultsError, match=r"^FILE holds damaged sensitivity curves"):
+        LayerCurves.of(data, "FILE")
+
+
+def test_another_version_is_refused():
+    with pytest.raises(ResultsError, match=r"version 9, and this .* reads 1"):
+        LayerCurves.of({**made_curves(), "version": 9}, "FILE")
+
+
+class TestFigures:
+    @pytest.fixture(autouse=True)
+    def _matplotlib(self):
+        pytest.importorskip("matplotlib", reason="plots need the extra `report`")
+
+    @pytest.mark.parametrize(
+        "made", [{}, {"seeds": ()}, {"layers": 1, "kept": (50,)}, {"criteria": ()}]
+    )
+    def test_they_are_drawn(self, made):
+        from lm_eval_pruned.report.sensitivity_plots import heat_map, layer_lines
+
+        curves = LayerCurves.of(made_curves(**made))
+        for plot in (heat_map(curves), layer_lines(curves)):
+            assert plot.png.startswith(b"\x89PNG")
+            assert "nats per token" in plot.svg
+
+    def test_losses_that_fall_are_drawn(self):
+        from lm_eval_pruned.report.sensitivity_plots import heat_map, layer_lines
+
+        curves = LayerCurves.of(made_curves() | {"loss": 9.0})
+        assert heat_map(curves).svg and layer_lines(curves).svg
+
+    def test_a_report_shows_the_curves_of_its_sweep(self, tmp_path):
+        from lm_eval_pruned.report.report import write_report
+
+        scores = {"boolq": {"acc,none": [0.0, 1.0] * 20}}
+        sweep = write_sweep(tmp_path / "s", {"base": (0, scores), "p20": (20, scores)})
+        write_report(sweep)
+        assert "## Layers" not in (sweep / "report/report.md").read_text()
+        (sweep / "sensitivity.json").write_text(json.dumps(made_curves()))
+        files = {file.name for file in write_report(sweep)}
+        assert {"sensitivity.svg", "sensitivity-by-layer.png"} <= files
+        text = (sweep / "report/report.md").read_text()
+        assert "maw: worse than chance in layer 0 at 10 %" in text
+        assert "plots/sensitivity.png" in text
+        (sweep / "sensitivity.json").write_text("{}")
+        with pytest.raises(ResultsError, match=r"sensitivity\.json has sensitivity"):
+            write_report(sweep)

@@ -1,0 +1,205 @@
+"""What `compare` says of settings, at the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lm_eval_pruned import cli
+from lm_eval_pruned.results import settings
+from tests.helpers.results_files import pruning, write_run, write_sweep
+
+
+TASKS = {"tf": {"acc,none": [1.0, 0.0] * 10}, "boolq": {"acc,none": [1.0, 0.0] * 10}}
+OLD, NEW = "2026-01-02T03-04-05.678901", "2026-01-02T11-00-00.000001"
+
+
+@pytest.fixture
+def notes(capsys):
+    def run(*paths):
+        assert cli.main(["compare", *map(str, paths)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith("Note: ")]
+
+    return run
+
+
+def config(**options) -> dict:
+    return {"model": "pruned-hf", "model_args": {"pretrained": "tiny"}, **options}
+
+
+@pytest.mark.parametrize(
+    ("sections", "name"),
+    [
+        ({"config": config(fewshot_seed=7)}, "fewshot_seed"),
+        ({"config": config(torch_seed=7)}, "torch_seed"),
+        ({"config": config(model_dtype="torch.bfloat16")}, "dtype"),
+        ({"config": config(gen_kwargs={"temperature": 1})}, "gen_kwargs"),
+        (
+            {
+                "config": config(
+                    answer_paths={"loglikelihood": {"requests": {"plain": 40}}}
+                )
+            },
+            "answer paths",
+        ),
+        ({"lm_eval_version": "0.4.12"}, "lm_eval_version"),
+        ({"transformers_version": "5.0"}, "transformers_version"),
+        ({"task_hashes": {"tf": "a", "boolq": "b"}}, "task_hash"),
+        ({"n-shot": {"tf": 5, "boolq": 5}}, "num_fewshot"),
+        ({"chat_template_sha": "f00"}, "chat template"),
+        ({"system_instruction_sha": "f00"}, "system instruction"),
+        ({"fewshot_as_multiturn": True}, "fewshot_as_multiturn"),
+    ],
+)
+def test_each_setting_is_named(tmp_path, notes, sections, name):
+    write_run(tmp_path / "a", TASKS)
+    write_run(tmp_path / "b", TASKS, **sections)
+    (note,) = notes(tmp_path / "a", tmp_path / "b")
+    assert f"b was evaluated with other settings than a ({name}), so" in note
+
+
+def test_what_is_off_is_not_another_setting(tmp_path, notes):
+    write_run(tmp_path / "a", TASKS)
+    off = {"fewshot_as_multiturn": False, "chat_template_sha": None}
+    write_run(tmp_path / "b", TASKS, config=config(gen_kwargs=None), **off)
+    assert notes(tmp_path / "a", tmp_path / "b") == []
+
+
+def test_other_numbers_on_one_path_are_no_other_setting(tmp_path, notes):
+    for name, tokens in (("a", 900), ("b", 700)):
+        path = {"requests": {"shared": tokens}, "tokens_computed": {"shared": tokens}}
+        paths = {"loglikelihood": path, "linear": "torch"}
+        write_run(tmp_path / name, TASKS, config=config(answer_paths=paths))
+    assert notes(tmp_path / "a", tmp_path / "b") == []
+
+
+def test_without_samples_other_numbers_of_documents_are_named(tmp_path, notes):
+    few = {"tf": {"acc,none": {"values": [1.0, 0.0], "stderr": 0.3}}}
+    many = {"tf": {"acc,none": {"values": [1.0, 0.0] * 40, "stderr": 0.05}}}
+    write_run(tmp_path / "a", many, samples=False)
+    write_run(tmp_path / "b", few, samples=False)
+    assert (
+        "other settings than a (documents)" in notes(tmp_path / "a", tmp_path / "b")[0]
+    )
+
+
+def test_tasks_are_named_where_only_some_differ(tmp_path, notes):
+    write_run(tmp_path / "a", TASKS)
+    write_run(tmp_path / "b", TASKS, **{"n-shot": {"tf": 0, "boolq": 5}})
+    (note,) = notes(tmp_path / "a", tmp_path / "b")
+    assert "(num_fewshot) on boolq, so" in note
+
+
+def test_other_prompts_are_counted(tmp_path, notes):
+    def prompts(text):
+        spec = {
+            "values": [1.0, 0.0] * 10,
+            "prompts": {n: f"{text}{n}" for n in range(3)},
+        }
+        return {"tf": {"acc,none": spec, "acc_norm,none": [1.0] * 20}}
+
+    write_run(tmp_path / "a", prompts("a"))
+    write_run(tmp_path / "b", prompts("b"))
+    (note,) = notes(tmp_path / "a", tmp_path / "b")
+    assert "3 of 20 documents of tf had another prompt (prompt_hash) in b than" in note
+    assert notes(tmp_path / "a", tmp_path / "a") == []
+
+
+def test_a_group_has_the_settings_of_its_members(tmp_path, notes):
+    def write(name, **sections):
+        write_run(
+            tmp_path / name,
+            TASKS,
+            groups={"both": list(TASKS)},
+            group_scores={"both": {"acc,none": 0.5}},
+            **sections,
+        )
+        return tmp_path / name
+
+    one = write("a", task_hashes={"tf": "a", "boolq": "b"})
+    two = write(
+        "b", task_hashes={"tf": "a", "boolq": "c"}, **{"n-shot": {"tf": 1, "boolq": 0}}
+    )
+    (note,) = notes(one, two)
+    assert "(num_fewshot, task_hash)" in note
+
+
+def test_a_resumed_sweep_says_what_its_units_do_not_share(tmp_path, notes):
+    """p20 was resumed: one of its tasks is of another harness and another few-shot seed."""
+    write_sweep(tmp_path, {"base": (0, TASKS), "p20": (20, TASKS)})
+    write_run(
+        tmp_path / "units" / "p20" / "tf",
+        {"tf": TASKS["tf"]},
+        pruning=None,
+        config=config(fewshot_seed=7, pruning=pruning(20)),
+        lm_eval_version="0.4.12",
+    )
+    mixed, unlike = sorted(notes(tmp_path), key=lambda note: "other settings" in note)[
+        -2:
+    ]
+    assert "p20 was evaluated with other settings than base" in unlike
+    assert "(fewshot_seed, lm_eval_version) on tf, so" in unlike
+    assert "of p20 were not all evaluated with the same" in mixed
+    assert "0.4.12: tf" in " ".join(notes(tmp_path))
+
+
+def test_a_resumed_sweep_whose_configurations_agree(tmp_path, notes):
+    write_sweep(tmp_path, {"base": (0, TASKS), "p20": (20, TASKS)})
+    for name, percent in (("base", 0), ("p20", 20)):
+        write_run(
+            tmp_path / "units" / name / "tf",
+            {"tf": TASKS["tf"]},
+            config=config(pruning=pruning(percent)),
+            lm_eval_version="0.4.12",
+        )
+    (note,) = notes(tmp_path)
+    assert "The tasks of base, p20 were not all" in note
+    assert "lm_eval_version (0.4.13: boolq; 0.4.12: tf)" in note
+
+
+def test_units_of_another_checkpoint_are_named(tmp_path, notes):
+    write_sweep(tmp_path, {"base": (0, TASKS), "p20": (20, TASKS)})
+    other = config(model_args={"pretrained": "other"}, pruning=pruning(20))
+    write_run(tmp_path / "units" / "p20" / "tf", {"tf": TASKS["tf"]}, config=other)
+    (note,) = notes(tmp_path)
+    assert "The tasks of p20 were not all evaluated with the same model_args" in note
+
+
+def test_configurations_without_results_are_named(tmp_path, notes):
+    runs = {"base": (0, TASKS), "p20": (20, TASKS), "p40": (40, {}), "p60": (60, {})}
+    write_sweep(tmp_path, runs, p40="tf")
+    (note,) = notes(tmp_path)
+    assert "holds no finished unit of p40, p60." in note
+
+
+def test_what_a_folder_holds_beside_is_named(tmp_path, notes):
+    write_run(tmp_path / "a", TASKS)
+    write_run(tmp_path / "b", {"tf": TASKS["tf"]}, date=NEW)
+    write_run(
+        tmp_path / "b",
+        {"boolq": TASKS["boolq"]},
+        date=OLD,
+        config=config(model_args={"pretrained": "tiny", "ratio": 2}),
+    )
+    texts = notes(tmp_path / "a", tmp_path / "b")
+    assert "Left out" in texts[0]
+    assert f"results_{OLD}.json: boolq" in texts[0]
+
+
+def test_hashes_are_cut_in_messages():
+    assert settings.shown("a" * 64) == "a" * 12
+    assert settings.shown({"temperature": 1}) == str({"temperature": 1})
+    assert settings.shown(None) == "none"
+    assert settings.listed(list("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
+def test_the_settings_of_a_damaged_section(tmp_path):
+    sections = {
+        "n-samples": {"tf": 3},
+        "task_hashes": ["tf"],
+        "config": {"pruning": "x"},
+    }
+    found = settings.settings_of(json.loads(json.dumps(sections)), "tf", ["tf"])
+    assert {value for value in found.values()} == {None}
