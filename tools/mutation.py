@@ -68,7 +68,7 @@ TESTS = {
     ],
     **{
         f"pruning.{part}": ["pruning/test_glu.py", "pruning/test_layouts_properties.py"]
-        for part in ("layouts", "regions")
+        for part in ("layouts",)
     },
     **{
         f"pruning.{part}": [
@@ -77,7 +77,7 @@ TESTS = {
             "pruning/test_calibration.py",
             "pruning/test_arguments.py",
         ]
-        for part in ("slicing", "record")
+        for part in ("neurons", "slicing", "record")
     },
     **{
         f"checkpoints.{part}": [

@@ -34,8 +34,8 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     regions_by_parameter,
 )
+from lm_eval_pruned.pruning.neurons import check_finite
 from lm_eval_pruned.pruning.settling import check_settleable
-from lm_eval_pruned.pruning.slicing import check_finite
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 

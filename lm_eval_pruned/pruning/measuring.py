@@ -24,9 +24,9 @@ from lm_eval_pruned.pruning.calibration import LENGTH, CalibrationText
 from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, kept_set
 from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer, loss_of
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
+from lm_eval_pruned.pruning.neurons import score
 from lm_eval_pruned.pruning.sensitivity import LayerCurve, Sensitivity
 from lm_eval_pruned.pruning.settling import REMOVED
-from lm_eval_pruned.pruning.slicing import score
 from lm_eval_pruned.util.progress import steps
 
 

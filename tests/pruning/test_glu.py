@@ -12,8 +12,11 @@ from torch import nn
 
 from lm_eval_pruned.checkpoints.skeleton import skeleton
 from lm_eval_pruned.pruning.layouts import (
+    LAYOUTS,
     GluMlp,
+    Region,
     UnsupportedModelError,
+    assemble,
     count_parameters,
     describe,
     find_glu_mlps,
@@ -21,7 +24,6 @@ from lm_eval_pruned.pruning.layouts import (
     resize,
     text_config,
 )
-from lm_eval_pruned.pruning.regions import Region, assemble
 from tests.helpers import checkpoints
 from tests.helpers.layouts import FAMILIES, overrides
 
@@ -135,11 +137,8 @@ def stacked(both=(EXPERTS, 2 * WIDTH, HIDDEN), down=(EXPERTS, HIDDEN, WIDTH), **
     return module
 
 
-SEPARATE = [
-    ("gate_proj", "up_proj", "down_proj"),
-    ("wi_0", "wi_1", "wo"),
-    ("w1", "w3", "w2"),
-]
+SEPARATE = [names for names in LAYOUTS if names[0] != names[1]]
+FUSED = [names[1:] for names in LAYOUTS if names[0] == names[1]]
 
 
 @pytest.mark.parametrize("names", SEPARATE)
@@ -166,9 +165,7 @@ def test_three_linears_are_an_mlp(names, bias):
         assert torch.equal(found.weight("up_proj", "bias"), module[names[1]].bias)
 
 
-@pytest.mark.parametrize(
-    "names", [("gate_up_proj", "down_proj"), ("input_linear", "output_linear")]
-)
+@pytest.mark.parametrize("names", FUSED)
 @pytest.mark.parametrize("bias", [False, True])
 def test_gate_and_up_may_be_fused(names, bias):
     module = fused(bias, names=names)
@@ -182,8 +179,7 @@ def test_gate_and_up_may_be_fused(names, bias):
     assert len(found.regions) == (5 if bias else 3)
     if bias:
         assert torch.equal(found.weight("up_proj", "bias"), both.bias[WIDTH:])
-    with pytest.raises(UnsupportedModelError, match=f"mlp.{names[0]}.weight"):
-        found.projection("gate_proj")
+    assert found.linears == {"down_proj": module[names[1]]}
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -254,7 +250,7 @@ def test_mlps_are_numbered_in_the_order_of_the_model():
     ],
 )
 def test_the_number_of_a_layer_is_the_first_in_its_path(path, stack, block):
-    found = GluMlp("x", 0, nn.Module(), path, "dense", {}, {})
+    found = GluMlp("x", 0, nn.Module(), path, "dense", {})
     assert (found.stack, found.block) == (stack, block)
 
 
