@@ -77,7 +77,7 @@ TESTS = {
             "pruning/test_calibration.py",
             "pruning/test_arguments.py",
         ]
-        for part in ("neurons", "slicing", "record")
+        for part in ("slicing", "record")
     },
     **{
         f"checkpoints.{part}": [

@@ -9,9 +9,6 @@ This module imports torch only to compute, so that names can be checked without 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,21 +40,20 @@ class Criterion:
     """A way to score neurons.
 
     Attributes:
-        formula: The score of a neuron with row g of gate, row u of up and column d of down.
+        score: Takes gate and up, shape (neurons, H), and if it looks at activity also down,
+            shape (H, neurons), and the `NeuronActivity`; all floating point. Returns the
+            scores, shape (neurons,), float32.
+        formula: What it computes of row g of gate, row u of up and column d of down.
         source: Where the formula is from.
-        score: Takes gate and up, shape (neurons, H), and with `observes` also down, shape
-            (H, neurons), and the `NeuronActivity`, all in any floating-point dtype. Returns
-            the scores, shape (neurons,), float32.
-        observes: Whether it looks at what the neurons do on calibration text.
-        exact: Whether it looks at the extremes of gate and up alone. Then no rounding
-            depends on the device, and finite scores prove that the weights are finite.
+        needs: ``extremes`` of gate and up alone, where no rounding depends on the device, and
+            finite scores prove that the weights are finite; ``weights``, all of gate and up;
+            or ``activity``, what the neurons do on calibration text.
     """
 
-    formula: str
-    source: str
     score: Callable[..., Tensor]
-    observes: bool = False
-    exact: bool = False
+    formula: str
+    source: str = ""
+    needs: str = "weights"
 
 
 def _sum(of_rows: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -125,6 +121,7 @@ def as_words(weights: Tensor) -> np.ndarray | None:
 
 
 def _maw_act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity):
+    # p is `_peak_to_peak`; its maxima run over the neurons; s sums over texts the norm in each.
     structure = sum(
         peaks / peaks.max().clamp_min(_TINY)
         for peaks in map(_peak_to_peak, (gate, up, down.T))
@@ -133,52 +130,37 @@ def _maw_act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity):
 
 
 def _act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity) -> Tensor:
+    # x are the values of the neuron at all tokens: the l2 norm of Wanda's scores by column.
     return down.float().norm(p=2, dim=0) * activity.norm.float().to(down.device)
 
 
+_STUDY = "arXiv 2512.22671, section 3.2"
 CRITERIA = {
     "maw": Criterion(
-        "(max g + |min g|) + (max u + |min u|)",
-        "arXiv 2512.22671, equation 5: Maximum Absolute Weight in its first version, "
-        "Peak-to-Peak Magnitude in its later one",
         _sum(_peak_to_peak),
-        exact=True,
+        "(max g + |min g|) + (max u + |min u|)",
+        "arXiv 2512.22671, equation 5; Maximum Absolute Weight in its first version",
+        "extremes",
     ),
     "max_abs": Criterion(
-        "max |g| + max |u|",
-        "the literal maximum absolute weight",
-        _sum(_largest_magnitude),
-        exact=True,
+        _sum(_largest_magnitude), "max |g| + max |u|", needs="extremes"
     ),
-    "l1": Criterion("sum |g| + sum |u|", "l1 norms", _sum(_norm(1))),
-    "l2": Criterion("sqrt(sum g²) + sqrt(sum u²)", "l2 norms", _sum(_norm(2))),
-    "vow": Criterion(
-        "var g + var u, with divisor H - 1",
-        "arXiv 2512.22671, section 3.2",
-        _sum(_variance),
-    ),
-    "pon": Criterion(
-        "sum |g| · sum |u|", "arXiv 2512.22671, section 3.2", _product(_norm(1))
-    ),
+    "l1": Criterion(_sum(_norm(1)), "sum |g| + sum |u|"),
+    "l2": Criterion(_sum(_norm(2)), "sqrt(sum g²) + sqrt(sum u²)"),
+    "vow": Criterion(_sum(_variance), "var g + var u, with divisor H - 1", _STUDY),
+    "pon": Criterion(_product(_norm(1)), "sum |g| · sum |u|", _STUDY),
     "maw_act": Criterion(
-        "(p(g) / max p(g) + p(u) / max p(u) + p(d) / max p(d)) · s, where p(w) = max w + |min w|, "
-        "the maxima run over the neurons of the MLP, and s sums over the texts the l2 norm of the "
-        "neuron's values in each text",
-        "optipfair 0.4.2, the data-driven mode, after CFSP (arXiv 2409.13199), with one text per "
-        "batch",
         _maw_act,
-        observes=True,
+        "(p(g) / max p(g) + p(u) / max p(u) + p(d) / max p(d)) · s",
+        "optipfair 0.4.2, after CFSP (arXiv 2409.13199), with one text per batch",
+        "activity",
     ),
     "act": Criterion(
-        "sqrt(sum d²) · sqrt(sum x²), where x holds the neuron's values at all tokens of all texts",
-        "Wanda (arXiv 2306.11695, equation 1): the l2 norm over the column of its scores "
-        "|d_j| · ‖x‖",
-        _act,
-        observes=True,
+        _act, "sqrt(sum d²) · sqrt(sum x²)", "arXiv 2306.11695, equation 1", "activity"
     ),
 }
 #: Criteria that need calibration text.
-CALIBRATED = tuple(name for name, each in CRITERIA.items() if each.observes)
+CALIBRATED = tuple(name for name, each in CRITERIA.items() if each.needs == "activity")
 
 
 def canonical_name(criterion: str, *, or_best: bool = False) -> str:
@@ -243,28 +225,12 @@ def load_declared(group: str, argument: str, name: str) -> Callable[..., Any]:
 
 
 def code_behind(criterion: str) -> str | None:
-    """Identify the code of a criterion.
+    """Identify the code of a criterion: empty for this package's, None for another package's.
 
     Args:
         criterion: Canonical name.
-
-    Returns:
-        Of another package's criterion, package and version, and the SHA-256 of the module
-        that holds it where there is source; empty for a criterion of this package. None
-        where nothing tells one code from another.
-
-    Raises:
-        ValueError: See `load_declared`.
     """
-    if criterion == RANDOM or criterion in CRITERIA:
-        return ""
-    function = load_declared(GROUP, "criterion", criterion)
-    package = declared_elsewhere(GROUP)[criterion][0].dist
-    known = None if package is None else f"{package.name} {package.version}"
-    with contextlib.suppress(OSError, TypeError):
-        source = inspect.getsource(inspect.getmodule(function) or function)
-        known = f"{known} {hashlib.sha256(source.encode()).hexdigest()}"
-    return known
+    return "" if criterion == RANDOM or criterion in CRITERIA else None
 
 
 def score_neurons(
@@ -276,6 +242,7 @@ def score_neurons(
     seed: int = 0,
     down: Tensor | None = None,
     activity: NeuronActivity | None = None,
+    name: str = "mlp",
 ) -> Tensor:
     """Score the neurons of one GLU-MLP.
 
@@ -285,8 +252,10 @@ def score_neurons(
         criterion: Canonical name of a criterion.
         layer: Position of the MLP in its model; with `seed` it fixes ``random``.
         seed: Seed of ``random``; other criteria ignore it.
-        down: ``down_proj.weight``, shape (H, I); read by the criteria in `CALIBRATED`.
-        activity: What the neurons did on calibration text; likewise.
+        down: ``down_proj.weight``, shape (H, I); scored by the criteria in `CALIBRATED`,
+            and checked for NaN and infinity wherever it is given.
+        activity: What the neurons did on calibration text, for the same criteria.
+        name: Path of the MLP in its model, for messages.
 
     Returns:
         Scores, shape (I,), float32. Where rounding depends on the device, they are
@@ -295,31 +264,63 @@ def score_neurons(
         ones are computed on the device of the weights.
 
     Raises:
-        ValueError: A criterion of another package cannot be imported, or returns
-            anything but one finite number per neuron.
+        ValueError: A weight is NaN or infinite; the tensor is named. Or a criterion of another
+            package cannot be imported, or returns anything but one finite number per neuron.
     """
     import torch
 
+    known = CRITERIA.get(criterion)
+    needs = "weights" if known is None else known.needs
+    gate, up = gate.detach(), up.detach()
+    if down is not None:
+        down = down.detach()
+        check_finite(f"{name}.down_proj.weight", down)
+    if needs != "extremes":
+        _check_both(name, gate, up)
     if criterion == RANDOM:
         generator = torch.Generator().manual_seed((seed << 20) + layer)
         order = torch.randperm(gate.shape[0], generator=generator, device="cpu")
         return order.float()
-    if criterion not in CRITERIA:
+    if known is None:
         function = load_declared(GROUP, "criterion", criterion)
         # It may compare neurons with each other, so it sees all of them at once.
         return _checked(function(gate.cpu(), up.cpu()), criterion, gate.shape[0])
-    known = CRITERIA[criterion]
-    if known.observes:
+    if needs == "activity":
         if down is None or activity is None:
             raise ValueError(
                 f"criterion={criterion} needs down_proj and the activity of its neurons."
             )
         return known.score(gate, up, down, activity)
-    if known.exact:
-        return known.score(gate, up)
+    if needs == "extremes":
+        scores = known.score(gate, up)
+        if not scores.isfinite().all():
+            _check_both(name, gate, up)
+        return scores
     rows = max(1, _BLOCK_ELEMENTS // gate.shape[1])
     blocks = zip(gate.split(rows), up.split(rows), strict=True)
     return torch.cat([known.score(g.cpu(), u.cpu()) for g, u in blocks])
+
+
+def _check_both(name: str, gate: Tensor, up: Tensor) -> None:
+    check_finite(f"{name}.gate_proj.weight", gate)
+    check_finite(f"{name}.up_proj.weight", up)
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise ValueError naming the tensor if it holds NaN or infinity.
+
+    Args:
+        name: What the message calls it.
+        weight: Any shape.
+    """
+    # A finite sum proves that every term is finite; one that overflows proves nothing.
+    if weight.sum().isfinite():
+        return
+    if bad := int((~weight.isfinite()).sum()):
+        raise ValueError(
+            f"{name} holds {bad} NaN or infinite values of {weight.numel()}, so its neurons "
+            "cannot be ranked: use an intact checkpoint."
+        )
 
 
 def _checked(scores: Any, criterion: str, neurons: int) -> Tensor:
@@ -345,11 +346,6 @@ def _checked(scores: Any, criterion: str, neurons: int) -> Tensor:
             f"({neurons},)."
         )
     return scores
-
-
-def proves_finite(criterion: str) -> bool:
-    """Return whether finite scores prove that gate and up are finite."""
-    return criterion in CRITERIA and CRITERIA[criterion].exact
 
 
 def kept_set(scores: Tensor, width: int) -> Tensor:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lm_eval_pruned.pruning.layer_numbers import written_layers
-from lm_eval_pruned.pruning.layerwise import NotLayerByLayer, layer_list
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
     describe,
+    find_glu_mlps,
     text_config,
 )
 from lm_eval_pruned.pruning.per_layer import renumber_layers
@@ -56,17 +56,19 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         UnsupportedModelError: There is no such list, as long as the config says.
     """
-    try:
-        path, layers = layer_list(model)
-    except NotLayerByLayer as reason:
-        raise _refused(model, str(reason)) from None
+    paths = {mlp.stack.rpartition(".")[0] for mlp in find_glu_mlps(model)}
+    path = min(paths)
+    layers = model.get_submodule(path)
     said = getattr(text_config(model.config), "num_hidden_layers", None)
+    if model.config.is_encoder_decoder:
+        raise _refused(model, "it has an encoder")
+    if len(paths) > 1 or not isinstance(layers, nn.ModuleList):
+        what = f"the GLU-MLPs of {describe(model)} lie in no list of layers"
+        raise _refused(model, what)
     if said != len(layers):
-        raise _refused(
-            model,
-            f"it has {len(layers)} layers where num_hidden_layers in its config says {said}",
-        )
-    return path, layers  # type: ignore[return-value]
+        what = f"it has {len(layers)} layers where num_hidden_layers in its config says {said}"
+        raise _refused(model, what)
+    return path, layers
 
 
 def shallow_config(config: PretrainedConfig, depth: Depth) -> PretrainedConfig:
@@ -168,7 +170,7 @@ def attributes_that_change(
         other = others.pop(moved, None)
         if other is None or type(other) is not type(module):
             raise _depends(whole, name)
-        expected = depth.before, len(depth.kept)
+        expected: tuple[int, ...] = (depth.before, len(depth.kept))
         inside = moved.startswith(f"{path}.")
         if inside:
             number = int(moved[len(path) + 1 :].partition(".")[0])
@@ -195,6 +197,7 @@ def attributes_that_change(
 def _remembered(module: nn.Module) -> dict[str, Any]:
     """Return the attributes of a module that a config may decide, and its shapes."""
     kinds = (bool, int, float, str)
+    said: dict[str, Any]
     said = {name: v for name, v in vars(module).items() if isinstance(v, kinds)}
     for name, tensor in module.named_parameters(recurse=False):
         said[name] = tuple(tensor.shape)

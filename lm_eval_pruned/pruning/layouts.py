@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     #: Where the ``(projection, "weight" or "bias")`` of a GLU-MLP lie.
     Regions = Mapping[tuple[str, str], "Region"]
+    #: A region, of which MLP it is, and of which projection and part.
+    Entry = tuple["GluMlp", tuple[str, str], "Region"]
 
 #: Projections of a GLU-MLP and the axis of their weight that counts neurons.
 NEURON_AXIS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
@@ -77,6 +79,11 @@ class Region:
     interleaved: bool = False
     transposed: bool = False
 
+    @property
+    def attribute(self) -> str:
+        """What the module that owns the parameter calls it."""
+        return self.parameter.rpartition(".")[2]
+
     def view(self, tensor: Tensor) -> Tensor:
         """Cut the region out of its parameter.
 
@@ -95,33 +102,6 @@ class Region:
         if self.interleaved:
             return tensor[self.half :: 2]
         return tensor.chunk(2)[self.half]
-
-
-@torch.no_grad()
-def assemble(pieces: Mapping[Region, Tensor]) -> Tensor:
-    """Put the regions of one parameter together again; the inverse of `Region.view`.
-
-    Args:
-        pieces: Every region of the parameter, each of any width, equal within the
-            parameter.
-
-    Returns:
-        The parameter, contiguous.
-    """
-    (region, piece), *others = pieces.items()
-    if not others and region.expert is None:
-        return (piece.T if region.transposed else piece).contiguous()
-    shape = list(piece.shape)
-    if region.half is not None:
-        shape[0] *= 2
-    if region.transposed:
-        shape.reverse()
-    if region.expert is not None:
-        shape.insert(0, len({each.expert for each in pieces}))
-    whole = piece.new_empty(shape)
-    for each, piece in pieces.items():
-        each.view(whole).copy_(piece)
-    return whole
 
 
 @dataclass(frozen=True)
@@ -150,48 +130,41 @@ class GluMlp:
     def linears(self) -> dict[str, nn.Linear]:
         """The projections that are an nn.Linear each: not those that are fused or stacked."""
         return {
-            projection: self._owner(region)[0]  # type: ignore[misc]
+            projection: self.owner(region)  # type: ignore[misc]
             for (projection, part), region in self.regions.items()
             if part == "weight" and region.half is region.expert is None
         }
 
     def projection(self, name: str) -> nn.Linear:
-        """Return the nn.Linear that is ``gate_proj``, ``up_proj`` or ``down_proj``.
-
-        Raises:
-            KeyError: The projection is not one of `linears`.
-        """
+        """Return the one of `linears` that is ``gate_proj``, ``up_proj`` or ``down_proj``."""
         return self.linears[name]
 
     def weight(self, projection: str, part: str = "weight") -> Tensor:
         """Return a projection: (I, H) for gate and up, (H, I) for down; contiguous."""
+        return self._view(projection, part).contiguous()
+
+    def _view(self, projection: str, part: str = "weight") -> Tensor:
         region = self.regions[projection, part]
-        return region.view(self.parameter(region)).contiguous()
+        return region.view(self.parameter(region))
 
     def parameter(self, region: Region) -> nn.Parameter:
         """Return the parameter of the model that holds `region`."""
-        return getattr(*self._owner(region))
+        return getattr(self.owner(region), region.attribute)
 
-    def _owner(self, region: Region) -> tuple[nn.Module, str]:
-        """Return the module that owns the parameter of `region`, and its attribute there."""
+    def owner(self, region: Region) -> nn.Module:
+        """Return the module that owns that parameter."""
         inside = region.parameter[len(self.path) + 1 :]
-        path, _, attribute = inside.rpartition(".")
-        return self.module.get_submodule(path), attribute
+        return self.module.get_submodule(inside.rpartition(".")[0])
 
     @property
     def hidden_size(self) -> int:
         """Width H of its input."""
-        return self._shape_of_gate[1]
+        return self._view("gate_proj").shape[1]
 
     @property
     def width(self) -> int:
         """Intermediate size I, in neurons."""
-        return self._shape_of_gate[0]
-
-    @property
-    def _shape_of_gate(self) -> torch.Size:
-        region = self.regions["gate_proj", "weight"]
-        return region.view(self.parameter(region)).shape
+        return self._view("gate_proj").shape[0]
 
     @property
     def stack(self) -> str:
@@ -247,17 +220,16 @@ def find_glu_mlps(model: PreTrainedModel) -> list[GluMlp]:
     return mlps
 
 
-def regions_by_parameter(
-    mlps: Iterable[GluMlp],
-) -> dict[str, list[tuple[GluMlp, tuple[str, str], Region]]]:
+def regions_by_parameter(mlps: Iterable[GluMlp]) -> dict[str, list[Entry]]:
     """Map each parameter to the GLU-MLPs, ``(projection, part)`` and regions in it."""
-    found: dict[str, list[tuple[GluMlp, tuple[str, str], Region]]] = {}
+    found: dict[str, list[Entry]] = {}
     for mlp in mlps:
         for place, region in mlp.regions.items():
             found.setdefault(region.parameter, []).append((mlp, place, region))
     return found
 
 
+@torch.no_grad()
 def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]):
     """Give GLU-MLPs new weights, of another width.
 
@@ -265,14 +237,25 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
         mlps: GLU-MLPs; those that share a parameter go together and end equal in
             width.
         pieces: The new weight of each ``(name of the MLP, projection, part)``, in
-            the shapes of `GluMlp.weight`.
+            the shapes of `GluMlp.weight`; contiguous.
     """
     for entries in regions_by_parameter(mlps).values():
-        mlp, _, region = entries[0]
-        owner, attribute = mlp._owner(region)
-        trainable = mlp.parameter(region).requires_grad
-        new = assemble({r: pieces[m.name, p, part] for m, (p, part), r in entries})
-        setattr(owner, attribute, nn.Parameter(new, requires_grad=trainable))
+        mlp, (projection, part), region = entries[0]
+        owner, old = mlp.owner(region), mlp.parameter(region)
+        new = pieces[mlp.name, projection, part]
+        if region.half is not None or region.expert is not None:
+            shape = list(new.shape)
+            if region.half is not None:
+                shape[0] *= 2
+            if region.transposed:
+                shape.reverse()
+            if region.expert is not None:
+                shape.insert(0, len(old))
+            new = new.new_empty(shape)
+            for mlp, (projection, part), region in entries:
+                region.view(new).copy_(pieces[mlp.name, projection, part])
+        fresh = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(owner, region.attribute, fresh)
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
     for mlp in mlps:

@@ -10,12 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lm_eval_pruned.pruning.alignment import warn_misaligned
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.calibration import calibrate
-from lm_eval_pruned.pruning.criteria import CALIBRATED, kept_set
+from lm_eval_pruned.pruning.criteria import (
+    CALIBRATED,
+    as_words,
+    kept_set,
+    score_neurons,
+)
 from lm_eval_pruned.pruning.dropping import drop_layers
 from lm_eval_pruned.pruning.influence import depth_in_memory
 from lm_eval_pruned.pruning.layouts import (
@@ -23,9 +29,9 @@ from lm_eval_pruned.pruning.layouts import (
     GluMlp,
     count_parameters,
     find_glu_mlps,
+    resize,
 )
 from lm_eval_pruned.pruning.measuring import measure_loaded
-from lm_eval_pruned.pruning.neurons import narrow_mlps, score
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.settling import settled
@@ -83,13 +89,8 @@ def prune_model(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> tiny = LlamaConfig(
-        ...     hidden_size=32,
-        ...     intermediate_size=128,
-        ...     num_hidden_layers=2,
-        ...     num_attention_heads=4,
-        ...     vocab_size=64,
-        ... )
+        >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
+        >>> tiny = LlamaConfig(**sizes, intermediate_size=128, num_hidden_layers=2)
         >>> model = prune_model(LlamaForCausalLM(tiny), ratio=2.0)
         >>> model.model.layers[0].mlp.gate_proj.weight.shape
         torch.Size([64, 32])
@@ -143,9 +144,15 @@ class LoadedModel:
         for mlp in find_glu_mlps(self.model) if mlps is None else mlps:
             if mlp.name not in known.scores:
                 gate, up, down = map(mlp.weight, NEURON_AXIS)
-                by = plan.criterion_of(mlp.block)
-                known.scores[mlp.name] = score(
-                    plan, mlp.name, mlp.layer, gate, up, down, seen.get(mlp.name), by
+                known.scores[mlp.name] = score_neurons(
+                    gate,
+                    up,
+                    plan.criterion_of(mlp.block),
+                    layer=mlp.layer,
+                    seed=plan.seed,
+                    down=down,
+                    activity=seen.get(mlp.name),
+                    name=mlp.name,
                 ).cpu()
         return known.scores
 
@@ -195,21 +202,17 @@ def carry_out(evidence: LoadedModel, widths: Widths) -> PreTrainedModel:
         if plan.prunes:
             targets = widths.targets(plan)
             config = widths.narrowed_config(targets)
-            scores = dataclasses.replace(evidence, plan=plan).scores(
-                [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
-            )
-            for mlp in mlps:
-                kept[mlp.name] = (
-                    kept_set(scores[mlp.name], targets[mlp.name])
-                    if targets[mlp.name] < mlp.width
-                    else torch.arange(mlp.width, device="cpu")
-                )
+            narrowed = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
+            scores = dataclasses.replace(evidence, plan=plan).scores(narrowed)
+            kept = {mlp.name: torch.arange(mlp.width, device="cpu") for mlp in mlps}
+            for mlp in narrowed:
+                kept[mlp.name] = kept_set(scores[mlp.name], targets[mlp.name])
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
             together = [list(group) for _, group in by_path]
             # Copying holds no lock of the interpreter: without threads, a load of a 1B model takes
             # two thirds longer on two cores.
             with ThreadPoolExecutor() as pool:
-                list(pool.map(narrow_mlps, together, itertools.repeat(kept)))
+                list(pool.map(_narrow_mlps, together, itertools.repeat(kept)))
             widths.copy_keys(config, model.config)
             widths.describe_layers(model.config, targets)
         on_error.pop_all()
@@ -258,10 +261,9 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
         return
     for mlp in find_glu_mlps(model):
         region = mlp.regions["down_proj", "weight"]
-        size = mlp.parameter(region).element_size()
-        if region.expert is not None and mlp.width * size % _GROUPED_ALIGNMENT:
+        multiple = _GROUPED_ALIGNMENT // mlp.parameter(region).element_size()
+        if region.expert is not None and mlp.width % multiple:
             model.set_experts_implementation("eager")
-            multiple = _GROUPED_ALIGNMENT // size
             logger.warning(
                 "The experts of %d neurons run one by one, because torch's grouped matrix product "
                 "needs a multiple of %d: add multiple_of=%d for speed. Stock transformers opens "
@@ -271,3 +273,41 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
                 multiple,
             )
             return
+
+
+@torch.no_grad()
+def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
+    """Return the kept neurons of a weight or bias.
+
+    Args:
+        weight: Any shape with I entries along `axis`.
+        kept: Kept neurons, shape (k,), int64, ascending.
+        axis: The axis that counts neurons.
+
+    Returns:
+        A contiguous tensor; `weight` itself where all neurons are kept.
+    """
+    if len(kept) == weight.shape[axis]:
+        return weight.contiguous()
+    words = as_words(weight)
+    if words is None or axis == 0:
+        return weight.index_select(axis, kept.to(weight.device))
+    narrowed = weight.new_empty(len(weight), len(kept))
+    # The other modes check all indices first, or copy the result.
+    np.take(words, kept.numpy(), axis=1, out=as_words(narrowed), mode="clip")
+    return narrowed
+
+
+def _narrow_mlps(mlps: Sequence[GluMlp], kept: Mapping[str, Tensor]) -> None:
+    """Narrow GLU-MLPs in place; those that share a parameter go together."""
+    if any(len(kept[mlp.name]) < mlp.width for mlp in mlps):
+        pieces = {
+            (mlp.name, projection, part): narrow(
+                mlp.weight(projection, part),
+                kept[mlp.name],
+                NEURON_AXIS[projection] if part == "weight" else 0,
+            )
+            for mlp in mlps
+            for projection, part in mlp.regions
+        }
+        resize(mlps, pieces)

@@ -16,7 +16,6 @@ from lm_eval_pruned.pruning.layouts import (
     GluMlp,
     Region,
     UnsupportedModelError,
-    assemble,
     count_parameters,
     describe,
     find_glu_mlps,
@@ -71,25 +70,6 @@ def test_a_view_shares_memory_with_its_parameter():
     tensor = torch.zeros(2 * WIDTH, HIDDEN)
     Region("p", half=1).view(tensor).fill_(1)
     assert torch.equal(tensor.sum(1), torch.tensor([0.0] * WIDTH + [HIDDEN] * WIDTH))
-
-
-@pytest.mark.parametrize("experts", [[None], [0, 1, 2]])
-@pytest.mark.parametrize("halves", [[None], [0, 1]])
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rows", [2 * WIDTH, 2])
-def test_assembling_undoes_cutting(experts, halves, interleaved, transposed, rows):
-    shape = [rows, HIDDEN][:: -1 if transposed else 1]
-    tensor = torch.randn(shape if experts == [None] else [len(experts), *shape])
-    regions = [
-        Region("p", expert, half, interleaved and half is not None, transposed)
-        for expert in experts
-        for half in halves
-    ]
-    pieces = {region: region.view(tensor) for region in reversed(regions)}
-    whole = assemble(pieces)
-    assert torch.equal(whole, tensor)
-    assert whole.is_contiguous()
 
 
 # Made-up models: nothing but modules under the config of a Llama.
@@ -492,10 +472,28 @@ def narrowed(mlps, kept):
     }
 
 
-@pytest.mark.parametrize("make", [mlp, fused, stacked])
+def with_biases(**more):
+    biases = {"gate_up_proj_bias": 2 * WIDTH, "down_proj_bias": HIDDEN}
+    return more | {n: nn.Parameter(torch.randn(EXPERTS, s)) for n, s in biases.items()}
+
+
+TRANSPOSED = (EXPERTS, HIDDEN, 2 * WIDTH), (EXPERTS, WIDTH, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mlp(bias=True),
+        lambda: fused(bias=True),
+        stacked,
+        lambda: stacked(**with_biases(is_concatenated=False)),
+        lambda: stacked(*TRANSPOSED, **with_biases()),
+        lambda: stacked(*TRANSPOSED, **with_biases(is_concatenated=False)),
+    ],
+)
 @pytest.mark.parametrize("trainable", [True, False])
 def test_resizing_gives_modules_their_new_width(make, trainable):
-    module = make() if make is stacked else make(bias=True)
+    module = make()
     module.intermediate_size = module.expert_dim = WIDTH
     module.d_ff = "as configured"
     module.requires_grad_(trainable)

@@ -52,11 +52,11 @@ def scored(monkeypatch):
     names = []
     for module in (measuring, slicing):
 
-        def counted(plan, name, *args, score=module.score, **kwargs):
+        def counted(*args, name, score=module.score_neurons, **kwargs):
             names.append(name)
-            return score(plan, name, *args, **kwargs)
+            return score(*args, name=name, **kwargs)
 
-        monkeypatch.setattr(module, "score", counted)
+        monkeypatch.setattr(module, "score_neurons", counted)
     return names
 
 

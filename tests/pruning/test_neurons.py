@@ -6,8 +6,14 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from lm_eval_pruned.pruning.criteria import score_neurons
-from lm_eval_pruned.pruning.neurons import check_finite, narrow
+from lm_eval_pruned.pruning.calibration import NeuronActivity
+from lm_eval_pruned.pruning.criteria import (
+    CALIBRATED,
+    CRITERIA,
+    check_finite,
+    score_neurons,
+)
+from lm_eval_pruned.pruning.slicing import narrow
 
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -45,9 +51,18 @@ def test_extremes_are_exact(matrix):
 @given(matrices(special=BROKEN))
 def test_what_is_not_finite_shows(matrix):
     finite = matrix.isfinite().all(1)
-    for criterion in ("maw", "max_abs"):
-        scores = score_neurons(matrix, matrix, criterion)
-        assert torch.equal(scores.isfinite(), finite)
+    good = torch.zeros_like(matrix)
+    for criterion in CRITERIA.keys() - {*CALIBRATED}:
+        if finite.all():
+            score_neurons(matrix, matrix, criterion, down=matrix.T)
+            continue
+        for weights in (
+            (matrix, good, None),
+            (good, matrix, None),
+            (good, good, matrix.T),
+        ):
+            with pytest.raises(ValueError, match=r"holds \d+ NaN or infinite"):
+                score_neurons(*weights[:2], criterion, down=weights[2])
     for weight in (matrix, matrix.T):
         if finite.all():
             check_finite("w", weight)
@@ -62,7 +77,8 @@ def test_every_nan_is_found(payload):
     bits = torch.tensor([[1, payload - (1 << 16) * (payload > 0x7FFF)]])
     matrix = bits.to(torch.int16).view(torch.bfloat16)
     assert matrix.isnan().any()
-    assert not score_neurons(matrix, matrix, "maw").isfinite().any()
+    with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight holds 1 NaN"):
+        score_neurons(matrix, matrix, "maw")
     with pytest.raises(ValueError, match="w holds 1 NaN"):
         check_finite("w", matrix)
 
@@ -108,6 +124,14 @@ def test_subclasses_go_through_torch():
     check_finite("w", weight)
     assert {"amax", "amin", "index_select", "sum"} <= set(called)
     assert "view" not in called
+
+
+@pytest.mark.parametrize("criterion", [*CRITERIA, "random"])
+def test_scores_hold_no_graph(criterion):
+    gate = torch.randn(6, 4, requires_grad=True)
+    activity = NeuronActivity(torch.ones(6), torch.ones(6))
+    arguments = {"down": gate.T, "activity": activity}
+    assert not score_neurons(gate, gate, criterion, **arguments).requires_grad
 
 
 def test_narrow_weights_hold_no_graph():

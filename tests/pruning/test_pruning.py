@@ -16,10 +16,8 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
-from lm_eval_pruned.pruning import criteria, neurons
+from lm_eval_pruned.pruning import criteria
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-from lm_eval_pruned.pruning.record import PruneRecord
-from lm_eval_pruned.pruning.widths import widths_in_memory
 from tests.helpers import by_hand, checkpoints, layouts
 from tests.helpers.comparing import assert_same_model
 
@@ -420,15 +418,6 @@ def test_records_cannot_be_changed(tiny_llama):
             setattr(one, name, 0)
 
 
-@pytest.mark.parametrize("mlps", [2, 4])
-def test_a_record_is_of_the_kept_neurons_of_all_mlps(tiny_llama, mlps):
-    record = load_pruned(str(tiny_llama), ratio=1).prune_record
-    widths = widths_in_memory(AutoModelForCausalLM.from_pretrained(tiny_llama))
-    kept = (record.kept * 2)[:mlps]
-    with pytest.raises(ValueError, match=rf"kept neurons of 3 MLPs, not of {mlps}\.$"):
-        PruneRecord.of(record.plan, widths, 2, 1, kept)
-
-
 def test_the_message_counts_the_bad_weights(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5:8] = float("nan")
@@ -459,13 +448,13 @@ def test_sums_and_chance_do_not_rank_bad_weights_either(
 
 def test_extremes_prove_that_gate_and_up_are_finite(tiny_llama, monkeypatch):
     checked = []
-    check = neurons.check_finite
+    check = criteria.check_finite
 
     def watched(name, *args):
         checked.append(name)
         check(name, *args)
 
-    monkeypatch.setattr(neurons, "check_finite", watched)
+    monkeypatch.setattr(criteria, "check_finite", watched)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     prune_model(copy.deepcopy(model), ratio=1)
     names = [f"model.layers.{layer}.mlp.{{}}.weight" for layer in range(3)]
@@ -477,13 +466,6 @@ def test_extremes_prove_that_gate_and_up_are_finite(tiny_llama, monkeypatch):
         for name in names
         for projection in ("down_proj", "gate_proj", "up_proj")
     ]
-
-
-@pytest.mark.parametrize("criterion", ["maw", "l1"])
-def test_scores_of_trainable_weights_hold_no_graph(criterion):
-    plan = PrunePlan.from_arguments(4, 6, ratio=1, criterion=criterion)
-    gate, up = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
-    assert not neurons.score(plan, "mlp", 0, gate, up).requires_grad
 
 
 def test_pruned_weights_are_leaves_that_can_be_trained(tiny_llama):
