@@ -32,6 +32,8 @@ GROUP = "lm_eval_pruned.criteria"
 
 #: Rows are scored in blocks of about this many elements, which bounds the float32 copy.
 _BLOCK_ELEMENTS = 1 << 20
+#: As many 16-bit elements fit into an L2 cache.
+_CACHED_ELEMENTS = 1 << 18
 _TINY = 1e-30
 
 
@@ -92,7 +94,12 @@ def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows.amax(dim=1).float(), rows.amin(dim=1).float()
     # Read as integers, floats with a sign bit are below the others, and above them without
     # sign; among themselves, those that are farther from 0 have the larger bits.
-    high, low = words.max(axis=1), words.view(np.uint16).max(axis=1).view(np.int16)
+    step = max(1, _CACHED_ELEMENTS // words.shape[1])
+    blocks = (words[start : start + step] for start in range(0, len(words), step))
+    pairs = [(b.max(axis=1), b.view(np.uint16).max(axis=1)) for b in blocks]
+    high, low = (
+        np.concatenate(each).view(np.int16) for each in zip(*pairs, strict=True)
+    )
     highest, lowest = (
         torch.from_numpy(each).view(rows.dtype).float() for each in (high, low)
     )

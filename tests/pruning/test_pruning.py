@@ -418,13 +418,6 @@ def test_records_cannot_be_changed(tiny_llama):
             setattr(one, name, 0)
 
 
-def test_the_message_counts_the_bad_weights(tiny_llama):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    model.model.layers[1].mlp.up_proj.weight.data[3, 5:8] = float("nan")
-    with pytest.raises(ValueError, match=r"up_proj\.weight holds 3 .* values of 2816,"):
-        prune_model(model, ratio=1)
-
-
 @pytest.mark.parametrize("criterion", ["maw", "l1", "random"])
 def test_a_bad_down_projection_is_named_first(tiny_llama, criterion):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -432,17 +425,6 @@ def test_a_bad_down_projection_is_named_first(tiny_llama, criterion):
         if "layers.1.mlp" in name:
             parameter.data[0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight holds 1 "):
-        prune_model(model, ratio=1, criterion=criterion)
-
-
-@pytest.mark.parametrize("criterion", ["l1", "vow", "random"])
-@pytest.mark.parametrize("projection", ["gate_proj", "up_proj"])
-def test_sums_and_chance_do_not_rank_bad_weights_either(
-    tiny_llama, projection, criterion
-):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    getattr(model.model.layers[2].mlp, projection).weight.data[3, 5] = float("nan")
-    with pytest.raises(ValueError, match=rf"2\.mlp\.{projection}\.weight holds 1 NaN"):
         prune_model(model, ratio=1, criterion=criterion)
 
 
