@@ -68,7 +68,7 @@ TESTS = {
     ],
     **{
         f"pruning.{part}": ["pruning/test_glu.py", "pruning/test_layouts_properties.py"]
-        for part in ("layouts", "regions")
+        for part in ("layouts",)
     },
     **{
         f"pruning.{part}": [

@@ -235,8 +235,7 @@ class Stored:
 
     def pruned(self) -> PreTrainedModel:
         """Prune the model in place and return it."""
-        plan, widths = self.request.plan, self.request.widths
-        return carry_out(plan, self.model, widths, self._evidence(), self.known)
+        return carry_out(self._evidence(), self.request.widths)
 
     def _evidence(self) -> LoadedModel:
         plan = self.request.plan

@@ -25,7 +25,7 @@ from lm_eval_pruned.checkpoints.quantisation import (
 )
 from lm_eval_pruned.checkpoints.skeleton import skeleton
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
-from lm_eval_pruned.pruning.criteria import CALIBRATED
+from lm_eval_pruned.pruning.criteria import CALIBRATED, check_finite
 from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.dropping import count_layers
 from lm_eval_pruned.pruning.layouts import (
@@ -35,7 +35,6 @@ from lm_eval_pruned.pruning.layouts import (
     regions_by_parameter,
 )
 from lm_eval_pruned.pruning.settling import check_settleable
-from lm_eval_pruned.pruning.slicing import check_finite
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 

@@ -1,19 +1,15 @@
 """Criteria: importance scores of the neurons of a GLU-MLP.
 
-A criterion takes the rows of ``gate_proj`` and ``up_proj`` and returns one score
-per neuron; the neurons with the highest scores are kept. Those in `CALIBRATED` also
-take ``down_proj`` and what the neurons did on calibration text. Other packages add
-criteria under the entry-point group `GROUP`; ``docs/criteria.md`` shows how.
+A criterion gives each neuron one score; the neurons with the highest scores are kept.
+`CRITERIA` has those of this package. Other packages add criteria under the entry-point
+group `GROUP`; ``docs/criteria.md`` shows how.
 
 This module imports torch only to compute, so that names can be checked without it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
-import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 
@@ -21,15 +17,61 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from importlib.metadata import EntryPoint
 
+    import numpy as np
     from torch import Tensor
 
     from lm_eval_pruned.pruning.calibration import NeuronActivity
 
-    Criterion = Callable[[Tensor, Tensor], Tensor]
-    CalibratedCriterion = Callable[[Tensor, Tensor, Tensor, NeuronActivity], Tensor]
+#: The control: scores that do not look at the weights.
+RANDOM = "random"
+#: The wish to have the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocations`.
+BEST = "best"
+ALIASES = {"ppm": "maw"}
+#: Entry-point group under which other packages declare criteria, name -> function.
+GROUP = "lm_eval_pruned.criteria"
 
 #: Rows are scored in blocks of about this many elements, which bounds the float32 copy.
 _BLOCK_ELEMENTS = 1 << 20
+#: As many 16-bit elements fit into an L2 cache.
+_CACHED_ELEMENTS = 1 << 18
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to score neurons.
+
+    Attributes:
+        score: Takes gate and up, shape (neurons, H), and if it looks at activity also down,
+            shape (H, neurons), and the `NeuronActivity`; all floating point. Returns the
+            scores, shape (neurons,), float32.
+        formula: What it computes of row g of gate, row u of up and column d of down.
+        source: Where the formula is from.
+        needs: ``extremes`` of gate and up alone, where no rounding depends on the device, and
+            finite scores prove that the weights are finite; ``weights``, all of gate and up;
+            or ``activity``, what the neurons do on calibration text.
+    """
+
+    score: Callable[..., Tensor]
+    formula: str
+    source: str = ""
+    needs: str = "weights"
+
+
+def _sum(of_rows: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda gate, up: of_rows(gate) + of_rows(up)
+
+
+def _product(of_rows: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda gate, up: of_rows(gate) * of_rows(up)
+
+
+def _norm(order: int) -> Callable[[Tensor], Tensor]:
+    return lambda rows: rows.float().norm(p=order, dim=1)
+
+
+def _variance(rows: Tensor) -> Tensor:
+    return rows.float().var(dim=1)
 
 
 def _peak_to_peak(rows: Tensor) -> Tensor:
@@ -43,84 +85,50 @@ def _largest_magnitude(rows: Tensor) -> Tensor:
 
 
 def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    from lm_eval_pruned.pruning.arrays import row_extremes
+    """Return the largest and the smallest weight of each row, float32; one is NaN if any is."""
+    import numpy as np
+    import torch
 
-    # Conversions keep the order of numbers, so only 2 * I values are converted.
-    highest, lowest = row_extremes(rows)
-    return highest.float(), lowest.float()
-
-
-def maw(gate: Tensor, up: Tensor) -> Tensor:
-    """Peak-to-peak magnitude, the criterion of the study.
-
-    score = (max g + abs(min g)) + (max u + abs(min u)) over the rows g and u.
-
-    Args:
-        gate: Rows of ``gate_proj``, shape (neurons, H), floating point.
-        up: Rows of ``up_proj``, shape (neurons, H), floating point.
-
-    Returns:
-        Scores, shape (neurons,), float32.
-
-    Source: arXiv 2512.22671, equation 5. Its first version calls the score
-    Maximum Absolute Weight, its later one Peak-to-Peak Magnitude.
-    """
-    return _peak_to_peak(gate) + _peak_to_peak(up)
-
-
-def max_abs(gate: Tensor, up: Tensor) -> Tensor:
-    """Largest absolute weight, literally: max(abs(g)) + max(abs(u)).
-
-    Shapes and dtype as in `maw`.
-    """
-    return _largest_magnitude(gate) + _largest_magnitude(up)
+    words = as_words(rows)
+    if words is None:
+        return rows.amax(dim=1).float(), rows.amin(dim=1).float()
+    # Read as integers, floats with a sign bit are below the others, and above them without
+    # sign; among themselves, those that are farther from 0 have the larger bits.
+    step = max(1, _CACHED_ELEMENTS // words.shape[1])
+    blocks = (words[start : start + step] for start in range(0, len(words), step))
+    pairs = [(b.max(axis=1), b.view(np.uint16).max(axis=1)) for b in blocks]
+    high, low = (
+        np.concatenate(each).view(np.int16) for each in zip(*pairs, strict=True)
+    )
+    highest, lowest = (
+        torch.from_numpy(each).view(rows.dtype).float() for each in (high, low)
+    )
+    one_sign = torch.from_numpy((high < 0) | (low >= 0))
+    highest[one_sign] = rows[one_sign].amax(dim=1).float()
+    lowest[one_sign] = rows[one_sign].amin(dim=1).float()
+    return highest, lowest
 
 
-def l1(gate: Tensor, up: Tensor) -> Tensor:
-    """Sum of the l1 norms of the two rows. Shapes and dtype as in `maw`."""
-    return gate.float().norm(p=1, dim=1) + up.float().norm(p=1, dim=1)
+def as_words(weights: Tensor) -> np.ndarray | None:
+    """Return the bits of 16-bit floats on the CPU as int16, in the same memory.
 
-
-def l2(gate: Tensor, up: Tensor) -> Tensor:
-    """Sum of the l2 norms of the two rows. Shapes and dtype as in `maw`."""
-    return gate.float().norm(p=2, dim=1) + up.float().norm(p=2, dim=1)
-
-
-def vow(gate: Tensor, up: Tensor) -> Tensor:
-    """Sum of the variances of the weights of the two rows (divisor H - 1).
-
-    Shapes and dtype as in `maw`. Source: arXiv 2512.22671, section 3.2.
-    """
-    return gate.float().var(dim=1) + up.float().var(dim=1)
-
-
-def pon(gate: Tensor, up: Tensor) -> Tensor:
-    """Product of the l1 norms of the two rows.
-
-    Shapes and dtype as in `maw`. Source: arXiv 2512.22671, section 3.2.
-    """
-    return gate.float().norm(p=1, dim=1) * up.float().norm(p=1, dim=1)
-
-
-def maw_act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity) -> Tensor:
-    """Peak-to-peak magnitude of all three slices, times how active the neuron is.
-
-    score_i = (p(g) / max p(g) + p(u) / max p(u) + p(d) / max p(d)) * s_i, where p is
-    max + abs(min) over the rows of gate and up and the columns of down, max is over
-    the neurons of the MLP, and s_i sums the l2 norms of x_i in each text.
-
-    Args:
-        gate: Shape (I, H).
-        up: Shape (I, H).
-        down: Shape (H, I).
-        activity: What the neurons did on the calibration text.
+    On them numpy finds extremes and gathers columns two to three times as fast as torch does.
 
     Returns:
-        Scores, shape (I,), float32.
-
-    Source: the data-driven mode of optipfair 0.4.2, after CFSP (arXiv 2409.13199),
-    with one text per batch.
+        None for any other tensor, also for subclasses, which may hold their numbers otherwise.
     """
+    import torch
+
+    plain = type(weights) in (torch.Tensor, torch.nn.Parameter)
+    if weights.element_size() != 2 or weights.device.type != "cpu" or not plain:
+        return None
+    if not weights.is_contiguous():
+        return None
+    return weights.detach().view(torch.int16).numpy()
+
+
+def _maw_act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity):
+    # p is `_peak_to_peak`; its maxima run over the neurons; s sums over texts the norm in each.
     structure = sum(
         peaks / peaks.max().clamp_min(_TINY)
         for peaks in map(_peak_to_peak, (gate, up, down.T))
@@ -128,39 +136,38 @@ def maw_act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity) ->
     return structure * activity.summed_norms.float().to(gate.device)
 
 
-def act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity) -> Tensor:
-    """Norm of what a neuron adds to the residual stream, Wanda's score by column.
-
-    score_i = l2(d_i) * l2(x_i), where d_i is column i of down and x_i holds the
-    values of neuron i at all tokens of all texts. It is the l2 norm of Wanda's
-    scores abs(d_ij) * l2(x_i) over the column.
-
-    Shapes and dtype as in `maw_act`. Source: arXiv 2306.11695, equation 1.
-    """
+def _act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity) -> Tensor:
+    # x are the values of the neuron at all tokens: the l2 norm of Wanda's scores by column.
     return down.float().norm(p=2, dim=0) * activity.norm.float().to(down.device)
 
 
-_TINY = 1e-30
-
-CRITERIA: dict[str, Criterion] = {
-    "maw": maw,
-    "max_abs": max_abs,
-    "l1": l1,
-    "l2": l2,
-    "vow": vow,
-    "pon": pon,
+_STUDY = "arXiv 2512.22671, section 3.2"
+CRITERIA = {
+    "maw": Criterion(
+        _sum(_peak_to_peak),
+        "(max g + |min g|) + (max u + |min u|)",
+        "arXiv 2512.22671, equation 5; Maximum Absolute Weight in its first version",
+        "extremes",
+    ),
+    "max_abs": Criterion(
+        _sum(_largest_magnitude), "max |g| + max |u|", needs="extremes"
+    ),
+    "l1": Criterion(_sum(_norm(1)), "sum |g| + sum |u|"),
+    "l2": Criterion(_sum(_norm(2)), "sqrt(sum g²) + sqrt(sum u²)"),
+    "vow": Criterion(_sum(_variance), "var g + var u, with divisor H - 1", _STUDY),
+    "pon": Criterion(_product(_norm(1)), "sum |g| · sum |u|", _STUDY),
+    "maw_act": Criterion(
+        _maw_act,
+        "(p(g) / max p(g) + p(u) / max p(u) + p(d) / max p(d)) · s",
+        "optipfair 0.4.2, after CFSP (arXiv 2409.13199), with one text per batch",
+        "activity",
+    ),
+    "act": Criterion(
+        _act, "sqrt(sum d²) · sqrt(sum x²)", "arXiv 2306.11695, equation 1", "activity"
+    ),
 }
-#: Criteria that are a sum over gate and up of something of each row's extremes.
-_OF_EXTREMES = {"maw": _peak_to_peak, "max_abs": _largest_magnitude}
 #: Criteria that need calibration text.
-CALIBRATED: dict[str, CalibratedCriterion] = {"maw_act": maw_act, "act": act}
-ALIASES = {"ppm": "maw"}
-#: The control: scores that do not look at the weights.
-RANDOM = "random"
-#: The wish to have the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocations`.
-BEST = "best"
-#: Entry-point group under which other packages declare criteria, name -> function.
-GROUP = "lm_eval_pruned.criteria"
+CALIBRATED = tuple(name for name, each in CRITERIA.items() if each.needs == "activity")
 
 
 def canonical_name(criterion: str, *, or_best: bool = False) -> str:
@@ -174,14 +181,12 @@ def canonical_name(criterion: str, *, or_best: bool = False) -> str:
         ValueError: `criterion` is unknown; the message lists the known ones.
     """
     name = ALIASES.get(criterion, criterion)
-    if name == BEST and or_best:
-        return name
-    if name == RANDOM or name in CRITERIA or name in CALIBRATED:
+    own = [*CRITERIA, RANDOM, *([BEST] if or_best else [])]
+    if name in own:
         return name
     added = declared_elsewhere(GROUP)
     if name not in added:
-        own = [*CRITERIA, *CALIBRATED, RANDOM, *([BEST] if or_best else []), *ALIASES]
-        known = ", ".join([*own, *sorted(added)])
+        known = ", ".join([*own, *ALIASES, *sorted(added)])
         raise ValueError(f"criterion={criterion} is unknown: pass one of {known}.")
     return name
 
@@ -208,15 +213,14 @@ def load_declared(group: str, argument: str, name: str) -> Callable[..., Any]:
         ValueError: It is declared twice, or cannot be imported, or is no function.
     """
     found = declared_elsewhere(group)[name]
-    declared = {entry_point.value: entry_point for entry_point in found}
-    if len(declared) > 1:
+    value, *others = sorted({entry_point.value for entry_point in found})
+    if others:
         raise ValueError(
-            f"{argument}={name} is declared by several packages ({', '.join(sorted(declared))}): "
+            f"{argument}={name} is declared by several packages ({', '.join((value, *others))}): "
             "uninstall all but one."
         )
-    ((value, entry_point),) = declared.items()
     try:
-        function = entry_point.load()
+        function = found[0].load()
         if not callable(function):
             raise TypeError(f"it is a {type(function).__name__}, not a function")
     except Exception as error:
@@ -228,62 +232,12 @@ def load_declared(group: str, argument: str, name: str) -> Callable[..., Any]:
 
 
 def code_behind(criterion: str) -> str | None:
-    """Identify the code of a criterion as it was when it was first asked for.
+    """Identify the code of a criterion: empty for this package's, None for another package's.
 
     Args:
         criterion: Canonical name.
-
-    Returns:
-        Of another package's criterion, package and version, and the SHA-256 of the module
-        that holds it where there is source; empty for a criterion of this package. None
-        where nothing tells one code from another.
-
-    Raises:
-        ValueError: See `load_declared`.
     """
-    if criterion == RANDOM or criterion in CRITERIA or criterion in CALIBRATED:
-        return ""
-    function = load_declared(GROUP, "criterion", criterion)
-    package = declared_elsewhere(GROUP)[criterion][0].dist
-    known = None if package is None else f"{package.name} {package.version}"
-    with contextlib.suppress(OSError, TypeError):
-        known = f"{known} {_source_digest(function)}"
-    return known
-
-
-@functools.cache
-def _source_digest(function: Callable[..., Any]) -> str:
-    # Remembered: a file may change after it was imported.
-    module = inspect.getmodule(function)
-    source = inspect.getsource(function if module is None else module)
-    return hashlib.sha256(source.encode()).hexdigest()
-
-
-def _checked(scores: Tensor, criterion: str, neurons: int) -> Tensor:
-    """Return the scores of a criterion that this package did not write, as float32.
-
-    Raises:
-        ValueError: They are no finite vector with one number per neuron.
-    """
-    import torch
-
-    expected = f"it must return a finite real tensor of shape ({neurons},)"
-    is_tensor = isinstance(scores, torch.Tensor)
-    if not is_tensor or scores.shape != (neurons,) or scores.is_complex():
-        found = (
-            f"a tensor of shape {tuple(scores.shape)} and {scores.dtype}"
-            if is_tensor
-            else f"a {type(scores).__name__}"
-        )
-        raise ValueError(f"criterion={criterion} returned {found}: {expected}.")
-    scores = scores.detach().float()
-    bad = int((~scores.isfinite()).sum())
-    if bad:
-        raise ValueError(
-            f"criterion={criterion} returned {bad} scores that are NaN or infinite in float32: "
-            f"{expected}."
-        )
-    return scores
+    return "" if criterion == RANDOM or criterion in CRITERIA else None
 
 
 def score_neurons(
@@ -295,6 +249,7 @@ def score_neurons(
     seed: int = 0,
     down: Tensor | None = None,
     activity: NeuronActivity | None = None,
+    name: str = "mlp",
 ) -> Tensor:
     """Score the neurons of one GLU-MLP.
 
@@ -304,8 +259,10 @@ def score_neurons(
         criterion: Canonical name of a criterion.
         layer: Position of the MLP in its model; with `seed` it fixes ``random``.
         seed: Seed of ``random``; other criteria ignore it.
-        down: ``down_proj.weight``, shape (H, I); read by the criteria in `CALIBRATED`.
-        activity: What the neurons did on calibration text; likewise.
+        down: ``down_proj.weight``, shape (H, I); scored by the criteria in `CALIBRATED`,
+            and checked for NaN and infinity wherever it is given.
+        activity: What the neurons did on calibration text, for the same criteria.
+        name: Path of the MLP in its model, for messages.
 
     Returns:
         Scores, shape (I,), float32. Where rounding depends on the device, they are
@@ -314,45 +271,88 @@ def score_neurons(
         ones are computed on the device of the weights.
 
     Raises:
-        ValueError: A criterion of another package cannot be imported, or returns
-            anything but one finite number per neuron.
+        ValueError: A weight is NaN or infinite; the tensor is named. Or a criterion of another
+            package cannot be imported, or returns anything but one finite number per neuron.
     """
     import torch
 
+    known = CRITERIA.get(criterion)
+    needs = "weights" if known is None else known.needs
+    gate, up = gate.detach(), up.detach()
+    if down is not None:
+        down = down.detach()
+        check_finite(f"{name}.down_proj.weight", down)
+    if needs != "extremes":
+        _check_both(name, gate, up)
     if criterion == RANDOM:
         generator = torch.Generator().manual_seed((seed << 20) + layer)
         order = torch.randperm(gate.shape[0], generator=generator, device="cpu")
         return order.float()
-    if criterion in CALIBRATED:
+    if known is None:
+        function = load_declared(GROUP, "criterion", criterion)
+        # It may compare neurons with each other, so it sees all of them at once.
+        return _checked(function(gate.cpu(), up.cpu()), criterion, gate.shape[0])
+    if needs == "activity":
         if down is None or activity is None:
             raise ValueError(
                 f"criterion={criterion} needs down_proj and the activity of its neurons."
             )
-        return CALIBRATED[criterion](gate, up, down, activity)
-    if criterion in _OF_EXTREMES:
-        part = _OF_EXTREMES[criterion]
-        return part(gate) + part(up)
-    if criterion not in CRITERIA:
-        function = load_declared(GROUP, "criterion", criterion)
-        # It may compare neurons with each other, so it sees all of them at once.
-        scores = function(gate.cpu(), up.cpu())
-        return _checked(scores, criterion, gate.shape[0]).cpu()
-    function = CRITERIA[criterion]
+        return known.score(gate, up, down, activity)
+    if needs == "extremes":
+        scores = known.score(gate, up)
+        if not scores.isfinite().all():
+            _check_both(name, gate, up)
+        return scores
     rows = max(1, _BLOCK_ELEMENTS // gate.shape[1])
-    return torch.cat(
-        [
-            function(gate_rows.cpu(), up_rows.cpu())
-            for gate_rows, up_rows in zip(gate.split(rows), up.split(rows), strict=True)
-        ]
-    )
+    blocks = zip(gate.split(rows), up.split(rows), strict=True)
+    return torch.cat([known.score(g.cpu(), u.cpu()) for g, u in blocks])
 
 
-def proves_finite(criterion: str) -> bool:
-    """Return whether a criterion looks at the extremes of rows alone.
+def _check_both(name: str, gate: Tensor, up: Tensor) -> None:
+    check_finite(f"{name}.gate_proj.weight", gate)
+    check_finite(f"{name}.up_proj.weight", up)
 
-    Then finite scores prove that gate and up are finite, and no weight is copied.
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise ValueError naming the tensor if it holds NaN or infinity.
+
+    Args:
+        name: What the message calls it.
+        weight: Any shape.
     """
-    return criterion in _OF_EXTREMES
+    # A finite sum proves that every term is finite; one that overflows proves nothing.
+    if weight.sum().isfinite():
+        return
+    if bad := int((~weight.isfinite()).sum()):
+        raise ValueError(
+            f"{name} holds {bad} NaN or infinite values of {weight.numel()}, so its neurons "
+            "cannot be ranked: use an intact checkpoint."
+        )
+
+
+def _checked(scores: Any, criterion: str, neurons: int) -> Tensor:
+    """Return the scores of a criterion that this package did not write, float32 on the CPU.
+
+    Raises:
+        ValueError: They are no finite vector with one number per neuron.
+    """
+    import torch
+
+    found = None
+    if not isinstance(scores, torch.Tensor):
+        found = f"a {type(scores).__name__}"
+    elif scores.shape != (neurons,) or scores.is_complex():
+        found = f"a tensor of shape {tuple(scores.shape)} and {scores.dtype}"
+    else:
+        scores = scores.detach().float().cpu()
+        if bad := int((~scores.isfinite()).sum()):
+            found = f"{bad} scores that are NaN or infinite in float32"
+    if found is not None:
+        raise ValueError(
+            f"criterion={criterion} returned {found}: it must return a finite real tensor of shape "
+            f"({neurons},)."
+        )
+    return scores
 
 
 def kept_set(scores: Tensor, width: int) -> Tensor:

@@ -72,41 +72,35 @@ class Depth:
         asked: Any = arguments.drop_layers
         if asked is None:
             return None
-        if isinstance(asked, int):
-            if asked >= layers:
-                raise ValueError(
-                    f"drop_layers={asked} leaves none of the {layers} layers of this model: pass "
-                    f"{_most(layers)}."
-                )
+        counted = isinstance(asked, int)
+        written = str(asked) if counted else written_layers(asked)
+        said = {"drop_layers": written if counted else f"[{written}]"}
+        dropped = asked
+        if counted:
+            if arguments.measures_depth:
+                said["drop_by"] = arguments.drop_by
             order = list(range(layers - 2, -1, -1))
             if influence is not None:
                 # Of layers alike, the later goes.
                 order = sorted(range(layers), key=lambda n: (influence[n], -n))
             dropped = order[:asked]
-            written = {"drop_layers": str(asked)}
-            if arguments.measures_depth:
-                written["drop_by"] = arguments.drop_by
-        else:
-            dropped = list(asked)
-            written = {"drop_layers": f"[{written_layers(asked)}]"}
-            if dropped[-1] >= layers:
-                raise ValueError(
-                    f"drop_layers={written_layers(asked)} names layer {dropped[-1]}, but the "
-                    f"layers of this model are 0-{layers - 1}."
-                )
-            if len(dropped) == layers:
-                raise ValueError(
-                    f"drop_layers={written_layers(asked)} leaves none of the {layers} layers of "
-                    "this model: leave out at least one of them."
-                )
+        elif asked[-1] >= layers:
+            raise ValueError(
+                f"drop_layers={written} names layer {asked[-1]}, but the layers of this model are "
+                f"0-{layers - 1}."
+            )
+        if (asked if counted else len(asked)) >= layers:
+            instead = "this model: leave out at least one of them."
+            if counted:
+                most = f"a number from 1 to {layers - 1}"
+                most = "a model of more layers" if layers < 2 else most
+                instead = f"this model: pass {most}."
+            raise ValueError(
+                f"drop_layers={written} leaves none of the {layers} layers of {instead}"
+            )
         kept = tuple(n for n in range(layers) if n not in dropped)
-        return cls(
-            layers,
-            kept,
-            written,
-            None if influence is None else tuple(influence),
-            measured_on,
-        )
+        decided = None if influence is None else tuple(influence)
+        return cls(layers, kept, said, decided, measured_on)
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -127,9 +121,3 @@ class Depth:
         if self.measured_on is not None:
             found["influence_measured_on"] = dict(self.measured_on)
         return found
-
-
-def _most(layers: int) -> str:
-    if layers < 2:
-        return "a model of more layers"
-    return f"a number from 1 to {layers - 1}"

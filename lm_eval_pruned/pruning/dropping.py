@@ -12,13 +12,13 @@ import copy
 import re
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import nn
 
 from lm_eval_pruned.pruning.layer_numbers import written_layers
-from lm_eval_pruned.pruning.layerwise import NotLayerByLayer, layer_list
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
     describe,
+    find_glu_mlps,
     text_config,
 )
 from lm_eval_pruned.pruning.per_layer import renumber_layers
@@ -26,9 +26,8 @@ from lm_eval_pruned.pruning.per_layer import renumber_layers
 
 if TYPE_CHECKING:
     import contextlib
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from lm_eval_pruned.pruning.depth import Depth
@@ -44,33 +43,32 @@ _ALIKE = {"inv_freq", "original_inv_freq", "mup_vector"}
 
 
 def count_layers(model: PreTrainedModel) -> int:
-    """Return the number of decoder layers of a model, possibly without weights.
-
-    Raises:
-        UnsupportedModelError: They do not lie in one list, as long as the config says.
-    """
+    """Return the number of decoder layers of a model; see `layers_of`."""
     return len(layers_of(model)[1])
 
 
 def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the path of the list of decoder layers of a model, and the list.
 
+    Args:
+        model: A model, possibly without weights.
+
     Raises:
         UnsupportedModelError: There is no such list, as long as the config says.
     """
-    try:
-        path, layers = layer_list(model)
-    except NotLayerByLayer as reason:
-        raise UnsupportedModelError(
-            f"drop_layers cannot be used with {describe(model)}, because {reason}: leave it out."
-        ) from None
+    paths = {mlp.stack.rpartition(".")[0] for mlp in find_glu_mlps(model)}
+    path = min(paths)
+    layers = model.get_submodule(path)
     said = getattr(text_config(model.config), "num_hidden_layers", None)
+    if model.config.is_encoder_decoder:
+        raise _refused(model, "it has an encoder")
+    if len(paths) > 1 or not isinstance(layers, nn.ModuleList):
+        what = f"the GLU-MLPs of {describe(model)} lie in no list of layers"
+        raise _refused(model, what)
     if said != len(layers):
-        raise UnsupportedModelError(
-            f"drop_layers cannot be used with {describe(model)}, because it has {len(layers)} "
-            f"layers where num_hidden_layers in its config says {said}: leave it out."
-        )
-    return path, layers  # type: ignore[return-value]
+        what = f"it has {len(layers)} layers where num_hidden_layers in its config says {said}"
+        raise _refused(model, what)
+    return path, layers
 
 
 def shallow_config(config: PretrainedConfig, depth: Depth) -> PretrainedConfig:
@@ -83,17 +81,17 @@ def shallow_config(config: PretrainedConfig, depth: Depth) -> PretrainedConfig:
         UnsupportedModelError: None of several kinds of layers that attend would be left, and
             transformers generates with no such model.
     """
-    kinds = list(getattr(text_config(config), "layer_types", None) or [])
-    attending = [
+    kinds = getattr(text_config(config), "layer_types", None) or []
+    attending = {
         number
         for number, kind in enumerate(kinds)
         if "attention" in kind and "linear" not in kind
-    ]
-    if attending and not {*attending} & {*depth.kept}:
+    }
+    if attending and attending.isdisjoint(depth.kept):
         raise UnsupportedModelError(
             f"drop_layers={written_layers(depth.dropped)} drops every layer with attention of a "
             f"{config.model_type} model, which cannot generate without: keep one of the layers "
-            f"{written_layers(tuple(attending))}."
+            f"{written_layers(attending)}."
         )
     shallow = copy.deepcopy(config)
     _make_shallow(text_config(shallow), depth)
@@ -106,12 +104,9 @@ def _make_shallow(text: PretrainedConfig, depth: Depth) -> None:
         if not isinstance(value, (list, tuple)) or _OTHER_LISTS.search(name):
             continue
         if _numbers_layers(name, value, depth.before):
-            entries = [new[old] for old in value if old in new]
+            vars(text)[name] = type(value)(new[old] for old in value if old in new)
         elif len(value) == depth.before:
-            entries = [value[old] for old in depth.kept]
-        else:
-            continue
-        vars(text)[name] = type(value)(entries)
+            vars(text)[name] = type(value)(value[old] for old in depth.kept)
     if isinstance(first := getattr(text, _FIRST_DENSE, None), int):
         setattr(text, _FIRST_DENSE, sum(old < first for old in depth.kept))
     renumber_layers(text, new)
@@ -122,9 +117,9 @@ def _numbers_layers(name: str, value: Any, layers: int) -> bool:
     """Return whether a list of a config holds numbers of layers, not an entry for each."""
     if not _NUMBERS_OF_LAYERS.search(name) or not all(type(n) is int for n in value):
         return False
-    every = len(value) == layers
-    ascending = list(value) == sorted({*value})
-    return ascending and (list(value) == list(range(layers)) if every else True)
+    if len(value) == layers:
+        return list(value) == list(range(layers))
+    return list(value) == sorted({*value})
 
 
 def moved_name(name: str, path: str, new: Mapping[int, int]) -> str | None:
@@ -140,10 +135,10 @@ def moved_name(name: str, path: str, new: Mapping[int, int]) -> str | None:
     """
     if not name.startswith(f"{path}."):
         return name
-    number, _, rest = name[len(path) + 1 :].partition(".")
+    number, *rest = name[len(path) + 1 :].split(".")
     if int(number) not in new:
         return None
-    return f"{path}.{new[int(number)]}" + (f".{rest}" if rest else "")
+    return ".".join([path, str(new[int(number)]), *rest])
 
 
 def attributes_that_change(
@@ -166,58 +161,58 @@ def attributes_that_change(
     path, _ = layers_of(whole)
     layers_of(shallow)
     new = {old: number for number, old in enumerate(depth.kept)}
-    olds = {number: old for old, number in new.items()}
+    others = dict(shallow.named_modules())
     found: list[tuple[str, str, Any]] = []
-    modules = dict(shallow.named_modules())
-    paired = 0
     for name, module in whole.named_modules():
         moved = moved_name(name, path, new)
         if moved is None:
             continue
-        paired += 1
-        other = modules.get(moved)
+        other = others.pop(moved, None)
         if other is None or type(other) is not type(module):
-            raise _another(whole, name, "")
+            raise _depends(whole, name)
+        expected: tuple[int, ...] = (depth.before, len(depth.kept))
         inside = moved.startswith(f"{path}.")
-        buffers: set[str] = getattr(module, "_non_persistent_buffers_set", set())
-        computed = buffers - _ALIKE
-        if inside and computed:
-            raise _another(whole, name, f".{min(computed)}")
-        number = int(moved[len(path) + 1 :].partition(".")[0]) if inside else None
-        counts = (
-            (depth.before, len(depth.kept))
-            if number is None
-            else (olds[number], number)
-        )
-        own, others = dict(_remembered(module)), dict(_remembered(other))
-        for attribute in own.keys() | others.keys():
-            values = own.get(attribute), others.get(attribute)
+        if inside:
+            number = int(moved[len(path) + 1 :].partition(".")[0])
+            expected = depth.kept[number], number
+            computed = {*getattr(module, "_non_persistent_buffers_set", ())} - _ALIKE
+            if computed:
+                raise _depends(whole, f"{name}.{min(computed)}")
+        before, after = _remembered(module), _remembered(other)
+        for attribute in before.keys() | after.keys():
+            values = before.get(attribute), after.get(attribute)
             if values[0] == values[1]:
                 continue
             # A model may remember whether it has some kind of layer, or things for that kind.
             summary = type(values[1]) is bool or None in values
-            if values != counts and not (number is None and summary):
-                raise _another(whole, name, f".{attribute}")
+            if values != expected and (inside or not summary):
+                raise _depends(whole, f"{name}.{attribute}")
             if values[1] is not None:
                 found.append((moved, attribute, values[1]))
-    if paired != len(modules):
-        raise _another(whole, path, "")
+    if others:
+        raise _depends(whole, path)
     return found
 
 
-def _remembered(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes of a module that a config may decide, and its shapes."""
-    for name, value in vars(module).items():
-        if isinstance(value, (bool, int, float, str)):
-            yield name, value
+def _remembered(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that a config may decide, and its shapes."""
+    kinds = (bool, int, float, str)
+    said: dict[str, Any]
+    said = {name: v for name, v in vars(module).items() if isinstance(v, kinds)}
     for name, tensor in module.named_parameters(recurse=False):
-        yield name, tuple(tensor.shape)
+        said[name] = tuple(tensor.shape)
+    return said
 
 
-def _another(model: PreTrainedModel, name: str, attribute: str) -> Exception:
+def _depends(model: PreTrainedModel, name: str) -> Exception:
+    return _refused(
+        model, f"{name} depends on the number of its layer or on how many there are"
+    )
+
+
+def _refused(model: PreTrainedModel, reason: str) -> Exception:
     return UnsupportedModelError(
-        f"drop_layers cannot be used with {describe(model)}, because {name}{attribute} depends on "
-        "the number of its layer or on how many there are: leave it out."
+        f"drop_layers cannot be used with {describe(model)}, because {reason}: leave it out."
     )
 
 
@@ -235,24 +230,21 @@ def drop_layers(
         changes: What `attributes_that_change` returned.
         undo: Takes what makes the model whole again.
     """
+
+    def put(owner: nn.Module, name: str, value: Any) -> None:
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
     path, layers = layers_of(model)
     text = text_config(model.config)
     # The parts of a model may have copies of one config.
-    configs = {
-        id(config): config
-        for module in model.modules()
-        if type(config := getattr(module, "config", None)) is type(text)
-        and config.num_hidden_layers == depth.before
-    }
-    configs[id(text)] = text
-    for config in configs.values():
-        undo.callback(vars(config).update, copy.deepcopy(vars(config)))
-        _make_shallow(config, depth)
-    owner_path, _, name = path.rpartition(".")
-    owner = model.get_submodule(owner_path)
-    undo.callback(setattr, owner, name, layers)
-    setattr(owner, name, torch.nn.ModuleList(layers[old] for old in depth.kept))
+    configs = [text, *(getattr(module, "config", None) for module in model.modules())]
+    for config in {id(each): each for each in configs}.values():
+        if type(config) is type(text) and config.num_hidden_layers == depth.before:
+            undo.callback(vars(config).update, copy.deepcopy(vars(config)))
+            _make_shallow(config, depth)
+    owner, _, name = path.rpartition(".")
+    kept = nn.ModuleList(layers[old] for old in depth.kept)
+    put(model.get_submodule(owner), name, kept)
     for where, attribute, value in changes:
-        module = model.get_submodule(where)
-        undo.callback(setattr, module, attribute, getattr(module, attribute))
-        setattr(module, attribute, value)
+        put(model.get_submodule(where), attribute, value)

@@ -21,12 +21,16 @@ import torch
 
 from lm_eval_pruned.model_wrappers.batching.cpu_linear import fast_cpu_linears
 from lm_eval_pruned.pruning.calibration import LENGTH, CalibrationText
-from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, kept_set
+from lm_eval_pruned.pruning.criteria import (
+    CALIBRATED,
+    RANDOM,
+    kept_set,
+    score_neurons,
+)
 from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer, loss_of
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.sensitivity import LayerCurve, Sensitivity
 from lm_eval_pruned.pruning.settling import REMOVED
-from lm_eval_pruned.pruning.slicing import score
 from lm_eval_pruned.util.progress import steps
 
 
@@ -76,7 +80,14 @@ class Ranking:
         if mlp.name in self.known:
             return self.known[mlp.name]
         gate, up = mlp.weight("gate_proj"), mlp.weight("up_proj")
-        return score(self.plan, mlp.name, mlp.layer, gate, up).cpu()
+        return score_neurons(
+            gate,
+            up,
+            self.plan.criterion,
+            layer=mlp.layer,
+            seed=self.plan.seed,
+            name=mlp.name,
+        ).cpu()
 
 
 def widths_of(mlps: Sequence[GluMlp], removed: Iterable[Fraction]) -> tuple[int, ...]:
@@ -304,14 +315,8 @@ def scores_of_activity(
         mlp.weight(each) for each in ("gate_proj", "up_proj", "down_proj")
     )
     return {
-        criterion: score(
-            dataclasses.replace(plan, criterion=criterion),
-            mlp.name,
-            mlp.layer,
-            gate,
-            up,
-            down,
-            activity,
+        criterion: score_neurons(
+            gate, up, criterion, down=down, activity=activity, name=mlp.name
         ).cpu()
         for criterion in criteria
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_pruned.pruning.allocations import UNIFORM
-from lm_eval_pruned.pruning.criteria import CALIBRATED
+from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM
 from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
@@ -31,16 +31,16 @@ class WidthGroup:
     Attributes:
         kind: ``dense``, ``expert`` or ``shared``.
         config_key: The config key of their width, such as ``moe_intermediate_size``.
-        mlps: How many they are.
         width_before: Their width before, in neurons.
         width_after: Their width after, in neurons.
+        mlps: How many they are.
     """
 
     kind: str
     config_key: str
-    mlps: int
     width_before: int
     width_after: int
+    mlps: int
 
 
 @dataclass(frozen=True)
@@ -80,27 +80,10 @@ class PruneRecord:
         kept: tuple[Tensor, ...] | None,
         calibration: Calibration | None = None,
     ) -> PruneRecord:
-        """Describe what `plan` did to the MLPs of `widths`; `kept` None says that it is not known.
-
-        Raises:
-            ValueError: Neurons were removed, and `kept` does not say which stayed.
-        """
-        if plan.is_open:
-            raise ValueError(
-                "The record needs a plan that says what each layer became."
-            )
-        if plan.prunes and kept is not None and len(kept) != len(widths.mlps):
-            raise ValueError(
-                f"The record needs the kept neurons of {len(widths.mlps)} MLPs, not of {len(kept)}."
-            )
+        """Describe what `plan` did to the MLPs of `widths`; `kept` None says that it is not known."""
         targets = widths.targets(plan)
         counts = Counter(
-            (
-                mlp.kind,
-                str(widths.keys[mlp.name]),
-                widths.actual[mlp.name],
-                targets[mlp.name],
-            )
+            (mlp.kind, str(widths.keys[n := mlp.name]), widths.actual[n], targets[n])
             for mlp in widths.mlps
         )
         return cls(
@@ -109,10 +92,7 @@ class PruneRecord:
             parameters_before,
             parameters_after,
             kept or (),
-            tuple(
-                WidthGroup(kind, key, count, before, after)
-                for (kind, key, before, after), count in counts.items()
-            ),
+            tuple(WidthGroup(*group, mlps) for group, mlps in counts.items()),
             widths.opens_in_stock(targets),
             # Others may have been tried on the text, and not been chosen.
             calibration if {*plan.criteria} & {*CALIBRATED} else None,
@@ -155,61 +135,54 @@ class PruneRecord:
         }
         if plan.depth is not None:
             record |= plan.depth.as_dict()
-        if plan.layers is not None:
-            record["layers_pruned"] = written_layers(plan.layers)
         if plan.allocation != UNIFORM:
-            record["allocation"] = plan.allocation
-            record["min_width"] = plan.min_width
-        if plan.tried:
-            record["criteria_tried"] = list(plan.tried)
-        if plan.measured_on is not None:
-            record["measured_on"] = dict(plan.measured_on)
-        if plan.layer_widths is not None:
-            record["layer_widths"] = {str(n): width for n, width in plan.layer_widths}
-        if plan.layer_criteria is not None:
-            record["layer_criteria"] = {str(n): name for n, name in plan.layer_criteria}
-        if self.calibration is not None:
-            record["calibration"] = self.calibration.as_dict()
-        if "random" in plan.criteria:
-            record["seed"] = plan.seed
-        return record
+            record |= {"allocation": plan.allocation, "min_width": plan.min_width}
+        optional = {
+            "layers_pruned": plan.layers and written_layers(plan.layers),
+            "criteria_tried": list(plan.tried) or None,
+            "measured_on": plan.measured_on and dict(plan.measured_on),
+            "layer_widths": _by_name(plan.layer_widths),
+            "layer_criteria": _by_name(plan.layer_criteria),
+            "calibration": self.calibration and self.calibration.as_dict(),
+            "seed": plan.seed if RANDOM in plan.criteria else None,
+        }
+        return record | {k: value for k, value in optional.items() if value is not None}
 
     def as_table(self) -> str:
         """Return the record as a short Markdown table for people."""
-        plan = self.plan
-        before, after = self.parameters_before, self.parameters_after
+        plan, depth = self.plan, self.plan.depth
+        mean = "mean " if plan.layer_widths is not None else ""
+        rows = [
+            (f"{mean}expansion ratio", plan.ratio_before, plan.ratio, ".4f"),
+            (
+                f"{mean}intermediate size",
+                plan.width_before,
+                whole_or_mean(plan.mean_width),
+                ",",
+            ),
+            ("parameters", self.parameters_before, self.parameters_after, ","),
+        ]
+        if depth is not None:
+            rows.insert(2, ("layers", depth.before, len(depth.kept), ","))
         asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
         if plan.allocation != UNIFORM:
             asked += f", allocation={plan.allocation}"
-        depth = plan.depth
-        criterion = "nothing removed" if depth is None else "no neuron removed"
-        if plan.prunes:
-            criterion = f"criterion={plan.criterion}"
+        done = "nothing removed" if depth is None else "no neuron removed"
         if plan.prunes and plan.layer_criteria is not None:
-            criterion = f"criteria by layer {written_by_layer(plan.layer_criteria)}"
-        digest = (self.digest or "none")[:12]
+            done = f"criteria by layer {written_by_layer(plan.layer_criteria)}"
+        elif plan.prunes:
+            done = f"criterion={plan.criterion}"
         layers = f"{self.layers} layers"
         if plan.layers is not None:
             layers += f" ({written_layers(plan.layers)} pruned)"
-        mean = "mean " if plan.layer_widths is not None else ""
-        rows = [
-            (
-                f"{mean}expansion ratio",
-                f"{plan.ratio_before:14.4f}",
-                f"{plan.ratio:14.4f}",
-            ),
-            (
-                f"{mean}intermediate size",
-                f"{plan.width_before:14,}",
-                f"{whole_or_mean(plan.mean_width):14,}",
-            ),
-            ("parameters", f"{before:14,}", f"{after:14,}"),
-        ]
-        if depth is not None:
-            rows.insert(2, ("layers", f"{depth.before:14,}", f"{len(depth.kept):14,}"))
+        digest = (self.digest or "none")[:12]
         lines = [
-            markdown_table(["", "before", "after"], rows, padded=True),
-            f"{asked or 'baseline'}, {criterion}, {layers}, kept digest {digest}",
+            markdown_table(
+                ["", "before", "after"],
+                [(name, f"{a:14{as_}}", f"{b:14{as_}}") for name, a, b, as_ in rows],
+                padded=True,
+            ),
+            f"{asked or 'baseline'}, {done}, {layers}, kept digest {digest}",
         ]
         if depth is not None:
             lines += [f"layers dropped {written_layers(depth.dropped)}"]
@@ -222,3 +195,7 @@ class PruneRecord:
                 for group in self.groups
             ]
         return "\n".join(lines)
+
+
+def _by_name(layers: tuple[tuple[int, Any], ...] | None) -> dict[str, Any] | None:
+    return None if layers is None else {str(number): each for number, each in layers}

@@ -10,16 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lm_eval_pruned.pruning.alignment import warn_misaligned
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.arrays import all_finite, gather
-from lm_eval_pruned.pruning.calibration import NeuronActivity, calibrate
+from lm_eval_pruned.pruning.calibration import calibrate
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
+    as_words,
     kept_set,
-    proves_finite,
     score_neurons,
 )
 from lm_eval_pruned.pruning.dropping import drop_layers
@@ -31,6 +31,7 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     resize,
 )
+from lm_eval_pruned.pruning.measuring import measure_loaded
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.scores import ScoreTable
 from lm_eval_pruned.pruning.settling import settled
@@ -38,19 +39,19 @@ from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
-    from transformers import (
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.sensitivity import Sensitivity
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.pruning")
+
+#: Bytes to which torch's grouped matrix product wants every row of the experts aligned.
+_GROUPED_ALIGNMENT = 16
 
 
 @takes_prune_arguments
@@ -88,13 +89,8 @@ def prune_model(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> tiny = LlamaConfig(
-        ...     hidden_size=32,
-        ...     intermediate_size=128,
-        ...     num_hidden_layers=2,
-        ...     num_attention_heads=4,
-        ...     vocab_size=64,
-        ... )
+        >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
+        >>> tiny = LlamaConfig(**sizes, intermediate_size=128, num_hidden_layers=2)
         >>> model = prune_model(LlamaForCausalLM(tiny), ratio=2.0)
         >>> model.model.layers[0].mlp.gate_proj.weight.shape
         torch.Size([64, 32])
@@ -116,107 +112,119 @@ def prune_loaded(
             # What is wrong with the arguments is refused before text runs.
             widths.plan(arguments)
         widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
-    plan, known = widths.plan(arguments), ScoreTable()
-    evidence = LoadedModel(plan, model, tokenizer, known)
-    return finished(carry_out(plan, model, widths, evidence, known), widths)
+    evidence = LoadedModel(widths.plan(arguments), model, tokenizer, ScoreTable())
+    return finished(carry_out(evidence, widths), widths)
 
 
-def carry_out(
-    plan: PrunePlan,
-    model: PreTrainedModel,
-    widths: Widths,
-    evidence: LoadedModel,
-    known: ScoreTable,
-) -> PreTrainedModel:
-    """Prune `model` in place as `plan` says; see `prune_model`.
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory as evidence for a plan; see `lm_eval_pruned.pruning.settling.Evidence`.
+
+    Attributes:
+        plan: The plan that is to be settled.
+        model: The unpruned model.
+        tokenizer: Its tokenizer; needed where text decides.
+        known: Takes the scores by the plan's criterion, and has those from before.
+    """
+
+    plan: PrunePlan
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    known: ScoreTable
+
+    def scores(self, mlps: Iterable[GluMlp] | None = None) -> Mapping[str, Tensor]:
+        """Return scores by name, each of shape (I,): those of `mlps`, or of all, among them."""
+        plan, known = self.plan, self.known
+        if known.calibration is None and {*plan.criteria} & {*CALIBRATED}:
+            assert self.tokenizer is not None and plan.calibration is not None
+            known.calibration = calibrate(
+                self.model, self.tokenizer, plan.calibration, plan.calibration_samples
+            )
+        seen = {} if known.calibration is None else known.calibration.activity
+        for mlp in find_glu_mlps(self.model) if mlps is None else mlps:
+            if mlp.name not in known.scores:
+                gate, up, down = map(mlp.weight, NEURON_AXIS)
+                known.scores[mlp.name] = score_neurons(
+                    gate,
+                    up,
+                    plan.criterion_of(mlp.block),
+                    layer=mlp.layer,
+                    seed=plan.seed,
+                    down=down,
+                    activity=seen.get(mlp.name),
+                    name=mlp.name,
+                ).cpu()
+        return known.scores
+
+    def curves(self, criteria: Sequence[str]) -> Sensitivity:
+        """Return the losses with one layer cut at a time; see `Evidence`."""
+        known = self.known
+        if known.curves is None:
+            for criterion in criteria:
+                plan = dataclasses.replace(self.plan, criterion=criterion, tried=())
+                table = ScoreTable(calibration=known.calibration)
+                scored = dataclasses.replace(self, plan=plan, known=table)
+                known.by_criterion[criterion] = dict(scored.scores())
+                known.calibration = table.calibration
+            assert self.tokenizer is not None
+            known.curves = measure_loaded(
+                self.model, self.tokenizer, self.plan, known.by_criterion
+            )
+        return known.curves
+
+
+def carry_out(evidence: LoadedModel, widths: Widths) -> PreTrainedModel:
+    """Prune a model in place as its plan says, and write its record; see `prune_model`.
 
     Args:
-        plan: The plan.
-        model: A loaded model.
-        widths: Its widths, those of the layers that stay.
-        evidence: What the plan is settled by.
-        known: Scores of the same model from before; takes those that it lacks.
+        evidence: The model, its plan, and what the plan is settled by.
+        widths: The widths of the model, those of the layers that stay.
+
+    Returns:
+        The model.
     """
+    model, plan, known = evidence.model, evidence.plan, evidence.known
     before = count_parameters(model)
-    # An error leaves the model whole.
+    kept: dict[str, Tensor] = {}
+    # An error leaves the model whole: all is scored before the first MLP is narrowed.
     with contextlib.ExitStack() as on_error:
         if widths.depth is not None:
             drop_layers(model, widths.depth, widths.remembered, on_error)
-        _narrow_layers(plan, model, widths, evidence, known, before)
-        on_error.pop_all()
-    return model
-
-
-def _narrow_layers(
-    plan: PrunePlan,
-    model: PreTrainedModel,
-    widths: Widths,
-    evidence: LoadedModel,
-    known: ScoreTable,
-    before: int,
-) -> None:
-    """Narrow the layers of a model, and write its record."""
-    mlps = find_glu_mlps(model)
-    kept: dict[str, Tensor] = {}
-    tokenizer = evidence.tokenizer
-    if plan.prunes and plan.calibration is not None and tokenizer is None:
-        raise ValueError(
-            f"calibration={plan.calibration} is text, and there is no tokenizer to read it with: "
-            "pass tokenizer."
-        )
-    if plan.is_open:
-        plan = settled(plan, widths, evidence)
-        known = known.of_plan(plan, mlps)
-    targets = widths.targets(plan)
-    if plan.prunes:
-        _calibrate(plan, model, tokenizer, known)
-        narrowed_config = widths.narrowed_config(targets)
-        # All layers are scored before the first is sliced: an error leaves the model whole.
-        for mlp in mlps:
-            kept[mlp.name] = (
-                _select_in_memory(plan, mlp, targets[mlp.name], known)
-                if targets[mlp.name] < mlp.width
-                else torch.arange(mlp.width, device="cpu")
+        if plan.prunes and plan.calibration is not None and evidence.tokenizer is None:
+            raise ValueError(
+                f"calibration={plan.calibration} is text, and there is no tokenizer to read it "
+                "with: pass tokenizer."
             )
-        groups = [
-            list(group)
-            for _, group in itertools.groupby(mlps, key=lambda mlp: mlp.path)
-        ]
-        # numpy copies without holding the interpreter's lock.
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda group: _narrow_together(group, kept), groups))
-        widths.copy_keys(narrowed_config, model.config)
-        widths.describe_layers(model.config, targets)
-    record = PruneRecord.of(
+        mlps = find_glu_mlps(model)
+        if plan.is_open:
+            plan = settled(plan, widths, evidence)
+            known.of_plan(plan, mlps)
+        if plan.prunes:
+            targets = widths.targets(plan)
+            config = widths.narrowed_config(targets)
+            narrowed = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
+            scores = dataclasses.replace(evidence, plan=plan).scores(narrowed)
+            kept = {mlp.name: torch.arange(mlp.width, device="cpu") for mlp in mlps}
+            for mlp in narrowed:
+                kept[mlp.name] = kept_set(scores[mlp.name], targets[mlp.name])
+            by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
+            together = [list(group) for _, group in by_path]
+            # Copying holds no lock of the interpreter: without threads, a load of a 1B model takes
+            # two thirds longer on two cores.
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(_narrow_mlps, together, itertools.repeat(kept)))
+            widths.copy_keys(config, model.config)
+            widths.describe_layers(model.config, targets)
+        on_error.pop_all()
+    model.prune_record = PruneRecord.of(  # type: ignore[assignment]
         plan,
         widths,
         before,
         count_parameters(model),
-        tuple(indices.cpu() for indices in kept.values()),
+        tuple(kept.values()),
         known.calibration if plan.prunes else None,
     )
-    model.prune_record = record  # type: ignore[assignment]
-
-
-#: What is said of a model whose widths its config has in ``per_layer_config`` alone.
-NOT_IN_STOCK = (
-    "the saved config has the widths in per_layer_config, from which transformers up to 5.24 "
-    "builds no MLPs, so stock transformers cannot open this model before a release that does; "
-    "--model pruned-hf and load_pruned can."
-)
-
-
-def warn_inexpressible(widths: Widths, targets: Mapping[str, int]) -> None:
-    """Tell the user if only this package can open the model once it is saved."""
-    if widths.opens_in_stock(targets):
-        return
-    names = widths.inexpressible(targets)
-    logger.warning(
-        "%s keeps a width of its own, which %s in the config cannot express: %s",
-        names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
-        widths.keys[names[0]],
-        NOT_IN_STOCK,
-    )
+    return model
 
 
 def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
@@ -226,16 +234,21 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
         model: A model with its record, where it is going to stay.
         widths: The widths that its unpruned MLPs have.
     """
-    record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    plan, targets = record.plan, widths.targets(record.plan)
+    plan: PrunePlan = model.prune_record.plan  # type: ignore[union-attr, assignment]
+    targets = widths.targets(plan)
     choose_experts_implementation(model)
-    warn_inexpressible(widths, targets)
+    if not widths.opens_in_stock(targets):
+        names = widths.inexpressible(targets)
+        logger.warning(
+            "%s keeps a width of its own, which %s in the config cannot express: the saved config "
+            "has the widths in per_layer_config, from which transformers up to 5.24 builds no "
+            "MLPs, so stock transformers cannot open this model before a release that does; "
+            "--model pruned-hf and load_pruned can.",
+            names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
+            widths.keys[names[0]],
+        )
     warn_misaligned(model, plan, widths, targets)
     return model
-
-
-#: Bytes to which torch's grouped matrix product wants every row of the experts aligned.
-_GROUPED_ALIGNMENT = 16
 
 
 def choose_experts_implementation(model: PreTrainedModel) -> None:
@@ -248,10 +261,9 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
         return
     for mlp in find_glu_mlps(model):
         region = mlp.regions["down_proj", "weight"]
-        size = mlp.parameter(region).element_size()
-        if region.expert is not None and mlp.width * size % _GROUPED_ALIGNMENT:
+        multiple = _GROUPED_ALIGNMENT // mlp.parameter(region).element_size()
+        if region.expert is not None and mlp.width % multiple:
             model.set_experts_implementation("eager")
-            multiple = _GROUPED_ALIGNMENT // size
             logger.warning(
                 "The experts of %d neurons run one by one, because torch's grouped matrix product "
                 "needs a multiple of %d: add multiple_of=%d for speed. Stock transformers opens "
@@ -261,170 +273,6 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
                 multiple,
             )
             return
-
-
-def _calibrate(
-    plan: PrunePlan,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    known: ScoreTable,
-) -> None:
-    """Observe the neurons on the text of `plan`, if a criterion wants that."""
-    wanted = any(name in CALIBRATED for name in plan.criteria)
-    if plan.calibration is None or not wanted or known.calibration is not None:
-        return
-    assert tokenizer is not None
-    known.calibration = calibrate(
-        model, tokenizer, plan.calibration, plan.calibration_samples
-    )
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory as evidence for a plan; see `lm_eval_pruned.pruning.settling.Evidence`.
-
-    Attributes:
-        plan: The plan that is to be settled.
-        model: The unpruned model.
-        tokenizer: Its tokenizer; needed where losses are measured.
-        known: Takes the scores by the plan's criterion.
-    """
-
-    plan: PrunePlan
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    known: ScoreTable
-
-    def scores(self) -> Mapping[str, Tensor]:
-        _calibrate(self.plan, self.model, self.tokenizer, self.known)
-        for mlp in find_glu_mlps(self.model):
-            _scores_in_memory(self.plan, mlp, self.known)
-        return self.known.scores
-
-    def curves(self, criteria: Sequence[str]) -> Sensitivity:
-        from lm_eval_pruned.pruning.measuring import measure_loaded
-
-        known, plan = self.known, self.plan
-        if known.curves is None:
-            for criterion in criteria:
-                one = dataclasses.replace(plan, criterion=criterion, tried=())
-                scored = ScoreTable(calibration=known.calibration)
-                _calibrate(one, self.model, self.tokenizer, scored)
-                known.calibration = scored.calibration
-                for mlp in find_glu_mlps(self.model):
-                    _scores_in_memory(one, mlp, scored)
-                known.by_criterion[criterion] = scored.scores
-            assert self.tokenizer is not None
-            known.curves = measure_loaded(
-                self.model, self.tokenizer, plan, known.by_criterion
-            )
-        return known.curves
-
-
-def _select_in_memory(
-    plan: PrunePlan, mlp: GluMlp, width: int, known: ScoreTable
-) -> Tensor:
-    _scores_in_memory(plan, mlp, known)
-    return kept_set(known.scores[mlp.name], width)
-
-
-def _scores_in_memory(plan: PrunePlan, mlp: GluMlp, known: ScoreTable) -> None:
-    if mlp.name not in known.scores:
-        gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
-        criterion = plan.criterion_of(mlp.block)
-        observed = known.calibration
-        activity = None if observed is None else observed.activity[mlp.name]
-        scores = score(
-            plan, mlp.name, mlp.layer, gate, up, down, activity, criterion=criterion
-        )
-        known.scores[mlp.name] = scores.cpu()
-
-
-def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:
-    """Narrow GLU-MLPs that may share parameters."""
-    if all(len(kept[mlp.name]) == mlp.width for mlp in mlps):
-        return
-    pieces = {}
-    for mlp in mlps:
-        for projection, part in mlp.regions:
-            axis = NEURON_AXIS[projection] if part == "weight" else 0
-            pieces[mlp.name, projection, part] = narrow(
-                mlp.weight(projection, part), kept[mlp.name], axis
-            )
-    resize(mlps, pieces)
-
-
-@torch.no_grad()
-def score(
-    plan: PrunePlan,
-    name: str,
-    layer: int,
-    gate_proj: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor | None = None,
-    activity: NeuronActivity | None = None,
-    criterion: str | None = None,
-) -> Tensor:
-    """Score the neurons of one GLU-MLP.
-
-    Args:
-        plan: The plan.
-        name: Path of the MLP in the model, for messages.
-        layer: Position of the MLP in the model.
-        gate_proj: Shape (I, H).
-        up_proj: Shape (I, H).
-        down_proj: Shape (H, I); checked for NaN and infinity where given, and scored
-            by the criteria that look at activations.
-        activity: What the neurons did on calibration text, for the same criteria.
-        criterion: Canonical name of the criterion of the MLP's layer; default: that of
-            the plan.
-
-    Returns:
-        Scores, shape (I,), float32; see `lm_eval_pruned.pruning.criteria.score_neurons`.
-
-    Raises:
-        ValueError: A weight is NaN or infinite; the tensor is named.
-    """
-    criterion = criterion or plan.criterion
-    weights = {"down_proj": down_proj, "gate_proj": gate_proj, "up_proj": up_proj}
-
-    def check(*projections: str) -> None:
-        for projection in projections:
-            weight = weights[projection]
-            if weight is not None:
-                check_finite(f"{name}.{projection}.weight", weight)
-
-    check("down_proj")
-    if not proves_finite(criterion):
-        check("gate_proj", "up_proj")
-    scores = score_neurons(
-        gate_proj,
-        up_proj,
-        criterion,
-        layer=layer,
-        seed=plan.seed,
-        down=down_proj,
-        activity=activity,
-    )
-    if proves_finite(criterion) and not scores.isfinite().all():
-        check("gate_proj", "up_proj")
-    return scores
-
-
-def check_finite(name: str, weight: Tensor) -> None:
-    """Raise ValueError naming the tensor if it holds NaN or infinity.
-
-    Args:
-        name: What the message calls it.
-        weight: Any shape.
-    """
-    if all_finite(weight):
-        return
-    bad = int((~weight.isfinite()).sum())
-    raise ValueError(
-        f"{name} holds {bad} NaN or infinite values of {weight.numel()}, so its neurons "
-        "cannot be ranked: use an intact checkpoint."
-    )
 
 
 @torch.no_grad()
@@ -441,4 +289,25 @@ def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
     """
     if len(kept) == weight.shape[axis]:
         return weight.contiguous()
-    return gather(weight, kept, axis)
+    words = as_words(weight)
+    if words is None or axis == 0:
+        return weight.index_select(axis, kept.to(weight.device))
+    narrowed = weight.new_empty(len(weight), len(kept))
+    # The other modes check all indices first, or copy the result.
+    np.take(words, kept.numpy(), axis=1, out=as_words(narrowed), mode="clip")
+    return narrowed
+
+
+def _narrow_mlps(mlps: Sequence[GluMlp], kept: Mapping[str, Tensor]) -> None:
+    """Narrow GLU-MLPs in place; those that share a parameter go together."""
+    if any(len(kept[mlp.name]) < mlp.width for mlp in mlps):
+        pieces = {
+            (mlp.name, projection, part): narrow(
+                mlp.weight(projection, part),
+                kept[mlp.name],
+                NEURON_AXIS[projection] if part == "weight" else 0,
+            )
+            for mlp in mlps
+            for projection, part in mlp.regions
+        }
+        resize(mlps, pieces)

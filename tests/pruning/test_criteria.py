@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import sys
@@ -44,11 +45,7 @@ def weights(seed: int, neurons: int, hidden: int, dtype=torch.float32):
     ]
 
 
-def test_every_criterion_has_a_formula_here():
-    assert FORMULAS.keys() == criteria.CRITERIA.keys()
-
-
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", sorted({*criteria.CRITERIA} - {*criteria.CALIBRATED}))
 @given(
     seed=st.integers(0, 2**32),
     neurons=st.integers(1, 40),
@@ -63,7 +60,7 @@ def test_scores_follow_the_formula(name, seed, neurons, hidden, dtype):
     expected = FORMULAS[name](*(w.double().numpy() for w in (gate, up)))
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-5, atol=1e-6)
     if dtype == torch.float32:
-        assert torch.equal(criteria.CRITERIA[name](gate, up), scores)
+        assert torch.equal(criteria.CRITERIA[name].score(gate, up), scores)
 
 
 def test_gate_and_up_of_different_length_are_not_cut_to_the_shorter(monkeypatch):
@@ -112,16 +109,6 @@ def test_scaling_all_weights_leaves_the_kept_set(name, seed, width, exponent):
     c = 2.0**exponent
     kept = kept_set(score_neurons(gate, up, name), width)
     scaled = kept_set(score_neurons(gate * c, up * c, name), width)
-    assert torch.equal(kept, scaled)
-
-
-@pytest.mark.parametrize("name", FORMULAS)
-@given(c=st.floats(1e-3, 1e3), width=st.integers(1, 20))
-def test_any_scale_leaves_well_separated_scores(name, c, width):
-    rows = torch.linspace(1, 3, 20)[torch.randperm(20, generator=torch.manual_seed(1))]
-    gate = rows[:, None] * torch.tensor([1.0, -0.5, 0.25, 0.75])
-    kept = kept_set(score_neurons(gate, gate, name), width)
-    scaled = kept_set(score_neurons(gate * c, gate * c, name), width)
     assert torch.equal(kept, scaled)
 
 
@@ -181,21 +168,18 @@ def test_random_scores_are_the_same_everywhere():
 def test_no_more_than_a_block_is_scored_at_once(monkeypatch, elements, rows):
     seen = []
 
-    function = criteria.CRITERIA["l2"]
+    l2 = criteria.CRITERIA["l2"]
 
     def recorded(gate, up):
         assert gate.shape == up.shape
         seen.append(len(gate))
-        return function(gate, up)
+        return l2.score(gate, up)
 
-    monkeypatch.setitem(criteria.CRITERIA, "l2", recorded)
+    watched = dataclasses.replace(l2, score=recorded)
+    monkeypatch.setitem(criteria.CRITERIA, "l2", watched)
     monkeypatch.setattr(criteria, "_BLOCK_ELEMENTS", elements)
     score_neurons(*weights(0, 12, 8), "l2")
     assert seen == rows
-
-
-def test_blocks_are_a_few_megabytes():
-    assert 1e6 < criteria._BLOCK_ELEMENTS < 1e7
 
 
 @pytest.mark.parametrize("name", criteria.CALIBRATED)
@@ -249,7 +233,7 @@ def test_the_scale_of_a_matrix_does_not_matter_to_maw_act():
     assert torch.equal(scores, scaled)
 
 
-@pytest.mark.parametrize("name", [*criteria.CRITERIA, *criteria.CALIBRATED, "random"])
+@pytest.mark.parametrize("name", [*criteria.CRITERIA, "random"])
 def test_names_are_their_own_canonical_form(name):
     # Read from a command line, the name is another object than the one in the code.
     read = "".join(list(name))
@@ -274,7 +258,3 @@ def test_names_are_checked_without_torch(monkeypatch):
     anew = importlib.import_module(name)
     assert anew is not criteria
     assert anew.canonical_name("ppm") == "maw"
-
-
-def test_the_later_name_of_the_study_is_an_alias():
-    assert criteria.canonical_name("ppm") == "maw"

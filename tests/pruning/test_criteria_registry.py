@@ -9,9 +9,15 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
-from lm_eval_pruned.checkpoints import sensitivity
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
-from lm_eval_pruned.pruning.criteria import GROUP, canonical_name, score_neurons
+from lm_eval_pruned.pruning.criteria import (
+    ALIASES,
+    CRITERIA,
+    GROUP,
+    RANDOM,
+    canonical_name,
+    score_neurons,
+)
 from tests.checkpoints.test_sensitivity import request_of
 from tests.helpers import checkpoints, evaluations
 
@@ -67,9 +73,8 @@ def test_a_packages_criterion_prunes_everywhere(install, tiny_llama, tmp_path):
     assert config["pruning"]["kept_digest"] == loaded.prune_record.digest
 
 
-def test_curves_are_measured_anew_when_the_code_changes(
-    install, tiny_llama, tmp_path, monkeypatch
-):
+def test_curves_are_measured_each_time(install, tiny_llama, tmp_path, monkeypatch):
+    """Nothing tells whether the code of another package is still the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "The tide comes in twice a day."}\n')
@@ -81,17 +86,13 @@ def test_curves_are_measured_anew_when_the_code_changes(
         )
         return [curve.losses for curve in found.curves]
 
-    code = "def score(x):\n    return x.abs().sum(1)\n"
-    code += "def f(gate, up):\n    return score(gate)\n"
+    code = "def f(gate, up):\n    return gate.abs().sum(1)\n"
     install(code, "f = user_criteria:f")
     first = losses()
     # Another length, by which Python tells that its compiled file is of other source.
-    edited = code.replace("x.abs()", "-x.abs()")
+    edited = code.replace("gate.abs()", "-gate.abs()")
     (tmp_path / "user_criteria" / "user_criteria.py").write_text(edited)
     assert losses() != first
-    (tmp_path / "user_criteria" / "user_criteria.py").write_text(code)
-    monkeypatch.setattr(sensitivity, "measure", None)
-    assert losses() == first
 
 
 def test_unknown_names_list_what_there_is(install):
@@ -186,8 +187,9 @@ def test_the_example_of_the_documentation(install, tiny_llama):
 
 
 def test_every_built_in_criterion_is_documented():
-    from lm_eval_pruned.pruning.criteria import ALIASES, CALIBRATED, CRITERIA, RANDOM
-
-    text = (checkpoints.ROOT / "docs" / "criteria.md").read_text()
-    for name in (*CRITERIA, *CALIBRATED, RANDOM, *ALIASES):
+    text = (checkpoints.ROOT / "docs" / "criteria.md").read_text().replace("\\|", "|")
+    for name in (*CRITERIA, RANDOM, *ALIASES):
         assert f"`{name}`" in text, name
+    for name, criterion in CRITERIA.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}`")]
+        assert f"| {criterion.formula}" in row

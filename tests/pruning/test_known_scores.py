@@ -20,7 +20,7 @@ from lm_eval_pruned.pruning import (
     calibration,
     influence,
     measuring,
-    slicing as pruning,
+    slicing,
 )
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.comparing import assert_same_model
@@ -50,13 +50,13 @@ def load():
 def scored(monkeypatch):
     """The names of the MLPs that are scored from now on."""
     names = []
-    for module in (measuring, pruning):
+    for module in (measuring, slicing):
 
-        def counted(plan, name, *args, score=module.score, **kwargs):
+        def counted(*args, name, score=module.score_neurons, **kwargs):
             names.append(name)
-            return score(plan, name, *args, **kwargs)
+            return score(*args, name=name, **kwargs)
 
-        monkeypatch.setattr(module, "score", counted)
+        monkeypatch.setattr(module, "score_neurons", counted)
     return names
 
 
@@ -92,9 +92,9 @@ def test_seven_widths_take_one_calibration(
     scored.clear()
     passes = []
     monkeypatch.setattr(
-        pruning,
+        slicing,
         "calibrate",
-        lambda *args, run=pruning.calibrate: passes.append(args) or run(*args),
+        lambda *args, run=slicing.calibrate: passes.append(args) or run(*args),
     )
     for percent, model in zip(PERCENTS, expected, strict=True):
         again = load(str(tiny_llama), prune_percent=percent, **arguments)
@@ -110,7 +110,7 @@ def passes(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found: Counter[str] = Counter()
     for module, name in (
-        (pruning, "calibrate"),
+        (slicing, "calibrate"),
         (sensitivity, "calibrate_by_layer"),
         (sensitivity, "measure"),
         (influence, "influence_in_memory"),

@@ -190,7 +190,7 @@ def test_criteria_by_layer(tmp_path, how, monkeypatch):
         model = load_pruned(str(folder))
         widths, known = widths_in_memory(model), ScoreTable()
         plan = dataclasses.replace(widths.plan(own), layer_criteria=criteria)
-        carry_out(plan, model, widths, LoadedModel(plan, model, None, known), known)
+        carry_out(LoadedModel(plan, model, None, known), widths)
     for layer, name in enumerate(["l2", "maw", "random"]):
         mlp = full.model.layers[layer].mlp
         scores = score_neurons(

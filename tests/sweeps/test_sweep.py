@@ -611,11 +611,11 @@ def test_neurons_are_scored_once_for_all_ratios(options, monkeypatch):
 
     scored = []
 
-    def counted(plan, name, *args, score=slicing.score, **kwargs):
+    def counted(*args, name, score=slicing.score_neurons, **kwargs):
         scored.append(name)
-        return score(plan, name, *args, **kwargs)
+        return score(*args, name=name, **kwargs)
 
-    monkeypatch.setattr(slicing, "score", counted)
+    monkeypatch.setattr(slicing, "score_neurons", counted)
     options["ratios"] = ["1", "1.25", "1.5", "1.75", "2", "2.25", "2.5"]
     assert run_sweep(options) == 0
     assert sorted(scored) == [f"model.layers.{layer}.mlp" for layer in range(3)]
