@@ -39,7 +39,7 @@ def test_the_packaged_file_is_converted_once(packaged, monkeypatch):
 
     def convert(gguf, folder):
         converted.append(gguf)
-        folder.mkdir()
+        folder.mkdir(parents=True)
 
     monkeypatch.setattr(default_model, "_convert", convert)
     first, second = find_default_model(), find_default_model()
