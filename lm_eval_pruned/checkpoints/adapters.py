@@ -79,34 +79,27 @@ def check_adapter(
             f"{depth.before} layers that drop_layers leaves know nothing: pass an adapter that "
             "was trained on them, or peft_stage=before to merge it first."
         )
+    other = request.plan.width_before if after else request.plan.width
     widths_of = {f".{mlp.path}.": targets[mlp.name] for mlp in widths.mlps}
     for name in sorted(stored.keys() & expected.keys()):
         wanted = {w for path, w in widths_of.items() if path in f".{name}"}
         for have, want in zip(stored[name], expected[name], strict=False):
-            if have != want and want in wanted:
-                raise ValueError(
-                    f"{argument}={adapter} was trained on MLPs of {have} neurons, but it is "
-                    f"applied to MLPs of {want} ({name}): "
-                    f"{_advice(have, want, after, request, argument)}."
+            if have == want or want not in wanted:
+                continue
+            advice = f"pass an adapter of {want} neurons"
+            if argument != "peft":
+                advice += (
+                    ", or use --model pruned-hf with peft, which can merge one of the full model "
+                    "before pruning"
                 )
-
-
-def _advice(
-    have: int, want: int, after: bool, request: LoadRequest, argument: str
-) -> str:
-    full, kept = request.plan.width_before, request.plan.width
-    if argument != "peft":
-        return (
-            f"pass an adapter of {want} neurons, or use --model pruned-hf with peft, which can "
-            "merge one of the full model before pruning"
-        )
-    if after and have == full:
-        return "pass peft_stage=before to merge it into the full model and prune the result"
-    if not after and have == kept:
-        return "pass peft_stage=after to apply it to the pruned model"
-    sizes = f"{kept} neurons, or one of {full} with peft_stage=before"
-    own = f"pass intermediate_size={have}, or " if have < full else "pass "
-    return f"{own}an adapter of {sizes}"
+            elif have == other:
+                advice += f", or peft_stage={'before' if after else 'after'}"
+            elif have < request.plan.width_before:
+                advice += f", or intermediate_size={have}"
+            raise ValueError(
+                f"{argument}={adapter} was trained on MLPs of {have} neurons, but it is applied "
+                f"to MLPs of {want} ({name}): {advice}."
+            )
 
 
 def adapted_shapes(

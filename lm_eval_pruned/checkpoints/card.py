@@ -46,18 +46,10 @@ def model_card(
         name += f" (revision {revision})"
     how, ranked = [], "The layers that stay are numbered anew, in their order. "
     if plan.prunes:
-        alike = plan.layer_widths is None and plan.layers is None
-        best = f"the {plan.width:,} best of {plan.width_before:,}"
         criteria = " or ".join(f"`{each}`" for each in plan.criteria)
-        by = (
-            "the criterion"
-            if len(plan.criteria) == 1
-            else "the criterion of their layer,"
-        )
         how.append(f"removed neurons from the GLU-MLPs of {name}")
-        ranked = f"""Each neuron is a row of the gate and up projections with its column of the down projection. Neurons were
-ranked by {by} {criteria}, {best if alike else "the best of each layer"} stayed in their
-original order, and ties went to the lower index. """
+        ranked = f"""Each neuron is a row of the gate and up projections with its column of the down projection. The best of
+each layer by {criteria} stayed in their original order, and ties went to the lower index. """
     of_layers = ""
     if depth is not None:
         dropped = f"left out the layers {written_layers(depth.dropped)}"

@@ -114,7 +114,7 @@ def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments of ``from_pretrained`` with one object that says how to quantise.
 
     Raises:
-        ValueError: Two say how to quantise, or what one says is not a quantisation.
+        ValueError: Two say how to quantise, or transformers knows no such way.
         ImportError: The package that quantises is missing; transformers names it.
     """
     given = {k: v for k, v in arguments.items() if _BITSANDBYTES.fullmatch(k)}
@@ -131,10 +131,5 @@ def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, dict):
         from transformers.quantizers import AutoQuantizationConfig
 
-        try:
-            others["quantization_config"] = AutoQuantizationConfig.from_dict(config)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"quantization_config={config} is no quantisation that transformers knows ({error})."
-            ) from None
+        others["quantization_config"] = AutoQuantizationConfig.from_dict(config)
     return others

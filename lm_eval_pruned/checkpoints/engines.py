@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -118,30 +119,28 @@ def divide_among(
     if processes == 1:
         return arguments
     asked = resolve(arguments)
-    odd = _odd(asked, processes)
-    if odd is None and not (asked.plan.prunes and arguments.allocation != UNIFORM):
+    odd, plan = _odd(asked, processes), asked.plan
+    if odd is None and not (plan.prunes and plan.allocation != UNIFORM):
         return arguments
-    multiple = math.lcm(processes, int(arguments.multiple_of))
-    rounded = dataclasses.replace(arguments, multiple_of=multiple)
-    if odd is None:
-        return rounded
-    said = ", ".join(f"{k}={v}" for k, v in asked.plan.asked.items()) or "the baseline"
+    said = ", ".join(f"{k}={v}" for k, v in plan.asked.items()) or "the baseline"
     problem = (
         f"{said} gives {odd} neurons, which do not divide among the {processes} processes of "
         f"{argument}"
     )
-    try:
-        divides = asked.plan.prunes and _odd(resolve(rounded), processes) is None
-    except ValueError:
-        # The multiple is more than is kept.
-        divides = False
-    if not divides:
-        raise ValueError(
-            f"{problem}: pass a size that keeps multiples of {processes}, or use a number of "
-            "processes that divides it."
-        )
-    logger.warning("%s: multiple_of=%d rounds down what it keeps.", problem, multiple)
-    return rounded
+    multiple = math.lcm(processes, int(arguments.multiple_of))
+    rounded = dataclasses.replace(arguments, multiple_of=multiple)
+    # The multiple may be more than is kept.
+    with contextlib.suppress(ValueError):
+        if plan.prunes and _odd(resolve(rounded), processes) is None:
+            if odd is not None:
+                logger.warning(
+                    "%s: multiple_of=%d rounds down what it keeps.", problem, multiple
+                )
+            return rounded
+    raise ValueError(
+        f"{problem}: pass a size that keeps multiples of {processes}, or use a number of "
+        "processes that divides it."
+    )
 
 
 def _odd(request: LoadRequest, processes: int) -> str | None:

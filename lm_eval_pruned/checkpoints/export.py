@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
 
 #: Dtypes to store weights in.
@@ -111,12 +110,15 @@ def export_pruned(
         PruneArguments(**prune_arguments),
         {**given, "dtype": dtype, "device_map": {"": device}},
     )
-    if not request.plan.asked.keys() & {"ratio", "intermediate_size"}:
-        _check_prunes(request.plan)
-    source = source_folder(pretrained, given)
     model = load_request(request)
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    _check_prunes(record.plan)
+    if not record.plan.changes_model:
+        asked = ", ".join(f"{k}={v}" for k, v in record.plan.asked.items())
+        raise ValueError(
+            f"{asked or 'no size'} keeps all {record.plan.width_before} neurons, so there is "
+            f"nothing to export: pass one of {', '.join(CUTS)} that removes some."
+        )
+    source = source_folder(pretrained, given)
     with appearing_whole(output) as unfinished:
         total = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
         free = shutil.disk_usage(unfinished).free
@@ -171,15 +173,6 @@ def _check_stored(dtype: str | torch.dtype | None, max_shard_size: int | str) ->
         )
 
 
-def _check_prunes(plan: PrunePlan) -> None:
-    if not plan.changes_model:
-        asked = ", ".join(f"{k}={v}" for k, v in plan.asked.items())
-        raise ValueError(
-            f"{asked or 'no size'} keeps all {plan.width_before} neurons, so there is "
-            f"nothing to export: pass one of {', '.join(CUTS)} that removes some."
-        )
-
-
 def source_folder(pretrained: str, source: dict[str, Any]) -> Path:
     """Return the folder that holds the files beside the weights, fetching them if need be."""
     folder, subfolder = Path(pretrained), source.get("subfolder") or ""
@@ -187,13 +180,11 @@ def source_folder(pretrained: str, source: dict[str, Any]) -> Path:
         from huggingface_hub import snapshot_download
 
         wanted = (*_KEPT_FILES, _MODEL_CODE, "README.md")
+        options = ("revision", "cache_dir", "token", "local_files_only")
         folder = Path(
             snapshot_download(
                 pretrained,
-                revision=source.get("revision"),
-                cache_dir=source.get("cache_dir"),
-                token=source.get("token"),
-                local_files_only=bool(source.get("local_files_only")),
+                **{name: source[name] for name in options if source.get(name)},
                 allow_patterns=[Path(subfolder, each).as_posix() for each in wanted],
             )
         )

@@ -89,19 +89,22 @@ def plan_rows(
         UnsupportedModelError: The model cannot be pruned.
         OSError: The config cannot be read.
     """
-    asked = [PruneArguments(**{argument: v}, **prune_arguments) for v in values]
+    asked = []
+    for value in values:
+        given: dict[str, Any] = {argument: value, **prune_arguments}
+        asked.append(PruneArguments(**given))
     if not asked:
         return []
     from lm_eval_pruned.checkpoints.request import LoadRequest
 
-    source = {
+    source: dict[str, Any] = {
         "revision": revision,
         "subfolder": subfolder,
         "gguf_file": gguf_file,
         "trust_remote_code": trust_remote_code,
     }
-    given = {name: value for name, value in source.items() if value}
-    whole = LoadRequest.resolve(None, pretrained, PruneArguments(), given)
+    source = {name: value for name, value in source.items() if value}
+    whole = LoadRequest.resolve(None, pretrained, PruneArguments(), source)
     known: KnownScores = {}
     return [_row(whole.asking(arguments), known) for arguments in asked]
 
@@ -130,7 +133,7 @@ def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
         # Rounded down, of which the kept width is rounded up again.
         digits = width * 10**_DIGITS // plan.hidden_size
         equal = f"{digits / 10**_DIGITS:.{_DIGITS}f}" if width >= 1 else ""
-    dtype = widths.original.dtype or torch.float32
+    dtype: Any = widths.original.dtype or torch.float32
     return PlanRow(
         ", ".join(f"{argument}={value}" for argument, value in plan.asked.items()),
         whole_or_mean(plan.mean_width),

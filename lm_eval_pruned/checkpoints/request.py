@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,9 +48,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
-
-# Below the harness's logger, so that its verbosity applies.
-logger = logging.getLogger("lm_eval.pruned.loading")
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,6 @@ class LoadRequest:
             auto_class = auto_class or auto_class_for(config)
             build = functools.partial(skeleton, auto_class, trust_remote_code=trusted)
             whole = Widths(config, build)
-        if whole.actual != whole.configured:
-            _tell_widths(pretrained, "config has", whole.actual)
         widths, plan = _planned(pretrained, whole, prune_arguments)
         return cls(
             auto_class, pretrained, plan, widths, model_arguments, prune_arguments
@@ -213,24 +207,21 @@ class LoadRequest:
             for name, value in self.model_arguments.items()
             if not PLACING.fullmatch(name)
         }
-        if arguments.get("gguf_file") is not None:
-            # Its blocks are exact in this dtype.
-            arguments["dtype"] = torch.float32
         return self._loaded(arguments)
 
     def _loaded(self, arguments: dict[str, Any]) -> tuple[PreTrainedModel, Widths]:
         if arguments.get("gguf_file") is not None:
             from transformers import GgufConfig
 
-            # Blocks of a GGUF file can be neither ranked nor sliced.
+            # Its blocks can be neither ranked nor sliced, and are exact in float32.
             whole = GgufConfig(dequantize=True)
-            arguments = {**arguments, "quantization_config": whole}
+            arguments = {"dtype": torch.float32, **arguments}
+            arguments["quantization_config"] = whole
         widths = self.widths.whole
         with clear_load_errors(self.pretrained, self.model_arguments):
             model, found = self._filled(widths, arguments)
             stored = stored_widths(found["mismatched_keys"], widths)
             if stored != widths.actual:
-                _tell_widths(self.pretrained, "tensors have", stored)
                 widths = widths.of(stored)
                 model, found = self._filled(widths, arguments)
             check_filled(model, found, widths, arguments)
@@ -322,16 +313,6 @@ def _planned(
             widths = whole if arguments.measures_depth else shallow
         with argument_errors():
             return widths, widths.plan(arguments)
-
-
-def _tell_widths(pretrained: str, found: str, actual: Mapping[str, int]) -> None:
-    logger.info(
-        "The layers of %s have widths of their own: its %s from %d to %d neurons.",
-        pretrained,
-        found,
-        min(actual.values()),
-        max(actual.values()),
-    )
 
 
 def stamp(path: Path) -> tuple[str, int, int]:

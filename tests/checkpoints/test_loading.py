@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import logging
 import re
 import shutil
 import subprocess
@@ -581,16 +580,6 @@ def test_options_are_passed_by_name(tiny_llama):
     with pytest.raises(TypeError, match="positional"):
         loading.load_with_arguments(*arguments.values(), None)
     assert_same_model(model, loading.load_with_arguments(**arguments))
-
-
-def test_widths_of_their_own_are_told(copied, caplog):
-    load_pruned(str(copied), ratio=1, layers=1).save_pretrained(copied)
-    with caplog.at_level(logging.INFO, "lm_eval.pruned.loading"):
-        load_pruned(str(copied), ratio=2)
-    assert (
-        f"The layers of {copied} have widths of their own: its config has from 32 to 88 "
-        "neurons."
-    ) in caplog.messages
 
 
 @pytest.mark.parametrize("text", ["off", "false", ""])
