@@ -23,8 +23,8 @@ from lm_eval_pruned.checkpoints.damage import (
     clear_config_errors,
 )
 from lm_eval_pruned.checkpoints.default_model import find_default_model
+from lm_eval_pruned.checkpoints.engines import divide_among
 from lm_eval_pruned.checkpoints.load import load_with_arguments
-from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM

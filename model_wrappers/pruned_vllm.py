@@ -36,12 +36,12 @@ from lm_eval_pruned.checkpoints.adapters import (
 )
 from lm_eval_pruned.checkpoints.damage import argument_errors
 from lm_eval_pruned.checkpoints.default_model import find_default_model
-from lm_eval_pruned.checkpoints.parallel import divide_among
-from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.checkpoints.stream import (
+from lm_eval_pruned.checkpoints.engines import (
     check_buildable,
+    divide_among,
     record_of,
 )
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.hf_arguments import argument_names, check_names
 from lm_eval_pruned.model_wrappers.vllm_arguments import (
     LOAD_FORMAT,

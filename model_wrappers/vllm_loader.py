@@ -25,10 +25,13 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 
+from lm_eval_pruned.checkpoints.engines import (
+    check_buildable,
+    divide_among,
+    tensors_of,
+)
 from lm_eval_pruned.checkpoints.load import Stored
-from lm_eval_pruned.checkpoints.parallel import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.checkpoints.stream import check_buildable, tensors_of
 from lm_eval_pruned.model_wrappers.vllm_arguments import LOAD_FORMAT
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError

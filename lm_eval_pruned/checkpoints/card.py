@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,12 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
 
-logger = logging.getLogger("lm_eval.pruned.export")
-
 #: Model-card fields of the source that stay true of the pruned model.
 _KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
-
-UNTRAINED = "No other\nweight was changed, and nothing was trained afterwards."
+_IN_STOCK = "The checkpoint opens in stock transformers and `lm_eval --model hf`."
+_NOT_IN_STOCK = """Its layers differ in width. The config has the widths in `per_layer_config`, from \
+which transformers up to 5.24 builds no MLPs: the checkpoint opens with `lm_eval_pruned.load_pruned` \
+and `lm_eval --model pruned-hf`, and in stock transformers from the release on that does."""
 
 
 def model_card(
@@ -29,7 +28,7 @@ def model_card(
     revision: str | None,
     folder: Path,
     record: PruneRecord,
-    trained: str | None = None,
+    trained: str = "No other\nweight was changed, and nothing was trained afterwards.",
 ) -> str:
     """Return the README.md of the exported checkpoint.
 
@@ -38,49 +37,31 @@ def model_card(
         revision: Its revision on the Hub.
         folder: Folder of the source's own card.
         record: What was pruned.
-        trained: A sentence on how the pruned model was trained, if it was.
+        trained: A sentence on how the pruned model was trained.
     """
-    plan = record.plan
-    tags = ["width-pruning"] if plan.prunes else []
-    if plan.depth is not None:
-        tags.append("depth-pruning")
+    plan, depth = record.plan, record.plan.depth
+    tags = ["width-pruning"] * plan.prunes + ["depth-pruning"] * (depth is not None)
     name, fields = _described(pretrained, folder, "transformers", tags)
     if revision:
         name += f" (revision {revision})"
-    opens = (
-        "The checkpoint opens in stock transformers and `lm_eval --model hf`."
-        if record.config_expresses_widths
-        else "Its layers differ in width. The config has the widths in `per_layer_config`, from "
-        "which transformers up to 5.24 builds no MLPs: the checkpoint opens with "
-        "`lm_eval_pruned.load_pruned` and `lm_eval --model pruned-hf`, and in stock transformers "
-        "from the release on that does."
-    )
-    alike = plan.layer_widths is None and plan.layers is None
-    best = (
-        f"the {plan.width:,} best of {plan.width_before:,} stayed"
-        if alike
-        else "the best of each layer stayed"
-    )
-    criteria = " or ".join(f"`{name}`" for name in plan.criteria)
-    by = "the criterion" if len(plan.criteria) == 1 else "the criterion of their layer,"
-    depth, of_layers = plan.depth, ""
-    how = f"removed neurons from the GLU-MLPs of {name}"
-    ranked = f"""Each neuron is a row of the gate and up projections with its column of the down projection. Neurons were
-ranked by {by} {criteria}, {best} in their
-original order, and ties went to the lower index. """
+    how, ranked = [], "The layers that stay are numbered anew, in their order. "
+    if plan.prunes:
+        criteria = " or ".join(f"`{each}`" for each in plan.criteria)
+        how.append(f"removed neurons from the GLU-MLPs of {name}")
+        ranked = f"""Each neuron is a row of the gate and up projections with its column of the down projection. The best of
+each layer by {criteria} stayed in their original order, and ties went to the lower index. """
+    of_layers = ""
     if depth is not None:
         dropped = f"left out the layers {written_layers(depth.dropped)}"
-        how = f"{how}, and {dropped}" if plan.prunes else f"{dropped} of {name}"
+        how.append(dropped if plan.prunes else f"{dropped} of {name}")
         of_layers = ', after "layers" and the numbers of those that stay'
-    if not plan.prunes:
-        ranked = "The layers that stay are numbered anew, in their order. "
     return f"""---
 {fields}
 ---
 
 # {name}, {_what(plan)}
 
-`lm-eval-pruned {version("lm-eval-pruned")}` {how}. {trained or UNTRAINED}
+`lm-eval-pruned {version("lm-eval-pruned")}` {", and ".join(how)}. {trained}
 
 {_table(record)}
 
@@ -91,7 +72,7 @@ original order, and ties went to the lower index. """
 {json.dumps(record.as_dict(), indent=2)}
 ```
 
-{opens} What the cut cost depends on
+{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} What the cut cost depends on
 the model, the size and the task, so evaluate the model for your use before relying on it.
 """
 
@@ -115,21 +96,20 @@ def adapter_card(
         trained: A sentence on how the adapter was trained.
     """
     plan = record.plan
-    cut = plan.prunes or plan.depth is not None
-    tags = [method, *(["width-pruning"] if plan.prunes else ())]
+    tags = [method, *["width-pruning"] * plan.prunes]
     name, fields = _described(pretrained, folder, "peft", tags)
-    named = [name, *([f"revision={revision}"] if revision else ())]
-    arguments = [*named, *(f"{key}={value}" for key, value in plan.asked.items())]
+    asked = {"revision": revision} if revision else {}
+    arguments = [f"{key}={value}" for key, value in {**asked, **plan.asked}.items()]
     kind = {"lora": "LoRA", "dora": "DoRA"}.get(method, method)
-    fits = (
-        "\nIt fits the neurons and layers that stayed, and `pruned-hf` refuses it on others."
-        * cut
-    )
+    of_what, fits = "", ""
+    if plan.changes_model:
+        of_what = f", {_what(plan)}"
+        fits = "\nIt fits the neurons and layers that stayed, and `pruned-hf` refuses it on others."
     return f"""---
 {fields}
 ---
 
-# {kind} adapter for {name}{f", {_what(plan)}" * cut}
+# {kind} adapter for {name}{of_what}
 
 {trained} `lm-eval-pruned {version("lm-eval-pruned")}` wrote this adapter.{fits}
 
@@ -138,7 +118,7 @@ def adapter_card(
 To evaluate it, pass the arguments of pruning that it was trained with, which `healing.json` has in full:
 
 ```bash
-lm_eval --model pruned-hf --model_args pretrained={",".join(arguments)},peft=FOLDER_OF_THIS_ADAPTER
+lm_eval --model pruned-hf --model_args pretrained={",".join([name, *arguments])},peft=FOLDER_OF_THIS_ADAPTER
 ```
 """
 
@@ -147,18 +127,19 @@ def _described(
     pretrained: str, folder: Path, library: str, tags: list[str]
 ) -> tuple[str, str]:
     """Return what a card calls its source, and the card's metadata as YAML."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
+    known: dict[str, Any] = {}
+    if (own := folder / "README.md").is_file():
+        known = ModelCard.load(own, ignore_metadata_errors=True).data.to_dict()
     local = Path(pretrained).is_dir()
-    known = _source_card(folder)
     fields = ModelCardData(
         base_model=None if local else pretrained,
         library_name=library,
         tags=[*tags, "glu", "lm-eval-pruned"],
         **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
     )
-    name = Path(pretrained).resolve().name if local else pretrained
-    return name, fields.to_yaml()
+    return Path(pretrained).resolve().name if local else pretrained, fields.to_yaml()
 
 
 def _table(record: PruneRecord) -> str:
@@ -178,17 +159,3 @@ def _what(plan: PrunePlan) -> str:
         return title
     left = f"{len(plan.depth.kept)} of {plan.depth.before} layers"
     return f"{title}, {left}" if plan.prunes else f"cut to {left}"
-
-
-def _source_card(folder: Path) -> dict[str, Any]:
-    """Return the metadata of the source's model card; empty where it has none."""
-    from huggingface_hub import ModelCard
-
-    path = folder / "README.md"
-    if not path.is_file():
-        return {}
-    try:
-        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except Exception as error:  # noqa: BLE001
-        logger.warning("%s cannot be read as a model card (%s).", path, error)
-        return {}

@@ -1,9 +1,9 @@
-"""Damage: what is wrong with a checkpoint or its config, in one sentence.
+"""Damage: what is wrong with a checkpoint, its config or an argument, in one sentence.
 
-transformers trusts what it loads. A config of absurd numbers makes it build for ever,
-a missing tensor is drawn at random, integers become weights, and many a mistake ends
-in an error of the line that stumbled over it. Here such a checkpoint is refused, and
-what transformers raises is turned into a sentence that names the file.
+transformers trusts what it loads. A config of absurd numbers makes it build for ever, a
+missing tensor is drawn at random, and many a mistake ends in an error of the line that
+stumbled over it. Here such a checkpoint is refused, and what transformers raises is turned
+into a sentence that names the file.
 """
 
 from __future__ import annotations
@@ -29,20 +29,13 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.widths import Widths
 
-#: Numbers in a config that say how many modules or MLPs to build.
-_COUNT_NAME = re.compile(
-    r"(?:^|_)(?:n_)?(?P<short>layer|expert)s?$|^num_.*(?P<long>layer|expert)s$"
-)
-#: More layers, or experts in a layer, than any model has. Doge routes among 16,384
-#: experts of one neuron each, and its dense models carry that number too.
-_MOST = {"layer": 4096, "expert": 16384}
-
-#: Errors that say themselves what is wrong.
+#: Numbers in a config that say how many modules to build.
+_COUNT = re.compile(r"(layer|expert)s?$")
+#: More than any model has: Doge routes among 16,384 experts of one neuron each.
+_MOST = 16384
+#: Errors that say themselves what is wrong, but for those kinds that do not name the file.
 _CLEAR = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
-#: Kinds of them that do not name the file.
 _UNCLEAR = (json.JSONDecodeError, UnicodeDecodeError)
-
-
 #: What ``from_pretrained`` takes without naming it in its signature, and resembles arguments of ours.
 _TAKEN_UNNAMED = ("code_revision", "device_map", "max_memory", "offload_buffers")
 
@@ -92,32 +85,7 @@ def misspelt(
     return None
 
 
-def check_counts(config: Mapping[str, Any], pretrained: str) -> None:
-    """Refuse a config that asks for more modules than can be built.
-
-    Args:
-        config: What config.json holds, or arguments that override it.
-        pretrained: Folder or Hub name of the model, for the message.
-
-    Raises:
-        ValueError: A number of layers or experts is absurd.
-    """
-    for name, value in config.items():
-        if isinstance(value, dict):
-            check_counts(value, pretrained)
-            continue
-        counted = _COUNT_NAME.search(str(name))
-        if counted is None or not isinstance(value, (int, float)):
-            continue
-        most = _MOST[counted["short"] or counted["long"]]
-        if value > most:
-            raise ValueError(
-                f"The config of {pretrained} says {name}={value}, which no model has: correct it "
-                f"to at most {most}."
-            )
-
-
-def check_config(pretrained: str, arguments: dict[str, Any]) -> None:
+def check_config(pretrained: str, arguments: Mapping[str, Any]) -> None:
     """Refuse a config.json that transformers would not survive reading.
 
     Args:
@@ -125,15 +93,23 @@ def check_config(pretrained: str, arguments: dict[str, Any]) -> None:
         arguments: Keyword arguments of ``AutoConfig.from_pretrained``.
 
     Raises:
-        ValueError: It holds no settings, or absurd ones.
+        ValueError: It holds no settings, or asks for more modules than can be built.
         OSError: It is missing or is no JSON.
     """
     from transformers import PretrainedConfig
 
     with clear_config_errors(pretrained):
         config, _ = PretrainedConfig.get_config_dict(pretrained, **arguments)
-        check_counts(config, pretrained)
-    check_counts(arguments, pretrained)
+        parts = [{**config, **arguments}]
+        for part in parts:
+            parts += [value for value in part.values() if isinstance(value, dict)]
+            for name, value in part.items():
+                counts = _COUNT.search(name) and isinstance(value, (int, float))
+                if counts and value > _MOST:
+                    raise ValueError(
+                        f"The config of {pretrained} says {name}={value}, which no model has: "
+                        f"correct it to at most {_MOST}."
+                    )
 
 
 @contextlib.contextmanager
@@ -172,9 +148,7 @@ def clear_load_errors(pretrained: str, arguments: Mapping[str, Any]) -> Iterator
                 f"{name}={arguments[name]} is not understood: neither this package nor the model "
                 f"in {pretrained} has an argument of that name."
             ) from error
-        names = ", ".join(
-            name for name, value in arguments.items() if value is not None
-        )
+        names = ", ".join(n for n, value in arguments.items() if value is not None)
         raise ValueError(
             f"{pretrained} cannot be loaded ({_summary(error)}): its files or the index of its "
             f"shards are damaged, or an argument is wrong ({names or 'none was given'})."
@@ -194,9 +168,7 @@ def _name_broken_file(folder: Path) -> None:
 
 def _summary(error: Exception) -> str:
     """Return kind and text of an error on one line."""
-    text = " ".join(str(error).split())
-    kind = type(error).__name__
-    return f"{kind}: {text[:200]}" if text else kind
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def check_filled(
@@ -217,31 +189,28 @@ def check_filled(
         ValueError: A tensor is missing, has another shape than the config says, or belongs to a
             layer or is a bias of which the config knows nothing.
     """
-    missing = found.get("missing_keys", ())
-    if missing:
+    if missing := found["missing_keys"]:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
             f"The checkpoint holds no tensor for {min(missing)}{others}: it is incomplete, or its "
             "config.json describes another model."
         )
-    for name, stored, own in sorted(found.get("mismatched_keys", ())):
-        if not arguments.get("ignore_mismatched_sizes"):
-            raise ValueError(
-                f"{name} has shape {list(stored)} in the checkpoint, but its config.json says "
-                f"{list(own)}."
-            )
-    neurons = regions_by_parameter(widths.mlps)
-    layers = {_LAYER_NUMBER.sub(".*.", name) for name in neurons}
+    mismatched = sorted(found["mismatched_keys"])
+    if mismatched and not arguments.get("ignore_mismatched_sizes"):
+        name, stored, own = mismatched[0]
+        raise ValueError(
+            f"{name} has shape {list(stored)} in the checkpoint, but its config.json says "
+            f"{list(own)}."
+        )
     state = model.state_dict().keys()
-    for key in sorted(found.get("unexpected_keys", ())):
-        stem = key.removesuffix(".bias")
-        is_bias = stem != key and f"{stem}.weight" in state
-        predicts_more = getattr(model.config, "num_nextn_predict_layers", None)
-        if is_bias or (_LAYER_NUMBER.sub(".*.", key) in layers and not predicts_more):
+    layers = {re.sub(r"\.\d+\.", ".*.", p) for p in regions_by_parameter(widths.mlps)}
+    if getattr(model.config, "num_nextn_predict_layers", None):
+        # Stock classes leave out the layers that predict more tokens at once.
+        layers.clear()
+    for key in sorted(found["unexpected_keys"]):
+        is_bias = key.endswith(".bias") and f"{key[:-5]}.weight" in state
+        if is_bias or re.sub(r"\.\d+\.", ".*.", key) in layers:
             raise ValueError(
                 f"The checkpoint holds {key}, of which its config.json knows nothing: correct "
                 "the number of layers or the key of that bias there, or copy it again."
             )
-
-
-_LAYER_NUMBER = re.compile(r"\.\d+\.")

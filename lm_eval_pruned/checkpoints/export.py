@@ -1,7 +1,9 @@
-"""Exporting a pruned model as an ordinary checkpoint."""
+"""Writing a pruned model as an ordinary checkpoint, with the files beside its weights."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.checkpoints.auto_class import auto_class_for
 from lm_eval_pruned.checkpoints.card import model_card
-from lm_eval_pruned.checkpoints.companions import source_folder
+from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.checkpoints.saving import check_output, save_loaded
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.util.atomic import appearing_whole
 
@@ -24,13 +24,21 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
 
 #: Dtypes to store weights in.
 _STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 #: As in `transformers.PreTrainedModel.save_pretrained`.
 MAX_SHARD_SIZE = "50GB"
+#: Files beside the weights that an exported checkpoint keeps as they are.
+_KEPT_FILES = (
+    *("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken"),
+    *("additional_chat_templates/*.jinja", "LICENSE*", "LICENCE*"),
+    *("NOTICE*", "USE_POLICY*"),
+)
+_MODEL_CODE = "*.py"
+#: Those among them that are true of the source alone.
+_OWN_FILES = ("config.json", "trainer_state.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -92,89 +100,154 @@ def export_pruned(
         export_pruned("org/model", "model-40", prune_arguments={"prune_percent": 40})
         ```
     """
-    from transformers import AutoConfig
-
     output = Path(output)
     check_output(output)
-    _check_dtype(dtype)
-    _check_shard_size(max_shard_size)
-    source = {
-        name: value for name, value in from_pretrained.items() if value is not None
-    }
-    auto_class = auto_class_for(AutoConfig.from_pretrained(pretrained, **source))
-    asked = PruneArguments(**prune_arguments)
-    placing = {"dtype": dtype, "device_map": {"": device}}
-    request = LoadRequest.resolve(auto_class, pretrained, asked, source | placing)
-    if not request.plan.asked.keys() & {"ratio", "intermediate_size"}:
-        _check_prunes(request.plan)
-    folder = source_folder(pretrained, source)
+    _check_stored(dtype, max_shard_size)
+    given = {name: v for name, v in from_pretrained.items() if v is not None}
+    request = LoadRequest.resolve(
+        None,
+        pretrained,
+        PruneArguments(**prune_arguments),
+        {**given, "dtype": dtype, "device_map": {"": device}},
+    )
     model = load_request(request)
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    _check_prunes(record.plan)
+    if not record.plan.changes_model:
+        asked = ", ".join(f"{k}={v}" for k, v in record.plan.asked.items())
+        raise ValueError(
+            f"{asked or 'no size'} keeps all {record.plan.width_before} neurons, so there is "
+            f"nothing to export: pass one of {', '.join(CUTS)} that removes some."
+        )
+    source = source_folder(pretrained, given)
     with appearing_whole(output) as unfinished:
-        _check_room(model, unfinished)
-        save_loaded(model, request, folder, unfinished, max_shard_size)
-        card = model_card(pretrained, source.get("revision"), folder, record)
+        total = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
+        free = shutil.disk_usage(unfinished).free
+        if total > free:
+            raise OSError(
+                f"The weights need {total:,} bytes, but only {free:,} are free where the output "
+                "goes: choose another folder or a smaller dtype."
+            )
+        save_loaded(model, request, source, unfinished, max_shard_size)
+        card = model_card(pretrained, given.get("revision"), source, record)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
-        weights = sorted(unfinished.glob("*.safetensors"))
-        size = sum(path.stat().st_size for path in weights)
+        weights = [p.stat().st_size for p in unfinished.glob("*.safetensors")]
     if push_to_hub is not None:
-        _push(output, push_to_hub)
-    return Export(output, record, size, len(weights))
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.upload_folder(
+            repo_id=api.create_repo(push_to_hub, exist_ok=True).repo_id,
+            folder_path=output,
+            commit_message="Upload a model pruned by lm-eval-pruned",
+        )
+    return Export(output, record, sum(weights), len(weights))
 
 
-def _check_prunes(plan: PrunePlan) -> None:
-    if plan.changes_model:
-        return
-    asked = ", ".join(f"{k}={v}" for k, v in plan.asked.items())
-    raise ValueError(
-        f"{asked or 'no size'} keeps all {plan.width_before} neurons, so there is "
-        f"nothing to export: pass one of {', '.join(CUTS)} that removes some."
-    )
+def check_output(output: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        ValueError: It does.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(
+            f"output={output} exists and is not an empty folder: pass a new one."
+        )
 
 
-def _check_shard_size(max_shard_size: int | str) -> None:
+def _check_stored(dtype: str | torch.dtype | None, max_shard_size: int | str) -> None:
+    """Refuse a dtype or a size that only the end of an export would stumble over."""
     from huggingface_hub.serialization._base import parse_size_to_int
 
-    try:
-        size = (
-            max_shard_size
-            if isinstance(max_shard_size, int)
-            else parse_size_to_int(max_shard_size)
-        )
-    except ValueError:
-        size = 0
-    if size <= 0:
-        raise ValueError(
-            f"max_shard_size={max_shard_size} is not a size: pass one such as 5GB."
-        )
-
-
-def _check_dtype(dtype: str | torch.dtype | None) -> None:
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and resolved not in _STORED:
         raise ValueError(
             f"dtype={dtype} is not a dtype to store weights in: pass float32, float16 or bfloat16."
         )
-
-
-def _check_room(model: PreTrainedModel, folder: Path) -> None:
-    total = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise OSError(
-            f"The weights need {total:,} bytes, but only {free:,} are free where the output "
-            "goes: choose another folder or a smaller dtype."
+    size = max_shard_size
+    with contextlib.suppress(ValueError):
+        size = parse_size_to_int(size) if isinstance(size, str) else size
+    if isinstance(size, str) or size <= 0:
+        raise ValueError(
+            f"max_shard_size={max_shard_size} is not a size: pass one such as 5GB."
         )
 
 
-def _push(folder: Path, repository: str) -> None:
-    from huggingface_hub import HfApi
+def source_folder(pretrained: str, source: dict[str, Any]) -> Path:
+    """Return the folder that holds the files beside the weights, fetching them if need be."""
+    folder, subfolder = Path(pretrained), source.get("subfolder") or ""
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
 
-    api = HfApi()
-    repository = api.create_repo(repository, exist_ok=True).repo_id
-    api.upload_folder(
-        repo_id=repository,
-        folder_path=folder,
-        commit_message="Upload a model pruned by lm-eval-pruned",
+        wanted = (*_KEPT_FILES, _MODEL_CODE, "README.md")
+        options = ("revision", "cache_dir", "token", "local_files_only")
+        folder = Path(
+            snapshot_download(
+                pretrained,
+                **{name: source[name] for name in options if source.get(name)},
+                allow_patterns=[Path(subfolder, each).as_posix() for each in wanted],
+            )
+        )
+    return folder / subfolder
+
+
+def save_loaded(
+    model: PreTrainedModel,
+    request: LoadRequest,
+    source: Path,
+    folder: Path,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """Write a model and what stays true of it from its source: everything but the model card.
+
+    Args:
+        model: The model, as it is to be saved.
+        request: What it was loaded from.
+        source: Folder of the files beside the source's weights.
+        folder: Folder to write to.
+        max_shard_size: Largest size of a weight file.
+    """
+    if request.model_arguments.get("gguf_file") is not None:
+        save_converted(model, request.load_tokenizer(), folder, max_shard_size)
+        return
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    _copy_companions(source, folder, with_code="auto_map" in config)
+    _apply_changes(
+        config, request.widths.whole.original.to_dict(), model.config.to_dict()
     )
+    name = str(model.dtype).removeprefix("torch.")
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        part |= {key: name for key in ("dtype", "torch_dtype") if key in part}
+    if "torch_dtype" not in config:
+        config["dtype"] = name
+    # As the Hub's JSON files are written.
+    written = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(written, encoding="utf-8")
+
+
+def _copy_companions(source: Path, folder: Path, *, with_code: bool) -> None:
+    """Copy what stays true of the pruned model: tokenizer, generation config, licence, code."""
+    for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if with_code else ())):
+        for path in sorted(source.glob(pattern)):
+            own = path.name in _OWN_FILES or path.name.endswith(".index.json")
+            if path.is_file() and not own:
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def _apply_changes(
+    raw: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Change in `raw`, a config as it is stored, what differs between two configs."""
+    for key in before.keys() - after.keys():
+        raw.pop(key, None)
+    for key, value in after.items():
+        if value == before.get(key):
+            continue
+        layers = key == "per_layer_config"
+        if isinstance(value, dict) and isinstance(raw.get(key), dict) and not layers:
+            _apply_changes(raw[key], before[key], value)
+        else:
+            raw[key] = value

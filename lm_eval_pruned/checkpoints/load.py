@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.request import LoadRequest, stamp
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.influence import depth_in_memory
@@ -79,18 +80,11 @@ def load_pruned(
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> tiny = LlamaConfig(
-        ...     hidden_size=32,
-        ...     intermediate_size=128,
-        ...     num_hidden_layers=2,
-        ...     num_attention_heads=4,
-        ...     vocab_size=64,
-        ... )
+        >>> sizes = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
+        >>> tiny = LlamaConfig(**sizes, intermediate_size=128, num_hidden_layers=2)
         >>> with TemporaryDirectory() as folder:
         ...     LlamaForCausalLM(tiny).save_pretrained(folder)
         ...     model = load_pruned(folder, prune_percent=40)
-        >>> model.config.intermediate_size
-        77
         >>> model.model.layers[0].mlp.down_proj.weight.shape
         torch.Size([32, 77])
         >>> model.prune_record.parameters_before, model.prune_record.parameters_after
@@ -99,7 +93,6 @@ def load_pruned(
     import transformers
 
     prune_arguments = PruneArguments.taken_from(from_pretrained)
-    auto_class = auto_class or transformers.AutoModelForCausalLM
     if dtype is not None:
         from_pretrained["dtype"] = dtype
     if device is not None:
@@ -110,7 +103,7 @@ def load_pruned(
             )
         from_pretrained["device_map"] = {"": device}
     return load_with_arguments(
-        auto_class,
+        auto_class or transformers.AutoModelForCausalLM,
         pretrained,
         prune_arguments,
         from_pretrained,
@@ -140,7 +133,6 @@ def load_with_arguments(
             raise.
         known_scores: Scores of earlier loads; takes those of this one.
     """
-
     request = LoadRequest.resolve(
         auto_class, pretrained, prune_arguments, from_pretrained
     )
@@ -154,16 +146,7 @@ def load_request(
     tokenizer: PreTrainedTokenizerBase | None = None,
     known_scores: KnownScores | None = None,
 ) -> PreTrainedModel:
-    """Load the model of `request`, prune it in its stored dtype, then cast and place what is left.
-
-    Args:
-        request: What is to be loaded.
-        tokenizer: What reads calibration text; default: that of the model.
-        known_scores: Scores of earlier loads; takes those of this one.
-
-    Raises:
-        ValueError, UnsupportedModelError, OSError: As `load_pruned`.
-    """
+    """Do the same with a request: load its model, prune it, then cast and place what is left."""
     asked = request.prune_arguments
     request.check_text()
     if not (request.plan.changes_model or asked.measures_depth):
@@ -182,21 +165,15 @@ def load_request(
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A model as it is stored, all its layers in memory, and what is to become of it.
+class Stored(LoadedModel):
+    """A model as it is stored, with all its layers, and what is to become of it.
 
     Attributes:
         request: What was loaded, with the widths that its tensors have, those of the layers that
             are to stay, and the plan for them.
-        model: The model, in its stored dtype, on the CPU.
-        tokenizer: What reads calibration text, if there is any.
-        known: Scores and curves of the model.
     """
 
     request: LoadRequest
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    known: ScoreTable
 
     @classmethod
     def of(
@@ -205,50 +182,44 @@ class Stored:
         tokenizer: PreTrainedTokenizerBase | None = None,
         known_scores: KnownScores | None = None,
     ) -> Stored:
-        """Load the model of `request`.
+        """Load the model of `request`, in its stored dtype, on the CPU.
 
         Args:
             request: What is to be loaded.
             tokenizer: What reads calibration text; default: that of the model.
             known_scores: What earlier loads measured; takes what this one does.
         """
+        asked, content = request.prune_arguments, request.content_key()
+        text = asked.calibration and stamp(Path(asked.calibration))
 
-        def known(key: Hashable | None) -> ScoreTable:
-            if known_scores is None or key is None:
+        def known(*ways: Hashable) -> ScoreTable:
+            if known_scores is None or content is None:
                 return ScoreTable()
+            key = (*content, text, asked.calibration_samples, *ways)
             return known_scores.setdefault(key, ScoreTable())
 
-        asked = request.prune_arguments
         model, widths = request.load_stored()
         if asked.calibration is not None and tokenizer is None:
             tokenizer = request.load_tokenizer()
         if asked.drop_layers is not None:
-            seen = known(request.influence_key() if asked.measures_depth else None)
-            depth = depth_in_memory(model, asked, tokenizer, seen)
+            depth = depth_in_memory(model, asked, tokenizer, known("influence"))
             widths = widths.without_layers(depth)
-        request = dataclasses.replace(request, widths=widths, plan=widths.plan(asked))
-        return cls(request, model, tokenizer, known(request.scores_key()))
+        plan = widths.plan(asked)
+        request = dataclasses.replace(request, widths=widths, plan=plan)
+        kept = plan.depth and plan.depth.kept
+        ways = (plan.criterion, plan.layer_criteria, plan.tried, plan.seed, kept)
+        return cls(plan, model, tokenizer, known(*ways), request)
 
     def settled(self) -> PrunePlan:
         """Return the plan with what scores or losses decide."""
-        return settled(self.request.plan, self.request.widths, self._evidence())
+        return settled(self.plan, self.request.widths, self)
 
     def pruned(self) -> PreTrainedModel:
         """Prune the model in place and return it."""
-        return carry_out(self._evidence(), self.request.widths)
-
-    def _evidence(self) -> LoadedModel:
-        plan = self.request.plan
-        return _CachedCurves(plan, self.model, self.tokenizer, self.known, self.request)
-
-
-@dataclass(frozen=True)
-class _CachedCurves(LoadedModel):
-    """A model whose curves are looked up in the user's cache."""
-
-    request: LoadRequest
+        return carry_out(self, self.request.widths)
 
     def curves(self, criteria: Sequence[str]) -> Sensitivity:
+        """Return the losses with one layer cut at a time, looked up in the user's cache."""
         if self.known.curves is None:
             self.known.curves = measure_sensitivity(
                 self.request,

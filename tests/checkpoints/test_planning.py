@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import CONFIG_MAPPING
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints.auto_class import auto_class_for
+from lm_eval_pruned.checkpoints.configs import auto_class_for
 from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.cli import main

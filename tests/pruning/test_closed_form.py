@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned.checkpoints.skeleton import skeleton
+from lm_eval_pruned.checkpoints.configs import skeleton
 from lm_eval_pruned.pruning import sizes as closed_form
 from lm_eval_pruned.pruning.layouts import count_parameters
 from lm_eval_pruned.pruning.sizes import dense_shape

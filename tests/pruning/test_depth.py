@@ -369,7 +369,7 @@ def test_layers_that_are_what_they_are_by_their_number_are_refused(
 ):
     config = tiny_config(family, **{"num_hidden_layers": 4, **options})
     config.save_pretrained(tmp_path)
-    from lm_eval_pruned.checkpoints.auto_class import auto_class_for
+    from lm_eval_pruned.checkpoints.configs import auto_class_for
 
     with pytest.raises(UnsupportedModelError, match=message):
         load_pruned(str(tmp_path), drop_layers=1, auto_class=auto_class_for(config))

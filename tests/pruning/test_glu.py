@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lm_eval_pruned.checkpoints.skeleton import skeleton
+from lm_eval_pruned.checkpoints.configs import skeleton
 from lm_eval_pruned.pruning.layouts import (
     LAYOUTS,
     GluMlp,

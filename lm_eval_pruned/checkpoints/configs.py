@@ -1,0 +1,135 @@
+"""From the arguments of ``from_pretrained`` to a config, and to a model without weights."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lm_eval_pruned.checkpoints.damage import check_config
+from lm_eval_pruned.pruning.layouts import BUILDING, UnsupportedModelError
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+#: Arguments of `from_pretrained` that say how to get at the files of a model.
+HUB = (
+    *("cache_dir", "force_download", "local_files_only", "proxies"),
+    *("revision", "subfolder", "token"),
+)
+#: Those that say how to read a checkpoint.
+READING = (*HUB, "gguf_file", "trust_remote_code", "use_safetensors", "variant")
+#: Those that say where the finished model goes, and in what form.
+PLACING = re.compile(
+    r"device_map|max_memory|tp_(plan|size)|distributed_config|offload_\w+|quantization_config|dtype"
+)
+#: Arguments of `transformers.BitsAndBytesConfig`, which lm-evaluation-harness passes on as they are.
+_BITSANDBYTES = re.compile(r"load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+")
+
+
+def skeleton(
+    auto_class: Any, config: PretrainedConfig, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build the model that `config` describes on the meta device, without weights."""
+    from transformers.initialization import no_init_weights
+
+    with BUILDING:
+        with no_init_weights(), torch.device("meta"):
+            model = auto_class.from_config(
+                copy.deepcopy(config), trust_remote_code=trust_remote_code
+            )
+        # Ties are part of the initialisation that was left out.
+        model.tie_weights()
+    return model
+
+
+def quantising_arguments(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the names of the arguments that quantise the model while it loads."""
+    names = ("quantization_config", "load_in_8bit", "load_in_4bit")
+    return [name for name in arguments if name in names and arguments[name]]
+
+
+def auto_class_for(config: PretrainedConfig) -> Any:
+    """Choose the Auto class as `lm_eval.models.huggingface.HFLM` does by default.
+
+    It goes by a list of model types, which holds encoder-decoders and more: models
+    that hear, for example, have no decoder apart from an encoder of text.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as ENCODER_DECODERS,
+    )
+
+    encodes = config.model_type in ENCODER_DECODERS
+    return AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
+
+
+def config_and_rest(
+    pretrained: str, from_pretrained: dict[str, Any]
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Split arguments of ``from_pretrained`` into the config they describe and the rest.
+
+    Mirrors `transformers.models.auto.auto_factory._BaseAutoModelClass.from_pretrained`.
+
+    Raises:
+        ValueError: An argument or the config is of no use.
+        UnsupportedModelError: The checkpoint is quantised.
+        OSError: The config cannot be read.
+    """
+    from transformers import AutoConfig
+
+    trusted = from_pretrained.get("trust_remote_code")
+    if trusted not in (None, True, False):
+        # Any text counts as true to transformers, "off" included.
+        raise ValueError(
+            f"trust_remote_code={trusted!r} is not understood: pass true or false."
+        )
+    given = _with_quantisation(from_pretrained)
+    if (dtype := given.pop("torch_dtype", None)) is not None:
+        given.setdefault("dtype", dtype)
+    # AutoConfig would take the dtype for a setting.
+    placing = {name: given.pop(name) for name in list(given) if PLACING.fullmatch(name)}
+    kept = {name: given[name] for name in READING if name in given}
+    if given.get("gguf_file") is None:
+        check_config(pretrained, given)
+    config, unused = AutoConfig.from_pretrained(
+        pretrained, return_unused_kwargs=True, **given
+    )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and given.get("gguf_file") is None:
+        method = quantised.get("quant_method", "unknown")
+        raise UnsupportedModelError(
+            f"The checkpoint is quantised already (quant_method={method}), and quantised neurons "
+            "can be neither ranked nor sliced: pass the unquantised checkpoint it was made from."
+        )
+    return config, {**unused, **kept, **placing}
+
+
+def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of ``from_pretrained`` with one object that says how to quantise.
+
+    Raises:
+        ValueError: Two say how to quantise, or transformers knows no such way.
+        ImportError: The package that quantises is missing; transformers names it.
+    """
+    given = {k: v for k, v in arguments.items() if _BITSANDBYTES.fullmatch(k)}
+    others = {k: v for k, v in arguments.items() if k not in given}
+    config = others.get("quantization_config")
+    for name in quantising_arguments(given):
+        if config is not None:
+            raise ValueError(
+                f"{name} and quantization_config both say how to quantise: pass one."
+            )
+        from transformers import BitsAndBytesConfig
+
+        return {**others, "quantization_config": BitsAndBytesConfig(**given)}
+    if isinstance(config, dict):
+        from transformers.quantizers import AutoQuantizationConfig
+
+        others["quantization_config"] = AutoQuantizationConfig.from_dict(config)
+    return others
