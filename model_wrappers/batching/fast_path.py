@@ -11,7 +11,6 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from .answer_paths import AnswerPaths
 from .attention_support import base_model, trial_disagrees, unsupported_reason
 from .flags import check_flag
-from .memory import is_split
 from .token_counts import TokenCounts
 
 
@@ -35,15 +34,13 @@ class FastPath:
         argument: The model argument that turns it off, such as ``prefix_sharing``.
         is_on: Whether requests may take it.
         notice: What the log says before the reason where requests do not take it.
-        trial: Computes the same logits of a trial model in the plain way and in this
-            way; see `trial_disagrees`.
+        trial: Compute the same logits of a trial model the plain way and this way.
         unit: What the size of a pass is counted in, such as ``tokens``.
         smaller: What a user can pass for smaller passes; ``{}`` is half of the size.
-        unsupported: Says of an `HFLM` what about its model speaks against it, if anything.
         reason: Why it is off, if it is.
-        most: The size of a pass that a shortage of memory left, in `unit`; None: any.
-        logged: Reasons that were logged.
+        most: The size of a pass that a shortage of memory left; None: any.
         is_tried: Whether the trial is over.
+        logged: Reasons that were logged.
 
     Raises:
         ValueError: `is_on` is neither true nor false.
@@ -55,11 +52,10 @@ class FastPath:
     trial: tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]
     unit: str
     smaller: str
-    unsupported: Callable[[Any], str | None] = unsupported_reason
-    reason: str = field(init=False)
+    reason: str = ""
     most: int | None = None
-    logged: list[str] = field(default_factory=list)
     is_tried: bool = False
+    logged: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_flag(self.argument, self.is_on)
@@ -91,10 +87,15 @@ class FastPathMixin(_Neighbour):
         info = super().get_model_info()
         return {**info, "answer_paths": self.answer_paths.as_dict(self.model)}
 
+    @property
+    def _shares_model(self) -> bool:
+        """Whether several processes hold a part of each of the model's tensors."""
+        return (getattr(base_model(self.model), "tp_size", None) or 1) > 1
+
     def _may_take(self, path: FastPath) -> bool:
         """Return whether nothing that can be read off the model speaks against `path`."""
         if path.is_on and not path.is_tried:
-            self._stop_if(path, path.unsupported(self))
+            self._stop_if(path, unsupported_reason(self))
         return path.is_on
 
     def _can_take(self, path: FastPath) -> bool:
@@ -143,7 +144,7 @@ class FastPathMixin(_Neighbour):
         except RuntimeError as error:
             if size == 1 or not should_reduce_batch_size(error):
                 raise
-            if is_split(base_model(self.model)):
+            if self._shares_model:
                 raise RuntimeError(
                     f"Out of memory with {size} {path.unit} at once, and processes that "
                     "share a model (tp_plan) cannot take fewer one by one: give "
