@@ -389,26 +389,6 @@ def test_architectures(model_type, more, refills):
     assert bool(refilled._refilling.logged) is not refills
 
 
-def test_out_of_memory_backs_off(pair, monkeypatch, caplog):
-    plain, refilled = pair
-    refilled = make(PrefixHFLM, refilled.model, 4)
-    passes = 0
-
-    def short_of_memory(work):
-        nonlocal passes
-        passes += 1
-        if passes > 4 and len(work) > 2:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
-
-    watch_passes(monkeypatch, short_of_memory)
-    with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
-        got = generate(refilled, prompts(until=[], max_gen_toks=20))
-    assert got == generate(plain, prompts(until=[], max_gen_toks=20))
-    assert "at most 2 requests" in caplog.text
-    # Learnt for the next call.
-    assert refilled._refilling.most == 2
-
-
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
 def test_no_request_is_lost_where_a_copy_runs_out_of_memory(pair, monkeypatch, failing):
     """Prompts that begin alike are copied; so are answers that move up as others end."""
@@ -433,17 +413,6 @@ def test_no_request_is_lost_where_a_copy_runs_out_of_memory(pair, monkeypatch, f
     assert path_of(refilled).requests == {"slots": len(pairs)}
 
 
-def test_another_error_is_not_taken_for_lack_of_memory(pair, monkeypatch):
-    refilled = make(PrefixHFLM, pair[0].model)
-
-    def broken(_):
-        raise RuntimeError("shapes do not match")
-
-    watch_passes(monkeypatch, broken)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        generate(refilled, prompts())
-
-
 def test_a_model_whose_cache_is_its_own_is_noticed(pair, monkeypatch, caplog):
     refilled = make(PrefixHFLM, pair[0].model, 1)
     write = _SlotLayer._write
@@ -456,19 +425,6 @@ def test_a_model_whose_cache_is_its_own_is_noticed(pair, monkeypatch, caplog):
         got = generate(refilled, prompts())
     assert got == generate(pair[0], prompts())
     assert "logits change" in caplog.text
-
-
-def test_slot_refilling_false_is_the_plain_path(pair, monkeypatch):
-    plain, _ = pair
-    lm = make(PrefixHFLM, plain.model, 1, slot_refilling=False)
-    monkeypatch.setattr(slot_refilling, "run_rows", None)
-    assert generate(lm, prompts()) == generate(plain, prompts())
-    assert not lm._refilling.logged
-
-
-def test_slot_refilling_is_a_switch(pair):
-    with pytest.raises(ValueError, match="slot_refilling='sometimes'"):
-        make(PrefixHFLM, pair[0].model, slot_refilling="sometimes")
 
 
 def test_attention_reads_each_group_to_its_end(pair, monkeypatch):
@@ -517,27 +473,6 @@ def test_two_models_in_two_threads(monkeypatch):
     assert all(functions == before for functions in seen)
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
     assert ALL_ATTENTION_FUNCTIONS._local_mapping == local
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("percent", [0, 30, 60])
-def test_sizes_and_dtypes_of_a_sweep_take_one_path(dtype, percent, caplog):
-    lm = make(PrunedHFLM, tiny(dtype=dtype), prune_percent=percent)
-    with caplog.at_level(logging.WARNING, "lm_eval.models.slot_refilling"):
-        generate(lm, prompts())
-    assert "Slots are not" not in caplog.text
-    assert path_of(lm).requests == {"slots": len(PROMPTS)}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("model_type", ["bert", "xlm-roberta", "data2vec-text"])
-def test_models_that_see_what_follows_are_refused(dtype, model_type):
-    config = shrunk(model_type)
-    config.is_decoder = False
-    lm = make(PrefixHFLM, tiny_model(config).to(dtype))
-    assert not any(isinstance(job, SlotJob) for job in lm._jobs(instances(prompts())))
-    assert not lm.slot_refilling
-    assert "logits change with them" in lm._refilling.logged[0]
 
 
 ADAPTERS = {

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-
 import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given, strategies as st
-from lm_eval.models.huggingface import HFLM
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lm_eval_pruned.model_wrappers.batching import fast_path, slot_refilling, slots
+from lm_eval_pruned.model_wrappers.batching import slots
 from lm_eval_pruned.model_wrappers.batching.forward import Forward
 from lm_eval_pruned.model_wrappers.batching.masks import ALIGNMENT, additive_mask
 from lm_eval_pruned.model_wrappers.batching.slots import SlotCache, run_rows
@@ -117,25 +114,6 @@ def test_rows_of_a_mask_begin_where_kernels_want_them(rows, queries, keys):
     assert mask.to("meta") is mask.to("meta", non_blocking=True)
 
 
-@pytest.fixture
-def split():
-    """A model that says that it is split over two processes."""
-    model = tiny()
-    model._tp_size = 2
-    return model
-
-
-def test_processes_that_share_a_model_do_not_back_off_one_by_one(split, monkeypatch):
-    lm = make(PrefixHFLM, split, 6)
-
-    def short_of_memory(*_):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
-
-    monkeypatch.setattr(slot_refilling, "run_rows", short_of_memory)
-    with pytest.raises(RuntimeError, match=r"6 requests at once.*give slots=3"):
-        generate(lm, prompts())
-
-
 def test_a_device_without_float64(monkeypatch):
     # What is in 16 bits plays the tensors on the device: the trial is in float32.
     lm = make(PrefixHFLM, tiny(dtype=torch.bfloat16))
@@ -151,25 +129,3 @@ def test_a_device_without_float64(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "double", lambda t: t.to(torch.float64))
     generate(lm, prompts())
     assert lm.answer_paths.of("generate_until").requests == {"slots": len(prompts())}
-
-
-def test_nothing_of_a_failed_pass_is_left_when_the_memory_is_cleared(monkeypatch):
-    lm = make(PrefixHFLM, tiny(), 4)
-    run, clear = slot_refilling.run_rows, fast_path.clear_device_cache
-    held, left = [], []
-
-    def short_of_memory(forward, cache, work):
-        if len(work) <= 2:
-            return run(forward, cache, work)
-        tensor = torch.zeros(1)
-        held.extend([weakref.ref(cache), weakref.ref(tensor)])
-        raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
-
-    def cleared(**arguments):
-        clear(**arguments)
-        left.extend(ref() for ref in held)
-
-    monkeypatch.setattr(slot_refilling, "run_rows", short_of_memory)
-    monkeypatch.setattr(fast_path, "clear_device_cache", cleared)
-    assert generate(lm, prompts()) == generate(make(HFLM, tiny(), 1), prompts())
-    assert left == [None, None]
