@@ -27,9 +27,9 @@ class AnswerPath:
         slots: In how many slots texts were generated, last; None: in none.
     """
 
-    requests: dict[str, int] = field(default_factory=dict)
+    requests: Counter[str] = field(default_factory=Counter)
     tokens_computed: dict[str, int | None] = field(default_factory=dict)
-    by_reason: dict[str, int] = field(default_factory=dict)
+    by_reason: Counter[str] = field(default_factory=Counter)
     slots: int | None = None
 
     @property
@@ -37,24 +37,20 @@ class AnswerPath:
         return list(self.by_reason)
 
     def add(
-        self,
-        path: str,
-        requests: int,
-        tokens: int | None,
-        reasons: Iterable[str] = (),
+        self, path: str, requests: int, tokens: int | None, reasons: Iterable[str] = ()
     ) -> None:
         """Count `requests` that took `path`, the tokens that this computed, each one's reason."""
-        self.requests[path] = self.requests.get(path, 0) + requests
+        self.requests[path] += requests
         before = self.tokens_computed.get(path, 0)
         self.tokens_computed[path] = (
             None if before is None or tokens is None else before + tokens
         )
-        self.by_reason = dict(Counter(self.by_reason) + Counter(reasons))
+        self.by_reason.update(reasons)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record for the results file, without the numbers behind the reasons."""
         record = {
-            "requests": self.requests,
+            "requests": dict(self.requests),
             "tokens_computed": self.tokens_computed,
             "reasons": self.reasons,
         }
@@ -69,8 +65,7 @@ class AnswerPaths:
 
     def __init__(self) -> None:
         self._paths: dict[str, AnswerPath] = {}
-        self._packed = False
-        self._over = False
+        self._packed = self._over = False
 
     def of(self, request_type: str) -> AnswerPath:
         """Return the record of `request_type`, such as ``loglikelihood``."""
@@ -80,23 +75,18 @@ class AnswerPaths:
 
     def note_packing(self, packed: bool) -> None:
         """Note that a fast path is about to run with packed weights, or not."""
-        self._packed = self._packed or packed
+        self._packed |= packed
 
     def as_dict(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Return all records, and what computed the linear layers of `model`.
+        """Return all records, and what computed the linear layers of `model` (``linear``).
 
-        ``linear`` is ``torch``, or what computed float32 layers on a CPU on a path other
-        than the plain one: ``onednn``, ``onednn packed`` or ``mkl packed``, packed where
-        there was enough to compute for it at least once. See
-        `lm_eval_pruned.model_wrappers.batching.cpu_linear`.
+        That is ``torch``, or on a fast path with float32 layers on a CPU what `cpu_linear`
+        chose, with `` packed`` behind it where weights were packed at least once.
         """
         self._over = True
-        faster = any(set(path.requests) - {"plain"} for path in self._paths.values())
-        return {
-            **{name: path.as_dict() for name, path in self._paths.items()},
-            "linear": (
-                linear_name(self._packed)
-                if faster and float32_layers(model)
-                else "torch"
-            ),
-        }
+        faster = any(path.requests.keys() - {"plain"} for path in self._paths.values())
+        name = (
+            linear_name(self._packed) if faster and float32_layers(model) else "torch"
+        )
+        records = {kind: path.as_dict() for kind, path in self._paths.items()}
+        return {**records, "linear": name}

@@ -9,10 +9,10 @@ place instead of being copied at each step. Independent of pruning.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from lm_eval.models.utils import (
     handle_stop_sequences,
@@ -22,26 +22,13 @@ from lm_eval.models.utils import (
 from tqdm import tqdm
 from transformers import GenerationMixin
 
-from .attention_support import (
-    base_model,
-    config_of,
-    sequence_limit,
-    trial_disagrees,
-    unsupported_reason,
-)
-from .fast_path import FastPathMixin
-from .flags import check_count, check_flag
+from .attention_support import base_model, config_of, sequence_limit
+from .fast_path import FastPath, FastPathMixin
+from .flags import check_count
 from .forward import Forward
-from .generation import end_tokens
-from .greedy_settings import StopStrings, unsupported_setting
-from .memory import (
-    check_not_split,
-    rows_in_memory,
-    rows_that_are_small,
-    run_or_shrink,
-)
-from .slot_pass import in_pieces, likeliest, trial_plain, trial_slots
-from .slot_table import SlotJob, SlotTable, ordered
+from .generation import end_tokens, unsupported_setting
+from .slot_table import SlotJob, SlotTable
+from .slots import Row, run_rows, slot_bytes, trial_plain, trial_slots
 
 
 if TYPE_CHECKING:
@@ -50,16 +37,11 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 
-eval_logger = logging.getLogger("lm_eval.models.slot_refilling")
-
-#: Stop strings, most tokens to generate, and what finds the stop strings.
-_Settings = tuple[list[str], int, StopStrings]
-
 # A step reads all weights, however many slots share it: with 16 a token takes a CPU twice
 # as long as with 64, with 1 ten times as long.
 _USUAL_SLOTS = 64
-# Slots below which attention is not worth its groups.
-_LEAST_SLOTS_IN_GROUPS = 16
+# Bytes of keys and values that these may take unasked, the same on every machine.
+_SMALL = 2 * 2**30
 
 
 class SlotRefillingMixin(FastPathMixin):
@@ -91,39 +73,44 @@ class SlotRefillingMixin(FastPathMixin):
         Raises:
             ValueError: `slot_refilling` is neither true nor false, or `slots` no count.
         """
-        check_flag("slot_refilling", slot_refilling)
         check_count("slots", slots)
         self.slots = slots
-        self.slot_refilling = bool(slot_refilling)
-        self._refilling_checked = False
-        #: Why it does not refill, if it does not.
-        self._no_refilling = "slot_refilling=false"
-        self._refilling_complaints: list[str] = []
-        self._most_slots: int | None = None
+        self._refilling = FastPath(
+            "slot_refilling",
+            slot_refilling,
+            "Slots are not refilled, generation takes the usual path",
+            trial=(trial_plain, trial_slots),
+            unit="requests",
+            smaller="slots={}",
+        )
         super().__init__(*args, **kwargs)
+
+    @property
+    def slot_refilling(self) -> bool:
+        """Whether requests that are greedy run in slots."""
+        return bool(self._refilling.is_on)
 
     def generate_until(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[str]:
         plain = super().generate_until  # type: ignore[misc]
-        answers: dict[int, str] = {}
-        jobs, reasons = self._jobs(requests)
+        work = self._jobs(requests)
+        jobs = [job for job in work if isinstance(job, SlotJob)]
+        reasons = {i: why for i, why in enumerate(work) if isinstance(why, str)}
+        answers = [""] * len(work)
         path = self.answer_paths.of("generate_until")
         before = self.token_counts.processed
         if jobs:
-            bar = tqdm(
+            for job in tqdm(
+                self._generate(jobs),
                 total=len(jobs),
                 disable=disable_tqdm or self.rank != 0,
                 desc="Running generate_until requests",
-            )
-            for job in self._generate(jobs):
-                answer = self._text(job)
-                answers[job.index] = answer
+            ):
+                answer = answers[job.index] = self._text(job)
                 self.cache_hook.add_partial(
                     "generate_until", requests[job.index].args, answer
                 )
-                bar.update(1)
-            bar.close()
             path.add("slots", len(jobs), self.token_counts.processed - before)
         if reasons:
             before = self.token_counts.processed
@@ -131,47 +118,47 @@ class SlotRefillingMixin(FastPathMixin):
             # Zero where the class counts nothing of what `HFLM` computes.
             computed = self.token_counts.processed - before
             path.add("plain", len(reasons), computed or None, reasons.values())
-            answers.update(zip(reasons, others, strict=True))
-        return [answers[i] for i in range(len(requests))]
+            for index, answer in zip(reasons, others, strict=True):
+                answers[index] = answer
+        return answers
 
-    def _jobs(self, requests: list[Instance]) -> tuple[list[SlotJob], dict[int, str]]:
-        """Decide which requests run in slots.
+    def _jobs(self, requests: list[Instance]) -> list[SlotJob | str]:
+        """Return for each request what runs in a slot, or why `HFLM` has to answer."""
+        path = self._refilling
+        if path.is_on:
+            self._stop_if(path, self._own_way())
+        if not self._may_take(path):
+            return [path.reason] * len(requests)
+        work = [self._job(i, *request.args) for i, request in enumerate(requests)]
+        for each in work:
+            if isinstance(each, str):
+                self._complain(path, each)
+        if all(isinstance(each, str) for each in work) or self._can_take(path):
+            return work
+        return [each if isinstance(each, str) else path.reason for each in work]
 
-        Returns:
-            These, as `HFLM` would read them, and why each other one, by its place among
-            the requests, takes `HFLM`'s own path.
-        """
-        if self.slot_refilling:
-            self._stop_refilling_if(_unsupported(self))
-        if not self.slot_refilling:
-            return [], dict.fromkeys(range(len(requests)), self._no_refilling)
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        settings: dict[str, _Settings | str] = {}
-        jobs: list[SlotJob] = []
-        reasons: dict[int, str] = {}
-        for index, request in enumerate(requests):
-            context, gen_kwargs = request.args
-            key = repr(gen_kwargs)
-            if key not in settings:
-                settings[key] = self._settings(gen_kwargs, eos)
-            job = self._job(index, context, settings[key])
-            if isinstance(job, SlotJob):
-                jobs.append(job)
-            else:
-                reasons[index] = job
-                self._complain(job)
-        if jobs and not self._can_refill():
-            reasons |= dict.fromkeys((job.index for job in jobs), self._no_refilling)
-            return [], dict(sorted(reasons.items()))
-        return jobs, reasons
+    def _own_way(self) -> str | None:
+        """Return what keeps the model from being run in passes of ours, or None."""
+        model_class = type(base_model(self.model))
+        if getattr(model_class, "generate", None) is not GenerationMixin.generate:
+            return f"{model_class.__name__} generates in a way of its own"
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+            return "its weights are spread over processes that have to keep step"
+        return None
 
     def _job(
-        self, index: int, context: str, settings: _Settings | str
+        self, index: int, context: str, gen_kwargs: dict[str, Any]
     ) -> SlotJob | str:
-        """Return what runs in a slot, or why `HFLM` has to answer."""
-        if isinstance(settings, str):
-            return settings
-        until, most, stops = settings
+        kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+        most = kwargs.pop("max_gen_toks")
+        if not 0 < most < self.max_length:
+            return f"max_gen_toks={most} is asked for"
+        setting = unsupported_setting(base_model(self.model).generation_config, kwargs)
+        if setting is not None:
+            return f"{setting} is asked for"
         tokens, _ = self.tok_batch_encode(
             [context],
             left_truncate_len=self.max_length - most,
@@ -186,175 +173,86 @@ class SlotRefillingMixin(FastPathMixin):
                 f"a request may grow longer than the {limit} tokens up to which "
                 "attention is plain"
             )
-        return SlotJob(index, prompt, most, until, stops)
-
-    def _settings(self, gen_kwargs: Any, eos: str) -> _Settings | str:
-        """Return how requests are generated, or why `HFLM` has to answer them."""
-        if not isinstance(gen_kwargs, dict):
-            return "hf refuses it"
-        kwargs = normalize_gen_kwargs(gen_kwargs, self.max_gen_toks)
-        until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
-        most = kwargs.pop("max_gen_toks")
-        if kwargs.get("do_sample") is not False:
-            reason = "do_sample"
-        elif "max_length" in kwargs:
-            reason = "max_length"
-        elif not 0 < most < self.max_length:
-            reason = f"max_gen_toks={most}"
-        else:
-            setting = unsupported_setting(
-                base_model(self.model).generation_config, kwargs
-            )
-            if setting is None:
-                return until, most, StopStrings(self.tokenizer, until)
-            reason = setting
-        return f"{reason} is asked for"
-
-    def _stop_refilling_if(self, reason: str | None) -> None:
-        if reason is not None:
-            self.slot_refilling = False
-            self._no_refilling = reason
-            self._complain(reason)
-
-    def _complain(self, reason: str) -> None:
-        if reason in self._refilling_complaints:
-            return
-        self._refilling_complaints.append(reason)
-        if self.rank == 0:
-            eval_logger.warning(
-                "Slots are not refilled, generation takes the usual path: %s.", reason
-            )
+        # As far back as HFLM looks for the longest of them.
+        lengths = [
+            len(self.tokenizer.encode(string, add_special_tokens=False)) + 2
+            for string in until
+        ]
+        return SlotJob(index, prompt, most, until, max(lengths, default=0))
 
     def _text(self, job: SlotJob) -> str:
         """Turn tokens into text as `HFLM.generate_until` does."""
-        tokens = job.generated
-        think_end = self.think_end_token
-        if isinstance(think_end, int):
-            for place in reversed(range(len(tokens))):
-                if tokens[place] == think_end:
-                    tokens = tokens[place + 1 :]
-                    break
-        text = self.tok_decode(tokens)
-        if isinstance(think_end, int):
-            text = text.lstrip()
-        return postprocess_generated_text(
-            generation=text,
-            stop=job.until,
-            think_end_token=think_end if isinstance(think_end, str) else None,
-        )
+        tokens, think_end = job.generated, self.think_end_token
+        if not isinstance(think_end, int):
+            text = self.tok_decode(tokens)
+            return postprocess_generated_text(text, job.until, think_end)
+        if think_end in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(think_end) :]
+        text = self.tok_decode(tokens).lstrip()
+        return postprocess_generated_text(text, job.until, None)
 
-    def _can_refill(self) -> bool:
-        """Try it out, the first time."""
-        if self.slot_refilling and not self._refilling_checked:
-            self._refilling_checked = True
-            self._stop_refilling_if(
-                trial_disagrees(self.model, trial_plain, trial_slots)
-            )
-        return self.slot_refilling
-
-    def _slots(self, jobs: list[SlotJob]) -> int:
-        """Return how many requests to run at once."""
-        slots = self.batch_size
-        longest = max(len(job.tokens) + job.most for job in jobs)
+    def _slots(self, jobs: list[SlotJob], length: int) -> int:
+        """Return how many requests of up to `length` tokens to run at once."""
+        each = slot_bytes(self, length)
         if self.slots is not None:
             slots = self.slots
-        elif isinstance(slots, int):
-            slots = max(slots, min(_USUAL_SLOTS, rows_that_are_small(self, longest)))
+        elif isinstance(self.batch_size, int):
+            slots = max(self.batch_size, min(_USUAL_SLOTS, _SMALL // each))
         else:
-            # "auto", with or without a schedule.
-            slots = min(self.max_batch_size, rows_in_memory(self, longest))
-        if self._most_slots is not None:
-            # What a shortage of memory left of them earlier.
-            slots = min(slots, self._most_slots)
-        return max(1, min(slots, len(jobs)))
+            # "auto": a device that is short of memory says so in the first pass, the
+            # system's memory never. Processes that share a model need as many slots.
+            slots = self.max_batch_size
+            if self.device.type == "cpu" and not self._shares_model:
+                free = psutil.virtual_memory().available
+                slots = min(slots, free // 3 // each)
+        return max(1, min(slots, self._refilling.most or slots, len(jobs)))
 
     def _generate(self, jobs: list[SlotJob]) -> Iterator[SlotJob]:
         """Run the requests through the model; yield each when its answer is done."""
         counts = self.token_counts
-        counts.prompt += sum(len(job.tokens) for job in jobs)
+        counts.prompt += sum(job.prompt for job in jobs)
         ends = set(end_tokens(base_model(self.model)))
-        waiting = deque(ordered(jobs))
-        slots = self._slots(jobs)
-        # Elsewhere attention is the smaller part, and each group costs a launch.
-        in_groups = self.device.type == "cpu" and slots >= _LEAST_SLOTS_IN_GROUPS
-        forward = Forward.of(self, sum(len(job.tokens) + job.most for job in jobs))
+        longest = max(job.prompt + job.most for job in jobs)
+        forward = Forward.of(self, sum(job.prompt + job.most for job in jobs))
         self.answer_paths.note_packing(bool(forward.packs))
-        table = SlotTable(slots, in_groups)
+        # From the longest prompt to the shortest: neighbours need little padding, and a
+        # lack of memory shows early.
+        waiting = deque(sorted(jobs, key=lambda job: (-job.prompt, job.tokens)))
+        slots = self._slots(jobs, longest)
+        table = SlotTable(slots, longest)
 
         def run() -> list[tuple[int, int]]:
-            return self._advance(forward, table, waiting)
+            group = table.admit(waiting, self._prefill_budget()) or table.step()
+            rows: list[Row] = [(s, job.tokens[held:], held) for s, job, held in group]
+            logits = run_rows(forward, table.cache, rows)
+            counts.processed += sum(len(tokens) for _, tokens, _ in rows)
+            chosen = logits.float().argmax(-1).tolist()
+            return [(row[0], token) for row, token in zip(rows, chosen, strict=True)]
 
-        def shrink(error: RuntimeError) -> bool:
+        def shrink(fewer: int) -> None:
             nonlocal slots, table
-            if slots == 1:
-                return False
-            check_not_split(
-                self.model, error, f"{slots} requests", f"slots={slots // 2}"
-            )
-            slots = self._most_slots = (slots + 1) // 2
-            eval_logger.warning(
-                "Out of memory: going on with at most %d requests at once.", slots
-            )
-            waiting.extendleft(reversed(table.all_jobs()))
-            table = SlotTable(slots, in_groups)
-            return True
+            slots = fewer
+            waiting.extendleft(reversed(table.jobs.values()))
+            table = SlotTable(slots, longest)
 
-        while waiting or table.busy:
-            new_tokens = run_or_shrink(run, shrink)
+        while waiting or table.jobs:
+            new_tokens = self._run_or_shrink(self._refilling, run, slots, shrink)
             if new_tokens is None:
                 continue
             self.answer_paths.of("generate_until").slots = slots
             counts.generated += len(new_tokens)
             for slot, token in new_tokens:
                 job = table.jobs[slot]
-                assert job is not None
-                job.add(token)
-                if token in ends or job.is_done():
-                    table.release(slot)
+                job.tokens.append(token)
+                if token in ends or self._is_done(job):
+                    del table.jobs[slot]
                     yield job
 
-    def _advance(
-        self, forward: Forward, table: SlotTable, waiting: deque[SlotJob]
-    ) -> list[tuple[int, int]]:
-        """Run a group of prompts, or else a step of all slots; return slots and new tokens."""
-        group = table.admit(waiting, self._prefill_budget())
-        if group:
-            work = [(s, job.array()[start:], start) for s, job, start in group]
-        else:
-            table.compact()
-            if table.cache.in_groups:
-                table.bring_into_order()
-            work = [
-                (s, job.array(1), len(job.tokens) - 1)
-                for s, job in enumerate(table.jobs)
-                if job is not None
-            ]
-        chosen = [
-            token
-            for piece, is_last in in_pieces(work)
-            for token in likeliest(forward, table.cache, piece)
-            if is_last
-        ]
-        self.token_counts.processed += sum(len(tokens) for _, tokens, _ in work)
-        return [(slot, token) for (slot, _, _), token in zip(work, chosen, strict=True)]
+    def _is_done(self, job: SlotJob) -> bool:
+        generated = job.generated
+        tail = self.tokenizer.decode(generated[-job.window :])
+        return len(generated) >= job.most or any(text in tail for text in job.until)
 
     def _prefill_budget(self) -> int:
         """Return how many tokens, with padding, of several prompts run together."""
         return 256 * torch.get_num_threads() if self.device.type == "cpu" else 8192
-
-
-def _unsupported(lm: Any) -> str | None:
-    """Return why slots cannot be refilled on an `HFLM`, or None if nothing speaks against it."""
-    reason = unsupported_reason(lm)
-    if reason is not None:
-        return reason
-    model = base_model(lm.model)
-    if getattr(type(model), "generate", None) is not GenerationMixin.generate:
-        return f"{type(model).__name__} generates in a way of its own"
-    accelerator = getattr(lm, "accelerator", None)
-    if accelerator is not None and accelerator.distributed_type in (
-        "FSDP",
-        "DEEPSPEED",
-    ):
-        return "its weights are spread over processes that have to keep step"
-    return None

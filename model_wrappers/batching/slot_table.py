@@ -1,21 +1,17 @@
-"""Which request is in which slot, and in which order requests run."""
+"""Which request is in which slot, and which run next."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .slot_cache import SlotCache, groups_of
+from .slots import SlotCache, tokens_read
 
 
 if TYPE_CHECKING:
     from collections import deque
-    from collections.abc import Sequence
-
-    from .greedy_settings import StopStrings
 
 
 # A prompt waits for another that begins alike if that saves so many tokens.
@@ -24,12 +20,11 @@ _WORTH_WAITING = 32
 # slots hold takes a mask, with which attention on a CPU reads keys that are hidden, too: a few
 # tokens less to compute made prompts of a thousand tokens take a quarter longer.
 _LEAST_SHARED = 0.125
-# The order of texts is worth leaving that of lengths if this much more of the prompts
-# is shared with the prompt before.
-_WORTH_SORTING = 0.2
+# Elements of that mask: 128 MiB in 16 bits. A prompt that needs more is computed whole, without.
+_MOST_IN_MASK = 2**26
 # Prompts go through the model together if the shortest is this much of the longest.
 _LEAST_FILLING = 0.75
-# Bringing slots into order moves each token about as often as so many steps read it.
+# To sort slots by length moves each token about as often as so many steps read it.
 _COST_OF_ORDER = 4
 
 
@@ -42,7 +37,7 @@ class SlotJob:
         tokens: Its prompt, and what was generated.
         most: Most tokens to generate.
         until: Strings at which the answer is cut.
-        stops: Finds these strings.
+        window: How many of the last tokens to look for these strings in.
         prompt: Tokens of the prompt.
     """
 
@@ -50,7 +45,7 @@ class SlotJob:
     tokens: list[int]
     most: int
     until: list[str]
-    stops: StopStrings
+    window: int
     prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,110 +55,96 @@ class SlotJob:
     def generated(self) -> list[int]:
         return self.tokens[self.prompt :]
 
-    def array(self, last: int = 0) -> np.ndarray:
-        """Return all tokens, or the `last`."""
-        return np.array(self.tokens[-last:])
-
-    def add(self, token: int) -> None:
-        self.tokens.append(token)
-
-    def is_done(self) -> bool:
-        return len(self.tokens) - self.prompt >= self.most or self.stops.found(
-            self.tokens, self.prompt
-        )
-
 
 class SlotTable:
-    """Which request is in which slot, and what the slots' keys and values stand for."""
+    """Which request is in which slot, and what the slots' keys and values stand for.
 
-    def __init__(self, slots: int, in_groups: bool = False) -> None:
-        self.cache = SlotCache(slots, in_groups)
-        self.jobs: list[SlotJob | None] = [None] * slots
-        #: Tokens that a slot began with; a released slot keeps them for others to copy.
-        self.begun: list[np.ndarray] = [np.zeros(0, np.int64)] * slots
+    Attributes:
+        cache: Keys and values of the slots.
+        jobs: The request in each slot that is taken.
+        begun: Tokens that each slot began with. A slot that is free again keeps them for
+            others to copy.
+    """
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.cache = SlotCache(slots, capacity)
+        self.jobs: dict[int, SlotJob] = {}
+        self.begun = [np.zeros(0, np.int64)] * slots
         self._excess = 0
-
-    @property
-    def busy(self) -> bool:
-        return any(job is not None for job in self.jobs)
-
-    def all_jobs(self) -> list[SlotJob]:
-        return [job for job in self.jobs if job is not None]
-
-    def release(self, slot: int) -> None:
-        self.jobs[slot] = None
 
     def admit(
         self, waiting: deque[SlotJob], budget: int
     ) -> list[tuple[int, SlotJob, int]]:
         """Move requests to free slots, as many as go through the model together.
 
+        Args:
+            waiting: Requests in the order in which they run.
+            budget: Most tokens of several prompts, padding included.
+
         Returns:
             Slot, request and the number of its tokens that the slot holds already.
         """
         group: list[tuple[int, SlotJob, int]] = []
-        free = [slot for slot, job in enumerate(self.jobs) if job is None]
-        begun: list[np.ndarray] = []
-        lengths: list[int] = []
+        begun: dict[int, np.ndarray] = {}
+        free = set(range(len(self.begun))) - self.jobs.keys()
         while waiting and free:
-            tokens = waiting[0].array()
+            tokens = np.array(waiting[0].tokens)
             common = [_common(tokens, other) for other in self.begun]
             source = max(range(len(common)), key=lambda s: (common[s], s in free))
             start = min(common[source], len(tokens) - 1)
-            if start < _LEAST_SHARED * len(tokens):
-                start = 0
-            new = [*lengths, len(tokens) - start]
+            new = len(tokens) - start
+            if start < _LEAST_SHARED * len(tokens) or new * len(tokens) > _MOST_IN_MASK:
+                start, new = 0, len(tokens)
+            lengths = [new, *(len(job.tokens) - begin for _, job, begin in group)]
             if group and (
-                max(_common(tokens, other) for other in begun) >= start + _WORTH_WAITING
-                or max(new) * len(new) > budget
-                or min(new) < _LEAST_FILLING * max(new)
+                max(_common(tokens, t) for t in begun.values())
+                >= start + _WORTH_WAITING
+                or max(lengths) * len(lengths) > budget
+                or min(lengths) < _LEAST_FILLING * max(lengths)
             ):
                 break
-            slot = source if source in free else free[0]
+            slot = source if source in free else min(free)
             free.remove(slot)
             # In the table before the copy, which the memory may be too short for.
             job = self.jobs[slot] = waiting.popleft()
-            if slot != source:
+            if start and slot != source:
                 self.cache.copy(source, slot, start)
             group.append((slot, job, start))
             # Nothing to copy from before the pass is through.
             self.begun[slot] = tokens[:start]
-            begun.append(tokens)
-            lengths = new
-        for (slot, _, _), tokens in zip(group, begun, strict=True):
+            begun[slot] = tokens
+        for slot, tokens in begun.items():
             self.begun[slot] = tokens
         return group
 
-    def compact(self) -> None:
-        """Move requests to the first slots; the batch becomes as small as what is left."""
-        while self.jobs and self.jobs[-1] is None:
-            self.jobs.pop()
-        for slot in range(len(self.jobs)):
-            if slot < len(self.jobs) and self.jobs[slot] is None:
-                job = self.jobs[slot] = self.jobs.pop()
-                assert job is not None
-                self.cache.copy(len(self.jobs), slot, len(job.tokens) - 1)
-                while self.jobs[-1] is None:
-                    self.jobs.pop()
-        del self.begun[len(self.jobs) :]
+    def step(self) -> list[tuple[int, SlotJob, int]]:
+        """Return slot, request and number of tokens held for a step of all requests.
 
-    def bring_into_order(self) -> None:
-        """Put the longest first once disorder has cost as much as order does.
-
-        Needs a request in each slot.
+        If slots are free, nobody waits: requests move to the first slots, and the batch
+        becomes as small as what is left.
         """
-        lengths = np.array([len(job.tokens) for job in self.all_jobs()])
+        for slot in range(len(self.jobs)):
+            if slot not in self.jobs:
+                last = max(self.jobs)
+                job = self.jobs[slot] = self.jobs.pop(last)
+                self.cache.copy(last, slot, len(job.tokens) - 1)
+        if self.cache.on_cpu:
+            self._sort()
+        return [
+            (slot, job, len(job.tokens) - 1) for slot, job in sorted(self.jobs.items())
+        ]
+
+    def _sort(self) -> None:
+        """Put the longest first once disorder has cost as much as order does."""
+        count = len(self.jobs)
+        lengths = np.array([len(self.jobs[slot].tokens) for slot in range(count)])
         order = np.argsort(-lengths, kind="stable")
-        self._excess += _tokens_read(lengths) - _tokens_read(lengths[order])
+        self._excess += tokens_read(lengths) - tokens_read(lengths[order])
         if self._excess > _COST_OF_ORDER * lengths.sum():
             self._excess = 0
             self.cache.permute(order, int(lengths.max()))
-            self.jobs = [self.jobs[slot] for slot in order]
-            self.begun = [self.begun[slot] for slot in order]
-
-
-def _tokens_read(lengths: Sequence[int] | np.ndarray) -> int:
-    return sum((end - begin) * width for begin, end, width in groups_of(lengths))
+            self.jobs = {new: self.jobs[old] for new, old in enumerate(order.tolist())}
+            self.begun[:count] = [self.begun[old] for old in order.tolist()]
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -171,21 +152,3 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     differ = a[:length] != b[:length]
     return int(differ.argmax()) if differ.any() else length
-
-
-def ordered(jobs: list[SlotJob]) -> list[SlotJob]:
-    """Return the requests in the order in which to run them.
-
-    From the longest prompt to the shortest, so that those side by side are alike and
-    a lack of memory shows early; by text where that puts more side by side that share.
-    """
-    by_length = sorted(jobs, key=lambda job: (-len(job.tokens), job.tokens))
-    by_text = sorted(jobs, key=lambda job: job.tokens)
-    gain = _shared(by_text) - _shared(by_length)
-    worth_it = gain > _WORTH_SORTING * sum(len(job.tokens) for job in jobs)
-    return by_text if worth_it else by_length
-
-
-def _shared(jobs: list[SlotJob]) -> int:
-    """Return how many tokens the requests have in common with the one before, in all."""
-    return sum(_common(a, b) for a, b in pairwise([job.array() for job in jobs]))

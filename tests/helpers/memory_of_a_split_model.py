@@ -22,7 +22,7 @@ def main(pretrained: str, path: str) -> None:
         max_length=64,
     )
     # The trial model, which every process has for itself, comes first.
-    assert lm._can_share() and lm._can_refill()
+    assert lm._can_take(lm._sharing) and lm._can_take(lm._refilling)
     passes = 0
 
     def short_of_memory(*_):

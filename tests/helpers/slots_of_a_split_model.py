@@ -1,4 +1,4 @@
-"""Run by torch's launcher: two processes share a model and have unequal memory."""
+"""Run by torch's launcher: two processes share a model and generate in slots."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pathlib import Path
 
 import torch.distributed
 
-from lm_eval_pruned.model_wrappers.batching import memory
+from lm_eval_pruned.model_wrappers.batching import slot_refilling
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from tests.model_wrappers.batching.test_slot_refilling import generate, prompts
 
 
 def main(pretrained: str, folder: Path) -> None:
     rank = int(os.environ["RANK"])
-    # Room for two rows of 64 tokens on one side, for all requests on the other.
-    row = 3 * 2 * 1 * 8 * 4 * 64
-    memory._free_memory = lambda _: 3 * row * (1000, 2)[rank]
+    # Free memory differs between processes, the number of slots must not.
+    slot_refilling.psutil.virtual_memory = None
     lm = PrefixHFLM(
         pretrained=pretrained,
         tp_plan="auto",

@@ -27,7 +27,6 @@ from lm_eval_pruned.model_wrappers.batching.forward import Forward
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.batching.trial_model import (
-    TrialImpossible,
     trial_model,
 )
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
@@ -99,13 +98,6 @@ def test_what_is_worth_sharing_does_not_depend_on_the_width(monkeypatch):
         decisions.append(worth)
     assert False in decisions[0] and True in decisions[0]
     assert decisions.count(decisions[0]) == 5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("model_type", ["bert", "xlm-roberta", "data2vec-text"])
-def test_models_that_look_both_ways_are_refused_in_every_dtype(model_type, dtype):
-    lm = wrapped(PrefixHFLM, tiny_model(shrunk(model_type)).to(dtype))
-    assert not lm._can_share()
 
 
 @pytest.mark.parametrize("name", [*METHODS, "lora-before"])
@@ -420,16 +412,6 @@ def test_a_trial_model_has_each_kind_of_layer_and_few_weights(model_type):
     assert trial.config._attn_implementation == "eager"
     kinds = set(getattr(config, "layer_types", None) or ())
     assert set(getattr(trial.config, "layer_types", None) or ()) == kinds
-
-
-def test_what_cannot_be_made_small_takes_the_plain_path(monkeypatch, caplog):
-    def impossible(model):
-        raise TrialImpossible("no small model of its class can be made")
-
-    monkeypatch.setattr(attention_support, "trial_model", impossible)
-    lm = wrapped(PrefixHFLM, tiny_model(tiny_config()))
-    assert not lm._can_share()
-    assert "no small model of its class" in caplog.text
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
