@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, astuple, dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.allocations import UNIFORM
@@ -14,7 +13,6 @@ from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
-from lm_eval_pruned.pruning.sizes import DenseShape, dense_shape
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
@@ -109,12 +107,6 @@ def plan_rows(
     }
     if any(a.allocation != UNIFORM or a.tried or a.measures_depth for a in asked):
         return _settled_rows(pretrained, asked, source)
-    raw: dict[str, Any] = {}
-    if not trust_remote_code and gguf_file is None:
-        raw = _read_config(pretrained, revision, subfolder)
-    if dense_shape(raw) is not None:
-        return _rows_of_shape(raw, asked)
-
     import torch
     import transformers
 
@@ -147,13 +139,29 @@ def plan_rows(
 
 
 def _row_of_widths(plan: PrunePlan, widths: Widths, item_bytes: int) -> PlanRow:
-    whole = widths.whole
-    narrowest = whole.plan(PruneArguments(intermediate_size=1))
-    least = whole.count_parameters(whole.targets(narrowest))
-    before = widths.parameters_before
-    per_neuron = Fraction(before - least, max(plan.width_before - 1, 1))
+    whole, before = widths.whole, widths.parameters_before
     parameters = widths.count_parameters(widths.targets(plan))
-    return _row(plan, parameters, before, item_bytes, per_neuron)
+    equal = ""
+    if plan.depth is not None and not plan.prunes:
+        narrowest = whole.plan(PruneArguments(intermediate_size=1))
+        least = whole.count_parameters(whole.targets(narrowest))
+        per_neuron = Fraction(before - least, max(plan.width_before - 1, 1))
+        width = plan.width_before - round((before - parameters) / per_neuron)
+        # Rounded down, of which the kept width is rounded up again.
+        digits = width * 10**_DIGITS // plan.hidden_size
+        equal = f"{digits / 10**_DIGITS:.{_DIGITS}f}" if width >= 1 else ""
+    return PlanRow(
+        ", ".join(f"{argument}={value}" for argument, value in plan.asked.items()),
+        whole_or_mean(plan.mean_width),
+        plan.ratio,
+        parameters,
+        1 - parameters / before,
+        parameters * item_bytes,
+        written_by_layer(plan.layer_widths or ()),
+        written_by_layer(plan.layer_criteria or ()),
+        "" if plan.depth is None else written_layers(plan.depth.dropped),
+        equal,
+    )
 
 
 def _settled_rows(
@@ -180,88 +188,6 @@ def _settled_rows(
         dtype = widths.original.dtype or torch.float32  # type: ignore[assignment]
         rows.append(_row_of_widths(plan, widths, dtype.itemsize))
     return rows
-
-
-def _row(
-    plan: PrunePlan,
-    parameters: int,
-    before: int,
-    bytes_per_parameter: int,
-    per_neuron: int | Fraction,
-) -> PlanRow:
-    """Describe a plan; `per_neuron` are the parameters of a neuron, summed over all layers."""
-    equal = ""
-    if plan.depth is not None and not plan.prunes:
-        width = plan.width_before - round(Fraction(before - parameters) / per_neuron)
-        # Rounded down, of which the kept width is rounded up again.
-        digits = width * 10**_DIGITS // plan.hidden_size
-        equal = f"{digits / 10**_DIGITS:.{_DIGITS}f}" if width >= 1 else ""
-    return PlanRow(
-        ", ".join(f"{argument}={value}" for argument, value in plan.asked.items()),
-        whole_or_mean(plan.mean_width),
-        plan.ratio,
-        parameters,
-        1 - parameters / before,
-        parameters * bytes_per_parameter,
-        written_by_layer(plan.layer_widths or ()),
-        written_by_layer(plan.layer_criteria or ()),
-        "" if plan.depth is None else written_layers(plan.depth.dropped),
-        equal,
-    )
-
-
-def _read_config(pretrained: str, revision: str, subfolder: str) -> dict[str, Any]:
-    """Return ``config.json``, or nothing where transformers has to say what is wrong."""
-    try:
-        path = Path(pretrained, subfolder, "config.json")
-        if not Path(pretrained).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            path = Path(
-                hf_hub_download(
-                    pretrained,
-                    "config.json",
-                    subfolder=subfolder or None,
-                    revision=revision,
-                )
-            )
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _rows_of_shape(
-    config: dict[str, Any], asked: Iterable[PruneArguments]
-) -> list[PlanRow]:
-    rows = []
-    for arguments in asked:
-        whole = _shape(config)
-        depth = Depth.of(arguments, whole.layers)
-        layers = tuple(range(whole.layers)) if depth is None else depth.kept
-        shape = _shape({**config, "num_hidden_layers": len(layers)})
-        plan = PrunePlan.of(arguments, shape.hidden_size, shape.width, layers, depth)
-        share = Fraction(
-            sum(map(plan.includes_layer, range(shape.layers))), shape.layers
-        )
-        cut = share * (shape.width - plan.mean_width)
-        removed = shape.parameters_per_neuron * cut
-        rows.append(
-            _row(
-                plan,
-                shape.parameters - int(removed),
-                whole.parameters,
-                shape.bytes_per_parameter,
-                whole.parameters_per_neuron,
-            )
-        )
-    return rows
-
-
-def _shape(config: dict[str, Any]) -> DenseShape:
-    shape = dense_shape(config)
-    assert shape is not None
-    return shape
 
 
 #: Columns of the table that it has where some row says something there.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.pruning.config_widths import renumber_layers
 from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layerwise import NotLayerByLayer, layer_list
 from lm_eval_pruned.pruning.layouts import (
@@ -21,7 +22,6 @@ from lm_eval_pruned.pruning.layouts import (
     describe,
     text_config,
 )
-from lm_eval_pruned.pruning.per_layer import renumber_layers
 
 
 if TYPE_CHECKING:
