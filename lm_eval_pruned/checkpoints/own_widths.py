@@ -54,22 +54,31 @@ def stored_widths(mismatched: Iterable[Mismatch], widths: Widths) -> dict[str, i
 
     Args:
         mismatched: What transformers says of the parameters that do not fit `widths`.
-        widths: The widths that were expected; those of MLPs whose tensors do not fit each other
-            stay.
+        widths: The widths that were expected.
 
     Raises:
-        ValueError: All layers have a width that is not the config's.
+        ValueError: The tensors of an MLP do not fit together, or all layers have a width that is
+            not the config's.
     """
     shapes = {name: shape for name, shape, _ in mismatched}
-    found = dict(widths.actual)
+    found = {}
     for mlp in widths.mlps:
-        expected = widths.actual[mlp.name]
+        names = {place: region.parameter for place, region in mlp.regions.items()}
         own = {
-            _width(mlp, place, shapes.get(region.parameter), expected)
-            for place, region in mlp.regions.items()
+            _width(mlp, place, shapes[name])
+            if name in shapes
+            else widths.actual[mlp.name]
+            for place, name in names.items()
         }
-        if len(own) == 1:
-            found[mlp.name] = own.pop() or expected
+        width = own.pop()
+        if own or width is None:
+            odd = next(name for name in names.values() if name in shapes)
+            raise ValueError(
+                f"{odd} has shape {list(shapes[odd])} in the checkpoint, which does not fit the "
+                "other tensors of its MLP, or the hidden size that config.json says: copy the "
+                "checkpoint again."
+            )
+        found[mlp.name] = width
     changed = [name for name, width in found.items() if width != widths.actual[name]]
     if changed and (len({*found.values()}) == 1 or widths.actual != widths.configured):
         name = changed[0]
@@ -81,21 +90,18 @@ def stored_widths(mismatched: Iterable[Mismatch], widths: Widths) -> dict[str, i
     return found
 
 
-def _width(
-    mlp: GluMlp, place: tuple[str, str], shape: Sequence[int] | None, expected: int
-) -> int:
-    """Return the neurons in a parameter of `shape`; 0 where it does not hold `place`."""
-    if shape is None:
-        return expected
-    whole = torch.empty(list(shape), device="meta")
-    try:
-        cut = list(mlp.regions[place].view(whole).shape)
-        width = cut.pop(_neuron_axis(place))
-    except (IndexError, RuntimeError):
-        return 0
-    return width if cut in ([], [mlp.hidden_size]) else 0
-
-
 def _neuron_axis(place: tuple[str, str]) -> int:
     projection, part = place
     return NEURON_AXIS[projection] if part == "weight" else 0
+
+
+def _width(mlp: GluMlp, place: tuple[str, str], shape: Sequence[int]) -> int | None:
+    """Return the neurons in a parameter of `shape`; None where it does not hold `place`."""
+    axis = _neuron_axis(place)
+    try:
+        whole = torch.empty(list(shape), device="meta")
+        cut = list(mlp.regions[place].view(whole).shape)
+        width = cut.pop(axis)
+    except (IndexError, RuntimeError):
+        return None
+    return width if width and cut in ([], [mlp.hidden_size]) else None
