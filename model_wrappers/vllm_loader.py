@@ -34,8 +34,8 @@ from lm_eval_pruned.checkpoints.load import Stored
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.vllm_arguments import LOAD_FORMAT
 from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.config_widths import copy_layers
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-from lm_eval_pruned.pruning.per_layer import copy_layers
 
 
 if TYPE_CHECKING:

@@ -51,9 +51,8 @@ def load_pruned(
     pruned. What sizes mean in a model with experts is said in `lm_eval_pruned.prune_model`.
 
     A checkpoint whose layers differ in width loads with the widths that its config has
-    for single layers (``per_layer_config``, ``block_configs``), or else with those of its
-    tensors; sizes then prune from there: layers that
-    are narrower than ``ratio`` or ``intermediate_size`` ask stay as they are, and
+    for single layers (``per_layer_config``), or else with those of its tensors; sizes then
+    prune from there: layers that are narrower than ``ratio`` or ``intermediate_size`` ask stay as they are, and
     ``prune_percent`` is a share of each layer's own width.
 
     Args:

@@ -6,17 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.pruning.layouts import (
-    NEURON_AXIS,
-    find_glu_mlps,
-    regions_by_parameter,
-    resize,
-)
+from lm_eval_pruned.pruning.layouts import NEURON_AXIS, find_glu_mlps, resize
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.pruning.widths import Widths
 
     #: Name, shape in the checkpoint, and shape in the model, of a parameter that does not fit.
@@ -36,13 +32,11 @@ def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
         odd = [mlp for mlp in find_glu_mlps(self) if mlp.width != widths[mlp.name]]
         pieces = {}
         for mlp in odd:
-            for (projection, part), region in mlp.regions.items():
+            for place, region in mlp.regions.items():
                 parameter = mlp.parameter(region)
                 shape = list(region.view(parameter).shape)
-                shape[NEURON_AXIS[projection] if part == "weight" else 0] = widths[
-                    mlp.name
-                ]
-                pieces[mlp.name, projection, part] = parameter.new_empty(shape)
+                shape[_neuron_axis(place)] = widths[mlp.name]
+                pieces[(mlp.name, *place)] = parameter.new_empty(shape)
         resize(odd, pieces)
 
     # transformers asks for the name of the class.
@@ -66,49 +60,48 @@ def stored_widths(mismatched: Iterable[Mismatch], widths: Widths) -> dict[str, i
         ValueError: The tensors of an MLP do not fit together, or all layers have a width that is
             not the config's.
     """
-    places = regions_by_parameter(widths.mlps)
-    found = dict(widths.actual)
-    shapes = {name: stored for name, stored, _ in mismatched if name in places}
-    for name, stored in shapes.items():
-        for mlp, (projection, part), region in places[name]:
-            axis = NEURON_AXIS[projection] if part == "weight" else 0
-            width = _width(region, stored, axis, mlp.hidden_size)
-            if width is None or found[mlp.name] not in (width, widths.actual[mlp.name]):
-                raise ValueError(
-                    f"{name} has shape {list(stored)} in the checkpoint, which does not fit the "
-                    "other tensors of its MLP, or the hidden size that config.json says: copy the "
-                    "checkpoint again."
-                )
-            found[mlp.name] = width
-    if shapes and (len({*found.values()}) == 1 or widths.actual != widths.configured):
-        name = next(
-            name for name, width in found.items() if width != widths.actual[name]
-        )
+    shapes = {name: shape for name, shape, _ in mismatched}
+    found = {}
+    for mlp in widths.mlps:
+        names = {place: region.parameter for place, region in mlp.regions.items()}
+        own = {
+            _width(mlp, place, shapes[name])
+            if name in shapes
+            else widths.actual[mlp.name]
+            for place, name in names.items()
+        }
+        width = own.pop()
+        if own or width is None:
+            odd = next(name for name in names.values() if name in shapes)
+            raise ValueError(
+                f"{odd} has shape {list(shapes[odd])} in the checkpoint, which does not fit the "
+                "other tensors of its MLP, or the hidden size that config.json says: copy the "
+                "checkpoint again."
+            )
+        found[mlp.name] = width
+    changed = [name for name, width in found.items() if width != widths.actual[name]]
+    if changed and (len({*found.values()}) == 1 or widths.actual != widths.configured):
+        name = changed[0]
         raise ValueError(
             f"{name} has {found[name]} neurons in the checkpoint, but its config.json "
             f"says {widths.actual[name]}: correct {widths.keys[name]} there, or copy the "
             "checkpoint again."
         )
-    for name, other in found.items():
-        touched = {
-            p for p, each in places.items() if any(m.name == name for m, _, _ in each)
-        }
-        if other != widths.actual[name] and touched - shapes.keys():
-            raise ValueError(
-                f"{min(touched & shapes.keys())} has shape {list(shapes[min(touched & shapes.keys())])} "
-                "in the checkpoint, which does not fit the other tensors of its MLP: copy the "
-                "checkpoint again."
-            )
     return found
 
 
-def _width(
-    region: Any, shape: Sequence[int], axis: int, hidden_size: int
-) -> int | None:
-    """Return the neurons of a region of a tensor of `shape`; None where it is no projection."""
+def _neuron_axis(place: tuple[str, str]) -> int:
+    projection, part = place
+    return NEURON_AXIS[projection] if part == "weight" else 0
+
+
+def _width(mlp: GluMlp, place: tuple[str, str], shape: Sequence[int]) -> int | None:
+    """Return the neurons in a parameter of `shape`; None where it does not hold `place`."""
+    axis = _neuron_axis(place)
     try:
-        cut = list(region.view(torch.empty(list(shape), device="meta")).shape)
+        whole = torch.empty(list(shape), device="meta")
+        cut = list(mlp.regions[place].view(whole).shape)
+        width = cut.pop(axis)
     except (IndexError, RuntimeError):
         return None
-    width = cut.pop(axis) if axis < len(cut) else 0
-    return width if width >= 1 and cut in ([], [hidden_size]) else None
+    return width if width and cut in ([], [mlp.hidden_size]) else None

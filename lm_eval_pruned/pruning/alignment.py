@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from transformers import PreTrainedModel
 
@@ -30,16 +30,6 @@ logger = logging.getLogger("lm_eval.pruned.alignment")
 _CUDA_MULTIPLES = {4: 64, 8: 16, 16: 8}
 
 
-def wanted_multiple(device_types: Collection[str], bits: int) -> int:
-    """Return the multiple of neurons that matrix products are fast at.
-
-    Args:
-        device_types: Types of the devices that hold the model, such as ``cuda``.
-        bits: Bits of a weight.
-    """
-    return _CUDA_MULTIPLES.get(bits, 1) if "cuda" in device_types else 1
-
-
 def warn_misaligned(
     model: PreTrainedModel,
     plan: PrunePlan,
@@ -48,25 +38,22 @@ def warn_misaligned(
 ) -> None:
     """Tell the user if a kept width slows the device down, and what would not."""
     bits = weight_bits(model)
-    wanted = wanted_multiple(device_types(model), bits)
-    pruned = [
+    wanted = _CUDA_MULTIPLES.get(bits, 1)
+    odd = [
         mlp.name
         for mlp in widths.mlps
         # `choose_experts_implementation` tells what stacked experts need.
-        if targets[mlp.name] < widths.actual[mlp.name] and mlp.linears
+        if mlp.linears and targets[mlp.name] < widths.actual[mlp.name]
+        if targets[mlp.name] % wanted
     ]
-    odd = [name for name in pruned if targets[name] % wanted]
     multiple = math.lcm(wanted, plan.multiple_of)
     width = plan.width // multiple * multiple
-    if not odd or not width:
+    if not odd or not width or "cuda" not in device_types(model):
         return
-    by_layer = plan.layer_widths and tuple(
-        (layer, kept // multiple * multiple or kept)
-        for layer, kept in plan.layer_widths
-    )
-    aligned = dataclasses.replace(
-        plan, width=width, multiple_of=multiple, layer_widths=by_layer
-    )
+    aligned = dataclasses.replace(plan, width=width, multiple_of=multiple)
+    if plan.layer_widths is not None:
+        by_layer = {layer: aligned.rounded(kept) for layer, kept in plan.layer_widths}
+        aligned = aligned.with_layers(by_layer)
     logger.warning(
         "%d neurons are no multiple of %d, which CUDA's kernels for %d-bit weights want: add "
         "multiple_of=%d (%d neurons) for speed.",
@@ -85,15 +72,12 @@ def device_types(model: PreTrainedModel) -> set[str]:
 
 def weight_bits(model: PreTrainedModel) -> int:
     """Return how many bits a weight of the model's linear layers takes."""
-    quantisation: Any = getattr(model.config, "quantization_config", None)
-    if quantisation is not None:
-        if not isinstance(quantisation, dict):
-            quantisation = quantisation.to_dict()
-        for bits in (4, 8):
-            # The key of bitsandbytes; then those of quanto and torchao.
-            names = f"{quantisation.get('weights')} {quantisation.get('quant_type')}"
-            if quantisation.get(f"load_in_{bits}bit") or re.search(
-                rf"(int|float|fp){bits}(?!\d)", names, re.IGNORECASE
-            ):
-                return bits
+    said: Any = getattr(model.config, "quantization_config", None) or {}
+    said = said if isinstance(said, dict) else said.to_dict()
+    # Keys of quanto and torchao; before them that of bitsandbytes.
+    names = f"{said.get('weights')} {said.get('quant_type')}"
+    for bits in (4, 8):
+        is_named = re.search(rf"(int|float|fp){bits}(?!\d)", names, re.IGNORECASE)
+        if said.get(f"load_in_{bits}bit") or is_named:
+            return bits
     return model.dtype.itemsize * 8

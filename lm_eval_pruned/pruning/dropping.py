@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lm_eval_pruned.pruning.config_widths import renumber_layers
 from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
@@ -21,7 +22,6 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     text_config,
 )
-from lm_eval_pruned.pruning.per_layer import renumber_layers
 
 
 if TYPE_CHECKING:

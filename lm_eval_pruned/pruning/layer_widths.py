@@ -8,11 +8,8 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-from lm_eval_pruned.pruning.block_configs import BLOCKS, widths_of_blocks
 
 
 _FORMS = (
@@ -28,8 +25,7 @@ def read_widths(widths: Any) -> dict[int, int]:
         widths: A file, or what such a file holds. JSON: an object
             ``{"0": 1200, "1": 900}``, a list with one width per layer from 0 on, in which
             null leaves a layer alone, or a list of objects
-            ``{"layer": 0, "width": 1200}``; or a config with ``block_configs``, see
-            `lm_eval_pruned.pruning.block_configs`. CSV: the columns ``layer`` and ``width``,
+            ``{"layer": 0, "width": 1200}``. CSV: the columns ``layer`` and ``width``,
             named in the first line; others are passed over.
 
     Raises:
@@ -40,30 +36,12 @@ def read_widths(widths: Any) -> dict[int, int]:
         >>> read_widths([1200, None, 900])
         {0: 1200, 2: 900}
     """
-    where = f"widths={written_source(widths)}"
-    if isinstance(widths, (str, Path)):
-        widths = _content(widths, where)
-    if isinstance(widths, Mapping) and BLOCKS in widths:
-        named = list(_of_blocks(widths, where).items())
-    elif isinstance(widths, Mapping):
-        named = list(widths.items())
-    elif not isinstance(widths, Iterable):
-        raise ValueError(f"{where} names no widths: {_FORMS}.")
-    else:
-        named = list(enumerate(widths))
-        if any(isinstance(entry, Mapping) for _, entry in named):
-            named = [_pair(entry, where) for _, entry in named]
-    found: dict[int, int] = {}
-    for name, value in named:
-        if value is None:
-            continue
-        layer, width = _whole(name, where), _whole(value, where)
-        if layer in found:
-            raise ValueError(f"{where} names layer {layer} twice: leave one out.")
-        found[layer] = width
-    if not found:
-        raise ValueError(f"{where} names no layer: {_FORMS}.")
-    return dict(sorted(found.items()))
+    try:
+        content = _content(widths) if isinstance(widths, (str, Path)) else widths
+        return _by_layer(content)
+    except ValueError as error:
+        where = f"widths={written_source(widths)}"
+        raise ValueError(f"{where} {error}: {_FORMS}.") from None
 
 
 def written_source(widths: Any) -> str:
@@ -78,8 +56,8 @@ def written_source(widths: Any) -> str:
     if isinstance(widths, (str, Path)):
         return Path(widths).name
     try:
-        return written_by_layer(read_widths(widths).items())
-    except (ValueError, RecursionError):
+        return written_by_layer(_by_layer(widths).items())
+    except ValueError:
         return repr(widths)[:80]
 
 
@@ -93,33 +71,30 @@ def written_by_layer(values: Iterable[tuple[int, Any]]) -> str:
         >>> written_by_layer([(0, 1200), (1, 900), (2, 900)])
         '0:1200,1-2:900'
     """
-    parts = []
-    # Layers that follow each other and share a width have the same key.
-    runs = groupby(
-        enumerate(sorted(values)), key=lambda each: (each[1][0] - each[0], each[1][1])
-    )
-    for (_, value), run in runs:
-        layers = [layer for _, (layer, _) in run]
-        first, last = layers[0], layers[-1]
-        parts.append(f"{first}:{value}" if first == last else f"{first}-{last}:{value}")
-    return ",".join(parts)
+    runs: list[list[Any]] = []
+    for layer, value in sorted(values):
+        if runs and runs[-1][1:] == [layer - 1, value]:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer, value])
+    return ",".join(f"{a}:{v}" if a == b else f"{a}-{b}:{v}" for a, b, v in runs)
 
 
-def _content(file: str | Path, where: str) -> Any:
+def _content(file: str | Path) -> Any:
     """Return what a file of widths holds, as JSON would have it."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where} cannot be read ({error}): {_FORMS}.") from None
+        raise ValueError(f"cannot be read ({error})") from None
     if text.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(text, object_pairs_hook=_without_repetition)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({error}): {_FORMS}.") from None
+            raise ValueError(f"is not JSON ({error})") from None
     lines = [line for line in text.splitlines() if line.strip()]
     rows = list(csv.DictReader(lines, skipinitialspace=True))
     if not rows or not {"layer", "width"} <= rows[0].keys():
-        raise ValueError(f"{where} holds no widths: {_FORMS}.")
+        raise ValueError("holds no widths")
     return rows
 
 
@@ -130,31 +105,37 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _of_blocks(config: Mapping[str, Any], where: str) -> dict[int, int]:
-    heads = config.get("num_attention_heads")
-    return widths_of_blocks(
-        config[BLOCKS],
-        config.get("hidden_size"),
-        heads,
-        config.get("num_key_value_heads", heads),
-        where,
-    )
+def _by_layer(content: Any) -> dict[int, int]:
+    """Return widths by layer, in ascending order; errors go on where ``widths=FILE`` ends."""
+    if not hasattr(content, "__iter__"):
+        raise ValueError("names no widths")
+    is_map = isinstance(content, Mapping)
+    named = list(content.items() if is_map else enumerate(content))
+    if not is_map and any(isinstance(entry, Mapping) for _, entry in named):
+        named = [_pair(entry) for _, entry in named]
+    found: dict[int, int] = {}
+    for name, value in named:
+        if value is None:
+            continue
+        layer = _whole(name)
+        if layer in found:
+            raise ValueError(f"names layer {layer} twice")
+        found[layer] = _whole(value)
+    if not found:
+        raise ValueError("names no layer")
+    return dict(sorted(found.items()))
 
 
-def _pair(entry: Any, where: str) -> tuple[Any, Any]:
+def _pair(entry: Any) -> tuple[Any, Any]:
     if not isinstance(entry, Mapping) or not {"layer", "width"} <= entry.keys():
-        raise ValueError(
-            f"{where} has an entry without layer or width, {entry!r}: {_FORMS}."
-        )
+        raise ValueError(f"has an entry without layer or width, {entry!r}")
     return entry["layer"], entry["width"]
 
 
-def _whole(value: Any, where: str) -> int:
+def _whole(value: Any) -> int:
     text = str(value).strip()
     if isinstance(value, bool) or not (text.isascii() and text.isdigit()):
-        raise ValueError(
-            f"{where} has {value!r} where a whole number of 0 or more belongs: {_FORMS}."
-        )
+        raise ValueError(f"has {value!r} where a whole number of 0 or more belongs")
     if len(text) > 9:
-        raise ValueError(f"{where} has {text[:20]}, more than any model has: {_FORMS}.")
+        raise ValueError(f"has {text[:20]}, more than any model has")
     return int(text)

@@ -91,11 +91,9 @@ class PrunePlan:
 
         See `lm_eval_pruned.pruning.settling.settled`.
         """
-        if not self.prunes:
-            return False
-        if self.tried and self.layer_criteria is None:
-            return True
-        return self.allocation != UNIFORM and self.layer_widths is None
+        criteria = bool(self.tried) and self.layer_criteria is None
+        widths = self.allocation != UNIFORM and self.layer_widths is None
+        return self.prunes and (criteria or widths)
 
     @property
     def ratio_before(self) -> float:
@@ -110,9 +108,7 @@ class PrunePlan:
     @property
     def mean_width(self) -> Fraction:
         """Kept width, in neurons, as the mean of `layer_widths` where the layers differ."""
-        if self.layer_widths is None:
-            return Fraction(self.width)
-        widths = [width for _, width in self.layer_widths]
+        widths = [width for _, width in self.layer_widths or ((0, self.width),)]
         return Fraction(sum(widths), len(widths))
 
     @property
@@ -145,32 +141,28 @@ class PrunePlan:
         """Return `kept`, rounded down to `multiple_of` where that leaves something."""
         return kept // self.multiple_of * self.multiple_of or kept
 
-    def scaled(self, width_before: int) -> int:
-        """Return the kept width of MLPs of another kind, in the same proportion.
+    def kept_of(self, own: int, widest: int, unit: Fraction | int = Fraction(1)) -> int:
+        """Return the kept width of an MLP.
 
-        It is ``ceil(width_before * k / I)``, rounded down to `multiple_of` where
-        that leaves something. ``scaled(I)`` is k.
-        """
-        return self.rounded(
-            math.ceil(Fraction(width_before * self.width, self.width_before))
-        )
-
-    def of_own(self, width_before: int, target: int) -> int:
-        """Return the kept width of an MLP that is narrower than others of its kind.
-
-        A share to remove is a share of its own width; any other size is a target
-        that narrower layers have reached already.
+        The widest MLPs of a kind keep ``ceil(widest * k / I)``, `rounded`. Of a narrower one,
+        `prune_percent` takes its share of the MLP's own width; any other size is a target that
+        it may have reached already.
 
         Args:
-            width_before: Its own width, in neurons.
-            target: What is kept of the widest of its kind, in neurons.
+            own: Its width, in neurons.
+            widest: The width of the widest MLP of its kind, in units.
+            unit: Neurons of a unit, where widths come in units.
         """
-        if "prune_percent" in self.asked:
-            kept = _kept_from_percent(
-                self.asked["prune_percent"], self.hidden_size, width_before
-            )
-            return self.rounded(kept)
-        return min(width_before, target)
+        kept = -(-widest * self.width // self.width_before)
+        target = int(unit * self.rounded(kept))
+        if own == unit * widest:
+            return target
+        percent = self.asked.get("prune_percent")
+        if percent is None:
+            return min(own, target)
+        return self.rounded(
+            _kept_width("prune_percent", percent, self.hidden_size, own)
+        )
 
     @classmethod
     @takes_prune_arguments
@@ -215,160 +207,48 @@ class PrunePlan:
         depth: Depth | None = None,
     ) -> PrunePlan:
         """Do the same with arguments that are together, for the layers that `depth` leaves."""
-        seed, multiple = int(arguments.seed), int(arguments.multiple_of)
-        chosen = _chosen_layers(arguments, available_layers, depth)
-        if arguments.size is None:
-            return cls(
-                hidden_size,
-                width_before,
-                width_before,
-                arguments.criterion,
-                {} if depth is None else depth.asked,
-                1,
-                seed,
-                depth=depth,
-            )
-
-        name, value = arguments.size
-        samples = arguments.calibration_samples
-        calibration: dict[str, Any] = {
-            "calibration": None
-            if arguments.calibration is None
-            else str(arguments.calibration),
-            "calibration_samples": None if samples is None else int(samples),
-        }
-        if name == "widths":
-            own = _widths_before(available_layers, width_before)
-            widths = _kept_by_layer(value, multiple, own)
-            plan = cls(
-                hidden_size,
-                width_before,
-                width_before,
-                arguments.criterion,
-                {name: written_source(value)},
-                multiple,
-                seed,
-                **calibration,
-            )
-            return plan if widths == own else plan.with_layers(widths)
-
-        kept = _KEPT_WIDTH[name](value, hidden_size, width_before)
-        if multiple > kept:
-            raise ValueError(
-                f"multiple_of={multiple} is larger than the kept width {kept} that "
-                f"{name}={value} gives: use a multiple of at most {kept}."
-            )
-        return cls(
+        baseline = cls(
             hidden_size,
             width_before,
-            kept // multiple * multiple,
+            width_before,
             arguments.criterion,
-            {name: str(value), **({} if depth is None else depth.asked)},
-            multiple,
-            seed,
-            chosen,
-            **calibration,
+            {} if depth is None else depth.asked,
+            int(arguments.multiple_of),
+            int(arguments.seed),
             depth=depth,
+        )
+        if arguments.size is None:
+            return baseline
+        name, value = arguments.size
+        text, samples = arguments.calibration, arguments.calibration_samples
+        plan = dataclasses.replace(
+            baseline,
+            asked={name: str(value), **baseline.asked},
+            calibration=None if text is None else str(text),
+            calibration_samples=None if samples is None else int(samples),
+        )
+        if name == "widths":
+            plan = dataclasses.replace(plan, asked={name: written_source(value)})
+            own = _own_widths(name, value, available_layers, width_before)
+            widths = _kept_by_layer(value, plan.multiple_of, own)
+            return plan if widths == own else plan.with_layers(widths)
+        chosen = _chosen_layers(arguments, available_layers, depth)
+        kept = _kept_width(name, value, hidden_size, width_before)
+        _check_multiple(plan.multiple_of, kept, f"{name}={value} gives")
+        return dataclasses.replace(
+            plan,
+            width=plan.rounded(kept),
+            layers=chosen,
             allocation=arguments.allocation,
             min_width=None if arguments.min_width is None else int(arguments.min_width),
             tried=arguments.tried,
         )
 
-    def with_layers(
-        self, widths: Mapping[int, int], criteria: Mapping[int, str] | None = None
-    ) -> PrunePlan:
-        """Return the same plan with widths, and criteria, of each layer's own.
-
-        Args:
-            widths: Kept width by number of the layer, in neurons; `width` becomes their
-                mean.
-            criteria: Canonical names likewise; default: as they are.
-        """
+    def with_layers(self, widths: Mapping[int, int]) -> PrunePlan:
+        """Return the same plan with the width of each layer, in neurons, by its number."""
         mean = math.ceil(Fraction(sum(widths.values()), len(widths)))
-        names = self.layer_criteria
-        if criteria is not None:
-            names = tuple(sorted(criteria.items()))
-        return dataclasses.replace(
-            self,
-            width=mean,
-            layer_widths=tuple(sorted(widths.items())),
-            layer_criteria=names,
-        )
-
-
-def _widths_before(
-    available: Collection[int] | None, width_before: int
-) -> dict[int, int]:
-    """Return the own width of each layer."""
-    if available is None:
-        raise ValueError("widths needs a model whose layers are known.")
-    if isinstance(available, Mapping):
-        return dict(available)
-    return dict.fromkeys(available, width_before)
-
-
-def _kept_by_layer(value: Any, multiple: int, own: Mapping[int, int]) -> dict[int, int]:
-    """Return the kept width of every layer as the argument `widths` has it."""
-    where = f"widths={written_source(value)}"
-    kept = dict(own)
-    for layer, width in read_widths(value).items():
-        if layer not in own:
-            raise ValueError(
-                f"{where} names layer {layer}, but the GLU-MLPs of this model are in the layers "
-                f"{written_layers(own)}."
-            )
-        if not 1 <= width <= own[layer]:
-            raise ValueError(
-                f"{where} gives layer {layer} {width} neurons, but it has {own[layer]}: write a "
-                f"width from 1 to {own[layer]} there, or leave the layer out, which keeps them all."
-            )
-        if width == own[layer]:
-            continue
-        if multiple > width:
-            raise ValueError(
-                f"multiple_of={multiple} is larger than the kept width {width} that {where} gives "
-                f"layer {layer}: use a multiple of at most {width}."
-            )
-        kept[layer] = width // multiple * multiple
-    return kept
-
-
-def _chosen_layers(
-    arguments: PruneArguments,
-    available: Collection[int] | None,
-    depth: Depth | None,
-) -> tuple[int, ...] | None:
-    """Return the numbers of the layers to prune, or None for all."""
-    name = "skip_layers" if arguments.layers is None else "layers"
-    value = getattr(arguments, name)
-    if value is None:
-        return None
-    if available is None:
-        raise ValueError(f"{name}={value} needs a model whose layers are known.")
-    named = set(layer_numbers(name, value))
-    if arguments.measures_depth and depth is not None:
-        # Which layers the text would drop could not be known.
-        named -= {*depth.dropped}
-    missing = sorted(named - set(available))
-    if missing:
-        raise ValueError(
-            f"{name}={value} names layer {missing[0]}, but the GLU-MLPs of this model are in the "
-            f"layers {written_layers(available)}."
-        )
-    chosen = named if name == "layers" else set(available) - named
-    if not chosen:
-        raise ValueError(
-            f"{name}={value} leaves no layer to prune: leave out at least one of "
-            f"{written_layers(available)}."
-        )
-    going: Any = arguments.drop_layers
-    if arguments.measures_depth and depth is None and len(chosen) <= going:
-        raise ValueError(
-            f"{name}={value} leaves {len(chosen)} of the layers to prune, all of which "
-            f"drop_by={arguments.drop_by} could drop with drop_layers={going}: leave more than "
-            f"{going}, or drop fewer."
-        )
-    return tuple(sorted(chosen))
+        by_layer = tuple(sorted(widths.items()))
+        return dataclasses.replace(self, width=mean, layer_widths=by_layer)
 
 
 def whole_or_mean(width: Fraction) -> int | float:
@@ -381,48 +261,122 @@ def whole_or_mean(width: Fraction) -> int | float:
     return int(width) if width.denominator == 1 else round(float(width), 4)
 
 
-def _down_to_four_places(value: Fraction) -> str:
-    return f"{math.floor(value * 10000) / 10000:.4f}".rstrip("0").rstrip(".")
+def _own_widths(
+    name: str, value: Any, available: Collection[int] | None, width_before: int
+) -> dict[int, int]:
+    """Return the width of each layer before pruning, for the argument `name`."""
+    if available is None:
+        raise ValueError(f"{name}={value} needs a model whose layers are known.")
+    if isinstance(available, Mapping):
+        return dict(available)
+    return dict.fromkeys(available, width_before)
 
 
-def _kept_from_ratio(value: Number, hidden_size: int, width_before: int) -> int:
-    ratio = exact("ratio", value, "2.0")
-    own = Fraction(width_before, hidden_size)
-    if ratio <= 0:
+def _kept_by_layer(value: Any, multiple: int, own: Mapping[int, int]) -> dict[int, int]:
+    """Return the kept width of every layer as the argument `widths` has it."""
+    where = f"widths={written_source(value)}"
+    named = read_widths(value)
+    _check_present(where, named, own)
+    kept = dict(own)
+    for layer, width in named.items():
+        if not 1 <= width <= own[layer]:
+            raise ValueError(
+                f"{where} gives layer {layer} {width} neurons, but it has {own[layer]}: write a "
+                f"width from 1 to {own[layer]} there, or leave the layer out, which keeps them all."
+            )
+        if width < own[layer]:
+            _check_multiple(multiple, width, f"{where} gives layer {layer}")
+            kept[layer] = width // multiple * multiple
+    return kept
+
+
+def _check_present(
+    where: str, named: Collection[int], present: Collection[int]
+) -> None:
+    missing = {*named} - {*present}
+    if missing:
         raise ValueError(
-            f"ratio={value} keeps no neuron: pass an expansion ratio above 0 and at most "
-            f"{_down_to_four_places(own)}, the model's own."
+            f"{where} names layer {min(missing)}, but the GLU-MLPs of this model are in the layers "
+            f"{written_layers(present)}."
         )
-    if ratio > own:
+
+
+def _check_multiple(multiple: int, kept: int, given: str) -> None:
+    if multiple > kept:
         raise ValueError(
-            f"ratio={value} is above the model's own expansion ratio {width_before}/{hidden_size}: "
-            f"pass at most {_down_to_four_places(own)}, or leave ratio out for the baseline."
+            f"multiple_of={multiple} is larger than the kept width {kept} that {given}: use a "
+            f"multiple of at most {kept}."
         )
-    return math.ceil(ratio * hidden_size)
 
 
-def _kept_from_percent(value: Number, hidden_size: int, width_before: int) -> int:
-    percent = exact("prune_percent", value, "40")
-    if not 0 <= percent < 100:
+def _chosen_layers(
+    arguments: PruneArguments,
+    available: Collection[int] | None,
+    depth: Depth | None,
+) -> tuple[int, ...] | None:
+    """Return the numbers of the layers to prune, or None for all."""
+    name = "skip_layers" if arguments.layers is None else "layers"
+    value = getattr(arguments, name)
+    if value is None:
+        return None
+    present = {*_own_widths(name, value, available, 0)}
+    named = set(layer_numbers(name, value))
+    if arguments.measures_depth and depth is not None:
+        # Which layers the text would drop could not be known.
+        named -= {*depth.dropped}
+    _check_present(f"{name}={value}", named, present)
+    chosen = named if name == "layers" else present - named
+    if not chosen:
         raise ValueError(
-            f"prune_percent={value} is outside [0, 100): pass the share of neurons to remove, "
-            "such as prune_percent=40."
+            f"{name}={value} leaves no layer to prune: leave out at least one of "
+            f"{written_layers(present)}."
         )
-    return width_before - math.floor(percent / 100 * width_before)
+    going: Any = arguments.drop_layers
+    if arguments.measures_depth and depth is None and len(chosen) <= going:
+        raise ValueError(
+            f"{name}={value} leaves {len(chosen)} of the layers to prune, all of which "
+            f"drop_by={arguments.drop_by} could drop with drop_layers={going}: leave more than "
+            f"{going}, or drop fewer."
+        )
+    return tuple(sorted(chosen))
 
 
-def _kept_from_width(value: Number, hidden_size: int, width_before: int) -> int:
-    width = exact("intermediate_size", value, str(width_before))
+def _kept_width(name: str, value: Number, hidden_size: int, width_before: int) -> int:
+    """Return the kept width that one size asks for, in neurons.
+
+    Args:
+        name: ``ratio``, ``prune_percent`` or ``intermediate_size``.
+        value: Its value.
+        hidden_size: Model width H.
+        width_before: Intermediate size I, in neurons.
+    """
+    if name == "ratio":
+        ratio, own = exact(name, value, "2.0"), Fraction(width_before, hidden_size)
+        most = f"{math.floor(own * 10000) / 10000:.4f}".rstrip("0").rstrip(".")
+        if ratio <= 0:
+            raise ValueError(
+                f"ratio={value} keeps no neuron: pass an expansion ratio above 0 and at most "
+                f"{most}, the model's own."
+            )
+        if ratio > own:
+            raise ValueError(
+                f"ratio={value} is above the model's own expansion ratio "
+                f"{width_before}/{hidden_size}: pass at most {most}, or leave ratio out for the "
+                "baseline."
+            )
+        return math.ceil(ratio * hidden_size)
+    if name == "prune_percent":
+        percent = exact(name, value, "40")
+        if not 0 <= percent < 100:
+            raise ValueError(
+                f"prune_percent={value} is outside [0, 100): pass the share of neurons to remove, "
+                "such as prune_percent=40."
+            )
+        return width_before - math.floor(percent / 100 * width_before)
+    width = exact(name, value, str(width_before))
     if width.denominator != 1 or not 1 <= width <= width_before:
         raise ValueError(
-            f"intermediate_size={value} is not a kept width of this model: pass a whole number "
-            f"from 1 to {width_before}."
+            f"{name}={value} is not a kept width of this model: pass a whole number from 1 to "
+            f"{width_before}."
         )
     return int(width)
-
-
-_KEPT_WIDTH = {
-    "ratio": _kept_from_ratio,
-    "prune_percent": _kept_from_percent,
-    "intermediate_size": _kept_from_width,
-}

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import defaultdict
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.pruning.config_widths import (
+    RULES,
+    WidthKey,
+    copy_layers,
+    find_keys,
+    taken_apart,
+)
 from lm_eval_pruned.pruning.dropping import (
     attributes_that_change,
     layers_of,
@@ -17,33 +25,24 @@ from lm_eval_pruned.pruning.dropping import (
 )
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
-    GluMlp,
     UnsupportedModelError,
     count_parameters,
     describe,
     find_glu_mlps,
-)
-from lm_eval_pruned.pruning.per_layer import (
-    copy_layers,
-    with_layers,
-    without_layers,
+    text_config,
 )
 from lm_eval_pruned.pruning.plan import PrunePlan
-from lm_eval_pruned.pruning.width_keys import WidthKey, find_keys
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
 
     from transformers import PretrainedConfig, PreTrainedModel
 
     from lm_eval_pruned.pruning.arguments import PruneArguments
+    from lm_eval_pruned.pruning.config_widths import Build
     from lm_eval_pruned.pruning.depth import Depth
-    from lm_eval_pruned.pruning.width_keys import Build
-
-
-_DERIVES_WIDTH = "block_auto_adjust_ff_dim"
+    from lm_eval_pruned.pruning.layouts import GluMlp
 
 
 class Widths:
@@ -51,8 +50,8 @@ class Widths:
 
     Attributes:
         original: The config.
-        config: The same with plain width keys, see `plain_config`, and without the
-            widths that it has for single layers.
+        config: The same without rules and without widths of single layers; see
+            `lm_eval_pruned.pruning.config_widths.taken_apart`.
         model_class: Class of the model.
         mlps: The GLU-MLPs, in order, without weights.
         keys: The key of each MLP, by the MLP's name.
@@ -65,9 +64,6 @@ class Widths:
         remembered: What modules remember of the number of layers; see
             `lm_eval_pruned.pruning.dropping.attributes_that_change`.
     """
-
-    depth: Depth | None = None
-    remembered: list[tuple[str, str, Any]]
 
     def __init__(
         self,
@@ -86,57 +82,33 @@ class Widths:
             UnsupportedModelError: The model cannot be pruned.
         """
         self.original = config
-        self.whole = self
-        self.remembered = []
-        uniform, by_layer = without_layers(config)
-        self.config = plain_config(uniform)
+        self.config, by_layer = taken_apart(config)
         self._build = build
         model = build(self.config)
         self.model_class = type(model)
         self._parameters = count_parameters(model)
         self.mlps = find_glu_mlps(model)
-        self.keys = find_keys(self.config, model, self.mlps, build)
+        self.keys = find_keys(self.config, model, build)
         self.configured = {mlp.name: mlp.width for mlp in self.mlps}
-        self._factors = {
-            mlp.name: Fraction(mlp.width, self.keys[mlp.name].get(self.config))
-            for mlp in self.mlps
-        }
-        self.actual = dict(actual or self._said_of_layers(by_layer))
-        # One number for the key of all layers, or for a list with one number per layer.
-        self._widest: dict[tuple[tuple[str, ...], str], int] = {}
-        for name, key in self.keys.items():
-            value = math.ceil(self.actual[name] / self._factors[name])
-            place = key.path, key.name
-            self._widest[place] = max(value, self._widest.get(place, 0))
-
-    def _said_of_layers(
-        self, by_layer: Mapping[tuple[tuple[str, ...], str, int], int]
-    ) -> dict[str, int]:
-        """Return the widths of a config that has some for single layers, by MLP."""
-        said, used = dict(self.configured), set()
-        for mlp in self.mlps:
-            key = self.keys[mlp.name]
-            place = key.path, key.name, mlp.block
-            if place in by_layer:
-                said[mlp.name] = math.floor(self._factors[mlp.name] * by_layer[place])
-                used.add(place)
-        for path, name, layer in by_layer.keys() - used:
-            raise UnsupportedModelError(
-                f"The config gives layer {layer} a {'.'.join((*path, name))} of its own, which is "
-                "the width of none of its MLPs: correct the number of the layer, or leave it out."
-            )
-        return said
+        self.actual = dict(actual or self.configured)
+        for mlp in self.mlps if actual is None else ():
+            key = self.keys[mlp.name].of_layer(mlp.block)
+            if key in by_layer:
+                self.actual[mlp.name] = math.floor(key.factor * by_layer[key])
+        self.depth: Depth | None = None
+        self.whole = self
+        self.remembered: list[tuple[str, str, Any]] = []
 
     def skeleton(self, config: PretrainedConfig | None = None) -> PreTrainedModel:
         """Return the model on the meta device, of `config` or else of its own."""
-        return self._build(self.config if config is None else config)
+        return self._build(config or self.config)
 
     def of(self, actual: Mapping[str, int]) -> Widths:
         """Return those of the same model with the width `actual` of each MLP, by name."""
-        widths = Widths(self.original, self._build, actual)
-        if self.depth is not None:
-            widths.whole, widths.depth = self.whole, self.depth
-            widths.remembered = self.remembered
+        widths = copy.copy(self)
+        widths.actual = dict(actual)
+        if self.whole is self:
+            widths.whole = widths
         return widths
 
     def without_layers(self, depth: Depth | None) -> Widths:
@@ -157,7 +129,7 @@ class Widths:
         }
         try:
             config = shallow_config(self.original, depth)
-            shallow = self._build(plain_config(without_layers(config)[0]))
+            shallow = self._build(taken_apart(config)[0])
             remembered = attributes_that_change(whole, shallow, depth)
             widths = Widths(config, self._build, actual)
         except UnsupportedModelError:
@@ -171,27 +143,9 @@ class Widths:
         return widths
 
     @property
-    def primary(self) -> GluMlp:
-        """The MLP to which sizes refer: the first expert, else the first of all."""
-        experts = [mlp for mlp in self.mlps if mlp.kind == "expert"]
-        return (experts or self.mlps)[0]
-
-    def plan(self, arguments: PruneArguments) -> PrunePlan:
-        """Resolve the user's arguments; see `PrunePlan.from_arguments`."""
-        primary = self.primary
-        key = self.keys[primary.name]
-        widest = self._widest[key.path, key.name]
-        return PrunePlan.of(
-            arguments,
-            primary.hidden_size,
-            int(widest * self._factors[primary.name]),
-            {self._number(layer): width for layer, width in self.layers.items()},
-            self.depth,
-        )
-
-    def _number(self, layer: int) -> int:
-        """Return the number that the whole model gives a layer."""
-        return layer if self.depth is None else self.depth.kept[layer]
+    def _experts_first(self) -> list[GluMlp]:
+        """The MLPs, in the order in which one of them stands for a layer, or for the model."""
+        return sorted(self.mlps, key=lambda mlp: mlp.kind != "expert")
 
     @property
     def layers(self) -> dict[int, int]:
@@ -199,47 +153,63 @@ class Widths:
 
         It is that of the layer's experts, else of its MLP.
         """
-        found: dict[int, GluMlp] = {}
-        for mlp in self.mlps:
-            first = found.setdefault(mlp.block, mlp)
-            if mlp.kind == "expert" != first.kind:
-                found[mlp.block] = mlp
-        return {block: self.actual[found[block].name] for block in sorted(found)}
+        found: dict[int, int] = {}
+        for mlp in self._experts_first:
+            found.setdefault(mlp.block, self.actual[mlp.name])
+        return dict(sorted(found.items()))
+
+    def _widest(self) -> dict[str, int]:
+        """Return the value of each MLP's key at which the widest of its kind is built, by name.
+
+        A key is one number for all layers, or a list with one for each.
+        """
+        values: dict[WidthKey, int] = defaultdict(int)
+        for name, key in self.keys.items():
+            value = math.ceil(self.actual[name] / key.factor)
+            values[key.of_layer(None)] = max(value, values[key.of_layer(None)])
+        return {name: values[key.of_layer(None)] for name, key in self.keys.items()}
+
+    def plan(self, arguments: PruneArguments) -> PrunePlan:
+        """Resolve the user's arguments; see `PrunePlan.from_arguments`.
+
+        Sizes refer to the experts of a model that has some, else to its first MLP.
+        """
+        first = self._experts_first[0]
+        kept = self.depth and self.depth.kept
+        return PrunePlan.of(
+            arguments,
+            first.hidden_size,
+            int(self._widest()[first.name] * self.keys[first.name].factor),
+            {kept[n] if kept else n: width for n, width in self.layers.items()},
+            self.depth,
+        )
 
     def targets(self, plan: PrunePlan) -> dict[str, int]:
-        """Return the kept width of each MLP, by name."""
-        if plan.layer_widths is not None:
-            return self._targets_by_layer(plan, dict(plan.layer_widths))
-        targets = {}
-        for mlp in self.mlps:
-            own, key = self.actual[mlp.name], self.keys[mlp.name]
-            factor, widest = self._factors[mlp.name], self._widest[key.path, key.name]
-            targets[mlp.name] = own
-            if not plan.prunes or not plan.includes_layer(mlp.block):
-                continue
-            target = int(factor * plan.scaled(widest))
-            narrower = own != factor * widest
-            targets[mlp.name] = plan.of_own(own, target) if narrower else target
-        return targets
+        """Return the kept width of each MLP, by name.
 
-    def _targets_by_layer(
-        self, plan: PrunePlan, kept: Mapping[int, int]
-    ) -> dict[str, int]:
-        """Return the kept width of each MLP where the layers have widths of their own.
-
-        Shared experts, and whatever else is as wide as it pleases in a layer, are
-        narrowed in the proportion of the layer.
+        Where the layers have widths of their own, shared experts, and whatever else is as wide
+        as it pleases in a layer, are narrowed in the proportion of the layer.
         """
-        layers, targets = self.layers, {}
+        targets = dict(self.actual)
+        if not plan.prunes:
+            return targets
+        layers, widest, kept = (
+            self.layers,
+            self._widest(),
+            dict(plan.layer_widths or ()),
+        )
         for mlp in self.mlps:
-            own, before = self.actual[mlp.name], layers[mlp.block]
-            after = kept.get(mlp.block, before)
-            targets[mlp.name] = own
-            if after < before:
-                share = Fraction(own * after, before)
-                targets[mlp.name] = (
-                    after if own == before else plan.rounded(math.ceil(share))
-                )
+            own, before = targets[mlp.name], layers[mlp.block]
+            if plan.layer_widths is not None:
+                after = kept.get(mlp.block, before)
+                if own == before:
+                    targets[mlp.name] = after
+                elif after < before:
+                    share = Fraction(own * after, before)
+                    targets[mlp.name] = plan.rounded(math.ceil(share))
+            elif plan.includes_layer(mlp.block):
+                unit = self.keys[mlp.name].factor
+                targets[mlp.name] = plan.kept_of(own, widest[mlp.name], unit)
         return targets
 
     def count_parameters(self, widths: Mapping[str, int]) -> int:
@@ -253,138 +223,76 @@ class Widths:
     @property
     def parameters_before(self) -> int:
         """The parameters of the unpruned model; tied ones count once."""
-        if self.depth is not None:
-            return self.whole.count_parameters(self.whole.actual)
-        return self.count_parameters(self.actual)
+        return self.whole.count_parameters(self.whole.actual)
 
     def narrowed_config(self, targets: Mapping[str, int]) -> PretrainedConfig:
-        """Return a copy of the config with the widths of `targets`, as far as it can hold them.
+        """Return a copy of the config with the widths of `targets`, as far as its keys hold them.
 
         It is a copy of the original where that builds these widths.
-
-        Raises:
-            UnsupportedModelError: The model's config does not accept the widths.
         """
         if targets == self.configured == self.actual:
             return copy.deepcopy(self.original)
-        narrowed = self._narrowed(targets)
-        self._check(narrowed, targets)
+        narrowed = copy.deepcopy(self.config)
+        for key, value in self._values(targets).items():
+            key.set(narrowed, value)
         return narrowed
 
     def inexpressible(self, targets: Mapping[str, int]) -> list[str]:
-        """Return the names of the MLPs whose width in `targets` no config can hold.
+        """Return the names of the MLPs whose width in `targets` no key of the config can hold.
 
         Their key also sets the width of others.
         """
-        narrowed = self._narrowed(targets)
+        values = self._values(targets)
         return [
-            name
-            for name, key in self.keys.items()
-            if key.get(narrowed) * self._factors[name] != targets[name]
+            n for n, key in self.keys.items() if values[key] * key.factor != targets[n]
         ]
 
-    def described(self, targets: Mapping[str, int]) -> PretrainedConfig:
-        """Return a copy of the config that says the widths of `targets` layer by layer.
-
-        Where no key can hold them it has a ``per_layer_config``; where that cannot
-        either, because MLPs of one layer share a key, it says what it can. A class
-        need not build its layers from that; see `opens_in_stock`.
-        """
-        narrowed = self._narrowed(targets)
-        said: dict[tuple[tuple[str, ...], str, int], set[int]] = {}
-        for mlp in self.mlps:
-            key = self.keys[mlp.name]
-            value = math.ceil(targets[mlp.name] / self._factors[mlp.name])
-            if (
-                key.index is None
-                and value * self._factors[mlp.name] == targets[mlp.name]
-            ):
-                said.setdefault((key.path, key.name, mlp.block), set()).add(value)
-        alike = {place: value for place, (value, *more) in said.items() if not more}
-        if alike.keys() != said.keys() or not self.inexpressible(targets):
-            return narrowed
-        try:
-            return with_layers(narrowed, alike)
-        except ValueError:
-            return narrowed
+    def _values(self, targets: Mapping[str, int]) -> dict[WidthKey, int]:
+        """Return the value of each key: what its MLPs agree on, else the one that it has."""
+        wanted: dict[WidthKey, set[int]] = defaultdict(set)
+        for name, key in self.keys.items():
+            wanted[key].add(math.ceil(targets[name] / key.factor))
+        return {
+            key: values.pop() if len(values) == 1 else key.get(self.config)
+            for key, values in wanted.items()
+        }
 
     def opens_in_stock(self, targets: Mapping[str, int]) -> bool:
-        """Return whether the installed transformers builds a model of these widths.
-
-        It does where a key of the config holds them, and where the class builds its
-        MLPs from ``per_layer_config``.
-        """
-        if not self.inexpressible(targets):
-            return True
-        try:
-            built = find_glu_mlps(self._build(self.described(targets)))
-        except Exception:  # noqa: BLE001 - classes read such configs in any way
-            return False
-        return {mlp.name: mlp.width for mlp in built} == dict(targets)
-
-    def describe_layers(
-        self, config: PretrainedConfig, targets: Mapping[str, int]
-    ) -> None:
-        """Write the widths of `targets` into a config with the keys of `narrowed_config`."""
-        if targets == self.configured == self.actual:
-            return
-        copy_layers(self.described(targets), config)
-
-    def _narrowed(self, targets: Mapping[str, int]) -> PretrainedConfig:
-        wanted: dict[WidthKey, set[int]] = {}
-        for name, key in self.keys.items():
-            value = math.ceil(targets[name] / self._factors[name])
-            wanted.setdefault(key, set()).add(value)
-        narrowed = copy.deepcopy(self.config)
-        for key, values in wanted.items():
-            if len(values) == 1:
-                key.set(narrowed, *values)
-        return narrowed
+        """Return whether stock transformers builds a model of these widths: keys hold them all."""
+        return not self.inexpressible(targets)
 
     def copy_keys(self, source: PretrainedConfig, target: PretrainedConfig) -> None:
         """Give `target` the width keys of `source`, and whether they are the widths."""
         for key in set(self.keys.values()):
             key.set(target, key.get(source))
-        text = source.get_text_config(decoder=True)
-        if hasattr(text, _DERIVES_WIDTH):
-            derives = text.block_auto_adjust_ff_dim
-            target.get_text_config(decoder=True).block_auto_adjust_ff_dim = derives
+        given = text_config(source)
+        for name in RULES.get(given.model_type, {}):
+            setattr(text_config(target), name, getattr(given, name))
 
-    def _check(self, narrowed: PretrainedConfig, targets: Mapping[str, int]) -> None:
-        """Refuse a config that would not build the model it stands for."""
-        inexpressible = set(self.inexpressible(targets))
+    def describe_layers(
+        self, config: PretrainedConfig, targets: Mapping[str, int]
+    ) -> None:
+        """Write the widths of `targets` into ``per_layer_config`` where no key can hold them.
+
+        Where that cannot either, because MLPs of one layer share a key, nothing is written.
+
+        Args:
+            config: A config with the keys of `narrowed_config`.
+            targets: The width of each MLP, by name.
+        """
+        if targets == self.configured == self.actual:
+            return
+        said: dict[WidthKey, set[int]] = defaultdict(set)
+        for mlp in self.mlps if self.inexpressible(targets) else ():
+            key = self.keys[mlp.name]
+            value = targets[mlp.name] / key.factor
+            if key.layer is None and value.denominator == 1:
+                said[key.of_layer(mlp.block)].add(int(value))
+        alike = {key: value for key, (value, *others) in said.items() if not others}
         try:
-            model = self._build(narrowed)
-        except Exception as error:  # noqa: BLE001 - configs refuse values in any way
-            raise UnsupportedModelError(
-                f"{type(self.config).__name__} does not accept the kept widths "
-                f"{sorted(set(targets.values()))} ({error}): choose another size."
-            ) from None
-        for mlp in find_glu_mlps(model):
-            if mlp.name not in inexpressible and mlp.width != targets[mlp.name]:
-                raise UnsupportedModelError(
-                    f"{describe(model)} builds {mlp.name} with {mlp.width} neurons where its "
-                    f"config asks for {targets[mlp.name]}: choose another size."
-                )
-
-
-def plain_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return a copy of `config` in which the width key is the width.
-
-    LFM2 can derive its width from the key by a rule of its own, which it stops
-    doing on request.
-    """
-    plain = copy.deepcopy(config)
-    text = plain.get_text_config(decoder=True)
-    if getattr(text, _DERIVES_WIDTH, False):
-        width = int(2 * text.intermediate_size / 3)
-        if text.block_ffn_dim_multiplier is not None:
-            width = int(text.block_ffn_dim_multiplier * width)
-            multiple = text.block_multiple_of
-            width = multiple * ((width + multiple - 1) // multiple)
-        text.intermediate_size = width
-        text.block_auto_adjust_ff_dim = False
-    return plain
+            copy_layers(self.config, config, alike if len(alike) == len(said) else None)
+        except ValueError:
+            copy_layers(self.config, config)
 
 
 def widths_in_memory(model: PreTrainedModel) -> Widths:
@@ -398,6 +306,5 @@ def widths_in_memory(model: PreTrainedModel) -> Widths:
         with BUILDING, torch.device("meta"):
             return type(model)(copy.deepcopy(config))
 
-    return Widths(
-        model.config, build, {mlp.name: mlp.width for mlp in find_glu_mlps(model)}
-    )
+    actual = {mlp.name: mlp.width for mlp in find_glu_mlps(model)}
+    return Widths(model.config, build, actual)

@@ -11,8 +11,8 @@ import transformers
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.pruning.config_widths import WidthKey, copy_layers, taken_apart
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-from lm_eval_pruned.pruning.per_layer import with_layers, without_layers
 from lm_eval_pruned.pruning.slicing import widths_in_memory
 from tests.helpers import checkpoints, layouts
 from tests.helpers.comparing import assert_same_model
@@ -116,35 +116,13 @@ def test_what_is_said_where_stock_transformers_cannot_open_it(tmp_path, caplog):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_block_configs_are_read(tmp_path):
-    """The schema of NVIDIA's Puzzletron and Nemotron-NAS."""
-    source, saved = tmp_path / "source", tmp_path / "saved"
-    layouts.save_family(source, "llama", 40)
-    model = load_pruned(str(source), widths=[30, 20])
-    model.save_pretrained(saved)
-    layers = model.config.num_hidden_layers
-    config = json.loads((saved / "config.json").read_text())
-    del config["per_layer_config"]
-    own = list(widths_in_memory(model).layers.values())
-    config["block_configs"] = [
-        {
-            "attention": {"no_op": False, "num_key_value_heads": None},
-            "ffn": {"no_op": False, "intermediate_size": own[layer]},
-        }
-        for layer in range(layers)
-    ]
-    (saved / "config.json").write_text(json.dumps(config))
-    assert_same_model(load_pruned(str(saved)), model)
-    out = tmp_path / "out"
-    export_pruned(str(saved), out, prune_arguments={"prune_percent": 20})
-    written = json.loads((out / "config.json").read_text())
-    assert "block_configs" not in written
-    assert_same_model(load_pruned(str(out)), load_pruned(str(saved), prune_percent=20))
-
-    config["block_configs"][1]["ffn"]["no_op"] = True
-    (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match=r"gives layer 1 ffn\.no_op of its"):
-        load_pruned(str(saved))
+def test_block_configs_are_refused_with_what_works(tmp_path):
+    layouts.save_family(tmp_path, "llama", 40)
+    blocks = [{"ffn": {"intermediate_size": 30}}]
+    checkpoints.edit_config(tmp_path, block_configs=blocks)
+    message = r"^block_configs in the config is not read: .* as per_layer_config, .*\.$"
+    with pytest.raises(UnsupportedModelError, match=message):
+        load_pruned(str(tmp_path))
 
 
 def test_a_config_that_is_wrong_about_its_tensors(tmp_path):
@@ -199,23 +177,10 @@ def test_what_else_a_layer_has_of_its_own_stays(tmp_path):
     """In Gemma 4, layers differ in their heads."""
     config = checkpoints.tiny_config("llama")
     config.per_layer_config = {"1": {"rms_norm_eps": 0.5, "intermediate_size": 30}}
-    plain, widths = without_layers(config)
-    assert widths == {((), "intermediate_size", 1): 30}
+    plain, widths = taken_apart(config)
+    assert widths == {WidthKey((), "intermediate_size", 1): 30}
     assert plain.intermediate_size == checkpoints.TINY["intermediate_size"]
     assert plain.to_dict()["per_layer_config"] == {"1": {"rms_norm_eps": 0.5}}
-    again = with_layers(plain, widths)
+    again = checkpoints.tiny_config("llama")
+    copy_layers(plain, again, widths)
     assert again.to_dict() == config.to_dict()
-
-
-def test_multiples_of_the_hidden_size_are_read_as_nemotron_means_them(tmp_path):
-    """A hidden size of 32: a multiple of 16 is 341 neurons, rounded up to 512."""
-    source, saved = tmp_path / "source", tmp_path / "saved"
-    checkpoints.save_tiny(source, intermediate_size=512, num_hidden_layers=2)
-    blocks = [{"ffn": {"ffn_mult": 16.0}}, {"ffn": {"ffn_mult": 4.0}}]
-    config = tmp_path / "puzzle.json"
-    config.write_text(json.dumps({"hidden_size": 32, "block_configs": blocks}))
-    model = load_pruned(str(source), widths=str(config))
-    assert widths_in_memory(model).layers == {0: 512, 1: 256}
-    model.save_pretrained(saved)
-    checkpoints.edit_config(saved, per_layer_config=None, block_configs=blocks)
-    assert_same_model(load_pruned(str(saved)), model)

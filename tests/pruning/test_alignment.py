@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.pruning import alignment
-from lm_eval_pruned.pruning.alignment import wanted_multiple, weight_bits
+from lm_eval_pruned.pruning.alignment import weight_bits
 from tests.helpers.layouts import save_family
 
 
@@ -23,24 +23,6 @@ def on_cuda(monkeypatch):
 
 def notices(caplog) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name.endswith(".alignment")]
-
-
-@pytest.mark.parametrize(
-    ("devices", "bits", "multiple"),
-    [
-        ({"cuda"}, 16, 8),
-        ({"cuda"}, 8, 16),
-        ({"cuda"}, 4, 64),
-        ({"cuda", "cpu"}, 16, 8),
-        ({"cuda"}, 32, 1),
-        ({"cuda"}, 64, 1),
-        ({"cpu"}, 16, 1),
-        ({"mps"}, 4, 1),
-        (set(), 16, 1),
-    ],
-)
-def test_cuda_wants_rows_of_16_bytes_and_blocks_of_64(devices, bits, multiple):
-    assert wanted_multiple(devices, bits) == multiple
 
 
 @pytest.mark.parametrize("route", ["load", "prune"])

@@ -208,35 +208,29 @@ def test_every_size_up_to_the_own_one_is_accepted():
 def test_other_mlps_are_narrowed_in_the_same_proportion(width, other, data):
     kept = data.draw(st.integers(1, width))
     plan = PrunePlan.from_arguments(64, width, intermediate_size=kept)
-    scaled = plan.scaled(other)
+    share = plan.kept_of(other, other)
     # ceil(x) is the smallest whole number that is not below x.
-    assert (scaled - 1) * width < other * kept <= scaled * width
-    assert plan.scaled(width) == kept
+    assert (share - 1) * width < other * kept <= share * width
+    assert plan.kept_of(width, width) == kept
 
 
 def test_other_mlps_are_rounded_down_where_that_leaves_something():
     plan = PrunePlan.from_arguments(64, 100, intermediate_size=50, multiple_of=16)
     assert plan.width == 48
-    assert plan.scaled(200) == 96
-    assert plan.scaled(110) == 48, "52.8 is 53, and then a multiple of 16"
-    assert plan.scaled(20) == 10, "9.6 is 10, which is less than 16"
+    assert plan.kept_of(200, 200) == 96
+    assert plan.kept_of(110, 110) == 48, "52.8 is 53, and then a multiple of 16"
+    assert plan.kept_of(20, 20) == 10, "9.6 is 10, which is less than 16"
 
 
 def test_a_share_is_a_share_of_every_layer_s_own_width():
     plan = PrunePlan.from_arguments(32, 88, prune_percent=50, multiple_of=4)
-    assert [plan.of_own(width, plan.width) for width in (88, 60, 9, 5)] == [
-        44,
-        28,
-        4,
-        3,
-    ]
+    assert [plan.kept_of(own, 88) for own in (88, 60, 9, 5)] == [44, 28, 4, 3]
 
 
 @pytest.mark.parametrize("arguments", [{"ratio": 1}, {"intermediate_size": 32}])
 def test_any_other_size_is_a_target(arguments):
     plan = PrunePlan.from_arguments(32, 88, **arguments)
-    kept = [plan.of_own(width, plan.width) for width in (88, 33, 32, 20)]
-    assert kept == [32, 32, 32, 20]
+    assert [plan.kept_of(own, 88) for own in (88, 33, 32, 20)] == [32, 32, 32, 20]
 
 
 def layers_of(available=range(6), **arguments):

@@ -14,21 +14,17 @@ from tests.helpers.comparing import assert_same_model
 RECURRENT = {"num_hidden_layers": 3, "lru_width": 32, "num_key_value_heads": 1}
 
 
-@pytest.mark.parametrize("odd", [97, 3])
-def test_a_key_that_leaves_a_remainder_is_named_with_one_that_does_not(tmp_path, odd):
-    """RecurrentGemma halves its intermediate_size."""
+@pytest.mark.parametrize("odd", [97, 5])
+def test_a_key_that_is_halved_may_be_odd(tmp_path, odd):
+    """RecurrentGemma builds as many neurons of an odd intermediate_size as of the one below."""
     sizes = RECURRENT | {"intermediate_size": odd}
     folder = checkpoints.save_tiny(tmp_path, "recurrent_gemma", **sizes)
-    with pytest.raises(
-        UnsupportedModelError,
-        match=rf"in model\.layers\.0\.mlp_block, because intermediate_size={odd} in its config "
-        rf"does not divide into whole neurons: write {odd - 1} there, which builds the "
-        r"same model\.$",
-    ):
-        load_pruned(str(folder), prune_percent=0 if odd == 3 else 40)
-    before = AutoModelForCausalLM.from_pretrained(folder)
-    checkpoints.edit_config(folder, intermediate_size=odd - 1)
-    assert_same_model(load_pruned(str(folder)), before)
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same_model(load_pruned(str(folder)), whole)
+    model = load_pruned(str(folder), prune_percent=60)
+    width = odd // 2 - 6 * (odd // 2) // 10
+    assert model.config.intermediate_size == 2 * width
+    assert_same_model(model, prune_model(whole, prune_percent=60))
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 47])
@@ -41,11 +37,11 @@ def test_a_halved_key_holds_any_width(tmp_path, width):
     assert_same_model(model, prune_model(whole, intermediate_size=width))
 
 
-def test_where_no_value_fits_the_key_is_named(tmp_path):
+def test_a_key_that_builds_no_neuron_is_refused(tmp_path):
     sizes = RECURRENT | {"intermediate_size": 1}
     config = checkpoints.tiny_config("recurrent_gemma", **sizes)
     config.save_pretrained(tmp_path)
     with pytest.raises(
-        UnsupportedModelError, match="do not grow in proportion to intermediate_size in"
+        UnsupportedModelError, match="no key of its config sets that width"
     ):
         load_pruned(str(tmp_path))

@@ -1,0 +1,254 @@
+"""The widths that a config says: the key of each GLU-MLP, and what single layers have instead.
+
+No key is listed: a key belongs to the MLPs whose width doubles when it doubles, in a model
+without weights. Models that compute their width have a row in `RULES`.
+
+Widths of single layers are in ``per_layer_config``, a sparse map from a layer to what differs
+there. transformers 5.24 knows it, older releases keep it as it is, and so far no class of
+transformers builds its MLPs from it.
+
+Source: `transformers.integrations.heterogeneity`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.pruning.layouts import (
+    UnsupportedModelError,
+    describe,
+    find_glu_mlps,
+    text_config,
+)
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    Build = Callable[[PretrainedConfig], PreTrainedModel]
+
+#: Names of keys that may set a width.
+_WIDTH_NAME = re.compile(r"intermediate|ffn|ff_dim|d_ff|mlp_(dim|size|hidden)|ff_size")
+
+
+def _width_of_lfm2(text: Any) -> int:
+    width = text.intermediate_size
+    if text.block_auto_adjust_ff_dim:
+        width = int(2 * width / 3)
+        if text.block_ffn_dim_multiplier is not None:
+            width = int(text.block_ffn_dim_multiplier * width)
+            width = -(-width // text.block_multiple_of) * text.block_multiple_of
+    return width
+
+
+#: By model_type, models that compute their width: which values of which keys build the same
+#: model in such a way that the width is proportional to its key.
+RULES: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "lfm2": {
+        "intermediate_size": _width_of_lfm2,
+        "block_auto_adjust_ff_dim": lambda text: False,
+    },
+    "recurrent_gemma": {
+        "intermediate_size": lambda text: text.intermediate_size // 2 * 2
+    },
+}
+
+
+@dataclass(frozen=True)
+class WidthKey:
+    """A number in a config that sets widths.
+
+    Attributes:
+        path: Names of the sub-configs that lead to it, such as ``("text_config",)``.
+        name: Its own name, such as ``intermediate_size``.
+        layer: The layer that it is about; None where all share one number.
+        factor: Neurons of an MLP for each unit of it.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    layer: int | None = None
+    factor: Fraction = dataclasses.field(default=Fraction(1), compare=False)
+
+    def __str__(self) -> str:
+        where = ".".join((*self.path, self.name))
+        return where if self.layer is None else f"{where}[{self.layer}]"
+
+    def get(self, config: PretrainedConfig) -> Any:
+        """Return its value in `config`: that of its layer, else what all layers share."""
+        value = getattr(self._owner(config), self.name)
+        return value if self.layer is None else value[self.layer]
+
+    def set(self, config: PretrainedConfig, value: Any) -> None:
+        """Set its value in `config`."""
+        if self.layer is not None:
+            entries = list(self.of_layer(None).get(config))
+            entries[self.layer] = value
+            value = entries
+        setattr(self._owner(config), self.name, value)
+
+    def of_layer(self, layer: int | None) -> WidthKey:
+        """Return the key of the same name for one layer, or for all."""
+        return dataclasses.replace(self, layer=layer)
+
+    def _owner(self, config: Any) -> Any:
+        for name in self.path:
+            config = getattr(config, name)
+        return config
+
+
+def find_keys(
+    config: PretrainedConfig, model: PreTrainedModel, build: Build
+) -> dict[str, WidthKey]:
+    """Find the key of each GLU-MLP's width, by the MLP's name.
+
+    Args:
+        config: Config of the model, as `taken_apart` returns it.
+        model: The model, on the meta device.
+        build: Returns a model of a config on the meta device.
+
+    Raises:
+        UnsupportedModelError: The width of one has no key, or none of its own.
+    """
+    mlps, shapes = find_glu_mlps(model), _shapes(model)
+    neurons = {region.parameter for mlp in mlps for region in mlp.regions.values()}
+    keys: dict[str, WidthKey] = {}
+    refusals: dict[str, str] = {}
+    for key in _candidates(config):
+        value, probe = key.get(config), copy.deepcopy(config)
+        try:
+            key.set(probe, 2 * value if type(value) is int else [2 * n for n in value])
+            other = build(probe)
+            doubled = {mlp.name: mlp.width for mlp in find_glu_mlps(other)}
+        except Exception:  # noqa: BLE001, S112 - configs refuse values in any way
+            continue
+        reshaped = {
+            name for name, _ in shapes.items() ^ _shapes(other).items()
+        } - neurons
+        for mlp in mlps:
+            if doubled.get(mlp.name) == mlp.width or mlp.name in keys:
+                continue
+            if reshaped:
+                refusals[mlp.name] = (
+                    f"{key} in its config also sets the shape of {min(reshaped)}"
+                )
+            elif doubled.get(mlp.name) == 2 * mlp.width:
+                own = key if type(value) is int else key.of_layer(mlp.block)
+                factor = Fraction(mlp.width, own.get(config))
+                keys[mlp.name] = dataclasses.replace(own, factor=factor)
+    for mlp in mlps:
+        if mlp.name not in keys:
+            reason = refusals.get(mlp.name, "no key of its config sets that width")
+            raise UnsupportedModelError(
+                f"{describe(model)} cannot be pruned in {mlp.name}, because {reason}."
+            )
+    return keys
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _candidates(config: PretrainedConfig) -> Iterator[WidthKey]:
+    for path, part in _parts(config):
+        for name, value in vars(part).items():
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            whole = numbers and all(type(n) is int and n > 0 for n in numbers)
+            if whole and _WIDTH_NAME.search(name):
+                yield WidthKey(path, name)
+
+
+def _parts(
+    config: PretrainedConfig, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], PretrainedConfig]]:
+    """Yield a config and those inside it, with their paths."""
+    from transformers import PretrainedConfig
+
+    yield path, config
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            yield from _parts(value, (*path, name))
+
+
+def taken_apart(
+    config: PretrainedConfig,
+) -> tuple[PretrainedConfig, dict[WidthKey, int]]:
+    """Take the widths of single layers out of a config, and apply `RULES`.
+
+    Returns:
+        A copy that builds all layers alike, and the widths of single layers by their keys.
+
+    Raises:
+        UnsupportedModelError: Its widths are in a form that is not read.
+    """
+    plain = copy.deepcopy(config)
+    found: dict[WidthKey, int] = {}
+    for path, part in _parts(plain):
+        if getattr(part, "block_configs", None):
+            raise UnsupportedModelError(
+                "block_configs in the config is not read: write the width of each layer as "
+                'per_layer_config, such as {"0": {"intermediate_size": 1200}}, and delete it.'
+            )
+        overrides = _overrides(part)
+        for layer, own in overrides.items():
+            for name in list(own):
+                if _WIDTH_NAME.search(name) and type(own[name]) is int:
+                    found[WidthKey(path, name, layer)] = own.pop(name)
+        _write(part, overrides)
+    text = text_config(plain)
+    rules = RULES.get(text.model_type, {})
+    for name, value in {name: rule(text) for name, rule in rules.items()}.items():
+        setattr(text, name, value)
+    return plain, found
+
+
+def copy_layers(
+    source: PretrainedConfig,
+    target: PretrainedConfig,
+    widths: Mapping[WidthKey, int] | None = None,
+) -> None:
+    """Give `target` what the single layers of `source` have of their own.
+
+    Args:
+        source: A config.
+        target: A config of the same model.
+        widths: What single layers get besides, by their keys.
+
+    Raises:
+        ValueError: The config counts no such layer.
+    """
+    parts = dict(_parts(target))
+    for path, part in _parts(source):
+        if path not in parts:
+            continue
+        overrides = _overrides(part)
+        for key, width in (widths or {}).items():
+            if key.path == path and vars(parts[path]).get(key.name) != width:
+                overrides.setdefault(key.layer or 0, {})[key.name] = width
+        _write(parts[path], overrides)
+
+
+def renumber_layers(config: PretrainedConfig, new: Mapping[int, int]) -> None:
+    """Keep of ``per_layer_config`` what is about the layers of `new`, by their new numbers."""
+    _write(config, {new[n]: own for n, own in _overrides(config).items() if n in new})
+
+
+def _overrides(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
+    """Return what single layers have of their own: by layer, by name of a key."""
+    written = config.to_dict().get("per_layer_config") or {}
+    return {int(layer): dict(own) for layer, own in written.items()}
+
+
+def _write(config: Any, overrides: Mapping[int, dict[str, Any]]) -> None:
+    # The setter of transformers 5.24 looks at what is there already.
+    config.per_layer_config = None
+    vars(config).pop("per_layer_config", None)
+    if written := {str(n): own for n, own in sorted(overrides.items()) if own}:
+        config.per_layer_config = written
