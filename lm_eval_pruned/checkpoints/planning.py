@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.allocations import UNIFORM
+from lm_eval_pruned.pruning.allocation_names import UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.layer_numbers import written_layers
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lm_eval_pruned.pruning.arguments import Layers, LayerWidths, Number
-    from lm_eval_pruned.pruning.scores import KnownScores
+    from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.widths import Widths
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.pruning.allocations import UNIFORM
+from lm_eval_pruned.pruning.allocation_names import UNIFORM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.record import PruneRecord
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lm_eval_pruned.analysis.layer_curves import LayerCurves
-    from lm_eval_pruned.pruning.sensitivity import Sensitivity
+    from lm_eval_pruned.pruning.curves import Sensitivity
 
 CRITERIA = ("maw", "act", RANDOM)
 SEEDS = ("0", "1", "2")
@@ -88,8 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
         explanation,
         rises_table,
     )
-    from lm_eval_pruned.checkpoints.sensitivity import LENGTH, SAMPLES
+    from lm_eval_pruned.checkpoints.sensitivity import SAMPLES
     from lm_eval_pruned.pruning.calibration import read_texts
+    from lm_eval_pruned.pruning.measuring import LENGTH
     from lm_eval_pruned.util.tables import markdown_table
 
     criteria, seeds = _ranked_by(arguments.criteria, arguments.seeds)

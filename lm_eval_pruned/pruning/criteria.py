@@ -157,7 +157,7 @@ CALIBRATED: dict[str, CalibratedCriterion] = {"maw_act": maw_act, "act": act}
 ALIASES = {"ppm": "maw"}
 #: The control: scores that do not look at the weights.
 RANDOM = "random"
-#: The wish to have the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocations`.
+#: The wish to have the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocation`.
 BEST = "best"
 #: Entry-point group under which other packages declare criteria, name -> function.
 GROUP = "lm_eval_pruned.criteria"

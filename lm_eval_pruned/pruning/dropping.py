@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.pruning.layer_numbers import written_layers
-from lm_eval_pruned.pruning.layerwise import NotLayerByLayer, layer_list
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
     describe,
+    find_glu_mlps,
     text_config,
 )
 from lm_eval_pruned.pruning.per_layer import renumber_layers
@@ -58,17 +58,19 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         UnsupportedModelError: There is no such list, as long as the config says.
     """
-    try:
-        path, layers = layer_list(model)
-    except NotLayerByLayer as reason:
+    paths = {mlp.stack.rpartition(".")[0] for mlp in find_glu_mlps(model)}
+    path, reason = min(paths), None
+    layers = model.get_submodule(path)
+    said = getattr(text_config(model.config), "num_hidden_layers", None)
+    if model.config.is_encoder_decoder:
+        reason = "it has an encoder"
+    elif len(paths) > 1 or not isinstance(layers, torch.nn.ModuleList):
+        reason = f"the GLU-MLPs of {describe(model)} lie in no list of layers"
+    elif said != len(layers):
+        reason = f"it has {len(layers)} layers where num_hidden_layers in its config says {said}"
+    if reason is not None:
         raise UnsupportedModelError(
             f"drop_layers cannot be used with {describe(model)}, because {reason}: leave it out."
-        ) from None
-    said = getattr(text_config(model.config), "num_hidden_layers", None)
-    if said != len(layers):
-        raise UnsupportedModelError(
-            f"drop_layers cannot be used with {describe(model)}, because it has {len(layers)} "
-            f"layers where num_hidden_layers in its config says {said}: leave it out."
         )
     return path, layers  # type: ignore[return-value]
 

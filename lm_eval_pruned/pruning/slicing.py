@@ -8,22 +8,29 @@ import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lm_eval_pruned.pruning.alignment import warn_misaligned
+from lm_eval_pruned.pruning.allocation import MEASURED_CUTS, plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.arrays import all_finite, gather
-from lm_eval_pruned.pruning.calibration import NeuronActivity, calibrate
+from lm_eval_pruned.pruning.calibration import (
+    CalibrationText,
+    NeuronActivity,
+    calibrate,
+)
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
+    RANDOM,
     kept_set,
     proves_finite,
     score_neurons,
 )
+from lm_eval_pruned.pruning.curves import Sensitivity
 from lm_eval_pruned.pruning.dropping import drop_layers
-from lm_eval_pruned.pruning.influence import depth_in_memory
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
     GluMlp,
@@ -31,9 +38,13 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     resize,
 )
+from lm_eval_pruned.pruning.measuring import (
+    LENGTH,
+    ScoreTable,
+    depth_in_memory,
+    loss_curves,
+)
 from lm_eval_pruned.pruning.record import PruneRecord
-from lm_eval_pruned.pruning.scores import ScoreTable
-from lm_eval_pruned.pruning.settling import settled
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
@@ -47,7 +58,6 @@ if TYPE_CHECKING:
     )
 
     from lm_eval_pruned.pruning.plan import PrunePlan
-    from lm_eval_pruned.pruning.sensitivity import Sensitivity
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.pruning")
@@ -158,23 +168,16 @@ def _narrow_layers(
     """Narrow the layers of a model, and write its record."""
     mlps = find_glu_mlps(model)
     kept: dict[str, Tensor] = {}
-    tokenizer = evidence.tokenizer
-    if plan.prunes and plan.calibration is not None and tokenizer is None:
-        raise ValueError(
-            f"calibration={plan.calibration} is text, and there is no tokenizer to read it with: "
-            "pass tokenizer."
-        )
-    if plan.is_open:
-        plan = settled(plan, widths, evidence)
-        known = known.of_plan(plan, mlps)
+    plan = plan_layers(plan, widths, evidence)
     targets = widths.targets(plan)
     if plan.prunes:
-        _calibrate(plan, model, tokenizer, known)
         narrowed_config = widths.narrowed_config(targets)
         # All layers are scored before the first is sliced: an error leaves the model whole.
         for mlp in mlps:
             kept[mlp.name] = (
-                _select_in_memory(plan, mlp, targets[mlp.name], known)
+                kept_set(
+                    evidence.score(mlp, plan.criterion_of(mlp.block)), targets[mlp.name]
+                )
                 if targets[mlp.name] < mlp.width
                 else torch.arange(mlp.width, device="cpu")
             )
@@ -263,31 +266,15 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
             return
 
 
-def _calibrate(
-    plan: PrunePlan,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    known: ScoreTable,
-) -> None:
-    """Observe the neurons on the text of `plan`, if a criterion wants that."""
-    wanted = any(name in CALIBRATED for name in plan.criteria)
-    if plan.calibration is None or not wanted or known.calibration is not None:
-        return
-    assert tokenizer is not None
-    known.calibration = calibrate(
-        model, tokenizer, plan.calibration, plan.calibration_samples
-    )
-
-
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory as evidence for a plan; see `lm_eval_pruned.pruning.settling.Evidence`.
+    """What a model in memory says of its neurons and layers, each thing measured once.
 
     Attributes:
-        plan: The plan that is to be settled.
+        plan: Names the text, how many of its texts, and the seed of ``random``.
         model: The unpruned model.
-        tokenizer: Its tokenizer; needed where losses are measured.
-        known: Takes the scores by the plan's criterion.
+        tokenizer: Its tokenizer; needed where text is read.
+        known: What was measured before; takes what is measured here.
     """
 
     plan: PrunePlan
@@ -295,49 +282,67 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None
     known: ScoreTable
 
-    def scores(self) -> Mapping[str, Tensor]:
-        _calibrate(self.plan, self.model, self.tokenizer, self.known)
-        for mlp in find_glu_mlps(self.model):
-            _scores_in_memory(self.plan, mlp, self.known)
-        return self.known.scores
+    def score(self, mlp: GluMlp, criterion: str) -> Tensor:
+        """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
+        plan, known = self.plan, self.known
+        key = (criterion, plan.seed if criterion == RANDOM else 0, mlp.name)
+        if key not in known.scores:
+            activity = None
+            if criterion in CALIBRATED:
+                if known.calibration is None:
+                    file, samples = str(plan.calibration), plan.calibration_samples
+                    known.calibration = calibrate(
+                        self.model, self.tokenizer, file, samples
+                    )
+                activity = known.calibration.activity[mlp.name]
+            gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
+            known.scores[key] = score(
+                plan, mlp.name, mlp.layer, gate, up, down, activity, criterion
+            ).cpu()
+        return known.scores[key]
+
+    def scores(self, criterion: str) -> Mapping[str, Tensor]:
+        """Return the scores of all MLPs by a criterion, by name of the MLP."""
+        mlps = find_glu_mlps(self.model)
+        return {mlp.name: self.score(mlp, criterion) for mlp in mlps}
+
+    def losses(
+        self, text: CalibrationText, criterion: str, removed: Sequence[Fraction]
+    ) -> Sensitivity:
+        """Measure the losses with one layer cut at a time by a criterion.
+
+        Args:
+            text: What the loss is measured on.
+            criterion: Canonical name.
+            removed: Shares of neurons to remove, in percent.
+        """
+        loss, curves = loss_curves(
+            self.model,
+            text.tokens,
+            self.scores(criterion),
+            removed,
+            criterion,
+            self.plan.seed if criterion == RANDOM else None,
+        )
+        name = str(self.model.config.name_or_path)
+        return Sensitivity(name, loss, curves, **text.as_dict())
 
     def curves(self, criteria: Sequence[str]) -> Sensitivity:
-        from lm_eval_pruned.pruning.measuring import measure_loaded
+        """Return the losses with one layer cut at a time, by each of `criteria`.
 
-        known, plan = self.known, self.plan
-        if known.curves is None:
-            for criterion in criteria:
-                one = dataclasses.replace(plan, criterion=criterion, tried=())
-                scored = ScoreTable(calibration=known.calibration)
-                _calibrate(one, self.model, self.tokenizer, scored)
-                known.calibration = scored.calibration
-                for mlp in find_glu_mlps(self.model):
-                    _scores_in_memory(one, mlp, scored)
-                known.by_criterion[criterion] = scored.scores
-            assert self.tokenizer is not None
-            known.curves = measure_loaded(
-                self.model, self.tokenizer, plan, known.by_criterion
-            )
-        return known.curves
-
-
-def _select_in_memory(
-    plan: PrunePlan, mlp: GluMlp, width: int, known: ScoreTable
-) -> Tensor:
-    _scores_in_memory(plan, mlp, known)
-    return kept_set(known.scores[mlp.name], width)
-
-
-def _scores_in_memory(plan: PrunePlan, mlp: GluMlp, known: ScoreTable) -> None:
-    if mlp.name not in known.scores:
-        gate, up, down = (mlp.weight(projection) for projection in NEURON_AXIS)
-        criterion = plan.criterion_of(mlp.block)
-        observed = known.calibration
-        activity = None if observed is None else observed.activity[mlp.name]
-        scores = score(
-            plan, mlp.name, mlp.layer, gate, up, down, activity, criterion=criterion
-        )
-        known.scores[mlp.name] = scores.cpu()
+        Raises:
+            ValueError: The text is not as `lm_eval_pruned.pruning.calibration.read_texts` wants
+                it, or there is no tokenizer.
+        """
+        if self.known.curves is None:
+            file, samples = str(self.plan.calibration), self.plan.calibration_samples
+            text = CalibrationText.of(self.model, self.tokenizer, file, samples, LENGTH)
+            text.check_predictable()
+            removed = [Fraction(str(share)) for share in MEASURED_CUTS]
+            found = [self.losses(text, criterion, removed) for criterion in criteria]
+            curves = tuple(curve for each in found for curve in each.curves)
+            self.known.curves = dataclasses.replace(found[0], curves=curves)
+        return self.known.curves
 
 
 def _narrow_together(mlps: list[GluMlp], kept: dict[str, Tensor]) -> None:

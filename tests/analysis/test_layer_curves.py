@@ -9,7 +9,7 @@ import pytest
 from lm_eval_pruned.analysis import layer_curves
 from lm_eval_pruned.analysis.layer_curves import LayerCurves, explanation, rises_table
 from lm_eval_pruned.analysis.results_file import ResultsError
-from lm_eval_pruned.pruning.sensitivity import FORMAT, VERSION, read_sensitivity
+from lm_eval_pruned.pruning.curves import FORMAT, VERSION, read_sensitivity
 from tests.helpers.results_files import write_sweep
 from tests.helpers.sensitivities import made_curves
 

