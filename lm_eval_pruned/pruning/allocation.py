@@ -34,7 +34,7 @@ from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from lm_eval_pruned.pruning.curves import Sensitivity
@@ -274,9 +274,11 @@ def global_ranking(
     Source: FLAP (arXiv 2312.11983), section 4.2, which standardises its scores in this way
     to compare them across layers.
     """
-    costs = [
-        costs_of_scores((each - each.mean()) / (each.std() or 1.0)) for each in scores
-    ]
+    costs = []
+    for each in scores:
+        ascending = np.sort((each - each.mean()) / (each.std() or 1.0))
+        marginal = np.rint(ascending / RESOLUTION).astype(np.int64)
+        costs.append(np.cumsum([0, *marginal], dtype=np.int64))
     return allocate(costs, neurons, min_width=min_width, multiple_of=multiple_of)
 
 
@@ -313,20 +315,6 @@ def costs_of_losses(width: int, kept: Sequence[int], rises: Sequence[float]) -> 
     return np.cumsum([0, *marginal], dtype=np.int64)
 
 
-def costs_of_scores(scores: ArrayLike) -> Costs:
-    """Return the cost curve of a layer whose neurons cost their score; it is convex.
-
-    Args:
-        scores: One number per neuron, finite, in any order.
-
-    Returns:
-        As `costs_of_losses`.
-    """
-    ascending = np.sort(np.asarray(scores, dtype=np.float64))
-    marginal = np.rint(ascending / RESOLUTION).astype(np.int64)
-    return np.cumsum([0, *marginal], dtype=np.int64)
-
-
 def allocate(
     curves: Sequence[Costs],
     neurons: int,
@@ -359,31 +347,29 @@ def allocate(
         >>> allocate([steep, flat], 150, min_width=60)
         (90, 60)
     """
-    lowest, highest = [], []
-    for width in (len(curve) - 1 for curve in curves):
-        low = -(-min_width // multiple_of)
-        high = width // multiple_of
-        fixed = width < min_width or high < low
-        lowest.append(width if fixed else low * multiple_of)
-        highest.append(width if fixed else high * multiple_of)
-    if neurons < sum(lowest):
-        raise ValueError(
-            f"min_width={min_width} keeps {sum(lowest)} neurons in {len(curves)} layers, but the "
-            f"size that was asked for keeps {neurons}: pass a min_width of at most "
-            f"{neurons // max(len(curves), 1)}, or a larger size."
-        )
-    steps = max(0, -(-(sum(highest) - neurons) // multiple_of))
-    costs = []
-    for curve, low, high in zip(curves, lowest, highest, strict=True):
+    bounds = []
+    for curve in curves:
         width = len(curve) - 1
-        part = curve[width - high : width - low + 1 : multiple_of]
+        low = -(-min_width // multiple_of) * multiple_of
+        high = width // multiple_of * multiple_of
+        bounds.append((width, width) if high < low else (low, high))
+    least, most = (sum(each) for each in zip(*bounds, strict=True))
+    if neurons < least:
+        raise ValueError(
+            f"min_width={min_width} keeps {least} neurons in {len(curves)} layers, but the size "
+            f"that was asked for keeps {neurons}: pass a min_width of at most "
+            f"{neurons // len(curves)}, or a larger size."
+        )
+    costs = []
+    for curve, (low, high) in zip(curves, bounds, strict=True):
+        part = curve[len(curve) - 1 - high : len(curve) - low : multiple_of]
         costs.append(part - part[0])
+    steps = max(0, -(-(most - neurons) // multiple_of))
     steps = min(steps, sum(len(part) - 1 for part in costs))
     convex = all(np.all(np.diff(part, 2) >= 0) for part in costs)
     taken = (_greedy if convex else _dynamic)(costs, steps)
-    return tuple(
-        high - multiple_of * each for high, each in zip(highest, taken, strict=True)
-    )
+    pairs = zip(bounds, taken, strict=True)
+    return tuple(high - multiple_of * each for (_, high), each in pairs)
 
 
 def _greedy(costs: Sequence[Costs], steps: int) -> list[int]:

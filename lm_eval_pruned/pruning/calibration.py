@@ -7,7 +7,6 @@ default text: whatever stood here could be what the evaluation measures.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -26,7 +25,7 @@ from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
@@ -74,12 +73,8 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the results file holds (JSON types only)."""
-        return {
-            "file": self.file,
-            "sha256": self.sha256,
-            "texts": self.texts,
-            "tokens": self.tokens,
-        }
+        names = ("file", "sha256", "texts", "tokens")
+        return {name: getattr(self, name) for name in names}
 
 
 def read_texts(
@@ -223,27 +218,12 @@ class CalibrationText:
         }
 
 
-@contextlib.contextmanager
-def evaluating(
-    model: PreTrainedModel, hooks: Iterable[RemovableHandle] = ()
-) -> Iterator[None]:
-    """Put a model into evaluation mode, without gradients; remove `hooks` at the end."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-
-
 def run_texts(
     model: PreTrainedModel,
     texts: Sequence[Tensor],
-    hooks: Iterable[RemovableHandle],
     what: str,
+    hooks: Iterable[RemovableHandle] = (),
+    run: Callable[[Tensor], object] | None = None,
 ) -> None:
     """Run texts through a model while hooks watch its modules.
 
@@ -253,13 +233,24 @@ def run_texts(
     Args:
         model: The model.
         texts: Tokens, each of shape (1, tokens), int64.
-        hooks: Handles of the hooks, which are removed at the end.
         what: Label of the bar on a terminal.
+        hooks: Handles of the hooks, which are removed at the end.
+        run: Called with the tokens of each text; default: one forward pass.
     """
-    with evaluating(model, hooks), steps(len(texts), what) as step:
-        for tokens in texts:
-            model(input_ids=tokens.to(model.device), use_cache=False)
-            step(1)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), steps(len(texts), what) as step:
+            for tokens in (text.to(model.device) for text in texts):
+                if run is None:
+                    model(input_ids=tokens, use_cache=False)
+                else:
+                    run(tokens)
+                step(1)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
 
 
 def calibrate(
@@ -306,7 +297,7 @@ def calibrate(
         mlp.projection("down_proj").register_forward_hook(watch(mlp.name))
         for mlp in mlps
     ]
-    run_texts(model, text.tokens, hooks, "calibration")
+    run_texts(model, text.tokens, "calibration", hooks)
     for name, total in squares.items():
         if not total.isfinite().all():
             raise ValueError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from lm_eval_pruned.util.tables import csv_table
 
 #: What a file of curves says it is, and the version of its entries.
 FORMAT, VERSION = "lm-eval-pruned sensitivity", 1
-_COLUMNS = ("layer", "width", "criterion", "seed", "loss", "rise")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class LayerCurve:
             token, in the same order.
 
     Raises:
-        ValueError: The numbers contradict each other.
+        ValueError: A loss is NaN or infinite.
     """
 
     layer: int
@@ -49,20 +47,11 @@ class LayerCurve:
     losses: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        where = f"The curve of layer {self.layer} by {self.name}"
-        if len(self.widths) != len(self.losses):
-            raise ValueError(
-                f"{where} has {len(self.widths)} widths and {len(self.losses)} losses: "
-                "it needs one loss for each width."
-            )
-        points = (0, *self.widths, self.width_before)
-        if any(one >= other for one, other in pairwise(points)):
-            raise ValueError(
-                f"{where} has the widths {list(self.widths)}: they must ascend, from 1 on, and "
-                f"stay below the layer's own, {self.width_before}."
-            )
         if not all(map(math.isfinite, self.losses)):
-            raise ValueError(f"{where} has losses that are NaN or infinite.")
+            raise ValueError(
+                f"The curve of layer {self.layer} by {self.name} has losses that are NaN or "
+                "infinite."
+            )
 
     @property
     def name(self) -> str:
@@ -115,23 +104,8 @@ class Sensitivity:
                 f"The loss of the unpruned model, {self.loss}, is no finite number."
             )
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Numbers of the layers that have curves, ascending."""
-        return tuple(sorted({curve.layer for curve in self.curves}))
-
-    @property
-    def criteria(self) -> tuple[str, ...]:
-        """Names of the criteria that have curves, in the order of the curves."""
-        return tuple(dict.fromkeys(curve.criterion for curve in self.curves))
-
     def curve(self, layer: int, criterion: str, seed: int | None = None) -> LayerCurve:
-        """Return the curve of a layer by a criterion.
-
-        Args:
-            layer: Number of the layer.
-            criterion: Canonical name.
-            seed: Seed of ``random``.
+        """Return the curve of a layer by a criterion, with the seed of ``random``.
 
         Raises:
             ValueError: It was not measured.
@@ -140,22 +114,15 @@ class Sensitivity:
             if (curve.layer, curve.criterion, curve.seed) == (layer, criterion, seed):
                 return curve
         named = criterion if seed is None else f"{criterion} with seed {seed}"
-        have = ", ".join(dict.fromkeys(curve.name for curve in self.curves))
         raise ValueError(
-            f"The loss of {self.model} was not measured with layer {layer} cut by {named}: "
-            f"there are curves by {have or 'no criterion'}, of the layers "
-            f"{', '.join(map(str, self.layers)) or 'of none'}."
+            f"The loss of {self.model} was not measured with layer {layer} cut by {named}."
         )
 
     @property
     def measured_on(self) -> dict[str, Any]:
         """Name, SHA-256, texts and tokens of the text."""
-        return {
-            "file": self.file,
-            "sha256": self.sha256,
-            "texts": self.texts,
-            "tokens": self.tokens,
-        }
+        names = ("file", "sha256", "texts", "tokens")
+        return {name: getattr(self, name) for name in names}
 
     def rises(self, curve: LayerCurve) -> tuple[float, ...]:
         """Return by how much the loss is above the unpruned model's at each width of `curve`."""
@@ -163,13 +130,14 @@ class Sensitivity:
 
     def as_csv(self) -> str:
         """Return one row for each point of each curve, as CSV with a header."""
+        columns = ("layer", "width", "criterion", "seed", "loss", "rise")
         rows = [
             (curve.layer, width, curve.criterion, curve.seed, loss, loss - self.loss)
             for curve in self.curves
             for width, loss in zip(curve.widths, curve.losses, strict=True)
         ]
         return csv_table(
-            _COLUMNS, [dict(zip(_COLUMNS, row, strict=True)) for row in rows]
+            columns, [dict(zip(columns, row, strict=True)) for row in rows]
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -190,34 +158,18 @@ def read_sensitivity(file: str | Path) -> Sensitivity:
     """Read what `Sensitivity.write` wrote.
 
     Raises:
-        ValueError: The file is missing or holds no curves, or those of another version.
+        ValueError: The file is missing or damaged, or holds something else.
     """
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        said = found.pop("format"), found.pop("version")
+        if said != (FORMAT, VERSION):
+            raise ValueError(f"its format is {said}, not {(FORMAT, VERSION)}")
+        for each in found["curves"]:
+            each |= {name: tuple(each[name]) for name in ("widths", "losses")}
+        found["curves"] = tuple(LayerCurve(**each) for each in found["curves"])
+        return Sensitivity(**found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file} cannot be read as sensitivity curves ({error}): pass a JSON file that "
-            "lm-eval-pruned sensitivity wrote."
-        ) from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(
-            f"{file} holds no sensitivity curves: pass a JSON file that lm-eval-pruned "
-            "sensitivity wrote."
-        )
-    if found.get("version") != VERSION:
-        raise ValueError(
-            f"{file} holds sensitivity curves of version {found.get('version')}, and this release "
-            f"reads version {VERSION}: measure them again."
-        )
-    entries = {k: v for k, v in found.items() if k not in ("format", "version")}
-    try:
-        curves = tuple(
-            LayerCurve(**{**each, **{k: tuple(each[k]) for k in ("widths", "losses")}})
-            for each in found["curves"]
-        )
-        return Sensitivity(**{**entries, "curves": curves})
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(
-            f"{file} holds damaged sensitivity curves ({what}): measure them again."
+            f"{file} cannot be read as sensitivity curves ({error}): measure them again."
         ) from None

@@ -6,7 +6,6 @@ Both come from ordinary forward passes over calibration text, which hooks watch.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Hashable, MutableMapping
@@ -17,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from lm_eval_pruned.pruning.calibration import CalibrationText, evaluating, run_texts
+from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.curves import LayerCurve
 from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.dropping import layers_of
-from lm_eval_pruned.pruning.layouts import find_glu_mlps, text_config
-from lm_eval_pruned.util.progress import steps
+from lm_eval_pruned.pruning.layouts import find_glu_mlps
 
 
 if TYPE_CHECKING:
@@ -43,11 +41,6 @@ if TYPE_CHECKING:
 
 #: The loss is measured on this many tokens of each text by default.
 LENGTH = 128
-#: Texts of equal length are a batch, of so many logits at most unless one text has more
-#: (256 MiB in float32).
-_LOGITS = 1 << 26
-#: Losses of so many tokens are taken at once, in float32.
-_ROWS = 128
 
 
 @dataclass
@@ -115,7 +108,7 @@ def block_influence(
         layer.register_forward_hook(compare(number), with_kwargs=True)
         for number, layer in enumerate(layers)
     ]
-    run_texts(model, texts, hooks, "block influence")
+    run_texts(model, texts, "block influence", hooks)
     found = tuple(1 - s / max(n, 1) for s, n in zip(sums, counts, strict=True))
     for number, value in enumerate(found):
         if math.isnan(value):
@@ -192,20 +185,19 @@ def loss_curves(
         for n, w in before.items()
     }
     sums: dict[tuple[int, int] | None, float] = defaultdict(float)
+
+    def measure(tokens: Tensor) -> None:
+        with _recorded(modules) as calls:
+            sums[None] += _loss(model, tokens)
+        order = [number for number, _, _ in calls]
+        for number, mlps in held.items():
+            first = order.index(number) if number in order else len(order)
+            for width in widths[number]:
+                with _cut(mlps, width, scores), _replayed(modules, calls[:first]):
+                    sums[number, width] += _loss(model, tokens)
+
     named = criterion if seed is None else f"{criterion}, seed {seed}"
-    bar = steps(len(held) * len(texts), f"sensitivity by {named}")
-    with evaluating(model), bar as step:
-        for tokens in _batches(texts, _LOGITS // text_config(model.config).vocab_size):
-            tokens = tokens.to(model.device)
-            with _recorded(modules) as calls:
-                sums[None] += _loss(model, tokens)
-            for number, mlps in held.items():
-                order = [layer for layer, _, _ in calls]
-                first = order.index(number) if number in order else len(order)
-                for width in widths[number]:
-                    with _cut(mlps, width, scores), _replayed(modules, calls[:first]):
-                        sums[number, width] += _loss(model, tokens)
-                step(len(tokens))
+    run_texts(model, texts, f"sensitivity by {named}", run=measure)
     count = sum(tokens.numel() - 1 for tokens in texts)
     curves = (
         LayerCurve(
@@ -226,21 +218,11 @@ def _primary(mlps: Sequence[GluMlp]) -> GluMlp:
     return next((mlp for mlp in mlps if mlp.kind == "expert"), mlps[0])
 
 
-def _batches(texts: Sequence[Tensor], most: int) -> Iterator[Tensor]:
-    """Stack texts of equal length, in order of length, to `most` tokens where that can be."""
-    ordered = sorted(texts, key=torch.Tensor.numel)
-    for length, alike in itertools.groupby(ordered, key=torch.Tensor.numel):
-        yield from torch.cat(list(alike)).split(max(1, most // length))
-
-
 def _loss(model: PreTrainedModel, tokens: Tensor) -> float:
-    """Return the summed loss of all tokens but the first of each text, in nats."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
-    pairs = zip(logits.split(_ROWS), tokens[:, 1:].flatten().split(_ROWS), strict=True)
-    return sum(
-        float(cross_entropy(each.float(), target, reduction="none").double().sum())
-        for each, target in pairs
-    )
+    """Return the summed loss of all tokens but the first of a text, in nats."""
+    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    losses = cross_entropy(logits.float(), tokens[0, 1:], reduction="none")
+    return float(losses.double().sum())
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from lm_eval_pruned.pruning.allocation import (
     RESOLUTION,
     allocate,
     costs_of_losses,
-    costs_of_scores,
 )
 
 
@@ -174,11 +173,6 @@ def test_noise_is_averaged():
 def test_below_the_smallest_measured_width_a_curve_is_as_steep_as_ever():
     curve = costs_of_losses(100, kept=[50, 90], rises=[1.4, 1.0])
     assert at(curve, 40) == pytest.approx(1.4 + 10 * 0.1)
-
-
-def test_scores_make_a_convex_curve():
-    curve = costs_of_scores([0.3, -0.5, 0.1])
-    assert [at(curve, n) for n in (3, 2, 1, 0)] == pytest.approx([0, -0.5, -0.4, -0.1])
 
 
 def test_layers_that_are_too_narrow_for_the_bounds_stay():
