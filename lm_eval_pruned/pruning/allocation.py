@@ -90,7 +90,9 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: Evidence) -> PrunePla
         costs = {n: _costs(found, n, tried, plan.seed) for n in before}
         if plan.allocation in MEASURED:
             kept = _by_losses(plan, costs, before, neurons)
-        plan = dataclasses.replace(plan, measured_on=found.measured_on)
+        names = ("file", "sha256", "texts", "tokens")
+        text = {name: getattr(found, name) for name in names}
+        plan = dataclasses.replace(plan, measured_on=text)
         if plan.tried:
             best = tuple(
                 (n, tried[int(np.argmin(costs[n][:, before[n] - width]))])

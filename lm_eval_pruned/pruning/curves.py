@@ -118,12 +118,6 @@ class Sensitivity:
             f"The loss of {self.model} was not measured with layer {layer} cut by {named}."
         )
 
-    @property
-    def measured_on(self) -> dict[str, Any]:
-        """Name, SHA-256, texts and tokens of the text."""
-        names = ("file", "sha256", "texts", "tokens")
-        return {name: getattr(self, name) for name in names}
-
     def rises(self, curve: LayerCurve) -> tuple[float, ...]:
         """Return by how much the loss is above the unpruned model's at each width of `curve`."""
         return tuple(loss - self.loss for loss in curve.losses)

@@ -57,10 +57,6 @@ def test_losses_that_are_not_finite_are_refused():
         LayerCurve(0, 88, "maw", None, (10,), (float("nan"),))
 
 
-def test_a_curve_may_have_no_point():
-    assert LayerCurve(0, 1, "maw", None, (), ()).widths == ()
-
-
 def test_a_file_gives_back_what_was_written(tmp_path):
     file = tmp_path / "new" / "curves.json"
     curves().write(file)
@@ -112,12 +108,6 @@ def test_a_file_that_holds_no_curves_is_refused_in_one_sentence(tmp_path, conten
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         read_sensitivity(tmp_path / "none.json")
-
-
-def test_whole_numbers_are_losses_too(tmp_path):
-    file = tmp_path / "curves.json"
-    file.write_text(_edited(loss=3))
-    assert read_sensitivity(file).loss == 3.0
 
 
 def test_reading_curves_imports_no_torch():
