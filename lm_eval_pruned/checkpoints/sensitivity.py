@@ -70,8 +70,7 @@ def measure_sensitivity(
         length: How many tokens of each text to use for the loss.
         tokenizer: What reads the text; default: the model's own.
         model: The unpruned model of `request`, if it is loaded already.
-        known: Takes the scores by criteria that look at activations, if curves by them are
-            not in the cache.
+        known: Scores from before; takes those that are behind curves measured here.
 
     Raises:
         ValueError: An argument is out of range, the text cannot be used, or the
