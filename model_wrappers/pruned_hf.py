@@ -40,8 +40,8 @@ from lm_eval_pruned.pruning.slicing import prune_loaded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.record import PruneRecord
-    from lm_eval_pruned.pruning.scores import KnownScores
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 

@@ -54,8 +54,8 @@ from lm_eval_pruned.pruning.calibration import Calibration
 
 
 if TYPE_CHECKING:
+    from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.record import PruneRecord
-    from lm_eval_pruned.pruning.scores import KnownScores
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 

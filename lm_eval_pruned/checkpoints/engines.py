@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.request import stored_once
-from lm_eval_pruned.pruning.allocations import UNIFORM
+from lm_eval_pruned.pruning.allocation_names import UNIFORM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.record import PruneRecord
 

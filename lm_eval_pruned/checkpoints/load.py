@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.request import LoadRequest, stamp
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
+from lm_eval_pruned.pruning.allocation import MEASURED_CUTS, plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.influence import depth_in_memory
 from lm_eval_pruned.pruning.layouts import count_parameters
+from lm_eval_pruned.pruning.measuring import ScoreTable, depth_in_memory
 from lm_eval_pruned.pruning.record import PruneRecord
-from lm_eval_pruned.pruning.scores import ScoreTable
-from lm_eval_pruned.pruning.settling import REMOVED, settled
 from lm_eval_pruned.pruning.slicing import LoadedModel, carry_out, finished
 
 
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_eval_pruned.pruning.curves import Sensitivity
+    from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.plan import PrunePlan
-    from lm_eval_pruned.pruning.scores import KnownScores
-    from lm_eval_pruned.pruning.sensitivity import Sensitivity
 
 
 @takes_prune_arguments
@@ -211,7 +210,7 @@ class Stored(LoadedModel):
 
     def settled(self) -> PrunePlan:
         """Return the plan with what scores or losses decide."""
-        return settled(self.plan, self.request.widths, self)
+        return plan_layers(self.plan, self.request.widths, self)
 
     def pruned(self) -> PreTrainedModel:
         """Prune the model in place and return it."""
@@ -225,7 +224,7 @@ class Stored(LoadedModel):
                 str(self.plan.calibration),
                 criteria=criteria,
                 seeds=(self.plan.seed,),
-                removed=REMOVED,
+                removed=MEASURED_CUTS,
                 samples=self.plan.calibration_samples,
                 tokenizer=self.tokenizer,
                 model=self.model,

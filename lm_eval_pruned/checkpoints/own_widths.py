@@ -36,7 +36,8 @@ def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
                 parameter = mlp.parameter(region)
                 shape = list(region.view(parameter).shape)
                 shape[_neuron_axis(place)] = widths[mlp.name]
-                pieces[(mlp.name, *place)] = parameter.new_empty(shape)
+                key = (mlp.name, *place)
+                pieces[key] = parameter.new_empty(shape)
         resize(odd, pieces)
 
     # transformers asks for the name of the class.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.arguments import Layers, LayerWidths, Number
-    from lm_eval_pruned.pruning.scores import KnownScores
+    from lm_eval_pruned.pruning.measuring import KnownScores
 
 
 #: Arguments of `hf` that say where a config, a tokenizer and weights come from.

@@ -25,6 +25,7 @@ from lm_eval_pruned.checkpoints.damage import (
     clear_load_errors,
 )
 from lm_eval_pruned.checkpoints.own_widths import class_with_widths, stored_widths
+from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.criteria import CALIBRATED, check_finite
 from lm_eval_pruned.pruning.depth import Depth
@@ -34,7 +35,6 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     regions_by_parameter,
 )
-from lm_eval_pruned.pruning.settling import check_settleable
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
@@ -151,7 +151,7 @@ class LoadRequest:
         samples: Any = asked.calibration_samples
         read_texts(asked.calibration, samples and int(samples))
         if plan.is_open:
-            check_settleable(plan, self.widths)
+            check_comparable(plan, self.widths)
         if {*plan.criteria, *plan.tried} & {*CALIBRATED}:
             check_observable(self.widths.skeleton())
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
-    from lm_eval_pruned.pruning.sensitivity import Sensitivity
+    from lm_eval_pruned.pruning.curves import Sensitivity
     from lm_eval_pruned.report.layer_curves import LayerCurves
 
 CRITERIA = ("maw", "act", RANDOM)
@@ -83,8 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
     from importlib.util import find_spec
     from pathlib import Path
 
-    from lm_eval_pruned.checkpoints.sensitivity import LENGTH, SAMPLES
+    from lm_eval_pruned.checkpoints.sensitivity import SAMPLES
     from lm_eval_pruned.pruning.calibration import read_texts
+    from lm_eval_pruned.pruning.measuring import LENGTH
     from lm_eval_pruned.report.layer_curves import (
         LayerCurves,
         explanation,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.pruning.allocations import canonical_allocation
+from lm_eval_pruned.pruning.allocation_names import canonical_allocation
 from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.pruning.layer_numbers import layer_numbers
 

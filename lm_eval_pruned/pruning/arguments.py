@@ -14,7 +14,7 @@ import textwrap
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lm_eval_pruned.pruning.allocations import MEASURED, UNIFORM
+from lm_eval_pruned.pruning.allocation_names import MEASURED, UNIFORM
 from lm_eval_pruned.pruning.argument_checks import (
     BLOCK_INFLUENCE,
     LAST,
@@ -81,7 +81,7 @@ class PruneArguments:
             `calibration` least; ``global`` ranks the neurons of all layers together; or
             one that another package declares. A size is the mean over the layers then:
             as many neurons stay in all as by ``uniform``. See
-            `lm_eval_pruned.pruning.allocations`.
+            `lm_eval_pruned.pruning.allocation`.
         min_width: Neurons to leave in each layer at least, where `allocation` is not
             uniform.
         criterion: Importance score. One of ``maw`` (alias ``ppm``), ``max_abs``, ``l1``,

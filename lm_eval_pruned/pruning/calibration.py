@@ -7,7 +7,6 @@ default text: whatever stood here could be what the evaluation measures.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.pruning.layouts import (
-    GluMlp,
     UnsupportedModelError,
     describe,
     find_glu_mlps,
@@ -27,12 +25,11 @@ from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from lm_eval_pruned.pruning.layerwise import LayeredModel
 
     Text = str | list[dict[str, Any]]
 
@@ -40,8 +37,6 @@ logger = logging.getLogger("lm_eval.pruned.calibration")
 
 #: A text longer than this, or than the model's positions, is cut at its end.
 MAX_TOKENS = 2048
-#: A loss is measured on this many tokens of each text.
-LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -78,12 +73,8 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the results file holds (JSON types only)."""
-        return {
-            "file": self.file,
-            "sha256": self.sha256,
-            "texts": self.texts,
-            "tokens": self.tokens,
-        }
+        names = ("file", "sha256", "texts", "tokens")
+        return {name: getattr(self, name) for name in names}
 
 
 def read_texts(
@@ -109,13 +100,11 @@ def read_texts(
         raise ValueError(
             f"{argument}={file} cannot be read ({error}): pass a JSON Lines file in UTF-8."
         ) from None
-    texts: list[Text] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if len(texts) == samples:
-            break
-        texts.append(_text_of(line, f"{argument}={file}, line {number}"))
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    texts = [
+        _text_of(line, f"{argument}={file}, line {number}")
+        for number, line in numbered[:samples]
+    ]
     if len(texts) < (samples or 1):
         raise ValueError(
             f"{argument}={file} holds {len(texts)} texts, but "
@@ -146,6 +135,16 @@ def _text_of(line: str, where: str) -> Text:
     )
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
+    """Return the tokens of a text, a chat by way of the tokenizer's chat template."""
+    tokens: Any
+    if isinstance(text, str):
+        tokens = tokenizer(text)["input_ids"]
+    else:
+        tokens = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)
+    return tokens
+
+
 @dataclass(frozen=True)
 class CalibrationText:
     """Calibration text as tokens.
@@ -162,7 +161,7 @@ class CalibrationText:
     def of(
         cls,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         file: str,
         samples: int | None = None,
         longest: int = MAX_TOKENS,
@@ -177,20 +176,25 @@ class CalibrationText:
             longest: A text is cut after this many tokens, or after the model's positions.
 
         Raises:
-            ValueError: The file is not as `read_texts` wants it, or a text is empty once
-                it is tokenised.
+            ValueError: The file is not as `read_texts` wants it, a text is empty once it is
+                tokenised, or there is no tokenizer.
         """
+        if tokenizer is None:
+            raise ValueError(
+                f"calibration={file} is text, and there is no tokenizer to read it with: pass "
+                "tokenizer."
+            )
         positions = getattr(model.config, "max_position_embeddings", None)
         longest = min(longest, positions or longest)
-        texts = read_texts(file, samples)
-        return cls(
-            Path(file), [_tokenize(tokenizer, text, longest, file) for text in texts]
-        )
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+        tokens = []
+        for text in read_texts(file, samples):
+            ids = token_ids(tokenizer, text)
+            if not ids:
+                raise ValueError(
+                    f"calibration={file} has a text without tokens, {text!r}: remove it."
+                )
+            tokens.append(torch.tensor([ids[:longest]]))
+        return cls(Path(file), tokens)
 
     def check_predictable(self) -> None:
         """Refuse a text in which no token is predicted from another.
@@ -204,89 +208,58 @@ class CalibrationText:
                 f"{len(self.tokens)}, in which nothing is predicted: remove it."
             )
 
-    @property
-    def count(self) -> int:
-        """Number of tokens in all texts."""
-        return sum(tokens.numel() for tokens in self.tokens)
-
-    def seen_by(self, activity: Mapping[str, NeuronActivity]) -> Calibration:
-        """Return what neurons did on this text, `activity` by name of the GLU-MLP."""
-        logger.info(
-            "Calibrated on %d texts (%d tokens) of %s.",
-            len(self.tokens),
-            self.count,
-            self.path,
-        )
-        return Calibration(
-            self.path.name, self.sha256, len(self.tokens), self.count, activity
-        )
-
-
-class Observer:
-    """Sums over texts what the neurons of some GLU-MLPs do."""
-
-    def __init__(self, mlps: Iterable[GluMlp]):
-        self._mlps = list(mlps)
-        self._squares = {
-            mlp.name: torch.zeros(mlp.width, dtype=torch.float64, device="cpu")
-            for mlp in self._mlps
-        }
-        self._norms = {
-            name: torch.zeros_like(total) for name, total in self._squares.items()
-        }
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Take every pass through the MLPs for one text more."""
-        handles = [
-            mlp.projection("down_proj").register_forward_hook(self._hook(mlp.name))
-            for mlp in self._mlps
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def activity(self) -> dict[str, NeuronActivity]:
-        """Return what was seen, by name of the MLP.
-
-        Raises:
-            ValueError: An activation was NaN or infinite.
-        """
-        for name, total in self._squares.items():
-            if not total.isfinite().all():
-                raise ValueError(
-                    f"The calibration text makes {name} produce NaN or infinite activations: use "
-                    "another dtype, such as dtype=float32, or other text."
-                )
+    def as_dict(self) -> dict[str, Any]:
+        """Return name and SHA-256 of the file, and the number of texts and tokens."""
         return {
-            name: NeuronActivity(total.sqrt(), self._norms[name])
-            for name, total in self._squares.items()
+            "file": self.path.name,
+            "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            "texts": len(self.tokens),
+            "tokens": sum(tokens.numel() for tokens in self.tokens),
         }
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def observe(module, arguments, output) -> None:
-            values = arguments[0].reshape(-1, arguments[0].shape[-1])
-            norm = values.float().norm(p=2, dim=0).cpu().double()
-            self._norms[name] += norm
-            self._squares[name] += norm.square()
 
-        return observe
+def run_texts(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    what: str,
+    hooks: Iterable[RemovableHandle] = (),
+    run: Callable[[Tensor], object] | None = None,
+) -> None:
+    """Run texts through a model while hooks watch its modules.
+
+    Each text is a batch of its own, without padding, in evaluation mode and in the
+    model's dtype, so that the same texts on the same machine give the same numbers.
+
+    Args:
+        model: The model.
+        texts: Tokens, each of shape (1, tokens), int64.
+        what: Label of the bar on a terminal.
+        hooks: Handles of the hooks, which are removed at the end.
+        run: Called with the tokens of each text; default: one forward pass.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), steps(len(texts), what) as step:
+            for tokens in (text.to(model.device) for text in texts):
+                if run is None:
+                    model(input_ids=tokens, use_cache=False)
+                else:
+                    run(tokens)
+                step(1)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
 
 
-@torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     file: str,
     samples: int | None = None,
 ) -> Calibration:
     """Run calibration text through a model and record what its neurons do.
-
-    Each text is a batch of its own, without padding, in evaluation mode and in the
-    model's dtype; sums are kept in float64, so that the same file on the same
-    machine gives the same numbers.
 
     Args:
         model: A decoder-only model with its GLU-MLPs unpruned.
@@ -294,62 +267,52 @@ def calibrate(
         file: JSON Lines file; see `read_texts`.
         samples: How many texts to use, from the first on; default: all.
 
+    Returns:
+        Name and size of the text, and the activity of each GLU-MLP: float32 for a text, its
+        sums float64.
+
     Raises:
-        ValueError: The file is not as `read_texts` wants it, or a text is empty once
-            it is tokenised, or an activation is NaN or infinite.
+        ValueError: See `CalibrationText.of`; or an activation is NaN or infinite.
         UnsupportedModelError: Activations cannot be observed in the model.
     """
     check_observable(model)
     text = CalibrationText.of(model, tokenizer, file, samples)
-    observer = Observer(find_glu_mlps(model))
-    training = model.training
-    model.eval()
-    try:
-        with observer.watching(), steps(len(text.tokens), "calibration") as step:
-            for tokens in text.tokens:
-                model(input_ids=tokens.to(model.device), use_cache=False)
-                step(1)
-    finally:
-        model.train(training)
-    return text.seen_by(observer.activity())
+    mlps = find_glu_mlps(model)
+    norms = {
+        mlp.name: torch.zeros(mlp.width, dtype=torch.float64, device="cpu")
+        for mlp in mlps
+    }
+    squares = {name: torch.zeros_like(total) for name, total in norms.items()}
 
+    def watch(name: str) -> Callable[..., None]:
+        def add(module, arguments, output) -> None:
+            values = arguments[0].flatten(0, -2)
+            norm = values.float().norm(p=2, dim=0).cpu().double()
+            norms[name] += norm
+            squares[name] += norm.square()
 
-def calibrate_by_layer(
-    layers: LayeredModel,
-    text: CalibrationText,
-    seen: Callable[[GluMlp, NeuronActivity], None],
-) -> Calibration:
-    """Do what `calibrate` does with one layer in memory at a time, and the same numbers.
+        return add
 
-    Hidden states are kept for as many texts at once as `lm_eval_pruned.pruning.layerwise.HIDDEN_BYTES`
-    hold; for more text, the layers are read again.
-
-    Args:
-        layers: The unpruned model.
-        text: The text.
-        seen: Called with each GLU-MLP, its weights in memory, and what its neurons did.
-
-    Raises:
-        ValueError: An activation is NaN or infinite.
-    """
-    observers = [Observer(mlps) for mlps in layers.mlps]
-    activity: dict[str, NeuronActivity] = {}
-    blocks = layers.blocks(text.tokens)
-    with steps(len(layers) * len(text.tokens), "calibration") as step:
-        for number, block in enumerate(blocks, 1):
-            states, calls = layers.enter_all(block)
-            for layer, observer in enumerate(observers):
-                with observer.watching():
-                    for index, hidden in enumerate(states):
-                        call = calls[index][layer]
-                        states[index] = layers.run(layer, hidden, call)
-                if number == len(blocks):
-                    found = observer.activity()
-                    activity |= found
-                    for mlp in layers.mlps[layer]:
-                        seen(mlp, found[mlp.name])
-                step(len(block))
-    return text.seen_by(activity)
+    hooks = [
+        mlp.projection("down_proj").register_forward_hook(watch(mlp.name))
+        for mlp in mlps
+    ]
+    run_texts(model, text.tokens, "calibration", hooks)
+    for name, total in squares.items():
+        if not total.isfinite().all():
+            raise ValueError(
+                f"The calibration text makes {name} produce NaN or infinite activations: use "
+                "another dtype, such as dtype=float32, or other text."
+            )
+    activity = {
+        name: NeuronActivity(total.sqrt(), norms[name])
+        for name, total in squares.items()
+    }
+    seen = Calibration(**text.as_dict(), activity=activity)
+    logger.info(
+        "Calibrated on %d texts (%d tokens) of %s.", seen.texts, seen.tokens, file
+    )
+    return seen
 
 
 def check_observable(model: PreTrainedModel, instead: str = "criterion=maw") -> None:
@@ -374,24 +337,3 @@ def check_observable(model: PreTrainedModel, instead: str = "criterion=maw") -> 
                 f"{describe(model)} keeps the down projection of {mlp.name} stacked with others, "
                 f"where its input cannot be observed: choose by weights alone, such as {instead}."
             )
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
-    """Return the tokens of a text, a chat by way of the tokenizer's chat template."""
-    tokens: Any
-    if isinstance(text, str):
-        tokens = tokenizer(text)["input_ids"]
-    else:
-        tokens = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)
-    return tokens
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, text: Text, longest: int, file: str
-) -> Tensor:
-    tokens = token_ids(tokenizer, text)
-    if not tokens:
-        raise ValueError(
-            f"calibration={file} has a text without tokens, {text!r}: remove it."
-        )
-    return torch.tensor([tokens[:longest]])

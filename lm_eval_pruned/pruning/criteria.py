@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: The control: scores that do not look at the weights.
 RANDOM = "random"
-#: The wish to have the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocations`.
+#: The wish to have the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocation`.
 BEST = "best"
 ALIASES = {"ppm": "maw"}
 #: Entry-point group under which other packages declare criteria, name -> function.

@@ -5,7 +5,7 @@ away, and a table at equal parameters says what each of them costs. A count drop
 layers before the last one, which is what a model bears best of all places (Gromov et al.
 2024, arXiv 2403.17887), or those of least block influence (Men et al. 2024, arXiv
 2403.03853); a list drops any layers. How a model loses them is in
-`lm_eval_pruned.pruning.dropping`, the influence in `lm_eval_pruned.pruning.influence`.
+`lm_eval_pruned.pruning.dropping`, the influence in `lm_eval_pruned.pruning.measuring`.
 """
 
 from __future__ import annotations

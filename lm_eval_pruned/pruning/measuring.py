@@ -1,125 +1,245 @@
-"""Measuring sensitivity: the loss of a model in which one layer alone is cut.
+"""What a model in memory says of its layers: block influence, and losses with one layer cut.
 
-A variant is the model with one layer cut to one width. It is the unpruned model up to
-that layer, so it is born there, and its hidden states go through the layers after it
-side by side with those of the other variants. A cut sets the removed columns of
-``down_proj`` to zero, which computes what the narrow layer would.
+Both come from ordinary forward passes over calibration text, which hooks watch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Hashable, MutableMapping
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import cosine_similarity, cross_entropy
 
-from lm_eval_pruned.model_wrappers.batching.cpu_linear import fast_cpu_linears
-from lm_eval_pruned.pruning.calibration import LENGTH, CalibrationText
-from lm_eval_pruned.pruning.criteria import (
-    CALIBRATED,
-    RANDOM,
-    kept_set,
-    score_neurons,
-)
-from lm_eval_pruned.pruning.layerwise import LayeredModel, NotLayerByLayer, loss_of
+from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts
+from lm_eval_pruned.pruning.criteria import kept_set
+from lm_eval_pruned.pruning.curves import LayerCurve
+from lm_eval_pruned.pruning.depth import Depth
+from lm_eval_pruned.pruning.dropping import layers_of
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
-from lm_eval_pruned.pruning.sensitivity import LayerCurve, Sensitivity
-from lm_eval_pruned.pruning.settling import REMOVED
-from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.pruning.calibration import NeuronActivity
+    from lm_eval_pruned.pruning.arguments import PruneArguments
+    from lm_eval_pruned.pruning.calibration import Calibration
+    from lm_eval_pruned.pruning.curves import Sensitivity
     from lm_eval_pruned.pruning.layouts import GluMlp
-    from lm_eval_pruned.pruning.plan import PrunePlan
+
+    #: A call of a layer: its number, what it returned, and what it left in the mappings that it
+    #: was given by name.
+    Call = tuple[int, Any, dict[str, dict[Any, Any]]]
+
+#: The loss is measured on this many tokens of each text by default.
+LENGTH = 128
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """How neurons are ranked while curves are measured.
+@dataclass
+class ScoreTable:
+    """What was measured of one unpruned model; it outlives the load, as weights do not.
+
+    The widths of a sweep are cut by one scoring: which neurons are kept at any width follows
+    from the same scores.
 
     Attributes:
-        plan: A plan with the criterion and its seed.
-        known: Scores by name of the GLU-MLP, for a criterion that looks at activations;
-            empty for any other.
+        scores: By criterion, seed and name of the GLU-MLP, shape (I,), float32, on the CPU.
+        calibration: The text behind the scores, for criteria that need one.
+        curves: The losses with one layer cut at a time.
+        influence: Block influence of each layer, and what the results file says of its text.
     """
 
-    plan: PrunePlan
-    known: Mapping[str, Tensor]
-
-    @classmethod
-    def by(
-        cls,
-        plan: PrunePlan,
-        criterion: str,
-        seed: int | None,
-        scores: Mapping[str, Mapping[str, Tensor]],
-    ) -> Ranking:
-        """Rank by `criterion`; `scores` are those of calibrated ones, by criterion."""
-        plan = dataclasses.replace(plan, criterion=criterion, seed=seed or 0)
-        return cls(plan, scores[criterion] if criterion in CALIBRATED else {})
-
-    @property
-    def seed(self) -> int | None:
-        """Seed of the criterion ``random``; None for any other."""
-        return self.plan.seed if self.plan.criterion == RANDOM else None
-
-    def scores(self, mlp: GluMlp) -> Tensor:
-        """Return the scores of an MLP whose weights are in memory, shape (I,), on the CPU."""
-        if mlp.name in self.known:
-            return self.known[mlp.name]
-        gate, up = mlp.weight("gate_proj"), mlp.weight("up_proj")
-        return score_neurons(
-            gate,
-            up,
-            self.plan.criterion,
-            layer=mlp.layer,
-            seed=self.plan.seed,
-            name=mlp.name,
-        ).cpu()
+    scores: dict[tuple[str, int, str], Tensor] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    curves: Sensitivity | None = None
+    influence: tuple[Sequence[float], Mapping[str, Any]] | None = None
 
 
-def widths_of(mlps: Sequence[GluMlp], removed: Iterable[Fraction]) -> tuple[int, ...]:
-    """Return the widths at which a layer is measured, ascending.
+#: The tables of several loads, by `lm_eval_pruned.checkpoints.request.LoadRequest.scores_key`.
+KnownScores = dict[Hashable, ScoreTable]
+
+
+def block_influence(
+    model: PreTrainedModel, texts: Sequence[Tensor]
+) -> tuple[float, ...]:
+    """Measure how much each decoder layer changes the hidden states of some texts.
+
+    The influence of a layer is one minus the mean cosine similarity of what it is given and
+    what it returns, over all tokens of all texts. Layers of little influence can go.
 
     Args:
-        mlps: Its GLU-MLPs; sizes refer to its experts, where it has any.
-        removed: Shares of neurons to remove, in percent.
+        model: The model.
+        texts: Tokens, each of shape (1, tokens), int64.
+
+    Returns:
+        The influence of each layer, from 0 (it changes no direction) to 2: float32 for a
+        token, float64 for the sum.
+
+    Raises:
+        ValueError: Some hidden state was NaN or infinite.
+
+    Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant
+    Than You Expect", arXiv 2403.03853, section 2.2.
     """
-    before = _primary(mlps).width
-    found = {before - math.floor(share / 100 * before) for share in removed}
-    return tuple(sorted(width for width in found if 1 <= width < before))
+    _, layers = layers_of(model)
+    sums, counts = [0.0] * len(layers), [0] * len(layers)
+
+    def compare(number: int) -> Callable[..., None]:
+        def add(module, positional, named, output) -> None:
+            given = positional[0] if positional else named["hidden_states"]
+            returned = output[0] if isinstance(output, tuple) else output
+            similar = cosine_similarity(
+                given.float(), returned.float().to(given.device), dim=-1
+            )
+            sums[number] += float(similar.double().sum())
+            counts[number] += similar.numel()
+
+        return add
+
+    hooks = [
+        layer.register_forward_hook(compare(number), with_kwargs=True)
+        for number, layer in enumerate(layers)
+    ]
+    run_texts(model, texts, "block influence", hooks)
+    found = tuple(1 - s / max(n, 1) for s, n in zip(sums, counts, strict=True))
+    for number, value in enumerate(found):
+        if math.isnan(value):
+            raise ValueError(
+                f"The calibration text makes layer {number} return NaN or infinite hidden "
+                "states: use another dtype, such as dtype=float32, or other text."
+            )
+    return found
+
+
+def depth_in_memory(
+    model: PreTrainedModel,
+    arguments: PruneArguments,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    known: ScoreTable | None = None,
+) -> Depth | None:
+    """Return which layers of a loaded model stay.
+
+    Args:
+        model: The model.
+        arguments: What the user asked for.
+        tokenizer: What reads the text that decides, if one does.
+        known: Influence from before; takes what is measured here.
+
+    Raises:
+        ValueError: The layers or the text are wrong, or there is no tokenizer.
+        UnsupportedModelError: Layers of this model cannot be dropped.
+    """
+    layers = len(layers_of(model)[1])
+    if not arguments.measures_depth:
+        return Depth.of(arguments, layers)
+    known = known or ScoreTable()
+    if known.influence is None:
+        samples: Any = arguments.calibration_samples
+        text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
+        known.influence = block_influence(model, text.tokens), text.as_dict()
+    return Depth.of(arguments, layers, *known.influence)
+
+
+def loss_curves(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    scores: Mapping[str, Tensor],
+    removed: Sequence[Fraction],
+    criterion: str,
+    seed: int | None = None,
+) -> tuple[float, tuple[LayerCurve, ...]]:
+    """Measure the loss of a model in which one layer alone is cut, for each layer and width.
+
+    Up to the layer that is cut, such a model is the unpruned one. So for every text the layers
+    in front of it return what they returned in the unpruned model, and only the others compute.
+
+    Args:
+        model: The unpruned model.
+        texts: Tokens of each, shape (1, tokens), two or more.
+        scores: Scores of the neurons by name of the GLU-MLP, each of shape (I,).
+        removed: Shares of neurons to remove, in percent.
+        criterion: Canonical name of the criterion behind `scores`.
+        seed: Its seed, for ``random``.
+
+    Returns:
+        The loss of the unpruned model, in nats per token, and one curve for each layer
+        that has GLU-MLPs. The loss of a token is float32, its sum float64.
+    """
+    held: dict[int, list[GluMlp]] = defaultdict(list)
+    for mlp in find_glu_mlps(model):
+        held[mlp.block].append(mlp)
+    modules = {
+        model.get_submodule(mlp.stack): n for n, mlps in held.items() for mlp in mlps
+    }
+    before = {number: _primary(mlps).width for number, mlps in held.items()}
+    widths = {
+        n: sorted({k for s in removed if 1 <= (k := w - math.floor(s / 100 * w)) < w})
+        for n, w in before.items()
+    }
+    sums: dict[tuple[int, int] | None, float] = defaultdict(float)
+
+    def measure(tokens: Tensor) -> None:
+        with _recorded(modules) as calls:
+            sums[None] += _loss(model, tokens)
+        order = [number for number, _, _ in calls]
+        for number, mlps in held.items():
+            first = order.index(number) if number in order else len(order)
+            for width in widths[number]:
+                with _cut(mlps, width, scores), _replayed(modules, calls[:first]):
+                    sums[number, width] += _loss(model, tokens)
+
+    named = criterion if seed is None else f"{criterion}, seed {seed}"
+    run_texts(model, texts, f"sensitivity by {named}", run=measure)
+    count = sum(tokens.numel() - 1 for tokens in texts)
+    curves = (
+        LayerCurve(
+            number,
+            before[number],
+            criterion,
+            seed,
+            tuple(widths[number]),
+            tuple(sums[number, width] / count for width in widths[number]),
+        )
+        for number in sorted(held)
+    )
+    return sums[None] / count, tuple(curves)
+
+
+def _primary(mlps: Sequence[GluMlp]) -> GluMlp:
+    """Return an MLP of a layer that has the width to which sizes refer."""
+    return next((mlp for mlp in mlps if mlp.kind == "expert"), mlps[0])
+
+
+def _loss(model: PreTrainedModel, tokens: Tensor) -> float:
+    """Return the summed loss of all tokens but the first of a text, in nats."""
+    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    losses = cross_entropy(logits.float(), tokens[0, 1:], reduction="none")
+    return float(losses.double().sum())
 
 
 @contextlib.contextmanager
-def cut(
+def _cut(
     mlps: Sequence[GluMlp], width: int, scores: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Let the GLU-MLPs of a layer compute as if they were narrow, for a while.
 
-    Args:
-        mlps: Those of one layer, their weights in memory.
-        width: Kept width of its primary MLP; others are cut in proportion.
-        scores: Scores of the neurons, by name of the MLP.
+    The removed columns of down are zero meanwhile. `width` is that of the layer's primary MLP;
+    others are cut in proportion.
     """
     before = _primary(mlps).width
-    with contextlib.ExitStack() as undo, torch.no_grad():
+    with contextlib.ExitStack() as undo:
         for mlp in mlps:
             own = math.ceil(Fraction(mlp.width * width, before))
-            kept = kept_set(scores[mlp.name], own)
             gone = torch.ones(mlp.width, dtype=torch.bool, device="cpu")
-            gone[kept] = False
+            gone[kept_set(scores[mlp.name], own)] = False
             region = mlp.regions["down_proj", "weight"]
             down = region.view(mlp.parameter(region).detach())
             columns = gone.nonzero().flatten().to(down.device)
@@ -128,231 +248,45 @@ def cut(
         yield
 
 
-def measure(
-    model: LayeredModel | PreTrainedModel,
-    texts: Sequence[Tensor],
-    ranking: Ranking,
-    removed: Sequence[Fraction],
-) -> tuple[float, tuple[LayerCurve, ...]]:
-    """Measure the curves of one criterion, with a bar on a terminal; see `measure_by_layer`.
+@contextlib.contextmanager
+def _recorded(modules: Mapping[nn.Module, int]) -> Iterator[list[Call]]:
+    """Note the calls of layers, given by module and number, in their order."""
+    calls: list[Call] = []
 
-    Args:
-        model: The unpruned model; whole, where it cannot be run layer by layer.
-        texts: Tokens of each, shape (1, tokens), two or more.
-        ranking: How neurons are ranked.
-        removed: Shares of neurons to remove, in percent.
-    """
-    seed = "" if ranking.seed is None else f", seed {ranking.seed}"
-    what = f"sensitivity by {ranking.plan.criterion}{seed}"
-    if isinstance(model, LayeredModel):
-        with steps(len(model) * len(texts), what) as step:
-            return measure_by_layer(model, texts, ranking, removed, step)
-    count = len({mlp.block for mlp in find_glu_mlps(model)})
-    with steps(count * len(texts), what) as step:
-        return measure_in_full(model, texts, ranking, removed, step)
+    def note(module, positional, named, output) -> None:
+        # Layers that share keys and values hand them on in a mapping.
+        shared = {n: dict(v) for n, v in named.items() if isinstance(v, MutableMapping)}
+        calls.append((modules[module], output, shared))
+
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            handle = module.register_forward_hook(note, with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield calls
 
 
-def layered(
-    model: PreTrainedModel, tokens: Tensor
-) -> tuple[LayeredModel | PreTrainedModel, str | None]:
-    """Return a model in memory as one that is run layer by layer, or itself and why it is not.
+@contextlib.contextmanager
+def _replayed(modules: Iterable[nn.Module], calls: Iterable[Call]) -> Iterator[None]:
+    """Let the first calls of layers return what they did in `calls`, without computing."""
+    waiting = iter(calls)
 
-    Args:
-        model: The model.
-        tokens: A text to try it on, shape (1, tokens).
-    """
+    def instead_of(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def replay(*positional, **named) -> Any:
+            for _, output, shared in waiting:
+                for name, entries in shared.items():
+                    named[name].update(entries)
+                return output
+            return forward(*positional, **named)
+
+        return replay
+
+    own = {module: vars(module).get("forward") for module in modules}
     try:
-        layers = LayeredModel(model)
-        layers.check(tokens.to(layers.device))
-    except NotLayerByLayer as reason:
-        return model, f"in memory, each cut in full, because {reason}"
-    return layers, None
-
-
-def measure_by_layer(
-    layers: LayeredModel,
-    texts: Sequence[Tensor],
-    ranking: Ranking,
-    removed: Sequence[Fraction],
-    step: Callable[[int], None],
-) -> tuple[float, tuple[LayerCurve, ...]]:
-    """Measure the curves of one criterion in one pass over the layers.
-
-    There are hidden states for each token and variant, in the model's dtype; texts go
-    through the layers in as many blocks as `lm_eval_pruned.pruning.layerwise.HIDDEN_BYTES` ask for.
-
-    Args:
-        layers: The unpruned model.
-        texts: Tokens of each, shape (1, tokens), two or more.
-        ranking: How neurons are ranked.
-        removed: Shares of neurons to remove, in percent.
-        step: Called with the layers that a text and its variants went through, out of
-            ``len(texts) * len(layers)``.
-
-    Returns:
-        The loss of the unpruned model, in nats per token, and one curve for each layer
-        that has GLU-MLPs.
-    """
-    widths = [widths_of(mlps, removed) if mlps else () for mlps in layers.mlps]
-    sums: dict[tuple[int, int] | None, float] = defaultdict(float)
-    for block in layers.blocks(texts, 1 + sum(map(len, widths))):
-        batches = [tokens.to(layers.device) for tokens in _batches(block)]
-        hidden, calls = layers.enter_all(batches)
-        states: dict[tuple[int, int] | None, list[Tensor]] = {None: hidden}
-
-        def through(
-            layer: int, hidden: list[Tensor], calls: list = calls
-        ) -> list[Tensor]:
-            return [
-                layers.run(layer, each, call[layer])
-                for each, call in zip(hidden, calls, strict=True)
-            ]
-
-        for layer, mlps in enumerate(layers.mlps):
-            with fast_cpu_linears(layers.model):
-                born: dict[tuple[int, int] | None, list[Tensor]] = {}
-                if widths[layer]:
-                    scores = {mlp.name: ranking.scores(mlp) for mlp in mlps}
-                for width in widths[layer]:
-                    with cut(mlps, width, scores):
-                        born[layer, width] = through(layer, states[None])
-                for variant, before in states.items():
-                    states[variant] = through(layer, before)
-                states |= born
-            step(len(block))
-        with fast_cpu_linears(layers.model):
-            for variant in list(states):
-                for tokens, last in zip(batches, states.pop(variant), strict=True):
-                    sums[variant] += layers.loss(tokens, last)
-    return _curves(dict(enumerate(layers.mlps)), widths, sums, texts, ranking)
-
-
-@torch.no_grad()
-def measure_in_full(
-    model: PreTrainedModel,
-    texts: Sequence[Tensor],
-    ranking: Ranking,
-    removed: Sequence[Fraction],
-    step: Callable[[int], None],
-) -> tuple[float, tuple[LayerCurve, ...]]:
-    """Measure the same with a whole forward pass for every variant; see `measure_by_layer`."""
-    by_layer: dict[int, list[GluMlp]] = defaultdict(list)
-    for mlp in find_glu_mlps(model.eval()):
-        by_layer[mlp.block].append(mlp)
-
-    def summed() -> float:
-        total = 0.0
-        for tokens in texts:
-            tokens = tokens.to(model.device)
-            with fast_cpu_linears(model):
-                logits = model(input_ids=tokens, use_cache=False).logits
-            total += loss_of(logits[:, :-1], tokens[:, 1:])
-        return total
-
-    widths = [
-        widths_of(by_layer[layer], removed) if layer in by_layer else ()
-        for layer in range(max(by_layer) + 1)
-    ]
-    sums: dict[tuple[int, int] | None, float] = {None: summed()}
-    for layer, mlps in by_layer.items():
-        scores = {mlp.name: ranking.scores(mlp) for mlp in mlps}
-        for width in widths[layer]:
-            with cut(mlps, width, scores):
-                sums[layer, width] = summed()
-        step(len(texts))
-    return _curves(by_layer, widths, sums, texts, ranking)
-
-
-def measure_loaded(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    plan: PrunePlan,
-    scores: Mapping[str, Mapping[str, Tensor]],
-) -> Sensitivity:
-    """Measure the curves by which `plan` is settled, of a model that is in memory.
-
-    Args:
-        model: The unpruned model.
-        tokenizer: Its tokenizer.
-        plan: Names the text, how many of it, and the seed of ``random``.
-        scores: Scores of the neurons, by criterion and name of the GLU-MLP, each (I,).
-
-    Raises:
-        ValueError: The text is not as `lm_eval_pruned.pruning.calibration.read_texts` wants it.
-    """
-    file, removed = str(plan.calibration), [Fraction(str(each)) for each in REMOVED]
-    text = CalibrationText.of(model, tokenizer, file, plan.calibration_samples, LENGTH)
-    text.check_predictable()
-    training = model.training
-    model.eval()
-    curves: list[LayerCurve] = []
-    measured, how = layered(model, text.tokens[0])
-    try:
-        for criterion, by_name in scores.items():
-            asked = dataclasses.replace(plan, criterion=criterion)
-            ranking = Ranking(asked, by_name)
-            loss, found = measure(measured, text.tokens, ranking, removed)
-            curves += found
+        for module in own:
+            module.forward = instead_of(module.forward)  # type: ignore[method-assign]
+        yield
     finally:
-        model.train(training)
-    return Sensitivity(
-        str(model.config.name_or_path),
-        loss,
-        tuple(curves),
-        text.path.name,
-        text.sha256,
-        len(text.tokens),
-        text.count,
-        how or "in memory",
-    )
-
-
-def scores_of_activity(
-    plan: PrunePlan, mlp: GluMlp, activity: NeuronActivity, criteria: Iterable[str]
-) -> dict[str, Tensor]:
-    """Return the scores of an MLP by each of `criteria`, all of which look at activations."""
-    gate, up, down = (
-        mlp.weight(each) for each in ("gate_proj", "up_proj", "down_proj")
-    )
-    return {
-        criterion: score_neurons(
-            gate, up, criterion, down=down, activity=activity, name=mlp.name
-        ).cpu()
-        for criterion in criteria
-    }
-
-
-def _curves(
-    by_layer: Mapping[int, Sequence[GluMlp]],
-    widths: Sequence[tuple[int, ...]],
-    sums: Mapping[tuple[int, int] | None, float],
-    texts: Sequence[Tensor],
-    ranking: Ranking,
-) -> tuple[float, tuple[LayerCurve, ...]]:
-    count = sum(tokens.numel() - 1 for tokens in texts)
-    curves = tuple(
-        LayerCurve(
-            layer,
-            _primary(mlps).width,
-            ranking.plan.criterion,
-            ranking.seed,
-            widths[layer],
-            tuple(sums[layer, width] / count for width in widths[layer]),
-        )
-        for layer, mlps in sorted(by_layer.items())
-        if mlps
-    )
-    return sums[None] / count, curves
-
-
-def _primary(mlps: Sequence[GluMlp]) -> GluMlp:
-    return next((mlp for mlp in mlps if mlp.kind == "expert"), mlps[0])
-
-
-def _batches(texts: Sequence[Tensor]) -> list[Tensor]:
-    """Stack texts of equal length, in order of length."""
-    ordered = sorted(texts, key=torch.Tensor.numel)
-    return [
-        torch.cat(list(group))
-        for _, group in itertools.groupby(ordered, key=torch.Tensor.numel)
-    ]
+        for module, forward in own.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.allocations import UNIFORM
+from lm_eval_pruned.pruning.allocation_names import UNIFORM
 from lm_eval_pruned.pruning.argument_checks import exact
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.layer_numbers import layer_numbers, written_layers
@@ -89,7 +89,7 @@ class PrunePlan:
     def is_open(self) -> bool:
         """Whether weights or text have to be looked at before it says what each layer becomes.
 
-        See `lm_eval_pruned.pruning.settling.settled`.
+        See `lm_eval_pruned.pruning.allocation.plan_layers`.
         """
         criteria = bool(self.tried) and self.layer_criteria is None
         widths = self.allocation != UNIFORM and self.layer_widths is None

@@ -8,22 +8,25 @@ import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lm_eval_pruned.pruning.alignment import warn_misaligned
+from lm_eval_pruned.pruning.allocation import MEASURED_CUTS, plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.calibration import calibrate
+from lm_eval_pruned.pruning.calibration import CalibrationText, calibrate
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
+    RANDOM,
     as_words,
     kept_set,
     score_neurons,
 )
+from lm_eval_pruned.pruning.curves import Sensitivity
 from lm_eval_pruned.pruning.dropping import drop_layers
-from lm_eval_pruned.pruning.influence import depth_in_memory
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
     GluMlp,
@@ -31,21 +34,23 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     resize,
 )
-from lm_eval_pruned.pruning.measuring import measure_loaded
+from lm_eval_pruned.pruning.measuring import (
+    LENGTH,
+    ScoreTable,
+    depth_in_memory,
+    loss_curves,
+)
 from lm_eval_pruned.pruning.record import PruneRecord
-from lm_eval_pruned.pruning.scores import ScoreTable
-from lm_eval_pruned.pruning.settling import settled
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.plan import PrunePlan
-    from lm_eval_pruned.pruning.sensitivity import Sensitivity
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.pruning")
@@ -118,13 +123,13 @@ def prune_loaded(
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory as evidence for a plan; see `lm_eval_pruned.pruning.settling.Evidence`.
+    """What a model in memory says of its neurons and layers, each thing measured once.
 
     Attributes:
-        plan: The plan that is to be settled.
+        plan: Names the text, how many of its texts, and the seed of ``random``.
         model: The unpruned model.
-        tokenizer: Its tokenizer; needed where text decides.
-        known: Takes the scores by the plan's criterion, and has those from before.
+        tokenizer: Its tokenizer; needed where text is read.
+        known: What was measured before; takes what is measured here.
     """
 
     plan: PrunePlan
@@ -132,45 +137,74 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None
     known: ScoreTable
 
-    def scores(self, mlps: Iterable[GluMlp] | None = None) -> Mapping[str, Tensor]:
-        """Return scores by name, each of shape (I,): those of `mlps`, or of all, among them."""
+    def score(self, mlp: GluMlp, criterion: str) -> Tensor:
+        """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
         plan, known = self.plan, self.known
-        if known.calibration is None and {*plan.criteria} & {*CALIBRATED}:
-            assert self.tokenizer is not None and plan.calibration is not None
-            known.calibration = calibrate(
-                self.model, self.tokenizer, plan.calibration, plan.calibration_samples
-            )
-        seen = {} if known.calibration is None else known.calibration.activity
-        for mlp in find_glu_mlps(self.model) if mlps is None else mlps:
-            if mlp.name not in known.scores:
-                gate, up, down = map(mlp.weight, NEURON_AXIS)
-                known.scores[mlp.name] = score_neurons(
-                    gate,
-                    up,
-                    plan.criterion_of(mlp.block),
-                    layer=mlp.layer,
-                    seed=plan.seed,
-                    down=down,
-                    activity=seen.get(mlp.name),
-                    name=mlp.name,
-                ).cpu()
-        return known.scores
+        key = (criterion, plan.seed if criterion == RANDOM else 0, mlp.name)
+        if key not in known.scores:
+            activity = None
+            if criterion in CALIBRATED:
+                if known.calibration is None:
+                    file, samples = str(plan.calibration), plan.calibration_samples
+                    known.calibration = calibrate(
+                        self.model, self.tokenizer, file, samples
+                    )
+                activity = known.calibration.activity[mlp.name]
+            gate, up, down = map(mlp.weight, NEURON_AXIS)
+            known.scores[key] = score_neurons(
+                gate,
+                up,
+                criterion,
+                layer=mlp.layer,
+                seed=plan.seed,
+                down=down,
+                activity=activity,
+                name=mlp.name,
+            ).cpu()
+        return known.scores[key]
+
+    def scores(self, criterion: str) -> Mapping[str, Tensor]:
+        """Return the scores of all MLPs by a criterion, by name of the MLP."""
+        mlps = find_glu_mlps(self.model)
+        return {mlp.name: self.score(mlp, criterion) for mlp in mlps}
+
+    def losses(
+        self, text: CalibrationText, criterion: str, removed: Sequence[Fraction]
+    ) -> Sensitivity:
+        """Measure the losses with one layer cut at a time by a criterion.
+
+        Args:
+            text: What the loss is measured on.
+            criterion: Canonical name.
+            removed: Shares of neurons to remove, in percent.
+        """
+        loss, curves = loss_curves(
+            self.model,
+            text.tokens,
+            self.scores(criterion),
+            removed,
+            criterion,
+            self.plan.seed if criterion == RANDOM else None,
+        )
+        name = str(self.model.config.name_or_path)
+        return Sensitivity(name, loss, curves, **text.as_dict())
 
     def curves(self, criteria: Sequence[str]) -> Sensitivity:
-        """Return the losses with one layer cut at a time; see `Evidence`."""
-        known = self.known
-        if known.curves is None:
-            for criterion in criteria:
-                plan = dataclasses.replace(self.plan, criterion=criterion, tried=())
-                table = ScoreTable(calibration=known.calibration)
-                scored = dataclasses.replace(self, plan=plan, known=table)
-                known.by_criterion[criterion] = dict(scored.scores())
-                known.calibration = table.calibration
-            assert self.tokenizer is not None
-            known.curves = measure_loaded(
-                self.model, self.tokenizer, self.plan, known.by_criterion
-            )
-        return known.curves
+        """Return the losses with one layer cut at a time, by each of `criteria`.
+
+        Raises:
+            ValueError: The text is not as `lm_eval_pruned.pruning.calibration.read_texts` wants
+                it, or there is no tokenizer.
+        """
+        if self.known.curves is None:
+            file, samples = str(self.plan.calibration), self.plan.calibration_samples
+            text = CalibrationText.of(self.model, self.tokenizer, file, samples, LENGTH)
+            text.check_predictable()
+            removed = [Fraction(str(share)) for share in MEASURED_CUTS]
+            found = [self.losses(text, criterion, removed) for criterion in criteria]
+            curves = tuple(curve for each in found for curve in each.curves)
+            self.known.curves = dataclasses.replace(found[0], curves=curves)
+        return self.known.curves
 
 
 def carry_out(evidence: LoadedModel, widths: Widths) -> PreTrainedModel:
@@ -196,17 +230,15 @@ def carry_out(evidence: LoadedModel, widths: Widths) -> PreTrainedModel:
                 "with: pass tokenizer."
             )
         mlps = find_glu_mlps(model)
-        if plan.is_open:
-            plan = settled(plan, widths, evidence)
-            known.of_plan(plan, mlps)
+        plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
             targets = widths.targets(plan)
             config = widths.narrowed_config(targets)
             narrowed = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
-            scores = dataclasses.replace(evidence, plan=plan).scores(narrowed)
             kept = {mlp.name: torch.arange(mlp.width, device="cpu") for mlp in mlps}
             for mlp in narrowed:
-                kept[mlp.name] = kept_set(scores[mlp.name], targets[mlp.name])
+                scores = evidence.score(mlp, plan.criterion_of(mlp.block))
+                kept[mlp.name] = kept_set(scores, targets[mlp.name])
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
             together = [list(group) for _, group in by_path]
             # Copying holds no lock of the interpreter: without threads, a load of a 1B model takes

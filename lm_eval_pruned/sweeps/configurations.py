@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
-from lm_eval_pruned.pruning.allocations import canonical_allocation
+from lm_eval_pruned.pruning.allocation_names import canonical_allocation
 from lm_eval_pruned.pruning.arguments import (
     EXCLUSIVE,
     SEVERAL_SIZES,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.loggers import EvaluationTracker
 
-    from lm_eval_pruned.pruning.scores import KnownScores
+    from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.sweeps.configurations import Configuration
     from lm_eval_pruned.sweeps.plan import Sweep

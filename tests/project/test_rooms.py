@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: What each room may import of ours. The package itself may import every room's public names.
 MAY_IMPORT = {
     "util": set(),
-    "pruning": {"batching", "util"},
+    "pruning": {"util"},
     "checkpoints": {"pruning", "util"},
     "energy": {"util"},
     "results": {"util"},

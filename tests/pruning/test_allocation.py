@@ -9,15 +9,24 @@ import pytest
 from hypothesis import assume, given, strategies as st
 
 from lm_eval_pruned.pruning.allocation import (
-    CostCurve,
+    RESOLUTION,
     allocate,
-    cheapest,
-    criterion_at,
+    costs_of_losses,
 )
 
 
+def full(curve) -> int:
+    """Return the width of the layer before."""
+    return len(curve) - 1
+
+
+def at(curve, width) -> float:
+    """Return the cost of leaving a width."""
+    return float(curve[full(curve) - width]) * RESOLUTION
+
+
 def total(curves, widths) -> int:
-    return sum(int(c.costs[c.width - w]) for c, w in zip(curves, widths, strict=True))
+    return sum(int(c[full(c) - w]) for c, w in zip(curves, widths, strict=True))
 
 
 def allowed(curves, neurons, min_width, multiple_of):
@@ -26,25 +35,25 @@ def allowed(curves, neurons, min_width, multiple_of):
     for curve in curves:
         widths = [
             width
-            for width in range(multiple_of, curve.width + 1, multiple_of)
+            for width in range(multiple_of, full(curve) + 1, multiple_of)
             if width >= min_width
         ]
-        choices.append(widths or [curve.width])
+        choices.append(widths or [full(curve)])
     found = [each for each in itertools.product(*choices) if sum(each) <= neurons]
     most = max(map(sum, found), default=None)
     return [each for each in found if sum(each) == most]
 
 
 @st.composite
-def any_curve(draw, layer=0, most=7):
+def any_curve(draw, most=7):
     steps = draw(st.lists(st.integers(0, 6), min_size=1, max_size=most))
-    return CostCurve(layer, np.cumsum([0, *steps], dtype=np.int64))
+    return np.cumsum([0, *steps], dtype=np.int64)
 
 
 @st.composite
-def convex_curve(draw, layer=0, most=7):
+def convex_curve(draw, most=7):
     steps = draw(st.lists(st.integers(0, 6), min_size=1, max_size=most))
-    return CostCurve(layer, np.cumsum([0, *sorted(steps)], dtype=np.int64))
+    return np.cumsum([0, *sorted(steps)], dtype=np.int64)
 
 
 curves_of_any_shape = st.lists(any_curve(), min_size=1, max_size=4)
@@ -53,7 +62,7 @@ convex_curves = st.lists(convex_curve(), min_size=1, max_size=4)
 
 @given(curves_of_any_shape, st.data(), st.integers(1, 3), st.integers(1, 3))
 def test_no_allocation_costs_less(curves, data, min_width, multiple_of):
-    neurons = data.draw(st.integers(1, sum(c.width for c in curves)))
+    neurons = data.draw(st.integers(1, sum(map(full, curves))))
     every = allowed(curves, neurons, min_width, multiple_of)
     if not every:
         with pytest.raises(ValueError, match=f"^min_width={min_width} keeps"):
@@ -70,7 +79,7 @@ def test_no_allocation_costs_less(curves, data, min_width, multiple_of):
 
 @given(curves_of_any_shape, st.data())
 def test_the_budget_is_met_exactly(curves, data):
-    neurons = data.draw(st.integers(len(curves), sum(c.width for c in curves)))
+    neurons = data.draw(st.integers(len(curves), sum(map(full, curves))))
     assert sum(allocate(curves, neurons)) == neurons
 
 
@@ -79,8 +88,7 @@ def test_the_budget_of_a_uniform_cut_is_met_exactly(data, multiple_of, layers):
     """Whatever is asked for, the neurons are those of the uniform cut."""
     width = data.draw(st.integers(multiple_of, 40))
     curves = [
-        CostCurve(n, np.cumsum([0, *data.draw(st.permutations(range(width)))]))
-        for n in range(layers)
+        np.cumsum([0, *data.draw(st.permutations(range(width)))]) for _ in range(layers)
     ]
     uniform = data.draw(st.integers(1, width // multiple_of)) * multiple_of
     widths = allocate(curves, layers * uniform, multiple_of=multiple_of)
@@ -90,7 +98,7 @@ def test_the_budget_of_a_uniform_cut_is_met_exactly(data, multiple_of, layers):
 
 @given(convex_curves, st.data())
 def test_allocations_nest_where_curves_are_convex(curves, data):
-    budgets = st.integers(len(curves), sum(c.width for c in curves))
+    budgets = st.integers(len(curves), sum(map(full, curves)))
     small, large = sorted((data.draw(budgets), data.draw(budgets)))
     pairs = zip(allocate(curves, small), allocate(curves, large), strict=True)
     assert all(few <= many for few, many in pairs)
@@ -98,7 +106,7 @@ def test_allocations_nest_where_curves_are_convex(curves, data):
 
 @given(curves_of_any_shape, st.data())
 def test_permuting_layers_permutes_the_result(curves, data):
-    neurons = data.draw(st.integers(len(curves), sum(c.width for c in curves)))
+    neurons = data.draw(st.integers(len(curves), sum(map(full, curves))))
     order = data.draw(st.permutations(range(len(curves))))
     permuted = allocate([curves[n] for n in order], neurons)
     least = total(curves, allocate(curves, neurons))
@@ -110,25 +118,25 @@ def test_permuting_layers_permutes_the_result(curves, data):
 
 @given(convex_curves, st.integers(1, 7))
 def test_a_layer_whose_curve_is_flat_gives_first(curves, width):
-    curves = [CostCurve(0, each.costs + np.arange(each.width + 1)) for each in curves]
-    flat = CostCurve(9, np.zeros(width + 1, dtype=np.int64))
-    everything = sum(c.width for c in curves) + width
+    curves = [each + np.arange(len(each)) for each in curves]
+    flat = np.zeros(width + 1, dtype=np.int64)
+    everything = sum(map(full, curves)) + width
     for given_up in range(width):
         *others, left = allocate([*curves, flat], everything - given_up)
         assert left == width - given_up
-        assert others == [c.width for c in curves]
+        assert others == [full(c) for c in curves]
 
 
 def test_equal_curves_give_in_the_order_of_the_layers():
-    curves = [CostCurve(n, np.arange(5, dtype=np.int64)) for n in range(3)]
+    curves = [np.arange(5, dtype=np.int64)] * 3
     assert allocate(curves, 9) == (1, 4, 4)
     assert allocate(curves, 6) == (1, 1, 4)
 
 
 def test_a_layer_that_is_spoilt_by_the_first_cut_is_given_up_or_left_alone():
     """A concave curve is no average of its ends: the dynamic program sees that."""
-    spoilt = CostCurve.of_points(0, 100, kept=[25, 75], rises=[2.1, 2.0])
-    steady = CostCurve.of_points(1, 100, kept=[25, 75], rises=[1.8, 0.5])
+    spoilt = costs_of_losses(100, kept=[25, 75], rises=[2.1, 2.0])
+    steady = costs_of_losses(100, kept=[25, 75], rises=[1.8, 0.5])
     assert allocate([spoilt, steady], 150) == (100, 50)
     assert allocate([spoilt, steady], 75, min_width=10) == (25, 50)
 
@@ -147,47 +155,28 @@ def test_a_measured_curve_starts_at_nothing_and_never_falls(rises, width, data):
             unique=True,
         ).map(sorted)
     )
-    curve = CostCurve.of_points(4, width, kept, rises)
-    assert (curve.layer, curve.width, curve.at(width)) == (4, width, 0)
-    assert np.all(np.diff(curve.costs) >= 0)
+    curve = costs_of_losses(width, kept, rises)
+    assert (len(curve), curve[0]) == (width + 1, 0)
+    assert np.all(np.diff(curve) >= 0)
     descending = sorted((max(rise, 0) for rise in rises), reverse=True)
     if list(rises) == descending:
         # Slopes are rounded, by at most half a step for every neuron.
         for place, rise in zip(kept, rises, strict=True):
-            assert curve.at(place) == pytest.approx(rise, abs=width * 1e-12)
+            assert at(curve, place) == pytest.approx(rise, abs=width * 1e-12)
 
 
 def test_noise_is_averaged():
-    curve = CostCurve.of_points(0, 100, kept=[20, 40, 60, 80], rises=[1, 2, 0.2, -0.1])
-    assert [curve.at(w) for w in (80, 60, 40, 20)] == pytest.approx([0, 0.2, 1.5, 1.5])
+    curve = costs_of_losses(100, kept=[20, 40, 60, 80], rises=[1, 2, 0.2, -0.1])
+    assert [at(curve, w) for w in (80, 60, 40, 20)] == pytest.approx([0, 0.2, 1.5, 1.5])
 
 
 def test_below_the_smallest_measured_width_a_curve_is_as_steep_as_ever():
-    curve = CostCurve.of_points(0, 100, kept=[50, 90], rises=[1.4, 1.0])
-    assert curve.at(40) == pytest.approx(1.4 + 10 * 0.1)
-
-
-def test_scores_make_a_convex_curve():
-    curve = CostCurve.of_scores(0, [0.3, -0.5, 0.1])
-    assert [curve.at(width) for width in (3, 2, 1, 0)] == [0, -0.5, -0.4, -0.1]
-
-
-def test_the_criterion_of_a_layer_is_the_cheapest_at_its_width():
-    curves = {
-        "maw": CostCurve.of_points(0, 100, [20, 80], [1.0, 0.1]),
-        "act": CostCurve.of_points(0, 100, [20, 80], [0.8, 0.2]),
-    }
-    assert [criterion_at(curves, width) for width in (100, 80, 20)] == [
-        "maw",
-        "maw",
-        "act",
-    ]
-    both = cheapest(curves)
-    assert [both.at(width) for width in (80, 20)] == pytest.approx([0.1, 0.8])
+    curve = costs_of_losses(100, kept=[50, 90], rises=[1.4, 1.0])
+    assert at(curve, 40) == pytest.approx(1.4 + 10 * 0.1)
 
 
 def test_layers_that_are_too_narrow_for_the_bounds_stay():
-    wide, narrow = (CostCurve(0, np.arange(n + 1, dtype=np.int64)) for n in (40, 6))
+    wide, narrow = (np.arange(n + 1, dtype=np.int64) for n in (40, 6))
     assert allocate([wide, narrow], 30, multiple_of=8) == (24, 6)
     assert allocate([wide, narrow], 30, min_width=10) == (24, 6)
 
@@ -197,7 +186,7 @@ def test_large_models_take_no_longer_than_their_curves_have_corners():
     generator = np.random.default_rng(0)
     kept = [14336 * part // 8 for part in (1, 2, 4, 6)]
     curves = [
-        CostCurve.of_points(n, 14336, kept, sorted(generator.random(4))[::-1])
+        costs_of_losses(14336, kept, sorted(generator.random(4))[::-1])
         for n in range(8)
     ]
     widths = allocate(curves, 4 * 14336)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.pruning.allocations import GROUP, canonical_allocation
+from lm_eval_pruned.pruning.allocation_names import GROUP, canonical_allocation
 from tests.helpers.checkpoints import ROOT
 
 
@@ -49,9 +49,9 @@ def test_the_example_of_the_documentation(install, tiny_llama):
     ("returned", "message"),
     [
         ("[1]", r"returned \[1\], 1 in all: it must return 3 whole numbers"),
-        ("[64.0] * 3", r"returned \[64.0, 64.0, 64.0\], 192.0 in all: it must"),
+        ("[64.0] * 3", r"returned \[64.0, 64.0, 64.0\]: it must"),
         ("[0, 96, 96]", r"returned \[0, 96, 96\], 192 in all: it must"),
-        ("['a']", r"returned \['a'\], which cannot be added: it must"),
+        ("['a']", r"returned \['a'\]: it must"),
         ("None", "returned a NoneType: it must"),
     ],
 )

@@ -209,7 +209,7 @@ EXPECTED = {
     ("pruning/plan.py", "PrunePlan"),
     ("pruning/plan.py", "_KEPT_WIDTH"),
     ("pruning/record.py", "PruneRecord"),
-    ("pruning/sensitivity.py", "LayerCurve"),
+    ("pruning/curves.py", "LayerCurve"),
     ("report/formats.py", "_COLUMNS"),
     ("report/formats.py", "as_csv"),
     ("profiling/model.py", "ProfileRequest"),

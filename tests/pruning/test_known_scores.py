@@ -13,15 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints import sensitivity
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.planning import plan_rows
-from lm_eval_pruned.pruning import (
-    calibration,
-    influence,
-    measuring,
-    slicing,
-)
+from lm_eval_pruned.pruning import calibration, measuring, slicing
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.comparing import assert_same_model
 
@@ -50,13 +44,12 @@ def load():
 def scored(monkeypatch):
     """The names of the MLPs that are scored from now on."""
     names = []
-    for module in (measuring, slicing):
 
-        def counted(*args, name, score=module.score_neurons, **kwargs):
-            names.append(name)
-            return score(*args, name=name, **kwargs)
+    def counted(*args, name, score=slicing.score_neurons, **kwargs):
+        names.append(name)
+        return score(*args, name=name, **kwargs)
 
-        monkeypatch.setattr(module, "score_neurons", counted)
+    monkeypatch.setattr(slicing, "score_neurons", counted)
     return names
 
 
@@ -111,9 +104,8 @@ def passes(monkeypatch, tmp_path):
     found: Counter[str] = Counter()
     for module, name in (
         (slicing, "calibrate"),
-        (sensitivity, "calibrate_by_layer"),
-        (sensitivity, "measure"),
-        (influence, "influence_in_memory"),
+        (slicing, "loss_curves"),
+        (measuring, "block_influence"),
     ):
         original = getattr(module, name)
 
@@ -142,7 +134,7 @@ def test_sizes_with_the_best_criterion_take_one_calibration(
     if cached:
         assert passes == {"calibrate": 1}
     else:
-        assert passes == {"calibrate_by_layer": 1, "measure": 3}
+        assert passes == {"calibrate": 1, "loss_curves": 3}
     for percent, model in zip(PERCENTS, models, strict=True):
         alone = load_pruned(
             str(tiny_llama), prune_percent=percent, calibration=texts, **BEST
@@ -159,7 +151,7 @@ def test_depths_take_one_pass_of_text(tiny_llama, texts, load, passes):
         load(str(tiny_llama), drop_layers=count, calibration=texts, **DEPTH)
         for count in (1, 2)
     ]
-    assert passes == {"influence_in_memory": 1}
+    assert passes == {"block_influence": 1}
     for count, model in zip((1, 2), models, strict=True):
         alone = load_pruned(
             str(tiny_llama), drop_layers=count, calibration=texts, **DEPTH
@@ -171,10 +163,10 @@ def test_depths_take_one_pass_of_text(tiny_llama, texts, load, passes):
 def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, texts, passes):
     asked = {"calibration": texts}
     plan_rows(str(tiny_llama), "drop_layers", [1, 2], **DEPTH, **asked)
-    assert passes == {"influence_in_memory": 1}
+    assert passes == {"block_influence": 1}
     passes.clear()
     plan_rows(str(tiny_llama), "prune_percent", [20, 40], **BEST, **asked)
-    assert passes == {"calibrate_by_layer": 1, "measure": 3}
+    assert passes == {"calibrate": 1, "loss_curves": 3}
 
 
 @pytest.fixture
@@ -189,13 +181,11 @@ def bars(monkeypatch, tmp_path):
         yield taken.append
         found.append((what, total, sum(taken)))
 
-    for module in (calibration, influence, measuring):
-        monkeypatch.setattr(module, "steps", steps)
+    monkeypatch.setattr(calibration, "steps", steps)
     return found
 
 
 def test_everything_that_text_takes_long_for_has_a_bar(tiny_llama, texts, bars):
-    """1 text through the whole model takes 1 step, through its 3 layers one by one 3."""
     text = {"calibration": texts}
     load_pruned(str(tiny_llama), drop_layers=1, **DEPTH, **text)
     assert bars == [("block influence", 1, 1)]
@@ -203,9 +193,9 @@ def test_everything_that_text_takes_long_for_has_a_bar(tiny_llama, texts, bars):
     asked = {"criterion": "best", "criteria_tried": "act+random", "seed": 7}
     load_pruned(str(tiny_llama), prune_percent=30, **asked, **text)
     assert bars == [
-        ("calibration", 3, 3),
-        ("sensitivity by act", 3, 3),
-        ("sensitivity by random, seed 7", 3, 3),
+        ("calibration", 1, 1),
+        ("sensitivity by act", 1, 1),
+        ("sensitivity by random, seed 7", 1, 1),
     ]
 
 

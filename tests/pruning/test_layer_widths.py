@@ -13,7 +13,7 @@ from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.criteria import kept_set, score_neurons
 from lm_eval_pruned.pruning.layer_widths import read_widths
-from lm_eval_pruned.pruning.scores import ScoreTable
+from lm_eval_pruned.pruning.measuring import ScoreTable
 from lm_eval_pruned.pruning.slicing import LoadedModel, carry_out
 from lm_eval_pruned.pruning.widths import widths_in_memory
 from tests.helpers import checkpoints, layouts

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lm_eval_pruned.pruning.sensitivity import FORMAT, VERSION, read_sensitivity
+from lm_eval_pruned.pruning.curves import FORMAT, VERSION, read_sensitivity
 from lm_eval_pruned.report import layer_curves
 from lm_eval_pruned.report.layer_curves import LayerCurves, explanation, rises_table
 from lm_eval_pruned.results.files import ResultsError
@@ -28,11 +28,12 @@ def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
     read = LayerCurves.of(json.loads(file.read_text()))
     assert json.loads(file.read_text())["format"] == FORMAT
     assert layer_curves.VERSION == VERSION
-    assert read.layers == measured.layers
+    assert {*read.layers} == {curve.layer for curve in measured.curves}
     assert ("random", *read.criteria) == ("random", "maw", "act")
-    for row in measured.rows():
-        share = round(100 - row["width"])
-        assert row["rise"] in read.rises[row["layer"], row["criterion"], share]
+    for curve in measured.curves:
+        for width, rise in zip(curve.widths, measured.rises(curve), strict=True):
+            share = round(100 - width)
+            assert rise in read.rises[curve.layer, curve.criterion, share]
 
 
 def test_shares_rises_and_chance(curves):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_pruned.checkpoints import sensitivity
+from lm_eval_pruned.pruning.slicing import LoadedModel
 from lm_eval_pruned.report.report import write_report
 from lm_eval_pruned.results.series import series_name
 from lm_eval_pruned.results.sweep_results import read_sweep
@@ -36,13 +36,13 @@ def test_curves_are_measured_once_and_every_model_is_told_apart(
     text = tmp_path / "texts.jsonl"
     text.write_text("".join(json.dumps({"text": each}) + "\n" for each in TEXTS))
     measured: Counter[str] = Counter()
-    measure = sensitivity.measure
+    losses = LoadedModel.losses
 
-    def counting(model, texts, ranking, *others):
-        measured[ranking.plan.criterion] += 1
-        return measure(model, texts, ranking, *others)
+    def counting(self, text, criterion, removed):
+        measured[criterion] += 1
+        return losses(self, text, criterion, removed)
 
-    monkeypatch.setattr(sensitivity, "measure", counting)
+    monkeypatch.setattr(LoadedModel, "losses", counting)
     options = sweep_options(
         tiny_llama,
         write_tasks(tmp_path / "tasks"),

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-from lm_eval_pruned.pruning.sensitivity import LayerCurve, Sensitivity
-from lm_eval_pruned.pruning.settling import settled
 from lm_eval_pruned.pruning.slicing import widths_in_memory
 from tests.helpers import checkpoints, layouts
 from tests.helpers.checkpoints import byte_tokenizer
@@ -32,7 +32,7 @@ class Made:
     def __init__(self, losses, scores):
         self._losses, self._scores = losses, scores
 
-    def scores(self):
+    def scores(self, criterion):
         return self._scores
 
     def curves(self, criteria):
@@ -80,7 +80,7 @@ def test_experts_of_a_layer_share_a_width_and_the_budget_is_exact(
     uniform = widths.plan(PruneArguments(**asked))
     text = {"calibration": "t.jsonl"} if allocation == "sensitivity" else {}
     plan = widths.plan(PruneArguments(**asked, allocation=allocation, **text))
-    plan = settled(plan, widths, Made(losses, scores))
+    plan = plan_layers(plan, widths, Made(losses, scores))
     kept, targets = dict(plan.layer_widths), widths.targets(plan)
     alike = widths.targets(uniform)
     assert sum(kept.values()) == uniform.width * len(kept)
@@ -109,7 +109,7 @@ def test_layers_of_different_kinds_are_refused_before_anything_is_read(
         rf"allocation={allocation} cannot weigh against each other: name layers"
     )
     with pytest.raises(UnsupportedModelError, match=message):
-        settled(plan, found(family), None)
+        plan_layers(plan, found(family), None)
 
 
 def test_layers_of_one_kind_are_shared_out_when_they_are_named(found):

@@ -1,0 +1,169 @@
+"""Loss curves: what the loss on calibration text becomes when one layer alone is cut.
+
+Pure data, without torch: the curves that `lm_eval_pruned.pruning.measuring` measures, that
+allocations are made of, and that tables and plots show.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.tables import csv_table
+
+
+#: What a file of curves says it is, and the version of its entries.
+FORMAT, VERSION = "lm-eval-pruned sensitivity", 1
+
+
+@dataclass(frozen=True)
+class LayerCurve:
+    """What cutting one layer alone costs, by one criterion.
+
+    Attributes:
+        layer: Number of the layer, as ``layers=`` counts.
+        width_before: Its width in the unpruned model, in neurons. Where a layer has
+            several GLU-MLPs, that of its experts, to which sizes refer.
+        criterion: Canonical name of the criterion that chose the neurons.
+        seed: Seed of the criterion ``random``; None for any other.
+        widths: Kept widths that were measured, in neurons, ascending, all of them below
+            `width_before`.
+        losses: Loss of the model with this layer cut to each of `widths`, in nats per
+            token, in the same order.
+
+    Raises:
+        ValueError: A loss is NaN or infinite.
+    """
+
+    layer: int
+    width_before: int
+    criterion: str
+    seed: int | None
+    widths: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, self.losses)):
+            raise ValueError(
+                f"The curve of layer {self.layer} by {self.name} has losses that are NaN or "
+                "infinite."
+            )
+
+    @property
+    def name(self) -> str:
+        """The criterion, with its seed where it has one: ``maw``, ``random:3``."""
+        return (
+            self.criterion if self.seed is None else f"{self.criterion}:{self.seed:d}"
+        )
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The curves of one model, and the text on which they were measured.
+
+    Attributes:
+        model: Folder or Hub name of the model.
+        loss: Loss of the unpruned model, in nats per token.
+        curves: One curve for each layer, criterion and seed.
+        file: Name of the calibration file, without its folder.
+        sha256: SHA-256 of that file.
+        texts: Number of texts that were used.
+        tokens: Number of tokens in them, after cutting.
+        path: How the model was run; there is one way.
+
+    Raises:
+        ValueError: The loss is NaN or infinite.
+
+    Example:
+        >>> curve = LayerCurve(0, 100, "maw", None, (50, 90), (4.0, 3.5))
+        >>> curves = Sensitivity("folder", 3.25, (curve,), "text.jsonl", "ab12", 2, 256)
+        >>> curves.rises(curves.curve(0, "maw"))
+        (0.75, 0.25)
+        >>> print(curves.as_csv(), end="")
+        layer,width,criterion,seed,loss,rise
+        0,50,maw,,4.0,0.75
+        0,90,maw,,3.5,0.25
+    """
+
+    model: str
+    loss: float
+    curves: tuple[LayerCurve, ...]
+    file: str
+    sha256: str
+    texts: int
+    tokens: int
+    path: str = "layer by layer"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.loss):
+            raise ValueError(
+                f"The loss of the unpruned model, {self.loss}, is no finite number."
+            )
+
+    def curve(self, layer: int, criterion: str, seed: int | None = None) -> LayerCurve:
+        """Return the curve of a layer by a criterion, with the seed of ``random``.
+
+        Raises:
+            ValueError: It was not measured.
+        """
+        for curve in self.curves:
+            if (curve.layer, curve.criterion, curve.seed) == (layer, criterion, seed):
+                return curve
+        named = criterion if seed is None else f"{criterion} with seed {seed}"
+        raise ValueError(
+            f"The loss of {self.model} was not measured with layer {layer} cut by {named}."
+        )
+
+    def rises(self, curve: LayerCurve) -> tuple[float, ...]:
+        """Return by how much the loss is above the unpruned model's at each width of `curve`."""
+        return tuple(loss - self.loss for loss in curve.losses)
+
+    def as_csv(self) -> str:
+        """Return one row for each point of each curve, as CSV with a header."""
+        columns = ("layer", "width", "criterion", "seed", "loss", "rise")
+        rows = [
+            (curve.layer, width, curve.criterion, curve.seed, loss, loss - self.loss)
+            for curve in self.curves
+            for width, loss in zip(curve.widths, curve.losses, strict=True)
+        ]
+        return csv_table(
+            columns, [dict(zip(columns, row, strict=True)) for row in rows]
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a file holds (JSON types only)."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    def write(self, file: str | Path) -> None:
+        """Write the curves to a JSON file, whole or not at all.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
+        write_atomically(file, text + "\n")
+
+
+def read_sensitivity(file: str | Path) -> Sensitivity:
+    """Read what `Sensitivity.write` wrote.
+
+    Raises:
+        ValueError: The file is missing or damaged, or holds something else.
+    """
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        said = found.pop("format"), found.pop("version")
+        if said != (FORMAT, VERSION):
+            raise ValueError(f"its format is {said}, not {(FORMAT, VERSION)}")
+        for each in found["curves"]:
+            each |= {name: tuple(each[name]) for name in ("widths", "losses")}
+        found["curves"] = tuple(LayerCurve(**each) for each in found["curves"])
+        return Sensitivity(**found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} cannot be read as sensitivity curves ({error}): measure them again."
+        ) from None
