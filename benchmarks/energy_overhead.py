@@ -21,9 +21,9 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from scipy import stats
 
-from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
+from lm_eval_pruned.energy.meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor
-from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
+from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog, as_table
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.profiling.prompts import demo_prompts
 
@@ -123,7 +123,7 @@ def main() -> None:
         f"{100 * (background + (3 * window + start) / 60):.3f} % of a run of a minute with all "
         "three request types"
     )
-    print(log.as_table())
+    print(as_table(log.as_dict()))
 
 
 if __name__ == "__main__":
