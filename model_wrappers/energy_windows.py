@@ -114,7 +114,7 @@ class EnergyLog:
         self._notes: list[str] = []
 
     def begin_if_over(self) -> None:
-        """Forget an evaluation that `stop` ended: a model may be evaluated many times."""
+        """Forget an evaluation that `finish` ended: a model may be evaluated many times."""
         if self._is_over:
             self.begin()
 
@@ -190,14 +190,11 @@ class EnergyLog:
             parts = [windows[key] for windows in processes if key in windows]
             _add(self._all, key, Usage.sum(parts, at_once=True))
 
-    def stop(self) -> None:
-        """End the evaluation: stop the meter."""
+    def finish(self) -> dict[str, Any]:
+        """End the evaluation; return its block for the results file. None is *not measured*."""
         self.add([self.take()])
         self.monitor.stop()
         self._is_over = True
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the block for the results file, after `stop`. None is *not measured*."""
         windows = dict(self._all)
         idle = windows.pop(_IDLE, Usage()).reading
         cached = windows.pop(_CACHED, Usage()).requests
@@ -227,10 +224,9 @@ class EnergyLog:
             for name in names:
                 place = place.setdefault(name, {})
             record = usage.as_dict()
-            place[request_type] = record
             if section == "set_up":
-                reading = usage.reading or EnergyReading(None)
-                place[request_type] = reading.as_dict()
+                record = (usage.reading or EnergyReading(None)).as_dict()
+            place[request_type] = record
             if (record.get("net_joules", {}).get("total") or 0) < 0:
                 self.note(
                     f"net energy of {request_type} is negative: the machine drew more while it "
@@ -246,8 +242,7 @@ def as_table(block: dict[str, Any]) -> str:
     columns = ["requests", "processed_tokens", "generated_tokens", "seconds"]
     columns += [
         "mean_watts",
-        "joules_per_processed_token",
-        "joules_per_generated_token",
+        *(f"joules_per_{w}_token" for w in ("processed", "generated")),
     ]
     rows = []
     for name, record in {**block["request_types"], "total": block["total"]}.items():
@@ -395,8 +390,7 @@ class EnergyWindows(_Neighbour):
         """Return the block ``energy`` of the results, if it is on."""
         if self._energy is None:
             return {}
-        self._energy.stop()
-        block = self._energy.as_dict()
+        block = self._energy.finish()
         eval_logger.info("Energy:\n%s", as_table(block))
         return {"energy": block}
 
@@ -425,10 +419,13 @@ class EnergyWindows(_Neighbour):
                 )
                 return answer(requests)
             answers: dict[int, Any] = {}
-            for task in dict.fromkeys(request.task_name for request in requests):
-                part = {n: r for n, r in enumerate(requests) if r.task_name == task}
-                key = ("tasks", str(task), request_type)
-                with energy.window(*key, lm=self, requests=len(part)):
+            for task in dict.fromkeys(str(request.task_name) for request in requests):
+                part = {
+                    n: r for n, r in enumerate(requests) if str(r.task_name) == task
+                }
+                with energy.window(
+                    "tasks", task, request_type, lm=self, requests=len(part)
+                ):
                     answers |= zip(part, answer([*part.values()]), strict=True)
             return [answers[number] for number in range(count)]
 

@@ -41,14 +41,6 @@ class EnergyMonitor:
         failures: What the meter did wrong, one sentence each, in order.
         required: Components without which there is no total, such as ``gpu`` for a model
             that runs on one.
-
-    Example:
-        ```python
-        monitor = EnergyMonitor(CodecarbonMeter())
-        monitor.begin_window("evaluation")
-        reading = monitor.end_window("evaluation")
-        print(reading.joules.total, reading.mean_watts)
-        ```
     """
 
     def __init__(

@@ -40,7 +40,7 @@ def main(output: Path) -> None:
     lm.barrier()
     lm.barrier()
     if rank == 0:
-        output.write_text(json.dumps(lm._energy.as_dict()))
+        output.write_text(json.dumps(lm._energy.finish()))
     torch.distributed.destroy_process_group()
 
 

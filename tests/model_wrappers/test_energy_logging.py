@@ -573,7 +573,7 @@ def test_machines_add_up_and_processes_are_not_metered_twice():
         )
     processes.append({("cached_answers",): Usage(2)})
     log.add(processes)
-    block = log.as_dict()
+    block = log.finish()
     record = block["request_types"]["loglikelihood"]
     assert record["prompt_tokens"] == 12
     assert record["joules"]["total"] == 15.0 * 6.0
@@ -604,7 +604,7 @@ def test_idle_power_is_subtracted_from_each_machine():
                     clock.sleep(seconds)
             shares.append(log.take())
         machines[0][0].add(shares)
-    block = machines[0][0].as_dict()
+    block = machines[0][0].finish()
     assert block["machines"] == 2
     assert block["idle"]["seconds"] == 4.0
     assert block["idle"]["joules"]["total"] == 4 * (100 + 50)
