@@ -396,7 +396,7 @@ class EnergyWindows(_Neighbour):
 
     def _measured(self, request_type: str, requests: list, disable_tqdm: bool) -> list:
         answer = partial(getattr(super(), request_type), disable_tqdm=disable_tqdm)
-        energy, several = self._energy, self.world_size > 1
+        energy = self._energy
         if energy is None:
             return answer(requests)
         energy.begin_if_over()
@@ -407,7 +407,8 @@ class EnergyWindows(_Neighbour):
             self._warmed_up = True
             with self._set_up("warm_up"):
                 self._first_pass()
-        key, count = ("request_types", request_type), len(requests)
+        several, count = self.world_size > 1, len(requests)
+        key = ("request_types", request_type)
         with energy.window(*key, lm=self, requests=count, left_open=several):
             if not self._energy_per_task:
                 return answer(requests)

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import lm_eval
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -98,18 +97,13 @@ def test_a_context_shared_by_one_token_answers_is_processed_once(lm):
     assert model.token_counts == TokenCounts(prompt=15, processed=4)
 
 
-@pytest.mark.parametrize("batch_size", [2, "auto"])
-def test_an_encoders_tokens_are_processed_too(tmp_path, batch_size, monkeypatch):
+def test_an_encoders_tokens_are_processed_too(tmp_path):
     save_family(tmp_path, "t5", 16)
     model = PrunedHFLM(
-        str(tmp_path),
-        device="cpu",
-        batch_size=batch_size,
-        max_batch_size=2,
-        max_length=64,
-        backend="seq2seq",
+        str(tmp_path), device="cpu", batch_size=2, max_length=64, backend="seq2seq"
     )
     model._energy, _ = log_of()
+    model._warmed_up = True
     positions = 0
 
     def watch(module, arguments, options):
@@ -117,17 +111,6 @@ def test_an_encoders_tokens_are_processed_too(tmp_path, batch_size, monkeypatch)
         ids = arguments[0] if arguments else options["input_ids"]
         positions += 0 if ids is None else ids.numel()
 
-    search = model._detect_batch_size
-
-    def uncounted(*arguments):
-        nonlocal positions
-        before = positions
-        found = search(*arguments)
-        positions = before
-        return found
-
-    monkeypatch.setattr(model, "_detect_batch_size", uncounted)
-    model._warmed_up = True
     for stack in (model.model.get_encoder(), model.model.get_decoder()):
         stack.register_forward_pre_hook(watch, with_kwargs=True)
     # Of equal length, so that nothing is padded; a text twice, which is computed twice.
@@ -212,21 +195,6 @@ def test_count_generated_agrees_with_counting_by_hand(rows, ends):
     assert count_generated(torch.tensor(rows), ends) == by_hand
 
 
-def test_a_route_of_its_own_is_counted_beside_the_rows_of_hflm(lm, monkeypatch):
-    model = lm()
-
-    def own_route(self, requests, *args, **kwargs):
-        self.token_counts.processed += 2
-        self._select_cont_toks(torch.zeros(9, 3), contlen=1, inplen=9)
-        return [(0.0, True)] * len(requests)
-
-    monkeypatch.setattr(
-        lm_eval.models.huggingface.HFLM, "_loglikelihood_tokens", own_route
-    )
-    model.loglikelihood([scored("abcd", "x"), scored("abcd", "y")])
-    assert model.token_counts.processed == 2 + 9
-
-
 def test_tokens_of_shared_prefixes_and_of_the_plain_path(lm, monkeypatch):
     monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 0)
     model = lm(prefix_sharing=True)
@@ -288,7 +256,6 @@ def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
 @pytest.mark.parametrize(
     ("request_type", "requests", "arguments", "searches"),
     [
-        ("loglikelihood", [scored("abcd", "ef"), scored("ab", "c")], {}, 1),
         ("loglikelihood", [scored("a" * n, "b") for n in (9, 7, 5, 3)], {}, 2),
         (
             "loglikelihood",
@@ -297,12 +264,6 @@ def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
             2,
         ),
         ("loglikelihood_rolling", [rolling("abcdef"), rolling("xy")], {}, 1),
-        (
-            "generate_until",
-            [generated("abcdef"), generated("xy")],
-            {"slot_refilling": False},
-            1,
-        ),
         # Greedy requests run in slots; the one that HFLM gets makes it search.
         (
             "generate_until",
@@ -392,7 +353,6 @@ def test_idle_energy_is_measured_first_and_negative_net_is_reported(lm, caplog):
     [
         ({"cpu": 10.0, "ram": 5.0}, False, "ok"),
         ({"cpu": 10.0, "ram": 5.0}, True, "partial"),
-        ({"cpu": 10.0, "ram": 5.0, "gpu": 0.0}, True, "partial"),
         ({"cpu": 10.0, "ram": 5.0, "gpu": 0.0}, False, "partial"),
         ({"cpu": 10.0, "ram": 5.0, "gpu": 50.0}, True, "ok"),
     ],
@@ -457,7 +417,7 @@ def test_devices_are_waited_for_where_a_meter_is_read_beside_other_work(
     assert events == [*(wait, "meter") * 2, "meter", *(wait, "meter") * 2, "meter"]
 
 
-@pytest.mark.parametrize("fail_at", ["start", 1, 2, 3, "stop"])
+@pytest.mark.parametrize("fail_at", ["start", 1, 3, "stop"])
 def test_answers_survive_a_meter_that_fails(lm, fail_at):
     requests = [scored("abc", "de")]
     expected = lm().loglikelihood(requests)
@@ -546,16 +506,6 @@ def test_every_evaluation_counts_the_answers_it_was_handed(lm, announced):
         model.loglikelihood([scored("abc", "de")])
         counted.append(model.get_model_info()["energy"]["cached_answers"])
     assert counted == [5, 5, 5]
-
-
-def test_a_note_that_comes_before_the_first_request_is_kept(lm, monkeypatch):
-    model = lm()
-    monkeypatch.setattr(model, "_meters", lambda energy: energy.note("half of it"))
-    notes = []
-    for _ in range(2):
-        model.loglikelihood([scored("abc", "de")])
-        notes.append(model.get_model_info()["energy"]["notes"])
-    assert notes == [["half of it"]] * 2
 
 
 def test_machines_add_up_and_processes_are_not_metered_twice():
