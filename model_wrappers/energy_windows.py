@@ -333,6 +333,7 @@ class EnergyWindows(_Neighbour):
                 monitor.start_in_background()
             self._energy = EnergyLog(monitor, energy_idle_seconds)
         self._energy_per_task = energy_per_task
+        self._request_type = ""
         self._warmed_up = False
         super().__init__(*args, **kwargs)
 
