@@ -21,9 +21,9 @@ import numpy as np
 from lm_eval.api.instance import Instance
 from scipy import stats
 
-from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
+from lm_eval_pruned.energy.meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor
-from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
+from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog, as_table
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.profiling.prompts import demo_prompts
 
@@ -50,7 +50,7 @@ def turn(lm: PrunedHFLM, log: EnergyLog | None, work) -> tuple[float, float]:
     lm.loglikelihood(work[0], disable_tqdm=True)
     lm.generate_until(work[1], disable_tqdm=True)
     if log is not None:
-        log.stop()
+        log.finish()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -89,7 +89,6 @@ def main() -> None:
     work = requests(arguments.prompts)
     start = time.perf_counter()
     log = EnergyLog(EnergyMonitor(CodecarbonMeter()))
-    assert log.monitor is not None
     log.monitor.start()
     start = time.perf_counter() - start
     turn(lm, log, work)
@@ -123,7 +122,7 @@ def main() -> None:
         f"{100 * (background + (3 * window + start) / 60):.3f} % of a run of a minute with all "
         "three request types"
     )
-    print(log.as_table())
+    print(as_table(log.finish()))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from transformers import (
 )
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
+from lm_eval_pruned.energy.meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.profiling import measure as profiling, report as profile_report

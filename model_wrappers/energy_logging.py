@@ -1,12 +1,7 @@
-"""HFLM that measures the energy of each type of request while the harness runs it.
-
-Independent of pruning: it knows `PrefixHFLM` and `EnergyWindows`, nothing else.
-"""
+"""HFLM that measures the energy of each type of request while the harness runs it."""
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,17 +11,12 @@ from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
     end_tokens,
 )
-from lm_eval_pruned.model_wrappers.energy_windows import EnergyWindows
+from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
-
-#: Tokens of the pass that comes before the first request, on which nothing is counted.
-_WARM_UP_TOKENS = 8
+    from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog
 
 
 class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
@@ -42,55 +32,34 @@ class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
         The machines' windows close here, where all work of that type is done.
         """
         super().barrier()
-        if self._energy is None or self.world_size <= 1:
-            return
-        shares = self.gather_object(self._energy.close(), dst=0)
-        if self.rank == 0:
-            self._energy.record(shares)
+        if self._energy is not None and self.world_size > 1:
+            used = self.gather_object(self._energy.take(), dst=0)
+            if self.rank == 0:
+                self._energy.add(used)
 
     def _meters(self, energy: EnergyLog) -> None:
-        energy.runs_on_gpu(bool(self._accelerators()))
+        if self._accelerators():
+            energy.monitor.required.add("gpu")
+
+    def _first_pass(self) -> None:
+        size = (1, min(WARM_UP_TOKENS, self.max_length))
+        tokens = torch.ones(size, dtype=torch.long, device=self.device)
+        if is_encoder_decoder(self):
+            self._model_call(tokens, attn_mask=tokens, labels=tokens)
+        else:
+            self._model_call(tokens)
+
+    def _accelerators(self) -> set[torch.device]:
+        devices = {parameter.device for parameter in self.model.parameters()}
+        return {each for each in devices if each.type not in ("cpu", "meta")}
+
+    def _wait_for_accelerators(self) -> None:
+        for device in self._accelerators():
+            torch.accelerator.synchronize(device)
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         with self._set_up("batch_size_search"):
             return super()._detect_batch_size(*args, **kwargs)
-
-    def _first_pass(self, energy: EnergyLog) -> None:
-        with self._set_up("warm_up"):
-            tokens = torch.ones(
-                (1, min(_WARM_UP_TOKENS, self.max_length)),
-                dtype=torch.long,
-                device=self.device,
-            )
-            if is_encoder_decoder(self):
-                self._model_call(tokens, attn_mask=tokens, labels=tokens)
-            else:
-                self._model_call(tokens)
-
-    @contextlib.contextmanager
-    def _set_up(self, purpose: str) -> Iterator[None]:
-        """Measure what no request asked for apart from the requests, and count none of it."""
-        if self._energy is None:
-            yield
-            return
-        self._wait_for_accelerators()
-        before = replace(self.token_counts)
-        with self._energy.set_up(purpose):
-            yield
-            self._wait_for_accelerators()
-        self.token_counts = before
-
-    def _accelerators(self) -> set[torch.device]:
-        return {
-            parameter.device
-            for parameter in self.model.parameters()
-            if parameter.device.type not in ("cpu", "meta")
-        }
-
-    def _wait_for_accelerators(self) -> None:
-        """Let work that was only sent off be done before a meter is read."""
-        for device in self._accelerators():
-            torch.accelerator.synchronize(device)
 
     def _model_call(
         self,
@@ -122,17 +91,14 @@ class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
         stop: list[str],
         **generation_kwargs: Any,
     ) -> torch.Tensor:
-        if self._energy is None:
-            return super()._model_generate(
-                context, max_length, stop, **generation_kwargs
-            )
         output = super()._model_generate(context, max_length, stop, **generation_kwargs)
-        mask = generation_kwargs.get("attention_mask")
-        prompt = context.numel() if mask is None else int(mask.sum())
-        start = 1 if is_encoder_decoder(self) else context.shape[1]
-        generated = count_generated(output[:, start:], end_tokens(self.model))
-        self.token_counts.prompt += prompt
-        self.token_counts.generated += generated
-        # The last token of a row is never fed back.
-        self.token_counts.processed += prompt + generated - context.shape[0]
+        if self._energy is not None:
+            mask = generation_kwargs.get("attention_mask")
+            prompt = context.numel() if mask is None else int(mask.sum())
+            start = 1 if is_encoder_decoder(self) else context.shape[1]
+            generated = count_generated(output[:, start:], end_tokens(self.model))
+            self.token_counts.prompt += prompt
+            self.token_counts.generated += generated
+            # The last token of a row is never fed back.
+            self.token_counts.processed += prompt + generated - context.shape[0]
         return output

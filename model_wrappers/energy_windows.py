@@ -1,41 +1,270 @@
-"""What model types with energy readings are built on: their arguments and their windows.
-
-Independent of what computes. With ``energy`` off, neither codecarbon nor `energy_log` is
-imported.
-"""
+"""The energy of each type of request to a model, and the block ``energy`` in its results."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.energy.meter import CodecarbonMeter, MeterDescription, check_country
+from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
+from lm_eval_pruned.energy.readings import EnergyReading, add_up, ratio
 from lm_eval_pruned.model_wrappers.batching.flags import check_flag
+from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from lm_eval.api.instance import Instance
+    from collections.abc import Callable, Iterable, Iterator
 
     # The mixin's neighbour among the bases, whose methods it calls.
     from lm_eval.api.model import TemplateLM as _Neighbour
 
-    from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
-    from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
-
-    _Run = Callable[[list[Instance]], list]
+    #: Section of the block, such as ``tasks``, and the names within it.
+    Key = tuple[str, ...]
 else:
     _Neighbour = object
 
+#: Version of the block under ``config.energy``; raised when a key changes its meaning.
+SCHEMA_VERSION = 2
+#: Keys of what is in no section of the block.
+_IDLE, _CACHED = ("idle",), ("cached_answers",)
+#: Tokens of the pass that comes before the first request, on which nothing is counted.
+WARM_UP_TOKENS = 8
+
 eval_logger = logging.getLogger("lm_eval.models.energy_logging")
+
+
+@dataclass
+class Usage:
+    """What one window used, or several added up.
+
+    Attributes:
+        requests: Requests that reached the model, with the repeats of the harness.
+        tokens: Tokens of these requests.
+        reading: Energy of the machine; None in a process that is not the one to meter it.
+    """
+
+    requests: int = 0
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+    reading: EnergyReading | None = None
+
+    @classmethod
+    def sum(cls, parts: Iterable[Usage], *, at_once: bool = False) -> Usage:
+        """Add windows one after the other, or (`at_once`) those of processes side by side."""
+        parts = list(parts)
+        readings = [part.reading for part in parts if part.reading is not None]
+        return cls(
+            sum(part.requests for part in parts),
+            sum((part.tokens for part in parts), TokenCounts()),
+            add_up(readings, at_once=at_once) if readings else None,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record for the results file. None is *not measured*."""
+        reading = self.reading or EnergyReading(None)
+        total, tokens = reading.joules.total, self.tokens
+        return {
+            "requests": self.requests,
+            "prompt_tokens": tokens.prompt,
+            "generated_tokens": tokens.generated,
+            "processed_tokens": tokens.processed,
+            **reading.as_dict(),
+            "joules_per_processed_token": ratio(total, tokens.processed),
+            "joules_per_generated_token": ratio(total, tokens.generated),
+        }
+
+
+class EnergyLog:
+    """The windows of one evaluation of a model, and the block they become.
+
+    Args:
+        monitor: Measures this machine; None in a process that is not the one to do so.
+        idle_seconds: How long to measure the idle machine first, in seconds.
+        sleep: Waits for so many seconds; for tests.
+    """
+
+    def __init__(
+        self,
+        monitor: EnergyMonitor | None,
+        idle_seconds: float = 0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.monitor = monitor or EnergyMonitor(None)
+        self._meters = monitor is not None
+        self._idle_seconds = idle_seconds
+        self._sleep = sleep
+        self._idle: EnergyReading | None = None
+        # What this process used since it last met the others, and what all used before.
+        self._own: dict[Key, Usage] = {}
+        self._all: dict[Key, Usage] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the evaluation so far; what the idle machine uses stays known."""
+        for windows in (self._own, self._all):
+            for key in windows.keys() - {_IDLE}:
+                del windows[key]
+        self._is_over = False
+        self._machines = 1
+        self._left_open: set[Key] = set()
+        self._notes: list[str] = []
+
+    def begin_if_over(self) -> None:
+        """Forget an evaluation that `finish` ended: a model may be evaluated many times."""
+        if self._is_over:
+            self.begin()
+
+    def note(self, text: str) -> None:
+        """Add a sentence to the block, once, and to the log."""
+        if text not in self._notes:
+            self._notes.append(text)
+            eval_logger.warning("Energy: %s.", text)
+
+    def count_cached(self, answers: int) -> None:
+        """Count answers that cost this evaluation nothing."""
+        self.begin_if_over()
+        _add(self._own, _CACHED, Usage(answers))
+
+    def measure_idle(self) -> None:
+        """Measure the idle machine, the first time this is called."""
+        seconds, self._idle_seconds = self._idle_seconds, 0
+        if seconds:
+            with self.window(*_IDLE):
+                # The processes that do not meter their machine keep still as well.
+                self._sleep(seconds)
+            self._idle = self._own[_IDLE].reading
+
+    @contextlib.contextmanager
+    def window(
+        self,
+        *key: str,
+        lm: Any = None,
+        requests: int = 0,
+        apart: bool = False,
+        left_open: bool = False,
+    ) -> Iterator[None]:
+        """Measure what is done in a ``with`` block; forget it where that raises.
+
+        Args:
+            *key: Section of the block, and the names within it.
+            lm: The model, whose ``token_counts`` rise.
+            requests: How many requests reach it.
+            apart: The windows around this one leave out its energy.
+            left_open: It ends with the next `take`, or goes on with the next window of this key.
+        """
+        before = lm and replace(lm.token_counts)
+        if key not in self._left_open:
+            self.monitor.begin_window(" ".join(key))
+        self._left_open.discard(key)
+        yield
+        tokens = lm.token_counts - before if lm else TokenCounts()
+        _add(self._own, key, Usage(requests, tokens))
+        if left_open:
+            self._left_open.add(key)
+        else:
+            self._end(key, apart)
+
+    def _end(self, key: Key, apart: bool = False) -> None:
+        reading = self.monitor.end_window(" ".join(key), apart=apart)
+        if self._idle is not None and not apart:
+            reading = reading.with_idle(self._idle)
+        if self._meters:
+            _add(self._own, key, Usage(reading=reading))
+
+    def take(self) -> dict[Key, Usage]:
+        """End what was left open; return what this process used since the last call."""
+        while self._left_open:
+            self._end(self._left_open.pop())
+        own, self._own = self._own, {}
+        return own
+
+    def add(self, processes: list[dict[Key, Usage]]) -> None:
+        """Add what all processes, side by side, used since they last met."""
+        machines = [any(u.reading for u in windows.values()) for windows in processes]
+        self._machines = max(self._machines, sum(machines))
+        for key in dict.fromkeys(key for windows in processes for key in windows):
+            parts = [windows[key] for windows in processes if key in windows]
+            _add(self._all, key, Usage.sum(parts, at_once=True))
+
+    def finish(self) -> dict[str, Any]:
+        """End the evaluation; return its block for the results file. None is *not measured*."""
+        self.add([self.take()])
+        self.monitor.stop()
+        self._is_over = True
+        windows = dict(self._all)
+        idle = windows.pop(_IDLE, Usage()).reading
+        cached = windows.pop(_CACHED, Usage()).requests
+        types = [usage for key, usage in windows.items() if key[0] == "request_types"]
+        total = Usage.sum(types or [Usage(reading=EnergyReading(0.0))])
+        readings = [each.reading or EnergyReading(None) for each in (total, *types)]
+        readings += [idle] if idle else []
+        whole = all(reading.joules.total is not None for reading in readings)
+        status = "ok" if whole and not self.monitor.failures else "partial"
+        meter = self.monitor.describe()
+        block: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "status": status if meter else "not measured",
+            **dict.fromkeys(each.name for each in fields(MeterDescription)),
+            **(asdict(meter) if meter else {}),
+            "machines": self._machines,
+            "cached_answers": cached,
+            "idle": idle and idle.as_dict(),
+            "set_up": {},
+            "request_types": {},
+            # Only a part of this energy was spent on generating.
+            "total": {**total.as_dict(), "joules_per_generated_token": None},
+        }
+        block["meter"] = block.pop("name")
+        for (section, *names, request_type), usage in windows.items():
+            place = block.setdefault(section, {})
+            for name in names:
+                place = place.setdefault(name, {})
+            record = usage.as_dict()
+            if section == "set_up":
+                record = (usage.reading or EnergyReading(None)).as_dict()
+            place[request_type] = record
+            if (record.get("net_joules", {}).get("total") or 0) < 0:
+                self.note(
+                    f"net energy of {request_type} is negative: the machine drew more while it "
+                    "was measured as idle, so that reading is no baseline"
+                )
+        noted = [note for reading in readings for note in reading.notes]
+        notes = [*self.monitor.failures, *self._notes, *noted]
+        return {**block, "notes": list(dict.fromkeys(notes))}
+
+
+def as_table(block: dict[str, Any]) -> str:
+    """Return the records of the block as a Markdown table; ``n/m`` is not measured."""
+    columns = ["requests", "processed_tokens", "generated_tokens", "seconds"]
+    columns += [
+        "mean_watts",
+        *(f"joules_per_{w}_token" for w in ("processed", "generated")),
+    ]
+    rows = []
+    for name, record in {**block["request_types"], "total": block["total"]}.items():
+        figures = [record["joules"]["total"], *(record[key] for key in columns)]
+        cells = ("n/m" if each is None else f"{each:,.6g}" for each in figures)
+        rows.append([name, *cells])
+    lines = [markdown_table(["", "joules", *columns], rows)]
+    for name, source in (block["sources"] or {}).items():
+        lines.append(f"{name.upper()}: {source['kind']}, {source['description']}.")
+    lines.append(f"{block['cached_answers']:,} answers came from a cache, for nothing.")
+    return "\n".join(lines)
+
+
+def _add(windows: dict[Key, Usage], key: Key, usage: Usage) -> None:
+    windows[key] = Usage.sum([windows.get(key, Usage()), usage])
 
 
 class EnergyWindows(_Neighbour):
     """Measures each type of request in a window of its own.
 
     It comes before a model of the harness among the bases. Whoever derives from both counts
-    tokens, and says what `_meters` and `_first_pass` do.
+    tokens, and says what the three methods below `__init__` do.
 
     Attributes:
         token_counts: Totals since the model was loaded.
@@ -69,31 +298,42 @@ class EnergyWindows(_Neighbour):
         Raises:
             ValueError: An argument is out of range, or needs ``energy=true``.
         """
-        flags = {
-            "energy": energy,
+        check_flag("energy", energy)
+        check_flag("energy_per_task", energy_per_task)
+        check_flag("energy_online", energy_online)
+        is_a_number = type(energy_idle_seconds) in (int, float)
+        if not is_a_number or not 0 <= energy_idle_seconds < float("inf"):
+            raise ValueError(
+                f"energy_idle_seconds={energy_idle_seconds} is no time to wait: pass a number "
+                "of seconds, such as 10, or 0."
+            )
+        if energy_country is not None and energy_online:
+            raise ValueError(
+                f"energy_country={energy_country} and energy_online={energy_online} both say "
+                "where the machine is: pass one."
+            )
+        needs_energy = {
             "energy_per_task": energy_per_task,
             "energy_online": energy_online,
-        }
-        for name, value in flags.items():
-            check_flag(name, value)
-        self._energy: EnergyLog | None = None
-        if energy:
-            from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
-
-            self._energy = EnergyLog.from_arguments(
-                energy_idle_seconds, energy_country, energy_online
-            )
-        for name, given in {
-            **flags,
             "energy_idle_seconds": energy_idle_seconds,
             "energy_country": energy_country,
-        }.items():
+        }
+        for name, given in needs_energy.items():
             if given and not energy:
                 raise ValueError(
                     f"{name}={given} measures nothing by itself: pass energy=true as well, or "
                     "leave it out."
                 )
+        self._energy: EnergyLog | None = None
+        if energy:
+            country = None if energy_country is None else check_country(energy_country)
+            monitor = None
+            if meters_the_machine():
+                monitor = EnergyMonitor(CodecarbonMeter(country, energy_online))
+                monitor.start_in_background()
+            self._energy = EnergyLog(monitor, energy_idle_seconds)
         self._energy_per_task = energy_per_task
+        self._request_type = ""
         self._warmed_up = False
         super().__init__(*args, **kwargs)
 
@@ -101,92 +341,105 @@ class EnergyWindows(_Neighbour):
         """Tell `energy` what the model runs on, before its first window."""
         raise NotImplementedError
 
-    def _first_pass(self, energy: EnergyLog) -> None:
+    def _first_pass(self) -> None:
         """Send a few tokens through the model: the first pass ever loads kernels and weights."""
         raise NotImplementedError
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
-        run = partial(super().loglikelihood, disable_tqdm=disable_tqdm)
-        return self._measured("loglikelihood", run, requests)
+    def _wait_for_accelerators(self) -> None:
+        """Let work that was only sent off be done before a meter is read."""
 
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
-        run = partial(super().loglikelihood_rolling, disable_tqdm=disable_tqdm)
-        return self._measured("loglikelihood_rolling", run, requests)
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
+        return self._measured("loglikelihood", requests, disable_tqdm)
 
-    def generate_until(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[str]:
-        run = partial(super().generate_until, disable_tqdm=disable_tqdm)
-        return self._measured("generate_until", run, requests)
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list:
+        return self._measured("loglikelihood_rolling", requests, disable_tqdm)
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list:
+        return self._measured("generate_until", requests, disable_tqdm)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take the hook, and count the answers that the harness reads from its cache.
+
+        `CachingLM` keeps such requests to itself, so reading is the one thing that can be
+        seen of them.
+        """
         super().set_cache_hook(cache_hook)
-        if self._energy is not None and cache_hook.dbdict is not None:
-            self._energy.count_cache_reads(cache_hook.dbdict)
+        answers, lm = cache_hook.dbdict, self
+        if self._energy is None or answers is None:
+            return
+        base = type(answers)
+
+        class CountingReads(base):  # type: ignore[misc, valid-type]
+            def __getitem__(self, key: Any) -> Any:
+                answer = super().__getitem__(key)
+                lm.count_kept_answers(1)
+                return answer
+
+        answers.__class__ = CountingReads
+
+    def count_kept_answers(self, count: int) -> None:
+        """Count answers that an earlier process computed and paid the energy for."""
+        if self._energy is not None:
+            self._energy.count_cached(count)
 
     def begin_evaluation(self) -> None:
         """Begin the readings anew, for a model that answers several evaluations."""
         if self._energy is not None:
             self._energy.begin()
 
-    def count_kept_answers(self, count: int) -> None:
-        """Count answers that an earlier process computed and paid the energy for."""
-        if self._energy is not None:
-            self._energy.begin_if_over()
-            self._energy.cached += count
-
     def energy_info(self) -> dict[str, Any]:
         """Return the block ``energy`` of the results, if it is on."""
         if self._energy is None:
             return {}
-        self._energy.stop()
-        eval_logger.info("Energy:\n%s", self._energy.as_table())
-        return {"energy": self._energy.as_dict()}
+        block = self._energy.finish()
+        eval_logger.info("Energy:\n%s", as_table(block))
+        return {"energy": block}
 
-    def _measured(self, request_type: str, run: _Run, requests: list[Instance]) -> list:
+    def _measured(self, request_type: str, requests: list, disable_tqdm: bool) -> list:
+        answer = partial(getattr(super(), request_type), disable_tqdm=disable_tqdm)
         energy = self._energy
         if energy is None:
-            return run(requests)
+            return answer(requests)
         energy.begin_if_over()
         self._meters(energy)
         energy.measure_idle()
-        self._warm_up()
-        with energy.window(request_type, len(requests), self):
-            answers: list = [None] * len(requests)
-            for task, places in self._parts(energy, requests).items():
-                part = [requests[place] for place in places]
-                if task is None:
-                    answers = run(part)
-                    continue
-                with energy.task_window(task, request_type, len(part), self):
-                    for place, answer in zip(places, run(part), strict=True):
-                        answers[place] = answer
-        if self.world_size <= 1:
-            energy.record([energy.close()])
-        return answers
-
-    def _warm_up(self) -> None:
-        if self._energy is not None and not self._warmed_up:
+        self._request_type = request_type
+        if not self._warmed_up:
             self._warmed_up = True
-            self._first_pass(self._energy)
+            with self._set_up("warm_up"):
+                self._first_pass()
+        several, count = self.world_size > 1, len(requests)
+        key = ("request_types", request_type)
+        with energy.window(*key, lm=self, requests=count, left_open=several):
+            if not self._energy_per_task:
+                return answer(requests)
+            if several:
+                # Processes may hold requests of different tasks, and rolling requests wait
+                # for each other.
+                energy.note(
+                    "energy per task is not measured in runs of several processes"
+                )
+                return answer(requests)
+            answers: dict[int, Any] = {}
+            for task in dict.fromkeys(str(request.task_name) for request in requests):
+                part = {
+                    n: r for n, r in enumerate(requests) if str(r.task_name) == task
+                }
+                with energy.window(
+                    "tasks", task, request_type, lm=self, requests=len(part)
+                ):
+                    answers |= zip(part, answer([*part.values()]), strict=True)
+            return [answers[number] for number in range(count)]
 
-    def _parts(
-        self, energy: EnergyLog, requests: list[Instance]
-    ) -> dict[str | None, list[int]]:
-        """Return the places of what is measured together, by task where that was asked for."""
-        per_task = self._energy_per_task
-        if per_task and self.world_size > 1:
-            # Processes may hold requests of different tasks, and rolling requests
-            # wait for each other.
-            energy.note("energy per task is not measured in runs of several processes")
-            per_task = False
-        if not per_task:
-            return {None: list(range(len(requests)))}
-        parts: dict[str | None, list[int]] = {}
-        for place, request in enumerate(requests):
-            parts.setdefault(str(request.task_name), []).append(place)
-        return parts
+    @contextlib.contextmanager
+    def _set_up(self, purpose: str) -> Iterator[None]:
+        """Measure what no request asked for apart from the requests, and count none of it."""
+        if self._energy is None:
+            yield
+            return
+        self._wait_for_accelerators()
+        before = replace(self.token_counts)
+        with self._energy.window("set_up", purpose, self._request_type, apart=True):
+            yield
+            self._wait_for_accelerators()
+        self.token_counts = before

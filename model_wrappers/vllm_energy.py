@@ -1,22 +1,21 @@
 """VLLM that measures the energy of each type of request while the harness runs it.
 
-The counterpart of `lm_eval_pruned.model_wrappers.energy_logging` for an engine: meters read the
-machine, so the processes of the engine are in them, and the engine itself tells how many
-tokens it computed.
+Meters read the machine, so the processes of the engine are in them, and the engine itself
+tells how many tokens it computed.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval.models.vllm_causallms import VLLM
 
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
-from lm_eval_pruned.model_wrappers.energy_windows import EnergyWindows
-
-
-if TYPE_CHECKING:
-    from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
+from lm_eval_pruned.model_wrappers.energy_windows import (
+    WARM_UP_TOKENS,
+    EnergyLog,
+    EnergyWindows,
+)
 
 
 class EnergyLoggingVLLM(EnergyWindows, VLLM):
@@ -28,13 +27,13 @@ class EnergyLoggingVLLM(EnergyWindows, VLLM):
     def _meters(self, energy: EnergyLog) -> None:
         from vllm.platforms import current_platform
 
-        energy.runs_on_gpu(current_platform.is_cuda_alike())
+        if current_platform.is_cuda_alike():
+            energy.monitor.required.add("gpu")
         if self.model_args.get("distributed_executor_backend") == "ray":
             energy.note("machines that Ray adds to this one are not metered")
 
-    def _first_pass(self, energy: EnergyLog) -> None:
-        with energy.set_up("warm_up"):
-            super()._model_generate([[self.eot_token_id] * 8])
+    def _first_pass(self) -> None:
+        self._model_generate([[self.eot_token_id] * WARM_UP_TOKENS])
 
     def _model_generate(
         self,

@@ -16,7 +16,6 @@ from lm_eval_pruned.cli import (
     prune,
     report,
     sensitivity,
-    study_energy,
     sweep,
 )
 
@@ -72,7 +71,6 @@ def main(argv: list[str] | None = None) -> int:
         sweep,
         sensitivity,
         profile,
-        study_energy,
         prune,
         heal,
     ):

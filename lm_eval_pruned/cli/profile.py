@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
+    from lm_eval_pruned.energy.meter import CodecarbonMeter
     from lm_eval_pruned.energy.monitor import EnergyMonitor
     from lm_eval_pruned.profiling import measure as profiling, report as profile_report
     from lm_eval_pruned.profiling.engine import EngineModel

@@ -1,1 +1,1 @@
-"""Joules: meters, windows, and the runs of the study."""
+"""Joules: a meter, windows, and what they read."""

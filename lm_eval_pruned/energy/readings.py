@@ -5,27 +5,17 @@ None always means *not measured*. A component is never reported as 0 J.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 #: Joules in one kilowatt-hour.
 JOULES_PER_KWH = 3_600_000.0
 #: The parts of a machine that are told apart.
 COMPONENTS = ("cpu", "gpu", "ram")
-
-
-def joules_from_kwh(kwh: float) -> float:
-    """Convert kilowatt-hours to joules."""
-    return kwh * JOULES_PER_KWH
-
-
-def kwh_from_joules(joules: float) -> float:
-    """Convert joules to kilowatt-hours."""
-    return joules / JOULES_PER_KWH
 
 
 @dataclass(frozen=True)
@@ -47,30 +37,48 @@ class Joules:
 
     def as_dict(self) -> dict[str, float | None]:
         """Return the four numbers by name."""
-        return {name: getattr(self, name) for name in (*COMPONENTS, "total")}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
 class EnergyReading:
-    """What one window, or several added up, took.
+    """What one window, or several added up, took; or what a meter's counters show.
 
     Attributes:
-        seconds: Wall time in seconds; None if the clock cannot be trusted.
+        seconds: Wall time in seconds; None where it was not measured.
         joules: Energy by component.
         emissions_kg: Emissions in kg CO2e; None without a carbon intensity.
         notes: Why something was not measured.
+        idle: What the idle machine would have used in the same time; None where nobody
+            asked for that.
     """
 
     seconds: float | None
     joules: Joules = field(default_factory=Joules)
     emissions_kg: float | None = None
     notes: tuple[str, ...] = ()
+    idle: Joules | None = None
+
+    def __sub__(self, before: EnergyReading) -> EnergyReading:
+        """Return by how much counters moved on."""
+        return EnergyReading(
+            _if_known(_difference, [self.seconds, before.seconds]),
+            _by_component(_difference, [self.joules, before.joules]),
+            _if_known(_difference, [self.emissions_kg, before.emissions_kg]),
+        )
+
+    def with_idle(self, idle: EnergyReading) -> EnergyReading:
+        """Return the reading with what the idle machine would have used, at the power of `idle`."""
+        times = ratio(self.seconds, idle.seconds)
+        if times is None:
+            return replace(self, idle=Joules())
+        scaled = _by_component(lambda joules: joules[0] * times, [idle.joules])
+        return replace(self, idle=scaled)
 
     @property
     def kwh(self) -> float | None:
         """Total energy in kilowatt-hours."""
-        total = self.joules.total
-        return None if total is None else kwh_from_joules(total)
+        return ratio(self.joules.total, JOULES_PER_KWH)
 
     @property
     def mean_watts(self) -> float | None:
@@ -95,6 +103,9 @@ class EnergyReading:
         }
         if self.notes:
             record["notes"] = list(self.notes)
+        if self.idle is not None:
+            net = _by_component(_difference, [self.joules, self.idle])
+            record |= {"idle_joules": self.idle.as_dict(), "net_joules": net.as_dict()}
         return record
 
 
@@ -118,51 +129,28 @@ def add_up(
         at_once: The windows ran side by side: the wall time is the longest one's.
     """
     parts = list(readings)
-
-    seconds = _all_of([part.seconds for part in parts], max if at_once else sum)
+    if not parts:
+        return EnergyReading(0.0)
     return EnergyReading(
-        seconds if parts else 0.0,
-        add_joules(part.joules for part in parts),
-        _all_of([part.emissions_kg for part in parts]),
+        _if_known(max if at_once else sum, [part.seconds for part in parts]),
+        _by_component(sum, [part.joules for part in parts]),
+        _if_known(sum, [part.emissions_kg for part in parts]),
         tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        _if_known(lambda idle: _by_component(sum, idle), [part.idle for part in parts]),
     )
 
 
-def add_joules(joules: Iterable[Joules]) -> Joules:
-    """Add energies by component; a figure that one of them lacks is None in the sum."""
-    parts = list(joules)
-    return Joules(
-        **{
-            name: _all_of([getattr(part, name) for part in parts])
-            for name in (*COMPONENTS, "total")
-        }
-    )
+def _by_component(
+    function: Callable[[Sequence[float]], float], parts: Iterable[Joules]
+) -> Joules:
+    columns = zip(*map(astuple, parts), strict=True)
+    return Joules(*(_if_known(function, column) for column in columns))
 
 
-def _all_of(
-    values: list[float | None], add: Callable[..., float] = sum
-) -> float | None:
-    known = [value for value in values if value is not None]
-    return add(known) if values and len(known) == len(values) else None
+def _if_known(function: Callable[..., Any], values: Sequence[Any]) -> Any:
+    """Call a function with values; None where one of them is."""
+    return None if None in values else function(values)
 
 
-def scale_idle(idle: EnergyReading, seconds: float | None) -> Joules:
-    """Return what the idle machine would have used in `seconds`, in joules."""
-
-    def share(joules: float | None) -> float | None:
-        watts = ratio(joules, idle.seconds)
-        return None if watts is None or seconds is None else watts * seconds
-
-    return Joules(
-        **{name: share(value) for name, value in idle.joules.as_dict().items()}
-    )
-
-
-def subtract(gross: Joules, idle: Joules) -> Joules:
-    """Return gross - idle by component. Negative results are kept as they are."""
-
-    def difference(name: str) -> float | None:
-        left, right = getattr(gross, name), getattr(idle, name)
-        return None if left is None or right is None else left - right
-
-    return Joules(**{name: difference(name) for name in (*COMPONENTS, "total")})
+def _difference(values: Sequence[float]) -> float:
+    return values[0] - values[1]

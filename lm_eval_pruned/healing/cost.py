@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
+from lm_eval_pruned.energy.meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.energy.readings import EnergyReading, Joules, add_up
 

@@ -29,7 +29,6 @@ COMMANDS = {
     "sensitivity": ["--calibration", "x"],
     "check": ["x", "--baseline", "x"],
     "profile": ["--output_path", "x"],
-    "study-energy": [],
 }
 #: Modules of the extras, which the README's command need not have installed.
 OPTIONAL = ("gguf", "matplotlib", "ray", "vl_convert", "vllm")

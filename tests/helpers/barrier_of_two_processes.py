@@ -12,8 +12,8 @@ import torch.distributed
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
-from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
+from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog
 from tests.helpers.meters import Clock, FakeMeter
 
 
@@ -33,13 +33,14 @@ def main(output: Path) -> None:
         clock.sleep(2.0)
 
     lm.accelerator = SimpleNamespace(wait_for_everyone=wait_for_everyone)
-    with lm._energy.window("loglikelihood", rank + 1, lm):
+    key = "request_types", "loglikelihood"
+    with lm._energy.window(*key, lm=lm, requests=rank + 1, left_open=True):
         clock.sleep(1.0)
         lm.token_counts.prompt += 10 * (rank + 1)
     lm.barrier()
     lm.barrier()
     if rank == 0:
-        output.write_text(json.dumps(lm._energy.as_dict()))
+        output.write_text(json.dumps(lm._energy.finish()))
     torch.distributed.destroy_process_group()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lm_eval_pruned.energy.monitor import ComponentSource, MeterDescription, MeterSample
+from lm_eval_pruned.energy.meter import ComponentSource, MeterDescription
+from lm_eval_pruned.energy.readings import EnergyReading, Joules
 
 
 class Clock:
@@ -42,6 +43,7 @@ class FakeMeter:
         if self.fail_at == "start":
             raise RuntimeError("no permission")
         self.running = True
+        return self._description()
 
     def stop(self):
         self.running = False
@@ -55,13 +57,13 @@ class FakeMeter:
             raise RuntimeError("the sensor is gone")
         joules = {name: self._joules(power) for name, power in self.watts.items()}
         total = sum(joules.values())
-        return MeterSample(
-            joules,
-            total,
+        return EnergyReading(
+            None,
+            Joules(**joules, total=total),
             None if self.kg_per_kwh is None else total / 3.6e6 * self.kg_per_kwh,
         )
 
-    def describe(self):
+    def _description(self):
         return MeterDescription(
             name="fake",
             scope="nothing real",

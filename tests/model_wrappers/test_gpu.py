@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned.checkpoints.load import load_pruned
-from lm_eval_pruned.energy.codecarbon_meter import CodecarbonMeter
+from lm_eval_pruned.energy.meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM

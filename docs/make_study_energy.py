@@ -1,9 +1,9 @@
-"""``lm-eval-pruned study-energy``: the energy runs of arXiv 2512.22671, read again.
+"""Write what the study's energy runs show: ``python docs/make_study_energy.py``.
 
-`study.csv` beside this file holds the raw runs as they were published with the
-paper (Martra 2025): Llama-3.2-1B on one NVIDIA L4, 7 sizes, 6 workloads, 3 seeds.
+``tests/data/study_energy.csv`` holds the raw runs as they were published with arXiv
+2512.22671 (Martra 2025): Llama-3.2-1B on one NVIDIA L4, 7 sizes, 6 workloads, 3 seeds.
 Figures only. Columns ``published_...`` keep that name because they are not what the
-study calls them. The text ends up in ``docs/measurements/energy.md`` as it is printed.
+study calls them. The text is the end of ``docs/measurements/energy.md``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.energy.readings import joules_from_kwh
+from lm_eval_pruned.energy.readings import JOULES_PER_KWH
+from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "measurements" / "energy.md"
+#: What comes after it on the page is written by this script.
+BEGIN = "<!-- written by docs/make_study_energy.py -->\n\n"
 #: codecarbon's constants for a processor it does not know (half of 85 W) and for memory.
 CPU_WATTS, RAM_WATTS = 42.5, 20.0
 
@@ -65,7 +70,7 @@ class StudyRun:
 
 def read() -> list[StudyRun]:
     """Return the study's runs."""
-    path = Path(__file__).with_suffix(".csv")
+    path = ROOT / "tests" / "data" / "study_energy.csv"
     with path.open(encoding="utf-8", newline="") as file:
         return [
             StudyRun(
@@ -81,7 +86,7 @@ def read() -> list[StudyRun]:
                 float(row["published_joules_per_token"]),
                 float(row["published_energy_raw"]),
                 *(
-                    joules_from_kwh(float(row[f"codecarbon_{part}_kwh"]))
+                    JOULES_PER_KWH * float(row[f"codecarbon_{part}_kwh"])
                     for part in ("total", "cpu", "gpu")
                 ),
             )
@@ -109,8 +114,8 @@ class Subtraction:
     @classmethod
     def of(cls, runs: list[StudyRun]) -> Subtraction:
         """Find the one factor for all runs, from the sums over them."""
-        quotients = [joules_from_kwh(run.raw) / run.total for run in runs]
-        missing = sum(joules_from_kwh(r.raw) - r.published * r.tokens for r in runs)
+        quotients = [JOULES_PER_KWH * run.raw / run.total for run in runs]
+        missing = sum(JOULES_PER_KWH * r.raw - r.published * r.tokens for r in runs)
         factor = missing / sum(run.ram for run in runs)
         return cls(
             min(quotients),
@@ -118,7 +123,7 @@ class Subtraction:
             factor,
             max(
                 abs(
-                    (joules_from_kwh(run.raw) - factor * run.ram)
+                    (JOULES_PER_KWH * run.raw - factor * run.ram)
                     / (run.published * run.tokens)
                     - 1
                 )
@@ -266,3 +271,13 @@ def _changes(runs: list[StudyRun]) -> str:
             for workload in sorted({run.workload for run in runs})
         ],
     )
+
+
+def main() -> None:
+    """Write the end of the page."""
+    above, _, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    write_atomically(PAGE, f"{above}{BEGIN}{as_markdown()}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""codecarbon as a meter: machine-wide, offline, silent.
+
+codecarbon's ``stop()`` and ``flush()`` return *emissions* in kg CO2e. Energy is read
+from the `EmissionsData` that it hands to an output, field ``energy_consumed`` and the
+components beside it, in kWh.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+
+from lm_eval_pruned.energy.readings import (
+    COMPONENTS,
+    JOULES_PER_KWH,
+    EnergyReading,
+    Joules,
+)
+
+
+if TYPE_CHECKING:
+    from codecarbon.output_methods.emissions_data import EmissionsData
+
+#: How old a figure may be at the edge of a window, in seconds: NVML renews its counter
+#: within this time, and the load model sees ticks of 0.01 s.
+RESOLUTION_SECONDS = 0.1
+#: Where codecarbon says it is when it could not find out (`GeoMetadata.from_geo_js`).
+_LOCATION_UNKNOWN = ("CAN", 46.8, -71.2)
+#: What codecarbon reads counters or sensors with, by the mode or the type of its hardware.
+_COUNTERS = {
+    "intel_rapl": "RAPL energy counters of the processor packages",
+    "windows_emi": "RAPL energy counters through the Windows Energy Meter Interface",
+    "intel_power_gadget": "Intel Power Gadget",
+    "AppleSiliconChip": "powermetrics",
+    "Raspberry": "power rails of the Raspberry Pi",
+}
+
+logger = logging.getLogger("lm_eval.pruned.energy")
+
+
+@dataclass(frozen=True)
+class ComponentSource:
+    """Where the number of one component comes from.
+
+    Attributes:
+        kind: ``measured`` (a counter or sensor of the hardware), ``modelled`` (computed
+            from something else, such as processor load), ``constant`` (the same watts
+            all the time), or ``none`` (the component is not measured).
+        description: The same for people to read, with the model's parameters.
+    """
+
+    kind: Literal["measured", "modelled", "constant", "none"]
+    description: str
+
+
+@dataclass(frozen=True)
+class MeterDescription:
+    """What a meter is and what its numbers hold.
+
+    Attributes:
+        name: Name and version of the meter.
+        scope: What is metered and what is left out.
+        resolution_seconds: Time by which the edge of a window may be off, in seconds.
+        sources: One `ComponentSource` for each of `readings.COMPONENTS`.
+        hardware: Model names, by component.
+        country: ISO 3166 alpha-3 code that the carbon intensity belongs to, or None.
+    """
+
+    name: str
+    scope: str
+    resolution_seconds: float
+    sources: dict[str, ComponentSource]
+    hardware: dict[str, str]
+    country: str | None = None
+
+
+def check_country(country: str) -> str:
+    """Return an ISO 3166 alpha-3 country code in capitals.
+
+    Raises:
+        ValueError: codecarbon has no carbon intensity for it.
+    """
+    from codecarbon.input import DataSource
+
+    code = str(country).upper()
+    if code not in DataSource().get_global_energy_mix_data():
+        raise ValueError(
+            f"energy_country={country} is no country that codecarbon knows a carbon intensity "
+            "of: pass an ISO 3166 alpha-3 code such as FRA, USA or ESP."
+        )
+    return code
+
+
+class CodecarbonMeter:
+    """Counts the energy of this machine with codecarbon.
+
+    It writes no file and uses no network unless `online`. The settings
+    ``force_cpu_power``, ``force_ram_power``, ``pue`` and ``rapl_*`` of the user's codecarbon
+    configuration apply, and the description says so.
+
+    Args:
+        country: ISO 3166 alpha-3 code whose carbon intensity gives the emissions; None
+            leaves them out.
+        online: Let codecarbon ask the network where it is instead.
+
+    Source: codecarbon 3.3.2, `emissions_tracker.py`, `core/resource_tracker.py`.
+    """
+
+    def __init__(self, country: str | None = None, online: bool = False) -> None:
+        self._country = country
+        self._online = online
+        self._tracker: Any = None
+        self._sources: dict[str, ComponentSource] = {}
+        self._latest: EmissionsData | None = None
+        self._cause = "codecarbon handed out no measurement"
+
+    def start(self) -> MeterDescription:
+        """Start a tracker, take a first measurement and say what is metered by which means.
+
+        Raises:
+            RuntimeError: codecarbon did not start, or measured nothing.
+        """
+        import codecarbon
+        from codecarbon.output_methods.base_output import BaseOutput
+
+        class Output(BaseOutput):
+            def out(output, total: EmissionsData, delta: EmissionsData) -> None:
+                self._latest = total
+
+        base: type = codecarbon.EmissionsTracker
+        arguments: dict[str, Any] = {
+            "output_methods": [],
+            "output_handlers": [Output()],
+            "emissions_endpoint": False,
+            "electricitymaps_api_token": False,
+            "allow_multiple_runs": True,
+            "log_level": "warning",
+            "measure_power_secs": 15,
+            "tracking_mode": "machine",
+        }
+        if not self._online:
+            base = codecarbon.OfflineEmissionsTracker
+            unset = ("region", "cloud_provider", "cloud_region")
+            arguments |= {
+                **dict.fromkeys((*unset, "country_2letter_iso_code")),
+                "country_iso_code": self._country,
+                # Without a country codecarbon would fall back to the world's average.
+                "force_carbon_intensity_g_co2e_kwh": None if self._country else 0.0,
+            }
+        logging.getLogger("codecarbon").filters = [self._take_log_record]
+        self._tracker = _with_fresh_readings(base)(**arguments)
+        self._tracker.start()
+        data = self._measure()
+        self._sources = _sources(self._tracker._hardware)
+        models = {name: getattr(data, f"{name}_model") for name in ("cpu", "gpu")}
+        factor = f", except through the factor PUE {data.pue:g}" * (data.pue != 1)
+        return MeterDescription(
+            name=f"codecarbon {codecarbon.__version__}",
+            scope="the whole machine, with whatever else ran on it; disks, network, fans, power "
+            f"supply losses and cooling are not in it{factor}",
+            resolution_seconds=RESOLUTION_SECONDS,
+            sources=self._sources,
+            hardware={name: str(model) for name, model in models.items() if model},
+            country=data.country_iso_code if self._is_located(data) else None,
+        )
+
+    def read(self) -> EnergyReading:
+        """Return the energy since `start`; a component that the meter lacks is None.
+
+        Raises:
+            RuntimeError: codecarbon measured nothing.
+        """
+        data = self._measure()
+        joules = {
+            name: getattr(data, f"{name}_energy") * JOULES_PER_KWH
+            for name, source in self._sources.items()
+            if source.kind != "none"
+        }
+        return EnergyReading(
+            None,
+            Joules(**joules, total=data.energy_consumed * JOULES_PER_KWH),
+            data.emissions if self._is_located(data) else None,
+        )
+
+    def stop(self) -> None:
+        """Stop the tracker; `read` is not called afterwards."""
+        self._tracker.stop()
+        logging.getLogger("codecarbon").filters = []
+
+    def _measure(self) -> EmissionsData:
+        self._latest = None
+        self._tracker.flush()
+        if self._latest is None:
+            raise RuntimeError(self._cause)
+        return self._latest
+
+    def _is_located(self, data: EmissionsData) -> bool:
+        place = (data.country_iso_code, data.latitude, data.longitude)
+        return bool(self._country) or (self._online and place != _LOCATION_UNKNOWN)
+
+    def _take_log_record(self, record: logging.LogRecord) -> bool:
+        """Keep codecarbon's log off the terminal, and the last exception in it as a cause.
+
+        codecarbon catches its own exceptions, and its log alone says why it failed.
+        """
+        if record.exc_info and record.exc_info[1]:
+            error = record.exc_info[1]
+            self._cause = f"{type(error).__name__}: {error}"
+        logger.debug("codecarbon: %s", record.getMessage().strip())
+        return False
+
+
+def _with_fresh_readings(base: type) -> type:
+    """Return `base` with measurements that are fresh and come one at a time.
+
+    Its scheduler measures in a thread of its own; two measurements at once would both
+    count the time since the last one. ``flush`` reuses a measurement of up to 0.05 s ago,
+    and would move energy from one window into the next.
+    """
+    lock = threading.Lock()
+
+    class Tracker(base):  # type: ignore[misc, valid-type]
+        def _measure_power_and_energy(self) -> None:
+            with lock:
+                super()._measure_power_and_energy()
+
+        def _measure_power_and_energy_if_stale(self, *args: Any, **kwargs: Any) -> None:
+            self._measure_power_and_energy()
+
+    return Tracker
+
+
+def _sources(hardware: list[Any]) -> dict[str, ComponentSource]:
+    found = {
+        getattr(part, "chip_part", type(part).__name__).lower(): _source(part)
+        for part in hardware
+    }
+    return {
+        name: found.get(name)
+        or ComponentSource("none", f"codecarbon found no {name} to measure")
+        for name in COMPONENTS
+    }
+
+
+def _source(part: Any) -> ComponentSource:
+    """Say where codecarbon has the power of one of its hardware objects from."""
+    kind = type(part).__name__
+    mode = getattr(part, "_mode", kind)
+    if mode in _COUNTERS:
+        return ComponentSource("measured", _COUNTERS[mode])
+    if kind == "GPU":
+        watched = set(part._get_gpu_ids())
+        devices = [d for d in part.devices.devices if d.gpu_index in watched]
+        nvidia = any("nvidia" in type(d).__name__.lower() for d in devices)
+        counted = all(getattr(d, "_has_counter", False) for d in devices)
+        return ComponentSource(
+            "measured",
+            f"{'NVML' if nvidia else 'AMD SMI'} "
+            f"{'energy counter' if counted else 'power, sampled each second'} "
+            f"of {len(devices)} device(s)",
+        )
+    if kind == "RAM":
+        watts = f"{part.total_power().W:g} W"
+        if part._force_ram_power is not None:
+            return ComponentSource("constant", f"{watts}, forced by the user")
+        return ComponentSource(
+            "modelled",
+            f"codecarbon's constant for the installed memory: {watts}, whatever the load",
+        )
+    if mode in ("constant", "cpu_load"):
+        origin = (
+            "codecarbon's constant for a processor that it does not know"
+            if part._is_generic_tdp
+            else "thermal design power from codecarbon's table, or forced by the user"
+        )
+        watts = f"{part._tdp:g} W ({origin})"
+        if mode == "constant":
+            return ComponentSource("constant", f"half of {watts}")
+        cores = psutil.cpu_count() or 1
+        return ComponentSource(
+            "modelled",
+            f"codecarbon's load model: {watts} x (0.1 + 0.9 x load^3), the load being "
+            f"that of all {cores} cores: an idle machine counts as 10 % of it, one busy core as "
+            f"{10 + 90 / cores**3:.4g} %; no counter was readable",
+        )
+    return ComponentSource("modelled", f"codecarbon's {mode}, unknown to this package")
