@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.allocations import UNIFORM
+from lm_eval_pruned.pruning.argument_values import written_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.depth import Depth
-from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
 from lm_eval_pruned.pruning.sizes import DenseShape, dense_shape

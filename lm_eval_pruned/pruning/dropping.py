@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.pruning.layer_numbers import written_layers
+from lm_eval_pruned.pruning.argument_values import written_layers
 from lm_eval_pruned.pruning.layerwise import NotLayerByLayer, layer_list
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,

@@ -169,7 +169,7 @@ def test_an_argument_is_obeyed_or_named(tiny_llama, text):
         ("max_batch_size=0", "max_batch_size=0 is not understood"),
         ("max_length=2.5", "max_length=2.5 is not understood"),
         ("max_length=-1", "max_length=-1 is not understood"),
-        ("trust_remote_code=off", "trust_remote_code=off is not understood"),
+        ("trust_remote_code=off", "trust_remote_code='off' is not understood"),
         ("load_in_8bit=2", "load_in_8bit=2 is not understood"),
         ("attn_implementation=1", "attn_implementation=1 is not understood"),
         ("tokenizer=1", "tokenizer=1 is not understood"),
