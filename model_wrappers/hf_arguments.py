@@ -29,10 +29,11 @@ _FLAGS = (
     *("add_bos_token", "load_in_4bit", "load_in_8bit", "logits_cache", "parallelize"),
     *("truncation", "trust_remote_code", "use_fast_tokenizer"),
 )
-_BACKENDS = ("default", "causal", "seq2seq")
 _COUNTS = ("max_batch_size", "max_length")
 _NAMES = ("delta", "gguf_file", "peft", "pretrained", "tokenizer")
 _DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
+_BACKENDS = ("default", "causal", "seq2seq")
+_BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
 def _is_name(value: Any) -> bool:
@@ -40,8 +41,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _is_batch_size(value: Any) -> bool:
-    written = re.fullmatch(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*", str(value))
-    return type(value) in (int, str) and written is not None
+    return type(value) in (int, str) and _BATCH_SIZE.fullmatch(str(value)) is not None
 
 
 def _is_dtype(value: Any) -> bool:
@@ -50,7 +50,7 @@ def _is_dtype(value: Any) -> bool:
 
 
 def _is_quantisation(value: Any) -> bool:
-    return value is None or isinstance(value, dict) or hasattr(value, "quant_method")
+    return isinstance(value, (dict, type(None))) or hasattr(value, "quant_method")
 
 
 #: By name: whether a value can be used, and what to pass instead.

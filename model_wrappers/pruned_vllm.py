@@ -12,9 +12,8 @@ import selectors
 import threading
 import weakref
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 
 try:
@@ -47,12 +46,10 @@ from lm_eval_pruned.pruning.arguments import (
     PruneArguments,
     takes_prune_arguments,
 )
-from lm_eval_pruned.pruning.calibration import Calibration
 
 
 if TYPE_CHECKING:
     from lm_eval_pruned.checkpoints.request import LoadRequest
-    from lm_eval_pruned.pruning.record import PruneRecord
     from lm_eval_pruned.pruning.scores import KnownScores
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
@@ -64,8 +61,6 @@ _REFUSED = {
     "load_format": "the weights are read by the loader that prunes",
     "gguf_file": "the blocks of a GGUF file cannot be sliced",
 }
-#: Methods of vLLM that read quantised weights, or that bring a loader of their own.
-_OF_CHECKPOINTS = ("awq", "awq_marlin", "gptq", "gptq_marlin", "gguf")
 #: How many seconds the exit waits for the thread that takes the answers of an engine.
 _PATIENCE = 30
 
@@ -121,23 +116,22 @@ class PrunedVLLM(EnergyLoggingVLLM):
         ours = {"load_format": LOAD_FORMAT, "model_loader_extra_config": loader}
         kwargs.setdefault("worker_extension_cls", _EXTENSION)
         super().__init__(pretrained, **{**kwargs, **seed, **ours})
-        self._notes: list[str] = []
         if self.data_parallel_size <= 1:
             _end_with(self.model.llm_engine.engine_core)
-        self._prune_record = self._record(request)
-        if adapter is not None and not self._notes:
-            check_kept(adapter, self._prune_record, argument="lora_local_path")
-        eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
+        told = self._told(request)
+        self._pruning = told["record"]
+        if adapter is not None and "notes" not in self._pruning:
+            kept: Any = SimpleNamespace(digest=self._pruning["kept_digest"])
+            check_kept(adapter, kept, argument="lora_local_path")
+        eval_logger.info("Pruning:\n%s", told["table"])
 
     @classmethod
     def argument_names(cls) -> set[str]:
         """Return the names of all arguments, those of vLLM's engine among them."""
         return argument_names(cls) | {each.name for each in fields(EngineArgs)}
 
-    def _record(self, request: LoadRequest) -> PruneRecord:
-        """Return what the engine did, as far as its processes tell."""
-        if not request.plan.prunes:
-            return record_of(request, request.widths, ())
+    def _told(self, request: LoadRequest) -> dict[str, Any]:
+        """Return the record of the pruning and its table, as far as the engine's processes tell."""
         silent = None
         if self.data_parallel_size > 1:
             silent = (
@@ -146,17 +140,16 @@ class PrunedVLLM(EnergyLoggingVLLM):
             )
         elif self.model_args["worker_extension_cls"] != _EXTENSION:
             silent = "worker_extension_cls is another than the one that tells it"
-        if silent is not None:
-            self._notes.append(f"kept_digest is null: {silent}")
-            return record_of(request, request.widths, None)
-        told = self.model.collective_rpc("pruned_record")[0]
-        text = told["calibration"]
-        return record_of(
-            request,
-            request.widths.of(told["widths_before"]),
-            tuple(map(torch.tensor, told["kept"])),
-            text and Calibration(**text, activity={}),
-        )
+        if request.plan.prunes and silent is None:
+            return self.model.collective_rpc("pruned_record")[0]
+        record = record_of(request, request.widths, None)
+        told: dict[str, Any] = {
+            "record": record.as_dict(),
+            "table": record.as_table(),
+        }
+        if request.plan.prunes:
+            told["record"]["notes"] = [f"kept_digest is null: {silent}"]
+        return told
 
     def _measured(self, request_type: str, *args: Any) -> list:
         if request_type != "generate_until" and "lm_head" in self._adapted:
@@ -189,17 +182,14 @@ class PrunedVLLM(EnergyLoggingVLLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness records of a model: what was pruned, under ``pruning``."""
-        pruning = self._prune_record.as_dict()
-        if self._notes:
-            pruning["notes"] = self._notes
         dtype = self.model_args["dtype"]
         if self.data_parallel_size <= 1:
             dtype = self.model.llm_engine.model_config.dtype
         return {
-            "model_num_parameters": self._prune_record.parameters_after,
+            "model_num_parameters": self._pruning["parameters_after"],
             "model_dtype": str(dtype),
             "model_revision": self.model_args["revision"] or "main",
-            "pruning": pruning,
+            "pruning": self._pruning,
             **self.energy_info(),
         }
 
@@ -213,13 +203,6 @@ def _refuse_other_loaders(arguments: dict[str, Any]) -> None:
                 f"{name}={value} cannot be combined with pruning while vLLM loads, because {why}: "
                 "leave it out, or use --model vllm."
             )
-    quantization = arguments.get("quantization")
-    if quantization in _OF_CHECKPOINTS:
-        raise ValueError(
-            f"quantization={quantization} is for checkpoints that are quantised already, whose "
-            "neurons can be neither ranked nor sliced: pass one that quantises while loading, "
-            "such as fp8, or leave it out."
-        )
 
 
 def _end_with(client: Any) -> None:

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.pruning.record import PruneRecord
-
 #: Name of the loader: ``--load-format pruned``.
 LOAD_FORMAT = "pruned"
 
@@ -126,12 +124,11 @@ class PrunedModelLoader(DefaultModelLoader):
     def get_all_weights(
         self, model_config: Any, model: nn.Module
     ) -> Generator[tuple[str, Tensor], None, None]:
-        if self._pruned is None or self._request is None:
+        if self._pruned is None:
             yield from super().get_all_weights(model_config, model)
             return
         pruned, self._pruned = self._pruned, None
-        model.prune_record = pruned.prune_record  # type: ignore[assignment]
-        model.widths_before = self._request.widths.actual  # type: ignore[assignment]
+        model.prune_record = pruned.prune_record
         yield from tensors_of(pruned)
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
@@ -213,18 +210,10 @@ class PruneRecordExtension:
         model = self.get_model()  # type: ignore[attr-defined]
         return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
-    def pruned_record(self) -> dict[str, Any] | None:
-        """Return kept neurons, earlier widths and calibration text; None for an unpruned model."""
-        model = self.get_model()  # type: ignore[attr-defined]
-        record: PruneRecord | None = getattr(model, "prune_record", None)
-        if record is None:
-            return None
-        text = record.calibration
-        return {
-            "widths_before": model.widths_before,
-            "kept": [kept.tolist() for kept in record.kept],
-            "calibration": text and text.as_dict(),
-        }
+    def pruned_record(self) -> dict[str, Any]:
+        """Return what was pruned, as results hold it and as a table for people."""
+        record = self.get_model().prune_record  # type: ignore[attr-defined]
+        return {"record": record.as_dict(), "table": record.as_table()}
 
 
 def register() -> None:

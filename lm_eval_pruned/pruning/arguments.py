@@ -52,19 +52,18 @@ _ANY_SIZE, _SHARED = ", ".join(SIZES), ", ".join(SIZES[:-1])
 _TEXT = ("calibration", "calibration_samples")
 
 
-def _argument(
-    metavar: str | None, help: str, *, default: Any = None, **more: Any
-) -> Any:
+def _argument(metavar: str | None, about: str, default: Any = None, **more: Any) -> Any:
     """Declare an argument of pruning.
 
     Args:
         metavar: What stands for its value in ``--help``.
-        help: What it means; the first sentence is its line for ``--help``.
+        about: What it means; the first sentence is its line for ``--help``.
         default: Its value where nobody gives one.
         **more: ``check`` takes the name and a value, and returns the value as it is kept;
             ``several`` is the option of commands that take several values, for one model each.
     """
-    return field(default=default, metadata={"metavar": metavar, "help": help, **more})
+    more |= {"metavar": metavar, "help": about}
+    return field(default=default, metadata=more)
 
 
 def _depth_rule(name: str, value: str) -> str:
@@ -243,21 +242,18 @@ class PruneArguments:
                     f"{' and '.join(given)} were given together, but each of them {purpose}: "
                     "pass one."
                 )
-        widths = f"widths={written_source(self.widths)}"
-        by_layer = {
-            widths: self.widths is not None,
-            f"allocation={self.allocation}": self.allocation != UNIFORM,
-            f"criterion={self.criterion}": self.criterion == BEST,
-        }
-        deciding = [said for said, decides in by_layer.items() if decides]
+        widths = self.widths is not None and f"widths={written_source(self.widths)}"
+        shared = self.allocation != UNIFORM and f"allocation={self.allocation}"
+        best = self.criterion == BEST and "criterion=best"
+        by_layer = [each for each in (widths, shared, best) if each]
         if self.drop_by != LAST and isinstance(self.drop_layers, tuple):
             yield (
                 f"drop_by={self.drop_by} chooses layers to drop, but drop_layers names them "
                 "itself: pass a count such as drop_layers=4, or leave it out."
             )
-        if self.drop_layers is not None and deciding:
+        if self.drop_layers is not None and by_layer:
             yield (
-                f"drop_layers and {deciding[0]} were given together, but the one numbers the "
+                f"drop_layers and {by_layer[0]} were given together, but the one numbers the "
                 "layers anew and the other decides layer by layer: pass one of them, or "
                 f"drop_layers with one of {_SHARED}."
             )
@@ -273,13 +269,13 @@ class PruneArguments:
                 "compares losses and the other scores, which differ between criteria: name a "
                 f"criterion, or pass allocation={' or '.join((UNIFORM, *MEASURED))}."
             )
-        if self.widths is not None and len(deciding) > 1:
+        if widths and len(by_layer) > 1:
             yield (
-                f"{deciding[1]} and {widths} were given together, but each of them decides layer "
-                f"by layer: pass one, or {deciding[1]} with one of {_SHARED}."
+                f"{by_layer[1]} and {widths} were given together, but each of them decides layer "
+                f"by layer: pass one, or {by_layer[1]} with one of {_SHARED}."
             )
         for name in EXCLUSIVE["says which layers to prune"]:
-            if self.widths is not None and (value := getattr(self, name)) is not None:
+            if widths and (value := getattr(self, name)) is not None:
                 yield (
                     f"{name}={value} and {widths} were given together, but widths says itself "
                     "which layers to prune: leave out the others there."
@@ -389,13 +385,7 @@ def take_prune_arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_option(parser: Any, name: str, *, several: bool = False) -> None:
-    """Add the option of an argument, or of several of its values, to a command.
-
-    Args:
-        parser: An `argparse.ArgumentParser`, or a group of one.
-        name: Such as ``ratio``; with `several`, such as ``ratios``.
-        several: Whether it takes several values, for one model each.
-    """
+    """Add the option of an argument to a command: ``ratio``, or, with `several`, ``ratios``."""
     declared = DECLARED[SEVERAL[name] if several else name]
     parser.add_argument(
         f"--{name}",
@@ -439,21 +429,11 @@ def takes_prune_arguments(function: Function) -> Function:
 
 def described(docstring: str) -> str:
     """Return a docstring with the help of all arguments in place of its line ``ratio, ...:``."""
-    entries = "\n".join(
-        textwrap.fill(
-            f"{name}: {each.metadata['help']}",
-            width=84,
-            subsequent_indent="    ",
-            break_on_hyphens=False,
-        )
-        for name, each in DECLARED.items()
-    )
-    return re.sub(
-        r"^( *)ratio, \.\.\.:.*$",
-        lambda line: textwrap.indent(entries, line[1]),
-        docstring,
-        flags=re.MULTILINE,
-    )
+    filled = textwrap.TextWrapper(84, subsequent_indent="    ", break_on_hyphens=False)
+    entries = (f"{name}: {each.metadata['help']}" for name, each in DECLARED.items())
+    text = "\n".join(map(filled.fill, entries))
+    line = re.compile(r"^( *)ratio, \.\.\.:.*$", re.MULTILINE)
+    return line.sub(lambda found: textwrap.indent(text, found[1]), docstring)
 
 
 PruneArguments.__doc__ = described(PruneArguments.__doc__ or "")
