@@ -46,7 +46,7 @@ def whole(name: str, value: Number, at_least: int = 1) -> int:
     return int(number)
 
 
-def seed(name: str, value: Number) -> int:
+def seed_below_limit(name: str, value: Number) -> int:
     number = whole(name, value, at_least=0)
     if number >= SEEDS:
         raise ValueError(

@@ -18,7 +18,7 @@ from lm_eval_pruned.pruning.allocations import MEASURED, UNIFORM, canonical_allo
 from lm_eval_pruned.pruning.argument_values import (
     criterion_names,
     dropped_layers,
-    seed as below_limit,
+    seed_below_limit,
     whole,
 )
 from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, canonical_name
@@ -184,7 +184,7 @@ class PruneArguments:
         "N",
         "Seed of the criterion random.",
         default=0,
-        check=below_limit,
+        check=seed_below_limit,
         several="seeds",
     )
     calibration: str | None = _argument(
