@@ -1,4 +1,4 @@
-"""The arguments of ``hf``, checked before HFLM meets them.
+"""What is wrong with the arguments of a model type, before the harness's model meets them.
 
 HFLM asserts some of them without a message, hands others to code that fails far from
 the cause, and takes any text for true: ``trust_remote_code=off`` would run that code.
@@ -7,106 +7,89 @@ the cause, and takes any text for true: ``trust_remote_code=off`` would run that
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.checkpoints.damage import misspelt
+from lm_eval_pruned.checkpoints.damage import argument_errors, misspelt
+from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
+from lm_eval_pruned.model_wrappers.batching.flags import check_count, check_flag
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Mapping
+
+eval_logger = logging.getLogger("lm_eval.models.pruned")
+
+_FLAGS = (
+    *("add_bos_token", "load_in_4bit", "load_in_8bit", "logits_cache", "parallelize"),
+    *("truncation", "trust_remote_code", "use_fast_tokenizer"),
+)
+_COUNTS = ("max_batch_size", "max_length")
+_NAMES = ("delta", "gguf_file", "peft", "pretrained", "tokenizer")
+_DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
+_BACKENDS = ("default", "causal", "seq2seq")
+_BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_place(value: Any) -> bool:
-    return value is None or isinstance(value, (str, os.PathLike))
-
-
-def _is_object(value: Any) -> bool:
+def _is_name(value: Any) -> bool:
     return not isinstance(value, (bool, int, float))
 
 
-def _is_flag(value: Any) -> bool:
-    return value is None or value in (True, False)
-
-
-def _is_count(value: Any) -> bool:
-    return value is None or (type(value) is int and value >= 1)
-
-
 def _is_batch_size(value: Any) -> bool:
-    written = re.fullmatch(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*", str(value))
-    return type(value) in (int, str) and written is not None
+    return type(value) in (int, str) and _BATCH_SIZE.fullmatch(str(value)) is not None
 
 
 def _is_dtype(value: Any) -> bool:
-    if isinstance(value, str):
-        return value == "auto" or isinstance(getattr(torch, value, None), torch.dtype)
-    return value is None or isinstance(value, torch.dtype)
-
-
-def _is_backend(value: Any) -> bool:
-    return value in ("default", "causal", "seq2seq")
+    found = getattr(torch, value, value) if isinstance(value, str) else value
+    return found in (None, "auto") or isinstance(found, torch.dtype)
 
 
 def _is_quantisation(value: Any) -> bool:
-    return value is None or isinstance(value, dict) or hasattr(value, "quant_method")
+    return isinstance(value, (dict, type(None))) or hasattr(value, "quant_method")
 
 
-_FLAG = (_is_flag, "true or false")
-_PLACE = (_is_place, "a name or path")
-_OBJECT = (_is_object, "a name or path")
-_COUNT = (_is_count, "a whole number of 1 or more")
-_DTYPE = (_is_dtype, "a dtype such as bfloat16")
-
+#: By name: whether a value can be used, and what to pass instead.
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "add_bos_token": _FLAG,
-    "attn_implementation": (_is_object, "one such as eager or sdpa"),
-    "backend": (_is_backend, "default, causal or seq2seq"),
+    **dict.fromkeys(_NAMES, (_is_name, "a name or path")),
+    **dict.fromkeys(_DTYPES, (_is_dtype, "a dtype such as bfloat16")),
+    "attn_implementation": (_is_name, "one such as eager or sdpa"),
+    "backend": (_BACKENDS.__contains__, "default, causal or seq2seq"),
     "batch_size": (_is_batch_size, "a whole number of 1 or more, auto or auto:4"),
-    "delta": _PLACE,
-    "device": (_is_text, "one such as cpu, cuda or cuda:0"),
-    "dtype": _DTYPE,
-    "gguf_file": _PLACE,
-    "load_in_4bit": _FLAG,
-    "load_in_8bit": _FLAG,
-    "logits_cache": _FLAG,
-    "max_batch_size": _COUNT,
-    "max_length": _COUNT,
-    "mixed_precision_dtype": _DTYPE,
-    "parallelize": _FLAG,
-    "peft": _PLACE,
-    "pretrained": _OBJECT,
+    "device": (lambda value: isinstance(value, str), "one such as cpu, cuda or cuda:0"),
     "quantization_config": (_is_quantisation, "a dict, or load_in_8bit=true instead"),
-    "softmax_dtype": _DTYPE,
-    "subfolder": (_is_text, "a path"),
-    "tokenizer": _OBJECT,
-    "truncation": _FLAG,
-    "trust_remote_code": _FLAG,
-    "use_fast_tokenizer": _FLAG,
+    "subfolder": (_is_name, "a path"),
 }
 
 
-def check_hf_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse values that HFLM would stumble over.
+def check_arguments(model_type: Any, given: Mapping[str, Any]) -> None:
+    """Refuse misspelt names, and values that the harness's model would stumble over.
 
     Args:
-        arguments: Keyword arguments of HFLM; those not known here are left alone.
+        model_type: A class whose ``argument_names()`` are known.
+        given: Its keyword arguments; what transformers or the config knows is left alone.
 
     Raises:
-        ValueError: One of them has no value that HFLM can use.
+        ArgumentError: A name is unknown and resembles a known one, or a value cannot be used.
     """
-    for name, value in arguments.items():
-        accepts, expected = _EXPECTED.get(name, (None, ""))
-        if accepts is not None and not accepts(value):
-            raise ValueError(f"{name}={value} is not understood: pass {expected}.")
+    with argument_errors():
+        found = misspelt(given, model_type.argument_names(), lambda: _config(given))
+        if found is not None:
+            raise ValueError(
+                f"{found[0]}={given[found[0]]} is not understood: did you mean {found[1]}?"
+            )
+        for name, value in given.items():
+            accepts, expected = _EXPECTED.get(name, (None, ""))
+            if name in _FLAGS and value is not None:
+                check_flag(name, value)
+            elif name in _COUNTS:
+                check_count(name, value)
+            elif accepts is not None and not accepts(value):
+                raise ValueError(f"{name}={value} is not understood: pass {expected}.")
 
 
 def argument_names(model_type: type) -> set[str]:
@@ -119,29 +102,24 @@ def argument_names(model_type: type) -> set[str]:
     } - {"self", "args", "kwargs"}
 
 
-def check_names(arguments: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse arguments of a model type whose names are misspelt.
-
-    Args:
-        arguments: Those that were given.
-        known: Names that the model type knows.
-
-    Raises:
-        ValueError: A name is unknown and resembles a known one.
-    """
-    found = misspelt(arguments, known, lambda: _config(arguments))
-    if found is not None:
-        name, near = found
-        raise ValueError(
-            f"{name}={arguments[name]} is not understood: did you mean {near}?"
-        )
+def given_or_default(pretrained: Any, arguments: dict[str, Any]) -> Any:
+    """Return `pretrained`; if it is None the default model, whose arguments are added."""
+    if pretrained is not None:
+        return pretrained
+    default = find_default_model()
+    eval_logger.warning(
+        "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
+        default.source,
+    )
+    arguments |= default.model_args()
+    return arguments.pop("pretrained")
 
 
-def _config(arguments: Mapping[str, Any]) -> Any:
+def _config(given: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    pretrained = arguments.get("pretrained")
+    pretrained = given.get("pretrained")
     if not isinstance(pretrained, (str, os.PathLike)):
         return getattr(pretrained, "config", None)
-    source = {n: arguments[n] for n in SOURCE_ARGUMENTS if arguments.get(n)}
+    source = {n: given[n] for n in SOURCE_ARGUMENTS if given.get(n)}
     return AutoConfig.from_pretrained(pretrained, **source)

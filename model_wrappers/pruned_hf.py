@@ -22,17 +22,12 @@ from lm_eval_pruned.checkpoints.damage import (
     check_config,
     clear_config_errors,
 )
-from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.engines import divide_among
-from lm_eval_pruned.checkpoints.load import load_with_arguments
+from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
-from lm_eval_pruned.model_wrappers.hf_arguments import (
-    argument_names,
-    check_hf_arguments,
-    check_names,
-)
+from lm_eval_pruned.model_wrappers.hf_arguments import check_arguments
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.slicing import prune_loaded
 
@@ -89,27 +84,22 @@ class PrunedHFLM(EnergyLoggingHFLM):
         """
         with argument_errors():
             self._prune_arguments = PruneArguments.taken_from(kwargs)
-            given = {
-                **kwargs,
-                "pretrained": pretrained,
-                "peft": peft,
-                "quantization_config": quantization_config,
-            }
-            check_names(given, self.argument_names())
-            check_hf_arguments(given)
-            self._peft_stage = self._resolve_stage(peft, peft_stage)
+            if peft_stage is not None and peft_stage not in STAGES:
+                raise ValueError(
+                    f"peft_stage={peft_stage} is unknown: pass one of {', '.join(STAGES)}."
+                )
+            if peft_stage is not None and peft is None:
+                raise ValueError(
+                    f"peft_stage={peft_stage} says when an adapter is applied, but there is none: "
+                    "add peft=ADAPTER, or leave it out."
+                )
+        self._peft_stage = peft_stage or "after"
+        # HFLM passes what its config says under this name, and would pass ours beside it.
+        check_arguments(type(self), {"quantization_config": quantization_config})
+        self._quantisation = quantization_config
         self._known_scores = known_scores
-        self._quantization_config = quantization_config
-        if pretrained is None:
-            default = find_default_model()
-            kwargs |= default.model_args()
-            pretrained = kwargs.pop("pretrained")
-            eval_logger.warning(
-                "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
-                default.source,
-            )
         super().__init__(pretrained, peft=peft, **kwargs)
-        if not isinstance(pretrained, str):
+        if not isinstance(self.pretrained, str):
             self._prune_in_memory()
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.device.type == "cpu":
@@ -118,24 +108,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
             self._world_size = accelerator.num_processes
         if self.rank == 0:
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
-
-    @classmethod
-    def argument_names(cls) -> set[str]:
-        """Return the names of all arguments but those that HFLM hands on to transformers."""
-        return argument_names(cls)
-
-    @staticmethod
-    def _resolve_stage(peft: str | None, stage: str | None) -> str:
-        if stage is not None and stage not in STAGES:
-            raise ValueError(
-                f"peft_stage={stage} is unknown: pass one of {', '.join(STAGES)}."
-            )
-        if stage is not None and peft is None:
-            raise ValueError(
-                f"peft_stage={stage} says when an adapter is applied, but there is none: add "
-                "peft=ADAPTER, or leave it out."
-            )
-        return stage or "after"
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         if kwargs.get("gguf_file") is None:
@@ -148,7 +120,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
         pretrained: str,
         delta: str | None = None,
         peft: str | None = None,
-        tp_plan: str | dict | None = None,
         **kwargs: Any,
     ) -> None:
         for argument in ("autogptq", "gptqmodel"):
@@ -157,62 +128,45 @@ class PrunedHFLM(EnergyLoggingHFLM):
                     f"{argument}={kwargs[argument]} loads quantised weights, which can be neither "
                     "ranked nor sliced: pass the unquantised checkpoint, or use --model hf."
                 )
-
-        if self._quantization_config is not None:
-            kwargs["quantization_config"] = self._quantization_config
-
-        def inspect(request: LoadRequest) -> None:
-            if peft is not None:
-                revision = kwargs.get("revision")
-                check_adapter(peft, request, self._peft_stage, revision)
-
+        if self._quantisation is not None:
+            kwargs["quantization_config"] = self._quantisation
         merging = "delta" if delta is not None else None
         if peft is not None and self._peft_stage == "before":
             merging = "peft_stage"
-        auto_class = self.AUTO_MODEL_CLASS
+        auto_class, revision = self.AUTO_MODEL_CLASS, kwargs.get("revision")
 
         def load(name: str, **from_pretrained: Any) -> PreTrainedModel:
-            def resolve(arguments: PruneArguments) -> LoadRequest:
-                return LoadRequest.resolve(auto_class, name, arguments, from_pretrained)
+            def resolve(asked: PruneArguments) -> LoadRequest:
+                return LoadRequest.resolve(auto_class, name, asked, from_pretrained)
 
-            if tp_plan is not None:
+            if from_pretrained.get("tp_plan") is not None:
                 processes = int(os.environ.get("WORLD_SIZE", "1"))
                 self._prune_arguments = divide_among(
                     resolve, self._prune_arguments, processes
                 )
+            request = resolve(self._prune_arguments)
             if merging is not None:
-                request = resolve(self._prune_arguments)
                 request.check_prunable_in_memory(f"{merging} adds to its weights first")
-                inspect(request)
+            if peft is not None:
+                check_adapter(peft, request, self._peft_stage, revision)
+            if merging is not None:
                 return request.load()[0]
-            model = load_with_arguments(
-                auto_class,
-                name,
-                self._prune_arguments,
-                from_pretrained,
-                tokenizer=self.tokenizer,
-                inspect=inspect,
-                known_scores=self._known_scores,
-            )
+            model = load_request(request, self.tokenizer, self._known_scores)
             self._note_pruning(model)
             if peft is not None:
-                self._healing = check_kept(
-                    peft, self._prune_record, kwargs.get("revision")
-                )
+                self._healing = check_kept(peft, self._prune_record, revision)
             return model
 
         # HFLM has no hook for the one call that loads, and compares the class afterwards.
         self.AUTO_MODEL_CLASS = SimpleNamespace(from_pretrained=load)
         try:
-            super()._create_model(
-                pretrained, delta=delta, peft=peft, tp_plan=tp_plan, **kwargs
-            )
+            super()._create_model(pretrained, delta=delta, peft=peft, **kwargs)
         finally:
             self.AUTO_MODEL_CLASS = auto_class
+        # The criterion has to see the sum of the weights.
+        if peft is not None and merging is not None:
+            self._model = merged(self._model, peft)
         if merging is not None:
-            # The criterion has to see the sum of the weights.
-            if peft is not None and merging == "peft_stage":
-                self._model = merged(self._model, peft)
             self._prune_in_memory()
 
     def _prune_in_memory(self) -> None:
@@ -232,9 +186,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
         """Return HFLM's model information, what was pruned (``pruning``) and healed (``healing``)."""
         info = {**super().get_model_info(), "pruning": self._prune_record.as_dict()}
         if self._healing is not None:
-            info["healing"] = {
-                name: value
-                for name, value in self._healing.items()
-                if name != "pruning"
-            }
+            told = self._healing.items()
+            info["healing"] = {name: v for name, v in told if name != "pruning"}
         return info

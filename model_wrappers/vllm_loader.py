@@ -9,12 +9,12 @@ Source: ``vllm.model_executor.model_loader.register_model_loader``.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
     LinearBase,
     MergedColumnParallelLinear,
     RowParallelLinear,
@@ -32,7 +32,6 @@ from lm_eval_pruned.checkpoints.engines import (
 )
 from lm_eval_pruned.checkpoints.load import Stored
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.model_wrappers.vllm_arguments import LOAD_FORMAT
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.config_widths import copy_layers
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
@@ -44,7 +43,37 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.pruning.record import PruneRecord
+#: Name of the loader: ``--load-format pruned``.
+LOAD_FORMAT = "pruned"
+
+
+def engine_request(
+    pretrained: str, asked: PruneArguments, processes: int, **source: Any
+) -> LoadRequest:
+    """Return what an engine is to load, after everything that can be refused without its weights.
+
+    Args:
+        pretrained: Folder or Hub name of the model.
+        asked: What to prune; the request has widths that divide among the processes.
+        processes: How many share each MLP (``tensor_parallel_size``).
+        **source: Arguments of ``from_pretrained`` that say which files to read.
+
+    Raises:
+        ValueError: An argument is out of range, or the widths do not suit the engine.
+        UnsupportedModelError: The model cannot be pruned while an engine loads it.
+        OSError: The checkpoint is missing or damaged.
+    """
+
+    def resolve(asked: PruneArguments) -> LoadRequest:
+        return LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, source)
+
+    request = resolve(asked)
+    check_buildable(request)
+    if not request.plan.prunes:
+        return request
+    request.check_text()
+    divided = divide_among(resolve, asked, processes, "tensor_parallel_size")
+    return request if divided is asked else resolve(divided)
 
 
 class PrunedModelLoader(DefaultModelLoader):
@@ -72,31 +101,18 @@ class PrunedModelLoader(DefaultModelLoader):
             # A draft model, whose widths are none of this request.
             loader = get_model_loader(self.load_config)
             return loader.load_model(vllm_config, model_config, *args, **kwargs)
-
-        def resolve(asked: PruneArguments) -> LoadRequest:
-            return LoadRequest.resolve(
-                AutoModelForCausalLM,
-                model_config.model,
-                asked,
-                {
-                    "revision": model_config.revision,
-                    "trust_remote_code": model_config.trust_remote_code,
-                    "cache_dir": self.load_config.download_dir,
-                },
-            )
-
-        request = resolve(self._prune_arguments)
-        check_buildable(request)
-        if request.plan.prunes:
-            processes = vllm_config.parallel_config.tensor_parallel_size
-            given = self._prune_arguments
-            divided = divide_among(resolve, given, processes, "tensor_parallel_size")
-            if divided is not given:
-                request = resolve(divided)
-            stored = Stored.of(request)
-            request, self._pruned = stored.request, stored.pruned()
-        self._request = request
-        narrow_config(request, model_config.hf_config)
+        self._request = engine_request(
+            model_config.model,
+            self._prune_arguments,
+            vllm_config.parallel_config.tensor_parallel_size,
+            revision=model_config.revision,
+            trust_remote_code=model_config.trust_remote_code,
+            cache_dir=self.load_config.download_dir,
+        )
+        if self._request.plan.prunes:
+            stored = Stored.of(self._request)
+            self._request, self._pruned = stored.request, stored.pruned()
+        narrow_config(self._request, model_config.hf_config)
         return super().load_model(vllm_config, model_config, *args, **kwargs)
 
     def create_model(
@@ -111,12 +127,11 @@ class PrunedModelLoader(DefaultModelLoader):
     def get_all_weights(
         self, model_config: Any, model: nn.Module
     ) -> Generator[tuple[str, Tensor], None, None]:
-        if self._pruned is None or self._request is None:
+        if self._pruned is None:
             yield from super().get_all_weights(model_config, model)
             return
         pruned, self._pruned = self._pruned, None
-        model.prune_record = pruned.prune_record  # type: ignore[assignment]
-        model.widths_before = self._request.widths.actual  # type: ignore[assignment]
+        model.prune_record = pruned.prune_record
         yield from tensors_of(pruned)
         for source in getattr(model, "secondary_weights", ()):
             yield from self._get_weights_iterator(source)
@@ -161,47 +176,33 @@ def build_odd_widths(request: LoadRequest, model: nn.Module) -> None:
         UnsupportedModelError: vLLM has no such MLP, or one of other layers.
     """
     targets = request.widths.targets(request.plan)
-    odd = set(request.widths.inexpressible(targets))
+    paths = {mlp.name: mlp.path for mlp in request.widths.mlps}
     modules = dict(model.named_modules())
-    for mlp in request.widths.mlps:
-        if mlp.name not in odd:
-            continue
-        found = modules.get(mlp.path)
-        linears = {
-            name: child
-            for name, child in (found.named_children() if found is not None else ())
-            if isinstance(child, LinearBase)
-        }
-        if found is None or any(each.quant_config for each in linears.values()):
-            what = "no such module" if found is None else "it quantised"
+    for name in request.widths.inexpressible(targets):
+        mlp = modules.get(paths[name])
+        children = dict(mlp.named_children()) if mlp is not None else {}
+        linears = {n: c for n, c in children.items() if isinstance(c, LinearBase)}
+        if mlp is None or any(each.quant_config for each in linears.values()):
+            what = "no such module" if mlp is None else "it quantised"
             raise UnsupportedModelError(
-                f"{mlp.name} would have a width of its own, and {type(model).__name__} of vLLM has "
+                f"{name} would have a width of its own, and {type(model).__name__} of vLLM has "
                 f"{what}: prune all layers alike, or use --model pruned-hf."
             )
-        for name, linear in linears.items():
-            setattr(found, name, _of_width(linear, targets[mlp.name]))
+        for child, linear in linears.items():
+            setattr(mlp, child, _of_width(linear, targets[name]))
 
 
 def _of_width(linear: LinearBase, width: int) -> LinearBase:
     """Return a projection like `linear` from or to `width` neurons, without weights."""
-    same: dict[str, Any] = {
-        "bias": linear.has_bias,
-        "skip_bias_add": linear.skip_bias_add,
-        "params_dtype": linear.params_dtype,
-        "prefix": linear.prefix,
-        "return_bias": linear.return_bias,
-        "disable_tp": linear.disable_tp,
-    }
+    taken = inspect.signature(type(linear).__init__).parameters.keys()
+    same = {name: getattr(linear, name) for name in taken - {"self", "bias"}}
     if isinstance(linear, RowParallelLinear):
-        same["input_is_parallel"] = linear.input_is_parallel
-        same["reduce_results"] = linear.reduce_results
-        return type(linear)(width, linear.output_size, **same)
-    assert isinstance(linear, ColumnParallelLinear), linear
-    same["gather_output"] = linear.gather_output
-    if isinstance(linear, MergedColumnParallelLinear):
-        widths = [width] * len(linear.output_sizes)
-        return type(linear)(linear.input_size, widths, **same)
-    return type(linear)(linear.input_size, width, **same)
+        same["input_size"] = width
+    elif isinstance(linear, MergedColumnParallelLinear):
+        same["output_sizes"] = [width] * len(linear.output_sizes)
+    else:
+        same["output_size"] = width
+    return type(linear)(bias=linear.has_bias, **same)
 
 
 class PruneRecordExtension:
@@ -212,18 +213,10 @@ class PruneRecordExtension:
         model = self.get_model()  # type: ignore[attr-defined]
         return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
-    def pruned_record(self) -> dict[str, Any] | None:
-        """Return kept neurons, earlier widths and calibration text; None for an unpruned model."""
-        model = self.get_model()  # type: ignore[attr-defined]
-        record: PruneRecord | None = getattr(model, "prune_record", None)
-        if record is None:
-            return None
-        text = record.calibration
-        return {
-            "widths_before": model.widths_before,
-            "kept": [kept.numpy().astype("<i8").tobytes() for kept in record.kept],
-            "calibration": text and text.as_dict(),
-        }
+    def pruned_record(self) -> dict[str, Any]:
+        """Return what was pruned, as results hold it and as a table for people."""
+        record = self.get_model().prune_record  # type: ignore[attr-defined]
+        return {"record": record.as_dict(), "table": record.as_table()}
 
 
 def register() -> None:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.layer_numbers import written_layers
+from lm_eval_pruned.pruning.argument_values import written_layers
 from lm_eval_pruned.pruning.plan import whole_or_mean
 
 

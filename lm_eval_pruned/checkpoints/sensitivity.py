@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.default_model import cache_folder
-from lm_eval_pruned.pruning.argument_checks import exact
+from lm_eval_pruned.pruning.argument_values import exact
 from lm_eval_pruned.pruning.calibration import CalibrationText, check_observable
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,

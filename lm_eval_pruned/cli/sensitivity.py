@@ -10,7 +10,7 @@ from lm_eval_pruned.cli.model_args import (
     read_model_args,
     with_default_model,
 )
-from lm_eval_pruned.pruning.argument_checks import exact
+from lm_eval_pruned.pruning.argument_values import exact
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, PruneArguments
 from lm_eval_pruned.pruning.criteria import RANDOM, canonical_name
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.layer_numbers import written_layers
+from lm_eval_pruned.pruning.argument_values import written_layers
 
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lm_eval_pruned.pruning.argument_values import written_layers
 from lm_eval_pruned.pruning.config_widths import renumber_layers
-from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
     describe,

@@ -14,9 +14,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.allocation_names import UNIFORM
-from lm_eval_pruned.pruning.argument_checks import exact
+from lm_eval_pruned.pruning.argument_values import exact, layer_numbers, written_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.layer_numbers import layer_numbers, written_layers
 from lm_eval_pruned.pruning.layer_widths import read_widths, written_source
 
 

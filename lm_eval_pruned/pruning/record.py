@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_pruned.pruning.allocation_names import UNIFORM
+from lm_eval_pruned.pruning.argument_values import written_layers
 from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM
-from lm_eval_pruned.pruning.layer_numbers import written_layers
 from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
 from lm_eval_pruned.util.tables import markdown_table

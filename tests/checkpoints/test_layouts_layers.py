@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.pruning.layer_numbers import written_layers
+from lm_eval_pruned.pruning.argument_values import written_layers
 from tests.helpers import by_hand
 from tests.helpers.checkpoints import (
     auto_class,

@@ -12,6 +12,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.utils import simple_parse_args_string
 from transformers import AutoModelForCausalLM
 
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import by_hand
 from tests.helpers.comparing import assert_same_model
@@ -169,7 +170,7 @@ def test_an_argument_is_obeyed_or_named(tiny_llama, text):
         ("max_batch_size=0", "max_batch_size=0 is not understood"),
         ("max_length=2.5", "max_length=2.5 is not understood"),
         ("max_length=-1", "max_length=-1 is not understood"),
-        ("trust_remote_code=off", "trust_remote_code=off is not understood"),
+        ("trust_remote_code=off", "trust_remote_code='off' is not understood"),
         ("load_in_8bit=2", "load_in_8bit=2 is not understood"),
         ("attn_implementation=1", "attn_implementation=1 is not understood"),
         ("tokenizer=1", "tokenizer=1 is not understood"),
@@ -209,6 +210,18 @@ def test_the_command_ends_with_the_sentence(tiny_llama, text, monkeypatch):
         cli_evaluate()
     assert str(ended.value.code).startswith(f"{text} is not ")
     assert isinstance(ended.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prefix_share": False}, "prefix_share=False .*: did you mean prefix_sharing"),
+        ({"dtype": "abc"}, "dtype=abc is not understood"),
+    ],
+)
+def test_hf_prefix_checks_its_arguments_alike(tiny_llama, given, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixHFLM(str(tiny_llama), device="cpu", **given)
 
 
 @pytest.mark.parametrize("size", ["4", "auto", "auto:2", "007"])

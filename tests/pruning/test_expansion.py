@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, example, given, strategies as st
 
 from lm_eval_pruned import PrunePlan
-from lm_eval_pruned.pruning.layer_numbers import written_layers
+from lm_eval_pruned.pruning.argument_values import written_layers
 
 
 hidden_sizes = st.integers(1, 20_000)
