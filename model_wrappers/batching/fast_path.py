@@ -2,21 +2,76 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .answer_paths import AnswerPaths
+from .attention_support import base_model, trial_disagrees, unsupported_reason
+from .flags import check_flag
+from .memory import is_split
 from .token_counts import TokenCounts
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     # The mixins' neighbour among the bases, whose attributes they use.
     from lm_eval.models.huggingface import HFLM as _Neighbour
+    from torch import Tensor
 else:
     _Neighbour = object
 
+T = TypeVar("T")
+
+
+@dataclass
+class FastPath:
+    """One faster way to answer requests than `HFLM`'s own, and whether it is taken.
+
+    Attributes:
+        argument: The model argument that turns it off, such as ``prefix_sharing``.
+        is_on: Whether requests may take it.
+        notice: What the log says before the reason where requests do not take it.
+        trial: Computes the same logits of a trial model in the plain way and in this
+            way; see `trial_disagrees`.
+        unit: What the size of a pass is counted in, such as ``tokens``.
+        smaller: What a user can pass for smaller passes; ``{}`` is half of the size.
+        unsupported: Says of an `HFLM` what about its model speaks against it, if anything.
+        reason: Why it is off, if it is.
+        most: The size of a pass that a shortage of memory left, in `unit`; None: any.
+        logged: Reasons that were logged.
+        is_tried: Whether the trial is over.
+
+    Raises:
+        ValueError: `is_on` is neither true nor false.
+    """
+
+    argument: str
+    is_on: bool
+    notice: str
+    trial: tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]
+    unit: str
+    smaller: str
+    unsupported: Callable[[Any], str | None] = unsupported_reason
+    reason: str = field(init=False)
+    most: int | None = None
+    logged: list[str] = field(default_factory=list)
+    is_tried: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag(self.argument, self.is_on)
+        self.reason = f"{self.argument}=false"
+
+    @property
+    def logger(self) -> logging.Logger:
+        return logging.getLogger(f"lm_eval.models.{self.argument}")
+
 
 class FastPathMixin(_Neighbour):
-    """Keeps what a model worked on, and which way its answers were computed.
+    """Decides whether a fast path is taken, runs its passes and records what answered.
 
     It comes before `HFLM` among the bases, behind all mixins that are built on it.
 
@@ -35,3 +90,72 @@ class FastPathMixin(_Neighbour):
         """Return `HFLM`'s model information and what answered, under ``answer_paths``."""
         info = super().get_model_info()
         return {**info, "answer_paths": self.answer_paths.as_dict(self.model)}
+
+    def _may_take(self, path: FastPath) -> bool:
+        """Return whether nothing that can be read off the model speaks against `path`."""
+        if path.is_on and not path.is_tried:
+            self._stop_if(path, path.unsupported(self))
+        return path.is_on
+
+    def _can_take(self, path: FastPath) -> bool:
+        """Return whether the model computes on `path` what it should; try it the first time."""
+        if self._may_take(path) and not path.is_tried:
+            path.is_tried = True
+            self._stop_if(path, trial_disagrees(self.model, *path.trial))
+        return path.is_on
+
+    def _stop_if(self, path: FastPath, reason: str | None) -> None:
+        if reason is not None:
+            path.is_on = False
+            path.reason = reason
+            self._complain(path, reason)
+
+    def _complain(self, path: FastPath, reason: str) -> None:
+        """Log why requests do not take `path`, once for each reason."""
+        if reason not in path.logged:
+            path.logged.append(reason)
+            if self.rank == 0:
+                path.logger.warning("%s: %s.", path.notice, reason)
+
+    def _run_or_shrink(
+        self,
+        path: FastPath,
+        run: Callable[[], T],
+        size: int,
+        shrink: Callable[[int], None],
+    ) -> T | None:
+        """Return what a pass returns, or None where the memory was too short for it.
+
+        Args:
+            path: Whose pass it is.
+            run: Runs the pass. It takes no arguments: they would live as long as this call.
+            size: How much the pass may hold, in the path's unit.
+            shrink: Takes half of `size` after a shortage: lets go of what the failed pass
+                holds, and makes the next one smaller.
+
+        Raises:
+            RuntimeError: The pass failed otherwise, or at size 1; or it was too large
+                for one of several processes that share the model: the others wait for
+                this one within the pass.
+        """
+        try:
+            return run()
+        except RuntimeError as error:
+            if size == 1 or not should_reduce_batch_size(error):
+                raise
+            if is_split(base_model(self.model)):
+                raise RuntimeError(
+                    f"Out of memory with {size} {path.unit} at once, and processes that "
+                    "share a model (tp_plan) cannot take fewer one by one: give "
+                    f"{path.smaller.format(size // 2)}."
+                ) from error
+            path.most = size // 2
+            path.logger.warning(
+                "Out of memory: going on with at most %d %s at once.",
+                path.most,
+                path.unit,
+            )
+            shrink(path.most)
+        # Outside the handler, whose traceback holds on to the failed pass's tensors.
+        clear_device_cache(garbage_collection=True)
+        return None

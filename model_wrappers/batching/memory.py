@@ -1,63 +1,18 @@
-"""How much fits into the memory, and how to go on where a pass did not."""
+"""How many rows of keys and values fit into the memory."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .attention_support import base_model, config_of
 
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-T = TypeVar("T")
-
 #: Bytes of keys and values that are taken unasked.
 SMALL = 2 * 2**30
-
-
-def run_or_shrink(
-    run: Callable[[], T], shrink: Callable[[RuntimeError], bool]
-) -> T | None:
-    """Return what a pass returns, or None where the memory was too short for it.
-
-    Args:
-        run: Runs the pass. It takes no arguments: they would live as long as this call.
-        shrink: Called with the error then: lets go of what the failed pass holds and makes
-            the next one smaller; False where none can be, and the error goes on.
-    """
-    try:
-        return run()
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error) or not shrink(error):
-            raise
-    # Outside the handler, whose traceback holds on to the failed pass's tensors.
-    clear_device_cache(garbage_collection=True)
-    return None
-
-
-def check_not_split(model: Any, error: RuntimeError, size: str, smaller: str) -> None:
-    """Refuse to make the passes of one of several processes smaller.
-
-    Args:
-        model: A model, perhaps with an adapter around it.
-        error: The lack of memory.
-        size: What did not fit, such as ``6 requests``.
-        smaller: The argument that makes all processes take less.
-
-    Raises:
-        RuntimeError: The others wait for this one within the pass that failed.
-    """
-    if is_split(base_model(model)):
-        raise RuntimeError(
-            f"Out of memory with {size} at once, and processes that share a model (tp_plan) "
-            f"cannot take fewer one by one: give {smaller}."
-        ) from error
 
 
 def rows_in_memory(lm: Any, length: int) -> int:

@@ -8,7 +8,6 @@ computes logits at the scored nodes only (`.prefix_pass`). Independent of prunin
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,13 +19,9 @@ from .attention_support import (
     is_encoder_decoder,
     row_limit,
     sequence_limit,
-    trial_disagrees,
-    unsupported_reason,
 )
-from .fast_path import FastPathMixin
-from .flags import check_flag
+from .fast_path import FastPath, FastPathMixin
 from .forward import Forward
-from .memory import check_not_split, run_or_shrink
 from .path_cache import PathCache
 from .prefix_pass import Work, run_pack, trial_plain, trial_shared
 from .token_tree import Budget, next_pack
@@ -39,9 +34,6 @@ if TYPE_CHECKING:
 
     from .prefix_pass import Request
     from .token_tree import Pack
-
-
-eval_logger = logging.getLogger("lm_eval.models.prefix_sharing")
 
 
 # The first use tries a small model of the class; it has to save more tokens than that costs.
@@ -72,14 +64,21 @@ class PrefixSharingMixin(FastPathMixin):
         Raises:
             ValueError: `prefix_sharing` is neither true nor false.
         """
-        check_flag("prefix_sharing", prefix_sharing)
-        self.prefix_sharing = bool(prefix_sharing)
-        self._sharing_budget: Budget | None = None
-        self._sharing_checked = False
-        #: Why it does not share, if it does not.
-        self._no_sharing = "prefix_sharing=false"
+        self._sharing = FastPath(
+            "prefix_sharing",
+            prefix_sharing,
+            "Prefixes are not shared, each request is computed whole",
+            trial=(trial_plain, trial_shared),
+            unit="tokens",
+            smaller="a smaller batch_size, or prefix_sharing=false",
+        )
         self._request_type = "loglikelihood"
         super().__init__(*args, **kwargs)
+
+    @property
+    def prefix_sharing(self) -> bool:
+        """Whether prefixes are shared where that is worth it."""
+        return bool(self._sharing.is_on)
 
     def _loglikelihood_tokens(
         self,
@@ -127,8 +126,9 @@ class PrefixSharingMixin(FastPathMixin):
         """
         # Processes that find batch sizes together have to agree on whether they share.
         together = self._detects_together
-        if not requests or not (self._can_share() if together else self._may_share()):
-            return [self._no_sharing] * len(requests), None
+        allows = self._can_take if together else self._may_take
+        if not requests or not allows(self._sharing):
+            return [self._sharing.reason] * len(requests), None
         limit = sequence_limit(config_of(self))
         reasons = [self._reason_against(request, limit) for request in requests]
         shared = [r for r, why in zip(requests, reasons, strict=True) if why is None]
@@ -138,7 +138,7 @@ class PrefixSharingMixin(FastPathMixin):
         if not together and not self._is_worth_sharing(shared, work):
             reason = "requests have too little in common"
         elif not self._can_share():
-            reason = self._no_sharing
+            reason = self._sharing.reason
         else:
             return reasons, work
         return [reason if why is None else why for why in reasons], None
@@ -223,30 +223,8 @@ class PrefixSharingMixin(FastPathMixin):
         enough = saving >= _least_saving(self.device)
         return enough and (searches or saving * asked >= _WORTH_CHECKING)
 
-    def _may_share(self) -> bool:
-        """Ask whether anything that can be read off the model speaks against sharing."""
-        if self.prefix_sharing and not self._sharing_checked:
-            self._stop_sharing_if(unsupported_reason(self))
-        return self.prefix_sharing
-
     def _can_share(self) -> bool:
-        """Try it out, the first time."""
-        if self._may_share() and not self._sharing_checked:
-            self._sharing_checked = True
-            self._stop_sharing_if(
-                trial_disagrees(self.model, trial_plain, trial_shared)
-            )
-        return self.prefix_sharing
-
-    def _stop_sharing_if(self, reason: str | None) -> None:
-        if reason is None:
-            return
-        self.prefix_sharing = False
-        self._no_sharing = reason
-        if self.rank == 0:
-            eval_logger.warning(
-                "Prefixes are not shared, each request is computed whole: %s.", reason
-            )
+        return self._can_take(self._sharing)
 
     def _score_requests(
         self, requests: list[Request], work: Work, disable_tqdm: bool
@@ -299,9 +277,8 @@ class PrefixSharingMixin(FastPathMixin):
         if isinstance(self.batch_size, int):
             longest = max(self._input_length(request) for request in requests)
             tokens = min(max(self.batch_size * longest, _FEWEST_TOKENS), tokens)
-        if self._sharing_budget is not None:
-            # What a shortage of memory left of it earlier.
-            tokens = min(tokens, self._sharing_budget.tokens)
+        if self._sharing.most is not None:
+            tokens = min(tokens, self._sharing.most)
         return Budget(
             tokens,
             min(ceiling.row_tokens, tokens),
@@ -322,26 +299,13 @@ class PrefixSharingMixin(FastPathMixin):
             self._run_pack(forward, work, pack, cache)
             return pack.stop
 
-        def shrink(error: RuntimeError) -> bool:
+        def shrink(_: int) -> None:
             nonlocal budget
-            if budget.tokens == 1:
-                return False
-            check_not_split(
-                self.model,
-                error,
-                f"{budget.tokens} tokens",
-                "a smaller batch_size, or prefix_sharing=false",
-            )
-            budget = self._sharing_budget = budget.halved()
-            eval_logger.warning(
-                "Out of memory: going on with at most %d tokens per forward pass.",
-                budget.tokens,
-            )
+            budget = budget.halved()
             cache.forget_pass()
-            return True
 
         while start < len(tree):
-            stop = run_or_shrink(run, shrink)
+            stop = self._run_or_shrink(self._sharing, run, budget.tokens, shrink)
             if stop is not None:
                 yield stop
                 start = stop

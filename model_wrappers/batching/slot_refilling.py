@@ -9,7 +9,6 @@ place instead of being copied at each step. Independent of pruning.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +25,14 @@ from .attention_support import (
     base_model,
     config_of,
     sequence_limit,
-    trial_disagrees,
     unsupported_reason,
 )
-from .fast_path import FastPathMixin
-from .flags import check_count, check_flag
+from .fast_path import FastPath, FastPathMixin
+from .flags import check_count
 from .forward import Forward
 from .generation import end_tokens
 from .greedy_settings import StopStrings, unsupported_setting
-from .memory import (
-    check_not_split,
-    rows_in_memory,
-    rows_that_are_small,
-    run_or_shrink,
-)
+from .memory import rows_in_memory, rows_that_are_small
 from .slot_pass import in_pieces, likeliest, trial_plain, trial_slots
 from .slot_table import SlotJob, SlotTable, ordered
 
@@ -49,8 +42,6 @@ if TYPE_CHECKING:
 
     from lm_eval.api.instance import Instance
 
-
-eval_logger = logging.getLogger("lm_eval.models.slot_refilling")
 
 #: Stop strings, most tokens to generate, and what finds the stop strings.
 _Settings = tuple[list[str], int, StopStrings]
@@ -91,16 +82,23 @@ class SlotRefillingMixin(FastPathMixin):
         Raises:
             ValueError: `slot_refilling` is neither true nor false, or `slots` no count.
         """
-        check_flag("slot_refilling", slot_refilling)
         check_count("slots", slots)
         self.slots = slots
-        self.slot_refilling = bool(slot_refilling)
-        self._refilling_checked = False
-        #: Why it does not refill, if it does not.
-        self._no_refilling = "slot_refilling=false"
-        self._refilling_complaints: list[str] = []
-        self._most_slots: int | None = None
+        self._refilling = FastPath(
+            "slot_refilling",
+            slot_refilling,
+            "Slots are not refilled, generation takes the usual path",
+            trial=(trial_plain, trial_slots),
+            unsupported=_unsupported,
+            unit="requests",
+            smaller="slots={}",
+        )
         super().__init__(*args, **kwargs)
+
+    @property
+    def slot_refilling(self) -> bool:
+        """Whether requests that are greedy run in slots."""
+        return bool(self._refilling.is_on)
 
     def generate_until(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -141,10 +139,9 @@ class SlotRefillingMixin(FastPathMixin):
             These, as `HFLM` would read them, and why each other one, by its place among
             the requests, takes `HFLM`'s own path.
         """
-        if self.slot_refilling:
-            self._stop_refilling_if(_unsupported(self))
-        if not self.slot_refilling:
-            return [], dict.fromkeys(range(len(requests)), self._no_refilling)
+        path = self._refilling
+        if not self._may_take(path):
+            return [], dict.fromkeys(range(len(requests)), path.reason)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         settings: dict[str, _Settings | str] = {}
         jobs: list[SlotJob] = []
@@ -159,9 +156,9 @@ class SlotRefillingMixin(FastPathMixin):
                 jobs.append(job)
             else:
                 reasons[index] = job
-                self._complain(job)
-        if jobs and not self._can_refill():
-            reasons |= dict.fromkeys((job.index for job in jobs), self._no_refilling)
+                self._complain(path, job)
+        if jobs and not self._can_take(path):
+            reasons |= dict.fromkeys((job.index for job in jobs), path.reason)
             return [], dict(sorted(reasons.items()))
         return jobs, reasons
 
@@ -210,21 +207,6 @@ class SlotRefillingMixin(FastPathMixin):
             reason = setting
         return f"{reason} is asked for"
 
-    def _stop_refilling_if(self, reason: str | None) -> None:
-        if reason is not None:
-            self.slot_refilling = False
-            self._no_refilling = reason
-            self._complain(reason)
-
-    def _complain(self, reason: str) -> None:
-        if reason in self._refilling_complaints:
-            return
-        self._refilling_complaints.append(reason)
-        if self.rank == 0:
-            eval_logger.warning(
-                "Slots are not refilled, generation takes the usual path: %s.", reason
-            )
-
     def _text(self, job: SlotJob) -> str:
         """Turn tokens into text as `HFLM.generate_until` does."""
         tokens = job.generated
@@ -244,13 +226,7 @@ class SlotRefillingMixin(FastPathMixin):
         )
 
     def _can_refill(self) -> bool:
-        """Try it out, the first time."""
-        if self.slot_refilling and not self._refilling_checked:
-            self._refilling_checked = True
-            self._stop_refilling_if(
-                trial_disagrees(self.model, trial_plain, trial_slots)
-            )
-        return self.slot_refilling
+        return self._can_take(self._refilling)
 
     def _slots(self, jobs: list[SlotJob]) -> int:
         """Return how many requests to run at once."""
@@ -263,9 +239,8 @@ class SlotRefillingMixin(FastPathMixin):
         else:
             # "auto", with or without a schedule.
             slots = min(self.max_batch_size, rows_in_memory(self, longest))
-        if self._most_slots is not None:
-            # What a shortage of memory left of them earlier.
-            slots = min(slots, self._most_slots)
+        if self._refilling.most is not None:
+            slots = min(slots, self._refilling.most)
         return max(1, min(slots, len(jobs)))
 
     def _generate(self, jobs: list[SlotJob]) -> Iterator[SlotJob]:
@@ -284,23 +259,14 @@ class SlotRefillingMixin(FastPathMixin):
         def run() -> list[tuple[int, int]]:
             return self._advance(forward, table, waiting)
 
-        def shrink(error: RuntimeError) -> bool:
+        def shrink(fewer: int) -> None:
             nonlocal slots, table
-            if slots == 1:
-                return False
-            check_not_split(
-                self.model, error, f"{slots} requests", f"slots={slots // 2}"
-            )
-            slots = self._most_slots = (slots + 1) // 2
-            eval_logger.warning(
-                "Out of memory: going on with at most %d requests at once.", slots
-            )
+            slots = fewer
             waiting.extendleft(reversed(table.all_jobs()))
             table = SlotTable(slots, in_groups)
-            return True
 
         while waiting or table.busy:
-            new_tokens = run_or_shrink(run, shrink)
+            new_tokens = self._run_or_shrink(self._refilling, run, slots, shrink)
             if new_tokens is None:
                 continue
             self.answer_paths.of("generate_until").slots = slots

@@ -8,7 +8,11 @@ from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_pruned.model_wrappers.batching import prefix_pass, prefix_sharing
+from lm_eval_pruned.model_wrappers.batching import (
+    fast_path,
+    prefix_pass,
+    prefix_sharing,
+)
 from lm_eval_pruned.model_wrappers.batching.token_tree import Budget
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
@@ -353,7 +357,7 @@ def test_the_check_is_made_where_it_pays(monkeypatch):
     monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 200)
     model = tiny()
     tried = []
-    monkeypatch.setattr(prefix_sharing, "trial_disagrees", lambda *_: tried.append(1))
+    monkeypatch.setattr(fast_path, "trial_disagrees", lambda *_: tried.append(1))
 
     def fresh():
         return make(PrefixHFLM, model)

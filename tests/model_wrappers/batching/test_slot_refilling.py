@@ -135,7 +135,7 @@ def test_equal_to_one_by_one(
         refilled.slots = slots
         got = generate(refilled, drawn)
     assert got == generate(plain, drawn)
-    assert not refilled._refilling_complaints
+    assert not refilled._refilling.logged
 
 
 PROMPTS = [
@@ -343,7 +343,7 @@ def test_more_than_greedy_takes_the_plain_path(pair, settings, reason, caplog):
 def test_neutral_settings_do_not(pair, settings):
     plain, refilled = pair
     assert generate(refilled, prompts(**settings)) == generate(plain, prompts())
-    assert not refilled._refilling_complaints
+    assert not refilled._refilling.logged
 
 
 def test_the_models_own_settings_count(pair, monkeypatch):
@@ -351,7 +351,7 @@ def test_the_models_own_settings_count(pair, monkeypatch):
     monkeypatch.setattr(plain.model.generation_config, "repetition_penalty", 1.4)
     refilled = make(PrefixHFLM, plain.model)
     assert generate(refilled, prompts()) == generate(plain, prompts())
-    assert refilled._refilling_complaints == ["repetition_penalty=1.4 is asked for"]
+    assert refilled._refilling.logged == ["repetition_penalty=1.4 is asked for"]
 
 
 def test_more_tokens_than_the_model_takes_is_hfs_error(pair):
@@ -367,7 +367,7 @@ def test_an_encoder_decoder_takes_the_plain_path():
         make(cls, model, 2, backend="seq2seq") for cls in (HFLM, PrefixHFLM)
     )
     assert generate(refilled, prompts()) == generate(plain, prompts())
-    assert refilled._refilling_complaints == ["the model is an encoder-decoder"]
+    assert refilled._refilling.logged == ["the model is an encoder-decoder"]
 
 
 @pytest.mark.parametrize(
@@ -396,12 +396,12 @@ def test_architectures(model_type, more, refills):
     refilled = make(PrefixHFLM, model, 3)
     pairs = prompts(until=[])
     assert generate(refilled, pairs) == generate(plain, pairs)
-    assert bool(refilled._refilling_complaints) is not refills
+    assert bool(refilled._refilling.logged) is not refills
 
 
 def test_out_of_memory_backs_off(pair, monkeypatch, caplog):
     plain, refilled = pair
-    refilled = make(PrefixHFLM, refilled.model, 7)
+    refilled = make(PrefixHFLM, refilled.model, 4)
     passes = 0
 
     def short_of_memory(work):
@@ -417,7 +417,7 @@ def test_out_of_memory_backs_off(pair, monkeypatch, caplog):
     assert got == generate(plain, prompts(until=[], max_gen_toks=20))
     assert "at most 2 requests" in caplog.text
     # Learnt for the next call.
-    assert refilled._most_slots == 2
+    assert refilled._refilling.most == 2
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
@@ -475,7 +475,7 @@ def test_slot_refilling_false_is_the_plain_path(pair, monkeypatch):
     lm = make(PrefixHFLM, plain.model, 1, slot_refilling=False)
     monkeypatch.setattr(slot_pass, "_pass", None)
     assert generate(lm, prompts()) == generate(plain, prompts())
-    assert not lm._refilling_complaints
+    assert not lm._refilling.logged
 
 
 def test_slot_refilling_is_a_switch(pair):
@@ -558,7 +558,7 @@ def test_models_that_see_what_follows_are_refused(dtype, model_type):
     lm = make(PrefixHFLM, tiny_model(config).to(dtype))
     assert lm._jobs(instances(prompts()))[0] == []
     assert not lm.slot_refilling
-    assert "logits change with them" in lm._refilling_complaints[0]
+    assert "logits change with them" in lm._refilling.logged[0]
 
 
 ADAPTERS = {
@@ -602,7 +602,7 @@ def test_an_adapter_with_virtual_tokens_does_not():
     )
     lm = make(PrefixHFLM, model)
     assert lm._jobs(instances(prompts()))[0] == []
-    assert "virtual tokens" in lm._refilling_complaints[0]
+    assert "virtual tokens" in lm._refilling.logged[0]
 
 
 def test_end_tokens_are_those_of_the_model_in_an_adapter():

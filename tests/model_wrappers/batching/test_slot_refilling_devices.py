@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lm_eval_pruned.model_wrappers.batching import memory, slot_pass, slot_refilling
+from lm_eval_pruned.model_wrappers.batching import fast_path, slot_pass, slot_refilling
 from lm_eval_pruned.model_wrappers.batching.forward import Forward
 from lm_eval_pruned.model_wrappers.batching.masks import ALIGNMENT, additive_mask
 from lm_eval_pruned.model_wrappers.batching.memory import _free_memory, rows_in_memory
@@ -254,7 +254,7 @@ def test_a_device_without_float64(monkeypatch):
 def test_nothing_of_a_failed_pass_is_left_when_the_memory_is_cleared(monkeypatch):
     lm = make(PrefixHFLM, tiny(), 4)
     assert lm._can_refill()
-    run, clear = slot_refilling.likeliest, memory.clear_device_cache
+    run, clear = slot_refilling.likeliest, fast_path.clear_device_cache
     held, left = [], []
 
     def short_of_memory(forward, cache, work):
@@ -269,6 +269,6 @@ def test_nothing_of_a_failed_pass_is_left_when_the_memory_is_cleared(monkeypatch
         left.extend(ref() for ref in held)
 
     monkeypatch.setattr(slot_refilling, "likeliest", short_of_memory)
-    monkeypatch.setattr(memory, "clear_device_cache", cleared)
+    monkeypatch.setattr(fast_path, "clear_device_cache", cleared)
     assert generate(lm, prompts()) == generate(make(HFLM, tiny(), 1), prompts())
     assert left == [None, None]
