@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .cpu_linear import float32_layers, linear_name
+from .cpu_linear import float32_layers, linear_backend
 
 
 if TYPE_CHECKING:
@@ -69,25 +69,19 @@ class AnswerPaths:
 
     def __init__(self) -> None:
         self._paths: dict[str, AnswerPath] = {}
-        self._packed = False
         self._over = False
 
     def of(self, request_type: str) -> AnswerPath:
         """Return the record of `request_type`, such as ``loglikelihood``."""
         if self._over:
-            self._paths, self._packed, self._over = {}, False, False
+            self._paths, self._over = {}, False
         return self._paths.setdefault(request_type, AnswerPath())
-
-    def note_packing(self, packed: bool) -> None:
-        """Note that a fast path is about to run with packed weights, or not."""
-        self._packed = self._packed or packed
 
     def as_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return all records, and what computed the linear layers of `model`.
 
-        ``linear`` is ``torch``, or what computed float32 layers on a CPU on a path other
-        than the plain one: ``onednn``, ``onednn packed`` or ``mkl packed``, packed where
-        there was enough to compute for it at least once. See
+        ``linear`` is ``torch``, or ``onednn`` where that computed float32 layers on a CPU on
+        a path other than the plain one. See
         `lm_eval_pruned.model_wrappers.batching.cpu_linear`.
         """
         self._over = True
@@ -95,8 +89,6 @@ class AnswerPaths:
         return {
             **{name: path.as_dict() for name, path in self._paths.items()},
             "linear": (
-                linear_name(self._packed)
-                if faster and float32_layers(model)
-                else "torch"
+                linear_backend() if faster and float32_layers(model) else "torch"
             ),
         }

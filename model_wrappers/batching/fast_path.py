@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .answer_paths import AnswerPaths
-from .attention_support import base_model, trial_disagrees, unsupported_reason
+from .attention_support import base_model, unsupported_reason
 from .flags import check_flag
 from .memory import is_split
 from .token_counts import TokenCounts
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     # The mixins' neighbour among the bases, whose attributes they use.
     from lm_eval.models.huggingface import HFLM as _Neighbour
-    from torch import Tensor
 else:
     _Neighbour = object
 
@@ -35,15 +34,12 @@ class FastPath:
         argument: The model argument that turns it off, such as ``prefix_sharing``.
         is_on: Whether requests may take it.
         notice: What the log says before the reason where requests do not take it.
-        trial: Computes the same logits of a trial model in the plain way and in this
-            way; see `trial_disagrees`.
         unit: What the size of a pass is counted in, such as ``tokens``.
         smaller: What a user can pass for smaller passes; ``{}`` is half of the size.
         unsupported: Says of an `HFLM` what about its model speaks against it, if anything.
         reason: Why it is off, if it is.
         most: The size of a pass that a shortage of memory left, in `unit`; None: any.
         logged: Reasons that were logged.
-        is_tried: Whether the trial is over.
 
     Raises:
         ValueError: `is_on` is neither true nor false.
@@ -52,14 +48,12 @@ class FastPath:
     argument: str
     is_on: bool
     notice: str
-    trial: tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]
     unit: str
     smaller: str
     unsupported: Callable[[Any], str | None] = unsupported_reason
     reason: str = field(init=False)
     most: int | None = None
     logged: list[str] = field(default_factory=list)
-    is_tried: bool = False
 
     def __post_init__(self) -> None:
         check_flag(self.argument, self.is_on)
@@ -91,24 +85,13 @@ class FastPathMixin(_Neighbour):
         info = super().get_model_info()
         return {**info, "answer_paths": self.answer_paths.as_dict(self.model)}
 
-    def _may_take(self, path: FastPath) -> bool:
-        """Return whether nothing that can be read off the model speaks against `path`."""
-        if path.is_on and not path.is_tried:
-            self._stop_if(path, path.unsupported(self))
-        return path.is_on
-
     def _can_take(self, path: FastPath) -> bool:
-        """Return whether the model computes on `path` what it should; try it the first time."""
-        if self._may_take(path) and not path.is_tried:
-            path.is_tried = True
-            self._stop_if(path, trial_disagrees(self.model, *path.trial))
-        return path.is_on
-
-    def _stop_if(self, path: FastPath, reason: str | None) -> None:
-        if reason is not None:
+        """Return whether nothing about the model speaks against `path`; say once what does."""
+        if path.is_on and (reason := path.unsupported(self)) is not None:
             path.is_on = False
             path.reason = reason
             self._complain(path, reason)
+        return path.is_on
 
     def _complain(self, path: FastPath, reason: str) -> None:
         """Log why requests do not take `path`, once for each reason."""

@@ -1,4 +1,4 @@
-"""One pass of slots through a model: its rows, positions and mask; and the trial of it."""
+"""One pass of slots through a model: its rows, positions and mask."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import numpy as np
 import torch
 
 from .attention_support import cache_argument
-from .forward import Forward
-from .masks import additive_mask
-from .slot_cache import SlotCache
+from .forward import additive_mask
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import PreTrainedModel
+    from .forward import Forward
+    from .slot_cache import SlotCache
 
 
 # Elements of a pass's mask: 16 MiB in 16 bits. Prompts that need more go in pieces.
@@ -94,37 +93,3 @@ def in_pieces(work: list[_Row]) -> Iterator[tuple[list[_Row], bool]]:
             for begin in range(0, len(tokens), count):
                 piece = tokens[begin : begin + count]
                 yield [(slot, piece, start + begin)], begin + count >= len(tokens)
-
-
-def _trial_tokens(model: PreTrainedModel) -> np.ndarray:
-    """Return two random sequences that begin alike, [2, 12]."""
-    vocabulary = model.config.get_text_config().vocab_size
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (2, 12))
-    tokens[1, :3] = tokens[0, :3]
-    return tokens
-
-
-def trial_plain(model: PreTrainedModel) -> torch.Tensor:
-    """Return logits of the trial's tokens, [n, vocabulary], each sequence in one pass."""
-    with torch.no_grad():
-        first, second = (
-            model(input_ids=torch.from_numpy(tokens[None])).logits[0]
-            for tokens in _trial_tokens(model)
-        )
-    steps = torch.stack([first[7:11], second[8:12]], 1).flatten(0, 1)
-    return torch.cat([first[6:7], second[4:5], steps])
-
-
-def trial_slots(model: PreTrainedModel) -> torch.Tensor:
-    """Return the same logits from slots: prompts, a shared beginning, steps."""
-    first, second = _trial_tokens(model)
-    forward = Forward(model, model.device)
-    cache = SlotCache(2, in_groups=True)
-    parts = [_pass(forward, cache, [(0, first[:7], 0)])]
-    cache.copy(0, 1, 3)
-    parts.append(_pass(forward, cache, [(1, second[3:5], 3)]))
-    parts.append(_pass(forward, cache, [(0, first[7:8], 7), (1, second[5:9], 5)]))
-    for i in range(8, 11):
-        step = [(0, first[i : i + 1], i), (1, second[i + 1 : i + 2], i + 1)]
-        parts.append(_pass(forward, cache, step))
-    return torch.cat(parts)

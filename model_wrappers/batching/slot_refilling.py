@@ -33,7 +33,7 @@ from .forward import Forward
 from .generation import end_tokens
 from .greedy_settings import StopStrings, unsupported_setting
 from .memory import rows_in_memory, rows_that_are_small
-from .slot_pass import in_pieces, likeliest, trial_plain, trial_slots
+from .slot_pass import in_pieces, likeliest
 from .slot_table import SlotJob, SlotTable, ordered
 
 
@@ -88,7 +88,6 @@ class SlotRefillingMixin(FastPathMixin):
             "slot_refilling",
             slot_refilling,
             "Slots are not refilled, generation takes the usual path",
-            trial=(trial_plain, trial_slots),
             unsupported=_unsupported,
             unit="requests",
             smaller="slots={}",
@@ -140,7 +139,7 @@ class SlotRefillingMixin(FastPathMixin):
             the requests, takes `HFLM`'s own path.
         """
         path = self._refilling
-        if not self._may_take(path):
+        if not self._can_take(path):
             return [], dict.fromkeys(range(len(requests)), path.reason)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         settings: dict[str, _Settings | str] = {}
@@ -157,9 +156,6 @@ class SlotRefillingMixin(FastPathMixin):
             else:
                 reasons[index] = job
                 self._complain(path, job)
-        if jobs and not self._can_take(path):
-            reasons |= dict.fromkeys((job.index for job in jobs), path.reason)
-            return [], dict(sorted(reasons.items()))
         return jobs, reasons
 
     def _job(
@@ -252,8 +248,7 @@ class SlotRefillingMixin(FastPathMixin):
         slots = self._slots(jobs)
         # Elsewhere attention is the smaller part, and each group costs a launch.
         in_groups = self.device.type == "cpu" and slots >= _LEAST_SLOTS_IN_GROUPS
-        forward = Forward.of(self, sum(len(job.tokens) + job.most for job in jobs))
-        self.answer_paths.note_packing(bool(forward.packs))
+        forward = Forward.of(self)
         table = SlotTable(slots, in_groups)
 
         def run() -> list[tuple[int, int]]:

@@ -19,7 +19,6 @@ from lm_eval.api.model import CachingLM
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.model_wrappers import energy_log
-from lm_eval_pruned.model_wrappers.batching import prefix_sharing
 from lm_eval_pruned.model_wrappers.batching.generation import count_generated
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_log import EnergyLog
@@ -224,7 +223,6 @@ def test_a_route_of_its_own_is_counted_beside_the_rows_of_hflm(lm, monkeypatch):
 
 
 def test_tokens_of_shared_prefixes_and_of_the_plain_path(lm, monkeypatch):
-    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 0)
     model = lm(prefix_sharing=True)
     # The positions that the model was given; none of the rows is padded.
     positions = 0

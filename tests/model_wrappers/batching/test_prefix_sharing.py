@@ -9,8 +9,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_pruned.model_wrappers.batching import (
-    fast_path,
-    prefix_pass,
     prefix_sharing,
 )
 from lm_eval_pruned.model_wrappers.batching.token_tree import Budget
@@ -36,13 +34,6 @@ def tiny(attention="sdpa", dtype=torch.float64, model_type="llama", **overrides)
     config = tiny_config(model_type, **overrides)
     config._attn_implementation = attention
     return tiny_model(config).to(dtype)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def share_few_tokens():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_sharing, "_WORTH_CHECKING", float("-inf"))
-        yield
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
@@ -98,14 +89,12 @@ def as_requests(drawn):
     tokens=st.integers(1, 60),
     row=st.integers(1, 30),
     scored=st.integers(1, 30),
-    block=st.integers(1, 20),
 )
-def test_equal_to_the_plain_path(pair, drawn, tokens, row, scored, block):
+def test_equal_to_the_plain_path(pair, drawn, tokens, row, scored):
     plain, shared, tolerance = pair
     requests = as_requests(drawn)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_sharing, "_least_saving", lambda device: -9.0)
-        patch.setattr(prefix_pass, "_BLOCK_QUERIES", block)
         patch.setattr(
             shared,
             "_budget",
@@ -350,34 +339,6 @@ def test_nothing_to_share_is_the_plain_path(models, monkeypatch):
     assert shared._can_share()
     monkeypatch.setattr(shared, "_run_pack", no_packs)
     shared.loglikelihood_rolling(instances([("some text " * 20,)]), disable_tqdm=True)
-
-
-def test_the_check_is_made_where_it_pays(monkeypatch):
-    """The first use tries a small model, which has to be worth it."""
-    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 200)
-    model = tiny()
-    tried = []
-    monkeypatch.setattr(fast_path, "trial_disagrees", lambda *_: tried.append(1))
-
-    def fresh():
-        return make(PrefixHFLM, model)
-
-    stem = list(range(40))
-    requests = [(None, stem, [n, n + 1]) for n in range(3)]
-    lm = fresh()
-    lm._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert lm.token_counts.processed == 0 and not tried
-    lm._loglikelihood_tokens(requests * 2, disable_tqdm=True)
-    assert not tried, "duplicates are free on both paths"
-    searching = fresh()
-    searching.batch_size_per_gpu = "auto"
-    searching._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert searching.token_counts.processed == 40 + 3 and tried.pop() == 1
-    many = [(None, stem, [n, n + 1]) for n in range(9)]
-    lm._loglikelihood_tokens(many, disable_tqdm=True)
-    assert lm.token_counts.processed == 40 + 9 and tried == [1]
-    lm._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert lm.token_counts.processed == 40 + 9, "as before the check"
 
 
 def test_prefix_sharing_is_a_switch(models):

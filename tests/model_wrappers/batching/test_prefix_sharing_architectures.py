@@ -147,7 +147,6 @@ def check_answers(plain, shared, lengths=(20, 23, 24, 25, 26, 60)):
 @pytest.fixture(autouse=True)
 def share_however_little(monkeypatch):
     monkeypatch.setattr(prefix_sharing, "_least_saving", lambda device: -9.0)
-    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", float("-inf"))
 
 
 @pytest.mark.parametrize(

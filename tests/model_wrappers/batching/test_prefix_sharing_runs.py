@@ -11,7 +11,6 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lm_eval_pruned.model_wrappers.batching import prefix_sharing
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from tests.helpers import evaluations, made_tasks
 
@@ -25,11 +24,6 @@ def tasks(tmp_path_factory):
     made_tasks.write_choice_task(folder)
     made_tasks.write_text_tasks(folder)
     return TaskManager(include_path=str(folder), include_defaults=False)
-
-
-@pytest.fixture(autouse=True)
-def check_at_once(monkeypatch):
-    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 0)
 
 
 def evaluate(lm, tasks, **arguments):
