@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-#: Model types of transformers whose answers with shared prefixes and in slots are those of
-#: `HFLM`. To add one, write it here and run the slow tests named `test_every_known_architecture`.
+#: Model types of transformers whose answers with shared prefixes and in slots are `HFLM`'s.
+#: To add one, write it here and run `test_every_known_architecture`, a slow test.
 PLAIN_ATTENTION = frozenset({
     "afmoe", "apertus", "arcee", "biogpt", "bitnet", "codegen", "cohere", "cohere2", "cwm",
     "deepseek_v2", "deepseek_v3", "diffllama", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4",

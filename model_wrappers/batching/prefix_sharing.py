@@ -228,20 +228,18 @@ class PrefixSharingMixin(FastPathMixin):
         """
         if self.device.type == "cpu":
             # Products of fewer tokens are slower for each; of more a core's cache holds none.
-            tokens, row_tokens, scored = (
-                256 * max(torch.get_num_threads(), 4),
-                256,
-                1024,
-            )
+            # Shorter rows have more padding, longer ones more that is masked.
+            most = Budget(256 * max(torch.get_num_threads(), 4), 512, 1024)
         else:
-            tokens, row_tokens, scored = 8192, 1024, 2048
+            most = Budget(8192, 1024, 2048)
+        tokens = most.tokens
         if isinstance(self.batch_size, int):
             longest = max(self._input_length(request) for request in requests)
             tokens = min(max(self.batch_size * longest, _FEWEST_TOKENS), tokens)
         # What a shortage of memory left, and what Llama 4 bears in a row.
         for limit in (self._sharing.most, row_limit(config_of(self))):
             tokens = min(tokens, limit or tokens)
-        return Budget(tokens, min(row_tokens, tokens), min(scored, tokens))
+        return Budget(tokens, min(most.row_tokens, tokens), min(most.scored, tokens))
 
     def _passes(self, work: Work, budget: Budget) -> Iterator[int]:
         """Run the tree through the model; yield how many nodes are done after each pass."""

@@ -21,7 +21,6 @@ def main(pretrained: str, path: str) -> None:
         slots=4,
         max_length=64,
     )
-    # The trial model, which every process has for itself, comes first.
     assert lm._can_share() and lm._can_refill()
     passes = 0
 
