@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .cpu_linear import float32_layers, linear_name
+from .cpu_linear import float32_layers, linear_backend
 
 
 if TYPE_CHECKING:
@@ -65,28 +65,22 @@ class AnswerPaths:
 
     def __init__(self) -> None:
         self._paths: dict[str, AnswerPath] = {}
-        self._packed = self._over = False
+        self._over = False
 
     def of(self, request_type: str) -> AnswerPath:
         """Return the record of `request_type`, such as ``loglikelihood``."""
         if self._over:
-            self._paths, self._packed, self._over = {}, False, False
+            self._paths, self._over = {}, False
         return self._paths.setdefault(request_type, AnswerPath())
-
-    def note_packing(self, packed: bool) -> None:
-        """Note that a fast path is about to run with packed weights, or not."""
-        self._packed |= packed
 
     def as_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return all records, and what computed the linear layers of `model` (``linear``).
 
         That is ``torch``, or on a fast path with float32 layers on a CPU what `cpu_linear`
-        chose, with `` packed`` behind it where weights were packed at least once.
+        chose.
         """
         self._over = True
         faster = any(path.requests.keys() - {"plain"} for path in self._paths.values())
-        name = (
-            linear_name(self._packed) if faster and float32_layers(model) else "torch"
-        )
+        linear = linear_backend() if faster and float32_layers(model) else "torch"
         records = {kind: path.as_dict() for kind, path in self._paths.items()}
-        return {**records, "linear": name}
+        return {**records, "linear": linear}

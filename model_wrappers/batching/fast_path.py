@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .answer_paths import AnswerPaths
-from .attention_support import base_model, trial_disagrees, unsupported_reason
+from .attention_support import base_model, unsupported_reason
 from .flags import check_flag
 from .token_counts import TokenCounts
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     # The mixins' neighbour among the bases, whose attributes they use.
     from lm_eval.models.huggingface import HFLM as _Neighbour
-    from torch import Tensor
 else:
     _Neighbour = object
 
@@ -34,12 +33,11 @@ class FastPath:
         argument: The model argument that turns it off, such as ``prefix_sharing``.
         is_on: Whether requests may take it.
         notice: What the log says before the reason where requests do not take it.
-        trial: Compute the same logits of a trial model the plain way and this way.
         unit: What the size of a pass is counted in, such as ``tokens``.
         smaller: What a user can pass for smaller passes; ``{}`` is half of the size.
+        unsupported: Says of an `HFLM` what about its model speaks against it, if anything.
         reason: Why it is off, if it is.
-        most: The size of a pass that a shortage of memory left; None: any.
-        is_tried: Whether the trial is over.
+        most: The size of a pass that a shortage of memory left, in `unit`; None: any.
         logged: Reasons that were logged.
 
     Raises:
@@ -49,12 +47,11 @@ class FastPath:
     argument: str
     is_on: bool
     notice: str
-    trial: tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]
     unit: str
     smaller: str
-    reason: str = ""
+    unsupported: Callable[[Any], str | None] = unsupported_reason
+    reason: str = field(init=False)
     most: int | None = None
-    is_tried: bool = False
     logged: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -92,24 +89,13 @@ class FastPathMixin(_Neighbour):
         """Whether several processes hold a part of each of the model's tensors."""
         return (getattr(base_model(self.model), "tp_size", None) or 1) > 1
 
-    def _may_take(self, path: FastPath) -> bool:
-        """Return whether nothing that can be read off the model speaks against `path`."""
-        if path.is_on and not path.is_tried:
-            self._stop_if(path, unsupported_reason(self))
-        return path.is_on
-
     def _can_take(self, path: FastPath) -> bool:
-        """Return whether the model computes on `path` what it should; try it the first time."""
-        if self._may_take(path) and not path.is_tried:
-            path.is_tried = True
-            self._stop_if(path, trial_disagrees(self.model, *path.trial))
-        return path.is_on
-
-    def _stop_if(self, path: FastPath, reason: str | None) -> None:
-        if reason is not None:
+        """Return whether nothing about the model speaks against `path`; say once what does."""
+        if path.is_on and (reason := path.unsupported(self)) is not None:
             path.is_on = False
             path.reason = reason
             self._complain(path, reason)
+        return path.is_on
 
     def _complain(self, path: FastPath, reason: str) -> None:
         """Log why requests do not take `path`, once for each reason."""

@@ -5,63 +5,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 
 if TYPE_CHECKING:
     import numpy as np
 
-
-class _PathLayer(DynamicLayer):
-    """Keys and values of one path, lent to every row of a batch.
-
-    Unlike its parent it does not grow by what it is shown: of a pass it keeps the
-    next path only.
-    """
-
-    values: Any  # None where keys are.
-
-    def __init__(self, kept: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.kept = kept
-        self.next: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = len(key_states)
-        if self.keys is not None:
-            key_states = torch.cat(
-                [self.keys.expand(rows, -1, -1, -1), key_states], dim=-2
-            )
-            value_states = torch.cat(
-                [self.values.expand(rows, -1, -1, -1), value_states], dim=-2
-            )
-        if self.kept is not None:
-            kept = self.kept.to(key_states.device)
-            self.next = (
-                key_states.index_select(-2, kept),
-                value_states.index_select(-2, kept),
-            )
-        return key_states, value_states
-
-    def set(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
-        self.keys, self.values = keys, values
-        self.is_initialized = keys is not None
+    # Keys and values of a layer, each [1, heads, tokens, head size]. Some models have no values.
+    Layer = tuple[torch.Tensor, torch.Tensor]
 
 
 class PathCache(DynamicCache):
-    """The cached path that a run of passes shares; see `_PathLayer`."""
+    """Lends the keys and values of one path to every row of a batch.
 
-    layers: list[_PathLayer]  # type: ignore[assignment]
+    Unlike its parent it does not grow by what it is shown: of a pass it keeps the
+    next path only.
+
+    Attributes:
+        length: Tokens of the path.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: torch.Tensor | None = None
-        # transformers asks the first layer for lengths before anything is cached.
-        self.layers = [_PathLayer()]
-        #: Tokens of the path.
         self.length = 0
+        self._path: dict[int, Layer] = {}
+        self._next: dict[int, Layer] = {}
+        self._kept: torch.Tensor | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.length + query_length, 0
 
     def update(
         self,
@@ -70,36 +45,41 @@ class PathCache(DynamicCache):
         layer_idx: int,
         *_: Any,
         **__: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Layer:
         """Return keys and values of path and row, as a layer's attention sees them."""
-        # How `Cache` makes layers of its own has changed with its releases.
-        while len(self.layers) <= layer_idx:
-            self.layers.append(_PathLayer(self._kept))
-        return self.layers[layer_idx].update(key_states, value_states)
+        keys, values = key_states, value_states
+        if layer_idx in self._path:
+            keys, values = (
+                torch.cat([path.expand(len(row), -1, -1, -1), row], dim=-2)
+                for path, row in zip(self._path[layer_idx], (keys, values), strict=True)
+            )
+        if self._kept is not None:
+            kept = self._kept.to(keys.device)
+            self._next[layer_idx] = (
+                keys.index_select(-2, kept),
+                values.index_select(-2, kept),
+            )
+        return keys, values
 
     def begin_pass(self, kept: np.ndarray | None) -> None:
         """Say which tokens of [path, row] are the next path; None: a beginning of the path."""
+        self.forget_pass()
         self._kept = None if kept is None else torch.from_numpy(kept)
-        for layer in self.layers:
-            layer.kept, layer.next = self._kept, None
 
     def end_pass(self, length: int) -> None:
         """Take over the next path, of `length` tokens."""
-        for layer in self.layers:
-            if length == 0:
-                layer.set(None, None)
-            elif layer.next is not None:
-                layer.set(*layer.next)
-            elif length < self.length and layer.keys is not None:
-                layer.set(
-                    layer.keys[..., :length, :].clone(),
-                    layer.values[..., :length, :].clone(),
-                )
+        if self._kept is not None:
+            self._path = self._next
+        elif length == 0:
+            self._path = {}
+        elif length < self.length:
+            self._path = {
+                layer: (keys[..., :length, :].clone(), values[..., :length, :].clone())
+                for layer, (keys, values) in self._path.items()
+            }
         self.length = length
         self.forget_pass()
 
     def forget_pass(self) -> None:
         """Drop what a pass has left, the path excepted."""
-        self._kept = None
-        for layer in self.layers:
-            layer.kept = layer.next = None
+        self._kept, self._next = None, {}

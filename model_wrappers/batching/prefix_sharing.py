@@ -23,7 +23,7 @@ from .attention_support import (
 from .fast_path import FastPath, FastPathMixin
 from .forward import Forward
 from .path_cache import PathCache
-from .prefix_pass import Work, run_pack, trial_plain, trial_shared
+from .prefix_pass import Work, run_pack
 from .token_tree import Budget, next_pack
 
 
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from .token_tree import Pack
 
 
-# The first use tries a small model of the class; it has to save more tokens than that costs.
-# Later ones ask the same, so that the path of requests does not depend on those before.
-_WORTH_CHECKING = 200
 # A pass of fewer tokens leaves the machine idle whatever the batch size.
 _FEWEST_TOKENS = 512
 
@@ -48,9 +45,9 @@ class PrefixSharingMixin(FastPathMixin):
 
     Put it before `HFLM` among the bases. Log-probabilities and greedy flags are
     `HFLM`'s up to rounding. Where a model's attention does not allow it, requests
-    take `HFLM`'s own path, and one logged line says why. Whether it does is decided by its
-    class and config, on a small random model in float32: neither width nor dtype plays a
-    part. ``config.answer_paths`` in the results says which way was taken.
+    take `HFLM`'s own path, and one logged line says why. Class, config and adapter decide
+    whether it does; width and dtype play no part. ``config.answer_paths`` in the results
+    says which way was taken.
     """
 
     def __init__(self, *args: Any, prefix_sharing: bool = True, **kwargs: Any) -> None:
@@ -68,7 +65,6 @@ class PrefixSharingMixin(FastPathMixin):
             "prefix_sharing",
             prefix_sharing,
             "Prefixes are not shared, each request is computed whole",
-            trial=(trial_plain, trial_shared),
             unit="tokens",
             smaller="a smaller batch_size, or prefix_sharing=false",
         )
@@ -80,6 +76,16 @@ class PrefixSharingMixin(FastPathMixin):
         """Whether prefixes are shared where that is worth it."""
         return bool(self._sharing.is_on)
 
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Score whole texts as `HFLM` does; see `_loglikelihood_tokens`."""
+        self._request_type = "loglikelihood_rolling"
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+        finally:
+            self._request_type = "loglikelihood"
+
     def _loglikelihood_tokens(
         self,
         requests: list[Request],
@@ -90,108 +96,58 @@ class PrefixSharingMixin(FastPathMixin):
             min(len(context) + len(continuation), self.max_length + 1)
             for _, context, continuation in requests
         )
-        reasons, work = self._sort_out(requests)
-        sorted_out = list(zip(requests, reasons, strict=True))
-        shared = [request for request, why in sorted_out if why is None]
-        rest = [request for request, why in sorted_out if why is not None]
+        reasons = self._reasons(requests)
+        shared = [r for r, why in zip(requests, reasons, strict=True) if why is None]
+        work = Work.of(shared, self.max_length) if shared else None
+        # Processes that find batch sizes together have to agree on whether they share.
+        if work and not self._detects_together and not self._is_worth_it(shared, work):
+            few = "requests have too little in common"
+            reasons, work = [few if why is None else why for why in reasons], None
         path = self.answer_paths.of(self._request_type)
         shared_answers: Iterator[tuple[float, bool]] = iter(())
-        if work is not None:
+        if work:
             path.add("shared", len(shared), len(work.tree))
-            shared_answers = iter(
-                self._score_requests(shared, work, disable_tqdm=disable_tqdm)
-            )
+            shared_answers = iter(self._score(shared, work, disable_tqdm))
+        plain = [r for r, why in zip(requests, reasons, strict=True) if why is not None]
         plain_answers: Iterator[tuple[float, bool]] = iter(())
-        if rest:
+        if plain:
             if self.prefix_sharing and self._detects_together:
-                longest = max(self._input_length(request) for request in rest)
+                longest = max(self._input_length(request) for request in plain)
                 override_bs = override_bs or max(
-                    1, self._budget(rest).scored // longest
+                    1, self._budget(plain).scored // longest
                 )
-            answers, computed = self._score_plainly(rest, disable_tqdm, override_bs)
+            answers, computed = self._score_plainly(plain, disable_tqdm, override_bs)
             plain_answers = iter(answers)
-            path.add("plain", len(rest), computed, filter(None, reasons))
+            path.add("plain", len(plain), computed, filter(None, reasons))
         return [
             next(shared_answers if why is None else plain_answers) for why in reasons
         ]
 
-    def _sort_out(
-        self, requests: list[Request]
-    ) -> tuple[list[str | None], Work | None]:
-        """Decide which requests share.
-
-        Returns:
-            Why each request takes `HFLM`'s own path, None for those that share, and the
-            tree of these; None if there are none.
-        """
-        # Processes that find batch sizes together have to agree on whether they share.
-        together = self._detects_together
-        allows = self._can_take if together else self._may_take
-        if not requests or not allows(self._sharing):
-            return [self._sharing.reason] * len(requests), None
+    def _reasons(self, requests: list[Request]) -> list[str | None]:
+        """Return why each request cannot be shared, None for those that can."""
+        if not self._can_take(self._sharing):
+            return [self._sharing.reason] * len(requests)
         limit = sequence_limit(config_of(self))
-        reasons = [self._reason_against(request, limit) for request in requests]
-        shared = [r for r, why in zip(requests, reasons, strict=True) if why is None]
-        if not shared:
-            return reasons, None
-        work = Work.of(shared, self.max_length)
-        if not together and not self._is_worth_sharing(shared, work):
-            reason = "requests have too little in common"
-        elif not self._can_share():
-            reason = self._sharing.reason
-        else:
-            return reasons, work
-        return [reason if why is None else why for why in reasons], None
+        reasons: list[str | None] = []
+        for request in requests:
+            _, context, continuation = request
+            reason = None
+            if limit is not None and self._input_length(request) > limit:
+                reason = f"it is longer than {limit} tokens"
+            elif not context or not 0 < len(continuation) <= self.max_length:
+                reason = "hf refuses it"
+            reasons.append(reason)
+        return reasons
 
-    def _reason_against(self, request: Request, limit: int | None) -> str | None:
-        """Return what keeps a single request from being shared, or None."""
-        if limit is not None and self._input_length(request) > limit:
-            return f"it is longer than {limit} tokens"
-        _, context, continuation = request
-        if not context or not 0 < len(continuation) <= self.max_length:
-            return "hf refuses it"
-        return None
-
-    def _score_plainly(
-        self, requests: list[Request], disable_tqdm: bool, override_bs: int | None
-    ) -> tuple[list[tuple[float, bool]], int]:
-        """Let `HFLM` answer, without its cache of logits where that answers wrongly.
-
-        lm-eval 0.4.13 gives two requests that split one text differently the first logits
-        of the text for the shorter continuation, where the last ones belong.
-
-        Returns:
-            The answers, and how many tokens they took.
-        """
-        groups = _by_text(requests)
-        asked = self.logits_cache  # type: ignore[has-type]
-        cached = (
-            asked
-            # HFLM looks for equal texts in front of a decoder alone.
-            and not is_encoder_decoder(self)
-            and all(
-                len({len(request[2]) for request in group}) == 1 for group in groups
-            )
-        )
-        computed = [group[0] for group in groups] if cached else requests
-        self.logits_cache = cached
-        try:
-            answers = super()._loglikelihood_tokens(  # type: ignore[misc]
-                requests, disable_tqdm=disable_tqdm, override_bs=override_bs
-            )
-        finally:
-            self.logits_cache = asked
-        return answers, sum(map(self._input_length, computed))
-
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
-        """Score whole texts as `HFLM` does; see `_loglikelihood_tokens`."""
-        self._request_type = "loglikelihood_rolling"
-        try:
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
-        finally:
-            self._request_type = "loglikelihood"
+    def _is_worth_it(self, requests: list[Request], work: Work) -> bool:
+        """Estimate the share of `HFLM`'s work that sharing saves, and ask if it is enough."""
+        config = config_of(self).get_text_config()
+        # Of the usual proportions, whatever the width: sizes of a sweep take one path.
+        body = 12 * config.num_hidden_layers * config.hidden_size**2
+        head = config.vocab_size * config.hidden_size
+        asked = sum(self._input_length(group[0]) for group in _by_text(requests))
+        ours = len(work.tree) * body + int(work.scored_before[-1]) * head
+        return 1 - ours / (asked * (body + head)) >= _least_saving(self.device)
 
     @property
     def _detects_together(self) -> bool:
@@ -209,52 +165,54 @@ class PrefixSharingMixin(FastPathMixin):
             return sum(min(length, self.max_length) for length in parts)
         return min(len(context) + len(continuation) - 1, self.max_length)
 
-    def _is_worth_sharing(self, requests: list[Request], work: Work) -> bool:
-        """Estimate the share of `HFLM`'s work that sharing saves, and ask if it is enough."""
-        config = config_of(self).get_text_config()
-        # Of the usual proportions, whatever the width: sizes of a sweep take one path.
-        body = 12 * config.num_hidden_layers * config.hidden_size**2
-        head = config.vocab_size * config.hidden_size
-        asked = sum(self._input_length(group[0]) for group in _by_text(requests))
-        ours = len(work.tree) * body + int(work.scored_before[-1]) * head
-        saving = 1 - ours / (asked * (body + head))
-        # HFLM's search for a batch size costs more than the check.
-        searches = not isinstance(self.batch_size, int)
-        enough = saving >= _least_saving(self.device)
-        return enough and (searches or saving * asked >= _WORTH_CHECKING)
+    def _score_plainly(
+        self, requests: list[Request], disable_tqdm: bool, override_bs: int | None
+    ) -> tuple[list[tuple[float, bool]], int]:
+        """Let `HFLM` answer, without its cache of logits where that answers wrongly.
 
-    def _can_share(self) -> bool:
-        return self._can_take(self._sharing)
+        lm-eval 0.4.13 gives two requests that split one text differently the first logits
+        of the text for the shorter continuation, where the last ones belong.
 
-    def _score_requests(
+        Returns:
+            The answers, and how many tokens they took.
+        """
+        groups = _by_text(requests)
+        splits_alike = all(len({len(r[2]) for r in group}) == 1 for group in groups)
+        asked = self.logits_cache  # type: ignore[has-type]
+        # HFLM looks for equal texts in front of a decoder alone.
+        cached = asked and splits_alike and not is_encoder_decoder(self)
+        computed = [group[0] for group in groups] if cached else requests
+        self.logits_cache = cached
+        try:
+            answers = super()._loglikelihood_tokens(  # type: ignore[misc]
+                requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+            )
+        finally:
+            self.logits_cache = asked
+        return answers, sum(map(self._input_length, computed))
+
+    def _score(
         self, requests: list[Request], work: Work, disable_tqdm: bool
     ) -> list[tuple[float, bool]]:
-        dtype = self.softmax_dtype or _logits_dtype(self)
+        """Return the answers to `requests`, and hand each on when its last node is done."""
+        dtype = self.softmax_dtype or self.mixed_precision_dtype or self.model.dtype
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        # A request is done when its last node is: hand results on as they come.
         last_nodes = work.tree.last
-        order = np.argsort(last_nodes, kind="stable")
-        done = 0
+        order = iter(np.argsort(last_nodes, kind="stable").tolist())
+        index = next(order, None)
         bar = tqdm(
             total=len(requests),
             disable=disable_tqdm or self.rank != 0,
             desc="Running loglikelihood requests",
         )
-        begin = 0
         for stop in self._passes(work, self._budget(requests)):
-            self.token_counts.processed += stop - begin
-            begin = stop
-            while done < len(order) and last_nodes[order[done]] < stop:
-                index = int(order[done])
+            while index is not None and last_nodes[index] < stop:
                 pairs = work.pairs[index]
                 total = torch.tensor(work.values[pairs].sum()).to(dtype)
-                answer = (float(total), bool(work.greedy[pairs].all()))
-                results[index] = answer
-                if requests[index][0] is not None:
-                    self.cache_hook.add_partial(
-                        "loglikelihood", requests[index][0], answer
-                    )
-                done += 1
+                answer = results[index] = float(total), bool(work.greedy[pairs].all())
+                if (key := requests[index][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", key, answer)
+                index = next(order, None)
                 bar.update(1)
         bar.close()
         return results
@@ -267,35 +225,26 @@ class PrefixSharingMixin(FastPathMixin):
         """
         if self.device.type == "cpu":
             # Products of fewer tokens are slower for each; of more a core's cache holds none.
-            most = 256 * max(torch.get_num_threads(), 4)
-            # With sdpa a row is read in blocks, and one row has no padding.
-            in_blocks = config_of(self)._attn_implementation == "sdpa"
-            ceiling = Budget(most, most if in_blocks else 256, 1024)
+            # Shorter rows have more padding, longer ones more that is masked.
+            most = Budget(256 * max(torch.get_num_threads(), 4), 512, 1024)
         else:
-            ceiling = Budget(8192, 1024, 2048)
-        tokens = ceiling.tokens
+            most = Budget(8192, 1024, 2048)
+        tokens = most.tokens
         if isinstance(self.batch_size, int):
             longest = max(self._input_length(request) for request in requests)
             tokens = min(max(self.batch_size * longest, _FEWEST_TOKENS), tokens)
-        if self._sharing.most is not None:
-            tokens = min(tokens, self._sharing.most)
-        return Budget(
-            tokens,
-            min(ceiling.row_tokens, tokens),
-            min(ceiling.scored, tokens),
-            row_limit=row_limit(config_of(self)) or tokens,
-        )
+        # What a shortage of memory left, and what Llama 4 bears in a row.
+        for limit in (self._sharing.most, row_limit(config_of(self))):
+            tokens = min(tokens, limit or tokens)
+        return Budget(tokens, min(most.row_tokens, tokens), min(most.scored, tokens))
 
     def _passes(self, work: Work, budget: Budget) -> Iterator[int]:
         """Run the tree through the model; yield how many nodes are done after each pass."""
-        tree = work.tree
-        cache = PathCache()
-        forward = Forward.of(self, len(tree))
-        self.answer_paths.note_packing(bool(forward.packs))
+        cache, forward = PathCache(), Forward.of(self)
         start = 0
 
         def run() -> int:
-            pack = next_pack(tree, work.scored_before, start, budget)
+            pack = next_pack(work.tree, work.scored_before, start, budget)
             self._run_pack(forward, work, pack, cache)
             return pack.stop
 
@@ -304,9 +253,10 @@ class PrefixSharingMixin(FastPathMixin):
             budget = budget.halved()
             cache.forget_pass()
 
-        while start < len(tree):
+        while start < len(work.tree):
             stop = self._run_or_shrink(self._sharing, run, budget.tokens, shrink)
             if stop is not None:
+                self.token_counts.processed += stop - start
                 yield stop
                 start = stop
 
@@ -333,7 +283,3 @@ def _by_text(requests: list[Request]) -> list[list[Request]]:
     for request in requests:
         groups.setdefault((*request[1], *request[2][:-1]), []).append(request)
     return list(groups.values())
-
-
-def _logits_dtype(lm: Any) -> torch.dtype:
-    return lm.mixed_precision_dtype or lm.model.dtype

@@ -20,15 +20,19 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from tqdm import tqdm
-from transformers import GenerationMixin
 
-from .attention_support import base_model, config_of, sequence_limit
+from .attention_support import (
+    base_model,
+    config_of,
+    sequence_limit,
+    unsupported_reason,
+)
 from .fast_path import FastPath, FastPathMixin
 from .flags import check_count
 from .forward import Forward
 from .generation import end_tokens, unsupported_setting
 from .slot_table import SlotJob, SlotTable
-from .slots import Row, run_rows, slot_bytes, trial_plain, trial_slots
+from .slots import Row, run_rows, slot_bytes
 
 
 if TYPE_CHECKING:
@@ -79,9 +83,9 @@ class SlotRefillingMixin(FastPathMixin):
             "slot_refilling",
             slot_refilling,
             "Slots are not refilled, generation takes the usual path",
-            trial=(trial_plain, trial_slots),
             unit="requests",
             smaller="slots={}",
+            unsupported=_unsupported,
         )
         super().__init__(*args, **kwargs)
 
@@ -125,27 +129,13 @@ class SlotRefillingMixin(FastPathMixin):
     def _jobs(self, requests: list[Instance]) -> list[SlotJob | str]:
         """Return for each request what runs in a slot, or why `HFLM` has to answer."""
         path = self._refilling
-        if path.is_on:
-            self._stop_if(path, self._own_way())
-        if not self._may_take(path):
+        if not self._can_take(path):
             return [path.reason] * len(requests)
         work = [self._job(i, *request.args) for i, request in enumerate(requests)]
         for each in work:
             if isinstance(each, str):
                 self._complain(path, each)
-        if all(isinstance(each, str) for each in work) or self._can_take(path):
-            return work
-        return [each if isinstance(each, str) else path.reason for each in work]
-
-    def _own_way(self) -> str | None:
-        """Return what keeps the model from being run in passes of ours, or None."""
-        model_class = type(base_model(self.model))
-        if getattr(model_class, "generate", None) is not GenerationMixin.generate:
-            return f"{model_class.__name__} generates in a way of its own"
-        accelerator = getattr(self, "accelerator", None)
-        if accelerator and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-            return "its weights are spread over processes that have to keep step"
-        return None
+        return work
 
     def _job(
         self, index: int, context: str, gen_kwargs: dict[str, Any]
@@ -213,8 +203,7 @@ class SlotRefillingMixin(FastPathMixin):
         counts.prompt += sum(job.prompt for job in jobs)
         ends = set(end_tokens(base_model(self.model)))
         longest = max(job.prompt + job.most for job in jobs)
-        forward = Forward.of(self, sum(job.prompt + job.most for job in jobs))
-        self.answer_paths.note_packing(bool(forward.packs))
+        forward = Forward.of(self)
         # From the longest prompt to the shortest: neighbours need little padding, and a
         # lack of memory shows early.
         waiting = deque(sorted(jobs, key=lambda job: (-job.prompt, job.tokens)))
@@ -256,3 +245,11 @@ class SlotRefillingMixin(FastPathMixin):
     def _prefill_budget(self) -> int:
         """Return how many tokens, with padding, of several prompts run together."""
         return 256 * torch.get_num_threads() if self.device.type == "cpu" else 8192
+
+
+def _unsupported(lm: Any) -> str | None:
+    """Return why slots cannot be refilled on an `HFLM`, or None if nothing speaks against it."""
+    accelerator = getattr(lm, "accelerator", None)
+    if accelerator and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+        return "its weights are spread over processes that have to keep step"
+    return unsupported_reason(lm)

@@ -12,27 +12,16 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .attention_support import cache_argument, config_of
-from .forward import Forward
-from .masks import additive_mask
+from .forward import additive_mask
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedModel
+    from .forward import Forward
 
 #: Slot, its new tokens, and the number of tokens that it holds already.
 Row = tuple[int, "Sequence[int] | np.ndarray", int]
-
-# The trial: passes of rows of a slot, its first new token and the last + 1.
-_TRIAL = [
-    [(0, 0, 7)],
-    # Behind three tokens that are copied from slot 0.
-    [(1, 3, 5)],
-    [(0, 7, 8), (1, 5, 9)],
-    *([(0, i, i + 1), (1, i + 1, i + 2)] for i in range(8, 11)),
-]
-
 
 # Groups of slots whose attention on a CPU ends with the group's longest, not the batch's, and the
 # share of tokens to leave out that is worth the calls. A step of SmolLM2-135M in 64 slots took 23 %
@@ -237,35 +226,3 @@ def run_rows(forward: Forward, cache: SlotCache, work: list[Row]) -> torch.Tenso
         **cached,
     )
     return logits[:, -1]
-
-
-def _trial_tokens(model: PreTrainedModel) -> np.ndarray:
-    """Return two sequences that begin alike, [2, 12]."""
-    vocabulary = model.config.get_text_config().vocab_size
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (2, 12))
-    tokens[1, :3] = tokens[0, :3]
-    return tokens
-
-
-def trial_plain(model: PreTrainedModel) -> torch.Tensor:
-    """Return logits of the trial's tokens, [n, vocabulary], each sequence in one pass."""
-    with torch.no_grad():
-        logits = [
-            model(input_ids=torch.from_numpy(tokens[None])).logits[0]
-            for tokens in _trial_tokens(model)
-        ]
-    return torch.stack(
-        [logits[slot][end - 1] for work in _TRIAL for slot, _, end in work]
-    )
-
-
-def trial_slots(model: PreTrainedModel) -> torch.Tensor:
-    """Return the same logits from slots: prompts, a shared beginning, steps."""
-    tokens = _trial_tokens(model)
-    cache = SlotCache(2, 13)
-    parts = []
-    for work in _TRIAL:
-        rows: list[Row] = [(s, tokens[s, begin:end], begin) for s, begin, end in work]
-        parts.append(run_rows(Forward(model, model.device), cache, rows))
-        cache.copy(0, 1, 3)
-    return torch.cat(parts)

@@ -16,7 +16,8 @@ Pure Python and NumPy: knows nothing of models.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from math import isqrt
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ import numpy as np
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
 
 @dataclass(frozen=True)
@@ -52,37 +53,27 @@ class TokenTree:
         """Return the nodes from the root to `node`, the last `count` of them if given.
 
         The path to -1, the parent of a first token, is empty.
-
-        Nodes of an unbranched stretch have consecutive numbers, so the walk takes
-        one step per branching rather than one per token.
         """
-        if node < 0:
-            return np.arange(0)
         if count is None:
-            count = int(self.depth[node]) + 1
-        parts: list[np.ndarray] = []
+            count = int(self.depth[node]) + 1 if node >= 0 else 0
+        parts = [np.arange(0)]
+        # One step for each stretch of consecutive numbers, not for each token.
         while count > 0:
-            first = max(int(self._stretch_start[node]), node - count + 1)
+            first = max(int(self._stretch[node]), node - count + 1)
             parts.append(np.arange(first, node + 1))
             count -= node + 1 - first
             node = int(self.parent[first])
-        parts.reverse()
-        return np.concatenate(parts) if parts else np.arange(0)
+        return np.concatenate(parts[::-1])
 
     def is_chain(self, start: int, stop: int) -> bool:
         """Return whether the nodes ``[start, stop)`` are one unbranched path."""
-        return int(self._stretch_start[stop - 1]) <= start
+        return int(self._stretch[stop - 1]) <= start
 
-    @property
-    def _stretch_start(self) -> np.ndarray:
-        # Cached on first use; a frozen dataclass has no other place for it.
-        cached = self.__dict__.get("_stretch")
-        if cached is None:
-            index = np.arange(len(self.tokens))
-            starts = np.where(self.parent == index - 1, 0, index)
-            cached = np.maximum.accumulate(starts)
-            object.__setattr__(self, "_stretch", cached)
-        return cached
+    @cached_property
+    def _stretch(self) -> np.ndarray:
+        """First node of the run of consecutive numbers on a path that a node is in, [nodes]."""
+        index = np.arange(len(self))
+        return np.maximum.accumulate(np.where(self.parent == index - 1, 0, index))
 
 
 def build_tree(sequences: Iterable[Sequence[int]]) -> TokenTree:
@@ -99,108 +90,70 @@ def build_tree(sequences: Iterable[Sequence[int]]) -> TokenTree:
     Raises:
         ValueError: A sequence is empty.
     """
-    # Big-endian bytes sort like the token ids themselves.
-    number: dict[bytes, int] = {}
-    member = []
+    distinct: dict[bytes, bytes] = {}
+    members = []
     for sequence in sequences:
+        # Big-endian bytes sort like the token ids themselves.
         key = np.asarray(sequence, dtype=">u4").tobytes()
         if not key:
             raise ValueError(
                 "sequences has an empty member: every sequence needs a token."
             )
-        member.append(number.setdefault(key, len(number)))
-    arrays = [np.frombuffer(key, dtype=">u4") for key in number]
-
-    # A radix tree. A segment is a slice [begin, stop) of the sequence `source`.
-    source: list[int] = []
-    begin: list[int] = []
-    stop: list[int] = []
-    above: list[int] = []
-
-    def add(sequence: int, first: int, last: int, parent: int) -> int:
-        source.append(sequence)
-        begin.append(first)
-        stop.append(last)
-        above.append(parent)
-        return len(source) - 1
-
-    stack: list[int] = []
-    previous: np.ndarray | None = None
-    leaf = [0] * len(arrays)
-    for index in (number[key] for key in sorted(number)):
-        current = arrays[index]
-        shared = 0 if previous is None else _common_prefix(previous, current)
-        while stack and begin[stack[-1]] >= shared:
-            stack.pop()
-        if stack and stop[stack[-1]] > shared:
-            # Split: the upper part is a new segment, the lower keeps its number and children.
-            lower = stack.pop()
-            upper = add(source[lower], begin[lower], shared, above[lower])
-            begin[lower] = shared
-            above[lower] = upper
-            stack.append(upper)
-        child = add(index, shared, len(current), stack[-1] if stack else -1)
-        stack.append(child)
-        leaf[index] = child
-        previous = current
-
-    return _lay_out(arrays, source, begin, stop, above, [leaf[i] for i in member])
+        members.append(distinct.setdefault(key, key))
+    keys = sorted(distinct)
+    ranks = _ranks(_numbered(keys))
+    # Stable: of two equal ranks, a sequence and what continues it, the shorter stays first.
+    keys = [keys[i] for i in sorted(range(len(keys)), key=ranks.__getitem__)]
+    tree = _numbered(keys)
+    place = {key: i for i, key in enumerate(keys)}
+    return replace(tree, last=tree.last[[place[key] for key in members]])
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    length = min(len(a), len(b))
-    different = np.flatnonzero(a[:length] != b[:length])
-    return int(different[0]) if len(different) else length
-
-
-def _lay_out(
-    arrays: list[np.ndarray],
-    source: list[int],
-    begin: list[int],
-    stop: list[int],
-    above: list[int],
-    leaves: list[int],
-) -> TokenTree:
-    children: list[list[int]] = [[] for _ in source]
-    roots: list[int] = []
-    for segment, parent in enumerate(above):
-        (children[parent] if parent >= 0 else roots).append(segment)
-    down = list(roots)
-    for segment in down:
-        down.extend(children[segment])
-    size = [stop[s] - begin[s] for s in range(len(source))]
-    for segment in reversed(down):
-        if above[segment] >= 0:
-            size[above[segment]] += size[segment]
-
-    def rank(segment: int) -> tuple[bool, int]:
-        return (not children[segment], -size[segment])
-
-    total = sum(size[s] for s in roots)
-    tokens = np.empty(total, dtype=np.int64)
-    depth = np.empty(total, dtype=np.int64)
-    parent_node = np.empty(total, dtype=np.int64)
-    end = np.empty(total, dtype=np.int64)
-    last_node = [0] * len(source)
-    position = 0
-    pending = sorted(roots, key=rank)[::-1]
-    while pending:
-        segment = pending.pop()
-        first, last = begin[segment], stop[segment]
-        here = slice(position, position + last - first)
-        tokens[here] = arrays[source[segment]][first:last]
-        depth[here] = np.arange(first, last)
-        parent_node[here] = np.arange(here.start - 1, here.stop - 1)
-        parent_node[here.start] = (
-            last_node[above[segment]] if above[segment] >= 0 else -1
-        )
-        end[here] = position + size[segment]
-        last_node[segment] = here.stop - 1
-        position = here.stop
-        pending.extend(sorted(children[segment], key=rank)[::-1])
+def _numbered(keys: list[bytes]) -> TokenTree:
+    """Number the nodes of sequences that lie beside those they share a beginning with."""
+    # The last sequence's nodes by depth + 1; in front of them what a first token has.
+    path = np.full(max(map(len, keys)) // 4 + 1, -1)
+    end = np.empty(sum(map(len, keys)) // 4, dtype=np.int64)
+    before = np.empty(0, dtype=">u4")
+    count = 0
+    tokens, depth, parent, last = [], [], [], []
+    for key in keys:
+        sequence = np.frombuffer(key, dtype=">u4")
+        length = min(len(before), len(sequence))
+        shared = int(np.append(before[:length] == sequence[:length], False).argmin())
+        end[path[shared + 1 : len(before) + 1]] = count
+        new = len(sequence) - shared
+        path[shared + 1 : len(sequence) + 1] = np.arange(count, count + new)
+        tokens.append(sequence[shared:])
+        depth.append(np.arange(shared, len(sequence)))
+        parent.append(path[shared : len(sequence)].copy())
+        last.append(path[len(sequence)])
+        count += new
+        before = sequence
+    end[path[1 : len(before) + 1]] = count
     return TokenTree(
-        tokens, depth, parent_node, end, np.array([last_node[s] for s in leaves])
+        np.concatenate(tokens).astype(np.int64),
+        np.concatenate(depth),
+        np.concatenate(parent),
+        end[:count],
+        np.array(last),
     )
+
+
+def _ranks(tree: TokenTree) -> list[list[tuple[bool, int, int]]]:
+    """Return for each sequence where its branches belong among their siblings, root first."""
+    siblings = np.bincount(tree.parent + 1)[tree.parent + 1]
+    first = np.maximum.accumulate(np.where(siblings > 1, np.arange(len(tree)), 0))
+    ranks = []
+    for node in map(int, tree.last):
+        rank = []
+        while node >= 0:
+            top = int(first[node])
+            end = int(tree.end[top])
+            rank.append((tree.is_chain(top, end), top - end, top))
+            node = int(tree.parent[top])
+        ranks.append(rank[::-1])
+    return ranks
 
 
 @dataclass(frozen=True)
@@ -209,11 +162,9 @@ class Pack:
 
     Attributes:
         start: First node.
-        stop: One past the last node.
+        stop: One past the last node. If it is below a node of the pack, the pack has one row.
         rows: Nodes of each row of the batch, each in depth-first order. What a node
             needs besides its own row is the path to the parent of `start`.
-        complete: Whether every subtree that begins in the pack also ends in it.
-            If not, the pack has one row, and later packs need nodes of it.
         chains: Whether every row is one unbranched path from the root, so that
             the ordinary causal mask is right.
     """
@@ -221,7 +172,6 @@ class Pack:
     start: int
     stop: int
     rows: tuple[np.ndarray, ...]
-    complete: bool
     chains: bool
 
 
@@ -236,23 +186,16 @@ class Budget:
         scored: Most nodes whose logits are computed. At least 1.
         mask: Most entries of a mask, one per token and what stands in its row or before
             it; chains from the root need none. A single token may exceed it.
-        row_limit: Most tokens in a row that is no chain from the root.
     """
 
     tokens: int
     row_tokens: int
     scored: int
     mask: int = 2**24
-    row_limit: int = 2**24
 
     def halved(self) -> Budget:
         """Return half of this budget, rounded down to one token at least."""
         return Budget(*(max(1, bound // 2) for bound in astuple(self)))
-
-    def longest_row(self, path: int) -> int:
-        """Return how many tokens a row behind `path` tokens may have under a mask."""
-        longest = (isqrt(path * path + 4 * self.mask) - path) // 2
-        return max(1, min(self.tokens, self.row_limit, longest))
 
 
 def next_pack(
@@ -269,34 +212,59 @@ def next_pack(
         start: First node; all nodes below it are done.
         budget: Bounds of the pass.
     """
-    size = int(tree.end[start]) - start
-    scored_limit = int(scored_before[start]) + budget.scored
-    chain = tree.depth[start] == 0 and tree.is_chain(
-        start, start + min(size, budget.tokens)
-    )
-    most = budget.tokens if chain else budget.longest_row(int(tree.depth[start]))
-    if size > most or scored_before[tree.end[start]] > scored_limit:
-        return _part_of_subtree(tree, scored_before, start, budget, most)
-    if chain:
-        return _chains(tree, scored_before, start, budget)
-    return _subtrees(tree, scored_before, start, budget, most)
+    path, end = int(tree.depth[start]), int(tree.end[start])
+    most_scored = scored_before[start] + budget.scored
+    # Where the pass has to end for the sake of its logits.
+    last = int(np.searchsorted(scored_before, most_scored, side="right")) - 1
+    chains = path == 0 and tree.is_chain(start, min(end, start + budget.tokens))
+    longest = budget.tokens
+    if not chains:
+        masked = (isqrt(path * path + 4 * budget.mask) - path) // 2
+        longest = max(1, min(longest, masked))
+    if end > min(start + longest, last):
+        stop = _cut(tree, start, max(start + 1, min(start + longest, end - 1, last)))
+        chains = path == 0 and tree.is_chain(start, stop)
+        return Pack(start, stop, (np.arange(start, stop),), chains)
 
-
-def _part_of_subtree(
-    tree: TokenTree, scored_before: np.ndarray, start: int, budget: Budget, most: int
-) -> Pack:
-    limit = min(start + most, int(tree.end[start]) - 1)
-    most_scored = int(scored_before[start]) + budget.scored
-    within = int(np.searchsorted(scored_before, most_scored, side="right")) - 1
-    limit = max(start + 1, min(limit, within))
-    # The path to the cut stays cached for what follows.
-    limit = _cut(tree, start, limit)
-    chain = tree.depth[start] == 0 and tree.is_chain(start, limit)
-    return Pack(start, limit, (np.arange(start, limit),), False, chain)
+    # Chains have a row each; of other subtrees, a row holds as many of the first one's size
+    # as `row_tokens` allows.
+    size = end - start
+    in_row = 1 if chains else max(1, budget.row_tokens // size)
+    most_rows = max(1, budget.tokens // (size * in_row))
+    length = min(budget.tokens // most_rows, longest)
+    if not chains:
+        most_rows = min(most_rows, max(1, budget.mask // (length * (path + length))))
+    rows: list[list[np.ndarray]] = []
+    room: list[int] = []
+    stop = start
+    while stop < len(tree):
+        end = int(tree.end[stop])
+        size = end - stop
+        # Past the end of the cached path's own subtree that path is dead weight:
+        # go on only to keep a small remainder from becoming a pass of its own.
+        left = tree.depth[stop] < path and stop - start >= budget.tokens // 4
+        if left or size > length or end > last:
+            break
+        if chains and not tree.is_chain(stop, end):
+            break
+        fitting = (i for i, free in enumerate(room) if free >= size and not chains)
+        row = next(fitting, len(rows))
+        if row == most_rows:
+            break
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append(np.arange(stop, end))
+        room[row] -= size
+        stop = end
+    return Pack(start, stop, tuple(map(np.concatenate, rows)), chains)
 
 
 def _cut(tree: TokenTree, start: int, limit: int) -> int:
-    """Return where ``[start, limit]`` is best cut: where the path is short, in its second half."""
+    """Return where ``[start, limit]`` is best cut: where the path is short, in its second half.
+
+    The path to the cut stays cached for what follows.
+    """
     earliest = start + (limit - start) // 2 + 1
     cuts = np.arange(earliest, limit + 1)
     cuts = cuts[tree.parent[cuts] != cuts - 1]
@@ -304,81 +272,3 @@ def _cut(tree: TokenTree, start: int, limit: int) -> int:
         return limit
     shortest = tree.depth[cuts]
     return int(cuts[np.flatnonzero(shortest == shortest.min())[-1]])
-
-
-def blocks(
-    tree: TokenTree, start: int, stop: int, size: int
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Cut the nodes ``[start, stop)`` into blocks that see little outside of themselves.
-
-    Args:
-        tree: The tree.
-        start: First node.
-        stop: One past the last.
-        size: Most nodes of a block.
-
-    Yields:
-        First node of a block, one past its last, and the nodes in front of it that its nodes
-        may see: the path to the parent of its first.
-    """
-    while start < stop:
-        end = stop if stop - start <= size else _cut(tree, start, start + size)
-        yield start, end, tree.path(int(tree.parent[start]))
-        start = end
-
-
-def _chains(
-    tree: TokenTree, scored_before: np.ndarray, start: int, budget: Budget
-) -> Pack:
-    length = int(tree.end[start]) - start
-    most_rows = max(1, budget.tokens // length)
-    most_scored = int(scored_before[start]) + budget.scored
-    rows: list[np.ndarray] = []
-    stop = start
-    while stop < len(tree) and len(rows) < most_rows:
-        end = int(tree.end[stop])
-        if (
-            end - stop > length
-            or scored_before[end] > most_scored
-            or not tree.is_chain(stop, end)
-        ):
-            break
-        rows.append(np.arange(stop, end))
-        stop = end
-    return Pack(start, stop, tuple(rows), True, True)
-
-
-def _subtrees(
-    tree: TokenTree, scored_before: np.ndarray, start: int, budget: Budget, most: int
-) -> Pack:
-    size = int(tree.end[start]) - start
-    # Rows hold as many subtrees of the first one's size as `row_tokens` allows.
-    most_rows = max(1, budget.tokens // (size * max(1, budget.row_tokens // size)))
-    length = min(budget.tokens // most_rows, most)
-    row_mask = length * (int(tree.depth[start]) + length)
-    most_rows = min(most_rows, max(1, budget.mask // row_mask))
-    most_scored = int(scored_before[start]) + budget.scored
-    rows: list[list[np.ndarray]] = []
-    free: list[int] = []
-    stop = start
-    while stop < len(tree):
-        end = int(tree.end[stop])
-        size = end - stop
-        # Past the end of the cached path's own subtree that path is dead weight:
-        # go on only to keep a small remainder from becoming a pass of its own.
-        left_path = tree.depth[stop] < tree.depth[start]
-        if left_path and stop - start >= budget.tokens // 4:
-            break
-        if size > length or scored_before[end] > most_scored:
-            break
-        row = next((i for i, room in enumerate(free) if room >= size), None)
-        if row is None:
-            if len(rows) == most_rows:
-                break
-            row = len(rows)
-            rows.append([])
-            free.append(length)
-        rows[row].append(np.arange(stop, end))
-        free[row] -= size
-        stop = end
-    return Pack(start, stop, tuple(np.concatenate(r) for r in rows), True, False)

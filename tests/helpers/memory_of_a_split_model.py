@@ -21,8 +21,6 @@ def main(pretrained: str, path: str) -> None:
         slots=4,
         max_length=64,
     )
-    # The trial model, which every process has for itself, comes first.
-    assert lm._can_take(lm._sharing) and lm._can_take(lm._refilling)
     passes = 0
 
     def short_of_memory(*_):

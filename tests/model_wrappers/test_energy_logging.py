@@ -17,7 +17,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
-from lm_eval_pruned.model_wrappers.batching import prefix_sharing
 from lm_eval_pruned.model_wrappers.batching.generation import count_generated
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import (
@@ -196,7 +195,6 @@ def test_count_generated_agrees_with_counting_by_hand(rows, ends):
 
 
 def test_tokens_of_shared_prefixes_and_of_the_plain_path(lm, monkeypatch):
-    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 0)
     model = lm(prefix_sharing=True)
     # The positions that the model was given; none of the rows is padded.
     positions = 0
@@ -207,7 +205,7 @@ def test_tokens_of_shared_prefixes_and_of_the_plain_path(lm, monkeypatch):
 
     model.model.get_input_embeddings().register_forward_pre_hook(watch)
     model._warmed_up = True
-    assert model._can_share()
+    assert model._can_take(model._sharing)
     shared = [scored("One preamble. " + c, " no") for c in ("abc", "abd", "xyz")]
     alone = [scored("nothing in common", " yes")]
     for requests in (shared, alone):

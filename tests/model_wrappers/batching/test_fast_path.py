@@ -11,8 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_pruned.model_wrappers.batching import fast_path, prefix_sharing
-from lm_eval_pruned.model_wrappers.batching.trial_model import TrialImpossible
+from lm_eval_pruned.model_wrappers.batching import fast_path
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers.checkpoints import byte_tokenizer, tiny_config, tiny_model
@@ -63,8 +62,7 @@ PATHS = [
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.argument)
-def path(request, monkeypatch):
-    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 0)
+def path(request):
     return request.param
 
 
@@ -116,22 +114,17 @@ def test_models_that_see_what_follows_are_refused(path, dtype, model_type):
     lm = wrapped(PrefixHFLM, tiny_model(config).to(dtype))
     assert not lm._can_take(path.of(lm))
     assert not getattr(lm, path.argument)
-    assert "logits change with them" in path.of(lm).reason
+    assert "not among the model types" in path.of(lm).reason
 
 
-def test_what_cannot_be_tried_takes_hfs_path_and_one_line_says_so(
-    path, monkeypatch, caplog
-):
-    def impossible(*_):
-        return str(TrialImpossible("no small model of its class can be made"))
-
-    monkeypatch.setattr(fast_path, "trial_disagrees", impossible)
-    lm = wrapped(PrefixHFLM, tiny())
+def test_an_unknown_model_takes_hfs_path_and_one_line_says_so(path, caplog):
+    lm = wrapped(PrefixHFLM, tiny_model(shrunk("bloom")))
     with caplog.at_level(logging.WARNING, f"lm_eval.models.{path.argument}"):
         for _ in range(2):
             same(path.answers(lm), path.answers(wrapped(HFLM, lm.model)))
-    assert caplog.text.count("no small model of its class") == 1
-    assert "no small model" in path.record(lm)["reasons"][0]
+    reason = "bloom is not among the model types that were tried"
+    assert caplog.text.count(reason) == 1
+    assert path.record(lm)["reasons"] == [reason]
 
 
 def failing(lm, message, fits=lambda tokens: False):
@@ -154,7 +147,6 @@ NO_MEMORY = "CUDA out of memory. Tried to allocate 1 PiB."
 def test_a_lack_of_memory_halves_passes_for_good(path, monkeypatch, caplog):
     expected = path.answers(wrapped(HFLM, tiny()))
     lm = wrapped(PrefixHFLM, tiny(), slots=6)
-    assert lm._can_take(path.of(lm))
     held = failing(lm, NO_MEMORY, lambda tokens: tokens < 24)
     left = []
     clear = fast_path.clear_device_cache

@@ -8,11 +8,7 @@ from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_pruned.model_wrappers.batching import (
-    fast_path,
-    prefix_pass,
-    prefix_sharing,
-)
+from lm_eval_pruned.model_wrappers.batching import prefix_sharing
 from lm_eval_pruned.model_wrappers.batching.token_tree import Budget
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
@@ -38,13 +34,6 @@ def tiny(attention="sdpa", dtype=torch.float64, model_type="llama", **overrides)
     return tiny_model(config).to(dtype)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def share_few_tokens():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_sharing, "_WORTH_CHECKING", float("-inf"))
-        yield
-
-
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def pair(request):
     """HFLM and PrefixHFLM on one tiny float64 model."""
@@ -53,7 +42,7 @@ def pair(request):
     # (see test_a_text_split_in_two_ways).
     plain = make(HFLM, model, max_length=MAX_LENGTH, logits_cache=False)
     shared = make(PrefixHFLM, model, max_length=MAX_LENGTH)
-    assert shared._can_share()
+    assert shared._can_take(shared._sharing)
     # In float64 the models' own code still takes eager attention's softmax in float32.
     tolerance = {"sdpa": 1e-9, "eager": 2e-5}[request.param]
     return plain, shared, tolerance
@@ -98,14 +87,12 @@ def as_requests(drawn):
     tokens=st.integers(1, 60),
     row=st.integers(1, 30),
     scored=st.integers(1, 30),
-    block=st.integers(1, 20),
 )
-def test_equal_to_the_plain_path(pair, drawn, tokens, row, scored, block):
+def test_equal_to_the_plain_path(pair, drawn, tokens, row, scored):
     plain, shared, tolerance = pair
     requests = as_requests(drawn)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_sharing, "_least_saving", lambda device: -9.0)
-        patch.setattr(prefix_pass, "_BLOCK_QUERIES", block)
         patch.setattr(
             shared,
             "_budget",
@@ -288,7 +275,7 @@ def test_results_reach_the_cache_as_they_come(models):
 def test_out_of_memory_backs_off(models, monkeypatch, caplog):
     plain, _ = models
     shared = make(PrefixHFLM, plain.model)
-    assert shared._can_share()
+    assert shared._can_take(shared._sharing)
     run_pack = shared._run_pack
 
     def short_of_memory(forward, work, pack, cache):
@@ -309,7 +296,7 @@ def test_out_of_memory_backs_off(models, monkeypatch, caplog):
 
 def test_another_error_is_not_taken_for_lack_of_memory(models, monkeypatch):
     shared = make(PrefixHFLM, models[0].model)
-    assert shared._can_share()
+    assert shared._can_take(shared._sharing)
 
     def broken(*_):
         raise RuntimeError("shapes do not match")
@@ -347,37 +334,9 @@ def test_prefix_sharing_false_is_the_plain_path(models, monkeypatch):
 
 def test_nothing_to_share_is_the_plain_path(models, monkeypatch):
     shared = make(PrefixHFLM, models[0].model)
-    assert shared._can_share()
+    assert shared._can_take(shared._sharing)
     monkeypatch.setattr(shared, "_run_pack", no_packs)
     shared.loglikelihood_rolling(instances([("some text " * 20,)]), disable_tqdm=True)
-
-
-def test_the_check_is_made_where_it_pays(monkeypatch):
-    """The first use tries a small model, which has to be worth it."""
-    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 200)
-    model = tiny()
-    tried = []
-    monkeypatch.setattr(fast_path, "trial_disagrees", lambda *_: tried.append(1))
-
-    def fresh():
-        return make(PrefixHFLM, model)
-
-    stem = list(range(40))
-    requests = [(None, stem, [n, n + 1]) for n in range(3)]
-    lm = fresh()
-    lm._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert lm.token_counts.processed == 0 and not tried
-    lm._loglikelihood_tokens(requests * 2, disable_tqdm=True)
-    assert not tried, "duplicates are free on both paths"
-    searching = fresh()
-    searching.batch_size_per_gpu = "auto"
-    searching._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert searching.token_counts.processed == 40 + 3 and tried.pop() == 1
-    many = [(None, stem, [n, n + 1]) for n in range(9)]
-    lm._loglikelihood_tokens(many, disable_tqdm=True)
-    assert lm.token_counts.processed == 40 + 9 and tried == [1]
-    lm._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert lm.token_counts.processed == 40 + 9, "as before the check"
 
 
 def test_prefix_sharing_is_a_switch(models):
@@ -389,7 +348,7 @@ def test_prefix_sharing_is_a_switch(models):
 def test_pruned_hf_shares_prefixes():
     model = tiny()
     shared = make(PrunedHFLM, model, prune_percent=40)
-    assert shared._can_share()
+    assert shared._can_take(shared._sharing)
     plain = make(HFLM, shared.model)
     close(
         shared.loglikelihood(instances(QUESTIONS), disable_tqdm=True),

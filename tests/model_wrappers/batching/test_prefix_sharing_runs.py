@@ -11,7 +11,6 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lm_eval_pruned.model_wrappers.batching import prefix_sharing
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from tests.helpers import evaluations, made_tasks
 
@@ -25,11 +24,6 @@ def tasks(tmp_path_factory):
     made_tasks.write_choice_task(folder)
     made_tasks.write_text_tasks(folder)
     return TaskManager(include_path=str(folder), include_defaults=False)
-
-
-@pytest.fixture(autouse=True)
-def check_at_once(monkeypatch):
-    monkeypatch.setattr(prefix_sharing, "_WORTH_CHECKING", 0)
 
 
 def evaluate(lm, tasks, **arguments):
@@ -91,7 +85,7 @@ def test_no_pass_exceeds_a_batch_of_one(tiny_llama, monkeypatch):
         "lm_eval_pruned.model_wrappers.batching.prefix_sharing._FEWEST_TOKENS", 1
     )
     lm = loaded(PrefixHFLM, tiny_llama, batch_size=1)
-    assert lm._can_share()
+    assert lm._can_take(lm._sharing)
     passes, heads, cached = [], [], []
 
     def watch(_module, _inputs, kwargs):
@@ -143,7 +137,7 @@ def test_a_broken_run_resumes_from_the_cache(tiny_llama, tasks, tmp_path, monkey
         passes.append(1)
         run_pack(*arguments)
 
-    assert lm._can_share()
+    assert lm._can_take(lm._sharing)
     monkeypatch.setattr(lm, "_run_pack", breaks)
     with pytest.raises(KeyboardInterrupt):
         evaluate(lm, tasks, use_cache=cache)
@@ -174,7 +168,7 @@ def test_the_progress_bar_counts_requests(tiny_llama, capsys):
 def test_processes_agree_on_how_batch_sizes_are_found(tiny_llama, monkeypatch):
     # A detection is a meeting of all processes, and what a process can share differs.
     lm = loaded(PrefixHFLM, tiny_llama, batch_size="auto", max_length=64)
-    assert lm._can_share()
+    assert lm._can_take(lm._sharing)
     lm._world_size = 2
     monkeypatch.setattr(lm, "_detect_batch_size", not_called)
     nothing_in_common = [(None, [n, 1, 2, 3], [4]) for n in range(3)]

@@ -7,12 +7,11 @@ import re
 import sys
 
 import pytest
-import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lm_eval_pruned.model_wrappers.batching import cpu_linear, slot_refilling
+from lm_eval_pruned.model_wrappers.batching import slot_refilling
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import checkpoints, evaluations, made_tasks
@@ -192,39 +191,3 @@ def test_a_process_that_runs_out_of_memory_alone_says_so(tiny_llama, path, advic
     assert done.returncode != 0
     assert re.search(f"RuntimeError: Out of memory {advice}", done.stderr), done.stderr
     assert "SIGABRT" not in done.stderr
-
-
-@pytest.mark.parametrize("library", ["mkl", "onednn"])
-def test_packed_weights_answer_as_hf_does_and_the_results_say_so(
-    tiny_llama, library, monkeypatch
-):
-    backends = {"mkl": torch.backends.mkl, "onednn": torch.backends.mkldnn}
-    if not backends[library].is_available():
-        pytest.skip("this PyTorch was built without the library")
-    backend = "torch" if library == "mkl" else library
-    monkeypatch.setattr(cpu_linear, "linear_backend", lambda: backend)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    # Its own products, once in a process, are none of those counted here.
-    cpu_linear._product_is_right()
-    products = []
-    call = cpu_linear.PackedWeight.__call__
-
-    def counted(pack, x, bias):
-        products.append(len(x))
-        return call(pack, x, bias)
-
-    monkeypatch.setattr(cpu_linear.PackedWeight, "__call__", counted)
-    asked = prompts(until=[], max_gen_toks=16)
-    expected = generate(loaded(HFLM, tiny_llama, batch_size=1, max_length=64), asked)
-    lm = loaded(PrefixHFLM, tiny_llama, batch_size=1, max_length=64)
-    assert generate(lm, asked) == expected
-    assert lm.get_model_info()["answer_paths"]["linear"] == backend
-    assert not products
-    monkeypatch.setattr(cpu_linear, "_WORTH_PACKING", 0)
-    assert generate(lm, asked) == expected
-    assert lm.get_model_info()["answer_paths"]["linear"] == f"{library} packed"
-    assert products
-    with torch.no_grad():
-        lm.model.lm_head.weight.neg_()
-    expected = generate(HFLM(lm.model, tokenizer=lm.tokenizer, max_length=64), asked)
-    assert generate(lm, asked) == expected
