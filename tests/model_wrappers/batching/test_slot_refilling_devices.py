@@ -234,7 +234,7 @@ def test_processes_that_share_a_model_do_not_back_off_one_by_one(split, monkeypa
 
 
 def test_a_device_without_float64(monkeypatch):
-    # What is in 16 bits plays the tensors on the device: the trial is in float32.
+    # What is in 16 bits plays the tensors on the device.
     lm = make(PrefixHFLM, tiny(dtype=torch.bfloat16))
     move = torch.Tensor.to
 
