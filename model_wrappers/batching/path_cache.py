@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicCache
 if TYPE_CHECKING:
     import numpy as np
 
-    # Keys and values of a layer, each [1, heads, tokens, head size]. Some models have no values.
-    Layer = tuple[torch.Tensor, torch.Tensor]
+    #: Keys and values of a layer, each [1, heads, tokens, head size].
+    Layer = tuple[torch.Tensor, ...]
 
 
 class PathCache(DynamicCache):
@@ -29,7 +29,8 @@ class PathCache(DynamicCache):
         super().__init__()
         self.length = 0
         self._path: dict[int, Layer] = {}
-        self.forget_pass()
+        self._kept: torch.Tensor | None = None
+        self._next: dict[int, Layer] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -44,7 +45,7 @@ class PathCache(DynamicCache):
         layer_idx: int,
         *_: Any,
         **__: Any,
-    ) -> Layer:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of path and row, as a layer's attention sees them."""
         states: Layer = key_states, value_states
         if layer_idx in self._path:
@@ -55,7 +56,8 @@ class PathCache(DynamicCache):
         if self._kept is not None:
             kept = self._kept.to(key_states.device)
             self._next[layer_idx] = tuple(s.index_select(-2, kept) for s in states)
-        return states
+        keys, values = states
+        return keys, values
 
     def begin_pass(self, kept: np.ndarray | None) -> None:
         """Say which tokens of [path, row] are the next path; None: a beginning of the path."""
@@ -78,5 +80,5 @@ class PathCache(DynamicCache):
 
     def forget_pass(self) -> None:
         """Drop what a pass has left, the path excepted."""
-        self._kept: torch.Tensor | None = None
-        self._next: dict[int, Layer] = {}
+        self._kept = None
+        self._next = {}
