@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicCache
 if TYPE_CHECKING:
     import numpy as np
 
-    # Keys and values of a layer, each [1, heads, tokens, head size]. Some models have no values.
-    Layer = tuple[torch.Tensor, torch.Tensor]
+    #: Keys and values of a layer, each [1, heads, tokens, head size].
+    Layer = tuple[torch.Tensor, ...]
 
 
 class PathCache(DynamicCache):
@@ -29,8 +29,8 @@ class PathCache(DynamicCache):
         super().__init__()
         self.length = 0
         self._path: dict[int, Layer] = {}
-        self._next: dict[int, Layer] = {}
         self._kept: torch.Tensor | None = None
+        self._next: dict[int, Layer] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -45,20 +45,18 @@ class PathCache(DynamicCache):
         layer_idx: int,
         *_: Any,
         **__: Any,
-    ) -> Layer:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of path and row, as a layer's attention sees them."""
-        keys, values = key_states, value_states
+        states: Layer = key_states, value_states
         if layer_idx in self._path:
-            keys, values = (
+            states = tuple(
                 torch.cat([path.expand(len(row), -1, -1, -1), row], dim=-2)
-                for path, row in zip(self._path[layer_idx], (keys, values), strict=True)
+                for path, row in zip(self._path[layer_idx], states, strict=True)
             )
         if self._kept is not None:
-            kept = self._kept.to(keys.device)
-            self._next[layer_idx] = (
-                keys.index_select(-2, kept),
-                values.index_select(-2, kept),
-            )
+            kept = self._kept.to(key_states.device)
+            self._next[layer_idx] = tuple(s.index_select(-2, kept) for s in states)
+        keys, values = states
         return keys, values
 
     def begin_pass(self, kept: np.ndarray | None) -> None:
@@ -74,12 +72,13 @@ class PathCache(DynamicCache):
             self._path = {}
         elif length < self.length:
             self._path = {
-                layer: (keys[..., :length, :].clone(), values[..., :length, :].clone())
-                for layer, (keys, values) in self._path.items()
+                layer: tuple(s[..., :length, :].clone() for s in states)
+                for layer, states in self._path.items()
             }
         self.length = length
         self.forget_pass()
 
     def forget_pass(self) -> None:
         """Drop what a pass has left, the path excepted."""
-        self._kept, self._next = None, {}
+        self._kept = None
+        self._next = {}
