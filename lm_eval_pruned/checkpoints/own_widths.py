@@ -30,13 +30,13 @@ def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
     def build(self, config, *args, **kwargs) -> None:
         model_class.__init__(self, config, *args, **kwargs)
         odd = [mlp for mlp in find_glu_mlps(self) if mlp.width != widths[mlp.name]]
-        pieces = {}
+        pieces: dict[tuple[str, str, str], torch.Tensor] = {}
         for mlp in odd:
             for place, region in mlp.regions.items():
                 parameter = mlp.parameter(region)
                 shape = list(region.view(parameter).shape)
                 shape[_neuron_axis(place)] = widths[mlp.name]
-                pieces[(mlp.name, *place)] = parameter.new_empty(shape)
+                pieces[mlp.name, place[0], place[1]] = parameter.new_empty(shape)
         resize(odd, pieces)
 
     # transformers asks for the name of the class.
