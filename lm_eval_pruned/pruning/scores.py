@@ -51,5 +51,5 @@ class ScoreTable:
         return self
 
 
-#: The tables of several loads, by `lm_eval_pruned.checkpoints.request.LoadRequest.scores_key`.
+#: The tables of several loads, by the keys of `lm_eval_pruned.checkpoints.load.Stored.of`.
 KnownScores = dict[Hashable, ScoreTable]
