@@ -91,7 +91,7 @@ def config_and_rest(
         )
     given = _with_quantisation(from_pretrained)
     if (dtype := given.pop("torch_dtype", None)) is not None:
-        given.setdefault("dtype", dtype)
+        given["dtype"] = given.get("dtype") or dtype
     # AutoConfig would take the dtype for a setting.
     placing = {name: given.pop(name) for name in list(given) if PLACING.fullmatch(name)}
     kept = {name: given[name] for name in READING if name in given}

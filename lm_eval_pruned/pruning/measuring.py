@@ -63,7 +63,7 @@ class ScoreTable:
     influence: tuple[Sequence[float], Mapping[str, Any]] | None = None
 
 
-#: The tables of several loads, by `lm_eval_pruned.checkpoints.request.LoadRequest.scores_key`.
+#: The tables of several loads, by the keys of `lm_eval_pruned.checkpoints.load.Stored.of`.
 KnownScores = dict[Hashable, ScoreTable]
 
 

@@ -140,7 +140,7 @@ class PrunePlan:
         """Return `kept`, rounded down to `multiple_of` where that leaves something."""
         return kept // self.multiple_of * self.multiple_of or kept
 
-    def kept_of(self, own: int, widest: int, unit: Fraction | int = Fraction(1)) -> int:
+    def kept_of(self, own: int, widest: int, unit: Fraction = Fraction(1)) -> int:
         """Return the kept width of an MLP.
 
         The widest MLPs of a kind keep ``ceil(widest * k / I)``, `rounded`. Of a narrower one,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -193,23 +192,18 @@ class Widths:
         targets = dict(self.actual)
         if not plan.prunes:
             return targets
-        layers, widest, kept = (
-            self.layers,
-            self._widest(),
-            dict(plan.layer_widths or ()),
-        )
+        widest, before = self._widest(), self.layers
+        after = before | dict(plan.layer_widths or ())
         for mlp in self.mlps:
-            own, before = targets[mlp.name], layers[mlp.block]
-            if plan.layer_widths is not None:
-                after = kept.get(mlp.block, before)
-                if own == before:
-                    targets[mlp.name] = after
-                elif after < before:
-                    share = Fraction(own * after, before)
-                    targets[mlp.name] = plan.rounded(math.ceil(share))
-            elif plan.includes_layer(mlp.block):
-                unit = self.keys[mlp.name].factor
-                targets[mlp.name] = plan.kept_of(own, widest[mlp.name], unit)
+            own, old, new = targets[mlp.name], before[mlp.block], after[mlp.block]
+            if plan.layer_widths is None:
+                if plan.includes_layer(mlp.block):
+                    unit = self.keys[mlp.name].factor
+                    targets[mlp.name] = plan.kept_of(own, widest[mlp.name], unit)
+            elif own == old:
+                targets[mlp.name] = new
+            elif new < old:
+                targets[mlp.name] = plan.rounded(-(-own * new // old))
         return targets
 
     def count_parameters(self, widths: Mapping[str, int]) -> int:

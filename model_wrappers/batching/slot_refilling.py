@@ -52,11 +52,11 @@ class SlotRefillingMixin(FastPathMixin):
     """Generates greedily, with the next request in the place of an answer that is done.
 
     Put it before `HFLM` among the bases. Answers are those of `HFLM` at batch size 1,
-    up to tokens whose logits are equal but for rounding. ``slots`` is the number of
-    slots. Without it there are ``batch_size``, or `_USUAL_SLOTS` if that is more and their
-    keys and values are small; with ``batch_size=auto``, HFLM's ``max_batch_size`` or as many
-    as the memory holds. Sampling, beams, penalties and models whose attention does not allow it take
-    `HFLM`'s own path, and one logged line says why.
+    up to tokens whose logits are equal but for rounding. Without ``slots`` there are
+    ``batch_size`` of them, or `_USUAL_SLOTS` if that is more and their keys and values are
+    small; with ``batch_size=auto``, HFLM's ``max_batch_size``. Sampling, beams, penalties and
+    models whose attention does not allow it take `HFLM`'s own path, and one logged line
+    says why.
     """
 
     def __init__(
@@ -250,6 +250,6 @@ class SlotRefillingMixin(FastPathMixin):
 def _unsupported(lm: Any) -> str | None:
     """Return why slots cannot be refilled on an `HFLM`, or None if nothing speaks against it."""
     accelerator = getattr(lm, "accelerator", None)
-    if accelerator and accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+    if accelerator and accelerator.distributed_type == "FSDP":
         return "its weights are spread over processes that have to keep step"
     return unsupported_reason(lm)

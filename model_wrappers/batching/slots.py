@@ -161,7 +161,8 @@ class _StepMask(torch.Tensor):
         kwargs = kwargs or {}
         mask = kwargs.get("attn_mask")
         with torch._C.DisableTorchFunctionSubclass():
-            if func is not F.scaled_dot_product_attention or type(mask) is not cls:
+            is_attention = func is F.scaled_dot_product_attention and len(args) == 3
+            if not is_attention or type(mask) is not cls:
                 return func(*args, **kwargs)
             query, key, value = args
             parts = [

@@ -654,10 +654,3 @@ def test_a_model_of_text_with_the_config_of_more(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path), ratio=1, layers=1
     )
     assert_same_model(ragged, whole.to(torch.bfloat16))
-
-
-def test_a_record_of_pruning_says_what_was_kept(tiny_llama):
-    record = load_pruned(str(tiny_llama), ratio=1).prune_record
-    widths = request_for(tiny_llama, ratio=1).widths
-    with pytest.raises(ValueError, match="kept neurons of 3 MLPs, not of 0"):
-        type(record).of(record.plan, widths, 2, 1, ())

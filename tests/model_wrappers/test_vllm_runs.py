@@ -107,7 +107,7 @@ def test_the_stock_command_with_an_engine_of_two_processes(
 ):
     """The engine loads in other processes, as it does for users; each holds half a layer.
 
-    An odd width becomes the nearest that has halves.
+    An odd width is rounded down to one that has halves.
     """
     given = {**ENGINE, "tensor_parallel_size": two_processes}
     more = ",".join(f"{name}={value}" for name, value in given.items())
@@ -123,7 +123,7 @@ def test_the_stock_command_with_an_engine_of_two_processes(
     )
     (file,) = (tmp_path / "results").rglob("results_*.json")
     config = json.loads(file.read_text())["config"]
-    theirs = pruned_hf(llama, intermediate_size=100, multiple_of=2)
+    theirs = pruned_hf(llama, intermediate_size=101, multiple_of=2)
     assert config["pruning"] == theirs.get_model_info()["pruning"]
     assert config["model_dtype"] == "torch.float32"
     (file,) = (tmp_path / "results").rglob("samples_*.jsonl")

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "util": set(),
     "pruning": {"util"},
     "checkpoints": {"pruning", "util"},
-    "energy": {"util"},
+    "energy": set(),
     "results": {"util"},
     "compare": {"results", "util"},
     "gate": {"compare", "results", "util"},
@@ -48,6 +48,8 @@ MAY_IMPORT = {
     },
     "_autoload": set(),
 }
+#: Rooms whose files still import each other in circles.
+STILL_CIRCULAR = {"profiling", "report", "results", "sweeps"}
 FOLDERS = {
     "lm_eval_pruned": "lm_eval_pruned",
     "model_wrappers": "lm_eval_pruned.model_wrappers",
@@ -115,6 +117,16 @@ def test_a_room_imports_what_it_may(name):
 
 def test_there_is_no_circle_of_rooms():
     tuple(TopologicalSorter({k: v for k, v in arrows().items() if k}).static_order())
+
+
+def test_there_is_no_circle_of_files():
+    """Imports for types alone count too: what a reader has to open is the same."""
+    found = {
+        module: {each for each in targets if each != module and room(each)}
+        for module, targets in imports().items()
+        if room(module) and room(module) not in STILL_CIRCULAR
+    }
+    tuple(TopologicalSorter(found).static_order())
 
 
 def test_the_map_counts_the_arrows_and_floors():

@@ -207,13 +207,13 @@ EXPECTED = {
     ("pruning/arguments.py", "PruneArguments"),
     ("pruning/arguments.py", "SIZES"),
     ("pruning/plan.py", "PrunePlan"),
-    ("pruning/plan.py", "_KEPT_WIDTH"),
     ("pruning/record.py", "PruneRecord"),
     ("pruning/curves.py", "LayerCurve"),
     ("report/formats.py", "_COLUMNS"),
     ("report/formats.py", "as_csv"),
     ("profiling/model.py", "ProfileRequest"),
     ("cli/profile.py", "run"),
+    ("checkpoints/sensitivity.py", "measure_sensitivity"),
 }
 
 
