@@ -18,7 +18,6 @@ from lm_eval_pruned.pruning.criteria import (
     canonical_name,
     score_neurons,
 )
-from lm_eval_pruned.pruning.slicing import LoadedModel
 from tests.checkpoints.test_sensitivity import request_of
 from tests.helpers import checkpoints, evaluations
 
@@ -95,7 +94,6 @@ def test_curves_are_measured_each_time(install, tiny_llama, tmp_path, monkeypatc
     (tmp_path / "user_criteria" / "user_criteria.py").write_text(edited)
     assert losses() != first
     (tmp_path / "user_criteria" / "user_criteria.py").write_text(code)
-    monkeypatch.setattr(LoadedModel, "losses", None)
     assert losses() == first
 
 
