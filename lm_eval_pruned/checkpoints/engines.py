@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.request import stored_once
-from lm_eval_pruned.pruning.allocation_names import UNIFORM
+from lm_eval_pruned.pruning.argument_values import UNIFORM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.record import PruneRecord
 
@@ -55,9 +55,7 @@ def record_of(
         calibration: The text behind the scores.
     """
     plan = widths.plan(request.prune_arguments)
-    before, after = widths.parameters_before, widths.targets(plan)
-    parameters = widths.count_parameters(after)
-    return PruneRecord.of(plan, widths, before, parameters, kept, calibration)
+    return PruneRecord.of(plan, widths, kept, calibration)
 
 
 def check_buildable(request: LoadRequest) -> None:

@@ -7,22 +7,25 @@ something is written. Only what is kept is copied, cast, quantised and sent to a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.request import LoadRequest, stamp
-from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
-from lm_eval_pruned.pruning.allocation import MEASURED_CUTS, plan_layers
+from lm_eval_pruned.checkpoints.sensitivity import cached_losses
+from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.layouts import count_parameters
-from lm_eval_pruned.pruning.measuring import ScoreTable, depth_in_memory
+from lm_eval_pruned.pruning.calibration import CalibrationText
+from lm_eval_pruned.pruning.criteria import RANDOM
+from lm_eval_pruned.pruning.measuring import LoadedModel, ScoreTable, depth_in_memory
 from lm_eval_pruned.pruning.record import PruneRecord
-from lm_eval_pruned.pruning.slicing import LoadedModel, carry_out, finished
+from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
+    from fractions import Fraction
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,10 +155,8 @@ def load_request(
         plan = widths.plan(asked)
         # Layers that are wider than the config says may have to be narrowed.
         if not plan.changes_model:
-            size = count_parameters(model)
-            model.prune_record = PruneRecord.of(  # type: ignore[assignment]
-                plan, widths, size, size, ()
-            )
+            record = PruneRecord.of(plan, widths, ())
+            model.prune_record = record  # type: ignore[assignment]
             return finished(model, widths)
     stored = Stored.of(request, tokenizer, known_scores)
     widths = stored.request.widths
@@ -206,28 +207,41 @@ class Stored(LoadedModel):
         request = dataclasses.replace(request, widths=widths, plan=plan)
         kept = plan.depth and plan.depth.kept
         ways = (plan.criterion, plan.layer_criteria, plan.tried, plan.seed, kept)
-        return cls(plan, model, tokenizer, known(*ways), request)
+        samples: Any = asked.calibration_samples
+        return cls(
+            model,
+            tokenizer,
+            known(*ways),
+            asked.calibration,
+            samples,
+            plan.seed,
+            request=request,
+        )
 
     def settled(self) -> PrunePlan:
         """Return the plan with what scores or losses decide."""
-        return plan_layers(self.plan, self.request.widths, self)
+        return plan_layers(self.request.plan, self.request.widths, self)
 
     def pruned(self) -> PreTrainedModel:
         """Prune the model in place and return it."""
-        return carry_out(self, self.request.widths)
+        return carry_out(self, self.request.plan, self.request.widths)
 
-    def curves(self, criteria: Sequence[str]) -> Sensitivity:
+    def losses(
+        self, text: CalibrationText, criterion: str, removed: Sequence[Fraction]
+    ) -> Sensitivity:
         """Return the losses with one layer cut at a time, looked up in the user's cache."""
-        if self.known.curves is None:
-            self.known.curves = measure_sensitivity(
-                self.request,
-                str(self.plan.calibration),
-                criteria=criteria,
-                seeds=(self.plan.seed,),
-                removed=MEASURED_CUTS,
-                samples=self.plan.calibration_samples,
-                tokenizer=self.tokenizer,
-                model=self.model,
-                known=self.known,
-            )
-        return self.known.curves
+        return cached_losses(
+            self.request,
+            lambda: super(Stored, self).losses(text, criterion, removed),
+            functools.partial(
+                CalibrationText.of,
+                self.model,
+                self.tokenizer,
+                str(self.calibration),
+                self.samples,
+            ),
+            text,
+            criterion,
+            self.seed if criterion == RANDOM else None,
+            removed,
+        )

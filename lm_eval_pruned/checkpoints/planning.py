@@ -7,9 +7,8 @@ from dataclasses import asdict, astuple, dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.argument_values import written_layers
+from lm_eval_pruned.pruning.argument_values import written_by_layer, written_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.plan import whole_or_mean
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import hashlib
 import logging
 from typing import TYPE_CHECKING
@@ -12,20 +12,19 @@ from lm_eval_pruned.pruning.argument_values import exact
 from lm_eval_pruned.pruning.calibration import CalibrationText, check_observable
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
+    CRITERIA,
     RANDOM,
     canonical_name,
-    code_behind,
 )
 from lm_eval_pruned.pruning.curves import Sensitivity, read_sensitivity
-from lm_eval_pruned.pruning.measuring import LENGTH, ScoreTable
-from lm_eval_pruned.pruning.slicing import LoadedModel
+from lm_eval_pruned.pruning.measuring import LENGTH, LoadedModel, ScoreTable
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
+    from fractions import Fraction
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.arguments import Number
@@ -48,15 +47,13 @@ def measure_sensitivity(
     samples: int | None = SAMPLES,
     length: int = LENGTH,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    model: PreTrainedModel | None = None,
-    known: ScoreTable | None = None,
 ) -> Sensitivity:
     """Measure what cutting one layer alone costs, for each layer, criterion and width.
 
     Curves are kept in ``sensitivity`` of the user's cache folder, one file for each
     criterion and seed, and found again as long as the checkpoint's files, the tokens,
-    the arguments of the load, criterion (of another package: its code), seed and widths
-    are the same.
+    the arguments of the load, criterion, seed and widths are the same. Those of another
+    package's criterion are measured each time.
 
     Args:
         request: The model, whatever its plan says.
@@ -69,8 +66,6 @@ def measure_sensitivity(
         samples: How many texts to use, from the first on; None for all.
         length: How many tokens of each text to use for the loss.
         tokenizer: What reads the text; default: the model's own.
-        model: The unpruned model of `request`, if it is loaded already.
-        known: Scores from before; takes those that are behind curves measured here.
 
     Raises:
         ValueError: An argument is out of range, the text cannot be used, or the
@@ -93,55 +88,66 @@ def measure_sensitivity(
             "There is nothing to measure: name a criterion and a share to remove, and use 2 tokens "
             "of each text or more."
         )
-    skeleton, content = request.widths.skeleton(), request.content_key()
+    skeleton = request.widths.skeleton()
     if skeleton.config.is_encoder_decoder or {name for name, _ in ways} & {*CALIBRATED}:
         check_observable(skeleton)
     tokenizer = tokenizer or request.load_tokenizer()
-    text = CalibrationText.of(skeleton, tokenizer, calibration, samples, length)
-    text.check_predictable()
-    parts = []
-    for criterion, seed in ways:
-        file, code = None, code_behind(criterion)
-        if content is not None and code is not None:
-            texts = [text]
-            if criterion in CALIBRATED:
-                whole = CalibrationText.of(skeleton, tokenizer, calibration, samples)
-                texts.append(whole)
-            tokens = [[each.tolist() for each in text.tokens] for text in texts]
-            key = (_MEASURE, content, repr(tokens), criterion, seed, shares, code)
-            name = hashlib.sha256(repr(key).encode()).hexdigest()
-            file = cache_folder() / "sensitivity" / f"{name}.json"
-        part = _read(file)
-        if part is None:
-            model = model or request.load_stored()[0]
-            known = known or ScoreTable()
-            plan = dataclasses.replace(
-                request.plan,
-                calibration=calibration,
-                calibration_samples=samples,
-                seed=request.plan.seed if seed is None else seed,
-            )
-            loaded = LoadedModel(plan, model, tokenizer, known)
-            part = loaded.losses(text, criterion, shares)
-            _write(part, file)
-        parts.append(part)
+    read = functools.partial(
+        CalibrationText.of, skeleton, tokenizer, calibration, samples
+    )
+    text, known = read(length, shortest=2), ScoreTable()
+    load = functools.cache(lambda: request.load_stored()[0])
+
+    def measure(criterion: str, seed: int | None) -> Sensitivity:
+        seed = request.plan.seed if seed is None else seed
+        loaded = LoadedModel(load(), tokenizer, known, calibration, samples, seed)
+        return loaded.losses(text, criterion, shares)
+
+    parts = [
+        cached_losses(
+            request, functools.partial(measure, *way), read, text, *way, shares
+        )
+        for way in ways
+    ]
     curves = tuple(curve for part in parts for curve in part.curves)
     return Sensitivity(request.pretrained, parts[0].loss, curves, **text.as_dict())
 
 
-def _read(file: Path | None) -> Sensitivity | None:
-    if file is None or not file.is_file():
-        return None
-    try:
-        return read_sensitivity(file)
-    except ValueError as error:
-        logger.warning("%s", error)
-        return None
+def cached_losses(
+    request: LoadRequest,
+    measure: Callable[[], Sensitivity],
+    read: Callable[[], CalibrationText],
+    text: CalibrationText,
+    criterion: str,
+    seed: int | None,
+    shares: Sequence[Fraction],
+) -> Sensitivity:
+    """Return the curves by one criterion from the user's cache, else measure and keep them.
 
-
-def _write(measured: Sensitivity, file: Path | None) -> None:
-    if file is None:
-        return
+    Args:
+        request: The model.
+        measure: Measures the curves.
+        read: Reads the text of criteria that look at activations.
+        text: What the loss is measured on.
+        criterion: Canonical name.
+        seed: Its seed, for ``random``.
+        shares: Shares of neurons to remove, in percent, ascending.
+    """
+    content = request.content_key()
+    # Nothing tells whether the code of another package is still the same.
+    if content is None or criterion not in (RANDOM, *CRITERIA):
+        return measure()
+    texts = [text, read()] if criterion in CALIBRATED else [text]
+    tokens = [[each.tolist() for each in text.tokens] for text in texts]
+    key = (_MEASURE, content, repr(tokens), criterion, seed, shares, "")
+    name = hashlib.sha256(repr(key).encode()).hexdigest()
+    file = cache_folder() / "sensitivity" / f"{name}.json"
+    if file.is_file():
+        try:
+            return read_sensitivity(file)
+        except ValueError as error:
+            logger.warning("%s", error)
+    measured = measure()
     try:
         measured.write(file)
     except OSError as error:
@@ -151,3 +157,4 @@ def _write(measured: Sensitivity, file: Path | None) -> None:
             file.parent,
             error,
         )
+    return measured

@@ -37,7 +37,7 @@ from lm_eval_pruned.profiling.model import (
 )
 from lm_eval_pruned.profiling.prompts import Batch, make_batches
 from lm_eval_pruned.profiling.summary import summarise
-from lm_eval_pruned.pruning.layer_widths import written_source
+from lm_eval_pruned.pruning.argument_values import written_source
 
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ class ProfileRequest:
         ratios: Expansion ratios to measure beside the unpruned model.
         prune_percents: Shares of neurons to remove, for one more model each.
         widths: Files with the width of each layer, as
-            `lm_eval_pruned.pruning.layer_widths` reads them, for one more model each.
+            `lm_eval_pruned.pruning.argument_values` reads them, for one more model each.
         multiple_of: Each size is measured at its widths rounded down to each of these.
         batch_sizes: Prompts per batch.
         max_new_tokens: Output tokens of the fixed length, and most of the natural one.

@@ -17,27 +17,28 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import numbers
 from collections import Counter
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_pruned.pruning.allocation_names import GLOBAL, GROUP, MEASURED, UNIFORM
+from lm_eval_pruned.pruning.argument_values import (
+    MEASURED,
+    UNIFORM,
+    written_by_layer,
+)
 from lm_eval_pruned.pruning.calibration import check_observable
-from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM, load_declared
-from lm_eval_pruned.pruning.layer_widths import written_by_layer
+from lm_eval_pruned.pruning.criteria import CALIBRATED
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
+from lm_eval_pruned.pruning.measuring import MEASURED_CUTS, LoadedModel
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
-    from lm_eval_pruned.pruning.curves import Sensitivity
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.widths import Widths
 
@@ -47,74 +48,88 @@ if TYPE_CHECKING:
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.allocation")
 
-#: Shares of a layer's neurons to remove when its loss is measured, in percent.
-MEASURED_CUTS = (25, 50, 75, 87.5)
 #: Costs are whole numbers of this, in nats or whatever a curve is measured in.
 RESOLUTION = 1e-12
 #: More than any total of costs, and small enough to be added to one.
 _IMPOSSIBLE = np.int64(1) << np.int64(61)
 
 
-class Evidence(Protocol):
-    """What decides between layers, computed when it is asked for."""
-
-    def scores(self, criterion: str) -> Mapping[str, Tensor]:
-        """Return the scores of every GLU-MLP by a criterion, by name of the MLP, each (I,)."""
-
-    def curves(self, criteria: Sequence[str]) -> Sensitivity:
-        """Return the losses with one layer cut at a time by `MEASURED_CUTS` and each criterion."""
-
-
-def plan_layers(plan: PrunePlan, widths: Widths, evidence: Evidence) -> PrunePlan:
+def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> PrunePlan:
     """Return `plan` with the width, and the criterion, of every layer that it prunes.
 
     Args:
         plan: A plan of the model; returned as it is unless it `is_open`.
         widths: The model's widths.
-        evidence: Scores and curves of the same model.
+        evidence: The same model, of which scores or losses are asked.
 
     Raises:
-        ValueError: The bounds leave more neurons than the size asks for; see also
-            `allocate_by_scores`.
+        ValueError: The bounds leave more neurons than the size asks for.
         UnsupportedModelError: See `check_comparable`.
     """
     if not plan.is_open:
         return plan
     check_comparable(plan, widths)
-    kept = _uniform(plan, widths)
-    before = {layer: widths.layers[layer] for layer in kept}
-    neurons = sum(kept.values())
+    own, targets = widths.layers, widths.targets(plan)
+    # The MLPs to which the size of a layer refers.
+    held: dict[int, list[str]] = {
+        layer: [] for layer in own if plan.includes_layer(layer)
+    }
+    for mlp in widths.mlps:
+        if mlp.block in held and widths.actual[mlp.name] == own[mlp.block]:
+            held[mlp.block].append(mlp.name)
+    kept = {layer: targets[names[0]] for layer, names in held.items()}
+    neurons, multiple = sum(kept.values()), plan.multiple_of
+    bounds = {"neurons": neurons, "multiple_of": multiple}
+    lowest: Any = plan.arguments.min_width
     if plan.tried or plan.allocation in MEASURED:
         tried = plan.tried or (plan.criterion,)
         found = evidence.curves(tried)
-        costs = {n: _costs(found, n, tried, plan.seed) for n in before}
+        # Of each layer, by criterion, shape (criteria, I + 1).
+        costs: dict[int, Costs] = {}
+        for layer in held:
+            curves = [found.curve(layer, name, plan.seed) for name in tried]
+            costs[layer] = np.stack(
+                [costs_of_losses(own[layer], c.widths, found.rises(c)) for c in curves]
+            )
         if plan.allocation in MEASURED:
-            kept = _by_losses(plan, costs, before, neurons)
+            if lowest is None:
+                # What is not known of layers narrower than measured is not relied on without need.
+                share = 1 - max(MEASURED_CUTS) / 100
+                needed = neurons // len(held) // multiple * multiple
+                measured = math.ceil(min(own[layer] for layer in held) * share)
+                lowest = max(1, min(measured, needed))
+            least = [each.min(axis=0) for each in costs.values()]
+            shared = allocate(least, min_width=lowest, **bounds)
+            kept = dict(zip(held, shared, strict=True))
         names = ("file", "sha256", "texts", "tokens")
         text = {name: getattr(found, name) for name in names}
         plan = dataclasses.replace(plan, measured_on=text)
         if plan.tried:
             best = tuple(
-                (n, tried[int(np.argmin(costs[n][:, before[n] - width]))])
+                (n, tried[int(np.argmin(costs[n][:, own[n] - width]))])
                 for n, width in kept.items()
             )
             plan = dataclasses.replace(plan, layer_criteria=best)
             said = written_by_layer(best)
             logger.info("criterion=best scores the layers by: %s.", said)
     else:
-        by_layer = _by_layer(evidence.scores(plan.criterion), widths, before)
-        kept = allocate_by_scores(
-            plan.allocation,
-            by_layer,
-            neurons=neurons,
-            min_width=plan.min_width or 1,
-            multiple_of=plan.multiple_of,
-        )
+        scores = evidence.scores(plan.criterion)
+        by_layer = [
+            _together([np.asarray(scores[n], dtype=np.float64) for n in names])
+            for names in held.values()
+        ]
+        shared = global_ranking(by_layer, min_width=lowest or 1, **bounds)
+        kept = dict(zip(held, shared, strict=True))
     if plan.allocation != UNIFORM:
         plan = plan.with_layers(kept)
         said = written_by_layer(plan.layer_widths or ())
         logger.info("allocation=%s keeps of each layer: %s.", plan.allocation, said)
     return plan
+
+
+def _together(scores: Sequence[Scores]) -> Scores:
+    """Return the scores of a layer; of experts, what each gives up with its nth neuron."""
+    return scores[0] if len(scores) == 1 else np.mean([np.sort(e) for e in scores], 0)
 
 
 def check_comparable(plan: PrunePlan, widths: Widths) -> None:
@@ -128,11 +143,9 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
         UnsupportedModelError: An allocation would have to weigh layers against each other that
             hold different MLPs, a criterion cannot be observed, or losses cannot be measured.
     """
-    model = widths.skeleton()
-    if model.config.is_encoder_decoder and plan.allocation in MEASURED:
-        check_observable(model, "allocation=global")
-    if model.config.is_encoder_decoder and plan.tried:
-        check_observable(model)
+    model, measured = widths.skeleton(), plan.allocation in MEASURED
+    if model.config.is_encoder_decoder and (measured or plan.tried):
+        check_observable(model, "allocation=global" if measured else "criterion=maw")
     if {*plan.tried} & {*CALIBRATED}:
         check_observable(model, "criteria_tried=maw+l2")
     if plan.allocation == UNIFORM:
@@ -159,101 +172,6 @@ def _told(held: Mapping[str, int]) -> str:
         f"{count} {names[kind]}{'s' if count > 1 else ''}"
         for kind, count in held.items()
     )
-
-
-def _uniform(plan: PrunePlan, widths: Widths) -> dict[int, int]:
-    """Return what a uniform cut would keep of each layer that is pruned."""
-    targets = widths.targets(plan)
-    kept: dict[int, int] = {}
-    for mlp in widths.mlps:
-        primary = widths.actual[mlp.name] == widths.layers[mlp.block]
-        if primary and plan.includes_layer(mlp.block):
-            kept.setdefault(mlp.block, targets[mlp.name])
-    return dict(sorted(kept.items()))
-
-
-def _costs(found: Sensitivity, layer: int, criteria: Sequence[str], seed: int) -> Costs:
-    """Return the costs of cutting a layer by each criterion, shape (criteria, I + 1)."""
-    curves = [
-        found.curve(layer, name, seed if name == RANDOM else None) for name in criteria
-    ]
-    return np.stack(
-        [costs_of_losses(c.width_before, c.widths, found.rises(c)) for c in curves]
-    )
-
-
-def _by_losses(
-    plan: PrunePlan,
-    costs: Mapping[int, Costs],
-    before: Mapping[int, int],
-    neurons: int,
-) -> dict[int, int]:
-    """Return the widths of least total damage, not below what was measured if that will do."""
-    lowest = plan.min_width
-    if lowest is None:
-        share = 1 - max(MEASURED_CUTS) / 100
-        # What is not known of narrower layers is not relied on without need.
-        needed = neurons // len(before) // plan.multiple_of * plan.multiple_of
-        lowest = max(1, min(math.ceil(min(before.values()) * share), needed))
-    envelopes = [each.min(axis=0) for each in costs.values()]
-    found = allocate(envelopes, neurons, min_width=lowest, multiple_of=plan.multiple_of)
-    return dict(zip(before, found, strict=True))
-
-
-def _by_layer(
-    scores: Mapping[str, Tensor], widths: Widths, before: Mapping[int, int]
-) -> dict[int, Scores]:
-    """Return the scores of each layer; of experts, what each gives up with its nth neuron."""
-    found: dict[int, list[Scores]] = {layer: [] for layer in before}
-    for mlp in widths.mlps:
-        if mlp.block in found and widths.actual[mlp.name] == before[mlp.block]:
-            found[mlp.block].append(np.asarray(scores[mlp.name], dtype=np.float64))
-    return {
-        layer: each[0] if len(each) == 1 else np.mean([np.sort(e) for e in each], 0)
-        for layer, each in found.items()
-    }
-
-
-def allocate_by_scores(
-    allocation: str, scores: Mapping[int, Scores], **bounds: int
-) -> dict[int, int]:
-    """Return the kept width of each layer by an allocation that looks at scores.
-
-    Args:
-        allocation: ``global``, or the name of one that another package declares.
-        scores: The scores of each layer, each of shape (I,), by its number, ascending.
-        **bounds: What `global_ranking` takes besides.
-
-    Raises:
-        ValueError: The bounds leave more than `neurons`; or the allocation of another package
-            cannot be imported, or returns anything but widths that keep as many.
-    """
-    by_layer = [*scores.values()]
-    if allocation == GLOBAL:
-        return dict(zip(scores, global_ranking(by_layer, **bounds), strict=True))
-    found = load_declared(GROUP, "allocation", allocation)(by_layer, **bounds)
-    expected = (
-        f"it must return {len(scores)} whole numbers, each from 1 to the width of its layer, "
-        f"{bounds['neurons']} in all"
-    )
-    try:
-        widths = [*found]
-    except TypeError:
-        raise ValueError(
-            f"allocation={allocation} returned a {type(found).__name__}: {expected}."
-        ) from None
-    whole = all(isinstance(each, numbers.Integral) for each in widths)
-    if (
-        not whole
-        or len(widths) != len(by_layer)
-        or not all(1 <= n <= len(own) for n, own in zip(widths, by_layer, strict=True))
-        or sum(widths) != bounds["neurons"]
-    ):
-        total = f", {sum(widths)} in all" if whole else ""
-        raise ValueError(
-            f"allocation={allocation} returned {widths}{total}: {expected}."
-        )
-    return dict(zip(scores, map(int, widths), strict=True))
 
 
 def global_ranking(

@@ -1,12 +1,18 @@
-"""What a user writes as the value of an argument: numbers, layers, names of criteria."""
+"""What a user writes as the value of an argument: numbers, layers, widths by layer, and names.
+
+Nothing here imports torch, transformers or the harness.
+"""
 
 from __future__ import annotations
 
+import csv
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.criteria import canonical_name
 
@@ -16,10 +22,20 @@ if TYPE_CHECKING:
     #: Layers as the user writes them: ``4-11``, ``0,15``, 3 or a list of such.
     Layers = int | str | Iterable[int | str]
 
+#: Every layer is cut alike; other allocations keep as many neurons in all.
+UNIFORM = "uniform"
+#: Allocations that go by the loss on calibration text with one layer cut at a time.
+MEASURED = ("sensitivity",)
+#: One ranking of the neurons of all layers, by standardised scores.
+GLOBAL = "global"
 #: Seeds are below this: with the number of the layer, one has to fit into 63 bits.
 SEEDS = 1 << 43
 #: More layers than any model has; a longer range is a typing error.
 _MOST_LAYERS = 100_000
+_WIDTHS_FORMS = (
+    'pass a JSON file such as {"0": 1200, "1": 900} or [1200, 900], or a CSV file with the '
+    "columns layer and width"
+)
 
 
 def exact(name: str, value: Number, example: str) -> Fraction:
@@ -53,6 +69,13 @@ def seed_below_limit(name: str, value: Number) -> int:
             f"{name}={value} is too large for a generator: pass one below {SEEDS}."
         )
     return number
+
+
+def known_allocation(name: str, value: str) -> str:
+    known = (UNIFORM, *MEASURED, GLOBAL)
+    if value not in known:
+        raise ValueError(f"{name}={value} is unknown: pass one of {', '.join(known)}.")
+    return value
 
 
 def criterion_names(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
@@ -98,10 +121,126 @@ def dropped_layers(name: str, value: Layers) -> int | tuple[int, ...]:
 
 def written_layers(layers: Iterable[int]) -> str:
     """Return numbers of layers as the user would write them, such as ``0,4-11``."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return written_by_layer((layer, None) for layer in layers)
+
+
+def written_by_layer(values: Iterable[tuple[int, Any]]) -> str:
+    """Return what layers have, widths or criteria, by layer.
+
+    Args:
+        values: Pairs of a layer's number and what it has; None where only the layer is written.
+
+    Example:
+        >>> written_by_layer([(0, 1200), (1, 900), (2, 900)])
+        '0:1200,1-2:900'
+    """
+    parts = []
+    numbered = enumerate(sorted(values))
+    # In a run of consecutive layers, the number is always as far from the position.
+    for (_, value), run in groupby(numbered, lambda e: (e[1][0] - e[0], e[1][1])):
+        first, *others = [layer for _, (layer, _) in run]
+        layers = f"{first}-{others[-1]}" if others else f"{first}"
+        parts.append(layers if value is None else f"{layers}:{value}")
+    return ",".join(parts)
+
+
+def written_source(widths: Any) -> str:
+    """Return what results and messages call `widths`: a file's name, or the widths.
+
+    Example:
+        >>> written_source("somewhere/a.json")
+        'a.json'
+        >>> written_source({0: 1200, 1: 900, 2: 900})
+        '0:1200,1-2:900'
+    """
+    if isinstance(widths, (str, Path)):
+        return Path(widths).name
+    try:
+        return written_by_layer(_by_layer(widths).items())
+    except ValueError:
+        return repr(widths)[:80]
+
+
+def read_widths(widths: Any) -> dict[int, int]:
+    """Return the kept width of each layer that `widths` names.
+
+    Args:
+        widths: A file, or what such a file holds. JSON: an object
+            ``{"0": 1200, "1": 900}``, a list with one width per layer from 0 on, in which
+            null leaves a layer alone, or a list of objects
+            ``{"layer": 0, "width": 1200}``. CSV: the columns ``layer`` and ``width``,
+            named in the first line; others are passed over.
+
+    Raises:
+        ValueError: The file is missing or in no such form, a layer is named twice, or a
+            number is not whole.
+
+    Example:
+        >>> read_widths([1200, None, 900])
+        {0: 1200, 2: 900}
+    """
+    try:
+        content = _content(widths) if isinstance(widths, (str, Path)) else widths
+        return _by_layer(content)
+    except ValueError as error:
+        where = f"widths={written_source(widths)}"
+        raise ValueError(f"{where} {error}: {_WIDTHS_FORMS}.") from None
+
+
+def _content(file: str | Path) -> Any:
+    """Return what a file of widths holds, as JSON would have it."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(text, object_pairs_hook=_without_repetition)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is not JSON ({error})") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    rows = list(csv.DictReader(lines, skipinitialspace=True))
+    if not rows or not {"layer", "width"} <= rows[0].keys():
+        raise ValueError("holds no widths")
+    return rows
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = sorted(name for name, _ in pairs)
+    for name, following in pairwise(names):
+        if name == following:
+            raise ValueError(f"{name} stands in it twice")
+    return dict(pairs)
+
+
+def _by_layer(content: Any) -> dict[int, int]:
+    """Return widths by layer, in ascending order; errors go on where ``widths=FILE`` ends."""
+    if not hasattr(content, "__iter__"):
+        raise ValueError("names no widths")
+    is_map = isinstance(content, Mapping)
+    named = list(content.items() if is_map else enumerate(content))
+    if not is_map and any(isinstance(entry, Mapping) for _, entry in named):
+        for _, entry in named:
+            if not isinstance(entry, Mapping) or not {"layer", "width"} <= entry.keys():
+                raise ValueError(f"has an entry without layer or width, {entry!r}")
+        named = [(entry["layer"], entry["width"]) for _, entry in named]
+    found: dict[int, int] = {}
+    for name, value in named:
+        if value is None:
+            continue
+        layer = _digits(name)
+        if layer in found:
+            raise ValueError(f"names layer {layer} twice")
+        found[layer] = _digits(value)
+    if not found:
+        raise ValueError("names no layer")
+    return dict(sorted(found.items()))
+
+
+def _digits(value: Any) -> int:
+    text = str(value).strip()
+    if isinstance(value, bool) or not (text.isascii() and text.isdigit()):
+        raise ValueError(f"has {value!r} where a whole number of 0 or more belongs")
+    if len(text) > 9:
+        raise ValueError(f"has {text[:20]}, more than any model has")
+    return int(text)

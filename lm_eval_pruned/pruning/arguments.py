@@ -14,19 +14,17 @@ import textwrap
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lm_eval_pruned.pruning.allocation_names import (
+from lm_eval_pruned.pruning.argument_values import (
     MEASURED,
     UNIFORM,
-    canonical_allocation,
-)
-from lm_eval_pruned.pruning.argument_values import (
     criterion_names,
     dropped_layers,
+    known_allocation,
     seed_below_limit,
     whole,
+    written_source,
 )
 from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, canonical_name
-from lm_eval_pruned.pruning.layer_widths import written_source
 
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.argument_values import Layers, Number
 
     Function = TypeVar("Function", bound=Callable[..., Any])
-    #: Kept widths by layer: a file, or what `lm_eval_pruned.pruning.layer_widths` reads from one.
+    #: Kept widths by layer: a file, or what `lm_eval_pruned.pruning.argument_values` reads from one.
     LayerWidths = str | Path | Mapping[int, int] | Sequence[int | None]
 
 #: Those that say how many neurons to keep.
@@ -48,8 +46,6 @@ EXCLUSIVE = {
     "sets the kept width": SIZES,
     "says which layers to prune": ("layers", "skip_layers"),
 }
-#: Among what ``criterion=best`` chooses, if nothing else is named.
-DEFAULT_TRIED = ("maw", "act")
 #: How a count of layers to drop chooses them: by their place, or by what they do to hidden states.
 LAST, BLOCK_INFLUENCE = "last", "block_influence"
 _ANY_SIZE, _SHARED = ", ".join(SIZES), ", ".join(SIZES[:-1])
@@ -157,11 +153,10 @@ class PruneArguments:
         "NAME",
         "How the neurons are shared among the layers. ``uniform`` cuts all alike; ``sensitivity`` "
         "takes from those whose cut raises the loss on `calibration` least; ``global`` ranks the "
-        "neurons of all layers together; or one that another package declares. A size is the mean "
-        "over the layers then: as many neurons stay in all as by ``uniform``. See "
-        "`lm_eval_pruned.pruning.allocation`.",
+        "neurons of all layers together. A size is the mean over the layers then: as many neurons "
+        "stay in all as by ``uniform``. See `lm_eval_pruned.pruning.allocation`.",
         default=UNIFORM,
-        check=lambda _, value: canonical_allocation(value),
+        check=known_allocation,
         several="allocations",
     )
     min_width: Number | None = _argument(
@@ -230,7 +225,8 @@ class PruneArguments:
     def tried(self) -> tuple[str, ...]:
         """The criteria among which the loss decides; none where there is no choice."""
         named: Any = self.criteria_tried
-        return (named or DEFAULT_TRIED) if self.criterion == BEST else ()
+        chooses = self.criterion == BEST and self.size is not None
+        return (named or ("maw", "act")) if chooses else ()
 
     @property
     def measures_depth(self) -> bool:

@@ -55,26 +55,15 @@ class NeuronActivity:
 
 @dataclass(frozen=True)
 class Calibration:
-    """One pass of a model over calibration text.
+    """What the neurons of a model did on calibration text.
 
     Attributes:
-        file: Name of the file, without its folder.
-        sha256: SHA-256 of the file.
-        texts: Number of texts that were used.
-        tokens: Number of tokens in them, after cutting.
+        measured_on: The text; see `CalibrationText.as_dict`.
         activity: Activity by name of the GLU-MLP.
     """
 
-    file: str
-    sha256: str
-    texts: int
-    tokens: int
+    measured_on: dict[str, Any]
     activity: Mapping[str, NeuronActivity]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what the results file holds (JSON types only)."""
-        names = ("file", "sha256", "texts", "tokens")
-        return {name: getattr(self, name) for name in names}
 
 
 def read_texts(
@@ -165,6 +154,7 @@ class CalibrationText:
         file: str,
         samples: int | None = None,
         longest: int = MAX_TOKENS,
+        shortest: int = 1,
     ) -> CalibrationText:
         """Read and tokenise calibration text.
 
@@ -174,10 +164,11 @@ class CalibrationText:
             file: JSON Lines file; see `read_texts`.
             samples: How many texts to use, from the first on; default: all.
             longest: A text is cut after this many tokens, or after the model's positions.
+            shortest: Tokens of a text at least: 2 where they are predicted from each other.
 
         Raises:
-            ValueError: The file is not as `read_texts` wants it, a text is empty once it is
-                tokenised, or there is no tokenizer.
+            ValueError: The file is not as `read_texts` wants it, a text has too few tokens, or
+                there is no tokenizer.
         """
         if tokenizer is None:
             raise ValueError(
@@ -194,19 +185,12 @@ class CalibrationText:
                     f"calibration={file} has a text without tokens, {text!r}: remove it."
                 )
             tokens.append(torch.tensor([ids[:longest]]))
-        return cls(Path(file), tokens)
-
-    def check_predictable(self) -> None:
-        """Refuse a text in which no token is predicted from another.
-
-        Raises:
-            ValueError: There is one.
-        """
-        if min(tokens.numel() for tokens in self.tokens) < 2:
+        if min(each.numel() for each in tokens) < shortest:
             raise ValueError(
-                f"calibration={self.path} has a text of one token among its first "
-                f"{len(self.tokens)}, in which nothing is predicted: remove it."
+                f"calibration={file} has a text of one token among its first {len(tokens)}, in "
+                "which nothing is predicted: remove it."
             )
+        return cls(Path(file), tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """Return name and SHA-256 of the file, and the number of texts and tokens."""
@@ -268,8 +252,7 @@ def calibrate(
         samples: How many texts to use, from the first on; default: all.
 
     Returns:
-        Name and size of the text, and the activity of each GLU-MLP: float32 for a text, its
-        sums float64.
+        The text, and the activity of each GLU-MLP: float32 for a text, its sums float64.
 
     Raises:
         ValueError: See `CalibrationText.of`; or an activation is NaN or infinite.
@@ -308,11 +291,11 @@ def calibrate(
         name: NeuronActivity(total.sqrt(), norms[name])
         for name, total in squares.items()
     }
-    seen = Calibration(**text.as_dict(), activity=activity)
+    on = text.as_dict()
     logger.info(
-        "Calibrated on %d texts (%d tokens) of %s.", seen.texts, seen.tokens, file
+        "Calibrated on %d texts (%d tokens) of %s.", on["texts"], on["tokens"], file
     )
-    return seen
+    return Calibration(on, activity)
 
 
 def check_observable(model: PreTrainedModel, instead: str = "criterion=maw") -> None:

@@ -182,41 +182,33 @@ def canonical_name(criterion: str, *, or_best: bool = False) -> str:
     """
     name = ALIASES.get(criterion, criterion)
     own = [*CRITERIA, RANDOM, *([BEST] if or_best else [])]
-    if name in own:
-        return name
-    added = declared_elsewhere(GROUP)
-    if name not in added:
+    if name not in own and not (added := declared_elsewhere()).get(name):
         known = ", ".join([*own, *ALIASES, *sorted(added)])
         raise ValueError(f"criterion={criterion} is unknown: pass one of {known}.")
     return name
 
 
-def declared_elsewhere(group: str) -> dict[str, list[EntryPoint]]:
-    """Return what other packages declare in a group of entry points, by name."""
+def declared_elsewhere() -> dict[str, list[EntryPoint]]:
+    """Return the criteria that other packages declare, by name."""
     from importlib.metadata import entry_points
 
     found: dict[str, list[EntryPoint]] = {}
-    for entry_point in entry_points(group=group):
+    for entry_point in entry_points(group=GROUP):
         found.setdefault(entry_point.name, []).append(entry_point)
     return found
 
 
-def load_declared(group: str, argument: str, name: str) -> Callable[..., Any]:
-    """Import the function that another package declares under `name`.
-
-    Args:
-        group: Group of entry points.
-        argument: What the user calls it by, such as ``criterion``.
-        name: Name in the group.
+def load_declared(name: str) -> Callable[..., Any]:
+    """Import the criterion that another package declares under `name`.
 
     Raises:
         ValueError: It is declared twice, or cannot be imported, or is no function.
     """
-    found = declared_elsewhere(group)[name]
+    found = declared_elsewhere()[name]
     value, *others = sorted({entry_point.value for entry_point in found})
     if others:
         raise ValueError(
-            f"{argument}={name} is declared by several packages ({', '.join((value, *others))}): "
+            f"criterion={name} is declared by several packages ({', '.join((value, *others))}): "
             "uninstall all but one."
         )
     try:
@@ -225,19 +217,10 @@ def load_declared(group: str, argument: str, name: str) -> Callable[..., Any]:
             raise TypeError(f"it is a {type(function).__name__}, not a function")
     except Exception as error:
         raise ValueError(
-            f"{argument}={name} is declared as {value}, which cannot be imported "
+            f"criterion={name} is declared as {value}, which cannot be imported "
             f"({type(error).__name__}: {error}): repair the package that declares it."
         ) from error
     return function
-
-
-def code_behind(criterion: str) -> str | None:
-    """Identify the code of a criterion: empty for this package's, None for another package's.
-
-    Args:
-        criterion: Canonical name.
-    """
-    return "" if criterion == RANDOM or criterion in CRITERIA else None
 
 
 def score_neurons(
@@ -289,7 +272,7 @@ def score_neurons(
         order = torch.randperm(gate.shape[0], generator=generator, device="cpu")
         return order.float()
     if known is None:
-        function = load_declared(GROUP, "criterion", criterion)
+        function = load_declared(criterion)
         # It may compare neurons with each other, so it sees all of them at once.
         return _checked(function(gate.cpu(), up.cpu()), criterion, gate.shape[0])
     if needs == "activity":

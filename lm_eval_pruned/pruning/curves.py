@@ -105,13 +105,14 @@ class Sensitivity:
             )
 
     def curve(self, layer: int, criterion: str, seed: int | None = None) -> LayerCurve:
-        """Return the curve of a layer by a criterion, with the seed of ``random``.
+        """Return the curve of a layer by a criterion; `seed` is for ``random`` alone.
 
         Raises:
             ValueError: It was not measured.
         """
         for curve in self.curves:
-            if (curve.layer, curve.criterion, curve.seed) == (layer, criterion, seed):
+            found = curve.layer, curve.criterion
+            if found == (layer, criterion) and curve.seed in (None, seed):
                 return curve
         named = criterion if seed is None else f"{criterion} with seed {seed}"
         raise ValueError(

@@ -90,13 +90,12 @@ class Depth:
                 f"0-{layers - 1}."
             )
         if (asked if counted else len(asked)) >= layers:
-            instead = "this model: leave out at least one of them."
+            instead = "leave out at least one of them"
             if counted:
                 most = f"a number from 1 to {layers - 1}"
-                most = "a model of more layers" if layers < 2 else most
-                instead = f"this model: pass {most}."
+                instead = f"pass {most if layers > 1 else 'a model of more layers'}"
             raise ValueError(
-                f"drop_layers={written} leaves none of the {layers} layers of {instead}"
+                f"drop_layers={written} leaves none of the {layers} layers of this model: {instead}."
             )
         kept = tuple(n for n in range(layers) if n not in dropped)
         decided = None if influence is None else tuple(influence)

@@ -6,6 +6,7 @@ Both come from ordinary forward passes over calibration text, which hooks watch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Hashable, MutableMapping
@@ -16,12 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts
-from lm_eval_pruned.pruning.criteria import kept_set
-from lm_eval_pruned.pruning.curves import LayerCurve
+from lm_eval_pruned.pruning.calibration import CalibrationText, calibrate, run_texts
+from lm_eval_pruned.pruning.criteria import (
+    CALIBRATED,
+    RANDOM,
+    kept_set,
+    score_neurons,
+)
+from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
 from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.dropping import layers_of
-from lm_eval_pruned.pruning.layouts import find_glu_mlps
+from lm_eval_pruned.pruning.layouts import NEURON_AXIS, find_glu_mlps
 
 
 if TYPE_CHECKING:
@@ -32,13 +38,14 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.calibration import Calibration
-    from lm_eval_pruned.pruning.curves import Sensitivity
     from lm_eval_pruned.pruning.layouts import GluMlp
 
     #: A call of a layer: its number, what it returned, and what it left in the mappings that it
     #: was given by name.
     Call = tuple[int, Any, dict[str, dict[Any, Any]]]
 
+#: Shares of a layer's neurons to remove when its loss is measured, in percent.
+MEASURED_CUTS = (25, 50, 75, 87.5)
 #: The loss is measured on this many tokens of each text by default.
 LENGTH = 128
 
@@ -148,69 +155,139 @@ def depth_in_memory(
     return Depth.of(arguments, layers, *known.influence)
 
 
-def loss_curves(
-    model: PreTrainedModel,
-    texts: Sequence[Tensor],
-    scores: Mapping[str, Tensor],
-    removed: Sequence[Fraction],
-    criterion: str,
-    seed: int | None = None,
-) -> tuple[float, tuple[LayerCurve, ...]]:
-    """Measure the loss of a model in which one layer alone is cut, for each layer and width.
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a model in memory says of its neurons and layers, each thing measured once.
 
-    Up to the layer that is cut, such a model is the unpruned one. So for every text the layers
-    in front of it return what they returned in the unpruned model, and only the others compute.
-
-    Args:
+    Attributes:
         model: The unpruned model.
-        texts: Tokens of each, shape (1, tokens), two or more.
-        scores: Scores of the neurons by name of the GLU-MLP, each of shape (I,).
-        removed: Shares of neurons to remove, in percent.
-        criterion: Canonical name of the criterion behind `scores`.
-        seed: Its seed, for ``random``.
-
-    Returns:
-        The loss of the unpruned model, in nats per token, and one curve for each layer
-        that has GLU-MLPs. The loss of a token is float32, its sum float64.
+        tokenizer: Its tokenizer; needed where text is read.
+        known: What was measured before; takes what is measured here.
+        calibration: JSON Lines file of text, for criteria that look at activations, and for losses.
+        samples: How many of its texts to use; None for all.
+        seed: Seed of the criterion ``random``.
     """
-    held: dict[int, list[GluMlp]] = defaultdict(list)
-    for mlp in find_glu_mlps(model):
-        held[mlp.block].append(mlp)
-    modules = {
-        model.get_submodule(mlp.stack): n for n, mlps in held.items() for mlp in mlps
-    }
-    before = {number: _primary(mlps).width for number, mlps in held.items()}
-    widths = {
-        n: sorted({k for s in removed if 1 <= (k := w - math.floor(s / 100 * w)) < w})
-        for n, w in before.items()
-    }
-    sums: dict[tuple[int, int] | None, float] = defaultdict(float)
 
-    def measure(tokens: Tensor) -> None:
-        with _recorded(modules) as calls:
-            sums[None] += _loss(model, tokens)
-        order = [number for number, _, _ in calls]
-        for number, mlps in held.items():
-            first = order.index(number) if number in order else len(order)
-            for width in widths[number]:
-                with _cut(mlps, width, scores), _replayed(modules, calls[:first]):
-                    sums[number, width] += _loss(model, tokens)
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    known: ScoreTable
+    calibration: str | None
+    samples: int | None
+    seed: int
 
-    named = criterion if seed is None else f"{criterion}, seed {seed}"
-    run_texts(model, texts, f"sensitivity by {named}", run=measure)
-    count = sum(tokens.numel() - 1 for tokens in texts)
-    curves = (
-        LayerCurve(
-            number,
-            before[number],
-            criterion,
-            seed,
-            tuple(widths[number]),
-            tuple(sums[number, width] / count for width in widths[number]),
+    def score(self, mlp: GluMlp, criterion: str) -> Tensor:
+        """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
+        known = self.known
+        key = (criterion, self.seed if criterion == RANDOM else 0, mlp.name)
+        if key not in known.scores:
+            activity = None
+            if criterion in CALIBRATED:
+                if known.calibration is None:
+                    known.calibration = calibrate(
+                        self.model, self.tokenizer, str(self.calibration), self.samples
+                    )
+                activity = known.calibration.activity[mlp.name]
+            gate, up, down = map(mlp.weight, NEURON_AXIS)
+            known.scores[key] = score_neurons(
+                gate,
+                up,
+                criterion,
+                layer=mlp.layer,
+                seed=self.seed,
+                down=down,
+                activity=activity,
+                name=mlp.name,
+            ).cpu()
+        return known.scores[key]
+
+    def scores(self, criterion: str) -> Mapping[str, Tensor]:
+        """Return the scores of all MLPs by a criterion, by name of the MLP."""
+        mlps = find_glu_mlps(self.model)
+        return {mlp.name: self.score(mlp, criterion) for mlp in mlps}
+
+    def curves(self, criteria: Sequence[str]) -> Sensitivity:
+        """Return the losses with one layer cut at a time, by each of `criteria`.
+
+        Raises:
+            ValueError: The text is not as `lm_eval_pruned.pruning.calibration.read_texts` wants
+                it, or there is no tokenizer.
+        """
+        if self.known.curves is None:
+            text = CalibrationText.of(
+                self.model,
+                self.tokenizer,
+                str(self.calibration),
+                self.samples,
+                LENGTH,
+                shortest=2,
+            )
+            removed = [Fraction(str(share)) for share in MEASURED_CUTS]
+            found = [self.losses(text, criterion, removed) for criterion in criteria]
+            curves = tuple(curve for each in found for curve in each.curves)
+            self.known.curves = dataclasses.replace(
+                found[0], curves=curves, **text.as_dict()
+            )
+        return self.known.curves
+
+    def losses(
+        self, text: CalibrationText, criterion: str, removed: Sequence[Fraction]
+    ) -> Sensitivity:
+        """Measure the loss with one layer alone cut by a criterion, for each layer and width.
+
+        Up to the layer that is cut, such a model is the unpruned one. So for every text the
+        layers in front of it return what they returned in the unpruned model, and only the
+        others compute. The loss of a token is float32, its sum float64.
+
+        Args:
+            text: What the loss is measured on, two tokens or more of each text.
+            criterion: Canonical name.
+            removed: Shares of neurons to remove, in percent.
+        """
+        model, scores = self.model, self.scores(criterion)
+        seed = self.seed if criterion == RANDOM else None
+        held: dict[int, list[GluMlp]] = defaultdict(list)
+        for mlp in find_glu_mlps(model):
+            held[mlp.block].append(mlp)
+        modules = {
+            model.get_submodule(mlp.stack): n
+            for n, mlps in held.items()
+            for mlp in mlps
+        }
+        before = {number: _primary(mlps).width for number, mlps in held.items()}
+        widths = {
+            n: sorted(
+                {k for s in removed if 1 <= (k := w - math.floor(s / 100 * w)) < w}
+            )
+            for n, w in before.items()
+        }
+        sums: dict[tuple[int, int] | None, float] = defaultdict(float)
+
+        def measure(tokens: Tensor) -> None:
+            with _watched(modules) as calls:
+                sums[None] += _loss(model, tokens)
+            order = [number for number, _, _ in calls]
+            for number, mlps in held.items():
+                first = order.index(number) if number in order else len(order)
+                for width in widths[number]:
+                    with _cut(mlps, width, scores), _watched(modules, calls[:first]):
+                        sums[number, width] += _loss(model, tokens)
+
+        named = criterion if seed is None else f"{criterion}, seed {seed}"
+        run_texts(model, text.tokens, f"sensitivity by {named}", run=measure)
+        count = sum(tokens.numel() - 1 for tokens in text.tokens)
+        curves = (
+            LayerCurve(
+                number,
+                before[number],
+                criterion,
+                seed,
+                tuple(widths[number]),
+                tuple(sums[number, width] / count for width in widths[number]),
+            )
+            for number in sorted(held)
         )
-        for number in sorted(held)
-    )
-    return sums[None] / count, tuple(curves)
+        name = str(model.config.name_or_path)
+        return Sensitivity(name, sums[None] / count, tuple(curves), **text.as_dict())
 
 
 def _primary(mlps: Sequence[GluMlp]) -> GluMlp:
@@ -249,44 +326,34 @@ def _cut(
 
 
 @contextlib.contextmanager
-def _recorded(modules: Mapping[nn.Module, int]) -> Iterator[list[Call]]:
-    """Note the calls of layers, given by module and number, in their order."""
-    calls: list[Call] = []
+def _watched(
+    modules: Mapping[nn.Module, int], calls: Iterable[Call] = ()
+) -> Iterator[list[Call]]:
+    """Note the calls of layers, given by module and number, in their order.
 
-    def note(module, positional, named, output) -> None:
-        # Layers that share keys and values hand them on in a mapping.
-        shared = {n: dict(v) for n, v in named.items() if isinstance(v, MutableMapping)}
-        calls.append((modules[module], output, shared))
-
-    with contextlib.ExitStack() as hooks:
-        for module in modules:
-            handle = module.register_forward_hook(note, with_kwargs=True)
-            hooks.callback(handle.remove)
-        yield calls
-
-
-@contextlib.contextmanager
-def _replayed(modules: Iterable[nn.Module], calls: Iterable[Call]) -> Iterator[None]:
-    """Let the first calls of layers return what they did in `calls`, without computing."""
+    The first ones return what they did in `calls`, without computing, and are not noted.
+    """
+    noted: list[Call] = []
     waiting = iter(calls)
 
-    def instead_of(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def replay(*positional, **named) -> Any:
+    def instead_of(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+        def call(*positional, **named) -> Any:
+            # Layers that share keys and values hand them on in a mapping.
             for _, output, shared in waiting:
                 for name, entries in shared.items():
                     named[name].update(entries)
                 return output
-            return forward(*positional, **named)
+            output = forward(*positional, **named)
+            given = named.items()
+            shared = {n: dict(v) for n, v in given if isinstance(v, MutableMapping)}
+            noted.append((number, output, shared))
+            return output
 
-        return replay
+        return call
 
-    own = {module: vars(module).get("forward") for module in modules}
-    try:
-        for module in own:
-            module.forward = instead_of(module.forward)  # type: ignore[method-assign]
-        yield
-    finally:
-        for module, forward in own.items():
-            del module.forward
-            if forward is not None:
-                module.forward = forward  # type: ignore[method-assign]
+    with contextlib.ExitStack() as undo:
+        for module, number in modules.items():
+            undo.callback(vars(module).update, dict(vars(module)))
+            undo.callback(vars(module).pop, "forward")
+            vars(module)["forward"] = instead_of(module.forward, number)
+        yield noted

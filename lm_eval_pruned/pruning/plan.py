@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.allocation_names import UNIFORM
-from lm_eval_pruned.pruning.argument_values import exact, layer_numbers, written_layers
+from lm_eval_pruned.pruning.argument_values import (
+    UNIFORM,
+    exact,
+    layer_numbers,
+    read_widths,
+    written_layers,
+    written_source,
+)
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.layer_widths import read_widths, written_source
 
 
 if TYPE_CHECKING:
@@ -31,27 +36,20 @@ class PrunePlan:
     """What to do to every GLU-MLP of a model, as pure data.
 
     Attributes:
+        arguments: What the user asked for.
         hidden_size: Model width H.
         width_before: Intermediate size I of the unpruned MLPs, in neurons.
         width: Kept width k, in neurons; equal to `width_before` for the baseline. Where
             the layers differ, their mean, rounded up.
-        criterion: Name of the importance score (see `lm_eval_pruned.pruning.criteria`).
-        asked: What the user asked for, as ``{argument: value}``; empty for the baseline.
-        multiple_of: The kept width was rounded down to a multiple of this.
-        seed: Seed of the ``random`` criterion; no other criterion reads it.
+        asked: The size and the depth that were asked for, as ``{argument: value}``; empty for
+            the baseline.
         layers: Numbers of the layers to prune, ascending, as the unpruned model counts
             them; None for all.
-        calibration: JSON Lines file of calibration text; None where the criterion
-            looks at weights alone.
-        calibration_samples: How many of its texts to use; None for all.
         layer_widths: Where the layers differ, pairs of a layer's number and its kept
             width, ascending: of its experts if it has any, else of its MLP. A layer that
             is not named keeps its width. None for `width` in all.
         layer_criteria: Likewise the criterion of each layer; `criterion` scores the
             layers that are not named.
-        allocation: Name of how the neurons are shared among the layers.
-        min_width: Neurons that it leaves in each layer at least; None where nobody asked.
-        tried: The criteria among which ``criterion=best`` chooses; else none.
         measured_on: Name, SHA-256, texts and tokens of the text on which losses were
             measured to settle the plan, as the results file holds them.
         depth: Which layers stay; None for all.
@@ -66,23 +64,41 @@ class PrunePlan:
         ValueError: ratio=5 is above the model's own expansion ratio 8192/2048: pass at most 4, ...
     """
 
+    arguments: PruneArguments
     hidden_size: int
     width_before: int
     width: int
-    criterion: str
     asked: dict[str, str]
-    multiple_of: int
-    seed: int
     layers: tuple[int, ...] | None = None
-    calibration: str | None = None
-    calibration_samples: int | None = None
     layer_widths: tuple[tuple[int, int], ...] | None = None
     layer_criteria: tuple[tuple[int, str], ...] | None = None
-    allocation: str = UNIFORM
-    min_width: int | None = None
-    tried: tuple[str, ...] = ()
     measured_on: Mapping[str, Any] | None = None
     depth: Depth | None = None
+
+    @property
+    def criterion(self) -> str:
+        """Name of the importance score."""
+        return self.arguments.criterion
+
+    @property
+    def allocation(self) -> str:
+        """Name of how the neurons are shared among the layers."""
+        return self.arguments.allocation
+
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """The criteria among which ``criterion=best`` chooses; else none."""
+        return self.arguments.tried
+
+    @property
+    def multiple_of(self) -> int:
+        """The kept width was rounded down to a multiple of this."""
+        return int(self.arguments.multiple_of)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the ``random`` criterion; no other criterion reads it."""
+        return int(self.arguments.seed)
 
     @property
     def is_open(self) -> bool:
@@ -154,9 +170,9 @@ class PrunePlan:
         """
         kept = -(-widest * self.width // self.width_before)
         target = int(unit * self.rounded(kept))
+        percent = self.arguments.prune_percent
         if own == unit * widest:
             return target
-        percent = self.asked.get("prune_percent")
         if percent is None:
             return min(own, target)
         return self.rounded(
@@ -193,8 +209,11 @@ class PrunePlan:
         Source: sections 3.1 and 4.1 of arXiv 2512.22671; the widths are those of
         its checkpoints.
         """
+        own: Any = available_layers
+        if own is not None and not isinstance(own, Mapping):
+            own = dict.fromkeys(own, width_before)
         arguments = PruneArguments(**prune_arguments)
-        return cls.of(arguments, hidden_size, width_before, available_layers)
+        return cls.of(arguments, hidden_size, width_before, own)
 
     @classmethod
     def of(
@@ -202,46 +221,26 @@ class PrunePlan:
         arguments: PruneArguments,
         hidden_size: int,
         width_before: int,
-        available_layers: Collection[int] | None = None,
+        own: Mapping[int, int] | None,
         depth: Depth | None = None,
     ) -> PrunePlan:
-        """Do the same with arguments that are together, for the layers that `depth` leaves."""
-        baseline = cls(
-            hidden_size,
-            width_before,
-            width_before,
-            arguments.criterion,
-            {} if depth is None else depth.asked,
-            int(arguments.multiple_of),
-            int(arguments.seed),
-            depth=depth,
+        """Do the same for the layers that `depth` leaves; `own` is the width of each by number."""
+        asked = {} if depth is None else depth.asked
+        plan = cls(
+            arguments, hidden_size, width_before, width_before, asked, depth=depth
         )
         if arguments.size is None:
-            return baseline
+            return plan
         name, value = arguments.size
-        text, samples = arguments.calibration, arguments.calibration_samples
-        plan = dataclasses.replace(
-            baseline,
-            asked={name: str(value), **baseline.asked},
-            calibration=None if text is None else str(text),
-            calibration_samples=None if samples is None else int(samples),
-        )
+        written = written_source(value) if name == "widths" else str(value)
+        plan = dataclasses.replace(plan, asked={name: written, **asked})
         if name == "widths":
-            plan = dataclasses.replace(plan, asked={name: written_source(value)})
-            own = _own_widths(name, value, available_layers, width_before)
-            widths = _kept_by_layer(value, plan.multiple_of, own)
+            widths = _kept_by_layer(arguments, _known(name, value, own))
             return plan if widths == own else plan.with_layers(widths)
-        chosen = _chosen_layers(arguments, available_layers, depth)
+        chosen = _chosen_layers(arguments, own, depth)
         kept = _kept_width(name, value, hidden_size, width_before)
         _check_multiple(plan.multiple_of, kept, f"{name}={value} gives")
-        return dataclasses.replace(
-            plan,
-            width=plan.rounded(kept),
-            layers=chosen,
-            allocation=arguments.allocation,
-            min_width=None if arguments.min_width is None else int(arguments.min_width),
-            tried=arguments.tried,
-        )
+        return dataclasses.replace(plan, width=plan.rounded(kept), layers=chosen)
 
     def with_layers(self, widths: Mapping[int, int]) -> PrunePlan:
         """Return the same plan with the width of each layer, in neurons, by its number."""
@@ -260,21 +259,19 @@ def whole_or_mean(width: Fraction) -> int | float:
     return int(width) if width.denominator == 1 else round(float(width), 4)
 
 
-def _own_widths(
-    name: str, value: Any, available: Collection[int] | None, width_before: int
-) -> dict[int, int]:
-    """Return the width of each layer before pruning, for the argument `name`."""
-    if available is None:
+def _known(name: str, value: Any, own: Mapping[int, int] | None) -> Mapping[int, int]:
+    if own is None:
         raise ValueError(f"{name}={value} needs a model whose layers are known.")
-    if isinstance(available, Mapping):
-        return dict(available)
-    return dict.fromkeys(available, width_before)
+    return own
 
 
-def _kept_by_layer(value: Any, multiple: int, own: Mapping[int, int]) -> dict[int, int]:
+def _kept_by_layer(arguments: PruneArguments, own: Mapping[int, int]) -> dict[int, int]:
     """Return the kept width of every layer as the argument `widths` has it."""
-    where = f"widths={written_source(value)}"
-    named = read_widths(value)
+    multiple, where = (
+        int(arguments.multiple_of),
+        f"widths={written_source(arguments.widths)}",
+    )
+    named = read_widths(arguments.widths)
     _check_present(where, named, own)
     kept = dict(own)
     for layer, width in named.items():
@@ -310,7 +307,7 @@ def _check_multiple(multiple: int, kept: int, given: str) -> None:
 
 def _chosen_layers(
     arguments: PruneArguments,
-    available: Collection[int] | None,
+    own: Mapping[int, int] | None,
     depth: Depth | None,
 ) -> tuple[int, ...] | None:
     """Return the numbers of the layers to prune, or None for all."""
@@ -318,7 +315,7 @@ def _chosen_layers(
     value = getattr(arguments, name)
     if value is None:
         return None
-    present = {*_own_widths(name, value, available, 0)}
+    present = {*_known(name, value, own)}
     named = set(layer_numbers(name, value))
     if arguments.measures_depth and depth is not None:
         # Which layers the text would drop could not be known.

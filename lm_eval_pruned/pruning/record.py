@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_pruned.pruning.allocation_names import UNIFORM
-from lm_eval_pruned.pruning.argument_values import written_layers
+from lm_eval_pruned.pruning.argument_values import (
+    UNIFORM,
+    written_by_layer,
+    written_layers,
+)
 from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM
-from lm_eval_pruned.pruning.layer_widths import written_by_layer
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -75,8 +77,6 @@ class PruneRecord:
         cls,
         plan: PrunePlan,
         widths: Widths,
-        parameters_before: int,
-        parameters_after: int,
         kept: tuple[Tensor, ...] | None,
         calibration: Calibration | None = None,
     ) -> PruneRecord:
@@ -89,11 +89,11 @@ class PruneRecord:
         return cls(
             plan,
             len({mlp.stack for mlp in widths.mlps}),
-            parameters_before,
-            parameters_after,
+            widths.parameters_before,
+            widths.count_parameters(targets),
             kept or (),
             tuple(WidthGroup(*group, mlps) for group, mlps in counts.items()),
-            widths.opens_in_stock(targets),
+            not widths.inexpressible(targets),
             # Others may have been tried on the text, and not been chosen.
             calibration if {*plan.criteria} & {*CALIBRATED} else None,
         )
@@ -136,14 +136,17 @@ class PruneRecord:
         if plan.depth is not None:
             record |= plan.depth.as_dict()
         if plan.allocation != UNIFORM:
-            record |= {"allocation": plan.allocation, "min_width": plan.min_width}
+            record |= {
+                "allocation": plan.allocation,
+                "min_width": plan.arguments.min_width,
+            }
         optional = {
             "layers_pruned": plan.layers and written_layers(plan.layers),
             "criteria_tried": list(plan.tried) or None,
             "measured_on": plan.measured_on and dict(plan.measured_on),
             "layer_widths": _by_name(plan.layer_widths),
             "layer_criteria": _by_name(plan.layer_criteria),
-            "calibration": self.calibration and self.calibration.as_dict(),
+            "calibration": self.calibration and self.calibration.measured_on,
             "seed": plan.seed if RANDOM in plan.criteria else None,
         }
         return record | {k: value for k, value in optional.items() if value is not None}

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lm_eval_pruned.pruning.alignment import warn_misaligned
-from lm_eval_pruned.pruning.allocation import MEASURED_CUTS, plan_layers
+from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.calibration import CalibrationText, calibrate
-from lm_eval_pruned.pruning.criteria import (
-    CALIBRATED,
-    RANDOM,
-    as_words,
-    kept_set,
-    score_neurons,
-)
-from lm_eval_pruned.pruning.curves import Sensitivity
+from lm_eval_pruned.pruning.criteria import as_words, kept_set
 from lm_eval_pruned.pruning.dropping import drop_layers
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
     GluMlp,
-    count_parameters,
     find_glu_mlps,
     resize,
 )
-from lm_eval_pruned.pruning.measuring import (
-    LENGTH,
-    ScoreTable,
-    depth_in_memory,
-    loss_curves,
-)
+from lm_eval_pruned.pruning.measuring import LoadedModel, ScoreTable, depth_in_memory
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
@@ -117,118 +100,33 @@ def prune_loaded(
             # What is wrong with the arguments is refused before text runs.
             widths.plan(arguments)
         widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
-    evidence = LoadedModel(widths.plan(arguments), model, tokenizer, ScoreTable())
-    return finished(carry_out(evidence, widths), widths)
+    plan = widths.plan(arguments)
+    samples: Any = arguments.calibration_samples
+    evidence = LoadedModel(
+        model, tokenizer, ScoreTable(), arguments.calibration, samples, plan.seed
+    )
+    return finished(carry_out(evidence, plan, widths), widths)
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """What a model in memory says of its neurons and layers, each thing measured once.
-
-    Attributes:
-        plan: Names the text, how many of its texts, and the seed of ``random``.
-        model: The unpruned model.
-        tokenizer: Its tokenizer; needed where text is read.
-        known: What was measured before; takes what is measured here.
-    """
-
-    plan: PrunePlan
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase | None
-    known: ScoreTable
-
-    def score(self, mlp: GluMlp, criterion: str) -> Tensor:
-        """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
-        plan, known = self.plan, self.known
-        key = (criterion, plan.seed if criterion == RANDOM else 0, mlp.name)
-        if key not in known.scores:
-            activity = None
-            if criterion in CALIBRATED:
-                if known.calibration is None:
-                    file, samples = str(plan.calibration), plan.calibration_samples
-                    known.calibration = calibrate(
-                        self.model, self.tokenizer, file, samples
-                    )
-                activity = known.calibration.activity[mlp.name]
-            gate, up, down = map(mlp.weight, NEURON_AXIS)
-            known.scores[key] = score_neurons(
-                gate,
-                up,
-                criterion,
-                layer=mlp.layer,
-                seed=plan.seed,
-                down=down,
-                activity=activity,
-                name=mlp.name,
-            ).cpu()
-        return known.scores[key]
-
-    def scores(self, criterion: str) -> Mapping[str, Tensor]:
-        """Return the scores of all MLPs by a criterion, by name of the MLP."""
-        mlps = find_glu_mlps(self.model)
-        return {mlp.name: self.score(mlp, criterion) for mlp in mlps}
-
-    def losses(
-        self, text: CalibrationText, criterion: str, removed: Sequence[Fraction]
-    ) -> Sensitivity:
-        """Measure the losses with one layer cut at a time by a criterion.
-
-        Args:
-            text: What the loss is measured on.
-            criterion: Canonical name.
-            removed: Shares of neurons to remove, in percent.
-        """
-        loss, curves = loss_curves(
-            self.model,
-            text.tokens,
-            self.scores(criterion),
-            removed,
-            criterion,
-            self.plan.seed if criterion == RANDOM else None,
-        )
-        name = str(self.model.config.name_or_path)
-        return Sensitivity(name, loss, curves, **text.as_dict())
-
-    def curves(self, criteria: Sequence[str]) -> Sensitivity:
-        """Return the losses with one layer cut at a time, by each of `criteria`.
-
-        Raises:
-            ValueError: The text is not as `lm_eval_pruned.pruning.calibration.read_texts` wants
-                it, or there is no tokenizer.
-        """
-        if self.known.curves is None:
-            file, samples = str(self.plan.calibration), self.plan.calibration_samples
-            text = CalibrationText.of(self.model, self.tokenizer, file, samples, LENGTH)
-            text.check_predictable()
-            removed = [Fraction(str(share)) for share in MEASURED_CUTS]
-            found = [self.losses(text, criterion, removed) for criterion in criteria]
-            curves = tuple(curve for each in found for curve in each.curves)
-            self.known.curves = dataclasses.replace(found[0], curves=curves)
-        return self.known.curves
-
-
-def carry_out(evidence: LoadedModel, widths: Widths) -> PreTrainedModel:
-    """Prune a model in place as its plan says, and write its record; see `prune_model`.
+def carry_out(
+    evidence: LoadedModel, plan: PrunePlan, widths: Widths
+) -> PreTrainedModel:
+    """Prune a model in place, and write its record; see `prune_model`.
 
     Args:
-        evidence: The model, its plan, and what the plan is settled by.
+        evidence: The model, and what the plan is settled by.
+        plan: What to do to it.
         widths: The widths of the model, those of the layers that stay.
 
     Returns:
         The model.
     """
-    model, plan, known = evidence.model, evidence.plan, evidence.known
-    before = count_parameters(model)
+    model = evidence.model
     kept: dict[str, Tensor] = {}
     # An error leaves the model whole: all is scored before the first MLP is narrowed.
     with contextlib.ExitStack() as on_error:
         if widths.depth is not None:
             drop_layers(model, widths.depth, widths.remembered, on_error)
-        if plan.prunes and plan.calibration is not None and evidence.tokenizer is None:
-            raise ValueError(
-                f"calibration={plan.calibration} is text, and there is no tokenizer to read it "
-                "with: pass tokenizer."
-            )
         mlps = find_glu_mlps(model)
         plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
@@ -251,10 +149,8 @@ def carry_out(evidence: LoadedModel, widths: Widths) -> PreTrainedModel:
     model.prune_record = PruneRecord.of(  # type: ignore[assignment]
         plan,
         widths,
-        before,
-        count_parameters(model),
         tuple(kept.values()),
-        known.calibration if plan.prunes else None,
+        evidence.known.calibration if plan.prunes else None,
     )
     return model
 
@@ -269,8 +165,7 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
     plan: PrunePlan = model.prune_record.plan  # type: ignore[union-attr, assignment]
     targets = widths.targets(plan)
     choose_experts_implementation(model)
-    if not widths.opens_in_stock(targets):
-        names = widths.inexpressible(targets)
+    if names := widths.inexpressible(targets):
         logger.warning(
             "%s keeps a width of its own, which %s in the config cannot express: the saved config "
             "has the widths in per_layer_config, from which transformers up to 5.24 builds no "

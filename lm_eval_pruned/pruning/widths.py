@@ -234,7 +234,8 @@ class Widths:
     def inexpressible(self, targets: Mapping[str, int]) -> list[str]:
         """Return the names of the MLPs whose width in `targets` no key of the config can hold.
 
-        Their key also sets the width of others.
+        Their key also sets the width of others. Stock transformers builds a model of these widths
+        if there are none.
         """
         values = self._values(targets)
         return [
@@ -250,10 +251,6 @@ class Widths:
             key: values.pop() if len(values) == 1 else key.get(self.config)
             for key, values in wanted.items()
         }
-
-    def opens_in_stock(self, targets: Mapping[str, int]) -> bool:
-        """Return whether stock transformers builds a model of these widths: keys hold them all."""
-        return not self.inexpressible(targets)
 
     def copy_keys(self, source: PretrainedConfig, target: PretrainedConfig) -> None:
         """Give `target` the width keys of `source`, and whether they are the widths."""

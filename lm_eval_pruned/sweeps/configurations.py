@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
-from lm_eval_pruned.pruning.allocation_names import canonical_allocation
+from lm_eval_pruned.pruning.argument_values import known_allocation, read_widths
 from lm_eval_pruned.pruning.arguments import (
     EXCLUSIVE,
     SEVERAL_SIZES,
@@ -18,7 +18,6 @@ from lm_eval_pruned.pruning.arguments import (
     without_idle,
 )
 from lm_eval_pruned.pruning.criteria import canonical_name
-from lm_eval_pruned.pruning.layer_widths import read_widths
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.options import parse_number
 
@@ -72,7 +71,7 @@ def configurations_of(
     )
     allocations = list(
         dict.fromkeys(
-            canonical_allocation(name)
+            known_allocation("allocation", name)
             for name in options.get("allocations", [PruneArguments.allocation])
         )
     )

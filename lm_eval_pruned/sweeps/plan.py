@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.damage import misspelt
+from lm_eval_pruned.pruning.argument_values import read_widths
 from lm_eval_pruned.pruning.arguments import (
     CUTS,
     DECLARED,
@@ -24,7 +25,6 @@ from lm_eval_pruned.pruning.arguments import (
     SIZES,
     without_idle,
 )
-from lm_eval_pruned.pruning.layer_widths import read_widths
 from lm_eval_pruned.results.folder import ADAPTERS
 from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS, read_block_options
 from lm_eval_pruned.sweeps.configurations import (

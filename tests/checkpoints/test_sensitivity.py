@@ -13,10 +13,9 @@ from lm_eval_pruned import cli, load_pruned, prune_model
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.pruning.allocation import MEASURED_CUTS as REMOVED
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-from lm_eval_pruned.pruning.slicing import LoadedModel
+from lm_eval_pruned.pruning.measuring import MEASURED_CUTS as REMOVED, LoadedModel
 from tests.helpers import checkpoints
 from tests.helpers.layouts import save_family
 

@@ -12,7 +12,7 @@ import re
 import pytest
 import yaml
 
-from lm_eval_pruned.pruning import allocation_names, criteria
+from lm_eval_pruned.pruning import criteria
 from tests.helpers import checkpoints
 from tests.project.test_requirements import extras
 
@@ -139,7 +139,7 @@ def test_files_that_are_named_exist():
 
 
 def test_names_of_the_package_that_are_mentioned_exist():
-    groups = {criteria.GROUP, allocation_names.GROUP}  # of entry points
+    groups = {criteria.GROUP}  # of entry points
     mentioned = {
         name
         for path in written()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import types
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.pruning import alignment
-from lm_eval_pruned.pruning.alignment import weight_bits
 from tests.helpers.layouts import save_family
 
 
@@ -100,33 +97,3 @@ def test_stacked_experts_have_a_notice_of_their_own(tmp_path, on_cuda, caplog):
     model.save_pretrained(tmp_path / "saved")
     again = load_pruned(str(tmp_path / "saved"))
     assert again.config._experts_implementation == "eager"
-
-
-@pytest.mark.parametrize(
-    ("config", "bits"),
-    [
-        (None, 16),
-        (BitsAndBytesConfig(load_in_4bit=True), 4),
-        (BitsAndBytesConfig(load_in_8bit=True), 8),
-        (BitsAndBytesConfig(load_in_8bit=True).to_dict(), 8),
-        ({"quant_method": "quanto", "weights": "int4"}, 4),
-        ({"quant_method": "quanto", "weights": "float8"}, 8),
-        ({"quant_method": "quanto", "weights": "int2"}, 16),
-    ],
-)
-def test_bits_of_a_weight(config, bits):
-    model = types.SimpleNamespace(
-        config=types.SimpleNamespace(quantization_config=config), dtype=torch.bfloat16
-    )
-    assert weight_bits(model) == bits
-
-
-def test_bits_of_torchao():
-    quantization = pytest.importorskip("torchao.quantization")
-    for kind, bits in (("Int4WeightOnlyConfig", 4), ("Int8WeightOnlyConfig", 8)):
-        config = TorchAoConfig(getattr(quantization, kind)())
-        model = types.SimpleNamespace(
-            config=types.SimpleNamespace(quantization_config=config),
-            dtype=torch.float16,
-        )
-        assert weight_bits(model) == bits

@@ -206,7 +206,6 @@ def test_what_was_checked_stays_as_it_is():
 EXPECTED = {
     ("pruning/arguments.py", "PruneArguments"),
     ("pruning/arguments.py", "SIZES"),
-    ("pruning/plan.py", "PrunePlan"),
     ("pruning/record.py", "PruneRecord"),
     ("pruning/curves.py", "LayerCurve"),
     ("report/formats.py", "_COLUMNS"),

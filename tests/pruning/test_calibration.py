@@ -158,7 +158,7 @@ def test_chats_go_through_the_template(tiny_llama, tmp_path):
     rendered = tokenizer.apply_chat_template(chat, tokenize=False)
     file.write_text(json.dumps({"text": rendered}))
     again = calibrate(model, tokenizer, str(file))
-    assert observed.tokens == again.tokens
+    assert observed.measured_on["tokens"] == again.measured_on["tokens"]
     for name, activity in observed.activity.items():
         assert torch.equal(activity.norm, again.activity[name].norm)
 
@@ -166,7 +166,7 @@ def test_chats_go_through_the_template(tiny_llama, tmp_path):
 def test_long_texts_are_cut_at_the_models_positions(tmp_path, texts):
     folder = checkpoints.save_tiny(tmp_path / "model", max_position_embeddings=8)
     loaded = load_pruned(str(folder), ratio=2, criterion="act", calibration=texts)
-    assert loaded.prune_record.calibration.tokens == 8 * len(TEXTS)
+    assert loaded.prune_record.calibration.measured_on["tokens"] == 8 * len(TEXTS)
 
 
 def test_scores_do_not_depend_on_the_order_of_texts(tiny_llama, tmp_path, texts):

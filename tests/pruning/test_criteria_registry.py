@@ -93,6 +93,8 @@ def test_curves_are_measured_each_time(install, tiny_llama, tmp_path, monkeypatc
     edited = code.replace("gate.abs()", "-gate.abs()")
     (tmp_path / "user_criteria" / "user_criteria.py").write_text(edited)
     assert losses() != first
+    (tmp_path / "user_criteria" / "user_criteria.py").write_text(code)
+    assert losses() == first
 
 
 def test_unknown_names_list_what_there_is(install):

@@ -362,7 +362,7 @@ def test_seeds_are_kept_with_and_without_a_size():
 
 def test_calibration_belongs_to_criteria_that_look_at_activations():
     def plan(**arguments):
-        return PrunePlan.from_arguments(32, 88, ratio=1, **arguments)
+        return PrunePlan.from_arguments(32, 88, ratio=1, **arguments).arguments
 
     assert (plan().calibration, plan().calibration_samples) == (None, None)
     whole = plan(criterion="act", calibration="a.jsonl")

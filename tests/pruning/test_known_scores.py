@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.load import load_with_arguments
 from lm_eval_pruned.checkpoints.planning import plan_rows
-from lm_eval_pruned.pruning import calibration, measuring, slicing
+from lm_eval_pruned.pruning import calibration, measuring
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.comparing import assert_same_model
 
@@ -45,11 +45,11 @@ def scored(monkeypatch):
     """The names of the MLPs that are scored from now on."""
     names = []
 
-    def counted(*args, name, score=slicing.score_neurons, **kwargs):
+    def counted(*args, name, score=measuring.score_neurons, **kwargs):
         names.append(name)
         return score(*args, name=name, **kwargs)
 
-    monkeypatch.setattr(slicing, "score_neurons", counted)
+    monkeypatch.setattr(measuring, "score_neurons", counted)
     return names
 
 
@@ -85,9 +85,9 @@ def test_seven_widths_take_one_calibration(
     scored.clear()
     passes = []
     monkeypatch.setattr(
-        slicing,
+        measuring,
         "calibrate",
-        lambda *args, run=slicing.calibrate: passes.append(args) or run(*args),
+        lambda *args, run=measuring.calibrate: passes.append(args) or run(*args),
     )
     for percent, model in zip(PERCENTS, expected, strict=True):
         again = load(str(tiny_llama), prune_percent=percent, **arguments)
@@ -103,8 +103,8 @@ def passes(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found: Counter[str] = Counter()
     for module, name in (
-        (slicing, "calibrate"),
-        (slicing, "loss_curves"),
+        (measuring, "calibrate"),
+        (measuring.LoadedModel, "losses"),
         (measuring, "block_influence"),
     ):
         original = getattr(module, name)
@@ -134,7 +134,7 @@ def test_sizes_with_the_best_criterion_take_one_calibration(
     if cached:
         assert passes == {"calibrate": 1}
     else:
-        assert passes == {"calibrate": 1, "loss_curves": 3}
+        assert passes == {"calibrate": 1, "losses": 3}
     for percent, model in zip(PERCENTS, models, strict=True):
         alone = load_pruned(
             str(tiny_llama), prune_percent=percent, calibration=texts, **BEST
@@ -166,7 +166,7 @@ def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, texts, pas
     assert passes == {"block_influence": 1}
     passes.clear()
     plan_rows(str(tiny_llama), "prune_percent", [20, 40], **BEST, **asked)
-    assert passes == {"calibrate": 1, "loss_curves": 3}
+    assert passes == {"calibrate": 1, "losses": 3}
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
+from lm_eval_pruned.pruning.argument_values import read_widths
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.criteria import kept_set, score_neurons
-from lm_eval_pruned.pruning.layer_widths import read_widths
-from lm_eval_pruned.pruning.measuring import ScoreTable
-from lm_eval_pruned.pruning.slicing import LoadedModel, carry_out
+from lm_eval_pruned.pruning.measuring import LoadedModel, ScoreTable
+from lm_eval_pruned.pruning.slicing import carry_out
 from lm_eval_pruned.pruning.widths import widths_in_memory
 from tests.helpers import checkpoints, layouts
 from tests.helpers.comparing import assert_same_model
@@ -171,7 +171,7 @@ def test_criteria_by_layer(tmp_path, how, monkeypatch):
         model = load_pruned(str(folder))
         widths, known = widths_in_memory(model), ScoreTable()
         plan = dataclasses.replace(widths.plan(own), layer_criteria=criteria)
-        carry_out(LoadedModel(plan, model, None, known), widths)
+        carry_out(LoadedModel(model, None, known, None, None, 0), plan, widths)
     for layer, name in enumerate(["l2", "maw", "random"]):
         mlp = full.model.layers[layer].mlp
         scores = score_neurons(

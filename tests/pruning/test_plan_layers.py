@@ -133,10 +133,10 @@ def test_the_best_criterion_of_each_layer_is_recorded_and_used(tiny_llama, text)
 
 def test_several_sizes_are_measured_once(tiny_llama, text, monkeypatch):
     calls = []
-    measure = load.measure_sensitivity
+    measure = load.cached_losses
     monkeypatch.setattr(
         load,
-        "measure_sensitivity",
+        "cached_losses",
         lambda *given, **named: calls.append(1) or measure(*given, **named),
     )
     rows = plan_rows(
@@ -147,7 +147,7 @@ def test_several_sizes_are_measured_once(tiny_llama, text, monkeypatch):
         criterion="best",
         calibration=text,
     )
-    assert calls == [1]
+    assert calls == [1, 1], "once by each criterion"
     assert all(row.layer_widths and row.layer_criteria for row in rows)
     uniform = plan_rows(str(tiny_llama), "prune_percent", [10, 50])
     assert [r.parameters for r in rows] == [r.parameters for r in uniform]

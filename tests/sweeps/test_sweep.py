@@ -607,15 +607,15 @@ def test_the_model_type_belongs_to_the_definition(options):
 
 
 def test_neurons_are_scored_once_for_all_ratios(options, monkeypatch):
-    from lm_eval_pruned.pruning import slicing
+    from lm_eval_pruned.pruning import measuring
 
     scored = []
 
-    def counted(*args, name, score=slicing.score_neurons, **kwargs):
+    def counted(*args, name, score=measuring.score_neurons, **kwargs):
         scored.append(name)
         return score(*args, name=name, **kwargs)
 
-    monkeypatch.setattr(slicing, "score_neurons", counted)
+    monkeypatch.setattr(measuring, "score_neurons", counted)
     options["ratios"] = ["1", "1.25", "1.5", "1.75", "2", "2.25", "2.5"]
     assert run_sweep(options) == 0
     assert sorted(scored) == [f"model.layers.{layer}.mlp" for layer in range(3)]

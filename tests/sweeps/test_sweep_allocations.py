@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lm_eval_pruned.pruning.slicing import LoadedModel
+from lm_eval_pruned.pruning.measuring import LoadedModel
 from lm_eval_pruned.report.report import write_report
 from lm_eval_pruned.results.series import series_name
 from lm_eval_pruned.results.sweep_results import read_sweep
