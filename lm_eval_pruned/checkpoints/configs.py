@@ -28,6 +28,8 @@ READING = (*HUB, "gguf_file", "trust_remote_code", "use_safetensors", "variant")
 PLACING = re.compile(
     r"device_map|max_memory|tp_(plan|size)|distributed_config|offload_\w+|quantization_config|dtype"
 )
+#: Those that make it one of few bits.
+QUANTISING = ("load_in_8bit", "load_in_4bit")
 #: Arguments of `transformers.BitsAndBytesConfig`, which lm-evaluation-harness passes on as they are.
 _BITSANDBYTES = re.compile(r"load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+")
 
@@ -50,7 +52,7 @@ def skeleton(
 
 def quantising_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Return the names of the arguments that quantise the model while it loads."""
-    names = ("quantization_config", "load_in_8bit", "load_in_4bit")
+    names = ("quantization_config", *QUANTISING)
     return [name for name in arguments if name in names and arguments[name]]
 
 
@@ -111,24 +113,20 @@ def config_and_rest(
 
 
 def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of ``from_pretrained`` with one object that says how to quantise.
-
-    Raises:
-        ValueError: Two say how to quantise, or transformers knows no such way.
-        ImportError: The package that quantises is missing; transformers names it.
-    """
-    given = {k: v for k, v in arguments.items() if _BITSANDBYTES.fullmatch(k)}
-    others = {k: v for k, v in arguments.items() if k not in given}
+    """Return arguments of ``from_pretrained`` with one object that says how to quantise."""
+    others = {k: v for k, v in arguments.items() if not _BITSANDBYTES.fullmatch(k)}
+    given = {k: v for k, v in arguments.items() if k not in others}
     config = others.get("quantization_config")
-    for name in quantising_arguments(given):
-        if config is not None:
-            raise ValueError(
-                f"{name} and quantization_config both say how to quantise: pass one."
-            )
+    asked = quantising_arguments(given)
+    if asked and config is not None:
+        raise ValueError(
+            f"{asked[0]} and quantization_config both say how to quantise: pass one."
+        )
+    if asked:
         from transformers import BitsAndBytesConfig
 
-        return {**others, "quantization_config": BitsAndBytesConfig(**given)}
-    if isinstance(config, dict):
+        others["quantization_config"] = BitsAndBytesConfig(**given)
+    elif isinstance(config, dict):
         from transformers.quantizers import AutoQuantizationConfig
 
         others["quantization_config"] = AutoQuantizationConfig.from_dict(config)

@@ -98,7 +98,7 @@ def check_config(pretrained: str, arguments: Mapping[str, Any]) -> None:
     """
     from transformers import PretrainedConfig
 
-    with clear_config_errors(pretrained):
+    with clear_errors(pretrained):
         config, _ = PretrainedConfig.get_config_dict(pretrained, **arguments)
         parts = [{**config, **arguments}]
         for part in parts:
@@ -113,32 +113,26 @@ def check_config(pretrained: str, arguments: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def clear_config_errors(pretrained: str) -> Iterator[None]:
-    """Turn what a config makes transformers raise into a ValueError that names it."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, _CLEAR) and not isinstance(error, _UNCLEAR):
-            raise
-        raise ValueError(
-            f"The config of {pretrained} describes no model that can be built "
-            f"({_summary(error)}): correct its config.json, or copy it again."
-        ) from error
-
-
-@contextlib.contextmanager
-def clear_load_errors(pretrained: str, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what loading makes transformers raise into a ValueError that names the cause.
+def clear_errors(
+    pretrained: str, arguments: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Turn what transformers raises into a ValueError that names the cause.
 
     Args:
         pretrained: Folder or Hub name of the model.
-        arguments: Keyword arguments of ``from_pretrained``.
+        arguments: Keyword arguments of ``from_pretrained``; None while its config alone is used.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, _CLEAR) and not isinstance(error, _UNCLEAR):
             raise
+        summary = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if arguments is None:
+            raise ValueError(
+                f"The config of {pretrained} describes no model that can be built ({summary}): "
+                "correct its config.json, or copy it again."
+            ) from error
         if isinstance(error, SafetensorError):
             _name_broken_file(Path(pretrained))
         unknown = re.search(r"unexpected keyword argument '(.*)'", str(error))
@@ -150,8 +144,8 @@ def clear_load_errors(pretrained: str, arguments: Mapping[str, Any]) -> Iterator
             ) from error
         names = ", ".join(n for n, value in arguments.items() if value is not None)
         raise ValueError(
-            f"{pretrained} cannot be loaded ({_summary(error)}): its files or the index of its "
-            f"shards are damaged, or an argument is wrong ({names or 'none was given'})."
+            f"{pretrained} cannot be loaded ({summary}): its files or the index of its shards are "
+            f"damaged, or an argument is wrong ({names or 'none was given'})."
         ) from error
 
 
@@ -164,11 +158,6 @@ def _name_broken_file(folder: Path) -> None:
             raise OSError(
                 f"{file} is not an intact safetensors file ({error}): download or copy it again."
             ) from error
-
-
-def _summary(error: Exception) -> str:
-    """Return kind and text of an error on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def check_filled(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.default_model import cache_folder
 from lm_eval_pruned.pruning.argument_values import exact
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.arguments import Number
@@ -48,8 +48,7 @@ def measure_sensitivity(
     samples: int | None = SAMPLES,
     length: int = LENGTH,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    model: PreTrainedModel | None = None,
-    known: ScoreTable | None = None,
+    loaded: LoadedModel | None = None,
 ) -> Sensitivity:
     """Measure what cutting one layer alone costs, for each layer, criterion and width.
 
@@ -69,8 +68,7 @@ def measure_sensitivity(
         samples: How many texts to use, from the first on; None for all.
         length: How many tokens of each text to use for the loss.
         tokenizer: What reads the text; default: the model's own.
-        model: The unpruned model of `request`, if it is loaded already.
-        known: Scores from before; takes those that are behind curves measured here.
+        loaded: The unpruned model of `request` with its tokenizer, if it is loaded already.
 
     Raises:
         ValueError: An argument is out of range, the text cannot be used, or the
@@ -96,7 +94,7 @@ def measure_sensitivity(
     skeleton, content = request.widths.skeleton(), request.content_key()
     if skeleton.config.is_encoder_decoder or {name for name, _ in ways} & {*CALIBRATED}:
         check_observable(skeleton)
-    tokenizer = tokenizer or request.load_tokenizer()
+    tokenizer = loaded.tokenizer if loaded else tokenizer or request.load_tokenizer()
     text = CalibrationText.of(skeleton, tokenizer, calibration, samples, length)
     text.check_predictable()
     parts = []
@@ -111,37 +109,30 @@ def measure_sensitivity(
             key = (_MEASURE, content, repr(tokens), criterion, seed, shares, code)
             name = hashlib.sha256(repr(key).encode()).hexdigest()
             file = cache_folder() / "sensitivity" / f"{name}.json"
-        part = _read(file)
+        part = None
+        if file is not None and file.is_file():
+            try:
+                part = read_sensitivity(file)
+            except ValueError as error:
+                logger.warning("%s", error)
         if part is None:
-            model = model or request.load_stored()[0]
-            known = known or ScoreTable()
-            plan = dataclasses.replace(
-                request.plan,
-                calibration=calibration,
-                calibration_samples=samples,
-                seed=request.plan.seed if seed is None else seed,
-            )
-            loaded = LoadedModel(plan, model, tokenizer, known)
+            if loaded is None:
+                told: dict[str, Any] = {"calibration": calibration, "calibration_samples": samples}
+                plan = dataclasses.replace(request.plan, **told)
+                model, _ = request.load(stored=True)
+                loaded = LoadedModel(plan, model, tokenizer, ScoreTable())
+            if seed is not None:
+                plan = dataclasses.replace(loaded.plan, seed=seed)
+                loaded = dataclasses.replace(loaded, plan=plan)
             part = loaded.losses(text, criterion, shares)
-            _write(part, file)
+            if file is not None:
+                _write(part, file)
         parts.append(part)
     curves = tuple(curve for part in parts for curve in part.curves)
     return Sensitivity(request.pretrained, parts[0].loss, curves, **text.as_dict())
 
 
-def _read(file: Path | None) -> Sensitivity | None:
-    if file is None or not file.is_file():
-        return None
-    try:
-        return read_sensitivity(file)
-    except ValueError as error:
-        logger.warning("%s", error)
-        return None
-
-
-def _write(measured: Sensitivity, file: Path | None) -> None:
-    if file is None:
-        return
+def _write(measured: Sensitivity, file: Path) -> None:
     try:
         measured.write(file)
     except OSError as error:

@@ -396,39 +396,20 @@ def test_arguments_are_for_the_config_or_for_the_model(tiny_llama):
     assert rest["low_cpu_mem_usage"] is True
 
 
-def test_what_is_about_to_be_loaded_can_be_inspected(copied):
-    def inspected(folder, **prune_arguments):
-        seen = []
-        model = loading.load_with_arguments(
-            AutoModelForCausalLM,
-            str(folder),
-            PruneArguments(**prune_arguments),
-            {},
-            inspect=seen.append,
-        )
-        return seen, model
-
-    (request,), model = inspected(copied, ratio=1)
-    assert request.plan == model.prune_record.plan
+def test_a_request_has_the_widths_of_the_config(copied):
+    request = request_for(copied, ratio=1)
+    assert request.plan == loading.load_request(request).prune_record.plan
     ragged = copied.parent / "ragged"
     load_pruned(str(copied), ratio=1, layers=1).save_pretrained(ragged)
-    (only,), _ = inspected(ragged, ratio=2)
+    only = request_for(ragged, ratio=2)
     assert sorted(only.widths.actual.values()) == [32, 88, 88]
     config = json.loads((ragged / "config.json").read_text())
     del config["per_layer_config"]
     (ragged / "config.json").write_text(json.dumps(config))
-    (before,), model = inspected(ragged, ratio=2)
+    before = request_for(ragged, ratio=2)
     assert set(before.widths.actual.values()) == {88}
+    model = loading.load_request(before)
     assert [len(kept) for kept in model.prune_record.kept] == [64, 32, 64]
-    (ragged / "model.safetensors").unlink()
-
-    def refuse(request):
-        raise KeyError("before weights are read")
-
-    with pytest.raises(KeyError, match="before"):
-        loading.load_with_arguments(
-            AutoModelForCausalLM, str(ragged), PruneArguments(), {}, inspect=refuse
-        )
 
 
 def test_a_config_that_no_model_has_is_refused(copied):
@@ -571,15 +552,6 @@ def test_options_are_passed_by_name(tiny_llama):
         load_pruned(str(tiny_llama), 1)
     model = load_pruned(ratio=1, pretrained=str(tiny_llama))
     assert model.config.intermediate_size == 32
-    arguments = {
-        "auto_class": AutoModelForCausalLM,
-        "pretrained": str(tiny_llama),
-        "prune_arguments": PruneArguments(ratio=1),
-        "from_pretrained": {},
-    }
-    with pytest.raises(TypeError, match="positional"):
-        loading.load_with_arguments(*arguments.values(), None)
-    assert_same_model(model, loading.load_with_arguments(**arguments))
 
 
 @pytest.mark.parametrize("text", ["off", "false", ""])
@@ -654,10 +626,3 @@ def test_a_model_of_text_with_the_config_of_more(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path), ratio=1, layers=1
     )
     assert_same_model(ragged, whole.to(torch.bfloat16))
-
-
-def test_a_record_of_pruning_says_what_was_kept(tiny_llama):
-    record = load_pruned(str(tiny_llama), ratio=1).prune_record
-    widths = request_for(tiny_llama, ratio=1).widths
-    with pytest.raises(ValueError, match="kept neurons of 3 MLPs, not of 0"):
-        type(record).of(record.plan, widths, 2, 1, ())
