@@ -81,11 +81,9 @@ def check_adapter(
             "was trained on them, or peft_stage=before to merge it first."
         )
     other = request.plan.width_before if after else request.plan.width
-    widths_of = {f".{mlp.path}.": targets[mlp.name] for mlp in widths.mlps}
     for name in sorted(stored.keys() & expected.keys()):
-        wanted = {w for path, w in widths_of.items() if path in f".{name}"}
         for have, want in zip(stored[name].shape, expected[name], strict=False):
-            if have == want or want not in wanted:
+            if have == want or want not in targets.values():
                 continue
             advice = f"pass an adapter of {want} neurons"
             if argument != "peft":

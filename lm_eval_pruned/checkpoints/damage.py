@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.widths import Widths
 
-#: Numbers in a config that say how many modules to build.
-_COUNT = re.compile(r"(layer|expert)s?$")
+#: Numbers in a config, as JSON, that say how many modules to build.
+_COUNT = re.compile(r'"(\w*(?:layer|expert)s?)": ([\d.e+]+|Infinity)')
 #: More than any model has: Doge routes among 16,384 experts of one neuron each.
 _MOST = 16384
 #: Errors that say themselves what is wrong, but for those kinds that do not name the file.
@@ -100,16 +100,13 @@ def check_config(pretrained: str, arguments: Mapping[str, Any]) -> None:
 
     with clear_errors(pretrained):
         config, _ = PretrainedConfig.get_config_dict(pretrained, **arguments)
-        parts = [{**config, **arguments}]
-        for part in parts:
-            parts += [value for value in part.values() if isinstance(value, dict)]
-            for name, value in part.items():
-                counts = _COUNT.search(name) and isinstance(value, (int, float))
-                if counts and value > _MOST:
-                    raise ValueError(
-                        f"The config of {pretrained} says {name}={value}, which no model has: "
-                        f"correct it to at most {_MOST}."
-                    )
+        settings = json.dumps({**config, **arguments}, default=str)
+        for name, value in _COUNT.findall(settings):
+            if float(value) > _MOST:
+                raise ValueError(
+                    f"The config of {pretrained} says {name}={value}, which no model has: correct "
+                    f"it to at most {_MOST}."
+                )
 
 
 @contextlib.contextmanager

@@ -55,18 +55,22 @@ def check_buildable(request: LoadRequest) -> None:
             layers would be left out.
     """
     widths, plan = request.widths, request.plan
-    advice = "use --model pruned-hf, or export the pruned model first (lm-eval-pruned prune)."
+    why = None
     if request.prune_arguments.drop_layers is not None:
-        raise UnsupportedModelError(
+        why = (
             "drop_layers leaves out whole layers, which an engine that builds its model by itself "
-            f"would look for in the checkpoint: {advice}"
+            "would look for in the checkpoint"
         )
-    if plan.is_open:
-        uniform = plan.allocation == UNIFORM
-        asked = "criterion" if uniform else "allocation"
-        raise UnsupportedModelError(
+    elif plan.is_open:
+        asked = "criterion" if plan.allocation == UNIFORM else "allocation"
+        why = (
             f"{asked}={getattr(plan, asked)} finds the widths in the weights, and an engine needs "
-            f"them before it reads a weight: {advice}"
+            "them before it reads a weight"
+        )
+    if why is not None:
+        raise UnsupportedModelError(
+            f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "
+            "prune)."
         )
     experts = {mlp.name for mlp in widths.mlps if mlp.kind == "expert"}
     for name in widths.inexpressible(widths.targets(plan)):

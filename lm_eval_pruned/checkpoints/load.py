@@ -159,12 +159,11 @@ class Stored(LoadedModel):
         """Load the model of `request`, as it is stored; takes what `load_request` takes."""
         asked, content = request.prune_arguments, request.content_key()
         text = asked.calibration and stamp(Path(asked.calibration))
+        tables = {} if known_scores is None or content is None else known_scores
 
         def known(*ways: Hashable) -> ScoreTable:
-            if known_scores is None or content is None:
-                return ScoreTable()
-            key = (*content, text, asked.calibration_samples, *ways)
-            return known_scores.setdefault(key, ScoreTable())
+            key = (content, text, asked.calibration_samples, *ways)
+            return tables.setdefault(key, ScoreTable())
 
         model, widths = request.load(stored=True)
         if asked.calibration is not None and tokenizer is None:

@@ -95,8 +95,6 @@ def plan_rows(
 
 def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
     """Describe what becomes of a model; `known` takes what its weights or text tell."""
-    import torch
-
     plan = request.plan
     if plan.is_open or request.prune_arguments.measures_depth:
         from lm_eval_pruned.checkpoints.load import Stored
@@ -117,14 +115,14 @@ def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
         # Rounded down, of which the kept width is rounded up again.
         digits = width * 10**_DIGITS // plan.hidden_size
         equal = f"{digits / 10**_DIGITS:.{_DIGITS}f}" if width >= 1 else ""
-    dtype: Any = widths.original.dtype or torch.float32
+    dtype: Any = widths.original.dtype
     return PlanRow(
         ", ".join(f"{argument}={value}" for argument, value in plan.asked.items()),
         whole_or_mean(plan.mean_width),
         plan.ratio,
         after,
         1 - after / before,
-        after * dtype.itemsize,
+        after * (4 if dtype is None else dtype.itemsize),
         written_by_layer(plan.layer_widths or ()),
         written_by_layer(plan.layer_criteria or ()),
         "" if plan.depth is None else written_layers(plan.depth.dropped),

@@ -16,15 +16,16 @@ from lm_eval_pruned.checkpoints.configs import (
     QUANTISING,
     READING,
     auto_class_for,
+    class_with_widths,
     config_and_rest,
     skeleton,
+    stored_widths,
 )
 from lm_eval_pruned.checkpoints.damage import (
     argument_errors,
     check_filled,
     clear_errors,
 )
-from lm_eval_pruned.checkpoints.own_widths import class_with_widths, stored_widths
 from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
@@ -95,9 +96,8 @@ class LoadRequest:
             config, rest = config_and_rest(pretrained, from_pretrained)
             auto_class = auto_class or auto_class_for(config)
             build = functools.partial(skeleton, auto_class, trust_remote_code=trusted)
-            whole = Widths(config, build)
-        none = PruneArguments()
-        unpruned = cls(auto_class, pretrained, whole.plan(none), whole, rest, none)
+            whole, none = Widths(config, build), PruneArguments()
+            unpruned = cls(auto_class, pretrained, whole.plan(none), whole, rest, none)
         return unpruned.asking(prune_arguments)
 
     def asking(self, prune_arguments: PruneArguments) -> LoadRequest:

@@ -117,7 +117,10 @@ def measure_sensitivity(
                 logger.warning("%s", error)
         if part is None:
             if loaded is None:
-                told: dict[str, Any] = {"calibration": calibration, "calibration_samples": samples}
+                told: dict[str, Any] = {
+                    "calibration": calibration,
+                    "calibration_samples": samples,
+                }
                 plan = dataclasses.replace(request.plan, **told)
                 model, _ = request.load(stored=True)
                 loaded = LoadedModel(plan, model, tokenizer, ScoreTable())
