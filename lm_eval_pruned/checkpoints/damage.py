@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.widths import Widths
 
 #: Numbers in a config, as JSON, that say how many modules to build.
-_COUNT = re.compile(r'"(\w*(?:layer|expert)s?)": ([\d.e+]+|Infinity)')
+_COUNT = re.compile(r'"(\w*(?:layer|expert)s?)": ([-+.\de]+|Infinity)')
 #: More than any model has: Doge routes among 16,384 experts of one neuron each.
 _MOST = 16384
 #: Errors that say themselves what is wrong, but for those kinds that do not name the file.
