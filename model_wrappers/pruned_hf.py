@@ -20,7 +20,7 @@ from lm_eval_pruned.checkpoints.adapters import (
 from lm_eval_pruned.checkpoints.damage import (
     argument_errors,
     check_config,
-    clear_config_errors,
+    clear_errors,
 )
 from lm_eval_pruned.checkpoints.engines import divide_among
 from lm_eval_pruned.checkpoints.load import load_request
@@ -112,7 +112,7 @@ class PrunedHFLM(EnergyLoggingHFLM):
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         if kwargs.get("gguf_file") is None:
             check_config(pretrained, kwargs)
-        with clear_config_errors(pretrained):
+        with clear_errors(pretrained):
             super()._get_config(pretrained, **kwargs)
 
     def _create_model(
@@ -136,15 +136,13 @@ class PrunedHFLM(EnergyLoggingHFLM):
         auto_class, revision = self.AUTO_MODEL_CLASS, kwargs.get("revision")
 
         def load(name: str, **from_pretrained: Any) -> PreTrainedModel:
-            def resolve(asked: PruneArguments) -> LoadRequest:
-                return LoadRequest.resolve(auto_class, name, asked, from_pretrained)
-
+            request = LoadRequest.resolve(
+                auto_class, name, self._prune_arguments, from_pretrained
+            )
             if from_pretrained.get("tp_plan") is not None:
                 processes = int(os.environ.get("WORLD_SIZE", "1"))
-                self._prune_arguments = divide_among(
-                    resolve, self._prune_arguments, processes
-                )
-            request = resolve(self._prune_arguments)
+                request = divide_among(request, processes)
+                self._prune_arguments = request.prune_arguments
             if merging is not None:
                 request.check_prunable_in_memory(f"{merging} adds to its weights first")
             if peft is not None:

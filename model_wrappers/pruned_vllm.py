@@ -142,7 +142,7 @@ class PrunedVLLM(EnergyLoggingVLLM):
             silent = "worker_extension_cls is another than the one that tells it"
         if request.plan.prunes and silent is None:
             return self.model.collective_rpc("pruned_record")[0]
-        record = record_of(request, request.widths, None)
+        record = record_of(request)
         told: dict[str, Any] = {
             "record": record.as_dict(),
             "table": record.as_table(),

@@ -63,17 +63,12 @@ def engine_request(
         UnsupportedModelError: The model cannot be pruned while an engine loads it.
         OSError: The checkpoint is missing or damaged.
     """
-
-    def resolve(asked: PruneArguments) -> LoadRequest:
-        return LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, source)
-
-    request = resolve(asked)
+    request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, source)
     check_buildable(request)
     if not request.plan.prunes:
         return request
     request.check_text()
-    divided = divide_among(resolve, asked, processes, "tensor_parallel_size")
-    return request if divided is asked else resolve(divided)
+    return divide_among(request, processes, "tensor_parallel_size")
 
 
 class PrunedModelLoader(DefaultModelLoader):

@@ -87,7 +87,7 @@ TESTS = {
             "pruning/test_pruning.py",
             "pruning/test_arguments.py",
         ]
-        for part in ("load", "request", "own_widths")
+        for part in ("configs", "load", "request")
     },
 }
 #: Of the many replacements of one operator, how many to try at each place.

@@ -37,7 +37,7 @@ def check_adapter(
     """Refuse an adapter whose tensors do not fit the MLPs.
 
     Adapters of any method are checked, by building the adapted model without weights
-    and comparing shapes. Those that are not in safetensors are left to peft.
+    and comparing shapes.
 
     Args:
         adapter: Folder or Hub name of the adapter.
@@ -53,9 +53,11 @@ def check_adapter(
             layers that are left out, or after pruning where it is to be merged before.
     """
     from peft import PeftConfig
+    from peft.utils import load_peft_weights
 
     try:
         config = PeftConfig.from_pretrained(adapter, revision=revision)
+        stored = load_peft_weights(adapter, device="cpu", revision=revision)
     except (ValueError, OSError) as error:
         raise ValueError(f"{argument}={adapter} is no adapter ({error}).") from None
     after = stage == "after"
@@ -65,10 +67,9 @@ def check_adapter(
             f"peft_stage=before merges {argument}={adapter} before pruning, but it was trained on "
             "a model that was pruned already: leave out peft_stage."
         )
-    stored = _stored_shapes(adapter, revision)
     widths = request.widths if after else request.widths.whole
     targets = widths.targets(request.plan) if after else widths.actual
-    if not stored or widths.inexpressible(targets):
+    if widths.inexpressible(targets):
         return
     expected = adapted_shapes(request, widths.narrowed_config(targets), config)
     depth, absent = request.plan.depth, sorted({*stored} - {*expected})
@@ -80,11 +81,9 @@ def check_adapter(
             "was trained on them, or peft_stage=before to merge it first."
         )
     other = request.plan.width_before if after else request.plan.width
-    widths_of = {f".{mlp.path}.": targets[mlp.name] for mlp in widths.mlps}
     for name in sorted(stored.keys() & expected.keys()):
-        wanted = {w for path, w in widths_of.items() if path in f".{name}"}
-        for have, want in zip(stored[name], expected[name], strict=False):
-            if have == want or want not in wanted:
+        for have, want in zip(stored[name].shape, expected[name], strict=False):
+            if have == want or want not in targets.values():
                 continue
             advice = f"pass an adapter of {want} neurons"
             if argument != "peft":
@@ -129,9 +128,11 @@ def adapted_shapes(
 def adapted_modules(adapter: str | None) -> set[str]:
     """Return the last names of the modules that a LoRA adapter changes, such as ``up_proj``.
 
-    Empty without an adapter, and for one that is not in safetensors.
+    Empty without an adapter.
     """
-    names = _stored_shapes(adapter, None) if adapter is not None else ()
+    from peft.utils import load_peft_weights
+
+    names = load_peft_weights(adapter, device="cpu") if adapter is not None else ()
     parts = (name.partition(".lora_") for name in names)
     return {module.rpartition(".")[2] for module, lora, _ in parts if lora}
 
@@ -147,8 +148,7 @@ def check_kept(
     Args:
         adapter: Folder or Hub name of the adapter.
         record: What the model that it is applied to kept.
-        revision: Revision of the adapter on the Hub.
-        argument: What named the adapter, for messages.
+        revision, argument: As in `check_adapter`.
 
     Returns:
         What it says it was trained on; None where it says nothing.
@@ -180,7 +180,10 @@ def read_healing(adapter: str, revision: str | None = None) -> dict[str, Any] | 
     Raises:
         ValueError: Its file is damaged.
     """
-    file = _file_of(adapter, HEALING, revision)
+    from transformers.utils import cached_file
+
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    file = cached_file(adapter, HEALING, revision=revision, **optional)
     if file is None:
         return None
     try:
@@ -208,29 +211,3 @@ def merged(model: PeftModel, adapter: str) -> PreTrainedModel:
             f"peft={adapter} is of the kind {getattr(kind, 'value', kind)}, which cannot be merged "
             f"({error}): leave out peft_stage=before."
         ) from error
-
-
-def _stored_shapes(adapter: str, revision: str | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes in the adapter's safetensors file; empty where it has none."""
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME
-    from safetensors import safe_open
-
-    file = _file_of(adapter, SAFETENSORS_WEIGHTS_NAME, revision)
-    if file is None:
-        return {}
-    with safe_open(file, framework="pt") as opened:
-        return {
-            name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()
-        }
-
-
-def _file_of(adapter: str, name: str, revision: str | None) -> str | None:
-    """Return a file of an adapter, from the Hub if need be; None where it has none."""
-    from transformers.utils import cached_file
-
-    return cached_file(
-        adapter,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-    )

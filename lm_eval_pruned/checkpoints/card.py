@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 #: Model-card fields of the source that stay true of the pruned model.
 _KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
+_OURS = f"`lm-eval-pruned {version('lm-eval-pruned')}`"
 _IN_STOCK = "The checkpoint opens in stock transformers and `lm_eval --model hf`."
 _NOT_IN_STOCK = """Its layers differ in width. The config has the widths in `per_layer_config`, from \
 which transformers up to 5.24 builds no MLPs: the checkpoint opens with `lm_eval_pruned.load_pruned` \
@@ -28,7 +30,7 @@ def model_card(
     revision: str | None,
     folder: Path,
     record: PruneRecord,
-    trained: str = "No other\nweight was changed, and nothing was trained afterwards.",
+    trained: str = "No other weight was changed, and nothing was trained afterwards.",
 ) -> str:
     """Return the README.md of the exported checkpoint.
 
@@ -39,29 +41,21 @@ def model_card(
         record: What was pruned.
         trained: A sentence on how the pruned model was trained.
     """
-    plan, depth = record.plan, record.plan.depth
-    tags = ["width-pruning"] * plan.prunes + ["depth-pruning"] * (depth is not None)
-    name, fields = _described(pretrained, folder, "transformers", tags)
-    if revision:
-        name += f" (revision {revision})"
-    how, ranked = [], "The layers that stay are numbered anew, in their order. "
+    plan, name = record.plan, _name(pretrained)
+    source = f"{name} (revision {revision})" if revision else name
+    tags, how, ranked, of_layers = [], [], "", ""
     if plan.prunes:
+        tags.append("width-pruning")
+        how.append("removed neurons from the GLU-MLPs")
         criteria = " or ".join(f"`{each}`" for each in plan.criteria)
-        how.append(f"removed neurons from the GLU-MLPs of {name}")
         ranked = f"""Each neuron is a row of the gate and up projections with its column of the down projection. The best of
 each layer by {criteria} stayed in their original order, and ties went to the lower index. """
-    of_layers = ""
-    if depth is not None:
-        dropped = f"left out the layers {written_layers(depth.dropped)}"
-        how.append(dropped if plan.prunes else f"{dropped} of {name}")
+    if plan.depth is not None:
+        tags.append("depth-pruning")
+        how.append(f"left out the layers {written_layers(plan.depth.dropped)}")
+        ranked += "The layers that stay are numbered anew, in their order. "
         of_layers = ', after "layers" and the numbers of those that stay'
-    return f"""---
-{fields}
----
-
-# {name}, {_what(plan)}
-
-`lm-eval-pruned {version("lm-eval-pruned")}` {", and ".join(how)}. {trained}
+    body = f"""{_OURS} pruned {source}: it {" and ".join(how)}. {trained}
 
 {_table(record)}
 
@@ -75,6 +69,8 @@ each layer by {criteria} stayed in their original order, and ties went to the lo
 {_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} What the cut cost depends on
 the model, the size and the task, so evaluate the model for your use before relying on it.
 """
+    title = f"{source}, {_what(plan)}"
+    return _card(pretrained, folder, "transformers", tags, title, body)
 
 
 def adapter_card(
@@ -85,67 +81,55 @@ def adapter_card(
     method: str,
     trained: str,
 ) -> str:
-    """Return the README.md of an adapter.
-
-    Args:
-        pretrained: Folder or Hub name of the model that was pruned.
-        revision: Its revision on the Hub.
-        folder: Folder of that model's own card.
-        record: What was pruned.
-        method: ``lora`` or ``dora``.
-        trained: A sentence on how the adapter was trained.
-    """
-    plan = record.plan
-    tags = [method, *["width-pruning"] * plan.prunes]
-    name, fields = _described(pretrained, folder, "peft", tags)
-    asked = {"revision": revision} if revision else {}
-    arguments = [f"{key}={value}" for key, value in {**asked, **plan.asked}.items()]
+    """Return the README.md of an adapter by a `method`, ``lora`` or ``dora``; see `model_card`."""
+    plan, name = record.plan, _name(pretrained)
+    asked = {"pretrained": name, **({"revision": revision} if revision else {})}
+    arguments = ",".join(f"{k}={v}" for k, v in {**asked, **plan.asked}.items())
     kind = {"lora": "LoRA", "dora": "DoRA"}.get(method, method)
-    of_what, fits = "", ""
+    title, fits = f"{kind} adapter for {name}", ""
     if plan.changes_model:
-        of_what = f", {_what(plan)}"
+        title += f", {_what(plan)}"
         fits = "\nIt fits the neurons and layers that stayed, and `pruned-hf` refuses it on others."
-    return f"""---
-{fields}
----
-
-# {kind} adapter for {name}{of_what}
-
-{trained} `lm-eval-pruned {version("lm-eval-pruned")}` wrote this adapter.{fits}
+    body = f"""{trained} {_OURS} wrote this adapter.{fits}
 
 {_table(record)}
 
 To evaluate it, pass the arguments of pruning that it was trained with, which `healing.json` has in full:
 
 ```bash
-lm_eval --model pruned-hf --model_args pretrained={",".join([name, *arguments])},peft=FOLDER_OF_THIS_ADAPTER
+lm_eval --model pruned-hf --model_args {arguments},peft=FOLDER_OF_THIS_ADAPTER
 ```
 """
+    tags = [method, *["width-pruning"] * plan.prunes]
+    return _card(pretrained, folder, "peft", tags, title, body)
 
 
-def _described(
-    pretrained: str, folder: Path, library: str, tags: list[str]
-) -> tuple[str, str]:
-    """Return what a card calls its source, and the card's metadata as YAML."""
+def _card(
+    pretrained: str, folder: Path, library: str, tags: list[str], title: str, body: str
+) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     known: dict[str, Any] = {}
     if (own := folder / "README.md").is_file():
         known = ModelCard.load(own, ignore_metadata_errors=True).data.to_dict()
-    local = Path(pretrained).is_dir()
     fields = ModelCardData(
-        base_model=None if local else pretrained,
+        base_model=None if Path(pretrained).is_dir() else pretrained,
         library_name=library,
         tags=[*tags, "glu", "lm-eval-pruned"],
         **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
     )
-    return Path(pretrained).resolve().name if local else pretrained, fields.to_yaml()
+    return f"---\n{fields.to_yaml()}\n---\n\n# {title}\n\n{body}"
+
+
+def _name(pretrained: str) -> str:
+    """Return what a card calls its source, without the folders of this machine."""
+    path = Path(pretrained)
+    return path.resolve().name if path.is_dir() else pretrained
 
 
 def _table(record: PruneRecord) -> str:
-    lines = record.as_table().splitlines()
-    rows = [line for line in lines if line.startswith("|")]
-    return "\n\n".join(["\n".join(rows), *lines[len(rows) :]])
+    """Return the record's table with a blank line before each line that is not part of it."""
+    return re.sub(r"\n(?!\|)", "\n\n", record.as_table())
 
 
 def _what(plan: PrunePlan) -> str:

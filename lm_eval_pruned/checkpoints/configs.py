@@ -1,4 +1,7 @@
-"""From the arguments of ``from_pretrained`` to a config, and to a model without weights."""
+"""From the arguments of ``from_pretrained`` to a config, and from a config to a model.
+
+The model is one without weights, or one whose MLPs have other widths than the config says.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.checkpoints.damage import check_config
-from lm_eval_pruned.pruning.layouts import BUILDING, UnsupportedModelError
+from lm_eval_pruned.pruning.layouts import (
+    BUILDING,
+    NEURON_AXIS,
+    UnsupportedModelError,
+    find_glu_mlps,
+    resize,
+)
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from lm_eval_pruned.pruning.layouts import GluMlp
+    from lm_eval_pruned.pruning.widths import Widths
+
+    #: Name, shape in the checkpoint, and shape in the model, of a parameter that does not fit.
+    Mismatch = tuple[str, Sequence[int], Sequence[int]]
 
 #: Arguments of `from_pretrained` that say how to get at the files of a model.
 HUB = (
@@ -28,6 +43,8 @@ READING = (*HUB, "gguf_file", "trust_remote_code", "use_safetensors", "variant")
 PLACING = re.compile(
     r"device_map|max_memory|tp_(plan|size)|distributed_config|offload_\w+|quantization_config|dtype"
 )
+#: Those that make it one of few bits.
+QUANTISING = ("load_in_8bit", "load_in_4bit")
 #: Arguments of `transformers.BitsAndBytesConfig`, which lm-evaluation-harness passes on as they are.
 _BITSANDBYTES = re.compile(r"load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+")
 
@@ -50,7 +67,7 @@ def skeleton(
 
 def quantising_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Return the names of the arguments that quantise the model while it loads."""
-    names = ("quantization_config", "load_in_8bit", "load_in_4bit")
+    names = ("quantization_config", *QUANTISING)
     return [name for name in arguments if name in names and arguments[name]]
 
 
@@ -111,25 +128,107 @@ def config_and_rest(
 
 
 def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of ``from_pretrained`` with one object that says how to quantise.
-
-    Raises:
-        ValueError: Two say how to quantise, or transformers knows no such way.
-        ImportError: The package that quantises is missing; transformers names it.
-    """
-    given = {k: v for k, v in arguments.items() if _BITSANDBYTES.fullmatch(k)}
-    others = {k: v for k, v in arguments.items() if k not in given}
+    """Return arguments of ``from_pretrained`` with one object that says how to quantise."""
+    others = {k: v for k, v in arguments.items() if not _BITSANDBYTES.fullmatch(k)}
+    given = {k: v for k, v in arguments.items() if k not in others}
     config = others.get("quantization_config")
-    for name in quantising_arguments(given):
-        if config is not None:
-            raise ValueError(
-                f"{name} and quantization_config both say how to quantise: pass one."
-            )
+    asked = quantising_arguments(given)
+    if asked and config is not None:
+        raise ValueError(
+            f"{asked[0]} and quantization_config both say how to quantise: pass one."
+        )
+    if asked:
         from transformers import BitsAndBytesConfig
 
-        return {**others, "quantization_config": BitsAndBytesConfig(**given)}
-    if isinstance(config, dict):
+        others["quantization_config"] = BitsAndBytesConfig(**given)
+    elif isinstance(config, dict):
         from transformers.quantizers import AutoQuantizationConfig
 
         others["quantization_config"] = AutoQuantizationConfig.from_dict(config)
     return others
+
+
+def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
+    """Derive a class of models that are built with MLPs of other widths than their config says.
+
+    Args:
+        model_class: A model class of transformers.
+        widths: The width of each MLP, by name.
+    """
+
+    def build(self, config, *args, **kwargs) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        odd = [mlp for mlp in find_glu_mlps(self) if mlp.width != widths[mlp.name]]
+        pieces = {}
+        for mlp in odd:
+            for place in mlp.regions:
+                whole = mlp.weight(*place)
+                shape = list(whole.shape)
+                shape[_neuron_axis(place)] = widths[mlp.name]
+                key = (mlp.name, *place)
+                pieces[key] = whole.new_empty(shape)
+        resize(odd, pieces)
+
+    # transformers asks for the name of the class.
+    names = {
+        name: getattr(model_class, name) for name in ("__module__", "__qualname__")
+    }
+    return type(model_class)(
+        model_class.__name__, (model_class,), {**names, "__init__": build}
+    )
+
+
+def stored_widths(mismatched: Iterable[Mismatch], widths: Widths) -> dict[str, int]:
+    """Return the width of each MLP in a checkpoint, by name.
+
+    Args:
+        mismatched: What transformers says of the parameters that do not fit `widths`.
+        widths: The widths that were expected.
+
+    Raises:
+        ValueError: The tensors of an MLP do not fit together, or all layers have a width that is
+            not the config's.
+    """
+    shapes = {name: shape for name, shape, _ in mismatched}
+    found = {}
+    for mlp in widths.mlps:
+        names = {place: region.parameter for place, region in mlp.regions.items()}
+        odd = {place: name for place, name in names.items() if name in shapes}
+        own = {_width(mlp, place, shapes[name]) for place, name in odd.items()}
+        if len(odd) < len(names):
+            own.add(widths.actual[mlp.name])
+        width = own.pop()
+        if own or width is None:
+            name = next(iter(odd.values()))
+            raise ValueError(
+                f"{name} has shape {list(shapes[name])} in the checkpoint, which does not fit the "
+                "other tensors of its MLP, or the hidden size that config.json says: copy the "
+                "checkpoint again."
+            )
+        found[mlp.name] = width
+    changed = [name for name, width in found.items() if width != widths.actual[name]]
+    if changed and (len({*found.values()}) == 1 or widths.actual != widths.configured):
+        name = changed[0]
+        raise ValueError(
+            f"{name} has {found[name]} neurons in the checkpoint, but its config.json "
+            f"says {widths.actual[name]}: correct {widths.keys[name]} there, or copy the "
+            "checkpoint again."
+        )
+    return found
+
+
+def _neuron_axis(place: tuple[str, str]) -> int:
+    projection, part = place
+    return NEURON_AXIS[projection] if part == "weight" else 0
+
+
+def _width(mlp: GluMlp, place: tuple[str, str], shape: Sequence[int]) -> int | None:
+    """Return the neurons in a parameter of `shape`; None where it does not hold `place`."""
+    axis = _neuron_axis(place)
+    try:
+        whole = torch.empty(list(shape), device="meta")
+        cut = list(mlp.regions[place].view(whole).shape)
+        width = cut.pop(axis)
+    except (IndexError, RuntimeError):
+        return None
+    return width if width and cut in ([], [mlp.hidden_size]) else None

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.widths import Widths
 
-#: Numbers in a config that say how many modules to build.
-_COUNT = re.compile(r"(layer|expert)s?$")
+#: Numbers in a config, as JSON, that say how many modules to build.
+_COUNT = re.compile(r'"(\w*(?:layer|expert)s?)": ([-+.\de]+|Infinity)')
 #: More than any model has: Doge routes among 16,384 experts of one neuron each.
 _MOST = 16384
 #: Errors that say themselves what is wrong, but for those kinds that do not name the file.
@@ -98,47 +98,38 @@ def check_config(pretrained: str, arguments: Mapping[str, Any]) -> None:
     """
     from transformers import PretrainedConfig
 
-    with clear_config_errors(pretrained):
+    with clear_errors(pretrained):
         config, _ = PretrainedConfig.get_config_dict(pretrained, **arguments)
-        parts = [{**config, **arguments}]
-        for part in parts:
-            parts += [value for value in part.values() if isinstance(value, dict)]
-            for name, value in part.items():
-                counts = _COUNT.search(name) and isinstance(value, (int, float))
-                if counts and value > _MOST:
-                    raise ValueError(
-                        f"The config of {pretrained} says {name}={value}, which no model has: "
-                        f"correct it to at most {_MOST}."
-                    )
+        settings = json.dumps({**config, **arguments}, default=str)
+        for name, value in _COUNT.findall(settings):
+            if float(value) > _MOST:
+                raise ValueError(
+                    f"The config of {pretrained} says {name}={value}, which no model has: correct "
+                    f"it to at most {_MOST}."
+                )
 
 
 @contextlib.contextmanager
-def clear_config_errors(pretrained: str) -> Iterator[None]:
-    """Turn what a config makes transformers raise into a ValueError that names it."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, _CLEAR) and not isinstance(error, _UNCLEAR):
-            raise
-        raise ValueError(
-            f"The config of {pretrained} describes no model that can be built "
-            f"({_summary(error)}): correct its config.json, or copy it again."
-        ) from error
-
-
-@contextlib.contextmanager
-def clear_load_errors(pretrained: str, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Turn what loading makes transformers raise into a ValueError that names the cause.
+def clear_errors(
+    pretrained: str, arguments: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Turn what transformers raises into a ValueError that names the cause.
 
     Args:
         pretrained: Folder or Hub name of the model.
-        arguments: Keyword arguments of ``from_pretrained``.
+        arguments: Keyword arguments of ``from_pretrained``; None while its config alone is used.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, _CLEAR) and not isinstance(error, _UNCLEAR):
             raise
+        summary = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if arguments is None:
+            raise ValueError(
+                f"The config of {pretrained} describes no model that can be built ({summary}): "
+                "correct its config.json, or copy it again."
+            ) from error
         if isinstance(error, SafetensorError):
             _name_broken_file(Path(pretrained))
         unknown = re.search(r"unexpected keyword argument '(.*)'", str(error))
@@ -150,8 +141,8 @@ def clear_load_errors(pretrained: str, arguments: Mapping[str, Any]) -> Iterator
             ) from error
         names = ", ".join(n for n, value in arguments.items() if value is not None)
         raise ValueError(
-            f"{pretrained} cannot be loaded ({_summary(error)}): its files or the index of its "
-            f"shards are damaged, or an argument is wrong ({names or 'none was given'})."
+            f"{pretrained} cannot be loaded ({summary}): its files or the index of its shards are "
+            f"damaged, or an argument is wrong ({names or 'none was given'})."
         ) from error
 
 
@@ -164,11 +155,6 @@ def _name_broken_file(folder: Path) -> None:
             raise OSError(
                 f"{file} is not an intact safetensors file ({error}): download or copy it again."
             ) from error
-
-
-def _summary(error: Exception) -> str:
-    """Return kind and text of an error on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def check_filled(

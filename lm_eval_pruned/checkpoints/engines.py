@@ -15,15 +15,13 @@ from lm_eval_pruned.pruning.record import PruneRecord
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
-    from lm_eval_pruned.pruning.arguments import PruneArguments
-    from lm_eval_pruned.pruning.calibration import Calibration
-    from lm_eval_pruned.pruning.widths import Widths
+    from lm_eval_pruned.pruning.plan import PrunePlan
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.parallel")
@@ -39,23 +37,9 @@ def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from revert_weight_conversion(model, stored_once(model)).items()
 
 
-def record_of(
-    request: LoadRequest,
-    widths: Widths,
-    kept: tuple[Tensor, ...] | None,
-    calibration: Calibration | None = None,
-) -> PruneRecord:
-    """Describe what an engine did to the MLPs of `request`.
-
-    Args:
-        request: What was loaded.
-        widths: The widths that the checkpoint has.
-        kept: The kept neurons of every MLP, each of shape (k,); none for the
-            baseline, None where they are not known.
-        calibration: The text behind the scores.
-    """
-    plan = widths.plan(request.prune_arguments)
-    return PruneRecord.of(plan, widths, kept, calibration)
+def record_of(request: LoadRequest) -> PruneRecord:
+    """Describe what an engine did to the MLPs of `request`, but for which neurons it kept."""
+    return PruneRecord.of(request.plan, request.widths, None)
 
 
 def check_buildable(request: LoadRequest) -> None:
@@ -69,67 +53,63 @@ def check_buildable(request: LoadRequest) -> None:
             layers would be left out.
     """
     widths, plan = request.widths, request.plan
-    advice = "use --model pruned-hf, or export the pruned model first (lm-eval-pruned prune)."
+    why = None
     if request.prune_arguments.drop_layers is not None:
-        raise UnsupportedModelError(
+        why = (
             "drop_layers leaves out whole layers, which an engine that builds its model by itself "
-            f"would look for in the checkpoint: {advice}"
+            "would look for in the checkpoint"
         )
-    if plan.is_open:
-        asked = f"allocation={plan.allocation}"
-        if plan.allocation == UNIFORM:
-            asked = f"criterion={plan.criterion}"
+    elif plan.is_open:
+        asked = "criterion" if plan.allocation == UNIFORM else "allocation"
+        why = (
+            f"{asked}={getattr(plan, asked)} finds the widths in the weights, and an engine needs "
+            "them before it reads a weight"
+        )
+    if why is not None:
         raise UnsupportedModelError(
-            f"{asked} finds the widths in the weights, and an engine needs them before it reads a "
-            f"weight: {advice}"
+            f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "
+            "prune)."
         )
     experts = {mlp.name for mlp in widths.mlps if mlp.kind == "expert"}
     for name in widths.inexpressible(widths.targets(plan)):
         if name in experts:
-            asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
             raise UnsupportedModelError(
-                f"{asked or 'The checkpoint'} gives {name} a width of its own, and an engine that "
+                f"{_asked(plan) or 'The checkpoint'} gives {name} a width of its own, and an engine that "
                 f"builds experts from {widths.keys[name]} in the config cannot have that: prune "
                 "all layers alike, or use --model pruned-hf."
             )
 
 
 def divide_among(
-    resolve: Callable[[PruneArguments], LoadRequest],
-    arguments: PruneArguments,
-    processes: int,
-    argument: str = "tp_plan",
-) -> PruneArguments:
-    """Return arguments whose kept widths tensor parallelism can split evenly.
+    request: LoadRequest, processes: int, argument: str = "tp_plan"
+) -> LoadRequest:
+    """Return a request whose kept widths tensor parallelism can split evenly.
 
-    They are `arguments` where those widths divide. Otherwise, and where an allocation is still to
+    It is `request` where those widths divide. Otherwise, and where an allocation is still to
     find the widths, ``multiple_of`` rounds them down, which a warning says.
 
     Args:
-        resolve: Returns what arguments ask of the model.
-        arguments: Those that were given.
+        request: What was asked for.
         processes: Number of processes that share each MLP.
         argument: What asked for them, for the messages.
 
     Raises:
         ValueError: A width does not divide, and rounding it down leaves nothing or is not asked.
     """
-    if processes == 1:
-        return arguments
-    asked = resolve(arguments)
-    odd, plan = _odd(asked, processes), asked.plan
-    if odd is None and not (plan.prunes and plan.allocation != UNIFORM):
-        return arguments
-    said = ", ".join(f"{k}={v}" for k, v in plan.asked.items()) or "the baseline"
+    odd, plan = _odd(request, processes), request.plan
+    shared_out = plan.prunes and plan.allocation != UNIFORM and processes > 1
+    if odd is None and not shared_out:
+        return request
     problem = (
-        f"{said} gives {odd} neurons, which do not divide among the {processes} processes of "
-        f"{argument}"
+        f"{_asked(plan) or 'the baseline'} gives {odd} neurons, which do not divide among the "
+        f"{processes} processes of {argument}"
     )
-    multiple = math.lcm(processes, int(arguments.multiple_of))
-    rounded = dataclasses.replace(arguments, multiple_of=multiple)
-    # The multiple may be more than is kept.
+    multiple = math.lcm(processes, plan.multiple_of)
+    # The multiple may be more than is kept, and the baseline has none.
     with contextlib.suppress(ValueError):
-        if plan.prunes and _odd(resolve(rounded), processes) is None:
+        given = dataclasses.replace(request.prune_arguments, multiple_of=multiple)
+        rounded = request.asking(given)
+        if _odd(rounded, processes) is None:
             if odd is not None:
                 logger.warning(
                     "%s: multiple_of=%d rounds down what it keeps.", problem, multiple
@@ -139,6 +119,10 @@ def divide_among(
         f"{problem}: pass a size that keeps multiples of {processes}, or use a number of "
         "processes that divides it."
     )
+
+
+def _asked(plan: PrunePlan) -> str:
+    return ", ".join(f"{name}={value}" for name, value in plan.asked.items())
 
 
 def _odd(request: LoadRequest, processes: int) -> str | None:

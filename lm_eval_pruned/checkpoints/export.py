@@ -86,14 +86,11 @@ def export_pruned(
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
         prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
-        **from_pretrained: ``revision``, ``subfolder``, ``trust_remote_code`` and
-            what else ``from_pretrained`` takes.
+        **from_pretrained: Anything else ``from_pretrained`` takes.
 
     Raises:
-        ValueError: An argument is out of range, nothing would be pruned, `output`
-            is not empty, or a weight is NaN or infinite.
-        UnsupportedModelError: The model cannot be pruned.
-        OSError: The checkpoint is missing or damaged, or the disk is full.
+        ValueError, UnsupportedModelError, OSError: As `load_pruned`; also where nothing would be
+            pruned, `output` is not empty, or the disk is full.
 
     Example:
         ```python
@@ -112,10 +109,11 @@ def export_pruned(
     )
     model = load_request(request)
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    if not record.plan.changes_model:
-        asked = ", ".join(f"{k}={v}" for k, v in record.plan.asked.items())
+    plan = record.plan
+    if not plan.changes_model:
+        asked = ", ".join(f"{k}={v}" for k, v in plan.asked.items())
         raise ValueError(
-            f"{asked or 'no size'} keeps all {record.plan.width_before} neurons, so there is "
+            f"{asked or 'no size'} keeps all {plan.width_before} neurons, so there is "
             f"nothing to export: pass one of {', '.join(CUTS)} that removes some."
         )
     source = source_folder(pretrained, given)
@@ -181,13 +179,12 @@ def source_folder(pretrained: str, source: dict[str, Any]) -> Path:
 
         wanted = (*_KEPT_FILES, _MODEL_CODE, "README.md")
         options = ("revision", "cache_dir", "token", "local_files_only")
-        folder = Path(
-            snapshot_download(
-                pretrained,
-                **{name: source[name] for name in options if source.get(name)},
-                allow_patterns=[Path(subfolder, each).as_posix() for each in wanted],
-            )
+        fetched = snapshot_download(
+            pretrained,
+            **{name: source[name] for name in options if source.get(name)},
+            allow_patterns=[Path(subfolder, each).as_posix() for each in wanted],
         )
+        folder = Path(fetched)
     return folder / subfolder
 
 
@@ -212,10 +209,15 @@ def save_loaded(
         return
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    _copy_companions(source, folder, with_code="auto_map" in config)
-    _apply_changes(
-        config, request.widths.whole.original.to_dict(), model.config.to_dict()
-    )
+    for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if "auto_map" in config else ())):
+        for path in source.glob(pattern):
+            own = path.name in _OWN_FILES or path.name.endswith(".index.json")
+            if path.is_file() and not own:
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+    before = request.widths.whole.original.to_dict()
+    _apply_changes(config, before, model.config.to_dict())
     name = str(model.dtype).removeprefix("torch.")
     for part in (config, *(v for v in config.values() if isinstance(v, dict))):
         part |= {key: name for key in ("dtype", "torch_dtype") if key in part}
@@ -224,17 +226,6 @@ def save_loaded(
     # As the Hub's JSON files are written.
     written = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(written, encoding="utf-8")
-
-
-def _copy_companions(source: Path, folder: Path, *, with_code: bool) -> None:
-    """Copy what stays true of the pruned model: tokenizer, generation config, licence, code."""
-    for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if with_code else ())):
-        for path in sorted(source.glob(pattern)):
-            own = path.name in _OWN_FILES or path.name.endswith(".index.json")
-            if path.is_file() and not own:
-                target = folder / path.relative_to(source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
 
 
 def _apply_changes(

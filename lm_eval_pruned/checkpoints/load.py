@@ -24,7 +24,7 @@ from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Hashable, Sequence
     from fractions import Fraction
 
     import torch
@@ -103,43 +103,13 @@ def load_pruned(
                 "to load: pass one."
             )
         from_pretrained["device_map"] = {"": device}
-    return load_with_arguments(
+    request = LoadRequest.resolve(
         auto_class or transformers.AutoModelForCausalLM,
         pretrained,
         prune_arguments,
         from_pretrained,
-        tokenizer=tokenizer,
     )
-
-
-def load_with_arguments(
-    auto_class: type,
-    pretrained: str,
-    prune_arguments: PruneArguments,
-    from_pretrained: dict[str, Any],
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    inspect: Callable[[LoadRequest], None] | None = None,
-    known_scores: KnownScores | None = None,
-) -> PreTrainedModel:
-    """Load and prune; `load_pruned` with its arguments in groups.
-
-    Args:
-        auto_class: The transformers class to load with.
-        pretrained: Folder or Hub name of the model.
-        prune_arguments: What to prune.
-        from_pretrained: Keyword arguments of ``auto_class.from_pretrained``.
-        tokenizer: What reads calibration text; default: that of `pretrained`.
-        inspect: Called with what is about to be loaded, before weights are read; may
-            raise.
-        known_scores: Scores of earlier loads; takes those of this one.
-    """
-    request = LoadRequest.resolve(
-        auto_class, pretrained, prune_arguments, from_pretrained
-    )
-    if inspect is not None:
-        inspect(request)
-    return load_request(request, tokenizer, known_scores)
+    return load_request(request, tokenizer)
 
 
 def load_request(
@@ -147,7 +117,13 @@ def load_request(
     tokenizer: PreTrainedTokenizerBase | None = None,
     known_scores: KnownScores | None = None,
 ) -> PreTrainedModel:
-    """Do the same with a request: load its model, prune it, then cast and place what is left."""
+    """Load the model of a request, prune it, then cast and place what is left.
+
+    Args:
+        request: What is to be loaded.
+        tokenizer: What reads calibration text; default: that of the model.
+        known_scores: What earlier loads measured; takes what this one does.
+    """
     asked = request.prune_arguments
     request.check_text()
     if not (request.plan.changes_model or asked.measures_depth):
@@ -181,23 +157,16 @@ class Stored(LoadedModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         known_scores: KnownScores | None = None,
     ) -> Stored:
-        """Load the model of `request`, in its stored dtype, on the CPU.
-
-        Args:
-            request: What is to be loaded.
-            tokenizer: What reads calibration text; default: that of the model.
-            known_scores: What earlier loads measured; takes what this one does.
-        """
+        """Load the model of `request`, as it is stored; takes what `load_request` takes."""
         asked, content = request.prune_arguments, request.content_key()
         text = asked.calibration and stamp(Path(asked.calibration))
+        tables = {} if known_scores is None or content is None else known_scores
 
         def known(*ways: Hashable) -> ScoreTable:
-            if known_scores is None or content is None:
-                return ScoreTable()
-            key = (*content, text, asked.calibration_samples, *ways)
-            return known_scores.setdefault(key, ScoreTable())
+            key = (content, text, asked.calibration_samples, *ways)
+            return tables.setdefault(key, ScoreTable())
 
-        model, widths = request.load_stored()
+        model, widths = request.load(stored=True)
         if asked.calibration is not None and tokenizer is None:
             tokenizer = request.load_tokenizer()
         if asked.drop_layers is not None:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.argument_values import written_by_layer, written_layers
-from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.plan import whole_or_mean
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
@@ -63,12 +63,7 @@ def plan_rows(
     pretrained: str,
     argument: str,
     values: Iterable[Number | LayerWidths | Layers],
-    *,
-    revision: str = "main",
-    subfolder: str = "",
-    gguf_file: str | None = None,
-    trust_remote_code: bool = False,
-    **prune_arguments: Any,
+    **given: Any,
 ) -> list[PlanRow]:
     """Plan a model at several sizes, without reading weights where that can be.
 
@@ -76,33 +71,22 @@ def plan_rows(
         pretrained: Folder or Hub name.
         argument: ``ratio``, ``prune_percent``, ``widths`` or ``drop_layers``.
         values: One size, or depth, per row.
-        revision: Revision on the Hub.
-        subfolder: Folder in `pretrained`.
-        gguf_file: GGUF file to read the config from.
-        trust_remote_code: Whether model code that comes with the model may run.
-        **prune_arguments: Others of `lm_eval_pruned.pruning.arguments.PruneArguments`. An
-            allocation that is not uniform, and ``criterion=best``, look at weights or text.
+        **given: Those of `SOURCE_ARGUMENTS`, and others of
+            `lm_eval_pruned.pruning.arguments.PruneArguments`. An allocation that is not uniform,
+            and ``criterion=best``, look at weights or text.
 
     Raises:
         ValueError: A size is out of range.
         UnsupportedModelError: The model cannot be pruned.
         OSError: The config cannot be read.
     """
-    asked = []
-    for value in values:
-        given: dict[str, Any] = {argument: value, **prune_arguments}
-        asked.append(PruneArguments(**given))
+    others: dict[str, Any] = take_prune_arguments(given)
+    asked = [PruneArguments(**{argument: value, **others}) for value in values]
     if not asked:
         return []
     from lm_eval_pruned.checkpoints.request import LoadRequest
 
-    source: dict[str, Any] = {
-        "revision": revision,
-        "subfolder": subfolder,
-        "gguf_file": gguf_file,
-        "trust_remote_code": trust_remote_code,
-    }
-    source = {name: value for name, value in source.items() if value}
+    source = {name: value for name, value in given.items() if value}
     whole = LoadRequest.resolve(None, pretrained, PruneArguments(), source)
     known: KnownScores = {}
     return [_row(whole.asking(arguments), known) for arguments in asked]
@@ -110,8 +94,6 @@ def plan_rows(
 
 def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
     """Describe what becomes of a model; `known` takes what its weights or text tell."""
-    import torch
-
     plan = request.plan
     if plan.is_open or request.prune_arguments.measures_depth:
         from lm_eval_pruned.checkpoints.load import Stored
@@ -132,14 +114,14 @@ def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
         # Rounded down, of which the kept width is rounded up again.
         digits = width * 10**_DIGITS // plan.hidden_size
         equal = f"{digits / 10**_DIGITS:.{_DIGITS}f}" if width >= 1 else ""
-    dtype: Any = widths.original.dtype or torch.float32
+    dtype: Any = widths.original.dtype
     return PlanRow(
         ", ".join(f"{argument}={value}" for argument, value in plan.asked.items()),
         whole_or_mean(plan.mean_width),
         plan.ratio,
         after,
         1 - after / before,
-        after * dtype.itemsize,
+        after * (4 if dtype is None else dtype.itemsize),
         written_by_layer(plan.layer_widths or ()),
         written_by_layer(plan.layer_criteria or ()),
         "" if plan.depth is None else written_layers(plan.depth.dropped),
@@ -147,25 +129,29 @@ def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
     )
 
 
+#: Columns of the table, and how their values are written; those after the first six are left out
+#: where they say nothing.
+_COLUMNS = {
+    "asked": "",
+    "intermediate size": ",",
+    "expansion ratio": ".4f",
+    "parameters": ",",
+    "reduction": ".2%",
+    "checkpoint bytes": ",",
+    "widths by layer": "",
+    "criteria by layer": "",
+    "layers dropped": "",
+    "ratio of equal parameters": "",
+}
+
+
 def as_table(rows: list[PlanRow]) -> str:
-    """Return the rows as a Markdown table; columns that say nothing are left out."""
-    columns = {
-        "asked": "",
-        "intermediate size": ",",
-        "expansion ratio": ".4f",
-        "parameters": ",",
-        "reduction": ".2%",
-        "checkpoint bytes": ",",
-        "widths by layer": "",
-        "criteria by layer": "",
-        "layers dropped": "",
-        "ratio of equal parameters": "",
-    }
-    cells = [[*map(format, astuple(row), columns.values())] for row in rows]
-    told = [n for n in range(len(columns)) if n < 6 or any(row[n] for row in cells)]
-    names = list(columns)
-    table = [[row[n] for n in told] for row in cells]
-    return markdown_table([names[n] for n in told], table) + "\n"
+    """Return the rows as a Markdown table."""
+    cells = [map(format, astuple(row), _COLUMNS.values()) for row in rows]
+    columns = [*zip(_COLUMNS, *cells, strict=True)]
+    told = [*columns[:6], *(each for each in columns[6:] if any(each[1:]))]
+    names, *table = zip(*told, strict=True)
+    return markdown_table(names, table) + "\n"
 
 
 def as_csv(rows: list[PlanRow]) -> str:

@@ -13,19 +13,21 @@ import torch
 from lm_eval_pruned.checkpoints.configs import (
     HUB,
     PLACING,
+    QUANTISING,
     READING,
     auto_class_for,
+    class_with_widths,
     config_and_rest,
     skeleton,
+    stored_widths,
 )
 from lm_eval_pruned.checkpoints.damage import (
     argument_errors,
     check_filled,
-    clear_config_errors,
-    clear_load_errors,
+    clear_errors,
 )
-from lm_eval_pruned.checkpoints.own_widths import class_with_widths, stored_widths
 from lm_eval_pruned.pruning.allocation import check_comparable
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.criteria import CALIBRATED, check_finite
 from lm_eval_pruned.pruning.depth import Depth
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
 
@@ -79,8 +80,11 @@ class LoadRequest:
     ) -> LoadRequest:
         """Read the config of a model and plan its pruning.
 
-        Takes the arguments of `lm_eval_pruned.checkpoints.load.load_with_arguments`; an
-        `auto_class` of None is chosen by the config.
+        Args:
+            auto_class: The transformers class to load with; None for the one of the config.
+            pretrained: Folder or Hub name of the model.
+            prune_arguments: What to prune.
+            from_pretrained: Keyword arguments of ``auto_class.from_pretrained``.
 
         Raises:
             ValueError: An argument is out of range.
@@ -88,15 +92,13 @@ class LoadRequest:
             OSError: The config cannot be read.
         """
         trusted = bool(from_pretrained.get("trust_remote_code"))
-        with clear_config_errors(pretrained):
-            config, model_arguments = config_and_rest(pretrained, from_pretrained)
+        with clear_errors(pretrained):
+            config, rest = config_and_rest(pretrained, from_pretrained)
             auto_class = auto_class or auto_class_for(config)
             build = functools.partial(skeleton, auto_class, trust_remote_code=trusted)
-            whole = Widths(config, build)
-        widths, plan = _planned(pretrained, whole, prune_arguments)
-        return cls(
-            auto_class, pretrained, plan, widths, model_arguments, prune_arguments
-        )
+            whole, none = Widths(config, build), PruneArguments()
+            unpruned = cls(auto_class, pretrained, whole.plan(none), whole, rest, none)
+        return unpruned.asking(prune_arguments)
 
     def asking(self, prune_arguments: PruneArguments) -> LoadRequest:
         """Return a request for the same model with other arguments of pruning.
@@ -104,7 +106,15 @@ class LoadRequest:
         Raises:
             ValueError, UnsupportedModelError: As in `resolve`.
         """
-        widths, plan = _planned(self.pretrained, self.widths.whole, prune_arguments)
+        widths = self.widths.whole
+        with clear_errors(self.pretrained):
+            if prune_arguments.drop_layers is not None:
+                depth = Depth.of(prune_arguments, count_layers(widths.skeleton()))
+                shallow = widths.without_layers(depth)
+                # Where text decides which layers stay, only their number is known.
+                widths = widths if prune_arguments.measures_depth else shallow
+            with argument_errors():
+                plan = widths.plan(prune_arguments)
         return dataclasses.replace(
             self, widths=widths, plan=plan, prune_arguments=prune_arguments
         )
@@ -168,8 +178,7 @@ class LoadRequest:
         config = self.model_arguments.get("quantization_config")
         if config is None or not self.plan.changes_model:
             return
-        settings = ("load_in_8bit", "load_in_4bit")
-        asked = [name for name in settings if getattr(config, name, False)]
+        asked = [n for n in QUANTISING if getattr(config, n, False)]
         name = next(iter(asked), "quantization_config")
         raise ValueError(
             f"{name} quantises the model while it loads, but it has to be pruned afterwards, "
@@ -188,12 +197,11 @@ class LoadRequest:
         }
         return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
 
-    def load(self) -> tuple[PreTrainedModel, Widths]:
-        """Load the model unpruned, with all its layers and as the user asked; see `load_stored`."""
-        return self._loaded(self.model_arguments)
+    def load(self, *, stored: bool = False) -> tuple[PreTrainedModel, Widths]:
+        """Load the model unpruned, with all its layers.
 
-    def load_stored(self) -> tuple[PreTrainedModel, Widths]:
-        """Load the model unpruned, with all its layers, in its stored dtype, on the CPU.
+        Args:
+            stored: Load it in its stored dtype on the CPU, whatever the user asked for.
 
         Returns:
             The model, and the widths that its tensors have.
@@ -204,11 +212,8 @@ class LoadRequest:
         arguments = {
             name: value
             for name, value in self.model_arguments.items()
-            if not PLACING.fullmatch(name)
+            if not (stored and PLACING.fullmatch(name))
         }
-        return self._loaded(arguments)
-
-    def _loaded(self, arguments: dict[str, Any]) -> tuple[PreTrainedModel, Widths]:
         if arguments.get("gguf_file") is not None:
             from transformers import GgufConfig
 
@@ -216,41 +221,24 @@ class LoadRequest:
             whole = GgufConfig(dequantize=True)
             arguments = {"dtype": torch.float32, **arguments}
             arguments["quantization_config"] = whole
+        given = {**arguments, "ignore_mismatched_sizes": True}
         widths = self.widths.whole
-        with clear_load_errors(self.pretrained, self.model_arguments):
-            model, found = self._filled(widths, arguments)
-            stored = stored_widths(found["mismatched_keys"], widths)
-            if stored != widths.actual:
-                widths = widths.of(stored)
-                model, found = self._filled(widths, arguments)
-            check_filled(model, found, widths, arguments)
+        model, found = self._built(self.auto_class, widths, widths.actual, given)
+        actual = stored_widths(found["mismatched_keys"], widths)
+        if actual != widths.actual:
+            widths = widths.of(actual)
+            model, found = self._built(self.auto_class, widths, actual, given)
+        check_filled(model, found, widths, arguments)
         if type(model.config) is not type(widths.original):
             # The class is handed the part of the config that is of text.
             widths = widths_in_memory(model)
         return model, widths
 
-    def _filled(
-        self, widths: Widths, arguments: dict[str, Any]
-    ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-        """Load a model with MLPs of `widths`; return it and what transformers says of its keys."""
-        loader, config = self.auto_class, widths.original
-        if widths.actual != widths.configured:
-            loader = class_with_widths(widths.model_class, widths.actual)
-            config = widths.narrowed_config(widths.actual)
-        more = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        with BUILDING:
-            model, found = loader.from_pretrained(
-                self.pretrained, **{**arguments, **more, "config": config}
-            )
-        model.__class__ = widths.model_class
-        widths.describe_layers(model.config, widths.actual)
-        return model, found
-
     def placed(self, model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
         """Return a pruned model in the dtype, and on the devices, that the user asked for.
 
         Args:
-            model: A model in its stored dtype, on the CPU, as `load_stored` returns it.
+            model: A model in its stored dtype, on the CPU.
             widths: The widths that its unpruned MLPs have.
         """
         arguments = {
@@ -263,25 +251,14 @@ class LoadRequest:
             dtype = model.dtype if dtype == "auto" else getattr(torch, dtype)
         if dtype == model.dtype and not any(map(PLACING.fullmatch, arguments)):
             return model
-        record: PruneRecord = model.prune_record  # type: ignore[assignment]
-        targets = widths.targets(record.plan)
         if torch.finfo(dtype).max < torch.finfo(model.dtype).max:
             for name, weights in regions_by_parameter(find_glu_mlps(model)).items():
                 mlp, _, region = weights[0]
                 check_finite(name, mlp.parameter(region).to(dtype))
-        loader = widths.model_class
-        if widths.inexpressible(targets):
-            loader = class_with_widths(loader, targets)
-        with BUILDING, clear_load_errors(self.pretrained, self.model_arguments):
-            placed = loader.from_pretrained(
-                None,
-                config=widths.narrowed_config(targets),
-                state_dict=stored_once(model),
-                dtype=dtype,
-                **arguments,
-            )
-        placed.__class__ = widths.model_class
-        widths.describe_layers(placed.config, targets)
+        record: PruneRecord = model.prune_record  # type: ignore[assignment]
+        given = {**arguments, "dtype": dtype, "state_dict": stored_once(model)}
+        targets = widths.targets(record.plan)
+        placed, _ = self._built(widths.model_class, widths, targets, given)
         placed.config.name_or_path = model.config.name_or_path
         placed.generation_config = model.generation_config
         # What `save_pretrained` takes apart again.
@@ -291,6 +268,38 @@ class LoadRequest:
         placed.prune_record = record  # type: ignore[assignment]
         return placed
 
+    def _built(
+        self,
+        loader: Any,
+        widths: Widths,
+        targets: Mapping[str, int],
+        arguments: dict[str, Any],
+    ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Build a model with MLPs of `targets`, from the checkpoint or from a state dict.
+
+        Args:
+            loader: A class of transformers with ``from_pretrained``.
+            widths: The widths of the unpruned model.
+            targets: The width of each MLP, by name.
+            arguments: Keyword arguments of ``from_pretrained`` besides the config.
+
+        Returns:
+            The model, and what transformers says of the keys.
+        """
+        if widths.inexpressible(targets):
+            loader = class_with_widths(widths.model_class, targets)
+        source = None if "state_dict" in arguments else self.pretrained
+        with BUILDING, clear_errors(self.pretrained, self.model_arguments):
+            model, found = loader.from_pretrained(
+                source,
+                config=widths.narrowed_config(targets),
+                output_loading_info=True,
+                **arguments,
+            )
+        model.__class__ = widths.model_class
+        widths.describe_layers(model.config, targets)
+        return model, found
+
 
 def stored_once(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the state dict of a model with tied tensors under one of their names."""
@@ -298,20 +307,6 @@ def stored_once(model: PreTrainedModel) -> dict[str, Tensor]:
     for name in model.all_tied_weights_keys:
         state.pop(name, None)
     return state
-
-
-def _planned(
-    pretrained: str, whole: Widths, arguments: PruneArguments
-) -> tuple[Widths, PrunePlan]:
-    """Return the widths of the layers that stay, if it is known which, and the plan for them."""
-    with clear_config_errors(pretrained):
-        widths = whole
-        if arguments.drop_layers is not None:
-            depth = Depth.of(arguments, count_layers(whole.skeleton()))
-            shallow = whole.without_layers(depth)
-            widths = whole if arguments.measures_depth else shallow
-        with argument_errors():
-            return widths, widths.plan(arguments)
 
 
 def stamp(path: Path) -> tuple[str, int, int]:

@@ -96,7 +96,7 @@ def measure_sensitivity(
         CalibrationText.of, skeleton, tokenizer, calibration, samples
     )
     text, known = read(length, shortest=2), ScoreTable()
-    load = functools.cache(lambda: request.load_stored()[0])
+    load = functools.cache(lambda: request.load(stored=True)[0])
 
     def measure(criterion: str, seed: int | None) -> Sensitivity:
         seed = request.plan.seed if seed is None else seed

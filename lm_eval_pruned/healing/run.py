@@ -15,7 +15,7 @@ from lm_eval_pruned.checkpoints.adapters import HEALING, adapted_shapes, read_he
 from lm_eval_pruned.checkpoints.card import adapter_card, model_card
 from lm_eval_pruned.checkpoints.configs import quantising_arguments
 from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
-from lm_eval_pruned.checkpoints.load import load_with_arguments
+from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.healing.cost import Cost
 from lm_eval_pruned.healing.options import written
@@ -191,17 +191,7 @@ def heal(
         write_record,
     )
 
-    # The last one has the widths that the checkpoint turns out to have.
-    read: list[LoadRequest] = []
-    model: Any = load_with_arguments(
-        request.auto_class,
-        request.pretrained,
-        request.prune_arguments,
-        prepared.from_pretrained,
-        tokenizer=tokenizer,
-        inspect=read.append,
-    )
-    request = read[-1]
+    model: Any = load_request(request, tokenizer)
     pruned: PruneRecord = model.prune_record
     record["pruning"] = pruned.as_dict()
     if last is not None:

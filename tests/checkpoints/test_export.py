@@ -333,7 +333,7 @@ def test_model_card(tmp_path):
 
 @pytest.mark.parametrize(
     "step",
-    ["_apply_changes", "_copy_companions", "model_card"],
+    ["_apply_changes", "model_card"],
 )
 def test_an_interrupted_export_leaves_nothing(tiny_llama, tmp_path, monkeypatch, step):
     def broken(*arguments, **more):

@@ -66,13 +66,8 @@ def test_device_map_with_disk_offload(tiny_llama_sharded, tmp_path):
     assert torch.equal(logits(model), logits(plain))
 
 
-def asking(folder):
-    """Return what resolves arguments against the model in `folder`, without its weights."""
-
-    def resolve(asked: PruneArguments) -> LoadRequest:
-        return LoadRequest.resolve(AutoModelForCausalLM, str(folder), asked, {})
-
-    return resolve
+def request_of(folder, asked: PruneArguments) -> LoadRequest:
+    return LoadRequest.resolve(AutoModelForCausalLM, str(folder), asked, {})
 
 
 @given(
@@ -87,18 +82,18 @@ def asking(folder):
 def test_widths_that_do_not_divide_are_rounded_down(
     tiny_llama, width, processes, multiple
 ):
-    resolve = asking(tiny_llama)
     assume(multiple <= width)
     asked = PruneArguments(intermediate_size=width, multiple_of=multiple)
+    request = request_of(tiny_llama, asked)
     before = width // multiple * multiple
     expected = width // math.lcm(processes, multiple) * math.lcm(processes, multiple)
     if before % processes == 0:
-        assert divide_among(resolve, asked, processes) is asked
+        assert divide_among(request, processes) is request
     elif expected == 0:
         with pytest.raises(ValueError, match="pass a size that keeps multiples"):
-            divide_among(resolve, asked, processes)
+            divide_among(request, processes)
     else:
-        request = resolve(divide_among(resolve, asked, processes))
+        request = divide_among(request, processes)
         assert {*request.widths.targets(request.plan).values()} == {expected}
 
 
@@ -113,8 +108,7 @@ def test_widths_that_do_not_divide_are_rounded_down(
     ids=["a file", "a layer of a file", "some layers", "an allocation"],
 )
 def test_each_layer_is_rounded_down(tiny_llama, arguments, kept, caplog):
-    resolve = asking(tiny_llama)
-    request = resolve(divide_among(resolve, PruneArguments(**arguments), 4))
+    request = divide_among(request_of(tiny_llama, PruneArguments(**arguments)), 4)
     assert list(request.widths.targets(request.plan).values()) == kept
     assert (
         "neurons, which do not divide among the 4 processes of tp_plan" in caplog.text
@@ -122,21 +116,10 @@ def test_each_layer_is_rounded_down(tiny_llama, arguments, kept, caplog):
     assert "multiple_of=4 rounds down what it keeps" in caplog.text
 
 
-def test_one_process_divides_every_width(tiny_llama):
-    """Nobody has to look at the model for that."""
-
-    def resolve(arguments):
-        raise AssertionError("looked at the model")
-
-    asked = PruneArguments(intermediate_size=87)
-    assert divide_among(resolve, asked, 1) is asked
-
-
 def test_an_allocation_shares_out_multiples_although_their_mean_divides(tiny_llama):
     """The widths that an allocation finds are not known yet; their mean is."""
-    resolve = asking(tiny_llama)
     asked = PruneArguments(intermediate_size=52, allocation="global")
-    found = divide_among(resolve, asked, 4)
+    found = divide_among(request_of(tiny_llama, asked), 4).prune_arguments
     assert (found.intermediate_size, found.multiple_of) == (52, 4)
 
 
@@ -145,21 +128,18 @@ def test_layers_that_differ_already_are_rounded_down_each(tmp_path):
     save_tiny(tmp_path / "whole", num_hidden_layers=2, intermediate_size=80)
     model = load_pruned(str(tmp_path / "whole"), widths={1: 60})
     model.save_pretrained(tmp_path / "own")
-    resolve = asking(tmp_path / "own")
     asked = PruneArguments(prune_percent=10)
-    request = resolve(divide_among(resolve, asked, 5))
+    request = divide_among(request_of(tmp_path / "own", asked), 5)
     assert list(request.widths.targets(request.plan).values()) == [70, 50]
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "granitemoeshared"])
 def test_experts_and_what_stands_beside_them_divide(tmp_path, family):
     save_tiny(tmp_path, family, **layouts.overrides(family, 40))
-    resolve = asking(tmp_path)
-    asked = PruneArguments(prune_percent=33)
-    before = resolve(asked)
+    before = request_of(tmp_path, PruneArguments(prune_percent=33))
     targets = before.widths.targets(before.plan)
     assert any(width % 2 for width in targets.values())
-    request = resolve(divide_among(resolve, asked, 2))
+    request = divide_among(before, 2)
     kept = request.widths.targets(request.plan)
     assert not any(width % 2 for width in kept.values())
     assert all(abs(kept[name] - targets[name]) < 4 for name in kept)
@@ -234,8 +214,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints.engines import divide_among
-from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
 source, what, folder = sys.argv[1:]

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints.load import load_with_arguments
+from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.planning import plan_rows
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning import calibration, measuring
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.comparing import assert_same_model
@@ -29,13 +30,9 @@ def load():
     known_scores = {}
 
     def load(folder, **arguments):
-        return load_with_arguments(
-            AutoModelForCausalLM,
-            folder,
-            PruneArguments.taken_from(arguments),
-            arguments,
-            known_scores=known_scores,
-        )
+        asked = PruneArguments.taken_from(arguments)
+        request = LoadRequest.resolve(AutoModelForCausalLM, folder, asked, arguments)
+        return load_request(request, known_scores=known_scores)
 
     return load
 
