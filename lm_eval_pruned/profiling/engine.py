@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.profiling.model import Timing
+from lm_eval_pruned.profiling.measure import Timing
 
 
 if TYPE_CHECKING:

@@ -71,7 +71,7 @@ def healing_of(tiny: Path, folder: Path, **options: Any) -> Any:
     data.write_text("The tide comes in twice a day. " * 20)
     meter = FakeMeter(TickingClock(), {"cpu": 10.0, "ram": 2.0})
     training = {"use_cpu": True, "disable_tqdm": True, "save_steps": 1}
-    with mock.patch("lm_eval_pruned.healing.cost.CodecarbonMeter", lambda: meter):
+    with mock.patch("lm_eval_pruned.healing.cost.CodecarbonMeter", return_value=meter):
         heal(
             {"pretrained": str(tiny), "prune_percent": 40},
             str(data),

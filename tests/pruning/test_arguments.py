@@ -212,7 +212,7 @@ EXPECTED = {
     ("pruning/curves.py", "LayerCurve"),
     ("report/formats.py", "_COLUMNS"),
     ("report/formats.py", "as_csv"),
-    ("profiling/model.py", "ProfileRequest"),
+    ("profiling/options.py", "ProfileRequest"),
     ("cli/profile.py", "run"),
 }
 
