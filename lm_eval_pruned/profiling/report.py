@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from lm_eval_pruned.energy.readings import COMPONENTS
@@ -31,26 +32,11 @@ _COLUMNS: tuple[tuple[str, str, float, str], ...] = (
     ("peak device MiB", "peak_device_bytes", 1 / 2**20, ",.0f"),
     ("peak host MiB", "peak_host_bytes", 1 / 2**20, ",.0f"),
 )
-#: By plot, its panels: label of the vertical axis, what is drawn, multiple of its unit.
-_PANELS = {
-    "latency": (
-        ("time to first token, ms", "latency_estimates.seconds_to_first_token", 1000),
-        (
-            "time per output token, ms",
-            "latency_estimates.seconds_per_output_token",
-            1000,
-        ),
-        ("end to end, s", "latency_estimates.seconds_end_to_end", 1),
-    ),
-    "throughput": (
-        ("prefill tokens/s", "prefill_tokens_per_second", 1),
-        ("decode tokens/s", "decode_tokens_per_second", 1),
-    ),
-    "energy": (
-        ("J per prompt token", "joules_per_prompt_token", 1),
-        ("J per decode token", "joules_per_decode_token", 1),
-        ("J per output token", "joules_per_output_token", 1),
-    ),
+#: What each plot draws.
+_PLOTS = {
+    "latency": _COLUMNS[1:4],
+    "throughput": _COLUMNS[4:6],
+    "energy": _COLUMNS[6:9],
 }
 
 
@@ -70,7 +56,7 @@ def write(profile: dict[str, Any], folder: Path) -> list[Path]:
     write_json(profile, folder)
     files: dict[str, str | bytes] = {"profile.md": as_markdown(profile)}
     if plots_missing() is None:
-        for name, suffix in product(_PANELS, ("png", "svg")):
+        for name, suffix in product(_PLOTS, ("png", "svg")):
             files[f"{name}.{suffix}"] = draw(profile, name, suffix)
     for name, content in files.items():
         write_atomically(folder / name, content)
@@ -222,27 +208,28 @@ def draw(profile: dict[str, Any], plot: str, suffix: str) -> bytes:
     cells["by_layer"] = cells["layer_widths"] != ""
     cells = cells.sort_values("expansion_ratio", kind="stable")
     lines = list(product(profile["request"]["batch_sizes"], ("fixed", "natural")))
-    panels = _PANELS[plot]
+    panels = _PLOTS[plot]
     with figures.style("lm-eval-pruned"):
         figure = Figure(figsize=(5.5 * len(panels), 4))
         columns = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (label, metric, scale) in zip(columns, panels, strict=True):
-            found = cells.reindex(
-                columns=[*cells, *{f"{metric}.mean", f"{metric}.high"} - {*cells}]
-            ).dropna(subset=[f"{metric}.mean"])
+        for axes, (label, metric, scale, _) in zip(columns, panels, strict=True):
+            # The figures of latencies are those of batches; repeats have intervals.
+            where = "latency_estimates." * metric.startswith("seconds") + metric
+            for part in ("mean", "high"):
+                of = cells.get(f"{where}.{part}")
+                cells[part] = np.nan if of is None else scale * of.astype(float)
+            found = cells.dropna(subset=["mean"])
             for (size, mode, by_layer), points in found.groupby(
                 ["batch_size", "mode", "by_layer"]
             ):
                 look = figures.line_look(lines.index((size, mode)))
                 if by_layer:
                     look |= {"linestyle": "none", "markerfacecolor": "white"}
-                mean = scale * points[f"{metric}.mean"].astype(float)
-                high = scale * points[f"{metric}.high"].astype(float)
                 axes.errorbar(
                     points["expansion_ratio"],
-                    mean,
+                    points["mean"],
                     # Ends, where there are any, are as far below the mean as above it.
-                    yerr=(high - mean).fillna(0),
+                    yerr=(points["high"] - points["mean"]).fillna(0),
                     capsize=3,
                     label=f"batch size {size}, {mode} length"
                     + ", widths by layer" * by_layer,

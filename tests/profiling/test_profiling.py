@@ -631,11 +631,7 @@ def test_the_command_measures_with_the_real_meter(tiny_llama, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_default_model_is_profiled_where_no_cache_can_be_written(
-    real_model, tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+def test_the_default_model_is_profiled(real_model, tmp_path):
     arguments = ["--limit=1", "--max_new_tokens=2", "--repeats=1", "--device=cpu"]
     output = f"--output_path={tmp_path / 'out'}"
     assert main(["profile", "--ratios=1.6", *arguments, output]) == 0
