@@ -82,9 +82,42 @@ def prepare(
         UnsupportedModelError: The model cannot be pruned, or has an encoder.
         OSError: The model's config or tokenizer cannot be read.
     """
+    from transformers import AutoModelForCausalLM
+
+    from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+
     arguments = options.trainer_arguments(checkpoints)
     adapter = options.adapter_config()
-    request = _request(dict(model_args), options)
+    for name, advice in (
+        ("peft", "merge it into a checkpoint first"),
+        ("device", "training_args say where to train, such as use_cpu=true"),
+        ("device_map", "training_args say where to train, such as use_cpu=true"),
+    ):
+        if model_args.get(name) is not None:
+            raise ValueError(
+                f"model_args has {name}={model_args[name]}, which a healing does not take: leave "
+                f"it out; {advice}."
+            )
+    for name in quantising_arguments(model_args):
+        raise ValueError(
+            f"model_args has {name}={model_args[name]}, but quantised weights can be neither "
+            "trained nor merged: leave it out, and quantise what comes out."
+        )
+    given = dict(model_args)
+    pretrained = str(given.pop("pretrained"))
+    asked = PruneArguments.taken_from(given)
+    request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, given)
+    if request.widths.original.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{pretrained} has an encoder, and text has no target for its decoder: pass a "
+            "decoder-only model."
+        )
+    if options.teacher_weight and asked.size is None:
+        raise ValueError(
+            f"teacher_weight={options.teacher_weight} takes the unpruned model as teacher, but no "
+            "size was asked for, so that both are one: add one such as prune_percent=40 to "
+            "model_args, or leave it out."
+        )
     original = request.widths.original
     if adapter is not None:
         try:
@@ -242,44 +275,6 @@ def heal(
     return Healed(output, record, finished=True)
 
 
-def _request(model_args: dict[str, Any], options: HealingOptions) -> LoadRequest:
-    """Read the config of the model, and refuse what cannot be healed."""
-    from transformers import AutoModelForCausalLM
-
-    from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-
-    for name, advice in (
-        ("peft", "merge it into a checkpoint first"),
-        ("device", "training_args say where to train, such as use_cpu=true"),
-        ("device_map", "training_args say where to train, such as use_cpu=true"),
-    ):
-        if model_args.get(name) is not None:
-            raise ValueError(
-                f"model_args has {name}={model_args[name]}, which a healing does not take: leave "
-                f"it out; {advice}."
-            )
-    for name in quantising_arguments(model_args):
-        raise ValueError(
-            f"model_args has {name}={model_args[name]}, but quantised weights can be neither "
-            "trained nor merged: leave it out, and quantise what comes out."
-        )
-    pretrained = str(model_args.pop("pretrained"))
-    asked = PruneArguments.taken_from(model_args)
-    request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, model_args)
-    if request.widths.original.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{pretrained} has an encoder, and text has no target for its decoder: pass a "
-            "decoder-only model."
-        )
-    if options.teacher_weight and asked.size is None:
-        raise ValueError(
-            f"teacher_weight={options.teacher_weight} takes the unpruned model as teacher, but no "
-            "size was asked for, so that both are one: add one such as prune_percent=40 to "
-            "model_args, or leave it out."
-        )
-    return request
-
-
 def checkpoints_of(output: Path) -> Path:
     """Return where the checkpoints of a healing lie."""
     whole = output.resolve()
@@ -288,11 +283,7 @@ def checkpoints_of(output: Path) -> Path:
 
 def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
     """Return the last whole checkpoint to go on from; None to begin."""
-    found = {
-        int(path.name.partition("-")[2]): path
-        for path in folder.glob("checkpoint-*")
-        if path.name.partition("-")[2].isdigit() and (path / HEALING).is_file()
-    }
+    found = [file.parent for file in folder.glob(f"checkpoint-*/{HEALING}")]
     if resume and not found:
         raise ValueError(
             f"resume goes on from a checkpoint, but {folder} holds none: leave it out to begin."
@@ -302,7 +293,7 @@ def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
             f"{folder} holds checkpoints of a healing: add --resume to go on from the last, or "
             "delete the folder."
         )
-    return found[max(found)] if found else None
+    return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
 
 
 def _check_same(last: Path | None, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -45,9 +45,6 @@ class EngineModel:
         self.config = engine.model_config.hf_config
         self.device = torch.device(device)
 
-    def eval(self) -> EngineModel:
-        return self
-
     def get_memory_footprint(self) -> int:
         """Return the bytes of weights and buffers in all processes of the engine."""
         return sum(self._lm.model.collective_rpc("model_bytes"))

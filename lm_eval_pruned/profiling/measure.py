@@ -97,7 +97,6 @@ def profile(
 
     request.check()
     models = plan_models(request)
-    profiler = Profiler(request, models, prompts, monitor, clock, load)
     interrupted = False
 
     def result() -> dict[str, Any]:
@@ -116,25 +115,25 @@ def profile(
         # Energy without that of the GPU is then no total.
         monitor.required.add("gpu")
     monitor.start()
-    total = request.repeats * len(models) * len(request.batch_sizes)
-    bar = tqdm(total=total, desc="Profiling", unit="pass")
-    try:
-        for repeat in range(request.repeats):
-            shift = repeat % len(models)
-            for model, size in profiler.order(models[shift:] + models[:shift]):
-                bar.set_postfix_str(f"{model.name}, batch size {size}")
-                profiler.measure(repeat, model, size)
-                bar.update()
-            if on_repeat is not None:
-                on_repeat(result())
-    except KeyboardInterrupt:
-        if not profiler.passes:
-            raise
-        interrupted = True
-    finally:
-        bar.close()
-        monitor.stop()
-        profiler.release()
+    with contextlib.ExitStack() as ending:
+        ending.callback(monitor.stop)
+        profiler = Profiler(request, models, prompts, monitor, clock, load)
+        ending.callback(profiler.release)
+        total = request.repeats * len(models) * len(request.batch_sizes)
+        bar = ending.enter_context(tqdm(total=total, desc="Profiling", unit="pass"))
+        try:
+            for repeat in range(request.repeats):
+                shift = repeat % len(models)
+                for model, size in profiler.order(models[shift:] + models[:shift]):
+                    bar.set_postfix_str(f"{model.name}, batch size {size}")
+                    profiler.measure(repeat, model, size)
+                    bar.update()
+                if on_repeat is not None:
+                    on_repeat(result())
+        except KeyboardInterrupt:
+            if not profiler.passes:
+                raise
+            interrupted = True
     return result()
 
 
@@ -163,8 +162,6 @@ class Profiler:
         self.passes: list[dict[str, Any]] = []
         self._request, self._monitor = request, monitor
         self._clock, self._load = clock, load
-        self._held: dict[str, Any] = {}
-        self._warm: set[tuple[str, int]] = set()
         tokenizer = _tokenizer(request)
         self._pad = int(tokenizer.pad_token_id or 0)
         chat = request.apply_chat_template
@@ -172,13 +169,12 @@ class Profiler:
             size: make_batches(tokenizer, prompts, size, request.device, chat=chat)
             for size in request.batch_sizes
         }
-        baseline = self._held["baseline"] = self._loaded(models[0])
-        self._check_length(baseline.config)
-        self._in_engine = hasattr(baseline, "timed_generation")
+        baseline = self._loaded(models[0])
+        self._held = {models[0].name: baseline}
         size = (models[0].model_bytes or 0) / models[0].parameters
         more = size * sum(model.parameters for model in models[1:])
         # Each engine takes the memory that is left for its cache.
-        self.together = not self._in_engine and (
+        self.together = not _in_engine(baseline) and (
             more <= MEMORY_SHARE * free_bytes(baseline.device)
         )
 
@@ -196,18 +192,17 @@ class Profiler:
                 self.release()
             self._held[spec.name] = self._loaded(spec)
         model = self._held[spec.name]
-        self._warm_up(spec.name, size)
-        timings, passes = [], []
+        timings, passes, tokens = [], [], self._request.max_new_tokens
         # What an engine allocates is in other processes.
         hidden: Any = contextlib.nullcontext({})
-        with hidden if self._in_engine else peak_memory(model.device) as peaks:
+        with hidden if _in_engine(model) else peak_memory(model.device) as peaks:
             prefill = self._prefill(model, size)
             for mode in MODES:
                 key = {"batch_size": size, "mode": mode, "model": spec.name}
                 key["repeat"] = repeat
                 self._monitor.begin_window(mode)
                 timings += [
-                    {**key, **asdict(self._generate(model, batch, mode))}
+                    {**key, **asdict(self._generate(model, batch, mode, tokens))}
                     for batch in self._batches[size]
                 ]
                 reading = self._monitor.end_window(mode)
@@ -221,15 +216,19 @@ class Profiler:
 
     def release(self) -> None:
         """Let go of the models."""
-        if self._in_engine:
-            for model in self._held.values():
+        for model in self._held.values():
+            if _in_engine(model):
                 model.close()
         self._held.clear()
-        self._warm.clear()
         release_memory()
 
     def _loaded(self, spec: ProfiledModel) -> Any:
-        request = self._request
+        """Load a model, and run it until it is warm.
+
+        Raises:
+            ValueError: A prompt and its output do not fit into it.
+        """
+        request, tokens = self._request, self._request.max_new_tokens
         arguments = {**request.load_arguments, **spec.asked}
         if spec.asked:
             arguments |= {"criterion": request.criterion, "seed": request.seed}
@@ -238,37 +237,24 @@ class Profiler:
             request.pretrained, device=request.device, dtype=request.dtype, **arguments
         )
         spec.model_bytes = int(model.get_memory_footprint())
-        return model.eval()
-
-    def _check_length(self, config: Any) -> None:
-        """Raise ValueError if a prompt and its output do not fit into the model."""
         longest = max(b.ids.shape[1] for many in self._batches.values() for b in many)
-        tokens = self._request.max_new_tokens
-        limit = getattr(config, "max_position_embeddings", None)
+        limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and longest + tokens > limit:
             raise ValueError(
                 f"max_new_tokens={tokens} after a prompt of {longest} tokens does not fit into "
                 f"the model's {limit} positions: use shorter prompts or fewer tokens."
             )
+        for batches in self._batches.values():
+            for batch in batches[:2]:
+                self._generate(model, batch, "fixed", min(8, tokens))
+                self.warm_up_batches += 1
+        return model
 
-    def _generate(
-        self, model: Any, batch: Batch, mode: str, tokens: int | None = None
-    ) -> Timing:
-        tokens, fixed = tokens or self._request.max_new_tokens, mode == "fixed"
-        if self._in_engine:
-            return model.timed_generation(batch, tokens, fixed=fixed, clock=self._clock)
-        return generate(
-            model, batch, tokens, fixed=fixed, pad_token=self._pad, clock=self._clock
-        )
-
-    def _warm_up(self, name: str, size: int) -> None:
-        if (name, size) in self._warm:
-            return
-        self._warm.add((name, size))
-        tokens = min(8, self._request.max_new_tokens)
-        for batch in self._batches[size][:2]:
-            self._generate(self._held[name], batch, "fixed", tokens)
-            self.warm_up_batches += 1
+    def _generate(self, model: Any, batch: Batch, mode: str, tokens: int) -> Timing:
+        how: dict[str, Any] = {"fixed": mode == "fixed", "clock": self._clock}
+        if _in_engine(model):
+            return model.timed_generation(batch, tokens, **how)
+        return generate(model, batch, tokens, pad_token=self._pad, **how)
 
     def _prefill(self, model: Any, size: int) -> dict[str, float | None]:
         """Return joules of one prefill of all batches, by component."""
@@ -281,6 +267,10 @@ class Profiler:
             passes += 1
         joules = self._monitor.end_window("prefill").joules.as_dict()
         return {f"prefill_{name}": ratio(each, passes) for name, each in joules.items()}
+
+
+def _in_engine(model: Any) -> bool:
+    return hasattr(model, "timed_generation")
 
 
 def generate(
