@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import datetime
 import gc
 import json
@@ -309,14 +308,14 @@ class Check:
         found = profiling.profile(
             request, prompts, monitor=EnergyMonitor(CodecarbonMeter())
         )
-        joules = [cell.joules["both"]["gpu"] for cell in found.cells]
+        joules = [cell["joules"]["both"]["gpu"] for cell in found["cells"]]
         # Texts of random weights do not end, so natural length says the same once more.
-        fixed = [cell for cell in found.cells if cell.mode == "fixed"]
-        text = profile_report.as_markdown(dataclasses.replace(found, cells=fixed))
+        fixed = [cell for cell in found["cells"] if cell["mode"] == "fixed"]
+        text = profile_report.as_markdown({**found, "cells": fixed})
         # The first line names a temporary folder.
         text = text.split("\n", 1)[1].strip()
         yield re.sub("^##", "###", text, flags=re.MULTILINE)
-        source = (found.energy["sources"] or {}).get("gpu")
+        source = (found["energy"]["sources"] or {}).get("gpu")
         if self.on_cuda and (
             source is None or source["kind"] != "measured" or not all(joules)
         ):

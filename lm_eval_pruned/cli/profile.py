@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
+    from lm_eval_pruned.checkpoints.load import load_pruned
     from lm_eval_pruned.energy.meter import CodecarbonMeter
     from lm_eval_pruned.energy.monitor import EnergyMonitor
     from lm_eval_pruned.profiling import measure as profiling, report as profile_report
@@ -123,13 +124,13 @@ def run(arguments: argparse.Namespace) -> int:
         request,
         prompts,
         monitor=EnergyMonitor(CodecarbonMeter()),
-        load=EngineModel if arguments.model == "pruned-vllm" else None,
+        load=EngineModel if arguments.model == "pruned-vllm" else load_pruned,
         on_repeat=lambda so_far: profile_report.write_json(so_far, folder),
     )
     paths = profile_report.write(profile, folder)
     print(profile_report.as_markdown(profile))
     print(f"Written to {', '.join(str(path) for path in paths)}.", file=sys.stderr)
-    if profile.interrupted:
+    if profile["interrupted"]:
         print("Interrupted: the files hold what was finished before.", file=sys.stderr)
         return 130
     return 0

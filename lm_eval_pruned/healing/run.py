@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,9 @@ from lm_eval_pruned.checkpoints.configs import quantising_arguments
 from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
 from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.healing.cost import Cost
+from lm_eval_pruned.healing.cost import TrainingCost
 from lm_eval_pruned.healing.options import written
-from lm_eval_pruned.healing.text import HealingText, check_length, texts_of
+from lm_eval_pruned.healing.text import digest_of, texts_of, token_blocks
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.util.atomic import appearing_whole
 
@@ -38,13 +37,8 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.calibration import Text
     from lm_eval_pruned.pruning.record import PruneRecord
 
-# Below the harness's logger, so that its verbosity applies.
-logger = logging.getLogger("lm_eval.pruned.healing")
-
 #: Folder of the merged checkpoint beside the adapter.
 MERGED = "merged"
-#: What two runs must share for one to go on from the other's checkpoint.
-_SHARED = ("method", "max_length", "teacher", "data")
 
 
 @dataclass(frozen=True)
@@ -63,32 +57,13 @@ class Healed:
     finished: bool
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What a healing needs, checked as far as that reads no weight.
-
-    Attributes:
-        arguments: What Trainer is told.
-        adapter: The adapter to train, or None.
-        request: The model and its pruning.
-        from_pretrained: What loading it takes besides.
-        tokenizer: Its tokenizer.
-    """
-
-    arguments: TrainingArguments
-    adapter: LoraConfig | None
-    request: LoadRequest
-    from_pretrained: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase
-
-
 def prepare(
     model_args: dict[str, Any],
     data: str,
     texts: list[Text],
     options: HealingOptions,
     checkpoints: Path,
-) -> Prepared:
+) -> tuple[TrainingArguments, LoraConfig | None, LoadRequest, PreTrainedTokenizerBase]:
     """Refuse a healing that cannot be, before a weight is read.
 
     Args:
@@ -98,30 +73,68 @@ def prepare(
         options: How to train.
         checkpoints: Folder of the checkpoints; nothing is written there yet.
 
+    Returns:
+        What Trainer is told, the adapter to train, the model with its pruning, and its
+        tokenizer.
+
     Raises:
         ValueError: An argument or the text is of no use.
         UnsupportedModelError: The model cannot be pruned, or has an encoder.
         OSError: The model's config or tokenizer cannot be read.
     """
+    from transformers import AutoModelForCausalLM
+
+    from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+
     arguments = options.trainer_arguments(checkpoints)
     adapter = options.adapter_config()
-    request, from_pretrained = _request(dict(model_args), options)
+    for name, advice in (
+        ("peft", "merge it into a checkpoint first"),
+        ("device", "training_args say where to train, such as use_cpu=true"),
+        ("device_map", "training_args say where to train, such as use_cpu=true"),
+    ):
+        if model_args.get(name) is not None:
+            raise ValueError(
+                f"model_args has {name}={model_args[name]}, which a healing does not take: leave "
+                f"it out; {advice}."
+            )
+    for name in quantising_arguments(model_args):
+        raise ValueError(
+            f"model_args has {name}={model_args[name]}, but quantised weights can be neither "
+            "trained nor merged: leave it out, and quantise what comes out."
+        )
+    given = dict(model_args)
+    pretrained = str(given.pop("pretrained"))
+    asked = PruneArguments.taken_from(given)
+    request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, given)
+    if request.widths.original.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{pretrained} has an encoder, and text has no target for its decoder: pass a "
+            "decoder-only model."
+        )
+    if options.teacher_weight and asked.size is None:
+        raise ValueError(
+            f"teacher_weight={options.teacher_weight} takes the unpruned model as teacher, but no "
+            "size was asked for, so that both are one: add one such as prune_percent=40 to "
+            "model_args, or leave it out."
+        )
+    original = request.widths.original
     if adapter is not None:
         try:
-            adapted_shapes(request, request.widths.original, adapter)
+            adapted_shapes(request, original, adapter)
         except ValueError as error:
             raise ValueError(
                 f"peft_args={written(options.peft_args)} fits no layer of the model ({error})"
             ) from None
     tokenizer = request.load_tokenizer()
-    positions = getattr(request.widths.original, "max_position_embeddings", None)
+    positions = getattr(original, "max_position_embeddings", None)
     if positions and options.max_length > positions:
         raise ValueError(
             f"max_length={options.max_length} is more than the {positions} positions of the "
             "model: pass that many or fewer."
         )
-    check_length(data, texts, tokenizer, options.max_length)
-    return Prepared(arguments, adapter, request, from_pretrained, tokenizer)
+    next(token_blocks(data, texts, tokenizer, options.max_length))
+    return arguments, adapter, request, tokenizer
 
 
 def heal(
@@ -167,58 +180,68 @@ def heal(
             "output is an ordinary checkpoint already."
         )
     last = _checkpoint(checkpoints, resume)
+    before = None if last is None else read_healing(str(last))
     texts = texts_of(data)
-    prepared = prepare(model_args, data, texts, options, checkpoints)
-    arguments, adapter = prepared.arguments, prepared.adapter
-    request, tokenizer = prepared.request, prepared.tokenizer
-    text = HealingText.of(data, texts, tokenizer, options.max_length)
-    record = {
-        "lm_eval_pruned": version("lm-eval-pruned"),
-        **options.as_dict(),
-        "data": text.as_dict(),
-        "training_args": options.training(),
+    arguments, adapter, request, tokenizer = prepare(
+        model_args, data, texts, options, checkpoints
+    )
+    blocks = [
+        torch.tensor(block)
+        for block in token_blocks(data, texts, tokenizer, options.max_length)
+    ]
+    text = {
+        "file": Path(data).name,
+        "sha256": digest_of(data),
+        "texts": len(texts),
+        "tokens": len(blocks) * options.max_length,
     }
-    if last is not None:
-        _check_same(last, record, _SHARED)
+    shared = {**options.as_dict(), "data": text}
+    if before is not None:
+        _check_same(last, before, shared)
 
     from transformers import set_seed
 
     from lm_eval_pruned.healing.trainer import (
         HealingTrainer,
-        RecordBeside,
-        StopWhenAsked,
-        TellTimeLeft,
+        RecordInCheckpoints,
+        StopOnInterrupt,
         write_record,
     )
 
     model: Any = load_request(request, tokenizer)
     pruned: PruneRecord = model.prune_record
-    record["pruning"] = pruned.as_dict()
-    if last is not None:
-        _check_same(last, record["pruning"], ("kept_digest",), "pruning")
+    record = {
+        "lm_eval_pruned": version("lm-eval-pruned"),
+        **shared,
+        "training_args": options.training(),
+        "pruning": pruned.as_dict(),
+    }
+    if before is not None:
+        kept = {"kept_digest": record["pruning"]["kept_digest"]}
+        _check_same(last, before["pruning"], kept)
     model.config.use_cache = False
-    teacher = (
-        _Teacher.of(request, model, frozen=adapter is not None)
-        if options.teacher_weight
-        else None
-    )
+    teacher: PreTrainedModel | None = None
+    if options.teacher_weight:
+        teacher = request.load()[0].eval().requires_grad_(False)
+    # An adapter changes the names of what it is added to.
+    parameters = dict(model.named_parameters())
     set_seed(arguments.seed)
     if adapter is not None:
         from peft import get_peft_model
 
         model = get_peft_model(model, adapter)
-    stop = StopWhenAsked()
-    with contextlib.closing(Cost(metered=metered)) as cost:
-        cost.add(None if last is None else read_healing(str(last)))
+    stop = StopOnInterrupt()
+    with contextlib.closing(TrainingCost(metered=metered)) as cost:
+        cost.add(before)
         try:
             trainer = HealingTrainer(
-                None if teacher is None else teacher.model,
+                teacher,
                 options.teacher_weight,
                 options.temperature,
                 model=model,
                 args=arguments,
-                train_dataset=text.examples(),
-                callbacks=[RecordBeside(record, cost), TellTimeLeft(), stop],
+                train_dataset=[{"input_ids": each, "labels": each} for each in blocks],
+                callbacks=[RecordInCheckpoints(record, cost), stop],
             )
         except (ImportError, RuntimeError) as error:
             raise ValueError(
@@ -226,7 +249,9 @@ def heal(
                 "out."
             ) from None
         if teacher is not None:
-            teacher.move(arguments.device)
+            if adapter is not None:
+                _share(teacher, parameters)
+            teacher.to(arguments.device)  # type: ignore[arg-type]
         with stop.listening():
             trainer.train_from(last)
         record["steps"] = trainer.state.global_step
@@ -250,50 +275,6 @@ def heal(
     return Healed(output, record, finished=True)
 
 
-def _request(
-    model_args: dict[str, Any], options: HealingOptions
-) -> tuple[LoadRequest, dict[str, Any]]:
-    """Read the config of the model, and refuse what cannot be healed.
-
-    Returns:
-        The model and its pruning, and what ``from_pretrained`` takes besides.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-
-    for name, advice in (
-        ("peft", "merge it into a checkpoint first"),
-        ("device", "training_args say where to train, such as use_cpu=true"),
-        ("device_map", "training_args say where to train, such as use_cpu=true"),
-    ):
-        if model_args.get(name) is not None:
-            raise ValueError(
-                f"model_args has {name}={model_args[name]}, which a healing does not take: leave "
-                f"it out; {advice}."
-            )
-    for name in quantising_arguments(model_args):
-        raise ValueError(
-            f"model_args has {name}={model_args[name]}, but quantised weights can be neither "
-            "trained nor merged: leave it out, and quantise what comes out."
-        )
-    pretrained = str(model_args.pop("pretrained"))
-    asked = PruneArguments.taken_from(model_args)
-    request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, model_args)
-    if request.widths.original.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{pretrained} has an encoder, and text has no target for its decoder: pass a "
-            "decoder-only model."
-        )
-    if options.teacher_weight and asked.size is None:
-        raise ValueError(
-            f"teacher_weight={options.teacher_weight} takes the unpruned model as teacher, but no "
-            "size was asked for, so that both are one: add one such as prune_percent=40 to "
-            "model_args, or leave it out."
-        )
-    return request, model_args
-
-
 def checkpoints_of(output: Path) -> Path:
     """Return where the checkpoints of a healing lie."""
     whole = output.resolve()
@@ -302,11 +283,7 @@ def checkpoints_of(output: Path) -> Path:
 
 def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
     """Return the last whole checkpoint to go on from; None to begin."""
-    found = {
-        int(path.name.partition("-")[2]): path
-        for path in folder.glob("checkpoint-*")
-        if path.name.partition("-")[2].isdigit() and (path / HEALING).is_file()
-    }
+    found = [file.parent for file in folder.glob(f"checkpoint-*/{HEALING}")]
     if resume and not found:
         raise ValueError(
             f"resume goes on from a checkpoint, but {folder} holds none: leave it out to begin."
@@ -316,61 +293,24 @@ def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
             f"{folder} holds checkpoints of a healing: add --resume to go on from the last, or "
             "delete the folder."
         )
-    return found[max(found)] if found else None
+    return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
 
 
-def _check_same(
-    last: Path, now: dict[str, Any], names: tuple[str, ...], part: str | None = None
-) -> None:
-    before: dict[str, Any] = read_healing(str(last)) or {}
-    before = before[part] if part else before
-    for name in names:
-        if before.get(name) != now[name]:
+def _check_same(last: Path | None, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
             raise ValueError(
                 f"{last} is of a healing with {name}={before.get(name)}, but this one has "
-                f"{name}={now[name]}: pass the same to resume, or another output to begin."
+                f"{name}={value}: pass the same to resume, or another output to begin."
             )
 
 
-@dataclass(frozen=True)
-class _Teacher:
-    """The unpruned model, which holds no tensor twice that the pruned one has as well.
-
-    Attributes:
-        model: It.
-        shared: Parameters of it with those of the pruned model that are the same.
-    """
-
-    model: PreTrainedModel
-    shared: list[tuple[Any, Any]] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls, request: LoadRequest, pruned: PreTrainedModel, *, frozen: bool
-    ) -> _Teacher:
-        """Load the teacher.
-
-        Args:
-            request: The model and its pruning.
-            pruned: The model that learns.
-            frozen: Whether its own weights stay as they are.
-        """
-        model = request.load()[0].eval().requires_grad_(False)
-        teacher = cls(model)
-        if frozen:
-            learning = dict(pruned.named_parameters())
-            for name, theirs in model.named_parameters():
-                ours = learning.get(name)
-                if ours is not None and torch.equal(ours, theirs):
-                    teacher.shared.append((theirs, ours))
-        teacher.move(pruned.device)
-        return teacher
-
-    def move(self, device: Any) -> None:
-        """Follow the pruned model to its device."""
-        for theirs, ours in self.shared:
+def _share(teacher: PreTrainedModel, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Let the teacher hold no tensor that the pruned model has as well, and never changes."""
+    for name, theirs in teacher.named_parameters():
+        ours = parameters.get(name)
+        if ours is not None and torch.equal(ours.to(theirs.device), theirs):
             theirs.data = ours.data
-        self.model.to(device)
 
 
 def _write(

@@ -7,7 +7,6 @@ import json
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from lm_eval_pruned.checkpoints.adapters import HEALING
 from lm_eval_pruned.healing.distillation import distillation_loss
 from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.util.progress import clock
 
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.healing.cost import Cost
+    from lm_eval_pruned.healing.cost import TrainingCost
 
 
 class HealingTrainer(Trainer):
@@ -104,7 +102,7 @@ class HealingTrainer(Trainer):
         return distillation_loss(outputs.logits, expected, self._temperature)
 
 
-class RecordBeside(TrainerCallback):
+class RecordInCheckpoints(TrainerCallback):
     """Writes the record into each checkpoint, last, so that one without it is not whole.
 
     Args:
@@ -112,7 +110,7 @@ class RecordBeside(TrainerCallback):
         cost: What was spent on it so far.
     """
 
-    def __init__(self, record: dict[str, Any], cost: Cost) -> None:
+    def __init__(self, record: dict[str, Any], cost: TrainingCost) -> None:
         self._record = record
         self._cost = cost
 
@@ -124,38 +122,11 @@ class RecordBeside(TrainerCallback):
         """Write the record of this step."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            write_record(
-                folder / HEALING,
-                self._record | {"steps": state.global_step} | self._cost.so_far(),
-            )
+            spent = {"steps": state.global_step} | self._cost.so_far()
+            write_record(folder / HEALING, self._record | spent)
 
 
-class TellTimeLeft(TrainerCallback):
-    """Says once how long the training will take, after a few of its steps."""
-
-    #: The first step is slower than others, so that the time runs from its end.
-    AFTER = 3
-
-    def __init__(self) -> None:
-        self._steps = 0
-        self._began = 0.0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Say it after the third step."""
-        self._steps += 1
-        if self._steps == 1:
-            self._began = time.monotonic()
-        left = state.max_steps - state.global_step
-        if self._steps == self.AFTER and left > 0 and state.is_world_process_zero:
-            each = (time.monotonic() - self._began) / (self.AFTER - 1)
-            print(
-                f"\n{state.global_step} of {state.max_steps} steps are done; the others take about "
-                f"{clock(each * left)}.",
-                file=sys.stderr,
-            )
-
-
-class StopWhenAsked(TrainerCallback):
+class StopOnInterrupt(TrainerCallback):
     """Ends the training after the step in which it is interrupted, with a checkpoint."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.profiling.model import Timing
+from lm_eval_pruned.profiling.measure import Timing
 
 
 if TYPE_CHECKING:
@@ -44,9 +44,6 @@ class EngineModel:
         engine = self._lm.model.llm_engine
         self.config = engine.model_config.hf_config
         self.device = torch.device(device)
-
-    def eval(self) -> EngineModel:
-        return self
 
     def get_memory_footprint(self) -> int:
         """Return the bytes of weights and buffers in all processes of the engine."""

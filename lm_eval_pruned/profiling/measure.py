@@ -13,104 +13,56 @@ repeat.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import release_memory
 
+from lm_eval_pruned.checkpoints.load import load_pruned
+from lm_eval_pruned.energy.readings import ratio
 from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
     end_tokens,
 )
-from lm_eval_pruned.profiling.memory import MEMORY_SHARE, free_bytes, peak_memory
-from lm_eval_pruned.profiling.model import (
-    ENERGY_WINDOW_SECONDS,
-    MODES,
-    Job,
-    Profile,
-    ProfiledModel,
-    ProfileRequest,
-    Timing,
-)
+from lm_eval_pruned.profiling.memory import free_bytes, peak_memory
+from lm_eval_pruned.profiling.options import ProfileRequest, plan_models
 from lm_eval_pruned.profiling.prompts import Batch, make_batches
-from lm_eval_pruned.profiling.summary import summarise
-from lm_eval_pruned.pruning.argument_values import written_source
+from lm_eval_pruned.profiling.summary import ENERGY_WINDOW_SECONDS, MODES, summarise
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.energy.monitor import EnergyMonitor
-    from lm_eval_pruned.energy.readings import EnergyReading
+    from lm_eval_pruned.profiling.options import ProfiledModel
+
+#: Share of the free memory that all models together may take.
+MEMORY_SHARE = 0.6
 
 
-logger = logging.getLogger("lm_eval.pruned.profiling")
+@dataclass(frozen=True)
+class Timing:
+    """One batch that was generated.
 
-
-def plan_models(request: ProfileRequest) -> list[ProfiledModel]:
-    """Resolve the sizes to widths, without reading weights; the baseline comes first.
-
-    Sizes that come to the widths of one before them are left out, with a line in the log.
-
-    Raises:
-        ValueError: A size or multiple is out of range.
-        UnsupportedModelError: The model cannot be pruned.
-        OSError: The config cannot be read.
+    Attributes:
+        rows: Prompts in it.
+        prompt_tokens: Their tokens, without padding.
+        output_tokens: Tokens generated, up to the end of text of each row.
+        steps: Steps of the batch: output length of its longest row.
+        first: Seconds until the first token.
+        total: Seconds until the last one.
     """
-    models = [_plan(request, "baseline", {"prune_percent": 0})]
-    models[0] = replace(models[0], asked={})
-    for name, asked in _sizes(request):
-        model = _plan(request, name, asked)
-        for other in models:
-            widths = (model.intermediate_size, model.layer_widths)
-            if widths == (other.intermediate_size, other.layer_widths):
-                logger.info(
-                    "%s has the width of %s, %s: it is measured once.",
-                    name,
-                    other.name,
-                    model.layer_widths or model.intermediate_size,
-                )
-                break
-        else:
-            models.append(model)
-    return models
 
-
-def _sizes(request: ProfileRequest) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Return name and arguments of each model but the baseline."""
-    files = [written_source(file) for file in request.widths]
-    named: list[tuple[str, str, Any]] = [("ratio", str(r), r) for r in request.ratios]
-    named += [("prune_percent", str(p), p) for p in request.prune_percents]
-    for name, file in zip(files, request.widths, strict=True):
-        # Files in different folders may have one name.
-        named.append(("widths", name if files.count(name) == 1 else str(file), file))
-    for argument, written, value in named:
-        for multiple in request.multiple_of:
-            rounded = f" multiple_of={multiple}" if multiple != 1 else ""
-            asked = {argument: value, "multiple_of": multiple}
-            yield f"{argument}={written}{rounded}", asked
-
-
-def _plan(request: ProfileRequest, name: str, asked: dict[str, Any]) -> ProfiledModel:
-    from lm_eval_pruned.checkpoints.planning import plan_rows
-
-    (argument, value), *others = asked.items()
-    given = {**dict(others), **_source(request)}
-    (row,) = plan_rows(request.pretrained, argument, [value], **given)
-    return ProfiledModel(
-        name,
-        asked,
-        row.intermediate_size,
-        row.expansion_ratio,
-        row.parameters,
-        # A file may give all layers one width.
-        layer_widths=row.layer_widths if "," in row.layer_widths else "",
-    )
+    rows: int
+    prompt_tokens: int
+    output_tokens: int
+    steps: int
+    first: float
+    total: float
 
 
 def profile(
@@ -119,9 +71,9 @@ def profile(
     *,
     monitor: EnergyMonitor,
     clock: Callable[[], float] = time.perf_counter,
-    load: Callable[..., Any] | None = None,
-    on_repeat: Callable[[Profile], None] | None = None,
-) -> Profile:
+    load: Callable[..., Any] = load_pruned,
+    on_repeat: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Measure; see the module's docstring.
 
     Args:
@@ -129,12 +81,13 @@ def profile(
         prompts: Texts.
         monitor: Measures the energy.
         clock: Returns seconds; for tests.
-        load: Loads a model. Default: `lm_eval_pruned.load_pruned`.
+        load: Loads a model: `load_pruned`, or
+            `lm_eval_pruned.profiling.engine.EngineModel`.
         on_repeat: Called with what there is so far after each repeat.
 
     Returns:
-        The profile. After an interrupt from the keyboard, what was finished, with
-        ``interrupted`` set.
+        What ``profile.json`` holds; see `lm_eval_pruned.profiling.summary.summarise`. After
+        an interrupt from the keyboard, what was finished, with ``interrupted`` set.
 
     Raises:
         ValueError: An argument is out of range, or a prompt is too long for the model.
@@ -142,54 +95,182 @@ def profile(
     """
     from tqdm import tqdm
 
-    from lm_eval_pruned.checkpoints.load import load_pruned
-
     request.check()
     models = plan_models(request)
-    tokenizer = _tokenizer(request)
-    batches = {
-        size: make_batches(
-            tokenizer,
-            prompts,
-            size,
-            request.device,
-            chat=request.apply_chat_template,
-        )
-        for size in request.batch_sizes
-    }
-    shelf = _Shelf(request, models, load or load_pruned)
-    shelf.check_length(max(b.ids.shape[1] for many in batches.values() for b in many))
-    bench = _Bench(request, tokenizer, monitor, clock, shelf, batches)
-    jobs: list[Job] = []
     interrupted = False
 
-    def result() -> Profile:
-        return summarise(request, shelf, bench, jobs, interrupted, monitor)
+    def result() -> dict[str, Any]:
+        return summarise(
+            request,
+            models,
+            monitor,
+            profiler.timings,
+            profiler.passes,
+            models_held="together" if profiler.together else "one at a time",
+            warm_up_batches=profiler.warm_up_batches,
+            interrupted=interrupted,
+        )
 
     if torch.device(request.device).type != "cpu":
         # Energy without that of the GPU is then no total.
         monitor.required.add("gpu")
     monitor.start()
-    order = bench.order(models)
-    bar = tqdm(total=request.repeats * len(order), desc="Profiling", unit="pass")
-    try:
-        for repeat in range(request.repeats):
-            shift = repeat % len(models)
-            for model, size in bench.order(models[shift:] + models[:shift]):
-                bar.set_postfix_str(f"{model.name}, batch size {size}")
-                jobs.append(bench.run(repeat, model, size))
-                bar.update()
-            if on_repeat is not None:
-                on_repeat(result())
-    except KeyboardInterrupt:
-        if not jobs:
-            raise
-        interrupted = True
-    finally:
-        bar.close()
-        monitor.stop()
-        shelf.clear()
+    with contextlib.ExitStack() as ending:
+        ending.callback(monitor.stop)
+        profiler = Profiler(request, models, prompts, monitor, clock, load)
+        ending.callback(profiler.release)
+        total = request.repeats * len(models) * len(request.batch_sizes)
+        bar = ending.enter_context(tqdm(total=total, desc="Profiling", unit="pass"))
+        try:
+            for repeat in range(request.repeats):
+                shift = repeat % len(models)
+                for model, size in profiler.order(models[shift:] + models[:shift]):
+                    bar.set_postfix_str(f"{model.name}, batch size {size}")
+                    profiler.measure(repeat, model, size)
+                    bar.update()
+                if on_repeat is not None:
+                    on_repeat(result())
+        except KeyboardInterrupt:
+            if not profiler.passes:
+                raise
+            interrupted = True
     return result()
+
+
+class Profiler:
+    """Runs one model after the other on the same batches.
+
+    Attributes:
+        together: Whether all models are in memory at once; else each is loaded in its turn.
+        warm_up_batches: Batches that ran before a measurement.
+        timings: One row for each batch that was measured: `Timing` with model, batch size,
+            mode and repeat.
+        passes: One row for each pass over all batches: what it took in joules and bytes.
+    """
+
+    def __init__(
+        self,
+        request: ProfileRequest,
+        models: list[ProfiledModel],
+        prompts: Sequence[str],
+        monitor: EnergyMonitor,
+        clock: Callable[[], float],
+        load: Callable[..., Any],
+    ) -> None:
+        self.warm_up_batches = 0
+        self.timings: list[dict[str, Any]] = []
+        self.passes: list[dict[str, Any]] = []
+        self._request, self._monitor = request, monitor
+        self._clock, self._load = clock, load
+        tokenizer = _tokenizer(request)
+        self._pad = int(tokenizer.pad_token_id or 0)
+        chat = request.apply_chat_template
+        self._batches = {
+            size: make_batches(tokenizer, prompts, size, request.device, chat=chat)
+            for size in request.batch_sizes
+        }
+        baseline = self._loaded(models[0])
+        self._held = {models[0].name: baseline}
+        size = (models[0].model_bytes or 0) / models[0].parameters
+        more = size * sum(model.parameters for model in models[1:])
+        # Each engine takes the memory that is left for its cache.
+        self.together = not _in_engine(baseline) and (
+            more <= MEMORY_SHARE * free_bytes(baseline.device)
+        )
+
+    def order(self, models: list[ProfiledModel]) -> list[tuple[ProfiledModel, int]]:
+        """Return model and batch size of each pass: neighbours differ in the model if they can."""
+        sizes = self._request.batch_sizes
+        if self.together:
+            return [(model, size) for size in sizes for model in models]
+        return [(model, size) for model in models for size in sizes]
+
+    def measure(self, repeat: int, spec: ProfiledModel, size: int) -> None:
+        """Measure one model at one batch size: a prefill, and a pass in each mode."""
+        if spec.name not in self._held:
+            if not self.together:
+                self.release()
+            self._held[spec.name] = self._loaded(spec)
+        model = self._held[spec.name]
+        timings, passes, tokens = [], [], self._request.max_new_tokens
+        # What an engine allocates is in other processes.
+        hidden: Any = contextlib.nullcontext({})
+        with hidden if _in_engine(model) else peak_memory(model.device) as peaks:
+            prefill = self._prefill(model, size)
+            for mode in MODES:
+                key = {"batch_size": size, "mode": mode, "model": spec.name}
+                key["repeat"] = repeat
+                self._monitor.begin_window(mode)
+                timings += [
+                    {**key, **asdict(self._generate(model, batch, mode, tokens))}
+                    for batch in self._batches[size]
+                ]
+                reading = self._monitor.end_window(mode)
+                both = reading.joules.as_dict()
+                taken = {f"both_{name}": joules for name, joules in both.items()}
+                passes.append({**key, **prefill, **taken, "reading": reading})
+        if "peak_device_bytes" in peaks:
+            peaks["peak_device_bytes"] += spec.model_bytes or 0
+        self.timings += timings
+        self.passes += [{**row, **peaks} for row in passes]
+
+    def release(self) -> None:
+        """Let go of the models."""
+        for model in self._held.values():
+            if _in_engine(model):
+                model.close()
+        self._held.clear()
+        release_memory()
+
+    def _loaded(self, spec: ProfiledModel) -> Any:
+        """Load a model, and run it until it is warm.
+
+        Raises:
+            ValueError: A prompt and its output do not fit into it.
+        """
+        request, tokens = self._request, self._request.max_new_tokens
+        arguments = {**request.load_arguments, **spec.asked}
+        if spec.asked:
+            arguments |= {"criterion": request.criterion, "seed": request.seed}
+        torch.manual_seed(request.seed)
+        model = self._load(
+            request.pretrained, device=request.device, dtype=request.dtype, **arguments
+        )
+        spec.model_bytes = int(model.get_memory_footprint())
+        longest = max(b.ids.shape[1] for many in self._batches.values() for b in many)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and longest + tokens > limit:
+            raise ValueError(
+                f"max_new_tokens={tokens} after a prompt of {longest} tokens does not fit into "
+                f"the model's {limit} positions: use shorter prompts or fewer tokens."
+            )
+        for batches in self._batches.values():
+            for batch in batches[:2]:
+                self._generate(model, batch, "fixed", min(8, tokens))
+                self.warm_up_batches += 1
+        return model
+
+    def _generate(self, model: Any, batch: Batch, mode: str, tokens: int) -> Timing:
+        how: dict[str, Any] = {"fixed": mode == "fixed", "clock": self._clock}
+        if _in_engine(model):
+            return model.timed_generation(batch, tokens, **how)
+        return generate(model, batch, tokens, pad_token=self._pad, **how)
+
+    def _prefill(self, model: Any, size: int) -> dict[str, float | None]:
+        """Return joules of one prefill of all batches, by component."""
+        passes = 0
+        self._monitor.begin_window("prefill")
+        start = self._clock()
+        while passes == 0 or self._clock() - start < ENERGY_WINDOW_SECONDS:
+            for batch in self._batches[size]:
+                self._generate(model, batch, "fixed", 1)
+            passes += 1
+        joules = self._monitor.end_window("prefill").joules.as_dict()
+        return {f"prefill_{name}": ratio(each, passes) for name, each in joules.items()}
+
+
+def _in_engine(model: Any) -> bool:
+    return hasattr(model, "timed_generation")
 
 
 def generate(
@@ -213,6 +294,7 @@ def generate(
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 
+    device = batch.ids.device
     ends = end_tokens(model)
     config = GenerationConfig(
         do_sample=False,
@@ -222,66 +304,44 @@ def generate(
         pad_token_id=pad_token,
         use_cache=True,
     )
-    first = _FirstToken(clock, batch.ids.device)
-    _synchronise(batch.ids.device)
-    start = clock()
+    times: list[float] = []
+
+    def look_at_clock() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(clock())
+
+    def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        # This criterion never stops: it is what is called after the first token.
+        if len(times) == 1:
+            look_at_clock()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=device)
+
+    look_at_clock()
     with torch.inference_mode():
         output = model.generate(  # type: ignore[operator]
             input_ids=batch.ids,
             attention_mask=batch.mask,
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([first]),
+            stopping_criteria=StoppingCriteriaList([stop]),
         )
-    _synchronise(batch.ids.device)
-    end = clock()
+    look_at_clock()
+    start, first, end = times
     tokens = output[:, batch.ids.shape[1] :]
-    assert first.time is not None
     return Timing(
         rows=tokens.shape[0],
         prompt_tokens=batch.tokens,
         output_tokens=tokens.numel() if fixed else count_generated(tokens, ends),
         steps=tokens.shape[1],
-        first=first.time - start,
+        first=first - start,
         total=end - start,
     )
-
-
-class _FirstToken:
-    """A stopping criterion that never stops: it looks at the clock after the first token."""
-
-    def __init__(self, clock: Callable[[], float], device: torch.device) -> None:
-        self.time: float | None = None
-        self._clock = clock
-        self._device = device
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        if self.time is None:
-            _synchronise(self._device)
-            self.time = self._clock()
-        return torch.zeros(
-            input_ids.shape[0], dtype=torch.bool, device=input_ids.device
-        )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _source(request: ProfileRequest) -> dict[str, Any]:
-    from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
-
-    return {
-        name: request.load_arguments[name]
-        for name in SOURCE_ARGUMENTS
-        if name in request.load_arguments
-    }
 
 
 def _tokenizer(request: ProfileRequest) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(request.pretrained, **_source(request))
+    tokenizer = AutoTokenizer.from_pretrained(request.pretrained, **request.source())
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if request.apply_chat_template and not tokenizer.chat_template:
@@ -290,161 +350,3 @@ def _tokenizer(request: ProfileRequest) -> PreTrainedTokenizerBase:
             "leave it out."
         )
     return tokenizer
-
-
-def _is_engine(model: Any) -> bool:
-    return hasattr(model, "timed_generation")
-
-
-class _Shelf:
-    """The models: all in memory, or the one that is needed."""
-
-    def __init__(
-        self,
-        request: ProfileRequest,
-        models: list[ProfiledModel],
-        load: Callable[..., Any],
-    ) -> None:
-        self.models = {model.name: model for model in models}
-        self._request = request
-        self._load = load
-        self._held: dict[str, Any] = {}
-        self.together = True
-        self.loads = dict.fromkeys(self.models, 0)
-        first = self.get("baseline")
-        size = self.models["baseline"].model_bytes or 0
-        per_parameter = size / self.models["baseline"].parameters
-        more = per_parameter * sum(m.parameters for m in models[1:])
-        # Each engine takes the memory that is left for its cache.
-        self.together = not _is_engine(first) and (
-            more <= MEMORY_SHARE * free_bytes(first.device)
-        )
-
-    def get(self, name: str) -> Any:
-        """Return a model, loading it if it is not held."""
-        if name not in self._held:
-            if self._held and not self.together:
-                self.clear()
-                release_memory()
-            self._held[name] = self._loaded(name)
-        return self._held[name]
-
-    def clear(self) -> None:
-        """Let go of the models."""
-        for model in self._held.values():
-            if _is_engine(model):
-                model.close()
-        self._held.clear()
-
-    def check_length(self, prompt_length: int) -> None:
-        """Raise ValueError if a prompt and its output do not fit into the model."""
-        limit = getattr(self.get("baseline").config, "max_position_embeddings", None)
-        needed = prompt_length + self._request.max_new_tokens
-        if limit is not None and needed > limit:
-            raise ValueError(
-                f"max_new_tokens={self._request.max_new_tokens} after a prompt of "
-                f"{prompt_length} tokens does not fit into the model's {limit} positions: use "
-                "shorter prompts or fewer tokens."
-            )
-
-    def _loaded(self, name: str) -> Any:
-        request = self._request
-        spec = self.models[name]
-        arguments = {**request.load_arguments, **spec.asked}
-        if spec.asked:
-            arguments |= {"criterion": request.criterion, "seed": request.seed}
-        torch.manual_seed(request.seed)
-        self.loads[name] += 1
-        model = self._load(
-            request.pretrained, device=request.device, dtype=request.dtype, **arguments
-        )
-        if spec.model_bytes is None:
-            self.models[name] = replace(
-                spec, model_bytes=int(model.get_memory_footprint())
-            )
-        return model.eval()
-
-
-class _Bench:
-    """Runs one model after the other on the same batches."""
-
-    def __init__(
-        self,
-        request: ProfileRequest,
-        tokenizer: PreTrainedTokenizerBase,
-        monitor: EnergyMonitor,
-        clock: Callable[[], float],
-        shelf: _Shelf,
-        batches: dict[int, list[Batch]],
-    ) -> None:
-        self.warm_up_batches = 0
-        self._request = request
-        self._pad = int(tokenizer.pad_token_id or 0)
-        self._monitor = monitor
-        self._clock = clock
-        self._shelf = shelf
-        self._batches = batches
-        self._warmed: set[tuple[str, int, int]] = set()
-
-    def order(self, models: list[ProfiledModel]) -> list[tuple[ProfiledModel, int]]:
-        """Return the jobs of one repeat: neighbours differ in the model if they can."""
-        sizes = self._request.batch_sizes
-        if self._shelf.together:
-            return [(model, size) for size in sizes for model in models]
-        return [(model, size) for model in models for size in sizes]
-
-    def run(self, repeat: int, spec: ProfiledModel, size: int) -> Job:
-        """Measure one model at one batch size."""
-        model = self._shelf.get(spec.name)
-        self._warm_up(spec.name, model, size)
-        job = Job(repeat, spec.name, size)
-        # What an engine allocates is in other processes.
-        hidden = _is_engine(model)
-        with contextlib.nullcontext() if hidden else peak_memory(job, model.device):
-            job.prefill, job.prefill_passes = self._prefill(model, size)
-            for mode in MODES:
-                self._monitor.begin_window(mode)
-                timings = [
-                    self._generate(model, batch, self._request.max_new_tokens, mode)
-                    for batch in self._batches[size]
-                ]
-                job.passes[mode] = timings, self._monitor.end_window(mode)
-        if job.peak_device_bytes is not None:
-            job.peak_device_bytes += self._shelf.models[spec.name].model_bytes or 0
-        return job
-
-    def _generate(
-        self, model: PreTrainedModel, batch: Batch, tokens: int, mode: str
-    ) -> Timing:
-        if _is_engine(model):
-            return model.timed_generation(  # type: ignore[operator]
-                batch, tokens, fixed=mode == "fixed", clock=self._clock
-            )
-        return generate(
-            model,
-            batch,
-            tokens,
-            fixed=mode == "fixed",
-            pad_token=self._pad,
-            clock=self._clock,
-        )
-
-    def _warm_up(self, name: str, model: PreTrainedModel, size: int) -> None:
-        # A model that was loaded again is cold again.
-        key = (name, self._shelf.loads[name], size)
-        if key in self._warmed:
-            return
-        self._warmed.add(key)
-        for batch in self._batches[size][:2]:
-            self._generate(model, batch, min(8, self._request.max_new_tokens), "fixed")
-            self.warm_up_batches += 1
-
-    def _prefill(self, model: PreTrainedModel, size: int) -> tuple[EnergyReading, int]:
-        passes = 0
-        self._monitor.begin_window("prefill")
-        start = self._clock()
-        while passes == 0 or self._clock() - start < ENERGY_WINDOW_SECONDS:
-            for batch in self._batches[size]:
-                self._generate(model, batch, 1, "fixed")
-            passes += 1
-        return self._monitor.end_window("prefill"), passes

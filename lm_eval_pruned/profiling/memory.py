@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lm_eval_pruned.profiling.model import Job
-
-
-#: Share of the free memory that all models together may take.
-MEMORY_SHARE = 0.6
-
 
 def free_bytes(device: torch.device) -> int:
+    """Return how much memory of a device is free, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
@@ -28,31 +24,29 @@ def free_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def peak_memory(job: Job, device: torch.device) -> Iterator[None]:
-    """Fill in the peaks of `job`: on CUDA above what was allocated before, on the host whole."""
-    before = 0
-    if device.type == "cuda":
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Measure the most memory that a ``with`` block takes.
+
+    Yields:
+        At the end of the block, in bytes: ``peak_device_bytes``, on CUDA, above what was
+        allocated before; ``peak_host_bytes``, on Linux, of the whole process.
+    """
+    peaks: dict[str, int] = {}
+    on_cuda = device.type == "cuda"
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    known = _reset_peak_host()
-    yield
-    if device.type == "cuda":
-        job.peak_device_bytes = torch.cuda.max_memory_allocated(device) - before
-    if known:
-        job.peak_host_bytes = _peak_host()
-
-
-def _reset_peak_host() -> bool:
-    """Start the system's record of peak memory afresh; Linux only (man 5 proc)."""
     try:
+        # Starts the system's record of the peak anew (man 5 proc).
         Path("/proc/self/clear_refs").write_text("5")
+        host_known = True
     except OSError:
-        return False
-    return True
-
-
-def _peak_host() -> int | None:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
+        host_known = False
+    yield peaks
+    if on_cuda:
+        peaks["peak_device_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    if host_known:
+        status = Path("/proc/self/status").read_text()
+        found = re.search(r"VmHWM:\s*(\d+) kB", status)
+        if found is not None:
+            peaks["peak_host_bytes"] = int(found[1]) * 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -49,7 +49,10 @@ def read_prompts(path: Path) -> list[str]:
             if not line.strip():
                 continue
             try:
-                prompts.append(_text(json.loads(line)["prompt"]))
+                prompt = json.loads(line)["prompt"]
+                if not isinstance(prompt, str):
+                    raise TypeError
+                prompts.append(prompt)
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"prompts={path}: line {number} is no JSON object with a text under the "
@@ -63,12 +66,6 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ValueError(f"prompts={path} holds no prompt.")
     return prompts
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
 
 
 def demo_prompts() -> list[str]:
@@ -105,8 +102,6 @@ def make_batches(
             padding_side="left",
             add_special_tokens=not chat,
             return_tensors="pt",
-        )
-        batches.append(
-            Batch(encoded["input_ids"].to(device), encoded["attention_mask"].to(device))
-        )
+        ).to(device)
+        batches.append(Batch(encoded["input_ids"], encoded["attention_mask"]))
     return batches

@@ -1,73 +1,262 @@
-"""From single measurements to figures with intervals."""
+"""From a table of batches and a table of passes to figures with intervals."""
 
 from __future__ import annotations
 
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
-from lm_eval_pruned.energy.readings import COMPONENTS, EnergyReading, ratio
-from lm_eval_pruned.profiling.model import (
-    CONFIDENCE,
-    ENERGY_WINDOW_SECONDS,
-    MODES,
-    SCHEMA_VERSION,
-    Delta,
-    Distribution,
-    Estimate,
-    Job,
-    Profile,
-    ProfileCell,
-    ProfileRequest,
-)
+from lm_eval_pruned.energy.readings import COMPONENTS
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.energy.monitor import EnergyMonitor
-    from lm_eval_pruned.profiling.measure import _Bench, _Shelf
+    from lm_eval_pruned.profiling.options import ProfiledModel, ProfileRequest
+
+#: Version of the JSON; raised when a key changes its meaning.
+SCHEMA_VERSION = 1
+#: Output lengths: each model generates as many tokens as the others, or as many as it likes.
+MODES = ("fixed", "natural")
+CONFIDENCE = 0.95
+#: A prefill pass is repeated until its energy window is this long, in seconds.
+ENERGY_WINDOW_SECONDS = 1.0
+#: What a table has one row for, or several: a pass of a model over all prompts.
+_PASS = ["batch_size", "mode", "model", "repeat"]
+_JOULES = (*COMPONENTS, "total")
 
 
-def distribution(values: Sequence[float]) -> Distribution:
-    """Describe samples; see `Distribution`."""
-    p50, p90, p99 = np.percentile(values, [50, 90, 99])
-    return Distribution(
-        len(values),
-        float(np.mean(values)),
-        float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        float(p50),
-        float(p90),
-        float(p99),
-    )
+def summarise(
+    request: ProfileRequest,
+    models: list[ProfiledModel],
+    monitor: EnergyMonitor,
+    timings: list[dict[str, Any]],
+    passes: list[dict[str, Any]],
+    **protocol: Any,
+) -> dict[str, Any]:
+    """Return what ``profile.json`` holds (JSON types only). None: not measured.
+
+    Args:
+        request: What was measured.
+        models: The models, the baseline first.
+        monitor: What measured the energy.
+        timings: One row for each batch; see `lm_eval_pruned.profiling.measure.Profiler`.
+        passes: One row for each pass.
+        **protocol: How it was measured.
+
+    Returns:
+        ``schema_version``, ``request``, ``environment``, the protocol, ``energy`` (meter,
+        scope, source of each component, and what went wrong), ``models``
+        (`ProfiledModel`), and ``cells``, one for each model, batch size and mode:
+
+        - ``repeats``, and in one repeat ``prompts`` and ``prompt_tokens`` without padding;
+        - ``mean_output_tokens`` per prompt, the end-of-text token included;
+        - ``seconds_to_first_token`` and ``seconds_end_to_end`` from handing over the ids, and
+          ``seconds_per_output_token``, the time after the first token per further step of the
+          batch: the `distribution` over the batches of all repeats; in
+          ``latency_estimates`` the `estimate` over the repeats;
+        - ``prefill_tokens_per_second``: prompt tokens to the first token;
+          ``decode_tokens_per_second``: tokens after the first one of each row;
+        - ``joules``: mean energy of a pass by component, of ``prefill``, ``decode``
+          (generation less prefill) and ``both``; per prompt token, per decode token (those
+          after the first) and per output token, the `estimate` over the repeats;
+        - ``peak_device_bytes``: most memory of the model on the CUDA device, its weights
+          included; ``peak_host_bytes``: most memory of the whole process (resident set);
+        - ``deltas``: the `change` from the baseline by metric; none for the baseline.
+    """
+    device = torch.device(request.device)
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version(name) for name in ("torch", "transformers", "lm-eval-pruned")},
+        "device": request.device,
+        "device_name": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    by_batch = pd.DataFrame(timings).set_index(_PASS).sort_index()
+    by_pass = _passes(passes)
+    meter = monitor.describe()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "request": asdict(request),
+        "environment": environment,
+        **protocol,
+        "energy": {
+            "meter": meter and meter.name,
+            "scope": meter and meter.scope,
+            "sources": meter and {k: asdict(each) for k, each in meter.sources.items()},
+            "hardware": meter and meter.hardware,
+            "notes": list(dict.fromkeys([*monitor.failures, *_notes(by_pass)])),
+        },
+        "models": [asdict(model) for model in models],
+        "cells": _cells(request, models, by_batch, by_pass),
+    }
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean and its 95 % interval."""
-    mean = float(np.mean(values))
+def _passes(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return the passes by `_PASS`, with joules of both phases and of each; NaN: not measured."""
+    table = pd.DataFrame(rows).set_index(_PASS).sort_index()
+    for name in _JOULES:
+        both, prefill = (f"{phase}_{name}" for phase in ("both", "prefill"))
+        table[[both, prefill]] = table[[both, prefill]].astype(float)
+        table[f"decode_{name}"] = table[both] - table[prefill]
+    return table
+
+
+def _per_repeat(batches: pd.DataFrame, passes: pd.DataFrame) -> pd.DataFrame:
+    """Return one row for each pass, with the metrics that are compared with the baseline."""
+    by_pass = batches.groupby(level=_PASS)
+    sums, count = by_pass.sum(), by_pass.size()
+    first, output = sums["first"], sums["output_tokens"]
+    after, decoded = sums["total"] - first, output - sums["rows"]
+    metrics = {
+        "seconds_to_first_token": first / count,
+        "seconds_per_output_token": after / (sums["steps"] - count),
+        "seconds_end_to_end": sums["total"] / count,
+        "prefill_tokens_per_second": sums["prompt_tokens"] / first,
+        "decode_tokens_per_second": decoded.where(decoded > 0) / after,
+        "joules_per_prompt_token": passes["prefill_total"] / sums["prompt_tokens"],
+        "joules_per_decode_token": passes["decode_total"] / decoded,
+        "joules_per_output_token": passes["both_total"] / output,
+        "mean_output_tokens": output / sums["rows"],
+    }
+    # Where nothing was decoded, there is nothing to divide by.
+    return pd.DataFrame(metrics).replace([np.inf, -np.inf], np.nan)
+
+
+def _cells(
+    request: ProfileRequest,
+    models: list[ProfiledModel],
+    batches: pd.DataFrame,
+    passes: pd.DataFrame,
+) -> list[dict[str, Any]]:
+    metrics = _per_repeat(batches, passes)
+    names = [model.name for model in models]
+    cells = []
+    for key in product(request.batch_sizes, MODES, names):
+        if key not in metrics.index.droplevel("repeat"):
+            continue
+        size, mode, name = key
+        of, timed, took = metrics.loc[key], batches.loc[key], passes.loc[key]
+        steps = timed["steps"] - 1
+        per_token = ((timed["total"] - timed["first"]) / steps)[steps > 0]
+        estimates = {metric: estimate(of[metric]) for metric in of}
+        # The repeats of the baseline that have a partner.
+        against = (
+            metrics.loc[(size, mode, "baseline")].reindex(of.index).dropna(how="all")
+        )
+        deltas = {m: change(of.loc[against.index, m], against[m]) for m in of}
+        cells.append(
+            {
+                "model": name,
+                "batch_size": size,
+                "mode": mode,
+                "repeats": len(of),
+                "prompts": int(timed["rows"].sum()) // len(of),
+                "prompt_tokens": int(timed["prompt_tokens"].sum()) // len(of),
+                "mean_output_tokens": float(
+                    timed["output_tokens"].sum() / timed["rows"].sum()
+                ),
+                "seconds_to_first_token": distribution(timed["first"]),
+                "seconds_per_output_token": distribution(per_token),
+                "seconds_end_to_end": distribution(timed["total"]),
+                "latency_estimates": {
+                    metric: found
+                    for metric, found in estimates.items()
+                    if metric.startswith("seconds_") and found is not None
+                },
+                **{
+                    m: each for m, each in estimates.items() if "tokens_per_second" in m
+                },
+                "joules": {
+                    phase: {
+                        part: _number(took[f"{phase}_{part}"].mean(skipna=False))
+                        for part in _JOULES
+                    }
+                    for phase in ("prefill", "decode", "both")
+                },
+                **{m: each for m, each in estimates.items() if m.startswith("joules")},
+                **{
+                    peak: int(took[peak].max()) if peak in took else None
+                    for peak in ("peak_device_bytes", "peak_host_bytes")
+                },
+                "deltas": {m: d for m, d in deltas.items() if d and name != names[0]},
+            }
+        )
+    return cells
+
+
+def distribution(seconds: Sequence[float]) -> dict[str, Any] | None:
+    """Describe the latencies of batches; None for no batch.
+
+    Returns:
+        ``n``, ``mean``, ``sd`` (n - 1; None for one), and the percentiles ``p50``,
+        ``p90`` and ``p99``, interpolated: below 100 samples, p99 is close to the largest.
+    """
+    if not len(seconds):
+        return None
+    p50, p90, p99 = (float(each) for each in np.percentile(seconds, [50, 90, 99]))
+    sd = float(np.std(seconds, ddof=1)) if len(seconds) > 1 else None
+    mean = float(np.mean(seconds))
+    return {
+        "n": len(seconds),
+        "mean": mean,
+        "sd": sd,
+        "p50": p50,
+        "p90": p90,
+        "p99": p99,
+    }
+
+
+def estimate(values: Sequence[float]) -> dict[str, Any] | None:
+    """Return ``n``, ``mean`` and the ends ``low`` and ``high`` of its 95 % interval.
+
+    Args:
+        values: One for each repeat. With a NaN among them, there is no estimate; with one
+            value alone, no interval (None).
+    """
+    if np.isnan(values).any():
+        return None
     low, high = _interval(values)
-    return Estimate(len(values), mean, low, high)
+    return {"n": len(values), "mean": float(np.mean(values)), "low": low, "high": high}
 
 
-def delta(values: Sequence[float], baseline: Sequence[float]) -> Delta | None:
-    """Compare pairs of the same repeat; None where a number is not positive."""
-    if not values or min(*values, *baseline) <= 0:
+def change(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any] | None:
+    """Compare pairs of the same repeat; None where a number is not positive.
+
+    Returns:
+        ``percent`` of the baseline (geometric mean of the ratios), the ends ``low`` and
+        ``high`` of its 95 % interval (Student's t on log ratios), and ``verdict``: ``no
+        difference seen`` where that holds 0, ``higher``, ``lower``, or ``one repeat, no
+        interval``.
+    """
+    if not len(values) or not (np.minimum(values, baseline) > 0).all():
         return None
     logs = np.log(values) - np.log(baseline)
 
-    def percent(log: float) -> float:
-        return 100 * float(np.expm1(log))
+    def percent(log: float | None) -> float | None:
+        return None if log is None else 100 * float(np.expm1(log))
 
-    middle = percent(float(np.mean(logs)))
     low, high = _interval(logs)
     if low is None or high is None:
-        return Delta(middle, None, None, "one repeat, no interval")
-    verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
-    return Delta(middle, percent(low), percent(high), verdict)
+        verdict = "one repeat, no interval"
+    else:
+        verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
+    return {
+        "percent": percent(float(np.mean(logs))),
+        "low": percent(low),
+        "high": percent(high),
+        "verdict": verdict,
+    }
 
 
 def _interval(values: Any) -> tuple[float | None, float | None]:
@@ -82,219 +271,24 @@ def _interval(values: Any) -> tuple[float | None, float | None]:
     return float(low), float(high)
 
 
-def summarise(
-    request: ProfileRequest,
-    shelf: _Shelf,
-    bench: _Bench,
-    jobs: list[Job],
-    interrupted: bool,
-    monitor: EnergyMonitor,
-) -> Profile:
-    cells = []
-    for size in request.batch_sizes:
-        for mode in MODES:
-            figures = {
-                name: {
-                    job.repeat: _figures(job, mode)
-                    for job in jobs
-                    if job.model == name and job.batch_size == size
-                }
-                for name in shelf.models
-            }
-            for name in shelf.models:
-                mine = [j for j in jobs if j.model == name and j.batch_size == size]
-                if mine:
-                    cells.append(_cell(mine, mode, figures[name], figures["baseline"]))
-    return Profile(
-        SCHEMA_VERSION,
-        asdict(request),
-        _environment(request),
-        "together" if shelf.together else "one at a time",
-        bench.warm_up_batches,
-        interrupted,
-        energy_block(monitor, jobs),
-        list(shelf.models.values()),
-        cells,
-    )
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
-_LATENCIES = (
-    "seconds_to_first_token",
-    "seconds_per_output_token",
-    "seconds_end_to_end",
-)
-
-
-#: Metrics that are compared with the baseline.
-_COMPARED = (
-    *_LATENCIES,
-    "prefill_tokens_per_second",
-    "decode_tokens_per_second",
-    "joules_per_prompt_token",
-    "joules_per_decode_token",
-    "joules_per_output_token",
-    "mean_output_tokens",
-)
-
-
-def _figures(job: Job, mode: str) -> dict[str, float | None]:
-    """Return one number per metric for one repeat."""
-    timings, reading = job.passes[mode]
-    prompt = sum(t.prompt_tokens for t in timings)
-    output = sum(t.output_tokens for t in timings)
-    rows = sum(t.rows for t in timings)
-    first = sum(t.first for t in timings)
-    after = sum(t.total - t.first for t in timings)
-    decoded = output - rows
-    steps = sum(t.steps - 1 for t in timings)
-    prefill, decode, both = (
-        _energy(job, reading)[phase]["total"] for phase in ("prefill", "decode", "both")
-    )
-    return {
-        "seconds_to_first_token": first / len(timings),
-        "seconds_per_output_token": ratio(after, steps),
-        "seconds_end_to_end": (first + after) / len(timings),
-        "prefill_tokens_per_second": ratio(prompt, first),
-        "decode_tokens_per_second": ratio(decoded, after) if decoded else None,
-        "joules_per_prompt_token": ratio(prefill, prompt),
-        "joules_per_decode_token": ratio(decode, decoded),
-        "joules_per_output_token": ratio(both, output),
-        "mean_output_tokens": output / rows,
-    }
-
-
-def _energy(job: Job, reading: EnergyReading) -> dict[str, dict[str, float | None]]:
-    """Return joules of one pass by phase and component."""
-    prefill: dict[str, float | None] = {}
-    decode: dict[str, float | None] = {}
-    both = reading.joules.as_dict()
-    for name in (*COMPONENTS, "total"):
-        once = getattr(job.prefill.joules, name) if job.prefill is not None else None
-        once = ratio(once, job.prefill_passes)
-        whole = both[name]
-        prefill[name] = once
-        decode[name] = None if once is None or whole is None else whole - once
-    return {"prefill": prefill, "decode": decode, "both": both}
-
-
-def _cell(
-    jobs: list[Job],
-    mode: str,
-    figures: dict[int, dict[str, float | None]],
-    baseline: dict[int, dict[str, float | None]],
-) -> ProfileCell:
-    timings = [timing for job in jobs for timing in job.passes[mode][0]]
-    once = jobs[0].passes[mode][0]
-    energies = [_energy(job, job.passes[mode][1]) for job in jobs]
-
-    def series(metric: str) -> list[float] | None:
-        values = [figures[repeat][metric] for repeat in sorted(figures)]
-        return None if None in values else values  # type: ignore[return-value]
-
-    def estimated(metric: str) -> Estimate | None:
-        values = series(metric)
-        return None if values is None else estimate(values)
-
-    deltas = {}
-    if jobs[0].model != "baseline":
-        for metric in _COMPARED:
-            pairs = [
-                (figures[repeat][metric], baseline[repeat][metric])
-                for repeat in sorted(figures)
-                if repeat in baseline
-            ]
-            if pairs and all(None not in pair for pair in pairs):
-                change = delta(*zip(*pairs, strict=True))  # type: ignore[arg-type]
-                if change is not None:
-                    deltas[metric] = change
-    per_token = [(t.total - t.first) / (t.steps - 1) for t in timings if t.steps > 1]
-    prefill_rate = estimated("prefill_tokens_per_second")
-    assert prefill_rate is not None
-    return ProfileCell(
-        model=jobs[0].model,
-        batch_size=jobs[0].batch_size,
-        mode=mode,
-        repeats=len(jobs),
-        prompts=sum(t.rows for t in once),
-        prompt_tokens=sum(t.prompt_tokens for t in once),
-        mean_output_tokens=sum(t.output_tokens for t in timings)
-        / sum(t.rows for t in timings),
-        seconds_to_first_token=distribution([t.first for t in timings]),
-        seconds_per_output_token=distribution(per_token) if per_token else None,
-        seconds_end_to_end=distribution([t.total for t in timings]),
-        latency_estimates={
-            metric: found
-            for metric in _LATENCIES
-            if (found := estimated(metric)) is not None
-        },
-        prefill_tokens_per_second=prefill_rate,
-        decode_tokens_per_second=estimated("decode_tokens_per_second"),
-        joules={
-            phase: {
-                name: _mean([energy[phase][name] for energy in energies])
-                for name in (*COMPONENTS, "total")
-            }
-            for phase in ("prefill", "decode", "both")
-        },
-        joules_per_prompt_token=estimated("joules_per_prompt_token"),
-        joules_per_decode_token=estimated("joules_per_decode_token"),
-        joules_per_output_token=estimated("joules_per_output_token"),
-        peak_device_bytes=_largest([job.peak_device_bytes for job in jobs]),
-        peak_host_bytes=_largest([job.peak_host_bytes for job in jobs]),
-        deltas=deltas,
-    )
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if values and len(known) == len(values) else None
-
-
-def _largest(values: list[int | None]) -> int | None:
-    return max((value for value in values if value is not None), default=None)
-
-
-def energy_block(monitor: EnergyMonitor, jobs: list[Job]) -> dict[str, Any]:
-    meter = monitor.describe()
-    notes = list(monitor.failures)
-    for job in jobs:
-        for mode, (_, reading) in job.passes.items():
-            notes += reading.notes
-            decode = _energy(job, reading)["decode"]["total"]
-            if decode is not None and decode < 0:
-                notes.append(
-                    f"{job.model}, batch size {job.batch_size}, {mode}: generation took less "
-                    "energy than its prefill alone in some repeat, so the decode energy is noise"
-                )
-            if reading.seconds is not None and reading.seconds < ENERGY_WINDOW_SECONDS:
-                notes.append(
-                    f"batch size {job.batch_size}, {mode}: energy windows shorter than "
-                    f"{ENERGY_WINDOW_SECONDS:g} s are unreliable; use more prompts or tokens"
-                )
-    return {
-        "meter": meter and meter.name,
-        "scope": meter and meter.scope,
-        "sources": meter and {k: asdict(source) for k, source in meter.sources.items()},
-        "hardware": meter and meter.hardware,
-        "notes": list(dict.fromkeys(notes)),
-    }
-
-
-def _environment(request: ProfileRequest) -> dict[str, Any]:
-    device = torch.device(request.device)
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{
-            package: version(package)
-            for package in ("torch", "transformers", "lm-eval-pruned")
-        },
-        "device": request.device,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-    }
+def _notes(passes: pd.DataFrame) -> list[str]:
+    """Return what is wrong with the energies of passes."""
+    notes = []
+    for (size, mode, model, _), row in passes.iterrows():  # type: ignore[misc]
+        reading = row["reading"]
+        notes += reading.notes
+        if row["decode_total"] < 0:
+            notes.append(
+                f"{model}, batch size {size}, {mode}: generation took less energy than its "
+                "prefill alone in some repeat, so the decode energy is noise"
+            )
+        if reading.seconds is not None and reading.seconds < ENERGY_WINDOW_SECONDS:
+            notes.append(
+                f"batch size {size}, {mode}: energy windows shorter than "
+                f"{ENERGY_WINDOW_SECONDS:g} s are unreliable; use more prompts or tokens"
+            )
+    return notes

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.golden import loading, reading
+from tests.golden import loading, reading, records
 from tests.helpers import layouts
 
 
@@ -40,3 +40,7 @@ def test_commands_that_read_results_say_what_they_said():
     assert found.keys() == {each.name for each in reading.FOLDER.iterdir()}
     for name, text in found.items():
         assert text == (reading.FOLDER / name).read_text(encoding="utf-8"), name
+
+
+def test_records_have_the_keys_and_types_that_they_had(one_thread):
+    assert records.observed() == json.loads(records.FILE.read_text())

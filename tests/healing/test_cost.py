@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lm_eval_pruned.healing.cost import Cost
+from lm_eval_pruned.healing.cost import TrainingCost
 from tests.helpers.meters import Clock, FakeMeter
 
 
@@ -22,7 +22,7 @@ def metered(clock, monkeypatch):
         monkeypatch.setattr(
             "lm_eval_pruned.healing.cost.CodecarbonMeter", lambda: meter
         )
-        return Cost(metered=True)
+        return TrainingCost(metered=True)
 
     return make
 
@@ -94,7 +94,9 @@ def test_what_was_not_measured_is_null_with_a_note(metered, clock, more, on_gpu,
 
 def test_processes_and_machines(metered, clock, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    energy = metered().so_far()["energy"]
+    cost = metered()
+    cost.begin(on_gpu=False)
+    energy = cost.so_far()["energy"]
     assert (energy["meter"], energy["joules"]["total"]) == (None, None)
     assert energy["notes"] == ["another process of this machine meters it"]
     for name, value in {
@@ -112,4 +114,4 @@ def test_processes_and_machines(metered, clock, monkeypatch):
 
 
 def test_without_a_meter_there_are_seconds_alone():
-    assert set(Cost(metered=False).so_far()) == {"seconds"}
+    assert set(TrainingCost(metered=False).so_far()) == {"seconds"}

@@ -20,7 +20,7 @@ from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.profiling.measure import generate, profile
-from lm_eval_pruned.profiling.model import ProfileRequest
+from lm_eval_pruned.profiling.options import ProfileRequest
 from lm_eval_pruned.profiling.prompts import make_batches
 from tests.helpers import checkpoints, layouts
 from tests.model_wrappers.test_energy_logging import generated, scored
@@ -65,16 +65,16 @@ def test_a_narrower_model_takes_less_memory_on_the_device(wide):
         request, ["one two", "three"], monitor=EnergyMonitor(CodecarbonMeter())
     )
     baseline, pruned = (
-        next(c for c in result.cells if c.model == name and c.mode == "fixed")
+        next(c for c in result["cells"] if (c["model"], c["mode"]) == (name, "fixed"))
         for name in ("baseline", "ratio=1.0")
     )
-    sizes = {model.name: model.model_bytes for model in result.models}
-    assert baseline.peak_device_bytes > sizes["baseline"]
-    assert pruned.peak_device_bytes > sizes["ratio=1.0"]
-    assert pruned.peak_device_bytes < baseline.peak_device_bytes
-    assert baseline.joules["both"]["gpu"] > 0
-    assert result.energy["sources"]["gpu"]["kind"] == "measured"
-    assert result.environment["device_name"] == torch.cuda.get_device_name()
+    sizes = {model["name"]: model["model_bytes"] for model in result["models"]}
+    assert baseline["peak_device_bytes"] > sizes["baseline"]
+    assert pruned["peak_device_bytes"] > sizes["ratio=1.0"]
+    assert pruned["peak_device_bytes"] < baseline["peak_device_bytes"]
+    assert baseline["joules"]["both"]["gpu"] > 0
+    assert result["energy"]["sources"]["gpu"]["kind"] == "measured"
+    assert result["environment"]["device_name"] == torch.cuda.get_device_name()
 
 
 @pytest.mark.parametrize("criterion", ["maw", "l2"])

@@ -210,7 +210,7 @@ EXPECTED = {
     ("pruning/curves.py", "LayerCurve"),
     ("report/formats.py", "_COLUMNS"),
     ("report/formats.py", "as_csv"),
-    ("profiling/model.py", "ProfileRequest"),
+    ("profiling/options.py", "ProfileRequest"),
     ("cli/profile.py", "run"),
     ("checkpoints/sensitivity.py", "measure_sensitivity"),
 }

@@ -1,0 +1,106 @@
+"""Keys and types of ``profile.json`` and of the record of a healing, in ``records.json``.
+
+Only keys and types are held, because times differ. After a change that is meant to alter a record,
+
+    python -m tests.golden.records
+
+writes the file anew.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from lm_eval_pruned.checkpoints.adapters import HEALING
+from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.healing.options import HealingOptions
+from lm_eval_pruned.healing.run import heal
+from lm_eval_pruned.profiling import measure, report
+from tests.helpers import checkpoints
+from tests.helpers.meters import Clock, FakeMeter
+
+
+FILE = Path(__file__).with_suffix(".json")
+
+
+class TickingClock(Clock):
+    """A clock that moves on by a quarter of a second each time it is read."""
+
+    def __call__(self) -> float:
+        self.sleep(0.25)
+        return self.now
+
+
+def shape(value: Any) -> Any:
+    """Return keys and types of a value as JSON types, with one entry for equal parts of a list."""
+    if isinstance(value, dict):
+        return {name: shape(each) for name, each in value.items()}
+    if isinstance(value, list):
+        shapes = {json.dumps(shape(each)) for each in value}
+        return [json.loads(each) for each in sorted(shapes)]
+    return type(value).__name__
+
+
+def profile_of(tiny: Path, folder: Path) -> Any:
+    """Return what ``profile.json`` holds for a model at two sizes."""
+    clock = TickingClock()
+    request = measure.ProfileRequest(
+        str(tiny), ratios=("1.375",), max_new_tokens=4, repeats=2
+    )
+    result = measure.profile(
+        request,
+        ["one", "two three"],
+        monitor=EnergyMonitor(FakeMeter(clock, {"cpu": 10.0, "ram": 2.0}), clock),
+        clock=clock,
+    )
+    report.write_json(result, folder)
+    record = json.loads((folder / "profile.json").read_text())
+    for cell in record["cells"]:
+        # Not every system tells it.
+        cell["peak_host_bytes"] = cell["peak_host_bytes"] or 0
+    return record
+
+
+def healing_of(tiny: Path, folder: Path, **options: Any) -> Any:
+    """Return what the record in an adapter holds."""
+    data = folder / "data.txt"
+    data.write_text("The tide comes in twice a day. " * 20)
+    meter = FakeMeter(TickingClock(), {"cpu": 10.0, "ram": 2.0})
+    training = {"use_cpu": True, "disable_tqdm": True, "save_steps": 1}
+    with mock.patch("lm_eval_pruned.healing.cost.CodecarbonMeter", return_value=meter):
+        heal(
+            {"pretrained": str(tiny), "prune_percent": 40},
+            str(data),
+            folder / "healed",
+            HealingOptions(
+                max_length=32, max_steps=1, training_args=training, **options
+            ),
+        )
+    record = json.loads((folder / "healed" / HEALING).read_text())
+    steps = folder / "healed.checkpoints" / "checkpoint-1" / HEALING
+    return {"adapter": record, "checkpoint": json.loads(steps.read_text())}
+
+
+def observed() -> dict[str, Any]:
+    """Return the keys and types of all records."""
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name, each) for each in ("tiny", "profile", "plain", "taught")]
+        for folder in folders:
+            folder.mkdir()
+        tiny, profiled, plain, taught = folders
+        checkpoints.save_tiny(tiny)
+        return {
+            "profile": shape(profile_of(tiny, profiled)),
+            "healing": shape(healing_of(tiny, plain)),
+            "healing with a teacher": shape(
+                healing_of(tiny, taught, teacher_weight=0.5)
+            ),
+        }
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(observed(), indent=1) + "\n")
