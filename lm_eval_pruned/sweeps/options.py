@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.healing.options import DECLARED as HEALING
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
-from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS
 from lm_eval_pruned.sweeps.option_kinds import checked
 
 
@@ -199,7 +198,14 @@ OPTIONS = (
         _PLACE,
         decides="where",
     ),
-    *(Option(**each) for each in BLOCK_OPTIONS),
+    Option(
+        "stop_when",
+        "text",
+        "decided, or decided:MARGIN: stop a unit when its difference to the unpruned "
+        "model is shown, or equivalence within the margin (such as 1pt)",
+        "RULE",
+        "fewer documents",
+    ),
 )
 
 
