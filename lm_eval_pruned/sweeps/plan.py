@@ -26,6 +26,7 @@ from lm_eval_pruned.pruning.arguments import (
 )
 from lm_eval_pruned.pruning.layer_widths import read_widths
 from lm_eval_pruned.results.folder import ADAPTERS
+from lm_eval_pruned.results.stopping_record import SCHEMA
 from lm_eval_pruned.sweeps.configurations import (
     Configuration,
     configurations_of,
@@ -270,7 +271,8 @@ class Sweep:
             return {}
         # The sizes share the error: with more of them, each has to be clearer.
         sizes = len(self.configurations) - 1
-        return {"stopping": {"rule": self.stop_when, "sizes": sizes}}
+        rule = {"rule": self.stop_when, "sizes": sizes, "schema_version": SCHEMA}
+        return {"stopping": rule}
 
     def as_dict(self, kept: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """Return the content of ``sweep.json``: the same for every shard and every start.
