@@ -31,22 +31,6 @@ LEVEL = 0.05
 LEAST_OF_MEANS = 500
 
 
-def check_rule(text: str) -> None:
-    """Refuse a rule that is neither ``decided`` nor ``decided:MARGIN``.
-
-    Raises:
-        ValueError: It is something else, or the margin is not one that `Margin` takes.
-    """
-    word, colon, margin = text.partition(":")
-    if word != "decided" or (colon and not margin):
-        raise ValueError(
-            f"stop_when={text} is no rule: pass decided, or decided:MARGIN with a "
-            "margin such as 1pt."
-        )
-    if margin:
-        Margin("equivalent", margin)
-
-
 def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
     """Look at a unit once more.
 

@@ -83,9 +83,8 @@ class Stopping:
     @property
     def text(self) -> str:
         """How many documents were used, in words."""
-        return (
-            f"{'partial' if self.is_partial else 'all'}: {self.documents} of {self.of}"
-        )
+        part = "partial" if self.is_partial else "all"
+        return f"{part}: {self.documents} of {self.of}"
 
     @property
     def margin(self) -> str | None:
@@ -95,12 +94,8 @@ class Stopping:
     @property
     def shares(self) -> tuple[float, ...]:
         """Share of the level that each look may spend."""
-        spent = (
-            1.0 if count == self.of else count / self.of / 2 for count in self.looks
-        )
-        return tuple(
-            after - before for before, after in itertools.pairwise((0, *spent))
-        )
+        spent = [1.0 if n == self.of else n / self.of / 2 for n in self.looks]
+        return tuple(now - before for before, now in itertools.pairwise((0, *spent)))
 
     @property
     def nominal_level(self) -> float:
@@ -135,7 +130,7 @@ class Stopping:
             ValueError: It is of another version, or does not fit together.
         """
         values = {**record}
-        version = values.pop("schema_version")
+        known = values.pop("schema_version") == SCHEMA and values["reason"] in REASONS
         for key in ("looks", "p", "p_margin"):
             values[key] = tuple(values[key])
         values["scores"] = {key: tuple(ends) for key, ends in values["scores"].items()}
@@ -143,7 +138,6 @@ class Stopping:
         counts = (0, *found.looks, found.of + 1)
         rises = len(counts) > 2 and all(a < b for a, b in itertools.pairwise(counts))
         lengths = {len(found.looks), len(found.p), len(found.p_margin)}
-        known = version == SCHEMA and found.reason in REASONS
         if not (known and rises and len(lengths) == 1 and found.sizes > 0):
             raise ValueError
         return found

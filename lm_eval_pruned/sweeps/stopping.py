@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -10,15 +9,17 @@ import tempfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 
-from lm_eval_pruned.compare.stopping import check_rule, look, with_scores
+from lm_eval_pruned.compare.margins import Margin
+from lm_eval_pruned.compare.stopping import look, with_scores
 from lm_eval_pruned.results.runs import read_newest
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lm_eval.api.task import Task
 
@@ -38,7 +39,7 @@ LEAST = 25
 
 
 def read_rule(options: Mapping[str, Any]) -> str | None:
-    """Return the rule that stops units, if there is one.
+    """Return the rule that stops units, ``decided`` or ``decided:MARGIN``, if there is one.
 
     Raises:
         ValueError: It is not usable, or not together with another option.
@@ -62,7 +63,14 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
                 f"stop_when={rule} compares documents, and {other} is {value}: leave one of "
                 "them out."
             )
-    check_rule(rule)
+    word, colon, margin = rule.partition(":")
+    if word != "decided" or (colon and not margin):
+        raise ValueError(
+            f"stop_when={rule} is no rule: pass decided, or decided:MARGIN with a "
+            "margin such as 1pt."
+        )
+    if margin:
+        Margin("equivalent", margin)
     return rule
 
 
@@ -86,10 +94,11 @@ def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
             examples = settings.num_fewshot
         first = isinstance(getattr(task, "sampler", None), FirstNSampler)
         generation = {**(config.generation_kwargs or {}), **(settings.gen_kwargs or {})}
+        sampled = generation.get("do_sample", generation.get("temperature"))
         why = ""
         if examples and not first:
             why = "its few-shot examples at random: take 0, or sampler: first_n in its YAML"
-        elif task.OUTPUT_TYPE == "generate_until" and generation.get("do_sample"):
+        elif task.OUTPUT_TYPE == "generate_until" and sampled:
             why = "its answers at random: pass --gen_kwargs do_sample=false"
         if why:
             raise ValueError(
@@ -163,7 +172,8 @@ def evaluate_until_decided(
         for count, chosen in looks.items():
             # What this evaluation has paid for is not what an earlier one left in a cache.
             lm.count_kept_answers(-answered)
-            with _without_model_info(lm):
+            # Asking for it ends the measurement of energy.
+            with mock.patch.object(lm, "get_model_info", dict):
                 results = evaluate(chosen, str(Path(name, "answers"))) or {}
             samples = results["samples"]
             answered = _answers(samples)
@@ -178,16 +188,6 @@ def evaluate_until_decided(
     logger.info("%s: %s (%s).", stopping.task, stopping.text, stopping.reason)
     results["config"].update(lm.get_model_info())
     return {**results, "stopping": stopping.as_dict()}
-
-
-@contextlib.contextmanager
-def _without_model_info(lm: Any) -> Iterator[None]:
-    """Keep what was measured so far open: asking for it ends the measurement."""
-    lm.get_model_info = dict
-    try:
-        yield
-    finally:
-        del lm.get_model_info
 
 
 def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:

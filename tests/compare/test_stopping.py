@@ -13,11 +13,11 @@ from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.compare.statistics import PairedTest
 from lm_eval_pruned.compare.stopping import (
     LEVEL,
-    check_rule,
     sequential_claims,
     sequential_q,
 )
 from lm_eval_pruned.results.stopping_record import Stopping
+from lm_eval_pruned.sweeps.stopping import read_rule
 
 
 def _stopping(*looks: int, of: int = 800, sizes: int = 1, **more) -> Stopping:
@@ -119,4 +119,4 @@ def test_differences_and_a_margin_share_one_level():
 )
 def test_other_rules_are_refused(text):
     with pytest.raises(ValueError, match=r"pass decided|give percentage points"):
-        check_rule(text)
+        read_rule({"stop_when": text})
