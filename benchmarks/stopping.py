@@ -1,37 +1,31 @@
-"""What `sweep --stop_when decided` errs and saves: ``python benchmarks/stopping.py``.
+"""What `sweep --stop_when decided` errs and saves: ``python benchmarks/stopping.py errors study``.
 
-Four parts. ``errors``: sweeps of seven sizes without any difference, and how many decide one
-wrongly. ``study``: the differences that the study of Llama-3.2 published (a CSV file as
+``errors``: sweeps of seven sizes without any difference, and how many decide one wrongly. ``study``:
+the differences that the study of Llama-3.2 published (a CSV file as
 ``tests/data/study_benchmarks.csv``), drawn document by document, and how often stopping comes to
-the verdict of all documents, after how many. ``replay``: the same for complete sweeps on the
-disk, in many orders of their documents (`stopping_replay`). ``cost``: what blocks of few documents cost on a model.
+the verdict of all documents, after how many.
 
-    python benchmarks/stopping.py errors study
-    python benchmarks/stopping.py replay --sweeps FOLDER --orders 200
-    python benchmarks/stopping.py cost --task truthfulqa_mc1 --limit 150
-
-The tables stand in ``docs/measurements/stopping.md``. Simulated parts draw nothing twice: the same
-options print the same.
+The tables stand in ``docs/measurements/stopping.md``. Nothing is drawn twice: the same options print
+the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import functools
-import time
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.compare.stopping import StopRule
+from lm_eval_pruned.compare.stopping import LEAST_OF_MEANS, LEVEL
+from lm_eval_pruned.results.stopping_record import Stopping
+from lm_eval_pruned.sweeps.stopping import LEAST, LOOKS
 from lm_eval_pruned.util.tables import markdown_table
 
 
-ALPHA = 0.05
 STUDY_FILE = Path(__file__).parents[1] / "tests/data/study_benchmarks.csv"
 #: Documents of the study's tasks, and the metric that decides.
 STUDY_TASKS = {
@@ -49,14 +43,12 @@ STUDY_TASKS = {
 }
 
 
-@functools.cache
 def _levels(documents: int, tests: int) -> tuple[np.ndarray, np.ndarray]:
     """Return looks and the levels of p at them, for one of `tests` sizes."""
-    counts = statistics.looks(documents)
-    fractions = tuple(count / documents for count in counts)
-    return np.array(counts), np.array(
-        statistics.nominal_levels(fractions, ALPHA / tests)
-    )
+    counts = [math.ceil(share * documents) for share in LOOKS]
+    counts = [count for count in counts if count >= min(LEAST, documents)]
+    shares = Stopping("", "", documents, LEVEL, tests, looks=tuple(counts)).shares
+    return np.array(counts), LEVEL / tests * np.array(shares)
 
 
 def mid_p(up: np.ndarray, down: np.ndarray) -> np.ndarray:
@@ -72,49 +64,32 @@ def mean_p(gains: np.ndarray, counts: np.ndarray) -> np.ndarray:
     As `lm_eval_pruned.compare.stopping` makes it where documents are not right or wrong.
     """
     n = counts.astype(float)
-    first, second, third = (
+    first, second = (
         (gains.astype(float) ** power).cumsum(axis=-1)[..., counts - 1] / n
-        for power in (1, 2, 3)
+        for power in (1, 2)
     )
     spread = np.sqrt(np.maximum(second - first**2, 1e-60))
-    skewness = (third - 3 * first * second + 2 * first**3) / spread**3
-    plain = first / spread * np.sqrt(n - 1)
-    corrected = statistics.hall_t(first / spread, skewness, n)
-    least = np.minimum(np.abs(plain), np.abs(corrected))
-    return np.where(
-        counts < statistics.LEAST_OF_MEANS, 1.0, 2 * stats.t.sf(least, n - 1)
-    )
+    p = 2 * stats.t.sf(np.abs(first) / spread * np.sqrt(n - 1), n - 1)
+    return np.where(counts < LEAST_OF_MEANS, 1.0, p)
 
 
 def decided(p: np.ndarray, documents: int) -> tuple[np.ndarray, np.ndarray]:
     """Return which sizes show a difference, and after how many documents each stopped.
 
-    Units stop at the level of one size of all; what they show is p after Holm, as
-    `compare` has it.
-
     Args:
         p: Shape (sweeps, sizes, looks).
         documents: How many there are.
     """
-    sizes = p.shape[1]
-    counts, levels = _levels(documents, sizes)
+    counts, levels = _levels(documents, p.shape[1])
     below = p < levels
-    ever = below.any(axis=-1)
-    stop = np.where(ever, below.argmax(axis=-1), len(counts) - 1)
-    seen = np.arange(len(counts)) <= stop[..., None]
-    shown = ever
-    for left in range(sizes - 1, 0, -1):
-        # With so many shown, the next may use the level of those that are left.
-        more = ((p < _levels(documents, left)[1]) & seen).any(axis=-1)
-        enough = shown.sum(axis=-1, keepdims=True) >= sizes - left
-        shown = np.where(enough, shown | more, shown)
-    return shown, counts[stop]
+    shown = below.any(axis=-1)
+    return shown, counts[np.where(shown, below.argmax(axis=-1), len(counts) - 1)]
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Return which of a family are shown after Holm at `ALPHA`, shape as `p` (..., sizes)."""
+    """Return which of a family are shown after Holm at `LEVEL`, shape as `p` (..., sizes)."""
     order = np.argsort(p, axis=-1)
-    bounds = ALPHA / np.arange(p.shape[-1], 0, -1)
+    bounds = LEVEL / np.arange(p.shape[-1], 0, -1)
     passed = np.minimum.accumulate(
         np.take_along_axis(p, order, axis=-1) < bounds, axis=-1
     )
@@ -235,7 +210,7 @@ def replayed(task: str, documents: int, p: np.ndarray, full: np.ndarray) -> Repl
     """
     shown, used = decided(p, documents)
     whole = holm(full)
-    fdr = stats.false_discovery_control(full, axis=-1) < ALPHA
+    fdr = stats.false_discovery_control(full, axis=-1) < LEVEL
     return Replay(
         task,
         documents,
@@ -312,56 +287,12 @@ def _row(name: str, group: list[Replay]) -> list[str]:
     ]
 
 
-def cost(pretrained: str | None, task: str, limit: int, repeat: int) -> str:
-    """Time the same requests in one call and in blocks of documents."""
-    from lm_eval.api.registry import get_model
-    from reporting import likelihood_requests
-
-    from lm_eval_pruned.sweeps.blocks import by_appearance
-
-    arguments = {"pretrained": pretrained} if pretrained else {}
-    lm = get_model("pruned-hf").create_from_arg_obj(
-        {**arguments, "dtype": "float32"}, {"device": "cpu"}
-    )
-    requests = likelihood_requests([task], limit)
-    ends = list(statistics.looks(limit))
-    ways = {"one call": [limit], "looks of --stop_when": ends}
-    ways |= {f"blocks of {n}": [*range(n, limit, n), limit] for n in (8, 16, 32, 64)}
-    place = by_appearance(1)(requests)
-    lm.loglikelihood(requests[:4], disable_tqdm=True)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeat):
-        for name, blocks in ways.items():
-            # Other processes do not show in it.
-            begin = time.process_time()
-            for start, end in zip((0, *blocks), blocks, strict=False):
-                part = [
-                    r
-                    for r, at in zip(requests, place, strict=True)
-                    if start <= at < end
-                ]
-                lm.loglikelihood(part, disable_tqdm=True)
-            seconds[name].append(time.process_time() - begin)
-    once = np.median(seconds["one call"])
-    rows = [
-        [
-            name,
-            str(len(ways[name])),
-            f"{np.median(taken):.1f}",
-            f"{np.median(taken) / once:.2f}",
-        ]
-        for name, taken in seconds.items()
-    ]
-    columns = ["way", "calls", "CPU seconds, median", "relative to one call"]
-    return markdown_table(columns, rows, "lrrr")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Print the parts that were asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("errors", "study", "replay", "cost")
+    parts = ("errors", "study")
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--times", type=int, default=10_000, help="sweeps of errors")
     parser.add_argument("--study-times", type=int, default=500, help="sweeps of study")
@@ -369,39 +300,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--correlations", type=float, nargs="+", default=[0.2, 0.45, 0.8]
     )
-    parser.add_argument(
-        "--sweeps", nargs="+", default=[], help="folders of complete sweeps, for replay"
-    )
-    parser.add_argument("--orders", type=int, default=200, help="orders of replay")
-    parser.add_argument("--rule", default="decided", help="of replay, as --stop_when")
-    parser.add_argument("--pretrained", help="for cost; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--task", default="pruned_demo_truthfulness", help="for cost")
-    parser.add_argument("--limit", type=int, default=100, help="documents of cost")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds of cost")
     arguments = parser.parse_args(argv)
     for part in arguments.parts:
         if part == "errors":
             print(f"{errors(arguments.times)}\n")
-        elif part == "study":
+        else:
             cases = read_study(arguments.study_file)
             for correlation in arguments.correlations:
                 found = study(cases, arguments.study_times, correlation)
                 print(f"correlation {correlation:g}\n\n{as_table(found)}\n")
-        elif part == "replay":
-            if not arguments.sweeps:
-                parser.error(
-                    "replay needs --sweeps FOLDER, of a sweep that is complete"
-                )
-            from stopping_replay import as_table as replays, replay
-
-            rule = StopRule(arguments.rule)
-            found = [replay(each, arguments.orders, rule) for each in arguments.sweeps]
-            print(f"{replays([unit for units in found for unit in units])}\n")
-        else:
-            ways = cost(
-                arguments.pretrained, arguments.task, arguments.limit, arguments.repeat
-            )
-            print(f"{ways}\n")
 
 
 if __name__ == "__main__":

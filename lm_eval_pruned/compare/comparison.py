@@ -20,7 +20,7 @@ from lm_eval_pruned.compare.pairing import (
     paired_documents,
     paired_test,
 )
-from lm_eval_pruned.compare.stopped_rows import (
+from lm_eval_pruned.compare.stopping import (
     partial_notes,
     sequential_claims,
     sequential_q,

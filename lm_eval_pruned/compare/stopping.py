@@ -1,248 +1,182 @@
-"""When a comparison with the unpruned model is decided, so that no more documents are needed."""
+"""Comparisons with the unpruned model that end when they are decided, and their rows in tables."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.compare.margins import Margin
-from lm_eval_pruned.compare.pairing import paired_documents, paired_test
+from lm_eval_pruned.compare.margins import Claim, Margin
+from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
 from lm_eval_pruned.results.documents import read_documents
 from lm_eval_pruned.results.series import primary_metrics
-from lm_eval_pruned.results.stopping_record import Stopping
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lm_eval_pruned.compare import statistics
+    from lm_eval_pruned.compare.comparison_rows import Difference
     from lm_eval_pruned.results.documents import Documents
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.stopping_record import Stopping
 
 #: Chance, over the sizes of a sweep, that any comparison of a task is decided wrongly.
 LEVEL = 0.05
+#: Fewer documents show nothing where they are not right or wrong: Student's t is off at the
+#: levels of early looks if documents are skewed.
+LEAST_OF_MEANS = 500
 
 
-@dataclass(frozen=True)
-class StopRule:
-    """What ends a comparison.
-
-    Attributes:
-        text: ``decided``: a difference from zero is shown. ``decided:MARGIN``: that, or
-            equivalence within a margin as `Margin` takes it.
-
-    Raises:
-        ValueError: It is something else.
-
-    Example:
-        >>> StopRule("decided:1pt").margin.text
-        '1pt'
-    """
-
-    text: str
-
-    def __post_init__(self) -> None:
-        word, colon, margin = self.text.partition(":")
-        if word != "decided" or (colon and not margin):
-            raise ValueError(
-                f"stop_when={self.text} is no rule: pass decided, or decided:MARGIN with a "
-                "margin such as 1pt."
-            )
-        if margin:
-            Margin("equivalent", margin)
-
-    @property
-    def margin(self) -> Margin | None:
-        """Within which two scores count as the same; None without one."""
-        margin = self.text.partition(":")[2]
-        return Margin("equivalent", margin) if margin else None
-
-
-class Looks:
-    """The looks at one unit, from the first to the one that decides.
+def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
+    """Look at a unit once more.
 
     Args:
-        rule: What ends them.
+        before: The looks so far.
+        documents: How many the unit has now.
         base: The unpruned model's results on all documents.
-        counts: Documents at each look, the last being all.
-        sizes: Sizes over which the family-wise error is bounded.
+        run: The unit's results on these.
+
+    Returns:
+        The looks with this one; a reason says that it was the last.
+
+    Raises:
+        ResultsError: Base and run do not belong together.
     """
-
-    def __init__(
-        self, rule: StopRule, base: Run, counts: Sequence[int], sizes: int
-    ) -> None:
-        self._rule = rule
-        self._base = base
-        self._counts = tuple(counts)
-        self._fractions = tuple(count / counts[-1] for count in counts)
-        share = LEVEL / sizes
-        self._levels = statistics.nominal_levels(self._fractions, share)
-        # Each of the two one-sided tests may spend `share`.
-        both = min(1.0, 2 * share)
-        self._margin_levels = [
-            level / 2 for level in statistics.nominal_levels(self._fractions, both)
-        ]
-        self._sizes = sizes
-        self._p: list[float | None] = []
-        self._p_margin: list[float | None] = []
-
-    def add(self, run: Run, task: str) -> Stopping | None:
-        """Look at the results so far.
-
-        Args:
-            run: The unit's results on the first documents, as many as the next look has.
-            task: The unit's task or group.
-
-        Returns:
-            What ended the comparison, or None where it goes on.
-
-        Raises:
-            ResultsError: Base and run do not belong together.
-        """
-        metric = next(
-            (m for t, m in primary_metrics([self._base, run]) if t == task), ""
-        )
-        # That a run is partial is known here before its results file says so.
-        run = replace(run, stopping={task: self._so_far(task, metric)})
-        pair = paired_documents(self._base, run, task, metric) if metric else None
-        scores = tuple(
-            each.scores[task, metric].value if metric else 0.0
-            for each in (self._base, run)
-        )
-        return self.look(task, metric, pair, scores)
-
-    def look(
-        self,
-        task: str,
-        metric: str,
-        pair: tuple[Documents, Documents] | None,
-        scores: tuple[float, ...],
-    ) -> Stopping | None:
-        """Look at the documents so far.
-
-        Args:
-            task: The unit's task or group.
-            metric: The metric that decides.
-            pair: Its first documents, as many as the next look has: of the unpruned model and
-                of the unit, in one order. None where there are none to compare.
-            scores: Of the unpruned model and of the unit, which give a relative margin its size.
-
-        Returns:
-            What ended the comparison, or None where it goes on.
-        """
-        so_far = self._so_far(task, metric)
-        number, count, level = len(self._p), so_far.documents, so_far.nominal_level
-        test = paired_test(pair, level) if pair else None
-        p = _p(pair, test) if pair and test else None
-        self._p.append(p)
-        claim = None
-        if pair and test and self._rule.margin:
-            size = self._rule.margin.size(*scores)
-            claim = None if size is None else _p_margin(pair, test, size)
-        if self._rule.margin:
-            self._p_margin.append(claim)
-        if test:
-            so_far = replace(
-                so_far, difference=test.difference, low=test.low, high=test.high
-            )
-        so_far = replace(so_far, p=tuple(self._p), p_margin=tuple(self._p_margin))
-        if p is not None and p < level:
-            return replace(so_far, reason="difference")
-        if claim is not None and claim < self._margin_levels[number]:
-            return replace(so_far, reason="equivalent")
-        if count == self._counts[-1]:
-            tested = any(p is not None for p in self._p)
-            return replace(so_far, reason="all documents" if tested else "no test")
-        return None
-
-    def _so_far(self, task: str, metric: str) -> Stopping:
-        number = len(self._p)
-        return Stopping(
-            rule=self._rule.text,
-            task=task,
-            metric=metric,
-            documents=self._counts[number],
-            of=self._counts[-1],
-            reason="no test",
-            level=LEVEL,
-            sizes=self._sizes,
-            looks=self._counts[: number + 1],
-            p=(),
-            p_margin=(),
-            nominal_level=self._levels[number],
-            difference=None,
-            low=None,
-            high=None,
-            scores={},
-        )
+    task = before.task
+    metric = next((m for t, m in primary_metrics([base, run]) if t == task), "")
+    now = replace(before, metric=metric, looks=(*before.looks, documents))
+    # That a run is partial is known here before its results file says so.
+    marked = replace(run, stopping={task: now})
+    pair = paired_documents(base, marked, task, metric) if metric else None
+    test = paired_test(pair, now.nominal_level) if pair else None
+    p = p_margin = None
+    if test and (test.method.startswith("McNemar") or documents >= LEAST_OF_MEANS):
+        p = test.p
+        if now.margin:
+            scores = (each.scores[task, metric].value for each in (base, run))
+            size = Margin("equivalent", now.margin).size(*scores)
+            p_margin = None if size is None else test.p_outside(-size, size)
+    now = replace(now, p=(*now.p, p), p_margin=(*now.p_margin, p_margin))
+    if test:
+        now = replace(now, difference=test.difference, low=test.low, high=test.high)
+    if p is not None and p < now.nominal_level:
+        return replace(now, reason="difference")
+    # Equivalence is claimed wrongly where the difference is as large as the margin, and a
+    # difference where there is none: one size can err in one of both only.
+    if p_margin is not None and p_margin < now.nominal_level:
+        return replace(now, reason="equivalent")
+    if not now.is_partial:
+        tested = any(each is not None for each in now.p)
+        return replace(now, reason="all documents" if tested else "no test")
+    return now
 
 
 def with_scores(stopping: Stopping, run: Run) -> Stopping:
-    """Return the record with the intervals of all scores of its task.
-
-    They hold at all looks together, as that of the difference does: each is the interval
-    at the nominal level of its look (Jennison and Turnbull 2000, chapter 9).
-    """
-    found = {}
-    for task, metric in run.scores:
-        if task == stopping.task:
-            found[metric] = _score_interval(run, task, metric, stopping.nominal_level)
+    """Return the record with the intervals of all scores of its task, at the level of its look."""
+    found = {
+        metric: _score_interval(run, task, metric, stopping.nominal_level)
+        for task, metric in run.scores
+        if task == stopping.task
+    }
     return replace(stopping, scores=found)
-
-
-def _counts_answers(test: statistics.PairedTest) -> bool:
-    return test.method.startswith("McNemar")
-
-
-def _p(pair: tuple[Documents, Documents], test: statistics.PairedTest) -> float | None:
-    """Return p of no difference; of means, the larger of two tests."""
-    if test.p is None or _counts_answers(test):
-        return test.p
-    base, run = pair
-    if len(run.keys) < statistics.LEAST_OF_MEANS:
-        return None
-    tails = statistics.skewed_tails(base.values, run.values, run.weights, run.clusters)
-    return min(1.0, max(test.p, 2 * min(tails)))
-
-
-def _p_margin(
-    pair: tuple[Documents, Documents], test: statistics.PairedTest, size: float
-) -> float | None:
-    """Return p of a difference of `size` or more either way; of means, the larger of two."""
-    p = test.p_outside(-size, size)
-    if p is None or _counts_answers(test):
-        return p
-    base, run = pair
-    if len(run.keys) < statistics.LEAST_OF_MEANS:
-        return None
-    if run.transform == "mean":
-        values = base.values, run.values, run.weights, run.clusters
-        below, _ = statistics.skewed_tails(*values, size)
-        _, above = statistics.skewed_tails(*values, -size)
-        p = max(p, below, above)
-    return p
 
 
 def _score_interval(
     run: Run, task: str, metric: str, alpha: float
 ) -> tuple[float | None, float | None]:
-    documents = read_documents(run, task, metric)
-    score = run.scores[task, metric]
+    documents: Documents | None = read_documents(run, task, metric)
     if documents is not None and documents.transform == "mean":
-        values = documents.values
-        plain = documents.clusters is None and (documents.weights == 1).all()
-        if plain and np.isin(values, (0, 1)).all():
-            right = stats.binomtest(int(values.sum()), len(values))
-            ends = right.proportion_ci(1 - alpha, method="wilson")
-            return float(ends.low), float(ends.high)
-        none = replace(documents, values=np.zeros(len(values)))
-        test = paired_test((none, documents), alpha)
+        nothing = replace(documents, values=np.zeros(len(documents.values)))
+        test = paired_test((nothing, documents), alpha)
         if test.low is not None:
             return test.low, test.high
+    score = run.scores[task, metric]
     if score.stderr is None:
         return None, None
     half = float(stats.norm.isf(alpha / 2)) * score.stderr
     return score.value - half, score.value + half
+
+
+def stopping_of(base: Run, run: Run, task: str) -> Stopping | None:
+    """Return how the comparison of a task was ended, if it was looked at before its end."""
+    return run.stopping.get(task) or base.stopping.get(task)
+
+
+def sequential_test(
+    test: statistics.PairedTest, stopping: Stopping, metric: str
+) -> statistics.PairedTest:
+    """Return a test on the documents that were used, with a p that holds for the looks at them.
+
+    Args:
+        test: Made at `Stopping.nominal_level`, so that its interval holds at all looks.
+        stopping: The looks.
+        metric: Whose test it is. Only of the metric that decided, and against the run that it was
+            compared with, is there a p.
+    """
+    looked_at = metric == stopping.metric and (
+        stopping.difference is not None
+        and math.isclose(test.difference, stopping.difference, abs_tol=1e-9)
+    )
+    p = stopping.repeated(stopping.p) if looked_at else None
+    method = f"{test.method}, group sequential, {stopping.text} documents"
+    return replace(test, p=p, method=method)
+
+
+def sequential_q(
+    rows: Sequence[Difference], stoppings: Sequence[Stopping | None]
+) -> list[float | None]:
+    """Return p after a correction over the sizes of a sweep (Bonferroni); None for other rows."""
+    return [
+        min(1.0, stopping.sizes * row.p)
+        if stopping is not None and row.primary and row.p is not None
+        else None
+        for row, stopping in zip(rows, stoppings, strict=True)
+    ]
+
+
+def sequential_claims(
+    margin: Margin,
+    rows: Sequence[Difference],
+    tests: Sequence[statistics.PairedTest],
+    stoppings: Sequence[Stopping | None],
+) -> list[Claim | None]:
+    """Return what is shown of a margin, where it is the one that units could stop by."""
+    found: list[Claim | None] = []
+    for row, test, stopping in zip(rows, tests, stoppings, strict=True):
+        size = margin.size(row.base_score, row.score)
+        if (
+            stopping is None
+            or size is None
+            or not row.primary
+            or row.p is None
+            or margin.claim != "equivalent"
+            or stopping.margin != margin.text
+        ):
+            found.append(None)
+            continue
+        p = stopping.repeated(stopping.p_margin)
+        low, high = test.interval(2 * stopping.nominal_level) or (None, None)
+        found.append(Claim(size, low, high, p, min(1.0, stopping.sizes * p)))
+    return found
+
+
+def partial_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
+    """Return which tasks of a run, or of its base, are not of all documents."""
+    notes = []
+    for each in (base, run):
+        parts = [
+            f"{task} ({each.stopping[task].text}, {each.stopping[task].reason})"
+            for task in tasks
+            if is_partial(each, task)
+        ]
+        if parts:
+            notes.append(
+                f"{each.name} stopped when decided: {', '.join(parts)}. Scores and differences are "
+                "of these documents; intervals and p hold for stopping. q bounds the chance of any "
+                "wrong decision over the sizes of one task, not over all tasks together."
+            )
+    return notes

@@ -13,7 +13,7 @@ from lm_eval_pruned.compare.comparison_table import (
     number_text,
     p_text,
 )
-from lm_eval_pruned.compare.stopped_rows import stopping_of
+from lm_eval_pruned.compare.stopping import stopping_of
 from lm_eval_pruned.report.findings import findings
 from lm_eval_pruned.report.page import (
     MARKS,

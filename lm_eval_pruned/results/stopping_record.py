@@ -3,69 +3,77 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 #: Version of the block ``stopping`` of a results file.
-SCHEMA = 1
-#: Why a unit stopped.
+SCHEMA = 2
+#: Why a unit stopped; empty while it goes on.
 REASONS = ("difference", "equivalent", "all documents", "no test")
-_NO_ENDS = (None, None)
 
 
 @dataclass(frozen=True)
 class Stopping:
     """The looks at one comparison with the unpruned model, and what ended them.
 
+    Each look may spend a share of the level, fixed before the first (alpha spending): half of
+    the level in proportion to the documents, and the rest with the last of them. A p below its
+    share of ``level / sizes`` decides. By Bonferroni's inequality, the chance of a wrong
+    decision of any size at any look is then `level` at most, however the looks depend on each
+    other.
+
     Attributes:
         rule: As the user wrote it: ``decided`` or ``decided:MARGIN``.
         task: Task or group.
-        metric: The metric that decided, with filter.
-        documents: Documents that were used.
         of: Documents that there are.
-        reason: ``difference`` shown; ``equivalent`` within the margin; ``all documents``
-            used; ``no test`` can be made of this metric, so that all documents were used.
         level: Family-wise level over the sizes of the sweep.
         sizes: Sizes that share it.
+        metric: The metric that decided, with filter.
+        reason: ``difference`` shown; ``equivalent`` within the margin; ``all documents``
+            used; ``no test`` can be made of this metric, so that all documents were used.
         looks: Documents at each look so far.
         p: Two-sided p of no difference at each look; None where there was no test.
-        p_margin: p of a difference outside of the margin at each look; empty without one.
-        nominal_level: Level that `p` is held at, at the last look.
+        p_margin: p of a difference outside of the margin at each look, or None.
         difference: Score less that of the unpruned model on the same documents, or None.
         low: Lower end of its interval, which holds at all looks together.
         high: Upper end.
         scores: The interval of each score by metric, as (low, high), of the same kind.
 
+    Source: Lan and DeMets 1983, Biometrika 70, 659-663 (spending); Jennison and Turnbull 2000,
+    Group Sequential Methods, chapter 9 (p and intervals that hold at all looks).
+
     Example:
-        >>> stopping = Stopping("decided", "boolq", "acc,none", 84, 3270, "difference",
-        ...     0.05, 7, (25, 38, 56, 84), (0.5, 0.1, 0.01, 1e-6), (), 2e-5,
-        ...     -0.4, -0.6, -0.2, {})
-        >>> stopping.text
-        'partial: 84 of 3270'
+        >>> stopping = Stopping("decided", "boolq", 3200, 0.05, 7, "acc,none", "difference",
+        ...     (400, 800), (0.1, 1e-6), (None, None), -0.4, -0.6, -0.2, {})
+        >>> stopping.text, stopping.shares, stopping.repeated(stopping.p)
+        ('partial: 800 of 3200', (0.0625, 0.0625), 1.6e-05)
         >>> Stopping.from_dict(stopping.as_dict()) == stopping
         True
     """
 
     rule: str
     task: str
-    metric: str
-    documents: int
     of: int
-    reason: str
     level: float
     sizes: int
-    looks: tuple[int, ...]
-    p: tuple[float | None, ...]
-    p_margin: tuple[float | None, ...]
-    nominal_level: float
-    difference: float | None
-    low: float | None
-    high: float | None
-    scores: Mapping[str, tuple[float | None, float | None]]
+    metric: str = ""
+    reason: str = ""
+    looks: tuple[int, ...] = ()
+    p: tuple[float | None, ...] = ()
+    p_margin: tuple[float | None, ...] = ()
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+
+    @property
+    def documents(self) -> int:
+        """How many documents were used."""
+        return self.looks[-1]
 
     @property
     def is_partial(self) -> bool:
@@ -75,9 +83,8 @@ class Stopping:
     @property
     def text(self) -> str:
         """How many documents were used, in words."""
-        return (
-            f"{'partial' if self.is_partial else 'all'}: {self.documents} of {self.of}"
-        )
+        part = "partial" if self.is_partial else "all"
+        return f"{part}: {self.documents} of {self.of}"
 
     @property
     def margin(self) -> str | None:
@@ -85,15 +92,29 @@ class Stopping:
         return self.rule.partition(":")[2] or None
 
     @property
-    def fractions(self) -> tuple[float, ...]:
-        """Share of the documents that were used at each look."""
-        return tuple(count / self.of for count in self.looks)
+    def shares(self) -> tuple[float, ...]:
+        """Share of the level that each look may spend."""
+        spent = [1.0 if n == self.of else n / self.of / 2 for n in self.looks]
+        return tuple(now - before for before, now in itertools.pairwise((0, *spent)))
 
-    def score_interval(
-        self, task: str, metric: str
-    ) -> tuple[float | None, float | None]:
+    @property
+    def nominal_level(self) -> float:
+        """Level of a single test at the last look."""
+        return self.level / self.sizes * self.shares[-1]
+
+    def repeated(self, ps: Iterable[float | None]) -> float:
+        """Return a p value of one size that holds at all looks together.
+
+        Args:
+            ps: p at each look; None where no test could be made.
+        """
+        pairs = zip(ps, self.shares, strict=True)
+        return min([1.0, *(p / share for p, share in pairs if p is not None)])
+
+    def score_interval(self, task: str, metric: str) -> tuple[float | None, ...]:
         """Return the interval of a score, or no ends where it is not known."""
-        return self.scores.get(metric, _NO_ENDS) if task == self.task else _NO_ENDS
+        known = self.scores if task == self.task else {}
+        return known.get(metric, (None, None))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the block ``stopping`` of a results file."""
@@ -104,48 +125,19 @@ class Stopping:
         """Read such a block.
 
         Raises:
-            KeyError: Something is missing.
-            TypeError: Something is of another kind.
+            KeyError: A key is missing.
+            TypeError: A key is missing, unknown, or of another kind.
             ValueError: It is of another version, or does not fit together.
         """
-        if record["schema_version"] != SCHEMA or record["reason"] not in REASONS:
-            raise ValueError
-        found = cls(
-            rule=str(record["rule"]),
-            task=str(record["task"]),
-            metric=str(record["metric"]),
-            documents=int(record["documents"]),
-            of=int(record["of"]),
-            reason=record["reason"],
-            sizes=int(record["sizes"]),
-            level=float(record["level"]),
-            looks=tuple(int(count) for count in record["looks"]),
-            p=_numbers(record["p"]),
-            p_margin=_numbers(record["p_margin"]),
-            nominal_level=float(record["nominal_level"]),
-            difference=_number(record["difference"]),
-            low=_number(record["low"]),
-            high=_number(record["high"]),
-            scores={
-                str(metric): (_number(low), _number(high))
-                for metric, (low, high) in record["scores"].items()
-            },
-        )
-        counts = (0, *found.looks)
-        rises = all(one < other for one, other in itertools.pairwise(counts))
-        fits = len(found.p) == len(found.looks) and found.looks[-1:] == (
-            found.documents,
-        )
-        if not (rises and fits and found.documents <= found.of and found.sizes > 0):
-            raise ValueError
-        if found.p_margin and len(found.p_margin) != len(found.looks):
+        values = {**record}
+        known = values.pop("schema_version") == SCHEMA and values["reason"] in REASONS
+        for key in ("looks", "p", "p_margin"):
+            values[key] = tuple(values[key])
+        values["scores"] = {key: tuple(ends) for key, ends in values["scores"].items()}
+        found = cls(**values)
+        counts = (0, *found.looks, found.of + 1)
+        rises = len(counts) > 2 and all(a < b for a, b in itertools.pairwise(counts))
+        lengths = {len(found.looks), len(found.p), len(found.p_margin)}
+        if not (known and rises and len(lengths) == 1 and found.sizes > 0):
             raise ValueError
         return found
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _numbers(values: Any) -> tuple[float | None, ...]:
-    return tuple(_number(value) for value in values)

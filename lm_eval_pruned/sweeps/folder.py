@@ -24,7 +24,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 from lm_eval_pruned.results.folder import (
     DEFINITION,
-    ERROR,
     UNIT,
     as_text,
     read_unit,
@@ -99,18 +98,6 @@ class SweepFolder:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def blocks(self, configuration: str, task: str, fingerprint: str) -> Path:
-        """Return where the finished blocks of a unit lie; those of other definitions go."""
-        parent = self._blocks(self.unit(configuration, task))
-        place = parent / fingerprint[:16]
-        for other in parent.glob("*"):
-            if other != place:
-                shutil.rmtree(other, ignore_errors=True)
-        return place
-
-    def _blocks(self, unit: Path) -> Path:
-        return self.path / ".blocks" / unit.parent.name / unit.name
-
     def commit(
         self, folder: Path, configuration: str, task: str, unit: dict[str, Any]
     ) -> None:
@@ -134,12 +121,6 @@ class SweepFolder:
         if target.exists():
             self._set_aside(target)
         os.rename(folder, target)
-        if not (target / ERROR).exists():
-            # A unit that failed goes on from its blocks when it is tried again.
-            shutil.rmtree(self._blocks(target), ignore_errors=True)
-            for empty in (self._blocks(target).parent, self.path / ".blocks"):
-                with contextlib.suppress(OSError):
-                    empty.rmdir()
         for parent in (target.parent, target.parent.parent, self.path):
             sync(parent)
 

@@ -34,12 +34,7 @@ def _numbers(value: Any) -> list[str]:
     items = value if isinstance(value, list) else [value]
     if any(isinstance(item, bool) or not _is_scalar(item) for item in items):
         raise TypeError
-    texts = [
-        part for item in items for part in str(item).replace(",", " ").split() if part
-    ]
-    if not texts:
-        raise ValueError
-    return texts
+    return _words([",".join(str(item).split()) for item in items])
 
 
 def _words(value: Any) -> list[str]:

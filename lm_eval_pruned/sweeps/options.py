@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.healing.options import DECLARED as HEALING
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
-from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS
 from lm_eval_pruned.sweeps.option_kinds import checked
 
 
@@ -199,8 +198,23 @@ OPTIONS = (
         _PLACE,
         decides="where",
     ),
-    *(Option(**each) for each in BLOCK_OPTIONS),
+    Option(
+        "stop_when",
+        "text",
+        "decided, or decided:MARGIN: stop a unit when its difference to the unpruned "
+        "model is shown, or equivalence within the margin (such as 1pt)",
+        "RULE",
+        "fewer documents",
+    ),
 )
+
+
+#: What argparse has to know of a kind; other kinds are one word.
+_ARGPARSE: dict[str, dict[str, Any]] = {
+    "flag": {"action": "store_true", "default": None},
+    **{key: {"nargs": "+"} for key in ("numbers", "words", "mapping")},
+    **{key: {"nargs": "?", "const": True} for key in ("flag_or_text", "boolean")},
+}
 
 
 def deciding(what: str) -> tuple[str, ...]:
@@ -217,33 +231,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     groups: dict[str, Any] = {}
     for option in OPTIONS:
-        group = groups.get(option.group)
-        if group is None:
-            group = groups[option.group] = parser.add_argument_group(option.group)
-        many = option.kind in ("numbers", "words")
-        if option.kind == "flag":
-            group.add_argument(
-                f"--{option.name}", action="store_true", default=None, help=option.help
-            )
-        elif many or option.kind == "mapping":
-            group.add_argument(
-                f"--{option.name}",
-                nargs="+",
-                metavar=option.metavar,
-                help=option.help,
-            )
-        elif option.kind in ("flag_or_text", "boolean"):
-            group.add_argument(
-                f"--{option.name}",
-                nargs="?",
-                const=True,
-                metavar=option.metavar,
-                help=option.help,
-            )
-        else:
-            group.add_argument(
-                f"--{option.name}", metavar=option.metavar, help=option.help
-            )
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        group = groups[option.group]
+        metavar = {"metavar": option.metavar} if option.metavar else {}
+        group.add_argument(
+            f"--{option.name}",
+            help=option.help,
+            **metavar,
+            **_ARGPARSE.get(option.kind, {}),
+        )
     how = parser.add_argument_group("which units run")
     how.add_argument(
         "--shard",

@@ -26,7 +26,7 @@ from lm_eval_pruned.pruning.arguments import (
     without_idle,
 )
 from lm_eval_pruned.results.folder import ADAPTERS
-from lm_eval_pruned.sweeps.block_options import BLOCK_OPTIONS, read_block_options
+from lm_eval_pruned.results.stopping_record import SCHEMA
 from lm_eval_pruned.sweeps.configurations import (
     Configuration,
     configurations_of,
@@ -42,6 +42,7 @@ from lm_eval_pruned.sweeps.fingerprints import (
 )
 from lm_eval_pruned.sweeps.healing import SUFFIX, SweepHealing, training_arguments
 from lm_eval_pruned.sweeps.options import deciding
+from lm_eval_pruned.sweeps.stopping import read_rule
 from lm_eval_pruned.sweeps.tasks import (
     SweepTask,
     index_tasks,
@@ -71,8 +72,7 @@ class Sweep:
     Attributes:
         options: As given.
         model: The model type.
-        stop_rule: What ends a unit of a pruned model, or None for its last document.
-        block_size: Documents of a block, or None.
+        stop_when: What ends a unit of a pruned model, or None for its last document.
         settings: The harness's own reading of them.
         configurations: Baseline first, then in the order asked for.
         tasks: In the order asked for.
@@ -87,7 +87,7 @@ class Sweep:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self.model = _model(options)
-        self.stop_rule, self.block_size = read_block_options(options)
+        self.stop_when = read_rule(options)
         self.settings = _settings(options, self.model)
         self.tracking = Tracking(self.settings)
         self._base = self.settings.model_args
@@ -262,22 +262,17 @@ class Sweep:
         """The unpruned model, with which others are compared."""
         return self.configurations[0]
 
-    @property
-    def in_blocks(self) -> bool:
-        """Whether any unit is evaluated in blocks."""
-        return self.stop_rule is not None or self.block_size is not None
-
     def may_stop(self, configuration: Configuration) -> bool:
         """Return whether the units of a configuration end when they are decided."""
-        return self.stop_rule is not None and configuration is not self.baseline
+        return self.stop_when is not None and configuration is not self.baseline
 
     def _stopping(self, configuration: Configuration) -> dict[str, Any]:
         if not self.may_stop(configuration):
             return {}
-        assert self.stop_rule is not None
         # The sizes share the error: with more of them, each has to be clearer.
         sizes = len(self.configurations) - 1
-        return {"stopping": {"rule": self.stop_rule.text, "sizes": sizes}}
+        rule = {"rule": self.stop_when, "sizes": sizes, "schema_version": SCHEMA}
+        return {"stopping": rule}
 
     def as_dict(self, kept: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """Return the content of ``sweep.json``: the same for every shard and every start.
@@ -316,7 +311,7 @@ def _model(options: dict[str, Any]) -> str:
 def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    own = ("model", *SEVERAL, "heal", "ray", *(each["name"] for each in BLOCK_OPTIONS))
+    own = ("model", *SEVERAL, "heal", "ray", "stop_when")
     known = {
         name: value
         for name, value in options.items()

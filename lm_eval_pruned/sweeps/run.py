@@ -34,9 +34,11 @@ from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable
 
-    from lm_eval_pruned.sweeps.runner import KeptUnit, Unit
+    from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.sweeps.runner import Unit
+    from lm_eval_pruned.sweeps.tasks import SweepTask
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
 
@@ -161,9 +163,9 @@ def _kept(sweep: Sweep, folder: SweepFolder) -> list[Any]:
             f"cannot be compared with ({names}): {_listed(differing)}. Ask for them as well, or pass "
             "another folder."
         )
-    if sweep.stop_rule is not None and any(name not in own for name, _ in kept):
+    if sweep.stop_when is not None and any(name not in own for name, _ in kept):
         raise ValueError(
-            f"stop_when={sweep.stop_rule.text} shares one error among all sizes, but --output_path "
+            f"stop_when={sweep.stop_when} shares one error among all sizes, but --output_path "
             f"{folder.path} holds units of others ({names}): ask for those sizes as well, or pass "
             "another folder."
         )
@@ -204,8 +206,8 @@ def _run_here(
         configuration, task = unit
         progress.start(configuration.id, task.name)
         with store.new_unit() as files:
-            kept = store.kept(unit) if sweep.in_blocks else None
-            seconds, error, no_device = _attempt(runner, unit, files, ranks, kept)
+            base = store.base if sweep.may_stop(configuration) else None
+            seconds, error, no_device = _attempt(runner, unit, files, ranks, base)
             outcome = store.keep(unit, files, seconds, error)
         yield outcome
         if no_device:
@@ -237,7 +239,7 @@ def _attempt(
     unit: Unit,
     files: Path,
     ranks: Ranks,
-    kept: KeptUnit | None = None,
+    base: Callable[[SweepTask], Run] | None = None,
 ) -> tuple[float, dict[str, str] | None, bool]:
     """Return the seconds a unit took, None or what it failed with, and whether the device did."""
     error = None
@@ -245,7 +247,7 @@ def _attempt(
     start = time.perf_counter()
     seconds = None
     try:
-        seconds = runner.run(*unit, files, kept)
+        seconds = runner.run(*unit, files, base)
     except Exception as failure:
         logger.exception("%s / %s failed.", *unit_key(unit))
         error, no_device = describe_error(failure), device_failed(failure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import json
 import logging
@@ -13,18 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from lm_eval_pruned.compare.stopping import LEVEL
 from lm_eval_pruned.results.files import read_results_file
 from lm_eval_pruned.results.folder import ERROR, error_text
-from lm_eval_pruned.sweeps.blocks import Blocks, by_appearance
+from lm_eval_pruned.results.stopping_record import Stopping
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder, own_scores
 from lm_eval_pruned.sweeps.options import deciding
-from lm_eval_pruned.sweeps.tasks import load_objects, load_task
-from lm_eval_pruned.sweeps.until_decided import (
-    BOOTSTRAP,
-    Decision,
+from lm_eval_pruned.sweeps.stopping import (
+    check_tasks,
+    documents_of_looks,
     evaluate_until_decided,
 )
+from lm_eval_pruned.sweeps.tasks import load_task
 
 
 if TYPE_CHECKING:
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.sweeps.tasks import SweepTask
 
     Unit = tuple[Configuration, SweepTask]
-    Log = Callable[[dict[str, Any]], None]
 
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
@@ -61,19 +62,6 @@ class Outcome:
     seconds: float
     scores: dict[str, float]
     error: dict[str, str] | None
-
-
-@dataclass(frozen=True)
-class KeptUnit:
-    """What is kept of a unit while it is evaluated in blocks.
-
-    Attributes:
-        blocks: Folder of its finished blocks.
-        base: Reads the results of the unpruned model on the same task.
-    """
-
-    blocks: Path
-    base: Callable[[], Run]
 
 
 class UnitRunner:
@@ -100,7 +88,7 @@ class UnitRunner:
         configuration: Configuration,
         task: SweepTask,
         folder: Path,
-        kept: KeptUnit | None = None,
+        base: Callable[[SweepTask], Run] | None = None,
     ) -> float:
         """Evaluate one unit and write the harness's files of it to `folder`.
 
@@ -108,7 +96,7 @@ class UnitRunner:
             configuration: The model.
             task: The task.
             folder: An empty one.
-            kept: What is kept of it beside; needed where units are evaluated in blocks.
+            base: Reads the unpruned model's results on a task, for a unit that may stop early.
 
         Returns:
             Seconds the evaluation took, without loading the model.
@@ -116,19 +104,32 @@ class UnitRunner:
         Raises:
             Exception: Whatever loading or evaluating raised.
         """
+        loaded: dict[str, Any] = {}
+        if self._sweep.stop_when is not None:
+            manager = self._sweep.task_manager(configuration)
+            loaded = manager.load(load_task(manager, task))  # type: ignore[assignment]
+            # Those of the unpruned model, too, for which all sizes wait.
+            check_tasks(self._sweep.stop_when, loaded["tasks"], self._sweep.settings)
+        compared = base(task) if base is not None else None
         lm = self._model(configuration)
         tracking = self._sweep.tracking
         with tracking.unit(configuration.id, task.name, lm.rank) as log:
             start = time.perf_counter()
             try:
-                if kept is not None and self._sweep.may_stop(configuration):
-                    self._evaluate_until_decided(
-                        lm, configuration, task, folder, kept, log
-                    )
-                else:
+                # The tracker writes beside a path that ends in .json; the folder comes later.
+                tracker = tracking.hub_tracker(lm.rank)
+                if compared is None:
                     tasks = load_task(self._sweep.task_manager(configuration), task)
-                    with self._in_blocks(lm, kept):
-                        self._evaluate(lm, configuration, tasks, folder, log)
+                    results = self._evaluate(lm, configuration, tasks, tracker)
+                else:
+                    results = self._until_decided(
+                        lm, configuration, loaded, compared, tracker, folder.parent
+                    )
+                if results is not None:
+                    tracking.name_on_the_hub(tracker, configuration.id)
+                    log(results)
+                    _write(results, tracker, folder)
+                    tracking.describe_on_the_hub(tracker)
             except Exception:
                 # An engine that died answers nobody: the next unit starts another.
                 if getattr(lm, "engine_died", False):
@@ -176,120 +177,87 @@ class UnitRunner:
             failure, frames = self._load_error
             raise failure.with_traceback(frames)
         assert self._lm is not None
-        # Automatic batch sizes were found for the lengths of another task.
-        if hasattr(self._lm, "batch_sizes"):
-            self._lm.batch_sizes = {}
         # The results of a unit are of that unit alone.
         self._lm.begin_evaluation()  # type: ignore[attr-defined]
         return self._lm
 
-    def _in_blocks(
-        self, lm: LM, kept: KeptUnit | None
-    ) -> contextlib.AbstractContextManager[None]:
-        size = self._sweep.block_size
-        if kept is None or size is None:
-            return contextlib.nullcontext()
-        return Blocks(kept.blocks, by_appearance(size), self._torch_seed).answering(lm)
-
-    @property
-    def _torch_seed(self) -> int | None:
-        return (self._sweep.settings.seed or [None] * 4)[2]
-
-    def _evaluate_until_decided(
+    def _until_decided(
         self,
         lm: LM,
         configuration: Configuration,
-        task: SweepTask,
-        folder: Path,
-        kept: KeptUnit,
-        log: Log,
-    ) -> None:
-        assert self._sweep.stop_rule is not None
-        decision = Decision(
-            self._sweep.stop_rule,
-            kept.base(),
-            len(self._sweep.configurations) - 1,
-            kept.blocks,
-            self._sweep.block_size,
-            (self._sweep.settings.seed or [None])[0] or 0,
-            self._torch_seed,
+        loaded: dict[str, Any],
+        base: Run,
+        tracker: EvaluationTracker,
+        scratch: Path,
+    ) -> dict[str, Any]:
+        sweep = self._sweep
+        tasks = list(loaded["groups"].values())[:1] or list(loaded["tasks"].values())
+        name = tasks[0].name if loaded["groups"] else next(iter(loaded["tasks"]))
+        looks = documents_of_looks(loaded["tasks"], sweep.settings)
+        assert sweep.stop_when is not None
+        sizes = len(sweep.configurations) - 1
+        stopping = Stopping(sweep.stop_when, name, max(looks), LEVEL, sizes)
+        evaluate = functools.partial(self._evaluate, lm, configuration, tasks, tracker)
+        return evaluate_until_decided(
+            lm, looks, stopping, base, evaluate, _write_look, scratch
         )
-        loaded = load_objects(self._sweep.task_manager(configuration), task)
-
-        def evaluate(tasks: list[Any], bootstrap_iters: int, place: Path) -> None:
-            told = log if place == folder else None
-            self._evaluate(lm, configuration, tasks, place, told, bootstrap_iters)
-
-        settings = self._sweep.settings
-        evaluate_until_decided(lm, loaded, decision, evaluate, settings, folder)
 
     def _evaluate(
         self,
         lm: LM,
         configuration: Configuration,
         tasks: list[Any],
-        folder: Path,
-        log: Log | None,
-        bootstrap_iters: int = BOOTSTRAP,
-    ) -> None:
-        """Evaluate a unit and write its files; one that is not logged is a look on the way."""
-        from lm_eval.loggers import EvaluationTracker
-
-        tracking = self._sweep.tracking
-        # The tracker writes beside a path that ends in .json; the folder comes later.
-        tracker = tracking.hub_tracker(lm.rank) if log else EvaluationTracker()
-        try:
-            results = self._results(lm, configuration, tasks, tracker, bootstrap_iters)
-        finally:
-            self._drop_cache(lm)
-        if results is None:
-            return
-        if log is None:
-            _write(results, tracker, folder)
-            return
-        tracking.name_on_the_hub(tracker, configuration.id)
-        log(results)
-        _write(results, tracker, folder)
-        tracking.describe_on_the_hub(tracker)
-
-    def _results(
-        self,
-        lm: LM,
-        configuration: Configuration,
-        tasks: list[Any],
         tracker: EvaluationTracker,
-        bootstrap_iters: int,
+        chosen: dict[str, list[int]] | None = None,
+        cache: str | None = None,
     ) -> dict[str, Any] | None:
+        """Return the harness's results.
+
+        Args:
+            lm: The model.
+            configuration: What it is.
+            tasks: The harness's objects or names of them.
+            tracker: What the harness notes its settings in.
+            chosen: Indices of documents by task, in place of those that the sweep asks for.
+            cache: Prefix of a cache, where the sweep has none.
+        """
         from lm_eval import simple_evaluate
 
         settings = self._sweep.settings
-        model_args = self._sweep.model_args(configuration)
-        manager = self._sweep.task_manager(configuration)
+        # Automatic batch sizes were found for the lengths of other documents.
+        if hasattr(lm, "batch_sizes"):
+            lm.batch_sizes = {}
+        options = {name: getattr(settings, name) for name in deciding("scores")}
+        if chosen is not None:
+            options |= {"limit": None, "samples": chosen}
         seed = settings.seed or [None] * 4
-        with _quiet_git():
-            results = simple_evaluate(
-                model=lm,
-                model_args=model_args,
-                tasks=tasks,
-                bootstrap_iters=bootstrap_iters,
-                **{name: getattr(settings, name) for name in deciding("scores")},
-                batch_size=settings.batch_size,
-                max_batch_size=settings.max_batch_size,
-                # What it computes on, which need not be what was asked for.
-                device=str(getattr(lm, "device", settings.device)),
-                use_cache=self._cache(configuration),
-                evaluation_tracker=tracker,
-                task_manager=manager,
-                random_seed=seed[0],
-                numpy_random_seed=seed[1],
-                torch_random_seed=seed[2],
-                fewshot_random_seed=seed[3],
-                confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
-                metadata=self._sweep.metadata(configuration),
-            )
+        own_cache = self._cache(configuration)
+        try:
+            with _quiet_git():
+                results = simple_evaluate(
+                    model=lm,
+                    model_args=self._sweep.model_args(configuration),
+                    tasks=tasks,
+                    **options,
+                    batch_size=settings.batch_size,
+                    max_batch_size=settings.max_batch_size,
+                    # What it computes on, which need not be what was asked for.
+                    device=str(getattr(lm, "device", settings.device)),
+                    use_cache=own_cache or cache,
+                    evaluation_tracker=tracker,
+                    task_manager=self._sweep.task_manager(configuration),
+                    random_seed=seed[0],
+                    numpy_random_seed=seed[1],
+                    torch_random_seed=seed[2],
+                    fewshot_random_seed=seed[3],
+                    confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+                    metadata=self._sweep.metadata(configuration),
+                )
+        finally:
+            self._drop_cache(lm)
         if results is not None:
             # What `lm_eval run` records where it makes the model itself.
-            results["config"]["model"] = self._sweep.model
+            results["config"] |= {"model": self._sweep.model, "use_cache": own_cache}
             tracker.general_config_tracker.model_source = self._sweep.model
         return results
 
@@ -325,15 +293,12 @@ class Store:
         self._prints = prints
         self.new_unit = folder.new_unit
 
-    def kept(self, unit: Unit) -> KeptUnit:
-        """Return what is kept of a unit that is evaluated in blocks."""
-        key = unit_key(unit)
-        return KeptUnit(
-            self._folder.blocks(*key, self._prints[key]),
-            lambda: self._base(unit[1]),
-        )
+    def base(self, task: SweepTask) -> Run:
+        """Return the unpruned model's results on a task.
 
-    def _base(self, task: SweepTask) -> Run:
+        Raises:
+            ValueError: There are none of this definition.
+        """
         base = self._sweep.baseline
         record = self._folder.read(base.id, task.name)
         definition = fingerprint(self._sweep.definition(base, task))
@@ -408,6 +373,12 @@ def _quiet_git() -> contextlib.AbstractContextManager[Any]:
 def part_name(shard: tuple[int, int] | None) -> str:
     """Return what tells the cache files of a shard from those of another."""
     return f"_shard{shard[0]}of{shard[1]}" if shard else ""
+
+
+def _write_look(results: dict[str, Any], folder: Path) -> None:
+    from lm_eval.loggers import EvaluationTracker
+
+    _write(results, EvaluationTracker(), folder)
 
 
 def _write(results: dict[str, Any], tracker: Any, folder: Path) -> None:

@@ -106,11 +106,6 @@ def load_task(manager: TaskManager, task: SweepTask) -> list[Any]:
     return list(wrapper)
 
 
-def load_objects(manager: TaskManager, task: SweepTask) -> dict[str, Any]:
-    """Return the harness's Task and Group objects of a unit by name: ``tasks``, ``groups``."""
-    return manager.load(load_task(manager, task))  # type: ignore[return-value]
-
-
 class _Members:
     """Expands groups and tags on the level of their YAML, without loading data."""
 

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned.compare.statistics import paired_difference, skewed_tails
-from lm_eval_pruned.compare.stopping import StopRule
+from lm_eval_pruned.compare.statistics import paired_difference
 from tests.helpers import checkpoints
-from tests.helpers.results_files import write_sweep
 
 
 STUDY = checkpoints.ROOT / "tests" / "data" / "study_benchmarks.csv"
@@ -38,48 +36,22 @@ def test_the_study_is_replayed_with_the_verdicts_of_all_documents(stopping):
     saving = np.concatenate([each.saving for each in found])
     shown = np.concatenate([each.shown for each in found]) > 0.5
     assert same.mean() >= 0.95
-    assert np.median(saving[shown]) >= 5
+    assert np.median(saving[shown]) >= 4
     rows = stopping.as_table(found).splitlines()
     assert rows[-1].startswith("|all|-|150|")
 
 
 def test_the_benchmark_makes_the_p_values_of_compare(stopping):
     rng = np.random.default_rng(0)
-    base, run = rng.random(120), rng.random(120) ** 1.2
-    t = paired_difference(base, run).p
-    skewed = 2 * min(skewed_tails(base, run, np.ones(120), None))
-    p = stopping.mean_p((run - base)[None], np.array([120]))[0, 0]
-    assert float(p) == pytest.approx(max(t, skewed), rel=1e-6)
+    base, run = rng.random(520), rng.random(520) ** 1.2
+    p = stopping.mean_p((run - base)[None], np.array([400, 520]))[0]
+    assert p[0] == 1
+    assert p[1] == pytest.approx(paired_difference(base, run).p, rel=1e-6)
     right = paired_difference([1, 0, 0, 0, 1], [0, 1, 1, 1, 1])
     found = stopping.mid_p(np.array([3]), np.array([1]))
     assert found[0] == pytest.approx(right.p)
 
 
-def test_a_complete_sweep_is_stopped_in_many_orders(script, tmp_path):
-    """Of two sizes, one lost half of its answers and the other none."""
-    rng = np.random.default_rng(0)
-    base = (rng.random(300) < 0.8).astype(float)
-    same, half = base.copy(), base * (rng.random(300) < 0.5)
-    flips = rng.choice(300, 20, replace=False)
-    same[flips] = 1 - same[flips]
-    runs = {"p0": (0, base), "p20": (20, same), "p60": (60, half)}
-    write_sweep(
-        tmp_path,
-        {
-            name: (percent, {"boolq": {"acc,none": values.tolist()}})
-            for name, (percent, values) in runs.items()
-        },
-    )
-    replaying = script("stopping_replay")
-    (found,) = replaying.replay(str(tmp_path), 20, StopRule("decided"))
-    assert found.whole[1] == found.compared[1] == -1
-    assert (found.shown[:, 1] == -1).all()
-    assert np.median(300 / found.used[:, 1]) >= 3
-    assert (found.used[:, 0] == 300).mean() >= 0.9
-    row = replaying.as_table([found]).splitlines()[-1].split("|")
-    assert row[1:6] == ["boolq", "300", "2", "20", str(np.count_nonzero(found.whole))]
-
-
-def test_holm_is_what_compare_does(stopping):
+def test_all_documents_are_tested_after_holm(stopping):
     p = np.array([[0.01, 0.04, 0.03], [0.001, 0.02, 0.2]])
     assert stopping.holm(p).tolist() == [[True, False, False], [True, True, False]]

@@ -37,13 +37,3 @@ from lm_eval_pruned.compare.statistics.power import (
     difference_power_of_shares,
     documents_for,
 )
-from lm_eval_pruned.compare.statistics.sequential import (
-    FIRST_LOOK,
-    GROWTH,
-    LEAST_OF_MEANS,
-    family_wise,
-    looks,
-    nominal_levels,
-    repeated_p,
-)
-from lm_eval_pruned.compare.statistics.skewness import hall_t, skewed_tails

@@ -1,17 +1,15 @@
-"""Units in blocks of documents: resumption inside a task, and stopping when decided."""
+"""Units that end when their comparison with the unpruned model is decided."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,10 +20,9 @@ from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.report.report import write_report
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.sweep_results import read_sweep
-from lm_eval_pruned.sweeps.block_options import read_block_options
-from lm_eval_pruned.sweeps.document_order import DocumentOrder
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
+from lm_eval_pruned.sweeps.stopping import documents_of_looks, read_rule
 from tests.helpers.made_tasks import write_choice_task
 from tests.helpers.sweeping import (
     files_of,
@@ -50,115 +47,6 @@ def tasks(tmp_path_factory):
 @pytest.fixture
 def options(tiny_llama, tasks, tmp_path):
     return sweep_options(tiny_llama, tasks, tmp_path / "sweep")
-
-
-@pytest.fixture(scope="module")
-def in_blocks(tiny_llama, tasks, tmp_path_factory):
-    """Folder of a sweep in blocks that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("blocks") / "sweep"
-    options = sweep_options(tiny_llama, tasks, folder, block_size=16)
-    assert run_sweep(options) == 0
-    return folder
-
-
-def _responses(folder):
-    return {
-        unit: {
-            name: [sample["resps"] for sample in rows]
-            for name, rows in found["samples"].items()
-        }
-        for unit, found in results_of(folder).items()
-    }
-
-
-def test_blocks_change_no_score(options, in_blocks):
-    options["tasks"] = ["tiny_choice"]
-    assert run_sweep(options) == 0
-    whole, blocks = results_of(Path(options["output_path"])), results_of(in_blocks)
-    for unit, found in whole.items():
-        assert found["hashes"] == blocks[unit]["hashes"]
-        assert found["scores"] == blocks[unit]["scores"]
-
-
-def test_killed_unit_goes_on_from_its_finished_blocks(options, in_blocks):
-    """Dies after some blocks of one unit, several times over, in a sampling task too."""
-    options["block_size"] = 16
-    folder = Path(options["output_path"])
-
-    def dying(after):
-        from lm_eval_pruned.sweeps import blocks
-
-        write, left = blocks.write_atomically, after
-
-        def counted(*arguments):
-            nonlocal left
-            write(*arguments)
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), 9)
-
-        blocks.write_atomically = counted
-        return run_sweep(options)
-
-    kept = []
-    for after in (2, 3, 1, 6):
-        assert forked(functools.partial(dying, after)) == -9
-        kept.append(len(list(folder.glob(".blocks/*/*/*/*.json"))))
-    # Nothing is computed twice: each life left as many blocks more as it made, but for those
-    # of units that were finished and are now results.
-    assert kept[0] == 2
-    assert kept[2:] != kept[:2]
-    done = len(list(folder.glob("units/*/*/unit.json")))
-    assert done >= 2
-    assert forked(functools.partial(run_sweep, options)) == 0
-    assert results_of(folder) == results_of(in_blocks)
-    assert not (folder / ".blocks").exists()
-
-
-@pytest.mark.slow
-def test_killed_command_goes_on_from_its_finished_blocks(options, in_blocks, tasks):
-    """A process of its own, killed from outside in the middle of a unit."""
-    folder = Path(options["output_path"])
-    command = [sys.executable, "-m", "lm_eval_pruned.cli", "sweep"]
-    command += ["--model_args", f"pretrained={options['model_args']['pretrained']}"]
-    command += ["--ratios", "1.5", "--tasks", "tiny_both", "--device", "cpu"]
-    command += ["--include_path", str(tasks), "--output_path", str(folder)]
-    command += ["--block_size", "16"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not list(folder.glob(".blocks/*/*/*/*.json")):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.1)
-    process.kill()
-    assert process.wait() == -9
-    assert list(folder.glob(".blocks/*/*/*/*.json"))
-    assert subprocess.run(command, env=environment, check=False).returncode == 0
-    assert results_of(folder) == results_of(in_blocks)
-
-
-def test_blocks_of_other_requests_are_computed_anew(options, in_blocks):
-    folder = Path(options["output_path"])
-    options["block_size"] = 16
-
-    def damaged():
-        from lm_eval_pruned.sweeps import blocks
-
-        write = blocks.write_atomically
-
-        def broken(file, text):
-            content = json.loads(text)
-            if file.name.endswith("0.json"):
-                content["requests"] = "of something else"
-            write(file, json.dumps(content) if file.name[-6] != "1" else "{")
-            if file.name.endswith("2.json"):
-                os.kill(os.getpid(), 9)
-
-        blocks.write_atomically = broken
-        return run_sweep(options)
-
-    assert forked(damaged) == -9
-    assert run_sweep(options) == 0
-    assert results_of(folder) == results_of(in_blocks)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +96,7 @@ def test_decided_units_stop_and_say_so(stopped):
         low, high = stopping.scores["acc,none"]
         assert low <= score.value <= high
         assert stopping.high < 0
-    assert not Path(stopped["output_path"], ".blocks").exists()
+    assert not list(Path(stopped["output_path"]).glob(".unfinished/*/*"))
 
 
 def test_sizes_share_one_order_of_documents_and_their_prompts(stopped):
@@ -230,29 +118,72 @@ def test_a_stopped_sweep_is_done(stopped):
     assert files_of(Path(stopped["output_path"])) == before
 
 
-def test_killed_while_it_looks_a_unit_ends_as_an_undisturbed_one(stopped, tmp_path):
-    options = {**stopped, "output_path": str(tmp_path / "sweep")}
+def test_answers_are_those_of_a_run_without_the_rule(stopped, tmp_path):
+    """Of the documents of all looks, and with a cache that an interrupted run left."""
+    whole = {**stopped, "output_path": str(tmp_path / "whole"), "ratios": ["0.5"]}
+    del whole["stop_when"]
+    assert run_sweep(whole) == 0
+    again = {**stopped, "output_path": str(tmp_path / "again")}
+    again["use_cache"] = str(tmp_path / "cache" / "answers")
 
     def dying():
-        from lm_eval_pruned.sweeps import until_decided
+        from lm_eval_pruned.sweeps import stopping
 
-        evaluate, looks = until_decided.Looks.add, 0
+        look = stopping.look
 
-        def counted(*arguments):
-            nonlocal looks
-            looks += 1
-            evaluate(*arguments)
+        def once(*arguments):
+            look(*arguments)
             os.kill(os.getpid(), 9)
 
-        until_decided.Looks.add = counted
-        return run_sweep(options)
+        stopping.look = once
+        return run_sweep(again)
 
     assert forked(dying) == -9
-    assert list(Path(options["output_path"]).glob(".blocks/*/*/*/*.json"))
-    assert run_sweep(options) == 0
-    assert results_of(Path(options["output_path"])) == results_of(
-        Path(stopped["output_path"])
+    assert list((tmp_path / "cache").glob("answers_ratio-*"))
+    assert run_sweep(again) == 0
+    found = results_of(tmp_path / "again")
+    assert found == results_of(Path(stopped["output_path"]))
+    full, part = (
+        {
+            row["doc_id"]: row
+            for rows in units["ratio-0.5/tiny_choice"]["samples"].values()
+            for row in rows
+        }
+        for units in (results_of(tmp_path / "whole"), found)
     )
+    for document, row in part.items():
+        for key in ("prompt_hash", "doc_hash", "acc"):
+            assert row[key] == full[document][key]
+        answers, others = (
+            [float(response[0][0]) for response in each["resps"]]
+            for each in (row, full[document])
+        )
+        # Other requests in a batch may change the last digit.
+        assert answers == pytest.approx(others, rel=1e-5)
+
+
+def test_energy_is_of_all_looks_and_no_answer_of_an_earlier_look_came_for_nothing(
+    stopped, tmp_path, monkeypatch
+):
+    counted = []
+    count = PrunedHFLM.count_kept_answers
+    monkeypatch.setattr(
+        PrunedHFLM,
+        "count_kept_answers",
+        lambda lm, answers: (counted.append(answers), count(lm, answers))[1],
+    )
+    options = {**stopped, "output_path": str(tmp_path / "sweep"), "ratios": ["1.0"]}
+    options["model_args"] = {**stopped["model_args"], "energy": True}
+    options["tasks"] = ["tiny_choice"]
+    options["stop_when"] = "decided:1pt"
+    assert run_sweep(options) == 0
+    run = read_sweep(options["output_path"]).runs[1]
+    (block,) = run.energy.values()
+    stopping = run.stopping["tiny_choice"]
+    requests = block["request_types"]["loglikelihood"]["requests"]
+    assert requests == 2 * stopping.documents
+    assert block["cached_answers"] == 0
+    assert -2 * stopping.looks[0] in counted or len(stopping.looks) == 1
 
 
 def test_unclear_units_use_all_documents(options):
@@ -269,13 +200,28 @@ def test_wide_margins_are_decided_early(options):
     assert run_sweep(options) == 0
     _, run = read_sweep(options["output_path"]).runs
     stopping = run.stopping["tiny_choice"]
-    assert stopping.documents == 25
+    assert stopping.looks in ((30,), (30, 60))
     assert stopping.reason in ("equivalent", "difference")
 
 
-def test_few_shot_examples_are_those_of_the_full_run(stopped, tmp_path):
+def test_examples_that_depend_on_other_documents_are_refused(stopped, tmp_path):
+    options = {**stopped, "output_path": str(tmp_path / "sweep"), "num_fewshot": 2}
+    assert run_sweep(options) == 1
+    errors = list((tmp_path / "sweep").glob("units/*/*/error.json"))
+    assert len(errors) == 3
+    for file in errors:
+        message = json.loads(file.read_text())["message"]
+        assert "tiny_choice draws its few-shot examples at random" in message
+
+
+def test_first_examples_are_those_of_the_full_run(stopped, tmp_path):
+    tasks = tmp_path / "tasks"
+    shutil.copytree(stopped["include_path"], tasks)
+    with (tasks / "tiny_choice.yaml").open("a") as file:
+        file.write("fewshot_config:\n  sampler: first_n\n")
     options = {
         **stopped,
+        "include_path": str(tasks),
         "output_path": str(tmp_path / "sweep"),
         "num_fewshot": 2,
         "ratios": ["0.5"],
@@ -293,14 +239,35 @@ def test_few_shot_examples_are_those_of_the_full_run(stopped, tmp_path):
     assert prompts[1].items() <= prompts[0].items()
 
 
-def test_order_takes_members_in_proportion():
-    order = DocumentOrder({"few": 10, "many": 90}, seed=3)
-    for count in (20, 50, 80):
-        first = order.first(count)
-        assert abs(len(first["few"]) - count / 10) <= 1
-    assert min(len(each) for each in order.first(order.least).values()) >= 2
-    assert order.documents == DocumentOrder({"many": 90, "few": 10}, seed=3).documents
-    assert order.documents != DocumentOrder({"many": 90, "few": 10}, seed=4).documents
+def test_sampled_answers_are_refused(options):
+    options |= {"tasks": ["tiny_sentence"], "stop_when": "decided"}
+    assert run_sweep(options) == 1
+    for file in Path(options["output_path"]).glob("units/*/*/error.json"):
+        assert "draws its answers at random" in json.loads(file.read_text())["message"]
+
+
+def test_looks_take_members_in_proportion_and_hold_those_before():
+    def looks(**options):
+        found = {"limit": None, "samples": None, "seed": [3]} | options
+        tasks = {
+            name: SimpleNamespace(eval_docs=range(count))
+            for name, count in (("few", 10), ("many", 90))
+        }
+        return documents_of_looks(tasks, SimpleNamespace(**found))
+
+    found = looks()
+    # An eighth of the documents would be too few to look at.
+    assert list(found) == [26, 50, 100]
+    assert [len(each["few"]) for each in found.values()] == [3, 5, 10]
+    before = {"few": [], "many": []}
+    for each in found.values():
+        assert each == {name: sorted(rows) for name, rows in each.items()}
+        assert all(set(before[name]) <= set(each[name]) for name in each)
+        before = each
+    assert found == looks()
+    assert found != looks(seed=[4])
+    assert looks(limit=1, seed=None) == {2: {"few": [0], "many": [0]}}
+    assert looks(samples={"few": [7, 1], "many": [5]})[3]["few"] == [1, 7]
 
 
 @pytest.mark.parametrize(
@@ -309,25 +276,19 @@ def test_order_takes_members_in_proportion():
         ({"stop_when": "soon"}, "stop_when=soon"),
         ({"stop_when": "decided", "log_samples": False}, "log_samples is False"),
         ({"stop_when": "decided", "ray": True}, "stop_when=decided .* leave --ray out"),
-        ({"block_size": 8, "ray": "10.0.0.5:6379"}, "block_size=8 .* leave --ray out"),
-        ({"block_size": 0}, "block_size=0"),
     ],
 )
 def test_what_cannot_be_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
-        read_block_options(options)
+        read_rule(options)
 
 
-@pytest.mark.parametrize("blocks", [{"stop_when": "decided"}, {"block_size": 8}])
-def test_blocks_on_ray_are_refused_before_anything_starts(
-    stopped, tmp_path, monkeypatch, blocks
-):
+def test_ray_is_refused_before_anything_starts(stopped, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(PrunedHFLM, "__init__", lambda *_, **__: pytest.fail("loaded"))
-    kept = {k: v for k, v in stopped.items() if k not in ("stop_when", "block_size")}
     folder = tmp_path / "sweep"
     with pytest.raises(ValueError, match="which Ray's workers do not see") as error:
-        run_sweep({**kept, **blocks, "ray": True, "output_path": str(folder)})
+        run_sweep({**stopped, "ray": True, "output_path": str(folder)})
     assert "\n" not in str(error.value)
     assert not folder.exists()
 
@@ -335,7 +296,7 @@ def test_blocks_on_ray_are_refused_before_anything_starts(
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE is 2"):
-        read_block_options({"block_size": 8})
+        read_rule({"stop_when": "decided"})
 
 
 def test_a_shard_without_the_unpruned_model_is_refused(stopped, tmp_path):

@@ -1,0 +1,200 @@
+"""Units that end when their comparison with the unpruned model is decided: ``--stop_when``."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+
+from lm_eval_pruned.compare.margins import Margin
+from lm_eval_pruned.compare.stopping import look, with_scores
+from lm_eval_pruned.results.runs import read_newest
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lm_eval.api.task import Task
+
+    from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.stopping_record import Stopping
+
+    #: From indices of documents by task, and the prefix of a cache, to the harness's results.
+    Evaluate = Callable[[dict[str, list[int]], str], dict[str, Any] | None]
+    #: Writes the harness's files of such results to a folder.
+    Write = Callable[[dict[str, Any], Path], None]
+
+logger = logging.getLogger("lm_eval.pruned.sweep")
+#: Shares of the documents at which a unit is looked at.
+LOOKS = (1 / 8, 1 / 4, 1 / 2, 1)
+#: Fewer documents are not looked at, unless they are all.
+LEAST = 25
+
+
+def read_rule(options: Mapping[str, Any]) -> str | None:
+    """Return the rule that stops units, ``decided`` or ``decided:MARGIN``, if there is one.
+
+    Raises:
+        ValueError: It is not usable, or not together with another option.
+    """
+    rule: str | None = options.get("stop_when")
+    if rule is None:
+        return None
+    if options.get("ray"):
+        raise ValueError(
+            f"stop_when={rule} compares with results where the sweep runs, which Ray's workers do "
+            "not see: leave --ray out, or use --shard."
+        )
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError(
+            f"stop_when={rule} works in one process, and WORLD_SIZE is "
+            f"{os.environ['WORLD_SIZE']}: start the sweep without a launcher."
+        )
+    for other, value in (("log_samples", False), ("predict_only", True)):
+        if options.get(other) is value:
+            raise ValueError(
+                f"stop_when={rule} compares documents, and {other} is {value}: leave one of "
+                "them out."
+            )
+    word, colon, margin = rule.partition(":")
+    if word != "decided" or (colon and not margin):
+        raise ValueError(
+            f"stop_when={rule} is no rule: pass decided, or decided:MARGIN with a "
+            "margin such as 1pt."
+        )
+    if margin:
+        Margin("equivalent", margin)
+    return rule
+
+
+def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
+    """Refuse tasks whose answers depend on which documents are evaluated with them.
+
+    Args:
+        rule: Named in the error.
+        tasks: The harness's objects, by name.
+        settings: With ``num_fewshot`` and ``gen_kwargs``, as the harness has them.
+
+    Raises:
+        ValueError: Few-shot examples or answers are drawn at random, one after the other.
+    """
+    from lm_eval.api.samplers import FirstNSampler
+
+    for name, task in tasks.items():
+        config: Any = task.config
+        examples = config.num_fewshot
+        if settings.num_fewshot is not None and examples != 0:
+            examples = settings.num_fewshot
+        first = isinstance(getattr(task, "sampler", None), FirstNSampler)
+        generation = {**(config.generation_kwargs or {}), **(settings.gen_kwargs or {})}
+        sampled = generation.get("do_sample", generation.get("temperature"))
+        why = ""
+        if examples and not first:
+            why = "its few-shot examples at random: take 0, or sampler: first_n in its YAML"
+        elif task.OUTPUT_TYPE == "generate_until" and sampled:
+            why = "its answers at random: pass --gen_kwargs do_sample=false"
+        if why:
+            raise ValueError(
+                f"stop_when={rule} needs prompts and answers that depend on the document alone, "
+                f"and {name} draws {why}, or leave stop_when out."
+            )
+
+
+def documents_of_looks(
+    tasks: Mapping[str, Task], settings: Any
+) -> dict[int, dict[str, list[int]]]:
+    """Return the documents of each look, by their number: indices in rising order, by task.
+
+    They are drawn at random from each task, by names, counts and seed alone, so that all sizes
+    of a sweep have the same. Each look holds those of the look before.
+
+    Args:
+        tasks: The harness's objects, by name.
+        settings: With ``limit``, ``samples`` and ``seed``, as the harness has them.
+    """
+    from lm_eval.evaluator_utils import get_sample_size
+
+    orders = {}
+    seed = (settings.seed or [None])[0] or 0
+    for name, task in tasks.items():
+        known: Sequence[int] = range(len(task.eval_docs))
+        if settings.samples and settings.samples.get(name):
+            known = sorted(settings.samples[name])
+        elif settings.limit:
+            known = known[: get_sample_size(task, settings.limit)]
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        orders[name] = [known[place] for place in rng.permutation(len(known))]
+    looks: dict[int, dict[str, list[int]]] = {}
+    for share in LOOKS:
+        # A group's members are strata of its test, which needs two documents of each.
+        chosen = {
+            name: sorted(order[: max(2, math.ceil(share * len(order)))])
+            for name, order in orders.items()
+        }
+        count = sum(map(len, chosen.values()))
+        if count >= LEAST or share == 1:
+            looks[count] = chosen
+    return looks
+
+
+def evaluate_until_decided(
+    lm: Any,
+    looks: Mapping[int, dict[str, list[int]]],
+    stopping: Stopping,
+    base: Run,
+    evaluate: Evaluate,
+    write: Write,
+    scratch: Path,
+) -> dict[str, Any]:
+    """Evaluate the documents of one look after the other, until the comparison is decided.
+
+    Args:
+        lm: The model.
+        looks: From `documents_of_looks`.
+        stopping: The comparison, before its first look.
+        base: The unpruned model's results.
+        evaluate: See `Evaluate`; the cache holds the answers of earlier looks.
+        write: See `Write`.
+        scratch: Folder for what is needed between looks.
+
+    Returns:
+        The harness's results on the documents of the last look, with the block ``stopping``.
+    """
+    answered = 0
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        for count, chosen in looks.items():
+            # What this evaluation has paid for is not what an earlier one left in a cache.
+            lm.count_kept_answers(-answered)
+            # Asking for it ends the measurement of energy.
+            with mock.patch.object(lm, "get_model_info", dict):
+                results = evaluate(chosen, str(Path(name, "answers"))) or {}
+            samples = results["samples"]
+            answered = _answers(samples)
+            # Writing samples changes them.
+            copied = {task: [dict(row) for row in samples[task]] for task in samples}
+            write({**results, "samples": copied}, Path(name, str(count)))
+            run = read_newest(Path(name, str(count)))
+            stopping = look(stopping, count, base, run)
+            if stopping.reason:
+                break
+        stopping = with_scores(stopping, run)
+    logger.info("%s: %s (%s).", stopping.task, stopping.text, stopping.reason)
+    results["config"].update(lm.get_model_info())
+    return {**results, "stopping": stopping.as_dict()}
+
+
+def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
+    """Return how many requests were answered; each filter lists all documents again."""
+    documents = (
+        row
+        for rows in samples.values()
+        for row in {row["doc_id"]: row for row in rows}.values()
+    )
+    return sum(len(responses) for row in documents for responses in row["resps"])
