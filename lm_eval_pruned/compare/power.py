@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from scipy import stats
 
-from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.compare.pairing import (
-    DocumentReader,
-    paired_documents,
-    paired_test,
+from lm_eval_pruned.compare.pairing import paired_documents, paired_test
+from lm_eval_pruned.compare.statistics import (
+    POWER,
+    PairedTest,
+    Shares,
+    power_of_means,
+    power_of_shares,
 )
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.series import primary_metrics
@@ -24,27 +27,13 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.compare.margins import Margin
 
+#: No benchmark has more documents.
+_MOST_DOCUMENTS = 10_000_000
+
 
 @dataclass(frozen=True)
 class Chance:
-    """The chance of one verdict.
-
-    Attributes:
-        verdict: What would be said.
-        if_true: What has to be true for it.
-        power: Chance that it is said then, at the number of documents that was asked about.
-        documents: How many documents have a chance of 80 %; None where none do.
-    """
-
-    verdict: str
-    if_true: str
-    power: float
-    documents: int | None
-
-
-@dataclass(frozen=True)
-class Power:
-    """What a comparison of one run with the base can show.
+    """The chance of one verdict on one run.
 
     Attributes:
         run: Name of the run.
@@ -52,7 +41,10 @@ class Power:
         documents: Documents that it was scored on.
         changed: Share of the documents whose value changed.
         margin: The margin in the metric's own unit.
-        chances: One for each verdict.
+        verdict: What would be said.
+        if_true: What has to be true for it.
+        power: Chance that it is said then, at the number of documents that was asked about.
+        needed: How many documents have a chance of 80 %; None where none do.
     """
 
     run: str
@@ -60,7 +52,10 @@ class Power:
     documents: int
     changed: float
     margin: float
-    chances: tuple[Chance, ...]
+    verdict: str
+    if_true: str
+    power: float
+    needed: int | None
 
 
 def power_of(
@@ -71,7 +66,7 @@ def power_of(
     *,
     documents: int | None = None,
     alpha: float = 0.05,
-) -> list[Power]:
+) -> list[Chance]:
     """Say how likely each run reaches a verdict, from the answers that changed so far.
 
     Args:
@@ -97,113 +92,99 @@ def power_of(
             f"{base.name} and its runs have no results of {task} in common, but of "
             f"{', '.join(base.tasks()) or 'nothing'}: evaluate some documents of it first."
         )
-    read = DocumentReader()
-    return [_power(base, run, task, margin, documents, alpha, read) for run in scored]
+    found = []
+    for run in scored:
+        metric = dict(primary_metrics([base, run], subtasks=True)).get(task)
+        pair = paired_documents(base, run, task, metric) if metric else None
+        if metric is None or pair is None:
+            raise ResultsError(
+                f"{task} of {run.name} has no samples that make up its score: evaluate with "
+                "--log_samples."
+            )
+        size = margin.size(*(each.scores[task, metric].value for each in (base, run)))
+        if size is None:
+            raise ValueError(
+                f"{margin.text} is no margin for {metric} of {task}, whose score is not between 0 "
+                "and 1: give a share such as 2%, or a number in the metric's own unit."
+            )
+        seen = len(pair[0].keys)
+        power = _power(paired_test(pair), seen, size, alpha)
+        changed = int((pair[0].values != pair[1].values).sum()) / seen
+        n = documents or seen
+        about = run.name, metric, seen, changed, size
+        for place, (verdict, if_true) in enumerate(
+            (
+                ("equivalent", "no difference"),
+                ("not worse", "no difference"),
+                ("better or worse", f"a difference of {margin.text}"),
+            )
+        ):
+            of_verdict = functools.partial(_chance, power, place)
+            needed = documents_for(of_verdict, n)
+            found.append(Chance(*about, verdict, if_true, of_verdict(n), needed))
+    return found
+
+
+def _chance(
+    power: Callable[[int], tuple[float, ...]], place: int, documents: int
+) -> float:
+    return power(documents)[place]
 
 
 def _power(
-    base: Run,
-    run: Run,
-    task: str,
-    margin: Margin,
-    documents: int | None,
-    alpha: float,
-    read: DocumentReader,
-) -> Power:
-    metric = next(
-        (
-            name
-            for of, name in primary_metrics([base, run], subtasks=True)
-            if of == task
-        ),
-        None,
-    )
-    pair = paired_documents(base, run, task, metric, read) if metric else None
-    if metric is None or pair is None:
-        raise ResultsError(
-            f"{task} of {run.name} has no samples that make up its score: evaluate with "
-            "--log_samples."
-        )
-    before, after = pair
-    size = margin.size(base.scores[task, metric].value, run.scores[task, metric].value)
-    if size is None:
-        raise ValueError(
-            f"{margin.text} is no margin for {metric} of {task}, whose score is not between 0 and "
-            "1: give a share such as 2%, or a number in the metric's own unit."
-        )
-    test = paired_test(pair)
-    seen = len(before.keys)
-    n = documents or seen
-    changed = int((before.values != after.values).sum())
-    said = (
-        ("equivalent", "no difference"),
-        ("not worse", "no difference"),
-        ("better or worse", f"a difference of {margin.text}"),
-    )
-    chances = tuple(
-        Chance(*words, power(n), statistics.documents_for(power, n))
-        for words, power in zip(
-            said, _powers(test, changed, seen, size, alpha), strict=True
-        )
-    )
-    return Power(run.name, metric, seen, changed / seen, size, chances)
-
-
-def _powers(
-    test: statistics.PairedTest, changed: int, seen: int, size: float, alpha: float
-) -> tuple[Callable[[int], float], ...]:
-    """Return the power by number of documents: equivalent, not worse, different by `size`."""
-    if test.method.startswith("McNemar"):
-        # As `PairedTest.smallest_detectable` does: no answer changed of few says little.
-        share = (changed + 0.5) / (seen + 1)
-
-        def of_shares(both_sides: bool) -> Callable[[int], float]:
-            return lambda n: statistics.claim_power_of_shares(
-                share, n, size, alpha, both_sides=both_sides
-            )
-
-        return (
-            of_shares(True),
-            of_shares(False),
-            lambda n: statistics.difference_power_of_shares(share, n, size, alpha),
-        )
+    test: PairedTest, seen: int, size: float, alpha: float
+) -> Callable[[int], tuple[float, float, float]]:
+    """Return the chances by number of documents: equivalent, not worse, different by `size`."""
+    of = test.distribution
+    if isinstance(of, Shares):
+        return lambda n: power_of_shares(of.changing, n, size, alpha)
     if test.low is None or test.high is None:
         raise ResultsError(f"Nothing can be said of other documents: {test.method}.")
     half = float(stats.t.isf(test.level / 2, test.units - 1))
     stderr = (test.high - test.low) / 2 / half
 
-    def at(n: int) -> tuple[float, int]:
+    def of_means(n: int) -> tuple[float, float, float]:
         units = max(2, round(test.units * n / seen))
-        return stderr * math.sqrt(seen / n), units - 1
+        return power_of_means(stderr * math.sqrt(seen / n), units - 1, size, alpha)
 
-    def of_means(both_sides: bool) -> Callable[[int], float]:
-        return lambda n: statistics.claim_power_of_means(
-            *at(n), size, alpha, both_sides=both_sides
-        )
-
-    return (
-        of_means(True),
-        of_means(False),
-        lambda n: statistics.difference_power_of_means(*at(n), size, alpha),
-    )
+    return of_means
 
 
-def as_table(found: Sequence[Power], task: str, documents: int | None) -> str:
+def documents_for(power: Callable[[int], float], n: int) -> int | None:
+    """Return how many documents have a chance of `POWER`, to within 4 %, rounded up to two digits.
+
+    Args:
+        power: Chance by number of documents; about rising.
+        n: Where to start.
+
+    Returns:
+        None where no number of documents has it.
+    """
+    low = high = max(n, 1)
+    while power(high) < POWER:
+        low, high = high, 2 * high
+        if high > _MOST_DOCUMENTS:
+            return None
+    while low > 1 and power(low) >= POWER:
+        low, high = low // 2, low
+    while high - low > max(1, high // 25):
+        middle = (low + high) // 2
+        low, high = (middle, high) if power(middle) < POWER else (low, middle)
+    unit = 10 ** max(0, len(str(high)) - 2)
+    return -(-high // unit) * unit
+
+
+def as_table(found: Sequence[Chance], task: str, documents: int | None) -> str:
     """Return the chances as a Markdown table for people."""
+    titles = ["run", "metric", "documents", "changed", "margin", "verdict"]
+    titles += ["if there is", "chance", "documents for 80 %"]
+    forms = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
     rows = [
         [
-            each.run,
-            each.metric,
-            each.documents,
-            f"{each.changed:.1%}",
-            f"{each.margin:.4g}",
-            chance.verdict,
-            chance.if_true,
-            f"{chance.power:.0%}",
-            chance.documents or "-",
+            "-" if v is None else format(v, form)
+            for v, form in zip(row, forms, strict=True)
         ]
-        for each in found
-        for chance in each.chances
+        for row in map(astuple, found)
     ]
     asked = (
         "as many documents as there are"
@@ -213,19 +194,5 @@ def as_table(found: Sequence[Power], task: str, documents: int | None) -> str:
     return (
         f"Chance of a verdict on {task} with {asked}, if as many answers change as did in these "
         "samples; one test, without a correction for others.\n\n"
-        + markdown_table(
-            [
-                "run",
-                "metric",
-                "documents",
-                "changed",
-                "margin",
-                "verdict",
-                "if there is",
-            ]
-            + ["chance", "documents for 80 %"],
-            rows,
-            "llrrrllrr",
-        )
-        + "\n"
+        f"{markdown_table(titles, rows, 'llrrrllrr')}\n"
     )

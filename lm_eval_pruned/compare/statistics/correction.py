@@ -55,12 +55,11 @@ def false_discovery_levels(
 
     def levels(made: np.ndarray) -> list[float]:
         n = len(made)
-        ranks = np.arange(2, n + 1)
+        ranks = np.arange(1, n + 1)
         found = []
         for place in range(n):
-            others = np.sort(np.delete(made, place))
-            below = np.flatnonzero(others < alpha * ranks / n)
-            found.append(alpha * (int(ranks[below[-1]]) if len(below) else 1) / n)
+            ordered = np.sort(np.append(np.delete(made, place), -1.0))
+            found.append(alpha * ranks[ordered < alpha * ranks / n].max() / n)
         return found
 
     return _by_family(p_values, families, levels)
@@ -71,11 +70,10 @@ def _by_family(
     families: Sequence[Hashable] | None,
     adjust: Callable[[np.ndarray], Sequence[float]],
 ) -> list[float | None]:
-    labels = families or [None] * len(p_values)
     places: dict[Hashable, list[int]] = {}
-    for place, (p, family) in enumerate(zip(p_values, labels, strict=True)):
+    for place, p in enumerate(p_values):
         if p is not None:
-            places.setdefault(family, []).append(place)
+            places.setdefault(families[place] if families else None, []).append(place)
     adjusted: list[float | None] = [None] * len(p_values)
     for members in places.values():
         made = np.array([p_values[place] for place in members], dtype=float)
