@@ -12,7 +12,6 @@ import numpy as np
 from lm_eval_pruned.compare import statistics
 from lm_eval_pruned.compare.comparison_rows import TaskCorrelation, TaskTrend
 from lm_eval_pruned.compare.pairing import is_partial, paired_documents
-from lm_eval_pruned.compare.verdicts import corrected
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.series import is_perplexity, primary_metrics, series_of
 
@@ -57,7 +56,7 @@ def across_ratios(
     ps = [pair.p for pair in pairs] + [each.trend.p for each in trends]
     families = [(pair.series, "pair") for pair in pairs]
     families += [(each.series, "trend") for each in trends]
-    qs = [q for q, _ in corrected(ps, families)]
+    qs = [q for q, _ in statistics.false_discovery(ps, families)]
     return (
         tuple(replace(pair, q=q) for pair, q in zip(pairs, qs, strict=False)),
         tuple(replace(e, q=q) for e, q in zip(trends, qs[len(pairs) :], strict=True)),

@@ -22,7 +22,7 @@ from lm_eval_pruned.compare.stopped_rows import (
     sequential_test,
     stopping_of,
 )
-from lm_eval_pruned.compare.verdicts import claims, corrected, verdict_of
+from lm_eval_pruned.compare.verdicts import claims, verdict_of
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.folder import is_sweep
 from lm_eval_pruned.results.runs import read_run
@@ -245,7 +245,7 @@ def _decided(
         ]
         found = claims(margin, counted, scores, families, alpha)
         of_stopped = sequential_claims(margin, rows, tests, stoppings)
-    adjusted = corrected(
+    adjusted = statistics.false_discovery(
         [test.p if test else None for test in counted], families, alpha
     )
     stopped_qs = sequential_q(rows, stoppings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -240,42 +239,29 @@ _SHORTEST_NAME = 8
 
 
 def _aligned(columns: Sequence[Column], rows: Sequence[Any], width: int) -> str:
-    table = [
-        (column, [column.title, *(column.text(row) for row in rows)])
-        for column in columns
-    ]
+    table = [(each, [each.title, *map(each.text, rows)]) for each in columns]
 
-    def shortened(longest: int) -> list[tuple[Column, list[str]]]:
-        return [
-            (
-                column,
-                [
-                    cell
-                    if len(cell) <= longest or column.title not in _NAMES
-                    else f"\u2026{cell[1 - longest :]}"
-                    for cell in cells
-                ],
-            )
-            for column, cells in table
-        ]
+    def lines(longest: int) -> list[str]:
+        """Return the rows with columns of equal width, names cut at their front."""
+        found = []
+        for column, texts in table:
+            if column.title in _NAMES:
+                texts = [
+                    text if len(text) <= longest else f"\u2026{text[1 - longest :]}"
+                    for text in texts
+                ]
+            size = max(map(len, texts))
+            pad = str.ljust if column.align == "l" else str.rjust
+            found.append([pad(text, size) for text in texts])
+        return ["  ".join(line) for line in zip(*found, strict=True)]
 
-    def fits(longest: int) -> bool:
-        sizes = [max(map(len, cells)) for _, cells in shortened(longest)]
-        return sum(sizes) + 2 * len(sizes) - 2 <= width
-
-    for goes in range(1, 1 + max(column.goes for column in columns)):
-        if not fits(_LONGEST_NAME):
-            table = [each for each in table if each[0].goes != goes]
     longest = _LONGEST_NAME
-    while longest > _SHORTEST_NAME and not fits(longest):
+    for goes in range(1, 1 + max(column.goes for column in columns)):
+        if len(lines(longest)[0]) > width:
+            table = [each for each in table if each[0].goes != goes]
+    while longest > _SHORTEST_NAME and len(lines(longest)[0]) > width:
         longest -= 1
-    lines = []
-    for column, cells in shortened(longest):
-        size = max(map(len, cells))
-        lines.append(
-            [c.ljust(size) if column.align == "l" else c.rjust(size) for c in cells]
-        )
-    return "\n".join("  ".join(line).rstrip() for line in zip(*lines, strict=True))
+    return "\n".join(map(str.rstrip, lines(longest)))
 
 
 #: Columns of the CSV on a margin, by their names in `Claim`.
@@ -308,17 +294,8 @@ def as_csv(comparison: Comparison) -> str:
 
 def as_json(comparison: Comparison) -> str:
     """Return the whole comparison as JSON; numbers that are not finite become null."""
-    return json.dumps(_finite(asdict(comparison)), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(asdict(comparison))
+    return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=2) + "\n"
 
 
 FORMATS = {"markdown": as_table, "csv": as_csv, "json": as_json}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from scipy import stats
@@ -31,33 +29,6 @@ if TYPE_CHECKING:
 _MOST_DOCUMENTS = 10_000_000
 
 
-@dataclass(frozen=True)
-class Chance:
-    """The chance of one verdict on one run.
-
-    Attributes:
-        run: Name of the run.
-        metric: The metric.
-        documents: Documents that it was scored on.
-        changed: Share of the documents whose value changed.
-        margin: The margin in the metric's own unit.
-        verdict: What would be said.
-        if_true: What has to be true for it.
-        power: Chance that it is said then, at the number of documents that was asked about.
-        needed: How many documents have a chance of 80 %; None where none do.
-    """
-
-    run: str
-    metric: str
-    documents: int
-    changed: float
-    margin: float
-    verdict: str
-    if_true: str
-    power: float
-    needed: int | None
-
-
 def power_of(
     base: Run,
     runs: Sequence[Run],
@@ -66,7 +37,7 @@ def power_of(
     *,
     documents: int | None = None,
     alpha: float = 0.05,
-) -> list[Chance]:
+) -> list[list[object]]:
     """Say how likely each run reaches a verdict, from the answers that changed so far.
 
     Args:
@@ -76,6 +47,11 @@ def power_of(
         margin: What is to be shown; its size also stands for the difference to be seen.
         documents: How many documents to ask about; default: as many as there are.
         alpha: Level of one test, without a correction for others.
+
+    Returns:
+        A row for each run and verdict: run, metric, documents that it was scored on, share of
+        them whose value changed, margin in the metric's own unit, the verdict and what has to be
+        true for it, its chance then, and how many documents have a chance of 80 %, if any.
 
     Raises:
         ResultsError: Nobody has results of `task`, or samples of it.
@@ -92,7 +68,7 @@ def power_of(
             f"{base.name} and its runs have no results of {task} in common, but of "
             f"{', '.join(base.tasks()) or 'nothing'}: evaluate some documents of it first."
         )
-    found = []
+    found: list[list[object]] = []
     for run in scored:
         metric = dict(primary_metrics([base, run], subtasks=True)).get(task)
         pair = paired_documents(base, run, task, metric) if metric else None
@@ -111,7 +87,7 @@ def power_of(
         power = _power(paired_test(pair), seen, size, alpha)
         changed = int((pair[0].values != pair[1].values).sum()) / seen
         n = documents or seen
-        about = run.name, metric, seen, changed, size
+        chances = power(n)
         for place, (verdict, if_true) in enumerate(
             (
                 ("equivalent", "no difference"),
@@ -119,16 +95,9 @@ def power_of(
                 ("better or worse", f"a difference of {margin.text}"),
             )
         ):
-            of_verdict = functools.partial(_chance, power, place)
-            needed = documents_for(of_verdict, n)
-            found.append(Chance(*about, verdict, if_true, of_verdict(n), needed))
+            row = [run.name, metric, seen, changed, size, verdict, if_true]
+            found.append([*row, chances[place], documents_for(power, place, n)])
     return found
-
-
-def _chance(
-    power: Callable[[int], tuple[float, ...]], place: int, documents: int
-) -> float:
-    return power(documents)[place]
 
 
 def _power(
@@ -150,31 +119,36 @@ def _power(
     return of_means
 
 
-def documents_for(power: Callable[[int], float], n: int) -> int | None:
+def documents_for(
+    power: Callable[[int], Sequence[float]], place: int, n: int
+) -> int | None:
     """Return how many documents have a chance of `POWER`, to within 4 %, rounded up to two digits.
 
     Args:
-        power: Chance by number of documents; about rising.
+        power: Chances by number of documents; about rising.
+        place: Which of them.
         n: Where to start.
 
     Returns:
         None where no number of documents has it.
     """
     low = high = max(n, 1)
-    while power(high) < POWER:
+    while power(high)[place] < POWER:
         low, high = high, 2 * high
         if high > _MOST_DOCUMENTS:
             return None
-    while low > 1 and power(low) >= POWER:
+    while low > 1 and power(low)[place] >= POWER:
         low, high = low // 2, low
     while high - low > max(1, high // 25):
         middle = (low + high) // 2
-        low, high = (middle, high) if power(middle) < POWER else (low, middle)
+        low, high = (middle, high) if power(middle)[place] < POWER else (low, middle)
     unit = 10 ** max(0, len(str(high)) - 2)
     return -(-high // unit) * unit
 
 
-def as_table(found: Sequence[Chance], task: str, documents: int | None) -> str:
+def as_table(
+    found: Sequence[Sequence[object]], task: str, documents: int | None
+) -> str:
     """Return the chances as a Markdown table for people."""
     titles = ["run", "metric", "documents", "changed", "margin", "verdict"]
     titles += ["if there is", "chance", "documents for 80 %"]
@@ -184,7 +158,7 @@ def as_table(found: Sequence[Chance], task: str, documents: int | None) -> str:
             "-" if v is None else format(v, form)
             for v, form in zip(row, forms, strict=True)
         ]
-        for row in map(astuple, found)
+        for row in found
     ]
     asked = (
         "as many documents as there are"

@@ -1,4 +1,4 @@
-"""What tests show: their p after the correction, claims within a margin, and the verdict in words."""
+"""What tests show: claims within a margin, and the verdict in words."""
 
 from __future__ import annotations
 
@@ -11,33 +11,6 @@ from lm_eval_pruned.compare.margins import Claim, Margin
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
-
-#: A p after correction, and the level that the correction leaves; None without a test.
-Corrected = tuple[float | None, float | None]
-
-
-def corrected(
-    ps: Sequence[float | None],
-    families: Sequence[Hashable] | None = None,
-    alpha: float = 0.05,
-) -> list[Corrected]:
-    """Correct p values after Benjamini and Hochberg, each family by itself.
-
-    Args:
-        ps: One per test; None for a test that was not made or does not count.
-        families: The family of each test; default: all are one.
-        alpha: Rate of false discoveries.
-
-    Returns:
-        q and level of each test: q < alpha exactly where p is below the level.
-    """
-    return list(
-        zip(
-            statistics.false_discovery_rate(ps, families),
-            statistics.false_discovery_levels(ps, alpha, families),
-            strict=True,
-        )
-    )
 
 
 def claims(
@@ -66,7 +39,7 @@ def claims(
     ]
     found: list[Claim | None] = []
     for test, within, p, (q, level) in zip(
-        tests, bounds, ps, corrected(ps, families, alpha), strict=True
+        tests, bounds, ps, statistics.false_discovery(ps, families, alpha), strict=True
     ):
         if not test or not within or p is None or q is None or level is None:
             found.append(None)

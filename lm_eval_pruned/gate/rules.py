@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lm_eval_pruned.compare.pairing import paired_test
-from lm_eval_pruned.compare.statistics import LEAST_UNITS
-from lm_eval_pruned.compare.verdicts import corrected
+from lm_eval_pruned.compare.statistics import LEAST_UNITS, false_discovery
 from lm_eval_pruned.gate.baseline_file import (
     Baseline,
     Expectation,
@@ -129,9 +128,10 @@ def by_documents(
     The p of all rules ``alpha`` are adjusted as one family, and those of all rules with a
     margin as another, so that a gate of many metrics does not close by chance.
     """
+    found = list(tests.values())
     families = [baseline[key].rule.margin is not None for key in tests]
     qs = [
-        [q for q, _ in corrected([getattr(t, p) for t in tests.values()], families)]
+        [q for q, _ in false_discovery([getattr(t, p) for t in found], families)]
         for p in ("outside", "worse", "better")
     ]
     return {

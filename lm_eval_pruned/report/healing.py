@@ -11,7 +11,8 @@ from lm_eval_pruned.compare.comparison_table import (
     p_text,
 )
 from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
-from lm_eval_pruned.compare.verdicts import corrected, verdict_of
+from lm_eval_pruned.compare.statistics import false_discovery
+from lm_eval_pruned.compare.verdicts import verdict_of
 from lm_eval_pruned.report.page import (
     Cell,
     Section,
@@ -203,7 +204,9 @@ def judged(found: Sequence[PairedRow], alpha: float) -> list[PairedRow]:
                 row.before.scores[row.task, row.metric].higher_is_better,
             ),
         )
-        for row, (q, level) in zip(found, corrected(ps, families, alpha), strict=True)
+        for row, (q, level) in zip(
+            found, false_discovery(ps, families, alpha), strict=True
+        )
     ]
 
 

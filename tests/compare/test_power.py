@@ -66,12 +66,12 @@ def test_many_changes_are_as_good_as_normal(margin):
 
 def test_power_rises_with_documents_and_documents_for_is_where_it_has_80_percent():
     def power(n):
-        return statistics.power_of_shares(0.1, n, 0.05, 0.05)[0]
+        return statistics.power_of_shares(0.1, n, 0.05, 0.05)
 
-    assert power(50) < power(200) < power(800)
-    needed = documents_for(power, 10)
-    assert power(needed) >= statistics.POWER > power(int(needed * 0.85))
-    assert documents_for(lambda n: 0.5, 10) is None
+    assert power(50)[0] < power(200)[0] < power(800)[0]
+    needed = documents_for(power, 0, 10)
+    assert power(needed)[0] >= statistics.POWER > power(int(needed * 0.85))[0]
+    assert documents_for(lambda n: [0.5], 0, 10) is None
 
 
 @pytest.fixture

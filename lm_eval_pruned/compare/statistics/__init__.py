@@ -6,10 +6,7 @@ changes nothing but the rounding, and swapping the two runs flips the sign of ev
 
 from __future__ import annotations
 
-from lm_eval_pruned.compare.statistics.correction import (
-    false_discovery_levels,
-    false_discovery_rate,
-)
+from lm_eval_pruned.compare.statistics.correction import false_discovery
 from lm_eval_pruned.compare.statistics.differences import (
     paired_difference,
     relative_change,

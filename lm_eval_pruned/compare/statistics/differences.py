@@ -73,11 +73,6 @@ def paired_difference(
             f"base, run and weights hold {len(base)}, {len(run)} and {len(weights)} documents: "
             "they must be as many, and at least one."
         )
-    for name, labels in (("clusters", clusters), ("strata", strata)):
-        if labels is not None and len(labels) != len(base):
-            raise ValueError(
-                f"{name} names {len(labels)} documents of {len(base)}: give one for each."
-            )
     if clusters is not None and len(set(clusters)) == len(base):
         clusters = None
     plain = transform == "mean" and clusters is None and (weights == 1).all()

@@ -85,7 +85,7 @@ class PairedTest:
 
         Args:
             level: Level at which p counts as significant; default: the test's own. In a
-                table it is what the correction leaves, see `false_discovery_levels`.
+                table it is what the correction leaves, see `false_discovery`.
 
         Returns:
             A positive number, or None where this test can find no difference.
@@ -129,7 +129,7 @@ class PairedTest:
     def interval(self, level: float) -> tuple[float | None, float | None]:
         """Return `low` and `high` at another level of a two-sided test.
 
-        With the levels of `false_discovery_levels`, no more than alpha of the intervals of
+        With the levels of `false_discovery`, no more than alpha of the intervals of
         differences that are shown miss the true one, on average.
 
         Source: Benjamini and Yekutieli 2005, Journal of the American Statistical

@@ -48,7 +48,7 @@ def correlate(x: ArrayLike, y: ArrayLike, *, alpha: float = 0.05) -> Correlation
         alpha: 1 - confidence of the interval.
 
     Raises:
-        ValueError: Fewer than three configurations, different lengths, or NaN.
+        ValueError: Different lengths, or NaN.
 
     Returns:
         The interval is Fisher's, ``tanh(atanh(r) +- width)``; the width is such that 0
@@ -57,11 +57,6 @@ def correlate(x: ArrayLike, y: ArrayLike, *, alpha: float = 0.05) -> Correlation
     """
     x, y = finite_row("x", x), finite_row("y", y)
     n = len(x)
-    if n != len(y) or n < 3:
-        raise ValueError(
-            f"x and y hold {n} and {len(y)} configurations: a correlation needs as many in "
-            "both, and at least 3."
-        )
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return Correlation(n)
     r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
@@ -125,22 +120,13 @@ def trend(
         alpha: Level of the test.
 
     Raises:
-        ValueError: Shapes that do not fit, NaN, or all ratios equal.
+        ValueError: Shapes that do not fit, or NaN.
     """
     ratios = finite_row("ratios", ratios)
-    rows = [finite_row("values", row) for row in values]
-    if len(ratios) != len(rows) or len({len(row) for row in rows}) != 1:
-        raise ValueError(
-            f"ratios holds {len(ratios)} configurations and values {len(rows)} rows: give one row "
-            "of values for each, all of one length."
-        )
-    if np.ptp(ratios) == 0:
-        raise ValueError(
-            "All ratios are equal: a trend needs at least two different ones."
-        )
+    rows = np.stack([finite_row("values", row) for row in values])
     centred = ratios - ratios.mean()
     # Less the first row, documents that never change have a slope of exactly 0.
-    slopes = (centred / (centred @ centred)) @ (np.stack(rows) - rows[0])
+    slopes = (centred / (centred @ centred)) @ (rows - rows[0])
     slopes *= _SCALES[transform]
     weights = (
         np.ones(len(slopes)) if weights is None else finite_row("weights", weights)
