@@ -163,26 +163,27 @@ def _row(
     """Return a row that is not decided yet, and its test."""
     one, other = base.scores[key], run.scores[key]
     before, after = one.value, other.value
-    endless = [each.name for each in (base, run) if not _is_finite(each, key)]
+    endless = [
+        each.name for each in (base, run) if not math.isfinite(each.scores[key].value)
+    ]
     pair = paired_documents(base, run, *key, read)
     stopping = stopping_of(base, run, key[0])
+    why = ""
     if endless:
         why = f"the score of {' and '.join(endless)} is no finite number"
-        test = statistics.PairedTest.none(after - before, why, level=alpha)
-    elif pair and stopping:
-        test = paired_test(pair, stopping.nominal_level)
-        test = sequential_test(test, stopping, key[1])
-    elif pair:
-        test = paired_test(pair, alpha)
-    elif one.stderr is None or other.stderr is None:
+    elif not pair and (one.stderr is None or other.stderr is None):
         why = "neither samples nor standard errors"
-        test = statistics.PairedTest.none(after - before, why, level=alpha)
-    elif stopping:
+    elif not pair and stopping:
         why = f"{stopping.text} documents, without usable samples"
+    if why:
         test = statistics.PairedTest.none(after - before, why, level=alpha)
+    elif pair:
+        test = paired_test(pair, stopping.nominal_level if stopping else alpha)
+        test = sequential_test(test, stopping, key[1]) if stopping else test
     else:
+        stderrs = one.stderr or 0.0, other.stderr or 0.0
         test = statistics.unpaired_difference(
-            before, one.stderr, after, other.stderr, alpha=alpha
+            before, stderrs[0], after, stderrs[1], alpha=alpha
         )
     of = stopping.of if stopping and stopping.is_partial else None
     if of is not None and not test.method.startswith("none"):
@@ -208,10 +209,6 @@ def _row(
         of=of,
     )
     return row, test
-
-
-def _is_finite(run: Run, key: tuple[str, str]) -> bool:
-    return math.isfinite(run.scores[key].value)
 
 
 def _decided(
