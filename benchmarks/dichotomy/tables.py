@@ -158,10 +158,10 @@ def adjust(tables: Mapping[str, Sequence[Row]]) -> None:
         ):
             p = re.sub("(^|_)q(_|$)", r"\1p\2", q)
             made = [written(row.get(p)) for row in rows]
-            values = statistics.false_discovery_rate(
+            found = statistics.false_discovery(
                 [float(each) if each != "" else None for each in made], families
             )
-            for row, value in zip(rows, values, strict=True):
+            for row, (value, _) in zip(rows, found, strict=True):
                 row[q] = value
         if "verdict" in TABLES[name]:
             say = change_verdict if name == "scores" else against_verdict

@@ -88,15 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
     previous = (
         regression.read_baseline(arguments.baseline, earlier=True)
         if Path(arguments.baseline).exists()
-        else None
+        else {}
     )
     rule = given[0] if given else regression.Rule("absolute", 0.0)
     baseline = regression.make_baseline(runs, rule, previous)
     regression.write_baseline(arguments.baseline, baseline)
-    notes = regression.update_notes(runs, baseline, previous) if previous else []
-    for note in [*notes, *regression.unusable_rules(runs, baseline)]:
+    for note in regression.update_notes(runs, baseline, previous):
         print(f"NOTE     {note}")
-    print(
-        f"Wrote {len(baseline.expectations)} expected scores to {arguments.baseline}."
-    )
+    print(f"Wrote {len(baseline)} expected scores to {arguments.baseline}.")
     return 0

@@ -11,11 +11,7 @@ import numpy as np
 
 from lm_eval_pruned.compare import statistics
 from lm_eval_pruned.compare.comparison_rows import TaskCorrelation, TaskTrend
-from lm_eval_pruned.compare.pairing import (
-    DocumentReader,
-    is_partial,
-    paired_documents,
-)
+from lm_eval_pruned.compare.pairing import is_partial, paired_documents
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.series import is_perplexity, primary_metrics, series_of
 
@@ -23,11 +19,11 @@ from lm_eval_pruned.results.series import is_perplexity, primary_metrics, series
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.results.documents import Documents
+    from lm_eval_pruned.compare.pairing import DocumentReader
 
 
 def across_ratios(
-    runs: Sequence[Run], *, alpha: float = 0.05, read: DocumentReader | None = None
+    runs: Sequence[Run], alpha: float, read: DocumentReader
 ) -> tuple[tuple[TaskCorrelation, ...], tuple[TaskTrend, ...]]:
     """Correlate any two tasks, and test each for a trend, over expansion ratios.
 
@@ -40,73 +36,62 @@ def across_ratios(
         Correlations and trends; empty for series with fewer than 3 ratios, and without tasks
         of which a score is partial.
     """
-    correlations: list[TaskCorrelation] = []
+    pairs: list[TaskCorrelation] = []
     trends: list[TaskTrend] = []
-    read = read or DocumentReader()
     for name, members in series_of(runs).items():
-        ratios = [run.expansion_ratio or 0.0 for run in members]
-        if len(set(ratios)) < 3:
+        if len({run.expansion_ratio for run in members}) < 3:
             continue
-        scores = {
-            key: [_linear(run, *key) for run in members]
-            for key in primary_metrics(members)
+        scores, tested = {}, {}
+        for key in primary_metrics(members):
             # How many documents there are depends on what they showed: see `stopping`.
-            if not any(is_partial(run, key[0]) for run in members)
-        }
-        tested = {key: _trend(members, *key, alpha, read) for key in scores}
-        pairs = [
-            TaskCorrelation(
-                name,
-                (one, other),
-                statistics.correlate(scores[one], scores[other], alpha=alpha),
-                _larger(tested[one].p, tested[other].p),
-                None,
-            )
-            for one, other in itertools.combinations(scores, 2)
-        ]
-        adjusted = statistics.false_discovery_rate([pair.p for pair in pairs])
-        correlations += [
-            replace(pair, q=q) for pair, q in zip(pairs, adjusted, strict=True)
-        ]
-        adjusted = statistics.false_discovery_rate([each.p for each in tested.values()])
-        trends += [
-            TaskTrend(name, *key, each, q)
-            for (key, each), q in zip(tested.items(), adjusted, strict=True)
-        ]
-    return tuple(correlations), tuple(trends)
-
-
-def _trend(
-    members: Sequence[Run], task: str, metric: str, alpha: float, read: DocumentReader
-) -> statistics.Trend:
-    """Test a score for a trend over the documents that all members were scored on."""
-    ratios = [run.expansion_ratio or 0.0 for run in members]
-    pairs: list[tuple[Documents, Documents] | None]
-    try:
-        pairs = [
-            paired_documents(members[0], run, task, metric, read) for run in members
-        ]
-    except ResultsError:
-        pairs = [None]
-    first = pairs[0]
-    if first is None or None in pairs:
-        scores = [_linear(run, task, metric) for run in members]
-        slope = float(np.polyfit(ratios, scores, 1)[0])
-        why = "none: needs logged samples of the same documents in all configurations"
-        return statistics.Trend(len(members), slope, None, None, None, why, 0)
-    return statistics.trend(
-        ratios,
-        [pair[1].values for pair in pairs if pair],
-        weights=first[0].weights,
-        clusters=first[0].clusters,
-        strata=first[0].strata,
-        transform=first[0].transform,
-        alpha=alpha,
+            if not any(is_partial(run, key[0]) for run in members):
+                scores[key] = [_linear(run, *key) for run in members]
+                tested[key] = _trend(members, *key, scores[key], alpha, read)
+        trends += [TaskTrend(name, *key, found, None) for key, found in tested.items()]
+        for both in itertools.combinations(scores, 2):
+            found = statistics.correlate(*(scores[key] for key in both), alpha=alpha)
+            one, other = (tested[key].p for key in both)
+            p = None if one is None or other is None else max(one, other)
+            pairs.append(TaskCorrelation(name, both, found, p, None))
+    ps = [pair.p for pair in pairs] + [each.trend.p for each in trends]
+    families = [(pair.series, "pair") for pair in pairs]
+    families += [(each.series, "trend") for each in trends]
+    qs = [q for q, _ in statistics.false_discovery(ps, families)]
+    return (
+        tuple(replace(pair, q=q) for pair, q in zip(pairs, qs, strict=False)),
+        tuple(replace(e, q=q) for e, q in zip(trends, qs[len(pairs) :], strict=True)),
     )
 
 
-def _larger(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else max(one, other)
+def _trend(
+    members: Sequence[Run],
+    task: str,
+    metric: str,
+    scores: Sequence[float],
+    alpha: float,
+    read: DocumentReader,
+) -> statistics.Trend:
+    """Test a score for a trend over the documents that all members were scored on."""
+    ratios = [run.expansion_ratio or 0.0 for run in members]
+    try:
+        pairs = [paired_documents(members[0], r, task, metric, read) for r in members]
+    except ResultsError:
+        pairs = []
+    documents = [pair[1] for pair in pairs if pair]
+    if len(documents) < len(members):
+        slope = float(np.polyfit(ratios, scores, 1)[0])
+        why = "none: needs logged samples of the same documents in all configurations"
+        return statistics.Trend(len(members), slope, None, None, None, why, 0)
+    first = documents[0]
+    return statistics.trend(
+        ratios,
+        [each.values for each in documents],
+        weights=first.weights,
+        clusters=first.clusters,
+        strata=first.strata,
+        transform=first.transform,
+        alpha=alpha,
+    )
 
 
 def _linear(run: Run, task: str, metric: str) -> float:

@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare import statistics
 from lm_eval_pruned.compare.across_ratios import across_ratios
-from lm_eval_pruned.compare.comparison_rows import (
-    Comparison,
-    Difference,
-    verdict_of,
-)
-from lm_eval_pruned.compare.margins import Claim, Margin, claims
+from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
 from lm_eval_pruned.compare.pairing import (
     DocumentReader,
     is_partial,
@@ -27,6 +22,7 @@ from lm_eval_pruned.compare.stopping import (
     sequential_test,
     stopping_of,
 )
+from lm_eval_pruned.compare.verdicts import claims, verdict_of
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.folder import is_sweep
 from lm_eval_pruned.results.runs import read_run
@@ -38,7 +34,7 @@ from lm_eval_pruned.results.sweep_results import read_sweep
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.results.stopping_record import Stopping
+    from lm_eval_pruned.compare.margins import Claim, Margin
 
 
 def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
@@ -51,25 +47,29 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     Raises:
         ResultsError: Something cannot be read, or there is nothing to compare.
     """
+    bases: list[Run] = []
     runs: list[Run] = []
-    base: Run | None = None
     for number, path in enumerate(paths):
         if is_sweep(path):
             baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
-            if number == 0:
-                base = baseline
-            if number > 0 or len(paths) == 1:
-                runs += others
-        elif number == 0:
-            base = read_run(path)
         else:
-            runs.append(read_run(path))
-    if base is None or not runs:
+            baseline, others = None, [read_run(path)]
+        if number == 0:
+            bases = [baseline] if baseline else others
+        if number > 0 or (baseline and len(paths) == 1):
+            runs += others
+    if not bases or not runs:
         raise ResultsError(
             "There is nothing to compare: give a base and at least one other run, or a sweep "
             "folder with several configurations."
         )
-    return base, _with_distinct_names(base, runs)
+    base = bases[0]
+    # Runs that would share a name are called by their paths.
+    names = [base.name, *(run.name for run in runs)]
+    return base, [
+        run if names.count(run.name) == 1 else replace(run, name=str(run.path))
+        for run in runs
+    ]
 
 
 def split_sweep(runs: list[Run], where: str) -> tuple[Run, list[Run]]:
@@ -78,13 +78,13 @@ def split_sweep(runs: list[Run], where: str) -> tuple[Run, list[Run]]:
     Raises:
         ResultsError: No run of the sweep is unpruned.
     """
-    baselines = [run for run in runs if run.is_baseline]
-    if not baselines:
+    baseline = next((run for run in runs if run.is_baseline), None)
+    if baseline is None:
         raise ResultsError(
             f"{where} has no finished run of the unpruned model to compare with: add prune_percent "
             "0 to the sweep, or name a base: `compare BASE RUN`."
         )
-    return baselines[0], [run for run in runs if run is not baselines[0]]
+    return baseline, [run for run in runs if run is not baseline]
 
 
 def compare(
@@ -116,22 +116,13 @@ def compare(
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
     rows: list[Difference] = []
     tests: list[statistics.PairedTest] = []
-    stoppings: list[Stopping | None] = []
-    families: list[tuple[str, bool]] = []
-    notes = notes_on([base, *(run for run in runs if run is not base)])
+    owners: list[Run] = []
+    everything = [base, *(run for run in runs if run is not base)]
+    notes = notes_on(everything)
     read = read or DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
-        for one, other in ((base, run), (run, base)):
-            missing = [
-                task
-                for task in one.tasks(subtasks=subtasks)
-                if task not in other.tasks()
-            ]
-            if missing:
-                notes.append(
-                    f"{other.name} has no results for {', '.join(missing)}, which {one.name} has."
-                )
+        notes += _missing_notes(base, run, subtasks)
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
         notes += _settings_notes(base, run, shared)
@@ -139,35 +130,17 @@ def compare(
         primary = primary_metrics([base, run], subtasks=subtasks)
         for key in base.scores:
             if key[0] in shared and key in run.scores:
-                test, documents = _test(base, run, *key, alpha, read)
+                row, test = _row(base, run, key, key in primary, alpha, read)
+                rows.append(row)
                 tests.append(test)
-                stoppings.append(stopping_of(base, run, key[0]))
-                families.append((key[0], is_control(run)))
-                rows.append(_row(base, run, key, key in primary, test, documents))
+                owners.append(run)
         notes += _prompts_notes(base, run, shared, read)
-    ps = [
-        row.p if row.primary and stopping is None else None
-        for row, stopping in zip(rows, stoppings, strict=True)
-    ]
-    adjusted = [
-        (q, level) if stopping is None else (stopped_q, stopping.nominal_level)
-        for q, level, stopped_q, stopping in zip(
-            statistics.false_discovery_rate(ps, families),
-            statistics.false_discovery_levels(ps, alpha, families),
-            sequential_q(rows, stoppings),
-            stoppings,
-            strict=True,
+    rows, asked = _decided(base, owners, rows, tests, alpha, margin)
+    if margin is not None and asked:
+        notes.append(
+            f"{margin.text} is no margin for {listed(asked)}, whose scores are not between 0 and "
+            "1: give a share such as 2%, or a number in the metric's own unit."
         )
-    ]
-    rows = [
-        _decided(row, test, q, level, alpha, base)
-        for row, test, (q, level) in zip(rows, tests, adjusted, strict=True)
-    ]
-    if margin is not None:
-        rows, unusable = _with_claims(
-            margin, rows, tests, stoppings, families, alpha, base
-        )
-        notes += unusable
     weaker = sorted({row.task for row in rows if "weaker" in row.method})
     if weaker:
         notes.append(
@@ -175,59 +148,8 @@ def compare(
             "as if the runs had seen different documents; that is weaker than a paired test: "
             "evaluate with --log_samples."
         )
-    everything = [base, *(run for run in runs if run is not base)]
-    correlations, trends = across_ratios(everything, alpha=alpha, read=read)
-    return Comparison(
-        base.name, alpha, tuple(rows), correlations, trends, tuple(notes), margin
-    )
-
-
-def _test(
-    base: Run,
-    run: Run,
-    task: str,
-    metric: str,
-    alpha: float,
-    read: DocumentReader,
-) -> tuple[statistics.PairedTest, int | None]:
-    """Return the test of one row, and how many documents it is of."""
-    before, after = base.scores[task, metric], run.scores[task, metric]
-    pair = paired_documents(base, run, task, metric, read)
-    documents = len(pair[0].keys) if pair else None
-    stopping = stopping_of(base, run, task)
-    nothing = _not_finite(base, run, task, metric)
-    if nothing or (not pair and None in (before.stderr, after.stderr)):
-        why = (
-            f"the score of {' and '.join(nothing)} is no finite number"
-            if nothing
-            else "neither samples nor standard errors"
-        )
-        change = after.value - before.value
-        none = statistics.PairedTest(change, None, None, None, f"none: {why}", 0, alpha)
-        return none, documents
-    if pair:
-        test = paired_test(pair, stopping.nominal_level if stopping else alpha)
-        if stopping is not None:
-            test = sequential_test(test, stopping, metric)
-    elif stopping is not None:
-        change = after.value - before.value
-        why = f"none: {stopping.text} documents, without usable samples"
-        test = statistics.PairedTest(change, None, None, None, why, 0, alpha)
-    else:
-        assert before.stderr is not None
-        assert after.stderr is not None
-        test = statistics.unpaired_difference(
-            before.value, before.stderr, after.value, after.stderr, alpha=alpha
-        )
-    return test, documents
-
-
-def _not_finite(base: Run, run: Run, task: str, metric: str) -> list[str]:
-    return [
-        each.name
-        for each in (base, run)
-        if not math.isfinite(each.scores[task, metric].value)
-    ]
+    over_ratios = across_ratios(everything, alpha, read)
+    return Comparison(base.name, alpha, tuple(rows), *over_ratios, tuple(notes), margin)
 
 
 def _row(
@@ -235,17 +157,39 @@ def _row(
     run: Run,
     key: tuple[str, str],
     primary: bool,
-    test: statistics.PairedTest,
-    documents: int | None,
-) -> Difference:
-    """Return a row that has no q and no verdict on it yet."""
-    before, after = base.scores[key].value, run.scores[key].value
+    alpha: float,
+    read: DocumentReader,
+) -> tuple[Difference, statistics.PairedTest]:
+    """Return a row that is not decided yet, and its test."""
+    one, other = base.scores[key], run.scores[key]
+    before, after = one.value, other.value
+    endless = [
+        each.name for each in (base, run) if not math.isfinite(each.scores[key].value)
+    ]
+    pair = paired_documents(base, run, *key, read)
     stopping = stopping_of(base, run, key[0])
+    why = ""
+    if endless:
+        why = f"the score of {' and '.join(endless)} is no finite number"
+    elif not pair and (one.stderr is None or other.stderr is None):
+        why = "neither samples nor standard errors"
+    elif not pair and stopping:
+        why = f"{stopping.text} documents, without usable samples"
+    if why:
+        test = statistics.PairedTest.none(after - before, why, level=alpha)
+    elif pair:
+        test = paired_test(pair, stopping.nominal_level if stopping else alpha)
+        test = sequential_test(test, stopping, key[1]) if stopping else test
+    else:
+        stderrs = one.stderr or 0.0, other.stderr or 0.0
+        test = statistics.unpaired_difference(
+            before, stderrs[0], after, stderrs[1], alpha=alpha
+        )
     of = stopping.of if stopping and stopping.is_partial else None
-    if of is not None and test.method[:4] != "none":
+    if of is not None and not test.method.startswith("none"):
         # On the documents that were used.
         before = after - test.difference
-    return Difference(
+    row = Difference(
         run=run.name,
         task=key[0],
         metric=key[1],
@@ -258,127 +202,95 @@ def _row(
         p=test.p,
         q=None,
         smallest_detectable=None,
-        documents=documents,
+        documents=len(pair[0].keys) if pair else None,
         method=test.method,
         primary=primary,
-        verdict="not comparable" if _not_finite(base, run, *key) else "not tested",
+        verdict="not comparable" if endless else "" if primary else "restated",
         of=of,
     )
+    return row, test
 
 
 def _decided(
-    row: Difference,
-    test: statistics.PairedTest,
-    q: float | None,
-    level: float | None,
-    alpha: float,
     base: Run,
-) -> Difference:
-    """Return a row with its q and verdict, and all else at the level that the correction leaves."""
-    if q is None or level is None:
-        return replace(row, verdict=_verdict(row, q, alpha, base))
-    low, high = test.at_level(level)
-    return replace(
-        row,
-        low=low,
-        high=high,
-        q=q,
-        smallest_detectable=test.smallest_detectable(level),
-        verdict=_verdict(row, q, alpha, base),
-    )
-
-
-def _verdict(row: Difference, q: float | None, alpha: float, base: Run) -> str:
-    if row.verdict == "not comparable":
-        return row.verdict
-    if not row.primary:
-        return "restated"
-    if q is None:
-        return row.verdict
-    higher_is_better = base.scores[row.task, row.metric].higher_is_better
-    return verdict_of(row.difference, q, alpha, higher_is_better)
-
-
-def _with_claims(
-    margin: Margin,
+    owners: Sequence[Run],
     rows: Sequence[Difference],
     tests: Sequence[statistics.PairedTest],
-    stoppings: Sequence[Stopping | None],
-    families: Sequence[tuple[str, bool]],
     alpha: float,
-    base: Run,
+    margin: Margin | None,
 ) -> tuple[list[Difference], list[str]]:
-    """Return rows whose verdicts are about the margin, and notes on those that have none."""
-    found = claims(
-        margin,
-        [
-            test if row.primary and stopping is None else None
-            for row, test, stopping in zip(rows, tests, stoppings, strict=True)
-        ],
-        [
-            (
-                row.base_score,
-                row.score,
-                base.scores[row.task, row.metric].higher_is_better,
+    """Return rows with q and verdict, and with all else at the level that the correction leaves.
+
+    Returns:
+        The rows, and the tasks for whose scores `margin` is none.
+    """
+    stoppings, families = [], []
+    for run, row in zip(owners, rows, strict=True):
+        stoppings.append(stopping_of(base, run, row.task))
+        families.append((row.task, is_control(run)))
+    directions = [base.scores[row.task, row.metric].higher_is_better for row in rows]
+    counted = [
+        test if row.primary and stopping is None else None
+        for row, test, stopping in zip(rows, tests, stoppings, strict=True)
+    ]
+    found: list[Claim | None] = [None] * len(rows)
+    of_stopped = found
+    if margin is not None:
+        scores = [
+            (row.base_score, row.score, direction)
+            for row, direction in zip(rows, directions, strict=True)
+        ]
+        found = claims(margin, counted, scores, families, alpha)
+        of_stopped = sequential_claims(margin, rows, tests, stoppings)
+    adjusted = statistics.false_discovery(
+        [test.p if test else None for test in counted], families, alpha
+    )
+    stopped_qs = sequential_q(rows, stoppings)
+    decided, asked = [], set()
+    for place, (row, test) in enumerate(zip(rows, tests, strict=True)):
+        (q, level), claim, stopping = adjusted[place], found[place], stoppings[place]
+        if stopping is not None:
+            q, level = stopped_qs[place], stopping.nominal_level
+            claim = of_stopped[place]
+        verdict = row.verdict or verdict_of(
+            row.difference, q, alpha, directions[place], margin, claim
+        )
+        row = replace(row, claim=claim, verdict=verdict)
+        if q is not None and level is not None:
+            low, high = test.interval(level)
+            smallest = test.smallest_detectable(level)
+            row = replace(row, low=low, high=high, q=q, smallest_detectable=smallest)
+        decided.append(row)
+        if margin and row.primary and not margin.size(row.base_score, row.score):
+            asked.add(row.task)
+    return decided, sorted(asked)
+
+
+def _missing_notes(base: Run, run: Run, subtasks: bool) -> list[str]:
+    notes = []
+    for one, other in ((base, run), (run, base)):
+        has = other.tasks()
+        missing = [task for task in one.tasks(subtasks=subtasks) if task not in has]
+        if missing:
+            notes.append(
+                f"{other.name} has no results for {', '.join(missing)}, which {one.name} has."
             )
-            for row in rows
-        ],
-        families,
-        alpha,
-    )
-    of_stopped = sequential_claims(margin, rows, tests, stoppings)
-    found = [
-        one if stopping is None else other
-        for one, other, stopping in zip(found, of_stopped, stoppings, strict=True)
-    ]
-    asked = sorted(
-        {
-            row.task
-            for row, claim in zip(rows, found, strict=True)
-            if row.primary
-            and claim is None
-            and margin.size(row.base_score, row.score) is None
-        }
-    )
-    note = (
-        f"{margin.text} is no margin for {listed(asked)}, whose scores are not between 0 and 1: "
-        "give a share such as 2%, or a number in the metric's own unit."
-    )
-    decided = [
-        replace(row, claim=claim, verdict=_claimed(margin, row, claim, alpha))
-        for row, claim in zip(rows, found, strict=True)
-    ]
-    return decided, [note] if asked else []
-
-
-def _claimed(margin: Margin, row: Difference, claim: Claim | None, alpha: float) -> str:
-    if row.verdict in ("not comparable", "restated"):
-        return row.verdict
-    shown = claim is not None and claim.q < alpha
-    # What is better is not worse, and says more; what is equivalent may differ for certain.
-    if shown and not (margin.claim == "not_worse" and row.verdict == "better"):
-        return margin.verdict
-    return "undecided" if row.verdict.startswith("not ") else row.verdict
+    return notes
 
 
 def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return what two runs did not have in common beside the model."""
-    partial = [t for t in tasks if is_partial(base, t) or is_partial(run, t)]
 
     def settings(each: Run) -> dict[str, dict[str, Any]]:
-        # A unit that could stop has other documents by design, and is answered in blocks.
-        left_out = {
-            task: (
-                "answer_paths",
-                *(("documents", "task_hash") if task in partial else ()),
-            )
-            for task in tasks
-            if stopping_of(base, run, task)
-        }
-        return {
-            task: {k: v for k, v in known.items() if k not in left_out.get(task, ())}
-            for task, known in each.settings.items()
-        }
+        found = {task: dict(known) for task, known in each.settings.items()}
+        for task in tasks:
+            # A unit that could stop has other documents by design, and is answered in blocks.
+            left_out = ["answer_paths"] if stopping_of(base, run, task) else []
+            if is_partial(base, task) or is_partial(run, task):
+                left_out += ["documents", "task_hash"]
+            for name in left_out:
+                found.get(task, {}).pop(name, None)
+        return found
 
     return [
         f"{run.name} was evaluated with other settings than {base.name} "
@@ -391,7 +303,7 @@ def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
 def _prompts_notes(
     base: Run, run: Run, tasks: Sequence[str], read: DocumentReader
 ) -> list[str]:
-    notes = {}
+    notes: dict[str, str] = {}
     for task, metric in base.scores:
         if task not in tasks or task in notes or (task, metric) not in run.scores:
             continue
@@ -403,12 +315,3 @@ def _prompts_notes(
                 f"(prompt_hash) in {run.name} than in {base.name}."
             )
     return list(notes.values())
-
-
-def _with_distinct_names(base: Run, runs: list[Run]) -> list[Run]:
-    """Call runs that would share a name by their paths."""
-    names = [base.name, *(run.name for run in runs)]
-    return [
-        run if names.count(run.name) == 1 else replace(run, name=str(run.path))
-        for run in runs
-    ]

@@ -73,8 +73,7 @@ class TaskCorrelation:
     Attributes:
         series: Model, criterion and seed that the configurations share.
         tasks: The two tasks, each as (task, metric).
-        correlation: See `statistics.Correlation`; perplexities as logarithms. Its p
-            take the sizes for independent draws.
+        correlation: See `statistics.Correlation`; perplexities as logarithms.
         p: p of "at most one of the two has a trend": the larger p of their trends.
         q: `p`, adjusted over all pairs of the series.
     """
@@ -126,16 +125,3 @@ class Comparison:
     trends: tuple[TaskTrend, ...]
     notes: tuple[str, ...]
     margin: Margin | None = None
-
-
-def verdict_of(
-    difference: float, q: float | None, alpha: float, higher_is_better: bool | None
-) -> str:
-    """Return what a test says of a difference, in the words of `Difference.verdict`."""
-    if q is None:
-        return "not tested"
-    if q >= alpha:
-        return "not shown"
-    if higher_is_better is None:
-        return "different"
-    return "better" if (difference > 0) == higher_is_better else "worse"

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
-
-    from lm_eval_pruned.compare import statistics
 
 
 #: What may be claimed with a margin, by the option that asks for it.
@@ -115,62 +112,8 @@ class Claim:
     q: float
 
 
-def claims(
-    margin: Margin,
-    tests: Sequence[statistics.PairedTest | None],
-    scores: Sequence[tuple[float, float, bool | None]],
-    families: Sequence[tuple[str, bool]],
-    alpha: float,
-) -> list[Claim | None]:
-    """Decide one claim for each test of a table.
-
-    Args:
-        margin: What is claimed.
-        tests: One for each row; None for rows that are no part of the table's family.
-        scores: Score of the base, score of the run, and whether higher is better.
-        families: Which tests are adjusted together.
-        alpha: Rate of wrong claims in each family.
-
-    Returns:
-        None where there is no test, no margin, or no interval.
-    """
-    # The options are declared where nothing is tested.
-    from lm_eval_pruned.compare import statistics
-
-    bounds = [margin.bounds(*row) for row in scores]
-    ps = [
-        None if test is None or within is None else test.p_outside(*within)
-        for test, within in zip(tests, bounds, strict=True)
-    ]
-    found: list[Claim | None] = []
-    for test, within, p, q, level in zip(
-        tests,
-        bounds,
-        ps,
-        statistics.false_discovery_rate(ps, families),
-        statistics.false_discovery_levels(ps, alpha, families),
-        strict=True,
-    ):
-        if test is None or within is None or p is None or q is None or level is None:
-            found.append(None)
-            continue
-        ends = test.interval(2 * level) or (None, None)
-        low, high = (
-            end if math.isfinite(bound) else None
-            for end, bound in zip(ends, within, strict=True)
-        )
-        size = min(abs(bound) for bound in within)
-        found.append(Claim(size, low, high, p, q))
-    return found
-
-
 def add_margins(parser: argparse.ArgumentParser, also: str = "") -> None:
-    """Declare the options that ask for a claim, of which one may be given.
-
-    Args:
-        parser: Of a command, or a group of one whose options exclude each other.
-        also: What more there is to say of both.
-    """
+    """Declare the options that ask for a claim, and say `also` of both."""
     for claim, what in (
         ("equivalent", "neither better nor worse by it"),
         ("not_worse", "not worse by it"),

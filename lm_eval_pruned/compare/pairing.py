@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare import statistics
 from lm_eval_pruned.results.documents import Documents, read_documents
 from lm_eval_pruned.results.files import ResultsError, Run
 
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
 class DocumentReader:
     """Reads the documents of a (run, task, metric) once: the base meets every run."""
 
     def __init__(self) -> None:
-        self._read: dict[tuple[int, str, str], Documents | None] = {}
+        self._read: dict[tuple[Path, str, str], Documents | None] = {}
 
     def __call__(self, run: Run, task: str, metric: str) -> Documents | None:
-        key = id(run), task, metric
+        key = run.path, task, metric
         if key not in self._read:
             self._read[key] = read_documents(run, task, metric)
         return self._read[key]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scipy import stats
 
-from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.compare.pairing import (
-    DocumentReader,
-    paired_documents,
-    paired_test,
+from lm_eval_pruned.compare.pairing import paired_documents, paired_test
+from lm_eval_pruned.compare.statistics import (
+    POWER,
+    PairedTest,
+    Shares,
+    power_of_means,
+    power_of_shares,
 )
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.series import primary_metrics
@@ -24,43 +25,8 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.compare.margins import Margin
 
-
-@dataclass(frozen=True)
-class Chance:
-    """The chance of one verdict.
-
-    Attributes:
-        verdict: What would be said.
-        if_true: What has to be true for it.
-        power: Chance that it is said then, at the number of documents that was asked about.
-        documents: How many documents have a chance of 80 %; None where none do.
-    """
-
-    verdict: str
-    if_true: str
-    power: float
-    documents: int | None
-
-
-@dataclass(frozen=True)
-class Power:
-    """What a comparison of one run with the base can show.
-
-    Attributes:
-        run: Name of the run.
-        metric: The metric.
-        documents: Documents that it was scored on.
-        changed: Share of the documents whose value changed.
-        margin: The margin in the metric's own unit.
-        chances: One for each verdict.
-    """
-
-    run: str
-    metric: str
-    documents: int
-    changed: float
-    margin: float
-    chances: tuple[Chance, ...]
+#: No benchmark has more documents.
+_MOST_DOCUMENTS = 10_000_000
 
 
 def power_of(
@@ -71,7 +37,7 @@ def power_of(
     *,
     documents: int | None = None,
     alpha: float = 0.05,
-) -> list[Power]:
+) -> list[list[object]]:
     """Say how likely each run reaches a verdict, from the answers that changed so far.
 
     Args:
@@ -81,6 +47,11 @@ def power_of(
         margin: What is to be shown; its size also stands for the difference to be seen.
         documents: How many documents to ask about; default: as many as there are.
         alpha: Level of one test, without a correction for others.
+
+    Returns:
+        A row for each run and verdict: run, metric, documents that it was scored on, share of
+        them whose value changed, margin in the metric's own unit, the verdict and what has to be
+        true for it, its chance then, and how many documents have a chance of 80 %, if any.
 
     Raises:
         ResultsError: Nobody has results of `task`, or samples of it.
@@ -97,113 +68,97 @@ def power_of(
             f"{base.name} and its runs have no results of {task} in common, but of "
             f"{', '.join(base.tasks()) or 'nothing'}: evaluate some documents of it first."
         )
-    read = DocumentReader()
-    return [_power(base, run, task, margin, documents, alpha, read) for run in scored]
+    found: list[list[object]] = []
+    for run in scored:
+        metric = dict(primary_metrics([base, run], subtasks=True)).get(task)
+        pair = paired_documents(base, run, task, metric) if metric else None
+        if metric is None or pair is None:
+            raise ResultsError(
+                f"{task} of {run.name} has no samples that make up its score: evaluate with "
+                "--log_samples."
+            )
+        size = margin.size(*(each.scores[task, metric].value for each in (base, run)))
+        if size is None:
+            raise ValueError(
+                f"{margin.text} is no margin for {metric} of {task}, whose score is not between 0 "
+                "and 1: give a share such as 2%, or a number in the metric's own unit."
+            )
+        seen = len(pair[0].keys)
+        power = _power(paired_test(pair), seen, size, alpha)
+        changed = int((pair[0].values != pair[1].values).sum()) / seen
+        n = documents or seen
+        chances = power(n)
+        for place, (verdict, if_true) in enumerate(
+            (
+                ("equivalent", "no difference"),
+                ("not worse", "no difference"),
+                ("better or worse", f"a difference of {margin.text}"),
+            )
+        ):
+            row = [run.name, metric, seen, changed, size, verdict, if_true]
+            found.append([*row, chances[place], documents_for(power, place, n)])
+    return found
 
 
 def _power(
-    base: Run,
-    run: Run,
-    task: str,
-    margin: Margin,
-    documents: int | None,
-    alpha: float,
-    read: DocumentReader,
-) -> Power:
-    metric = next(
-        (
-            name
-            for of, name in primary_metrics([base, run], subtasks=True)
-            if of == task
-        ),
-        None,
-    )
-    pair = paired_documents(base, run, task, metric, read) if metric else None
-    if metric is None or pair is None:
-        raise ResultsError(
-            f"{task} of {run.name} has no samples that make up its score: evaluate with "
-            "--log_samples."
-        )
-    before, after = pair
-    size = margin.size(base.scores[task, metric].value, run.scores[task, metric].value)
-    if size is None:
-        raise ValueError(
-            f"{margin.text} is no margin for {metric} of {task}, whose score is not between 0 and "
-            "1: give a share such as 2%, or a number in the metric's own unit."
-        )
-    test = paired_test(pair)
-    seen = len(before.keys)
-    n = documents or seen
-    changed = int((before.values != after.values).sum())
-    said = (
-        ("equivalent", "no difference"),
-        ("not worse", "no difference"),
-        ("better or worse", f"a difference of {margin.text}"),
-    )
-    chances = tuple(
-        Chance(*words, power(n), statistics.documents_for(power, n))
-        for words, power in zip(
-            said, _powers(test, changed, seen, size, alpha), strict=True
-        )
-    )
-    return Power(run.name, metric, seen, changed / seen, size, chances)
-
-
-def _powers(
-    test: statistics.PairedTest, changed: int, seen: int, size: float, alpha: float
-) -> tuple[Callable[[int], float], ...]:
-    """Return the power by number of documents: equivalent, not worse, different by `size`."""
-    if test.method.startswith("McNemar"):
-        # As `PairedTest.smallest_detectable` does: no answer changed of few says little.
-        share = (changed + 0.5) / (seen + 1)
-
-        def of_shares(both_sides: bool) -> Callable[[int], float]:
-            return lambda n: statistics.claim_power_of_shares(
-                share, n, size, alpha, both_sides=both_sides
-            )
-
-        return (
-            of_shares(True),
-            of_shares(False),
-            lambda n: statistics.difference_power_of_shares(share, n, size, alpha),
-        )
+    test: PairedTest, seen: int, size: float, alpha: float
+) -> Callable[[int], tuple[float, float, float]]:
+    """Return the chances by number of documents: equivalent, not worse, different by `size`."""
+    of = test.distribution
+    if isinstance(of, Shares):
+        return lambda n: power_of_shares(of.changing, n, size, alpha)
     if test.low is None or test.high is None:
         raise ResultsError(f"Nothing can be said of other documents: {test.method}.")
     half = float(stats.t.isf(test.level / 2, test.units - 1))
     stderr = (test.high - test.low) / 2 / half
 
-    def at(n: int) -> tuple[float, int]:
+    def of_means(n: int) -> tuple[float, float, float]:
         units = max(2, round(test.units * n / seen))
-        return stderr * math.sqrt(seen / n), units - 1
+        return power_of_means(stderr * math.sqrt(seen / n), units - 1, size, alpha)
 
-    def of_means(both_sides: bool) -> Callable[[int], float]:
-        return lambda n: statistics.claim_power_of_means(
-            *at(n), size, alpha, both_sides=both_sides
-        )
-
-    return (
-        of_means(True),
-        of_means(False),
-        lambda n: statistics.difference_power_of_means(*at(n), size, alpha),
-    )
+    return of_means
 
 
-def as_table(found: Sequence[Power], task: str, documents: int | None) -> str:
+def documents_for(
+    power: Callable[[int], Sequence[float]], place: int, n: int
+) -> int | None:
+    """Return how many documents have a chance of `POWER`, to within 4 %, rounded up to two digits.
+
+    Args:
+        power: Chances by number of documents; about rising.
+        place: Which of them.
+        n: Where to start.
+
+    Returns:
+        None where no number of documents has it.
+    """
+    low = high = max(n, 1)
+    while power(high)[place] < POWER:
+        low, high = high, 2 * high
+        if high > _MOST_DOCUMENTS:
+            return None
+    while low > 1 and power(low)[place] >= POWER:
+        low, high = low // 2, low
+    while high - low > max(1, high // 25):
+        middle = (low + high) // 2
+        low, high = (middle, high) if power(middle)[place] < POWER else (low, middle)
+    unit = 10 ** max(0, len(str(high)) - 2)
+    return -(-high // unit) * unit
+
+
+def as_table(
+    found: Sequence[Sequence[object]], task: str, documents: int | None
+) -> str:
     """Return the chances as a Markdown table for people."""
+    titles = ["run", "metric", "documents", "changed", "margin", "verdict"]
+    titles += ["if there is", "chance", "documents for 80 %"]
+    forms = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
     rows = [
         [
-            each.run,
-            each.metric,
-            each.documents,
-            f"{each.changed:.1%}",
-            f"{each.margin:.4g}",
-            chance.verdict,
-            chance.if_true,
-            f"{chance.power:.0%}",
-            chance.documents or "-",
+            "-" if v is None else format(v, form)
+            for v, form in zip(row, forms, strict=True)
         ]
-        for each in found
-        for chance in each.chances
+        for row in found
     ]
     asked = (
         "as many documents as there are"
@@ -213,19 +168,5 @@ def as_table(found: Sequence[Power], task: str, documents: int | None) -> str:
     return (
         f"Chance of a verdict on {task} with {asked}, if as many answers change as did in these "
         "samples; one test, without a correction for others.\n\n"
-        + markdown_table(
-            [
-                "run",
-                "metric",
-                "documents",
-                "changed",
-                "margin",
-                "verdict",
-                "if there is",
-            ]
-            + ["chance", "documents for 80 %"],
-            rows,
-            "llrrrllrr",
-        )
-        + "\n"
+        f"{markdown_table(titles, rows, 'llrrrllrr')}\n"
     )

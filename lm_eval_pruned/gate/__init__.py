@@ -20,13 +20,5 @@ from lm_eval_pruned.gate.baseline_file import (
     read_baseline,
     write_baseline,
 )
-from lm_eval_pruned.gate.checking import check, read_results, unusable_rules
-from lm_eval_pruned.gate.findings import Finding, exit_code
-from lm_eval_pruned.gate.formats import (
-    FORMATS,
-    as_github,
-    as_json,
-    as_junit,
-    as_text,
-)
-from lm_eval_pruned.gate.remarks import notes, update_notes
+from lm_eval_pruned.gate.checking import check, notes, read_results, update_notes
+from lm_eval_pruned.gate.formats import FORMATS, Finding, exit_code

@@ -20,6 +20,7 @@ from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
     finite_or_none,
+    is_number,
     read_json,
 )
 from lm_eval_pruned.results.settings import MODEL
@@ -34,8 +35,6 @@ SCHEMA = 2
 RULES = ("absolute", "relative", "alpha", *CLAIMS)
 #: Those that look at single documents.
 OF_DOCUMENTS = ("alpha", *CLAIMS)
-#: Digits that scores are written with.
-_DIGITS = 10
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,25 @@ class Rule:
     value: Any
 
     def __post_init__(self) -> None:
-        value = self.value
-        if self.kind in CLAIMS:
+        kind, value = self.kind, self.value
+        if kind in CLAIMS:
             try:
-                Margin(self.kind, value)
+                Margin(kind, value)
             except ValueError as error:
                 raise ResultsError(str(error)) from None
-            return
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ResultsError(f"{self.kind} is {value!r}: give a number.")
-        if self.kind == "alpha" and not 0 < value < 1:
+        elif not is_number(value):
+            raise ResultsError(f"{kind} is {value!r}: give a number.")
+        elif kind == "alpha" and not 0 < value < 1:
             raise ResultsError(f"alpha={value} is not between 0 and 1: give 0.05, say.")
-        if not 0 <= value < math.inf:
+        elif not 0 <= value < math.inf:
             raise ResultsError(
-                f"{self.kind}={value} is no tolerance: give 0 or a positive number."
+                f"{kind}={value} is no tolerance: give 0 or a positive number."
             )
+
+    @property
+    def margin(self) -> Margin | None:
+        """What is claimed by a rule of `CLAIMS`."""
+        return Margin(self.kind, self.value) if self.kind in CLAIMS else None
 
 
 @dataclass(frozen=True)
@@ -77,28 +80,22 @@ class Expectation:
         score: Expected score.
         higher_is_better: Direction; None where any change counts as worse.
         rule: See `Rule`.
+        version: Of the task, or None.
+        settings: How the task was evaluated, see `settings.settings_of`; None where an earlier
+            version did not say.
         documents: Scores of single documents; only for the rules `OF_DOCUMENTS`.
     """
 
     score: float
     higher_is_better: bool | None
     rule: Rule
+    version: Any
+    settings: Mapping[str, Any] | None
     documents: Documents | None = None
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A baseline file.
-
-    Attributes:
-        expectations: By (run, task, metric).
-        versions: Task version by (run, task).
-        settings: How the task was evaluated, by (run, task); see `settings.settings_of`.
-    """
-
-    expectations: Mapping[tuple[str, str, str], Expectation]
-    versions: Mapping[tuple[str, str], Any]
-    settings: Mapping[tuple[str, str], Mapping[str, Any]]
+#: What is expected, by run, task and metric.
+Baseline = dict[tuple[str, str, str], Expectation]
 
 
 def make_baseline(
@@ -114,9 +111,7 @@ def make_baseline(
     Raises:
         ResultsError: A score is NaN, infinite or partial, or a rule of `OF_DOCUMENTS` has no samples.
     """
-    expectations = {}
-    versions = {}
-    settings = {}
+    baseline: Baseline = {}
     for name, run in runs.items():
         for (task, metric), score in run.scores.items():
             if is_partial(run, task):
@@ -130,22 +125,111 @@ def make_baseline(
                     "needs finite numbers."
                 )
             key = name, task, metric
-            known = previous.expectations.get(key) if previous else None
-            kept = known.rule if known else rule
-            documents = None
-            if kept.kind in OF_DOCUMENTS:
-                documents = documents_of(run, task, metric, kept)
-            expectations[key] = Expectation(
-                score.value, score.higher_is_better, kept, documents
+            kept = previous[key].rule if previous and key in previous else rule
+            by_documents = kept.kind in OF_DOCUMENTS
+            baseline[key] = Expectation(
+                score.value,
+                score.higher_is_better,
+                kept,
+                run.versions.get(task),
+                {
+                    setting: value
+                    for setting, value in run.settings.get(task, {}).items()
+                    if value is not None and setting not in MODEL
+                },
+                documents_of(run, task, metric, kept) if by_documents else None,
             )
-            if task in run.versions:
-                versions[name, task] = run.versions[task]
-            settings[name, task] = {
-                setting: value
-                for setting, value in run.settings.get(task, {}).items()
-                if value is not None and setting not in MODEL
-            }
-    return Baseline(expectations, versions, settings)
+    return baseline
+
+
+class Undecidable(ResultsError):
+    """Why the documents of results and baseline cannot be compared."""
+
+
+def documents_of(run: Run, task: str, metric: str, rule: Rule) -> Documents:
+    """Read documents and shorten their keys to what a baseline file holds."""
+    documents = read_documents(run, task, metric)
+    if documents is None:
+        raise Undecidable(
+            f"The rule {rule.kind} needs logged samples that make up {metric} of {task}, and {run.path} "
+            "has none: evaluate with --log_samples, or use a tolerance for this metric."
+        )
+    clusters = documents.clusters
+    if clusters is not None:
+        numbers = {name: str(n) for n, name in enumerate(sorted(set(clusters)))}
+        clusters = tuple(numbers[name] for name in clusters)
+    keys = tuple((task, digest[:16], n) for task, digest, n in documents.keys)
+    return replace(documents, keys=keys, clusters=clusters)
+
+
+def write_baseline(file: str | Path, baseline: Baseline) -> None:
+    """Write a baseline file whole or not at all; the same baseline gives the same bytes."""
+    runs: dict[str, Any] = {}
+    for (run, task, metric), expected in baseline.items():
+        entry = runs.setdefault(run, {}).setdefault(task, {"metrics": {}})
+        if expected.version is not None:
+            entry["version"] = expected.version
+        if expected.settings:
+            entry["settings"] = dict(expected.settings)
+        record = {
+            "score": _stable(expected.score),
+            "higher_is_better": expected.higher_is_better,
+            expected.rule.kind: expected.rule.value,
+        }
+        if expected.documents is not None:
+            record["documents"] = _documents_as_dict(expected.documents)
+        entry["metrics"][metric] = record
+    text = json.dumps(
+        {"schema_version": SCHEMA, "runs": runs},
+        indent=2,
+        sort_keys=True,
+        allow_nan=False,
+        ensure_ascii=False,
+    )
+    write_atomically(file, text + "\n")
+
+
+def _stable(value: float) -> float:
+    """Return a score with ten digits: the last ones depend on the processor."""
+    return float(f"{value:.10g}")
+
+
+def _documents_as_dict(documents: Documents) -> dict[str, Any]:
+    names = [f"{task} {digest} {n}" for task, digest, n in documents.keys]
+
+    def by_name(values: Any) -> dict[str, Any]:
+        return dict(zip(names, values, strict=True))
+
+    record = {
+        "transform": documents.transform,
+        "values": by_name(map(_stable, documents.values)),
+    }
+    if (documents.weights != 1).any():
+        record["weights"] = by_name(map(_stable, documents.weights))
+    if documents.clusters is not None:
+        record["clusters"] = by_name(documents.clusters)
+    return record
+
+
+def _documents_from_dict(record: Mapping[str, Any]) -> Documents:
+    names = list(record["values"])
+    parts = [name.rsplit(" ", 2) for name in names]
+    weights = record.get("weights") or dict.fromkeys(names, 1)
+    clusters = record.get("clusters")
+    documents = Documents(
+        tuple((task, digest, int(number)) for task, digest, number in parts),
+        np.array([float(record["values"][name]) for name in names]),
+        np.array([float(weights[name]) for name in names]),
+        tuple(str(clusters[name]) for name in names) if clusters else None,
+        record["transform"],
+    )
+    if (
+        documents.transform not in TRANSFORMS
+        or not names
+        or not np.isfinite(documents.values).all()
+    ):
+        raise ValueError
+    return documents
 
 
 def read_baseline(file: str | Path, *, earlier: bool = False) -> Baseline:
@@ -153,7 +237,7 @@ def read_baseline(file: str | Path, *, earlier: bool = False) -> Baseline:
 
     Args:
         file: The file.
-        earlier: Whether to take one of an earlier version, whose settings are empty.
+        earlier: Whether to take one of an earlier version, whose settings are None.
 
     Raises:
         ResultsError: It does not exist, is damaged, or is of a version not read here.
@@ -173,120 +257,49 @@ def read_baseline(file: str | Path, *, earlier: bool = False) -> Baseline:
         )
     if schema not in (1, SCHEMA) or not isinstance(data.get("runs"), dict):
         raise ResultsError(f"{file} is no baseline of `lm-eval-pruned check`.")
-    expectations = {}
-    versions = {}
-    settings = {}
+    baseline: Baseline = {}
     for run, tasks in data["runs"].items():
         if tasks == {}:
             raise ResultsError(f"{file} expects nothing of {run}: run with --update.")
         for task, entry in _mapping(file, run, tasks).items():
-            entry = _mapping(file, f"{run}, {task}", entry)
-            if entry.get("version") is not None:
-                versions[run, task] = entry["version"]
+            of, settings = f"{run}, {task}", None
+            entry = _mapping(file, of, entry)
             if schema == SCHEMA:
-                where = f"settings of {run}, {task}"
-                settings[run, task] = _mapping(file, where, entry.get("settings", {}))
-            metrics = _mapping(file, f"{run}, {task}", entry.get("metrics"))
+                settings = entry.get("settings", {})
+                _mapping(file, f"settings of {of}", settings)
+            metrics = _mapping(file, of, entry.get("metrics"))
             if not metrics:
                 raise ResultsError(
-                    f"{file} expects nothing of {run}, {task}: run with --update."
+                    f"{file} expects nothing of {of}: run with --update."
                 )
             for metric, record in metrics.items():
-                where = f"{run}, {task}, {metric}"
-                expectations[run, task, metric] = _expectation(
-                    file, where, _mapping(file, where, record)
+                where = f"{of}, {metric}"
+                fields = _expected(file, where, _mapping(file, where, record))
+                baseline[run, task, metric] = Expectation(
+                    **fields, version=entry.get("version"), settings=settings
                 )
-    if not expectations:
+    if not baseline:
         raise ResultsError(f"{file} expects nothing: make it anew with --update.")
     if schema != SCHEMA and not earlier:
         raise ResultsError(
             f"{file} was made by an earlier version and does not say of how many documents and "
             "shots its scores are: make it anew with --update, which keeps its rules."
         )
-    return Baseline(expectations, versions, settings)
+    return baseline
 
 
-def write_baseline(file: str | Path, baseline: Baseline) -> None:
-    """Write a baseline file whole or not at all; the same baseline gives the same bytes."""
-    runs: dict[str, Any] = {}
-    for (run, task, metric), expected in baseline.expectations.items():
-        entry = runs.setdefault(run, {}).setdefault(task, {"metrics": {}})
-        if (run, task) in baseline.versions:
-            entry["version"] = baseline.versions[run, task]
-        if baseline.settings.get((run, task)):
-            entry["settings"] = dict(baseline.settings[run, task])
-        record: dict[str, Any] = {
-            "score": _stable(expected.score),
-            "higher_is_better": expected.higher_is_better,
-            expected.rule.kind: expected.rule.value,
-        }
-        if expected.documents is not None:
-            record["documents"] = _documents_as_dict(expected.documents)
-        entry["metrics"][metric] = record
-    text = json.dumps(
-        {"schema_version": SCHEMA, "runs": runs},
-        indent=2,
-        sort_keys=True,
-        allow_nan=False,
-        ensure_ascii=False,
-    )
-    write_atomically(file, text + "\n")
-
-
-class Undecidable(ResultsError):
-    """Why the documents of results and baseline cannot be compared."""
-
-
-def documents_of(run: Run, task: str, metric: str, rule: Rule) -> Documents:
-    """Read documents and shorten their keys to what a baseline file holds."""
-    documents = read_documents(run, task, metric)
-    if documents is None:
-        raise Undecidable(
-            f"The rule {rule.kind} needs logged samples that make up {metric} of {task}, and {run.path} "
-            "has none: evaluate with --log_samples, or use a tolerance for this metric."
-        )
-    clusters = documents.clusters
-    if clusters is not None:
-        numbers = {
-            name: str(number) for number, name in enumerate(sorted(set(clusters)))
-        }
-        clusters = tuple(numbers[name] for name in clusters)
-    return replace(
-        documents,
-        keys=tuple((task, digest[:16], n) for task, digest, n in documents.keys),
-        clusters=clusters,
-    )
-
-
-def _documents_as_dict(documents: Documents) -> dict[str, Any]:
-    names = [f"{task} {digest} {n}" for task, digest, n in documents.keys]
-    record: dict[str, Any] = {
-        "transform": documents.transform,
-        "values": dict(zip(names, map(_stable, documents.values), strict=True)),
-    }
-    if (documents.weights != 1).any():
-        record["weights"] = dict(
-            zip(names, map(_stable, documents.weights), strict=True)
-        )
-    if documents.clusters is not None:
-        record["clusters"] = dict(zip(names, documents.clusters, strict=True))
-    return record
-
-
-def _expectation(file: Path, where: str, record: Mapping[str, Any]) -> Expectation:
-    score = finite_or_none(record.get("score"))
-    if score is None:
-        raise ResultsError(
-            f"{file}: the score of {where} is {record.get('score')!r}, not a number."
-        )
+def _expected(file: Path, where: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the record of one metric says, as arguments of `Expectation`."""
+    score, direction = record.get("score"), record.get("higher_is_better")
+    if finite_or_none(score) is None:
+        raise ResultsError(f"{file}: the score of {where} is {score!r}, not a number.")
+    if direction is not None and not isinstance(direction, bool):
+        raise ResultsError(f"{file}: higher_is_better of {where} is {direction!r}.")
     rules = [kind for kind in RULES if kind in record]
     if len(rules) != 1:
         raise ResultsError(
             f"{file}: {where} has {len(rules)} rules: give it one of {', '.join(RULES)}."
         )
-    direction = record.get("higher_is_better")
-    if direction is not None and not isinstance(direction, bool):
-        raise ResultsError(f"{file}: higher_is_better of {where} is {direction!r}.")
     try:
         rule = Rule(rules[0], record[rules[0]])
     except ResultsError as error:
@@ -303,39 +316,15 @@ def _expectation(file: Path, where: str, record: Mapping[str, Any]) -> Expectati
             raise ResultsError(
                 f"{file}: the documents of {where} are damaged."
             ) from None
-    return Expectation(score, direction, rule, documents)
-
-
-def _documents_from_dict(record: Mapping[str, Any]) -> Documents:
-    if record["transform"] not in TRANSFORMS:
-        raise ValueError(record["transform"])
-    values = record["values"]
-    names = list(values)
-    weights = record.get("weights")
-    clusters = record.get("clusters")
-    keys = []
-    for name in names:
-        task, digest, number = name.rsplit(" ", 2)
-        keys.append((task, digest, int(number)))
-    numbers = np.array([float(values[name]) for name in names])
-    if not names or not np.isfinite(numbers).all():
-        raise ValueError
-    return Documents(
-        tuple(keys),
-        numbers,
-        np.array([float(weights[name]) for name in names])
-        if weights
-        else np.ones(len(names)),
-        tuple(str(clusters[name]) for name in names) if clusters else None,
-        record["transform"],
-    )
+    return {
+        "score": finite_or_none(score),
+        "higher_is_better": direction,
+        "rule": rule,
+        "documents": documents,
+    }
 
 
 def _mapping(file: Path, where: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ResultsError(f"{file}: the entry of {where} is damaged.")
     return value
-
-
-def _stable(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")

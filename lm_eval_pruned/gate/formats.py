@@ -1,119 +1,134 @@
-"""Findings for people, as JSON, as JUnit XML and as annotations of GitHub Actions."""
+"""What the gate says about each metric: for people, as JSON, as JUnit XML, for GitHub Actions."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
-
-from lm_eval_pruned.gate.findings import Finding, exit_code, title_of
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def as_text(findings: Sequence[Finding], notes: Sequence[str] = ()) -> str:
+#: Name of the run where the results are not a sweep's.
+ONLY_RUN = "run"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the gate says about one metric.
+
+    Attributes:
+        run: Name of the run.
+        task: The task.
+        metric: The metric.
+        status: ``pass``, ``improved`` (passes), ``new`` (passes), ``fail``, or
+            ``undecided`` where the score cannot be held against the baseline.
+        expected: Score of the baseline, or None.
+        score: Score of the results, or None.
+        message: One sentence.
+    """
+
+    run: str
+    task: str
+    metric: str
+    status: str
+    expected: float | None
+    score: float | None
+    message: str
+
+    @property
+    def title(self) -> str:
+        """Run, task and metric in words."""
+        return f"{place_of(self.run, self.task)} {self.metric}"
+
+    @property
+    def scores(self) -> str:
+        """Both scores in words."""
+        return f"expected {_number(self.expected)}, got {_number(self.score)}"
+
+
+def place_of(run: str, task: str) -> str:
+    """Return run and task in words; the only run has no name."""
+    return task if run == ONLY_RUN else f"{run} {task}"
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    """Return 1 where something failed, else 2 where something is undecided, else 0."""
+    statuses = {finding.status for finding in findings}
+    return 1 if "fail" in statuses else 2 if "undecided" in statuses else 0
+
+
+def as_text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings for people; what needs no attention is only counted."""
-    lines = []
-    for finding in findings:
-        if finding.status != "pass":
-            scores = f"{_number(finding.expected)} -> {_number(finding.score)}"
-            lines.append(
-                f"{finding.status.upper():8} {title_of(finding)}: {scores}. {finding.message}"
-            )
-    lines += [f"NOTE     {note}" for note in notes]
-    lines.append(_summary(findings))
-    return "\n".join(lines) + "\n"
-
-
-def as_json(findings: Sequence[Finding], notes: Sequence[str] = ()) -> str:
-    """Return the findings as a JSON object; numbers that are not finite become null."""
-    rows = [
-        {
-            name: None
-            if isinstance(value, float) and not math.isfinite(value)
-            else value
-            for name, value in asdict(finding).items()
-        }
-        for finding in findings
+    lines = [
+        f"{each.status.upper():8} {each.title}: {_number(each.expected)} -> "
+        f"{_number(each.score)}. {each.message}"
+        for each in findings
+        if each.status != "pass"
     ]
+    lines += [f"NOTE     {note}" for note in notes]
+    return "\n".join([*lines, _summary(findings)]) + "\n"
+
+
+def as_json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
+    """Return the findings as a JSON object; numbers that are not finite become null."""
+    rows = [asdict(finding) for finding in findings]
+    for row in rows:
+        if row["score"] is not None and not math.isfinite(row["score"]):
+            row["score"] = None
     passed = exit_code(findings) == 0
     data = {"passed": passed, "findings": rows, "notes": list(notes)}
     return json.dumps(data, indent=2) + "\n"
 
 
-def as_junit(findings: Sequence[Finding], notes: Sequence[str] = ()) -> str:
+def as_junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings as JUnit XML, one test case per metric."""
-    counts = {
-        status: str(sum(finding.status == status for finding in findings))
-        for status in ("fail", "undecided")
-    }
+    counts = Counter(finding.status for finding in findings)
     root = ElementTree.Element("testsuites")
     suite = ElementTree.SubElement(
         root,
         "testsuite",
         name="lm-eval-pruned check",
         tests=str(len(findings)),
-        failures=counts["fail"],
-        errors=counts["undecided"],
+        failures=str(counts["fail"]),
+        errors=str(counts["undecided"]),
     )
-    for finding in findings:
-        case = ElementTree.SubElement(
-            suite,
-            "testcase",
-            classname=f"{finding.run}.{finding.task}",
-            name=finding.metric,
-        )
-        scores = f"expected {_number(finding.expected)}, got {_number(finding.score)}"
-        if finding.status in ("fail", "undecided"):
-            kind = "failure" if finding.failed else "error"
-            bad = ElementTree.SubElement(case, kind, message=finding.message)
-            bad.text = scores
+    for each in findings:
+        name = {"classname": f"{each.run}.{each.task}", "name": each.metric}
+        case = ElementTree.SubElement(suite, "testcase", name)
+        kind = {"fail": "failure", "undecided": "error"}.get(each.status)
+        if kind:
+            said = ElementTree.SubElement(case, kind, message=each.message)
+            said.text = each.scores
         else:
-            ElementTree.SubElement(
-                case, "system-out"
-            ).text = f"{finding.message} {scores}"
+            said = ElementTree.SubElement(case, "system-out")
+            said.text = f"{each.message} {each.scores}"
     if notes:
         ElementTree.SubElement(suite, "system-out").text = "\n".join(notes)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def as_github(findings: Sequence[Finding], notes: Sequence[str] = ()) -> str:
+def as_github(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings as workflow commands, which GitHub Actions shows as annotations."""
-    commands = {
-        "fail": "error",
-        "undecided": "error",
-        "improved": "notice",
-        "new": "notice",
-    }
+    commands = {"fail": "error", "undecided": "error"}
+    commands |= {"improved": "notice", "new": "notice"}
     lines = []
-    for finding in findings:
-        if finding.status in commands:
-            title = _escape(title_of(finding)).replace(":", "%3A").replace(",", "%2C")
-            scores = (
-                f"expected {_number(finding.expected)}, got {_number(finding.score)}"
-            )
-            lines.append(
-                f"::{commands[finding.status]} title={title}::"
-                + _escape(f"{finding.message} ({scores})")
-            )
-    lines += [
-        f"::warning title=not as in the baseline::{_escape(note)}" for note in notes
-    ]
-    lines.append(_summary(findings))
-    return "\n".join(lines) + "\n"
+    for each in findings:
+        if each.status in commands:
+            title = _escape(each.title).replace(":", "%3A").replace(",", "%2C")
+            text = _escape(f"{each.message} ({each.scores})")
+            lines.append(f"::{commands[each.status]} title={title}::{text}")
+    lines += [f"::warning title=not as in the baseline::{_escape(n)}" for n in notes]
+    return "\n".join([*lines, _summary(findings)]) + "\n"
 
 
-FORMATS = {
-    "text": as_text,
-    "json": as_json,
-    "junit": as_junit,
-    "github": as_github,
-}
+FORMATS = {"text": as_text, "json": as_json, "junit": as_junit, "github": as_github}
 
 
 def _number(value: float | None) -> str:
@@ -121,10 +136,7 @@ def _number(value: float | None) -> str:
 
 
 def _summary(findings: Sequence[Finding]) -> str:
-    counts = {
-        status: sum(finding.status == status for finding in findings)
-        for status in ("fail", "undecided", "improved", "new", "pass")
-    }
+    counts = Counter(finding.status for finding in findings)
     word = ("passed", "failed", "undecided")[exit_code(findings)]
     undecided = f"{counts['undecided']} undecided, " if counts["undecided"] else ""
     return (

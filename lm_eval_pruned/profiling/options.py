@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
-from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.argument_values import written_source
+from lm_eval_pruned.pruning.arguments import PruneArguments
 
 
 if TYPE_CHECKING:

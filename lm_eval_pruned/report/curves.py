@@ -51,7 +51,7 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
                 f"Pearson r{' of log perplexity' if logs else ''} = {correlation.pearson:.3f}, {1 - comparison.alpha:.0%} interval "
                 f"[{correlation.pearson_low:.2f}, {correlation.pearson_high:.2f}] if sizes were "
                 f"independent draws, n = {correlation.n}\n"
-                f"Spearman rho = {correlation.spearman:.3f}; both have a trend over documents: {both}"
+                f"both have a trend over documents: {both}"
             )
         plots.append(
             scatter_plot(

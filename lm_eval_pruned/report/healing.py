@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.compare.comparison_rows import verdict_of
 from lm_eval_pruned.compare.comparison_table import (
     interval_text,
     number_text,
     p_text,
 )
 from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
+from lm_eval_pruned.compare.statistics import false_discovery
+from lm_eval_pruned.compare.verdicts import verdict_of
 from lm_eval_pruned.report.page import (
     Cell,
     Section,
@@ -204,11 +204,8 @@ def judged(found: Sequence[PairedRow], alpha: float) -> list[PairedRow]:
                 row.before.scores[row.task, row.metric].higher_is_better,
             ),
         )
-        for row, q, level in zip(
-            found,
-            statistics.false_discovery_rate(ps, families),
-            statistics.false_discovery_levels(ps, alpha, families),
-            strict=True,
+        for row, (q, level) in zip(
+            found, false_discovery(ps, families, alpha), strict=True
         )
     ]
 
@@ -247,7 +244,7 @@ def paired_section(
         )
         low, high = (row.test.low, row.test.high) if row.test else (None, None)
         if row.test is not None and row.level is not None:
-            low, high = row.test.at_level(row.level)
+            low, high = row.test.interval(row.level)
         rows.append(
             [
                 row.task,

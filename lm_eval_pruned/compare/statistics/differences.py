@@ -7,29 +7,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
 
-from lm_eval_pruned.compare.statistics.mcnemar import mcnemar
-from lm_eval_pruned.compare.statistics.moments import moments_of
-from lm_eval_pruned.compare.statistics.paired_test import (
-    ALTERNATIVES,
-    POWER,
-    Alternative,
-    PairedTest,
-    finite_row,
-    p_of_tails,
-)
-from lm_eval_pruned.compare.statistics.student import paired_t
+from lm_eval_pruned.compare.statistics.means import Means, paired_t
+from lm_eval_pruned.compare.statistics.paired_test import PairedTest, finite_row
+from lm_eval_pruned.compare.statistics.shares import Shares, mcnemar
+from lm_eval_pruned.results.documents import TRANSFORMS
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike
-
-
-#: Squares of larger numbers, added up, are no longer finite.
-_LARGEST = 1e140
 
 
 def paired_difference(
@@ -41,7 +29,6 @@ def paired_difference(
     strata: Sequence[str] | None = None,
     transform: str = "mean",
     alpha: float = 0.05,
-    alternative: Alternative = "two-sided",
 ) -> PairedTest:
     """Compare two runs on the same documents.
 
@@ -58,15 +45,12 @@ def paired_difference(
         strata: Stratum of each document, length n, for parts that another draw of
             documents would hold too, such as the subjects of MMLU; default: one.
             Clusters lie within strata.
-        transform: From the weighted mean to the score, a name in `samples.TRANSFORMS`.
+        transform: From the weighted mean to the score, a name in `documents.TRANSFORMS`.
         alpha: 1 - confidence of the interval, and the level of the test.
-        alternative: What p is a test against: ``less``, the run scores less than the
-            base; ``greater``; or either. The interval is two-sided in any case: a
-            one-sided p below alpha / 2 is where it leaves out 0.
 
     Raises:
         ValueError: The arrays are empty, of different lengths, or hold NaN or infinity;
-            `alternative` is none of `ALTERNATIVES`; a cluster lies in two strata.
+            a cluster lies in two strata.
 
     Returns:
         Interval and p are None for fewer than `LEAST_UNITS` units, unless documents are
@@ -89,42 +73,31 @@ def paired_difference(
             f"base, run and weights hold {len(base)}, {len(run)} and {len(weights)} documents: "
             "they must be as many, and at least one."
         )
-    for name, labels in (("clusters", clusters), ("strata", strata)):
-        if labels is not None and len(labels) != len(base):
-            raise ValueError(
-                f"{name} names {len(labels)} documents of {len(base)}: give one for each."
-            )
-    if alternative not in ALTERNATIVES:
-        raise ValueError(
-            f"alternative is {alternative!r}: give one of {', '.join(ALTERNATIVES)}."
-        )
     if clusters is not None and len(set(clusters)) == len(base):
         clusters = None
-    right_or_wrong = np.isin(base, (0, 1)).all() and np.isin(run, (0, 1)).all()
-    if (
-        right_or_wrong
-        and clusters is None
-        and transform == "mean"
-        and (weights == 1).all()
-    ):
+    plain = transform == "mean" and clusters is None and (weights == 1).all()
+    if plain and np.isin((base, run), (0, 1)).all():
         up, down = int((run > base).sum()), int((base > run).sum())
-        return mcnemar(up, down, len(base), alpha, alternative)
-    sums = np.stack([weights * base, weights * run, weights])
-    if np.abs(sums).max() > _LARGEST:
-        with np.errstate(over="ignore"):
-            scores = [np.average(each, weights=weights) for each in (base, run)]
-        difference = float(scores[1] - scores[0])
-        why = "none: values too large to be squared"
-        return PairedTest(difference, None, None, None, why, len(base), alpha)
-    moments = moments_of(sums, clusters, strata)
-    test = paired_t(moments, transform, alpha, alternative)
-    shares = [((each >= 0) & (each <= 1)).all() for each in (base, run)]
-    if moments.alike and test.difference == 0 and transform == "mean" and all(shares):
+        return mcnemar(up, down, len(base), alpha)
+    with np.errstate(over="ignore"):
+        score = float(TRANSFORMS[transform](np.average(base, weights=weights)))
+    gains = weights * (run - base)
+    test = paired_t(gains, weights, clusters, strata, transform, score, alpha)
+    between = np.min((base, run)) >= 0 and np.max((base, run)) <= 1
+    if test.distribution is None and test.p == 1 and transform == "mean" and between:
         # Scores between 0 and 1 change by 1 at most: so many documents without any change
         # bound the share of those that do.
-        bound = mcnemar(0, 0, moments.units, alpha, alternative)
-        return replace(test, _tails=bound._tails)
+        bound = _Bound(0, 0, test.units)
+        low, high = bound.ends(alpha)
+        return replace(test, low=low, high=high, distribution=bound)
     return test
+
+
+class _Bound(Shares):
+    """How far documents that did not change may differ: nothing is known of their spread."""
+
+    def detectable(self, level: float) -> float | None:
+        return None
 
 
 def unpaired_difference(
@@ -134,7 +107,6 @@ def unpaired_difference(
     run_stderr: float,
     *,
     alpha: float = 0.05,
-    alternative: Alternative = "two-sided",
 ) -> PairedTest:
     """Compare two scores from their standard errors alone.
 
@@ -147,34 +119,14 @@ def unpaired_difference(
         run: Score of the run.
         run_stderr: Its standard error.
         alpha: 1 - confidence of the interval.
-        alternative: See `paired_difference`.
     """
-    difference = run - base
-    stderr = math.hypot(base_stderr, run_stderr)
+    difference, stderr = run - base, math.hypot(base_stderr, run_stderr)
     if stderr == 0:
-        return PairedTest(difference, None, None, None, "none: stderr is 0", 0, alpha)
-    half = float(stats.norm.isf(alpha / 2)) * stderr
-    lower = float(stats.norm.cdf(difference / stderr))
-    upper = float(stats.norm.sf(difference / stderr))
-    sides = 2 if alternative == "two-sided" else 1
-
-    def detectable(level: float) -> float:
-        return float(stats.norm.isf(level / sides) + stats.norm.ppf(POWER)) * stderr
-
-    return PairedTest(
-        difference,
-        difference - half,
-        difference + half,
-        p_of_tails(lower, upper, alternative),
-        "unpaired z test on stderrs (weaker)",
-        0,
-        alpha,
-        detectable,
-        lambda x: (
-            float(stats.norm.cdf((x - difference) / stderr)),
-            float(stats.norm.sf((x - difference) / stderr)),
-        ),
-    )
+        return PairedTest.none(difference, "stderr is 0", level=alpha)
+    normal = Means(difference, stderr, math.inf)
+    less, greater = reversed(normal.tails(0.0))
+    method = "unpaired z test on stderrs (weaker)"
+    return PairedTest.of(difference, (less, greater), method, 0, alpha, normal)
 
 
 def relative_change(base: float, run: float) -> float | None:
