@@ -34,8 +34,8 @@ OURS = (
         for path in (checkpoints.ROOT / "benchmarks").glob("*/__init__.py")
     }
 )
-#: `tools/mutation.py` says how to install the one, `tox -e vllm` brings the other.
-ON_REQUEST = {"cosmic-ray", "vllm"}
+#: `tox -e vllm` brings it.
+ON_REQUEST = {"vllm"}
 
 
 def requirements(section: str, key: str) -> dict[str, Requirement]:
