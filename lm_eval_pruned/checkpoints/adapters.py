@@ -54,11 +54,12 @@ def check_adapter(
     """
     from peft import PeftConfig
     from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
 
     try:
         config = PeftConfig.from_pretrained(adapter, revision=revision)
         stored = load_peft_weights(adapter, device="cpu", revision=revision)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise ValueError(f"{argument}={adapter} is no adapter ({error}).") from None
     after = stage == "after"
     healing = read_healing(adapter, revision)

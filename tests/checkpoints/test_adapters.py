@@ -201,6 +201,19 @@ def test_a_folder_without_an_adapter(tiny_llama, tmp_path, weights_unread):
         hf_model(tiny_llama, ratio=2, peft=str(tmp_path))
 
 
+def test_an_adapter_whose_weights_are_missing_or_damaged(
+    tiny_llama, tmp_path, weights_unread
+):
+    base = checkpoints.tiny_model(checkpoints.tiny_config())
+    adapter = save_adapter(tmp_path / "adapter", base, METHODS["lora"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"peft={adapter} is no adapter"):
+            hf_model(tiny_llama, ratio=2, peft=adapter)
+        file.unlink(missing_ok=True)
+
+
 def test_adapters_that_cannot_be_merged(tiny_llama, tmp_path):
     base = checkpoints.tiny_model(checkpoints.tiny_config())
     config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
