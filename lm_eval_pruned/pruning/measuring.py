@@ -70,7 +70,7 @@ class ScoreTable:
     influence: tuple[Sequence[float], Mapping[str, Any]] | None = None
 
 
-#: The tables of several loads, by `lm_eval_pruned.checkpoints.request.LoadRequest.scores_key`.
+#: The tables of several loads, by what identifies the model, its text and what decides.
 KnownScores = dict[Hashable, ScoreTable]
 
 
