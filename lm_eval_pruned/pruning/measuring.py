@@ -70,7 +70,7 @@ class ScoreTable:
     influence: tuple[Sequence[float], Mapping[str, Any]] | None = None
 
 
-#: The tables of several loads, by the keys of `lm_eval_pruned.checkpoints.load.Stored.of`.
+#: The tables of several loads, by what identifies the model, its text and what decides.
 KnownScores = dict[Hashable, ScoreTable]
 
 
