@@ -1,6 +1,6 @@
 """What a sweep folder holds so far: its runs, and what failed.
 
-What its files are and say, `sweep_format` knows; how a sweep is planned and written is a
+What its files are and say, `results.folder` knows; how a sweep is planned and written is a
 matter of `lm_eval_pruned.sweeps`.
 """
 
