@@ -212,7 +212,6 @@ EXPECTED = {
     ("report/formats.py", "as_csv"),
     ("profiling/options.py", "ProfileRequest"),
     ("cli/profile.py", "run"),
-    ("checkpoints/sensitivity.py", "measure_sensitivity"),
 }
 
 
