@@ -226,7 +226,7 @@ class PrefixSharingMixin(FastPathMixin):
         if self.device.type == "cpu":
             # Products of fewer tokens are slower for each; of more a core's cache holds none.
             # Shorter rows have more padding, longer ones more that is masked.
-            most = Budget(256 * max(torch.get_num_threads(), 4), 512, 1024)
+            most = Budget(256 * max(torch.get_num_threads(), 4), 256, 1024)
         else:
             most = Budget(8192, 1024, 2048)
         tokens = most.tokens
