@@ -21,7 +21,7 @@ from lm_eval_pruned.gate.rules import (
 )
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.folder import is_sweep
-from lm_eval_pruned.results.runs import read_run
+from lm_eval_pruned.results.runs import notes_on, read_run
 from lm_eval_pruned.results.settings import (
     ASKED,
     CIRCUMSTANCES,
@@ -29,7 +29,6 @@ from lm_eval_pruned.results.settings import (
     PRUNING,
     differing,
     listed,
-    notes_on,
     shown,
 )
 from lm_eval_pruned.results.sweep_results import read_sweep

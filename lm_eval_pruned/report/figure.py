@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import vl_convert
 
 from lm_eval_pruned.report.figure_data import AXES, MEASURES, curves_of
 from lm_eval_pruned.report.figure_spec import LABELS, panels_of
-from lm_eval_pruned.report.page import Section
+from lm_eval_pruned.report.page import Figure, Section
 from lm_eval_pruned.report.plots import Plot, slug
 from lm_eval_pruned.results.families import FAMILIES
 from lm_eval_pruned.results.series import series_of
@@ -42,30 +41,6 @@ _FILES = {
     "raw": ("scores", "Scores"),
     "above_chance": ("above-chance", "What is left above chance"),
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure that a page draws, and what can be chosen in it.
-
-    Attributes:
-        title: Heading.
-        description: What it shows, for those who see it and for those who do not.
-        choices: By name of the control: legend, and the label of each value.
-        families: Labels of the families that are in it, by name.
-        data: JSON that the page's script reads: points and specifications.
-        panels: Title and ``<svg>`` of each panel as it is first shown, for readers without
-            scripts.
-        scripts: Vega-Lite, and what draws the figure with it.
-    """
-
-    title: str
-    description: str
-    choices: Mapping[str, tuple[str, Mapping[str, str]]]
-    families: Mapping[str, str]
-    data: str
-    panels: Sequence[tuple[str, str]]
-    scripts: Sequence[str]
 
 
 def figure_section(

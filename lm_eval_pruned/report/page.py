@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.report.figure import Figure
     from lm_eval_pruned.report.findings import Finding
     from lm_eval_pruned.report.plots import Plot
     from lm_eval_pruned.results.files import Run
@@ -66,6 +65,30 @@ class Table:
             [Cell(each) if isinstance(each, str) else each for each in row]
             for row in self.rows
         ]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that a page draws, and what can be chosen in it.
+
+    Attributes:
+        title: Heading.
+        description: What it shows, for those who see it and for those who do not.
+        choices: By name of the control: legend, and the label of each value.
+        families: Labels of the families that are in it, by name.
+        data: JSON that the page's script reads: points and specifications.
+        panels: Title and ``<svg>`` of each panel as it is first shown, for readers without
+            scripts.
+        scripts: Vega-Lite, and what draws the figure with it.
+    """
+
+    title: str
+    description: str
+    choices: Mapping[str, tuple[str, Mapping[str, str]]]
+    families: Mapping[str, str]
+    data: str
+    panels: Sequence[tuple[str, str]]
+    scripts: Sequence[str]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from lm_eval_pruned.report.page import (
     verdict_cell,
 )
 from lm_eval_pruned.results.files import as_mapping, finite_or_none
+from lm_eval_pruned.results.runs import setting_of
 from lm_eval_pruned.results.series import primary_metrics, scale_name, series_name
-from lm_eval_pruned.results.settings import setting_of
 
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
         "Benjamini-Hochberg over the sizes of each task, random controls apart"
     ]
     if any(stopped):
-        holm = "Holm (with a margin, Bonferroni) over the sizes of each task whose units could stop"
-        corrections = [*(corrections if not all(stopped) else ()), holm]
+        bonferroni = "Bonferroni over the sizes of each task whose units could stop"
+        corrections = [*(corrections if not all(stopped) else ()), bonferroni]
     legend = (
         "\u2191 higher is better, \u2193 lower is better. \u25b2 better and \u25bc worse than the unpruned model, "
         f"\u25c6 different, significant at {comparison.alpha:g} after {' and '.join(corrections)}, "

@@ -13,10 +13,11 @@ from lm_eval_pruned.results.files import (
     read_results_file,
 )
 from lm_eval_pruned.results.folder import UNITS, is_sweep
+from lm_eval_pruned.results.settings import LABELS, SHARED, listed, shown
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
@@ -176,3 +177,34 @@ def merged_runs(name: str, path: Path, parts: list[Run]) -> Run:
         settings=joined("settings"),
         stopping=joined("stopping"),
     )
+
+
+def setting_of(run: Run, name: str) -> Any:
+    """Return a setting of all tasks of a run; by task where they do not share it."""
+    by_task = {task: of_task.get(name) for task, of_task in run.settings.items()}
+    values = list(by_task.values())
+    return values[0] if values.count(values[0]) == len(values) else by_task
+
+
+def notes_on(runs: Iterable[Run]) -> list[str]:
+    """Return what was left out of runs, and which hold results of several commands.
+
+    The tasks of a resumed sweep, or of a folder of several results, may have been
+    evaluated under several values of what one command gives all its tasks.
+    """
+    notes: list[str] = []
+    mixed: dict[str, list[str]] = {}
+    for run in runs:
+        notes += run.notes
+        for name in SHARED:
+            by_value: dict[str, list[str]] = {}
+            for task, of_task in run.settings.items():
+                by_value.setdefault(shown(of_task.get(name)), []).append(task)
+            if len(by_value) > 1:
+                parts = [f"{value}: {listed(on)}" for value, on in by_value.items()]
+                clause = f"{LABELS.get(name, name)} ({'; '.join(parts)})"
+                mixed.setdefault(clause, []).append(run.name)
+    return notes + [
+        f"The tasks of {listed(names)} were not all evaluated with the same {clause}."
+        for clause, names in mixed.items()
+    ]

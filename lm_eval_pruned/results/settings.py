@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from lm_eval_pruned.results.files import Run
 
 #: What was asked. Scores under different ones are the scores of different tests.
 ASKED = (
@@ -46,8 +45,8 @@ PRUNING = ("widths", "kept_digest")
 #: Where the model comes from; paths are among them.
 MODEL = ("model_args", "model_sha")
 #: What one command gives all its tasks.
-_SHARED = (*ASKED[2:], *CIRCUMSTANCES[1:], *PRUNING, *MODEL)
-_LABELS = {
+SHARED = (*ASKED[2:], *CIRCUMSTANCES[1:], *PRUNING, *MODEL)
+LABELS = {
     name: name.replace("_", " ")
     for name in ("answer_paths", "chat_template", "system_instruction")
 }
@@ -97,13 +96,6 @@ def settings_of(
     }
 
 
-def setting_of(run: Run, name: str) -> Any:
-    """Return a setting of all tasks of a run; by task where they do not share it."""
-    by_task = {task: of_task.get(name) for task, of_task in run.settings.items()}
-    values = list(by_task.values())
-    return values[0] if values.count(values[0]) == len(values) else by_task
-
-
 def differing(
     one: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]
 ) -> list[str]:
@@ -135,32 +127,8 @@ def other_settings(
             (*ASKED, *CIRCUMSTANCES, *COMPUTED),
         )
         if names:
-            found.setdefault(tuple(_LABELS.get(n, n) for n in names), []).append(task)
+            found.setdefault(tuple(LABELS.get(n, n) for n in names), []).append(task)
     return found
-
-
-def notes_on(runs: Iterable[Run]) -> list[str]:
-    """Return what was left out of runs, and which hold results of several commands.
-
-    The tasks of a resumed sweep, or of a folder of several results, may have been
-    evaluated under several values of what one command gives all its tasks.
-    """
-    notes: list[str] = []
-    mixed: dict[str, list[str]] = {}
-    for run in runs:
-        notes += run.notes
-        for name in _SHARED:
-            by_value: dict[str, list[str]] = {}
-            for task, of_task in run.settings.items():
-                by_value.setdefault(shown(of_task.get(name)), []).append(task)
-            if len(by_value) > 1:
-                parts = [f"{value}: {listed(on)}" for value, on in by_value.items()]
-                clause = f"{_LABELS.get(name, name)} ({'; '.join(parts)})"
-                mixed.setdefault(clause, []).append(run.name)
-    return notes + [
-        f"The tasks of {listed(names)} were not all evaluated with the same {clause}."
-        for clause, names in mixed.items()
-    ]
 
 
 def shown(value: Any) -> str:

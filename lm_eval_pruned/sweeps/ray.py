@@ -31,8 +31,7 @@ from lm_eval_pruned.sweeps.runner import (
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
-    from lm_eval_pruned.sweeps.run import Unit
-    from lm_eval_pruned.sweeps.runner import Outcome, Store
+    from lm_eval_pruned.sweeps.runner import Outcome, Store, Unit
     from lm_eval_pruned.util.progress import Progress
 
 logger = logging.getLogger("lm_eval.pruned.sweep")

@@ -10,7 +10,7 @@ import pytest
 from lm_eval_pruned.results import runs, sweep_results
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents, read_documents
 from lm_eval_pruned.results.files import ResultsError
-from lm_eval_pruned.results.settings import setting_of
+from lm_eval_pruned.results.runs import setting_of
 from tests.helpers.results_files import DATE, pruning, score_of, write_run, write_sweep
 
 
