@@ -5,7 +5,7 @@ the differences that the study of Llama-3.2 published (a CSV file as
 ``tests/data/study_benchmarks.csv``), drawn document by document, and how often stopping comes to
 the verdict of all documents, after how many.
 
-The tables stand in ``docs/measurements/stopping.md``. Nothing is drawn twice: the same options print
+The tables are in ``docs/measurements/stopping.md``. Nothing is drawn twice: the same options print
 the same.
 """
 
