@@ -25,10 +25,9 @@ from lm_eval_pruned.compare.stopping import (
 from lm_eval_pruned.compare.verdicts import claims, verdict_of
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.folder import is_sweep
-from lm_eval_pruned.results.runs import notes_on, read_run
-from lm_eval_pruned.results.series import is_control, primary_metrics
+from lm_eval_pruned.results.groups import is_control, primary_metrics
+from lm_eval_pruned.results.runs import notes_on, read_run, read_sweep
 from lm_eval_pruned.results.settings import listed, other_settings
-from lm_eval_pruned.results.sweep_results import read_sweep
 
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.report.flips import KINDS
 from lm_eval_pruned.report.page import only_these, run_label
-from lm_eval_pruned.results.answers import shared_beginning
+from lm_eval_pruned.results.documents import shared_beginning
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lm_eval_pruned.report.flips import Changed
-    from lm_eval_pruned.results.answers import Answer
+    from lm_eval_pruned.results.documents import Answer
     from lm_eval_pruned.results.files import Run
 
 #: What ends a script element, opens a comment in one, or is no character of its own.

@@ -1,38 +1,63 @@
-"""Scores of single documents, from logged samples: what they are matched and grouped by."""
+"""Single documents of a logged task: their scores, the choices they offer, the answers."""
 
 from __future__ import annotations
 
 import json
 import math
+import os.path
 import re
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from lm_eval_pruned.results.chance import Choices, Levels, choices_of, levels_of
-from lm_eval_pruned.results.files import ResultsError, Run, is_number
+from lm_eval_pruned.results.files import (
+    ResultsError,
+    Run,
+    as_mapping,
+    is_number,
+)
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 T = TypeVar("T")
 
 #: Documents that share this field belong together: they ask about the same text.
 CLUSTER_FIELDS = {
-    re.compile(r"(^|_)musr(_|$)"): "narrative",
-    re.compile(r"(^|_)boolq(_|$)"): "passage",
-    re.compile(r"^race(_|$)"): "article",
-    re.compile(r"(^|_)drop(_|$)"): "passage",
-    re.compile(r"quad(v2|_|$)"): "context",
-    re.compile(r"hellaswag(_|$)"): "source_id",
-    re.compile(r"(^|_)multirc(_|$)"): "paragraph",
-    re.compile(r"(^|_)record(_|$)"): "passage",
-    re.compile(r"belebele(_|$)"): "flores_passage",
+    r"(^|_)musr(_|$)": "narrative",
+    r"(^|_)boolq(_|$)": "passage",
+    r"^race(_|$)": "article",
+    r"(^|_)drop(_|$)": "passage",
+    r"quad(v2|_|$)": "context",
+    r"hellaswag(_|$)": "source_id",
+    r"(^|_)multirc(_|$)": "paragraph",
+    r"(^|_)record(_|$)": "passage",
+    r"belebele(_|$)": "flores_passage",
 }
+#: From a weighted mean to the score: the harness's mean, perplexity and bits per byte.
+TRANSFORMS = {
+    "mean": lambda mean: mean,
+    "perplexity": lambda mean: np.exp(-mean),
+    "bits_per_byte": lambda mean: -mean / math.log(2),
+}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Scores that need no knowledge.
+
+    Attributes:
+        chance: Of a model that finds all choices equally likely; None without choices.
+        majority: Of always giving the commonest answer; None where documents offer
+            different choices, so that there is no such answer.
+    """
+
+    chance: float | None = None
+    majority: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,15 +85,13 @@ class Documents:
     clusters: tuple[str, ...] | None
     transform: str
     prompts: tuple[str | None, ...] = ()
-    levels: Levels = field(default_factory=Levels)
+    levels: Levels = Levels()
 
     def other_prompts(self, other: Documents) -> int:
         """Return how many documents of both were put into other prompts."""
         prompts = dict(zip(self.keys, self.prompts, strict=False))
-        return sum(
-            key in prompts and prompts[key] != prompt
-            for key, prompt in zip(other.keys, other.prompts, strict=False)
-        )
+        others = zip(other.keys, other.prompts, strict=False)
+        return sum(prompts.get(key, prompt) != prompt for key, prompt in others)
 
     def in_the_order_of(self, other: Documents, part: bool = False) -> Documents | None:
         """Return the same documents in another order; None where `other` has others.
@@ -78,21 +101,18 @@ class Documents:
             part: Whether it may have fewer.
         """
         position = {key: index for index, key in enumerate(self.keys)}
-        wanted = set(other.keys)
-        if not (wanted <= position.keys() if part else wanted == position.keys()):
+        same = len(position) == len(other.keys)
+        if not position.keys() >= {*other.keys} or not (part or same):
             return None
         order = [position[key] for key in other.keys]
-
-        def sorted_(values: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(values[index] for index in order)
-
+        clusters, prompts = self.clusters, self.prompts
         return replace(
             self,
             keys=other.keys,
             values=self.values[order],
             weights=self.weights[order],
-            clusters=None if self.clusters is None else sorted_(self.clusters),
-            prompts=sorted_(self.prompts) if self.prompts else (),
+            clusters=clusters and tuple(clusters[place] for place in order),
+            prompts=prompts and tuple(prompts[place] for place in order),
         )
 
     def is_scored_like(self, other: Documents) -> bool:
@@ -112,12 +132,43 @@ class Documents:
         return tasks if len(set(tasks)) > 1 else None
 
 
-#: From a weighted mean to the score: the harness's mean, perplexity and bits per byte.
-TRANSFORMS = {
-    "mean": lambda mean: mean,
-    "perplexity": lambda mean: np.exp(-mean),
-    "bits_per_byte": lambda mean: -mean / math.log(2),
-}
+@dataclass(frozen=True)
+class Question:
+    """One document as a model was asked about it.
+
+    Attributes:
+        number: The harness's ``doc_id``.
+        digest: Its ``doc_hash``.
+        prompt: What the model read.
+        target: The target as the harness writes it: a text, or the index of a choice.
+        choices: Continuations that were compared; empty where the model wrote freely.
+        right: Index of the right choice; None where that is not one.
+        chance: Score of a model that finds all choices equally likely; None without choices.
+    """
+
+    number: str
+    digest: str
+    prompt: str
+    target: str
+    choices: tuple[str, ...] = ()
+    right: int | None = None
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model answered.
+
+    Attributes:
+        right: Whether the metric counts it.
+        chosen: What two answers are compared by: the index of the most likely choice as
+            text, or the text after the task's filter; None where the line does not tell.
+        text: What the model wrote, before the filter; empty where it chose.
+    """
+
+    right: bool
+    chosen: str | None
+    text: str = ""
 
 
 def read_documents(run: Run, task: str, metric: str) -> Documents | None:
@@ -136,47 +187,65 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
         ResultsError: A samples file cannot be read, or holds another number of
             documents than the results file says.
     """
-    leaves = run.leaves(task)
-    if any(leaf not in run.samples for leaf in leaves):
-        return None
+    name = metric.rpartition(",")[0]
+    rows: list[tuple[Any, ...]] = []
+    for leaf in run.leaves(task):
+        fields = [
+            text for each, text in CLUSTER_FIELDS.items() if re.search(each, leaf)
+        ]
+        field = fields[0] if fields else ""
+
+        def take(row: Mapping[str, Any], field: str = field) -> tuple[Any, ...]:
+            cluster = as_mapping(row.get("doc")).get(field)
+            return row[name], row.get("prompt_hash"), read_question(row), cluster
+
+        found = read_samples(run, leaf, metric, take) if leaf in run.samples else []
+        if not found:
+            return None
+        for number, (key, (*taken, cluster)) in enumerate(found):
+            cluster = f"{leaf}\0{number if cluster is None else cluster}"
+            rows.append(((leaf, *key), len(found), cluster, *taken))
+    keys, sizes, clusters, raw, prompts, questions = zip(*rows, strict=True)
+    of_choices = name.startswith("acc")
     reported = run.scores[task, metric].value
-    parts = [(leaf, _read_samples(run, leaf, metric)) for leaf in leaves]
-    if any(not samples for _, samples in parts):
-        return None
-    keys = tuple(
-        chain.from_iterable(
-            ((leaf, *sample.key) for sample in samples) for leaf, samples in parts
-        )
-    )
-    clusters = _clusters(parts)
-    sizes = np.concatenate([np.full(len(s), float(len(s))) for _, s in parts])
-    raw = [sample.value for _, samples in parts for sample in samples]
-    prompts = tuple(sample.prompt for _, samples in parts for sample in samples)
-    offered = [sample.choices for _, samples in parts for sample in samples]
-    for values, weights in _readings(raw):
-        weightings = [weights]
-        if len(parts) > 1:
-            weightings.append(weights / sizes)
-        for weighting in weightings:
+    for values, of_values in _readings(raw):
+        # The score of a group is a mean over documents, or over tasks.
+        for weights in (of_values, of_values / np.array(sizes)):
             for transform, function in TRANSFORMS.items():
                 with np.errstate(over="ignore"):
-                    score = function(np.average(values, weights=weighting))
-                if _same(float(score), reported):
-                    levels = levels_of(offered, weighting.tolist())
+                    score = function(np.average(values, weights=weights))
+                if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
                     return Documents(
-                        *(keys, values, weighting, clusters, transform, prompts),
-                        levels,
+                        keys=keys,
+                        values=values,
+                        weights=weights,
+                        clusters=clusters if len({*clusters}) < len(keys) else None,
+                        transform=transform,
+                        prompts=prompts,
+                        levels=levels_of(questions, weights)
+                        if of_choices
+                        else Levels(),
                     )
     return None
 
 
-@dataclass(frozen=True)
-class _Sample:
-    key: tuple[str, int]
-    value: Any
-    cluster: str | None
-    prompt: str | None
-    choices: Choices | None
+def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield what per-document values can mean, as (values, weights).
+
+    A number is a score. A list is several scores (IFEval's instructions) or, if each
+    is a pair, a sum with its weight (log-likelihood and words).
+    """
+    if all(map(is_number, raw)):
+        yield np.array(raw, dtype=float), np.ones(len(raw))
+    elif all(
+        isinstance(each, list) and each and all(map(is_number, each)) for each in raw
+    ):
+        lengths = np.array([len(each) for each in raw], dtype=float)
+        yield np.array([np.mean(np.array(each, float)) for each in raw]), lengths
+        if (lengths == 2).all():
+            sums, weights = np.array(raw, dtype=float).T
+            if (weights > 0).all():
+                yield sums / weights, weights
 
 
 def read_samples(
@@ -201,124 +270,143 @@ def read_samples(
     file = run.samples[task]
     name, _, filter_name = metric.rpartition(",")
     rows = []
-    hashes = 0
+    logged = 0
     for number, row in _read_lines(file):
         if row.get("filter") != filter_name:
             continue
-        identity = row.get("doc_hash")
-        if not isinstance(identity, str):
+        digest, order = row.get("doc_hash"), row.get("doc_id")
+        if not isinstance(digest, str):
             raise ResultsError(
                 f"{file}, line {number}: no doc_hash, so its document cannot be matched; these "
                 "are not samples of lm-eval 0.4.3 or later."
             )
-        hashes += 1
-        if row.get(name) is None:
-            continue
-        order = row.get("doc_id")
-        rows.append((order if isinstance(order, int) else number, identity, take(row)))
+        logged += 1
+        if row.get(name) is not None:
+            place = order if isinstance(order, int) else number
+            rows.append((place, digest, take(row)))
     score = run.scores.get((task, metric))
-    expected = None if score is None else score.documents
-    if expected is not None and hashes != expected:
+    if score and score.documents not in (None, logged):
         raise ResultsError(
-            f"{file} holds {hashes} documents of {task} (filter {filter_name!r}), and the results "
-            f"file says {expected}: one of them is incomplete."
+            f"{file} holds {logged} documents of {task} (filter {filter_name!r}), and the results "
+            f"file says {score.documents}: one of them is incomplete."
         )
     rows.sort(key=lambda row: row[0])
-    repetitions: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     samples = []
-    for _, identity, taken in rows:
-        repetition = repetitions.get(identity, 0)
-        repetitions[identity] = repetition + 1
-        samples.append(((identity, repetition), taken))
+    for _, digest, taken in rows:
+        samples.append(((digest, seen[digest]), taken))
+        seen[digest] += 1
     return samples
 
 
-def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
-    """Read one metric of the samples of one task; documents without it are left out."""
-    name = metric.rpartition(",")[0]
-    cluster_field = next(
-        (
-            field
-            for task_name, field in CLUSTER_FIELDS.items()
-            if task_name.search(task)
-        ),
-        None,
-    )
-
-    def take(
-        row: Mapping[str, Any],
-    ) -> tuple[Any, str | None, str | None, Choices | None]:
-        document = row.get("doc")
-        cluster = document.get(cluster_field) if isinstance(document, dict) else None
-        prompt = row.get("prompt_hash")
-        return (
-            row[name],
-            None if cluster is None else str(cluster),
-            None if prompt is None else str(prompt),
-            choices_of(row, name),
-        )
-
-    return [
-        _Sample(key, *taken) for key, taken in read_samples(run, task, metric, take)
-    ]
-
-
-def _clusters(parts: list[tuple[str, list[_Sample]]]) -> tuple[str, ...] | None:
-    names: list[str] = []
-    for leaf, samples in parts:
-        for number, sample in enumerate(samples):
-            if sample.cluster is not None:
-                names.append(f"{leaf}\0{sample.cluster}")
-            else:
-                names.append(f"{leaf}\0{number}")
-    return tuple(names) if len(set(names)) < len(names) else None
-
-
-def _readings(raw: list[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield what per-document values can mean, as (values, weights).
-
-    A number is a score. A list is several scores (IFEval's instructions) or, if each
-    is a pair, a sum with its weight (log-likelihood and words).
-    """
-    if all(is_number(value) for value in raw):
-        yield np.array(raw, dtype=float), np.ones(len(raw))
-        return
-    if not all(
-        isinstance(value, list) and value and all(map(is_number, value))
-        for value in raw
-    ):
-        return
-    lengths = np.array([len(value) for value in raw], dtype=float)
-    yield np.array([np.mean(np.array(value, float)) for value in raw]), lengths
-    if (lengths == 2).all():
-        sums, weights = np.array(raw, dtype=float).T
-        if (weights > 0).all():
-            yield sums / weights, weights
-
-
-def _same(score: float, reported: float) -> bool:
-    return math.isclose(score, reported, rel_tol=1e-6, abs_tol=1e-9) or (
-        math.isnan(score) and math.isnan(reported)
-    )
-
-
 def _read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ResultsError(
-                        f"{file}, line {number}: not whole JSON ({error}); the file was cut off or "
-                        "damaged."
-                    ) from None
-                if not isinstance(row, dict):
-                    raise ResultsError(f"{file}, line {number}: not an object.")
-                yield number, row
-    except UnicodeDecodeError:
-        raise ResultsError(f"{file} is not a text file in UTF-8.") from None
-    except OSError as error:
-        raise ResultsError(f"{file} cannot be read: {error.strerror}.") from None
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ResultsError(
+                    f"{file}, line {number}: not whole JSON ({error}); the file was cut off or "
+                    "damaged."
+                ) from None
+            if not isinstance(row, dict):
+                raise ResultsError(f"{file}, line {number}: not an object.")
+            yield number, row
+
+
+def levels_of(documents: Sequence[Question], weights: np.ndarray) -> Levels:
+    """Return the levels of a score, in which documents count by `weights`."""
+    chances = [each.chance for each in documents if each.chance is not None]
+    rights = [each.right for each in documents if each.right is not None]
+    if len(chances) < len(documents):
+        return Levels()
+    chance = float(np.average(np.array(chances), weights=weights))
+    # The same choice in words may be the right one in every other context.
+    if len({each.choices for each in documents}) > 1 or len(rights) < len(documents):
+        return Levels(chance)
+    counts = np.bincount(np.array(rights), weights)
+    return Levels(chance, float(counts.max() / weights.sum()))
+
+
+def read_question(row: Mapping[str, Any]) -> Question:
+    """Return what a line of samples says of its document."""
+    prompt, choices = _prompt_and_endings(row)
+    question = Question(
+        number=_text(row.get("doc_id")),
+        digest=_text(row.get("doc_hash")),
+        prompt=prompt,
+        target=_text(row.get("target")),
+    )
+    if len(choices) < 2:
+        return question
+    question = replace(question, choices=choices, chance=1 / len(choices))
+    texts = [choice.strip() for choice in choices]
+    # The score of MC2 is the share of probability on true answers, which can be several.
+    several = as_mapping(as_mapping(row.get("doc")).get("mc2_targets"))
+    if texts == [str(each).strip() for each in several.get("choices") or ()]:
+        return replace(question, chance=float(np.mean(several["labels"])))
+    for names in (list(map(str, range(len(texts)))), texts):
+        if names.count(question.target.strip()) == 1:
+            return replace(question, right=names.index(question.target.strip()))
+    return question
+
+
+def read_answer(row: Mapping[str, Any], metric: str) -> Answer | None:
+    """Return what a line of samples says of the model's answer.
+
+    Args:
+        row: The line.
+        metric: Metric without filter, such as ``acc_norm``.
+
+    Returns:
+        None where the metric counts the document as neither right nor wrong.
+    """
+    value = row.get(metric)
+    if not is_number(value) or value not in (0, 1):
+        return None
+    answers, written = row.get("filtered_resps"), row.get("resps")
+    if not answers:
+        return Answer(bool(value), None)
+    endings = _prompt_and_endings(row)[1]
+    if len(endings) > 1:
+        # The harness divides by the length of the choice without the space in front of it.
+        texts = [ending.removeprefix(" ") for ending in endings]
+        lengths = {
+            "acc_norm": [len(text) or 1 for text in texts],
+            "acc_bytes": [len(text.encode(errors="replace")) or 1 for text in texts],
+        }.get(metric, 1)
+        likelihoods = np.array([float(each[0]) for each in answers[: len(texts)]])
+        return Answer(bool(value), str(np.argmax(likelihoods / lengths)))
+    if endings:
+        return Answer(bool(value), None, f"log-likelihood {answers[0][0]}")
+    while isinstance(written, list) and len(written) == 1:
+        written = written[0]
+    chosen = _text(answers[0] if len(answers) == 1 else answers)
+    return Answer(bool(value), chosen, _text(written))
+
+
+def shared_beginning(texts: Iterable[str]) -> str:
+    """Return the characters that all texts begin with."""
+    return os.path.commonprefix(list(texts))  # noqa: RUF071
+
+
+def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Return what a model read, and what followed; nothing where it wrote that itself."""
+    asked = list(map(as_mapping, as_mapping(row.get("arguments")).values()))
+    # Asked once more without the question, for the metric that takes this away.
+    if "acc_mutual_info" in row:
+        asked = asked[: len(asked) // 2]
+    prompts = [_text(each.get("arg_0")) for each in asked]
+    endings = [each.get("arg_1", "") for each in asked]
+    # The choices of Winogrande are put into the prompt, before one ending.
+    shared = prompts[0] if len({*prompts}) == 1 else shared_beginning(prompts)
+    if not all(isinstance(each, str) for each in endings):
+        return shared, ()
+    pairs = zip(prompts, endings, strict=True)
+    return shared, tuple(prompt[len(shared) :] + ending for prompt, ending in pairs)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
