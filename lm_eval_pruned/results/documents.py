@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os.path
 import re
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from lm_eval_pruned.results.files import (
-    ResultsError,
-    Run,
-    as_mapping,
-    is_number,
-)
+from lm_eval_pruned.results.files import ResultsError, Run, as_mapping, is_number
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -74,8 +69,6 @@ class Documents:
         clusters: Cluster of each document, length n, or None if documents are
             independent.
         transform: Name in `TRANSFORMS`.
-        prompts: The harness's ``prompt_hash`` of each document, length n, None where
-            none was logged; empty where they were not read.
         levels: Of guessing and of the commonest answer, where the documents tell.
     """
 
@@ -84,35 +77,25 @@ class Documents:
     weights: np.ndarray
     clusters: tuple[str, ...] | None
     transform: str
-    prompts: tuple[str | None, ...] = ()
     levels: Levels = Levels()
 
-    def other_prompts(self, other: Documents) -> int:
-        """Return how many documents of both were put into other prompts."""
-        prompts = dict(zip(self.keys, self.prompts, strict=False))
-        others = zip(other.keys, other.prompts, strict=False)
-        return sum(prompts.get(key, prompt) != prompt for key, prompt in others)
-
     def in_the_order_of(self, other: Documents, part: bool = False) -> Documents | None:
-        """Return the same documents in another order; None where `other` has others.
+        """Return the documents of `other`, which may be a part of these if `part` is true.
 
-        Args:
-            other: Gives the order.
-            part: Whether it may have fewer.
+        None where it has others.
         """
         position = {key: index for index, key in enumerate(self.keys)}
         same = len(position) == len(other.keys)
         if not position.keys() >= {*other.keys} or not (part or same):
             return None
         order = [position[key] for key in other.keys]
-        clusters, prompts = self.clusters, self.prompts
+        clusters = self.clusters
         return replace(
             self,
             keys=other.keys,
             values=self.values[order],
             weights=self.weights[order],
             clusters=clusters and tuple(clusters[place] for place in order),
-            prompts=prompts and tuple(prompts[place] for place in order),
         )
 
     def is_scored_like(self, other: Documents) -> bool:
@@ -123,10 +106,9 @@ class Documents:
 
     @property
     def strata(self) -> tuple[str, ...] | None:
-        """Task of each document, or None for a single one.
+        """Task of each document; None for a single one.
 
-        The subtasks of a group, such as MMLU's subjects, are not drawn from others:
-        another draw of documents would have the same.
+        Another draw of documents would have the same subtasks, such as MMLU's subjects.
         """
         tasks = tuple(task for task, _, _ in self.keys)
         return tasks if len(set(tasks)) > 1 else None
@@ -150,9 +132,9 @@ class Question:
     digest: str
     prompt: str
     target: str
-    choices: tuple[str, ...] = ()
-    right: int | None = None
-    chance: float | None = None
+    choices: tuple[str, ...]
+    right: int | None
+    chance: float | None
 
 
 @dataclass(frozen=True)
@@ -172,12 +154,7 @@ class Answer:
 
 
 def read_documents(run: Run, task: str, metric: str) -> Documents | None:
-    """Read the scores of single documents from the logged samples.
-
-    Args:
-        run: A run.
-        task: One of its tasks, or a group.
-        metric: Metric with filter, such as ``acc,none``.
+    """Read the scores of single documents of a task or group from the logged samples.
 
     Returns:
         None where samples are missing, or where no aggregation known here makes the
@@ -190,42 +167,31 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
     name = metric.rpartition(",")[0]
     rows: list[tuple[Any, ...]] = []
     for leaf in run.leaves(task):
-        fields = [
-            text for each, text in CLUSTER_FIELDS.items() if re.search(each, leaf)
-        ]
-        field = fields[0] if fields else ""
+        field = [each for text, each in CLUSTER_FIELDS.items() if re.search(text, leaf)]
 
-        def take(row: Mapping[str, Any], field: str = field) -> tuple[Any, ...]:
-            cluster = as_mapping(row.get("doc")).get(field)
-            return row[name], row.get("prompt_hash"), read_question(row), cluster
+        def take(row: Mapping[str, Any], field: list[str] = field) -> tuple[Any, ...]:
+            cluster = as_mapping(row.get("doc")).get(*field[:1] or [""])
+            return row[name], read_question(row), cluster
 
         found = read_samples(run, leaf, metric, take) if leaf in run.samples else []
         if not found:
             return None
-        for number, (key, (*taken, cluster)) in enumerate(found):
+        for number, (key, (value, question, cluster)) in enumerate(found):
             cluster = f"{leaf}\0{number if cluster is None else cluster}"
-            rows.append(((leaf, *key), len(found), cluster, *taken))
-    keys, sizes, clusters, raw, prompts, questions = zip(*rows, strict=True)
-    of_choices = name.startswith("acc")
-    reported = run.scores[task, metric].value
-    for values, of_values in _readings(raw):
-        # The score of a group is a mean over documents, or over tasks.
-        for weights in (of_values, of_values / np.array(sizes)):
-            for transform, function in TRANSFORMS.items():
-                with np.errstate(over="ignore"):
-                    score = function(np.average(values, weights=weights))
-                if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
-                    return Documents(
-                        keys=keys,
-                        values=values,
-                        weights=weights,
-                        clusters=clusters if len({*clusters}) < len(keys) else None,
-                        transform=transform,
-                        prompts=prompts,
-                        levels=levels_of(questions, weights)
-                        if of_choices
-                        else Levels(),
-                    )
+            rows.append(((leaf, *key), len(found), cluster, value, question))
+    keys, sizes, clusters, raw, questions = zip(*rows, strict=True)
+    reported, of_choices = run.scores[task, metric].value, name.startswith("acc")
+    # The score of a group is a mean over documents, or over tasks.
+    for (values, weights), divisor, transform in itertools.product(
+        _readings(raw), (1, np.array(sizes)), TRANSFORMS
+    ):
+        weights = weights / divisor
+        with np.errstate(over="ignore"):
+            score = TRANSFORMS[transform](np.average(values, weights=weights))
+        if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
+            grouped = clusters if len({*clusters}) < len(keys) else None
+            levels = levels_of(questions if of_choices else (), weights)
+            return Documents(keys, values, weights, grouped, transform, levels)
     return None
 
 
@@ -254,10 +220,10 @@ def read_samples(
     """Read the logged documents of one task that have a metric.
 
     Args:
-        run: A run that logged samples of `task`.
-        task: A task that is no group.
+        run: A run that logged samples of `task`, which is no group.
+        task: See `run`.
         metric: Metric with filter, such as ``acc,none``.
-        take: Called with each line of the file, in its order; what it returns is kept.
+        take: What of a line is kept.
 
     Returns:
         Pairs of key and what was taken, in the order of ``doc_id``. A key is ``doc_hash``
@@ -271,123 +237,93 @@ def read_samples(
     name, _, filter_name = metric.rpartition(",")
     rows = []
     logged = 0
-    for number, row in _read_lines(file):
-        if row.get("filter") != filter_name:
-            continue
-        digest, order = row.get("doc_hash"), row.get("doc_id")
-        if not isinstance(digest, str):
-            raise ResultsError(
-                f"{file}, line {number}: no doc_hash, so its document cannot be matched; these "
-                "are not samples of lm-eval 0.4.3 or later."
-            )
-        logged += 1
-        if row.get(name) is not None:
-            place = order if isinstance(order, int) else number
-            rows.append((place, digest, take(row)))
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                digest = str(row["doc_hash"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ResultsError(
+                    f"{file}, line {number}: not a whole sample of lm-eval with a doc_hash."
+                ) from None
+            if row.get("filter") == filter_name:
+                logged += 1
+                if row.get(name) is not None:
+                    rows.append((row.get("doc_id", number), digest, take(row)))
     score = run.scores.get((task, metric))
     if score and score.documents not in (None, logged):
         raise ResultsError(
             f"{file} holds {logged} documents of {task} (filter {filter_name!r}), and the results "
             f"file says {score.documents}: one of them is incomplete."
         )
+    seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
     rows.sort(key=lambda row: row[0])
-    seen: Counter[str] = Counter()
-    samples = []
-    for _, digest, taken in rows:
-        samples.append(((digest, seen[digest]), taken))
-        seen[digest] += 1
-    return samples
-
-
-def _read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ResultsError(
-                    f"{file}, line {number}: not whole JSON ({error}); the file was cut off or "
-                    "damaged."
-                ) from None
-            if not isinstance(row, dict):
-                raise ResultsError(f"{file}, line {number}: not an object.")
-            yield number, row
+    return [((digest, next(seen[digest])), taken) for _, digest, taken in rows]
 
 
 def levels_of(documents: Sequence[Question], weights: np.ndarray) -> Levels:
     """Return the levels of a score, in which documents count by `weights`."""
-    chances = [each.chance for each in documents if each.chance is not None]
-    rights = [each.right for each in documents if each.right is not None]
-    if len(chances) < len(documents):
+    chances = [each.chance for each in documents]
+    rights = [each.right for each in documents]
+    if not documents or None in chances:
         return Levels()
-    chance = float(np.average(np.array(chances), weights=weights))
+    chance = float(np.average(np.array(chances, dtype=float), weights=weights))
     # The same choice in words may be the right one in every other context.
-    if len({each.choices for each in documents}) > 1 or len(rights) < len(documents):
+    if None in rights or len({each.choices for each in documents}) > 1:
         return Levels(chance)
-    counts = np.bincount(np.array(rights), weights)
+    counts = np.bincount(np.array(rights, dtype=int), weights)
     return Levels(chance, float(counts.max() / weights.sum()))
 
 
 def read_question(row: Mapping[str, Any]) -> Question:
     """Return what a line of samples says of its document."""
     prompt, choices = _prompt_and_endings(row)
-    question = Question(
+    texts = [choice.strip() for choice in choices]
+    target = _text(row.get("target"))
+    chance, right = (1 / len(choices) if choices[1:] else None), None
+    # The score of MC2 is the share of probability on true answers, which can be several.
+    several = as_mapping(as_mapping(row.get("doc")).get("mc2_targets"))
+    if chance and texts == [str(each).strip() for each in several.get("choices") or ()]:
+        chance = float(np.mean(several["labels"]))
+    elif target.strip().isdecimal() and int(target) < len(choices):
+        right = int(target)
+    elif texts.count(target.strip()) == 1:
+        right = texts.index(target.strip())
+    return Question(
         number=_text(row.get("doc_id")),
         digest=_text(row.get("doc_hash")),
         prompt=prompt,
-        target=_text(row.get("target")),
+        target=target,
+        choices=choices if choices[1:] else (),
+        right=right,
+        chance=chance,
     )
-    if len(choices) < 2:
-        return question
-    question = replace(question, choices=choices, chance=1 / len(choices))
-    texts = [choice.strip() for choice in choices]
-    # The score of MC2 is the share of probability on true answers, which can be several.
-    several = as_mapping(as_mapping(row.get("doc")).get("mc2_targets"))
-    if texts == [str(each).strip() for each in several.get("choices") or ()]:
-        return replace(question, chance=float(np.mean(several["labels"])))
-    for names in (list(map(str, range(len(texts)))), texts):
-        if names.count(question.target.strip()) == 1:
-            return replace(question, right=names.index(question.target.strip()))
-    return question
 
 
 def read_answer(row: Mapping[str, Any], metric: str) -> Answer | None:
-    """Return what a line of samples says of the model's answer.
+    """Return the answer in a line of samples; None if it counts as neither right nor wrong.
 
     Args:
         row: The line.
         metric: Metric without filter, such as ``acc_norm``.
-
-    Returns:
-        None where the metric counts the document as neither right nor wrong.
     """
     value = row.get(metric)
     if not is_number(value) or value not in (0, 1):
         return None
     answers, written = row.get("filtered_resps"), row.get("resps")
-    if not answers:
-        return Answer(bool(value), None)
     endings = _prompt_and_endings(row)[1]
-    if len(endings) > 1:
-        # The harness divides by the length of the choice without the space in front of it.
-        texts = [ending.removeprefix(" ") for ending in endings]
-        lengths = {
-            "acc_norm": [len(text) or 1 for text in texts],
-            "acc_bytes": [len(text.encode(errors="replace")) or 1 for text in texts],
-        }.get(metric, 1)
-        likelihoods = np.array([float(each[0]) for each in answers[: len(texts)]])
-        return Answer(bool(value), str(np.argmax(likelihoods / lengths)))
+    if not answers or len(endings) == 1:
+        return Answer(bool(value), None)
     if endings:
-        return Answer(bool(value), None, f"log-likelihood {answers[0][0]}")
+        # The harness divides by the length of the choice without the space in front of it.
+        lengths = [len(ending.removeprefix(" ")) or 1 for ending in endings]
+        likelihoods = np.array([float(each[0]) for each in answers[: len(endings)]])
+        scores = likelihoods / (lengths if metric == "acc_norm" else 1)
+        return Answer(bool(value), str(np.argmax(scores)))
     while isinstance(written, list) and len(written) == 1:
         written = written[0]
     chosen = _text(answers[0] if len(answers) == 1 else answers)
     return Answer(bool(value), chosen, _text(written))
-
-
-def shared_beginning(texts: Iterable[str]) -> str:
-    """Return the characters that all texts begin with."""
-    return os.path.commonprefix(list(texts))  # noqa: RUF071
 
 
 def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
@@ -399,7 +335,7 @@ def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     prompts = [_text(each.get("arg_0")) for each in asked]
     endings = [each.get("arg_1", "") for each in asked]
     # The choices of Winogrande are put into the prompt, before one ending.
-    shared = prompts[0] if len({*prompts}) == 1 else shared_beginning(prompts)
+    shared = prompts[0] if len({*prompts}) == 1 else os.path.commonprefix(prompts)  # noqa: RUF071
     if not all(isinstance(each, str) for each in endings):
         return shared, ()
     pairs = zip(prompts, endings, strict=True)

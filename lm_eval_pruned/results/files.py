@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TypeGuard
 
-#: Sections of a results file, which are objects where they are there.
+#: Sections of a results file.
 SECTIONS = (
-    *("config", "group_subtasks", "higher_is_better", "n-samples", "n-shot"),
+    *("results", "config", "group_subtasks", "higher_is_better", "n-samples", "n-shot"),
     *("stopping", "task_hashes", "versions"),
 )
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.+-]+)$")
@@ -97,11 +97,9 @@ class Run:
     @property
     def is_baseline(self) -> bool:
         """Whether ``pruned-hf`` removed nothing."""
-        before, after = (
-            self.pruning.get(f"intermediate_size_{when}")
-            for when in ("before", "after")
-        )
-        return bool(self.pruning) and not self.is_shallow and before == after
+        when = ("intermediate_size_before", "intermediate_size_after")
+        widths = {self.pruning.get(each) for each in when}
+        return bool(self.pruning) and not self.is_shallow and len(widths) == 1
 
     @property
     def is_shallow(self) -> bool:
@@ -116,13 +114,10 @@ class Run:
 
     def members(self, task: str) -> list[str]:
         """Return `task` and all its subtasks, at any depth, each once."""
-        found = {task: None}
-        waiting = [task]
-        for name in waiting:
-            fresh = [each for each in self.subtasks.get(name, ()) if each not in found]
-            found |= dict.fromkeys(fresh)
-            waiting += fresh
-        return list(found)
+        found = [task]
+        for name in found:
+            found += [each for each in self.subtasks.get(name, ()) if each not in found]
+        return found
 
     def leaves(self, task: str) -> list[str]:
         """Return the tasks without subtasks at or below `task`."""
@@ -141,9 +136,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ResultsError(f"{file} is not whole JSON ({error}).") from None
     if not isinstance(data, dict):
-        raise ResultsError(
-            f"{file} is no results file of lm-eval: it holds a {type(data).__name__}, not an object."
-        )
+        raise ResultsError(f"{file} holds a {type(data).__name__}, not an object.")
     return data
 
 
@@ -176,20 +169,12 @@ def read_results_file(file: Path) -> Run:
         ResultsError: It cannot be read, or is no results file.
     """
     data = read_json(file)
-    results = data.get("results")
-    if not isinstance(results, dict) or not results:
-        raise ResultsError(
-            f"{file} is no results file of lm-eval: it has no object 'results' with tasks in it."
-        )
-    for key in SECTIONS:
-        data[key] = data.get(key) or {}
-        if not isinstance(data[key], dict):
-            raise ResultsError(
-                f"{file} is not in the layout that this version reads: {key!r} is not an object."
-            )
+    data |= {key: as_mapping(data.get(key)) for key in SECTIONS}
     scores = dict(_scores(data))
     if not scores:
-        raise ResultsError(f"{file} holds no scores.")
+        raise ResultsError(
+            f"{file} is no results file of lm-eval: it has no object 'results' with scores in it."
+        )
     subtasks = {
         group: tuple(map(str, members))
         for group, members in data["group_subtasks"].items()
@@ -202,10 +187,10 @@ def read_results_file(file: Path) -> Run:
         scores=scores,
         versions=data["versions"],
         subtasks=subtasks,
-        samples=_find_samples(file, {*results}.union(*subtasks.values())),
+        samples=_find_samples(file, {*data["results"]}.union(*subtasks.values())),
         config=data["config"],
         # Measured over all tasks of the file together.
-        energy={", ".join(results): energy} if energy else {},
+        energy={", ".join(data["results"]): energy} if energy else {},
     )
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
     if not data["stopping"]:

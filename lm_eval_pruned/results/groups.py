@@ -142,7 +142,10 @@ def primary_metrics(
     for task, metric in runs[0].scores:
         scores = [run.scores.get((task, metric)) for run in runs]
         known = all(score and math.isfinite(score.value) for score in scores)
-        if known and (task not in found or metric.startswith("acc_norm,")):
+        normed = [
+            each.startswith("acc_norm,") for each in (metric, found.get(task, ""))
+        ]
+        if known and (task not in found or normed == [True, False]):
             found[task] = metric
     tasks = runs[0].tasks(subtasks=subtasks)
     return [(task, found[task]) for task in tasks if task in found]

@@ -14,7 +14,7 @@ from lm_eval_pruned.results.files import (
     read_results_file,
 )
 from lm_eval_pruned.results.folder import ERROR, UNITS, is_sweep, read_definition
-from lm_eval_pruned.results.settings import SHARED, label, listed, shown
+from lm_eval_pruned.results.settings import SHARED, differing, label, listed
 
 
 if TYPE_CHECKING:
@@ -132,16 +132,10 @@ def _model(run: Run) -> list[Any]:
 def _merged(name: str, path: Path, parts: Sequence[Run]) -> Run:
     """Join results of one model, the oldest first; of each task the last counts."""
     last = {task: part for part in parts for task in part.tasks()}
+    by_task = ("versions", "subtasks", "samples", "energy", "settings", "stopping")
     joined: dict[str, Any] = {
         each: {k: v for part in parts for k, v in getattr(part, each).items()}
-        for each in (
-            "versions",
-            "subtasks",
-            "samples",
-            "energy",
-            "settings",
-            "stopping",
-        )
+        for each in by_task
     }
     scores = {
         key: score
@@ -155,27 +149,25 @@ def _merged(name: str, path: Path, parts: Sequence[Run]) -> Run:
 
 def setting_of(run: Run, name: str) -> Any:
     """Return a setting of all tasks of a run; by task where they do not share it."""
-    by_task = {task: of_task.get(name) for task, of_task in run.settings.items()}
-    values = list(by_task.values())
-    return values[0] if values.count(values[0]) == len(values) else by_task
+    by_task = {task: each.get(name) for task, each in run.settings.items()}
+    first, *others = by_task.values()
+    return first if all(each == first for each in others) else by_task
 
 
 def notes_on(runs: Iterable[Run]) -> list[str]:
-    """Return what was left out of runs, and what their tasks do not share.
+    """Return the notes of runs, and in what the tasks of one were not evaluated alike.
 
-    The tasks of a resumed sweep, or of a folder of several results, may have been
-    evaluated under several values of what one command gives all its tasks.
+    Those of a resumed sweep, or of a folder of several results, come from several commands.
     """
     notes: list[str] = []
     mixed: dict[str, list[str]] = {}
     for run in runs:
         notes += run.notes
-        every = run.settings.values()
-        names = [
-            name for name in SHARED if len({shown(s.get(name)) for s in every}) > 1
-        ]
+        first, *others = [*run.settings.values()] or [{}]
+        names = {name for each in others for name in differing(first, each, SHARED)}
         if names:
-            mixed.setdefault(", ".join(map(label, names)), []).append(run.name)
+            text = ", ".join(label(name) for name in SHARED if name in names)
+            mixed.setdefault(text, []).append(run.name)
     return notes + [
         f"The tasks of {listed(of)} were not all evaluated with the same {names}."
         for names, of in mixed.items()

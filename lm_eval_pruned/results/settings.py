@@ -45,17 +45,18 @@ def settings_of(
         None for what was off or is not recorded.
     """
     config, hashes = data["config"], data["task_hashes"]
-    counts: list[Any] = [
-        (data["n-samples"].get(leaf) or {}).get("effective") for leaf in leaves
-    ]
+    pruning, paths = (config.get(each) or {} for each in ("pruning", "answer_paths"))
+    counts = [data["n-samples"].get(leaf, {}).get("effective") for leaf in leaves]
     shots = {leaf: data["n-shot"].get(leaf) for leaf in leaves}
-    values = list(shots.values())
     # The harness gives a group a number only if all its members have the same.
-    common = values[0] if values.count(values[0]) == len(values) else shots
+    common = shots if len(set(map(str, shots.values()))) > 1 else shots[leaves[0]]
     task_hash = hashes.get(leaves[0]) if len(leaves) == 1 else None
     if len(leaves) > 1 and hashes.keys() >= set(leaves):
         text = "".join(f"{leaf} {hashes[leaf]}\n" for leaf in sorted(leaves))
         task_hash = hashlib.sha256(text.encode()).hexdigest()
+    uniform = {"mlps": "layers", "width_after": "intermediate_size_after"}
+    of_all = {key: pruning.get(name) for key, name in uniform.items()}
+    groups = pruning.get("groups") or [of_all] * bool(of_all["width_after"])
     found = {
         "documents": None if None in counts else sum(counts),
         "num_fewshot": data["n-shot"].get(task, common),
@@ -66,12 +67,21 @@ def settings_of(
         "lm_eval_version": data.get("lm_eval_version"),
         "transformers_version": data.get("transformers_version"),
         "dtype": config.get("model_dtype"),
-        "answer_paths": _answer_paths(config.get("answer_paths") or {}),
-        **_pruning(config.get("pruning") or {}),
+        "answer_paths": {
+            name: sorted(path["requests"]) if isinstance(path, dict) else path
+            for name, path in paths.items()
+        },
+        "widths": ", ".join(
+            f"{each['mlps']} x {each['width_after']}" for each in groups
+        ),
+        "kept_digest": pruning.get("kept_digest"),
     }
     seeds = [f"{kind}_seed" for kind in ("fewshot", "random", "numpy", "torch")]
     found |= {name: config.get(name) for name in (*seeds, "gen_kwargs", *MODEL)}
-    return {name: _none_if_off(value) for name, value in found.items()}
+    return {
+        name: value if value or type(value) is int else None
+        for name, value in found.items()
+    }
 
 
 def differing(
@@ -89,12 +99,12 @@ def other_settings(
     """Return what two runs were asked otherwise, or evaluated otherwise with.
 
     Args:
-        base: Settings by task; `run` likewise.
-        run: See `base`.
+        base: Settings of one run by task.
+        run: Those of the other.
         tasks: Tasks of both.
 
     Returns:
-        Those of the tasks that differ, by the labels of the settings in which they do.
+        Tasks by the labels of the settings that differ on them.
     """
     found: dict[tuple[str, ...], list[str]] = {}
     for task in tasks:
@@ -122,26 +132,3 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """Return names for a message, no more than `most`."""
     text = ", ".join(names[:most])
     return text if len(names) <= most else f"{text} and {len(names) - most} more"
-
-
-def _none_if_off(value: Any) -> Any:
-    return value if value or type(value) is int else None
-
-
-def _answer_paths(paths: Mapping[str, Any]) -> str:
-    """Return which paths answered, such as ``loglikelihood: shared; linear: torch``."""
-    return "; ".join(
-        f"{name}: {', '.join(path.get('requests') or ()) if isinstance(path, dict) else path}"
-        for name, path in sorted(paths.items())
-    )
-
-
-def _pruning(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how many MLPs have which width, such as ``30 x 921``, and the kept set."""
-    widths = [
-        (each["mlps"], each["width_after"]) for each in record.get("groups") or ()
-    ]
-    if not widths and "intermediate_size_after" in record:
-        widths = [(record.get("layers"), record["intermediate_size_after"])]
-    text = ", ".join(f"{mlps} x {width}" for mlps, width in widths)
-    return {"widths": text, "kept_digest": record.get("kept_digest")}

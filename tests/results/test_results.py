@@ -109,13 +109,9 @@ HOSTILE = {
     "foreign": (b'{"scores": {"tf": 1}}', "no results file of lm-eval"),
     "results is a list": (b'{"results": [1]}', "no results file of lm-eval"),
     "no tasks": (b'{"results": {}}', "no results file of lm-eval"),
-    "task is a number": (b'{"results": {"tf": 0.5}}', "holds no scores"),
-    "no metrics": (b'{"results": {"tf": {"alias": "tf"}}}', "holds no scores"),
-    "score is a list": (b'{"results": {"tf": {"acc,none": [1]}}}', "no scores"),
-    "sections changed": (
-        b'{"results": {"tf": {"acc,none": 1}}, "n-samples": [3]}',
-        "'n-samples' is not an object",
-    ),
+    "task is a number": (b'{"results": {"tf": 0.5}}', "with scores in it"),
+    "no metrics": (b'{"results": {"tf": {"alias": "tf"}}}', "with scores in it"),
+    "score is a list": (b'{"results": {"tf": {"acc,none": [1]}}}', "with scores in it"),
     "deep": (b"[" * 200_000, "not whole JSON"),
 }
 
@@ -154,12 +150,14 @@ def damage_samples(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda text: text[:-20], "line 3: not whole JSON"),
+        (lambda text: text[:-20], "line 3: not a whole sample"),
         (lambda text: b"".join(text.splitlines(True)[:2]), "holds 2 documents.*says 3"),
         (lambda text: b"", "holds 0 documents"),
-        (lambda text: text.replace(b"doc_hash", b"other"), "line 1: no doc_hash"),
-        (lambda text: b"[1]\n", "line 1: not an object"),
-        (lambda text: b"\xff\xfe", "line 1: not whole JSON"),
+        (
+            lambda text: text.replace(b"doc_hash", b"other"),
+            "line 1: not a whole sample",
+        ),
+        (lambda text: b"\xff\xfe", "line 1: not a whole sample"),
     ],
 )
 def test_hostile_samples(tmp_path, change, words):
@@ -362,19 +360,16 @@ def test_what_the_harness_writes(tmp_path):
     for task, metric in run.scores:
         documents = read_documents(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
-        assert None not in documents.prompts
         assert run.scores[task, metric].higher_is_better
 
 
 def test_documents_in_another_order_keep_what_belongs_to_each():
     keys = tuple(("task", name, 0) for name in "abc")
-    documents = Documents(
-        keys, np.arange(3.0), np.arange(1.0, 4), tuple("xyz"), "mean", tuple("pqr")
-    )
+    documents = Documents(keys, np.arange(3.0), np.arange(1.0, 4), tuple("xyz"), "mean")
     other = replace(documents, keys=keys[::-1])
     turned = documents.in_the_order_of(other)
     assert turned.keys == other.keys
     assert turned.values.tolist() == [2, 1, 0]
     assert turned.weights.tolist() == [3, 2, 1]
-    assert (turned.clusters, turned.prompts) == (tuple("zyx"), tuple("rqp"))
+    assert turned.clusters == tuple("zyx")
     assert documents.in_the_order_of(replace(documents, keys=keys[:2])) is None
