@@ -133,8 +133,8 @@ class Question:
     prompt: str
     target: str
     choices: tuple[str, ...]
-    right: int | None
-    chance: float | None
+    right: int | None = None
+    chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,8 @@ def read_samples(
                 digest = str(row["doc_hash"])
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise ResultsError(
-                    f"{file}, line {number}: not a whole sample of lm-eval with a doc_hash."
+                    f"{file}, line {number}: not whole JSON with a doc_hash; the file was cut off, "
+                    "or was not written by lm-eval 0.4.3 or later."
                 ) from None
             if row.get("filter") == filter_name:
                 logged += 1
@@ -279,7 +280,7 @@ def read_question(row: Mapping[str, Any]) -> Question:
     """Return what a line of samples says of its document."""
     prompt, choices = _prompt_and_endings(row)
     texts = [choice.strip() for choice in choices]
-    target = _text(row.get("target"))
+    target = str(row.get("target", ""))
     chance, right = (1 / len(choices) if choices[1:] else None), None
     # The score of MC2 is the share of probability on true answers, which can be several.
     several = as_mapping(as_mapping(row.get("doc")).get("mc2_targets"))
@@ -290,8 +291,8 @@ def read_question(row: Mapping[str, Any]) -> Question:
     elif texts.count(target.strip()) == 1:
         right = texts.index(target.strip())
     return Question(
-        number=_text(row.get("doc_id")),
-        digest=_text(row.get("doc_hash")),
+        number=str(row.get("doc_id", "")),
+        digest=str(row.get("doc_hash", "")),
         prompt=prompt,
         target=target,
         choices=choices if choices[1:] else (),
@@ -322,8 +323,8 @@ def read_answer(row: Mapping[str, Any], metric: str) -> Answer | None:
         return Answer(bool(value), str(np.argmax(scores)))
     while isinstance(written, list) and len(written) == 1:
         written = written[0]
-    chosen = _text(answers[0] if len(answers) == 1 else answers)
-    return Answer(bool(value), chosen, _text(written))
+    chosen = answers[0] if len(answers) == 1 else answers
+    return Answer(bool(value), str(chosen), str(written))
 
 
 def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
@@ -332,7 +333,7 @@ def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     # Asked once more without the question, for the metric that takes this away.
     if "acc_mutual_info" in row:
         asked = asked[: len(asked) // 2]
-    prompts = [_text(each.get("arg_0")) for each in asked]
+    prompts = [str(each.get("arg_0", "")) for each in asked]
     endings = [each.get("arg_1", "") for each in asked]
     # The choices of Winogrande are put into the prompt, before one ending.
     shared = prompts[0] if len({*prompts}) == 1 else os.path.commonprefix(prompts)  # noqa: RUF071
@@ -340,9 +341,3 @@ def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         return shared, ()
     pairs = zip(prompts, endings, strict=True)
     return shared, tuple(prompt[len(shared) :] + ending for prompt, ending in pairs)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if value is None else json.dumps(value, ensure_ascii=False)

@@ -126,10 +126,6 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
 
 
 def read_curves(sweep: Path) -> Mapping[str, Any] | None:
-    """Read ``sensitivity.json``; None where the sweep has none.
-
-    Raises:
-        ResultsError: It is no JSON object.
-    """
+    """Read ``sensitivity.json``; None where the sweep has none."""
     file = sweep / SENSITIVITY
     return read_json(file) if file.is_file() else None

@@ -13,7 +13,7 @@ from lm_eval_pruned.results.files import (
     read_json,
     read_results_file,
 )
-from lm_eval_pruned.results.folder import ERROR, UNITS, is_sweep, read_definition
+from lm_eval_pruned.results.folder import ERROR, UNITS, read_definition
 from lm_eval_pruned.results.settings import SHARED, differing, label, listed
 
 
@@ -91,22 +91,13 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         ResultsError: There is no such path, or it cannot be read as one run.
     """
     path = Path(path)
-    if is_sweep(path):
-        raise ResultsError(
-            f"{path} is a sweep folder, which holds several runs: name one of its "
-            f"configurations, such as {path / UNITS / 'ID'}."
-        )
-    if not path.exists():
-        raise ResultsError(
-            f"{path} does not exist: give a results file or a folder with results."
-        )
     if path.is_file():
         return replace(read_results_file(path), name=name or path.stem)
     runs = [read_results_file(file) for file in reversed(newest_first(path))]
     if not runs:
         raise ResultsError(
-            f"{path} holds no results_*.json: give the folder that `lm_eval --output_path` "
-            "named, or a results file."
+            f"{path} does not exist or holds no results_*.json: give the folder that "
+            "`lm_eval --output_path` named, or a results file."
         )
     is_configuration = path.parent.name == UNITS
     if not is_configuration and any(_model(run) != _model(runs[0]) for run in runs):

@@ -130,7 +130,7 @@ def test_hostile_results_files(tmp_path, name):
 def test_missing_paths(tmp_path):
     with pytest.raises(ResultsError, match="does not exist"):
         runs.read_run(tmp_path / "nowhere")
-    with pytest.raises(ResultsError, match=r"holds no results_\*.json"):
+    with pytest.raises(ResultsError, match=r"holds no results_\*.json: give"):
         runs.read_run(tmp_path)
 
 
@@ -150,14 +150,14 @@ def damage_samples(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda text: text[:-20], "line 3: not a whole sample"),
+        (lambda text: text[:-20], "line 3: not whole JSON"),
         (lambda text: b"".join(text.splitlines(True)[:2]), "holds 2 documents.*says 3"),
         (lambda text: b"", "holds 0 documents"),
         (
             lambda text: text.replace(b"doc_hash", b"other"),
-            "line 1: not a whole sample",
+            "line 1: not whole JSON",
         ),
-        (lambda text: b"\xff\xfe", "line 1: not a whole sample"),
+        (lambda text: b"\xff\xfe", "line 1: not whole JSON"),
     ],
 )
 def test_hostile_samples(tmp_path, change, words):
@@ -289,7 +289,7 @@ def test_a_sweep_folder(tmp_path):
         "p20",
     ]
     assert runs.read_run(tmp_path / "units" / "p20").tasks() == ["if", "tf"]
-    with pytest.raises(ResultsError, match="holds several runs"):
+    with pytest.raises(ResultsError, match="results of several models"):
         runs.read_run(tmp_path)
 
 
