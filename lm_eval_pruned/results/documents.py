@@ -122,7 +122,8 @@ class Question:
         number: The harness's ``doc_id``.
         digest: Its ``doc_hash``.
         prompt: What the model read.
-        target: The target as the harness writes it: a text, or the index of a choice.
+        target: As the harness writes it: a text, or the index of a choice. Of IFEval, the
+            names of the instructions.
         choices: Continuations that were compared; empty where the model wrote freely.
         right: Index of the right choice; None where that is not one.
         chance: Score of a model that finds all choices equally likely; None without choices.
@@ -280,10 +281,12 @@ def read_question(row: Mapping[str, Any]) -> Question:
     """Return what a line of samples says of its document."""
     prompt, choices = _prompt_and_endings(row)
     texts = [choice.strip() for choice in choices]
-    target = str(row.get("target", ""))
+    document = as_mapping(row.get("doc"))
+    # The target of IFEval says nothing.
+    target = str(document.get("instruction_id_list") or row.get("target", ""))
     chance, right = (1 / len(choices) if choices[1:] else None), None
     # The score of MC2 is the share of probability on true answers, which can be several.
-    several = as_mapping(as_mapping(row.get("doc")).get("mc2_targets"))
+    several = as_mapping(document.get("mc2_targets"))
     if chance and texts == [str(each).strip() for each in several.get("choices") or ()]:
         chance = float(np.mean(several["labels"]))
     elif target.strip().isdecimal() and int(target) < len(choices):

@@ -29,6 +29,12 @@ def test_the_most_likely_choice_is_the_answer():
     assert question.target == "1"
 
 
+def test_the_instructions_of_ifeval_are_its_target():
+    row = {"doc": {"instruction_id_list": ["punctuation:no_comma"]}, "target": "0"}
+    assert read_question(row).target == "['punctuation:no_comma']"
+    assert read_question({"doc": {}, "target": "0"}).target == "0"
+
+
 def test_each_metric_has_its_own_answer():
     # -3 / 1 < -4 / 2 by letters.
     row = choices("Q:", [" \u20ac", " ab"], [-3.0, -4.0], acc=0, acc_norm=1)
