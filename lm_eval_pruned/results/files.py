@@ -175,11 +175,8 @@ def read_results_file(file: Path) -> Run:
         raise ResultsError(
             f"{file} is no results file of lm-eval: it has no object 'results' with scores in it."
         )
-    subtasks = {
-        group: tuple(map(str, members))
-        for group, members in data["group_subtasks"].items()
-        if isinstance(members, list) and members
-    }
+    groups = data["group_subtasks"].items()
+    subtasks = {group: tuple(members) for group, members in groups if members}
     energy = as_mapping(data["config"].get("energy"))
     run = Run(
         name=file.stem,
