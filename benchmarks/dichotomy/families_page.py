@@ -22,7 +22,7 @@ from dichotomy.words import (
     step_text,
     verdict_tables,
 )
-from lm_eval_pruned.results.families import FAMILIES, family_of
+from lm_eval_pruned.results.groups import FAMILIES, family_of
 from lm_eval_pruned.util.tables import markdown_table
 
 

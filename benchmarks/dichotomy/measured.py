@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.compare.comparison import split_sweep
 from lm_eval_pruned.results.files import ResultsError, as_mapping
 from lm_eval_pruned.results.folder import is_sweep
-from lm_eval_pruned.results.sweep_results import read_sweep
+from lm_eval_pruned.results.runs import read_sweep
 
 
 if TYPE_CHECKING:

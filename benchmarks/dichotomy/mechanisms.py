@@ -16,8 +16,7 @@ import numpy as np
 from scipy import stats
 
 from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.results.chance import choices_of
-from lm_eval_pruned.results.documents import read_samples
+from lm_eval_pruned.results.documents import read_question, read_samples
 from lm_eval_pruned.tasks.demo.utils import repeatable_language_detection
 
 
@@ -146,17 +145,17 @@ def drifts_of(base: Run, run: Run) -> dict[str, Drift]:
 
 def _mc2_of(row: Mapping[str, Any]) -> tuple[float, float, float] | None:
     """Return score and levels of one line of samples."""
-    offered = choices_of(row, "acc")
+    question = read_question(row)
     labels = row["doc"]["mc2_targets"]["labels"]
-    if offered is None or len(offered.options) != len(labels):
+    if question.chance is None or len(question.choices) != len(labels):
         return None
-    lengths = [len(option) for option in offered.options]
+    lengths = [len(choice) for choice in question.choices]
     of_shortest = [
         bool(label)
         for label, length in zip(labels, lengths, strict=True)
         if length == min(lengths)
     ]
-    return float(row["acc"]), offered.chance, sum(of_shortest) / len(of_shortest)
+    return float(row["acc"]), question.chance, sum(of_shortest) / len(of_shortest)
 
 
 #: Instructions that an answer which satisfies them goes on to satisfy if its end is cut away, with the

@@ -13,7 +13,7 @@ from lm_eval_pruned.compare import statistics
 from lm_eval_pruned.compare.comparison_rows import TaskCorrelation, TaskTrend
 from lm_eval_pruned.compare.pairing import is_partial, paired_documents
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.series import is_perplexity, primary_metrics, series_of
+from lm_eval_pruned.results.groups import is_perplexity, primary_metrics, series_of
 
 
 if TYPE_CHECKING:

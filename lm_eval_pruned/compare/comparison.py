@@ -25,10 +25,9 @@ from lm_eval_pruned.compare.stopping import (
 from lm_eval_pruned.compare.verdicts import claims, verdict_of
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.folder import is_sweep
-from lm_eval_pruned.results.runs import notes_on, read_run
-from lm_eval_pruned.results.series import is_control, primary_metrics
+from lm_eval_pruned.results.groups import is_control, primary_metrics
+from lm_eval_pruned.results.runs import notes_on, read_run, read_sweep
 from lm_eval_pruned.results.settings import listed, other_settings
-from lm_eval_pruned.results.sweep_results import read_sweep
 
 
 if TYPE_CHECKING:
@@ -134,7 +133,6 @@ def compare(
                 rows.append(row)
                 tests.append(test)
                 owners.append(run)
-        notes += _prompts_notes(base, run, shared, read)
     rows, asked = _decided(base, owners, rows, tests, alpha, margin)
     if margin is not None and asked:
         notes.append(
@@ -298,20 +296,3 @@ def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
         "difference need not come from the model."
         for labels, on in other_settings(settings(base), settings(run), tasks).items()
     ]
-
-
-def _prompts_notes(
-    base: Run, run: Run, tasks: Sequence[str], read: DocumentReader
-) -> list[str]:
-    notes: dict[str, str] = {}
-    for task, metric in base.scores:
-        if task not in tasks or task in notes or (task, metric) not in run.scores:
-            continue
-        before, after = (read(each, task, metric) for each in (base, run))
-        others = before.other_prompts(after) if before and after else 0
-        if before and others:
-            notes[task] = (
-                f"{others} of {len(before.keys)} documents of {task} had another prompt "
-                f"(prompt_hash) in {run.name} than in {base.name}."
-            )
-    return list(notes.values())

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
-from lm_eval_pruned.results.series import scale_name
+from lm_eval_pruned.results.groups import scale_name
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 

@@ -16,7 +16,7 @@ from lm_eval_pruned.compare.statistics import (
     power_of_shares,
 )
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.series import primary_metrics
+from lm_eval_pruned.results.groups import primary_metrics
 from lm_eval_pruned.util.tables import markdown_table
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 from lm_eval_pruned.compare.margins import Claim, Margin
 from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
 from lm_eval_pruned.results.documents import read_documents
-from lm_eval_pruned.results.series import primary_metrics
+from lm_eval_pruned.results.groups import primary_metrics
 
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lm_eval_pruned.gate.rules import (
 )
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.folder import is_sweep
-from lm_eval_pruned.results.runs import notes_on, read_run
+from lm_eval_pruned.results.runs import notes_on, read_run, read_sweep
 from lm_eval_pruned.results.settings import (
     ASKED,
     CIRCUMSTANCES,
@@ -31,7 +31,6 @@ from lm_eval_pruned.results.settings import (
     listed,
     shown,
 )
-from lm_eval_pruned.results.sweep_results import read_sweep
 
 
 if TYPE_CHECKING:

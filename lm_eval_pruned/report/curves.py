@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lm_eval_pruned.compare.comparison_table import number_text
 from lm_eval_pruned.report.page import Section, Table, run_label
 from lm_eval_pruned.results.files import as_mapping, finite_or_none
-from lm_eval_pruned.results.series import is_perplexity, primary_metrics, series_of
+from lm_eval_pruned.results.groups import is_perplexity, primary_metrics, series_of
 
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from lm_eval_pruned.report.figure_data import AXES, MEASURES, curves_of
 from lm_eval_pruned.report.figure_spec import LABELS, panels_of
 from lm_eval_pruned.report.page import Figure, Section
 from lm_eval_pruned.report.plots import Plot, slug
-from lm_eval_pruned.results.families import FAMILIES
-from lm_eval_pruned.results.series import series_of
+from lm_eval_pruned.results.groups import FAMILIES, series_of
 from lm_eval_pruned.util.palette import variables
 
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison_rows import Comparison
     from lm_eval_pruned.report.figure_data import Curves
     from lm_eval_pruned.report.figure_spec import Panel
-    from lm_eval_pruned.results.chance import Levels
+    from lm_eval_pruned.results.documents import Levels
     from lm_eval_pruned.results.files import Run
 
 #: Width of a panel in a file, in pixels.

@@ -13,16 +13,15 @@ from lm_eval_pruned.compare.comparison_table import (
     number_text,
     p_text,
 )
-from lm_eval_pruned.results.families import FAMILIES, family_of
 from lm_eval_pruned.results.files import as_mapping, finite_or_none
-from lm_eval_pruned.results.series import is_share, primary_metrics
+from lm_eval_pruned.results.groups import FAMILIES, family_of, is_share, primary_metrics
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
-    from lm_eval_pruned.results.chance import Levels
+    from lm_eval_pruned.results.documents import Levels
     from lm_eval_pruned.results.files import Run
 
 SIGNIFICANT, NOT_SHOWN, NOT_TESTED, UNPRUNED = MARKS = (

@@ -25,7 +25,7 @@ from lm_eval_pruned.report.figure_labels import (
     names_of,
     rules_of,
 )
-from lm_eval_pruned.results.families import FAMILIES, LEFT, TAKEN, UNKNOWN
+from lm_eval_pruned.results.groups import FAMILIES, LEFT, TAKEN, UNKNOWN
 
 
 if TYPE_CHECKING:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.results.families import FAMILIES, family_of
-from lm_eval_pruned.results.series import is_control, is_share, series_of
+from lm_eval_pruned.results.groups import (
+    FAMILIES,
+    family_of,
+    is_control,
+    is_share,
+    series_of,
+)
 
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.results.answers import (
+from lm_eval_pruned.results.documents import (
     Answer,
     Question,
     read_answer,
     read_question,
+    read_samples,
 )
-from lm_eval_pruned.results.documents import read_samples
-from lm_eval_pruned.results.series import primary_metrics
+from lm_eval_pruned.results.groups import primary_metrics
 
 
 if TYPE_CHECKING:

@@ -7,19 +7,19 @@ can end, and the page's script writes them with ``textContent`` alone.
 from __future__ import annotations
 
 import json
+import os.path
 import re
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.report.flips import KINDS
 from lm_eval_pruned.report.page import only_these, run_label
-from lm_eval_pruned.results.answers import shared_beginning
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lm_eval_pruned.report.flips import Changed
-    from lm_eval_pruned.results.answers import Answer
+    from lm_eval_pruned.results.documents import Answer
     from lm_eval_pruned.results.files import Run
 
 #: What ends a script element, opens a comment in one, or is no character of its own.
@@ -120,7 +120,7 @@ def _shared_beginnings(changed: Sequence[Changed]) -> dict[str, str]:
         prompts.setdefault(each.leaf, set()).add(each.question.prompt)
     shared = {}
     for leaf, several in prompts.items():
-        beginning = shared_beginning(several) if len(several) > 1 else ""
+        beginning = os.path.commonprefix(list(several)) if len(several) > 1 else ""  # noqa: RUF071
         beginning = beginning[: beginning.rfind("\n") + 1]
         if len(beginning) >= _LEAST_SHARED:
             shared[leaf] = beginning

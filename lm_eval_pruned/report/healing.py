@@ -26,7 +26,7 @@ from lm_eval_pruned.results.files import (
     as_mapping,
     finite_or_none,
 )
-from lm_eval_pruned.results.series import healing_name, is_control, primary_metrics
+from lm_eval_pruned.results.groups import healing_name, is_control, primary_metrics
 
 
 if TYPE_CHECKING:

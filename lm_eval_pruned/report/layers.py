@@ -11,7 +11,7 @@ from lm_eval_pruned.results.folder import SENSITIVITY, read_curves
 
 
 if TYPE_CHECKING:
-    from lm_eval_pruned.results.sweep_results import SweepResults
+    from lm_eval_pruned.results.runs import SweepResults
 
 #: The table is of the share that is nearest to this one, in percent.
 _SHOWN = 25

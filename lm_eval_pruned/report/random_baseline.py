@@ -15,7 +15,7 @@ from lm_eval_pruned.report.findings import Finding
 from lm_eval_pruned.report.healing import judged, paired_rows, paired_section
 from lm_eval_pruned.report.page import Section
 from lm_eval_pruned.results.files import as_mapping
-from lm_eval_pruned.results.series import healing_name, is_control, series_name
+from lm_eval_pruned.results.groups import healing_name, is_control, series_name
 
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.report.healing import PairedRow
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.results.sweep_results import SweepResults
+    from lm_eval_pruned.results.runs import SweepResults
 
 RANDOM = "random"
 SEEDS = (0, 1, 2)

@@ -30,7 +30,7 @@ from lm_eval_pruned.report.sections import (
     scores_section,
     trends_section,
 )
-from lm_eval_pruned.results.sweep_results import SweepResults, read_sweep
+from lm_eval_pruned.results.runs import SweepResults, read_sweep
 from lm_eval_pruned.util.atomic import write_atomically
 
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison_rows import Comparison
     from lm_eval_pruned.report.findings import Finding
     from lm_eval_pruned.report.page import Section
-    from lm_eval_pruned.results.chance import Levels
+    from lm_eval_pruned.results.documents import Levels
     from lm_eval_pruned.results.files import Run
 
 

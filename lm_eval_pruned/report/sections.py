@@ -25,8 +25,8 @@ from lm_eval_pruned.report.page import (
     verdict_cell,
 )
 from lm_eval_pruned.results.files import as_mapping, finite_or_none
+from lm_eval_pruned.results.groups import primary_metrics, scale_name, series_name
 from lm_eval_pruned.results.runs import setting_of
-from lm_eval_pruned.results.series import primary_metrics, scale_name, series_name
 
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
     from lm_eval_pruned.report.findings import Finding
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.results.sweep_results import SweepResults
+    from lm_eval_pruned.results.runs import SweepResults
 
 
 def findings_section(

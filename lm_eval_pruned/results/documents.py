@@ -1,38 +1,58 @@
-"""Scores of single documents, from logged samples: what they are matched and grouped by."""
+"""Single documents of a logged task: their scores, the choices they offer, the answers."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os.path
 import re
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from lm_eval_pruned.results.chance import Choices, Levels, choices_of, levels_of
-from lm_eval_pruned.results.files import ResultsError, Run, is_number
+from lm_eval_pruned.results.files import ResultsError, Run, as_mapping, is_number
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 T = TypeVar("T")
 
 #: Documents that share this field belong together: they ask about the same text.
 CLUSTER_FIELDS = {
-    re.compile(r"(^|_)musr(_|$)"): "narrative",
-    re.compile(r"(^|_)boolq(_|$)"): "passage",
-    re.compile(r"^race(_|$)"): "article",
-    re.compile(r"(^|_)drop(_|$)"): "passage",
-    re.compile(r"quad(v2|_|$)"): "context",
-    re.compile(r"hellaswag(_|$)"): "source_id",
-    re.compile(r"(^|_)multirc(_|$)"): "paragraph",
-    re.compile(r"(^|_)record(_|$)"): "passage",
-    re.compile(r"belebele(_|$)"): "flores_passage",
+    r"(^|_)musr(_|$)": "narrative",
+    r"(^|_)boolq(_|$)": "passage",
+    r"^race(_|$)": "article",
+    r"(^|_)drop(_|$)": "passage",
+    r"quad(v2|_|$)": "context",
+    r"hellaswag(_|$)": "source_id",
+    r"(^|_)multirc(_|$)": "paragraph",
+    r"(^|_)record(_|$)": "passage",
+    r"belebele(_|$)": "flores_passage",
 }
+#: From a weighted mean to the score: the harness's mean, perplexity and bits per byte.
+TRANSFORMS = {
+    "mean": lambda mean: mean,
+    "perplexity": lambda mean: np.exp(-mean),
+    "bits_per_byte": lambda mean: -mean / math.log(2),
+}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Scores that need no knowledge.
+
+    Attributes:
+        chance: Of a model that finds all choices equally likely; None without choices.
+        majority: Of always giving the commonest answer; None where documents offer
+            different choices, so that there is no such answer.
+    """
+
+    chance: float | None = None
+    majority: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +69,6 @@ class Documents:
         clusters: Cluster of each document, length n, or None if documents are
             independent.
         transform: Name in `TRANSFORMS`.
-        prompts: The harness's ``prompt_hash`` of each document, length n, None where
-            none was logged; empty where they were not read.
         levels: Of guessing and of the commonest answer, where the documents tell.
     """
 
@@ -59,40 +77,25 @@ class Documents:
     weights: np.ndarray
     clusters: tuple[str, ...] | None
     transform: str
-    prompts: tuple[str | None, ...] = ()
-    levels: Levels = field(default_factory=Levels)
-
-    def other_prompts(self, other: Documents) -> int:
-        """Return how many documents of both were put into other prompts."""
-        prompts = dict(zip(self.keys, self.prompts, strict=False))
-        return sum(
-            key in prompts and prompts[key] != prompt
-            for key, prompt in zip(other.keys, other.prompts, strict=False)
-        )
+    levels: Levels = Levels()
 
     def in_the_order_of(self, other: Documents, part: bool = False) -> Documents | None:
-        """Return the same documents in another order; None where `other` has others.
+        """Return the documents of `other`, which may be a part of these if `part` is true.
 
-        Args:
-            other: Gives the order.
-            part: Whether it may have fewer.
+        None where it has others.
         """
         position = {key: index for index, key in enumerate(self.keys)}
-        wanted = set(other.keys)
-        if not (wanted <= position.keys() if part else wanted == position.keys()):
+        same = len(position) == len(other.keys)
+        if not position.keys() >= {*other.keys} or not (part or same):
             return None
         order = [position[key] for key in other.keys]
-
-        def sorted_(values: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(values[index] for index in order)
-
+        clusters = self.clusters
         return replace(
             self,
             keys=other.keys,
             values=self.values[order],
             weights=self.weights[order],
-            clusters=None if self.clusters is None else sorted_(self.clusters),
-            prompts=sorted_(self.prompts) if self.prompts else (),
+            clusters=clusters and tuple(clusters[place] for place in order),
         )
 
     def is_scored_like(self, other: Documents) -> bool:
@@ -103,30 +106,56 @@ class Documents:
 
     @property
     def strata(self) -> tuple[str, ...] | None:
-        """Task of each document, or None for a single one.
+        """Task of each document; None for a single one.
 
-        The subtasks of a group, such as MMLU's subjects, are not drawn from others:
-        another draw of documents would have the same.
+        Another draw of documents would have the same subtasks, such as MMLU's subjects.
         """
         tasks = tuple(task for task, _, _ in self.keys)
         return tasks if len(set(tasks)) > 1 else None
 
 
-#: From a weighted mean to the score: the harness's mean, perplexity and bits per byte.
-TRANSFORMS = {
-    "mean": lambda mean: mean,
-    "perplexity": lambda mean: np.exp(-mean),
-    "bits_per_byte": lambda mean: -mean / math.log(2),
-}
+@dataclass(frozen=True)
+class Question:
+    """One document as a model was asked about it.
+
+    Attributes:
+        number: The harness's ``doc_id``.
+        digest: Its ``doc_hash``.
+        prompt: What the model read.
+        target: As the harness writes it: a text, or the index of a choice. Of IFEval, the
+            names of the instructions.
+        choices: Continuations that were compared; empty where the model wrote freely.
+        right: Index of the right choice; None where that is not one.
+        chance: Score of a model that finds all choices equally likely; None without choices.
+    """
+
+    number: str
+    digest: str
+    prompt: str
+    target: str
+    choices: tuple[str, ...]
+    right: int | None = None
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model answered.
+
+    Attributes:
+        right: Whether the metric counts it.
+        chosen: What two answers are compared by: the index of the most likely choice as
+            text, or the text after the task's filter; None where the line does not tell.
+        text: What the model wrote, before the filter; empty where it chose.
+    """
+
+    right: bool
+    chosen: str | None
+    text: str = ""
 
 
 def read_documents(run: Run, task: str, metric: str) -> Documents | None:
-    """Read the scores of single documents from the logged samples.
-
-    Args:
-        run: A run.
-        task: One of its tasks, or a group.
-        metric: Metric with filter, such as ``acc,none``.
+    """Read the scores of single documents of a task or group from the logged samples.
 
     Returns:
         None where samples are missing, or where no aggregation known here makes the
@@ -136,47 +165,54 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
         ResultsError: A samples file cannot be read, or holds another number of
             documents than the results file says.
     """
-    leaves = run.leaves(task)
-    if any(leaf not in run.samples for leaf in leaves):
-        return None
-    reported = run.scores[task, metric].value
-    parts = [(leaf, _read_samples(run, leaf, metric)) for leaf in leaves]
-    if any(not samples for _, samples in parts):
-        return None
-    keys = tuple(
-        chain.from_iterable(
-            ((leaf, *sample.key) for sample in samples) for leaf, samples in parts
-        )
-    )
-    clusters = _clusters(parts)
-    sizes = np.concatenate([np.full(len(s), float(len(s))) for _, s in parts])
-    raw = [sample.value for _, samples in parts for sample in samples]
-    prompts = tuple(sample.prompt for _, samples in parts for sample in samples)
-    offered = [sample.choices for _, samples in parts for sample in samples]
-    for values, weights in _readings(raw):
-        weightings = [weights]
-        if len(parts) > 1:
-            weightings.append(weights / sizes)
-        for weighting in weightings:
-            for transform, function in TRANSFORMS.items():
-                with np.errstate(over="ignore"):
-                    score = function(np.average(values, weights=weighting))
-                if _same(float(score), reported):
-                    levels = levels_of(offered, weighting.tolist())
-                    return Documents(
-                        *(keys, values, weighting, clusters, transform, prompts),
-                        levels,
-                    )
+    name = metric.rpartition(",")[0]
+    rows: list[tuple[Any, ...]] = []
+    for leaf in run.leaves(task):
+        field = [each for text, each in CLUSTER_FIELDS.items() if re.search(text, leaf)]
+
+        def take(row: Mapping[str, Any], field: list[str] = field) -> tuple[Any, ...]:
+            cluster = as_mapping(row.get("doc")).get(*field[:1] or [""])
+            return row[name], read_question(row), cluster
+
+        found = read_samples(run, leaf, metric, take) if leaf in run.samples else []
+        if not found:
+            return None
+        for number, (key, (value, question, cluster)) in enumerate(found):
+            cluster = f"{leaf}\0{number if cluster is None else cluster}"
+            rows.append(((leaf, *key), len(found), cluster, value, question))
+    keys, sizes, clusters, raw, questions = zip(*rows, strict=True)
+    reported, of_choices = run.scores[task, metric].value, name.startswith("acc")
+    # The score of a group is a mean over documents, or over tasks.
+    for (values, weights), divisor, transform in itertools.product(
+        _readings(raw), (1, np.array(sizes)), TRANSFORMS
+    ):
+        weights = weights / divisor
+        with np.errstate(over="ignore"):
+            score = TRANSFORMS[transform](np.average(values, weights=weights))
+        if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
+            grouped = clusters if len({*clusters}) < len(keys) else None
+            levels = levels_of(questions if of_choices else (), weights)
+            return Documents(keys, values, weights, grouped, transform, levels)
     return None
 
 
-@dataclass(frozen=True)
-class _Sample:
-    key: tuple[str, int]
-    value: Any
-    cluster: str | None
-    prompt: str | None
-    choices: Choices | None
+def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield what per-document values can mean, as (values, weights).
+
+    A number is a score. A list is several scores (IFEval's instructions) or, if each
+    is a pair, a sum with its weight (log-likelihood and words).
+    """
+    if all(map(is_number, raw)):
+        yield np.array(raw, dtype=float), np.ones(len(raw))
+    elif all(
+        isinstance(each, list) and each and all(map(is_number, each)) for each in raw
+    ):
+        lengths = np.array([len(each) for each in raw], dtype=float)
+        yield np.array([np.mean(np.array(each, float)) for each in raw]), lengths
+        if (lengths == 2).all():
+            sums, weights = np.array(raw, dtype=float).T
+            if (weights > 0).all():
+                yield sums / weights, weights
 
 
 def read_samples(
@@ -185,10 +221,10 @@ def read_samples(
     """Read the logged documents of one task that have a metric.
 
     Args:
-        run: A run that logged samples of `task`.
-        task: A task that is no group.
+        run: A run that logged samples of `task`, which is no group.
+        task: See `run`.
         metric: Metric with filter, such as ``acc,none``.
-        take: Called with each line of the file, in its order; what it returns is kept.
+        take: What of a line is kept.
 
     Returns:
         Pairs of key and what was taken, in the order of ``doc_id``. A key is ``doc_hash``
@@ -201,124 +237,110 @@ def read_samples(
     file = run.samples[task]
     name, _, filter_name = metric.rpartition(",")
     rows = []
-    hashes = 0
-    for number, row in _read_lines(file):
-        if row.get("filter") != filter_name:
-            continue
-        identity = row.get("doc_hash")
-        if not isinstance(identity, str):
-            raise ResultsError(
-                f"{file}, line {number}: no doc_hash, so its document cannot be matched; these "
-                "are not samples of lm-eval 0.4.3 or later."
-            )
-        hashes += 1
-        if row.get(name) is None:
-            continue
-        order = row.get("doc_id")
-        rows.append((order if isinstance(order, int) else number, identity, take(row)))
+    logged = 0
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                digest = str(row["doc_hash"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ResultsError(
+                    f"{file}, line {number}: not whole JSON with a doc_hash; the file was cut off, "
+                    "or was not written by lm-eval 0.4.3 or later."
+                ) from None
+            if row.get("filter") == filter_name:
+                logged += 1
+                if row.get(name) is not None:
+                    rows.append((row.get("doc_id", number), digest, take(row)))
     score = run.scores.get((task, metric))
-    expected = None if score is None else score.documents
-    if expected is not None and hashes != expected:
+    if score and score.documents not in (None, logged):
         raise ResultsError(
-            f"{file} holds {hashes} documents of {task} (filter {filter_name!r}), and the results "
-            f"file says {expected}: one of them is incomplete."
+            f"{file} holds {logged} documents of {task} (filter {filter_name!r}), and the results "
+            f"file says {score.documents}: one of them is incomplete."
         )
+    seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
     rows.sort(key=lambda row: row[0])
-    repetitions: dict[str, int] = {}
-    samples = []
-    for _, identity, taken in rows:
-        repetition = repetitions.get(identity, 0)
-        repetitions[identity] = repetition + 1
-        samples.append(((identity, repetition), taken))
-    return samples
+    return [((digest, next(seen[digest])), taken) for _, digest, taken in rows]
 
 
-def _read_samples(run: Run, task: str, metric: str) -> list[_Sample]:
-    """Read one metric of the samples of one task; documents without it are left out."""
-    name = metric.rpartition(",")[0]
-    cluster_field = next(
-        (
-            field
-            for task_name, field in CLUSTER_FIELDS.items()
-            if task_name.search(task)
-        ),
-        None,
+def levels_of(documents: Sequence[Question], weights: np.ndarray) -> Levels:
+    """Return the levels of a score, in which documents count by `weights`."""
+    chances = [each.chance for each in documents]
+    rights = [each.right for each in documents]
+    if not documents or None in chances:
+        return Levels()
+    chance = float(np.average(np.array(chances, dtype=float), weights=weights))
+    # The same choice in words may be the right one in every other context.
+    if None in rights or len({each.choices for each in documents}) > 1:
+        return Levels(chance)
+    counts = np.bincount(np.array(rights, dtype=int), weights)
+    return Levels(chance, float(counts.max() / weights.sum()))
+
+
+def read_question(row: Mapping[str, Any]) -> Question:
+    """Return what a line of samples says of its document."""
+    prompt, choices = _prompt_and_endings(row)
+    texts = [choice.strip() for choice in choices]
+    document = as_mapping(row.get("doc"))
+    # The target of IFEval says nothing.
+    target = str(document.get("instruction_id_list") or row.get("target", ""))
+    chance, right = (1 / len(choices) if choices[1:] else None), None
+    # The score of MC2 is the share of probability on true answers, which can be several.
+    several = as_mapping(document.get("mc2_targets"))
+    if chance and texts == [str(each).strip() for each in several.get("choices") or ()]:
+        chance = float(np.mean(several["labels"]))
+    elif target.strip().isdecimal() and int(target) < len(choices):
+        right = int(target)
+    elif texts.count(target.strip()) == 1:
+        right = texts.index(target.strip())
+    return Question(
+        number=str(row.get("doc_id", "")),
+        digest=str(row.get("doc_hash", "")),
+        prompt=prompt,
+        target=target,
+        choices=choices if choices[1:] else (),
+        right=right,
+        chance=chance,
     )
 
-    def take(
-        row: Mapping[str, Any],
-    ) -> tuple[Any, str | None, str | None, Choices | None]:
-        document = row.get("doc")
-        cluster = document.get(cluster_field) if isinstance(document, dict) else None
-        prompt = row.get("prompt_hash")
-        return (
-            row[name],
-            None if cluster is None else str(cluster),
-            None if prompt is None else str(prompt),
-            choices_of(row, name),
-        )
 
-    return [
-        _Sample(key, *taken) for key, taken in read_samples(run, task, metric, take)
-    ]
+def read_answer(row: Mapping[str, Any], metric: str) -> Answer | None:
+    """Return the answer in a line of samples; None if it counts as neither right nor wrong.
 
-
-def _clusters(parts: list[tuple[str, list[_Sample]]]) -> tuple[str, ...] | None:
-    names: list[str] = []
-    for leaf, samples in parts:
-        for number, sample in enumerate(samples):
-            if sample.cluster is not None:
-                names.append(f"{leaf}\0{sample.cluster}")
-            else:
-                names.append(f"{leaf}\0{number}")
-    return tuple(names) if len(set(names)) < len(names) else None
-
-
-def _readings(raw: list[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield what per-document values can mean, as (values, weights).
-
-    A number is a score. A list is several scores (IFEval's instructions) or, if each
-    is a pair, a sum with its weight (log-likelihood and words).
+    Args:
+        row: The line.
+        metric: Metric without filter, such as ``acc_norm``.
     """
-    if all(is_number(value) for value in raw):
-        yield np.array(raw, dtype=float), np.ones(len(raw))
-        return
-    if not all(
-        isinstance(value, list) and value and all(map(is_number, value))
-        for value in raw
-    ):
-        return
-    lengths = np.array([len(value) for value in raw], dtype=float)
-    yield np.array([np.mean(np.array(value, float)) for value in raw]), lengths
-    if (lengths == 2).all():
-        sums, weights = np.array(raw, dtype=float).T
-        if (weights > 0).all():
-            yield sums / weights, weights
+    value = row.get(metric)
+    if not is_number(value) or value not in (0, 1):
+        return None
+    answers, written = row.get("filtered_resps"), row.get("resps")
+    endings = _prompt_and_endings(row)[1]
+    if not answers or len(endings) == 1:
+        return Answer(bool(value), None)
+    if endings:
+        # The harness divides by the length of the choice without the space in front of it.
+        lengths = [len(ending.removeprefix(" ")) or 1 for ending in endings]
+        likelihoods = np.array([float(each[0]) for each in answers[: len(endings)]])
+        scores = likelihoods / (lengths if metric == "acc_norm" else 1)
+        return Answer(bool(value), str(np.argmax(scores)))
+    while isinstance(written, list) and len(written) == 1:
+        written = written[0]
+    chosen = answers[0] if len(answers) == 1 else answers
+    return Answer(bool(value), str(chosen), str(written))
 
 
-def _same(score: float, reported: float) -> bool:
-    return math.isclose(score, reported, rel_tol=1e-6, abs_tol=1e-9) or (
-        math.isnan(score) and math.isnan(reported)
-    )
-
-
-def _read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ResultsError(
-                        f"{file}, line {number}: not whole JSON ({error}); the file was cut off or "
-                        "damaged."
-                    ) from None
-                if not isinstance(row, dict):
-                    raise ResultsError(f"{file}, line {number}: not an object.")
-                yield number, row
-    except UnicodeDecodeError:
-        raise ResultsError(f"{file} is not a text file in UTF-8.") from None
-    except OSError as error:
-        raise ResultsError(f"{file} cannot be read: {error.strerror}.") from None
+def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Return what a model read, and what followed; nothing where it wrote that itself."""
+    asked = list(map(as_mapping, as_mapping(row.get("arguments")).values()))
+    # Asked once more without the question, for the metric that takes this away.
+    if "acc_mutual_info" in row:
+        asked = asked[: len(asked) // 2]
+    prompts = [str(each.get("arg_0", "")) for each in asked]
+    endings = [each.get("arg_1", "") for each in asked]
+    # The choices of Winogrande are put into the prompt, before one ending.
+    shared = prompts[0] if len({*prompts}) == 1 else os.path.commonprefix(prompts)  # noqa: RUF071
+    if not all(isinstance(each, str) for each in endings):
+        return shared, ()
+    pairs = zip(prompts, endings, strict=True)
+    return shared, tuple(prompt[len(shared) :] + ending for prompt, ending in pairs)

@@ -1,11 +1,8 @@
-"""One results file of lm-evaluation-harness: scores, settings, and where its samples lie.
-
-Everything that is read comes from a disk and is distrusted: a file that is cut off,
-empty, from another program or from a later version gives one `ResultsError` that says so.
-"""
+"""One results file of lm-evaluation-harness: scores, settings, and where its samples lie."""
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import re
@@ -17,12 +14,16 @@ from lm_eval_pruned.results.stopping_record import Stopping
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
     from typing import TypeGuard
 
+#: Sections of a results file.
+SECTIONS = (
+    *("results", "config", "group_subtasks", "higher_is_better", "n-samples", "n-shot"),
+    *("stopping", "task_hashes", "versions"),
+)
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.+-]+)$")
-_STDERR = "_stderr"
 
 
 class ResultsError(ValueError):
@@ -54,14 +55,13 @@ class Run:
         name: Short name for tables.
         path: File or folder it was read from.
         scores: Scores by (task, metric), the metric as the harness writes it, such
-            as ``acc,none``; tasks and metrics in the order of the file. Groups that
-            aggregate their subtasks are among the tasks.
-        versions: Version of each task, as the task's YAML gives it.
+            as ``acc,none``, in the order of the file. Groups are among the tasks.
+        versions: Version of each task, as its YAML gives it.
         subtasks: Direct members of each group.
         samples: File of logged samples by task.
         config: The harness's ``config`` section: model, arguments, limit, seeds and,
             for ``pruned-hf``, ``pruning``.
-        energy: What was measured beside the scores, by task; empty where nothing was.
+        energy: What was measured beside the scores, by task.
         settings: How each task was evaluated; see `settings.settings_of`.
         notes: What was left out of what `path` holds, one sentence each.
         stopping: How a comparison was ended before or with the last document, by task.
@@ -82,27 +82,24 @@ class Run:
     @property
     def pruning(self) -> Mapping[str, Any]:
         """What ``pruned-hf`` recorded; see `PruneRecord.as_dict`. Empty for other models."""
-        record = self.config.get("pruning")
-        return record if isinstance(record, dict) else {}
+        return as_mapping(self.config.get("pruning"))
 
     @property
     def healing(self) -> Mapping[str, Any]:
-        """On what the pruned model was trained again, as its adapter says; else empty."""
-        record = self.config.get("healing")
-        return record if isinstance(record, dict) else {}
+        """How the pruned model was trained again, as its adapter says; else empty."""
+        return as_mapping(self.config.get("healing"))
 
     @property
     def expansion_ratio(self) -> float | None:
         """Intermediate size / hidden size of the model that was evaluated, or None."""
-        ratio = self.pruning.get("expansion_ratio_after")
-        return float(ratio) if isinstance(ratio, int | float) else None
+        return finite_or_none(self.pruning.get("expansion_ratio_after"))
 
     @property
     def is_baseline(self) -> bool:
         """Whether ``pruned-hf`` removed nothing."""
-        pruning = self.pruning
-        widths = (pruning.get(f"intermediate_size_{n}") for n in ("before", "after"))
-        return bool(pruning) and not self.is_shallow and len({*widths}) == 1
+        when = ("intermediate_size_before", "intermediate_size_after")
+        widths = {self.pruning.get(each) for each in when}
+        return bool(self.pruning) and not self.is_shallow and len(widths) == 1
 
     @property
     def is_shallow(self) -> bool:
@@ -110,29 +107,17 @@ class Run:
         return "layers_dropped" in self.pruning
 
     def tasks(self, *, subtasks: bool = True) -> list[str]:
-        """Return the tasks that have scores.
-
-        Args:
-            subtasks: Whether to include the members of groups that have scores.
-        """
+        """Return the tasks that have scores, with or without the members of groups."""
         tasks = list(dict.fromkeys(task for task, _ in self.scores))
-        if subtasks:
-            return tasks
-        hidden = {
-            member for task in tasks for member in self.members(task) if member != task
-        }
-        return [task for task in tasks if task not in hidden]
+        below = {member for task in tasks for member in self.members(task)[1:]}
+        return [task for task in tasks if subtasks or task not in below]
 
     def members(self, task: str) -> list[str]:
         """Return `task` and all its subtasks, at any depth, each once."""
-        found: dict[str, None] = {}
-        waiting = [task]
-        while waiting:
-            name = waiting.pop(0)
-            if name not in found:
-                found[name] = None
-                waiting.extend(self.subtasks.get(name, ()))
-        return list(found)
+        found = [task]
+        for name in found:
+            found += [each for each in self.subtasks.get(name, ()) if each not in found]
+        return found
 
     def leaves(self, task: str) -> list[str]:
         """Return the tasks without subtasks at or below `task`."""
@@ -143,26 +128,15 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ResultsError: The file cannot be read, or holds something else.
+        ResultsError: The file holds something else.
+        OSError: It cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ResultsError(f"{file} is not a text file in UTF-8.") from None
-    except OSError as error:
-        raise ResultsError(f"{file} cannot be read: {error.strerror}.") from None
-    if not text.strip():
-        raise ResultsError(f"{file} is empty.")
-    try:
-        data = json.loads(text)
-    except RecursionError:
-        raise ResultsError(f"{file} is nested too deeply to be results.") from None
-    except ValueError as error:
+        data = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError) as error:
         raise ResultsError(f"{file} is not whole JSON ({error}).") from None
     if not isinstance(data, dict):
-        raise ResultsError(
-            f"{file} is no results file of lm-eval: it holds a {type(data).__name__}, not an object."
-        )
+        raise ResultsError(f"{file} holds a {type(data).__name__}, not an object.")
     return data
 
 
@@ -178,22 +152,14 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 
 def finite_or_none(value: Any) -> float | None:
     """Return a value of a results file as a number, or None where it is no finite one."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = is_number(value) and not isinstance(value, bool)
     return float(value) if number and math.isfinite(value) else None
 
 
-def date_of(file: Path) -> str | None:
-    """Return the date that the harness put into the name of a file, or None."""
-    match = _DATE.search(file.stem)
-    return match and match[1]
-
-
 def newest_first(folder: Path) -> list[Path]:
-    """Return the results files that lie in a folder."""
-    files = folder.glob("results_*.json")
-    return sorted(
-        files, key=lambda file: (date_of(file) or "", file.name), reverse=True
-    )
+    """Return the results files of a folder, or of those below it where it has none."""
+    files = [*folder.glob("results_*.json")] or [*folder.rglob("results_*.json")]
+    return sorted(files, key=lambda file: (_date_of(file), str(file)), reverse=True)
 
 
 def read_results_file(file: Path) -> Run:
@@ -203,109 +169,63 @@ def read_results_file(file: Path) -> Run:
         ResultsError: It cannot be read, or is no results file.
     """
     data = read_json(file)
-    results = data.get("results")
-    if not isinstance(results, dict) or not results:
-        raise ResultsError(
-            f"{file} is no results file of lm-eval: it has no object 'results' with tasks in it."
-        )
-    better = _object(file, data, "higher_is_better")
-    counts = _object(file, data, "n-samples")
-    scores: dict[tuple[str, str], Score] = {}
-    for task, metrics in results.items():
-        if not isinstance(metrics, dict):
-            raise ResultsError(
-                f"{file} is not in the layout that this version reads: the entry of {task!r} in "
-                "'results' is not an object."
-            )
-        count = counts.get(task, {})
-        documents = count.get("effective") if isinstance(count, dict) else None
-        for metric, value in metrics.items():
-            name, comma, filter_name = metric.partition(",")
-            if not comma or name.endswith(_STDERR) or isinstance(value, str):
-                continue
-            if not is_number(value):
-                raise ResultsError(
-                    f"{file}: the score {metric!r} of {task!r} is {value!r}, not a number."
-                )
-            stderr = metrics.get(f"{name}{_STDERR},{filter_name}")
-            directions = better.get(task)
-            direction = directions.get(name) if isinstance(directions, dict) else None
-            scores[task, metric] = Score(
-                float(value),
-                float(stderr) if is_number(stderr) else None,
-                direction if isinstance(direction, bool) else None,
-                documents if isinstance(documents, int) else None,
-            )
+    data |= {key: as_mapping(data.get(key)) for key in SECTIONS}
+    scores = dict(_scores(data))
     if not scores:
-        raise ResultsError(f"{file} holds no scores.")
-    subtasks = {
-        group: tuple(str(member) for member in members)
-        for group, members in _object(file, data, "group_subtasks").items()
-        if isinstance(members, list) and members
-    }
-    config = _object(file, data, "config")
-    _object(file, data, "n-shot")
-    leaves = set(results).union(*subtasks.values())
+        raise ResultsError(
+            f"{file} is no results file of lm-eval: it has no object 'results' with scores in it."
+        )
+    groups = data["group_subtasks"].items()
+    subtasks = {group: tuple(members) for group, members in groups if members}
+    energy = as_mapping(data["config"].get("energy"))
     run = Run(
         name=file.stem,
         path=file,
         scores=scores,
-        versions=_object(file, data, "versions"),
+        versions=data["versions"],
         subtasks=subtasks,
-        samples=_find_samples(file, leaves),
-        config=config,
-        energy=_energy(config, list(results)),
+        samples=_find_samples(file, {*data["results"]}.union(*subtasks.values())),
+        config=data["config"],
+        # Measured over all tasks of the file together.
+        energy={", ".join(data["results"]): energy} if energy else {},
     )
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
-    return replace(run, settings=settings, stopping=_stopping(file, data, run))
-
-
-def _energy(config: Mapping[str, Any], tasks: list[str]) -> dict[str, Any]:
-    """Return the energy section, which belongs to all tasks of one file together."""
-    record = config.get("energy")
-    return {", ".join(tasks): record} if isinstance(record, dict) and record else {}
-
-
-def _stopping(file: Path, data: Mapping[str, Any], run: Run) -> dict[str, Stopping]:
-    """Return the record of stopping, for the task it is of and the members of a group."""
-    record = _object(file, data, "stopping")
-    if not record:
-        return {}
+    if not data["stopping"]:
+        return replace(run, settings=settings)
     try:
-        stopping = Stopping.from_dict(record)
+        stopping = Stopping.from_dict(data["stopping"])
     except (KeyError, TypeError, ValueError):
         raise ResultsError(
             f"{file} says that it stopped early, in a way that this version cannot read."
         ) from None
-    return dict.fromkeys(run.members(stopping.task), stopping)
+    stopped = dict.fromkeys(run.members(stopping.task), stopping)
+    return replace(run, settings=settings, stopping=stopped)
 
 
-def _find_samples(file: Path, tasks: set[str]) -> dict[str, Path]:
-    date = date_of(file)
-    found = {}
-    for task in tasks:
-        # The harness puts the task's name into the file's as it is.
-        if date is not None:
-            candidates = [file.parent / f"samples_{task}_{date}.jsonl"]
-        else:
-            candidates = [
-                path
-                for path in file.parent.glob("samples_*.jsonl")
-                if path.name == f"samples_{task}.jsonl"
-                or _DATE.sub("", path.stem) == f"samples_{task}"
-            ]
-        candidates = [path for path in candidates if path.is_file()]
-        if len(candidates) == 1:
-            found[task] = candidates[0]
-    return found
+def _scores(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Score]]:
+    for task, metrics in data["results"].items():
+        better = as_mapping(data["higher_is_better"].get(task))
+        documents = as_mapping(data["n-samples"].get(task)).get("effective")
+        for metric, value in as_mapping(metrics).items():
+            name, comma, filter_name = metric.partition(",")
+            if comma and not name.endswith("_stderr") and is_number(value):
+                stderr = metrics.get(f"{name}_stderr,{filter_name}")
+                error = float(stderr) if is_number(stderr) else None
+                score = Score(float(value), error, better.get(name), documents)
+                yield (task, metric), score
 
 
-def _object(file: Path, data: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = data.get(key)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ResultsError(
-            f"{file} is not in the layout that this version reads: {key!r} is not an object."
-        )
-    return value
+def _find_samples(file: Path, tasks: Iterable[str]) -> dict[str, Path]:
+    # A results file that was renamed may lie beside samples of one date alone.
+    date = _date_of(file) or "????-??-??T*"
+    found = {
+        task: list(file.parent.glob(f"samples_{glob.escape(task)}_{date}.jsonl"))
+        for task in tasks
+    }
+    return {task: files[0] for task, files in found.items() if len(files) == 1}
+
+
+def _date_of(file: Path) -> str:
+    """Return the date that the harness put into the name of a file; empty without one."""
+    match = _DATE.search(file.stem)
+    return match[1] if match else ""

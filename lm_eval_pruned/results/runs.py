@@ -1,8 +1,8 @@
-"""The results of one model, from a file or from a folder that several commands filled."""
+"""The results of one model, or of a sweep, from files that several commands wrote."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,73 @@ from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
     newest_first,
+    read_json,
     read_results_file,
 )
-from lm_eval_pruned.results.folder import UNITS, is_sweep
-from lm_eval_pruned.results.settings import LABELS, SHARED, listed, shown
+from lm_eval_pruned.results.folder import ERROR, UNITS, read_definition
+from lm_eval_pruned.results.settings import SHARED, differing, label, listed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A configuration and task of a sweep that failed, and the error in one line."""
+
+    run: str
+    task: str
+    message: str
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """A folder of runs that share everything but their pruning.
+
+    Attributes:
+        path: The folder.
+        definition: ``sweep.json``.
+        runs: One run per configuration that has results, in the order of the definition.
+        failures: Units that failed.
+    """
+
+    path: Path
+    definition: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    failures: tuple[Failure, ...] = ()
+
+
+def read_sweep(path: str | Path) -> SweepResults:
+    """Read a sweep folder, which may be of a sweep that is still running.
+
+    Raises:
+        ResultsError: The folder is not a sweep of a schema known here, or holds no
+            finished unit.
+    """
+    path = Path(path)
+    definition, names = read_definition(path)
+    runs, failures = [], []
+    for name in names:
+        folder = path / UNITS / name
+        done = []
+        for unit in sorted(folder.glob("*/")):
+            if newest_first(unit):
+                done.append(read_newest(unit))
+            elif (unit / ERROR).is_file():
+                message = str(read_json(unit / ERROR).get("message") or "no message")
+                first_line = message.strip().partition("\n")[0]
+                failures.append(Failure(name, unit.name, first_line))
+        if done:
+            runs.append(_merged(name, folder, done))
+    if not runs:
+        failed = f"; {len(failures)} failed" if failures else ""
+        raise ResultsError(f"{path} holds no finished unit yet{failed}.")
+    absent = [name for name in names if name not in {run.name for run in runs}]
+    if absent:
+        note = f"{path} holds no finished unit of {', '.join(absent)}."
+        runs[0] = replace(runs[0], notes=(note,))
+    return SweepResults(path, definition, tuple(runs), tuple(failures))
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
@@ -25,61 +84,28 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
 
     Args:
         path: A results file, or a folder as ``lm_eval --output_path`` fills it. Of
-            several results of one model in a folder the newest of each task counts;
-            what is not read is named in `Run.notes`.
+            several results of one model in a folder the newest of each task counts.
         name: Name for tables; default: made from `path`.
 
     Raises:
         ResultsError: There is no such path, or it cannot be read as one run.
     """
     path = Path(path)
-    if is_sweep(path):
+    if path.is_file():
+        return replace(read_results_file(path), name=name or path.stem)
+    runs = [read_results_file(file) for file in reversed(newest_first(path))]
+    if not runs:
         raise ResultsError(
-            f"{path} is a sweep folder, which holds several runs: name one of its "
-            f"configurations, such as {path / UNITS / 'ID'}."
+            f"{path} does not exist or holds no results_*.json: give the folder that "
+            "`lm_eval --output_path` named, or a results file."
         )
-    if path.is_dir():
-        folders = sorted({file.parent for file in path.rglob("results_*.json")})
-        if not folders:
-            raise ResultsError(
-                f"{path} holds no results_*.json: give the folder that `lm_eval --output_path` "
-                "named, or a results file."
-            )
-        name = name or path.name
-        if (
-            all(folder.parent == path for folder in folders)
-            and path.parent.name == UNITS
-        ):
-            return merged_runs(name, path, [read_newest(folder) for folder in folders])
-        below = [str(folder.relative_to(path)) for folder in folders if folder != path]
-        if path in folders:
-            run = _read_folder(path)
-            if below:
-                note = (
-                    f"The results in {', '.join(below)} below {path} were left out, which holds "
-                    "results itself."
-                )
-                run = replace(run, notes=(*run.notes, note))
-            return replace(run, name=name)
-        if len(below) > 1:
-            # Without `pretrained` the harness makes a new folder for each command.
-            runs = [_read_folder(folder) for folder in folders]
-            tasks = [task for run in runs for task in run.tasks()]
-            if len(set(tasks)) < len(tasks) or any(
-                _model(run) != _model(runs[0]) for run in runs
-            ):
-                raise ResultsError(
-                    f"{path} holds the results of several models ({', '.join(below)}): name one "
-                    "of them."
-                )
-            notes = tuple(note for run in runs for note in run.notes)
-            return replace(merged_runs(name, path, runs), notes=notes)
-        return replace(_read_folder(folders[0]), name=name)
-    if not path.exists():
+    is_configuration = path.parent.name == UNITS
+    if not is_configuration and any(_model(run) != _model(runs[0]) for run in runs):
+        files = ", ".join(str(run.path.relative_to(path)) for run in runs)
         raise ResultsError(
-            f"{path} does not exist: give a results file or a folder with results."
+            f"{path} holds the results of several models ({files}): name one of them."
         )
-    return replace(read_results_file(path), name=name or path.stem)
+    return _merged(name or path.name, path, runs)
 
 
 def read_newest(folder: Path) -> Run:
@@ -87,124 +113,53 @@ def read_newest(folder: Path) -> Run:
     return read_results_file(newest_first(folder)[0])
 
 
-def _read_folder(folder: Path) -> Run:
-    """Read what several commands left in one folder: of each task the newest.
-
-    The harness names the folder after the checkpoint alone, so results of another
-    size or of other arguments may lie beside: those belong to another model.
-    """
-    newest_file, *older = newest_first(folder)
-    newest = read_results_file(newest_file)
-    parts, notes = [newest], []
-    taken = {leaf for task in newest.tasks() for leaf in newest.members(task)}
-    for file in older:
-        try:
-            run = read_results_file(file)
-        except ResultsError as error:
-            notes.append(f"Left out: {error}")
-            continue
-        fresh = [task for task in run.tasks() if task not in taken]
-        if not fresh:
-            continue
-        where = f"{run.path.name}: {', '.join(fresh)}"
-        if _model(run) != _model(newest):
-            notes.append(
-                f"Left out, since {newest.path.name} is of another model or other model "
-                f"arguments: {where}."
-            )
-            continue
-        whole = [task for task in fresh if taken.isdisjoint(run.members(task))]
-        if whole != fresh:
-            split = [task for task in fresh if task not in whole]
-            notes.append(
-                f"Left out, since some of their subtasks were evaluated again: "
-                f"{', '.join(split)} of {run.path.name}."
-            )
-        if whole:
-            parts.append(_only(run, whole))
-            taken.update(leaf for task in whole for leaf in run.members(task))
-    if len(parts) == 1:
-        return replace(newest, notes=tuple(notes))
-    # The newest last: what holds for the whole run, such as the config, is then its.
-    return replace(merged_runs(folder.name, folder, parts[::-1]), notes=tuple(notes))
-
-
 def _model(run: Run) -> list[Any]:
     """Return what two results of one model have in common."""
     keys = ("model", "model_args", "model_sha", "peft_sha", "delta_sha")
-    pruning = run.pruning
-    return [run.config.get(key) for key in keys] + [
-        pruning.get(key) for key in ("intermediate_size_after", "kept_digest")
-    ]
+    pruning = ("intermediate_size_after", "kept_digest")
+    return [*map(run.config.get, keys), *map(run.pruning.get, pruning)]
 
 
-def _only(run: Run, tasks: list[str]) -> Run:
-    """Return `run` with the scores of `tasks` alone."""
-    members = {leaf for task in tasks for leaf in run.members(task)}
-
-    def kept(mapping: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in mapping.items() if name in members}
-
-    return replace(
-        run,
-        scores={key: score for key, score in run.scores.items() if key[0] in tasks},
-        versions=kept(run.versions),
-        subtasks=kept(run.subtasks),
-        samples=kept(run.samples),
-        settings=kept(run.settings),
-        stopping=kept(run.stopping),
-    )
-
-
-def merged_runs(name: str, path: Path, parts: list[Run]) -> Run:
-    """Join the units of one configuration, or several results of one model."""
-
-    def joined(attribute: str) -> dict[Any, Any]:
-        merged: dict[Any, Any] = {}
-        for part in parts:
-            merged.update(getattr(part, attribute))
-        return merged
-
-    return Run(
-        name=name,
-        path=path,
-        scores=joined("scores"),
-        versions=joined("versions"),
-        subtasks=joined("subtasks"),
-        samples=joined("samples"),
-        config=parts[-1].config,
-        energy=joined("energy"),
-        settings=joined("settings"),
-        stopping=joined("stopping"),
-    )
+def _merged(name: str, path: Path, parts: Sequence[Run]) -> Run:
+    """Join results of one model, the oldest first; of each task the last counts."""
+    last = {task: part for part in parts for task in part.tasks()}
+    by_task = ("versions", "subtasks", "samples", "energy", "settings", "stopping")
+    joined: dict[str, Any] = {
+        each: {k: v for part in parts for k, v in getattr(part, each).items()}
+        for each in by_task
+    }
+    scores = {
+        key: score
+        for part in parts
+        for key, score in part.scores.items()
+        # A group whose members were evaluated again has no score of what they are now.
+        if all(last.get(task, part) is part for task in part.members(key[0]))
+    }
+    return Run(name=name, path=path, scores=scores, config=parts[-1].config, **joined)
 
 
 def setting_of(run: Run, name: str) -> Any:
     """Return a setting of all tasks of a run; by task where they do not share it."""
-    by_task = {task: of_task.get(name) for task, of_task in run.settings.items()}
-    values = list(by_task.values())
-    return values[0] if values.count(values[0]) == len(values) else by_task
+    by_task = {task: each.get(name) for task, each in run.settings.items()}
+    first, *others = by_task.values()
+    return first if all(each == first for each in others) else by_task
 
 
 def notes_on(runs: Iterable[Run]) -> list[str]:
-    """Return what was left out of runs, and which hold results of several commands.
+    """Return the notes of runs, and in what the tasks of one were not evaluated alike.
 
-    The tasks of a resumed sweep, or of a folder of several results, may have been
-    evaluated under several values of what one command gives all its tasks.
+    Those of a resumed sweep, or of a folder of several results, come from several commands.
     """
     notes: list[str] = []
     mixed: dict[str, list[str]] = {}
     for run in runs:
         notes += run.notes
-        for name in SHARED:
-            by_value: dict[str, list[str]] = {}
-            for task, of_task in run.settings.items():
-                by_value.setdefault(shown(of_task.get(name)), []).append(task)
-            if len(by_value) > 1:
-                parts = [f"{value}: {listed(on)}" for value, on in by_value.items()]
-                clause = f"{LABELS.get(name, name)} ({'; '.join(parts)})"
-                mixed.setdefault(clause, []).append(run.name)
+        first, *others = [*run.settings.values()] or [{}]
+        names = {name for each in others for name in differing(first, each, SHARED)}
+        if names:
+            text = ", ".join(label(name) for name in SHARED if name in names)
+            mixed.setdefault(text, []).append(run.name)
     return notes + [
-        f"The tasks of {listed(names)} were not all evaluated with the same {clause}."
-        for clause, names in mixed.items()
+        f"The tasks of {listed(of)} were not all evaluated with the same {names}."
+        for names, of in mixed.items()
     ]

@@ -11,8 +11,8 @@ from lm_eval_pruned import cli
 from lm_eval_pruned.compare import comparison, comparison_table
 from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.results.files import ResultsError
+from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_run
-from lm_eval_pruned.results.series import series_of
 from tests.helpers.results_files import pruning, write_run, write_sweep
 
 

@@ -289,7 +289,7 @@ def baseline_of(record):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "is empty"),
+        (b"", "is not whole JSON"),
         (b"{", "not whole JSON"),
         ({"results": {}}, "is no baseline"),
         ({"schema_version": 3, "runs": {}}, "upgrade lm-eval-pruned"),

@@ -9,8 +9,8 @@ import yaml
 
 from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
 from lm_eval_pruned.report.findings import findings
-from lm_eval_pruned.results.families import FAMILIES, LEFT, TAKEN, family_of
 from lm_eval_pruned.results.files import Run
+from lm_eval_pruned.results.groups import FAMILIES, LEFT, TAKEN, family_of
 from lm_eval_pruned.util.palette import FAMILIES as COLOURS
 from tests.helpers import checkpoints
 from tests.helpers.results_files import pruning

@@ -11,8 +11,7 @@ from lm_eval_pruned.compare.comparison import split_sweep
 from lm_eval_pruned.report.flips import find_flips
 from lm_eval_pruned.report.flips_page import script_json
 from lm_eval_pruned.results.files import ResultsError
-from lm_eval_pruned.results.runs import read_run
-from lm_eval_pruned.results.sweep_results import read_sweep
+from lm_eval_pruned.results.runs import read_run, read_sweep
 from tests.helpers.results_files import pruning, write_run, write_sweep
 from tests.results.test_answers import choices
 

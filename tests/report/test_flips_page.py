@@ -9,7 +9,7 @@ import pytest
 
 from lm_eval_pruned.report.flips import KINDS, Changed
 from lm_eval_pruned.report.flips_page import as_flips_page
-from lm_eval_pruned.results.answers import Answer, Question
+from lm_eval_pruned.results.documents import Answer, Question
 from lm_eval_pruned.results.files import Run
 from tests.helpers.chromium import chromium_page, find_chromium
 from tests.helpers.results_files import pruning

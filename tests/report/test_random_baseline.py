@@ -15,7 +15,7 @@ from lm_eval_pruned.report.random_baseline import (
     random_baseline_section,
     sizes_without_random,
 )
-from lm_eval_pruned.results.sweep_results import read_sweep
+from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps.options import OPTIONS, add_arguments, read_options
 from tests.helpers.results_files import pruning, write_sweep
 

@@ -24,10 +24,10 @@ from lm_eval_pruned.report import report
 from lm_eval_pruned.report.figure_data import AXES, MEASURES, curves_of
 from lm_eval_pruned.report.figure_labels import spread
 from lm_eval_pruned.report.figure_spec import panels_of
-from lm_eval_pruned.results.chance import Levels
-from lm_eval_pruned.results.series import series_of
+from lm_eval_pruned.results.documents import Levels
+from lm_eval_pruned.results.groups import series_of
+from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.results.stopping_record import Stopping
-from lm_eval_pruned.results.sweep_results import read_sweep
 
 
 N = 80

@@ -16,8 +16,8 @@ from lm_eval_pruned.report.findings import findings
 from lm_eval_pruned.report.formats import as_csv, as_markdown
 from lm_eval_pruned.report.healing import healing_sections
 from lm_eval_pruned.report.sections import scores_section
-from lm_eval_pruned.results.series import series_of
-from lm_eval_pruned.results.sweep_results import read_sweep
+from lm_eval_pruned.results.groups import series_of
+from lm_eval_pruned.results.runs import read_sweep
 from tests.helpers.results_files import write_sweep
 
 

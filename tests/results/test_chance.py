@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lm_eval_pruned.results.chance import choices_of, levels_of
-from lm_eval_pruned.results.documents import read_documents
+from lm_eval_pruned.results.documents import (
+    Levels,
+    levels_of,
+    read_documents,
+    read_question,
+)
 from lm_eval_pruned.results.runs import read_run
 from tests.helpers.results_files import offering, write_run
 
@@ -16,31 +20,27 @@ def row(options, target="0", **more):
 
 
 def test_chance_is_one_of_the_choices():
-    found = choices_of(row(["a", "b", "c", "d"]), "acc_norm")
-    assert found.chance == 0.25
-    assert found.right == 0
+    question = read_question(row(["a", "b", "c", "d"]))
+    assert (question.chance, question.right) == (0.25, 0)
 
 
 def test_what_offers_no_choice_has_no_level():
-    assert choices_of(row(["only one"]), "acc") is None
-    assert choices_of({"arguments": {}}, "acc") is None
-    assert choices_of({"arguments": "damaged"}, "acc") is None
-    assert choices_of(row(["a", "b"]), "exact_match") is None
     # The harness writes the settings of a generation where a choice would stand.
-    assert choices_of(row([{"until": []}, {"until": []}]), "acc") is None
-    assert levels_of([None, None], [1, 1]).chance is None
+    for each in (row(["only one"]), row([{"until": []}] * 2), {"arguments": {}}, {}):
+        question = read_question(each)
+        assert (question.chance, question.choices) == (None, ())
+        assert levels_of([question] * 2, np.ones(2)) == Levels()
 
 
 def test_choices_that_were_asked_without_the_question_count_once():
-    found = choices_of(row(["a", "b", "a", "b"], acc_mutual_info=1.0), "acc")
-    assert found.chance == 0.5
+    assert read_question(row(["a", "b"] * 2, acc_mutual_info=1.0)).chance == 0.5
 
 
-def test_the_right_answer_by_number_or_in_words():
-    assert choices_of(row([" no", " yes"], "1"), "acc").right == 1
-    assert choices_of(row([" no", " yes"], "yes"), "acc").right == 1
-    assert choices_of(row([" no", " yes"], "perhaps"), "acc").right is None
-    assert choices_of(row([" no", " yes"], "7"), "acc").right is None
+@pytest.mark.parametrize(
+    ("target", "right"), [("1", 1), ("yes", 1), ("perhaps", None), ("7", None)]
+)
+def test_the_right_answer_by_number_or_in_words(target, right):
+    assert read_question(row([" no", " yes"], target)).right == right
 
 
 def test_the_truthful_answers_of_mc2_are_several():
@@ -48,18 +48,17 @@ def test_the_truthful_answers_of_mc2_are_several():
         "mc1_targets": {"choices": ["a", "b"], "labels": [1, 0]},
         "mc2_targets": {"choices": ["a", "c", "b", "d"], "labels": [1, 1, 1, 0]},
     }
-    assert choices_of(row([" a", " c", " b", " d"], doc=doc), "acc").chance == 0.75
-    assert choices_of(row([" a", " b"], doc=doc), "acc").chance == 0.5
+    assert read_question(row([" a", " c", " b", " d"], doc=doc)).chance == 0.75
+    assert read_question(row([" a", " b"], doc=doc)).chance == 0.5
 
 
 def test_majority_is_known_where_all_documents_offer_the_same():
-    same = [choices_of(row(["no", "yes"], right), "acc") for right in "1101"]
-    assert levels_of(same, [1] * 4).majority == 0.75
-    assert levels_of(same, [1, 1, 5, 1]).majority == pytest.approx(5 / 8)
+    same = [read_question(row(["no", "yes"], right)) for right in "1101"]
+    assert levels_of(same, np.ones(4)).majority == 0.75
+    assert levels_of(same, np.array([1, 1, 5, 1])).majority == pytest.approx(5 / 8)
     # Position 0 is always right, which no model can see.
-    others = [choices_of(row([f"right {n}", "wrong"]), "acc") for n in range(4)]
-    assert levels_of(others, [1] * 4) == levels_of(others[:1] * 2 + others[1:], [1] * 5)
-    assert levels_of(others, [1] * 4).majority is None
+    others = [read_question(row([f"right {n}", "wrong"])) for n in range(4)]
+    assert levels_of(others, np.ones(4)) == Levels(0.5)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

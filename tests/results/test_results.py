@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lm_eval_pruned.results import runs, sweep_results
+from lm_eval_pruned.results import runs
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents, read_documents
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import setting_of
@@ -39,13 +39,6 @@ def test_the_newest_results_of_a_folder_count(tmp_path, below):
     assert NEW in run.samples["tf"].name
 
 
-def test_results_of_two_models_in_a_folder_are_not_mixed(tmp_path):
-    write_run(tmp_path / "a", TASKS)
-    write_run(tmp_path / "b", TASKS)
-    with pytest.raises(ResultsError, match=r"several models \(a, b\)"):
-        runs.read_run(tmp_path)
-
-
 @pytest.mark.parametrize("below", ["", "org__model"])
 def test_results_of_several_commands_in_a_folder_are_all_read(tmp_path, below):
     folder = tmp_path / below
@@ -71,11 +64,9 @@ def test_results_of_one_model_in_several_folders_are_all_read(tmp_path):
     write_run(tmp_path / "x7f1", BOOLQ, pruning=pruning(20))
     run = runs.read_run(tmp_path)
     assert (run.tasks(), run.notes) == (["tf", "boolq"], ())
-    write_run(tmp_path / "z", {"arc": {"acc,none": [1.0]}}, pruning=pruning(40))
-    with pytest.raises(ResultsError, match=r"several models \(a8h3, x7f1, z\)"):
-        runs.read_run(tmp_path)
 
 
+@pytest.mark.parametrize("folders", [("", ""), ("x", "z")])
 @pytest.mark.parametrize(
     "other",
     [
@@ -83,15 +74,12 @@ def test_results_of_one_model_in_several_folders_are_all_read(tmp_path):
         {"config": {"model": "hf", "model_args": {"pretrained": "tiny"}}},
     ],
 )
-def test_results_of_another_model_in_a_folder_are_named(tmp_path, other):
+def test_results_of_two_models_in_a_folder_are_not_mixed(tmp_path, other, folders):
     """The harness names the folder after the checkpoint: two sizes share it."""
-    write_run(tmp_path, {**TASKS, **BOOLQ}, date=OLD, **other)
-    write_run(tmp_path, TASKS, date=NEW, pruning=pruning(20))
-    run = runs.read_run(tmp_path)
-    assert run.tasks() == ["tf"]
-    (note,) = run.notes
-    assert "of another model" in note
-    assert f"results_{OLD}.json: boolq" in note
+    write_run(tmp_path / folders[0], BOOLQ, date=OLD, **other)
+    write_run(tmp_path / folders[1], TASKS, date=NEW, pruning=pruning(20))
+    with pytest.raises(ResultsError, match=rf"several models \(.*results_{OLD}"):
+        runs.read_run(tmp_path)
 
 
 def test_a_group_is_left_out_if_a_member_was_evaluated_again(tmp_path):
@@ -104,27 +92,7 @@ def test_a_group_is_left_out_if_a_member_was_evaluated_again(tmp_path):
         group_scores={"both": {"acc,none": 0.7}},
     )
     write_run(tmp_path, TASKS, date=NEW)
-    run = runs.read_run(tmp_path)
-    assert sorted(run.tasks()) == ["boolq", "tf"]
-    (note,) = run.notes
-    assert f"both of results_{OLD}.json" in note
-
-
-def test_a_damaged_older_file_is_named(tmp_path):
-    write_run(tmp_path, TASKS, date=NEW)
-    (tmp_path / f"results_{OLD}.json").write_text('{"results": {')
-    run = runs.read_run(tmp_path)
-    assert run.tasks() == ["tf"]
-    assert "Left out" in run.notes[0]
-    assert "not whole JSON" in run.notes[0]
-
-
-def test_results_below_results_are_named(tmp_path):
-    write_run(tmp_path, TASKS)
-    write_run(tmp_path / "other", BOOLQ)
-    run = runs.read_run(tmp_path)
-    assert run.tasks() == ["tf"]
-    assert "The results in other below" in run.notes[0]
+    assert sorted(runs.read_run(tmp_path).tasks()) == ["boolq", "tf"]
 
 
 def test_a_renamed_results_file_finds_its_samples(tmp_path):
@@ -134,22 +102,17 @@ def test_a_renamed_results_file_finds_its_samples(tmp_path):
 
 
 HOSTILE = {
-    "empty": (b"", "is empty"),
-    "blank": (b" \n", "is empty"),
+    "empty": (b"", "not whole JSON"),
     "truncated": (b'{"results": {"tf": {"acc,none": 0.', "not whole JSON"),
-    "binary": (b"\x80\x81\xff\x00", "not a text file"),
+    "binary": (b"\x80\x81\xff\x00", "not whole JSON"),
     "a list": (b"[1, 2]", "holds a list"),
     "foreign": (b'{"scores": {"tf": 1}}', "no results file of lm-eval"),
     "results is a list": (b'{"results": [1]}', "no results file of lm-eval"),
     "no tasks": (b'{"results": {}}', "no results file of lm-eval"),
-    "task is a number": (b'{"results": {"tf": 0.5}}', "not in the layout"),
-    "no metrics": (b'{"results": {"tf": {"alias": "tf"}}}', "holds no scores"),
-    "score is a list": (b'{"results": {"tf": {"acc,none": [1]}}}', "not a number"),
-    "sections changed": (
-        b'{"results": {"tf": {"acc,none": 1}}, "n-samples": [3]}',
-        "'n-samples' is not an object",
-    ),
-    "deep": (b"[" * 200_000, "nested too deeply"),
+    "task is a number": (b'{"results": {"tf": 0.5}}', "with scores in it"),
+    "no metrics": (b'{"results": {"tf": {"alias": "tf"}}}', "with scores in it"),
+    "score is a list": (b'{"results": {"tf": {"acc,none": [1]}}}', "with scores in it"),
+    "deep": (b"[" * 200_000, "not whole JSON"),
 }
 
 
@@ -167,7 +130,7 @@ def test_hostile_results_files(tmp_path, name):
 def test_missing_paths(tmp_path):
     with pytest.raises(ResultsError, match="does not exist"):
         runs.read_run(tmp_path / "nowhere")
-    with pytest.raises(ResultsError, match=r"holds no results_\*.json"):
+    with pytest.raises(ResultsError, match=r"holds no results_\*.json: give"):
         runs.read_run(tmp_path)
 
 
@@ -190,9 +153,11 @@ def damage_samples(tmp_path, change):
         (lambda text: text[:-20], "line 3: not whole JSON"),
         (lambda text: b"".join(text.splitlines(True)[:2]), "holds 2 documents.*says 3"),
         (lambda text: b"", "holds 0 documents"),
-        (lambda text: text.replace(b"doc_hash", b"other"), "line 1: no doc_hash"),
-        (lambda text: b"[1]\n", "line 1: not an object"),
-        (lambda text: b"\xff\xfe", "not a text file"),
+        (
+            lambda text: text.replace(b"doc_hash", b"other"),
+            "line 1: not whole JSON",
+        ),
+        (lambda text: b"\xff\xfe", "line 1: not whole JSON"),
     ],
 )
 def test_hostile_samples(tmp_path, change, words):
@@ -312,26 +277,26 @@ def test_a_sweep_folder(tmp_path):
         },
         p40="tf",
     )
-    sweep = sweep_results.read_sweep(tmp_path)
+    sweep = runs.read_sweep(tmp_path)
     assert [run.name for run in sweep.runs] == ["base", "p20"]
     assert sweep.runs[0].is_baseline
     assert sweep.runs[1].tasks() == ["if", "tf"]
     shots = {task: each["num_fewshot"] for task, each in sweep.runs[1].settings.items()}
     assert shots == {"if": 0, "tf": 0}
-    assert sweep.failures == (sweep_results.Failure("p40", "tf", "out of memory"),)
-    assert [run.name for run in sweep_results.read_sweep(tmp_path).runs] == [
+    assert sweep.failures == (runs.Failure("p40", "tf", "out of memory"),)
+    assert [run.name for run in runs.read_sweep(tmp_path).runs] == [
         "base",
         "p20",
     ]
     assert runs.read_run(tmp_path / "units" / "p20").tasks() == ["if", "tf"]
-    with pytest.raises(ResultsError, match="holds several runs"):
+    with pytest.raises(ResultsError, match="results of several models"):
         runs.read_run(tmp_path)
 
 
 def test_a_unit_that_succeeded_after_it_failed_is_done(tmp_path):
     write_sweep(tmp_path, {"base": (0, TASKS)})
     (tmp_path / "units" / "base" / "tf" / "error.json").write_text('{"message": "old"}')
-    assert sweep_results.read_sweep(tmp_path).failures == ()
+    assert runs.read_sweep(tmp_path).failures == ()
 
 
 @pytest.mark.parametrize(
@@ -341,8 +306,7 @@ def test_a_unit_that_succeeded_after_it_failed_is_done(tmp_path):
             {"schema_version": 2, "configurations": [{"id": "a"}]},
             "upgrade lm-eval-pruned",
         ),
-        ({"configurations": [{"id": "a"}]}, "no schema version"),
-        ({"schema_version": "x", "configurations": []}, "no schema version"),
+        ({"configurations": [{"id": "a"}]}, "has schema version None"),
         ({"schema_version": 1}, "does not list its configurations"),
         (
             {"schema_version": 1, "configurations": [{"id": "../../etc"}]},
@@ -358,12 +322,12 @@ def test_a_unit_that_succeeded_after_it_failed_is_done(tmp_path):
 def test_hostile_sweep_folders(tmp_path, definition, words):
     (tmp_path / "sweep.json").write_text(json.dumps(definition))
     with pytest.raises(ResultsError, match=words):
-        sweep_results.read_sweep(tmp_path)
+        runs.read_sweep(tmp_path)
 
 
 def test_a_folder_that_is_no_sweep(tmp_path):
     with pytest.raises(ResultsError, match=r"no sweep\.json"):
-        sweep_results.read_sweep(tmp_path)
+        runs.read_sweep(tmp_path)
 
 
 @pytest.mark.slow
@@ -396,19 +360,16 @@ def test_what_the_harness_writes(tmp_path):
     for task, metric in run.scores:
         documents = read_documents(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
-        assert None not in documents.prompts
         assert run.scores[task, metric].higher_is_better
 
 
 def test_documents_in_another_order_keep_what_belongs_to_each():
     keys = tuple(("task", name, 0) for name in "abc")
-    documents = Documents(
-        keys, np.arange(3.0), np.arange(1.0, 4), tuple("xyz"), "mean", tuple("pqr")
-    )
+    documents = Documents(keys, np.arange(3.0), np.arange(1.0, 4), tuple("xyz"), "mean")
     other = replace(documents, keys=keys[::-1])
     turned = documents.in_the_order_of(other)
     assert turned.keys == other.keys
     assert turned.values.tolist() == [2, 1, 0]
     assert turned.weights.tolist() == [3, 2, 1]
-    assert (turned.clusters, turned.prompts) == (tuple("zyx"), tuple("rqp"))
+    assert turned.clusters == tuple("zyx")
     assert documents.in_the_order_of(replace(documents, keys=keys[:2])) is None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from lm_eval_pruned import cli
@@ -12,7 +10,6 @@ from tests.helpers.results_files import pruning, write_run, write_sweep
 
 
 TASKS = {"tf": {"acc,none": [1.0, 0.0] * 10}, "boolq": {"acc,none": [1.0, 0.0] * 10}}
-OLD, NEW = "2026-01-02T03-04-05.678901", "2026-01-02T11-00-00.000001"
 
 
 @pytest.fixture
@@ -92,21 +89,6 @@ def test_tasks_are_named_where_only_some_differ(tmp_path, notes):
     assert "(num_fewshot) on boolq, so" in note
 
 
-def test_other_prompts_are_counted(tmp_path, notes):
-    def prompts(text):
-        spec = {
-            "values": [1.0, 0.0] * 10,
-            "prompts": {n: f"{text}{n}" for n in range(3)},
-        }
-        return {"tf": {"acc,none": spec, "acc_norm,none": [1.0] * 20}}
-
-    write_run(tmp_path / "a", prompts("a"))
-    write_run(tmp_path / "b", prompts("b"))
-    (note,) = notes(tmp_path / "a", tmp_path / "b")
-    assert "3 of 20 documents of tf had another prompt (prompt_hash) in b than" in note
-    assert notes(tmp_path / "a", tmp_path / "a") == []
-
-
 def test_a_group_has_the_settings_of_its_members(tmp_path, notes):
     def write(name, **sections):
         write_run(
@@ -136,13 +118,11 @@ def test_a_resumed_sweep_says_what_its_units_do_not_share(tmp_path, notes):
         config=config(fewshot_seed=7, pruning=pruning(20)),
         lm_eval_version="0.4.12",
     )
-    mixed, unlike = sorted(notes(tmp_path), key=lambda note: "other settings" in note)[
-        -2:
-    ]
+    mixed, unlike = notes(tmp_path)
     assert "p20 was evaluated with other settings than base" in unlike
     assert "(fewshot_seed, lm_eval_version) on tf, so" in unlike
-    assert "of p20 were not all evaluated with the same" in mixed
-    assert "0.4.12: tf" in " ".join(notes(tmp_path))
+    same = "of p20 were not all evaluated with the same fewshot_seed, lm_eval_version."
+    assert same in mixed
 
 
 def test_a_resumed_sweep_whose_configurations_agree(tmp_path, notes):
@@ -156,7 +136,7 @@ def test_a_resumed_sweep_whose_configurations_agree(tmp_path, notes):
         )
     (note,) = notes(tmp_path)
     assert "The tasks of base, p20 were not all" in note
-    assert "lm_eval_version (0.4.13: boolq; 0.4.12: tf)" in note
+    assert "evaluated with the same lm_eval_version." in note
 
 
 def test_units_of_another_checkpoint_are_named(tmp_path, notes):
@@ -174,32 +154,8 @@ def test_configurations_without_results_are_named(tmp_path, notes):
     assert "holds no finished unit of p40, p60." in note
 
 
-def test_what_a_folder_holds_beside_is_named(tmp_path, notes):
-    write_run(tmp_path / "a", TASKS)
-    write_run(tmp_path / "b", {"tf": TASKS["tf"]}, date=NEW)
-    write_run(
-        tmp_path / "b",
-        {"boolq": TASKS["boolq"]},
-        date=OLD,
-        config=config(model_args={"pretrained": "tiny", "ratio": 2}),
-    )
-    texts = notes(tmp_path / "a", tmp_path / "b")
-    assert "Left out" in texts[0]
-    assert f"results_{OLD}.json: boolq" in texts[0]
-
-
 def test_hashes_are_cut_in_messages():
     assert settings.shown("a" * 64) == "a" * 12
     assert settings.shown({"temperature": 1}) == str({"temperature": 1})
     assert settings.shown(None) == "none"
     assert settings.listed(list("abcdefg")) == "a, b, c, d, e and 2 more"
-
-
-def test_the_settings_of_a_damaged_section(tmp_path):
-    sections = {
-        "n-samples": {"tf": 3},
-        "task_hashes": ["tf"],
-        "config": {"pruning": "x"},
-    }
-    found = settings.settings_of(json.loads(json.dumps(sections)), "tf", ["tf"])
-    assert {value for value in found.values()} == {None}

@@ -19,7 +19,7 @@ from lm_eval_pruned.gate import Rule, check, make_baseline
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.report.report import write_report
 from lm_eval_pruned.results.files import ResultsError
-from lm_eval_pruned.results.sweep_results import read_sweep
+from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.stopping import documents_of_looks, read_rule

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lm_eval_pruned.cli import main
-from lm_eval_pruned.results.sweep_results import read_sweep
+from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.plan import Sweep

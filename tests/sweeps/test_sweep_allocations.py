@@ -10,8 +10,8 @@ import pytest
 
 from lm_eval_pruned.pruning.measuring import LoadedModel
 from lm_eval_pruned.report.report import write_report
-from lm_eval_pruned.results.series import series_name
-from lm_eval_pruned.results.sweep_results import read_sweep
+from lm_eval_pruned.results.groups import series_name
+from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.sweeping import sweep_options, write_tasks
 

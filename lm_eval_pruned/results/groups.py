@@ -1,0 +1,167 @@
+"""Which runs, scores and tasks belong together: the sizes of one model, what tasks measure."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lm_eval_pruned.results.files import Run
+
+#: What width pruning takes away in arXiv 2512.22671, and what it leaves or improves there.
+TAKEN, LEFT, UNKNOWN = "taken", "left", "unknown"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tasks that measure the same kind of thing.
+
+    The name is that of its group, such as ``pruned_knowledge``, without ``pruned_``; `tasks`
+    is found in the names of its tasks, as a regular expression.
+    """
+
+    name: str
+    label: str
+    side: str
+    tasks: str
+
+
+#: In the order of legends; the first whose expression is found counts.
+FAMILIES = (
+    Family(
+        *("knowledge", "Knowledge", TAKEN),
+        "mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)math(_|$)|medmcqa|medqa",
+    ),
+    Family(
+        *("commonsense", "Commonsense", TAKEN),
+        "hellaswag|winogrande|piqa|boolq|social_iqa|commonsense_?qa|(^|_)copa",
+    ),
+    Family(
+        *("language_modeling", "Language modelling", TAKEN),
+        "wikitext|lambada|^held_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma",
+    ),
+    Family("truthfulness", "Truthfulness", LEFT, "truthful"),
+    Family(
+        *("instruction_following", "Instruction following", LEFT), "ifeval|instruction"
+    ),
+    Family("reasoning", "Multi-step reasoning", LEFT, "musr|(^|_)bbh(_|$)"),
+    Family("other", "The rest", UNKNOWN, ""),
+)
+
+
+def family_of(task: str) -> Family:
+    """Return the family of a task, the last one where its name says nothing.
+
+    Example:
+        >>> family_of("truthfulqa_mc2").label, family_of("glue").label
+        ('Truthfulness', 'The rest')
+    """
+    return next(family for family in FAMILIES if re.search(family.tasks, task))
+
+
+def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group the runs of a sweep whose expansion ratio is the only thing that varies.
+
+    Returns:
+        Runs by `series_name`, in falling expansion ratio, each group with the baseline of
+        its model. Runs without an expansion ratio, or without whole layers, are left out.
+    """
+
+    def model(run: Run) -> str:
+        return f"{run.pruning.get('hidden_size')}x{run.pruning.get('layers')}"
+
+    sized = [r for r in runs if r.expansion_ratio is not None and not r.is_shallow]
+    baselines = {model(run): run for run in sized[::-1] if run.is_baseline}
+    series: dict[tuple[str, str], list[Run]] = {}
+    for run in sized:
+        if not run.is_baseline:
+            key = model(run), series_name(run)
+            base = [baselines[key[0]]] if key[0] in baselines else []
+            series.setdefault(key, base).append(run)
+    one_model = len({of for of, _ in series}) == 1
+    return {
+        name if one_model else f"{of}, {name}": sorted(
+            members, key=lambda run: -(run.expansion_ratio or 0)
+        )
+        for (of, name), members in series.items()
+    }
+
+
+def series_name(run: Run) -> str:
+    """Return how a run was pruned, and whether it was trained again.
+
+    Layers that differ in width are no point on the curve of those that do not, and neither are
+    models of which some layers were left alone.
+    """
+    record = run.pruning
+    parts = [str(record["criterion"])] if record.get("criterion") else []
+    for key, text in (
+        ("seed", "seed {}"),
+        ("layers_dropped", "layers {} dropped"),
+        ("layers_pruned", "layers {}"),
+        ("allocation", "allocation {}"),
+    ):
+        parts += [text.format(record[key])] if key in record else []
+    if "layer_widths" in record and "allocation" not in record:
+        parts.append("widths by layer")
+    if run.healing:
+        parts.append(f"healed by {healing_name(run)}")
+    return ", ".join(parts) or "-"
+
+
+def is_control(run: Run) -> bool:
+    """Return whether the neurons of a run were removed at random."""
+    return run.pruning.get("criterion") == "random"
+
+
+def healing_name(run: Run) -> str:
+    """Return how a healed run was trained, such as ``lora`` or ``dora with teacher 0.5``."""
+    name = str(run.healing.get("method") or "unknown training")
+    teacher = run.healing.get("teacher")
+    return f"{name} with teacher {teacher.get('weight')}" if teacher else name
+
+
+def primary_metrics(
+    runs: Sequence[Run], *, subtasks: bool = False
+) -> list[tuple[str, str]]:
+    """Return one (task, metric) for each task that all runs have.
+
+    The metric is ``acc_norm`` where there is one, as the study reports it, else the
+    first that the task lists and that is a finite number in all runs.
+
+    Args:
+        runs: At least one.
+        subtasks: Whether to include the members of groups that have scores.
+    """
+    found: dict[str, str] = {}
+    for task, metric in runs[0].scores:
+        scores = [run.scores.get((task, metric)) for run in runs]
+        known = all(score and math.isfinite(score.value) for score in scores)
+        normed = [
+            each.startswith("acc_norm,") for each in (metric, found.get(task, ""))
+        ]
+        if known and (task not in found or normed == [True, False]):
+            found[task] = metric
+    tasks = runs[0].tasks(subtasks=subtasks)
+    return [(task, found[task]) for task in tasks if task in found]
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether a metric is a perplexity, whose logarithm is the mean over documents."""
+    return "perplexity" in metric
+
+
+def is_share(metric: str, values: Iterable[float]) -> bool:
+    """Whether a metric is a share of 1, as far as its name and its values tell."""
+    named = is_perplexity(metric) or "bits_per_byte" in metric
+    return not named and all(0 <= value <= 1 for value in values)
+
+
+def scale_name(metric: str) -> str:
+    """Return the name of a metric on the scale of trends and correlations."""
+    return f"log {metric}" if is_perplexity(metric) else metric
