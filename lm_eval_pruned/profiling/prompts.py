@@ -40,29 +40,25 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: The file has another ending, a line without a prompt, or no prompt.
         OSError: The file cannot be read.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if path.suffix == ".txt":
-        prompts = [line for line in lines if line.strip()]
-    elif path.suffix == ".jsonl":
-        prompts = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                prompt = json.loads(line)["prompt"]
-                if not isinstance(prompt, str):
-                    raise TypeError
-                prompts.append(prompt)
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"prompts={path}: line {number} is no JSON object with a text under the "
-                    'key "prompt".'
-                ) from None
-    else:
+    if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(
             f"prompts={path} ends in {path.suffix or 'nothing'}: pass a .jsonl file with a key "
             '"prompt" in each line, or a .txt file with one prompt a line.'
         )
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"] if path.suffix == ".jsonl" else line
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"prompts={path}: line {number} is no JSON object with a text under the "
+                'key "prompt".'
+            )
+        prompts.append(prompt)
     if not prompts:
         raise ValueError(f"prompts={path} holds no prompt.")
     return prompts

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 
 from lm_eval_pruned.energy.readings import COMPONENTS
 
@@ -72,23 +73,26 @@ def summarise(
         - ``deltas``: the `change` from the baseline by metric; none for the baseline.
     """
     device = torch.device(request.device)
-    environment = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{name: version(name) for name in ("torch", "transformers", "lm-eval-pruned")},
-        "device": request.device,
-        "device_name": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
+    on_card = device.type == "cuda"
+    processor = platform.processor() or platform.machine()
     by_batch = pd.DataFrame(timings).set_index(_PASS).sort_index()
-    by_pass = _passes(passes)
+    by_pass = pd.DataFrame(passes).set_index(_PASS).sort_index()
+    for name in _JOULES:
+        both, prefill = f"both_{name}", f"prefill_{name}"
+        by_pass[[both, prefill]] = by_pass[[both, prefill]].astype(float)
+        by_pass[f"decode_{name}"] = by_pass[both] - by_pass[prefill]
     meter = monitor.describe()
     return {
         "schema_version": SCHEMA_VERSION,
         "request": asdict(request),
-        "environment": environment,
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            **{p: version(p) for p in ("torch", "transformers", "lm-eval-pruned")},
+            "device": request.device,
+            "device_name": torch.cuda.get_device_name(device) if on_card else processor,
+            "threads": torch.get_num_threads(),
+        },
         **protocol,
         "energy": {
             "meter": meter and meter.name,
@@ -98,18 +102,8 @@ def summarise(
             "notes": list(dict.fromkeys([*monitor.failures, *_notes(by_pass)])),
         },
         "models": [asdict(model) for model in models],
-        "cells": _cells(request, models, by_batch, by_pass),
+        "cells": _cells(request.batch_sizes, models, by_batch, by_pass),
     }
-
-
-def _passes(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return the passes by `_PASS`, with joules of both phases and of each; NaN: not measured."""
-    table = pd.DataFrame(rows).set_index(_PASS).sort_index()
-    for name in _JOULES:
-        both, prefill = (f"{phase}_{name}" for phase in ("both", "prefill"))
-        table[[both, prefill]] = table[[both, prefill]].astype(float)
-        table[f"decode_{name}"] = table[both] - table[prefill]
-    return table
 
 
 def _per_repeat(batches: pd.DataFrame, passes: pd.DataFrame) -> pd.DataFrame:
@@ -134,49 +128,41 @@ def _per_repeat(batches: pd.DataFrame, passes: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cells(
-    request: ProfileRequest,
-    models: list[ProfiledModel],
+    sizes: Sequence[int],
+    models: Sequence[ProfiledModel],
     batches: pd.DataFrame,
     passes: pd.DataFrame,
 ) -> list[dict[str, Any]]:
     metrics = _per_repeat(batches, passes)
     names = [model.name for model in models]
+    baseline, measured = names[0], set(metrics.index.droplevel("repeat"))
     cells = []
-    for key in product(request.batch_sizes, MODES, names):
-        if key not in metrics.index.droplevel("repeat"):
+    for key in product(sizes, MODES, names):
+        if key not in measured:
             continue
         size, mode, name = key
         of, timed, took = metrics.loc[key], batches.loc[key], passes.loc[key]
-        steps = timed["steps"] - 1
+        sums, steps = timed.sum(), timed["steps"] - 1
         per_token = ((timed["total"] - timed["first"]) / steps)[steps > 0]
         estimates = {metric: estimate(of[metric]) for metric in of}
+        latencies = [metric for metric in of if metric.startswith("seconds_")]
         # The repeats of the baseline that have a partner.
-        against = (
-            metrics.loc[(size, mode, "baseline")].reindex(of.index).dropna(how="all")
-        )
-        deltas = {m: change(of.loc[against.index, m], against[m]) for m in of}
+        base = metrics.loc[(size, mode, baseline)].reindex(of.index).dropna(how="all")
+        deltas = {m: change(of.loc[base.index, m], base[m]) for m in of}
         cells.append(
             {
                 "model": name,
                 "batch_size": size,
                 "mode": mode,
                 "repeats": len(of),
-                "prompts": int(timed["rows"].sum()) // len(of),
-                "prompt_tokens": int(timed["prompt_tokens"].sum()) // len(of),
-                "mean_output_tokens": float(
-                    timed["output_tokens"].sum() / timed["rows"].sum()
-                ),
+                "prompts": int(sums["rows"]) // len(of),
+                "prompt_tokens": int(sums["prompt_tokens"]) // len(of),
+                "mean_output_tokens": float(sums["output_tokens"] / sums["rows"]),
                 "seconds_to_first_token": distribution(timed["first"]),
                 "seconds_per_output_token": distribution(per_token),
                 "seconds_end_to_end": distribution(timed["total"]),
-                "latency_estimates": {
-                    metric: found
-                    for metric, found in estimates.items()
-                    if metric.startswith("seconds_") and found is not None
-                },
-                **{
-                    m: each for m, each in estimates.items() if "tokens_per_second" in m
-                },
+                "latency_estimates": {m: estimates[m] for m in latencies if estimates[m]},
+                **{m: found for m, found in estimates.items() if "per_second" in m},
                 "joules": {
                     phase: {
                         part: _number(took[f"{phase}_{part}"].mean(skipna=False))
@@ -189,7 +175,7 @@ def _cells(
                     peak: int(took[peak].max()) if peak in took else None
                     for peak in ("peak_device_bytes", "peak_host_bytes")
                 },
-                "deltas": {m: d for m, d in deltas.items() if d and name != names[0]},
+                "deltas": {m: d for m, d in deltas.items() if d and name != baseline},
             }
         )
     return cells
@@ -204,30 +190,23 @@ def distribution(seconds: Sequence[float]) -> dict[str, Any] | None:
     """
     if not len(seconds):
         return None
-    p50, p90, p99 = (float(each) for each in np.percentile(seconds, [50, 90, 99]))
-    sd = float(np.std(seconds, ddof=1)) if len(seconds) > 1 else None
-    mean = float(np.mean(seconds))
-    return {
-        "n": len(seconds),
-        "mean": mean,
-        "sd": sd,
-        "p50": p50,
-        "p90": p90,
-        "p99": p99,
-    }
+    values = pd.Series(seconds)
+    found = [values.mean(), values.std(), *values.quantile([0.5, 0.9, 0.99])]
+    keys = ("mean", "sd", "p50", "p90", "p99")
+    return {"n": len(values), **dict(zip(keys, map(_number, found), strict=True))}
 
 
 def estimate(values: Sequence[float]) -> dict[str, Any] | None:
     """Return ``n``, ``mean`` and the ends ``low`` and ``high`` of its 95 % interval.
 
     Args:
-        values: One for each repeat. With a NaN among them, there is no estimate; with one
-            value alone, no interval (None).
+        values: One for each repeat. With a NaN among them, there is no estimate; a single
+            value has no interval (None).
     """
     if np.isnan(values).any():
         return None
-    low, high = _interval(values)
-    return {"n": len(values), "mean": float(np.mean(values)), "low": low, "high": high}
+    mean, low, high = map(_number, _student(values))
+    return {"n": len(values), "mean": mean, "low": low, "high": high}
 
 
 def change(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any] | None:
@@ -241,34 +220,23 @@ def change(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]
     """
     if not len(values) or not (np.minimum(values, baseline) > 0).all():
         return None
-    logs = np.log(values) - np.log(baseline)
-
-    def percent(log: float | None) -> float | None:
-        return None if log is None else 100 * float(np.expm1(log))
-
-    low, high = _interval(logs)
-    if low is None or high is None:
-        verdict = "one repeat, no interval"
-    else:
-        verdict = "higher" if low > 0 else "lower" if high < 0 else "no difference seen"
-    return {
-        "percent": percent(float(np.mean(logs))),
-        "low": percent(low),
-        "high": percent(high),
-        "verdict": verdict,
-    }
+    percent, low, high = 100 * np.expm1(_student(np.log(values) - np.log(baseline)))
+    verdict = "one repeat, no interval" if np.isnan(low) else "no difference seen"
+    if low > 0 or high < 0:
+        verdict = "higher" if low > 0 else "lower"
+    ends = {"percent": percent, "low": low, "high": high}
+    return {**{key: _number(each) for key, each in ends.items()}, "verdict": verdict}
 
 
-def _interval(values: Any) -> tuple[float | None, float | None]:
-    from scipy import stats
-
+def _student(values: Any) -> np.ndarray:
+    """Return the mean and the ends of its interval; these are NaN for a single value."""
+    mean = np.mean(values)
     if len(values) < 2:
-        return None, None
-    mean = float(np.mean(values))
+        return np.array([mean, np.nan, np.nan])
     if np.ptp(values) == 0:
-        return mean, mean
-    low, high = stats.t.interval(CONFIDENCE, len(values) - 1, mean, stats.sem(values))
-    return float(low), float(high)
+        return np.array([mean, mean, mean])
+    margin = stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return np.array([mean, mean - margin, mean + margin])
 
 
 def _number(value: float) -> float | None:
@@ -279,14 +247,13 @@ def _notes(passes: pd.DataFrame) -> list[str]:
     """Return what is wrong with the energies of passes."""
     notes = []
     for (size, mode, model, _), row in passes.iterrows():  # type: ignore[misc]
-        reading = row["reading"]
-        notes += reading.notes
+        notes += row["reading"].notes
         if row["decode_total"] < 0:
             notes.append(
                 f"{model}, batch size {size}, {mode}: generation took less energy than its "
                 "prefill alone in some repeat, so the decode energy is noise"
             )
-        if reading.seconds is not None and reading.seconds < ENERGY_WINDOW_SECONDS:
+        if (row["reading"].seconds or np.inf) < ENERGY_WINDOW_SECONDS:
             notes.append(
                 f"batch size {size}, {mode}: energy windows shorter than "
                 f"{ENERGY_WINDOW_SECONDS:g} s are unreliable; use more prompts or tokens"

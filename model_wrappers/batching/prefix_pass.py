@@ -7,6 +7,7 @@ nothing else.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .attention_in_parts import AttentionInParts, Part
 from .attention_support import cache_argument
 from .forward import additive_mask
-from .token_tree import TokenTree, build_tree
+from .token_tree import TokenTree, blocks, build_tree
 
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from .forward import Forward
     from .path_cache import PathCache
     from .token_tree import Pack
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 # Rows of logits per softmax, so that a chunk stays in a processor's cache.
 _SOFTMAX_ROWS = 64
+# Queries of a single long row whose attention is computed together on a CPU.
+_BLOCK_QUERIES = 128
 
 
 @dataclass
@@ -112,9 +118,14 @@ def run_pack(
     if cache.length or kept is not None:
         cache.begin_pass(kept)
         arguments = {"use_cache": True, cache_argument(forward.model): cache}
+    in_parts: AbstractContextManager[Any] = nullcontext()
     if not pack.chains:
         dtype = forward.autocast_dtype or forward.model.dtype
-        arguments["attention_mask"] = _mask(tree, pack, nodes, dtype, device)
+        mask = _mask(tree, pack, nodes, dtype, device)
+        arguments["attention_mask"] = mask
+        if len(nodes) == 1 and width > _BLOCK_QUERIES and device.type == "cpu":
+            parts = _parts(tree, pack, mask.shape[-1] - width)
+            in_parts = AttentionInParts(mask, parts)
 
     scored = work.scored_before
     wanted = np.flatnonzero((scored[nodes + 1] > scored[nodes]) & real)
@@ -123,12 +134,13 @@ def run_pack(
     def keep(hidden: torch.Tensor) -> torch.Tensor:
         return hidden.flatten(0, -2).index_select(0, places.to(hidden.device))[None]
 
-    logits = forward(
-        torch.from_numpy(tokens).to(device),
-        torch.from_numpy(position).to(device),
-        keep,
-        **arguments,
-    )[0]
+    with in_parts:
+        logits = forward(
+            torch.from_numpy(tokens).to(device),
+            torch.from_numpy(position).to(device),
+            keep,
+            **arguments,
+        )[0]
     if len(wanted):
         _score(work, nodes.ravel()[wanted], logits, softmax_dtype)
     cache.end_pass(len(path))
@@ -156,6 +168,20 @@ def _mask(
     )
     query = torch.from_numpy(number).to(device)[:, :, None]
     return additive_mask((key[:, None] > query) | (query >= key_end[:, None]), dtype)
+
+
+def _parts(tree: TokenTree, pack: Pack, cached: int) -> list[Part]:
+    """Cut the one row of `pack`, behind a path of `cached` tokens, into blocks of queries."""
+    parts = []
+    for start, stop, path in blocks(tree, pack.start, pack.stop, _BLOCK_QUERIES):
+        before = np.where(
+            path < pack.start, tree.depth[path], cached + path - pack.start
+        )
+        queries = slice(start - pack.start, stop - pack.start)
+        own = np.arange(cached + queries.start, cached + queries.stop)
+        keys = torch.from_numpy(np.concatenate([before, own]))
+        parts.append(Part(slice(0, 1), queries, keys))
+    return parts
 
 
 def _score(

@@ -25,7 +25,7 @@ import numpy as np
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,21 @@ def next_pack(
         room[row] -= size
         stop = end
     return Pack(start, stop, tuple(map(np.concatenate, rows)), chains)
+
+
+def blocks(
+    tree: TokenTree, start: int, stop: int, size: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Cut the nodes ``[start, stop)`` into blocks of at most `size` nodes.
+
+    Yields:
+        The first node of a block, one past its last, and the nodes before the block that
+        its nodes attend to: the path to the parent of its first node.
+    """
+    while start < stop:
+        end = stop if stop - start <= size else _cut(tree, start, start + size)
+        yield start, end, tree.path(int(tree.parent[start]))
+        start = end
 
 
 def _cut(tree: TokenTree, start: int, limit: int) -> int:

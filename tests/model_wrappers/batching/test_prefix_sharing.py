@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_pruned.model_wrappers.batching import prefix_sharing
+from lm_eval_pruned.model_wrappers.batching import prefix_pass, prefix_sharing
 from lm_eval_pruned.model_wrappers.batching.token_tree import Budget
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
@@ -87,12 +87,14 @@ def as_requests(drawn):
     tokens=st.integers(1, 60),
     row=st.integers(1, 30),
     scored=st.integers(1, 30),
+    block=st.integers(1, 20),
 )
-def test_equal_to_the_plain_path(pair, drawn, tokens, row, scored):
+def test_equal_to_the_plain_path(pair, drawn, tokens, row, scored, block):
     plain, shared, tolerance = pair
     requests = as_requests(drawn)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_sharing, "_least_saving", lambda device: -9.0)
+        patch.setattr(prefix_pass, "_BLOCK_QUERIES", block)
         patch.setattr(
             shared,
             "_budget",
