@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: How many logits are turned into probabilities at once. On a CPU, more take longer: what
-#: they need is new memory each time (benchmarks/distillation.py).
+#: they need is new memory each time (docs/measurements/performance.md).
 _AT_ONCE = 1 << 22
 
 

@@ -161,7 +161,9 @@ def _cells(
                 "seconds_to_first_token": distribution(timed["first"]),
                 "seconds_per_output_token": distribution(per_token),
                 "seconds_end_to_end": distribution(timed["total"]),
-                "latency_estimates": {m: estimates[m] for m in latencies if estimates[m]},
+                "latency_estimates": {
+                    m: estimates[m] for m in latencies if estimates[m]
+                },
                 **{m: found for m, found in estimates.items() if "per_second" in m},
                 "joules": {
                     phase: {
