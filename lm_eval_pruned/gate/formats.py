@@ -23,9 +23,6 @@ class Finding:
     """What the gate says about one metric.
 
     Attributes:
-        run: Name of the run.
-        task: The task.
-        metric: The metric.
         status: ``pass``, ``improved`` (passes), ``new`` (passes), ``fail``, or
             ``undecided`` where the score cannot be held against the baseline.
         expected: Score of the baseline, or None.
@@ -46,10 +43,10 @@ class Finding:
         """Run, task and metric in words."""
         return f"{place_of(self.run, self.task)} {self.metric}"
 
-    @property
-    def scores(self) -> str:
-        """Both scores in words."""
-        return f"expected {_number(self.expected)}, got {_number(self.score)}"
+    def scores(self, form: str = "expected {}, got {}") -> str:
+        """Return both scores in words."""
+        both = (self.expected, self.score)
+        return form.format(*("none" if x is None else f"{x:.6g}" for x in both))
 
 
 def place_of(run: str, task: str) -> str:
@@ -66,8 +63,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
 def as_text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings for people; what needs no attention is only counted."""
     lines = [
-        f"{each.status.upper():8} {each.title}: {_number(each.expected)} -> "
-        f"{_number(each.score)}. {each.message}"
+        f"{each.status.upper():8} {each.title}: {each.scores('{} -> {}')}. {each.message}"
         for each in findings
         if each.status != "pass"
     ]
@@ -104,10 +100,10 @@ def as_junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
         kind = {"fail": "failure", "undecided": "error"}.get(each.status)
         if kind:
             said = ElementTree.SubElement(case, kind, message=each.message)
-            said.text = each.scores
+            said.text = each.scores()
         else:
             said = ElementTree.SubElement(case, "system-out")
-            said.text = f"{each.message} {each.scores}"
+            said.text = f"{each.message} {each.scores()}"
     if notes:
         ElementTree.SubElement(suite, "system-out").text = "\n".join(notes)
     ElementTree.indent(root)
@@ -116,23 +112,27 @@ def as_junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
 
 def as_github(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings as workflow commands, which GitHub Actions shows as annotations."""
-    commands = {"fail": "error", "undecided": "error"}
-    commands |= {"improved": "notice", "new": "notice"}
-    lines = []
-    for each in findings:
-        if each.status in commands:
-            title = _escape(each.title).replace(":", "%3A").replace(",", "%2C")
-            text = _escape(f"{each.message} ({each.scores})")
-            lines.append(f"::{commands[each.status]} title={title}::{text}")
-    lines += [f"::warning title=not as in the baseline::{_escape(n)}" for n in notes]
+
+    def command(kind: str, title: str, text: str) -> str:
+        escaped = _escape(title).replace(":", "%3A").replace(",", "%2C")
+        return f"::{kind} title={escaped}::{_escape(text)}"
+
+    kinds = {
+        "fail": "error",
+        "undecided": "error",
+        "improved": "notice",
+        "new": "notice",
+    }
+    lines = [
+        command(kinds[each.status], each.title, f"{each.message} ({each.scores()})")
+        for each in findings
+        if each.status in kinds
+    ]
+    lines += [command("warning", "not as in the baseline", note) for note in notes]
     return "\n".join([*lines, _summary(findings)]) + "\n"
 
 
 FORMATS = {"text": as_text, "json": as_json, "junit": as_junit, "github": as_github}
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.6g}"
 
 
 def _summary(findings: Sequence[Finding]) -> str:

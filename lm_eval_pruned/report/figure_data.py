@@ -21,7 +21,7 @@ from lm_eval_pruned.results.series import is_share, primary_metrics
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
+    from lm_eval_pruned.compare.comparison import Comparison, Difference
     from lm_eval_pruned.results.chance import Levels
     from lm_eval_pruned.results.files import Run
 

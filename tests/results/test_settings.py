@@ -92,21 +92,6 @@ def test_tasks_are_named_where_only_some_differ(tmp_path, notes):
     assert "(num_fewshot) on boolq, so" in note
 
 
-def test_other_prompts_are_counted(tmp_path, notes):
-    def prompts(text):
-        spec = {
-            "values": [1.0, 0.0] * 10,
-            "prompts": {n: f"{text}{n}" for n in range(3)},
-        }
-        return {"tf": {"acc,none": spec, "acc_norm,none": [1.0] * 20}}
-
-    write_run(tmp_path / "a", prompts("a"))
-    write_run(tmp_path / "b", prompts("b"))
-    (note,) = notes(tmp_path / "a", tmp_path / "b")
-    assert "3 of 20 documents of tf had another prompt (prompt_hash) in b than" in note
-    assert notes(tmp_path / "a", tmp_path / "a") == []
-
-
 def test_a_group_has_the_settings_of_its_members(tmp_path, notes):
     def write(name, **sections):
         write_run(
