@@ -54,7 +54,6 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.compare import comparison, power
-    from lm_eval_pruned.compare.comparison_table import number_text
     from lm_eval_pruned.compare.verdicts import Margin
     from lm_eval_pruned.util.tables import markdown_table
 
@@ -65,7 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     titles = ["run", "metric", "documents", "changed", "margin", "verdict"]
     titles += ["if there is", "chance", "documents for 80 %"]
     forms = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
-    rows = [list(map(number_text, row, forms)) for row in found]
+    rows = [
+        ["-" if v is None else format(v, f) for v, f in zip(row, forms, strict=True)]
+        for row in found
+    ]
     asked = f"{documents} documents" if documents else "as many documents as there are"
     print(
         f"Chance of a verdict on {arguments.task} with {asked}, if as many answers change as did in "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.compare.pairing import (
     DocumentReader,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.compare.pairing import Reader
+    from lm_eval_pruned.results.stopping_record import Stopping
 
     Key = tuple[str, str]
 
@@ -179,7 +180,7 @@ def compare(
     everything = [base, *(run for run in runs if run is not base)]
     notes = notes_on(everything)
     read = read or DocumentReader()
-    found: list[tuple[Run, Key, bool, PairedTest, int | None]] = []
+    pairs: list[_Pair] = []
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
         notes += _missing_notes(base, run, subtasks)
@@ -190,41 +191,36 @@ def compare(
         primary = primary_metrics([base, run], subtasks=subtasks)
         for key in base.scores:
             if key[0] in shared and key in run.scores:
-                test, documents = difference_test(base, run, key, alpha, read)
-                found.append((run, key, key in primary, test, documents))
-    families = [(key[0], is_control(run)) for run, key, *_ in found]
-    counted = [
-        test if is_primary and not stopping_of(base, run, key[0]) else None
-        for run, key, is_primary, test, _ in found
+                tested = difference_test(base, run, key, alpha, read)
+                stopping = stopping_of(base, run, key[0])
+                pairs.append(_Pair(run, key, key in primary, stopping, *tested))
+    families = [(pair.key[0], is_control(pair.run)) for pair in pairs]
+    tests = [
+        pair.test if pair.primary and not pair.stopping else None for pair in pairs
     ]
-    bounds = [
-        margin.bounds(
-            base.scores[key].value,
-            run.scores[key].value,
-            base.scores[key].higher_is_better,
-        )
-        if margin
-        else None
-        for run, key, *_ in found
+    ps = [test.p if test else None for test in tests]
+    asked = [
+        (margin, base.scores[pair.key], pair.run.scores[pair.key]) for pair in pairs
     ]
-    ps = [test.p if test else None for test in counted]
-    judged = zip(
-        false_discovery(ps, families, alpha),
-        claims(bounds, counted, families),
-        strict=True,
-    )
     rows = [
-        _row(base, *each, *of_test, claim, alpha, margin)
-        for each, (of_test, claim) in zip(found, judged, strict=True)
+        _row(base, pair, q, level, claim, alpha, margin)
+        for pair, (q, level), claim in zip(
+            *(
+                pairs,
+                false_discovery(ps, families, alpha),
+                claims(tests, asked, families),
+            ),
+            strict=True,
+        )
     ]
-    asked = {
+    without = {
         row.task
-        for row, within in zip(rows, bounds, strict=True)
-        if row.primary and not within
+        for row in rows
+        if margin and row.primary and not margin.size(row.base_score, row.score)
     }
-    if margin and asked:
+    if margin and without:
         notes.append(
-            f"{margin.text} is no margin for {listed(sorted(asked))}, whose scores are not between "
+            f"{margin.text} is no margin for {listed(sorted(without))}, whose scores are not between "
             "0 and 1: give a share such as 2%, or a number in the metric's own unit."
         )
     weaker = sorted({row.task for row in rows if "weaker" in row.method})
@@ -239,11 +235,7 @@ def compare(
 
 
 def difference_test(
-    base: Run,
-    run: Run,
-    key: Key,
-    alpha: float = 0.05,
-    read: Reader | None = None,
+    base: Run, run: Run, key: Key, alpha: float = 0.05, read: Reader | None = None
 ) -> tuple[PairedTest, int | None]:
     """Test what a run differs by, on its documents where both have samples, else on stderrs.
 
@@ -273,17 +265,21 @@ def difference_test(
     else:
         scores = one.value, one.stderr, other.value, other.stderr
         return unpaired_difference(*scores, alpha=alpha), None
-    test = PairedTest(other.value - one.value, f"none: {why}", level=level)
-    return test, documents
+    return PairedTest(other.value - one.value, f"none: {why}", level=level), documents
+
+
+class _Pair(NamedTuple):
+    run: Run
+    key: Key
+    primary: bool
+    stopping: Stopping | None
+    test: PairedTest
+    documents: int | None
 
 
 def _row(
     base: Run,
-    run: Run,
-    key: Key,
-    primary: bool,
-    test: PairedTest,
-    documents: int | None,
+    pair: _Pair,
     q: float | None,
     level: float | None,
     claim: Claim | None,
@@ -291,9 +287,10 @@ def _row(
     margin: Margin | None,
 ) -> Difference:
     """Return a row with its verdict, and with all else at the level that the correction leaves."""
+    run, key, primary, stopping, test, documents = pair
     before, after = base.scores[key].value, run.scores[key].value
     p, method, of = test.p, test.method, None
-    if stopping := stopping_of(base, run, key[0]):
+    if stopping:
         of = stopping.of if stopping.is_partial else None
         if of is not None and p is not None:
             # On the documents that were used.
@@ -309,6 +306,7 @@ def _row(
     elif primary:
         up = base.scores[key].higher_is_better
         verdict = verdict_of(after - before, q, alpha, up, margin, claim)
+    smallest = None if q is None else test.smallest_detectable(level)
     return Difference(
         run=run.name,
         task=key[0],
@@ -321,7 +319,7 @@ def _row(
         high=high,
         p=p,
         q=q,
-        smallest_detectable=None if q is None else test.smallest_detectable(level),
+        smallest_detectable=smallest,
         documents=documents,
         method=method,
         primary=primary,
@@ -354,14 +352,14 @@ def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return what two runs did not have in common beside the model."""
 
     def settings(each: Run) -> dict[str, dict[str, Any]]:
-        found = {task: dict(known) for task, known in each.settings.items()}
+        found = {}
         for task in tasks:
             # A unit that could stop has other documents by design, and is answered in blocks.
             left_out = ["answer_paths"] if stopping_of(base, run, task) else []
             if is_partial(base, task) or is_partial(run, task):
                 left_out += ["documents", "task_hash"]
-            for name in left_out:
-                found.get(task, {}).pop(name, None)
+            known = each.settings.get(task, {}).items()
+            found[task] = {name: value for name, value in known if name not in left_out}
         return found
 
     return [

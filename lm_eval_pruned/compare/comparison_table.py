@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import textwrap
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.compare.comparison import Comparison, Difference
 from lm_eval_pruned.results.series import scale_name
@@ -45,15 +45,11 @@ def documents_text(row: Difference) -> str:
     return str(row.documents or "-")
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A column of the tables in Markdown and in a terminal.
 
-    Attributes:
-        title: Its heading; ``interval`` gets the confidence in front.
-        text: What a row has in it.
-        align: ``l`` for words, ``r`` for numbers.
-        terminal: Whether a terminal, which is narrow, shows it.
+    ``interval`` gets the confidence in front. Words are aligned to the left (``l``), numbers to
+    the right. A terminal, which is narrow, shows those with `terminal`.
     """
 
     title: str
@@ -94,14 +90,14 @@ TRENDS = (
     Column("documents", lambda each: str(each.trend.units or "-")),
     Column("test", lambda each: each.trend.method, "l"),
 )
-#: Of `TaskCorrelation`, whose interval is the last of the attributes.
+#: Of `TaskCorrelation`.
 CORRELATIONS = (
     Column("series", lambda pair: pair.series, "l"),
-    Column("task", lambda pair: _scaled(pair.tasks[0]), "l"),
-    Column("task", lambda pair: _scaled(pair.tasks[1]), "l"),
+    Column("task", lambda pair: _scaled(*pair.tasks[0]), "l"),
+    Column("task", lambda pair: _scaled(*pair.tasks[1]), "l"),
     Column("n", lambda pair: str(pair.correlation.n)),
     Column("Pearson r", lambda pair: number_text(pair.correlation.pearson, "+.3f")),
-    Column("interval", lambda pair: _interval_of(pair.correlation)),
+    Column("interval", lambda pair: _fisher(pair.correlation)),
 )
 TREND = (
     "Trend over expansion ratios (change of the score per 1 of ratio, positive where it falls "
@@ -113,12 +109,12 @@ CORRELATION = (
 )
 
 
-def _scaled(key: tuple[str, str]) -> str:
-    return f"{key[0]} {scale_name(key[1])}"
-
-
-def _interval_of(found: Correlation) -> str:
+def _fisher(found: Correlation) -> str:
     return interval_text(found.pearson_low, found.pearson_high, 2)
+
+
+def _scaled(task: str, metric: str) -> str:
+    return f"{task} {scale_name(metric)}"
 
 
 def _tables(comparison: Comparison, *, everything: bool = True) -> list[list[Any]]:
@@ -190,16 +186,14 @@ def as_text(comparison: Comparison, width: int, *, everything: bool = False) -> 
     parts = [textwrap.fill(summary, width)]
     for heading, titles, cells, align in _tables(comparison, everything=everything):
         columns = []
-        # Of long names the end says more.
-        cells = (
-            [[t if len(t) <= 28 else f"\u2026{t[-27:]}" for t in row] for row in cells]
-            if not everything
-            else cells
-        )
         for letter, *texts in zip(align, titles, *cells, strict=True):
+            # Of long names the end says more.
+            texts = [
+                t if len(t) < 29 or everything else f"\u2026{t[-27:]}" for t in texts
+            ]
             size = max(map(len, texts))
             columns.append(
-                [t.ljust(size) if letter == "l" else t.rjust(size) for t in texts]
+                [f"{text:{'<' if letter == 'l' else '>'}{size}}" for text in texts]
             )
         lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
         parts += [*([heading] if heading else []), "\n".join(lines)]
@@ -213,19 +207,21 @@ def as_csv(comparison: Comparison) -> str:
     The column ``of`` is there where a run stopped before its last document, and those of the margin
     where one was asked for.
     """
-    left_out = {"claim"}
+    columns = [field.name for field in fields(Difference) if field.name != "claim"]
     if all(row.of is None for row in comparison.rows):
-        left_out.add("of")
-    columns = [name for name in Difference.__dataclass_fields__ if name not in left_out]
-    of_margin = {"margin": "margin", "p_margin": "p", "q_margin": "q"}
-    rows = []
-    for row in comparison.rows:
-        claimed = {name: getattr(row.claim, of, None) for name, of in of_margin.items()}
-        rows.append({name: getattr(row, name) for name in columns} | claimed)
+        columns.remove("of")
     if comparison.margin is not None:
         place = columns.index("verdict") + 1
-        columns[place:place] = of_margin
-    return csv_table(columns, [{name: row[name] for name in columns} for row in rows])
+        columns[place:place] = ["margin", "p_margin", "q_margin"]
+    rows = []
+    for row in comparison.rows:
+        claimed = asdict(row)["claim"] or dict.fromkeys(("margin", "p", "q"))
+        claimed = {
+            "margin": claimed["margin"],
+            **{f"{k}_margin": claimed[k] for k in "pq"},
+        }
+        rows.append({name: (asdict(row) | claimed)[name] for name in columns})
+    return csv_table(columns, rows)
 
 
 def as_json(comparison: Comparison) -> str:

@@ -9,12 +9,7 @@ import numpy as np
 from scipy import stats
 
 from lm_eval_pruned.compare.pairing import paired_documents, paired_test
-from lm_eval_pruned.compare.statistics import (
-    POWER,
-    PairedTest,
-    Shares,
-    chance_seen,
-)
+from lm_eval_pruned.compare.statistics import POWER, PairedTest, Shares, chance_seen
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.series import primary_metrics
 
@@ -54,14 +49,14 @@ def power_of(
         base: The unpruned model.
         runs: What is compared with it.
         task: The task, whose primary metric counts.
-        margin: What is to be shown; its size also stands for the difference to be seen.
+        margin: What is to be shown; its size is also the difference to be seen.
         documents: How many documents to ask about; default: as many as there are.
         alpha: Level of one test, without a correction for others.
 
     Returns:
-        A row for each run and verdict: run, metric, documents that it was scored on, share of
-        them whose value changed, margin in the metric's own unit, the verdict and what has to be
-        true for it, its chance then, and how many documents have a chance of 80 %, if any.
+        A row for each run and verdict: run, metric, documents, share of them whose value changed,
+        margin in the metric's own unit, verdict, what has to be true for it, its chance then, and
+        how many documents have a chance of 80 %, if any.
 
     Raises:
         ResultsError: Nobody has results of `task`, or samples of it.
@@ -93,8 +88,8 @@ def power_of(
                 f"{margin.text} is no margin for {metric} of {task}, whose score is not between 0 "
                 "and 1: give a share such as 2%, or a number in the metric's own unit."
             )
+        power = _power(paired_test(pair), len(pair[0].keys), size, alpha)
         seen = len(pair[0].keys)
-        power = _power(paired_test(pair), seen, size, alpha)
         changed = int((pair[0].values != pair[1].values).sum()) / seen
         n = documents or seen
         for place, (verdict, if_true) in enumerate(VERDICTS.items()):
@@ -127,8 +122,8 @@ def _power(
 def power_of_means(stderr: float, degrees: int, size: float, alpha: float) -> Chances:
     """Return the chances of `VERDICTS` of t tests at `alpha`, of a margin of `size`.
 
-    Source: the noncentral t distribution (Phillips 1990, Journal of Pharmacokinetics and
-        Biopharmaceutics 18, 137-144), whose two tails are taken for exclusive.
+    Source: Phillips 1990, Journal of Pharmacokinetics and Biopharmaceutics 18, 137-144
+    (noncentral t), with the two tails taken for exclusive.
     """
     if stderr == 0:
         return 1.0, 1.0, 1.0

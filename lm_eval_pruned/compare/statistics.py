@@ -32,9 +32,8 @@ SCALES = {"mean": 1.0, "perplexity": -1.0, "bits_per_byte": -1 / math.log(2)}
 class Shares:
     """`up` documents that became right and `down` that became wrong, of `n`, by Tango's score test.
 
-    The spread of a difference is the one that is most likely if it is the true one, and not the
-    one that was seen. So documents of which none changed, or all in one direction, do not count
-    as without spread.
+    The spread of a difference is the one that is most likely if it is the true one, so documents
+    of which none changed, or all in one direction, do not count as without spread.
 
     Source: Tango 1998, Statistics in Medicine 17, 891-908.
     """
@@ -199,15 +198,13 @@ class PairedTest:
         return self.interval(self.level)[1]
 
     def interval(self, level: float) -> tuple[float | None, float | None]:
-        """Return the interval at another level of a two-sided test.
+        """Return the interval at another level, such as what `false_discovery` leaves.
 
         It holds 0 exactly where p is not below the level: the interval of right-or-wrong documents
-        comes from another test than their p, which can differ about 0 and about nothing else. With
-        the levels of `false_discovery`, no more than alpha of the intervals of differences that are
-        shown miss the true one, on average.
+        comes from another test than their p, which can differ about 0 and about nothing else.
 
         Source: Benjamini and Yekutieli 2005, Journal of the American Statistical
-        Association 100, 71-81.
+        Association 100, 71-81 (the level that the correction leaves).
         """
         ends = self.distribution.ends(level) if self.distribution else None
         if ends is None or self.p is None:
@@ -232,14 +229,8 @@ class PairedTest:
         """Return the p of "the true difference lies outside of (`low`, `high`)".
 
         Two one-sided tests, of which the larger p counts: below alpha exactly where the
-        interval with confidence 1 - 2 alpha lies within.
-
-        Args:
-            low: Lower end, or ``-math.inf`` for a test of the upper end alone.
-            high: Upper end, or ``math.inf``.
-
-        Returns:
-            None where no interval can be given.
+        interval with confidence 1 - 2 alpha lies within. Either end may be infinite. None where
+        no interval can be given.
 
         Source: Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15,
         657-680; Berger and Hsu 1996, Statistical Science 11, 283-319.
@@ -272,14 +263,12 @@ def paired_difference(
     clusters. p < alpha exactly where 0 is outside the interval.
 
     Args:
-        base: Finite values of the base, shape (n,), n >= 1; row i of `base` and `run` belong
-            to the same document.
-        run: Values of the run, shape (n,).
+        base: Finite values of the base, shape (n,), n >= 1.
+        run: Values of the run on the same documents, shape (n,).
         weights: Positive weights, shape (n,); default: ones.
         clusters: Cluster of each document, length n; default: each its own.
-        strata: Stratum of each document, length n, for parts that another draw of
-            documents would hold too, such as the subjects of MMLU; default: one.
-            Clusters lie within strata.
+        strata: Stratum of each document, length n, for parts that another draw would hold
+            too, such as the subjects of MMLU; default: one. Clusters lie within strata.
         transform: From the weighted mean to the score, a name in `documents.TRANSFORMS`.
         alpha: 1 - confidence of the interval, and the level of the test.
 
@@ -421,16 +410,14 @@ def false_discovery(
 
     Args:
         p_values: One per test; None for a test that was not made, which does not count.
-        families: The family of each test; default: all are one. In a family with many true
-            differences the method lets more wrong ones pass in number, so what differs for
-            certain does not belong into the family of what is asked.
+        families: The family of each test; default: all are one. True differences let more wrong
+            ones of their family pass, so what differs for certain belongs into another.
         alpha: Rate of false discoveries.
 
     Returns:
-        The adjusted p of each test, and the level that the correction leaves for it, which is
-        ``alpha * k / n`` with n tests that were made, and k the discoveries that there
-        were if this p was 0: a test is significant exactly where its p is below its level, if
-        all other p values stay as they are. None and None where there was no test.
+        The adjusted p of each test, and the level that the correction leaves for it: with all
+        other p as they are, it is significant exactly where its p is below ``alpha * k / n``, of n
+        tests that were made and k discoveries if this p was 0. None and None without a test.
 
     Example:
         >>> false_discovery([0.01, 0.04, 0.04], ["boolq", "boolq", "arc_easy"])

@@ -38,7 +38,7 @@ def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
         run: The unit's results on these.
 
     Returns:
-        The looks with this one; a reason says that it was the last.
+        The looks with this one, which was the last where there is a reason.
 
     Raises:
         ResultsError: Base and run do not belong together.

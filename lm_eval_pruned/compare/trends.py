@@ -86,7 +86,8 @@ def correlate(x: ArrayLike, y: ArrayLike, *, alpha: float = 0.05) -> Correlation
         y: Scores of the other, shape (n,).
         alpha: 1 - confidence of the interval.
     """
-    n = len(np.asarray(x))
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    n = len(x)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return Correlation(n)
     r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
@@ -122,7 +123,8 @@ def trend(
         alpha: Level of the test.
     """
     rows = np.array(values, dtype=float)
-    centred = np.asarray(ratios, dtype=float) - np.mean(ratios)
+    centred = np.asarray(ratios, dtype=float)
+    centred = centred - centred.mean()
     # Less the first row, documents that never change have a slope of exactly 0.
     slopes = SCALES[transform] * (centred / (centred @ centred)) @ (rows - rows[0])
     weights = np.ones(len(slopes)) if weights is None else np.asarray(weights, float)

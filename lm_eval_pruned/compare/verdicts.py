@@ -13,6 +13,8 @@ from lm_eval_pruned.compare.statistics import PairedTest, false_discovery
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
+    from lm_eval_pruned.results.files import Score
+
 #: What may be claimed with a margin, by the option that asks for it.
 CLAIMS = ("equivalent", "not_worse")
 
@@ -65,19 +67,17 @@ class Margin:
             return number
         return number / 100 if 0 <= base <= 1 and 0 <= score <= 1 else None
 
-    def bounds(
-        self, base: float, score: float, higher_is_better: bool | None
-    ) -> tuple[float, float] | None:
+    def bounds(self, base: Score, run: Score) -> tuple[float, float] | None:
         """Return between what the true difference has to lie, or None where that is not known.
 
         Which side may be open follows from `higher_is_better`; where that is None, neither.
         """
-        size = self.size(base, score)
+        size, up = self.size(base.value, run.value), base.higher_is_better
         if size is None:
             return None
-        if self.claim == "equivalent" or higher_is_better is None:
+        if self.claim == "equivalent" or up is None:
             return -size, size
-        return (-size, math.inf) if higher_is_better else (-math.inf, size)
+        return (-size, math.inf) if up else (-math.inf, size)
 
     @property
     def verdict(self) -> str:
@@ -101,31 +101,28 @@ class Claim:
 
 
 def claims(
-    bounds: Sequence[tuple[float, float] | None],
     tests: Sequence[PairedTest | None],
+    asked: Sequence[tuple[Margin | None, Score, Score]],
     families: Sequence[Hashable],
 ) -> list[Claim | None]:
-    """Test one claim for each row of a table.
+    """Test one claim for each row of a table; None where there is no test, margin or interval.
 
     Args:
-        bounds: From `Margin.bounds`.
         tests: None for rows that are no part of the table's family.
+        asked: The margin of each row, the score of its base and that of its run.
         families: Which tests are adjusted together.
-
-    Returns:
-        None where there is no test, no margin, or no interval.
     """
+    bounds = [margin.bounds(*scores) if margin else None for margin, *scores in asked]
     ps = [
         test.p_outside(*within) if test and within else None
         for test, within in zip(tests, bounds, strict=True)
     ]
+    qs = false_discovery(ps, families)
     return [
         Claim(min(map(abs, within)), p, q)
         if within and p is not None and q is not None
         else None
-        for within, p, (q, _) in zip(
-            bounds, ps, false_discovery(ps, families), strict=True
-        )
+        for within, p, (q, _) in zip(bounds, ps, qs, strict=True)
     ]
 
 

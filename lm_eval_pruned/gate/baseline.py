@@ -22,7 +22,6 @@ from lm_eval_pruned.results.files import (
     Run,
     Score,
     finite_or_none,
-    is_number,
     read_json,
 )
 from lm_eval_pruned.results.settings import MODEL
@@ -45,26 +44,18 @@ Key = tuple[str, str, str]
 class Rule:
     """How far a score may fall behind.
 
-    Attributes:
-        kind: One of `RULES`.
-        value: Tolerance in the metric's own unit, tolerance as a share of the expected
-            score, level of the test, or for `CLAIMS` a margin as `Margin` takes it.
+    `kind` is one of `RULES`; `value` is the tolerance in the metric's own unit or as a share of the
+    expected score, the level of the test, or a margin as `Margin` takes it.
     """
 
     kind: str
     value: Any
 
     def __post_init__(self) -> None:
-        kind, value = self.kind, self.value
-        if kind in CLAIMS:
-            Margin(kind, value)
-        elif not is_number(value):
-            raise ValueError(f"{kind} is {value!r}: give a number.")
-        elif kind == "alpha" and not 0 < value < 1:
-            raise ValueError(f"alpha={value} is not between 0 and 1: give 0.05, say.")
-        elif not 0 <= value < math.inf:
+        most = 1 if self.kind == "alpha" else math.inf
+        if not self.margin and not 0 <= float(self.value) < most:
             raise ValueError(
-                f"{kind}={value} is no tolerance: give 0 or a positive number."
+                f"{self.kind}={self.value} is not between 0 and {most}: give 0.05, say."
             )
 
     @property
@@ -75,13 +66,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What is expected.
-
-    Attributes:
-        runs: Expected scores, versions and settings, by the name of the run.
-        rules: One for each score.
-        documents: Scores of single documents, for the rules `OF_DOCUMENTS`.
-    """
+    """Expected scores with versions and settings, a rule for each, and documents for `OF_DOCUMENTS`."""
 
     runs: dict[str, Run] = field(default_factory=dict)
     rules: dict[Key, Rule] = field(default_factory=dict)
@@ -93,10 +78,7 @@ def make_baseline(
 ) -> Baseline:
     """Make a baseline of results.
 
-    Args:
-        runs: From `read_results`.
-        rule: For metrics that `previous` has no rule for.
-        previous: Whose rules stay.
+    Rules of `previous` stay; `rule` is for metrics that it has none for.
 
     Raises:
         ResultsError: A score is NaN, infinite or partial, or a rule of `OF_DOCUMENTS` has no samples.
@@ -104,12 +86,8 @@ def make_baseline(
     baseline = Baseline()
     for name, run in runs.items():
         settings = {
-            task: {
-                setting: value
-                for setting, value in of_task.items()
-                if value is not None and setting not in MODEL
-            }
-            for task, of_task in run.settings.items()
+            task: {k: v for k, v in known.items() if v is not None and k not in MODEL}
+            for task, known in run.settings.items()
         }
         baseline.runs[name] = replace(run, name="the baseline", settings=settings)
         for (task, metric), score in run.scores.items():
@@ -175,8 +153,10 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
         if key in baseline.documents:
             record["documents"] = _as_dict(baseline.documents[key])
     data = {"schema_version": SCHEMA, "runs": runs}
-    options = {"indent": 2, "sort_keys": True, "allow_nan": False}
-    write_atomically(file, json.dumps(data, ensure_ascii=False, **options) + "\n")
+    text = json.dumps(
+        data, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False
+    )
+    write_atomically(file, text + "\n")
 
 
 def _stable(value: float) -> float:
@@ -248,17 +228,17 @@ def read_baseline(file: str | Path) -> Baseline:
                 for metric, record in _each(entry["metrics"]):
                     where = f"{name}, {task}, {metric}"
                     key = name, task, metric
-                    scores[task, metric] = _score(record)
-                    baseline.rules[key] = _rule(record)
-                    if baseline.rules[key].kind in OF_DOCUMENTS:
+                    scores[task, metric], rule = _score_and_rule(record)
+                    baseline.rules[key] = rule
+                    if rule.kind in OF_DOCUMENTS:
                         baseline.documents[key] = _from_dict(record["documents"])
-            baseline.runs[name] = Run(
-                *("the baseline", file, scores, versions), settings=settings
-            )
+            run = Run("the baseline", file, scores, versions, settings=settings)
+            baseline.runs[name] = run
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        lacks = f"lacks {error}" if isinstance(error, KeyError) else error
+        why = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ResultsError(
-            f"{file}, entry of {where}: {lacks}: mend it, or run with --update."
+            f"{file}, entry of {where}: {why.rstrip('.')}; mend it, or make the baseline anew in "
+            "another file with --update."
         ) from None
     return baseline
 
@@ -270,18 +250,11 @@ def _each(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from entries.items()
 
 
-def _score(record: Mapping[str, Any]) -> Score:
+def _score_and_rule(record: Mapping[str, Any]) -> tuple[Score, Rule]:
     score, direction = finite_or_none(record["score"]), record.get("higher_is_better")
     if score is None or direction not in (True, False, None):
-        raise ValueError(
-            f"score {record['score']!r} and higher_is_better {direction!r} are not a number and "
-            "true, false or null"
-        )
-    return Score(score, None, direction, None)
-
-
-def _rule(record: Mapping[str, Any]) -> Rule:
+        raise ValueError(f"score {record['score']!r} or higher_is_better {direction!r}")
     rules = [Rule(kind, record[kind]) for kind in RULES if kind in record]
     if len(rules) != 1:
         raise ValueError(f"has {len(rules)} rules, not one of {', '.join(RULES)}")
-    return rules[0]
+    return Score(score, None, direction, None), rules[0]

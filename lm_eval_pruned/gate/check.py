@@ -66,10 +66,6 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
 
     Tests are one-sided where the direction is known: the rule asks whether a result is worse.
 
-    Args:
-        runs: From `read_results`.
-        baseline: From `read_baseline`.
-
     Returns:
         One finding per metric, sorted by run, task and metric.
     """
@@ -79,10 +75,8 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
     for key, rule in baseline.rules.items():
         name, task, _ = key
         if key not in after:
-            found[key] = (
-                "fail",
-                f"The results have no {' '.join(key[key[0] in runs :])}.",
-            )
+            missing = " ".join(key[name in runs :])
+            found[key] = "fail", f"The results have no {missing}."
         elif refused := _refused(runs[name], baseline.runs[name], task, after[key]):
             found[key] = refused
         elif rule.kind not in OF_DOCUMENTS:
@@ -107,17 +101,12 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
             message = f"Too few documents alone, decided as a part of {groups[0]}."
             found[name, task, metric] = "pass", message
     new = "new", "Not in the baseline; to add it, run with --update."
-    return [
-        Finding(
-            *(*key, status),
-            before[key].value if key in before else None,
-            after[key].value if key in after else None,
-            message,
-        )
-        for key, (status, message) in sorted(
-            (dict.fromkeys(after, new) | found).items()
-        )
-    ]
+    findings = []
+    for key, (status, message) in sorted((dict.fromkeys(after, new) | found).items()):
+        one = before[key].value if key in before else None
+        other = after[key].value if key in after else None
+        findings.append(Finding(*key, status, one, other, message))
+    return findings
 
 
 def _scores(runs: Mapping[str, Run]) -> dict[Key, Score]:
@@ -210,21 +199,15 @@ def _by_documents(
     The p of all rules ``alpha`` are adjusted as one family, and those of all rules with a
     margin as another, so that a gate of many metrics does not close by chance.
     """
-    margins = {key: baseline.rules[key].margin for key in tests}
     ups = {key: before[key].higher_is_better for key in tests}
-    families = [margin is not None for margin in margins.values()]
-    bounds = [
-        margin.bounds(before[key].value, after[key].value, ups[key]) if margin else None
-        for key, margin in margins.items()
-    ]
-    sides = []
+    asked = [(baseline.rules[key].margin, before[key], after[key]) for key in tests]
+    families = [margin is not None for margin, *_ in asked]
+    sides: list[tuple[float | None, float | None]] = []
     for key, test in tests.items():
-        if ups[key] is None or test.sides is None:
-            sides.append((test.p, None))
-        else:
-            sides.append(test.sides if ups[key] else test.sides[::-1])
+        one_sided = (test.p, None) if ups[key] is None else test.sides or (None, None)
+        sides.append(one_sided[::-1] if ups[key] is False else one_sided)
     judged = zip(
-        *(tests, claims(bounds, list(tests.values()), families)),
+        *(tests, claims(list(tests.values()), asked, families)),
         *(false_discovery([p[side] for p in sides], families) for side in (0, 1)),
         strict=True,
     )
@@ -304,13 +287,7 @@ def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:
 def update_notes(
     runs: Mapping[str, Run], baseline: Baseline, previous: Baseline
 ) -> list[str]:
-    """Return what an update changes beside the scores, and which rules cannot decide.
-
-    Args:
-        runs: The results that the baseline was made of.
-        baseline: The new one.
-        previous: What it takes the place of, or an empty one.
-    """
+    """Return what an update of `previous` changes beside the scores, and which rules cannot decide."""
     gone = [
         f"{place_of(run, task)} {metric}"
         for run, task, metric in previous.rules

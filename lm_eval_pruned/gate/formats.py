@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
+
+from lm_eval_pruned.results.files import finite_or_none
 
 
 if TYPE_CHECKING:
@@ -73,32 +74,23 @@ def as_text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
 
 def as_json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings as a JSON object; numbers that are not finite become null."""
-    rows = [asdict(finding) for finding in findings]
-    for row in rows:
-        if row["score"] is not None and not math.isfinite(row["score"]):
-            row["score"] = None
-    passed = exit_code(findings) == 0
-    data = {"passed": passed, "findings": rows, "notes": list(notes)}
+    rows = [asdict(each) | {"score": finite_or_none(each.score)} for each in findings]
+    data = {"passed": not exit_code(findings), "findings": rows, "notes": list(notes)}
     return json.dumps(data, indent=2) + "\n"
 
 
 def as_junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings as JUnit XML, one test case per metric."""
     counts = Counter(finding.status for finding in findings)
+    numbers = {"failures": counts["fail"], "errors": counts["undecided"]}
+    about = {"name": "lm-eval-pruned check", "tests": str(len(findings))}
+    about |= {name: str(number) for name, number in numbers.items()}
     root = ElementTree.Element("testsuites")
-    suite = ElementTree.SubElement(
-        root,
-        "testsuite",
-        name="lm-eval-pruned check",
-        tests=str(len(findings)),
-        failures=str(counts["fail"]),
-        errors=str(counts["undecided"]),
-    )
+    suite = ElementTree.SubElement(root, "testsuite", about)
     for each in findings:
         name = {"classname": f"{each.run}.{each.task}", "name": each.metric}
         case = ElementTree.SubElement(suite, "testcase", name)
-        kind = {"fail": "failure", "undecided": "error"}.get(each.status)
-        if kind:
+        if kind := {"fail": "failure", "undecided": "error"}.get(each.status):
             said = ElementTree.SubElement(case, kind, message=each.message)
             said.text = each.scores()
         else:
@@ -113,9 +105,14 @@ def as_junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
 def as_github(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings as workflow commands, which GitHub Actions shows as annotations."""
 
+    def coded(text: str, also: str = "") -> str:
+        # "%" first, since the others bring it.
+        for character in "%\r\n" + also:
+            text = text.replace(character, f"%{ord(character):02X}")
+        return text
+
     def command(kind: str, title: str, text: str) -> str:
-        escaped = _escape(title).replace(":", "%3A").replace(",", "%2C")
-        return f"::{kind} title={escaped}::{_escape(text)}"
+        return f"::{kind} title={coded(title, ':,')}::{coded(text)}"
 
     kinds = {
         "fail": "error",
@@ -143,7 +140,3 @@ def _summary(findings: Sequence[Finding]) -> str:
         f"Check {word}: {counts['fail']} failed, {undecided}{counts['pass']} as expected, "
         f"{counts['improved']} improved, {counts['new']} not in the baseline."
     )
-
-
-def _escape(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
