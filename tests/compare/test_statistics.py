@@ -225,11 +225,25 @@ def test_interval_solves_tango_s_equation_in_closed_form(counts, alpha):
             assert abs(roots - end).min() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("up", "down", "n", "low", "high"),
+    [
+        # Two trials in Fagerland, Lydersen and Laake 2014, Statistics in Medicine 33, 2850-2875.
+        (1, 7, 21, -0.517, -0.026),
+        (6, 16, 161, -0.124, -0.0054),
+        # Newcombe's example of Tango's interval.
+        (12, 2, 50, 0.0611, 0.3447),
+    ],
+)
+def test_interval_is_tango_s_as_published(up, down, n, low, high):
+    digits = {"abs": 5e-4 if n == 21 else 5e-5}
+    found = paired(up, down, n - up - down)
+    assert (found.low, found.high) == pytest.approx((low, high), **digits)
+
+
 def test_interval_agrees_with_others():
     from statsmodels.stats.contingency_tables import mcnemar
 
-    # Fagerland, Lydersen and Laake 2014, Statistics in Medicine 33, 2850-2875.
-    assert paired(1, 7, 13).interval(0.05) == pytest.approx((-0.517, -0.026), abs=5e-4)
     for up, down in [(1, 7), (12, 5), (0, 3)]:
         table = [[20, up], [down, 9]]
         at_0 = mcnemar(table, exact=False, correction=False).pvalue
