@@ -115,13 +115,15 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
         ResultsError: Something cannot be read, or there is nothing to compare.
     """
     found: list[Run] = []
-    for path in paths:
-        if is_sweep(path):
-            baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
-            found += [] if found else [baseline]
-            found += others if path != paths[0] or len(paths) == 1 else []
-        else:
+    for number, path in enumerate(paths):
+        if not is_sweep(path):
             found.append(read_run(path))
+            continue
+        baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
+        if number == 0:
+            found.append(baseline)
+        if number > 0 or len(paths) == 1:
+            found += others
     if len(found) < 2:
         raise ResultsError(
             "There is nothing to compare: give a base and at least one other run, or a sweep "
@@ -199,30 +201,23 @@ def compare(
         pair.test if pair.primary and not pair.stopping else None for pair in pairs
     ]
     ps = [test.p if test else None for test in tests]
+    adjusted = false_discovery(ps, families, alpha)
     asked = [
         (margin, base.scores[pair.key], pair.run.scores[pair.key]) for pair in pairs
     ]
-    rows = [
-        _row(base, pair, q, level, claim, alpha, margin)
-        for pair, (q, level), claim in zip(
-            *(
-                pairs,
-                false_discovery(ps, families, alpha),
-                claims(tests, asked, families),
-            ),
-            strict=True,
-        )
-    ]
-    without = {
-        row.task
-        for row in rows
-        if margin and row.primary and not margin.size(row.base_score, row.score)
-    }
-    if margin and without:
-        notes.append(
-            f"{margin.text} is no margin for {listed(sorted(without))}, whose scores are not between "
-            "0 and 1: give a share such as 2%, or a number in the metric's own unit."
-        )
+    judged = zip(pairs, adjusted, claims(tests, asked, families), strict=True)
+    rows = [_row(base, pair, *q, claim, alpha, margin) for pair, q, claim in judged]
+    if margin:
+        other = {
+            row.task
+            for row in rows
+            if row.primary and not margin.size(row.base_score, row.score)
+        }
+        if other:
+            notes.append(
+                f"{margin.text} is no margin for {listed(sorted(other))}, whose scores are not "
+                "between 0 and 1: give a share such as 2%, or a number in the metric's own unit."
+            )
     weaker = sorted({row.task for row in rows if "weaker" in row.method})
     if weaker:
         notes.append(
@@ -251,9 +246,8 @@ def difference_test(
     level = stopping.nominal_level if stopping else alpha
     pair = paired_documents(base, run, *key, read)
     documents = len(pair[0].keys) if pair else None
-    endless = [
-        each.name for each in (base, run) if not math.isfinite(each.scores[key].value)
-    ]
+    both = (base, run)
+    endless = [r.name for r in both if not math.isfinite(r.scores[key].value)]
     if endless:
         why = f"the score of {' and '.join(endless)} is no finite number"
     elif pair:

@@ -187,14 +187,11 @@ def as_text(comparison: Comparison, width: int, *, everything: bool = False) -> 
     for heading, titles, cells, align in _tables(comparison, everything=everything):
         columns = []
         for letter, *texts in zip(align, titles, *cells, strict=True):
-            # Of long names the end says more.
-            texts = [
-                t if len(t) < 29 or everything else f"\u2026{t[-27:]}" for t in texts
-            ]
-            size = max(map(len, texts))
-            columns.append(
-                [f"{text:{'<' if letter == 'l' else '>'}{size}}" for text in texts]
-            )
+            if not everything:
+                # Of long names the end says more.
+                texts = [t if len(t) < 29 else f"\u2026{t[-27:]}" for t in texts]
+            pad = str.ljust if letter == "l" else str.rjust
+            columns.append([pad(text, max(map(len, texts))) for text in texts])
         lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
         parts += [*([heading] if heading else []), "\n".join(lines)]
     parts += [textwrap.fill(f"Note: {note}", width) for note in comparison.notes]
@@ -207,21 +204,23 @@ def as_csv(comparison: Comparison) -> str:
     The column ``of`` is there where a run stopped before its last document, and those of the margin
     where one was asked for.
     """
-    columns = [field.name for field in fields(Difference) if field.name != "claim"]
+    left_out = {"claim"}
+    if comparison.margin is None:
+        left_out |= {"margin", "p_margin", "q_margin"}
     if all(row.of is None for row in comparison.rows):
-        columns.remove("of")
-    if comparison.margin is not None:
-        place = columns.index("verdict") + 1
-        columns[place:place] = ["margin", "p_margin", "q_margin"]
-    rows = []
-    for row in comparison.rows:
-        claimed = asdict(row)["claim"] or dict.fromkeys(("margin", "p", "q"))
-        claimed = {
-            "margin": claimed["margin"],
-            **{f"{k}_margin": claimed[k] for k in "pq"},
+        left_out.add("of")
+    names = [field.name for field in fields(Difference)]
+    names[-1:] = ["margin", "p_margin", "q_margin", "of"]
+    columns = [name for name in names if name not in left_out]
+    rows = [asdict(row) for row in comparison.rows]
+    for row in rows:
+        claim = row["claim"] or dict.fromkeys(("margin", "p", "q"))
+        row |= {
+            "margin": claim["margin"],
+            "p_margin": claim["p"],
+            "q_margin": claim["q"],
         }
-        rows.append({name: (asdict(row) | claimed)[name] for name in columns})
-    return csv_table(columns, rows)
+    return csv_table(columns, [{name: row[name] for name in columns} for row in rows])
 
 
 def as_json(comparison: Comparison) -> str:

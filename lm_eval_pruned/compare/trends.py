@@ -137,16 +137,10 @@ def trend(
 def over_ratios(
     runs: Sequence[Run], alpha: float, read: DocumentReader
 ) -> tuple[tuple[TaskCorrelation, ...], tuple[TaskTrend, ...]]:
-    """Correlate any two tasks, and test each for a trend, over expansion ratios.
+    """Correlate any two tasks of each series, and test each for a trend, over expansion ratios.
 
-    Args:
-        runs: Runs of one or several series.
-        alpha: 1 - confidence of the intervals, and level of the tests.
-        read: Reader whose documents are used again.
-
-    Returns:
-        Correlations and trends; empty for series with fewer than 3 ratios, and without tasks
-        of which a score is partial: how many documents there are depends on what they showed.
+    Series with fewer than 3 ratios are left out, and so are tasks of which a score is partial: how
+    many documents there are depends on what they showed.
     """
     pairs: list[TaskCorrelation] = []
     trends: list[TaskTrend] = []
