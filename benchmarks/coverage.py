@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 from tqdm import tqdm
 
-from lm_eval_pruned.compare import statistics
+from lm_eval_pruned.compare import statistics, trends
 from lm_eval_pruned.compare.statistics import PairedTest, paired_difference
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -119,23 +119,20 @@ def walk(rng: np.random.Generator, units: int, shift: float) -> np.ndarray:
     return steps.astype(float)
 
 
-def slopes(rng: np.random.Generator, units: int, shift: float) -> PairedTest:
+def slopes(rng: np.random.Generator, units: int, shift: float) -> Any:
     """Slopes of the documents of `walk`, all of which the shift tilts."""
     documents = walk(rng, units, 0.0) + shift * np.array(SIZES)[:, None]
-    found = statistics.trend(SIZES, documents)
+    found = trends.trend(SIZES, documents)
     assert found.low is not None
     assert found.high is not None
     # From 1.96 standard errors to 1.96 + 0.84: half of the interval and what finds 80 %.
     smallest = (found.high - found.low) / 2 * (1 + 0.8416 / 1.96)
-    return PairedTest(
-        found.slope,
-        found.low,
-        found.high,
-        found.p,
-        found.method,
-        found.units,
-        ALPHA,
-        distribution=SimpleNamespace(detectable=lambda level: smallest),
+    return SimpleNamespace(
+        difference=found.slope,
+        low=found.low,
+        high=found.high,
+        p=found.p,
+        smallest_detectable=lambda: smallest,
     )
 
 
@@ -275,7 +272,7 @@ def correlations(times: int) -> list[list[Any]]:
                 rng = np.random.default_rng([seed, n])
                 x, noise = rng.normal(size=(2, n))
                 y = truth * x + np.sqrt(1 - truth**2) * noise
-                c: Any = statistics.correlate(x, y)
+                c: Any = trends.correlate(x, y)
                 covered += c.pearson_low <= truth <= c.pearson_high
                 rejected += not c.pearson_low <= 0 <= c.pearson_high
             shares = [f"{hits / times:.3f}" for hits in (covered, rejected)]
@@ -285,11 +282,9 @@ def correlations(times: int) -> list[list[Any]]:
         for seed in range(times):
             rng = np.random.default_rng([seed, 200])
             one, other = walk(rng, 200, shift), walk(rng, 200, 0.0)
-            c = statistics.correlate(one.mean(axis=1), other.mean(axis=1))
+            c = trends.correlate(one.mean(axis=1), other.mean(axis=1))
             rejected += not c.pearson_low <= 0 <= c.pearson_high
-            both += (
-                max(statistics.trend(SIZES, each).p for each in (one, other)) < ALPHA
-            )
+            both += max(trends.trend(SIZES, each).p for each in (one, other)) < ALPHA
         shares = [f"{hits / times:.3f}" for hits in (rejected, both)]
         what = f"unrelated tasks over nested sizes, {name}"
         rows.append([what, len(SIZES), "", *shares])

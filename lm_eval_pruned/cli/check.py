@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare.margins import add_margins
+from lm_eval_pruned.cli.compare import add_margins
 
 
 if TYPE_CHECKING:
@@ -66,11 +66,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from pathlib import Path
 
-    from lm_eval_pruned import gate as regression
+    from lm_eval_pruned.gate import baseline as files, check as gate
+    from lm_eval_pruned.gate.formats import FORMATS, exit_code
 
     given = [
-        regression.Rule(kind, getattr(arguments, kind))
-        for kind in regression.RULES
+        files.Rule(kind, getattr(arguments, kind))
+        for kind in files.RULES
         if getattr(arguments, kind) is not None
     ]
     if given and not arguments.update:
@@ -78,22 +79,17 @@ def run(arguments: argparse.Namespace) -> int:
             f"--{given[0].kind} {given[0].value} makes rules for a new baseline: give it together "
             "with --update, or edit the rules in the baseline file."
         )
-    runs = regression.read_results(arguments.results)
+    runs, file = gate.read_results(arguments.results), arguments.baseline
     if not arguments.update:
-        baseline = regression.read_baseline(arguments.baseline)
-        findings = regression.check(runs, baseline)
-        notes = regression.notes(runs, baseline)
-        print(regression.FORMATS[arguments.format](findings, notes), end="")
-        return regression.exit_code(findings)
-    previous = (
-        regression.read_baseline(arguments.baseline, earlier=True)
-        if Path(arguments.baseline).exists()
-        else {}
-    )
-    rule = given[0] if given else regression.Rule("absolute", 0.0)
-    baseline = regression.make_baseline(runs, rule, previous)
-    regression.write_baseline(arguments.baseline, baseline)
-    for note in regression.update_notes(runs, baseline, previous):
+        baseline = files.read_baseline(file)
+        findings = gate.check(runs, baseline)
+        print(FORMATS[arguments.format](findings, gate.notes(runs, baseline)), end="")
+        return exit_code(findings)
+    previous = files.read_baseline(file) if Path(file).exists() else files.Baseline()
+    rule = given[0] if given else files.Rule("absolute", 0.0)
+    baseline = files.make_baseline(runs, rule, previous)
+    files.write_baseline(file, baseline)
+    for note in gate.update_notes(runs, baseline, previous):
         print(f"NOTE     {note}")
-    print(f"Wrote {len(baseline)} expected scores to {arguments.baseline}.")
+    print(f"Wrote {len(baseline.rules)} expected scores to {file}.")
     return 0

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import TYPE_CHECKING
-
-from lm_eval_pruned.compare.margins import add_margins, margin_of
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -41,35 +39,45 @@ def add(commands) -> None:
         action="store_true",
         help="compare the members of groups too, such as the subjects of MMLU",
     )
-    add_margins(parser)
+    add_margins(parser.add_mutually_exclusive_group())
     parser.add_argument(
         "--format",
         choices=("table", "markdown", "csv", "json"),
         default="table",
-        help="table (default) is aligned text that fits a terminal, and Markdown in a file or pipe",
+        help="table (default) is aligned text for a terminal, and Markdown in a file or pipe",
     )
     parser.add_argument(
         "--all",
         action="store_true",
-        help="in a terminal, show restated metrics, trends and correlations too",
+        help="in a terminal, show all columns, restated metrics, trends and correlations",
     )
     parser.set_defaults(run=run)
 
 
+def add_margins(group: Any, also: str = "") -> None:
+    """Declare the options that ask for a claim, of which one can be given; say `also` of both."""
+    for claim, what in (
+        ("equivalent", "neither better nor worse by it"),
+        ("not_worse", "not worse by it"),
+    ):
+        group.add_argument(
+            f"--{claim}",
+            metavar="MARGIN",
+            help=f"ask whether scores are shown to be {what}: 1pt (a percentage point), 2%% (of "
+            f"the base's score), or a number in the metric's own unit{also}",
+        )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    from lm_eval_pruned.compare import comparison
+    from lm_eval_pruned.compare.comparison import compare, read_comparands
     from lm_eval_pruned.compare.comparison_table import FORMATS, as_text
+    from lm_eval_pruned.compare.verdicts import CLAIMS, Margin
 
-    margin = margin_of(arguments)
-    base, runs = comparison.read_comparands(arguments.paths)
-    result = comparison.compare(
-        base,
-        runs,
-        alpha=arguments.alpha,
-        subtasks=arguments.subtasks,
-        margin=margin,
-    )
+    asked = [(claim, getattr(arguments, claim)) for claim in CLAIMS]
+    margin = next((Margin(*each) for each in asked if each[1] is not None), None)
+    options = {"alpha": arguments.alpha, "subtasks": arguments.subtasks}
+    result = compare(*read_comparands(arguments.paths), margin=margin, **options)
     if arguments.format == "table" and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         print(as_text(result, width, everything=arguments.all), end="")

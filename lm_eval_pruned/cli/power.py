@@ -54,20 +54,24 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.compare import comparison, power
-    from lm_eval_pruned.compare.margins import Margin
+    from lm_eval_pruned.compare.verdicts import Margin
+    from lm_eval_pruned.util.tables import markdown_table
 
-    try:
-        margin = Margin("equivalent", arguments.margin)
-    except ValueError as error:
-        raise ValueError(str(error).replace("equivalent=", "margin=")) from None
+    margin, documents = Margin("margin", arguments.margin), arguments.documents
     base, runs = comparison.read_comparands(arguments.paths)
-    found = power.power_of(
-        base,
-        runs,
-        arguments.task,
-        margin,
-        documents=arguments.documents,
-        alpha=arguments.alpha,
+    options = {"documents": documents, "alpha": arguments.alpha}
+    found = power.power_of(base, runs, arguments.task, margin, **options)
+    titles = ["run", "metric", "documents", "changed", "margin", "verdict"]
+    titles += ["if there is", "chance", "documents for 80 %"]
+    forms = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
+    rows = [
+        ["-" if v is None else format(v, f) for v, f in zip(row, forms, strict=True)]
+        for row in found
+    ]
+    asked = f"{documents} documents" if documents else "as many documents as there are"
+    print(
+        f"Chance of a verdict on {arguments.task} with {asked}, if as many answers change as did in "
+        "these samples; one test, without a correction for others.\n\n"
+        f"{markdown_table(titles, rows, 'llrrrllrr')}"
     )
-    print(power.as_table(found, arguments.task, arguments.documents), end="")
     return 0

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.compare.across_ratios import across_ratios
-from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
 from lm_eval_pruned.compare.pairing import (
     DocumentReader,
     is_partial,
     paired_documents,
     paired_test,
 )
-from lm_eval_pruned.compare.stopping import (
-    partial_notes,
-    sequential_claims,
-    sequential_q,
-    sequential_test,
-    stopping_of,
+from lm_eval_pruned.compare.statistics import (
+    PairedTest,
+    false_discovery,
+    unpaired_difference,
 )
-from lm_eval_pruned.compare.verdicts import claims, verdict_of
+from lm_eval_pruned.compare.stopping import partial_notes, sequential, stopping_of
+from lm_eval_pruned.compare.trends import TaskCorrelation, TaskTrend, over_ratios
+from lm_eval_pruned.compare.verdicts import Claim, Margin, claims, verdict_of
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.folder import is_sweep
 from lm_eval_pruned.results.groups import is_control, primary_metrics
@@ -33,7 +30,77 @@ from lm_eval_pruned.results.settings import listed, other_settings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.compare.margins import Claim, Margin
+    from lm_eval_pruned.compare.pairing import Reader
+    from lm_eval_pruned.results.stopping_record import Stopping
+
+    Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One row of the table: one run against the base, on one task and metric.
+
+    Attributes:
+        difference: `score` - `base_score`, in the metric's own unit.
+        relative: The same as a share of `base_score`, or None.
+        low: Lower end of the interval of the difference, or None. At the level that the
+            adjustment leaves where there is a q: 0 is outside exactly where q < alpha.
+        high: Upper end.
+        p: p of the single test, or None where none was possible.
+        q: p adjusted over the runs that are compared on the task (Benjamini-Hochberg), those
+            that were pruned at random apart; or None.
+        smallest_detectable: See `statistics.PairedTest`, at the level that the
+            adjustment leaves; None where there is no q.
+        documents: Documents both runs were scored on, or None.
+        method: Test that was made, or why none was.
+        primary: Whether this is the one metric that stands for its task; the others
+            restate the same answers, and stay outside of the adjustment.
+        verdict: ``better`` or ``worse``, where q < alpha; ``different``, where the task does
+            not say which way is up; ``not shown``, which is not the same as no
+            difference; ``not tested``, see `method`; ``not comparable``, where a score is
+            no finite number; ``restated``, where the metric is not primary. With a margin
+            ``equivalent`` or ``not worse`` where that is shown, and ``undecided`` instead of
+            ``not shown`` and ``not tested``.
+        claim: What is shown of the margin that was asked for; None without one.
+        of: Documents that there are, where the run stopped after fewer: scores, difference,
+            interval, p and q are then of `documents` and hold for stopping. None else.
+    """
+
+    run: str
+    task: str
+    metric: str
+    base_score: float
+    score: float
+    difference: float
+    relative: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    q: float | None
+    smallest_detectable: float | None
+    documents: int | None
+    method: str
+    primary: bool
+    verdict: str
+    claim: Claim | None = None
+    of: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that `compare` says: tests at level `alpha`, and within `margin` if it was asked.
+
+    Correlations and trends are there where a series has at least 3 expansion ratios; notes are
+    what the reader has to know, such as tasks that only one run has.
+    """
+
+    base: str
+    alpha: float
+    rows: tuple[Difference, ...]
+    correlations: tuple[TaskCorrelation, ...]
+    trends: tuple[TaskTrend, ...]
+    notes: tuple[str, ...]
+    margin: Margin | None = None
 
 
 def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
@@ -46,28 +113,26 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     Raises:
         ResultsError: Something cannot be read, or there is nothing to compare.
     """
-    bases: list[Run] = []
-    runs: list[Run] = []
+    found: list[Run] = []
     for number, path in enumerate(paths):
-        if is_sweep(path):
-            baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
-        else:
-            baseline, others = None, [read_run(path)]
+        if not is_sweep(path):
+            found.append(read_run(path))
+            continue
+        baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
         if number == 0:
-            bases = [baseline] if baseline else others
-        if number > 0 or (baseline and len(paths) == 1):
-            runs += others
-    if not bases or not runs:
+            found.append(baseline)
+        if number > 0 or len(paths) == 1:
+            found += others
+    if len(found) < 2:
         raise ResultsError(
             "There is nothing to compare: give a base and at least one other run, or a sweep "
             "folder with several configurations."
         )
-    base = bases[0]
     # Runs that would share a name are called by their paths.
-    names = [base.name, *(run.name for run in runs)]
-    return base, [
+    names = [run.name for run in found]
+    return found[0], [
         run if names.count(run.name) == 1 else replace(run, name=str(run.path))
-        for run in runs
+        for run in found[1:]
     ]
 
 
@@ -113,32 +178,45 @@ def compare(
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
-    rows: list[Difference] = []
-    tests: list[statistics.PairedTest] = []
-    owners: list[Run] = []
     everything = [base, *(run for run in runs if run is not base)]
     notes = notes_on(everything)
     read = read or DocumentReader()
+    pairs: list[_Pair] = []
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
         notes += _missing_notes(base, run, subtasks)
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
-        notes += _settings_notes(base, run, shared)
+        notes += settings_notes(base, run, shared)
         notes += partial_notes(base, run, shared)
         primary = primary_metrics([base, run], subtasks=subtasks)
         for key in base.scores:
             if key[0] in shared and key in run.scores:
-                row, test = _row(base, run, key, key in primary, alpha, read)
-                rows.append(row)
-                tests.append(test)
-                owners.append(run)
-    rows, asked = _decided(base, owners, rows, tests, alpha, margin)
-    if margin is not None and asked:
-        notes.append(
-            f"{margin.text} is no margin for {listed(asked)}, whose scores are not between 0 and "
-            "1: give a share such as 2%, or a number in the metric's own unit."
-        )
+                tested = difference_test(base, run, key, alpha, read)
+                stopping = stopping_of(base, run, key[0])
+                pairs.append(_Pair(run, key, key in primary, stopping, *tested))
+    families = [(pair.key[0], is_control(pair.run)) for pair in pairs]
+    tests = [
+        pair.test if pair.primary and not pair.stopping else None for pair in pairs
+    ]
+    ps = [test.p if test else None for test in tests]
+    adjusted = false_discovery(ps, families, alpha)
+    asked = [
+        (margin, base.scores[pair.key], pair.run.scores[pair.key]) for pair in pairs
+    ]
+    judged = zip(pairs, adjusted, claims(tests, asked, families), strict=True)
+    rows = [_row(base, pair, *q, claim, alpha, margin) for pair, q, claim in judged]
+    if margin:
+        other = {
+            row.task
+            for row in rows
+            if row.primary and not margin.size(row.base_score, row.score)
+        }
+        if other:
+            notes.append(
+                f"{margin.text} is no margin for {listed(sorted(other))}, whose scores are not "
+                "between 0 and 1: give a share such as 2%, or a number in the metric's own unit."
+            )
     weaker = sorted({row.task for row in rows if "weaker" in row.method})
     if weaker:
         notes.append(
@@ -146,122 +224,109 @@ def compare(
             "as if the runs had seen different documents; that is weaker than a paired test: "
             "evaluate with --log_samples."
         )
-    over_ratios = across_ratios(everything, alpha, read)
-    return Comparison(base.name, alpha, tuple(rows), *over_ratios, tuple(notes), margin)
+    across = over_ratios(everything, alpha, read)
+    return Comparison(base.name, alpha, tuple(rows), *across, tuple(notes), margin)
+
+
+def difference_test(
+    base: Run, run: Run, key: Key, alpha: float = 0.05, read: Reader | None = None
+) -> tuple[PairedTest, int | None]:
+    """Test what a run differs by, on its documents where both have samples, else on stderrs.
+
+    Returns:
+        The test, and how many documents it is of. The level of a comparison that was looked at
+        before its end is that of the last look.
+
+    Raises:
+        ResultsError: The runs saw different documents or task versions.
+    """
+    one, other = base.scores[key], run.scores[key]
+    stopping = stopping_of(base, run, key[0])
+    level = stopping.nominal_level if stopping else alpha
+    pair = paired_documents(base, run, *key, read)
+    documents = len(pair[0].keys) if pair else None
+    both = (base, run)
+    endless = [r.name for r in both if not math.isfinite(r.scores[key].value)]
+    if endless:
+        why = f"the score of {' and '.join(endless)} is no finite number"
+    elif pair:
+        return paired_test(pair, level), documents
+    elif one.stderr is None or other.stderr is None:
+        why = "neither samples nor standard errors"
+    elif stopping:
+        why = f"{stopping.text} documents, without usable samples"
+    else:
+        scores = one.value, one.stderr, other.value, other.stderr
+        return unpaired_difference(*scores, alpha=alpha), None
+    return PairedTest(other.value - one.value, f"none: {why}", level=level), documents
+
+
+class _Pair(NamedTuple):
+    run: Run
+    key: Key
+    primary: bool
+    stopping: Stopping | None
+    test: PairedTest
+    documents: int | None
 
 
 def _row(
     base: Run,
-    run: Run,
-    key: tuple[str, str],
-    primary: bool,
+    pair: _Pair,
+    q: float | None,
+    level: float | None,
+    claim: Claim | None,
     alpha: float,
-    read: DocumentReader,
-) -> tuple[Difference, statistics.PairedTest]:
-    """Return a row that is not decided yet, and its test."""
-    one, other = base.scores[key], run.scores[key]
-    before, after = one.value, other.value
-    endless = [
-        each.name for each in (base, run) if not math.isfinite(each.scores[key].value)
-    ]
-    pair = paired_documents(base, run, *key, read)
-    stopping = stopping_of(base, run, key[0])
-    why = ""
-    if endless:
-        why = f"the score of {' and '.join(endless)} is no finite number"
-    elif not pair and (one.stderr is None or other.stderr is None):
-        why = "neither samples nor standard errors"
-    elif not pair and stopping:
-        why = f"{stopping.text} documents, without usable samples"
-    if why:
-        test = statistics.PairedTest.none(after - before, why, level=alpha)
-    elif pair:
-        test = paired_test(pair, stopping.nominal_level if stopping else alpha)
-        test = sequential_test(test, stopping, key[1]) if stopping else test
-    else:
-        stderrs = one.stderr or 0.0, other.stderr or 0.0
-        test = statistics.unpaired_difference(
-            before, stderrs[0], after, stderrs[1], alpha=alpha
-        )
-    of = stopping.of if stopping and stopping.is_partial else None
-    if of is not None and not test.method.startswith("none"):
-        # On the documents that were used.
-        before = after - test.difference
-    row = Difference(
+    margin: Margin | None,
+) -> Difference:
+    """Return a row with its verdict, and with all else at the level that the correction leaves."""
+    run, key, primary, stopping, test, documents = pair
+    before, after = base.scores[key].value, run.scores[key].value
+    p, method, of = test.p, test.method, None
+    if stopping:
+        of = stopping.of if stopping.is_partial else None
+        if of is not None and p is not None:
+            # On the documents that were used.
+            before = after - test.difference
+        method += f", group sequential, {stopping.text} documents" if documents else ""
+        size = margin.size(before, after) if margin else None
+        p, q, claim = sequential(stopping, key[1], test.difference, margin, size)
+        q, level, claim = (q, test.level, claim) if primary else (None, None, None)
+    low, high = test.interval(level or test.level)
+    verdict = "restated"
+    if not (math.isfinite(before) and math.isfinite(after)):
+        verdict = "not comparable"
+    elif primary:
+        up = base.scores[key].higher_is_better
+        verdict = verdict_of(after - before, q, alpha, up, margin, claim)
+    smallest = None if q is None else test.smallest_detectable(level)
+    return Difference(
         run=run.name,
         task=key[0],
         metric=key[1],
         base_score=before,
         score=after,
         difference=after - before,
-        relative=statistics.relative_change(before, after),
-        low=test.low,
-        high=test.high,
-        p=test.p,
-        q=None,
-        smallest_detectable=None,
-        documents=len(pair[0].keys) if pair else None,
-        method=test.method,
+        relative=relative_change(before, after),
+        low=low,
+        high=high,
+        p=p,
+        q=q,
+        smallest_detectable=smallest,
+        documents=documents,
+        method=method,
         primary=primary,
-        verdict="not comparable" if endless else "" if primary else "restated",
+        verdict=verdict,
+        claim=claim,
         of=of,
     )
-    return row, test
 
 
-def _decided(
-    base: Run,
-    owners: Sequence[Run],
-    rows: Sequence[Difference],
-    tests: Sequence[statistics.PairedTest],
-    alpha: float,
-    margin: Margin | None,
-) -> tuple[list[Difference], list[str]]:
-    """Return rows with q and verdict, and with all else at the level that the correction leaves.
-
-    Returns:
-        The rows, and the tasks for whose scores `margin` is none.
-    """
-    stoppings, families = [], []
-    for run, row in zip(owners, rows, strict=True):
-        stoppings.append(stopping_of(base, run, row.task))
-        families.append((row.task, is_control(run)))
-    directions = [base.scores[row.task, row.metric].higher_is_better for row in rows]
-    counted = [
-        test if row.primary and stopping is None else None
-        for row, test, stopping in zip(rows, tests, stoppings, strict=True)
-    ]
-    found: list[Claim | None] = [None] * len(rows)
-    of_stopped = found
-    if margin is not None:
-        scores = [
-            (row.base_score, row.score, direction)
-            for row, direction in zip(rows, directions, strict=True)
-        ]
-        found = claims(margin, counted, scores, families, alpha)
-        of_stopped = sequential_claims(margin, rows, tests, stoppings)
-    adjusted = statistics.false_discovery(
-        [test.p if test else None for test in counted], families, alpha
-    )
-    stopped_qs = sequential_q(rows, stoppings)
-    decided, asked = [], set()
-    for place, (row, test) in enumerate(zip(rows, tests, strict=True)):
-        (q, level), claim, stopping = adjusted[place], found[place], stoppings[place]
-        if stopping is not None:
-            q, level = stopped_qs[place], stopping.nominal_level
-            claim = of_stopped[place]
-        verdict = row.verdict or verdict_of(
-            row.difference, q, alpha, directions[place], margin, claim
-        )
-        row = replace(row, claim=claim, verdict=verdict)
-        if q is not None and level is not None:
-            low, high = test.interval(level)
-            smallest = test.smallest_detectable(level)
-            row = replace(row, low=low, high=high, q=q, smallest_detectable=smallest)
-        decided.append(row)
-        if margin and row.primary and not margin.size(row.base_score, row.score):
-            asked.add(row.task)
-    return decided, sorted(asked)
+def relative_change(base: float, run: float) -> float | None:
+    """Return (run - base) / base, or None where the base is 0 or either is no number."""
+    if base == 0 or not (math.isfinite(base) and math.isfinite(run)):
+        return None
+    return (run - base) / abs(base)
 
 
 def _missing_notes(base: Run, run: Run, subtasks: bool) -> list[str]:
@@ -276,18 +341,18 @@ def _missing_notes(base: Run, run: Run, subtasks: bool) -> list[str]:
     return notes
 
 
-def _settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
+def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return what two runs did not have in common beside the model."""
 
     def settings(each: Run) -> dict[str, dict[str, Any]]:
-        found = {task: dict(known) for task, known in each.settings.items()}
+        found = {}
         for task in tasks:
             # A unit that could stop has other documents by design, and is answered in blocks.
             left_out = ["answer_paths"] if stopping_of(base, run, task) else []
             if is_partial(base, task) or is_partial(run, task):
                 left_out += ["documents", "task_hash"]
-            for name in left_out:
-                found.get(task, {}).pop(name, None)
+            known = each.settings.get(task, {}).items()
+            found[task] = {name: value for name, value in known if name not in left_out}
         return found
 
     return [

@@ -5,28 +5,18 @@ from __future__ import annotations
 import json
 import textwrap
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
+from lm_eval_pruned.compare.comparison import Comparison, Difference
 from lm_eval_pruned.results.groups import scale_name
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from lm_eval_pruned.compare.margins import Claim
-
-#: What the tables of trends and correlations show.
-TREND = (
-    "Trend over expansion ratios (change of the score per 1 of ratio, positive where it falls "
-    "with pruning; slopes of single documents):"
-)
-CORRELATION = (
-    "Correlation of two tasks over expansion ratios (the interval takes the sizes for "
-    "independent draws, which steps of pruning are not; p both: both tasks have a trend):"
-)
+    from lm_eval_pruned.compare.trends import Correlation
 
 
 def p_text(p: float | None) -> str:
@@ -55,72 +45,50 @@ def documents_text(row: Difference) -> str:
     return str(row.documents or "-")
 
 
-def _claimed(claim: Claim | None) -> str:
-    """Return the interval that decides on a claim, which may be open at one side."""
-    if claim is None:
-        return "-"
-    low = number_text(claim.low, "+.4f", "-inf")
-    return f"[{low}, {number_text(claim.high, '+.4f', 'inf')}]"
-
-
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A column of the tables in Markdown and in a terminal.
 
-    Attributes:
-        title: Its heading; ``interval`` gets the confidence in front.
-        text: What a row has in it.
-        align: ``l`` for words, ``r`` for numbers.
-        goes: When a terminal is too narrow, columns are left out in this order; 0: never.
+    ``interval`` gets the confidence in front. Words are aligned to the left (``l``), numbers to
+    the right. A terminal, which is narrow, shows those with `terminal`.
     """
 
     title: str
     text: Callable[[Any], str]
     align: str = "r"
-    goes: int = 0
+    terminal: bool = False
 
 
 #: Of `Difference`. CSV and JSON have its attributes.
 DIFFERENCES = (
-    Column("run", lambda row: row.run, "l"),
-    Column("task", lambda row: row.task, "l"),
-    Column("metric", lambda row: row.metric, "l", 9),
-    Column("base", lambda row: f"{row.base_score:.4f}", goes=8),
-    Column("score", lambda row: f"{row.score:.4f}"),
-    Column("difference", lambda row: f"{row.difference:+.4f}"),
-    Column("interval", lambda row: interval_text(row.low, row.high, 4)),
-    Column("relative", lambda row: number_text(row.relative, "+.1%"), goes=2),
-    Column("p", lambda row: p_text(row.p), goes=7),
-    Column("q", lambda row: p_text(row.q), goes=10),
-    Column(
-        "smallest detectable",
-        lambda row: number_text(row.smallest_detectable, ".4f"),
-        goes=4,
-    ),
-    Column("documents", documents_text, goes=3),
-    Column("test", lambda row: row.method, "l", 1),
-    Column("verdict", lambda row: row.verdict, "l"),
-)
-#: Of `Claim`, which a row has where a margin was asked for; their place is before the documents.
-CLAIMS = (
-    Column(
-        "margin", lambda row: f"{row.claim.margin:.4g}" if row.claim else "-", "r", 5
-    ),
-    Column("interval that decides", lambda row: _claimed(row.claim), "r", 6),
-    Column("q margin", lambda row: p_text(row.claim and row.claim.q), "r", 5),
+    Column("run", lambda row: row.run, "l", True),
+    Column("task", lambda row: row.task, "l", True),
+    Column("metric", lambda row: row.metric, "l"),
+    Column("base", lambda row: f"{row.base_score:.4f}"),
+    Column("score", lambda row: f"{row.score:.4f}", terminal=True),
+    Column("difference", lambda row: f"{row.difference:+.4f}", terminal=True),
+    Column("interval", lambda row: interval_text(row.low, row.high, 4), terminal=True),
+    Column("relative", lambda row: number_text(row.relative, "+.1%")),
+    Column("p", lambda row: p_text(row.p)),
+    Column("q", lambda row: p_text(row.q), terminal=True),
+    Column("smallest detectable", lambda r: number_text(r.smallest_detectable, ".4f")),
+    Column("margin", lambda row: f"{row.claim.margin:.4g}" if row.claim else "-"),
+    Column("q margin", lambda row: p_text(row.claim and row.claim.q)),
+    Column("documents", documents_text),
+    Column("test", lambda row: row.method, "l"),
+    Column("verdict", lambda row: row.verdict, "l", True),
 )
 #: Of `TaskTrend`.
 TRENDS = (
     Column("series", lambda each: each.series, "l"),
     Column("task", lambda each: each.task, "l"),
-    Column("metric", lambda each: scale_name(each.metric), "l", 9),
+    Column("metric", lambda each: scale_name(each.metric), "l"),
     Column("n", lambda each: str(each.trend.n)),
     Column("slope", lambda each: f"{each.trend.slope:+.4f}"),
     Column("interval", lambda each: interval_text(each.trend.low, each.trend.high, 4)),
-    Column("p", lambda each: p_text(each.trend.p), goes=7),
-    Column("q", lambda each: p_text(each.q), goes=10),
-    Column("documents", lambda each: str(each.trend.units or "-"), goes=3),
-    Column("test", lambda each: each.trend.method, "l", 1),
+    Column("p", lambda each: p_text(each.trend.p)),
+    Column("q", lambda each: p_text(each.q)),
+    Column("documents", lambda each: str(each.trend.units or "-")),
+    Column("test", lambda each: each.trend.method, "l"),
 )
 #: Of `TaskCorrelation`.
 CORRELATIONS = (
@@ -129,44 +97,46 @@ CORRELATIONS = (
     Column("task", lambda pair: _scaled(*pair.tasks[1]), "l"),
     Column("n", lambda pair: str(pair.correlation.n)),
     Column("Pearson r", lambda pair: number_text(pair.correlation.pearson, "+.3f")),
-    Column(
-        "interval",
-        lambda pair: interval_text(
-            pair.correlation.pearson_low, pair.correlation.pearson_high, 2
-        ),
-    ),
-    Column("p both", lambda pair: p_text(pair.p)),
-    Column("q", lambda pair: p_text(pair.q), goes=10),
+    Column("interval", lambda pair: _fisher(pair.correlation)),
 )
+TREND = (
+    "Trend over expansion ratios (change of the score per 1 of ratio, positive where it falls "
+    "with pruning; slopes of single documents):"
+)
+CORRELATION = (
+    "Correlation of two tasks over expansion ratios (the interval takes the sizes for "
+    "independent draws, which steps of pruning are not):"
+)
+
+
+def _fisher(found: Correlation) -> str:
+    return interval_text(found.pearson_low, found.pearson_high, 2)
 
 
 def _scaled(task: str, metric: str) -> str:
     return f"{task} {scale_name(metric)}"
 
 
-def _tables(comparison: Comparison) -> list[tuple[str, tuple[Column, ...], Sequence]]:
-    """Return heading, columns and rows of each table; tables without rows are left out."""
-    claims = CLAIMS if comparison.margin is not None else ()
-    tables = [
-        ("", (*DIFFERENCES[:-3], *claims, *DIFFERENCES[-3:]), comparison.rows),
+def _tables(comparison: Comparison, *, everything: bool = True) -> list[list[Any]]:
+    """Return heading, titles, cells and letters of alignment of each table that has rows."""
+    found: list[list[Any]] = []
+    for heading, columns, rows in (
+        ("", DIFFERENCES, comparison.rows),
         (TREND, TRENDS, comparison.trends),
         (CORRELATION, CORRELATIONS, comparison.correlations),
-    ]
-    interval = f"{1 - comparison.alpha:.0%} interval"
-    return [
-        (
-            heading,
-            tuple(
-                replace(column, title=interval)
-                if column.title == "interval"
-                else column
-                for column in columns
-            ),
-            rows,
-        )
-        for heading, columns, rows in tables
-        if rows
-    ]
+    ):
+        shown = [
+            column
+            for column in columns
+            if (comparison.margin or "margin" not in column.title)
+            and (everything or column.terminal)
+        ]
+        interval = f"{1 - comparison.alpha:.0%} interval"
+        titles = [interval if c.title == "interval" else c.title for c in shown]
+        cells = [[column.text(row) for column in shown] for row in rows]
+        if rows:
+            found.append([heading, titles, cells, "".join(c.align for c in shown)])
+    return found
 
 
 def as_table(comparison: Comparison) -> str:
@@ -182,29 +152,22 @@ def as_table(comparison: Comparison) -> str:
         header += " Rows that are `restated` are other metrics of the same answers."
     if comparison.margin is not None:
         header += (
-            f" Margin: {comparison.margin.text}; the interval that decides lies within it exactly "
-            f"where {comparison.margin.verdict} is shown (two one-sided tests, q margin below "
-            f"{comparison.alpha:g})."
+            f" Margin: {comparison.margin.text}; {comparison.margin.verdict} is shown where "
+            f"q margin is below {comparison.alpha:g} (two one-sided tests)."
         )
     parts = [header]
-    for heading, columns, rows in _tables(comparison):
-        cells = [[column.text(row) for column in columns] for row in rows]
-        align = "".join(column.align for column in columns)
-        titles = [column.title for column in columns]
-        parts += [*([heading] if heading else []), markdown_table(titles, cells, align)]
+    for heading, *table in _tables(comparison):
+        parts += [*([heading] if heading else []), markdown_table(*table)]
     if comparison.notes:
         parts.append("\n".join(f"Note: {note}" for note in comparison.notes))
     return "\n\n".join(parts) + "\n"
 
 
 def as_text(comparison: Comparison, width: int, *, everything: bool = False) -> str:
-    """Return the comparison as aligned text for a terminal.
+    """Return the comparison as aligned text for a terminal of `width` columns.
 
-    Args:
-        comparison: What is shown.
-        width: Columns of the terminal. Columns of a table that do not fit are left out, the least
-            important first.
-        everything: Whether to show restated metrics, trends and correlations.
+    `everything` adds the columns that a narrow terminal has no room for, restated metrics, trends
+    and correlations.
     """
     primary = tuple(row for row in comparison.rows if row.primary)
     counts = Counter(row.verdict for row in primary)
@@ -220,75 +183,43 @@ def as_text(comparison: Comparison, width: int, *, everything: bool = False) -> 
         if left_out:
             summary += f" Left out (--all shows them): {', '.join(left_out)}."
         comparison = replace(comparison, rows=primary, trends=(), correlations=())
-    parts = [summary]
-    for heading, columns, rows in _tables(comparison):
-        parts += [*([heading] if heading else []), _aligned(columns, rows, width)]
-    parts += [f"Note: {note}" for note in comparison.notes]
-    return (
-        "\n\n".join(
-            part if "\n" in part else textwrap.fill(part, width) for part in parts
-        )
-        + "\n"
-    )
-
-
-#: Columns of names, of which the last characters are shown where there are more.
-_NAMES = ("run", "task", "series")
-_LONGEST_NAME = 28
-_SHORTEST_NAME = 8
-
-
-def _aligned(columns: Sequence[Column], rows: Sequence[Any], width: int) -> str:
-    table = [(each, [each.title, *map(each.text, rows)]) for each in columns]
-
-    def lines(longest: int) -> list[str]:
-        """Return the rows with columns of equal width, names cut at their front."""
-        found = []
-        for column, texts in table:
-            if column.title in _NAMES:
-                texts = [
-                    text if len(text) <= longest else f"\u2026{text[1 - longest :]}"
-                    for text in texts
-                ]
-            size = max(map(len, texts))
-            pad = str.ljust if column.align == "l" else str.rjust
-            found.append([pad(text, size) for text in texts])
-        return ["  ".join(line) for line in zip(*found, strict=True)]
-
-    longest = _LONGEST_NAME
-    for goes in range(1, 1 + max(column.goes for column in columns)):
-        if len(lines(longest)[0]) > width:
-            table = [each for each in table if each[0].goes != goes]
-    while longest > _SHORTEST_NAME and len(lines(longest)[0]) > width:
-        longest -= 1
-    return "\n".join(map(str.rstrip, lines(longest)))
-
-
-#: Columns of the CSV on a margin, by their names in `Claim`.
-_CLAIM = {
-    "margin": "margin",
-    "low": "margin_low",
-    "high": "margin_high",
-    "p": "p_margin",
-    "q": "q_margin",
-}
+    parts = [textwrap.fill(summary, width)]
+    for heading, titles, cells, align in _tables(comparison, everything=everything):
+        columns = []
+        for letter, *texts in zip(align, titles, *cells, strict=True):
+            if not everything:
+                # Of long names the end says more.
+                texts = [t if len(t) < 29 else f"\u2026{t[-27:]}" for t in texts]
+            pad = str.ljust if letter == "l" else str.rjust
+            columns.append([pad(text, max(map(len, texts))) for text in texts])
+        lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+        parts += [*([heading] if heading else []), "\n".join(lines)]
+    parts += [textwrap.fill(f"Note: {note}", width) for note in comparison.notes]
+    return "\n\n".join(parts) + "\n"
 
 
 def as_csv(comparison: Comparison) -> str:
     """Return the table of differences as CSV with a header.
 
-    The column ``of`` is there where a run stopped before its last document.
+    The column ``of`` is there where a run stopped before its last document, and those of the margin
+    where one was asked for.
     """
-    columns = [name for name in Difference.__dataclass_fields__ if name != "claim"]
-    rows = [asdict(row) for row in comparison.rows]
+    left_out = {"claim"}
+    if comparison.margin is None:
+        left_out |= {"margin", "p_margin", "q_margin"}
     if all(row.of is None for row in comparison.rows):
-        columns.remove("of")
-    if comparison.margin is not None:
-        place = columns.index("verdict") + 1
-        columns[place:place] = _CLAIM.values()
+        left_out.add("of")
+    names = [field.name for field in fields(Difference)]
+    names[-1:] = ["margin", "p_margin", "q_margin", "of"]
+    columns = [name for name in names if name not in left_out]
+    rows = [asdict(row) for row in comparison.rows]
     for row in rows:
-        claim = row["claim"] or {}
-        row |= {column: claim.get(name) for name, column in _CLAIM.items()}
+        claim = row["claim"] or dict.fromkeys(("margin", "p", "q"))
+        row |= {
+            "margin": claim["margin"],
+            "p_margin": claim["p"],
+            "q_margin": claim["q"],
+        }
     return csv_table(columns, [{name: row[name] for name in columns} for row in rows])
 
 

@@ -1,17 +1,21 @@
-"""The documents that two runs were both scored on, in one order."""
+"""The documents that two runs were both scored on, in one order, and their test."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare import statistics
+from lm_eval_pruned.compare.statistics import PairedTest, paired_difference
 from lm_eval_pruned.results.documents import Documents, read_documents
 from lm_eval_pruned.results.files import ResultsError, Run
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    Pair = tuple[Documents, Documents]
+    Reader = Callable[[Run, str, str], Documents | None]
 
 
 class DocumentReader:
@@ -27,13 +31,19 @@ class DocumentReader:
         return self._read[key]
 
 
+def is_partial(run: Run, task: str) -> bool:
+    """Return whether a run stopped before it had all documents of a task."""
+    stopping = run.stopping.get(task)
+    return stopping is not None and stopping.is_partial
+
+
 def paired_documents(
     base: Run,
     run: Run,
     task: str,
     metric: str,
-    read: DocumentReader | None = None,
-) -> tuple[Documents, Documents] | None:
+    read: Reader | None = None,
+) -> Pair | None:
     """Return the documents of two runs in the same order, or None without samples.
 
     Where one of the runs stopped early, these are the documents that it has.
@@ -53,7 +63,11 @@ def paired_documents(
     if one is None or other is None:
         return None
     if is_partial(base, task) or is_partial(run, task):
-        one, other = _shared(one, other)
+        few, many = (one, other) if len(one.keys) < len(other.keys) else (other, one)
+        if cut := many.in_the_order_of(few, part=True):
+            # Members of groups weigh by how many documents of them there are.
+            cut = replace(cut, weights=few.weights)
+            one, other = (one, cut) if few is one else (cut, other)
     reordered = other.in_the_order_of(one)
     if reordered is None:
         before, after = set(one.keys), set(other.keys)
@@ -65,34 +79,13 @@ def paired_documents(
     return (one, reordered) if one.is_scored_like(reordered) else None
 
 
-def paired_test(
-    pair: tuple[Documents, Documents], alpha: float = 0.05
-) -> statistics.PairedTest:
+def paired_test(pair: Pair, alpha: float = 0.05) -> PairedTest:
     """Test what the second of two runs differs by, on what `paired_documents` returned."""
     base, run = pair
-    return statistics.paired_difference(
-        base.values,
-        run.values,
-        weights=base.weights,
-        clusters=base.clusters,
-        strata=base.strata,
-        transform=base.transform,
-        alpha=alpha,
-    )
+    return paired_difference(base.values, run.values, **grouping(base), alpha=alpha)
 
 
-def is_partial(run: Run, task: str) -> bool:
-    """Return whether a run stopped before it had all documents of a task."""
-    stopping = run.stopping.get(task)
-    return stopping is not None and stopping.is_partial
-
-
-def _shared(one: Documents, other: Documents) -> tuple[Documents, Documents]:
-    """Cut the larger set of documents down to the smaller, where it holds all of that."""
-    few, many = (one, other) if len(one.keys) < len(other.keys) else (other, one)
-    cut = many.in_the_order_of(few, part=True)
-    if cut is None:
-        return one, other
-    # Members of groups weigh by how many documents of them there are.
-    cut = replace(cut, weights=few.weights)
-    return (few, cut) if few is one else (cut, few)
+def grouping(documents: Documents) -> dict[str, Any]:
+    """Return how a score is made of its documents, as `paired_difference` takes it."""
+    names = ("weights", "clusters", "strata", "transform")
+    return {name: getattr(documents, name) for name in names}

@@ -5,28 +5,33 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 from scipy import stats
 
 from lm_eval_pruned.compare.pairing import paired_documents, paired_test
-from lm_eval_pruned.compare.statistics import (
-    POWER,
-    PairedTest,
-    Shares,
-    power_of_means,
-    power_of_shares,
-)
+from lm_eval_pruned.compare.statistics import POWER, PairedTest, Shares, chance_seen
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import primary_metrics
-from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lm_eval_pruned.compare.margins import Margin
+    from lm_eval_pruned.compare.verdicts import Margin
 
+    #: Chance of each of `VERDICTS`.
+    Chances = tuple[float, float, float]
+
+#: What can be shown, and what has to be true for it.
+VERDICTS = {
+    "equivalent": "no difference",
+    "not worse": "no difference",
+    "better or worse": "a difference of {}",
+}
 #: No benchmark has more documents.
 _MOST_DOCUMENTS = 10_000_000
+#: Beyond so many documents that change, the counts are taken for normal.
+_MOST_COUNTED = 200
 
 
 def power_of(
@@ -44,14 +49,14 @@ def power_of(
         base: The unpruned model.
         runs: What is compared with it.
         task: The task, whose primary metric counts.
-        margin: What is to be shown; its size also stands for the difference to be seen.
+        margin: What is to be shown; its size is also the difference to be seen.
         documents: How many documents to ask about; default: as many as there are.
         alpha: Level of one test, without a correction for others.
 
     Returns:
-        A row for each run and verdict: run, metric, documents that it was scored on, share of
-        them whose value changed, margin in the metric's own unit, the verdict and what has to be
-        true for it, its chance then, and how many documents have a chance of 80 %, if any.
+        A row for each run and verdict: run, metric, documents, share of them whose value changed,
+        margin in the metric's own unit, verdict, what has to be true for it, its chance then, and
+        how many documents have a chance of 80 %, if any.
 
     Raises:
         ResultsError: Nobody has results of `task`, or samples of it.
@@ -83,40 +88,77 @@ def power_of(
                 f"{margin.text} is no margin for {metric} of {task}, whose score is not between 0 "
                 "and 1: give a share such as 2%, or a number in the metric's own unit."
             )
+        power = _power(paired_test(pair), len(pair[0].keys), size, alpha)
         seen = len(pair[0].keys)
-        power = _power(paired_test(pair), seen, size, alpha)
         changed = int((pair[0].values != pair[1].values).sum()) / seen
         n = documents or seen
-        chances = power(n)
-        for place, (verdict, if_true) in enumerate(
-            (
-                ("equivalent", "no difference"),
-                ("not worse", "no difference"),
-                ("better or worse", f"a difference of {margin.text}"),
-            )
-        ):
-            row = [run.name, metric, seen, changed, size, verdict, if_true]
-            found.append([*row, chances[place], documents_for(power, place, n)])
+        for place, (verdict, if_true) in enumerate(VERDICTS.items()):
+            row = [run.name, metric, seen, changed, size, verdict]
+            row += [if_true.format(margin.text), power(n)[place]]
+            found.append([*row, documents_for(power, place, n)])
     return found
 
 
 def _power(
     test: PairedTest, seen: int, size: float, alpha: float
-) -> Callable[[int], tuple[float, float, float]]:
-    """Return the chances by number of documents: equivalent, not worse, different by `size`."""
+) -> Callable[[int], Chances]:
+    """Return the chances of `VERDICTS` by number of documents."""
     of = test.distribution
     if isinstance(of, Shares):
-        return lambda n: power_of_shares(of.changing, n, size, alpha)
+        changing = of.changing
+        return lambda n: power_of_shares(changing, n, size, alpha)
     if test.low is None or test.high is None:
         raise ResultsError(f"Nothing can be said of other documents: {test.method}.")
     half = float(stats.t.isf(test.level / 2, test.units - 1))
     stderr = (test.high - test.low) / 2 / half
 
-    def of_means(n: int) -> tuple[float, float, float]:
+    def of_means(n: int) -> Chances:
         units = max(2, round(test.units * n / seen))
         return power_of_means(stderr * math.sqrt(seen / n), units - 1, size, alpha)
 
     return of_means
+
+
+def power_of_means(stderr: float, degrees: int, size: float, alpha: float) -> Chances:
+    """Return the chances of `VERDICTS` of t tests at `alpha`, of a margin of `size`.
+
+    Source: Phillips 1990, Journal of Pharmacokinetics and Biopharmaceutics 18, 137-144
+    (noncentral t), with the two tails taken for exclusive.
+    """
+    if stderr == 0:
+        return 1.0, 1.0, 1.0
+    away = min(size / stderr, 37.0)
+    missed = float(stats.nct.cdf(stats.t.isf(alpha, degrees), degrees, away))
+    seen = float(stats.nct.sf(stats.t.isf(alpha / 2, degrees), degrees, away))
+    return max(0.0, 1 - 2 * missed), 1 - missed, seen
+
+
+def power_of_shares(changing: float, n: int, size: float, alpha: float) -> Chances:
+    """Return the chances of `VERDICTS` of `n` right-or-wrong documents, of a margin of `size`.
+
+    `changing` is the share whose answer changes, as many to the right as to the wrong one where
+    there is no difference. Counted out over all outcomes of the tests that are made; with many
+    changes, margins are from the normal distribution.
+    """
+    different = chance_seen(changing, n, size, alpha)
+    if n * changing > _MOST_COUNTED:
+        normal = power_of_means(math.sqrt(changing / n), n - 1, size, alpha)
+        return *normal[:2], different
+    many = stats.binom(n, changing)
+    counts = np.arange(max(0, many.ppf(1e-7)), many.isf(1e-7) + 1).astype(int)
+    fewest, ups = [], 0
+    for count in counts.tolist():
+        # One change more asks for one more that becomes right, or none.
+        while ups <= count and not (
+            (2 * ups - count) / n > -size
+            and Shares(ups, count - ups, n).tails(-size)[0] < alpha
+        ):
+            ups += 1
+        fewest.append(ups)
+    too_few = stats.binom.cdf(np.array(fewest) - 1, counts, 0.5)
+    both = np.maximum(0, stats.binom.cdf(counts - fewest, counts, 0.5) - too_few)
+    chances = many.pmf(counts)
+    return float(chances @ both), float(chances @ (1 - too_few)), different
 
 
 def documents_for(
@@ -124,13 +166,8 @@ def documents_for(
 ) -> int | None:
     """Return how many documents have a chance of `POWER`, to within 4 %, rounded up to two digits.
 
-    Args:
-        power: Chances by number of documents; about rising.
-        place: Which of them.
-        n: Where to start.
-
-    Returns:
-        None where no number of documents has it.
+    `power` gives chances by number of documents, of which `place` is asked for; the search starts
+    at `n`. None where no number of documents has it.
     """
     low = high = max(n, 1)
     while power(high)[place] < POWER:
@@ -144,29 +181,3 @@ def documents_for(
         low, high = (middle, high) if power(middle)[place] < POWER else (low, middle)
     unit = 10 ** max(0, len(str(high)) - 2)
     return -(-high // unit) * unit
-
-
-def as_table(
-    found: Sequence[Sequence[object]], task: str, documents: int | None
-) -> str:
-    """Return the chances as a Markdown table for people."""
-    titles = ["run", "metric", "documents", "changed", "margin", "verdict"]
-    titles += ["if there is", "chance", "documents for 80 %"]
-    forms = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
-    rows = [
-        [
-            "-" if v is None else format(v, form)
-            for v, form in zip(row, forms, strict=True)
-        ]
-        for row in found
-    ]
-    asked = (
-        "as many documents as there are"
-        if documents is None
-        else f"{documents} documents"
-    )
-    return (
-        f"Chance of a verdict on {task} with {asked}, if as many answers change as did in these "
-        "samples; one test, without a correction for others.\n\n"
-        f"{markdown_table(titles, rows, 'llrrrllrr')}\n"
-    )

@@ -1,4 +1,4 @@
-"""Comparisons with the unpruned model that end when they are decided, and their rows in tables."""
+"""Comparisons with the unpruned model that end when they are decided: one look, and what it shows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.compare.margins import Claim, Margin
 from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
+from lm_eval_pruned.compare.verdicts import Claim, Margin
 from lm_eval_pruned.results.documents import read_documents
 from lm_eval_pruned.results.groups import primary_metrics
 
@@ -18,9 +18,6 @@ from lm_eval_pruned.results.groups import primary_metrics
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.compare import statistics
-    from lm_eval_pruned.compare.comparison_rows import Difference
-    from lm_eval_pruned.results.documents import Documents
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.stopping_record import Stopping
 
@@ -41,7 +38,7 @@ def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
         run: The unit's results on these.
 
     Returns:
-        The looks with this one; a reason says that it was the last.
+        The looks with this one, which was the last where there is a reason.
 
     Raises:
         ResultsError: Base and run do not belong together.
@@ -77,28 +74,21 @@ def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
 
 def with_scores(stopping: Stopping, run: Run) -> Stopping:
     """Return the record with the intervals of all scores of its task, at the level of its look."""
-    found = {
-        metric: _score_interval(run, task, metric, stopping.nominal_level)
-        for task, metric in run.scores
-        if task == stopping.task
-    }
+    found = {}
+    for (task, metric), score in run.scores.items():
+        if task != stopping.task:
+            continue
+        documents = read_documents(run, task, metric)
+        low = high = None
+        if documents is not None and documents.transform == "mean":
+            nothing = replace(documents, values=np.zeros(len(documents.values)))
+            test = paired_test((nothing, documents), stopping.nominal_level)
+            low, high = test.low, test.high
+        if low is None and score.stderr is not None:
+            half = float(stats.norm.isf(stopping.nominal_level / 2)) * score.stderr
+            low, high = score.value - half, score.value + half
+        found[metric] = low, high
     return replace(stopping, scores=found)
-
-
-def _score_interval(
-    run: Run, task: str, metric: str, alpha: float
-) -> tuple[float | None, float | None]:
-    documents: Documents | None = read_documents(run, task, metric)
-    if documents is not None and documents.transform == "mean":
-        nothing = replace(documents, values=np.zeros(len(documents.values)))
-        test = paired_test((nothing, documents), alpha)
-        if test.low is not None:
-            return test.low, test.high
-    score = run.scores[task, metric]
-    if score.stderr is None:
-        return None, None
-    half = float(stats.norm.isf(alpha / 2)) * score.stderr
-    return score.value - half, score.value + half
 
 
 def stopping_of(base: Run, run: Run, task: str) -> Stopping | None:
@@ -106,62 +96,33 @@ def stopping_of(base: Run, run: Run, task: str) -> Stopping | None:
     return run.stopping.get(task) or base.stopping.get(task)
 
 
-def sequential_test(
-    test: statistics.PairedTest, stopping: Stopping, metric: str
-) -> statistics.PairedTest:
-    """Return a test on the documents that were used, with a p that holds for the looks at them.
+def sequential(
+    stopping: Stopping,
+    metric: str,
+    difference: float,
+    margin: Margin | None,
+    size: float | None,
+) -> tuple[float | None, float | None, Claim | None]:
+    """Return p, q and what is shown of a margin, which hold for all looks.
 
-    Args:
-        test: Made at `Stopping.nominal_level`, so that its interval holds at all looks.
-        stopping: The looks.
-        metric: Whose test it is. Only of the metric that decided, and against the run that it was
-            compared with, is there a p.
+    Only of the metric that decided, against the run that it was compared with, are there such;
+    of a margin where it is the one that units could stop by. q is corrected over the sizes of a
+    sweep (Bonferroni).
     """
-    looked_at = metric == stopping.metric and (
-        stopping.difference is not None
-        and math.isclose(test.difference, stopping.difference, abs_tol=1e-9)
-    )
-    p = stopping.repeated(stopping.p) if looked_at else None
-    method = f"{test.method}, group sequential, {stopping.text} documents"
-    return replace(test, p=p, method=method)
-
-
-def sequential_q(
-    rows: Sequence[Difference], stoppings: Sequence[Stopping | None]
-) -> list[float | None]:
-    """Return p after a correction over the sizes of a sweep (Bonferroni); None for other rows."""
-    return [
-        min(1.0, stopping.sizes * row.p)
-        if stopping is not None and row.primary and row.p is not None
-        else None
-        for row, stopping in zip(rows, stoppings, strict=True)
-    ]
-
-
-def sequential_claims(
-    margin: Margin,
-    rows: Sequence[Difference],
-    tests: Sequence[statistics.PairedTest],
-    stoppings: Sequence[Stopping | None],
-) -> list[Claim | None]:
-    """Return what is shown of a margin, where it is the one that units could stop by."""
-    found: list[Claim | None] = []
-    for row, test, stopping in zip(rows, tests, stoppings, strict=True):
-        size = margin.size(row.base_score, row.score)
-        if (
-            stopping is None
-            or size is None
-            or not row.primary
-            or row.p is None
-            or margin.claim != "equivalent"
-            or stopping.margin != margin.text
-        ):
-            found.append(None)
-            continue
-        p = stopping.repeated(stopping.p_margin)
-        low, high = test.interval(2 * stopping.nominal_level) or (None, None)
-        found.append(Claim(size, low, high, p, min(1.0, stopping.sizes * p)))
-    return found
+    decided = stopping.difference
+    if metric != stopping.metric or decided is None:
+        return None, None, None
+    if not math.isclose(difference, decided, abs_tol=1e-9):
+        return None, None, None
+    p, p_margin = stopping.repeated(stopping.p), stopping.repeated(stopping.p_margin)
+    claim = None
+    if (
+        margin
+        and size
+        and (margin.claim, margin.text) == ("equivalent", stopping.margin)
+    ):
+        claim = Claim(size, p_margin, min(1.0, stopping.sizes * p_margin))
+    return p, min(1.0, stopping.sizes * p), claim
 
 
 def partial_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:

@@ -1,55 +1,129 @@
-"""What tests show: claims within a margin, and the verdict in words."""
+"""What tests show: the verdict in words, and claims within a margin."""
 
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.compare.margins import Claim, Margin
+from lm_eval_pruned.compare.statistics import PairedTest, false_discovery
 
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
+    from lm_eval_pruned.results.files import Score
+
+#: What may be claimed with a margin, by the option that asks for it.
+CLAIMS = ("equivalent", "not_worse")
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How far a score may be away from that of the base.
+
+    Attributes:
+        claim: ``equivalent``, neither better nor worse by the margin, or ``not_worse``.
+        text: The margin as the user wrote it: ``1pt``, a percentage point of a score
+            between 0 and 1; ``2%``, a share of the base's score; or ``0.5``, in the
+            metric's own unit.
+
+    Example:
+        >>> Margin("equivalent", "1pt").size(0.4, 0.41)
+        0.01
+        >>> Margin("not_worse", "2%").size(20.0, 21.0)
+        0.4
+    """
+
+    claim: str
+    text: str
+
+    def __post_init__(self) -> None:
+        self._parsed()
+
+    def _parsed(self) -> tuple[float, str]:
+        number = r"(\d+\.?\d*|\.\d+)"
+        found = re.fullmatch(rf"{number}\s*(pts?|%|)", str(self.text).strip())
+        if not found or not 0 < float(found[1]) < math.inf:
+            raise ValueError(
+                f"{self.claim}={self.text} is no margin: give percentage points such as 1pt, a "
+                "share of the base's score such as 2%, or a positive number in the metric's own "
+                "unit."
+            )
+        return float(found[1]), found[2]
+
+    def size(self, base: float, score: float) -> float | None:
+        """Return the margin in the metric's own unit, for the scores of base and run.
+
+        Returns:
+            None for percentage points of scores that are not between 0 and 1, and for a
+            share of 0.
+        """
+        number, unit = self._parsed()
+        if unit == "%":
+            return number / 100 * abs(base) or None
+        if not unit:
+            return number
+        return number / 100 if 0 <= base <= 1 and 0 <= score <= 1 else None
+
+    def bounds(self, base: Score, run: Score) -> tuple[float, float] | None:
+        """Return between what the true difference has to lie, or None where that is not known.
+
+        Which side may be open follows from `higher_is_better`; where that is None, neither.
+        """
+        size, up = self.size(base.value, run.value), base.higher_is_better
+        if size is None:
+            return None
+        if self.claim == "equivalent" or up is None:
+            return -size, size
+        return (-size, math.inf) if up else (-math.inf, size)
+
+    @property
+    def verdict(self) -> str:
+        """What is claimed, in words."""
+        return self.claim.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Whether a difference is shown to lie within a margin.
+
+    Attributes:
+        margin: The margin in the metric's own unit.
+        p: p of "the true difference lies outside of the margin".
+        q: p, adjusted as the q of differences is.
+    """
+
+    margin: float
+    p: float
+    q: float
+
 
 def claims(
-    margin: Margin,
-    tests: Sequence[statistics.PairedTest | None],
-    scores: Sequence[tuple[float, float, bool | None]],
+    tests: Sequence[PairedTest | None],
+    asked: Sequence[tuple[Margin | None, Score, Score]],
     families: Sequence[Hashable],
-    alpha: float,
 ) -> list[Claim | None]:
-    """Decide one claim for each test of a table.
+    """Test one claim for each row of a table; None where there is no test, margin or interval.
 
     Args:
-        margin: What is claimed.
-        tests: One for each row; None for rows that are no part of the table's family.
-        scores: Score of the base, score of the run, and whether higher is better.
+        tests: None for rows that are no part of the table's family.
+        asked: The margin of each row, the score of its base and that of its run.
         families: Which tests are adjusted together.
-        alpha: Rate of wrong claims in each family.
-
-    Returns:
-        None where there is no test, no margin, or no interval.
     """
-    bounds = [margin.bounds(*row) for row in scores]
+    bounds = [margin.bounds(*scores) if margin else None for margin, *scores in asked]
     ps = [
         test.p_outside(*within) if test and within else None
         for test, within in zip(tests, bounds, strict=True)
     ]
-    found: list[Claim | None] = []
-    for test, within, p, (q, level) in zip(
-        tests, bounds, ps, statistics.false_discovery(ps, families, alpha), strict=True
-    ):
-        if not test or not within or p is None or q is None or level is None:
-            found.append(None)
-            continue
-        low, high = (
-            end if math.isfinite(bound) else None
-            for end, bound in zip(test.interval(2 * level), within, strict=True)
-        )
-        found.append(Claim(min(map(abs, within)), low, high, p, q))
-    return found
+    qs = false_discovery(ps, families)
+    return [
+        Claim(min(map(abs, within)), p, q)
+        if within and p is not None and q is not None
+        else None
+        for within, p, (q, _) in zip(bounds, ps, qs, strict=True)
+    ]
 
 
 def verdict_of(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
+
+from lm_eval_pruned.results.files import finite_or_none
 
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ class Finding:
     """What the gate says about one metric.
 
     Attributes:
-        run: Name of the run.
-        task: The task.
-        metric: The metric.
         status: ``pass``, ``improved`` (passes), ``new`` (passes), ``fail``, or
             ``undecided`` where the score cannot be held against the baseline.
         expected: Score of the baseline, or None.
@@ -46,10 +44,10 @@ class Finding:
         """Run, task and metric in words."""
         return f"{place_of(self.run, self.task)} {self.metric}"
 
-    @property
-    def scores(self) -> str:
-        """Both scores in words."""
-        return f"expected {_number(self.expected)}, got {_number(self.score)}"
+    def scores(self, form: str = "expected {}, got {}") -> str:
+        """Return both scores in words."""
+        both = (self.expected, self.score)
+        return form.format(*("none" if x is None else f"{x:.6g}" for x in both))
 
 
 def place_of(run: str, task: str) -> str:
@@ -66,8 +64,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
 def as_text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings for people; what needs no attention is only counted."""
     lines = [
-        f"{each.status.upper():8} {each.title}: {_number(each.expected)} -> "
-        f"{_number(each.score)}. {each.message}"
+        f"{each.status.upper():8} {each.title}: {each.scores('{} -> {}')}. {each.message}"
         for each in findings
         if each.status != "pass"
     ]
@@ -77,37 +74,28 @@ def as_text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
 
 def as_json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings as a JSON object; numbers that are not finite become null."""
-    rows = [asdict(finding) for finding in findings]
-    for row in rows:
-        if row["score"] is not None and not math.isfinite(row["score"]):
-            row["score"] = None
-    passed = exit_code(findings) == 0
-    data = {"passed": passed, "findings": rows, "notes": list(notes)}
+    rows = [asdict(each) | {"score": finite_or_none(each.score)} for each in findings]
+    data = {"passed": not exit_code(findings), "findings": rows, "notes": list(notes)}
     return json.dumps(data, indent=2) + "\n"
 
 
 def as_junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings as JUnit XML, one test case per metric."""
     counts = Counter(finding.status for finding in findings)
+    numbers = {"failures": counts["fail"], "errors": counts["undecided"]}
+    about = {"name": "lm-eval-pruned check", "tests": str(len(findings))}
+    about |= {name: str(number) for name, number in numbers.items()}
     root = ElementTree.Element("testsuites")
-    suite = ElementTree.SubElement(
-        root,
-        "testsuite",
-        name="lm-eval-pruned check",
-        tests=str(len(findings)),
-        failures=str(counts["fail"]),
-        errors=str(counts["undecided"]),
-    )
+    suite = ElementTree.SubElement(root, "testsuite", about)
     for each in findings:
         name = {"classname": f"{each.run}.{each.task}", "name": each.metric}
         case = ElementTree.SubElement(suite, "testcase", name)
-        kind = {"fail": "failure", "undecided": "error"}.get(each.status)
-        if kind:
+        if kind := {"fail": "failure", "undecided": "error"}.get(each.status):
             said = ElementTree.SubElement(case, kind, message=each.message)
-            said.text = each.scores
+            said.text = each.scores()
         else:
             said = ElementTree.SubElement(case, "system-out")
-            said.text = f"{each.message} {each.scores}"
+            said.text = f"{each.message} {each.scores()}"
     if notes:
         ElementTree.SubElement(suite, "system-out").text = "\n".join(notes)
     ElementTree.indent(root)
@@ -116,23 +104,32 @@ def as_junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
 
 def as_github(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     """Return the findings as workflow commands, which GitHub Actions shows as annotations."""
-    commands = {"fail": "error", "undecided": "error"}
-    commands |= {"improved": "notice", "new": "notice"}
-    lines = []
-    for each in findings:
-        if each.status in commands:
-            title = _escape(each.title).replace(":", "%3A").replace(",", "%2C")
-            text = _escape(f"{each.message} ({each.scores})")
-            lines.append(f"::{commands[each.status]} title={title}::{text}")
-    lines += [f"::warning title=not as in the baseline::{_escape(n)}" for n in notes]
+
+    def coded(text: str, also: str = "") -> str:
+        # "%" first, since the others bring it.
+        for character in "%\r\n" + also:
+            text = text.replace(character, f"%{ord(character):02X}")
+        return text
+
+    def command(kind: str, title: str, text: str) -> str:
+        return f"::{kind} title={coded(title, ':,')}::{coded(text)}"
+
+    kinds = {
+        "fail": "error",
+        "undecided": "error",
+        "improved": "notice",
+        "new": "notice",
+    }
+    lines = [
+        command(kinds[each.status], each.title, f"{each.message} ({each.scores()})")
+        for each in findings
+        if each.status in kinds
+    ]
+    lines += [command("warning", "not as in the baseline", note) for note in notes]
     return "\n".join([*lines, _summary(findings)]) + "\n"
 
 
 FORMATS = {"text": as_text, "json": as_json, "junit": as_junit, "github": as_github}
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.6g}"
 
 
 def _summary(findings: Sequence[Finding]) -> str:
@@ -143,7 +140,3 @@ def _summary(findings: Sequence[Finding]) -> str:
         f"Check {word}: {counts['fail']} failed, {undecided}{counts['pass']} as expected, "
         f"{counts['improved']} improved, {counts['new']} not in the baseline."
     )
-
-
-def _escape(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

@@ -13,7 +13,7 @@ from lm_eval_pruned.results.groups import is_perplexity, primary_metrics, series
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.compare.comparison_rows import Comparison
+    from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.results.files import Run
 
 #: Tasks that stand for knowledge and for truthfulness, the study's own first.
@@ -45,13 +45,11 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
         if not found or not correlation or correlation.pearson is None:
             caption = f"too few different points for a correlation (n = {len(members)})"
         else:
-            both = "not tested" if found.p is None else f"p = {found.p:.3g}"
             logs = any(is_perplexity(metric) for _, metric in pair)
             caption = (
                 f"Pearson r{' of log perplexity' if logs else ''} = {correlation.pearson:.3f}, {1 - comparison.alpha:.0%} interval "
                 f"[{correlation.pearson_low:.2f}, {correlation.pearson_high:.2f}] if sizes were "
-                f"independent draws, n = {correlation.n}\n"
-                f"both have a trend over documents: {both}"
+                f"independent draws, n = {correlation.n}"
             )
         plots.append(
             scatter_plot(

@@ -24,7 +24,7 @@ from lm_eval_pruned.util.palette import variables
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.compare.comparison_rows import Comparison
+    from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.report.figure_data import Curves
     from lm_eval_pruned.report.figure_spec import Panel
     from lm_eval_pruned.results.documents import Levels

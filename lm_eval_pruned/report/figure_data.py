@@ -20,7 +20,7 @@ from lm_eval_pruned.results.groups import FAMILIES, family_of, is_share, primary
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
+    from lm_eval_pruned.compare.comparison import Comparison, Difference
     from lm_eval_pruned.results.documents import Levels
     from lm_eval_pruned.results.files import Run
 

@@ -17,7 +17,7 @@ from lm_eval_pruned.results.groups import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
+    from lm_eval_pruned.compare.comparison import Comparison, Difference
     from lm_eval_pruned.results.files import Run
 
 _SIGNIFICANT = ("worse", "better", "different")

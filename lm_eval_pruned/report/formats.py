@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
+from lm_eval_pruned.compare.comparison import Comparison, Difference
 from lm_eval_pruned.report.page import only_these
 from lm_eval_pruned.results.groups import healing_name
 from lm_eval_pruned.util.palette import variables

@@ -37,7 +37,7 @@ from lm_eval_pruned.util.atomic import write_atomically
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.compare.comparison_rows import Comparison
+    from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.report.findings import Finding
     from lm_eval_pruned.report.page import Section
     from lm_eval_pruned.results.documents import Levels

@@ -32,7 +32,7 @@ from lm_eval_pruned.results.runs import setting_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
+    from lm_eval_pruned.compare.comparison import Comparison, Difference
     from lm_eval_pruned.report.findings import Finding
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults

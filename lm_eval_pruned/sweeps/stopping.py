@@ -13,8 +13,8 @@ from unittest import mock
 
 import numpy as np
 
-from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.compare.stopping import look, with_scores
+from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.results.runs import read_newest
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.compare.power import documents_for
-from lm_eval_pruned.compare.statistics import paired_difference
+from lm_eval_pruned.compare.power import documents_for, power_of_means, power_of_shares
+from lm_eval_pruned.compare.statistics import POWER, paired_difference
 from tests.helpers.results_files import write_run
 
 
@@ -37,7 +36,7 @@ def counted(n: int, changed: float, margin: float, alpha: float, both: bool) -> 
 @pytest.mark.parametrize("both", [True, False])
 def test_power_of_shares_is_that_of_the_test_counted_out(changed, margin, both):
     n = 24
-    power = statistics.power_of_shares(changed, n, margin, 0.05)[0 if both else 1]
+    power = power_of_shares(changed, n, margin, 0.05)[0 if both else 1]
     assert power == pytest.approx(counted(n, changed, margin, 0.05, both), abs=1e-5)
 
 
@@ -52,25 +51,25 @@ def test_power_of_means_is_that_of_the_test_simulated(both):
         < 0.05
         for _ in range(times)
     )
-    power = statistics.power_of_means(n**-0.5, n - 1, margin, 0.05)[0 if both else 1]
+    power = power_of_means(n**-0.5, n - 1, margin, 0.05)[0 if both else 1]
     assert shown / times == pytest.approx(power, abs=4 * (0.25 / times) ** 0.5)
 
 
 @pytest.mark.parametrize("margin", [0.016, 0.02, 0.03])
 def test_many_changes_are_as_good_as_normal(margin):
     n, changed = 2000, 0.099
-    exact, *_ = statistics.power_of_shares(changed, n, margin, 0.05)
-    normal, *_ = statistics.power_of_means((changed / n) ** 0.5, n - 1, margin, 0.05)
+    exact, *_ = power_of_shares(changed, n, margin, 0.05)
+    normal, *_ = power_of_means((changed / n) ** 0.5, n - 1, margin, 0.05)
     assert exact == pytest.approx(normal, abs=0.01)
 
 
 def test_power_rises_with_documents_and_documents_for_is_where_it_has_80_percent():
     def power(n):
-        return statistics.power_of_shares(0.1, n, 0.05, 0.05)
+        return power_of_shares(0.1, n, 0.05, 0.05)
 
     assert power(50)[0] < power(200)[0] < power(800)[0]
     needed = documents_for(power, 0, 10)
-    assert power(needed)[0] >= statistics.POWER > power(int(needed * 0.85))[0]
+    assert power(needed)[0] >= POWER > power(int(needed * 0.85))[0]
     assert documents_for(lambda n: [0.5], 0, 10) is None
 
 

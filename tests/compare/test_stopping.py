@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned.compare.comparison_rows import Difference
-from lm_eval_pruned.compare.margins import Margin
-from lm_eval_pruned.compare.statistics import PairedTest
-from lm_eval_pruned.compare.stopping import (
-    LEVEL,
-    sequential_claims,
-    sequential_q,
-)
+from lm_eval_pruned.compare.stopping import LEVEL, sequential
+from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.results.stopping_record import Stopping
 from lm_eval_pruned.sweeps.stopping import read_rule
 
@@ -87,24 +81,18 @@ def test_differences_and_a_margin_share_one_level():
         rng = np.random.default_rng(seed)
         p = np.where(np.arange(sizes) < 3, rng.random(sizes), 1e-9)
         p_margin = np.where(np.arange(sizes) < 3, 1e-9, rng.random(sizes))
-        stoppings = [
-            Stopping(
-                rule, "boolq", n, LEVEL, sizes, "acc,none", "all documents", (n,),
-                (p[k],), (p_margin[k],), 0.0, 0.0, 0.0,
+        found = [
+            sequential(
+                Stopping(
+                    rule, "boolq", n, LEVEL, sizes, "acc,none", "all documents", (n,),
+                    (p[k],), (p_margin[k],), 0.0, 0.0, 0.0,
+                ),
+                "acc,none", 0.0, margin, 0.1,
             )
             for k in range(sizes)
         ]  # fmt: skip
-        rows = [
-            Difference(
-                str(k), "boolq", "acc,none", 0.5, 0.5, 0.0, 0.0, None, None, p[k],
-                None, None, n, "", primary=True, verdict="",
-            )
-            for k in range(sizes)
-        ]  # fmt: skip
-        tests = [PairedTest(0.0, None, None, each, "", n) for each in p]
-        different = [q < 0.05 for q in sequential_q(rows, stoppings)[:3]]
-        claims = sequential_claims(margin, rows, tests, stoppings)[3:]
-        return any(different) or any(claim.q < 0.05 for claim in claims)
+        different = [q < 0.05 for _, q, _ in found[:3]]
+        return any(different) or any(claim.q < 0.05 for _, _, claim in found[3:])
 
     # Holm for each of both questions would be wrong in 9.7 % of sweeps.
     assert np.mean([wrong(seed, "decided:10pt") for seed in range(4000)]) < 0.055

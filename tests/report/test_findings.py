@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm_eval_pruned.compare.comparison_rows import Comparison, Difference
+from lm_eval_pruned.compare.comparison import Comparison, Difference
 from lm_eval_pruned.report.findings import findings
 from lm_eval_pruned.results.files import Run
 from lm_eval_pruned.results.groups import FAMILIES, LEFT, TAKEN, family_of

@@ -111,8 +111,8 @@ def test_without_direction_any_change_fails(gate):
 def test_missing_tasks_and_metrics_fail(gate):
     code, text = gate(BEFORE, {"tf": {"acc_norm,none": answers(0.5)}})
     assert code == 1
-    assert "no metric acc,none" in text
-    assert "no result for lambada" in text
+    assert "no tf acc,none" in text
+    assert "no lambada perplexity,none" in text
     assert "NEW      tf acc_norm,none" in text
 
 
@@ -154,7 +154,7 @@ def test_alpha_on_other_documents_is_unusable(gate):
     other["tf"]["acc,none"]["docs"] = {0: {"question": "another"}}
     code, text = gate(BEFORE, other, update=("--alpha", "0.05"))
     assert code == 2
-    assert "other documents" in text
+    assert "1 of 60 only in the baseline, 1 of 60 only in after" in text
 
 
 def test_a_group_by_significance(tmp_path):
@@ -226,7 +226,7 @@ def test_a_sweep_is_checked_run_by_run(tmp_path, capsys):
     )
     command[1] = str(tmp_path / "worse")
     assert cli.main(command) == 1
-    assert "no run p20" in capsys.readouterr().out
+    assert "no p20 tf acc,none" in capsys.readouterr().out
     write_sweep(tmp_path / "failed", {"base": (0, tasks), "p20": (20, {})}, p20="tf")
     command[1] = str(tmp_path / "failed")
     assert cli.main(command) == 2
@@ -281,7 +281,7 @@ GOOD = {"score": 0.5, "higher_is_better": True, "absolute": 0.1}
 
 def baseline_of(record):
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "runs": {"run": {"tf": {"metrics": {"acc,none": record}}}},
     }
 
@@ -292,38 +292,32 @@ def baseline_of(record):
         (b"", "is not whole JSON"),
         (b"{", "not whole JSON"),
         ({"results": {}}, "is no baseline"),
-        ({"schema_version": 3, "runs": {}}, "upgrade lm-eval-pruned"),
+        ({"schema_version": 3, "runs": {}}, "is no baseline of schema version 2"),
         ({"schema_version": 2, "runs": {}}, "expects nothing"),
-        ({"schema_version": 1, "runs": {}}, "expects nothing"),
+        ({"schema_version": 2, "runs": {"run": 3}}, "entry of run:"),
+        ({"schema_version": 2, "runs": {"run": {}}}, "entry of run: expects nothing"),
         (
             {"schema_version": 2, "runs": {"run": {"tf": {"settings": 3}}}},
-            "settings of run, tf is damaged",
+            "entry of run, tf:",
         ),
-        ({"schema_version": 1, "runs": {"run": 3}}, "entry of run is damaged"),
-        (
-            {"schema_version": 1, "runs": {"run": {"tf": {}}}},
-            "entry of run, tf is damaged",
-        ),
-        ({"schema_version": 2, "runs": {"run": {}}}, "expects nothing of run:"),
+        ({"schema_version": 2, "runs": {"run": {"tf": {}}}}, "lacks 'metrics'"),
         (
             {"schema_version": 2, "runs": {"run": {"tf": {"metrics": {}}}}},
-            "expects nothing of run, tf:",
+            "entry of run, tf: expects nothing",
         ),
-        (
-            baseline_of({**GOOD, "score": float("nan")}),
-            "score of run, tf, acc,none is nan",
-        ),
-        (baseline_of({**GOOD, "score": "0.5"}), "not a number"),
+        (baseline_of({**GOOD, "score": float("nan")}), "run, tf, acc,none: score nan"),
+        (baseline_of({**GOOD, "score": "0.5"}), "score '0.5'"),
         (baseline_of({**GOOD, "relative": 0.1}), "has 2 rules"),
         (baseline_of({"score": 0.5}), "has 0 rules"),
-        (baseline_of({**GOOD, "absolute": -1}), "absolute=-1 is no tolerance"),
-        (baseline_of({**GOOD, "absolute": "x"}), "give a number"),
+        (baseline_of({**GOOD, "absolute": -1}), "absolute=-1 is not between"),
+        (baseline_of({**GOOD, "absolute": "x"}), "could not convert"),
         (baseline_of({**GOOD, "higher_is_better": "yes"}), "higher_is_better"),
-        (baseline_of({"score": 0.5, "alpha": 2}), "alpha=2"),
-        (baseline_of({"score": 0.5, "alpha": 0.05}), "no documents"),
+        (baseline_of({"score": 0.5, "alpha": 2}), "alpha=2 is not between 0 and 1"),
+        (baseline_of({"score": 0.5, "not_worse": "much"}), "not_worse=much is no mar"),
+        (baseline_of({"score": 0.5, "alpha": 0.05}), "lacks 'documents'"),
         (
             baseline_of({"score": 0.5, "alpha": 0.05, "documents": {"values": [1]}}),
-            "damaged",
+            "run, tf, acc,none",
         ),
     ],
 )
@@ -383,7 +377,8 @@ def test_other_documents_and_shots_are_not_compared(tmp_path, capsys):
     assert "Check undecided: 0 failed, 1 undecided" in text
     # To accept says what it accepts.
     assert cli.main([*check, "--update"]) == 0
-    assert "NOTE     documents 800 -> 50 (everywhere)." in capsys.readouterr().out
+    note = "other settings than the baseline (documents, num_fewshot)"
+    assert note in capsys.readouterr().out
     assert cli.main(check) == 0
 
 
@@ -407,21 +402,21 @@ def test_what_was_asked_otherwise_is_not_compared(gate, rule, sections, words):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        (
-            {"lm_eval_version": "0.4.14"},
-            "lm_eval_version 0.4.13 -> 0.4.14 (everywhere).",
-        ),
-        ({"task_hashes": {"tf": "f00"}}, "task_hash is another: "),
-        ({"config": {"model_dtype": "torch.bfloat16"}}, "dtype none -> torch.bfloat16"),
+        ({"lm_eval_version": "0.4.14"}, "(lm_eval_version), so"),
+        ({"task_hashes": {"tf": "f00"}}, "(task_hash) on tf, so"),
+        ({"config": {"model_dtype": "torch.bfloat16"}}, "(dtype), so"),
         # Nothing depends on the seed of examples that there are none of.
-        ({"config": {"fewshot_seed": 7}}, "fewshot_seed none -> 7"),
-        ({"fewshot_as_multiturn": True}, "fewshot_as_multiturn none -> True"),
+        ({"config": {"fewshot_seed": 7}}, "(fewshot_seed), so"),
+        ({"fewshot_as_multiturn": True}, "(fewshot_as_multiturn), so"),
     ],
 )
 def test_what_else_differs_is_noted(gate, sections, words):
     code, text = gate(BEFORE, BEFORE, **sections)
     assert code == 0
-    assert f"NOTE     {words}" in text
+    assert (
+        f"NOTE     after was evaluated with other settings than the baseline {words}"
+        in text
+    )
 
 
 def test_another_few_shot_seed_matters_with_examples(tmp_path, capsys):
@@ -451,7 +446,6 @@ def test_another_width_is_another_model(tmp_path, capsys):
     assert cli.main(["check", str(tmp_path / "after"), "--baseline", file]) == 2
     assert "widths 2 x 320 and in the baseline 2 x 240" in capsys.readouterr().out
     assert cli.main(["check", str(tmp_path / "others"), "--baseline", file]) == 0
-    assert "NOTE     kept_digest is another: other neurons" in capsys.readouterr().out
 
 
 def test_too_few_documents_for_alpha_are_undecided(gate):
@@ -518,48 +512,21 @@ def test_undecided_in_every_format(gate):
     data = json.loads(gate(BEFORE, BEFORE, "--format", "json", **shots)[1])
     assert data["passed"] is False
     assert [row["status"] for row in data["findings"]] == ["pass", "undecided"]
-    assert data["notes"] == ["num_fewshot 0 -> 5 (tf)."]
+    (note,) = data["notes"]
+    assert "(num_fewshot) on tf, so" in note
     _, text = gate(BEFORE, BEFORE, "--format", "junit", **shots)
     suite = ElementTree.fromstring(text).find("testsuite")  # noqa: S314
     assert (suite.get("failures"), suite.get("errors")) == ("0", "1")
     assert "num_fewshot" in suite.find("testcase/error").get("message")
     _, text = gate(BEFORE, BEFORE, "--format", "github", **shots)
     assert "::error title=tf acc%2Cnone::Not comparable: num_fewshot 5" in text
-    assert "::warning title=not as in the baseline::num_fewshot 0 -> 5 (tf)." in text
-
-
-def test_a_baseline_of_an_earlier_version_is_made_anew(tmp_path, capsys):
-    """It does not say what its scores are of; its rules stay."""
-    write_run(tmp_path / "a", {"tf": {"acc,none": answers(0.5)}})
-    file = tmp_path / "b.json"
-    file.write_text(json.dumps(baseline_of(GOOD)))
-    command = ["check", str(tmp_path / "a"), "--baseline", str(file)]
-    assert cli.main(command) == 2
-    message = capsys.readouterr().err
-    assert "does not say of how many documents and shots its scores are" in message
-    assert message.count("\n") == 1
-    assert cli.main([*command, "--update"]) == 0
-    assert "NOTE" not in capsys.readouterr().out
-    record = json.loads(file.read_text())["runs"]["run"]["tf"]["metrics"]["acc,none"]
-    assert record["absolute"] == 0.1
-    assert cli.main(command) == 0
+    assert "::warning title=not as in the baseline::after was evaluated with" in text
 
 
 def test_a_baseline_whose_settings_were_taken_out(gate):
     code, text = gate(BEFORE, BEFORE, edit=lambda run: run["tf"].pop("settings"))
     assert code == 2
     assert "documents 60 and in the baseline none" in text
-
-
-def test_results_without_a_number_of_documents_say_so(tmp_path, capsys):
-    write_run(tmp_path / "a", first(60), samples=False, **{"n-samples": {}})
-    command = ["check", str(tmp_path / "a"), "--baseline", str(tmp_path / "b.json")]
-    assert cli.main([*command, "--update"]) == 0
-    assert cli.main(command) == 0
-    assert (
-        "NOTE     documents: the baseline does not say how many"
-        in capsys.readouterr().out
-    )
 
 
 def test_an_update_says_what_it_drops(tmp_path, capsys):
@@ -598,19 +565,6 @@ def test_results_of_several_commands_in_one_folder_are_checked(tmp_path, capsys)
         write_run(tmp_path / "several", {task: metrics}, date=date)
     command[1] = str(tmp_path / "several")
     assert cli.main(command) == 0
-
-
-def test_a_task_that_turned_round_is_not_compared(gate):
-    turned = {"values": answers(0.9), "higher_is_better": False}
-    code, text = gate(BEFORE, {**BEFORE, "tf": {"acc,none": turned}})
-    assert code == 2
-    assert "what was better is now worse" in text
-
-
-def test_results_without_versions_are_not_compared(gate):
-    code, text = gate(BEFORE, BEFORE, versions={})
-    assert code == 2
-    assert "do not say whether the task has version 1.0" in text
 
 
 def test_a_rule_that_cannot_decide_is_named_when_it_is_made(tmp_path, capsys):
@@ -700,14 +654,6 @@ def test_rules_with_a_margin(gate, rule, after, code, words):
     found, text = gate(before, {"tf": {"acc,none": answers(after)}}, update=rule)
     assert found == code, text
     assert words in text
-
-
-def test_a_damaged_margin_in_a_baseline_is_named(tmp_path, capsys):
-    file = tmp_path / "b.json"
-    file.write_text(json.dumps(baseline_of({"score": 0.5, "not_worse": "much"})))
-    write_run(tmp_path / "a", first(60))
-    assert cli.main(["check", str(tmp_path / "a"), "--baseline", str(file)]) == 2
-    assert "not_worse=much is no margin" in capsys.readouterr().err
 
 
 def test_a_margin_that_cannot_be_is_refused_when_it_is_made(tmp_path, capsys):
