@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -83,7 +84,7 @@ class WidthKey:
 
     def get(self, config: PretrainedConfig) -> Any:
         """Return its value in `config`: that of its layer, else what all layers share."""
-        value = getattr(self._owner(config), self.name)
+        value = getattr(functools.reduce(getattr, self.path, config), self.name)
         return value if self.layer is None else value[self.layer]
 
     def set(self, config: PretrainedConfig, value: Any) -> None:
@@ -92,16 +93,11 @@ class WidthKey:
             entries = list(self.of_layer(None).get(config))
             entries[self.layer] = value
             value = entries
-        setattr(self._owner(config), self.name, value)
+        setattr(functools.reduce(getattr, self.path, config), self.name, value)
 
     def of_layer(self, layer: int | None) -> WidthKey:
         """Return the key of the same name for one layer, or for all."""
         return dataclasses.replace(self, layer=layer)
-
-    def _owner(self, config: Any) -> Any:
-        for name in self.path:
-            config = getattr(config, name)
-        return config
 
 
 def find_keys(
@@ -120,7 +116,9 @@ def find_keys(
     mlps, shapes = find_glu_mlps(model), _shapes(model)
     neurons = {region.parameter for mlp in mlps for region in mlp.regions.values()}
     keys: dict[str, WidthKey] = {}
-    refusals: dict[str, str] = {}
+    refusals = dict.fromkeys(
+        (mlp.name for mlp in mlps), "no key of its config sets that width"
+    )
     for key in _candidates(config):
         value, probe = key.get(config), copy.deepcopy(config)
         try:
@@ -129,9 +127,7 @@ def find_keys(
             doubled = {mlp.name: mlp.width for mlp in find_glu_mlps(other)}
         except Exception:  # noqa: BLE001, S112 - configs refuse values in any way
             continue
-        reshaped = {
-            name for name, _ in shapes.items() ^ _shapes(other).items()
-        } - neurons
+        reshaped = {name for name, _ in shapes ^ _shapes(other)} - neurons
         for mlp in mlps:
             if doubled.get(mlp.name) == mlp.width or mlp.name in keys:
                 continue
@@ -143,17 +139,16 @@ def find_keys(
                 own = key if type(value) is int else key.of_layer(mlp.block)
                 factor = Fraction(mlp.width, own.get(config))
                 keys[mlp.name] = dataclasses.replace(own, factor=factor)
-    for mlp in mlps:
-        if mlp.name not in keys:
-            reason = refusals.get(mlp.name, "no key of its config sets that width")
+    for name, reason in refusals.items():
+        if name not in keys:
             raise UnsupportedModelError(
-                f"{describe(model)} cannot be pruned in {mlp.name}, because {reason}."
+                f"{describe(model)} cannot be pruned in {name}, because {reason}."
             )
     return keys
 
 
-def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(each.shape)) for name, each in model.state_dict().items()}
 
 
 def _candidates(config: PretrainedConfig) -> Iterator[WidthKey]:
@@ -204,7 +199,8 @@ def taken_apart(
         _write(part, overrides)
     text = text_config(plain)
     rules = RULES.get(text.model_type, {})
-    for name, value in {name: rule(text) for name, rule in rules.items()}.items():
+    # All values are computed before the first is written.
+    for name, value in [(name, rule(text)) for name, rule in rules.items()]:
         setattr(text, name, value)
     return plain, found
 
@@ -214,12 +210,9 @@ def copy_layers(
     target: PretrainedConfig,
     widths: Mapping[WidthKey, int] | None = None,
 ) -> None:
-    """Give `target` what the single layers of `source` have of their own.
+    """Give a config of the same model what the single layers of `source` have of their own.
 
-    Args:
-        source: A config.
-        target: A config of the same model.
-        widths: What single layers get besides, by their keys.
+    `widths` are what single layers get besides, by their keys.
 
     Raises:
         ValueError: The config counts no such layer.

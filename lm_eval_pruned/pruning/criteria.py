@@ -97,13 +97,10 @@ def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, _CACHED_ELEMENTS // words.shape[1])
     blocks = (words[start : start + step] for start in range(0, len(words), step))
     pairs = [(b.max(axis=1), b.view(np.uint16).max(axis=1)) for b in blocks]
-    high, low = (
-        np.concatenate(each).view(np.int16) for each in zip(*pairs, strict=True)
-    )
-    highest, lowest = (
-        torch.from_numpy(each).view(rows.dtype).float() for each in (high, low)
-    )
-    one_sign = torch.from_numpy((high < 0) | (low >= 0))
+    found = [np.concatenate(each).view(np.int16) for each in zip(*pairs, strict=True)]
+    bits = torch.from_numpy(np.stack(found))
+    highest, lowest = bits.view(rows.dtype).float()
+    one_sign = (bits[0] < 0) | (bits[1] >= 0)
     highest[one_sign] = rows[one_sign].amax(dim=1).float()
     lowest[one_sign] = rows[one_sign].amin(dim=1).float()
     return highest, lowest
@@ -113,16 +110,13 @@ def as_words(weights: Tensor) -> np.ndarray | None:
     """Return the bits of 16-bit floats on the CPU as int16, in the same memory.
 
     On them numpy finds extremes and gathers columns two to three times as fast as torch does.
-
-    Returns:
-        None for any other tensor, also for subclasses, which may hold their numbers otherwise.
+    None for any other tensor, also for subclasses, which may hold their numbers otherwise.
     """
     import torch
 
     plain = type(weights) in (torch.Tensor, torch.nn.Parameter)
-    if weights.element_size() != 2 or weights.device.type != "cpu" or not plain:
-        return None
-    if not weights.is_contiguous():
+    on_cpu = weights.device.type == "cpu" and weights.is_contiguous()
+    if not plain or not on_cpu or weights.element_size() != 2:
         return None
     return weights.detach().view(torch.int16).numpy()
 
@@ -182,45 +176,32 @@ def canonical_name(criterion: str, *, or_best: bool = False) -> str:
     """
     name = ALIASES.get(criterion, criterion)
     own = [*CRITERIA, RANDOM, *([BEST] if or_best else [])]
-    if name not in own and not (added := declared_elsewhere()).get(name):
+    if name not in own and name not in (added := _declared_elsewhere()):
         known = ", ".join([*own, *ALIASES, *sorted(added)])
         raise ValueError(f"criterion={criterion} is unknown: pass one of {known}.")
     return name
 
 
-def declared_elsewhere() -> dict[str, list[EntryPoint]]:
-    """Return the criteria that other packages declare, by name."""
+def _declared_elsewhere() -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points
 
-    found: dict[str, list[EntryPoint]] = {}
-    for entry_point in entry_points(group=GROUP):
-        found.setdefault(entry_point.name, []).append(entry_point)
-    return found
+    return {each.name: each for each in entry_points(group=GROUP)}
 
 
 def load_declared(name: str) -> Callable[..., Any]:
     """Import the criterion that another package declares under `name`.
 
     Raises:
-        ValueError: It is declared twice, or cannot be imported, or is no function.
+        ValueError: It cannot be imported.
     """
-    found = declared_elsewhere()[name]
-    value, *others = sorted({entry_point.value for entry_point in found})
-    if others:
-        raise ValueError(
-            f"criterion={name} is declared by several packages ({', '.join((value, *others))}): "
-            "uninstall all but one."
-        )
+    declared = _declared_elsewhere()[name]
     try:
-        function = found[0].load()
-        if not callable(function):
-            raise TypeError(f"it is a {type(function).__name__}, not a function")
+        return declared.load()
     except Exception as error:
         raise ValueError(
-            f"criterion={name} is declared as {value}, which cannot be imported "
+            f"criterion={name} is declared as {declared.value}, which cannot be imported "
             f"({type(error).__name__}: {error}): repair the package that declares it."
         ) from error
-    return function
 
 
 def score_neurons(
@@ -262,47 +243,38 @@ def score_neurons(
     known = CRITERIA.get(criterion)
     needs = "weights" if known is None else known.needs
     gate, up = gate.detach(), up.detach()
+
+    def check_both() -> None:
+        check_finite(f"{name}.gate_proj.weight", gate)
+        check_finite(f"{name}.up_proj.weight", up)
+
     if down is not None:
         down = down.detach()
         check_finite(f"{name}.down_proj.weight", down)
     if needs != "extremes":
-        _check_both(name, gate, up)
+        check_both()
     if criterion == RANDOM:
         generator = torch.Generator().manual_seed((seed << 20) + layer)
         order = torch.randperm(gate.shape[0], generator=generator, device="cpu")
         return order.float()
     if known is None:
-        function = load_declared(criterion)
         # It may compare neurons with each other, so it sees all of them at once.
-        return _checked(function(gate.cpu(), up.cpu()), criterion, gate.shape[0])
+        scores = load_declared(criterion)(gate.cpu(), up.cpu())
+        return _checked(scores, criterion, len(gate))
     if needs == "activity":
-        if down is None or activity is None:
-            raise ValueError(
-                f"criterion={criterion} needs down_proj and the activity of its neurons."
-            )
         return known.score(gate, up, down, activity)
     if needs == "extremes":
         scores = known.score(gate, up)
         if not scores.isfinite().all():
-            _check_both(name, gate, up)
+            check_both()
         return scores
     rows = max(1, _BLOCK_ELEMENTS // gate.shape[1])
     blocks = zip(gate.split(rows), up.split(rows), strict=True)
     return torch.cat([known.score(g.cpu(), u.cpu()) for g, u in blocks])
 
 
-def _check_both(name: str, gate: Tensor, up: Tensor) -> None:
-    check_finite(f"{name}.gate_proj.weight", gate)
-    check_finite(f"{name}.up_proj.weight", up)
-
-
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raise ValueError naming the tensor if it holds NaN or infinity.
-
-    Args:
-        name: What the message calls it.
-        weight: Any shape.
-    """
+    """Raise ValueError if `weight`, which the message calls `name`, holds NaN or infinity."""
     # A finite sum proves that every term is finite; one that overflows proves nothing.
     if weight.sum().isfinite():
         return
@@ -314,28 +286,17 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 
 def _checked(scores: Any, criterion: str, neurons: int) -> Tensor:
-    """Return the scores of a criterion that this package did not write, float32 on the CPU.
-
-    Raises:
-        ValueError: They are no finite vector with one number per neuron.
-    """
+    """Return the scores of a criterion that this package did not write, float32 on the CPU."""
     import torch
 
-    found = None
-    if not isinstance(scores, torch.Tensor):
-        found = f"a {type(scores).__name__}"
-    elif scores.shape != (neurons,) or scores.is_complex():
-        found = f"a tensor of shape {tuple(scores.shape)} and {scores.dtype}"
-    else:
-        scores = scores.detach().float().cpu()
-        if bad := int((~scores.isfinite()).sum()):
-            found = f"{bad} scores that are NaN or infinite in float32"
-    if found is not None:
-        raise ValueError(
-            f"criterion={criterion} returned {found}: it must return a finite real tensor of shape "
-            f"({neurons},)."
-        )
-    return scores
+    if isinstance(scores, torch.Tensor) and not scores.is_complex():
+        found = scores.detach().float().cpu()
+        if found.shape == (neurons,) and found.isfinite().all():
+            return found
+    raise ValueError(
+        f"criterion={criterion} returned a {type(scores).__name__} that cannot rank its neurons: "
+        f"it must return a finite real tensor of shape ({neurons},)."
+    )
 
 
 def kept_set(scores: Tensor, width: int) -> Tensor:

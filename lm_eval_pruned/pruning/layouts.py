@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -79,16 +79,8 @@ class Region:
     interleaved: bool = False
     transposed: bool = False
 
-    @property
-    def attribute(self) -> str:
-        """What the module that owns the parameter calls it."""
-        return self.parameter.rpartition(".")[2]
-
     def view(self, tensor: Tensor) -> Tensor:
-        """Cut the region out of its parameter.
-
-        Args:
-            tensor: The whole parameter.
+        """Cut the region out of its parameter `tensor`.
 
         Returns:
             A view of shape (I, H) for gate and up, (H, I) for down, (I,) for biases.
@@ -126,45 +118,39 @@ class GluMlp:
     kind: str
     regions: Regions
 
-    @property
-    def linears(self) -> dict[str, nn.Linear]:
-        """The projections that are an nn.Linear each: not those that are fused or stacked."""
-        return {
-            projection: self.owner(region)  # type: ignore[misc]
-            for (projection, part), region in self.regions.items()
-            if part == "weight" and region.half is region.expert is None
-        }
-
-    def projection(self, name: str) -> nn.Linear:
-        """Return the one of `linears` that is ``gate_proj``, ``up_proj`` or ``down_proj``."""
-        return self.linears[name]
-
-    def weight(self, projection: str, part: str = "weight") -> Tensor:
-        """Return a projection: (I, H) for gate and up, (H, I) for down; contiguous."""
-        return self._view(projection, part).contiguous()
-
-    def _view(self, projection: str, part: str = "weight") -> Tensor:
-        region = self.regions[projection, part]
-        return region.view(self.parameter(region))
+    def place(self, region: Region) -> tuple[nn.Module, str]:
+        """Return the module that owns the parameter of `region`, and its name there."""
+        inside, _, name = region.parameter[len(self.path) + 1 :].rpartition(".")
+        return self.module.get_submodule(inside), name
 
     def parameter(self, region: Region) -> nn.Parameter:
         """Return the parameter of the model that holds `region`."""
-        return getattr(self.owner(region), region.attribute)
+        return getattr(*self.place(region))
 
-    def owner(self, region: Region) -> nn.Module:
-        """Return the module that owns that parameter."""
-        inside = region.parameter[len(self.path) + 1 :]
-        return self.module.get_submodule(inside.rpartition(".")[0])
+    def projection(self, name: str) -> Any:
+        """Return the nn.Linear of ``gate_proj``, ``up_proj`` or ``down_proj`` alone, if any."""
+        region = self.regions[name, "weight"]
+        alone = region.half is region.expert is None
+        return self.place(region)[0] if alone else None
+
+    def view(self, projection: str, part: str = "weight") -> Tensor:
+        """Return a projection: (I, H) for gate and up, (H, I) for down."""
+        region = self.regions[projection, part]
+        return region.view(self.parameter(region))
+
+    def weight(self, projection: str, part: str = "weight") -> Tensor:
+        """Return `view`, contiguous."""
+        return self.view(projection, part).contiguous()
 
     @property
     def hidden_size(self) -> int:
         """Width H of its input."""
-        return self._view("gate_proj").shape[1]
+        return self.view("gate_proj").shape[1]
 
     @property
     def width(self) -> int:
         """Intermediate size I, in neurons."""
-        return self._view("gate_proj").shape[0]
+        return self.view("gate_proj").shape[0]
 
     @property
     def stack(self) -> str:
@@ -240,9 +226,9 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
             the shapes of `GluMlp.weight`; contiguous.
     """
     for entries in regions_by_parameter(mlps).values():
-        mlp, (projection, part), region = entries[0]
-        owner, old = mlp.owner(region), mlp.parameter(region)
-        new = pieces[mlp.name, projection, part]
+        mlp, place, region = entries[0]
+        owner, name = mlp.place(region)
+        old, new = mlp.parameter(region), pieces[(mlp.name, *place)]
         if region.half is not None or region.expert is not None:
             shape = list(new.shape)
             if region.half is not None:
@@ -252,10 +238,9 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
             if region.expert is not None:
                 shape.insert(0, len(old))
             new = new.new_empty(shape)
-            for mlp, (projection, part), region in entries:
-                region.view(new).copy_(pieces[mlp.name, projection, part])
-        fresh = nn.Parameter(new, requires_grad=old.requires_grad)
-        setattr(owner, region.attribute, fresh)
+            for mlp, place, region in entries:
+                region.view(new).copy_(pieces[(mlp.name, *place)])
+        setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
     for mlp in mlps:
@@ -266,32 +251,33 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
 
 def _language_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of the language part with their paths, its root first."""
-    text = text_config(model.config)
-    root = ""
+    text, root = text_config(model.config), ""
     if not model.config.is_encoder_decoder and type(text) is not type(model.config):
-        for path, module in model.named_modules():
-            if type(getattr(module, "config", None)) is type(text):
-                root = path
-                break
-    towers: list[str] = []
+        roots = (
+            path
+            for path, module in model.named_modules()
+            if type(getattr(module, "config", None)) is type(text)
+        )
+        root = next(roots, "")
+    towers: tuple[str, ...] = ()
     for path, module in model.get_submodule(root).named_modules(prefix=root):
-        if any(path.startswith(f"{tower}.") for tower in towers):
+        if path.startswith(towers):
             continue
         # A tower for images or sound has a config of its own, which knows no words.
-        if not hasattr(getattr(module, "config", text), "vocab_size"):
-            towers.append(path)
-            continue
-        yield path, module
+        if hasattr(getattr(module, "config", text), "vocab_size"):
+            yield path, module
+        else:
+            towers = (*towers, f"{path}.")
 
 
 def _kind(path: str) -> str:
-    if re.search(r"shared_(expert|mlp)|shared_experts", path):
+    if re.search(r"shared_(expert|mlp)", path):
         return "shared"
     return "expert" if re.search(r"\bexperts\b", path) else "dense"
 
 
-def _mlps_of(path: str, module: nn.Module) -> list[tuple[str, Regions]]:
-    """Return name and regions of each GLU-MLP whose projections `module` owns.
+def _mlps_of(path: str, module: nn.Module) -> Iterator[tuple[str, Regions]]:
+    """Yield name and regions of each GLU-MLP whose projections `module` owns.
 
     Raises:
         UnsupportedModelError: It cannot be pruned; the message lacks the model.
@@ -300,22 +286,22 @@ def _mlps_of(path: str, module: nn.Module) -> list[tuple[str, Regions]]:
     own = {name for name, _ in module.named_parameters(recurse=False)}
     for names in LAYOUTS:
         if children.keys() >= {*names}:
-            linears = [children[name] for name in names]
-            if not all(isinstance(linear, nn.Linear) for linear in linears):
-                kinds = sorted({type(linear).__name__ for linear in linears})
+            kinds = {type(children[each]).__name__ for each in names}
+            if not all(isinstance(children[each], nn.Linear) for each in names):
                 raise UnsupportedModelError(
-                    f"holds {path} in {', '.join(kinds)}: only dense nn.Linear projections can be "
-                    "pruned, unquantised and without adapters."
+                    f"holds {path} in {', '.join(sorted(kinds))}: only dense nn.Linear projections "
+                    "can be pruned, unquantised and without adapters."
                 )
-            return _cut(path, module, names, ".weight", ".bias")
+            yield from _cut(path, module, names, ".weight", ".bias")
+            return
         if names[0] == names[1] and own >= {*names}:
-            return _cut(path, module, names, "", "_bias")
-    return []
+            yield from _cut(path, module, names, "", "_bias")
+            return
 
 
 def _cut(
     path: str, module: nn.Module, names: tuple[str, str, str], weight: str, bias: str
-) -> list[tuple[str, Regions]]:
+) -> Iterator[tuple[str, Regions]]:
     """Do what `_mlps_of` does, for parameters called by `names` with `weight` or `bias` after."""
     held = dict(module.named_parameters(remove_duplicate=False))
     extra = sorted(held.keys() - {n + part for n in names for part in (weight, bias)})
@@ -324,41 +310,30 @@ def _cut(
             f"has {path}.{extra[0]} inside its MLP: a neuron of it is more than its gate, up and "
             "down weights, so it cannot be pruned by slicing."
         )
-    gate, down = (held[names[each] + weight].shape for each in (0, 2))
-    experts: Iterable[int | None] = [None]
-    interleaved = transposed = False
-    if not weight:
-        if len(gate) != 3 or len(down) != 3 or gate[0] != down[0]:
-            raise UnsupportedModelError(
-                f"holds {path}.{names[0]} in the shape {list(gate)} beside a {names[2]} in the "
-                f"shape {list(down)}: stacked experts have three axes, the first of them equal."
-            )
-        experts = range(gate[0])
-        interleaved = not getattr(module, "is_concatenated", True)
-        transposed = gate[2] == 2 * down[1]
-    halves: tuple[int | None, ...] = (None, None, None)
-    if names[0] == names[1]:
-        halves = (0, 1, None)
-        if not transposed and gate[-2] != 2 * down[-1]:
-            raise UnsupportedModelError(
-                f"has a {path}.{names[0]} that is not twice as wide as its {names[2]}: this layout "
-                "is not known."
-            )
-    found: list[tuple[str, Regions]] = []
-    for expert in experts:
-        regions = {}
-        for (projection, axis), name, half in zip(
-            NEURON_AXIS.items(), names, halves, strict=True
+    stacked, fused = not weight, names[0] == names[1]
+    gate, down = (list(held[names[each] + weight].shape) for each in (0, 2))
+    known = len(gate) == len(down) == 2 + stacked and gate[:-2] == down[:-2]
+    transposed = known and stacked and gate[2] == 2 * down[1]
+    if not known or (fused and not transposed and gate[-2] != 2 * down[-1]):
+        raise UnsupportedModelError(
+            f"holds {path}.{names[0]} in the shape {gate} beside a {names[2]} in the shape {down}: "
+            "a matrix of gate and up is twice as wide as down, and there is one for each expert."
+        )
+    interleaved = stacked and not getattr(module, "is_concatenated", True)
+    for expert in range(gate[0]) if stacked else (None,):
+        regions: dict[tuple[str, str], Region] = {}
+        for number, (projection, name) in enumerate(
+            zip(NEURON_AXIS, names, strict=True)
         ):
+            half = number if fused and number < 2 else None
             regions[projection, "weight"] = Region(
                 f"{path}.{name}{weight}", expert, half, interleaved, transposed
             )
-            if axis == 0 and name + bias in held:
+            if number < 2 and name + bias in held:
                 regions[projection, "bias"] = Region(
                     f"{path}.{name}{bias}", expert, half, interleaved
                 )
-        found.append((path if expert is None else f"{path}[{expert}]", regions))
-    return found
+        yield path if expert is None else f"{path}[{expert}]", regions
 
 
 def _check_complete(model: PreTrainedModel, mlps: list[GluMlp]) -> None:

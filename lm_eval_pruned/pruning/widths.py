@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +16,7 @@ from lm_eval_pruned.pruning.config_widths import (
     find_keys,
     taken_apart,
 )
-from lm_eval_pruned.pruning.dropping import (
+from lm_eval_pruned.pruning.depth import (
     attributes_that_change,
     layers_of,
     moved_name,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.config_widths import Build
-    from lm_eval_pruned.pruning.depth import Depth
+    from lm_eval_pruned.pruning.depth import Change, Depth
     from lm_eval_pruned.pruning.layouts import GluMlp
 
 
@@ -61,7 +61,7 @@ class Widths:
             had the rest, `whole` has them all.
         whole: Those of the model with all its layers.
         remembered: What modules remember of the number of layers; see
-            `lm_eval_pruned.pruning.dropping.attributes_that_change`.
+            `lm_eval_pruned.pruning.depth.attributes_that_change`.
     """
 
     def __init__(
@@ -96,18 +96,16 @@ class Widths:
                 self.actual[mlp.name] = math.floor(key.factor * by_layer[key])
         self.depth: Depth | None = None
         self.whole = self
-        self.remembered: list[tuple[str, str, Any]] = []
+        self.remembered: list[Change] = []
 
     def skeleton(self, config: PretrainedConfig | None = None) -> PreTrainedModel:
         """Return the model on the meta device, of `config` or else of its own."""
         return self._build(config or self.config)
 
     def of(self, actual: Mapping[str, int]) -> Widths:
-        """Return those of the same model with the width `actual` of each MLP, by name."""
+        """Return those of the same whole model with the width `actual` of each MLP, by name."""
         widths = copy.copy(self)
-        widths.actual = dict(actual)
-        if self.whole is self:
-            widths.whole = widths
+        widths.actual, widths.whole = dict(actual), widths
         return widths
 
     def without_layers(self, depth: Depth | None) -> Widths:
@@ -120,11 +118,9 @@ class Widths:
             return self
         whole = self.skeleton()
         path, _ = layers_of(whole)
-        new = {old: number for number, old in enumerate(depth.kept)}
+        moved = {n: moved_name(n, path, depth.renumbered) for n in self.actual}
         actual = {
-            moved: width
-            for name, width in self.actual.items()
-            if (moved := moved_name(name, path, new)) is not None
+            new: self.actual[old] for old, new in moved.items() if new is not None
         }
         try:
             config = shallow_config(self.original, depth)
@@ -148,13 +144,8 @@ class Widths:
 
     @property
     def layers(self) -> dict[int, int]:
-        """The width of each layer that has a GLU-MLP, in neurons, by number, ascending.
-
-        It is that of the layer's experts, else of its MLP.
-        """
-        found: dict[int, int] = {}
-        for mlp in self._experts_first:
-            found.setdefault(mlp.block, self.actual[mlp.name])
+        """The width of each layer's experts, else of its MLP, in neurons, by number, ascending."""
+        found = {m.block: self.actual[m.name] for m in reversed(self._experts_first)}
         return dict(sorted(found.items()))
 
     def _widest(self) -> dict[str, int]:
@@ -162,11 +153,12 @@ class Widths:
 
         A key is one number for all layers, or a list with one for each.
         """
+        kinds = {name: key.of_layer(None) for name, key in self.keys.items()}
         values: dict[WidthKey, int] = defaultdict(int)
-        for name, key in self.keys.items():
-            value = math.ceil(self.actual[name] / key.factor)
-            values[key.of_layer(None)] = max(value, values[key.of_layer(None)])
-        return {name: values[key.of_layer(None)] for name, key in self.keys.items()}
+        for name, kind in kinds.items():
+            value = math.ceil(self.actual[name] / kind.factor)
+            values[kind] = max(value, values[kind])
+        return {name: values[kind] for name, kind in kinds.items()}
 
     def plan(self, arguments: PruneArguments) -> PrunePlan:
         """Resolve the user's arguments; see `PrunePlan.from_arguments`.
@@ -174,12 +166,12 @@ class Widths:
         Sizes refer to the experts of a model that has some, else to its first MLP.
         """
         first = self._experts_first[0]
-        kept = self.depth and self.depth.kept
+        kept = self.depth.kept if self.depth else range(max(self.layers) + 1)
         return PrunePlan.of(
             arguments,
             first.hidden_size,
             int(self._widest()[first.name] * self.keys[first.name].factor),
-            {kept[n] if kept else n: width for n, width in self.layers.items()},
+            {kept[n]: width for n, width in self.layers.items()},
             self.depth,
         )
 
@@ -210,7 +202,7 @@ class Widths:
         """Return the parameters of the model with these widths; tied ones count once."""
         return self._parameters + sum(
             (widths[mlp.name] - mlp.width)
-            * sum(mlp.weight(*place).numel() // mlp.width for place in mlp.regions)
+            * sum(mlp.view(*place).numel() // mlp.width for place in mlp.regions)
             for mlp in self.mlps
         )
 
@@ -237,10 +229,8 @@ class Widths:
         Their key also sets the width of others. Stock transformers builds a model of these widths
         if there are none.
         """
-        values = self._values(targets)
-        return [
-            n for n, key in self.keys.items() if values[key] * key.factor != targets[n]
-        ]
+        values, keys = self._values(targets), self.keys
+        return [n for n in keys if values[keys[n]] * keys[n].factor != targets[n]]
 
     def _values(self, targets: Mapping[str, int]) -> dict[WidthKey, int]:
         """Return the value of each key: what its MLPs agree on, else the one that it has."""
@@ -273,15 +263,17 @@ class Widths:
         """
         if targets == self.configured == self.actual:
             return
-        said: dict[WidthKey, set[int]] = defaultdict(set)
+        said: dict[WidthKey, int] = {}
         for mlp in self.mlps if self.inexpressible(targets) else ():
             key = self.keys[mlp.name]
             value = targets[mlp.name] / key.factor
-            if key.layer is None and value.denominator == 1:
-                said[key.of_layer(mlp.block)].add(int(value))
-        alike = {key: value for key, (value, *others) in said.items() if not others}
+            if key.layer is not None or value.denominator > 1:
+                continue
+            if said.setdefault(key.of_layer(mlp.block), int(value)) != value:
+                said.clear()
+                break
         try:
-            copy_layers(self.config, config, alike if len(alike) == len(said) else None)
+            copy_layers(self.config, config, said)
         except ValueError:
             copy_layers(self.config, config)
 
