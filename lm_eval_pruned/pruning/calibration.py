@@ -40,12 +40,11 @@ MAX_TOKENS = 2048
 
 @dataclass(frozen=True)
 class NeuronActivity:
-    """How strongly the neurons of one GLU-MLP fired, x being the input of down.
+    """How strongly the neurons of one GLU-MLP fired, x being the input of down; shape (I,), float64.
 
     Attributes:
-        norm: l2 norm of x over all tokens of all texts, shape (I,), float64.
-        summed_norms: Sum over the texts of the l2 norm of x over the tokens of
-            each, shape (I,), float64.
+        norm: l2 norm of x over all tokens of all texts.
+        summed_norms: Sum over the texts of the l2 norm of x over the tokens of each.
     """
 
     norm: Tensor
@@ -65,14 +64,10 @@ def read_texts(
 ) -> list[Text]:
     """Read a string or a list of messages from each line of a JSON Lines file that is not empty.
 
-    Args:
-        file: The file.
-        samples: How many texts to take, from the first on; default: all.
-        argument: What named the file, for messages.
+    `samples` is how many, from the first on; `argument` is what messages call the file.
 
     Raises:
-        ValueError: The file is missing, a line is no such object, or it holds fewer
-            texts than `samples`.
+        ValueError: The file is missing, a line is no such object, or there are too few.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -113,12 +108,9 @@ def _text_of(line: str, where: str) -> Text:
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
     """Return the tokens of a text, a chat by way of the tokenizer's chat template."""
-    tokens: Any
     if isinstance(text, str):
-        tokens = tokenizer(text)["input_ids"]
-    else:
-        tokens = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)
-    return tokens
+        return tokenizer(text)["input_ids"]  # type: ignore[return-value]
+    return tokenizer.apply_chat_template(text, return_dict=False)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -154,8 +146,7 @@ class CalibrationText:
             shortest: Tokens of a text at least: 2 where they are predicted from each other.
 
         Raises:
-            ValueError: The file is not as `read_texts` wants it, a text has too few tokens, or
-                there is no tokenizer.
+            ValueError: The file or a text cannot be used, or there is no tokenizer.
         """
         if tokenizer is None:
             raise ValueError(
@@ -191,14 +182,14 @@ def run_texts(
     hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
     run: Callable[[Tensor], object] | None = None,
 ) -> None:
-    """Run texts through a model in evaluation mode while hooks watch its modules.
+    """Run texts, each of shape (1, tokens), through a model in evaluation mode.
 
     Each text is a batch of its own, without padding, so that the same texts on the same machine
     give the same numbers.
 
     Args:
         model: The model.
-        texts: Tokens, each of shape (1, tokens), int64.
+        texts: Tokens, int64.
         what: Label of the bar on a terminal.
         hooks: By module, a forward hook that also takes arguments by name.
         run: Called with the tokens of each text; default: one forward pass.
@@ -209,13 +200,11 @@ def run_texts(
         module.register_forward_hook(hook, with_kwargs=True)
         for module, hook in (hooks or {}).items()
     ]
+    run = run or (lambda tokens: model(input_ids=tokens, use_cache=False))
     try:
         with torch.no_grad(), steps(len(texts), what) as step:
-            for tokens in (text.to(model.device) for text in texts):
-                if run is None:
-                    model(input_ids=tokens, use_cache=False)
-                else:
-                    run(tokens)
+            for text in texts:
+                run(text.to(model.device))
                 step(1)
     finally:
         model.train(training)
@@ -234,7 +223,7 @@ def calibrate(
     Norms are float32 for a text, and their sums float64. Takes what `CalibrationText.of` takes.
 
     Raises:
-        ValueError: See `CalibrationText.of`; or an activation is NaN or infinite.
+        ValueError: The text cannot be used; or an activation is NaN or infinite.
         UnsupportedModelError: Activations cannot be observed in the model.
     """
     check_observable(model)

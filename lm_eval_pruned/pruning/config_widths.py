@@ -1,7 +1,7 @@
 """The widths that a config says: the key of each GLU-MLP, and what single layers have instead.
 
 No key is listed: a key belongs to the MLPs whose width doubles when it doubles, in a model
-without weights. Models that compute their width have a row in `RULES`.
+without weights. LFM2 computes its width from several keys; here it is that of one.
 
 Widths of single layers are in ``per_layer_config``, a sparse map from a layer to what differs
 there. transformers 5.24 knows it, older releases keep it as it is, and so far no class of
@@ -39,27 +39,8 @@ if TYPE_CHECKING:
 _WIDTH_NAME = re.compile(r"intermediate|ffn|ff_dim|d_ff|mlp_(dim|size|hidden)|ff_size")
 
 
-def _width_of_lfm2(text: Any) -> int:
-    width = text.intermediate_size
-    if text.block_auto_adjust_ff_dim:
-        width = int(2 * width / 3)
-        if text.block_ffn_dim_multiplier is not None:
-            width = int(text.block_ffn_dim_multiplier * width)
-            width = -(-width // text.block_multiple_of) * text.block_multiple_of
-    return width
-
-
-#: By model_type, models that compute their width: which values of which keys build the same
-#: model in such a way that the width is proportional to its key.
-RULES: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "lfm2": {
-        "intermediate_size": _width_of_lfm2,
-        "block_auto_adjust_ff_dim": lambda text: False,
-    },
-    "recurrent_gemma": {
-        "intermediate_size": lambda text: text.intermediate_size // 2 * 2
-    },
-}
+#: Whether LFM2 computes its width, rather than take it as it is.
+COMPUTES_WIDTH = "block_auto_adjust_ff_dim"
 
 
 @dataclass(frozen=True)
@@ -103,12 +84,9 @@ class WidthKey:
 def find_keys(
     config: PretrainedConfig, model: PreTrainedModel, build: Build
 ) -> dict[str, WidthKey]:
-    """Find the key of each GLU-MLP's width, by the MLP's name.
+    """Find the key of the width of each GLU-MLP of `model`, by the MLP's name.
 
-    Args:
-        config: Config of the model, as `taken_apart` returns it.
-        model: The model, on the meta device.
-        build: Returns a model of a config on the meta device.
+    `config` is as `taken_apart` returns it, and `build` returns a model of one without weights.
 
     Raises:
         UnsupportedModelError: The width of one has no key, or none of its own.
@@ -175,10 +153,7 @@ def _parts(
 def taken_apart(
     config: PretrainedConfig,
 ) -> tuple[PretrainedConfig, dict[WidthKey, int]]:
-    """Take the widths of single layers out of a config, and apply `RULES`.
-
-    Returns:
-        A copy that builds all layers alike, and the widths of single layers by their keys.
+    """Return a copy of a config that builds all layers alike, and the widths of single layers.
 
     Raises:
         UnsupportedModelError: Its widths are in a form that is not read.
@@ -197,11 +172,14 @@ def taken_apart(
                 if _WIDTH_NAME.search(name) and type(own[name]) is int:
                     found[WidthKey(path, name, layer)] = own.pop(name)
         _write(part, overrides)
-    text = text_config(plain)
-    rules = RULES.get(text.model_type, {})
-    # All values are computed before the first is written.
-    for name, value in [(name, rule(text)) for name, rule in rules.items()]:
-        setattr(text, name, value)
+    text: Any = text_config(plain)
+    if getattr(text, COMPUTES_WIDTH, False):
+        width = int(2 * text.intermediate_size / 3)
+        if text.block_ffn_dim_multiplier is not None:
+            width = int(text.block_ffn_dim_multiplier * width)
+            width = -(-width // text.block_multiple_of) * text.block_multiple_of
+        text.intermediate_size = width
+        setattr(text, COMPUTES_WIDTH, False)
     return plain, found
 
 
@@ -210,9 +188,7 @@ def copy_layers(
     target: PretrainedConfig,
     widths: Mapping[WidthKey, int] | None = None,
 ) -> None:
-    """Give a config of the same model what the single layers of `source` have of their own.
-
-    `widths` are what single layers get besides, by their keys.
+    """Give `target` what the single layers of `source` have of their own, and `widths` besides.
 
     Raises:
         ValueError: The config counts no such layer.

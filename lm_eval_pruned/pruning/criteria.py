@@ -3,8 +3,7 @@
 A criterion gives each neuron one score; the neurons with the highest scores are kept.
 `CRITERIA` has those of this package. Other packages add criteria under the entry-point
 group `GROUP`; ``docs/criteria.md`` shows how.
-
-This module imports torch only to compute, so that names can be checked without it.
+Torch is imported only to compute, so that names can be checked without it.
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ class Criterion:
     """A way to score neurons.
 
     Attributes:
-        score: Takes gate and up, shape (neurons, H), and if it looks at activity also down,
-            shape (H, neurons), and the `NeuronActivity`; all floating point. Returns the
-            scores, shape (neurons,), float32.
+        score: Takes gate and up, shape (neurons, H), and for ``activity`` also down, shape
+            (H, neurons), and the `NeuronActivity`. Returns shape (neurons,), float32.
         formula: What it computes of row g of gate, row u of up and column d of down.
         source: Where the formula is from.
         needs: ``extremes`` of gate and up alone, where no rounding depends on the device, and
@@ -165,11 +163,7 @@ CALIBRATED = tuple(name for name, each in CRITERIA.items() if each.needs == "act
 
 
 def canonical_name(criterion: str, *, or_best: bool = False) -> str:
-    """Return the name of a criterion without aliases.
-
-    Args:
-        criterion: The name.
-        or_best: Whether ``best`` will do, which stands for one of several.
+    """Return the name of a criterion without aliases; ``best`` only where it `or_best` may be.
 
     Raises:
         ValueError: `criterion` is unknown; the message lists the known ones.
@@ -189,11 +183,7 @@ def _declared_elsewhere() -> dict[str, EntryPoint]:
 
 
 def load_declared(name: str) -> Callable[..., Any]:
-    """Import the criterion that another package declares under `name`.
-
-    Raises:
-        ValueError: It cannot be imported.
-    """
+    """Import the criterion that another package declares under `name`."""
     declared = _declared_elsewhere()[name]
     try:
         return declared.load()
@@ -223,16 +213,13 @@ def score_neurons(
         criterion: Canonical name of a criterion.
         layer: Position of the MLP in its model; with `seed` it fixes ``random``.
         seed: Seed of ``random``; other criteria ignore it.
-        down: ``down_proj.weight``, shape (H, I); scored by the criteria in `CALIBRATED`,
-            and checked for NaN and infinity wherever it is given.
+        down: ``down_proj.weight``, shape (H, I), for the criteria in `CALIBRATED`.
         activity: What the neurons did on calibration text, for the same criteria.
         name: Path of the MLP in its model, for messages.
 
     Returns:
-        Scores, shape (I,), float32. Where rounding depends on the device, they are
-        computed on the CPU and stay there: weights elsewhere are fetched in blocks,
-        but those of another package's criterion all at once. Exact and calibrated
-        ones are computed on the device of the weights.
+        Scores, shape (I,), float32: on the CPU where rounding depends on the device, else on that
+        of the weights.
 
     Raises:
         ValueError: A weight is NaN or infinite; the tensor is named. Or a criterion of another
@@ -242,32 +229,26 @@ def score_neurons(
 
     known = CRITERIA.get(criterion)
     needs = "weights" if known is None else known.needs
-    gate, up = gate.detach(), up.detach()
-
-    def check_both() -> None:
-        check_finite(f"{name}.gate_proj.weight", gate)
-        check_finite(f"{name}.up_proj.weight", up)
-
+    gate, up, scores = gate.detach(), up.detach(), None
     if down is not None:
         down = down.detach()
         check_finite(f"{name}.down_proj.weight", down)
-    if needs != "extremes":
-        check_both()
+    if known is not None and needs == "extremes":
+        scores = known.score(gate, up)
+    if scores is None or not scores.isfinite().all():
+        check_finite(f"{name}.gate_proj.weight", gate)
+        check_finite(f"{name}.up_proj.weight", up)
+    if scores is not None:
+        return scores
     if criterion == RANDOM:
         generator = torch.Generator().manual_seed((seed << 20) + layer)
         order = torch.randperm(gate.shape[0], generator=generator, device="cpu")
         return order.float()
     if known is None:
         # It may compare neurons with each other, so it sees all of them at once.
-        scores = load_declared(criterion)(gate.cpu(), up.cpu())
-        return _checked(scores, criterion, len(gate))
+        return _checked(load_declared(criterion)(gate.cpu(), up.cpu()), criterion, gate)
     if needs == "activity":
         return known.score(gate, up, down, activity)
-    if needs == "extremes":
-        scores = known.score(gate, up)
-        if not scores.isfinite().all():
-            check_both()
-        return scores
     rows = max(1, _BLOCK_ELEMENTS // gate.shape[1])
     blocks = zip(gate.split(rows), up.split(rows), strict=True)
     return torch.cat([known.score(g.cpu(), u.cpu()) for g, u in blocks])
@@ -285,29 +266,21 @@ def check_finite(name: str, weight: Tensor) -> None:
         )
 
 
-def _checked(scores: Any, criterion: str, neurons: int) -> Tensor:
+def _checked(scores: Any, criterion: str, gate: Tensor) -> Tensor:
     """Return the scores of a criterion that this package did not write, float32 on the CPU."""
     import torch
 
     if isinstance(scores, torch.Tensor) and not scores.is_complex():
         found = scores.detach().float().cpu()
-        if found.shape == (neurons,) and found.isfinite().all():
+        if found.shape == gate.shape[:1] and found.isfinite().all():
             return found
     raise ValueError(
         f"criterion={criterion} returned a {type(scores).__name__} that cannot rank its neurons: "
-        f"it must return a finite real tensor of shape ({neurons},)."
+        f"it must return a finite real tensor of shape ({len(gate)},)."
     )
 
 
 def kept_set(scores: Tensor, width: int) -> Tensor:
-    """Return the kept neurons in their original order; ties go to the lower index.
-
-    Args:
-        scores: Shape (I,), floating point, finite.
-        width: Kept width k, 1 <= k <= I.
-
-    Returns:
-        Indices, shape (k,), int64, ascending.
-    """
+    """Return the indices of the `width` highest scores, int64, ascending; ties go to the lower."""
     order = scores.sort(descending=True, stable=True).indices
     return order[:width].sort().values

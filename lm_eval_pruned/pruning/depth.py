@@ -86,12 +86,8 @@ class Depth:
     ) -> Depth | None:
         """Resolve the user's arguments against a model of so many layers; None where all stay.
 
-        Args:
-            arguments: The arguments.
-            layers: Number of layers of the model.
-            influence: Block influence of each, where `arguments` choose by it. Without it
-                layers are chosen by their place, so that their number can be checked.
-            measured_on: The text behind it.
+        Without the block `influence` that `arguments` choose by, layers are chosen by their place,
+        so that their number can be checked.
 
         Raises:
             ValueError: A layer does not exist, or none would stay.
@@ -161,7 +157,7 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the path of the list of decoder layers of a model, and the list.
 
     Raises:
-        UnsupportedModelError: There is no such list, as long as the config says.
+        UnsupportedModelError: There is none, or the config says another number.
     """
     paths = {mlp.stack.rpartition(".")[0] for mlp in find_glu_mlps(model)}
     path = min(paths)
@@ -179,9 +175,6 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def shallow_config(config: PretrainedConfig, depth: Depth) -> PretrainedConfig:
     """Return a copy of `config` for the layers that `depth` keeps.
-
-    Their number, lists with an entry for each layer, and lists of numbers of layers
-    change.
 
     Raises:
         UnsupportedModelError: None of several kinds of layers that attend would be left, and
@@ -201,13 +194,17 @@ def shallow_config(config: PretrainedConfig, depth: Depth) -> PretrainedConfig:
 
 
 def _make_shallow(text: PretrainedConfig, depth: Depth) -> None:
+    """Change the number of layers, lists of their numbers, and lists with an entry for each."""
     new = depth.renumbered
     for name, value in list(vars(text).items()):
         if not isinstance(value, (list, tuple)) or _OTHER_LISTS.search(name):
             continue
-        if _numbers_layers(name, value, depth.before):
+        for_each = len(value) == depth.before
+        named = _NUMBERS_OF_LAYERS.search(name) and all(type(n) is int for n in value)
+        every = [*range(depth.before)] if for_each else named and sorted({*value})
+        if named and list(value) == every:
             vars(text)[name] = type(value)(new[old] for old in value if old in new)
-        elif len(value) == depth.before:
+        elif for_each:
             vars(text)[name] = type(value)(value[old] for old in depth.kept)
     if isinstance(first := getattr(text, _FIRST_DENSE, None), int):
         setattr(text, _FIRST_DENSE, sum(old < first for old in depth.kept))
@@ -215,22 +212,8 @@ def _make_shallow(text: PretrainedConfig, depth: Depth) -> None:
     text.num_hidden_layers = len(depth.kept)
 
 
-def _numbers_layers(name: str, value: Any, layers: int) -> bool:
-    """Return whether a list of a config holds numbers of layers, not an entry for each."""
-    if not _NUMBERS_OF_LAYERS.search(name) or not all(type(n) is int for n in value):
-        return False
-    numbers = [*range(layers)] if len(value) == layers else sorted({*value})
-    return list(value) == numbers
-
-
 def moved_name(name: str, path: str, new: Mapping[int, int]) -> str | None:
-    """Return what a parameter or module is called once layers are numbered anew.
-
-    Args:
-        name: Its name in the whole model.
-        path: Path of the list of layers.
-        new: The new number of each layer that stays; the name is None where its layer goes.
-    """
+    """Return what a module is called once the layers in the list `path` have `new` numbers, if any."""
     if not name.startswith(f"{path}."):
         return name
     number, *rest = name[len(path) + 1 :].split(".")
@@ -242,10 +225,12 @@ def moved_name(name: str, path: str, new: Mapping[int, int]) -> str | None:
 def attributes_that_change(
     whole: PreTrainedModel, shallow: PreTrainedModel, depth: Depth
 ) -> list[Change]:
-    """Compare a model with the one of `shallow_config`, both without weights.
+    """Return the numbers of layers and of their count that modules remember.
 
-    Returns:
-        The numbers of layers and of their count that modules remember.
+    Args:
+        whole: The model, without weights.
+        shallow: The model of its `shallow_config`, without weights.
+        depth: Which layers stay.
 
     Raises:
         UnsupportedModelError: Some module would be another one.
@@ -292,9 +277,8 @@ def _remembered(module: nn.Module) -> dict[str, Any]:
 
 
 def _depends(model: PreTrainedModel, name: str) -> Exception:
-    return _refused(
-        model, f"{name} depends on the number of its layer or on how many there are"
-    )
+    why = f"{name} depends on the number of its layer or on how many there are"
+    return _refused(model, why)
 
 
 def _refused(model: PreTrainedModel, reason: str) -> Exception:
@@ -309,14 +293,7 @@ def drop_layers(
     changes: list[Change],
     undo: contextlib.ExitStack,
 ) -> None:
-    """Drop layers of a model in place.
-
-    Args:
-        model: The model.
-        depth: Which layers stay.
-        changes: What `attributes_that_change` returned.
-        undo: Takes what makes the model whole again.
-    """
+    """Drop layers of a model in place; `undo` takes what makes it whole again."""
 
     def put(where: str, name: str, value: Any) -> None:
         owner = model.get_submodule(where)

@@ -41,13 +41,13 @@ LAYOUTS = (
 )
 
 #: Attributes in which modules remember their width; some compute with them.
-_WIDTH_ATTRIBUTES = (
+_WIDTH_ATTRIBUTES = [
     "intermediate_size",
     "intermediate_dim",
     "expert_dim",
     "ffn_dim",
     "d_ff",
-)
+]
 #: Path of a layer of the model at the start of a module's path, and its number.
 _LAYER = re.compile(r".*?\.(\d+)(?=\.|$)")
 
@@ -68,8 +68,7 @@ class Region:
         parameter: Full name of the parameter in the model.
         expert: Position on its first axis, where it stacks experts.
         half: 0 for gate and 1 for up, where it holds both.
-        interleaved: Whether gate and up alternate row by row, instead of all gate
-            rows preceding all up rows.
+        interleaved: Whether gate and up alternate row by row.
         transposed: Whether its weights are stored as (inputs, outputs).
     """
 
@@ -80,11 +79,7 @@ class Region:
     transposed: bool = False
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Cut the region out of its parameter `tensor`.
-
-        Returns:
-            A view of shape (I, H) for gate and up, (H, I) for down, (I,) for biases.
-        """
+        """Cut the region out of its parameter; see `GluMlp.weight` for shapes."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         if self.transposed:
@@ -101,8 +96,7 @@ class GluMlp:
     """One GLU-MLP of a model: a dense one, a shared expert or one expert of many.
 
     Attributes:
-        name: What messages call it, such as ``model.layers.0.mlp`` or
-            ``model.layers.0.mlp.experts[3]``.
+        name: What messages call it, such as ``model.layers.0.mlp.experts[3]``.
         layer: Position among the model's GLU-MLPs, from 0.
         module: The module that holds its parameters.
         path: Path of that module in the model.
@@ -133,24 +127,20 @@ class GluMlp:
         alone = region.half is region.expert is None
         return self.place(region)[0] if alone else None
 
-    def view(self, projection: str, part: str = "weight") -> Tensor:
-        """Return a projection: (I, H) for gate and up, (H, I) for down."""
+    def weight(self, projection: str, part: str = "weight") -> Tensor:
+        """Return a view of a projection: (I, H) for gate and up, (H, I) for down, (I,) for a bias."""
         region = self.regions[projection, part]
         return region.view(self.parameter(region))
-
-    def weight(self, projection: str, part: str = "weight") -> Tensor:
-        """Return `view`, contiguous."""
-        return self.view(projection, part).contiguous()
 
     @property
     def hidden_size(self) -> int:
         """Width H of its input."""
-        return self.view("gate_proj").shape[1]
+        return self.weight("gate_proj").shape[1]
 
     @property
     def width(self) -> int:
         """Intermediate size I, in neurons."""
-        return self.view("gate_proj").shape[0]
+        return self.weight("gate_proj").shape[0]
 
     @property
     def stack(self) -> str:
@@ -226,9 +216,9 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
             the shapes of `GluMlp.weight`; contiguous.
     """
     for entries in regions_by_parameter(mlps).values():
-        mlp, place, region = entries[0]
+        mlp, (projection, part), region = entries[0]
         owner, name = mlp.place(region)
-        old, new = mlp.parameter(region), pieces[(mlp.name, *place)]
+        old, new = mlp.parameter(region), pieces[mlp.name, projection, part]
         if region.half is not None or region.expert is not None:
             shape = list(new.shape)
             if region.half is not None:
@@ -238,8 +228,8 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
             if region.expert is not None:
                 shape.insert(0, len(old))
             new = new.new_empty(shape)
-            for mlp, place, region in entries:
-                region.view(new).copy_(pieces[(mlp.name, *place)])
+            for mlp, (projection, part), region in entries:
+                region.view(new).copy_(pieces[mlp.name, projection, part])
         setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
@@ -285,24 +275,18 @@ def _mlps_of(path: str, module: nn.Module) -> Iterator[tuple[str, Regions]]:
     children = dict(module.named_children())
     own = {name for name, _ in module.named_parameters(recurse=False)}
     for names in LAYOUTS:
-        if children.keys() >= {*names}:
-            kinds = {type(children[each]).__name__ for each in names}
-            if not all(isinstance(children[each], nn.Linear) for each in names):
-                raise UnsupportedModelError(
-                    f"holds {path} in {', '.join(sorted(kinds))}: only dense nn.Linear projections "
-                    "can be pruned, unquantised and without adapters."
-                )
-            yield from _cut(path, module, names, ".weight", ".bias")
-            return
-        if names[0] == names[1] and own >= {*names}:
-            yield from _cut(path, module, names, "", "_bias")
-            return
-
-
-def _cut(
-    path: str, module: nn.Module, names: tuple[str, str, str], weight: str, bias: str
-) -> Iterator[tuple[str, Regions]]:
-    """Do what `_mlps_of` does, for parameters called by `names` with `weight` or `bias` after."""
+        stacked, fused = own >= {*names}, names[0] == names[1]
+        if children.keys() >= {*names} or (stacked and fused):
+            break
+    else:
+        return
+    kinds = {} if stacked else {type(children[n]).__name__: children[n] for n in names}
+    if not all(isinstance(each, nn.Linear) for each in kinds.values()):
+        raise UnsupportedModelError(
+            f"holds {path} in {', '.join(sorted(kinds))}: only dense nn.Linear projections can be "
+            "pruned, unquantised and without adapters."
+        )
+    weight, bias = ("", "_bias") if stacked else (".weight", ".bias")
     held = dict(module.named_parameters(remove_duplicate=False))
     extra = sorted(held.keys() - {n + part for n in names for part in (weight, bias)})
     if extra:
@@ -310,7 +294,6 @@ def _cut(
             f"has {path}.{extra[0]} inside its MLP: a neuron of it is more than its gate, up and "
             "down weights, so it cannot be pruned by slicing."
         )
-    stacked, fused = not weight, names[0] == names[1]
     gate, down = (list(held[names[each] + weight].shape) for each in (0, 2))
     known = len(gate) == len(down) == 2 + stacked and gate[:-2] == down[:-2]
     transposed = known and stacked and gate[2] == 2 * down[1]
@@ -320,19 +303,15 @@ def _cut(
             "a matrix of gate and up is twice as wide as down, and there is one for each expert."
         )
     interleaved = stacked and not getattr(module, "is_concatenated", True)
+    halves = (0, 1, None) if fused else (None, None, None)
     for expert in range(gate[0]) if stacked else (None,):
         regions: dict[tuple[str, str], Region] = {}
-        for number, (projection, name) in enumerate(
-            zip(NEURON_AXIS, names, strict=True)
-        ):
-            half = number if fused and number < 2 else None
-            regions[projection, "weight"] = Region(
-                f"{path}.{name}{weight}", expert, half, interleaved, transposed
-            )
-            if number < 2 and name + bias in held:
-                regions[projection, "bias"] = Region(
-                    f"{path}.{name}{bias}", expert, half, interleaved
-                )
+        for projection, name, half in zip(NEURON_AXIS, names, halves, strict=True):
+            cut = expert, half, interleaved
+            full = f"{path}.{name}"
+            regions[projection, "weight"] = Region(full + weight, *cut, transposed)
+            if projection != "down_proj" and name + bias in held:
+                regions[projection, "bias"] = Region(full + bias, *cut)
         yield path if expert is None else f"{path}[{expert}]", regions
 
 
@@ -341,10 +320,9 @@ def _check_complete(model: PreTrainedModel, mlps: list[GluMlp]) -> None:
     known = regions_by_parameter(mlps)
     owners = {mlp.path for mlp in mlps}
     for path, module in _language_modules(model):
-        if path in owners or _kind(path) != "expert":
-            continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            if parameter.dim() > 1 and name not in known:
+            inside = path not in owners and _kind(path) == "expert"
+            if inside and parameter.dim() > 1 and name not in known:
                 raise UnsupportedModelError(
                     f"{describe(model)} has experts of an unknown layout in {name}, so its MLPs "
                     "could be pruned only in part."

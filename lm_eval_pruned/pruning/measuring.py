@@ -49,11 +49,9 @@ LENGTH = 128
 class ScoreTable:
     """What was measured of one unpruned model; it outlives the load, as weights do not.
 
-    Which neurons are kept at any width follows from the same scores.
-
     Attributes:
         scores: By criterion, seed and name of the GLU-MLP, shape (I,), float32, on the CPU.
-        calibration: The text behind the scores, for criteria that need one.
+        calibration: The activity of neurons, for criteria that need it.
         curves: The losses with one layer cut at a time.
         influence: Block influence of each layer, and what the results file says of its text.
     """
@@ -73,16 +71,9 @@ def block_influence(
 ) -> tuple[float, ...]:
     """Measure how much each decoder layer changes the hidden states of some texts.
 
-    The influence of a layer is one minus the mean cosine similarity of what it is given and
-    what it returns, over all tokens of all texts. Layers of little influence can go.
-
-    Args:
-        model: The model.
-        texts: Tokens, each of shape (1, tokens), int64.
-
-    Returns:
-        The influence of each layer, from 0 (it changes no direction) to 2: float32 for a
-        token, float64 for the sum.
+    It is one minus the mean cosine similarity of what a layer is given and what it returns, over
+    all tokens of `texts`, each of shape (1, tokens): from 0 (it changes no direction) to 2,
+    float32 for a token, float64 for the sum. Layers of little influence can go.
 
     Raises:
         ValueError: Some hidden state was NaN or infinite.
@@ -119,13 +110,7 @@ def depth_in_memory(
     tokenizer: PreTrainedTokenizerBase | None = None,
     known: ScoreTable | None = None,
 ) -> Depth | None:
-    """Return which layers of a loaded model stay.
-
-    Args:
-        model: The model.
-        arguments: What the user asked for.
-        tokenizer: What reads the text that decides, if one does.
-        known: Influence from before; takes what is measured here.
+    """Return which layers of a loaded model stay; `known` takes the influence that decides.
 
     Raises:
         ValueError: The layers or the text are wrong, or there is no tokenizer.
@@ -172,7 +157,7 @@ class LoadedModel:
                     self.model, self.tokenizer, str(self.calibration), self.samples
                 )
                 activity = known.calibration.activity[mlp.name]
-            gate, up, down = map(mlp.weight, NEURON_AXIS)
+            gate, up, down = (mlp.weight(each).contiguous() for each in NEURON_AXIS)
             decided: Any = {"layer": mlp.layer, "seed": self.seed, "name": mlp.name}
             scores = score_neurons(
                 gate, up, criterion, down=down, activity=activity, **decided
@@ -186,11 +171,7 @@ class LoadedModel:
         return {mlp.name: self.score(mlp, criterion) for mlp in mlps}
 
     def curves(self, criteria: Sequence[str]) -> Sensitivity:
-        """Return the losses with one layer cut at a time, by each of `criteria`.
-
-        Raises:
-            ValueError: The text cannot be used; see `CalibrationText.of`.
-        """
+        """Return the losses with one layer cut at a time, by each of `criteria`."""
         if self.known.curves is None:
             file, samples = str(self.calibration), self.samples
             text = CalibrationText.of(
@@ -211,12 +192,8 @@ class LoadedModel:
 
         Up to the layer that is cut, such a model is the unpruned one. So for every text the
         layers in front of it return what they returned in the unpruned model, and only the
-        others compute. The loss of a token is float32, its sum float64.
-
-        Args:
-            text: What the loss is measured on, two tokens or more of each text.
-            criterion: Canonical name.
-            removed: Shares of neurons to remove, in percent.
+        others compute. The loss of a token is float32, its sum float64. `removed` are shares of
+        neurons, in percent.
         """
         model, scores = self.model, self.scores(criterion)
         held: dict[int, list[GluMlp]] = defaultdict(list)
@@ -279,7 +256,7 @@ def _cut(
         for mlp in mlps:
             gone = torch.ones(mlp.width, dtype=torch.bool, device="cpu")
             gone[kept_set(scores[mlp.name], math.ceil(mlp.width * share))] = False
-            down = mlp.view("down_proj").detach()
+            down = mlp.weight("down_proj").detach()
             columns = gone.nonzero().flatten().to(down.device)
             undo.callback(down.index_copy_, 1, columns, down[:, columns])
             down.index_fill_(1, columns, 0)

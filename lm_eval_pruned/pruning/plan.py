@@ -45,11 +45,9 @@ class PrunePlan:
             the baseline.
         layers: Numbers of the layers to prune, ascending, as the unpruned model counts
             them; None for all.
-        layer_widths: Where the layers differ, pairs of a layer's number and its kept
-            width, ascending: of its experts if it has any, else of its MLP. A layer that
-            is not named keeps its width. None for `width` in all.
-        layer_criteria: Likewise the criterion of each layer; `criterion` scores the
-            layers that are not named.
+        layer_widths: Where the layers differ, the number and kept width of each, ascending:
+            of its experts if it has any, else of its MLP. Layers that are not named stay.
+        layer_criteria: Likewise the criterion of each layer, where not all have `criterion`.
         measured_on: Name, SHA-256, texts and tokens of the text on which losses were
             measured to settle the plan, as the results file holds them.
         depth: Which layers stay; None for all.
@@ -58,10 +56,6 @@ class PrunePlan:
         >>> plan = PrunePlan.from_arguments(2048, 8192, prune_percent=40)
         >>> plan.width, f"{plan.ratio:.4f}"
         (4916, '2.4004')
-        >>> PrunePlan.from_arguments(2048, 8192, ratio=5)
-        Traceback (most recent call last):
-            ...
-        ValueError: ratio=5 is above the model's own expansion ratio 8192/2048: pass at most 4, ...
     """
 
     arguments: PruneArguments
@@ -102,10 +96,7 @@ class PrunePlan:
 
     @property
     def is_open(self) -> bool:
-        """Whether weights or text have to be looked at before it says what each layer becomes.
-
-        See `lm_eval_pruned.pruning.allocation.plan_layers`.
-        """
+        """Whether weights or text have to be looked at before it says what each layer becomes."""
         criteria = bool(self.tried) and self.layer_criteria is None
         widths = self.allocation != UNIFORM and self.layer_widths is None
         return self.prunes and (criteria or widths)
@@ -151,16 +142,11 @@ class PrunePlan:
         return kept // self.multiple_of * self.multiple_of or kept
 
     def kept_of(self, own: int, widest: int, unit: Fraction = Fraction(1)) -> int:
-        """Return the kept width of an MLP.
+        """Return the kept width of an MLP of `own` neurons.
 
         The widest MLPs of a kind keep ``ceil(widest * k / I)``, `rounded`. Of a narrower one,
         `prune_percent` takes its share of the MLP's own width; any other size is a target that
-        it may have reached already.
-
-        Args:
-            own: Its width, in neurons.
-            widest: The width of the widest MLP of its kind, in units.
-            unit: Neurons of a unit, where widths come in units.
+        it may have reached already. `widest` is in units of `unit` neurons.
         """
         percent = self.arguments.prune_percent
         if percent is not None and own != unit * widest:
@@ -188,13 +174,9 @@ class PrunePlan:
                 their widths too, where these differ.
             ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
-        Returns:
-            The plan; without a size it is the baseline, whose `width` is `width_before`.
-
         Raises:
-            ValueError: One sentence naming the argument, its value and what would
-                work, for a value that is no number or out of range, more than one
-                size argument, layers that the model lacks, or an unknown criterion.
+            ValueError: An argument is out of range or unknown, or does not go with another;
+                one sentence says what would work.
 
         Source: sections 3.1 and 4.1 of arXiv 2512.22671; the widths are those of
         its checkpoints.
@@ -269,12 +251,7 @@ class PrunePlan:
 
 
 def whole_or_mean(width: Fraction) -> int | float:
-    """Return a width as JSON has it: a whole number, unless it is a mean that is none.
-
-    Example:
-        >>> whole_or_mean(Fraction(1050)), whole_or_mean(Fraction(2101, 2))
-        (1050, 1050.5)
-    """
+    """Return a width as JSON has it: a whole number, unless it is a mean that is none."""
     return int(width) if width.denominator == 1 else round(float(width), 4)
 
 

@@ -28,15 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WidthGroup:
-    """GLU-MLPs of one kind and one width.
-
-    Attributes:
-        kind: ``dense``, ``expert`` or ``shared``.
-        config_key: The config key of their width, such as ``moe_intermediate_size``.
-        width_before: Their width before, in neurons.
-        width_after: Their width after, in neurons.
-        mlps: How many they are.
-    """
+    """So many GLU-MLPs of one kind, one config key and one width, in neurons, before and after."""
 
     kind: str
     config_key: str
@@ -100,7 +92,7 @@ class PruneRecord:
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 over the kept indices of all MLPs (little-endian int64), or None.
+        """SHA-256 over the kept indices of all MLPs (little-endian int64), or None for the baseline.
 
         Where layers were dropped, ``layers`` and the numbers of those that stay come first.
         """

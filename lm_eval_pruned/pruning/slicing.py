@@ -85,8 +85,6 @@ def prune_model(
         >>> model = prune_model(LlamaForCausalLM(tiny), ratio=2.0)
         >>> model.model.layers[0].mlp.gate_proj.weight.shape
         torch.Size([64, 32])
-        >>> [kept.shape for kept in model.prune_record.kept]
-        [torch.Size([64]), torch.Size([64])]
     """
     return prune_loaded(model, PruneArguments(**prune_arguments), tokenizer)
 
@@ -114,15 +112,9 @@ def prune_loaded(
 def carry_out(
     evidence: LoadedModel, plan: PrunePlan, widths: Widths
 ) -> PreTrainedModel:
-    """Prune a model in place, and write its record; see `prune_model`.
+    """Prune a model in place as `plan` says, write its record and return it; see `prune_model`.
 
-    Args:
-        evidence: The model, and what the plan is settled by.
-        plan: What to do to it.
-        widths: The widths of the model, those of the layers that stay.
-
-    Returns:
-        The model.
+    `evidence` settles the plan, and `widths` are those of the layers that stay.
     """
     model = evidence.model
     kept: dict[str, Tensor] = {}
@@ -154,11 +146,9 @@ def carry_out(
 
 
 def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
-    """Have a model run with its widths, on its device and in its dtype, and tell what they cost.
+    """Have a pruned model run where it is going to stay, and tell what its widths cost there.
 
-    Args:
-        model: A model with its record, where it is going to stay.
-        widths: The widths that its unpruned MLPs have.
+    `widths` are those of its unpruned MLPs.
     """
     plan: PrunePlan = model.prune_record.plan  # type: ignore[union-attr, assignment]
     targets = widths.targets(plan)
@@ -236,14 +226,12 @@ def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
 
 def _narrow_mlps(mlps: Sequence[GluMlp], kept: Mapping[str, Tensor]) -> None:
     """Narrow GLU-MLPs in place; those that share a parameter go together."""
-    if any(len(kept[mlp.name]) < mlp.width for mlp in mlps):
-        pieces = {
-            (mlp.name, projection, part): narrow(
-                mlp.weight(projection, part),
-                kept[mlp.name],
-                NEURON_AXIS[projection] if part == "weight" else 0,
-            )
-            for mlp in mlps
-            for projection, part in mlp.regions
-        }
-        resize(mlps, pieces)
+    if all(len(kept[mlp.name]) == mlp.width for mlp in mlps):
+        return
+    pieces = {}
+    for mlp in mlps:
+        for place in mlp.regions:
+            axis = NEURON_AXIS[place[0]] if place[1] == "weight" else 0
+            narrowed = narrow(mlp.weight(*place), kept[mlp.name], axis)
+            pieces[mlp.name, place[0], place[1]] = narrowed
+    resize(mlps, pieces)

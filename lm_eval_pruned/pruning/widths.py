@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lm_eval_pruned.pruning.config_widths import (
-    RULES,
+    COMPUTES_WIDTH,
     WidthKey,
     copy_layers,
     find_keys,
@@ -49,13 +49,11 @@ class Widths:
 
     Attributes:
         original: The config.
-        config: The same without rules and without widths of single layers; see
-            `lm_eval_pruned.pruning.config_widths.taken_apart`.
+        config: What `lm_eval_pruned.pruning.config_widths.taken_apart` makes of it.
         model_class: Class of the model.
         mlps: The GLU-MLPs, in order, without weights.
         keys: The key of each MLP, by the MLP's name.
-        actual: The width of each MLP, by name. Differs from what the config says
-            where layers were pruned one by one.
+        actual: The width of each MLP, by name.
         configured: The width of each MLP as a model of `config` has it, by name.
         depth: Which layers stay; None for all. The others are those of a model that never
             had the rest, `whole` has them all.
@@ -76,9 +74,6 @@ class Widths:
             config: Config of the model.
             build: Returns a model of a config on the meta device.
             actual: Width of each MLP by name; default: as `config` says.
-
-        Raises:
-            UnsupportedModelError: The model cannot be pruned.
         """
         self.original = config
         self.config, by_layer = taken_apart(config)
@@ -109,11 +104,7 @@ class Widths:
         return widths
 
     def without_layers(self, depth: Depth | None) -> Widths:
-        """Return those of the same model with the layers of `depth`; itself for None.
-
-        Raises:
-            UnsupportedModelError: Layers of this model cannot be dropped.
-        """
+        """Return those of the same model with the layers of `depth`; itself for None."""
         if depth is None:
             return self
         whole = self.skeleton()
@@ -127,9 +118,9 @@ class Widths:
             shallow = self._build(taken_apart(config)[0])
             remembered = attributes_that_change(whole, shallow, depth)
             widths = Widths(config, self._build, actual)
-        except UnsupportedModelError:
-            raise
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+        except (TypeError, LookupError, AttributeError, ValueError) as error:
+            if isinstance(error, UnsupportedModelError):
+                raise
             raise UnsupportedModelError(
                 f"drop_layers cannot be used with {describe(whole)}, whose config does not accept "
                 f"{len(depth.kept)} layers ({error}): leave it out."
@@ -149,10 +140,7 @@ class Widths:
         return dict(sorted(found.items()))
 
     def _widest(self) -> dict[str, int]:
-        """Return the value of each MLP's key at which the widest of its kind is built, by name.
-
-        A key is one number for all layers, or a list with one for each.
-        """
+        """Return the value of each MLP's key, of any layer, that builds the widest of its kind."""
         kinds = {name: key.of_layer(None) for name, key in self.keys.items()}
         values: dict[WidthKey, int] = defaultdict(int)
         for name, kind in kinds.items():
@@ -161,10 +149,7 @@ class Widths:
         return {name: values[kind] for name, kind in kinds.items()}
 
     def plan(self, arguments: PruneArguments) -> PrunePlan:
-        """Resolve the user's arguments; see `PrunePlan.from_arguments`.
-
-        Sizes refer to the experts of a model that has some, else to its first MLP.
-        """
+        """Resolve the user's arguments, which refer to its experts, else to its first MLP."""
         first = self._experts_first[0]
         kept = self.depth.kept if self.depth else range(max(self.layers) + 1)
         return PrunePlan.of(
@@ -202,7 +187,7 @@ class Widths:
         """Return the parameters of the model with these widths; tied ones count once."""
         return self._parameters + sum(
             (widths[mlp.name] - mlp.width)
-            * sum(mlp.view(*place).numel() // mlp.width for place in mlp.regions)
+            * sum(mlp.weight(*place).numel() // mlp.width for place in mlp.regions)
             for mlp in self.mlps
         )
 
@@ -212,10 +197,7 @@ class Widths:
         return self.whole.count_parameters(self.whole.actual)
 
     def narrowed_config(self, targets: Mapping[str, int]) -> PretrainedConfig:
-        """Return a copy of the config with the widths of `targets`, as far as its keys hold them.
-
-        It is a copy of the original where that builds these widths.
-        """
+        """Return a copy of the config with the widths of `targets`, as far as its keys hold them."""
         if targets == self.configured == self.actual:
             return copy.deepcopy(self.original)
         narrowed = copy.deepcopy(self.config)
@@ -226,8 +208,7 @@ class Widths:
     def inexpressible(self, targets: Mapping[str, int]) -> list[str]:
         """Return the names of the MLPs whose width in `targets` no key of the config can hold.
 
-        Their key also sets the width of others. Stock transformers builds a model of these widths
-        if there are none.
+        Stock transformers builds a model of these widths if there are none.
         """
         values, keys = self._values(targets), self.keys
         return [n for n in keys if values[keys[n]] * keys[n].factor != targets[n]]
@@ -246,9 +227,9 @@ class Widths:
         """Give `target` the width keys of `source`, and whether they are the widths."""
         for key in set(self.keys.values()):
             key.set(target, key.get(source))
-        given = text_config(source)
-        for name in RULES.get(given.model_type, {}):
-            setattr(text_config(target), name, getattr(given, name))
+        computes = getattr(text_config(source), COMPUTES_WIDTH, None)
+        if computes is not None:
+            setattr(text_config(target), COMPUTES_WIDTH, computes)
 
     def describe_layers(
         self, config: PretrainedConfig, targets: Mapping[str, int]
@@ -256,10 +237,7 @@ class Widths:
         """Write the widths of `targets` into ``per_layer_config`` where no key can hold them.
 
         Where that cannot either, because MLPs of one layer share a key, nothing is written.
-
-        Args:
-            config: A config with the keys of `narrowed_config`.
-            targets: The width of each MLP, by name.
+        `config` has the keys of `narrowed_config`.
         """
         if targets == self.configured == self.actual:
             return
@@ -279,11 +257,7 @@ class Widths:
 
 
 def widths_in_memory(model: PreTrainedModel) -> Widths:
-    """Return the widths of a loaded model and the config keys that set them.
-
-    Raises:
-        UnsupportedModelError: The model cannot be pruned.
-    """
+    """Return the widths of a loaded model and the config keys that set them."""
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
         with BUILDING, torch.device("meta"):
