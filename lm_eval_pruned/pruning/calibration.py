@@ -159,8 +159,8 @@ class CalibrationText:
             ids = token_ids(tokenizer, text)[: min(longest, positions or longest)]
             if len(ids) < shortest:
                 raise ValueError(
-                    f"calibration={file} has a text of {len(ids)} tokens, {text!r}, where "
-                    f"{shortest} are needed: remove it."
+                    f"calibration={file} has a text of {'one' if ids else 'no'} token, {text!r}, in "
+                    "which nothing is predicted: remove it."
                 )
             tokens.append(torch.tensor([ids]))
         return cls(Path(file), tokens)

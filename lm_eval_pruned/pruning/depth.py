@@ -212,20 +212,10 @@ def _make_shallow(text: PretrainedConfig, depth: Depth) -> None:
     text.num_hidden_layers = len(depth.kept)
 
 
-def moved_name(name: str, path: str, new: Mapping[int, int]) -> str | None:
-    """Return what a module is called once the layers in the list `path` have `new` numbers, if any."""
-    if not name.startswith(f"{path}."):
-        return name
-    number, *rest = name[len(path) + 1 :].split(".")
-    if int(number) not in new:
-        return None
-    return ".".join([path, str(new[int(number)]), *rest])
-
-
 def attributes_that_change(
     whole: PreTrainedModel, shallow: PreTrainedModel, depth: Depth
 ) -> list[Change]:
-    """Return the numbers of layers and of their count that modules remember.
+    """Drop layers of a model, and return the numbers of layers that its modules have to forget.
 
     Args:
         whole: The model, without weights.
@@ -235,35 +225,35 @@ def attributes_that_change(
     Raises:
         UnsupportedModelError: Some module would be another one.
     """
-    path, _ = layers_of(whole)
+    path, layers = layers_of(whole)
+    kept = nn.ModuleList(layers[old] for old in depth.kept)
+    whole.set_submodule(path, kept)
     others = dict(shallow.named_modules())
     found: list[Change] = []
     for name, module in whole.named_modules():
-        moved = moved_name(name, path, depth.renumbered)
-        if moved is None:
-            continue
-        other = others.pop(moved, None)
-        if type(other) is not type(module):
-            raise _depends(whole, name)
+        other, before = others.pop(name, None), name
         expected: tuple[int, ...] = (depth.before, len(depth.kept))
-        inside = moved.startswith(f"{path}.")
+        inside = re.match(rf"{re.escape(path)}\.(\d+)", name)
         if inside:
-            number = int(moved[len(path) + 1 :].partition(".")[0])
+            number = int(inside[1])
             expected = depth.kept[number], number
+            before = f"{path}.{depth.kept[number]}{name[inside.end() :]}"
             computed = {*getattr(module, "_non_persistent_buffers_set", ())} - _ALIKE
             if computed:
-                raise _depends(whole, f"{name}.{min(computed)}")
-        before, after = _remembered(module), _remembered(other)
-        for attribute in before.keys() | after.keys():
-            values = before.get(attribute), after.get(attribute)
+                raise _depends(whole, f"{before}.{min(computed)}")
+        if type(other) is not type(module):
+            raise _depends(whole, before)
+        old, new = _remembered(module), _remembered(other)
+        for attribute in old.keys() | new.keys():
+            values = old.get(attribute), new.get(attribute)
             if values[0] == values[1]:
                 continue
             # A model may remember whether it has some kind of layer, or things for that kind.
             summary = type(values[1]) is bool or None in values
             if values != expected and (inside or not summary):
-                raise _depends(whole, f"{name}.{attribute}")
+                raise _depends(whole, f"{before}.{attribute}")
             if values[1] is not None:
-                found.append((moved, attribute, values[1]))
+                found.append((name, attribute, values[1]))
     if others:
         raise _depends(whole, path)
     return found
@@ -294,12 +284,6 @@ def drop_layers(
     undo: contextlib.ExitStack,
 ) -> None:
     """Drop layers of a model in place; `undo` takes what makes it whole again."""
-
-    def put(where: str, name: str, value: Any) -> None:
-        owner = model.get_submodule(where)
-        undo.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, value)
-
     path, layers = layers_of(model)
     text = text_config(model.config)
     # The parts of a model may have copies of one config.
@@ -308,7 +292,9 @@ def drop_layers(
         if type(config) is type(text) and config.num_hidden_layers == depth.before:
             undo.callback(vars(config).update, copy.deepcopy(vars(config)))
             _make_shallow(config, depth)
-    owner, _, name = path.rpartition(".")
-    put(owner, name, nn.ModuleList(layers[old] for old in depth.kept))
-    for change in changes:
-        put(*change)
+    undo.callback(model.set_submodule, path, layers)
+    model.set_submodule(path, nn.ModuleList(layers[old] for old in depth.kept))
+    for where, name, value in changes:
+        owner = model.get_submodule(where)
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)

@@ -19,7 +19,6 @@ from lm_eval_pruned.pruning.config_widths import (
 from lm_eval_pruned.pruning.depth import (
     attributes_that_change,
     layers_of,
-    moved_name,
     shallow_config,
 )
 from lm_eval_pruned.pruning.layouts import (
@@ -108,16 +107,14 @@ class Widths:
         if depth is None:
             return self
         whole = self.skeleton()
-        path, _ = layers_of(whole)
-        moved = {n: moved_name(n, path, depth.renumbered) for n in self.actual}
-        actual = {
-            new: self.actual[old] for old, new in moved.items() if new is not None
-        }
+        own = [self.actual[mlp.name] for mlp in self.mlps if mlp.block in depth.kept]
+        layers_of(whole)
         try:
             config = shallow_config(self.original, depth)
             shallow = self._build(taken_apart(config)[0])
             remembered = attributes_that_change(whole, shallow, depth)
-            widths = Widths(config, self._build, actual)
+            names = [mlp.name for mlp in find_glu_mlps(shallow)]
+            widths = Widths(config, self._build, dict(zip(names, own, strict=True)))
         except (TypeError, LookupError, AttributeError, ValueError) as error:
             if isinstance(error, UnsupportedModelError):
                 raise

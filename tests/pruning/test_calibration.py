@@ -232,18 +232,18 @@ def test_arguments_that_do_not_go_together(arguments, message):
     ("content", "message"),
     [
         (None, r"cannot be read"),
-        (b"", r"holds 0 texts, but 3 were asked for: pass a file with"),
+        (b"", r"holds 0 texts, but 3 were asked for"),
         (b"\n  \n", r"holds 0 texts"),
         (
             b'{"text": "a"}',
             r"holds 1 texts, but 3 were asked for.*smaller calibration_s",
         ),
-        (b'{"text": "a"}\n{"text": ', r"line 2 is not JSON"),
-        (b'{"text": ""}\n', r'line 1 has neither "text"'),
-        (b'{"prompt": "a"}\n', r"line 1 has neither"),
-        (b'["a"]\n', r"line 1 has neither"),
-        (b'{"messages": []}\n', r"line 1 has neither"),
-        (b'{"messages": ["a"]}\n', r"line 1 has neither"),
+        (b'{"text": "a"}\n{"text": ', r"line 2 is no JSON object"),
+        (b'{"text": ""}\n', r'line 1 is no JSON object with "text"'),
+        (b'{"prompt": "a"}\n', r"line 1 is no JSON object"),
+        (b'["a"]\n', r"line 1 is no JSON object"),
+        (b'{"messages": []}\n', r"line 1 is no JSON object"),
+        (b'{"messages": ["a"]}\n', r"line 1 is no JSON object"),
         (b"\xff\xfe", r"cannot be read"),
     ],
 )
@@ -329,5 +329,5 @@ def test_samples_are_the_first_lines(texts):
 
 def test_a_file_without_text(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds 0 texts, but at least one was asked"):
+    with pytest.raises(ValueError, match="holds 0 texts, but at least one were asked"):
         read_texts(str(tmp_path / "empty.jsonl"))

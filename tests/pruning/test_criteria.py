@@ -182,14 +182,6 @@ def test_no_more_than_a_block_is_scored_at_once(monkeypatch, elements, rows):
     assert seen == rows
 
 
-@pytest.mark.parametrize("name", criteria.CALIBRATED)
-def test_calibrated_criteria_need_activity(name):
-    gate, up = weights(0, 6, 4)
-    for arguments in ({}, {"down": gate.T}, {"activity": activity(6)}):
-        with pytest.raises(ValueError, match=f"criterion={name} needs down_proj"):
-            score_neurons(gate, up, name, **arguments)
-
-
 def activity(neurons, seed=0):
     generator = torch.Generator().manual_seed(seed)
     norm, summed = torch.rand(2, neurons, generator=generator, dtype=torch.float64)

@@ -128,33 +128,20 @@ def test_names_can_be_checked_without_importing_the_package(install):
             r"cannot be imported \(RuntimeError: no GPU\)",
         ),
         ("", r"cannot be imported \(AttributeError"),
-        ("f = 3", r"it is a int, not a function"),
-        ("def f(gate, up): return 3", r"returned a int: it must return a finite real"),
-        ("def f(gate, up): return gate", r"returned a tensor of shape \(88, 32\)"),
-        ("def f(gate, up): return gate[:80, 0]", r"returned a tensor of shape \(80,\)"),
-        (
-            "def f(gate, up): return gate[:, 0] * 1j",
-            r"complex64: it must return a finite",
-        ),
-        ("def f(gate, up): return gate[:, 0] / 0", r"returned 88 scores that are NaN"),
+        ("def f(gate, up): return 3", "a int that cannot rank its neurons"),
+        ("def f(gate, up): return gate", r"a finite real tensor of shape \(88,\)"),
+        ("def f(gate, up): return gate[:80, 0]", "a Tensor that cannot rank"),
+        ("def f(gate, up): return gate[:, 0] * 1j", "a Tensor that cannot rank"),
+        ("def f(gate, up): return gate[:, 0] / 0", "a Tensor that cannot rank"),
         (
             "def f(gate, up): return gate[:, 0].double() * 0 + 1e300",
-            r"returned 88 scores that are NaN or infinite in float32",
+            "a Tensor that cannot rank",
         ),
     ],
 )
 def test_what_a_criterion_returns_is_checked(install, tiny_llama, code, message):
     install(code, "f = user_criteria:f")
     with pytest.raises(ValueError, match=f"criterion=f .*{message}"):
-        load_pruned(str(tiny_llama), ratio=2, criterion="f")
-
-
-def test_two_packages_with_one_name(install, tiny_llama):
-    install(DOCUMENTED, "f = user_criteria:cubic")
-    install(DOCUMENTED, "f = other_criteria:cubic", name="other_criteria")
-    with pytest.raises(
-        ValueError, match=r"f is declared by several packages.*other_crit"
-    ):
         load_pruned(str(tiny_llama), ratio=2, criterion="f")
 
 

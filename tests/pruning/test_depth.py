@@ -53,7 +53,6 @@ FAMILIES = {
 }
 #: Without and with windows by layer, without attention in some, with experts in all or some.
 EACH = breadth(FAMILIES, "llama", "gemma3_text", "lfm2", "gpt_oss", "deepseek_v3")
-BY_TEXT = {"drop_by": "block_influence", "calibration": "missing.jsonl"}
 dropped_layers = st.sets(st.integers(0, LAYERS - 1), min_size=1, max_size=LAYERS - 1)
 
 
@@ -324,14 +323,6 @@ def test_counts_and_lists_of_layers(asked, dropped, checkpoint):
         (
             {"drop_layers": "1", "ratio": 1, "layers": "0+3"},
             "layers=0[+]3 names layer 3, but the GLU-MLPs of this model are in the layers 0-2,4",
-        ),
-        (
-            {"drop_layers": 2, "ratio": 1, "layers": "0+3", **BY_TEXT},
-            "layers=0[+]3 leaves 2 of the layers to prune, all of which drop_by=block_influ",
-        ),
-        (
-            {"drop_layers": 2, "ratio": 1, "skip_layers": "0-2", **BY_TEXT},
-            "skip_layers=0-2 leaves 2 of the layers to prune",
         ),
     ],
 )

@@ -373,12 +373,7 @@ def test_the_table_of_a_record_says_what_was_done(tiny_llama):
         "|intermediate size|            88|            32|",
         f"|parameters       |{record.parameters_before:>14,}|{record.parameters_after:>14,}|",
         f"ratio=1, criterion=maw, 3 layers (0,2 pruned), kept digest {record.digest[:12]}",
-        "2 dense MLPs of intermediate_size: 88 to 32 neurons",
-        "1 dense MLPs of intermediate_size: 88 to 88 neurons",
     ]
-    lines = load_pruned(str(tiny_llama), ratio=2).prune_record.as_table().splitlines()
-    assert len(lines) == 6, "one kind of MLP is described by the table above"
-    assert "3 layers, kept digest" in lines[-1]
     baseline = load_pruned(str(tiny_llama)).prune_record.as_table().splitlines()
     assert baseline[-1] == "baseline, nothing removed, 3 layers, kept digest none"
 
