@@ -9,7 +9,7 @@ Torch is imported only to compute, so that names can be checked without it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -182,18 +182,6 @@ def _declared_elsewhere() -> dict[str, EntryPoint]:
     return {each.name: each for each in entry_points(group=GROUP)}
 
 
-def load_declared(name: str) -> Callable[..., Any]:
-    """Import the criterion that another package declares under `name`."""
-    declared = _declared_elsewhere()[name]
-    try:
-        return declared.load()
-    except Exception as error:
-        raise ValueError(
-            f"criterion={name} is declared as {declared.value}, which cannot be imported "
-            f"({type(error).__name__}: {error}): repair the package that declares it."
-        ) from error
-
-
 def score_neurons(
     gate: Tensor,
     up: Tensor,
@@ -223,7 +211,7 @@ def score_neurons(
 
     Raises:
         ValueError: A weight is NaN or infinite; the tensor is named. Or a criterion of another
-            package cannot be imported, or returns anything but one finite number per neuron.
+            package returns anything but one finite number per neuron.
     """
     import torch
 
@@ -246,7 +234,14 @@ def score_neurons(
         return order.float()
     if known is None:
         # It may compare neurons with each other, so it sees all of them at once.
-        return _checked(load_declared(criterion)(gate.cpu(), up.cpu()), criterion, gate)
+        scores = _declared_elsewhere()[criterion].load()(gate.cpu(), up.cpu())
+        scores = scores.detach().float().cpu()
+        if scores.shape != gate.shape[:1] or not scores.isfinite().all():
+            raise ValueError(
+                f"criterion={criterion} returned scores of shape {tuple(scores.shape)}, some of "
+                f"them maybe NaN or infinite: it must return {len(gate)} finite numbers."
+            )
+        return scores
     if needs == "activity":
         return known.score(gate, up, down, activity)
     rows = max(1, _BLOCK_ELEMENTS // gate.shape[1])
@@ -264,20 +259,6 @@ def check_finite(name: str, weight: Tensor) -> None:
             f"{name} holds {bad} NaN or infinite values of {weight.numel()}, so its neurons "
             "cannot be ranked: use an intact checkpoint."
         )
-
-
-def _checked(scores: Any, criterion: str, gate: Tensor) -> Tensor:
-    """Return the scores of a criterion that this package did not write, float32 on the CPU."""
-    import torch
-
-    if isinstance(scores, torch.Tensor) and not scores.is_complex():
-        found = scores.detach().float().cpu()
-        if found.shape == gate.shape[:1] and found.isfinite().all():
-            return found
-    raise ValueError(
-        f"criterion={criterion} returned a {type(scores).__name__} that cannot rank its neurons: "
-        f"it must return a finite real tensor of shape ({len(gate)},)."
-    )
 
 
 def kept_set(scores: Tensor, width: int) -> Tensor:

@@ -1,15 +1,12 @@
 """Depth: which decoder layers of a model stay, and dropping the others.
 
-Leaving out whole layers is the control for narrowing all of them: both take parameters
-away, and a table at equal parameters says what each of them costs. A count drops the
-layers before the last one, which is what a model bears best of all places (Gromov et al.
-2024, arXiv 2403.17887), or those of least block influence (Men et al. 2024, arXiv
-2403.03853; `lm_eval_pruned.pruning.measuring`); a list drops any layers.
+This is the control for narrowing: a table at equal parameters says what each of them costs. A count
+drops the layers before the last one, which a model bears best (Gromov et al. 2024, arXiv 2403.17887),
+or those of least block influence (Men et al. 2024, arXiv 2403.03853); a list drops any.
 
-A layer may be more than its weights: it may attend in a window, leave out positions or
-hold experts because of its number. So a model of the smaller config is built without
-weights and compared with the whole one. Where a layer that stays would become another
-one, the model is refused.
+A layer may attend in a window, leave out positions or hold experts because of its number. So a
+model of the smaller config is built without weights and compared with the whole one, which is
+refused where a layer that stays would become another one.
 """
 
 from __future__ import annotations
@@ -215,19 +212,15 @@ def _make_shallow(text: PretrainedConfig, depth: Depth) -> None:
 def attributes_that_change(
     whole: PreTrainedModel, shallow: PreTrainedModel, depth: Depth
 ) -> list[Change]:
-    """Drop layers of a model, and return the numbers of layers that its modules have to forget.
+    """Drop layers of `whole`, and return the numbers of layers that its modules have to forget.
 
-    Args:
-        whole: The model, without weights.
-        shallow: The model of its `shallow_config`, without weights.
-        depth: Which layers stay.
+    `shallow` is the model of its `shallow_config`; both are without weights.
 
     Raises:
         UnsupportedModelError: Some module would be another one.
     """
     path, layers = layers_of(whole)
-    kept = nn.ModuleList(layers[old] for old in depth.kept)
-    whole.set_submodule(path, kept)
+    whole.set_submodule(path, nn.ModuleList(layers[old] for old in depth.kept))
     others = dict(shallow.named_modules())
     found: list[Change] = []
     for name, module in whole.named_modules():

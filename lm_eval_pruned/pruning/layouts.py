@@ -41,13 +41,7 @@ LAYOUTS = (
 )
 
 #: Attributes in which modules remember their width; some compute with them.
-_WIDTH_ATTRIBUTES = [
-    "intermediate_size",
-    "intermediate_dim",
-    "expert_dim",
-    "ffn_dim",
-    "d_ff",
-]
+_WIDTH_NAMES = re.compile("intermediate_size|intermediate_dim|expert_dim|ffn_dim|d_ff")
 #: Path of a layer of the model at the start of a module's path, and its number.
 _LAYER = re.compile(r".*?\.(\d+)(?=\.|$)")
 
@@ -160,21 +154,13 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def describe(model: PreTrainedModel) -> str:
     """Return what messages call `model`."""
     return f"{type(model).__name__} (model_type {model.config.model_type})"
 
 
 def find_glu_mlps(model: PreTrainedModel) -> list[GluMlp]:
-    """Find the GLU-MLPs of a model's language part, in order.
-
-    Args:
-        model: A model, possibly on the meta device.
+    """Find the GLU-MLPs of a model's language part, in order; it may be on the meta device.
 
     Raises:
         UnsupportedModelError: The model has no GLU-MLP, or some of a layout that
@@ -234,9 +220,9 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
     for mlp in mlps:
-        for attribute in _WIDTH_ATTRIBUTES:
-            if isinstance(getattr(mlp.module, attribute, None), int):
-                setattr(mlp.module, attribute, mlp.width)
+        for name, value in list(vars(mlp.module).items()):
+            if _WIDTH_NAMES.fullmatch(name) and isinstance(value, int):
+                setattr(mlp.module, name, mlp.width)
 
 
 def _language_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

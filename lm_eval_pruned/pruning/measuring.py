@@ -129,13 +129,13 @@ def depth_in_memory(
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a model in memory says of its neurons and layers, each thing measured once.
+    """What an unpruned model in memory says of its neurons and layers, each thing measured once.
 
     Attributes:
-        model: The unpruned model.
+        model: The model.
         tokenizer: Its tokenizer; needed where text is read.
         known: What was measured before; takes what is measured here.
-        calibration: JSON Lines file of text, for criteria that look at activations, and for losses.
+        calibration: JSON Lines file of text.
         samples: How many of its texts to use; None for all.
         seed: Seed of the criterion ``random``.
     """
@@ -158,9 +158,15 @@ class LoadedModel:
                 )
                 activity = known.calibration.activity[mlp.name]
             gate, up, down = (mlp.weight(each).contiguous() for each in NEURON_AXIS)
-            decided: Any = {"layer": mlp.layer, "seed": self.seed, "name": mlp.name}
             scores = score_neurons(
-                gate, up, criterion, down=down, activity=activity, **decided
+                gate,
+                up,
+                criterion,
+                layer=mlp.layer,
+                seed=self.seed,
+                down=down,
+                activity=activity,
+                name=mlp.name,
             )
             known.scores[key] = scores.cpu()
         return known.scores[key]
@@ -223,14 +229,13 @@ class LoadedModel:
 
         def measure(tokens: Tensor) -> None:
             sums[None] += loss(tokens)
-            whole = dict(outputs)
-            order = list(whole)
+            order = list(outputs.items())
             for number, mlps in held.items():
+                calls = [module for module, _ in order]
                 cut = stacks[number]
-                in_front = order[: order.index(cut)] if cut in whole else []
+                in_front = dict(order[: calls.index(cut)] if cut in calls else ())
                 for width in widths[number]:
-                    share = Fraction(width, before[number])
-                    with _cut(mlps, share, scores), _replayed(whole, in_front):
+                    with _cut(mlps, Fraction(width, before[number]), scores, in_front):
                         sums[number, width] += loss(tokens)
 
         seed = self.seed if criterion == RANDOM else None
@@ -249,9 +254,15 @@ class LoadedModel:
 
 @contextlib.contextmanager
 def _cut(
-    mlps: Sequence[GluMlp], share: Fraction, scores: Mapping[str, Tensor]
+    mlps: Sequence[GluMlp],
+    share: Fraction,
+    scores: Mapping[str, Tensor],
+    returned: Mapping[nn.Module, Any],
 ) -> Iterator[None]:
-    """Let GLU-MLPs compute as if they kept a share of their neurons: columns of down are zero."""
+    """Let GLU-MLPs compute as if they kept a share of their neurons, with columns of down at zero.
+
+    Layers of which is known what they `returned` do so without computing.
+    """
     with contextlib.ExitStack() as undo:
         for mlp in mlps:
             gone = torch.ones(mlp.width, dtype=torch.bool, device="cpu")
@@ -260,17 +271,8 @@ def _cut(
             columns = gone.nonzero().flatten().to(down.device)
             undo.callback(down.index_copy_, 1, columns, down[:, columns])
             down.index_fill_(1, columns, 0)
-        yield
-
-
-@contextlib.contextmanager
-def _replayed(
-    outputs: Mapping[nn.Module, Any], layers: list[nn.Module]
-) -> Iterator[None]:
-    """Let layers return what they returned before, without computing."""
-    with contextlib.ExitStack() as undo:
-        for layer in layers:
+        for layer in returned:
             undo.callback(vars(layer).update, dict(vars(layer)))
             undo.callback(vars(layer).pop, "forward")
-            vars(layer)["forward"] = lambda *_, layer=layer, **__: outputs[layer]
+            vars(layer)["forward"] = lambda *_, layer=layer, **__: returned[layer]
         yield

@@ -128,10 +128,6 @@ class PrunePlan:
         own = () if self.tried else (self.criterion,)
         return tuple(dict.fromkeys([*own, *dict(self.layer_criteria or ()).values()]))
 
-    def criterion_of(self, layer: int) -> str:
-        """Return the name of the criterion that scores the layer of that number."""
-        return dict(self.layer_criteria or ()).get(layer, self.criterion)
-
     def includes_layer(self, layer: int) -> bool:
         """Return whether the layer is to be pruned that has this number among those that stay."""
         number = layer if self.depth is None else self.depth.kept[layer]

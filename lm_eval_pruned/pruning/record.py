@@ -129,15 +129,18 @@ class PruneRecord:
         if plan.allocation != UNIFORM:
             record["allocation"] = plan.allocation
             record["min_width"] = plan.arguments.min_width
-        optional = {
+        optional: dict[str, Any] = {
             "layers_pruned": plan.layers and written_layers(plan.layers),
             "criteria_tried": list(plan.tried) or None,
             "measured_on": plan.measured_on and dict(plan.measured_on),
-            "layer_widths": _by_name(plan.layer_widths),
-            "layer_criteria": _by_name(plan.layer_criteria),
+            "layer_widths": plan.layer_widths,
+            "layer_criteria": plan.layer_criteria,
             "calibration": self.calibration and self.calibration.measured_on,
             "seed": plan.seed if RANDOM in plan.criteria else None,
         }
+        for name in ("layer_widths", "layer_criteria"):
+            if (by_layer := optional[name]) is not None:
+                optional[name] = {str(number): each for number, each in by_layer}
         return record | {k: value for k, value in optional.items() if value is not None}
 
     def as_table(self) -> str:
@@ -173,7 +176,3 @@ class PruneRecord:
             said += f"\nwidths by layer {written_by_layer(plan.layer_widths)}"
         cells = [(name, format(a, form), format(b, form)) for name, a, b, form in rows]
         return f"{markdown_table(['', 'before', 'after'], cells, padded=True)}\n{said}"
-
-
-def _by_name(layers: tuple[tuple[int, Any], ...] | None) -> dict[str, Any] | None:
-    return None if layers is None else {str(number): each for number, each in layers}

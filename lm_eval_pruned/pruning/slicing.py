@@ -125,10 +125,13 @@ def carry_out(
         plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
             mlps, targets = find_glu_mlps(model), widths.targets(plan)
+            criteria = dict(plan.layer_criteria or ())
             for mlp in mlps:
                 kept[mlp.name] = torch.arange(mlp.width, device="cpu")
                 if targets[mlp.name] < mlp.width:
-                    scores = evidence.score(mlp, plan.criterion_of(mlp.block))
+                    scores = evidence.score(
+                        mlp, criteria.get(mlp.block, plan.criterion)
+                    )
                     kept[mlp.name] = kept_set(scores, targets[mlp.name])
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
             together = [list(group) for _, group in by_path]
@@ -164,10 +167,8 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
         )
     quantised = getattr(model.config, "quantization_config", None) is not None
     if model.device.type == "cuda" and model.dtype.itemsize == 2 and not quantised:
-        narrow = {
-            targets[n] for n, width in widths.actual.items() if targets[n] < width
-        }
-        if odd := [width for width in narrow if width % _CUDA_MULTIPLE]:
+        cut = {targets[n] for n, width in widths.actual.items() if targets[n] < width}
+        if odd := [width for width in cut if width % _CUDA_MULTIPLE]:
             logger.warning(
                 "%d neurons are no multiple of %d, which CUDA's kernels for 16-bit weights want: "
                 "add multiple_of=%d for speed.",

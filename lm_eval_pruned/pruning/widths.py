@@ -18,13 +18,11 @@ from lm_eval_pruned.pruning.config_widths import (
 )
 from lm_eval_pruned.pruning.depth import (
     attributes_that_change,
-    layers_of,
     shallow_config,
 )
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
     UnsupportedModelError,
-    count_parameters,
     describe,
     find_glu_mlps,
     text_config,
@@ -79,7 +77,7 @@ class Widths:
         self._build = build
         model = build(self.config)
         self.model_class = type(model)
-        self._parameters = count_parameters(model)
+        self._parameters = model.num_parameters()
         self.mlps = find_glu_mlps(model)
         self.keys = find_keys(self.config, model, build)
         self.configured = {mlp.name: mlp.width for mlp in self.mlps}
@@ -108,7 +106,6 @@ class Widths:
             return self
         whole = self.skeleton()
         own = [self.actual[mlp.name] for mlp in self.mlps if mlp.block in depth.kept]
-        layers_of(whole)
         try:
             config = shallow_config(self.original, depth)
             shallow = self._build(taken_apart(config)[0])

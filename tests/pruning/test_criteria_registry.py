@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 
 import pytest
-import torch
-from hypothesis import given, strategies as st
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
@@ -16,7 +14,6 @@ from lm_eval_pruned.pruning.criteria import (
     GROUP,
     RANDOM,
     canonical_name,
-    score_neurons,
 )
 from tests.checkpoints.test_sensitivity import request_of
 from tests.helpers import checkpoints, evaluations
@@ -124,18 +121,14 @@ def test_names_can_be_checked_without_importing_the_package(install):
     ("code", "message"),
     [
         (
-            "raise RuntimeError('no GPU')",
-            r"cannot be imported \(RuntimeError: no GPU\)",
+            "def f(gate, up): return gate",
+            r"shape \(88, 32\).* return 88 finite numbers",
         ),
-        ("", r"cannot be imported \(AttributeError"),
-        ("def f(gate, up): return 3", "a int that cannot rank its neurons"),
-        ("def f(gate, up): return gate", r"a finite real tensor of shape \(88,\)"),
-        ("def f(gate, up): return gate[:80, 0]", "a Tensor that cannot rank"),
-        ("def f(gate, up): return gate[:, 0] * 1j", "a Tensor that cannot rank"),
-        ("def f(gate, up): return gate[:, 0] / 0", "a Tensor that cannot rank"),
+        ("def f(gate, up): return gate[:80, 0]", r"shape \(80,\)"),
+        ("def f(gate, up): return gate[:, 0] / 0", "NaN or infinite"),
         (
             "def f(gate, up): return gate[:, 0].double() * 0 + 1e300",
-            "a Tensor that cannot rank",
+            "NaN or infinite",
         ),
     ],
 )
@@ -143,23 +136,6 @@ def test_what_a_criterion_returns_is_checked(install, tiny_llama, code, message)
     install(code, "f = user_criteria:f")
     with pytest.raises(ValueError, match=f"criterion=f .*{message}"):
         load_pruned(str(tiny_llama), ratio=2, criterion="f")
-
-
-@given(neurons=st.integers(1, 40), data=st.data())
-def test_scores_of_any_real_dtype_rank(neurons, data):
-    dtype = data.draw(
-        st.sampled_from([torch.float64, torch.bfloat16, torch.int64, torch.int32])
-    )
-    order = torch.tensor(data.draw(st.permutations(range(neurons))))
-    gate = torch.zeros(neurons, 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "lm_eval_pruned.pruning.criteria.load_declared",
-            lambda *names: lambda gate, up: order.to(dtype),
-        )
-        scores = score_neurons(gate, gate, "added")
-    assert scores.dtype == torch.float32
-    assert scores.tolist() == order.tolist()
 
 
 def test_the_example_of_the_documentation(install, tiny_llama):
