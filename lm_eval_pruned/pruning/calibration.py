@@ -137,13 +137,8 @@ class CalibrationText:
     ) -> CalibrationText:
         """Read and tokenise the first `samples` texts of `file` for a model; see `read_texts`.
 
-        Args:
-            model: The model, possibly without weights.
-            tokenizer: Its tokenizer.
-            file: JSON Lines file.
-            samples: Number of texts; default: all.
-            longest: A text is cut after this many tokens, or after the model's positions.
-            shortest: Tokens of a text at least: 2 where they are predicted from each other.
+        A text is cut after the `longest` tokens, or after the model's positions, and has the
+        `shortest` at least: 2 where they are predicted from each other.
 
         Raises:
             ValueError: The file or a text cannot be used, or there is no tokenizer.
@@ -182,17 +177,11 @@ def run_texts(
     hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
     run: Callable[[Tensor], object] | None = None,
 ) -> None:
-    """Run texts, each of shape (1, tokens), through a model in evaluation mode.
+    """Run texts, each of shape (1, tokens), int64, through a model in evaluation mode.
 
     Each text is a batch of its own, without padding, so that the same texts on the same machine
-    give the same numbers.
-
-    Args:
-        model: The model.
-        texts: Tokens, int64.
-        what: Label of the bar on a terminal.
-        hooks: By module, a forward hook that also takes arguments by name.
-        run: Called with the tokens of each text; default: one forward pass.
+    give the same numbers. `what` is the label of the bar; `hooks` are forward hooks that also take
+    arguments by name; `run` is called with each text, by default for one forward pass.
     """
     training = model.training
     model.eval()

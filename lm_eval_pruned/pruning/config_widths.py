@@ -94,9 +94,7 @@ def find_keys(
     mlps, shapes = find_glu_mlps(model), _shapes(model)
     neurons = {region.parameter for mlp in mlps for region in mlp.regions.values()}
     keys: dict[str, WidthKey] = {}
-    refusals = dict.fromkeys(
-        (mlp.name for mlp in mlps), "no key of its config sets that width"
-    )
+    refusals = {mlp.name: "no key of its config sets that width" for mlp in mlps}
     for key in _candidates(config):
         value, probe = key.get(config), copy.deepcopy(config)
         try:
@@ -110,9 +108,8 @@ def find_keys(
             if doubled.get(mlp.name) == mlp.width or mlp.name in keys:
                 continue
             if reshaped:
-                refusals[mlp.name] = (
-                    f"{key} in its config also sets the shape of {min(reshaped)}"
-                )
+                why = f"{key} in its config also sets the shape of {min(reshaped)}"
+                refusals[mlp.name] = why
             elif doubled.get(mlp.name) == 2 * mlp.width:
                 own = key if type(value) is int else key.of_layer(mlp.block)
                 factor = Fraction(mlp.width, own.get(config))

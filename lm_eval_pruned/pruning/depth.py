@@ -55,8 +55,7 @@ class Depth:
 
     Attributes:
         before: Number of layers of the unpruned model.
-        kept: Numbers of those that stay, ascending, as the unpruned model counts them.
-            The layer ``kept[i]`` becomes layer i.
+        kept: Its numbers of those that stay, ascending; the layer ``kept[i]`` becomes layer i.
         asked: What the user asked for, as ``{argument: value}``.
         influence: Block influence of each layer of the unpruned model, where it decided.
         measured_on: Name, SHA-256, texts and tokens of the text of `influence`.
@@ -137,10 +136,9 @@ class Depth:
             "layers_dropped": written_layers(self.dropped),
             "layers_kept": written_layers(self.kept),
         }
-        if self.influence is not None:
+        if self.influence is not None and self.measured_on is not None:
             influence = enumerate(self.influence)
             found["block_influence"] = {str(n): round(each, 8) for n, each in influence}
-        if self.measured_on is not None:
             found["influence_measured_on"] = dict(self.measured_on)
         return found
 
@@ -163,10 +161,10 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if model.config.is_encoder_decoder:
         raise _refused(model, "it has an encoder")
     if len(paths) > 1 or not isinstance(layers, nn.ModuleList) or said != len(layers):
-        raise _refused(
-            model,
-            f"its GLU-MLPs do not lie in one list of {said} layers, as its config says",
+        why = (
+            f"its GLU-MLPs do not lie in one list of {said} layers, as its config says"
         )
+        raise _refused(model, why)
     return path, layers
 
 

@@ -1,8 +1,7 @@
 """GLU layouts: where a model keeps its GLU-MLPs, and how each is cut out of its parameters.
 
 A GLU-MLP computes ``down_proj(act(gate_proj(x)) * up_proj(x))``; neuron i is row i of
-gate and up with column i of down. Names, fused and stacked weights, and models that
-cannot be pruned are known here and nowhere else.
+gate and up with column i of down. Names and kinds of weights are known here alone.
 """
 
 from __future__ import annotations
@@ -196,10 +195,9 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
     """Give GLU-MLPs new weights, of another width.
 
     Args:
-        mlps: GLU-MLPs; those that share a parameter go together and end equal in
-            width.
-        pieces: The new weight of each ``(name of the MLP, projection, part)``, in
-            the shapes of `GluMlp.weight`; contiguous.
+        mlps: GLU-MLPs; those that share a parameter go together and end equally wide.
+        pieces: The new `GluMlp.weight` of each ``(name of the MLP, projection, part)``;
+            contiguous.
     """
     for entries in regions_by_parameter(mlps).values():
         mlp, (projection, part), region = entries[0]
@@ -229,12 +227,8 @@ def _language_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]
     """Yield the modules of the language part with their paths, its root first."""
     text, root = text_config(model.config), ""
     if not model.config.is_encoder_decoder and type(text) is not type(model.config):
-        roots = (
-            path
-            for path, module in model.named_modules()
-            if type(getattr(module, "config", None)) is type(text)
-        )
-        root = next(roots, "")
+        configs = {p: getattr(m, "config", None) for p, m in model.named_modules()}
+        root = next((p for p, each in configs.items() if type(each) is type(text)), "")
     towers: tuple[str, ...] = ()
     for path, module in model.get_submodule(root).named_modules(prefix=root):
         if path.startswith(towers):

@@ -48,8 +48,7 @@ class PrunePlan:
         layer_widths: Where the layers differ, the number and kept width of each, ascending:
             of its experts if it has any, else of its MLP. Layers that are not named stay.
         layer_criteria: Likewise the criterion of each layer, where not all have `criterion`.
-        measured_on: Name, SHA-256, texts and tokens of the text on which losses were
-            measured to settle the plan, as the results file holds them.
+        measured_on: The text whose losses settled the plan, as the results file describes it.
         depth: Which layers stay; None for all.
 
     Example:
@@ -193,10 +192,8 @@ class PrunePlan:
         depth: Depth | None = None,
     ) -> PrunePlan:
         """Do the same for the layers that `depth` leaves; `own` is the width of each by number."""
-        asked = {} if depth is None else depth.asked
-        plan = cls(
-            arguments, hidden_size, width_before, width_before, asked, depth=depth
-        )
+        asked, sizes = depth.asked if depth else {}, (width_before, width_before)
+        plan = cls(arguments, hidden_size, *sizes, asked, depth=depth)
         if arguments.size is None:
             return plan
         name, value = arguments.size

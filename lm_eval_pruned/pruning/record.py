@@ -49,10 +49,8 @@ class PruneRecord:
         kept: Kept neurons of every GLU-MLP, each of shape (k,), int64, on the CPU;
             empty for the baseline, and where the process that loaded does not tell.
         groups: The GLU-MLPs by kind and width.
-        config_expresses_widths: Whether stock transformers can open the model once
-            it is saved.
-        calibration: The text on which the neurons were observed; None where the
-            criterion looks at weights alone.
+        config_expresses_widths: Whether stock transformers can open the model once it is saved.
+        calibration: The text on which the neurons were observed, if any.
     """
 
     plan: PrunePlan
@@ -138,10 +136,10 @@ class PruneRecord:
             "calibration": self.calibration and self.calibration.measured_on,
             "seed": plan.seed if RANDOM in plan.criteria else None,
         }
-        for name in ("layer_widths", "layer_criteria"):
-            if (by_layer := optional[name]) is not None:
-                optional[name] = {str(number): each for number, each in by_layer}
-        return record | {k: value for k, value in optional.items() if value is not None}
+        record |= {k: value for k, value in optional.items() if value is not None}
+        for name in {"layer_widths", "layer_criteria"} & record.keys():
+            record[name] = {str(number): each for number, each in record[name]}
+        return record
 
     def as_table(self) -> str:
         """Return the record as a short Markdown table for people."""

@@ -167,12 +167,12 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
         )
     quantised = getattr(model.config, "quantization_config", None) is not None
     if model.device.type == "cuda" and model.dtype.itemsize == 2 and not quantised:
-        cut = {targets[n] for n, width in widths.actual.items() if targets[n] < width}
-        if odd := [width for width in cut if width % _CUDA_MULTIPLE]:
+        cut = (targets[n] for n in targets if targets[n] < widths.actual[n])
+        if odd := next((width for width in cut if width % _CUDA_MULTIPLE), 0):
             logger.warning(
                 "%d neurons are no multiple of %d, which CUDA's kernels for 16-bit weights want: "
                 "add multiple_of=%d for speed.",
-                max(odd),
+                odd,
                 _CUDA_MULTIPLE,
                 math.lcm(_CUDA_MULTIPLE, plan.multiple_of),
             )
@@ -189,8 +189,7 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
         return
     multiple = _GROUPED_ALIGNMENT // model.dtype.itemsize
     mlps = (mlp for mlp in find_glu_mlps(model) if not mlp.projection("down_proj"))
-    width = next((mlp.width for mlp in mlps if mlp.width % multiple), None)
-    if width is not None:
+    if width := next((mlp.width for mlp in mlps if mlp.width % multiple), 0):
         model.set_experts_implementation("eager")
         logger.warning(
             "The experts of %d neurons run one by one, because torch's grouped matrix product "
