@@ -18,7 +18,7 @@ from lm_eval_pruned.pruning.arguments import PruneArguments, without_idle
 from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers import by_hand
-from tests.helpers.checkpoints import byte_tokenizer, save_tiny, tiny_config, tiny_model
+from tests.helpers.checkpoints import byte_tokenizer, save_tiny, tiny_config
 from tests.helpers.layouts import EAGER, breadth, logits, overrides
 
 
@@ -498,31 +498,6 @@ def test_layers_may_name_some_that_text_drops(named, checkpoint, texts):
     for model in (load_pruned(folder, **options), in_memory):
         assert model.prune_record.plan.layers == tuple(stay[:2])
         assert_same(model, expected)
-
-
-def test_influence_without_a_tokenizer_is_refused(checkpoint, texts):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint())
-    with pytest.raises(ValueError, match="there is no tokenizer"):
-        prune_model(model, drop_layers=1, drop_by="block_influence", calibration=texts)
-
-
-def test_a_pickled_checkpoint_loses_its_layers_too(texts, tmp_path):
-    model = tiny_model(tiny_config(num_hidden_layers=LAYERS))
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    byte_tokenizer().save_pretrained(tmp_path)
-    for asked in (
-        {"drop_layers": 2, "prune_percent": 40},
-        {"drop_layers": 2, "drop_by": "block_influence", "calibration": texts},
-    ):
-        loaded = load_pruned(str(tmp_path), **asked)
-        expected = prune_model(
-            AutoModelForCausalLM.from_pretrained(tmp_path),
-            tokenizer=byte_tokenizer(),
-            **asked,
-        )
-        assert_same(loaded, expected)
-        assert loaded.prune_record.digest == expected.prune_record.digest
 
 
 def test_a_pruned_model_loses_layers_once_more(checkpoint, tmp_path):
