@@ -40,7 +40,7 @@ MAX_TOKENS = 2048
 
 @dataclass(frozen=True)
 class NeuronActivity:
-    """How strongly the neurons of one GLU-MLP fired, x being the input of down; shape (I,), float64.
+    """How strongly the neurons of a GLU-MLP fired, x being the input of down: (I,), float64.
 
     Attributes:
         norm: l2 norm of x over all tokens of all texts.
@@ -53,7 +53,7 @@ class NeuronActivity:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The activity of each GLU-MLP of a model, by name, and `CalibrationText.as_dict` of the text."""
+    """The activity of each GLU-MLP by name, and `CalibrationText.as_dict` of the text."""
 
     measured_on: dict[str, Any]
     activity: Mapping[str, NeuronActivity]
@@ -154,8 +154,8 @@ class CalibrationText:
             ids = token_ids(tokenizer, text)[: min(longest, positions or longest)]
             if len(ids) < shortest:
                 raise ValueError(
-                    f"calibration={file} has a text of {'one' if ids else 'no'} token, {text!r}, in "
-                    "which nothing is predicted: remove it."
+                    f"calibration={file} has a text of {'one' if ids else 'no'} token, {text!r}, "
+                    "in which nothing is predicted: remove it."
                 )
             tokens.append(torch.tensor([ids]))
         return cls(Path(file), tokens)

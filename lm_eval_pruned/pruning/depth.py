@@ -1,8 +1,8 @@
 """Depth: which decoder layers of a model stay, and dropping the others.
 
-This is the control for narrowing: a table at equal parameters says what each of them costs. A count
-drops the layers before the last one, which a model bears best (Gromov et al. 2024, arXiv 2403.17887),
-or those of least block influence (Men et al. 2024, arXiv 2403.03853); a list drops any.
+This is the control for narrowing: a table at equal parameters says what each of them costs. A
+count drops the layers before the last one, which a model bears best (Gromov et al. 2024,
+arXiv 2403.17887), or those of least block influence (Men et al. 2024, arXiv 2403.03853).
 
 A layer may attend in a window, leave out positions or hold experts because of its number. So a
 model of the smaller config is built without weights and compared with the whole one, which is

@@ -121,7 +121,7 @@ class GluMlp:
         return self.place(region)[0] if alone else None
 
     def weight(self, projection: str, part: str = "weight") -> Tensor:
-        """Return a view of a projection: (I, H) for gate and up, (H, I) for down, (I,) for a bias."""
+        """Return a view: (I, H) for gate and up, (H, I) for down, (I,) for a bias."""
         region = self.regions[projection, part]
         return region.view(self.parameter(region))
 

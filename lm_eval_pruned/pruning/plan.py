@@ -226,9 +226,9 @@ class PrunePlan:
         for layer, width in named.items():
             if not 1 <= width <= own[layer]:
                 raise ValueError(
-                    f"{where} gives layer {layer} {width} neurons, but it has {own[layer]}: write a "
-                    f"width from 1 to {own[layer]} there, or leave the layer out, which keeps them "
-                    "all."
+                    f"{where} gives layer {layer} {width} neurons, but it has {own[layer]}: write "
+                    f"a width from 1 to {own[layer]} there, or leave the layer out, which keeps "
+                    "them all."
                 )
             if width < own[layer]:
                 self._check_multiple(width, f"{where} gives layer {layer}")
@@ -238,8 +238,8 @@ class PrunePlan:
     def _check_multiple(self, kept: int, given: str) -> None:
         if self.multiple_of > kept:
             raise ValueError(
-                f"multiple_of={self.multiple_of} is larger than the kept width {kept} that {given}: "
-                f"use a multiple of at most {kept}."
+                f"multiple_of={self.multiple_of} is larger than the kept width {kept} that "
+                f"{given}: use a multiple of at most {kept}."
             )
 
 

@@ -90,7 +90,7 @@ class PruneRecord:
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 over the kept indices of all MLPs (little-endian int64), or None for the baseline.
+        """SHA-256 over the kept indices of all MLPs (little-endian int64); None for the baseline.
 
         Where layers were dropped, ``layers`` and the numbers of those that stay come first.
         """

@@ -191,7 +191,7 @@ class Widths:
         return self.whole.count_parameters(self.whole.actual)
 
     def narrowed_config(self, targets: Mapping[str, int]) -> PretrainedConfig:
-        """Return a copy of the config with the widths of `targets`, as far as its keys hold them."""
+        """Return a copy of the config with the widths of `targets`, as far as keys hold them."""
         if targets == self.configured == self.actual:
             return copy.deepcopy(self.original)
         narrowed = copy.deepcopy(self.config)
