@@ -30,8 +30,7 @@ from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.criteria import CALIBRATED, check_finite
-from lm_eval_pruned.pruning.depth import Depth
-from lm_eval_pruned.pruning.dropping import count_layers
+from lm_eval_pruned.pruning.depth import Depth, count_layers
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
     find_glu_mlps,

@@ -25,10 +25,9 @@ from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor
-    from torch.utils.hooks import RemovableHandle
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Text = str | list[dict[str, Any]]
@@ -41,12 +40,11 @@ MAX_TOKENS = 2048
 
 @dataclass(frozen=True)
 class NeuronActivity:
-    """How strongly the neurons of one GLU-MLP fired, x being the input of down.
+    """How strongly the neurons of a GLU-MLP fired, x being the input of down: (I,), float64.
 
     Attributes:
-        norm: l2 norm of x over all tokens of all texts, shape (I,), float64.
-        summed_norms: Sum over the texts of the l2 norm of x over the tokens of
-            each, shape (I,), float64.
+        norm: l2 norm of x over all tokens of all texts.
+        summed_norms: Sum over the texts of the l2 norm of x over the tokens of each.
     """
 
     norm: Tensor
@@ -55,12 +53,7 @@ class NeuronActivity:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the neurons of a model did on calibration text.
-
-    Attributes:
-        measured_on: The text; see `CalibrationText.as_dict`.
-        activity: Activity by name of the GLU-MLP.
-    """
+    """The activity of each GLU-MLP by name, and `CalibrationText.as_dict` of the text."""
 
     measured_on: dict[str, Any]
     activity: Mapping[str, NeuronActivity]
@@ -69,19 +62,12 @@ class Calibration:
 def read_texts(
     file: str, samples: int | None = None, argument: str = "calibration"
 ) -> list[Text]:
-    """Read calibration texts.
+    """Read a string or a list of messages from each line of a JSON Lines file that is not empty.
 
-    Args:
-        file: JSON Lines file.
-        samples: How many texts to take, from the first on; default: all.
-        argument: What named the file, for messages.
-
-    Returns:
-        A string or a list of messages for each line; empty lines are passed over.
+    `samples` is how many, from the first on; `argument` is what messages call the file.
 
     Raises:
-        ValueError: The file is missing, a line is no such object, or it holds fewer
-            texts than `samples`.
+        ValueError: The file is missing, a line is no such object, or there are too few.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -96,9 +82,8 @@ def read_texts(
     ]
     if len(texts) < (samples or 1):
         raise ValueError(
-            f"{argument}={file} holds {len(texts)} texts, but "
-            f"{samples or 'at least one'} {'were' if samples else 'was'} asked for: pass "
-            f"{'a smaller calibration_samples' if texts else 'a file with text'}."
+            f"{argument}={file} holds {len(texts)} texts, but {samples or 'at least one'} were "
+            "asked for: pass a smaller calibration_samples, or a file with more text."
         )
     return texts
 
@@ -106,32 +91,26 @@ def read_texts(
 def _text_of(line: str, where: str) -> Text:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}).") from None
+    except json.JSONDecodeError:
+        entry = None
     if isinstance(entry, dict):
         text, messages = entry.get("text"), entry.get("messages")
         if isinstance(text, str) and text:
             return text
-        if (
-            isinstance(messages, list)
-            and messages
-            and all(isinstance(message, dict) for message in messages)
-        ):
-            return messages
+        several = isinstance(messages, list) and messages
+        if several and all(isinstance(each, dict) for each in several):
+            return several
     raise ValueError(
-        f'{where} has neither "text" (a string) nor "messages" (a list of objects with role and '
-        "content)."
+        f'{where} is no JSON object with "text" (a string) or "messages" (a list of objects with '
+        "role and content)."
     )
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
     """Return the tokens of a text, a chat by way of the tokenizer's chat template."""
-    tokens: Any
     if isinstance(text, str):
-        tokens = tokenizer(text)["input_ids"]
-    else:
-        tokens = tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)
-    return tokens
+        return tokenizer(text)["input_ids"]  # type: ignore[return-value]
+    return tokenizer.apply_chat_template(text, return_dict=False)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -156,19 +135,13 @@ class CalibrationText:
         longest: int = MAX_TOKENS,
         shortest: int = 1,
     ) -> CalibrationText:
-        """Read and tokenise calibration text.
+        """Read and tokenise the first `samples` texts of `file` for a model; see `read_texts`.
 
-        Args:
-            model: The model that will read it, possibly without weights.
-            tokenizer: Its tokenizer.
-            file: JSON Lines file; see `read_texts`.
-            samples: How many texts to use, from the first on; default: all.
-            longest: A text is cut after this many tokens, or after the model's positions.
-            shortest: Tokens of a text at least: 2 where they are predicted from each other.
+        A text is cut after the `longest` tokens, or after the model's positions, and has the
+        `shortest` at least: 2 where they are predicted from each other.
 
         Raises:
-            ValueError: The file is not as `read_texts` wants it, a text has too few tokens, or
-                there is no tokenizer.
+            ValueError: The file or a text cannot be used, or there is no tokenizer.
         """
         if tokenizer is None:
             raise ValueError(
@@ -176,20 +149,15 @@ class CalibrationText:
                 "tokenizer."
             )
         positions = getattr(model.config, "max_position_embeddings", None)
-        longest = min(longest, positions or longest)
         tokens = []
         for text in read_texts(file, samples):
-            ids = token_ids(tokenizer, text)
-            if not ids:
+            ids = token_ids(tokenizer, text)[: min(longest, positions or longest)]
+            if len(ids) < shortest:
                 raise ValueError(
-                    f"calibration={file} has a text without tokens, {text!r}: remove it."
+                    f"calibration={file} has a text of {'one' if ids else 'no'} token, {text!r}, "
+                    "in which nothing is predicted: remove it."
                 )
-            tokens.append(torch.tensor([ids[:longest]]))
-        if min(each.numel() for each in tokens) < shortest:
-            raise ValueError(
-                f"calibration={file} has a text of one token among its first {len(tokens)}, in "
-                "which nothing is predicted: remove it."
-            )
+            tokens.append(torch.tensor([ids]))
         return cls(Path(file), tokens)
 
     def as_dict(self) -> dict[str, Any]:
@@ -206,35 +174,31 @@ def run_texts(
     model: PreTrainedModel,
     texts: Sequence[Tensor],
     what: str,
-    hooks: Iterable[RemovableHandle] = (),
+    hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
     run: Callable[[Tensor], object] | None = None,
 ) -> None:
-    """Run texts through a model while hooks watch its modules.
+    """Run texts, each of shape (1, tokens), int64, through a model in evaluation mode.
 
-    Each text is a batch of its own, without padding, in evaluation mode and in the
-    model's dtype, so that the same texts on the same machine give the same numbers.
-
-    Args:
-        model: The model.
-        texts: Tokens, each of shape (1, tokens), int64.
-        what: Label of the bar on a terminal.
-        hooks: Handles of the hooks, which are removed at the end.
-        run: Called with the tokens of each text; default: one forward pass.
+    Each text is a batch of its own, without padding, so that the same texts on the same machine
+    give the same numbers. `what` is the label of the bar; `hooks` are forward hooks that also take
+    arguments by name; `run` is called with each text, by default for one forward pass.
     """
     training = model.training
     model.eval()
+    handles = [
+        module.register_forward_hook(hook, with_kwargs=True)
+        for module, hook in (hooks or {}).items()
+    ]
+    run = run or (lambda tokens: model(input_ids=tokens, use_cache=False))
     try:
         with torch.no_grad(), steps(len(texts), what) as step:
-            for tokens in (text.to(model.device) for text in texts):
-                if run is None:
-                    model(input_ids=tokens, use_cache=False)
-                else:
-                    run(tokens)
+            for text in texts:
+                run(text.to(model.device))
                 step(1)
     finally:
         model.train(training)
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def calibrate(
@@ -243,80 +207,60 @@ def calibrate(
     file: str,
     samples: int | None = None,
 ) -> Calibration:
-    """Run calibration text through a model and record what its neurons do.
+    """Run calibration text through an unpruned model and record what its neurons do.
 
-    Args:
-        model: A decoder-only model with its GLU-MLPs unpruned.
-        tokenizer: Its tokenizer.
-        file: JSON Lines file; see `read_texts`.
-        samples: How many texts to use, from the first on; default: all.
-
-    Returns:
-        The text, and the activity of each GLU-MLP: float32 for a text, its sums float64.
+    Norms are float32 for a text, and their sums float64. Takes what `CalibrationText.of` takes.
 
     Raises:
-        ValueError: See `CalibrationText.of`; or an activation is NaN or infinite.
+        ValueError: The text cannot be used; or an activation is NaN or infinite.
         UnsupportedModelError: Activations cannot be observed in the model.
     """
     check_observable(model)
     text = CalibrationText.of(model, tokenizer, file, samples)
-    mlps = find_glu_mlps(model)
-    norms = {
-        mlp.name: torch.zeros(mlp.width, dtype=torch.float64, device="cpu")
-        for mlp in mlps
-    }
-    squares = {name: torch.zeros_like(total) for name, total in norms.items()}
+    hooks: dict[nn.Module, Callable[..., None]] = {}
+    # Of each MLP, over the texts, the sums of squared norms and of norms.
+    sums: dict[str, Tensor] = {}
+    for mlp in find_glu_mlps(model):
+        total = torch.zeros(2, mlp.width, dtype=torch.float64, device="cpu")
 
-    def watch(name: str) -> Callable[..., None]:
-        def add(module, arguments, output) -> None:
+        def add(module, arguments, named, output, total=total) -> None:
             values = arguments[0].flatten(0, -2)
             norm = values.float().norm(p=2, dim=0).cpu().double()
-            norms[name] += norm
-            squares[name] += norm.square()
+            total += torch.stack([norm.square(), norm])
 
-        return add
-
-    hooks = [
-        mlp.projection("down_proj").register_forward_hook(watch(mlp.name))
-        for mlp in mlps
-    ]
+        sums[mlp.name], hooks[mlp.projection("down_proj")] = total, add
     run_texts(model, text.tokens, "calibration", hooks)
-    for name, total in squares.items():
+    for name, total in sums.items():
         if not total.isfinite().all():
             raise ValueError(
                 f"The calibration text makes {name} produce NaN or infinite activations: use "
                 "another dtype, such as dtype=float32, or other text."
             )
-    activity = {
-        name: NeuronActivity(total.sqrt(), norms[name])
-        for name, total in squares.items()
-    }
     on = text.as_dict()
     logger.info(
         "Calibrated on %d texts (%d tokens) of %s.", on["texts"], on["tokens"], file
     )
-    return Calibration(on, activity)
+    found = {n: NeuronActivity(total[0].sqrt(), total[1]) for n, total in sums.items()}
+    return Calibration(on, found)
 
 
 def check_observable(model: PreTrainedModel, instead: str = "criterion=maw") -> None:
-    """Refuse a model whose activations hooks cannot see.
-
-    Args:
-        model: A model, possibly on the meta device.
-        instead: What would work, as an argument.
+    """Refuse a model, possibly on the meta device, whose activations hooks cannot see.
 
     Raises:
         UnsupportedModelError: It has an encoder, or experts whose down projections
-            are no modules of their own.
+            are no modules of their own; the message offers the argument `instead`.
     """
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{describe(model)} has an encoder, and calibration text has no target for its "
-            f"decoder: choose by weights alone, such as {instead}."
+        why = "has an encoder, and calibration text has no target for its decoder"
+    else:
+        stacked = (m for m in find_glu_mlps(model) if m.projection("down_proj") is None)
+        if (mlp := next(stacked, None)) is None:
+            return
+        why = (
+            f"keeps the down projection of {mlp.name} stacked with others, where its input cannot "
+            "be observed"
         )
-    for mlp in find_glu_mlps(model):
-        if "down_proj" not in mlp.linears:
-            raise UnsupportedModelError(
-                f"{describe(model)} keeps the down projection of {mlp.name} stacked with others, "
-                f"where its input cannot be observed: choose by weights alone, such as {instead}."
-            )
+    raise UnsupportedModelError(
+        f"{describe(model)} {why}: choose by weights alone, such as {instead}."
+    )

@@ -1,7 +1,7 @@
 """The widths that a config says: the key of each GLU-MLP, and what single layers have instead.
 
 No key is listed: a key belongs to the MLPs whose width doubles when it doubles, in a model
-without weights. Models that compute their width have a row in `RULES`.
+without weights. LFM2 computes its width from several keys; here it is that of one.
 
 Widths of single layers are in ``per_layer_config``, a sparse map from a layer to what differs
 there. transformers 5.24 knows it, older releases keep it as it is, and so far no class of
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -38,27 +39,8 @@ if TYPE_CHECKING:
 _WIDTH_NAME = re.compile(r"intermediate|ffn|ff_dim|d_ff|mlp_(dim|size|hidden)|ff_size")
 
 
-def _width_of_lfm2(text: Any) -> int:
-    width = text.intermediate_size
-    if text.block_auto_adjust_ff_dim:
-        width = int(2 * width / 3)
-        if text.block_ffn_dim_multiplier is not None:
-            width = int(text.block_ffn_dim_multiplier * width)
-            width = -(-width // text.block_multiple_of) * text.block_multiple_of
-    return width
-
-
-#: By model_type, models that compute their width: which values of which keys build the same
-#: model in such a way that the width is proportional to its key.
-RULES: dict[str, dict[str, Callable[[Any], Any]]] = {
-    "lfm2": {
-        "intermediate_size": _width_of_lfm2,
-        "block_auto_adjust_ff_dim": lambda text: False,
-    },
-    "recurrent_gemma": {
-        "intermediate_size": lambda text: text.intermediate_size // 2 * 2
-    },
-}
+#: Whether LFM2 computes its width, rather than take it as it is.
+COMPUTES_WIDTH = "block_auto_adjust_ff_dim"
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,7 @@ class WidthKey:
 
     def get(self, config: PretrainedConfig) -> Any:
         """Return its value in `config`: that of its layer, else what all layers share."""
-        value = getattr(self._owner(config), self.name)
+        value = getattr(functools.reduce(getattr, self.path, config), self.name)
         return value if self.layer is None else value[self.layer]
 
     def set(self, config: PretrainedConfig, value: Any) -> None:
@@ -92,27 +74,19 @@ class WidthKey:
             entries = list(self.of_layer(None).get(config))
             entries[self.layer] = value
             value = entries
-        setattr(self._owner(config), self.name, value)
+        setattr(functools.reduce(getattr, self.path, config), self.name, value)
 
     def of_layer(self, layer: int | None) -> WidthKey:
         """Return the key of the same name for one layer, or for all."""
         return dataclasses.replace(self, layer=layer)
 
-    def _owner(self, config: Any) -> Any:
-        for name in self.path:
-            config = getattr(config, name)
-        return config
-
 
 def find_keys(
     config: PretrainedConfig, model: PreTrainedModel, build: Build
 ) -> dict[str, WidthKey]:
-    """Find the key of each GLU-MLP's width, by the MLP's name.
+    """Find the key of the width of each GLU-MLP of `model`, by the MLP's name.
 
-    Args:
-        config: Config of the model, as `taken_apart` returns it.
-        model: The model, on the meta device.
-        build: Returns a model of a config on the meta device.
+    `config` is as `taken_apart` returns it, and `build` returns a model of one without weights.
 
     Raises:
         UnsupportedModelError: The width of one has no key, or none of its own.
@@ -120,7 +94,7 @@ def find_keys(
     mlps, shapes = find_glu_mlps(model), _shapes(model)
     neurons = {region.parameter for mlp in mlps for region in mlp.regions.values()}
     keys: dict[str, WidthKey] = {}
-    refusals: dict[str, str] = {}
+    refusals = {mlp.name: "no key of its config sets that width" for mlp in mlps}
     for key in _candidates(config):
         value, probe = key.get(config), copy.deepcopy(config)
         try:
@@ -129,31 +103,27 @@ def find_keys(
             doubled = {mlp.name: mlp.width for mlp in find_glu_mlps(other)}
         except Exception:  # noqa: BLE001, S112 - configs refuse values in any way
             continue
-        reshaped = {
-            name for name, _ in shapes.items() ^ _shapes(other).items()
-        } - neurons
+        reshaped = {name for name, _ in shapes ^ _shapes(other)} - neurons
         for mlp in mlps:
             if doubled.get(mlp.name) == mlp.width or mlp.name in keys:
                 continue
             if reshaped:
-                refusals[mlp.name] = (
-                    f"{key} in its config also sets the shape of {min(reshaped)}"
-                )
+                why = f"{key} in its config also sets the shape of {min(reshaped)}"
+                refusals[mlp.name] = why
             elif doubled.get(mlp.name) == 2 * mlp.width:
                 own = key if type(value) is int else key.of_layer(mlp.block)
                 factor = Fraction(mlp.width, own.get(config))
                 keys[mlp.name] = dataclasses.replace(own, factor=factor)
-    for mlp in mlps:
-        if mlp.name not in keys:
-            reason = refusals.get(mlp.name, "no key of its config sets that width")
+    for name, reason in refusals.items():
+        if name not in keys:
             raise UnsupportedModelError(
-                f"{describe(model)} cannot be pruned in {mlp.name}, because {reason}."
+                f"{describe(model)} cannot be pruned in {name}, because {reason}."
             )
     return keys
 
 
-def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(each.shape)) for name, each in model.state_dict().items()}
 
 
 def _candidates(config: PretrainedConfig) -> Iterator[WidthKey]:
@@ -180,10 +150,7 @@ def _parts(
 def taken_apart(
     config: PretrainedConfig,
 ) -> tuple[PretrainedConfig, dict[WidthKey, int]]:
-    """Take the widths of single layers out of a config, and apply `RULES`.
-
-    Returns:
-        A copy that builds all layers alike, and the widths of single layers by their keys.
+    """Return a copy of a config that builds all layers alike, and the widths of single layers.
 
     Raises:
         UnsupportedModelError: Its widths are in a form that is not read.
@@ -202,10 +169,14 @@ def taken_apart(
                 if _WIDTH_NAME.search(name) and type(own[name]) is int:
                     found[WidthKey(path, name, layer)] = own.pop(name)
         _write(part, overrides)
-    text = text_config(plain)
-    rules = RULES.get(text.model_type, {})
-    for name, value in {name: rule(text) for name, rule in rules.items()}.items():
-        setattr(text, name, value)
+    text: Any = text_config(plain)
+    if getattr(text, COMPUTES_WIDTH, False):
+        width = int(2 * text.intermediate_size / 3)
+        if text.block_ffn_dim_multiplier is not None:
+            width = int(text.block_ffn_dim_multiplier * width)
+            width = -(-width // text.block_multiple_of) * text.block_multiple_of
+        text.intermediate_size = width
+        setattr(text, COMPUTES_WIDTH, False)
     return plain, found
 
 
@@ -214,12 +185,7 @@ def copy_layers(
     target: PretrainedConfig,
     widths: Mapping[WidthKey, int] | None = None,
 ) -> None:
-    """Give `target` what the single layers of `source` have of their own.
-
-    Args:
-        source: A config.
-        target: A config of the same model.
-        widths: What single layers get besides, by their keys.
+    """Give `target` what the single layers of `source` have of their own, and `widths` besides.
 
     Raises:
         ValueError: The config counts no such layer.

@@ -3,14 +3,13 @@
 A criterion gives each neuron one score; the neurons with the highest scores are kept.
 `CRITERIA` has those of this package. Other packages add criteria under the entry-point
 group `GROUP`; ``docs/criteria.md`` shows how.
-
-This module imports torch only to compute, so that names can be checked without it.
+Torch is imported only to compute, so that names can be checked without it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -42,9 +41,8 @@ class Criterion:
     """A way to score neurons.
 
     Attributes:
-        score: Takes gate and up, shape (neurons, H), and if it looks at activity also down,
-            shape (H, neurons), and the `NeuronActivity`; all floating point. Returns the
-            scores, shape (neurons,), float32.
+        score: Takes gate and up, shape (neurons, H), and for ``activity`` also down, shape
+            (H, neurons), and the `NeuronActivity`. Returns shape (neurons,), float32.
         formula: What it computes of row g of gate, row u of up and column d of down.
         source: Where the formula is from.
         needs: ``extremes`` of gate and up alone, where no rounding depends on the device, and
@@ -97,13 +95,10 @@ def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, _CACHED_ELEMENTS // words.shape[1])
     blocks = (words[start : start + step] for start in range(0, len(words), step))
     pairs = [(b.max(axis=1), b.view(np.uint16).max(axis=1)) for b in blocks]
-    high, low = (
-        np.concatenate(each).view(np.int16) for each in zip(*pairs, strict=True)
-    )
-    highest, lowest = (
-        torch.from_numpy(each).view(rows.dtype).float() for each in (high, low)
-    )
-    one_sign = torch.from_numpy((high < 0) | (low >= 0))
+    found = [np.concatenate(each).view(np.int16) for each in zip(*pairs, strict=True)]
+    bits = torch.from_numpy(np.stack(found))
+    highest, lowest = bits.view(rows.dtype).float()
+    one_sign = (bits[0] < 0) | (bits[1] >= 0)
     highest[one_sign] = rows[one_sign].amax(dim=1).float()
     lowest[one_sign] = rows[one_sign].amin(dim=1).float()
     return highest, lowest
@@ -113,16 +108,13 @@ def as_words(weights: Tensor) -> np.ndarray | None:
     """Return the bits of 16-bit floats on the CPU as int16, in the same memory.
 
     On them numpy finds extremes and gathers columns two to three times as fast as torch does.
-
-    Returns:
-        None for any other tensor, also for subclasses, which may hold their numbers otherwise.
+    None for any other tensor, also for subclasses, which may hold their numbers otherwise.
     """
     import torch
 
     plain = type(weights) in (torch.Tensor, torch.nn.Parameter)
-    if weights.element_size() != 2 or weights.device.type != "cpu" or not plain:
-        return None
-    if not weights.is_contiguous():
+    on_cpu = weights.device.type == "cpu" and weights.is_contiguous()
+    if not plain or not on_cpu or weights.element_size() != 2:
         return None
     return weights.detach().view(torch.int16).numpy()
 
@@ -171,56 +163,23 @@ CALIBRATED = tuple(name for name, each in CRITERIA.items() if each.needs == "act
 
 
 def canonical_name(criterion: str, *, or_best: bool = False) -> str:
-    """Return the name of a criterion without aliases.
-
-    Args:
-        criterion: The name.
-        or_best: Whether ``best`` will do, which stands for one of several.
+    """Return the name of a criterion without aliases; ``best`` only where it `or_best` may be.
 
     Raises:
         ValueError: `criterion` is unknown; the message lists the known ones.
     """
     name = ALIASES.get(criterion, criterion)
     own = [*CRITERIA, RANDOM, *([BEST] if or_best else [])]
-    if name not in own and not (added := declared_elsewhere()).get(name):
+    if name not in own and name not in (added := _declared_elsewhere()):
         known = ", ".join([*own, *ALIASES, *sorted(added)])
         raise ValueError(f"criterion={criterion} is unknown: pass one of {known}.")
     return name
 
 
-def declared_elsewhere() -> dict[str, list[EntryPoint]]:
-    """Return the criteria that other packages declare, by name."""
+def _declared_elsewhere() -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points
 
-    found: dict[str, list[EntryPoint]] = {}
-    for entry_point in entry_points(group=GROUP):
-        found.setdefault(entry_point.name, []).append(entry_point)
-    return found
-
-
-def load_declared(name: str) -> Callable[..., Any]:
-    """Import the criterion that another package declares under `name`.
-
-    Raises:
-        ValueError: It is declared twice, or cannot be imported, or is no function.
-    """
-    found = declared_elsewhere()[name]
-    value, *others = sorted({entry_point.value for entry_point in found})
-    if others:
-        raise ValueError(
-            f"criterion={name} is declared by several packages ({', '.join((value, *others))}): "
-            "uninstall all but one."
-        )
-    try:
-        function = found[0].load()
-        if not callable(function):
-            raise TypeError(f"it is a {type(function).__name__}, not a function")
-    except Exception as error:
-        raise ValueError(
-            f"criterion={name} is declared as {value}, which cannot be imported "
-            f"({type(error).__name__}: {error}): repair the package that declares it."
-        ) from error
-    return function
+    return {each.name: each for each in entry_points(group=GROUP)}
 
 
 def score_neurons(
@@ -242,67 +201,56 @@ def score_neurons(
         criterion: Canonical name of a criterion.
         layer: Position of the MLP in its model; with `seed` it fixes ``random``.
         seed: Seed of ``random``; other criteria ignore it.
-        down: ``down_proj.weight``, shape (H, I); scored by the criteria in `CALIBRATED`,
-            and checked for NaN and infinity wherever it is given.
+        down: ``down_proj.weight``, shape (H, I), for the criteria in `CALIBRATED`.
         activity: What the neurons did on calibration text, for the same criteria.
         name: Path of the MLP in its model, for messages.
 
     Returns:
-        Scores, shape (I,), float32. Where rounding depends on the device, they are
-        computed on the CPU and stay there: weights elsewhere are fetched in blocks,
-        but those of another package's criterion all at once. Exact and calibrated
-        ones are computed on the device of the weights.
+        Scores, shape (I,), float32: on the CPU where rounding depends on the device, else on that
+        of the weights.
 
     Raises:
         ValueError: A weight is NaN or infinite; the tensor is named. Or a criterion of another
-            package cannot be imported, or returns anything but one finite number per neuron.
+            package returns anything but one finite number per neuron.
     """
     import torch
 
     known = CRITERIA.get(criterion)
     needs = "weights" if known is None else known.needs
-    gate, up = gate.detach(), up.detach()
+    gate, up, scores = gate.detach(), up.detach(), None
     if down is not None:
         down = down.detach()
         check_finite(f"{name}.down_proj.weight", down)
-    if needs != "extremes":
-        _check_both(name, gate, up)
+    if known is not None and needs == "extremes":
+        scores = known.score(gate, up)
+    if scores is None or not scores.isfinite().all():
+        check_finite(f"{name}.gate_proj.weight", gate)
+        check_finite(f"{name}.up_proj.weight", up)
+    if scores is not None:
+        return scores
     if criterion == RANDOM:
         generator = torch.Generator().manual_seed((seed << 20) + layer)
         order = torch.randperm(gate.shape[0], generator=generator, device="cpu")
         return order.float()
     if known is None:
-        function = load_declared(criterion)
         # It may compare neurons with each other, so it sees all of them at once.
-        return _checked(function(gate.cpu(), up.cpu()), criterion, gate.shape[0])
-    if needs == "activity":
-        if down is None or activity is None:
+        scores = _declared_elsewhere()[criterion].load()(gate.cpu(), up.cpu())
+        scores = scores.detach().float().cpu()
+        if scores.shape != gate.shape[:1] or not scores.isfinite().all():
             raise ValueError(
-                f"criterion={criterion} needs down_proj and the activity of its neurons."
+                f"criterion={criterion} returned scores of shape {tuple(scores.shape)}, some of "
+                f"them maybe NaN or infinite: it must return {len(gate)} finite numbers."
             )
-        return known.score(gate, up, down, activity)
-    if needs == "extremes":
-        scores = known.score(gate, up)
-        if not scores.isfinite().all():
-            _check_both(name, gate, up)
         return scores
+    if needs == "activity":
+        return known.score(gate, up, down, activity)
     rows = max(1, _BLOCK_ELEMENTS // gate.shape[1])
     blocks = zip(gate.split(rows), up.split(rows), strict=True)
     return torch.cat([known.score(g.cpu(), u.cpu()) for g, u in blocks])
 
 
-def _check_both(name: str, gate: Tensor, up: Tensor) -> None:
-    check_finite(f"{name}.gate_proj.weight", gate)
-    check_finite(f"{name}.up_proj.weight", up)
-
-
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raise ValueError naming the tensor if it holds NaN or infinity.
-
-    Args:
-        name: What the message calls it.
-        weight: Any shape.
-    """
+    """Raise ValueError if `weight`, which the message calls `name`, holds NaN or infinity."""
     # A finite sum proves that every term is finite; one that overflows proves nothing.
     if weight.sum().isfinite():
         return
@@ -313,40 +261,7 @@ def check_finite(name: str, weight: Tensor) -> None:
         )
 
 
-def _checked(scores: Any, criterion: str, neurons: int) -> Tensor:
-    """Return the scores of a criterion that this package did not write, float32 on the CPU.
-
-    Raises:
-        ValueError: They are no finite vector with one number per neuron.
-    """
-    import torch
-
-    found = None
-    if not isinstance(scores, torch.Tensor):
-        found = f"a {type(scores).__name__}"
-    elif scores.shape != (neurons,) or scores.is_complex():
-        found = f"a tensor of shape {tuple(scores.shape)} and {scores.dtype}"
-    else:
-        scores = scores.detach().float().cpu()
-        if bad := int((~scores.isfinite()).sum()):
-            found = f"{bad} scores that are NaN or infinite in float32"
-    if found is not None:
-        raise ValueError(
-            f"criterion={criterion} returned {found}: it must return a finite real tensor of shape "
-            f"({neurons},)."
-        )
-    return scores
-
-
 def kept_set(scores: Tensor, width: int) -> Tensor:
-    """Return the kept neurons in their original order; ties go to the lower index.
-
-    Args:
-        scores: Shape (I,), floating point, finite.
-        width: Kept width k, 1 <= k <= I.
-
-    Returns:
-        Indices, shape (k,), int64, ascending.
-    """
+    """Return the indices of the `width` highest scores, int64, ascending; ties go to the lower."""
     order = scores.sort(descending=True, stable=True).indices
     return order[:width].sort().values

@@ -1,25 +1,52 @@
-"""Depth: which decoder layers of a model stay, as pure data.
+"""Depth: which decoder layers of a model stay, and dropping the others.
 
-Leaving out whole layers is the control for narrowing all of them: both take parameters
-away, and a table at equal parameters says what each of them costs. A count drops the
-layers before the last one, which is what a model bears best of all places (Gromov et al.
-2024, arXiv 2403.17887), or those of least block influence (Men et al. 2024, arXiv
-2403.03853); a list drops any layers. How a model loses them is in
-`lm_eval_pruned.pruning.dropping`, the influence in `lm_eval_pruned.pruning.measuring`.
+This is the control for narrowing: a table at equal parameters says what each of them costs. A
+count drops the layers before the last one, which a model bears best (Gromov et al. 2024,
+arXiv 2403.17887), or those of least block influence (Men et al. 2024, arXiv 2403.03853).
+
+A layer may attend in a window, leave out positions or hold experts because of its number. So a
+model of the smaller config is built without weights and compared with the whole one, which is
+refused where a layer that stays would become another one.
 """
 
 from __future__ import annotations
 
+import copy
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lm_eval_pruned.pruning.argument_values import written_layers
+from lm_eval_pruned.pruning.config_widths import renumber_layers
+from lm_eval_pruned.pruning.layouts import (
+    UnsupportedModelError,
+    describe,
+    find_glu_mlps,
+    text_config,
+)
 
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Mapping, Sequence
 
+    from transformers import PretrainedConfig, PreTrainedModel
+
     from lm_eval_pruned.pruning.arguments import PruneArguments
+
+    #: Path of a module in the model with fewer layers, an attribute and its new value.
+    Change = tuple[str, str, Any]
+
+#: Lists of a config that are about something else than layers, however long they are.
+_OTHER_LISTS = re.compile(r"token|architectures|label|bos|eos|multiplier")
+#: Names of lists that hold the numbers of some layers.
+_NUMBERS_OF_LAYERS = re.compile(r"layers|idx|indices|index")
+#: The first so many layers are dense.
+_FIRST_DENSE = "first_k_dense_replace"
+#: Buffers that a layer computes from its config, and that are the same in all layers.
+_ALIKE = {"inv_freq", "original_inv_freq", "mup_vector"}
 
 
 @dataclass(frozen=True)
@@ -28,8 +55,7 @@ class Depth:
 
     Attributes:
         before: Number of layers of the unpruned model.
-        kept: Numbers of those that stay, ascending, as the unpruned model counts them.
-            The layer ``kept[i]`` becomes layer i.
+        kept: Its numbers of those that stay, ascending; the layer ``kept[i]`` becomes layer i.
         asked: What the user asked for, as ``{argument: value}``.
         influence: Block influence of each layer of the unpruned model, where it decided.
         measured_on: Name, SHA-256, texts and tokens of the text of `influence`.
@@ -54,17 +80,10 @@ class Depth:
         influence: Sequence[float] | None = None,
         measured_on: Mapping[str, Any] | None = None,
     ) -> Depth | None:
-        """Resolve the user's arguments against a model's layers.
+        """Resolve the user's arguments against a model of so many layers; None where all stay.
 
-        Args:
-            arguments: The arguments.
-            layers: Number of layers of the model.
-            influence: Block influence of each, where `arguments` choose by it. Without it
-                layers are chosen by their place, so that their number can be checked.
-            measured_on: The text behind it.
-
-        Returns:
-            None where all layers stay.
+        Without the block `influence` that `arguments` choose by, layers are chosen by their place,
+        so that their number can be checked.
 
         Raises:
             ValueError: A layer does not exist, or none would stay.
@@ -72,30 +91,29 @@ class Depth:
         asked: Any = arguments.drop_layers
         if asked is None:
             return None
-        counted = isinstance(asked, int)
-        written = str(asked) if counted else written_layers(asked)
-        said = {"drop_layers": written if counted else f"[{written}]"}
-        dropped = asked
-        if counted:
+        if isinstance(asked, int):
+            written, count = str(asked), asked
+            said = {"drop_layers": written}
             if arguments.measures_depth:
                 said["drop_by"] = arguments.drop_by
-            order = list(range(layers - 2, -1, -1))
+            order = [*range(layers - 2, -1, -1)]
             if influence is not None:
                 # Of layers alike, the later goes.
                 order = sorted(range(layers), key=lambda n: (influence[n], -n))
-            dropped = order[:asked]
-        elif asked[-1] >= layers:
-            raise ValueError(
-                f"drop_layers={written} names layer {asked[-1]}, but the layers of this model are "
-                f"0-{layers - 1}."
-            )
-        if (asked if counted else len(asked)) >= layers:
+            dropped, instead = order[:count], f"pass a number from 1 to {layers - 1}"
+        else:
+            written, count, dropped = written_layers(asked), len(asked), asked
+            said = {"drop_layers": f"[{written}]"}
             instead = "leave out at least one of them"
-            if counted:
-                most = f"a number from 1 to {layers - 1}"
-                instead = f"pass {most if layers > 1 else 'a model of more layers'}"
+            if asked[-1] >= layers:
+                raise ValueError(
+                    f"drop_layers={written} names layer {asked[-1]}, but the layers of this model "
+                    f"are 0-{layers - 1}."
+                )
+        if count >= layers:
             raise ValueError(
-                f"drop_layers={written} leaves none of the {layers} layers of this model: {instead}."
+                f"drop_layers={written} leaves none of the {layers} layers of this model: "
+                f"{instead}."
             )
         kept = tuple(n for n in range(layers) if n not in dropped)
         decided = None if influence is None else tuple(influence)
@@ -106,6 +124,11 @@ class Depth:
         """Numbers of the layers that go, ascending."""
         return tuple(n for n in range(self.before) if n not in self.kept)
 
+    @property
+    def renumbered(self) -> dict[int, int]:
+        """The new number of each layer that stays, by the old one."""
+        return {old: number for number, old in enumerate(self.kept)}
+
     def as_dict(self) -> dict[str, Any]:
         """Return what the results file holds (JSON types only)."""
         found: dict[str, Any] = {
@@ -113,10 +136,156 @@ class Depth:
             "layers_dropped": written_layers(self.dropped),
             "layers_kept": written_layers(self.kept),
         }
-        if self.influence is not None:
-            found["block_influence"] = {
-                str(n): round(value, 8) for n, value in enumerate(self.influence)
-            }
-        if self.measured_on is not None:
+        if self.influence is not None and self.measured_on is not None:
+            influence = enumerate(self.influence)
+            found["block_influence"] = {str(n): round(each, 8) for n, each in influence}
             found["influence_measured_on"] = dict(self.measured_on)
         return found
+
+
+def count_layers(model: PreTrainedModel) -> int:
+    """Return the number of decoder layers of a model; see `layers_of`."""
+    return len(layers_of(model)[1])
+
+
+def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the path of the list of decoder layers of a model, and the list.
+
+    Raises:
+        UnsupportedModelError: There is none, or the config says another number.
+    """
+    paths = {mlp.stack.rpartition(".")[0] for mlp in find_glu_mlps(model)}
+    path = min(paths)
+    layers = model.get_submodule(path)
+    said = getattr(text_config(model.config), "num_hidden_layers", None)
+    if model.config.is_encoder_decoder:
+        raise _refused(model, "it has an encoder")
+    if len(paths) > 1 or not isinstance(layers, nn.ModuleList) or said != len(layers):
+        why = (
+            f"its GLU-MLPs do not lie in one list of {said} layers, as its config says"
+        )
+        raise _refused(model, why)
+    return path, layers
+
+
+def shallow_config(config: PretrainedConfig, depth: Depth) -> PretrainedConfig:
+    """Return a copy of `config` for the layers that `depth` keeps.
+
+    Raises:
+        UnsupportedModelError: None of several kinds of layers that attend would be left, and
+            transformers generates with no such model.
+    """
+    kinds = enumerate(getattr(text_config(config), "layer_types", None) or [])
+    attending = {n for n, kind in kinds if "attention" in kind and "linear" not in kind}
+    if attending and attending.isdisjoint(depth.kept):
+        raise UnsupportedModelError(
+            f"drop_layers={written_layers(depth.dropped)} drops every layer with attention of a "
+            f"{config.model_type} model, which cannot generate without: keep one of the layers "
+            f"{written_layers(attending)}."
+        )
+    shallow = copy.deepcopy(config)
+    _make_shallow(text_config(shallow), depth)
+    return shallow
+
+
+def _make_shallow(text: PretrainedConfig, depth: Depth) -> None:
+    """Change the number of layers, lists of their numbers, and lists with an entry for each."""
+    new = depth.renumbered
+    for name, value in list(vars(text).items()):
+        if not isinstance(value, (list, tuple)) or _OTHER_LISTS.search(name):
+            continue
+        for_each = len(value) == depth.before
+        named = _NUMBERS_OF_LAYERS.search(name) and all(type(n) is int for n in value)
+        every = [*range(depth.before)] if for_each else named and sorted({*value})
+        if named and list(value) == every:
+            vars(text)[name] = type(value)(new[old] for old in value if old in new)
+        elif for_each:
+            vars(text)[name] = type(value)(value[old] for old in depth.kept)
+    if isinstance(first := getattr(text, _FIRST_DENSE, None), int):
+        setattr(text, _FIRST_DENSE, sum(old < first for old in depth.kept))
+    renumber_layers(text, new)
+    text.num_hidden_layers = len(depth.kept)
+
+
+def attributes_that_change(
+    whole: PreTrainedModel, shallow: PreTrainedModel, depth: Depth
+) -> list[Change]:
+    """Drop layers of `whole`, and return the numbers of layers that its modules have to forget.
+
+    `shallow` is the model of its `shallow_config`; both are without weights.
+
+    Raises:
+        UnsupportedModelError: Some module would be another one.
+    """
+    path, layers = layers_of(whole)
+    whole.set_submodule(path, nn.ModuleList(layers[old] for old in depth.kept))
+    others = dict(shallow.named_modules())
+    found: list[Change] = []
+    for name, module in whole.named_modules():
+        other, before = others.pop(name, None), name
+        expected: tuple[int, ...] = (depth.before, len(depth.kept))
+        inside = re.match(rf"{re.escape(path)}\.(\d+)", name)
+        if inside:
+            number = int(inside[1])
+            expected = depth.kept[number], number
+            before = f"{path}.{depth.kept[number]}{name[inside.end() :]}"
+            computed = {*getattr(module, "_non_persistent_buffers_set", ())} - _ALIKE
+            if computed:
+                raise _depends(whole, f"{before}.{min(computed)}")
+        if type(other) is not type(module):
+            raise _depends(whole, before)
+        old, new = _remembered(module), _remembered(other)
+        for attribute in old.keys() | new.keys():
+            values = old.get(attribute), new.get(attribute)
+            if values[0] == values[1]:
+                continue
+            # A model may remember whether it has some kind of layer, or things for that kind.
+            summary = type(values[1]) is bool or None in values
+            if values != expected and (inside or not summary):
+                raise _depends(whole, f"{before}.{attribute}")
+            if values[1] is not None:
+                found.append((name, attribute, values[1]))
+    if others:
+        raise _depends(whole, path)
+    return found
+
+
+def _remembered(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that a config may decide, and its shapes."""
+    kinds = (bool, int, float, str)
+    shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+    return {n: v for n, v in vars(module).items() if isinstance(v, kinds)} | shapes
+
+
+def _depends(model: PreTrainedModel, name: str) -> Exception:
+    why = f"{name} depends on the number of its layer or on how many there are"
+    return _refused(model, why)
+
+
+def _refused(model: PreTrainedModel, reason: str) -> Exception:
+    return UnsupportedModelError(
+        f"drop_layers cannot be used with {describe(model)}, because {reason}: leave it out."
+    )
+
+
+def drop_layers(
+    model: PreTrainedModel,
+    depth: Depth,
+    changes: list[Change],
+    undo: contextlib.ExitStack,
+) -> None:
+    """Drop layers of a model in place; `undo` takes what makes it whole again."""
+    path, layers = layers_of(model)
+    text = text_config(model.config)
+    # The parts of a model may have copies of one config.
+    configs = [text, *(getattr(module, "config", None) for module in model.modules())]
+    for config in {id(each): each for each in configs}.values():
+        if type(config) is type(text) and config.num_hidden_layers == depth.before:
+            undo.callback(vars(config).update, copy.deepcopy(vars(config)))
+            _make_shallow(config, depth)
+    undo.callback(model.set_submodule, path, layers)
+    model.set_submodule(path, nn.ModuleList(layers[old] for old in depth.kept))
+    for where, name, value in changes:
+        owner = model.get_submodule(where)
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)

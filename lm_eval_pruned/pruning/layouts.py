@@ -1,8 +1,7 @@
 """GLU layouts: where a model keeps its GLU-MLPs, and how each is cut out of its parameters.
 
 A GLU-MLP computes ``down_proj(act(gate_proj(x)) * up_proj(x))``; neuron i is row i of
-gate and up with column i of down. Names, fused and stacked weights, and models that
-cannot be pruned are known here and nowhere else.
+gate and up with column i of down. Names and kinds of weights are known here alone.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -41,13 +40,7 @@ LAYOUTS = (
 )
 
 #: Attributes in which modules remember their width; some compute with them.
-_WIDTH_ATTRIBUTES = (
-    "intermediate_size",
-    "intermediate_dim",
-    "expert_dim",
-    "ffn_dim",
-    "d_ff",
-)
+_WIDTH_NAMES = re.compile("intermediate_size|intermediate_dim|expert_dim|ffn_dim|d_ff")
 #: Path of a layer of the model at the start of a module's path, and its number.
 _LAYER = re.compile(r".*?\.(\d+)(?=\.|$)")
 
@@ -68,8 +61,7 @@ class Region:
         parameter: Full name of the parameter in the model.
         expert: Position on its first axis, where it stacks experts.
         half: 0 for gate and 1 for up, where it holds both.
-        interleaved: Whether gate and up alternate row by row, instead of all gate
-            rows preceding all up rows.
+        interleaved: Whether gate and up alternate row by row.
         transposed: Whether its weights are stored as (inputs, outputs).
     """
 
@@ -79,20 +71,8 @@ class Region:
     interleaved: bool = False
     transposed: bool = False
 
-    @property
-    def attribute(self) -> str:
-        """What the module that owns the parameter calls it."""
-        return self.parameter.rpartition(".")[2]
-
     def view(self, tensor: Tensor) -> Tensor:
-        """Cut the region out of its parameter.
-
-        Args:
-            tensor: The whole parameter.
-
-        Returns:
-            A view of shape (I, H) for gate and up, (H, I) for down, (I,) for biases.
-        """
+        """Cut the region out of its parameter; see `GluMlp.weight` for shapes."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         if self.transposed:
@@ -109,8 +89,7 @@ class GluMlp:
     """One GLU-MLP of a model: a dense one, a shared expert or one expert of many.
 
     Attributes:
-        name: What messages call it, such as ``model.layers.0.mlp`` or
-            ``model.layers.0.mlp.experts[3]``.
+        name: What messages call it, such as ``model.layers.0.mlp.experts[3]``.
         layer: Position among the model's GLU-MLPs, from 0.
         module: The module that holds its parameters.
         path: Path of that module in the model.
@@ -126,45 +105,35 @@ class GluMlp:
     kind: str
     regions: Regions
 
-    @property
-    def linears(self) -> dict[str, nn.Linear]:
-        """The projections that are an nn.Linear each: not those that are fused or stacked."""
-        return {
-            projection: self.owner(region)  # type: ignore[misc]
-            for (projection, part), region in self.regions.items()
-            if part == "weight" and region.half is region.expert is None
-        }
-
-    def projection(self, name: str) -> nn.Linear:
-        """Return the one of `linears` that is ``gate_proj``, ``up_proj`` or ``down_proj``."""
-        return self.linears[name]
-
-    def weight(self, projection: str, part: str = "weight") -> Tensor:
-        """Return a projection: (I, H) for gate and up, (H, I) for down; contiguous."""
-        return self._view(projection, part).contiguous()
-
-    def _view(self, projection: str, part: str = "weight") -> Tensor:
-        region = self.regions[projection, part]
-        return region.view(self.parameter(region))
+    def place(self, region: Region) -> tuple[nn.Module, str]:
+        """Return the module that owns the parameter of `region`, and its name there."""
+        inside, _, name = region.parameter[len(self.path) + 1 :].rpartition(".")
+        return self.module.get_submodule(inside), name
 
     def parameter(self, region: Region) -> nn.Parameter:
         """Return the parameter of the model that holds `region`."""
-        return getattr(self.owner(region), region.attribute)
+        return getattr(*self.place(region))
 
-    def owner(self, region: Region) -> nn.Module:
-        """Return the module that owns that parameter."""
-        inside = region.parameter[len(self.path) + 1 :]
-        return self.module.get_submodule(inside.rpartition(".")[0])
+    def projection(self, name: str) -> Any:
+        """Return the nn.Linear of ``gate_proj``, ``up_proj`` or ``down_proj`` alone, if any."""
+        region = self.regions[name, "weight"]
+        alone = region.half is region.expert is None
+        return self.place(region)[0] if alone else None
+
+    def weight(self, projection: str, part: str = "weight") -> Tensor:
+        """Return a view: (I, H) for gate and up, (H, I) for down, (I,) for a bias."""
+        region = self.regions[projection, part]
+        return region.view(self.parameter(region))
 
     @property
     def hidden_size(self) -> int:
         """Width H of its input."""
-        return self._view("gate_proj").shape[1]
+        return self.weight("gate_proj").shape[1]
 
     @property
     def width(self) -> int:
         """Intermediate size I, in neurons."""
-        return self._view("gate_proj").shape[0]
+        return self.weight("gate_proj").shape[0]
 
     @property
     def stack(self) -> str:
@@ -184,21 +153,13 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def describe(model: PreTrainedModel) -> str:
     """Return what messages call `model`."""
     return f"{type(model).__name__} (model_type {model.config.model_type})"
 
 
 def find_glu_mlps(model: PreTrainedModel) -> list[GluMlp]:
-    """Find the GLU-MLPs of a model's language part, in order.
-
-    Args:
-        model: A model, possibly on the meta device.
+    """Find the GLU-MLPs of a model's language part, in order; it may be on the meta device.
 
     Raises:
         UnsupportedModelError: The model has no GLU-MLP, or some of a layout that
@@ -234,15 +195,14 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
     """Give GLU-MLPs new weights, of another width.
 
     Args:
-        mlps: GLU-MLPs; those that share a parameter go together and end equal in
-            width.
-        pieces: The new weight of each ``(name of the MLP, projection, part)``, in
-            the shapes of `GluMlp.weight`; contiguous.
+        mlps: GLU-MLPs; those that share a parameter go together and end equally wide.
+        pieces: The new `GluMlp.weight` of each ``(name of the MLP, projection, part)``;
+            contiguous.
     """
     for entries in regions_by_parameter(mlps).values():
         mlp, (projection, part), region = entries[0]
-        owner, old = mlp.owner(region), mlp.parameter(region)
-        new = pieces[mlp.name, projection, part]
+        owner, name = mlp.place(region)
+        old, new = mlp.parameter(region), pieces[mlp.name, projection, part]
         if region.half is not None or region.expert is not None:
             shape = list(new.shape)
             if region.half is not None:
@@ -254,44 +214,40 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
             new = new.new_empty(shape)
             for mlp, (projection, part), region in entries:
                 region.view(new).copy_(pieces[mlp.name, projection, part])
-        fresh = nn.Parameter(new, requires_grad=old.requires_grad)
-        setattr(owner, region.attribute, fresh)
+        setattr(owner, name, nn.Parameter(new, requires_grad=old.requires_grad))
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
     for mlp in mlps:
-        for attribute in _WIDTH_ATTRIBUTES:
-            if isinstance(getattr(mlp.module, attribute, None), int):
-                setattr(mlp.module, attribute, mlp.width)
+        for name, value in list(vars(mlp.module).items()):
+            if _WIDTH_NAMES.fullmatch(name) and isinstance(value, int):
+                setattr(mlp.module, name, mlp.width)
 
 
 def _language_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of the language part with their paths, its root first."""
-    text = text_config(model.config)
-    root = ""
+    text, root = text_config(model.config), ""
     if not model.config.is_encoder_decoder and type(text) is not type(model.config):
-        for path, module in model.named_modules():
-            if type(getattr(module, "config", None)) is type(text):
-                root = path
-                break
-    towers: list[str] = []
+        configs = {p: getattr(m, "config", None) for p, m in model.named_modules()}
+        root = next((p for p, each in configs.items() if type(each) is type(text)), "")
+    towers: tuple[str, ...] = ()
     for path, module in model.get_submodule(root).named_modules(prefix=root):
-        if any(path.startswith(f"{tower}.") for tower in towers):
+        if path.startswith(towers):
             continue
         # A tower for images or sound has a config of its own, which knows no words.
-        if not hasattr(getattr(module, "config", text), "vocab_size"):
-            towers.append(path)
-            continue
-        yield path, module
+        if hasattr(getattr(module, "config", text), "vocab_size"):
+            yield path, module
+        else:
+            towers = (*towers, f"{path}.")
 
 
 def _kind(path: str) -> str:
-    if re.search(r"shared_(expert|mlp)|shared_experts", path):
+    if re.search(r"shared_(expert|mlp)", path):
         return "shared"
     return "expert" if re.search(r"\bexperts\b", path) else "dense"
 
 
-def _mlps_of(path: str, module: nn.Module) -> list[tuple[str, Regions]]:
-    """Return name and regions of each GLU-MLP whose projections `module` owns.
+def _mlps_of(path: str, module: nn.Module) -> Iterator[tuple[str, Regions]]:
+    """Yield name and regions of each GLU-MLP whose projections `module` owns.
 
     Raises:
         UnsupportedModelError: It cannot be pruned; the message lacks the model.
@@ -299,24 +255,18 @@ def _mlps_of(path: str, module: nn.Module) -> list[tuple[str, Regions]]:
     children = dict(module.named_children())
     own = {name for name, _ in module.named_parameters(recurse=False)}
     for names in LAYOUTS:
-        if children.keys() >= {*names}:
-            linears = [children[name] for name in names]
-            if not all(isinstance(linear, nn.Linear) for linear in linears):
-                kinds = sorted({type(linear).__name__ for linear in linears})
-                raise UnsupportedModelError(
-                    f"holds {path} in {', '.join(kinds)}: only dense nn.Linear projections can be "
-                    "pruned, unquantised and without adapters."
-                )
-            return _cut(path, module, names, ".weight", ".bias")
-        if names[0] == names[1] and own >= {*names}:
-            return _cut(path, module, names, "", "_bias")
-    return []
-
-
-def _cut(
-    path: str, module: nn.Module, names: tuple[str, str, str], weight: str, bias: str
-) -> list[tuple[str, Regions]]:
-    """Do what `_mlps_of` does, for parameters called by `names` with `weight` or `bias` after."""
+        stacked, fused = own >= {*names}, names[0] == names[1]
+        if children.keys() >= {*names} or (stacked and fused):
+            break
+    else:
+        return
+    kinds = {} if stacked else {type(children[n]).__name__: children[n] for n in names}
+    if not all(isinstance(each, nn.Linear) for each in kinds.values()):
+        raise UnsupportedModelError(
+            f"holds {path} in {', '.join(sorted(kinds))}: only dense nn.Linear projections can be "
+            "pruned, unquantised and without adapters."
+        )
+    weight, bias = ("", "_bias") if stacked else (".weight", ".bias")
     held = dict(module.named_parameters(remove_duplicate=False))
     extra = sorted(held.keys() - {n + part for n in names for part in (weight, bias)})
     if extra:
@@ -324,41 +274,25 @@ def _cut(
             f"has {path}.{extra[0]} inside its MLP: a neuron of it is more than its gate, up and "
             "down weights, so it cannot be pruned by slicing."
         )
-    gate, down = (held[names[each] + weight].shape for each in (0, 2))
-    experts: Iterable[int | None] = [None]
-    interleaved = transposed = False
-    if not weight:
-        if len(gate) != 3 or len(down) != 3 or gate[0] != down[0]:
-            raise UnsupportedModelError(
-                f"holds {path}.{names[0]} in the shape {list(gate)} beside a {names[2]} in the "
-                f"shape {list(down)}: stacked experts have three axes, the first of them equal."
-            )
-        experts = range(gate[0])
-        interleaved = not getattr(module, "is_concatenated", True)
-        transposed = gate[2] == 2 * down[1]
-    halves: tuple[int | None, ...] = (None, None, None)
-    if names[0] == names[1]:
-        halves = (0, 1, None)
-        if not transposed and gate[-2] != 2 * down[-1]:
-            raise UnsupportedModelError(
-                f"has a {path}.{names[0]} that is not twice as wide as its {names[2]}: this layout "
-                "is not known."
-            )
-    found: list[tuple[str, Regions]] = []
-    for expert in experts:
-        regions = {}
-        for (projection, axis), name, half in zip(
-            NEURON_AXIS.items(), names, halves, strict=True
-        ):
-            regions[projection, "weight"] = Region(
-                f"{path}.{name}{weight}", expert, half, interleaved, transposed
-            )
-            if axis == 0 and name + bias in held:
-                regions[projection, "bias"] = Region(
-                    f"{path}.{name}{bias}", expert, half, interleaved
-                )
-        found.append((path if expert is None else f"{path}[{expert}]", regions))
-    return found
+    gate, down = (list(held[names[each] + weight].shape) for each in (0, 2))
+    known = len(gate) == len(down) == 2 + stacked and gate[:-2] == down[:-2]
+    transposed = known and stacked and gate[2] == 2 * down[1]
+    if not known or (fused and not transposed and gate[-2] != 2 * down[-1]):
+        raise UnsupportedModelError(
+            f"holds {path}.{names[0]} in the shape {gate} beside a {names[2]} in the shape {down}: "
+            "a matrix of gate and up is twice as wide as down, and there is one for each expert."
+        )
+    interleaved = stacked and not getattr(module, "is_concatenated", True)
+    halves = (0, 1, None) if fused else (None, None, None)
+    for expert in range(gate[0]) if stacked else (None,):
+        regions: dict[tuple[str, str], Region] = {}
+        for projection, name, half in zip(NEURON_AXIS, names, halves, strict=True):
+            cut = expert, half, interleaved
+            full = f"{path}.{name}"
+            regions[projection, "weight"] = Region(full + weight, *cut, transposed)
+            if projection != "down_proj" and name + bias in held:
+                regions[projection, "bias"] = Region(full + bias, *cut)
+        yield path if expert is None else f"{path}[{expert}]", regions
 
 
 def _check_complete(model: PreTrainedModel, mlps: list[GluMlp]) -> None:
@@ -366,10 +300,9 @@ def _check_complete(model: PreTrainedModel, mlps: list[GluMlp]) -> None:
     known = regions_by_parameter(mlps)
     owners = {mlp.path for mlp in mlps}
     for path, module in _language_modules(model):
-        if path in owners or _kind(path) != "expert":
-            continue
         for name, parameter in module.named_parameters(path, recurse=False):
-            if parameter.dim() > 1 and name not in known:
+            inside = path not in owners and _kind(path) == "expert"
+            if inside and parameter.dim() > 1 and name not in known:
                 raise UnsupportedModelError(
                     f"{describe(model)} has experts of an unknown layout in {name}, so its MLPs "
                     "could be pruned only in part."

@@ -25,13 +25,12 @@ from lm_eval_pruned.pruning.criteria import (
     score_neurons,
 )
 from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
-from lm_eval_pruned.pruning.depth import Depth
-from lm_eval_pruned.pruning.dropping import layers_of
+from lm_eval_pruned.pruning.depth import Depth, layers_of
 from lm_eval_pruned.pruning.layouts import NEURON_AXIS, find_glu_mlps
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,10 +38,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.calibration import Calibration
     from lm_eval_pruned.pruning.layouts import GluMlp
-
-    #: A call of a layer: its number, what it returned, and what it left in the mappings that it
-    #: was given by name.
-    Call = tuple[int, Any, dict[str, dict[Any, Any]]]
 
 #: Shares of a layer's neurons to remove when its loss is measured, in percent.
 MEASURED_CUTS = (25, 50, 75, 87.5)
@@ -54,12 +49,9 @@ LENGTH = 128
 class ScoreTable:
     """What was measured of one unpruned model; it outlives the load, as weights do not.
 
-    The widths of a sweep are cut by one scoring: which neurons are kept at any width follows
-    from the same scores.
-
     Attributes:
         scores: By criterion, seed and name of the GLU-MLP, shape (I,), float32, on the CPU.
-        calibration: The text behind the scores, for criteria that need one.
+        calibration: The activity of neurons, for criteria that need it.
         curves: The losses with one layer cut at a time.
         influence: Block influence of each layer, and what the results file says of its text.
     """
@@ -79,16 +71,9 @@ def block_influence(
 ) -> tuple[float, ...]:
     """Measure how much each decoder layer changes the hidden states of some texts.
 
-    The influence of a layer is one minus the mean cosine similarity of what it is given and
-    what it returns, over all tokens of all texts. Layers of little influence can go.
-
-    Args:
-        model: The model.
-        texts: Tokens, each of shape (1, tokens), int64.
-
-    Returns:
-        The influence of each layer, from 0 (it changes no direction) to 2: float32 for a
-        token, float64 for the sum.
+    It is one minus the mean cosine similarity of what a layer is given and what it returns, over
+    all tokens of `texts`, each of shape (1, tokens): from 0 (it changes no direction) to 2,
+    float32 for a token, float64 for the sum. Layers of little influence can go.
 
     Raises:
         ValueError: Some hidden state was NaN or infinite.
@@ -97,26 +82,19 @@ def block_influence(
     Than You Expect", arXiv 2403.03853, section 2.2.
     """
     _, layers = layers_of(model)
-    sums, counts = [0.0] * len(layers), [0] * len(layers)
+    sums: dict[nn.Module, float] = dict.fromkeys(layers, 0.0)
 
-    def compare(number: int) -> Callable[..., None]:
-        def add(module, positional, named, output) -> None:
-            given = positional[0] if positional else named["hidden_states"]
-            returned = output[0] if isinstance(output, tuple) else output
-            similar = cosine_similarity(
-                given.float(), returned.float().to(given.device), dim=-1
-            )
-            sums[number] += float(similar.double().sum())
-            counts[number] += similar.numel()
+    def compare(module, positional, named, output) -> None:
+        given = positional[0] if positional else named["hidden_states"]
+        returned = output[0] if isinstance(output, tuple) else output
+        similar = cosine_similarity(
+            given.float(), returned.float().to(given.device), dim=-1
+        )
+        sums[module] += float(similar.double().sum())
 
-        return add
-
-    hooks = [
-        layer.register_forward_hook(compare(number), with_kwargs=True)
-        for number, layer in enumerate(layers)
-    ]
-    run_texts(model, texts, "block influence", hooks)
-    found = tuple(1 - s / max(n, 1) for s, n in zip(sums, counts, strict=True))
+    run_texts(model, texts, "block influence", dict.fromkeys(layers, compare))
+    tokens = sum(text.numel() for text in texts)
+    found = tuple(1 - total / tokens for total in sums.values())
     for number, value in enumerate(found):
         if math.isnan(value):
             raise ValueError(
@@ -132,13 +110,7 @@ def depth_in_memory(
     tokenizer: PreTrainedTokenizerBase | None = None,
     known: ScoreTable | None = None,
 ) -> Depth | None:
-    """Return which layers of a loaded model stay.
-
-    Args:
-        model: The model.
-        arguments: What the user asked for.
-        tokenizer: What reads the text that decides, if one does.
-        known: Influence from before; takes what is measured here.
+    """Return which layers of a loaded model stay; `known` takes the influence that decides.
 
     Raises:
         ValueError: The layers or the text are wrong, or there is no tokenizer.
@@ -157,13 +129,13 @@ def depth_in_memory(
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a model in memory says of its neurons and layers, each thing measured once.
+    """What an unpruned model in memory says of its neurons and layers, each thing measured once.
 
     Attributes:
-        model: The unpruned model.
+        model: The model.
         tokenizer: Its tokenizer; needed where text is read.
         known: What was measured before; takes what is measured here.
-        calibration: JSON Lines file of text, for criteria that look at activations, and for losses.
+        calibration: JSON Lines file of text.
         samples: How many of its texts to use; None for all.
         seed: Seed of the criterion ``random``.
     """
@@ -177,18 +149,16 @@ class LoadedModel:
 
     def score(self, mlp: GluMlp, criterion: str) -> Tensor:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
-        known = self.known
+        known, activity = self.known, None
         key = (criterion, self.seed if criterion == RANDOM else 0, mlp.name)
         if key not in known.scores:
-            activity = None
             if criterion in CALIBRATED:
-                if known.calibration is None:
-                    known.calibration = calibrate(
-                        self.model, self.tokenizer, str(self.calibration), self.samples
-                    )
+                known.calibration = known.calibration or calibrate(
+                    self.model, self.tokenizer, str(self.calibration), self.samples
+                )
                 activity = known.calibration.activity[mlp.name]
-            gate, up, down = map(mlp.weight, NEURON_AXIS)
-            known.scores[key] = score_neurons(
+            gate, up, down = (mlp.weight(each).contiguous() for each in NEURON_AXIS)
+            scores = score_neurons(
                 gate,
                 up,
                 criterion,
@@ -197,7 +167,8 @@ class LoadedModel:
                 down=down,
                 activity=activity,
                 name=mlp.name,
-            ).cpu()
+            )
+            known.scores[key] = scores.cpu()
         return known.scores[key]
 
     def scores(self, criterion: str) -> Mapping[str, Tensor]:
@@ -206,20 +177,11 @@ class LoadedModel:
         return {mlp.name: self.score(mlp, criterion) for mlp in mlps}
 
     def curves(self, criteria: Sequence[str]) -> Sensitivity:
-        """Return the losses with one layer cut at a time, by each of `criteria`.
-
-        Raises:
-            ValueError: The text is not as `lm_eval_pruned.pruning.calibration.read_texts` wants
-                it, or there is no tokenizer.
-        """
+        """Return the losses with one layer cut at a time, by each of `criteria`."""
         if self.known.curves is None:
+            file, samples = str(self.calibration), self.samples
             text = CalibrationText.of(
-                self.model,
-                self.tokenizer,
-                str(self.calibration),
-                self.samples,
-                LENGTH,
-                shortest=2,
+                self.model, self.tokenizer, file, samples, LENGTH, shortest=2
             )
             removed = [Fraction(str(share)) for share in MEASURED_CUTS]
             found = [self.losses(text, criterion, removed) for criterion in criteria]
@@ -236,124 +198,81 @@ class LoadedModel:
 
         Up to the layer that is cut, such a model is the unpruned one. So for every text the
         layers in front of it return what they returned in the unpruned model, and only the
-        others compute. The loss of a token is float32, its sum float64.
-
-        Args:
-            text: What the loss is measured on, two tokens or more of each text.
-            criterion: Canonical name.
-            removed: Shares of neurons to remove, in percent.
+        others compute. The loss of a token is float32, its sum float64. `removed` are shares of
+        neurons, in percent.
         """
         model, scores = self.model, self.scores(criterion)
-        seed = self.seed if criterion == RANDOM else None
         held: dict[int, list[GluMlp]] = defaultdict(list)
-        for mlp in find_glu_mlps(model):
+        # Those whose width sizes refer to come first.
+        for mlp in sorted(find_glu_mlps(model), key=lambda mlp: mlp.kind != "expert"):
             held[mlp.block].append(mlp)
-        modules = {
-            model.get_submodule(mlp.stack): n
-            for n, mlps in held.items()
-            for mlp in mlps
-        }
-        before = {number: _primary(mlps).width for number, mlps in held.items()}
+        before = {n: mlps[0].width for n, mlps in sorted(held.items())}
         widths = {
             n: sorted(
-                {k for s in removed if 1 <= (k := w - math.floor(s / 100 * w)) < w}
+                {width - math.floor(s / 100 * width) for s in removed} - {0, width}
             )
-            for n, w in before.items()
+            for n, width in before.items()
         }
+        stacks = {n: model.get_submodule(mlps[0].stack) for n, mlps in held.items()}
         sums: dict[tuple[int, int] | None, float] = defaultdict(float)
+        outputs: dict[nn.Module, Any] = {}
+
+        def record(module, positional, named, output) -> None:
+            # Layers that share keys and values hand them on in a mapping: they have to compute.
+            if not any(isinstance(each, MutableMapping) for each in named.values()):
+                outputs[module] = output
+
+        def loss(tokens: Tensor) -> float:
+            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+            losses = cross_entropy(logits.float(), tokens[0, 1:], reduction="none")
+            return float(losses.double().sum())
 
         def measure(tokens: Tensor) -> None:
-            with _watched(modules) as calls:
-                sums[None] += _loss(model, tokens)
-            order = [number for number, _, _ in calls]
+            sums[None] += loss(tokens)
+            order = list(outputs.items())
             for number, mlps in held.items():
-                first = order.index(number) if number in order else len(order)
+                calls = [module for module, _ in order]
+                cut = stacks[number]
+                in_front = dict(order[: calls.index(cut)] if cut in calls else ())
                 for width in widths[number]:
-                    with _cut(mlps, width, scores), _watched(modules, calls[:first]):
-                        sums[number, width] += _loss(model, tokens)
+                    with _cut(mlps, Fraction(width, before[number]), scores, in_front):
+                        sums[number, width] += loss(tokens)
 
+        seed = self.seed if criterion == RANDOM else None
         named = criterion if seed is None else f"{criterion}, seed {seed}"
-        run_texts(model, text.tokens, f"sensitivity by {named}", run=measure)
+        hooks = dict.fromkeys(stacks.values(), record)
+        run_texts(model, text.tokens, f"sensitivity by {named}", hooks, measure)
         count = sum(tokens.numel() - 1 for tokens in text.tokens)
-        curves = (
-            LayerCurve(
-                number,
-                before[number],
-                criterion,
-                seed,
-                tuple(widths[number]),
-                tuple(sums[number, width] / count for width in widths[number]),
-            )
-            for number in sorted(held)
-        )
+        curves = []
+        for n, kept in widths.items():
+            means = tuple(sums[n, width] / count for width in kept)
+            own = n, before[n], criterion, seed, tuple(kept), means
+            curves.append(LayerCurve(*own))
         name = str(model.config.name_or_path)
         return Sensitivity(name, sums[None] / count, tuple(curves), **text.as_dict())
 
 
-def _primary(mlps: Sequence[GluMlp]) -> GluMlp:
-    """Return an MLP of a layer that has the width to which sizes refer."""
-    return next((mlp for mlp in mlps if mlp.kind == "expert"), mlps[0])
-
-
-def _loss(model: PreTrainedModel, tokens: Tensor) -> float:
-    """Return the summed loss of all tokens but the first of a text, in nats."""
-    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-    losses = cross_entropy(logits.float(), tokens[0, 1:], reduction="none")
-    return float(losses.double().sum())
-
-
 @contextlib.contextmanager
 def _cut(
-    mlps: Sequence[GluMlp], width: int, scores: Mapping[str, Tensor]
+    mlps: Sequence[GluMlp],
+    share: Fraction,
+    scores: Mapping[str, Tensor],
+    returned: Mapping[nn.Module, Any],
 ) -> Iterator[None]:
-    """Let the GLU-MLPs of a layer compute as if they were narrow, for a while.
+    """Let GLU-MLPs compute as if they kept a share of their neurons, with columns of down at zero.
 
-    The removed columns of down are zero meanwhile. `width` is that of the layer's primary MLP;
-    others are cut in proportion.
+    Layers of which is known what they `returned` do so without computing.
     """
-    before = _primary(mlps).width
     with contextlib.ExitStack() as undo:
         for mlp in mlps:
-            own = math.ceil(Fraction(mlp.width * width, before))
             gone = torch.ones(mlp.width, dtype=torch.bool, device="cpu")
-            gone[kept_set(scores[mlp.name], own)] = False
-            region = mlp.regions["down_proj", "weight"]
-            down = region.view(mlp.parameter(region).detach())
+            gone[kept_set(scores[mlp.name], math.ceil(mlp.width * share))] = False
+            down = mlp.weight("down_proj").detach()
             columns = gone.nonzero().flatten().to(down.device)
             undo.callback(down.index_copy_, 1, columns, down[:, columns])
             down.index_fill_(1, columns, 0)
+        for layer in returned:
+            undo.callback(vars(layer).update, dict(vars(layer)))
+            undo.callback(vars(layer).pop, "forward")
+            vars(layer)["forward"] = lambda *_, layer=layer, **__: returned[layer]
         yield
-
-
-@contextlib.contextmanager
-def _watched(
-    modules: Mapping[nn.Module, int], calls: Iterable[Call] = ()
-) -> Iterator[list[Call]]:
-    """Note the calls of layers, given by module and number, in their order.
-
-    The first ones return what they did in `calls`, without computing, and are not noted.
-    """
-    noted: list[Call] = []
-    waiting = iter(calls)
-
-    def instead_of(forward: Callable[..., Any], number: int) -> Callable[..., Any]:
-        def call(*positional, **named) -> Any:
-            # Layers that share keys and values hand them on in a mapping.
-            for _, output, shared in waiting:
-                for name, entries in shared.items():
-                    named[name].update(entries)
-                return output
-            output = forward(*positional, **named)
-            given = named.items()
-            shared = {n: dict(v) for n, v in given if isinstance(v, MutableMapping)}
-            noted.append((number, output, shared))
-            return output
-
-        return call
-
-    with contextlib.ExitStack() as undo:
-        for module, number in modules.items():
-            undo.callback(vars(module).update, dict(vars(module)))
-            undo.callback(vars(module).pop, "forward")
-            vars(module)["forward"] = instead_of(module.forward, number)
-        yield noted

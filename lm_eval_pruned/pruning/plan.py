@@ -45,23 +45,16 @@ class PrunePlan:
             the baseline.
         layers: Numbers of the layers to prune, ascending, as the unpruned model counts
             them; None for all.
-        layer_widths: Where the layers differ, pairs of a layer's number and its kept
-            width, ascending: of its experts if it has any, else of its MLP. A layer that
-            is not named keeps its width. None for `width` in all.
-        layer_criteria: Likewise the criterion of each layer; `criterion` scores the
-            layers that are not named.
-        measured_on: Name, SHA-256, texts and tokens of the text on which losses were
-            measured to settle the plan, as the results file holds them.
+        layer_widths: Where the layers differ, the number and kept width of each, ascending:
+            of its experts if it has any, else of its MLP. Layers that are not named stay.
+        layer_criteria: Likewise the criterion of each layer, where not all have `criterion`.
+        measured_on: The text whose losses settled the plan, as the results file describes it.
         depth: Which layers stay; None for all.
 
     Example:
         >>> plan = PrunePlan.from_arguments(2048, 8192, prune_percent=40)
         >>> plan.width, f"{plan.ratio:.4f}"
         (4916, '2.4004')
-        >>> PrunePlan.from_arguments(2048, 8192, ratio=5)
-        Traceback (most recent call last):
-            ...
-        ValueError: ratio=5 is above the model's own expansion ratio 8192/2048: pass at most 4, ...
     """
 
     arguments: PruneArguments
@@ -102,18 +95,10 @@ class PrunePlan:
 
     @property
     def is_open(self) -> bool:
-        """Whether weights or text have to be looked at before it says what each layer becomes.
-
-        See `lm_eval_pruned.pruning.allocation.plan_layers`.
-        """
+        """Whether weights or text have to be looked at before it says what each layer becomes."""
         criteria = bool(self.tried) and self.layer_criteria is None
         widths = self.allocation != UNIFORM and self.layer_widths is None
         return self.prunes and (criteria or widths)
-
-    @property
-    def ratio_before(self) -> float:
-        """Expansion ratio I / H of the unpruned MLPs."""
-        return self.width_before / self.hidden_size
 
     @property
     def ratio(self) -> float:
@@ -139,13 +124,8 @@ class PrunePlan:
     @property
     def criteria(self) -> tuple[str, ...]:
         """The criteria that score some layer, each once; `criterion` comes first."""
-        others = [name for _, name in self.layer_criteria or ()]
         own = () if self.tried else (self.criterion,)
-        return tuple(dict.fromkeys([*own, *others]))
-
-    def criterion_of(self, layer: int) -> str:
-        """Return the name of the criterion that scores the layer of that number."""
-        return dict(self.layer_criteria or ()).get(layer, self.criterion)
+        return tuple(dict.fromkeys([*own, *dict(self.layer_criteria or ()).values()]))
 
     def includes_layer(self, layer: int) -> bool:
         """Return whether the layer is to be pruned that has this number among those that stay."""
@@ -157,27 +137,18 @@ class PrunePlan:
         return kept // self.multiple_of * self.multiple_of or kept
 
     def kept_of(self, own: int, widest: int, unit: Fraction = Fraction(1)) -> int:
-        """Return the kept width of an MLP.
+        """Return the kept width of an MLP of `own` neurons.
 
         The widest MLPs of a kind keep ``ceil(widest * k / I)``, `rounded`. Of a narrower one,
         `prune_percent` takes its share of the MLP's own width; any other size is a target that
-        it may have reached already.
-
-        Args:
-            own: Its width, in neurons.
-            widest: The width of the widest MLP of its kind, in units.
-            unit: Neurons of a unit, where widths come in units.
+        it may have reached already. `widest` is in units of `unit` neurons.
         """
-        kept = -(-widest * self.width // self.width_before)
-        target = int(unit * self.rounded(kept))
         percent = self.arguments.prune_percent
-        if own == unit * widest:
-            return target
-        if percent is None:
-            return min(own, target)
-        return self.rounded(
-            _kept_width("prune_percent", percent, self.hidden_size, own)
-        )
+        if percent is not None and own != unit * widest:
+            kept = _kept_width("prune_percent", percent, self.hidden_size, own)
+            return self.rounded(kept)
+        kept = -(-widest * self.width // self.width_before)
+        return min(own, int(unit * self.rounded(kept)))
 
     @classmethod
     @takes_prune_arguments
@@ -198,13 +169,9 @@ class PrunePlan:
                 their widths too, where these differ.
             ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
-        Returns:
-            The plan; without a size it is the baseline, whose `width` is `width_before`.
-
         Raises:
-            ValueError: One sentence naming the argument, its value and what would
-                work, for a value that is no number or out of range, more than one
-                size argument, layers that the model lacks, or an unknown criterion.
+            ValueError: An argument is out of range or unknown, or does not go with another;
+                one sentence says what would work.
 
         Source: sections 3.1 and 4.1 of arXiv 2512.22671; the widths are those of
         its checkpoints.
@@ -225,21 +192,24 @@ class PrunePlan:
         depth: Depth | None = None,
     ) -> PrunePlan:
         """Do the same for the layers that `depth` leaves; `own` is the width of each by number."""
-        asked = {} if depth is None else depth.asked
-        plan = cls(
-            arguments, hidden_size, width_before, width_before, asked, depth=depth
-        )
+        asked, sizes = depth.asked if depth else {}, (width_before, width_before)
+        plan = cls(arguments, hidden_size, *sizes, asked, depth=depth)
         if arguments.size is None:
             return plan
         name, value = arguments.size
+        for each in ("widths", "layers", "skip_layers") if own is None else ():
+            if (given := getattr(arguments, each)) is not None:
+                raise ValueError(
+                    f"{each}={given} needs a model whose layers are known."
+                )
         written = written_source(value) if name == "widths" else str(value)
         plan = dataclasses.replace(plan, asked={name: written, **asked})
         if name == "widths":
-            widths = _kept_by_layer(arguments, _known(name, value, own))
+            widths = plan._kept_by_layer(own or {})
             return plan if widths == own else plan.with_layers(widths)
-        chosen = _chosen_layers(arguments, own, depth)
+        chosen = _chosen_layers(arguments, own or {}, depth)
         kept = _kept_width(name, value, hidden_size, width_before)
-        _check_multiple(plan.multiple_of, kept, f"{name}={value} gives")
+        plan._check_multiple(kept, f"{name}={value} gives")
         return dataclasses.replace(plan, width=plan.rounded(kept), layers=chosen)
 
     def with_layers(self, widths: Mapping[int, int]) -> PrunePlan:
@@ -248,104 +218,70 @@ class PrunePlan:
         by_layer = tuple(sorted(widths.items()))
         return dataclasses.replace(self, width=mean, layer_widths=by_layer)
 
+    def _kept_by_layer(self, own: Mapping[int, int]) -> dict[int, int]:
+        """Return the kept width of every layer as the argument `widths` has it."""
+        where = f"widths={self.asked['widths']}"
+        named = read_widths(self.arguments.widths)
+        _check_present(where, named, own)
+        for layer, width in named.items():
+            if not 1 <= width <= own[layer]:
+                raise ValueError(
+                    f"{where} gives layer {layer} {width} neurons, but it has {own[layer]}: write "
+                    f"a width from 1 to {own[layer]} there, or leave the layer out, which keeps "
+                    "them all."
+                )
+            if width < own[layer]:
+                self._check_multiple(width, f"{where} gives layer {layer}")
+                named[layer] = self.rounded(width)
+        return {**own, **named}
+
+    def _check_multiple(self, kept: int, given: str) -> None:
+        if self.multiple_of > kept:
+            raise ValueError(
+                f"multiple_of={self.multiple_of} is larger than the kept width {kept} that "
+                f"{given}: use a multiple of at most {kept}."
+            )
+
 
 def whole_or_mean(width: Fraction) -> int | float:
-    """Return a width as JSON has it: a whole number, unless it is a mean that is none.
-
-    Example:
-        >>> whole_or_mean(Fraction(1050)), whole_or_mean(Fraction(2101, 2))
-        (1050, 1050.5)
-    """
+    """Return a width as JSON has it: a whole number, unless it is a mean that is none."""
     return int(width) if width.denominator == 1 else round(float(width), 4)
-
-
-def _known(name: str, value: Any, own: Mapping[int, int] | None) -> Mapping[int, int]:
-    if own is None:
-        raise ValueError(f"{name}={value} needs a model whose layers are known.")
-    return own
-
-
-def _kept_by_layer(arguments: PruneArguments, own: Mapping[int, int]) -> dict[int, int]:
-    """Return the kept width of every layer as the argument `widths` has it."""
-    multiple, where = (
-        int(arguments.multiple_of),
-        f"widths={written_source(arguments.widths)}",
-    )
-    named = read_widths(arguments.widths)
-    _check_present(where, named, own)
-    kept = dict(own)
-    for layer, width in named.items():
-        if not 1 <= width <= own[layer]:
-            raise ValueError(
-                f"{where} gives layer {layer} {width} neurons, but it has {own[layer]}: write a "
-                f"width from 1 to {own[layer]} there, or leave the layer out, which keeps them all."
-            )
-        if width < own[layer]:
-            _check_multiple(multiple, width, f"{where} gives layer {layer}")
-            kept[layer] = width // multiple * multiple
-    return kept
 
 
 def _check_present(
     where: str, named: Collection[int], present: Collection[int]
 ) -> None:
-    missing = {*named} - {*present}
-    if missing:
+    if missing := {*named} - {*present}:
         raise ValueError(
             f"{where} names layer {min(missing)}, but the GLU-MLPs of this model are in the layers "
             f"{written_layers(present)}."
         )
 
 
-def _check_multiple(multiple: int, kept: int, given: str) -> None:
-    if multiple > kept:
-        raise ValueError(
-            f"multiple_of={multiple} is larger than the kept width {kept} that {given}: use a "
-            f"multiple of at most {kept}."
-        )
-
-
 def _chosen_layers(
-    arguments: PruneArguments,
-    own: Mapping[int, int] | None,
-    depth: Depth | None,
+    arguments: PruneArguments, present: Collection[int], depth: Depth | None
 ) -> tuple[int, ...] | None:
     """Return the numbers of the layers to prune, or None for all."""
     name = "skip_layers" if arguments.layers is None else "layers"
     value = getattr(arguments, name)
     if value is None:
         return None
-    present = {*_known(name, value, own)}
     named = set(layer_numbers(name, value))
     if arguments.measures_depth and depth is not None:
         # Which layers the text would drop could not be known.
         named -= {*depth.dropped}
     _check_present(f"{name}={value}", named, present)
-    chosen = named if name == "layers" else present - named
+    chosen = named if name == "layers" else {*present} - named
     if not chosen:
         raise ValueError(
             f"{name}={value} leaves no layer to prune: leave out at least one of "
             f"{written_layers(present)}."
         )
-    going: Any = arguments.drop_layers
-    if arguments.measures_depth and depth is None and len(chosen) <= going:
-        raise ValueError(
-            f"{name}={value} leaves {len(chosen)} of the layers to prune, all of which "
-            f"drop_by={arguments.drop_by} could drop with drop_layers={going}: leave more than "
-            f"{going}, or drop fewer."
-        )
     return tuple(sorted(chosen))
 
 
 def _kept_width(name: str, value: Number, hidden_size: int, width_before: int) -> int:
-    """Return the kept width that one size asks for, in neurons.
-
-    Args:
-        name: ``ratio``, ``prune_percent`` or ``intermediate_size``.
-        value: Its value.
-        hidden_size: Model width H.
-        width_before: Intermediate size I, in neurons.
-    """
+    """Return the neurons to keep of `width_before`, as the size called `name` asks."""
     if name == "ratio":
         ratio, own = exact(name, value, "2.0"), Fraction(width_before, hidden_size)
         most = f"{math.floor(own * 10000) / 10000:.4f}".rstrip("0").rstrip(".")

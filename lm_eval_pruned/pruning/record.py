@@ -28,15 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WidthGroup:
-    """GLU-MLPs of one kind and one width.
-
-    Attributes:
-        kind: ``dense``, ``expert`` or ``shared``.
-        config_key: The config key of their width, such as ``moe_intermediate_size``.
-        width_before: Their width before, in neurons.
-        width_after: Their width after, in neurons.
-        mlps: How many they are.
-    """
+    """So many GLU-MLPs of one kind, one config key and one width, in neurons, before and after."""
 
     kind: str
     config_key: str
@@ -57,10 +49,8 @@ class PruneRecord:
         kept: Kept neurons of every GLU-MLP, each of shape (k,), int64, on the CPU;
             empty for the baseline, and where the process that loaded does not tell.
         groups: The GLU-MLPs by kind and width.
-        config_expresses_widths: Whether stock transformers can open the model once
-            it is saved.
-        calibration: The text on which the neurons were observed; None where the
-            criterion looks at weights alone.
+        config_expresses_widths: Whether stock transformers can open the model once it is saved.
+        calibration: The text on which the neurons were observed, if any.
     """
 
     plan: PrunePlan
@@ -80,7 +70,7 @@ class PruneRecord:
         kept: tuple[Tensor, ...] | None,
         calibration: Calibration | None = None,
     ) -> PruneRecord:
-        """Describe what `plan` did to the MLPs of `widths`; `kept` None says that it is not known."""
+        """Describe what `plan` did to the MLPs of `widths`; `kept` is None where nobody tells."""
         targets = widths.targets(plan)
         counts = Counter(
             (mlp.kind, str(widths.keys[n := mlp.name]), widths.actual[n], targets[n])
@@ -100,7 +90,7 @@ class PruneRecord:
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 over the kept indices of all MLPs (little-endian int64), or None.
+        """SHA-256 over the kept indices of all MLPs (little-endian int64); None for the baseline.
 
         Where layers were dropped, ``layers`` and the numbers of those that stay come first.
         """
@@ -125,80 +115,62 @@ class PruneRecord:
             "hidden_size": plan.hidden_size,
             "intermediate_size_before": plan.width_before,
             "intermediate_size_after": whole_or_mean(plan.mean_width),
-            "expansion_ratio_before": plan.ratio_before,
+            "expansion_ratio_before": plan.width_before / plan.hidden_size,
             "expansion_ratio_after": plan.ratio,
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "kept_digest": self.digest,
             "groups": [asdict(group) for group in self.groups],
             "config_expresses_widths": self.config_expresses_widths,
+            **(plan.depth.as_dict() if plan.depth else {}),
         }
-        if plan.depth is not None:
-            record |= plan.depth.as_dict()
         if plan.allocation != UNIFORM:
-            record |= {
-                "allocation": plan.allocation,
-                "min_width": plan.arguments.min_width,
-            }
-        optional = {
+            record["allocation"] = plan.allocation
+            record["min_width"] = plan.arguments.min_width
+        optional: dict[str, Any] = {
             "layers_pruned": plan.layers and written_layers(plan.layers),
             "criteria_tried": list(plan.tried) or None,
             "measured_on": plan.measured_on and dict(plan.measured_on),
-            "layer_widths": _by_name(plan.layer_widths),
-            "layer_criteria": _by_name(plan.layer_criteria),
+            "layer_widths": plan.layer_widths,
+            "layer_criteria": plan.layer_criteria,
             "calibration": self.calibration and self.calibration.measured_on,
             "seed": plan.seed if RANDOM in plan.criteria else None,
         }
-        return record | {k: value for k, value in optional.items() if value is not None}
+        record |= {k: value for k, value in optional.items() if value is not None}
+        for name in {"layer_widths", "layer_criteria"} & record.keys():
+            record[name] = {str(number): each for number, each in record[name]}
+        return record
 
     def as_table(self) -> str:
         """Return the record as a short Markdown table for people."""
         plan, depth = self.plan, self.plan.depth
         mean = "mean " if plan.layer_widths is not None else ""
+        width, ratio = (
+            whole_or_mean(plan.mean_width),
+            plan.width_before / plan.hidden_size,
+        )
         rows = [
-            (f"{mean}expansion ratio", plan.ratio_before, plan.ratio, ".4f"),
-            (
-                f"{mean}intermediate size",
-                plan.width_before,
-                whole_or_mean(plan.mean_width),
-                ",",
-            ),
-            ("parameters", self.parameters_before, self.parameters_after, ","),
+            (f"{mean}expansion ratio", ratio, plan.ratio, "14.4f"),
+            (f"{mean}intermediate size", plan.width_before, width, "14,"),
+            ("parameters", self.parameters_before, self.parameters_after, "14,"),
         ]
-        if depth is not None:
-            rows.insert(2, ("layers", depth.before, len(depth.kept), ","))
-        asked = ", ".join(f"{name}={value}" for name, value in plan.asked.items())
-        if plan.allocation != UNIFORM:
-            asked += f", allocation={plan.allocation}"
         done = "nothing removed" if depth is None else "no neuron removed"
         if plan.prunes and plan.layer_criteria is not None:
             done = f"criteria by layer {written_by_layer(plan.layer_criteria)}"
         elif plan.prunes:
             done = f"criterion={plan.criterion}"
-        layers = f"{self.layers} layers"
-        if plan.layers is not None:
-            layers += f" ({written_layers(plan.layers)} pruned)"
-        digest = (self.digest or "none")[:12]
-        lines = [
-            markdown_table(
-                ["", "before", "after"],
-                [(name, f"{a:14{as_}}", f"{b:14{as_}}") for name, a, b, as_ in rows],
-                padded=True,
-            ),
-            f"{asked or 'baseline'}, {done}, {layers}, kept digest {digest}",
+        asked = [f"{name}={value}" for name, value in plan.asked.items()] or [
+            "baseline"
         ]
+        if plan.allocation != UNIFORM:
+            asked += [f"allocation={plan.allocation}"]
+        pruned = f" ({written_layers(plan.layers)} pruned)" if plan.layers else ""
+        digest = f"kept digest {(self.digest or 'none')[:12]}"
+        said = ", ".join([*asked, done, f"{self.layers} layers{pruned}", digest])
         if depth is not None:
-            lines += [f"layers dropped {written_layers(depth.dropped)}"]
+            rows.insert(2, ("layers", depth.before, len(depth.kept), "14,"))
+            said += f"\nlayers dropped {written_layers(depth.dropped)}"
         if plan.layer_widths is not None:
-            lines += [f"widths by layer {written_by_layer(plan.layer_widths)}"]
-        elif len(self.groups) > 1:
-            lines += [
-                f"{group.mlps} {group.kind} MLPs of {group.config_key}: "
-                f"{group.width_before:,} to {group.width_after:,} neurons"
-                for group in self.groups
-            ]
-        return "\n".join(lines)
-
-
-def _by_name(layers: tuple[tuple[int, Any], ...] | None) -> dict[str, Any] | None:
-    return None if layers is None else {str(number): each for number, each in layers}
+            said += f"\nwidths by layer {written_by_layer(plan.layer_widths)}"
+        cells = [(name, format(a, form), format(b, form)) for name, a, b, form in rows]
+        return f"{markdown_table(['', 'before', 'after'], cells, padded=True)}\n{said}"

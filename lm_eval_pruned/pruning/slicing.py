@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lm_eval_pruned.pruning.alignment import warn_misaligned
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.criteria import as_words, kept_set
-from lm_eval_pruned.pruning.dropping import drop_layers
+from lm_eval_pruned.pruning.depth import drop_layers
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
     GluMlp,
@@ -40,6 +40,9 @@ logger = logging.getLogger("lm_eval.pruned.pruning")
 
 #: Bytes to which torch's grouped matrix product wants every row of the experts aligned.
 _GROUPED_ALIGNMENT = 16
+#: Neurons of which CUDA wants a multiple where a weight has 16 bits (NVIDIA, Matrix Multiplication
+#: Background User's Guide, "Tensor Core Requirements").
+_CUDA_MULTIPLE = 8
 
 
 @takes_prune_arguments
@@ -82,8 +85,6 @@ def prune_model(
         >>> model = prune_model(LlamaForCausalLM(tiny), ratio=2.0)
         >>> model.model.layers[0].mlp.gate_proj.weight.shape
         torch.Size([64, 32])
-        >>> [kept.shape for kept in model.prune_record.kept]
-        [torch.Size([64]), torch.Size([64])]
     """
     return prune_loaded(model, PruneArguments(**prune_arguments), tokenizer)
 
@@ -111,15 +112,9 @@ def prune_loaded(
 def carry_out(
     evidence: LoadedModel, plan: PrunePlan, widths: Widths
 ) -> PreTrainedModel:
-    """Prune a model in place, and write its record; see `prune_model`.
+    """Prune a model in place as `plan` says, write its record and return it; see `prune_model`.
 
-    Args:
-        evidence: The model, and what the plan is settled by.
-        plan: What to do to it.
-        widths: The widths of the model, those of the layers that stay.
-
-    Returns:
-        The model.
+    `evidence` settles the plan, and `widths` are those of the layers that stay.
     """
     model = evidence.model
     kept: dict[str, Tensor] = {}
@@ -127,40 +122,36 @@ def carry_out(
     with contextlib.ExitStack() as on_error:
         if widths.depth is not None:
             drop_layers(model, widths.depth, widths.remembered, on_error)
-        mlps = find_glu_mlps(model)
         plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
-            targets = widths.targets(plan)
-            config = widths.narrowed_config(targets)
-            narrowed = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
-            kept = {mlp.name: torch.arange(mlp.width, device="cpu") for mlp in mlps}
-            for mlp in narrowed:
-                scores = evidence.score(mlp, plan.criterion_of(mlp.block))
-                kept[mlp.name] = kept_set(scores, targets[mlp.name])
+            mlps, targets = find_glu_mlps(model), widths.targets(plan)
+            criteria = dict(plan.layer_criteria or ())
+            for mlp in mlps:
+                kept[mlp.name] = torch.arange(mlp.width, device="cpu")
+                if targets[mlp.name] < mlp.width:
+                    scores = evidence.score(
+                        mlp, criteria.get(mlp.block, plan.criterion)
+                    )
+                    kept[mlp.name] = kept_set(scores, targets[mlp.name])
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
             together = [list(group) for _, group in by_path]
             # Copying holds no lock of the interpreter: without threads, a load of a 1B model takes
             # two thirds longer on two cores.
             with ThreadPoolExecutor() as pool:
                 list(pool.map(_narrow_mlps, together, itertools.repeat(kept)))
-            widths.copy_keys(config, model.config)
+            widths.copy_keys(widths.narrowed_config(targets), model.config)
             widths.describe_layers(model.config, targets)
         on_error.pop_all()
-    model.prune_record = PruneRecord.of(  # type: ignore[assignment]
-        plan,
-        widths,
-        tuple(kept.values()),
-        evidence.known.calibration if plan.prunes else None,
-    )
+    calibration = evidence.known.calibration if plan.prunes else None
+    record = PruneRecord.of(plan, widths, tuple(kept.values()), calibration)
+    model.prune_record = record  # type: ignore[assignment]
     return model
 
 
 def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
-    """Have a model run with its widths, on its device and in its dtype, and tell what they cost.
+    """Have a pruned model run where it is going to stay, and tell what its widths cost there.
 
-    Args:
-        model: A model with its record, where it is going to stay.
-        widths: The widths that its unpruned MLPs have.
+    `widths` are those of its unpruned MLPs.
     """
     plan: PrunePlan = model.prune_record.plan  # type: ignore[union-attr, assignment]
     targets = widths.targets(plan)
@@ -174,7 +165,17 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
             names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
             widths.keys[names[0]],
         )
-    warn_misaligned(model, plan, widths, targets)
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    if model.device.type == "cuda" and model.dtype.itemsize == 2 and not quantised:
+        cut = (targets[n] for n in targets if targets[n] < widths.actual[n])
+        if odd := next((width for width in cut if width % _CUDA_MULTIPLE), 0):
+            logger.warning(
+                "%d neurons are no multiple of %d, which CUDA's kernels for 16-bit weights want: "
+                "add multiple_of=%d for speed.",
+                odd,
+                _CUDA_MULTIPLE,
+                math.lcm(_CUDA_MULTIPLE, plan.multiple_of),
+            )
     return model
 
 
@@ -186,20 +187,18 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
     """
     if getattr(model.config, "_experts_implementation", None) != "grouped_mm":
         return
-    for mlp in find_glu_mlps(model):
-        region = mlp.regions["down_proj", "weight"]
-        multiple = _GROUPED_ALIGNMENT // mlp.parameter(region).element_size()
-        if region.expert is not None and mlp.width % multiple:
-            model.set_experts_implementation("eager")
-            logger.warning(
-                "The experts of %d neurons run one by one, because torch's grouped matrix product "
-                "needs a multiple of %d: add multiple_of=%d for speed. Stock transformers opens "
-                "the saved model with experts_implementation=eager.",
-                mlp.width,
-                multiple,
-                multiple,
-            )
-            return
+    multiple = _GROUPED_ALIGNMENT // model.dtype.itemsize
+    mlps = (mlp for mlp in find_glu_mlps(model) if not mlp.projection("down_proj"))
+    if width := next((mlp.width for mlp in mlps if mlp.width % multiple), 0):
+        model.set_experts_implementation("eager")
+        logger.warning(
+            "The experts of %d neurons run one by one, because torch's grouped matrix product "
+            "needs a multiple of %d: add multiple_of=%d for speed. Stock transformers opens the "
+            "saved model with experts_implementation=eager.",
+            width,
+            multiple,
+            multiple,
+        )
 
 
 @torch.no_grad()
@@ -227,14 +226,12 @@ def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
 
 def _narrow_mlps(mlps: Sequence[GluMlp], kept: Mapping[str, Tensor]) -> None:
     """Narrow GLU-MLPs in place; those that share a parameter go together."""
-    if any(len(kept[mlp.name]) < mlp.width for mlp in mlps):
-        pieces = {
-            (mlp.name, projection, part): narrow(
-                mlp.weight(projection, part),
-                kept[mlp.name],
-                NEURON_AXIS[projection] if part == "weight" else 0,
-            )
-            for mlp in mlps
-            for projection, part in mlp.regions
-        }
-        resize(mlps, pieces)
+    if all(len(kept[mlp.name]) == mlp.width for mlp in mlps):
+        return
+    pieces = {}
+    for mlp in mlps:
+        for place in mlp.regions:
+            axis = NEURON_AXIS[place[0]] if place[1] == "weight" else 0
+            narrowed = narrow(mlp.weight(*place), kept[mlp.name], axis)
+            pieces[mlp.name, place[0], place[1]] = narrowed
+    resize(mlps, pieces)

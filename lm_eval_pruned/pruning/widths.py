@@ -5,27 +5,24 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lm_eval_pruned.pruning.config_widths import (
-    RULES,
+    COMPUTES_WIDTH,
     WidthKey,
     copy_layers,
     find_keys,
     taken_apart,
 )
-from lm_eval_pruned.pruning.dropping import (
+from lm_eval_pruned.pruning.depth import (
     attributes_that_change,
-    layers_of,
-    moved_name,
     shallow_config,
 )
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
     UnsupportedModelError,
-    count_parameters,
     describe,
     find_glu_mlps,
     text_config,
@@ -40,7 +37,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.config_widths import Build
-    from lm_eval_pruned.pruning.depth import Depth
+    from lm_eval_pruned.pruning.depth import Change, Depth
     from lm_eval_pruned.pruning.layouts import GluMlp
 
 
@@ -49,19 +46,17 @@ class Widths:
 
     Attributes:
         original: The config.
-        config: The same without rules and without widths of single layers; see
-            `lm_eval_pruned.pruning.config_widths.taken_apart`.
+        config: What `lm_eval_pruned.pruning.config_widths.taken_apart` makes of it.
         model_class: Class of the model.
         mlps: The GLU-MLPs, in order, without weights.
         keys: The key of each MLP, by the MLP's name.
-        actual: The width of each MLP, by name. Differs from what the config says
-            where layers were pruned one by one.
+        actual: The width of each MLP, by name.
         configured: The width of each MLP as a model of `config` has it, by name.
         depth: Which layers stay; None for all. The others are those of a model that never
             had the rest, `whole` has them all.
         whole: Those of the model with all its layers.
         remembered: What modules remember of the number of layers; see
-            `lm_eval_pruned.pruning.dropping.attributes_that_change`.
+            `lm_eval_pruned.pruning.depth.attributes_that_change`.
     """
 
     def __init__(
@@ -76,16 +71,13 @@ class Widths:
             config: Config of the model.
             build: Returns a model of a config on the meta device.
             actual: Width of each MLP by name; default: as `config` says.
-
-        Raises:
-            UnsupportedModelError: The model cannot be pruned.
         """
         self.original = config
         self.config, by_layer = taken_apart(config)
         self._build = build
         model = build(self.config)
         self.model_class = type(model)
-        self._parameters = count_parameters(model)
+        self._parameters = model.num_parameters()
         self.mlps = find_glu_mlps(model)
         self.keys = find_keys(self.config, model, build)
         self.configured = {mlp.name: mlp.width for mlp in self.mlps}
@@ -96,44 +88,33 @@ class Widths:
                 self.actual[mlp.name] = math.floor(key.factor * by_layer[key])
         self.depth: Depth | None = None
         self.whole = self
-        self.remembered: list[tuple[str, str, Any]] = []
+        self.remembered: list[Change] = []
 
     def skeleton(self, config: PretrainedConfig | None = None) -> PreTrainedModel:
         """Return the model on the meta device, of `config` or else of its own."""
         return self._build(config or self.config)
 
     def of(self, actual: Mapping[str, int]) -> Widths:
-        """Return those of the same model with the width `actual` of each MLP, by name."""
+        """Return those of the same whole model with the width `actual` of each MLP, by name."""
         widths = copy.copy(self)
-        widths.actual = dict(actual)
-        if self.whole is self:
-            widths.whole = widths
+        widths.actual, widths.whole = dict(actual), widths
         return widths
 
     def without_layers(self, depth: Depth | None) -> Widths:
-        """Return those of the same model with the layers of `depth`; itself for None.
-
-        Raises:
-            UnsupportedModelError: Layers of this model cannot be dropped.
-        """
+        """Return those of the same model with the layers of `depth`; itself for None."""
         if depth is None:
             return self
         whole = self.skeleton()
-        path, _ = layers_of(whole)
-        new = {old: number for number, old in enumerate(depth.kept)}
-        actual = {
-            moved: width
-            for name, width in self.actual.items()
-            if (moved := moved_name(name, path, new)) is not None
-        }
+        own = [self.actual[mlp.name] for mlp in self.mlps if mlp.block in depth.kept]
         try:
             config = shallow_config(self.original, depth)
             shallow = self._build(taken_apart(config)[0])
             remembered = attributes_that_change(whole, shallow, depth)
-            widths = Widths(config, self._build, actual)
-        except UnsupportedModelError:
-            raise
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
+            names = [mlp.name for mlp in find_glu_mlps(shallow)]
+            widths = Widths(config, self._build, dict(zip(names, own, strict=True)))
+        except (TypeError, LookupError, AttributeError, ValueError) as error:
+            if isinstance(error, UnsupportedModelError):
+                raise
             raise UnsupportedModelError(
                 f"drop_layers cannot be used with {describe(whole)}, whose config does not accept "
                 f"{len(depth.kept)} layers ({error}): leave it out."
@@ -148,38 +129,28 @@ class Widths:
 
     @property
     def layers(self) -> dict[int, int]:
-        """The width of each layer that has a GLU-MLP, in neurons, by number, ascending.
-
-        It is that of the layer's experts, else of its MLP.
-        """
-        found: dict[int, int] = {}
-        for mlp in self._experts_first:
-            found.setdefault(mlp.block, self.actual[mlp.name])
+        """The width of each layer's experts, else of its MLP, in neurons, by number, ascending."""
+        found = {m.block: self.actual[m.name] for m in reversed(self._experts_first)}
         return dict(sorted(found.items()))
 
     def _widest(self) -> dict[str, int]:
-        """Return the value of each MLP's key at which the widest of its kind is built, by name.
-
-        A key is one number for all layers, or a list with one for each.
-        """
+        """Return the value of each MLP's key, of any layer, that builds the widest of its kind."""
+        kinds = {name: key.of_layer(None) for name, key in self.keys.items()}
         values: dict[WidthKey, int] = defaultdict(int)
-        for name, key in self.keys.items():
-            value = math.ceil(self.actual[name] / key.factor)
-            values[key.of_layer(None)] = max(value, values[key.of_layer(None)])
-        return {name: values[key.of_layer(None)] for name, key in self.keys.items()}
+        for name, kind in kinds.items():
+            value = math.ceil(self.actual[name] / kind.factor)
+            values[kind] = max(value, values[kind])
+        return {name: values[kind] for name, kind in kinds.items()}
 
     def plan(self, arguments: PruneArguments) -> PrunePlan:
-        """Resolve the user's arguments; see `PrunePlan.from_arguments`.
-
-        Sizes refer to the experts of a model that has some, else to its first MLP.
-        """
+        """Resolve the user's arguments, which refer to its experts, else to its first MLP."""
         first = self._experts_first[0]
-        kept = self.depth and self.depth.kept
+        kept = self.depth.kept if self.depth else range(max(self.layers) + 1)
         return PrunePlan.of(
             arguments,
             first.hidden_size,
             int(self._widest()[first.name] * self.keys[first.name].factor),
-            {kept[n] if kept else n: width for n, width in self.layers.items()},
+            {kept[n]: width for n, width in self.layers.items()},
             self.depth,
         )
 
@@ -220,10 +191,7 @@ class Widths:
         return self.whole.count_parameters(self.whole.actual)
 
     def narrowed_config(self, targets: Mapping[str, int]) -> PretrainedConfig:
-        """Return a copy of the config with the widths of `targets`, as far as its keys hold them.
-
-        It is a copy of the original where that builds these widths.
-        """
+        """Return a copy of the config with the widths of `targets`, as far as keys hold them."""
         if targets == self.configured == self.actual:
             return copy.deepcopy(self.original)
         narrowed = copy.deepcopy(self.config)
@@ -234,13 +202,10 @@ class Widths:
     def inexpressible(self, targets: Mapping[str, int]) -> list[str]:
         """Return the names of the MLPs whose width in `targets` no key of the config can hold.
 
-        Their key also sets the width of others. Stock transformers builds a model of these widths
-        if there are none.
+        Stock transformers builds a model of these widths if there are none.
         """
-        values = self._values(targets)
-        return [
-            n for n, key in self.keys.items() if values[key] * key.factor != targets[n]
-        ]
+        values, keys = self._values(targets), self.keys
+        return [n for n in keys if values[keys[n]] * keys[n].factor != targets[n]]
 
     def _values(self, targets: Mapping[str, int]) -> dict[WidthKey, int]:
         """Return the value of each key: what its MLPs agree on, else the one that it has."""
@@ -256,9 +221,9 @@ class Widths:
         """Give `target` the width keys of `source`, and whether they are the widths."""
         for key in set(self.keys.values()):
             key.set(target, key.get(source))
-        given = text_config(source)
-        for name in RULES.get(given.model_type, {}):
-            setattr(text_config(target), name, getattr(given, name))
+        computes = getattr(text_config(source), COMPUTES_WIDTH, None)
+        if computes is not None:
+            setattr(text_config(target), COMPUTES_WIDTH, computes)
 
     def describe_layers(
         self, config: PretrainedConfig, targets: Mapping[str, int]
@@ -266,32 +231,27 @@ class Widths:
         """Write the widths of `targets` into ``per_layer_config`` where no key can hold them.
 
         Where that cannot either, because MLPs of one layer share a key, nothing is written.
-
-        Args:
-            config: A config with the keys of `narrowed_config`.
-            targets: The width of each MLP, by name.
+        `config` has the keys of `narrowed_config`.
         """
         if targets == self.configured == self.actual:
             return
-        said: dict[WidthKey, set[int]] = defaultdict(set)
+        said: dict[WidthKey, int] = {}
         for mlp in self.mlps if self.inexpressible(targets) else ():
             key = self.keys[mlp.name]
             value = targets[mlp.name] / key.factor
-            if key.layer is None and value.denominator == 1:
-                said[key.of_layer(mlp.block)].add(int(value))
-        alike = {key: value for key, (value, *others) in said.items() if not others}
+            if key.layer is not None or value.denominator > 1:
+                continue
+            if said.setdefault(key.of_layer(mlp.block), int(value)) != value:
+                said.clear()
+                break
         try:
-            copy_layers(self.config, config, alike if len(alike) == len(said) else None)
+            copy_layers(self.config, config, said)
         except ValueError:
             copy_layers(self.config, config)
 
 
 def widths_in_memory(model: PreTrainedModel) -> Widths:
-    """Return the widths of a loaded model and the config keys that set them.
-
-    Raises:
-        UnsupportedModelError: The model cannot be pruned.
-    """
+    """Return the widths of a loaded model and the config keys that set them."""
 
     def build(config: PretrainedConfig) -> PreTrainedModel:
         with BUILDING, torch.device("meta"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from lm_eval_pruned import PrunePlan, load_pruned, prune_model
+from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.pruning.calibration import calibrate, read_texts
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
@@ -109,19 +109,6 @@ def test_maw_act_keeps_what_optipfair_keeps(tmp_path, texts, percent, seed):
         assert torch.equal(weight, ours.state_dict()[name]), name
 
 
-def test_the_same_file_gives_the_same_model(tiny_llama, texts):
-    runs = [
-        load_pruned(str(tiny_llama), ratio=2, criterion="act", calibration=texts)
-        for _ in range(2)
-    ]
-    first, second = (run.prune_record for run in runs)
-    assert first.digest == second.digest
-    for name, activity in first.calibration.activity.items():
-        other = second.calibration.activity[name]
-        assert torch.equal(activity.norm, other.norm)
-        assert torch.equal(activity.summed_norms, other.summed_norms)
-
-
 def test_prune_model_observes_the_model_it_gets_and_leaves_no_hook(tiny_llama, texts):
     model = load_pruned(str(tiny_llama)).train()
     pruned = prune_model(
@@ -205,45 +192,21 @@ def test_silent_neurons_go_first(tiny_llama, tmp_path_factory, silent):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"criterion": "act"}, r"criterion=act looks at activations.*calibration=FILE"),
-        ({"criterion": "maw_act"}, r"not part of the evaluation"),
-        (
-            {"criterion": "maw", "calibration": "x"},
-            r"calibration=x was given, but crit",
-        ),
-        (
-            {"calibration_samples": 3},
-            r"calibration_samples=3 was given, but criterion=maw",
-        ),
-        (
-            {"criterion": "act", "calibration": "x", "calibration_samples": 0},
-            r"calibration_samples=0 is not a whole number of 1 or more",
-        ),
-    ],
-)
-def test_arguments_that_do_not_go_together(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        PrunePlan.from_arguments(32, 88, ratio=2, **arguments)
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, r"cannot be read"),
-        (b"", r"holds 0 texts, but 3 were asked for: pass a file with"),
+        (b"", r"holds 0 texts, but 3 were asked for"),
         (b"\n  \n", r"holds 0 texts"),
         (
             b'{"text": "a"}',
             r"holds 1 texts, but 3 were asked for.*smaller calibration_s",
         ),
-        (b'{"text": "a"}\n{"text": ', r"line 2 is not JSON"),
-        (b'{"text": ""}\n', r'line 1 has neither "text"'),
-        (b'{"prompt": "a"}\n', r"line 1 has neither"),
-        (b'["a"]\n', r"line 1 has neither"),
-        (b'{"messages": []}\n', r"line 1 has neither"),
-        (b'{"messages": ["a"]}\n', r"line 1 has neither"),
+        (b'{"text": "a"}\n{"text": ', r"line 2 is no JSON object"),
+        (b'{"text": ""}\n', r'line 1 is no JSON object with "text"'),
+        (b'{"prompt": "a"}\n', r"line 1 is no JSON object"),
+        (b'["a"]\n', r"line 1 is no JSON object"),
+        (b'{"messages": []}\n', r"line 1 is no JSON object"),
+        (b'{"messages": ["a"]}\n', r"line 1 is no JSON object"),
         (b"\xff\xfe", r"cannot be read"),
     ],
 )
@@ -325,9 +288,3 @@ def test_through_the_harness_and_the_export(tiny_llama, tmp_path, texts):
 def test_samples_are_the_first_lines(texts):
     assert read_texts(texts, 2) == TEXTS[:2]
     assert read_texts(texts) == TEXTS
-
-
-def test_a_file_without_text(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds 0 texts, but at least one was asked"):
-        read_texts(str(tmp_path / "empty.jsonl"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 import sys
@@ -61,23 +60,6 @@ def test_scores_follow_the_formula(name, seed, neurons, hidden, dtype):
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-5, atol=1e-6)
     if dtype == torch.float32:
         assert torch.equal(criteria.CRITERIA[name].score(gate, up), scores)
-
-
-def test_gate_and_up_of_different_length_are_not_cut_to_the_shorter(monkeypatch):
-    gate, up = weights(0, 10, 8)
-    monkeypatch.setattr(criteria, "_BLOCK_ELEMENTS", 8 * 5)
-    for pair in ((gate, up[:5]), (gate[:5], up)):
-        with pytest.raises(ValueError, match=r"shorter|longer"):
-            score_neurons(*pair, "l2")
-
-
-def test_options_are_passed_by_name():
-    gate, up = weights(0, 10, 8)
-    with pytest.raises(TypeError, match="positional"):
-        score_neurons(gate, up, "random", 3)
-    assert torch.equal(
-        score_neurons(up=up, gate=gate, criterion="l1"), score_neurons(gate, up, "l1")
-    )
 
 
 @pytest.mark.parametrize("name", [*FORMULAS, "random"])
@@ -159,35 +141,6 @@ def test_random_scores_are_the_same_everywhere():
     assert torch.equal(
         default, score_neurons(*weights(0, 9, 4), "random", layer=0, seed=0)
     )
-
-
-@pytest.mark.parametrize(
-    ("elements", "rows"),
-    [(40, [5, 5, 2]), (39, [4, 4, 4]), (7, [1] * 12), (1 << 22, [12])],
-)
-def test_no_more_than_a_block_is_scored_at_once(monkeypatch, elements, rows):
-    seen = []
-
-    l2 = criteria.CRITERIA["l2"]
-
-    def recorded(gate, up):
-        assert gate.shape == up.shape
-        seen.append(len(gate))
-        return l2.score(gate, up)
-
-    watched = dataclasses.replace(l2, score=recorded)
-    monkeypatch.setitem(criteria.CRITERIA, "l2", watched)
-    monkeypatch.setattr(criteria, "_BLOCK_ELEMENTS", elements)
-    score_neurons(*weights(0, 12, 8), "l2")
-    assert seen == rows
-
-
-@pytest.mark.parametrize("name", criteria.CALIBRATED)
-def test_calibrated_criteria_need_activity(name):
-    gate, up = weights(0, 6, 4)
-    for arguments in ({}, {"down": gate.T}, {"activity": activity(6)}):
-        with pytest.raises(ValueError, match=f"criterion={name} needs down_proj"):
-            score_neurons(gate, up, name, **arguments)
 
 
 def activity(neurons, seed=0):

@@ -18,7 +18,7 @@ from lm_eval_pruned.pruning.arguments import PruneArguments, without_idle
 from lm_eval_pruned.pruning.depth import Depth
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers import by_hand
-from tests.helpers.checkpoints import byte_tokenizer, save_tiny, tiny_config, tiny_model
+from tests.helpers.checkpoints import byte_tokenizer, save_tiny, tiny_config
 from tests.helpers.layouts import EAGER, breadth, logits, overrides
 
 
@@ -53,7 +53,6 @@ FAMILIES = {
 }
 #: Without and with windows by layer, without attention in some, with experts in all or some.
 EACH = breadth(FAMILIES, "llama", "gemma3_text", "lfm2", "gpt_oss", "deepseek_v3")
-BY_TEXT = {"drop_by": "block_influence", "calibration": "missing.jsonl"}
 dropped_layers = st.sets(st.integers(0, LAYERS - 1), min_size=1, max_size=LAYERS - 1)
 
 
@@ -325,14 +324,6 @@ def test_counts_and_lists_of_layers(asked, dropped, checkpoint):
             {"drop_layers": "1", "ratio": 1, "layers": "0+3"},
             "layers=0[+]3 names layer 3, but the GLU-MLPs of this model are in the layers 0-2,4",
         ),
-        (
-            {"drop_layers": 2, "ratio": 1, "layers": "0+3", **BY_TEXT},
-            "layers=0[+]3 leaves 2 of the layers to prune, all of which drop_by=block_influ",
-        ),
-        (
-            {"drop_layers": 2, "ratio": 1, "skip_layers": "0-2", **BY_TEXT},
-            "skip_layers=0-2 leaves 2 of the layers to prune",
-        ),
     ],
 )
 def test_what_cannot_be_dropped_is_refused_in_one_sentence(asked, message, checkpoint):
@@ -507,31 +498,6 @@ def test_layers_may_name_some_that_text_drops(named, checkpoint, texts):
     for model in (load_pruned(folder, **options), in_memory):
         assert model.prune_record.plan.layers == tuple(stay[:2])
         assert_same(model, expected)
-
-
-def test_influence_without_a_tokenizer_is_refused(checkpoint, texts):
-    model = AutoModelForCausalLM.from_pretrained(checkpoint())
-    with pytest.raises(ValueError, match="there is no tokenizer"):
-        prune_model(model, drop_layers=1, drop_by="block_influence", calibration=texts)
-
-
-def test_a_pickled_checkpoint_loses_its_layers_too(texts, tmp_path):
-    model = tiny_model(tiny_config(num_hidden_layers=LAYERS))
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    byte_tokenizer().save_pretrained(tmp_path)
-    for asked in (
-        {"drop_layers": 2, "prune_percent": 40},
-        {"drop_layers": 2, "drop_by": "block_influence", "calibration": texts},
-    ):
-        loaded = load_pruned(str(tmp_path), **asked)
-        expected = prune_model(
-            AutoModelForCausalLM.from_pretrained(tmp_path),
-            tokenizer=byte_tokenizer(),
-            **asked,
-        )
-        assert_same(loaded, expected)
-        assert loaded.prune_record.digest == expected.prune_record.digest
 
 
 def test_a_pruned_model_loses_layers_once_more(checkpoint, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import types
 
@@ -16,12 +15,8 @@ from lm_eval_pruned.pruning.layouts import (
     GluMlp,
     Region,
     UnsupportedModelError,
-    count_parameters,
-    describe,
     find_glu_mlps,
-    regions_by_parameter,
     resize,
-    text_config,
 )
 from tests.helpers import checkpoints
 from tests.helpers.layouts import FAMILIES, overrides
@@ -159,7 +154,7 @@ def test_gate_and_up_may_be_fused(names, bias):
     assert len(found.regions) == (5 if bias else 3)
     if bias:
         assert torch.equal(found.weight("up_proj", "bias"), both.bias[WIDTH:])
-    assert found.linears == {"down_proj": module[names[1]]}
+    assert found.projection("gate_proj") is None
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -206,16 +201,6 @@ def test_experts_may_be_stacked(transposed, concatenated):
 def test_kinds_of_mlps_are_told_by_their_path(path, kind):
     (found,) = find_glu_mlps(Made(**{path: mlp()}))
     assert found.kind == kind
-
-
-def test_mlps_are_numbered_in_the_order_of_the_model():
-    model = Made(
-        layers=nn.ModuleList([nn.ModuleDict({"mlp": mlp()}) for _ in range(3)])
-    )
-    found = find_glu_mlps(Made(model=model))
-    assert [m.layer for m in found] == [0, 1, 2]
-    assert [m.block for m in found] == [0, 1, 2]
-    assert [m.stack for m in found] == [f"model.layers.{i}" for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -274,11 +259,11 @@ REFUSED = {
     ),
     "a fused one too wide": (
         {"mlp": fused(factor=3)},
-        "mlp.gate_up_proj that is not twice as wide as its down_proj",
+        "mlp.gate_up_proj in the shape .* twice as wide as down",
     ),
     "a fused one too narrow": (
         {"mlp": fused(factor=1)},
-        "mlp.gate_up_proj that is not twice as wide as its down_proj",
+        "mlp.gate_up_proj in the shape .* twice as wide as down",
     ),
     "transposed experts too wide": (
         {
@@ -286,7 +271,7 @@ REFUSED = {
                 both=(EXPERTS, HIDDEN, 3 * WIDTH), down=(EXPERTS, WIDTH, HIDDEN)
             )
         },
-        "experts.gate_up_proj that is not twice as wide as its down_proj",
+        "experts.gate_up_proj in the shape .* twice as wide as down",
     ),
     "one axis per expert": (
         {"experts": stacked(both=(EXPERTS, 2 * WIDTH))},
@@ -298,11 +283,11 @@ REFUSED = {
     ),
     "fewer experts in down": (
         {"experts": stacked(down=(EXPERTS - 1, HIDDEN, WIDTH))},
-        "the first of them equal",
+        "there is one for each expert",
     ),
     "experts too wide": (
         {"experts": stacked(both=(EXPERTS, 3 * WIDTH, HIDDEN))},
-        "experts.gate_up_proj that is not twice as wide as its down_proj",
+        "experts.gate_up_proj in the shape .* twice as wide as down",
     ),
     "one weight in two layers": (
         tied(),
@@ -397,40 +382,6 @@ def test_encoders_and_decoders_are_both_searched():
     assert [m.path for m in find_glu_mlps(model)] == ["encoder.mlp", "decoder.mlp"]
 
 
-def test_the_language_part_is_the_decoder():
-    config = WholeConfig()
-    assert text_config(config) is config.decoder
-
-
-def test_regions_and_mlps_cannot_be_changed():
-    (found,) = find_glu_mlps(Made(mlp=mlp()))
-    for one, name in ((found, "layer"), (found.regions["up_proj", "weight"], "half")):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(one, name, 1)
-
-
-def test_the_bias_of_stacked_down_projections_is_no_unknown_weight():
-    module = stacked()
-    module.gate_up_proj_bias = nn.Parameter(torch.randn(EXPERTS, 2 * WIDTH))
-    module.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
-    found = find_glu_mlps(Made(experts=nn.ModuleDict({"inner": module})))
-    assert [m.kind for m in found] == ["expert"] * EXPERTS
-
-
-def test_regions_are_listed_by_parameter():
-    model = Made(a=mlp(), b=fused())
-    one, other = find_glu_mlps(model)
-    listed = regions_by_parameter([one, other])
-    assert [(m.name, place) for m, place, _ in listed["b.gate_up_proj.weight"]] == [
-        ("b", ("gate_proj", "weight")),
-        ("b", ("up_proj", "weight")),
-    ]
-    assert listed["a.up_proj.weight"] == [
-        (one, ("up_proj", "weight"), Region("a.up_proj.weight"))
-    ]
-    assert len(listed) == 5
-
-
 def narrowed(mlps, kept):
     """Return the pieces of `mlps` with the first `kept` neurons."""
     return {
@@ -488,26 +439,6 @@ def test_resizing_gives_modules_their_new_width(make, trainable):
     assert not hasattr(module, "ffn_dim")
 
 
-def test_a_model_is_called_by_class_and_type():
-    assert describe(Made()) == "Made (model_type llama)"
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_layouts_of_any_size_are_found(transposed):
-    width, hidden = 700, 600
-    both, down = (2, 2 * width, hidden), (2, hidden, width)
-    if transposed:
-        both, down = (2, hidden, 2 * width), (2, width, hidden)
-    linears = nn.ModuleDict(
-        {
-            "gate_up_proj": nn.Linear(hidden, 2 * width),
-            "down_proj": nn.Linear(width, hidden),
-        }
-    )
-    found = find_glu_mlps(Made(experts=stacked(both, down), mlp=linears))
-    assert [(m.width, m.hidden_size) for m in found] == [(width, hidden)] * 3
-
-
 def test_skeletons_trust_code_on_request():
     asked = []
 
@@ -533,10 +464,7 @@ def test_skeletons_have_the_parameters_of_the_model_and_no_memory(family):
     bones = skeleton(checkpoints.auto_class(config), config)
     assert all(p.device.type == "meta" for p in bones.parameters())
     full = checkpoints.tiny_model(config)
-    assert count_parameters(bones) == count_parameters(full)
-    assert count_parameters(full) == sum(
-        p.numel() for p in {id(p): p for p in full.parameters()}.values()
-    )
+    assert bones.num_parameters() == full.num_parameters()
     assert {k: v.shape for k, v in bones.state_dict().items()} == {
         k: v.shape for k, v in full.state_dict().items()
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections import Counter
@@ -16,7 +15,7 @@ from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.pruning import calibration, measuring
+from lm_eval_pruned.pruning import measuring
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.comparing import assert_same_model
 
@@ -166,36 +165,6 @@ def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, texts, pas
     assert passes == {"calibrate": 1, "losses": 3}
 
 
-@pytest.fixture
-def bars(monkeypatch, tmp_path):
-    """Each bar that is shown: what it is of, its steps, and those that were taken."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = []
-
-    @contextlib.contextmanager
-    def steps(total, what):
-        taken = []
-        yield taken.append
-        found.append((what, total, sum(taken)))
-
-    monkeypatch.setattr(calibration, "steps", steps)
-    return found
-
-
-def test_everything_that_text_takes_long_for_has_a_bar(tiny_llama, texts, bars):
-    text = {"calibration": texts}
-    load_pruned(str(tiny_llama), drop_layers=1, **DEPTH, **text)
-    assert bars == [("block influence", 1, 1)]
-    bars.clear()
-    asked = {"criterion": "best", "criteria_tried": "act+random", "seed": 7}
-    load_pruned(str(tiny_llama), prune_percent=30, **asked, **text)
-    assert bars == [
-        ("calibration", 1, 1),
-        ("sensitivity by act", 1, 1),
-        ("sensitivity by random, seed 7", 1, 1),
-    ]
-
-
 def test_nothing_is_remembered_outside(tiny_llama, scored, load):
     load(str(tiny_llama), ratio=1)
     scored.clear()
@@ -249,13 +218,3 @@ def test_layers_that_were_spared_before_are_scored_when_needed(
     both = load(str(tiny_llama), ratio=1, layers="0-1")
     assert scored == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert_same_model(both, load_pruned(str(tiny_llama), ratio=1, layers="0-1"))
-
-
-def test_pickled_checkpoints_are_scored_once(tiny_llama, tmp_path, scored, load):
-    folder = shutil.copytree(tiny_llama, tmp_path / "copy")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    models = [load(str(folder), prune_percent=p) for p in (20, 50)]
-    assert len(scored) == 3
-    for percent, model in zip((20, 50), models, strict=True):
-        assert_same_model(model, load_pruned(str(tiny_llama), prune_percent=percent))

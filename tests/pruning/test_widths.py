@@ -14,19 +14,6 @@ from tests.helpers.comparing import assert_same_model
 RECURRENT = {"num_hidden_layers": 3, "lru_width": 32, "num_key_value_heads": 1}
 
 
-@pytest.mark.parametrize("odd", [97, 5])
-def test_a_key_that_is_halved_may_be_odd(tmp_path, odd):
-    """RecurrentGemma builds as many neurons of an odd intermediate_size as of the one below."""
-    sizes = RECURRENT | {"intermediate_size": odd}
-    folder = checkpoints.save_tiny(tmp_path, "recurrent_gemma", **sizes)
-    whole = AutoModelForCausalLM.from_pretrained(folder)
-    assert_same_model(load_pruned(str(folder)), whole)
-    model = load_pruned(str(folder), prune_percent=60)
-    width = odd // 2 - 6 * (odd // 2) // 10
-    assert model.config.intermediate_size == 2 * width
-    assert_same_model(model, prune_model(whole, prune_percent=60))
-
-
 @pytest.mark.parametrize("width", [1, 7, 8, 47])
 def test_a_halved_key_holds_any_width(tmp_path, width):
     sizes = RECURRENT | {"intermediate_size": 96}
