@@ -73,19 +73,15 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
     kept = {layer: targets[names[0]] for layer, names in held.items()}
     neurons, multiple = sum(kept.values()), plan.multiple_of
     lowest: Any = plan.arguments.min_width
-    by_loss = bool(plan.tried) or plan.allocation in MEASURED
-    if by_loss:
+    if plan.tried or plan.allocation in MEASURED:
         tried = plan.tried or (plan.criterion,)
         found = evidence.curves(tried)
-        by_criterion = {}
-        for layer in held:
-            measured = [found.curve(layer, name, plan.seed) for name in tried]
-            by_criterion[layer] = np.stack(
-                [
-                    costs_of_losses(own[layer], c.widths, found.rises(c))
-                    for c in measured
-                ]
-            )
+
+        def cost(layer: int, criterion: str) -> Costs:
+            curve = found.curve(layer, criterion, plan.seed)
+            return costs_of_losses(own[layer], curve.widths, found.rises(curve))
+
+        by_criterion = {n: np.stack([cost(n, name) for name in tried]) for n in held}
         costs = [each.min(axis=0) for each in by_criterion.values()]
         text = {n: getattr(found, n) for n in ("file", "sha256", "texts", "tokens")}
         plan = dataclasses.replace(plan, measured_on=text)
@@ -286,22 +282,22 @@ def _added(reached: Costs, costs: Costs) -> Costs:
     `costs` that is the minimum of a sliding window, so that the time grows with the number of
     pieces, not with that of neurons.
     """
-    result = reached.copy()
-    totals = np.arange(len(reached), dtype=np.int64)
+    from scipy.ndimage import minimum_filter1d
+
+    result, totals = reached.copy(), np.arange(len(reached))
     slopes = np.diff(costs)
     corners = [0, *(np.flatnonzero(np.diff(slopes)) + 1), len(slopes)]
-    for first, last in pairwise(corners):
-        if first >= min(len(reached), len(slopes)):
-            break
-        slope = slopes[first]
-        level = reached - slope * totals
-        # The minimum of each value and the `last - first` before it, by doubling the window.
-        reach = 0
-        while reach < last - first:
-            step = min(reach + 1, last - first - reach)
-            level[step:] = np.minimum(level[step:], level[:-step].copy())
-            reach += step
+    for first, last in pairwise(corners[: len(slopes) + 1]):
+        level = reached - slopes[first] * totals
+        # Of each value and the `last - first` before it.
+        least = minimum_filter1d(
+            level,
+            last - first + 1,
+            origin=(last - first) // 2,
+            mode="constant",
+            cval=_IMPOSSIBLE,
+        )
         here = totals[first:]
-        line = costs[first] + slope * (here - first)
-        np.minimum(result[first:], level[: len(here)] + line, out=result[first:])
-    return np.where(result > _IMPOSSIBLE // 2, _IMPOSSIBLE, result)
+        line = costs[first] + slopes[first] * (here - first)
+        np.minimum(result[first:], least[: len(here)] + line, out=result[first:])
+    return np.minimum(result, _IMPOSSIBLE)
