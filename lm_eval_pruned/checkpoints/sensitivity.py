@@ -58,8 +58,7 @@ def measure_sensitivity(
     Args:
         request: The model, whatever its plan says.
         calibration: JSON Lines file of text; see `lm_eval_pruned.pruning.calibration`.
-        criteria: Which to measure. Those that look at activations see the same texts, and all
-            of each, as they do when a model is loaded with as many `calibration_samples`.
+        criteria: Which to measure. Those that look at activations see all tokens of the texts.
         seeds: Seeds of ``random``, each of which has curves of its own; default: 0, 1, 2.
         prune_percents: Shares of neurons to remove, as ``prune_percent`` counts.
         calibration_samples: How many texts to use, from the first on; default: the first 16.
@@ -78,21 +77,19 @@ def measure_sensitivity(
             f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has any: "
             "add random to criteria, or leave seeds out."
         )
-    drawn = [seed_below_limit("seeds", each) for each in seeds or (0, 1, 2)]
+    drawn = {seed_below_limit("seeds", each): None for each in seeds or (0, 1, 2)}
     ways = [(n, s) for n in names for s in (drawn if n == RANDOM else [None])]
     shares = sorted({exact("prune_percents", each, "25") for each in prune_percents})
     length = whole("calibration_tokens", calibration_tokens)
     if not ways or not shares or length < 2 or not 0 < shares[0] <= shares[-1] < 100:
         raise ValueError(
-            f"criteria={' '.join(names)}, prune_percents={' '.join(map(str, shares))} and "
+            f"criteria={' '.join(names)}, prune_percents={' '.join(f'{float(s):g}' for s in shares)} and "
             f"calibration_tokens={length} leave nothing to measure: name a criterion and shares "
             "between 0 and 100, such as 10 25 50, and use 2 tokens of each text or more."
         )
-    samples = (
-        min(SAMPLES, len(read_texts(calibration)))
-        if calibration_samples is None
-        else whole("calibration_samples", calibration_samples)
-    )
+    if calibration_samples is None:
+        calibration_samples = min(SAMPLES, len(read_texts(calibration)))
+    samples = whole("calibration_samples", calibration_samples)
     skeleton = request.widths.skeleton()
     if skeleton.config.is_encoder_decoder or names.keys() & {*CALIBRATED}:
         check_observable(skeleton)
@@ -135,8 +132,8 @@ def cached_losses(
     # Nothing tells whether the code of another package is still the same.
     if content is None or criterion not in (RANDOM, *CRITERIA):
         return measure()
-    texts = [text, read()] if criterion in CALIBRATED else [text]
-    tokens = [[each.tolist() for each in text.tokens] for text in texts]
+    read_by = [text, read()] if criterion in CALIBRATED else [text]
+    tokens = [[each.tolist() for each in text.tokens] for text in read_by]
     key = (_MEASURE, content, repr(tokens), criterion, seed, shares, "")
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     file = cache_folder() / "sensitivity" / f"{name}.json"
@@ -146,5 +143,10 @@ def cached_losses(
     try:
         measured.write(file)
     except OSError as error:
-        logger.warning("%s cannot be written (%s): set XDG_CACHE_HOME.", file, error)
+        logger.warning(
+            "The curves cannot be written to %s (%s), and are measured each time: set "
+            "XDG_CACHE_HOME to a writable folder.",
+            file.parent,
+            error,
+        )
     return measured

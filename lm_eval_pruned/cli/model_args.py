@@ -42,12 +42,7 @@ def pruning_of(
     model_args: dict[str, Any],
     options: Iterable[str] = DECLARED,
 ) -> dict[str, Any]:
-    """Return the arguments of pruning that were given as options or in `model_args`.
-
-    Args:
-        arguments: Parsed.
-        model_args: Those of pruning are taken out of it.
-        options: Those that are options of the command.
+    """Take the arguments of pruning out of `model_args`, and add those given as `options`.
 
     Raises:
         ValueError: One was given in both ways.

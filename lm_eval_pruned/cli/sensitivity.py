@@ -15,10 +15,8 @@ from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_argument
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
 
     from lm_eval_pruned.pruning.curves import Sensitivity
-    from lm_eval_pruned.report.layer_curves import LayerCurves
 
 #: Options that `measure_sensitivity` takes, and checks, under the same names.
 _MEASURING = {
@@ -48,8 +46,7 @@ def add(commands) -> None:
         help='text to measure the loss on, one {"text": ...} a line; no text of a benchmark',
     )
     for name, about in _MEASURING.items():
-        nargs = "+" if name in _SEVERAL else None
-        metavar = _SEVERAL.get(name, "N")
+        metavar, nargs = _SEVERAL.get(name, "N"), "+" if name in _SEVERAL else None
         parser.add_argument(f"--{name}", nargs=nargs, metavar=metavar, help=about)
     parser.add_argument("--device", help="such as cuda:0 (default: cpu)")
     parser.add_argument(
@@ -62,6 +59,7 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
+    from importlib.util import find_spec
     from pathlib import Path
 
     from lm_eval_pruned.report.layer_curves import (
@@ -69,11 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
         explanation,
         rises_table,
     )
+    from lm_eval_pruned.results.folder import SENSITIVITY
+    from lm_eval_pruned.util.atomic import write_atomically
     from lm_eval_pruned.util.tables import markdown_table
 
-    folder = Path(arguments.output_path) if arguments.output_path else None
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    if arguments.output_path:
+        Path(arguments.output_path).mkdir(parents=True, exist_ok=True)
     measured = _measured(arguments)
     curves = LayerCurves.of(measured.as_dict())
     print("\n\n".join(explanation(curves)))
@@ -82,8 +81,24 @@ def run(arguments: argparse.Namespace) -> int:
         rows = [[cell.text for cell in row] for row in table.cells()]
         print(f"\n{table.label} of neurons removed\n")
         print(markdown_table(table.columns, rows, padded=True))
-    if folder is not None:
-        _write(measured, curves, folder)
+    if not arguments.output_path:
+        return 0
+    folder = Path(arguments.output_path)
+    measured.write(folder / SENSITIVITY)
+    files: dict[str, str | bytes] = {"sensitivity.csv": measured.as_csv()}
+    if find_spec("matplotlib") is None:
+        install = "pip install 'lm-eval-pruned[report]'"
+        print(
+            f"There are no plots: they need matplotlib, `{install}`.", file=sys.stderr
+        )
+    else:
+        from lm_eval_pruned.report.sensitivity_plots import heat_map, layer_lines
+
+        for plot in (heat_map(curves), layer_lines(curves)):
+            files |= {f"{plot.name}.svg": plot.svg, f"{plot.name}.png": plot.png}
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    print(f"Wrote {', '.join([SENSITIVITY, *files])} to {folder}.", file=sys.stderr)
     return 0
 
 
@@ -104,34 +119,10 @@ def _measured(arguments: argparse.Namespace) -> Sensitivity:
     tokenizer = model_args.pop("tokenizer", None)
     if arguments.device is not None:
         model_args["device_map"] = {"": arguments.device}
-    asked = {n: getattr(arguments, n) for n in _MEASURING if getattr(arguments, n)}
+    nothing = PruneArguments()
     return measure_sensitivity(
-        LoadRequest.resolve(
-            AutoModelForCausalLM, pretrained, PruneArguments(), model_args
-        ),
+        LoadRequest.resolve(AutoModelForCausalLM, pretrained, nothing, model_args),
         arguments.calibration,
         tokenizer=tokenizer and AutoTokenizer.from_pretrained(tokenizer),
-        **asked,
+        **{n: getattr(arguments, n) for n in _MEASURING if getattr(arguments, n)},
     )
-
-
-def _write(measured: Sensitivity, curves: LayerCurves, folder: Path) -> None:
-    from importlib.util import find_spec
-
-    from lm_eval_pruned.results.folder import SENSITIVITY
-    from lm_eval_pruned.util.atomic import write_atomically
-
-    measured.write(folder / SENSITIVITY)
-    files: dict[str, str | bytes] = {"sensitivity.csv": measured.as_csv()}
-    if find_spec("matplotlib") is None:
-        why = "they need matplotlib, `pip install 'lm-eval-pruned[report]'`"
-        print(f"There are no plots: {why}.", file=sys.stderr)
-    else:
-        from lm_eval_pruned.report.sensitivity_plots import heat_map, layer_lines
-
-        for plot in (heat_map(curves), layer_lines(curves)):
-            files |= {f"{plot.name}.svg": plot.svg, f"{plot.name}.png": plot.png}
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    names = ", ".join([SENSITIVITY, *files])
-    print(f"Written to {folder}: {names}.", file=sys.stderr)

@@ -5,11 +5,9 @@ where measured losses or scores say that they matter least. Every layer has a cu
 removing 0, 1, 2, ... of its neurons, and `allocate` finds the widths of least total cost.
 Costs are whole numbers, so the same curves give the same widths on every machine.
 
-The problem is that of marginal allocation (Fox 1966, "Discrete Optimization via Marginal
-Analysis", Management Science 13(3)) and of bit allocation in coding (Shoham & Gersho 1988,
-IEEE Trans. ASSP 36(9)). Where every curve is convex, taking the cheapest next neuron is
-optimal. Elsewhere a dynamic program over the layers is exact, as in SPDY (Frantar & Alistarh
-2022, arXiv 2201.13096), which shares out sparsity in this way.
+Where every curve is convex, taking the cheapest next neuron is optimal (Fox 1966, "Discrete
+Optimization via Marginal Analysis", Management Science 13(3)). Elsewhere a dynamic program over
+the layers is exact, as in SPDY (Frantar & Alistarh 2022, arXiv 2201.13096).
 """
 
 from __future__ import annotations
@@ -50,12 +48,9 @@ _IMPOSSIBLE = np.int64(1) << np.int64(61)
 
 
 def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> PrunePlan:
-    """Return `plan` with the width, and the criterion, of every layer that it prunes.
+    """Return `plan`, if it `is_open`, with the width and the criterion of each layer that it prunes.
 
-    Args:
-        plan: A plan of the model; returned as it is unless it `is_open`.
-        widths: The model's widths.
-        evidence: The same model, of which scores or losses are asked.
+    `evidence` is the model of `widths`, which is asked for scores or losses.
 
     Raises:
         ValueError: The bounds leave more neurons than the size asks for.
@@ -137,20 +132,13 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
 
 
 def costs_of_scores(scores: Sequence[Any]) -> Costs:
-    """Return the cost curve of a layer by the scores of its neurons.
+    """Return the cost of removing 0, 1, ... I neurons of a layer, shape (I + 1,), from scores.
 
     Scores of different layers are no common scale, so each layer's are standardised first:
-    ``(score - mean) / standard deviation``.
+    ``(score - mean) / standard deviation``. Of several experts, whose scores are of shape (I,)
+    each, the mean of what they give up with their nth neuron counts.
 
-    Args:
-        scores: The scores of an MLP, each of shape (I,); of several experts, each gives up
-            one neuron at a time, and their mean counts.
-
-    Returns:
-        The cost of removing 0, 1, ... I neurons, shape (I + 1,), int64, in `RESOLUTION`.
-
-    Source: FLAP (arXiv 2312.11983), section 4.2, which standardises its scores in this way
-    to compare them across layers.
+    Source: FLAP (arXiv 2312.11983), section 4.2.
     """
     each = np.mean([np.sort(np.asarray(e, dtype=np.float64)) for e in scores], axis=0)
     standard = (each - each.mean()) / (each.std() or 1.0)
@@ -159,7 +147,7 @@ def costs_of_scores(scores: Sequence[Any]) -> Costs:
 
 
 def costs_of_losses(width: int, kept: Sequence[int], rises: Sequence[float]) -> Costs:
-    """Return the cost curve through measured losses, made monotone.
+    """Return the cost of removing 0, 1, ... I neurons, shape (I + 1,), from measured losses.
 
     Measured points are noisy: a layer that is cut further may seem to do better. They are
     replaced by the closest ones, in the sense of least squares, that neither fall nor are
@@ -170,9 +158,6 @@ def costs_of_losses(width: int, kept: Sequence[int], rises: Sequence[float]) -> 
         width: The layer's width I before, in neurons.
         kept: Measured widths, in neurons, ascending, each below `width`.
         rises: By how much the loss rose at each of them, in nats.
-
-    Returns:
-        The cost of removing 0, 1, ... I neurons, shape (I + 1,), int64, in `RESOLUTION`.
 
     Example:
         >>> costs = costs_of_losses(4, kept=[2, 3], rises=[4e-12, 1e-12])
@@ -201,13 +186,9 @@ def allocate(
 
     Args:
         curves: The cost of removing 0, 1, ... I neurons of each layer, shape (I + 1,), int64.
-        neurons: Neurons to keep, in all layers together. If no widths that are allowed keep
-            exactly as many, the most below that are kept.
+        neurons: Neurons to keep in all; the most below that where no allowed widths keep as many.
         min_width: Neurons to leave in each layer at least. A layer that has no more stays.
         multiple_of: Widths are multiples of this. A layer that has fewer neurons stays.
-
-    Returns:
-        The kept width of each layer, in the order of `curves`.
 
     Raises:
         ValueError: The bounds leave more than `neurons`.
@@ -245,12 +226,7 @@ def allocate(
 
 
 def _greedy(costs: Sequence[Costs], steps: int) -> list[int]:
-    """Take the cheapest next step of any layer, `steps` times; the costs are convex.
-
-    Args:
-        costs: ``costs[l][j]`` is the cost of j steps in layer l.
-        steps: Steps to take in all.
-    """
+    """Return how many of `steps` each layer takes; ``costs[l][j]`` of j in layer l is convex."""
     marginal = np.concatenate([np.diff(each) for each in costs])
     owner = np.repeat(np.arange(len(costs)), [len(each) - 1 for each in costs])
     chosen = owner[np.argsort(marginal, kind="stable")[:steps]]

@@ -149,9 +149,9 @@ def read_widths(widths: Any) -> dict[int, int]:
     """Return the kept width of each layer that `widths` names, by ascending layer.
 
     Args:
-        widths: A file, or what such a file holds. JSON: an object ``{"0": 1200, "1": 900}``, or a
-            list with one width per layer from 0 on, in which null leaves a layer alone. CSV: the
-            columns ``layer`` and ``width``, named in the first line; others are passed over.
+        widths: A file, or what it holds. JSON: an object ``{"0": 1200, "1": 900}``, or a list with
+            one width per layer from 0 on, in which null leaves a layer alone. CSV: the columns
+            ``layer`` and ``width``.
 
     Raises:
         ValueError: The file is missing or in no such form, or a number is not whole.

@@ -76,20 +76,18 @@ class PruneArguments:
     on an argument is its line for ``--help``.
 
     Args:
-        ratio: Expansion ratio to keep. That is intermediate size / hidden size, such as 2.0; the
-            kept width is ``ceil(ratio * H)``.
+        ratio: Expansion ratio to keep. Such as 2.0; the kept width is ``ceil(ratio * H)``.
         prune_percent: Share of neurons to remove, in percent. The kept width is
             ``I - floor(prune_percent / 100 * I)``.
         intermediate_size: Kept width, in neurons.
         widths: Kept width of each layer, as a JSON or CSV file. JSON such as
-            ``{"0": 1200, "1": 900}`` or ``[1200, 900]``, or CSV with the columns layer and width;
-            from Python also what such a file holds. Layers that it does not name keep their
-            width. At most one of these four; without any the model stays as it is.
+            ``{"0": 1200, "1": 900}`` or ``[1200, 900]``, which Python may pass itself, or CSV with
+            the columns layer and width. Layers that it does not name keep their width. At most
+            one of these four; without any the model stays as it is.
         multiple_of: Round the kept width down to a multiple of this, in neurons.
         layers: Layers to prune, such as 4-11; default: all. They count from 0: ``0,2-5`` or
-            ``[0, 2]``, and ``0+2-5`` where a comma separates arguments. The others keep their
-            width, so stock transformers can open the saved model only if its config holds widths
-            per layer; this package always can.
+            ``[0, 2]``, and ``0+2-5`` where a comma separates arguments. Stock transformers opens
+            the saved model only if its config holds widths per layer; this package always does.
         skip_layers: Layers to leave as they are. Instead of `layers`.
         drop_layers: Layers to leave out whole, as a count or as a list. Such as 4, chosen by
             `drop_by`, or ``3+7-9``, ``[3]`` or ``[3, 7]``. The layers that stay are numbered anew
@@ -100,15 +98,13 @@ class PruneArguments:
             `calibration` text least.
         allocation: How the neurons are shared among the layers. ``uniform`` cuts all alike;
             ``sensitivity`` takes from those whose cut raises the loss on `calibration` least;
-            ``global`` ranks the neurons of all layers together. A size is the mean over the
-            layers then: as many neurons stay in all as by ``uniform``. See
-            `lm_eval_pruned.pruning.allocation`.
+            ``global`` ranks the neurons of all layers together. As many neurons stay in all as by
+            ``uniform``. See `lm_eval_pruned.pruning.allocation`.
         min_width: Neurons to leave in each layer at least, where `allocation` is not uniform.
         criterion: Importance score. One of ``maw`` (alias ``ppm``), ``max_abs``, ``l1``, ``l2``,
             ``vow``, ``pon`` and ``random``, the calibrated ``maw_act`` and ``act``, or one that
             another package declares; see `lm_eval_pruned.pruning.criteria`. ``best`` takes for
-            each layer the one of `criteria_tried` whose cut raises the loss on `calibration`
-            least.
+            each layer that of `criteria_tried` whose cut raises the loss on `calibration` least.
         criteria_tried: Criteria that ``criterion=best`` chooses among, such as maw+act, which is
             the default.
         seed: Seed of the criterion random.

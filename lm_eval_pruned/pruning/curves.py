@@ -26,14 +26,11 @@ class LayerCurve:
 
     Attributes:
         layer: Number of the layer, as ``layers=`` counts.
-        width_before: Its width in the unpruned model, in neurons. Where a layer has
-            several GLU-MLPs, that of its experts, to which sizes refer.
+        width_before: Its width in the unpruned model, in neurons; that of its experts if any.
         criterion: Canonical name of the criterion that chose the neurons.
         seed: Seed of the criterion ``random``; None for any other.
-        widths: Kept widths that were measured, in neurons, ascending, all of them below
-            `width_before`.
-        losses: Loss of the model with this layer cut to each of `widths`, in nats per
-            token, in the same order.
+        widths: Kept widths that were measured, in neurons, ascending, below `width_before`.
+        losses: Loss of the model with this layer cut to each of `widths`, in nats per token.
     """
 
     layer: int
@@ -120,11 +117,7 @@ class Sensitivity:
 
 
 def read_sensitivity(file: str | Path) -> Sensitivity:
-    """Read what `Sensitivity.write` wrote.
-
-    Raises:
-        ValueError: The file is missing or damaged, or holds something else.
-    """
+    """Read what `Sensitivity.write` wrote; raise ValueError where it is missing or damaged."""
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
         if (found.pop("format"), found.pop("version")) != (FORMAT, VERSION):

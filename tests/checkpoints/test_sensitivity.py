@@ -297,8 +297,3 @@ def test_a_criterion_more_costs_a_pass_over_the_variants_more(
     # Activations are those of the unpruned model, in one pass for all criteria.
     observed = 3 * sum(tokens)
     assert token_layers[0] == 3 * sum(tokens) * passes(3, len(REMOVED)) + observed
-
-
-def test_a_model_of_thirty_layers_at_four_widths_takes_63_forward_passes():
-    assert len(REMOVED) == 4
-    assert passes(30, 4) == 63 * 30
