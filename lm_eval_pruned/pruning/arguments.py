@@ -201,8 +201,8 @@ _EXPLAINED = inspect.cleandoc(
 )
 
 
-#: What cannot be asked for, one rule a line: what is given and, with a minus, what is not (names
-#: of arguments, and facts that `_broken_rules` finds), and what is said of it.
+#: What cannot be asked for. An entry names what is given and, with a minus, what is not, arguments
+#: or facts that `_broken_rules` finds; then comes what is said of it.
 _RULES = """
 drop_by list: {drop_by} chooses layers to drop, but drop_layers names them itself: pass a count
     such as drop_layers=4, or leave it out
@@ -238,14 +238,19 @@ multiple_of -size: {multiple_of} rounds a kept width, but none was asked for: ad
 
 
 def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each rule that arguments break: its first word, and a sentence.
+    """Yield each rule that arguments break, without and with its sentence.
 
-    The first word of a rule with a minus is the argument that says nothing beside the others.
+    In front of a minus is the argument that says nothing beside the others.
     """
     said = {name: f"{name}={value}" for name, value in given.items()}
     said["widths"] = f"widths={written_source(given['widths'])}"
     said["criteria_tried"] = "criteria_tried=" + "+".join(given["criteria_tried"] or ())
-    told = {n: said[n] for n, v in given.items() if v != DECLARED[n].default}
+    told = {
+        name: said[name]
+        for name, each in DECLARED.items()
+        if given[name] is not None
+        if each.default is None or given[name] != each.default
+    }
     for purpose, names in EXCLUSIVE.items():
         if len(several := [told[name] for name in names if name in told]) > 1:
             together = f"{' and '.join(several)} were given together"
@@ -270,7 +275,7 @@ def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         head, sentence = " ".join(rule.split()).split(": ", 1)
         words = head.split()
         if all(bool(facts.get(w.lstrip("-"))) != w.startswith("-") for w in words):
-            yield words[0], sentence.format(**said | facts) + "."
+            yield head, f"{sentence.format(**said | facts)}."
 
 
 def _why_text(said: Mapping[str, Any]) -> str | None:
@@ -300,7 +305,7 @@ def without_idle(given: dict[str, Any]) -> dict[str, Any]:
         own = DECLARED.keys() - {*CUTS, "drop_by", *_TEXT}
         told = {name: value for name, value in given.items() if name not in own}
     asked = {name: told.get(name, each.default) for name, each in DECLARED.items()}
-    idle = {name for name, _ in _broken_rules(asked)} - {*CUTS}
+    idle = {head.partition(" -")[0] for head, _ in _broken_rules(asked) if "-" in head}
     return {name: value for name, value in told.items() if name not in idle}
 
 
