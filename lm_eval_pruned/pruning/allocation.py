@@ -117,16 +117,23 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
         check_observable(model, "allocation=global" if measured else "criterion=maw")
     if {*plan.tried} & {*CALIBRATED}:
         check_observable(model, "criteria_tried=maw+l2")
-    kinds: dict[int, Counter[str]] = defaultdict(Counter)
+    held: dict[int, Counter[str]] = defaultdict(Counter)
     for mlp in widths.mlps:
         if plan.allocation != UNIFORM and plan.includes_layer(mlp.block):
-            kinds[mlp.block][mlp.kind] += 1
-    first, *others = sorted(kinds) or [0]
-    for layer in others:
-        if kinds[layer] != kinds[first]:
+            what = "expert" if mlp.kind == "expert" else f"{mlp.kind} MLP"
+            held[mlp.block][what] += 1
+    first = min(held, default=0)
+    for layer, own in held.items():
+        if own != held[first]:
+            has = [
+                " and ".join(
+                    f"{n} {what}{'s' if n > 1 else ''}" for what, n in each.items()
+                )
+                for each in (held[first], own)
+            ]
             raise UnsupportedModelError(
-                f"{describe(model)} has other MLPs in layer {layer} than in layer {first}, whose "
-                f"neurons allocation={plan.allocation} cannot weigh against each other: name "
+                f"{describe(model)} has {has[0]} in layer {first} and {has[1]} in layer {layer}, "
+                f"whose neurons allocation={plan.allocation} cannot weigh against each other: name "
                 "layers that are alike with layers, or leave it out."
             )
 

@@ -105,8 +105,8 @@ def test_layers_of_different_kinds_are_refused_before_anything_is_read(
         PruneArguments(prune_percent=30, allocation=allocation, **text)
     )
     message = (
-        rf"has other MLPs in layer 1 than in layer 0, whose neurons allocation={allocation} cannot "
-        "weigh against each other: name layers"
+        rf"has 1 dense MLP in layer 0 and 3 experts.* in layer 1, whose neurons "
+        rf"allocation={allocation} cannot weigh against each other: name layers"
     )
     with pytest.raises(UnsupportedModelError, match=message):
         plan_layers(plan, found(family), None)
