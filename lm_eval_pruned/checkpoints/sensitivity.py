@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.default_model import cache_folder
-from lm_eval_pruned.pruning.argument_values import exact
-from lm_eval_pruned.pruning.calibration import CalibrationText, check_observable
+from lm_eval_pruned.pruning.argument_values import exact, seed_below_limit, whole
+from lm_eval_pruned.pruning.calibration import (
+    CalibrationText,
+    check_observable,
+    read_texts,
+)
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
     CRITERIA,
@@ -21,7 +26,7 @@ from lm_eval_pruned.pruning.measuring import LENGTH, LoadedModel, ScoreTable
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from fractions import Fraction
 
     from transformers import PreTrainedTokenizerBase
@@ -41,30 +46,23 @@ def measure_sensitivity(
     request: LoadRequest,
     calibration: str,
     *,
-    criteria: Sequence[str] = ("maw",),
-    seeds: Sequence[int] = (0, 1, 2),
-    removed: Sequence[Number] = (10, 25, 50),
-    samples: int | None = SAMPLES,
-    length: int = LENGTH,
+    criteria: Iterable[str] = ("maw", "act", RANDOM),
+    seeds: Iterable[Number] | None = None,
+    prune_percents: Iterable[Number] = (10, 25, 50),
+    calibration_samples: Number | None = None,
+    calibration_tokens: Number = LENGTH,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Sensitivity:
     """Measure what cutting one layer alone costs, for each layer, criterion and width.
 
-    Curves are kept in ``sensitivity`` of the user's cache folder, one file for each
-    criterion and seed, and found again as long as the checkpoint's files, the tokens,
-    the arguments of the load, criterion, seed and widths are the same. Those of another
-    package's criterion are measured each time.
-
     Args:
         request: The model, whatever its plan says.
         calibration: JSON Lines file of text; see `lm_eval_pruned.pruning.calibration`.
-        criteria: Which to measure. Those that look at activations see the same texts,
-            and all of each, as they do when a model is loaded with
-            ``calibration_samples`` of the same number.
-        seeds: Seeds of ``random``, each of which has curves of its own.
-        removed: Shares of neurons to remove, in percent, as ``prune_percent`` counts.
-        samples: How many texts to use, from the first on; None for all.
-        length: How many tokens of each text to use for the loss.
+        criteria: Which to measure. Those that look at activations see all tokens of the texts.
+        seeds: Seeds of ``random``, each of which has curves of its own; default: 0, 1, 2.
+        prune_percents: Shares of neurons to remove, as ``prune_percent`` counts.
+        calibration_samples: How many texts to use, from the first on; default: the first 16.
+        calibration_tokens: How many tokens of each text to use for the loss.
         tokenizer: What reads the text; default: the model's own.
 
     Raises:
@@ -73,23 +71,27 @@ def measure_sensitivity(
         UnsupportedModelError: The model cannot be measured.
         OSError: A file of the checkpoint is missing or damaged.
     """
-    ways: list[tuple[str, int | None]] = []
-    for name in dict.fromkeys(map(canonical_name, criteria)):
-        ways += [(name, each) for each in (seeds if name == RANDOM else (None,))]
-    shares = sorted({exact("removed", each, "25") for each in removed})
-    for share in shares:
-        if not 0 < share < 100:
-            raise ValueError(
-                f"removed={float(share):g} is outside (0, 100): pass shares of neurons to remove, "
-                "in percent, such as 10, 25 and 50."
-            )
-    if not ways or not shares or length < 2:
+    names = dict.fromkeys(map(canonical_name, criteria))
+    if seeds is not None and RANDOM not in names:
         raise ValueError(
-            "There is nothing to measure: name a criterion and a share to remove, and use 2 tokens "
-            "of each text or more."
+            f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has any: "
+            "add random to criteria, or leave seeds out."
         )
+    drawn = {seed_below_limit("seeds", each): None for each in seeds or (0, 1, 2)}
+    ways = [(n, s) for n in names for s in (drawn if n == RANDOM else [None])]
+    shares = sorted({exact("prune_percents", each, "25") for each in prune_percents})
+    length = whole("calibration_tokens", calibration_tokens)
+    if not ways or not shares or length < 2 or not 0 < shares[0] <= shares[-1] < 100:
+        raise ValueError(
+            f"criteria={' '.join(names)}, prune_percents={' '.join(f'{float(s):g}' for s in shares)} and "
+            f"calibration_tokens={length} leave nothing to measure: name a criterion and shares "
+            "between 0 and 100, such as 10 25 50, and use 2 tokens of each text or more."
+        )
+    if calibration_samples is None:
+        calibration_samples = min(SAMPLES, len(read_texts(calibration)))
+    samples = whole("calibration_samples", calibration_samples)
     skeleton = request.widths.skeleton()
-    if skeleton.config.is_encoder_decoder or {name for name, _ in ways} & {*CALIBRATED}:
+    if skeleton.config.is_encoder_decoder or names.keys() & {*CALIBRATED}:
         check_observable(skeleton)
     tokenizer = tokenizer or request.load_tokenizer()
     read = functools.partial(
@@ -99,8 +101,7 @@ def measure_sensitivity(
     load = functools.cache(lambda: request.load(stored=True)[0])
 
     def measure(criterion: str, seed: int | None) -> Sensitivity:
-        seed = request.plan.seed if seed is None else seed
-        loaded = LoadedModel(load(), tokenizer, known, calibration, samples, seed)
+        loaded = LoadedModel(load(), tokenizer, known, calibration, samples, seed or 0)
         return loaded.losses(text, criterion, shares)
 
     parts = [
@@ -122,38 +123,29 @@ def cached_losses(
     seed: int | None,
     shares: Sequence[Fraction],
 ) -> Sensitivity:
-    """Return the curves by one criterion from the user's cache, else measure and keep them.
+    """Return the curves by one criterion from the user's cache, else `measure` and keep them.
 
-    Args:
-        request: The model.
-        measure: Measures the curves.
-        read: Reads the text of criteria that look at activations.
-        text: What the loss is measured on.
-        criterion: Canonical name.
-        seed: Its seed, for ``random``.
-        shares: Shares of neurons to remove, in percent, ascending.
+    A curve is known by the checkpoint's content, the tokens of `text` and, for criteria that look
+    at activations, of what they `read`, by criterion, seed and shares of neurons to remove.
     """
     content = request.content_key()
     # Nothing tells whether the code of another package is still the same.
     if content is None or criterion not in (RANDOM, *CRITERIA):
         return measure()
-    texts = [text, read()] if criterion in CALIBRATED else [text]
-    tokens = [[each.tolist() for each in text.tokens] for text in texts]
+    read_by = [text, read()] if criterion in CALIBRATED else [text]
+    tokens = [[each.tolist() for each in text.tokens] for text in read_by]
     key = (_MEASURE, content, repr(tokens), criterion, seed, shares, "")
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     file = cache_folder() / "sensitivity" / f"{name}.json"
-    if file.is_file():
-        try:
-            return read_sensitivity(file)
-        except ValueError as error:
-            logger.warning("%s", error)
+    with contextlib.suppress(ValueError):
+        return read_sensitivity(file)
     measured = measure()
     try:
         measured.write(file)
     except OSError as error:
         logger.warning(
-            "The cache %s cannot be written (%s), so the curves are measured each time; set "
-            "XDG_CACHE_HOME to a writable folder to avoid that.",
+            "The curves cannot be written to %s (%s), and are measured each time: set "
+            "XDG_CACHE_HOME to a writable folder.",
             file.parent,
             error,
         )

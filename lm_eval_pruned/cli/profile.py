@@ -31,7 +31,7 @@ def add(commands) -> None:
         default="pruned-hf",
         help="what the models run in: transformers (default) or vLLM",
     )
-    add_model_args(parser, "dtype")
+    add_model_args(parser)
     for name in SEVERAL_SIZES:
         add_option(parser, name, several=True)
     parser.add_argument(
@@ -84,7 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     model_args = read_model_args(arguments)
     taken = {SEVERAL.get(option, option): option for option in vars(arguments)}
-    del taken["dtype"]
     for name, value in model_args.items():
         if name in taken:
             raise ValueError(

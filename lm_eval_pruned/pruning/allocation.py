@@ -5,11 +5,9 @@ where measured losses or scores say that they matter least. Every layer has a cu
 removing 0, 1, 2, ... of its neurons, and `allocate` finds the widths of least total cost.
 Costs are whole numbers, so the same curves give the same widths on every machine.
 
-The problem is that of marginal allocation (Fox 1966, "Discrete Optimization via Marginal
-Analysis", Management Science 13(3)) and of bit allocation in coding (Shoham & Gersho 1988,
-IEEE Trans. ASSP 36(9)). Where every curve is convex, taking the cheapest next neuron is
-optimal. Elsewhere a dynamic program over the layers is exact, as in SPDY (Frantar & Alistarh
-2022, arXiv 2201.13096), which shares out sparsity in this way.
+Where every curve is convex, taking the cheapest next neuron is optimal (Fox 1966, "Discrete
+Optimization via Marginal Analysis", Management Science 13(3)). Elsewhere a dynamic program over
+the layers is exact, as in SPDY (Frantar & Alistarh 2022, arXiv 2201.13096).
 """
 
 from __future__ import annotations
@@ -17,17 +15,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_pruned.pruning.argument_values import (
-    MEASURED,
-    UNIFORM,
-    written_by_layer,
-)
+from lm_eval_pruned.pruning.argument_values import MEASURED, UNIFORM, written_by_layer
 from lm_eval_pruned.pruning.calibration import check_observable
 from lm_eval_pruned.pruning.criteria import CALIBRATED
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
@@ -35,7 +29,7 @@ from lm_eval_pruned.pruning.measuring import MEASURED_CUTS, LoadedModel
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -43,7 +37,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.widths import Widths
 
     Costs = NDArray[np.int64]
-    Scores = NDArray[np.float64]
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.allocation")
@@ -55,12 +48,9 @@ _IMPOSSIBLE = np.int64(1) << np.int64(61)
 
 
 def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> PrunePlan:
-    """Return `plan` with the width, and the criterion, of every layer that it prunes.
+    """Return `plan`, if it `is_open`, with the width and the criterion of each layer that it prunes.
 
-    Args:
-        plan: A plan of the model; returned as it is unless it `is_open`.
-        widths: The model's widths.
-        evidence: The same model, of which scores or losses are asked.
+    `evidence` is the model of `widths`, which is asked for scores or losses.
 
     Raises:
         ValueError: The bounds leave more neurons than the size asks for.
@@ -71,73 +61,52 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
     check_comparable(plan, widths)
     own, targets = widths.layers, widths.targets(plan)
     # The MLPs to which the size of a layer refers.
-    held: dict[int, list[str]] = {
-        layer: [] for layer in own if plan.includes_layer(layer)
-    }
+    held: dict[int, list[str]] = {n: [] for n in own if plan.includes_layer(n)}
     for mlp in widths.mlps:
         if mlp.block in held and widths.actual[mlp.name] == own[mlp.block]:
             held[mlp.block].append(mlp.name)
     kept = {layer: targets[names[0]] for layer, names in held.items()}
     neurons, multiple = sum(kept.values()), plan.multiple_of
-    bounds = {"neurons": neurons, "multiple_of": multiple}
     lowest: Any = plan.arguments.min_width
     if plan.tried or plan.allocation in MEASURED:
         tried = plan.tried or (plan.criterion,)
         found = evidence.curves(tried)
-        # Of each layer, by criterion, shape (criteria, I + 1).
-        costs: dict[int, Costs] = {}
-        for layer in held:
-            curves = [found.curve(layer, name, plan.seed) for name in tried]
-            costs[layer] = np.stack(
-                [costs_of_losses(own[layer], c.widths, found.rises(c)) for c in curves]
-            )
-        if plan.allocation in MEASURED:
-            if lowest is None:
-                # What is not known of layers narrower than measured is not relied on without need.
-                share = 1 - max(MEASURED_CUTS) / 100
-                needed = neurons // len(held) // multiple * multiple
-                measured = math.ceil(min(own[layer] for layer in held) * share)
-                lowest = max(1, min(measured, needed))
-            least = [each.min(axis=0) for each in costs.values()]
-            shared = allocate(least, min_width=lowest, **bounds)
-            kept = dict(zip(held, shared, strict=True))
-        names = ("file", "sha256", "texts", "tokens")
-        text = {name: getattr(found, name) for name in names}
+
+        def cost(layer: int, criterion: str) -> Costs:
+            curve = found.curve(layer, criterion, plan.seed)
+            return costs_of_losses(own[layer], curve.widths, found.rises(curve))
+
+        by_criterion = {n: np.stack([cost(n, name) for name in tried]) for n in held}
+        costs = [each.min(axis=0) for each in by_criterion.values()]
+        text = {n: getattr(found, n) for n in ("file", "sha256", "texts", "tokens")}
         plan = dataclasses.replace(plan, measured_on=text)
-        if plan.tried:
-            best = tuple(
-                (n, tried[int(np.argmin(costs[n][:, own[n] - width]))])
-                for n, width in kept.items()
-            )
-            plan = dataclasses.replace(plan, layer_criteria=best)
-            said = written_by_layer(best)
-            logger.info("criterion=best scores the layers by: %s.", said)
+        if lowest is None:
+            # What is not known of layers narrower than measured is not relied on without need.
+            share = 1 - max(MEASURED_CUTS) / 100
+            needed = neurons // len(held) // multiple * multiple
+            lowest = min(math.ceil(min(own[layer] for layer in held) * share), needed)
     else:
         scores = evidence.scores(plan.criterion)
-        by_layer = [
-            _together([np.asarray(scores[n], dtype=np.float64) for n in names])
-            for names in held.values()
-        ]
-        shared = global_ranking(by_layer, min_width=lowest or 1, **bounds)
-        kept = dict(zip(held, shared, strict=True))
+        costs = [costs_of_scores([scores[n] for n in each]) for each in held.values()]
     if plan.allocation != UNIFORM:
+        shared = allocate(costs, neurons, min_width=lowest or 1, multiple_of=multiple)
+        kept = dict(zip(held, shared, strict=True))
         plan = plan.with_layers(kept)
-        said = written_by_layer(plan.layer_widths or ())
+        said = written_by_layer(kept.items())
         logger.info("allocation=%s keeps of each layer: %s.", plan.allocation, said)
+    if plan.tried:
+        best = tuple(
+            (n, plan.tried[int(np.argmin(by_criterion[n][:, own[n] - width]))])
+            for n, width in kept.items()
+        )
+        plan = dataclasses.replace(plan, layer_criteria=best)
+        said = written_by_layer(best)
+        logger.info("criterion=best scores the layers by: %s.", said)
     return plan
-
-
-def _together(scores: Sequence[Scores]) -> Scores:
-    """Return the scores of a layer; of experts, what each gives up with its nth neuron."""
-    return scores[0] if len(scores) == 1 else np.mean([np.sort(e) for e in scores], 0)
 
 
 def check_comparable(plan: PrunePlan, widths: Widths) -> None:
     """Refuse a model whose layers an open plan cannot compare, before any weight is read.
-
-    Args:
-        plan: The plan.
-        widths: The model's widths.
 
     Raises:
         UnsupportedModelError: An allocation would have to weigh layers against each other that
@@ -148,62 +117,44 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
         check_observable(model, "allocation=global" if measured else "criterion=maw")
     if {*plan.tried} & {*CALIBRATED}:
         check_observable(model, "criteria_tried=maw+l2")
-    if plan.allocation == UNIFORM:
-        return
-    held: dict[int, Counter[str]] = {}
+    held: dict[int, Counter[str]] = defaultdict(Counter)
     for mlp in widths.mlps:
-        if plan.includes_layer(mlp.block):
-            held.setdefault(mlp.block, Counter())[mlp.kind] += 1
-    first, *others = sorted(held)
-    for other in others:
-        if held[other] != held[first]:
+        if plan.allocation != UNIFORM and plan.includes_layer(mlp.block):
+            what = "expert" if mlp.kind == "expert" else f"{mlp.kind} MLP"
+            held[mlp.block][what] += 1
+    first = min(held, default=0)
+    for layer, own in held.items():
+        if own != held[first]:
+            has = [
+                " and ".join(
+                    f"{n} {what}{'s' if n > 1 else ''}" for what, n in each.items()
+                )
+                for each in (held[first], own)
+            ]
             raise UnsupportedModelError(
-                f"{describe(model)} has {_told(held[first])} in layer {first} and "
-                f"{_told(held[other])} in layer {other}, whose neurons "
-                f"allocation={plan.allocation} cannot weigh against each other: name layers that "
-                "are alike with layers, or leave it out."
+                f"{describe(model)} has {has[0]} in layer {first} and {has[1]} in layer {layer}, "
+                f"whose neurons allocation={plan.allocation} cannot weigh against each other: name "
+                "layers that are alike with layers, or leave it out."
             )
 
 
-def _told(held: Mapping[str, int]) -> str:
-    """Return which MLPs a layer holds, such as ``8 experts and 1 shared MLP``."""
-    names = {"expert": "expert", "shared": "shared MLP", "dense": "dense MLP"}
-    return " and ".join(
-        f"{count} {names[kind]}{'s' if count > 1 else ''}"
-        for kind, count in held.items()
-    )
-
-
-def global_ranking(
-    scores: Sequence[Scores], *, neurons: int, min_width: int, multiple_of: int
-) -> tuple[int, ...]:
-    """Keep the neurons with the highest scores of all layers together.
+def costs_of_scores(scores: Sequence[Any]) -> Costs:
+    """Return the cost of removing 0, 1, ... I neurons of a layer, shape (I + 1,), from scores.
 
     Scores of different layers are no common scale, so each layer's are standardised first:
-    ``(score - mean) / standard deviation``.
+    ``(score - mean) / standard deviation``. Of several experts, whose scores are of shape (I,)
+    each, the mean of what they give up with their nth neuron counts.
 
-    Args:
-        scores: The scores of each layer, each of shape (I,).
-        neurons: Neurons to keep in all.
-        min_width: Neurons to leave in each layer at least.
-        multiple_of: Widths are multiples of this.
-
-    Returns:
-        The kept width of each layer.
-
-    Source: FLAP (arXiv 2312.11983), section 4.2, which standardises its scores in this way
-    to compare them across layers.
+    Source: FLAP (arXiv 2312.11983), section 4.2.
     """
-    costs = []
-    for each in scores:
-        ascending = np.sort((each - each.mean()) / (each.std() or 1.0))
-        marginal = np.rint(ascending / RESOLUTION).astype(np.int64)
-        costs.append(np.cumsum([0, *marginal], dtype=np.int64))
-    return allocate(costs, neurons, min_width=min_width, multiple_of=multiple_of)
+    each = np.mean([np.sort(np.asarray(e, dtype=np.float64)) for e in scores], axis=0)
+    standard = (each - each.mean()) / (each.std() or 1.0)
+    marginal = np.rint(standard / RESOLUTION).astype(np.int64)
+    return np.cumsum([0, *marginal], dtype=np.int64)
 
 
 def costs_of_losses(width: int, kept: Sequence[int], rises: Sequence[float]) -> Costs:
-    """Return the cost curve through measured losses, made monotone.
+    """Return the cost of removing 0, 1, ... I neurons, shape (I + 1,), from measured losses.
 
     Measured points are noisy: a layer that is cut further may seem to do better. They are
     replaced by the closest ones, in the sense of least squares, that neither fall nor are
@@ -214,9 +165,6 @@ def costs_of_losses(width: int, kept: Sequence[int], rises: Sequence[float]) -> 
         width: The layer's width I before, in neurons.
         kept: Measured widths, in neurons, ascending, each below `width`.
         rises: By how much the loss rose at each of them, in nats.
-
-    Returns:
-        The cost of removing 0, 1, ... I neurons, shape (I + 1,), int64, in `RESOLUTION`.
 
     Example:
         >>> costs = costs_of_losses(4, kept=[2, 3], rises=[4e-12, 1e-12])
@@ -236,11 +184,7 @@ def costs_of_losses(width: int, kept: Sequence[int], rises: Sequence[float]) -> 
 
 
 def allocate(
-    curves: Sequence[Costs],
-    neurons: int,
-    *,
-    min_width: int = 1,
-    multiple_of: int = 1,
+    curves: Sequence[Costs], neurons: int, *, min_width: int = 1, multiple_of: int = 1
 ) -> tuple[int, ...]:
     """Return the widths of least total cost that keep `neurons` neurons in all.
 
@@ -249,13 +193,9 @@ def allocate(
 
     Args:
         curves: The cost of removing 0, 1, ... I neurons of each layer, shape (I + 1,), int64.
-        neurons: Neurons to keep, in all layers together. If no widths that are allowed keep
-            exactly as many, the most below that are kept.
+        neurons: Neurons to keep in all; the most below that where no allowed widths keep as many.
         min_width: Neurons to leave in each layer at least. A layer that has no more stays.
         multiple_of: Widths are multiples of this. A layer that has fewer neurons stays.
-
-    Returns:
-        The kept width of each layer, in the order of `curves`.
 
     Raises:
         ValueError: The bounds leave more than `neurons`.
@@ -267,13 +207,14 @@ def allocate(
         >>> allocate([steep, flat], 150, min_width=60)
         (90, 60)
     """
-    bounds = []
-    for curve in curves:
-        width = len(curve) - 1
-        low = -(-min_width // multiple_of) * multiple_of
+    low = -(-min_width // multiple_of) * multiple_of
+    widest, steps = [], []
+    for width in (len(curve) - 1 for curve in curves):
         high = width // multiple_of * multiple_of
-        bounds.append((width, width) if high < low else (low, high))
-    least, most = (sum(each) for each in zip(*bounds, strict=True))
+        widest.append(high if high >= low else width)
+        # Of `multiple_of` neurons each, from the removed end of the curve on.
+        steps.append(max(0, high - low) // multiple_of)
+    most, least = sum(widest), sum(widest) - multiple_of * sum(steps)
     if neurons < least:
         raise ValueError(
             f"min_width={min_width} keeps {least} neurons in {len(curves)} layers, but the size "
@@ -281,24 +222,18 @@ def allocate(
             f"{neurons // len(curves)}, or a larger size."
         )
     costs = []
-    for curve, (low, high) in zip(curves, bounds, strict=True):
-        part = curve[len(curve) - 1 - high : len(curve) - low : multiple_of]
-        costs.append(part - part[0])
-    steps = max(0, -(-(most - neurons) // multiple_of))
-    steps = min(steps, sum(len(part) - 1 for part in costs))
-    convex = all(np.all(np.diff(part, 2) >= 0) for part in costs)
-    taken = (_greedy if convex else _dynamic)(costs, steps)
-    pairs = zip(bounds, taken, strict=True)
-    return tuple(high - multiple_of * each for (_, high), each in pairs)
+    for curve, high, count in zip(curves, widest, steps, strict=True):
+        removed = len(curve) - 1 - high + multiple_of * np.arange(count + 1)
+        costs.append(curve[removed] - curve[removed[0]])
+    wanted = max(0, -(-(most - neurons) // multiple_of))
+    convex = all(np.all(np.diff(each, 2) >= 0) for each in costs)
+    taken = (_greedy if convex else _dynamic)(costs, min(wanted, sum(steps)))
+    pairs = zip(widest, taken, strict=True)
+    return tuple(high - multiple_of * each for high, each in pairs)
 
 
 def _greedy(costs: Sequence[Costs], steps: int) -> list[int]:
-    """Take the cheapest next step of any layer, `steps` times; the costs are convex.
-
-    Args:
-        costs: ``costs[l][j]`` is the cost of j steps in layer l.
-        steps: Steps to take in all.
-    """
+    """Return how many of `steps` each layer takes; ``costs[l][j]`` of j in layer l is convex."""
     marginal = np.concatenate([np.diff(each) for each in costs])
     owner = np.repeat(np.arange(len(costs)), [len(each) - 1 for each in costs])
     chosen = owner[np.argsort(marginal, kind="stable")[:steps]]
@@ -306,10 +241,7 @@ def _greedy(costs: Sequence[Costs], steps: int) -> list[int]:
 
 
 def _dynamic(costs: Sequence[Costs], steps: int) -> list[int]:
-    """Do the same for costs of any shape: one layer after the other, for every total.
-
-    Takes and returns what `_greedy` does.
-    """
+    """Do the same for costs of any shape: one layer after the other, for every total."""
     reached = np.full(steps + 1, _IMPOSSIBLE)
     reached[0] = 0
     before = []
@@ -333,22 +265,22 @@ def _added(reached: Costs, costs: Costs) -> Costs:
     `costs` that is the minimum of a sliding window, so that the time grows with the number of
     pieces, not with that of neurons.
     """
-    result = reached.copy()
-    totals = np.arange(len(reached), dtype=np.int64)
+    from scipy.ndimage import minimum_filter1d
+
+    result, totals = reached.copy(), np.arange(len(reached))
     slopes = np.diff(costs)
     corners = [0, *(np.flatnonzero(np.diff(slopes)) + 1), len(slopes)]
-    for first, last in pairwise(corners):
-        if first >= min(len(reached), len(slopes)):
-            break
-        slope = slopes[first]
-        level = reached - slope * totals
-        # The minimum of each value and the `last - first` before it, by doubling the window.
-        reach = 0
-        while reach < last - first:
-            step = min(reach + 1, last - first - reach)
-            level[step:] = np.minimum(level[step:], level[:-step].copy())
-            reach += step
+    for first, last in pairwise(corners[: len(slopes) + 1]):
+        level = reached - slopes[first] * totals
+        # Of each value and the `last - first` before it.
+        least = minimum_filter1d(
+            level,
+            last - first + 1,
+            origin=(last - first) // 2,
+            mode="constant",
+            cval=_IMPOSSIBLE,
+        )
         here = totals[first:]
-        line = costs[first] + slope * (here - first)
-        np.minimum(result[first:], level[: len(here)] + line, out=result[first:])
-    return np.where(result > _IMPOSSIBLE // 2, _IMPOSSIBLE, result)
+        line = costs[first] + slopes[first] * (here - first)
+        np.minimum(result[first:], least[: len(here)] + line, out=result[first:])
+    return np.minimum(result, _IMPOSSIBLE)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,6 @@ MEASURED = ("sensitivity",)
 GLOBAL = "global"
 #: Seeds are below this: with the number of the layer, one has to fit into 63 bits.
 SEEDS = 1 << 43
-#: More layers than any model has; a longer range is a typing error.
-_MOST_LAYERS = 100_000
-_WIDTHS_FORMS = (
-    'pass a JSON file such as {"0": 1200, "1": 900} or [1200, 900], or a CSV file with the '
-    "columns layer and width"
-)
 
 
 def exact(name: str, value: Number, example: str) -> Fraction:
@@ -81,12 +75,12 @@ def known_allocation(name: str, value: str) -> str:
 def criterion_names(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
     """Return the criteria that text such as ``maw+act`` names, each once."""
     written = value if isinstance(value, str) else "+".join(value)
-    names = filter(None, re.split(r"[+,;\s]+", written))
-    if not (found := tuple(dict.fromkeys(map(canonical_name, names)))):
+    names = re.findall(r"[^+,;\s]+", written)
+    if not names:
         raise ValueError(
             f"{name}={value} names no criterion: pass some such as {name}=maw+act."
         )
-    return found
+    return tuple(dict.fromkeys(map(canonical_name, names)))
 
 
 def layer_numbers(name: str, value: Layers) -> list[int]:
@@ -95,9 +89,10 @@ def layer_numbers(name: str, value: Layers) -> list[int]:
     text = ",".join(map(str, value)) if is_list else str(value)  # type: ignore[arg-type]
     numbers: list[int] = []
     for part in re.split(r"[,;+\s]+", text.strip().strip("[]()")):
-        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
+        # Five digits are more layers than any model has.
+        match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part)
         first, last = (match[1], match[2] or match[1]) if match else (1, 0)
-        if not 0 <= int(last) - int(first) < _MOST_LAYERS:
+        if int(last) < int(first):
             raise ValueError(
                 f"{name}={value} is no list of layers: write numbers and ranges such as 4-11, or "
                 "0+4-11 where a comma separates arguments."
@@ -110,13 +105,7 @@ def dropped_layers(name: str, value: Layers) -> int | tuple[int, ...]:
     """Return how many layers to drop, or their numbers where a list or a range names them."""
     if isinstance(value, int) or str(value).strip().isdecimal():
         return whole(name, str(value))
-    numbers = sorted(layer_numbers(name, value))
-    for number, following in pairwise(numbers):
-        if number == following:
-            raise ValueError(
-                f"{name}={value} names layer {number} twice: name each layer once."
-            )
-    return tuple(numbers)
+    return tuple(sorted({*layer_numbers(name, value)}))
 
 
 def written_layers(layers: Iterable[int]) -> str:
@@ -125,10 +114,7 @@ def written_layers(layers: Iterable[int]) -> str:
 
 
 def written_by_layer(values: Iterable[tuple[int, Any]]) -> str:
-    """Return what layers have, widths or criteria, by layer.
-
-    Args:
-        values: Pairs of a layer's number and what it has; None where only the layer is written.
+    """Return what layers have, such as widths, by layer; None writes the layers alone.
 
     Example:
         >>> written_by_layer([(0, 1200), (1, 900), (2, 900)])
@@ -150,97 +136,50 @@ def written_source(widths: Any) -> str:
     Example:
         >>> written_source("somewhere/a.json")
         'a.json'
-        >>> written_source({0: 1200, 1: 900, 2: 900})
-        '0:1200,1-2:900'
     """
     if isinstance(widths, (str, Path)):
         return Path(widths).name
     try:
         return written_by_layer(_by_layer(widths).items())
-    except ValueError:
+    except (TypeError, ValueError):
         return repr(widths)[:80]
 
 
 def read_widths(widths: Any) -> dict[int, int]:
-    """Return the kept width of each layer that `widths` names.
+    """Return the kept width of each layer that `widths` names, by ascending layer.
 
     Args:
-        widths: A file, or what such a file holds. JSON: an object
-            ``{"0": 1200, "1": 900}``, a list with one width per layer from 0 on, in which
-            null leaves a layer alone, or a list of objects
-            ``{"layer": 0, "width": 1200}``. CSV: the columns ``layer`` and ``width``,
-            named in the first line; others are passed over.
+        widths: A file, or what it holds. JSON: an object ``{"0": 1200, "1": 900}``, or a list with
+            one width per layer from 0 on, in which null leaves a layer alone. CSV: the columns
+            ``layer`` and ``width``.
 
     Raises:
-        ValueError: The file is missing or in no such form, a layer is named twice, or a
-            number is not whole.
+        ValueError: The file is missing or in no such form, or a number is not whole.
 
     Example:
         >>> read_widths([1200, None, 900])
         {0: 1200, 2: 900}
     """
+    content = widths
     try:
-        content = _content(widths) if isinstance(widths, (str, Path)) else widths
+        if isinstance(widths, (str, Path)):
+            text = Path(widths).read_text(encoding="utf-8-sig")
+            if text.lstrip()[:1] in ("{", "["):
+                content = json.loads(text)
+            else:
+                rows = csv.DictReader(text.splitlines(), skipinitialspace=True)
+                content = {row["layer"]: row["width"] for row in rows}
         return _by_layer(content)
-    except ValueError as error:
-        where = f"widths={written_source(widths)}"
-        raise ValueError(f"{where} {error}: {_WIDTHS_FORMS}.") from None
-
-
-def _content(file: str | Path) -> Any:
-    """Return what a file of widths holds, as JSON would have it."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be read ({error})") from None
-    if text.lstrip()[:1] in ("{", "["):
-        try:
-            return json.loads(text, object_pairs_hook=_without_repetition)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"is not JSON ({error})") from None
-    lines = [line for line in text.splitlines() if line.strip()]
-    rows = list(csv.DictReader(lines, skipinitialspace=True))
-    if not rows or not {"layer", "width"} <= rows[0].keys():
-        raise ValueError("holds no widths")
-    return rows
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = sorted(name for name, _ in pairs)
-    for name, following in pairwise(names):
-        if name == following:
-            raise ValueError(f"{name} stands in it twice")
-    return dict(pairs)
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f"widths={written_source(widths)} cannot be read ({error}): pass a JSON file such as "
+            '{"0": 1200, "1": 900} or [1200, 900], or a CSV file with the columns layer and width.'
+        ) from None
 
 
 def _by_layer(content: Any) -> dict[int, int]:
-    """Return widths by layer, in ascending order; errors go on where ``widths=FILE`` ends."""
-    if not hasattr(content, "__iter__"):
-        raise ValueError("names no widths")
-    is_map = isinstance(content, Mapping)
-    named = list(content.items() if is_map else enumerate(content))
-    if not is_map and any(isinstance(entry, Mapping) for _, entry in named):
-        for _, entry in named:
-            if not isinstance(entry, Mapping) or not {"layer", "width"} <= entry.keys():
-                raise ValueError(f"has an entry without layer or width, {entry!r}")
-        named = [(entry["layer"], entry["width"]) for _, entry in named]
-    found: dict[int, int] = {}
-    for name, value in named:
-        if value is None:
-            continue
-        layer = _digits(name)
-        if layer in found:
-            raise ValueError(f"names layer {layer} twice")
-        found[layer] = _digits(value)
+    pairs = content.items() if isinstance(content, Mapping) else enumerate(content)
+    found = {int(str(n)): int(str(each)) for n, each in pairs if each is not None}
     if not found:
-        raise ValueError("names no layer")
+        raise ValueError("it names no layer")
     return dict(sorted(found.items()))
-
-
-def _digits(value: Any) -> int:
-    text = str(value).strip()
-    if isinstance(value, bool) or not (text.isascii() and text.isdigit()):
-        raise ValueError(f"has {value!r} where a whole number of 0 or more belongs")
-    if len(text) > 9:
-        raise ValueError(f"has {text[:20]}, more than any model has")
-    return int(text)

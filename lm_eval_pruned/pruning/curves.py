@@ -26,17 +26,11 @@ class LayerCurve:
 
     Attributes:
         layer: Number of the layer, as ``layers=`` counts.
-        width_before: Its width in the unpruned model, in neurons. Where a layer has
-            several GLU-MLPs, that of its experts, to which sizes refer.
+        width_before: Its width in the unpruned model, in neurons; that of its experts if any.
         criterion: Canonical name of the criterion that chose the neurons.
         seed: Seed of the criterion ``random``; None for any other.
-        widths: Kept widths that were measured, in neurons, ascending, all of them below
-            `width_before`.
-        losses: Loss of the model with this layer cut to each of `widths`, in nats per
-            token, in the same order.
-
-    Raises:
-        ValueError: A loss is NaN or infinite.
+        widths: Kept widths that were measured, in neurons, ascending, below `width_before`.
+        losses: Loss of the model with this layer cut to each of `widths`, in nats per token.
     """
 
     layer: int
@@ -45,20 +39,6 @@ class LayerCurve:
     seed: int | None
     widths: tuple[int, ...]
     losses: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not all(map(math.isfinite, self.losses)):
-            raise ValueError(
-                f"The curve of layer {self.layer} by {self.name} has losses that are NaN or "
-                "infinite."
-            )
-
-    @property
-    def name(self) -> str:
-        """The criterion, with its seed where it has one: ``maw``, ``random:3``."""
-        return (
-            self.criterion if self.seed is None else f"{self.criterion}:{self.seed:d}"
-        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +56,7 @@ class Sensitivity:
         path: How the model was run; there is one way.
 
     Raises:
-        ValueError: The loss is NaN or infinite.
+        ValueError: A loss is NaN or infinite.
 
     Example:
         >>> curve = LayerCurve(0, 100, "maw", None, (50, 90), (4.0, 3.5))
@@ -99,25 +79,18 @@ class Sensitivity:
     path: str = "layer by layer"
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.loss):
+        losses = [self.loss, *(loss for curve in self.curves for loss in curve.losses)]
+        if not all(map(math.isfinite, losses)):
             raise ValueError(
-                f"The loss of the unpruned model, {self.loss}, is no finite number."
+                f"The loss of {self.model} on {self.file}, or with one layer cut, is NaN or "
+                "infinite: use another dtype, such as dtype=float32, or other text."
             )
 
     def curve(self, layer: int, criterion: str, seed: int | None = None) -> LayerCurve:
-        """Return the curve of a layer by a criterion; `seed` is for ``random`` alone.
-
-        Raises:
-            ValueError: It was not measured.
-        """
-        for curve in self.curves:
-            found = curve.layer, curve.criterion
-            if found == (layer, criterion) and curve.seed in (None, seed):
-                return curve
-        named = criterion if seed is None else f"{criterion} with seed {seed}"
-        raise ValueError(
-            f"The loss of {self.model} was not measured with layer {layer} cut by {named}."
-        )
+        """Return the curve of a layer by a criterion; `seed` is for ``random`` alone."""
+        by_name = {(c.layer, c.criterion, c.seed): c for c in self.curves}
+        alone = by_name.get((layer, criterion, None))
+        return alone or by_name[layer, criterion, seed]
 
     def rises(self, curve: LayerCurve) -> tuple[float, ...]:
         """Return by how much the loss is above the unpruned model's at each width of `curve`."""
@@ -126,40 +99,29 @@ class Sensitivity:
     def as_csv(self) -> str:
         """Return one row for each point of each curve, as CSV with a header."""
         columns = ("layer", "width", "criterion", "seed", "loss", "rise")
-        rows = [
+        rows = (
             (curve.layer, width, curve.criterion, curve.seed, loss, loss - self.loss)
             for curve in self.curves
             for width, loss in zip(curve.widths, curve.losses, strict=True)
-        ]
-        return csv_table(
-            columns, [dict(zip(columns, row, strict=True)) for row in rows]
         )
+        return csv_table(columns, (dict(zip(columns, r, strict=True)) for r in rows))
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a file holds (JSON types only)."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     def write(self, file: str | Path) -> None:
-        """Write the curves to a JSON file, whole or not at all.
-
-        Raises:
-            OSError: It cannot be written.
-        """
+        """Write the curves to a JSON file, whole or not at all."""
         text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
         write_atomically(file, text + "\n")
 
 
 def read_sensitivity(file: str | Path) -> Sensitivity:
-    """Read what `Sensitivity.write` wrote.
-
-    Raises:
-        ValueError: The file is missing or damaged, or holds something else.
-    """
+    """Read what `Sensitivity.write` wrote; raise ValueError where it is missing or damaged."""
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
-        said = found.pop("format"), found.pop("version")
-        if said != (FORMAT, VERSION):
-            raise ValueError(f"its format is {said}, not {(FORMAT, VERSION)}")
+        if (found.pop("format"), found.pop("version")) != (FORMAT, VERSION):
+            raise ValueError(f"it is no file of {FORMAT}, version {VERSION}")
         for each in found["curves"]:
             each |= {name: tuple(each[name]) for name in ("widths", "losses")}
         found["curves"] = tuple(LayerCurve(**each) for each in found["curves"])

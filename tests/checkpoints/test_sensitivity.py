@@ -94,17 +94,17 @@ def loss_by_hand(folder, length=128, **asked) -> float:
     return float(torch.cat(losses).double().mean())
 
 
-def measured(folder, text, **asked):
-    return measure_sensitivity(request_of(folder), text, samples=3, **asked)
+def measured(folder, text, criteria=("maw",), **asked):
+    return measure_sensitivity(request_of(folder), text, criteria=criteria, **asked)
 
 
 @pytest.mark.parametrize("family", [*PLAIN, *EXPERTS, "gemma3n_text"])
 def test_a_curve_holds_the_losses_of_models_cut_in_one_layer(family, tmp_path, text):
     folder = saved(tmp_path / "model", family)
-    found = measured(folder, text, removed=(25, 50))
+    found = measured(folder, text, prune_percents=(25, 50))
     assert found.loss == pytest.approx(loss_by_hand(folder), **ROUNDING)
     for curve in found.curves:
-        assert curve.name == "maw" and len(curve.widths) == 2
+        assert curve.criterion == "maw" and len(curve.widths) == 2
         for percent, loss in zip((50, 25), curve.losses, strict=True):
             expected = loss_by_hand(folder, prune_percent=percent, layers=curve.layer)
             assert loss == pytest.approx(expected, **ROUNDING)
@@ -116,8 +116,9 @@ def test_every_criterion_has_curves_and_random_one_for_each_seed(
     found = measured(
         tiny_llama, text, criteria=("act", "random", "maw_act", "l2"), seeds=(0, 5)
     )
-    names = [*dict.fromkeys(curve.name for curve in found.curves)]
-    assert names == ["act", "random:0", "random:5", "maw_act", "l2"]
+    names = [*dict.fromkeys((curve.criterion, curve.seed) for curve in found.curves)]
+    alone = [("maw_act", None), ("l2", None)]
+    assert names == [("act", None), ("random", 0), ("random", 5), *alone]
     assert len(found.curves) == 3 * 5
     for curve in found.curves:
         asked = {"criterion": curve.criterion, "layers": curve.layer}
@@ -189,7 +190,7 @@ def test_curves_do_not_depend_on_what_else_is_measured(tiny_llama, text, cache):
     assert alone.loss == both.loss
 
 
-@pytest.mark.parametrize("change", ["weights", "text", "length", "removed", "damage"])
+@pytest.mark.parametrize("change", ["weights", "text", "length", "widths", "damage"])
 def test_other_curves_are_measured_anew(change, tmp_path, text, cache):
     folder = checkpoints.save_tiny(tmp_path / "model")
     first = measured(folder, text)
@@ -201,9 +202,9 @@ def test_other_curves_are_measured_anew(change, tmp_path, text, cache):
         with open(text, "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": each}) + "\n" for each in texts)
     elif change == "length":
-        asked["length"] = 5
-    elif change == "removed":
-        asked["removed"] = (10, 25)
+        asked["calibration_tokens"] = 5
+    elif change == "widths":
+        asked["prune_percents"] = (10, 25)
     else:
         for file in cache.iterdir():
             file.write_text("{")
@@ -215,11 +216,15 @@ def test_other_curves_are_measured_anew(change, tmp_path, text, cache):
     ("asked", "says"),
     [
         ({"criteria": ()}, "nothing to measure"),
-        ({"removed": ()}, "nothing to measure"),
-        ({"length": 1}, "nothing to measure"),
-        ({"removed": (0,)}, r"removed=0 is outside"),
-        ({"removed": (100,)}, r"removed=100 is outside"),
+        ({"prune_percents": ()}, "nothing to measure"),
+        ({"prune_percents": (0, 25)}, "prune_percents=0 25 .* nothing to measure"),
+        ({"prune_percents": (100,)}, "prune_percents=100 .* nothing to measure"),
+        ({"prune_percents": ("much",)}, "prune_percents=much is not a finite number"),
+        ({"calibration_tokens": 1}, "calibration_tokens=1 leave nothing to measure"),
+        ({"calibration_samples": 9}, "holds 3 texts, but 9 were asked for"),
         ({"criteria": ("nonsense",)}, "criterion=nonsense is unknown"),
+        ({"seeds": (1,)}, "only the criterion random has any"),
+        ({"criteria": ("random",), "seeds": (-1,)}, "seeds=-1 is not a whole number"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(asked, says, tiny_llama, text):
@@ -241,7 +246,7 @@ def test_an_encoder_is_refused(tmp_path, text):
         AutoModelForSeq2SeqLM, str(folder), PruneArguments(), {}
     )
     with pytest.raises(UnsupportedModelError, match="encoder"):
-        measure_sensitivity(request, text, samples=3)
+        measure_sensitivity(request, text)
 
 
 def test_a_cache_that_cannot_be_written_is_said(tiny_llama, text, tmp_path, caplog):
@@ -275,12 +280,12 @@ def test_the_work_is_what_the_documentation_says(tmp_path, text, token_layers, l
     small = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": layers}
     folder = checkpoints.save_tiny(tmp_path / "model", **small)
     tokens = [len(checkpoints.byte_tokenizer()(each)["input_ids"]) for each in TEXTS]
-    found = measured(folder, text, removed=REMOVED)
+    found = measured(folder, text, prune_percents=REMOVED)
     assert found.tokens == sum(tokens)
     assert {len(curve.widths) for curve in found.curves} == {len(REMOVED)}
     assert token_layers[0] == sum(tokens) * passes(layers, len(REMOVED))
     token_layers[0] = 0
-    measured(folder, text, removed=REMOVED)
+    measured(folder, text, prune_percents=REMOVED)
     assert token_layers[0] == 0
 
 
@@ -288,12 +293,7 @@ def test_a_criterion_more_costs_a_pass_over_the_variants_more(
     tiny_llama, text, token_layers
 ):
     tokens = [len(checkpoints.byte_tokenizer()(each)["input_ids"]) for each in TEXTS]
-    measured(tiny_llama, text, criteria=("maw", "l2", "act"), removed=REMOVED)
+    measured(tiny_llama, text, criteria=("maw", "l2", "act"), prune_percents=REMOVED)
     # Activations are those of the unpruned model, in one pass for all criteria.
     observed = 3 * sum(tokens)
     assert token_layers[0] == 3 * sum(tokens) * passes(3, len(REMOVED)) + observed
-
-
-def test_a_model_of_thirty_layers_at_four_widths_takes_63_forward_passes():
-    assert len(REMOVED) == 4
-    assert passes(30, 4) == 63 * 30

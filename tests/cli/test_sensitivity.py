@@ -6,6 +6,7 @@ import json
 import pytest
 
 from lm_eval_pruned import cli
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.curves import read_sensitivity
 
 
@@ -41,9 +42,9 @@ def measured(tiny_llama, text, tmp_path_factory):
 
 def test_every_layer_has_a_curve_by_every_criterion_and_seed(measured):
     found = read_sensitivity(measured / "sensitivity.json")
-    names = {(curve.layer, curve.name) for curve in found.curves}
-    ranked = ("maw", "act", "random:0", "random:5")
-    assert names == {(layer, name) for layer in range(3) for name in ranked}
+    names = {(curve.layer, curve.criterion, curve.seed) for curve in found.curves}
+    ranked = (("maw", None), ("act", None), ("random", 0), ("random", 5))
+    assert names == {(layer, *way) for layer in range(3) for way in ranked}
     assert (found.file, found.texts) == ("text.jsonl", len(TEXTS))
 
 
@@ -82,11 +83,8 @@ def test_the_same_command_prints_the_same(tiny_llama, text, capsys):
     [
         (["--criteria", "nonsense"], "criterion=nonsense is unknown"),
         (["--criteria", "maw", "--seeds", "1"], "only the criterion random has any"),
-        (["--prune_percents", "100"], "prune_percents has 100, which removes all"),
-        (["--prune_percents", "much"], "prune_percents=much is not a finite number"),
-        (["--seeds", "-1"], "seeds=-1 is not a whole number"),
+        (["--prune_percents", "100"], "prune_percents=100 and"),
         (["--calibration_samples", "9"], "holds 2 texts, but 9 were asked for"),
-        (["--calibration_tokens", "1"], "calibration_tokens=1 leaves nothing"),
         (
             ["--calibration", "nowhere.jsonl"],
             "calibration=nowhere.jsonl cannot be read",
@@ -95,13 +93,10 @@ def test_the_same_command_prints_the_same(tiny_llama, text, capsys):
     ],
 )
 def test_what_is_refused_before_a_weight_is_read(
-    words, message, text, monkeypatch, capsys
+    words, message, text, tiny_llama, monkeypatch, capsys
 ):
-    monkeypatch.setattr(
-        "lm_eval_pruned.checkpoints.sensitivity.measure_sensitivity",
-        lambda *arguments, **named: pytest.fail("something was measured"),
-    )
-    command = ["sensitivity", "--model_args", "pretrained=x"]
+    monkeypatch.setattr(LoadRequest, "load", None)
+    command = ["sensitivity", "--model_args", f"pretrained={tiny_llama}"]
     command += ["--calibration", str(text), *words]
     assert cli.main(command) == 2
     assert message in capsys.readouterr().err

@@ -77,12 +77,6 @@ def test_no_allocation_costs_less(curves, data, min_width, multiple_of):
     assert widths == max(best, key=lambda each: each[::-1])
 
 
-@given(curves_of_any_shape, st.data())
-def test_the_budget_is_met_exactly(curves, data):
-    neurons = data.draw(st.integers(len(curves), sum(map(full, curves))))
-    assert sum(allocate(curves, neurons)) == neurons
-
-
 @given(st.data(), st.integers(1, 4), st.integers(1, 9))
 def test_the_budget_of_a_uniform_cut_is_met_exactly(data, multiple_of, layers):
     """Whatever is asked for, the neurons are those of the uniform cut."""
@@ -114,23 +108,6 @@ def test_permuting_layers_permutes_the_result(curves, data):
     every = allowed(curves, neurons, 1, 1)
     assume(sum(total(curves, each) == least for each in every) == 1)
     assert permuted == tuple(allocate(curves, neurons)[n] for n in order)
-
-
-@given(convex_curves, st.integers(1, 7))
-def test_a_layer_whose_curve_is_flat_gives_first(curves, width):
-    curves = [each + np.arange(len(each)) for each in curves]
-    flat = np.zeros(width + 1, dtype=np.int64)
-    everything = sum(map(full, curves)) + width
-    for given_up in range(width):
-        *others, left = allocate([*curves, flat], everything - given_up)
-        assert left == width - given_up
-        assert others == [full(c) for c in curves]
-
-
-def test_equal_curves_give_in_the_order_of_the_layers():
-    curves = [np.arange(5, dtype=np.int64)] * 3
-    assert allocate(curves, 9) == (1, 4, 4)
-    assert allocate(curves, 6) == (1, 1, 4)
 
 
 def test_a_layer_that_is_spoilt_by_the_first_cut_is_given_up_or_left_alone():

@@ -78,9 +78,7 @@ def test_curves_are_measured_each_time(install, tiny_llama, tmp_path, monkeypatc
 
     def losses():
         sys.modules.pop("user_criteria", None)
-        found = measure_sensitivity(
-            request_of(tiny_llama), str(text), criteria=("f",), samples=1
-        )
+        found = measure_sensitivity(request_of(tiny_llama), str(text), criteria=("f",))
         return [curve.losses for curve in found.curves]
 
     code = "def f(gate, up):\n    return gate.abs().sum(1)\n"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import dataclasses
 import json
 import subprocess
 import sys
@@ -40,21 +39,10 @@ def test_a_curve_is_found_by_layer_criterion_and_seed():
     assert found.curve(0, "random", 1).losses == (3.7, 3.55)
 
 
-def test_rises_may_be_negative():
-    found = curves()
-    assert found.rises(found.curve(2, "maw")) == pytest.approx((-0.1,))
-
-
-def test_what_was_not_measured_is_named():
-    with pytest.raises(ValueError, match=r"layer 1 cut by maw\."):
-        curves().curve(1, "maw")
-    with pytest.raises(ValueError, match="random with seed 7"):
-        curves().curve(0, "random", 7)
-
-
 def test_losses_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="layer 0 by maw has losses that are NaN"):
-        LayerCurve(0, 88, "maw", None, (10,), (float("nan"),))
+    curve = LayerCurve(0, 88, "maw", None, (10,), (float("nan"),))
+    with pytest.raises(ValueError, match="with one layer cut, is NaN"):
+        dataclasses.replace(curves(), curves=(curve,))
 
 
 def test_a_file_gives_back_what_was_written(tmp_path):
@@ -64,37 +52,13 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     assert [each.name for each in file.parent.iterdir()] == ["curves.json"]
 
 
-def test_csv_has_a_row_for_each_point():
-    rows = list(csv.DictReader(io.StringIO(curves().as_csv())))
-    assert len(rows) == 7
-    assert rows[2] == {
-        "layer": "0",
-        "width": "44",
-        "criterion": "random",
-        "seed": "0",
-        "loss": "3.75",
-        "rise": str(3.75 - 3.2),
-    }
-    assert rows[0]["seed"] == ""
-
-
 def _edited(**changes):
     return json.dumps(curves().as_dict() | changes)
 
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "",
-        "[]",
-        "{}",
-        _edited(format="x"),
-        _edited(version=2),
-        _edited(curves=[1]),
-        _edited(curves=[{"layer": 0}]),
-        _edited(loss="3"),
-        _edited(loss=float("inf")),
-    ],
+    ["", "[]", "{}", _edited(version=2), _edited(curves=[1]), _edited(loss="3")],
 )
 def test_a_file_that_holds_no_curves_is_refused_in_one_sentence(tmp_path, content):
     file = tmp_path / "curves.json"
@@ -103,11 +67,6 @@ def test_a_file_that_holds_no_curves_is_refused_in_one_sentence(tmp_path, conten
         read_sensitivity(file)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_sensitivity(tmp_path / "none.json")
 
 
 def test_reading_curves_imports_no_torch():

@@ -292,8 +292,6 @@ def test_counts_and_lists_of_layers(asked, dropped, checkpoint):
             {"drop_layers": "3+5"},
             r"names layer 5, but the layers of this model are 0-4",
         ),
-        ({"drop_layers": "3+3"}, "drop_layers=3[+]3 names layer 3 twice"),
-        ({"drop_layers": "1-3+2"}, "names layer 2 twice"),
         ({"drop_layers": 0}, "drop_layers=0 is not a whole number of 1 or more"),
         ({"drop_layers": -1}, "drop_layers=-1 is not a whole number"),
         ({"drop_layers": "x"}, "drop_layers=x is no list of layers"),

@@ -230,7 +230,6 @@ def layers_of(available=range(6), **arguments):
         ("(1)", (1,)),
         ([4, "0-1"], (0, 1, 4)),
         ("1,1-2,2", (1, 2)),
-        ("000005", (5,)),
     ],
 )
 def test_layers_are_written_as_numbers_and_ranges(written, layers):
