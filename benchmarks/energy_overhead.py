@@ -15,6 +15,7 @@ hardware is printed apart: it happens while the model loads.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 
 import numpy as np
@@ -23,7 +24,7 @@ from scipy import stats
 
 from lm_eval_pruned.energy.meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor
-from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog, as_table
+from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.profiling.prompts import demo_prompts
 
@@ -122,7 +123,7 @@ def main() -> None:
         f"{100 * (background + (3 * window + start) / 60):.3f} % of a run of a minute with all "
         "three request types"
     )
-    print(as_table(log.finish()))
+    print(json.dumps(log.finish(), indent=2))
 
 
 if __name__ == "__main__":

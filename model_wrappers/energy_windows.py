@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,7 +15,6 @@ from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.energy.readings import EnergyReading, add_up, ratio
 from lm_eval_pruned.model_wrappers.batching.flags import check_flag
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
-from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -111,18 +111,11 @@ class EnergyLog:
         self._is_over = False
         self._machines = 1
         self._left_open: set[Key] = set()
-        self._notes: list[str] = []
 
     def begin_if_over(self) -> None:
         """Forget an evaluation that `finish` ended: a model may be evaluated many times."""
         if self._is_over:
             self.begin()
-
-    def note(self, text: str) -> None:
-        """Add a sentence to the block, once, and to the log."""
-        if text not in self._notes:
-            self._notes.append(text)
-            eval_logger.warning("Energy: %s.", text)
 
     def count_cached(self, answers: int) -> None:
         """Count answers that cost this evaluation nothing."""
@@ -202,12 +195,12 @@ class EnergyLog:
         total = Usage.sum(types or [Usage(reading=EnergyReading(0.0))])
         readings = [each.reading or EnergyReading(None) for each in (total, *types)]
         readings += [idle] if idle else []
-        whole = all(reading.joules.total is not None for reading in readings)
-        status = "ok" if whole and not self.monitor.failures else "partial"
+        noted = [note for reading in readings for note in reading.notes]
+        failed = self.monitor.failures or None in [r.joules.total for r in readings]
         meter = self.monitor.describe()
         block: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
-            "status": status if meter else "not measured",
+            "status": ("partial" if failed else "ok") if meter else "not measured",
             **dict.fromkeys(each.name for each in fields(MeterDescription)),
             **(asdict(meter) if meter else {}),
             "machines": self._machines,
@@ -217,43 +210,17 @@ class EnergyLog:
             "request_types": {},
             # Only a part of this energy was spent on generating.
             "total": {**total.as_dict(), "joules_per_generated_token": None},
+            "notes": list(dict.fromkeys([*self.monitor.failures, *noted])),
         }
         block["meter"] = block.pop("name")
-        for (section, *names, request_type), usage in windows.items():
+        for (section, *names), usage in windows.items():
             place = block.setdefault(section, {})
-            for name in names:
+            for name in names[:-1]:
                 place = place.setdefault(name, {})
-            record = usage.as_dict()
-            if section == "set_up":
-                record = (usage.reading or EnergyReading(None)).as_dict()
-            place[request_type] = record
-            if (record.get("net_joules", {}).get("total") or 0) < 0:
-                self.note(
-                    f"net energy of {request_type} is negative: the machine drew more while it "
-                    "was measured as idle, so that reading is no baseline"
-                )
-        noted = [note for reading in readings for note in reading.notes]
-        notes = [*self.monitor.failures, *self._notes, *noted]
-        return {**block, "notes": list(dict.fromkeys(notes))}
-
-
-def as_table(block: dict[str, Any]) -> str:
-    """Return the records of the block as a Markdown table; ``n/m`` is not measured."""
-    columns = ["requests", "processed_tokens", "generated_tokens", "seconds"]
-    columns += [
-        "mean_watts",
-        *(f"joules_per_{w}_token" for w in ("processed", "generated")),
-    ]
-    rows = []
-    for name, record in {**block["request_types"], "total": block["total"]}.items():
-        figures = [record["joules"]["total"], *(record[key] for key in columns)]
-        cells = ("n/m" if each is None else f"{each:,.6g}" for each in figures)
-        rows.append([name, *cells])
-    lines = [markdown_table(["", "joules", *columns], rows)]
-    for name, source in (block["sources"] or {}).items():
-        lines.append(f"{name.upper()}: {source['kind']}, {source['description']}.")
-    lines.append(f"{block['cached_answers']:,} answers came from a cache, for nothing.")
-    return "\n".join(lines)
+            reading = usage.reading or EnergyReading(None)
+            record = reading if section == "set_up" else usage
+            place[names[-1]] = record.as_dict()
+        return block
 
 
 def _add(windows: dict[Key, Usage], key: Key, usage: Usage) -> None:
@@ -279,7 +246,6 @@ class EnergyWindows(_Neighbour):
         energy_per_task: bool = False,
         energy_idle_seconds: float = 0,
         energy_country: str | None = None,
-        energy_online: bool = False,
         **kwargs: Any,
     ) -> None:
         """A model with energy readings under ``config.energy`` of the results file.
@@ -292,7 +258,6 @@ class EnergyWindows(_Neighbour):
                 for so many seconds, and report net energy beside gross.
             energy_country: ISO 3166 alpha-3 code of the country whose carbon intensity
                 turns energy into emissions. Without it there are no emissions.
-            energy_online: Let codecarbon ask the network for the country instead.
             **kwargs: Everything the model takes.
 
         Raises:
@@ -300,21 +265,14 @@ class EnergyWindows(_Neighbour):
         """
         check_flag("energy", energy)
         check_flag("energy_per_task", energy_per_task)
-        check_flag("energy_online", energy_online)
         is_a_number = type(energy_idle_seconds) in (int, float)
         if not is_a_number or not 0 <= energy_idle_seconds < float("inf"):
             raise ValueError(
                 f"energy_idle_seconds={energy_idle_seconds} is no time to wait: pass a number "
                 "of seconds, such as 10, or 0."
             )
-        if energy_country is not None and energy_online:
-            raise ValueError(
-                f"energy_country={energy_country} and energy_online={energy_online} both say "
-                "where the machine is: pass one."
-            )
         needs_energy = {
             "energy_per_task": energy_per_task,
-            "energy_online": energy_online,
             "energy_idle_seconds": energy_idle_seconds,
             "energy_country": energy_country,
         }
@@ -329,7 +287,7 @@ class EnergyWindows(_Neighbour):
             country = None if energy_country is None else check_country(energy_country)
             monitor = None
             if meters_the_machine():
-                monitor = EnergyMonitor(CodecarbonMeter(country, energy_online))
+                monitor = EnergyMonitor(CodecarbonMeter(country))
                 monitor.start_in_background()
             self._energy = EnergyLog(monitor, energy_idle_seconds)
         self._energy_per_task = energy_per_task
@@ -337,8 +295,8 @@ class EnergyWindows(_Neighbour):
         self._warmed_up = False
         super().__init__(*args, **kwargs)
 
-    def _meters(self, energy: EnergyLog) -> None:
-        """Tell `energy` what the model runs on, before its first window."""
+    def _runs_on_gpu(self) -> bool:
+        """Whether energy without that of the GPU would be no total."""
         raise NotImplementedError
 
     def _first_pass(self) -> None:
@@ -388,11 +346,11 @@ class EnergyWindows(_Neighbour):
             self._energy.begin()
 
     def energy_info(self) -> dict[str, Any]:
-        """Return the block ``energy`` of the results, if it is on."""
+        """Return the block ``energy`` of the results, if it is on, and log its total."""
         if self._energy is None:
             return {}
         block = self._energy.finish()
-        eval_logger.info("Energy:\n%s", as_table(block))
+        eval_logger.info("Energy of all requests: %s", json.dumps(block["total"]))
         return {"energy": block}
 
     def _measured(self, request_type: str, requests: list, disable_tqdm: bool) -> list:
@@ -401,7 +359,8 @@ class EnergyWindows(_Neighbour):
         if energy is None:
             return answer(requests)
         energy.begin_if_over()
-        self._meters(energy)
+        if self._runs_on_gpu():
+            energy.monitor.required.add("gpu")
         energy.measure_idle()
         self._request_type = request_type
         if not self._warmed_up:
@@ -411,23 +370,17 @@ class EnergyWindows(_Neighbour):
         several, count = self.world_size > 1, len(requests)
         key = ("request_types", request_type)
         with energy.window(*key, lm=self, requests=count, left_open=several):
-            if not self._energy_per_task:
+            # Processes may hold requests of different tasks, and rolling requests wait for each
+            # other.
+            if several or not self._energy_per_task:
                 return answer(requests)
-            if several:
-                # Processes may hold requests of different tasks, and rolling requests wait
-                # for each other.
-                energy.note(
-                    "energy per task is not measured in runs of several processes"
-                )
-                return answer(requests)
+            tasks: dict[str, dict[int, Any]] = {}
+            for number, request in enumerate(requests):
+                tasks.setdefault(str(request.task_name), {})[number] = request
             answers: dict[int, Any] = {}
-            for task in dict.fromkeys(str(request.task_name) for request in requests):
-                part = {
-                    n: r for n, r in enumerate(requests) if str(r.task_name) == task
-                }
-                with energy.window(
-                    "tasks", task, request_type, lm=self, requests=len(part)
-                ):
+            for task, part in tasks.items():
+                names = ("tasks", task, request_type)
+                with energy.window(*names, lm=self, requests=len(part)):
                     answers |= zip(part, answer([*part.values()]), strict=True)
             return [answers[number] for number in range(count)]
 

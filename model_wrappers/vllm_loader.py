@@ -25,12 +25,12 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 
-from lm_eval_pruned.checkpoints.engines import (
+from lm_eval_pruned.checkpoints.load import (
+    Stored,
     check_buildable,
     divide_among,
     tensors_of,
 )
-from lm_eval_pruned.checkpoints.load import Stored
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.config_widths import copy_layers

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.checkpoints.damage import check_config
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
     NEURON_AXIS,
@@ -43,8 +42,6 @@ READING = (*HUB, "gguf_file", "trust_remote_code", "use_safetensors", "variant")
 PLACING = re.compile(
     r"device_map|max_memory|tp_(plan|size)|distributed_config|offload_\w+|quantization_config|dtype"
 )
-#: Those that make it one of few bits.
-QUANTISING = ("load_in_8bit", "load_in_4bit")
 #: Arguments of `transformers.BitsAndBytesConfig`, which lm-evaluation-harness passes on as they are.
 _BITSANDBYTES = re.compile(r"load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+")
 
@@ -67,7 +64,7 @@ def skeleton(
 
 def quantising_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Return the names of the arguments that quantise the model while it loads."""
-    names = ("quantization_config", *QUANTISING)
+    names = ("quantization_config", "load_in_8bit", "load_in_4bit")
     return [name for name in arguments if name in names and arguments[name]]
 
 
@@ -112,8 +109,6 @@ def config_and_rest(
     # AutoConfig would take the dtype for a setting.
     placing = {name: given.pop(name) for name in list(given) if PLACING.fullmatch(name)}
     kept = {name: given[name] for name in READING if name in given}
-    if given.get("gguf_file") is None:
-        check_config(pretrained, given)
     config, unused = AutoConfig.from_pretrained(
         pretrained, return_unused_kwargs=True, **given
     )
@@ -165,8 +160,7 @@ def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
                 whole = mlp.weight(*place)
                 shape = list(whole.shape)
                 shape[_neuron_axis(place)] = widths[mlp.name]
-                key = (mlp.name, *place)
-                pieces[key] = whole.new_empty(shape)
+                pieces[mlp.name, *place] = whole.new_empty(shape)
         resize(odd, pieces)
 
     # transformers asks for the name of the class.
@@ -224,11 +218,10 @@ def _neuron_axis(place: tuple[str, str]) -> int:
 
 def _width(mlp: GluMlp, place: tuple[str, str], shape: Sequence[int]) -> int | None:
     """Return the neurons in a parameter of `shape`; None where it does not hold `place`."""
-    axis = _neuron_axis(place)
     try:
         whole = torch.empty(list(shape), device="meta")
         cut = list(mlp.regions[place].view(whole).shape)
-        width = cut.pop(axis)
+        width = cut.pop(_neuron_axis(place))
     except (IndexError, RuntimeError):
         return None
     return width if width and cut in ([], [mlp.hidden_size]) else None

@@ -11,8 +11,6 @@ from peft import (
     LoHaConfig,
     LoraConfig,
     PeftModel,
-    PromptTuningConfig,
-    TaskType,
     get_peft_model,
 )
 from transformers import AutoModelForCausalLM
@@ -212,14 +210,6 @@ def test_an_adapter_whose_weights_are_missing_or_damaged(
         with pytest.raises(ValueError, match=f"peft={adapter} is no adapter"):
             hf_model(tiny_llama, ratio=2, peft=adapter)
         file.unlink(missing_ok=True)
-
-
-def test_adapters_that_cannot_be_merged(tiny_llama, tmp_path):
-    base = checkpoints.tiny_model(checkpoints.tiny_config())
-    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
-    adapter = save_adapter(tmp_path / "adapter", base, config)
-    with pytest.raises(ValueError, match="is of the kind PROMPT_TUNING, which cannot"):
-        hf_model(tiny_llama, ratio=2, peft=adapter, peft_stage="before")
 
 
 def test_quantising_before_the_merge_is_refused(tiny_llama, tmp_path, weights_unread):
