@@ -95,8 +95,7 @@ class EnergyLog:
     ) -> None:
         self.monitor = monitor or EnergyMonitor(None)
         self._meters = monitor is not None
-        self._idle_seconds = idle_seconds
-        self._sleep = sleep
+        self._idle_seconds, self._sleep = idle_seconds, sleep
         self._idle: EnergyReading | None = None
         # What this process used since it last met the others, and what all used before.
         self._own: dict[Key, Usage] = {}
@@ -144,8 +143,8 @@ class EnergyLog:
 
         Args:
             *key: Section of the block, and the names within it.
-            lm: The model, whose ``token_counts`` rise.
-            requests: How many requests reach it.
+            lm: The model, whose ``token_counts`` rise, and to which `requests` are sent.
+            requests: How many.
             apart: The windows around this one leave out its energy.
             left_open: It ends with the next `take`, or goes on with the next window of this key.
         """
@@ -213,13 +212,12 @@ class EnergyLog:
             "notes": list(dict.fromkeys([*self.monitor.failures, *noted])),
         }
         block["meter"] = block.pop("name")
-        for (section, *names), usage in windows.items():
+        for (section, *names, last), usage in windows.items():
             place = block.setdefault(section, {})
-            for name in names[:-1]:
+            for name in names:
                 place = place.setdefault(name, {})
             reading = usage.reading or EnergyReading(None)
-            record = reading if section == "set_up" else usage
-            place[names[-1]] = record.as_dict()
+            place[last] = (reading if section == "set_up" else usage).as_dict()
         return block
 
 
@@ -265,8 +263,8 @@ class EnergyWindows(_Neighbour):
         """
         check_flag("energy", energy)
         check_flag("energy_per_task", energy_per_task)
-        is_a_number = type(energy_idle_seconds) in (int, float)
-        if not is_a_number or not 0 <= energy_idle_seconds < float("inf"):
+        wait = energy_idle_seconds
+        if type(wait) not in (int, float) or not 0 <= wait < float("inf"):
             raise ValueError(
                 f"energy_idle_seconds={energy_idle_seconds} is no time to wait: pass a number "
                 "of seconds, such as 10, or 0."

@@ -58,11 +58,6 @@ eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 
 #: Lets the processes of the engine say what they kept.
 _EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
-#: Arguments of vLLM that would take pruning from the loader's hands, and why.
-_REFUSED = {
-    "load_format": "the weights are read by the loader that prunes",
-    "gguf_file": "the blocks of a GGUF file cannot be sliced",
-}
 #: How many seconds the exit waits for the thread that takes the answers of an engine.
 _PATIENCE = 30
 
@@ -96,7 +91,11 @@ class PrunedVLLM(EnergyWindows, VLLM):
         with argument_errors():
             asked = PruneArguments.taken_from(kwargs)
             check_arguments(type(self), {**kwargs, "pretrained": pretrained})
-            _refuse_other_loaders(kwargs)
+            if (other := kwargs.get("load_format")) not in (None, LOAD_FORMAT):
+                raise ValueError(
+                    f"load_format={other} cannot be combined with pruning while vLLM loads: leave "
+                    "it out, or use --model vllm."
+                )
         pretrained = given_or_default(pretrained)
         request = engine_request(
             pretrained,
@@ -109,10 +108,9 @@ class PrunedVLLM(EnergyWindows, VLLM):
         adapter = kwargs.get("lora_local_path")
         if adapter is not None:
             check_adapter(adapter, request, "after", argument="lora_local_path")
-        self._adapted = adapted_modules(adapter)
-        if self._adapted:
             # vLLM else prepares the head as well, whose code for CPUs cannot score prompts.
-            kwargs.setdefault("lora_target_modules", sorted(self._adapted))
+            if adapted := adapted_modules(adapter):
+                kwargs.setdefault("lora_target_modules", sorted(adapted))
         given = vars(request.prune_arguments).items()
         loader = dict(kwargs.pop("model_loader_extra_config", None) or {})
         loader |= {name: v for name, v in given if v != DECLARED[name].default}
@@ -147,21 +145,10 @@ class PrunedVLLM(EnergyWindows, VLLM):
             return self.model.collective_rpc("pruned_record")[0]
         # Which neurons were kept is not known here.
         record = PruneRecord.of(request.plan, request.widths, None)
-        told = {"record": record.as_dict(), "table": record.as_table()}
+        told: dict[str, Any] = {"record": record.as_dict(), "table": record.as_table()}
         if silent and request.plan.prunes:
             told["record"]["notes"] = [f"kept_digest is null: {silent}"]
         return told
-
-    def _measured(self, request_type: str, *args: Any) -> list:
-        if request_type != "generate_until" and "lm_head" in self._adapted:
-            from vllm.platforms import current_platform
-
-            if current_platform.is_cpu():
-                raise ValueError(
-                    "lora_local_path adapts lm_head, and vLLM has no log-probabilities of prompts "
-                    "with that on a CPU: use --model pruned-hf with peft, or tasks that generate."
-                )
-        return super()._measured(request_type, *args)
 
     def _runs_on_gpu(self) -> bool:
         from vllm.platforms import current_platform
@@ -217,16 +204,6 @@ class PrunedVLLM(EnergyWindows, VLLM):
             "pruning": self._pruning,
             **self.energy_info(),
         }
-
-
-def _refuse_other_loaders(arguments: dict[str, Any]) -> None:
-    for name, why in _REFUSED.items():
-        value = arguments.get(name)
-        if value is not None and (name, value) != ("load_format", LOAD_FORMAT):
-            raise ValueError(
-                f"{name}={value} cannot be combined with pruning while vLLM loads, because {why}: "
-                "leave it out, or use --model vllm."
-            )
 
 
 def _end_with(client: Any) -> None:

@@ -33,16 +33,12 @@ def check_adapter(
     revision: str | None = None,
     argument: str = "peft",
 ) -> None:
-    """Refuse an adapter whose tensors do not fit the MLPs.
-
-    Adapters of any method are checked, by building the adapted model without weights
-    and comparing shapes.
+    """Refuse an adapter of any method whose tensors do not fit the MLPs.
 
     Args:
         adapter: Folder or Hub name of the adapter.
         request: The model and its pruning.
-        stage: ``after``: the adapter is applied to the pruned model; ``before``: to
-            the full one.
+        stage: One of `STAGES`.
         revision: Revision of the adapter on the Hub.
         argument: What named the adapter, for messages.
 
@@ -98,12 +94,7 @@ def check_adapter(
 def adapted_shapes(
     request: LoadRequest, narrowed: PretrainedConfig, config: PeftConfig
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that an adapter would have, were it trained on this model.
-
-    Args:
-        request: The model.
-        narrowed: Its config as it is when the adapter is applied.
-        config: The adapter.
+    """Return the shapes that an adapter would have, were it trained on a model of this config.
 
     Raises:
         ValueError: The model has no modules such as the adapter names.
@@ -119,11 +110,11 @@ def adapted_shapes(
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def adapted_modules(adapter: str | None) -> set[str]:
+def adapted_modules(adapter: str) -> set[str]:
     """Return the last names of the modules that a LoRA adapter changes, such as ``up_proj``."""
     from peft.utils import load_peft_weights
 
-    names = load_peft_weights(adapter, device="cpu") if adapter is not None else ()
+    names = load_peft_weights(adapter, device="cpu")
     parts = (name.partition(".lora_") for name in names)
     return {module.rpartition(".")[2] for module, lora, _ in parts if lora}
 
@@ -134,18 +125,11 @@ def check_kept(
     revision: str | None = None,
     argument: str = "peft",
 ) -> dict[str, Any] | None:
-    """Refuse an adapter that was trained on other neurons, if it says on which.
-
-    Args:
-        adapter: Folder or Hub name of the adapter.
-        digest: That of the neurons that the model kept; None for all of them.
-        revision, argument: As in `check_adapter`.
-
-    Returns:
-        What it says it was trained on; None where it says nothing.
+    """Return what an adapter says it was trained on; None where it says nothing.
 
     Raises:
-        ValueError: It was trained on another kept set, or its record is damaged.
+        ValueError: It was trained on another kept set than that of `digest`, or its record is
+            damaged.
     """
     healing = read_healing(adapter, revision)
     if healing is None or healing["pruning"]["kept_digest"] == digest:

@@ -69,11 +69,7 @@ def quantising_arguments(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def auto_class_for(config: PretrainedConfig) -> Any:
-    """Choose the Auto class as `lm_eval.models.huggingface.HFLM` does by default.
-
-    It goes by a list of model types, which holds encoder-decoders and more: models
-    that hear, for example, have no decoder apart from an encoder of text.
-    """
+    """Choose the Auto class as `lm_eval.models.huggingface.HFLM` does by default."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as ENCODER_DECODERS,
@@ -89,11 +85,6 @@ def config_and_rest(
     """Split arguments of ``from_pretrained`` into the config they describe and the rest.
 
     Mirrors `transformers.models.auto.auto_factory._BaseAutoModelClass.from_pretrained`.
-
-    Raises:
-        ValueError: An argument or the config is of no use.
-        UnsupportedModelError: The checkpoint is quantised.
-        OSError: The config cannot be read.
     """
     from transformers import AutoConfig
 
@@ -144,12 +135,7 @@ def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
-    """Derive a class of models that are built with MLPs of other widths than their config says.
-
-    Args:
-        model_class: A model class of transformers.
-        widths: The width of each MLP, by name.
-    """
+    """Derive a class of models whose MLPs have other widths, by name, than their config says."""
 
     def build(self, config, *args, **kwargs) -> None:
         model_class.__init__(self, config, *args, **kwargs)
@@ -160,7 +146,7 @@ def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
                 whole = mlp.weight(*place)
                 shape = list(whole.shape)
                 shape[_neuron_axis(place)] = widths[mlp.name]
-                pieces[mlp.name, *place] = whole.new_empty(shape)
+                pieces[(mlp.name, *place)] = whole.new_empty(shape)
         resize(odd, pieces)
 
     # transformers asks for the name of the class.

@@ -86,9 +86,7 @@ def clear_errors(
 ) -> Iterator[None]:
     """Turn what transformers raises into a ValueError that names the cause.
 
-    Args:
-        pretrained: Folder or Hub name of the model.
-        arguments: Keyword arguments of ``from_pretrained``; None while its config alone is used.
+    `arguments` are those of ``from_pretrained``, None while the model's config alone is used.
     """
     try:
         yield
@@ -131,15 +129,8 @@ def check_filled(
 ) -> None:
     """Refuse a model that its checkpoint filled in part, or that leaves part of it out.
 
-    Args:
-        model: The model.
-        found: transformers' loading info.
-        widths: The widths of its MLPs.
-        ignore_sizes: Whether tensors outside of its MLPs may have other shapes.
-
-    Raises:
-        ValueError: A tensor is missing, has another shape than the config says, or belongs to a
-            layer or is a bias of which the config knows nothing.
+    `found` is transformers' loading info. With `ignore_sizes`, tensors outside of the MLPs may
+    have other shapes than the config says.
     """
     if missing := found["missing_keys"]:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

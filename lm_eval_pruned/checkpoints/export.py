@@ -133,11 +133,7 @@ def export_pruned(
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        ValueError: It does.
-    """
+    """Refuse a folder that holds something."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
             f"output={output} exists and is not an empty folder: pass a new one."
@@ -181,15 +177,7 @@ def save_loaded(
     folder: Path,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write a model and what stays true of it from its source: everything but the model card.
-
-    Args:
-        model: The model, as it is to be saved.
-        request: What it was loaded from.
-        source: Folder of the files beside the source's weights.
-        folder: Folder to write to.
-        max_shard_size: Largest size of a weight file.
-    """
+    """Write a model, and all that stays true of it in the folder of its source but the model card."""
     if request.model_arguments.get("gguf_file") is not None:
         save_converted(model, request.load_tokenizer(), folder, max_shard_size)
         return

@@ -241,10 +241,6 @@ def check_buildable(request: LoadRequest) -> None:
 
     An engine builds a model from its config, and a layer's experts as one. Dense MLPs it can
     build anew.
-
-    Raises:
-        UnsupportedModelError: Experts would have a width that the config cannot hold, layers
-            would be left out, or the widths are still to be found in the weights.
     """
     widths, plan = request.widths, request.plan
     why = None
@@ -279,8 +275,8 @@ def divide_among(
 ) -> LoadRequest:
     """Return a request whose kept widths tensor parallelism can split evenly.
 
-    It is `request` where those widths divide. Otherwise, and where an allocation is still to
-    find the widths, ``multiple_of`` rounds them down, which a warning says.
+    Where they do not divide, or an allocation is still to find them, ``multiple_of`` rounds them
+    down, which a warning says.
 
     Args:
         request: What was asked for.

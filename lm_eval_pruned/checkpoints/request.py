@@ -77,13 +77,7 @@ class LoadRequest:
         prune_arguments: PruneArguments,
         from_pretrained: dict[str, Any],
     ) -> LoadRequest:
-        """Read the config of a model and plan its pruning.
-
-        Args:
-            auto_class: The transformers class to load with; None for the one of the config.
-            pretrained: Folder or Hub name of the model.
-            prune_arguments: What to prune.
-            from_pretrained: Keyword arguments of ``auto_class.from_pretrained``.
+        """Read the config of a model, of `auto_class` or else of the config's class, and plan.
 
         Raises:
             ValueError: An argument is out of range.
@@ -100,11 +94,7 @@ class LoadRequest:
         return unpruned.asking(prune_arguments)
 
     def asking(self, prune_arguments: PruneArguments) -> LoadRequest:
-        """Return a request for the same model with other arguments of pruning.
-
-        Raises:
-            ValueError, UnsupportedModelError: As in `resolve`.
-        """
+        """Return a request for the same model with other arguments of pruning."""
         widths = self.widths.whole
         with clear_errors(self.pretrained):
             if prune_arguments.drop_layers is not None:
@@ -144,12 +134,7 @@ class LoadRequest:
         return (content, self.auto_class, tuple(given), tuple(settings))
 
     def check_text(self) -> None:
-        """Refuse what cannot be calibrated before a weight is read.
-
-        Raises:
-            ValueError: The calibration text cannot be read.
-            UnsupportedModelError: Activations cannot be observed in the model.
-        """
+        """Refuse what cannot be calibrated before a weight is read."""
         asked, plan = self.prune_arguments, self.plan
         if asked.calibration is None:
             return
@@ -172,13 +157,10 @@ class LoadRequest:
         return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
 
     def load(self, *, stored: bool = False) -> tuple[PreTrainedModel, Widths]:
-        """Load the model unpruned, with all its layers.
+        """Load the model unpruned, with all its layers, and find the widths that its tensors have.
 
         Args:
             stored: Load it in its stored dtype on the CPU, whatever the user asked for.
-
-        Returns:
-            The model, and the widths that its tensors have.
 
         Raises:
             ValueError: It is damaged, or an argument is wrong.
@@ -211,9 +193,7 @@ class LoadRequest:
     def placed(self, model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
         """Return a pruned model in the dtype, and on the devices, that the user asked for.
 
-        Args:
-            model: A model in its stored dtype, on the CPU.
-            widths: The widths that its unpruned MLPs have.
+        `model` is in its stored dtype, on the CPU; `widths` are those of its unpruned MLPs.
         """
         arguments = {
             name: value
@@ -245,18 +225,9 @@ class LoadRequest:
     def _built(
         self, widths: Widths, targets: Mapping[str, int], arguments: dict[str, Any]
     ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-        """Build a model with MLPs of `targets`, from the checkpoint or from a state dict.
-
-        Args:
-            widths: The widths of the unpruned model.
-            targets: The width of each MLP, by name.
-            arguments: Keyword arguments of ``from_pretrained`` besides the config.
-
-        Returns:
-            The model, and what transformers says of the keys.
-        """
+        """Build a model with MLPs of `targets`, from the checkpoint or from a state dict."""
         from_memory = "state_dict" in arguments
-        loader = widths.model_class if from_memory else self.auto_class
+        loader: Any = widths.model_class if from_memory else self.auto_class
         if widths.inexpressible(targets):
             loader = class_with_widths(widths.model_class, targets)
         with BUILDING, clear_errors(self.pretrained, self.model_arguments):
