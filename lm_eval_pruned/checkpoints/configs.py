@@ -146,7 +146,8 @@ def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
                 whole = mlp.weight(*place)
                 shape = list(whole.shape)
                 shape[_neuron_axis(place)] = widths[mlp.name]
-                pieces[(mlp.name, *place)] = whole.new_empty(shape)
+                key = (mlp.name, *place)
+                pieces[key] = whole.new_empty(shape)
         resize(odd, pieces)
 
     # transformers asks for the name of the class.
