@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.model import TemplateLM
+
 from lm_eval_pruned.energy.meter import CodecarbonMeter, MeterDescription, check_country
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.energy.readings import EnergyReading, add_up, ratio
@@ -20,13 +22,8 @@ from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    # The mixin's neighbour among the bases, whose methods it calls.
-    from lm_eval.api.model import TemplateLM as _Neighbour
-
     #: Section of the block, such as ``tasks``, and the names within it.
     Key = tuple[str, ...]
-else:
-    _Neighbour = object
 
 #: Version of the block under ``config.energy``; raised when a key changes its meaning.
 SCHEMA_VERSION = 2
@@ -119,7 +116,7 @@ class EnergyLog:
     def count_cached(self, answers: int) -> None:
         """Count answers that cost this evaluation nothing."""
         self.begin_if_over()
-        _add(self._own, _CACHED, Usage(answers))
+        self._add(_CACHED, Usage(answers))
 
     def measure_idle(self) -> None:
         """Measure the idle machine, the first time this is called."""
@@ -136,16 +133,15 @@ class EnergyLog:
         *key: str,
         lm: Any = None,
         requests: int = 0,
-        apart: bool = False,
         left_open: bool = False,
     ) -> Iterator[None]:
         """Measure what is done in a ``with`` block; forget it where that raises.
 
         Args:
-            *key: Section of the block, and the names within it.
+            *key: Section of the block, and the names within it. The windows around one of the
+                section ``set_up`` leave out its energy.
             lm: The model, whose ``token_counts`` rise, and to which `requests` are sent.
             requests: How many.
-            apart: The windows around this one leave out its energy.
             left_open: It ends with the next `take`, or goes on with the next window of this key.
         """
         before = lm and replace(lm.token_counts)
@@ -154,18 +150,22 @@ class EnergyLog:
         self._left_open.discard(key)
         yield
         tokens = lm.token_counts - before if lm else TokenCounts()
-        _add(self._own, key, Usage(requests, tokens))
+        self._add(key, Usage(requests, tokens))
         if left_open:
             self._left_open.add(key)
         else:
-            self._end(key, apart)
+            self._end(key)
 
-    def _end(self, key: Key, apart: bool = False) -> None:
+    def _end(self, key: Key) -> None:
+        apart = key[0] == "set_up"
         reading = self.monitor.end_window(" ".join(key), apart=apart)
         if self._idle is not None and not apart:
             reading = reading.with_idle(self._idle)
         if self._meters:
-            _add(self._own, key, Usage(reading=reading))
+            self._add(key, Usage(reading=reading))
+
+    def _add(self, key: Key, usage: Usage) -> None:
+        self._own = _sum([self._own, {key: usage}])
 
     def take(self) -> dict[Key, Usage]:
         """End what was left open; return what this process used since the last call."""
@@ -178,9 +178,7 @@ class EnergyLog:
         """Add what all processes, side by side, used since they last met."""
         machines = [any(u.reading for u in windows.values()) for windows in processes]
         self._machines = max(self._machines, sum(machines))
-        for key in dict.fromkeys(key for windows in processes for key in windows):
-            parts = [windows[key] for windows in processes if key in windows]
-            _add(self._all, key, Usage.sum(parts, at_once=True))
+        self._all = _sum([self._all, _sum(processes, at_once=True)])
 
     def finish(self) -> dict[str, Any]:
         """End the evaluation; return its block for the results file. None is *not measured*."""
@@ -221,18 +219,18 @@ class EnergyLog:
         return block
 
 
-def _add(windows: dict[Key, Usage], key: Key, usage: Usage) -> None:
-    windows[key] = Usage.sum([windows.get(key, Usage()), usage])
+def _sum(parts: list[dict[Key, Usage]], *, at_once: bool = False) -> dict[Key, Usage]:
+    return {
+        key: Usage.sum([each[key] for each in parts if key in each], at_once=at_once)
+        for key in dict.fromkeys(key for each in parts for key in each)
+    }
 
 
-class EnergyWindows(_Neighbour):
+class EnergyWindows(TemplateLM):
     """Measures each type of request in a window of its own.
 
-    It comes before a model of the harness among the bases. Whoever derives from both counts
-    tokens, and says what the three methods below `__init__` do.
-
-    Attributes:
-        token_counts: Totals since the model was loaded.
+    It comes before a model of the harness among the bases. Whoever derives from both adds to
+    `token_counts`, and says what the three methods below `__init__` do.
     """
 
     token_counts: TokenCounts
@@ -263,16 +261,16 @@ class EnergyWindows(_Neighbour):
         """
         check_flag("energy", energy)
         check_flag("energy_per_task", energy_per_task)
-        wait = energy_idle_seconds
+        wait, country = energy_idle_seconds, energy_country
         if type(wait) not in (int, float) or not 0 <= wait < float("inf"):
             raise ValueError(
-                f"energy_idle_seconds={energy_idle_seconds} is no time to wait: pass a number "
-                "of seconds, such as 10, or 0."
+                f"energy_idle_seconds={wait} is no time to wait: pass a number of seconds, such as "
+                "10, or 0."
             )
         needs_energy = {
             "energy_per_task": energy_per_task,
-            "energy_idle_seconds": energy_idle_seconds,
-            "energy_country": energy_country,
+            "energy_idle_seconds": wait,
+            "energy_country": country,
         }
         for name, given in needs_energy.items():
             if given and not energy:
@@ -282,12 +280,12 @@ class EnergyWindows(_Neighbour):
                 )
         self._energy: EnergyLog | None = None
         if energy:
-            country = None if energy_country is None else check_country(energy_country)
+            country = None if country is None else check_country(country)
             monitor = None
             if meters_the_machine():
                 monitor = EnergyMonitor(CodecarbonMeter(country))
                 monitor.start_in_background()
-            self._energy = EnergyLog(monitor, energy_idle_seconds)
+            self._energy = EnergyLog(monitor, wait)
         self._energy_per_task = energy_per_task
         self._request_type = ""
         self._warmed_up = False
@@ -390,7 +388,7 @@ class EnergyWindows(_Neighbour):
             return
         self._wait_for_accelerators()
         before = replace(self.token_counts)
-        with self._energy.window("set_up", purpose, self._request_type, apart=True):
+        with self._energy.window("set_up", purpose, self._request_type):
             yield
             self._wait_for_accelerators()
         self.token_counts = before

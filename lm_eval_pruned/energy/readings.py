@@ -74,11 +74,8 @@ class EnergyReading:
     def with_idle(self, idle: EnergyReading) -> EnergyReading:
         """Return the reading with what the idle machine would have used, at the power of `idle`."""
         times = ratio(self.seconds, idle.seconds)
-        if times is None:
-            return replace(self, idle=Joules())
-        return replace(
-            self, idle=_by_component(lambda joules: joules * times, idle.joules)
-        )
+        power = Joules() if times is None else idle.joules
+        return replace(self, idle=_by_component(lambda each: each * times, power))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the reading as JSON types; the keys carry the units."""

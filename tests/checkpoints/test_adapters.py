@@ -226,19 +226,6 @@ def test_quantising_before_the_merge_is_refused(tiny_llama, tmp_path, weights_un
         )
 
 
-def test_delta_weights_are_added_before_pruning(tiny_llama, tmp_path):
-    delta = checkpoints.save_tiny(tmp_path / "delta", seed=5)
-    model = hf_model(tiny_llama, ratio=2, delta=str(delta))
-    total = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    other = AutoModelForCausalLM.from_pretrained(delta).state_dict()
-    with torch.no_grad():
-        for name, parameter in total.state_dict().items():
-            parameter += other[name]
-    by_hand = prune_model(total, ratio=2)
-    assert model.model.prune_record.digest == by_hand.prune_record.digest
-    assert model.config.intermediate_size == 64
-
-
 def test_through_the_harness(tiny_llama, tmp_path):
     adapter = save_adapter(
         tmp_path / "adapter", load_pruned(str(tiny_llama)), METHODS["lora"]

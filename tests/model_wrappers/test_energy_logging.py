@@ -541,7 +541,7 @@ def test_idle_power_is_subtracted_from_each_machine():
             log.measure_idle()
             key = "request_types", "loglikelihood"
             with log.window(*key, lm=lm, requests=1, left_open=True):
-                with log.window("set_up", "batch_size_search", key[1], apart=True):
+                with log.window("set_up", "batch_size_search", key[1]):
                     if clock is not None:
                         clock.sleep(2.0)
                 if clock is not None:
