@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,10 +13,6 @@ from lm_eval_pruned.model_wrappers.batching.generation import (
 )
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
-
-
-if TYPE_CHECKING:
-    from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog
 
 
 class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
@@ -37,9 +33,8 @@ class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
             if self.rank == 0:
                 self._energy.add(used)
 
-    def _meters(self, energy: EnergyLog) -> None:
-        if self._accelerators():
-            energy.monitor.required.add("gpu")
+    def _runs_on_gpu(self) -> bool:
+        return bool(self._accelerators())
 
     def _first_pass(self) -> None:
         size = (1, min(WARM_UP_TOKENS, self.max_length))

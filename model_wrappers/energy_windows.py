@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.model import TemplateLM
+
 from lm_eval_pruned.energy.meter import CodecarbonMeter, MeterDescription, check_country
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.energy.readings import EnergyReading, add_up, ratio
 from lm_eval_pruned.model_wrappers.batching.flags import check_flag
 from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
-from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    # The mixin's neighbour among the bases, whose methods it calls.
-    from lm_eval.api.model import TemplateLM as _Neighbour
-
     #: Section of the block, such as ``tasks``, and the names within it.
     Key = tuple[str, ...]
-else:
-    _Neighbour = object
 
 #: Version of the block under ``config.energy``; raised when a key changes its meaning.
 SCHEMA_VERSION = 2
@@ -95,8 +92,7 @@ class EnergyLog:
     ) -> None:
         self.monitor = monitor or EnergyMonitor(None)
         self._meters = monitor is not None
-        self._idle_seconds = idle_seconds
-        self._sleep = sleep
+        self._idle_seconds, self._sleep = idle_seconds, sleep
         self._idle: EnergyReading | None = None
         # What this process used since it last met the others, and what all used before.
         self._own: dict[Key, Usage] = {}
@@ -111,23 +107,16 @@ class EnergyLog:
         self._is_over = False
         self._machines = 1
         self._left_open: set[Key] = set()
-        self._notes: list[str] = []
 
     def begin_if_over(self) -> None:
         """Forget an evaluation that `finish` ended: a model may be evaluated many times."""
         if self._is_over:
             self.begin()
 
-    def note(self, text: str) -> None:
-        """Add a sentence to the block, once, and to the log."""
-        if text not in self._notes:
-            self._notes.append(text)
-            eval_logger.warning("Energy: %s.", text)
-
     def count_cached(self, answers: int) -> None:
         """Count answers that cost this evaluation nothing."""
         self.begin_if_over()
-        _add(self._own, _CACHED, Usage(answers))
+        self._add(_CACHED, Usage(answers))
 
     def measure_idle(self) -> None:
         """Measure the idle machine, the first time this is called."""
@@ -144,16 +133,15 @@ class EnergyLog:
         *key: str,
         lm: Any = None,
         requests: int = 0,
-        apart: bool = False,
         left_open: bool = False,
     ) -> Iterator[None]:
         """Measure what is done in a ``with`` block; forget it where that raises.
 
         Args:
-            *key: Section of the block, and the names within it.
-            lm: The model, whose ``token_counts`` rise.
-            requests: How many requests reach it.
-            apart: The windows around this one leave out its energy.
+            *key: Section of the block, and the names within it. The windows around one of the
+                section ``set_up`` leave out its energy.
+            lm: The model, whose ``token_counts`` rise, and to which `requests` are sent.
+            requests: How many.
             left_open: It ends with the next `take`, or goes on with the next window of this key.
         """
         before = lm and replace(lm.token_counts)
@@ -162,18 +150,22 @@ class EnergyLog:
         self._left_open.discard(key)
         yield
         tokens = lm.token_counts - before if lm else TokenCounts()
-        _add(self._own, key, Usage(requests, tokens))
+        self._add(key, Usage(requests, tokens))
         if left_open:
             self._left_open.add(key)
         else:
-            self._end(key, apart)
+            self._end(key)
 
-    def _end(self, key: Key, apart: bool = False) -> None:
+    def _end(self, key: Key) -> None:
+        apart = key[0] == "set_up"
         reading = self.monitor.end_window(" ".join(key), apart=apart)
         if self._idle is not None and not apart:
             reading = reading.with_idle(self._idle)
         if self._meters:
-            _add(self._own, key, Usage(reading=reading))
+            self._add(key, Usage(reading=reading))
+
+    def _add(self, key: Key, usage: Usage) -> None:
+        self._own = _sum([self._own, {key: usage}])
 
     def take(self) -> dict[Key, Usage]:
         """End what was left open; return what this process used since the last call."""
@@ -186,9 +178,7 @@ class EnergyLog:
         """Add what all processes, side by side, used since they last met."""
         machines = [any(u.reading for u in windows.values()) for windows in processes]
         self._machines = max(self._machines, sum(machines))
-        for key in dict.fromkeys(key for windows in processes for key in windows):
-            parts = [windows[key] for windows in processes if key in windows]
-            _add(self._all, key, Usage.sum(parts, at_once=True))
+        self._all = _sum([self._all, _sum(processes, at_once=True)])
 
     def finish(self) -> dict[str, Any]:
         """End the evaluation; return its block for the results file. None is *not measured*."""
@@ -202,12 +192,12 @@ class EnergyLog:
         total = Usage.sum(types or [Usage(reading=EnergyReading(0.0))])
         readings = [each.reading or EnergyReading(None) for each in (total, *types)]
         readings += [idle] if idle else []
-        whole = all(reading.joules.total is not None for reading in readings)
-        status = "ok" if whole and not self.monitor.failures else "partial"
+        noted = [note for reading in readings for note in reading.notes]
+        failed = self.monitor.failures or None in [r.joules.total for r in readings]
         meter = self.monitor.describe()
         block: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
-            "status": status if meter else "not measured",
+            "status": ("partial" if failed else "ok") if meter else "not measured",
             **dict.fromkeys(each.name for each in fields(MeterDescription)),
             **(asdict(meter) if meter else {}),
             "machines": self._machines,
@@ -217,57 +207,30 @@ class EnergyLog:
             "request_types": {},
             # Only a part of this energy was spent on generating.
             "total": {**total.as_dict(), "joules_per_generated_token": None},
+            "notes": list(dict.fromkeys([*self.monitor.failures, *noted])),
         }
         block["meter"] = block.pop("name")
-        for (section, *names, request_type), usage in windows.items():
+        for (section, *names, last), usage in windows.items():
             place = block.setdefault(section, {})
             for name in names:
                 place = place.setdefault(name, {})
-            record = usage.as_dict()
-            if section == "set_up":
-                record = (usage.reading or EnergyReading(None)).as_dict()
-            place[request_type] = record
-            if (record.get("net_joules", {}).get("total") or 0) < 0:
-                self.note(
-                    f"net energy of {request_type} is negative: the machine drew more while it "
-                    "was measured as idle, so that reading is no baseline"
-                )
-        noted = [note for reading in readings for note in reading.notes]
-        notes = [*self.monitor.failures, *self._notes, *noted]
-        return {**block, "notes": list(dict.fromkeys(notes))}
+            reading = usage.reading or EnergyReading(None)
+            place[last] = (reading if section == "set_up" else usage).as_dict()
+        return block
 
 
-def as_table(block: dict[str, Any]) -> str:
-    """Return the records of the block as a Markdown table; ``n/m`` is not measured."""
-    columns = ["requests", "processed_tokens", "generated_tokens", "seconds"]
-    columns += [
-        "mean_watts",
-        *(f"joules_per_{w}_token" for w in ("processed", "generated")),
-    ]
-    rows = []
-    for name, record in {**block["request_types"], "total": block["total"]}.items():
-        figures = [record["joules"]["total"], *(record[key] for key in columns)]
-        cells = ("n/m" if each is None else f"{each:,.6g}" for each in figures)
-        rows.append([name, *cells])
-    lines = [markdown_table(["", "joules", *columns], rows)]
-    for name, source in (block["sources"] or {}).items():
-        lines.append(f"{name.upper()}: {source['kind']}, {source['description']}.")
-    lines.append(f"{block['cached_answers']:,} answers came from a cache, for nothing.")
-    return "\n".join(lines)
+def _sum(parts: list[dict[Key, Usage]], *, at_once: bool = False) -> dict[Key, Usage]:
+    return {
+        key: Usage.sum([each[key] for each in parts if key in each], at_once=at_once)
+        for key in dict.fromkeys(key for each in parts for key in each)
+    }
 
 
-def _add(windows: dict[Key, Usage], key: Key, usage: Usage) -> None:
-    windows[key] = Usage.sum([windows.get(key, Usage()), usage])
-
-
-class EnergyWindows(_Neighbour):
+class EnergyWindows(TemplateLM):
     """Measures each type of request in a window of its own.
 
-    It comes before a model of the harness among the bases. Whoever derives from both counts
-    tokens, and says what the three methods below `__init__` do.
-
-    Attributes:
-        token_counts: Totals since the model was loaded.
+    It comes before a model of the harness among the bases. Whoever derives from both adds to
+    `token_counts`, and says what the three methods below `__init__` do.
     """
 
     token_counts: TokenCounts
@@ -279,7 +242,6 @@ class EnergyWindows(_Neighbour):
         energy_per_task: bool = False,
         energy_idle_seconds: float = 0,
         energy_country: str | None = None,
-        energy_online: bool = False,
         **kwargs: Any,
     ) -> None:
         """A model with energy readings under ``config.energy`` of the results file.
@@ -292,7 +254,6 @@ class EnergyWindows(_Neighbour):
                 for so many seconds, and report net energy beside gross.
             energy_country: ISO 3166 alpha-3 code of the country whose carbon intensity
                 turns energy into emissions. Without it there are no emissions.
-            energy_online: Let codecarbon ask the network for the country instead.
             **kwargs: Everything the model takes.
 
         Raises:
@@ -300,23 +261,16 @@ class EnergyWindows(_Neighbour):
         """
         check_flag("energy", energy)
         check_flag("energy_per_task", energy_per_task)
-        check_flag("energy_online", energy_online)
-        is_a_number = type(energy_idle_seconds) in (int, float)
-        if not is_a_number or not 0 <= energy_idle_seconds < float("inf"):
+        wait, country = energy_idle_seconds, energy_country
+        if type(wait) not in (int, float) or not 0 <= wait < float("inf"):
             raise ValueError(
-                f"energy_idle_seconds={energy_idle_seconds} is no time to wait: pass a number "
-                "of seconds, such as 10, or 0."
-            )
-        if energy_country is not None and energy_online:
-            raise ValueError(
-                f"energy_country={energy_country} and energy_online={energy_online} both say "
-                "where the machine is: pass one."
+                f"energy_idle_seconds={wait} is no time to wait: pass a number of seconds, such as "
+                "10, or 0."
             )
         needs_energy = {
             "energy_per_task": energy_per_task,
-            "energy_online": energy_online,
-            "energy_idle_seconds": energy_idle_seconds,
-            "energy_country": energy_country,
+            "energy_idle_seconds": wait,
+            "energy_country": country,
         }
         for name, given in needs_energy.items():
             if given and not energy:
@@ -326,19 +280,19 @@ class EnergyWindows(_Neighbour):
                 )
         self._energy: EnergyLog | None = None
         if energy:
-            country = None if energy_country is None else check_country(energy_country)
+            country = None if country is None else check_country(country)
             monitor = None
             if meters_the_machine():
-                monitor = EnergyMonitor(CodecarbonMeter(country, energy_online))
+                monitor = EnergyMonitor(CodecarbonMeter(country))
                 monitor.start_in_background()
-            self._energy = EnergyLog(monitor, energy_idle_seconds)
+            self._energy = EnergyLog(monitor, wait)
         self._energy_per_task = energy_per_task
         self._request_type = ""
         self._warmed_up = False
         super().__init__(*args, **kwargs)
 
-    def _meters(self, energy: EnergyLog) -> None:
-        """Tell `energy` what the model runs on, before its first window."""
+    def _runs_on_gpu(self) -> bool:
+        """Whether energy without that of the GPU would be no total."""
         raise NotImplementedError
 
     def _first_pass(self) -> None:
@@ -388,11 +342,11 @@ class EnergyWindows(_Neighbour):
             self._energy.begin()
 
     def energy_info(self) -> dict[str, Any]:
-        """Return the block ``energy`` of the results, if it is on."""
+        """Return the block ``energy`` of the results, if it is on, and log its total."""
         if self._energy is None:
             return {}
         block = self._energy.finish()
-        eval_logger.info("Energy:\n%s", as_table(block))
+        eval_logger.info("Energy of all requests: %s", json.dumps(block["total"]))
         return {"energy": block}
 
     def _measured(self, request_type: str, requests: list, disable_tqdm: bool) -> list:
@@ -401,7 +355,8 @@ class EnergyWindows(_Neighbour):
         if energy is None:
             return answer(requests)
         energy.begin_if_over()
-        self._meters(energy)
+        if self._runs_on_gpu():
+            energy.monitor.required.add("gpu")
         energy.measure_idle()
         self._request_type = request_type
         if not self._warmed_up:
@@ -411,23 +366,17 @@ class EnergyWindows(_Neighbour):
         several, count = self.world_size > 1, len(requests)
         key = ("request_types", request_type)
         with energy.window(*key, lm=self, requests=count, left_open=several):
-            if not self._energy_per_task:
+            # Processes may hold requests of different tasks, and rolling requests wait for each
+            # other.
+            if several or not self._energy_per_task:
                 return answer(requests)
-            if several:
-                # Processes may hold requests of different tasks, and rolling requests wait
-                # for each other.
-                energy.note(
-                    "energy per task is not measured in runs of several processes"
-                )
-                return answer(requests)
+            tasks: dict[str, dict[int, Any]] = {}
+            for number, request in enumerate(requests):
+                tasks.setdefault(str(request.task_name), {})[number] = request
             answers: dict[int, Any] = {}
-            for task in dict.fromkeys(str(request.task_name) for request in requests):
-                part = {
-                    n: r for n, r in enumerate(requests) if str(r.task_name) == task
-                }
-                with energy.window(
-                    "tasks", task, request_type, lm=self, requests=len(part)
-                ):
+            for task, part in tasks.items():
+                names = ("tasks", task, request_type)
+                with energy.window(*names, lm=self, requests=len(part)):
                     answers |= zip(part, answer([*part.values()]), strict=True)
             return [answers[number] for number in range(count)]
 
@@ -439,7 +388,7 @@ class EnergyWindows(_Neighbour):
             return
         self._wait_for_accelerators()
         before = replace(self.token_counts)
-        with self._energy.window("set_up", purpose, self._request_type, apart=True):
+        with self._energy.window("set_up", purpose, self._request_type):
             yield
             self._wait_for_accelerators()
         self.token_counts = before

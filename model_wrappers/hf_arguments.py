@@ -21,7 +21,7 @@ from lm_eval_pruned.model_wrappers.batching.flags import check_count, check_flag
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 eval_logger = logging.getLogger("lm_eval.models.pruned")
 
@@ -30,40 +30,14 @@ _FLAGS = (
     *("truncation", "trust_remote_code", "use_fast_tokenizer"),
 )
 _COUNTS = ("max_batch_size", "max_length")
-_NAMES = ("delta", "gguf_file", "peft", "pretrained", "tokenizer")
-_DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
-_BACKENDS = ("default", "causal", "seq2seq")
-_BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
-
-
-def _is_name(value: Any) -> bool:
-    return not isinstance(value, (bool, int, float))
-
-
-def _is_batch_size(value: Any) -> bool:
-    return type(value) in (int, str) and _BATCH_SIZE.fullmatch(str(value)) is not None
-
-
-def _is_dtype(value: Any) -> bool:
-    found = getattr(torch, value, value) if isinstance(value, str) else value
-    return found in (None, "auto") or isinstance(found, torch.dtype)
-
-
-def _is_quantisation(value: Any) -> bool:
-    return isinstance(value, (dict, type(None))) or hasattr(value, "quant_method")
-
-
-#: By name: whether a value can be used, and what to pass instead.
-_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(_NAMES, (_is_name, "a name or path")),
-    **dict.fromkeys(_DTYPES, (_is_dtype, "a dtype such as bfloat16")),
-    "attn_implementation": (_is_name, "one such as eager or sdpa"),
-    "backend": (_BACKENDS.__contains__, "default, causal or seq2seq"),
-    "batch_size": (_is_batch_size, "a whole number of 1 or more, auto or auto:4"),
-    "device": (lambda value: isinstance(value, str), "one such as cpu, cuda or cuda:0"),
-    "quantization_config": (_is_quantisation, "a dict, or load_in_8bit=true instead"),
-    "subfolder": (_is_name, "a path"),
+#: Arguments that are text, and what to pass for them.
+_TEXTS = {
+    **dict.fromkeys(("delta", "gguf_file", "peft"), "a name or path"),
+    **dict.fromkeys(("pretrained", "tokenizer", "subfolder"), "a name or path"),
+    "attn_implementation": "one such as eager or sdpa",
+    "device": "one such as cpu, cuda or cuda:0",
 }
+_BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
 def check_arguments(model_type: Any, given: Mapping[str, Any]) -> None:
@@ -83,13 +57,32 @@ def check_arguments(model_type: Any, given: Mapping[str, Any]) -> None:
                 f"{found[0]}={given[found[0]]} is not understood: did you mean {found[1]}?"
             )
         for name, value in given.items():
-            accepts, expected = _EXPECTED.get(name, (None, ""))
             if name in _FLAGS and value is not None:
                 check_flag(name, value)
             elif name in _COUNTS:
                 check_count(name, value)
-            elif accepts is not None and not accepts(value):
+            elif (expected := _expected_instead(name, value)) is not None:
                 raise ValueError(f"{name}={value} is not understood: pass {expected}.")
+
+
+def _expected_instead(name: str, value: Any) -> str | None:
+    """Return what to pass for an argument; None if `value` will do."""
+    if name in _TEXTS and isinstance(value, (bool, int, float)):
+        return _TEXTS[name]
+    if name in ("dtype", "mixed_precision_dtype", "softmax_dtype"):
+        found = getattr(torch, value, value) if isinstance(value, str) else value
+        if found not in (None, "auto") and not isinstance(found, torch.dtype):
+            return "a dtype such as bfloat16"
+    if name == "backend" and value not in ("default", "causal", "seq2seq"):
+        return "default, causal or seq2seq"
+    if name == "batch_size":
+        known = type(value) in (int, str) and _BATCH_SIZE.fullmatch(str(value))
+        return None if known else "a whole number of 1 or more, auto or auto:4"
+    if name == "quantization_config" and not (
+        value is None or isinstance(value, dict) or hasattr(value, "quant_method")
+    ):
+        return "a dict, or load_in_8bit=true instead"
+    return None
 
 
 def argument_names(model_type: type) -> set[str]:
@@ -102,8 +95,8 @@ def argument_names(model_type: type) -> set[str]:
     } - {"self", "args", "kwargs"}
 
 
-def given_or_default(pretrained: Any, arguments: dict[str, Any]) -> Any:
-    """Return `pretrained`; if it is None the default model, whose arguments are added."""
+def given_or_default(pretrained: Any) -> Any:
+    """Return `pretrained`; if it is None the default model."""
     if pretrained is not None:
         return pretrained
     default = find_default_model()
@@ -111,8 +104,7 @@ def given_or_default(pretrained: Any, arguments: dict[str, Any]) -> Any:
         "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
         default.source,
     )
-    arguments |= default.model_args()
-    return arguments.pop("pretrained")
+    return default.pretrained
 
 
 def _config(given: Mapping[str, Any]) -> Any:

@@ -29,7 +29,7 @@ class PrefixHFLM(PrefixSharingMixin, SlotRefillingMixin, HFLM):
             ValueError: The name of an argument is misspelt, or its value cannot be used.
         """
         check_arguments(type(self), {**kwargs, "pretrained": pretrained})
-        super().__init__(given_or_default(pretrained, kwargs), *args, **kwargs)
+        super().__init__(given_or_default(pretrained), *args, **kwargs)
 
     @classmethod
     def argument_names(cls) -> set[str]:

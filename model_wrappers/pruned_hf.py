@@ -11,19 +11,10 @@ import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.adapters import (
-    STAGES,
-    check_adapter,
-    check_kept,
-    merged,
-)
-from lm_eval_pruned.checkpoints.damage import (
-    argument_errors,
-    check_config,
-    clear_errors,
-)
-from lm_eval_pruned.checkpoints.engines import divide_among
-from lm_eval_pruned.checkpoints.load import load_request
+from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, check_kept
+from lm_eval_pruned.checkpoints.configs import quantising_arguments
+from lm_eval_pruned.checkpoints.damage import argument_errors, clear_errors
+from lm_eval_pruned.checkpoints.load import divide_among, load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
@@ -110,8 +101,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        if kwargs.get("gguf_file") is None:
-            check_config(pretrained, kwargs)
         with clear_errors(pretrained):
             super()._get_config(pretrained, **kwargs)
 
@@ -143,16 +132,22 @@ class PrunedHFLM(EnergyLoggingHFLM):
                 processes = int(os.environ.get("WORLD_SIZE", "1"))
                 request = divide_among(request, processes)
                 self._prune_arguments = request.prune_arguments
-            if merging is not None:
-                request.check_prunable_in_memory(f"{merging} adds to its weights first")
+            quantising = quantising_arguments(kwargs)
+            if merging is not None and quantising and request.plan.changes_model:
+                raise ValueError(
+                    f"{quantising[0]} quantises the model while it loads, but it has to be pruned "
+                    f"afterwards, because {merging} adds to its weights first: export the pruned "
+                    "model first (lm-eval-pruned prune), or leave the quantisation out."
+                )
             if peft is not None:
                 check_adapter(peft, request, self._peft_stage, revision)
             if merging is not None:
+                request.check_text()
                 return request.load()[0]
             model = load_request(request, self.tokenizer, self._known_scores)
             self._note_pruning(model)
             if peft is not None:
-                self._healing = check_kept(peft, self._prune_record, revision)
+                self._healing = check_kept(peft, self._prune_record.digest, revision)
             return model
 
         # HFLM has no hook for the one call that loads, and compares the class afterwards.
@@ -161,11 +156,12 @@ class PrunedHFLM(EnergyLoggingHFLM):
             super()._create_model(pretrained, delta=delta, peft=peft, **kwargs)
         finally:
             self.AUTO_MODEL_CLASS = auto_class
+        if merging is None:
+            return
         # The criterion has to see the sum of the weights.
-        if peft is not None and merging is not None:
-            self._model = merged(self._model, peft)
-        if merging is not None:
-            self._prune_in_memory()
+        if peft is not None:
+            self._model = self._model.merge_and_unload()
+        self._prune_in_memory()
 
     def _prune_in_memory(self) -> None:
         asked = self._prune_arguments

@@ -12,7 +12,6 @@ import selectors
 import threading
 import weakref
 from dataclasses import fields
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 
@@ -27,25 +26,28 @@ except ModuleNotFoundError as missing:
         name="vllm",
     ) from missing
 
+from lm_eval.models.vllm_causallms import VLLM
+
 from lm_eval_pruned.checkpoints.adapters import (
     adapted_modules,
     check_adapter,
     check_kept,
 )
 from lm_eval_pruned.checkpoints.damage import argument_errors
-from lm_eval_pruned.checkpoints.engines import record_of
+from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
+from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_arguments import (
     argument_names,
     check_arguments,
     given_or_default,
 )
-from lm_eval_pruned.model_wrappers.vllm_energy import EnergyLoggingVLLM
 from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_request
 from lm_eval_pruned.pruning.arguments import (
     DECLARED,
     PruneArguments,
     takes_prune_arguments,
 )
+from lm_eval_pruned.pruning.record import PruneRecord
 
 
 if TYPE_CHECKING:
@@ -56,16 +58,11 @@ eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 
 #: Lets the processes of the engine say what they kept.
 _EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
-#: Arguments of vLLM that would take pruning from the loader's hands, and why.
-_REFUSED = {
-    "load_format": "the weights are read by the loader that prunes",
-    "gguf_file": "the blocks of a GGUF file cannot be sliced",
-}
 #: How many seconds the exit waits for the thread that takes the answers of an engine.
 _PATIENCE = 30
 
 
-class PrunedVLLM(EnergyLoggingVLLM):
+class PrunedVLLM(EnergyWindows, VLLM):
     #: Whether the processes of the engine ended before their time.
     engine_died = False
 
@@ -89,12 +86,17 @@ class PrunedVLLM(EnergyLoggingVLLM):
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
         """
+        self.token_counts = TokenCounts()
         seed = {"seed": kwargs["seed"]} if kwargs.get("seed") is not None else {}
         with argument_errors():
             asked = PruneArguments.taken_from(kwargs)
             check_arguments(type(self), {**kwargs, "pretrained": pretrained})
-            _refuse_other_loaders(kwargs)
-        pretrained = given_or_default(pretrained, kwargs)
+            if (other := kwargs.get("load_format")) not in (None, LOAD_FORMAT):
+                raise ValueError(
+                    f"load_format={other} cannot be combined with pruning while vLLM loads: leave "
+                    "it out, or use --model vllm."
+                )
+        pretrained = given_or_default(pretrained)
         request = engine_request(
             pretrained,
             asked,
@@ -106,10 +108,9 @@ class PrunedVLLM(EnergyLoggingVLLM):
         adapter = kwargs.get("lora_local_path")
         if adapter is not None:
             check_adapter(adapter, request, "after", argument="lora_local_path")
-        self._adapted = adapted_modules(adapter)
-        if self._adapted:
             # vLLM else prepares the head as well, whose code for CPUs cannot score prompts.
-            kwargs.setdefault("lora_target_modules", sorted(self._adapted))
+            if adapted := adapted_modules(adapter):
+                kwargs.setdefault("lora_target_modules", sorted(adapted))
         given = vars(request.prune_arguments).items()
         loader = dict(kwargs.pop("model_loader_extra_config", None) or {})
         loader |= {name: v for name, v in given if v != DECLARED[name].default}
@@ -121,8 +122,8 @@ class PrunedVLLM(EnergyLoggingVLLM):
         told = self._told(request)
         self._pruning = told["record"]
         if adapter is not None and "notes" not in self._pruning:
-            kept: Any = SimpleNamespace(digest=self._pruning["kept_digest"])
-            check_kept(adapter, kept, argument="lora_local_path")
+            digest = self._pruning["kept_digest"]
+            check_kept(adapter, digest, argument="lora_local_path")
         eval_logger.info("Pruning:\n%s", told["table"])
 
     @classmethod
@@ -132,7 +133,7 @@ class PrunedVLLM(EnergyLoggingVLLM):
 
     def _told(self, request: LoadRequest) -> dict[str, Any]:
         """Return the record of the pruning and its table, as far as the engine's processes tell."""
-        silent = None
+        silent = ""
         if self.data_parallel_size > 1:
             silent = (
                 "with data_parallel_size > 1 each replica loads in a process that ends with its "
@@ -140,31 +141,32 @@ class PrunedVLLM(EnergyLoggingVLLM):
             )
         elif self.model_args["worker_extension_cls"] != _EXTENSION:
             silent = "worker_extension_cls is another than the one that tells it"
-        if request.plan.prunes and silent is None:
+        if request.plan.prunes and not silent:
             return self.model.collective_rpc("pruned_record")[0]
-        record = record_of(request)
-        told: dict[str, Any] = {
-            "record": record.as_dict(),
-            "table": record.as_table(),
-        }
-        if request.plan.prunes:
+        # Which neurons were kept is not known here.
+        record = PruneRecord.of(request.plan, request.widths, None)
+        told: dict[str, Any] = {"record": record.as_dict(), "table": record.as_table()}
+        if silent and request.plan.prunes:
             told["record"]["notes"] = [f"kept_digest is null: {silent}"]
         return told
 
-    def _measured(self, request_type: str, *args: Any) -> list:
-        if request_type != "generate_until" and "lm_head" in self._adapted:
-            from vllm.platforms import current_platform
+    def _runs_on_gpu(self) -> bool:
+        from vllm.platforms import current_platform
 
-            if current_platform.is_cpu():
-                raise ValueError(
-                    "lora_local_path adapts lm_head, and vLLM has no log-probabilities of prompts "
-                    "with that on a CPU: use --model pruned-hf with peft, or tasks that generate."
-                )
-        return super()._measured(request_type, *args)
+        return current_platform.is_cuda_alike()
 
-    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+    def _first_pass(self) -> None:
+        self._model_generate([[self.eot_token_id] * WARM_UP_TOKENS])
+
+    def _model_generate(
+        self,
+        requests: list[list[int]],
+        generate: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         try:
-            return super()._model_generate(*args, **kwargs)
+            outputs = super()._model_generate(requests, generate, *args, **kwargs)
         except EngineDeadError as error:
             self.engine_died = True
             raise RuntimeError(
@@ -172,6 +174,16 @@ class PrunedVLLM(EnergyLoggingVLLM):
                 "say why. Too little memory is the usual cause: lower max_num_seqs, "
                 "gpu_memory_utilization or max_model_len."
             ) from error
+        counts = self.token_counts
+        for tokens, output in zip(requests, outputs, strict=True):
+            counts.prompt += len(tokens)
+            counts.processed += len(tokens) - (output.num_cached_tokens or 0)
+            if generate:
+                generated = len(output.outputs[0].token_ids)
+                counts.generated += generated
+                # The last token is never fed back.
+                counts.processed += max(generated - 1, 0)
+        return outputs
 
     def close(self) -> None:
         """End the engine; the model answers nothing afterwards."""
@@ -194,28 +206,13 @@ class PrunedVLLM(EnergyLoggingVLLM):
         }
 
 
-def _refuse_other_loaders(arguments: dict[str, Any]) -> None:
-    """Refuse arguments with which vLLM would not read a checkpoint through the loader that prunes."""
-    for name, why in _REFUSED.items():
-        value = arguments.get(name)
-        if value is not None and (name, value) != ("load_format", LOAD_FORMAT):
-            raise ValueError(
-                f"{name}={value} cannot be combined with pruning while vLLM loads, because {why}: "
-                "leave it out, or use --model vllm."
-            )
-
-
 def _end_with(client: Any) -> None:
     """Have calls end with the engine's processes, and the engine end before Python is taken down.
 
-    vLLM's client notices the end of a process and closes its sockets, but a call that waits for
-    outputs by then is never told (``SyncMPClient.get_output`` in vllm/v1/engine/core_client.py).
-
-    At exit vLLM ends the engine, but does not wait for the thread that takes its answers. When that
-    ends late, it frees the tensors of the last log-probabilities while Python is being taken down;
-    torch's destructors give the interpreter's lock away and cannot be unwound when it does not come
-    back, so that the process aborts after its work is done ("terminate called without an active
-    exception").
+    vLLM never tells a call that waits for outputs that the processes ended
+    (``SyncMPClient.get_output`` in vllm/v1/engine/core_client.py). At exit it does not wait for the
+    thread that takes its answers; where that frees tensors while Python is taken down, the process
+    aborts after its work is done ("terminate called without an active exception").
     """
     if not isinstance(client, SyncMPClient):
         return

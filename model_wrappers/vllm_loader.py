@@ -25,12 +25,12 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 
-from lm_eval_pruned.checkpoints.engines import (
+from lm_eval_pruned.checkpoints.load import (
+    Stored,
     check_buildable,
     divide_among,
     tensors_of,
 )
-from lm_eval_pruned.checkpoints.load import Stored
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.config_widths import copy_layers
@@ -57,11 +57,6 @@ def engine_request(
         asked: What to prune; the request has widths that divide among the processes.
         processes: How many share each MLP (``tensor_parallel_size``).
         **source: Arguments of ``from_pretrained`` that say which files to read.
-
-    Raises:
-        ValueError: An argument is out of range, or the widths do not suit the engine.
-        UnsupportedModelError: The model cannot be pruned while an engine loads it.
-        OSError: The checkpoint is missing or damaged.
     """
     request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, source)
     check_buildable(request)
@@ -133,11 +128,7 @@ class PrunedModelLoader(DefaultModelLoader):
 
 
 def narrow_config(request: LoadRequest, config: Any) -> None:
-    """Write the kept widths into the config that vLLM builds its model from.
-
-    Raises:
-        ValueError: Its widths are not those of the checkpoint's config.
-    """
+    """Write the kept widths into the config that vLLM builds its model from."""
     widths = request.widths
     targets = widths.targets(request.plan)
     narrowed = widths.narrowed_config(targets)
@@ -161,15 +152,7 @@ def narrow_config(request: LoadRequest, config: Any) -> None:
 
 
 def build_odd_widths(request: LoadRequest, model: nn.Module) -> None:
-    """Build the MLPs of `model` anew whose width its config cannot hold.
-
-    Args:
-        request: What is loaded, with the widths that the checkpoint has.
-        model: vLLM's model of the narrowed config, without weights.
-
-    Raises:
-        UnsupportedModelError: vLLM has no such MLP, or one of other layers.
-    """
+    """Build the MLPs of vLLM's `model`, which has no weights yet, anew whose width its config cannot hold."""
     targets = request.widths.targets(request.plan)
     paths = {mlp.name: mlp.path for mlp in request.widths.mlps}
     modules = dict(model.named_modules())
@@ -177,11 +160,10 @@ def build_odd_widths(request: LoadRequest, model: nn.Module) -> None:
         mlp = modules.get(paths[name])
         children = dict(mlp.named_children()) if mlp is not None else {}
         linears = {n: c for n, c in children.items() if isinstance(c, LinearBase)}
-        if mlp is None or any(each.quant_config for each in linears.values()):
-            what = "no such module" if mlp is None else "it quantised"
+        if not linears or any(each.quant_config for each in linears.values()):
             raise UnsupportedModelError(
-                f"{name} would have a width of its own, and {type(model).__name__} of vLLM has "
-                f"{what}: prune all layers alike, or use --model pruned-hf."
+                f"{name} would have a width of its own, and {type(model).__name__} of vLLM has no "
+                "such module, or quantised it: prune all layers alike, or use --model pruned-hf."
             )
         for child, linear in linears.items():
             setattr(mlp, child, _of_width(linear, targets[name]))

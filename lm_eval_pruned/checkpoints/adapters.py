@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel
+    from peft import PeftConfig
+    from transformers import PretrainedConfig
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
-    from lm_eval_pruned.pruning.record import PruneRecord
 
 #: When an adapter is applied, relative to the pruning.
 STAGES = ("after", "before")
@@ -34,19 +33,14 @@ def check_adapter(
     revision: str | None = None,
     argument: str = "peft",
 ) -> None:
-    """Refuse an adapter whose tensors do not fit the MLPs.
-
-    Adapters of any method are checked, by building the adapted model without weights
-    and comparing shapes.
+    """Refuse an adapter of any method whose tensors do not fit the MLPs.
 
     Args:
         adapter: Folder or Hub name of the adapter.
         request: The model and its pruning.
-        stage: ``after``: the adapter is applied to the pruned model; ``before``: to
-            the full one.
+        stage: One of `STAGES`.
         revision: Revision of the adapter on the Hub.
-        argument: What named the adapter, for messages. With another than ``peft`` there
-            is no stage to choose.
+        argument: What named the adapter, for messages.
 
     Raises:
         ValueError: There is no adapter, or it was trained on MLPs of another width or on
@@ -81,18 +75,13 @@ def check_adapter(
             f"{depth.before} layers that drop_layers leaves know nothing: pass an adapter that "
             "was trained on them, or peft_stage=before to merge it first."
         )
-    other = request.plan.width_before if after else request.plan.width
     for name in sorted(stored.keys() & expected.keys()):
         for have, want in zip(stored[name].shape, expected[name], strict=False):
             if have == want or want not in targets.values():
                 continue
             advice = f"pass an adapter of {want} neurons"
-            if argument != "peft":
-                advice += (
-                    ", or use --model pruned-hf with peft, which can merge one of the full model "
-                    "before pruning"
-                )
-            elif have == other:
+            other = request.plan.width_before if after else request.plan.width
+            if have == other and argument == "peft":
                 advice += f", or peft_stage={'before' if after else 'after'}"
             elif have < request.plan.width_before:
                 advice += f", or intermediate_size={have}"
@@ -105,12 +94,7 @@ def check_adapter(
 def adapted_shapes(
     request: LoadRequest, narrowed: PretrainedConfig, config: PeftConfig
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that an adapter would have, were it trained on this model.
-
-    Args:
-        request: The model.
-        narrowed: Its config as it is when the adapter is applied.
-        config: The adapter.
+    """Return the shapes that an adapter would have, were it trained on a model of this config.
 
     Raises:
         ValueError: The model has no modules such as the adapter names.
@@ -126,47 +110,37 @@ def adapted_shapes(
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def adapted_modules(adapter: str | None) -> set[str]:
-    """Return the last names of the modules that a LoRA adapter changes, such as ``up_proj``.
-
-    Empty without an adapter.
-    """
+def adapted_modules(adapter: str) -> set[str]:
+    """Return the last names of the modules that a LoRA adapter changes, such as ``up_proj``."""
     from peft.utils import load_peft_weights
 
-    names = load_peft_weights(adapter, device="cpu") if adapter is not None else ()
+    names = load_peft_weights(adapter, device="cpu")
     parts = (name.partition(".lora_") for name in names)
     return {module.rpartition(".")[2] for module, lora, _ in parts if lora}
 
 
 def check_kept(
     adapter: str,
-    record: PruneRecord,
+    digest: str | None,
     revision: str | None = None,
     argument: str = "peft",
 ) -> dict[str, Any] | None:
-    """Refuse an adapter that was trained on other neurons, if it says on which.
-
-    Args:
-        adapter: Folder or Hub name of the adapter.
-        record: What the model that it is applied to kept.
-        revision, argument: As in `check_adapter`.
-
-    Returns:
-        What it says it was trained on; None where it says nothing.
+    """Return what an adapter says it was trained on; None where it says nothing.
 
     Raises:
-        ValueError: It was trained on another kept set, or its record is damaged.
+        ValueError: It was trained on another kept set than that of `digest`, or its record is
+            damaged.
     """
     healing = read_healing(adapter, revision)
-    if healing is None or healing["pruning"]["kept_digest"] == record.digest:
+    if healing is None or healing["pruning"]["kept_digest"] == digest:
         return healing
     trained = healing["pruning"]
     size = [f"{name}={value}" for name, value in (trained.get("asked") or {}).items()]
     if size:
         size.append(f"criterion={trained.get('criterion')}")
     theirs, ours = (
-        f"the kept set {digest[:12]}" if digest else "no kept set"
-        for digest in (trained["kept_digest"], record.digest)
+        f"the kept set {each[:12]}" if each else "no kept set"
+        for each in (trained["kept_digest"], digest)
     )
     raise ValueError(
         f"{argument}={adapter} was trained on {theirs}, but this model has {ours}, so its columns "
@@ -196,19 +170,3 @@ def read_healing(adapter: str, revision: str | None = None) -> dict[str, Any] | 
             "adapter was trained: copy it anew beside the adapter."
         ) from None
     return healing
-
-
-def merged(model: PeftModel, adapter: str) -> PreTrainedModel:
-    """Merge an adapter into its model and return the model.
-
-    Raises:
-        ValueError: Adapters of this kind cannot be merged.
-    """
-    try:
-        return model.merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        kind = model.peft_config[model.active_adapter].peft_type
-        raise ValueError(
-            f"peft={adapter} is of the kind {getattr(kind, 'value', kind)}, which cannot be merged "
-            f"({error}): leave out peft_stage=before."
-        ) from error

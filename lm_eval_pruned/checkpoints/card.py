@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.argument_values import written_layers
 from lm_eval_pruned.pruning.plan import whole_or_mean
 
 
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 #: Model-card fields of the source that stay true of the pruned model.
 _KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
 _OURS = f"`lm-eval-pruned {version('lm-eval-pruned')}`"
+_RANKED = """ The best neurons of each layer by {} stayed in their original order, and ties went to the lower
+index. A neuron is a row of the gate and up projections with its column of the down projection."""
 _IN_STOCK = "The checkpoint opens in stock transformers and `lm_eval --model hf`."
 _NOT_IN_STOCK = """Its layers differ in width. The config has the widths in `per_layer_config`, from \
 which transformers up to 5.24 builds no MLPs: the checkpoint opens with `lm_eval_pruned.load_pruned` \
@@ -43,24 +44,13 @@ def model_card(
     """
     plan, name = record.plan, _name(pretrained)
     source = f"{name} (revision {revision})" if revision else name
-    tags, how, ranked, of_layers = [], [], "", ""
-    if plan.prunes:
-        tags.append("width-pruning")
-        how.append("removed neurons from the GLU-MLPs")
-        criteria = " or ".join(f"`{each}`" for each in plan.criteria)
-        ranked = f"""Each neuron is a row of the gate and up projections with its column of the down projection. The best of
-each layer by {criteria} stayed in their original order, and ties went to the lower index. """
-    if plan.depth is not None:
-        tags.append("depth-pruning")
-        how.append(f"left out the layers {written_layers(plan.depth.dropped)}")
-        ranked += "The layers that stay are numbered anew, in their order. "
-        of_layers = ', after "layers" and the numbers of those that stay'
-    body = f"""{_OURS} pruned {source}: it {" and ".join(how)}. {trained}
+    criteria = " or ".join(f"`{each}`" for each in plan.criteria)
+    body = f"""{_OURS} pruned {source}.{_RANKED.format(criteria) * plan.prunes} {trained}
 
 {_table(record)}
 
-{ranked}The digest is SHA-256 over the kept indices of all layers
-(little-endian int64{of_layers}): the same request on the same weights gives the same digest.
+The digest is SHA-256 over the kept indices of all layers (little-endian int64; before them "layers" and the numbers of
+those that stay, where some are left out): the same request on the same weights gives the same digest.
 
 ```json
 {json.dumps(record.as_dict(), indent=2)}
@@ -69,6 +59,8 @@ each layer by {criteria} stayed in their original order, and ties went to the lo
 {_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} What the cut cost depends on
 the model, the size and the task, so evaluate the model for your use before relying on it.
 """
+    tags = ["width-pruning"] * plan.prunes
+    tags += ["depth-pruning"] * (plan.depth is not None)
     title = f"{source}, {_what(plan)}"
     return _card(pretrained, folder, "transformers", tags, title, body)
 
@@ -134,12 +126,9 @@ def _table(record: PruneRecord) -> str:
 
 def _what(plan: PrunePlan) -> str:
     """Return what a pruned model is, for a title."""
-    title = f"width-pruned to {whole_or_mean(plan.mean_width):,} neurons per MLP"
-    if plan.layers is not None:
-        title += " in some layers"
-    elif plan.layer_widths is not None:
-        title += " on average"
-    if plan.depth is None:
-        return title
-    left = f"{len(plan.depth.kept)} of {plan.depth.before} layers"
-    return f"{title}, {left}" if plan.prunes else f"cut to {left}"
+    words = []
+    if plan.prunes:
+        words.append(f"pruned to {whole_or_mean(plan.mean_width):,} neurons per MLP")
+    if plan.depth is not None:
+        words.append(f"{len(plan.depth.kept)} of {plan.depth.before} layers")
+    return ", ".join(words)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.checkpoints.damage import check_config
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
     NEURON_AXIS,
@@ -43,8 +42,6 @@ READING = (*HUB, "gguf_file", "trust_remote_code", "use_safetensors", "variant")
 PLACING = re.compile(
     r"device_map|max_memory|tp_(plan|size)|distributed_config|offload_\w+|quantization_config|dtype"
 )
-#: Those that make it one of few bits.
-QUANTISING = ("load_in_8bit", "load_in_4bit")
 #: Arguments of `transformers.BitsAndBytesConfig`, which lm-evaluation-harness passes on as they are.
 _BITSANDBYTES = re.compile(r"load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+")
 
@@ -67,16 +64,12 @@ def skeleton(
 
 def quantising_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Return the names of the arguments that quantise the model while it loads."""
-    names = ("quantization_config", *QUANTISING)
+    names = ("quantization_config", "load_in_8bit", "load_in_4bit")
     return [name for name in arguments if name in names and arguments[name]]
 
 
 def auto_class_for(config: PretrainedConfig) -> Any:
-    """Choose the Auto class as `lm_eval.models.huggingface.HFLM` does by default.
-
-    It goes by a list of model types, which holds encoder-decoders and more: models
-    that hear, for example, have no decoder apart from an encoder of text.
-    """
+    """Choose the Auto class as `lm_eval.models.huggingface.HFLM` does by default."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as ENCODER_DECODERS,
@@ -92,11 +85,6 @@ def config_and_rest(
     """Split arguments of ``from_pretrained`` into the config they describe and the rest.
 
     Mirrors `transformers.models.auto.auto_factory._BaseAutoModelClass.from_pretrained`.
-
-    Raises:
-        ValueError: An argument or the config is of no use.
-        UnsupportedModelError: The checkpoint is quantised.
-        OSError: The config cannot be read.
     """
     from transformers import AutoConfig
 
@@ -112,8 +100,6 @@ def config_and_rest(
     # AutoConfig would take the dtype for a setting.
     placing = {name: given.pop(name) for name in list(given) if PLACING.fullmatch(name)}
     kept = {name: given[name] for name in READING if name in given}
-    if given.get("gguf_file") is None:
-        check_config(pretrained, given)
     config, unused = AutoConfig.from_pretrained(
         pretrained, return_unused_kwargs=True, **given
     )
@@ -149,12 +135,7 @@ def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
-    """Derive a class of models that are built with MLPs of other widths than their config says.
-
-    Args:
-        model_class: A model class of transformers.
-        widths: The width of each MLP, by name.
-    """
+    """Derive a class of models whose MLPs have other widths, by name, than their config says."""
 
     def build(self, config, *args, **kwargs) -> None:
         model_class.__init__(self, config, *args, **kwargs)
@@ -224,11 +205,10 @@ def _neuron_axis(place: tuple[str, str]) -> int:
 
 def _width(mlp: GluMlp, place: tuple[str, str], shape: Sequence[int]) -> int | None:
     """Return the neurons in a parameter of `shape`; None where it does not hold `place`."""
-    axis = _neuron_axis(place)
     try:
         whole = torch.empty(list(shape), device="meta")
         cut = list(mlp.regions[place].view(whole).shape)
-        width = cut.pop(axis)
+        width = cut.pop(_neuron_axis(place))
     except (IndexError, RuntimeError):
         return None
     return width if width and cut in ([], [mlp.hidden_size]) else None

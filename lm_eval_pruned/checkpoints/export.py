@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from lm_eval_pruned.checkpoints.card import model_card
 from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import load_request
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.request import LoadRequest, asked_of
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.util.atomic import appearing_whole
 
@@ -90,7 +90,7 @@ def export_pruned(
 
     Raises:
         ValueError, UnsupportedModelError, OSError: As `load_pruned`; also where nothing would be
-            pruned, `output` is not empty, or the disk is full.
+            pruned, or `output` is not empty.
 
     Example:
         ```python
@@ -109,22 +109,13 @@ def export_pruned(
     )
     model = load_request(request)
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    plan = record.plan
-    if not plan.changes_model:
-        asked = ", ".join(f"{k}={v}" for k, v in plan.asked.items())
+    if not record.plan.changes_model:
         raise ValueError(
-            f"{asked or 'no size'} keeps all {plan.width_before} neurons, so there is "
-            f"nothing to export: pass one of {', '.join(CUTS)} that removes some."
+            f"{asked_of(record.plan) or 'no size'} keeps all {record.plan.width_before} neurons, so "
+            f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
         )
     source = source_folder(pretrained, given)
     with appearing_whole(output) as unfinished:
-        total = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
-        free = shutil.disk_usage(unfinished).free
-        if total > free:
-            raise OSError(
-                f"The weights need {total:,} bytes, but only {free:,} are free where the output "
-                "goes: choose another folder or a smaller dtype."
-            )
         save_loaded(model, request, source, unfinished, max_shard_size)
         card = model_card(pretrained, given.get("revision"), source, record)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
@@ -142,11 +133,7 @@ def export_pruned(
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        ValueError: It does.
-    """
+    """Refuse a folder that holds something."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
             f"output={output} exists and is not an empty folder: pass a new one."
@@ -155,17 +142,12 @@ def check_output(output: Path) -> None:
 
 def _check_stored(dtype: str | torch.dtype | None, max_shard_size: int | str) -> None:
     """Refuse a dtype or a size that only the end of an export would stumble over."""
-    from huggingface_hub.serialization._base import parse_size_to_int
-
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and resolved not in _STORED:
         raise ValueError(
             f"dtype={dtype} is not a dtype to store weights in: pass float32, float16 or bfloat16."
         )
-    size = max_shard_size
-    with contextlib.suppress(ValueError):
-        size = parse_size_to_int(size) if isinstance(size, str) else size
-    if isinstance(size, str) or size <= 0:
+    if not re.fullmatch(r"0*[1-9]\d*([KMGT]?B)?", str(max_shard_size), re.IGNORECASE):
         raise ValueError(
             f"max_shard_size={max_shard_size} is not a size: pass one such as 5GB."
         )
@@ -195,15 +177,7 @@ def save_loaded(
     folder: Path,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write a model and what stays true of it from its source: everything but the model card.
-
-    Args:
-        model: The model, as it is to be saved.
-        request: What it was loaded from.
-        source: Folder of the files beside the source's weights.
-        folder: Folder to write to.
-        max_shard_size: Largest size of a weight file.
-    """
+    """Write a model, and all that stays true of it in the folder of its source but the model card."""
     if request.model_arguments.get("gguf_file") is not None:
         save_converted(model, request.load_tokenizer(), folder, max_shard_size)
         return

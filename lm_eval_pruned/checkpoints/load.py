@@ -1,38 +1,53 @@
 """Loading a pruned model: whole in the stored dtype, pruned in memory, then cast and placed.
 
 The files of a safetensors checkpoint are mapped, so the unpruned model takes no memory until
-something is written. Only what is kept is copied, cast, quantised and sent to a device.
+something is written. Only what is kept is copied, cast, quantised and sent to a device. Engines
+that build models by themselves ask here which widths they can have, and for the tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.request import LoadRequest, stamp
+from lm_eval_pruned.checkpoints.request import (
+    LoadRequest,
+    asked_of,
+    stamp,
+    stored_once,
+)
 from lm_eval_pruned.checkpoints.sensitivity import cached_losses
 from lm_eval_pruned.pruning.allocation import plan_layers
+from lm_eval_pruned.pruning.argument_values import UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.calibration import CalibrationText
 from lm_eval_pruned.pruning.criteria import RANDOM
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.measuring import LoadedModel, ScoreTable, depth_in_memory
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
     from fractions import Fraction
 
     import torch
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.curves import Sensitivity
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.plan import PrunePlan
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.parallel")
 
 
 @takes_prune_arguments
@@ -199,18 +214,104 @@ class Stored(LoadedModel):
         self, text: CalibrationText, criterion: str, removed: Sequence[Fraction]
     ) -> Sensitivity:
         """Return the losses with one layer cut at a time, looked up in the user's cache."""
+        given = (self.model, self.tokenizer, str(self.calibration), self.samples)
         return cached_losses(
             self.request,
             lambda: super(Stored, self).losses(text, criterion, removed),
-            functools.partial(
-                CalibrationText.of,
-                self.model,
-                self.tokenizer,
-                str(self.calibration),
-                self.samples,
-            ),
+            functools.partial(CalibrationText.of, *given),
             text,
             criterion,
             self.seed if criterion == RANDOM else None,
             removed,
         )
+
+
+def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a model under the keys that its checkpoint has for them.
+
+    Source: `transformers.PreTrainedModel.save_pretrained`, which renames them in the same way.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    yield from revert_weight_conversion(model, stored_once(model)).items()
+
+
+def check_buildable(request: LoadRequest) -> None:
+    """Refuse widths that no engine can build.
+
+    An engine builds a model from its config, and a layer's experts as one. Dense MLPs it can
+    build anew.
+    """
+    widths, plan = request.widths, request.plan
+    why = None
+    if request.prune_arguments.drop_layers is not None:
+        why = (
+            "drop_layers leaves out whole layers, which an engine that builds its model by itself "
+            "would look for in the checkpoint"
+        )
+    elif plan.is_open:
+        asked = "criterion" if plan.allocation == UNIFORM else "allocation"
+        why = (
+            f"{asked}={getattr(plan, asked)} finds the widths in the weights, and an engine needs "
+            "them before it reads a weight"
+        )
+    if why is not None:
+        raise UnsupportedModelError(
+            f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "
+            "prune)."
+        )
+    experts = {mlp.name for mlp in widths.mlps if mlp.kind == "expert"}
+    for name in widths.inexpressible(widths.targets(plan)):
+        if name in experts:
+            raise UnsupportedModelError(
+                f"{asked_of(plan) or 'The checkpoint'} gives {name} a width of its own, and an engine that "
+                f"builds experts from {widths.keys[name]} in the config cannot have that: prune "
+                "all layers alike, or use --model pruned-hf."
+            )
+
+
+def divide_among(
+    request: LoadRequest, processes: int, argument: str = "tp_plan"
+) -> LoadRequest:
+    """Return a request whose kept widths tensor parallelism can split evenly.
+
+    Where they do not divide, or an allocation is still to find them, ``multiple_of`` rounds them
+    down, which a warning says.
+
+    Args:
+        request: What was asked for.
+        processes: Number of processes that share each MLP.
+        argument: What asked for them, for the messages.
+
+    Raises:
+        ValueError: A width does not divide, and rounding it down leaves nothing or is not asked.
+    """
+    odd, plan = _odd(request, processes), request.plan
+    shared_out = plan.prunes and plan.allocation != UNIFORM and processes > 1
+    if odd is None and not shared_out:
+        return request
+    problem = (
+        f"{asked_of(plan) or 'the baseline'} gives {odd} neurons, which do not divide among the "
+        f"{processes} processes of {argument}"
+    )
+    multiple = math.lcm(processes, plan.multiple_of)
+    # The multiple may be more than is kept, and the baseline has none.
+    with contextlib.suppress(ValueError):
+        given = dataclasses.replace(request.prune_arguments, multiple_of=multiple)
+        rounded = request.asking(given)
+        if _odd(rounded, processes) is None:
+            if odd is not None:
+                logger.warning(
+                    "%s: multiple_of=%d rounds down what it keeps.", problem, multiple
+                )
+            return rounded
+    raise ValueError(
+        f"{problem}: pass a size that keeps multiples of {processes}, or use a number of "
+        "processes that divides it."
+    )
+
+
+def _odd(request: LoadRequest, processes: int) -> str | None:
+    """Return name and width of the first MLP whose width does not divide."""
+    targets = request.widths.targets(request.plan)
+    return next((f"{n} {w}" for n, w in targets.items() if w % processes), None)

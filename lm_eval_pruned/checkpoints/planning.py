@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 #: Arguments of `hf` that say where a config, a tokenizer and weights come from.
 SOURCE_ARGUMENTS = ("revision", "subfolder", "gguf_file", "trust_remote_code")
-#: A ratio of so many digits names the width of any model.
-_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -101,19 +99,9 @@ def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
         request.check_text()
         stored = Stored.of(request, known_scores=known)
         plan, request = stored.settled(), stored.request
-    widths, whole = request.widths, request.widths.whole
+    widths = request.widths
     before = widths.parameters_before
     after = widths.count_parameters(widths.targets(plan))
-    equal = ""
-    if plan.depth is not None and not plan.prunes:
-        narrowest = whole.plan(PruneArguments(intermediate_size=1))
-        least = whole.count_parameters(whole.targets(narrowest))
-        # Parameters of a neuron, summed over all layers.
-        per_neuron = Fraction(before - least, max(plan.width_before - 1, 1))
-        width = plan.width_before - round((before - after) / per_neuron)
-        # Rounded down, of which the kept width is rounded up again.
-        digits = width * 10**_DIGITS // plan.hidden_size
-        equal = f"{digits / 10**_DIGITS:.{_DIGITS}f}" if width >= 1 else ""
     dtype: Any = widths.original.dtype
     return PlanRow(
         ", ".join(f"{argument}={value}" for argument, value in plan.asked.items()),
@@ -125,8 +113,19 @@ def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
         written_by_layer(plan.layer_widths or ()),
         written_by_layer(plan.layer_criteria or ()),
         "" if plan.depth is None else written_layers(plan.depth.dropped),
-        equal,
+        "" if plan.depth is None or plan.prunes else _equal_ratio(request, after),
     )
+
+
+def _equal_ratio(request: LoadRequest, parameters: int) -> str:
+    """Return the ratio that leaves all layers with so many parameters; empty if none does."""
+    plan, whole = request.plan, request.widths.whole
+    before = whole.parameters_before
+    rest = whole.count_parameters(dict.fromkeys(whole.actual, 0))
+    share = Fraction(before - parameters, before - rest)
+    width = plan.width_before - round(plan.width_before * share)
+    # Rounded down to six digits, of which the kept width is rounded up again.
+    return f"{width * 10**6 // plan.hidden_size / 10**6:.6f}" if width >= 1 else ""
 
 
 #: Columns of the table, and how their values are written; those after the first six are left out

@@ -13,7 +13,6 @@ import torch
 from lm_eval_pruned.checkpoints.configs import (
     HUB,
     PLACING,
-    QUANTISING,
     READING,
     auto_class_for,
     class_with_widths,
@@ -77,13 +76,7 @@ class LoadRequest:
         prune_arguments: PruneArguments,
         from_pretrained: dict[str, Any],
     ) -> LoadRequest:
-        """Read the config of a model and plan its pruning.
-
-        Args:
-            auto_class: The transformers class to load with; None for the one of the config.
-            pretrained: Folder or Hub name of the model.
-            prune_arguments: What to prune.
-            from_pretrained: Keyword arguments of ``auto_class.from_pretrained``.
+        """Read the config of a model, of `auto_class` or else of the config's class, and plan.
 
         Raises:
             ValueError: An argument is out of range.
@@ -100,11 +93,7 @@ class LoadRequest:
         return unpruned.asking(prune_arguments)
 
     def asking(self, prune_arguments: PruneArguments) -> LoadRequest:
-        """Return a request for the same model with other arguments of pruning.
-
-        Raises:
-            ValueError, UnsupportedModelError: As in `resolve`.
-        """
+        """Return a request for the same model with other arguments of pruning."""
         widths = self.widths.whole
         with clear_errors(self.pretrained):
             if prune_arguments.drop_layers is not None:
@@ -125,21 +114,17 @@ class LoadRequest:
         neurons are ranked and losses measured before.
         """
         folder = Path(self.pretrained, self.model_arguments.get("subfolder") or "")
-        content: Hashable
+        # A commit of the Hub never changes.
+        commit = getattr(self.widths.original, "_commit_hash", None)
+        content: Hashable = commit and (str(folder), commit)
         if Path(self.pretrained).is_dir():
-            files = sorted(path for path in folder.iterdir() if path.is_file())
-            content = tuple(map(stamp, files))
-        else:
-            # A commit of the Hub never changes.
-            commit = getattr(self.widths.original, "_commit_hash", None)
-            if commit is None:
-                return None
-            content = (str(folder), commit)
+            content = tuple(stamp(p) for p in sorted(folder.iterdir()) if p.is_file())
+        if content is None:
+            return None
         given = sorted(
             (name, repr(value))
             for name, value in self.model_arguments.items()
-            if name not in HUB
-            and not PLACING.fullmatch(name)
+            if not (name in HUB or PLACING.fullmatch(name))
             and value not in (None, False, "")
         )
         # Arguments that transformers knows as settings of the config are in no file.
@@ -148,12 +133,7 @@ class LoadRequest:
         return (content, self.auto_class, tuple(given), tuple(settings))
 
     def check_text(self) -> None:
-        """Refuse what cannot be calibrated before a weight is read.
-
-        Raises:
-            ValueError: The calibration text cannot be read.
-            UnsupportedModelError: Activations cannot be observed in the model.
-        """
+        """Refuse what cannot be calibrated before a weight is read."""
         asked, plan = self.prune_arguments, self.plan
         if asked.calibration is None:
             return
@@ -163,27 +143,6 @@ class LoadRequest:
             check_comparable(plan, self.widths)
         if {*plan.criteria, *plan.tried} & {*CALIBRATED}:
             check_observable(self.widths.skeleton())
-
-    def check_prunable_in_memory(self, why: str) -> None:
-        """Refuse to quantise a model that is pruned only after it was loaded.
-
-        Args:
-            why: Why it is pruned afterwards.
-
-        Raises:
-            ValueError: It would be quantised first.
-        """
-        self.check_text()
-        config = self.model_arguments.get("quantization_config")
-        if config is None or not self.plan.changes_model:
-            return
-        asked = [n for n in QUANTISING if getattr(config, n, False)]
-        name = next(iter(asked), "quantization_config")
-        raise ValueError(
-            f"{name} quantises the model while it loads, but it has to be pruned afterwards, "
-            f"because {why}: export the pruned model first (lm-eval-pruned prune), or leave the "
-            "quantisation out."
-        )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that belongs to the model."""
@@ -197,13 +156,10 @@ class LoadRequest:
         return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
 
     def load(self, *, stored: bool = False) -> tuple[PreTrainedModel, Widths]:
-        """Load the model unpruned, with all its layers.
+        """Load the model unpruned, with all its layers, and find the widths that its tensors have.
 
         Args:
             stored: Load it in its stored dtype on the CPU, whatever the user asked for.
-
-        Returns:
-            The model, and the widths that its tensors have.
 
         Raises:
             ValueError: It is damaged, or an argument is wrong.
@@ -217,17 +173,17 @@ class LoadRequest:
             from transformers import GgufConfig
 
             # Its blocks can be neither ranked nor sliced, and are exact in float32.
-            whole = GgufConfig(dequantize=True)
-            arguments = {"dtype": torch.float32, **arguments}
-            arguments["quantization_config"] = whole
-        given = {**arguments, "ignore_mismatched_sizes": True}
+            arguments.setdefault("dtype", torch.float32)
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        ignore_sizes = arguments.get("ignore_mismatched_sizes")
+        arguments["ignore_mismatched_sizes"] = True
         widths = self.widths.whole
-        model, found = self._built(self.auto_class, widths, widths.actual, given)
+        model, found = self._built(widths, widths.actual, arguments)
         actual = stored_widths(found["mismatched_keys"], widths)
         if actual != widths.actual:
             widths = widths.of(actual)
-            model, found = self._built(self.auto_class, widths, actual, given)
-        check_filled(model, found, widths, arguments)
+            model, found = self._built(widths, actual, arguments)
+        check_filled(model, found, widths, ignore_sizes)
         if type(model.config) is not type(widths.original):
             # The class is handed the part of the config that is of text.
             widths = widths_in_memory(model)
@@ -236,9 +192,7 @@ class LoadRequest:
     def placed(self, model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
         """Return a pruned model in the dtype, and on the devices, that the user asked for.
 
-        Args:
-            model: A model in its stored dtype, on the CPU.
-            widths: The widths that its unpruned MLPs have.
+        `model` is in its stored dtype, on the CPU; `widths` are those of its unpruned MLPs.
         """
         arguments = {
             name: value
@@ -257,7 +211,7 @@ class LoadRequest:
         record: PruneRecord = model.prune_record  # type: ignore[assignment]
         given = {**arguments, "dtype": dtype, "state_dict": stored_once(model)}
         targets = widths.targets(record.plan)
-        placed, _ = self._built(widths.model_class, widths, targets, given)
+        placed, _ = self._built(widths, targets, given)
         placed.config.name_or_path = model.config.name_or_path
         placed.generation_config = model.generation_config
         # What `save_pretrained` takes apart again.
@@ -268,29 +222,16 @@ class LoadRequest:
         return placed
 
     def _built(
-        self,
-        loader: Any,
-        widths: Widths,
-        targets: Mapping[str, int],
-        arguments: dict[str, Any],
+        self, widths: Widths, targets: Mapping[str, int], arguments: dict[str, Any]
     ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-        """Build a model with MLPs of `targets`, from the checkpoint or from a state dict.
-
-        Args:
-            loader: A class of transformers with ``from_pretrained``.
-            widths: The widths of the unpruned model.
-            targets: The width of each MLP, by name.
-            arguments: Keyword arguments of ``from_pretrained`` besides the config.
-
-        Returns:
-            The model, and what transformers says of the keys.
-        """
+        """Build a model with MLPs of `targets`, from the checkpoint or from a state dict."""
+        from_memory = "state_dict" in arguments
+        loader: Any = widths.model_class if from_memory else self.auto_class
         if widths.inexpressible(targets):
             loader = class_with_widths(widths.model_class, targets)
-        source = None if "state_dict" in arguments else self.pretrained
         with BUILDING, clear_errors(self.pretrained, self.model_arguments):
             model, found = loader.from_pretrained(
-                source,
+                None if from_memory else self.pretrained,
                 config=widths.narrowed_config(targets),
                 output_loading_info=True,
                 **arguments,
@@ -312,3 +253,8 @@ def stamp(path: Path) -> tuple[str, int, int]:
     """Identify what a file holds by its path, size in bytes and time of change in ns."""
     status = path.stat()
     return str(path.resolve()), status.st_size, status.st_mtime_ns
+
+
+def asked_of(plan: PrunePlan) -> str:
+    """Return the sizes that a plan was asked for, as they are written on the command line."""
+    return ", ".join(f"{name}={value}" for name, value in plan.asked.items())

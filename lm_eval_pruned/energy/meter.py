@@ -7,7 +7,6 @@ components beside it, in kWh.
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 #: How old a figure may be at the edge of a window, in seconds: NVML renews its counter
 #: within this time, and the load model sees ticks of 0.01 s.
 RESOLUTION_SECONDS = 0.1
-#: Where codecarbon says it is when it could not find out (`GeoMetadata.from_geo_js`).
-_LOCATION_UNKNOWN = ("CAN", 46.8, -71.2)
 #: What codecarbon reads counters or sensors with, by the mode or the type of its hardware.
 _COUNTERS = {
     "intel_rapl": "RAPL energy counters of the processor packages",
@@ -38,8 +35,6 @@ _COUNTERS = {
     "AppleSiliconChip": "powermetrics",
     "Raspberry": "power rails of the Raspberry Pi",
 }
-
-logger = logging.getLogger("lm_eval.pruned.energy")
 
 
 @dataclass(frozen=True)
@@ -98,25 +93,22 @@ def check_country(country: str) -> str:
 class CodecarbonMeter:
     """Counts the energy of this machine with codecarbon.
 
-    It writes no file and uses no network unless `online`. The settings
-    ``force_cpu_power``, ``force_ram_power``, ``pue`` and ``rapl_*`` of the user's codecarbon
-    configuration apply, and the description says so.
+    It writes no file and uses no network. The settings ``force_cpu_power``,
+    ``force_ram_power``, ``pue`` and ``rapl_*`` of the user's codecarbon configuration
+    apply, and the description says so.
 
     Args:
         country: ISO 3166 alpha-3 code whose carbon intensity gives the emissions; None
             leaves them out.
-        online: Let codecarbon ask the network where it is instead.
 
     Source: codecarbon 3.3.2, `emissions_tracker.py`, `core/resource_tracker.py`.
     """
 
-    def __init__(self, country: str | None = None, online: bool = False) -> None:
+    def __init__(self, country: str | None = None) -> None:
         self._country = country
-        self._online = online
         self._tracker: Any = None
         self._sources: dict[str, ComponentSource] = {}
         self._latest: EmissionsData | None = None
-        self._cause = "codecarbon handed out no measurement"
 
     def start(self) -> MeterDescription:
         """Start a tracker, take a first measurement and say what is metered by which means.
@@ -131,31 +123,31 @@ class CodecarbonMeter:
             def out(output, total: EmissionsData, delta: EmissionsData) -> None:
                 self._latest = total
 
-        base: type = codecarbon.EmissionsTracker
-        arguments: dict[str, Any] = {
-            "output_methods": [],
-            "output_handlers": [Output()],
-            "emissions_endpoint": False,
-            "electricitymaps_api_token": False,
-            "allow_multiple_runs": True,
-            "log_level": "warning",
-            "measure_power_secs": 15,
-            "tracking_mode": "machine",
-        }
-        if not self._online:
-            base = codecarbon.OfflineEmissionsTracker
-            unset = ("region", "cloud_provider", "cloud_region")
-            arguments |= {
-                **dict.fromkeys((*unset, "country_2letter_iso_code")),
-                "country_iso_code": self._country,
-                # Without a country codecarbon would fall back to the world's average.
-                "force_carbon_intensity_g_co2e_kwh": None if self._country else 0.0,
-            }
-        logging.getLogger("codecarbon").filters = [self._take_log_record]
-        self._tracker = _with_fresh_readings(base)(**arguments)
+        self._tracker = _with_fresh_readings(codecarbon.OfflineEmissionsTracker)(
+            output_methods=[],
+            output_handlers=[Output()],
+            emissions_endpoint=False,
+            electricitymaps_api_token=False,
+            allow_multiple_runs=True,
+            log_level="critical",
+            measure_power_secs=15,
+            tracking_mode="machine",
+            country_iso_code=self._country,
+            # Without a country codecarbon would fall back to the world's average.
+            force_carbon_intensity_g_co2e_kwh=None if self._country else 0.0,
+            # Not those of the user's codecarbon configuration.
+            region=None,
+            cloud_provider=None,
+            cloud_region=None,
+            country_2letter_iso_code=None,
+        )
         self._tracker.start()
         data = self._measure()
-        self._sources = _sources(self._tracker._hardware)
+        hardware = {
+            getattr(part, "chip_part", type(part).__name__).lower(): part
+            for part in self._tracker._hardware
+        }
+        self._sources = {name: _source(name, hardware.get(name)) for name in COMPONENTS}
         models = {name: getattr(data, f"{name}_model") for name in ("cpu", "gpu")}
         factor = f", except through the factor PUE {data.pue:g}" * (data.pue != 1)
         return MeterDescription(
@@ -165,7 +157,7 @@ class CodecarbonMeter:
             resolution_seconds=RESOLUTION_SECONDS,
             sources=self._sources,
             hardware={name: str(model) for name, model in models.items() if model},
-            country=data.country_iso_code if self._is_located(data) else None,
+            country=self._country,
         )
 
     def read(self) -> EnergyReading:
@@ -183,35 +175,19 @@ class CodecarbonMeter:
         return EnergyReading(
             None,
             Joules(**joules, total=data.energy_consumed * JOULES_PER_KWH),
-            data.emissions if self._is_located(data) else None,
+            data.emissions if self._country else None,
         )
 
     def stop(self) -> None:
         """Stop the tracker; `read` is not called afterwards."""
         self._tracker.stop()
-        logging.getLogger("codecarbon").filters = []
 
     def _measure(self) -> EmissionsData:
         self._latest = None
         self._tracker.flush()
         if self._latest is None:
-            raise RuntimeError(self._cause)
+            raise RuntimeError("codecarbon handed out no measurement")
         return self._latest
-
-    def _is_located(self, data: EmissionsData) -> bool:
-        place = (data.country_iso_code, data.latitude, data.longitude)
-        return bool(self._country) or (self._online and place != _LOCATION_UNKNOWN)
-
-    def _take_log_record(self, record: logging.LogRecord) -> bool:
-        """Keep codecarbon's log off the terminal, and the last exception in it as a cause.
-
-        codecarbon catches its own exceptions, and its log alone says why it failed.
-        """
-        if record.exc_info and record.exc_info[1]:
-            error = record.exc_info[1]
-            self._cause = f"{type(error).__name__}: {error}"
-        logger.debug("codecarbon: %s", record.getMessage().strip())
-        return False
 
 
 def _with_fresh_readings(base: type) -> type:
@@ -234,36 +210,24 @@ def _with_fresh_readings(base: type) -> type:
     return Tracker
 
 
-def _sources(hardware: list[Any]) -> dict[str, ComponentSource]:
-    found = {
-        getattr(part, "chip_part", type(part).__name__).lower(): _source(part)
-        for part in hardware
-    }
-    return {
-        name: found.get(name)
-        or ComponentSource("none", f"codecarbon found no {name} to measure")
-        for name in COMPONENTS
-    }
-
-
-def _source(part: Any) -> ComponentSource:
-    """Say where codecarbon has the power of one of its hardware objects from."""
-    kind = type(part).__name__
-    mode = getattr(part, "_mode", kind)
+def _source(name: str, part: Any) -> ComponentSource:
+    """Say where codecarbon has the power of a component from, by its hardware object or None."""
+    mode = getattr(part, "_mode", type(part).__name__)
+    if part is None:
+        return ComponentSource("none", f"codecarbon found no {name} to measure")
     if mode in _COUNTERS:
         return ComponentSource("measured", _COUNTERS[mode])
-    if kind == "GPU":
-        watched = set(part._get_gpu_ids())
-        devices = [d for d in part.devices.devices if d.gpu_index in watched]
+    if mode == "GPU":
+        devices = part.devices.devices
         nvidia = any("nvidia" in type(d).__name__.lower() for d in devices)
         counted = all(getattr(d, "_has_counter", False) for d in devices)
         return ComponentSource(
             "measured",
             f"{'NVML' if nvidia else 'AMD SMI'} "
             f"{'energy counter' if counted else 'power, sampled each second'} "
-            f"of {len(devices)} device(s)",
+            f"of {len(part._get_gpu_ids())} device(s)",
         )
-    if kind == "RAM":
+    if mode == "RAM":
         watts = f"{part.total_power().W:g} W"
         if part._force_ram_power is not None:
             return ComponentSource("constant", f"{watts}, forced by the user")
@@ -271,20 +235,22 @@ def _source(part: Any) -> ComponentSource:
             "modelled",
             f"codecarbon's constant for the installed memory: {watts}, whatever the load",
         )
-    if mode in ("constant", "cpu_load"):
-        origin = (
-            "codecarbon's constant for a processor that it does not know"
-            if part._is_generic_tdp
-            else "thermal design power from codecarbon's table, or forced by the user"
-        )
-        watts = f"{part._tdp:g} W ({origin})"
-        if mode == "constant":
-            return ComponentSource("constant", f"half of {watts}")
-        cores = psutil.cpu_count() or 1
+    if mode not in ("constant", "cpu_load"):
         return ComponentSource(
-            "modelled",
-            f"codecarbon's load model: {watts} x (0.1 + 0.9 x load^3), the load being "
-            f"that of all {cores} cores: an idle machine counts as 10 % of it, one busy core as "
-            f"{10 + 90 / cores**3:.4g} %; no counter was readable",
+            "modelled", f"codecarbon's {mode}, unknown to this package"
         )
-    return ComponentSource("modelled", f"codecarbon's {mode}, unknown to this package")
+    origin = (
+        "codecarbon's constant for a processor that it does not know"
+        if part._is_generic_tdp
+        else "thermal design power from codecarbon's table, or forced by the user"
+    )
+    watts = f"{part._tdp:g} W ({origin})"
+    if mode == "constant":
+        return ComponentSource("constant", f"half of {watts}")
+    cores = psutil.cpu_count() or 1
+    return ComponentSource(
+        "modelled",
+        f"codecarbon's load model: {watts} x (0.1 + 0.9 x load^3), the load being "
+        f"that of all {cores} cores: an idle machine counts as 10 % of it, one busy core as "
+        f"{10 + 90 / cores**3:.4g} %; no counter was readable",
+    )

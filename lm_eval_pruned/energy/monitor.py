@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.energy.readings import EnergyReading, Joules, add_up
 
@@ -65,13 +65,10 @@ class EnergyMonitor:
         with self._lock:
             if self._meter is None or self._running:
                 return
-            try:
-                self._description = self._meter.start()
-            except Exception as error:  # noqa: BLE001
-                self._fail("did not start", error)
-                return
-            self._running = True
-            self._apart = EnergyReading(0.0, Joules(0.0, 0.0, 0.0, 0.0), 0.0)
+            told = self._ask(self._meter.start, "did not start")
+            if told is not None:
+                self._description, self._running = told, True
+                self._apart = EnergyReading(0.0, Joules(0.0, 0.0, 0.0, 0.0), 0.0)
 
     def start_in_background(self) -> None:
         """Start the meter while the caller does something else.
@@ -83,13 +80,9 @@ class EnergyMonitor:
     def stop(self) -> None:
         """Stop the meter. A later window starts it again."""
         with self._lock:
-            if self._meter is None or not self._running:
-                return
-            self._running = False
-            try:
-                self._meter.stop()
-            except Exception as error:  # noqa: BLE001
-                self._fail("failed when it was stopped", error)
+            if self._meter is not None and self._running:
+                self._running = False
+                self._ask(self._meter.stop, "failed when it was stopped")
 
     def describe(self) -> MeterDescription | None:
         """Return what the numbers are, or None if the meter never ran."""
@@ -118,12 +111,10 @@ class EnergyMonitor:
 
     def _counters(self) -> EnergyReading:
         """Return counters that stand still while something is measured apart."""
-        counters = EnergyReading(None)
+        counters = None
         if self._meter is not None and self._running:
-            try:
-                counters = self._meter.read()
-            except Exception as error:  # noqa: BLE001
-                self._fail("died", error)
+            counters = self._ask(self._meter.read, "died")
+        counters = counters or EnergyReading(None)
         return replace(counters, seconds=self._clock()) - self._apart
 
     def _checked(self, took: EnergyReading) -> EnergyReading:
@@ -148,13 +139,20 @@ class EnergyMonitor:
         measured = {name: part for name, part in parts.items() if part and part > 0}
         return EnergyReading(took.seconds, Joules(**measured), notes=tuple(notes))
 
-    def _fail(self, what: str, error: Exception) -> None:
-        self._meter, self._running = None, False
-        self.failures.append(f"the meter {what}: {error or type(error).__name__}")
-        logger.warning(
-            "Energy is not measured any more, the evaluation goes on: %s.",
-            self.failures[-1],
-        )
+    def _ask(self, call: Callable[[], Any], failure: str) -> Any:
+        """Return what the meter answers; None where it fails, after which it is not asked again."""
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001
+            self._meter, self._running = None, False
+            self.failures.append(
+                f"the meter {failure}: {error or type(error).__name__}"
+            )
+            logger.warning(
+                "Energy is not measured any more, the evaluation goes on: %s.",
+                self.failures[-1],
+            )
+            return None
 
 
 def meters_the_machine() -> bool:

@@ -6,11 +6,12 @@ None always means *not measured*. A component is never reported as 0 J.
 from __future__ import annotations
 
 from dataclasses import asdict, astuple, dataclass, field, replace
+from operator import sub
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
 #: Joules in one kilowatt-hour.
 JOULES_PER_KWH = 3_600_000.0
@@ -39,6 +40,9 @@ class Joules:
         """Return the four numbers by name."""
         return asdict(self)
 
+    def __sub__(self, other: Joules) -> Joules:
+        return _by_component(sub, self, other)
+
 
 @dataclass(frozen=True)
 class EnergyReading:
@@ -62,49 +66,34 @@ class EnergyReading:
     def __sub__(self, before: EnergyReading) -> EnergyReading:
         """Return by how much counters moved on."""
         return EnergyReading(
-            _if_known(_difference, [self.seconds, before.seconds]),
-            _by_component(_difference, [self.joules, before.joules]),
-            _if_known(_difference, [self.emissions_kg, before.emissions_kg]),
+            _if_known(sub, self.seconds, before.seconds),
+            self.joules - before.joules,
+            _if_known(sub, self.emissions_kg, before.emissions_kg),
         )
 
     def with_idle(self, idle: EnergyReading) -> EnergyReading:
         """Return the reading with what the idle machine would have used, at the power of `idle`."""
         times = ratio(self.seconds, idle.seconds)
-        if times is None:
-            return replace(self, idle=Joules())
-        scaled = _by_component(lambda joules: joules[0] * times, [idle.joules])
-        return replace(self, idle=scaled)
-
-    @property
-    def kwh(self) -> float | None:
-        """Total energy in kilowatt-hours."""
-        return ratio(self.joules.total, JOULES_PER_KWH)
-
-    @property
-    def mean_watts(self) -> float | None:
-        """Total energy over wall time, in watts."""
-        return ratio(self.joules.total, self.seconds)
-
-    @property
-    def carbon_intensity(self) -> float | None:
-        """Carbon intensity that `emissions_kg` was computed with, in g CO2e per kWh."""
-        kg_per_kwh = ratio(self.emissions_kg, self.kwh)
-        return None if kg_per_kwh is None else 1000 * kg_per_kwh
+        power = Joules() if times is None else idle.joules
+        return replace(self, idle=_by_component(lambda each: each * times, power))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the reading as JSON types; the keys carry the units."""
+        total = self.joules.total
+        kwh = ratio(total, JOULES_PER_KWH)
+        kg_per_kwh = ratio(self.emissions_kg, kwh)
         record: dict[str, Any] = {
             "seconds": self.seconds,
             "joules": self.joules.as_dict(),
-            "kwh": self.kwh,
-            "mean_watts": self.mean_watts,
+            "kwh": kwh,
+            "mean_watts": ratio(total, self.seconds),
             "emissions_kg_co2e": self.emissions_kg,
-            "carbon_intensity_g_co2e_per_kwh": self.carbon_intensity,
+            "carbon_intensity_g_co2e_per_kwh": kg_per_kwh and 1000 * kg_per_kwh,
         }
         if self.notes:
             record["notes"] = list(self.notes)
         if self.idle is not None:
-            net = _by_component(_difference, [self.joules, self.idle])
+            net = self.joules - self.idle
             record |= {"idle_joules": self.idle.as_dict(), "net_joules": net.as_dict()}
         return record
 
@@ -132,25 +121,25 @@ def add_up(
     if not parts:
         return EnergyReading(0.0)
     return EnergyReading(
-        _if_known(max if at_once else sum, [part.seconds for part in parts]),
-        _by_component(sum, [part.joules for part in parts]),
-        _if_known(sum, [part.emissions_kg for part in parts]),
+        _if_known(max if at_once else _sum, *(part.seconds for part in parts), 0.0),
+        _by_component(_sum, *(part.joules for part in parts)),
+        _if_known(_sum, *(part.emissions_kg for part in parts)),
         tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-        _if_known(lambda idle: _by_component(sum, idle), [part.idle for part in parts]),
+        _if_known(
+            lambda *idle: _by_component(_sum, *idle), *(part.idle for part in parts)
+        ),
     )
 
 
-def _by_component(
-    function: Callable[[Sequence[float]], float], parts: Iterable[Joules]
-) -> Joules:
+def _sum(*values: float) -> float:
+    return sum(values)
+
+
+def _by_component(function: Callable[..., float], *parts: Joules) -> Joules:
     columns = zip(*map(astuple, parts), strict=True)
-    return Joules(*(_if_known(function, column) for column in columns))
+    return Joules(*(_if_known(function, *column) for column in columns))
 
 
-def _if_known(function: Callable[..., Any], values: Sequence[Any]) -> Any:
+def _if_known(function: Callable[..., Any], *values: Any) -> Any:
     """Call a function with values; None where one of them is."""
-    return None if None in values else function(values)
-
-
-def _difference(values: Sequence[float]) -> float:
-    return values[0] - values[1]
+    return None if None in values else function(*values)

@@ -11,8 +11,6 @@ from peft import (
     LoHaConfig,
     LoraConfig,
     PeftModel,
-    PromptTuningConfig,
-    TaskType,
     get_peft_model,
 )
 from transformers import AutoModelForCausalLM
@@ -214,14 +212,6 @@ def test_an_adapter_whose_weights_are_missing_or_damaged(
         file.unlink(missing_ok=True)
 
 
-def test_adapters_that_cannot_be_merged(tiny_llama, tmp_path):
-    base = checkpoints.tiny_model(checkpoints.tiny_config())
-    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
-    adapter = save_adapter(tmp_path / "adapter", base, config)
-    with pytest.raises(ValueError, match="is of the kind PROMPT_TUNING, which cannot"):
-        hf_model(tiny_llama, ratio=2, peft=adapter, peft_stage="before")
-
-
 def test_quantising_before_the_merge_is_refused(tiny_llama, tmp_path, weights_unread):
     adapter = save_adapter(
         tmp_path / "adapter",
@@ -234,19 +224,6 @@ def test_quantising_before_the_merge_is_refused(tiny_llama, tmp_path, weights_un
         hf_model(
             tiny_llama, ratio=2, peft=adapter, peft_stage="before", load_in_8bit=True
         )
-
-
-def test_delta_weights_are_added_before_pruning(tiny_llama, tmp_path):
-    delta = checkpoints.save_tiny(tmp_path / "delta", seed=5)
-    model = hf_model(tiny_llama, ratio=2, delta=str(delta))
-    total = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    other = AutoModelForCausalLM.from_pretrained(delta).state_dict()
-    with torch.no_grad():
-        for name, parameter in total.state_dict().items():
-            parameter += other[name]
-    by_hand = prune_model(total, ratio=2)
-    assert model.model.prune_record.digest == by_hand.prune_record.digest
-    assert model.config.intermediate_size == 64
 
 
 def test_through_the_harness(tiny_llama, tmp_path):

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned.checkpoints.engines import check_buildable, tensors_of
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.load import Stored
+from lm_eval_pruned.checkpoints.load import Stored, check_buildable, tensors_of
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError

@@ -13,11 +13,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints import export as export_module
 from lm_eval_pruned.checkpoints.configs import skeleton
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.cli import main
@@ -347,39 +346,6 @@ def test_an_interrupted_export_leaves_nothing(tiny_llama, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bad_weight_is_named_and_nothing_is_left(tmp_path):
-    folder = checkpoints.save_tiny(tmp_path / "in")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = torch.nan
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"layers\.2\.mlp\.down_proj\.weight holds 1 NaN"
-    ):
-        export_pruned(str(folder), tmp_path / "out", prune_arguments={"ratio": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-def test_a_truncated_source_is_refused(tmp_path):
-    folder = checkpoints.save_tiny(tmp_path / "in")
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(OSError, match="not an intact safetensors file"):
-        export_pruned(str(folder), tmp_path / "out", prune_arguments={"ratio": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-@pytest.mark.parametrize("tie", [False, True])
-def test_a_tensor_outside_the_mlps_that_is_missing_is_named(tmp_path, tie):
-    folder = checkpoints.save_tiny(tmp_path / "tiny", tie_word_embeddings=tie)
-    tensors = load_file(folder / "model.safetensors")
-    assert ("lm_head.weight" in tensors) != tie
-    del tensors["model.norm.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"no tensor for model\.norm\.weight: "):
-        export_pruned(str(folder), tmp_path / "out", prune_arguments={"ratio": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-
-
 def test_output_must_be_new_or_empty(tiny_llama, tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -416,14 +382,6 @@ def test_bad_arguments_are_refused_before_anything_is_written(
             tmp_path / "out",
             **{"prune_arguments": {"ratio": 2}, **arguments},
         )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_noticed_first(tiny_llama, tmp_path, monkeypatch):
-    usage = type(export_module.shutil.disk_usage(tmp_path))(10, 9, 1)
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match="but only 1 are free"):
-        export_pruned(str(tiny_llama), tmp_path / "out", prune_arguments={"ratio": 2})
     assert list(tmp_path.iterdir()) == []
 
 

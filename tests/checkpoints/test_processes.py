@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, strategies as st
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints.engines import divide_among
+from lm_eval_pruned.checkpoints.load import divide_among
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning.arguments import PruneArguments

@@ -36,27 +36,6 @@ def test_single_and_sharded_checkpoints_score_alike(
     assert one["config"]["pruning"]["expansion_ratio_after"] == 1.5
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ("ratio=99", "ratio=99 is above the model's own expansion ratio 88/32"),
-        ("ratio=1,intermediate_size=3", "were given together"),
-    ],
-)
-def test_bad_arguments_end_the_command_with_the_sentence(
-    tiny_llama, tasks, arguments, sentence, tmp_path
-):
-    run = evaluations.lm_eval(
-        *("--model", "pruned-hf", "--device", "cpu"),
-        *("--model_args", f"pretrained={tiny_llama},{arguments}"),
-        *("--tasks", "tiny_choice", "--include_path", tasks),
-        cwd=tmp_path,
-        check=False,
-    )
-    assert run.returncode != 0
-    assert sentence in run.stderr.strip().splitlines()[-1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [40])
 def test_the_real_model_on_truthfulqa(real_model, shared_data, limit, tmp_path):

@@ -23,7 +23,6 @@ from lm_eval_pruned.model_wrappers.energy_windows import (
     SCHEMA_VERSION,
     EnergyLog,
     Usage,
-    as_table,
 )
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import checkpoints, evaluations
@@ -325,7 +324,7 @@ def test_a_search_that_fails_is_not_told_of_the_next_requests(lm, monkeypatch):
     assert block["total"]["seconds"] == 1.0
 
 
-def test_idle_energy_is_measured_first_and_negative_net_is_reported(lm, caplog):
+def test_idle_energy_is_measured_first_and_net_energy_may_be_negative(lm):
     log, clock = log_of({"cpu": [(0.0, 50.0), (4.0, 20.0)]}, idle_seconds=4)
     model = lm((log, clock))
     model.loglikelihood([scored("abc", "de")])
@@ -342,8 +341,6 @@ def test_idle_energy_is_measured_first_and_negative_net_is_reported(lm, caplog):
         "ram": None,
         "total": -60.0,
     }
-    assert any("negative" in note for note in block["notes"])
-    assert "negative" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -454,7 +451,6 @@ def test_cached_answers_cost_nothing_and_are_counted(lm, tmp_path):
     block = second.get_model_info()["energy"]
     assert block["cached_answers"] == 2
     assert block["request_types"]["loglikelihood"]["requests"] == 2
-    assert "2 answers came from a cache" in as_table(block)
 
     third = CachingLM(lm(), str(tmp_path / "cache.db"))
     third.loglikelihood(requests)
@@ -545,7 +541,7 @@ def test_idle_power_is_subtracted_from_each_machine():
             log.measure_idle()
             key = "request_types", "loglikelihood"
             with log.window(*key, lm=lm, requests=1, left_open=True):
-                with log.window("set_up", "batch_size_search", key[1], apart=True):
+                with log.window("set_up", "batch_size_search", key[1]):
                     if clock is not None:
                         clock.sleep(2.0)
                 if clock is not None:
@@ -594,10 +590,6 @@ def test_one_process_of_a_launcher_meters_its_machine(
         ({"energy": True, "energy_country": "France"}, "energy_country=France"),
         ({"energy": True, "energy_idle_seconds": -1}, "energy_idle_seconds=-1"),
         ({"energy": True, "energy_idle_seconds": "long"}, "energy_idle_seconds=long"),
-        (
-            {"energy": True, "energy_country": "FRA", "energy_online": True},
-            "energy_country=FRA and energy_online=True",
-        ),
     ],
 )
 def test_arguments_are_checked_before_the_model_loads(arguments, message):

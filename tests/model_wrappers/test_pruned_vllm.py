@@ -135,7 +135,6 @@ def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
         ),
         ({"drop_layers": 1}, ValueError, r"drop_layers leaves out whole layers"),
         ({"ratio": 2, "load_format": "dummy"}, ValueError, r"load_format=dummy"),
-        ({"gguf_file": "a.gguf"}, ValueError, r"gguf_file=a.gguf cannot be combined"),
         ({"prune_precent": 2}, ValueError, r"did you mean prune_percent"),
         ({"ratio": 2, "trust_remote_code": "off"}, ValueError, r"trust_remote_code"),
     ],
