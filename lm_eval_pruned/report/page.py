@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.report.findings import Finding
     from lm_eval_pruned.report.plots import Plot
     from lm_eval_pruned.results.files import Run
 
@@ -98,7 +97,6 @@ class Section:
     Attributes:
         heading: Heading.
         paragraphs: Text.
-        findings: Sentences that stand out.
         figure: Drawn by the page itself; its files are among the plots, which the page then
             leaves out.
         table: A table.
@@ -112,7 +110,6 @@ class Section:
 
     heading: str
     paragraphs: Sequence[str] = ()
-    findings: Sequence[Finding] = ()
     figure: Figure | None = None
     table: Table | None = None
     plots: Sequence[Plot] = ()
