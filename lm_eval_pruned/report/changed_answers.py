@@ -47,8 +47,7 @@ def changed_answers(
         title: Heading of the report.
         base: The unpruned model.
         others: The other runs of the sweep.
-        texts: Whether the page shows the texts of documents and answers; without them it
-            names documents by ``doc_id`` and ``doc_hash``.
+        texts: Whether the page shows texts; else it names documents by number and hash alone.
 
     Returns:
         The section and the files that it links, by name; None and no file where no task

@@ -1,8 +1,7 @@
-"""A report as one HTML page and as Markdown, and all its scores as CSV."""
+"""A page from a template, a report as Markdown, and all its scores as CSV."""
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.report.page import only_these
@@ -37,21 +36,8 @@ def rendered(template: str, **values: Any) -> str:
     )
 
 
-def as_html(title: str, subtitle: str, sections: Sequence[Section], scores: str) -> str:
-    """Return a report as a page; `scores`: ``results.csv``, which it hands on."""
-    figures = [section.figure for section in sections if section.figure]
-    return rendered(
-        "template.html",
-        title=title,
-        subtitle=subtitle,
-        sections=sections,
-        scores=base64.b64encode(scores.encode("utf-8")).decode("ascii"),
-        allowed=only_these([script for each in figures for script in each.scripts]),
-    )
-
-
 def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """Return the same as Markdown; the plots are links to files below ``plots/``."""
+    """Return a report as Markdown; the plots are links to files below ``plots/``."""
     lines = [f"# {_plain(title)}", "", _plain(subtitle)]
     for section in sections:
         lines += ["", f"## {section.heading}"]

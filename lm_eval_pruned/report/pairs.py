@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison_rows import Difference
 from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
-from lm_eval_pruned.compare.statistics import false_discovery, relative_change
+from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.compare.verdicts import verdict_of
 from lm_eval_pruned.report.page import run_label
 from lm_eval_pruned.report.sections import compared_section
@@ -35,10 +35,9 @@ def healing_section(
         "p after Benjamini-Hochberg over the sizes of each task. Energy is that of the machine "
         "while it trained, with all that it did beside; modelled energy is an estimate."
     )
-    heading = "Healing: after against before"
-    costs = [f"{run_label(run)}: {_cost(run)}" for run in healed]
     rows = _rows(pairs, alpha, read)
-    return compared_section(heading, text, rows, alpha, costs) if healed else None
+    costs = [f"{run_label(run)}: {_cost(run)}" for run in healed]
+    return compared_section("Healing: after against before", text, rows, alpha, costs)
 
 
 def random_section(
@@ -51,10 +50,11 @@ def random_section(
         trained = healing_name(run) if run.healing else None
         return (*map(run.pruning.get, (*names, "hidden_size")), trained)
 
-    controls = [run for run in others if is_control(run)]
+    pruned = [run for run in others if run.pruning.get("criterion")]
+    controls = [run for run in pruned if is_control(run)]
     pairs = [
         (control, run)
-        for run in others
+        for run in pruned
         for control in controls
         if not is_control(run) and cut(control) == cut(run)
     ]
@@ -63,9 +63,16 @@ def random_section(
         "seed at a time, paired by document: what the criterion is worth. q: p after "
         "Benjamini-Hochberg over the rows of each task."
     )
-    heading = "Against pruning at random"
-    rows = _rows(pairs, alpha, read)
-    return compared_section(heading, text, rows, alpha) if rows else None
+    paired = [run for pair in pairs for run in pair]
+    missing = [run_label(run) for run in pruned if run not in (*controls, *paired)]
+    criteria = dict.fromkeys([*(run.pruning["criterion"] for run in pruned), "random"])
+    command = (
+        f"Nothing of the size of {', '.join(missing)} was cut at random. To add that, run the "
+        f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
+        "evaluated again."
+    )
+    rows, notes = _rows(pairs, alpha, read), [command] if missing else []
+    return compared_section("Against pruning at random", text, rows, alpha, notes)
 
 
 def _cost(run: Run) -> str:
@@ -113,7 +120,7 @@ def _rows(
                 base_score=one.value,
                 score=other.value,
                 difference=difference,
-                relative=relative_change(one.value, other.value),
+                relative=None,
                 low=low,
                 high=high,
                 p=p,

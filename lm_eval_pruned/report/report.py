@@ -6,6 +6,7 @@ HTML are two ways to write the same list.
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ from lm_eval_pruned.report import pairs, sections as words
 from lm_eval_pruned.report.changed_answers import CSV, PAGE, changed_answers
 from lm_eval_pruned.report.curves import energy_section, truthfulness_section
 from lm_eval_pruned.report.figure import figure_section
-from lm_eval_pruned.report.formats import as_csv, as_html, as_markdown
+from lm_eval_pruned.report.formats import as_csv, as_markdown, rendered
 from lm_eval_pruned.report.layers import layers_section
+from lm_eval_pruned.report.page import only_these
 from lm_eval_pruned.results.files import as_mapping
 from lm_eval_pruned.results.sweep_results import read_sweep
 from lm_eval_pruned.util.atomic import write_atomically
@@ -33,16 +35,13 @@ def write_report(
     alpha: float = 0.05,
     texts: bool = True,
 ) -> list[Path]:
-    """Write a sweep's report to `output_path`, by default ``report`` in its folder.
+    """Write the report of a sweep folder and return its files, ``report.html`` first.
 
     Args:
-        folder: Sweep folder.
-        output_path: Where.
+        folder: The sweep.
+        output_path: Where; default: ``report`` in the sweep folder.
         alpha: Level of the tests.
         texts: Whether ``flips.html`` shows the texts of documents and answers.
-
-    Returns:
-        The files, ``report.html`` first.
 
     Raises:
         ResultsError: The folder holds no sweep that can be read, or no baseline.
@@ -72,7 +71,6 @@ def write_report(
         words.differences_section(others, comparison),
         pairs.random_section(others, alpha, read),
         pairs.healing_section(others, alpha, read),
-        words.random_baseline_section(sweep),
         answers,
         truthfulness_section(runs, comparison),
         words.trends_section(comparison),
@@ -84,17 +82,24 @@ def write_report(
     ]
     sections = [section for section in found if section is not None]
     scores = as_csv(base, others, comparison)
+    figures = [section.figure for section in sections if section.figure]
+    page = rendered(
+        "template.html",
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        scores=base64.b64encode(scores.encode("utf-8")).decode("ascii"),
+        allowed=only_these([script for each in figures for script in each.scripts]),
+    )
     files: dict[str, str | bytes] = {
-        "report.html": as_html(title, subtitle, sections, scores),
+        "report.html": page,
         "report.md": as_markdown(title, subtitle, sections),
         "results.csv": scores,
         **beside,
     }
-    for plot in (plot for section in sections for plot in section.plots):
-        files |= {
-            f"plots/{plot.name}.svg": plot.svg,
-            f"plots/{plot.name}.png": plot.png,
-        }
+    for section in sections:
+        files |= {f"plots/{each.name}.svg": each.svg for each in section.plots}
+        files |= {f"plots/{each.name}.png": each.png for each in section.plots}
     for name in {PAGE, CSV} - set(beside):
         # Of an earlier report, whose texts must not stay behind.
         (target / name).unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections import Counter
 from dataclasses import replace
 from importlib.metadata import version
@@ -31,12 +30,10 @@ if TYPE_CHECKING:
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.sweep_results import SweepResults
 
-#: The criterion of a sweep whose options name none.
-PRESET = "maw"
 #: Columns of differences in the colour of the verdict.
 TONED = ("difference", "verdict")
 #: What a row of ``results.csv`` says in addition.
-LEFT_OUT = ("relative", "p", "test")
+LEFT_OUT = ("relative", "p", "test", "margin", "q margin")
 
 
 def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | None:
@@ -53,18 +50,21 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     )
     if not found:
         return None
+
+    def cell(label: str, series: str, ratio: str) -> Cell:
+        counts = {each: found[label, series, ratio, each] for each in MARKS}
+        shown = [each for each, count in counts.items() if count]
+        text = ", ".join(f"{MARKS[each]} {counts[each]} {each}" for each in shown)
+        tones = {tone_of(verdict) for verdict in shown} - {""}
+        return Cell(text or "-", tones.pop() if len(tones) == 1 else "")
+
+    order = [family.label for family in FAMILIES]
     ratios = sorted({ratio for _, _, ratio, _ in found}, key=float, reverse=True)
-    rows: list[list[Cell | str]] = []
-    for label in (family.label for family in FAMILIES):
-        for name in dict.fromkeys(name for each, name, *_ in found if each == label):
-            row: list[Cell | str] = [label, name]
-            for ratio in ratios:
-                counts = {each: found[label, name, ratio, each] for each in MARKS}
-                shown = [each for each, count in counts.items() if count]
-                text = ", ".join(f"{MARKS[v]} {counts[v]} {v}" for v in shown) or "-"
-                tones = {tone_of(verdict) for verdict in shown} - {""}
-                row.append(Cell(text, tones.pop() if len(tones) == 1 else ""))
-            rows.append(row)
+    starts = dict.fromkeys((label, series) for label, series, *_ in found)
+    rows: list[list[Cell | str]] = [
+        [*start, *(cell(*start, ratio) for ratio in ratios)]
+        for start in sorted(starts, key=lambda start: order.index(start[0]))
+    ]
     heading = "Families of tasks by size"
     text = (
         "Tasks of each family that are better or worse than the unpruned model at q < "
@@ -114,7 +114,7 @@ def differences_section(
         "both scores are of these documents; interval and q hold for stopping."
     )
     heading = "Differences from the unpruned model"
-    return compared_section(heading, text, rows, comparison.alpha) if rows else None
+    return compared_section(heading, text, rows, comparison.alpha)
 
 
 def compared_section(
@@ -123,15 +123,17 @@ def compared_section(
     rows: Sequence[Difference],
     alpha: float,
     notes: Sequence[str] = (),
-) -> Section:
-    """Return rows task by task, in the columns that fit on a page."""
+) -> Section | None:
+    """Return rows task by task, in the columns that fit on a page; None without rows and notes."""
+    if not rows:
+        return Section(heading, notes=notes) if notes else None
     tasks = [row.task for row in rows]
     rows = sorted(rows, key=lambda row: tasks.index(row.task))
     columns = [each for each in DIFFERENCES if each.title not in LEFT_OUT]
     # How many documents each was made on is in the table.
     tests = {re.sub(r", (partial|all): .*$", "", row.method) for row in rows}
+    told = [text, f"Tests: {'; '.join(sorted(tests))}."]
     table = declared_table(heading, columns, rows, alpha)
-    told = [text, f"Tests: {'; '.join(sorted(tests))}."] if tests else [text]
     return Section(heading, told, table=table, notes=notes)
 
 
@@ -157,9 +159,8 @@ def trends_section(comparison: Comparison) -> Section | None:
         return None
     explanation = (
         "Slope: change of the score per 1 of expansion ratio, positive where the score falls with "
-        "pruning. Each document has a slope over the ratios, and their mean is tested over "
-        "documents, because the sizes are cut from each other and so no independent draws. A "
-        "score that first rises and then falls can have a slope of 0."
+        "pruning. Each document has a slope, and their mean is tested over documents, because the "
+        "sizes are no independent draws. A score that rises and then falls can have a slope of 0."
     )
     table = declared_table("Trends", TRENDS, comparison.trends, comparison.alpha)
     return Section("Trends over expansion ratios", [explanation], table=table)
@@ -183,57 +184,26 @@ def configurations_section(runs: Sequence[Run]) -> Section:
     return Section("Configurations", table=table)
 
 
-def random_baseline_section(sweep: SweepResults) -> Section | None:
-    """The options that cut every size at random as well; None where each size was."""
-    tried = []
-    for each in sweep.definition.get("configurations") or ():
-        arguments = {"criterion": PRESET, **as_mapping(each.get("arguments"))}
-        criterion = arguments.pop("criterion")
-        arguments.pop("seed", None)
-        if arguments:
-            size = " ".join(f"{name} {value}" for name, value in arguments.items())
-            tried.append((size, criterion))
-    at_random = {size for size, criterion in tried if criterion == "random"}
-    missing = dict.fromkeys(size for size, _ in tried if size not in at_random)
-    if not missing:
-        return None
-    text = (
-        f"This sweep has no random baseline for {', '.join(missing)}: nothing says how much of a "
-        "score is owed to the criterion. Give its command these options, too; what is there is "
-        "not evaluated again."
-    )
-    criteria = dict.fromkeys([*(criterion for _, criterion in tried), "random"])
-    code = shlex.join(["--criteria", *criteria, "--seeds", "0", "1", "2"])
-    return Section("No random baseline", [text], code=code, language="bash")
-
-
 def repeating_section(sweep: SweepResults, base: Run) -> Section:
-    """Versions and settings of the unpruned run, and the definition of the sweep."""
+    """Versions, settings of the unpruned run and the definition of the sweep, as JSON."""
     config = ("model", "model_args", "model_sha", "device", "batch_size", "limit")
     settings = ("lm_eval_version", "transformers_version", "dtype", "chat_template")
     seeds = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "num_fewshot")
     facts = {
-        "this report": f"lm-eval-pruned {version('lm-eval-pruned')}",
+        "report_version": version("lm-eval-pruned"),
         **{name: base.config.get(name) for name in config},
         **{name: setting_of(base, name) for name in (*settings, *seeds)},
-        "task versions": base.versions,
+        "task_versions": base.versions,
+        **sweep.definition,
     }
-    rows = [
-        [name, value if isinstance(value, str) else json.dumps(value, default=str)]
-        for name, value in facts.items()
-        if value not in (None, "", {})
-    ]
-    definition = [
+    lines = [
         f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False, default=str)}"
-        for name, value in sweep.definition.items()
+        for name, value in facts.items()
+        if value is not None
     ]
-    return Section(
-        "To repeat this",
-        ["Settings of the unpruned model's run, and the sweep's own sweep.json."],
-        table=Table("Versions and settings", ["what", "value"], rows, text=2),
-        code="{\n" + ",\n".join(definition) + "\n}",
-        folded="sweep.json",
-    )
+    title = "Versions, settings of the unpruned model's run, and sweep.json"
+    code = "{\n" + ",\n".join(lines) + "\n}"
+    return Section("To repeat this", code=code, folded=title)
 
 
 def remarks_section(

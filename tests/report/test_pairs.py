@@ -12,13 +12,11 @@ import pytest
 from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.compare.statistics import paired_difference
-from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.report import sections
 from lm_eval_pruned.report.formats import as_csv
 from lm_eval_pruned.report.pairs import healing_section, random_section
-from lm_eval_pruned.report.sections import random_baseline_section, scores_section
+from lm_eval_pruned.report.sections import scores_section
 from lm_eval_pruned.results.series import series_of
-from lm_eval_pruned.results.sweep_results import SweepResults, read_sweep
+from lm_eval_pruned.results.sweep_results import read_sweep
 from tests.helpers.results_files import pruning, write_sweep
 
 
@@ -161,7 +159,7 @@ def test_without_samples_nothing_is_tested(folder):
 def test_without_the_size_before_there_is_its_cost_alone(folder):
     keep(folder, "p20_healed")
     section = healing_of(folder)
-    assert (len(section.table.rows), len(section.notes)) == (0, 1)
+    assert (section.table, len(section.notes)) == (None, 1)
 
 
 def test_a_sweep_without_healing_says_nothing(folder):
@@ -195,32 +193,8 @@ def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):
         )
     ]
     assert {row[-1] for row in rows[4:]} == {"not shown"}
-    assert random_section(others[:3], 0.05, DocumentReader()) is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "missing"),
-    [
-        ([], None),
-        ([{"ratio": 2.0}], "ratio 2.0"),
-        ([{"ratio": 2.0}, {"ratio": 2.0, "criterion": "random", "seed": 1}], None),
-        (
-            [{"prune_percent": 20}, {"prune_percent": 20, "criterion": "random"}]
-            + [{"prune_percent": 40}, {"prune_percent": 40, "criterion": "l1"}],
-            "prune_percent 40",
-        ),
-    ],
-)
-def test_sizes_that_lack_random_cuts_are_named_with_the_options(
-    tmp_path, arguments, missing
-):
-    assert PruneArguments.criterion == sections.PRESET
-    each = [{"id": str(n), "arguments": a} for n, a in enumerate(({}, *arguments))]
-    sweep = SweepResults(tmp_path, {"configurations": each}, ())
-    section = random_baseline_section(sweep)
-    if missing is None:
-        assert section is None
-        return
-    assert f"no random baseline for {missing}:" in section.paragraphs[0]
-    criteria = "maw random l1" if "40" in missing else "maw random"
-    assert section.code == f"--criteria {criteria} --seeds 0 1 2"
+    (note,) = section.notes
+    assert note.startswith("Nothing of the size of p60 (1.60) was cut at random.")
+    assert "--criteria maw random --seeds 0 1 2;" in note
+    assert random_section(others[:2] + others[3:], 0.05, DocumentReader()).notes == []
+    assert random_section([], 0.05, DocumentReader()) is None

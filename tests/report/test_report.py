@@ -191,7 +191,7 @@ def test_the_page_hands_on_its_scores(page, sweep):
 
 def test_the_definition_is_folded_away(page):
     (folded,) = re.findall(r"<details>(.*?)</details>", page, re.DOTALL)
-    assert folded.startswith("<summary>sweep.json</summary>")
+    assert folded.startswith("<summary>Versions, settings")
     assert "configurations" in folded
 
 
