@@ -6,10 +6,9 @@ You Need", 2024, arXiv 2407.09141).
 
 from __future__ import annotations
 
-import json
-import re
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.compare.comparison_table import number_text
 from lm_eval_pruned.report.formats import rendered
 from lm_eval_pruned.report.page import Section, Table, run_label
 from lm_eval_pruned.results.answers import Answer, Question, read_answer, read_question
@@ -57,10 +56,10 @@ def changed_answers(
         ResultsError: A file of samples cannot be read or is incomplete.
     """
     counts: list[dict[str, Any]] = []
-    rows: list[list[str]] = []
     documents: dict[tuple, dict[str, Any]] = {}
     changes: list[tuple[int, str, str, str]] = []
     not_counted = []
+    labels = {run.name: run_label(run) for run in others}
     for task, metrics in _metrics(base).items():
         found = ((metric, _answers(base, task, metric)) for metric in metrics)
         metric, before = next((each for each in found if each[1]), ("", {}))
@@ -69,43 +68,22 @@ def changed_answers(
         for run in others:
             after = _answers(run, task, metric)
             both = [key for key in before if key in after]
-            if not both:
-                continue
-            kinds = [_kind(before[key][0], after[key][0]) for key in both]
-            for key, kind in zip(both, kinds, strict=True):
-                if kind:
-                    document = documents.setdefault(
-                        (task, key),
-                        {"index": len(documents), "task": task, "leaf": key[0]}
-                        | _document(*before[key], texts),
-                    )
-                    written = _written(*after[key]) if texts else ""
-                    change = document["index"], run_label(run), kind, written
-                    changes.append(change)
-            lost, gained = kinds.count(LOST), kinds.count(GAINED)
-            changed = None if None in kinds else sum(map(bool, kinds))
-            share = None if changed is None else changed / len(both)
-            counts.append(
-                {
-                    "run": run.name,
-                    "expansion_ratio": run.expansion_ratio,
-                    "task": task,
-                    "metric": metric,
-                    "documents": len(both),
-                    "right_to_wrong": lost,
-                    "wrong_to_right": gained,
-                    "flipped_share": (lost + gained) / len(both),
-                    "changed": changed,
-                    "changed_share": share,
-                }
-            )
-            shown = "-" if share is None else f"{share:.0%}"
-            numbers = map(str, (len(both), lost, gained))
-            rows.append([run_label(run), task, metric, *numbers, shown])
+            kinds = {key: _kind(before[key][0], after[key][0]) for key in both}
+            if kinds:
+                counts.append(_counts(run, task, metric, [*kinds.values()]))
+            for key in filter(kinds.get, kinds):
+                document = documents.setdefault(
+                    (task, key),
+                    {"index": len(documents), "task": task, "leaf": key[0]}
+                    | _document(*before[key], texts),
+                )
+                written = _written(*after[key]) if texts else ""
+                change = document["index"], labels[run.name], kinds[key] or "", written
+                changes.append(change)
     if not counts:
         return None, {}
     changes.sort(key=lambda change: KINDS.index(change[2]))
-    data = script_json({"documents": [*documents.values()], "changes": changes})
+    data = {"documents": [*documents.values()], "changes": changes}
     page = rendered("changed_answers.html", title=title, data=data, texts=texts)
     explanation = (
         "A pruned model with the accuracy of the unpruned one may answer other questions right "
@@ -114,7 +92,16 @@ def changed_answers(
         "in something. A - stands where the samples do not tell which answer was chosen."
     )
     heading = "Changed answers"
-    columns = ["run", "task", "metric", "documents", LOST, GAINED, "another answer"]
+    names = ("task", "metric", "documents", "right_to_wrong", "wrong_to_right")
+    rows = [
+        [
+            labels[row["run"]],
+            *(str(row[name]) for name in names),
+            number_text(row["changed_share"], ".0%"),
+        ]
+        for row in counts
+    ]
+    columns = ["run", *(name.replace("_", " ") for name in names), "another answer"]
     none = "Without samples, or without a metric that counts single documents as right or wrong"
     section = Section(
         heading,
@@ -124,13 +111,6 @@ def changed_answers(
         links=[("All of them, one by one", PAGE), ("The counts as CSV", CSV)],
     )
     return section, {PAGE: page, CSV: csv_table(counts[0], counts)}
-
-
-def script_json(value: Any) -> str:
-    """Return JSON that stays data inside of a ``script`` element, whatever texts it holds."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    unsafe = "[<>&\u2028\u2029\ud800-\udfff]"
-    return re.sub(unsafe, lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _metrics(base: Run) -> dict[str, list[str]]:
@@ -171,6 +151,26 @@ def _kind(before: Answer, after: Answer) -> str | None:
     if before.chosen == after.chosen:
         return ""
     return STILL_RIGHT if before.right else STILL_WRONG
+
+
+def _counts(
+    run: Run, task: str, metric: str, kinds: Sequence[str | None]
+) -> dict[str, Any]:
+    """Return a row of the CSV."""
+    n, lost, gained = len(kinds), kinds.count(LOST), kinds.count(GAINED)
+    changed = None if None in kinds else sum(map(bool, kinds))
+    return {
+        "run": run.name,
+        "expansion_ratio": run.expansion_ratio,
+        "task": task,
+        "metric": metric,
+        "documents": n,
+        "right_to_wrong": lost,
+        "wrong_to_right": gained,
+        "flipped_share": (lost + gained) / n,
+        "changed": changed,
+        "changed_share": None if changed is None else changed / n,
+    }
 
 
 def _document(before: Answer, question: Question, texts: bool) -> dict[str, Any]:

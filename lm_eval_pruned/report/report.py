@@ -76,7 +76,6 @@ def write_report(
         words.trends_section(comparison),
         energy_section(runs),
         layers_section(sweep),
-        words.configurations_section(runs),
         words.repeating_section(sweep, base),
         words.remarks_section(sweep, others, comparison),
     ]

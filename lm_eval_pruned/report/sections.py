@@ -14,13 +14,11 @@ from lm_eval_pruned.compare.comparison_table import (
     TRENDS,
     Column,
     documents_text,
-    number_text,
 )
 from lm_eval_pruned.report.page import MARKS, Cell, Section, Table, run_label, tone_of
 from lm_eval_pruned.results.families import FAMILIES, family_of
-from lm_eval_pruned.results.files import as_mapping, finite_or_none
 from lm_eval_pruned.results.runs import setting_of
-from lm_eval_pruned.results.series import primary_metrics, series_name, series_of
+from lm_eval_pruned.results.series import primary_metrics, series_of
 
 
 if TYPE_CHECKING:
@@ -90,12 +88,12 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
         cells = [_score_cell(found.get((run.name, task, metric))) for run in others]
         rows.append([task, name, f"{score.value:.4f}", *cells])
     legend = (
-        "\u2191 higher is better, \u2193 lower is better. \u25b2 better and \u25bc worse than the "
-        f"unpruned model, \u25c6 different, significant at {comparison.alpha:g} after a correction "
-        "over the sizes of each task, random controls apart (Benjamini-Hochberg; Bonferroni for "
-        "units that could stop); \u25cb no difference shown, which is not the same as none; \u00d7 "
-        "not tested. \u2020 restates the same answers in another metric: outside of the "
-        "correction, without marks. A partial score is of a unit that stopped when decided."
+        "\u25b2 better, \u25bc worse and \u25c6 different from the unpruned model, significant at "
+        f"{comparison.alpha:g} after a correction over the sizes of each task (Benjamini-Hochberg; "
+        "Bonferroni for units that could stop); \u25cb no difference shown, which is not the same as "
+        "none; \u00d7 not tested; \u2020 another metric of the same answers, outside of the "
+        "correction. \u2191 higher is better, \u2193 lower is better. A partial score is of a unit "
+        "that stopped when decided."
     )
     columns = ["task", "metric", *map(run_label, [base, *others])]
     return Section("Scores", [legend], table=Table("Scores", columns, rows, text=2))
@@ -166,26 +164,8 @@ def trends_section(comparison: Comparison) -> Section | None:
     return Section("Trends over expansion ratios", [explanation], table=table)
 
 
-def configurations_section(runs: Sequence[Run]) -> Section:
-    """What each configuration asked for, and what it got."""
-    names = ("intermediate_size", "expansion_ratio", "parameters")
-    rows = []
-    for run in runs:
-        record = run.pruning
-        asked = as_mapping(record.get("asked")).items()
-        words = ", ".join(f"{key}={value}" for key, value in asked) or "-"
-        series = "-" if run.is_baseline else series_name(run)
-        numbers = (finite_or_none(record.get(f"{name}_after")) for name in names)
-        cells = [number_text(number, ",.10g") for number in numbers]
-        digest = str(record.get("kept_digest") or "-")[:12]
-        rows.append([run.name, words, series, *cells, digest])
-    columns = ["configuration", "asked", "criterion", *names, "kept_digest"]
-    table = Table("Configurations", columns, rows, text=3)
-    return Section("Configurations", table=table)
-
-
 def repeating_section(sweep: SweepResults, base: Run) -> Section:
-    """Versions, settings of the unpruned run and the definition of the sweep, as JSON."""
+    """Versions, settings of the unpruned run, what was pruned, and ``sweep.json``."""
     config = ("model", "model_args", "model_sha", "device", "batch_size", "limit")
     settings = ("lm_eval_version", "transformers_version", "dtype", "chat_template")
     seeds = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "num_fewshot")
@@ -194,6 +174,7 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
         **{name: base.config.get(name) for name in config},
         **{name: setting_of(base, name) for name in (*settings, *seeds)},
         "task_versions": base.versions,
+        "pruning": {run.name: run.pruning for run in sweep.runs},
         **sweep.definition,
     }
     lines = [
@@ -201,8 +182,8 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
         for name, value in facts.items()
         if value is not None
     ]
-    title = "Versions, settings of the unpruned model's run, and sweep.json"
     code = "{\n" + ",\n".join(lines) + "\n}"
+    title = "Versions, settings of the unpruned model's run, what was pruned, and sweep.json"
     return Section("To repeat this", code=code, folded=title)
 
 
@@ -210,14 +191,15 @@ def remarks_section(
     sweep: SweepResults, others: Sequence[Run], comparison: Comparison
 ) -> Section | None:
     """What failed, and what the reader of the scores has to know."""
-    failures = sweep.failures
-    notes = [f"{each.task} failed on {each.run}: {each.message}" for each in failures]
-    notes += comparison.notes
     compared = {row.run for row in comparison.rows}
-    notes += [
-        f"{run.name} shares no task with the unpruned model and is not compared."
-        for run in others
-        if run.name not in compared
+    alone = [run.name for run in others if run.name not in compared]
+    notes = [
+        *(
+            f"{each.task} failed on {each.run}: {each.message}"
+            for each in sweep.failures
+        ),
+        *comparison.notes,
+        *(f"{name} shares no task with the unpruned model." for name in alone),
     ]
     return Section("Remarks", notes=notes) if notes else None
 

@@ -16,7 +16,6 @@ from lm_eval_pruned.report.changed_answers import (
     LONGEST_PROMPT,
     PAGE,
     changed_answers,
-    script_json,
 )
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
@@ -211,14 +210,6 @@ def test_a_document_is_kept_once_with_the_end_of_its_prompt(tmp_path):
     assert document["prompt"].endswith("shot  0")
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_json_in_a_script_element_is_data(text):
-    written = script_json({"text": [text]})
-    assert not set("<>&\u2028\u2029") & set(written)
-    written.encode("utf-8")
-    assert json.loads(written) == {"text": [text]}
-
-
 MANY = 1000
 
 
@@ -287,17 +278,11 @@ class TestPage:
             "[...document.querySelectorAll('tbody tr')].map(e => e.textContent)"
         )
 
-    def test_a_hundred_rows_at_a_time(self, browser, file):
+    def test_filters_and_search(self, browser, file):
         browser.errors.clear()
         browser.open(file)
         assert self.count(browser) == MANY
-        assert len(self.rows(browser)) == 100
-        browser.run("document.querySelector('button').click()")
         assert len(self.rows(browser)) == 200
-        assert not browser.errors
-
-    def test_filters_and_search(self, browser, file):
-        browser.open(file)
         first = self.rows(browser)[0]
         assert first.startswith("right to wrong")
         for text in ("Question 0", "by the river", "here", "p40 (2.40)", "beasts"):
@@ -310,9 +295,9 @@ class TestPage:
         assert self.count(browser) == 0
         self.choose(browser, task="", run="", kind="")
         assert self.count(browser) == MANY // 10
-        assert browser.run("document.querySelector('button').hidden")
         self.choose(browser, words="heron 490:")
         assert len(self.rows(browser)) == 2
+        assert not browser.errors
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     @pytest.mark.parametrize("width", [390, 1280])

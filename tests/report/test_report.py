@@ -189,6 +189,12 @@ def test_the_page_hands_on_its_scores(page, sweep):
     assert base64.b64decode(content) == (sweep / "report/results.csv").read_bytes()
 
 
+def test_verdicts_have_colours(page):
+    assert '<td class=" worse">0.5000 \u25bc</td>' in page
+    assert '<td class=" better">\u25b2 1 better</td>' in page
+    assert '<td class=" better">better</td>' in page
+
+
 def test_the_definition_is_folded_away(page):
     (folded,) = re.findall(r"<details>(.*?)</details>", page, re.DOTALL)
     assert folded.startswith("<summary>Versions, settings")
@@ -225,43 +231,6 @@ def test_every_plot_has_a_text_alternative_and_units(page, sweep):
         "wall time per generated token (ms)",
     ):
         assert label in page
-
-
-def test_scores_carry_marks(page, sweep):
-    text = (sweep / "report/report.md").read_text(encoding="utf-8")
-    (line,) = [
-        line for line in text.splitlines() if line.startswith("|mmlu|acc \u2191|0")
-    ]
-    assert line.count("\u25bc") == 3
-    (line,) = [
-        line
-        for line in text.splitlines()
-        if line.startswith("|truthfulqa_mc2|acc \u2191|0")
-    ]
-    assert line.endswith("\u25b2|")
-    assert "word_perplexity \u2193" in text
-    assert 'class=" worse"' in page
-
-
-def test_intervals_and_smallest_detectable_differences_stand_in_a_table(page, sweep):
-    text = (sweep / "report/report.md").read_text(encoding="utf-8")
-    (columns,) = [line for line in text.splitlines() if "smallest detectable|" in line]
-    (line,) = [
-        line for line in text.splitlines() if line.startswith("|p20 (3.20)|mmlu|acc,")
-    ][:1]
-    row = dict(zip(columns.split("|"), line.split("|"), strict=True))
-    assert row["verdict"] == "worse"
-    assert row["difference"] == "-0.3000"
-    assert re.fullmatch(r"\[-0\.\d{4}, -0\.\d{4}\]", row["95% interval"])
-    assert 0 < float(row["smallest detectable"]) < 0.3
-    assert row["documents"] == str(N)
-    assert not any("title" in attributes for _, attributes in elements(page))
-
-
-def test_the_families_come_first(page, sweep):
-    text = (sweep / "report/report.md").read_text(encoding="utf-8")
-    assert text.partition("\n## ")[2].startswith("Families of tasks by size\n")
-    assert "|Knowledge|maw|\u25bc 1 worse|\u25bc 1 worse|\u25bc 1 worse|" in text
 
 
 def test_what_was_not_tested_has_a_mark_of_its_own(tmp_path):
@@ -328,18 +297,6 @@ def test_failures_energy_and_definition_are_told(sweep):
     assert "a note of the meter" in text
     assert '"configurations"' in text
     assert "Pearson r = -0.9" in text
-
-
-def test_results_in_long_form(sweep):
-    with (sweep / "report/results.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * 4
-    row = next(row for row in rows if (row["run"], row["task"]) == ("p40", "mmlu"))
-    assert (row["expansion_ratio"], row["score"], row["base"]) == ("2.4", "0.4", "base")
-    assert float(row["difference"]) == pytest.approx(-0.4)
-    assert row["verdict"] == "worse"
-    base = next(row for row in rows if row["run"] == "base")
-    assert base["difference"] == base["verdict"] == ""
 
 
 def test_a_report_is_deterministic(sweep, tmp_path):
