@@ -94,11 +94,8 @@ def changed_answers(
     heading = "Changed answers"
     names = ("task", "metric", "documents", "right_to_wrong", "wrong_to_right")
     rows = [
-        [
-            labels[row["run"]],
-            *(str(row[name]) for name in names),
-            number_text(row["changed_share"], ".0%"),
-        ]
+        [labels[row["run"]], *(str(row[name]) for name in names)]
+        + [number_text(row["changed_share"], ".0%")]
         for row in counts
     ]
     columns = ["run", *(name.replace("_", " ") for name in names), "another answer"]
@@ -176,18 +173,16 @@ def _counts(
 def _document(before: Answer, question: Question, texts: bool) -> dict[str, Any]:
     """Return what the page says of a document."""
     named = {"number": question.number, "hash": question.digest[:16]}
-    if not texts:
-        return named
     target, choices = question.target, question.choices
     if target.isdecimal() and int(target) < len(choices):
         target += f": {choices[int(target)].strip()}"
-    return {
-        **named,
+    told = {
         "prompt": question.prompt[-LONGEST_PROMPT:],
         "expected": target,
         "choices": choices,
         "before": _written(before, question),
     }
+    return named | told if texts else named
 
 
 def _written(answer: Answer, question: Question) -> str:

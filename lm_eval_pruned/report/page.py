@@ -24,10 +24,6 @@ MARKS = {
     "not tested": "\u00d7",
     "not comparable": "\u00d7",
 }
-_WORDS = {
-    **dict.fromkeys(("better", "worse", "different"), "significant"),
-    "not shown": "no difference shown",
-}
 
 
 @dataclass(frozen=True)
@@ -41,12 +37,6 @@ class Cell:
 def tone_of(verdict: str) -> str:
     """Return the mark of a cell with this verdict: its colour."""
     return verdict if verdict in ("better", "worse") else ""
-
-
-def verdict_cell(verdict: str, why: str = "") -> Cell:
-    """Return a verdict as tables show it, with the reason where there is one."""
-    text = f"{MARKS[verdict]} {_WORDS.get(verdict, verdict)}"
-    return Cell(f"{text}: {why}" if why else text, tone_of(verdict))
 
 
 @dataclass(frozen=True)

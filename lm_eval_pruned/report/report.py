@@ -1,7 +1,6 @@
 """``lm-eval-pruned report``: a sweep as Markdown, CSV, one HTML page and plots.
 
-A report is a list of sections with text, a figure, a table, plots and notes; Markdown and
-HTML are two ways to write the same list.
+A report is a list of sections; Markdown and HTML are two ways to write the same list.
 """
 
 from __future__ import annotations

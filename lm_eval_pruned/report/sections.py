@@ -106,10 +106,10 @@ def differences_section(
     labels = {run.name: run_label(run) for run in others}
     rows = [replace(row, run=labels[row.run]) for row in comparison.rows if row.primary]
     text = (
-        "A difference of the smallest detectable size would have been found with a chance of 80 %, "
-        "at the level that the correction leaves to its row, and the interval is that of the same "
-        "level: it leaves out 0 exactly where a difference is shown. Where documents are partial, "
-        "both scores are of these documents; interval and q hold for stopping."
+        "A difference of the smallest detectable size is found with a chance of 80 % at the level "
+        "that the correction leaves to its row. The interval is that of the same level: it leaves "
+        "out 0 exactly where a difference is shown. Where documents are partial, scores are of "
+        "these documents; interval and q hold for stopping."
     )
     heading = "Differences from the unpruned model"
     return compared_section(heading, text, rows, comparison.alpha)
@@ -193,11 +193,9 @@ def remarks_section(
     """What failed, and what the reader of the scores has to know."""
     compared = {row.run for row in comparison.rows}
     alone = [run.name for run in others if run.name not in compared]
+    failures = sweep.failures
     notes = [
-        *(
-            f"{each.task} failed on {each.run}: {each.message}"
-            for each in sweep.failures
-        ),
+        *(f"{each.task} failed on {each.run}: {each.message}" for each in failures),
         *comparison.notes,
         *(f"{name} shares no task with the unpruned model." for name in alone),
     ]
