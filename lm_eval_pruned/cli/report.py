@@ -40,13 +40,9 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    from lm_eval_pruned.report import report
+    from lm_eval_pruned.report.report import write_report
 
-    for file in report.write_report(
-        arguments.folder,
-        arguments.output_path,
-        alpha=arguments.alpha,
-        texts=not arguments.no_texts,
-    ):
-        print(file)
+    where, texts = arguments.output_path, not arguments.no_texts
+    files = write_report(arguments.folder, where, alpha=arguments.alpha, texts=texts)
+    print(*files, sep="\n")
     return 0

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.report.findings import Finding
     from lm_eval_pruned.report.plots import Plot
     from lm_eval_pruned.results.files import Run
 
@@ -24,10 +23,6 @@ MARKS = {
     "not shown": "\u25cb",
     "not tested": "\u00d7",
     "not comparable": "\u00d7",
-}
-_WORDS = {
-    **dict.fromkeys(("better", "worse", "different"), "significant"),
-    "not shown": "no difference shown",
 }
 
 
@@ -42,12 +37,6 @@ class Cell:
 def tone_of(verdict: str) -> str:
     """Return the mark of a cell with this verdict: its colour."""
     return verdict if verdict in ("better", "worse") else ""
-
-
-def verdict_cell(verdict: str, why: str = "") -> Cell:
-    """Return a verdict as tables show it, with the reason where there is one."""
-    text = f"{MARKS[verdict]} {_WORDS.get(verdict, verdict)}"
-    return Cell(f"{text}: {why}" if why else text, tone_of(verdict))
 
 
 @dataclass(frozen=True)
@@ -98,7 +87,6 @@ class Section:
     Attributes:
         heading: Heading.
         paragraphs: Text.
-        findings: Sentences that stand out.
         figure: Drawn by the page itself; its files are among the plots, which the page then
             leaves out.
         table: A table.
@@ -112,7 +100,6 @@ class Section:
 
     heading: str
     paragraphs: Sequence[str] = ()
-    findings: Sequence[Finding] = ()
     figure: Figure | None = None
     table: Table | None = None
     plots: Sequence[Plot] = ()

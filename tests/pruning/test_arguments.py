@@ -208,7 +208,6 @@ EXPECTED = {
     ("pruning/arguments.py", "SIZES"),
     ("pruning/record.py", "PruneRecord"),
     ("pruning/curves.py", "LayerCurve"),
-    ("report/formats.py", "_COLUMNS"),
     ("report/formats.py", "as_csv"),
     ("profiling/options.py", "ProfileRequest"),
     ("cli/profile.py", "run"),

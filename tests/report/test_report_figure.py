@@ -276,7 +276,6 @@ def test_a_partial_score_has_a_mark_of_its_own_in_every_format(stopped, sweep):
     (partial,) = (row for row in rows if row["of"])
     assert (partial["documents"], partial["of"]) == ("20", str(N))
     assert (partial["score_low"], partial["score_high"]) == ("0.0", "0.3")
-    assert "0.0000 (0.0000 to 0.3000)" in text
     assert "McNemar mid-p, group sequential." in text
 
 

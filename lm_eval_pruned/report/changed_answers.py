@@ -1,0 +1,194 @@
+"""Which answers a pruned model changed: counts by task and size, and a page that shows each.
+
+Two models with one accuracy may give different answers (Dutta et al., "Accuracy is Not All
+You Need", 2024, arXiv 2407.09141).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.compare.comparison_table import number_text
+from lm_eval_pruned.report.formats import rendered
+from lm_eval_pruned.report.page import Section, Table, run_label
+from lm_eval_pruned.results.documents import Answer, Question, read_answer, read_question
+from lm_eval_pruned.results.documents import read_samples
+from lm_eval_pruned.results.groups import primary_metrics
+from lm_eval_pruned.util.tables import csv_table
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lm_eval_pruned.results.files import Run
+
+    _Answers = dict[tuple[str, tuple[str, int]], tuple[Answer, Question]]
+
+PAGE = "flips.html"
+CSV = "flips.csv"
+#: What can become of an answer; what changes a score comes first.
+KINDS = (
+    LOST := "right to wrong",
+    GAINED := "wrong to right",
+    STILL_WRONG := "another wrong answer",
+    STILL_RIGHT := "another right answer",
+)
+#: Characters of a prompt that the page keeps, from its end: the question follows its examples.
+LONGEST_PROMPT = 2000
+
+
+def changed_answers(
+    title: str, base: Run, others: Sequence[Run], *, texts: bool = True
+) -> tuple[Section | None, dict[str, str]]:
+    """Compare the answers of runs with those of the base, document by document.
+
+    Args:
+        title: Heading of the report.
+        base: The unpruned model.
+        others: The other runs of the sweep.
+        texts: Whether the page shows texts; else it names documents by number and hash alone.
+
+    Returns:
+        The section and the files that it links, by name; None and no file where no task
+        logged samples of answers that are right or wrong.
+
+    Raises:
+        ResultsError: A file of samples cannot be read or is incomplete.
+    """
+    counts: list[dict[str, Any]] = []
+    documents: dict[tuple, dict[str, Any]] = {}
+    changes: list[tuple[int, str, str, str]] = []
+    not_counted = []
+    labels = {run.name: run_label(run) for run in others}
+    for task, metrics in _metrics(base).items():
+        found = ((metric, _answers(base, task, metric)) for metric in metrics)
+        metric, before = next((each for each in found if each[1]), ("", {}))
+        if not before:
+            not_counted.append(task)
+        for run in others:
+            after = _answers(run, task, metric)
+            both = [key for key in before if key in after]
+            kinds = {key: _kind(before[key][0], after[key][0]) for key in both}
+            if kinds:
+                counts.append(_counts(run, task, metric, [*kinds.values()]))
+            for key in filter(kinds.get, kinds):
+                document = documents.setdefault(
+                    (task, key),
+                    {"index": len(documents), "task": task, "leaf": key[0]}
+                    | _document(*before[key], texts),
+                )
+                written = _written(*after[key]) if texts else ""
+                change = document["index"], labels[run.name], kinds[key] or "", written
+                changes.append(change)
+    if not counts:
+        return None, {}
+    changes.sort(key=lambda change: KINDS.index(change[2]))
+    data = {"documents": [*documents.values()], "changes": changes}
+    page = rendered("changed_answers.html", title=title, data=data, texts=texts)
+    explanation = (
+        "A pruned model with the accuracy of the unpruned one may answer other questions right "
+        "(Dutta et al. 2024, Accuracy is Not All You Need, arXiv 2407.09141). The answer is the "
+        "most likely choice, or the text after the task's filter; free texts nearly always differ "
+        "in something. A - stands where the samples do not tell which answer was chosen."
+    )
+    heading = "Changed answers"
+    names = ("task", "metric", "documents", "right_to_wrong", "wrong_to_right")
+    rows = [
+        [labels[row["run"]], *(str(row[name]) for name in names)]
+        + [number_text(row["changed_share"], ".0%")]
+        for row in counts
+    ]
+    columns = ["run", *(name.replace("_", " ") for name in names), "another answer"]
+    none = "Without samples, or without a metric that counts single documents as right or wrong"
+    section = Section(
+        heading,
+        [explanation],
+        table=Table(heading, columns, rows, text=3),
+        notes=[f"{none}: {', '.join(not_counted)}."] if not_counted else [],
+        links=[("All of them, one by one", PAGE), ("The counts as CSV", CSV)],
+    )
+    return section, {PAGE: page, CSV: csv_table(counts[0], counts)}
+
+
+def _metrics(base: Run) -> dict[str, list[str]]:
+    """Return the metrics of each task, the primary one first, without those to keep low."""
+    primary = primary_metrics([base])
+    found: dict[str, list[str]] = {task: [] for task in base.tasks(subtasks=False)}
+    for task, metric in sorted(base.scores, key=lambda key: key not in primary):
+        if task in found and base.scores[task, metric].higher_is_better is not False:
+            found[task].append(metric)
+    return found
+
+
+def _answers(run: Run, task: str, metric: str) -> _Answers:
+    """Return answers by document; none where samples are missing or one is neither right nor wrong."""
+    leaves = run.leaves(task)
+    if (task, metric) not in run.scores or not run.samples.keys() >= {*leaves}:
+        return {}
+    name = metric.rpartition(",")[0]
+
+    def take(row: Mapping[str, Any]) -> tuple[Answer | None, Question]:
+        return read_answer(row, name), read_question(row)
+
+    found: _Answers = {}
+    for leaf in leaves:
+        for key, (answer, question) in read_samples(run, leaf, metric, take):
+            if answer is None:
+                return {}
+            found[leaf, key] = answer, question
+    return found
+
+
+def _kind(before: Answer, after: Answer) -> str | None:
+    """Return what became of an answer: empty if it is the same, None if samples do not tell."""
+    if before.right != after.right:
+        return LOST if before.right else GAINED
+    if before.chosen is None or after.chosen is None:
+        return None
+    if before.chosen == after.chosen:
+        return ""
+    return STILL_RIGHT if before.right else STILL_WRONG
+
+
+def _counts(
+    run: Run, task: str, metric: str, kinds: Sequence[str | None]
+) -> dict[str, Any]:
+    """Return a row of the CSV."""
+    n, lost, gained = len(kinds), kinds.count(LOST), kinds.count(GAINED)
+    changed = None if None in kinds else sum(map(bool, kinds))
+    return {
+        "run": run.name,
+        "expansion_ratio": run.expansion_ratio,
+        "task": task,
+        "metric": metric,
+        "documents": n,
+        "right_to_wrong": lost,
+        "wrong_to_right": gained,
+        "flipped_share": (lost + gained) / n,
+        "changed": changed,
+        "changed_share": None if changed is None else changed / n,
+    }
+
+
+def _document(before: Answer, question: Question, texts: bool) -> dict[str, Any]:
+    """Return what the page says of a document."""
+    named = {"number": question.number, "hash": question.digest[:16]}
+    target, choices = question.target, question.choices
+    if target.isdecimal() and int(target) < len(choices):
+        target += f": {choices[int(target)].strip()}"
+    told = {
+        "prompt": question.prompt[-LONGEST_PROMPT:],
+        "expected": target,
+        "choices": choices,
+        "before": _written(before, question),
+    }
+    return named | told if texts else named
+
+
+def _written(answer: Answer, question: Question) -> str:
+    chosen = answer.chosen or ""
+    if question.choices and chosen:
+        return question.choices[int(chosen)].strip()
+    if chosen and answer.text not in ("", chosen):
+        return f"{chosen}\n\nTaken from: {answer.text}"
+    return chosen or answer.text

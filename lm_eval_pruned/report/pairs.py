@@ -1,0 +1,135 @@
+"""The sections of a report that set pruned models against each other: healed ones, random cuts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.compare.comparison import Difference
+from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
+from lm_eval_pruned.compare.statistics import false_discovery
+from lm_eval_pruned.compare.verdicts import verdict_of
+from lm_eval_pruned.report.page import run_label
+from lm_eval_pruned.report.sections import compared_section
+from lm_eval_pruned.results.files import as_mapping
+from lm_eval_pruned.results.groups import healing_name, is_control, primary_metrics
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lm_eval_pruned.compare.pairing import DocumentReader
+    from lm_eval_pruned.report.page import Section
+    from lm_eval_pruned.results.files import Run
+
+
+def healing_section(
+    others: Sequence[Run], alpha: float, read: DocumentReader
+) -> Section | None:
+    """Each healed size against the run of the same neurons before, and what the training took."""
+    healed = [run for run in others if run.healing]
+    before = {run.pruning.get("kept_digest"): run for run in others if not run.healing}
+    digests = ((run.pruning.get("kept_digest"), run) for run in healed)
+    pairs = [(before[each], run) for each, run in digests if each and each in before]
+    text = (
+        "Each size after it was trained again against the same size before, paired by document. q: "
+        "p after Benjamini-Hochberg over the sizes of each task. Energy is that of the machine "
+        "while it trained, with all that it did beside; modelled energy is an estimate."
+    )
+    rows = _rows(pairs, alpha, read)
+    costs = [f"{run_label(run)}: {_cost(run)}" for run in healed]
+    return compared_section("Healing: after against before", text, rows, alpha, costs)
+
+
+def random_section(
+    others: Sequence[Run], alpha: float, read: DocumentReader
+) -> Section | None:
+    """Each configuration against those whose neurons were removed at random in the same places."""
+
+    def cut(run: Run) -> tuple[Any, ...]:
+        names = ("asked", "allocation", "layers_pruned", "layers_dropped")
+        trained = healing_name(run) if run.healing else None
+        return (*map(run.pruning.get, (*names, "hidden_size")), trained)
+
+    pruned = [run for run in others if run.pruning.get("criterion")]
+    controls = [run for run in pruned if is_control(run)]
+    pairs = [
+        (control, run)
+        for run in pruned
+        for control in controls
+        if not is_control(run) and cut(control) == cut(run)
+    ]
+    text = (
+        "Each configuration against those of its size whose neurons were removed at random, one "
+        "seed at a time, paired by document: what the criterion is worth. q: p after "
+        "Benjamini-Hochberg over the rows of each task."
+    )
+    paired = [run for pair in pairs for run in pair]
+    missing = [run_label(run) for run in pruned if run not in (*controls, *paired)]
+    criteria = dict.fromkeys([*(run.pruning["criterion"] for run in pruned), "random"])
+    command = (
+        f"Nothing of the size of {', '.join(missing)} was cut at random. To add that, run the "
+        f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
+        "evaluated again."
+    )
+    rows, notes = _rows(pairs, alpha, read), [command] if missing else []
+    return compared_section("Against pruning at random", text, rows, alpha, notes)
+
+
+def _cost(run: Run) -> str:
+    record, energy = run.healing, as_mapping(run.healing.get("energy"))
+    joules = as_mapping(energy.get("joules")).get("total")
+    took = {
+        "text": as_mapping(record.get("data")).get("file"),
+        **{name: record.get(name) for name in ("steps", "tokens_seen", "seconds")},
+        "joules": "not measured" if joules is None else joules,
+        **as_mapping(energy.get("sources")),
+    }
+    parts = [f"{name} {value}" for name, value in took.items()]
+    return ", ".join([healing_name(run), *parts, *(energy.get("notes") or ())])
+
+
+def _rows(
+    pairs: Sequence[tuple[Run, Run]], alpha: float, read: DocumentReader
+) -> list[Difference]:
+    """Return the tasks of each pair (before, after), with q over the pairs of each task."""
+    found = []
+    for before, after in pairs:
+        for task, metric in primary_metrics([before, after]):
+            pair = None
+            if not is_partial(before, task) and not is_partial(after, task):
+                pair = paired_documents(before, after, task, metric, read)
+            test = paired_test(pair, alpha) if pair else None
+            found.append((before, after, task, metric, pair, test))
+    ps = [test.p if test else None for *_, test in found]
+    families = [(task, is_control(after)) for _, after, task, *_ in found]
+    adjusted = false_discovery(ps, families, alpha)
+    rows = []
+    for each, p, (q, level) in zip(found, ps, adjusted, strict=True):
+        before, after, task, metric, pair, test = each
+        one, other = (run.scores[task, metric] for run in (before, after))
+        difference = other.value - one.value
+        low = high = smallest = None
+        if test and level is not None:
+            low, high = test.interval(level)
+            smallest = test.smallest_detectable(level)
+        rows.append(
+            Difference(
+                run=f"{run_label(after)} against {before.name}",
+                task=task,
+                metric=metric,
+                base_score=one.value,
+                score=other.value,
+                difference=difference,
+                relative=None,
+                low=low,
+                high=high,
+                p=p,
+                q=q,
+                smallest_detectable=smallest,
+                documents=len(pair[0].keys) if pair else None,
+                method=test.method if test else "none: not all documents are the same",
+                primary=True,
+                verdict=verdict_of(difference, q, alpha, one.higher_is_better),
+            )
+        )
+    return rows
