@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lm_eval_pruned.pruning.curves import Sensitivity
-    from lm_eval_pruned.report.layer_curves import LayerCurves
+    from lm_eval_pruned.report.layers import LayerCurves
 
 CRITERIA = ("maw", "act", RANDOM)
 SEEDS = ("0", "1", "2")
@@ -86,11 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.checkpoints.sensitivity import SAMPLES
     from lm_eval_pruned.pruning.calibration import read_texts
     from lm_eval_pruned.pruning.measuring import LENGTH
-    from lm_eval_pruned.report.layer_curves import (
-        LayerCurves,
-        explanation,
-        rises_table,
-    )
+    from lm_eval_pruned.report.layers import LayerCurves, explanation, rises_table
     from lm_eval_pruned.util.tables import markdown_table
 
     criteria, seeds = _ranked_by(arguments.criteria, arguments.seeds)
@@ -106,12 +102,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
     texts = read_texts(arguments.calibration, samples)
     folder = Path(arguments.output_path) if arguments.output_path else None
-    plots = folder is not None and find_spec("matplotlib") is not None
+    plots = folder is not None and find_spec("altair") is not None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         if not plots:
             print(
-                "There will be no plots: they need matplotlib, `pip install "
+                "There will be no plots: they need altair, `pip install "
                 "'lm-eval-pruned[report]'`.",
                 file=sys.stderr,
             )
@@ -205,9 +201,9 @@ def _write(
         (folder / SENSITIVITY).with_suffix(".csv"): measured.as_csv()
     }
     if plots:
-        from lm_eval_pruned.report.sensitivity_plots import heat_map, layer_lines
+        from lm_eval_pruned.report.layers import layer_plots
 
-        for plot in (heat_map(curves), layer_lines(curves)):
+        for plot in layer_plots(curves):
             files[folder / f"{plot.name}.svg"] = plot.svg
             files[folder / f"{plot.name}.png"] = plot.png
     measured.write(folder / SENSITIVITY)

@@ -208,7 +208,7 @@ class TestReport:
 
     @pytest.fixture
     def write(self):
-        pytest.importorskip("matplotlib", reason="plots need the extra `report`")
+        pytest.importorskip("altair", reason="plots need the extra `report`")
         from lm_eval_pruned.report.report import write_report
 
         return write_report

@@ -163,7 +163,7 @@ class TestReport:
         file.write_text(json.dumps(data))
 
     def test_it_says_so_with_the_command(self, sweep):
-        pytest.importorskip("matplotlib", reason="plots need the extra `report`")
+        pytest.importorskip("altair", reason="plots need the extra `report`")
         from lm_eval_pruned.report.report import write_report
 
         self.define(sweep, {"prune_percent": 20})
@@ -183,7 +183,7 @@ class TestReport:
         assert random_baseline_section(found, found.runs[0]) is None
 
     def test_it_says_whether_the_criterion_beats_random(self, tmp_path):
-        pytest.importorskip("matplotlib", reason="plots need the extra `report`")
+        pytest.importorskip("altair", reason="plots need the extra `report`")
         from lm_eval_pruned.report.report import write_report
 
         def scores(quiz, same=20):
