@@ -94,9 +94,11 @@ def figure_section(
     plots = []
     for series, members in series_of(runs).items():
         points = points_of(members, base, comparison, levels)
-        if points.empty or points["ratio"].nunique() < 2:
+        if points.empty:
             continue
         for measure, drawn in points.groupby("measure", sort=False):
+            if drawn["ratio"].nunique() < 2:
+                continue
             name, title, *_ = MEASURES[measure]
             said = _description(drawn, measure, comparison.alpha)
             chart = measure_chart(drawn, measure)

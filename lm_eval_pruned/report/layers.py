@@ -125,7 +125,7 @@ def rises_table(curves: LayerCurves, share: int) -> Table:
         cells[each.layer][each.criterion] = Cell(text, each.verdict)
     columns = {"layer": "layer", **{name: name for name in curves.criteria}}
     if curves.seeds:
-        columns[RANDOM] = f"random, {_counted(curves.seeds, 'seed')}"
+        columns[RANDOM] = f"random, {_seeds(curves.seeds)}"
     rows: list[list[Cell | str]] = [
         [{"layer": Cell(str(layer)), **of}.get(name, "-") for name in columns]
         for layer, of in sorted(cells.items())
@@ -147,7 +147,7 @@ def explanation(curves: LayerCurves) -> list[str]:
         )
         return [first, missing]
     chance = (
-        f"The zero line is random with {_counted(curves.seeds, 'seed')}: \u25bc worse and \u25b2 better than "
+        f"The zero line is random with {_seeds(curves.seeds)}: \u25bc worse and \u25b2 better than "
         "every seed. A criterion that chooses as chance does is worse than every seed in one of "
         f"{curves.seeds + 1} layers."
     )
@@ -161,8 +161,8 @@ def explanation(curves: LayerCurves) -> list[str]:
     return texts
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _seeds(number: int) -> str:
+    return f"{number} seed{'s' * (number != 1)}"
 
 
 def _spans(layers: list[int]) -> str:
