@@ -7,10 +7,12 @@ per benchmark to ``docs/smollm2/next-to-the-study``. Needs the extra ``report``.
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
-from lm_eval_pruned.report.plots import Line, lines_plot
+import altair as alt
+import pandas as pd
+
+from lm_eval_pruned.util.figures import Plot, line_look, lines, over_ratios
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,52 +27,40 @@ BENCHMARKS = {
 STUDY = ("Llama-3.2-1B", "Llama-3.2-3B")
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def relative(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Return ratios from large to small, and scores in percent of the first one's."""
-    points = sorted(points, reverse=True)
-    return [x for x, _ in points], [100 * y / points[0][1] for _, y in points]
-
-
 def main() -> None:
     """Draw and write."""
-    ours = [row for path in FOLDER.glob("*/results.csv") for row in rows(path)]
-    study = rows(ROOT / "tests" / "data" / "study_benchmarks.csv")
+    ours = pd.concat(map(pd.read_csv, sorted(FOLDER.glob("*/results.csv"))))
+    ours["line"], ours["value"] = "SmolLM2-135M-Instruct", ours["score"]
+    ours["filled"] = ours["q"] < 0.05
+    ours["mark"] = ours["filled"].map(
+        {True: "significant", False: "no difference shown"}
+    )
+    ours.loc[ours["q"].isna(), "mark"] = "not tested"
+    study = pd.read_csv(ROOT / "tests" / "data" / "study_benchmarks.csv")
+    study = study[study["base_model"].isin(STUDY)]
+    study["line"], study["mark"] = study["base_model"] + " (study)", "not tested"
+    columns = ["line", "expansion_ratio", "value", "mark", "filled"]
     folder = FOLDER / "next-to-the-study"
     folder.mkdir(exist_ok=True)
     for (task, metric), title in BENCHMARKS.items():
-        here = [r for r in ours if (r["task"], r["metric"]) == (task, metric)]
-        here.sort(key=lambda row: -float(row["expansion_ratio"]))
-        ratios, scores = relative(
-            [(float(r["expansion_ratio"]), float(r["score"])) for r in here]
-        )
-        marked = [None if row["q"] == "" else float(row["q"]) < 0.05 for row in here]
-        lines = [Line("SmolLM2-135M-Instruct", ratios, scores, marked)]
-        for model in STUDY:
-            points = [
-                (float(row["expansion_ratio"]), float(row["value"]))
-                for row in study
-                if row["base_model"] == model
-                and (row["task"], row["metric"]) == (task, metric)
+        rows = pd.concat(
+            [
+                of[(of["task"] == task) & (of["metric"] == metric)]
+                for of in (ours, study.assign(filled=False))
             ]
-            if points:
-                ratios, scores = relative(points)
-                lines.append(
-                    Line(f"{model} (study)", ratios, scores, [None] * len(ratios))
-                )
-        plot = lines_plot(
-            f"{task}",
+        )
+        rows = rows.sort_values("expansion_ratio")[columns]
+        rows["value"] *= 100 / rows.groupby("line")["value"].transform("last")
+        scale = alt.Scale(zero=False)
+        y = alt.Y("value:Q", title="score, % of the unpruned model", scale=scale)
+        level = alt.Chart(pd.DataFrame({"value": [100]})).mark_rule().encode(y=y)
+        look = line_look(sorted(rows["line"].unique(), reverse=True))
+        plot = Plot(
+            task,
             title,
-            f"{title} in percent of the unpruned model's score, over the expansion ratio.",
-            lines,
-            "score, % of the unpruned model",
-            reference=100,
-            marks="q < 0.05 (SmolLM2 only)",
+            "In percent of the unpruned model's score. Filled points: q < 0.05; open ones: no "
+            "difference shown; crosses: not tested.",
+            level + lines(rows, over_ratios("expansion_ratio"), y, look),
         )
         (folder / f"{task}.svg").write_text(plot.svg, encoding="utf-8")
         (folder / f"{task}.png").write_bytes(plot.png)

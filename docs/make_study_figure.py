@@ -6,12 +6,12 @@ writes ``docs/dichotomy.svg``. Needs the extra ``report``.
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import altair as alt
+import pandas as pd
 
-from lm_eval_pruned.util.figures import as_svg, line_look, over_ratios, style
+from lm_eval_pruned.util.figures import Plot, line_look, lines, over_ratios
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,42 +27,21 @@ BENCHMARKS = {
 
 def main() -> None:
     """Draw and write."""
-    path = ROOT / "tests" / "data" / "study_benchmarks.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["base_model"] == MODEL]
-    with style("dichotomy", font_size=11):
-        figure = Figure(figsize=(6.4, 4.2))
-        axes = figure.subplots()
-        axes.axhline(100, color="black", linewidth=0.8)
-        for number, ((task, metric), label) in enumerate(BENCHMARKS.items()):
-            points = sorted(
-                (
-                    (float(row["expansion_ratio"]), float(row["value"]))
-                    for row in rows
-                    if (row["task"], row["metric"]) == (task, metric)
-                ),
-                reverse=True,
-            )
-            ratios = [ratio for ratio, _ in points]
-            scores = [100 * score / points[0][1] for _, score in points]
-            look = line_look(number)
-            axes.plot(ratios, scores, **look)
-            axes.annotate(
-                label,
-                (ratios[-1], scores[-1]),
-                xytext=(9, 0),
-                textcoords="offset points",
-                color=look["color"],
-                verticalalignment="center",
-                annotation_clip=False,
-            )
-        over_ratios(axes, ratios)
-        axes.set_ylim(0)
-        axes.grid(axis="y", alpha=0.2)
-        axes.set_ylabel("score, % of the unpruned model")
-        axes.set_title(f"{MODEL}, arXiv 2512.22671", fontsize=11, loc="left")
-        drawing = as_svg(figure)
-    (ROOT / "docs" / "dichotomy.svg").write_text(drawing, encoding="utf-8")
+    rows = pd.read_csv(ROOT / "tests" / "data" / "study_benchmarks.csv")
+    rows = rows[rows["base_model"] == MODEL].sort_values("expansion_ratio")
+    keys = zip(rows["task"], rows["metric"], strict=True)
+    rows["line"] = [BENCHMARKS.get(key) for key in keys]
+    rows = rows.dropna(subset=["line"])
+    largest = rows.groupby("line")["value"].transform("last")
+    rows["score"] = 100 * rows["value"] / largest
+    y = alt.Y("score:Q", title="score, % of the unpruned model")
+    level = alt.Chart(pd.DataFrame({"score": [100]})).mark_rule().encode(y=y)
+    drawn = rows[["expansion_ratio", "line", "score"]]
+    look = line_look(list(BENCHMARKS.values()))
+    chart = level + lines(drawn, over_ratios("expansion_ratio"), y, look)
+    title = f"{MODEL}, arXiv 2512.22671"
+    plot = Plot("dichotomy", title, "", chart)
+    (ROOT / "docs" / "dichotomy.svg").write_text(plot.svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

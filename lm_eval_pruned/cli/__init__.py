@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 DOCUMENTATION = "https://lm-eval-pruned.github.io/lm-eval-pruned/"
 #: The extra that brings a package which not every command needs, by the name it is imported by.
 EXTRAS = {
+    "altair": "report",
     "gguf": "demo",
-    "matplotlib": "report",
     "ray": "ray",
     "vl_convert": "report",
     "vllm": "vllm",

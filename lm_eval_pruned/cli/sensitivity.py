@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from importlib.util import find_spec
     from pathlib import Path
 
-    from lm_eval_pruned.report.layer_curves import (
+    from lm_eval_pruned.report.layers import (
         LayerCurves,
         explanation,
         rises_table,
@@ -86,15 +86,13 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output_path)
     measured.write(folder / SENSITIVITY)
     files: dict[str, str | bytes] = {"sensitivity.csv": measured.as_csv()}
-    if find_spec("matplotlib") is None:
+    if find_spec("altair") is None:
         install = "pip install 'lm-eval-pruned[report]'"
-        print(
-            f"There are no plots: they need matplotlib, `{install}`.", file=sys.stderr
-        )
+        print(f"There are no plots: they need altair, `{install}`.", file=sys.stderr)
     else:
-        from lm_eval_pruned.report.sensitivity_plots import heat_map, layer_lines
+        from lm_eval_pruned.report.layers import layer_plots
 
-        for plot in (heat_map(curves), layer_lines(curves)):
+        for plot in layer_plots(curves):
             files |= {f"{plot.name}.svg": plot.svg, f"{plot.name}.png": plot.png}
     for name, content in files.items():
         write_atomically(folder / name, content)

@@ -38,12 +38,13 @@ _PLOTS = {
     "throughput": _COLUMNS[4:6],
     "energy": _COLUMNS[6:9],
 }
+_DRAWN = "Means over repeats, with bands of their 95 % intervals."
 
 
 def plots_missing() -> str | None:
     """Return why plots cannot be drawn, or None if they can."""
-    if find_spec("matplotlib") is None:
-        return "matplotlib is not installed: pip install 'lm-eval-pruned[report]'"
+    if find_spec("altair") is None or find_spec("vl_convert") is None:
+        return "altair is not installed: pip install 'lm-eval-pruned[report]'"
     return None
 
 
@@ -199,51 +200,36 @@ def draw(profile: dict[str, Any], plot: str, suffix: str) -> bytes:
     Returns:
         The file.
     """
-    from matplotlib.figure import Figure
+    import altair as alt
 
-    from lm_eval_pruned.util import figures
+    from lm_eval_pruned.util.figures import Plot, line_look, lines, over_ratios
 
     models = pd.DataFrame(profile["models"]).set_index("name")
     cells = pd.json_normalize(profile["cells"]).join(models, on="model")
-    cells["by_layer"] = cells["layer_widths"] != ""
-    cells = cells.sort_values("expansion_ratio", kind="stable")
-    lines = list(product(profile["request"]["batch_sizes"], ("fixed", "natural")))
-    panels = _PLOTS[plot]
-    with figures.style("lm-eval-pruned"):
-        figure = Figure(figsize=(5.5 * len(panels), 4))
-        columns = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (label, metric, scale, _) in zip(columns, panels, strict=True):
-            # The figures of latencies are those of batches; repeats have intervals.
-            where = "latency_estimates." * metric.startswith("seconds") + metric
-            for part in ("mean", "high"):
-                of = cells.get(f"{where}.{part}")
-                cells[part] = np.nan if of is None else scale * of.astype(float)
-            found = cells.dropna(subset=["mean"])
-            for (size, mode, by_layer), points in found.groupby(
-                ["batch_size", "mode", "by_layer"]
-            ):
-                look = figures.line_look(lines.index((size, mode)))
-                if by_layer:
-                    look |= {"linestyle": "none", "markerfacecolor": "white"}
-                axes.errorbar(
-                    points["expansion_ratio"],
-                    points["mean"],
-                    # Ends, where there are any, are as far below the mean as above it.
-                    yerr=(points["high"] - points["mean"]).fillna(0),
-                    capsize=3,
-                    label=f"batch size {size}, {mode} length"
-                    + ", widths by layer" * by_layer,
-                    **look,
-                )
-            figures.over_ratios(axes, models["expansion_ratio"])
-            axes.set_ylabel(label)
-            axes.set_ylim(bottom=0)
-            if found.empty:
-                axes.text(
-                    0.5, 0.5, "not measured", ha="center", transform=axes.transAxes
-                )
-            else:
-                axes.legend(fontsize="small")
-        if suffix == "svg":
-            return figures.as_svg(figure).encode()
-        return figures.as_png(figure)
+    by_layer = cells["layer_widths"] != ""
+    cells["line"] = [
+        f"batch size {size}, {mode} length{', widths by layer' * apart}"
+        for size, mode, apart in zip(
+            cells["batch_size"], cells["mode"], by_layer, strict=True
+        )
+    ]
+    look = line_look(list(cells["line"].unique()))
+    x = over_ratios("expansion_ratio")
+    panels = []
+    for label, metric, scale, _ in _PLOTS[plot]:
+        # The figures of latencies are those of batches; repeats have intervals.
+        where = "latency_estimates." * metric.startswith("seconds") + metric
+        drawn = cells[["line", "expansion_ratio"]].copy()
+        for part in ("mean", "low", "high"):
+            of = cells.get(f"{where}.{part}")
+            drawn[part] = np.nan if of is None else scale * of.astype(float)
+        drawn = drawn.dropna(subset=["mean"])
+        title = f"{label} (not measured)" if drawn.empty else label
+        y = alt.Y("mean:Q", scale=alt.Scale(domainMin=0)).title(title)
+        apart = alt.Chart(drawn[by_layer[drawn.index]]).mark_point()
+        panels.append(
+            lines(drawn[~by_layer[drawn.index]], x, y, look)
+            + apart.encode(x=x, y=y, color=look["color"])
+        )
+    made = Plot(plot, plot.capitalize(), _DRAWN, alt.hconcat(*panels))
+    return made.svg.encode() if suffix == "svg" else made.png

@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.compare.comparison_table import number_text
 from lm_eval_pruned.report.formats import rendered
 from lm_eval_pruned.report.page import Section, Table, run_label
-from lm_eval_pruned.results.documents import Answer, Question, read_answer, read_question
-from lm_eval_pruned.results.documents import read_samples
+from lm_eval_pruned.results.documents import (
+    Answer,
+    Question,
+    read_answer,
+    read_question,
+    read_samples,
+)
 from lm_eval_pruned.results.groups import primary_metrics
 from lm_eval_pruned.util.tables import csv_table
 

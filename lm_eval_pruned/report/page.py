@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from lm_eval_pruned.report.plots import Plot
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.util.figures import Plot
 
 
 #: How a verdict is shown. What is significant says which way; `restated` has no mark.
@@ -58,25 +58,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that a page draws, and what can be chosen in it.
+    """A figure of which a page shows one plot at a time.
 
     Attributes:
         title: Heading.
-        description: What it shows, for those who see it and for those who do not.
-        choices: By name of the control: legend, and the label of each value.
-        families: Labels of the families that are in it, by name.
-        data: JSON that the page's script reads: points and specifications.
-        panels: Title and ``<svg>`` of each panel as it is first shown, for readers without
-            scripts.
+        data: JSON that the page's script reads: Vega-Lite by name of the plot.
         scripts: Vega-Lite, and what draws the figure with it.
     """
 
     title: str
-    description: str
-    choices: Mapping[str, tuple[str, Mapping[str, str]]]
-    families: Mapping[str, str]
     data: str
-    panels: Sequence[tuple[str, str]]
     scripts: Sequence[str]
 
 
@@ -85,16 +76,8 @@ class Section:
     """One section; any of its parts may be missing.
 
     Attributes:
-        heading: Heading.
-        paragraphs: Text.
-        figure: Drawn by the page itself; its files are among the plots, which the page then
-            leaves out.
-        table: A table.
-        plots: Pictures.
-        code: JSON, or of another language.
-        language: Of the code.
-        folded: What a reader clicks at to see the code; shown at once where this is empty.
-        notes: Remarks.
+        figure: Lets a reader choose among the plots.
+        code: In `language`; shown when a reader clicks at `folded`, at once where this is empty.
         links: Texts with the names of files beside the report.
     """
 
@@ -106,7 +89,7 @@ class Section:
     code: str = ""
     language: str = "json"
     folded: str = ""
-    notes: Sequence[str] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
     links: Sequence[tuple[str, str]] = ()
 
 

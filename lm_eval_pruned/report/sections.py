@@ -16,9 +16,13 @@ from lm_eval_pruned.compare.comparison_table import (
     documents_text,
 )
 from lm_eval_pruned.report.page import MARKS, Cell, Section, Table, run_label, tone_of
-from lm_eval_pruned.results.groups import FAMILIES, family_of
+from lm_eval_pruned.results.groups import (
+    FAMILIES,
+    family_of,
+    primary_metrics,
+    series_of,
+)
 from lm_eval_pruned.results.runs import setting_of
-from lm_eval_pruned.results.groups import primary_metrics, series_of
 
 
 if TYPE_CHECKING:

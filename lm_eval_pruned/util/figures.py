@@ -1,107 +1,194 @@
-"""How every figure looks, and the files that it becomes.
+"""The figures of reports, profiles and documentation: Altair charts as files and for a page.
 
-Colours are those of the palette, on white ground; no two lines differ in colour alone. Needs matplotlib (the extra ``report``).
+Colours are the variables of a page, such as ``var(--ink)``, so that one chart suits light and
+dark; files get the light ones. Needs altair and vl-convert-python (the extra ``report``).
 """
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any, Literal
+import json
+import re
+import textwrap
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.ticker import ScalarFormatter
+import altair as alt
+import vl_convert
 
-from lm_eval_pruned.util.palette import LINES
+from lm_eval_pruned.util.palette import FAMILIES, variables
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from contextlib import AbstractContextManager
+    from collections.abc import Mapping, Sequence
 
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    import pandas as pd
 
-COLOURS = LINES["light"]
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
-#: Drawn in this colour is what a page draws in the colour of its text.
-INK = "#010203"
-
-_SETTINGS: dict[Any, Any] = {
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.constrained_layout.use": True,
-    "font.family": "sans-serif",
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    # Names of tasks and models are text, whatever characters they hold.
-    "text.parse_math": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
+RATIO = "expansion ratio (intermediate size / hidden size)"
+HUES = tuple(f"var(--family-{name})" for name in FAMILIES)
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 6])
+#: Shapes of points by what is known of them.
+MARKS = {
+    "significant": "circle",
+    "no difference shown": "circle",
+    "not tested": "M-.8,-.8L.8,.8M-.8,.8L.8,-.8",
+    "partial": "M0,-1.5L1.3,0L0,1.5L-1.3,0Z",
+}
+_GROUND = alt.value("var(--ground)")
+_TEXT = {"labelColor": "var(--ink)", "titleColor": "var(--ink)"}
+_EDGE = {"domainColor": "var(--edge)", "tickColor": "var(--edge)"}
+_LOOK = {
+    "font": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif",
+    "background": "transparent",
+    "view": {"stroke": None, "continuousWidth": 360, "continuousHeight": 280},
+    "title": {"color": "var(--ink)", "subtitleColor": "var(--quiet)"},
+    "axis": _TEXT | _EDGE | {"gridColor": "var(--line)", "titleFontWeight": "normal"},
+    "axisX": {"grid": False, "labelOverlap": "greedy", "labelSeparation": 4},
+    "header": _TEXT,
+    "legend": {
+        **_TEXT,
+        "labelLimit": 0,
+        "symbolSize": 300,
+        "symbolType": "stroke",
+        "symbolOpacity": 1,
+        "columns": 3,
+        "orient": "bottom",
+    },
+    "mark": {"color": "var(--ink)"},
+    "text": {"color": "var(--ink)"},
+    "rule": {"color": "var(--ink)"},
 }
 
 
-def style(name: str, font_size: float = 9) -> AbstractContextManager[None]:
-    """Let figures that are made in a ``with`` block look like all others.
+@dataclass(frozen=True)
+class Plot:
+    """A finished figure.
+
+    Attributes:
+        name: Name of its files, without suffix.
+        title: Heading.
+        description: What it shows, in a sentence or two; the text alternative.
+        chart: The chart, whose colours are a page's variables.
+    """
+
+    name: str
+    title: str
+    description: str
+    chart: alt.TopLevelMixin
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """The chart as Vega-Lite."""
+        with alt.data_transformers.enable("default", max_rows=None):
+            return self.chart.to_dict() | {"config": _LOOK}
+
+    @cached_property
+    def inline(self) -> str:
+        """An ``<svg>`` element in the colours of its page, with ids that no other plot has."""
+        svg = vl_convert.vegalite_to_svg(self.spec)
+        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{self.name}-", svg)
+        return svg[svg.index("<svg") :].replace("<svg", '<svg aria-hidden="true"', 1)
+
+    @property
+    def svg(self) -> str:
+        """An SVG file on white ground."""
+        return vl_convert.vegalite_to_svg(self._on_paper)
+
+    @property
+    def png(self) -> bytes:
+        """A PNG file on white ground."""
+        return vl_convert.vegalite_to_png(self._on_paper, scale=2)
+
+    @cached_property
+    def _on_paper(self) -> str:
+        title = {
+            "text": self.title,
+            "subtitle": textwrap.wrap(self.description, 90),
+            "anchor": "start",
+        }
+        config = _LOOK | {"background": "var(--ground)"}
+        text = json.dumps(self.spec | {"title": title, "config": config})
+        for name, colour in variables("light").items():
+            text = text.replace(f"var(--{name})", colour)
+        return text
+
+
+def over_ratios(field: str = "ratio", title: str | None = RATIO) -> alt.X:
+    """Return a horizontal axis that falls to the right, as expansion ratios do."""
+    scale = alt.Scale(reverse=True, zero=False, nice=False, padding=8)
+    axis = alt.Axis(tickCount=6, format=".4~r", title=title)
+    return alt.X(field, type="quantitative", scale=scale, axis=axis)
+
+
+def line_look(
+    names: Sequence[str], hues: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the colour and the dash of lines, of which no two are alike, and one legend.
 
     Args:
-        name: Name of the figure: the same figure of this name gives the same SVG.
-        font_size: Size of its text, in points.
+        names: Values of the column ``line``.
+        hues: Colour of each; default: one after the other.
     """
-    return matplotlib.rc_context(
-        {**_SETTINGS, "svg.hashsalt": name, "font.size": font_size}
-    )
+    if hues is None:
+        hues = {name: HUES[n % len(HUES)] for n, name in enumerate(names)}
+        dashes = [DASHES[n % len(DASHES)] for n in range(len(names))]
+    else:
+        of = [hues[name] for name in names]
+        dashes = [DASHES[of[:n].count(hue) % len(DASHES)] for n, hue in enumerate(of)]
 
+    def scale(values: Sequence[Any]) -> alt.Scale:
+        return alt.Scale(domain=list(names), range=list(values))
 
-def line_look(number: int) -> dict[str, Any]:
-    """Return what distinguishes a line from those with other numbers, for ``Axes.plot``."""
     return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": STYLES[number // len(COLOURS) % len(STYLES)],
+        "color": alt.Color("line:N", scale=scale([hues[each] for each in names])).title(
+            None
+        ),
+        "strokeDash": alt.StrokeDash("line:N", scale=scale(dashes)).title(None),
     }
 
 
-def over_ratios(axes: Axes, ratios: Iterable[float]) -> None:
-    """Make the horizontal axis that of the expansion ratio, which falls to the right."""
-    ticks = sorted(set(ratios))
-    span = (ticks[-1] - ticks[0]) or 1.0
-    # Ratios that are closer than a label is wide share one.
-    spread = [ticks[0]]
-    for tick in ticks[1:]:
-        if tick - spread[-1] > span / 20:
-            spread.append(tick)
-    axes.set_xticks(spread, [f"{tick:.2f}" for tick in spread])
-    axes.set_xlabel("expansion ratio (intermediate size / hidden size)")
-    axes.invert_xaxis()
+def lines(
+    data: pd.DataFrame,
+    x: alt.X,
+    y: alt.Y,
+    look: Mapping[str, Any],
+    tooltip: Sequence[Any] = (),
+) -> alt.LayerChart | alt.FacetChart:
+    """Draw a line with points for each value of the column ``line``.
 
-
-def as_svg(figure: Figure, *, transparent: bool = False) -> str:
-    """Return an SVG file without a date, on white ground unless it is `transparent`."""
-    _finish(figure)
-    data = io.StringIO()
-    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    ground = {"transparent": True} if transparent else {"facecolor": "white"}
-    figure.savefig(data, format="svg", metadata=metadata, **ground)
-    return data.getvalue()
-
-
-def as_png(figure: Figure) -> bytes:
-    """Return a PNG file on white ground, 200 dpi."""
-    _finish(figure)
-    data = io.BytesIO()
-    metadata = {"Software": None}
-    figure.savefig(data, format="png", dpi=200, metadata=metadata, facecolor="white")
-    return data.getvalue()
-
-
-def _finish(figure: Figure) -> None:
-    for axes in figure.axes:
-        formatter = axes.yaxis.get_major_formatter()
-        if isinstance(formatter, ScalarFormatter):
-            formatter.set_useOffset(False)
-    FigureCanvasAgg(figure)
+    Args:
+        data: Besides it and the fields of the axes, ``low`` and ``high`` may be the ends of an
+            interval of y, and ``mark``, one of `MARKS`, with ``filled`` says how a point is drawn.
+        x: Horizontal axis.
+        y: Vertical axis.
+        look: See `line_look`.
+        tooltip: Columns that are shown where a reader points at a point.
+    """
+    hue = look["color"]
+    chart = alt.Chart().encode(x=x, color=hue)
+    layers = []
+    if "low" in data:
+        ends = y.copy()
+        ends.shorthand = "low:Q"
+        band = chart.mark_area(opacity=0.16).encode(y=ends, y2="high", detail="line:N")
+        layers.append(
+            band.transform_filter("isValid(datum.low) && isValid(datum.high)")
+        )
+    line = chart.mark_line(strokeWidth=1.8)
+    layers.append(line.encode(y=y, strokeDash=look["strokeDash"]))
+    points = chart.mark_point(size=46, strokeWidth=1.6, opacity=1)
+    points = points.encode(y=y, fill=hue)
+    if "mark" in data:
+        shapes = alt.Scale(domain=list(MARKS), range=list(MARKS.values()))
+        points = points.transform_filter(
+            alt.FieldOneOfPredicate(field="mark", oneOf=list(MARKS))
+        ).encode(
+            shape=alt.Shape("mark:N", scale=shapes, legend=None),
+            stroke=hue,
+            fill=alt.when("datum.filled").then(hue).otherwise(_GROUND),
+        )
+    layers.append(points)
+    if tooltip:
+        pointed = alt.Chart().mark_point(size=400, opacity=0, filled=True)
+        layers.append(pointed.encode(x=x, y=y, tooltip=list(tooltip)))
+    return alt.layer(*layers, data=data)

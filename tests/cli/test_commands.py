@@ -31,7 +31,7 @@ COMMANDS = {
     "profile": ["--output_path", "x"],
 }
 #: Modules of the extras, which the README's command need not have installed.
-OPTIONAL = ("gguf", "matplotlib", "ray", "vl_convert", "vllm")
+OPTIONAL = ("altair", "gguf", "ray", "vl_convert", "vllm")
 
 
 def module_of(command: str):
@@ -58,7 +58,7 @@ def test_ctrl_c_ends_every_command_in_one_line(command, monkeypatch, capsys):
     ("module", "extra"),
     [
         ("gguf", "demo"),
-        ("matplotlib.colors", "report"),
+        ("altair.vegalite", "report"),
         ("ray", "ray"),
         ("vl_convert", "report"),
         ("vllm", "vllm"),

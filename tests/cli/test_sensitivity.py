@@ -49,7 +49,7 @@ def test_every_layer_has_a_curve_by_every_criterion_and_seed(measured):
 
 
 def test_the_files(measured):
-    pytest.importorskip("matplotlib", reason="plots need the extra `report`")
+    pytest.importorskip("altair", reason="plots need the extra `report`")
     assert {file.name for file in measured.iterdir()} == {
         "sensitivity.json",
         "sensitivity.csv",

@@ -18,8 +18,7 @@ from lm_eval_pruned.report.changed_answers import (
     changed_answers,
 )
 from lm_eval_pruned.results.files import ResultsError
-from lm_eval_pruned.results.runs import read_run
-from lm_eval_pruned.results.runs import read_sweep
+from lm_eval_pruned.results.runs import read_run, read_sweep
 from tests.helpers.chromium import chromium_page, find_chromium
 from tests.helpers.results_files import pruning, write_run, write_sweep
 from tests.results.test_answers import choices
@@ -374,7 +373,7 @@ class TestReport:
 
     @pytest.fixture
     def write(self):
-        pytest.importorskip("matplotlib", reason="plots need the extra `report`")
+        pytest.importorskip("altair", reason="plots need the extra `report`")
         from lm_eval_pruned.report.report import write_report
 
         return write_report

@@ -7,8 +7,13 @@ import math
 import pytest
 
 from lm_eval_pruned.pruning.curves import FORMAT, VERSION, read_sensitivity
-from lm_eval_pruned.report import layer_curves
-from lm_eval_pruned.report.layer_curves import LayerCurves, explanation, rises_table
+from lm_eval_pruned.report import layers
+from lm_eval_pruned.report.layers import (
+    LayerCurves,
+    explanation,
+    layer_plots,
+    rises_table,
+)
 from lm_eval_pruned.results.files import ResultsError
 from tests.helpers.results_files import write_sweep
 from tests.helpers.sensitivities import made_curves
@@ -27,30 +32,39 @@ def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
     measured.write(file)
     read = LayerCurves.of(json.loads(file.read_text()))
     assert json.loads(file.read_text())["format"] == FORMAT
-    assert layer_curves.VERSION == VERSION
-    assert {*read.layers} == {curve.layer for curve in measured.curves}
+    assert layers.VERSION == VERSION
+    rises = read.rises.set_index(["layer", "criterion", "share"])["rise"]
+    assert {*read.rises["layer"]} == {curve.layer for curve in measured.curves}
     assert ("random", *read.criteria) == ("random", "maw", "act")
     for curve in measured.curves:
         for width, rise in zip(curve.widths, measured.rises(curve), strict=True):
-            share = round(100 - width)
-            assert rise in read.rises[curve.layer, curve.criterion, share]
+            if curve.criterion != "random":
+                key = curve.layer, curve.criterion, round(100 - width)
+                assert rises[key] == pytest.approx(rise)
+
+
+def row(curves, *key):
+    """Return the row of a layer, a criterion and a share."""
+    (found,) = curves.rises[
+        (curves.rises[["layer", "criterion", "share"]] == list(key)).all(axis=1)
+    ].to_dict("records")
+    return found
 
 
 def test_shares_rises_and_chance(curves):
     assert curves.shares == (10, 50)
     assert curves.seeds == 3
-    assert curves.rise(0, "maw", 50) == pytest.approx(2.0)
-    assert curves.rise(1, "random", 50) == pytest.approx(0.55)
-    assert curves.chance(1, 50) == pytest.approx((0.5, 0.6))
-    assert curves.rise(7, "maw", 50) is None
+    assert row(curves, 0, "maw", 50)["rise"] == pytest.approx(2.0)
+    assert row(curves, 1, "random", 50)["rise"] == pytest.approx(0.55)
+    maw = row(curves, 1, "maw", 50)
+    assert (maw["low"], maw["high"]) == pytest.approx((0.5, 0.6))
 
 
 def test_the_zero_line_is_every_seed(curves):
-    assert curves.misjudged("maw", 10) == [0]
-    assert curves.misjudged("act", 10) == []
-    assert curves.verdict(0, "maw", 50) == "worse"
-    assert curves.verdict(1, "maw", 50) == ""
-    assert curves.verdict(1, "act", 50) == "better"
+    assert row(curves, 0, "maw", 10)["verdict"] == "worse"
+    assert row(curves, 0, "act", 10)["verdict"] == "better"
+    assert row(curves, 1, "maw", 50)["verdict"] == ""
+    assert row(curves, 1, "random", 50)["verdict"] == ""
 
 
 def test_the_table_marks_what_is_worse_than_chance(curves):
@@ -70,13 +84,17 @@ def test_the_sentences_name_the_layers(curves):
 
 def test_without_random_nothing_is_judged():
     curves = LayerCurves.of(made_curves(seeds=()))
-    assert curves.misjudged("maw", 50) == []
     assert rises_table(curves, 50).columns == ["layer", "maw", "act"]
     assert "add random to --criteria" in explanation(curves)[1]
 
 
 def test_spans_of_layers():
-    assert layer_curves._layers([0, 3, 4, 5, 9]) == "layers 0, 3-5, 9"
+    data = made_curves(layers=10)
+    for curve in data["curves"]:
+        if curve["criterion"] == "act" and curve["layer"] in (0, 3, 4, 5, 9):
+            curve["losses"] = [loss + 9 for loss in curve["losses"]]
+    text = " ".join(explanation(LayerCurves.of(data)))
+    assert "act: worse than chance in layers 0, 3-5, 9 at 10 %" in text
 
 
 def test_layers_of_different_widths_share_their_shares():
@@ -121,25 +139,21 @@ def test_another_version_is_refused():
 
 class TestFigures:
     @pytest.fixture(autouse=True)
-    def _matplotlib(self):
-        pytest.importorskip("matplotlib", reason="plots need the extra `report`")
+    def _altair(self):
+        pytest.importorskip("altair", reason="plots need the extra `report`")
 
     @pytest.mark.parametrize(
         "made", [{}, {"seeds": ()}, {"layers": 1, "kept": (50,)}, {"criteria": ()}]
     )
     def test_they_are_drawn(self, made):
-        from lm_eval_pruned.report.sensitivity_plots import heat_map, layer_lines
-
         curves = LayerCurves.of(made_curves(**made))
-        for plot in (heat_map(curves), layer_lines(curves)):
+        for plot in layer_plots(curves):
             assert plot.png.startswith(b"\x89PNG")
             assert "nats per token" in plot.svg
 
     def test_losses_that_fall_are_drawn(self):
-        from lm_eval_pruned.report.sensitivity_plots import heat_map, layer_lines
-
         curves = LayerCurves.of(made_curves() | {"loss": 9.0})
-        assert heat_map(curves).svg and layer_lines(curves).svg
+        assert all(plot.svg for plot in layer_plots(curves))
 
     def test_a_report_shows_the_curves_of_its_sweep(self, tmp_path):
         from lm_eval_pruned.report.report import write_report
