@@ -67,7 +67,7 @@ def read_model_args(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: It is no mapping, or names an argument that was given as an option too.
     """
-    from lm_eval_pruned.sweeps.option_kinds import checked
+    from lm_eval_pruned.sweeps.options import checked
 
     given: dict[str, Any] = {}
     if arguments.model_args:

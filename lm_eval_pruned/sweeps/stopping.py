@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import tempfile
 import zlib
 from pathlib import Path
@@ -14,8 +13,11 @@ from unittest import mock
 import numpy as np
 
 from lm_eval_pruned.compare.margins import Margin
-from lm_eval_pruned.compare.stopping import look, with_scores
+from lm_eval_pruned.compare.stopping import LEVEL, look, with_scores
 from lm_eval_pruned.results.runs import read_newest
+from lm_eval_pruned.results.stopping_record import Stopping
+from lm_eval_pruned.sweeps.folder import write_results
+from lm_eval_pruned.sweeps.options import refuse_other_processes
 
 
 if TYPE_CHECKING:
@@ -24,12 +26,6 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.results.stopping_record import Stopping
-
-    #: From indices of documents by task, and the prefix of a cache, to the harness's results.
-    Evaluate = Callable[[dict[str, list[int]], str], dict[str, Any] | None]
-    #: Writes the harness's files of such results to a folder.
-    Write = Callable[[dict[str, Any], Path], None]
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
 #: Shares of the documents at which a unit is looked at.
@@ -47,16 +43,7 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
     rule: str | None = options.get("stop_when")
     if rule is None:
         return None
-    if options.get("ray"):
-        raise ValueError(
-            f"stop_when={rule} compares with results where the sweep runs, which Ray's workers do "
-            "not see: leave --ray out, or use --shard."
-        )
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ValueError(
-            f"stop_when={rule} works in one process, and WORLD_SIZE is "
-            f"{os.environ['WORLD_SIZE']}: start the sweep without a launcher."
-        )
+    refuse_other_processes(f"stop_when={rule}", options)
     for other, value in (("log_samples", False), ("predict_only", True)):
         if options.get(other) is value:
             raise ValueError(
@@ -146,41 +133,48 @@ def documents_of_looks(
 
 def evaluate_until_decided(
     lm: Any,
-    looks: Mapping[int, dict[str, list[int]]],
-    stopping: Stopping,
+    sweep: Any,
+    loaded: Any,
     base: Run,
-    evaluate: Evaluate,
-    write: Write,
+    evaluate: Callable[..., dict[str, Any]],
     scratch: Path,
 ) -> dict[str, Any]:
     """Evaluate the documents of one look after the other, until the comparison is decided.
 
     Args:
         lm: The model.
-        looks: From `documents_of_looks`.
-        stopping: The comparison, before its first look.
+        sweep: The plan.
+        loaded: What `TaskManager.load` made of the unit's task.
         base: The unpruned model's results.
-        evaluate: See `Evaluate`; the cache holds the answers of earlier looks.
-        write: See `Write`.
+        evaluate: From the harness's objects, indices of documents by task, and the prefix of a
+            cache that holds the answers of earlier looks, to the harness's results.
         scratch: Folder for what is needed between looks.
 
     Returns:
         The harness's results on the documents of the last look, with the block ``stopping``.
     """
+    from lm_eval.loggers import EvaluationTracker
+
+    tasks = [*loaded["groups"].values()][:1] or [*loaded["tasks"].values()]
+    name = next(iter(loaded["groups"] or loaded["tasks"]))
+    looks = documents_of_looks(loaded["tasks"], sweep.settings)
+    sizes = len(sweep.configurations) - 1
+    stopping = Stopping(sweep.stop_when, name, max(looks), LEVEL, sizes)
     answered = 0
-    with tempfile.TemporaryDirectory(dir=scratch) as name:
+    with tempfile.TemporaryDirectory(dir=scratch) as place:
         for count, chosen in looks.items():
             # What this evaluation has paid for is not what an earlier one left in a cache.
             lm.count_kept_answers(-answered)
             # Asking for it ends the measurement of energy.
             with mock.patch.object(lm, "get_model_info", dict):
-                results = evaluate(chosen, str(Path(name, "answers"))) or {}
+                results = evaluate(tasks, chosen, str(Path(place, "answers")))
             samples = results["samples"]
             answered = _answers(samples)
             # Writing samples changes them.
             copied = {task: [dict(row) for row in samples[task]] for task in samples}
-            write({**results, "samples": copied}, Path(name, str(count)))
-            run = read_newest(Path(name, str(count)))
+            here = Path(place, str(count))
+            write_results({**results, "samples": copied}, EvaluationTracker(), here)
+            run = read_newest(here)
             stopping = look(stopping, count, base, run)
             if stopping.reason:
                 break

@@ -18,10 +18,10 @@ import torch
 
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.results.sweep_results import read_sweep
-from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
+from lm_eval_pruned.sweeps.tasks import fingerprint
 from tests.helpers import evaluations
 from tests.helpers.evaluations import TWO_PROCESSES
 from tests.helpers.results_files import write_run
@@ -129,6 +129,11 @@ def test_many_kills_lose_nothing(options, undisturbed, seed):
     _resume_after_kills(options, undisturbed, kills=12, seed=100 + seed)
 
 
+def unit_record(fingerprint):
+    names = {"configuration": "c", "task": "t"}
+    return {**names, "fingerprint": fingerprint, "seconds": 1}
+
+
 @pytest.mark.parametrize("step", range(12))
 def test_kill_at_each_step_of_a_commit_leaves_all_or_nothing(tmp_path, step):
     """Dies at the n-th system call that changes the folder, for a new unit and a stale one."""
@@ -138,7 +143,7 @@ def test_kill_at_each_step_of_a_commit_leaves_all_or_nothing(tmp_path, step):
         folder = SweepFolder(place)
         with folder.new_unit() as files:
             (files / "results_1.json").write_text(f'{{"made": "{fingerprint}"}}')
-            folder.commit(files, "c", "t", {"fingerprint": fingerprint, "seconds": 1})
+            folder.keep(files, unit_record(fingerprint))
         return 0
 
     def dying():
@@ -174,7 +179,7 @@ def test_kill_at_each_step_of_a_commit_leaves_all_or_nothing(tmp_path, step):
             assert json.loads(record.results.read_text()) == {
                 "made": record.fingerprint
             }
-        with SweepFolder(place).locked():
+        with SweepFolder(place).held():
             pass
         commit("new")
         assert SweepFolder(place).read("c", "t").fingerprint == "new"
@@ -187,7 +192,7 @@ def test_a_unit_with_results_is_done_for_all_who_read_it(tmp_path):
     with folder.new_unit() as files:
         write_run(files, {"t": {"acc,none": {"values": [1.0, 0.0]}}})
         (files / "error.json").write_text('{"message": "left over"}')
-        folder.commit(files, "c", "t", {"fingerprint": "f", "seconds": 1})
+        folder.keep(files, unit_record("f"))
     assert folder.read("c", "t").error is None
     sweep = read_sweep(tmp_path)
     assert (sweep.runs[0].tasks(), sweep.failures) == (["t"], ())
@@ -680,13 +685,13 @@ def test_ctrl_c_stops_and_the_next_start_goes_on(options, monkeypatch, capsys):
 
 def test_two_sweeps_on_one_folder(options, tmp_path):
     folder = tmp_path / "sweep"
-    with SweepFolder(folder).locked():
+    with SweepFolder(folder).held():
         for shard in (None, (0, 2)):
             with pytest.raises(
                 ValueError, match=f"{folder} is in use by another sweep"
             ):
                 run_sweep(options, shard=shard)
-    with SweepFolder(folder, (0, 2)).locked(), SweepFolder(folder, (1, 2)).locked():
+    with SweepFolder(folder, (0, 2)).held(), SweepFolder(folder, (1, 2)).held():
         for shard in (None, (0, 2), (1, 2)):
             with pytest.raises(ValueError, match="in use by another sweep"):
                 run_sweep(options, shard=shard)
@@ -695,8 +700,8 @@ def test_two_sweeps_on_one_folder(options, tmp_path):
 
 def test_a_shard_leaves_the_unfinished_work_of_others_alone(tmp_path):
     other = SweepFolder(tmp_path, (1, 2))
-    with other.locked(), other.new_unit() as files:
-        with SweepFolder(tmp_path, (0, 2)).locked():
+    with other.held(), other.new_unit() as files:
+        with SweepFolder(tmp_path, (0, 2)).held():
             pass
         assert files.is_dir()
 
@@ -808,12 +813,12 @@ def test_groups_in_groups_keep_their_settings(options):
         ({"ratios": ["4"]}, "ratio=4 is above the model's own expansion ratio 88/32"),
         ({"ratios": ["many"]}, "ratio=many is not a finite number"),
         ({"seeds": ["1"]}, "only the criterion random"),
-        ({"criteria": ["random"], "seeds": ["-1"]}, "seeds has -1"),
+        ({"criteria": ["random"], "seeds": ["-1"]}, "seed=-1"),
         ({"criteria": ["best"]}, "best"),
         ({"model": "hf"}, "model=hf is no model type that prunes"),
         ({"tasks": ["no_such_task"]}, "no_such_task, which no task"),
         ({"include_path": "/no/such/folder"}, "not a folder"),
-        ({"seed": "one"}, "seed=one"),
+        ({"seed": "one"}, "seed values must be integers or None, got 'one'"),
         ({"model_args": {"pretrained": "x", "ratio": 2}}, "use --ratios"),
         ({"tasks": ["tiny_both", "tiny_sentence"]}, "asked for twice"),
         ({"fewshot_as_multiturn": True}, "apply_chat_template"),
@@ -927,7 +932,7 @@ def test_command_line(options, tmp_path, capsys):
     assert "ratio-1.5" in out
     assert "ratio-2" not in out
     assert main(["sweep", "--config", str(file), "--shard", "2/2"]) == 2
-    assert "--shard 2/2 is not a part of 2" in capsys.readouterr().err
+    assert "--shard 2/2 is not I/N" in capsys.readouterr().err
 
 
 @pytest.mark.slow

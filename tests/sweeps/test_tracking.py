@@ -159,18 +159,11 @@ def test_a_hub_without_a_card_leaves_the_results(options, hub, monkeypatch, capl
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"wandb_args": {"projekt": "p"}}, "unknown key projekt: did you mean project"),
+        ({"wandb_args": {"projekt": "p"}}, "unexpected keyword argument 'projekt'"),
         ({"wandb_args": {"id": "x"}}, "wandb_args has id=x, but each unit is a run"),
-        ({"wandb_config_args": {"a": 1}}, "of no use without wandb_args"),
-        ({"trackio_args": {"names": "x"}}, "trackio_args has the unknown key names"),
-        ({"hf_hub_log_args": {"push": True}}, "hf_hub_log_args has the unknown key"),
-        ({"hf_hub_log_args": {"output_path": "x"}}, "unknown key output_path"),
-        ({"hf_hub_log_args": {"gated": True}}, "pushes nothing"),
+        ({"trackio_args": {"names": "x"}}, "trackio_args .*unexpected .*names"),
+        ({"hf_hub_log_args": {"push": True}}, "hf_hub_log_args cannot be used.*push"),
         ({"hf_hub_log_args": {"push_results_to_hub": True}}, "token is not defined"),
-        (
-            {"hf_hub_log_args": {"push_samples_to_hub": True}, "log_samples": False},
-            "push_samples_to_hub, but log_samples is false",
-        ),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
@@ -212,7 +205,7 @@ def test_the_command_and_the_file(options, services, tmp_path, capsys):
         "--wandb_args is ['project'] (expected `key=value`" in capsys.readouterr().err
     )
     assert main([*words, "--dry_run", "--wandb_args", "step=1", "names=x"]) == 2
-    assert "wandb_args has the unknown key names" in capsys.readouterr().err
+    assert "wandb_args cannot be used" in capsys.readouterr().err
     file = tmp_path / "sweep.yaml"
     file.write_text("wandb_args:\n  project: of the file\ntrackio_args: project=q\n")
     assert main([*words, "--config", str(file)]) == 0
