@@ -8,7 +8,7 @@ files are called and say is `lm_eval_pruned.results.folder`.
 from __future__ import annotations
 
 import contextlib
-import glob
+import itertools
 import json
 import logging
 import os
@@ -26,11 +26,12 @@ from lm_eval_pruned.results.folder import (
     read_unit,
     unit_folder,
 )
+from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.util.atomic import sync, umask, write_atomically
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from lm_eval_pruned.results.folder import UnitRecord
 
@@ -38,12 +39,7 @@ logger = logging.getLogger("lm_eval.pruned.sweep")
 
 
 class SweepFolder:
-    """Reads and writes the folder of one sweep.
-
-    Args:
-        path: The folder; made when the first thing is written.
-        shard: ``(I, N)`` where this process runs one part of the sweep.
-    """
+    """The folder of one sweep, or of part I of N where `shard` is ``(I, N)``."""
 
     def __init__(self, path: str | Path, shard: tuple[int, int] | None = None) -> None:
         self.path = Path(path)
@@ -54,12 +50,12 @@ class SweepFolder:
         """Return what is there for a unit; None for nothing, or nothing whole."""
         return read_unit(unit_folder(self.path, configuration, task))
 
-    def finished(self, configuration: str) -> Iterator[UnitRecord]:
-        """Yield what is there of a configuration's finished units, whatever their task."""
+    def finished(self, configuration: str) -> Iterator[Mapping[str, Any]]:
+        """Yield the definitions of a configuration's finished units, whatever their task."""
         parent = unit_folder(self.path, configuration, "any").parent
         for record in map(read_unit, sorted(parent.glob("*"))):
             if record is not None and record.error is None:
-                yield record
+                yield record.definition
 
     def write_definition(self, definition: dict[str, Any]) -> None:
         """Write ``sweep.json``, the same bytes for the same definition."""
@@ -77,7 +73,12 @@ class SweepFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def keep(
-        self, folder: Path, unit: dict[str, Any], error: dict[str, str] | None = None
+        self,
+        folder: Path,
+        names: tuple[str, str],
+        seconds: float,
+        definition: Mapping[str, Any],
+        error: dict[str, str] | None = None,
     ) -> dict[str, float]:
         """Make `folder` the unit's folder, and return the unit's own scores.
 
@@ -86,9 +87,19 @@ class SweepFolder:
 
         Args:
             folder: From `new_unit`, with the harness's files.
-            unit: Content of ``unit.json`` without the schema version.
+            names: Of configuration and task.
+            seconds: Time the evaluation took.
+            definition: What decides the scores.
             error: What the unit failed with; the files then go.
         """
+        configuration, task = names
+        unit = {
+            "configuration": configuration,
+            "task": task,
+            "fingerprint": fingerprint(definition),
+            "seconds": round(seconds, 3),
+            "definition": definition,
+        }
         scores: dict[str, float] = {}
         if error is None:
             (results,) = folder.glob("results_*.json")
@@ -100,7 +111,7 @@ class SweepFolder:
         (folder / UNIT).write_text(as_text(unit), encoding="utf-8")
         for path in (*folder.iterdir(), folder):
             sync(path)
-        target = unit_folder(self.path, unit["configuration"], unit["task"])
+        target = unit_folder(self.path, *names)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             self._set_aside(target)
@@ -115,13 +126,11 @@ class SweepFolder:
             shutil.rmtree(target)
             return
         name = record.fingerprint[:12] if record else "unreadable"
-        place = self.path / "superseded" / target.parent.name / target.name / name
-        attempt = 0
-        while place.exists():
-            attempt += 1
-            place = place.with_name(f"{name}-{attempt}")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(target, place)
+        parent = self.path / "superseded" / target.parent.name / target.name
+        parent.mkdir(parents=True, exist_ok=True)
+        endings = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
+        places = (parent / f"{name}{ending}" for ending in endings)
+        os.rename(target, next(place for place in places if not place.exists()))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -155,12 +164,9 @@ class SweepFolder:
 def locked(file: Path, wait: float = 0) -> Iterator[None]:
     """Hold a file against other processes, where the file system has locks.
 
-    Args:
-        file: Made if it is missing.
-        wait: Seconds to wait for another process that holds it; -1 for as long as it takes.
-
     Raises:
-        ValueError: Another process holds it.
+        ValueError: Another process holds it, and has done so for `wait` seconds; -1 waits for
+            as long as it takes.
     """
     from filelock import FileLock, Timeout
 
@@ -195,30 +201,21 @@ def write_results(results: dict[str, Any], tracker: Any, folder: Path) -> None:
     # The tracker writes beside a path that ends in .json.
     tracker.output_path = str(folder / "results.json")
     tracker.save_results_aggregated(results=results, samples=samples or None)
-    complete = 0
-    for file in folder.glob("results_*.json"):
-        with contextlib.suppress(ValueError):
-            complete += bool(json.loads(file.read_text(encoding="utf-8")))
-    if not complete:
-        raise OSError(
-            f"the results could not be written to {folder}: is the disk full?"
-        )
     for name, rows in samples.items():
         tracker.save_results_samples(task_name=name, samples=rows)
-        files = folder.glob(f"samples_{glob.escape(name)}_*.jsonl")
-        lines = sum(file.read_bytes().count(b"\n") for file in files)
-        if lines != len(rows):
-            raise OSError(
-                f"{lines} of {len(rows)} samples of {name} were written to {folder}: is the disk "
-                "full?"
-            )
+    total = sum(map(len, samples.values()))
+    written = [file.read_bytes() for file in folder.glob("samples_*.jsonl")]
+    lines = sum(content.count(b"\n") for content in written)
+    whole = [file.read_bytes()[-1:] for file in folder.glob("results_*.json")] == [b"}"]
+    if lines != total or not whole:
+        raise OSError(
+            f"{lines} of {total} samples and {'their' if whole else 'no'} results were written to "
+            f"{folder}: is the disk full?"
+        )
 
 
 def _own_scores(results: dict[str, Any]) -> dict[str, float]:
-    """Return the metrics of a results file's group, or of its only task.
-
-    A filter's name is kept where it is not ``none``: ``exact_match,strict-match``.
-    """
+    """Return the metrics of a results file's group, or of its only task."""
     rows = results.get("groups") or results.get("results") or {}
     row: dict[str, Any] = next(iter(rows.values()), {})
     return {

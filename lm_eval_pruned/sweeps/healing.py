@@ -23,8 +23,6 @@ _LOADING = {
     *SOURCE_ARGUMENTS,
     *DECLARED,
 }
-#: Arguments of the model type that change weights or tokens in ways that a training cannot.
-_REFUSED = ("delta", "tokenizer", "autogptq", "gptqmodel")
 #: Training arguments that change no weight, so that a training may go on under others.
 _HOW = (
     *("report_to", "run_name", "save_steps", "save_strategy", "save_total_limit"),
@@ -86,17 +84,7 @@ class SweepHealing:
         }
 
     def check(self, model_args: Mapping[str, Any], place: Path) -> None:
-        """Refuse a training that cannot be, before a model is loaded.
-
-        Args:
-            model_args: From `training_arguments`.
-            place: Where the adapter will be.
-
-        Raises:
-            ValueError: An argument or the text is of no use to the model.
-            UnsupportedModelError: The model cannot be pruned, or has an encoder.
-            OSError: The model's config or tokenizer cannot be read.
-        """
+        """Refuse a training to `place` that cannot be, before a model is loaded."""
         from lm_eval_pruned.healing.run import checkpoints_of, prepare
 
         checkpoints = checkpoints_of(place)
@@ -105,18 +93,12 @@ class SweepHealing:
     def train(
         self, model_args: Mapping[str, Any], place: Path, device: str | None
     ) -> None:
-        """Train an adapter, unless it is there; go on from the last checkpoint of it.
+        """Train an adapter to `place`, unless it is there; go on from its last checkpoint.
 
         Another process that trains the same one is waited for.
 
-        Args:
-            model_args: From `training_arguments`.
-            place: Folder of the adapter, which appears whole.
-            device: Where the sweep evaluates.
-
         Raises:
             KeyboardInterrupt: The training was stopped by hand, with a checkpoint.
-            Exception: Whatever the training raised.
         """
         from lm_eval_pruned.healing.run import checkpoints_of, heal
 
@@ -136,16 +118,14 @@ class SweepHealing:
 
 
 def training_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those arguments of a model type that a training loads its model with.
-
-    What only evaluations know, such as ``energy``, is left out.
+    """Return the arguments of a model type without those that only evaluations know.
 
     Raises:
         ValueError: One of them changes what is evaluated, and a training has no such thing.
     """
     from lm_eval.api.registry import get_model
 
-    for name in _REFUSED:
+    for name in ("delta", "tokenizer", "autogptq", "gptqmodel"):
         if model_args.get(name) is not None:
             raise ValueError(
                 f"model_args has {name}={model_args[name]}, with which heal does not train: leave "

@@ -31,10 +31,9 @@ class Option:
     Attributes:
         name: Name in both.
         kind: Key of `KINDS`: what a value must be.
-        decides: What it decides: ``scores`` or files of a unit, as an argument of
-            `lm_eval.simple_evaluate`; ``how`` units are run, so that a sweep may go on
-            under another (a smaller batch after running out of memory, another device);
-            ``where`` they run and what they write lies; or else ``what`` is evaluated.
+        decides: ``scores`` or files of a unit, as an argument of `lm_eval.simple_evaluate`;
+            ``how`` units are run, so that a sweep may go on under another, such as a smaller
+            batch; ``where`` they run and what they write lies; or else ``what`` is evaluated.
         metavar: Placeholder for ``--help``; empty for a flag.
         help: Line for ``--help``.
         group: Heading for ``--help``.
@@ -135,47 +134,32 @@ def deciding(*what: str) -> tuple[str, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to `parser`; every one that was not given is None."""
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML file of options; those of the command line win",
-    )
+    about = "YAML file of options; those of the command line win"
+    parser.add_argument("--config", metavar="FILE", help=about)
     shapes: dict[str, dict[str, Any]] = {
         "flag": {"action": "store_true", "default": None},
         **{kind: {"nargs": "+"} for kind in ("numbers", "words", "mapping")},
         **{kind: {"nargs": "?", "const": True} for kind in ("flag_or_text", "boolean")},
     }
-    groups: dict[str, Any] = {}
-    for option in OPTIONS:
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        shape = dict(shapes.get(option.kind, {}))
-        if option.metavar:
-            shape["metavar"] = option.metavar
-        groups[option.group].add_argument(f"--{option.name}", help=option.help, **shape)
+    for title in dict.fromkeys(option.group for option in OPTIONS):
+        group = parser.add_argument_group(title)
+        for option in OPTIONS:
+            if option.group == title:
+                metavar = {"metavar": option.metavar} if option.metavar else {}
+                shape = shapes.get(option.kind, {}) | metavar
+                group.add_argument(f"--{option.name}", help=option.help, **shape)
     which = parser.add_argument_group("which units run")
-    which.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="run part I of N, I from 0 to N-1; the parts share the folder and need not "
-        "know of each other",
-    )
-    which.add_argument(
-        "--retry_failed", action="store_true", help="run failed units again"
-    )
-    which.add_argument(
-        "--dry_run", action="store_true", help="print the plan and evaluate nothing"
-    )
+    about = "run part I of N, I from 0 to N-1; the parts share the folder and need not know of each other"
+    which.add_argument("--shard", metavar="I/N", help=about)
+    for flag, about in (
+        ("--retry_failed", "run failed units again"),
+        ("--dry_run", "print the plan and evaluate nothing"),
+    ):
+        which.add_argument(flag, action="store_true", help=about)
 
 
 def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that were given, the command line before the file.
-
-    Args:
-        arguments: What a parser prepared by `add_arguments` parsed.
-
-    Returns:
-        Checked values by name; an option that was not given is absent.
+    """Return the checked options that were given, the command line before the file.
 
     Raises:
         ValueError: One sentence naming the key or option, its value and what works.
@@ -204,12 +188,7 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """Return the checked options of a YAML file.
-
-    Raises:
-        ValueError: The file is no YAML mapping, or a key or a value is not usable.
-        OSError: The file cannot be read.
-    """
+    """Return the checked options of a YAML file, or raise as `read_options` does."""
     import yaml
 
     try:
@@ -256,11 +235,7 @@ def parse_number(text: str) -> int | float | str:
 
 
 def refuse_other_processes(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse an option that needs the folder of the sweep in the process that evaluates.
-
-    Raises:
-        ValueError: Ray or a launcher evaluates in others.
-    """
+    """Raise ValueError where other processes evaluate, which an option cannot have."""
     size = os.environ.get("WORLD_SIZE") or "1"
     launched = f"the launcher (WORLD_SIZE={size})" if int(size) > 1 else None
     other = "--ray" if options.get("ray") else launched
@@ -272,16 +247,7 @@ def refuse_other_processes(name: str, options: Mapping[str, Any]) -> None:
 
 
 def checked(kind: str, value: Any, where: str) -> Any:
-    """Return an option's value as its kind has it.
-
-    Args:
-        kind: Key of `KINDS`.
-        value: From the command line or a YAML file.
-        where: Names the option in an error.
-
-    Raises:
-        ValueError: One sentence naming the option, its value and what works.
-    """
+    """Return a value as its kind has it, or raise ValueError, which names it by `where`."""
     expected, check = KINDS[kind]
     try:
         return check(value)
@@ -291,7 +257,7 @@ def checked(kind: str, value: Any, where: str) -> Any:
 
 
 def _items(value: Any) -> list[str]:
-    texts = [_text(item) for item in (value if isinstance(value, list) else [value])]
+    texts = map(_text, value if isinstance(value, list) else [value])
     items = [part.strip() for text in texts for part in text.split(",") if part.strip()]
     if not items:
         raise ValueError
@@ -314,9 +280,8 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _samples(value: Any) -> dict[str, list[int]]:
     if isinstance(value, str):
-        if not value.lstrip().startswith("{"):
-            value = Path(value).read_text(encoding="utf-8")
-        value = json.loads(value)
+        is_json = value.lstrip().startswith("{")
+        value = json.loads(value if is_json else Path(value).read_text("utf-8"))
     if not isinstance(value, dict):
         raise TypeError
     return value
@@ -338,16 +303,21 @@ def _number(value: Any) -> float:
 
 
 def _boolean(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "1", "yes", "false", "0", "no"):
+    known = {
+        "true": True,
+        "1": True,
+        "yes": True,
+        "false": False,
+        "0": False,
+        "no": False,
+    }
+    if str(value).lower() not in known:
         raise ValueError
-    return text in ("true", "1", "yes")
+    return known[str(value).lower()]
 
 
-def _flag_or_text(value: Any) -> bool | str:
-    if not isinstance(value, (bool, str)) or value == "":
-        raise TypeError
-    return value
+def _boolean_or_text(value: Any) -> bool | str:
+    return value if isinstance(value, bool) else _text(value)
 
 
 #: By name: what an error asks for, and the check, which returns the value or raises.
@@ -361,5 +331,5 @@ KINDS = {
     "number": ("a number of 0 or more", _number),
     "boolean": ("true or false", _boolean),
     "flag": ("true or false", _boolean),
-    "flag_or_text": ("true, false or a name", _flag_or_text),
+    "flag_or_text": ("true, false or a name", _boolean_or_text),
 }

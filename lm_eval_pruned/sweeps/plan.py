@@ -1,8 +1,7 @@
-"""From the options of a sweep to its units: configurations by tasks, and what makes each the one it is.
+"""From the options of a sweep to its units: one task on one configuration each, and what defines it.
 
-A unit is one task on one configuration. Its fingerprint covers everything that
-decides its scores, so that a finished unit is recognised and one whose definition
-changed is not mistaken for it.
+The fingerprint of a unit covers everything that decides its scores, so that a finished
+unit is recognised, and one whose definition changed is not mistaken for it.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import operator
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
@@ -64,19 +64,21 @@ SOURCES = {
     "lora_local_path": "adapter_config.json",
     "tokenizer": "tokenizer_config.json",
 }
+#: Arguments of all configurations that decide how many parameters a size has.
+_WITH_SIZES = ("multiple_of", *EXCLUSIVE["says which layers to prune"])
+#: What a configuration takes from its row of the plan.
+_size = operator.attrgetter(
+    "intermediate_size", "expansion_ratio", "parameters", "reduction"
+)
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One model of the sweep.
+    """One model of the sweep; its size is that of `lm_eval_pruned.checkpoints.planning.PlanRow`.
 
     Attributes:
         id: Readable and unique, such as ``ratio-2.4``.
         arguments: What prunes it, such as ``{"ratio": 2.4}``; empty for the baseline.
-        kept_width: In neurons; the mean where the layers differ.
-        expansion_ratio: Kept width / hidden size.
-        parameters: Of the pruned model; tied ones count once.
-        reduction: Share of the baseline's parameters that is removed, 0 to 1.
         healed: Whether it is trained again before it is evaluated.
     """
 
@@ -153,17 +155,14 @@ class Sweep:
         # What is wrong with one size is wrong with all that are asked for alike.
         for each in {tuple(each.arguments): each for each in pruned}.values():
             healing.check(self._trained(each), Path(self.options["output_path"]))
-        self.configurations[1:] = itertools.chain.from_iterable(
-            (each, replace(each, id=f"{each.id}_healed", healed=True))
-            for each in pruned
-        )
+        healed = [replace(e, id=f"{e.id}_healed", healed=True) for e in pruned]
+        pairs = zip(pruned, healed, strict=True)
+        self.configurations[1:] = itertools.chain.from_iterable(pairs)
 
     def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
-        """Return the units, those of one configuration together.
+        """Return the units, those of one configuration together; of part I of N for ``(I, N)``.
 
-        Args:
-            shard: ``(I, N)`` to return part I of N. Units are dealt out task by
-                task, so that N parts of N configurations get one model each.
+        They are dealt out task by task, so that N parts of N configurations get one model each.
         """
         part, parts = shard or (0, 1)
         count = len(self.configurations)
@@ -183,16 +182,11 @@ class Sweep:
 
     def adapter(self, configuration: Configuration) -> Path:
         """Return where the adapter of a healed configuration lies, once it was trained."""
-        assert self.healing is not None
-        digest = fingerprint(
-            {
-                "model_args": self._described(self._trained(configuration)),
-                "sources": self.sources,
-                "healing": self.healing.definition(),
-            }
-        )
-        folder = Path(self.options["output_path"])
-        return folder / ADAPTERS / configuration.id / digest[:16]
+        definition = self.model_definition(configuration)
+        del definition["model"]
+        definition["model_args"] = self._described(self._trained(configuration))
+        folder = Path(self.options["output_path"], ADAPTERS, configuration.id)
+        return folder / fingerprint(definition)[:16]
 
     def heal(self, configuration: Configuration) -> None:
         """Train the adapter of a healed configuration, unless it is there."""
@@ -200,14 +194,11 @@ class Sweep:
         place = self.adapter(configuration)
         self.healing.train(self._trained(configuration), place, self.settings.device)
 
-    def metadata(self, configuration: Configuration) -> dict[str, Any]:
-        """Return what the harness hands to tasks: model arguments, then --metadata."""
-        own = self.options.get("metadata") or {}
-        return {**self.model_args(configuration), **own}
-
     def task_manager(self, configuration: Configuration) -> TaskManager:
         """Return the harness's task manager as `lm_eval run` would make it."""
-        return with_metadata(self._manager, self.metadata(configuration))
+        own = self.options.get("metadata") or {}
+        metadata = {**self.model_args(configuration), **own}
+        return with_metadata(self._manager, metadata)
 
     @functools.cached_property
     def sources(self) -> dict[str, dict[str, str | None]]:
@@ -235,12 +226,12 @@ class Sweep:
         self, configuration: Configuration, task: SweepTask
     ) -> dict[str, Any]:
         """Return everything that decides a unit's scores."""
-        settings = (*deciding("scores"), "seed")
+        names = (*deciding("scores"), "seed")
         definition = {
             **self.model_definition(configuration),
             "task": task.name,
             "task_sha256": task.digest,
-            "settings": {name: getattr(self.settings, name) for name in settings},
+            "settings": {name: getattr(self.settings, name) for name in names},
             "metadata": self.options.get("metadata") or {},
             "versions": {name: version(name) for name in ("lm-eval", "lm-eval-pruned")},
         }
@@ -256,10 +247,9 @@ class Sweep:
         return self.stop_when is not None and configuration is not self.baseline
 
     def as_dict(self, kept: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-        """Return the content of ``sweep.json``: the same for every shard and every start.
+        """Return the content of ``sweep.json``, the same for every shard and every start.
 
-        Args:
-            kept: Configurations of earlier sweeps in the folder that are part of this one.
+        `kept` are configurations of earlier sweeps in the folder that are part of this one.
         """
         baseline, *others = map(asdict, self.configurations)
         left_out = deciding("how", "where")
@@ -286,12 +276,9 @@ class Sweep:
 
     def _described(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return arguments of the model without what decides nothing, files by their content."""
-        described = {
-            name: value
-            for name, value in arguments.items()
-            if name not in deciding("how")
-            and "sha256" not in self.sources.get(name, {})
-        }
+        copies = [k for k, source in self.sources.items() if "sha256" in source]
+        left_out = (*deciding("how"), *copies)
+        described = {k: v for k, v in arguments.items() if k not in left_out}
         if "widths" in described:
             described["widths"] = read_widths(described["widths"])
         text = Path(described.get("calibration", ""))
@@ -339,13 +326,7 @@ def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
             f"configurations: use --{instead[name]}."
         )
 
-    def config() -> Any:
-        from transformers import AutoConfig
-
-        source = model_source(arguments)
-        return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
-
-    found = misspelt(arguments, _known(model), config)
+    found = misspelt(arguments, _known(model), lambda: _config(arguments))
     if found is not None:
         name, near = found
         raise ValueError(
@@ -360,6 +341,13 @@ def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
         read["seed"] = [None if part.lower() == "none" else part for part in seeds]
     # from_cli takes what is true or zero, as lm_eval run has it.
     return EvaluatorConfig.from_cli(Namespace(**read))
+
+
+def _config(arguments: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    source = model_source(arguments)
+    return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
 
 
 def _known(model: str) -> set[str]:
@@ -380,37 +368,27 @@ def _configurations(
     plan = functools.partial(plan_rows, **model_source(base))
     (whole,) = plan(argument="prune_percent", values=["0"])
     variants = list(_variants(options))
-    found = {"baseline": _configuration("baseline", {}, whole)}
+    found = {"baseline": Configuration("baseline", {}, *_size(whole))}
     for option, argument in SEVERAL.items():
         if argument not in CUTS:
             continue
-        values, shared = options.get(option, []), {}
-        by: list[dict[str, Any]] = [{}]
-        if argument in SIZES:
-            names = ("multiple_of", *EXCLUSIVE["says which layers to prune"])
-            shared = {n: base[n] for n in names if base.get(n) is not None}
-            by = variants
+        values, by, names = options.get(option, []), variants, _WITH_SIZES
+        if argument not in SIZES:
+            by, names = [{}], ()
         if argument != "widths":
             values = [parse_number(_canonical(text)) for text in values]
+        shared = {n: base[n] for n in names if base.get(n) is not None}
         rows = plan(argument=argument, values=values, **shared)
-        for (value, row), variant in itertools.product(
-            zip(values, rows, strict=True), by
-        ):
+        sizes = zip(values, rows, strict=True)
+        for (value, row), variant in itertools.product(sizes, by):
             if row.parameters == whole.parameters:
                 continue
             arguments = {argument: value, **variant}
             # Refused here, not once the baseline has been evaluated.
             PruneArguments.taken_from(without_idle({**base, **arguments}))
             name = _id(arguments)
-            found.setdefault(name, _configuration(name, arguments, row))
+            found[name] = Configuration(name, arguments, *_size(row))
     return list(found.values())
-
-
-def _configuration(name: str, arguments: dict[str, Any], row: Any) -> Configuration:
-    ratio, parameters = row.expansion_ratio, row.parameters
-    return Configuration(
-        name, arguments, row.intermediate_size, ratio, parameters, row.reduction
-    )
 
 
 def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -418,7 +396,7 @@ def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     allocations = options.get("allocations", [PruneArguments.allocation])
     criteria = options.get("criteria", [PruneArguments.criterion])
     names = [canonical_name(name, or_best=True) for name in criteria]
-    seeds = list(map(parse_number, options.get("seeds", [])))
+    seeds = [*map(parse_number, options.get("seeds", []))]
     if seeds and "random" not in names:
         raise ValueError(
             f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has "
@@ -426,11 +404,12 @@ def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         )
     for allocation, criterion in itertools.product(allocations, names):
         known_allocation("allocation", allocation)
-        for seed in seeds if seeds and criterion == "random" else [None]:
-            each = {"allocation": allocation, "criterion": criterion}
-            defaults = {name: DECLARED[name].default for name in each}
-            told = {k: v for k, v in each.items() if v != defaults[k]}
-            yield told if seed is None else {**told, "seed": seed}
+        each = {"allocation": allocation, "criterion": criterion}
+        told = {k: v for k, v in each.items() if v != DECLARED[k].default}
+        if seeds and criterion == "random":
+            yield from ({**told, "seed": seed} for seed in seeds)
+        else:
+            yield told
 
 
 def _id(arguments: dict[str, Any]) -> str:

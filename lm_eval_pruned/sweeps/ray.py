@@ -2,8 +2,8 @@
 
 Workers are Ray actors that keep a model between units. Ray places them where resources are
 free, starts them again when they or their node are lost, and runs the unit that was lost
-again. They send the files of a unit back; only the process that started the sweep writes to
-its folder, so workers need not share a file system with it.
+again. Workers send the files of a unit back; only the process that started the sweep writes
+to its folder, so they need not share a file system with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 import tempfile
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from lm_eval_pruned.sweeps.plan import Unit
+    from lm_eval_pruned.sweeps.unit import Ended
     from lm_eval_pruned.util.progress import Progress
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
@@ -41,18 +41,8 @@ def run_on_ray(
     new_folder: Callable[[], Any],
     progress: Progress,
     part: str,
-) -> Generator[tuple[Unit, Path, float, dict[str, str] | None]]:
-    """Evaluate units on a cluster, each on the resources asked for.
-
-    Args:
-        sweep: The plan; its options say which cluster and how much of it.
-        units: Units to run.
-        new_folder: Makes a folder for the files of a unit.
-        progress: Told when a unit starts.
-        part: Distinguishes the cache files of this part of a sweep.
-
-    Yields:
-        Each unit as it ends, the folder of its files, seconds, and None or what it failed with.
+) -> Generator[Ended]:
+    """Evaluate units on the cluster that the sweep asks for, and yield them as they end.
 
     Raises:
         ValueError: Ray is not installed, the cluster cannot be reached, or it has not got what
@@ -67,30 +57,26 @@ def run_on_ray(
             "--ray needs the package ray, which is not installed: "
             "run `pip install 'lm-eval-pruned[ray]'`."
         ) from None
-    if not units:
-        return
-    ours = not ray.is_initialized()
+    ours = bool(units) and not ray.is_initialized()
     if ours:
-        address = sweep.options["ray"]
+        asked = sweep.options["ray"]
+        address = asked if isinstance(asked, str) else None
         try:
-            ray.init(
-                address=address if isinstance(address, str) else None,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(
-                f"--ray {address}: the cluster cannot be reached ({error}); pass the address "
+                f"--ray {asked}: the cluster cannot be reached ({error}); pass the address "
                 "of its head, or --ray alone to start one here."
             ) from None
     try:
-        for unit, seconds, files, failure in _evaluated(
-            ray, sweep, units, progress, part
-        ):
-            with new_folder() as folder:
-                for name, content in files.items():
-                    (folder / name).write_bytes(content)
-                yield unit, folder, seconds, failure
+        if units:
+            for unit, seconds, files, failure in _evaluated(
+                ray, sweep, units, progress, part
+            ):
+                with new_folder() as folder:
+                    for name, content in files.items():
+                        (folder / name).write_bytes(content)
+                    yield unit, folder, seconds, failure
     finally:
         if ours:
             ray.shutdown()
@@ -102,23 +88,32 @@ def _evaluated(
     options, total = sweep.options, ray.cluster_resources()
     cpus = options.get("cpus_per_unit", 1)
     gpus = options.get("gpus_per_unit", 1 if total.get("GPU") else 0)
+    needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
     shares = [total.get(k, 0) / n for k, n in (("CPU", cpus), ("GPU", gpus)) if n]
     places = int(min(shares, default=len(units)) + 1e-9)
-    needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
     if not places:
         raise ValueError(f"{needs} are more than the cluster has: ask for less.")
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1)(Worker)
     waiting, suspects = list(units), set()
-    # By worker, the configuration whose model it holds.
+    workers: list[Any] = []
+    # The configuration whose model each worker that has started holds.
     held: dict[Any, str] = {}
     running: dict[Any, tuple[Any, Unit | None]] = {}
 
     def start() -> None:
-        worker = remote.remote(options, os.getcwd(), f"{part}_worker{len(started)}")
-        started.append(worker)
-        running[worker.ready.remote()] = worker, None
+        name = f"{part}_worker{len(workers)}"
+        workers.append(remote.remote(options, os.getcwd(), name))
+        running[workers[-1].ready.remote()] = workers[-1], None
 
-    started: list[Any] = []
+    def assign(worker: Any) -> None:
+        unit = choose_unit(waiting, held.get(worker), [*held.values()])
+        waiting.remove(unit)
+        held[worker] = unit.configuration.id
+        progress.workers = len(held)
+        progress.start(*unit.names)
+        call = worker.run.options(max_task_retries=RETRIES)
+        running[call.remote(*unit.names, unit.task.digest)] = worker, unit
+
     try:
         for _ in range(min(places, len(units))):
             start()
@@ -128,35 +123,24 @@ def _evaluated(
                 logger.warning("The sweep waits for a worker, which needs %s.", needs)
                 ended, _ = ray.wait(list(running))
             worker, unit = running.pop(ended[0])
-            failed = False
             try:
-                answer = ray.get(ended[0])
+                *result, unusable = ray.get(ended[0])
             except ray.exceptions.RayError as error:
                 # Lost too often, or it could not start.
-                failed = unit is None
-                answer = 0.0, {}, describe_error(error), failed
-                if failed:
-                    logger.error("A worker could not start: %s", error)
+                *result, unusable = 0.0, {}, describe_error(error), unit is None
+                logger.error("A worker was lost: %s", error)
             if unit is not None:
-                *result, failed = answer
                 # Two devices that fail with one unit are enough.
-                if failed and unit.names not in suspects:
+                if unusable and unit.names not in suspects:
                     suspects.add(unit.names)
                     waiting.append(unit)
                 else:
                     yield unit, *result
-            places -= failed
-            if waiting and not failed:
-                following = choose_unit(waiting, held.get(worker), [*held.values()])
-                waiting.remove(following)
-                names = following.names
-                held[worker] = names[0]
-                progress.workers = len(held)
-                progress.start(*names)
-                call = worker.run.options(max_task_retries=RETRIES)
-                running[call.remote(*names, following.task.digest)] = worker, following
+            if waiting and not unusable:
+                assign(worker)
                 continue
-            # Its resources go to whoever waits for them.
+            # Its resources go to whoever waits for them; a device that failed is left.
+            places -= unusable
             held.pop(worker, None)
             ray.kill(worker)
             if len(running) < min(places, len(waiting)):
@@ -167,7 +151,7 @@ def _evaluated(
                 "with them."
             )
     finally:
-        for worker in started:
+        for worker in workers:
             with suppress(Exception):
                 ray.kill(worker)
 
@@ -178,26 +162,16 @@ def choose_unit(waiting: list[Unit], holds: str | None, elsewhere: list[str]) ->
     One of the configuration it holds; else of one that no other worker holds; else
     of the one with the most units left.
     """
-    left = Counter(unit.configuration.id for unit in waiting)
-
-    def rank(unit: Unit) -> tuple[bool, bool, int]:
-        name = unit.configuration.id
-        return name != holds, name in elsewhere, -left[name]
-
-    return min(waiting, key=rank)
+    names = [unit.configuration.id for unit in waiting]
+    ranks = [(n != holds, n in elsewhere, -names.count(n)) for n in names]
+    return waiting[ranks.index(min(ranks))]
 
 
 class Worker:
-    """Evaluates units in a process of the cluster.
-
-    Args:
-        options: Of the sweep.
-        folder: Working folder of the process that started the sweep; used where it
-            exists, since relative paths in the options start from it.
-        part: Distinguishes this worker's cache files.
-    """
+    """Evaluates units in a process of the cluster."""
 
     def __init__(self, options: dict[str, Any], folder: str, part: str) -> None:
+        # Relative paths in the options start from where the sweep was started.
         if Path(folder).is_dir():
             os.chdir(folder)
         import torch
@@ -208,18 +182,14 @@ class Worker:
         self._sweep = Sweep(options)
         self._runner = UnitRunner(self._sweep, part)
 
-    def ready(self) -> None:
-        """Return once the worker is there."""
+    def ready(self) -> tuple[bool]:
+        """Return that the worker is usable, once it is there."""
+        return (False,)
 
     def run(
         self, configuration: str, task: str, digest: str
     ) -> tuple[float, dict[str, bytes], dict[str, str] | None, bool]:
-        """Evaluate one unit.
-
-        Args:
-            configuration: Id of its configuration.
-            task: Name of its task.
-            digest: Of the task as the sweep planned it.
+        """Evaluate the unit of these names, whose task has this digest where it was planned.
 
         Returns:
             Seconds, the harness's files by name, None or what the unit failed with, and

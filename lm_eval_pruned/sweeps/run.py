@@ -6,20 +6,20 @@ are missing: here, or through `ray` on a cluster; `unit` runs one.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import os
 import tempfile
-from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.arguments import DECLARED
-from lm_eval_pruned.results.files import read_results_file
-from lm_eval_pruned.results.folder import is_sweep, read_definition
+from lm_eval_pruned.results.folder import is_sweep, read_definition, unit_folder
+from lm_eval_pruned.results.runs import read_newest
 from lm_eval_pruned.sweeps.folder import SweepFolder
-from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.plan import Sweep, Unit
 from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.unit import UnitRunner
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.sweeps.plan import Unit
     from lm_eval_pruned.sweeps.tasks import SweepTask
+    from lm_eval_pruned.sweeps.unit import Ended
 
 
 def run_sweep(
@@ -42,13 +42,7 @@ def run_sweep(
     retry_failed: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Run the units of a sweep that its folder does not hold yet.
-
-    Args:
-        options: From `options.read_options`.
-        shard: ``(I, N)`` to run part I of N.
-        retry_failed: Whether units that failed before run again.
-        dry_run: Print the plan; evaluate and write nothing.
+    """Run the units of a sweep that its folder does not hold yet; see `options` for the arguments.
 
     Returns:
         Exit code: 0 where every unit of this sweep (or shard) is done, 1 where one
@@ -69,9 +63,8 @@ def run_sweep(
     part = f"_shard{shard[0]}of{shard[1]}" if shard else ""
     runner = UnitRunner(sweep, part, functools.partial(_unpruned_run, sweep, folder))
     if not ranks.main:
-        nothing = tempfile.TemporaryDirectory
-        for _ in _run_here(runner, units, ranks, nothing, lambda *names: None):
-            pass
+        followed = _run_here(runner, units, ranks, tempfile.TemporaryDirectory)
+        collections.deque(followed, maxlen=0)
         return int(runner.device_failed)
     # What the Hub refuses, it refuses before the first model is loaded.
     sweep.tracking.hub_tracker()
@@ -83,23 +76,16 @@ def run_sweep(
         names = [unit.task.name for unit in waiting]
         seconds = [(unit.task.name, spent) for unit, spent in done]
         progress = Progress(len(done), len(failed), names, seconds)
+        new = folder.new_unit
         if options.get("ray"):
-            ended = run_on_ray(sweep, waiting, folder.new_unit, progress, part)
+            ended = run_on_ray(sweep, waiting, new, progress, part)
         else:
-            new = folder.new_unit
             ended = _run_here(runner, waiting, ranks, new, progress.start)
         with contextlib.closing(progress), contextlib.closing(ended):
             try:
                 for unit, files, spent, error in ended:
                     definition = sweep.definition(*unit)
-                    record = {
-                        "configuration": unit.configuration.id,
-                        "task": unit.task.name,
-                        "fingerprint": fingerprint(definition),
-                        "seconds": round(spent, 3),
-                        "definition": definition,
-                    }
-                    scores = folder.keep(files, record, error)
+                    scores = folder.keep(files, unit.names, spent, definition, error)
                     progress.finish(*unit.names, spent, scores, error)
             except KeyboardInterrupt:
                 ended.close()
@@ -126,8 +112,8 @@ def _run_here(
     units: list[Unit],
     ranks: _Ranks,
     new_folder: Callable[[], Any],
-    starts: Callable[[str, str], None],
-) -> Generator[tuple[Unit, Path, float, dict[str, str] | None]]:
+    starts: Callable[[str, str], None] = lambda *names: None,
+) -> Generator[Ended]:
     """Evaluate the units that wait in the main process, and yield how each ended."""
     waiting = ranks.from_main([unit.names for unit in units])
     for unit in [unit for unit in units if unit.names in waiting]:
@@ -147,8 +133,7 @@ def _run_here(
 class _Ranks:
     """The processes that share each unit, as `accelerate launch` starts them; or one alone.
 
-    The harness splits a unit's documents among them and gathers the scores in the main one,
-    which alone reads and writes the sweep's folder.
+    The harness gathers the scores in the main one, which alone reads and writes the folder.
     """
 
     def __init__(self) -> None:
@@ -185,15 +170,13 @@ class _Ranks:
 
 def _unpruned_run(sweep: Sweep, folder: SweepFolder, task: SweepTask) -> Run:
     """Return the unpruned model's results on a task."""
-    base = sweep.baseline
-    record = folder.read(base.id, task.name)
-    definition = fingerprint(sweep.definition(base, task))
-    if record is None or record.fingerprint != definition or record.results is None:
+    done, *_ = _sort(sweep, [Unit(sweep.baseline, task)], folder)
+    if not done:
         raise ValueError(
             f"{task.name} has no results of the unpruned model to compare with in {folder.path}: "
-            f"evaluate {base.id} first, and then use --retry_failed."
+            "evaluate baseline first, and then use --retry_failed."
         )
-    return read_results_file(record.results)
+    return read_newest(unit_folder(folder.path, "baseline", task.name))
 
 
 def _sort(
@@ -228,22 +211,23 @@ def _kept(sweep: Sweep, folder: SweepFolder) -> list[Any]:
     tasks = {task.name: task for task in sweep.tasks}
     own = [each.id for each in sweep.configurations]
     again, kept = [], []
+    # Sentences, once each.
     changed: dict[str, None] = {}
     differing: dict[str, None] = {}
     for name in dict.fromkeys([*own, *listed]):
-        for record in folder.finished(name):
-            task = record.definition["task"]
+        for was in folder.finished(name):
+            task = was["task"]
             if (name, task) in units:
                 now = sweep.definition(*units[name, task])
-                if fingerprint(now) != record.fingerprint:
-                    again.append((name, task))
-                    changed |= dict.fromkeys(_changes(record.definition, now))
+                found = dict.fromkeys(_changes(was, now))
+                changed |= found
+                again += [task] if found else []
                 continue
             kept.append((name, task))
             now = sweep.model_definition(sweep.baseline)
             if task in tasks:
                 now = sweep.definition(sweep.baseline, tasks[task])
-            was = {key: record.definition.get(key) for key in now}
+            was = {key: was.get(key) for key in now}
             differing |= dict.fromkeys(_changes(was, now, without=DECLARED))
     names = ", ".join(" / ".join(each) for each in sorted(kept))
     if differing:
@@ -284,7 +268,9 @@ def _plan_table(sweep: Sweep, units: list[Unit], folder: SweepFolder) -> str:
     finished, *others = _sort(sweep, units, folder)
     parts = [unit for unit, _ in finished], *others
     done, failed, waiting = map(len, parts)
-    counts = [Counter(unit.configuration.id for unit in part) for part in parts]
+    counts = [
+        collections.Counter(unit.configuration.id for unit in part) for part in parts
+    ]
     columns = ["configuration", "kept width", "expansion ratio", "parameters"]
     columns += ["reduction", "done", "failed", "to run"]
     rows = []

@@ -64,11 +64,6 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
 def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
     """Refuse tasks whose answers depend on which documents are evaluated with them.
 
-    Args:
-        rule: Named in the error.
-        tasks: The harness's objects, by name.
-        settings: With ``num_fewshot`` and ``gen_kwargs``, as the harness has them.
-
     Raises:
         ValueError: Few-shot examples or answers are drawn at random, one after the other.
     """
@@ -79,11 +74,10 @@ def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
         examples = config.num_fewshot
         if settings.num_fewshot is not None and examples != 0:
             examples = settings.num_fewshot
-        first = isinstance(getattr(task, "sampler", None), FirstNSampler)
-        generation = {**(config.generation_kwargs or {}), **(settings.gen_kwargs or {})}
-        sampled = generation.get("do_sample", generation.get("temperature"))
-        why = ""
-        if examples and not first:
+        told = {**(config.generation_kwargs or {}), **(settings.gen_kwargs or {})}
+        sampled = told.get("do_sample", told.get("temperature"))
+        why = None
+        if examples and not isinstance(getattr(task, "sampler", None), FirstNSampler):
             why = "its few-shot examples at random: take 0, or sampler: first_n in its YAML"
         elif task.OUTPUT_TYPE == "generate_until" and sampled:
             why = "its answers at random: pass --gen_kwargs do_sample=false"
@@ -101,10 +95,6 @@ def documents_of_looks(
 
     They are drawn at random from each task, by names, counts and seed alone, so that all sizes
     of a sweep have the same. Each look holds those of the look before.
-
-    Args:
-        tasks: The harness's objects, by name.
-        settings: With ``limit``, ``samples`` and ``seed``, as the harness has them.
     """
     from lm_eval.evaluator_utils import get_sample_size
 
@@ -121,10 +111,8 @@ def documents_of_looks(
     looks: dict[int, dict[str, list[int]]] = {}
     for share in LOOKS:
         # A group's members are strata of its test, which needs two documents of each.
-        chosen = {
-            name: sorted(order[: max(2, math.ceil(share * len(order)))])
-            for name, order in orders.items()
-        }
+        counts = {name: math.ceil(share * len(order)) for name, order in orders.items()}
+        chosen = {name: sorted(orders[name][: max(2, n)]) for name, n in counts.items()}
         count = sum(map(len, chosen.values()))
         if count >= LEAST or share == 1:
             looks[count] = chosen
@@ -186,9 +174,5 @@ def evaluate_until_decided(
 
 def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
     """Return how many requests were answered; each filter lists all documents again."""
-    documents = (
-        row
-        for rows in samples.values()
-        for row in {row["doc_id"]: row for row in rows}.values()
-    )
-    return sum(len(responses) for row in documents for responses in row["resps"])
+    found = ({row["doc_id"]: row["resps"] for row in rows} for rows in samples.values())
+    return sum(len(one) for each in found for resps in each.values() for one in resps)

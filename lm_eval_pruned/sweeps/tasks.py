@@ -159,21 +159,24 @@ def _unit(
 ) -> SweepTask:
     plain = len(item) == 1 and _entry(index, name) is not None
     spec = name if plain else {"group": parent or "sweep", "task": [item]}
-    return SweepTask(label, fingerprint(_described([item, *_below(index, name)])), spec)
+    return SweepTask(label, fingerprint(_described([item, _tree(index, name)])), spec)
 
 
-def _below(index: dict[str, Any], name: str) -> Iterator[Any]:
-    """Yield the YAML of a task, or of a group and everything below it."""
+def _tree(index: dict[str, Any], name: str) -> Any:
+    """Return the YAML of a task, or of a group and everything below it."""
     entry = _entry(index, name)
     if entry is None:
-        return
+        return None
+    if entry.kind.name == "TAG":
+        return [_tree(index, member) for member in sorted(entry.tags)]
     config = _config(entry)
-    yield config
-    members = sorted(entry.tags) if entry.kind.name == "TAG" else config.get("task")
-    for member in members if isinstance(members, list) else []:
+    if entry.kind.name != "GROUP" or not isinstance(config.get("task"), list):
+        return config
+    members = []
+    for member in config["task"]:
         below = member if isinstance(member, str) else _name(member)
-        if below != name:
-            yield from _below(index, below)
+        members.append([member, _tree(index, below) if below != name else None])
+    return [config, members]
 
 
 def _entry(index: dict[str, Any], name: str) -> Any:
@@ -195,27 +198,26 @@ def _described(value: Any, data: bool = False) -> Any:
     """Return settings with code and local data as hashes, so that a task's folder may move."""
     if isinstance(value, dict):
         own = ("dataset_path", "dataset_kwargs")
-        return {
-            key: _described(each, data or key in own) for key, each in value.items()
-        }
+        return {k: _described(each, data or k in own) for k, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_described(each, data) for each in value]
     if callable(value):
         code = getattr(value, "__code__", None)
         beside = _hash_code(Path(code.co_filename).parent) if code else None
         return [getattr(value, "__qualname__", str(value)), beside]
-    if not isinstance(value, str) or "\n" in value:
+    if not isinstance(value, str) or "\n" in value or len(value) >= 4096:
         return value
-    files = [Path(each) for each in sorted(glob.glob(value))] if data else []
-    if files:
-        return [
-            hash_file(e) if e.is_file() else hash_folder(e, deep=True) for e in files
-        ]
+    if data and Path(value).is_file():
+        return hash_file(Path(value))
+    if data and Path(value).is_dir():
+        return hash_folder(Path(value), deep=True)
+    if data and glob.has_magic(value):
+        return [hash_file(Path(each)) for each in sorted(glob.glob(value))]
     # The loader leaves `!function module.name` as FOLDER/module.name.
     folder, _, function = value.rpartition("/")
-    module = function.rpartition(".")[0].replace(".", "/")
-    if folder and module and Path(folder, f"{module}.py").is_file():
-        return [function, _hash_code(Path(folder, module).parent)]
+    module = Path(folder, function.rpartition(".")[0].replace(".", "/") + ".py")
+    if value.startswith("/") and module.is_file():
+        return [function, _hash_code(module.parent)]
     return value
 
 

@@ -21,12 +21,13 @@ from lm_eval_pruned.sweeps.tasks import fingerprint, load_task
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lm_eval.api.model import LM
-
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.sweeps.plan import Configuration, Sweep, Unit
     from lm_eval_pruned.sweeps.tasks import SweepTask
+
+    #: A unit, the folder of its files, its seconds, and None or what it failed with.
+    Ended = tuple[Unit, Path, float, dict[str, str] | None]
 
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
@@ -43,22 +44,16 @@ class UnitRunner:
         base: Reads the unpruned model's results on a task, for units that may stop early.
 
     Attributes:
-        device_failed: Whether the accelerator failed, after which this process can use it no
-            more.
+        device_failed: Whether the accelerator failed, after which this process cannot use it.
     """
 
     def __init__(
-        self,
-        sweep: Sweep,
-        part: str = "",
-        base: Callable[[SweepTask], Run] | None = None,
+        self, sweep: Sweep, part: str, base: Callable[[SweepTask], Run] | None = None
     ) -> None:
-        self._sweep = sweep
-        self._part = part
-        self._base = base
+        self._sweep, self._part, self._base = sweep, part, base
         self._holds: Configuration | None = None
-        self._lm: LM | None = None
-        self._load_error: tuple[Exception, Any] | None = None
+        # The model, or what loading it raised.
+        self._lm: Any = None
         self._known_scores: KnownScores = {}
         self.device_failed = False
 
@@ -91,12 +86,10 @@ class UnitRunner:
 
     def release(self) -> None:
         """Free the model's memory."""
-        close = getattr(self._lm, "close", None)
-        if close is not None:
-            close()
-        self._lm = self._holds = self._load_error = None
         from accelerate.utils import release_memory
 
+        getattr(self._lm, "close", lambda: None)()
+        self._lm = self._holds = None
         release_memory()
 
     def _run(self, unit: Unit, folder: Path) -> float:
@@ -107,100 +100,93 @@ class UnitRunner:
             loaded = manager.load(load_task(manager, task))
             # Those of the unpruned model, too, for which all sizes wait.
             check_tasks(sweep.stop_when, loaded["tasks"], sweep.settings)
-            if self._base is not None and sweep.may_stop(configuration):
+            if self._base and sweep.may_stop(configuration):
                 base = self._base(task)
         lm = self._model(configuration)
-        with sweep.tracking.unit(*unit.names, lm.rank) as (tracker, log):
-            start = time.perf_counter()
-            evaluate = functools.partial(self._evaluate, lm, configuration, tracker)
-            try:
-                if base is None:
-                    results = evaluate(load_task(manager, task))
-                else:
-                    results = evaluate_until_decided(
-                        lm, sweep, loaded, base, evaluate, folder.parent
-                    )
-            except Exception:
-                # An engine that died answers nobody: the next unit starts another.
-                if getattr(lm, "engine_died", False):
-                    self.release()
-                raise
-            # Of several processes, the first has them.
-            if results is not None:
-                log(results)
+        start = time.perf_counter()
+        tracker = sweep.tracking.hub_tracker(lm.rank)
+        evaluate = functools.partial(
+            self._evaluate, lm, configuration, manager, tracker
+        )
+        try:
+            if base is None:
+                results = evaluate(load_task(manager, task))
+            else:
+                results = evaluate_until_decided(
+                    lm, sweep, loaded, base, evaluate, folder.parent
+                )
+        except Exception:
+            # An engine that died answers nobody: the next unit starts another.
+            if getattr(lm, "engine_died", False):
+                self.release()
+            raise
+        seconds = time.perf_counter() - start
+        # Of several processes, the first has them.
+        if results is not None:
+            with sweep.tracking.reported(*unit.names, results, tracker):
                 write_results(results, tracker, folder)
-            return time.perf_counter() - start
+        return seconds
 
     def _model(self, configuration: Configuration) -> Any:
         if self._holds is not configuration:
             self.release()
-            from accelerate.utils import release_memory
-            from lm_eval.api.registry import get_model
-
             self._holds = configuration
-            settings = self._sweep.settings
             logger.info("Loading %s.", configuration.id)
             try:
-                if configuration.healed:
-                    self._sweep.heal(configuration)
-                    release_memory()
-                self._lm = get_model(self._sweep.model).create_from_arg_obj(
-                    self._sweep.model_args(configuration),
-                    {
-                        "batch_size": settings.batch_size,
-                        "max_batch_size": settings.max_batch_size,
-                        "device": settings.device,
-                        "known_scores": self._known_scores,
-                    },
-                )
+                self._lm = self._loaded(configuration)
             except Exception as error:  # noqa: BLE001
                 # The frames of the traceback keep what was loaded so far.
                 traceback.clear_frames(error.__traceback__)
-                self._load_error = error, error.__traceback__
-        if self._load_error is not None:
-            failure, frames = self._load_error
-            raise failure.with_traceback(frames)
-        lm: Any = self._lm
+                self._lm = error
+        if isinstance(self._lm, Exception):
+            raise self._lm
         # The results of a unit are of that unit alone.
-        lm.begin_evaluation()
-        # Automatic batch sizes were found for the lengths of other documents.
-        lm.batch_sizes = {}
-        return lm
+        self._lm.begin_evaluation()
+        return self._lm
+
+    def _loaded(self, configuration: Configuration) -> Any:
+        from accelerate.utils import release_memory
+        from lm_eval.api.registry import get_model
+
+        sweep, settings = self._sweep, self._sweep.settings
+        if configuration.healed:
+            sweep.heal(configuration)
+            release_memory()
+        names = ("batch_size", "max_batch_size", "device")
+        more = {name: getattr(settings, name) for name in names}
+        return get_model(sweep.model).create_from_arg_obj(
+            sweep.model_args(configuration),
+            {**more, "known_scores": self._known_scores},
+        )
 
     def _evaluate(
         self,
         lm: Any,
         configuration: Configuration,
+        manager: Any,
         tracker: Any,
         tasks: list[Any],
         chosen: dict[str, list[int]] | None = None,
         cache: str | None = None,
     ) -> Any:
-        """Return the harness's results.
-
-        Args:
-            lm: The model.
-            configuration: What it is.
-            tracker: What the harness notes its settings in.
-            tasks: The harness's objects or names of them.
-            chosen: Indices of documents by task, in place of those that the sweep asks for.
-            cache: Prefix of a cache, where the sweep has none.
-        """
+        """Return the harness's results, of chosen documents and with a cache of their answers."""
         from lm_eval import simple_evaluate
         from lm_eval.api.model import CacheHook
 
         sweep, settings = self._sweep, self._sweep.settings
+        # Automatic batch sizes were found for the lengths of other documents.
         lm.batch_sizes = {}
-        options = {name: getattr(settings, name) for name in deciding("scores")}
+        names = (*deciding("scores"), "batch_size", "max_batch_size")
+        options = {name: getattr(settings, name) for name in names}
         if chosen is not None:
             options |= {"limit": None, "samples": chosen}
-        seed = settings.seed or [None] * 4
-        own_cache = None
-        if settings.use_cache is not None:
+        drawing = ("random", "numpy_random", "torch_random", "fewshot_random")
+        seeds = zip(drawing, settings.seed or [None] * 4, strict=True)
+        own_cache = settings.use_cache
+        if own_cache is not None:
             # The harness's key of a response holds the request and nothing of the model.
             model = fingerprint(sweep.model_definition(configuration))[:12]
-            named = f"{configuration.id}_{model}{self._part}"
-            own_cache = f"{settings.use_cache}_{named}"
+            own_cache += f"_{configuration.id}_{model}{self._part}"
         try:
             with _quiet_git():
                 results = simple_evaluate(
@@ -208,19 +194,14 @@ class UnitRunner:
                     model_args=sweep.model_args(configuration),
                     tasks=tasks,
                     **options,
-                    batch_size=settings.batch_size,
-                    max_batch_size=settings.max_batch_size,
+                    **{f"{name}_seed": seed for name, seed in seeds},
                     # What it computes on, which need not be what was asked for.
                     device=str(getattr(lm, "device", settings.device)),
                     use_cache=own_cache or cache,
                     evaluation_tracker=tracker,
-                    task_manager=sweep.task_manager(configuration),
-                    random_seed=seed[0],
-                    numpy_random_seed=seed[1],
-                    torch_random_seed=seed[2],
-                    fewshot_random_seed=seed[3],
+                    task_manager=manager,
                     confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
-                    metadata=sweep.metadata(configuration),
+                    metadata=manager.metadata,
                 )
         finally:
             if (answers := getattr(lm.cache_hook, "dbdict", None)) is not None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
@@ -129,21 +130,17 @@ def test_many_kills_lose_nothing(options, undisturbed, seed):
     _resume_after_kills(options, undisturbed, kills=12, seed=100 + seed)
 
 
-def unit_record(fingerprint):
-    names = {"configuration": "c", "task": "t"}
-    return {**names, "fingerprint": fingerprint, "seconds": 1}
-
-
 @pytest.mark.parametrize("step", range(12))
 def test_kill_at_each_step_of_a_commit_leaves_all_or_nothing(tmp_path, step):
     """Dies at the n-th system call that changes the folder, for a new unit and a stale one."""
     place = tmp_path / "sweep"
 
-    def commit(fingerprint):
+    def commit(name):
         folder = SweepFolder(place)
         with folder.new_unit() as files:
-            (files / "results_1.json").write_text(f'{{"made": "{fingerprint}"}}')
-            folder.keep(files, unit_record(fingerprint))
+            made = {"made": name}
+            (files / "results_1.json").write_text(json.dumps(made))
+            folder.keep(files, ("c", "t"), 1, made)
         return 0
 
     def dying():
@@ -176,13 +173,11 @@ def test_kill_at_each_step_of_a_commit_leaves_all_or_nothing(tmp_path, step):
             aside = list(place.glob("superseded/c/t/*/results_1.json"))
             assert len(aside) == stale
         else:
-            assert json.loads(record.results.read_text()) == {
-                "made": record.fingerprint
-            }
+            assert json.loads(record.results.read_text()) == record.definition
         with SweepFolder(place).held():
             pass
         commit("new")
-        assert SweepFolder(place).read("c", "t").fingerprint == "new"
+        assert SweepFolder(place).read("c", "t").definition == {"made": "new"}
 
 
 def test_a_unit_with_results_is_done_for_all_who_read_it(tmp_path):
@@ -192,7 +187,7 @@ def test_a_unit_with_results_is_done_for_all_who_read_it(tmp_path):
     with folder.new_unit() as files:
         write_run(files, {"t": {"acc,none": {"values": [1.0, 0.0]}}})
         (files / "error.json").write_text('{"message": "left over"}')
-        folder.keep(files, unit_record("f"))
+        folder.keep(files, ("c", "t"), 1, {})
     assert folder.read("c", "t").error is None
     sweep = read_sweep(tmp_path)
     assert (sweep.runs[0].tasks(), sweep.failures) == (["t"], ())
@@ -481,6 +476,26 @@ def test_retry_failed_mends(options, monkeypatch):
     assert len(errors) == 4
     assert run_sweep(options, retry_failed=True) == 0
     assert not list(folder.glob("units/*/*/error.json"))
+
+
+@pytest.mark.parametrize("times", [2, 4])
+def test_a_unit_that_the_hub_refuses_for_too_many_requests_waits(
+    options, monkeypatch, times
+):
+    evaluate, slept, refused = lm_eval.simple_evaluate, [], []
+
+    def busy(**arguments):
+        if len(refused) < times:
+            refused.append(arguments)
+            error = OSError("429 Client Error: Too Many Requests")
+            error.response = SimpleNamespace(status_code=429)
+            raise ConnectionError("the data set cannot be had") from error
+        return evaluate(**arguments)
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", busy)
+    monkeypatch.setattr("time.sleep", slept.append)
+    assert run_sweep({**options, "tasks": ["tiny_choice"]}) == (times == 4)
+    assert slept == [60, 120, 240][:times]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -115,7 +115,7 @@ def test_command_line_wins_over_the_file(file):
         (BASE + "trust_remote_code: yes please\n", "pass true or false"),
         (BASE + "model_args: [a, b]\n", "expected `key=value`"),
         (BASE + "model_args: 3\n", "pass key=value pairs"),
-        (BASE + "ray: 3\n", "ray in .* is 3"),
+        (BASE + "ray: {a: 1}\n", "pass true, false or a name"),
         (BASE + "batch_size: {a: 1}\n", "pass one value"),
         ("tasks: [true]\noutput_path: o\n", "pass one or more names"),
         ("[1, 2]\n", "holds a list"),

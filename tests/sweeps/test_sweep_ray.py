@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lm_eval_pruned.sweeps.plan import Configuration, Sweep, Unit
 from lm_eval_pruned.sweeps.ray import Worker, choose_unit
@@ -83,7 +84,8 @@ def test_a_worker_reports_its_units(quick, options, services, monkeypatch):
         "trackio_args": {"project": "of a worker"},
         "hf_hub_log_args": {"push_results_to_hub": True, "hub_results_org": "o"},
     }
-    worker = Worker({**options, **told}, os.getcwd(), "_worker0")
+    worker = Worker({**options, **told, "cpus_per_unit": 2.0}, os.getcwd(), "_worker0")
+    assert torch.get_num_threads() == 2
     task = next(t for t in Sweep(options).tasks if t.name == "tiny_choice")
     _, files, failure, _ = worker.run("ratio-1.5", task.name, task.digest)
     assert failure is None
