@@ -1,9 +1,8 @@
 """Units of a sweep on a Ray cluster.
 
-Workers are Ray actors that keep a model between units. Ray places them where resources are
-free, starts them again when they or their node are lost, and runs the unit that was lost
-again. Workers send the files of a unit back; only the process that started the sweep writes
-to its folder, so they need not share a file system with it.
+Workers are Ray actors that keep a model between units, and Ray places them where resources
+are free. They send the files of a unit back; only the process that started the sweep writes
+to its folder, so workers need not share a file system with it.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import logging
 import os
 import socket
 import tempfile
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,8 +93,10 @@ def _evaluated(
     places = int(min(shares, default=len(units)) + 1e-9)
     if not places:
         raise ValueError(f"{needs} are more than the cluster has: ask for less.")
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1)(Worker)
-    waiting, suspects = list(units), set()
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(Worker)
+    waiting = list(units)
+    # How often a unit took its worker with it.
+    losses: Counter[tuple[str, str]] = Counter()
     workers: list[Any] = []
     # The configuration whose model each worker that has started holds.
     held: dict[Any, str] = {}
@@ -111,36 +113,38 @@ def _evaluated(
         held[worker] = unit.configuration.id
         progress.workers = len(held)
         progress.start(*unit.names)
-        call = worker.run.options(max_task_retries=RETRIES)
-        running[call.remote(*unit.names, unit.task.digest)] = worker, unit
+        future = worker.run.remote(*unit.names, unit.task.digest)
+        running[future] = worker, unit
 
     try:
         for _ in range(min(places, len(units))):
             start()
-        while running:
+        # A worker that still waits for a place is not waited for.
+        while running and (waiting or any(unit for _, unit in running.values())):
             ended, _ = ray.wait(list(running), timeout=None if held else PATIENCE)
             if not ended:
                 logger.warning("The sweep waits for a worker, which needs %s.", needs)
                 ended, _ = ray.wait(list(running))
             worker, unit = running.pop(ended[0])
+            lost = device_failed = False
             try:
-                *result, unusable = ray.get(ended[0])
+                *result, device_failed = ray.get(ended[0])
             except ray.exceptions.RayError as error:
-                # Lost too often, or it could not start.
-                *result, unusable = 0.0, {}, describe_error(error), unit is None
+                lost, result = True, [0.0, {}, describe_error(error)]
                 logger.error("A worker was lost: %s", error)
             if unit is not None:
+                losses[unit.names] += lost or device_failed
                 # Two devices that fail with one unit are enough.
-                if unusable and unit.names not in suspects:
-                    suspects.add(unit.names)
+                allowed = 1 if device_failed else RETRIES
+                if (lost or device_failed) and losses[unit.names] <= allowed:
                     waiting.append(unit)
                 else:
                     yield unit, *result
-            if waiting and not unusable:
+            if waiting and not (lost or device_failed):
                 assign(worker)
                 continue
-            # Its resources go to whoever waits for them; a device that failed is left.
-            places -= unusable
+            # Its resources go to whoever waits for them; where no worker can be, none starts.
+            places -= device_failed or (lost and unit is None)
             held.pop(worker, None)
             ray.kill(worker)
             if len(running) < min(places, len(waiting)):
@@ -183,7 +187,7 @@ class Worker:
         self._runner = UnitRunner(self._sweep, part)
 
     def ready(self) -> tuple[bool]:
-        """Return that the worker is usable, once it is there."""
+        """Return, once the worker is there, that its device has not failed."""
         return (False,)
 
     def run(

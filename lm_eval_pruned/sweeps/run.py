@@ -228,7 +228,7 @@ def _kept(sweep: Sweep, folder: SweepFolder) -> list[Any]:
             if task in tasks:
                 now = sweep.definition(sweep.baseline, tasks[task])
             was = {key: was.get(key) for key in now}
-            differing |= dict.fromkeys(_changes(was, now, without=DECLARED))
+            differing |= dict.fromkeys(_changes(_shared(was), _shared(now)))
     names = ", ".join(" / ".join(each) for each in sorted(kept))
     if differing:
         raise ValueError(
@@ -253,24 +253,30 @@ def _kept(sweep: Sweep, folder: SweepFolder) -> list[Any]:
 
 
 def _changes(
-    before: Mapping[str, Any], now: Mapping[str, Any], without: Any = ()
+    before: Mapping[str, Any], now: Mapping[str, Any], of: str = "task"
 ) -> Iterator[str]:
     """Say in which ways a definition differs, such as ``dtype=None, now bfloat16``."""
     for name in {**now, **before}:
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(old, new, without)
-        elif fingerprint(old) != fingerprint(new) and name not in without:
-            yield f"another {name}" if "sha256" in name else f"{name}={old}, now {new}"
+            yield from _changes(old, new, name)
+        elif fingerprint(old) != fingerprint(new):
+            yield f"another {of}" if "sha256" in name else f"{name}={old}, now {new}"
+
+
+def _shared(definition: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what configurations of one sweep have in common."""
+    arguments = definition["model_args"].items()
+    common = {k: v for k, v in arguments if k not in DECLARED}
+    return {**definition, "model_args": common}
 
 
 def _plan_table(sweep: Sweep, units: list[Unit], folder: SweepFolder) -> str:
     finished, *others = _sort(sweep, units, folder)
     parts = [unit for unit, _ in finished], *others
     done, failed, waiting = map(len, parts)
-    counts = [
-        collections.Counter(unit.configuration.id for unit in part) for part in parts
-    ]
+    ids = ([unit.configuration.id for unit in part] for part in parts)
+    counts = [*map(collections.Counter, ids)]
     columns = ["configuration", "kept width", "expansion ratio", "parameters"]
     columns += ["reduction", "done", "failed", "to run"]
     rows = []

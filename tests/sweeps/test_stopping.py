@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,16 +280,6 @@ def test_looks_take_members_in_proportion_and_hold_those_before():
 def test_what_cannot_be_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         read_rule(options)
-
-
-def test_ray_is_refused_before_anything_starts(stopped, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setattr(PrunedHFLM, "__init__", lambda *_, **__: pytest.fail("loaded"))
-    folder = tmp_path / "sweep"
-    with pytest.raises(ValueError, match="leave out --ray") as error:
-        run_sweep({**stopped, "ray": True, "output_path": str(folder)})
-    assert "\n" not in str(error.value)
-    assert not folder.exists()
 
 
 def test_several_processes_are_refused(monkeypatch):

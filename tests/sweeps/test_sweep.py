@@ -144,7 +144,6 @@ def test_kill_at_each_step_of_a_commit_leaves_all_or_nothing(tmp_path, step):
         return 0
 
     def dying():
-        import os
         import signal
 
         left = step
@@ -901,38 +900,6 @@ def test_same_as_the_stock_command(options, undisturbed, tmp_path, monkeypatch):
         )
     ]
     assert samples[0] == samples[1]
-
-
-@pytest.mark.slow
-def test_command_killed_at_random_moments(options, undisturbed):
-    """The real command in a process of its own, killed by a clock this time."""
-    folder = Path(options["output_path"])
-    command = [
-        sys.executable, "-c",
-        "import sys; from lm_eval_pruned.cli import main; sys.exit(main())", "sweep",
-        "--model_args", f"pretrained={options['model_args']['pretrained']}",
-        "--ratios", "1.5", "--tasks", "tiny_both", "--device", "cpu",
-        "--include_path", options["include_path"], "--output_path", str(folder),
-    ]  # fmt: skip
-    # The number of threads decides how sums round, and here there is one.
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    chance = random.Random(7)
-    for _ in range(6):
-        before = files_of(folder)
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=one_thread,
-        )
-        try:
-            process.wait(chance.uniform(12, 35))
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.wait()
-        assert {unit: files_of(folder).get(unit) for unit in before} == before
-    subprocess.run(command, check=True, capture_output=True, env=one_thread)
-    assert results_of(folder) == results_of(undisturbed[0])
 
 
 def test_command_line(options, tmp_path, capsys):
