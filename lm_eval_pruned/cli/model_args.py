@@ -32,7 +32,7 @@ def add_output_path(parser: argparse.ArgumentParser, text: str) -> None:
 
 def read_model_args(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return ``--model_args``; raise ValueError where it is no mapping."""
-    from lm_eval_pruned.sweeps.option_kinds import checked
+    from lm_eval_pruned.sweeps.options import checked
 
     return checked("mapping", arguments.model_args or {}, "--model_args")
 

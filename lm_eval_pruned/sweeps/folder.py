@@ -8,79 +8,54 @@ files are called and say is `lm_eval_pruned.results.folder`.
 from __future__ import annotations
 
 import contextlib
-import errno
+import itertools
+import json
 import logging
 import os
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 from lm_eval_pruned.results.folder import (
     DEFINITION,
+    ERROR,
     UNIT,
     as_text,
+    error_text,
     read_unit,
     unit_folder,
 )
+from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.util.atomic import sync, umask, write_atomically
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from lm_eval_pruned.results.folder import UnitRecord
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
 
 
-def own_scores(results: dict[str, Any]) -> dict[str, float]:
-    """Return the metrics of a results file's group, or of its only task.
-
-    A filter's name is kept where it is not ``none``: ``exact_match,strict-match``.
-    """
-    rows = results.get("groups") or results.get("results") or {}
-    row: dict[str, Any] = next(iter(rows.values()), {})
-    return {
-        name.removesuffix(",none"): value
-        for name, value in row.items()
-        if isinstance(value, (int, float)) and "," in name and "_stderr," not in name
-    }
-
-
 class SweepFolder:
-    """Reads and writes the folder of one sweep.
-
-    Args:
-        path: The folder; made when the first thing is written.
-        shard: ``(I, N)`` where this process runs one part of the sweep.
-    """
+    """The folder of one sweep, or of part I of N where `shard` is ``(I, N)``."""
 
     def __init__(self, path: str | Path, shard: tuple[int, int] | None = None) -> None:
         self.path = Path(path)
-        self._part = f"shard-{shard[0]}-of-{shard[1]}" if shard else "sweep"
-        self._is_shard = shard is not None
-
-    def unit(self, configuration: str, task: str) -> Path:
-        """Return where a unit belongs."""
-        return unit_folder(self.path, configuration, task)
+        self._shard = f"shard-{shard[0]}-of-{shard[1]}" if shard else None
+        self._unfinished = self.path / ".unfinished" / (self._shard or "sweep")
 
     def read(self, configuration: str, task: str) -> UnitRecord | None:
         """Return what is there for a unit; None for nothing, or nothing whole."""
-        return read_unit(self.unit(configuration, task))
+        return read_unit(unit_folder(self.path, configuration, task))
 
-    def finished(self, configuration: str) -> Iterator[UnitRecord]:
-        """Yield what is there of a configuration's finished units, whatever their task."""
-        for place in sorted(self.unit(configuration, "any").parent.glob("*")):
-            record = read_unit(place)
+    def finished(self, configuration: str) -> Iterator[Mapping[str, Any]]:
+        """Yield the definitions of a configuration's finished units, whatever their task."""
+        parent = unit_folder(self.path, configuration, "any").parent
+        for record in map(read_unit, sorted(parent.glob("*"))):
             if record is not None and record.error is None:
-                yield record
+                yield record.definition
 
     def write_definition(self, definition: dict[str, Any]) -> None:
         """Write ``sweep.json``, the same bytes for the same definition."""
@@ -89,118 +64,162 @@ class SweepFolder:
     @contextlib.contextmanager
     def new_unit(self) -> Iterator[Path]:
         """Give an empty folder on the sweep's file system; what is left of it goes."""
-        parent = self.path / ".unfinished" / self._part
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=parent))
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=self._unfinished))
         folder.chmod(0o777 & ~umask())
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def commit(
-        self, folder: Path, configuration: str, task: str, unit: dict[str, Any]
-    ) -> None:
-        """Make `folder` the unit's folder.
+    def keep(
+        self,
+        folder: Path,
+        names: tuple[str, str],
+        seconds: float,
+        definition: Mapping[str, Any],
+        error: dict[str, str] | None = None,
+    ) -> dict[str, float]:
+        """Make `folder` the unit's folder, and return the unit's own scores.
 
         What was there before moves to ``DIR/superseded``, so that results made
         under another definition are never lost to a mistyped command.
 
         Args:
-            folder: From `new_unit`, with the unit's files.
-            configuration: Id of the configuration.
-            task: Name of the task.
-            unit: Content of ``unit.json`` without the schema version.
+            folder: From `new_unit`, with the harness's files.
+            names: Of configuration and task.
+            seconds: Time the evaluation took.
+            definition: What decides the scores.
+            error: What the unit failed with; the files then go.
         """
+        configuration, task = names
+        unit = {
+            "configuration": configuration,
+            "task": task,
+            "fingerprint": fingerprint(definition),
+            "seconds": round(seconds, 3),
+            "definition": definition,
+        }
+        scores: dict[str, float] = {}
+        if error is None:
+            (results,) = folder.glob("results_*.json")
+            scores = _own_scores(json.loads(results.read_text(encoding="utf-8")))
+        else:
+            for file in folder.iterdir():
+                file.unlink()
+            (folder / ERROR).write_text(error_text(error), encoding="utf-8")
         (folder / UNIT).write_text(as_text(unit), encoding="utf-8")
-        for file in folder.iterdir():
-            sync(file)
-        sync(folder)
-        target = self.unit(configuration, task)
+        for path in (*folder.iterdir(), folder):
+            sync(path)
+        target = unit_folder(self.path, *names)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             self._set_aside(target)
         os.rename(folder, target)
-        for parent in (target.parent, target.parent.parent, self.path):
-            sync(parent)
+        for path in (target.parent, target.parent.parent, self.path):
+            sync(path)
+        return scores
 
     def _set_aside(self, target: Path) -> None:
-        record = self.read(target.parent.name, target.name)
+        record = read_unit(target)
         if record is not None and record.error is not None:
             shutil.rmtree(target)
             return
         name = record.fingerprint[:12] if record else "unreadable"
         parent = self.path / "superseded" / target.parent.name / target.name
         parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1000):
-            place = parent / (f"{name}-{attempt}" if attempt else name)
-            if not place.exists():
-                break
-        os.rename(target, place)
+        endings = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
+        places = (parent / f"{name}{ending}" for ending in endings)
+        os.rename(target, next(place for place in places if not place.exists()))
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         """Hold the folder against a second sweep, a shard against its double.
 
-        Shards of one sweep run side by side; a whole sweep runs alone.
+        Shards of one sweep run side by side; a whole sweep runs alone. What processes that
+        died left unfinished is removed.
 
         Raises:
             ValueError: Another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(lock(self.path / "sweep.lock", shared=self._is_shard))
-            if self._is_shard:
-                stack.enter_context(lock(self.path / f"{self._part}.lock"))
-            self._sweep_up()
+        whole = self.path / "sweep.lock"
+        with contextlib.ExitStack() as locks:
+            # Each side takes its own lock before it looks at the other's.
+            if self._shard:
+                locks.enter_context(locked(self.path / f"{self._shard}.lock"))
+                # Shards that start at once look here one after the other.
+                with locked(whole, wait=2):
+                    pass
+            else:
+                locks.enter_context(locked(whole))
+                for shard in sorted(self.path.glob("shard-*.lock")):
+                    locks.enter_context(locked(shard))
+            left = self._unfinished if self._shard else self._unfinished.parent
+            shutil.rmtree(left, ignore_errors=True)
             yield
-
-    def _sweep_up(self) -> None:
-        """Remove what processes that died left unfinished, but no running shard's."""
-        unfinished = self.path / ".unfinished"
-        if self._is_shard:
-            unfinished = unfinished / self._part
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def locked(file: Path, wait: float = 0) -> Iterator[None]:
     """Hold a file against other processes, where the file system has locks.
 
-    Args:
-        path: The file; made if it is missing.
-        shared: Against those alone that do not share it.
-        wait: Until the others are gone.
+    Raises:
+        ValueError: Another process holds it, and has done so for `wait` seconds; -1 waits for
+            as long as it takes.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        raise ValueError(
+            f"--output_path {file.parent} is in use by another sweep: wait until it has ended, "
+            "stop it, or pass another folder."
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        logger.warning(
+            "The file system of %s has no locks (%s): make sure that only one sweep writes "
+            "there.",
+            file.parent,
+            error,
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_results(results: dict[str, Any], tracker: Any, folder: Path) -> None:
+    """Let the harness write its files, and make sure that it did.
 
     Raises:
-        ValueError: Another process holds it.
+        OSError: A file is missing or cut short; the harness only logs that.
     """
-    if fcntl is None:
-        logger.warning("This system has no flock: nothing guards %s.", path.parent)
-        yield
-        return
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN):
-                logger.warning(
-                    "The file system of %s has no locks (%s): make sure that only one "
-                    "sweep writes there.",
-                    path.parent,
-                    error.strerror,
-                )
-            else:
-                file.seek(0)
-                holder = file.read().strip()
-                raise ValueError(
-                    f"--output_path {path.parent} is in use by another sweep"
-                    f"{f' ({holder})' if holder else ''}: wait until it has ended, stop it, "
-                    "or pass another folder."
-                ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    samples = results.pop("samples", None) or {}
+    # The tracker writes beside a path that ends in .json.
+    tracker.output_path = str(folder / "results.json")
+    tracker.save_results_aggregated(results=results, samples=samples or None)
+    for name, rows in samples.items():
+        tracker.save_results_samples(task_name=name, samples=rows)
+    total = sum(map(len, samples.values()))
+    written = [file.read_bytes() for file in folder.glob("samples_*.jsonl")]
+    lines = sum(content.count(b"\n") for content in written)
+    whole = [file.read_bytes()[-1:] for file in folder.glob("results_*.json")] == [b"}"]
+    if lines != total or not whole:
+        raise OSError(
+            f"{lines} of {total} samples and {'their' if whole else 'no'} results were written to "
+            f"{folder}: is the disk full?"
+        )
+
+
+def _own_scores(results: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of a results file's group, or of its only task."""
+    rows = results.get("groups") or results.get("results") or {}
+    row: dict[str, Any] = next(iter(rows.values()), {})
+    return {
+        name.removesuffix(",none"): value
+        for name, value in row.items()
+        if isinstance(value, (int, float)) and "," in name and "_stderr," not in name
+    }

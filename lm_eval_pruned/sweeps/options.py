@@ -8,17 +8,20 @@ has the option. Nothing here imports torch or the harness.
 from __future__ import annotations
 
 import difflib
+import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.healing.options import DECLARED as HEALING
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
-from lm_eval_pruned.sweeps.option_kinds import checked
 
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -27,259 +30,146 @@ class Option:
 
     Attributes:
         name: Name in both.
-        kind: Key of `option_kinds.KINDS`: what a value must be.
+        kind: Key of `KINDS`: what a value must be.
+        decides: ``scores`` or files of a unit, as an argument of `lm_eval.simple_evaluate`;
+            ``how`` units are run, so that a sweep may go on under another, such as a smaller
+            batch; ``where`` they run and what they write lies; or else ``what`` is evaluated.
+        metavar: Placeholder for ``--help``; empty for a flag.
         help: Line for ``--help``.
-        metavar: Placeholder for ``--help``.
         group: Heading for ``--help``.
-        decides: What it decides: ``scores`` or files of a unit, as an argument of
-            `lm_eval.simple_evaluate`; ``how`` units are run, so that a sweep may go on
-            under another (a smaller batch after running out of memory, another device);
-            ``where`` they run and what they write lies; or else what is evaluated.
     """
 
     name: str
     kind: str
+    decides: str
+    metavar: str
     help: str
-    metavar: str | None = None
-    group: str = "evaluation, as in lm_eval run"
-    decides: str = "what"
+    group: str
 
 
-_SIZES = "configurations"
-_PLACE = "where the units run"
-_TRACKING = "logging and tracking, as in lm_eval run"
 #: Arguments of pruning of which all models of a sweep have one value.
 SHARED = tuple(name for name in DECLARED if name not in (*SIZES, *SEVERAL.values()))
 
-OPTIONS = (
-    Option(
-        "model",
-        "text",
-        "pruned-hf (default) or pruned-vllm",
-        "NAME",
-        _SIZES,
-    ),
-    Option(
-        "model_args",
-        "mapping",
-        "arguments of the model type, those of pruning that all models share among them",
-        "KEY=VALUE",
-        _SIZES,
-    ),
+
+def _rows(group: str, *rows: tuple[str, str, str, str, str]) -> tuple[Option, ...]:
+    return tuple(Option(*row, group) for row in rows)
+
+
+# fmt: off
+_SIZES = _rows(
+    "configurations",
+    ("model", "text", "what", "NAME", "pruned-hf (default) or pruned-vllm"),
+    ("model_args", "mapping", "what", "KEY=VALUE",
+     "arguments of the model type, those of pruning that all models share among them"),
     *(
-        Option(
-            name,
-            "words" if name in ("criteria", "widths", "allocations") else "numbers",
-            help_of(name, several=True),
-            DECLARED[argument].metadata["metavar"],
-            _SIZES,
-        )
+        (name, "words" if name in ("criteria", "widths", "allocations") else "numbers", "what",
+         DECLARED[argument].metadata["metavar"], help_of(name, several=True))
         for name, argument in SEVERAL.items()
     ),
     *(
-        Option(
-            name,
-            "text",
-            help_of(name),
-            DECLARED[name].metadata.get("metavar", name.upper()),
-            _SIZES,
-        )
+        (name, "text", "what", DECLARED[name].metadata.get("metavar") or name.upper(), help_of(name))
         for name in SHARED
     ),
-    Option(
-        "heal",
-        "mapping",
-        "train each pruned model again and evaluate it before and after: data=FILE and the "
-        f"options of lm-eval-pruned heal ({', '.join(HEALING)})",
-        "KEY=VALUE",
-        _SIZES,
-    ),
-    Option("tasks", "words", "tasks, groups, tags, patterns or YAML files", "TASK"),
-    Option("output_path", "text", "folder of the sweep", "DIR", decides="where"),
-    Option(
-        "limit",
-        "number",
-        "documents per task: a count, or a share below 1",
-        "N",
-        decides="scores",
-    ),
-    Option(
-        "samples",
-        "samples",
-        "JSON or a file: documents per task, by index",
-        "JSON",
-        decides="scores",
-    ),
-    Option(
-        "batch_size",
-        "text",
-        "a number, auto, or auto:N (default: 1)",
-        "SIZE",
-        decides="how",
-    ),
-    Option("max_batch_size", "integer", "upper bound of auto", "N", decides="how"),
-    Option("num_fewshot", "integer", "examples in the context", "N", decides="scores"),
-    Option(
-        "apply_chat_template",
-        "flag_or_text",
-        "wrap prompts in the chat template, or in the one of this name",
-        "NAME",
-        decides="scores",
-    ),
-    Option(
-        "fewshot_as_multiturn",
-        "boolean",
-        "examples as turns of a conversation",
-        "BOOL",
-        decides="scores",
-    ),
-    Option("system_instruction", "text", "system prompt", "TEXT", decides="scores"),
-    Option(
-        "gen_kwargs",
-        "mapping",
-        "arguments of generation",
-        "KEY=VALUE",
-        decides="scores",
-    ),
-    Option("device", "text", "such as cuda:0 or cpu", "DEVICE", decides="how"),
-    Option(
-        "log_samples",
-        "boolean",
-        "write every document's outputs (default here: true)",
-        "BOOL",
-        decides="scores",
-    ),
-    Option(
-        "predict_only", "flag", "write outputs, compute no metric", decides="scores"
-    ),
-    Option(
-        "use_cache",
-        "text",
-        "prefix of the files that cache responses, one file per configuration",
-        "PREFIX",
-        decides="how",
-    ),
-    Option("include_path", "text", "folder of more tasks", "DIR"),
-    Option("metadata", "mapping", "more arguments for tasks", "KEY=VALUE"),
-    Option("seed", "text", "seeds of python, numpy, torch and few-shot choice", "N"),
-    Option("trust_remote_code", "flag", "run code that comes with models and data"),
-    Option("confirm_run_unsafe_code", "flag", "run tasks marked as unsafe"),
-    *(
-        Option(name, "mapping", words, "KEY=VALUE", _TRACKING, decides="where")
-        for name, words in (
-            ("wandb_args", "arguments of wandb.init; each unit is a run of its own"),
-            ("wandb_config_args", "what the config of each W&B run holds besides"),
-            ("trackio_args", "arguments of trackio.init; each unit is a run"),
-            ("hf_hub_log_args", "whether and where results go to the Hub"),
-        )
-    ),
-    Option(
-        "ray",
-        "flag_or_text",
-        "run on the Ray cluster at this address; without one, on the cluster that "
-        "RAY_ADDRESS names or that runs here, else on one started for the sweep",
-        "ADDRESS",
-        _PLACE,
-        decides="where",
-    ),
-    Option(
-        "gpus_per_unit",
-        "number",
-        "GPUs of one Ray worker (default: 1 where the cluster has any)",
-        "N",
-        _PLACE,
-        decides="where",
-    ),
-    Option(
-        "cpus_per_unit",
-        "number",
-        "CPUs of one Ray worker (default: 1)",
-        "N",
-        _PLACE,
-        decides="where",
-    ),
-    Option(
-        "stop_when",
-        "text",
-        "decided, or decided:MARGIN: stop a unit when its difference to the unpruned "
-        "model is shown, or equivalence within the margin (such as 1pt)",
-        "RULE",
-        "fewer documents",
-    ),
+    ("heal", "mapping", "what", "KEY=VALUE",
+     "train each pruned model again and evaluate it before and after: data=FILE and the options of "
+     + f"lm-eval-pruned heal ({', '.join(HEALING)})"),
 )
+_HARNESS = _rows(
+    "evaluation, as in lm_eval run",
+    ("tasks", "words", "what", "TASK", "tasks, groups, tags, patterns or YAML files"),
+    ("output_path", "text", "where", "DIR", "folder of the sweep"),
+    ("limit", "number", "scores", "N", "documents per task: a count, or a share below 1"),
+    ("samples", "samples", "scores", "JSON", "JSON or a file: documents per task, by index"),
+    ("batch_size", "text", "how", "SIZE", "a number, auto, or auto:N (default: 1)"),
+    ("max_batch_size", "integer", "how", "N", "upper bound of auto"),
+    ("num_fewshot", "integer", "scores", "N", "examples in the context"),
+    ("apply_chat_template", "flag_or_text", "scores", "NAME",
+     "wrap prompts in the chat template, or in the one of this name"),
+    ("fewshot_as_multiturn", "boolean", "scores", "BOOL", "examples as turns of a conversation"),
+    ("system_instruction", "text", "scores", "TEXT", "system prompt"),
+    ("gen_kwargs", "mapping", "scores", "KEY=VALUE", "arguments of generation"),
+    ("device", "text", "how", "DEVICE", "such as cuda:0 or cpu"),
+    ("log_samples", "boolean", "scores", "BOOL", "write every document's outputs (default here: true)"),
+    ("predict_only", "flag", "scores", "", "write outputs, compute no metric"),
+    ("use_cache", "text", "how", "PREFIX",
+     "prefix of the files that cache responses, one file per configuration"),
+    ("include_path", "text", "what", "DIR", "folder of more tasks"),
+    ("metadata", "mapping", "what", "KEY=VALUE", "more arguments for tasks"),
+    ("seed", "text", "what", "N", "seeds of python, numpy, torch and few-shot choice"),
+    ("trust_remote_code", "flag", "what", "", "run code that comes with models and data"),
+    ("confirm_run_unsafe_code", "flag", "what", "", "run tasks marked as unsafe"),
+) + _rows(
+    "logging and tracking, as in lm_eval run",
+    ("wandb_args", "mapping", "where", "KEY=VALUE",
+     "arguments of wandb.init; each unit is a run of its own"),
+    ("wandb_config_args", "mapping", "where", "KEY=VALUE",
+     "what the config of each W&B run holds besides"),
+    ("trackio_args", "mapping", "where", "KEY=VALUE", "arguments of trackio.init; each unit is a run"),
+    ("hf_hub_log_args", "mapping", "where", "KEY=VALUE", "whether and where results go to the Hub"),
+)
+_OURS = _rows(
+    "where the units run",
+    ("ray", "flag_or_text", "where", "ADDRESS",
+     "run on the Ray cluster at this address; without one, on the cluster that RAY_ADDRESS names or "
+     + "that runs here, else on one started for the sweep"),
+    ("gpus_per_unit", "number", "where", "N",
+     "GPUs of one Ray worker (default: 1 where the cluster has any)"),
+    ("cpus_per_unit", "number", "where", "N", "CPUs of one Ray worker (default: 1)"),
+) + _rows(
+    "fewer documents",
+    ("stop_when", "text", "what", "RULE",
+     "decided, or decided:MARGIN: stop a unit when its difference to the unpruned model is shown, or "
+     + "equivalence within the margin (such as 1pt)"),
+)
+# fmt: on
+OPTIONS = _SIZES + _HARNESS + _OURS
+#: Names of the options that the harness reads.
+OF_HARNESS = tuple(option.name for option in _HARNESS)
 
 
-#: What argparse has to know of a kind; other kinds are one word.
-_ARGPARSE: dict[str, dict[str, Any]] = {
-    "flag": {"action": "store_true", "default": None},
-    **{key: {"nargs": "+"} for key in ("numbers", "words", "mapping")},
-    **{key: {"nargs": "?", "const": True} for key in ("flag_or_text", "boolean")},
-}
-
-
-def deciding(what: str) -> tuple[str, ...]:
+def deciding(*what: str) -> tuple[str, ...]:
     """Return the names of the options that decide this; see `Option`."""
-    return tuple(option.name for option in OPTIONS if option.decides == what)
+    return tuple(option.name for option in OPTIONS if option.decides in what)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to `parser`; every one that was not given is None."""
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML file of options; those of the command line win",
-    )
-    groups: dict[str, Any] = {}
-    for option in OPTIONS:
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        group = groups[option.group]
-        metavar = {"metavar": option.metavar} if option.metavar else {}
-        group.add_argument(
-            f"--{option.name}",
-            help=option.help,
-            **metavar,
-            **_ARGPARSE.get(option.kind, {}),
-        )
-    how = parser.add_argument_group("which units run")
-    how.add_argument(
-        "--shard",
-        metavar="I/N",
-        help="run part I of N, I from 0 to N-1; the parts share the folder and need not "
-        "know of each other",
-    )
-    how.add_argument(
-        "--retry_failed", action="store_true", help="run failed units again"
-    )
-    how.add_argument(
-        "--dry_run", action="store_true", help="print the plan and evaluate nothing"
-    )
+    about = "YAML file of options; those of the command line win"
+    parser.add_argument("--config", metavar="FILE", help=about)
+    shapes: dict[str, dict[str, Any]] = {
+        "flag": {"action": "store_true", "default": None},
+        **{kind: {"nargs": "+"} for kind in ("numbers", "words", "mapping")},
+        **{kind: {"nargs": "?", "const": True} for kind in ("flag_or_text", "boolean")},
+    }
+    for title in dict.fromkeys(option.group for option in OPTIONS):
+        group = parser.add_argument_group(title)
+        for option in OPTIONS:
+            if option.group == title:
+                metavar = {"metavar": option.metavar} if option.metavar else {}
+                shape = shapes.get(option.kind, {}) | metavar
+                group.add_argument(f"--{option.name}", help=option.help, **shape)
+    which = parser.add_argument_group("which units run")
+    about = "run part I of N, I from 0 to N-1; the parts share the folder and need not know of each other"
+    which.add_argument("--shard", metavar="I/N", help=about)
+    for flag, about in (
+        ("--retry_failed", "run failed units again"),
+        ("--dry_run", "print the plan and evaluate nothing"),
+    ):
+        which.add_argument(flag, action="store_true", help=about)
 
 
 def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that were given, the command line before the file.
-
-    Args:
-        arguments: What a parser prepared by `add_arguments` parsed.
-
-    Returns:
-        Checked values by name; an option that was not given is absent.
+    """Return the checked options that were given, the command line before the file.
 
     Raises:
         ValueError: One sentence naming the key or option, its value and what works.
         OSError: The file cannot be read.
     """
-    given = {
-        option.name: getattr(arguments, option.name)
-        for option in OPTIONS
-        if getattr(arguments, option.name, None) is not None
-    }
     options = read_file(arguments.config) if arguments.config else {}
     for option in OPTIONS:
-        if option.name in given:
-            options[option.name] = checked(
-                option.kind, given[option.name], f"--{option.name}"
-            )
+        given = getattr(arguments, option.name, None)
+        if given is not None:
+            options[option.name] = checked(option.kind, given, f"--{option.name}")
     shared = {n: parse_number(options.pop(n)) for n in SHARED if n in options}
     model_args = options.get("model_args", {})
     for name in shared.keys() & model_args.keys():
@@ -289,24 +179,16 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     if shared:
         options["model_args"] = {**model_args, **shared}
-    for name, example in (
-        ("output_path", "--output_path sweep"),
-        ("tasks", "--tasks boolq"),
-    ):
+    for name, example in (("output_path", "sweep"), ("tasks", "boolq")):
         if not options.get(name):
             raise ValueError(
-                f"{name} was not given: add {example}, or the key to --config."
+                f"{name} was not given: add --{name} {example}, or the key to --config."
             )
     return options
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """Return the checked options of a YAML file.
-
-    Raises:
-        ValueError: The file is no YAML mapping, or a key or a value is not usable.
-        OSError: The file cannot be read.
-    """
+    """Return the checked options of a YAML file, or raise as `read_options` does."""
     import yaml
 
     try:
@@ -320,44 +202,134 @@ def read_file(path: str) -> dict[str, Any]:
             f"--config {path} holds a {type(content).__name__}, but a sweep is a mapping of "
             "options such as `ratios: [3.6, 2.0]`."
         )
-    known = {option.name: option for option in OPTIONS}
+    kinds = {option.name: option.kind for option in OPTIONS}
     options = {}
     for key, value in content.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
+        if key not in kinds:
+            near = difflib.get_close_matches(str(key), kinds, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kinds)}."
             raise ValueError(f"--config {path} has the unknown key {key}: {hint}")
         if value is not None:
-            options[key] = checked(known[key].kind, value, f"{key} in {path}")
+            options[key] = checked(kinds[key], value, f"{key} in {path}")
     return options
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Return ``(I, N)`` of ``I/N``.
-
-    Raises:
-        ValueError: `text` is something else, or I is not below N.
-    """
-    part, slash, parts = text.partition("/")
-    if not (slash and part.isascii() and part.isdigit() and parts.isdigit()):
+    """Return ``(I, N)`` of ``I/N``; ValueError where that is no part."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if found is None or int(found[1]) >= int(found[2]):
         raise ValueError(
-            f"--shard {text} is not of the form I/N: pass one such as 0/4."
+            f"--shard {text} is not I/N with I from 0 to N-1: pass one such as 0/4."
         )
-    if int(part) >= int(parts):
-        raise ValueError(
-            f"--shard {text} is not a part of {parts}: I counts from 0, so pass 0/{parts} "
-            f"to {max(int(parts) - 1, 0)}/{parts}."
-        )
-    return int(part), int(parts)
+    return int(found[1]), int(found[2])
 
 
 def parse_number(text: str) -> int | float | str:
     """Return a size as `lm_eval run` would read it from ``--model_args``."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def refuse_other_processes(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError where other processes evaluate, which an option cannot have."""
+    size = os.environ.get("WORLD_SIZE") or "1"
+    launched = f"the launcher (WORLD_SIZE={size})" if int(size) > 1 else None
+    other = "--ray" if options.get("ray") else launched
+    if other is not None:
+        raise ValueError(
+            f"{name} needs the sweep's folder in the one process that evaluates: leave out {other} "
+            f"or {name}, or share the sweep out with --shard."
+        )
+
+
+def checked(kind: str, value: Any, where: str) -> Any:
+    """Return a value as its kind has it, or raise ValueError, which names it by `where`."""
+    expected, check = KINDS[kind]
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return text
+        return check(value)
+    except (TypeError, ValueError, OSError) as error:
+        detail = f" ({error})" if str(error) else ""
+        raise ValueError(f"{where} is {value!r}{detail}: pass {expected}.") from None
+
+
+def _items(value: Any) -> list[str]:
+    texts = map(_text, value if isinstance(value, list) else [value])
+    items = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    if not items:
+        raise ValueError
+    return items
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    from lm_eval._cli.utils import key_val_to_dict, try_parse_json
+
+    if isinstance(value, dict):
+        return value
+    merged: dict[str, Any] = {}
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, str):
+            raise TypeError
+        parsed = try_parse_json(item) if item.lstrip().startswith("{") else item
+        merged.update(parsed if isinstance(parsed, dict) else key_val_to_dict(item))
+    return merged
+
+
+def _samples(value: Any) -> dict[str, list[int]]:
+    if isinstance(value, str):
+        is_json = value.lstrip().startswith("{")
+        value = json.loads(value if is_json else Path(value).read_text("utf-8"))
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return ",".join(map(_text, value))
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError
+    return str(value)
+
+
+def _number(value: Any) -> float:
+    number = float(str(value))
+    if not 0 <= number < float("inf"):
+        raise ValueError
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    known = {
+        "true": True,
+        "1": True,
+        "yes": True,
+        "false": False,
+        "0": False,
+        "no": False,
+    }
+    if str(value).lower() not in known:
+        raise ValueError
+    return known[str(value).lower()]
+
+
+def _boolean_or_text(value: Any) -> bool | str:
+    return value if isinstance(value, bool) else _text(value)
+
+
+#: By name: what an error asks for, and the check, which returns the value or raises.
+KINDS = {
+    "numbers": ("one or more numbers", _items),
+    "words": ("one or more names", _items),
+    "mapping": ("key=value pairs or a mapping", _mapping),
+    "samples": ('JSON such as {"boolq": [0, 1]}, or a file of it', _samples),
+    "text": ("one value", _text),
+    "integer": ("a whole number", lambda value: int(str(value))),
+    "number": ("a number of 0 or more", _number),
+    "boolean": ("true or false", _boolean),
+    "flag": ("true or false", _boolean),
+    "flag_or_text": ("true, false or a name", _boolean_or_text),
+}

@@ -1,50 +1,45 @@
-"""From the options of a sweep to its units: which configurations, which tasks, and
-what makes each unit the one it is.
+"""From the options of a sweep to its units: one task on one configuration each, and what defines it.
 
-A unit is one task on one configuration. Its fingerprint covers everything that
-decides its scores, so that a finished unit is recognised and one whose definition
-changed is not mistaken for it.
+The fingerprint of a unit covers everything that decides its scores, so that a finished
+unit is recognised, and one whose definition changed is not mistaken for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import operator
 from argparse import Namespace
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal, InvalidOperation
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.checkpoints.damage import misspelt
-from lm_eval_pruned.pruning.argument_values import read_widths
+from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
+from lm_eval_pruned.pruning.argument_values import known_allocation, read_widths
 from lm_eval_pruned.pruning.arguments import (
     CUTS,
     DECLARED,
+    EXCLUSIVE,
     SEVERAL,
     SIZES,
+    PruneArguments,
     without_idle,
 )
+from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.results.folder import ADAPTERS
 from lm_eval_pruned.results.stopping_record import SCHEMA
-from lm_eval_pruned.sweeps.configurations import (
-    Configuration,
-    configurations_of,
-    model_source,
-)
-from lm_eval_pruned.sweeps.fingerprints import (
-    SOURCES,
-    fingerprint,
-    hash_beside,
-    hash_file,
-    hash_tree,
-    source_of,
-)
-from lm_eval_pruned.sweeps.healing import SUFFIX, SweepHealing, training_arguments
-from lm_eval_pruned.sweeps.options import deciding
+from lm_eval_pruned.sweeps.healing import SweepHealing, training_arguments
+from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
 from lm_eval_pruned.sweeps.stopping import read_rule
 from lm_eval_pruned.sweeps.tasks import (
     SweepTask,
+    fingerprint,
+    hash_file,
+    hash_folder,
     index_tasks,
     resolve_tasks,
     with_metadata,
@@ -53,7 +48,7 @@ from lm_eval_pruned.sweeps.tracking import Tracking
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
@@ -61,6 +56,51 @@ if TYPE_CHECKING:
 
 #: Model types that a sweep can evaluate, the default first.
 MODELS = ("pruned-hf", "pruned-vllm")
+#: Arguments of the model that name files, and a file by which the Hub knows them.
+SOURCES = {
+    "pretrained": "config.json",
+    "delta": "config.json",
+    "peft": "adapter_config.json",
+    "lora_local_path": "adapter_config.json",
+    "tokenizer": "tokenizer_config.json",
+}
+#: Arguments of all configurations that decide how many parameters a size has.
+_WITH_SIZES = ("multiple_of", *EXCLUSIVE["says which layers to prune"])
+#: What a configuration takes from its row of the plan.
+_size = operator.attrgetter(
+    "intermediate_size", "expansion_ratio", "parameters", "reduction"
+)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One model of the sweep; its size is that of `lm_eval_pruned.checkpoints.planning.PlanRow`.
+
+    Attributes:
+        id: Readable and unique, such as ``ratio-2.4``.
+        arguments: What prunes it, such as ``{"ratio": 2.4}``; empty for the baseline.
+        healed: Whether it is trained again before it is evaluated.
+    """
+
+    id: str
+    arguments: dict[str, Any]
+    kept_width: int | float
+    expansion_ratio: float
+    parameters: int
+    reduction: float
+    healed: bool = False
+
+
+class Unit(NamedTuple):
+    """One task on one configuration."""
+
+    configuration: Configuration
+    task: SweepTask
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The id of the configuration and the name of the task."""
+        return self.configuration.id, self.task.name
 
 
 class Sweep:
@@ -73,7 +113,8 @@ class Sweep:
         options: As given.
         model: The model type.
         stop_when: What ends a unit of a pruned model, or None for its last document.
-        settings: The harness's own reading of them.
+        settings: The harness's own reading of the options.
+        baseline: The unpruned model, with which others are compared.
         configurations: Baseline first, then in the order asked for.
         tasks: In the order asked for.
         tracking: Where units are reported besides the folder.
@@ -86,105 +127,94 @@ class Sweep:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
-        self.model = _model(options)
+        self.model: str = options.get("model", MODELS[0])
+        if self.model not in MODELS:
+            raise ValueError(
+                f"model={self.model} is no model type that prunes: pass {' or '.join(MODELS)}."
+            )
         self.stop_when = read_rule(options)
         self.settings = _settings(options, self.model)
         self.tracking = Tracking(self.settings)
         self._base = self.settings.model_args
-        self.configurations = configurations_of(options, self._base)
-        self.healing: SweepHealing | None = None
-        if options.get("heal") is not None:
-            self._add_healed()
-        for cached in (hash_tree, hash_beside):
-            cached.cache_clear()
+        self.healing = SweepHealing(options) if "heal" in options else None
+        self.configurations = _configurations(options, self._base)
+        self.baseline = self.configurations[0]
+        if self.healing is not None:
+            self._add_healed(self.healing)
         self._manager = index_tasks(self.settings.include_path)
         self.tasks = resolve_tasks(options["tasks"], self._manager)
 
-    def units(
-        self, shard: tuple[int, int] | None = None
-    ) -> list[tuple[Configuration, SweepTask]]:
-        """Return the units, those of one configuration together.
-
-        Args:
-            shard: ``(I, N)`` to return part I of N. Units are dealt out task by
-                task, so that N parts of N configurations get one model each.
-        """
-        numbers = {
-            (configuration.id, task.name): number
-            for number, (task, configuration) in enumerate(
-                (task, configuration)
-                for task in self.tasks
-                for configuration in self.configurations
+    def _add_healed(self, healing: SweepHealing) -> None:
+        """Put behind each pruned configuration the same one, trained again."""
+        pruned = self.configurations[1:]
+        if not pruned:
+            raise ValueError(
+                "heal trains pruned models, but the sweep has none: add sizes such as "
+                "--prune_percents 20 40."
             )
-        }
+        # What is wrong with one size is wrong with all that are asked for alike.
+        for each in {tuple(each.arguments): each for each in pruned}.values():
+            healing.check(self._trained(each), Path(self.options["output_path"]))
+        healed = [replace(e, id=f"{e.id}_healed", healed=True) for e in pruned]
+        pairs = zip(pruned, healed, strict=True)
+        self.configurations[1:] = itertools.chain.from_iterable(pairs)
+
+    def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
+        """Return the units, those of one configuration together; of part I of N for ``(I, N)``.
+
+        They are dealt out task by task, so that N parts of N configurations get one model each.
+        """
         part, parts = shard or (0, 1)
+        count = len(self.configurations)
         return [
-            (configuration, task)
-            for configuration in self.configurations
-            for task in self.tasks
-            if numbers[configuration.id, task.name] % parts == part
+            Unit(configuration, task)
+            for place, configuration in enumerate(self.configurations)
+            for number, task in enumerate(self.tasks)
+            if (number * count + place) % parts == part
         ]
 
     def model_args(self, configuration: Configuration) -> dict[str, Any]:
         """Return the arguments that ``lm_eval --model_args`` would take."""
-        arguments = self._pruning_arguments(configuration)
+        arguments = self._pruned(configuration)
         if configuration.healed:
             arguments["peft"] = str(self.adapter(configuration))
         return arguments
 
     def adapter(self, configuration: Configuration) -> Path:
         """Return where the adapter of a healed configuration lies, once it was trained."""
-        assert self.healing is not None
-        digest = fingerprint(
-            {
-                "model_args": self._described(self._training_arguments(configuration)),
-                "sources": self.sources,
-                "healing": self.healing.definition(),
-            }
-        )
-        folder = Path(self.options["output_path"])
-        return folder / ADAPTERS / configuration.id / digest[:16]
+        definition = self.model_definition(configuration)
+        del definition["model"]
+        definition["model_args"] = self._described(self._trained(configuration))
+        folder = Path(self.options["output_path"], ADAPTERS, configuration.id)
+        return folder / fingerprint(definition)[:16]
 
     def heal(self, configuration: Configuration) -> None:
         """Train the adapter of a healed configuration, unless it is there."""
         assert self.healing is not None
-        self.healing.train(
-            self._training_arguments(configuration),
-            self.adapter(configuration),
-            self.settings.device,
-        )
-
-    def metadata(self, configuration: Configuration) -> dict[str, Any]:
-        """Return what the harness hands to tasks: model arguments, then --metadata."""
-        own = self.options.get("metadata") or {}
-        return {**self.model_args(configuration), **own}
+        place = self.adapter(configuration)
+        self.healing.train(self._trained(configuration), place, self.settings.device)
 
     def task_manager(self, configuration: Configuration) -> TaskManager:
         """Return the harness's task manager as `lm_eval run` would make it."""
-        return with_metadata(self._manager, self.metadata(configuration))
+        own = self.options.get("metadata") or {}
+        metadata = {**self.model_args(configuration), **own}
+        return with_metadata(self._manager, metadata)
 
     @functools.cached_property
     def sources(self) -> dict[str, dict[str, str | None]]:
         """What the model is made from: content hashes of folders, commits on the Hub."""
-        revision = self._base.get("revision") or "main"
-        named = {
-            argument: str(self._base[argument])
-            for argument in SOURCES
-            if self._base.get(argument)
-        }
-        named.setdefault("pretrained", str(model_source(self._base)["pretrained"]))
+        named = {**model_source(self._base), **self._base}
         return {
-            argument: source_of(
-                name, revision, str(self._base.get("subfolder") or ""), argument
-            )
-            for argument, name in named.items()
+            argument: _source(str(named[argument]), file, self._base)
+            for argument, file in SOURCES.items()
+            if named.get(argument)
         }
 
     def model_definition(self, configuration: Configuration) -> dict[str, Any]:
         """Return everything that decides which model a configuration is."""
         definition = {
             "model": self.model,
-            "model_args": self._described(self._pruning_arguments(configuration)),
+            "model_args": self._described(self._pruned(configuration)),
             "sources": self.sources,
         }
         if configuration.healed:
@@ -192,100 +222,38 @@ class Sweep:
             definition["healing"] = self.healing.definition()
         return definition
 
-    def _described(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Return arguments of the model without what decides nothing, files by their content."""
-        arguments = {
-            name: value
-            for name, value in arguments.items()
-            if name not in deciding("how")
-            and "sha256" not in self.sources.get(name, {})
-        }
-        if "widths" in arguments:
-            arguments["widths"] = read_widths(arguments["widths"])
-        text = Path(arguments.get("calibration", ""))
-        if text.is_file():
-            arguments["calibration"] = {"sha256": hash_file(text)}
-        return arguments
-
-    def _pruning_arguments(self, configuration: Configuration) -> dict[str, Any]:
-        """Return the model's arguments before what it is trained on."""
-        return without_idle({**self._base, **configuration.arguments})
-
-    def _training_arguments(self, configuration: Configuration) -> dict[str, Any]:
-        arguments = self._pruning_arguments(configuration)
-        return training_arguments(self.model, {**model_source(self._base), **arguments})
-
-    def _add_healed(self) -> None:
-        """Put behind each pruned configuration the same one, trained again.
-
-        Raises:
-            ValueError: There is none, or it cannot be trained as asked.
-        """
-        self.healing = SweepHealing.of(self.options)
-        found = []
-        for each in self.configurations[1:]:
-            found += [each, replace(each, id=each.id + SUFFIX, healed=True)]
-        if not found:
-            raise ValueError(
-                "heal trains pruned models, but the sweep has none: add sizes such as "
-                "--prune_percents 20 40."
-            )
-        # What is wrong with one size is wrong with all that are asked for alike.
-        alike = {tuple(each.arguments): each for each in found}
-        for each in alike.values():
-            self.healing.check(
-                self._training_arguments(each), Path(self.options["output_path"])
-            )
-        self.configurations = [self.baseline, *found]
-
     def definition(
         self, configuration: Configuration, task: SweepTask
     ) -> dict[str, Any]:
         """Return everything that decides a unit's scores."""
-        settings = self.settings
-        return {
+        names = (*deciding("scores"), "seed")
+        definition = {
             **self.model_definition(configuration),
             "task": task.name,
             "task_sha256": task.digest,
-            "settings": {
-                name: getattr(settings, name) for name in (*deciding("scores"), "seed")
-            },
+            "settings": {name: getattr(self.settings, name) for name in names},
             "metadata": self.options.get("metadata") or {},
-            **self._stopping(configuration),
-            "versions": {
-                package: version(package) for package in ("lm-eval", "lm-eval-pruned")
-            },
+            "versions": {name: version(name) for name in ("lm-eval", "lm-eval-pruned")},
         }
-
-    @property
-    def baseline(self) -> Configuration:
-        """The unpruned model, with which others are compared."""
-        return self.configurations[0]
+        if self.may_stop(configuration):
+            # The sizes share the error: with more of them, each has to be clearer.
+            sizes = len(self.configurations) - 1
+            rule = {"rule": self.stop_when, "sizes": sizes, "schema_version": SCHEMA}
+            definition["stopping"] = rule
+        return definition
 
     def may_stop(self, configuration: Configuration) -> bool:
         """Return whether the units of a configuration end when they are decided."""
         return self.stop_when is not None and configuration is not self.baseline
 
-    def _stopping(self, configuration: Configuration) -> dict[str, Any]:
-        if not self.may_stop(configuration):
-            return {}
-        # The sizes share the error: with more of them, each has to be clearer.
-        sizes = len(self.configurations) - 1
-        rule = {"rule": self.stop_when, "sizes": sizes, "schema_version": SCHEMA}
-        return {"stopping": rule}
-
     def as_dict(self, kept: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-        """Return the content of ``sweep.json``: the same for every shard and every start.
+        """Return the content of ``sweep.json``, the same for every shard and every start.
 
-        Args:
-            kept: Configurations of earlier sweeps in the folder that are part of this one.
+        `kept` are configurations of earlier sweeps in the folder that are part of this one.
         """
-        baseline, *others = (asdict(each) for each in self.configurations)
-        definition = {
-            name: value
-            for name, value in self.options.items()
-            if name not in deciding("how") + deciding("where")
-        }
+        baseline, *others = map(asdict, self.configurations)
+        left_out = deciding("how", "where")
+        definition = {k: v for k, v in self.options.items() if k not in left_out}
         for option, argument in SEVERAL.items():
             sizes = [each["arguments"].get(argument) for each in kept]
             if argument in CUTS and any(sizes):
@@ -298,47 +266,88 @@ class Sweep:
             "tasks": [each.name for each in self.tasks],
         }
 
+    def _pruned(self, configuration: Configuration) -> dict[str, Any]:
+        """Return the model's arguments, before what it is trained on."""
+        return without_idle({**self._base, **configuration.arguments})
 
-def _model(options: dict[str, Any]) -> str:
-    model: str = options.get("model", MODELS[0])
-    if model not in MODELS:
-        raise ValueError(
-            f"model={model} is no model type that prunes: pass {' or '.join(MODELS)}."
-        )
-    return model
+    def _trained(self, configuration: Configuration) -> dict[str, Any]:
+        arguments = {**model_source(self._base), **self._pruned(configuration)}
+        return training_arguments(self.model, arguments)
+
+    def _described(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments of the model without what decides nothing, files by their content."""
+        copies = [k for k, source in self.sources.items() if "sha256" in source]
+        left_out = (*deciding("how"), *copies)
+        described = {k: v for k, v in arguments.items() if k not in left_out}
+        if "widths" in described:
+            described["widths"] = read_widths(described["widths"])
+        text = Path(described.get("calibration", ""))
+        if text.is_file():
+            described["calibration"] = {"sha256": hash_file(text)}
+        return described
+
+
+def model_source(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that say which checkpoint a sweep is of."""
+    if not base.get("pretrained"):
+        from lm_eval_pruned.checkpoints.default_model import find_default_model
+
+        base = {**base, **find_default_model().model_args()}
+    names = ("pretrained", *SOURCE_ARGUMENTS)
+    return {name: base[name] for name in names if base.get(name)}
+
+
+def _source(name: str, file: str, base: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return what identifies a checkpoint: of a folder its content, on the Hub the commit."""
+    folder = Path(name)
+    if folder.is_dir():
+        inner = folder / str(base.get("subfolder") or "")
+        # Other folders in it, such as the checkpoints of a training, do not count.
+        return {"sha256": hash_folder(inner if inner.is_dir() else folder)}
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(name, file, revision=base.get("revision") or "main")
+        path = Path(found or "").parts
+        return {"name": name, "commit": path[path.index("snapshots") + 1]}
+    except (OSError, ValueError, IndexError):
+        return {"name": name, "commit": None}
 
 
 def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
+    """Have the harness read and check its part of the options."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    own = ("model", *SEVERAL, "heal", "ray", "stop_when")
-    known = {
-        name: value
-        for name, value in options.items()
-        if name not in own and not name.endswith("_per_unit")
-    }
     arguments = dict(options.get("model_args") or {})
     instead = dict.fromkeys(SIZES, "ratios") | {v: k for k, v in SEVERAL.items()}
-    for name, option in instead.items():
-        if name in arguments:
-            raise ValueError(
-                f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
-                f"configurations: use --{option}."
-            )
+    for name in instead.keys() & arguments.keys():
+        raise ValueError(
+            f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
+            f"configurations: use --{instead[name]}."
+        )
+
     found = misspelt(arguments, _known(model), lambda: _config(arguments))
     if found is not None:
         name, near = found
-        meant = f"--{instead[near]}" if near in instead else near
         raise ValueError(
             f"model_args has {name}={arguments[name]}, which {model} does not know: did you mean "
-            f"{meant}?"
+            f"{f'--{instead[near]}' if near in instead else near}?"
         )
-    known["model_args"] = arguments
-    if "seed" in known:
-        known["seed"] = _seeds(known["seed"])
-    known["log_samples"] = options.get("log_samples", True)
+    read = {name: options[name] for name in OF_HARNESS if name in options}
+    read |= {"model": model, "model_args": arguments}
+    read.setdefault("log_samples", True)
+    if "seed" in read:
+        seeds = [part.strip() for part in read["seed"].split(",")]
+        read["seed"] = [None if part.lower() == "none" else part for part in seeds]
     # from_cli takes what is true or zero, as lm_eval run has it.
-    return EvaluatorConfig.from_cli(Namespace(model=model, **known))
+    return EvaluatorConfig.from_cli(Namespace(**read))
+
+
+def _config(arguments: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    source = model_source(arguments)
+    return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
 
 
 def _known(model: str) -> set[str]:
@@ -352,21 +361,71 @@ def _known(model: str) -> set[str]:
     return known
 
 
-def _config(arguments: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
+def _configurations(
+    options: dict[str, Any], base: dict[str, Any]
+) -> list[Configuration]:
+    """Return the baseline, and each size by each allocation, criterion and seed."""
+    plan = functools.partial(plan_rows, **model_source(base))
+    (whole,) = plan(argument="prune_percent", values=["0"])
+    variants = list(_variants(options))
+    found = {"baseline": Configuration("baseline", {}, *_size(whole))}
+    for option, argument in SEVERAL.items():
+        if argument not in CUTS:
+            continue
+        values, by, names = options.get(option, []), variants, _WITH_SIZES
+        if argument not in SIZES:
+            by, names = [{}], ()
+        if argument != "widths":
+            values = [parse_number(_canonical(text)) for text in values]
+        shared = {n: base[n] for n in names if base.get(n) is not None}
+        rows = plan(argument=argument, values=values, **shared)
+        sizes = zip(values, rows, strict=True)
+        for (value, row), variant in itertools.product(sizes, by):
+            if row.parameters == whole.parameters:
+                continue
+            arguments = {argument: value, **variant}
+            # Refused here, not once the baseline has been evaluated.
+            PruneArguments.taken_from(without_idle({**base, **arguments}))
+            name = _id(arguments)
+            found[name] = Configuration(name, arguments, *_size(row))
+    return list(found.values())
 
-    source = model_source(arguments)
-    return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
 
-
-def _seeds(text: str) -> list[int | None]:
-    try:
-        return [
-            None if part.strip().lower() == "none" else int(part)
-            for part in text.split(",")
-        ]
-    except ValueError:
+def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what is combined with each size, without what is the default."""
+    allocations = options.get("allocations", [PruneArguments.allocation])
+    criteria = options.get("criteria", [PruneArguments.criterion])
+    names = [canonical_name(name, or_best=True) for name in criteria]
+    seeds = [*map(parse_number, options.get("seeds", []))]
+    if seeds and "random" not in names:
         raise ValueError(
-            f"seed={text} is not a whole number or four of them: pass one such as 42 or "
-            "0,1234,1234,1234."
-        ) from None
+            f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has "
+            "any: add --criteria random, or leave --seeds out."
+        )
+    for allocation, criterion in itertools.product(allocations, names):
+        known_allocation("allocation", allocation)
+        each = {"allocation": allocation, "criterion": criterion}
+        told = {k: v for k, v in each.items() if v != DECLARED[k].default}
+        if seeds and criterion == "random":
+            yield from ({**told, "seed": seed} for seed in seeds)
+        else:
+            yield told
+
+
+def _id(arguments: dict[str, Any]) -> str:
+    named = dict(arguments)
+    if "widths" in named:
+        # Two files may have one name, and one file may change.
+        digest = fingerprint({"widths": read_widths(named["widths"])})[:8]
+        named["widths"] = f"{Path(named['widths']).stem}-{digest}"
+    parts = (f"{name}-{value}" for name, value in named.items())
+    return "_".join(parts).replace("/", "over")
+
+
+def _canonical(text: str) -> str:
+    """Return one notation for one number, so that 2.40 is the same configuration as 2.4."""
+    try:
+        number = Decimal(text)
+        return f"{number.normalize():f}" if number.is_finite() else text
+    except InvalidOperation:
+        return text

@@ -1,37 +1,30 @@
 """Units of a sweep on a Ray cluster.
 
-Workers are Ray actors that keep a model between units. They evaluate into a
-folder of their own and send its files back; only the process that started the
-sweep writes to the sweep's folder, so workers need not share a file system with it.
+Workers are Ray actors that keep a model between units, and Ray places them where resources
+are free. They send the files of a unit back; only the process that started the sweep writes
+to its folder, so workers need not share a file system with it.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import socket
 import tempfile
-import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.sweeps.plan import Sweep
-from lm_eval_pruned.sweeps.ranks import device_failed
-from lm_eval_pruned.sweeps.runner import (
-    UnitRunner,
-    describe_error,
-    part_name,
-    unit_key,
-)
+from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
 
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator
 
-    from lm_eval_pruned.sweeps.runner import Outcome, Store, Unit
+    from lm_eval_pruned.sweeps.plan import Unit
+    from lm_eval_pruned.sweeps.unit import Ended
     from lm_eval_pruned.util.progress import Progress
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
@@ -44,26 +37,16 @@ PATIENCE = 60
 
 def run_on_ray(
     sweep: Sweep,
-    waiting: Sequence[Unit],
-    store: Store,
+    units: list[Unit],
+    new_folder: Callable[[], Any],
     progress: Progress,
-    shard: tuple[int, int] | None,
-) -> Generator[Outcome]:
-    """Evaluate units on a cluster, each on the resources asked for.
-
-    Args:
-        sweep: The plan; its options say which cluster and how much of it.
-        waiting: Units to run.
-        store: Where outcomes are kept.
-        progress: Told when a unit starts.
-        shard: ``(I, N)`` where this is one part of a sweep.
-
-    Yields:
-        Outcomes, as they come in.
+    part: str,
+) -> Generator[Ended]:
+    """Evaluate units on the cluster that the sweep asks for, and yield them as they end.
 
     Raises:
-        ValueError: Ray is not installed, the cluster cannot be reached, or none of
-            its nodes has what a unit needs.
+        ValueError: Ray is not installed, the cluster cannot be reached, or it has not got what
+            a unit needs.
     """
     # Ray reports its use over the network unless told otherwise before it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -74,260 +57,157 @@ def run_on_ray(
             "--ray needs the package ray, which is not installed: "
             "run `pip install 'lm-eval-pruned[ray]'`."
         ) from None
-    if not waiting:
-        return
-    ours = not ray.is_initialized()
+    ours = bool(units) and not ray.is_initialized()
     if ours:
-        address = sweep.options["ray"]
+        asked = sweep.options["ray"]
+        address = asked if isinstance(asked, str) else None
         try:
-            ray.init(
-                address=address if isinstance(address, str) else None,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError) as error:
             raise ValueError(
-                f"--ray {address}: the cluster cannot be reached ({error}); pass the address "
+                f"--ray {asked}: the cluster cannot be reached ({error}); pass the address "
                 "of its head, or --ray alone to start one here."
             ) from None
     try:
-        yield from _Cluster(ray, sweep, waiting, store, progress, shard).run()
+        if units:
+            for unit, seconds, files, failure in _evaluated(
+                ray, sweep, units, progress, part
+            ):
+                with new_folder() as folder:
+                    for name, content in files.items():
+                        (folder / name).write_bytes(content)
+                    yield unit, folder, seconds, failure
     finally:
         if ours:
             ray.shutdown()
 
 
-def choose_unit(
-    waiting: Sequence[Unit], holds: str | None, elsewhere: Sequence[str | None]
-) -> int:
-    """Return the position of the unit that a free worker should take.
+def _evaluated(
+    ray: Any, sweep: Sweep, units: list[Unit], progress: Progress, part: str
+) -> Generator[tuple[Unit, float, dict[str, bytes], dict[str, str] | None]]:
+    options, total = sweep.options, ray.cluster_resources()
+    cpus = options.get("cpus_per_unit", 1)
+    gpus = options.get("gpus_per_unit", 1 if total.get("GPU") else 0)
+    needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
+    shares = [total.get(k, 0) / n for k, n in (("CPU", cpus), ("GPU", gpus)) if n]
+    places = int(min(shares, default=len(units)) + 1e-9)
+    if not places:
+        raise ValueError(f"{needs} are more than the cluster has: ask for less.")
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(Worker)
+    waiting = list(units)
+    # How often a unit took its worker with it.
+    losses: Counter[tuple[str, str]] = Counter()
+    workers: list[Any] = []
+    # The configuration whose model each worker that has started holds.
+    held: dict[Any, str] = {}
+    running: dict[Any, tuple[Any, Unit | None]] = {}
+
+    def start() -> None:
+        name = f"{part}_worker{len(workers)}"
+        workers.append(remote.remote(options, os.getcwd(), name))
+        running[workers[-1].ready.remote()] = workers[-1], None
+
+    def assign(worker: Any) -> None:
+        unit = choose_unit(waiting, held.get(worker), [*held.values()])
+        waiting.remove(unit)
+        held[worker] = unit.configuration.id
+        progress.workers = len(held)
+        progress.start(*unit.names)
+        future = worker.run.remote(*unit.names, unit.task.digest)
+        running[future] = worker, unit
+
+    try:
+        for _ in range(min(places, len(units))):
+            start()
+        # A worker that still waits for a place is not waited for.
+        while running and (waiting or any(unit for _, unit in running.values())):
+            ended, _ = ray.wait(list(running), timeout=None if held else PATIENCE)
+            if not ended:
+                logger.warning("The sweep waits for a worker, which needs %s.", needs)
+                ended, _ = ray.wait(list(running))
+            worker, unit = running.pop(ended[0])
+            lost = device_failed = False
+            try:
+                *result, device_failed = ray.get(ended[0])
+            except ray.exceptions.RayError as error:
+                lost, result = True, [0.0, {}, describe_error(error)]
+                logger.error("A worker was lost: %s", error)
+            if unit is not None:
+                losses[unit.names] += lost or device_failed
+                # Two devices that fail with one unit are enough.
+                allowed = 1 if device_failed else RETRIES
+                if (lost or device_failed) and losses[unit.names] <= allowed:
+                    waiting.append(unit)
+                else:
+                    yield unit, *result
+            if waiting and not (lost or device_failed):
+                assign(worker)
+                continue
+            # Its resources go to whoever waits for them; where no worker can be, none starts.
+            places -= device_failed or (lost and unit is None)
+            held.pop(worker, None)
+            ray.kill(worker)
+            if len(running) < min(places, len(waiting)):
+                start()
+        if waiting:
+            print(
+                f"Stopped: no worker is left for {len(waiting)} units. The same command goes on "
+                "with them."
+            )
+    finally:
+        for worker in workers:
+            with suppress(Exception):
+                ray.kill(worker)
+
+
+def choose_unit(waiting: list[Unit], holds: str | None, elsewhere: list[str]) -> Unit:
+    """Return the unit that a free worker should take.
 
     One of the configuration it holds; else of one that no other worker holds; else
     of the one with the most units left.
-
-    Args:
-        waiting: Units to choose from, at least one.
-        holds: Id of the configuration whose model the worker has.
-        elsewhere: Ids of those that other workers have.
     """
-    left = Counter(configuration.id for configuration, _ in waiting)
-
-    def rank(position: int) -> tuple[bool, bool, int, int]:
-        name = waiting[position][0].id
-        return name != holds, name in elsewhere, -left[name], position
-
-    return min(range(len(waiting)), key=rank)
-
-
-def workers_that_fit(nodes: Sequence[dict[str, Any]], cpus: float, gpus: float) -> int:
-    """Return how many workers the nodes of a cluster hold, each worker on one node.
-
-    Args:
-        nodes: As `ray.nodes` lists them.
-        cpus: CPUs of one worker.
-        gpus: GPUs of one worker.
-    """
-    needs = [(name, need) for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
-    return sum(
-        min(
-            (int(node["Resources"].get(name, 0) / n + 1e-9) for name, n in needs),
-            default=os.cpu_count() or 1,
-        )
-        for node in nodes
-        if node["Alive"]
-    )
+    names = [unit.configuration.id for unit in waiting]
+    ranks = [(n != holds, n in elsewhere, -names.count(n)) for n in names]
+    return waiting[ranks.index(min(ranks))]
 
 
 class Worker:
-    """Evaluates units in a process of the cluster.
-
-    Args:
-        options: Of the sweep.
-        folder: Working folder of the process that started the sweep; used where it
-            exists, since relative paths in the options start from it.
-        part: Distinguishes this worker's cache files.
-    """
+    """Evaluates units in a process of the cluster."""
 
     def __init__(self, options: dict[str, Any], folder: str, part: str) -> None:
+        # Relative paths in the options start from where the sweep was started.
         if Path(folder).is_dir():
             os.chdir(folder)
+        import torch
         from lm_eval.utils import setup_logging
 
         setup_logging()
+        torch.set_num_threads(max(1, int(options.get("cpus_per_unit", 1))))
         self._sweep = Sweep(options)
         self._runner = UnitRunner(self._sweep, part)
 
-    def ready(self) -> str:
-        """Return the node's name, once the worker is there."""
-        return socket.gethostname()
+    def ready(self) -> tuple[bool]:
+        """Return, once the worker is there, that its device has not failed."""
+        return (False,)
 
     def run(
         self, configuration: str, task: str, digest: str
     ) -> tuple[float, dict[str, bytes], dict[str, str] | None, bool]:
-        """Evaluate one unit.
-
-        Args:
-            configuration: Id of its configuration.
-            task: Name of its task.
-            digest: Of the task as the sweep planned it.
+        """Evaluate the unit of these names, whose task has this digest where it was planned.
 
         Returns:
             Seconds, the harness's files by name, None or what the unit failed with, and
             whether the device failed, after which this process can run no other unit.
         """
-        start = time.perf_counter()
-        try:
-            here = {each.name: each for each in self._sweep.tasks}[task]
-            if here.digest != digest:
-                raise RuntimeError(
-                    f"the task {task} on {socket.gethostname()} is not the one this sweep was "
-                    "planned with: install the same lm_eval and task folders on every node."
-                )
-            model = {each.id: each for each in self._sweep.configurations}[
-                configuration
-            ]
-            with tempfile.TemporaryDirectory() as folder:
-                seconds = self._runner.run(model, here, Path(folder))
-                files = {
-                    path.name: path.read_bytes() for path in Path(folder).iterdir()
-                }
-        except Exception as error:  # noqa: BLE001
-            spent = time.perf_counter() - start
-            return spent, {}, describe_error(error), device_failed(error)
-        return seconds, files, None, False
-
-
-class _Cluster:
-    """Deals units to workers and collects what they send back.
-
-    Ray starts a worker once its resources are free, so fewer may run than there are places
-    for. A worker that has no unit left to run ends, and others get what it held.
-    """
-
-    def __init__(self, ray, sweep, waiting, store, progress, shard) -> None:
-        self._ray = ray
-        self._waiting: list[Unit] = list(waiting)
-        self._store = store
-        self._progress = progress
-        self._part = part_name(shard)
-        options = sweep.options
-        cpus = options.get("cpus_per_unit", 1)
-        gpus = options.get(
-            "gpus_per_unit", 1 if ray.cluster_resources().get("GPU") else 0
-        )
-        self._needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
-        self._places = workers_that_fit(ray.nodes(), cpus, gpus)
-        if not self._places:
-            raise ValueError(
-                f"{self._needs} are more than any node of the cluster has (in all: "
-                f"{_written(ray.cluster_resources())}): ask for less."
+        units = {unit.names: unit for unit in self._sweep.units()}
+        unit = units.get((configuration, task))
+        if unit is None or unit.task.digest != digest:
+            stranger = RuntimeError(
+                f"the task {task} on {socket.gethostname()} is not the one this sweep was "
+                "planned with: install the same lm_eval and task folders on every node."
             )
-        self._remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(Worker)
-        # Options that are paths must mean the same on a node.
-        self._options = ray.put(options)
-        self._workers: dict[int, Any] = {}
-        # Of the workers that have started.
-        self._holds: dict[int, str | None] = {}
-        # None while the worker starts.
-        self._running: dict[Any, tuple[int, Unit | None]] = {}
-        self._losses: Counter[tuple[str, str]] = Counter()
-
-    def run(self) -> Iterator[Outcome]:
-        told = False
-        try:
-            while units := [*self._waiting, *filter(None, self._assigned())]:
-                while len(self._workers) < min(self._places, len(units)):
-                    self._start()
-                if not self._workers:
-                    print(
-                        f"Stopped: no worker is left for {len(units)} units. The same command "
-                        "goes on with them."
-                    )
-                    return
-                done, _ = self._ray.wait(list(self._running), timeout=PATIENCE)
-                if not (done or self._holds or told):
-                    told = True
-                    logger.warning(
-                        "The sweep waits for its first worker, which needs %s; the cluster has "
-                        "%s free.",
-                        self._needs,
-                        _written(self._ray.available_resources()),
-                    )
-                for future in done:
-                    yield from self._collect(future, *self._running.pop(future))
-        finally:
-            for number in list(self._workers):
-                self._end(number)
-
-    def _assigned(self) -> list[Unit | None]:
-        return [unit for _, unit in self._running.values()]
-
-    def _start(self) -> None:
-        number = next(n for n in itertools.count() if n not in self._workers)
-        worker = self._remote.remote(
-            self._options, os.getcwd(), f"{self._part}_worker{number}"
-        )
-        self._workers[number] = worker
-        self._running[worker.ready.remote()] = (number, None)
-
-    def _end(self, number: int) -> None:
-        self._holds.pop(number, None)
-        with suppress(Exception):
-            self._ray.kill(self._workers.pop(number))
-
-    def _assign(self, number: int) -> None:
-        if not self._waiting:
-            self._end(number)
-            return
-        holds = self._holds.pop(number, None)
-        position = choose_unit(self._waiting, holds, list(self._holds.values()))
-        unit = self._waiting.pop(position)
-        configuration, task = unit
-        self._holds[number] = configuration.id
-        self._progress.workers = len(self._holds)
-        self._progress.start(configuration.id, task.name)
-        future = self._workers[number].run.remote(
-            configuration.id, task.name, task.digest
-        )
-        self._running[future] = (number, unit)
-
-    def _collect(self, future, number: int, unit: Unit | None) -> Iterator[Outcome]:
-        try:
-            answer = self._ray.get(future)
-        except self._ray.exceptions.RayError as error:
-            failure = describe_error(error)
-            yield from self._lose(number, unit, 0.0, failure, place=unit is None)
-            return
-        if unit is not None:
-            seconds, files, failure, no_device = answer
-            if no_device:
-                yield from self._lose(number, unit, seconds, failure, place=True)
-                return
-            yield self._keep(unit, seconds, files, failure)
-        self._assign(number)
-
-    def _lose(
-        self, number: int, unit: Unit | None, seconds, failure, place: bool
-    ) -> Iterator[Outcome]:
-        """Give up a worker, and its place where the next one would fail there as well."""
-        self._end(number)
-        self._places -= place
-        if unit is None:
-            logger.error("A worker could not start: %s", failure["message"])
-            return
-        self._losses[unit_key(unit)] += 1
-        # Two devices that fail with one unit are enough.
-        if self._places and self._losses[unit_key(unit)] <= (1 if place else RETRIES):
-            self._waiting.append(unit)
-        else:
-            yield self._keep(unit, seconds, {}, failure)
-
-    def _keep(self, unit, seconds, files, failure) -> Outcome:
-        with self._store.new_unit() as folder:
-            for name, content in files.items():
-                (folder / name).write_bytes(content)
-            return self._store.keep(unit, folder, seconds, failure)
-
-
-def _written(resources: dict[str, float]) -> str:
-    return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+            return 0.0, {}, describe_error(stranger), False
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, error = self._runner.attempt(unit, Path(folder))
+            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        return seconds, files, error, self._runner.device_failed

@@ -1,46 +1,38 @@
 """``lm-eval-pruned sweep``: many configurations by many tasks, each result kept at once.
 
 `plan` says which units there are, `folder` keeps them, this module runs those that
-are missing: here, or through `ray` on a cluster; `runner` runs one.
+are missing: here, or through `ray` on a cluster; `unit` runs one.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import itertools
-import logging
+import functools
+import os
 import tempfile
-import time
-from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.arguments import DECLARED
-from lm_eval_pruned.results.folder import is_sweep, read_definition
-from lm_eval_pruned.sweeps.fingerprints import changes, fingerprint
+from lm_eval_pruned.results.folder import is_sweep, read_definition, unit_folder
+from lm_eval_pruned.results.runs import read_newest
 from lm_eval_pruned.sweeps.folder import SweepFolder
-from lm_eval_pruned.sweeps.plan import Sweep
-from lm_eval_pruned.sweeps.ranks import Ranks, device_failed
-from lm_eval_pruned.sweeps.runner import (
-    Outcome,
-    Store,
-    UnitRunner,
-    describe_error,
-    part_name,
-    unit_key,
-)
+from lm_eval_pruned.sweeps.plan import Sweep, Unit
+from lm_eval_pruned.sweeps.ray import run_on_ray
+from lm_eval_pruned.sweeps.tasks import fingerprint
+from lm_eval_pruned.sweeps.unit import UnitRunner
 from lm_eval_pruned.util.progress import Progress
 from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterator, Mapping
 
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.sweeps.runner import Unit
     from lm_eval_pruned.sweeps.tasks import SweepTask
-
-logger = logging.getLogger("lm_eval.pruned.sweep")
+    from lm_eval_pruned.sweeps.unit import Ended
 
 
 def run_sweep(
@@ -50,13 +42,7 @@ def run_sweep(
     retry_failed: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Run the units of a sweep that its folder does not hold yet.
-
-    Args:
-        options: From `options.read_options`.
-        shard: ``(I, N)`` to run part I of N.
-        retry_failed: Whether units that failed before run again.
-        dry_run: Print the plan; evaluate and write nothing.
+    """Run the units of a sweep that its folder does not hold yet; see `options` for the arguments.
 
     Returns:
         Exit code: 0 where every unit of this sweep (or shard) is done, 1 where one
@@ -69,61 +55,146 @@ def run_sweep(
     sweep = Sweep(options)
     folder = SweepFolder(options["output_path"], shard)
     units = sweep.units(shard)
-    prints = {
-        unit_key(unit): fingerprint(sweep.definition(*unit))  # type: ignore[arg-type]
-        for unit in units
-    }
     if dry_run:
         _kept(sweep, folder)
-        print(_plan_table(sweep, units, folder, prints), end="")
+        print(_plan_table(sweep, units, folder), end="")
         return 0
-    ranks = Ranks()
+    ranks = _Ranks()
+    part = f"_shard{shard[0]}of{shard[1]}" if shard else ""
+    runner = UnitRunner(sweep, part, functools.partial(_unpruned_run, sweep, folder))
     if not ranks.main:
-        return _follow(sweep, units, ranks, shard)
+        followed = _run_here(runner, units, ranks, tempfile.TemporaryDirectory)
+        collections.deque(followed, maxlen=0)
+        return int(runner.device_failed)
     # What the Hub refuses, it refuses before the first model is loaded.
     sweep.tracking.hub_tracker()
-    with folder.locked():
+    with folder.held():
         folder.write_definition(sweep.as_dict(_kept(sweep, folder)))
-        done, failed, waiting = _sort(units, folder, prints, retry_failed)
-        _check_baselines(sweep, folder, waiting)
-        store = Store(sweep, folder, prints)
-        with contextlib.closing(
-            Progress(
-                len(done),
-                len(failed),
-                [task.name for _, task in waiting],
-                [(task.name, seconds) for (_, task), seconds in done],
-            )
-        ) as progress:
-            if options.get("ray"):
-                from lm_eval_pruned.sweeps.ray import run_on_ray
-
-                outcomes = run_on_ray(sweep, waiting, store, progress, shard)
-            else:
-                outcomes = _run_here(sweep, waiting, store, progress, shard, ranks)
+        done, failed, waiting = _sort(sweep, units, folder)
+        if retry_failed:
+            failed, waiting = [], [unit for unit in units if unit in failed + waiting]
+        names = [unit.task.name for unit in waiting]
+        seconds = [(unit.task.name, spent) for unit, spent in done]
+        progress = Progress(len(done), len(failed), names, seconds)
+        new = folder.new_unit
+        if options.get("ray"):
+            ended = run_on_ray(sweep, waiting, new, progress, part)
+        else:
+            ended = _run_here(runner, waiting, ranks, new, progress.start)
+        with contextlib.closing(progress), contextlib.closing(ended):
             try:
-                for outcome in outcomes:
-                    configuration, task = outcome.unit
-                    progress.finish(
-                        configuration.id,
-                        task.name,
-                        outcome.seconds,
-                        outcome.scores,
-                        outcome.error,
-                    )
+                for unit, files, spent, error in ended:
+                    definition = sweep.definition(*unit)
+                    scores = folder.keep(files, unit.names, spent, definition, error)
+                    progress.finish(*unit.names, spent, scores, error)
             except KeyboardInterrupt:
-                outcomes.close()
+                ended.close()
                 print(
                     f"Stopped: {progress.done} of {len(units)} units are done. The same "
                     "command goes on from here."
                 )
                 return 130
+    if runner.device_failed:
+        print(
+            "Stopped: after an error of its device this process can evaluate nothing else. The "
+            "same command goes on with the other units."
+        )
     if progress.failed:
         print(
             f"{progress.failed} of {len(units)} units failed; error.json in their folders "
             f"below {folder.path / 'units'} says why, --retry_failed tries them again."
         )
     return 0 if progress.done == len(units) else 1
+
+
+def _run_here(
+    runner: UnitRunner,
+    units: list[Unit],
+    ranks: _Ranks,
+    new_folder: Callable[[], Any],
+    starts: Callable[[str, str], None] = lambda *names: None,
+) -> Generator[Ended]:
+    """Evaluate the units that wait in the main process, and yield how each ended."""
+    waiting = ranks.from_main([unit.names for unit in units])
+    for unit in [unit for unit in units if unit.names in waiting]:
+        starts(*unit.names)
+        with new_folder() as files:
+            seconds, error = runner.attempt(unit, Path(files))
+            # Processes talk through their devices: without one, this process can only leave, and
+            # the launcher ends the others.
+            if not runner.device_failed:
+                error = ranks.first_error(error)
+            yield unit, files, seconds, error
+        if runner.device_failed:
+            return
+    runner.release()
+
+
+class _Ranks:
+    """The processes that share each unit, as `accelerate launch` starts them; or one alone.
+
+    The harness gathers the scores in the main one, which alone reads and writes the folder.
+    """
+
+    def __init__(self) -> None:
+        self._several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+        self.main = True
+        if self._several:
+            from accelerate import Accelerator, InitProcessGroupKwargs
+
+            # As HFLM has it: processes wait for the slowest, however long it takes.
+            patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
+            accelerator = Accelerator(kwargs_handlers=[patience])
+            if accelerator.num_processes == 1:
+                raise ValueError(
+                    f"WORLD_SIZE={os.environ['WORLD_SIZE']} announces several processes, but "
+                    "accelerate sees one: set ACCELERATE_USE_CPU=true for processes on CPUs."
+                )
+            self.main = accelerator.is_main_process
+
+    def from_main(self, names: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        if self._several:
+            from accelerate.utils import broadcast_object_list
+
+            (names,) = broadcast_object_list([names])
+        return names
+
+    def first_error(self, error: dict[str, str] | None) -> dict[str, str] | None:
+        """Return, in every process, the error of the first one that has any."""
+        if self._several:
+            from accelerate.utils import gather_object
+
+            error = next((each for each in gather_object([error]) if each), None)
+        return error
+
+
+def _unpruned_run(sweep: Sweep, folder: SweepFolder, task: SweepTask) -> Run:
+    """Return the unpruned model's results on a task."""
+    done, *_ = _sort(sweep, [Unit(sweep.baseline, task)], folder)
+    if not done:
+        raise ValueError(
+            f"{task.name} has no results of the unpruned model to compare with in {folder.path}: "
+            "evaluate baseline first, and then use --retry_failed."
+        )
+    return read_newest(unit_folder(folder.path, "baseline", task.name))
+
+
+def _sort(
+    sweep: Sweep, units: list[Unit], folder: SweepFolder
+) -> tuple[list[tuple[Unit, float]], list[Unit], list[Unit]]:
+    """Return units that are done (with their seconds), that failed, and that are to run."""
+    done: list[tuple[Unit, float]] = []
+    failed, waiting = [], []
+    for unit in units:
+        record = folder.read(*unit.names)
+        definition = fingerprint(sweep.definition(*unit))
+        if record is None or record.fingerprint != definition:
+            waiting.append(unit)
+        elif record.error is None:
+            done.append((unit, record.seconds))
+        else:
+            failed.append(unit)
+    return done, failed, waiting
 
 
 def _kept(sweep: Sweep, folder: SweepFolder) -> list[Any]:
@@ -134,34 +205,36 @@ def _kept(sweep: Sweep, folder: SweepFolder) -> list[Any]:
     """
     if not is_sweep(folder.path):
         return []
-    listed = {
-        each["id"]: each for each in read_definition(folder.path)[0]["configurations"]
-    }
-    own = [each.id for each in sweep.configurations]
-    units = {unit_key(unit): unit for unit in sweep.units()}
+    before, _ = read_definition(folder.path)
+    listed = {each["id"]: each for each in before["configurations"]}
+    units = {unit.names: unit for unit in sweep.units()}
     tasks = {task.name: task for task in sweep.tasks}
+    own = [each.id for each in sweep.configurations]
     again, kept = [], []
-    differing: list[str] = []
+    # Sentences, once each.
+    changed: dict[str, None] = {}
+    differing: dict[str, None] = {}
     for name in dict.fromkeys([*own, *listed]):
-        for record in folder.finished(name):
-            before, task = record.definition, record.definition["task"]
+        for was in folder.finished(name):
+            task = was["task"]
             if (name, task) in units:
-                found = [*changes(before, sweep.definition(*units[name, task]))]
-                again += [found] if found else []
+                now = sweep.definition(*units[name, task])
+                found = dict.fromkeys(_changes(was, now))
+                changed |= found
+                again += [task] if found else []
                 continue
+            kept.append((name, task))
             now = sweep.model_definition(sweep.baseline)
             if task in tasks:
                 now = sweep.definition(sweep.baseline, tasks[task])
-            kept.append((name, task))
-            differing += changes(
-                _unpruned({key: before.get(key) for key in now}), _unpruned(now)
-            )
+            was = {key: was.get(key) for key in now}
+            differing |= dict.fromkeys(_changes(_shared(was), _shared(now)))
     names = ", ".join(" / ".join(each) for each in sorted(kept))
     if differing:
         raise ValueError(
             f"--output_path {folder.path} holds finished units that this sweep does not have and "
-            f"cannot be compared with ({names}): {_listed(differing)}. Ask for them as well, or pass "
-            "another folder."
+            f"cannot be compared with ({names}): {'; '.join(differing)}. Ask for them as well, or "
+            "pass another folder."
         )
     if sweep.stop_when is not None and any(name not in own for name, _ in kept):
         raise ValueError(
@@ -172,154 +245,38 @@ def _kept(sweep: Sweep, folder: SweepFolder) -> list[Any]:
     if again:
         print(
             f"{len(again)} finished units in {folder.path} are evaluated again, and their results "
-            f"move to {folder.path / 'superseded'}: {_listed(itertools.chain(*again))}."
+            f"move to {folder.path / 'superseded'}: {'; '.join(changed)}."
         )
     if kept:
         print(f"Finished units of earlier sweeps stay in {folder.path}: {names}.")
     return [listed[name] for name in listed if name not in own and name in dict(kept)]
 
 
-def _unpruned(definition: dict[str, Any]) -> dict[str, Any]:
+def _changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], of: str = "task"
+) -> Iterator[str]:
+    """Say in which ways a definition differs, such as ``dtype=None, now bfloat16``."""
+    for name in {**now, **before}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, name)
+        elif fingerprint(old) != fingerprint(new):
+            yield f"another {of}" if "sha256" in name else f"{name}={old}, now {new}"
+
+
+def _shared(definition: Mapping[str, Any]) -> dict[str, Any]:
     """Return what configurations of one sweep have in common."""
     arguments = definition["model_args"].items()
-    return {
-        **definition,
-        "model_args": {k: v for k, v in arguments if k not in DECLARED},
-    }
+    common = {k: v for k, v in arguments if k not in DECLARED}
+    return {**definition, "model_args": common}
 
 
-def _listed(found: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(found))
-
-
-def _run_here(
-    sweep: Sweep,
-    waiting: list[Unit],
-    store: Store,
-    progress: Progress,
-    shard: tuple[int, int] | None,
-    ranks: Ranks,
-) -> Generator[Outcome]:
-    runner = UnitRunner(sweep, part_name(shard))
-    ranks.from_main([unit_key(unit) for unit in waiting])
-    for unit in waiting:
-        configuration, task = unit
-        progress.start(configuration.id, task.name)
-        with store.new_unit() as files:
-            base = store.base if sweep.may_stop(configuration) else None
-            seconds, error, no_device = _attempt(runner, unit, files, ranks, base)
-            outcome = store.keep(unit, files, seconds, error)
-        yield outcome
-        if no_device:
-            print(
-                "Stopped: after an error of its device this process can evaluate nothing else. The "
-                "same command goes on with the other units."
-            )
-            return
-    runner.release()
-
-
-def _follow(
-    sweep: Sweep, units: list[Unit], ranks: Ranks, shard: tuple[int, int] | None
-) -> int:
-    """Take part in the units of the main process; it keeps and reports them."""
-    runner = UnitRunner(sweep, part_name(shard))
-    by_key = {unit_key(unit): unit for unit in units}
-    waiting: list[tuple[str, str]] = ranks.from_main([])
-    for key in waiting:
-        with tempfile.TemporaryDirectory() as nothing:
-            *_, no_device = _attempt(runner, by_key[key], Path(nothing), ranks)
-        if no_device:
-            return 1
-    return 0
-
-
-def _attempt(
-    runner: UnitRunner,
-    unit: Unit,
-    files: Path,
-    ranks: Ranks,
-    base: Callable[[SweepTask], Run] | None = None,
-) -> tuple[float, dict[str, str] | None, bool]:
-    """Return the seconds a unit took, None or what it failed with, and whether the device did."""
-    error = None
-    no_device = False
-    start = time.perf_counter()
-    seconds = None
-    try:
-        seconds = runner.run(*unit, files, base)
-    except Exception as failure:
-        logger.exception("%s / %s failed.", *unit_key(unit))
-        error, no_device = describe_error(failure), device_failed(failure)
-    # Processes talk through their devices: without one, this process can only leave, and the
-    # launcher ends the others.
-    if not no_device:
-        error = ranks.first_error(error)
-        if error is not None:
-            from accelerate.utils import release_memory
-
-            release_memory()
-    if seconds is None:
-        seconds = time.perf_counter() - start
-    return seconds, error, no_device
-
-
-def _sort(
-    units: list[Unit],
-    folder: SweepFolder,
-    prints: dict[tuple[str, str], str],
-    retry_failed: bool,
-) -> tuple[list[tuple[Unit, float]], list[Unit], list[Unit]]:
-    """Return units that are done (with their seconds), that failed, and that are to run."""
-    done, failed, waiting = [], [], []
-    for unit in units:
-        record = folder.read(unit[0].id, unit[1].name)
-        if record is None or record.fingerprint != prints[unit_key(unit)]:
-            waiting.append(unit)
-        elif record.error is None:
-            done.append((unit, record.seconds))
-        elif retry_failed:
-            waiting.append(unit)
-        else:
-            failed.append(unit)
-    return done, failed, waiting
-
-
-def _check_baselines(sweep: Sweep, folder: SweepFolder, waiting: list[Unit]) -> None:
-    """Refuse a part of a sweep that may stop early but does not hold the unpruned model.
-
-    Raises:
-        ValueError: No unit of it is there, and none will be.
-    """
-    here = {
-        task.name for configuration, task in waiting if configuration is sweep.baseline
-    }
-    missing = {
-        task.name
-        for configuration, task in waiting
-        if sweep.may_stop(configuration)
-        and task.name not in here
-        and folder.read(sweep.baseline.id, task.name) is None
-    }
-    if missing:
-        raise ValueError(
-            f"stop_when compares with the unpruned model, and --shard does not hold it for "
-            f"{', '.join(sorted(missing))}: run the same command without sizes and --shard "
-            "first."
-        )
-
-
-def _plan_table(
-    sweep: Sweep,
-    units: list[Unit],
-    folder: SweepFolder,
-    prints: dict[tuple[str, str], str],
-) -> str:
-    done, failed, waiting = _sort(units, folder, prints, retry_failed=False)
-    counts = [
-        Counter(configuration.id for configuration, _ in part)
-        for part in ([unit for unit, _ in done], failed, waiting)
-    ]
+def _plan_table(sweep: Sweep, units: list[Unit], folder: SweepFolder) -> str:
+    finished, *others = _sort(sweep, units, folder)
+    parts = [unit for unit, _ in finished], *others
+    done, failed, waiting = map(len, parts)
+    ids = ([unit.configuration.id for unit in part] for part in parts)
+    counts = [*map(collections.Counter, ids)]
     columns = ["configuration", "kept width", "expansion ratio", "parameters"]
     columns += ["reduction", "done", "failed", "to run"]
     rows = []
@@ -327,17 +284,15 @@ def _plan_table(
         size = f"{each.kept_width:,}", f"{each.expansion_ratio:.4f}"
         left = f"{each.parameters:,}", f"{each.reduction:.2%}"
         rows.append([each.id, *size, *left, *(count[each.id] for count in counts)])
-    table = markdown_table(columns, rows)
     healing = ""
     if sweep.healing is not None:
-        healed = [each for each in sweep.configurations if each.healed]
-        trained = sum(sweep.adapter(each).is_dir() for each in healed)
+        there = [sweep.adapter(e).is_dir() for e in sweep.configurations if e.healed]
         healing = (
-            f"Healing: {trained} of {len(healed)} trained, {len(healed) - trained} to train, on "
-            f"{sweep.healing.data}\n"
+            f"Healing: {sum(there)} of {len(there)} trained, {len(there) - sum(there)} to train, "
+            f"on {sweep.healing.data}\n"
         )
     return (
-        f"{table}\n\nTasks: {', '.join(task.name for task in sweep.tasks)}\n{healing}"
-        f"Units: {len(units)}, {len(done)} done, {len(failed)} failed, "
-        f"{len(waiting)} to run, in {folder.path}\n"
+        f"{markdown_table(columns, rows)}\n\n"
+        f"Tasks: {', '.join(task.name for task in sweep.tasks)}\n{healing}"
+        f"Units: {len(units)}, {done} done, {failed} failed, {waiting} to run, in {folder.path}\n"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import tempfile
 import zlib
 from pathlib import Path
@@ -13,9 +12,12 @@ from unittest import mock
 
 import numpy as np
 
-from lm_eval_pruned.compare.stopping import look, with_scores
+from lm_eval_pruned.compare.stopping import LEVEL, look, with_scores
 from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.results.runs import read_newest
+from lm_eval_pruned.results.stopping_record import Stopping
+from lm_eval_pruned.sweeps.folder import write_results
+from lm_eval_pruned.sweeps.options import refuse_other_processes
 
 
 if TYPE_CHECKING:
@@ -24,12 +26,6 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.results.stopping_record import Stopping
-
-    #: From indices of documents by task, and the prefix of a cache, to the harness's results.
-    Evaluate = Callable[[dict[str, list[int]], str], dict[str, Any] | None]
-    #: Writes the harness's files of such results to a folder.
-    Write = Callable[[dict[str, Any], Path], None]
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
 #: Shares of the documents at which a unit is looked at.
@@ -47,16 +43,7 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
     rule: str | None = options.get("stop_when")
     if rule is None:
         return None
-    if options.get("ray"):
-        raise ValueError(
-            f"stop_when={rule} compares with results where the sweep runs, which Ray's workers do "
-            "not see: leave --ray out, or use --shard."
-        )
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ValueError(
-            f"stop_when={rule} works in one process, and WORLD_SIZE is "
-            f"{os.environ['WORLD_SIZE']}: start the sweep without a launcher."
-        )
+    refuse_other_processes(f"stop_when={rule}", options)
     for other, value in (("log_samples", False), ("predict_only", True)):
         if options.get(other) is value:
             raise ValueError(
@@ -77,11 +64,6 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
 def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
     """Refuse tasks whose answers depend on which documents are evaluated with them.
 
-    Args:
-        rule: Named in the error.
-        tasks: The harness's objects, by name.
-        settings: With ``num_fewshot`` and ``gen_kwargs``, as the harness has them.
-
     Raises:
         ValueError: Few-shot examples or answers are drawn at random, one after the other.
     """
@@ -92,11 +74,10 @@ def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
         examples = config.num_fewshot
         if settings.num_fewshot is not None and examples != 0:
             examples = settings.num_fewshot
-        first = isinstance(getattr(task, "sampler", None), FirstNSampler)
-        generation = {**(config.generation_kwargs or {}), **(settings.gen_kwargs or {})}
-        sampled = generation.get("do_sample", generation.get("temperature"))
-        why = ""
-        if examples and not first:
+        told = {**(config.generation_kwargs or {}), **(settings.gen_kwargs or {})}
+        sampled = told.get("do_sample", told.get("temperature"))
+        why = None
+        if examples and not isinstance(getattr(task, "sampler", None), FirstNSampler):
             why = "its few-shot examples at random: take 0, or sampler: first_n in its YAML"
         elif task.OUTPUT_TYPE == "generate_until" and sampled:
             why = "its answers at random: pass --gen_kwargs do_sample=false"
@@ -114,10 +95,6 @@ def documents_of_looks(
 
     They are drawn at random from each task, by names, counts and seed alone, so that all sizes
     of a sweep have the same. Each look holds those of the look before.
-
-    Args:
-        tasks: The harness's objects, by name.
-        settings: With ``limit``, ``samples`` and ``seed``, as the harness has them.
     """
     from lm_eval.evaluator_utils import get_sample_size
 
@@ -134,10 +111,8 @@ def documents_of_looks(
     looks: dict[int, dict[str, list[int]]] = {}
     for share in LOOKS:
         # A group's members are strata of its test, which needs two documents of each.
-        chosen = {
-            name: sorted(order[: max(2, math.ceil(share * len(order)))])
-            for name, order in orders.items()
-        }
+        counts = {name: math.ceil(share * len(order)) for name, order in orders.items()}
+        chosen = {name: sorted(orders[name][: max(2, n)]) for name, n in counts.items()}
         count = sum(map(len, chosen.values()))
         if count >= LEAST or share == 1:
             looks[count] = chosen
@@ -146,41 +121,48 @@ def documents_of_looks(
 
 def evaluate_until_decided(
     lm: Any,
-    looks: Mapping[int, dict[str, list[int]]],
-    stopping: Stopping,
+    sweep: Any,
+    loaded: Any,
     base: Run,
-    evaluate: Evaluate,
-    write: Write,
+    evaluate: Callable[..., dict[str, Any]],
     scratch: Path,
 ) -> dict[str, Any]:
     """Evaluate the documents of one look after the other, until the comparison is decided.
 
     Args:
         lm: The model.
-        looks: From `documents_of_looks`.
-        stopping: The comparison, before its first look.
+        sweep: The plan.
+        loaded: What `TaskManager.load` made of the unit's task.
         base: The unpruned model's results.
-        evaluate: See `Evaluate`; the cache holds the answers of earlier looks.
-        write: See `Write`.
+        evaluate: From the harness's objects, indices of documents by task, and the prefix of a
+            cache that holds the answers of earlier looks, to the harness's results.
         scratch: Folder for what is needed between looks.
 
     Returns:
         The harness's results on the documents of the last look, with the block ``stopping``.
     """
+    from lm_eval.loggers import EvaluationTracker
+
+    tasks = [*loaded["groups"].values()][:1] or [*loaded["tasks"].values()]
+    name = next(iter(loaded["groups"] or loaded["tasks"]))
+    looks = documents_of_looks(loaded["tasks"], sweep.settings)
+    sizes = len(sweep.configurations) - 1
+    stopping = Stopping(sweep.stop_when, name, max(looks), LEVEL, sizes)
     answered = 0
-    with tempfile.TemporaryDirectory(dir=scratch) as name:
+    with tempfile.TemporaryDirectory(dir=scratch) as place:
         for count, chosen in looks.items():
             # What this evaluation has paid for is not what an earlier one left in a cache.
             lm.count_kept_answers(-answered)
             # Asking for it ends the measurement of energy.
             with mock.patch.object(lm, "get_model_info", dict):
-                results = evaluate(chosen, str(Path(name, "answers"))) or {}
+                results = evaluate(tasks, chosen, str(Path(place, "answers")))
             samples = results["samples"]
             answered = _answers(samples)
             # Writing samples changes them.
             copied = {task: [dict(row) for row in samples[task]] for task in samples}
-            write({**results, "samples": copied}, Path(name, str(count)))
-            run = read_newest(Path(name, str(count)))
+            here = Path(place, str(count))
+            write_results({**results, "samples": copied}, EvaluationTracker(), here)
+            run = read_newest(here)
             stopping = look(stopping, count, base, run)
             if stopping.reason:
                 break
@@ -192,9 +174,5 @@ def evaluate_until_decided(
 
 def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
     """Return how many requests were answered; each filter lists all documents again."""
-    documents = (
-        row
-        for rows in samples.values()
-        for row in {row["doc_id"]: row for row in rows}.values()
-    )
-    return sum(len(responses) for row in documents for responses in row["resps"])
+    found = ({row["doc_id"]: row["resps"] for row in rows} for rows in samples.values())
+    return sum(len(one) for each in found for resps in each.values() for one in resps)

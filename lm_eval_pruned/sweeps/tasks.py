@@ -1,16 +1,15 @@
-"""From the names that a user gives to the tasks of a sweep, each a unit of its own."""
+"""From the names that a user gives to the tasks of a sweep, each with a digest of all that defines it."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import glob
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from lm_eval_pruned.sweeps.fingerprints import describe, entry_config
 
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ def index_tasks(include_path: str | None) -> TaskManager:
 
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path={include_path} is not a folder: pass one.")
+    hash_folder.cache_clear()
     return TaskManager(include_path=include_path)
 
 
@@ -67,27 +67,23 @@ def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
         ValueError: A name matches nothing, or one task is asked for in two ways.
     """
     tasks: dict[str, SweepTask] = {}
-    missing = []
     for name in names:
         if name.endswith((".yaml", ".yml")):
             matches = [str(Path(path).resolve()) for path in sorted(glob.glob(name))]
         else:
             matches = sorted(manager.match_tasks([name]))
         if not matches:
-            missing.append(name)
+            raise ValueError(
+                f"--tasks has {name}, which no task, group or tag is called: "
+                "`lm_eval ls tasks` lists them; --include_path adds a folder of your own."
+            )
         for match in matches:
-            for task in _Members(manager).of(match, {}, None):
-                other = tasks.setdefault(task.name, task)
-                if other.digest != task.digest:
+            for task in _members(manager.task_index, match, {}, None):
+                if tasks.setdefault(task.name, task) != task:
                     raise ValueError(
                         f"the task {task.name} is asked for twice, with different settings: "
                         f"leave one of them out of --tasks {' '.join(names)}."
                     )
-    if missing:
-        raise ValueError(
-            f"--tasks has {', '.join(missing)}, which no task, group or tag is called: "
-            "`lm_eval ls tasks` lists them; --include_path adds a folder of your own."
-        )
     return list(tasks.values())
 
 
@@ -106,87 +102,152 @@ def load_task(manager: TaskManager, task: SweepTask) -> list[Any]:
     return list(wrapper)
 
 
-class _Members:
-    """Expands groups and tags on the level of their YAML, without loading data."""
+def _members(
+    index: dict[str, Any], name: str, overrides: dict[str, Any], parent: str | None
+) -> Iterator[SweepTask]:
+    """Expand a group or a tag on the level of its YAML, without loading data."""
+    entry = _entry(index, name)
+    if entry is None:
+        raise ValueError(
+            f"the group {parent} has the member {name}, which no task is called."
+        )
+    config = _config(entry, resolve=True)
+    if entry.kind.name == "TAG":
+        for member in sorted(entry.tags):
+            yield from _members(index, member, overrides, parent)
+    elif entry.kind.name != "GROUP":
+        yield _unit(index, name, entry.name, {**overrides, "task": name}, parent)
+    elif config.get("aggregate_metric_list"):
+        yield _unit(index, name, entry.name, {**overrides, "group": name}, parent)
+    else:
+        yield from _members_of_group(index, entry.name, config, overrides)
 
-    def __init__(self, manager: TaskManager) -> None:
-        self._index = manager.task_index
 
-    def of(
-        self, name: str, overrides: dict[str, Any], parent: str | None
-    ) -> Iterator[SweepTask]:
-        from lm_eval.tasks._index import TaskIndex
+def _members_of_group(
+    index: dict[str, Any], group: str, config: dict[str, Any], overrides: dict[str, Any]
+) -> Iterator[SweepTask]:
+    from lm_eval.tasks._factory import GROUP_FIELD_NAMES
 
-        entry = self._index.get(name) or TaskIndex.entry_from_path(Path(name))
-        if entry is None:
-            raise ValueError(
-                f"the group {parent} has the member {name}, which no task is called."
-            )
-        if entry.kind.name == "TAG":
-            for member in sorted(entry.tags):
-                yield from self.of(member, overrides, parent)
-        elif entry.kind.name == "GROUP" and not entry_config(entry).get(
-            "aggregate_metric_list"
-        ):
-            yield from self._of_group(entry.name, entry_config(entry), overrides)
+    shared = {k: v for k, v in config.items() if k not in GROUP_FIELD_NAMES} | overrides
+    for member in config["task"] if isinstance(config.get("task"), list) else []:
+        if isinstance(member, str):
+            yield from _members(index, member, shared, group)
+            continue
+        name, is_group = _name(member), "group" in member
+        label = f"{group}::{name}"
+        if name in index:
+            own = {k: v for k, v in member.items() if k not in ("group", "task")}
+            yield from _members(index, name, {**shared, **own}, group)
+        elif not is_group:
+            yield _unit(index, name, label, {**shared, **member}, group)
+        elif member.get("aggregate_metric_list"):
+            yield _unit(index, name, label, {**member, **shared}, group)
         else:
-            key = "group" if entry.kind.name == "GROUP" else "task"
-            yield self._unit(name, entry.name, {**overrides, key: name}, parent)
+            yield from _members_of_group(index, label, member, shared)
 
-    def _of_group(
-        self, group: str, config: dict[str, Any], overrides: dict[str, Any]
-    ) -> Iterator[SweepTask]:
-        from lm_eval.tasks._factory import GROUP_FIELD_NAMES
 
-        members = config.get("task")
-        shared = {k: v for k, v in config.items() if k not in GROUP_FIELD_NAMES}
-        shared.update(overrides)
-        for member in members if isinstance(members, list) else []:
-            if isinstance(member, str):
-                yield from self.of(member, shared, group)
-                continue
-            is_group = "group" in member
-            name = member["group" if is_group else "task"]
-            if name in self._index:
-                own = {k: v for k, v in member.items() if k not in ("group", "task")}
-                yield from self.of(name, {**shared, **own}, group)
-            elif is_group and not member.get("aggregate_metric_list"):
-                yield from self._of_group(f"{group}::{name}", member, shared)
-            else:
-                yield self._unit(
-                    name,
-                    f"{group}::{name}",
-                    {**member, **shared} if is_group else {**shared, **member},
-                    group,
-                )
+def _name(member: dict[str, Any]) -> str:
+    return member["group" if "group" in member else "task"]
 
-    def _unit(
-        self, name: str, label: str, item: dict[str, Any], parent: str | None
-    ) -> SweepTask:
-        described = describe([item, self._tree(name)])
-        digest = hashlib.sha256(
-            json.dumps(described, sort_keys=True, default=str).encode()
-        ).hexdigest()
-        plain = len(item) == 1 and (name in self._index or Path(name).is_file())
-        spec = name if plain else {"group": parent or "sweep", "task": [item]}
-        return SweepTask(label, digest, spec)
 
-    def _tree(self, name: str) -> Any:
-        """Return the YAML of a task, or of a group and everything below it."""
-        from lm_eval.tasks._index import TaskIndex
+def _unit(
+    index: dict[str, Any],
+    name: str,
+    label: str,
+    item: dict[str, Any],
+    parent: str | None,
+) -> SweepTask:
+    plain = len(item) == 1 and _entry(index, name) is not None
+    spec = name if plain else {"group": parent or "sweep", "task": [item]}
+    return SweepTask(label, fingerprint(_described([item, _tree(index, name)])), spec)
 
-        entry = self._index.get(name) or TaskIndex.entry_from_path(Path(name))
-        if entry is None:
-            return None
-        if entry.kind.name == "TAG":
-            return [self._tree(member) for member in sorted(entry.tags)]
-        config = entry_config(entry, resolve=False)
-        if entry.kind.name != "GROUP" or not isinstance(config.get("task"), list):
-            return config
-        members = []
-        for member in config["task"]:
-            below = member if isinstance(member, str) else member.get("task")
-            if isinstance(member, dict) and "group" in member:
-                below = member["group"]
-            members.append([member, self._tree(below) if below != name else None])
-        return [config, members]
+
+def _tree(index: dict[str, Any], name: str) -> Any:
+    """Return the YAML of a task, or of a group and everything below it."""
+    entry = _entry(index, name)
+    if entry is None:
+        return None
+    if entry.kind.name == "TAG":
+        return [_tree(index, member) for member in sorted(entry.tags)]
+    config = _config(entry)
+    if entry.kind.name != "GROUP" or not isinstance(config.get("task"), list):
+        return config
+    members = []
+    for member in config["task"]:
+        below = member if isinstance(member, str) else _name(member)
+        members.append([member, _tree(index, below) if below != name else None])
+    return [config, members]
+
+
+def _entry(index: dict[str, Any], name: str) -> Any:
+    from lm_eval.tasks._index import TaskIndex
+
+    return index.get(name) or TaskIndex.entry_from_path(Path(name))
+
+
+def _config(entry: Any, resolve: bool = False) -> dict[str, Any]:
+    """Return the config of an entry of the harness's index, with its functions if `resolve`."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if entry.yaml_path is None or (entry.cfg is not None and not resolve):
+        return entry.cfg or {}
+    return load_yaml(entry.yaml_path, resolve_func=resolve)
+
+
+def _described(value: Any, data: bool = False) -> Any:
+    """Return settings with code and local data as hashes, so that a task's folder may move."""
+    if isinstance(value, dict):
+        own = ("dataset_path", "dataset_kwargs")
+        return {k: _described(each, data or k in own) for k, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_described(each, data) for each in value]
+    if callable(value):
+        code = getattr(value, "__code__", None)
+        beside = _hash_code(Path(code.co_filename).parent) if code else None
+        return [getattr(value, "__qualname__", str(value)), beside]
+    if not isinstance(value, str) or "\n" in value or len(value) >= 4096:
+        return value
+    if data and Path(value).is_file():
+        return hash_file(Path(value))
+    if data and Path(value).is_dir():
+        return hash_folder(Path(value), deep=True)
+    if data and glob.has_magic(value):
+        return [hash_file(Path(each)) for each in sorted(glob.glob(value))]
+    # The loader leaves `!function module.name` as FOLDER/module.name.
+    folder, _, function = value.rpartition("/")
+    module = Path(folder, function.rpartition(".")[0].replace(".", "/") + ".py")
+    if value.startswith("/") and module.is_file():
+        return [function, _hash_code(module.parent)]
+    return value
+
+
+def _hash_code(folder: Path) -> str:
+    """Return the hash of the files that a task's Python file may import or read."""
+    return hash_folder(folder, without=(".yaml", ".yml", ".md"))
+
+
+def fingerprint(definition: Any) -> str:
+    """Return the hash of what JSON can hold, as 64 hexadecimal digits."""
+    text = json.dumps(definition, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=4096)
+def hash_folder(folder: Path, deep: bool = False, without: tuple[str, ...] = ()) -> str:
+    """Return the hash of the files in `folder`, and below it if `deep`."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*") if deep else folder.iterdir()):
+        place = path.relative_to(folder)
+        hidden = any(part.startswith((".", "__pycache__")) for part in place.parts)
+        if path.is_file() and not hidden and path.suffix not in without:
+            digest.update(f"{place}\0{hash_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,7 +275,7 @@ def test_looks_take_members_in_proportion_and_hold_those_before():
     [
         ({"stop_when": "soon"}, "stop_when=soon"),
         ({"stop_when": "decided", "log_samples": False}, "log_samples is False"),
-        ({"stop_when": "decided", "ray": True}, "stop_when=decided .* leave --ray out"),
+        ({"stop_when": "decided", "ray": True}, "stop_when=decided .* leave out --ray"),
     ],
 )
 def test_what_cannot_be_is_refused(options, said):
@@ -284,31 +283,22 @@ def test_what_cannot_be_is_refused(options, said):
         read_rule(options)
 
 
-def test_ray_is_refused_before_anything_starts(stopped, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setattr(PrunedHFLM, "__init__", lambda *_, **__: pytest.fail("loaded"))
-    folder = tmp_path / "sweep"
-    with pytest.raises(ValueError, match="which Ray's workers do not see") as error:
-        run_sweep({**stopped, "ray": True, "output_path": str(folder)})
-    assert "\n" not in str(error.value)
-    assert not folder.exists()
-
-
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE is 2"):
+    with pytest.raises(ValueError, match="WORLD_SIZE=2"):
         read_rule({"stop_when": "decided"})
 
 
-def test_a_shard_without_the_unpruned_model_is_refused(stopped, tmp_path):
+def test_a_shard_without_the_unpruned_model_fails(stopped, tmp_path):
     options = {**stopped, "output_path": str(tmp_path / "sweep")}
-    with pytest.raises(ValueError, match="unpruned model"):
-        run_sweep(options, shard=(1, 3))
+    assert run_sweep(options, shard=(1, 3)) == 1
+    (error,) = Path(options["output_path"]).glob("units/*/*/error.json")
+    assert "no results of the unpruned model" in error.read_text()
     shutil.copytree(
         Path(stopped["output_path"], "units", "baseline"),
         tmp_path / "sweep" / "units" / "baseline",
     )
-    assert run_sweep(options, shard=(1, 3)) == 0
+    assert run_sweep(options, shard=(1, 3), retry_failed=True) == 0
 
 
 def test_what_was_not_to_stop_keeps_its_fingerprint(options):

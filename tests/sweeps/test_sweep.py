@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lm_eval
 import pytest
@@ -18,10 +19,10 @@ import torch
 
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.results.runs import read_sweep
-from lm_eval_pruned.sweeps.fingerprints import fingerprint
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
+from lm_eval_pruned.sweeps.tasks import fingerprint
 from tests.helpers import evaluations
 from tests.helpers.evaluations import TWO_PROCESSES
 from tests.helpers.results_files import write_run
@@ -134,15 +135,15 @@ def test_kill_at_each_step_of_a_commit_leaves_all_or_nothing(tmp_path, step):
     """Dies at the n-th system call that changes the folder, for a new unit and a stale one."""
     place = tmp_path / "sweep"
 
-    def commit(fingerprint):
+    def commit(name):
         folder = SweepFolder(place)
         with folder.new_unit() as files:
-            (files / "results_1.json").write_text(f'{{"made": "{fingerprint}"}}')
-            folder.commit(files, "c", "t", {"fingerprint": fingerprint, "seconds": 1})
+            made = {"made": name}
+            (files / "results_1.json").write_text(json.dumps(made))
+            folder.keep(files, ("c", "t"), 1, made)
         return 0
 
     def dying():
-        import os
         import signal
 
         left = step
@@ -171,13 +172,11 @@ def test_kill_at_each_step_of_a_commit_leaves_all_or_nothing(tmp_path, step):
             aside = list(place.glob("superseded/c/t/*/results_1.json"))
             assert len(aside) == stale
         else:
-            assert json.loads(record.results.read_text()) == {
-                "made": record.fingerprint
-            }
-        with SweepFolder(place).locked():
+            assert json.loads(record.results.read_text()) == record.definition
+        with SweepFolder(place).held():
             pass
         commit("new")
-        assert SweepFolder(place).read("c", "t").fingerprint == "new"
+        assert SweepFolder(place).read("c", "t").definition == {"made": "new"}
 
 
 def test_a_unit_with_results_is_done_for_all_who_read_it(tmp_path):
@@ -187,7 +186,7 @@ def test_a_unit_with_results_is_done_for_all_who_read_it(tmp_path):
     with folder.new_unit() as files:
         write_run(files, {"t": {"acc,none": {"values": [1.0, 0.0]}}})
         (files / "error.json").write_text('{"message": "left over"}')
-        folder.commit(files, "c", "t", {"fingerprint": "f", "seconds": 1})
+        folder.keep(files, ("c", "t"), 1, {})
     assert folder.read("c", "t").error is None
     sweep = read_sweep(tmp_path)
     assert (sweep.runs[0].tasks(), sweep.failures) == (["t"], ())
@@ -478,6 +477,26 @@ def test_retry_failed_mends(options, monkeypatch):
     assert not list(folder.glob("units/*/*/error.json"))
 
 
+@pytest.mark.parametrize("times", [2, 4])
+def test_a_unit_that_the_hub_refuses_for_too_many_requests_waits(
+    options, monkeypatch, times
+):
+    evaluate, slept, refused = lm_eval.simple_evaluate, [], []
+
+    def busy(**arguments):
+        if len(refused) < times:
+            refused.append(arguments)
+            error = OSError("429 Client Error: Too Many Requests")
+            error.response = SimpleNamespace(status_code=429)
+            raise ConnectionError("the data set cannot be had") from error
+        return evaluate(**arguments)
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", busy)
+    monkeypatch.setattr("time.sleep", slept.append)
+    assert run_sweep({**options, "tasks": ["tiny_choice"]}) == (times == 4)
+    assert slept == [60, 120, 240][:times]
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_sweep_whose_device_fails_ends_with_one_sentence(
     options, monkeypatch, capsys, wrapped
@@ -680,13 +699,13 @@ def test_ctrl_c_stops_and_the_next_start_goes_on(options, monkeypatch, capsys):
 
 def test_two_sweeps_on_one_folder(options, tmp_path):
     folder = tmp_path / "sweep"
-    with SweepFolder(folder).locked():
+    with SweepFolder(folder).held():
         for shard in (None, (0, 2)):
             with pytest.raises(
                 ValueError, match=f"{folder} is in use by another sweep"
             ):
                 run_sweep(options, shard=shard)
-    with SweepFolder(folder, (0, 2)).locked(), SweepFolder(folder, (1, 2)).locked():
+    with SweepFolder(folder, (0, 2)).held(), SweepFolder(folder, (1, 2)).held():
         for shard in (None, (0, 2), (1, 2)):
             with pytest.raises(ValueError, match="in use by another sweep"):
                 run_sweep(options, shard=shard)
@@ -695,8 +714,8 @@ def test_two_sweeps_on_one_folder(options, tmp_path):
 
 def test_a_shard_leaves_the_unfinished_work_of_others_alone(tmp_path):
     other = SweepFolder(tmp_path, (1, 2))
-    with other.locked(), other.new_unit() as files:
-        with SweepFolder(tmp_path, (0, 2)).locked():
+    with other.held(), other.new_unit() as files:
+        with SweepFolder(tmp_path, (0, 2)).held():
             pass
         assert files.is_dir()
 
@@ -808,12 +827,12 @@ def test_groups_in_groups_keep_their_settings(options):
         ({"ratios": ["4"]}, "ratio=4 is above the model's own expansion ratio 88/32"),
         ({"ratios": ["many"]}, "ratio=many is not a finite number"),
         ({"seeds": ["1"]}, "only the criterion random"),
-        ({"criteria": ["random"], "seeds": ["-1"]}, "seeds has -1"),
+        ({"criteria": ["random"], "seeds": ["-1"]}, "seed=-1"),
         ({"criteria": ["best"]}, "best"),
         ({"model": "hf"}, "model=hf is no model type that prunes"),
         ({"tasks": ["no_such_task"]}, "no_such_task, which no task"),
         ({"include_path": "/no/such/folder"}, "not a folder"),
-        ({"seed": "one"}, "seed=one"),
+        ({"seed": "one"}, "seed values must be integers or None, got 'one'"),
         ({"model_args": {"pretrained": "x", "ratio": 2}}, "use --ratios"),
         ({"tasks": ["tiny_both", "tiny_sentence"]}, "asked for twice"),
         ({"fewshot_as_multiturn": True}, "apply_chat_template"),
@@ -883,38 +902,6 @@ def test_same_as_the_stock_command(options, undisturbed, tmp_path, monkeypatch):
     assert samples[0] == samples[1]
 
 
-@pytest.mark.slow
-def test_command_killed_at_random_moments(options, undisturbed):
-    """The real command in a process of its own, killed by a clock this time."""
-    folder = Path(options["output_path"])
-    command = [
-        sys.executable, "-c",
-        "import sys; from lm_eval_pruned.cli import main; sys.exit(main())", "sweep",
-        "--model_args", f"pretrained={options['model_args']['pretrained']}",
-        "--ratios", "1.5", "--tasks", "tiny_both", "--device", "cpu",
-        "--include_path", options["include_path"], "--output_path", str(folder),
-    ]  # fmt: skip
-    # The number of threads decides how sums round, and here there is one.
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    chance = random.Random(7)
-    for _ in range(6):
-        before = files_of(folder)
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=one_thread,
-        )
-        try:
-            process.wait(chance.uniform(12, 35))
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.wait()
-        assert {unit: files_of(folder).get(unit) for unit in before} == before
-    subprocess.run(command, check=True, capture_output=True, env=one_thread)
-    assert results_of(folder) == results_of(undisturbed[0])
-
-
 def test_command_line(options, tmp_path, capsys):
     file = tmp_path / "sweep.yaml"
     file.write_text(
@@ -927,7 +914,7 @@ def test_command_line(options, tmp_path, capsys):
     assert "ratio-1.5" in out
     assert "ratio-2" not in out
     assert main(["sweep", "--config", str(file), "--shard", "2/2"]) == 2
-    assert "--shard 2/2 is not a part of 2" in capsys.readouterr().err
+    assert "--shard 2/2 is not I/N" in capsys.readouterr().err
 
 
 @pytest.mark.slow

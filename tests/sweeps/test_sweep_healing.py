@@ -324,7 +324,7 @@ def test_command_line_and_yaml_ask_for_the_same(tmp_path):
         ),
         ({}, {"ratios": []}, "the sweep has none: add sizes"),
         ({}, {"model": "pruned-vllm"}, "the sweep has model=pruned-vllm"),
-        ({}, {"ray": True}, "share the sweep out with --shard"),
+        ({}, {"ray": True}, "leave out --ray"),
         ({}, {"model_args": {"peft": "x"}}, "model_args has peft=x"),
         ({}, {"model_args": {"delta": "x"}}, "model_args has delta=x"),
         ({}, {"model_args": {"load_in_8bit": True}}, "quantised weights"),
@@ -345,7 +345,7 @@ def test_what_is_refused_before_a_model_is_loaded(
 
 def test_a_launcher_of_several_processes_is_refused(options, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE=2 announces several"):
+    with pytest.raises(ValueError, match="WORLD_SIZE=2"):
         Sweep(options)
 
 

@@ -6,18 +6,16 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from lm_eval_pruned.sweeps.plan import Sweep
-from lm_eval_pruned.sweeps.ray import Worker, choose_unit, workers_that_fit
+from lm_eval_pruned.sweeps.plan import Configuration, Sweep, Unit
+from lm_eval_pruned.sweeps.ray import Worker, choose_unit
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers import trackers
 from tests.helpers.sweeping import files_of, results_of, sweep_options, write_tasks
-
-
-def _units(*names):
-    return [(SimpleNamespace(id=name), SimpleNamespace(name="t")) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -32,21 +30,9 @@ def _units(*names):
     ],
 )
 def test_a_worker_prefers_the_model_it_holds(waiting, holds, elsewhere, chosen):
-    assert choose_unit(_units(*waiting), holds, elsewhere) == chosen
-
-
-def test_workers_fit_on_single_nodes():
-    nodes = [
-        {"Alive": True, "Resources": {"CPU": 8, "GPU": 3}},
-        {"Alive": True, "Resources": {"CPU": 3}},
-        {"Alive": False, "Resources": {"CPU": 64, "GPU": 8}},
-    ]
-    assert workers_that_fit(nodes, 1, 0) == 11
-    assert workers_that_fit(nodes, 2, 0) == 5
-    assert workers_that_fit(nodes, 1, 1) == 3
-    assert workers_that_fit(nodes, 1, 2) == 1
-    assert workers_that_fit(nodes, 1, 0.5) == 6
-    assert workers_that_fit(nodes, 16, 0) == 0
+    task: Any = SimpleNamespace(name="t")
+    units = [Unit(Configuration(name, {}, 1, 1, 1, 0), task) for name in waiting]
+    assert choose_unit(units, holds, elsewhere) is units[chosen]
 
 
 def test_ray_not_installed(tiny_llama, tmp_path, monkeypatch):
@@ -56,7 +42,7 @@ def test_ray_not_installed(tiny_llama, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'lm-eval-pruned\[ray\]"):
-        next(run_on_ray(None, [], None, None, None))
+        next(run_on_ray(None, [], None, None, ""))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +84,8 @@ def test_a_worker_reports_its_units(quick, options, services, monkeypatch):
         "trackio_args": {"project": "of a worker"},
         "hf_hub_log_args": {"push_results_to_hub": True, "hub_results_org": "o"},
     }
-    worker = Worker({**options, **told}, os.getcwd(), "_worker0")
+    worker = Worker({**options, **told, "cpus_per_unit": 2.0}, os.getcwd(), "_worker0")
+    assert torch.get_num_threads() == 2
     task = next(t for t in Sweep(options).tasks if t.name == "tiny_choice")
     _, files, failure, _ = worker.run("ratio-1.5", task.name, task.digest)
     assert failure is None
@@ -220,5 +207,7 @@ def test_a_unit_that_always_kills_its_worker_fails_alone(cluster, options):
 
 @pytest.mark.slow
 def test_more_than_a_node_has(cluster, options):
-    with pytest.raises(ValueError, match="cpus_per_unit=64 and gpus_per_unit=0"):
+    with pytest.raises(
+        ValueError, match="cpus_per_unit=64 and gpus_per_unit=0 are more than"
+    ):
         run_sweep({**options, "ray": True, "cpus_per_unit": 64.0})

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_pruned.cli import main
@@ -93,8 +92,8 @@ def test_results_are_those_of_a_sweep_that_tells_nobody(options, services, tmp_p
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"wandb_args": {"project": "refused"}}, "not logged to W&B: RuntimeError"),
-        ({"trackio_args": {"project": "p"}}, "not logged to Trackio"),
+        ({"wandb_args": {"project": "refused"}}, "was not logged to W&B: RuntimeError"),
+        ({"trackio_args": {"project": "p"}}, "was not logged to Trackio: RuntimeError"),
     ],
 )
 def test_a_service_that_fails_leaves_the_results(
@@ -108,16 +107,6 @@ def test_a_service_that_fails_leaves_the_results(
     assert len(results_of(Path(options["output_path"]))) == 2
     assert message in caplog.text
     assert "baseline tiny_choice" in caplog.text
-
-
-def test_a_unit_that_fails_ends_its_run_as_failed(options, services, monkeypatch):
-    monkeypatch.setattr(
-        "lm_eval.simple_evaluate",
-        lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory left")),
-    )
-    assert run_sweep({**options, "wandb_args": {"project": "p"}}) == 1
-    codes = [call["exit_code"] for call in services.wandb() if "exit_code" in call]
-    assert codes == [1] * 2
 
 
 def test_results_on_the_hub(options, hub, monkeypatch):
@@ -159,18 +148,9 @@ def test_a_hub_without_a_card_leaves_the_results(options, hub, monkeypatch, capl
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"wandb_args": {"projekt": "p"}}, "unknown key projekt: did you mean project"),
         ({"wandb_args": {"id": "x"}}, "wandb_args has id=x, but each unit is a run"),
-        ({"wandb_config_args": {"a": 1}}, "of no use without wandb_args"),
-        ({"trackio_args": {"names": "x"}}, "trackio_args has the unknown key names"),
-        ({"hf_hub_log_args": {"push": True}}, "hf_hub_log_args has the unknown key"),
-        ({"hf_hub_log_args": {"output_path": "x"}}, "unknown key output_path"),
-        ({"hf_hub_log_args": {"gated": True}}, "pushes nothing"),
+        ({"hf_hub_log_args": {"push": True}}, "hf_hub_log_args cannot be used.*push"),
         ({"hf_hub_log_args": {"push_results_to_hub": True}}, "token is not defined"),
-        (
-            {"hf_hub_log_args": {"push_samples_to_hub": True}, "log_samples": False},
-            "push_samples_to_hub, but log_samples is false",
-        ),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
@@ -189,7 +169,7 @@ def test_a_hub_that_cannot_be_reached(options, hub, monkeypatch):
     monkeypatch.setattr(sys.modules["huggingface_hub"].HfApi, "whoami", unreachable)
     monkeypatch.setattr(PrunedHFLM, "__init__", lambda *_, **__: pytest.fail("loaded"))
     arguments = {"push_results_to_hub": True, "token": "hf_of_a_test"}
-    with pytest.raises(ValueError, match=r"hub_results_org.*no route"):
+    with pytest.raises(ValueError, match=r"no route.*hub_results_org"):
         run_sweep({**options, "hf_hub_log_args": arguments})
 
 
@@ -211,8 +191,6 @@ def test_the_command_and_the_file(options, services, tmp_path, capsys):
     assert (
         "--wandb_args is ['project'] (expected `key=value`" in capsys.readouterr().err
     )
-    assert main([*words, "--dry_run", "--wandb_args", "step=1", "names=x"]) == 2
-    assert "wandb_args has the unknown key names" in capsys.readouterr().err
     file = tmp_path / "sweep.yaml"
     file.write_text("wandb_args:\n  project: of the file\ntrackio_args: project=q\n")
     assert main([*words, "--config", str(file)]) == 0
