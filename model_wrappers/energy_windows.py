@@ -15,8 +15,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval_pruned.energy.meter import CodecarbonMeter, MeterDescription, check_country
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.energy.readings import EnergyReading, add_up, ratio
-from lm_eval_pruned.model_wrappers.batching.flags import check_flag
-from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
+from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
+from lm_eval_pruned.model_wrappers.batching.fast_path import check_flag
 
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from lm_eval_pruned.checkpoints.damage import argument_errors, misspelt
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
-from lm_eval_pruned.model_wrappers.batching.flags import check_count, check_flag
+from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
 
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from lm_eval_pruned.checkpoints.adapters import (
     check_kept,
 )
 from lm_eval_pruned.checkpoints.damage import argument_errors
-from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
+from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_arguments import (
     argument_names,

@@ -1,9 +1,10 @@
-"""Which way the answers of a run were computed, for the results file."""
+"""Which way the answers of a run were computed, and how many tokens that took."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
+from operator import add, sub
 from typing import TYPE_CHECKING, Any
 
 from .cpu_linear import float32_layers, linear_backend
@@ -13,6 +14,33 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
+
+
+@dataclass
+class TokenCounts:
+    """Running totals; padding is in none of them.
+
+    The fast paths add what they do, `EnergyLoggingHFLM` what `HFLM` does: each row of
+    ``_loglikelihood_tokens``, and each call of ``_model_generate``.
+
+    Attributes:
+        prompt: Tokens of the requests: context and continuation of a scored request,
+            the prompt of a generation; after truncation to the model's length.
+        generated: Tokens that the model generated, the end-of-text token included. What
+            follows a stop string was generated too, before the harness cut it off.
+        processed: Positions that went through the model. Less than prompt + generated
+            where answers share their context.
+    """
+
+    prompt: int = 0
+    generated: int = 0
+    processed: int = 0
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(*map(add, astuple(self), astuple(other)))
+
+    def __sub__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(*map(sub, astuple(self), astuple(other)))
 
 
 @dataclass

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from .answer_paths import AnswerPaths
+from .answer_paths import AnswerPaths, TokenCounts
 from .attention_support import base_model, unsupported_reason
-from .flags import check_flag
-from .token_counts import TokenCounts
 
 
 if TYPE_CHECKING:
@@ -146,3 +144,25 @@ class FastPathMixin(_Neighbour):
         # Outside the handler, whose traceback holds on to the failed pass's tensors.
         clear_device_cache(garbage_collection=True)
         return None
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false, such as the text ``off``.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if value not in (True, False):
+        raise ValueError(f"{name}={value!r} is not understood: pass true or false.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is neither None nor a whole number of 1 or more.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(
+            f"{name}={value!r} is not understood: pass a whole number of 1 or more."
+        )

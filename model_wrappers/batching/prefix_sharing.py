@@ -22,8 +22,7 @@ from .attention_support import (
 )
 from .fast_path import FastPath, FastPathMixin
 from .forward import Forward
-from .path_cache import PathCache
-from .prefix_pass import Work, run_pack
+from .prefix_pass import PathCache, Work, run_pack
 from .token_tree import Budget, next_pack
 
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
     from .prefix_pass import Request
-    from .token_tree import Pack
 
 
 # A pass of fewer tokens leaves the machine idle whatever the batch size.
@@ -245,7 +243,7 @@ class PrefixSharingMixin(FastPathMixin):
 
         def run() -> int:
             pack = next_pack(work.tree, work.scored_before, start, budget)
-            self._run_pack(forward, work, pack, cache)
+            run_pack(forward, work, pack, cache, self.softmax_dtype)
             return pack.stop
 
         def shrink(_: int) -> None:
@@ -259,11 +257,6 @@ class PrefixSharingMixin(FastPathMixin):
                 self.token_counts.processed += stop - start
                 yield stop
                 start = stop
-
-    def _run_pack(
-        self, forward: Forward, work: Work, pack: Pack, cache: PathCache
-    ) -> None:
-        run_pack(forward, work, pack, cache, self.softmax_dtype)
 
 
 def _least_saving(device: torch.device) -> float:

@@ -27,8 +27,7 @@ from .attention_support import (
     sequence_limit,
     unsupported_reason,
 )
-from .fast_path import FastPath, FastPathMixin
-from .flags import check_count
+from .fast_path import FastPath, FastPathMixin, check_count
 from .forward import Forward
 from .generation import end_tokens, unsupported_setting
 from .slot_table import SlotJob, SlotTable

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch.distributed
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
-from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
+from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
 from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog
 from tests.helpers.meters import Clock, FakeMeter

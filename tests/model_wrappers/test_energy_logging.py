@@ -17,8 +17,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
+from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
 from lm_eval_pruned.model_wrappers.batching.generation import count_generated
-from lm_eval_pruned.model_wrappers.batching.token_counts import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import (
     SCHEMA_VERSION,
     EnergyLog,

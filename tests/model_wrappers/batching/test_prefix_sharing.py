@@ -278,16 +278,16 @@ def test_out_of_memory_backs_off(models, monkeypatch, caplog):
     plain, _ = models
     shared = make(PrefixHFLM, plain.model)
     assert shared._can_take(shared._sharing)
-    run_pack = shared._run_pack
+    run_pack = prefix_sharing.run_pack
 
-    def short_of_memory(forward, work, pack, cache):
+    def short_of_memory(forward, work, pack, cache, dtype):
         if pack.stop - pack.start > 20:
             # Half of the pass has been through.
             cache.begin_pass(None)
             raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
-        run_pack(forward, work, pack, cache)
+        run_pack(forward, work, pack, cache, dtype)
 
-    monkeypatch.setattr(shared, "_run_pack", short_of_memory)
+    monkeypatch.setattr(prefix_sharing, "run_pack", short_of_memory)
     with caplog.at_level(logging.WARNING, "lm_eval.models.prefix_sharing"):
         got = shared.loglikelihood(instances(QUESTIONS), disable_tqdm=True)
     close(got, plain.loglikelihood(instances(QUESTIONS), disable_tqdm=True))
@@ -303,7 +303,7 @@ def test_another_error_is_not_taken_for_lack_of_memory(models, monkeypatch):
     def broken(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(shared, "_run_pack", broken)
+    monkeypatch.setattr(prefix_sharing, "run_pack", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         shared.loglikelihood(instances(QUESTIONS), disable_tqdm=True)
 
@@ -326,7 +326,7 @@ def no_packs(*_):
 def test_prefix_sharing_false_is_the_plain_path(models, monkeypatch):
     plain, _ = models
     shared = make(PrefixHFLM, plain.model, prefix_sharing=False)
-    monkeypatch.setattr(shared, "_run_pack", no_packs)
+    monkeypatch.setattr(prefix_sharing, "run_pack", no_packs)
     close(
         shared.loglikelihood(instances(QUESTIONS), disable_tqdm=True),
         plain.loglikelihood(instances(QUESTIONS), disable_tqdm=True),
@@ -337,7 +337,7 @@ def test_prefix_sharing_false_is_the_plain_path(models, monkeypatch):
 def test_nothing_to_share_is_the_plain_path(models, monkeypatch):
     shared = make(PrefixHFLM, models[0].model)
     assert shared._can_take(shared._sharing)
-    monkeypatch.setattr(shared, "_run_pack", no_packs)
+    monkeypatch.setattr(prefix_sharing, "run_pack", no_packs)
     shared.loglikelihood_rolling(instances([("some text " * 20,)]), disable_tqdm=True)
 
 

@@ -11,6 +11,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from lm_eval_pruned.model_wrappers.batching import prefix_sharing
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from tests.helpers import evaluations, made_tasks
 
@@ -124,12 +125,10 @@ def test_the_cache_answers_the_second_time(tiny_llama, tasks, tmp_path, monkeypa
 
 
 def test_a_broken_run_resumes_from_the_cache(tiny_llama, tasks, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "lm_eval_pruned.model_wrappers.batching.prefix_sharing._FEWEST_TOKENS", 32
-    )
+    monkeypatch.setattr(prefix_sharing, "_FEWEST_TOKENS", 32)
     cache = str(tmp_path / "answers")
     lm = loaded(PrefixHFLM, tiny_llama, batch_size=1)
-    run_pack, passes = lm._run_pack, []
+    run_pack, passes = prefix_sharing.run_pack, []
 
     def breaks(*arguments):
         if len(passes) == 2:
@@ -138,9 +137,10 @@ def test_a_broken_run_resumes_from_the_cache(tiny_llama, tasks, tmp_path, monkey
         run_pack(*arguments)
 
     assert lm._can_take(lm._sharing)
-    monkeypatch.setattr(lm, "_run_pack", breaks)
+    monkeypatch.setattr(prefix_sharing, "run_pack", breaks)
     with pytest.raises(KeyboardInterrupt):
         evaluate(lm, tasks, use_cache=cache)
+    monkeypatch.setattr(prefix_sharing, "run_pack", run_pack)
     lm = loaded(PrefixHFLM, tiny_llama)
     asked = []
     tokens = lm._loglikelihood_tokens
