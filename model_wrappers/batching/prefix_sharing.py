@@ -223,8 +223,10 @@ class PrefixSharingMixin(FastPathMixin):
         """
         if self.device.type == "cpu":
             # Products of fewer tokens are slower for each; of more a core's cache holds none.
-            # Shorter rows have more padding, longer ones more that is masked.
-            most = Budget(256 * max(torch.get_num_threads(), 4), 256, 1024)
+            tokens = 256 * max(torch.get_num_threads(), 4)
+            # With sdpa a row is read in blocks, and one row has no padding.
+            in_blocks = config_of(self)._attn_implementation == "sdpa"
+            most = Budget(tokens, tokens if in_blocks else 256, 1024)
         else:
             most = Budget(8192, 1024, 2048)
         tokens = most.tokens
