@@ -139,10 +139,17 @@ def test_a_rule_can_be_edited(gate):
     assert gate(BEFORE, after, edit=edit)[0] == 0
 
 
-def test_alpha_without_samples_is_unusable(gate):
+def test_alpha_without_samples_is_unusable(gate, tmp_path, capsys):
     code, text = gate(BEFORE, BEFORE, update=("--alpha", "0.05"), samples=False)
     assert code == 2
     assert "--log_samples" in text
+    options = ["--baseline", str(tmp_path / "other.json")]
+    update = ["check", str(tmp_path / "after"), *options, "--update", "--alpha", "0.05"]
+    assert cli.main(update) == 0
+    assert (
+        "NOTE     tf acc,none: The rule alpha needs logged" in capsys.readouterr().out
+    )
+    assert cli.main(["check", str(tmp_path / "before"), *options]) == 2
 
 
 def test_alpha_on_other_documents_is_unusable(gate):
@@ -183,7 +190,11 @@ def test_a_group_by_significance(tmp_path):
     options = ["--baseline", str(file)]
     before = write("before", 0.6)
     assert cli.main(["check", before, *options, "--update", "--alpha", "0.05"]) == 0
-    record = json.loads(file.read_text())["runs"]["run"]["musr"]["metrics"]["acc,none"]
+    # The subtasks have too few clusters to be tested by themselves.
+    data = json.loads(file.read_text())
+    data["runs"]["run"] = {"musr": data["runs"]["run"]["musr"]}
+    file.write_text(json.dumps(data))
+    record = data["runs"]["run"]["musr"]["metrics"]["acc,none"]
     assert len(set(record["documents"]["clusters"].values())) == 48
     assert cli.main(["check", before, *options]) == 0
     assert cli.main(["check", write("after", 0.3), *options]) == 1
@@ -277,47 +288,44 @@ def test_update_refuses_nan_and_leaves_the_file_alone(tmp_path, capsys):
 
 
 GOOD = {"score": 0.5, "higher_is_better": True, "absolute": 0.1}
+TESTED = {"score": 0.5, "alpha": 0.05}
+NEEDS = "run tf acc,none needs a finite score"
 
 
 def baseline_of(record):
-    return {
-        "schema_version": 2,
-        "runs": {"run": {"tf": {"metrics": {"acc,none": record}}}},
-    }
+    tasks = {"tf": {"metrics": {"acc,none": record}}}
+    return {"schema_version": 2, "runs": {"run": tasks}}
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "is not whole JSON"),
         (b"{", "not whole JSON"),
-        ({"results": {}}, "is no baseline"),
-        ({"schema_version": 3, "runs": {}}, "is no baseline of schema version 2"),
-        ({"schema_version": 2, "runs": {}}, "expects nothing"),
-        ({"schema_version": 2, "runs": {"run": 3}}, "entry of run:"),
-        ({"schema_version": 2, "runs": {"run": {}}}, "entry of run: expects nothing"),
-        (
-            {"schema_version": 2, "runs": {"run": {"tf": {"settings": 3}}}},
-            "entry of run, tf:",
-        ),
-        ({"schema_version": 2, "runs": {"run": {"tf": {}}}}, "lacks 'metrics'"),
-        (
-            {"schema_version": 2, "runs": {"run": {"tf": {"metrics": {}}}}},
-            "entry of run, tf: expects nothing",
-        ),
-        (baseline_of({**GOOD, "score": float("nan")}), "run, tf, acc,none: score nan"),
-        (baseline_of({**GOOD, "score": "0.5"}), "score '0.5'"),
-        (baseline_of({**GOOD, "relative": 0.1}), "has 2 rules"),
-        (baseline_of({"score": 0.5}), "has 0 rules"),
+        ({"results": {}}, "it lacks 'schema_version'"),
+        ({"schema_version": 3, "runs": {}}, "schema_version is 3"),
+        ({"schema_version": 2, "runs": {}}, "it expects nothing"),
+        ({"schema_version": 2, "runs": {"run": {}}}, "it expects nothing"),
+        ({"schema_version": 2, "runs": {"run": 3}}, "cannot be read"),
+        ({"schema_version": 2, "runs": {"run": {"tf": {}}}}, "it lacks 'metrics'"),
+        (baseline_of({**GOOD, "score": float("nan")}), NEEDS),
+        (baseline_of({**GOOD, "score": "0.5"}), NEEDS),
+        (baseline_of({**GOOD, "relative": 0.1}), NEEDS),
+        (baseline_of({"score": 0.5}), NEEDS),
+        (baseline_of({**GOOD, "higher_is_better": "yes"}), NEEDS),
         (baseline_of({**GOOD, "absolute": -1}), "absolute=-1 is not between"),
         (baseline_of({**GOOD, "absolute": "x"}), "could not convert"),
-        (baseline_of({**GOOD, "higher_is_better": "yes"}), "higher_is_better"),
         (baseline_of({"score": 0.5, "alpha": 2}), "alpha=2 is not between 0 and 1"),
         (baseline_of({"score": 0.5, "not_worse": "much"}), "not_worse=much is no mar"),
-        (baseline_of({"score": 0.5, "alpha": 0.05}), "lacks 'documents'"),
+        (baseline_of({**TESTED, "documents": {"values": [1]}}), "cannot be read"),
+        (baseline_of({**TESTED, "documents": {"values": {}}}), "cannot be read"),
         (
-            baseline_of({"score": 0.5, "alpha": 0.05, "documents": {"values": [1]}}),
-            "run, tf, acc,none",
+            baseline_of(
+                {
+                    **TESTED,
+                    "documents": {"transform": "mean", "values": {"a b 0": None}},
+                }
+            ),
+            "documents without finite scores",
         ),
     ],
 )
@@ -331,6 +339,7 @@ def test_hostile_baselines(tmp_path, capsys, data, words):
         assert cli.main([*command, *options]) == 2
         message = capsys.readouterr().err
         assert words in message
+        assert "make it anew in another file" in message
         assert message.count("\n") == 1
     assert file.read_bytes() == before
 
@@ -375,10 +384,7 @@ def test_other_documents_and_shots_are_not_compared(tmp_path, capsys):
     assert "documents 50 and in the baseline 800" in text
     assert "num_fewshot 5 and in the baseline 0" in text
     assert "Check undecided: 0 failed, 1 undecided" in text
-    # To accept says what it accepts.
     assert cli.main([*check, "--update"]) == 0
-    note = "other settings than the baseline (documents, num_fewshot)"
-    assert note in capsys.readouterr().out
     assert cli.main(check) == 0
 
 
@@ -458,16 +464,6 @@ def test_too_few_documents_for_alpha_are_undecided(gate):
         assert "5 independent documents are too few to decide, at least 10" in text
 
 
-def test_a_score_that_cannot_get_significantly_worse_is_undecided(gate):
-    alpha = ("--alpha", "0.05")
-    low = {"tf": {"acc,none": [1.0, 1.0] + [0.0] * 58}}
-    code, text = gate(low, low, update=alpha)
-    assert code == 2
-    assert "not even the worst possible score would be significant (p = 0.125" in text
-    # Unless the result is better, which is all the rule asks.
-    assert gate(low, {"tf": {"acc,none": [1.0] * 60}}, update=alpha)[0] == 0
-
-
 def test_too_few_documents_that_are_no_answers_are_undecided(gate):
     before = {"tf": {"mc2,none": [0.5 + n / 100 for n in range(5)]}}
     code, text = gate(
@@ -527,15 +523,6 @@ def test_a_baseline_whose_settings_were_taken_out(gate):
     code, text = gate(BEFORE, BEFORE, edit=lambda run: run["tf"].pop("settings"))
     assert code == 2
     assert "documents 60 and in the baseline none" in text
-
-
-def test_an_update_says_what_it_drops(tmp_path, capsys):
-    write_run(tmp_path / "a", BEFORE)
-    write_run(tmp_path / "b", {"tf": BEFORE["tf"]})
-    options = ["--baseline", str(tmp_path / "b.json"), "--update"]
-    assert cli.main(["check", str(tmp_path / "a"), *options]) == 0
-    assert cli.main(["check", str(tmp_path / "b"), *options]) == 0
-    assert "No longer expected: lambada perplexity,none." in capsys.readouterr().out
 
 
 def test_one_unit_of_a_resumed_sweep_is_of_other_documents(tmp_path, capsys):
@@ -608,34 +595,6 @@ def test_a_model_of_several_widths(tmp_path, capsys):
     assert cli.main(["check", str(tmp_path / "a"), "--baseline", file, "--update"]) == 0
     assert cli.main(["check", str(tmp_path / "b"), "--baseline", file]) == 2
     assert "widths 8 x 64, 1 x 96 and" in capsys.readouterr().out
-
-
-def test_small_subtasks_are_decided_with_their_group(tmp_path, capsys):
-    def write(name, shares):
-        tasks = {
-            f"s{n}": {"acc,none": [float(m < 4 * share) for m in range(4)]}
-            for n, share in enumerate(shares)
-        }
-        write_run(
-            tmp_path / name,
-            tasks,
-            groups={"all": list(tasks)},
-            group_scores={"all": {"acc,none": float(np.mean(shares))}},
-        )
-        return str(tmp_path / name)
-
-    options = ["--baseline", str(tmp_path / "b.json")]
-    before = write("before", [1.0] * 10)
-    assert cli.main(["check", before, *options, "--update", "--alpha", "0.05"]) == 0
-    assert cli.main(["check", before, *options, "--format", "json"]) == 0
-    output = capsys.readouterr().out
-    assert output.count("Too few documents alone, decided as a part of all.") == 10
-    assert cli.main(["check", write("after", [0.25] * 10), *options]) == 1
-    # Without the group there is nothing that decides.
-    data = json.loads((tmp_path / "b.json").read_text())
-    del data["runs"]["run"]["all"]
-    (tmp_path / "b.json").write_text(json.dumps(data))
-    assert cli.main(["check", before, *options]) == 2
 
 
 @pytest.mark.parametrize(

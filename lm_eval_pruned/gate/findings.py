@@ -14,9 +14,16 @@ from lm_eval_pruned.results.files import finite_or_none
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
 #: Name of the run where the results are not a sweep's.
 ONLY_RUN = "run"
+#: By status: element of JUnit XML, annotation of GitHub Actions, and words of the summary.
+STATUSES = {
+    "fail": ("failure", "error", "failed"),
+    "undecided": ("error", "error", "undecided"),
+    "pass": ("system-out", "", "as expected"),
+    "improved": ("system-out", "notice", "improved"),
+    "new": ("system-out", "notice", "not in the baseline"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,8 +31,8 @@ class Finding:
     """What the gate says about one metric.
 
     Attributes:
-        status: ``pass``, ``improved`` (passes), ``new`` (passes), ``fail``, or
-            ``undecided`` where the score cannot be held against the baseline.
+        status: One of `STATUSES`; ``undecided`` where the score cannot be held against the
+            baseline.
         expected: Score of the baseline, or None.
         score: Score of the results, or None.
         message: One sentence.
@@ -41,18 +48,14 @@ class Finding:
 
     @property
     def title(self) -> str:
-        """Run, task and metric in words."""
-        return f"{place_of(self.run, self.task)} {self.metric}"
+        """Run, task and metric in words; the only run has no name."""
+        run = "" if self.run == ONLY_RUN else f"{self.run} "
+        return f"{run}{self.task} {self.metric}"
 
     def scores(self, form: str = "expected {}, got {}") -> str:
         """Return both scores in words."""
         both = (self.expected, self.score)
         return form.format(*("none" if x is None else f"{x:.6g}" for x in both))
-
-
-def place_of(run: str, task: str) -> str:
-    """Return run and task in words; the only run has no name."""
-    return task if run == ONLY_RUN else f"{run} {task}"
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
@@ -61,8 +64,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
     return 1 if "fail" in statuses else 2 if "undecided" in statuses else 0
 
 
-def as_text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    """Return the findings for people; what needs no attention is only counted."""
+def _text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     lines = [
         f"{each.status.upper():8} {each.title}: {each.scores('{} -> {}')}. {each.message}"
         for each in findings
@@ -72,71 +74,61 @@ def as_text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     return "\n".join([*lines, _summary(findings)]) + "\n"
 
 
-def as_json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    """Return the findings as a JSON object; numbers that are not finite become null."""
+def _json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     rows = [asdict(each) | {"score": finite_or_none(each.score)} for each in findings]
     data = {"passed": not exit_code(findings), "findings": rows, "notes": list(notes)}
     return json.dumps(data, indent=2) + "\n"
 
 
-def as_junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    """Return the findings as JUnit XML, one test case per metric."""
-    counts = Counter(finding.status for finding in findings)
-    numbers = {"failures": counts["fail"], "errors": counts["undecided"]}
-    about = {"name": "lm-eval-pruned check", "tests": str(len(findings))}
-    about |= {name: str(number) for name, number in numbers.items()}
+def _junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
+    elements = [STATUSES[finding.status][0] for finding in findings]
+    numbers = {f"{name}s": str(elements.count(name)) for name in ("failure", "error")}
     root = ElementTree.Element("testsuites")
+    about = {"name": "lm-eval-pruned check", "tests": str(len(findings)), **numbers}
     suite = ElementTree.SubElement(root, "testsuite", about)
-    for each in findings:
+    for each, element in zip(findings, elements, strict=True):
         name = {"classname": f"{each.run}.{each.task}", "name": each.metric}
         case = ElementTree.SubElement(suite, "testcase", name)
-        if kind := {"fail": "failure", "undecided": "error"}.get(each.status):
-            said = ElementTree.SubElement(case, kind, message=each.message)
-            said.text = each.scores()
-        else:
-            said = ElementTree.SubElement(case, "system-out")
+        said = ElementTree.SubElement(case, element)
+        if element == "system-out":
             said.text = f"{each.message} {each.scores()}"
+        else:
+            said.set("message", each.message)
+            said.text = each.scores()
     if notes:
         ElementTree.SubElement(suite, "system-out").text = "\n".join(notes)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def as_github(findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    """Return the findings as workflow commands, which GitHub Actions shows as annotations."""
-
+def _github(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     def coded(text: str, also: str = "") -> str:
-        # "%" first, since the others bring it.
-        for character in "%\r\n" + also:
-            text = text.replace(character, f"%{ord(character):02X}")
-        return text
+        codes = {ord(each): f"%{ord(each):02X}" for each in "%\r\n" + also}
+        return text.translate(codes)
 
-    def command(kind: str, title: str, text: str) -> str:
-        return f"::{kind} title={coded(title, ':,')}::{coded(text)}"
-
-    kinds = {
-        "fail": "error",
-        "undecided": "error",
-        "improved": "notice",
-        "new": "notice",
-    }
-    lines = [
-        command(kinds[each.status], each.title, f"{each.message} ({each.scores()})")
+    said = [
+        (STATUSES[each.status][1], each.title, f"{each.message} ({each.scores()})")
         for each in findings
-        if each.status in kinds
     ]
-    lines += [command("warning", "not as in the baseline", note) for note in notes]
+    said += [("warning", "not as in the baseline", note) for note in notes]
+    lines = [
+        f"::{kind} title={coded(title, ':,')}::{coded(text)}"
+        for kind, title, text in said
+        if kind
+    ]
     return "\n".join([*lines, _summary(findings)]) + "\n"
-
-
-FORMATS = {"text": as_text, "json": as_json, "junit": as_junit, "github": as_github}
 
 
 def _summary(findings: Sequence[Finding]) -> str:
     counts = Counter(finding.status for finding in findings)
+    parts = [
+        f"{counts[status]} {words}"
+        for status, (_, _, words) in STATUSES.items()
+        if counts[status] or status != "undecided"
+    ]
     word = ("passed", "failed", "undecided")[exit_code(findings)]
-    undecided = f"{counts['undecided']} undecided, " if counts["undecided"] else ""
-    return (
-        f"Check {word}: {counts['fail']} failed, {undecided}{counts['pass']} as expected, "
-        f"{counts['improved']} improved, {counts['new']} not in the baseline."
-    )
+    return f"Check {word}: {', '.join(parts)}."
+
+
+#: What writes findings and notes, by the value of ``--format``.
+FORMATS = {"text": _text, "json": _json, "junit": _junit, "github": _github}
