@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 Decision = tuple[str, str]
 #: Level of the tests behind a rule with a margin.
 CLAIM_LEVEL = 0.05
-#: What two equal scores may differ by, as a share of them.
-_EQUAL = 1e-9
 _IMPROVED = (
     "improved",
     "Better than the baseline; to expect this from now on, run with --update.",
@@ -149,14 +147,14 @@ def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
 
 
 def _within_tolerance(rule: Rule, expected: Score, score: float) -> Decision:
-    change, tolerance = score - expected.value, rule.value
-    allowed = f"{tolerance:g}"
+    tolerance, allowed = rule.value, f"{rule.value:g}"
     if rule.kind == "relative":
         tolerance *= abs(expected.value)
         allowed += " of the expected score"
-    if abs(change) <= tolerance + _EQUAL * max(1.0, abs(expected.value)):
+    # The file has ten digits of a score.
+    if math.isclose(score, expected.value, abs_tol=tolerance + 1e-9):
         return "pass", f"Within {allowed} of the baseline."
-    up = expected.higher_is_better
+    change, up = score - expected.value, expected.higher_is_better
     if up is not None and (change > 0) == up:
         return _IMPROVED
     direction = "Changed" if up is None else "Worse"

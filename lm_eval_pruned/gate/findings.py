@@ -20,22 +20,17 @@ ONLY_RUN = "run"
 STATUSES = {
     "fail": ("failure", "error", "failed"),
     "undecided": ("error", "error", "undecided"),
-    "pass": ("system-out", "", "as expected"),
-    "improved": ("system-out", "notice", "improved"),
-    "new": ("system-out", "notice", "not in the baseline"),
+    "pass": ("", "", "as expected"),
+    "improved": ("", "notice", "improved"),
+    "new": ("", "notice", "not in the baseline"),
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the gate says about one metric.
+    """What the gate says about one metric: one of `STATUSES`, both scores, and a sentence.
 
-    Attributes:
-        status: One of `STATUSES`; ``undecided`` where the score cannot be held against the
-            baseline.
-        expected: Score of the baseline, or None.
-        score: Score of the results, or None.
-        message: One sentence.
+    ``undecided`` is a score that cannot be held against the baseline.
     """
 
     run: str
@@ -82,18 +77,15 @@ def _json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
 
 def _junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     elements = [STATUSES[finding.status][0] for finding in findings]
-    numbers = {f"{name}s": str(elements.count(name)) for name in ("failure", "error")}
+    about = {"name": "lm-eval-pruned check", "tests": str(len(findings))}
+    about |= {f"{name}s": str(elements.count(name)) for name in ("failure", "error")}
     root = ElementTree.Element("testsuites")
-    about = {"name": "lm-eval-pruned check", "tests": str(len(findings)), **numbers}
     suite = ElementTree.SubElement(root, "testsuite", about)
     for each, element in zip(findings, elements, strict=True):
         name = {"classname": f"{each.run}.{each.task}", "name": each.metric}
         case = ElementTree.SubElement(suite, "testcase", name)
-        said = ElementTree.SubElement(case, element)
-        if element == "system-out":
-            said.text = f"{each.message} {each.scores()}"
-        else:
-            said.set("message", each.message)
+        if element:
+            said = ElementTree.SubElement(case, element, message=each.message)
             said.text = each.scores()
     if notes:
         ElementTree.SubElement(suite, "system-out").text = "\n".join(notes)
@@ -102,17 +94,15 @@ def _junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
 
 
 def _github(findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    def coded(text: str, also: str = "") -> str:
-        codes = {ord(each): f"%{ord(each):02X}" for each in "%\r\n" + also}
-        return text.translate(codes)
-
+    in_text = str.maketrans({"%": "%25", "\r": "%0D", "\n": "%0A"})
+    in_title = in_text | str.maketrans({":": "%3A", ",": "%2C"})
     said = [
         (STATUSES[each.status][1], each.title, f"{each.message} ({each.scores()})")
         for each in findings
     ]
     said += [("warning", "not as in the baseline", note) for note in notes]
     lines = [
-        f"::{kind} title={coded(title, ':,')}::{coded(text)}"
+        f"::{kind} title={title.translate(in_title)}::{text.translate(in_text)}"
         for kind, title, text in said
         if kind
     ]
