@@ -74,12 +74,10 @@ def run(arguments) -> int:
     margin = next((Margin(*each) for each in asked if each[1] is not None), None)
     options = {"alpha": arguments.alpha, "subtasks": arguments.subtasks}
     result = compare(*read_comparands(arguments.paths), margin=margin, **options)
-    if arguments.format != "table":
-        text = FORMATS[arguments.format](result)
-    elif sys.stdout.isatty():
+    form = "markdown" if arguments.format == "table" else arguments.format
+    if arguments.format == "table" and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-        text = as_text(result, width, everything=arguments.all)
+        print(as_text(result, width, everything=arguments.all), end="")
     else:
-        text = FORMATS["markdown"](result)
-    print(text, end="")
+        print(FORMATS[form](result), end="")
     return 0
