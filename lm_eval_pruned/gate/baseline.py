@@ -159,9 +159,13 @@ def _as_dict(documents: Documents) -> dict[str, Any]:
 def _from_dict(record: Mapping[str, Any]) -> Documents:
     table = pd.DataFrame({"weights": 1, "clusters": None, **record})
     values, weights = table[["values", "weights"]].to_numpy(dtype=float).T
-    if not np.isfinite(values * weights).all() or {*table["transform"]} - {*TRANSFORMS}:
-        raise ValueError("documents without finite scores, or of an unknown transform")
-    clusters = None if table["clusters"].hasnans else tuple(table["clusters"])
+    alone = table["clusters"].isna()
+    known = {*table["transform"]} <= {*TRANSFORMS} and alone.nunique() == 1
+    if not known or not np.isfinite(values * weights).all():
+        raise ValueError(
+            "documents without finite scores, clusters or a known transform"
+        )
+    clusters = None if alone.all() else tuple(table["clusters"])
     names = (name.rsplit(" ", 2) for name in table.index)
     keys = tuple((task, digest, int(number)) for task, digest, number in names)
     return Documents(keys, values, weights, clusters, record["transform"])

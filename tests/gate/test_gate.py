@@ -260,6 +260,11 @@ def baseline_of(record):
     return {"schema_version": 2, "runs": {"run": tasks}}
 
 
+def documents(values, **more):
+    made = {"transform": "mean", "values": values, **more}
+    return baseline_of({**TESTED, "documents": made})
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -280,16 +285,10 @@ def baseline_of(record):
         (baseline_of({"score": 0.5, "alpha": 2}), "alpha=2 is not between 0 and 1"),
         (baseline_of({"score": 0.5, "not_worse": "much"}), "not_worse=much is no mar"),
         (baseline_of({**TESTED, "documents": {"values": [1]}}), "cannot be read"),
-        (baseline_of({**TESTED, "documents": {"values": {}}}), "cannot be read"),
-        (
-            baseline_of(
-                {
-                    **TESTED,
-                    "documents": {"transform": "mean", "values": {"a b 0": None}},
-                }
-            ),
-            "documents without finite scores",
-        ),
+        (documents({"a b 0": None}), "documents without finite scores"),
+        (documents({}), "documents without finite scores"),
+        (documents({"a b 0": 1, "a c 0": 1}, clusters={"a b 0": "0"}), "clusters"),
+        (documents({"a b 0": 1}, transform="sum"), "a known transform"),
     ],
 )
 def test_hostile_baselines(tmp_path, held, data, words):
