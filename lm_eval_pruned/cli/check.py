@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lm_eval_pruned.cli.compare import add_margins
 
 
-if TYPE_CHECKING:
-    import argparse
+_NEW = "with --update, rule for metrics new to the baseline: "
 
 
 def add(commands) -> None:
@@ -30,53 +27,44 @@ def add(commands) -> None:
     parser.add_argument(
         "--baseline", required=True, metavar="FILE", help="baseline file"
     )
-    parser.add_argument(
-        "--format", choices=("text", "json", "junit", "github"), default="text"
-    )
+    forms = ("text", "json", "junit", "github")
+    parser.add_argument("--format", choices=forms, default="text")
     parser.add_argument(
         "--update",
         action="store_true",
         help="write the results to the baseline file instead; rules that it has stay",
     )
     rules = parser.add_mutually_exclusive_group()
-    rules.add_argument(
-        "--absolute",
-        type=float,
-        metavar="T",
-        help="with --update, rule for metrics new to the baseline: worse by at most T, in the "
-        "metric's own unit (default: 0)",
-    )
-    rules.add_argument(
-        "--relative",
-        type=float,
-        metavar="T",
-        help="the same, worse by at most T times the expected score",
-    )
-    rules.add_argument(
-        "--alpha",
-        type=float,
-        metavar="A",
-        help="the same, not significantly worse at level A; needs --log_samples",
-    )
+    for kind, letter, text in (
+        (
+            "absolute",
+            "T",
+            f"{_NEW}worse by at most T, in the metric's own unit (default: 0)",
+        ),
+        ("relative", "T", "the same, worse by at most T times the expected score"),
+        (
+            "alpha",
+            "A",
+            "the same, not significantly worse at level A; needs --log_samples",
+        ),
+    ):
+        rules.add_argument(f"--{kind}", type=float, metavar=letter, help=text)
     add_margins(rules, ", as a rule with --update; needs --log_samples")
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments) -> int:
     """Run the command; return its exit code."""
     from pathlib import Path
 
     from lm_eval_pruned.gate import baseline as files, check as gate
-    from lm_eval_pruned.gate.formats import FORMATS, exit_code
+    from lm_eval_pruned.gate.findings import FORMATS, exit_code
 
-    given = [
-        files.Rule(kind, getattr(arguments, kind))
-        for kind in files.RULES
-        if getattr(arguments, kind) is not None
-    ]
-    if given and not arguments.update:
+    options = {kind: getattr(arguments, kind) for kind in files.RULES}
+    rules = [files.Rule(*each) for each in options.items() if each[1] is not None]
+    if rules and not arguments.update:
         raise ValueError(
-            f"--{given[0].kind} {given[0].value} makes rules for a new baseline: give it together "
+            f"--{rules[0].kind} {rules[0].value} makes rules for a new baseline: give it together "
             "with --update, or edit the rules in the baseline file."
         )
     runs, file = gate.read_results(arguments.results), arguments.baseline
@@ -85,11 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
         findings = gate.check(runs, baseline)
         print(FORMATS[arguments.format](findings, gate.notes(runs, baseline)), end="")
         return exit_code(findings)
-    previous = files.read_baseline(file) if Path(file).exists() else files.Baseline()
-    rule = given[0] if given else files.Rule("absolute", 0.0)
-    baseline = files.make_baseline(runs, rule, previous)
+    previous = files.read_baseline(file) if Path(file).exists() else None
+    rule = rules[0] if rules else files.Rule("absolute", 0.0)
+    baseline = gate.make_baseline(runs, rule, previous)
     files.write_baseline(file, baseline)
-    for note in gate.update_notes(runs, baseline, previous):
-        print(f"NOTE     {note}")
+    for finding in gate.check(runs, baseline):
+        if finding.status == "undecided":
+            print(f"NOTE     {finding.title}: {finding.message}")
     print(f"Wrote {len(baseline.rules)} expected scores to {file}.")
     return 0

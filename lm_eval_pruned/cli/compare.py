@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import TYPE_CHECKING, Any
-
-
-if TYPE_CHECKING:
-    import argparse
 
 
 def add(commands) -> None:
@@ -27,13 +22,7 @@ def add(commands) -> None:
         help="the base, then the runs: results files, folders that `lm_eval --output_path` filled, "
         "or sweep folders; one sweep folder alone is compared with its own baseline",
     )
-    parser.add_argument(
-        "--alpha",
-        type=float,
-        default=0.05,
-        metavar="A",
-        help="level of the tests; intervals cover 1 - A (default: 0.05)",
-    )
+    add_alpha(parser)
     parser.add_argument(
         "--subtasks",
         action="store_true",
@@ -54,7 +43,14 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def add_margins(group: Any, also: str = "") -> None:
+def add_alpha(
+    parser, text="level of the tests; intervals cover 1 - A (default: 0.05)"
+) -> None:
+    """Declare the option for the level of tests."""
+    parser.add_argument("--alpha", type=float, default=0.05, metavar="A", help=text)
+
+
+def add_margins(group, also="") -> None:
     """Declare the options that ask for a claim, of which one can be given; say `also` of both."""
     for claim, what in (
         ("equivalent", "neither better nor worse by it"),
@@ -68,7 +64,7 @@ def add_margins(group: Any, also: str = "") -> None:
         )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.compare.comparison import compare, read_comparands
     from lm_eval_pruned.compare.comparison_table import FORMATS, as_text
@@ -78,10 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     margin = next((Margin(*each) for each in asked if each[1] is not None), None)
     options = {"alpha": arguments.alpha, "subtasks": arguments.subtasks}
     result = compare(*read_comparands(arguments.paths), margin=margin, **options)
+    form = "markdown" if arguments.format == "table" else arguments.format
     if arguments.format == "table" and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         print(as_text(result, width, everything=arguments.all), end="")
     else:
-        form = "markdown" if arguments.format == "table" else arguments.format
         print(FORMATS[form](result), end="")
     return 0

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    import argparse
+from lm_eval_pruned.cli.compare import add_alpha
 
 
 def add(commands) -> None:
@@ -40,18 +36,15 @@ def add(commands) -> None:
         metavar="N",
         help="how many documents to ask about (default: as many as were evaluated)",
     )
-    parser.add_argument(
-        "--alpha",
-        type=float,
-        default=0.05,
-        metavar="A",
-        help="level of one test (default: 0.05); with several rows in a table their correction "
+    add_alpha(
+        parser,
+        "level of one test (default: 0.05); with several rows in a table their correction "
         "leaves less",
     )
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.compare import comparison, power
     from lm_eval_pruned.compare.verdicts import Margin

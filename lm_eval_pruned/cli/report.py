@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:
-    import argparse
+from lm_eval_pruned.cli.compare import add_alpha
 
 
 def add(commands) -> None:
@@ -23,13 +19,7 @@ def add(commands) -> None:
         metavar="DIR",
         help="where to write (default: `report` in the sweep folder)",
     )
-    parser.add_argument(
-        "--alpha",
-        type=float,
-        default=0.05,
-        metavar="A",
-        help="level of the tests; intervals cover 1 - A (default: 0.05)",
-    )
+    add_alpha(parser)
     parser.add_argument(
         "--no_texts",
         action="store_true",
@@ -38,7 +28,7 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.report.report import write_report
 

@@ -14,8 +14,8 @@ import pytest
 
 from lm_eval_pruned.compare.comparison import compare, read_comparands
 from lm_eval_pruned.compare.verdicts import Margin
-from lm_eval_pruned.gate.baseline import Rule, make_baseline
-from lm_eval_pruned.gate.check import check
+from lm_eval_pruned.gate.baseline import Rule
+from lm_eval_pruned.gate.check import check, make_baseline
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.report.report import write_report
 from lm_eval_pruned.results.files import ResultsError
