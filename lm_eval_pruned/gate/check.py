@@ -109,7 +109,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
                 tests[key] = _tested(key, runs[name], baseline)
             except ResultsError as why:
                 found[key] = "undecided", str(why)
-    found |= _by_documents(tests, before, after, baseline.rules)
+    found |= _by_documents(tests, before, after, baseline)
     findings = []
     for key, (status, message) in sorted(found.items()):
         one, other = (e[key].value if key in e else None for e in (before, after))
@@ -190,13 +190,14 @@ def _by_documents(
     tests: Mapping[Key, PairedTest],
     before: Mapping[Key, Score],
     after: Mapping[Key, Score],
-    rules: Mapping[Key, Rule],
+    baseline: Baseline,
 ) -> Iterator[tuple[Key, Decision]]:
     """Decide the rules of documents together.
 
     The p of all rules ``alpha`` are adjusted as one family, and those of all rules with a
     margin as another, so that a gate of many metrics does not close by chance.
     """
+    rules, documents = baseline.rules, baseline.documents
     asked = [(rules[key].margin, before[key], after[key]) for key in tests]
     families = [margin is not None for margin, *_ in asked]
     sides: list[tuple[float | None, float | None]] = []
@@ -234,10 +235,25 @@ def _by_documents(
                 f"Not shown to be {margin.verdict} within {margin.text} (q = {claim.q:.3g} >= "
                 f"{alpha:g}), nor worse: `lm-eval-pruned power` says how many documents decide."
             )
+        elif _worst_p(test, documents[key], score.higher_is_better) >= alpha:
+            said = (
+                "Too few documents to decide, not even the worst score would be significant: "
+                f"{_TOLERANCE}"
+            )
         else:
             status = "pass"
             said = f"Not significantly {way} (q = {worse:.3g} >= {alpha:g})."
         yield key, (status, said)
+
+
+def _worst_p(test: PairedTest, before: Documents, up: bool | None) -> float:
+    """Return McNemar's mid-p if every answer changed for the worse; 0 for other tests."""
+    if not test.method.startswith("McNemar"):
+        return 0.0
+    right = int(before.values.sum())
+    wrong = len(before.values) - right
+    changed = {True: right, False: wrong, None: max(right, wrong)}[up]
+    return 0.5 ** (changed + (up is not None))
 
 
 def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:

@@ -433,6 +433,16 @@ def test_the_side_of_the_test_is_the_direction(gate, higher_is_better, code):
     assert ("IMPROVED" in text) == (higher_is_better is True)
 
 
+def test_a_score_that_cannot_get_significantly_worse_is_undecided(gate):
+    alpha = ("--alpha", "0.05")
+    low = {"tf": {"acc,none": [1.0, 1.0] + [0.0] * 58}}
+    code, text = gate(low, low, update=alpha)
+    assert code == 2
+    assert "not even the worst score would be significant" in text
+    # Unless the result is better, which is all the rule asks.
+    assert gate(low, {"tf": {"acc,none": [1.0] * 60}}, update=alpha)[0] == 0
+
+
 def test_a_failure_outweighs_what_is_undecided(gate):
     after = {"tf": {"acc,none": answers(0.1)}, "lambada": BEFORE["lambada"]}
     code, text = gate(BEFORE, after, **{"n-shot": {"tf": 0, "lambada": 5}})
