@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison_table import number_text
-from lm_eval_pruned.report.formats import rendered
-from lm_eval_pruned.report.page import Section, Table, run_label
+from lm_eval_pruned.report.page import Section, Table, rendered, run_label
 from lm_eval_pruned.results.documents import (
     Answer,
     Question,
