@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.util.figures import Plot
 
 #: Tasks that stand for knowledge and for truthfulness, the study's own first.
 KNOWLEDGE = ("mmlu", "gsm8k", "arc_challenge", "boolq", "lambada_openai", "wikitext")
@@ -72,13 +71,15 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
         plots.append(Plot(name, title, said, chart))
     heading = "Knowledge against truthfulness"
     said = "The interval takes the sizes for independent draws, which steps of pruning are not."
+    if not plots:
+        return None
     table = declared_table(heading, CORRELATIONS, rows, comparison.alpha)
-    return Section(heading, [said], table=table, plots=plots) if plots else None
+    return Section(heading, [said], table=table if rows else None, plots=plots)
 
 
 def energy_section(runs: Sequence[Run]) -> Section | None:
     """What the meter logged, by configuration and kind of request."""
-    rows, points, sources = [], [], set()
+    rows, sources = [], set()
     notes: dict[str, None] = {}
     blocks = [(run, *block) for run in runs for block in run.energy.items()]
     for run, tasks, block in blocks:
@@ -95,8 +96,6 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
             totals = [number_text(each, ",.1f") for each in (seconds, joules)]
             shares = [number_text(each, ".4g") for each in (per_token, latency)]
             rows.append([run_label(run), tasks, kind, *totals, *shares])
-            ratio = None if run.is_shallow else run.expansion_ratio
-            points.append((f"{tasks}, {kind}", ratio, per_token, latency))
     if not rows:
         return None
     said = (
@@ -107,29 +106,4 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
     columns = ["configuration", "tasks", "requests", "seconds", "joules"]
     columns += ["J / processed token", "ms / generated token"]
     table = Table("Energy and latency", columns, rows, text=3)
-    plots = _energy_plots(points)
-    return Section(table.label, [said], table=table, plots=plots, notes=list(notes))
-
-
-def _energy_plots(points: list[tuple]) -> list[Plot]:
-    import altair as alt
-
-    from lm_eval_pruned.util.figures import Plot, line_look, lines, over_ratios
-
-    logged = pd.DataFrame(points, columns=["line", "ratio", "energy", "latency"])
-    plots = []
-    units = {
-        "energy": "energy per processed token (J)",
-        "latency": "wall time per generated token (ms)",
-    }
-    for name, unit in units.items():
-        drawn = logged[["line", "ratio", name]].dropna()
-        drawn = drawn[drawn.groupby("line")[name].transform("size") > 1]
-        if drawn.empty:
-            continue
-        title = f"{name.capitalize()} per token"
-        y = alt.Y(f"{name}:Q", scale=alt.Scale(zero=False), title=unit)
-        look = line_look(list(drawn["line"].unique()))
-        said = f"{title} against the expansion ratio, as logged while the tasks ran."
-        plots.append(Plot(name, title, said, lines(drawn, over_ratios(), y, look)))
-    return plots
+    return Section(table.label, [said], table=table, notes=list(notes))

@@ -41,8 +41,7 @@ if TYPE_CHECKING:
 #: How scores are drawn: file, title, axis and description.
 MEASURES = {
     "relative": (
-        "capabilities",
-        "Scores relative to the unpruned model",
+        *("capabilities", "Scores relative to the unpruned model"),
         "relative to unpruned (%)",
         (
             "Perplexities are inverted (unpruned / pruned), so that up is better. Tasks on which the "
@@ -50,8 +49,7 @@ MEASURES = {
         ),
     ),
     "raw": (
-        "scores",
-        "Scores",
+        *("scores", "Scores"),
         "score (%)",
         (
             "Dashed rules are chance, dotted ones the level of always giving the commonest answer, "
@@ -59,8 +57,7 @@ MEASURES = {
         ),
     ),
     "above_chance": (
-        "above-chance",
-        "What is left above chance",
+        *("above-chance", "What is left above chance"),
         "(score − chance) / (unpruned − chance) (%)",
         (
             "The unpruned model is at 100 %, guessing at 0 %. Tasks that it scores less than two "

@@ -1,4 +1,4 @@
-"""What cutting one layer alone costs: the section of a report, its table and its plots.
+"""What cutting one layer alone costs: the section of a report, its table and its plot.
 
 The curves are those of ``sensitivity.json``. The zero line is the criterion ``random``: one that
 does worse than all its seeds misjudges the layer.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The control, whose seeds are the range of chance.
 RANDOM = "random"
-#: The version of the file's entries that is read here.
+#: Of the file's entries.
 VERSION = 1
 #: The table of a report is of the share that is nearest to this one, in percent.
 _SHOWN = 25
@@ -133,10 +133,7 @@ def _seeds(curves: LayerCurves) -> str:
 
 
 def layer_plots(curves: LayerCurves) -> list[Plot]:
-    """Return the rise of the loss as a heat map by layer and share, and as lines over the layers.
-
-    Needs the extra ``report``.
-    """
+    """Return the rise of the loss over the layers, by criterion. Needs the extra ``report``."""
     import altair as alt
 
     from lm_eval_pruned.util.figures import Plot, line_look, lines
@@ -145,44 +142,26 @@ def layer_plots(curves: LayerCurves) -> list[Plot]:
     rises = curves.rises.rename(columns=names)
     rises["removed"] = rises["share"].astype(str) + " % removed"
     width = max(240, min(720, 22 * rises["layer"].nunique()))
-    scale: dict[str, Any] = {"type": "symlog", "constant": _LINEAR}
-    heat = alt.Scale(scheme="cividis", reverse=True, domainMin=0, clamp=True, **scale)
-    unit = "rise of the loss (nats per token)"
-    named = [*curves.criteria, *([RANDOM] if curves.seeds else [])]
-    tiles = alt.Chart(rises, width=width, height=alt.Step(24)).mark_rect()
-    tiles = tiles.encode(
-        alt.X("layer:O", axis=alt.Axis(labelAngle=0)),
-        alt.Y("removed:N", sort=None, title=None),
-        alt.Color("rise:Q", title=unit, scale=heat).legend(format="~r", titleLimit=0),
-    )
     over = alt.X("layer:Q", scale=alt.Scale(nice=False))
-    y = alt.Y("rise:Q", title=unit, scale=alt.Scale(**scale))
+    scale = alt.Scale(type="symlog", constant=_LINEAR)
+    y = alt.Y("rise:Q", title="rise of the loss (nats per token)", scale=scale)
     seeds = alt.Chart().mark_bar(size=14, opacity=0.25, color="var(--ink)")
     seeds = seeds.transform_filter(f"datum.line == '{RANDOM}'")
     seeds = seeds.encode(over, alt.Y("least:Q"), alt.Y2("most"))
-    drawn = lines(rises, over, y, line_look(named))
-    panels = alt.layer(seeds, *drawn.layer, data=rises, width=width, height=180)
+    look = line_look([*curves.criteria, *([RANDOM] if curves.seeds else [])])
+    drawn = lines(rises, over, y, look).layer
+    panels = alt.layer(seeds, *drawn, data=rises, width=width, height=180)
     panels = panels.facet(row=alt.Row("removed:N", sort=None, title=None))
-    return [
-        Plot(
-            "sensitivity",
-            "Sensitivity of the layers",
-            "Rise of the loss where one layer alone is cut, by layer, share of its neurons that "
-            f"is removed and criterion ({', '.join(named)}).",
-            tiles.facet(row=alt.Row("line:N", sort=named, title=None)),
-        ),
-        Plot(
-            "sensitivity-by-layer",
-            "Criteria by layer",
-            "Rise of the loss where one layer alone is cut, by criterion; the bars span the "
-            f"seeds of random. The axis is linear up to {_LINEAR} nats and logarithmic beyond.",
-            panels.resolve_scale(y="independent"),
-        ),
-    ]
+    said = (
+        "Rise of the loss where one layer alone is cut, by criterion; the bars span the seeds of "
+        f"random. The axis is linear up to {_LINEAR} nats and logarithmic beyond."
+    )
+    chart = panels.resolve_scale(y="independent")
+    return [Plot("sensitivity-by-layer", "Criteria by layer", said, chart)]
 
 
 def layers_section(sweep: SweepResults) -> Section | None:
-    """Heat map, lines and a table of the curves of a sweep that has them.
+    """Lines and a table of the curves of a sweep that has them.
 
     Raises:
         ResultsError: Its ``sensitivity.json`` is damaged.

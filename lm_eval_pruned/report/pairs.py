@@ -107,13 +107,12 @@ def _rows(
         alpha,
     )
     rows = []
-    for (before, after, key, test, documents), (q, level) in zip(
-        found, adjusted, strict=True
-    ):
+    for each, (q, level) in zip(found, adjusted, strict=True):
+        before, after, key, test, documents = each
         one, other = before.scores[key], after.scores[key]
         difference = other.value - one.value
+        shown = None if level is None else test.smallest_detectable(level)
         low, high = (None, None) if level is None else test.interval(level)
-        smallest = None if level is None else test.smallest_detectable(level)
         rows.append(
             Difference(
                 run=f"{run_label(after)} against {before.name}",
@@ -127,7 +126,7 @@ def _rows(
                 high=high,
                 p=test.p,
                 q=q,
-                smallest_detectable=smallest,
+                smallest_detectable=shown,
                 documents=documents,
                 method=test.method,
                 primary=True,

@@ -140,10 +140,10 @@ class TestFigures:
         assert "## Layers" not in (sweep / "report/report.md").read_text()
         (sweep / "sensitivity.json").write_text(json.dumps(made_curves()))
         files = {file.name for file in write_report(sweep)}
-        assert {"sensitivity.svg", "sensitivity-by-layer.png"} <= files
+        assert {"sensitivity-by-layer.svg", "sensitivity-by-layer.png"} <= files
         text = (sweep / "report/report.md").read_text()
         assert "The table is of 10 % removed" in text
-        assert "plots/sensitivity.png" in text
+        assert "plots/sensitivity-by-layer.png" in text
         (sweep / "sensitivity.json").write_text("{}")
         with pytest.raises(
             ResultsError, match=r"sensitivity\.json holds no sensitivity"
