@@ -53,11 +53,12 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     if not found:
         return None
 
-    def cell(*place: str) -> Cell:
-        shown = [each for each in MARKS if found[(*place, each)]]
-        texts = [f"{MARKS[each]} {found[(*place, each)]} {each}" for each in shown]
+    def cell(label: str, series: str, ratio: str) -> Cell:
+        counts = {each: found[label, series, ratio, each] for each in MARKS}
+        shown = [each for each, count in counts.items() if count]
+        text = ", ".join(f"{MARKS[each]} {counts[each]} {each}" for each in shown)
         tones = {*map(tone_of, shown)} - {""}
-        return Cell(", ".join(texts) or "-", tones.pop() if len(tones) == 1 else "")
+        return Cell(text or "-", tones.pop() if len(tones) == 1 else "")
 
     ratios = sorted({ratio for _, _, ratio, _ in found}, key=float, reverse=True)
     starts = dict.fromkeys((label, series) for label, series, *_ in found)

@@ -58,9 +58,7 @@ def test_shares_rises_and_chance(curves):
     assert row(curves, 1, "random", 50)["rise"] == pytest.approx(0.55)
     maw = row(curves, 1, "maw", 50)
     assert (maw["low"], maw["high"]) == pytest.approx((0.5, 0.6))
-
-
-def test_the_zero_line_is_every_seed(curves):
+    # Every seed is the zero line.
     assert row(curves, 0, "maw", 10)["verdict"] == "worse"
     assert row(curves, 0, "act", 10)["verdict"] == "better"
     assert row(curves, 1, "maw", 50)["verdict"] == ""

@@ -127,12 +127,9 @@ def test_perplexities_are_inverted_and_keep_their_unit(drawn):
     assert point(drawn, "above_chance", "wikitext", "p60") is None
 
 
-def test_a_task_at_chance_has_nothing_to_lose(drawn):
-    assert point(drawn, "raw", "boolq", "p60") is not None
-    assert point(drawn, "above_chance", "boolq", "p60") is None
-
-
 def test_a_level_is_drawn_of_what_is_known(drawn):
+    # A task at chance has nothing to lose.
+    assert point(drawn, "above_chance", "boolq", "p60") is None
     boolq, mmlu, gsm8k = (
         point(drawn, "raw", task, "p60") for task in ("boolq", "mmlu", "gsm8k")
     )
