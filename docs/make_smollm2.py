@@ -32,10 +32,7 @@ def main() -> None:
     ours = pd.concat(map(pd.read_csv, sorted(FOLDER.glob("*/results.csv"))))
     ours["line"], ours["value"] = "SmolLM2-135M-Instruct", ours["score"]
     ours["filled"] = ours["q"] < 0.05
-    ours["mark"] = ours["filled"].map(
-        {True: "significant", False: "no difference shown"}
-    )
-    ours.loc[ours["q"].isna(), "mark"] = "not tested"
+    ours["mark"] = ours["q"].isna().map({True: "not tested", False: "tested"})
     study = pd.read_csv(ROOT / "tests" / "data" / "study_benchmarks.csv")
     study = study[study["base_model"].isin(STUDY)]
     study["line"], study["mark"] = study["base_model"] + " (study)", "not tested"

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison_table import number_text
-from lm_eval_pruned.report.formats import rendered
-from lm_eval_pruned.report.page import Section, Table, run_label
+from lm_eval_pruned.report.page import Section, Table, rendered, run_label
 from lm_eval_pruned.results.documents import (
     Answer,
     Question,
@@ -23,7 +22,7 @@ from lm_eval_pruned.util.tables import csv_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lm_eval_pruned.results.files import Run
 
@@ -47,15 +46,10 @@ def changed_answers(
 ) -> tuple[Section | None, dict[str, str]]:
     """Compare the answers of runs with those of the base, document by document.
 
-    Args:
-        title: Heading of the report.
-        base: The unpruned model.
-        others: The other runs of the sweep.
-        texts: Whether the page shows texts; else it names documents by number and hash alone.
-
     Returns:
-        The section and the files that it links, by name; None and no file where no task
-        logged samples of answers that are right or wrong.
+        The section and the files that it links, by name; None and no file where no task logged
+        samples of answers that are right or wrong. Without `texts` the page names documents by
+        number and hash alone.
 
     Raises:
         ResultsError: A file of samples cannot be read or is incomplete.
@@ -65,9 +59,8 @@ def changed_answers(
     changes: list[tuple[int, str, str, str]] = []
     not_counted = []
     labels = {run.name: run_label(run) for run in others}
-    for task, metrics in _metrics(base).items():
-        found = ((metric, _answers(base, task, metric)) for metric in metrics)
-        metric, before = next((each for each in found if each[1]), ("", {}))
+    for task in base.tasks(subtasks=False):
+        metric, before = _counted(base, task)
         if not before:
             not_counted.append(task)
         for run in others:
@@ -76,15 +69,13 @@ def changed_answers(
             kinds = {key: _kind(before[key][0], after[key][0]) for key in both}
             if kinds:
                 counts.append(_counts(run, task, metric, [*kinds.values()]))
-            for key in filter(kinds.get, kinds):
-                document = documents.setdefault(
-                    (task, key),
-                    {"index": len(documents), "task": task, "leaf": key[0]}
-                    | _document(*before[key], texts),
-                )
-                written = _written(*after[key]) if texts else ""
-                change = document["index"], labels[run.name], kinds[key] or "", written
-                changes.append(change)
+            for key, kind in kinds.items():
+                if kind:
+                    named = {"index": len(documents), "task": task, "leaf": key[0]}
+                    new = named | _document(*before[key], texts)
+                    document = documents.setdefault((task, key), new)
+                    written = _written(*after[key]) if texts else ""
+                    changes.append((document["index"], labels[run.name], kind, written))
     if not counts:
         return None, {}
     changes.sort(key=lambda change: KINDS.index(change[2]))
@@ -96,8 +87,7 @@ def changed_answers(
         "most likely choice, or the text after the task's filter; free texts nearly always differ "
         "in something. A - stands where the samples do not tell which answer was chosen."
     )
-    heading = "Changed answers"
-    names = ("task", "metric", "documents", "right_to_wrong", "wrong_to_right")
+    names = ["task", "metric", "documents", "right_to_wrong", "wrong_to_right"]
     rows = [
         [labels[row["run"]], *(str(row[name]) for name in names)]
         + [number_text(row["changed_share"], ".0%")]
@@ -106,23 +96,24 @@ def changed_answers(
     columns = ["run", *(name.replace("_", " ") for name in names), "another answer"]
     none = "Without samples, or without a metric that counts single documents as right or wrong"
     section = Section(
-        heading,
+        "Changed answers",
         [explanation],
-        table=Table(heading, columns, rows, text=3),
+        table=Table("Changed answers", columns, rows, text=3),
         notes=[f"{none}: {', '.join(not_counted)}."] if not_counted else [],
         links=[("All of them, one by one", PAGE), ("The counts as CSV", CSV)],
     )
     return section, {PAGE: page, CSV: csv_table(counts[0], counts)}
 
 
-def _metrics(base: Run) -> dict[str, list[str]]:
-    """Return the metrics of each task, the primary one first, without those to keep low."""
+def _counted(base: Run, task: str) -> tuple[str, _Answers]:
+    """Return the first metric by which all answers are right or wrong, with them."""
     primary = primary_metrics([base])
-    found: dict[str, list[str]] = {task: [] for task in base.tasks(subtasks=False)}
-    for task, metric in sorted(base.scores, key=lambda key: key not in primary):
-        if task in found and base.scores[task, metric].higher_is_better is not False:
-            found[task].append(metric)
-    return found
+    for key in sorted(base.scores, key=lambda key: key not in primary):
+        # Of metrics to keep low, 1 is not right.
+        wanted = key[0] == task and base.scores[key].higher_is_better is not False
+        if wanted and (found := _answers(base, *key)):
+            return key[1], found
+    return "", {}
 
 
 def _answers(run: Run, task: str, metric: str) -> _Answers:
@@ -132,12 +123,11 @@ def _answers(run: Run, task: str, metric: str) -> _Answers:
         return {}
     name = metric.rpartition(",")[0]
 
-    def take(row: Mapping[str, Any]) -> tuple[Answer | None, Question]:
-        return read_answer(row, name), read_question(row)
-
     found: _Answers = {}
     for leaf in leaves:
-        for key, (answer, question) in read_samples(run, leaf, metric, take):
+        for key, (answer, question) in read_samples(
+            run, leaf, metric, lambda row: (read_answer(row, name), read_question(row))
+        ):
             if answer is None:
                 return {}
             found[leaf, key] = answer, question
@@ -158,7 +148,6 @@ def _kind(before: Answer, after: Answer) -> str | None:
 def _counts(
     run: Run, task: str, metric: str, kinds: Sequence[str | None]
 ) -> dict[str, Any]:
-    """Return a row of the CSV."""
     n, lost, gained = len(kinds), kinds.count(LOST), kinds.count(GAINED)
     changed = None if None in kinds else sum(map(bool, kinds))
     return {
@@ -176,18 +165,15 @@ def _counts(
 
 
 def _document(before: Answer, question: Question, texts: bool) -> dict[str, Any]:
-    """Return what the page says of a document."""
     named = {"number": question.number, "hash": question.digest[:16]}
-    target, choices = question.target, question.choices
-    if target.isdecimal() and int(target) < len(choices):
-        target += f": {choices[int(target)].strip()}"
-    told = {
+    if not texts:
+        return named
+    return named | {
         "prompt": question.prompt[-LONGEST_PROMPT:],
-        "expected": target,
-        "choices": choices,
+        "expected": question.target,
+        "choices": question.choices,
         "before": _written(before, question),
     }
-    return named | told if texts else named
 
 
 def _written(answer: Answer, question: Question) -> str:

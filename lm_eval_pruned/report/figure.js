@@ -1,7 +1,6 @@
 // Draws the chosen chart of a figure as wide as the page. What is drawn was decided in Python.
 "use strict";
 for (const figure of document.querySelectorAll("[data-charts]")) {
-  const charts = JSON.parse(document.getElementById(figure.dataset.charts).textContent);
   const select = figure.querySelector("select");
   const place = figure.querySelector(".drawing");
   let width = 0;
@@ -9,7 +8,7 @@ for (const figure of document.querySelectorAll("[data-charts]")) {
   async function draw() {
     place.setAttribute("aria-busy", "true");
     for (const text of figure.querySelectorAll("figcaption")) text.hidden = text.dataset.of !== select.value;
-    const chart = structuredClone(charts[select.value]);
+    const chart = JSON.parse(document.getElementById(select.value).textContent);
     chart.columns = width > 720 ? Math.min(2, chart.concat.length) : 1;
     chart.config.view.continuousWidth = Math.max(120, width / chart.columns - 90);
     chart.config.legend.columns = Math.max(1, Math.floor(width / 260));

@@ -5,7 +5,6 @@ Needs altair and vl-convert-python (the extra ``report``).
 
 from __future__ import annotations
 
-import json
 import math
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,8 @@ import vl_convert
 
 from lm_eval_pruned.compare.comparison_table import DIFFERENCES
 from lm_eval_pruned.report.curves import slug
-from lm_eval_pruned.report.page import Figure, Section
+from lm_eval_pruned.report.page import Section
 from lm_eval_pruned.results.documents import Levels
-from lm_eval_pruned.results.files import finite_or_none
 from lm_eval_pruned.results.groups import (
     FAMILIES,
     LEFT,
@@ -31,7 +29,7 @@ from lm_eval_pruned.results.groups import (
     primary_metrics,
     series_of,
 )
-from lm_eval_pruned.util.figures import RATIO, Plot, line_look, lines, over_ratios
+from lm_eval_pruned.util.figures import Plot, line_look, lines, over_ratios
 
 
 if TYPE_CHECKING:
@@ -40,14 +38,10 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison import Comparison, Difference
     from lm_eval_pruned.results.files import Run
 
-TITLE = "What pruning takes, and what it leaves"
-#: What scores are drawn against, by column of the points.
-AXES = {"ratio": RATIO, "parameters": "parameters (millions)"}
 #: How scores are drawn: file, title, axis and description.
 MEASURES = {
     "relative": (
-        "capabilities",
-        "Scores relative to the unpruned model",
+        *("capabilities", "Scores relative to the unpruned model"),
         "relative to unpruned (%)",
         (
             "Perplexities are inverted (unpruned / pruned), so that up is better. Tasks on which the "
@@ -55,8 +49,7 @@ MEASURES = {
         ),
     ),
     "raw": (
-        "scores",
-        "Scores",
+        *("scores", "Scores"),
         "score (%)",
         (
             "Dashed rules are chance, dotted ones the level of always giving the commonest answer, "
@@ -64,8 +57,7 @@ MEASURES = {
         ),
     ),
     "above_chance": (
-        "above-chance",
-        "What is left above chance",
+        *("above-chance", "What is left above chance"),
         "(score − chance) / (unpruned − chance) (%)",
         (
             "The unpruned model is at 100 %, guessing at 0 %. Tasks that it scores less than two "
@@ -73,6 +65,8 @@ MEASURES = {
         ),
     ),
 }
+#: What a reader is told who points at a point.
+TOLD = [column.title for column in DIFFERENCES]
 #: Levels that a panel has as rules, by column of the points, with their dashes.
 _RULES: dict[str, list[float]] = {
     "unpruned": [1, 0],
@@ -89,48 +83,30 @@ def figure_section(
 ) -> Section | None:
     """Return the figure over all series of sizes, with one file for each series and measure.
 
-    Args:
-        base: The unpruned model.
-        runs: All runs.
-        comparison: Of the runs with the unpruned model.
-        levels: Chance and majority of the unpruned model, by task and metric.
+    `levels` are chance and majority of the unpruned model, by task and metric.
     """
+    said = (
+        "One line for each task, from the unpruned model at the left to the smallest at the right. "
+        f"Filled points differ significantly from the unpruned model (q < {comparison.alpha:g}); of "
+        "open ones no difference was shown; crosses were not tested; diamonds are partial scores, of "
+        f"units that stopped when decided. Bands are {1 - comparison.alpha:.0%} intervals of the "
+        "paired difference."
+    )
     plots = []
     for series, members in series_of(runs).items():
         points = points_of(members, base, comparison, levels)
-        if points.empty:
-            continue
-        for measure, drawn in points.groupby("measure", sort=False):
-            if drawn["ratio"].nunique() < 2:
-                continue
-            name, title, *_ = MEASURES[measure]
-            said = _description(drawn, measure, comparison.alpha)
-            chart = measure_chart(drawn, measure)
-            name, title = f"{name}-{slug(series)}", f"{title} ({series})"
-            plots.append(Plot(name, title, said, chart))
-    if not plots:
-        return None
+        for measure, (name, title, _, more) in MEASURES.items():
+            drawn = points[points["measure"] == measure]
+            if drawn["ratio"].nunique() > 1:
+                name, title = f"{name}-{slug(series)}", f"{title} ({series})"
+                chart = measure_chart(drawn, measure)
+                plots.append(Plot(name, title, f"{said} {more}", chart))
     scripts = [
         vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
         files(__package__).joinpath("figure.js").read_text("utf-8"),
     ]
-    specs = {plot.name: plot.spec for plot in plots}
-    figure = Figure(TITLE, json.dumps(specs, ensure_ascii=False), scripts)
-    return Section(TITLE, figure=figure, plots=plots)
-
-
-def _description(points: pd.DataFrame, measure: str, alpha: float) -> str:
-    diamonds = (
-        "Diamonds are partial scores: the unit stopped when it was decided, score and unpruned "
-        "score are of the documents that it used, and the interval holds for stopping. "
-    )
-    return (
-        "One line for each task, from the unpruned model at the left to the smallest at the right. "
-        f"Filled points differ significantly from the unpruned model (q < {alpha:g}); of open ones no "
-        "difference was shown; crosses were not tested. "
-        f"{diamonds * ('partial' in set(points['mark']))}Bands are {1 - alpha:.0%} intervals of the "
-        f"paired difference. {MEASURES[measure][-1]}"
-    )
+    heading = "What pruning takes, and what it leaves"
+    return Section(heading, plots=plots, scripts=scripts) if plots else None
 
 
 def points_of(
@@ -141,85 +117,65 @@ def points_of(
 ) -> pd.DataFrame:
     """Return what is drawn of one series.
 
-    Args:
-        members: The sizes, from the unpruned model down.
-        base: The unpruned model.
-        comparison: Of the sizes with it.
-        levels: Chance and majority by task and metric.
-
     Returns:
-        A row for each task, size and measure: its place on each of `AXES`, ``value`` with ``low`` and
-        ``high``, the levels of `_RULES`, and ``told``, the columns of the table of differences.
+        A row for each task, size and measure: ``ratio``, ``value`` with ``low`` and ``high``, the
+        levels of `_RULES`, and the columns of the table of differences.
     """
-    sizes = {
-        run.name: {
-            "ratio": run.expansion_ratio,
-            "parameters": finite_or_none(run.pruning.get("parameters_after")),
-        }
-        for run in members
-    }
+    ratios = {run.name: run.expansion_ratio for run in members}
     points: list[dict[str, Any]] = []
-    for task, metric in primary_metrics([base]):
+    for key in primary_metrics([base]):
         rows = [
             row
             for row in comparison.rows
-            if (row.task, row.metric) == (task, metric)
-            and row.run in sizes
+            if (row.task, row.metric) == key
+            and row.run in ratios
             and math.isfinite(row.score)
         ]
         if not rows:
             continue
-        unpruned = base.scores[task, metric]
-        known = levels.get((task, metric), Levels())
-        share = is_share(metric, [unpruned.value, *(row.score for row in rows)])
-        family = family_of(task)
+        unpruned, known = base.scores[key], levels.get(key, Levels())
+        share = is_share(key[1], [unpruned.value, *(row.score for row in rows)])
+        family = family_of(key[0])
         about = {
-            "line": task,
+            "line": key[0],
             "family": family.name,
             "side": family.side,
-            "unit": "%" if share else metric.removesuffix(",none"),
+            "unit": "%" if share else key[1].removesuffix(",none"),
             "falls": unpruned.higher_is_better is False,
             # What is less than two standard errors above chance has nothing to lose.
             "lasts": unpruned.value - (known.chance or 0) > 2 * (unpruned.stderr or 0),
             "chance": known.chance if share else None,
             "majority": known.majority if share else None,
         }
-        scored = dict.fromkeys(("base", "score", "low", "high"), unpruned.value)
-        told = {column.title: "-" for column in DIFFERENCES}
-        told |= {"run": base.name, "task": task, "score": f"{unpruned.value:.4f}"}
-        size = sizes.get(base.name, {})
-        points.append(about | size | scored | _mark(None) | {"told": told})
-        for row in rows:
-            # Of a unit that stopped, both scores are of the documents that it used.
-            scored = {
-                "base": row.base_score,
-                "score": row.score,
-                "low": row.base_score + (math.nan if row.low is None else row.low),
-                "high": row.base_score + (math.nan if row.high is None else row.high),
-            }
-            told = {column.title: column.text(row) for column in DIFFERENCES}
-            points.append(about | sizes[row.run] | scored | _mark(row) | {"told": told})
+        told = {"run": base.name, "task": key[0], "score": f"{unpruned.value:.4f}"}
+        scored = dict.fromkeys(("before", "after", "low", "high"), unpruned.value)
+        points.append(about | told | scored | {"mark": "unpruned", "filled": False})
+        points += [about | _point(row) for row in rows]
     if not points:
-        return pd.DataFrame()
-    found = pd.DataFrame(points)
-    numbers = ["parameters", "chance", "majority"]
-    found[numbers] = found[numbers].astype(float)
-    found["parameters"] /= 1e6
+        return pd.DataFrame(columns=["measure", "ratio"])
+    found = pd.DataFrame(points).astype({"chance": float, "majority": float})
+    found["ratio"] = found["run"].map(ratios)
+    found = found.fillna(dict.fromkeys(TOLD, "-"))
     return pd.concat([_measured(found, measure) for measure in MEASURES])
 
 
-def _mark(row: Difference | None) -> dict[str, Any]:
-    """Return how the point of a row is drawn; None is the unpruned model."""
-    if row is None or row.q is None:
-        return {"mark": "not tested" if row else "unpruned", "filled": False}
-    filled = row.verdict != "not shown"
-    mark = "significant" if filled else "no difference shown"
-    return {"mark": mark if row.of is None else "partial", "filled": filled}
+def _point(row: Difference) -> dict[str, Any]:
+    # Of a unit that stopped, both scores are of the documents that it used.
+    low, high = row.base_score + np.array([row.low, row.high], dtype=float)
+    tested = "tested" if row.of is None else "partial"
+    return {column.title: column.text(row) for column in DIFFERENCES} | {
+        "before": row.base_score,
+        "after": row.score,
+        "low": low,
+        "high": high,
+        "mark": "not tested" if row.q is None else tested,
+        "filled": row.q is not None and row.verdict != "not shown",
+    }
 
 
 def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Return the points that a measure has, with their places and levels by it."""
-    base, chance, falls = points["base"], points["chance"], points["falls"]
+    base, chance, falls = points["before"], points["chance"], points["falls"]
     shares = points["unit"] == "%"
 
     def placed(scores: pd.Series) -> pd.Series:
@@ -240,7 +196,7 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
         rules = {"unit": "%", "unpruned": 100, "chance": floor, "majority": math.nan}
     found = points.assign(
         measure=measure,
-        value=placed(points["score"]),
+        value=placed(points["after"]),
         low=ends.min(axis=1, skipna=False),
         high=ends.max(axis=1, skipna=False),
         **rules,
@@ -249,24 +205,16 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 
 def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
-    """Draw one measure: a panel for what pruning takes, for what it leaves, and for each unit.
-
-    Args:
-        points: Those of the measure, see `points_of`.
-        measure: One of `MEASURES`.
-    """
-    axes = {name: text for name, text in AXES.items() if points[name].nunique() > 1}
+    """Draw one measure: a panel for what pruning takes, for what it leaves, and for each unit."""
     present = set(points["family"])
     families = {each.name: each.label for each in FAMILIES if each.name in present}
-    told = pd.DataFrame(list(points["told"]), points.index)
-    drawn = ["line", "family", "side", "unit", "mark", "filled", "value", "low", "high"]
-    data = points[[*drawn, *AXES, *_RULES]].join(told)
-    tasks = {
+    data = points.drop(columns=["before", "after", "falls", "lasts", "measure"])
+    hues = {
         task: f"var(--family-{family})"
         for family in families
         for task in data.loc[data["family"] == family, "line"]
     }
-    look = line_look(list(tasks), tasks)
+    look = line_look(list(hues), hues)
     panels = []
     data["side"] = pd.Categorical(data["side"], [TAKEN, LEFT, UNKNOWN])
     for (_, unit), rows in data.groupby(["side", "unit"], observed=True):
@@ -281,29 +229,15 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
             for level, dash in _RULES.items()
             if rows[level].notna().any()
         ]
-        chart = lines(rows, over_ratios("place", None), y, look, list(told))
-        panels.append(
-            alt.layer(*rules, chart, title=_axis_title(axes))
-            .transform_calculate(place="datum[axis]")
-            .transform_filter("isValid(datum.place)")
-            .transform_filter("families == 'all' || datum.family == families")
-        )
+        chart = alt.layer(*rules, lines(rows, over_ratios(), y, look, TOLD))
+        chosen = "families == 'all' || datum.family == families"
+        panels.append(chart.transform_filter(chosen))
+    labels = {"all": "all", **families}
+    choice = alt.binding_select(
+        options=list(labels), labels=list(labels.values()), name="Tasks "
+    )
     chart = alt.concat(*panels, columns=2).add_params(
-        _select("axis", "Against ", axes),
-        _select("families", "Tasks ", {"all": "all", **families}),
+        alt.param(name="families", value="all", bind=choice)
     )
     one = data["unit"].nunique() == 1
     return chart.resolve_scale(y="shared" if one else "independent")
-
-
-def _select(name: str, label: str, values: Mapping[str, str]) -> alt.Parameter:
-    bind = alt.binding_select(
-        options=list(values), labels=list(values.values()), name=label
-    )
-    return alt.param(name=name, value=next(iter(values)), bind=bind)
-
-
-def _axis_title(axes: Mapping[str, str]) -> alt.Title:
-    """Return the title of the horizontal axis; of an axis itself Vega-Lite lets it not change."""
-    text = alt.expr(f"{json.dumps(axes)}[axis]")
-    return alt.Title(text=text, orient="bottom", fontSize=11, fontWeight="normal")

@@ -1,4 +1,4 @@
-"""What cutting one layer alone costs: the section of a report, its table and its plots.
+"""What cutting one layer alone costs: the section of a report, its table and its plot.
 
 The curves are those of ``sensitivity.json``. The zero line is the criterion ``random``: one that
 does worse than all its seeds misjudges the layer.
@@ -7,14 +7,13 @@ does worse than all its seeds misjudges the layer.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from lm_eval_pruned.report.page import Cell, Section, Table
-from lm_eval_pruned.results.files import ResultsError, finite_or_none
+from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.folder import SENSITIVITY, read_curves
 
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The control, whose seeds are the range of chance.
 RANDOM = "random"
-#: The version of the file's entries that is read here.
+#: Of the file's entries.
 VERSION = 1
 #: The table of a report is of the share that is nearest to this one, in percent.
 _SHOWN = 25
@@ -41,9 +40,7 @@ class LayerCurves:
     """The curves of one model.
 
     Attributes:
-        loss: Loss of the unpruned model, in nats per token.
-        texts: Number of texts on which it was measured.
-        tokens: Number of tokens in them.
+        text: Unpruned loss, in nats per token, and the text that it was measured on, in words.
         criteria: Names of the criteria without ``random``, in the order of the curves.
         shares: Shares of a layer that were removed, in whole percent, ascending.
         seeds: How many seeds of ``random`` every layer was measured with.
@@ -52,9 +49,7 @@ class LayerCurves:
             which is ``worse`` or ``better`` than every one of them, or empty.
     """
 
-    loss: float
-    texts: int
-    tokens: int
+    text: str
     criteria: tuple[str, ...]
     shares: tuple[int, ...]
     seeds: int
@@ -64,39 +59,26 @@ class LayerCurves:
     def of(cls, data: Mapping[str, Any], source: str = "the curves") -> LayerCurves:
         """Take curves from what a ``sensitivity.json`` holds.
 
-        Args:
-            data: Its content, which is distrusted.
-            source: What messages call it.
-
         Raises:
-            ResultsError: It holds no curves, or damaged ones, or those of a version that
-                is not known here.
+            ResultsError: It holds damaged curves, or those of another version.
         """
-        if data.get("version") != VERSION:
-            raise ResultsError(
-                f"{source} has sensitivity curves of version {data.get('version')}, and this "
-                f"version of lm-eval-pruned reads {VERSION}: measure them again."
-            )
         try:
-            loss, texts = float(data["loss"]), int(data["texts"])
-            tokens = int(data["tokens"])
-            found = [
-                (
-                    int(curve["layer"]),
-                    str(curve["criterion"]),
-                    round(100 * (1 - width / curve["width_before"])),
-                    float(value) - loss,
-                )
-                for curve in data["curves"]
-                for width, value in zip(curve["widths"], curve["losses"], strict=True)
-            ]
-            if not found or any(finite_or_none(rise) is None for *_, rise in found):
-                raise ValueError("no loss, or one that is no number")
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            if data["version"] != VERSION:
+                raise ValueError(f"version {data['version']}, not {VERSION}")
+            loss = float(data["loss"])
+            text = f"{loss:.3f} unpruned, on {data['texts']} texts with {data['tokens']:,} tokens"
+            every = pd.DataFrame(data["curves"]).explode(["widths", "losses"])
+            removed = 1 - every["widths"].astype(float) / every["width_before"]
+            every["share"] = (100 * removed).round().astype(int)
+            every["rise"] = every["losses"].astype(float) - loss
+            if every.empty or not np.isfinite(every[["layer", "rise"]]).all(axis=None):
+                raise ValueError("a loss or a layer is missing")
+            every = every[["layer", "criterion", "share", "rise"]]
+        except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(
-                f"{source} holds damaged sensitivity curves ({error}): measure them again."
+                f"{source} holds no sensitivity curves that can be read ({error}): measure them "
+                "again."
             ) from None
-        every = pd.DataFrame(found, columns=["layer", "criterion", "share", "rise"])
         control = every[every["criterion"] == RANDOM].groupby(["layer", "share"])
         control = control["rise"].agg(low="min", high="max", seeds="size")
         rises = every.groupby(["layer", "criterion", "share"], as_index=False).mean()
@@ -104,15 +86,10 @@ class LayerCurves:
         above, below = rises["rise"] > rises["high"], rises["rise"] < rises["low"]
         verdict = np.select([above, below], ["worse", "better"], "")
         rises["verdict"] = np.where(rises["criterion"] == RANDOM, "", verdict)
-        return cls(
-            loss,
-            texts,
-            tokens,
-            tuple(name for name in every["criterion"].unique() if name != RANDOM),
-            tuple(sorted(every["share"].unique().tolist())),
-            0 if control.empty else int(control["seeds"].min()),
-            rises,
-        )
+        criteria = tuple(name for name in every["criterion"].unique() if name != RANDOM)
+        shares = tuple(sorted(every["share"].unique().tolist()))
+        seeds = 0 if control.empty else int(control["seeds"].min())
+        return cls(text, criteria, shares, seeds, rises)
 
 
 def rises_table(curves: LayerCurves, share: int) -> Table:
@@ -123,120 +100,68 @@ def rises_table(curves: LayerCurves, share: int) -> Table:
         if each.criterion == RANDOM:
             text += f" [{each.low:+.3f}, {each.high:+.3f}]"
         cells[each.layer][each.criterion] = Cell(text, each.verdict)
-    columns = {"layer": "layer", **{name: name for name in curves.criteria}}
+    columns = {name: name for name in curves.criteria}
     if curves.seeds:
-        columns[RANDOM] = f"random, {_seeds(curves.seeds)}"
+        columns[RANDOM] = f"random, {_seeds(curves)}"
     rows: list[list[Cell | str]] = [
-        [{"layer": Cell(str(layer)), **of}.get(name, "-") for name in columns]
+        [str(layer), *(of.get(name, "-") for name in columns)]
         for layer, of in sorted(cells.items())
     ]
-    return Table(f"Rise of the loss at {share} %", list(columns.values()), rows)
+    return Table(f"Rise of the loss at {share} %", ["layer", *columns.values()], rows)
 
 
 def explanation(curves: LayerCurves) -> list[str]:
-    """Return how the numbers are to be read, and what they show, in sentences."""
+    """Return how the numbers are to be read."""
     first = (
         "Each number is by how much the loss rises, in nats per token, where one layer alone is "
-        f"cut and all others are whole: {curves.loss:.3f} unpruned, on {curves.texts} texts with "
-        f"{curves.tokens:,} tokens."
+        f"cut and all others are whole: {curves.text}."
     )
-    if not curves.seeds:
-        missing = (
-            "The criterion random was not measured, so nothing says which layers a criterion "
-            "misjudges: add random to --criteria."
-        )
-        return [first, missing]
+    missing = (
+        "The criterion random was not measured, so nothing says which layers a criterion "
+        "misjudges: add random to --criteria."
+    )
     chance = (
-        f"The zero line is random with {_seeds(curves.seeds)}: \u25bc worse and \u25b2 better than "
+        f"The zero line is random with {_seeds(curves)}: \u25bc worse and \u25b2 better than "
         "every seed. A criterion that chooses as chance does is worse than every seed in one of "
         f"{curves.seeds + 1} layers."
     )
-    texts = [first, chance]
-    worse = curves.rises[curves.rises["verdict"] == "worse"]
-    for criterion in curves.criteria:
-        of = worse[worse["criterion"] == criterion].groupby("share")["layer"]
-        where = "; ".join(f"{_spans(list(each))} at {share} %" for share, each in of)
-        said = f"worse than chance in {where}" if where else "nowhere worse than chance"
-        texts.append(f"{criterion}: {said}.")
-    return texts
+    return [first, chance if curves.seeds else missing]
 
 
-def _seeds(number: int) -> str:
-    return f"{number} seed{'s' * (number != 1)}"
-
-
-def _spans(layers: list[int]) -> str:
-    """Return such as ``layers 0, 3-5``."""
-    spans = [
-        [layer for _, layer in span]
-        for _, span in groupby(enumerate(layers), lambda each: each[1] - each[0])
-    ]
-    texts = [f"{each[0]}-{each[-1]}" if each[1:] else str(each[0]) for each in spans]
-    return f"layer{'s' * (len(layers) > 1)} {', '.join(texts)}"
+def _seeds(curves: LayerCurves) -> str:
+    return f"{curves.seeds} seed{'s' * (curves.seeds != 1)}"
 
 
 def layer_plots(curves: LayerCurves) -> list[Plot]:
-    """Return the rise of the loss as a heat map by layer and share, and as lines over the layers.
-
-    Needs the extra ``report``.
-    """
+    """Return the rise of the loss over the layers, by criterion. Needs the extra ``report``."""
     import altair as alt
 
     from lm_eval_pruned.util.figures import Plot, line_look, lines
 
-    rises = curves.rises.rename(columns={"criterion": "line"})
+    names = {"criterion": "line", "low": "least", "high": "most"}
+    rises = curves.rises.rename(columns=names)
     rises["removed"] = rises["share"].astype(str) + " % removed"
     width = max(240, min(720, 22 * rises["layer"].nunique()))
-    scale: dict[str, Any] = {"type": "symlog", "constant": _LINEAR}
-    heat = alt.Scale(scheme="cividis", reverse=True, domainMin=0, clamp=True, **scale)
-    x, unit = "layer that alone is cut", "rise of the loss (nats per token)"
-    named = [*curves.criteria, *([RANDOM] if curves.seeds else [])]
-    maps = (
-        alt.Chart(rises, width=width, height=alt.Step(24))
-        .mark_rect()
-        .encode(
-            alt.X("layer:O", axis=alt.Axis(labelAngle=0)).title(x),
-            alt.Y("removed:N", sort=None).title(None),
-            alt.Color(
-                "rise:Q",
-                title=unit,
-                scale=heat,
-                legend=alt.Legend(format="~r", gradientLength=240, titleLimit=0),
-            ),
-        )
-        .facet(row=alt.Row("line:N", sort=named, title=None))
+    over = alt.X("layer:Q", scale=alt.Scale(nice=False))
+    scale = alt.Scale(type="symlog", constant=_LINEAR)
+    y = alt.Y("rise:Q", title="rise of the loss (nats per token)", scale=scale)
+    seeds = alt.Chart().mark_bar(size=14, opacity=0.25, color="var(--ink)")
+    seeds = seeds.transform_filter(f"datum.line == '{RANDOM}'")
+    seeds = seeds.encode(over, alt.Y("least:Q"), alt.Y2("most"))
+    look = line_look([*curves.criteria, *([RANDOM] if curves.seeds else [])])
+    drawn = lines(rises, over, y, look).layer
+    panels = alt.layer(seeds, *drawn, data=rises, width=width, height=180)
+    panels = panels.facet(row=alt.Row("removed:N", sort=None, title=None))
+    said = (
+        "Rise of the loss where one layer alone is cut, by criterion; the bars span the seeds of "
+        f"random. The axis is linear up to {_LINEAR} nats and logarithmic beyond."
     )
-    over = alt.X("layer:Q", title=x, scale=alt.Scale(nice=False))
-    look = line_look(named)
-    panels = []
-    for share, of in rises.groupby("share"):
-        y = alt.Y("rise:Q", title=unit, scale=alt.Scale(**scale))
-        chance = alt.Chart(of.dropna(subset=["low"]).drop_duplicates("layer"))
-        chance = chance.mark_bar(size=14, opacity=0.25, color="var(--ink)")
-        panel = chance.encode(over, alt.Y("low:Q"), alt.Y2("high"))
-        panel += lines(of[["line", "layer", "rise"]], over, y, look)
-        title = f"{share} % of its neurons removed"
-        panels.append(panel.properties(title=title, width=width, height=180))
-    return [
-        Plot(
-            "sensitivity",
-            "Sensitivity of the layers",
-            "Rise of the loss where one layer alone is cut, by layer, share of its neurons that "
-            f"is removed and criterion ({', '.join(named)}).",
-            maps,
-        ),
-        Plot(
-            "sensitivity-by-layer",
-            "Criteria by layer",
-            "Rise of the loss where one layer alone is cut, by criterion; the bars span the "
-            f"seeds of random. The axis is linear up to {_LINEAR} nats and logarithmic beyond.",
-            alt.vconcat(*panels),
-        ),
-    ]
+    chart = panels.resolve_scale(y="independent")
+    return [Plot("sensitivity-by-layer", "Criteria by layer", said, chart)]
 
 
 def layers_section(sweep: SweepResults) -> Section | None:
-    """Heat map, lines and a table of the curves of a sweep that has them.
+    """Lines and a table of the curves of a sweep that has them.
 
     Raises:
         ResultsError: Its ``sensitivity.json`` is damaged.
@@ -246,12 +171,6 @@ def layers_section(sweep: SweepResults) -> Section | None:
         return None
     curves = LayerCurves.of(data, str(sweep.path / SENSITIVITY))
     share = min(curves.shares, key=lambda each: (abs(each - _SHOWN), each))
-    return Section(
-        "Layers",
-        [
-            *explanation(curves),
-            f"The table is of {share} % removed; the others are in {SENSITIVITY}.",
-        ],
-        table=rises_table(curves, share),
-        plots=layer_plots(curves),
-    )
+    rest = f"The table is of {share} % removed; the others are in {SENSITIVITY}."
+    table, plots = rises_table(curves, share), layer_plots(curves)
+    return Section("Layers", [*explanation(curves), rest], table=table, plots=plots)

@@ -1,11 +1,14 @@
-"""What a report is made of: sections with text, a table, plots and notes."""
+"""What a report is made of, sections with text, a table, plots and notes, and its two formats."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.util.palette import style
+from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
@@ -57,40 +60,43 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of which a page shows one plot at a time.
-
-    Attributes:
-        title: Heading.
-        data: JSON that the page's script reads: Vega-Lite by name of the plot.
-        scripts: Vega-Lite, and what draws the figure with it.
-    """
-
-    title: str
-    data: str
-    scripts: Sequence[str]
-
-
-@dataclass(frozen=True)
 class Section:
     """One section; any of its parts may be missing.
 
     Attributes:
-        figure: Lets a reader choose among the plots.
-        code: In `language`; shown when a reader clicks at `folded`, at once where this is empty.
+        scripts: What draws one of the plots at a time, as a reader chooses.
+        code: JSON that the page shows when a reader clicks at `folded`.
         links: Texts with the names of files beside the report.
     """
 
     heading: str
     paragraphs: Sequence[str] = ()
-    figure: Figure | None = None
     table: Table | None = None
     plots: Sequence[Plot] = ()
+    scripts: Sequence[str] = ()
     code: str = ""
-    language: str = "json"
     folded: str = ""
     notes: Sequence[str] = ()
     links: Sequence[tuple[str, str]] = ()
+
+
+def run_label(run: Run) -> str:
+    """Return what a run is called where its size matters, such as ``p20 (3.20)``."""
+    if run.is_shallow:
+        return f"{run.name} ({run.pruning.get('layers')} layers)"
+    ratio = run.expansion_ratio
+    label = "unpruned, " if run.is_baseline else ""
+    return f"{run.name} ({label}{ratio:.2f})" if ratio is not None else run.name
+
+
+def rendered(template: str, **values: Any) -> str:
+    """Return one page that needs no other file and no network, in the colours of reports."""
+    from jinja2 import Environment, PackageLoader
+
+    loader = PackageLoader("lm_eval_pruned.report", ".")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
+    shared = {"colours": style(), "only_these": only_these}
+    return environment.get_template(template).render(values, **shared)
 
 
 def only_these(scripts: Sequence[str]) -> str:
@@ -105,10 +111,31 @@ def only_these(scripts: Sequence[str]) -> str:
     return " ".join(sources) or "'none'"
 
 
-def run_label(run: Run) -> str:
-    """Return what a run is called where its size matters, such as ``p20 (3.20)``."""
-    if run.is_shallow:
-        return f"{run.name} ({run.pruning.get('layers')} layers)"
-    ratio = run.expansion_ratio
-    label = "unpruned, " if run.is_baseline else ""
-    return f"{run.name} ({label}{ratio:.2f})" if ratio is not None else run.name
+def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """Return a report as Markdown; the plots are links to files below ``plots/``."""
+    parts = [f"# {_plain(title)}", _plain(subtitle)]
+    for section in sections:
+        parts += [f"## {section.heading}", *map(_plain, section.paragraphs)]
+        parts += [f"[{_plain(text)}]({file})" for text, file in section.links]
+        if table := section.table:
+            columns = [_not_html(name) for name in table.columns]
+            rows = [[_not_html(cell.text) for cell in row] for row in table.cells()]
+            align = "l" * table.text + "r" * (len(columns) - table.text)
+            parts.append(markdown_table(columns, rows, align))
+        for plot in section.plots:
+            text = f"{plot.title}. {plot.description}".translate({91: "(", 93: ")"})
+            parts.append(f"![{_plain(text)}](plots/{plot.name}.png)")
+        if section.code:
+            parts.append(f"```json\n{section.code}\n```")
+        if section.notes:
+            parts.append("\n".join(f"- {_plain(note)}" for note in section.notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Return text that Markdown neither takes for HTML nor for a table."""
+    return _not_html(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _not_html(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

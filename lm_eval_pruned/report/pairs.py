@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison import Difference
-from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
+from lm_eval_pruned.compare.comparison import Difference, difference_test
+from lm_eval_pruned.compare.pairing import is_partial
 from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.compare.verdicts import verdict_of
 from lm_eval_pruned.report.page import run_label
@@ -94,40 +95,40 @@ def _rows(
     """Return the tasks of each pair (before, after), with q over the pairs of each task."""
     found = []
     for before, after in pairs:
-        for task, metric in primary_metrics([before, after]):
-            pair = None
-            if not is_partial(before, task) and not is_partial(after, task):
-                pair = paired_documents(before, after, task, metric, read)
-            test = paired_test(pair, alpha) if pair else None
-            found.append((before, after, task, metric, pair, test))
-    ps = [test.p if test else None for *_, test in found]
-    families = [(task, is_control(after)) for _, after, task, *_ in found]
-    adjusted = false_discovery(ps, families, alpha)
+        for key in primary_metrics([before, after]):
+            test, documents = difference_test(before, after, key, alpha, read)
+            if is_partial(before, key[0]) or is_partial(after, key[0]):
+                # Where a run stops was decided against the unpruned model.
+                test = replace(test, method="none: a score is partial", sides=None)
+            found.append((before, after, key, test, documents))
+    adjusted = false_discovery(
+        [test.p for *_, test, _ in found],
+        [(task, is_control(after)) for _, after, (task, _), *_ in found],
+        alpha,
+    )
     rows = []
-    for each, p, (q, level) in zip(found, ps, adjusted, strict=True):
-        before, after, task, metric, pair, test = each
-        one, other = (run.scores[task, metric] for run in (before, after))
+    for each, (q, level) in zip(found, adjusted, strict=True):
+        before, after, key, test, documents = each
+        one, other = before.scores[key], after.scores[key]
         difference = other.value - one.value
-        low = high = smallest = None
-        if test and level is not None:
-            low, high = test.interval(level)
-            smallest = test.smallest_detectable(level)
+        shown = None if level is None else test.smallest_detectable(level)
+        low, high = (None, None) if level is None else test.interval(level)
         rows.append(
             Difference(
                 run=f"{run_label(after)} against {before.name}",
-                task=task,
-                metric=metric,
+                task=key[0],
+                metric=key[1],
                 base_score=one.value,
                 score=other.value,
                 difference=difference,
                 relative=None,
                 low=low,
                 high=high,
-                p=p,
+                p=test.p,
                 q=q,
-                smallest_detectable=smallest,
-                documents=len(pair[0].keys) if pair else None,
-                method=test.method if test else "none: not all documents are the same",
+                smallest_detectable=shown,
+                documents=documents,
+                method=test.method,
                 primary=True,
                 verdict=verdict_of(difference, q, alpha, one.higher_is_better),
             )

@@ -15,16 +15,26 @@ from lm_eval_pruned.report import pairs, sections as words
 from lm_eval_pruned.report.changed_answers import CSV, PAGE, changed_answers
 from lm_eval_pruned.report.curves import energy_section, truthfulness_section
 from lm_eval_pruned.report.figure import figure_section
-from lm_eval_pruned.report.formats import as_csv, as_markdown, rendered
 from lm_eval_pruned.report.layers import layers_section
-from lm_eval_pruned.report.page import only_these
+from lm_eval_pruned.report.page import as_markdown, only_these, rendered
 from lm_eval_pruned.results.files import as_mapping
+from lm_eval_pruned.results.groups import healing_name
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.tables import csv_table
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.results.files import Run
+
+#: Columns of ``results.csv`` that are attributes of a `Difference`.
+_COMPARED = (
+    *("difference", "relative", "low", "high", "p", "q", "smallest_detectable"),
+    *("method", "primary", "verdict"),
+)
 
 
 def write_report(
@@ -80,14 +90,13 @@ def write_report(
     ]
     sections = [section for section in found if section is not None]
     scores = as_csv(base, others, comparison)
-    figures = [section.figure for section in sections if section.figure]
     page = rendered(
         "template.html",
         title=title,
         subtitle=subtitle,
         sections=sections,
         scores=base64.b64encode(scores.encode("utf-8")).decode("ascii"),
-        allowed=only_these([script for each in figures for script in each.scripts]),
+        allowed=only_these([each for section in sections for each in section.scripts]),
     )
     files: dict[str, str | bytes] = {
         "report.html": page,
@@ -104,6 +113,39 @@ def write_report(
     for name, content in files.items():
         write_atomically(target / name, content)
     return [target / name for name in files]
+
+
+def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
+    """Return all scores in long form, one row per run, task and metric."""
+    found = {(row.run, row.task, row.metric): row for row in comparison.rows}
+    rows = []
+    for run in (base, *others):
+        for (task, metric), score in run.scores.items():
+            stopping = run.stopping.get(task)
+            ends = stopping.score_interval(task, metric) if stopping else (None, None)
+            row = {
+                "run": run.name,
+                "expansion_ratio": run.expansion_ratio,
+                "intermediate_size": run.pruning.get("intermediate_size_after"),
+                "parameters": run.pruning.get("parameters_after"),
+                "criterion": run.pruning.get("criterion"),
+                "seed": run.pruning.get("seed"),
+                "healed_by": healing_name(run) if run.healing else None,
+                "task": task,
+                "metric": metric,
+                "higher_is_better": score.higher_is_better,
+                "score": score.value,
+                "stderr": score.stderr,
+                "score_low": ends[0],
+                "score_high": ends[1],
+                "documents": score.documents,
+                "of": stopping.of if stopping and stopping.is_partial else None,
+                "base": base.name,
+            }
+            difference = found.get((run.name, task, metric))
+            compared = {name: getattr(difference, name, None) for name in _COMPARED}
+            rows.append(row | compared)
+    return csv_table(rows[0], rows)
 
 
 def _model_name(run: Run) -> str:

@@ -57,15 +57,16 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
         counts = {each: found[label, series, ratio, each] for each in MARKS}
         shown = [each for each, count in counts.items() if count]
         text = ", ".join(f"{MARKS[each]} {counts[each]} {each}" for each in shown)
-        tones = {tone_of(verdict) for verdict in shown} - {""}
+        tones = {*map(tone_of, shown)} - {""}
         return Cell(text or "-", tones.pop() if len(tones) == 1 else "")
 
-    order = [family.label for family in FAMILIES]
     ratios = sorted({ratio for _, _, ratio, _ in found}, key=float, reverse=True)
     starts = dict.fromkeys((label, series) for label, series, *_ in found)
     rows: list[list[Cell | str]] = [
         [*start, *(cell(*start, ratio) for ratio in ratios)]
-        for start in sorted(starts, key=lambda start: order.index(start[0]))
+        for family in FAMILIES
+        for start in starts
+        if start[0] == family.label
     ]
     heading = "Families of tasks by size"
     text = (
@@ -83,14 +84,13 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
     compared = [(row.task, row.metric) for row in comparison.rows if row.primary]
     primary = {*primary_metrics([base]), *compared}
     arrows = {True: " \u2191", False: " \u2193", None: " "}
-    shown = base.tasks(subtasks=False)
     rows: list[list[Cell | str]] = []
-    for task, metric in (key for key in base.scores if key[0] in shown):
-        score = base.scores[task, metric]
-        name = metric.removesuffix(",none") + arrows[score.higher_is_better]
-        name += "" if (task, metric) in primary else " \u2020"
-        cells = [_score_cell(found.get((run.name, task, metric))) for run in others]
-        rows.append([task, name, f"{score.value:.4f}", *cells])
+    for key, score in base.scores.items():
+        if key[0] in base.tasks(subtasks=False):
+            name = key[1].removesuffix(",none") + arrows[score.higher_is_better]
+            name += "" if key in primary else " \u2020"
+            cells = [_score_cell(found.get((run.name, *key))) for run in others]
+            rows.append([key[0], name, f"{score.value:.4f}", *cells])
     legend = (
         "\u25b2 better, \u25bc worse and \u25c6 different from the unpruned model, significant at "
         f"{comparison.alpha:g} after a correction over the sizes of each task (Benjamini-Hochberg; "
@@ -145,27 +145,25 @@ def declared_table(
     """Return rows in columns that `compare` declares."""
     interval = f"{1 - alpha:.0%} interval"
     titles = [interval if each.title == "interval" else each.title for each in columns]
-    cells = [
-        [
-            Cell(each.text(row), tone_of(row.verdict) if each.title in TONED else "")
-            for each in columns
-        ]
-        for row in rows
-    ]
-    return Table(label, titles, cells, text=3)
+
+    def cell(row: Any, each: Column) -> Cell:
+        tone = tone_of(row.verdict) if each.title in TONED else ""
+        return Cell(each.text(row), tone)
+
+    return Table(label, titles, [[cell(r, c) for c in columns] for r in rows], text=3)
 
 
 def trends_section(comparison: Comparison) -> Section | None:
     """The slope of each task over the expansion ratios."""
     if not comparison.trends:
         return None
-    explanation = (
+    text = (
         "Slope: change of the score per 1 of expansion ratio, positive where the score falls with "
         "pruning. Each document has a slope, and their mean is tested over documents, because the "
         "sizes are no independent draws. A score that rises and then falls can have a slope of 0."
     )
     table = declared_table("Trends", TRENDS, comparison.trends, comparison.alpha)
-    return Section("Trends over expansion ratios", [explanation], table=table)
+    return Section("Trends over expansion ratios", [text], table=table)
 
 
 def repeating_section(sweep: SweepResults, base: Run) -> Section:

@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 RATIO = "expansion ratio (intermediate size / hidden size)"
 HUES = tuple(f"var(--family-{name})" for name in FAMILIES)
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 6])
-#: Shapes of points by what is known of them.
+#: Shapes of points.
 MARKS = {
-    "significant": "circle",
-    "no difference shown": "circle",
+    "tested": "circle",
     "not tested": "M-.8,-.8L.8,.8M-.8,.8L.8,-.8",
     "partial": "M0,-1.5L1.3,0L0,1.5L-1.3,0Z",
 }
@@ -113,10 +112,10 @@ class Plot:
         return text
 
 
-def over_ratios(field: str = "ratio", title: str | None = RATIO) -> alt.X:
+def over_ratios(field: str = "ratio") -> alt.X:
     """Return a horizontal axis that falls to the right, as expansion ratios do."""
     scale = alt.Scale(reverse=True, zero=False, nice=False, padding=8)
-    axis = alt.Axis(tickCount=6, format=".4~r", title=title)
+    axis = alt.Axis(tickCount=6, format=".4~r", title=RATIO)
     return alt.X(field, type="quantitative", scale=scale, axis=axis)
 
 
@@ -129,21 +128,17 @@ def line_look(
         names: Values of the column ``line``.
         hues: Colour of each; default: one after the other.
     """
-    if hues is None:
-        hues = {name: HUES[n % len(HUES)] for n, name in enumerate(names)}
-        dashes = [DASHES[n % len(DASHES)] for n in range(len(names))]
-    else:
+    turn = range(len(names))
+    dashes = [DASHES[n % len(DASHES)] for n in turn]
+    of = [HUES[n % len(HUES)] for n in turn]
+    if hues:
         of = [hues[name] for name in names]
-        dashes = [DASHES[of[:n].count(hue) % len(DASHES)] for n, hue in enumerate(of)]
+        dashes = [DASHES[of[:n].count(of[n]) % len(DASHES)] for n in turn]
 
-    def scale(values: Sequence[Any]) -> alt.Scale:
-        return alt.Scale(domain=list(names), range=list(values))
-
+    hue, dash = (alt.Scale(domain=list(names), range=each) for each in (of, dashes))
     return {
-        "color": alt.Color("line:N", scale=scale([hues[each] for each in names])).title(
-            None
-        ),
-        "strokeDash": alt.StrokeDash("line:N", scale=scale(dashes)).title(None),
+        "color": alt.Color("line:N", scale=hue, title=None),
+        "strokeDash": alt.StrokeDash("line:N", scale=dash, title=None),
     }
 
 

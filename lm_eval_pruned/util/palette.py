@@ -31,10 +31,7 @@ FAMILIES = {
 
 
 def variables(scheme: str) -> dict[str, str]:
-    """Return the colours of a scheme by the names of a page's style variables.
-
-    Args:
-        scheme: ``light`` or ``dark``.
+    """Return the colours of a scheme, ``light`` or ``dark``, by the names of a page's variables.
 
     Example:
         >>> variables("light")["family-knowledge"], variables("dark")["ground"]
@@ -43,3 +40,12 @@ def variables(scheme: str) -> dict[str, str]:
     every = PAGE | {f"family-{name}": hues for name, hues in FAMILIES.items()}
     number = ("light", "dark").index(scheme)
     return {name: colours[number] for name, colours in every.items()}
+
+
+def style() -> str:
+    """Return the style sheet that gives a page these variables, as its reader's screen is."""
+    light, dark = (
+        " ".join(f"--{name}: {colour};" for name, colour in variables(scheme).items())
+        for scheme in ("light", "dark")
+    )
+    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"

@@ -75,15 +75,8 @@ def test_families_are_those_of_the_groups(group):
         assert family_of(member.get("task") or member["group"]) is family
 
 
-def test_the_demo_has_families_too():
-    assert family_of("pruned_demo_truthfulness").name == "truthfulness"
-    name = family_of("pruned_demo_instruction_following").name
-    assert name == "instruction_following"
-
-
 def test_every_family_has_a_colour_and_a_side():
-    for scheme in COLOURS.values():
-        assert list(scheme) == [family.name for family in FAMILIES]
+    assert set(COLOURS) == {family.name for family in FAMILIES}
     sides = {family.name: family.side for family in FAMILIES}
     assert sides["knowledge"] == sides["language_modeling"] == TAKEN
     assert sides["truthfulness"] == sides["instruction_following"] == LEFT

@@ -12,8 +12,8 @@ import pytest
 from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.compare.statistics import paired_difference
-from lm_eval_pruned.report.formats import as_csv
 from lm_eval_pruned.report.pairs import healing_section, random_section
+from lm_eval_pruned.report.report import as_csv
 from lm_eval_pruned.report.sections import scores_section
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
@@ -146,14 +146,14 @@ def test_after_is_tested_against_before(folder):
     assert section.table.cells()[1][-1].mark == "better"
 
 
-def test_without_samples_nothing_is_tested(folder):
+def test_without_samples_the_test_is_that_of_compare(folder):
     for file in folder.glob("units/p20_healed/mmlu/samples_*"):
         file.unlink()
     section = healing_of(folder)
     row = cells(section)[0]
     assert (row["verdict"], row["difference"]) == ("not tested", "+0.1000")
     assert row["q"] == row["95% interval"] == "-"
-    assert "none: not all documents are the same" in section.paragraphs[1]
+    assert "none: neither samples nor standard errors" in section.paragraphs[1]
 
 
 def test_without_the_size_before_there_is_its_cost_alone(folder):
