@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,7 @@ def add_margins(group: Any, also: str = "") -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.compare.comparison import compare, read_comparands
-    from lm_eval_pruned.compare.comparison_table import FORMATS, as_text
+    from lm_eval_pruned.compare.comparison_table import FORMATS, as_table
     from lm_eval_pruned.compare.verdicts import CLAIMS, Margin
 
     asked = [(claim, getattr(arguments, claim)) for claim in CLAIMS]
@@ -79,8 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = {"alpha": arguments.alpha, "subtasks": arguments.subtasks}
     result = compare(*read_comparands(arguments.paths), margin=margin, **options)
     if arguments.format == "table" and sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns
-        print(as_text(result, width, everything=arguments.all), end="")
+        print(as_table(result, everything=arguments.all, padded=True), end="")
     else:
         form = "markdown" if arguments.format == "table" else arguments.format
         print(FORMATS[form](result), end="")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.compare.pairing import (
     DocumentReader,
-    is_partial,
     paired_documents,
     paired_test,
 )
@@ -49,21 +48,18 @@ class Difference:
         p: p of the single test, or None where none was possible.
         q: p adjusted over the runs that are compared on the task (Benjamini-Hochberg), those
             that were pruned at random apart; or None.
-        smallest_detectable: See `statistics.PairedTest`, at the level that the
-            adjustment leaves; None where there is no q.
+        smallest_detectable: See `PairedTest`, at the level that the adjustment leaves, or None.
         documents: Documents both runs were scored on, or None.
         method: Test that was made, or why none was.
-        primary: Whether this is the one metric that stands for its task; the others
-            restate the same answers, and stay outside of the adjustment.
+        primary: Whether this metric stands for its task; others stay outside of the adjustment.
         verdict: ``better`` or ``worse``, where q < alpha; ``different``, where the task does
-            not say which way is up; ``not shown``, which is not the same as no
-            difference; ``not tested``, see `method`; ``not comparable``, where a score is
-            no finite number; ``restated``, where the metric is not primary. With a margin
-            ``equivalent`` or ``not worse`` where that is shown, and ``undecided`` instead of
-            ``not shown`` and ``not tested``.
+            not say which way is up; ``not shown``, which is not the same as no difference;
+            ``not tested``; ``not comparable``, where a score is not finite; ``restated``, where
+            the metric is not primary. With a margin ``equivalent`` or ``not worse``, else
+            ``undecided`` instead of ``not shown`` and ``not tested``.
         claim: What is shown of the margin that was asked for; None without one.
-        of: Documents that there are, where the run stopped after fewer: scores, difference,
-            interval, p and q are then of `documents` and hold for stopping. None else.
+        of: Documents that there are, where the run stopped after fewer: all else is then of
+            `documents` and holds for stopping. None else.
     """
 
     run: str
@@ -88,11 +84,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that `compare` says: tests at level `alpha`, and within `margin` if it was asked.
-
-    Correlations and trends are there where a series has at least 3 expansion ratios; notes are
-    what the reader has to know, such as tasks that only one run has.
-    """
+    """Everything that `compare` says: tests at level `alpha`, and within `margin` if asked."""
 
     base: str
     alpha: float
@@ -115,14 +107,12 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     """
     found: list[Run] = []
     for number, path in enumerate(paths):
-        if not is_sweep(path):
+        if is_sweep(path):
+            baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
+            found += [] if number else [baseline]
+            found += others if number or len(paths) == 1 else []
+        else:
             found.append(read_run(path))
-            continue
-        baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
-        if number == 0:
-            found.append(baseline)
-        if number > 0 or len(paths) == 1:
-            found += others
     if len(found) < 2:
         raise ResultsError(
             "There is nothing to compare: give a base and at least one other run, or a sweep "
@@ -137,11 +127,7 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
 
 
 def split_sweep(runs: list[Run], where: str) -> tuple[Run, list[Run]]:
-    """Return the baseline of a sweep and its other runs.
-
-    Raises:
-        ResultsError: No run of the sweep is unpruned.
-    """
+    """Return the baseline of a sweep and its other runs; ResultsError if none is unpruned."""
     baseline = next((run for run in runs if run.is_baseline), None)
     if baseline is None:
         raise ResultsError(
@@ -183,8 +169,13 @@ def compare(
     read = read or DocumentReader()
     pairs: list[_Pair] = []
     for run in runs:
+        for one, other in ((base, run), (run, base)):
+            tasks, has = one.tasks(subtasks=subtasks), other.tasks()
+            if missing := ", ".join(task for task in tasks if task not in has):
+                notes.append(
+                    f"{other.name} has no results for {missing}, which {one.name} has."
+                )
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
-        notes += _missing_notes(base, run, subtasks)
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
         notes += settings_notes(base, run, shared)
@@ -199,30 +190,29 @@ def compare(
     tests = [
         pair.test if pair.primary and not pair.stopping else None for pair in pairs
     ]
-    ps = [test.p if test else None for test in tests]
-    adjusted = false_discovery(ps, families, alpha)
+    adjusted = false_discovery(
+        [test.p if test else None for test in tests], families, alpha
+    )
     asked = [
-        (margin, base.scores[pair.key], pair.run.scores[pair.key]) for pair in pairs
+        (margin, base.scores[each.key], each.run.scores[each.key]) for each in pairs
     ]
     judged = zip(pairs, adjusted, claims(tests, asked, families), strict=True)
     rows = [_row(base, pair, *q, claim, alpha, margin) for pair, q, claim in judged]
+    first = [row for row in rows if row.primary]
     if margin:
-        other = {
-            row.task
-            for row in rows
-            if row.primary and not margin.size(row.base_score, row.score)
-        }
-        if other:
+        sized = {row.task: margin.size(row.base_score, row.score) for row in first}
+        if other := sorted(task for task in sized if not sized[task]):
             notes.append(
-                f"{margin.text} is no margin for {listed(sorted(other))}, whose scores are not "
+                f"{margin.text} is no margin for {listed(other)}, whose scores are not "
                 "between 0 and 1: give a share such as 2%, or a number in the metric's own unit."
             )
-    weaker = sorted({row.task for row in rows if "weaker" in row.method})
-    if weaker:
+    if weaker := ", ".join(
+        sorted({row.task for row in rows if "weaker" in row.method})
+    ):
         notes.append(
-            f"Without usable samples, {', '.join(weaker)} had to be tested on the standard errors, "
-            "as if the runs had seen different documents; that is weaker than a paired test: "
-            "evaluate with --log_samples."
+            f"Without usable samples, {weaker} had to be tested on the standard errors, as if the "
+            "runs had seen different documents; that is weaker than a paired test: evaluate with "
+            "--log_samples."
         )
     across = over_ratios(everything, alpha, read)
     return Comparison(base.name, alpha, tuple(rows), *across, tuple(notes), margin)
@@ -244,10 +234,9 @@ def difference_test(
     stopping = stopping_of(base, run, key[0])
     level = stopping.nominal_level if stopping else alpha
     pair = paired_documents(base, run, *key, read)
-    documents = len(pair[0].keys) if pair else None
-    both = (base, run)
-    endless = [r.name for r in both if not math.isfinite(r.scores[key].value)]
-    if endless:
+    documents, difference = len(pair[0].keys) if pair else None, other.value - one.value
+    both = ((base.name, one.value), (run.name, other.value))
+    if endless := [name for name, value in both if not math.isfinite(value)]:
         why = f"the score of {' and '.join(endless)} is no finite number"
     elif pair:
         return paired_test(pair, level), documents
@@ -256,9 +245,9 @@ def difference_test(
     elif stopping:
         why = f"{stopping.text} documents, without usable samples"
     else:
-        scores = one.value, one.stderr, other.value, other.stderr
-        return unpaired_difference(*scores, alpha=alpha), None
-    return PairedTest(other.value - one.value, f"none: {why}", level=level), documents
+        stderrs = (one.stderr, other.stderr)
+        return unpaired_difference(difference, *stderrs, alpha=alpha), None
+    return PairedTest(difference, f"none: {why}", level=level), documents
 
 
 class _Pair(NamedTuple):
@@ -292,33 +281,20 @@ def _row(
         size = margin.size(before, after) if margin else None
         p, q, claim = sequential(stopping, key[1], test.difference, margin, size)
         q, level, claim = (q, test.level, claim) if primary else (None, None, None)
-    low, high = test.interval(level or test.level)
-    verdict = "restated"
     if not (math.isfinite(before) and math.isfinite(after)):
         verdict = "not comparable"
     elif primary:
         up = base.scores[key].higher_is_better
         verdict = verdict_of(after - before, q, alpha, up, margin, claim)
-    smallest = None if q is None else test.smallest_detectable(level)
+    else:
+        verdict = "restated"
     return Difference(
-        run=run.name,
-        task=key[0],
-        metric=key[1],
-        base_score=before,
-        score=after,
-        difference=after - before,
-        relative=relative_change(before, after),
-        low=low,
-        high=high,
-        p=p,
-        q=q,
-        smallest_detectable=smallest,
-        documents=documents,
-        method=method,
-        primary=primary,
-        verdict=verdict,
-        claim=claim,
-        of=of,
+        *(run.name, *key, before, after, after - before),
+        relative_change(before, after),
+        *test.interval(level or test.level),
+        *(p, q),
+        None if q is None else test.smallest_detectable(level),
+        *(documents, method, primary, verdict, claim, of),
     )
 
 
@@ -329,31 +305,20 @@ def relative_change(base: float, run: float) -> float | None:
     return (run - base) / abs(base)
 
 
-def _missing_notes(base: Run, run: Run, subtasks: bool) -> list[str]:
-    notes = []
-    for one, other in ((base, run), (run, base)):
-        has = other.tasks()
-        missing = [task for task in one.tasks(subtasks=subtasks) if task not in has]
-        if missing:
-            notes.append(
-                f"{other.name} has no results for {', '.join(missing)}, which {one.name} has."
-            )
-    return notes
-
-
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return what two runs did not have in common beside the model."""
 
     def settings(each: Run) -> dict[str, dict[str, Any]]:
-        found = {}
-        for task in tasks:
-            # A unit that could stop has other documents by design, and is answered in blocks.
-            left_out = ["answer_paths"] if stopping_of(base, run, task) else []
-            if is_partial(base, task) or is_partial(run, task):
-                left_out += ["documents", "task_hash"]
-            known = each.settings.get(task, {}).items()
-            found[task] = {name: value for name, value in known if name not in left_out}
-        return found
+        # A unit that could stop has other documents by design, and is answered in blocks.
+        by_design = ("answer_paths", "documents", "task_hash")
+        return {
+            task: {
+                name: value
+                for name, value in each.settings.get(task, {}).items()
+                if name not in by_design or not stopping_of(base, run, task)
+            }
+            for task in tasks
+        }
 
     return [
         f"{run.name} was evaluated with other settings than {base.name} "

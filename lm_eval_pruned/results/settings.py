@@ -22,27 +22,17 @@ CIRCUMSTANCES = (
     *("task_hash", "lm_eval_version", "transformers_version", "dtype"),
     *("random_seed", "numpy_seed", "torch_seed"),
 )
-#: Which model ``pruned-hf`` made of its checkpoint. Runs that are compared differ in it.
-PRUNING = ("widths", "kept_digest")
 #: Where the model comes from; paths are among them.
 MODEL = ("model_args", "model_sha")
-#: What one command gives all its tasks.
-SHARED = (*ASKED[2:], *CIRCUMSTANCES[1:], *PRUNING, *MODEL)
 
 
 def settings_of(
     data: Mapping[str, Any], task: str, leaves: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the settings of one task.
+    """Return the settings of a task of a results file, or of a group that is made of `leaves`.
 
-    Args:
-        data: A results file whose `files.SECTIONS` are objects.
-        task: A task or group of it.
-        leaves: The tasks that it is made of.
-
-    Returns:
-        A value of JSON by each name in the tuples above, and by ``answer_paths``;
-        None for what was off or is not recorded.
+    A value of JSON for each name in the tuples above, ``answer_paths``, ``widths`` and
+    ``kept_digest``; None for what was off or is not recorded.
     """
     config, hashes = data["config"], data["task_hashes"]
     pruning, paths = (config.get(each) or {} for each in ("pruning", "answer_paths"))
@@ -96,28 +86,19 @@ def other_settings(
     run: Mapping[str, Mapping[str, Any]],
     tasks: Iterable[str],
 ) -> dict[tuple[str, ...], list[str]]:
-    """Return what two runs were asked otherwise, or evaluated otherwise with.
-
-    Args:
-        base: Settings of one run by task.
-        run: Those of the other.
-        tasks: Tasks of both.
-
-    Returns:
-        Tasks by the labels of the settings that differ on them.
-    """
+    """Return `tasks` by the settings that differ on them, from the settings of two runs by task."""
+    # Two ways to answer differ by rounding.
+    asked = (*ASKED, *CIRCUMSTANCES, "answer_paths")
     found: dict[tuple[str, ...], list[str]] = {}
     for task in tasks:
-        # Two ways to answer differ by rounding.
-        asked = (*ASKED, *CIRCUMSTANCES, "answer_paths")
         names = differing(base.get(task, {}), run.get(task, {}), asked)
         if names:
-            found.setdefault(tuple(map(label, names)), []).append(task)
+            found.setdefault(tuple(map(_label, names)), []).append(task)
     return found
 
 
-def label(name: str) -> str:
-    """Return a setting's name for a message: as an argument is typed, else in words."""
+def _label(name: str) -> str:
+    """Return a setting's name as an argument is typed, else in words."""
     words = ("answer_paths", "chat_template", "system_instruction")
     return name.replace("_", " ") if name in words else name
 
