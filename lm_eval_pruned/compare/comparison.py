@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.compare.pairing import (
     DocumentReader,
@@ -23,7 +23,7 @@ from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.folder import is_sweep
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import notes_on, read_run, read_sweep
-from lm_eval_pruned.results.settings import listed, other_settings
+from lm_eval_pruned.results.settings import COMPARED, differing, label, listed
 
 
 if TYPE_CHECKING:
@@ -153,8 +153,7 @@ def compare(
         runs: At least one.
         alpha: Level of the tests, between 0 and 1.
         subtasks: Whether to compare the members of groups that have scores too.
-        margin: Within which differences are asked to lie; the verdicts say whether that
-            is shown.
+        margin: Whether differences lie within it is asked too.
         read: Reader whose documents are used again.
 
     Raises:
@@ -170,10 +169,12 @@ def compare(
     pairs: list[_Pair] = []
     for run in runs:
         for one, other in ((base, run), (run, base)):
-            tasks, has = one.tasks(subtasks=subtasks), other.tasks()
-            if missing := ", ".join(task for task in tasks if task not in has):
+            has = other.tasks()
+            lacks = [each for each in one.tasks(subtasks=subtasks) if each not in has]
+            if lacks:
+                what = ", ".join(lacks)
                 notes.append(
-                    f"{other.name} has no results for {missing}, which {one.name} has."
+                    f"{other.name} has no results for {what}, which {one.name} has."
                 )
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
         if not shared:
@@ -198,21 +199,22 @@ def compare(
     ]
     judged = zip(pairs, adjusted, claims(tests, asked, families), strict=True)
     rows = [_row(base, pair, *q, claim, alpha, margin) for pair, q, claim in judged]
-    first = [row for row in rows if row.primary]
-    if margin:
-        sized = {row.task: margin.size(row.base_score, row.score) for row in first}
-        if other := sorted(task for task in sized if not sized[task]):
-            notes.append(
-                f"{margin.text} is no margin for {listed(other)}, whose scores are not "
-                "between 0 and 1: give a share such as 2%, or a number in the metric's own unit."
-            )
-    if weaker := ", ".join(
-        sorted({row.task for row in rows if "weaker" in row.method})
-    ):
+    without = {
+        row.task
+        for row in rows
+        if margin and row.primary and not margin.size(row.base_score, row.score)
+    }
+    if margin and without:
         notes.append(
-            f"Without usable samples, {weaker} had to be tested on the standard errors, as if the "
-            "runs had seen different documents; that is weaker than a paired test: evaluate with "
-            "--log_samples."
+            f"{margin.text} is no margin for {listed(sorted(without))}, whose scores are not "
+            "between 0 and 1: give a share such as 2%, or a number in the metric's own unit."
+        )
+    weaker = {row.task for row in rows if "weaker" in row.method}
+    if weaker:
+        notes.append(
+            f"Without usable samples, {', '.join(sorted(weaker))} had to be tested on the standard "
+            "errors, as if the runs had seen different documents; that is weaker than a paired "
+            "test: evaluate with --log_samples."
         )
     across = over_ratios(everything, alpha, read)
     return Comparison(base.name, alpha, tuple(rows), *across, tuple(notes), margin)
@@ -223,20 +225,16 @@ def difference_test(
 ) -> tuple[PairedTest, int | None]:
     """Test what a run differs by, on its documents where both have samples, else on stderrs.
 
-    Returns:
-        The test, and how many documents it is of. The level of a comparison that was looked at
-        before its end is that of the last look.
-
-    Raises:
-        ResultsError: The runs saw different documents or task versions.
+    Returns the test, at the level of the last look where there were several, and how many documents
+    it is of. ResultsError if the runs saw different documents or task versions.
     """
     one, other = base.scores[key], run.scores[key]
     stopping = stopping_of(base, run, key[0])
     level = stopping.nominal_level if stopping else alpha
     pair = paired_documents(base, run, *key, read)
     documents, difference = len(pair[0].keys) if pair else None, other.value - one.value
-    both = ((base.name, one.value), (run.name, other.value))
-    if endless := [name for name, value in both if not math.isfinite(value)]:
+    endless = [r.name for r in (base, run) if not math.isfinite(r.scores[key].value)]
+    if endless:
         why = f"the score of {' and '.join(endless)} is no finite number"
     elif pair:
         return paired_test(pair, level), documents
@@ -288,13 +286,26 @@ def _row(
         verdict = verdict_of(after - before, q, alpha, up, margin, claim)
     else:
         verdict = "restated"
+    low, high = test.interval(level or test.level)
     return Difference(
-        *(run.name, *key, before, after, after - before),
-        relative_change(before, after),
-        *test.interval(level or test.level),
-        *(p, q),
-        None if q is None else test.smallest_detectable(level),
-        *(documents, method, primary, verdict, claim, of),
+        run=run.name,
+        task=key[0],
+        metric=key[1],
+        base_score=before,
+        score=after,
+        difference=after - before,
+        relative=relative_change(before, after),
+        low=low,
+        high=high,
+        p=p,
+        q=q,
+        smallest_detectable=None if q is None else test.smallest_detectable(level),
+        documents=documents,
+        method=method,
+        primary=primary,
+        verdict=verdict,
+        claim=claim,
+        of=of,
     )
 
 
@@ -307,22 +318,19 @@ def relative_change(base: float, run: float) -> float | None:
 
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return what two runs did not have in common beside the model."""
-
-    def settings(each: Run) -> dict[str, dict[str, Any]]:
-        # A unit that could stop has other documents by design, and is answered in blocks.
-        by_design = ("answer_paths", "documents", "task_hash")
-        return {
-            task: {
-                name: value
-                for name, value in each.settings.get(task, {}).items()
-                if name not in by_design or not stopping_of(base, run, task)
-            }
-            for task in tasks
-        }
-
+    found: dict[tuple[str, ...], list[str]] = {}
+    for task in tasks:
+        one, other = (each.settings.get(task, {}) for each in (base, run))
+        names = differing(one, other, COMPARED)
+        if stopping_of(base, run, task):
+            # It has other documents by design, and is answered in parts.
+            expected = ("answer_paths", "documents", "task_hash")
+            names = [name for name in names if name not in expected]
+        if names:
+            found.setdefault(tuple(map(label, names)), []).append(task)
     return [
         f"{run.name} was evaluated with other settings than {base.name} "
         f"({', '.join(labels)}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
         "difference need not come from the model."
-        for labels, on in other_settings(settings(base), settings(run), tasks).items()
+        for labels, on in found.items()
     ]

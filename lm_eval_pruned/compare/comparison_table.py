@@ -114,10 +114,9 @@ def _scaled(task: str, metric: str) -> str:
 def as_table(
     comparison: Comparison, *, everything: bool = True, padded: bool = False
 ) -> str:
-    """Return the comparison as Markdown tables for people.
+    """Return the comparison as Markdown tables, which `padded` aligns for a terminal.
 
-    Without `everything` a terminal has room for it: primary metrics alone, by the columns that say
-    most. `padded` aligns columns.
+    Without `everything`, primary metrics by the columns that fit a terminal.
     """
     header = (
         f"Compared with {comparison.base}; difference = run - base; q: p after "

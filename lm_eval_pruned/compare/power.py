@@ -28,10 +28,6 @@ VERDICTS = {
     "not worse": "no difference",
     "better or worse": "a difference of {}",
 }
-#: No benchmark has more documents.
-_MOST_DOCUMENTS = 10_000_000
-#: Beyond so many documents that change, the counts are taken for normal.
-_MOST_COUNTED = 200
 
 
 def power_of(
@@ -49,7 +45,7 @@ def power_of(
         base: The unpruned model.
         runs: What is compared with it.
         task: The task, whose primary metric counts.
-        margin: What is to be shown; its size is also the difference to be seen.
+        margin: What is to be shown, and the size of the difference to be seen.
         documents: How many documents to ask about; default: as many as there are.
         alpha: Level of one test, without a correction for others.
 
@@ -138,7 +134,7 @@ def power_of_shares(changing: float, n: int, size: float, alpha: float) -> Chanc
     changes; with many changes, margins are from the normal distribution.
     """
     different = chance_seen(changing, n, size, alpha)
-    if n * changing > _MOST_COUNTED:
+    if n * changing > 200:
         normal = power_of_means(math.sqrt(changing / n), n - 1, size, alpha)
         return *normal[:2], different
     many = stats.binom(n, changing)
@@ -165,10 +161,10 @@ def documents_for(
 
     `power` gives the chance at `place`. The search starts at `n`; None where it finds no number.
     """
-    low = high = max(n, 1)
+    low = high = n
     while power(high)[place] < POWER:
         low, high = high, 2 * high
-        if high > _MOST_DOCUMENTS:
+        if high > 10_000_000:
             return None
     while low > 1 and power(low)[place] >= POWER:
         low, high = low // 2, low

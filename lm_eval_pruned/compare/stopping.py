@@ -29,9 +29,9 @@ LEAST_OF_MEANS = 500
 
 
 def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
-    """Return the looks at a unit with one more, at the results `run` on so many `documents`.
+    """Add a look at `run`, a unit's results on so many `documents`, which is the last if it has a reason.
 
-    It was the last where there is a reason. ResultsError if base and run do not belong together.
+    ResultsError if base and run do not belong together.
     """
     task = before.task
     metric = next((m for t, m in primary_metrics([base, run]) if t == task), "")
@@ -92,10 +92,10 @@ def sequential(
     margin: Margin | None,
     size: float | None,
 ) -> tuple[float | None, float | None, Claim | None]:
-    """Return p, q and what is shown of a margin of `size`, which hold for all looks.
+    """Return p, q and the claim of a margin of `size`, which hold at all looks.
 
-    None but for the difference and the margin by which the unit could stop. q is corrected over the
-    sizes of a sweep (Bonferroni).
+    There is none for a difference or a margin that the unit could not stop by. q is corrected over
+    the sizes of a sweep (Bonferroni).
     """
     decided = math.nan if stopping.difference is None else stopping.difference
     if metric != stopping.metric or not math.isclose(difference, decided, abs_tol=1e-9):

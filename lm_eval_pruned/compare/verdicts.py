@@ -78,9 +78,9 @@ class Margin:
 
 @dataclass(frozen=True)
 class Claim:
-    """The p of "the true difference lies outside of a margin", and q, which is p adjusted.
+    """Whether a difference is shown to lie within `margin`, in the metric's own unit.
 
-    `margin` is in the metric's own unit.
+    `p` is that of "the true difference lies outside", `q` the same, adjusted as for differences.
     """
 
     margin: float

@@ -8,7 +8,7 @@ import math
 import os.path
 import re
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -84,8 +84,10 @@ class Documents:
             return None
         order = [place[key] for key in other.keys]
         clusters = self.clusters and tuple(self.clusters[index] for index in order)
-        taken = {"values": self.values[order], "weights": self.weights[order]}
-        return replace(self, keys=other.keys, clusters=clusters, **taken)
+        values, weights = self.values[order], self.weights[order]
+        return Documents(
+            other.keys, values, weights, clusters, self.transform, self.levels
+        )
 
     def is_scored_like(self, other: Documents) -> bool:
         """Whether the same documents in the same order make up their score in one way."""

@@ -21,7 +21,7 @@ TAKEN, LEFT, UNKNOWN = "taken", "left", "unknown"
 class Family:
     """Tasks that measure one thing: `tasks` is a regular expression that their names match.
 
-    The group ``pruned_`` and `name` holds them.
+    Their group is called ``pruned_`` and then `name`.
     """
 
     name: str

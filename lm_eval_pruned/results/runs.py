@@ -131,5 +131,5 @@ def setting_of(run: Run, name: str) -> Any:
 
 
 def notes_on(runs: Iterable[Run]) -> list[str]:
-    """Return what runs lack of what they were read from, one sentence each."""
+    """Return what is missing from the folders of runs, one sentence each."""
     return [note for run in runs for note in run.notes]

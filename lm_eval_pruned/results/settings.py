@@ -22,6 +22,8 @@ CIRCUMSTANCES = (
     *("task_hash", "lm_eval_version", "transformers_version", "dtype"),
     *("random_seed", "numpy_seed", "torch_seed"),
 )
+#: What is compared. Two ways to answer differ by rounding.
+COMPARED = (*ASKED, *CIRCUMSTANCES, "answer_paths")
 #: Where the model comes from; paths are among them.
 MODEL = ("model_args", "model_sha")
 
@@ -77,27 +79,11 @@ def settings_of(
 def differing(
     one: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]
 ) -> list[str]:
-    """Return those of `names` in which two tasks' settings differ."""
+    """Return those of `names` in which the settings of two runs differ on a task."""
     return [name for name in names if one.get(name) != other.get(name)]
 
 
-def other_settings(
-    base: Mapping[str, Mapping[str, Any]],
-    run: Mapping[str, Mapping[str, Any]],
-    tasks: Iterable[str],
-) -> dict[tuple[str, ...], list[str]]:
-    """Return `tasks` by the settings that differ on them, from the settings of two runs by task."""
-    # Two ways to answer differ by rounding.
-    asked = (*ASKED, *CIRCUMSTANCES, "answer_paths")
-    found: dict[tuple[str, ...], list[str]] = {}
-    for task in tasks:
-        names = differing(base.get(task, {}), run.get(task, {}), asked)
-        if names:
-            found.setdefault(tuple(map(_label, names)), []).append(task)
-    return found
-
-
-def _label(name: str) -> str:
+def label(name: str) -> str:
     """Return a setting's name as an argument is typed, else in words."""
     words = ("answer_paths", "chat_template", "system_instruction")
     return name.replace("_", " ") if name in words else name
