@@ -60,15 +60,20 @@ class Stopping:
     scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     @property
+    def documents(self) -> int:
+        """How many documents were used."""
+        return self.looks[-1]
+
+    @property
     def is_partial(self) -> bool:
         """Whether there are documents that were not used."""
-        return self.looks[-1] < self.of
+        return self.documents < self.of
 
     @property
     def text(self) -> str:
         """How many documents were used, such as ``partial: 800 of 3200``."""
         part = "partial" if self.is_partial else "all"
-        return f"{part}: {self.looks[-1]} of {self.of}"
+        return f"{part}: {self.documents} of {self.of}"
 
     @property
     def margin(self) -> str:

@@ -551,9 +551,7 @@ def test_one_unit_of_a_resumed_sweep_is_of_other_documents(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "UNDECIDED p20 arc acc,none" in text
     assert "0 failed, 1 undecided, 3 as expected" in text
-    assert (
-        "The tasks of p20 were not all evaluated with the same lm_eval_version" in text
-    )
+    assert "(documents, lm_eval_version) on arc" in text
 
 
 def test_results_of_several_commands_in_one_folder_are_checked(tmp_path, capsys):
