@@ -6,7 +6,7 @@ import pytest
 
 from lm_eval_pruned import cli
 from lm_eval_pruned.results import settings
-from tests.helpers.results_files import pruning, write_run, write_sweep
+from tests.helpers.results_files import write_run, write_sweep
 
 
 TASKS = {"tf": {"acc,none": [1.0, 0.0] * 10}, "boolq": {"acc,none": [1.0, 0.0] * 10}}
