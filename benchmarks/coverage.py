@@ -99,9 +99,7 @@ def stderrs(rng: np.random.Generator, units: int, shift: float) -> PairedTest:
     base = rng.normal(size=units)
     run = base + shift + rng.normal(0, 0.5, size=units)
     errors = (each.std(ddof=1) / np.sqrt(units) for each in (base, run))
-    return statistics.unpaired_difference(
-        base.mean(), next(errors), run.mean(), next(errors)
-    )
+    return statistics.unpaired_difference(run.mean() - base.mean(), *errors)
 
 
 def walk(rng: np.random.Generator, units: int, shift: float) -> np.ndarray:

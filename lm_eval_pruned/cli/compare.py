@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 
 
@@ -67,7 +66,7 @@ def add_margins(group, also="") -> None:
 def run(arguments) -> int:
     """Run the command; return its exit code."""
     from lm_eval_pruned.compare.comparison import compare, read_comparands
-    from lm_eval_pruned.compare.comparison_table import FORMATS, as_text
+    from lm_eval_pruned.compare.comparison_table import FORMATS, as_table
     from lm_eval_pruned.compare.verdicts import CLAIMS, Margin
 
     asked = [(claim, getattr(arguments, claim)) for claim in CLAIMS]
@@ -76,8 +75,7 @@ def run(arguments) -> int:
     result = compare(*read_comparands(arguments.paths), margin=margin, **options)
     form = "markdown" if arguments.format == "table" else arguments.format
     if arguments.format == "table" and sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns
-        print(as_text(result, width, everything=arguments.all), end="")
+        print(as_table(result, everything=arguments.all, padded=True), end="")
     else:
         print(FORMATS[form](result), end="")
     return 0

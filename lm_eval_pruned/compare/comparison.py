@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.compare.pairing import (
     DocumentReader,
-    is_partial,
     paired_documents,
     paired_test,
 )
@@ -24,7 +23,7 @@ from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.folder import is_sweep
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import notes_on, read_run, read_sweep
-from lm_eval_pruned.results.settings import listed, other_settings
+from lm_eval_pruned.results.settings import COMPARED, differing, label, listed
 
 
 if TYPE_CHECKING:
@@ -49,21 +48,18 @@ class Difference:
         p: p of the single test, or None where none was possible.
         q: p adjusted over the runs that are compared on the task (Benjamini-Hochberg), those
             that were pruned at random apart; or None.
-        smallest_detectable: See `statistics.PairedTest`, at the level that the
-            adjustment leaves; None where there is no q.
+        smallest_detectable: See `PairedTest`, at the level that the adjustment leaves, or None.
         documents: Documents both runs were scored on, or None.
         method: Test that was made, or why none was.
-        primary: Whether this is the one metric that stands for its task; the others
-            restate the same answers, and stay outside of the adjustment.
+        primary: Whether this metric stands for its task; others stay outside of the adjustment.
         verdict: ``better`` or ``worse``, where q < alpha; ``different``, where the task does
-            not say which way is up; ``not shown``, which is not the same as no
-            difference; ``not tested``, see `method`; ``not comparable``, where a score is
-            no finite number; ``restated``, where the metric is not primary. With a margin
-            ``equivalent`` or ``not worse`` where that is shown, and ``undecided`` instead of
-            ``not shown`` and ``not tested``.
+            not say which way is up; ``not shown``, which is not the same as no difference;
+            ``not tested``; ``not comparable``, where a score is not finite; ``restated``, where
+            the metric is not primary. With a margin ``equivalent`` or ``not worse``, else
+            ``undecided`` instead of ``not shown`` and ``not tested``.
         claim: What is shown of the margin that was asked for; None without one.
-        of: Documents that there are, where the run stopped after fewer: scores, difference,
-            interval, p and q are then of `documents` and hold for stopping. None else.
+        of: Documents that there are, where the run stopped after fewer: all else is then of
+            `documents` and holds for stopping. None else.
     """
 
     run: str
@@ -88,11 +84,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that `compare` says: tests at level `alpha`, and within `margin` if it was asked.
-
-    Correlations and trends are there where a series has at least 3 expansion ratios; notes are
-    what the reader has to know, such as tasks that only one run has.
-    """
+    """Everything that `compare` says: tests at level `alpha`, and within `margin` if asked."""
 
     base: str
     alpha: float
@@ -115,14 +107,12 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     """
     found: list[Run] = []
     for number, path in enumerate(paths):
-        if not is_sweep(path):
+        if is_sweep(path):
+            baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
+            found += [] if number else [baseline]
+            found += others if number or len(paths) == 1 else []
+        else:
             found.append(read_run(path))
-            continue
-        baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
-        if number == 0:
-            found.append(baseline)
-        if number > 0 or len(paths) == 1:
-            found += others
     if len(found) < 2:
         raise ResultsError(
             "There is nothing to compare: give a base and at least one other run, or a sweep "
@@ -137,11 +127,7 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
 
 
 def split_sweep(runs: list[Run], where: str) -> tuple[Run, list[Run]]:
-    """Return the baseline of a sweep and its other runs.
-
-    Raises:
-        ResultsError: No run of the sweep is unpruned.
-    """
+    """Return the baseline of a sweep and its other runs; ResultsError if none is unpruned."""
     baseline = next((run for run in runs if run.is_baseline), None)
     if baseline is None:
         raise ResultsError(
@@ -167,8 +153,7 @@ def compare(
         runs: At least one.
         alpha: Level of the tests, between 0 and 1.
         subtasks: Whether to compare the members of groups that have scores too.
-        margin: Within which differences are asked to lie; the verdicts say whether that
-            is shown.
+        margin: Whether differences lie within it is asked too.
         read: Reader whose documents are used again.
 
     Raises:
@@ -183,8 +168,15 @@ def compare(
     read = read or DocumentReader()
     pairs: list[_Pair] = []
     for run in runs:
+        for one, other in ((base, run), (run, base)):
+            has = other.tasks()
+            lacks = [each for each in one.tasks(subtasks=subtasks) if each not in has]
+            if lacks:
+                what = ", ".join(lacks)
+                notes.append(
+                    f"{other.name} has no results for {what}, which {one.name} has."
+                )
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
-        notes += _missing_notes(base, run, subtasks)
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
         notes += settings_notes(base, run, shared)
@@ -199,30 +191,30 @@ def compare(
     tests = [
         pair.test if pair.primary and not pair.stopping else None for pair in pairs
     ]
-    ps = [test.p if test else None for test in tests]
-    adjusted = false_discovery(ps, families, alpha)
+    adjusted = false_discovery(
+        [test.p if test else None for test in tests], families, alpha
+    )
     asked = [
-        (margin, base.scores[pair.key], pair.run.scores[pair.key]) for pair in pairs
+        (margin, base.scores[each.key], each.run.scores[each.key]) for each in pairs
     ]
     judged = zip(pairs, adjusted, claims(tests, asked, families), strict=True)
     rows = [_row(base, pair, *q, claim, alpha, margin) for pair, q, claim in judged]
-    if margin:
-        other = {
-            row.task
-            for row in rows
-            if row.primary and not margin.size(row.base_score, row.score)
-        }
-        if other:
-            notes.append(
-                f"{margin.text} is no margin for {listed(sorted(other))}, whose scores are not "
-                "between 0 and 1: give a share such as 2%, or a number in the metric's own unit."
-            )
-    weaker = sorted({row.task for row in rows if "weaker" in row.method})
+    without = {
+        row.task
+        for row in rows
+        if margin and row.primary and not margin.size(row.base_score, row.score)
+    }
+    if margin and without:
+        notes.append(
+            f"{margin.text} is no margin for {listed(sorted(without))}, whose scores are not "
+            "between 0 and 1: give a share such as 2%, or a number in the metric's own unit."
+        )
+    weaker = {row.task for row in rows if "weaker" in row.method}
     if weaker:
         notes.append(
-            f"Without usable samples, {', '.join(weaker)} had to be tested on the standard errors, "
-            "as if the runs had seen different documents; that is weaker than a paired test: "
-            "evaluate with --log_samples."
+            f"Without usable samples, {', '.join(sorted(weaker))} had to be tested on the standard "
+            "errors, as if the runs had seen different documents; that is weaker than a paired "
+            "test: evaluate with --log_samples."
         )
     across = over_ratios(everything, alpha, read)
     return Comparison(base.name, alpha, tuple(rows), *across, tuple(notes), margin)
@@ -233,20 +225,15 @@ def difference_test(
 ) -> tuple[PairedTest, int | None]:
     """Test what a run differs by, on its documents where both have samples, else on stderrs.
 
-    Returns:
-        The test, and how many documents it is of. The level of a comparison that was looked at
-        before its end is that of the last look.
-
-    Raises:
-        ResultsError: The runs saw different documents or task versions.
+    Returns the test, at the level of the last look where there were several, and how many documents
+    it is of. ResultsError if the runs saw different documents or task versions.
     """
     one, other = base.scores[key], run.scores[key]
     stopping = stopping_of(base, run, key[0])
     level = stopping.nominal_level if stopping else alpha
     pair = paired_documents(base, run, *key, read)
-    documents = len(pair[0].keys) if pair else None
-    both = (base, run)
-    endless = [r.name for r in both if not math.isfinite(r.scores[key].value)]
+    documents, difference = len(pair[0].keys) if pair else None, other.value - one.value
+    endless = [r.name for r in (base, run) if not math.isfinite(r.scores[key].value)]
     if endless:
         why = f"the score of {' and '.join(endless)} is no finite number"
     elif pair:
@@ -256,9 +243,9 @@ def difference_test(
     elif stopping:
         why = f"{stopping.text} documents, without usable samples"
     else:
-        scores = one.value, one.stderr, other.value, other.stderr
-        return unpaired_difference(*scores, alpha=alpha), None
-    return PairedTest(other.value - one.value, f"none: {why}", level=level), documents
+        stderrs = (one.stderr, other.stderr)
+        return unpaired_difference(difference, *stderrs, alpha=alpha), None
+    return PairedTest(difference, f"none: {why}", level=level), documents
 
 
 class _Pair(NamedTuple):
@@ -292,14 +279,14 @@ def _row(
         size = margin.size(before, after) if margin else None
         p, q, claim = sequential(stopping, key[1], test.difference, margin, size)
         q, level, claim = (q, test.level, claim) if primary else (None, None, None)
-    low, high = test.interval(level or test.level)
-    verdict = "restated"
     if not (math.isfinite(before) and math.isfinite(after)):
         verdict = "not comparable"
     elif primary:
         up = base.scores[key].higher_is_better
         verdict = verdict_of(after - before, q, alpha, up, margin, claim)
-    smallest = None if q is None else test.smallest_detectable(level)
+    else:
+        verdict = "restated"
+    low, high = test.interval(level or test.level)
     return Difference(
         run=run.name,
         task=key[0],
@@ -312,7 +299,7 @@ def _row(
         high=high,
         p=p,
         q=q,
-        smallest_detectable=smallest,
+        smallest_detectable=None if q is None else test.smallest_detectable(level),
         documents=documents,
         method=method,
         primary=primary,
@@ -329,35 +316,21 @@ def relative_change(base: float, run: float) -> float | None:
     return (run - base) / abs(base)
 
 
-def _missing_notes(base: Run, run: Run, subtasks: bool) -> list[str]:
-    notes = []
-    for one, other in ((base, run), (run, base)):
-        has = other.tasks()
-        missing = [task for task in one.tasks(subtasks=subtasks) if task not in has]
-        if missing:
-            notes.append(
-                f"{other.name} has no results for {', '.join(missing)}, which {one.name} has."
-            )
-    return notes
-
-
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return what two runs did not have in common beside the model."""
-
-    def settings(each: Run) -> dict[str, dict[str, Any]]:
-        found = {}
-        for task in tasks:
-            # A unit that could stop has other documents by design, and is answered in blocks.
-            left_out = ["answer_paths"] if stopping_of(base, run, task) else []
-            if is_partial(base, task) or is_partial(run, task):
-                left_out += ["documents", "task_hash"]
-            known = each.settings.get(task, {}).items()
-            found[task] = {name: value for name, value in known if name not in left_out}
-        return found
-
+    found: dict[tuple[str, ...], list[str]] = {}
+    for task in tasks:
+        one, other = (each.settings.get(task, {}) for each in (base, run))
+        names = differing(one, other, COMPARED)
+        if stopping_of(base, run, task):
+            # It has other documents by design, and is answered in parts.
+            expected = ("answer_paths", "documents", "task_hash")
+            names = [name for name in names if name not in expected]
+        if names:
+            found.setdefault(tuple(map(label, names)), []).append(task)
     return [
         f"{run.name} was evaluated with other settings than {base.name} "
         f"({', '.join(labels)}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
         "difference need not come from the model."
-        for labels, on in other_settings(settings(base), settings(run), tasks).items()
+        for labels, on in found.items()
     ]

@@ -1,11 +1,9 @@
-"""A comparison as Markdown tables, text for a terminal, CSV and JSON."""
+"""A comparison as Markdown tables, CSV and JSON."""
 
 from __future__ import annotations
 
 import json
-import textwrap
-from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.compare.comparison import Comparison, Difference
@@ -14,21 +12,17 @@ from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from lm_eval_pruned.compare.trends import Correlation
-
-
-def p_text(p: float | None) -> str:
-    """Return a p value as tables show it."""
-    if p is None:
-        return "-"
-    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+    from collections.abc import Callable, Sequence
 
 
 def number_text(value: float | None, form: str, without: str = "-") -> str:
     """Return a number in the given format, or `without` one a dash."""
     return without if value is None else format(value, form)
+
+
+def p_text(p: float | None) -> str:
+    """Return a p value as tables show it."""
+    return "<0.0001" if p is not None and p < 0.0001 else number_text(p, ".4f")
 
 
 def interval_text(low: float | None, high: float | None, digits: int) -> str:
@@ -46,10 +40,9 @@ def documents_text(row: Difference) -> str:
 
 
 class Column(NamedTuple):
-    """A column of the tables in Markdown and in a terminal.
+    """A column of a table; a terminal, which is narrow, shows those with `terminal`.
 
-    ``interval`` gets the confidence in front. Words are aligned to the left (``l``), numbers to
-    the right. A terminal, which is narrow, shows those with `terminal`.
+    Words are aligned to the left (``l``), numbers to the right. ``interval`` gets its confidence.
     """
 
     title: str
@@ -97,7 +90,12 @@ CORRELATIONS = (
     Column("task", lambda pair: _scaled(*pair.tasks[1]), "l"),
     Column("n", lambda pair: str(pair.correlation.n)),
     Column("Pearson r", lambda pair: number_text(pair.correlation.pearson, "+.3f")),
-    Column("interval", lambda pair: _fisher(pair.correlation)),
+    Column(
+        "interval",
+        lambda pair: interval_text(
+            pair.correlation.pearson_low, pair.correlation.pearson_high, 2
+        ),
+    ),
 )
 TREND = (
     "Trend over expansion ratios (change of the score per 1 of ratio, positive where it falls "
@@ -109,38 +107,17 @@ CORRELATION = (
 )
 
 
-def _fisher(found: Correlation) -> str:
-    return interval_text(found.pearson_low, found.pearson_high, 2)
-
-
 def _scaled(task: str, metric: str) -> str:
     return f"{task} {scale_name(metric)}"
 
 
-def _tables(comparison: Comparison, *, everything: bool = True) -> list[list[Any]]:
-    """Return heading, titles, cells and letters of alignment of each table that has rows."""
-    found: list[list[Any]] = []
-    for heading, columns, rows in (
-        ("", DIFFERENCES, comparison.rows),
-        (TREND, TRENDS, comparison.trends),
-        (CORRELATION, CORRELATIONS, comparison.correlations),
-    ):
-        shown = [
-            column
-            for column in columns
-            if (comparison.margin or "margin" not in column.title)
-            and (everything or column.terminal)
-        ]
-        interval = f"{1 - comparison.alpha:.0%} interval"
-        titles = [interval if c.title == "interval" else c.title for c in shown]
-        cells = [[column.text(row) for column in shown] for row in rows]
-        if rows:
-            found.append([heading, titles, cells, "".join(c.align for c in shown)])
-    return found
+def as_table(
+    comparison: Comparison, *, everything: bool = True, padded: bool = False
+) -> str:
+    """Return the comparison as Markdown tables, which `padded` aligns for a terminal.
 
-
-def as_table(comparison: Comparison) -> str:
-    """Return the comparison as Markdown tables for people."""
+    Without `everything`, primary metrics by the columns that fit a terminal.
+    """
     header = (
         f"Compared with {comparison.base}; difference = run - base; q: p after "
         "Benjamini-Hochberg over the runs of each task, random controls apart, so of many tasks "
@@ -155,47 +132,30 @@ def as_table(comparison: Comparison) -> str:
             f" Margin: {comparison.margin.text}; {comparison.margin.verdict} is shown where "
             f"q margin is below {comparison.alpha:g} (two one-sided tests)."
         )
-    parts = [header]
-    for heading, *table in _tables(comparison):
-        parts += [*([heading] if heading else []), markdown_table(*table)]
-    if comparison.notes:
-        parts.append("\n".join(f"Note: {note}" for note in comparison.notes))
-    return "\n\n".join(parts) + "\n"
-
-
-def as_text(comparison: Comparison, width: int, *, everything: bool = False) -> str:
-    """Return the comparison as aligned text for a terminal of `width` columns.
-
-    `everything` adds the columns that a narrow terminal has no room for, restated metrics, trends
-    and correlations.
-    """
-    primary = tuple(row for row in comparison.rows if row.primary)
-    counts = Counter(row.verdict for row in primary)
-    found = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
-    summary = f"{len(primary)} comparisons with {comparison.base}: {found}."
+    tables: list[tuple[str, Sequence[Column], Sequence[Any]]] = [
+        ("", DIFFERENCES, comparison.rows),
+        (TREND, TRENDS, comparison.trends),
+        (CORRELATION, CORRELATIONS, comparison.correlations),
+    ]
     if not everything:
-        extras = {
-            "metrics that restate the same answers": primary != comparison.rows,
-            "trends": comparison.trends,
-            "correlations": comparison.correlations,
-        }
-        left_out = [what for what, there in extras.items() if there]
-        if left_out:
-            summary += f" Left out (--all shows them): {', '.join(left_out)}."
-        comparison = replace(comparison, rows=primary, trends=(), correlations=())
-    parts = [textwrap.fill(summary, width)]
-    for heading, titles, cells, align in _tables(comparison, everything=everything):
-        columns = []
-        for letter, *texts in zip(align, titles, *cells, strict=True):
-            if not everything:
-                # Of long names the end says more.
-                texts = [t if len(t) < 29 else f"\u2026{t[-27:]}" for t in texts]
-            pad = str.ljust if letter == "l" else str.rjust
-            columns.append([pad(text, max(map(len, texts))) for text in texts])
-        lines = ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
-        parts += [*([heading] if heading else []), "\n".join(lines)]
-    parts += [textwrap.fill(f"Note: {note}", width) for note in comparison.notes]
-    return "\n\n".join(parts) + "\n"
+        header = (
+            f"Compared with {comparison.base}; --all shows all columns, restated metrics, trends "
+            "and correlations."
+        )
+        primary = [row for row in comparison.rows if row.primary]
+        tables = [("", [each for each in DIFFERENCES if each.terminal], primary)]
+    interval = f"{1 - comparison.alpha:.0%} interval"
+    parts = [header]
+    for heading, columns, rows in tables:
+        if comparison.margin is None:
+            columns = [each for each in columns if "margin" not in each.title]
+        titles = [interval if c.title == "interval" else c.title for c in columns]
+        cells = [[column.text(row) for column in columns] for row in rows]
+        align = "".join(column.align for column in columns)
+        if rows:
+            parts += [heading, markdown_table(titles, cells, align, padded=padded)]
+    parts.append("\n".join(f"Note: {note}" for note in comparison.notes))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -204,23 +164,18 @@ def as_csv(comparison: Comparison) -> str:
     The column ``of`` is there where a run stopped before its last document, and those of the margin
     where one was asked for.
     """
-    left_out = {"claim"}
-    if comparison.margin is None:
-        left_out |= {"margin", "p_margin", "q_margin"}
-    if all(row.of is None for row in comparison.rows):
-        left_out.add("of")
-    names = [field.name for field in fields(Difference)]
-    names[-1:] = ["margin", "p_margin", "q_margin", "of"]
-    columns = [name for name in names if name not in left_out]
-    rows = [asdict(row) for row in comparison.rows]
-    for row in rows:
-        claim = row["claim"] or dict.fromkeys(("margin", "p", "q"))
-        row |= {
-            "margin": claim["margin"],
-            "p_margin": claim["p"],
-            "q_margin": claim["q"],
-        }
-    return csv_table(columns, [{name: row[name] for name in columns} for row in rows])
+    names = [field.name for field in fields(Difference)][:-2]
+    if comparison.margin is not None:
+        names += ["margin", "p_margin", "q_margin"]
+    if any(row.of is not None for row in comparison.rows):
+        names.append("of")
+    rows = []
+    for row in comparison.rows:
+        claim = asdict(row.claim) if row.claim else {}
+        found = {"margin": claim.get("margin"), **asdict(row)}
+        found |= {f"{key}_margin": claim.get(key) for key in ("p", "q")}
+        rows.append({name: found[name] for name in names})
+    return csv_table(names, rows)
 
 
 def as_json(comparison: Comparison) -> str:

@@ -38,11 +38,7 @@ def is_partial(run: Run, task: str) -> bool:
 
 
 def paired_documents(
-    base: Run,
-    run: Run,
-    task: str,
-    metric: str,
-    read: Reader | None = None,
+    base: Run, run: Run, task: str, metric: str, read: Reader | None = None
 ) -> Pair | None:
     """Return the documents of two runs in the same order, or None without samples.
 
@@ -62,27 +58,29 @@ def paired_documents(
     one, other = read(base, task, metric), read(run, task, metric)
     if one is None or other is None:
         return None
-    if is_partial(base, task) or is_partial(run, task):
-        few, many = (one, other) if len(one.keys) < len(other.keys) else (other, one)
-        if cut := many.in_the_order_of(few, part=True):
-            # Members of groups weigh by how many documents of them there are.
-            cut = replace(cut, weights=few.weights)
-            one, other = (one, cut) if few is one else (cut, other)
-    reordered = other.in_the_order_of(one)
-    if reordered is None:
+    part, few, many = is_partial(base, task) or is_partial(run, task), one, other
+    if part and len(other.keys) < len(one.keys):
+        few, many = other, one
+    same = many.in_the_order_of(few, part)
+    if same is None:
         before, after = set(one.keys), set(other.keys)
         raise ResultsError(
             f"{task} was evaluated on different documents: {len(before - after)} of {len(before)} "
             f"only in {base.name}, {len(after - before)} of {len(after)} only in {run.name} "
             "(matched by doc_hash); evaluate both with the same --limit and data."
         )
-    return (one, reordered) if one.is_scored_like(reordered) else None
+    if part:
+        # Members of groups weigh by how many documents of them there are.
+        same = replace(same, weights=few.weights)
+    if not few.is_scored_like(same):
+        return None
+    return (few, same) if few is one else (same, few)
 
 
 def paired_test(pair: Pair, alpha: float = 0.05) -> PairedTest:
     """Test what the second of two runs differs by, on what `paired_documents` returned."""
-    base, run = pair
-    return paired_difference(base.values, run.values, **grouping(base), alpha=alpha)
+    base, run = (each.values for each in pair)
+    return paired_difference(base, run, **grouping(pair[0]), alpha=alpha)
 
 
 def grouping(documents: Documents) -> dict[str, Any]:

@@ -28,10 +28,6 @@ VERDICTS = {
     "not worse": "no difference",
     "better or worse": "a difference of {}",
 }
-#: No benchmark has more documents.
-_MOST_DOCUMENTS = 10_000_000
-#: Beyond so many documents that change, the counts are taken for normal.
-_MOST_COUNTED = 200
 
 
 def power_of(
@@ -49,7 +45,7 @@ def power_of(
         base: The unpruned model.
         runs: What is compared with it.
         task: The task, whose primary metric counts.
-        margin: What is to be shown; its size is also the difference to be seen.
+        margin: What is to be shown, and the size of the difference to be seen.
         documents: How many documents to ask about; default: as many as there are.
         alpha: Level of one test, without a correction for others.
 
@@ -60,24 +56,19 @@ def power_of(
 
     Raises:
         ResultsError: Nobody has results of `task`, or samples of it.
-        ValueError: `documents` or `alpha` is out of range, or the margin is none of this
-            metric.
+        ValueError: `documents`, `alpha` or the margin is out of range.
     """
     if not 0 < alpha < 0.5:
         raise ValueError(f"alpha={alpha} is not between 0 and 0.5: give 0.05, say.")
     if documents is not None and documents < 2:
         raise ValueError(f"documents={documents} are too few: give 2 or more.")
-    scored = [run for run in runs if task in run.tasks() and task in base.tasks()]
-    if not scored:
-        raise ResultsError(
-            f"{base.name} and its runs have no results of {task} in common, but of "
-            f"{', '.join(base.tasks()) or 'nothing'}: evaluate some documents of it first."
-        )
     found: list[list[object]] = []
-    for run in scored:
+    for run in runs:
         metric = dict(primary_metrics([base, run], subtasks=True)).get(task)
-        pair = paired_documents(base, run, task, metric) if metric else None
-        if metric is None or pair is None:
+        if metric is None:
+            continue
+        pair = paired_documents(base, run, task, metric)
+        if pair is None:
             raise ResultsError(
                 f"{task} of {run.name} has no samples that make up its score: evaluate with "
                 "--log_samples."
@@ -88,25 +79,28 @@ def power_of(
                 f"{margin.text} is no margin for {metric} of {task}, whose score is not between 0 "
                 "and 1: give a share such as 2%, or a number in the metric's own unit."
             )
-        power = _power(paired_test(pair), len(pair[0].keys), size, alpha)
         seen = len(pair[0].keys)
+        power = _power(paired_test(pair), seen, size, alpha)
         changed = int((pair[0].values != pair[1].values).sum()) / seen
         n = documents or seen
         for place, (verdict, if_true) in enumerate(VERDICTS.items()):
             row = [run.name, metric, seen, changed, size, verdict]
             row += [if_true.format(margin.text), power(n)[place]]
             found.append([*row, documents_for(power, place, n)])
+    if not found:
+        raise ResultsError(
+            f"{base.name} and its runs have no results of {task} in common, but of "
+            f"{', '.join(base.tasks()) or 'nothing'}: evaluate some documents of it first."
+        )
     return found
 
 
 def _power(
     test: PairedTest, seen: int, size: float, alpha: float
 ) -> Callable[[int], Chances]:
-    """Return the chances of `VERDICTS` by number of documents."""
     of = test.distribution
     if isinstance(of, Shares):
-        changing = of.changing
-        return lambda n: power_of_shares(changing, n, size, alpha)
+        return lambda n: power_of_shares(of.changing, n, size, alpha)
     if test.low is None or test.high is None:
         raise ResultsError(f"Nothing can be said of other documents: {test.method}.")
     half = float(stats.t.isf(test.level / 2, test.units - 1))
@@ -136,12 +130,11 @@ def power_of_means(stderr: float, degrees: int, size: float, alpha: float) -> Ch
 def power_of_shares(changing: float, n: int, size: float, alpha: float) -> Chances:
     """Return the chances of `VERDICTS` of `n` right-or-wrong documents, of a margin of `size`.
 
-    `changing` is the share whose answer changes, as many to the right as to the wrong one where
-    there is no difference. Counted out over all outcomes of the tests that are made; with many
-    changes, margins are from the normal distribution.
+    Counted out over all outcomes of the tests that are made, where a share `changing` of the answers
+    changes; with many changes, margins are from the normal distribution.
     """
     different = chance_seen(changing, n, size, alpha)
-    if n * changing > _MOST_COUNTED:
+    if n * changing > 200:
         normal = power_of_means(math.sqrt(changing / n), n - 1, size, alpha)
         return *normal[:2], different
     many = stats.binom(n, changing)
@@ -164,15 +157,14 @@ def power_of_shares(changing: float, n: int, size: float, alpha: float) -> Chanc
 def documents_for(
     power: Callable[[int], Sequence[float]], place: int, n: int
 ) -> int | None:
-    """Return how many documents have a chance of `POWER`, to within 4 %, rounded up to two digits.
+    """Return how many documents have a chance of `POWER`, within 4 %, rounded up to two digits.
 
-    `power` gives chances by number of documents, of which `place` is asked for; the search starts
-    at `n`. None where no number of documents has it.
+    `power` gives the chance at `place`. The search starts at `n`; None where it finds no number.
     """
-    low = high = max(n, 1)
+    low = high = n
     while power(high)[place] < POWER:
         low, high = high, 2 * high
-        if high > _MOST_DOCUMENTS:
+        if high > 10_000_000:
             return None
     while low > 1 and power(low)[place] >= POWER:
         low, high = low // 2, low

@@ -1,7 +1,6 @@
 """Paired tests of two runs: p, interval, smallest detectable difference, and their correction.
 
-Everything works on arrays and draws no random numbers: a permutation of the documents
-changes nothing but the rounding, and swapping the two runs flips the sign of every number.
+No random numbers are drawn, and the order of documents changes nothing but the rounding.
 """
 
 from __future__ import annotations
@@ -23,17 +22,16 @@ if TYPE_CHECKING:
 POWER = 0.8
 #: The mean of fewer documents or clusters than this is not taken for normal.
 LEAST_UNITS = 10
-#: From a mean over documents, by its transform, to what is tested: the score, but the logarithm
-#: of a perplexity.
+#: From a mean, by its transform, to what is tested: the score, or the logarithm of a perplexity.
 SCALES = {"mean": 1.0, "perplexity": -1.0, "bits_per_byte": -1 / math.log(2)}
 
 
 @dataclass(frozen=True)
 class Shares:
-    """`up` documents that became right and `down` that became wrong, of `n`, by Tango's score test.
+    """`up` documents became right and `down` wrong, of `n`: Tango's score test.
 
-    The spread of a difference is the one that is most likely if it is the true one, so documents
-    of which none changed, or all in one direction, do not count as without spread.
+    The spread is the one that is most likely if a difference is the true one, so there is some
+    even if no document changed.
 
     Source: Tango 1998, Statistics in Medicine 17, 891-908.
     """
@@ -64,30 +62,28 @@ class Shares:
             else (root - linear) / (4 * n)
         )
         variance = n * (2 * wrong + x * (1 - x))
-        if variance == 0:
-            return 0.5, 0.5
-        z = (up - down - n * x) / math.sqrt(variance)
-        return math.erfc(z / math.sqrt(2)) / 2, math.erfc(-z / math.sqrt(2)) / 2
+        z = (up - down - n * x) / math.sqrt(2 * variance) if variance else 0.0
+        return math.erfc(z) / 2, math.erfc(-z) / 2
 
     def ends(self, level: float) -> tuple[float, float]:
         """Return the two-sided interval: the differences that the score test does not reject."""
         seen = (self.up - self.down) / self.n
 
         def end(side: int) -> float:
-            farthest = (-1.0, 1.0)[side]
-            if seen == farthest:
-                return seen
-            return optimize.brentq(
-                lambda x: self.tails(x)[side] - level / 2, farthest, seen, xtol=1e-13
+            def excess(x: float) -> float:
+                return self.tails(x)[side] - level / 2
+
+            most = (-1.0, 1.0)[side]
+            return (
+                most
+                if seen == most
+                else optimize.brentq(excess, most, seen, xtol=1e-13)
             )
 
         return end(0), end(1)
 
     def detectable(self, level: float) -> float | None:
-        """Return the smallest difference that McNemar's mid-p test finds with `POWER`.
-
-        As many answers change as did here; more where a difference of that size needs it.
-        """
+        """Return the smallest difference that McNemar's mid-p test finds with `POWER`, if any."""
 
         def excess(difference: float) -> float:
             return chance_seen(self.changing, self.n, difference, level) - POWER
@@ -100,7 +96,7 @@ class Shares:
 def chance_seen(changing: float, n: int, difference: float, level: float) -> float:
     """Return the chance that McNemar's mid-p test finds a true difference of `n` documents.
 
-    `changing` is the share of documents that change; it is more where `difference` needs it.
+    `changing` is the share of them that changes; more changes where `difference` needs it.
     """
     changing = max(changing, difference)
     many = stats.binom(n, changing)
@@ -120,8 +116,7 @@ class Means:
         gain: The difference; of the logarithms of two perplexities.
         stderr: Its standard error.
         degrees: Degrees of freedom; infinite for a normal distribution.
-        perplexity: That of the base, where perplexities are compared: the difference of scores
-            is `perplexity` times the share by which it changes.
+        perplexity: That of the base, where perplexities are compared.
     """
 
     gain: float
@@ -145,19 +140,15 @@ class Means:
         return float(stats.t.cdf(z, self.degrees)), float(stats.t.sf(z, self.degrees))
 
     def ends(self, level: float) -> tuple[float, float] | None:
-        """Return the two-sided interval; None where it has no end that a number can hold."""
+        """Return the two-sided interval; None where an end of it is not finite."""
         half = float(stats.t.isf(level / 2, self.degrees)) * self.stderr
         low, high = self.score(self.gain - half), self.score(self.gain + half)
         return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
     def detectable(self, level: float) -> float | None:
         """Return the difference that a two-sided test at `level` finds with `POWER`."""
-        needed = float(stats.t.isf(level / 2, self.degrees))
-        size = self.stderr * (
-            special.nctdtrinc(self.degrees, 1 - POWER, needed)
-            if math.isfinite(self.degrees)
-            else needed + stats.norm.ppf(POWER)
-        )
+        needed = stats.t.isf(level / 2, self.degrees)
+        size = self.stderr * special.nctdtrinc(self.degrees, 1 - POWER, needed)
         change = max(abs(self.score(side * size)) for side in (-1, 1))
         return float(change) if math.isfinite(change) else None
 
@@ -200,9 +191,6 @@ class PairedTest:
     def interval(self, level: float) -> tuple[float | None, float | None]:
         """Return the interval at another level, such as what `false_discovery` leaves.
 
-        It holds 0 exactly where p is not below the level: the interval of right-or-wrong documents
-        comes from another test than their p, which can differ about 0 and about nothing else.
-
         Source: Benjamini and Yekutieli 2005, Journal of the American Statistical
         Association 100, 71-81 (the level that the correction leaves).
         """
@@ -210,6 +198,7 @@ class PairedTest:
         if ends is None or self.p is None:
             return None, None
         low, high = ends
+        # The p of right-or-wrong documents is of another test, which may decide otherwise about 0.
         if self.p >= level:
             return min(low, 0.0), max(high, 0.0)
         beyond = 1e-6 * self.difference
@@ -218,8 +207,7 @@ class PairedTest:
     def smallest_detectable(self, level: float | None = None) -> float | None:
         """Return the true difference that this test finds with chance `POWER`, or None.
 
-        `level` is that at which p counts as significant, such as what `false_discovery` leaves;
-        default: the test's own.
+        `level` may be what `false_discovery` leaves; default: the test's own.
         """
         if self.distribution is None or self.method.startswith("none"):
             return None
@@ -228,9 +216,8 @@ class PairedTest:
     def p_outside(self, low: float, high: float) -> float | None:
         """Return the p of "the true difference lies outside of (`low`, `high`)".
 
-        Two one-sided tests, of which the larger p counts: below alpha exactly where the
-        interval with confidence 1 - 2 alpha lies within. Either end may be infinite. None where
-        no interval can be given.
+        The larger p of two one-sided tests. Either end may be infinite. None where no interval
+        can be given.
 
         Source: Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15,
         657-680; Berger and Hsu 1996, Statistical Science 11, 283-319.
@@ -242,7 +229,6 @@ class PairedTest:
             for side, end in enumerate((low, high))
             if math.isfinite(end)
         ]
-        # What was seen can never speak for less than it.
         return max(ps) if low < self.difference < high else max(0.5, *ps)
 
 
@@ -258,9 +244,9 @@ def paired_difference(
 ) -> PairedTest:
     """Compare two runs on the same documents.
 
-    Independent documents that are right or wrong get McNemar's mid-p test; all else a
-    paired t test on the means of the documents or, where they are given, of the
-    clusters. p < alpha exactly where 0 is outside the interval.
+    Independent documents that are right or wrong get McNemar's mid-p test; all else a paired t
+    test on the means of documents or clusters, with interval and p None for fewer than
+    `LEAST_UNITS` of them. p < alpha exactly where 0 is outside the interval.
 
     Args:
         base: Finite values of the base, shape (n,), n >= 1.
@@ -271,10 +257,6 @@ def paired_difference(
             too, such as the subjects of MMLU; default: one. Clusters lie within strata.
         transform: From the weighted mean to the score, a name in `documents.TRANSFORMS`.
         alpha: 1 - confidence of the interval, and the level of the test.
-
-    Returns:
-        Interval and p are None for fewer than `LEAST_UNITS` units, unless documents are
-        independent and right or wrong.
 
     Source:
         Fagerland, Lydersen and Laake 2013, BMC Medical Research Methodology 13:91 (mid-p);
@@ -325,10 +307,8 @@ def paired_t(
 ) -> PairedTest:
     """Test a weighted mean of differences, by document or cluster, within strata.
 
-    The mean is a ratio of sums; its variance is that of the linearised ratio. Where all units
-    changed alike there is no spread to compare with, and the signs alone are counted.
-
-    Args are those of `paired_difference` and `Means`; `gains` are weighted, shape (n,).
+    The variance is that of a linearised ratio. Where all units changed alike, signs are counted.
+    `gains` are weighted, shape (n,); for the others see `paired_difference` and `Means`.
     """
     part = np.zeros(len(gains), dtype=int) if strata is None else _numbers(strata)
     unit = "documents"
@@ -381,24 +361,14 @@ def _numbers(labels: Sequence[str] | np.ndarray) -> np.ndarray:
 
 
 def unpaired_difference(
-    base: float,
-    base_stderr: float,
-    run: float,
-    run_stderr: float,
-    *,
-    alpha: float = 0.05,
+    difference: float, *stderrs: float, alpha: float = 0.05
 ) -> PairedTest:
-    """Compare two scores from their standard errors alone.
-
-    It takes the two runs for independent, as if they had seen different documents, and misses
-    differences that `paired_difference` shows.
-    """
-    difference, stderr = run - base, math.hypot(base_stderr, run_stderr)
-    if stderr == 0:
+    """Test a difference of two scores from their standard errors, as if runs were independent."""
+    normal = Means(difference, math.hypot(*stderrs), math.inf)
+    if normal.stderr == 0:
         return PairedTest(difference, "none: stderr is 0", level=alpha)
-    normal, method = Means(difference, stderr, math.inf), "unpaired z test on stderrs"
-    sides = normal.tails(0.0)[::-1]
-    return PairedTest(difference, f"{method} (weaker)", 0, alpha, sides, normal)
+    method, sides = "unpaired z test on stderrs (weaker)", normal.tails(0.0)[::-1]
+    return PairedTest(difference, method, 0, alpha, sides, normal)
 
 
 def false_discovery(
@@ -410,14 +380,13 @@ def false_discovery(
 
     Args:
         p_values: One per test; None for a test that was not made, which does not count.
-        families: The family of each test; default: all are one. True differences let more wrong
-            ones of their family pass, so what differs for certain belongs into another.
+        families: The family of each test; default: all are one.
         alpha: Rate of false discoveries.
 
     Returns:
         The adjusted p of each test, and the level that the correction leaves for it: with all
         other p as they are, it is significant exactly where its p is below ``alpha * k / n``, of n
-        tests that were made and k discoveries if this p was 0. None and None without a test.
+        tests and k discoveries if this p was 0. None and None without a test.
 
     Example:
         >>> false_discovery([0.01, 0.04, 0.04], ["boolq", "boolq", "arc_easy"])

@@ -29,19 +29,9 @@ LEAST_OF_MEANS = 500
 
 
 def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
-    """Look at a unit once more.
+    """Add a look at `run`, a unit's results on so many `documents`, which is the last if it has a reason.
 
-    Args:
-        before: The looks so far.
-        documents: How many the unit has now.
-        base: The unpruned model's results on all documents.
-        run: The unit's results on these.
-
-    Returns:
-        The looks with this one, which was the last where there is a reason.
-
-    Raises:
-        ResultsError: Base and run do not belong together.
+    ResultsError if base and run do not belong together.
     """
     task = before.task
     metric = next((m for t, m in primary_metrics([base, run]) if t == task), "")
@@ -60,16 +50,15 @@ def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
     now = replace(now, p=(*now.p, p), p_margin=(*now.p_margin, p_margin))
     if test:
         now = replace(now, difference=test.difference, low=test.low, high=test.high)
-    if p is not None and p < now.nominal_level:
-        return replace(now, reason="difference")
     # Equivalence is claimed wrongly where the difference is as large as the margin, and a
     # difference where there is none: one size can err in one of both only.
-    if p_margin is not None and p_margin < now.nominal_level:
-        return replace(now, reason="equivalent")
-    if not now.is_partial:
-        tested = any(each is not None for each in now.p)
-        return replace(now, reason="all documents" if tested else "no test")
-    return now
+    for reason, each in (("difference", p), ("equivalent", p_margin)):
+        if each is not None and each < now.nominal_level:
+            return replace(now, reason=reason)
+    if now.is_partial:
+        return now
+    tested = any(each is not None for each in now.p)
+    return replace(now, reason="all documents" if tested else "no test")
 
 
 def with_scores(stopping: Stopping, run: Run) -> Stopping:
@@ -79,15 +68,15 @@ def with_scores(stopping: Stopping, run: Run) -> Stopping:
         if task != stopping.task:
             continue
         documents = read_documents(run, task, metric)
-        low = high = None
+        ends: tuple[float | None, ...] = (None, None)
         if documents is not None and documents.transform == "mean":
             nothing = replace(documents, values=np.zeros(len(documents.values)))
             test = paired_test((nothing, documents), stopping.nominal_level)
-            low, high = test.low, test.high
-        if low is None and score.stderr is not None:
+            ends = test.low, test.high
+        if None in ends and score.stderr is not None:
             half = float(stats.norm.isf(stopping.nominal_level / 2)) * score.stderr
-            low, high = score.value - half, score.value + half
-        found[metric] = low, high
+            ends = score.value - half, score.value + half
+        found[metric] = ends
     return replace(stopping, scores=found)
 
 
@@ -103,41 +92,36 @@ def sequential(
     margin: Margin | None,
     size: float | None,
 ) -> tuple[float | None, float | None, Claim | None]:
-    """Return p, q and what is shown of a margin, which hold for all looks.
+    """Return p, q and the claim of a margin of `size`, which hold at all looks.
 
-    Only of the metric that decided, against the run that it was compared with, are there such;
-    of a margin where it is the one that units could stop by. q is corrected over the sizes of a
-    sweep (Bonferroni).
+    There is none for a difference or a margin that the unit could not stop by. q is corrected over
+    the sizes of a sweep (Bonferroni).
     """
-    decided = stopping.difference
-    if metric != stopping.metric or decided is None:
+    decided = math.nan if stopping.difference is None else stopping.difference
+    if metric != stopping.metric or not math.isclose(difference, decided, abs_tol=1e-9):
         return None, None, None
-    if not math.isclose(difference, decided, abs_tol=1e-9):
-        return None, None, None
-    p, p_margin = stopping.repeated(stopping.p), stopping.repeated(stopping.p_margin)
-    claim = None
-    if (
-        margin
-        and size
-        and (margin.claim, margin.text) == ("equivalent", stopping.margin)
-    ):
-        claim = Claim(size, p_margin, min(1.0, stopping.sizes * p_margin))
-    return p, min(1.0, stopping.sizes * p), claim
+    (p, q), (p_margin, q_margin) = (
+        (each, min(1.0, stopping.sizes * each))
+        for each in map(stopping.repeated, (stopping.p, stopping.p_margin))
+    )
+    same = margin == Margin("equivalent", stopping.margin) if stopping.margin else False
+    return p, q, Claim(size, p_margin, q_margin) if size and same else None
 
 
 def partial_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return which tasks of a run, or of its base, are not of all documents."""
-    notes = []
-    for each in (base, run):
-        parts = [
+    parts = {
+        each.name: [
             f"{task} ({each.stopping[task].text}, {each.stopping[task].reason})"
             for task in tasks
             if is_partial(each, task)
         ]
-        if parts:
-            notes.append(
-                f"{each.name} stopped when decided: {', '.join(parts)}. Scores and differences are "
-                "of these documents; intervals and p hold for stopping. q bounds the chance of any "
-                "wrong decision over the sizes of one task, not over all tasks together."
-            )
-    return notes
+        for each in (base, run)
+    }
+    return [
+        f"{name} stopped when decided: {', '.join(of)}. Scores and differences are of these documents; "
+        "intervals and p hold for stopping. q bounds the chance of any wrong decision over the sizes of "
+        "one task, not over all tasks together."
+        for name, of in parts.items()
+        if of
+    ]

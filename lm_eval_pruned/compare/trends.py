@@ -12,7 +12,6 @@ from scipy import stats
 
 from lm_eval_pruned.compare.pairing import grouping, is_partial, paired_documents
 from lm_eval_pruned.compare.statistics import SCALES, false_discovery, paired_t
-from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_perplexity, primary_metrics, series_of
 
 
@@ -22,14 +21,12 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from lm_eval_pruned.compare.pairing import DocumentReader
+    from lm_eval_pruned.results.files import Run
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's r of two tasks with its interval; None where one of them never changes.
-
-    `n` counts the configurations.
-    """
+    """Pearson's r of two tasks over `n` configurations; None where one of them never changes."""
 
     n: int
     pearson: float | None = None
@@ -41,8 +38,7 @@ class Correlation:
 class Trend:
     """Whether a score, or the logarithm of a perplexity, changes with the expansion ratio.
 
-    `slope` is the change per 1 of ratio: positive where the score falls as neurons are removed.
-    `n` counts the configurations; the other attributes are those of `PairedTest`.
+    `slope` is the change per 1 of ratio over `n` configurations; for the others see `PairedTest`.
     """
 
     n: int
@@ -75,16 +71,11 @@ class TaskTrend:
 
 
 def correlate(x: ArrayLike, y: ArrayLike, *, alpha: float = 0.05) -> Correlation:
-    """Correlate two tasks over the configurations of a sweep.
+    """Correlate the scores of two tasks, shape (n,) each, over n >= 3 configurations of a sweep.
 
-    The interval takes the configurations for independent draws, which the sizes of a sweep
-    are not: see `trend`. It is Fisher's, ``tanh(atanh(r) +- width)``; the width is such that 0 is
-    outside exactly where Student's p of r is below alpha.
-
-    Args:
-        x: Scores of one task, shape (n,), n >= 3, one per configuration.
-        y: Scores of the other, shape (n,).
-        alpha: 1 - confidence of the interval.
+    The interval of confidence 1 - `alpha` takes the configurations for independent draws. It is
+    Fisher's, ``tanh(atanh(r) +- width)``; the width is such that 0 is outside exactly where
+    Student's p of r is below `alpha`.
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     n = len(x)
@@ -108,15 +99,14 @@ def trend(
 ) -> Trend:
     """Test whether a score has a trend over the expansion ratios of one model.
 
-    The sizes of a sweep are cut from each other, so that a document which one of them
-    gets wrong by chance is likely wrong in the next: a test over sizes takes such a
-    walk for a trend. Documents are independent: each has a slope over the ratios (least
-    squares), and these slopes are tested like differences.
+    Sizes are cut from each other, so that what one gets wrong by chance is likely wrong in the
+    next. Documents are independent: each has a slope over the ratios (least squares), and these
+    slopes are tested like differences.
 
     Args:
         ratios: Expansion ratios, shape (k,), k >= 2 of them different.
         values: Values of the documents, shape (k, n): row j belongs to ``ratios[j]``.
-        weights: See `statistics.paired_difference`, as for all below.
+        weights: As all below in `statistics.paired_difference`.
         clusters: Length n.
         strata: Length n.
         transform: A perplexity is taken as its logarithm.
@@ -158,12 +148,9 @@ def over_ratios(
         for both in itertools.combinations(scores, 2):
             correlation = correlate(*(scores[key] for key in both), alpha=alpha)
             pairs.append(TaskCorrelation(name, both, correlation))
-    qs = false_discovery(
-        [each.trend.p for each in trends], [each.series for each in trends]
-    )
-    return tuple(pairs), tuple(
-        replace(each, q=q) for each, (q, _) in zip(trends, qs, strict=True)
-    )
+    ps, series = [each.trend.p for each in trends], [each.series for each in trends]
+    adjusted = zip(trends, false_discovery(ps, series), strict=True)
+    return tuple(pairs), tuple(replace(each, q=q) for each, (q, _) in adjusted)
 
 
 def _trend(
@@ -173,12 +160,8 @@ def _trend(
     alpha: float,
     read: DocumentReader,
 ) -> Trend:
-    """Test a score for a trend over the documents that all members were scored on."""
     ratios = [run.expansion_ratio or 0.0 for run in members]
-    try:
-        pairs = [paired_documents(members[0], run, *key, read) for run in members]
-    except ResultsError:
-        pairs = [None]
+    pairs = [paired_documents(members[0], run, *key, read) for run in members]
     documents = [pair[1] for pair in pairs if pair is not None]
     if len(documents) == len(members):
         values = [each.values for each in documents]

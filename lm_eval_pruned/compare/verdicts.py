@@ -25,9 +25,8 @@ class Margin:
 
     Attributes:
         claim: ``equivalent``, neither better nor worse by the margin, or ``not_worse``.
-        text: The margin as the user wrote it: ``1pt``, a percentage point of a score
-            between 0 and 1; ``2%``, a share of the base's score; or ``0.5``, in the
-            metric's own unit.
+        text: As the user wrote it: ``1pt``, a percentage point of a score between 0 and 1;
+            ``2%``, a share of the base's score; or ``0.5``, in the metric's own unit.
 
     Example:
         >>> Margin("equivalent", "1pt").size(0.4, 0.41)
@@ -40,27 +39,22 @@ class Margin:
     text: str
 
     def __post_init__(self) -> None:
-        self._parsed()
+        self.size(0, 0)
 
-    def _parsed(self) -> tuple[float, str]:
-        number = r"(\d+\.?\d*|\.\d+)"
-        found = re.fullmatch(rf"{number}\s*(pts?|%|)", str(self.text).strip())
+    def size(self, base: float, score: float) -> float | None:
+        """Return the margin in the metric's own unit, for the scores of base and run.
+
+        None for percentage points of scores that are not between 0 and 1, and for a share of 0.
+        """
+        form = r"(\d+\.?\d*|\.\d+)\s*(pts?|%|)"
+        found = re.fullmatch(form, str(self.text).strip())
         if not found or not 0 < float(found[1]) < math.inf:
             raise ValueError(
                 f"{self.claim}={self.text} is no margin: give percentage points such as 1pt, a "
                 "share of the base's score such as 2%, or a positive number in the metric's own "
                 "unit."
             )
-        return float(found[1]), found[2]
-
-    def size(self, base: float, score: float) -> float | None:
-        """Return the margin in the metric's own unit, for the scores of base and run.
-
-        Returns:
-            None for percentage points of scores that are not between 0 and 1, and for a
-            share of 0.
-        """
-        number, unit = self._parsed()
+        number, unit = float(found[1]), found[2]
         if unit == "%":
             return number / 100 * abs(base) or None
         if not unit:
@@ -68,10 +62,7 @@ class Margin:
         return number / 100 if 0 <= base <= 1 and 0 <= score <= 1 else None
 
     def bounds(self, base: Score, run: Score) -> tuple[float, float] | None:
-        """Return between what the true difference has to lie, or None where that is not known.
-
-        Which side may be open follows from `higher_is_better`; where that is None, neither.
-        """
+        """Return between what the true difference has to lie, or None where that is not known."""
         size, up = self.size(base.value, run.value), base.higher_is_better
         if size is None:
             return None
@@ -87,12 +78,9 @@ class Margin:
 
 @dataclass(frozen=True)
 class Claim:
-    """Whether a difference is shown to lie within a margin.
+    """Whether a difference is shown to lie within `margin`, in the metric's own unit.
 
-    Attributes:
-        margin: The margin in the metric's own unit.
-        p: p of "the true difference lies outside of the margin".
-        q: p, adjusted as the q of differences is.
+    `p` is that of "the true difference lies outside", `q` the same, adjusted as for differences.
     """
 
     margin: float
@@ -107,10 +95,8 @@ def claims(
 ) -> list[Claim | None]:
     """Test one claim for each row of a table; None where there is no test, margin or interval.
 
-    Args:
-        tests: None for rows that are no part of the table's family.
-        asked: The margin of each row, the score of its base and that of its run.
-        families: Which tests are adjusted together.
+    `asked` are the margin of each row, the score of its base and that of its run; tests of one of
+    `families` are adjusted together.
     """
     bounds = [margin.bounds(*scores) if margin else None for margin, *scores in asked]
     ps = [

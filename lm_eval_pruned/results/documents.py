@@ -8,7 +8,7 @@ import math
 import os.path
 import re
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -45,10 +45,8 @@ TRANSFORMS = {
 class Levels:
     """Scores that need no knowledge.
 
-    Attributes:
-        chance: Of a model that finds all choices equally likely; None without choices.
-        majority: Of always giving the commonest answer; None where documents offer
-            different choices, so that there is no such answer.
+    `chance` is that of a model that finds all choices equally likely, None without choices;
+    `majority` that of the commonest answer, None where documents offer different choices.
     """
 
     chance: float | None = None
@@ -62,14 +60,12 @@ class Documents:
     The score is ``TRANSFORMS[transform](sum(weights * values) / sum(weights))``.
 
     Attributes:
-        keys: What a document is matched by: its task, ``doc_hash`` and, where
-            documents repeat, which repetition it is. Length n.
+        keys: What documents are matched by, length n: task, ``doc_hash`` and which repetition.
         values: Shape (n,), float64.
         weights: Shape (n,), float64; ones for a plain mean.
-        clusters: Cluster of each document, length n, or None if documents are
-            independent.
+        clusters: Cluster of each document, length n, or None if documents are independent.
         transform: Name in `TRANSFORMS`.
-        levels: Of guessing and of the commonest answer, where the documents tell.
+        levels: Where the documents tell.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -80,22 +76,17 @@ class Documents:
     levels: Levels = Levels()
 
     def in_the_order_of(self, other: Documents, part: bool = False) -> Documents | None:
-        """Return the documents of `other`, which may be a part of these if `part` is true.
-
-        None where it has others.
-        """
-        position = {key: index for index, key in enumerate(self.keys)}
-        same = len(position) == len(other.keys)
-        if not position.keys() >= {*other.keys} or not (part or same):
+        """Return the documents of `other`, all or a `part` of these; None where it has others."""
+        place = {key: index for index, key in enumerate(self.keys)}
+        if not {*other.keys} <= place.keys() or len(other.keys) < len(place) * (
+            not part
+        ):
             return None
-        order = [position[key] for key in other.keys]
-        clusters = self.clusters
-        return replace(
-            self,
-            keys=other.keys,
-            values=self.values[order],
-            weights=self.weights[order],
-            clusters=clusters and tuple(clusters[place] for place in order),
+        order = [place[key] for key in other.keys]
+        clusters = self.clusters and tuple(self.clusters[index] for index in order)
+        values, weights = self.values[order], self.weights[order]
+        return Documents(
+            other.keys, values, weights, clusters, self.transform, self.levels
         )
 
     def is_scored_like(self, other: Documents) -> bool:
@@ -106,10 +97,7 @@ class Documents:
 
     @property
     def strata(self) -> tuple[str, ...] | None:
-        """Task of each document; None for a single one.
-
-        Another draw of documents would have the same subtasks, such as MMLU's subjects.
-        """
+        """Task of each document, which another draw would have too; None for a single one."""
         tasks = tuple(task for task, _, _ in self.keys)
         return tasks if len(set(tasks)) > 1 else None
 
@@ -122,11 +110,10 @@ class Question:
         number: The harness's ``doc_id``.
         digest: Its ``doc_hash``.
         prompt: What the model read.
-        target: As the harness writes it: a text, or the index of a choice. Of IFEval, the
-            names of the instructions.
+        target: A text or the index of a choice; of IFEval, the names of the instructions.
         choices: Continuations that were compared; empty where the model wrote freely.
         right: Index of the right choice; None where that is not one.
-        chance: Score of a model that finds all choices equally likely; None without choices.
+        chance: See `Levels`.
     """
 
     number: str
@@ -140,13 +127,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model answered.
+    """What one model answered, and whether the metric counts it as right.
 
-    Attributes:
-        right: Whether the metric counts it.
-        chosen: What two answers are compared by: the index of the most likely choice as
-            text, or the text after the task's filter; None where the line does not tell.
-        text: What the model wrote, before the filter; empty where it chose.
+    `chosen` is the index of the most likely choice, or the text after the task's filter; None
+    where the line does not tell. `text` is what the model wrote, before the filter.
     """
 
     right: bool
@@ -157,13 +141,8 @@ class Answer:
 def read_documents(run: Run, task: str, metric: str) -> Documents | None:
     """Read the scores of single documents of a task or group from the logged samples.
 
-    Returns:
-        None where samples are missing, or where no aggregation known here makes the
-        reported score of them (the harness has some that are no function of a mean).
-
-    Raises:
-        ResultsError: A samples file cannot be read, or holds another number of
-            documents than the results file says.
+    None where samples are missing, or where no aggregation known here makes the reported score of
+    them (the harness has some that are no function of a mean). Raises what `read_samples` does.
     """
     name = metric.rpartition(",")[0]
     rows: list[tuple[Any, ...]] = []
@@ -208,7 +187,7 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         isinstance(each, list) and each and all(map(is_number, each)) for each in raw
     ):
         lengths = np.array([len(each) for each in raw], dtype=float)
-        yield np.array([np.mean(np.array(each, float)) for each in raw]), lengths
+        yield np.array([np.mean(each) for each in raw]), lengths
         if (lengths == 2).all():
             sums, weights = np.array(raw, dtype=float).T
             if (weights > 0).all():
@@ -218,17 +197,11 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def read_samples(
     run: Run, task: str, metric: str, take: Callable[[Mapping[str, Any]], T]
 ) -> list[tuple[tuple[str, int], T]]:
-    """Read the logged documents of one task that have a metric.
-
-    Args:
-        run: A run that logged samples of `task`, which is no group.
-        task: See `run`.
-        metric: Metric with filter, such as ``acc,none``.
-        take: What of a line is kept.
+    """Read the logged documents of one task, which is no group, that have a metric.
 
     Returns:
-        Pairs of key and what was taken, in the order of ``doc_id``. A key is ``doc_hash``
-        and which repetition of the document it is.
+        Pairs of key and what `take` makes of a line, in the order of ``doc_id``. A key is
+        ``doc_hash`` and which repetition of the document it is.
 
     Raises:
         ResultsError: The file cannot be read, or holds another number of documents than
@@ -236,8 +209,7 @@ def read_samples(
     """
     file = run.samples[task]
     name, _, filter_name = metric.rpartition(",")
-    rows = []
-    logged = 0
+    rows, logged = [], 0
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -264,7 +236,7 @@ def read_samples(
 
 
 def levels_of(documents: Sequence[Question], weights: np.ndarray) -> Levels:
-    """Return the levels of a score, in which documents count by `weights`."""
+    """Return the levels of a score, in which documents count by `weights`, shape (n,)."""
     chances = [each.chance for each in documents]
     rights = [each.right for each in documents]
     if not documents or None in chances:
@@ -293,23 +265,15 @@ def read_question(row: Mapping[str, Any]) -> Question:
         right = int(target)
     elif texts.count(target.strip()) == 1:
         right = texts.index(target.strip())
-    return Question(
-        number=str(row.get("doc_id", "")),
-        digest=str(row.get("doc_hash", "")),
-        prompt=prompt,
-        target=target,
-        choices=choices if choices[1:] else (),
-        right=right,
-        chance=chance,
-    )
+    number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
+    choices = choices if choices[1:] else ()
+    return Question(number, digest, prompt, target, choices, right, chance)
 
 
 def read_answer(row: Mapping[str, Any], metric: str) -> Answer | None:
     """Return the answer in a line of samples; None if it counts as neither right nor wrong.
 
-    Args:
-        row: The line.
-        metric: Metric without filter, such as ``acc_norm``.
+    `metric` is without filter, such as ``acc_norm``.
     """
     value = row.get(metric)
     if not is_number(value) or value not in (0, 1):
@@ -331,7 +295,7 @@ def read_answer(row: Mapping[str, Any], metric: str) -> Answer | None:
 
 
 def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """Return what a model read, and what followed; nothing where it wrote that itself."""
+    """Return what a model read, and the continuations; none where it wrote freely."""
     asked = list(map(as_mapping, as_mapping(row.get("arguments")).values()))
     # Asked once more without the question, for the metric that takes this away.
     if "acc_mutual_info" in row:

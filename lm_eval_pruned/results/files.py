@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.results.settings import settings_of
-from lm_eval_pruned.results.stopping_record import Stopping
+from lm_eval_pruned.results.stopping_record import SCHEMA, Stopping
 
 
 if TYPE_CHECKING:
@@ -32,13 +32,9 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True)
 class Score:
-    """One aggregated number.
+    """One aggregated number, which may be NaN or infinite; None for what the harness does not say.
 
-    Attributes:
-        value: The score; may be NaN or infinite, as the harness wrote it.
-        stderr: Its standard error, or None where the harness gave none.
-        higher_is_better: Direction, or None where the task does not say.
-        documents: Documents it was computed from, or None.
+    `documents` counts those that it was computed from.
     """
 
     value: float
@@ -54,8 +50,7 @@ class Run:
     Attributes:
         name: Short name for tables.
         path: File or folder it was read from.
-        scores: Scores by (task, metric), the metric as the harness writes it, such
-            as ``acc,none``, in the order of the file. Groups are among the tasks.
+        scores: By task or group and metric as the harness writes it, such as ``acc,none``.
         versions: Version of each task, as its YAML gives it.
         subtasks: Direct members of each group.
         samples: File of logged samples by task.
@@ -125,12 +120,7 @@ class Run:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ResultsError: The file holds something else.
-        OSError: It cannot be read.
-    """
+    """Read a JSON object; ResultsError if the file holds something else."""
     try:
         data = json.loads(file.read_text(encoding="utf-8", errors="replace"))
     except (ValueError, RecursionError) as error:
@@ -163,11 +153,7 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def read_results_file(file: Path) -> Run:
-    """Read one results file; the run is called after it.
-
-    Raises:
-        ResultsError: It cannot be read, or is no results file.
-    """
+    """Read one results file, after which the run is called; ResultsError if it is none."""
     data = read_json(file)
     data |= {key: as_mapping(data.get(key)) for key in SECTIONS}
     scores = dict(_scores(data))
@@ -190,15 +176,14 @@ def read_results_file(file: Path) -> Run:
         energy={", ".join(data["results"]): energy} if energy else {},
     )
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
-    if not data["stopping"]:
-        return replace(run, settings=settings)
-    try:
-        stopping = Stopping.from_dict(data["stopping"])
-    except (KeyError, TypeError, ValueError):
-        raise ResultsError(
-            f"{file} says that it stopped early, in a way that this version cannot read."
-        ) from None
-    stopped = dict.fromkeys(run.members(stopping.task), stopping)
+    stopped = {}
+    if record := data["stopping"]:
+        if record.get("schema_version") != SCHEMA:
+            raise ResultsError(
+                f"{file} says that it stopped early, in a way that this version cannot read."
+            )
+        stopping = Stopping.from_dict(record)
+        stopped = dict.fromkeys(run.members(stopping.task), stopping)
     return replace(run, settings=settings, stopping=stopped)
 
 

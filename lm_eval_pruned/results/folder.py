@@ -13,12 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.results.files import (
-    ResultsError,
-    as_mapping,
-    newest_first,
-    read_json,
-)
+from lm_eval_pruned.results.files import ResultsError, newest_first, read_json
 
 
 if TYPE_CHECKING:
@@ -38,14 +33,9 @@ SENSITIVITY = "sensitivity.json"
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """What the folder holds for one unit.
+    """What the folder holds for one unit: the harness's `results` file, or an `error`.
 
-    Attributes:
-        fingerprint: Of the definition that was evaluated.
-        seconds: Time the evaluation took, without loading the model.
-        error: None for a finished unit, else what ``error.json`` says.
-        results: None for a failed unit, else the harness's results file.
-        definition: What the fingerprint is made from.
+    `fingerprint` is that of the `definition`; evaluating took `seconds`, without loading.
     """
 
     fingerprint: str
@@ -67,7 +57,7 @@ def unit_folder(sweep: Path, configuration: str, task: str) -> Path:
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """Return the text of a ``sweep.json`` or ``unit.json``, the same for the same content."""
+    """Return the text of a ``sweep.json`` or ``unit.json``."""
     return error_text({"schema_version": SCHEMA, **content})
 
 
@@ -95,10 +85,7 @@ def read_unit(folder: Path) -> UnitRecord | None:
 
 
 def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """Read ``sweep.json``.
-
-    Returns:
-        Its content, and the ids of the configurations in it.
+    """Read ``sweep.json``, and the ids of the configurations in it.
 
     Raises:
         ResultsError: There is none, or none of the schema known here.
@@ -116,13 +103,7 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
             f"{file} has schema version {schema}, and this version of lm-eval-pruned reads "
             f"{SCHEMA}: use the version that wrote it, or upgrade lm-eval-pruned."
         )
-    entries = definition.get("configurations") or [{}]
-    names = [str(as_mapping(each).get("id", "")) for each in entries]
-    if not all(re.fullmatch(r"(?!.*\.\.)[\w.=+-]+", name) for name in names):
-        raise ResultsError(
-            f"{file} does not list its configurations, each with an id that can be a folder's name."
-        )
-    return definition, names
+    return definition, [str(each["id"]) for each in definition["configurations"]]
 
 
 def read_curves(sweep: Path) -> Mapping[str, Any] | None:

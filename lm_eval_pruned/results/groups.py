@@ -19,10 +19,9 @@ TAKEN, LEFT, UNKNOWN = "taken", "left", "unknown"
 
 @dataclass(frozen=True)
 class Family:
-    """Tasks that measure the same kind of thing.
+    """Tasks that measure one thing: `tasks` is a regular expression that their names match.
 
-    The name is that of its group, such as ``pruned_knowledge``, without ``pruned_``; `tasks`
-    is found in the names of its tasks, as a regular expression.
+    Their group is called ``pruned_`` and then `name`.
     """
 
     name: str
@@ -55,21 +54,15 @@ FAMILIES = (
 
 
 def family_of(task: str) -> Family:
-    """Return the family of a task, the last one where its name says nothing.
-
-    Example:
-        >>> family_of("truthfulqa_mc2").label, family_of("glue").label
-        ('Truthfulness', 'The rest')
-    """
+    """Return the family of a task, the last one where its name says nothing."""
     return next(family for family in FAMILIES if re.search(family.tasks, task))
 
 
 def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group the runs of a sweep whose expansion ratio is the only thing that varies.
 
-    Returns:
-        Runs by `series_name`, in falling expansion ratio, each group with the baseline of
-        its model. Runs without an expansion ratio, or without whole layers, are left out.
+    By `series_name`, in falling expansion ratio, each with the baseline of its model. Runs without
+    an expansion ratio, or without whole layers, are left out.
     """
 
     def model(run: Run) -> str:
@@ -99,16 +92,17 @@ def series_name(run: Run) -> str:
     models of which some layers were left alone.
     """
     record = run.pruning
-    parts = [str(record["criterion"])] if record.get("criterion") else []
-    for key, text in (
-        ("seed", "seed {}"),
-        ("layers_dropped", "layers {} dropped"),
-        ("layers_pruned", "layers {}"),
-        ("allocation", "allocation {}"),
-    ):
-        parts += [text.format(record[key])] if key in record else []
-    if "layer_widths" in record and "allocation" not in record:
-        parts.append("widths by layer")
+    texts = {
+        "criterion": "{}",
+        "seed": "seed {}",
+        "layers_dropped": "layers {} dropped",
+        "layers_pruned": "layers {}",
+        "allocation": "allocation {}",
+    }
+    if "allocation" not in record:
+        texts["layer_widths"] = "widths by layer"
+    known = [key for key in texts if record.get(key) is not None]
+    parts = [texts[key].format(record[key]) for key in known]
     if run.healing:
         parts.append(f"healed by {healing_name(run)}")
     return ", ".join(parts) or "-"
@@ -129,26 +123,21 @@ def healing_name(run: Run) -> str:
 def primary_metrics(
     runs: Sequence[Run], *, subtasks: bool = False
 ) -> list[tuple[str, str]]:
-    """Return one (task, metric) for each task that all runs have.
+    """Return one (task, metric) for each task that all runs have, or members of groups too.
 
     The metric is ``acc_norm`` where there is one, as the study reports it, else the
     first that the task lists and that is a finite number in all runs.
-
-    Args:
-        runs: At least one.
-        subtasks: Whether to include the members of groups that have scores.
     """
-    found: dict[str, str] = {}
-    for task, metric in runs[0].scores:
-        scores = [run.scores.get((task, metric)) for run in runs]
-        known = all(score and math.isfinite(score.value) for score in scores)
-        normed = [
-            each.startswith("acc_norm,") for each in (metric, found.get(task, ""))
-        ]
-        if known and (task not in found or normed == [True, False]):
-            found[task] = metric
-    tasks = runs[0].tasks(subtasks=subtasks)
-    return [(task, found[task]) for task in tasks if task in found]
+    known: dict[str, list[str]] = {}
+    for key in runs[0].scores:
+        scores = [run.scores.get(key) for run in runs]
+        if all(score and math.isfinite(score.value) for score in scores):
+            known.setdefault(key[0], []).append(key[1])
+    return [
+        (task, min(known[task], key=lambda metric: not metric.startswith("acc_norm,")))
+        for task in runs[0].tasks(subtasks=subtasks)
+        if task in known
+    ]
 
 
 def is_perplexity(metric: str) -> bool:

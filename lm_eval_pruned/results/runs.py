@@ -1,4 +1,4 @@
-"""The results of one model, or of a sweep, from files that several commands wrote."""
+"""The results of one model, or of a sweep, from one or several results files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from lm_eval_pruned.results.files import (
     read_results_file,
 )
 from lm_eval_pruned.results.folder import ERROR, UNITS, read_definition
-from lm_eval_pruned.results.settings import SHARED, differing, label, listed
 
 
 if TYPE_CHECKING:
@@ -32,13 +31,9 @@ class Failure:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """A folder of runs that share everything but their pruning.
+    """What a sweep found: a run for each configuration with results, in the order of `definition`.
 
-    Attributes:
-        path: The folder.
-        definition: ``sweep.json``.
-        runs: One run per configuration that has results, in the order of the definition.
-        failures: Units that failed.
+    `definition` is ``sweep.json``.
     """
 
     path: Path
@@ -51,8 +46,7 @@ def read_sweep(path: str | Path) -> SweepResults:
     """Read a sweep folder, which may be of a sweep that is still running.
 
     Raises:
-        ResultsError: The folder is not a sweep of a schema known here, or holds no
-            finished unit.
+        ResultsError: It is no sweep of a schema known here, or holds no finished unit.
     """
     path = Path(path)
     definition, names = read_definition(path)
@@ -68,7 +62,7 @@ def read_sweep(path: str | Path) -> SweepResults:
                 first_line = message.strip().partition("\n")[0]
                 failures.append(Failure(name, unit.name, first_line))
         if done:
-            runs.append(_merged(name, folder, done))
+            runs.append(_joined(name, folder, done))
     if not runs:
         failed = f"; {len(failures)} failed" if failures else ""
         raise ResultsError(f"{path} holds no finished unit yet{failed}.")
@@ -105,7 +99,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         raise ResultsError(
             f"{path} holds the results of several models ({files}): name one of them."
         )
-    return _merged(name or path.name, path, runs)
+    return _joined(name or path.name, path, runs)
 
 
 def read_newest(folder: Path) -> Run:
@@ -114,28 +108,19 @@ def read_newest(folder: Path) -> Run:
 
 
 def _model(run: Run) -> list[Any]:
-    """Return what two results of one model have in common."""
     keys = ("model", "model_args", "model_sha", "peft_sha", "delta_sha")
     pruning = ("intermediate_size_after", "kept_digest")
     return [*map(run.config.get, keys), *map(run.pruning.get, pruning)]
 
 
-def _merged(name: str, path: Path, parts: Sequence[Run]) -> Run:
+def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:
     """Join results of one model, the oldest first; of each task the last counts."""
-    last = {task: part for part in parts for task in part.tasks()}
     by_task = ("versions", "subtasks", "samples", "energy", "settings", "stopping")
     joined: dict[str, Any] = {
         each: {k: v for part in parts for k, v in getattr(part, each).items()}
-        for each in by_task
+        for each in ("scores", *by_task)
     }
-    scores = {
-        key: score
-        for part in parts
-        for key, score in part.scores.items()
-        # A group whose members were evaluated again has no score of what they are now.
-        if all(last.get(task, part) is part for task in part.members(key[0]))
-    }
-    return Run(name=name, path=path, scores=scores, config=parts[-1].config, **joined)
+    return replace(parts[-1], name=name, path=path, **joined)
 
 
 def setting_of(run: Run, name: str) -> Any:
@@ -146,20 +131,5 @@ def setting_of(run: Run, name: str) -> Any:
 
 
 def notes_on(runs: Iterable[Run]) -> list[str]:
-    """Return the notes of runs, and in what the tasks of one were not evaluated alike.
-
-    Those of a resumed sweep, or of a folder of several results, come from several commands.
-    """
-    notes: list[str] = []
-    mixed: dict[str, list[str]] = {}
-    for run in runs:
-        notes += run.notes
-        first, *others = [*run.settings.values()] or [{}]
-        names = {name for each in others for name in differing(first, each, SHARED)}
-        if names:
-            text = ", ".join(label(name) for name in SHARED if name in names)
-            mixed.setdefault(text, []).append(run.name)
-    return notes + [
-        f"The tasks of {listed(of)} were not all evaluated with the same {names}."
-        for names, of in mixed.items()
-    ]
+    """Return what is missing from the folders of runs, one sentence each."""
+    return [note for run in runs for note in run.notes]

@@ -22,27 +22,19 @@ CIRCUMSTANCES = (
     *("task_hash", "lm_eval_version", "transformers_version", "dtype"),
     *("random_seed", "numpy_seed", "torch_seed"),
 )
-#: Which model ``pruned-hf`` made of its checkpoint. Runs that are compared differ in it.
-PRUNING = ("widths", "kept_digest")
+#: What is compared. Two ways to answer differ by rounding.
+COMPARED = (*ASKED, *CIRCUMSTANCES, "answer_paths")
 #: Where the model comes from; paths are among them.
 MODEL = ("model_args", "model_sha")
-#: What one command gives all its tasks.
-SHARED = (*ASKED[2:], *CIRCUMSTANCES[1:], *PRUNING, *MODEL)
 
 
 def settings_of(
     data: Mapping[str, Any], task: str, leaves: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the settings of one task.
+    """Return the settings of a task of a results file, or of a group that is made of `leaves`.
 
-    Args:
-        data: A results file whose `files.SECTIONS` are objects.
-        task: A task or group of it.
-        leaves: The tasks that it is made of.
-
-    Returns:
-        A value of JSON by each name in the tuples above, and by ``answer_paths``;
-        None for what was off or is not recorded.
+    A value of JSON for each name in the tuples above, ``answer_paths``, ``widths`` and
+    ``kept_digest``; None for what was off or is not recorded.
     """
     config, hashes = data["config"], data["task_hashes"]
     pruning, paths = (config.get(each) or {} for each in ("pruning", "answer_paths"))
@@ -87,37 +79,12 @@ def settings_of(
 def differing(
     one: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]
 ) -> list[str]:
-    """Return those of `names` in which two tasks' settings differ."""
+    """Return those of `names` in which the settings of two runs differ on a task."""
     return [name for name in names if one.get(name) != other.get(name)]
 
 
-def other_settings(
-    base: Mapping[str, Mapping[str, Any]],
-    run: Mapping[str, Mapping[str, Any]],
-    tasks: Iterable[str],
-) -> dict[tuple[str, ...], list[str]]:
-    """Return what two runs were asked otherwise, or evaluated otherwise with.
-
-    Args:
-        base: Settings of one run by task.
-        run: Those of the other.
-        tasks: Tasks of both.
-
-    Returns:
-        Tasks by the labels of the settings that differ on them.
-    """
-    found: dict[tuple[str, ...], list[str]] = {}
-    for task in tasks:
-        # Two ways to answer differ by rounding.
-        asked = (*ASKED, *CIRCUMSTANCES, "answer_paths")
-        names = differing(base.get(task, {}), run.get(task, {}), asked)
-        if names:
-            found.setdefault(tuple(map(label, names)), []).append(task)
-    return found
-
-
 def label(name: str) -> str:
-    """Return a setting's name for a message: as an argument is typed, else in words."""
+    """Return a setting's name as an argument is typed, else in words."""
     words = ("answer_paths", "chat_template", "system_instruction")
     return name.replace("_", " ") if name in words else name
 

@@ -36,9 +36,8 @@ class Stopping:
         looks: Documents at each look so far.
         p: Two-sided p of no difference at each look; None where there was no test.
         p_margin: p of a difference outside of the margin at each look, or None.
-        difference: Score less that of the unpruned model on the same documents, or None.
-        low: Lower end of its interval, which holds at all looks together.
-        high: Upper end.
+        difference: Score less that of the unpruned model on the same documents, or None; from
+            `low` to `high` is its interval, which holds at all looks together.
         scores: The interval of each score by metric, as (low, high), of the same kind.
 
     Source: Lan and DeMets 1983, Biometrika 70, 659-663 (spending); Jennison and Turnbull 2000,
@@ -77,9 +76,9 @@ class Stopping:
         return f"{part}: {self.documents} of {self.of}"
 
     @property
-    def margin(self) -> str | None:
-        """The margin of the rule, or None."""
-        return self.rule.partition(":")[2] or None
+    def margin(self) -> str:
+        """The margin of the rule; empty without one."""
+        return self.rule.partition(":")[2]
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -108,11 +107,10 @@ class Stopping:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Stopping:
-        """Read such a block; KeyError, TypeError or ValueError for one of another version."""
-        values = {**record}
-        if values.pop("schema_version") != SCHEMA:
-            raise ValueError
-        for key in ("looks", "p", "p_margin"):
-            values[key] = tuple(values[key])
+        """Read such a block of version `SCHEMA`."""
+        values = {
+            key: value for key, value in record.items() if key != "schema_version"
+        }
+        values |= {key: tuple(values[key]) for key in ("looks", "p", "p_margin")}
         values["scores"] = {key: tuple(ends) for key, ends in values["scores"].items()}
         return cls(**values)

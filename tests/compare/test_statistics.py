@@ -241,16 +241,6 @@ def test_interval_is_tango_s_as_published(up, down, n, low, high):
     assert (found.low, found.high) == pytest.approx((low, high), **digits)
 
 
-def test_interval_agrees_with_others():
-    from statsmodels.stats.contingency_tables import mcnemar
-
-    for up, down in [(1, 7), (12, 5), (0, 3)]:
-        table = [[20, up], [down, 9]]
-        at_0 = mcnemar(table, exact=False, correction=False).pvalue
-        test = paired(up, down, 29)
-        assert 2 * min(test.distribution.tails(0.0)) == pytest.approx(at_0)
-
-
 @pytest.mark.parametrize("n", [30, 64])
 @pytest.mark.parametrize("margin", [0.03, 0.1, 0.2])
 def test_level_of_not_worse_where_all_changes_go_one_way_counted_out(n, margin):
@@ -260,14 +250,6 @@ def test_level_of_not_worse_where_all_changes_go_one_way_counted_out(n, margin):
         if paired(ups, downs, n - ups - downs).p_outside(-margin, math.inf) < 0.05
     )
     assert wrongly < 0.05
-
-
-def test_mid_p_uses_more_of_its_level_than_the_exact_test():
-    level = exact = 0.0
-    for ups, downs, chance in every_outcome(60, 0.15, 0.15):
-        level += chance * (paired_p(ups, downs) < 0.05)
-        exact += chance * (stats.binomtest(ups, max(ups + downs, 1)).pvalue < 0.05)
-    assert exact < 0.03 < level < 0.052
 
 
 @pytest.mark.parametrize(("changed", "level"), [(2, 0.05), (2, 0.05 / 18), (30, 0.05)])
@@ -420,16 +402,6 @@ def simulate(draw, truth: float, times: int) -> tuple[float, float]:
     return covered / times, rejected / times
 
 
-def test_coverage_and_false_positive_rate():
-    def draw(rng):
-        base = rng.gamma(2, size=80)
-        return base, base + rng.normal(0, 0.7, size=80), {}
-
-    coverage, rejected = simulate(draw, 0, 400)
-    assert 0.925 <= coverage <= 0.97
-    assert 0.025 <= rejected <= 0.075
-
-
 @pytest.mark.parametrize("n", [10, 40])
 def test_the_t_test_keeps_its_level_with_few_documents(n):
     def draw(rng):
@@ -531,10 +503,10 @@ def test_all_ties():
 
 
 def test_unpaired_test_says_that_it_is_weaker():
-    result = statistics.unpaired_difference(0.5, 0.03, 0.6, 0.04)
+    result = statistics.unpaired_difference(0.1, 0.03, 0.04)
     assert result.p == pytest.approx(2 * stats.norm.sf(2))
     assert "weaker" in result.method
-    assert statistics.unpaired_difference(0.5, 0.0, 0.6, 0.0).p is None
+    assert statistics.unpaired_difference(0.1, 0.0, 0.0).p is None
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=30))
@@ -565,15 +537,6 @@ def test_families_are_adjusted_by_themselves():
 @pytest.mark.parametrize("base", [0, float("nan")])
 def test_relative_change_of_nothing(base):
     assert comparison.relative_change(base, 1.0) is None
-
-
-def test_correlation_is_symmetric_and_blind_to_order():
-    x, y = [1, 2, 3, 4, 5.5, 7, 6], [3, 1, 2, 5, 4, 6, 7]
-    result = trends.correlate(x, y)
-    for other in (trends.correlate(x[::-1], y[::-1]), trends.correlate(y, x)):
-        assert other.pearson == pytest.approx(result.pearson)
-    negative = trends.correlate(x, [-v for v in y])
-    assert negative.pearson == pytest.approx(-result.pearson)
 
 
 def test_correlation_with_a_constant():

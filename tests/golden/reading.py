@@ -23,7 +23,7 @@ import numpy as np
 
 from lm_eval_pruned import cli
 from lm_eval_pruned.compare.comparison import compare, read_comparands
-from lm_eval_pruned.compare.comparison_table import as_text
+from lm_eval_pruned.compare.comparison_table import as_table
 from tests.helpers.results_files import pruning, write_run, write_sweep
 
 
@@ -110,7 +110,8 @@ def observed() -> Iterator[tuple[str, str]]:
         write(Path())
         for form in ("markdown", "csv", "json"):
             yield f"compare.{form}", printed("compare", "sweep", "--format", form)
-        yield "compare.txt", as_text(compare(*read_comparands(["sweep"])), 100)
+        short = {"everything": False, "padded": True}
+        yield "compare.txt", as_table(compare(*read_comparands(["sweep"])), **short)
         pair = ("compare", "p0", "p40", "--format", "markdown")
         yield "compare_two.markdown", printed(*pair, "--subtasks")
         yield "not_worse.markdown", printed(*pair, "--not_worse", "5pt")

@@ -6,7 +6,7 @@ import pytest
 
 from lm_eval_pruned import cli
 from lm_eval_pruned.results import settings
-from tests.helpers.results_files import pruning, write_run, write_sweep
+from tests.helpers.results_files import write_run, write_sweep
 
 
 TASKS = {"tf": {"acc,none": [1.0, 0.0] * 10}, "boolq": {"acc,none": [1.0, 0.0] * 10}}
@@ -106,45 +106,6 @@ def test_a_group_has_the_settings_of_its_members(tmp_path, notes):
     )
     (note,) = notes(one, two)
     assert "(num_fewshot, task_hash)" in note
-
-
-def test_a_resumed_sweep_says_what_its_units_do_not_share(tmp_path, notes):
-    """p20 was resumed: one of its tasks is of another harness and another few-shot seed."""
-    write_sweep(tmp_path, {"base": (0, TASKS), "p20": (20, TASKS)})
-    write_run(
-        tmp_path / "units" / "p20" / "tf",
-        {"tf": TASKS["tf"]},
-        pruning=None,
-        config=config(fewshot_seed=7, pruning=pruning(20)),
-        lm_eval_version="0.4.12",
-    )
-    mixed, unlike = notes(tmp_path)
-    assert "p20 was evaluated with other settings than base" in unlike
-    assert "(fewshot_seed, lm_eval_version) on tf, so" in unlike
-    same = "of p20 were not all evaluated with the same fewshot_seed, lm_eval_version."
-    assert same in mixed
-
-
-def test_a_resumed_sweep_whose_configurations_agree(tmp_path, notes):
-    write_sweep(tmp_path, {"base": (0, TASKS), "p20": (20, TASKS)})
-    for name, percent in (("base", 0), ("p20", 20)):
-        write_run(
-            tmp_path / "units" / name / "tf",
-            {"tf": TASKS["tf"]},
-            config=config(pruning=pruning(percent)),
-            lm_eval_version="0.4.12",
-        )
-    (note,) = notes(tmp_path)
-    assert "The tasks of base, p20 were not all" in note
-    assert "evaluated with the same lm_eval_version." in note
-
-
-def test_units_of_another_checkpoint_are_named(tmp_path, notes):
-    write_sweep(tmp_path, {"base": (0, TASKS), "p20": (20, TASKS)})
-    other = config(model_args={"pretrained": "other"}, pruning=pruning(20))
-    write_run(tmp_path / "units" / "p20" / "tf", {"tf": TASKS["tf"]}, config=other)
-    (note,) = notes(tmp_path)
-    assert "The tasks of p20 were not all evaluated with the same model_args" in note
 
 
 def test_configurations_without_results_are_named(tmp_path, notes):
