@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     #: Section of the block, such as ``tasks``, and the names within it.
     Key = tuple[str, ...]
+    #: What was used, by window.
+    Windows = dict[Key, "Usage"]
 
 #: Version of the block under ``config.energy``; raised when a key changes its meaning.
 SCHEMA_VERSION = 2
@@ -49,18 +51,7 @@ class Usage:
     tokens: TokenCounts = field(default_factory=TokenCounts)
     reading: EnergyReading | None = None
 
-    @classmethod
-    def sum(cls, parts: Iterable[Usage], *, at_once: bool = False) -> Usage:
-        """Add windows one after the other, or (`at_once`) those of processes side by side."""
-        parts = list(parts)
-        readings = [part.reading for part in parts if part.reading is not None]
-        return cls(
-            sum(part.requests for part in parts),
-            sum((part.tokens for part in parts), TokenCounts()),
-            add_up(readings, at_once=at_once) if readings else None,
-        )
-
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, idle: EnergyReading | None) -> dict[str, Any]:
         """Return the record for the results file. None is *not measured*."""
         reading = self.reading or EnergyReading(None)
         total, tokens = reading.joules.total, self.tokens
@@ -69,10 +60,29 @@ class Usage:
             "prompt_tokens": tokens.prompt,
             "generated_tokens": tokens.generated,
             "processed_tokens": tokens.processed,
-            **reading.as_dict(),
+            **reading.as_dict(idle),
             "joules_per_processed_token": ratio(total, tokens.processed),
             "joules_per_generated_token": ratio(total, tokens.generated),
         }
+
+
+def _sum(parts: Iterable[Usage], *, at_once: bool = False) -> Usage:
+    """Add windows one after the other, or (`at_once`) those of processes side by side."""
+    parts = list(parts)
+    readings = [part.reading for part in parts if part.reading is not None]
+    return Usage(
+        sum(part.requests for part in parts),
+        sum((part.tokens for part in parts), TokenCounts()),
+        add_up(readings, at_once=at_once) if readings else None,
+    )
+
+
+def _by_key(logs: Iterable[Windows], *, at_once: bool = False) -> Windows:
+    parts: dict[Key, list[Usage]] = {}
+    for windows in logs:
+        for key, usage in windows.items():
+            parts.setdefault(key, []).append(usage)
+    return {key: _sum(each, at_once=at_once) for key, each in parts.items()}
 
 
 class EnergyLog:
@@ -93,10 +103,9 @@ class EnergyLog:
         self.monitor = monitor or EnergyMonitor(None)
         self._meters = monitor is not None
         self._idle_seconds, self._sleep = idle_seconds, sleep
-        self._idle: EnergyReading | None = None
         # What this process used since it last met the others, and what all used before.
-        self._own: dict[Key, Usage] = {}
-        self._all: dict[Key, Usage] = {}
+        self._own: Windows = {}
+        self._all: Windows = {}
         self.begin()
 
     def begin(self) -> None:
@@ -125,7 +134,6 @@ class EnergyLog:
             with self.window(*_IDLE):
                 # The processes that do not meter their machine keep still as well.
                 self._sleep(seconds)
-            self._idle = self._own[_IDLE].reading
 
     @contextlib.contextmanager
     def window(
@@ -149,36 +157,34 @@ class EnergyLog:
             self.monitor.begin_window(" ".join(key))
         self._left_open.discard(key)
         yield
-        tokens = lm.token_counts - before if lm else TokenCounts()
-        self._add(key, Usage(requests, tokens))
+        self._add(
+            key, Usage(requests, lm.token_counts - before if lm else TokenCounts())
+        )
         if left_open:
             self._left_open.add(key)
         else:
             self._end(key)
 
     def _end(self, key: Key) -> None:
-        apart = key[0] == "set_up"
-        reading = self.monitor.end_window(" ".join(key), apart=apart)
-        if self._idle is not None and not apart:
-            reading = reading.with_idle(self._idle)
+        reading = self.monitor.end_window(" ".join(key), apart=key[0] == "set_up")
         if self._meters:
             self._add(key, Usage(reading=reading))
 
     def _add(self, key: Key, usage: Usage) -> None:
-        self._own = _sum([self._own, {key: usage}])
+        self._own = _by_key([self._own, {key: usage}])
 
-    def take(self) -> dict[Key, Usage]:
+    def take(self) -> Windows:
         """End what was left open; return what this process used since the last call."""
         while self._left_open:
             self._end(self._left_open.pop())
         own, self._own = self._own, {}
         return own
 
-    def add(self, processes: list[dict[Key, Usage]]) -> None:
+    def add(self, processes: list[Windows]) -> None:
         """Add what all processes, side by side, used since they last met."""
         machines = [any(u.reading for u in windows.values()) for windows in processes]
         self._machines = max(self._machines, sum(machines))
-        self._all = _sum([self._all, _sum(processes, at_once=True)])
+        self._all = _by_key([self._all, _by_key(processes, at_once=True)])
 
     def finish(self) -> dict[str, Any]:
         """End the evaluation; return its block for the results file. None is *not measured*."""
@@ -189,7 +195,7 @@ class EnergyLog:
         idle = windows.pop(_IDLE, Usage()).reading
         cached = windows.pop(_CACHED, Usage()).requests
         types = [usage for key, usage in windows.items() if key[0] == "request_types"]
-        total = Usage.sum(types or [Usage(reading=EnergyReading(0.0))])
+        total = _sum(types or [Usage(reading=EnergyReading(0.0))])
         readings = [each.reading or EnergyReading(None) for each in (total, *types)]
         readings += [idle] if idle else []
         noted = [note for reading in readings for note in reading.notes]
@@ -206,7 +212,7 @@ class EnergyLog:
             "set_up": {},
             "request_types": {},
             # Only a part of this energy was spent on generating.
-            "total": {**total.as_dict(), "joules_per_generated_token": None},
+            "total": {**total.as_dict(idle), "joules_per_generated_token": None},
             "notes": list(dict.fromkeys([*self.monitor.failures, *noted])),
         }
         block["meter"] = block.pop("name")
@@ -215,15 +221,9 @@ class EnergyLog:
             for name in names:
                 place = place.setdefault(name, {})
             reading = usage.reading or EnergyReading(None)
-            place[last] = (reading if section == "set_up" else usage).as_dict()
+            apart = section == "set_up"
+            place[last] = reading.as_dict() if apart else usage.as_dict(idle)
         return block
-
-
-def _sum(parts: list[dict[Key, Usage]], *, at_once: bool = False) -> dict[Key, Usage]:
-    return {
-        key: Usage.sum([each[key] for each in parts if key in each], at_once=at_once)
-        for key in dict.fromkeys(key for each in parts for key in each)
-    }
 
 
 class EnergyWindows(TemplateLM):
@@ -267,16 +267,12 @@ class EnergyWindows(TemplateLM):
                 f"energy_idle_seconds={wait} is no time to wait: pass a number of seconds, such as "
                 "10, or 0."
             )
-        needs_energy = {
-            "energy_per_task": energy_per_task,
-            "energy_idle_seconds": wait,
-            "energy_country": country,
-        }
-        for name, given in needs_energy.items():
+        others = {"per_task": energy_per_task, "idle_seconds": wait, "country": country}
+        for name, given in others.items():
             if given and not energy:
                 raise ValueError(
-                    f"{name}={given} measures nothing by itself: pass energy=true as well, or "
-                    "leave it out."
+                    f"energy_{name}={given} measures nothing by itself: pass energy=true as "
+                    "well, or leave it out."
                 )
         self._energy: EnergyLog | None = None
         if energy:
@@ -314,22 +310,20 @@ class EnergyWindows(TemplateLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take the hook, and count the answers that the harness reads from its cache.
 
-        `CachingLM` keeps such requests to itself, so reading is the one thing that can be
-        seen of them.
+        `CachingLM` keeps such requests to itself: reads are all that can be seen of them.
         """
         super().set_cache_hook(cache_hook)
-        answers, lm = cache_hook.dbdict, self
+        answers = cache_hook.dbdict
         if self._energy is None or answers is None:
             return
         base = type(answers)
 
-        class CountingReads(base):  # type: ignore[misc, valid-type]
-            def __getitem__(self, key: Any) -> Any:
-                answer = super().__getitem__(key)
-                lm.count_kept_answers(1)
-                return answer
+        def counted(cache: Any, key: Any) -> Any:
+            answer = base.__getitem__(cache, key)
+            self.count_kept_answers(1)
+            return answer
 
-        answers.__class__ = CountingReads
+        answers.__class__ = type(base.__name__, (base,), {"__getitem__": counted})
 
     def count_kept_answers(self, count: int) -> None:
         """Count answers that an earlier process computed and paid the energy for."""

@@ -28,7 +28,7 @@ from vllm.model_executor.model_loader import (
 from lm_eval_pruned.checkpoints.load import (
     Stored,
     check_buildable,
-    divide_among,
+    check_divides,
     tensors_of,
 )
 from lm_eval_pruned.checkpoints.request import LoadRequest
@@ -54,16 +54,16 @@ def engine_request(
 
     Args:
         pretrained: Folder or Hub name of the model.
-        asked: What to prune; the request has widths that divide among the processes.
+        asked: What to prune.
         processes: How many share each MLP (``tensor_parallel_size``).
         **source: Arguments of ``from_pretrained`` that say which files to read.
     """
     request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, source)
     check_buildable(request)
-    if not request.plan.prunes:
-        return request
-    request.check_text()
-    return divide_among(request, processes, "tensor_parallel_size")
+    if request.plan.prunes:
+        check_divides(request, processes, "tensor_parallel_size")
+        request.check_text()
+    return request
 
 
 class PrunedModelLoader(DefaultModelLoader):

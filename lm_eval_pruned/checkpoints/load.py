@@ -1,16 +1,12 @@
 """Loading a pruned model: whole in the stored dtype, pruned in memory, then cast and placed.
 
-The files of a safetensors checkpoint are mapped, so the unpruned model takes no memory until
-something is written. Only what is kept is copied, cast, quantised and sent to a device. Engines
-that build models by themselves ask here which widths they can have, and for the tensors.
+Engines that build models by themselves ask here which widths they can have, and for the tensors.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +41,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.curves import Sensitivity
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.plan import PrunePlan
-
-# Below the harness's logger, so that its verbosity applies.
-logger = logging.getLogger("lm_eval.pruned.parallel")
 
 
 @takes_prune_arguments
@@ -270,48 +263,17 @@ def check_buildable(request: LoadRequest) -> None:
             )
 
 
-def divide_among(
-    request: LoadRequest, processes: int, argument: str = "tp_plan"
-) -> LoadRequest:
-    """Return a request whose kept widths tensor parallelism can split evenly.
-
-    Where they do not divide, or an allocation is still to find them, ``multiple_of`` rounds them
-    down, which a warning says.
-
-    Args:
-        request: What was asked for.
-        processes: Number of processes that share each MLP.
-        argument: What asked for them, for the messages.
-
-    Raises:
-        ValueError: A width does not divide, and rounding it down leaves nothing or is not asked.
-    """
-    odd, plan = _odd(request, processes), request.plan
-    shared_out = plan.prunes and plan.allocation != UNIFORM and processes > 1
-    if odd is None and not shared_out:
-        return request
-    problem = (
-        f"{asked_of(plan) or 'the baseline'} gives {odd} neurons, which do not divide among the "
-        f"{processes} processes of {argument}"
-    )
-    multiple = math.lcm(processes, plan.multiple_of)
-    # The multiple may be more than is kept, and the baseline has none.
-    with contextlib.suppress(ValueError):
-        given = dataclasses.replace(request.prune_arguments, multiple_of=multiple)
-        rounded = request.asking(given)
-        if _odd(rounded, processes) is None:
-            if odd is not None:
-                logger.warning(
-                    "%s: multiple_of=%d rounds down what it keeps.", problem, multiple
-                )
-            return rounded
-    raise ValueError(
-        f"{problem}: pass a size that keeps multiples of {processes}, or use a number of "
-        "processes that divides it."
-    )
-
-
-def _odd(request: LoadRequest, processes: int) -> str | None:
-    """Return name and width of the first MLP whose width does not divide."""
-    targets = request.widths.targets(request.plan)
-    return next((f"{n} {w}" for n, w in targets.items() if w % processes), None)
+def check_divides(request: LoadRequest, processes: int, argument: str) -> None:
+    """Refuse widths that do not divide among the processes that `argument` asked for."""
+    plan, targets = request.plan, request.widths.targets(request.plan)
+    odd = [f"{n} {width} neurons" for n, width in targets.items() if width % processes]
+    # What an allocation finds is not known yet.
+    if plan.prunes and plan.allocation != UNIFORM and plan.multiple_of % processes:
+        odd = [f"each layer multiples of {plan.multiple_of} neurons"]
+    if odd:
+        raise ValueError(
+            f"{asked_of(plan) or 'The checkpoint'} gives {odd[0]}, which do not divide among the "
+            f"{processes} processes of {argument}: pass "
+            f"multiple_of={math.lcm(processes, plan.multiple_of)}, or use a number of processes "
+            "that divides it."
+        )

@@ -14,16 +14,14 @@ from lm_eval_pruned.checkpoints.configs import (
     HUB,
     PLACING,
     READING,
+    argument_errors,
     auto_class_for,
+    check_filled,
     class_with_widths,
+    clear_errors,
     config_and_rest,
     skeleton,
     stored_widths,
-)
-from lm_eval_pruned.checkpoints.damage import (
-    argument_errors,
-    check_filled,
-    clear_errors,
 )
 from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.arguments import PruneArguments

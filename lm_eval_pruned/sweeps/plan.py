@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.damage import misspelt
+from lm_eval_pruned.checkpoints.configs import misspelt
 from lm_eval_pruned.pruning.argument_values import read_widths
 from lm_eval_pruned.pruning.arguments import (
     CUTS,
