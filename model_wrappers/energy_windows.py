@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import time
@@ -88,10 +89,7 @@ def _by_key(logs: Iterable[Windows], *, at_once: bool = False) -> Windows:
 class EnergyLog:
     """The windows of one evaluation of a model, and the block they become.
 
-    Args:
-        monitor: Measures this machine; None in a process that is not the one to do so.
-        idle_seconds: How long to measure the idle machine first, in seconds.
-        sleep: Waits for so many seconds; for tests.
+    `monitor` is None in a process that is not the one to meter its machine.
     """
 
     def __init__(
@@ -118,7 +116,6 @@ class EnergyLog:
         self._left_open: set[Key] = set()
 
     def begin_if_over(self) -> None:
-        """Forget an evaluation that `finish` ended: a model may be evaluated many times."""
         if self._is_over:
             self.begin()
 
@@ -148,8 +145,8 @@ class EnergyLog:
         Args:
             *key: Section of the block, and the names within it. The windows around one of the
                 section ``set_up`` leave out its energy.
-            lm: The model, whose ``token_counts`` rise, and to which `requests` are sent.
-            requests: How many.
+            lm: The model, whose ``token_counts`` rise.
+            requests: How many are sent to it.
             left_open: It ends with the next `take`, or goes on with the next window of this key.
         """
         before = lm and replace(lm.token_counts)
@@ -196,14 +193,12 @@ class EnergyLog:
         cached = windows.pop(_CACHED, Usage()).requests
         types = [usage for key, usage in windows.items() if key[0] == "request_types"]
         total = _sum(types or [Usage(reading=EnergyReading(0.0))])
-        readings = [each.reading or EnergyReading(None) for each in (total, *types)]
-        readings += [idle] if idle else []
-        noted = [note for reading in readings for note in reading.notes]
-        failed = self.monitor.failures or None in [r.joules.total for r in readings]
+        noted = [each.notes for each in (total.reading, idle) if each is not None]
+        notes = list(dict.fromkeys(itertools.chain(self.monitor.failures, *noted)))
         meter = self.monitor.describe()
         block: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
-            "status": ("partial" if failed else "ok") if meter else "not measured",
+            "status": ("partial" if notes else "ok") if meter else "not measured",
             **dict.fromkeys(each.name for each in fields(MeterDescription)),
             **(asdict(meter) if meter else {}),
             "machines": self._machines,
@@ -213,7 +208,7 @@ class EnergyLog:
             "request_types": {},
             # Only a part of this energy was spent on generating.
             "total": {**total.as_dict(idle), "joules_per_generated_token": None},
-            "notes": list(dict.fromkeys([*self.monitor.failures, *noted])),
+            "notes": notes,
         }
         block["meter"] = block.pop("name")
         for (section, *names, last), usage in windows.items():
@@ -227,11 +222,7 @@ class EnergyLog:
 
 
 class EnergyWindows(TemplateLM):
-    """Measures each type of request in a window of its own.
-
-    It comes before a model of the harness among the bases. Whoever derives from both adds to
-    `token_counts`, and says what the three methods below `__init__` do.
-    """
+    """Measures each type of request to the model of the harness that follows among the bases."""
 
     token_counts: TokenCounts
 
@@ -250,10 +241,10 @@ class EnergyWindows(TemplateLM):
             *args: As in the model.
             energy: Measure wall time, tokens and energy of each request type.
             energy_per_task: Run the requests of each task as a window of their own.
-            energy_idle_seconds: First measure the idle machine with the model loaded,
-                for so many seconds, and report net energy beside gross.
+            energy_idle_seconds: First measure the idle machine for so many seconds, and report
+                net energy beside gross.
             energy_country: ISO 3166 alpha-3 code of the country whose carbon intensity
-                turns energy into emissions. Without it there are no emissions.
+                turns energy into emissions. Without it there are none.
             **kwargs: Everything the model takes.
 
         Raises:
@@ -326,7 +317,7 @@ class EnergyWindows(TemplateLM):
         answers.__class__ = type(base.__name__, (base,), {"__getitem__": counted})
 
     def count_kept_answers(self, count: int) -> None:
-        """Count answers that an earlier process computed and paid the energy for."""
+        """Count answers for which an earlier process spent the energy."""
         if self._energy is not None:
             self._energy.count_cached(count)
 
@@ -336,7 +327,7 @@ class EnergyWindows(TemplateLM):
             self._energy.begin()
 
     def energy_info(self) -> dict[str, Any]:
-        """Return the block ``energy`` of the results, if it is on, and log its total."""
+        """Return the block ``energy`` of the results, if it is on; log its total."""
         if self._energy is None:
             return {}
         block = self._energy.finish()

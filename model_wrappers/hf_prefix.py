@@ -34,13 +34,11 @@ _FLAGS = (
     *("truncation", "trust_remote_code", "use_fast_tokenizer"),
 )
 _COUNTS = ("max_batch_size", "max_length")
-#: Arguments that are text, and what to pass for them.
-_TEXTS = {
-    **dict.fromkeys(("delta", "gguf_file", "peft"), "a name or path"),
-    **dict.fromkeys(("pretrained", "tokenizer", "subfolder"), "a name or path"),
-    "attn_implementation": "one such as eager or sdpa",
-    "device": "one such as cpu, cuda or cuda:0",
-}
+_TEXTS = (
+    *("attn_implementation", "delta", "device", "gguf_file", "peft", "pretrained"),
+    *("subfolder", "tokenizer"),
+)
+_DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
 _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
@@ -69,18 +67,16 @@ class PrefixHFLM(PrefixSharingMixin, SlotRefillingMixin, HFLM):
 def check_arguments(model_type: Any, given: Mapping[str, Any]) -> None:
     """Refuse misspelt names, and values that the harness's model would stumble over.
 
-    Args:
-        model_type: A class whose ``argument_names()`` are known.
-        given: Its keyword arguments; what transformers or the config knows is left alone.
-
     Raises:
-        ArgumentError: A name is unknown and resembles a known one, or a value cannot be used.
+        ArgumentError: A name is unknown and resembles one of the ``argument_names()`` of
+            `model_type`, or a value cannot be used.
     """
     with argument_errors():
         found = misspelt(given, model_type.argument_names(), lambda: _config(given))
         if found is not None:
+            name, near = found
             raise ValueError(
-                f"{found[0]}={given[found[0]]} is not understood: did you mean {found[1]}?"
+                f"{name}={given[name]} is not understood: did you mean {near}?"
             )
         for name, value in given.items():
             if name in _FLAGS and value is not None:
@@ -94,8 +90,8 @@ def check_arguments(model_type: Any, given: Mapping[str, Any]) -> None:
 def _expected_instead(name: str, value: Any) -> str | None:
     """Return what to pass for an argument; None if `value` will do."""
     if name in _TEXTS and isinstance(value, (bool, int, float)):
-        return _TEXTS[name]
-    if name in ("dtype", "mixed_precision_dtype", "softmax_dtype"):
+        return "one such as cpu, or cuda:0" if name == "device" else "a name"
+    if name in _DTYPES:
         found = getattr(torch, value, value) if isinstance(value, str) else value
         if found not in (None, "auto") and not isinstance(found, torch.dtype):
             return "a dtype such as bfloat16"
@@ -104,9 +100,7 @@ def _expected_instead(name: str, value: Any) -> str | None:
     if name == "batch_size":
         known = type(value) in (int, str) and _BATCH_SIZE.fullmatch(str(value))
         return None if known else "a whole number of 1 or more, auto or auto:4"
-    if name == "quantization_config" and not (
-        value is None or isinstance(value, dict) or hasattr(value, "quant_method")
-    ):
+    if name == "quantization_config" and isinstance(value, (str, int, float)):
         return "a dict, or load_in_8bit=true instead"
     return None
 

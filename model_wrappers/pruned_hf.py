@@ -42,10 +42,7 @@ class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
     """`PrefixHFLM` with the arguments ``energy...`` of `EnergyWindows`."""
 
     def barrier(self) -> None:
-        """Wait for every process; the harness does so after each type of request.
-
-        The machines' windows close here, where all work of that type is done.
-        """
+        """Wait for all processes, as the harness does after each type of request; end its windows."""
         super().barrier()
         if self._energy is not None and self.world_size > 1:
             used = self.gather_object(self._energy.take(), dst=0)
@@ -58,10 +55,8 @@ class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
     def _first_pass(self) -> None:
         size = (1, min(WARM_UP_TOKENS, self.max_length))
         tokens = torch.ones(size, dtype=torch.long, device=self.device)
-        if is_encoder_decoder(self):
-            self._model_call(tokens, attn_mask=tokens, labels=tokens)
-        else:
-            self._model_call(tokens)
+        decoded = tokens if is_encoder_decoder(self) else None
+        self._model_call(tokens, attn_mask=decoded, labels=decoded)
 
     def _accelerators(self) -> set[torch.device]:
         devices = {parameter.device for parameter in self.model.parameters()}
@@ -76,10 +71,7 @@ class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
             return super()._detect_batch_size(*args, **kwargs)
 
     def _model_call(
-        self,
-        inps: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None
     ) -> torch.Tensor:
         # What an encoder reads; `_select_cont_toks` sees the decoder's part.
         if self._energy is not None and attn_mask is not None:
@@ -145,9 +137,9 @@ class PrunedHFLM(EnergyLoggingHFLM):
             peft_stage: ``after`` (default): `peft` was trained on the pruned model and
                 is applied to it. ``before``: it was trained on the full model, is
                 merged into it, and the result is pruned in memory.
-            quantization_config: How to quantise the pruned weights as they are loaded,
-                as the dict of a transformers quantisation config. ``load_in_8bit``,
-                ``load_in_4bit`` and ``bnb_4bit_...`` work as well.
+            quantization_config: How to quantise the pruned weights, as the dict of a
+                transformers quantisation config. ``load_in_8bit``, ``load_in_4bit`` and
+                ``bnb_4bit_...`` work as well.
             known_scores: Scores that a sweep keeps from one of its models to the next.
             **kwargs: Everything HFLM takes, ``prefix_sharing`` and ``slot_refilling`` of
                 `PrefixHFLM`, and the arguments ``energy...`` of `EnergyWindows`.
@@ -189,12 +181,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
         peft: str | None = None,
         **kwargs: Any,
     ) -> None:
-        for argument in ("autogptq", "gptqmodel"):
-            if kwargs.get(argument):
-                raise ValueError(
-                    f"{argument}={kwargs[argument]} loads quantised weights, which can be neither "
-                    "ranked nor sliced: pass the unquantised checkpoint, or use --model hf."
-                )
         if self._quantisation is not None:
             kwargs["quantization_config"] = self._quantisation
         merging = "delta" if delta is not None else None
@@ -248,7 +234,7 @@ class PrunedHFLM(EnergyLoggingHFLM):
         self._config = model.config
 
     def begin_evaluation(self) -> None:
-        """Begin the records in the results anew, for a model that answers several evaluations."""
+        """Begin the records in the results anew."""
         super().begin_evaluation()
         self.answer_paths = AnswerPaths()
 

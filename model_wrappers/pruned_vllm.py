@@ -53,12 +53,9 @@ eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 
 #: Lets the processes of the engine say what they kept.
 _EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
-#: How many seconds the exit waits for the thread that takes the answers of an engine.
-_PATIENCE = 30
 
 
 class PrunedVLLM(EnergyWindows, VLLM):
-    #: Whether the processes of the engine ended before their time.
     engine_died = False
 
     @takes_prune_arguments
@@ -199,8 +196,7 @@ def _end_with(client: Any) -> None:
 
     vLLM never tells a call that waits for outputs that the processes ended
     (``SyncMPClient.get_output`` in vllm/v1/engine/core_client.py). At exit it does not wait for the
-    thread that takes its answers; where that frees tensors while Python is taken down, the process
-    aborts after its work is done ("terminate called without an active exception").
+    thread that takes its answers, which aborts Python where it frees tensors by then.
     """
     if not isinstance(client, SyncMPClient):
         return
@@ -217,7 +213,7 @@ def _end_with(client: Any) -> None:
     def end() -> None:
         if (still := running()) is not None:
             still.shutdown()
-        thread.join(_PATIENCE)
+        thread.join(timeout=30)
 
     threading.Thread(target=tell, name="EngineEndWatch", daemon=True).start()
     atexit.register(end)

@@ -1,9 +1,6 @@
 """The vLLM loader ``pruned``: GLU-MLPs are narrowed while vLLM reads the checkpoint.
 
-Every process of vLLM calls `register` (entry-point group ``vllm.general_plugins``), so that
-``--load-format pruned`` works there, and with it the model type ``pruned-vllm``.
-
-Source: ``vllm.model_executor.model_loader.register_model_loader``.
+Every process of vLLM calls `register` (entry-point group ``vllm.general_plugins``).
 """
 
 from __future__ import annotations
@@ -52,11 +49,7 @@ def engine_request(
 ) -> LoadRequest:
     """Return what an engine is to load, after everything that can be refused without its weights.
 
-    Args:
-        pretrained: Folder or Hub name of the model.
-        asked: What to prune.
-        processes: How many share each MLP (``tensor_parallel_size``).
-        **source: Arguments of ``from_pretrained`` that say which files to read.
+    `processes` share each MLP; `source` are the arguments of ``from_pretrained`` that name files.
     """
     request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, source)
     check_buildable(request)

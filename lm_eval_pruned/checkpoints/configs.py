@@ -93,10 +93,7 @@ def misspelt(
 ) -> tuple[str, str] | None:
     """Return the first name that is unknown but resembles a known one, and that one.
 
-    Args:
-        given: Names of arguments of a model type, which hands unknown ones to transformers.
-        known: Names that the model type knows.
-        config: Returns the model's config, whose settings may be given as well.
+    What transformers or the `config` of the model knows may be given as well.
     """
     from transformers import PreTrainedModel
 
@@ -257,11 +254,7 @@ def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
 
 
 def stored_widths(mismatched: Iterable[Mismatch], widths: Widths) -> dict[str, int]:
-    """Return the width of each MLP in a checkpoint, by name.
-
-    Args:
-        mismatched: What transformers says of the parameters that do not fit `widths`.
-        widths: The widths that were expected.
+    """Return the width of each MLP, by name, in a checkpoint that does not fit `widths`.
 
     Raises:
         ValueError: The tensors of an MLP do not fit together, or all layers have a width that is
@@ -303,8 +296,7 @@ def check_filled(
 ) -> None:
     """Refuse a model that its checkpoint filled in part, or that leaves part of it out.
 
-    `found` is transformers' loading info. With `ignore_sizes`, tensors outside of the MLPs may
-    have other shapes than the config says.
+    `found` is transformers' loading info, `ignore_sizes` its ``ignore_mismatched_sizes``.
     """
     if missing := found["missing_keys"]:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

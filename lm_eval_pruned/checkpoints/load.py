@@ -56,14 +56,12 @@ def load_pruned(
     """Load a model whose GLU-MLPs are narrowed while its checkpoint is read.
 
     Gate and up come out as (k, H) instead of (I, H), down as (H, k). Neurons are ranked by
-    the weights as they are stored. Files of safetensors are mapped, so that only the neurons
-    that are kept take memory; others (GGUF, ``.bin``) are in memory in full until the model is
-    pruned. What sizes mean in a model with experts is said in `lm_eval_pruned.prune_model`.
+    the weights as they are stored. What sizes mean in a model with experts is said in
+    `lm_eval_pruned.prune_model`.
 
-    A checkpoint whose layers differ in width loads with the widths that its config has
-    for single layers (``per_layer_config``), or else with those of its tensors; sizes then
-    prune from there: layers that are narrower than ``ratio`` or ``intermediate_size`` ask stay as they are, and
-    ``prune_percent`` is a share of each layer's own width.
+    Where layers differ in width already, sizes prune from there: layers that are narrower than
+    ``ratio`` or ``intermediate_size`` ask stay as they are, and ``prune_percent`` is a share of
+    each layer's own width.
 
     Args:
         pretrained: Folder or Hub name of the model.
@@ -152,8 +150,7 @@ class Stored(LoadedModel):
     """A model as it is stored, with all its layers, and what is to become of it.
 
     Attributes:
-        request: What was loaded, with the widths that its tensors have, those of the layers that
-            are to stay, and the plan for them.
+        request: What was loaded, with the widths that its tensors have and the plan for them.
     """
 
     request: LoadRequest
@@ -230,24 +227,15 @@ def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_buildable(request: LoadRequest) -> None:
-    """Refuse widths that no engine can build.
-
-    An engine builds a model from its config, and a layer's experts as one. Dense MLPs it can
-    build anew.
-    """
+    """Refuse what no engine can build from a config, apart from dense MLPs, which are built anew."""
     widths, plan = request.widths, request.plan
     why = None
     if request.prune_arguments.drop_layers is not None:
-        why = (
-            "drop_layers leaves out whole layers, which an engine that builds its model by itself "
-            "would look for in the checkpoint"
-        )
+        why = "drop_layers leaves out whole layers, which an engine looks for in the checkpoint"
     elif plan.is_open:
         asked = "criterion" if plan.allocation == UNIFORM else "allocation"
-        why = (
-            f"{asked}={getattr(plan, asked)} finds the widths in the weights, and an engine needs "
-            "them before it reads a weight"
-        )
+        found = f"{asked}={getattr(plan, asked)} finds the widths in the weights"
+        why = f"{found}, and an engine needs them before"
     if why is not None:
         raise UnsupportedModelError(
             f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "

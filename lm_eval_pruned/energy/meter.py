@@ -38,13 +38,7 @@ _COUNTERS = {
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """Where the number of one component comes from.
-
-    Attributes:
-        kind: By a counter or sensor, computed from something else such as processor load,
-            the same watts all the time, or not measured.
-        description: The same for people to read.
-    """
+    """Where the number of one component comes from: how it is found, and in words."""
 
     kind: Literal["measured", "modelled", "constant", "none"]
     description: str
@@ -89,15 +83,13 @@ def check_country(country: str) -> str:
 
 
 class CodecarbonMeter:
-    """Counts the energy of this machine with codecarbon.
+    """Counts the energy of this machine with codecarbon, without files and network.
 
-    It writes no file and uses no network. The settings ``force_cpu_power``,
-    ``force_ram_power``, ``pue`` and ``rapl_*`` of the user's codecarbon configuration
-    apply, and the description says so.
+    The settings ``force_cpu_power``, ``force_ram_power``, ``pue`` and ``rapl_*`` of the user's
+    codecarbon configuration apply, and the description says so.
 
     Args:
-        country: ISO 3166 alpha-3 code whose carbon intensity gives the emissions; None
-            leaves them out.
+        country: ISO 3166 alpha-3 code whose carbon intensity gives the emissions, or None.
 
     Source: codecarbon 3.3.2, `emissions_tracker.py`, `core/resource_tracker.py`.
     """
@@ -159,11 +151,7 @@ class CodecarbonMeter:
         )
 
     def read(self) -> EnergyReading:
-        """Return the energy since `start`; a component that the meter lacks is None.
-
-        Raises:
-            RuntimeError: codecarbon measured nothing.
-        """
+        """Return the energy since `start`; a component that the meter lacks is None."""
         data = self._measure()
         joules = {
             name: getattr(data, f"{name}_energy") * JOULES_PER_KWH

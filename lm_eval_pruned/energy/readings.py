@@ -24,11 +24,9 @@ class Joules:
     """Energy by component, in joules; None where it was not measured.
 
     Attributes:
-        cpu: Processor packages.
-        gpu: All graphics processors that the meter sees.
-        ram: Memory modules.
-        total: All components together, as the meter adds them up; None where one that the
-            meter has, or that the model runs on, was not measured.
+        cpu, gpu, ram: All processors and memory modules that the meter sees.
+        total: As the meter adds them up; None where one that the meter has, or that the model
+            runs on, was not measured.
     """
 
     cpu: float | None = None
