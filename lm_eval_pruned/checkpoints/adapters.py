@@ -132,11 +132,14 @@ def check_kept(
     size = [f"{name}={value}" for name, value in (trained.get("asked") or {}).items()]
     if size:
         size.append(f"criterion={trained.get('criterion')}")
-    theirs, ours = (each and each[:12] for each in (trained["kept_digest"], digest))
+    theirs, ours = (
+        f"the kept set {each[:12]}" if each else "no kept set"
+        for each in (trained["kept_digest"], digest)
+    )
     raise ValueError(
-        f"{argument}={adapter} was trained on the kept set {theirs}, but this model has {ours}, "
-        f"so its columns belong to other neurons: pass {','.join(size) or 'no size'} with the "
-        "pretrained that it was trained on, or another adapter."
+        f"{argument}={adapter} was trained on {theirs}, but this model has {ours}, so its columns "
+        f"belong to other neurons: pass {','.join(size) or 'no size'} with the pretrained that it "
+        "was trained on, or another adapter."
     )
 
 

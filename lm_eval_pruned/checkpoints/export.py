@@ -243,6 +243,9 @@ def model_card(
 
 {_table(record)}
 
+The digest is SHA-256 over the kept indices of all layers (little-endian int64; before them "layers" and the numbers of
+those that stay, where some are left out).
+
 ```json
 {json.dumps(record.as_dict(), indent=2)}
 ```
