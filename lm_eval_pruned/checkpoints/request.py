@@ -142,7 +142,9 @@ class LoadRequest:
         from transformers import AutoTokenizer
 
         read = (*HUB, "trust_remote_code", "gguf_file")
-        given = {n: v for n, v in self.model_arguments.items() if n in read and v}
+        given = {
+            n: v for n, v in self.model_arguments.items() if n in read and v is not None
+        }
         return AutoTokenizer.from_pretrained(self.pretrained, **given)
 
     def load(self, *, stored: bool = False) -> tuple[PreTrainedModel, Widths]:
