@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import time
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     #: Section of the block, such as ``tasks``, and the names within it.
     Key = tuple[str, ...]
+    #: What was used, by window.
+    Windows = dict[Key, "Usage"]
 
 #: Version of the block under ``config.energy``; raised when a key changes its meaning.
 SCHEMA_VERSION = 2
@@ -49,18 +52,7 @@ class Usage:
     tokens: TokenCounts = field(default_factory=TokenCounts)
     reading: EnergyReading | None = None
 
-    @classmethod
-    def sum(cls, parts: Iterable[Usage], *, at_once: bool = False) -> Usage:
-        """Add windows one after the other, or (`at_once`) those of processes side by side."""
-        parts = list(parts)
-        readings = [part.reading for part in parts if part.reading is not None]
-        return cls(
-            sum(part.requests for part in parts),
-            sum((part.tokens for part in parts), TokenCounts()),
-            add_up(readings, at_once=at_once) if readings else None,
-        )
-
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, idle: EnergyReading | None) -> dict[str, Any]:
         """Return the record for the results file. None is *not measured*."""
         reading = self.reading or EnergyReading(None)
         total, tokens = reading.joules.total, self.tokens
@@ -69,19 +61,35 @@ class Usage:
             "prompt_tokens": tokens.prompt,
             "generated_tokens": tokens.generated,
             "processed_tokens": tokens.processed,
-            **reading.as_dict(),
+            **reading.as_dict(idle),
             "joules_per_processed_token": ratio(total, tokens.processed),
             "joules_per_generated_token": ratio(total, tokens.generated),
         }
 
 
+def _sum(parts: Iterable[Usage], *, at_once: bool = False) -> Usage:
+    """Add windows one after the other, or (`at_once`) those of processes side by side."""
+    parts = list(parts)
+    readings = [part.reading for part in parts if part.reading is not None]
+    return Usage(
+        sum(part.requests for part in parts),
+        sum((part.tokens for part in parts), TokenCounts()),
+        add_up(readings, at_once=at_once) if readings else None,
+    )
+
+
+def _by_key(logs: Iterable[Windows], *, at_once: bool = False) -> Windows:
+    parts: dict[Key, list[Usage]] = {}
+    for windows in logs:
+        for key, usage in windows.items():
+            parts.setdefault(key, []).append(usage)
+    return {key: _sum(each, at_once=at_once) for key, each in parts.items()}
+
+
 class EnergyLog:
     """The windows of one evaluation of a model, and the block they become.
 
-    Args:
-        monitor: Measures this machine; None in a process that is not the one to do so.
-        idle_seconds: How long to measure the idle machine first, in seconds.
-        sleep: Waits for so many seconds; for tests.
+    `monitor` is None in a process that is not the one to meter its machine.
     """
 
     def __init__(
@@ -93,10 +101,9 @@ class EnergyLog:
         self.monitor = monitor or EnergyMonitor(None)
         self._meters = monitor is not None
         self._idle_seconds, self._sleep = idle_seconds, sleep
-        self._idle: EnergyReading | None = None
         # What this process used since it last met the others, and what all used before.
-        self._own: dict[Key, Usage] = {}
-        self._all: dict[Key, Usage] = {}
+        self._own: Windows = {}
+        self._all: Windows = {}
         self.begin()
 
     def begin(self) -> None:
@@ -109,7 +116,6 @@ class EnergyLog:
         self._left_open: set[Key] = set()
 
     def begin_if_over(self) -> None:
-        """Forget an evaluation that `finish` ended: a model may be evaluated many times."""
         if self._is_over:
             self.begin()
 
@@ -125,7 +131,6 @@ class EnergyLog:
             with self.window(*_IDLE):
                 # The processes that do not meter their machine keep still as well.
                 self._sleep(seconds)
-            self._idle = self._own[_IDLE].reading
 
     @contextlib.contextmanager
     def window(
@@ -140,8 +145,8 @@ class EnergyLog:
         Args:
             *key: Section of the block, and the names within it. The windows around one of the
                 section ``set_up`` leave out its energy.
-            lm: The model, whose ``token_counts`` rise, and to which `requests` are sent.
-            requests: How many.
+            lm: The model, whose ``token_counts`` rise.
+            requests: How many are sent to it.
             left_open: It ends with the next `take`, or goes on with the next window of this key.
         """
         before = lm and replace(lm.token_counts)
@@ -149,36 +154,34 @@ class EnergyLog:
             self.monitor.begin_window(" ".join(key))
         self._left_open.discard(key)
         yield
-        tokens = lm.token_counts - before if lm else TokenCounts()
-        self._add(key, Usage(requests, tokens))
+        self._add(
+            key, Usage(requests, lm.token_counts - before if lm else TokenCounts())
+        )
         if left_open:
             self._left_open.add(key)
         else:
             self._end(key)
 
     def _end(self, key: Key) -> None:
-        apart = key[0] == "set_up"
-        reading = self.monitor.end_window(" ".join(key), apart=apart)
-        if self._idle is not None and not apart:
-            reading = reading.with_idle(self._idle)
+        reading = self.monitor.end_window(" ".join(key), apart=key[0] == "set_up")
         if self._meters:
             self._add(key, Usage(reading=reading))
 
     def _add(self, key: Key, usage: Usage) -> None:
-        self._own = _sum([self._own, {key: usage}])
+        self._own = _by_key([self._own, {key: usage}])
 
-    def take(self) -> dict[Key, Usage]:
+    def take(self) -> Windows:
         """End what was left open; return what this process used since the last call."""
         while self._left_open:
             self._end(self._left_open.pop())
         own, self._own = self._own, {}
         return own
 
-    def add(self, processes: list[dict[Key, Usage]]) -> None:
+    def add(self, processes: list[Windows]) -> None:
         """Add what all processes, side by side, used since they last met."""
         machines = [any(u.reading for u in windows.values()) for windows in processes]
         self._machines = max(self._machines, sum(machines))
-        self._all = _sum([self._all, _sum(processes, at_once=True)])
+        self._all = _by_key([self._all, _by_key(processes, at_once=True)])
 
     def finish(self) -> dict[str, Any]:
         """End the evaluation; return its block for the results file. None is *not measured*."""
@@ -189,15 +192,13 @@ class EnergyLog:
         idle = windows.pop(_IDLE, Usage()).reading
         cached = windows.pop(_CACHED, Usage()).requests
         types = [usage for key, usage in windows.items() if key[0] == "request_types"]
-        total = Usage.sum(types or [Usage(reading=EnergyReading(0.0))])
-        readings = [each.reading or EnergyReading(None) for each in (total, *types)]
-        readings += [idle] if idle else []
-        noted = [note for reading in readings for note in reading.notes]
-        failed = self.monitor.failures or None in [r.joules.total for r in readings]
+        total = _sum(types or [Usage(reading=EnergyReading(0.0))])
+        noted = [each.notes for each in (total.reading, idle) if each is not None]
+        notes = list(dict.fromkeys(itertools.chain(self.monitor.failures, *noted)))
         meter = self.monitor.describe()
         block: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
-            "status": ("partial" if failed else "ok") if meter else "not measured",
+            "status": ("partial" if notes else "ok") if meter else "not measured",
             **dict.fromkeys(each.name for each in fields(MeterDescription)),
             **(asdict(meter) if meter else {}),
             "machines": self._machines,
@@ -206,8 +207,8 @@ class EnergyLog:
             "set_up": {},
             "request_types": {},
             # Only a part of this energy was spent on generating.
-            "total": {**total.as_dict(), "joules_per_generated_token": None},
-            "notes": list(dict.fromkeys([*self.monitor.failures, *noted])),
+            "total": {**total.as_dict(idle), "joules_per_generated_token": None},
+            "notes": notes,
         }
         block["meter"] = block.pop("name")
         for (section, *names, last), usage in windows.items():
@@ -215,23 +216,13 @@ class EnergyLog:
             for name in names:
                 place = place.setdefault(name, {})
             reading = usage.reading or EnergyReading(None)
-            place[last] = (reading if section == "set_up" else usage).as_dict()
+            apart = section == "set_up"
+            place[last] = reading.as_dict() if apart else usage.as_dict(idle)
         return block
 
 
-def _sum(parts: list[dict[Key, Usage]], *, at_once: bool = False) -> dict[Key, Usage]:
-    return {
-        key: Usage.sum([each[key] for each in parts if key in each], at_once=at_once)
-        for key in dict.fromkeys(key for each in parts for key in each)
-    }
-
-
 class EnergyWindows(TemplateLM):
-    """Measures each type of request in a window of its own.
-
-    It comes before a model of the harness among the bases. Whoever derives from both adds to
-    `token_counts`, and says what the three methods below `__init__` do.
-    """
+    """Measures each type of request to the model of the harness that follows among the bases."""
 
     token_counts: TokenCounts
 
@@ -250,10 +241,10 @@ class EnergyWindows(TemplateLM):
             *args: As in the model.
             energy: Measure wall time, tokens and energy of each request type.
             energy_per_task: Run the requests of each task as a window of their own.
-            energy_idle_seconds: First measure the idle machine with the model loaded,
-                for so many seconds, and report net energy beside gross.
+            energy_idle_seconds: First measure the idle machine for so many seconds, and report
+                net energy beside gross.
             energy_country: ISO 3166 alpha-3 code of the country whose carbon intensity
-                turns energy into emissions. Without it there are no emissions.
+                turns energy into emissions. Without it there are none.
             **kwargs: Everything the model takes.
 
         Raises:
@@ -267,16 +258,12 @@ class EnergyWindows(TemplateLM):
                 f"energy_idle_seconds={wait} is no time to wait: pass a number of seconds, such as "
                 "10, or 0."
             )
-        needs_energy = {
-            "energy_per_task": energy_per_task,
-            "energy_idle_seconds": wait,
-            "energy_country": country,
-        }
-        for name, given in needs_energy.items():
+        others = {"per_task": energy_per_task, "idle_seconds": wait, "country": country}
+        for name, given in others.items():
             if given and not energy:
                 raise ValueError(
-                    f"{name}={given} measures nothing by itself: pass energy=true as well, or "
-                    "leave it out."
+                    f"energy_{name}={given} measures nothing by itself: pass energy=true as "
+                    "well, or leave it out."
                 )
         self._energy: EnergyLog | None = None
         if energy:
@@ -314,25 +301,23 @@ class EnergyWindows(TemplateLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take the hook, and count the answers that the harness reads from its cache.
 
-        `CachingLM` keeps such requests to itself, so reading is the one thing that can be
-        seen of them.
+        `CachingLM` keeps such requests to itself: reads are all that can be seen of them.
         """
         super().set_cache_hook(cache_hook)
-        answers, lm = cache_hook.dbdict, self
+        answers = cache_hook.dbdict
         if self._energy is None or answers is None:
             return
         base = type(answers)
 
-        class CountingReads(base):  # type: ignore[misc, valid-type]
-            def __getitem__(self, key: Any) -> Any:
-                answer = super().__getitem__(key)
-                lm.count_kept_answers(1)
-                return answer
+        def counted(cache: Any, key: Any) -> Any:
+            answer = base.__getitem__(cache, key)
+            self.count_kept_answers(1)
+            return answer
 
-        answers.__class__ = CountingReads
+        answers.__class__ = type(base.__name__, (base,), {"__getitem__": counted})
 
     def count_kept_answers(self, count: int) -> None:
-        """Count answers that an earlier process computed and paid the energy for."""
+        """Count answers for which an earlier process spent the energy."""
         if self._energy is not None:
             self._energy.count_cached(count)
 
@@ -342,7 +327,7 @@ class EnergyWindows(TemplateLM):
             self._energy.begin()
 
     def energy_info(self) -> dict[str, Any]:
-        """Return the block ``energy`` of the results, if it is on, and log its total."""
+        """Return the block ``energy`` of the results, if it is on; log its total."""
         if self._energy is None:
             return {}
         block = self._energy.finish()

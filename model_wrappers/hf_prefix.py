@@ -1,18 +1,45 @@
-"""The model type ``hf-prefix``: the harness's ``hf`` with shared prefixes and refilled slots."""
+"""The model type ``hf-prefix``: the harness's ``hf`` with shared prefixes and refilled slots.
+
+The arguments of all model types of this package are checked here. HFLM asserts some of them
+without a message, hands others to code that fails far from the cause, and takes any text for true:
+``trust_remote_code=off`` would run that code.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import logging
+import os
+import re
+from typing import TYPE_CHECKING, Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 
+from lm_eval_pruned.checkpoints.configs import argument_errors, misspelt
+from lm_eval_pruned.checkpoints.default_model import find_default_model
+from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
+from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
-from lm_eval_pruned.model_wrappers.hf_arguments import (
-    argument_names,
-    check_arguments,
-    given_or_default,
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+eval_logger = logging.getLogger("lm_eval.models.pruned")
+
+_FLAGS = (
+    *("add_bos_token", "load_in_4bit", "load_in_8bit", "logits_cache", "parallelize"),
+    *("truncation", "trust_remote_code", "use_fast_tokenizer"),
 )
+_COUNTS = ("max_batch_size", "max_length")
+_TEXTS = (
+    *("attn_implementation", "delta", "device", "gguf_file", "peft", "pretrained"),
+    *("subfolder", "tokenizer"),
+)
+_DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
+_BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
 class PrefixHFLM(PrefixSharingMixin, SlotRefillingMixin, HFLM):
@@ -35,3 +62,76 @@ class PrefixHFLM(PrefixSharingMixin, SlotRefillingMixin, HFLM):
     def argument_names(cls) -> set[str]:
         """Return the names of all arguments but those that HFLM hands on to transformers."""
         return argument_names(cls)
+
+
+def check_arguments(model_type: Any, given: Mapping[str, Any]) -> None:
+    """Refuse misspelt names, and values that the harness's model would stumble over.
+
+    Raises:
+        ArgumentError: A name is unknown and resembles one of the ``argument_names()`` of
+            `model_type`, or a value cannot be used.
+    """
+    with argument_errors():
+        found = misspelt(given, model_type.argument_names(), lambda: _config(given))
+        if found is not None:
+            name, near = found
+            raise ValueError(
+                f"{name}={given[name]} is not understood: did you mean {near}?"
+            )
+        for name, value in given.items():
+            if name in _FLAGS and value is not None:
+                check_flag(name, value)
+            elif name in _COUNTS:
+                check_count(name, value)
+            elif (expected := _expected_instead(name, value)) is not None:
+                raise ValueError(f"{name}={value} is not understood: pass {expected}.")
+
+
+def _expected_instead(name: str, value: Any) -> str | None:
+    """Return what to pass for an argument; None if `value` will do."""
+    if name in _TEXTS and isinstance(value, (bool, int, float)):
+        return "one such as cpu, or cuda:0" if name == "device" else "a name"
+    if name in _DTYPES:
+        found = getattr(torch, value, value) if isinstance(value, str) else value
+        if found not in (None, "auto") and not isinstance(found, torch.dtype):
+            return "a dtype such as bfloat16"
+    if name == "backend" and value not in ("default", "causal", "seq2seq"):
+        return "default, causal or seq2seq"
+    if name == "batch_size":
+        known = type(value) in (int, str) and _BATCH_SIZE.fullmatch(str(value))
+        return None if known else "a whole number of 1 or more, auto or auto:4"
+    if name == "quantization_config" and isinstance(value, (str, int, float)):
+        return "a dict, or load_in_8bit=true instead"
+    return None
+
+
+def argument_names(model_type: type) -> set[str]:
+    """Return the names of the arguments of a model type, without those that it passes on."""
+    return {
+        name
+        for each in model_type.__mro__
+        if "__init__" in vars(each)
+        for name in inspect.signature(vars(each)["__init__"]).parameters
+    } - {"self", "args", "kwargs"}
+
+
+def given_or_default(pretrained: Any) -> Any:
+    """Return `pretrained`; if it is None the default model."""
+    if pretrained is not None:
+        return pretrained
+    default = find_default_model()
+    eval_logger.warning(
+        "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
+        default.source,
+    )
+    return default.pretrained
+
+
+def _config(given: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    pretrained = given.get("pretrained")
+    if not isinstance(pretrained, (str, os.PathLike)):
+        return getattr(pretrained, "config", None)
+    source = {n: given[n] for n in SOURCE_ARGUMENTS if given.get(n)}
+    return AutoConfig.from_pretrained(pretrained, **source)

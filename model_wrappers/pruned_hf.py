@@ -1,8 +1,4 @@
-"""The model type ``pruned-hf``: the harness's ``hf`` with narrowed GLU-MLPs.
-
-A sibling of `lm_eval.models.hf_steered`. The entry point ``lm_eval.models``
-registers the class, so it carries no ``@register_model``.
-"""
+"""The model type ``pruned-hf``: the harness's ``hf`` with narrowed GLU-MLPs, and its energy."""
 
 from __future__ import annotations
 
@@ -11,14 +7,24 @@ import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, check_kept
-from lm_eval_pruned.checkpoints.configs import quantising_arguments
-from lm_eval_pruned.checkpoints.damage import argument_errors, clear_errors
-from lm_eval_pruned.checkpoints.load import divide_among, load_request
+from lm_eval_pruned.checkpoints.configs import (
+    argument_errors,
+    clear_errors,
+    quantising_arguments,
+)
+from lm_eval_pruned.checkpoints.load import check_divides, load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
-from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
-from lm_eval_pruned.model_wrappers.hf_arguments import check_arguments
+from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
+from lm_eval_pruned.model_wrappers.batching.generation import (
+    count_generated,
+    end_tokens,
+)
+from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM, check_arguments
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.slicing import prune_loaded
 
@@ -30,6 +36,74 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.record import PruneRecord
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
+
+
+class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
+    """`PrefixHFLM` with the arguments ``energy...`` of `EnergyWindows`."""
+
+    def barrier(self) -> None:
+        """Wait for all processes, as the harness does after each type of request; end its windows."""
+        super().barrier()
+        if self._energy is not None and self.world_size > 1:
+            used = self.gather_object(self._energy.take(), dst=0)
+            if self.rank == 0:
+                self._energy.add(used)
+
+    def _runs_on_gpu(self) -> bool:
+        return bool(self._accelerators())
+
+    def _first_pass(self) -> None:
+        size = (1, min(WARM_UP_TOKENS, self.max_length))
+        tokens = torch.ones(size, dtype=torch.long, device=self.device)
+        decoded = tokens if is_encoder_decoder(self) else None
+        self._model_call(tokens, attn_mask=decoded, labels=decoded)
+
+    def _accelerators(self) -> set[torch.device]:
+        devices = {parameter.device for parameter in self.model.parameters()}
+        return {each for each in devices if each.type not in ("cpu", "meta")}
+
+    def _wait_for_accelerators(self) -> None:
+        for device in self._accelerators():
+            torch.accelerator.synchronize(device)
+
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        with self._set_up("batch_size_search"):
+            return super()._detect_batch_size(*args, **kwargs)
+
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None
+    ) -> torch.Tensor:
+        # What an encoder reads; `_select_cont_toks` sees the decoder's part.
+        if self._energy is not None and attn_mask is not None:
+            self.token_counts.processed += int(attn_mask.sum())
+        return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
+
+    def _select_cont_toks(
+        self,
+        logits: torch.Tensor,
+        contlen: int | None = None,
+        inplen: int | None = None,
+    ) -> torch.Tensor:
+        # HFLM calls this once for each row that it sent through the model, with the
+        # row's length before padding (the decoder's, in an encoder-decoder model).
+        if self._energy is not None:
+            self.token_counts.processed += inplen or contlen or 0
+        return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> torch.Tensor:
+        output = super()._model_generate(context, max_length, stop, **options)
+        if self._energy is not None:
+            mask = options.get("attention_mask")
+            prompt = context.numel() if mask is None else int(mask.sum())
+            start = 1 if is_encoder_decoder(self) else context.shape[1]
+            generated = count_generated(output[:, start:], end_tokens(self.model))
+            self.token_counts.prompt += prompt
+            self.token_counts.generated += generated
+            # The last token of a row is never fed back.
+            self.token_counts.processed += prompt + generated - context.shape[0]
+        return output
 
 
 class PrunedHFLM(EnergyLoggingHFLM):
@@ -63,9 +137,9 @@ class PrunedHFLM(EnergyLoggingHFLM):
             peft_stage: ``after`` (default): `peft` was trained on the pruned model and
                 is applied to it. ``before``: it was trained on the full model, is
                 merged into it, and the result is pruned in memory.
-            quantization_config: How to quantise the pruned weights as they are loaded,
-                as the dict of a transformers quantisation config. ``load_in_8bit``,
-                ``load_in_4bit`` and ``bnb_4bit_...`` work as well.
+            quantization_config: How to quantise the pruned weights, as the dict of a
+                transformers quantisation config. ``load_in_8bit``, ``load_in_4bit`` and
+                ``bnb_4bit_...`` work as well.
             known_scores: Scores that a sweep keeps from one of its models to the next.
             **kwargs: Everything HFLM takes, ``prefix_sharing`` and ``slot_refilling`` of
                 `PrefixHFLM`, and the arguments ``energy...`` of `EnergyWindows`.
@@ -75,14 +149,10 @@ class PrunedHFLM(EnergyLoggingHFLM):
         """
         with argument_errors():
             self._prune_arguments = PruneArguments.taken_from(kwargs)
-            if peft_stage is not None and peft_stage not in STAGES:
+            if peft_stage not in (None, *STAGES) or (peft_stage and peft is None):
                 raise ValueError(
-                    f"peft_stage={peft_stage} is unknown: pass one of {', '.join(STAGES)}."
-                )
-            if peft_stage is not None and peft is None:
-                raise ValueError(
-                    f"peft_stage={peft_stage} says when an adapter is applied, but there is none: "
-                    "add peft=ADAPTER, or leave it out."
+                    f"peft_stage={peft_stage} says nothing: pass peft=ADAPTER, and one of "
+                    f"{', '.join(STAGES)} for when it is applied, or leave it out."
                 )
         self._peft_stage = peft_stage or "after"
         # HFLM passes what its config says under this name, and would pass ours beside it.
@@ -111,12 +181,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
         peft: str | None = None,
         **kwargs: Any,
     ) -> None:
-        for argument in ("autogptq", "gptqmodel"):
-            if kwargs.get(argument):
-                raise ValueError(
-                    f"{argument}={kwargs[argument]} loads quantised weights, which can be neither "
-                    "ranked nor sliced: pass the unquantised checkpoint, or use --model hf."
-                )
         if self._quantisation is not None:
             kwargs["quantization_config"] = self._quantisation
         merging = "delta" if delta is not None else None
@@ -130,8 +194,7 @@ class PrunedHFLM(EnergyLoggingHFLM):
             )
             if from_pretrained.get("tp_plan") is not None:
                 processes = int(os.environ.get("WORLD_SIZE", "1"))
-                request = divide_among(request, processes)
-                self._prune_arguments = request.prune_arguments
+                check_divides(request, processes, "tp_plan")
             quantising = quantising_arguments(kwargs)
             if merging is not None and quantising and request.plan.changes_model:
                 raise ValueError(
@@ -156,12 +219,11 @@ class PrunedHFLM(EnergyLoggingHFLM):
             super()._create_model(pretrained, delta=delta, peft=peft, **kwargs)
         finally:
             self.AUTO_MODEL_CLASS = auto_class
-        if merging is None:
-            return
-        # The criterion has to see the sum of the weights.
-        if peft is not None:
-            self._model = self._model.merge_and_unload()
-        self._prune_in_memory()
+        if merging is not None:
+            # The criterion has to see the sum of the weights.
+            if peft is not None:
+                self._model = self._model.merge_and_unload()
+            self._prune_in_memory()
 
     def _prune_in_memory(self) -> None:
         asked = self._prune_arguments
@@ -172,13 +234,14 @@ class PrunedHFLM(EnergyLoggingHFLM):
         self._config = model.config
 
     def begin_evaluation(self) -> None:
-        """Begin the records in the results anew, for a model that answers several evaluations."""
+        """Begin the records in the results anew."""
         super().begin_evaluation()
         self.answer_paths = AnswerPaths()
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return HFLM's model information, what was pruned (``pruning``) and healed (``healing``)."""
-        info = {**super().get_model_info(), "pruning": self._prune_record.as_dict()}
+        """Return HFLM's model information, ``energy``, ``pruning`` and ``healing``."""
+        info = {**super().get_model_info(), **self.energy_info()}
+        info["pruning"] = self._prune_record.as_dict()
         if self._healing is not None:
             told = self._healing.items()
             info["healing"] = {name: v for name, v in told if name != "pruning"}

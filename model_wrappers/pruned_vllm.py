@@ -1,8 +1,4 @@
-"""The model type ``pruned-vllm``: the harness's ``vllm`` with narrowed GLU-MLPs.
-
-A sibling of `lm_eval_pruned.model_wrappers.pruned_hf`. vLLM prunes while it loads, with the
-loader of `lm_eval_pruned.model_wrappers.vllm_loader`.
-"""
+"""The model type ``pruned-vllm``: the harness's ``vllm`` with narrowed GLU-MLPs."""
 
 from __future__ import annotations
 
@@ -33,10 +29,10 @@ from lm_eval_pruned.checkpoints.adapters import (
     check_adapter,
     check_kept,
 )
-from lm_eval_pruned.checkpoints.damage import argument_errors
+from lm_eval_pruned.checkpoints.configs import argument_errors
 from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
-from lm_eval_pruned.model_wrappers.hf_arguments import (
+from lm_eval_pruned.model_wrappers.hf_prefix import (
     argument_names,
     check_arguments,
     given_or_default,
@@ -51,19 +47,15 @@ from lm_eval_pruned.pruning.record import PruneRecord
 
 
 if TYPE_CHECKING:
-    from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.measuring import KnownScores
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 
 #: Lets the processes of the engine say what they kept.
 _EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
-#: How many seconds the exit waits for the thread that takes the answers of an engine.
-_PATIENCE = 30
 
 
 class PrunedVLLM(EnergyWindows, VLLM):
-    #: Whether the processes of the engine ended before their time.
     engine_died = False
 
     @takes_prune_arguments
@@ -91,11 +83,15 @@ class PrunedVLLM(EnergyWindows, VLLM):
         with argument_errors():
             asked = PruneArguments.taken_from(kwargs)
             check_arguments(type(self), {**kwargs, "pretrained": pretrained})
-            if (other := kwargs.get("load_format")) not in (None, LOAD_FORMAT):
-                raise ValueError(
-                    f"load_format={other} cannot be combined with pruning while vLLM loads: leave "
-                    "it out, or use --model vllm."
-                )
+            for name, own in (
+                ("load_format", LOAD_FORMAT),
+                ("worker_extension_cls", _EXTENSION),
+            ):
+                if kwargs.get(name) not in (None, own):
+                    raise ValueError(
+                        f"{name}={kwargs[name]} cannot be combined with pruning while vLLM loads: "
+                        "leave it out, or use --model vllm."
+                    )
         pretrained = given_or_default(pretrained)
         request = engine_request(
             pretrained,
@@ -111,17 +107,26 @@ class PrunedVLLM(EnergyWindows, VLLM):
             # vLLM else prepares the head as well, whose code for CPUs cannot score prompts.
             if adapted := adapted_modules(adapter):
                 kwargs.setdefault("lora_target_modules", sorted(adapted))
-        given = vars(request.prune_arguments).items()
+        given = vars(asked).items()
         loader = dict(kwargs.pop("model_loader_extra_config", None) or {})
         loader |= {name: v for name, v in given if v != DECLARED[name].default}
-        ours = {"load_format": LOAD_FORMAT, "model_loader_extra_config": loader}
-        kwargs.setdefault("worker_extension_cls", _EXTENSION)
-        super().__init__(pretrained, **{**kwargs, **seed, **ours})
-        if self.data_parallel_size <= 1:
+        kwargs |= {
+            "load_format": LOAD_FORMAT,
+            "worker_extension_cls": _EXTENSION,
+            "model_loader_extra_config": loader,
+        }
+        super().__init__(pretrained, **{**kwargs, **seed})
+        # Otherwise, each replica loads in a process that ends with its requests.
+        tells = self.data_parallel_size <= 1
+        if tells:
             _end_with(self.model.llm_engine.engine_core)
-        told = self._told(request)
-        self._pruning = told["record"]
-        if adapter is not None and "notes" not in self._pruning:
+        if tells and request.plan.prunes:
+            told = self.model.collective_rpc("pruned_record")[0]
+        else:
+            record = PruneRecord.of(request.plan, request.widths, None)
+            told = {"record": record.as_dict(), "table": record.as_table()}
+        self._pruning: dict[str, Any] = told["record"]
+        if adapter is not None and tells:
             digest = self._pruning["kept_digest"]
             check_kept(adapter, digest, argument="lora_local_path")
         eval_logger.info("Pruning:\n%s", told["table"])
@@ -130,25 +135,6 @@ class PrunedVLLM(EnergyWindows, VLLM):
     def argument_names(cls) -> set[str]:
         """Return the names of all arguments, those of vLLM's engine among them."""
         return argument_names(cls) | {each.name for each in fields(EngineArgs)}
-
-    def _told(self, request: LoadRequest) -> dict[str, Any]:
-        """Return the record of the pruning and its table, as far as the engine's processes tell."""
-        silent = ""
-        if self.data_parallel_size > 1:
-            silent = (
-                "with data_parallel_size > 1 each replica loads in a process that ends with its "
-                "requests"
-            )
-        elif self.model_args["worker_extension_cls"] != _EXTENSION:
-            silent = "worker_extension_cls is another than the one that tells it"
-        if request.plan.prunes and not silent:
-            return self.model.collective_rpc("pruned_record")[0]
-        # Which neurons were kept is not known here.
-        record = PruneRecord.of(request.plan, request.widths, None)
-        told: dict[str, Any] = {"record": record.as_dict(), "table": record.as_table()}
-        if silent and request.plan.prunes:
-            told["record"]["notes"] = [f"kept_digest is null: {silent}"]
-        return told
 
     def _runs_on_gpu(self) -> bool:
         from vllm.platforms import current_platform
@@ -170,9 +156,8 @@ class PrunedVLLM(EnergyWindows, VLLM):
         except EngineDeadError as error:
             self.engine_died = True
             raise RuntimeError(
-                "The engine of vLLM ended while it worked on requests; its own messages above "
-                "say why. Too little memory is the usual cause: lower max_num_seqs, "
-                "gpu_memory_utilization or max_model_len."
+                "The engine of vLLM ended while it worked on requests, mostly for lack of memory; "
+                "see its messages: lower max_num_seqs, gpu_memory_utilization or max_model_len."
             ) from error
         counts = self.token_counts
         for tokens, output in zip(requests, outputs, strict=True):
@@ -193,7 +178,7 @@ class PrunedVLLM(EnergyWindows, VLLM):
             del self.model
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the harness records of a model: what was pruned, under ``pruning``."""
+        """Return what the harness records of a model, ``pruning`` and ``energy``."""
         dtype = self.model_args["dtype"]
         if self.data_parallel_size <= 1:
             dtype = self.model.llm_engine.model_config.dtype
@@ -211,8 +196,7 @@ def _end_with(client: Any) -> None:
 
     vLLM never tells a call that waits for outputs that the processes ended
     (``SyncMPClient.get_output`` in vllm/v1/engine/core_client.py). At exit it does not wait for the
-    thread that takes its answers; where that frees tensors while Python is taken down, the process
-    aborts after its work is done ("terminate called without an active exception").
+    thread that takes its answers, which aborts Python where it frees tensors by then.
     """
     if not isinstance(client, SyncMPClient):
         return
@@ -229,7 +213,7 @@ def _end_with(client: Any) -> None:
     def end() -> None:
         if (still := running()) is not None:
             still.shutdown()
-        thread.join(_PATIENCE)
+        thread.join(timeout=30)
 
     threading.Thread(target=tell, name="EngineEndWatch", daemon=True).start()
     atexit.register(end)

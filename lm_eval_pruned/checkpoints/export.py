@@ -1,4 +1,4 @@
-"""Writing a pruned model as an ordinary checkpoint, with the files beside its weights."""
+"""Writing a pruned model as an ordinary checkpoint, with the files beside its weights and a card."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.checkpoints.card import model_card
 from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest, asked_of
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
+from lm_eval_pruned.pruning.plan import whole_or_mean
 from lm_eval_pruned.util.atomic import appearing_whole
 
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
 
 #: Dtypes to store weights in.
@@ -39,6 +41,13 @@ _KEPT_FILES = (
 _MODEL_CODE = "*.py"
 #: Those among them that are true of the source alone.
 _OWN_FILES = ("config.json", "trainer_state.json", "adapter_config.json")
+#: Model-card fields of the source that stay true of the pruned model.
+_KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
+_OURS = f"`lm-eval-pruned {version('lm-eval-pruned')}`"
+_IN_STOCK = "The checkpoint opens in stock transformers and `lm_eval --model hf`."
+_NOT_IN_STOCK = """Its layers differ in width, which the config has in `per_layer_config`. \
+transformers up to 5.24 builds no MLPs from that: open it with `lm_eval_pruned.load_pruned` or \
+`lm_eval --model pruned-hf`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,15 @@ def export_pruned(
     """
     output = Path(output)
     check_output(output)
-    _check_stored(dtype, max_shard_size)
+    stored = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and stored not in _STORED:
+        raise ValueError(
+            f"dtype={dtype} is not a dtype to store weights in: pass float32, float16 or bfloat16."
+        )
+    if not re.fullmatch(r"0*[1-9]\d*([KMGT]?B)?", str(max_shard_size), re.IGNORECASE):
+        raise ValueError(
+            f"max_shard_size={max_shard_size} is not a size: pass one such as 5GB."
+        )
     given = {name: v for name, v in from_pretrained.items() if v is not None}
     request = LoadRequest.resolve(
         None,
@@ -137,19 +154,6 @@ def check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
             f"output={output} exists and is not an empty folder: pass a new one."
-        )
-
-
-def _check_stored(dtype: str | torch.dtype | None, max_shard_size: int | str) -> None:
-    """Refuse a dtype or a size that only the end of an export would stumble over."""
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and resolved not in _STORED:
-        raise ValueError(
-            f"dtype={dtype} is not a dtype to store weights in: pass float32, float16 or bfloat16."
-        )
-    if not re.fullmatch(r"0*[1-9]\d*([KMGT]?B)?", str(max_shard_size), re.IGNORECASE):
-        raise ValueError(
-            f"max_shard_size={max_shard_size} is not a size: pass one such as 5GB."
         )
 
 
@@ -191,28 +195,135 @@ def save_loaded(
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
     before = request.widths.whole.original.to_dict()
-    _apply_changes(config, before, model.config.to_dict())
-    name = str(model.dtype).removeprefix("torch.")
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
-        part |= {key: name for key in ("dtype", "torch_dtype") if key in part}
+    dtype = str(model.dtype).removeprefix("torch.")
+    _edit(config, before, model.config.to_dict(), dtype)
     if "torch_dtype" not in config:
-        config["dtype"] = name
+        config["dtype"] = dtype
     # As the Hub's JSON files are written.
     written = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(written, encoding="utf-8")
 
 
-def _apply_changes(
-    raw: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
+def _edit(
+    stored: dict[str, Any], before: dict[str, Any], after: dict[str, Any], dtype: str
 ) -> None:
-    """Change in `raw`, a config as it is stored, what differs between two configs."""
+    """Change in a config as it is stored what differs between two configs, and its dtypes."""
     for key in before.keys() - after.keys():
-        raw.pop(key, None)
+        stored.pop(key, None)
     for key, value in after.items():
-        if value == before.get(key):
-            continue
-        layers = key == "per_layer_config"
-        if isinstance(value, dict) and isinstance(raw.get(key), dict) and not layers:
-            _apply_changes(raw[key], before[key], value)
-        else:
-            raw[key] = value
+        parts = isinstance(value, dict) and isinstance(stored.get(key), dict)
+        if parts and key != "per_layer_config":
+            _edit(stored[key], before[key], value, dtype)
+        elif value != before.get(key):
+            stored[key] = value
+    stored |= {key: dtype for key in ("dtype", "torch_dtype") if key in stored}
+
+
+def model_card(
+    pretrained: str,
+    revision: str | None,
+    folder: Path,
+    record: PruneRecord,
+    trained: str = "No other weight was changed, and nothing was trained afterwards.",
+) -> str:
+    """Return the README.md of the exported checkpoint.
+
+    Args:
+        pretrained: Folder or Hub name of the source.
+        revision: Its revision on the Hub.
+        folder: Folder of the source's own card.
+        record: What was pruned.
+        trained: A sentence on how the pruned model was trained.
+    """
+    plan, name = record.plan, _name(pretrained)
+    source = f"{name} (revision {revision})" if revision else name
+    criteria = " or ".join(f"`{each}`" for each in plan.criteria)
+    ranked = f" The neurons that stayed are the best of each layer by {criteria}."
+    body = f"""{_OURS} pruned {source}.{ranked * plan.prunes} {trained}
+
+{_table(record)}
+
+The digest is SHA-256 over the kept indices of all layers (little-endian int64; before them "layers" and the numbers of
+those that stay, where some are left out).
+
+```json
+{json.dumps(record.as_dict(), indent=2)}
+```
+
+{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} What the cut cost depends on
+the model, the size and the task, so evaluate the model for your use before relying on it.
+"""
+    tags = ["depth-pruning"] * (plan.depth is not None)
+    title = f"{source}, {_what(plan)}"
+    return _card(pretrained, folder, "transformers", record, tags, title, body)
+
+
+def adapter_card(
+    pretrained: str,
+    revision: str | None,
+    folder: Path,
+    record: PruneRecord,
+    method: str,
+    trained: str,
+) -> str:
+    """Return the README.md of an adapter by a `method`, ``lora`` or ``dora``; see `model_card`."""
+    plan, name = record.plan, _name(pretrained)
+    asked = {"pretrained": name, **({"revision": revision} if revision else {})}
+    arguments = ",".join(f"{k}={v}" for k, v in {**asked, **plan.asked}.items())
+    title = f"{method} adapter for {name}"
+    if plan.changes_model:
+        title += f", {_what(plan)}"
+    body = f"""{trained} {_OURS} wrote this adapter. `pruned-hf` refuses it on other neurons than it was trained on.
+
+{_table(record)}
+
+To evaluate it, pass the arguments of pruning that it was trained with, which `healing.json` has in full:
+
+```bash
+lm_eval --model pruned-hf --model_args {arguments},peft=FOLDER_OF_THIS_ADAPTER
+```
+"""
+    return _card(pretrained, folder, "peft", record, [method], title, body)
+
+
+def _card(
+    pretrained: str,
+    folder: Path,
+    library: str,
+    record: PruneRecord,
+    tags: list[str],
+    title: str,
+    body: str,
+) -> str:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    known: dict[str, Any] = {}
+    if (own := folder / "README.md").is_file():
+        known = ModelCard.load(own, ignore_metadata_errors=True).data.to_dict()
+    fields = ModelCardData(
+        base_model=None if Path(pretrained).is_dir() else pretrained,
+        library_name=library,
+        tags=[*["width-pruning"] * record.plan.prunes, *tags, "glu", "lm-eval-pruned"],
+        **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
+    )
+    return f"---\n{fields.to_yaml()}\n---\n\n# {title}\n\n{body}"
+
+
+def _name(pretrained: str) -> str:
+    """Return what a card calls its source, without the folders of this machine."""
+    path = Path(pretrained)
+    return path.resolve().name if path.is_dir() else pretrained
+
+
+def _table(record: PruneRecord) -> str:
+    """Return the record's table with a blank line before each line that is not part of it."""
+    return re.sub(r"\n(?!\|)", "\n\n", record.as_table())
+
+
+def _what(plan: PrunePlan) -> str:
+    words = []
+    if plan.prunes:
+        words.append(f"pruned to {whole_or_mean(plan.mean_width):,} neurons per MLP")
+    if plan.depth is not None:
+        words.append(f"{len(plan.depth.kept)} of {plan.depth.before} layers")
+    return ", ".join(words)

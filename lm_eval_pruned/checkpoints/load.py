@@ -1,16 +1,12 @@
 """Loading a pruned model: whole in the stored dtype, pruned in memory, then cast and placed.
 
-The files of a safetensors checkpoint are mapped, so the unpruned model takes no memory until
-something is written. Only what is kept is copied, cast, quantised and sent to a device. Engines
-that build models by themselves ask here which widths they can have, and for the tensors.
+Engines that build models by themselves ask here which widths they can have, and for the tensors.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +42,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.plan import PrunePlan
 
-# Below the harness's logger, so that its verbosity applies.
-logger = logging.getLogger("lm_eval.pruned.parallel")
-
 
 @takes_prune_arguments
 def load_pruned(
@@ -63,14 +56,12 @@ def load_pruned(
     """Load a model whose GLU-MLPs are narrowed while its checkpoint is read.
 
     Gate and up come out as (k, H) instead of (I, H), down as (H, k). Neurons are ranked by
-    the weights as they are stored. Files of safetensors are mapped, so that only the neurons
-    that are kept take memory; others (GGUF, ``.bin``) are in memory in full until the model is
-    pruned. What sizes mean in a model with experts is said in `lm_eval_pruned.prune_model`.
+    the weights as they are stored. What sizes mean in a model with experts is said in
+    `lm_eval_pruned.prune_model`.
 
-    A checkpoint whose layers differ in width loads with the widths that its config has
-    for single layers (``per_layer_config``), or else with those of its tensors; sizes then
-    prune from there: layers that are narrower than ``ratio`` or ``intermediate_size`` ask stay as they are, and
-    ``prune_percent`` is a share of each layer's own width.
+    Where layers differ in width already, sizes prune from there: layers that are narrower than
+    ``ratio`` or ``intermediate_size`` ask stay as they are, and ``prune_percent`` is a share of
+    each layer's own width.
 
     Args:
         pretrained: Folder or Hub name of the model.
@@ -159,8 +150,7 @@ class Stored(LoadedModel):
     """A model as it is stored, with all its layers, and what is to become of it.
 
     Attributes:
-        request: What was loaded, with the widths that its tensors have, those of the layers that
-            are to stay, and the plan for them.
+        request: What was loaded, with the widths that its tensors have and the plan for them.
     """
 
     request: LoadRequest
@@ -237,24 +227,15 @@ def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_buildable(request: LoadRequest) -> None:
-    """Refuse widths that no engine can build.
-
-    An engine builds a model from its config, and a layer's experts as one. Dense MLPs it can
-    build anew.
-    """
+    """Refuse what no engine can build from a config, apart from dense MLPs, which are built anew."""
     widths, plan = request.widths, request.plan
     why = None
     if request.prune_arguments.drop_layers is not None:
-        why = (
-            "drop_layers leaves out whole layers, which an engine that builds its model by itself "
-            "would look for in the checkpoint"
-        )
+        why = "drop_layers leaves out whole layers, which an engine looks for in the checkpoint"
     elif plan.is_open:
         asked = "criterion" if plan.allocation == UNIFORM else "allocation"
-        why = (
-            f"{asked}={getattr(plan, asked)} finds the widths in the weights, and an engine needs "
-            "them before it reads a weight"
-        )
+        found = f"{asked}={getattr(plan, asked)} finds the widths in the weights"
+        why = f"{found}, and an engine needs them before"
     if why is not None:
         raise UnsupportedModelError(
             f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "
@@ -270,48 +251,17 @@ def check_buildable(request: LoadRequest) -> None:
             )
 
 
-def divide_among(
-    request: LoadRequest, processes: int, argument: str = "tp_plan"
-) -> LoadRequest:
-    """Return a request whose kept widths tensor parallelism can split evenly.
-
-    Where they do not divide, or an allocation is still to find them, ``multiple_of`` rounds them
-    down, which a warning says.
-
-    Args:
-        request: What was asked for.
-        processes: Number of processes that share each MLP.
-        argument: What asked for them, for the messages.
-
-    Raises:
-        ValueError: A width does not divide, and rounding it down leaves nothing or is not asked.
-    """
-    odd, plan = _odd(request, processes), request.plan
-    shared_out = plan.prunes and plan.allocation != UNIFORM and processes > 1
-    if odd is None and not shared_out:
-        return request
-    problem = (
-        f"{asked_of(plan) or 'the baseline'} gives {odd} neurons, which do not divide among the "
-        f"{processes} processes of {argument}"
-    )
-    multiple = math.lcm(processes, plan.multiple_of)
-    # The multiple may be more than is kept, and the baseline has none.
-    with contextlib.suppress(ValueError):
-        given = dataclasses.replace(request.prune_arguments, multiple_of=multiple)
-        rounded = request.asking(given)
-        if _odd(rounded, processes) is None:
-            if odd is not None:
-                logger.warning(
-                    "%s: multiple_of=%d rounds down what it keeps.", problem, multiple
-                )
-            return rounded
-    raise ValueError(
-        f"{problem}: pass a size that keeps multiples of {processes}, or use a number of "
-        "processes that divides it."
-    )
-
-
-def _odd(request: LoadRequest, processes: int) -> str | None:
-    """Return name and width of the first MLP whose width does not divide."""
-    targets = request.widths.targets(request.plan)
-    return next((f"{n} {w}" for n, w in targets.items() if w % processes), None)
+def check_divides(request: LoadRequest, processes: int, argument: str) -> None:
+    """Refuse widths that do not divide among the processes that `argument` asked for."""
+    plan, targets = request.plan, request.widths.targets(request.plan)
+    odd = [f"{n} {width} neurons" for n, width in targets.items() if width % processes]
+    # What an allocation finds is not known yet.
+    if plan.prunes and plan.allocation != UNIFORM and plan.multiple_of % processes:
+        odd = [f"each layer multiples of {plan.multiple_of} neurons"]
+    if odd:
+        raise ValueError(
+            f"{asked_of(plan) or 'The checkpoint'} gives {odd[0]}, which do not divide among the "
+            f"{processes} processes of {argument}: pass "
+            f"multiple_of={math.lcm(processes, plan.multiple_of)}, or use a number of processes "
+            "that divides it."
+        )

@@ -14,7 +14,7 @@ from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.arguments import Layers, LayerWidths, Number
@@ -36,13 +36,11 @@ class PlanRow:
         parameters: Parameters of the pruned model; tied ones count once.
         reduction: Share of the baseline's parameters that is removed, 0 to 1.
         checkpoint_bytes: Size of its weights in the config's dtype.
-        layer_widths: Kept width of each layer, such as ``0:1200,1-29:900``; empty where
-            all are alike.
-        layer_criteria: Criterion of each layer likewise; empty where one scores all.
-        layers_dropped: Layers that are left out, such as ``20-22``; empty where none is.
-        equal_ratio: Where layers are left out and nothing else, the expansion ratio at which
-            all layers together are left with as many parameters, to a neuron; empty where
-            their MLPs do not have so many.
+        layer_widths: Where layers differ, their kept widths, such as ``0:1200,1-29:900``.
+        layer_criteria: Where they differ in their criterion, likewise.
+        layers_dropped: Layers that are left out, such as ``20-22``.
+        equal_ratio: Where only layers are left out, the expansion ratio at which all layers
+            have as many parameters, to a neuron; empty where their MLPs have fewer.
     """
 
     asked: str
@@ -153,14 +151,8 @@ def as_table(rows: list[PlanRow]) -> str:
     return markdown_table(names, table) + "\n"
 
 
-def as_csv(rows: list[PlanRow]) -> str:
-    """Return the rows as CSV with a header."""
-    return csv_table(PlanRow.__dataclass_fields__, map(asdict, rows))
-
-
-def as_json(rows: list[PlanRow]) -> str:
-    """Return the rows as a JSON list of objects."""
-    return json.dumps([asdict(row) for row in rows], indent=2) + "\n"
-
-
-FORMATS = {"table": as_table, "csv": as_csv, "json": as_json}
+FORMATS: dict[str, Callable[[list[PlanRow]], str]] = {
+    "table": as_table,
+    "csv": lambda rows: csv_table(PlanRow.__dataclass_fields__, map(asdict, rows)),
+    "json": lambda rows: json.dumps([*map(asdict, rows)], indent=2) + "\n",
+}

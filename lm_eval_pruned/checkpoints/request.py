@@ -14,16 +14,14 @@ from lm_eval_pruned.checkpoints.configs import (
     HUB,
     PLACING,
     READING,
+    argument_errors,
     auto_class_for,
+    check_filled,
     class_with_widths,
+    clear_errors,
     config_and_rest,
     skeleton,
     stored_widths,
-)
-from lm_eval_pruned.checkpoints.damage import (
-    argument_errors,
-    check_filled,
-    clear_errors,
 )
 from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.arguments import PruneArguments
@@ -108,11 +106,7 @@ class LoadRequest:
         )
 
     def content_key(self) -> tuple[Hashable, ...] | None:
-        """Identify the unpruned model; None where the checkpoint's content is not known.
-
-        It is the same however the model is asked for, and wherever it is to go in what dtype:
-        neurons are ranked and losses measured before.
-        """
+        """Identify the unpruned model as stored; None where the checkpoint's content is not known."""
         folder = Path(self.pretrained, self.model_arguments.get("subfolder") or "")
         # A commit of the Hub never changes.
         commit = getattr(self.widths.original, "_commit_hash", None)
@@ -124,8 +118,7 @@ class LoadRequest:
         given = sorted(
             (name, repr(value))
             for name, value in self.model_arguments.items()
-            if not (name in HUB or PLACING.fullmatch(name))
-            and value not in (None, False, "")
+            if value and not (name in HUB or PLACING.fullmatch(name))
         )
         # Arguments that transformers knows as settings of the config are in no file.
         config = self.widths.original.to_diff_dict()
@@ -148,12 +141,11 @@ class LoadRequest:
         """Load the tokenizer that belongs to the model."""
         from transformers import AutoTokenizer
 
-        arguments = {
-            name: self.model_arguments[name]
-            for name in (*HUB, "trust_remote_code", "gguf_file")
-            if self.model_arguments.get(name) is not None
+        read = (*HUB, "trust_remote_code", "gguf_file")
+        given = {
+            n: v for n, v in self.model_arguments.items() if n in read and v is not None
         }
-        return AutoTokenizer.from_pretrained(self.pretrained, **arguments)
+        return AutoTokenizer.from_pretrained(self.pretrained, **given)
 
     def load(self, *, stored: bool = False) -> tuple[PreTrainedModel, Widths]:
         """Load the model unpruned, with all its layers, and find the widths that its tensors have.

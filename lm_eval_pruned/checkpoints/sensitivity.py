@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import logging
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.default_model import cache_folder
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.arguments import Number
 
-logger = logging.getLogger("lm_eval.pruned.sensitivity")
-
 #: How many texts the loss is measured on by default.
 SAMPLES = 16
 #: Part of the name of a cached curve; raise it when they are measured in another way.
@@ -59,7 +56,7 @@ def measure_sensitivity(
         request: The model, whatever its plan says.
         calibration: JSON Lines file of text; see `lm_eval_pruned.pruning.calibration`.
         criteria: Which to measure. Those that look at activations see all tokens of the texts.
-        seeds: Seeds of ``random``, each of which has curves of its own; default: 0, 1, 2.
+        seeds: Seeds of ``random``; default: 0, 1, 2.
         prune_percents: Shares of neurons to remove, as ``prune_percent`` counts.
         calibration_samples: How many texts to use, from the first on; default: the first 16.
         calibration_tokens: How many tokens of each text to use for the loss.
@@ -69,7 +66,7 @@ def measure_sensitivity(
         ValueError: An argument is out of range, the text cannot be used, or the
             checkpoint is damaged.
         UnsupportedModelError: The model cannot be measured.
-        OSError: A file of the checkpoint is missing or damaged.
+        OSError: A file of the checkpoint is missing.
     """
     names = dict.fromkeys(map(canonical_name, criteria))
     if seeds is not None and RANDOM not in names:
@@ -123,11 +120,7 @@ def cached_losses(
     seed: int | None,
     shares: Sequence[Fraction],
 ) -> Sensitivity:
-    """Return the curves by one criterion from the user's cache, else `measure` and keep them.
-
-    A curve is known by the checkpoint's content, the tokens of `text` and, for criteria that look
-    at activations, of what they `read`, by criterion, seed and shares of neurons to remove.
-    """
+    """Return the curves by one criterion from the user's cache, else `measure` and keep them."""
     content = request.content_key()
     # Nothing tells whether the code of another package is still the same.
     if content is None or criterion not in (RANDOM, *CRITERIA):
@@ -140,13 +133,7 @@ def cached_losses(
     with contextlib.suppress(ValueError):
         return read_sensitivity(file)
     measured = measure()
-    try:
+    # Without a cache that can be written, they are measured each time.
+    with contextlib.suppress(OSError):
         measured.write(file)
-    except OSError as error:
-        logger.warning(
-            "The curves cannot be written to %s (%s), and are measured each time: set "
-            "XDG_CACHE_HOME to a writable folder.",
-            file.parent,
-            error,
-        )
     return measured

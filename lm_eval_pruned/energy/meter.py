@@ -24,9 +24,8 @@ from lm_eval_pruned.energy.readings import (
 if TYPE_CHECKING:
     from codecarbon.output_methods.emissions_data import EmissionsData
 
-#: How old a figure may be at the edge of a window, in seconds: NVML renews its counter
-#: within this time, and the load model sees ticks of 0.01 s.
-RESOLUTION_SECONDS = 0.1
+#: NVML renews its counter within so many seconds; the load model sees ticks of 0.01 s.
+_RESOLUTION = 0.1
 #: What codecarbon reads counters or sensors with, by the mode or the type of its hardware.
 _COUNTERS = {
     "intel_rapl": "RAPL energy counters of the processor packages",
@@ -39,14 +38,7 @@ _COUNTERS = {
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """Where the number of one component comes from.
-
-    Attributes:
-        kind: ``measured`` (a counter or sensor of the hardware), ``modelled`` (computed
-            from something else, such as processor load), ``constant`` (the same watts
-            all the time), or ``none`` (the component is not measured).
-        description: The same for people to read, with the model's parameters.
-    """
+    """Where the number of one component comes from: how it is found, and in words."""
 
     kind: Literal["measured", "modelled", "constant", "none"]
     description: str
@@ -57,10 +49,10 @@ class MeterDescription:
     """What a meter is and what its numbers hold.
 
     Attributes:
-        name: Name and version of the meter.
+        name: Name and version.
         scope: What is metered and what is left out.
         resolution_seconds: Time by which the edge of a window may be off, in seconds.
-        sources: One `ComponentSource` for each of `readings.COMPONENTS`.
+        sources: By component.
         hardware: Model names, by component.
         country: ISO 3166 alpha-3 code that the carbon intensity belongs to, or None.
     """
@@ -91,15 +83,13 @@ def check_country(country: str) -> str:
 
 
 class CodecarbonMeter:
-    """Counts the energy of this machine with codecarbon.
+    """Counts the energy of this machine with codecarbon, without files and network.
 
-    It writes no file and uses no network. The settings ``force_cpu_power``,
-    ``force_ram_power``, ``pue`` and ``rapl_*`` of the user's codecarbon configuration
-    apply, and the description says so.
+    The settings ``force_cpu_power``, ``force_ram_power``, ``pue`` and ``rapl_*`` of the user's
+    codecarbon configuration apply, and the description says so.
 
     Args:
-        country: ISO 3166 alpha-3 code whose carbon intensity gives the emissions; None
-            leaves them out.
+        country: ISO 3166 alpha-3 code whose carbon intensity gives the emissions, or None.
 
     Source: codecarbon 3.3.2, `emissions_tracker.py`, `core/resource_tracker.py`.
     """
@@ -114,7 +104,7 @@ class CodecarbonMeter:
         """Start a tracker, take a first measurement and say what is metered by which means.
 
         Raises:
-            RuntimeError: codecarbon did not start, or measured nothing.
+            RuntimeError: codecarbon measured nothing.
         """
         import codecarbon
         from codecarbon.output_methods.base_output import BaseOutput
@@ -154,18 +144,14 @@ class CodecarbonMeter:
             name=f"codecarbon {codecarbon.__version__}",
             scope="the whole machine, with whatever else ran on it; disks, network, fans, power "
             f"supply losses and cooling are not in it{factor}",
-            resolution_seconds=RESOLUTION_SECONDS,
+            resolution_seconds=_RESOLUTION,
             sources=self._sources,
             hardware={name: str(model) for name, model in models.items() if model},
             country=self._country,
         )
 
     def read(self) -> EnergyReading:
-        """Return the energy since `start`; a component that the meter lacks is None.
-
-        Raises:
-            RuntimeError: codecarbon measured nothing.
-        """
+        """Return the energy since `start`; a component that the meter lacks is None."""
         data = self._measure()
         joules = {
             name: getattr(data, f"{name}_energy") * JOULES_PER_KWH
@@ -179,7 +165,6 @@ class CodecarbonMeter:
         )
 
     def stop(self) -> None:
-        """Stop the tracker; `read` is not called afterwards."""
         self._tracker.stop()
 
     def _measure(self) -> EmissionsData:
@@ -193,9 +178,8 @@ class CodecarbonMeter:
 def _with_fresh_readings(base: type) -> type:
     """Return `base` with measurements that are fresh and come one at a time.
 
-    Its scheduler measures in a thread of its own; two measurements at once would both
-    count the time since the last one. ``flush`` reuses a measurement of up to 0.05 s ago,
-    and would move energy from one window into the next.
+    Two at once, one of them by its scheduler, would both count the time since the last one.
+    ``flush`` reuses one of up to 0.05 s ago, whose energy would count for the next window.
     """
     lock = threading.Lock()
 
@@ -219,26 +203,19 @@ def _source(name: str, part: Any) -> ComponentSource:
         return ComponentSource("measured", _COUNTERS[mode])
     if mode == "GPU":
         devices = part.devices.devices
-        nvidia = any("nvidia" in type(d).__name__.lower() for d in devices)
-        counted = all(getattr(d, "_has_counter", False) for d in devices)
-        return ComponentSource(
-            "measured",
-            f"{'NVML' if nvidia else 'AMD SMI'} "
-            f"{'energy counter' if counted else 'power, sampled each second'} "
-            f"of {len(part._get_gpu_ids())} device(s)",
-        )
+        library = "NVML" if "Nvidia" in type(devices[0]).__name__ else "AMD SMI"
+        counted = all(getattr(each, "_has_counter", False) for each in devices)
+        means = "energy counter" if counted else "power, sampled each second"
+        count = len(part._get_gpu_ids())
+        return ComponentSource("measured", f"{library} {means} of {count} device(s)")
     if mode == "RAM":
         watts = f"{part.total_power().W:g} W"
         if part._force_ram_power is not None:
             return ComponentSource("constant", f"{watts}, forced by the user")
-        return ComponentSource(
-            "modelled",
-            f"codecarbon's constant for the installed memory: {watts}, whatever the load",
-        )
+        installed = "codecarbon's constant for the installed memory"
+        return ComponentSource("modelled", f"{installed}: {watts}, whatever the load")
     if mode not in ("constant", "cpu_load"):
-        return ComponentSource(
-            "modelled", f"codecarbon's {mode}, unknown to this package"
-        )
+        return ComponentSource("modelled", f"codecarbon's {mode}")
     origin = (
         "codecarbon's constant for a processor that it does not know"
         if part._is_generic_tdp

@@ -1,8 +1,4 @@
-"""Energy of a stretch of time, in windows that nest.
-
-A meter counts; `EnergyMonitor` takes the differences of its counters over named windows, and
-turns whatever the meter does wrong into a note instead of an exception.
-"""
+"""Energy of a stretch of time: differences of a meter's counters, in windows that nest."""
 
 from __future__ import annotations
 
@@ -27,14 +23,12 @@ logger = logging.getLogger("lm_eval.pruned.energy")
 class EnergyMonitor:
     """Measures named windows with a meter that may fail.
 
-    Windows may nest and overlap; those of one monitor share its counters, so the
-    windows inside another one add up to it, but for those measured apart. Nothing here
-    raises because of the meter: what went wrong is in `failures` and in the notes of the
-    readings.
+    Windows may nest and overlap; those inside another one add up to it, but for those measured
+    apart. What the meter does wrong raises nothing: it is in the notes of the readings.
 
     Args:
-        meter: The meter; it is started by the first window, or by `start`. None in a
-            process that is not the one to meter its machine: only time is measured.
+        meter: The meter, which the first window starts. None in a process that is not the one
+            to meter its machine: only time is measured.
         clock: Returns seconds; for tests.
 
     Attributes:
@@ -71,10 +65,7 @@ class EnergyMonitor:
                 self._apart = EnergyReading(0.0, Joules(0.0, 0.0, 0.0, 0.0), 0.0)
 
     def start_in_background(self) -> None:
-        """Start the meter while the caller does something else.
-
-        Finding out what hardware there is can take a second or two.
-        """
+        """Start the meter while the caller does something else; it takes a second or two."""
         threading.Thread(target=self.start, daemon=True).start()
 
     def stop(self) -> None:
@@ -98,12 +89,7 @@ class EnergyMonitor:
         return self._checked(self._counters() - self._open[name])
 
     def end_window(self, name: str, *, apart: bool = False) -> EnergyReading:
-        """Close a window and return what it took.
-
-        Args:
-            name: The window.
-            apart: The windows that are open around it leave out what it took.
-        """
+        """Close a window and return what it took; if `apart`, open windows leave that out."""
         took = self._counters() - self._open.pop(name)
         if apart:
             self._apart = add_up([self._apart, took])
@@ -111,10 +97,9 @@ class EnergyMonitor:
 
     def _counters(self) -> EnergyReading:
         """Return counters that stand still while something is measured apart."""
-        counters = None
+        counters = EnergyReading(None)
         if self._meter is not None and self._running:
-            counters = self._ask(self._meter.read, "died")
-        counters = counters or EnergyReading(None)
+            counters = self._ask(self._meter.read, "died") or counters
         return replace(counters, seconds=self._clock()) - self._apart
 
     def _checked(self, took: EnergyReading) -> EnergyReading:
@@ -145,13 +130,9 @@ class EnergyMonitor:
             return call()
         except Exception as error:  # noqa: BLE001
             self._meter, self._running = None, False
-            self.failures.append(
-                f"the meter {failure}: {error or type(error).__name__}"
-            )
-            logger.warning(
-                "Energy is not measured any more, the evaluation goes on: %s.",
-                self.failures[-1],
-            )
+            note = f"the meter {failure}: {error or type(error).__name__}"
+            self.failures.append(note)
+            logger.warning("Energy is not measured any more: %s.", note)
             return None
 
 

@@ -5,7 +5,7 @@ None always means *not measured*. A component is never reported as 0 J.
 
 from __future__ import annotations
 
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field
 from operator import sub
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,9 @@ class Joules:
     """Energy by component, in joules; None where it was not measured.
 
     Attributes:
-        cpu: Processor packages.
-        gpu: All graphics processors that the meter sees.
-        ram: Memory modules.
-        total: All components together, as the meter adds them up; None where one that the
-            meter has, or that the model runs on, was not measured.
+        cpu, gpu, ram: All processors and memory modules that the meter sees.
+        total: As the meter adds them up; None where one that the meter has, or that the model
+            runs on, was not measured.
     """
 
     cpu: float | None = None
@@ -53,15 +51,12 @@ class EnergyReading:
         joules: Energy by component.
         emissions_kg: Emissions in kg CO2e; None without a carbon intensity.
         notes: Why something was not measured.
-        idle: What the idle machine would have used in the same time; None where nobody
-            asked for that.
     """
 
     seconds: float | None
     joules: Joules = field(default_factory=Joules)
     emissions_kg: float | None = None
     notes: tuple[str, ...] = ()
-    idle: Joules | None = None
 
     def __sub__(self, before: EnergyReading) -> EnergyReading:
         """Return by how much counters moved on."""
@@ -71,14 +66,11 @@ class EnergyReading:
             _if_known(sub, self.emissions_kg, before.emissions_kg),
         )
 
-    def with_idle(self, idle: EnergyReading) -> EnergyReading:
-        """Return the reading with what the idle machine would have used, at the power of `idle`."""
-        times = ratio(self.seconds, idle.seconds)
-        power = Joules() if times is None else idle.joules
-        return replace(self, idle=_by_component(lambda each: each * times, power))
+    def as_dict(self, idle: EnergyReading | None = None) -> dict[str, Any]:
+        """Return the reading as JSON types; the keys carry the units.
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the reading as JSON types; the keys carry the units."""
+        With a reading of the `idle` machine, its power times `seconds` is told too, and taken off.
+        """
         total = self.joules.total
         kwh = ratio(total, JOULES_PER_KWH)
         kg_per_kwh = ratio(self.emissions_kg, kwh)
@@ -92,9 +84,12 @@ class EnergyReading:
         }
         if self.notes:
             record["notes"] = list(self.notes)
-        if self.idle is not None:
-            net = self.joules - self.idle
-            record |= {"idle_joules": self.idle.as_dict(), "net_joules": net.as_dict()}
+        if idle is not None:
+            times = ratio(self.seconds, idle.seconds)
+            power = Joules() if times is None else idle.joules
+            spent = _by_component(lambda each: each * times, power)
+            net = self.joules - spent
+            record |= {"idle_joules": spent.as_dict(), "net_joules": net.as_dict()}
         return record
 
 
@@ -108,10 +103,7 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 def add_up(
     readings: Iterable[EnergyReading], *, at_once: bool = False
 ) -> EnergyReading:
-    """Add readings of windows that do not count the same energy twice.
-
-    A figure that one of them lacks is None in the sum: part of a sum looks like a
-    whole one.
+    """Add readings of windows; a figure that one of them lacks is None in the sum.
 
     Args:
         readings: Windows one after the other, or of several machines.
@@ -125,9 +117,6 @@ def add_up(
         _by_component(_sum, *(part.joules for part in parts)),
         _if_known(_sum, *(part.emissions_kg for part in parts)),
         tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-        _if_known(
-            lambda *idle: _by_component(_sum, *idle), *(part.idle for part in parts)
-        ),
     )
 
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_eval_pruned.checkpoints.damage import misspelt
+from lm_eval_pruned.checkpoints.configs import misspelt
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
 from lm_eval_pruned.pruning.argument_values import known_allocation, read_widths
 from lm_eval_pruned.pruning.arguments import (

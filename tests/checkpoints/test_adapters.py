@@ -178,10 +178,10 @@ def test_an_adapter_that_leaves_the_mlps_alone_fits_any_width(tiny_llama, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"peft_stage": "before"}, "peft_stage=before says when an adapter is applied"),
+        ({"peft_stage": "before"}, "peft_stage=before says nothing: pass peft"),
         (
             {"peft": "x", "peft_stage": "during"},
-            "peft_stage=during is unknown: pass one",
+            "peft_stage=during says nothing",
         ),
         (
             {"peft": "nowhere", "peft_stage": "before", "ratio": 9},

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
-from hypothesis import assume, example, given, strategies as st
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints.load import divide_among
+from lm_eval_pruned.checkpoints.load import check_divides
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from tests.helpers import evaluations, layouts
+from tests.helpers import evaluations
 from tests.helpers.checkpoints import save_tiny
 from tests.helpers.evaluations import TWO_PROCESSES
 
@@ -70,83 +68,29 @@ def request_of(folder, asked: PruneArguments) -> LoadRequest:
     return LoadRequest.resolve(AutoModelForCausalLM, str(folder), asked, {})
 
 
-@given(
-    width=st.integers(1, 87),
-    processes=st.integers(2, 44),
-    multiple=st.integers(1, 8),
-)
-@example(63, 2, 1)
-@example(1, 2, 1)
-@example(47, 8, 6)
-@example(64, 2, 1)
-def test_widths_that_do_not_divide_are_rounded_down(
-    tiny_llama, width, processes, multiple
-):
-    assume(multiple <= width)
-    asked = PruneArguments(intermediate_size=width, multiple_of=multiple)
-    request = request_of(tiny_llama, asked)
-    before = width // multiple * multiple
-    expected = width // math.lcm(processes, multiple) * math.lcm(processes, multiple)
-    if before % processes == 0:
-        assert divide_among(request, processes) is request
-    elif expected == 0:
-        with pytest.raises(ValueError, match="pass a size that keeps multiples"):
-            divide_among(request, processes)
-    else:
-        request = divide_among(request, processes)
-        assert {*request.widths.targets(request.plan).values()} == {expected}
-
-
 @pytest.mark.parametrize(
-    ("arguments", "kept"),
+    ("asked", "refused"),
     [
-        ({"widths": {0: 63, 1: 41}}, [60, 40, 88]),
-        ({"widths": {1: 27}}, [88, 24, 88]),
-        ({"prune_percent": 40, "layers": "1"}, [88, 52, 88]),
-        ({"intermediate_size": 51, "allocation": "global"}, [48, 48, 48]),
+        ({"intermediate_size": 64}, ""),
+        ({"intermediate_size": 63}, "63 gives model.layers.0.mlp 63 .* multiple_of=4,"),
+        ({"intermediate_size": 54, "multiple_of": 6}, "54 neurons.* multiple_of=12,"),
+        ({"prune_percent": 40, "layers": "1"}, "model.layers.1.mlp 53 neurons"),
+        ({"widths": {1: 27}}, "model.layers.1.mlp 27 neurons"),
+        # What an allocation finds is not known yet; the mean is.
+        ({"intermediate_size": 52, "allocation": "global"}, "pass multiple_of=4,"),
+        ({"intermediate_size": 54, "allocation": "global", "multiple_of": 4}, ""),
     ],
-    ids=["a file", "a layer of a file", "some layers", "an allocation"],
 )
-def test_each_layer_is_rounded_down(tiny_llama, arguments, kept, caplog):
-    request = divide_among(request_of(tiny_llama, PruneArguments(**arguments)), 4)
-    assert list(request.widths.targets(request.plan).values()) == kept
-    assert (
-        "neurons, which do not divide among the 4 processes of tp_plan" in caplog.text
-    )
-    assert "multiple_of=4 rounds down what it keeps" in caplog.text
+def test_widths_that_do_not_divide_are_refused_with_advice(tiny_llama, asked, refused):
+    request = request_of(tiny_llama, PruneArguments(**asked))
+    if not refused:
+        check_divides(request, 4, "tp_plan")
+        return
+    with pytest.raises(ValueError, match=refused):
+        check_divides(request, 4, "tp_plan")
 
 
-def test_an_allocation_shares_out_multiples_although_their_mean_divides(tiny_llama):
-    """The widths that an allocation finds are not known yet; their mean is."""
-    asked = PruneArguments(intermediate_size=52, allocation="global")
-    found = divide_among(request_of(tiny_llama, asked), 4).prune_arguments
-    assert (found.intermediate_size, found.multiple_of) == (52, 4)
-
-
-def test_layers_that_differ_already_are_rounded_down_each(tmp_path):
-    """A share is one of each layer's own neurons."""
-    save_tiny(tmp_path / "whole", num_hidden_layers=2, intermediate_size=80)
-    model = load_pruned(str(tmp_path / "whole"), widths={1: 60})
-    model.save_pretrained(tmp_path / "own")
-    asked = PruneArguments(prune_percent=10)
-    request = divide_among(request_of(tmp_path / "own", asked), 5)
-    assert list(request.widths.targets(request.plan).values()) == [70, 50]
-
-
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen2_moe", "granitemoeshared"])
-def test_experts_and_what_stands_beside_them_divide(tmp_path, family):
-    save_tiny(tmp_path, family, **layouts.overrides(family, 40))
-    before = request_of(tmp_path, PruneArguments(prune_percent=33))
-    targets = before.widths.targets(before.plan)
-    assert any(width % 2 for width in targets.values())
-    request = divide_among(before, 2)
-    kept = request.widths.targets(request.plan)
-    assert not any(width % 2 for width in kept.values())
-    assert all(abs(kept[name] - targets[name]) < 4 for name in kept)
-
-
-def test_widths_that_tensor_parallelism_cannot_split(tmp_path, monkeypatch):
-    """The next width that two processes can share is that of the unpruned model."""
+def test_tensor_parallelism_is_refused_before_weights_are_read(tmp_path, monkeypatch):
     narrow = str(save_tiny(tmp_path, intermediate_size=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(
@@ -155,7 +99,7 @@ def test_widths_that_tensor_parallelism_cannot_split(tmp_path, monkeypatch):
     )
     sentence = (
         r"intermediate_size=1 gives model\.layers\.0\.mlp 1 neurons, .* the 2 processes of "
-        r"tp_plan: pass a size that keeps multiples of 2, "
+        r"tp_plan: pass multiple_of=2, "
     )
     with pytest.raises(ValueError, match=sentence):
         PrunedHFLM(narrow, device="cpu", tp_plan="auto", intermediate_size=1)

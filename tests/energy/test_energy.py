@@ -277,7 +277,7 @@ def test_net_is_gross_minus_idle_and_may_be_negative(idle_watts, run_watts, wait
     clock = Clock()
     meter = FakeMeter(clock, {"cpu": [(0.0, idle_watts), (wait, run_watts)]})
     idle, gross = measured(meter, clock, wait, run)
-    record = gross.with_idle(idle).as_dict()
+    record = gross.as_dict(idle)
     assert record["idle_joules"]["cpu"] == pytest.approx(idle_watts * run)
     net = record["net_joules"]
     expected = (run_watts - idle_watts) * run

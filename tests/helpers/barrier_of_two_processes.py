@@ -12,8 +12,8 @@ import torch.distributed
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
-from lm_eval_pruned.model_wrappers.energy_logging import EnergyLoggingHFLM
 from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog
+from lm_eval_pruned.model_wrappers.pruned_hf import EnergyLoggingHFLM
 from tests.helpers.meters import Clock, FakeMeter
 
 

@@ -526,9 +526,9 @@ def test_machines_add_up_and_processes_are_not_metered_twice():
     assert block["cached_answers"] == 5
 
 
-def test_idle_power_is_subtracted_from_each_machine():
+def test_the_idle_power_of_all_machines_is_subtracted():
     machines = [
-        # 100 W and 50 W at idle; 500 W and 250 W at work, for 10 s and 8 s.
+        # 100 W and 50 W at idle; 500 W and 250 W at work, for 10 s.
         log_of({"cpu": [(0.0, 100.0), (4.0, 500.0)]}, idle_seconds=4),
         log_of({"cpu": [(0.0, 50.0), (4.0, 250.0)]}, idle_seconds=4),
     ]
@@ -537,7 +537,7 @@ def test_idle_power_is_subtracted_from_each_machine():
     lm = SimpleNamespace(token_counts=TokenCounts())
     for _ in range(2):
         shares = []
-        for (log, clock), seconds in zip(logs, (10.0, 8.0, 0.0), strict=True):
+        for (log, clock), seconds in zip(logs, (10.0, 10.0, 0.0), strict=True):
             log.measure_idle()
             key = "request_types", "loglikelihood"
             with log.window(*key, lm=lm, requests=1, left_open=True):
@@ -554,9 +554,9 @@ def test_idle_power_is_subtracted_from_each_machine():
     assert block["idle"]["joules"]["total"] == 4 * (100 + 50)
     assert block["idle"]["mean_watts"] == 150.0
     for record in (block["request_types"]["loglikelihood"], block["total"]):
-        assert record["joules"]["total"] == 2 * (5000 + 2000)
-        assert record["idle_joules"]["total"] == 2 * (1000 + 400)
-        assert record["net_joules"]["total"] == 2 * (4000 + 1600)
+        assert record["joules"]["total"] == 2 * (5000 + 2500)
+        assert record["idle_joules"]["total"] == 2 * (1000 + 500)
+        assert record["net_joules"]["total"] == 2 * (4000 + 2000)
     search = block["set_up"]["batch_size_search"]["loglikelihood"]
     assert search["seconds"] == 2 * 2.0
     assert search["joules"]["total"] == 2 * (1000 + 500)

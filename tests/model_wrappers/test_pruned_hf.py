@@ -128,7 +128,6 @@ def test_the_table_is_logged(tiny_llama, caplog):
     [
         ({"ratio": 2, "prune_percent": 10}, "ratio=2 and prune_percent=10"),
         ({"ratio": 2, "criterion": "nope"}, "criterion=nope is unknown"),
-        ({"ratio": 2, "autogptq": True}, "autogptq=True loads quantised weights"),
         ({"ratio": 50}, "ratio=50 is above"),
     ],
 )

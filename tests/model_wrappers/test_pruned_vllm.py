@@ -131,10 +131,11 @@ def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
         (
             {"intermediate_size": 1, "tensor_parallel_size": 512},
             ValueError,
-            r"512 processes of tensor_parallel_size: pass a size that keeps multiples of",
+            r"512 processes of tensor_parallel_size: pass multiple_of=512",
         ),
         ({"drop_layers": 1}, ValueError, r"drop_layers leaves out whole layers"),
         ({"ratio": 2, "load_format": "dummy"}, ValueError, r"load_format=dummy"),
+        ({"worker_extension_cls": "a.B"}, ValueError, r"worker_extension_cls=a.B"),
         ({"prune_precent": 2}, ValueError, r"did you mean prune_percent"),
         ({"ratio": 2, "trust_remote_code": "off"}, ValueError, r"trust_remote_code"),
     ],

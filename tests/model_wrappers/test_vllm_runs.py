@@ -114,7 +114,10 @@ def test_the_stock_command_with_an_engine_of_two_processes(
     subprocess.run(
         [
             *(sys.executable, "-m", "lm_eval", "run", "--model", "pruned-vllm"),
-            *("--model_args", f"pretrained={llama},intermediate_size=101,{more}"),
+            *(
+                "--model_args",
+                f"pretrained={llama},intermediate_size=101,multiple_of=2,{more}",
+            ),
             *("--tasks", "tiny_choice", "--include_path"),
             str(sweeping.write_tasks(tmp_path / "tasks")),
             *("--output_path", str(tmp_path / "results"), "--log_samples"),

@@ -21,7 +21,7 @@ FOLDERS = {
 #: By file: a line that is wrong because of what another module says.
 MISTAKES = {
     "lm_eval_pruned/checkpoints/planning.py": "1 + ''",
-    "model_wrappers/hf_arguments.py": "1 + ''",
+    "model_wrappers/hf_prefix.py": "1 + ''",
     # No attribute of a mixin: below HFLM, which is Any to mypy, there may be any.
     "model_wrappers/batching/prefix_sharing.py": "check_flag('a')",
     "tasks/demo/utils.py": "mean_over_instructions(1)",
