@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -35,27 +34,18 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.results.folder import UnitRecord
 
-logger = logging.getLogger("lm_eval.pruned.sweep")
-
 
 class SweepFolder:
     """The folder of one sweep, or of part I of N where `shard` is ``(I, N)``."""
 
     def __init__(self, path: str | Path, shard: tuple[int, int] | None = None) -> None:
         self.path = Path(path)
-        self._shard = f"shard-{shard[0]}-of-{shard[1]}" if shard else None
-        self._unfinished = self.path / ".unfinished" / (self._shard or "sweep")
+        self._part = f"shard-{shard[0]}-of-{shard[1]}" if shard else "sweep"
+        self._unfinished = self.path / ".unfinished" / self._part
 
     def read(self, configuration: str, task: str) -> UnitRecord | None:
         """Return what is there for a unit; None for nothing, or nothing whole."""
         return read_unit(unit_folder(self.path, configuration, task))
-
-    def finished(self, configuration: str) -> Iterator[Mapping[str, Any]]:
-        """Yield the definitions of a configuration's finished units, whatever their task."""
-        parent = unit_folder(self.path, configuration, "any").parent
-        for record in map(read_unit, sorted(parent.glob("*"))):
-            if record is not None and record.error is None:
-                yield record.definition
 
     def write_definition(self, definition: dict[str, Any]) -> None:
         """Write ``sweep.json``, the same bytes for the same definition."""
@@ -82,20 +72,13 @@ class SweepFolder:
     ) -> dict[str, float]:
         """Make `folder` the unit's folder, and return the unit's own scores.
 
-        What was there before moves to ``DIR/superseded``, so that results made
-        under another definition are never lost to a mistyped command.
-
-        Args:
-            folder: From `new_unit`, with the harness's files.
-            names: Of configuration and task.
-            seconds: Time the evaluation took.
-            definition: What decides the scores.
-            error: What the unit failed with; the files then go.
+        Results that were there before move to ``DIR/superseded``, so that a mistyped command
+        loses none. `folder` comes from `new_unit` and has the harness's files, which go where the
+        unit has failed.
         """
-        configuration, task = names
         unit = {
-            "configuration": configuration,
-            "task": task,
+            "configuration": names[0],
+            "task": names[1],
             "fingerprint": fingerprint(definition),
             "seconds": round(seconds, 3),
             "definition": definition,
@@ -134,35 +117,20 @@ class SweepFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder against a second sweep, a shard against its double.
-
-        Shards of one sweep run side by side; a whole sweep runs alone. What processes that
-        died left unfinished is removed.
+        """Hold the folder, or its part, against a second process, and remove what one that died left.
 
         Raises:
             ValueError: Another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        whole = self.path / "sweep.lock"
-        with contextlib.ExitStack() as locks:
-            # Each side takes its own lock before it looks at the other's.
-            if self._shard:
-                locks.enter_context(locked(self.path / f"{self._shard}.lock"))
-                # Shards that start at once look here one after the other.
-                with locked(whole, wait=2):
-                    pass
-            else:
-                locks.enter_context(locked(whole))
-                for shard in sorted(self.path.glob("shard-*.lock")):
-                    locks.enter_context(locked(shard))
-            left = self._unfinished if self._shard else self._unfinished.parent
-            shutil.rmtree(left, ignore_errors=True)
+        with locked(self.path / f"{self._part}.lock"):
+            shutil.rmtree(self._unfinished, ignore_errors=True)
             yield
 
 
 @contextlib.contextmanager
 def locked(file: Path, wait: float = 0) -> Iterator[None]:
-    """Hold a file against other processes, where the file system has locks.
+    """Hold a file against other processes.
 
     Raises:
         ValueError: Another process holds it, and has done so for `wait` seconds; -1 waits for
@@ -170,25 +138,15 @@ def locked(file: Path, wait: float = 0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(file)
     try:
-        lock.acquire(timeout=wait)
+        lock = FileLock(file).acquire(timeout=wait)
     except Timeout:
         raise ValueError(
             f"--output_path {file.parent} is in use by another sweep: wait until it has ended, "
             "stop it, or pass another folder."
         ) from None
-    except (NotImplementedError, OSError) as error:
-        logger.warning(
-            "The file system of %s has no locks (%s): make sure that only one sweep writes "
-            "there.",
-            file.parent,
-            error,
-        )
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def write_results(results: dict[str, Any], tracker: Any, folder: Path) -> None:

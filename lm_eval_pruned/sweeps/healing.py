@@ -6,8 +6,12 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.registry import get_model
+
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
 from lm_eval_pruned.healing.options import ADAPTER, HealingOptions
+from lm_eval_pruned.healing.run import checkpoints_of, heal, prepare
+from lm_eval_pruned.healing.text import digest_of, texts_of
 from lm_eval_pruned.pruning.arguments import DECLARED
 from lm_eval_pruned.sweeps.folder import locked
 from lm_eval_pruned.sweeps.options import refuse_other_processes
@@ -32,13 +36,7 @@ _HOW = (
 
 
 class SweepHealing:
-    """How the configurations of a sweep are trained.
-
-    Args:
-        asked: Options of a sweep with ``heal``.
-
-    Attributes:
-        data: File of the text.
+    """How the configurations of a sweep with the option ``heal`` are trained, on the text `data`.
 
     Raises:
         ValueError: An option is unknown or of no use, the text cannot be read, or the
@@ -65,8 +63,6 @@ class SweepHealing:
                 "model out, or train with lm-eval-pruned heal and pass lora_local_path."
             )
         refuse_other_processes("heal", asked)
-        from lm_eval_pruned.healing.text import digest_of, texts_of
-
         self._options = HealingOptions.of(given, "heal")
         self.data = str(data)
         self._texts, self._sha256 = texts_of(self.data), digest_of(self.data)
@@ -85,10 +81,13 @@ class SweepHealing:
 
     def check(self, model_args: Mapping[str, Any], place: Path) -> None:
         """Refuse a training to `place` that cannot be, before a model is loaded."""
-        from lm_eval_pruned.healing.run import checkpoints_of, prepare
-
-        checkpoints = checkpoints_of(place)
-        prepare(dict(model_args), self.data, self._texts, self._options, checkpoints)
+        prepare(
+            dict(model_args),
+            self.data,
+            self._texts,
+            self._options,
+            checkpoints_of(place),
+        )
 
     def train(
         self, model_args: Mapping[str, Any], place: Path, device: str | None
@@ -100,8 +99,6 @@ class SweepHealing:
         Raises:
             KeyboardInterrupt: The training was stopped by hand, with a checkpoint.
         """
-        from lm_eval_pruned.healing.run import checkpoints_of, heal
-
         options = self._options
         if device == "cpu":
             training = {"use_cpu": True, **options.training_args}
@@ -123,8 +120,6 @@ def training_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, A
     Raises:
         ValueError: One of them changes what is evaluated, and a training has no such thing.
     """
-    from lm_eval.api.registry import get_model
-
     for name in ("delta", "tokenizer", "autogptq", "gptqmodel"):
         if model_args.get(name) is not None:
             raise ValueError(

@@ -11,9 +11,8 @@ import difflib
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.healing.options import DECLARED as HEALING
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """One option of the command and one key of the YAML file.
 
     Attributes:
@@ -36,7 +34,6 @@ class Option:
             batch; ``where`` they run and what they write lies; or else ``what`` is evaluated.
         metavar: Placeholder for ``--help``; empty for a flag.
         help: Line for ``--help``.
-        group: Heading for ``--help``.
     """
 
     name: str
@@ -44,87 +41,82 @@ class Option:
     decides: str
     metavar: str
     help: str
-    group: str
 
 
 #: Arguments of pruning of which all models of a sweep have one value.
 SHARED = tuple(name for name in DECLARED if name not in (*SIZES, *SEVERAL.values()))
-
-
-def _rows(group: str, *rows: tuple[str, str, str, str, str]) -> tuple[Option, ...]:
-    return tuple(Option(*row, group) for row in rows)
-
-
+_WORDS = ("criteria", "widths", "allocations")
+_PAIRS = "KEY=VALUE"
 # fmt: off
-_SIZES = _rows(
-    "configurations",
-    ("model", "text", "what", "NAME", "pruned-hf (default) or pruned-vllm"),
-    ("model_args", "mapping", "what", "KEY=VALUE",
-     "arguments of the model type, those of pruning that all models share among them"),
-    *(
-        (name, "words" if name in ("criteria", "widths", "allocations") else "numbers", "what",
-         DECLARED[argument].metadata["metavar"], help_of(name, several=True))
-        for name, argument in SEVERAL.items()
+#: The options under their headings for ``--help``.
+GROUPS = {
+    "configurations": (
+        Option("model", "text", "what", "NAME", "pruned-hf (default) or pruned-vllm"),
+        Option("model_args", "mapping", "what", _PAIRS,
+               "arguments of the model type, and those of pruning that all models share"),
+        *(Option(name, "words" if name in _WORDS else "numbers", "what",
+                 DECLARED[argument].metadata["metavar"], help_of(name, several=True))
+          for name, argument in SEVERAL.items()),
+        *(Option(name, "text", "what", DECLARED[name].metadata["metavar"] or name.upper(), help_of(name))
+          for name in SHARED),
+        Option("heal", "mapping", "what", _PAIRS,
+               "train each pruned model again and evaluate it before and after: data=FILE and the "
+               f"options of lm-eval-pruned heal ({', '.join(HEALING)})"),
     ),
-    *(
-        (name, "text", "what", DECLARED[name].metadata.get("metavar") or name.upper(), help_of(name))
-        for name in SHARED
+    "evaluation, as in lm_eval run": (
+        Option("tasks", "words", "what", "TASK", "tasks, groups, tags, patterns or YAML files"),
+        Option("output_path", "text", "where", "DIR", "folder of the sweep"),
+        Option("limit", "number", "scores", "N", "documents per task: a count, or a share below 1"),
+        Option("samples", "samples", "scores", "JSON", "JSON or a file: documents per task, by index"),
+        Option("batch_size", "text", "how", "SIZE", "a number, auto, or auto:N (default: 1)"),
+        Option("max_batch_size", "integer", "how", "N", "upper bound of auto"),
+        Option("num_fewshot", "integer", "scores", "N", "examples in the context"),
+        Option("apply_chat_template", "flag_or_text", "scores", "NAME",
+               "wrap prompts in the chat template, or in the one of this name"),
+        Option("fewshot_as_multiturn", "boolean", "scores", "BOOL", "examples as turns of a conversation"),
+        Option("system_instruction", "text", "scores", "TEXT", "system prompt"),
+        Option("gen_kwargs", "mapping", "scores", _PAIRS, "arguments of generation"),
+        Option("device", "text", "how", "DEVICE", "such as cuda:0 or cpu"),
+        Option("log_samples", "boolean", "scores", "BOOL",
+               "write every document's outputs (default here: true)"),
+        Option("predict_only", "flag", "scores", "", "write outputs, compute no metric"),
+        Option("use_cache", "text", "how", "PREFIX",
+               "prefix of the files that cache responses, one file per configuration"),
+        Option("include_path", "text", "what", "DIR", "folder of more tasks"),
+        Option("metadata", "mapping", "what", _PAIRS, "more arguments for tasks"),
+        Option("seed", "text", "what", "N", "seeds of python, numpy, torch and few-shot choice"),
+        Option("trust_remote_code", "flag", "what", "", "run code that comes with models and data"),
+        Option("confirm_run_unsafe_code", "flag", "what", "", "run tasks marked as unsafe"),
     ),
-    ("heal", "mapping", "what", "KEY=VALUE",
-     "train each pruned model again and evaluate it before and after: data=FILE and the options of "
-     + f"lm-eval-pruned heal ({', '.join(HEALING)})"),
-)
-_HARNESS = _rows(
-    "evaluation, as in lm_eval run",
-    ("tasks", "words", "what", "TASK", "tasks, groups, tags, patterns or YAML files"),
-    ("output_path", "text", "where", "DIR", "folder of the sweep"),
-    ("limit", "number", "scores", "N", "documents per task: a count, or a share below 1"),
-    ("samples", "samples", "scores", "JSON", "JSON or a file: documents per task, by index"),
-    ("batch_size", "text", "how", "SIZE", "a number, auto, or auto:N (default: 1)"),
-    ("max_batch_size", "integer", "how", "N", "upper bound of auto"),
-    ("num_fewshot", "integer", "scores", "N", "examples in the context"),
-    ("apply_chat_template", "flag_or_text", "scores", "NAME",
-     "wrap prompts in the chat template, or in the one of this name"),
-    ("fewshot_as_multiturn", "boolean", "scores", "BOOL", "examples as turns of a conversation"),
-    ("system_instruction", "text", "scores", "TEXT", "system prompt"),
-    ("gen_kwargs", "mapping", "scores", "KEY=VALUE", "arguments of generation"),
-    ("device", "text", "how", "DEVICE", "such as cuda:0 or cpu"),
-    ("log_samples", "boolean", "scores", "BOOL", "write every document's outputs (default here: true)"),
-    ("predict_only", "flag", "scores", "", "write outputs, compute no metric"),
-    ("use_cache", "text", "how", "PREFIX",
-     "prefix of the files that cache responses, one file per configuration"),
-    ("include_path", "text", "what", "DIR", "folder of more tasks"),
-    ("metadata", "mapping", "what", "KEY=VALUE", "more arguments for tasks"),
-    ("seed", "text", "what", "N", "seeds of python, numpy, torch and few-shot choice"),
-    ("trust_remote_code", "flag", "what", "", "run code that comes with models and data"),
-    ("confirm_run_unsafe_code", "flag", "what", "", "run tasks marked as unsafe"),
-) + _rows(
-    "logging and tracking, as in lm_eval run",
-    ("wandb_args", "mapping", "where", "KEY=VALUE",
-     "arguments of wandb.init; each unit is a run of its own"),
-    ("wandb_config_args", "mapping", "where", "KEY=VALUE",
-     "what the config of each W&B run holds besides"),
-    ("trackio_args", "mapping", "where", "KEY=VALUE", "arguments of trackio.init; each unit is a run"),
-    ("hf_hub_log_args", "mapping", "where", "KEY=VALUE", "whether and where results go to the Hub"),
-)
-_OURS = _rows(
-    "where the units run",
-    ("ray", "flag_or_text", "where", "ADDRESS",
-     "run on the Ray cluster at this address; without one, on the cluster that RAY_ADDRESS names or "
-     + "that runs here, else on one started for the sweep"),
-    ("gpus_per_unit", "number", "where", "N",
-     "GPUs of one Ray worker (default: 1 where the cluster has any)"),
-    ("cpus_per_unit", "number", "where", "N", "CPUs of one Ray worker (default: 1)"),
-) + _rows(
-    "fewer documents",
-    ("stop_when", "text", "what", "RULE",
-     "decided, or decided:MARGIN: stop a unit when its difference to the unpruned model is shown, or "
-     + "equivalence within the margin (such as 1pt)"),
-)
+    "logging and tracking, as in lm_eval run": (
+        Option("wandb_args", "mapping", "where", _PAIRS, "arguments of wandb.init; each unit is one run"),
+        Option("wandb_config_args", "mapping", "where", _PAIRS, "more entries for the config of each W&B run"),
+        Option("trackio_args", "mapping", "where", _PAIRS, "arguments of trackio.init; each unit is one run"),
+        Option("hf_hub_log_args", "mapping", "where", _PAIRS, "whether and where results go to the Hub"),
+    ),
+    "where the units run": (
+        Option("ray", "flag_or_text", "where", "ADDRESS",
+               "run on the Ray cluster at this address; without one, on the cluster that RAY_ADDRESS "
+               "names or that runs here, else on one started for the sweep"),
+        Option("gpus_per_unit", "number", "where", "N",
+               "GPUs of one Ray worker (default: 1 where the cluster has any)"),
+        Option("cpus_per_unit", "number", "where", "N", "CPUs of one Ray worker (default: 1)"),
+    ),
+    "fewer documents": (
+        Option("stop_when", "text", "what", "RULE",
+               "decided, or decided:MARGIN: stop a unit when its difference to the unpruned model is "
+               "shown, or equivalence within the margin (such as 1pt)"),
+    ),
+}
 # fmt: on
-OPTIONS = _SIZES + _HARNESS + _OURS
+OPTIONS = tuple(option for group in GROUPS.values() for option in group)
 #: Names of the options that the harness reads.
-OF_HARNESS = tuple(option.name for option in _HARNESS)
+OF_HARNESS = tuple(
+    option.name
+    for title, group in GROUPS.items()
+    if title.endswith("lm_eval run")
+    for option in group
+)
 
 
 def deciding(*what: str) -> tuple[str, ...]:
@@ -136,18 +128,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to `parser`; every one that was not given is None."""
     about = "YAML file of options; those of the command line win"
     parser.add_argument("--config", metavar="FILE", help=about)
+    optional = {"nargs": "?", "const": True}
     shapes: dict[str, dict[str, Any]] = {
-        "flag": {"action": "store_true", "default": None},
         **{kind: {"nargs": "+"} for kind in ("numbers", "words", "mapping")},
-        **{kind: {"nargs": "?", "const": True} for kind in ("flag_or_text", "boolean")},
+        **dict.fromkeys(("flag_or_text", "boolean"), optional),
     }
-    for title in dict.fromkeys(option.group for option in OPTIONS):
+    for title, options in GROUPS.items():
         group = parser.add_argument_group(title)
-        for option in OPTIONS:
-            if option.group == title:
-                metavar = {"metavar": option.metavar} if option.metavar else {}
-                shape = shapes.get(option.kind, {}) | metavar
-                group.add_argument(f"--{option.name}", help=option.help, **shape)
+        for name, kind, _, metavar, about in options:
+            shape = shapes.get(kind, {}) | {"metavar": metavar}
+            if kind == "flag":
+                shape = {"action": "store_true", "default": None}
+            group.add_argument(f"--{name}", help=about, **shape)
     which = parser.add_argument_group("which units run")
     about = "run part I of N, I from 0 to N-1; the parts share the folder and need not know of each other"
     which.add_argument("--shard", metavar="I/N", help=about)
@@ -203,15 +195,15 @@ def read_file(path: str) -> dict[str, Any]:
             "options such as `ratios: [3.6, 2.0]`."
         )
     kinds = {option.name: option.kind for option in OPTIONS}
-    options = {}
-    for key, value in content.items():
-        if key not in kinds:
-            near = difflib.get_close_matches(str(key), kinds, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kinds)}."
-            raise ValueError(f"--config {path} has the unknown key {key}: {hint}")
-        if value is not None:
-            options[key] = checked(kinds[key], value, f"{key} in {path}")
-    return options
+    for key in [key for key in content if key not in kinds]:
+        near = difflib.get_close_matches(str(key), kinds, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kinds)}."
+        raise ValueError(f"--config {path} has the unknown key {key}: {hint}")
+    return {
+        key: checked(kinds[key], value, f"{key} in {path}")
+        for key, value in content.items()
+        if value is not None
+    }
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -257,15 +249,14 @@ def checked(kind: str, value: Any, where: str) -> Any:
 
 
 def _items(value: Any) -> list[str]:
-    texts = map(_text, value if isinstance(value, list) else [value])
-    items = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    items = [part.strip() for part in _text(value).split(",") if part.strip()]
     if not items:
         raise ValueError
     return items
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    from lm_eval._cli.utils import key_val_to_dict, try_parse_json
+    from lm_eval._cli.utils import key_val_to_dict
 
     if isinstance(value, dict):
         return value
@@ -273,8 +264,8 @@ def _mapping(value: Any) -> dict[str, Any]:
     for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, str):
             raise TypeError
-        parsed = try_parse_json(item) if item.lstrip().startswith("{") else item
-        merged.update(parsed if isinstance(parsed, dict) else key_val_to_dict(item))
+        is_json = item.lstrip().startswith("{")
+        merged |= json.loads(item) if is_json else key_val_to_dict(item)
     return merged
 
 
@@ -288,7 +279,7 @@ def _samples(value: Any) -> dict[str, list[int]]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, list) and value:
+    if isinstance(value, list):
         return ",".join(map(_text, value))
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError
@@ -303,21 +294,10 @@ def _number(value: Any) -> float:
 
 
 def _boolean(value: Any) -> bool:
-    known = {
-        "true": True,
-        "1": True,
-        "yes": True,
-        "false": False,
-        "0": False,
-        "no": False,
-    }
-    if str(value).lower() not in known:
+    word = str(value).lower()
+    if word not in ("true", "1", "yes", "false", "0", "no"):
         raise ValueError
-    return known[str(value).lower()]
-
-
-def _boolean_or_text(value: Any) -> bool | str:
-    return value if isinstance(value, bool) else _text(value)
+    return word in ("true", "1", "yes")
 
 
 #: By name: what an error asks for, and the check, which returns the value or raises.
@@ -331,5 +311,8 @@ KINDS = {
     "number": ("a number of 0 or more", _number),
     "boolean": ("true or false", _boolean),
     "flag": ("true or false", _boolean),
-    "flag_or_text": ("true, false or a name", _boolean_or_text),
+    "flag_or_text": (
+        "true, false or a name",
+        lambda value: value if isinstance(value, bool) else _text(value),
+    ),
 }

@@ -12,12 +12,17 @@ import itertools
 import operator
 from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
-from decimal import Decimal, InvalidOperation
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lm_eval.api.registry import get_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
 from lm_eval_pruned.checkpoints.configs import misspelt
+from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
 from lm_eval_pruned.pruning.argument_values import known_allocation, read_widths
 from lm_eval_pruned.pruning.arguments import (
@@ -44,13 +49,11 @@ from lm_eval_pruned.sweeps.tasks import (
     resolve_tasks,
     with_metadata,
 )
-from lm_eval_pruned.sweeps.tracking import Tracking
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
-    from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.tasks import TaskManager
 
 
@@ -110,14 +113,9 @@ class Sweep:
         options: From `options.read_options`.
 
     Attributes:
-        options: As given.
-        model: The model type.
         stop_when: What ends a unit of a pruned model, or None for its last document.
         settings: The harness's own reading of the options.
-        baseline: The unpruned model, with which others are compared.
-        configurations: Baseline first, then in the order asked for.
-        tasks: In the order asked for.
-        tracking: Where units are reported besides the folder.
+        configurations: The unpruned `baseline` first, then in the order asked for.
         healing: How pruned models are trained again, or None.
 
     Raises:
@@ -134,19 +132,19 @@ class Sweep:
             )
         self.stop_when = read_rule(options)
         self.settings = _settings(options, self.model)
-        self.tracking = Tracking(self.settings)
         self._base = self.settings.model_args
         self.healing = SweepHealing(options) if "heal" in options else None
-        self.configurations = _configurations(options, self._base)
-        self.baseline = self.configurations[0]
+        self.baseline, *pruned = _configurations(options, self._base)
         if self.healing is not None:
-            self._add_healed(self.healing)
+            pruned = self._with_healed(self.healing, pruned)
+        self.configurations = [self.baseline, *pruned]
         self._manager = index_tasks(self.settings.include_path)
         self.tasks = resolve_tasks(options["tasks"], self._manager)
 
-    def _add_healed(self, healing: SweepHealing) -> None:
-        """Put behind each pruned configuration the same one, trained again."""
-        pruned = self.configurations[1:]
+    def _with_healed(
+        self, healing: SweepHealing, pruned: list[Configuration]
+    ) -> list[Configuration]:
+        """Return each pruned configuration and behind it the same one, trained again."""
         if not pruned:
             raise ValueError(
                 "heal trains pruned models, but the sweep has none: add sizes such as "
@@ -155,9 +153,11 @@ class Sweep:
         # What is wrong with one size is wrong with all that are asked for alike.
         for each in {tuple(each.arguments): each for each in pruned}.values():
             healing.check(self._trained(each), Path(self.options["output_path"]))
-        healed = [replace(e, id=f"{e.id}_healed", healed=True) for e in pruned]
-        pairs = zip(pruned, healed, strict=True)
-        self.configurations[1:] = itertools.chain.from_iterable(pairs)
+        return [
+            each
+            for before in pruned
+            for each in (before, replace(before, id=f"{before.id}_healed", healed=True))
+        ]
 
     def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
         """Return the units, those of one configuration together; of part I of N for ``(I, N)``.
@@ -197,8 +197,7 @@ class Sweep:
     def task_manager(self, configuration: Configuration) -> TaskManager:
         """Return the harness's task manager as `lm_eval run` would make it."""
         own = self.options.get("metadata") or {}
-        metadata = {**self.model_args(configuration), **own}
-        return with_metadata(self._manager, metadata)
+        return with_metadata(self._manager, {**self.model_args(configuration), **own})
 
     @functools.cached_property
     def sources(self) -> dict[str, dict[str, str | None]]:
@@ -246,23 +245,13 @@ class Sweep:
         """Return whether the units of a configuration end when they are decided."""
         return self.stop_when is not None and configuration is not self.baseline
 
-    def as_dict(self, kept: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-        """Return the content of ``sweep.json``, the same for every shard and every start.
-
-        `kept` are configurations of earlier sweeps in the folder that are part of this one.
-        """
-        baseline, *others = map(asdict, self.configurations)
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of ``sweep.json``, the same for every shard and every start."""
         left_out = deciding("how", "where")
-        definition = {k: v for k, v in self.options.items() if k not in left_out}
-        for option, argument in SEVERAL.items():
-            sizes = [each["arguments"].get(argument) for each in kept]
-            if argument in CUTS and any(sizes):
-                asked = [*definition.get(option, []), *map(str, filter(None, sizes))]
-                definition[option] = list(dict.fromkeys(asked))
         return {
-            "definition": definition,
+            "definition": {k: v for k, v in self.options.items() if k not in left_out},
             "sources": self.sources,
-            "configurations": [baseline, *kept, *others],
+            "configurations": [*map(asdict, self.configurations)],
             "tasks": [each.name for each in self.tasks],
         }
 
@@ -290,8 +279,6 @@ class Sweep:
 def model_source(base: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that say which checkpoint a sweep is of."""
     if not base.get("pretrained"):
-        from lm_eval_pruned.checkpoints.default_model import find_default_model
-
         base = {**base, **find_default_model().model_args()}
     names = ("pretrained", *SOURCE_ARGUMENTS)
     return {name: base[name] for name in names if base.get(name)}
@@ -304,8 +291,6 @@ def _source(name: str, file: str, base: Mapping[str, Any]) -> dict[str, str | No
         inner = folder / str(base.get("subfolder") or "")
         # Other folders in it, such as the checkpoints of a training, do not count.
         return {"sha256": hash_folder(inner if inner.is_dir() else folder)}
-    from transformers.utils import cached_file
-
     try:
         found = cached_file(name, file, revision=base.get("revision") or "main")
         path = Path(found or "").parts
@@ -316,23 +301,8 @@ def _source(name: str, file: str, base: Mapping[str, Any]) -> dict[str, str | No
 
 def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
     """Have the harness read and check its part of the options."""
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-
     arguments = dict(options.get("model_args") or {})
-    instead = dict.fromkeys(SIZES, "ratios") | {v: k for k, v in SEVERAL.items()}
-    for name in instead.keys() & arguments.keys():
-        raise ValueError(
-            f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
-            f"configurations: use --{instead[name]}."
-        )
-
-    found = misspelt(arguments, _known(model), lambda: _config(arguments))
-    if found is not None:
-        name, near = found
-        raise ValueError(
-            f"model_args has {name}={arguments[name]}, which {model} does not know: did you mean "
-            f"{f'--{instead[near]}' if near in instead else near}?"
-        )
+    _check_names(arguments, model)
     read = {name: options[name] for name in OF_HARNESS if name in options}
     read |= {"model": model, "model_args": arguments}
     read.setdefault("log_samples", True)
@@ -343,22 +313,30 @@ def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
     return EvaluatorConfig.from_cli(Namespace(**read))
 
 
-def _config(arguments: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
+def _check_names(arguments: dict[str, Any], model: str) -> None:
+    """Refuse arguments of the model that a sweep varies, and misspelt ones."""
+    instead = dict.fromkeys(SIZES, "ratios") | {v: k for k, v in SEVERAL.items()}
+    for name in instead.keys() & arguments.keys():
+        raise ValueError(
+            f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
+            f"configurations: use --{instead[name]}."
+        )
 
-    source = model_source(arguments)
-    return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
-
-
-def _known(model: str) -> set[str]:
-    """Return the names of a model type's arguments, as far as this machine knows them."""
-    from lm_eval.api.registry import get_model
+    def config() -> Any:
+        source = model_source(arguments)
+        return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
 
     known = {"pretrained", *DECLARED}
     # The workers of Ray may have vLLM where this machine has none.
     with contextlib.suppress(ImportError):
         known |= get_model(model).argument_names()  # type: ignore[attr-defined]
-    return known
+    found = misspelt(arguments, known, config)
+    if found is not None:
+        name, near = found
+        raise ValueError(
+            f"model_args has {name}={arguments[name]}, which {model} does not know: did you mean "
+            f"{f'--{instead[near]}' if near in instead else near}?"
+        )
 
 
 def _configurations(
@@ -376,7 +354,7 @@ def _configurations(
         if argument not in SIZES:
             by, names = [{}], ()
         if argument != "widths":
-            values = [parse_number(_canonical(text)) for text in values]
+            values = [*map(_canonical, values)]
         shared = {n: base[n] for n in names if base.get(n) is not None}
         rows = plan(argument=argument, values=values, **shared)
         sizes = zip(values, rows, strict=True)
@@ -406,10 +384,8 @@ def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         known_allocation("allocation", allocation)
         each = {"allocation": allocation, "criterion": criterion}
         told = {k: v for k, v in each.items() if v != DECLARED[k].default}
-        if seeds and criterion == "random":
-            yield from ({**told, "seed": seed} for seed in seeds)
-        else:
-            yield told
+        drawn = seeds if criterion == "random" else []
+        yield from [{**told, "seed": seed} for seed in drawn] or [told]
 
 
 def _id(arguments: dict[str, Any]) -> str:
@@ -418,14 +394,11 @@ def _id(arguments: dict[str, Any]) -> str:
         # Two files may have one name, and one file may change.
         digest = fingerprint({"widths": read_widths(named["widths"])})[:8]
         named["widths"] = f"{Path(named['widths']).stem}-{digest}"
-    parts = (f"{name}-{value}" for name, value in named.items())
-    return "_".join(parts).replace("/", "over")
+    return "_".join(f"{k}-{v}" for k, v in named.items()).replace("/", "over")
 
 
-def _canonical(text: str) -> str:
-    """Return one notation for one number, so that 2.40 is the same configuration as 2.4."""
-    try:
-        number = Decimal(text)
-        return f"{number.normalize():f}" if number.is_finite() else text
-    except InvalidOperation:
-        return text
+def _canonical(text: str) -> int | float | str:
+    """Return one notation for one number, so that 2.0 is the same configuration as 2."""
+    number = parse_number(text)
+    whole = isinstance(number, float) and number.is_integer()
+    return int(number) if whole else number

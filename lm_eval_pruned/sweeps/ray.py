@@ -1,18 +1,18 @@
 """Units of a sweep on a Ray cluster.
 
-Workers are Ray actors that keep a model between units, and Ray places them where resources
-are free. They send the files of a unit back; only the process that started the sweep writes
-to its folder, so workers need not share a file system with it.
+Workers are Ray actors that keep a model between units. Ray places them where resources are
+free, and starts them and their unit again where a process or a node is lost. They send the files
+of a unit back, so they need not share a file system with the process that started the sweep.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import socket
 import tempfile
-from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterator
 
     from lm_eval_pruned.sweeps.plan import Unit
     from lm_eval_pruned.sweeps.unit import Ended
@@ -31,8 +31,6 @@ logger = logging.getLogger("lm_eval.pruned.sweep")
 
 #: How often a unit starts again after its worker or node was lost.
 RETRIES = 3
-#: Seconds until the user hears that no worker could start yet.
-PATIENCE = 60
 
 
 def run_on_ray(
@@ -48,6 +46,75 @@ def run_on_ray(
         ValueError: Ray is not installed, the cluster cannot be reached, or it has not got what
             a unit needs.
     """
+    options = sweep.options
+    with _cluster(options) as ray, contextlib.ExitStack() as stack:
+        total = ray.cluster_resources()
+        cpus = options.get("cpus_per_unit", 1)
+        gpus = options.get("gpus_per_unit", 1 if total.get("GPU") else 0)
+        needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
+        shares = [total.get(k, 0) / n for k, n in (("CPU", cpus), ("GPU", gpus)) if n]
+        places = int(min(shares, default=len(units)) + 1e-9)
+        if not places:
+            raise ValueError(f"{needs} are more than the cluster has: ask for less.")
+        logger.info("The sweep waits for workers, each of which needs %s.", needs)
+        restarts = {"max_restarts": -1, "max_task_retries": RETRIES}
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, **restarts)(Worker)
+        waiting, started = list(units), itertools.count()
+        # Units that a device has failed once.
+        again: list[tuple[str, str]] = []
+        # The configuration whose model each worker that has started holds.
+        held: dict[Any, str] = {}
+        running: dict[Any, tuple[Any, Unit | None]] = {}
+        # A worker that still waits for a place is not waited for.
+        while waiting or any(unit for _, unit in running.values()):
+            while len(running) < min(places, len(waiting)):
+                name = f"{part}_worker{next(started)}"
+                worker = remote.remote(options, os.getcwd(), name)
+                stack.callback(ray.kill, worker)
+                running[worker.ready.remote()] = worker, None
+            if not running:
+                print(
+                    f"Stopped: no worker is left for {len(waiting)} units. The same command goes "
+                    "on with them."
+                )
+                return
+            (future, *_), _ = ray.wait(list(running))
+            worker, unit = running.pop(future)
+            lost = unusable = False
+            try:
+                *result, unusable = ray.get(future)
+            except ray.exceptions.RayError as error:
+                logger.error("A worker was lost: %s", error)
+                result, lost = [0.0, {}, describe_error(error)], True
+            if unit is None:
+                unusable = lost
+            elif unusable and unit.names not in again:
+                again.append(unit.names)
+                waiting.append(unit)
+            else:
+                seconds, files, failure = result
+                with new_folder() as folder:
+                    for name, content in files.items():
+                        (folder / name).write_bytes(content)
+                    yield unit, folder, seconds, failure
+            if waiting and not (lost or unusable):
+                unit = choose_unit(waiting, held.get(worker), [*held.values()])
+                waiting.remove(unit)
+                held[worker] = unit.configuration.id
+                progress.workers = len(held)
+                progress.start(*unit.names)
+                future = worker.run.remote(*unit.names, unit.task.digest)
+                running[future] = worker, unit
+                continue
+            # Its resources go to whoever waits for them; where no worker can be, none starts.
+            places -= unusable
+            held.pop(worker, None)
+            ray.kill(worker)
+
+
+@contextlib.contextmanager
+def _cluster(options: dict[str, Any]) -> Iterator[Any]:
+    """Yield the module of Ray, connected to the cluster."""
     # Ray reports its use over the network unless told otherwise before it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -57,107 +124,22 @@ def run_on_ray(
             "--ray needs the package ray, which is not installed: "
             "run `pip install 'lm-eval-pruned[ray]'`."
         ) from None
-    ours = bool(units) and not ray.is_initialized()
-    if ours:
-        asked = sweep.options["ray"]
-        address = asked if isinstance(asked, str) else None
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError) as error:
-            raise ValueError(
-                f"--ray {asked}: the cluster cannot be reached ({error}); pass the address "
-                "of its head, or --ray alone to start one here."
-            ) from None
+    if ray.is_initialized():
+        yield ray
+        return
+    asked = options["ray"]
+    address = asked if isinstance(asked, str) else None
     try:
-        if units:
-            for unit, seconds, files, failure in _evaluated(
-                ray, sweep, units, progress, part
-            ):
-                with new_folder() as folder:
-                    for name, content in files.items():
-                        (folder / name).write_bytes(content)
-                    yield unit, folder, seconds, failure
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def _evaluated(
-    ray: Any, sweep: Sweep, units: list[Unit], progress: Progress, part: str
-) -> Generator[tuple[Unit, float, dict[str, bytes], dict[str, str] | None]]:
-    options, total = sweep.options, ray.cluster_resources()
-    cpus = options.get("cpus_per_unit", 1)
-    gpus = options.get("gpus_per_unit", 1 if total.get("GPU") else 0)
-    needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
-    shares = [total.get(k, 0) / n for k, n in (("CPU", cpus), ("GPU", gpus)) if n]
-    places = int(min(shares, default=len(units)) + 1e-9)
-    if not places:
-        raise ValueError(f"{needs} are more than the cluster has: ask for less.")
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(Worker)
-    waiting = list(units)
-    # How often a unit took its worker with it.
-    losses: Counter[tuple[str, str]] = Counter()
-    workers: list[Any] = []
-    # The configuration whose model each worker that has started holds.
-    held: dict[Any, str] = {}
-    running: dict[Any, tuple[Any, Unit | None]] = {}
-
-    def start() -> None:
-        name = f"{part}_worker{len(workers)}"
-        workers.append(remote.remote(options, os.getcwd(), name))
-        running[workers[-1].ready.remote()] = workers[-1], None
-
-    def assign(worker: Any) -> None:
-        unit = choose_unit(waiting, held.get(worker), [*held.values()])
-        waiting.remove(unit)
-        held[worker] = unit.configuration.id
-        progress.workers = len(held)
-        progress.start(*unit.names)
-        future = worker.run.remote(*unit.names, unit.task.digest)
-        running[future] = worker, unit
-
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(
+            f"--ray {asked}: the cluster cannot be reached ({error}); pass the address "
+            "of its head, or --ray alone to start one here."
+        ) from None
     try:
-        for _ in range(min(places, len(units))):
-            start()
-        # A worker that still waits for a place is not waited for.
-        while running and (waiting or any(unit for _, unit in running.values())):
-            ended, _ = ray.wait(list(running), timeout=None if held else PATIENCE)
-            if not ended:
-                logger.warning("The sweep waits for a worker, which needs %s.", needs)
-                ended, _ = ray.wait(list(running))
-            worker, unit = running.pop(ended[0])
-            lost = device_failed = False
-            try:
-                *result, device_failed = ray.get(ended[0])
-            except ray.exceptions.RayError as error:
-                lost, result = True, [0.0, {}, describe_error(error)]
-                logger.error("A worker was lost: %s", error)
-            if unit is not None:
-                losses[unit.names] += lost or device_failed
-                # Two devices that fail with one unit are enough.
-                allowed = 1 if device_failed else RETRIES
-                if (lost or device_failed) and losses[unit.names] <= allowed:
-                    waiting.append(unit)
-                else:
-                    yield unit, *result
-            if waiting and not (lost or device_failed):
-                assign(worker)
-                continue
-            # Its resources go to whoever waits for them; where no worker can be, none starts.
-            places -= device_failed or (lost and unit is None)
-            held.pop(worker, None)
-            ray.kill(worker)
-            if len(running) < min(places, len(waiting)):
-                start()
-        if waiting:
-            print(
-                f"Stopped: no worker is left for {len(waiting)} units. The same command goes on "
-                "with them."
-            )
+        yield ray
     finally:
-        for worker in workers:
-            with suppress(Exception):
-                ray.kill(worker)
+        ray.shutdown()
 
 
 def choose_unit(waiting: list[Unit], holds: str | None, elsewhere: list[str]) -> Unit:
@@ -183,8 +165,9 @@ class Worker:
 
         setup_logging()
         torch.set_num_threads(max(1, int(options.get("cpus_per_unit", 1))))
-        self._sweep = Sweep(options)
-        self._runner = UnitRunner(self._sweep, part)
+        sweep = Sweep(options)
+        self._units = {unit.names: unit for unit in sweep.units()}
+        self._runner = UnitRunner(sweep, part)
 
     def ready(self) -> tuple[bool]:
         """Return, once the worker is there, that its device has not failed."""
@@ -199,8 +182,7 @@ class Worker:
             Seconds, the harness's files by name, None or what the unit failed with, and
             whether the device failed, after which this process can run no other unit.
         """
-        units = {unit.names: unit for unit in self._sweep.units()}
-        unit = units.get((configuration, task))
+        unit = self._units.get((configuration, task))
         if unit is None or unit.task.digest != digest:
             stranger = RuntimeError(
                 f"the task {task} on {socket.gethostname()} is not the one this sweep was "

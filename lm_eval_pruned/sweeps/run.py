@@ -12,10 +12,8 @@ import functools
 import os
 import tempfile
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.arguments import DECLARED
 from lm_eval_pruned.results.folder import is_sweep, read_definition, unit_folder
 from lm_eval_pruned.results.runs import read_newest
 from lm_eval_pruned.sweeps.folder import SweepFolder
@@ -28,11 +26,16 @@ from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping
+    from collections.abc import Callable, Generator
 
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.sweeps.tasks import SweepTask
     from lm_eval_pruned.sweeps.unit import Ended
+
+    #: A unit, its state, and the seconds that its evaluation took.
+    Entry = tuple[Unit, str, float]
+
+DONE, FAILED, TO_RUN = STATES = ("done", "failed", "to run")
 
 
 def run_sweep(
@@ -55,32 +58,32 @@ def run_sweep(
     sweep = Sweep(options)
     folder = SweepFolder(options["output_path"], shard)
     units = sweep.units(shard)
-    if dry_run:
-        _kept(sweep, folder)
-        print(_plan_table(sweep, units, folder), end="")
-        return 0
-    ranks = _Ranks()
     part = f"_shard{shard[0]}of{shard[1]}" if shard else ""
     runner = UnitRunner(sweep, part, functools.partial(_unpruned_run, sweep, folder))
-    if not ranks.main:
-        followed = _run_here(runner, units, ranks, tempfile.TemporaryDirectory)
+    if dry_run:
+        print(_plan_table(sweep, _sort(sweep, folder, units), folder), end="")
+        return 0
+    several = _other_processes()
+    if several and not several.is_main_process:
+        followed = _run_here(runner, units, several, tempfile.TemporaryDirectory)
         collections.deque(followed, maxlen=0)
         return int(runner.device_failed)
     # What the Hub refuses, it refuses before the first model is loaded.
-    sweep.tracking.hub_tracker()
+    runner.tracking.hub_tracker()
     with folder.held():
-        folder.write_definition(sweep.as_dict(_kept(sweep, folder)))
-        done, failed, waiting = _sort(sweep, units, folder)
-        if retry_failed:
-            failed, waiting = [], [unit for unit in units if unit in failed + waiting]
+        entries = _sort(sweep, folder, units)
+        folder.write_definition(sweep.as_dict())
+        chosen = (TO_RUN, FAILED) if retry_failed else (TO_RUN,)
+        waiting = [unit for unit, state, _ in entries if state in chosen]
+        seconds = [(unit.task.name, s) for unit, state, s in entries if state == DONE]
+        failed = len(units) - len(waiting) - len(seconds)
         names = [unit.task.name for unit in waiting]
-        seconds = [(unit.task.name, spent) for unit, spent in done]
-        progress = Progress(len(done), len(failed), names, seconds)
+        progress = Progress(len(seconds), failed, names, seconds)
         new = folder.new_unit
-        if options.get("ray"):
+        if options.get("ray") and waiting:
             ended = run_on_ray(sweep, waiting, new, progress, part)
         else:
-            ended = _run_here(runner, waiting, ranks, new, progress.start)
+            ended = _run_here(runner, waiting, several, new, progress.start)
         with contextlib.closing(progress), contextlib.closing(ended):
             try:
                 for unit, files, spent, error in ended:
@@ -110,180 +113,102 @@ def run_sweep(
 def _run_here(
     runner: UnitRunner,
     units: list[Unit],
-    ranks: _Ranks,
+    several: Any,
     new_folder: Callable[[], Any],
     starts: Callable[[str, str], None] = lambda *names: None,
 ) -> Generator[Ended]:
     """Evaluate the units that wait in the main process, and yield how each ended."""
-    waiting = ranks.from_main([unit.names for unit in units])
-    for unit in [unit for unit in units if unit.names in waiting]:
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    names = [unit.names for unit in units]
+    if several:
+        (names,) = broadcast_object_list([names])
+    for unit in [unit for unit in units if unit.names in names]:
         starts(*unit.names)
         with new_folder() as files:
-            seconds, error = runner.attempt(unit, Path(files))
+            seconds, error = runner.attempt(unit, files)
             # Processes talk through their devices: without one, this process can only leave, and
             # the launcher ends the others.
-            if not runner.device_failed:
-                error = ranks.first_error(error)
+            if several and not runner.device_failed:
+                error = next(filter(None, gather_object([error])), None)
             yield unit, files, seconds, error
         if runner.device_failed:
             return
     runner.release()
 
 
-class _Ranks:
-    """The processes that share each unit, as `accelerate launch` starts them; or one alone.
+def _other_processes() -> Any:
+    """Return the Accelerator of processes that share each unit, or None for a process alone.
 
     The harness gathers the scores in the main one, which alone reads and writes the folder.
     """
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return None
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
-    def __init__(self) -> None:
-        self._several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-        self.main = True
-        if self._several:
-            from accelerate import Accelerator, InitProcessGroupKwargs
-
-            # As HFLM has it: processes wait for the slowest, however long it takes.
-            patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
-            accelerator = Accelerator(kwargs_handlers=[patience])
-            if accelerator.num_processes == 1:
-                raise ValueError(
-                    f"WORLD_SIZE={os.environ['WORLD_SIZE']} announces several processes, but "
-                    "accelerate sees one: set ACCELERATE_USE_CPU=true for processes on CPUs."
-                )
-            self.main = accelerator.is_main_process
-
-    def from_main(self, names: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        if self._several:
-            from accelerate.utils import broadcast_object_list
-
-            (names,) = broadcast_object_list([names])
-        return names
-
-    def first_error(self, error: dict[str, str] | None) -> dict[str, str] | None:
-        """Return, in every process, the error of the first one that has any."""
-        if self._several:
-            from accelerate.utils import gather_object
-
-            error = next((each for each in gather_object([error]) if each), None)
-        return error
+    # As HFLM has it: processes wait for the slowest, however long it takes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
+    accelerator = Accelerator(kwargs_handlers=[patience])
+    if accelerator.num_processes == 1:
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} announces several processes, but "
+            "accelerate sees one: set ACCELERATE_USE_CPU=true for processes on CPUs."
+        )
+    return accelerator
 
 
 def _unpruned_run(sweep: Sweep, folder: SweepFolder, task: SweepTask) -> Run:
     """Return the unpruned model's results on a task."""
-    done, *_ = _sort(sweep, [Unit(sweep.baseline, task)], folder)
-    if not done:
+    record = folder.read(sweep.baseline.id, task.name)
+    now = fingerprint(sweep.definition(sweep.baseline, task))
+    if record is None or record.error or record.fingerprint != now:
         raise ValueError(
             f"{task.name} has no results of the unpruned model to compare with in {folder.path}: "
             "evaluate baseline first, and then use --retry_failed."
         )
-    return read_newest(unit_folder(folder.path, "baseline", task.name))
+    return read_newest(unit_folder(folder.path, sweep.baseline.id, task.name))
 
 
-def _sort(
-    sweep: Sweep, units: list[Unit], folder: SweepFolder
-) -> tuple[list[tuple[Unit, float]], list[Unit], list[Unit]]:
-    """Return units that are done (with their seconds), that failed, and that are to run."""
-    done: list[tuple[Unit, float]] = []
-    failed, waiting = [], []
-    for unit in units:
-        record = folder.read(*unit.names)
-        definition = fingerprint(sweep.definition(*unit))
-        if record is None or record.fingerprint != definition:
-            waiting.append(unit)
-        elif record.error is None:
-            done.append((unit, record.seconds))
-        else:
-            failed.append(unit)
-    return done, failed, waiting
-
-
-def _kept(sweep: Sweep, folder: SweepFolder) -> list[Any]:
-    """Return the configurations of earlier sweeps that stay in the folder, and say what becomes of it.
-
-    Raises:
-        ValueError: Finished units would stay that cannot be compared with those of this sweep.
-    """
-    if not is_sweep(folder.path):
-        return []
-    before, _ = read_definition(folder.path)
-    listed = {each["id"]: each for each in before["configurations"]}
-    units = {unit.names: unit for unit in sweep.units()}
-    tasks = {task.name: task for task in sweep.tasks}
+def _sort(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry]:
+    """Return which units are done, and say what becomes of other results in the folder."""
+    listed = read_definition(folder.path)[1] if is_sweep(folder.path) else []
     own = [each.id for each in sweep.configurations]
-    again, kept = [], []
-    # Sentences, once each.
-    changed: dict[str, None] = {}
-    differing: dict[str, None] = {}
-    for name in dict.fromkeys([*own, *listed]):
-        for was in folder.finished(name):
-            task = was["task"]
-            if (name, task) in units:
-                now = sweep.definition(*units[name, task])
-                found = dict.fromkeys(_changes(was, now))
-                changed |= found
-                again += [task] if found else []
-                continue
-            kept.append((name, task))
-            now = sweep.model_definition(sweep.baseline)
-            if task in tasks:
-                now = sweep.definition(sweep.baseline, tasks[task])
-            was = {key: was.get(key) for key in now}
-            differing |= dict.fromkeys(_changes(_shared(was), _shared(now)))
-    names = ", ".join(" / ".join(each) for each in sorted(kept))
-    if differing:
-        raise ValueError(
-            f"--output_path {folder.path} holds finished units that this sweep does not have and "
-            f"cannot be compared with ({names}): {'; '.join(differing)}. Ask for them as well, or "
-            "pass another folder."
+    if left_out := [name for name in listed if name not in own]:
+        print(
+            f"{folder.path} also holds {', '.join(left_out)}, which this sweep does not name: "
+            "compare and report leave them out until a sweep into this folder names them again."
         )
-    if sweep.stop_when is not None and any(name not in own for name, _ in kept):
-        raise ValueError(
-            f"stop_when={sweep.stop_when} shares one error among all sizes, but --output_path "
-            f"{folder.path} holds units of others ({names}): ask for those sizes as well, or pass "
-            "another folder."
-        )
+    entries: list[Entry] = []
+    again, changed = 0, set()
+    for unit in units:
+        now, record = sweep.definition(*unit), folder.read(*unit.names)
+        if record is not None and record.fingerprint == fingerprint(now):
+            entries.append((unit, FAILED if record.error else DONE, record.seconds))
+            continue
+        entries.append((unit, TO_RUN, 0.0))
+        if record is not None and record.error is None:
+            again, was = again + 1, record.definition
+            changed |= {
+                k for k in now if fingerprint(now[k]) != fingerprint(was.get(k))
+            }
     if again:
         print(
-            f"{len(again)} finished units in {folder.path} are evaluated again, and their results "
-            f"move to {folder.path / 'superseded'}: {'; '.join(changed)}."
+            f"{again} finished units in {folder.path} have another definition "
+            f"({', '.join(sorted(changed))}): they are evaluated again, and their results move to "
+            f"{folder.path / 'superseded'}."
         )
-    if kept:
-        print(f"Finished units of earlier sweeps stay in {folder.path}: {names}.")
-    return [listed[name] for name in listed if name not in own and name in dict(kept)]
+    return entries
 
 
-def _changes(
-    before: Mapping[str, Any], now: Mapping[str, Any], of: str = "task"
-) -> Iterator[str]:
-    """Say in which ways a definition differs, such as ``dtype=None, now bfloat16``."""
-    for name in {**now, **before}:
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(old, new, name)
-        elif fingerprint(old) != fingerprint(new):
-            yield f"another {of}" if "sha256" in name else f"{name}={old}, now {new}"
-
-
-def _shared(definition: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what configurations of one sweep have in common."""
-    arguments = definition["model_args"].items()
-    common = {k: v for k, v in arguments if k not in DECLARED}
-    return {**definition, "model_args": common}
-
-
-def _plan_table(sweep: Sweep, units: list[Unit], folder: SweepFolder) -> str:
-    finished, *others = _sort(sweep, units, folder)
-    parts = [unit for unit, _ in finished], *others
-    done, failed, waiting = map(len, parts)
-    ids = ([unit.configuration.id for unit in part] for part in parts)
-    counts = [*map(collections.Counter, ids)]
+def _plan_table(sweep: Sweep, entries: list[Entry], folder: SweepFolder) -> str:
+    counts = collections.Counter((unit.configuration.id, s) for unit, s, _ in entries)
+    total = collections.Counter(state for _, state, _ in entries)
     columns = ["configuration", "kept width", "expansion ratio", "parameters"]
-    columns += ["reduction", "done", "failed", "to run"]
     rows = []
     for each in sweep.configurations:
         size = f"{each.kept_width:,}", f"{each.expansion_ratio:.4f}"
         left = f"{each.parameters:,}", f"{each.reduction:.2%}"
-        rows.append([each.id, *size, *left, *(count[each.id] for count in counts)])
+        rows.append([each.id, *size, *left, *(counts[each.id, s] for s in STATES)])
     healing = ""
     if sweep.healing is not None:
         there = [sweep.adapter(e).is_dir() for e in sweep.configurations if e.healed]
@@ -292,7 +217,7 @@ def _plan_table(sweep: Sweep, units: list[Unit], folder: SweepFolder) -> str:
             f"on {sweep.healing.data}\n"
         )
     return (
-        f"{markdown_table(columns, rows)}\n\n"
+        f"{markdown_table([*columns, 'reduction', *STATES], rows)}\n\n"
         f"Tasks: {', '.join(task.name for task in sweep.tasks)}\n{healing}"
-        f"Units: {len(units)}, {done} done, {failed} failed, {waiting} to run, in {folder.path}\n"
+        f"Units: {len(entries)}, {', '.join(f'{total[s]} {s}' for s in STATES)}, in {folder.path}\n"
     )

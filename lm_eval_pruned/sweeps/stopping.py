@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
+from lm_eval.api.samplers import FirstNSampler
+from lm_eval.evaluator_utils import get_sample_size
+from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_pruned.compare.stopping import LEVEL, look, with_scores
 from lm_eval_pruned.compare.verdicts import Margin
@@ -67,8 +70,6 @@ def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
     Raises:
         ValueError: Few-shot examples or answers are drawn at random, one after the other.
     """
-    from lm_eval.api.samplers import FirstNSampler
-
     for name, task in tasks.items():
         config: Any = task.config
         examples = config.num_fewshot
@@ -96,8 +97,6 @@ def documents_of_looks(
     They are drawn at random from each task, by names, counts and seed alone, so that all sizes
     of a sweep have the same. Each look holds those of the look before.
     """
-    from lm_eval.evaluator_utils import get_sample_size
-
     orders = {}
     seed = (settings.seed or [None])[0] or 0
     for name, task in tasks.items():
@@ -129,20 +128,12 @@ def evaluate_until_decided(
 ) -> dict[str, Any]:
     """Evaluate the documents of one look after the other, until the comparison is decided.
 
-    Args:
-        lm: The model.
-        sweep: The plan.
-        loaded: What `TaskManager.load` made of the unit's task.
-        base: The unpruned model's results.
-        evaluate: From the harness's objects, indices of documents by task, and the prefix of a
-            cache that holds the answers of earlier looks, to the harness's results.
-        scratch: Folder for what is needed between looks.
+    `loaded` is what `TaskManager.load` made of the task. `evaluate` takes the harness's objects,
+    indices of documents by task, and the prefix of a cache that holds earlier answers.
 
     Returns:
         The harness's results on the documents of the last look, with the block ``stopping``.
     """
-    from lm_eval.loggers import EvaluationTracker
-
     tasks = [*loaded["groups"].values()][:1] or [*loaded["tasks"].values()]
     name = next(iter(loaded["groups"] or loaded["tasks"]))
     looks = documents_of_looks(loaded["tasks"], sweep.settings)

@@ -1,4 +1,7 @@
-"""From the names that a user gives to the tasks of a sweep, each with a digest of all that defines it."""
+"""From the names that a user gives to the tasks of a sweep, each with a digest of what defines it.
+
+The harness's own factory expands groups and tags; ours only keeps it from loading data.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,19 @@ import copy
 import functools
 import glob
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from lm_eval.tasks import _factory
+from lm_eval.tasks._factory import GROUP_FIELD_NAMES, TaskFactory
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from lm_eval.tasks import TaskManager
 
@@ -24,13 +32,13 @@ class SweepTask:
 
     Attributes:
         name: The harness's name of it.
-        digest: Hash of its YAML, its Python files and its local data.
-        spec: Its name, or a group of nothing else that holds its settings; see `load_task`.
+        digest: Hash of its settings, the folders of its functions and its local data.
+        build: Makes the harness's Task or Group with a factory, which loads the data.
     """
 
     name: str
     digest: str
-    spec: Any = field(repr=False, compare=False)
+    build: Callable[[TaskFactory], Any] = field(repr=False, compare=False)
 
 
 def index_tasks(include_path: str | None) -> TaskManager:
@@ -48,12 +56,15 @@ def with_metadata(manager: TaskManager, metadata: dict[str, Any]) -> TaskManager
 
     A new one would read the harness's ten thousand YAML files again.
     """
-    from lm_eval.tasks._factory import TaskFactory
-
     manager = copy.copy(manager)
     manager.metadata = metadata
     manager._factory = TaskFactory(meta=metadata)
     return manager
+
+
+def load_task(manager: TaskManager, task: SweepTask) -> list[Any]:
+    """Return the harness's Task or Group object of a unit; this loads its data."""
+    return [task.build(manager._factory)]
 
 
 def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
@@ -66,164 +77,109 @@ def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
     Raises:
         ValueError: A name matches nothing, or one task is asked for in two ways.
     """
+    planned = with_metadata(manager, {})
+    planned._factory = _Planning(manager.task_index)
     tasks: dict[str, SweepTask] = {}
     for name in names:
-        if name.endswith((".yaml", ".yml")):
-            matches = [str(Path(path).resolve()) for path in sorted(glob.glob(name))]
-        else:
-            matches = sorted(manager.match_tasks([name]))
+        is_file = name.endswith((".yaml", ".yml"))
+        matches = glob.glob(name) if is_file else manager.match_tasks([name])
         if not matches:
             raise ValueError(
                 f"--tasks has {name}, which no task, group or tag is called: "
                 "`lm_eval ls tasks` lists them; --include_path adds a folder of your own."
             )
-        for match in matches:
-            for task in _members(manager.task_index, match, {}, None):
-                if tasks.setdefault(task.name, task) != task:
-                    raise ValueError(
-                        f"the task {task.name} is asked for twice, with different settings: "
-                        f"leave one of them out of --tasks {' '.join(names)}."
-                    )
+        with mock.patch.object(_factory, "ConfigurableTask", _inline):
+            found = [planned._load_spec(match) for match in sorted(matches)]
+        for task in _flat(found):
+            if tasks.setdefault(task.name, task) != task:
+                raise ValueError(
+                    f"the task {task.name} is asked for twice, with different settings: "
+                    f"leave one of them out of --tasks {' '.join(names)}."
+                )
     return list(tasks.values())
 
 
-def load_task(manager: TaskManager, task: SweepTask) -> list[Any]:
-    """Return the harness's Task or Group objects of a unit; this loads its data."""
-    if isinstance(task.spec, str):
-        return [task.spec]
-    from lm_eval.tasks._factory import TaskFactory
-    from lm_eval.tasks._index import TaskIndex
+class _Planning(TaskFactory):
+    """Makes a `SweepTask`, or a nested list of them, where the harness makes a Task or a Group."""
 
-    # `TaskManager.load` would hand a dict's own key `task` down to the members of
-    # groups in it, in place of their names.
-    wrapper = TaskFactory(meta=manager.metadata).build(
-        TaskIndex.entry_from_config(task.spec), registry=manager.task_index
-    )
-    return list(wrapper)
+    def __init__(self, index: dict[str, Any]) -> None:
+        super().__init__()
+        self._index = index
 
-
-def _members(
-    index: dict[str, Any], name: str, overrides: dict[str, Any], parent: str | None
-) -> Iterator[SweepTask]:
-    """Expand a group or a tag on the level of its YAML, without loading data."""
-    entry = _entry(index, name)
-    if entry is None:
-        raise ValueError(
-            f"the group {parent} has the member {name}, which no task is called."
+    def _build_task(self, entry, overrides) -> Any:
+        config = self._load_full_config(entry, overrides)
+        return SweepTask(
+            config["task"],
+            _digest(config),
+            lambda factory: factory._build_task(entry, overrides),
         )
-    config = _config(entry, resolve=True)
-    if entry.kind.name == "TAG":
-        for member in sorted(entry.tags):
-            yield from _members(index, member, overrides, parent)
-    elif entry.kind.name != "GROUP":
-        yield _unit(index, name, entry.name, {**overrides, "task": name}, parent)
-    elif config.get("aggregate_metric_list"):
-        yield _unit(index, name, entry.name, {**overrides, "group": name}, parent)
+
+    def _build_group(self, group_name, raw_cfg, overrides, registry) -> Any:
+        own = {k: v for k, v in raw_cfg.items() if k not in GROUP_FIELD_NAMES}
+        listed = raw_cfg["task"] if isinstance(raw_cfg.get("task"), list) else []
+        given = own | (overrides or {})
+        members = self._build_group_members(listed, group_name, given, registry)
+        if not raw_cfg.get("aggregate_metric_list"):
+            return members
+        below = [(task.name, task.digest) for task in _flat(members)]
+        return SweepTask(
+            group_name,
+            _digest([raw_cfg, given, below]),
+            lambda factory: factory._build_group(
+                group_name, raw_cfg, overrides, self._index
+            ),
+        )
+
+
+def _inline(config: dict[str, Any]) -> SweepTask:
+    """Stand in for a task that a group defines in its own YAML."""
+
+    def build(factory: TaskFactory) -> Any:
+        metadata = config["metadata"] | factory._meta
+        return _factory.ConfigurableTask(config={**config, "metadata": metadata})
+
+    return SweepTask(config["task"], _digest(config), build)
+
+
+def _flat(found: Any) -> Iterator[SweepTask]:
+    if isinstance(found, SweepTask):
+        yield found
     else:
-        yield from _members_of_group(index, entry.name, config, overrides)
+        for each in found:
+            yield from _flat(each)
 
 
-def _members_of_group(
-    index: dict[str, Any], group: str, config: dict[str, Any], overrides: dict[str, Any]
-) -> Iterator[SweepTask]:
-    from lm_eval.tasks._factory import GROUP_FIELD_NAMES
-
-    shared = {k: v for k, v in config.items() if k not in GROUP_FIELD_NAMES} | overrides
-    for member in config["task"] if isinstance(config.get("task"), list) else []:
-        if isinstance(member, str):
-            yield from _members(index, member, shared, group)
-            continue
-        name, is_group = _name(member), "group" in member
-        label = f"{group}::{name}"
-        if name in index:
-            own = {k: v for k, v in member.items() if k not in ("group", "task")}
-            yield from _members(index, name, {**shared, **own}, group)
-        elif not is_group:
-            yield _unit(index, name, label, {**shared, **member}, group)
-        elif member.get("aggregate_metric_list"):
-            yield _unit(index, name, label, {**member, **shared}, group)
-        else:
-            yield from _members_of_group(index, label, member, shared)
+def _digest(config: Any) -> str:
+    """Return the hash of settings with code and local data by content, so that folders may move."""
+    return fingerprint(_described(config))
 
 
-def _name(member: dict[str, Any]) -> str:
-    return member["group" if "group" in member else "task"]
-
-
-def _unit(
-    index: dict[str, Any],
-    name: str,
-    label: str,
-    item: dict[str, Any],
-    parent: str | None,
-) -> SweepTask:
-    plain = len(item) == 1 and _entry(index, name) is not None
-    spec = name if plain else {"group": parent or "sweep", "task": [item]}
-    return SweepTask(label, fingerprint(_described([item, _tree(index, name)])), spec)
-
-
-def _tree(index: dict[str, Any], name: str) -> Any:
-    """Return the YAML of a task, or of a group and everything below it."""
-    entry = _entry(index, name)
-    if entry is None:
-        return None
-    if entry.kind.name == "TAG":
-        return [_tree(index, member) for member in sorted(entry.tags)]
-    config = _config(entry)
-    if entry.kind.name != "GROUP" or not isinstance(config.get("task"), list):
-        return config
-    members = []
-    for member in config["task"]:
-        below = member if isinstance(member, str) else _name(member)
-        members.append([member, _tree(index, below) if below != name else None])
-    return [config, members]
-
-
-def _entry(index: dict[str, Any], name: str) -> Any:
-    from lm_eval.tasks._index import TaskIndex
-
-    return index.get(name) or TaskIndex.entry_from_path(Path(name))
-
-
-def _config(entry: Any, resolve: bool = False) -> dict[str, Any]:
-    """Return the config of an entry of the harness's index, with its functions if `resolve`."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    if entry.yaml_path is None or (entry.cfg is not None and not resolve):
-        return entry.cfg or {}
-    return load_yaml(entry.yaml_path, resolve_func=resolve)
-
-
-def _described(value: Any, data: bool = False) -> Any:
-    """Return settings with code and local data as hashes, so that a task's folder may move."""
+def _described(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        own = ("dataset_path", "dataset_kwargs")
-        return {k: _described(each, data or k in own) for k, each in value.items()}
+        data = key in ("dataset_path", "dataset_kwargs")
+        names = {name: key if data else name for name in value}
+        return {
+            name: _described(value[name], below)
+            for name, below in names.items()
+            if name != "config_source"
+        }
     if isinstance(value, (list, tuple)):
-        return [_described(each, data) for each in value]
+        return [_described(each, key) for each in value]
+    if isinstance(value, functools.partial):
+        return _described([value.func, value.args, value.keywords])
     if callable(value):
-        code = getattr(value, "__code__", None)
-        beside = _hash_code(Path(code.co_filename).parent) if code else None
-        return [getattr(value, "__qualname__", str(value)), beside]
-    if not isinstance(value, str) or "\n" in value or len(value) >= 4096:
-        return value
-    if data and Path(value).is_file():
-        return hash_file(Path(value))
-    if data and Path(value).is_dir():
-        return hash_folder(Path(value), deep=True)
-    if data and glob.has_magic(value):
-        return [hash_file(Path(each)) for each in sorted(glob.glob(value))]
-    # The loader leaves `!function module.name` as FOLDER/module.name.
-    folder, _, function = value.rpartition("/")
-    module = Path(folder, function.rpartition(".")[0].replace(".", "/") + ".py")
-    if value.startswith("/") and module.is_file():
-        return [function, _hash_code(module.parent)]
+        file = getattr(inspect.getmodule(value), "__file__", None)
+        without = (".yaml", ".yml", ".md")
+        code = file and hash_folder(Path(file).parent, without=without)
+        return [getattr(value, "__qualname__", type(value).__qualname__), code]
+    if key in ("dataset_path", "dataset_kwargs") and isinstance(value, str):
+        found = map(Path, sorted(glob.glob(value)))
+        hashes = [
+            hash_folder(path, deep=True) if path.is_dir() else hash_file(path)
+            for path in found
+        ]
+        return hashes or value
     return value
-
-
-def _hash_code(folder: Path) -> str:
-    """Return the hash of the files that a task's Python file may import or read."""
-    return hash_folder(folder, without=(".yaml", ".yml", ".md"))
 
 
 def fingerprint(definition: Any) -> str:
@@ -232,7 +188,7 @@ def fingerprint(definition: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def hash_folder(folder: Path, deep: bool = False, without: tuple[str, ...] = ()) -> str:
     """Return the hash of the files in `folder`, and below it if `deep`."""
     digest = hashlib.sha256()

@@ -1,16 +1,27 @@
-"""One unit of a sweep: evaluating it with the model at hand, and what a failure leaves."""
+"""One unit of a sweep: evaluating it with the model at hand, what a failure leaves, who is told.
+
+W&B, Trackio and the Hub are told by the harness's own loggers, which get a name for each unit.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import logging
+import os
 import re
 import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+import lm_eval
+from accelerate.utils import release_memory
+from lm_eval.api.model import CacheHook
+from lm_eval.api.registry import get_model
+from lm_eval.loggers import EvaluationTracker, TrackioLogger, WandbLogger
 
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
@@ -20,6 +31,8 @@ from lm_eval_pruned.sweeps.tasks import fingerprint, load_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from lm_eval.config.evaluate_config import EvaluatorConfig
 
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.results.files import Run
@@ -31,8 +44,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
-#: Seconds to wait before a unit starts again that the Hub has refused for too many requests.
-PAUSES = (60, 120, 240)
 
 
 class UnitRunner:
@@ -44,6 +55,7 @@ class UnitRunner:
         base: Reads the unpruned model's results on a task, for units that may stop early.
 
     Attributes:
+        tracking: Where units are reported besides the folder.
         device_failed: Whether the accelerator failed, after which this process cannot use it.
     """
 
@@ -51,6 +63,7 @@ class UnitRunner:
         self, sweep: Sweep, part: str, base: Callable[[SweepTask], Run] | None = None
     ) -> None:
         self._sweep, self._part, self._base = sweep, part, base
+        self.tracking = Tracking(sweep.settings)
         self._holds: Configuration | None = None
         # The model, or what loading it raised.
         self._lm: Any = None
@@ -58,7 +71,7 @@ class UnitRunner:
         self.device_failed = False
 
     def attempt(
-        self, unit: Unit, folder: Path, pauses: tuple[float, ...] = PAUSES
+        self, unit: Unit, folder: str | Path
     ) -> tuple[float, dict[str, str] | None]:
         """Evaluate one unit and write the harness's files of it to `folder`, an empty one.
 
@@ -68,26 +81,17 @@ class UnitRunner:
         """
         start = time.perf_counter()
         try:
-            return self._run(unit, folder), None
+            return self._run(unit, Path(folder)), None
         except Exception as error:
-            if pauses and any(map(_is_too_many_requests, _causes(error))):
-                logger.warning("%s / %s waits for the Hub: %s", *unit.names, error)
-                self.release()
-                time.sleep(pauses[0])
-                return self.attempt(unit, folder, pauses[1:])
             logger.exception("%s / %s failed.", *unit.names)
             self.device_failed = any(map(_is_of_device, _causes(error)))
             told = describe_error(error)
         if not self.device_failed:
-            from accelerate.utils import release_memory
-
             release_memory()
         return time.perf_counter() - start, told
 
     def release(self) -> None:
         """Free the model's memory."""
-        from accelerate.utils import release_memory
-
         getattr(self._lm, "close", lambda: None)()
         self._lm = self._holds = None
         release_memory()
@@ -104,10 +108,9 @@ class UnitRunner:
                 base = self._base(task)
         lm = self._model(configuration)
         start = time.perf_counter()
-        tracker = sweep.tracking.hub_tracker(lm.rank)
-        evaluate = functools.partial(
-            self._evaluate, lm, configuration, manager, tracker
-        )
+        tracker = self.tracking.hub_tracker(lm.rank)
+        given = lm, configuration, manager, tracker
+        evaluate = functools.partial(self._evaluate, *given)
         try:
             if base is None:
                 results = evaluate(load_task(manager, task))
@@ -123,7 +126,7 @@ class UnitRunner:
         seconds = time.perf_counter() - start
         # Of several processes, the first has them.
         if results is not None:
-            with sweep.tracking.reported(*unit.names, results, tracker):
+            with self.tracking.reported(*unit.names, results, tracker):
                 write_results(results, tracker, folder)
         return seconds
 
@@ -145,15 +148,12 @@ class UnitRunner:
         return self._lm
 
     def _loaded(self, configuration: Configuration) -> Any:
-        from accelerate.utils import release_memory
-        from lm_eval.api.registry import get_model
-
-        sweep, settings = self._sweep, self._sweep.settings
+        sweep = self._sweep
         if configuration.healed:
             sweep.heal(configuration)
             release_memory()
         names = ("batch_size", "max_batch_size", "device")
-        more = {name: getattr(settings, name) for name in names}
+        more = {name: getattr(sweep.settings, name) for name in names}
         return get_model(sweep.model).create_from_arg_obj(
             sweep.model_args(configuration),
             {**more, "known_scores": self._known_scores},
@@ -170,9 +170,6 @@ class UnitRunner:
         cache: str | None = None,
     ) -> Any:
         """Return the harness's results, of chosen documents and with a cache of their answers."""
-        from lm_eval import simple_evaluate
-        from lm_eval.api.model import CacheHook
-
         sweep, settings = self._sweep, self._sweep.settings
         # Automatic batch sizes were found for the lengths of other documents.
         lm.batch_sizes = {}
@@ -189,7 +186,7 @@ class UnitRunner:
             own_cache += f"_{configuration.id}_{model}{self._part}"
         try:
             with _quiet_git():
-                results = simple_evaluate(
+                results = lm_eval.simple_evaluate(
                     model=lm,
                     model_args=sweep.model_args(configuration),
                     tasks=tasks,
@@ -214,6 +211,100 @@ class UnitRunner:
         return results
 
 
+class Tracking:
+    """Reports units besides the folder. Once units run, what fails here is a warning.
+
+    Args:
+        settings: The harness's reading of the options.
+
+    Raises:
+        ValueError: A package is missing, or W&B would put all units into one run.
+    """
+
+    def __init__(self, settings: EvaluatorConfig) -> None:
+        self._settings = settings
+        self._hub = dict(settings.hf_hub_log_args)
+        for package in ("wandb", "trackio"):
+            given = getattr(settings, f"{package}_args")
+            if given and importlib.util.find_spec(package) is None:
+                raise ValueError(
+                    f"{package}_args was given, but {package} is not installed: run "
+                    f"`pip install {package}`, or leave {package}_args out."
+                )
+        if "id" in settings.wandb_args:
+            raise ValueError(
+                f"wandb_args has id={settings.wandb_args['id']}, but each unit is a run by itself: "
+                "leave it out, or name what they share with group=..."
+            )
+
+    def hub_tracker(self, rank: int = 0) -> EvaluationTracker:
+        """Return the harness's tracker, which sends results to the Hub if that was asked for.
+
+        The first of a process asks the Hub whose token this is, unless the organisation
+        was given. Of several processes, that of rank 0 reports.
+
+        Raises:
+            ValueError: An argument is unknown, there is no token, or the Hub refuses it or
+                cannot be reached.
+        """
+        if rank or not self._hub:
+            return EvaluationTracker()
+        token = os.environ.get("HF_TOKEN") or self._hub.get("token") or ""
+        try:
+            tracker = EvaluationTracker(**{**self._hub, "token": token})
+        except Exception as error:
+            raise ValueError(
+                f"hf_hub_log_args cannot be used ({type(error).__name__}: {error}): pass what the "
+                "harness's EvaluationTracker takes, hub_results_org=... among it, or check token "
+                "and network."
+            ) from error
+        self._hub["hub_results_org"] = tracker.details_repo.partition("/")[0]
+        return tracker
+
+    @contextlib.contextmanager
+    def reported(
+        self, configuration: str, task: str, results: dict[str, Any], tracker: Any
+    ) -> Iterator[None]:
+        """Report a unit to W&B and Trackio, and name it on the Hub, where the block saves it."""
+        label = f"{configuration} {task}"
+        settings = self._settings
+        scores = {k: v for k, v in results.items() if k != "samples"}
+        for service, given, kind, *more in (
+            ("W&B", settings.wandb_args, WandbLogger, settings.wandb_config_args),
+            ("Trackio", settings.trackio_args, TrackioLogger),
+        ):
+            if not given:
+                continue
+            name = f"{given['name']} {label}" if given.get("name") else label
+            with _warning(f"{label} was not logged to {service}"):
+                # They change what they are given.
+                run: Any = kind({**given, "name": name}, *map(dict, more))
+                run.post_init(scores)
+                run.log_eval_result()
+                if "samples" in results:
+                    run.log_eval_samples(results["samples"])
+                (run if service == "Trackio" else run.run).finish()
+        pushes = tracker.push_results_to_hub or tracker.push_samples_to_hub
+        if pushes:
+            # The harness names folders there after the checkpoint, which all configurations share.
+            named = tracker.general_config_tracker
+            named.model_name += f"_{configuration}"
+            named.model_name_sanitized += f"_{configuration}"
+        yield
+        if pushes:
+            with _warning(f"the card of {tracker.details_repo} was not written"):
+                tracker.recreate_metadata_card()
+
+
+@contextlib.contextmanager
+def _warning(what: str) -> Iterator[None]:
+    """Turn an error into a warning: the unit's results are whole without this."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        logger.warning("%s: %s: %s", what, type(error).__name__, error)
+
+
 def describe_error(error: BaseException) -> dict[str, str]:
     """Return type, message and traceback of `error` as text."""
     kind = type(error)
@@ -232,11 +323,6 @@ def _is_of_device(error: BaseException) -> bool:
     """Before release 2.8, torch raises a plain RuntimeError. Too little memory is no such failure."""
     pattern = r"(CUDA|HIP|XPU)( driver)? error: (?!out of memory)"
     return isinstance(error, RuntimeError) and bool(re.match(pattern, str(error)))
-
-
-def _is_too_many_requests(error: BaseException) -> bool:
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None) == 429
 
 
 def _quiet_git() -> contextlib.AbstractContextManager[Any]:

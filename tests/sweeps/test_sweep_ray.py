@@ -42,7 +42,7 @@ def test_ray_not_installed(tiny_llama, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'lm-eval-pruned\[ray\]"):
-        next(run_on_ray(None, [], None, None, ""))
+        next(run_on_ray(SimpleNamespace(options={"ray": True}), [], None, None, ""))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers import trackers
 from tests.helpers.sweeping import results_of, sweep_options, write_tasks
@@ -177,7 +176,7 @@ def test_a_hub_that_cannot_be_reached(options, hub, monkeypatch):
 def test_a_missing_package_is_named(options, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"pip install {package}"):
-        Sweep({**options, f"{package}_args": {"project": "p"}})
+        run_sweep({**options, f"{package}_args": {"project": "p"}}, dry_run=True)
 
 
 def test_the_command_and_the_file(options, services, tmp_path, capsys):
