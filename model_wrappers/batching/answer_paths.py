@@ -60,10 +60,6 @@ class AnswerPath:
     by_reason: Counter[str] = field(default_factory=Counter)
     slots: int | None = None
 
-    @property
-    def reasons(self) -> list[str]:
-        return list(self.by_reason)
-
     def add(
         self, path: str, requests: int, tokens: int | None, reasons: Iterable[str] = ()
     ) -> None:
@@ -80,7 +76,7 @@ class AnswerPath:
         record = {
             "requests": dict(self.requests),
             "tokens_computed": self.tokens_computed,
-            "reasons": self.reasons,
+            "reasons": list(self.by_reason),
         }
         return record if self.slots is None else {**record, "slots": self.slots}
 

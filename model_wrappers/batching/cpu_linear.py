@@ -11,7 +11,6 @@ from the processor alone and is the same in every run on a machine.
 
 from __future__ import annotations
 
-import platform
 import re
 from contextlib import contextmanager
 from functools import cache, partial
@@ -83,15 +82,8 @@ def linear_backend() -> str:
 
 
 def processor() -> tuple[str, int]:
-    """Return vendor and family of the CPU, ``("", 0)`` where the system does not tell."""
+    """Return vendor and family of the CPU, ``("", 0)`` where Linux does not tell."""
     text = _CPUINFO.read_text(errors="replace") if _CPUINFO.exists() else ""
     vendor = re.search(r"^vendor_id\s*: (\S+)", text, re.MULTILINE)
     family = re.search(r"^cpu family\s*: (\d+)", text, re.MULTILINE)
-    if vendor is None or family is None:
-        # As Windows writes it: AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD.
-        text = platform.processor()
-        vendor = re.search(r", (\S+)$", text)
-        family = re.search(r"Family (\d+)", text)
-    if vendor is None or family is None:
-        return "", 0
-    return vendor[1], int(family[1])
+    return (vendor[1], int(family[1])) if vendor and family else ("", 0)

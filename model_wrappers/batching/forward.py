@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .attention_in_parts import AttentionInParts
 from .cpu_linear import fast_cpu_linears
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
+
+    from .attention_in_parts import Part
 
 #: sdpa's memory-efficient kernel wants the rows of a mask to begin at multiples of so
 #: many elements (8 or 16, by version), and else copies the mask in each layer.
@@ -45,29 +48,22 @@ class Forward:
     Attributes:
         model: A causal language model, or an adapter around one.
         device: Where its inputs belong.
-        autocast_dtype: Run under autocast to this dtype; None: as the weights are.
+        dtype: Of queries, and so of masks.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        device: torch.device,
-        autocast_dtype: torch.dtype | None = None,
-    ) -> None:
-        self.model = model
-        self.device = device
-        self.autocast_dtype = autocast_dtype
-
-    @classmethod
-    def of(cls, lm: Any) -> Forward:
-        """Return what runs the model of an `HFLM` as `HFLM` does."""
-        return cls(lm.model, lm.device, lm.mixed_precision_dtype)
+    def __init__(self, lm: Any) -> None:
+        """Run the model of an `HFLM` as `HFLM` does."""
+        self.model = lm.model
+        self.device = lm.device
+        self._autocast_dtype = lm.mixed_precision_dtype
+        self.dtype = self._autocast_dtype or lm.model.dtype
 
     def __call__(
         self,
         tokens: Tensor,
         positions: Tensor,
         keep: Callable[[Tensor], Tensor] | None,
+        parts: Sequence[Part] = (),
         **arguments: Any,
     ) -> Tensor:
         """Return the logits, [..., vocabulary], at the positions that `keep` leaves.
@@ -78,6 +74,7 @@ class Forward:
             keep: Takes hidden states, [rows, width, H], and returns those whose logits
                 are wanted, with any shape that ends in H and has three dimensions;
                 None: all.
+            parts: Parts of the ``attention_mask`` in which attention is computed.
             **arguments: Further arguments of the model.
         """
 
@@ -91,10 +88,13 @@ class Forward:
                 output = self.model.get_output_embeddings()
                 stack.callback(output.register_forward_pre_hook(thin_out).remove)
             stack.enter_context(torch.no_grad())
-            if self.autocast_dtype is not None:
+            if self._autocast_dtype is not None:
                 stack.enter_context(
-                    torch.autocast(self.device.type, self.autocast_dtype)
+                    torch.autocast(self.device.type, self._autocast_dtype)
                 )
+            if parts:
+                mask = arguments["attention_mask"]
+                stack.enter_context(AttentionInParts(mask, parts))
             stack.enter_context(fast_cpu_linears(self.model))
             return self.model(
                 input_ids=tokens, position_ids=positions, **arguments

@@ -7,7 +7,6 @@ nothing else.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,13 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
-from .attention_in_parts import AttentionInParts, Part
+from .attention_in_parts import Part
 from .attention_support import cache_argument
 from .forward import additive_mask
 from .token_tree import TokenTree, blocks, build_tree
 
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from .forward import Forward
     from .token_tree import Pack
 
@@ -189,14 +186,12 @@ def run_pack(
     if cache.length or kept is not None:
         cache.begin_pass(kept)
         arguments = {"use_cache": True, cache_argument(forward.model): cache}
-    in_parts: AbstractContextManager[Any] = nullcontext()
+    parts: list[Part] = []
     if not pack.chains:
-        dtype = forward.autocast_dtype or forward.model.dtype
-        mask = _mask(tree, pack, nodes, dtype, device)
+        mask = _mask(tree, pack, nodes, forward.dtype, device)
         arguments["attention_mask"] = mask
         if len(nodes) == 1 and width > _BLOCK_QUERIES and device.type == "cpu":
             parts = _parts(tree, pack, mask.shape[-1] - width)
-            in_parts = AttentionInParts(mask, parts)
 
     scored = work.scored_before
     wanted = np.flatnonzero((scored[nodes + 1] > scored[nodes]) & real)
@@ -205,13 +200,13 @@ def run_pack(
     def keep(hidden: torch.Tensor) -> torch.Tensor:
         return hidden.flatten(0, -2).index_select(0, places.to(hidden.device))[None]
 
-    with in_parts:
-        logits = forward(
-            torch.from_numpy(tokens).to(device),
-            torch.from_numpy(position).to(device),
-            keep,
-            **arguments,
-        )[0]
+    logits = forward(
+        torch.from_numpy(tokens).to(device),
+        torch.from_numpy(position).to(device),
+        keep,
+        parts,
+        **arguments,
+    )[0]
     if len(wanted):
         _score(work, nodes.ravel()[wanted], logits, softmax_dtype)
     cache.end_pass(len(path))

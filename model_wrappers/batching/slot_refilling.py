@@ -202,7 +202,7 @@ class SlotRefillingMixin(FastPathMixin):
         counts.prompt += sum(job.prompt for job in jobs)
         ends = set(end_tokens(base_model(self.model)))
         longest = max(job.prompt + job.most for job in jobs)
-        forward = Forward.of(self)
+        forward = Forward(self)
         # From the longest prompt to the shortest: neighbours need little padding, and a
         # lack of memory shows early.
         waiting = deque(sorted(jobs, key=lambda job: (-job.prompt, job.tokens)))

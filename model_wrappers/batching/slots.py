@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +10,13 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .attention_in_parts import AttentionInParts, Part
+from .attention_in_parts import Part
 from .attention_support import cache_argument, config_of
 from .forward import additive_mask
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
     from .forward import Forward
 
@@ -171,11 +169,10 @@ def run_rows(forward: Forward, cache: SlotCache, work: list[Row]) -> torch.Tenso
     cache.shows_slots = bool(start.any())
     cache.on_cpu = forward.device.type == "cpu"
     mask: torch.Tensor | None = None
-    in_parts: AbstractContextManager[Any] = nullcontext()
+    parts: list[Part] = []
     if cache.shows_slots:
         keys = torch.arange(cache.width, device=forward.device)
-        dtype = forward.autocast_dtype or forward.model.dtype
-        mask = additive_mask(keys > position[:, :, None], dtype)
+        mask = additive_mask(keys > position[:, :, None], forward.dtype)
         is_step = longest == 1 and cache.in_order and cache.on_cpu
         whole = len(work) * cache.width
         if is_step and tokens_read(start + 1) < (1 - _WORTH_GROUPS) * whole:
@@ -183,20 +180,19 @@ def run_rows(forward: Forward, cache: SlotCache, work: list[Row]) -> torch.Tenso
                 Part(rows, slice(None), slice(0, width))
                 for rows, width in groups_of(start + 1)
             ]
-            in_parts = AttentionInParts(mask, parts)
 
     def last(states: torch.Tensor) -> torch.Tensor:
         place = sent[:, -1].to(states.device)
         return states[torch.arange(len(place), device=place.device), place][:, None]
 
     cached: dict[str, Any] = {cache_argument(forward.model): cache}
-    with in_parts:
-        logits = forward(
-            sent[:, :longest],
-            position,
-            last if longest > 1 else None,
-            attention_mask=mask,
-            use_cache=True,
-            **cached,
-        )
+    logits = forward(
+        sent[:, :longest],
+        position,
+        last if longest > 1 else None,
+        parts,
+        attention_mask=mask,
+        use_cache=True,
+        **cached,
+    )
     return logits[:, -1]

@@ -217,7 +217,7 @@ def test_a_limit_is_a_reason(share_however_little):
     )
     path = lm.answer_paths.of("loglikelihood")
     assert path.requests == {"shared": len(REQUESTS), "plain": 2}
-    assert path.reasons == ["it is longer than 24 tokens"]
+    assert list(path.by_reason) == ["it is longer than 24 tokens"]
     # HFLM computes what two answers of one token share once.
     assert path.tokens_computed["plain"] == 40
 

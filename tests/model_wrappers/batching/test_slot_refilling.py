@@ -528,7 +528,7 @@ def test_attention_whose_temperature_follows_the_cache_is_left_alone():
     assert generate(lm, pairs) == expected
     taken = path_of(lm)
     assert taken.requests == {"slots": 2, "plain": 5}
-    assert "attention is plain" in taken.reasons[0]
+    assert "attention is plain" in next(iter(taken.by_reason))
 
 
 def path_of(lm):
@@ -573,7 +573,7 @@ def test_the_plain_path_is_recorded_with_the_tokens_that_are_counted():
     generate(lm, prompts()[:2])
     path = path_of(lm)
     assert path.requests == {"plain": 2}
-    assert path.reasons == ["slot_refilling=false"]
+    assert list(path.by_reason) == ["slot_refilling=false"]
     assert path.slots is None
     assert path.tokens_computed == {"plain": lm.token_counts.processed or None}
 

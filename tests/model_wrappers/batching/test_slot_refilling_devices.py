@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,11 @@ def run_passes(forward):
     return moved
 
 
+def forward_of(model, device):
+    lm = SimpleNamespace(model=model, device=device, mixed_precision_dtype=None)
+    return Forward(lm)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_pass_stays_on_its_device_and_takes_one_copy_there(attention):
     config = tiny_config(num_hidden_layers=8)
@@ -81,7 +88,7 @@ def test_a_pass_stays_on_its_device_and_takes_one_copy_there(attention):
     with torch.device("meta"):
         model = auto_class(config).from_config(config).eval()
     device = torch.device("meta")
-    for name, moved in run_passes(Forward(model, device)).items():
+    for name, moved in run_passes(forward_of(model, device)).items():
         assert len(moved) == 1, name
         assert moved[0].device.type == "cpu"
 
@@ -95,7 +102,7 @@ def test_layers_elsewhere_get_no_mask_for_prompts():
             module,
             AlignDevicesHook("meta", skip_keys=("past_key_values", "cache")),
         )
-    moved = run_passes(Forward(model, torch.device("cpu")))
+    moved = run_passes(forward_of(model, torch.device("cpu")))
     assert any(t.ndim == 4 for t in moved["step"])
     assert not any(t.ndim == 4 for t in moved["prompts"])
 
