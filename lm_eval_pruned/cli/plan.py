@@ -36,7 +36,7 @@ def add(commands) -> None:
         "several sizes, and with fewer layers. Reads the config of a model alone, unless an allocation or the choice of "
         "criteria looks at its weights.",
     )
-    add_model_args(parser, "pretrained", "revision")
+    add_model_args(parser)
     sizes = parser.add_mutually_exclusive_group()
     for name in SEVERAL_SIZES:
         add_option(sizes, name, several=True)

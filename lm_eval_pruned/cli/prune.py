@@ -18,9 +18,6 @@ from lm_eval_pruned.pruning.arguments import DECLARED, EXCLUSIVE, add_option
 if TYPE_CHECKING:
     import argparse
 
-#: Options that were there before --model_args.
-_OLD = ("pretrained", "revision", "subfolder", "gguf_file", "dtype")
-
 
 def add(commands) -> None:
     """Declare the command and its options."""
@@ -30,7 +27,7 @@ def add(commands) -> None:
         description="Write a pruned model as an ordinary checkpoint: safetensors shards, config "
         "with the new sizes, tokenizer files, model card. What is kept has to fit in memory.",
     )
-    add_model_args(parser, *_OLD)
+    add_model_args(parser)
     add_output_path(parser, "folder to write; new or empty")
     groups: dict[str, Any] = dict.fromkeys(DECLARED, parser)
     for names in EXCLUSIVE.values():

@@ -53,11 +53,7 @@ class HealingTrainer(Trainer):
         self._weight, self._temperature = teacher_weight, temperature
 
     def train_from(self, last: Path | None) -> None:
-        """Train from a checkpoint to the end; from one of the last step, take no other.
-
-        Args:
-            last: The checkpoint; None to begin.
-        """
+        """Train to the end, from a checkpoint if there is one; from one of the last step, no more."""
         if last is None:
             self.train()
             return
@@ -72,30 +68,21 @@ class HealingTrainer(Trainer):
             self.train(resume_from_checkpoint=str(last))
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any
     ) -> Any:
         if self._weight == 1:
             # Next-token loss would be computed, and its gradient, to be multiplied by 0.
-            inputs = {name: each for name, each in inputs.items() if name != "labels"}
-            outputs = model(**inputs)
+            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
             loss = self._distance(inputs, outputs)
         else:
-            loss, outputs = super().compute_loss(
-                model,
-                inputs,
-                return_outputs=True,
-                num_items_in_batch=num_items_in_batch,
-            )
+            more["return_outputs"] = True
+            loss, outputs = super().compute_loss(model, inputs, **more)
             if self._teacher is not None:
                 distance = self._distance(inputs, outputs)
                 loss = (1 - self._weight) * loss + self._weight * distance
         return (loss, outputs) if return_outputs else loss
 
-    def _distance(self, inputs: dict[str, Any], outputs: Any) -> Tensor:
+    def _distance(self, inputs: Any, outputs: Any) -> Tensor:
         assert self._teacher is not None
         with torch.no_grad():
             expected = self._teacher(input_ids=inputs["input_ids"]).logits
@@ -111,8 +98,7 @@ class RecordInCheckpoints(TrainerCallback):
     """
 
     def __init__(self, record: dict[str, Any], cost: TrainingCost) -> None:
-        self._record = record
-        self._cost = cost
+        self._record, self._cost = record, cost
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Begin to count what is spent."""
@@ -123,14 +109,13 @@ class RecordInCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             spent = {"steps": state.global_step} | self._cost.so_far()
-            write_record(folder / HEALING, self._record | spent)
+            write_record(folder, self._record | spent)
 
 
 class StopOnInterrupt(TrainerCallback):
     """Ends the training after the step in which it is interrupted, with a checkpoint."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    asked = False
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save and stop, if that was asked for."""
@@ -160,6 +145,7 @@ class StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, before)
 
 
-def write_record(file: Path, record: dict[str, Any]) -> None:
-    """Write the record of a healing."""
-    write_atomically(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of a healing into the folder of its adapter."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    write_atomically(folder / HEALING, f"{text}\n")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.energy.monitor import EnergyMonitor
-    from lm_eval_pruned.profiling.options import ProfiledModel, ProfileRequest
+    from lm_eval_pruned.profiling.options import ProfileRequest
 
 #: Version of the JSON; raised when a key changes its meaning.
 SCHEMA_VERSION = 1
@@ -36,7 +36,7 @@ _JOULES = (*COMPONENTS, "total")
 
 def summarise(
     request: ProfileRequest,
-    models: list[ProfiledModel],
+    models: list[dict[str, Any]],
     monitor: EnergyMonitor,
     timings: list[dict[str, Any]],
     passes: list[dict[str, Any]],
@@ -55,7 +55,7 @@ def summarise(
     Returns:
         ``schema_version``, ``request``, ``environment``, the protocol, ``energy`` (meter,
         scope, source of each component, and what went wrong), ``models``
-        (`ProfiledModel`), and ``cells``, one for each model, batch size and mode:
+        (see `lm_eval_pruned.profiling.options.plan_models`), and ``cells``, one for each model, batch size and mode:
 
         - ``repeats``, and in one repeat ``prompts`` and ``prompt_tokens`` without padding;
         - ``mean_output_tokens`` per prompt, the end-of-text token included;
@@ -101,7 +101,7 @@ def summarise(
             "hardware": meter and meter.hardware,
             "notes": list(dict.fromkeys([*monitor.failures, *_notes(by_pass)])),
         },
-        "models": [asdict(model) for model in models],
+        "models": models,
         "cells": _cells(request.batch_sizes, models, by_batch, by_pass),
     }
 
@@ -129,12 +129,12 @@ def _per_repeat(batches: pd.DataFrame, passes: pd.DataFrame) -> pd.DataFrame:
 
 def _cells(
     sizes: Sequence[int],
-    models: Sequence[ProfiledModel],
+    models: list[dict[str, Any]],
     batches: pd.DataFrame,
     passes: pd.DataFrame,
 ) -> list[dict[str, Any]]:
     metrics = _per_repeat(batches, passes)
-    names = [model.name for model in models]
+    names = [model["name"] for model in models]
     baseline, measured = names[0], set(metrics.index.droplevel("repeat"))
     cells = []
     for key in product(sizes, MODES, names):
@@ -161,7 +161,9 @@ def _cells(
                 "seconds_to_first_token": distribution(timed["first"]),
                 "seconds_per_output_token": distribution(per_token),
                 "seconds_end_to_end": distribution(timed["total"]),
-                "latency_estimates": {m: estimates[m] for m in latencies if estimates[m]},
+                "latency_estimates": {
+                    m: estimates[m] for m in latencies if estimates[m]
+                },
                 **{m: found for m, found in estimates.items() if "per_second" in m},
                 "joules": {
                     phase: {

@@ -150,44 +150,6 @@ def test_every_command_that_loads_takes_the_embedded_model(
             assert "a tiny model" in said.err, command
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (["--pretrained", "{}"], ["--model_args", "pretrained={}"]),
-        (
-            ["--pretrained", "{}", "--revision", "main"],
-            ["--model_args", "pretrained={},revision=main"],
-        ),
-    ],
-)
-def test_plan_by_its_old_names(old, new, tiny_llama, capsys):
-    old, new = ([each.format(tiny_llama) for each in words] for words in (old, new))
-    assert cli.main(["plan", *new, "--ratios", "2"]) == 0
-    now = capsys.readouterr()
-    assert now.err == ""
-    assert cli.main(["plan", *old, "--ratios", "2"]) == 0
-    before = capsys.readouterr()
-    assert before.out == now.out
-    warnings = before.err.splitlines()
-    assert len(warnings) == len(old) / 2
-    assert "--pretrained is an old name, write --model_args pretrained=" in warnings[0]
-
-
-def test_prune_by_its_old_names(tiny_llama, tmp_path, capsys):
-    old, new = tmp_path / "old", tmp_path / "new"
-    model = f"pretrained={tiny_llama},dtype=bfloat16"
-    words = ["--model_args", model, "--ratio", "2", "--output_path", str(new)]
-    assert cli.main(["prune", *words]) == 0
-    assert "old name" not in capsys.readouterr().err
-    words = ["--pretrained", str(tiny_llama), "--dtype", "bfloat16"]
-    assert cli.main(["prune", *words, "--ratio", "2", "--output", str(old)]) == 0
-    warnings = capsys.readouterr().err
-    for name in ("--pretrained", "--dtype", "--output"):
-        assert f"{name} is an old name" in warnings
-    (weights,) = old.glob("*.safetensors")
-    assert weights.read_bytes() == (new / weights.name).read_bytes()
-
-
 @pytest.mark.parametrize("command", ["prune", "heal"])
 def test_a_command_that_writes_needs_its_output_path(command, capsys):
     more = ["--data", "x"] if command == "heal" else ["--ratio", "2"]
@@ -239,10 +201,6 @@ def test_plan_and_prune_take_the_arguments_of_an_evaluation(
         (
             ["plan", "--model_args", "criterion=l1", "--criterion", "l2"],
             "criterion was given twice, as --criterion l2 and as criterion=l1",
-        ),
-        (
-            ["plan", "--pretrained", "x", "--model_args", "pretrained=y"],
-            "pretrained was given twice",
         ),
         (["plan", "--model_args", "x"], "--model_args is ['x']"),
         (
