@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,12 @@ def profile(
         try:
             for repeat in range(request.repeats):
                 shift = repeat % len(models)
-                for model, size in profiler.order(models[shift:] + models[:shift]):
+                turn = product(models[shift:] + models[:shift], request.batch_sizes)
+                if profiler.together:
+                    # Passes of one size side by side.
+                    by_size = request.batch_sizes.index
+                    turn = sorted(turn, key=lambda each: by_size(each[1]))
+                for model, size in turn:
                     bar.set_postfix_str(f"{model['name']}, batch size {size}")
                     profiler.measure(repeat, model, size)
                     bar.update()
@@ -147,15 +153,6 @@ class Profiler:
         self.together = not _in_engine(baseline) and (
             more <= MEMORY_SHARE * free_bytes(baseline.device)
         )
-
-    def order(
-        self, models: list[dict[str, Any]]
-    ) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield model and batch size of each pass: neighbours differ in the model if they can."""
-        sizes = self._request.batch_sizes
-        if self.together:
-            return ((model, size) for size in sizes for model in models)
-        return ((model, size) for model in models for size in sizes)
 
     def measure(self, repeat: int, spec: dict[str, Any], size: int) -> None:
         """Measure one model at one batch size: a prefill, and a pass in each mode."""
@@ -269,8 +266,7 @@ def generate(
     """Generate greedily and take the time of the first and the last token.
 
     Args:
-        model: The model.
-        batch: Prompts.
+        model, batch: The model, and its prompts.
         max_new_tokens: Most output tokens.
         fixed: Whether the end of text is forbidden, so that there are exactly as many.
         pad_token: Id that fills rows which have ended.
