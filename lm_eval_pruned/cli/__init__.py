@@ -13,7 +13,7 @@ COMMANDS = (
     *("plan", "compare", "power", "report", "check", "sweep"),
     *("sensitivity", "profile", "prune", "heal"),
 )
-#: As in the metadata, which takes longer to read.
+#: As in the metadata of the package.
 DOCUMENTATION = "https://lm-eval-pruned.github.io/lm-eval-pruned/"
 #: The extra that brings a package which not every command needs, by the name it is imported by.
 EXTRAS = {

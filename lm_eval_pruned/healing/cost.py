@@ -30,7 +30,7 @@ class TrainingCost:
     ) -> None:
         self._spent = [EnergyReading(0.0, notes=("nothing was trained",))]
         if before is not None:
-            unknown = {
+            unknown: dict[str, Any] = {
                 "joules": {},
                 "notes": ["the first part was trained without a meter"],
             }

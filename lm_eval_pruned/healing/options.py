@@ -69,7 +69,10 @@ class HealingOptions(DeclaredOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.teacher_weight <= 1:
-            why = f"teacher_weight={self.teacher_weight} is no share of the loss: pass a number from 0 to 1"
+            why = (
+                f"teacher_weight={self.teacher_weight} is no share of the loss: pass a number from "
+                "0 to 1"
+            )
         elif not 0 < self.temperature < math.inf:
             why = (
                 f"temperature={self.temperature} divides logits: pass a number above 0"
@@ -97,8 +100,8 @@ class HealingOptions(DeclaredOptions):
         from transformers import TrainingArguments
 
         own = {"output_dir": str(folder), "max_steps": self.max_steps or -1}
-        given, every = self.training_args, self.training()
-        return _made(TrainingArguments, "training_args", given, every, own)
+        every = {**self.training(), **own}
+        return _made(TrainingArguments, "training_args", self.training_args, every)
 
     def training(self) -> dict[str, Any]:
         """Return the training arguments that are given, and those that differ by default."""
@@ -117,8 +120,8 @@ class HealingOptions(DeclaredOptions):
         if self.method == "full":
             return None
         own = {"use_dora": self.method == "dora", "task_type": "CAUSAL_LM"}
-        given, every = self.peft_args, {**ADAPTER, **self.peft_args}
-        return _made(LoraConfig, "peft_args", given, every, own)
+        every = {**ADAPTER, **self.peft_args, **own}
+        return _made(LoraConfig, "peft_args", self.peft_args, every)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the record of a healing holds, and what a resumed one must share."""
@@ -140,20 +143,16 @@ def written(arguments: Mapping[str, Any]) -> str:
 
 
 def _made(
-    kind: Any,
-    argument: str,
-    given: Mapping[str, Any],
-    every: Mapping[str, Any],
-    own: dict[str, Any],
+    kind: Any, argument: str, given: Mapping[str, Any], every: Mapping[str, Any]
 ) -> Any:
-    """Make the arguments of a library, of which `argument` was given and `own` are ours."""
-    for name in given.keys() & own.keys():
-        raise ValueError(
-            f"{argument} has {name}={given[name]}, which other options of heal decide: leave it "
-            "out."
-        )
+    """Make the arguments of a library from `every` one, of which `argument` gives some."""
+    for name, value in given.items():
+        if every[name] != value:
+            raise ValueError(
+                f"{argument} has {name}={value}, which other options of heal decide: leave it out."
+            )
     try:
-        return kind(**every, **own)
+        return kind(**every)
     except (TypeError, ValueError, ImportError, AttributeError) as error:
         library = kind.__module__.partition(".")[0]
         raise ValueError(

@@ -24,7 +24,6 @@ from lm_eval_pruned.util.atomic import appearing_whole
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable
 
     from peft import LoraConfig
     from transformers import (
@@ -42,9 +41,8 @@ class Healed(NamedTuple):
     """What a healing did.
 
     Attributes:
-        folder: The adapter, or with ``method=full`` the checkpoint; of a healing that was
-            interrupted the checkpoint to resume from.
-        record: What it was trained on, as the file `healing.json` has it.
+        folder: The adapter or model; of a healing that was interrupted, its checkpoint.
+        record: What the file `healing.json` holds.
         finished: Whether it came to its end.
     """
 
@@ -60,21 +58,11 @@ def prepare(
     options: HealingOptions,
     checkpoints: Path,
 ) -> tuple[TrainingArguments, LoraConfig | None, LoadRequest, PreTrainedTokenizerBase]:
-    """Refuse a healing that cannot be, before a weight is read.
-
-    Args:
-        model_args, options: As in `heal`.
-        data, texts: Where the texts come from, and what `texts_of` read there.
-        checkpoints: Folder of the checkpoints; nothing is written there yet.
+    """Refuse what `heal` cannot do with texts, before a weight is read.
 
     Returns:
         What Trainer is told, the adapter to train, the model with its pruning, and its
         tokenizer.
-
-    Raises:
-        ValueError: An argument or the text is of no use.
-        UnsupportedModelError: The model cannot be pruned, or has an encoder.
-        OSError: The model's config or tokenizer cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -169,21 +157,29 @@ def heal(
         model_args, data, texts, options, checkpoints
     )
     blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
-    text = {"file": Path(data).name, "sha256": digest_of(data)}
-    text |= {"texts": len(texts), "tokens": len(blocks) * length}
     model: Any = load_request(request, tokenizer)
     pruned: PruneRecord = model.prune_record
     record = {
         "lm_eval_pruned": version("lm-eval-pruned"),
         **options.as_dict(),
-        "data": text,
+        "data": {
+            "file": Path(data).name,
+            "sha256": digest_of(data),
+            "texts": len(texts),
+            "tokens": len(blocks) * length,
+        },
         "training_args": options.training(),
         "pruning": pruned.as_dict(),
     }
     before = None if last is None else read_healing(str(last))
     if before is not None:
-        _check_same(last, before, record, (*options.as_dict(), "data"))
-        _check_same(last, before["pruning"], record["pruning"], ("kept_digest",))
+        was, now = ({**each["pruning"], **each} for each in (before, record))
+        for name in (*options.as_dict(), "data", "kept_digest"):
+            if was.get(name) != now[name]:
+                raise ValueError(
+                    f"{last} is of a healing with {name}={was.get(name)}, but this one has "
+                    f"{name}={now[name]}: pass the same to resume, or another output to begin."
+                )
 
     from transformers import set_seed
 
@@ -199,17 +195,16 @@ def heal(
     teacher: PreTrainedModel | None = None
     if options.teacher_weight:
         teacher = request.load()[0].eval().requires_grad_(False)
-    stop = training.StopOnInterrupt()
     with contextlib.closing(TrainingCost(metered=metered, before=before)) as cost:
+        checkpointing = training.Checkpoints(record, cost)
         try:
             trainer = training.HealingTrainer(
                 teacher,
-                options.teacher_weight,
-                options.temperature,
+                options,
                 model=model,
                 args=arguments,
                 train_dataset=[{"input_ids": each, "labels": each} for each in blocks],
-                callbacks=[training.RecordInCheckpoints(record, cost), stop],
+                callbacks=[checkpointing],
             )
         except (ImportError, RuntimeError) as error:
             raise ValueError(
@@ -220,7 +215,7 @@ def heal(
             if adapter is not None:
                 _share(teacher, parameters)
             teacher.to(arguments.device)  # type: ignore[arg-type]
-        with stop.listening():
+        with checkpointing.listening():
             trainer.train_from(last)
         steps = trainer.state.global_step
         record |= {"steps": steps, **cost.so_far()}
@@ -256,17 +251,6 @@ def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
             "delete the folder."
         )
     return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
-
-
-def _check_same(
-    last: Path | None, before: dict[str, Any], now: dict[str, Any], names: Iterable[str]
-) -> None:
-    for name in names:
-        if before.get(name) != now[name]:
-            raise ValueError(
-                f"{last} is of a healing with {name}={before.get(name)}, but this one has "
-                f"{name}={now[name]}: pass the same to resume, or another output to begin."
-            )
 
 
 def _share(teacher: PreTrainedModel, parameters: dict[str, torch.nn.Parameter]) -> None:

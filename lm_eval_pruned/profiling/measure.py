@@ -13,6 +13,7 @@ repeat.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from itertools import product
@@ -56,8 +57,7 @@ def profile(
     """Measure; see the module's docstring.
 
     Args:
-        request: What to measure.
-        prompts: Texts.
+        request, prompts: What to measure, on which texts.
         monitor: Measures the energy.
         clock: Returns seconds; for tests.
         load: Loads a model: `load_pruned`, or
@@ -89,12 +89,12 @@ def profile(
         try:
             for repeat in range(request.repeats):
                 shift = repeat % len(models)
-                turn = product(models[shift:] + models[:shift], request.batch_sizes)
+                turn, sizes = models[shift:] + models[:shift], request.batch_sizes
+                order = list(product(turn, sizes))
                 if profiler.together:
-                    # Passes of one size side by side.
-                    by_size = request.batch_sizes.index
-                    turn = sorted(turn, key=lambda each: by_size(each[1]))
-                for model, size in turn:
+                    # Passes that are compared follow one another.
+                    order = [(model, size) for size, model in product(sizes, turn)]
+                for model, size in order:
                     bar.set_postfix_str(f"{model['name']}, batch size {size}")
                     profiler.measure(repeat, model, size)
                     bar.update()
@@ -232,10 +232,9 @@ class Profiler:
     def _generate(
         self, model: Any, batch: Batch, mode: str, tokens: int
     ) -> dict[str, Any]:
-        how: dict[str, Any] = {"fixed": mode == "fixed", "clock": self._clock}
-        if _in_engine(model):
-            return model.timed_generation(batch, tokens, **how)
-        return generate(model, batch, tokens, pad_token=self._pad, **how)
+        run = functools.partial(generate, model, pad_token=self._pad)
+        run = model.timed_generation if _in_engine(model) else run
+        return run(batch, tokens, fixed=mode == "fixed", clock=self._clock)
 
     def _prefill(self, model: Any, size: int) -> dict[str, float | None]:
         """Return joules of one prefill of all batches, by component."""

@@ -199,7 +199,7 @@ def distribution(seconds: Sequence[float]) -> dict[str, Any] | None:
     return {"n": len(values), **dict(zip(keys, map(_number, found), strict=True))}
 
 
-def estimate(values: Sequence[float]) -> dict[str, Any] | None:
+def estimate(values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
     """Return ``n``, ``mean`` and the ends ``low`` and ``high`` of its 95 % interval.
 
     Args:

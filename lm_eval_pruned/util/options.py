@@ -7,14 +7,13 @@ import inspect
 import json
 import re
 from dataclasses import MISSING, Field, field, fields
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Mapping
-
-    Options = TypeVar("Options", bound="DeclaredOptions")
+    from typing import Self
 
 _EXPECTED = {
     str: "a name",
@@ -73,7 +72,7 @@ class DeclaredOptions:
         """Add the options to a command; one that is not given is None."""
         explained = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
         for name, each in cls.declared().items():
-            found = re.search(rf" {name}: (.*?)\.(\s|\Z)", explained, re.DOTALL)
+            found = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
             about, default = " ".join(found[1].split()) if found else "", each.default
             about = about[:1].lower() + about[1:]
             several = isinstance(default, tuple)
