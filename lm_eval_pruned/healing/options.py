@@ -37,7 +37,7 @@ class HealingOptions(DeclaredOptions):
     """How a pruned model is trained.
 
     Args:
-        method: What is trained, the adapters lora or dora, or full, all weights.
+        method: What is trained: an adapter (lora or dora), or all weights (full).
         teacher_weight: Share of the loss that measures the distance to the unpruned model, from
             0 to 1. The rest is the loss of the next token; 0 loads no teacher.
         temperature: Number that divides the logits of both models before they are compared.

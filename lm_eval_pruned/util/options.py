@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Mapping
-    from typing import Self
 
 _EXPECTED = {
     str: "a name",
@@ -93,7 +92,7 @@ class DeclaredOptions:
         return {name: value for name, value in every.items() if value is not None}
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], where: str, **others: Any) -> Self:
+    def of(cls, given: Mapping[str, Any], where: str, **others: Any) -> Any:
         """Make one of the options that a mapping holds, as a command or YAML has them.
 
         Args:
