@@ -164,8 +164,10 @@ class Profiler:
         model = self._held[name]
         timings, passes, tokens = [], [], self._request.max_new_tokens
         # What an engine allocates is in other processes.
-        hidden: Any = contextlib.nullcontext({})
-        with hidden if _in_engine(model) else _peak_memory(model.device) as peaks:
+        watch: Any = contextlib.nullcontext({})
+        if not _in_engine(model):
+            watch = _peak_memory(model.device, spec["model_bytes"])
+        with watch as peaks:
             prefill = self._prefill(model, size)
             for mode in MODES:
                 key = {"batch_size": size, "mode": mode, "model": name}
@@ -178,8 +180,6 @@ class Profiler:
                 reading = self._monitor.end_window(mode)
                 taken = {f"both_{k}": j for k, j in reading.joules.as_dict().items()}
                 passes.append({**key, **prefill, **taken, "reading": reading})
-        if "peak_device_bytes" in peaks:
-            peaks["peak_device_bytes"] += spec["model_bytes"]
         # Of a pass that was interrupted, nothing counts.
         self.timings += timings
         self.passes += [{**row, **peaks} for row in passes]
@@ -331,11 +331,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """Yield what holds the most bytes that the block took, once it is left.
+def _peak_memory(device: torch.device, held: int) -> Iterator[dict[str, int]]:
+    """Yield what holds the most bytes in use, once the block is left.
 
-    ``peak_device_bytes``, on CUDA, are above what was allocated before; ``peak_host_bytes``, on
-    Linux, are of the whole process.
+    ``peak_device_bytes``, on CUDA, are those of the block and of a model of `held` bytes;
+    ``peak_host_bytes``, on Linux, are those of the whole process.
     """
     peaks: dict[str, int] = {}
     cleared, before = 0, 0
@@ -347,7 +347,8 @@ def _peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
         cleared = Path("/proc/self/clear_refs").write_text("5")
     yield peaks
     if device.type == "cuda":
-        peaks["peak_device_bytes"] = torch.cuda.max_memory_allocated(device) - before
+        above = torch.cuda.max_memory_allocated(device) - before
+        peaks["peak_device_bytes"] = above + held
     status = Path("/proc/self/status").read_text() if cleared else ""
     if found := re.search(r"VmHWM:\s*(\d+) kB", status):
         peaks["peak_host_bytes"] = int(found[1]) * 1024
