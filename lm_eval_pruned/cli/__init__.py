@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from importlib import import_module
+from importlib.metadata import version
 
-from lm_eval_pruned.cli import (
-    check,
-    compare,
-    heal,
-    plan,
-    power,
-    profile,
-    prune,
-    report,
-    sensitivity,
-    sweep,
+
+#: Each is a file of this folder.
+COMMANDS = (
+    *("plan", "compare", "power", "report", "check", "sweep"),
+    *("sensitivity", "profile", "prune", "heal"),
 )
-
-
-if TYPE_CHECKING:
-    from typing import Any
-
-
-#: As in the metadata, which takes longer to read.
+#: As in the metadata of the package.
 DOCUMENTATION = "https://lm-eval-pruned.github.io/lm-eval-pruned/"
 #: The extra that brings a package which not every command needs, by the name it is imported by.
 EXTRAS = {
@@ -34,19 +23,6 @@ EXTRAS = {
     "vl_convert": "report",
     "vllm": "vllm",
 }
-
-
-class _Version(argparse.Action):
-    """argparse's ``version``, which looks the version up where it is asked for."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments, nargs=0, default=argparse.SUPPRESS)
-
-    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
-        from importlib.metadata import version
-
-        print(parser.prog, version(parser.prog))
-        parser.exit()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,21 +36,13 @@ def main(argv: list[str] | None = None) -> int:
         description="Width pruning around lm-evaluation-harness. To evaluate a pruned model, "
         "run `lm_eval --model pruned-hf --model_args ratio=2.0 --tasks ...`.",
     )
-    parser.add_argument("--version", action=_Version, help="show the version and leave")
+    shown = f"{parser.prog} {version(parser.prog)}"
+    parser.add_argument(
+        "--version", action="version", version=shown, help="show the version and leave"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (
-        plan,
-        compare,
-        power,
-        report,
-        check,
-        sweep,
-        sensitivity,
-        profile,
-        prune,
-        heal,
-    ):
-        command.add(commands)
+    for name in COMMANDS:
+        import_module(f"lm_eval_pruned.cli.{name}").add(commands)
     for each in (parser, *commands.choices.values()):
         each.epilog = f"Documentation: {DOCUMENTATION}"
     arguments = parser.parse_args(argv)

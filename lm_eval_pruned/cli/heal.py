@@ -11,7 +11,7 @@ from lm_eval_pruned.cli.model_args import (
     read_model_args,
     with_default_model,
 )
-from lm_eval_pruned.healing.options import DECLARED, HealingOptions
+from lm_eval_pruned.healing.options import HealingOptions
 
 
 if TYPE_CHECKING:
@@ -38,15 +38,7 @@ def add(commands) -> None:
     add_output_path(
         parser, "folder to write, new or empty; checkpoints go to DIR.checkpoints"
     )
-    for name, option in DECLARED.items():
-        kind, several = option.metadata["kind"], option.metadata["kind"] is dict
-        parser.add_argument(
-            f"--{name}",
-            type=str if several else kind,
-            default="" if several else option.default,
-            metavar=option.metadata["metavar"],
-            help=option.metadata["help"],
-        )
+    HealingOptions.add_to(parser)
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint"
     )
@@ -64,14 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lm_eval_pruned.healing.run import heal
 
-    options = HealingOptions.of(
-        {
-            name: value
-            for name in DECLARED
-            if (value := getattr(arguments, name)) is not None
-        },
-        "heal",
-    )
+    options = HealingOptions.of(HealingOptions.parsed(arguments), "heal")
     healed = heal(
         with_default_model(read_model_args(arguments), "healing"),
         arguments.data,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING
 
 from lm_eval_pruned.cli.model_args import (
     add_model_args,
@@ -58,36 +59,28 @@ def run(arguments: argparse.Namespace) -> int:
 
     model_args = read_model_args(arguments)
     pruning = pruning_of(arguments, model_args, SHARING)
-    sizes = {
-        argument: values
-        for option, argument in (*SEVERAL_SIZES.items(), ("drop_layers", "drop_layers"))
-        if (values := getattr(arguments, option)) is not None
-    }
+    options = {**SEVERAL_SIZES, "drop_layers": "drop_layers"}
+    given = {name: getattr(arguments, option) for option, name in options.items()}
+    sizes = {name: values for name, values in given.items() if values is not None}
     asked = merged({n: [pruning.pop(n)] for n in CUTS if n in pruning}, sizes)
     if not asked:
-        options = ", ".join(f"--{name}" for name in (*SEVERAL_SIZES, "drop_layers"))
-        raise ValueError(f"No size was given: pass one of {options}.")
+        names = ", ".join(f"--{name}" for name in options)
+        raise ValueError(f"No size was given: pass one of {names}.")
     if arguments.trust_remote_code:
         model_args["trust_remote_code"] = True
     refuse_others(model_args, planning.SOURCE_ARGUMENTS, "plan")
-    source = with_default_model(model_args, "planning")
-
-    def plan(argument: str, values: list[Any], **more: Any) -> list[planning.PlanRow]:
-        return planning.plan_rows(
-            argument=argument, values=values, **source, **pruning, **more
+    source = with_default_model(model_args, "planning") | pruning
+    # Sizes of two kinds are refused by the arguments of pruning, in one sentence.
+    first, *others = asked
+    rows = [
+        row
+        for values in product(*(asked[name] for name in others))
+        for row in planning.plan_rows(
+            argument=first,
+            values=asked[first],
+            **source,
+            **dict(zip(others, values, strict=True)),
         )
-
-    depths = asked.pop("drop_layers", None)
-    if asked:
-        # Of more than one size, the arguments of pruning say what is wrong.
-        (argument, values), *others = asked.items()
-        more = {name: value for name, (value,) in others}
-        found = [
-            plan(argument, values, drop_layers=depth, **more)
-            for depth in depths or [None]
-        ]
-        rows = [row for part in found for row in part]
-    else:
-        rows = plan("drop_layers", depths)
+    ]
     print(planning.FORMATS[arguments.format](rows), end="")
     return 0

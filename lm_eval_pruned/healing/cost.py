@@ -18,39 +18,32 @@ _WINDOW = "training"
 
 
 class TrainingCost:
-    """Seconds and joules of a training, and of what it goes on from.
-
-    A meter that fails ends no training: what it could not measure is None, with a note.
+    """Seconds and joules of a training; what could not be measured is None, with a note.
 
     Args:
         metered: Whether energy is measured.
+        before: What the record of the checkpoint says that the training goes on from.
     """
 
-    def __init__(self, *, metered: bool) -> None:
-        self._before: list[EnergyReading] = []
-        self._metered, self._open = metered, False
+    def __init__(
+        self, *, metered: bool, before: Mapping[str, Any] | None = None
+    ) -> None:
+        self._spent = [EnergyReading(0.0, notes=("nothing was trained",))]
+        if before is not None:
+            unknown: dict[str, Any] = {
+                "joules": {},
+                "notes": ["the first part was trained without a meter"],
+            }
+            energy = before.get("energy") or unknown
+            joules, notes = Joules(**energy["joules"]), tuple(energy["notes"])
+            self._spent = [EnergyReading(before["seconds"], joules, notes=notes)]
+        self._metered, self._resumed, self._open = metered, before is not None, False
         meters = metered and meters_the_machine()
         self._monitor = EnergyMonitor(CodecarbonMeter() if meters else None)
         self._monitor.start_in_background()
 
-    def add(self, record: Mapping[str, Any] | None) -> None:
-        """Count what was spent up to a checkpoint, as its record says."""
-        if record is None:
-            return
-        energy = record.get("energy") or {
-            "joules": {},
-            "notes": ["the first part was trained without a meter"],
-        }
-        joules, notes = Joules(**energy["joules"]), tuple(energy["notes"])
-        spent = EnergyReading(record.get("seconds", 0.0), joules, notes=notes)
-        self._before.append(spent)
-
     def begin(self, *, on_gpu: bool) -> None:
-        """Begin to count.
-
-        Args:
-            on_gpu: Energy without that of the GPU is then no total.
-        """
+        """Begin to count; `on_gpu`, energy without that of the GPU is no total."""
         if on_gpu:
             self._monitor.required.add("gpu")
         self._monitor.begin_window(_WINDOW)
@@ -58,12 +51,13 @@ class TrainingCost:
 
     def so_far(self) -> dict[str, Any]:
         """Return ``seconds`` and, where it is metered, ``energy``, as records have them."""
-        parts = [*self._before]
+        parts = self._spent
         if self._open:
             # One window to the end: in a short one of its own a counter may stand still.
-            parts.append(self._monitor.read_window(_WINDOW))
-        reading = add_up(parts or [EnergyReading(0.0, notes=("nothing was trained",))])
-        if _several_machines():
+            parts = parts[: self._resumed] + [self._monitor.read_window(_WINDOW)]
+        reading = add_up(parts)
+        everywhere, here = map(os.environ.get, ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        if here is not None and int(everywhere or 1) > int(here):
             notes = (*reading.notes, "only the first of several machines was metered")
             reading = replace(reading, joules=Joules(), notes=notes)
         record: dict[str, Any] = {"seconds": round(reading.seconds or 0.0, 1)}
@@ -72,8 +66,7 @@ class TrainingCost:
             record["energy"] = {
                 "meter": meter and meter.name,
                 "joules": reading.joules.as_dict(),
-                "sources": meter
-                and {k: each.kind for k, each in meter.sources.items()},
+                "sources": meter and {k: s.kind for k, s in meter.sources.items()},
                 "notes": list(reading.notes),
             }
         return record
@@ -81,9 +74,3 @@ class TrainingCost:
     def close(self) -> None:
         """Stop the meter."""
         self._monitor.stop()
-
-
-def _several_machines() -> bool:
-    """Whether a launcher has started processes on other machines too."""
-    everywhere, here = (os.environ.get(n) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    return here is not None and int(everywhere or 1) > int(here or 1)

@@ -20,14 +20,14 @@ _AT_ONCE = 1 << 22
 def distillation_loss(logits: Tensor, expected: Tensor, temperature: float) -> Tensor:
     """Return how far the distribution of each next token is from a teacher's.
 
-    ``T ** 2 * KL(softmax(expected / T) || softmax(logits / T))``, the mean over the
-    positions that predict a token of their block. Probabilities are float32, of a few
-    positions at a time. The teacher gets no gradient.
+    ``T ** 2 * KL(softmax(expected / T) || softmax(logits / T))``, the mean over the positions
+    that predict a token of their block. The factor keeps gradients of one size over
+    temperatures. Probabilities are float32. The teacher gets no gradient.
 
     Args:
         logits: Shape (rows, tokens, vocabulary).
         expected: Those of the teacher, of the same shape.
-        temperature: T. The factor keeps gradients of one size over temperatures.
+        temperature: T.
 
     Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2.
     """

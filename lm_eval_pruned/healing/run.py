@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,9 +21,9 @@ from lm_eval_pruned.checkpoints.export import (
 from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.healing.cost import TrainingCost
-from lm_eval_pruned.healing.options import written
 from lm_eval_pruned.healing.text import digest_of, texts_of, token_blocks
 from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.util.atomic import appearing_whole
 
 
@@ -42,18 +41,13 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.calibration import Text
     from lm_eval_pruned.pruning.record import PruneRecord
 
-#: Folder of the merged checkpoint beside the adapter.
-MERGED = "merged"
 
-
-@dataclass(frozen=True)
-class Healed:
+class Healed(NamedTuple):
     """What a healing did.
 
     Attributes:
-        folder: The adapter, or with ``method=full`` the checkpoint; of a healing that was
-            interrupted the checkpoint to resume from.
-        record: What it was trained on, as the file `healing.json` has it.
+        folder: The adapter or model; of a healing that was interrupted, its checkpoint.
+        record: What the file `healing.json` holds.
         finished: Whether it came to its end.
     """
 
@@ -69,50 +63,33 @@ def prepare(
     options: HealingOptions,
     checkpoints: Path,
 ) -> tuple[TrainingArguments, LoraConfig | None, LoadRequest, PreTrainedTokenizerBase]:
-    """Refuse a healing that cannot be, before a weight is read.
-
-    Args:
-        model_args: As in `heal`.
-        data: Where the texts come from.
-        texts: What `lm_eval_pruned.healing.text.texts_of` read.
-        options: How to train.
-        checkpoints: Folder of the checkpoints; nothing is written there yet.
+    """Refuse what `heal` cannot do with texts, before a weight is read.
 
     Returns:
         What Trainer is told, the adapter to train, the model with its pruning, and its
         tokenizer.
-
-    Raises:
-        ValueError: An argument or the text is of no use.
-        UnsupportedModelError: The model cannot be pruned, or has an encoder.
-        OSError: The model's config or tokenizer cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
-    from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-
     arguments = options.trainer_arguments(checkpoints)
     adapter = options.adapter_config()
-    for name, advice in (
-        ("peft", "merge it into a checkpoint first"),
-        ("device", "training_args say where to train, such as use_cpu=true"),
-        ("device_map", "training_args say where to train, such as use_cpu=true"),
-    ):
+    where = "training_args say where to train, such as use_cpu=true"
+    quantised = "quantised weights cannot be trained, so quantise what comes out"
+    refused = {"peft": "merge it into a checkpoint first"}
+    refused |= {"device": where, "device_map": where}
+    refused |= dict.fromkeys(quantising_arguments(model_args), quantised)
+    for name, advice in refused.items():
         if model_args.get(name) is not None:
             raise ValueError(
                 f"model_args has {name}={model_args[name]}, which a healing does not take: leave "
                 f"it out; {advice}."
             )
-    for name in quantising_arguments(model_args):
-        raise ValueError(
-            f"model_args has {name}={model_args[name]}, but quantised weights can be neither "
-            "trained nor merged: leave it out, and quantise what comes out."
-        )
     given = dict(model_args)
     pretrained = str(given.pop("pretrained"))
     asked = PruneArguments.taken_from(given)
     request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, given)
-    if request.widths.original.is_encoder_decoder:
+    original = request.widths.original
+    if original.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{pretrained} has an encoder, and text has no target for its decoder: pass a "
             "decoder-only model."
@@ -123,21 +100,16 @@ def prepare(
             "size was asked for, so that both are one: add one such as prune_percent=40 to "
             "model_args, or leave it out."
         )
-    original = request.widths.original
     if adapter is not None:
-        try:
-            adapted_shapes(request, original, adapter)
-        except ValueError as error:
-            raise ValueError(
-                f"peft_args={written(options.peft_args)} fits no layer of the model ({error})"
-            ) from None
-    tokenizer = request.load_tokenizer()
+        # peft refuses modules that the model lacks.
+        adapted_shapes(request, original, adapter)
     positions = getattr(original, "max_position_embeddings", None)
     if positions and options.max_length > positions:
         raise ValueError(
             f"max_length={options.max_length} is more than the {positions} positions of the "
             "model: pass that many or fewer."
         )
+    tokenizer = request.load_tokenizer()
     next(token_blocks(data, texts, tokenizer, options.max_length))
     return arguments, adapter, request, tokenizer
 
@@ -185,68 +157,59 @@ def heal(
             "output is an ordinary checkpoint already."
         )
     last = _checkpoint(checkpoints, resume)
-    before = None if last is None else read_healing(str(last))
-    texts = texts_of(data)
+    texts, length = texts_of(data), options.max_length
     arguments, adapter, request, tokenizer = prepare(
         model_args, data, texts, options, checkpoints
     )
-    blocks = [
-        torch.tensor(block)
-        for block in token_blocks(data, texts, tokenizer, options.max_length)
-    ]
-    text = {
-        "file": Path(data).name,
-        "sha256": digest_of(data),
-        "texts": len(texts),
-        "tokens": len(blocks) * options.max_length,
-    }
-    shared = {**options.as_dict(), "data": text}
-    if before is not None:
-        _check_same(last, before, shared)
-
-    from transformers import set_seed
-
-    from lm_eval_pruned.healing.trainer import (
-        HealingTrainer,
-        RecordInCheckpoints,
-        StopOnInterrupt,
-        write_record,
-    )
-
+    blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
     model: Any = load_request(request, tokenizer)
     pruned: PruneRecord = model.prune_record
     record = {
         "lm_eval_pruned": version("lm-eval-pruned"),
-        **shared,
+        **options.as_dict(),
+        "data": {
+            "file": Path(data).name,
+            "sha256": digest_of(data),
+            "texts": len(texts),
+            "tokens": len(blocks) * length,
+        },
         "training_args": options.training(),
         "pruning": pruned.as_dict(),
     }
+    before = None if last is None else read_healing(str(last))
     if before is not None:
-        kept = {"kept_digest": record["pruning"]["kept_digest"]}
-        _check_same(last, before["pruning"], kept)
+        was, now = ({**each["pruning"], **each} for each in (before, record))
+        for name in (*options.as_dict(), "data", "kept_digest"):
+            if was.get(name) != now[name]:
+                raise ValueError(
+                    f"{last} is of a healing with {name}={was.get(name)}, but this one has "
+                    f"{name}={now[name]}: pass the same to resume, or another output to begin."
+                )
+
+    from transformers import set_seed
+
+    from lm_eval_pruned.healing import trainer as training
+
     model.config.use_cache = False
-    teacher: PreTrainedModel | None = None
-    if options.teacher_weight:
-        teacher = request.load()[0].eval().requires_grad_(False)
-    # An adapter changes the names of what it is added to.
-    parameters = dict(model.named_parameters())
     set_seed(arguments.seed)
+    parameters = dict(model.named_parameters())
     if adapter is not None:
         from peft import get_peft_model
 
         model = get_peft_model(model, adapter)
-    stop = StopOnInterrupt()
-    with contextlib.closing(TrainingCost(metered=metered)) as cost:
-        cost.add(before)
+    teacher: PreTrainedModel | None = None
+    if options.teacher_weight:
+        teacher = request.load()[0].eval().requires_grad_(False)
+    with contextlib.closing(TrainingCost(metered=metered, before=before)) as cost:
+        checkpointing = training.Checkpoints(record, cost)
         try:
-            trainer = HealingTrainer(
+            trainer = training.HealingTrainer(
                 teacher,
-                options.teacher_weight,
-                options.temperature,
+                options,
                 model=model,
                 args=arguments,
                 train_dataset=[{"input_ids": each, "labels": each} for each in blocks],
-                callbacks=[RecordInCheckpoints(record, cost), stop],
+                callbacks=[checkpointing],
             )
         except (ImportError, RuntimeError) as error:
             raise ValueError(
@@ -257,25 +220,19 @@ def heal(
             if adapter is not None:
                 _share(teacher, parameters)
             teacher.to(arguments.device)  # type: ignore[arg-type]
-        with stop.listening():
+        with checkpointing.listening():
             trainer.train_from(last)
-        record["steps"] = trainer.state.global_step
-        record |= cost.so_far()
-    record["tokens_seen"] = (
-        trainer.state.global_step
-        * arguments.train_batch_size
-        * arguments.gradient_accumulation_steps
-        * arguments.world_size
-        * options.max_length
-    )
-    if trainer.state.global_step < trainer.state.max_steps:
-        left = checkpoints / f"checkpoint-{trainer.state.global_step}"
-        return Healed(left, record, finished=False)
+        steps = trainer.state.global_step
+        record |= {"steps": steps, **cost.so_far()}
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    record["tokens_seen"] = steps * rows * arguments.world_size * length
+    if steps < trainer.state.max_steps:
+        return Healed(checkpoints / f"checkpoint-{steps}", record, finished=False)
     if trainer.is_world_process_zero():
+        trained: Any = trainer.accelerator.unwrap_model(trainer.model)
         with appearing_whole(output) as unfinished:
-            trained = trainer.accelerator.unwrap_model(trainer.model)
             _write(trained, request, pruned, unfinished, record, merge=merge)
-            write_record(unfinished / HEALING, record)
+            training.write_record(unfinished, record)
     trainer.accelerator.wait_for_everyone()
     return Healed(output, record, finished=True)
 
@@ -301,15 +258,6 @@ def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
     return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
 
 
-def _check_same(last: Path | None, before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"{last} is of a healing with {name}={before.get(name)}, but this one has "
-                f"{name}={value}: pass the same to resume, or another output to begin."
-            )
-
-
 def _share(teacher: PreTrainedModel, parameters: dict[str, torch.nn.Parameter]) -> None:
     """Let the teacher hold no tensor that the pruned model has as well, and never changes."""
     for name, theirs in teacher.named_parameters():
@@ -328,27 +276,25 @@ def _write(
     merge: bool,
 ) -> None:
     """Write the adapter, or the model, or both."""
-    source = source_folder(request.pretrained, request.model_arguments)
-    revision = request.model_arguments.get("revision")
+    name, revision = request.pretrained, request.model_arguments.get("revision")
+    origin = (name, revision, source_folder(name, request.model_arguments), pruned)
+    method, text = record["method"], record["data"]
     told = (
-        f"The {'pruned ' * pruned.plan.prunes}model was then trained on {record['tokens_seen']:,} tokens of "
-        f"{record['data']['file']} (SHA-256 {record['data']['sha256']}) with "
-        f"method={record['method']}."
+        f"The {'pruned ' * pruned.plan.prunes}model was then trained on {record['tokens_seen']:,} "
+        f"tokens of {text['file']} (SHA-256 {text['sha256']}) with method={method}."
     )
-    if record["method"] != "full":
+    if method != "full":
         model.save_pretrained(folder)
-        card = adapter_card(
-            request.pretrained, revision, source, pruned, record["method"], told
-        )
         # In place of peft's, an empty template that names a folder of this machine.
+        card = adapter_card(*origin, method, told)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if not merge:
             return
         model = model.merge_and_unload()
-        folder /= MERGED
+        folder /= "merged"
         folder.mkdir()
     model.config.use_cache = True
-    save_loaded(model, request, source, folder)
+    save_loaded(model, request, origin[2], folder)
     if pruned.plan.prunes:
-        card = model_card(request.pretrained, revision, source, pruned, told)
+        card = model_card(*origin, told)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -30,14 +30,11 @@ def texts_of(file: str) -> list[Text]:
     if Path(file).suffix.lower() != ".txt":
         return read_texts(file, argument="data")
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        return [Path(file).read_text(encoding="utf-8")]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"data={file} cannot be read ({error}): pass a text in UTF-8."
         ) from None
-    if not text.strip():
-        raise ValueError(f"data={file} holds no text: pass a file with some.")
-    return [text]
 
 
 def digest_of(file: str) -> str:
@@ -48,33 +45,24 @@ def digest_of(file: str) -> str:
 def token_blocks(
     file: str, texts: list[Text], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Iterator[list[int]]:
-    """Put texts one after the other and cut them into blocks; texts are read as they are needed.
+    """Put texts one after the other and cut them into blocks of `length` tokens.
 
     Between two texts is the tokenizer's end of text, where it has one. What is left at
-    the end is dropped.
-
-    Args:
-        file: Where the texts come from.
-        texts: What `texts_of` read.
-        tokenizer: The model's tokenizer.
-        length: Tokens of each block.
+    the end is dropped. Texts are tokenised as blocks are taken; `file` is where they come from.
 
     Raises:
         ValueError: All texts together are shorter than a block.
     """
     end = tokenizer.eos_token_id
     tokens: list[int] = []
-    blocks = 0
+    found = False
     for text in texts:
-        tokens += token_ids(tokenizer, text)
-        if end is not None:
-            tokens.append(end)
-        whole = len(tokens) // length
-        for block in range(whole):
-            yield tokens[block * length : (block + 1) * length]
-        tokens = tokens[whole * length :]
-        blocks += whole
-    if not blocks:
+        tokens += [*token_ids(tokenizer, text), *([] if end is None else [end])]
+        for start in range(0, len(tokens) - length + 1, length):
+            found = True
+            yield tokens[start : start + length]
+        tokens = tokens[len(tokens) // length * length :]
+    if not found:
         raise ValueError(
             f"data={file} holds {len(tokens)} tokens, but each step needs blocks of "
             f"max_length={length}: pass more text or a smaller max_length."

@@ -26,38 +26,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lm_eval_pruned.healing.cost import TrainingCost
+    from lm_eval_pruned.healing.options import HealingOptions
 
 
 class HealingTrainer(Trainer):
-    """A trainer whose loss is mixed with the distance to a teacher.
-
-    Args:
-        teacher: The unpruned model, or None.
-        teacher_weight: Share of the distance in the loss.
-        temperature: See `lm_eval_pruned.healing.distillation.distillation_loss`.
-        **arguments: Those of `transformers.Trainer`.
-    """
+    """A trainer whose loss is mixed with the distance to a teacher, if there is one."""
 
     def __init__(
         self,
         teacher: PreTrainedModel | None,
-        teacher_weight: float,
-        temperature: float,
+        options: HealingOptions,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         # Blocks are of one length, so that the mean of their means is the mean over tokens;
         # where the model divides by a count instead, the distance would have to as well.
         self.model_accepts_loss_kwargs = False
-        self._teacher = teacher
-        self._weight, self._temperature = teacher_weight, temperature
+        self._teacher, self._temperature = teacher, options.temperature
+        self._weight = options.teacher_weight
 
     def train_from(self, last: Path | None) -> None:
-        """Train from a checkpoint to the end; from one of the last step, take no other.
-
-        Args:
-            last: The checkpoint; None to begin.
-        """
+        """Train to the end, from a checkpoint if there is one; from one of the last step, no more."""
         if last is None:
             self.train()
             return
@@ -71,39 +60,30 @@ class HealingTrainer(Trainer):
         else:
             self.train(resume_from_checkpoint=str(last))
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any
     ) -> Any:
         if self._weight == 1:
             # Next-token loss would be computed, and its gradient, to be multiplied by 0.
-            inputs = {name: each for name, each in inputs.items() if name != "labels"}
-            outputs = model(**inputs)
+            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
             loss = self._distance(inputs, outputs)
         else:
-            loss, outputs = super().compute_loss(
-                model,
-                inputs,
-                return_outputs=True,
-                num_items_in_batch=num_items_in_batch,
-            )
+            more["return_outputs"] = True
+            loss, outputs = super().compute_loss(model, inputs, **more)
             if self._teacher is not None:
                 distance = self._distance(inputs, outputs)
                 loss = (1 - self._weight) * loss + self._weight * distance
         return (loss, outputs) if return_outputs else loss
 
-    def _distance(self, inputs: dict[str, Any], outputs: Any) -> Tensor:
+    def _distance(self, inputs: Any, outputs: Any) -> Tensor:
         assert self._teacher is not None
         with torch.no_grad():
             expected = self._teacher(input_ids=inputs["input_ids"]).logits
         return distillation_loss(outputs.logits, expected, self._temperature)
 
 
-class RecordInCheckpoints(TrainerCallback):
-    """Writes the record into each checkpoint, last, so that one without it is not whole.
+class Checkpoints(TrainerCallback):
+    """Records in checkpoints what they are of, and one when the training is interrupted.
 
     Args:
         record: What the adapter is trained on.
@@ -111,31 +91,24 @@ class RecordInCheckpoints(TrainerCallback):
     """
 
     def __init__(self, record: dict[str, Any], cost: TrainingCost) -> None:
-        self._record = record
-        self._cost = cost
+        self._record, self._cost = record, cost
+        self._stopping = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Begin to count what is spent."""
         self._cost.begin(on_gpu=args.device.type == "cuda")
 
+    def on_step_end(self, args, state, control, **kwargs):
+        """Save and stop, if that was asked for."""
+        if self._stopping:
+            control.should_save = control.should_training_stop = True
+
     def on_save(self, args, state, control, **kwargs):
-        """Write the record of this step."""
+        """Write the record of this step, last: a checkpoint without it is not whole."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             spent = {"steps": state.global_step} | self._cost.so_far()
-            write_record(folder / HEALING, self._record | spent)
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Ends the training after the step in which it is interrupted, with a checkpoint."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Save and stop, if that was asked for."""
-        if self.asked:
-            control.should_save = control.should_training_stop = True
+            write_record(folder, self._record | spent)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -146,7 +119,7 @@ class StopOnInterrupt(TrainerCallback):
         before = signal.getsignal(signal.SIGINT)
 
         def ask(number, frame) -> None:
-            self.asked = True
+            self._stopping = True
             signal.signal(signal.SIGINT, before)
             print(
                 "\nStopping after this step, with a checkpoint; Ctrl-C again stops at once.",
@@ -160,6 +133,7 @@ class StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, before)
 
 
-def write_record(file: Path, record: dict[str, Any]) -> None:
-    """Write the record of a healing."""
-    write_atomically(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of a healing into the folder of its adapter."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    write_atomically(folder / HEALING, f"{text}\n")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.profiling.measure import Timing
-
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,17 +16,12 @@ if TYPE_CHECKING:
 
 
 class EngineModel:
-    """Loads like `lm_eval_pruned.load_pruned`, through the model type ``pruned-vllm``."""
+    """Loads like `lm_eval_pruned.load_pruned`, through the model type ``pruned-vllm``.
+
+    vLLM chooses the device itself, and the dtype where it is None.
+    """
 
     def __init__(self, pretrained: str, *, device: str, dtype: Any, **given: Any):
-        """Start an engine.
-
-        Args:
-            pretrained: Folder or Hub name of the model.
-            device: Where the model runs; vLLM chooses that itself.
-            dtype: Weight dtype; None: vLLM's choice.
-            **given: Anything else ``pruned-vllm`` takes.
-        """
         import torch
         from lm_eval.api.registry import get_model
 
@@ -41,8 +34,7 @@ class EngineModel:
             disable_log_stats=False,
             **given,
         )
-        engine = self._lm.model.llm_engine
-        self.config = engine.model_config.hf_config
+        self.config = self._lm.model.llm_engine.model_config.hf_config
         self.device = torch.device(device)
 
     def get_memory_footprint(self) -> int:
@@ -60,7 +52,7 @@ class EngineModel:
         *,
         fixed: bool,
         clock: Callable[[], float],
-    ) -> Timing:
+    ) -> dict[str, Any]:
         """Generate greedily; see `lm_eval_pruned.profiling.measure.generate`."""
         from vllm import SamplingParams, TokensPrompt
 
@@ -75,11 +67,11 @@ class EngineModel:
         outputs = self._lm.model.generate(prompts, settings, use_tqdm=False)
         total = clock() - start
         lengths = [len(output.outputs[0].token_ids) for output in outputs]
-        return Timing(
-            rows=len(outputs),
-            prompt_tokens=batch.tokens,
-            output_tokens=sum(lengths),
-            steps=max(lengths),
-            first=max(output.metrics.first_token_latency for output in outputs),
-            total=total,
-        )
+        return {
+            "rows": len(outputs),
+            "prompt_tokens": int(batch.mask.sum()),
+            "output_tokens": sum(lengths),
+            "steps": max(lengths),
+            "first": max(output.metrics.first_token_latency for output in outputs),
+            "total": total,
+        }

@@ -13,8 +13,11 @@ repeat.
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 import time
-from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,43 +29,20 @@ from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
     end_tokens,
 )
-from lm_eval_pruned.profiling.memory import free_bytes, peak_memory
 from lm_eval_pruned.profiling.options import ProfileRequest, plan_models
 from lm_eval_pruned.profiling.prompts import Batch, make_batches
 from lm_eval_pruned.profiling.summary import ENERGY_WINDOW_SECONDS, MODES, summarise
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from lm_eval_pruned.energy.monitor import EnergyMonitor
-    from lm_eval_pruned.profiling.options import ProfiledModel
 
 #: Share of the free memory that all models together may take.
 MEMORY_SHARE = 0.6
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One batch that was generated.
-
-    Attributes:
-        rows: Prompts in it.
-        prompt_tokens: Their tokens, without padding.
-        output_tokens: Tokens generated, up to the end of text of each row.
-        steps: Steps of the batch: output length of its longest row.
-        first: Seconds until the first token.
-        total: Seconds until the last one.
-    """
-
-    rows: int
-    prompt_tokens: int
-    output_tokens: int
-    steps: int
-    first: float
-    total: float
 
 
 def profile(
@@ -77,8 +57,7 @@ def profile(
     """Measure; see the module's docstring.
 
     Args:
-        request: What to measure.
-        prompts: Texts.
+        request, prompts: What to measure, on which texts.
         monitor: Measures the energy.
         clock: Returns seconds; for tests.
         load: Loads a model: `load_pruned`, or
@@ -90,27 +69,13 @@ def profile(
         an interrupt from the keyboard, what was finished, with ``interrupted`` set.
 
     Raises:
-        ValueError: An argument is out of range, or a prompt is too long for the model.
+        ValueError: A size is out of range, or a prompt is too long for the model.
         KeyboardInterrupt: Before anything was finished.
     """
     from tqdm import tqdm
 
-    request.check()
     models = plan_models(request)
     interrupted = False
-
-    def result() -> dict[str, Any]:
-        return summarise(
-            request,
-            models,
-            monitor,
-            profiler.timings,
-            profiler.passes,
-            models_held="together" if profiler.together else "one at a time",
-            warm_up_batches=profiler.warm_up_batches,
-            interrupted=interrupted,
-        )
-
     if torch.device(request.device).type != "cpu":
         # Energy without that of the GPU is then no total.
         monitor.required.add("gpu")
@@ -124,17 +89,22 @@ def profile(
         try:
             for repeat in range(request.repeats):
                 shift = repeat % len(models)
-                for model, size in profiler.order(models[shift:] + models[:shift]):
-                    bar.set_postfix_str(f"{model.name}, batch size {size}")
+                turn, sizes = models[shift:] + models[:shift], request.batch_sizes
+                order = list(product(turn, sizes))
+                if profiler.together:
+                    # Passes that are compared follow one another.
+                    order = [(model, size) for size, model in product(sizes, turn)]
+                for model, size in order:
+                    bar.set_postfix_str(f"{model['name']}, batch size {size}")
                     profiler.measure(repeat, model, size)
                     bar.update()
                 if on_repeat is not None:
-                    on_repeat(result())
+                    on_repeat(profiler.result(interrupted))
         except KeyboardInterrupt:
             if not profiler.passes:
                 raise
             interrupted = True
-    return result()
+    return profiler.result(interrupted)
 
 
 class Profiler:
@@ -143,76 +113,85 @@ class Profiler:
     Attributes:
         together: Whether all models are in memory at once; else each is loaded in its turn.
         warm_up_batches: Batches that ran before a measurement.
-        timings: One row for each batch that was measured: `Timing` with model, batch size,
-            mode and repeat.
+        timings: One row for each batch that was measured: what `generate` returns, with
+            model, batch size, mode and repeat.
         passes: One row for each pass over all batches: what it took in joules and bytes.
     """
 
     def __init__(
         self,
         request: ProfileRequest,
-        models: list[ProfiledModel],
+        models: list[dict[str, Any]],
         prompts: Sequence[str],
         monitor: EnergyMonitor,
         clock: Callable[[], float],
         load: Callable[..., Any],
     ) -> None:
+        from transformers import AutoTokenizer
+
         self.warm_up_batches = 0
         self.timings: list[dict[str, Any]] = []
         self.passes: list[dict[str, Any]] = []
-        self._request, self._monitor = request, monitor
+        self._request, self._models, self._monitor = request, models, monitor
         self._clock, self._load = clock, load
-        tokenizer = _tokenizer(request)
+        where = request.source()
+        tokenizer = AutoTokenizer.from_pretrained(request.pretrained, **where)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
         self._pad = int(tokenizer.pad_token_id or 0)
         chat = request.apply_chat_template
         self._batches = {
             size: make_batches(tokenizer, prompts, size, request.device, chat=chat)
             for size in request.batch_sizes
         }
-        baseline = self._loaded(models[0])
-        self._held = {models[0].name: baseline}
-        size = (models[0].model_bytes or 0) / models[0].parameters
-        more = size * sum(model.parameters for model in models[1:])
+        first, *others = models
+        baseline = self._loaded(first)
+        self._held = {first["name"]: baseline}
+        each = first["model_bytes"] / first["parameters"]
+        more = each * sum(model["parameters"] for model in others)
         # Each engine takes the memory that is left for its cache.
         self.together = not _in_engine(baseline) and (
             more <= MEMORY_SHARE * free_bytes(baseline.device)
         )
 
-    def order(self, models: list[ProfiledModel]) -> list[tuple[ProfiledModel, int]]:
-        """Return model and batch size of each pass: neighbours differ in the model if they can."""
-        sizes = self._request.batch_sizes
-        if self.together:
-            return [(model, size) for size in sizes for model in models]
-        return [(model, size) for model in models for size in sizes]
-
-    def measure(self, repeat: int, spec: ProfiledModel, size: int) -> None:
+    def measure(self, repeat: int, spec: dict[str, Any], size: int) -> None:
         """Measure one model at one batch size: a prefill, and a pass in each mode."""
-        if spec.name not in self._held:
+        name = spec["name"]
+        if name not in self._held:
             if not self.together:
                 self.release()
-            self._held[spec.name] = self._loaded(spec)
-        model = self._held[spec.name]
+            self._held[name] = self._loaded(spec)
+        model = self._held[name]
         timings, passes, tokens = [], [], self._request.max_new_tokens
         # What an engine allocates is in other processes.
-        hidden: Any = contextlib.nullcontext({})
-        with hidden if _in_engine(model) else peak_memory(model.device) as peaks:
+        watch: Any = contextlib.nullcontext({})
+        if not _in_engine(model):
+            watch = _peak_memory(model.device, spec["model_bytes"])
+        with watch as peaks:
             prefill = self._prefill(model, size)
             for mode in MODES:
-                key = {"batch_size": size, "mode": mode, "model": spec.name}
+                key = {"batch_size": size, "mode": mode, "model": name}
                 key["repeat"] = repeat
                 self._monitor.begin_window(mode)
                 timings += [
-                    {**key, **asdict(self._generate(model, batch, mode, tokens))}
+                    {**key, **self._generate(model, batch, mode, tokens)}
                     for batch in self._batches[size]
                 ]
                 reading = self._monitor.end_window(mode)
-                both = reading.joules.as_dict()
-                taken = {f"both_{name}": joules for name, joules in both.items()}
+                taken = {f"both_{k}": j for k, j in reading.joules.as_dict().items()}
                 passes.append({**key, **prefill, **taken, "reading": reading})
-        if "peak_device_bytes" in peaks:
-            peaks["peak_device_bytes"] += spec.model_bytes or 0
+        # Of a pass that was interrupted, nothing counts.
         self.timings += timings
         self.passes += [{**row, **peaks} for row in passes]
+
+    def result(self, interrupted: bool) -> dict[str, Any]:
+        """Return what `profile` does, of what was measured so far."""
+        return summarise(
+            *(self._request, self._models, self._monitor, self.timings, self.passes),
+            models_held="together" if self.together else "one at a time",
+            warm_up_batches=self.warm_up_batches,
+            interrupted=interrupted,
+        )
 
     def release(self) -> None:
         """Let go of the models."""
@@ -222,21 +201,21 @@ class Profiler:
         self._held.clear()
         release_memory()
 
-    def _loaded(self, spec: ProfiledModel) -> Any:
+    def _loaded(self, spec: dict[str, Any]) -> Any:
         """Load a model, and run it until it is warm.
 
         Raises:
             ValueError: A prompt and its output do not fit into it.
         """
         request, tokens = self._request, self._request.max_new_tokens
-        arguments = {**request.load_arguments, **spec.asked}
-        if spec.asked:
+        arguments = {**request.load_arguments, **spec["asked"]}
+        if spec["asked"]:
             arguments |= {"criterion": request.criterion, "seed": request.seed}
         torch.manual_seed(request.seed)
         model = self._load(
             request.pretrained, device=request.device, dtype=request.dtype, **arguments
         )
-        spec.model_bytes = int(model.get_memory_footprint())
+        spec["model_bytes"] = int(model.get_memory_footprint())
         longest = max(b.ids.shape[1] for many in self._batches.values() for b in many)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and longest + tokens > limit:
@@ -250,11 +229,12 @@ class Profiler:
                 self.warm_up_batches += 1
         return model
 
-    def _generate(self, model: Any, batch: Batch, mode: str, tokens: int) -> Timing:
-        how: dict[str, Any] = {"fixed": mode == "fixed", "clock": self._clock}
-        if _in_engine(model):
-            return model.timed_generation(batch, tokens, **how)
-        return generate(model, batch, tokens, pad_token=self._pad, **how)
+    def _generate(
+        self, model: Any, batch: Batch, mode: str, tokens: int
+    ) -> dict[str, Any]:
+        run = functools.partial(generate, model, pad_token=self._pad)
+        run = model.timed_generation if _in_engine(model) else run
+        return run(batch, tokens, fixed=mode == "fixed", clock=self._clock)
 
     def _prefill(self, model: Any, size: int) -> dict[str, float | None]:
         """Return joules of one prefill of all batches, by component."""
@@ -281,21 +261,24 @@ def generate(
     fixed: bool,
     pad_token: int,
     clock: Callable[[], float] = time.perf_counter,
-) -> Timing:
+) -> dict[str, Any]:
     """Generate greedily and take the time of the first and the last token.
 
     Args:
-        model: The model.
-        batch: Prompts.
+        model, batch: The model, and its prompts.
         max_new_tokens: Most output tokens.
         fixed: Whether the end of text is forbidden, so that there are exactly as many.
         pad_token: Id that fills rows which have ended.
         clock: Returns seconds.
+
+    Returns:
+        ``rows``, the number of prompts; ``prompt_tokens`` without padding; ``output_tokens``
+        up to the end of text of each row; ``steps``, the output length of the longest row;
+        and the seconds until the ``first`` token and in ``total``.
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    device = batch.ids.device
-    ends = end_tokens(model)
+    device, ends = batch.ids.device, end_tokens(model)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -328,25 +311,44 @@ def generate(
     look_at_clock()
     start, first, end = times
     tokens = output[:, batch.ids.shape[1] :]
-    return Timing(
-        rows=tokens.shape[0],
-        prompt_tokens=batch.tokens,
-        output_tokens=tokens.numel() if fixed else count_generated(tokens, ends),
-        steps=tokens.shape[1],
-        first=first - start,
-        total=end - start,
-    )
+    return {
+        "rows": tokens.shape[0],
+        "prompt_tokens": int(batch.mask.sum()),
+        "output_tokens": tokens.numel() if fixed else count_generated(tokens, ends),
+        "steps": tokens.shape[1],
+        "first": first - start,
+        "total": end - start,
+    }
 
 
-def _tokenizer(request: ProfileRequest) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory of a device is free, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
 
-    tokenizer = AutoTokenizer.from_pretrained(request.pretrained, **request.source())
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if request.apply_chat_template and not tokenizer.chat_template:
-        raise ValueError(
-            f"apply_chat_template: the tokenizer of {request.pretrained} has no chat template; "
-            "leave it out."
-        )
-    return tokenizer
+    return psutil.virtual_memory().available
+
+
+@contextlib.contextmanager
+def _peak_memory(device: torch.device, held: int) -> Iterator[dict[str, int]]:
+    """Yield what holds the most bytes in use, once the block is left.
+
+    ``peak_device_bytes``, on CUDA, are those of the block and of a model of `held` bytes;
+    ``peak_host_bytes``, on Linux, are those of the whole process.
+    """
+    peaks: dict[str, int] = {}
+    cleared, before = 0, 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):
+        # Starts the system's record of the peak anew (man 5 proc).
+        cleared = Path("/proc/self/clear_refs").write_text("5")
+    yield peaks
+    if device.type == "cuda":
+        above = torch.cuda.max_memory_allocated(device) - before
+        peaks["peak_device_bytes"] = above + held
+    status = Path("/proc/self/status").read_text() if cleared else ""
+    if found := re.search(r"VmHWM:\s*(\d+) kB", status):
+        peaks["peak_host_bytes"] = int(found[1]) * 1024

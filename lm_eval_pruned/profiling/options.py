@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
 from lm_eval_pruned.pruning.argument_values import written_source
 from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.util.options import DeclaredOptions, option
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
     from lm_eval_pruned.pruning.arguments import Number
 
@@ -20,101 +22,89 @@ logger = logging.getLogger("lm_eval.pruned.profiling")
 
 
 @dataclass(frozen=True)
-class ProfileRequest:
+class ProfileRequest(DeclaredOptions):
     """What to measure.
 
-    Attributes:
+    Args:
         pretrained: Folder or Hub name of the unpruned model.
-        ratios: Expansion ratios to measure beside the unpruned model.
-        prune_percents: Shares of neurons to remove, for one more model each.
-        widths: Files with the width of each layer, as
-            `lm_eval_pruned.pruning.argument_values` reads them, for one more model each.
-        multiple_of: Each size is measured at its widths rounded down to each of these.
-        batch_sizes: Prompts per batch.
-        max_new_tokens: Output tokens of the fixed length, and most of the natural one.
-        repeats: How often everything is measured.
-        seed: Seed of torch and of the criterion ``random``.
+        ratios, prune_percents: Sizes to measure beside the unpruned model.
+        widths: Files with the width of each layer, for one more model each.
         criterion: Importance score; see `lm_eval_pruned.pruning.criteria`.
         device: Where the models run.
         dtype: Weight dtype; None keeps the checkpoint's.
-        apply_chat_template: Whether prompts are wrapped as a user's turn.
         load_arguments: Anything else `lm_eval_pruned.load_pruned` takes.
+        multiple_of: Measure each size at its widths rounded down to these multiples.
+        batch_sizes: Prompts in a batch.
+        max_new_tokens: Output tokens of the fixed length, and most of the natural one.
+        repeats: How often everything is measured.
+        seed: Seed of torch and of the criterion random.
+        apply_chat_template: Wrap each prompt as a turn of the user.
+
+    Raises:
+        ValueError: A number is out of range, or no size is named.
     """
 
     pretrained: str
-    ratios: tuple[Number, ...] = ()
-    prune_percents: tuple[Number, ...] = ()
-    widths: tuple[str, ...] = ()
-    multiple_of: tuple[int, ...] = (1,)
-    batch_sizes: tuple[int, ...] = (1,)
-    max_new_tokens: int = 50
-    repeats: int = 5
-    seed: int = 0
+    ratios: Sequence[Number] = ()
+    prune_percents: Sequence[Number] = ()
+    widths: Sequence[str] = ()
     criterion: str = PruneArguments.criterion
     device: str = "cpu"
     dtype: str | None = None
-    apply_chat_template: bool = False
     load_arguments: dict[str, Any] = field(default_factory=dict)
+    multiple_of: tuple[int, ...] = option(int, (1,), "N")
+    batch_sizes: tuple[int, ...] = option(int, (1,), "B", least=1)
+    max_new_tokens: int = option(int, 50, "N", least=2)
+    repeats: int = option(int, 5, "N", least=1)
+    seed: int = option(int, 0, "N")
+    apply_chat_template: bool = option(bool, False)
 
-    def check(self) -> None:
-        """Raise ValueError for a number that is out of range, and where no size is named."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not (self.ratios or self.prune_percents or self.widths):
             raise ValueError(
                 "No size was given to measure beside the unpruned model: pass ratios, "
                 "prune_percents or widths."
             )
-        for name, least in (("max_new_tokens", 2), ("repeats", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} measures nothing: pass at least {least}."
-                )
-        for size in self.batch_sizes:
-            if size < 1:
-                raise ValueError(f"batch_sizes={size} is no batch: pass at least 1.")
 
     def source(self) -> dict[str, Any]:
         """Return the arguments that say where config and tokenizer come from."""
         return {k: v for k, v in self.load_arguments.items() if k in SOURCE_ARGUMENTS}
 
 
-@dataclass
-class ProfiledModel:
-    """One model of the profile.
-
-    Attributes:
-        name: ``baseline`` or such as ``ratio=2.4 multiple_of=64``.
-        asked: Arguments of `load_pruned` that make it; empty for the baseline.
-        intermediate_size: Kept width, in neurons; the mean where the layers differ.
-        expansion_ratio: Kept width / hidden size.
-        parameters: Number of parameters; tied ones count once.
-        model_bytes: Weights and buffers in memory, in bytes; None before it was loaded.
-        layer_widths: Kept width of each layer, such as ``0:1200,1-29:900``; empty where
-            all are alike.
-    """
-
-    name: str
-    asked: dict[str, Any]
-    intermediate_size: int | float
-    expansion_ratio: float
-    parameters: int
-    model_bytes: int | None = None
-    layer_widths: str = ""
-
-
-def plan_models(request: ProfileRequest) -> list[ProfiledModel]:
-    """Resolve the sizes to widths, without reading weights; the baseline comes first.
+def plan_models(request: ProfileRequest) -> list[dict[str, Any]]:
+    """Resolve the sizes to widths, without reading weights.
 
     Sizes that come to the widths of one before them are left out, with a line in the log.
+
+    Returns:
+        A row for each model, the baseline first: ``name``, such as ``ratio=2.4
+        multiple_of=64``; ``asked``, the arguments of `load_pruned` that make it;
+        ``intermediate_size``, its kept width in neurons (the mean where the layers differ);
+        ``expansion_ratio``; ``parameters``, of which tied ones count once; ``model_bytes`` of
+        weights and buffers in memory, None before it was loaded; and ``layer_widths``, such as
+        ``0:1200,1-29:900``, empty where all layers are alike.
 
     Raises:
         ValueError: A size or multiple is out of range.
         UnsupportedModelError: The model cannot be pruned.
         OSError: The config cannot be read.
     """
-    models: dict[tuple[float, str], ProfiledModel] = {}
-    for name, argument, value, multiple in _sizes(request):
+    files = [written_source(file) for file in request.widths]
+    sizes: list[tuple[str, Any, Any]] = [("ratio", r, r) for r in request.ratios]
+    sizes += [("prune_percent", p, p) for p in request.prune_percents]
+    for name, file in zip(files, request.widths, strict=True):
+        # Files in different folders may have one name.
+        sizes.append(("widths", file, name if files.count(name) == 1 else file))
+    named: dict[str, dict[str, Any]] = {"baseline": {"prune_percent": 0}}
+    for (argument, value, shown), multiple in product(sizes, request.multiple_of):
+        rounded = f" multiple_of={multiple}" if multiple != 1 else ""
         asked = {argument: value, "multiple_of": multiple}
-        given = {"multiple_of": multiple, **request.source()}
+        named.setdefault(f"{argument}={shown}{rounded}", asked)
+    models: dict[tuple[float, str], dict[str, Any]] = {}
+    for name, asked in named.items():
+        (argument, value), *more = asked.items()
+        given = {**dict(more), **request.source()}
         (row,) = plan_rows(request.pretrained, argument, [value], **given)
         # A file may give all layers one width.
         by_layer = row.layer_widths if "," in row.layer_widths else ""
@@ -122,30 +112,16 @@ def plan_models(request: ProfileRequest) -> list[ProfiledModel]:
         if widths in models:
             logger.info(
                 "%s has the width of %s, %s: it is measured once.",
-                *(name, models[widths].name, by_layer or row.intermediate_size),
+                *(name, models[widths]["name"], by_layer or row.intermediate_size),
             )
             continue
-        models[widths] = ProfiledModel(
-            name,
-            asked if models else {},
-            row.intermediate_size,
-            row.expansion_ratio,
-            row.parameters,
-            layer_widths=by_layer,
-        )
+        models[widths] = {
+            "name": name,
+            "asked": asked if models else {},
+            "intermediate_size": row.intermediate_size,
+            "expansion_ratio": row.expansion_ratio,
+            "parameters": row.parameters,
+            "model_bytes": None,
+            "layer_widths": by_layer,
+        }
     return list(models.values())
-
-
-def _sizes(request: ProfileRequest) -> Iterator[tuple[str, str, Any, int]]:
-    """Yield name, argument, its value and the multiple of each model."""
-    yield "baseline", "prune_percent", 0, 1
-    files = [written_source(file) for file in request.widths]
-    named: list[tuple[str, str, Any]] = [("ratio", str(r), r) for r in request.ratios]
-    named += [("prune_percent", str(p), p) for p in request.prune_percents]
-    for name, file in zip(files, request.widths, strict=True):
-        # Files in different folders may have one name.
-        named.append(("widths", name if files.count(name) == 1 else str(file), file))
-    for argument, written, value in named:
-        for multiple in request.multiple_of:
-            rounded = f" multiple_of={multiple}" if multiple != 1 else ""
-            yield f"{argument}={written}{rounded}", argument, value, multiple

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 
 if TYPE_CHECKING:
@@ -15,8 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Prompts that run together, left-padded.
 
     Attributes:
@@ -27,41 +25,27 @@ class Batch:
     ids: torch.Tensor
     mask: torch.Tensor
 
-    @property
-    def tokens(self) -> int:
-        """Tokens without padding."""
-        return int(self.mask.sum())
-
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts from ``.jsonl`` (key ``prompt``) or ``.txt`` (one prompt a line).
+    """Read prompts from ``.txt`` (one prompt a line) or JSON Lines (key ``prompt``).
 
     Raises:
-        ValueError: The file has another ending, a line without a prompt, or no prompt.
+        ValueError: A line has no prompt, or there is none.
         OSError: The file cannot be read.
     """
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(
-            f"prompts={path} ends in {path.suffix or 'nothing'}: pass a .jsonl file with a key "
-            '"prompt" in each line, or a .txt file with one prompt a line.'
-        )
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"] if path.suffix == ".jsonl" else line
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"prompts={path}: line {number} is no JSON object with a text under the "
-                'key "prompt".'
-            )
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"prompts={path} holds no prompt.")
-    return prompts
+    lines = path.read_text(encoding="utf-8").splitlines()
+    prompts = [line for line in lines if line.strip()]
+    try:
+        if path.suffix != ".txt":
+            prompts = [json.loads(line)["prompt"] for line in prompts]
+        if prompts and all(isinstance(prompt, str) for prompt in prompts):
+            return prompts
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"prompts={path} does not hold prompts: pass a .txt file with one prompt a line, or JSON "
+        'Lines with a text under the key "prompt".'
+    )
 
 
 def demo_prompts() -> list[str]:
@@ -82,14 +66,9 @@ def make_batches(
 ) -> list[Batch]:
     """Tokenise prompts into left-padded batches, in their order."""
     if chat:
-        prompts = [
-            tokenizer.apply_chat_template(  # type: ignore[misc]
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for prompt in prompts
-        ]
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        how = {"tokenize": False, "add_generation_prompt": True}
+        prompts = tokenizer.apply_chat_template(turns, **how)  # type: ignore[arg-type, assignment]
     batches = []
     for start in range(0, len(prompts), batch_size):
         encoded = tokenizer(

@@ -16,10 +16,12 @@ from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-#: Columns of the main table: heading, key of a cell, multiple of its unit, format.
-_COLUMNS: tuple[tuple[str, str, float, str], ...] = (
+#: A column of a table: heading, key of a row, multiple of its unit, format.
+_Column = tuple[str, str, float, str]
+_COLUMNS: tuple[_Column, ...] = (
     ("output tokens per prompt", "mean_output_tokens", 1, ".1f"),
     ("first token ms", "seconds_to_first_token", 1000, ".1f"),
     ("ms per output token", "seconds_per_output_token", 1000, ".2f"),
@@ -31,6 +33,22 @@ _COLUMNS: tuple[tuple[str, str, float, str], ...] = (
     ("J per output token", "joules_per_output_token", 1, ".3f"),
     ("peak device MiB", "peak_device_bytes", 1 / 2**20, ",.0f"),
     ("peak host MiB", "peak_host_bytes", 1 / 2**20, ",.0f"),
+)
+_OF_MODELS: tuple[_Column, ...] = (
+    ("model", "name", 1, ""),
+    ("intermediate size", "intermediate_size", 1, ","),
+    ("expansion ratio", "expansion_ratio", 1, ".4f"),
+    ("parameters", "parameters", 1, ","),
+    ("model MiB", "model_bytes", 1 / 2**20, ",.1f"),
+    ("widths by layer", "layer_widths", 1, ""),
+)
+_OF_CHANGES: tuple[_Column, ...] = (
+    ("model", "model", 1, ""),
+    ("against the baseline", "metric", 1, ""),
+    ("difference, %", "percent", 1, "+.1f"),
+    ("from", "low", 1, "+.1f"),
+    ("to", "high", 1, "+.1f"),
+    ("verdict", "verdict", 1, ""),
 )
 #: What each plot draws.
 _PLOTS = {
@@ -74,39 +92,29 @@ def write_json(profile: dict[str, Any], folder: Path) -> None:
 
 
 def as_markdown(profile: dict[str, Any]) -> str:
-    """Return the profile as Markdown: three tables per batch size and output length."""
+    """Return the profile as Markdown: two tables per batch size and output length."""
     request, models = profile["request"], profile["models"]
     tokens = request["max_new_tokens"]
     headings = {
         "fixed": f"every model generates exactly {tokens} tokens",
         "natural": f"generation ends at end of text, or at {tokens} tokens",
     }
-    columns = ["model", "intermediate size", "expansion ratio", "parameters"]
-    columns += ["model MiB", "widths by layer"]
-    rows = [
-        [
-            model["name"],
-            f"{model['intermediate_size']:,}",
-            f"{model['expansion_ratio']:.4f}",
-            f"{model['parameters']:,}",
-            _written(model["model_bytes"], 1 / 2**20, ",.1f"),
-            model["layer_widths"],
-        ]
-        for model in models
-    ]
-    if not any(model["layer_widths"] for model in models):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    told = 5 + any(model["layer_widths"] for model in models)
     chunks = [f"# Profile of {request['pretrained']}", _setting(profile)]
-    chunks.append(markdown_table(columns, rows))
+    chunks.append(_table(_OF_MODELS[:told], models))
     for size, mode in product(request["batch_sizes"], headings):
-        cells = [
-            cell
-            for cell in profile["cells"]
-            if (cell["batch_size"], cell["mode"]) == (size, mode)
-        ]
+        key = (size, mode)
+        cells = [c for c in profile["cells"] if (c["batch_size"], c["mode"]) == key]
         if cells:
             chunks.append(f"## Batch size {size}, {mode} length: {headings[mode]}")
-            chunks += _tables(cells)
+            chunks.append(_table((("model", "model", 1, ""), *_COLUMNS), cells))
+        changes = [
+            {"model": cell["model"], "metric": metric.replace("_", " "), **found}
+            for cell in cells
+            for metric, found in cell["deltas"].items()
+        ]
+        if changes:
+            chunks.append(_table(_OF_CHANGES, changes))
     return "\n\n".join(chunks) + "\n"
 
 
@@ -136,54 +144,23 @@ def _setting(profile: dict[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _tables(cells: list[dict[str, Any]]) -> list[str]:
-    """Return the figures of some cells, their differences to the baseline, and their spread."""
-    figures, changes, spreads = [], [], []
-    for cell in cells:
-        model = cell["model"]
-        figures.append(
-            [
-                model,
-                *(_written(cell[key], scale, form) for _, key, scale, form in _COLUMNS),
-            ]
-        )
-        for metric, found in cell["deltas"].items():
-            interval = ""
-            if found["low"] is not None:
-                interval = f"{found['low']:+.1f} % to {found['high']:+.1f} %"
-            percent = f"{found['percent']:+.1f} %"
-            words = metric.replace("_", " ")
-            changes.append([model, words, percent, interval, found["verdict"]])
-        for name, key in (
-            ("first token", "seconds_to_first_token"),
-            ("per output token", "seconds_per_output_token"),
-            ("end to end", "seconds_end_to_end"),
-        ):
-            if cell[key] is not None:
-                n, *rest = cell[key].values()
-                spreads.append([model, name, n, *(_written(x, 1000) for x in rest)])
-    columns = [
-        "model",
-        "against the baseline",
-        "difference",
-        "95 % interval",
-        "verdict",
+def _table(columns: Sequence[_Column], rows: list[dict[str, Any]]) -> str:
+    written = [
+        [_written(row[key], scale, form) for _, key, scale, form in columns]
+        for row in rows
     ]
-    spread = ["model", "latency, ms", "batches", "mean", "sd", "p50", "p90", "p99"]
-    return [
-        markdown_table(["model", *(column[0] for column in _COLUMNS)], figures),
-        *([markdown_table(columns, changes)] if changes else []),
-        markdown_table(spread, spreads),
-    ]
+    return markdown_table([heading for heading, *_ in columns], written)
 
 
-def _written(value: Any, scale: float, form: str = ".2f") -> str:
-    """Return a number, or a mean with half its interval, in a multiple of its unit."""
+def _written(value: Any, scale: float, form: str) -> str:
+    """Return a text, a number, or a mean with half its interval, in a multiple of its unit."""
     if isinstance(value, dict):
         text = _written(value["mean"], scale, form)
         if value.get("low") is None:
             return text
         return f"{text} ± {_written((value['high'] - value['low']) / 2, scale, form)}"
+    if isinstance(value, str):
+        return value
     return "n/m" if value is None else format(value * scale, form)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.energy.monitor import EnergyMonitor
-    from lm_eval_pruned.profiling.options import ProfiledModel, ProfileRequest
+    from lm_eval_pruned.profiling.options import ProfileRequest
 
 #: Version of the JSON; raised when a key changes its meaning.
 SCHEMA_VERSION = 1
@@ -36,7 +37,7 @@ _JOULES = (*COMPONENTS, "total")
 
 def summarise(
     request: ProfileRequest,
-    models: list[ProfiledModel],
+    models: list[dict[str, Any]],
     monitor: EnergyMonitor,
     timings: list[dict[str, Any]],
     passes: list[dict[str, Any]],
@@ -54,8 +55,9 @@ def summarise(
 
     Returns:
         ``schema_version``, ``request``, ``environment``, the protocol, ``energy`` (meter,
-        scope, source of each component, and what went wrong), ``models``
-        (`ProfiledModel`), and ``cells``, one for each model, batch size and mode:
+        scope, source of each component, and what went wrong), ``models`` (see
+        `lm_eval_pruned.profiling.options.plan_models`), and ``cells``, one for each model,
+        batch size and mode:
 
         - ``repeats``, and in one repeat ``prompts`` and ``prompt_tokens`` without padding;
         - ``mean_output_tokens`` per prompt, the end-of-text token included;
@@ -81,6 +83,9 @@ def summarise(
         both, prefill = f"both_{name}", f"prefill_{name}"
         by_pass[[both, prefill]] = by_pass[[both, prefill]].astype(float)
         by_pass[f"decode_{name}"] = by_pass[both] - by_pass[prefill]
+    metrics = _per_repeat(by_batch, by_pass)
+    measured = set(metrics.index.droplevel("repeat"))
+    every = product(request.batch_sizes, MODES, [model["name"] for model in models])
     meter = monitor.describe()
     return {
         "schema_version": SCHEMA_VERSION,
@@ -101,8 +106,12 @@ def summarise(
             "hardware": meter and meter.hardware,
             "notes": list(dict.fromkeys([*monitor.failures, *_notes(by_pass)])),
         },
-        "models": [asdict(model) for model in models],
-        "cells": _cells(request.batch_sizes, models, by_batch, by_pass),
+        "models": models,
+        "cells": [
+            _cell(key, models[0]["name"], metrics, by_batch.loc[key], by_pass.loc[key])
+            for key in every
+            if key in measured
+        ],
     }
 
 
@@ -127,60 +136,52 @@ def _per_repeat(batches: pd.DataFrame, passes: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(metrics).replace([np.inf, -np.inf], np.nan)
 
 
-def _cells(
-    sizes: Sequence[int],
-    models: Sequence[ProfiledModel],
+def _cell(
+    key: tuple[int, str, str],
+    baseline: str,
+    metrics: pd.DataFrame,
     batches: pd.DataFrame,
     passes: pd.DataFrame,
-) -> list[dict[str, Any]]:
-    metrics = _per_repeat(batches, passes)
-    names = [model.name for model in models]
-    baseline, measured = names[0], set(metrics.index.droplevel("repeat"))
-    cells = []
-    for key in product(sizes, MODES, names):
-        if key not in measured:
-            continue
-        size, mode, name = key
-        of, timed, took = metrics.loc[key], batches.loc[key], passes.loc[key]
-        sums, steps = timed.sum(), timed["steps"] - 1
-        per_token = ((timed["total"] - timed["first"]) / steps)[steps > 0]
-        estimates = {metric: estimate(of[metric]) for metric in of}
-        latencies = [metric for metric in of if metric.startswith("seconds_")]
-        # The repeats of the baseline that have a partner.
-        base = metrics.loc[(size, mode, baseline)].reindex(of.index).dropna(how="all")
-        deltas = {m: change(of.loc[base.index, m], base[m]) for m in of}
-        cells.append(
-            {
-                "model": name,
-                "batch_size": size,
-                "mode": mode,
-                "repeats": len(of),
-                "prompts": int(sums["rows"]) // len(of),
-                "prompt_tokens": int(sums["prompt_tokens"]) // len(of),
-                "mean_output_tokens": float(sums["output_tokens"] / sums["rows"]),
-                "seconds_to_first_token": distribution(timed["first"]),
-                "seconds_per_output_token": distribution(per_token),
-                "seconds_end_to_end": distribution(timed["total"]),
-                "latency_estimates": {
-                    m: estimates[m] for m in latencies if estimates[m]
-                },
-                **{m: found for m, found in estimates.items() if "per_second" in m},
-                "joules": {
-                    phase: {
-                        part: _number(took[f"{phase}_{part}"].mean(skipna=False))
-                        for part in _JOULES
-                    }
-                    for phase in ("prefill", "decode", "both")
-                },
-                **{m: each for m, each in estimates.items() if m.startswith("joules")},
-                **{
-                    peak: int(took[peak].max()) if peak in took else None
-                    for peak in ("peak_device_bytes", "peak_host_bytes")
-                },
-                "deltas": {m: d for m, d in deltas.items() if d and name != baseline},
+) -> dict[str, Any]:
+    """Return the figures of a model at a batch size and a mode."""
+    size, mode, name = key
+    of, sums, steps = metrics.loc[key], batches.sum(), batches["steps"] - 1
+    estimates = {metric: estimate(of[metric]) for metric in of}
+    # The repeats of the baseline that have a partner.
+    base = metrics.loc[(size, mode, baseline)].reindex(of.index).dropna(how="all")
+    deltas = {m: change(of.loc[base.index, m], base[m]) for m in of}
+    return {
+        "model": name,
+        "batch_size": size,
+        "mode": mode,
+        "repeats": len(of),
+        "prompts": int(sums["rows"]) // len(of),
+        "prompt_tokens": int(sums["prompt_tokens"]) // len(of),
+        "mean_output_tokens": float(sums["output_tokens"] / sums["rows"]),
+        "seconds_to_first_token": distribution(batches["first"]),
+        "seconds_per_output_token": distribution(
+            ((batches["total"] - batches["first"]) / steps)[steps > 0]
+        ),
+        "seconds_end_to_end": distribution(batches["total"]),
+        "latency_estimates": {
+            m: found
+            for m, found in estimates.items()
+            if found and m.startswith("seconds")
+        },
+        **{m: e for m, e in estimates.items() if "per_second" in m or "joules" in m},
+        "joules": {
+            phase: {
+                part: _number(passes[f"{phase}_{part}"].mean(skipna=False))
+                for part in _JOULES
             }
-        )
-    return cells
+            for phase in ("prefill", "decode", "both")
+        },
+        **{
+            peak: int(passes[peak].max()) if peak in passes else None
+            for peak in ("peak_device_bytes", "peak_host_bytes")
+        },
+        "deltas": {m: d for m, d in deltas.items() if d and name != baseline},
+    }
 
 
 def distribution(seconds: Sequence[float]) -> dict[str, Any] | None:
@@ -198,7 +199,7 @@ def distribution(seconds: Sequence[float]) -> dict[str, Any] | None:
     return {"n": len(values), **dict(zip(keys, map(_number, found), strict=True))}
 
 
-def estimate(values: Sequence[float]) -> dict[str, Any] | None:
+def estimate(values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
     """Return ``n``, ``mean`` and the ends ``low`` and ``high`` of its 95 % interval.
 
     Args:
@@ -207,8 +208,10 @@ def estimate(values: Sequence[float]) -> dict[str, Any] | None:
     """
     if np.isnan(values).any():
         return None
-    mean, low, high = map(_number, _student(values))
-    return {"n": len(values), "mean": mean, "low": low, "high": high}
+    n, mean = len(values), float(np.mean(values))
+    margin = pd.Series(values).sem() * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    ends = {"low": _number(mean - margin), "high": _number(mean + margin)}
+    return {"n": n, "mean": mean, **ends}
 
 
 def change(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any] | None:
@@ -222,23 +225,16 @@ def change(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]
     """
     if not len(values) or not (np.minimum(values, baseline) > 0).all():
         return None
-    percent, low, high = 100 * np.expm1(_student(np.log(values) - np.log(baseline)))
-    verdict = "one repeat, no interval" if np.isnan(low) else "no difference seen"
-    if low > 0 or high < 0:
+    _, *figures = (estimate(np.log(values) - np.log(baseline)) or {}).values()
+    percent, low, high = (
+        None if each is None else 100 * math.expm1(each) for each in figures
+    )
+    verdict = "no difference seen"
+    if low is None or high is None:
+        verdict = "one repeat, no interval"
+    elif low > 0 or high < 0:
         verdict = "higher" if low > 0 else "lower"
-    ends = {"percent": percent, "low": low, "high": high}
-    return {**{key: _number(each) for key, each in ends.items()}, "verdict": verdict}
-
-
-def _student(values: Any) -> np.ndarray:
-    """Return the mean and the ends of its interval; these are NaN for a single value."""
-    mean = np.mean(values)
-    if len(values) < 2:
-        return np.array([mean, np.nan, np.nan])
-    if np.ptp(values) == 0:
-        return np.array([mean, mean, mean])
-    margin = stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-    return np.array([mean, mean - margin, mean + margin])
+    return {"percent": percent, "low": low, "high": high, "verdict": verdict}
 
 
 def _number(value: float) -> float | None:

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,20 +28,17 @@ def write_atomically(file: str | Path, content: str | bytes) -> None:
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    unfinished = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as unfinished:
-            unfinished.write(data)
-            unfinished.flush()
-            os.fsync(unfinished.fileno())
-        # mkstemp makes files that only their owner reads.
-        Path(name).chmod(
-            file.stat().st_mode & 0o777 if file.exists() else 0o666 & ~umask()
-        )
-        os.replace(name, file)
+        with unfinished.open("xb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if file.exists():
+            shutil.copymode(file, unfinished)
+        unfinished.replace(file)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     sync(file.parent)
 
@@ -64,8 +62,7 @@ def appearing_whole(output: Path) -> Iterator[Path]:
         yield unfinished
         for path in unfinished.rglob("*"):
             if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(path)
         unfinished.chmod(0o755)
         unfinished.replace(output)
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -34,29 +33,25 @@ class Progress:
         seconds: Sequence[tuple[str, float]] = (),
         workers: int = 1,
     ) -> None:
-        self.done, self.failed = done, failed
-        self.workers = workers
+        from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        self.done, self.failed, self.workers = done, failed, workers
         self._total = done + failed + len(waiting)
         self._waiting = list(waiting)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for task, duration in seconds:
             self._seconds[task].append(duration)
+        form = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
+        # None: a bar on a terminal alone.
+        self._bar = tqdm(
+            total=self._total, initial=done + failed, bar_format=form, disable=None
+        )
         self._stack = contextlib.ExitStack()
-        self._bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-            from tqdm.contrib.logging import logging_redirect_tqdm
-
-            self._stack.enter_context(
-                logging_redirect_tqdm([logging.getLogger("lm_eval")])
-            )
-            self._bar = self._stack.enter_context(
-                tqdm(
-                    total=self._total,
-                    initial=done + failed,
-                    bar_format="{n_fmt}/{total_fmt} |{bar:10}| {desc}",
-                )
-            )
+        self._stack.enter_context(self._bar)
+        if not self._bar.disable:
+            logger = logging.getLogger("lm_eval")
+            self._stack.enter_context(logging_redirect_tqdm([logger]))
         self._say(
             f"{self._total} units: {done} done, {failed} failed before, "
             f"{len(waiting)} to run"
@@ -68,15 +63,10 @@ class Progress:
 
     def start(self, configuration: str, task: str) -> None:
         """Say that a unit starts."""
-        if self._bar is None:
+        if self._bar.disable:
             self._say(f"{self._place(1)} {configuration} / {task} starts")
         else:
-            left = self._left()
-            others = f"{self._place()} |{' ' * 10}| {left},  / {task}"
-            room = max(shutil.get_terminal_size().columns - len(others), 1)
-            if len(configuration) > room:
-                configuration = configuration[: room - 1] + "…"
-            self._bar.set_description_str(f"{left}, {configuration} / {task}")
+            self._bar.set_description_str(f"{self._left()}, {task} of {configuration}")
 
     def finish(
         self,
@@ -102,10 +92,9 @@ class Progress:
             what = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         else:
             self.failed += 1
-            message = error["message"].strip().splitlines() or [""]
-            what = f"FAILED with {error['type']}: {message[0]}"
-        if self._bar is not None:
-            self._bar.update()
+            message = error["message"].strip().partition("\n")[0]
+            what = f"FAILED with {error['type']}: {message}"
+        self._bar.update()
         self._say(
             f"{self._place()} {configuration} / {task}: {what} "
             f"({clock(seconds)}, {self._left()})"
@@ -125,42 +114,33 @@ class Progress:
         return left / max(1, min(self.workers, len(self._waiting)))
 
     def _place(self, ahead: int = 0) -> str:
-        number = self.done + self.failed + ahead
-        return f"[{number}/{self._total}]"
+        return f"[{self.done + self.failed + ahead}/{self._total}]"
 
     def _left(self) -> str:
         left = self.remaining_seconds()
         return "time left unknown" if left is None else f"{clock(left)} left"
 
     def _say(self, line: str) -> None:
-        if self._bar is None:
+        if self._bar.disable:
             print(line, flush=True)
         else:
             self._bar.write(line, file=sys.stdout)
 
 
 @contextlib.contextmanager
-def steps(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal, and nothing elsewhere, while something takes `total` steps.
-
-    Args:
-        total: How many steps there are.
-        what: What the bar is of.
+def steps(total: int, what: str) -> Iterator[Callable[[int], object]]:
+    """Show a bar on a terminal, and nothing elsewhere, while `what` takes `total` steps.
 
     Yields:
         A function to be called with how many more were taken.
     """
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=what, unit="step", leave=False) as bar:
-        yield lambda count: bar.update(count) and None
+    with tqdm(total=total, desc=what, unit="step", leave=False, disable=None) as bar:
+        yield bar.update
 
 
 def clock(seconds: float) -> str:
     """Return a duration as hours, minutes and seconds, such as ``0:09:30``."""
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

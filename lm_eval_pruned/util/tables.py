@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-_RULES = {"l": "---", "r": "---:"}
-
 
 def markdown_table(
     columns: Sequence[str],
@@ -31,8 +29,7 @@ def markdown_table(
         padded: Make the cells of a column equally wide, for readers of a terminal.
 
     Raises:
-        ValueError: `align` or a row has another length than `columns`, or `align` another
-            letter.
+        ValueError: `align` or a row has another length than `columns`.
 
     Example:
         >>> print(markdown_table(["task", "score"], [["a|b", 0.5]], "lr"))
@@ -41,22 +38,12 @@ def markdown_table(
         |a\|b|0.5|
     """
     align = "l".ljust(len(columns), "r") if align is None else align
-    if not set(align) <= _RULES.keys():
-        raise ValueError(f"align={align!r} has other letters than {', '.join(_RULES)}.")
     lines = [[_cell(cell) for cell in row] for row in (columns, *rows)]
-    lines.insert(1, [_RULES[letter] for letter in align])
-    for number, line in enumerate(lines):
-        if len(line) != len(columns):
-            what = "align" if number == 1 else f"row {number - 1}"
-            raise ValueError(f"{what} is for {len(line)} columns of {len(columns)}.")
+    lines.insert(1, ["---" if letter == "l" else "---:" for letter in align])
+    by_column = list(zip(*lines, strict=True))
     if padded:
-        for column, letter in enumerate(align):
-            width = max(len(line[column]) for line in lines)
-            for number, line in enumerate(lines):
-                fill = "-" if number == 1 else " "
-                pad = line[column].ljust if letter == "l" else line[column].rjust
-                line[column] = pad(width, fill)
-    return "\n".join(f"|{'|'.join(line)}|" for line in lines)
+        by_column = [*map(_padded, by_column, align)]
+    return "\n".join(f"|{'|'.join(line)}|" for line in zip(*by_column, strict=True))
 
 
 def csv_table(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
@@ -73,3 +60,11 @@ def _cell(value: object) -> str:
     # A backslash in front of a bar would take the escape away from it.
     text = re.sub(r"\\+(?=\||$)", lambda found: 2 * found[0], text)
     return text.replace("|", "\\|")
+
+
+def _padded(column: Sequence[str], letter: str) -> tuple[str, ...]:
+    width = max(map(len, column))
+    heading, rule, *cells = column
+    side = "<" if letter == "l" else ">"
+    padded = [f"{cell:{side}{width}}" for cell in (heading, *cells)]
+    return padded[0], f"{rule:-{side}{width}}", *padded[1:]

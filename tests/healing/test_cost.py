@@ -17,12 +17,12 @@ def clock():
 def metered(clock, monkeypatch):
     """Return a function that makes the cost of a training on a machine of known power."""
 
-    def make(watts=None, **more):
+    def make(watts=None, before=None, **more):
         meter = FakeMeter(clock, watts or {"cpu": 10.0, "ram": 2.0}, **more)
         monkeypatch.setattr(
             "lm_eval_pruned.healing.cost.CodecarbonMeter", lambda: meter
         )
-        return TrainingCost(metered=True)
+        return TrainingCost(metered=True, before=before)
 
     return make
 
@@ -49,8 +49,7 @@ def test_it_goes_on_from_what_a_checkpoint_says(metered, clock):
     first.begin(on_gpu=False)
     clock.sleep(5)
     record = first.so_far() | {"seconds": 100.0}
-    cost = metered()
-    cost.add(record)
+    cost = metered(before=record)
     clock.sleep(1)
     cost.begin(on_gpu=False)
     clock.sleep(10)
@@ -59,14 +58,13 @@ def test_it_goes_on_from_what_a_checkpoint_says(metered, clock):
     assert found["energy"]["joules"]["gpu"] is None
     assert 100 <= found["seconds"] < 101
     # A training that was at its end costs what it had cost.
-    at_its_end = metered()
-    at_its_end.add(found)
-    assert at_its_end.so_far()["energy"]["joules"] == found["energy"]["joules"]
+    assert (
+        metered(before=found).so_far()["energy"]["joules"] == found["energy"]["joules"]
+    )
 
 
 def test_part_of_a_sum_is_no_sum(metered, clock):
-    cost = metered()
-    cost.add({"seconds": 3.0})
+    cost = metered(before={"seconds": 3.0})
     cost.begin(on_gpu=False)
     clock.sleep(5)
     energy = cost.so_far()["energy"]

@@ -53,8 +53,8 @@ def test_the_clock_waits_for_the_device(wide):
     end.record()
     torch.cuda.synchronize()
     on_device = begin.elapsed_time(end) / 1000
-    assert 0 < timing.first < timing.total
-    assert timing.total == pytest.approx(on_device, rel=0.1)
+    assert 0 < timing["first"] < timing["total"]
+    assert timing["total"] == pytest.approx(on_device, rel=0.1)
 
 
 def test_a_narrower_model_takes_less_memory_on_the_device(wide):

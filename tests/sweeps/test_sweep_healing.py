@@ -312,10 +312,14 @@ def test_command_line_and_yaml_ask_for_the_same(tmp_path):
         ({"max_step": 3}, {}, "unknown key max_step: did you mean max_steps?"),
         ({"max_steps": 2.5}, {}, "heal has max_steps=2.5: pass a whole number"),
         ({"training_args": 3}, {}, "heal has training_args=3: pass a mapping"),
-        ({"training_args": {"learning_rte": 1}}, {}, "pass learning_rate="),
+        (
+            {"training_args": {"learning_rte": 1}},
+            {},
+            "unexpected keyword argument 'learning_rte'",
+        ),
         ({"max_length": 5000}, {}, "more than the 512 positions"),
         ({"max_length": 500, "data": "short.txt"}, {}, "tokens, but each step needs"),
-        ({"peft_args": {"target_modules": "q"}}, {}, "target_modules=q fits no layer"),
+        ({"peft_args": {"target_modules": "q"}}, {}, "Target modules q not found"),
         ({"method": "full"}, {}, "pass method=lora or method=dora"),
         (
             {"teacher_weight": 1.0},
