@@ -124,11 +124,6 @@ class Depth:
         """Numbers of the layers that go, ascending."""
         return tuple(n for n in range(self.before) if n not in self.kept)
 
-    @property
-    def renumbered(self) -> dict[int, int]:
-        """The new number of each layer that stays, by the old one."""
-        return {old: number for number, old in enumerate(self.kept)}
-
     def as_dict(self) -> dict[str, Any]:
         """Return what the results file holds (JSON types only)."""
         found: dict[str, Any] = {
@@ -190,7 +185,7 @@ def shallow_config(config: PretrainedConfig, depth: Depth) -> PretrainedConfig:
 
 def _make_shallow(text: PretrainedConfig, depth: Depth) -> None:
     """Change the number of layers, lists of their numbers, and lists with an entry for each."""
-    new = depth.renumbered
+    new = {old: number for number, old in enumerate(depth.kept)}
     for name, value in list(vars(text).items()):
         if not isinstance(value, (list, tuple)) or _OTHER_LISTS.search(name):
             continue
