@@ -589,6 +589,7 @@ def test_a_page_without_data_lists_every_command(make, steps, tmp_path):
     assert "No samples of it yet." in text
 
 
+@pytest.mark.slow
 def test_the_page_is_what_its_tables_say(make):
     with make.STUDY.open(encoding="utf-8", newline="") as lines:
         study = list(csv.DictReader(lines))

@@ -114,12 +114,14 @@ def test_a_section_that_fails_leaves_the_others_alone(
     assert section(report, "C").strip() == "a figure"
 
 
+@pytest.mark.slow
 def test_a_section_whose_process_dies_has_failed(gpu_check):
     status, text = gpu_check.run_apart("Tests marked gpu", ["--device", "nowhere"])
     assert status == "failed"
     assert "its process ended with 1" in text
 
 
+@pytest.mark.slow
 def test_a_section_runs_in_a_process_of_its_own(gpu_check, tmp_path):
     options = ["--device", "cpu", "--tiny", "--folder", str(tmp_path)]
     status, text = gpu_check.run_apart("Tests marked gpu", options)

@@ -21,6 +21,7 @@ def test_runs_of_words_are_counted_without_case_and_punctuation(healing):
     assert found == "1 of 3 documents, 20.00% of the runs"
 
 
+@pytest.mark.slow
 def test_the_table_has_the_loss_before_and_after(
     healing, tiny_llama, tmp_path, capsys, monkeypatch
 ):

@@ -66,23 +66,3 @@ def test_held_documents_are_those_that_calibration_does_not_see(
     found = held.losses(model, documents)
     assert found == pytest.approx(expected)
     assert float(rows[0][1]) == pytest.approx(found.mean(), abs=6e-4)
-
-
-def test_width_and_depth_have_as_many_parameters(script, text, tiny_llama, capsys):
-    printed = printed_by(
-        *(script, "depth", text, tiny_llama, capsys),
-        *("--drop_layers", "1", "--rows", "width, maw", "width, act"),
-        *("depth, last but one first", "depth, block influence"),
-    )
-    (rows,) = tables(printed)
-    assert [row[0] for row in rows] == [
-        "width, maw",
-        "width, act",
-        "depth, last but one first",
-        "depth, block influence",
-    ]
-    parameters = [int(row[4].replace(",", "")) for row in rows]
-    config = load_pruned(tiny_llama).config
-    neuron_of_each_layer = 3 * config.hidden_size * config.num_hidden_layers
-    assert max(parameters) - min(parameters) <= neuron_of_each_layer
-    assert len({*parameters[:2]}) == len({*parameters[2:]}) == 1

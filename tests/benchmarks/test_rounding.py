@@ -50,6 +50,7 @@ def test_it_fails_where_sharing_lies_further_off(rounding, tiny_llama, monkeypat
         rounding.main(["--pretrained", str(tiny_llama), "--limit", "1"])
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_shared_is_an_error(rounding, tiny_llama, monkeypatch):
     unshared = partial(rounding.PrefixHFLM, prefix_sharing=False)
     monkeypatch.setattr(rounding, "PrefixHFLM", unshared)

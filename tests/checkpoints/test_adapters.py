@@ -226,6 +226,7 @@ def test_quantising_before_the_merge_is_refused(tiny_llama, tmp_path, weights_un
         )
 
 
+@pytest.mark.slow
 def test_through_the_harness(tiny_llama, tmp_path):
     adapter = save_adapter(
         tmp_path / "adapter", load_pruned(str(tiny_llama)), METHODS["lora"]

@@ -42,6 +42,7 @@ def test_the_table_is_whole():
     assert {"gpt2", "bert", "opt", "bitnet"} <= refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["cohere", "gemma3", "aria_text", "t5gemma"])
 def test_a_listed_architecture_is_pruned(model_type, script):
     rows = {c[0]: c for c in script.candidates()}

@@ -12,6 +12,7 @@ import torch.utils.backend_registration
 from tests.helpers import checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(
         torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"

@@ -130,6 +130,7 @@ def test_layers_of_different_width(tiny_llama, tmp_path, caplog):
     assert_equal_weights(opened.state_dict(), expected.state_dict())
 
 
+@pytest.mark.slow
 @given(
     width=st.integers(1, 87),
     shard=st.integers(1, 200_000),
@@ -438,6 +439,7 @@ def test_command(tiny_llama, tmp_path, capsys):
     assert "is not an empty folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_hf_scores_the_export_like_pruned_hf_scores_the_source(
     tiny_llama_sharded, tmp_path
 ):
@@ -471,6 +473,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "pickled"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_kept_neurons_are_those_of_the_stored_dtype(
@@ -496,6 +499,7 @@ def test_the_kept_neurons_are_those_of_the_stored_dtype(
         assert_equal_weights(exported.state_dict(), pruned.state_dict())
 
 
+@pytest.mark.slow
 def test_hf_answers_as_pruned_hf_in_a_dtype_that_rounds(tiny_llama, tmp_path):
     """The source is stored in float32."""
     output = tmp_path / "out"

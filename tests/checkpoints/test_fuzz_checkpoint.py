@@ -318,6 +318,7 @@ def test_an_index_without_some_shards_is_refused(tiny_llama_sharded, data):
         assert (error is None) == (some == set(names))
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_shards_may_be_swapped_but_not_lost(tiny_llama_sharded, data):
     names = sorted(path.name for path in tiny_llama_sharded.glob("*.safetensors"))

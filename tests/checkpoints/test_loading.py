@@ -175,11 +175,13 @@ def load_tied_models_in_threads(folder):
     assert built.model.layers[0].mlp.gate_proj.weight.std() < 0.1, "initialised"
 
 
+@pytest.mark.slow
 def test_tied_models_load_in_threads(tmp_path):
     folder = str(checkpoints.save_tiny(tmp_path, tie_word_embeddings=True))
     in_another_process("load_tied_models_in_threads", folder)
 
 
+@pytest.mark.slow
 def test_other_threads_load_untouched(tiny_llama):
     # In a process of its own: where threads load at once, transformers itself can leave
     # torch.nn.init replaced, and models built later would stay uninitialised.

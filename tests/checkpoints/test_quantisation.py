@@ -57,6 +57,7 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=torch.arange(1, 40).view(3, 13)).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_quantising_the_exported_checkpoint(source, tmp_path, kind):
     quantised = load_pruned(str(source), ratio=2, quantization_config=KINDS[kind]())
@@ -75,6 +76,7 @@ def test_equals_quantising_the_exported_checkpoint(source, tmp_path, kind):
     assert not torch.equal(logits(quantised), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_different_width_are_quantised(source, kind):
     config = KINDS[kind]
@@ -88,6 +90,7 @@ def test_layers_of_different_width_are_quantised(source, kind):
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -98,6 +98,7 @@ def measured(folder, text, criteria=("maw",), **asked):
     return measure_sensitivity(request_of(folder), text, criteria=criteria, **asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*PLAIN, *EXPERTS, "gemma3n_text"])
 def test_a_curve_holds_the_losses_of_models_cut_in_one_layer(family, tmp_path, text):
     folder = saved(tmp_path / "model", family)
@@ -110,6 +111,7 @@ def test_a_curve_holds_the_losses_of_models_cut_in_one_layer(family, tmp_path, t
             assert loss == pytest.approx(expected, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_every_criterion_has_curves_and_random_one_for_each_seed(
     tiny_llama, text, cache
 ):
@@ -190,6 +192,7 @@ def test_curves_do_not_depend_on_what_else_is_measured(tiny_llama, text, cache):
     assert alone.loss == both.loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["weights", "text", "length", "widths", "damage"])
 def test_other_curves_are_measured_anew(change, tmp_path, text, cache):
     folder = checkpoints.save_tiny(tmp_path / "model")

@@ -125,6 +125,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_revisions_of_a_model_on_the_hub(tmp_path):
     """A cache as the Hub client fills it, with two revisions, and no network."""
     repository = tmp_path / "hub" / "models--org--name"

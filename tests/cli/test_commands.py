@@ -117,6 +117,7 @@ def embedded(tiny_llama, monkeypatch):
     monkeypatch.setattr(default_model, "find_default_model", lambda: found)
 
 
+@pytest.mark.slow
 def test_every_command_that_loads_takes_the_embedded_model(
     embedded, tmp_path, capsys, monkeypatch
 ):
@@ -231,6 +232,7 @@ def test_a_sweep_takes_what_prune_takes(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_profile_of_percents(tiny_llama, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The sky is\n")

@@ -608,6 +608,7 @@ def test_trend():
     assert trends.trend(RATIOS, [base] * 7).p == 1
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_coverage_runs():
     file = checkpoints.ROOT / "benchmarks" / "coverage.py"
     spec = importlib.util.spec_from_file_location("coverage_benchmark", file)

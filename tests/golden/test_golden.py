@@ -42,5 +42,6 @@ def test_commands_that_read_results_say_what_they_said():
         assert text == (reading.FOLDER / name).read_text(encoding="utf-8"), name
 
 
+@pytest.mark.slow
 def test_records_have_the_keys_and_types_that_they_had(one_thread):
     assert records.observed() == json.loads(records.FILE.read_text())

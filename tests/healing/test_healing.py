@@ -298,6 +298,7 @@ def test_killing_and_resuming_gives_the_same_weights(
     assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tiny_llama, data, tmp_path):
     output, checkpoints = tmp_path / "healed", tmp_path / "healed.checkpoints"
     healed(tiny_llama, data, tmp_path / "whole")

@@ -13,6 +13,7 @@ def tasks(tmp_path_factory):
     return made_tasks.write_text_tasks(folder)
 
 
+@pytest.mark.slow
 def test_single_and_sharded_checkpoints_score_alike(
     tiny_llama, tiny_llama_sharded, tasks, tmp_path
 ):
@@ -83,6 +84,7 @@ def test_a_saved_real_model_scores_as_stock_hf_does(real_model, tasks, tmp_path)
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_the_command_lists_our_groups_and_tasks_from_the_repository_root():
     root = checkpoints.ROOT
     listed = evaluations.lm_eval("ls", "groups", cwd=root).stdout

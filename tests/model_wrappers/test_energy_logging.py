@@ -250,6 +250,7 @@ def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
         assert parts == pytest.approx(whole[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_type", "requests", "arguments", "searches"),
     [

@@ -198,6 +198,7 @@ def test_what_hf_and_transformers_leave_unclear_is_one_sentence(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["prune_precent=3", "frobnicate=3", "ratio=two"])
 def test_the_command_ends_with_the_sentence(tiny_llama, text, monkeypatch):
     """Python prints the code of a SystemExit, and no traceback."""

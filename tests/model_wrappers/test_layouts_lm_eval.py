@@ -53,6 +53,7 @@ def scores(results: dict) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["phi3", "t5", "mixtral", "deepseek_v3"])
 def test_a_pruned_layout_scores_like_its_saved_self(family, tmp_path):
     whole = save_family(tmp_path, family, 16)
@@ -95,6 +96,7 @@ def test_layers_as_the_harness_passes_them(model_args, tmp_path):
     assert [group["width_after"] for group in pruning["groups"]] == [16, 8]
 
 
+@pytest.mark.slow
 def test_layers_of_different_width_are_evaluated_without_a_size(tmp_path):
     save_family(tmp_path, "llama", 16)
     first = evaluate(
@@ -233,6 +235,7 @@ def test_the_stock_command_prunes_the_text_tower(tmp_path):
     assert (group["mlps"], group["width_before"], group["width_after"]) == (3, 88, 44)
 
 
+@pytest.mark.slow
 def test_the_stock_command_opens_layers_of_different_width(tmp_path):
     from tests.checkpoints.test_layouts_layers import ragged
 

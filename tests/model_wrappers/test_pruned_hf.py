@@ -57,6 +57,7 @@ def test_the_results_say_what_was_done(tiny_llama, task_manager):
     assert len(pruning["kept_digest"]) == 64
 
 
+@pytest.mark.slow
 def test_the_baseline_scores_as_hf_does(tiny_llama, task_manager):
     ours = evaluate(task_manager, "pruned-hf", pretrained=str(tiny_llama))
     theirs = evaluate(task_manager, "hf", pretrained=str(tiny_llama))
@@ -73,6 +74,7 @@ def test_a_saved_model_scores_as_hf_does(tiny_llama, task_manager, tmp_path):
     assert ours["results"] != baseline["results"]
 
 
+@pytest.mark.slow
 def test_layers_of_different_width_score_alike_once_saved(
     tiny_llama, task_manager, tmp_path
 ):

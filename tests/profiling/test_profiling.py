@@ -112,6 +112,7 @@ def test_prefill_and_decode_are_told_apart(run):
     assert found["decode_tokens_per_second"]["mean"] == pytest.approx(1 / STEP)
 
 
+@pytest.mark.slow
 def test_energy_of_the_phases_is_power_times_their_time(run):
     found = cell(run(watts=10.0))
     assert found["joules"]["prefill"]["cpu"] == pytest.approx(10 * 4 * PREFILL)
@@ -127,6 +128,7 @@ def test_energy_of_the_phases_is_power_times_their_time(run):
     )
 
 
+@pytest.mark.slow
 def test_a_narrower_model_is_faster_by_its_width_and_the_interval_says_so(run):
     found = cell(run(), "ratio=1.375")
     for metric in ("seconds_per_output_token", "joules_per_decode_token"):
@@ -137,6 +139,7 @@ def test_a_narrower_model_is_faster_by_its_width_and_the_interval_says_so(run):
     assert cell(run())["deltas"] == {}
 
 
+@pytest.mark.slow
 def test_a_drift_of_the_machine_hits_all_models_alike(run, clock, loader):
     """Each repeat is slower than the one before; the difference stays what it is."""
     loaded = []
@@ -166,6 +169,7 @@ def test_a_drift_of_the_machine_hits_all_models_alike(run, clock, loader):
     assert slower["high"] == pytest.approx(-50)
 
 
+@pytest.mark.slow
 def test_a_model_that_stops_early_is_shorter_and_not_faster(run, loader, monkeypatch):
     """The natural length differs, the time per token does not: the study's "penalty"."""
     end = checkpoints.TINY["eos_token_id"]
@@ -254,6 +258,7 @@ def test_the_fixed_length_is_kept_although_the_text_ends(tiny_llama):
     assert timing["steps"] == timing["output_tokens"] == 7
 
 
+@pytest.mark.slow
 def test_models_are_interleaved_and_warm_ups_are_counted(run, monkeypatch):
     order = []
     inner = Profiler.measure
@@ -280,6 +285,7 @@ def test_models_are_interleaved_and_warm_ups_are_counted(run, monkeypatch):
     assert cell(result)["repeats"] == 2
 
 
+@pytest.mark.slow
 def test_models_too_large_to_hold_together_are_loaded_in_turns(
     run, loader, monkeypatch
 ):
@@ -323,6 +329,7 @@ def test_an_engine_is_held_alone_times_itself_and_hides_its_memory(run, loader):
     assert found["peak_host_bytes"] is found["peak_device_bytes"] is None
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_was_finished(run, monkeypatch):
     inner = Profiler.measure
     finished = []
@@ -354,6 +361,7 @@ def test_an_interrupt_before_anything_was_finished_is_passed_on(run, monkeypatch
         run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail_at", ["start", 3, "stop"])
 def test_a_meter_that_fails_leaves_the_times(run, clock, fail_at):
     result = run(meter=FakeMeter(clock, {"cpu": 1.0}, fail_at=fail_at))
@@ -365,6 +373,7 @@ def test_a_meter_that_fails_leaves_the_times(run, clock, fail_at):
         assert "n/m" in profile_report.as_markdown(result)
 
 
+@pytest.mark.slow
 def test_without_the_energy_of_the_gpu_there_is_none_per_token(run, clock):
     # The meter knows a GPU, and its counter stays at 0.
     result = run(meter=FakeMeter(clock, {"cpu": 10.0, "gpu": 0.0}))
@@ -422,6 +431,7 @@ def widths_file(folder, widths):
     return str(file)
 
 
+@pytest.mark.slow
 def test_models_of_files_of_widths_stand_beside_the_sizes(run, tmp_path):
     file = widths_file(tmp_path, [80, None, 20])
     result = run(widths=(file,))
@@ -445,6 +455,7 @@ def test_models_of_files_of_widths_stand_beside_the_sizes(run, tmp_path):
     assert "batch size 1, fixed length, widths by layer" in drawn
 
 
+@pytest.mark.slow
 def test_files_of_widths_alone_are_a_profile(run, tmp_path):
     result = run(ratios=(), widths=(widths_file(tmp_path, {"0": 40}),))
     assert [m["layer_widths"] for m in result["models"]] == ["", "0:40,1-2:88"]
@@ -561,6 +572,7 @@ def test_percentiles_are_ordered(values):
     assert (found["sd"] is None) == (len(values) == 1)
 
 
+@pytest.mark.slow
 def test_files_are_written_and_readable(run, tmp_path):
     result = run(batch_sizes=(1, 2))
     paths = profile_report.write(result, tmp_path)
@@ -576,6 +588,7 @@ def test_files_are_written_and_readable(run, tmp_path):
     assert again == (tmp_path / "latency.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_plot_without_energy_says_so(run, clock):
     result = run(meter=FakeMeter(clock, {"cpu": 1.0}, fail_at="start"))
     assert cell(result)["joules_per_output_token"] is None
@@ -603,6 +616,7 @@ def test_the_command_refuses_in_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command_measures_with_the_real_meter(tiny_llama, tmp_path, capsys):
     prompts = tmp_path / "p.txt"
     prompts.write_text("The sky is\nOne two three\n")

@@ -205,6 +205,7 @@ def installation(tmp_path):
     return installation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -228,6 +229,7 @@ def test_a_harness_is_replaced_only_if_it_cannot_be_used(
     installation.pip("check")
 
 
+@pytest.mark.slow
 def test_an_installation_that_cannot_be_written_to_works(wheel, tmp_path):
     """As where an administrator installed it: nothing is written beside the code."""
     site = tmp_path / "site"

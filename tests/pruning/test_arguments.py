@@ -208,9 +208,10 @@ EXPECTED = {
     ("pruning/arguments.py", "SIZES"),
     ("pruning/record.py", "PruneRecord"),
     ("pruning/curves.py", "LayerCurve"),
-    ("report/formats.py", "as_csv"),
+    ("pruning/plan.py", "PrunePlan"),
+    ("report/report.py", "as_csv"),
+    ("results/groups.py", "series_name"),
     ("profiling/options.py", "ProfileRequest"),
-    ("cli/profile.py", "run"),
 }
 
 

@@ -264,6 +264,7 @@ def test_a_tokenizer_is_needed(tiny_llama, texts):
         )
 
 
+@pytest.mark.slow
 def test_through_the_harness_and_the_export(tiny_llama, tmp_path, texts):
     scores, config = evaluations.evaluate(
         "pruned-hf",

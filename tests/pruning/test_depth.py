@@ -148,6 +148,7 @@ def answer(model, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EACH)
 @settings(max_examples=settings.default.max_examples // 10)
 @given(dropped=dropped_layers)

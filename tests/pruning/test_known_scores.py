@@ -116,6 +116,7 @@ def passes(monkeypatch, tmp_path):
 BEST = {"criterion": "best", "criteria_tried": "maw+act+maw_act"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_sizes_with_the_best_criterion_take_one_calibration(
     tiny_llama, texts, load, passes, cached

@@ -378,6 +378,7 @@ class TestReport:
 
         return write_report
 
+    @pytest.mark.slow
     def test_table_link_and_the_one_page_with_texts(self, sweep, write):
         files = write(sweep)
         found = {f.name for f in files if self.WORD.encode() in f.read_bytes()}
@@ -390,6 +391,7 @@ class TestReport:
         page = (sweep / "report/report.html").read_text(encoding="utf-8")
         assert '<a href="flips.html">' in page
 
+    @pytest.mark.slow
     def test_no_texts_leaves_every_text_out(self, sweep, write, capsys):
         from lm_eval_pruned.cli import main
 
@@ -406,6 +408,7 @@ class TestReport:
         assert json.loads(line)["doc_hash"][:16] in page
         assert (sweep / "report/flips.csv").read_text().count("\n") == 3
 
+    @pytest.mark.slow
     def test_a_report_without_samples_leaves_no_old_page(self, sweep, write):
         write(sweep)
         for file in sweep.glob("units/*/*/samples_*.jsonl"):

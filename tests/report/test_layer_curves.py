@@ -129,6 +129,7 @@ class TestFigures:
         curves = LayerCurves.of(made_curves() | {"loss": 9.0})
         assert all(plot.svg for plot in layer_plots(curves))
 
+    @pytest.mark.slow
     def test_a_report_shows_the_curves_of_its_sweep(self, tmp_path):
         from lm_eval_pruned.report.report import write_report
 

@@ -232,6 +232,7 @@ def test_every_plot_has_a_text_alternative_and_units(page, sweep):
         assert label in page
 
 
+@pytest.mark.slow
 def test_what_was_not_tested_has_a_mark_of_its_own(tmp_path):
     def metrics(share):
         return {
@@ -293,6 +294,7 @@ def test_failures_energy_and_definition_are_told(sweep):
     assert re.search(r"truthfulqa_mc2 acc,none\|4\|-0\.9\d\d\|", text)
 
 
+@pytest.mark.slow
 def test_a_report_is_deterministic(sweep, tmp_path):
     report.write_report(sweep, tmp_path)
     for file in tmp_path.rglob("*"):

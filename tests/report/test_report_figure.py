@@ -138,6 +138,7 @@ def test_a_level_is_drawn_of_what_is_known(drawn):
     assert np.isnan([mmlu["majority"], gsm8k["chance"]]).all()
 
 
+@pytest.mark.slow
 def test_what_pruning_takes_is_next_to_what_it_leaves(drawn):
     def titles(measure):
         of = drawn[drawn["measure"] == measure]

@@ -118,6 +118,7 @@ def test_a_stopped_sweep_is_done(stopped):
     assert files_of(Path(stopped["output_path"])) == before
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_a_run_without_the_rule(stopped, tmp_path):
     """Of the documents of all looks, and with a cache that an interrupted run left."""
     whole = {**stopped, "output_path": str(tmp_path / "whole"), "ratios": ["0.5"]}
@@ -162,6 +163,7 @@ def test_answers_are_those_of_a_run_without_the_rule(stopped, tmp_path):
         assert answers == pytest.approx(others, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_energy_is_of_all_looks_and_no_answer_of_an_earlier_look_came_for_nothing(
     stopped, tmp_path, monkeypatch
 ):
@@ -186,6 +188,7 @@ def test_energy_is_of_all_looks_and_no_answer_of_an_earlier_look_came_for_nothin
     assert -2 * stopping.looks[0] in counted or len(stopping.looks) == 1
 
 
+@pytest.mark.slow
 def test_unclear_units_use_all_documents(options):
     options |= {"tasks": ["tiny_choice", "tiny_scored"], "stop_when": "decided"}
     assert run_sweep(options) == 0
@@ -214,6 +217,7 @@ def test_examples_that_depend_on_other_documents_are_refused(stopped, tmp_path):
         assert "tiny_choice draws its few-shot examples at random" in message
 
 
+@pytest.mark.slow
 def test_first_examples_are_those_of_the_full_run(stopped, tmp_path):
     tasks = tmp_path / "tasks"
     shutil.copytree(stopped["include_path"], tasks)
@@ -289,6 +293,7 @@ def test_several_processes_are_refused(monkeypatch):
         read_rule({"stop_when": "decided"})
 
 
+@pytest.mark.slow
 def test_a_shard_without_the_unpruned_model_fails(stopped, tmp_path):
     options = {**stopped, "output_path": str(tmp_path / "sweep")}
     assert run_sweep(options, shard=(1, 3)) == 1
@@ -353,6 +358,7 @@ def test_check_refuses_partial_scores(stopped):
     assert "partial" in findings["ratio-1"].message
 
 
+@pytest.mark.slow
 def test_the_report_marks_partial_scores(stopped, tmp_path):
     write_report(stopped["output_path"], tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()

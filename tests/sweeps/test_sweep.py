@@ -119,6 +119,7 @@ def _resume_after_kills(options, undisturbed, kills, seed):
     assert not list(folder.glob(".unfinished/*/*"))
 
 
+@pytest.mark.slow
 def test_killed_sweep_ends_with_the_scores_of_an_undisturbed_one(options, undisturbed):
     _resume_after_kills(options, undisturbed, kills=3, seed=1)
 
@@ -191,6 +192,7 @@ def test_a_unit_with_results_is_done_for_all_who_read_it(tmp_path):
     assert (sweep.runs[0].tasks(), sweep.failures) == (["t"], ())
 
 
+@pytest.mark.slow
 def test_second_start_evaluates_nothing(options, monkeypatch, capsys):
     assert run_sweep(options) == 0
     before = files_of(Path(options["output_path"]))
@@ -301,6 +303,7 @@ def test_task_version_code_and_data_belong_to_the_definition(options, tasks, tmp
         } == changed, name
 
 
+@pytest.mark.slow
 def test_changed_definition_is_evaluated_again_and_the_old_results_kept(options):
     folder = Path(options["output_path"])
     assert run_sweep(options) == 0
@@ -316,6 +319,7 @@ def test_changed_definition_is_evaluated_again_and_the_old_results_kept(options)
     assert json.loads(results.read_text())["n-samples"]["tiny_choice"]["effective"] == 2
 
 
+@pytest.mark.slow
 def test_a_second_sweep_says_which_sizes_of_the_first_it_leaves_out(options, capsys):
     folder = options["output_path"]
     assert run_sweep({**options, "tasks": ["tiny_choice"]}) == 0
@@ -337,6 +341,7 @@ def test_a_second_sweep_says_which_sizes_of_the_first_it_leaves_out(options, cap
     }
 
 
+@pytest.mark.slow
 def test_another_dtype_of_all_units_is_said_before_they_are_evaluated_again(
     options, capsys
 ):
@@ -353,19 +358,7 @@ def test_another_dtype_of_all_units_is_said_before_they_are_evaluated_again(
     )
 
 
-def test_a_sweep_resumed_under_another_seed_says_so(options, capsys):
-    assert run_sweep({**options, "tasks": ["tiny_choice"]}) == 0
-    assert run_sweep({**options, "tasks": ["tiny_sentence"], "seed": "7"}) == 0
-    capsys.readouterr()
-    assert main(["compare", options["output_path"]]) == 0
-    output = capsys.readouterr().out
-    assert (
-        "Note: The tasks of baseline, ratio-1.5 were not all evaluated with the same "
-        "fewshot_seed"
-    ) in output
-    assert "other settings" not in output
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", ["truncated", "empty", "foreign", "future", "no results"]
 )
@@ -436,6 +429,7 @@ def test_retry_failed_mends(options, monkeypatch):
     assert not list(folder.glob("units/*/*/error.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_sweep_whose_device_fails_ends_with_one_sentence(
     options, monkeypatch, capsys, wrapped
@@ -528,6 +522,7 @@ def test_model_is_loaded_once_per_configuration(options, monkeypatch):
     assert loaded == [None, 1.5]
 
 
+@pytest.mark.slow
 def test_an_engine_that_died_is_started_again_for_the_next_unit(options, monkeypatch):
     from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
@@ -555,6 +550,7 @@ def test_an_engine_that_died_is_started_again_for_the_next_unit(options, monkeyp
     assert len(closed) == 4
 
 
+@pytest.mark.slow
 def test_neurons_are_scored_once_for_all_ratios(options, monkeypatch):
     from lm_eval_pruned.pruning import measuring
 
@@ -573,6 +569,7 @@ def test_neurons_are_scored_once_for_all_ratios(options, monkeypatch):
     assert not [file for file in written if "known_scores" in file.read_text()]
 
 
+@pytest.mark.slow
 def test_model_that_cannot_be_loaded_fails_its_units_only(options, monkeypatch):
     from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
@@ -606,6 +603,7 @@ def test_full_disk_is_a_failure_and_not_a_result(options, monkeypatch):
     assert "0 of 4 samples" in json.loads(error.read_text())["message"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_and_the_next_start_goes_on(options, monkeypatch, capsys):
     import lm_eval
 
@@ -661,6 +659,7 @@ def test_shards_are_a_partition(options, parts):
         assert all(len({unit[0].id for unit in shard}) == 1 for shard in shards)
 
 
+@pytest.mark.slow
 def test_shards_together_are_the_sweep(options, undisturbed):
     folder = Path(options["output_path"])
     definitions = []
@@ -671,6 +670,7 @@ def test_shards_together_are_the_sweep(options, undisturbed):
     assert results_of(folder) == results_of(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_cache_is_not_shared_between_models(options, undisturbed, tmp_path):
     options = {**options, "use_cache": str(tmp_path / "cache" / "responses")}
     assert run_sweep(options) == 0
@@ -716,6 +716,7 @@ def test_criteria_and_seeds_multiply(options):
     }
 
 
+@pytest.mark.slow
 def test_depths_are_configurations_beside_widths(options):
     assert run_sweep({**options, "drop_layers": ["1"]}) == 0
     layers = {}

@@ -29,6 +29,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 def test_curves_are_measured_once_and_every_model_is_told_apart(
     tiny_llama, tmp_path, monkeypatch
 ):

@@ -140,6 +140,7 @@ def test_each_size_is_evaluated_before_and_after(done):
     ]
 
 
+@pytest.mark.slow
 def test_another_task_trains_nothing_again(done):
     more = {**done.options, "tasks": ["tiny_choice", "tiny_sentence"]}
     count, before = len(done.trainings), files_of(Path(done.options["output_path"]))
@@ -178,6 +179,7 @@ def test_what_decides_the_weights_decides_the_unit(done, data, change):
     assert other.adapter(healed) != here.adapter(healed)
 
 
+@pytest.mark.slow
 def test_other_text_trains_again(done, tmp_path):
     other = write_data(tmp_path / "data.jsonl", TEXTS[1:])
     count, old = len(done.trainings), folder_of(done.options)
@@ -190,6 +192,7 @@ def test_other_text_trains_again(done, tmp_path):
     assert len(done.trainings) == count + 1
 
 
+@pytest.mark.slow
 def test_killed_while_it_trains_it_goes_on_from_the_checkpoint(options, done, tmp_path):
     here = {**options, "output_path": str(tmp_path / "killed")}
     steps = tmp_path / "steps"
@@ -229,6 +232,7 @@ def test_killed_while_it_trains_it_goes_on_from_the_checkpoint(options, done, tm
     assert scores[0] == scores[1]
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_fails_its_own_units(options, tmp_path):
     here = {**options, "output_path": str(tmp_path / "failing")}
     here |= {"tasks": ["tiny_both"], "prune_percents": ["20"]}
@@ -256,6 +260,7 @@ def test_a_training_that_fails_fails_its_own_units(options, tmp_path):
     assert run_sweep(here, retry_failed=True) == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_trains_keeps_the_step(options, tmp_path, capsys):
     here = {**options, "output_path": str(tmp_path / "stopped")}
 

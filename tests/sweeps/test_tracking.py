@@ -47,6 +47,7 @@ def hub(monkeypatch):
     return trackers.stand_in_for_the_hub(monkeypatch)
 
 
+@pytest.mark.slow
 def test_each_unit_is_a_run_of_its_own(options, services):
     told = {
         "wandb_args": {"project": "p", "name": "mine", "step": 3},
@@ -72,6 +73,7 @@ def test_each_unit_is_a_run_of_its_own(options, services):
     assert [call["what"] for call in services.trackio()].count("finish") == 4
 
 
+@pytest.mark.slow
 def test_results_are_those_of_a_sweep_that_tells_nobody(options, services, tmp_path):
     quiet = {**options, "output_path": str(tmp_path / "quiet")}
     assert run_sweep(quiet) == 0

@@ -344,6 +344,7 @@ OWN_IFEVAL = [
 ]
 
 
+@pytest.mark.slow
 def test_a_missing_nltk_resource_ends_the_run_with_one_message(
     lm_eval, tiny_llama, tmp_path
 ):

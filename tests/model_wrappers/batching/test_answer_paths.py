@@ -92,6 +92,7 @@ def test_what_is_worth_sharing_does_not_depend_on_the_width():
     assert decisions.count(decisions[0]) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["lora", "lora-rank-pattern", "dora", "ia3", "lora-before"]
 )
@@ -254,6 +255,7 @@ def test_no_path_takes_the_name_of_another():
     assert {name for name in common if not name.startswith("__")} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(40, 50, 56), (20, 31, 32, 33, 34, 56)])
 def test_attention_temperature_follows_the_position(lengths, share_however_little):
     """Llama 4 takes the place in the row and the cache for the position."""
@@ -372,6 +374,7 @@ def test_hf_computes_answers_of_one_token_once(monkeypatch):
     assert calls == [(1, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_masks_under_autocast(attention, monkeypatch, share_however_little):
     config = tiny_config()

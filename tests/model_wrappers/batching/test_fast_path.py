@@ -88,6 +88,7 @@ def test_the_argument_is_a_switch(path):
         wrapped(PrefixHFLM, tiny(), **{path.argument: "sometimes"})
 
 
+@pytest.mark.slow
 def test_turned_off_it_is_hfs_own_path(path, caplog):
     lm = wrapped(PrefixHFLM, tiny(), **{path.argument: False})
     with caplog.at_level(logging.WARNING, f"lm_eval.models.{path.argument}"):
@@ -144,6 +145,7 @@ def failing(lm, message, fits=lambda tokens: False):
 NO_MEMORY = "CUDA out of memory. Tried to allocate 1 PiB."
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_halves_passes_for_good(path, monkeypatch, caplog):
     expected = path.answers(wrapped(HFLM, tiny()))
     lm = wrapped(PrefixHFLM, tiny(), slots=6)

@@ -113,6 +113,7 @@ def instances(pairs):
     ]
 
 
+@pytest.mark.slow
 @given(
     texts=st.lists(
         st.tuples(

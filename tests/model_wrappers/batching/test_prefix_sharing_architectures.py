@@ -158,6 +158,7 @@ def share_however_little(monkeypatch):
     monkeypatch.setattr(prefix_sharing, "_least_saving", lambda device: -9.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "limit"),
     [
@@ -191,6 +192,7 @@ def test_shared_with_eager_attention(model_type):
 UNKNOWN = "is not among the model types that were tried"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "attention", "reason"),
     [

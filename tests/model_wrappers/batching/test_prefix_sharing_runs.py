@@ -62,6 +62,7 @@ def not_called(*_, **__):
     raise AssertionError("called")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, "auto", "auto:2"])
 def test_samples_and_scores_are_those_of_hf(tiny_llama, tasks, batch_size):
     arguments = {"batch_size": batch_size, "max_batch_size": 2, "max_length": 128}
@@ -113,6 +114,7 @@ def test_no_pass_exceeds_a_batch_of_one(tiny_llama, monkeypatch):
     assert sum(passes) < 100 + 12 * (21 + 3 * 4) * 1.5
 
 
+@pytest.mark.slow
 def test_the_cache_answers_the_second_time(tiny_llama, tasks, tmp_path, monkeypatch):
     cache = str(tmp_path / "answers")
     expected = evaluate(loaded(HFLM, tiny_llama), tasks)

@@ -104,6 +104,7 @@ REQUESTS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(
     drawn=REQUESTS,
     slots=st.integers(1, 10),
@@ -164,6 +165,7 @@ def test_no_more_rows_than_slots(pair, monkeypatch):
     assert max(rows) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "small", "slots"),
     [
@@ -281,6 +283,7 @@ def test_requests_are_left_as_they_are(pair):
     assert pairs == prompts()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("think_end", ["b", 98])
 def test_thinking_is_cut_off(pair, think_end):
     plain, refilled = (
@@ -291,6 +294,7 @@ def test_thinking_is_cut_off(pair, think_end):
     assert generate(refilled, pairs) == generate(plain, pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -321,6 +325,7 @@ def test_more_than_greedy_takes_the_plain_path(pair, settings, reason, caplog):
     assert reason in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -351,6 +356,7 @@ def test_more_tokens_than_the_model_takes_is_hfs_error(pair):
             generate(lm, prompts(max_gen_toks=MAX_LENGTH))
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_takes_the_plain_path():
     model = tiny_model(tiny_config("t5", **overrides("t5", 64)))
     plain, refilled = (
@@ -360,6 +366,7 @@ def test_an_encoder_decoder_takes_the_plain_path():
     assert refilled._refilling.logged == ["the model is an encoder-decoder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "more", "refills"),
     [
@@ -389,6 +396,7 @@ def test_architectures(model_type, more, refills):
     assert bool(refilled._refilling.logged) is not refills
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
 def test_no_request_is_lost_where_a_copy_runs_out_of_memory(pair, monkeypatch, failing):
     """Prompts that begin alike are copied; so are answers that move up as others end."""
@@ -510,6 +518,7 @@ def test_end_tokens_are_those_of_the_model_in_an_adapter():
     assert lm.token_counts.generated == len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_attention_whose_temperature_follows_the_cache_is_left_alone():
     """Llama 4 takes a token's place in the cache for its position."""
     config = Llama4TextConfig(
@@ -554,6 +563,7 @@ def test_what_answered_is_recorded():
     assert info["reasons"] == ["do_sample is asked for"]
 
 
+@pytest.mark.slow
 def test_each_request_has_its_own_reason():
     lm = make(PrefixHFLM, tiny(), 2)
     sampled = prompts(do_sample=True, temperature=1.0)

@@ -119,6 +119,7 @@ def test_rows_of_a_mask_begin_where_kernels_want_them(rows, queries, keys):
     assert mask.stride(-1) == 1
 
 
+@pytest.mark.slow
 def test_a_device_without_float64(monkeypatch):
     # What is in 16 bits plays the tensors on the device.
     lm = make(PrefixHFLM, tiny(dtype=torch.bfloat16))

@@ -68,6 +68,7 @@ def slots_used(monkeypatch):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chat", [False, True])
 def test_samples_and_scores_are_those_of_hf(tiny_llama, tasks, chat, slots_used):
     expected = evaluate(
@@ -80,6 +81,7 @@ def test_samples_and_scores_are_those_of_hf(tiny_llama, tasks, chat, slots_used)
     assert got[0][0][0][0].endswith("<assistant>") == chat
 
 
+@pytest.mark.slow
 def test_a_broken_run_resumes_from_the_cache(tiny_llama, tasks, tmp_path, monkeypatch):
     cache = str(tmp_path / "answers")
     expected = evaluate(loaded(HFLM, tiny_llama, batch_size=1), tasks)
@@ -109,6 +111,7 @@ def test_a_broken_run_resumes_from_the_cache(tiny_llama, tasks, tmp_path, monkey
     assert got[:2] == expected[:2]
 
 
+@pytest.mark.slow
 def test_energy_counts_what_slots_generate(tiny_llama, tasks, slots_used):
     lm = loaded(PrunedHFLM, tiny_llama, ratio=2, energy=True, slots=1)
     _, _, config = evaluate(lm, tasks)
