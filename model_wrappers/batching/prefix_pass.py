@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from .attention_in_parts import Part
 from .attention_support import cache_argument
 from .forward import additive_mask
-from .token_tree import TokenTree, blocks, build_tree
+from .token_tree import TokenTree, best_cut, build_tree
 
 
 if TYPE_CHECKING:
@@ -238,8 +238,12 @@ def _mask(
 
 def _parts(tree: TokenTree, pack: Pack, cached: int) -> list[Part]:
     """Cut the one row of `pack`, behind a path of `cached` tokens, into blocks of queries."""
-    parts = []
-    for start, stop, path in blocks(tree, pack.start, pack.stop, _BLOCK_QUERIES):
+    parts, start = [], pack.start
+    while start < pack.stop:
+        stop = pack.stop
+        if stop - start > _BLOCK_QUERIES:
+            stop = best_cut(tree, start, start + _BLOCK_QUERIES)
+        path = tree.path(int(tree.parent[start]))
         before = np.where(
             path < pack.start, tree.depth[path], cached + path - pack.start
         )
@@ -247,6 +251,7 @@ def _parts(tree: TokenTree, pack: Pack, cached: int) -> list[Part]:
         own = np.arange(cached + queries.start, cached + queries.stop)
         keys = torch.from_numpy(np.concatenate([before, own]))
         parts.append(Part(slice(0, 1), queries, keys))
+        start = stop
     return parts
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,9 @@ def next_pack(
         masked = (isqrt(path * path + 4 * budget.mask) - path) // 2
         longest = max(1, min(longest, masked))
     if end > min(start + longest, last):
-        stop = _cut(tree, start, max(start + 1, min(start + longest, end - 1, last)))
+        stop = best_cut(
+            tree, start, max(start + 1, min(start + longest, end - 1, last))
+        )
         chains = path == 0 and tree.is_chain(start, stop)
         return Pack(start, stop, (np.arange(start, stop),), chains)
 
@@ -260,22 +262,7 @@ def next_pack(
     return Pack(start, stop, tuple(map(np.concatenate, rows)), chains)
 
 
-def blocks(
-    tree: TokenTree, start: int, stop: int, size: int
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Cut the nodes ``[start, stop)`` into blocks of at most `size` nodes.
-
-    Yields:
-        The first node of a block, one past its last, and the nodes before the block that
-        its nodes attend to: the path to the parent of its first node.
-    """
-    while start < stop:
-        end = stop if stop - start <= size else _cut(tree, start, start + size)
-        yield start, end, tree.path(int(tree.parent[start]))
-        start = end
-
-
-def _cut(tree: TokenTree, start: int, limit: int) -> int:
+def best_cut(tree: TokenTree, start: int, limit: int) -> int:
     """Return where ``[start, limit]`` is best cut: where the path is short, in its second half.
 
     The path to the cut stays cached for what follows.
