@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from tests.helpers import checkpoints
 
 
-settings.register_profile("dev", deadline=None, max_examples=12, derandomize=True)
+settings.register_profile("dev", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile(
     "ci",
     deadline=None,
