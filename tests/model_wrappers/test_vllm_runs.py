@@ -315,13 +315,15 @@ def ask(port: int, method: str, path: str, body: dict | None = None) -> str | No
 
 
 def test_a_server_prunes_and_derives_the_narrowed_config(llama, two_processes):
-    """Of an odd width, two processes get halves of the nearest even one."""
     prompt = "The capital"
     body = {"model": str(llama), "prompt": prompt, "max_tokens": 12, "temperature": 0}
     with server(
         llama,
         *("--load-format", "pruned"),
-        *("--model-loader-extra-config", '{"intermediate_size": 101}'),
+        *(
+            "--model-loader-extra-config",
+            '{"intermediate_size": 101, "multiple_of": 2}',
+        ),
         *("--tensor-parallel-size", str(two_processes)),
     ) as port:
         answer = ask(port, "POST", "/v1/completions", body)
