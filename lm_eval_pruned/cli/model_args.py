@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.arguments import DECLARED, take_prune_arguments
+from lm_eval_pruned.util.options import merged, nearest
 
 
 if TYPE_CHECKING:
@@ -55,27 +55,16 @@ def pruning_of(
     return merged(take_prune_arguments(model_args), given)
 
 
-def merged(model_args: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Return both, and raise ValueError for an argument that is in both."""
-    for name in options.keys() & model_args.keys():
-        raise ValueError(
-            f"{name} was given twice, as --{name} {options[name]} and as "
-            f"{name}={model_args[name]} in --model_args: leave one of them out."
-        )
-    return model_args | options
-
-
 def refuse_others(
     model_args: dict[str, Any], known: tuple[str, ...], command: str
 ) -> None:
     """Raise ValueError for an argument of loading that the command has no use for."""
     known = ("pretrained", *known)
     for name in [each for each in model_args if each not in known]:
-        near = difflib.get_close_matches(name, [*known, *DECLARED], n=1)
         names = f"it knows {', '.join(known)} and the arguments of pruning."
         raise ValueError(
             f"model_args has {name}={model_args[name]}, which {command} does not take: "
-            f"{f'did you mean {near[0]}?' if near else names}"
+            f"{nearest(name, [*known, *DECLARED], names)}"
         )
 
 

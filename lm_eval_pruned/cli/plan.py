@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from lm_eval_pruned.cli.model_args import (
     add_model_args,
-    merged,
     pruning_of,
     read_model_args,
     refuse_others,
@@ -19,6 +18,7 @@ from lm_eval_pruned.pruning.arguments import (
     SEVERAL_SIZES,
     add_option,
 )
+from lm_eval_pruned.util.options import merged
 
 
 if TYPE_CHECKING:

@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.profiling.engine import EngineModel
     from lm_eval_pruned.profiling.measure import profile
     from lm_eval_pruned.profiling.prompts import demo_prompts, read_prompts
+    from lm_eval_pruned.util.palette import plots_missing
 
     model_args = read_model_args(arguments)
     taken = {SEVERAL.get(option, option): option for option in vars(arguments)}
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=model_args.pop("dtype", None),
         load_arguments=model_args,
     )
-    why = profile_report.plots_missing()
+    why = plots_missing()
     if why is not None:
         print(f"There will be no plots: {why}.", file=sys.stderr)
     folder = Path(arguments.output_path)

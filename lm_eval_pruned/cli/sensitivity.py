@@ -59,7 +59,6 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    from importlib.util import find_spec
     from pathlib import Path
 
     from lm_eval_pruned.report.layers import (
@@ -69,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     from lm_eval_pruned.results.folder import SENSITIVITY
     from lm_eval_pruned.util.atomic import write_atomically
+    from lm_eval_pruned.util.palette import plots_missing
     from lm_eval_pruned.util.tables import markdown_table
 
     if arguments.output_path:
@@ -86,9 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output_path)
     measured.write(folder / SENSITIVITY)
     files: dict[str, str | bytes] = {"sensitivity.csv": measured.as_csv()}
-    if find_spec("altair") is None:
-        install = "pip install 'lm-eval-pruned[report]'"
-        print(f"There are no plots: they need altair, `{install}`.", file=sys.stderr)
+    if why := plots_missing():
+        print(f"There are no plots: {why}.", file=sys.stderr)
     else:
         from lm_eval_pruned.report.layers import layer_plots
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.compare.pairing import (
     DocumentReader,
@@ -80,6 +80,40 @@ class Difference:
     verdict: str
     claim: Claim | None = None
     of: int | None = None
+
+    @classmethod
+    def made(
+        cls,
+        run: str,
+        key: Key,
+        scores: tuple[float, float],
+        test: PairedTest,
+        q: float | None,
+        level: float | None,
+        **more: Any,
+    ) -> Difference:
+        """Make the row of a run from its test, and from q and the `level` left by the correction.
+
+        `scores` are those of base and run; `more` are the other attributes, and those of the test
+        that are another's.
+        """
+        before, after = scores
+        low, high = test.interval(level or test.level)
+        of_test = {"p": test.p, "method": test.method, "primary": True}
+        return cls(
+            run=run,
+            task=key[0],
+            metric=key[1],
+            base_score=before,
+            score=after,
+            difference=after - before,
+            relative=relative_change(before, after),
+            low=low,
+            high=high,
+            q=q,
+            smallest_detectable=None if q is None else test.smallest_detectable(level),
+            **{**of_test, **more},
+        )
 
 
 @dataclass(frozen=True)
@@ -286,20 +320,9 @@ def _row(
         verdict = verdict_of(after - before, q, alpha, up, margin, claim)
     else:
         verdict = "restated"
-    low, high = test.interval(level or test.level)
-    return Difference(
-        run=run.name,
-        task=key[0],
-        metric=key[1],
-        base_score=before,
-        score=after,
-        difference=after - before,
-        relative=relative_change(before, after),
-        low=low,
-        high=high,
+    return Difference.made(
+        *(run.name, key, (before, after), test, q, level),
         p=p,
-        q=q,
-        smallest_detectable=None if q is None else test.smallest_detectable(level),
         documents=documents,
         method=method,
         primary=primary,

@@ -51,6 +51,12 @@ class Column(NamedTuple):
     terminal: bool = False
 
 
+def titles(columns: Sequence[Column], alpha: float) -> list[str]:
+    """Return the headings of columns; an interval is told with its confidence."""
+    interval = f"{1 - alpha:.0%} interval"
+    return [interval if each.title == "interval" else each.title for each in columns]
+
+
 #: Of `Difference`. CSV and JSON have its attributes.
 DIFFERENCES = (
     Column("run", lambda row: row.run, "l", True),
@@ -144,16 +150,15 @@ def as_table(
         )
         primary = [row for row in comparison.rows if row.primary]
         tables = [("", [each for each in DIFFERENCES if each.terminal], primary)]
-    interval = f"{1 - comparison.alpha:.0%} interval"
     parts = [header]
     for heading, columns, rows in tables:
         if comparison.margin is None:
             columns = [each for each in columns if "margin" not in each.title]
-        titles = [interval if c.title == "interval" else c.title for c in columns]
         cells = [[column.text(row) for column in columns] for row in rows]
         align = "".join(column.align for column in columns)
         if rows:
-            parts += [heading, markdown_table(titles, cells, align, padded=padded)]
+            heads = titles(columns, comparison.alpha)
+            parts += [heading, markdown_table(heads, cells, align, padded=padded)]
     parts.append("\n".join(f"Note: {note}" for note in comparison.notes))
     return "\n\n".join(filter(None, parts)) + "\n"
 

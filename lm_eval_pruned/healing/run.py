@@ -162,29 +162,27 @@ def heal(
         model_args, data, texts, options, checkpoints
     )
     blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
+    text = {
+        "file": Path(data).name,
+        "sha256": digest_of(data),
+        "texts": len(texts),
+        "tokens": len(blocks) * length,
+    }
+    shared = {**options.as_dict(), "data": text}
+    before = None if last is None else read_healing(str(last))
+    if before is not None:
+        _check_same(last, before, shared)
     model: Any = load_request(request, tokenizer)
     pruned: PruneRecord = model.prune_record
     record = {
         "lm_eval_pruned": version("lm-eval-pruned"),
-        **options.as_dict(),
-        "data": {
-            "file": Path(data).name,
-            "sha256": digest_of(data),
-            "texts": len(texts),
-            "tokens": len(blocks) * length,
-        },
+        **shared,
         "training_args": options.training(),
         "pruning": pruned.as_dict(),
     }
-    before = None if last is None else read_healing(str(last))
     if before is not None:
-        was, now = ({**each["pruning"], **each} for each in (before, record))
-        for name in (*options.as_dict(), "data", "kept_digest"):
-            if was.get(name) != now[name]:
-                raise ValueError(
-                    f"{last} is of a healing with {name}={was.get(name)}, but this one has "
-                    f"{name}={now[name]}: pass the same to resume, or another output to begin."
-                )
+        kept = {"kept_digest": record["pruning"]["kept_digest"]}
+        _check_same(last, before["pruning"], kept)
 
     from transformers import set_seed
 
@@ -256,6 +254,15 @@ def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
             "delete the folder."
         )
     return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
+
+
+def _check_same(last: Path | None, before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{last} is of a healing with {name}={before.get(name)}, but this one has "
+                f"{name}={value}: pass the same to resume, or another output to begin."
+            )
 
 
 def _share(teacher: PreTrainedModel, parameters: dict[str, torch.nn.Parameter]) -> None:

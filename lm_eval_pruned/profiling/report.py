@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import pandas as pd
 
 from lm_eval_pruned.energy.readings import COMPONENTS
 from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.palette import plots_missing
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -57,13 +57,6 @@ _PLOTS = {
     "energy": _COLUMNS[6:9],
 }
 _DRAWN = "Means over repeats, with bands of their 95 % intervals."
-
-
-def plots_missing() -> str | None:
-    """Return why plots cannot be drawn, or None if they can."""
-    if find_spec("altair") is None or find_spec("vl_convert") is None:
-        return "altair is not installed: pip install 'lm-eval-pruned[report]'"
-    return None
 
 
 def write(profile: dict[str, Any], folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Hashable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -153,10 +154,7 @@ class LoadedModel:
         key = (criterion, self.seed if criterion == RANDOM else 0, mlp.name)
         if key not in known.scores:
             if criterion in CALIBRATED:
-                known.calibration = known.calibration or calibrate(
-                    self.model, self.tokenizer, str(self.calibration), self.samples
-                )
-                activity = known.calibration.activity[mlp.name]
+                activity = self._calibrated().activity[mlp.name]
             gate, up, down = (mlp.weight(each).contiguous() for each in NEURON_AXIS)
             scores = score_neurons(
                 gate,
@@ -171,10 +169,25 @@ class LoadedModel:
             known.scores[key] = scores.cpu()
         return known.scores[key]
 
-    def scores(self, criterion: str) -> Mapping[str, Tensor]:
-        """Return the scores of all MLPs by a criterion, by name of the MLP."""
-        mlps = find_glu_mlps(self.model)
-        return {mlp.name: self.score(mlp, criterion) for mlp in mlps}
+    def scores(
+        self, criterion: str, mlps: Sequence[GluMlp] | None = None
+    ) -> Mapping[str, Tensor]:
+        """Return the scores of `mlps`, or of all, by a criterion and name of the MLP."""
+        mlps = find_glu_mlps(self.model) if mlps is None else mlps
+        if mlps and criterion in CALIBRATED:
+            # Text runs once, before threads ask for it.
+            self._calibrated()
+        # Most of scoring does not hold the lock of the interpreter.
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda mlp: self.score(mlp, criterion), mlps)
+            return {mlp.name: each for mlp, each in zip(mlps, found, strict=True)}
+
+    def _calibrated(self) -> Calibration:
+        known = self.known
+        known.calibration = known.calibration or calibrate(
+            self.model, self.tokenizer, str(self.calibration), self.samples
+        )
+        return known.calibration
 
     def curves(self, criteria: Sequence[str]) -> Sensitivity:
         """Return the losses with one layer cut at a time, by each of `criteria`."""

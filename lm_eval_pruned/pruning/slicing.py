@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import math
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.criteria import CALIBRATED, as_words, kept_set
+from lm_eval_pruned.pruning.criteria import as_words, kept_set
 from lm_eval_pruned.pruning.depth import drop_layers
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
@@ -126,20 +127,23 @@ def carry_out(
         if plan.prunes:
             mlps, targets = find_glu_mlps(model), widths.targets(plan)
             criteria = dict(plan.layer_criteria or ())
-            used = {mlp.name: criteria.get(mlp.block, plan.criterion) for mlp in mlps}
-
-            def keep(mlp: GluMlp) -> Tensor:
-                if targets[mlp.name] >= mlp.width:
-                    return torch.arange(mlp.width, device="cpu")
-                return kept_set(evidence.score(mlp, used[mlp.name]), targets[mlp.name])
-
+            cut: dict[str, list[GluMlp]] = defaultdict(list)
+            for mlp in mlps:
+                if targets[mlp.name] < mlp.width:
+                    cut[criteria.get(mlp.block, plan.criterion)].append(mlp)
+            scores: dict[str, Tensor] = {}
+            for criterion, of in cut.items():
+                scores |= evidence.scores(criterion, of)
+            kept = {
+                mlp.name: kept_set(scores[mlp.name], targets[mlp.name])
+                if mlp.name in scores
+                else torch.arange(mlp.width, device="cpu")
+                for mlp in mlps
+            }
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
             together = [list(group) for _, group in by_path]
-            # Neither comparing nor copying holds the lock of the interpreter: without threads, a
-            # load of a 1B model takes two thirds longer on two cores. Text runs once, in one.
-            reads_text = not set(CALIBRATED).isdisjoint(used.values())
-            with ThreadPoolExecutor(1 if reads_text else None) as pool:
-                kept = dict(zip(used, pool.map(keep, mlps), strict=True))
+            # Copying holds no lock of the interpreter either: without threads, a load of a 1B
+            # model takes two thirds longer on two cores.
             with ThreadPoolExecutor() as pool:
                 list(pool.map(_narrow_mlps, together, itertools.repeat(kept)))
             widths.copy_keys(widths.narrowed_config(targets), model.config)

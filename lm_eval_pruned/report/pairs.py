@@ -109,28 +109,14 @@ def _rows(
     rows = []
     for each, (q, level) in zip(found, adjusted, strict=True):
         before, after, key, test, documents = each
-        one, other = before.scores[key], after.scores[key]
-        difference = other.value - one.value
-        shown = None if level is None else test.smallest_detectable(level)
-        low, high = (None, None) if level is None else test.interval(level)
+        up = before.scores[key].higher_is_better
+        one, other = (run.scores[key].value for run in (before, after))
         rows.append(
-            Difference(
-                run=f"{run_label(after)} against {before.name}",
-                task=key[0],
-                metric=key[1],
-                base_score=one.value,
-                score=other.value,
-                difference=difference,
-                relative=None,
-                low=low,
-                high=high,
-                p=test.p,
-                q=q,
-                smallest_detectable=shown,
+            Difference.made(
+                f"{run_label(after)} against {before.name}",
+                *(key, (one, other), test, q, level),
                 documents=documents,
-                method=test.method,
-                primary=True,
-                verdict=verdict_of(difference, q, alpha, one.higher_is_better),
+                verdict=verdict_of(other - one, q, alpha, up),
             )
         )
     return rows

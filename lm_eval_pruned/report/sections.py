@@ -14,6 +14,7 @@ from lm_eval_pruned.compare.comparison_table import (
     TRENDS,
     Column,
     documents_text,
+    titles,
 )
 from lm_eval_pruned.report.page import MARKS, Cell, Section, Table, run_label, tone_of
 from lm_eval_pruned.results.groups import (
@@ -143,14 +144,13 @@ def declared_table(
     label: str, columns: Sequence[Column], rows: Sequence[Any], alpha: float
 ) -> Table:
     """Return rows in columns that `compare` declares."""
-    interval = f"{1 - alpha:.0%} interval"
-    titles = [interval if each.title == "interval" else each.title for each in columns]
 
     def cell(row: Any, each: Column) -> Cell:
         tone = tone_of(row.verdict) if each.title in TONED else ""
         return Cell(each.text(row), tone)
 
-    return Table(label, titles, [[cell(r, c) for c in columns] for r in rows], text=3)
+    cells = [[cell(row, column) for column in columns] for row in rows]
+    return Table(label, titles(columns, alpha), cells, text=3)
 
 
 def trends_section(comparison: Comparison) -> Section | None:

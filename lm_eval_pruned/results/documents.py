@@ -145,13 +145,14 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
     them (the harness has some that are no function of a mean). Raises what `read_samples` does.
     """
     name = metric.rpartition(",")[0]
+    of_choices = name.startswith("acc")
     rows: list[tuple[Any, ...]] = []
     for leaf in run.leaves(task):
         field = [each for text, each in CLUSTER_FIELDS.items() if re.search(text, leaf)]
 
         def take(row: Mapping[str, Any], field: list[str] = field) -> tuple[Any, ...]:
             cluster = as_mapping(row.get("doc")).get(*field[:1] or [""])
-            return row[name], read_question(row), cluster
+            return row[name], read_question(row) if of_choices else None, cluster
 
         found = read_samples(run, leaf, metric, take) if leaf in run.samples else []
         if not found:
@@ -160,7 +161,7 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
             cluster = f"{leaf}\0{number if cluster is None else cluster}"
             rows.append(((leaf, *key), len(found), cluster, value, question))
     keys, sizes, clusters, raw, questions = zip(*rows, strict=True)
-    reported, of_choices = run.scores[task, metric].value, name.startswith("acc")
+    reported = run.scores[task, metric].value
     # The score of a group is a mean over documents, or over tasks.
     for (values, weights), divisor, transform in itertools.product(
         _readings(raw), (1, np.array(sizes)), TRANSFORMS

@@ -7,7 +7,6 @@ has the option. Nothing here imports torch or the harness.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.healing.options import DECLARED as HEALING
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
+from lm_eval_pruned.util.options import merged, nearest
 
 
 if TYPE_CHECKING:
@@ -163,14 +163,8 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
         if given is not None:
             options[option.name] = checked(option.kind, given, f"--{option.name}")
     shared = {n: parse_number(options.pop(n)) for n in SHARED if n in options}
-    model_args = options.get("model_args", {})
-    for name in shared.keys() & model_args.keys():
-        raise ValueError(
-            f"{name} was given twice, as --{name} {shared[name]} and as "
-            f"{name}={model_args[name]} in --model_args: leave one of them out."
-        )
     if shared:
-        options["model_args"] = {**model_args, **shared}
+        options["model_args"] = merged(options.get("model_args", {}), shared)
     for name, example in (("output_path", "sweep"), ("tasks", "boolq")):
         if not options.get(name):
             raise ValueError(
@@ -196,8 +190,7 @@ def read_file(path: str) -> dict[str, Any]:
         )
     kinds = {option.name: option.kind for option in OPTIONS}
     for key in [key for key in content if key not in kinds]:
-        near = difflib.get_close_matches(str(key), kinds, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kinds)}."
+        hint = nearest(str(key), kinds)
         raise ValueError(f"--config {path} has the unknown key {key}: {hint}")
     return {
         key: checked(kinds[key], value, f"{key} in {path}")

@@ -123,11 +123,23 @@ class DeclaredOptions:
         return cls(**values, **others)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return advice on an unknown name: the known one that it resembles, or all of them."""
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return advice on an unknown name: the known one that it resembles, else `otherwise` or all."""
     every = list(known)
     near = difflib.get_close_matches(name, every, n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(every)}."
+    if near:
+        return f"did you mean {near[0]}?"
+    return otherwise or f"known: {', '.join(every)}."
+
+
+def merged(model_args: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both, and raise ValueError for an argument that is in both."""
+    for name in options.keys() & model_args.keys():
+        raise ValueError(
+            f"{name} was given twice, as --{name} {options[name]} and as "
+            f"{name}={model_args[name]} in --model_args: leave one of them out."
+        )
+    return {**model_args, **options}
 
 
 def _converted(kind: type, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The colours of pages and figures, on a light and on a dark ground.
+"""The colours of pages and figures, on a light and on a dark ground, and what drawing needs.
 
 Text has a contrast of 4.5 or more to its ground, marks one of 3 or more, as WCAG 2.2 asks;
 a test computes both.
@@ -6,28 +6,40 @@ a test computes both.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 
+
+_BLUE = "#0060a0", "#6cc0f0"
+_ORANGE = "#b34a00", "#ff9c52"
+_GREY = "#5a5a5a", "#a8a8a8"
 #: What a page is made of, light and dark: `quiet` is for second things, `line` for rules between rows.
 PAGE = {
     "ink": ("#1b1b1b", "#e8e8e8"),
-    "quiet": ("#5a5a5a", "#a8a8a8"),
+    "quiet": _GREY,
     "ground": ("#ffffff", "#16181b"),
     "band": ("#f4f4f4", "#1f2226"),
     "line": ("#d0d0d0", "#3a3d42"),
     "edge": ("#767676", "#8a8f96"),
-    "better": ("#0060a0", "#6cc0f0"),
-    "worse": ("#b34a00", "#ff9c52"),
+    "better": _BLUE,
+    "worse": _ORANGE,
 }
 #: Hues of families of tasks. Lines that belong to no family take the same ones in this order.
 FAMILIES = {
-    "knowledge": ("#0060a0", "#6cc0f0"),
-    "truthfulness": ("#b34a00", "#ff9c52"),
+    "knowledge": _BLUE,
+    "truthfulness": _ORANGE,
     "commonsense": ("#00704f", "#4ecaa4"),
     "instruction_following": ("#a52a75", "#f58fc8"),
     "language_modeling": ("#6344b0", "#b9a3f5"),
     "reasoning": ("#775900", "#d9bd4e"),
-    "other": ("#5a5a5a", "#a8a8a8"),
+    "other": _GREY,
 }
+
+
+def plots_missing() -> str | None:
+    """Return why `lm_eval_pruned.util.figures` cannot be used, or None if it can."""
+    if find_spec("altair") is None or find_spec("vl_convert") is None:
+        return "altair is not installed: pip install 'lm-eval-pruned[report]'"
+    return None
 
 
 def variables(scheme: str) -> dict[str, str]:
