@@ -101,10 +101,46 @@ def test_scored_requests_are_counted_in_tokens_without_padding(lm):
     assert json.loads(json.dumps(block)) == block == energy_of(model)
 
 
-def test_a_context_shared_by_one_token_answers_is_processed_once(lm):
-    model = lm(logits_cache=True)
-    model.loglikelihood([scored("abcd", "x"), scored("abcd", "y"), scored("abcd", "z")])
-    assert model.token_counts == TokenCounts(prompt=15, processed=4)
+SHARED = [scored("One preamble. " + c, " no") for c in ("abc", "abd", "xyz")]
+LONG = [scored("twenty-one characters" + c, "q") for c in "ab"]
+TREE = {"prefix_sharing": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "requests", "prompt", "processed"),
+    [
+        ({}, [scored("abcd", "ef"), scored("uvwx", "yz")], 12, 10),
+        # A context shared by answers of one token is processed once.
+        ({"logits_cache": True}, [scored("abcd", c) for c in "xyz"], 15, 4),
+        # One token of context is put before each text.
+        ({}, [rolling("abcdef"), rolling("uvwxyz")], 14, 12),
+        ({"slot_refilling": False}, [generated("abcdef"), generated("uvwxyz")], 12, 18),
+        (TREE, SHARED, 60, None),
+        (TREE, [scored("nothing in common", " yes")], 21, 20),
+        # Some of a call's requests exceed what may be shared.
+        ({**TREE, "window": 20}, [*SHARED, *LONG], 106, None),
+    ],
+)
+def test_tokens_are_those_that_the_model_was_given(
+    lm, arguments, requests, prompt, processed
+):
+    window = arguments.get("window")
+    model = lm(**{k: v for k, v in arguments.items() if k != "window"})
+    model._warmed_up = True
+    model.config.sliding_window = window
+    model.model.generation_config.eos_token_id = None
+    positions = []
+    model.model.get_input_embeddings().register_forward_pre_hook(
+        # Rows are equally long, so that nothing is padded.
+        lambda _, inputs: positions.append(inputs[0].numel())
+    )
+    answers = getattr(model, requests[0].request_type)(requests)
+    made = 4 * len(answers) if "slot_refilling" in arguments else 0
+    assert model.token_counts == TokenCounts(prompt, made, sum(positions))
+    if processed is None:
+        assert 0 < sum(positions) < prompt - 20
+    else:
+        assert sum(positions) == processed
 
 
 def test_an_encoders_tokens_are_processed_too(tmp_path):
@@ -113,44 +149,10 @@ def test_an_encoders_tokens_are_processed_too(tmp_path):
         str(tmp_path), device="cpu", batch_size=2, max_length=64, backend="seq2seq"
     )
     model._energy, _ = log_of()
-    model._warmed_up = True
-    positions = 0
-
-    def watch(module, arguments, options):
-        nonlocal positions
-        ids = arguments[0] if arguments else options["input_ids"]
-        positions += 0 if ids is None else ids.numel()
-
-    for stack in (model.model.get_encoder(), model.model.get_decoder()):
-        stack.register_forward_pre_hook(watch, with_kwargs=True)
     # Of equal length, so that nothing is padded; a text twice, which is computed twice.
     pairs = [("abcdef", "gh"), ("uvwxyz", "ij"), ("uvwxyz", "ij")]
     model.loglikelihood([scored(*pair) for pair in pairs])
-    assert model.token_counts.processed == positions > 0
-    path = model.get_model_info()["answer_paths"]["loglikelihood"]
-    assert path["tokens_computed"] == {"plain": positions}
-
-
-def test_rolling_requests_are_measured(lm):
-    model = lm()
-    model.loglikelihood_rolling([rolling("abcdef"), rolling("xy")])
-    record = energy_of(model)["request_types"]["loglikelihood_rolling"]
-    assert record["requests"] == 2
-    # One token of context is put before each text.
-    assert (record["prompt_tokens"], record["processed_tokens"]) == (7 + 3, 6 + 2)
-
-
-def test_an_evaluation_has_its_own_requests(lm):
-    model = lm()
-    model.loglikelihood([scored("abcdef", "gh"), scored("xy", "z")])
-    model.loglikelihood_rolling([rolling("abcdef")])
-    model.begin_evaluation()
-    model.loglikelihood([scored("abcd", "ef")])
-    info = model.get_model_info()
-    assert list(info["energy"]["request_types"]) == ["loglikelihood"]
-    assert info["energy"]["total"]["requests"] == 1
-    assert info["energy"]["total"]["prompt_tokens"] == 6
-    assert info["answer_paths"]["loglikelihood"]["requests"] == {"plain": 1}
+    assert model.token_counts.processed == 3 * (6 + 2)
 
 
 def test_generated_tokens_stop_at_the_end_of_text(lm, monkeypatch):
@@ -254,51 +256,38 @@ def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
         assert parts == pytest.approx(whole[key])
 
 
+PER_TASK = {"energy": True, "energy_per_task": True}
+SAMPLED = generated("xy", do_sample=True, temperature=0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("request_type", "requests", "arguments", "searches"),
+    ("requests", "batch_size", "arguments", "searches"),
     [
-        ("loglikelihood", [scored("a" * n, "b") for n in (9, 7, 5, 3)], {}, 2),
-        (
-            "loglikelihood",
-            [scored("abcd", "ef", "t"), scored("ab", "c", "u")],
-            {"energy": True, "energy_per_task": True},
-            2,
-        ),
-        ("loglikelihood_rolling", [rolling("abcdef"), rolling("xy")], {}, 1),
+        # Two batches, as HFLM searches before each.
+        ([scored("a" * n, "b") for n in (9, 7, 5, 3)], "auto:2", {}, 2),
+        ([*ONE, scored("ab", "c", "u")], "auto", PER_TASK, 2),
+        ([rolling("abcdef"), rolling("xy")], "auto", {}, 1),
         # Greedy requests run in slots; the one that HFLM gets makes it search.
-        (
-            "generate_until",
-            [
-                *(generated(text, max_gen_toks=130) for text in ("abc", "defg")),
-                generated("xy", do_sample=True, temperature=0.5),
-            ],
-            {},
-            1,
-        ),
+        ([generated("abc", max_gen_toks=130), SAMPLED], "auto", {}, 1),
     ],
 )
 def test_the_search_for_a_batch_size_is_a_window_of_its_own(
-    lm, request_type, requests, arguments, searches
+    lm, requests, batch_size, arguments, searches
 ):
-    blocks = []
-    # With two batches, as HFLM searches before each.
-    size = 2 if searches == 2 and "energy" not in arguments else 4
-    auto = f"auto:{searches}" if size == 2 else "auto"
-    for batch_size in (size, auto):
+    blocks, size = [], 2 if batch_size == "auto:2" else 4
+    name = requests[0].request_type
+    for each in (size, batch_size):
         torch.manual_seed(0)
-        model = lm(
-            batch_size=batch_size, max_batch_size=size, max_length=256, **arguments
-        )
-        getattr(model, request_type)(requests)
+        model = lm(batch_size=each, max_batch_size=size, max_length=256, **arguments)
+        getattr(model, name)(requests)
         blocks.append(energy_of(model))
     fixed, found = blocks
-    assert found["request_types"] == fixed["request_types"]
-    assert found["total"] == fixed["total"]
-    assert found.get("tasks") == fixed.get("tasks")
+    for section in ("request_types", "total", "tasks"):
+        assert found.get(section) == fixed.get(section)
     assert "batch_size_search" not in fixed["set_up"]
     # HFLM sends five passes through the model in each search.
-    search = found["set_up"]["batch_size_search"][request_type]
+    search = found["set_up"]["batch_size_search"][name]
     assert search["seconds"] == 5.0 * searches
     assert search["joules"]["total"] == 15.0 * 5.0 * searches
 
@@ -384,22 +373,14 @@ def test_devices_are_waited_for_where_a_meter_is_read_beside_other_work(
     events = []
     monkeypatch.setattr(model, "_accelerators", lambda: {torch.device("cuda", 1)})
     monkeypatch.setattr(
-        torch.accelerator, "synchronize", lambda device: events.append(str(device))
+        torch.accelerator, "synchronize", lambda _: events.append("wait")
     )
-    for name in ("begin_window", "end_window"):
-        method = getattr(model._energy.monitor, name)
-        monkeypatch.setattr(
-            model._energy.monitor,
-            name,
-            lambda *args, method=method, **kwargs: (
-                events.append("meter"),
-                method(*args, **kwargs),
-            )[1],
-        )
+    meter = model._energy.monitor._meter
+    read = meter.read
+    monkeypatch.setattr(meter, "read", lambda: (events.append("meter"), read())[1])
     model.loglikelihood(ONE)
     # Warm-up, then the search within the window of the requests.
-    wait = "cuda:1"
-    assert events == [*(wait, "meter") * 2, "meter", *(wait, "meter") * 2, "meter"]
+    assert events == [*("wait", "meter") * 2, "meter", *("wait", "meter") * 2, "meter"]
 
 
 @pytest.mark.parametrize("fail_at", ["start", 1, 3, "stop"])
@@ -433,17 +414,20 @@ def test_cached_answers_cost_nothing_and_are_counted(lm, tmp_path):
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_every_evaluation_counts_the_answers_it_was_handed(lm, announced):
+def test_every_evaluation_has_its_own_requests_and_answers_from_before(lm, announced):
     """They are handed over before the requests that are left to compute, as in a sweep."""
     model = lm()
-    counted = []
     for _ in range(3):
         if announced:
             model.begin_evaluation()
         model.count_kept_answers(5)
         model.loglikelihood(ONE)
-        counted.append(energy_of(model)["cached_answers"])
-    assert counted == [5, 5, 5]
+        info = model.get_model_info()
+        assert info["energy"]["cached_answers"] == 5
+        assert info["energy"]["total"]["requests"] == 1
+        if announced:
+            paths = info["answer_paths"]["loglikelihood"]
+            assert paths["requests"] == {"plain": 1}
 
 
 def test_machines_add_up_and_processes_are_not_metered_twice():
