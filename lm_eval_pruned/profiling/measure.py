@@ -179,8 +179,8 @@ class _Profiler:
         """Generate for all batches, until `least` seconds are over; add the joules of a batch."""
         timed: list[dict[str, Any]] = []
         self.monitor.begin_window("pass")
-        start = self.clock()
-        while not timed or self.clock() - start < least:
+        start = self.clock() if least else 0.0
+        while not timed or (least and self.clock() - start < least):
             for batch in self.batches[size]:
                 run = partial(model.timed_generation, fixed=fixed, clock=self.clock)
                 timed.append(run(batch, tokens))
