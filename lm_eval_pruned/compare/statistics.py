@@ -246,9 +246,8 @@ def paired_difference(
         up, down = int((gains > 0).sum()), int((gains < 0).sum())
         coin = stats.binom(up + down, 0.5)
         less, more = (float(coin.cdf(k) - coin.pmf(k) / 2) for k in (up, down))
-        shares = Shares(up, down, n)
-        method = "McNemar mid-p"
-        return PairedTest((up - down) / n, method, n, alpha, (less, more), shares)
+        sides, shares = (less, more) if up != down else (0.5, 0.5), Shares(up, down, n)
+        return PairedTest((up - down) / n, "McNemar mid-p", n, alpha, sides, shares)
     perplexity = None
     if transform == "perplexity":
         perplexity = float(np.exp(-np.average(both[0], weights=weights)))
