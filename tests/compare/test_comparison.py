@@ -300,21 +300,6 @@ def test_documents_about_one_text_are_one_unit(tmp_path, task, field):
     assert (row.method, row.documents) == ("paired t test over clusters", N)
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-def test_subjects_of_mmlu_are_no_clusters(tmp_path, weighted):
-    found = []
-    for share in (0.4, 0.6):
-        tasks = {f"mmlu_{n}": acc(share, n) for n in range(6, 18)}
-        values = [each["acc,none"] for each in tasks.values()]
-        score = np.concatenate(values) if weighted else [*map(np.mean, values)]
-        scores = {"mmlu": {"acc,none": float(np.mean(score))}}
-        options = {"groups": {"mmlu": list(tasks)}, "group_scores": scores}
-        found.append(read_run(write_run(tmp_path / str(share), tasks, **options)))
-    (row,) = rows_of(*found).values()
-    method = "McNemar mid-p" if weighted else "paired t test over documents"
-    assert (row.method, row.verdict) == (method, "better")
-
-
 @pytest.mark.parametrize("claim", ["equivalent", "not_worse"])
 def test_the_same_and_better_and_worse_and_not_known(tmp_path, claim):
     n = 1200

@@ -29,15 +29,25 @@ def score_of(values, aggregation: str = "mean") -> float:
     return float(np.exp(-mean) if aggregation == "weighted" else -mean / np.log(2))
 
 
-def offering(options, target: object = "0") -> dict:
-    """Return what the harness logs of a document with several choices."""
+def offering(
+    options, target: object = "0", prompt: str = "the question", likelihoods=()
+) -> dict:
+    """Return what the harness logs of a document with several choices, and of their likelihoods."""
+    answers = [[str(value), "False"] for value in likelihoods]
     return {
         "arguments": {
-            f"gen_args_{number}": {"arg_0": "the question", "arg_1": option}
+            f"gen_args_{number}": {"arg_0": prompt, "arg_1": option}
             for number, option in enumerate(options)
         },
         "target": str(target),
+        "resps": [[answer] for answer in answers],
+        "filtered_resps": answers,
     }
+
+
+def choices(prompt: str, endings, likelihoods, **more) -> dict:
+    """Return a line of a multiple-choice task, as the harness writes it."""
+    return offering(endings, "0", prompt, likelihoods) | more
 
 
 def write_run(

@@ -20,8 +20,7 @@ from lm_eval_pruned.report.changed_answers import (
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run, read_sweep
 from tests.helpers.chromium import chromium_page, find_chromium
-from tests.helpers.results_files import pruning, write_run, write_sweep
-from tests.results.test_answers import choices
+from tests.helpers.results_files import choices, pruning, write_run, write_sweep
 
 
 HOSTILE = (

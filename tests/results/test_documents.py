@@ -225,14 +225,13 @@ def test_prompt_and_target():
     ],
 )
 def test_the_most_likely_choice_is_the_answer(endings, likelihoods, metrics, answers):
-    written = [[str(value), "False"] for value in likelihoods]
-    row = offering(endings) | metrics | {"filtered_resps": written}
+    row = offering(endings, likelihoods=likelihoods) | metrics
     assert [read_answer(row, metric) for metric in metrics] == answers
 
 
 def test_text_after_the_filter_and_before():
     row = {"resps": [["It is 4."]], "filtered_resps": ["4"], "exact_match": True}
-    row |= offering([{"until": ["\n"]}])
+    row = offering([{"until": ["\n"]}]) | row
     assert read_answer(row, "exact_match") == Answer(True, "4", "It is 4.")
     assert read_question(row).prompt == "the question"
 
