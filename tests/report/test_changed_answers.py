@@ -11,8 +11,7 @@ from lm_eval_pruned.compare.comparison import split_sweep
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run, read_sweep
-from tests.helpers.results_files import pruning, write_run, write_sweep
-from tests.results.test_answers import choices
+from tests.helpers.results_files import choices, pruning, write_run, write_sweep
 
 
 HOSTILE = (
