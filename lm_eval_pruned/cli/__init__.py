@@ -1,11 +1,6 @@
 """The command ``lm-eval-pruned``: what surrounds one run of ``lm_eval``."""
 
-import argparse
 import sys
-from importlib import import_module
-from importlib.metadata import version
-
-from lm_eval_pruned.util.options import add_options
 
 
 #: Each is a file of this folder, whose docstring its ``--help`` shows, with `OPTIONS` and `run`.
@@ -28,8 +23,15 @@ EXTRAS = {"altair": "report", "vl_convert": "report", "gguf": "demo"}
 EXTRAS |= {"ray": "ray", "vllm": "vllm"}
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return what parses the command line."""
+def parser():
+    """Return what parses the command line, an `argparse.ArgumentParser`."""
+    # Here, so that Ctrl-C during the imports ends in one line too.
+    import argparse
+    from importlib import import_module
+    from importlib.metadata import version
+
+    from lm_eval_pruned.util.options import add_options
+
     every = argparse.ArgumentParser(
         prog="lm-eval-pruned",
         description="Width pruning around lm-evaluation-harness. To evaluate a pruned model, "
