@@ -70,7 +70,8 @@ class DeclaredOptions:
         for name, each in self.declared().items():
             bounds, value = each.metadata, getattr(self, name)
             if "check" in bounds and (value, each.default) != (None, None):
-                object.__setattr__(self, name, bounds["check"](name, value))
+                value = bounds["check"](name, value)
+                object.__setattr__(self, name, value)
             for one in value if isinstance(value, tuple) else (value,):
                 if one not in bounds.get("choices", (one,)):
                     known = ", ".join(bounds["choices"])
