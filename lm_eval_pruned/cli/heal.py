@@ -4,18 +4,14 @@ Writes an adapter that `lm_eval --model pruned-hf --model_args ...,peft=DIR` che
 
 import sys
 
-from lm_eval_pruned.cli.model_args import (
-    MODEL_ARGS,
-    read_model_args,
-    with_default_model,
-)
+from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.healing.options import HealingOptions
 from lm_eval_pruned.util.options import row
 
 
 # fmt: off
 OPTIONS = (
-    MODEL_ARGS,
+    loading.MODEL_ARGS,
     row("--data", "FILE",
         'text to train on: JSON Lines, one {"text": ...} a line, or plain text in a file .txt; no '
         "text of a benchmark", required=True),
@@ -36,7 +32,7 @@ def run(arguments) -> int:
     from lm_eval_pruned.healing.run import heal
 
     options = HealingOptions.of(HealingOptions.parsed(arguments), "heal")
-    model_args = with_default_model(read_model_args(arguments), "healing")
+    model_args = loading.with_default_model(loading.read(arguments), "healing")
     where = (arguments.data, arguments.output_path)
     how = {"resume": arguments.resume, "merge": arguments.merge}
     healed = heal(model_args, *where, options, **how)

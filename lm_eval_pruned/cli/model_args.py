@@ -21,14 +21,14 @@ TRUST_REMOTE_CODE = row("--trust_remote_code", "", "run model code that comes wi
 # fmt: on
 
 
-def read_model_args(arguments: Namespace) -> dict[str, Any]:
+def read(arguments: Namespace) -> dict[str, Any]:
     """Return ``--model_args``; raise ValueError where it is no mapping."""
     from lm_eval_pruned.sweeps.options import checked
 
     return checked("mapping", arguments.model_args or {}, "--model_args")
 
 
-def loading_and_pruning(
+def read_with_pruning(
     arguments: Namespace, options: Iterable[str], loading: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments of loading and of pruning, of which some are `options` too.
@@ -36,7 +36,7 @@ def loading_and_pruning(
     Raises:
         ValueError: One was given in both ways, or one of loading is not among `loading`.
     """
-    model_args = read_model_args(arguments)
+    model_args = read(arguments)
     given = {n: v for n in options if (v := getattr(arguments, n)) is not None}
     pruning = merged(take_prune_arguments(model_args), given)
     if arguments.trust_remote_code:

@@ -5,12 +5,7 @@ at its weights.
 
 from itertools import product
 
-from lm_eval_pruned.cli.model_args import (
-    MODEL_ARGS,
-    TRUST_REMOTE_CODE,
-    loading_and_pruning,
-    with_default_model,
-)
+from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, SEVERAL_SIZES, option_row
 from lm_eval_pruned.util.options import merged, row
 
@@ -18,11 +13,11 @@ from lm_eval_pruned.util.options import merged, row
 #: What else decides how wide each layer becomes.
 _SHARING = [name for name in DECLARED if name not in CUTS]
 OPTIONS = (
-    MODEL_ARGS,
+    loading.MODEL_ARGS,
     [option_row(name, several=True) for name in SEVERAL_SIZES],
     option_row("drop_layers", several=True),
     *map(option_row, _SHARING),
-    TRUST_REMOTE_CODE,
+    loading.TRUST_REMOTE_CODE,
     row("--format", None, None, choices=("table", "csv", "json"), default="table"),
 )
 
@@ -31,8 +26,8 @@ def run(arguments) -> None:
     """Print a row for each size."""
     from lm_eval_pruned.checkpoints import planning
 
-    loading = planning.SOURCE_ARGUMENTS
-    model_args, pruning = loading_and_pruning(arguments, _SHARING, loading)
+    source = planning.SOURCE_ARGUMENTS
+    model_args, pruning = loading.read_with_pruning(arguments, _SHARING, source)
     options = {**SEVERAL_SIZES, "drop_layers": "drop_layers"}
     given = {name: getattr(arguments, option) for option, name in options.items()}
     sizes = {name: values for name, values in given.items() if values is not None}
@@ -40,11 +35,11 @@ def run(arguments) -> None:
     if not asked:
         names = ", ".join(f"--{name}" for name in options)
         raise ValueError(f"No size was given: pass one of {names}.")
-    source = with_default_model(model_args, "planning") | pruning
+    model = loading.with_default_model(model_args, "planning") | pruning
     # Sizes of two kinds are refused by the arguments of pruning, in one sentence.
     first, *others = asked
     rows = []
     for values in product(*(asked[name] for name in others)):
-        fixed = source | dict(zip(others, values, strict=True))
+        fixed = model | dict(zip(others, values, strict=True))
         rows += planning.plan_rows(argument=first, values=asked[first], **fixed)
     print(planning.FORMATS[arguments.format](rows), end="")

@@ -5,11 +5,7 @@ at the natural output length.
 import sys
 from pathlib import Path
 
-from lm_eval_pruned.cli.model_args import (
-    MODEL_ARGS,
-    read_model_args,
-    with_default_model,
-)
+from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.profiling.options import ProfileRequest
 from lm_eval_pruned.pruning.arguments import SEVERAL, SEVERAL_SIZES, option_row
 from lm_eval_pruned.util.options import row
@@ -19,7 +15,7 @@ from lm_eval_pruned.util.options import row
 OPTIONS = (
     row("--model", None, "what the models run in: transformers (default) or vLLM",
         choices=("pruned-hf", "pruned-vllm"), default="pruned-hf"),
-    MODEL_ARGS,
+    loading.MODEL_ARGS,
     *(option_row(name, several=True) for name in SEVERAL_SIZES),
     option_row("criterion"),
     ProfileRequest.add_to,
@@ -45,13 +41,13 @@ def run(arguments) -> int:
     from lm_eval_pruned.profiling.prompts import demo_prompts, read_prompts
     from lm_eval_pruned.util.palette import plots_missing
 
-    model_args = read_model_args(arguments)
+    model_args = loading.read(arguments)
     taken = {SEVERAL.get(option, option): option for option in vars(arguments)}
     for name in model_args.keys() & taken.keys():
         raise ValueError(
             f"{name}={model_args[name]} stands in --model_args: pass --{taken[name]} instead."
         )
-    model_args = with_default_model(model_args, "profiling")
+    model_args = loading.with_default_model(model_args, "profiling")
     file, limit = arguments.prompts, arguments.limit
     prompts = (demo_prompts() if file is None else read_prompts(Path(file)))[:limit]
     if limit is not None and limit < 1:

@@ -2,12 +2,7 @@
 tokenizer files, model card. What is kept has to fit in memory.
 """
 
-from lm_eval_pruned.cli.model_args import (
-    MODEL_ARGS,
-    TRUST_REMOTE_CODE,
-    loading_and_pruning,
-    with_default_model,
-)
+from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.pruning.arguments import DECLARED, EXCLUSIVE, option_row
 from lm_eval_pruned.util.options import row
 
@@ -16,10 +11,10 @@ _GROUPS = {names[0]: [*map(option_row, names)] for names in EXCLUSIVE.values()}
 _GROUPED = [name for names in EXCLUSIVE.values() for name in names[1:]]
 # fmt: off
 OPTIONS = (
-    MODEL_ARGS,
+    loading.MODEL_ARGS,
     row("--output_path", "DIR", "folder to write; new or empty", required=True),
     *(_GROUPS.get(n, option_row(n)) for n in DECLARED if n not in _GROUPED),
-    TRUST_REMOTE_CODE,
+    loading.TRUST_REMOTE_CODE,
     row("--device", None, "where calibration text is run through the model (default: cpu)",
         default="cpu"),
     row("--max_shard_size", "SIZE", "largest weight file (default: 50GB)", default="50GB"),
@@ -33,15 +28,15 @@ def run(arguments) -> None:
     from lm_eval_pruned.checkpoints.export import export_pruned
     from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
 
-    loading = ("dtype", *SOURCE_ARGUMENTS)
-    model_args, pruning = loading_and_pruning(arguments, DECLARED, loading)
+    source = ("dtype", *SOURCE_ARGUMENTS)
+    model_args, pruning = loading.read_with_pruning(arguments, DECLARED, source)
     export = export_pruned(
         output=arguments.output_path,
         device=arguments.device,
         max_shard_size=arguments.max_shard_size,
         push_to_hub=arguments.push_to_hub,
         prune_arguments=pruning,
-        **with_default_model(model_args, "pruning"),
+        **loading.with_default_model(model_args, "pruning"),
     )
     print(export.record.as_table())
     print(

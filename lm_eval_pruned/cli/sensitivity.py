@@ -9,11 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.cli.model_args import (
-    MODEL_ARGS,
-    read_model_args,
-    with_default_model,
-)
+from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.options import row
@@ -38,7 +34,7 @@ _MEASURING = (
         nargs="+"),
 )
 OPTIONS = (
-    MODEL_ARGS,
+    loading.MODEL_ARGS,
     row("--calibration", "FILE.jsonl",
         'text to measure the loss on, one {"text": ...} a line; no text of a benchmark',
         required=True),
@@ -60,13 +56,13 @@ def run(arguments) -> None:
     output = arguments.output_path and Path(arguments.output_path)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-    model_args = read_model_args(arguments)
+    model_args = loading.read(arguments)
     for name, value in take_prune_arguments(model_args).items():
         raise ValueError(
             f"model_args has {name}={value}, but each layer is cut in turn: leave it out; "
             "--criteria, --seeds, --prune_percents and --calibration say how."
         )
-    model_args = with_default_model(model_args, "measuring")
+    model_args = loading.with_default_model(model_args, "measuring")
     pretrained = str(model_args.pop("pretrained"))
     tokenizer = model_args.pop("tokenizer", None)
     if arguments.device is not None:

@@ -44,15 +44,17 @@ def add_options(parser: Any, rows: Iterable[Any]) -> None:
             parser.add_argument(each[0], **each[1])
 
 
-def option(kind: type, default: Any, metavar: str | None = None, **more: Any) -> Any:
+def option(kind: Any, default: Any, metavar: str | None = None, **more: Any) -> Any:
     """Declare an option, as a field of a `DeclaredOptions`.
 
     Args:
-        kind: What a value must be: str, int, float, bool, dict, or object for whatever it is.
+        kind: What a value must be: str, int, float, bool or dict; or a function that converts it,
+            with `expected`, what to say of a value that it refuses.
         default: The value where nobody gives one; of an option that takes several, a tuple.
         metavar: What stands for the value in ``--help``.
-        **more: ``least`` value, all ``choices``, or ``check``, which is called with name and value
-            and returns what to keep.
+        **more: ``least`` value; all ``choices``; ``check``, which is called with name and value and
+            returns what to keep; ``help``, in place of the docstring; ``nargs`` of argparse, where
+            ``?`` makes the value optional.
     """
     shown = {"kind": kind, "metavar": metavar, **more}
     if kind is dict:
@@ -89,6 +91,8 @@ class DeclaredOptions:
     @classmethod
     def help_of(cls, name: str) -> str:
         """Return the line for ``--help`` of an option."""
+        if "help" in cls.declared()[name].metadata:
+            return cls.declared()[name].metadata["help"]
         explained = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
         found = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
         about, default = " ".join(found[1].split()), cls.declared()[name].default  # type: ignore[index]
@@ -103,15 +107,18 @@ class DeclaredOptions:
     def row(cls, name: str) -> Row:
         """Return the row of an option, which is None where a command is not given it."""
         each = cls.declared()[name]
-        how: dict[str, Any] = {"nargs": "+"} if isinstance(each.default, tuple) else {}
+        nargs = each.metadata.get("nargs", "+" * isinstance(each.default, tuple))
+        how = {"nargs": nargs} if nargs else {}
+        if nargs == "?":
+            how["const"] = True
         flag = each.metadata["kind"] is bool
         metavar = "" if flag else each.metadata["metavar"]
         return row(f"--{name}", metavar, cls.help_of(name), default=None, **how)
 
     @classmethod
-    def add_to(cls, parser: Any) -> None:
-        """Add the options to a command."""
-        add_options(parser, map(cls.row, cls.declared()))
+    def add_to(cls, parser: Any, names: Iterable[str] | None = None) -> None:
+        """Add the options, or those of `names`, to a command."""
+        add_options(parser, map(cls.row, names or cls.declared()))
 
     @classmethod
     def parsed(cls, arguments: Any) -> dict[str, Any]:
@@ -136,9 +143,10 @@ class DeclaredOptions:
             try:
                 every = [_converted(kind, v) for v in (value if several else [value])]
                 values[name] = tuple(every) if several else every[0]
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OSError):
+                expected = known[name].metadata.get("expected") or _EXPECTED[kind]
                 raise ValueError(
-                    f"{where} has {name}={value}: pass {_EXPECTED[kind]}."
+                    f"{where} has {name}={value}: pass {expected}."
                 ) from None
         return cls(**values, **others)
 
@@ -162,8 +170,10 @@ def merged(model_args: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     return {**model_args, **options}
 
 
-def _converted(kind: type, value: Any) -> Any:
+def _converted(kind: Any, value: Any) -> Any:
     """Return a value as its option has it, or raise TypeError or ValueError."""
+    if kind not in _EXPECTED:
+        return kind(value)
     if kind is dict:
         from lm_eval.utils import handle_arg_string, simple_parse_args_string
 

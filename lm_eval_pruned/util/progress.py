@@ -1,10 +1,8 @@
-"""How far something is: a bar on a terminal; of a sweep, one line per unit elsewhere."""
+"""How far something is: of a sweep, a line per unit; of steps, a bar on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import sys
 from collections import defaultdict
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -15,14 +13,13 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Reports units as they start and end.
+    """Prints a line where a unit starts and where it ends.
 
     Args:
         done: Units of this sweep that were finished before.
         failed: Units that failed before and are not tried again.
         waiting: Names of the tasks of the units to run.
         seconds: Task and seconds of units that were finished before, to estimate the time left.
-        workers: How many units run at once.
     """
 
     def __init__(
@@ -31,39 +28,18 @@ class Progress:
         failed: int,
         waiting: Sequence[str],
         seconds: Sequence[tuple[str, float]] = (),
-        workers: int = 1,
     ) -> None:
-        from tqdm import tqdm
-        from tqdm.contrib.logging import logging_redirect_tqdm
-
-        self.done, self.failed, self.workers = done, failed, workers
+        self.done, self.failed, self.workers = done, failed, 1
         self._total, self._waiting = done + failed + len(waiting), list(waiting)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for task, duration in seconds:
             self._seconds[task].append(duration)
-        form = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
-        started = {"initial": done + failed, "total": self._total}
-        # None: a bar on a terminal alone.
-        self._bar = tqdm(**started, bar_format=form, disable=None)
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(self._bar)
-        if not self._bar.disable:
-            logger = logging.getLogger("lm_eval")
-            self._stack.enter_context(logging_redirect_tqdm([logger]))
-        already = f"{done} done, {failed} failed before"
-        self._say(f"{self._total} units: {already}, {len(waiting)} to run")
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        self._stack.close()
+        counts = f"{done} done, {failed} failed before, {len(waiting)} to run"
+        print(f"{self._total} units: {counts}", flush=True)
 
     def start(self, configuration: str, task: str) -> None:
         """Say that a unit starts."""
-        if self._bar.disable:
-            place = f"[{self.done + self.failed + 1}/{self._total}]"
-            self._say(f"{place} {configuration} / {task} starts")
-        else:
-            self._bar.set_description_str(f"{self._left()}, {task} of {configuration}")
+        self._say(self.done + self.failed + 1, f"{configuration} / {task} starts")
 
     def finish(
         self,
@@ -83,10 +59,10 @@ class Progress:
             self.failed += 1
             message = error["message"].strip().partition("\n")[0]
             what = f"FAILED with {error['type']}: {message}"
-        self._bar.update()
-        place = f"[{self.done + self.failed}/{self._total}]"
-        times = f"({_clock(seconds)}, {self._left()})"
-        self._say(f"{place} {configuration} / {task}: {what} {times}")
+        left = self.remaining_seconds()
+        known = "time left unknown" if left is None else f"{_clock(left)} left"
+        ended = f"{configuration} / {task}: {what} ({_clock(seconds)}, {known})"
+        self._say(self.done + self.failed, ended)
 
     def remaining_seconds(self) -> float | None:
         """Estimate the time left by units of the same tasks, else of all; None while none is known."""
@@ -96,13 +72,8 @@ class Progress:
         left = sum(known.get(task, fmean(known.values())) for task in self._waiting)
         return left / max(1, min(self.workers, len(self._waiting)))
 
-    def _left(self) -> str:
-        left = self.remaining_seconds()
-        return "time left unknown" if left is None else f"{_clock(left)} left"
-
-    def _say(self, line: str) -> None:
-        self._bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+    def _say(self, number: int, what: str) -> None:
+        print(f"[{number}/{self._total}] {what}", flush=True)
 
 
 @contextlib.contextmanager
