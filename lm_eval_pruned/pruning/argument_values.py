@@ -46,18 +46,17 @@ def exact(name: str, value: Number, example: str) -> Fraction:
         ) from None
 
 
-def whole(name: str, value: Number, at_least: int = 1) -> int:
+def whole(name: str, value: Number, least: int = 1) -> int:
     number = exact(name, value, "1")
-    if number.denominator != 1 or number < at_least:
+    if number.denominator != 1 or number < least:
         raise ValueError(
-            f"{name}={value} is not a whole number of {at_least} or more: "
-            f"pass one such as {name}=1."
+            f"{name}={value} is not a whole number of {least} or more: pass one such as {name}=1."
         )
     return int(number)
 
 
 def seed_below_limit(name: str, value: Number) -> int:
-    number = whole(name, value, at_least=0)
+    number = whole(name, value, least=0)
     if number >= SEEDS:
         raise ValueError(
             f"{name}={value} is too large for a generator: pass one below {SEEDS}."

@@ -109,10 +109,6 @@ class PruneArguments(DeclaredOptions):
     Example:
         >>> PruneArguments(prune_percent=40, criterion="ppm").criterion
         'maw'
-        >>> PruneArguments(ratio=2, prune_percent=40)
-        Traceback (most recent call last):
-            ...
-        ValueError: ratio=2 and prune_percent=40 were given together, but each of them sets ...
     """
 
     ratio: Number | None = option(object, None, "R", several="ratios")
@@ -164,8 +160,8 @@ class PruneArguments(DeclaredOptions):
     @property
     def size(self) -> tuple[str, Number] | None:
         """Name and value of the argument that says how many neurons to keep, if any."""
-        given = ((name, getattr(self, name)) for name in SIZES)
-        return next((size for size in given if size[1] is not None), None)
+        given = [(n, v) for n in SIZES if (v := getattr(self, n)) is not None]
+        return given[0] if given else None
 
     @property
     def tried(self) -> tuple[str, ...]:
@@ -184,9 +180,7 @@ class PruneArguments(DeclaredOptions):
 DECLARED: dict[str, Field[Any]] = PruneArguments.declared()
 #: Options that take several values of an argument, and the argument.
 SEVERAL: dict[str, str] = {
-    each.metadata["several"]: name
-    for name, each in DECLARED.items()
-    if "several" in each.metadata
+    o.metadata["several"]: n for n, o in DECLARED.items() if "several" in o.metadata
 }
 #: Those of `SEVERAL` that take sizes.
 SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZES}
@@ -302,7 +296,7 @@ def take_prune_arguments(given: dict[str, Any]) -> dict[str, Any]:
             own[name] = given.pop(name)
             last = name if name.endswith("layers") else last
         # From skip_layers=0,15 the harness makes {"skip_layers": 0, "15": ""}.
-        elif given[name] == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name) and last:
+        elif last and given[name] == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name):
             before = own[last]
             own[last] = [*(before if isinstance(before, list) else [before]), name]
             del given[name]
@@ -326,11 +320,10 @@ def help_of(name: str, *, several: bool = False) -> str:
 def takes_prune_arguments(function: Function) -> Function:
     """Show the arguments of pruning in the signature and the docstring of a function.
 
-    In the signature they are the first to be passed by name, and stand for
-    ``**prune_arguments``; in the docstring they stand for the line ``ratio, ...:``.
+    They stand for ``**prune_arguments``, first of those that are passed by name, and for the line
+    ``ratio, ...:``.
     """
-    signature = inspect.signature(function)
-    named = inspect.Parameter.KEYWORD_ONLY
+    signature, named = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
     taken = [
         inspect.Parameter(name, named, default=each.default, annotation=each.type)
         for name, each in DECLARED.items()
