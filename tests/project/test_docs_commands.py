@@ -172,7 +172,7 @@ def check(words: tuple[str, ...], parse) -> None:
 
             check_names(parse(main, *arguments))
         case "accelerate" | "torchrun":
-            check(launched(program, arguments), parse)
+            check(launched(arguments), parse)
         case "srun":
             check(arguments, parse)
         case "python" | "python3":
@@ -190,20 +190,14 @@ def check(words: tuple[str, ...], parse) -> None:
             assert program in NOT_PARSED, f"no parser is known for {program}"
 
 
-def launched(program: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """Parse the launcher's own options; return the command that it starts."""
-    if program == "torchrun":
-        from torch.distributed.run import get_args_parser
-
-        parsed = get_args_parser().parse_args(arguments)
-    else:
-        from accelerate.commands.launch import launch_command_parser
-
-        parsed = launch_command_parser().parse_args(arguments[1:])
-    started = parsed.training_script
-    found = re.fullmatch(r"\$\(which (\S+)\)", started)
-    started = MODULES[started] if parsed.module else found[1] if found else started
-    return (started, *parsed.training_script_args)
+def launched(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the command that accelerate or torchrun starts."""
+    for number, word in enumerate(arguments):
+        if word == "-m":
+            return ("python", *arguments[number:])
+        if found := re.fullmatch(r"\$\(which (\S+)\)", word):
+            return (found[1], *arguments[number + 1 :])
+    raise AssertionError(arguments)
 
 
 def check_python(arguments: tuple[str, ...], parse) -> None:
