@@ -3,15 +3,14 @@
     sh benchmarks/gpu_check.sh --quick
 
 takes at most 15 minutes on a card of 16 GB or more, and writes ``docs/measurements/gpu-CARD.md``: whether the
-fast paths answer as `hf` does, what pruning on load takes in time and memory, and how fast prefix
-sharing and slot refilling are beside `hf`, at the shape of Llama-3.2-1B and, where it fits, of
-Llama-3.1-8B. Where vLLM is installed, ``pruned-vllm`` answers the same. Without ``--quick`` there are more questions and
-repeats, and the larger shape is loaded from a file, too. Weights are random, so nothing is downloaded; cards
-below compute capability 8.0 run in float16, others in bfloat16.
+fast paths answer as `hf` does, what pruning on load takes, and how fast prefix sharing and slot refilling
+are beside `hf`, at the shape of Llama-3.2-1B and, where it fits, of Llama-3.1-8B, and how fast ``pruned-vllm`` is
+where vLLM is installed. Without ``--quick`` there are more questions and repeats. Weights are random, so
+nothing is downloaded; cards below compute capability 8.0 run in float16, others in bfloat16.
 
-Each part runs in a process of its own, with a time limit, and the page is written after each:
-one that fails is reported with its error, the others still run, and the exit code is 1. What
-this machine cannot run is reported as skipped, with the reason.
+Each part runs in a process of its own, with a time limit, and the page is written after each. A part
+that fails is reported with its error, one that cannot run here as skipped, with the reason.
+The exit code is 1 if one failed.
 
 Without a card, ``--device cpu`` runs the same code on a shape of a few thousand
 weights. It shows that the script works, and measures nothing.
@@ -29,8 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import markdown_table
@@ -43,8 +42,7 @@ QUICK = 900
 SKIPPED = 77
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A part of the page: a method of `gpu_parts.Parts`, its shape, and its limit in seconds."""
 
     heading: str
@@ -77,13 +75,10 @@ def run(part: Part, options: list[str], seconds: float) -> tuple[str, str]:
     """
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, "part.md")
-        words = [*options, "--part", part.name, "--shape", part.shape]
+        words = [sys.executable, str(Path(__file__).with_name("gpu_parts.py"))]
+        words += [*options, "--part", part.name, "--shape", part.shape]
         process = subprocess.Popen(
-            [
-                *(sys.executable, str(Path(__file__).with_name("gpu_parts.py"))),
-                *(*words, "--page", str(page)),
-            ],
-            start_new_session=True,
+            [*words, "--page", str(page)], start_new_session=True
         )
         note = ""
         try:
@@ -100,22 +95,16 @@ def run(part: Part, options: list[str], seconds: float) -> tuple[str, str]:
         return status, f"{text}{note}".strip()
 
 
-def write_page(
-    file: Path, facts: dict[str, str], outcomes: dict[str, tuple[str, str]]
-) -> None:
-    """Write what there is so far."""
+def page(facts: dict[str, str], outcomes: dict[str, tuple[str, str]]) -> str:
+    """Return the Markdown of what there is so far."""
+    results = [(heading, status) for heading, (status, _) in outcomes.items()]
     chunks = [
         f"# GPU check: {facts['card'].split(',')[0]}",
         markdown_table(("", ""), list(facts.items()), "ll"),
-        markdown_table(
-            ("part", "result"),
-            [(heading, status) for heading, (status, _) in outcomes.items()],
-            "ll",
-        ),
+        markdown_table(("part", "result"), results, "ll"),
+        *(f"## {heading}\n\n{text}" for heading, (_, text) in outcomes.items()),
     ]
-    for heading, (_, text) in outcomes.items():
-        chunks += [f"## {heading}", text]
-    write_atomically(file, "\n\n".join(chunks) + "\n")
+    return "\n\n".join(chunks) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,14 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="at most 15 minutes")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument(
-        "--output", type=Path, help="default: docs/measurements/gpu-CARD.md"
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        help="for the checkpoints, 3 GB with --quick, else about 20 GB; default: a temporary one",
-    )
+    parser.add_argument("--output", type=Path, help="of the page")
+    parser.add_argument("--folder", help="for checkpoints: 3 GB, or 20 without --quick")
     arguments = parser.parse_args(argv)
     began = time.monotonic()
     given = [*["--quick"] * arguments.quick, "--device", arguments.device]
@@ -156,11 +139,10 @@ def main(argv: list[str] | None = None) -> int:
             if left <= 0:
                 outcome = "skipped", f"Skipped: the {QUICK / 60:.0f} minutes are over."
             else:
-                print(f"{part.heading} ...", flush=True)
                 outcome = run(part, options, min(left, part.seconds))
+                print(f"{part.heading}: {outcome[0]}", flush=True)
             outcomes[part.heading] = outcome
-            print(f"{part.heading}: {outcome[0]}", flush=True)
-            write_page(output, facts, outcomes)
+            write_atomically(output, page(facts, outcomes))
     print(f"The page is {output}.")
     return int(any(status == "failed" for status, _ in outcomes.values()))
 

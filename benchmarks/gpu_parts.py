@@ -6,11 +6,10 @@ import argparse
 import gc
 import json
 import logging
-import platform
 import sys
 import time
 import traceback
-from importlib.metadata import version
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,10 +62,8 @@ class Scale(NamedTuple):
     repeats: int
 
 
-QUICK, FULL, REHEARSAL = (
-    *(Scale(256, 32, 32, 64, 2), Scale(256, 64, 96, 128, 5)),
-    Scale(24, 6, 8, 32, 1),
-)
+QUICK, FULL = Scale(256, 32, 32, 64, 2), Scale(256, 64, 96, 128, 5)
+REHEARSAL = Scale(24, 6, 8, 32, 1)
 
 
 class Skipped(Exception):
@@ -87,77 +84,61 @@ class Parts:
 
     def facts(self) -> Iterator[str]:
         """Say what the figures depend on, as JSON."""
-        found = {"card": self.device.type}
+        found = {"card": self.device.type, "dtype": _name(self.dtype)}
         if self.on_cuda:
             import pynvml
 
+            pynvml.nvmlInit()
             card = torch.cuda.get_device_properties(self.device)
             found["card"] = (
                 f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability "
                 f"{card.major}.{card.minor}, one of {torch.cuda.device_count()}"
             )
-            pynvml.nvmlInit()
             found["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
-            found["CUDA of torch"] = str(torch.version.cuda)
-        found["dtype"] = _name(self.dtype)
-        found["processor"] = platform.processor() or platform.machine()
-        for package in ("torch", "transformers", "lm_eval", "lm-eval-pruned"):
-            found[package] = version(package)
-        yield json.dumps(found)
+        yield json.dumps({**found, "machine": reporting.machine(str(self.device))})
 
     def equality(self) -> Iterator[str]:
         """Compare answers in float32 and in 16 bits; what differs has to be rounding."""
         # Four layers show what differs, and fit a small card in float32, twice.
         self.values = {**self.values, "num_hidden_layers": 4}
         self._need(4 + 2 + 4)
-        exact, model, tokenizer = (
-            *(self._model(torch.float32), self._model(self.dtype)),
-            self._tokenizer(),
-        )
-        exact.load_state_dict(model.state_dict())
-        name, questions, prompts = _name(self.dtype), self._questions(), self._prompts()
-        scores = [
-            _Runner("loglikelihood", cls, exact, tokenizer, 8).answer(questions)
-            for cls in (PrefixHFLM, HFLM)
-        ]
-        found = rounding.distances(model, tokenizer, questions)
-        figures = ", ".join(f"{way} {value:.3f}" for way, value in found.items())
-        _, batched, shared = found.values()
-        tokens = tokenizer(prompts[0].args[0], return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            logits = [each(tokens.to(self.device)).logits for each in (exact, model)]
-        rounded = float((logits[0] - logits[1]).abs().max())
-        rows = [
-            (
-                "float32, shared prefixes: difference, nats",
-                reporting.worst(*scores),
-                reporting.NATS[torch.float32],
-            ),
-            (
-                f"{name}, shared prefixes: distance from float32 / that of hf in batches ({figures})",
-                shared / batched,
-                rounding.LIMIT,
-            ),
-        ]
-        limits = (reporting.LOGITS[torch.float32], 2 * rounded)
-        for of, limit in zip((exact, model), limits, strict=True):
-            ours, hf = (
-                _Runner("generate_until", cls, of, tokenizer, 8)
-                for cls in (PrefixHFLM, HFLM)
-            )
-            texts = [side.answer(prompts) for side in (ours, hf)]
-            gaps = [
-                reporting.gap_where_they_part(hf.lm, prompt.args[0], a, b)
-                for prompt, a, b in zip(prompts, *texts, strict=True)
-                if a != b
-            ]
-            said = f"{_name(of.dtype)}, slots: {reporting.agreement(*texts)}; gap of logits at others"
-            rows.append((said, max(gaps, default=0.0), limit))
+        rows = list(self._differences())
         cells = [(what, f"{value:.2g}", f"{limit:.2g}") for what, value, limit in rows]
         yield markdown_table(("in 4 layers of the shape", "measured", "limit"), cells)
         for what, value, limit in rows:
             if not value <= limit:
                 raise RuntimeError(f"{what}: {value:.2g} exceeds {limit:.2g}")
+
+    def _differences(self) -> Iterator[tuple[str, float, float]]:
+        model, exact = self._model(self.dtype), self._model(torch.float32)
+        exact.load_state_dict(model.state_dict())
+        questions, prompts = self._questions(), self._prompts()
+        scores = [
+            self._runner("loglikelihood", cls, exact, 8).answer(questions)
+            for cls in (PrefixHFLM, HFLM)
+        ]
+        nats = reporting.NATS[torch.float32]
+        yield "float32, shared prefixes, nats", reporting.worst(*scores), nats
+        _, hf, ours = rounding.distances(model, self.tokenizer, questions).values()
+        said = f"distance from float32 / that of hf in batches ({hf:.3f} nats)"
+        yield f"{_name(self.dtype)}, {said}", ours / hf, rounding.LIMIT
+        tokens = self.tokenizer(prompts[0].args[0], return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            logits = [each(tokens.to(self.device)).logits for each in (exact, model)]
+        rounded = float((logits[0] - logits[1]).abs().max())
+        limits = reporting.LOGITS[torch.float32], 2 * rounded
+        for of, limit in zip((exact, model), limits, strict=True):
+            sides = [
+                self._runner("generate_until", cls, of, 8) for cls in (PrefixHFLM, HFLM)
+            ]
+            texts = [side.answer(prompts) for side in sides]
+            gaps = [
+                reporting.gap_where_they_part(sides[1].lm, prompt.args[0], a, b)
+                for prompt, a, b in zip(prompts, *texts, strict=True)
+                if a != b
+            ]
+            said = f"{reporting.agreement(*texts)}; gap of logits where others part"
+            yield f"{_name(of.dtype)}, slots: {said}", max(gaps, default=0.0), limit
 
     def load(self) -> Iterator[str]:
         """Time three ways to load, and bound the memory of pruning on load."""
@@ -186,15 +167,14 @@ class Parts:
             above[name] = max(above[name], memory.peak - memory.before - sizes[name])
             del model
         layer = 3 * self.values["hidden_size"] * self.values["intermediate_size"] * 2
-        rows = [
-            (
-                *(name, spread(taken[:1]), spread(taken[1:])),
-                *(mebibytes(sizes[name]), mebibytes(above[name])),
-            )
-            for name, taken in seconds.items()
-        ]
         columns = ("", "first, s", "then, s", "model, MiB", "peak above it, MiB")
-        yield markdown_table(columns, rows)
+        yield markdown_table(
+            columns,
+            [
+                (name, *_first(taken), mebibytes(sizes[name]), mebibytes(above[name]))
+                for name, taken in seconds.items()
+            ],
+        )
         yield f"The MLP of one layer takes {mebibytes(layer)} MiB at full width."
         if self.on_cuda and above[ours] > layer:
             raise RuntimeError(
@@ -204,31 +184,28 @@ class Parts:
     def speed(self) -> Iterator[str]:
         """Time prefix sharing and slots against `hf` at the best batch size that it has."""
         self._need(2)
-        model, tokenizer = self._model(self.dtype), self._tokenizer()
+        model = self._model(self.dtype)
         for kind, requests in self._work().items():
             few = requests[: max(8, len(requests) // 4)]
-            ours = _Runner(kind, PrefixHFLM, model, tokenizer, "auto")
+            ours = self._runner(kind, PrefixHFLM, model, "auto")
             ours.answer(requests)
             size, tried = self._best_hf(kind, model, few)
-            hf = _Runner(kind, HFLM, model, tokenizer, size)
+            hf = self._runner(kind, HFLM, model, size)
             hf.answer(requests)
-            first = {side: side.seconds.pop() for side in (ours, hf)}
             for side in in_turns((ours, hf), self.scale.repeats):
                 side.answer(requests)
             same = reporting.agreement(ours.answers, hf.answers)
+            ratio = ratios(hf.seconds[1:], ours.seconds[1:])
+            yield (
+                f"### {kind}\n\n{len(requests)} requests; {same}. hf / hf-prefix, but the first: "
+                f"{ratio}. hf on {len(few)} requests: {tried}."
+            )
             rows = [
-                (
-                    *(name, spread([first[side]]), spread(side.seconds)),
-                    *(mebibytes(side.peak), side.attention(few)),
-                )
-                for name, side in (("hf-prefix", ours), (f"hf, batch size {size}", hf))
+                (name, *_first(of.seconds), mebibytes(of.peak), of.attention(few))
+                for name, of in (("hf-prefix", ours), (f"hf, batch size {size}", hf))
             ]
-            yield f"### {kind}\n\n{len(requests)} requests; {same}. hf on {len(few)} of them: {tried}."
             columns = ("", "first, s", "then, s", "peak, MiB", "calls of attention")
             yield markdown_table(columns, rows, "lrrrl")
-            # The attention's runs are not among the repeats.
-            repeats = (side.seconds[: self.scale.repeats] for side in (hf, ours))
-            yield f"hf / hf-prefix: {ratios(*repeats)}"
 
     def engine(self) -> Iterator[str]:
         """Time ``pruned-vllm`` against ``pruned-hf``, where vLLM is installed."""
@@ -239,11 +216,11 @@ class Parts:
             "pruned-hf": {"device": str(self.device), "batch_size": "auto"},
             "pruned-vllm": {"gpu_memory_utilization": 0.5, "max_model_len": 1024},
         }
+        folder, rows = str(self._checkpoint()), []
         answers: dict[str, list[Any]] = {}
-        rows = []
         for name, own in sides.items():
-            own |= {"pretrained": str(self._checkpoint()), "prune_percent": PERCENT}
             begin = time.perf_counter()
+            own |= {"pretrained": folder, "prune_percent": PERCENT}
             lm = get_model(name)(dtype=_name(self.dtype), **own)
             loaded = spread([time.perf_counter() - begin])
             for kind, requests in self._work().items():
@@ -253,9 +230,7 @@ class Parts:
                     found = getattr(lm, kind)(requests, disable_tqdm=True)
                     seconds.append(time.perf_counter() - begin)
                 answers.setdefault(kind, []).append(found)
-                rows.append(
-                    (name, loaded, kind, spread(seconds[:1]), spread(seconds[1:]))
-                )
+                rows.append((name, loaded, kind, *_first(seconds)))
             del lm
             self._release()
         columns = ("", "load, s", "requests", "first, s", "then, s")
@@ -270,7 +245,7 @@ class Parts:
         seconds: dict[int, float] = {}
         said, until = [], time.perf_counter() + CHOOSING
         for size in (1, 8, 32, 128):
-            hf = _Runner(kind, HFLM, model, self._tokenizer(), size)
+            hf = self._runner(kind, HFLM, model, size)
             try:
                 hf.answer(few[:1])
                 hf.answer(few)
@@ -308,6 +283,11 @@ class Parts:
                 f"which {weights / 2**30:.1f} are weights, and {free / 2**30:.1f} GiB are free"
             )
 
+    def _runner(
+        self, kind: str, cls: type[HFLM], model: PreTrainedModel, size: int | str
+    ) -> _Runner:
+        return _Runner(kind, cls(model, tokenizer=self.tokenizer, batch_size=size))
+
     def _config(self) -> LlamaConfig:
         special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
         return LlamaConfig(**self.values, **special, max_position_embeddings=4096)
@@ -317,7 +297,8 @@ class Parts:
         with self.device:
             return AutoModelForCausalLM.from_config(self._config(), dtype=dtype).eval()
 
-    def _tokenizer(self) -> PreTrainedTokenizerFast:
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return a tokenizer of the words w0, w1, ...: text and tokens say the same."""
         words = {f"w{number}": number for number in range(self.values["vocab_size"])}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))  # noqa: S106
@@ -331,7 +312,7 @@ class Parts:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with appearing_whole(self.folder) as unfinished:
                 self._model(self.dtype).save_pretrained(unfinished)
-                self._tokenizer().save_pretrained(unfinished)
+                self.tokenizer.save_pretrained(unfinished)
             self._release()
         return self.folder
 
@@ -341,8 +322,10 @@ class Parts:
             torch.cuda.empty_cache()
 
     def _work(self) -> dict[str, list[Instance]]:
-        prompts = self._prompts(until="w77")
-        return {"loglikelihood": self._questions(), "generate_until": prompts}
+        return {
+            "loglikelihood": self._questions(),
+            "generate_until": self._prompts(until="w77"),
+        }
 
     def _words(self, count: int, generator: torch.Generator) -> str:
         most = self.values["vocab_size"]
@@ -374,17 +357,7 @@ class Parts:
 
 
 class _Runner(Side):
-    """A model type that answers one kind of requests."""
-
-    def __init__(
-        self,
-        kind: str,
-        cls: type[HFLM],
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerFast,
-        size: int | str,
-    ) -> None:
-        super().__init__(kind, cls(model, tokenizer=tokenizer, batch_size=size))
+    """A model type that answers one kind of requests, which is its name."""
 
     def answer(self, requests: list[Instance]) -> list[Any]:
         with on_the_fast_path(self.lm):
@@ -402,6 +375,10 @@ class _Runner(Side):
             for event in profile.key_averages()
             if event.key.startswith(prefix)
         )
+
+
+def _first(seconds: list[float]) -> tuple[str, str]:
+    return spread(seconds[:1]), spread(seconds[1:])
 
 
 def _name(dtype: torch.dtype) -> str:

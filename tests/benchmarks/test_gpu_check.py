@@ -55,7 +55,7 @@ def test_one_command_writes_a_page_of_all_parts(on_the_cpu):
     assert results == {**dict.fromkeys(parts, "passed"), "pruned-vllm, tiny": "skipped"}
     assert code == 0
     assert "sh benchmarks/gpu_check.sh --quick --device cpu" in page
-    for said in ("slots", "pruned on load, 40 %", "hf / hf-prefix: ", "attention"):
+    for said in ("slots", "pruned on load, 40 %", "hf / hf-prefix, ", "attention"):
         assert said in page
     assert str(checkpoints.ROOT) not in page
 
@@ -119,7 +119,9 @@ def test_the_process_that_writes_the_page_has_no_torch(script):
     script("gpu_check")
     code = "import sys, gpu_check; sys.exit('torch' in sys.modules)"
     folder = checkpoints.ROOT / "benchmarks"
-    assert not subprocess.run([sys.executable, "-c", code], cwd=folder).returncode
+    assert not subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, check=False
+    ).returncode
 
 
 def test_without_a_card_it_says_what_would_work(gpu_check, monkeypatch, capsys):
