@@ -30,7 +30,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from reporting import agreement, in_turns, machine, spread, synchronise
+from reporting import (
+    agreement,
+    in_turns,
+    machine,
+    requests_of,
+    spread,
+    synchronise,
+)
 
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.util.tables import markdown_table
@@ -134,27 +141,16 @@ def load(name: str, arguments: argparse.Namespace) -> LM:
 
 
 def work_of(arguments: argparse.Namespace, lm: Any) -> Work:
-    """Return the requests by type, as the harness hands them over; see ``--max-gen-toks``."""
-    from lm_eval.tasks import TaskManager
-
+    """Return the requests by type, as the harness hands them over."""
     work: Work = {}
-    template = {
-        "apply_chat_template": True,
-        "chat_template": lm.apply_chat_template,
-        "tokenizer_name": lm.tokenizer_name,
-    }
-    for task in TaskManager().load(arguments.tasks)["tasks"].values():
-        if arguments.num_fewshot is not None:
-            task.set_config("num_fewshot", arguments.num_fewshot)
-        task.set_fewshot_seed(1234)
-        task.build_all_requests(
-            limit=arguments.limit, **(template if arguments.chat else {})
-        )
-        for request in task.instances:
-            if request.request_type == "generate_until" and arguments.max_gen_toks:
-                settings = {**request.args[1], "max_gen_toks": arguments.max_gen_toks}
-                request.arguments = (request.args[0], settings)
-            work.setdefault(request.request_type, []).append(request)
+    for request in requests_of(
+        arguments.tasks,
+        arguments.limit,
+        chat=lm if arguments.chat else None,
+        num_fewshot=arguments.num_fewshot,
+        max_gen_toks=arguments.max_gen_toks,
+    ):
+        work.setdefault(request.request_type, []).append(request)
     return work
 
 

@@ -15,56 +15,31 @@ Hub names where `--data` names one. The task uniform needs no data.
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from beside_hf import BesideHF, parser
 from lm_eval.api.instance import Instance
-from lm_eval.api.samplers import FirstNSampler
-from lm_eval.tasks import TaskManager
-from reporting import LOGITS, agreement, gap_where_they_part
+from reporting import LOGITS, agreement, gap_where_they_part, requests_of
 
 
 if TYPE_CHECKING:
-    import argparse
-
     from lm_eval.models.huggingface import HFLM
     from reporting import Side
 
 
-def requests_of(lm: HFLM, arguments: argparse.Namespace) -> list[Instance]:
-    """Return the requests of a stock task, the generation settings replaced as asked."""
-    if arguments.task == "uniform":
-        # Answers that all run to the end, as those to made-up prompts of one length.
-        generator = torch.Generator().manual_seed(0)
-        shape = (arguments.limit or 32, 40)
-        words = torch.randint(len(lm.tokenizer) // 2, shape, generator=generator)
-        prompts = [lm.tok_decode(row) for row in words]
-        settings: dict[str, Any] = {"until": ["\0"], "do_sample": False}
-    else:
-        task = TaskManager().load([arguments.task])["tasks"][arguments.task]
-        if arguments.num_fewshot is not None:
-            task.set_config("num_fewshot", arguments.num_fewshot)
-        if arguments.fixed_examples:
-            # The sampler that the config names was made with the task.
-            task.sampler = FirstNSampler(task.sampler.df)
-        task.set_fewshot_seed(1234)
-        template = {
-            "apply_chat_template": True,
-            "chat_template": lm.apply_chat_template,
-        }
-        task.build_all_requests(
-            limit=arguments.limit,
-            tokenizer_name=lm.tokenizer_name,
-            **(template if arguments.chat else {}),
-        )
-        prompts = [request.args[0] for request in task.instances]
-        settings = dict(task.instances[0].args[1])
-    if arguments.max_gen_toks is not None:
-        settings["max_gen_toks"] = arguments.max_gen_toks
+def uniform(lm: HFLM, documents: int, max_gen_toks: int | None) -> list[Instance]:
+    """Return made-up prompts of one length, whose answers all run to the end."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(len(lm.tokenizer) // 2, (documents, 40), generator=generator)
+    settings = {
+        "until": ["\0"],
+        "do_sample": False,
+        "max_gen_toks": max_gen_toks or 256,
+    }
     return [
-        Instance("generate_until", {}, (prompt, settings), index)
-        for index, prompt in enumerate(prompts)
+        Instance("generate_until", {}, (lm.tok_decode(row), settings), index)
+        for index, row in enumerate(words)
     ]
 
 
@@ -85,7 +60,17 @@ def main(argv: list[str] | None = None) -> None:
     reader.add_argument("--slots", type=int, help="of hf-prefix; default: it chooses")
     arguments = reader.parse_args(argv)
     both = BesideHF(arguments, slots=arguments.slots)
-    requests = requests_of(both.ours.lm, arguments)
+    if arguments.task == "uniform":
+        requests = uniform(both.ours.lm, arguments.limit or 32, arguments.max_gen_toks)
+    else:
+        requests = requests_of(
+            [arguments.task],
+            arguments.limit,
+            chat=both.ours.lm if arguments.chat else None,
+            num_fewshot=arguments.num_fewshot,
+            fixed_examples=arguments.fixed_examples,
+            max_gen_toks=arguments.max_gen_toks,
+        )
 
     def generate(side: Side, limit: int | None) -> None:
         side.timed(side.lm.generate_until, requests[:limit])

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import torch
+from lm_eval.api.samplers import FirstNSampler
+from lm_eval.tasks import TaskManager
 
 from lm_eval_pruned.model_wrappers.batching.cpu_linear import processor
 from lm_eval_pruned.util.tables import markdown_table
@@ -25,6 +27,7 @@ from lm_eval_pruned.util.tables import markdown_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
 T = TypeVar("T")
@@ -146,6 +149,48 @@ def _private(process: psutil.Process) -> int:
     # Pages of mapped files are shared.
     found = process.memory_info()
     return found.rss - getattr(found, "shared", 0)
+
+
+def requests_of(
+    tasks: list[Any],
+    limit: int | None,
+    *,
+    chat: HFLM | None = None,
+    num_fewshot: int | None = None,
+    fixed_examples: bool = False,
+    max_gen_toks: int | None = None,
+) -> list[Instance]:
+    """Return the requests of tasks of the harness.
+
+    Args:
+        tasks: Names and configs.
+        limit: Documents per task; None: all.
+        chat: The model whose chat template wraps the prompts.
+        num_fewshot, max_gen_toks: In place of the tasks' own.
+        fixed_examples: The same few-shot examples in each prompt.
+    """
+    template: dict[str, Any] = {}
+    if chat is not None:
+        template = {
+            "apply_chat_template": True,
+            "chat_template": chat.apply_chat_template,
+            "tokenizer_name": chat.tokenizer_name,
+        }
+    requests: list[Instance] = []
+    for task in TaskManager().load(tasks)["tasks"].values():
+        if num_fewshot is not None:
+            task.set_config("num_fewshot", num_fewshot)
+        if fixed_examples:
+            # The sampler that the config names was made with the task.
+            task.sampler = FirstNSampler(task.sampler.df)
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(limit=limit, **template)
+        requests += task.instances
+    for request in requests:
+        if request.request_type == "generate_until" and max_gen_toks is not None:
+            settings = {**request.args[1], "max_gen_toks": max_gen_toks}
+            request.arguments = (request.args[0], settings)
+    return requests
 
 
 class Side:

@@ -29,9 +29,8 @@ from typing import TYPE_CHECKING
 
 import transformers
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from loglikelihood import TASKS, tasks
-from reporting import machine, on_the_fast_path, root_mean_square
+from reporting import machine, on_the_fast_path, requests_of, root_mean_square
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.default_model import find_default_model
@@ -92,16 +91,6 @@ def distances(
     return {**found, "hf-prefix": root_mean_square(shared, reference * len(CALLS))}
 
 
-def requests_of(task: str, limit: int | None) -> list[Instance]:
-    """Return the requests of a task of `TASKS`; TruthfulQA asks for most answers twice."""
-    found = {}
-    for each in TaskManager().load(tasks(task))["tasks"].values():
-        each.set_fewshot_seed(1234)
-        each.build_all_requests(limit=limit)
-        found |= {request.args: request for request in each.instances}
-    return list(found.values())
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure and print; exit with a message where sharing lies too far off."""
     parser = argparse.ArgumentParser(
@@ -126,7 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         pretrained = str(Path(pretrained).absolute())
         os.chdir(arguments.data)
     task = arguments.task or ("truthfulqa" if arguments.data else "demo")
-    requests = requests_of(task, arguments.limit)
+    asked = requests_of(tasks(task), arguments.limit)
+    # TruthfulQA asks for most answers twice.
+    requests = list({request.args: request for request in asked}.values())
     tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained)
 
     rows, worst = [], 0.0
