@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
-from reporting import Side, comparison, in_turns, machine, mebibytes
+from reporting import Side, comparison, in_turns, mebibytes, profiled
 
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 def parser(description: str, sizes: str, batch_size: str) -> argparse.ArgumentParser:
@@ -53,82 +55,113 @@ class BesideHF:
     """Both model types over one model; `hf` is that of the fastest batch size, once `run` has chosen it.
 
     Args:
-        arguments: Of `parser`.
+        model: A causal model.
+        tokenizer: Its tokenizer.
+        batch_size: Of ``hf-prefix``.
+        hf_batch_sizes: To choose `hf`'s from, smallest first.
         **settings: More arguments of ``hf-prefix``.
     """
 
-    def __init__(self, arguments: argparse.Namespace, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int | str,
+        hf_batch_sizes: Sequence[int],
+        **settings: Any,
+    ) -> None:
+        def side(name: str, cls: type[HFLM], size: int | str, **settings: Any) -> Side:
+            lm = cls(model, tokenizer=tokenizer, batch_size=size, **settings)
+            return Side(name, lm)
+
+        self.dtype = model.dtype
+        self.ours = side("hf-prefix", PrefixHFLM, batch_size, **settings)
+        self.candidates = [
+            side(f"hf, batch size {size}", HFLM, size) for size in hf_batch_sizes
+        ]
+        self.hf = self.candidates[0]
+
+    @classmethod
+    def asked(cls, arguments: argparse.Namespace, **settings: Any) -> BesideHF:
+        """Load what `arguments`, of `parser`, ask for."""
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         pretrained = arguments.pretrained or find_default_model().pretrained
         if arguments.data:
             if Path(pretrained).exists():
                 pretrained = str(Path(pretrained).absolute())
             os.chdir(arguments.data)
-        self.arguments = arguments
-        self.dtype = getattr(torch, arguments.dtype)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            pretrained, dtype=self.dtype
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            pretrained, dtype=getattr(torch, arguments.dtype)
         ).to(arguments.device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained)
-
-        def side(name: str, cls: type[HFLM], size: int | str, **settings: Any) -> Side:
-            lm = cls(self.model, tokenizer=tokenizer, batch_size=size, **settings)
-            return Side(name, lm)
-
         size = arguments.batch_size
         size = size if size.startswith("auto") else int(size)
-        self.ours = side("hf-prefix", PrefixHFLM, size, **settings)
-        self.candidates = [
-            side(f"hf, batch size {size}", HFLM, int(size))
-            for size in arguments.hf_batch_sizes.split(",")
-        ]
-        self.hf = self.candidates[0]
+        sizes = sorted(map(int, arguments.hf_batch_sizes.split(",")))
+        return cls(model, tokenizer, size, sizes, **settings)
 
-    def run(self, answer: Callable[[Side, int | None], object]) -> None:
-        """Choose `hf`'s batch size, have both sides answer by turns, and print times and memory.
+    def run(
+        self,
+        answer: Callable[[Side, int | None], object],
+        limit: int | None,
+        few: int | None,
+        repeats: int,
+        seconds: float = math.inf,
+    ) -> str:
+        """Choose `hf`'s batch size, and have both sides answer by turns.
 
         Args:
-            answer: Has a side answer the requests of so many documents.
+            answer: Has a side answer the requests of so many documents; None: of all.
+            limit: How many.
+            few: How many to choose the batch size on.
+            repeats: Of both sides.
+            seconds: After which no larger batch size is tried.
+
+        Returns:
+            Times and memory, as Markdown.
+
+        Raises:
+            RuntimeError: `hf` is out of memory at its smallest batch size.
         """
-        of = self.arguments
-        for candidate in self.candidates:
-            answer(candidate, of.choose_limit or of.limit)
-        on_cpu = of.device == "cpu"
-
-        def first(side: Side) -> float:
-            return (side.cpu_seconds if on_cpu else side.seconds)[0]
-
-        self.hf = min(self.candidates, key=first)
-        chosen = ", ".join(
-            f"{each.name} {first(each):.2f} s" for each in self.candidates
-        )
-        for figures in (self.hf.seconds, self.hf.cpu_seconds):
-            figures.clear()
-        self.hf.peak = 0
+        tried, said = {}, []
+        until = time.perf_counter() + seconds
+        for side in self.candidates:
+            try:
+                answer(side, few)
+            except torch.OutOfMemoryError:
+                said.append(f"{side.name}, out of memory")
+                break
+            on_cpu = side.lm.device.type == "cpu"
+            tried[side] = (side.cpu_seconds if on_cpu else side.seconds).pop()
+            said.append(f"{side.name}, {tried[side]:.2f} s")
+            side.clear()
+            slower = tried[side] > 1.2 * min(tried.values())
+            if slower or time.perf_counter() > until:
+                break
+        if not tried:
+            raise RuntimeError(said[0])
+        self.hf = min(tried, key=tried.__getitem__)
         sides = (self.ours, self.hf)
-        for side in in_turns(sides, of.repeats):
-            answer(side, of.limit)
-        print(f"{machine(of.device)}, {of.dtype}\n\nChosen from: {chosen}.\n")
+        for side in in_turns(sides, repeats):
+            answer(side, limit)
         figures = {
             side.name: {"seconds": side.seconds, "CPU seconds": side.cpu_seconds}
             for side in sides
         }
-        print(comparison(figures), end="\n\n")
-        peaks = ", ".join(f"{each.name} {mebibytes(each.peak)}" for each in sides)
-        print(f"Peak memory, MiB: {peaks}.")
-        if of.profile:
-            for side in (self.hf, self.ours):
-                self._profile(side, answer)
+        first = "; ".join(f"{each.name} {each.seconds[0]:.3g}" for each in sides)
+        peaks = "; ".join(f"{each.name} {mebibytes(each.peak)}" for each in sides)
+        return (
+            f"Chosen from: {'; '.join(said)}.\n\n{comparison(figures)}\n\n"
+            f"First run, s: {first}. Peak memory, MiB: {peaks}."
+        )
 
-    def _profile(
-        self, side: Side, answer: Callable[[Side, int | None], object]
-    ) -> None:
-        place = torch.device(self.arguments.device).type
-        kinds = {torch.profiler.ProfilerActivity.CPU}
-        kinds.add(getattr(torch.profiler.ProfilerActivity, place.upper()))
-        with torch.profiler.profile(activities=kinds) as profile:
-            answer(side, self.arguments.limit)
-        averages = profile.key_averages()
+
+def print_profiles(both: BesideHF, answer: Callable[[Side], object]) -> None:
+    """Print the operations that take longest on either side."""
+    for side in (both.hf, both.ours):
+        place = side.lm.device.type
+        with profiled(side.lm.device) as profile:
+            answer(side)
         by = f"self_{place}_time_total"
+        averages = profile.key_averages()
         print(averages.table(sort_by=by, row_limit=20, max_name_column_width=40))
         print(f"{side.name} while profiled: {side.seconds[-1]:.2f} s")

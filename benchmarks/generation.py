@@ -18,9 +18,9 @@ import statistics
 from typing import TYPE_CHECKING
 
 import torch
-from beside_hf import BesideHF, parser
+from beside_hf import BesideHF, parser, print_profiles
 from lm_eval.api.instance import Instance
-from reporting import LOGITS, agreement, gap_where_they_part, requests_of
+from reporting import LOGITS, agreement, gap_where_they_part, machine, requests_of
 
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     reader.add_argument("--max-gen-toks", type=int, help="default: the task's")
     reader.add_argument("--slots", type=int, help="of hf-prefix; default: it chooses")
     arguments = reader.parse_args(argv)
-    both = BesideHF(arguments, slots=arguments.slots)
+    both = BesideHF.asked(arguments, slots=arguments.slots)
     if arguments.task == "uniform":
         requests = uniform(both.ours.lm, arguments.limit or 32, arguments.max_gen_toks)
     else:
@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     def generate(side: Side, limit: int | None) -> None:
         side.timed(side.lm.generate_until, requests[:limit])
 
-    both.run(generate)
+    print(f"{machine(arguments.device)}, {arguments.dtype}\n")
+    few = arguments.choose_limit or arguments.limit
+    print(both.run(generate, arguments.limit, few, arguments.repeats), end="\n\n")
     ours, hf = both.ours.answers, both.hf.answers
     # The text is encoded anew: it was cut at a stop string.
     lengths = [len(both.hf.lm.tok_encode(text)) for text in ours]
@@ -92,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     if gaps:
         shown = " ".join(f"{gap:.1e}" for gap in gaps)
         print(f"Gap of logits where the others part: {shown}")
+    if arguments.profile:
+        print_profiles(both, lambda side: generate(side, arguments.limit))
     if max(gaps, default=0) > LOGITS[both.dtype]:
         raise SystemExit(f"answers part at gaps of more than {LOGITS[both.dtype]}")
 

@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 import traceback
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,17 +18,16 @@ import psutil
 import reporting
 import rounding
 import torch
+from beside_hf import BesideHF
 from gpu_check import SKIPPED
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
-from lm_eval.models.huggingface import HFLM
 from prune_on_load import LLAMA_3_2_1B
-from reporting import Side, in_turns, mebibytes, on_the_fast_path, ratios, spread
+from reporting import Side, in_turns, mebibytes, on_the_fast_path, spread
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.util.atomic import appearing_whole
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -113,9 +112,9 @@ class Parts:
         model, exact = self._model(self.dtype), self._model(torch.float32)
         exact.load_state_dict(model.state_dict())
         questions, prompts = self._questions(), self._prompts()
+        both = BesideHF(exact, self.tokenizer, 8, [8])
         scores = [
-            self._runner("loglikelihood", cls, exact, 8).answer(questions)
-            for cls in (PrefixHFLM, HFLM)
+            _answers(side, "loglikelihood", questions) for side in (both.ours, both.hf)
         ]
         nats = reporting.NATS[torch.float32]
         yield "float32, shared prefixes, nats", reporting.worst(*scores), nats
@@ -128,12 +127,13 @@ class Parts:
         rounded = float((logits[0] - logits[1]).abs().max())
         limits = reporting.LOGITS[torch.float32], 2 * rounded
         for of, limit in zip((exact, model), limits, strict=True):
-            sides = [
-                self._runner("generate_until", cls, of, 8) for cls in (PrefixHFLM, HFLM)
+            both = BesideHF(of, self.tokenizer, 8, [8])
+            texts = [
+                _answers(side, "generate_until", prompts)
+                for side in (both.ours, both.hf)
             ]
-            texts = [side.answer(prompts) for side in sides]
             gaps = [
-                reporting.gap_where_they_part(sides[1].lm, prompt.args[0], a, b)
+                reporting.gap_where_they_part(both.hf.lm, prompt.args[0], a, b)
                 for prompt, a, b in zip(prompts, *texts, strict=True)
                 if a != b
             ]
@@ -186,26 +186,23 @@ class Parts:
         self._need(2)
         model = self._model(self.dtype)
         for kind, requests in self._work().items():
-            few = requests[: max(8, len(requests) // 4)]
-            ours = self._runner(kind, PrefixHFLM, model, "auto")
-            ours.answer(requests)
-            size, tried = self._best_hf(kind, model, few)
-            hf = self._runner(kind, HFLM, model, size)
-            hf.answer(requests)
-            for side in in_turns((ours, hf), self.scale.repeats):
-                side.answer(requests)
-            same = reporting.agreement(ours.answers, hf.answers)
-            ratio = ratios(hf.seconds[1:], ours.seconds[1:])
-            yield (
-                f"### {kind}\n\n{len(requests)} requests; {same}. hf / hf-prefix, but the first: "
-                f"{ratio}. hf on {len(few)} requests: {tried}."
-            )
-            rows = [
-                (name, *_first(of.seconds), mebibytes(of.peak), of.attention(few))
-                for name, of in (("hf-prefix", ours), (f"hf, batch size {size}", hf))
-            ]
-            columns = ("", "first, s", "then, s", "peak, MiB", "calls of attention")
-            yield markdown_table(columns, rows, "lrrrl")
+
+            def answer(
+                side: Side,
+                few: int | None = 8,
+                kind: str = kind,
+                requests: list[Instance] = requests,
+            ) -> None:
+                _answers(side, kind, requests[:few])
+
+            both = BesideHF(model, self.tokenizer, "auto", (1, 8, 32, 128))
+            few, repeats = len(requests) // 4, 1 + self.scale.repeats
+            found = both.run(answer, None, few, repeats, seconds=CHOOSING)
+            same = reporting.agreement(both.ours.answers, both.hf.answers)
+            yield f"### {kind}\n\n{len(requests)} requests, {same}. {found}"
+            for side in (both.ours, both.hf):
+                calls = reporting.attention_of(partial(answer, side))
+                yield f"{side.name}, calls of attention for 8 requests: {calls}."
 
     def engine(self) -> Iterator[str]:
         """Time ``pruned-vllm`` against ``pruned-hf``, where vLLM is installed."""
@@ -238,30 +235,6 @@ class Parts:
         for kind, both in answers.items():
             yield f"{kind}: {reporting.agreement(*both)}."
 
-    def _best_hf(
-        self, kind: str, model: PreTrainedModel, few: list[Instance]
-    ) -> tuple[int, str]:
-        """Return the fastest batch size of `hf` that was found in time, and what was tried."""
-        seconds: dict[int, float] = {}
-        said, until = [], time.perf_counter() + CHOOSING
-        for size in (1, 8, 32, 128):
-            hf = self._runner(kind, HFLM, model, size)
-            try:
-                hf.answer(few[:1])
-                hf.answer(few)
-            except torch.OutOfMemoryError:
-                self._release()
-                said.append(f"batch size {size} is out of memory")
-                break
-            seconds[size] = hf.seconds[-1]
-            said.append(f"batch size {size} {spread(hf.seconds[-1:])} s")
-            slower = seconds[size] > 1.2 * min(seconds.values())
-            if slower or size >= len(few) or time.perf_counter() > until:
-                break
-        if not seconds:
-            raise RuntimeError("hf is out of memory at batch size 1")
-        return min(seconds, key=seconds.__getitem__), ", ".join(said)
-
     def _need(self, per_weight: int) -> None:
         """Raise Skipped where so many bytes per weight, and what a run needs, do not fit.
 
@@ -282,11 +255,6 @@ class Parts:
                 f"it needs about {need / 2**30:.1f} GiB of memory on {self.device.type}, of "
                 f"which {weights / 2**30:.1f} are weights, and {free / 2**30:.1f} GiB are free"
             )
-
-    def _runner(
-        self, kind: str, cls: type[HFLM], model: PreTrainedModel, size: int | str
-    ) -> _Runner:
-        return _Runner(kind, cls(model, tokenizer=self.tokenizer, batch_size=size))
 
     def _config(self) -> LlamaConfig:
         special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -356,25 +324,9 @@ class Parts:
         ]
 
 
-class _Runner(Side):
-    """A model type that answers one kind of requests, which is its name."""
-
-    def answer(self, requests: list[Instance]) -> list[Any]:
-        with on_the_fast_path(self.lm):
-            answer = getattr(self.lm, self.name)
-            return self.timed(answer, requests, disable_tqdm=True)
-
-    def attention(self, requests: list[Instance]) -> str:
-        """Return which backends torch's attention took, and how often."""
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities) as profile:
-            self.answer(requests)
-        prefix = "aten::_scaled_dot_product_"
-        return ", ".join(
-            f"{event.key.removeprefix(prefix)} {event.count}"
-            for event in profile.key_averages()
-            if event.key.startswith(prefix)
-        )
+def _answers(side: Side, kind: str, requests: list[Instance]) -> list[Any]:
+    with on_the_fast_path(side.lm):
+        return side.timed(getattr(side.lm, kind), requests, disable_tqdm=True)
 
 
 def _first(seconds: list[float]) -> tuple[str, str]:

@@ -17,9 +17,9 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from beside_hf import BesideHF, parser
+from beside_hf import BesideHF, parser, print_profiles
 from lm_eval import simple_evaluate
-from reporting import NATS, agreement, worst
+from reporting import NATS, agreement, machine, worst
 
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     reader = parser(__doc__, sizes="1,8,16,32,64", batch_size="auto")
     reader.add_argument("--task", choices=TASKS, required=True)
     arguments = reader.parse_args(argv)
-    both = BesideHF(arguments)
+    both = BesideHF.asked(arguments)
     scores: dict[Side, dict[str, float]] = {}
 
     def evaluate(side: Side, limit: int | None) -> None:
@@ -109,7 +109,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         scores[side] = _numbers(found["results"])
 
-    both.run(evaluate)
+    print(f"{machine(arguments.device)}, {arguments.dtype}\n")
+    few = arguments.choose_limit or arguments.limit
+    print(both.run(evaluate, arguments.limit, few, arguments.repeats), end="\n\n")
     ours, hf = both.ours, both.hf
     said = agreement(ours.answers, hf.answers)
     flags = sum(
@@ -120,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"{len(hf.answers)} requests: {said}; {flags} greedy flags differ.")
     print(f"Scores: {json.dumps(scores[ours])}")
+    if arguments.profile:
+        print_profiles(both, lambda side: evaluate(side, arguments.limit))
     if worst(ours.answers, hf.answers) > NATS[both.dtype]:
         raise SystemExit(f"log-probabilities differ by more than {NATS[both.dtype]}")
     if arguments.dtype == "float32" and scores[ours] != scores[hf]:

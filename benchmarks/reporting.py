@@ -202,10 +202,14 @@ class Side:
     def __init__(self, name: str, lm: HFLM) -> None:
         self.name = name
         self.lm = lm
+        self.answers: list[Any] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget times and memory."""
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.peak = 0
-        self.answers: list[Any] = []
 
     def timed(
         self, answer: Callable[..., list[Any]], requests: list[Any], **kwargs: Any
@@ -220,6 +224,25 @@ class Side:
             self.seconds.append(time.perf_counter() - begin)
         self.peak = max(self.peak, memory.peak)
         return self.answers
+
+
+def profiled(device: torch.device) -> torch.profiler.profile:
+    """Return a context that notes the operations of a run."""
+    kinds = {torch.profiler.ProfilerActivity.CPU}
+    kinds.add(getattr(torch.profiler.ProfilerActivity, device.type.upper()))
+    return torch.profiler.profile(activities=kinds)
+
+
+def attention_of(run: Callable[[], object]) -> str:
+    """Return which backends torch's attention took in a run, and how often."""
+    with profiled(torch.device("cpu")) as profile:
+        run()
+    prefix = "aten::_scaled_dot_product_"
+    return ", ".join(
+        f"{event.key.removeprefix(prefix)} {event.count}"
+        for event in profile.key_averages()
+        if event.key.startswith(prefix)
+    )
 
 
 @contextmanager

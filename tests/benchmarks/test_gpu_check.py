@@ -55,7 +55,7 @@ def test_one_command_writes_a_page_of_all_parts(on_the_cpu):
     assert results == {**dict.fromkeys(parts, "passed"), "pruned-vllm, tiny": "skipped"}
     assert code == 0
     assert "sh benchmarks/gpu_check.sh --quick --device cpu" in page
-    for said in ("slots", "pruned on load, 40 %", "hf / hf-prefix, ", "attention"):
+    for said in ("slots", "pruned on load, 40 %", " / hf-prefix|", "attention"):
         assert said in page
     assert str(checkpoints.ROOT) not in page
 
@@ -100,18 +100,18 @@ def test_a_shape_that_does_not_fit_is_skipped_with_what_it_needs(
 
 
 def test_hf_gets_the_largest_batch_size_that_has_memory(part, script, monkeypatch):
-    parts = script("gpu_parts")
+    beside_hf = script("beside_hf")
 
-    class Small(parts.HFLM):
+    class Small(beside_hf.HFLM):
         def loglikelihood(self, *args, **kwargs):
             if self.batch_size > 1:
                 raise torch.OutOfMemoryError
             return super().loglikelihood(*args, **kwargs)
 
-    monkeypatch.setattr(parts, "HFLM", Small)
+    monkeypatch.setattr(beside_hf, "HFLM", Small)
     code, said = part("speed", "tiny")
     assert code == 0
-    assert "batch size 8 is out of memory" in said
+    assert "batch size 8, out of memory" in said
     assert "|hf, batch size 1|" in said
 
 
