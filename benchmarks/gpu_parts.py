@@ -195,8 +195,8 @@ class Parts:
             ) -> None:
                 _answers(side, kind, requests[:few])
 
-            both = BesideHF(model, self.tokenizer, "auto", (1, 8, 32, 128))
-            few, repeats = len(requests) // 4, 1 + self.scale.repeats
+            both = BesideHF(model, self.tokenizer, "auto", (1, 8, 32, 64))
+            few, repeats = len(requests) // 2, 1 + self.scale.repeats
             found = both.run(answer, None, few, repeats, seconds=CHOOSING)
             same = reporting.agreement(both.ours.answers, both.hf.answers)
             yield f"### {kind}\n\n{len(requests)} requests, {same}. {found}"
