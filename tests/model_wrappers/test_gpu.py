@@ -1,6 +1,6 @@
 """What can only be checked on a CUDA device: clocks, memory, NVML, and the fast paths' answers.
 
-``sh benchmarks/gpu_check.sh`` runs these tests and measures the rest.
+``sh benchmarks/gpu_check.sh`` measures the rest.
 """
 
 from __future__ import annotations
