@@ -32,9 +32,9 @@ def add_output_path(parser: argparse.ArgumentParser, text: str) -> None:
 
 def read_model_args(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return ``--model_args``; raise ValueError where it is no mapping."""
-    from lm_eval_pruned.sweeps.options import checked
+    from lm_eval_pruned.sweeps.options import read_mapping
 
-    return checked("mapping", arguments.model_args or {}, "--model_args")
+    return read_mapping(arguments.model_args or {}, "--model_args")
 
 
 def pruning_of(

@@ -1,15 +1,10 @@
-"""One unit of a sweep: evaluating it with the model at hand, what a failure leaves, who is told.
-
-W&B, Trackio and the Hub are told by the harness's own loggers, which get a name for each unit.
-"""
+"""One unit of a sweep: evaluating it with the model at hand, and what a failure leaves."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
-import os
 import re
 import time
 import traceback
@@ -21,18 +16,16 @@ import lm_eval
 from accelerate.utils import release_memory
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
-from lm_eval.loggers import EvaluationTracker, TrackioLogger, WandbLogger
 
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
 from lm_eval_pruned.sweeps.stopping import check_tasks, evaluate_until_decided
 from lm_eval_pruned.sweeps.tasks import fingerprint, load_task
+from lm_eval_pruned.sweeps.tracking import Tracking
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from collections.abc import Callable
 
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.results.files import Run
@@ -70,9 +63,7 @@ class UnitRunner:
         self._known_scores: KnownScores = {}
         self.device_failed = False
 
-    def attempt(
-        self, unit: Unit, folder: str | Path
-    ) -> tuple[float, dict[str, str] | None]:
+    def attempt(self, unit: Unit, folder: Path) -> tuple[float, dict[str, str] | None]:
         """Evaluate one unit and write the harness's files of it to `folder`, an empty one.
 
         Returns:
@@ -81,12 +72,15 @@ class UnitRunner:
         """
         start = time.perf_counter()
         try:
-            return self._run(unit, Path(folder)), None
+            return self._run(unit, folder), None
         except Exception as error:
             logger.exception("%s / %s failed.", *unit.names)
-            self.device_failed = any(map(_is_of_device, _causes(error)))
+            self.device_failed = _is_of_device(error)
             told = describe_error(error)
-        if not self.device_failed:
+        if getattr(self._lm, "engine_died", False):
+            # It answers nobody: the next unit starts another.
+            self.release()
+        elif not self.device_failed:
             release_memory()
         return time.perf_counter() - start, told
 
@@ -99,30 +93,24 @@ class UnitRunner:
     def _run(self, unit: Unit, folder: Path) -> float:
         sweep, (configuration, task) = self._sweep, unit
         manager = sweep.task_manager(configuration)
-        base = None
+        tasks = load_task(manager, task)
+        may_stop = self._base is not None and sweep.may_stop(configuration)
         if sweep.stop_when is not None:
-            loaded = manager.load(load_task(manager, task))
+            members = manager.load(tasks)["tasks"]
             # Those of the unpruned model, too, for which all sizes wait.
-            check_tasks(sweep.stop_when, loaded["tasks"], sweep.settings)
-            if self._base and sweep.may_stop(configuration):
-                base = self._base(task)
+            check_tasks(sweep.stop_when, members, sweep.settings)
+        base = self._base(task) if self._base and may_stop else None
         lm = self._model(configuration)
         start = time.perf_counter()
         tracker = self.tracking.hub_tracker(lm.rank)
-        given = lm, configuration, manager, tracker
-        evaluate = functools.partial(self._evaluate, *given)
-        try:
-            if base is None:
-                results = evaluate(load_task(manager, task))
-            else:
-                results = evaluate_until_decided(
-                    lm, sweep, loaded, base, evaluate, folder.parent
-                )
-        except Exception:
-            # An engine that died answers nobody: the next unit starts another.
-            if getattr(lm, "engine_died", False):
-                self.release()
-            raise
+        evaluate = functools.partial(
+            self._evaluate, configuration, manager, tasks, tracker
+        )
+        if base is None:
+            results = evaluate()
+        else:
+            given = members, base, evaluate, folder.parent
+            results = evaluate_until_decided(sweep, task.name, *given)
         seconds = time.perf_counter() - start
         # Of several processes, the first has them.
         if results is not None:
@@ -161,16 +149,15 @@ class UnitRunner:
 
     def _evaluate(
         self,
-        lm: Any,
         configuration: Configuration,
         manager: Any,
-        tracker: Any,
         tasks: list[Any],
+        tracker: Any,
         chosen: dict[str, list[int]] | None = None,
         cache: str | None = None,
     ) -> Any:
         """Return the harness's results, of chosen documents and with a cache of their answers."""
-        sweep, settings = self._sweep, self._sweep.settings
+        lm, sweep, settings = self._lm, self._sweep, self._sweep.settings
         # Automatic batch sizes were found for the lengths of other documents.
         lm.batch_sizes = {}
         names = (*deciding("scores"), "batch_size", "max_batch_size")
@@ -211,100 +198,6 @@ class UnitRunner:
         return results
 
 
-class Tracking:
-    """Reports units besides the folder. Once units run, what fails here is a warning.
-
-    Args:
-        settings: The harness's reading of the options.
-
-    Raises:
-        ValueError: A package is missing, or W&B would put all units into one run.
-    """
-
-    def __init__(self, settings: EvaluatorConfig) -> None:
-        self._settings = settings
-        self._hub = dict(settings.hf_hub_log_args)
-        for package in ("wandb", "trackio"):
-            given = getattr(settings, f"{package}_args")
-            if given and importlib.util.find_spec(package) is None:
-                raise ValueError(
-                    f"{package}_args was given, but {package} is not installed: run "
-                    f"`pip install {package}`, or leave {package}_args out."
-                )
-        if "id" in settings.wandb_args:
-            raise ValueError(
-                f"wandb_args has id={settings.wandb_args['id']}, but each unit is a run by itself: "
-                "leave it out, or name what they share with group=..."
-            )
-
-    def hub_tracker(self, rank: int = 0) -> EvaluationTracker:
-        """Return the harness's tracker, which sends results to the Hub if that was asked for.
-
-        The first of a process asks the Hub whose token this is, unless the organisation
-        was given. Of several processes, that of rank 0 reports.
-
-        Raises:
-            ValueError: An argument is unknown, there is no token, or the Hub refuses it or
-                cannot be reached.
-        """
-        if rank or not self._hub:
-            return EvaluationTracker()
-        token = os.environ.get("HF_TOKEN") or self._hub.get("token") or ""
-        try:
-            tracker = EvaluationTracker(**{**self._hub, "token": token})
-        except Exception as error:
-            raise ValueError(
-                f"hf_hub_log_args cannot be used ({type(error).__name__}: {error}): pass what the "
-                "harness's EvaluationTracker takes, hub_results_org=... among it, or check token "
-                "and network."
-            ) from error
-        self._hub["hub_results_org"] = tracker.details_repo.partition("/")[0]
-        return tracker
-
-    @contextlib.contextmanager
-    def reported(
-        self, configuration: str, task: str, results: dict[str, Any], tracker: Any
-    ) -> Iterator[None]:
-        """Report a unit to W&B and Trackio, and name it on the Hub, where the block saves it."""
-        label = f"{configuration} {task}"
-        settings = self._settings
-        scores = {k: v for k, v in results.items() if k != "samples"}
-        for service, given, kind, *more in (
-            ("W&B", settings.wandb_args, WandbLogger, settings.wandb_config_args),
-            ("Trackio", settings.trackio_args, TrackioLogger),
-        ):
-            if not given:
-                continue
-            name = f"{given['name']} {label}" if given.get("name") else label
-            with _warning(f"{label} was not logged to {service}"):
-                # They change what they are given.
-                run: Any = kind({**given, "name": name}, *map(dict, more))
-                run.post_init(scores)
-                run.log_eval_result()
-                if "samples" in results:
-                    run.log_eval_samples(results["samples"])
-                (run if service == "Trackio" else run.run).finish()
-        pushes = tracker.push_results_to_hub or tracker.push_samples_to_hub
-        if pushes:
-            # The harness names folders there after the checkpoint, which all configurations share.
-            named = tracker.general_config_tracker
-            named.model_name += f"_{configuration}"
-            named.model_name_sanitized += f"_{configuration}"
-        yield
-        if pushes:
-            with _warning(f"the card of {tracker.details_repo} was not written"):
-                tracker.recreate_metadata_card()
-
-
-@contextlib.contextmanager
-def _warning(what: str) -> Iterator[None]:
-    """Turn an error into a warning: the unit's results are whole without this."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        logger.warning("%s: %s: %s", what, type(error).__name__, error)
-
-
 def describe_error(error: BaseException) -> dict[str, str]:
     """Return type, message and traceback of `error` as text."""
     kind = type(error)
@@ -313,16 +206,14 @@ def describe_error(error: BaseException) -> dict[str, str]:
     return {"type": name, "message": str(error), "traceback": text}
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_of_device(error: BaseException) -> bool:
-    """Before release 2.8, torch raises a plain RuntimeError. Too little memory is no such failure."""
+def _is_of_device(error: BaseException | None) -> bool:
+    """Whether an error, or a cause of it, is of the device. Too little memory is no such failure."""
+    if error is None:
+        return False
+    # Before release 2.8, torch raises a plain RuntimeError.
     pattern = r"(CUDA|HIP|XPU)( driver)? error: (?!out of memory)"
-    return isinstance(error, RuntimeError) and bool(re.match(pattern, str(error)))
+    found = isinstance(error, RuntimeError) and re.match(pattern, str(error))
+    return bool(found) or _is_of_device(error.__cause__ or error.__context__)
 
 
 def _quiet_git() -> contextlib.AbstractContextManager[Any]:

@@ -23,14 +23,16 @@ _EXPECTED = {
 }
 
 
-def option(kind: type, default: Any, metavar: str | None = None, **bounds: Any) -> Any:
+def option(kind: Any, default: Any, metavar: str | None = None, **bounds: Any) -> Any:
     """Declare an option, as a field of a `DeclaredOptions`.
 
     Args:
-        kind: What a value must be: str, int, float, bool for a flag, or dict for a mapping.
+        kind: What a value must be: str, int, float, bool for a flag, or dict for a mapping; or a
+            function that converts it, with `expected`, what to say of a value that it refuses.
         default: The value where nobody gives one; of an option that takes several, a tuple.
         metavar: What stands for the value in ``--help``.
-        **bounds: ``least``, the smallest number, or ``choices``, all values.
+        **bounds: ``least``, the smallest number; ``choices``, all values; ``help``, in place of
+            the docstring; ``nargs`` of argparse, where ``?`` makes the value optional.
     """
     shown = {"kind": kind, "metavar": metavar, **bounds}
     if kind is dict:
@@ -67,10 +69,11 @@ class DeclaredOptions:
         return {each.name: each for each in fields(cls) if "kind" in each.metadata}  # type: ignore[arg-type]
 
     @classmethod
-    def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the options to a command; one that is not given is None."""
+    def add_to(cls, parser: Any, names: Iterable[str] | None = None) -> None:
+        """Add the options, or those of `names`, to a command; one that is not given is None."""
         explained = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
-        for name, each in cls.declared().items():
+        declared = cls.declared()
+        for name, each in [(name, declared[name]) for name in names or declared]:
             found = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
             about, default = " ".join(found[1].split()) if found else "", each.default
             about = about[:1].lower() + about[1:]
@@ -78,11 +81,13 @@ class DeclaredOptions:
             if default is not MISSING and default is not None and default is not False:
                 values = map(str, default if several else [default])
                 about += f" (default: {', '.join(values)})"
+            about = each.metadata.get("help", about)
             if each.metadata["kind"] is bool:
                 how: dict[str, Any] = {"action": "store_true", "default": None}
             else:
-                metavar = each.metadata["metavar"]
-                how = {"metavar": metavar, "nargs": "+" if several else None}
+                nargs = each.metadata.get("nargs") or ("+" if several else None)
+                how = {"metavar": each.metadata["metavar"], "nargs": nargs}
+                how["const"] = True if nargs == "?" else None
             parser.add_argument(f"--{name}", help=about, **how)
 
     @classmethod
@@ -116,9 +121,10 @@ class DeclaredOptions:
                     if several
                     else _converted(kind, value)
                 )
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OSError):
+                expected = known[name].metadata.get("expected") or _EXPECTED[kind]
                 raise ValueError(
-                    f"{where} has {name}={value}: pass {_EXPECTED[kind]}."
+                    f"{where} has {name}={value}: pass {expected}."
                 ) from None
         return cls(**values, **others)
 
@@ -142,8 +148,10 @@ def merged(model_args: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     return {**model_args, **options}
 
 
-def _converted(kind: type, value: Any) -> Any:
+def _converted(kind: Any, value: Any) -> Any:
     """Return a value as its option has it, or raise TypeError or ValueError."""
+    if kind not in _EXPECTED:
+        return kind(value)
     if kind is dict:
         from lm_eval.utils import handle_arg_string, simple_parse_args_string
 
