@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from lm_eval_pruned.compare.stopping import LEAST_OF_MEANS, LEVEL
-from lm_eval_pruned.results.stopping_record import Stopping
+from lm_eval_pruned.results.stopping_record import spent
 from lm_eval_pruned.sweeps.stopping import LEAST, LOOKS
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -47,8 +47,8 @@ def _levels(documents: int, tests: int) -> tuple[np.ndarray, np.ndarray]:
     """Return looks and the levels of p at them, for one of `tests` sizes."""
     counts = [math.ceil(share * documents) for share in LOOKS]
     counts = [count for count in counts if count >= min(LEAST, documents)]
-    shares = Stopping("", "", documents, LEVEL, tests, looks=tuple(counts)).shares
-    return np.array(counts), LEVEL / tests * np.array(shares)
+    shares = np.diff([spent(count, documents) for count in counts], prepend=0)
+    return np.array(counts), LEVEL / tests * shares
 
 
 def mid_p(up: np.ndarray, down: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ torch or the harness.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -24,67 +23,58 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def texts(value: Any) -> list[str]:
-    """Return one or more texts, which commas separate, or raise TypeError or ValueError."""
-    items = [part.strip() for part in text(value).split(",") if part.strip()]
-    if not items:
-        raise ValueError
-    return items
-
-
-def text(value: Any) -> str:
-    """Return a text or number as text, a list of them with commas, or raise TypeError."""
+def _text(value: Any) -> str:
     if isinstance(value, list):
-        return ",".join(map(text, value))
+        return ",".join(map(_text, value))
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError
     return str(value)
 
 
-def mapping(value: Any) -> dict[str, Any]:
-    """Return key=value pairs, JSON or a mapping as a mapping, or raise TypeError or ValueError."""
+def _texts(value: Any) -> list[str]:
+    items = [part.strip() for part in _text(value).split(",") if part.strip()]
+    if not items:
+        raise ValueError
+    return items
+
+
+def _mapping(value: Any) -> dict[str, Any]:
     from lm_eval._cli.utils import key_val_to_dict
 
-    if isinstance(value, dict):
-        return value
     if isinstance(value, list):
-        return {k: v for item in value for k, v in mapping(item).items()}
-    if not isinstance(value, str):
+        return {k: v for item in value for k, v in _mapping(item).items()}
+    if isinstance(value, str):
+        is_json = value.lstrip().startswith("{")
+        return json.loads(value) if is_json else key_val_to_dict(value)
+    if not isinstance(value, dict):
         raise TypeError
-    return json.loads(value) if value.lstrip()[:1] == "{" else key_val_to_dict(value)
+    return value
 
 
-def samples(value: Any) -> dict[str, list[int]]:
-    """Return a mapping, JSON, or the content of a file of it."""
-    if isinstance(value, str) and value.lstrip()[:1] != "{":
-        value = Path(value).read_text(encoding="utf-8")
-    found = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(found, dict):
-        raise TypeError
-    return found
+def _samples(value: Any) -> dict[str, list[int]]:
+    is_file = isinstance(value, str) and not value.lstrip().startswith("{")
+    return _mapping(json.loads(Path(value).read_text("utf-8")) if is_file else value)
 
 
-def boolean(value: Any) -> bool:
-    """Return the truth value that a word stands for, or raise ValueError."""
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if str(value).lower() not in words:
+def _boolean(value: Any) -> bool:
+    word = str(value).lower()
+    if word not in ("true", "1", "yes", "false", "0", "no"):
         raise ValueError
-    return words[str(value).lower()]
+    return word in ("true", "1", "yes")
 
 
-def name_or_flag(value: Any) -> bool | str:
-    """Return a name, or whether there is one, or raise TypeError."""
-    return value if isinstance(value, bool) else text(value)
+def _name_or_flag(value: Any) -> bool | str:
+    return value if isinstance(value, bool) else _text(value)
 
 
 #: ``nargs`` of argparse, and what to say of a wrong value, by the function that converts it.
 _SHAPES = {
-    texts: ("+", "one or more names or numbers"),
-    text: (None, "one value"),
-    mapping: ("+", "key=value pairs or a mapping"),
-    samples: (None, 'JSON such as {"boolq": [0, 1]}, or a file of it'),
-    boolean: ("?", "true or false"),
-    name_or_flag: ("?", "true, false or a name"),
+    _texts: ("+", "one or more names or numbers"),
+    _text: (None, "one value"),
+    _mapping: ("+", "key=value pairs or a mapping"),
+    _samples: (None, 'JSON such as {"boolq": [0, 1]}, or a file of it'),
+    _boolean: ("?", "true or false"),
+    _name_or_flag: ("?", "true, false or a name"),
 }
 
 
@@ -109,49 +99,48 @@ _PAIRS = "KEY=VALUE"
 GROUPS = {
     "configurations": {
         "model": _option(str, "what", "NAME", "pruned-hf (default) or pruned-vllm"),
-        "model_args": _option(mapping, "what", _PAIRS,
+        "model_args": _option(_mapping, "what", _PAIRS,
             "arguments of the model type, and those of pruning that all models share"),
-        **{name: _option(texts, "what", DECLARED[argument].metadata["metavar"], help_of(name, several=True))
+        **{name: _option(_texts, "what", DECLARED[argument].metadata["metavar"], help_of(name, several=True))
            for name, argument in SEVERAL.items()},
-        **{name: _option(text, "what", DECLARED[name].metadata["metavar"], help_of(name))
+        **{name: _option(_text, "what", DECLARED[name].metadata["metavar"], help_of(name))
            for name in SHARED},
-        "heal": _option(mapping, "what", _PAIRS,
+        "heal": _option(_mapping, "what", _PAIRS,
             "train each pruned model again and evaluate it before and after: data=FILE and the "
             f"options of lm-eval-pruned heal ({', '.join(HEALING)})"),
     },
     "evaluation, as in lm_eval run": {
-        "tasks": _option(texts, "what", "TASK", "tasks, groups, tags, patterns or YAML files"),
+        "tasks": _option(_texts, "what", "TASK", "tasks, groups, tags, patterns or YAML files"),
         "output_path": _option(str, "where", "DIR", "folder of the sweep"),
         "limit": _option(float, "scores", "N", "documents per task: a count, or a share below 1"),
-        "samples": _option(samples, "scores", "JSON", "JSON or a file: documents per task, by index"),
+        "samples": _option(_samples, "scores", "JSON", "JSON or a file: documents per task, by index"),
         "batch_size": _option(str, "how", "SIZE", "a number, auto, or auto:N (default: 1)"),
         "max_batch_size": _option(int, "how", "N", "upper bound of auto"),
         "num_fewshot": _option(int, "scores", "N", "examples in the context"),
-        "apply_chat_template": _option(name_or_flag, "scores", "NAME",
+        "apply_chat_template": _option(_name_or_flag, "scores", "NAME",
             "wrap prompts in the chat template, or in the one of this name"),
-        "fewshot_as_multiturn": _option(boolean, "scores", "BOOL", "examples as turns of a conversation"),
+        "fewshot_as_multiturn": _option(_boolean, "scores", "BOOL", "examples as turns of a conversation"),
         "system_instruction": _option(str, "scores", "TEXT", "system prompt"),
-        "gen_kwargs": _option(mapping, "scores", _PAIRS, "arguments of generation"),
+        "gen_kwargs": _option(_mapping, "scores", _PAIRS, "arguments of generation"),
         "device": _option(str, "how", "DEVICE", "such as cuda:0 or cpu"),
-        "log_samples": _option(boolean, "scores", "BOOL",
+        "log_samples": _option(_boolean, "scores", "BOOL",
             "write every document's outputs (default here: true)"),
         "predict_only": _option(bool, "scores", None, "write outputs, compute no metric"),
         "use_cache": _option(str, "how", "PREFIX",
             "prefix of the files that cache responses, one file per configuration"),
         "include_path": _option(str, "what", "DIR", "folder of more tasks"),
-        "metadata": _option(mapping, "what", _PAIRS, "more arguments for tasks"),
-        "seed": _option(text, "what", "N", "seeds of python, numpy, torch and few-shot choice"),
+        "metadata": _option(_mapping, "what", _PAIRS, "more arguments for tasks"),
+        "seed": _option(_text, "what", "N", "seeds of python, numpy, torch and few-shot choice"),
         "trust_remote_code": _option(bool, "what", None, "run code that comes with models and data"),
         "confirm_run_unsafe_code": _option(bool, "what", None, "run tasks marked as unsafe"),
     },
     "logging and tracking, as in lm_eval run": {
-        "wandb_args": _option(mapping, "where", _PAIRS, "arguments of wandb.init; each unit is one run"),
-        "wandb_config_args": _option(mapping, "where", _PAIRS, "more entries for the config of each W&B run"),
-        "trackio_args": _option(mapping, "where", _PAIRS, "arguments of trackio.init; each unit is one run"),
-        "hf_hub_log_args": _option(mapping, "where", _PAIRS, "whether and where results go to the Hub"),
+        "wandb_args": _option(_mapping, "where", _PAIRS, "arguments of wandb.init; each unit is one run"),
+        "wandb_config_args": _option(_mapping, "where", _PAIRS, "more entries for the config of each W&B run"),
+        "trackio_args": _option(_mapping, "where", _PAIRS, "arguments of trackio.init; each unit is one run"),
     },
     "where the units run": {
-        "ray": _option(name_or_flag, "where", "ADDRESS",
+        "ray": _option(_name_or_flag, "where", "ADDRESS",
             "run on the Ray cluster at this address; without one, on the cluster that RAY_ADDRESS "
             "names or that runs here, else on one started for the sweep"),
         "gpus_per_unit": _option(float, "where", "N",
@@ -242,11 +231,11 @@ def _checked(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def read_mapping(value: Any, where: str) -> dict[str, Any]:
-    """Return `mapping` of a value, or raise ValueError, which names it by `where`."""
+    """Return key=value pairs, JSON or a mapping as a mapping, or raise ValueError."""
     try:
-        return mapping(value)
+        return _mapping(value)
     except (TypeError, ValueError):
-        expected = _SHAPES[mapping][1]
+        expected = _SHAPES[_mapping][1]
         raise ValueError(f"{where} is {value!r}: pass {expected}.") from None
 
 
@@ -261,11 +250,12 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def parse_number(text: str) -> int | float | str:
-    """Return a size as `lm_eval run` would read it from ``--model_args``."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
+    """Return a number, 2 for 2.0 as for 2, so that both are one configuration; else the text."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
 
 
 def refuse_other_processes(name: str, options: Mapping[str, Any]) -> None:

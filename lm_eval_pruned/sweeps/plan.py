@@ -70,10 +70,8 @@ SOURCES = {
 }
 #: Arguments of all configurations that decide how many parameters a size has.
 _WITH_SIZES = ("multiple_of", *EXCLUSIVE["says which layers to prune"])
-#: What a configuration takes from its row of the plan.
-_size = operator.attrgetter(
-    "intermediate_size", "expansion_ratio", "parameters", "reduction"
-)
+_SIZE = ("intermediate_size", "expansion_ratio", "parameters", "reduction")
+_size = operator.attrgetter(*_SIZE)
 
 
 @dataclass(frozen=True)
@@ -153,11 +151,9 @@ class Sweep:
         self.tasks = resolve_tasks(options["tasks"], self._manager)
 
     def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
-        """Return the units, those of one configuration together; of part I of N for ``(I, N)``.
-
-        They are dealt out task by task, so that N parts of N configurations get one model each.
-        """
+        """Return the units, those of one configuration together; of part I of N for ``(I, N)``."""
         part, parts = shard or (0, 1)
+        # Dealt out task by task: N parts of N configurations get one model each.
         count = len(self.configurations)
         return [
             Unit(configuration, task)
@@ -217,12 +213,12 @@ class Sweep:
         self, configuration: Configuration, task: SweepTask
     ) -> dict[str, Any]:
         """Return everything that decides a unit's scores."""
-        names = (*deciding("scores"), "seed")
+        decide = (*deciding("scores"), "seed")
         definition = {
             **self.model_definition(configuration),
             "task": task.name,
             "task_sha256": task.digest,
-            "settings": {name: getattr(self.settings, name) for name in names},
+            "settings": {name: getattr(self.settings, name) for name in decide},
             "metadata": self.options.get("metadata") or {},
             "versions": {name: version(name) for name in ("lm-eval", "lm-eval-pruned")},
         }
@@ -342,15 +338,13 @@ def _configurations(
             continue
         values = options.get(option, [])
         if argument != "widths":
-            values = [*map(_canonical, values)]
+            values = [*map(parse_number, values)]
         is_size = argument in SIZES
         rows = plan(argument=argument, values=values, **shared if is_size else {})
-        sizes = zip(values, rows, strict=True)
+        sizes = [each for each in zip(values, rows, strict=True) if each[1].reduction]
         for (value, row), variant in itertools.product(
             sizes, variants if is_size else [{}]
         ):
-            if row.parameters == whole.parameters:
-                continue
             arguments = {argument: value, **variant}
             # Refused here, not once the baseline has been evaluated.
             PruneArguments.taken_from(without_idle({**base, **arguments}))
@@ -385,10 +379,3 @@ def _id(arguments: dict[str, Any]) -> str:
         digest = fingerprint({"widths": read_widths(named["widths"])})[:8]
         named["widths"] = f"{Path(named['widths']).stem}-{digest}"
     return "_".join(f"{k}-{v}" for k, v in named.items()).replace("/", "over")
-
-
-def _canonical(text: str) -> int | float | str:
-    """Return one notation for one number, so that 2.0 is the same configuration as 2."""
-    number = parse_number(text)
-    whole = isinstance(number, float) and number.is_integer()
-    return int(number) if whole else number

@@ -49,7 +49,11 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
     refuse_other_processes(f"stop_when={rule}", options)
     energy = (options.get("model_args") or {}).get("energy")
     others = {**options, "energy": bool(energy)}
-    for name, value in {"log_samples": False, "predict_only": True, "energy": True}.items():
+    for name, value in {
+        "log_samples": False,
+        "predict_only": True,
+        "energy": True,
+    }.items():
         if others.get(name) is value:
             raise ValueError(
                 f"stop_when={rule} compares documents look by look, and {name} is {value}: leave "

@@ -16,12 +16,13 @@ import lm_eval
 from accelerate.utils import release_memory
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
+from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
 from lm_eval_pruned.sweeps.stopping import check_tasks, evaluate_until_decided
 from lm_eval_pruned.sweeps.tasks import fingerprint, load_task
-from lm_eval_pruned.sweeps.tracking import Tracking
+from lm_eval_pruned.sweeps.tracking import check_tracking, report
 
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ class UnitRunner:
         base: Reads the unpruned model's results on a task, for units that may stop early.
 
     Attributes:
-        tracking: Where units are reported besides the folder.
         device_failed: Whether the accelerator failed, after which this process cannot use it.
     """
 
@@ -56,7 +56,7 @@ class UnitRunner:
         self, sweep: Sweep, part: str, base: Callable[[SweepTask], Run] | None = None
     ) -> None:
         self._sweep, self._part, self._base = sweep, part, base
-        self.tracking = Tracking(sweep.settings)
+        check_tracking(sweep.settings)
         self._holds: Configuration | None = None
         # The model, or what loading it raised.
         self._lm: Any = None
@@ -94,37 +94,46 @@ class UnitRunner:
         sweep, (configuration, task) = self._sweep, unit
         manager = sweep.task_manager(configuration)
         tasks = load_task(manager, task)
-        may_stop = self._base is not None and sweep.may_stop(configuration)
+        base = None
         if sweep.stop_when is not None:
             members = manager.load(tasks)["tasks"]
             # Those of the unpruned model, too, for which all sizes wait.
             check_tasks(sweep.stop_when, members, sweep.settings)
-        base = self._base(task) if self._base and may_stop else None
-        lm = self._model(configuration)
-        start = time.perf_counter()
-        tracker = self.tracking.hub_tracker(lm.rank)
-        evaluate = functools.partial(
-            self._evaluate, configuration, manager, tasks, tracker
-        )
+            if self._base and sweep.may_stop(configuration):
+                base = self._base(task)
+        self._load(configuration)
+        start, tracker = time.perf_counter(), EvaluationTracker()
+        given = configuration, manager, tasks, tracker
+        evaluate = functools.partial(self._evaluate, *given)
         if base is None:
             results = evaluate()
         else:
-            given = members, base, evaluate, folder.parent
-            results = evaluate_until_decided(sweep, task.name, *given)
+            results = evaluate_until_decided(
+                sweep, task.name, members, base, evaluate, folder.parent
+            )
         seconds = time.perf_counter() - start
         # Of several processes, the first has them.
         if results is not None:
-            with self.tracking.reported(*unit.names, results, tracker):
-                write_results(results, tracker, folder)
+            report(" ".join(unit.names), results, sweep.settings)
+            write_results(results, tracker, folder)
         return seconds
 
-    def _model(self, configuration: Configuration) -> Any:
+    def _load(self, configuration: Configuration) -> None:
+        """Hold the model of a configuration, or raise what loading it has raised."""
+        sweep = self._sweep
         if self._holds is not configuration:
             self.release()
             self._holds = configuration
             logger.info("Loading %s.", configuration.id)
+            names = ("batch_size", "max_batch_size", "device")
+            more = {name: getattr(sweep.settings, name) for name in names}
+            more["known_scores"] = self._known_scores
             try:
-                self._lm = self._loaded(configuration)
+                if configuration.healed:
+                    sweep.heal(configuration)
+                    release_memory()
+                load = get_model(sweep.model).create_from_arg_obj
+                self._lm = load(sweep.model_args(configuration), more)
             except Exception as error:  # noqa: BLE001
                 # The frames of the traceback keep what was loaded so far.
                 traceback.clear_frames(error.__traceback__)
@@ -133,26 +142,13 @@ class UnitRunner:
             raise self._lm
         # The results of a unit are of that unit alone.
         self._lm.begin_evaluation()
-        return self._lm
-
-    def _loaded(self, configuration: Configuration) -> Any:
-        sweep = self._sweep
-        if configuration.healed:
-            sweep.heal(configuration)
-            release_memory()
-        names = ("batch_size", "max_batch_size", "device")
-        more = {name: getattr(sweep.settings, name) for name in names}
-        return get_model(sweep.model).create_from_arg_obj(
-            sweep.model_args(configuration),
-            {**more, "known_scores": self._known_scores},
-        )
 
     def _evaluate(
         self,
         configuration: Configuration,
         manager: Any,
         tasks: list[Any],
-        tracker: Any,
+        tracker: EvaluationTracker,
         chosen: dict[str, list[int]] | None = None,
         cache: str | None = None,
     ) -> Any:
