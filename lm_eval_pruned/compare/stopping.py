@@ -98,17 +98,18 @@ def sequential(
 
 def partial_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return which tasks of a run, or of its base, are not of all documents."""
-    notes = []
-    for each in (base, run):
-        partial = [
+    parts = {
+        each.name: [
             f"{task} ({each.stopping[task].text}, {each.stopping[task].reason})"
             for task in tasks
             if is_partial(each, task)
         ]
-        if partial:
-            notes.append(
-                f"{each.name} stopped when decided: {', '.join(partial)}. Scores and differences are "
-                "of these documents; intervals and p hold for stopping. q bounds the chance of any "
-                "wrong decision over the sizes of one task, not over all tasks together."
-            )
-    return notes
+        for each in (base, run)
+    }
+    return [
+        f"{name} stopped when decided: {', '.join(of)}. Scores and differences are of these documents; "
+        "intervals and p hold for stopping. q bounds the chance of any wrong decision over the sizes of "
+        "one task, not over all tasks together."
+        for name, of in parts.items()
+        if of
+    ]

@@ -47,16 +47,15 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
     if rule is None:
         return None
     refuse_other_processes(f"stop_when={rule}", options)
-    energy = (options.get("model_args") or {}).get("energy")
-    others = {**options, "energy": bool(energy)}
-    for name, value in {
-        "log_samples": False,
-        "predict_only": True,
-        "energy": True,
-    }.items():
-        if others.get(name) is value:
+    others = {**(options.get("model_args") or {}), **options}
+    for name, wrong in (
+        ("log_samples", False),
+        ("predict_only", True),
+        ("energy", True),
+    ):
+        if others.get(name) is wrong:
             raise ValueError(
-                f"stop_when={rule} compares documents look by look, and {name} is {value}: leave "
+                f"stop_when={rule} compares documents look by look, and {name} is {wrong}: leave "
                 "one of them out."
             )
     word, colon, margin = rule.partition(":")
@@ -82,18 +81,17 @@ def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
         if settings.num_fewshot is not None and examples != 0:
             examples = settings.num_fewshot
         told = {**(config.generation_kwargs or {}), **(settings.gen_kwargs or {})}
-        why = None
+        sampled = told.get("do_sample", told.get("temperature"))
         if examples and not isinstance(getattr(task, "sampler", None), FirstNSampler):
             why = "its few-shot examples at random: take 0, or sampler: first_n in its YAML"
-        elif task.OUTPUT_TYPE == "generate_until" and told.get(
-            "do_sample", told.get("temperature")
-        ):
+        elif task.OUTPUT_TYPE == "generate_until" and sampled:
             why = "its answers at random: pass --gen_kwargs do_sample=false"
-        if why:
-            raise ValueError(
-                f"stop_when={rule} needs prompts and answers that depend on the document alone, "
-                f"and {name} draws {why}, or leave stop_when out."
-            )
+        else:
+            continue
+        raise ValueError(
+            f"stop_when={rule} needs prompts and answers that depend on the document alone, and "
+            f"{name} draws {why}, or leave stop_when out."
+        )
 
 
 def documents_of_looks(

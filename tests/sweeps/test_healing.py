@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -70,22 +71,20 @@ def healing(options, **more):
 @pytest.fixture
 def trainer(monkeypatch):
     """Replace the trainer by one that notes its steps, and can act at one of them."""
-    steps, trainings, at = [], [], {}
+    noted = SimpleNamespace(steps=[], trainings=[], at={})
 
     class Noting(HealingTrainer):
-        steps, trainings, at = steps, trainings, at
-
         def train(self, *arguments, **named):
-            self.trainings.append(self.args.output_dir)
+            noted.trainings.append(self.args.output_dir)
             return super().train(*arguments, **named)
 
         def compute_loss(self, *arguments, **named):
-            self.steps.append(self.state.global_step)
-            self.at.get(self.state.global_step, lambda: None)()
+            noted.steps.append(self.state.global_step)
+            noted.at.get(self.state.global_step, lambda: None)()
             return super().compute_loss(*arguments, **named)
 
     monkeypatch.setattr("lm_eval_pruned.healing.trainer.HealingTrainer", Noting)
-    return Noting
+    return noted
 
 
 @pytest.fixture(scope="module")
