@@ -43,4 +43,6 @@ def test_bar_on_a_terminal(monkeypatch, capsys):
     progress.close()
     out, err = capsys.readouterr()
     assert "[2/2] ratio-2 / a: acc 0.5000" in out
-    assert all(shown in err for shown in ("1/2 |", "0:00:10 left, a of ratio-2", "2/2 |"))
+    assert all(
+        shown in err for shown in ("1/2 |", "0:00:10 left, a of ratio-2", "2/2 |")
+    )
