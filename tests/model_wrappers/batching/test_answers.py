@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -119,29 +118,28 @@ def test_answers_are_those_of_hf(kind, variant):
 
 @pytest.mark.parametrize("percent", [0, 40])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float16, 0.3), (torch.bfloat16, 2.0)]
-)
-@pytest.mark.parametrize(
-    "arguments",
-    [{}, {"softmax_dtype": "float32"}, {"mixed_precision_dtype": "bfloat16"}],
-    ids=lambda arguments: "".join(arguments) or "plain",
+    ("dtype", "arguments", "tolerance"),
+    [
+        (torch.float16, {}, 0.2),
+        (torch.bfloat16, {}, 1.5),
+        (torch.bfloat16, {"softmax_dtype": "float32"}, 1.5),
+        (torch.float32, {"mixed_precision_dtype": "bfloat16"}, 0.5),
+    ],
+    ids=["float16", "bfloat16", "softmax", "autocast"],
 )
 def test_16_bit_types_take_the_fast_path_and_round(
-    kind, dtype, tolerance, percent, arguments
+    kind, dtype, arguments, tolerance, percent
 ):
     """Near what `hf` says, in numbers of the type; a text may differ where two tokens are near."""
-    model = tiny(dtype=torch.float32 if "mixed_precision_dtype" in arguments else dtype)
-    lm = wrapped(PrunedHFLM, model, prune_percent=percent, **arguments)
+    lm = wrapped(PrunedHFLM, tiny(dtype=dtype), prune_percent=percent, **arguments)
     got = kind.ask(lm)
     assert kind.record(lm)["requests"].keys() == {kind.fast}
-    if kind is not SCORED:
-        return
-    values = [value for value, _ in got]
-    expected = [value for value, _ in kind.ask(hf(lm.model, **arguments))]
-    assert all(map(math.isfinite, values))
-    assert values == pytest.approx(expected, abs=max(tolerance, 2.0 * bool(arguments)))
-    if not arguments:
-        assert torch.tensor(values).to(dtype).tolist() == values
+    if kind is SCORED:
+        values = [value for value, _ in got]
+        expected = [value for value, _ in kind.ask(hf(lm.model, **arguments))]
+        assert values == pytest.approx(expected, abs=tolerance)
+        if not arguments:
+            assert torch.tensor(values).to(dtype).tolist() == values
 
 
 def test_nothing_asked_is_nothing_answered(kind):
@@ -446,8 +444,3 @@ def test_two_models_in_two_threads(fast, monkeypatch):
     for one, other in zip(got, expected, strict=True):
         assert_close(one, other)
     assert all(functions == before for functions in seen)
-
-
-def test_two_runs_are_bit_identical(fast):
-    first, second = (fast.ask(ours(tiny(dtype=torch.float32))) for _ in range(2))
-    assert first == second

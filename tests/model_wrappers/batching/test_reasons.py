@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 import transformers
-from lm_eval.models.huggingface import HFLM
 
 from lm_eval_pruned.model_wrappers.batching import (
     answer_paths,
@@ -19,8 +18,6 @@ from lm_eval_pruned.model_wrappers.batching import (
     prefix_pass,
     prefix_sharing,
 )
-from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
-from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers.answering import (
     GENERATED,
@@ -86,9 +83,8 @@ def flash():
         (lambda: model_of(tiny_config()), None),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_about_a_model_speaks_against_fast_paths(make, reason, dtype):
-    lm = SimpleNamespace(model=make().to(dtype), backend="causal")
+def test_what_about_a_model_speaks_against_fast_paths(make, reason):
+    lm = SimpleNamespace(model=make(), backend="causal")
     got = attention_support.unsupported_reason(lm)
     assert (got is None) if reason is None else reason in got
     lm.backend = "seq2seq"
@@ -131,7 +127,7 @@ def test_a_model_that_is_not_supported_answers_as_hf_and_one_line_says_why(
     asked = fast.asked[:3]
     expected = fast.ask(hf(model, backend=backend), asked)
     for _ in range(2):
-        assert_close(fast.ask(lm, asked), expected, 1e-3)
+        assert_close(fast.ask(lm, asked), expected, 0)
     (line,) = said(fast, caplog)
     assert reason in line
     record = fast.record(lm)
@@ -278,36 +274,14 @@ def test_what_answered_is_recorded_for_one_evaluation(fast):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend", "linear"),
-    [
-        (torch.float32, "onednn", "onednn"),
-        (torch.float64, "onednn", "torch"),
-        (torch.float32, "torch", "torch"),
-    ],
+    ("dtype", "linear"), [(torch.float32, "onednn"), (torch.float64, "torch")]
 )
-def test_the_results_say_what_computed_linear_layers(
-    fast, dtype, backend, linear, monkeypatch
-):
+def test_the_results_say_what_computed_linear_layers(fast, dtype, linear, monkeypatch):
     for module in (cpu_linear, answer_paths):
-        monkeypatch.setattr(module, "linear_backend", lambda: backend)
+        monkeypatch.setattr(module, "linear_backend", lambda: "onednn")
     lm = ours(tiny(dtype=dtype))
     fast.ask(lm)
     assert lm.get_model_info()["answer_paths"]["linear"] == linear
-
-
-@pytest.mark.parametrize(
-    "method",
-    ["_loglikelihood_tokens", "_select_cont_toks", "_model_call", "_model_generate"],
-)
-def test_what_hf_computes_with_is_overridden_in_one_place(method):
-    above = PrunedHFLM.__mro__[: PrunedHFLM.__mro__.index(HFLM)]
-    assert len([cls for cls in above if method in vars(cls)]) == 1
-
-
-def test_no_path_takes_the_name_of_another():
-    """Mixins of one class share a namespace, and a type checker does not mind."""
-    common = vars(SlotRefillingMixin).keys() & vars(PrefixSharingMixin).keys()
-    assert {name for name in common if not name.startswith("__")} == set()
 
 
 # --- processes that meet, and a lack of memory
