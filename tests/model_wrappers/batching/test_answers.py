@@ -23,7 +23,6 @@ from lm_eval_pruned.model_wrappers.batching import (
     slot_table,
     slots as slots_module,
 )
-from lm_eval_pruned.model_wrappers.batching.slots import SlotCache
 from lm_eval_pruned.model_wrappers.batching.token_tree import Budget
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers.answering import (
@@ -102,7 +101,19 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+SLOW = {
+    *("narrower softmax", "think_end_token=b", "think_end_token=98", "dora", "ia3"),
+    *("batch_size=20", "batch_size=auto"),
+}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, id=name, marks=pytest.mark.slow if name in SLOW else ())
+        for name, v in VARIANTS.items()
+    ],
+)
 def test_answers_are_those_of_hf(kind, variant):
     model = variant.model()
     lm = ours(model, **variant.both, **variant.ours)
@@ -116,7 +127,7 @@ def test_answers_are_those_of_hf(kind, variant):
             assert kind.ask(hf(model)) != got
 
 
-@pytest.mark.parametrize("percent", [0, 40])
+@pytest.mark.parametrize("percent", [0, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("dtype", "arguments", "tolerance"),
     [
@@ -402,26 +413,6 @@ def test_the_progress_bar_counts_requests(fast, capsys):
     error = capsys.readouterr().err
     assert f"Running {fast.request_type} requests" in error
     assert f"{len(fast.asked)}/{len(fast.asked)}" in error
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("failing", [1, 2, 4])
-def test_no_request_is_lost_where_a_copy_runs_out_of_memory(monkeypatch, failing):
-    """Prompts that begin alike are copied; so are answers that move up as others end."""
-    lm = ours(tiny(), slots=4)
-    copy_slot, copies = SlotCache.copy, []
-
-    def short_of_memory(*arguments):
-        copies.append(arguments)
-        if len(copies) == failing:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
-        copy_slot(*arguments)
-
-    monkeypatch.setattr(SlotCache, "copy", short_of_memory)
-    asked = [(STEM + c, {"max_gen_toks": n}) for n, c in enumerate("abcdefg", 1)]
-    assert GENERATED.ask(lm, asked) == GENERATED.ask(hf(lm.model), asked)
-    assert len(copies) > failing
-    assert GENERATED.record(lm)["requests"] == {"slots": len(asked)}
 
 
 def test_two_models_in_two_threads(fast, monkeypatch):

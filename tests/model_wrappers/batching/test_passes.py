@@ -107,7 +107,7 @@ def forward_of(model, device):
 def test_a_pass_stays_on_its_device(attention, monkeypatch):
     """On torch's device without data, where whatever else turns up is a stranger."""
     device = torch.device("meta")
-    forward = forward_of(tiny(attention, num_hidden_layers=8).to(device), device)
+    forward = forward_of(tiny(attention, num_hidden_layers=2).to(device), device)
     devices = run_tree(forward, Budget(9, 5, 9), monkeypatch)
     assert len(devices) > 2
     assert {each.type for each in devices} == {"meta"}
@@ -357,3 +357,24 @@ def test_slots_begin_as_zeros(dtype):
     keys = cache.layers[0].keys
     assert (keys.dtype, keys.shape) == (dtype, (3, 2, 64, 8))
     assert keys.sum() == keys[0, :, :5].sum() == states.numel()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [1, 2, 4])
+def test_no_request_is_lost_where_a_copy_runs_out_of_memory(monkeypatch, failing):
+    """Prompts that begin alike are copied; so are answers that move up as others end."""
+    lm = ours(tiny(), slots=4)
+    copy_slot, copies = SlotCache.copy, []
+
+    def short_of_memory(*arguments):
+        copies.append(arguments)
+        if len(copies) == failing:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
+        copy_slot(*arguments)
+
+    monkeypatch.setattr(SlotCache, "copy", short_of_memory)
+    stem = "The same examples in front of each question. "
+    asked = [(stem + c, {"max_gen_toks": n}) for n, c in enumerate("abcdefg", 1)]
+    assert GENERATED.ask(lm, asked) == GENERATED.ask(hf(lm.model), asked)
+    assert len(copies) > failing
+    assert GENERATED.record(lm)["requests"] == {"slots": len(asked)}

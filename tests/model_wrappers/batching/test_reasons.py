@@ -322,6 +322,7 @@ def failing(lm, message, fits=lambda tokens: False):
     return held
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_halves_passes_for_good(fast, monkeypatch, caplog):
     asked = [(letter * 9, *fast.asked[0][1:]) for letter in "abcdef"]
     expected = fast.ask(hf(tiny()), asked)

@@ -60,14 +60,8 @@ def exact(value):
     return json.loads(json.dumps(value, default=str))
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "chat"),
-    [
-        (4, False),
-        pytest.param(1, True, marks=pytest.mark.slow),
-        pytest.param("auto:2", False, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch_size", "chat"), [(1, True), ("auto:2", False)])
 def test_samples_and_scores_are_those_of_hf(
     tiny_llama, manager, batch_size, chat, share_however_little
 ):
