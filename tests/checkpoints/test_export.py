@@ -46,8 +46,8 @@ ARCHITECTURES = {
     "phi3": {},
     "mixtral": {"num_local_experts": 3},
     "t5": {
-        **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-        **{"d_model": 32, "d_ff": 88, "d_kv": 8, "num_layers": 2, "num_heads": 4},
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        "d_model": 32, "d_ff": 88, "d_kv": 8, "num_layers": 2, "num_heads": 4,
     },
 }
 
@@ -84,9 +84,7 @@ def test_only_the_width_changes(family, tmp_path):
 def test_any_width_and_shard_size(tmp_path_factory, tiny_llama, width, shard):
     output = tmp_path_factory.mktemp("export") / "out"
     asked = {"intermediate_size": width}
-    export_pruned(
-        str(tiny_llama), output, max_shard_size=shard, prune_arguments=asked
-    )
+    export_pruned(str(tiny_llama), output, max_shard_size=shard, prune_arguments=asked)
     loaded = load_pruned(str(tiny_llama), **asked)
     assert_state(loaded, stored(output))
     index = output / "model.safetensors.index.json"
@@ -117,7 +115,11 @@ def left_in_float32(model_type: str, dtype, tmp_path: Path) -> set[str]:
             buffer.add_(torch.randn_like(buffer) * 0.05)
     model.save_pretrained(tmp_path / "in")
     config.save_pretrained(tmp_path / "in")
-    source, out, asked = Source(tmp_path / "in"), tmp_path / "out", {"prune_percent": 40}
+    source, out, asked = (
+        Source(tmp_path / "in"),
+        tmp_path / "out",
+        {"prune_percent": 40},
+    )
     source.auto = candidates()[model_type][1]
     export_pruned(str(source.folder), out, dtype=dtype, prune_arguments=asked)
     loaded = source.load(dtype=dtype, **asked).state_dict()

@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.pruning.criteria import ALIASES, CALIBRATED, CRITERIA, RANDOM
-from tests.helpers import by_hand, checkpoints, layouts
-from tests.helpers.checkpoints import byte_tokenizer, save_tiny, tiny_config, tiny_model
+from tests.helpers import by_hand, layouts
+from tests.helpers.checkpoints import byte_tokenizer, save_tiny
 from tests.helpers.comparing import assert_same_model
-from tests.helpers.layouts import EAGER, breadth, layer_of, logits, ragged
+from tests.helpers.layouts import breadth, layer_of, logits, ragged
 from tests.helpers.ways_to_load import (
     TEXTS,
     WAYS,

@@ -36,9 +36,7 @@ def by_map(folder, offload):
     whole = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
     device_map = dict.fromkeys((*whole, "model.layers.0"), "cpu")
     device_map |= dict.fromkeys(("model.layers.1", "model.layers.2"), "disk")
-    model = load_pruned(
-        folder, ratio=2, device_map=device_map, offload_folder=offload
-    )
+    model = load_pruned(folder, ratio=2, device_map=device_map, offload_folder=offload)
     assert model.hf_device_map == device_map
     return model
 

@@ -44,7 +44,7 @@ FAMILIES = {
     "llama4_text": {**overrides("llama4_text", 12), "moe_layers": [1, 3]},
     "deepseek_v3": {**overrides("deepseek_v3", 12), "first_k_dense_replace": 2},
     "falcon_h1": {
-        **{"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
         "mamba_chunk_size": 8,
     },
 }
@@ -146,7 +146,9 @@ def test_every_way_gives_the_model_without_the_layers(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generating_with_a_cache_is_generating_without(family, made):
     asked = {"drop_layers": "0+2"}
-    models = [WAYS[way](made(family), asked, None)[0] for way in ("one file", "in memory")]
+    models = [
+        WAYS[way](made(family), asked, None)[0] for way in ("one file", "in memory")
+    ]
     first, *others = [
         answer(model, use_cache=cached) for model in models for cached in (True, False)
     ]

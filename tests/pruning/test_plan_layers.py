@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints import load
