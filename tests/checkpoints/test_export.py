@@ -46,8 +46,13 @@ ARCHITECTURES = {
     "phi3": {},
     "mixtral": {"num_local_experts": 3},
     "t5": {
-        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
-        "d_model": 32, "d_ff": 88, "d_kv": 8, "num_layers": 2, "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "d_model": 32,
+        "d_ff": 88,
+        "d_kv": 8,
+        "num_layers": 2,
+        "num_heads": 4,
     },
 }
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -24,7 +23,6 @@ from transformers import (
 )
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.checkpoints.configs import config_and_rest
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning.arguments import PruneArguments
@@ -49,25 +47,6 @@ def request_for(folder, arguments=None, **asked):
     return LoadRequest.resolve(
         AutoModelForCausalLM, str(folder), PruneArguments(**asked), arguments or {}
     )
-
-
-def test_no_layer_is_converted_at_its_full_width(tiny_llama, monkeypatch):
-    # In the calling thread, where a dispatch mode sees every operation.
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            on_cpu = isinstance(result, torch.Tensor) and result.device.type == "cpu"
-            if on_cpu and result.dtype == torch.bfloat16:
-                seen.append(tuple(result.shape))
-            return result
-
-    with Watch():
-        load_pruned(str(tiny_llama), ratio=1, dtype=torch.bfloat16)
-    assert (32, 32) in seen, "the narrowed weights are converted"
-    assert not {(88, 32), (32, 88)} & {*seen}
 
 
 # Threads, each in a process of its own: where they load at once, transformers itself can leave
@@ -149,35 +128,6 @@ def test_the_tokenizer_comes_from_where_the_model_does(tiny_llama, monkeypatch):
     given = {**where, "device_map": {"": "cpu"}, "dtype": "float16", "variant": None}
     dataclasses.replace(request, model_arguments=given).load_tokenizer()
     assert calls == [((str(tiny_llama),), where)]
-
-
-def test_arguments_are_for_the_config_or_for_the_model(tiny_llama):
-    for_model = {
-        "dtype": torch.float16,
-        "quantization_config": None,
-        "revision": "main",
-        "trust_remote_code": False,
-        "low_cpu_mem_usage": True,
-    }
-    for_config = {"rms_norm_eps": 0.5, "attn_implementation": "eager"}
-    config, rest = config_and_rest(str(tiny_llama), for_model | for_config)
-    assert config.rms_norm_eps == 0.5
-    assert config.dtype == torch.float32, "what the checkpoint says"
-    assert rest.items() >= for_model.items() and "rms_norm_eps" not in rest
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "phi3"])
-def test_what_was_merged_is_saved_as_it_was_stored(family, dtype, tmp_path):
-    layouts.save_family(tmp_path / "source", family, 16)
-    model = load_pruned(str(tmp_path / "source"), intermediate_size=8, dtype=dtype)
-    model.save_pretrained(tmp_path / "saved")
-    source, saved = (
-        checkpoints.load_file(tmp_path / name / "model.safetensors")
-        for name in ("source", "saved")
-    )
-    assert source.keys() == saved.keys()
-    assert_same_model(load_pruned(str(tmp_path / "saved")), model)
 
 
 def test_biases_are_no_part_of_the_ranking(tmp_path):
@@ -290,11 +240,6 @@ def test_unusual_numbers_of_experts(tmp_path, family, sizes):
             load_pruned(str(tmp_path), ratio=1)
 
 
-def test_options_are_passed_by_name(tiny_llama):
-    with pytest.raises(TypeError, match="positional"):
-        load_pruned(str(tiny_llama), 1)
-
-
 # What is refused: what was done to the checkpoint, arguments, and a telling word.
 
 
@@ -331,10 +276,6 @@ def without_glu(folder):
     checkpoints.tiny_config("gpt2").save_pretrained(folder)
 
 
-def as_it_is(folder):
-    pass
-
-
 REFUSED = [
     *(
         (nan_in(name), {}, f"{re.escape(name)} holds .* NaN")
@@ -358,11 +299,6 @@ REFUSED = [
     ),
     *((quantised(m), {}, f"quant_method={m}") for m in ("gptq", "awq", "bitsandbytes")),
     (without_glu, {}, "GPT2LMHeadModel"),
-    (as_it_is, {"device": "cpu", "device_map": "auto"}, "device=cpu and device_map"),
-    *(
-        (as_it_is, {"trust_remote_code": text}, f"trust_remote_code='{text}' is not")
-        for text in ("off", "false", "")
-    ),
 ]
 
 

@@ -44,7 +44,9 @@ FAMILIES = {
     "llama4_text": {**overrides("llama4_text", 12), "moe_layers": [1, 3]},
     "deepseek_v3": {**overrides("deepseek_v3", 12), "first_k_dense_replace": 2},
     "falcon_h1": {
-        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
         "mamba_chunk_size": 8,
     },
 }

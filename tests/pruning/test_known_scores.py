@@ -42,8 +42,9 @@ def work(monkeypatch):
         (measuring, "block_influence"),
         (measuring.LoadedModel, "losses"),
     ):
+        original = getattr(module, name)
 
-        def counted(*args, run=getattr(module, name), what=name, **named):
+        def counted(*args, run=original, what=name, **named):
             found.append(what)
             return run(*args, **named)
 
