@@ -52,8 +52,8 @@ DENSE = {
 #: A width is twice, or 3/2 of, what the config says, or a list.
 ODD_KEYS = ("recurrent_gemma", "lfm2", "gemma3n_text")
 LAYOUTS = dict.fromkeys((*layouts.FAMILIES, *DENSE, *ODD_KEYS))
-#: Separate, fused, with an encoder, stacked by expert, one by one, transposed, mixed.
-QUICK = ("llama", "phi3", "t5", "mixtral", "gpt_oss", "deepseek_v3")
+#: Separate, fused, with an encoder, with a shared expert of an odd width, transposed, mixed.
+QUICK = ("llama", "phi3", "t5", "qwen2_moe", "gpt_oss", "deepseek_v3")
 #: Without `CALIBRATED`, and an alias.
 BY_WEIGHTS = sorted({*CRITERIA, RANDOM} - {*CALIBRATED})
 
