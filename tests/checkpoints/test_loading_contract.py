@@ -205,7 +205,7 @@ def test_criteria_of_activity_follow_their_formulas(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["llama", "t5", "deepseek_v3"])
 def test_weights_are_ranked_as_they_are_stored_and_then_cast(
     layout, stored, dtype, made, tmp_path
@@ -246,14 +246,17 @@ def test_what_weights_and_text_decide_is_decided_alike(way, tmp_path, text):
     if way != "global":
         asked["calibration"] = text
     state = source.load(**asked).state_dict()
-    record = assert_one_model(source, asked, state, tmp_path)
+    ways = ("in memory", "exported")
+    record = assert_one_model(source, asked, state, tmp_path, ways)
     cast = source.load(dtype=torch.bfloat16, **asked)
     assert cast.prune_record.digest == record.digest
     exported = source.load(tmp_path / "exported", dtype=torch.bfloat16)
     assert_state(exported, cast.state_dict())
 
 
-@pytest.mark.parametrize("layout", breadth(layouts.FAMILIES, *QUICK))
+@pytest.mark.parametrize(
+    "layout", breadth(layouts.FAMILIES, "llama", "t5", "deepseek_v3")
+)
 def test_a_model_whose_layers_differ_is_saved_opened_and_pruned_again(
     layout, made, tmp_path
 ):
