@@ -97,9 +97,7 @@ def dichotomy() -> Plot:
             at = at[at["n"] == of["n"].max()]
             panel += level(scale * at["score"].iloc[0], y)
         panels.append(panel.properties(title=title, width=220, height=180))
-    said = (
-        "Dotted: a score that needs no knowledge. Band: three random choices of neurons."
-    )
+    said = "Dotted: a score that needs no knowledge. Band: three random choices of neurons."
     title = "SmolLM2-135M-Instruct, cut alike in all layers"
     return Plot("dichotomy", title, said, alt.concat(*panels, columns=3))
 
