@@ -62,11 +62,12 @@ def _groups_masked_keys(config: PretrainedConfig, forward: Forward) -> bool:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shapes = ((heads, 64, size), (shared, 64, size), (shared, 64, size), (1, 64, 64))
-    sent = [
+    query, key, value, mask = (
         torch.empty(1, *shape, dtype=forward.dtype, device=forward.device)
         for shape in shapes
-    ]
-    return cuda.can_use_cudnn_attention(cuda.SDPAParams(*sent, 0.0, False, True))
+    )
+    asked = cuda.SDPAParams(query, key, value, mask, 0.0, False, True)
+    return cuda.can_use_cudnn_attention(asked)
 
 
 class Forward:

@@ -154,12 +154,12 @@ def run_rows(forward: Forward, cache: SlotCache, work: list[Row]) -> torch.Tenso
     asked, width = len(work), max(start + len(new) for _, new, start in work)
     shows_slots = any(start for _, _, start in work)
     if forward.rounds:
-        width = min(rounded(width), cache.capacity)
+        width = min(rounded(width, 128), cache.capacity)
         count = min(1 << (asked - 1).bit_length(), cache.slots)
         # A step takes the first slots, so that those behind them fill it up.
         fill = range(asked, count) if work[-1][0] == asked - 1 else [0] * count
-        last = cache.capacity - 1
-        work = [*work, *((slot, [0], last) for slot in fill)][:count]
+        place = cache.capacity - 1
+        work = [*work, *((slot, [0], place) for slot in fill)][:count]
     slots = [slot for slot, _, _ in work]
     start = np.array([start for _, _, start in work])
     counts = np.array([len(new) for _, new, _ in work])

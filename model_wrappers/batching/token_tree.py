@@ -198,8 +198,9 @@ class Budget:
 
     def halved(self) -> Budget:
         """Return half of this budget, rounded down to one token at least."""
-        bounds = (max(1, bound // 2) for bound in astuple(self)[:4])
-        return Budget(*bounds, self.rounds)  # type: ignore[misc]
+        *bounds, _ = astuple(self)
+        halves = Budget(*(max(1, bound // 2) for bound in bounds))
+        return replace(halves, rounds=self.rounds)
 
 
 def next_pack(
