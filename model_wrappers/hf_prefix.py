@@ -22,6 +22,7 @@ from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
 from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
+from lm_eval_pruned.model_wrappers.batching.tokenising import TokenisingMixin
 
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
 _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
-class PrefixHFLM(PrefixSharingMixin, SlotRefillingMixin, HFLM):
+class PrefixHFLM(TokenisingMixin, PrefixSharingMixin, SlotRefillingMixin, HFLM):
     def __init__(self, pretrained: Any = None, *args: Any, **kwargs: Any) -> None:
         """HFLM that computes what requests have in common once.
 

@@ -41,6 +41,11 @@ eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
     """`PrefixHFLM` with the arguments ``energy...`` of `EnergyWindows`."""
 
+    @property
+    def keeps_tokens(self) -> bool:  # type: ignore[override]
+        """Whether tokens go over to the next model, which spares it time and energy."""
+        return self._energy is None
+
     def barrier(self) -> None:
         """Wait for all processes, as the harness does after each type of request; end its windows."""
         super().barrier()

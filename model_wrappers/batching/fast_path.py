@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .answer_paths import AnswerPaths, TokenCounts
@@ -86,6 +87,14 @@ class FastPathMixin(_Neighbour):
     def _shares_model(self) -> bool:
         """Whether several processes hold a part of each of the model's tensors."""
         return (getattr(base_model(self.model), "tp_size", None) or 1) > 1
+
+    def _free_memory(self) -> int | None:
+        """Return the bytes that are free on the card; None: not known, or not the same for all."""
+        card: Any = getattr(torch, self.device.type, None)
+        if self._shares_model or not hasattr(card, "mem_get_info"):
+            return None
+        unused = card.memory_reserved(self.device) - card.memory_allocated(self.device)
+        return int(card.mem_get_info(self.device)[0] + unused)
 
     def _can_take(self, path: FastPath) -> bool:
         """Return whether nothing about the model speaks against `path`; say once what does."""

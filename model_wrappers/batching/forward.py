@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.backends import cuda
 
 from .attention_in_parts import AttentionInParts
+from .attention_support import base_model
 from .cpu_linear import fast_cpu_linears
 
 
@@ -15,12 +18,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
+    from transformers import PretrainedConfig
 
     from .attention_in_parts import Part
 
 #: sdpa's memory-efficient kernel wants the rows of a mask to begin at multiples of so
 #: many elements (8 or 16, by version), and else copies the mask in each layer.
 ALIGNMENT = 16
+# Has transformers group keys under a mask, too.
+_GROUP_KEYS = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 
 def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,6 +45,31 @@ def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return whole[..., :keys].masked_fill_(hidden[:, None], float("-inf"))
 
 
+def rounds_shapes(device: torch.device) -> bool:
+    """Return whether a device plans attention for each shape, and little for what is hidden."""
+    return device.type != "cpu"
+
+
+def _groups_masked_keys(config: PretrainedConfig, forward: Forward) -> bool:
+    """Return whether cuDNN attends under a mask to keys that several heads share.
+
+    transformers copies such keys for each head, since most kernels cannot.
+    """
+    config = config.get_text_config()
+    shared = getattr(config, "num_key_value_heads", None)
+    if forward.device.type != "cuda" or not shared or forward.dtype.itemsize > 2:
+        return False
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shapes = ((heads, 64, size), (shared, 64, size), (shared, 64, size), (1, 64, 64))
+    query, key, value, mask = (
+        torch.empty(1, *shape, dtype=forward.dtype, device=forward.device)
+        for shape in shapes
+    )
+    asked = cuda.SDPAParams(query, key, value, mask, 0.0, False, True)
+    return cuda.can_use_cudnn_attention(asked)
+
+
 class Forward:
     """Runs a model and computes logits where they are wanted.
 
@@ -49,6 +80,7 @@ class Forward:
         model: A causal language model, or an adapter around one.
         device: Where its inputs belong.
         dtype: Of queries, and so of masks.
+        rounds: Whether shapes are rounded up to sizes that repeat: on a card.
     """
 
     def __init__(self, lm: Any) -> None:
@@ -57,6 +89,8 @@ class Forward:
         self.device = lm.device
         self._autocast_dtype = lm.mixed_precision_dtype
         self.dtype = self._autocast_dtype or lm.model.dtype
+        self.rounds = rounds_shapes(self.device)
+        self._groups_keys = _groups_masked_keys(base_model(lm.model).config, self)
         # glibc keeps memory of up to twice the largest block that was freed, at most 32 MiB,
         # instead of having the system clear its pages anew in each layer.
         torch.empty(31 << 20, dtype=torch.uint8)
@@ -95,6 +129,9 @@ class Forward:
                 stack.enter_context(
                     torch.autocast(self.device.type, self._autocast_dtype)
                 )
+            if self._groups_keys and _GROUP_KEYS not in os.environ:
+                os.environ[_GROUP_KEYS] = "1"
+                stack.callback(os.environ.pop, _GROUP_KEYS)
             if parts:
                 mask = arguments["attention_mask"]
                 stack.enter_context(AttentionInParts(mask, parts))

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from .attention_in_parts import Part
 from .attention_support import cache_argument
 from .forward import additive_mask
-from .token_tree import TokenTree, best_cut, build_tree
+from .token_tree import TokenTree, best_cut, build_tree, rounded
 
 
 if TYPE_CHECKING:
@@ -96,11 +96,14 @@ class PathCache(DynamicCache):
 
     Attributes:
         length: Tokens of the path.
+        held: What is held of it, with what a card's rounding adds at its end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, rounds: bool = False) -> None:
+        """Begin with an empty path; `rounds`: hold rounded numbers of tokens."""
         super().__init__()
         self.length = 0
+        self._rounds = rounds
         self._path: dict[int, Layer] = {}
         self._kept: torch.Tensor | None = None
         self._next: dict[int, Layer] = {}
@@ -109,7 +112,14 @@ class PathCache(DynamicCache):
         return self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.held + query_length, 0
+
+    @property
+    def held(self) -> int:
+        return self._held(self.length)
+
+    def _held(self, length: int) -> int:
+        return rounded(length) if self._rounds else length
 
     def update(
         self,
@@ -127,7 +137,8 @@ class PathCache(DynamicCache):
                 for path, row in zip(self._path[layer_idx], states, strict=True)
             )
         if self._kept is not None:
-            kept = self._kept.to(key_states.device)
+            # Once for all layers of a device.
+            kept = self._kept = self._kept.to(key_states.device)
             self._next[layer_idx] = tuple(s.index_select(-2, kept) for s in states)
         keys, values = states
         return keys, values
@@ -135,7 +146,9 @@ class PathCache(DynamicCache):
     def begin_pass(self, kept: np.ndarray | None) -> None:
         """Say which tokens of [path, row] are the next path; None: a beginning of the path."""
         self.forget_pass()
-        self._kept = None if kept is None else torch.from_numpy(kept)
+        if kept is not None:
+            kept = np.pad(kept, (0, self._held(len(kept)) - len(kept)))
+            self._kept = torch.from_numpy(kept)
 
     def end_pass(self, length: int) -> None:
         """Take over the next path, of `length` tokens."""
@@ -145,7 +158,7 @@ class PathCache(DynamicCache):
             self._path = {}
         elif length < self.length:
             self._path = {
-                layer: tuple(s[..., :length, :].clone() for s in states)
+                layer: tuple(s[..., : self._held(length), :].clone() for s in states)
                 for layer, states in self._path.items()
             }
         self.length = length
@@ -166,8 +179,10 @@ def run_pack(
 ) -> None:
     """Run the nodes of `pack` through the model and look up what is wanted at them."""
     tree, device = work.tree, forward.device
-    width = max(len(row) for row in pack.rows)
-    nodes = np.full((len(pack.rows), width), -1)
+    count, width = len(pack.rows), max(len(row) for row in pack.rows)
+    if forward.rounds:
+        count, width = rounded(count, 1), rounded(width, 16)
+    nodes = np.full((count, width), -1)
     for i, row in enumerate(pack.rows):
         nodes[i, : len(row)] = row
     real = nodes >= 0
@@ -180,7 +195,7 @@ def run_pack(
     kept = None
     if len(path) and path[-1] >= pack.start:
         kept = np.where(
-            path < pack.start, tree.depth[path], cache.length + path - pack.start
+            path < pack.start, tree.depth[path], cache.held + path - pack.start
         )
     arguments: dict[str, Any] = {"use_cache": False}
     if cache.length or kept is not None:
@@ -188,9 +203,9 @@ def run_pack(
         arguments = {"use_cache": True, cache_argument(forward.model): cache}
     parts: list[Part] = []
     if not pack.chains:
-        mask = _mask(tree, pack, nodes, forward.dtype, device)
+        mask = _mask(tree, pack, nodes, forward.dtype, device, cache.held)
         arguments["attention_mask"] = mask
-        if len(nodes) == 1 and width > _BLOCK_QUERIES and device.type == "cpu":
+        if len(nodes) == 1 and width > _BLOCK_QUERIES and not forward.rounds:
             parts = _parts(tree, pack, mask.shape[-1] - width)
 
     scored = work.scored_before
@@ -218,19 +233,23 @@ def _mask(
     nodes: np.ndarray,
     dtype: torch.dtype,
     device: torch.device,
+    held: int = 0,
 ) -> torch.Tensor:
-    """Return the additive mask, [rows, 1, width, path + width].
+    """Return the additive mask, [rows, 1, width, path + width], of a path `held` tokens long.
 
-    Padding gets numbers above all nodes' and sees itself only: a row without
+    What is held beyond the path ends before all begin, so nobody sees it. Padding gets numbers above all nodes' and sees itself only: a row without
     anything to see would be NaN.
     """
     padding = len(tree) + np.arange(nodes.size).reshape(nodes.shape)
     number = np.where(nodes >= 0, nodes, padding)
     end = np.where(nodes >= 0, tree.end[nodes], padding + 1)
-    path = np.tile(tree.path(int(tree.parent[pack.start])), (len(nodes), 1))
+    path = tree.path(int(tree.parent[pack.start]))
+    beyond = (0, max(0, held - len(path)))
+    paths = [np.pad(each, beyond) for each in (path, tree.end[path])]
+    path, path_end = (np.tile(each, (len(nodes), 1)) for each in paths)
     key, key_end = (
         torch.from_numpy(np.concatenate(both, 1)).to(device)
-        for both in ([path, number], [tree.end[path], end])
+        for both in ([path, number], [path_end, end])
     )
     query = torch.from_numpy(number).to(device)[:, :, None]
     return additive_mask((key[:, None] > query) | (query >= key_end[:, None]), dtype)

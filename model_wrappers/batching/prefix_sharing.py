@@ -8,6 +8,7 @@ computes logits at the scored nodes only (`.prefix_pass`). Independent of prunin
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from .attention_support import (
     sequence_limit,
 )
 from .fast_path import FastPath, FastPathMixin
-from .forward import Forward
+from .forward import Forward, rounds_shapes
 from .prefix_pass import PathCache, Work, run_pack
-from .token_tree import Budget, next_pack
+from .token_tree import Budget, next_pack, rounded
 
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ class PrefixSharingMixin(FastPathMixin):
         Never more tokens than `HFLM` would put into a batch of ``batch_size``, down
         to a floor that no machine notices; ``auto`` begins at the device's ceiling.
         """
+        fewest = _FEWEST_TOKENS
         if self.device.type == "cpu":
             # Products of fewer tokens are slower for each; of more a core's cache holds none.
             tokens = 256 * max(torch.get_num_threads(), 4)
@@ -228,19 +230,39 @@ class PrefixSharingMixin(FastPathMixin):
             in_blocks = config_of(self)._attn_implementation == "sdpa"
             most = Budget(tokens, tokens if in_blocks else 256, 1024)
         else:
-            most = Budget(8192, 1024, 2048)
+            fewest, most = self._card_budget()
         tokens = most.tokens
         if isinstance(self.batch_size, int):
             longest = max(self._input_length(request) for request in requests)
-            tokens = min(max(self.batch_size * longest, _FEWEST_TOKENS), tokens)
+            tokens = min(max(self.batch_size * longest, fewest), tokens)
         # What a shortage of memory left, and what Llama 4 bears in a row.
         for limit in (self._sharing.most, row_limit(config_of(self))):
             tokens = min(tokens, limit or tokens)
-        return Budget(tokens, min(most.row_tokens, tokens), min(most.scored, tokens))
+        rounds = rounds_shapes(self.device)
+        if rounds:
+            tokens = rounded(tokens, 1, up=False)
+        row_tokens, scored = (min(n, tokens) for n in (most.row_tokens, most.scored))
+        return Budget(tokens, row_tokens, scored, most.mask, rounds)
+
+    def _card_budget(self) -> tuple[int, Budget]:
+        """Return the fewest tokens worth a pass on a card, and what it bears at most."""
+        # Rows of several subtrees read each other's keys in vain.
+        most = Budget(8192, 256, 2048)
+        free = self._free_memory()
+        if free is None:
+            return _FEWEST_TOKENS, most
+        config = config_of(self).get_text_config()
+        # Bytes: of logits and their softmax, of a mask and what it is made of, of a layer.
+        scored = free // 8 // (12 * config.vocab_size)
+        mask = max(most.mask, free // 16 // 8)
+        fewest = free // 16 // (100 * config.hidden_size)
+        scored = min(max(256, scored), most.tokens)
+        return max(_FEWEST_TOKENS, fewest), replace(most, scored=scored, mask=mask)
 
     def _passes(self, work: Work, budget: Budget) -> Iterator[int]:
         """Run the tree through the model; yield how many nodes are done after each pass."""
-        cache, forward = PathCache(), Forward(self)
+        forward = Forward(self)
+        cache = PathCache(rounds=forward.rounds)
         start = 0
 
         def run() -> int:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 # A step reads all weights, however many slots share it: with 16 a token takes a CPU twice
 # as long as with 64, with 1 ten times as long.
 _USUAL_SLOTS = 64
+# On a card, whose host needs as long for a step of 64.
+_SLOTS_ON_CARD = 256
 # Bytes of keys and values that these may take unasked, the same on every machine.
 _SMALL = 2 * 2**30
 
@@ -183,10 +185,17 @@ class SlotRefillingMixin(FastPathMixin):
     def _slots(self, jobs: list[SlotJob], length: int) -> int:
         """Return how many requests of up to `length` tokens to run at once."""
         each = slot_bytes(self, length)
+        usual, room, free = _USUAL_SLOTS, _SMALL, self._free_memory()
+        if free is not None:
+            usual, room = _SLOTS_ON_CARD, free // 3
         if self.slots is not None:
             slots = self.slots
         elif isinstance(self.batch_size, int):
-            slots = max(self.batch_size, min(_USUAL_SLOTS, _SMALL // each))
+            slots = max(self.batch_size, min(usual, room // each))
+        elif free is not None:
+            # HFLM's own ceiling of 64 says nothing of this model.
+            ceiling = self.max_batch_size
+            slots = min(usual if ceiling == 64 else ceiling, room // each)
         else:
             # "auto": a device that is short of memory says so in the first pass, the
             # system's memory never. Processes that share a model need as many slots.

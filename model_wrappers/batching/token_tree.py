@@ -186,16 +186,21 @@ class Budget:
         scored: Most nodes whose logits are computed. At least 1.
         mask: Most entries of a mask, one per token and what stands in its row or before
             it; chains from the root need none. A single token may exceed it.
+        rounds: Whether rows and their number are rounded up to sizes that repeat, which
+            the bounds allow for.
     """
 
     tokens: int
     row_tokens: int
     scored: int
     mask: int = 2**24
+    rounds: bool = False
 
     def halved(self) -> Budget:
         """Return half of this budget, rounded down to one token at least."""
-        return Budget(*(max(1, bound // 2) for bound in astuple(self)))
+        *bounds, _ = astuple(self)
+        halves = Budget(*(max(1, bound // 2) for bound in bounds))
+        return replace(halves, rounds=self.rounds)
 
 
 def next_pack(
@@ -232,8 +237,14 @@ def next_pack(
     # as `row_tokens` allows.
     size = end - start
     in_row = 1 if chains else max(1, budget.row_tokens // size)
-    most_rows = max(1, budget.tokens // (size * in_row))
+    row = size * in_row
+    if budget.rounds:
+        row = rounded(row, 16)
+    most_rows = max(1, budget.tokens // row)
     length = min(budget.tokens // most_rows, longest)
+    if budget.rounds:
+        most_rows = rounded(most_rows, 1, up=False)
+        length = max(size, rounded(length, 16, up=False))
     if not chains:
         most_rows = min(most_rows, max(1, budget.mask // (length * (path + length))))
     rows: list[list[np.ndarray]] = []
@@ -260,6 +271,15 @@ def next_pack(
         room[row] -= size
         stop = end
     return Pack(start, stop, tuple(map(np.concatenate, rows)), chains)
+
+
+def rounded(count: int, least: int = 64, *, up: bool = True) -> int:
+    """Return the next multiple of `least`, or of a larger power of two: at most an eighth away.
+
+    A card's attention is planned anew for each shape, which takes it as long as some passes.
+    """
+    step = max(least, 1 << max(0, count.bit_length() - 4))
+    return (count + (step - 1) * up) // step * step
 
 
 def best_cut(tree: TokenTree, start: int, limit: int) -> int:

@@ -1,0 +1,156 @@
+"""Tokens that are encoded in batches, and kept for the next model, are `HFLM`'s."""
+
+from __future__ import annotations
+
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from transformers import PreTrainedTokenizerFast
+
+from lm_eval_pruned.model_wrappers.batching import tokenising
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
+from tests.helpers.answering import SCORED, tiny
+from tests.helpers.checkpoints import byte_tokenizer
+
+
+def unigram():
+    """Return one like SentencePiece's: a space in front, and a token for the beginning."""
+    letters = [chr(c) for c in range(33, 127)]
+    pieces = ["<unk>", "<bos>", "<eos>", "▁", "▁yes", "▁question", "answer", *letters]
+    tokenizer = Tokenizer(
+        models.Unigram([(p, -len(pieces) / len(p)) for p in pieces], unk_id=0)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    return tokenizer
+
+
+def merging():
+    """Return one whose tokens reach over the end of a context: spaces, and cd of abc + def."""
+    symbols = ["<bos>", "<eos>", *map(chr, range(32, 127)), "cd", "? ", "? y"]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    merges = [("c", "d"), ("?", " "), ("? ", "y")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.normalizer = normalizers.Replace("A", "a")
+    return tokenizer
+
+
+def fast(make):
+    return lambda: PreTrainedTokenizerFast(
+        tokenizer_object=make(), bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+class Own(PreTrainedTokenizerFast):
+    """Encodes one text otherwise than it would a batch, as a model's own code may."""
+
+    def encode(self, text, **kwargs):
+        return super().encode(text[::-1], **kwargs)
+
+
+TOKENIZERS = {
+    "bytes": byte_tokenizer,
+    "unigram": fast(unigram),
+    "merging": fast(merging),
+    "own": lambda: Own(
+        tokenizer_object=merging(), bos_token="<bos>", eos_token="<eos>"
+    ),
+}
+PAIRS = [
+    *SCORED.asked,
+    *(("Any question? ", a) for a in ("yes", "no", " yes", "yes")),
+    *((c, "answer") for c in ("  ", "<bos>Any", "<bos>", "x\n\n", "Any question?")),
+]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the models hand on, and a small chunk."""
+    monkeypatch.setattr(tokenising.KeptTokens, "_latest", None)
+    monkeypatch.setattr(tokenising, "_CHUNK", 5)
+    found = []
+
+    def note(lm, requests, **_):
+        found.append([(context, tokens) for _, context, tokens in requests])
+        return [(0.0, True)] * len(requests)
+
+    for each in (HFLM, PrefixHFLM):
+        monkeypatch.setattr(each, "_loglikelihood_tokens", note)
+    return found
+
+
+def ask(cls, tokenizer, **arguments):
+    lm = cls(tiny(), tokenizer=tokenizer, device="cpu", max_length=64, **arguments)
+    lm.loglikelihood(
+        [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(PAIRS)],
+        disable_tqdm=True,
+    )
+    return lm
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_tokens_are_those_of_hf(name, bos, asked):
+    for cls in (HFLM, PrefixHFLM, PrefixHFLM):
+        # A model of its own each, as the sizes of a sweep have.
+        lm = ask(cls, TOKENIZERS[name](), add_bos_token=bos)
+        # Padding that a generating task has set is another state of the same tokenizer.
+        lm.tokenizer.pad_token = lm.tokenizer.eos_token
+    assert asked[0] == asked[1] == asked[2]
+
+
+def test_a_text_is_encoded_once_and_once_for_all_models(asked, monkeypatch):
+    sent = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def watched(self, texts, **options):
+        sent.extend(texts)
+        return call(self, texts, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watched)
+    tokenizer = byte_tokenizer()
+    monkeypatch.setattr(tokenising, "_CHUNK", 99)
+    lm = ask(PrefixHFLM, tokenizer)
+    first = len(sent)
+    assert first == len(set(sent)) < len(PAIRS) * 1.7
+    # They are one list, not one for each answer.
+    contexts = [id(context) for context, _ in asked[0][:3]]
+    assert len(set(contexts)) == 1
+    ask(PrefixHFLM, byte_tokenizer())
+    assert len(sent) == first
+    # A pair that no request has, and another tokenizer.
+    assert lm._encode_pair("never", "asked") == HFLM._encode_pair(lm, "never", "asked")
+    ask(PrefixHFLM, byte_tokenizer(), add_bos_token=False)
+    assert len(sent) == 2 * first
+
+
+def test_no_more_is_kept_than_there_is_room_for(asked, monkeypatch):
+    monkeypatch.setattr(tokenising, "_MOST_KEPT", 40)
+    for _ in range(2):
+        lm = ask(PrefixHFLM, byte_tokenizer())
+    assert 0 < len(lm._kept.find(PAIRS)) < 5
+    assert asked[0] == asked[1]
+
+
+def test_measured_models_begin_anew(asked, monkeypatch):
+    lm = ask(PrefixHFLM, byte_tokenizer())
+    found = []
+    monkeypatch.setattr(PrefixHFLM, "keeps_tokens", False)
+    monkeypatch.setattr(
+        PrefixHFLM, "_encode_texts", lambda self, pairs: found.extend(pairs) or {}
+    )
+    ask(PrefixHFLM, byte_tokenizer())
+    assert found
+    assert asked[0] == asked[1]
+    assert lm.keeps_tokens is False
