@@ -50,16 +50,12 @@ class EchoLM(LM):
         self._rule, self._device = loglikelihood, "cpu"
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Make one answer to each document certain, or all equally likely.
-
-        A text without an alternative is as likely as any other bytes of its length.
-        """
+        """Make one answer to each document certain, or all alike; a single one is any bytes."""
         documents: dict[Any, list[Instance]] = defaultdict(list)
         # One that is repeated is listed again.
         for each in {id(each): each for each in requests}.values():
             documents[each.task_name, each.doc_id].append(each)
-        counted = documents.values() if self._rule == "commonest" else ()
-        counts = _right_answers(counted)
+        counts = _right_answers(documents.values()) if self._rule == "commonest" else {}
         answers: dict[int, tuple[float, bool]] = {}
         for document in documents.values():
             answers |= self._answers(document, counts)
