@@ -105,6 +105,8 @@ GROUPS = {
            for name, argument in SEVERAL.items()},
         **{name: _option(_text, "what", DECLARED[name].metadata["metavar"], help_of(name))
            for name in SHARED},
+        "floors": _option(_boolean, "what", "BOOL",
+            "evaluate models that know nothing as well, to see what a task gives for nothing (default: true)"),
         "heal": _option(_mapping, "what", _PAIRS,
             "train each pruned model again and evaluate it before and after: data=FILE and the "
             f"options of lm-eval-pruned heal ({', '.join(HEALING)})"),

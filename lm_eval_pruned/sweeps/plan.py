@@ -38,6 +38,7 @@ from lm_eval_pruned.pruning.arguments import (
 from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.results.folder import ADAPTERS
 from lm_eval_pruned.results.stopping_record import SCHEMA
+from lm_eval_pruned.sweeps.floors import FLOORS, Floor
 from lm_eval_pruned.sweeps.healing import SweepHealing, training_arguments
 from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
 from lm_eval_pruned.sweeps.stopping import read_rule
@@ -53,7 +54,7 @@ from lm_eval_pruned.sweeps.tasks import (
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from lm_eval.tasks import TaskManager
 
@@ -96,7 +97,7 @@ class Configuration:
 class Unit(NamedTuple):
     """One task on one configuration."""
 
-    configuration: Configuration
+    configuration: Configuration | Floor
     task: SweepTask
 
     @property
@@ -116,6 +117,7 @@ class Sweep:
         settings: The harness's own reading of the options.
         configurations: The unpruned `baseline` first, then in the order asked for, and behind each
             pruned one, where the sweep has `healing`, the same trained again.
+        floors: Models that know nothing. They come first, and are none of the configurations.
 
     Raises:
         ValueError: An option, a size or a task does not exist or fit the model.
@@ -134,6 +136,7 @@ class Sweep:
         self._base = self.settings.model_args
         self.configurations = _configurations(options, self._base)
         self.baseline, *pruned = self.configurations
+        self.floors = FLOORS if options.get("floors", True) else ()
         self.healing = SweepHealing(options) if "heal" in options else None
         if self.healing is not None:
             if not pruned:
@@ -155,15 +158,23 @@ class Sweep:
         part, parts = shard or (0, 1)
         # Dealt out task by task: N parts of N configurations get one model each.
         count = len(self.configurations)
+        kinds: tuple[Sequence[Any], ...] = (self.floors, self.configurations)
         return [
             Unit(configuration, task)
-            for place, configuration in enumerate(self.configurations)
+            for kind in kinds
+            for place, configuration in enumerate(kind)
             for number, task in enumerate(self.tasks)
             if (number * count + place) % parts == part
         ]
 
-    def model_args(self, configuration: Configuration) -> dict[str, Any]:
+    def model_type(self, configuration: Configuration | Floor) -> str:
+        """Return what ``lm_eval --model`` would take."""
+        return configuration.model if isinstance(configuration, Floor) else self.model
+
+    def model_args(self, configuration: Configuration | Floor) -> dict[str, Any]:
         """Return the arguments that ``lm_eval --model_args`` would take."""
+        if isinstance(configuration, Floor):
+            return configuration.arguments
         arguments = self._pruned(configuration)
         if configuration.healed:
             arguments["peft"] = str(self.adapter(configuration))
@@ -183,9 +194,12 @@ class Sweep:
         place = self.adapter(configuration)
         self.healing.train(self._trained(configuration), place, self.settings.device)
 
-    def task_manager(self, configuration: Configuration) -> TaskManager:
+    def task_manager(self, configuration: Configuration | Floor) -> TaskManager:
         """Return the harness's task manager as `lm_eval run` would make it."""
         own = self.options.get("metadata") or {}
+        if isinstance(configuration, Floor):
+            # The documents of some tasks depend on the arguments of the model.
+            configuration = self.baseline
         return with_metadata(self._manager, {**self.model_args(configuration), **own})
 
     @functools.cached_property
@@ -198,8 +212,11 @@ class Sweep:
             if named.get(argument)
         }
 
-    def model_definition(self, configuration: Configuration) -> dict[str, Any]:
+    def model_definition(self, configuration: Configuration | Floor) -> dict[str, Any]:
         """Return everything that decides which model a configuration is."""
+        if isinstance(configuration, Floor):
+            arguments = configuration.arguments
+            return {"model": configuration.model, "model_args": arguments}
         definition = {
             "model": self.model,
             "model_args": self._described(self._pruned(configuration)),
@@ -210,7 +227,7 @@ class Sweep:
         return definition
 
     def definition(
-        self, configuration: Configuration, task: SweepTask
+        self, configuration: Configuration | Floor, task: SweepTask
     ) -> dict[str, Any]:
         """Return everything that decides a unit's scores."""
         decide = (*deciding("scores"), "seed")
@@ -229,9 +246,10 @@ class Sweep:
             definition["stopping"] = rule
         return definition
 
-    def may_stop(self, configuration: Configuration) -> bool:
+    def may_stop(self, configuration: Configuration | Floor) -> bool:
         """Return whether the units of a configuration end when they are decided."""
-        return self.stop_when is not None and configuration is not self.baseline
+        whole = (self.baseline, *self.floors)
+        return self.stop_when is not None and configuration not in whole
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``sweep.json``, the same for every shard and every start."""
@@ -239,7 +257,10 @@ class Sweep:
         return {
             "definition": {k: v for k, v in self.options.items() if k not in left_out},
             "sources": self.sources,
-            "configurations": [*map(asdict, self.configurations)],
+            "configurations": [
+                *(each.as_dict() for each in self.floors),
+                *map(asdict, self.configurations),
+            ],
             "tasks": [each.name for each in self.tasks],
         }
 

@@ -74,10 +74,17 @@ def run_sweep(
         folder.write_definition(sweep.as_dict())
         chosen = (TO_RUN, FAILED) if retry_failed else (TO_RUN,)
         waiting = [unit for unit, state, _ in entries if state in chosen]
-        seconds = [(unit.task.name, s) for unit, state, s in entries if state == DONE]
-        failed = len(units) - len(waiting) - len(seconds)
-        names = [unit.task.name for unit in waiting]
-        progress = Progress(len(seconds), failed, names, seconds)
+        states = collections.Counter(state for _, state, _ in entries)
+        # Models that know nothing take no time, and tell nothing of that of the others.
+        seconds = [
+            (unit.task.name, s)
+            for unit, state, s in entries
+            if state == DONE and unit.configuration not in sweep.floors
+        ]
+        quick = [u.names for u in waiting if u.configuration in sweep.floors]
+        names = [u.task.name for u in waiting if u.names not in quick]
+        failed = len(units) - len(waiting) - states[DONE]
+        progress = Progress(states[DONE], failed, names, seconds, quick)
         new = folder.new_unit
         if options.get("ray") and waiting:
             ended = run_on_ray(sweep, waiting, new, progress, part)
@@ -168,7 +175,7 @@ def _unpruned_run(sweep: Sweep, folder: SweepFolder, task: SweepTask) -> Run:
 def _sort(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry]:
     """Return which units are done, and say what becomes of other results in the folder."""
     listed = read_definition(folder.path)[1] if is_sweep(folder.path) else []
-    own = [each.id for each in sweep.configurations]
+    own = [each.id for each in (*sweep.floors, *sweep.configurations)]
     if left_out := [name for name in listed if name not in own]:
         print(
             f"{folder.path} also holds {', '.join(left_out)}, which this sweep does not name: "
@@ -200,7 +207,10 @@ def _plan_table(sweep: Sweep, entries: list[Entry], folder: Path) -> str:
     counts = collections.Counter((unit.configuration.id, s) for unit, s, _ in entries)
     total = collections.Counter(state for _, state, _ in entries)
     columns = ("configuration", "kept width", "expansion ratio", "parameters")
-    rows = []
+    rows = [
+        [each.id, *"----", *(counts[each.id, s] for s in STATES)]
+        for each in sweep.floors
+    ]
     for each in sweep.configurations:
         size = f"{each.kept_width:,}", f"{each.expansion_ratio:.4f}"
         left = f"{each.parameters:,}", f"{each.reduction:.2%}"

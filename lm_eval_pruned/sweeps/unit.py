@@ -18,6 +18,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
 from lm_eval.loggers import EvaluationTracker
 
+from lm_eval_pruned.sweeps.floors import Floor
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
 from lm_eval_pruned.sweeps.stopping import check_tasks, evaluate_until_decided
@@ -57,7 +58,7 @@ class UnitRunner:
     ) -> None:
         self._sweep, self._part, self._base = sweep, part, base
         check_tracking(sweep.settings)
-        self._holds: Configuration | None = None
+        self._holds: Configuration | Floor | None = None
         # The model, or what loading it raised.
         self._lm: Any = None
         self._known_scores: KnownScores = {}
@@ -118,7 +119,7 @@ class UnitRunner:
             write_results(results, tracker, folder)
         return seconds
 
-    def _load(self, configuration: Configuration) -> None:
+    def _load(self, configuration: Configuration | Floor) -> None:
         """Hold the model of a configuration, or raise what loading it has raised."""
         sweep = self._sweep
         if self._holds is not configuration:
@@ -127,12 +128,13 @@ class UnitRunner:
             logger.info("Loading %s.", configuration.id)
             names = ("batch_size", "max_batch_size", "device")
             more = {name: getattr(sweep.settings, name) for name in names}
-            more["known_scores"] = self._known_scores
             try:
-                if configuration.healed:
-                    sweep.heal(configuration)
-                    release_memory()
-                load = get_model(sweep.model).create_from_arg_obj
+                if not isinstance(configuration, Floor):
+                    more["known_scores"] = self._known_scores
+                    if configuration.healed:
+                        sweep.heal(configuration)
+                        release_memory()
+                load = get_model(sweep.model_type(configuration)).create_from_arg_obj
                 self._lm = load(sweep.model_args(configuration), more)
             except Exception as error:  # noqa: BLE001
                 # The frames of the traceback keep what was loaded so far.
@@ -141,11 +143,11 @@ class UnitRunner:
         if isinstance(self._lm, Exception):
             raise self._lm
         # The results of a unit are of that unit alone.
-        self._lm.begin_evaluation()
+        getattr(self._lm, "begin_evaluation", lambda: None)()
 
     def _evaluate(
         self,
-        configuration: Configuration,
+        configuration: Configuration | Floor,
         manager: Any,
         tasks: list[Any],
         tracker: EvaluationTracker,
@@ -163,6 +165,9 @@ class UnitRunner:
         drawing = ("random", "numpy_random", "torch_random", "fewshot_random")
         seeds = zip(drawing, settings.seed or [None] * 4, strict=True)
         own_cache = settings.use_cache
+        if isinstance(configuration, Floor):
+            # Their answers cost nothing, and depend on which documents there are.
+            own_cache = None
         if own_cache is not None:
             # The harness's key of a response holds the request and nothing of the model.
             model = fingerprint(sweep.model_definition(configuration))[:12]
@@ -189,8 +194,9 @@ class UnitRunner:
                 lm.set_cache_hook(CacheHook(None))
         if results is not None:
             # What `lm_eval run` records where it makes the model itself.
-            results["config"] |= {"model": sweep.model, "use_cache": own_cache}
-            tracker.general_config_tracker.model_source = sweep.model
+            model = sweep.model_type(configuration)
+            results["config"] |= {"model": model, "use_cache": own_cache}
+            tracker.general_config_tracker.model_source = model
         return results
 
 

@@ -20,6 +20,7 @@ class Progress:
         failed: Units that failed before and are not tried again.
         waiting: Names of the tasks of the units to run.
         seconds: Task and seconds of units that were finished before, to estimate the time left.
+        quick: Configuration and task of further units to run, which take no time to speak of.
     """
 
     def __init__(
@@ -28,13 +29,16 @@ class Progress:
         failed: int,
         waiting: Sequence[str],
         seconds: Sequence[tuple[str, float]] = (),
+        quick: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.done, self.failed, self.workers = done, failed, 1
-        self._total, self._waiting = done + failed + len(waiting), list(waiting)
+        to_run = len(waiting) + len(quick)
+        self._total, self._waiting = done + failed + to_run, list(waiting)
+        self._quick = quick
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for task, duration in seconds:
             self._seconds[task].append(duration)
-        counts = f"{done} done, {failed} failed before, {len(waiting)} to run"
+        counts = f"{done} done, {failed} failed before, {to_run} to run"
         print(f"{self._total} units: {counts}", flush=True)
 
     def start(self, configuration: str, task: str) -> None:
@@ -50,10 +54,13 @@ class Progress:
         error: Mapping[str, str] | None,
     ) -> None:
         """Say how a unit ended: with scores after some seconds, or with type and message of an error."""
-        self._waiting.remove(task)
+        is_quick = (configuration, task) in self._quick
+        if not is_quick:
+            self._waiting.remove(task)
         if error is None:
             self.done += 1
-            self._seconds[task].append(seconds)
+            if not is_quick:
+                self._seconds[task].append(seconds)
             what = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         else:
             self.failed += 1

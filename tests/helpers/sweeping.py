@@ -76,6 +76,7 @@ def sweep_options(
         "include_path": str(written),
         "output_path": str(folder),
         "device": "cpu",
+        "floors": False,
         **more,
     }
 

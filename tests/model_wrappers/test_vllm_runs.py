@@ -245,6 +245,7 @@ def test_a_sweep_outlives_an_engine_and_check_reads_its_results(
         "tasks": ["tiny_choice"],
         "include_path": str(tasks),
         "output_path": str(sweep),
+        "floors": False,
     }
     assert run_sweep(options) == 1
     (error,) = sweep.glob("units/baseline/*/error.json")

@@ -511,6 +511,7 @@ def test_groups_with_a_score_are_one_unit_and_keep_their_settings(options, folde
 def in_two_processes(options, tmp_path):
     words = ["--model_args", f"pretrained={options['model_args']['pretrained']}"]
     words += ["--ratios", "1.5", "--tasks", "tiny_choice", "--device", "cpu"]
+    words += ["--floors", "no"]
     words += [
         "--include_path",
         options["include_path"],

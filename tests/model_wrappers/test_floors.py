@@ -1,0 +1,152 @@
+"""Models that know nothing: what they answer, and what the harness makes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import chain
+
+import lm_eval
+import nltk
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from lm_eval_pruned.model_wrappers.floors import RULES, ConstantLM, EchoLM
+from tests.helpers.sweeping import write_tasks
+
+
+def asked(answers, number=0, context="Who?", **doc):
+    """Return the requests of a document that offers these answers."""
+    return [
+        Instance("loglikelihood", doc, (context, f" {each}"), place, ("t", number, 1))
+        for place, each in enumerate(answers)
+    ]
+
+
+def chosen(rule, documents):
+    """Return which answer to each document is the likeliest, by any length it is divided by."""
+    found = iter(ConstantLM(loglikelihood=rule).loglikelihood([*chain(*documents)]))
+    places = []
+    for document in documents:
+        answers = [next(found) for _ in document]
+        likelihoods = np.array([each for each, _ in answers])
+        lengths = np.array([len(each.args[1]) - 1 for each in document])
+        place = int(np.argmax(likelihoods))
+        assert place == np.argmax(likelihoods / lengths)
+        assert [greedy for _, greedy in answers] == [
+            n == place for n in range(len(answers))
+        ]
+        places.append(place)
+    return places
+
+
+@pytest.mark.parametrize(
+    ("rule", "place"), [("shortest", 1), ("longest", 2), ("first", 0), ("commonest", 3)]
+)
+def test_a_rule_chooses_among_answers(rule, place):
+    answers = ["two", "a", "longer", "four"]
+    documents = [asked(answers, n, answer=n + 2, idx=n) for n in range(2)]
+    documents += [asked(answers, 2, answer=3, idx=2)]
+    documents = documents if rule == "commonest" else documents[:1]
+    assert set(chosen(rule, documents[::-1])) == {place}
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "first"])
+def test_what_a_rule_leaves_open_is_guessed(rule):
+    """Within 4 standard deviations of a share of one third; no field says what is right."""
+    documents = [asked("abc", n, f"Is it {n}?", idx=n) for n in range(900)]
+    shares = np.bincount(chosen(rule, documents)) / 900
+    assert shares == pytest.approx(1 / 3, abs=4 * math.sqrt(2 / 9 / 900))
+
+
+def test_without_alternatives_all_bytes_are_alike():
+    for each in (asked(["né"]), asked(["né"]) * 2):
+        for likelihood, greedy in ConstantLM().loglikelihood(each):
+            assert (likelihood, greedy) == (pytest.approx(-4 * math.log(256)), False)
+    (text,) = EchoLM().loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, ("né",), 0)]
+    )
+    assert text == pytest.approx(-3 * math.log(256))
+
+
+@pytest.mark.parametrize(
+    ("model", "until", "text"),
+    [
+        (ConstantLM("the the"), ["\n\n"], "the the"),
+        (ConstantLM(7), None, "7"),
+        (EchoLM(), [], "Q: Who?\n\nA:"),
+        (EchoLM(), "\n\n", "Q: Who?"),
+    ],
+)
+def test_what_is_generated(model, until, text):
+    prompt = model.apply_chat_template([{"role": "user", "content": "Q: Who?\n\nA:"}])
+    request = Instance("generate_until", {}, (prompt, {"until": until}), 0)
+    assert model.generate_until([request]) == [text]
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("constant", "loglikelihood=any", "loglikelihood=any .*equal, shortest"),
+        ("constant", "pretrained=x", "pretrained=x"),
+        ("echo", "answer=Yes", "answer=Yes"),
+    ],
+)
+def test_what_is_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lm_eval.simple_evaluate(model=model, model_args=arguments, tasks=["x"])
+
+
+def test_the_stock_harness_runs_them(tmp_path):
+    manager = TaskManager(
+        include_path=str(write_tasks(tmp_path, 5)), include_defaults=False
+    )
+    results = lm_eval.simple_evaluate(
+        model="constant",
+        model_args="answer=Is 3 even?,loglikelihood=commonest",
+        tasks=["tiny_choice", "tiny_sentence"],
+        task_manager=manager,
+        apply_chat_template=True,
+        device="cpu",
+    )
+    assert results["config"]["model"] == "constant"
+    assert results["results"]["tiny_choice"]["acc,none"] == 3 / 5
+    assert results["results"]["tiny_sentence"]["exact_match,none"] == 1 / 5
+
+
+@pytest.mark.slow
+def test_the_floor_of_ifeval(shared_data, monkeypatch):
+    """As it was published: instructions and prompts by the strict code, and of the first 100."""
+    monkeypatch.setattr(nltk.data, "path", [str(shared_data.parent / "nltk_data")])
+    from lm_eval.tasks.ifeval.utils import process_results
+
+    file = shared_data / "google" / "IFEval" / "ifeval_input_data.jsonl"
+    documents = [*map(json.loads, file.read_text("utf-8").splitlines())]
+    found = {}
+    for name in ("Yes", ".", "the the", "echo"):
+        model = EchoLM() if name == "echo" else ConstantLM(name)
+        asks = [
+            Instance("generate_until", each, (each["prompt"], {"until": []}), 0)
+            for each in documents
+        ]
+        texts = model.generate_until(asks)
+        scores = [
+            process_results(doc, [text])
+            for doc, text in zip(documents, texts, strict=True)
+        ]
+        instructions = [each["inst_level_strict_acc"] for each in scores]
+        prompts = [each["prompt_level_strict_acc"] for each in scores]
+        parts = [*chain(*instructions)], prompts, [*chain(*instructions[:100])]
+        found[name] = [round(100 * np.mean(part), 1) for part in parts]
+    # Where the letter to count is no letter, the harness draws one: in two prompts of the first 100.
+    for score, known, n in zip(
+        found.pop("echo"), [36.0, 24.8, 35.6], [834, 541, 163], strict=True
+    ):
+        assert score == pytest.approx(known, abs=200 / n + 0.1)
+    assert found == {
+        "Yes": [22.7, 11.3, 23.9],
+        ".": [26.6, 15.0, 26.4],
+        "the the": [27.2, 14.0, 30.1],
+    }
