@@ -23,6 +23,8 @@ SECTIONS = (
     *("results", "config", "group_subtasks", "higher_is_better", "n-samples", "n-shot"),
     *("stopping", "task_hashes", "versions"),
 )
+#: Model types that know nothing.
+_FLOORS = ("constant", "echo")
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.+-]+)$")
 
 
@@ -95,6 +97,11 @@ class Run:
         when = ("intermediate_size_before", "intermediate_size_after")
         widths = {self.pruning.get(each) for each in when}
         return bool(self.pruning) and not self.is_shallow and len(widths) == 1
+
+    @property
+    def is_floor(self) -> bool:
+        """Whether the model knows nothing, so that its score is what a task gives for nothing."""
+        return self.config.get("model") in _FLOORS
 
     @property
     def is_shallow(self) -> bool:

@@ -25,6 +25,8 @@ DEFINITION = "sweep.json"
 UNIT = "unit.json"
 ERROR = "error.json"
 UNITS = "units"
+#: What the ids of configurations that know nothing start with.
+FLOOR = "floor-"
 #: Adapters of healed configurations, by configuration and what they were trained with.
 ADAPTERS = "adapters"
 #: Curves of single layers, as ``lm-eval-pruned sensitivity`` writes them.

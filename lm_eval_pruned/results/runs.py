@@ -13,7 +13,7 @@ from lm_eval_pruned.results.files import (
     read_json,
     read_results_file,
 )
-from lm_eval_pruned.results.folder import ERROR, UNITS, read_definition
+from lm_eval_pruned.results.folder import ERROR, FLOOR, UNITS, read_definition
 
 
 if TYPE_CHECKING:
@@ -31,39 +31,46 @@ class Failure:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """What a sweep found: a run for each configuration with results, and ``sweep.json``."""
+    """What a sweep found: a run for each configuration with results, and ``sweep.json``.
+
+    `floors` are the runs of models that know nothing. They are no sizes of the model, and what compares
+    `runs` does not count them.
+    """
 
     path: Path
     definition: Mapping[str, Any]
     runs: tuple[Run, ...]
     failures: tuple[Failure, ...] = ()
+    floors: tuple[Run, ...] = ()
 
 
 def read_sweep(path: str | Path) -> SweepResults:
     """Read a sweep folder; ResultsError if it is none that is known here, or no unit is finished."""
     path = Path(path)
     definition, names = read_definition(path)
-    runs, failures = [], []
+    runs, floors, failures = [], [], []
     for name in names:
         folder = path / UNITS / name
         done = []
         for unit in sorted(folder.glob("*/")):
             if newest_first(unit):
                 done.append(read_newest(unit))
-            elif (unit / ERROR).is_file():
+            elif (unit / ERROR).is_file() and not name.startswith(FLOOR):
                 message = str(read_json(unit / ERROR).get("message") or "no message")
                 first_line = message.strip().partition("\n")[0]
                 failures.append(Failure(name, unit.name, first_line))
         if done:
-            runs.append(_joined(name, folder, done))
+            run = _joined(name, folder, done)
+            (floors if run.is_floor else runs).append(run)
     if not runs:
         failed = f"; {len(failures)} failed" if failures else ""
         raise ResultsError(f"{path} holds no finished unit yet{failed}.")
-    absent = [name for name in names if name not in {run.name for run in runs}]
+    known = {run.name for run in (*runs, *floors)}
+    absent = [n for n in names if n not in known and not n.startswith(FLOOR)]
     if absent:
         note = f"{path} holds no finished unit of {', '.join(absent)}."
         runs[0] = replace(runs[0], notes=(note,))
-    return SweepResults(path, definition, tuple(runs), tuple(failures))
+    return SweepResults(path, definition, tuple(runs), tuple(failures), tuple(floors))
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
