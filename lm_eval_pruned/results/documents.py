@@ -345,10 +345,8 @@ def read_reply(row: Mapping[str, Any]) -> Reply | None:
         text = str(answers[0] if len(answers) == 1 else answers)
         return Reply(text, text)
     try:
-        likelihoods = [float(each[0]) for each in answers[: len(endings)]]
+        likelihoods = [float(answers[place][0]) for place in range(len(endings))]
     except (TypeError, ValueError, LookupError):
-        return None
-    if len(likelihoods) < len(endings):
         return None
     chosen, normed = (
         endings[_likeliest(endings, likelihoods, metric)].strip()
