@@ -48,7 +48,9 @@ def read_sweep(path: str | Path) -> SweepResults:
     """Read a sweep folder; ResultsError if it is none that is known here, or no unit is finished."""
     path = Path(path)
     definition, names = read_definition(path)
-    runs, floors, failures = [], [], []
+    runs: list[Run] = []
+    floors: list[Run] = []
+    failures = []
     for name in names:
         folder = path / UNITS / name
         done = []
