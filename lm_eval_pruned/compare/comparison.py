@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.compare.agreement import Agreement, agreement, collapse_notes
+from lm_eval_pruned.compare.floors import Standing, standings
 from lm_eval_pruned.compare.pairing import (
     DocumentReader,
     paired_documents,
@@ -27,7 +29,7 @@ from lm_eval_pruned.results.settings import COMPARED, differing, label, listed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.compare.pairing import Reader
 
@@ -49,6 +51,7 @@ class Difference:
     ``different``, where q < alpha; else ``not shown``, which is not the same as no difference,
     ``not tested``, ``not comparable`` (a score is not finite) or ``restated`` (not primary). With a
     margin it can be ``equivalent`` or ``not worse``, and is ``undecided`` where nothing is shown.
+    What it means depends on the `floor`, which `said` adds; `answers` are set beside the base's.
     """
 
     run: str
@@ -69,6 +72,14 @@ class Difference:
     verdict: str
     claim: Claim | None = None
     of: int | None = None
+    floor: Standing | None = None
+    answers: Agreement | None = None
+
+    @property
+    def said(self) -> str:
+        """The verdict, and that the run is not shown to be above the floor where it is not."""
+        at_floor = self.floor is not None and self.floor.above_floor is False
+        return f"{self.verdict} (at floor)" if at_floor else self.verdict
 
     @classmethod
     def made(
@@ -112,20 +123,24 @@ class Comparison:
     trends: tuple[TaskTrend, ...]
     notes: tuple[str, ...]
     margin: Margin | None = None
+    floors: tuple[Standing, ...] = ()
 
 
 def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     """Read what ``compare BASE RUN [RUN...]`` names.
 
-    A sweep folder as BASE stands for its baseline, as RUN or alone for its other configurations.
+    A sweep folder as BASE stands for its baseline, as RUN or alone for its other configurations; its
+    floors come with it.
     ResultsError if something cannot be read, or there is nothing to compare.
     """
     found: list[Run] = []
     for number, path in enumerate(paths):
         if is_sweep(path):
-            baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
+            sweep = read_sweep(path)
+            baseline, others = split_sweep(list(sweep.runs), str(path))
             found += [baseline] * (not number)
             found += others * (number > 0 or len(paths) == 1)
+            found += sweep.floors
         else:
             found.append(read_run(path))
     if len(found) < 2:
@@ -163,7 +178,8 @@ def compare(
 ) -> Comparison:
     """Compare runs with a base, by tests at level `alpha`, and within a `margin` if there is one.
 
-    `subtasks` are the members of groups that have scores, and `read` knows documents already.
+    `subtasks` are the members of groups that have scores, and `read` knows documents already. Runs
+    of models that know nothing are no part of the comparison: they are the floors of the others.
 
     Raises:
         ResultsError: Samples cannot be read, two runs saw different documents or
@@ -172,6 +188,8 @@ def compare(
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
+    floors = [run for run in runs if run.is_floor]
+    runs = [run for run in runs if not run.is_floor] or floors
     everything = [base, *(run for run in runs if run is not base)]
     notes, read, found = notes_on(everything), read or DocumentReader(), []
     for run in runs:
@@ -205,7 +223,15 @@ def compare(
         claims(tests, asked, families),
         strict=True,
     )
-    rows = [_row(base, *pair, *q, claim, alpha, margin) for pair, q, claim in judged]
+    stands = [(run, key) for run, key, primary, *_ in found if primary]
+    known = standings(base, floors, stands, alpha, read)
+    rows = [
+        _row(base, *pair, *q, claim, alpha, margin, known, read)
+        for pair, q, claim in judged
+    ]
+    of_base = tuple(each for (name, *_), each in known.items() if name == base.name)
+    notes += [each.note(base.name) for each in of_base if each.above_floor is False]
+    notes += collapse_notes(base.name, [(r.run, r.task, r.answers) for r in rows])
     without = {
         row.task
         for row in rows
@@ -224,7 +250,8 @@ def compare(
             "test: evaluate with --log_samples."
         )
     across = over_ratios(everything, alpha, read)
-    return Comparison(base.name, alpha, tuple(rows), *across, tuple(notes), margin)
+    told = tuple(rows), *across, tuple(notes), margin, of_base
+    return Comparison(base.name, alpha, *told)
 
 
 def difference_test(
@@ -267,6 +294,8 @@ def _row(
     claim: Claim | None,
     alpha: float,
     margin: Margin | None,
+    known: Mapping[tuple[str, str, str], Standing],
+    read: Reader,
 ) -> Difference:
     """Return a row with its verdict, and with all else at the level that the correction leaves."""
     before, after = base.scores[key].value, run.scores[key].value
@@ -293,6 +322,9 @@ def _row(
     else:
         verdict = "restated"
     more |= {"verdict": verdict, "claim": claim}
+    if primary:
+        more["floor"] = known.get((run.name, *key))
+        more["answers"] = agreement(paired_documents(base, run, *key, read), key[1])
     return Difference.made(run.name, key, (before, after), test, q, level, **more)
 
 

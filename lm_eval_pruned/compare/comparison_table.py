@@ -14,6 +14,8 @@ from lm_eval_pruned.util.tables import csv_table, markdown_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lm_eval_pruned.compare.agreement import Agreement
+
 
 def number_text(value: float | None, form: str, without: str = "-") -> str:
     """Return a number in the given format, or `without` one a dash."""
@@ -48,12 +50,27 @@ class Column(NamedTuple):
     terminal: bool = False
 
 
+def filled(columns: Sequence[Column], rows: Sequence[Any]) -> list[Column]:
+    """Return the columns without those of `OPTIONAL` that say nothing of any row."""
+    return [
+        each
+        for each in columns
+        if each.title not in OPTIONAL or any(each.text(row) != "-" for row in rows)
+    ]
+
+
 def titles(columns: Sequence[Column], alpha: float) -> list[str]:
     """Return the headings of columns; an interval is told with its confidence."""
     interval = f"{1 - alpha:.0%} interval"
     return [interval if each.title == "interval" else each.title for each in columns]
 
 
+def _commonest(of: Agreement | None) -> str:
+    return f"{of.base_commonest:.0%} -> {of.commonest:.0%}" if of else "-"
+
+
+#: Columns that a table has where they say something.
+OPTIONAL = ("floor", "equal answers", "KL", "commonest answer")
 #: Of `Difference`. CSV and JSON have its attributes.
 DIFFERENCES = (
     Column("run", lambda row: row.run, "l", True),
@@ -70,8 +87,30 @@ DIFFERENCES = (
     Column("margin", lambda row: f"{row.claim.margin:.4g}" if row.claim else "-"),
     Column("q margin", lambda row: p_text(row.claim and row.claim.q)),
     Column("documents", documents_text),
+    Column(
+        "floor", lambda r: f"{r.floor.floor:.4f}" if r.floor else "-", terminal=True
+    ),
+    Column(
+        "equal answers",
+        lambda row: f"{row.answers.equal_answers:.0%}" if row.answers else "-",
+        terminal=True,
+    ),
+    Column("KL", lambda row: number_text(row.answers and row.answers.kl, ".3f")),
+    Column("commonest answer", lambda row: _commonest(row.answers)),
     Column("test", lambda row: row.method, "l"),
-    Column("verdict", lambda row: row.verdict, "l", True),
+    Column("verdict", lambda row: row.said, "l", True),
+)
+#: Of `Standing`, of the base.
+ABOVE = {True: "yes", False: "no: cannot show a loss", None: "not tested"}
+FLOORS = (
+    Column("task", lambda each: each.task, "l", True),
+    Column("metric", lambda each: each.metric, "l"),
+    Column("without knowledge", lambda each: each.floor_name, "l", True),
+    Column("floor", lambda each: f"{each.floor:.4f}", terminal=True),
+    Column("base", lambda each: f"{each.score:.4f}", terminal=True),
+    Column("p", lambda each: p_text(each.p_floor), terminal=True),
+    Column("test", lambda each: each.floor_test, "l"),
+    Column("base is above", lambda each: ABOVE[each.above_floor], "l", True),
 )
 #: Of `TaskTrend`.
 TRENDS = (
@@ -106,6 +145,16 @@ DIFFERENCE = (
     "is, so that it leaves out 0 exactly where a difference is shown; smallest detectable: with a "
     "chance of 80 % at the level that this leaves."
 )
+FLOOR = (
+    "Floor: the best score without knowledge, of a model that knows nothing, of chance, or of always "
+    "giving the commonest right answer; at floor: not shown to be above it (one-sided tests). Where "
+    "the base is not shown to be above, the task cannot show a loss."
+)
+ANSWERS = (
+    "equal answers: share of documents with the answer of the base; KL: mean divergence of the "
+    "distribution over choices from that of the base, in nats; commonest answer: its share of the "
+    "answers, of the base and of the run."
+)
 TREND = (
     "Trend over expansion ratios (change of the score per 1 of ratio, positive where it falls "
     "with pruning; slopes of single documents):"
@@ -130,6 +179,7 @@ def as_table(
         header += "--all shows all columns, restated metrics, trends and correlations."
         few = [each for each in DIFFERENCES if each.terminal]
         tables = [("", few, [row for row in comparison.rows if row.primary])]
+        tables.append((FLOOR, [e for e in FLOORS if e.terminal], comparison.floors))
     else:
         header += DIFFERENCE
         if not all(row.primary for row in comparison.rows):
@@ -139,8 +189,11 @@ def as_table(
                 f" Margin: {margin.text}; {margin.verdict} is shown where q margin is below "
                 f"{comparison.alpha:g} (two one-sided tests)."
             )
+        if any(row.answers for row in comparison.rows):
+            header += f" {ANSWERS}"
         tables = [
             ("", DIFFERENCES, comparison.rows),
+            (FLOOR, FLOORS, comparison.floors),
             (TREND, TRENDS, comparison.trends),
             (CORRELATION, CORRELATIONS, comparison.correlations),
         ]
@@ -148,6 +201,7 @@ def as_table(
     for heading, columns, rows in tables:
         if comparison.margin is None:
             columns = [each for each in columns if "margin" not in each.title]
+        columns = filled(columns, rows)
         cells = [[column.text(row) for column in columns] for row in rows]
         align = "".join(column.align for column in columns)
         if rows:
@@ -158,19 +212,27 @@ def as_table(
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return the differences as CSV; of margins and partial documents where there are any."""
-    names = [field.name for field in fields(Difference)][:-2]
+    """Return the differences as CSV; of margins, parts, floors and answers where there are any."""
+    names = [field.name for field in fields(Difference)][:-4]
     names += ["margin", "p_margin", "q_margin"] * (comparison.margin is not None)
     names += ["of"] * any(row.of is not None for row in comparison.rows)
+    more = [each for row in comparison.rows for each in beside(row)]
+    names += [name for name in dict.fromkeys(more) if name not in names]
     rows = []
     for row in comparison.rows:
         claim = row.claim and (row.claim.margin, row.claim.p, row.claim.q)
         margin = zip(
             ("margin", "p_margin", "q_margin"), claim or [None] * 3, strict=True
         )
-        found = asdict(row) | dict(margin)
-        rows.append({name: found[name] for name in names})
+        found = asdict(row) | dict(margin) | {"floor": None} | beside(row)
+        rows.append({name: found.get(name) for name in names})
     return csv_table(names, rows)
+
+
+def beside(row: Difference | None) -> dict[str, Any]:
+    """Return what CSV says of floor and answers of a row."""
+    parts = (row.floor, row.answers) if row else ()
+    return {name: v for each in parts if each for name, v in asdict(each).items()}
 
 
 def as_json(comparison: Comparison) -> str:

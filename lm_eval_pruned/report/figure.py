@@ -75,6 +75,7 @@ _RULES: dict[str, list[float]] = {
     "unpruned": [1, 0],
     "chance": [7, 4],
     "majority": [1.5, 3],
+    (FLOOR := "highest floor"): [7, 2, 1.5, 2],
 }
 #: Tasks that stand for knowledge and for truthfulness, the study's own first.
 KNOWLEDGE = ("mmlu", "gsm8k", "arc_challenge", "boolq", "lambada_openai", "wikitext")
@@ -97,6 +98,8 @@ def figure_section(
         "open ones no difference was shown; crosses were not tested; diamonds are partial scores, of "
         f"units that stopped when decided. Bands are {1 - comparison.alpha:.0%} intervals of the "
         "paired difference."
+        + " Dash-dotted rules, in the colours of the lines, are floors: the best scores without "
+        "knowledge." * bool(comparison.floors)
     )
     plots = []
     for series, members in series_of(runs).items():
@@ -135,6 +138,7 @@ def points_of(
     ratios = {run.name: run.expansion_ratio for run in members}
     points: list[dict[str, Any]] = []
     drawn: dict[tuple[str, str], list[Difference]] = {}
+    floors = {(each.task, each.metric): each.floor for each in comparison.floors}
     for row in comparison.rows:
         if row.run in ratios and math.isfinite(row.score):
             drawn.setdefault((row.task, row.metric), []).append(row)
@@ -154,6 +158,7 @@ def points_of(
             "lasts": unpruned.value - (known.chance or 0) > 2 * (unpruned.stderr or 0),
             "chance": known.chance if share else None,
             "majority": known.majority if share else None,
+            FLOOR: floors.get(key),
         }
         told = {"run": base.name, "task": key[0], "score": f"{unpruned.value:.4f}"}
         scored = dict.fromkeys(("before", "after", "low", "high"), unpruned.value)
@@ -161,7 +166,7 @@ def points_of(
         points += [about | _point(row) for row in rows]
     if not points:
         return pd.DataFrame(columns=["measure", "ratio"])
-    found = pd.DataFrame(points).astype({"chance": float, "majority": float})
+    found = pd.DataFrame(points).astype(dict.fromkeys([*_RULES][1:], float))
     found["ratio"] = found["run"].map(ratios)
     found = found.fillna(dict.fromkeys(TOLD, "-"))
     return pd.concat([_measured(found, measure) for measure in MEASURES])
@@ -203,6 +208,7 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
         floor = 0.0 if measure == "above_chance" else math.nan
         rules = {"unit": "%", "unpruned": 100, "chance": floor, "majority": math.nan}
     low, high = ends.min(axis=1, skipna=False), ends.max(axis=1, skipna=False)
+    rules[FLOOR] = placed(points[FLOOR])
     places = {"value": placed(points["after"]), "low": low, "high": high}
     found = points.assign(measure=measure, **places, **rules)
     return found.dropna(subset=["value", "ratio"])
@@ -229,6 +235,7 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
         rules = [
             alt.Chart(rows)
             .mark_rule(strokeDash=dash, color="var(--edge)")
+            .encode(look["color"] if level == FLOOR else alt.Color())
             .encode(y=f"{level}:Q", tooltip=["line:N", f"{level}:Q"])
             for level, dash in _RULES.items()
             if level in rows and rows[level].notna().any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import Difference, difference_test
@@ -16,15 +17,22 @@ from lm_eval_pruned.results.groups import healing_name, is_control, primary_metr
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.report.page import Section
     from lm_eval_pruned.results.files import Run
 
+    #: Whether a run is above the floor of a task and metric.
+    Known = Mapping[tuple[str, str, str], Standing | None]
+
 
 def healing_section(
-    others: Sequence[Run], alpha: float, read: DocumentReader
+    others: Sequence[Run],
+    alpha: float,
+    read: DocumentReader,
+    known: Known = MappingProxyType({}),
 ) -> Section | None:
     """Each healed size against the run of the same neurons before, and what the training took."""
 
@@ -39,7 +47,7 @@ def healing_section(
         "p after Benjamini-Hochberg over the sizes of each task. Energy is that of the machine "
         "while it trained, with all that it did beside; modelled energy is an estimate."
     )
-    rows = _rows(pairs, alpha, read)
+    rows = _rows(pairs, alpha, read, known)
     costs = [f"{run_label(run)}: {_cost(run)}" for run in healed]
     return compared_section("Healing: after against before", text, rows, alpha, costs)
 
@@ -58,7 +66,10 @@ def _cost(run: Run) -> str:
 
 
 def random_section(
-    others: Sequence[Run], alpha: float, read: DocumentReader
+    others: Sequence[Run],
+    alpha: float,
+    read: DocumentReader,
+    known: Known = MappingProxyType({}),
 ) -> Section | None:
     """Each configuration against those whose neurons were removed at random in the same places."""
 
@@ -94,12 +105,12 @@ def random_section(
         f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
         "evaluated again."
     )
-    rows, notes = _rows(pairs, alpha, read), [command] if missing else []
+    rows, notes = _rows(pairs, alpha, read, known), [command] if missing else []
     return compared_section("Against pruning at random", text, rows, alpha, notes)
 
 
 def _rows(
-    pairs: Sequence[tuple[Run, Run]], alpha: float, read: DocumentReader
+    pairs: Sequence[tuple[Run, Run]], alpha: float, read: DocumentReader, known: Known
 ) -> list[Difference]:
     """Return the tasks of each pair (before, after), with q over the pairs of each task."""
     found = []
@@ -124,6 +135,7 @@ def _rows(
                 *(key, (one.value, other), test, q, level),
                 documents=documents,
                 verdict=verdict_of(change, q, alpha, up),
+                floor=known.get((after.name, *key)),
             )
         )
     return rows

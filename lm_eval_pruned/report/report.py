@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison import compare, split_sweep
+from lm_eval_pruned.compare.comparison_table import beside
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report import pairs, sections as words
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
@@ -57,7 +58,9 @@ def write_report(
     target = Path(output_path) if output_path else sweep.path / "report"
     runs, read = [base, *others], DocumentReader()
     comparable = [run for run in others if set(run.tasks()) & set(base.tasks())]
-    comparison = compare(base, comparable, alpha=alpha, read=read)
+    asked = [*comparable, *sweep.floors] if comparable else []
+    comparison = compare(base, asked, alpha=alpha, read=read)
+    known = {(row.run, row.task, row.metric): row.floor for row in comparison.rows}
     levels = {
         key: documents.levels
         for key in {(row.task, row.metric) for row in comparison.rows}
@@ -71,11 +74,12 @@ def write_report(
     answers, changes = changed_answers(title, base, others, texts=texts)
     found = [
         words.families_section(runs, comparison),
+        words.floors_section(comparison),
         figure_section(base, runs, comparison, levels),
         words.scores_section(base, others, comparison),
         words.differences_section(others, comparison),
-        pairs.random_section(others, alpha, read),
-        pairs.healing_section(others, alpha, read),
+        pairs.random_section(others, alpha, read, known),
+        pairs.healing_section(others, alpha, read, known),
         answers,
         truthfulness_section(runs, comparison),
         words.trends_section(comparison),
@@ -85,7 +89,7 @@ def write_report(
         words.remarks_section(sweep, others, comparison),
     ]
     sections = [section for section in found if section is not None]
-    scores = as_csv(base, others, comparison)
+    scores = as_csv(base, [*others, *sweep.floors], comparison)
     page = rendered(
         "template.html",
         title=title,
@@ -115,6 +119,7 @@ def write_report(
 def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
     """Return all scores in long form, one row per run, task and metric."""
     found = {(row.run, row.task, row.metric): row for row in comparison.rows}
+    more = dict.fromkeys(name for row in found.values() for name in beside(row))
     rows = []
     for run in (base, *others):
         for (task, metric), score in run.scores.items():
@@ -141,7 +146,8 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
             }
             difference = found.get((run.name, task, metric))
             compared = {name: getattr(difference, name, None) for name in _COMPARED}
-            rows.append(row | compared)
+            compared |= {name: beside(difference).get(name) for name in more}
+            rows.append(row | compared | row)
     return csv_table(rows[0], rows)
 
 

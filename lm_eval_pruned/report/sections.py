@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison_table import (
     DIFFERENCES,
+    FLOOR,
+    FLOORS,
     TRENDS,
     Column,
     documents_text,
+    filled,
     number_text,
     titles,
 )
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
 
+#: Mark of a score that is not shown to be above the floor.
+AT_FLOOR = "\u2581"
 #: Columns of differences in the colour of the verdict.
 COLOURED = ("difference", "verdict")
 #: What a row of ``results.csv`` says in addition.
@@ -54,7 +59,7 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
         if row.primary and row.run in places:
             series, ratio = places[row.run]
             sizes = found.setdefault((family_of(row.task).label, series), {})
-            sizes.setdefault(ratio, Counter())[row.verdict] += 1
+            sizes.setdefault(ratio, Counter())[row.said] += 1
     if not found:
         return None
     ratios = sorted({each for of in found.values() for each in of}, key=float)[::-1]
@@ -73,10 +78,23 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
 
 
 def _counted(counts: Mapping[str, int]) -> Cell:
-    shown = [verdict for verdict in MARKS if verdict in counts]
-    text = ", ".join(f"{MARKS[each]} {counts[each]} {each}" for each in shown)
+    shown = [
+        each for verdict in MARKS for each in counts if each.split(" (")[0] == verdict
+    ]
+    text = ", ".join(
+        f"{MARKS[each.split(' (')[0]]} {counts[each]} {each}" for each in shown
+    )
     decided = [each for each in shown if each in ("better", "worse")]
     return Cell(text or "-", decided[0] if len(decided) == 1 else "")
+
+
+def floors_section(comparison: Comparison) -> Section | None:
+    """The best score without knowledge on each task, and whether the unpruned model is above it."""
+    if not comparison.floors:
+        return None
+    heading = "Floors: scores without knowledge"
+    table = declared_table(heading, FLOORS, comparison.floors, comparison.alpha)
+    return Section(heading, [FLOOR], table=table)
 
 
 def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> Section:
@@ -84,14 +102,18 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
     found = {(row.run, row.task, row.metric): row for row in comparison.rows}
     compared = [(row.task, row.metric) for row in comparison.rows if row.primary]
     primary = {*primary_metrics([base]), *compared}
+    floors = {(each.task, each.metric): each for each in comparison.floors}
     arrows = {True: " \u2191", False: " \u2193", None: " "}
     rows: list[list[Cell | str]] = []
     for key, score in base.scores.items():
         if key[0] in base.tasks(subtasks=False):
             name = key[1].removesuffix(",none") + arrows[score.higher_is_better]
             name += "" if key in primary else " \u2020"
+            floor = floors.get(key)
+            low = f" {AT_FLOOR}" if floor and floor.above_floor is False else ""
+            least = [f"{floor.floor:.4f}" if floor else "-"] if floors else []
             cells = [_score_cell(found.get((run.name, *key))) for run in others]
-            rows.append([key[0], name, f"{score.value:.4f}", *cells])
+            rows.append([key[0], name, *least, f"{score.value:.4f}{low}", *cells])
     legend = (
         "\u25b2 better, \u25bc worse and \u25c6 different from the unpruned model, significant at "
         f"{comparison.alpha:g} after a correction over the sizes of each task (Benjamini-Hochberg; "
@@ -100,7 +122,10 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
         "correction. \u2191 higher is better, \u2193 lower is better. A partial score is of a unit "
         "that stopped when decided."
     )
-    columns = ["task", "metric", *map(run_label, [base, *others])]
+    if floors:
+        legend += f" {AT_FLOOR} not shown to be above the floor."
+    least = ["floor"] * bool(floors)
+    columns = ["task", "metric", *least, *map(run_label, [base, *others])]
     return Section("Scores", [legend], table=Table("Scores", columns, rows, text=2))
 
 
@@ -108,7 +133,8 @@ def _score_cell(row: Difference | None) -> Cell:
     if row is None:
         return Cell("-")
     part = "" if row.of is None else f" ({documents_text(row)})"
-    text = f"{row.score:.4f} {MARKS.get(row.verdict, '')}".rstrip()
+    low = AT_FLOOR if row.said != row.verdict else ""
+    text = f"{row.score:.4f} {MARKS.get(row.verdict, '')}{low}".rstrip()
     return Cell(text + part, row.verdict)
 
 
@@ -144,7 +170,7 @@ def compared_section(
     # How many documents each was made on is in the table.
     tests = {re.sub(r", (partial|all): .*$", "", row.method) for row in rows}
     told = [text, f"Tests: {'; '.join(sorted(tests))}."]
-    table = declared_table(heading, columns, rows, alpha)
+    table = declared_table(heading, filled(columns, rows), rows, alpha)
     return Section(heading, told, table=table, notes=notes)
 
 

@@ -54,6 +54,19 @@ class Levels:
 
 
 @dataclass(frozen=True)
+class Reply:
+    """What one model answered to a document: the text of the likeliest choice, or what it wrote.
+
+    `normed` is the choice that is likeliest for its length, `likelihoods` the log-likelihoods of all
+    choices; a text that was written freely is that after the task's filter, and has none.
+    """
+
+    chosen: str
+    normed: str
+    likelihoods: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Documents:
     """Scores of one (task, metric), document by document.
 
@@ -66,6 +79,7 @@ class Documents:
         clusters: Cluster of each document, length n, or None if documents are independent.
         transform: Name in `TRANSFORMS`.
         levels: Where the documents tell.
+        replies: Answer to each document, length n; None where the samples do not tell.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -74,6 +88,7 @@ class Documents:
     clusters: tuple[str, ...] | None
     transform: str
     levels: Levels = Levels()
+    replies: tuple[Reply | None, ...] = ()
 
     def in_the_order_of(self, other: Documents, part: bool = False) -> Documents | None:
         """Return the documents of `other`, all or a `part` of these; None where it has others."""
@@ -82,10 +97,10 @@ class Documents:
         if -1 in order or (len(order) < len(place) and not part):
             return None
         clusters = self.clusters and tuple(self.clusters[index] for index in order)
+        replies = self.replies and tuple(self.replies[index] for index in order)
         values, weights = self.values[order], self.weights[order]
-        return replace(
-            self, keys=other.keys, values=values, weights=weights, clusters=clusters
-        )
+        ordered = replace(self, keys=other.keys, values=values, weights=weights)
+        return replace(ordered, clusters=clusters, replies=replies)
 
     def is_scored_like(self, other: Documents) -> bool:
         """Whether the same documents in the same order make up their score in one way."""
@@ -144,7 +159,7 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
     metrics = [metric for name, metric in run.scores if name == task]
     lines: dict[str, list[Any]] = {metric: [] for metric in metrics}
     for leaf in run.leaves(task):
-        about = partial(_cluster_and_question, leaf)
+        about = partial(_about, leaf)
         read = _read(run, leaf, metrics, about) if leaf in run.samples else {}
         # A score that some member has no documents of is not made of documents.
         lines = {metric: of for metric, of in lines.items() if read.get(metric)}
@@ -158,14 +173,14 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
     return {metric: documents for metric, documents in found.items() if documents}
 
 
-def _cluster_and_question(
+def _about(
     leaf: str, row: Mapping[str, Any]
-) -> tuple[str, Question | None]:
+) -> tuple[str, Question | None, Reply | None]:
     fields = [field for text, field in CLUSTER_FIELDS.items() if re.search(text, leaf)]
     text = as_mapping(row.get("doc")).get(*fields[:1] or [""])
     cluster = f"{leaf}\0{row.get('doc_id') if text is None else text}"
     asks = any(name.startswith("acc") for name in row)
-    return cluster, read_question(row) if asks else None
+    return cluster, read_question(row) if asks else None, read_reply(row)
 
 
 def _documents(
@@ -180,10 +195,11 @@ def _documents(
         with np.errstate(over="ignore"):
             score = TRANSFORMS[transform](np.average(values, weights=weights))
         if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
-            clusters, questions = zip(*abouts, strict=True)
+            clusters, questions, replies = zip(*abouts, strict=True)
             grouped = clusters if len({*clusters}) < len(keys) else None
             levels = levels_of(questions if metric.startswith("acc") else (), weights)
-            return Documents(keys, values, weights, grouped, transform, levels)
+            found = keys, values, weights, grouped, transform, levels, replies
+            return Documents(*found)
     return None
 
 
@@ -312,15 +328,40 @@ def read_answer(row: Mapping[str, Any], metric: str) -> Answer | None:
     if not answers or len(endings) == 1:
         return Answer(bool(value), None)
     if endings:
-        # The harness divides by the length of the choice without the space in front of it.
-        lengths = [len(ending.removeprefix(" ")) or 1 for ending in endings]
-        likelihoods = np.array([float(each[0]) for each in answers[: len(endings)]])
-        scores = likelihoods / (lengths if metric == "acc_norm" else 1)
-        return Answer(bool(value), str(np.argmax(scores)))
+        likelihoods = [float(each[0]) for each in answers[: len(endings)]]
+        return Answer(bool(value), str(_likeliest(endings, likelihoods, metric)))
     while isinstance(written, list) and len(written) == 1:
         written = written[0]
     chosen = answers[0] if len(answers) == 1 else answers
     return Answer(bool(value), str(chosen), str(written))
+
+
+def read_reply(row: Mapping[str, Any]) -> Reply | None:
+    """Return the answer in a line of samples, right or wrong; None where the line does not tell."""
+    answers, endings = row.get("filtered_resps"), _prompt_and_endings(row)[1]
+    if not isinstance(answers, list) or not answers or len(endings) == 1:
+        return None
+    if not endings:
+        text = str(answers[0] if len(answers) == 1 else answers)
+        return Reply(text, text)
+    try:
+        likelihoods = [float(answers[place][0]) for place in range(len(endings))]
+    except (TypeError, ValueError, LookupError):
+        return None
+    chosen, normed = (
+        endings[_likeliest(endings, likelihoods, metric)].strip()
+        for metric in ("acc", "acc_norm")
+    )
+    return Reply(chosen, normed, tuple(likelihoods))
+
+
+def _likeliest(
+    endings: Sequence[str], likelihoods: Sequence[float], metric: str
+) -> int:
+    # The harness divides by the length of the choice without the space in front of it.
+    lengths = [len(ending.removeprefix(" ")) or 1 for ending in endings]
+    scores = np.array(likelihoods)
+    return int(np.argmax(scores / lengths if metric == "acc_norm" else scores))
 
 
 def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

@@ -24,7 +24,13 @@ import numpy as np
 from lm_eval_pruned import cli
 from lm_eval_pruned.compare.comparison import compare, read_comparands
 from lm_eval_pruned.compare.comparison_table import as_table
-from tests.helpers.results_files import pruning, write_run, write_sweep
+from tests.helpers.results_files import (
+    answered,
+    pruning,
+    write_run,
+    write_sweep,
+    written,
+)
 
 
 if TYPE_CHECKING:
@@ -85,6 +91,42 @@ def write(folder: Path) -> None:
     )
 
 
+def write_floors(folder: Path) -> None:
+    """Write a sweep with floors: a task above, one that collapses, and one of free texts."""
+    rng = np.random.default_rng(5)
+    rights = (rng.random(DOCUMENTS) < 0.6).astype(int).tolist()
+
+    def found(known: float, yes: float, follows: float, stem: str) -> dict:
+        luck = rng.random((2, DOCUMENTS))
+        knows = [
+            each if x < known else 1 - each
+            for each, x in zip(rights, luck[0], strict=True)
+        ]
+        texts = [f"{stem} {n}" if n % 3 else "Yes." for n in range(DOCUMENTS)]
+        return {
+            "arc": answered(knows, rights),
+            "boolq": answered((luck[1] < yes).astype(int).tolist(), rights),
+            "ifeval": written(texts, right(follows)),
+        }
+
+    constant = {
+        "arc": answered([0] * DOCUMENTS, rights),
+        "boolq": answered([1] * DOCUMENTS, rights),
+        "ifeval": written(["."] * DOCUMENTS, right(0.25)),
+    }
+    echo = {"ifeval": written([f"{n}" for n in range(DOCUMENTS)], right(0.35))}
+    write_sweep(
+        folder / "floors",
+        {
+            "base": (0, found(0.9, 0.8, 0.45, "A")),
+            "p20": (20, found(0.8, 0.95, 0.55, "A")),
+            "p40": (40, found(0.5, 1, 0.35, "B")),
+            "floor-constant": ("constant", constant),
+            "floor-echo": ("echo", echo),
+        },
+    )
+
+
 def printed(*arguments: str) -> str:
     """Return what a command prints."""
     out = io.StringIO()
@@ -112,6 +154,13 @@ def observed() -> Iterator[tuple[str, str]]:
             yield f"compare.{form}", printed("compare", "sweep", "--format", form)
         short = {"everything": False, "padded": True}
         yield "compare.txt", as_table(compare(*read_comparands(["sweep"])), **short)
+        write_floors(Path())
+        for form in ("markdown", "csv"):
+            yield f"floors.{form}", printed("compare", "floors", "--format", form)
+        yield "floors.txt", as_table(compare(*read_comparands(["floors"])), **short)
+        printed("report", "floors", "--output_path", "report_of_floors")
+        report = Path("report_of_floors/report.md").read_text("utf-8")
+        yield "floors_report.md", rounded(report)
         pair = ("compare", "p0", "p40", "--format", "markdown")
         yield "compare_two.markdown", printed(*pair, "--subtasks")
         yield "not_worse.markdown", printed(*pair, "--not_worse", "5pt")

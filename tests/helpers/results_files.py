@@ -50,6 +50,28 @@ def choices(prompt: str, endings, likelihoods, **more) -> dict:
     return offering(endings, "0", prompt, likelihoods) | more
 
 
+def answered(picks, rights, options=(" no", " yes")) -> dict:
+    """Return a multiple-choice task by which choice was picked, and which is right."""
+    rows = {
+        number: offering(
+            options, right, likelihoods=[-1 - (n != pick) for n in range(2)]
+        )
+        for number, (pick, right) in enumerate(zip(picks, rights, strict=True))
+    }
+    values = [float(a == b) for a, b in zip(picks, rights, strict=True)]
+    return {"acc,none": {"values": values, "rows": rows}}
+
+
+def written(texts, rights) -> dict:
+    """Return a task of free texts, and whether each is right."""
+    rows = {
+        number: offering([{"until": []}])
+        | {"resps": [[text]], "filtered_resps": [text]}
+        for number, text in enumerate(texts)
+    }
+    return {"prompt_level_strict_acc,none": {"values": list(rights), "rows": rows}}
+
+
 def write_run(
     folder: Path,
     tasks: dict,
@@ -156,7 +178,7 @@ def write_sweep(folder: Path, runs: dict, *, schema: int = 1, **failures) -> Pat
     Args:
         folder: Where.
         runs: By configuration id: ``(percent, tasks)`` with tasks as in `write_run`; in
-            place of the percent also what `pruning` returns.
+            place of the percent also what `pruning` returns, or a floor's model type.
         schema: ``schema_version`` of sweep.json.
         **failures: By configuration id, the task that failed.
     """
@@ -165,12 +187,11 @@ def write_sweep(folder: Path, runs: dict, *, schema: int = 1, **failures) -> Pat
     definition = {"schema_version": schema, "configurations": configurations}
     (folder / "sweep.json").write_text(json.dumps(definition))
     for identifier, (size, tasks) in runs.items():
+        # A model type in place of a size is one that knows nothing.
+        of = pruning(size) if isinstance(size, int) else size
+        about = {"config": {"model": of}} if isinstance(of, str) else {"pruning": of}
         for task, metrics in tasks.items():
-            write_run(
-                folder / "units" / identifier / task,
-                {task: metrics},
-                pruning=size if isinstance(size, dict) else pruning(size),
-            )
+            write_run(folder / "units" / identifier / task, {task: metrics}, **about)
     for identifier, task in failures.items():
         unit = folder / "units" / identifier / task
         unit.mkdir(parents=True)

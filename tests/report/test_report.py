@@ -124,8 +124,9 @@ def test_drawings_have_ids_colours_and_words_of_their_own(page):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("report.html", '<td class=" worse">0.3000 \u25bc</td>'),
-        ("report.html", '<td class=" better">\u25b2 1 better</td>'),
+        ("report.html", '<td class=" worse">0.3000 \u25bc\u2581</td>'),
+        ("report.html", '<td class=" worse">0.5375 \u25bc</td>'),
+        ("report.html", ">\u25b2 1 better (at floor)</td>"),
         ("report.html", "<details><summary>Versions, settings"),
         ("report.html", "expansion ratio (intermediate size / hidden size)"),
         ("report.md", "mmlu failed on p80: out of memory"),

@@ -1,0 +1,94 @@
+"""Whether two models answer alike, right or wrong, and whether one gives a single answer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import special
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lm_eval_pruned.compare.pairing import Pair
+
+#: A model has collapsed to one answer where this share of its answers, or more, is the same.
+COLLAPSED = 0.9
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the answers of a run relate to those of the base, on the same documents.
+
+    `equal_answers` is a share of documents; an answer is a choice, or the text after the task's
+    filter. `kl` is the mean divergence, in nats, of the run's distribution over the choices from
+    that of the base, None for texts. The shares and texts of the commonest answers follow.
+
+    Source: Dutta et al. 2024, arXiv 2407.09141.
+    """
+
+    equal_answers: float
+    kl: float | None
+    base_commonest: float
+    commonest: float
+    base_answer: str
+    answer: str
+
+
+def agreement(pair: Pair | None, metric: str) -> Agreement | None:
+    """Compare the answers of two runs; None where the samples do not tell all of them."""
+    found = [list(filter(None, each.replies)) for each in pair or ()]
+    if not pair or {*map(len, found)} != {len(pair[0].keys)}:
+        return None
+    normed = metric.startswith("acc_norm")
+    texts = [[reply.normed if normed else reply.chosen for reply in of] for of in found]
+    equal = [one == other for one, other in zip(*texts, strict=True)]
+    likelihoods = ((reply.likelihoods for reply in of) for of in found)
+    kl = np.mean([divergence(*both) for both in zip(*likelihoods, strict=True)])
+    (base, often), (run, now) = (Counter(of).most_common(1)[0] for of in texts)
+    shares = float(np.mean(equal)), float(kl) if np.isfinite(kl) else None
+    return Agreement(*shares, often / len(equal), now / len(equal), base, run)
+
+
+def divergence(before: Sequence[float], after: Sequence[float]) -> float:
+    """Return KL(before || after) in nats, of softmaxes over the log-likelihoods of choices.
+
+    NaN without choices, and where the models were offered different numbers of them.
+
+    Example:
+        >>> divergence([0.0, 0.0], [-5.0, -5.0])
+        0.0
+    """
+    if not before or len(before) != len(after):
+        return np.nan
+    p, q = special.log_softmax([before, after], axis=1)
+    with np.errstate(invalid="ignore"):
+        return float(np.where(p > -np.inf, np.exp(p) * (p - q), 0).sum())
+
+
+def collapse_notes(
+    base: str, answers: Iterable[tuple[str, str, Agreement | None]]
+) -> list[str]:
+    """Return a note for each task to which a run, or its base, gives one answer; `answers` name both."""
+    found: dict[str, dict[str, str]] = {}
+    for run, task, of in answers:
+        if of:
+            models = {base: (of.base_commonest, of.base_answer)}
+            models[run] = of.commonest, of.answer
+            if max(models.values())[0] >= COLLAPSED:
+                said = {name: _said(*each) for name, each in models.items()}
+                found.setdefault(task, {}).update(said)
+    return [
+        f"{task}: a collapse to one answer. Of the answers of "
+        f"{'; of '.join(f'{run}, {said}' for run, said in runs.items())}."
+        for task, runs in found.items()
+    ]
+
+
+def _said(share: float, answer: str) -> str:
+    text = answer if len(answer) <= 40 else f"{answer[:39]}\u2026"
+    return f"{share:.0%} are {json.dumps(text, ensure_ascii=False)}"

@@ -1,0 +1,123 @@
+"""Floors: what a model that knows nothing scores, and whether a model is shown to be above it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lm_eval_pruned.compare import pairing, statistics
+from lm_eval_pruned.results.groups import is_control
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lm_eval_pruned.results.files import Run
+
+    Key = tuple[str, str]
+    Floor = tuple[str, float, Run | None]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Whether a model is shown to be above the floor of a task, and whether its base is.
+
+    `floor` is the best score without knowledge and `floor_name` the run that has it, or ``chance``
+    or ``commonest answer``, as the samples of the base tell. `p_floor` is one-sided, of "the model
+    is not above"; `q_floor` is corrected over the runs of the task, the base and random controls
+    apart. The last two are None where the score is above the floor and was not tested.
+    """
+
+    task: str
+    metric: str
+    score: float
+    floor_name: str
+    floor: float
+    p_floor: float | None
+    q_floor: float | None
+    floor_test: str
+    base_above_floor: bool | None
+    above_floor: bool | None
+
+    def note(self, base: str) -> str:
+        """Return what it means that the base is not above."""
+        return (
+            f"{self.task}: {base} ({self.score:.4f}) is not shown to be above the floor "
+            f"({self.floor:.4f}, {self.floor_name}): this task cannot show a loss in this model."
+        )
+
+
+def standings(
+    base: Run,
+    floors: Sequence[Run],
+    compared: Sequence[tuple[Run, Key]],
+    alpha: float,
+    read: pairing.Reader,
+) -> dict[tuple[str, str, str], Standing]:
+    """Test runs and, on the same scores, their base against the best of the `floors`.
+
+    Returns what is known by run, task and metric. ResultsError if a floor saw other documents.
+    """
+    keys = dict.fromkeys(key for _, key in compared)
+    highest = {key: highest_floor(base, floors, key, read) for key in keys}
+    asked = [
+        (run, key, floor, *_p_above(run, key, floor, read))
+        for run, key in [*((base, key) for key in keys), *compared]
+        if (floor := highest[key])
+    ]
+    families = [(key[0], run is base, is_control(run)) for run, key, *_ in asked]
+    qs = statistics.false_discovery([p for *_, p, _ in asked], families, alpha)
+    found: dict[tuple[str, str, str], Standing] = {}
+    for (run, key, best, p, test), (q, _) in zip(asked, qs, strict=True):
+        name, level, _ = best
+        value, above = run.scores[key].value, None if q is None else q < alpha
+        up = run.scores[key].higher_is_better
+        if (value <= level) if up else (value >= level):
+            above = False
+        own, place = found.get((base.name, *key)), (run.name, *key)
+        shown = own.above_floor if own else above, above
+        found[place] = Standing(*key, value, name, level, p, q, test, *shown)
+    return found
+
+
+def highest_floor(
+    base: Run, floors: Sequence[Run], key: Key, read: pairing.Reader
+) -> Floor | None:
+    """Return name, score and run of the best floor of a metric; None if none is known."""
+    known: list[Floor] = [
+        (run.name, run.scores[key].value, run) for run in floors if key in run.scores
+    ]
+    if documents := read(base, *key):
+        levels = documents.levels
+        named = {"chance": levels.chance, "commonest answer": levels.majority}
+        known += [(name, v, None) for name, v in named.items() if v is not None]
+    known = [each for each in known if math.isfinite(each[1])]
+    up = base.scores[key].higher_is_better
+    if up is None or not known:
+        return None
+    return max(known, key=lambda each: each[1] if up else -each[1])
+
+
+def _p_above(
+    run: Run, key: Key, floor: Floor, read: pairing.Reader
+) -> tuple[float | None, str]:
+    """Return the p of "the run is not above the floor", and the test that it comes from."""
+    score, documents, (_, level, of) = run.scores[key], read(run, *key), floor
+    if pairing.is_partial(run, key[0]) or not math.isfinite(score.value):
+        return None, "none: the score is partial or no finite number"
+    if of and (pair := pairing.paired_documents(of, run, *key, read)):
+        test = pairing.paired_test(pair)
+    elif documents and documents.transform == "mean":
+        if (documents.values == 1).all():
+            # Without any spread there is no test of means.
+            return level ** len(documents.values), "binomial"
+        constant = replace(documents, values=np.full(len(documents.values), level))
+        test = pairing.paired_test((constant, documents))
+    elif score.stderr is not None:
+        test = statistics.unpaired_difference(score.value - level, score.stderr)
+    else:
+        return None, "none: neither samples nor standard errors"
+    return test.sides and test.sides[bool(score.higher_is_better)], test.method

@@ -1,0 +1,204 @@
+"""What is said of a score beside its floor: standing, collapse, agreement with the unpruned model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lm_eval_pruned import cli
+from lm_eval_pruned.compare import agreement, comparison
+from lm_eval_pruned.results.files import ResultsError
+from tests.helpers.results_files import (
+    answered,
+    pruning,
+    write_run,
+    write_sweep,
+    written,
+)
+
+
+N = 80
+RIGHTS = [int(n % 5 < 3) for n in range(N)]
+
+
+def knowing(share: float) -> list[int]:
+    """Return picks of which a share is right."""
+    return [r if n < share * N else 1 - r for n, r in enumerate(RIGHTS)]
+
+
+def tasks(picks, right, text: str) -> dict:
+    texts = [f"{text} {n}" for n in range(N)]
+    return {
+        "boolq": answered(picks, RIGHTS),
+        "ifeval": written(texts, [float(n < right * N) for n in range(N)]),
+    }
+
+
+CONSTANT = {
+    "boolq": answered([0] * N, RIGHTS),
+    "ifeval": written(["Yes"] * N, [float(n < 30) for n in range(N)]),
+}
+
+
+def sweep(folder, floors=True, ifeval=0.3):
+    runs = {
+        "base": (0, tasks(knowing(0.9), ifeval, "A")),
+        "p20": (20, tasks(knowing(0.8), 0.8, "A")),
+        "p40": (40, tasks([1] * N, 0.35, "B")),
+        "random": (pruning(40, criterion="random"), tasks([0] * N, 0.3, "C")),
+    }
+    return write_sweep(
+        folder, runs | ({"floor-yes": ("constant", CONSTANT)} if floors else {})
+    )
+
+
+def rows_of(folder, **options):
+    found = comparison.compare(*comparison.read_comparands([str(folder)]), **options)
+    return found, {(row.run, row.task): row for row in found.rows}
+
+
+@pytest.mark.parametrize("form", ["markdown", "csv", "json", "report"])
+def test_every_format_says_where_a_score_is_no_more_than_its_floor(
+    tmp_path, capsys, form
+):
+    folder = sweep(tmp_path)
+    if form == "report":
+        pytest.importorskip("altair", reason="figures need the extra `report`")
+        assert cli.main(["report", str(folder)]) == 0
+        said = (folder / "report/report.md").read_text("utf-8")
+        assert "|ifeval|prompt_level_strict_acc \u2191|0.3750|0.3000 \u2581|" in said
+        assert "\u25b2 1 better|" in said
+        # The commonest right answer gives more than the constant one that was tried.
+        assert "|boolq|acc,none|commonest answer|0.6000|0.9000|" in said
+        assert "floor-yes" in (folder / "report/results.csv").read_text("utf-8")
+    else:
+        assert cli.main(["compare", str(folder), "--format", form]) == 0
+        said = capsys.readouterr().out
+    if form == "csv":
+        rows = {(r["run"], r["task"]): r for r in csv.DictReader(io.StringIO(said))}
+        assert len(rows) == 6
+        row = rows["p40", "ifeval"]
+        assert (row["floor_name"], row["floor"]) == ("floor-yes", "0.375")
+        assert (row["base_above_floor"], row["above_floor"]) == ("False", "False")
+        assert rows["p40", "boolq"]["commonest"] == "1.0"
+        return
+    assert "not shown" in said
+    assert "this task cannot show a loss in this model" in said
+    assert "boolq: a collapse to one answer. Of the answers of base, 60% are" in said
+    if form == "json":
+        floors = {each["task"]: each for each in json.loads(said)["floors"]}
+        assert floors["ifeval"]["above_floor"] is False
+    else:
+        assert "not shown (at floor)" in said
+        assert "|worse (at floor)|" in said
+
+
+def test_floors_change_nothing_but_what_is_said_of_them(tmp_path):
+    found, rows = rows_of(sweep(tmp_path / "with"))
+    _, without = rows_of(sweep(tmp_path / "without", floors=False))
+    assert rows.keys() == without.keys()
+    for key, row in rows.items():
+        other = without[key]
+        assert (row.p, row.q, row.low, row.answers) == (
+            *(other.p, other.q, other.low),
+            other.answers,
+        )
+    # Free texts have no floor but that of the run, and the samples tell the others.
+    assert {key for key, row in without.items() if row.floor} == {
+        (run, "boolq") for run in ("p20", "p40", "random")
+    }
+    assert rows["p20", "ifeval"].said == "better"
+    assert rows["p20", "boolq"].floor.above_floor
+    # Two runs are asked about, the random control apart.
+    p = [rows[run, "ifeval"].floor.p_floor for run in ("p20", "p40")]
+    assert rows["p20", "ifeval"].floor.q_floor == pytest.approx(2 * min(p))
+    random = rows["random", "ifeval"].floor
+    assert random.p_floor == random.q_floor
+    assert [each.above_floor for each in found.floors] == [True, False]
+
+
+def test_agreement_sees_what_scores_do_not(tmp_path):
+    _, rows = rows_of(sweep(tmp_path))
+    boolq, ifeval = (rows["p40", task].answers for task in ("boolq", "ifeval"))
+    base = np.array(knowing(0.9))
+    assert boolq.equal_answers == pytest.approx(np.mean(base == 1))
+    # Log-likelihoods are -1 and -2, so that a changed choice has one divergence.
+    p = np.exp([-1, -2]) / np.exp([-1, -2]).sum()
+    changed = stats.entropy(p, p[::-1])
+    assert boolq.kl == pytest.approx(changed * np.mean(base != 1))
+    assert (boolq.base_commonest, boolq.commonest) == (np.mean(base), 1)
+    assert (ifeval.equal_answers, ifeval.kl) == (0, None)
+    assert rows["p20", "ifeval"].answers.equal_answers == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_divergence(seed):
+    one, other = np.random.default_rng(seed).normal(-20, 9, size=(2, seed + 2))
+    found = agreement.divergence([*one], [*other])
+    p, q = (np.exp(each - each.max()) for each in (one, other))
+    assert found == pytest.approx(stats.entropy(p, q))
+    assert agreement.divergence([*(one - 700)], [*(other + 3)]) == pytest.approx(found)
+    assert agreement.divergence([*one], [*one]) == 0
+    never = [-math.inf, *one[1:]]
+    assert math.isfinite(agreement.divergence(never, [*other]))
+    assert agreement.divergence([*one], never) == math.inf
+    assert math.isnan(agreement.divergence([*one], [0.0]))
+
+
+@pytest.mark.parametrize(
+    ("score", "better", "samples", "stderr", "above"),
+    [
+        (0.9, True, True, None, True),
+        (0.9, True, False, 0.05, True),
+        (0.6, True, False, 0.2, False),
+        (0.9, True, False, None, None),
+        (0.5, True, False, None, False),
+        (0.1, False, True, None, True),
+        (0.9, False, True, None, False),
+        (0.9, None, True, None, "no floor"),
+    ],
+)
+def test_a_base_against_a_floor(tmp_path, score, better, samples, stderr, above):
+    def run(name, share, **more):
+        values = [float(n % 10 < 10 * share) for n in range(N)]
+        task = {"values": values, "higher_is_better": better, **more}
+        about = {"config": {"model": "echo"}} if name == "floor" else {}
+        about["samples"] = samples
+        return str(write_run(tmp_path / name, {"t": {"f1,none": task}}, **about))
+
+    stderrs = {} if stderr is None else {"stderr": stderr}
+    paths = run("base", score, **stderrs), run("run", 0.5), run("floor", 0.5)
+    found = comparison.compare(*comparison.read_comparands(paths))
+    assert [each.above_floor for each in found.floors] == [above][: above != "no floor"]
+
+
+def test_a_perfect_score_is_above_chance(tmp_path):
+    folder = write_sweep(
+        tmp_path,
+        {f"p{size}": (size, {"boolq": answered(RIGHTS, RIGHTS)}) for size in (0, 20)},
+    )
+    (floor,) = rows_of(folder)[0].floors
+    assert (floor.p_floor, floor.above_floor) == (pytest.approx(0.6**N), True)
+
+
+def test_a_floor_of_other_documents_is_refused(tmp_path):
+    folder = sweep(tmp_path, floors=False)
+    few = {"boolq": answered([1] * 9, [1] * 9)}
+    floor = write_run(tmp_path / "few", few, config={"model": "constant"})
+    with pytest.raises(ResultsError, match="different documents"):
+        comparison.compare(*comparison.read_comparands([str(folder), str(floor)]))
+
+
+def test_a_base_is_compared_with_a_floor_where_there_is_nothing_else(tmp_path):
+    paths = [
+        str(write_run(tmp_path / model, CONSTANT, config={"model": model}))
+        for model in ("pruned-hf", "constant")
+    ]
+    rows = comparison.compare(*comparison.read_comparands(paths)).rows
+    assert [row.difference for row in rows] == [0, 0]
