@@ -1,6 +1,6 @@
 """Draw the scores published with arXiv 2512.22671, alone and beside ours: ``python docs/make_study_figures.py``.
 
-Reads them (``tests/data/study_benchmarks.csv``), and the ``results.csv`` of the two reports in ``docs/smollm2``. Writes
+Reads them (``lm_eval_pruned/study/study_benchmarks.csv``), and the ``results.csv`` of the two reports in ``docs/smollm2``. Writes
 ``docs/dichotomy.svg`` for the README, and one SVG and one PNG per benchmark to
 ``docs/smollm2/next-to-the-study``. Needs the extra ``report``.
 """
@@ -89,7 +89,7 @@ def beside(study: pd.DataFrame) -> None:
 
 def main() -> None:
     """Draw all figures."""
-    study = pd.read_csv(ROOT / "tests" / "data" / "study_benchmarks.csv")
+    study = pd.read_csv(ROOT / "lm_eval_pruned" / "study" / "study_benchmarks.csv")
     alone(study)
     beside(study)
 
