@@ -26,9 +26,10 @@ def run(arguments) -> int:
     shard = options.parse_shard(arguments.shard) if arguments.shard else None
     from lm_eval.utils import setup_logging
 
+    from lm_eval_pruned.cli import main
     from lm_eval_pruned.study.run import run_study
 
     setup_logging()
     names = ("kind", "quick", "retry_failed", "dry_run")
     how = {name: getattr(arguments, name) for name in names}
-    return run_study(arguments.models, given, shard=shard, **how)
+    return run_study(arguments.models, given, main, shard=shard, **how)

@@ -1,1 +1,1 @@
-"""The study of arXiv 2512.22671 for any model: what it consists of, its cost, and its page."""
+"""The study of arXiv 2512.22671 for any model: its options, what it takes, what it found, its page."""

@@ -2,135 +2,96 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import time
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from lm_eval_pruned.study.preset import FLOOR
 from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from lm_eval_pruned.study.preset import Study
+    from collections.abc import Mapping
+
     from lm_eval_pruned.sweeps.plan import Sweep
 
-
-class Work(NamedTuple):
-    """Documents of a task, in so many members of a group, and tokens of each: read, and at most written."""
-
-    documents: int
-    read: int
-    written: int
-    dataset: str = ""
-    members: int = 1
-
-
-_TRUTHFUL = "truthfulqa/truthful_qa"
-#: Counted with the tokenizer of Llama-3, with the few-shot examples of `pruned_dichotomy`. A prompt
-#: that choices share counts once.
-WORK = {
-    "wikitext": Work(62, 4700, 0, "EleutherAI/wikitext_document_level"),
-    "boolq": Work(3270, 145, 0, "aps/super_glue"),
-    "lambada_openai": Work(5153, 90, 0, "EleutherAI/lambada_openai"),
-    "mmlu": Work(14042, 750, 0, "cais/mmlu", 57),
-    "arc_challenge": Work(1172, 75, 0, "allenai/ai2_arc"),
-    "hellaswag": Work(10042, 190, 0, "Rowan/hellaswag"),
-    "winogrande": Work(1267, 50, 0, "allenai/winogrande"),
-    "piqa": Work(1838, 75, 0, "baber/piqa"),
-    "truthfulqa_mc1": Work(817, 270, 0, _TRUTHFUL),
-    "truthfulqa_mc2": Work(817, 330, 0, _TRUTHFUL),
-    "gsm8k": Work(1319, 950, 256, "openai/gsm8k"),
-    "ifeval": Work(541, 60, 1280, "google/IFEval"),
-    "leaderboard_musr": Work(756, 1250, 0, "TAUR-Lab/MuSR", 3),
-    "pruned_demo_truthfulness": Work(120, 120, 0),
-    "pruned_demo_instruction_following": Work(66, 40, 32),
-}
-#: Models that the Hub hands out once their licence was accepted there, by how their names begin.
+#: Models that the Hub hands out to those who accepted a licence there, by how their names begin.
 LICENCES = {
     "meta-llama/": "the Llama Community License",
     "google/gemma": "the Gemma Terms of Use",
     "mistralai/": "the terms on the model's page",
 }
-#: A written token takes as long as so many read ones, in batches of 16.
+#: Columns of ``work.csv``: documents of a task, members of a group, and tokens that are read and at
+#: most written for a document, by Llama-3's tokenizer. A prompt that choices share counts once.
+_COUNTS = ("documents", "members", "read", "written")
+#: A written token takes as long as so many that are read, in batches of 16.
 _WRITTEN = 5
-#: Share of a matrix product's speed that a model reaches.
+#: Share of the speed of a matrix product that a model reaches.
 _REACHED = 0.4
-#: Bytes that a document of a configuration takes in the samples.
+#: Bytes of samples for a document.
 _SAMPLE = 4000
 
 
 def missing(model: str) -> list[str]:
-    """Return what has to be accepted and fetched before a model can be studied, one sentence each."""
-    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    cached = (try_to_load_from_cache(model, file) for file in files if "/" in model)
-    if Path(model).is_dir() or any(isinstance(each, str) for each in cached):
+    """Return what has to be accepted and fetched before a model can be studied, a line each."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    if Path(model).is_dir() or any(
+        isinstance(try_to_load_from_cache(model, file), str) for file in names
+    ):
         return []
     terms = [of for start, of in LICENCES.items() if model.startswith(start)]
-    told = [f"Accept {of} on https://huggingface.co/{model}." for of in terms]
-    return [*told, f"Fetch the weights: hf download {model}"]
+    told = [
+        f"Accept {of} on huggingface.co/{model}, then `hf auth login`." for of in terms
+    ]
+    return [*told, f"Fetch the weights: `hf download {model}`."]
 
 
 def operations_per_second(device: str | None, dtype: str | None) -> float:
     """Return how many floating-point operations a second the device does in a matrix product."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = getattr(torch, dtype or "", torch.float32)
-    one, best = torch.ones(2048, 2048, device=place, dtype=kind), float("inf")
+    one = torch.ones(2048, 2048, device=place, dtype=getattr(torch, dtype or "float32"))
+    best = math.inf
     for _ in range(5):
         start = time.perf_counter()
         float((one @ one)[0, 0])
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+    return 2 * len(one) ** 3 / best
 
 
-def estimate(study: Study, sweep: Sweep, speed: float) -> str:
-    """Return the study's documents, tokens, hours at `speed` and bytes, and what is missing."""
-    limit, samples = study.options.get("limit"), study.options.get("samples") or {}
-    rows, uncounted, datasets = [], [], set()
-    documents = tokens = weighted = 0
-    for task in sweep.tasks:
-        if (work := WORK.get(task.name)) is None:
-            uncounted.append(task.name)
-            continue
-        count = len(samples.get(task.name) or range(work.documents))
-        if limit is not None:
-            most = limit * work.members if limit >= 1 else limit * count
-            count = min(count, math.ceil(most))
-        datasets |= {work.dataset} - {""}
-        read, written = count * work.read, count * work.written
-        rows.append([task.name, f"{count:,}", f"{read:,}", f"{written:,}"])
-        documents, tokens = documents + count, tokens + read + written
-        weighted += read + _WRITTEN * written
-    models = [each for each in sweep.configurations if not each.id.startswith(FLOOR)]
-    parameters = sum(each.parameters for each in models)
-    hours = 2 * parameters * weighted / (_REACHED * speed) / 3600
-    needs = missing(str(study.options["model_args"]["pretrained"]))
-    weights = 4 * sweep.baseline.parameters * bool(needs)
-    size = weights + documents * len(models) * _SAMPLE
-    return "\n".join(
-        [
-            f"## {study.name}, as {study.kind} model\n",
-            markdown_table(
-                ["task", "documents", "tokens read", "written at most"], rows
-            ),
-            "",
-            (
-                f"{len(models)} configurations, each on {documents:,} documents and {tokens:,} "
-                f"tokens. About {hours:.1f} hours on this machine, within a factor of 3; "
-                f"{size / 1e9:.1f} GB of disk, without data sets."
-            ),
-            *(needs or ["The model is on this machine."]),
-            *(
-                [
-                    f"Data sets, fetched unless they are here: {', '.join(sorted(datasets))}. None asks for a licence."
-                ]
-                if datasets
-                else []
-            ),
-            *([f"Not counted: {', '.join(uncounted)}."] if uncounted else []),
-            "",
-        ]
+def estimate(name: str, options: Mapping[str, Any], sweep: Sweep, speed: float) -> str:
+    """Return the documents, tokens, hours at `speed` and bytes of a study, and what is missing."""
+    text = files(__package__).joinpath("work.csv").read_text("utf-8")
+    known = {row["task"]: row for row in csv.DictReader(text.splitlines())}
+    rows, data, documents, work = [], set(), 0, 0
+    for task in (task.name for task in sweep.tasks if task.name in known):
+        size, members, read, written = (int(known[task][each]) for each in _COUNTS)
+        count = len((options.get("samples") or {}).get(task, range(size)))
+        if limit := options.get("limit"):
+            count = min(count, math.ceil(limit * (members if limit >= 1 else count)))
+        rows.append([task, *(f"{count * each:,}" for each in (1, read, written))])
+        documents, work = documents + count, work + count * (read + _WRITTEN * written)
+        data |= {known[task]["data"]} - {""}
+    uncounted = [task.name for task in sweep.tasks if task.name not in known]
+    models = sweep.configurations
+    operations = 2 * sum(each.parameters for each in models) * work
+    needs = missing(options["model_args"]["pretrained"])
+    size = (
+        4 * sweep.baseline.parameters * bool(needs) + documents * len(models) * _SAMPLE
     )
+    columns = ["task", "documents", "tokens read", "tokens written at most"]
+    hours, room = operations / _REACHED / speed / 3600, f"{size / 1e9:.1f} GB of disk"
+    lines = [
+        f"{len(models)} configurations, each on these {documents:,} documents.",
+        f"About {hours:.1f} hours on this machine, give or take a factor of 3.",
+        f"About {room} beside the data sets.",
+        *needs,
+        f"Data sets of the Hub, without a licence to accept: {', '.join(sorted(data)) or '-'}.",
+    ]
+    if uncounted:
+        lines.append(f"Not counted: {', '.join(uncounted)}.")
+    return "\n".join([f"# {name}\n", markdown_table(columns, rows), "", *lines, ""])

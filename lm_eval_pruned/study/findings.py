@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.compare.comparison import compare, difference_test, split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
@@ -19,27 +19,21 @@ from lm_eval_pruned.results.groups import (
     is_perplexity,
     primary_metrics,
 )
-from lm_eval_pruned.study.preset import FLOOR
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison, Difference
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
 
-HOLDS, PARTLY, FAILS, UNKNOWN = (
-    "holds",
-    "holds in part",
-    "does not hold",
-    "is not decided",
-)
+#: What the ids of configurations that know nothing begin with.
+FLOOR = "floor-"
 
 
-@dataclass(frozen=True)
-class Floor:
-    """The best score that needs no knowledge, and what has it: chance, or a model that knows nothing."""
+class Floor(NamedTuple):
+    """The best score without knowledge, and what has it: a level, or a model that knows nothing."""
 
     value: float
     by: str
@@ -48,72 +42,51 @@ class Floor:
 
 @dataclass(frozen=True)
 class TaskFinding:
-    """One task on all sizes.
+    """One task: the `rows` of its cuts from the largest size down, and its `floor` if it is known.
 
-    Attributes:
-        task, metric: Of the scores.
-        floor: None where none is known.
-        above: By run, whether the score is shown to be above the floor; None where nobody knows.
-        rows: By run, the comparison with the unpruned model; the largest size first.
-        base: Name of the unpruned run.
+    `above` says by run, the unpruned one first, whether the score is shown to be above the floor;
+    None where nothing can say.
     """
 
     task: str
     metric: str
+    base_score: float
     floor: Floor | None
     above: dict[str, bool | None]
-    rows: dict[str, Difference]
-    base: str
-
-    @property
-    def side(self) -> str:
-        """What the study says of tasks of this family: ``taken``, ``left`` or ``unknown``."""
-        return family_of(self.task).side
+    rows: list[Difference]
 
     @property
     def can_fall(self) -> bool:
-        """Whether a loss can be seen: a model at the floor has none to show."""
-        return self.above[self.base] is not False
+        """Whether a loss can be seen: an unpruned model at the floor has none to show."""
+        return next(iter(self.above.values())) is not False
 
     @property
-    def falls(self) -> list[str]:
-        """Runs that are worse than the unpruned model, if it had anything to lose."""
-        found = [name for name, row in self.rows.items() if row.verdict == "worse"]
-        return found if self.can_fall else []
+    def falls(self) -> list[Difference]:
+        """Rows that are worse than the unpruned model, if that can be seen."""
+        return [row for row in self.rows if row.verdict == "worse" and self.can_fall]
 
     @property
-    def rises(self) -> list[str]:
-        """Runs that are better than the unpruned model and above the floor."""
-        better = (name for name, row in self.rows.items() if row.verdict == "better")
-        return [name for name in better if self.above[name] is not False]
+    def rises(self) -> list[Difference]:
+        """Rows that are better than the unpruned model and not at the floor."""
+        better = [row for row in self.rows if row.verdict == "better"]
+        return [row for row in better if self.above[row.run] is not False]
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that the page says of one model.
-
-    Attributes:
-        base, cuts: The unpruned model, and the study's own cuts from the largest size down.
-        controls: Random cuts.
-        best: Cuts by ``recipe=best``.
-        tasks: Those with results, in their order.
-        comparison: Of the cuts with the unpruned model.
-        random: Verdicts of the cuts against random ones, by task.
-        notes: What failed or was not evaluated alike.
-    """
+    """The runs of one model, what of its tasks falls and rises, and the verdicts against chance."""
 
     base: Run
     cuts: list[Run]
-    controls: list[Run]
-    best: list[Run]
+    beside: dict[str, list[Run]]
     tasks: list[TaskFinding]
     comparison: Comparison
     random: dict[str, set[str]]
-    notes: list[str]
+    failed: list[str]
 
     def on(self, side: str) -> list[TaskFinding]:
-        """Return the tasks of one side, such as `TAKEN`."""
-        return [each for each in self.tasks if each.side == side]
+        """Return the tasks that the study says are `TAKEN` or `LEFT`."""
+        return [each for each in self.tasks if family_of(each.task).side == side]
 
     @property
     def verdict(self) -> str:
@@ -121,107 +94,92 @@ class Findings:
         taken = [each for each in self.on(TAKEN) if each.can_fall]
         left = [each for each in self.on(LEFT) if each.can_fall or each.rises]
         if not taken or not left:
-            return UNKNOWN
-        if not any(each.falls for each in taken) or all(each.falls for each in left):
-            return FAILS
+            return "cannot be decided"
+        drops = [each for each in left if each.falls]
+        if drops == left or not any(each.falls for each in taken):
+            return "does not hold"
         rises = any(each.rises for each in left)
-        return HOLDS if rises and not any(each.falls for each in left) else PARTLY
+        return "holds" if rises and not drops else "holds in part"
 
 
-def read_findings(sweep: SweepResults, alpha: float) -> Findings:
-    """Compare the runs of a study's sweep; ResultsError where no size or no unpruned run is done."""
+def read_findings(sweep: SweepResults, alpha: float = 0.05) -> Findings:
+    """Compare the runs of a study; ResultsError where no unpruned or no pruned model is done."""
     recipes = {
         str(each["id"]): as_mapping(each.get("arguments")).get("recipe")
         for each in sweep.definition["configurations"]
     }
     floors = [run for run in sweep.runs if run.name.startswith(FLOOR)]
-    rest = [run for run in sweep.runs if run not in floors]
-    base, others = split_sweep(rest, str(sweep.path))
-    read = DocumentReader()
-    others = [r for r in others if set(r.tasks()) & set(base.tasks())]
-    controls = [run for run in others if is_control(run)]
-    best = [run for run in others if recipes.get(run.name) == "best"]
-    cuts = [run for run in others if run not in controls and run not in best]
+    base, others = split_sweep(
+        [run for run in sweep.runs if run not in floors], str(sweep.path)
+    )
+    others = [run for run in others if set(run.tasks()) & set(base.tasks())]
+    beside = {
+        "random": [run for run in others if is_control(run)],
+        "recipe=best": [run for run in others if recipes.get(run.name) == "best"],
+    }
+    cuts = [run for run in others if not any(run in runs for runs in beside.values())]
+    cuts.sort(key=lambda run: -(run.expansion_ratio or 0))
     if not cuts:
         raise ResultsError(f"{sweep.path} holds no finished pruned model yet.")
-    cuts.sort(key=lambda run: -(run.expansion_ratio or 0))
+    floors += getattr(sweep, "floors", ())
+    read, tasks = DocumentReader(), []
     comparison = compare(base, cuts, alpha=alpha, read=read)
-    tasks = []
     for key in primary_metrics([base]):
-        rows = {r.run: r for r in comparison.rows if (r.task, r.metric) == key}
-        floor = floor_of(base, floors, key, read)
-        scored = [base, *(run for run in cuts if run.name in rows)]
-        above = {run.name: is_above(run, floor, key, alpha, read) for run in scored}
-        ordered = {run.name: rows[run.name] for run in cuts if run.name in rows}
-        tasks.append(TaskFinding(*key, floor, above, ordered, base.name))
+        rows = [row for row in comparison.rows if (row.task, row.metric) == key]
+        floor, here = _floor(base, floors, key, read), {row.run for row in rows}
+        above = {
+            run.name: _is_above(run, floor, key, alpha, read)
+            for run in (base, *cuts)
+            if run is base or run.name in here
+        }
+        tasks.append(TaskFinding(*key, base.scores[key].value, floor, above, rows))
     pairs = [
         (control, run)
         for run in cuts
-        for control in controls
+        for control in beside["random"]
         if control.expansion_ratio == run.expansion_ratio
     ]
     random: dict[str, set[str]] = {}
     for row in compared_pairs(pairs, alpha, read):
         random.setdefault(row.task, set()).add(row.verdict)
     failed = [f"{e.task} failed on {e.run}: {e.message}" for e in sweep.failures]
-    notes = [*failed, *comparison.notes]
-    return Findings(base, cuts, controls, best, tasks, comparison, random, notes)
+    return Findings(base, cuts, beside, tasks, comparison, random, failed)
 
 
-def floor_of(
-    base: Run, floors: Iterable[Run], key: tuple[str, str], read: DocumentReader
+def _floor(
+    base: Run, floors: Sequence[Run], key: tuple[str, str], read: DocumentReader
 ) -> Floor | None:
-    """Return the best score of chance, the commonest answer, and models that know nothing."""
     documents, up = read(base, *key), base.scores[key].higher_is_better
     levels = documents.levels if documents else Levels()
-    named = {"chance": levels.chance, "the commonest answer": levels.majority}
+    named = {"chance": levels.chance, "commonest answer": levels.majority}
     found = [Floor(value, by) for by, value in named.items() if value is not None]
-    found += [
-        Floor(run.scores[key].value, run.name.removeprefix(FLOOR), run)
-        for run in floors
-        if key in run.scores
-    ]
-    if up is None or not found:
-        return None
-    return (max if up else min)(found, key=lambda floor: floor.value)
+    for run in floors:
+        if key in run.scores:
+            name = run.name.removeprefix(FLOOR)
+            found.append(Floor(run.scores[key].value, name, run))
+    best = max if up else min
+    return best(found, key=lambda each: each.value) if found else None
 
 
-def is_above(
+def _is_above(
     run: Run,
     floor: Floor | None,
     key: tuple[str, str],
     alpha: float,
     read: DocumentReader,
 ) -> bool | None:
-    """Return whether a score is shown to be better than the floor; None where nobody can say."""
+    """Return whether a score is shown to be better than the floor; None where nothing can say."""
     score = run.scores[key]
     if floor is None:
-        # A perplexity needs no floor: a model that knows nothing is far away from any other.
+        # Whatever knows a language is far away from the perplexity of what does not.
         return True if is_perplexity(key[1]) else None
-    sign = 1 if score.higher_is_better else -1
+    gain = score.value - floor.value
+    if score.higher_is_better is False:
+        gain = -gain
     if floor.run is not None:
         test, _ = difference_test(floor.run, run, key, alpha, read)
         if test.p is not None:
-            return test.p < alpha and sign * test.difference > 0
+            return test.p < alpha and gain > 0
     if score.stderr is None:
         return None
-    width = NormalDist().inv_cdf(1 - alpha / 2) * score.stderr
-    return sign * (score.value - floor.value) > width
-
-
-def size_of(run: Run) -> float:
-    """Return the percentage of the neurons that a run has lost."""
-    before, after = (
-        run.pruning[f"intermediate_size_{when}"] for when in ("before", "after")
-    )
-    return round(100 * (1 - after / before), 1)
-
-
-def joined(words: Sequence[str]) -> str:
-    """Return words as part of a sentence.
-
-    Example:
-        >>> joined(["mmlu", "boolq", "piqa"])
-        'mmlu, boolq and piqa'
-    """
-    return " and ".join([", ".join(words[:-1]), words[-1]][len(words) < 2 :])
+    return gain > NormalDist().inv_cdf(1 - alpha / 2) * score.stderr

@@ -3,154 +3,100 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, SEVERAL
+from lm_eval_pruned.sweeps.options import read_file
 from lm_eval_pruned.sweeps.plan import model_source
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-BASE, INSTRUCT = KINDS = ("base", "instruct")
-#: The study's sizes, in percent of the neurons of each layer that go.
-PERCENTS = {BASE: "10 20 30 40 50 60", INSTRUCT: "10 40 60"}
-TASKS = {BASE: "pruned_dichotomy", INSTRUCT: "pruned_dichotomy_instruct"}
-#: The expansion ratio of Llama-3.2-1B, whose ratios the study names its sizes by.
+#: What a sweep has of each kind of model, and what is different with ``--quick``: files of options,
+#: as ``sweep --config`` takes them.
+KINDS, QUICK = ("base", "instruct"), "quick"
+#: The expansion ratio of Llama-3.2-1B, by whose ratios the study names its sizes.
 STUDY_RATIO = 4
-#: What the ids of configurations that know nothing begin with.
-FLOOR = "floor-"
-#: What is different with ``--quick``.
-QUICK: dict[str, Any] = {
-    "tasks": ["lambada_openai", "piqa", "pruned_demo"],
-    "prune_percents": ["20", "40", "60"],
-    "seeds": ["0"],
-    "limit": 50.0,
-}
 
 
-@dataclass(frozen=True)
-class Study:
-    """A study of one model.
-
-    Attributes:
-        name: Last part of the model's name, by which tables and the study's data call it.
-        kind: ``base``, asked without a chat template, or ``instruct``, with its own.
-        options: Those of the sweep; see `lm_eval_pruned.sweeps.options`.
-        quick: Whether it is the short one.
-    """
-
-    name: str
-    kind: str
-    options: dict[str, Any]
-    quick: bool = False
-
-    @property
-    def folder(self) -> Path:
-        """Where the sweep of this model lies."""
-        return Path(self.options["output_path"])
-
-
-def studies_of(
+def options_of(
     models: Sequence[str], given: Mapping[str, Any], kind: str | None, quick: bool
-) -> list[Study]:
-    """Return the study of each model, the default model where none is named.
+) -> dict[str, dict[str, Any]]:
+    """Return the options of the sweep of each model, by the last part of the model's name.
 
     Args:
-        models: Folders or names on the Hub.
-        given: Options of a sweep that win over those of the study.
+        models: Folders or names on the Hub; without any, the default model.
+        given: Options of a sweep, which win over those of the study.
         kind: One of `KINDS`; default: instruct where the tokenizer has a chat template and the
-            model is not called a base model.
+            name does not say otherwise.
         quick: Few documents, three sizes, one seed.
 
     Raises:
-        ValueError: A model is named twice, or among the model arguments.
+        ValueError: Two models share a name, or a model is named among the model arguments.
         OSError: The config or the tokenizer of a model cannot be read.
     """
-    arguments = dict(given.get("model_args") or {})
+    arguments, found = given.get("model_args") or {}, {}
     if "pretrained" in arguments:
         raise ValueError(
-            f"model_args has pretrained={arguments['pretrained']}: name the model before the "
-            "options instead, as in `lm-eval-pruned study MODEL --output_path FOLDER`."
+            f"model_args has pretrained={arguments['pretrained']}: name the model first instead, as "
+            "in `lm-eval-pruned study MODEL --output_path FOLDER`."
         )
-    found: list[Study] = []
     for model in models or [""]:
-        named = {**arguments, "pretrained": model} if model else arguments
-        source = model_source(named)
-        each = _study({**named, "pretrained": source["pretrained"]}, given, kind, quick)
-        if each.name in (other.name for other in found):
+        source = model_source({**arguments, "pretrained": model})
+        name = Path(source["pretrained"]).name
+        if name in found:
             raise ValueError(
-                f"{model} is the second model called {each.name}: study it into another "
-                "--output_path."
+                f"{model} is the second model called {name}: study it into another --output_path."
             )
-        found.append(each)
+        options = _preset(kind or kind_of(**source)) | (_preset(QUICK) if quick else {})
+        if any(SEVERAL[each] in CUTS for each in SEVERAL.keys() & given.keys()):
+            del options["prune_percents"]
+        if "random" not in given.get("criteria", ["random"]):
+            del options["seeds"]
+        if "samples" in given:
+            options.pop("limit", None)
+        if "recipe" in DECLARED and "recipe" not in arguments:
+            options["beside"] = [{"recipe": "best"}]
+        options |= given
+        options["model_args"] = {**arguments, "pretrained": source["pretrained"]}
+        options["output_path"] = str(Path(given["output_path"], name))
+        found[name] = _fitted(name, options, source)
     return found
 
 
-def _study(
-    arguments: dict[str, Any], given: Mapping[str, Any], kind: str | None, quick: bool
-) -> Study:
-    kind = kind or kind_of(model_source(arguments))
-    options: dict[str, Any] = {
-        "tasks": [TASKS[kind]],
-        "prune_percents": PERCENTS[kind].split(),
-        "criteria": ["maw", "random"],
-        "seeds": ["0", "1", "2"],
-        "batch_size": "16",
-        **({"apply_chat_template": True} if kind == INSTRUCT else {}),
-        **(QUICK if quick else {}),
-    }
-    if any(SEVERAL[name] in CUTS for name in SEVERAL.keys() & given.keys()):
-        del options["prune_percents"]
-    if "samples" in given:
-        options.pop("limit", None)
-    if "random" not in given.get("criteria", ["random"]):
-        del options["seeds"]
-    if "recipe" in DECLARED and "recipe" not in arguments:
-        options["beside"] = [{"recipe": "best"}]
-    name = Path(arguments["pretrained"]).name
-    options |= {**given, "model_args": arguments}
-    options["output_path"] = str(Path(given["output_path"], name))
-    return Study(name, kind, _fitted(options), quick)
+def _preset(name: str) -> dict[str, Any]:
+    return read_file(str(Path(__file__).with_name(f"{name}.yaml")))
 
 
-def kind_of(source: Mapping[str, Any]) -> str:
+def kind_of(pretrained: str, **source: Any) -> str:
     """Return which of `KINDS` a model is, by its name and its tokenizer."""
     from transformers import AutoTokenizer
 
-    if re.search(r"(?i)[-_.](base|pt)\b", Path(source["pretrained"]).name):
-        return BASE
-    name, *others = source
-    tokenizer = AutoTokenizer.from_pretrained(
-        source[name], **{each: source[each] for each in others}
-    )
-    return INSTRUCT if tokenizer.chat_template else BASE
+    if re.search(r"(?i)[-_.](base|pt)\b", Path(pretrained).name):
+        return "base"
+    tokenizer = AutoTokenizer.from_pretrained(pretrained, **source)
+    return "instruct" if tokenizer.chat_template else "base"
 
 
-def _fitted(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options whose ratios, where one is above the model's own, are shares instead.
+def _fitted(
+    name: str, options: dict[str, Any], source: dict[str, Any]
+) -> dict[str, Any]:
+    """Return options whose ratios are shares instead, where one is above the model's own.
 
-    The ratios are then taken for those of a model of `STUDY_RATIO`: 3.6 is 10 percent.
+    They are then the ratios of a model of `STUDY_RATIO`: 3.6 is 10 percent.
     """
-    ratios = [Fraction(each) for each in options.get("ratios", [])]
-    source = model_source(options["model_args"])
+    ratios = options.get("ratios", [])
     (whole,) = plan_rows(argument="prune_percent", values=["0"], **source)
-    if not any(ratio > Fraction(str(whole.expansion_ratio)) for ratio in ratios):
+    if all(float(each) <= whole.expansion_ratio for each in ratios):
         return options
-    if max(ratios) > STUDY_RATIO:
-        raise ValueError(
-            f"ratios={float(max(ratios)):g} is above {whole.expansion_ratio:.4g}, the model's own: "
-            "pass --prune_percents."
-        )
-    shares = [f"{float(100 - 100 * ratio / STUDY_RATIO):g}" for ratio in ratios]
+    shares = [f"{float(100 - 100 * Fraction(each) / STUDY_RATIO):g}" for each in ratios]
     print(
-        f"{Path(source['pretrained']).name} has an expansion ratio of {whole.expansion_ratio:.4g}: "
-        f"ratios={' '.join(options['ratios'])} become prune_percents={' '.join(shares)}, which they "
-        "are for a model of ratio 4."
+        f"ratios={' '.join(ratios)} do not fit {name}, whose own is {whole.expansion_ratio:.4g}: it "
+        f"is pruned by prune_percents={' '.join(shares)}, as a model of ratio {STUDY_RATIO} would be."
     )
-    rest = {name: value for name, value in options.items() if name != "ratios"}
-    return {**rest, "prune_percents": [*rest.get("prune_percents", []), *shares]}
+    del options["ratios"]
+    return options | {"prune_percents": [*options.get("prune_percents", []), *shares]}

@@ -1,4 +1,4 @@
-"""``lm-eval-pruned study``: the sweep of each model, its profile, its report, and one page of all."""
+"""``lm-eval-pruned study``: the sweep of each model, its profile and report, and one page of all."""
 
 from __future__ import annotations
 
@@ -8,120 +8,92 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.results.files import ResultsError, read_json
-from lm_eval_pruned.results.folder import is_sweep
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.study.estimate import estimate, missing, operations_per_second
-from lm_eval_pruned.study.preset import INSTRUCT, Study, studies_of
-from lm_eval_pruned.sweeps.options import parse_number
+from lm_eval_pruned.study.preset import options_of
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 def run_study(
     models: Sequence[str],
-    given: dict[str, Any],
+    given: Mapping[str, Any],
+    measure: Callable[..., int],
     *,
     kind: str | None = None,
     quick: bool = False,
-    shard: tuple[int, int] | None = None,
-    retry_failed: bool = False,
     dry_run: bool = False,
+    **which: Any,
 ) -> int:
-    """Study each model into a folder of its own, and write the page of all; see `studies_of`.
+    """Study each model into a folder of its own, and write the page of all.
+
+    `measure` is ``lm-eval-pruned`` as a function of words, for the profiles; `which` units run is
+    what `run_sweep` takes; for the others see `options_of`.
 
     Returns:
-        Exit code: 0 where everything is done, 1 where a unit failed, 130 after Ctrl-C.
-
-    Raises:
-        ValueError: An option or a size is of no use.
-        OSError: A model cannot be read.
+        Exit code: 0 where everything is done, 1 where something failed, 130 after Ctrl-C.
     """
-    for model in models:
-        if needs := missing(model):
-            print(f"{model}:", *needs, sep="\n- ")
-    studies = studies_of(models, given, kind, quick)
-    # All are planned before one is run, so that what is wrong with the last is said at once.
-    sweeps = [Sweep(study.options) for study in studies]
+    for line in (line for model in models for line in missing(model)):
+        print(line, file=sys.stderr)
+    studies = options_of(models, given, kind, quick)
+    # All are planned before one is run: what is wrong with the last is said at once.
+    sweeps = {name: Sweep(options) for name, options in studies.items()}
     if dry_run:
-        for study, sweep in zip(studies, sweeps, strict=True):
-            dtype = study.options["model_args"].get("dtype")
+        for name, sweep in sweeps.items():
+            dtype = studies[name]["model_args"].get("dtype")
             speed = operations_per_second(given.get("device"), dtype)
-            print(estimate(study, sweep, speed))
+            print(estimate(name, studies[name], sweep, speed))
         return 0
-    # Needs packages that a machine which only evaluates can lack: said before anything is run.
+    # Needs packages that a machine may lack, which is said before anything is run.
     from lm_eval_pruned.report.report import write_report
     from lm_eval_pruned.study.findings import read_findings
-    from lm_eval_pruned.study.page import write_page
+    from lm_eval_pruned.study.page import Studied, write_page
 
-    del sweeps
-    code = 0
-    for study in studies:
-        ended = run_sweep(study.options, shard=shard, retry_failed=retry_failed)
-        if ended == 130:
-            return ended
-        code = max(code, ended)
-    if int(os.environ.get("RANK") or 0) or not any(is_sweep(s.folder) for s in studies):
+    code, found = 0, {}
+    for options in studies.values():
+        code = max(code, run_sweep(options, **which))
+        if code == 130:
+            return code
+    if int(os.environ.get("RANK") or 0):
         return code
-    alone = not given.get("ray") and int(os.environ.get("WORLD_SIZE") or 1) == 1
-    found, profiles = {}, {}
-    for study in studies:
+    for name, options in studies.items():
+        folder = Path(options["output_path"])
+        profile = folder / "profile" / "profile.json"
         try:
-            found[study.name] = read_findings(read_sweep(study.folder), 0.05)
-            write_report(study.folder)
+            findings = read_findings(read_sweep(folder))
+            write_report(folder)
         except ResultsError as error:
-            print(f"{study.name} is not on the page: {error}", file=sys.stderr)
+            print(f"{name} is not on the page yet: {error}", file=sys.stderr)
             continue
-        if (shard is None or shard[0] == 0) and alone:
-            profile_into(study)
-        file = study.folder / "profile" / "profile.json"
-        if file.is_file():
-            profiles[study.name] = read_json(file)
+        elsewhere = (
+            given.get("ray") or which.get("shard") or os.environ.get("WORLD_SIZE")
+        )
+        if not elsewhere and not (profile.is_file() and not _is_partial(profile)):
+            code = code or measure(_profile_words(options, quick))
+        template = options.get("apply_chat_template")
+        asked = f"asked {'in its' if template else 'without a'} chat template"
+        measured = read_json(profile) if profile.is_file() else {}
+        found[name] = Studied(findings, asked, measured)
     if found:
-        kinds = {study.name: study.kind for study in studies}
-        files = write_page(Path(given["output_path"]), found, profiles, kinds)
-        print(f"Written: {files[0]}")
+        print(f"Written: {write_page(Path(given['output_path']), found)[0]}")
     return code or int(len(found) < len(studies))
 
 
-def profile_into(study: Study) -> None:
-    """Measure energy and latency of a model at its sizes, unless its folder holds that."""
-    import torch
+def _is_partial(profile: Path) -> bool:
+    return read_json(profile)["interrupted"]
 
-    from lm_eval_pruned.energy.meter import CodecarbonMeter
-    from lm_eval_pruned.energy.monitor import EnergyMonitor
-    from lm_eval_pruned.profiling import report
-    from lm_eval_pruned.profiling.measure import profile
-    from lm_eval_pruned.profiling.options import ProfileRequest
-    from lm_eval_pruned.profiling.prompts import demo_prompts
 
-    folder, options = study.folder / "profile", study.options
-    file = folder / "profile.json"
-    sizes = {n: options[n] for n in ("ratios", "prune_percents") if n in options}
-    if not sizes or (file.is_file() and not read_json(file)["interrupted"]):
-        return
-    arguments = dict(options["model_args"])
-    device = options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = profile(
-            ProfileRequest(
-                arguments.pop("pretrained"),
-                **{name: [*map(parse_number, of)] for name, of in sizes.items()},
-                device=device,
-                dtype=arguments.pop("dtype", None),
-                load_arguments=arguments,
-                batch_sizes=(1,),
-                max_new_tokens=16 if study.quick else 50,
-                repeats=3 if study.quick else 5,
-                apply_chat_template=study.kind == INSTRUCT,
-            ),
-            demo_prompts()[: 2 if study.quick else 8],
-            monitor=EnergyMonitor(CodecarbonMeter()),
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        print(f"Energy and latency were not measured: {error}", file=sys.stderr)
-        return
-    report.write(found, folder)
+def _profile_words(options: Mapping[str, Any], quick: bool) -> list[str]:
+    """Return the command that measures energy and latency at the sizes of a study."""
+    words = ["profile", "--output_path", str(Path(options["output_path"], "profile"))]
+    words += ["--model_args", *(f"{k}={v}" for k, v in options["model_args"].items())]
+    for name in ("ratios", "prune_percents"):
+        words += [f"--{name}", *options[name]] if options.get(name) else []
+    words += ["--device", options["device"]] if options.get("device") else []
+    words += ["--apply_chat_template"] if options.get("apply_chat_template") else []
+    short = ("--max_new_tokens", "16", "--repeats", "3", "--limit", "2")
+    return [*words, *(short if quick else ("--limit", "8"))]

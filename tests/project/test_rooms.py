@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "sweeps": {"checkpoints", "compare", "healing", "pruning", "results", "util"},
     "profiling": {"batching", "checkpoints", "energy", "pruning", "tasks", "util"},
     "study": {
-        *("checkpoints", "compare", "energy", "profiling", "pruning", "report"),
+        *("checkpoints", "compare", "pruning", "report"),
         *("results", "sweeps", "util"),
     },
     "_autoload": set(),
