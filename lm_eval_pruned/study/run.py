@@ -69,11 +69,13 @@ def run_study(
         except ResultsError as error:
             print(f"{name} is not on the page yet: {error}", file=sys.stderr)
             continue
-        elsewhere = (
-            given.get("ray") or which.get("shard") or os.environ.get("WORLD_SIZE")
-        )
-        if not elsewhere and not (profile.is_file() and not _is_partial(profile)):
-            code = code or measure(_profile_words(options, quick))
+        processes = int(os.environ.get("WORLD_SIZE") or 1)
+        elsewhere = given.get("ray") or which.get("shard") or processes > 1
+        if not elsewhere and not _is_whole(profile):
+            ended = measure(_profile_words(options, quick))
+            if ended == 130:
+                return ended
+            code = code or ended
         template = options.get("apply_chat_template")
         asked = f"asked {'in its' if template else 'without a'} chat template"
         measured = read_json(profile) if profile.is_file() else {}
@@ -83,8 +85,8 @@ def run_study(
     return code or int(len(found) < len(studies))
 
 
-def _is_partial(profile: Path) -> bool:
-    return read_json(profile)["interrupted"]
+def _is_whole(profile: Path) -> bool:
+    return profile.is_file() and not read_json(profile)["interrupted"]
 
 
 def _profile_words(options: Mapping[str, Any], quick: bool) -> list[str]:

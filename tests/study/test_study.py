@@ -105,7 +105,7 @@ PERCENTS = ["10", "20", "30", "40", "50", "60"]
         ({}, "base", False, BASE | {"prune_percents": PERCENTS}),
         ({}, "instruct", False, {"prune_percents": ["10", "40", "60"]}),
         ({}, None, False, {"apply_chat_template": True}),
-        ({}, "base", True, {"limit": 50.0, "prune_percents": ["20", "40", "60"]}),
+        ({}, "base", True, {"limit": 30.0, "prune_percents": ["20", "40", "60"]}),
         ({"ratios": ["1.5", "1.0"]}, "base", False, {"prune_percents": None}),
         ({"ratios": ["3.6", "2"]}, "base", False, {"prune_percents": ["10", "50"]}),
         ({"criteria": ["l2"]}, "base", False, {"seeds": None}),
