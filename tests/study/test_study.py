@@ -10,6 +10,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from lm_eval_pruned.cli import main
+from tests.helpers import checkpoints
 from tests.helpers.results_files import pruning, write_sweep
 
 
@@ -74,6 +75,7 @@ def test_the_verdict(tasks, words, tmp_path):
     assert len(told) == 5 and words in told[0], told
 
 
+@pytest.mark.slow
 def test_the_page_is_short_and_shows_floors_and_what_was_published(tmp_path):
     from lm_eval_pruned.study.page import Studied, write_page
 
@@ -164,6 +166,7 @@ def test_from_the_command_to_the_page(tiny_llama, tmp_path, capsys, monkeypatch)
     words = ["study", str(tiny_llama), "--kind", "base", "--tasks", "pruned_demo"]
     words += ["--prune_percents", "20", "50", "--limit", "6", "--seeds", "0"]
     words += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
+    words += ["--include_path", str(checkpoints.ROOT / "tasks")]
     assert main([*words, "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "|pruned_demo_truthfulness|6|" in said
