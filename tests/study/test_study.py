@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lm_eval.tasks import TaskManager
 
 from lm_eval_pruned.cli import main
-from tests.helpers import checkpoints
 from tests.helpers.results_files import pruning, write_sweep
 
 
@@ -160,13 +157,10 @@ def test_the_estimate_counts_documents_tokens_hours_and_bytes(tiny_llama, tmp_pa
 
 
 @pytest.mark.slow
-def test_from_the_command_to_the_page(tiny_llama, tmp_path, capsys, monkeypatch):
-    few = functools.partial(TaskManager, include_defaults=False)
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", few)
+def test_from_the_command_to_the_page(tiny_llama, tmp_path, capsys):
     words = ["study", str(tiny_llama), "--kind", "base", "--tasks", "pruned_demo"]
     words += ["--prune_percents", "20", "50", "--limit", "6", "--seeds", "0"]
     words += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
-    words += ["--include_path", str(checkpoints.ROOT / "tasks")]
     assert main([*words, "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "|pruned_demo_truthfulness|6|" in said
