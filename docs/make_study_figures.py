@@ -1,6 +1,6 @@
 """Draw the figures of the README and of the pages on pruning: ``python docs/make_study_figures.py``.
 
-Reads the scores published with arXiv 2512.22671 (``tests/data/study_benchmarks.csv``) and the tables beside the pages,
+Reads the scores published with arXiv 2512.22671 (``lm_eval_pruned/study/study_benchmarks.csv``) and the tables beside the pages,
 ``docs/measurements/dichotomy.csv`` and ``docs/measurements/price.csv``. Writes ``docs/dichotomy.svg`` and one SVG beside
 each table. Needs the extra ``report``.
 """
@@ -39,7 +39,7 @@ REMOVED = alt.X("percent:Q", title="neurons removed, %")
 
 def study() -> Plot:
     """Draw four benchmarks of the study's smaller model, in percent of the unpruned model's scores."""
-    rows = pd.read_csv(ROOT / "tests" / "data" / "study_benchmarks.csv")
+    rows = pd.read_csv(ROOT / "lm_eval_pruned" / "study" / "study_benchmarks.csv")
     rows = rows[rows["base_model"] == "Llama-3.2-1B"].copy()
     keys = zip(rows["task"], rows["metric"], strict=True)
     rows["line"] = [STUDY.get(key) for key in keys]

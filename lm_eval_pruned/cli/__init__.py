@@ -11,6 +11,7 @@ COMMANDS = {
     "report": "a sweep as Markdown, CSV, HTML and plots",
     "check": "hold results against a committed baseline, for CI",
     "sweep": "many sizes by many tasks, resumable",
+    "study": "the study of arXiv 2512.22671 for any model, with a verdict on one page",
     "sensitivity": "what cutting one layer alone costs, by criterion and width",
     "profile": "latency, throughput, memory and energy at several sizes",
     "prune": "write a pruned model as an ordinary checkpoint",

@@ -47,7 +47,7 @@ def healing_section(
         "p after Benjamini-Hochberg over the sizes of each task. Energy is that of the machine "
         "while it trained, with all that it did beside; modelled energy is an estimate."
     )
-    rows = _rows(pairs, alpha, read, known)
+    rows = compared_pairs(pairs, alpha, read, known)
     costs = [f"{run_label(run)}: {_cost(run)}" for run in healed]
     return compared_section("Healing: after against before", text, rows, alpha, costs)
 
@@ -105,12 +105,15 @@ def random_section(
         f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
         "evaluated again."
     )
-    rows, notes = _rows(pairs, alpha, read, known), [command] if missing else []
+    rows, notes = compared_pairs(pairs, alpha, read, known), [command] if missing else []
     return compared_section("Against pruning at random", text, rows, alpha, notes)
 
 
-def _rows(
-    pairs: Sequence[tuple[Run, Run]], alpha: float, read: DocumentReader, known: Known
+def compared_pairs(
+    pairs: Sequence[tuple[Run, Run]],
+    alpha: float,
+    read: DocumentReader,
+    known: Known = MappingProxyType({}),
 ) -> list[Difference]:
     """Return the tasks of each pair (before, after), with q over the pairs of each task."""
     found = []

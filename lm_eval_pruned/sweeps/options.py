@@ -20,7 +20,7 @@ from lm_eval_pruned.util.options import DeclaredOptions, merged, option
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 def _text(value: Any) -> str:
@@ -189,8 +189,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         which.add_argument(flag, action="store_true", help=about)
 
 
-def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def read_options(
+    arguments: argparse.Namespace, needs: Sequence[str] = ("output_path", "tasks")
+) -> dict[str, Any]:
     """Return the checked options that were given, the command line before the file.
+
+    `needs` are those that have to be among them.
 
     Raises:
         ValueError: One sentence naming the key or option, its value and what works.
@@ -201,7 +205,8 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
     shared = {n: parse_number(options.pop(n)) for n in SHARED if n in options}
     if shared:
         options["model_args"] = merged(options.get("model_args", {}), shared)
-    for name, example in (("output_path", "sweep"), ("tasks", "boolq")):
+    examples = {"output_path": "sweep", "tasks": "boolq"}
+    for name, example in ((name, examples[name]) for name in needs):
         if not options.get(name):
             raise ValueError(
                 f"{name} was not given: add --{name} {example}, or the key to --config."

@@ -110,7 +110,8 @@ class Sweep:
     """A sweep that has been planned: nothing is loaded, nothing is evaluated.
 
     Args:
-        options: From `options.read_options`.
+        options: From `options.read_options`; also `beside`, arguments of pruning that each size is
+            combined with beside its criteria.
 
     Attributes:
         stop_when: What ends a unit of a pruned model, or None for its last document.
@@ -352,7 +353,7 @@ def _configurations(
     plan = functools.partial(plan_rows, **model_source(base))
     (whole,) = plan(argument="prune_percent", values=["0"])
     found = {"baseline": Configuration("baseline", {}, *_size(whole))}
-    variants = [*_variants(options)]
+    variants = [*_variants(options), *options.get("beside", [])]
     shared = {name: base[name] for name in _WITH_SIZES if base.get(name) is not None}
     for option, argument in SEVERAL.items():
         if argument not in CUTS:

@@ -17,7 +17,7 @@ from lm_eval_pruned.compare.statistics import paired_difference
 from tests.helpers import checkpoints
 
 
-STUDY = checkpoints.DATA / "study_benchmarks.csv"
+STUDY = checkpoints.ROOT / "lm_eval_pruned" / "study" / "study_benchmarks.csv"
 RATIOS = [4, 3.6, 3.2, 2.8, 2.4, 2, 1.6]
 
 bits = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)

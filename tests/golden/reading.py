@@ -40,7 +40,7 @@ FOLDER = Path(__file__).with_suffix("")
 DOCUMENTS = 80
 COMMANDS = (
     *("plan", "compare", "power", "report", "check", "sweep"),
-    *("sensitivity", "profile", "prune", "heal"),
+    *("study", "sensitivity", "profile", "prune", "heal"),
 )
 #: The shares of right answers by size, then the level of the perplexities.
 SIZES = {

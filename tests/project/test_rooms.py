@@ -28,6 +28,10 @@ MAY_IMPORT = {
     "healing": {"checkpoints", "energy", "pruning", "util"},
     "sweeps": {"checkpoints", "compare", "healing", "pruning", "results", "util"},
     "profiling": {"batching", "checkpoints", "energy", "pruning", "tasks", "util"},
+    "study": {
+        *("checkpoints", "compare", "pruning", "report"),
+        *("results", "sweeps", "util"),
+    },
     "_autoload": set(),
 }
 MAY_IMPORT["cli"] = MAY_IMPORT.keys() - {"batching", "wrappers", "tasks", "_autoload"}

@@ -1,1 +1,0 @@
-"""What ``docs/make_dichotomy.py`` measures, collects and writes: the page of the dichotomy."""

@@ -1,0 +1,97 @@
+"""What a study will take, before anything of it is fetched or run."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from lm_eval_pruned.util.tables import markdown_table
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lm_eval_pruned.sweeps.plan import Sweep
+
+#: Models that the Hub hands out to those who accepted a licence there, by how their names begin.
+LICENCES = {
+    "meta-llama/": "the Llama Community License",
+    "google/gemma": "the Gemma Terms of Use",
+    "mistralai/": "the terms on the model's page",
+}
+#: Columns of ``work.csv``: documents of a task, members of a group, and tokens that are read and at
+#: most written for a document, by Llama-3's tokenizer. A prompt that choices share counts once.
+_COUNTS = ("documents", "members", "read", "written")
+#: A written token takes as long as so many that are read, in batches of 16.
+_WRITTEN = 5
+#: Share of the speed of a matrix product that a model reaches.
+_REACHED = 0.4
+#: Bytes of samples for a document.
+_SAMPLE = 4000
+
+
+def missing(model: str) -> list[str]:
+    """Return what has to be accepted and fetched before a model can be studied, a line each."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    if Path(model).is_dir() or any(
+        isinstance(try_to_load_from_cache(model, file), str) for file in names
+    ):
+        return []
+    terms = [of for start, of in LICENCES.items() if model.startswith(start)]
+    told = [
+        f"Accept {of} on huggingface.co/{model}, then `hf auth login`." for of in terms
+    ]
+    return [*told, f"Fetch the weights: `hf download {model}`."]
+
+
+def operations_per_second(device: str | None, dtype: str | None) -> float:
+    """Return how many floating-point operations a second the device does in a matrix product."""
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    one = torch.ones(2048, 2048, device=place, dtype=getattr(torch, dtype or "float32"))
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        float((one @ one)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * len(one) ** 3 / best
+
+
+def estimate(name: str, options: Mapping[str, Any], sweep: Sweep, speed: float) -> str:
+    """Return the documents, tokens, hours at `speed` and bytes of a study, and what is missing."""
+    text = files(__package__).joinpath("work.csv").read_text("utf-8")
+    known = {row["task"]: row for row in csv.DictReader(text.splitlines())}
+    rows, data, documents, work = [], set(), 0, 0
+    for task in (task.name for task in sweep.tasks if task.name in known):
+        size, members, read, written = (int(known[task][each]) for each in _COUNTS)
+        count = len((options.get("samples") or {}).get(task, range(size)))
+        if limit := options.get("limit"):
+            count = min(count, math.ceil(limit * (members if limit >= 1 else count)))
+        rows.append([task, *(f"{count * each:,}" for each in (1, read, written))])
+        documents, work = documents + count, work + count * (read + _WRITTEN * written)
+        data |= {known[task]["data"]} - {""}
+    uncounted = [task.name for task in sweep.tasks if task.name not in known]
+    models = sweep.configurations
+    operations = 2 * sum(each.parameters for each in models) * work
+    needs = missing(options["model_args"]["pretrained"])
+    size = (
+        4 * sweep.baseline.parameters * bool(needs) + documents * len(models) * _SAMPLE
+    )
+    columns = ["task", "documents", "tokens read", "tokens written at most"]
+    hours, room = operations / _REACHED / speed / 3600, f"{size / 1e9:.1f} GB of disk"
+    lines = [
+        f"{len(models)} configurations, each on these {documents:,} documents.",
+        f"About {hours:.1f} hours on this machine, give or take a factor of 3.",
+        f"About {room} beside the data sets.",
+        *needs,
+        f"Data sets of the Hub, without a licence to accept: {', '.join(sorted(data)) or '-'}.",
+    ]
+    if uncounted:
+        lines.append(f"Not counted: {', '.join(uncounted)}.")
+    return "\n".join([f"# {name}\n", markdown_table(columns, rows), "", *lines, ""])

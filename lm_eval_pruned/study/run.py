@@ -1,0 +1,101 @@
+"""``lm-eval-pruned study``: the sweep of each model, its profile and report, and one page of all."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.results.files import ResultsError, read_json
+from lm_eval_pruned.results.runs import read_sweep
+from lm_eval_pruned.study.estimate import estimate, missing, operations_per_second
+from lm_eval_pruned.study.preset import options_of
+from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.run import run_sweep
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+
+def run_study(
+    models: Sequence[str],
+    given: Mapping[str, Any],
+    measure: Callable[..., int],
+    *,
+    kind: str | None = None,
+    quick: bool = False,
+    dry_run: bool = False,
+    **which: Any,
+) -> int:
+    """Study each model into a folder of its own, and write the page of all.
+
+    `measure` is ``lm-eval-pruned`` as a function of words, for the profiles; `which` units run is
+    what `run_sweep` takes; for the others see `options_of`.
+
+    Returns:
+        Exit code: 0 where everything is done, 1 where something failed, 130 after Ctrl-C.
+    """
+    for line in (line for model in models for line in missing(model)):
+        print(line, file=sys.stderr)
+    studies = options_of(models, given, kind, quick)
+    # All are planned before one is run: what is wrong with the last is said at once.
+    sweeps = {name: Sweep(options) for name, options in studies.items()}
+    if dry_run:
+        for name, sweep in sweeps.items():
+            dtype = studies[name]["model_args"].get("dtype")
+            speed = operations_per_second(given.get("device"), dtype)
+            print(estimate(name, studies[name], sweep, speed))
+        return 0
+    # Needs packages that a machine may lack, which is said before anything is run.
+    from lm_eval_pruned.report.report import write_report
+    from lm_eval_pruned.study.findings import read_findings
+    from lm_eval_pruned.study.page import Studied, write_page
+
+    code, found = 0, {}
+    for options in studies.values():
+        code = max(code, run_sweep(options, **which))
+        if code == 130:
+            return code
+    if int(os.environ.get("RANK") or 0):
+        return code
+    for name, options in studies.items():
+        folder = Path(options["output_path"])
+        profile = folder / "profile" / "profile.json"
+        try:
+            findings = read_findings(read_sweep(folder))
+            write_report(folder)
+        except ResultsError as error:
+            print(f"{name} is not on the page yet: {error}", file=sys.stderr)
+            continue
+        processes = int(os.environ.get("WORLD_SIZE") or 1)
+        elsewhere = given.get("ray") or which.get("shard") or processes > 1
+        if not elsewhere and not _is_whole(profile):
+            ended = measure(_profile_words(options, quick))
+            if ended == 130:
+                return ended
+            code = code or ended
+        template = options.get("apply_chat_template")
+        asked = f"asked {'in its' if template else 'without a'} chat template"
+        measured = read_json(profile) if profile.is_file() else {}
+        found[name] = Studied(findings, asked, measured)
+    if found:
+        print(f"Written: {write_page(Path(given['output_path']), found)[0]}")
+    return code or int(len(found) < len(studies))
+
+
+def _is_whole(profile: Path) -> bool:
+    return profile.is_file() and not read_json(profile)["interrupted"]
+
+
+def _profile_words(options: Mapping[str, Any], quick: bool) -> list[str]:
+    """Return the command that measures energy and latency at the sizes of a study."""
+    words = ["profile", "--output_path", str(Path(options["output_path"], "profile"))]
+    words += ["--model_args", *(f"{k}={v}" for k, v in options["model_args"].items())]
+    for name in ("ratios", "prune_percents"):
+        words += [f"--{name}", *options[name]] if options.get(name) else []
+    words += ["--device", options["device"]] if options.get("device") else []
+    words += ["--apply_chat_template"] if options.get("apply_chat_template") else []
+    short = ("--max_new_tokens", "16", "--repeats", "3", "--limit", "2")
+    return [*words, *(short if quick else ("--limit", "8"))]

@@ -1,0 +1,181 @@
+"""A study from its command to its page: its options, what it will take, what it found."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lm_eval_pruned.cli import main
+from tests.helpers.results_files import pruning, write_sweep
+
+
+pytest.importorskip("altair", reason="figures need the extra `report`")
+
+N = 80
+#: Shares of right answers of the unpruned model and of the smallest, by task, and that of a model
+#: that answers the same to everything.
+FALLS = {"mmlu": (0.6, 0.3, 0.25), "piqa": (0.8, 0.6, 0.5)}
+RISES = {"truthfulqa_mc2": (0.4, 0.7, 0.3)}
+RISES_BELOW = {"ifeval": (0.1, 0.35, 0.4)}
+DROPS = {"truthfulqa_mc2": (0.7, 0.4, 0.3)}
+BLIND = {"mmlu": (0.26, 0.2, 0.25)}
+
+
+def answers(share, seed):
+    order = np.random.default_rng(seed).permutation(N)
+    return {"acc,none": {"values": (order < share * N).astype(float).tolist()}}
+
+
+def studied(folder, tasks, percents=(0, 20, 40, 60)):
+    """Write the sweep of a study, with random cuts and a floor, and return what was found."""
+    from lm_eval_pruned.results.runs import read_sweep
+    from lm_eval_pruned.study.findings import read_findings
+
+    def at(done):
+        shares = {task: a + (b - a) * done for task, (a, b, _) in tasks.items()}
+        return {task: answers(each, n) for n, (task, each) in enumerate(shares.items())}
+
+    runs = {f"p{p}": (p, at(p / percents[-1])) for p in percents}
+    for p in percents[1:]:
+        cut = pruning(p, criterion="random", seed=0)
+        runs[f"p{p}_random"] = (cut, at(1.2 * p / percents[-1]))
+    floor = {
+        task: answers(share, n) for n, (task, (*_, share)) in enumerate(tasks.items())
+    }
+    write_sweep(folder, {**runs, "floor-constant": ({}, floor)})
+    return read_findings(read_sweep(folder), 0.05)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        (
+            FALLS | RISES,
+            "dichotomy holds: mmlu and piqa fall; truthfulqa_mc2 rise above the floor",
+        ),
+        (
+            FALLS | DROPS,
+            "does not hold: mmlu and piqa fall; truthfulqa_mc2 fall as well",
+        ),
+        (FALLS | RISES | {"ifeval": (0.9, 0.5, 0.1)}, "holds in part"),
+        (FALLS | RISES_BELOW, "cannot be decided"),
+        (BLIND | RISES, "cannot be decided"),
+        ({"mmlu": (0.6, 0.6, 0.25)} | RISES, "no loss of knowledge"),
+    ],
+)
+def test_the_verdict(tasks, words, tmp_path):
+    from lm_eval_pruned.study.verdict import sentences
+
+    told = sentences("tiny", studied(tmp_path, tasks), {})
+    assert len(told) == 5 and words in told[0], told
+
+
+@pytest.mark.slow
+def test_the_page_is_short_and_shows_floors_and_what_was_published(tmp_path):
+    from lm_eval_pruned.study.page import Studied, write_page
+
+    tasks = FALLS | RISES | RISES_BELOW | {"gsm8k": (0.3, 0.0, 0.0)}
+    tasks |= dict.fromkeys(("boolq", "hellaswag", "winogrande"), (0.6, 0.4, 0.5))
+    tasks |= dict.fromkeys(("arc_challenge", "lambada_openai"), (0.5, 0.3, 0.2))
+    tasks |= {"truthfulqa_mc1": (0.3, 0.4, 0.2), "leaderboard_musr": (0.4, 0.4, 0.3)}
+    found = studied(tmp_path, tasks, (0, 10, 20, 30, 40, 50, 60))
+    models = {"Llama-3.2-1B": Studied(found, "asked without a chat template", {})}
+    page, text, *plots = write_page(tmp_path / "page", models)
+    told = text.read_text("utf-8")
+    assert len(told.split()) < 2500
+    assert {plot.stem.split("-", 3)[-1] for plot in plots} >= {"1b-relative"}
+    # Its score, at the floor of a model that answers the same to everything, and the study's.
+    assert "|ifeval|maw|0.400 (constant)|0.100 ≤|" in told
+    assert "|mmlu|as published||0.311|0.251|" in told
+    assert "ifeval cannot show a loss" in told
+    assert "ifeval goes from 0.100 to 0.350 at 60 %, not shown to be above" in told
+    assert page.read_text("utf-8").count("<figure") == 2
+
+
+BASE = {"tasks": ["pruned_dichotomy"], "seeds": ["0", "1", "2"]}
+PERCENTS = ["10", "20", "30", "40", "50", "60"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "quick", "expected"),
+    [
+        ({}, "base", False, BASE | {"prune_percents": PERCENTS}),
+        ({}, "instruct", False, {"prune_percents": ["10", "40", "60"]}),
+        ({}, None, False, {"apply_chat_template": True}),
+        ({}, "base", True, {"limit": 30.0, "prune_percents": ["20", "40", "60"]}),
+        ({"ratios": ["1.5", "1.0"]}, "base", False, {"prune_percents": None}),
+        ({"ratios": ["3.6", "2"]}, "base", False, {"prune_percents": ["10", "50"]}),
+        ({"criteria": ["l2"]}, "base", False, {"seeds": None}),
+        ({"samples": {"piqa": [1]}}, "base", True, {"limit": None}),
+    ],
+)
+def test_what_is_given_wins_over_the_study(given, kind, quick, expected, tiny_llama):
+    from lm_eval_pruned.study.preset import options_of
+
+    given = {"output_path": "out", **given}
+    (options,) = options_of([str(tiny_llama)], given, kind, quick).values()
+    assert {name: options.get(name) for name in expected} == expected
+    assert options["output_path"] == f"out/{tiny_llama.name}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{model}"], "output_path was not given"),
+        (
+            ["{model}", "--model_args", "pretrained=x", "--output_path", "o"],
+            "name the model",
+        ),
+        (["{model}", "{model}", "--output_path", "o"], "is the second model called"),
+        (["{model}", "--ratios", "9", "--output_path", "o"], "prune_percent=-125"),
+        (
+            ["meta-llama/none", "--output_path", "o"],
+            "Accept the Llama Community License",
+        ),
+    ],
+)
+def test_refusals(words, said, tiny_llama, capsys):
+    assert main(["study", *(word.format(model=tiny_llama) for word in words)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_estimate_counts_documents_tokens_hours_and_bytes(tiny_llama, tmp_path):
+    from lm_eval_pruned.study.estimate import estimate
+    from lm_eval_pruned.study.preset import options_of
+
+    size = SimpleNamespace(parameters=10**9)
+    tasks = [SimpleNamespace(name=name) for name in ("mmlu", "ifeval", "mine")]
+    planned = SimpleNamespace(tasks=tasks, baseline=size, configurations=[size] * 3)
+    given = {"output_path": str(tmp_path), "limit": 10.0}
+    ((name, options),) = options_of([str(tiny_llama)], given, "base", False).items()
+    told = estimate(name, options, planned, 1e12)
+    assert "|mmlu|570|427,500|0|" in told and "|ifeval|10|600|12,800|" in told
+    # 2 x 3e9 parameters x (427,500 + 600 + 5 x 12,800) tokens / (0.4 x 1e12 a second).
+    assert "About 2.1 hours" in told and "Not counted: mine." in told
+
+
+@pytest.mark.slow
+def test_from_the_command_to_the_page(tiny_llama, tmp_path, capsys):
+    words = ["study", str(tiny_llama), "--kind", "base", "--tasks", "pruned_demo"]
+    words += ["--prune_percents", "20", "50", "--limit", "6", "--seeds", "0"]
+    words += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
+    assert main([*words, "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "|pruned_demo_truthfulness|6|" in said
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--quick"]) == 0
+    told = (tmp_path / "out" / "study.md").read_text("utf-8")
+    name = tiny_llama.name
+    for heading in ("verdict", "scores", "figures", "what cannot be said"):
+        assert f"\n## {name}: {heading}\n" in told
+    assert "|pruned_demo_truthfulness|random|" in told
+    assert "|J per written token|" in told
+    for file in ("report/report.html", "profile/profile.json", "sweep.json"):
+        assert (tmp_path / "out" / name / file).is_file()
+    # Again, it finds everything done.
+    capsys.readouterr()
+    assert main([*words, "--quick"]) == 0
+    assert "starts" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "study.md").read_text("utf-8") == told
