@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import lm_eval
+import torch
 from accelerate.utils import release_memory
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
@@ -20,6 +21,7 @@ from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
+from lm_eval_pruned.sweeps.plan import MODELS
 from lm_eval_pruned.sweeps.stopping import check_tasks, evaluate_until_decided
 from lm_eval_pruned.sweeps.tasks import fingerprint, load_task
 from lm_eval_pruned.sweeps.tracking import check_tracking, report
@@ -127,12 +129,14 @@ class UnitRunner:
             logger.info("Loading %s.", configuration.id)
             names = ("batch_size", "max_batch_size", "device")
             more = {name: getattr(sweep.settings, name) for name in names}
-            more["known_scores"] = self._known_scores
             try:
                 if configuration.healed:
                     sweep.heal(configuration)
                     release_memory()
-                load = get_model(sweep.model).create_from_arg_obj
+                kind = get_model(sweep.model)
+                if sweep.model in MODELS:
+                    more["known_scores"] = self._known_scores
+                load = kind.create_from_arg_obj
                 self._lm = load(sweep.model_args(configuration), more)
             except Exception as error:  # noqa: BLE001
                 # The frames of the traceback keep what was loaded so far.
@@ -141,7 +145,7 @@ class UnitRunner:
         if isinstance(self._lm, Exception):
             raise self._lm
         # The results of a unit are of that unit alone.
-        self._lm.begin_evaluation()
+        getattr(self._lm, "begin_evaluation", lambda: None)()
 
     def _evaluate(
         self,
@@ -190,8 +194,24 @@ class UnitRunner:
         if results is not None:
             # What `lm_eval run` records where it makes the model itself.
             results["config"] |= {"model": sweep.model, "use_cache": own_cache}
+            results["config"]["weight_bytes"] = weight_bytes(getattr(lm, "model", None))
             tracker.general_config_tracker.model_source = sweep.model
         return results
+
+
+def weight_bytes(model: Any) -> int | None:
+    """Return how many bytes the parameters and buffers of a model take, or None for an engine."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    return sum(map(_bytes_of, [*model.parameters(), *model.buffers()]))
+
+
+def _bytes_of(tensor: Any) -> int:
+    # A quantised tensor of torchao is made of others.
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    names, _ = tensor.__tensor_flatten__()
+    return sum(_bytes_of(getattr(tensor, name)) for name in names)
 
 
 def describe_error(error: BaseException) -> dict[str, str]:
