@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison import Difference, compare
 from lm_eval_pruned.compare.pairing import DocumentReader
@@ -16,11 +15,10 @@ from lm_eval_pruned.gate.findings import ONLY_RUN, Finding, exit_code
 from lm_eval_pruned.results.files import ResultsError, Run, newest_first, read_json
 from lm_eval_pruned.results.folder import read_unit
 from lm_eval_pruned.results.groups import is_perplexity, is_share, primary_metrics
-from lm_eval_pruned.verdict.agreement import Agreement, agreement_on
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
 Key = tuple[str, str]
 #: By exit code.
@@ -28,191 +26,167 @@ ANSWERS = ("ship", "do not ship", "not decided")
 CLAIM = "not_worse"
 #: Metrics that say which way a model is biased, whose tasks may list others first.
 BIAS = ("bias", "pct_stereotype")
-#: Where the score says nothing of bias, beside which the metrics of `BIAS` do.
-NO_BIAS = "likelihood_diff"
-
-
-@dataclass(frozen=True)
-class Need:
-    """How many documents decide a score with a chance of 80 %, if the models do not differ.
-
-    `documents` is None where no number does, `there_are` how many the task has, and `seconds`
-    what both models took for one.
-    """
-
-    documents: int | None
-    there_are: int | None
-    seconds: float | None
+_WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One score: how it differs, what the gate finds, and in one word what that means.
+    """One score: how it differs, what the gate finds of it within a margin, and the floor.
 
-    The word is ``equivalent``, ``not worse``, ``better``, ``worse`` or ``undecided``.
+    `word` is ``equivalent``, ``not worse``, ``better``, ``worse`` or ``undecided``; `take` says what
+    would decide.
     """
 
     row: Difference
     margin: str
     word: str
     finding: Finding
-    floor: float | None = None
-    need: Need | None = None
+    floor: float | None
+    take: str
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer on two runs, of which every score is one of `judged`."""
+    """The answer on two runs, with the exit code of `check`."""
 
     base: Run
     candidate: Run
     code: int
     judged: Sequence[Judged]
-    agreements: Mapping[str, Agreement] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-
-    @property
-    def answer(self) -> str:
-        """One of `ANSWERS`."""
-        return ANSWERS[self.code]
+    notes: Sequence[str]
 
 
 def decide(base: Run, candidate: Run, margins: Sequence[str] = ()) -> Verdict:
-    """Hold a candidate against its base, each score within its margin.
+    """Hold a candidate against its base, each score within its margin, as `read_margins` takes it.
 
-    A candidate is shipped only if every score is shown to lie within its margin, so that no
-    correction for many scores is needed; it is not if one is shown to be worse, and not within.
-
-    Args:
-        base: Results of the model that is served today.
-        candidate: Results of the one that may replace it.
-        margins: As `read_margins` takes them.
+    A candidate is shipped if each score is shown to lie within its margin, which needs no
+    correction for many scores; it is not if one is shown to be worse, and not to lie within.
 
     Raises:
-        ValueError: A margin cannot be read, or names nothing that was scored.
-        ResultsError: The runs cannot be compared.
+        ValueError: A margin names nothing that was scored, or the runs cannot be compared.
     """
-    asked, read = read_margins(margins), DocumentReader()
-    alpha = 2 * CLAIM_LEVEL
-    compared = compare(base, [candidate], alpha=alpha, read=read)
+    read, keys = DocumentReader(), [*_judged_keys(base)]
+    # Of this level, intervals beyond the margin are what the gate calls shown.
+    compared = compare(base, [candidate], alpha=2 * CLAIM_LEVEL, read=read)
     rows = {(each.task, each.metric): each for each in compared.rows}
-    keys = [*_judged_keys(base)]
     if missing := [" ".join(key) for key in keys if key not in rows]:
         raise ResultsError(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
-    known = {name for key in keys for name in (key[0], key[1].partition(",")[0], None)}
-    if unknown := [name for name, _ in asked if name not in known]:
-        raise ValueError(
-            f"--margin {unknown[0]}=... names no task or metric of this verdict: it has "
-            f"{', '.join(sorted(filter(None, known)))}."
-        )
-    by_key = {key: _margin_of(rows[key], asked) for key in keys}
-    rules = {(ONLY_RUN, *key): Rule(CLAIM, by_key[key]) for key in keys}
-    any_rule = next(iter(rules.values()))
-    expected = make_baseline(
-        {ONLY_RUN: _only(base, keys)}, any_rule, Baseline({}, rules)
-    )
+    asked = read_margins(margins, {name for key in keys for name in _names(key)})
+    chosen = {key: _margin_of(rows[key], asked) for key in keys}
+    rules = {(ONLY_RUN, *key): Rule(CLAIM, margin) for key, margin in chosen.items()}
+    some_rule = next(iter(rules.values()))
+    previous = Baseline({}, rules)
+    expected = make_baseline({ONLY_RUN: _only(base, keys)}, some_rule, previous)
     findings = check({ONLY_RUN: _only(candidate, keys)}, expected)
     judged = []
     for finding in findings:
         key = finding.task, finding.metric
-        word = _word(finding, rows[key], Margin(CLAIM, by_key[key]))
-        need = None
-        if word == "undecided":
-            need = _need(_only(base, [key]), _only(candidate, [key]), key, by_key[key])
+        row, margin, word = rows[key], chosen[key], _WORDS.get(finding.status)
+        size, ends = (
+            Margin(CLAIM, margin).size(row.base_score, row.score),
+            (row.low, row.high),
+        )
+        inside = all(None not in (size, end) and abs(end) < size for end in ends)  # type: ignore[arg-type,operator]
+        word = word or ("equivalent" if inside else "not worse")
+        runs = (_only(base, [key]), _only(candidate, [key]))
+        take = _take(*runs, key, margin) if word == "undecided" else ""
         floor = floor_of(base, *key, read)
-        judged.append(Judged(rows[key], by_key[key], word, finding, floor, need))
-    found = {task: agreement_on(base, candidate, task) for task in base.tasks()}
-    agreements = {task: each for task, each in found.items() if each}
-    code = exit_code(findings)
-    return Verdict(base, candidate, code, judged, agreements, compared.notes)
+        judged.append(Judged(row, margin, word, finding, floor, take))
+    return Verdict(base, candidate, exit_code(findings), judged, compared.notes)
 
 
-def read_margins(texts: Sequence[str]) -> list[tuple[str | None, str]]:
-    """Return the name, a task or metric or None, and the margin of each ``[NAME=]MARGIN``."""
-    found = []
-    for text in texts:
-        name, _, margin = text.rpartition("=")
+def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[str, str]:
+    """Return margins by the task or metric that ``[NAME=]MARGIN`` names, else by an empty text."""
+    found = {name: margin for name, _, margin in (t.rpartition("=") for t in texts)}
+    for name, margin in found.items():
         Margin("margin", margin)
-        found.append((name or None, margin))
+        if known is not None and name not in {"", *known}:
+            raise ValueError(
+                f"--margin {name}={margin} names no task or metric of this verdict: it has "
+                f"{', '.join(sorted(known))}."
+            )
     return found
 
 
 def floor_of(run: Run, task: str, metric: str, read: DocumentReader) -> float | None:
     """Return the highest score without knowledge: by chance, or of the commonest answer."""
     documents = read(run, task, metric)
-    levels = documents and (documents.levels.chance, documents.levels.majority)
-    return max((each for each in levels or () if each is not None), default=None)
+    levels = (documents.levels.chance, documents.levels.majority) if documents else ()
+    return max((each for each in levels if each is not None), default=None)
 
 
 def _judged_keys(base: Run) -> Iterator[Key]:
     for task, primary in primary_metrics([base]):
         metrics = [metric for name, metric in base.scores if name == task]
-        found = [m for m in metrics if m.partition(",")[0] in BIAS and m != primary]
-        if not (found and primary.startswith(NO_BIAS)):
-            found.insert(0, primary)
-        yield from ((task, metric) for metric in found)
+        found = [m for m in metrics if _names((task, m))[1] in BIAS and m != primary]
+        # CrowS-Pairs lists first how far two sentences are apart, whichever is likelier.
+        first = [] if found and primary.startswith("likelihood_diff") else [primary]
+        yield from ((task, metric) for metric in first + found)
 
 
-def _margin_of(row: Difference, asked: Sequence[tuple[str | None, str]]) -> str:
-    """Return the margin of a score: the last for its task, else for its metric, else for all."""
-    for name in (row.task, row.metric.partition(",")[0], None):
-        if own := [margin for of, margin in asked if of == name]:
-            return own[-1]
-    scores = (row.base_score, row.score)
+def _names(key: Key) -> tuple[str, str]:
+    return key[0], key[1].partition(",")[0]
+
+
+def _margin_of(row: Difference, asked: dict[str, str]) -> str:
+    for name in (*_names((row.task, row.metric)), ""):
+        if name in asked:
+            return asked[name]
     if "bits_per_byte" in row.metric:
         return "1%"
-    shares = not is_perplexity(row.metric) and is_share(row.metric, scores)
-    return "2pt" if shares else "2%"
+    share = not is_perplexity(row.metric) and is_share(
+        row.metric, (row.base_score, row.score)
+    )
+    return "2pt" if share else "2%"
 
 
 def _only(run: Run, keys: Sequence[Key]) -> Run:
     """Return a run with these scores alone, and whatever width the model has."""
-    settings = {t: {**of, "widths": None} for t, of in run.settings.items()}
+    settings = {task: {**of, "widths": None} for task, of in run.settings.items()}
     return replace(run, scores={k: run.scores[k] for k in keys}, settings=settings)
 
 
-def _word(finding: Finding, row: Difference, margin: Margin) -> str:
-    words = {"fail": "worse", "undecided": "undecided", "improved": "better"}
-    if finding.status != "pass":
-        return words[finding.status]
-    size = margin.size(row.base_score, row.score) or 0.0
-    both = None not in (row.low, row.high)
-    inside = both and -size < row.low and row.high < size  # type: ignore[operator]
-    return "equivalent" if inside else "not worse"
-
-
-def _need(base: Run, candidate: Run, key: Key, margin: str) -> Need:
-    task, _ = key
-    both = base.scores[key].higher_is_better is None
+def _take(base: Run, candidate: Run, key: Key, margin: str) -> str:
+    """Say how many documents and minutes decide with a chance of 80 %, if the models do not differ."""
+    place = base.scores[key].higher_is_better is not None
+    asked = Margin(CLAIM, margin)
     try:
-        found = power_of(
-            base, [candidate], task, Margin(CLAIM, margin), alpha=CLAIM_LEVEL
-        )
-        documents: Any = found[0 if both else 1][-1]
+        rows = power_of(base, [candidate], key[0], asked, alpha=CLAIM_LEVEL)
     except ValueError:
-        # No chance can be given; the finding says why nothing was decided.
-        documents = None
-    costs = [_costs(run, task) for run in (base, candidate)]
-    seconds = [each for _, each in costs if each is not None]
-    return Need(documents, costs[0][0], sum(seconds) if len(seconds) == 2 else None)
+        # The finding says why nothing was decided.
+        return ""
+    seen, needed = rows[0][2], rows[place][-1]
+    if not isinstance(seen, int) or not isinstance(needed, int):
+        return ""
+    if needed <= seen:
+        return (
+            f"{seen} documents had a good chance to decide if the models did not differ, so they "
+            "may well differ: evaluate other documents, or accept a wider margin."
+        )
+    costs = [_costs(run, key[0]) for run in (base, candidate)]
+    minutes = (needed - seen) * sum(seconds for _, seconds in costs) / 60
+    there = costs[0][0]
+    return (
+        f"It would take about {needed:,} documents in place of {seen:,}"
+        + (f" and {max(1, round(minutes)):,} minutes more" if minutes else "")
+        + (
+            f", but the task has {there:,}: accept a wider margin"
+            if there < needed
+            else ""
+        )
+        + "."
+    )
 
 
-def _costs(run: Run, task: str) -> tuple[int | None, float | None]:
-    """Return how many documents there are of a task, and the seconds that one took."""
+def _costs(run: Run, task: str) -> tuple[int, float]:
+    """Return how many documents a task has, and the seconds that one took, 0 if nobody knows."""
     leaves = run.leaves(task)
-    files = newest_first(run.path) if run.path.is_dir() else [run.path]
-    for file in files:
-        data = read_json(file)
-        sizes = data.get("n-samples") or {}
-        if not all(leaf in sizes for leaf in leaves):
-            continue
-        unit = read_unit(file.parent)
-        spent = unit.seconds if unit else data.get("total_evaluation_time_seconds")
-        seen = sum(each["effective"] for each in sizes.values())
-        seconds = float(spent) / seen if spent and seen else math.nan
-        there = sum(sizes[leaf]["original"] for leaf in leaves)
-        return there, seconds if math.isfinite(seconds) else None
-    return None, None
+    file = newest_first(run.samples[leaves[0]].parent)[0]
+    unit, data = read_unit(file.parent), read_json(file)
+    sizes = data["n-samples"]
+    spent = unit.seconds if unit else data.get("total_evaluation_time_seconds") or 0
+    seen = sum(each["effective"] for each in sizes.values())
+    return sum(sizes[leaf]["original"] for leaf in leaves), float(spent) / seen
