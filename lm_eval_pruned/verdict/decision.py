@@ -92,7 +92,7 @@ def decide(base: Run, candidate: Run, margins: Sequence[str] = ()) -> Verdict:
         inside = all(None not in (size, end) and abs(end) < size for end in ends)  # type: ignore[arg-type,operator]
         word = word or ("equivalent" if inside else "not worse")
         runs = (_only(base, [key]), _only(candidate, [key]))
-        take = _take(*runs, key, margin) if word == "undecided" else ""
+        take = _take(*runs, key, margin, row) if word == "undecided" else ""
         floor = floor_of(base, *key, read)
         judged.append(Judged(row, margin, word, finding, floor, take))
     return Verdict(base, candidate, exit_code(findings), judged, compared.notes)
@@ -149,16 +149,18 @@ def _only(run: Run, keys: Sequence[Key]) -> Run:
     return replace(run, scores={k: run.scores[k] for k in keys}, settings=settings)
 
 
-def _take(base: Run, candidate: Run, key: Key, margin: str) -> str:
+def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> str:
     """Say how many documents and minutes decide with a chance of 80 %, if the models do not differ."""
-    place = base.scores[key].higher_is_better is not None
+    up = base.scores[key].higher_is_better
+    if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
+        return "Alone it would be shown to be worse; among all scores that needs more documents."
     asked = Margin(CLAIM, margin)
     try:
         rows = power_of(base, [candidate], key[0], asked, alpha=CLAIM_LEVEL)
     except ValueError:
         # The finding says why nothing was decided.
         return ""
-    seen, needed = rows[0][2], rows[place][-1]
+    seen, needed = rows[0][2], rows[up is not None][-1]
     if not isinstance(seen, int) or not isinstance(needed, int):
         return ""
     if needed <= seen:
@@ -171,7 +173,7 @@ def _take(base: Run, candidate: Run, key: Key, margin: str) -> str:
     there = costs[0][0]
     return (
         f"It would take about {needed:,} documents in place of {seen:,}"
-        + (f" and {max(1, round(minutes)):,} minutes more" if minutes else "")
+        + (f", {max(1, round(minutes)):,} min more" if minutes else "")
         + (
             f", but the task has {there:,}: accept a wider margin"
             if there < needed

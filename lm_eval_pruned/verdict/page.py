@@ -95,7 +95,7 @@ def _answer_section(verdict: Verdict) -> Section:
         f"{words.count('undecided')} {of} not shown to lie within their margins.",
     )[verdict.code]
     notes = [
-        f"{_name(each)}: {each.word}. {each.finding.message} {each.take}".strip()
+        f"{_name(each)}: {each.word}. {each.take or each.finding.message}"
         for word in ("worse", "undecided")
         for each in verdict.judged
         if each.word == word
@@ -176,5 +176,5 @@ def _worse_section(verdict: Verdict, width: int) -> Section | None:
         rows,
         text=5,
     )
-    counted = f"{len(rows)} of {len(lost)}."
+    counted = f"{len(rows)} of {len(lost)} are shown."
     return Section(table.label, [counted], table=table) if rows else None

@@ -146,8 +146,7 @@ def test_agreement_of_choices_and_of_texts(tmp_path):
     assert agreement_on(base, base, "choice").divergence == 0
 
 
-DEMO = ["--tasks", "pruned_demo_truthfulness", "pruned_demo_bias", "--limit", "40"]
-DEMO += ["--include_path", str(Path(tasks.__file__).parent)]
+FOLDER = str(Path(tasks.__file__).parent)
 INT8 = {
     "quant_method": "torchao",
     "quant_type": {
@@ -158,19 +157,32 @@ INT8 = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("candidate", "codes"),
+    ("candidate", "words", "codes"),
     [
-        ("hf,pretrained={}", {0}),
-        (f"hf,pretrained={{}},quantization_config={json.dumps(INT8)}", {0, 2}),
-        ("pruned-hf,pretrained={},prune_percent=30", {1}),
+        ("hf,pretrained={}", ["pruned_demo_bias", "--limit", "40"], {0}),
+        (
+            f"hf,pretrained={{}},quantization_config={json.dumps(INT8)}",
+            ["--limit", "40"],
+            {0, 2},
+        ),
+        ("pruned-hf,pretrained={},prune_percent=30", [], {1}),
     ],
     ids=["itself", "int8", "30 percent"],
 )
 def test_the_real_model_and_what_is_made_of_it(
-    candidate, codes, real_model, tmp_path, capsys
+    candidate, words, codes, real_model, tmp_path, capsys
 ):
-    base = f"hf,pretrained={real_model}"
-    words = [base, candidate.replace("{}", real_model, 1), *DEMO, "--margin", "10pt"]
-    words += ["--device", "cpu", "--batch_size", "8", "--output_path", str(tmp_path)]
-    assert cli.main(["verdict", *words]) in codes
-    print(capsys.readouterr().out)
+    models = [
+        each.replace("{}", real_model, 1) for each in ("hf,pretrained={}", candidate)
+    ]
+    run = ["verdict", *models, "--tasks", "pruned_demo_truthfulness", *words]
+    run += ["--margin", "10pt", "--include_path", FOLDER, "--device", "cpu"]
+    assert (
+        cli.main([*run, "--batch_size", "8", "--output_path", str(tmp_path)]) in codes
+    )
+    (size,) = [
+        x for x in capsys.readouterr().out.splitlines() if x.startswith("|candidate")
+    ]
+    of_int8 = int(size.split("|")[3].replace(",", ""))
+    # The embedding keeps its type: 28 of 135 million numbers, at 4 bytes.
+    assert (of_int8 < 300e6) == ("quantization" in candidate)
