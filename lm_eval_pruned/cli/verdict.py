@@ -1,6 +1,7 @@
 """May CANDIDATE be served in place of BASE, of which it is a pruned, quantised or otherwise smaller
 form? Evaluate both on the same documents and answer: ship, do not ship, or not decided and what it
-would take. The same command goes on where it stopped.
+would take. Without --tasks, the documents are those of a finished base, or of the demo. The same
+command goes on where it stopped.
 
 Exit code 0: ship. 1: do not ship, a score is shown to be worse. 2: not decided, or input that cannot
 be used.

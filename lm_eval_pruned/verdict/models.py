@@ -49,7 +49,8 @@ class OneModel(Sweep):
         self.options = {**options, **which}
         read = {key: options[key] for key in OF_HARNESS if key in options}
         if "seed" in read:
-            read["seed"] = read["seed"].split(",")
+            seeds = [part.strip() for part in read["seed"].split(",")]
+            read["seed"] = [None if each.lower() == "none" else each for each in seeds]
         self.settings = EvaluatorConfig.from_cli(Namespace(**{**read, **which}))
         self.stop_when = self.healing = None
         self.baseline = Configuration(name, {}, 0, 0.0, 0, 0.0)
