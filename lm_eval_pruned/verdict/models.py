@@ -11,7 +11,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval_pruned.compare.comparison import read_comparands
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.folder import unit_folder
+from lm_eval_pruned.results.folder import UNITS
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps.options import OF_HARNESS, read_mapping
 from lm_eval_pruned.sweeps.plan import Configuration, Sweep
@@ -42,6 +42,9 @@ class OneModel(Sweep):
         self.model, self._base = TYPES[kind], {}
         if given:
             self._base = read_mapping(given, f"The {name} {text}")
+        if self.model == "hf-prefix" and "quantization_config" in self._base:
+            # HFLM passes what its config says under this name, and would pass ours beside it.
+            self.model = "pruned-hf"
         if kind.startswith("pruned-"):
             # Refused here, not once the base has been evaluated.
             PruneArguments.taken_from(dict(self._base))
@@ -72,7 +75,9 @@ def both_runs(
     """
     asked = {"tasks": TASKS, **options}
     if Path(base).exists() and "tasks" not in options:
-        asked["tasks"] = read_comparands([base, base])[0].tasks(subtasks=False)
+        asked["tasks"] = read_comparands([_results_of(base)] * 2)[0].tasks(
+            subtasks=False
+        )
     given = {"base": base, "candidate": candidate}
     where = {name: str(output_path / name) for name in given}
     planned = {
@@ -89,11 +94,17 @@ def both_runs(
                 f"{failure.task} failed on the {name} ({failure.message}): the same command tries "
                 "it again, and evaluates nothing else twice."
             )
-        given[name] = str(unit_folder(Path(where[name]), name, "").parent / name)
-    found, runs = read_comparands([*given.values()])
+        given[name] = where[name]
+    found, runs = read_comparands([*map(_results_of, given.values())])
     if len(runs) != 1:
         raise ResultsError(
             f"The candidate {candidate} is a sweep of {len(runs)} pruned models: name one of them, "
             f"such as {candidate}/units/{runs[0].name}."
         )
     return found, runs[0]
+
+
+def _results_of(path: str) -> str:
+    """Return the folder of the only model in a sweep folder; another path as it is."""
+    models = [*Path(path, UNITS).glob("*/")]
+    return str(models[0]) if len(models) == 1 else path

@@ -11,9 +11,11 @@ from lm_eval.tasks import _yaml_loader
 from lm_eval.tasks.bbq import utils as bbq
 
 from tests.helpers import evaluations
-from tests.tasks.test_tasks import FOLDER, PRUNED, lm_eval  # noqa: F401
+from tests.tasks import test_tasks
+from tests.tasks.test_tasks import FOLDER, PRUNED
 
 
+lm_eval = test_tasks.lm_eval
 utils = _yaml_loader._load_module_with_cache(FOLDER / "demo" / "utils.py")
 QUESTIONS = utils.load_ambiguous_questions()["test"]
 

@@ -67,6 +67,8 @@ def test_a_model_in_place_of_itself_is_shipped_and_nothing_is_evaluated_twice(
     assert len(units) == 4
     assert cli.main(words) == 0
     assert {*(tmp_path / "out").rglob("results_*.json")} == units
+    words[1:3] = [str(tmp_path / "out" / name) for name in ("base", "candidate")]
+    assert cli.main(words) == 0
 
 
 @pytest.mark.parametrize(
