@@ -10,6 +10,7 @@ COMMANDS = {
     "power": "how likely a comparison reaches a verdict, from the answers that changed so far",
     "report": "a sweep as Markdown, CSV, HTML and plots",
     "check": "hold results against a committed baseline, for CI",
+    "verdict": "whether a compressed model may be shipped in place of its base",
     "sweep": "many sizes by many tasks, resumable",
     "study": "the study of arXiv 2512.22671 for any model, with a verdict on one page",
     "sensitivity": "what cutting one layer alone costs, by criterion and width",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.results.files import Run
 
+    #: What became of an answer, the run, the task, both answers around the question.
+    Change = tuple[str, str, str, Answer, Question, Answer]
     _Answers = dict[tuple[str, tuple[str, int]], tuple[Answer, Question]]
 
 PAGE = "flips.html"
@@ -50,30 +52,9 @@ def changed_answers(
     Raises:
         ResultsError: A file of samples cannot be read or is incomplete.
     """
-    rows, not_counted = [], []
-    changes: list[tuple[str, str, str, Answer, Question, Answer]] = []
-    for task in base.tasks(subtasks=False):
-        metric, before = _counted(base, task)
-        if not before:
-            not_counted.append(task)
-        for run in others:
-            after = _answers(run, task, metric)
-            both = [key for key in before if key in after]
-            kinds = {key: _kind(before[key][0], after[key][0]) for key in both}
-            found, label = [*kinds.values()], run_label(run)
-            if found:
-                counts = len(found), found.count(LOST), found.count(GAINED)
-                share = sum(map(bool, found)) / len(found)
-                another = "-" if None in found else f"{share:.0%}"
-                rows.append([label, task, metric, *map(str, counts), another])
-            changes += [
-                (kind, label, key[0], *before[key], after[key][0])
-                for key, kind in kinds.items()
-                if kind
-            ]
+    rows, not_counted, changes = find_changes(base, others)
     if not rows:
         return None, ""
-    changes.sort(key=lambda change: KINDS.index(change[0]))
     explanation = (
         "A pruned model with the accuracy of the unpruned one may answer other questions right "
         "(Dutta et al. 2024, Accuracy is Not All You Need, arXiv 2407.09141). The answer is the "
@@ -94,10 +75,40 @@ def changed_answers(
         title=f"Changed answers: {title}",
         texts=texts,
         changes=changes,
-        written=_written,
+        written=written,
         scripts=[files(__package__).joinpath("changed_answers.js").read_text("utf-8")],
     )
     return section, page
+
+
+def find_changes(
+    base: Run, others: Sequence[Run]
+) -> tuple[list[list[str]], list[str], list[Change]]:
+    """Return counts by run and task, tasks without counts, and changes, those for the worse first."""
+    rows: list[list[str]] = []
+    not_counted: list[str] = []
+    changes: list[Change] = []
+    for task in base.tasks(subtasks=False):
+        metric, before = _counted(base, task)
+        if not before:
+            not_counted.append(task)
+        for run in others:
+            after = _answers(run, task, metric)
+            both = [key for key in before if key in after]
+            kinds = {key: _kind(before[key][0], after[key][0]) for key in both}
+            found, label = [*kinds.values()], run_label(run)
+            if found:
+                counts = len(found), found.count(LOST), found.count(GAINED)
+                share = sum(map(bool, found)) / len(found)
+                another = "-" if None in found else f"{share:.0%}"
+                rows.append([label, task, metric, *map(str, counts), another])
+            changes += [
+                (kind, label, key[0], *before[key], after[key][0])
+                for key, kind in kinds.items()
+                if kind
+            ]
+    changes.sort(key=lambda change: KINDS.index(change[0]))
+    return rows, not_counted, changes
 
 
 def _counted(base: Run, task: str) -> tuple[str, _Answers]:
@@ -138,7 +149,8 @@ def _kind(before: Answer, after: Answer) -> str | None:
     return STILL_RIGHT if before.right else STILL_WRONG
 
 
-def _written(answer: Answer, question: Question) -> str:
+def written(answer: Answer, question: Question) -> str:
+    """Return an answer as a reader sees it."""
     chosen = answer.chosen or ""
     if question.choices and chosen:
         return question.choices[int(chosen)].strip()

@@ -108,8 +108,13 @@ def only_these(scripts: Sequence[str]) -> str:
     return " ".join(sources) or "'none'"
 
 
-def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """Return a report as Markdown; the plots are links to files below ``plots/``."""
+def as_markdown(
+    title: str, subtitle: str, sections: Sequence[Section], *, padded: bool = False
+) -> str:
+    """Return a report as Markdown; the plots are links to files below ``plots/``.
+
+    Tables are `padded` for a terminal.
+    """
     parts = [f"# {_plain(title)}", _plain(subtitle)]
     for section in sections:
         parts += [f"## {section.heading}", *map(_plain, section.paragraphs)]
@@ -118,7 +123,7 @@ def as_markdown(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             columns = [_not_html(name) for name in table.columns]
             rows = [[_not_html(cell.text) for cell in row] for row in table.cells()]
             align = "l" * table.text + "r" * (len(columns) - table.text)
-            parts.append(markdown_table(columns, rows, align))
+            parts.append(markdown_table(columns, rows, align, padded=padded))
         for plot in section.plots:
             text = f"{plot.title}. {plot.description}".translate({91: "(", 93: ")"})
             parts.append(f"![{_plain(text)}](plots/{plot.name}.png)")

@@ -105,7 +105,10 @@ def random_section(
         f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
         "evaluated again."
     )
-    rows, notes = compared_pairs(pairs, alpha, read, known), [command] if missing else []
+    rows, notes = (
+        compared_pairs(pairs, alpha, read, known),
+        [command] if missing else [],
+    )
     return compared_section("Against pruning at random", text, rows, alpha, notes)
 
 

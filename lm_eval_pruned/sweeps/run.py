@@ -45,8 +45,11 @@ def run_sweep(
     shard: tuple[int, int] | None = None,
     retry_failed: bool = False,
     dry_run: bool = False,
+    sweep: Sweep | None = None,
 ) -> int:
     """Run the units of a sweep, or its shard, that its folder does not hold; see `options`.
+
+    `sweep` is what was planned from the options already, if it was.
 
     Returns:
         Exit code: 0 where every unit is done, 1 where one failed or could not be run, 130
@@ -56,7 +59,7 @@ def run_sweep(
         ValueError: The sweep cannot be planned, or its folder is in use.
         OSError: The model's config or the folder cannot be read or written.
     """
-    sweep = Sweep(options)
+    sweep = sweep or Sweep(options)
     folder = SweepFolder(options["output_path"], shard)
     units = sweep.units(shard)
     part = f"_shard{shard[0]}of{shard[1]}" if shard else ""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import lm_eval
+import torch
 from accelerate.utils import release_memory
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
@@ -21,6 +22,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval_pruned.sweeps.floors import Floor
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
+from lm_eval_pruned.sweeps.plan import MODELS
 from lm_eval_pruned.sweeps.stopping import check_tasks, evaluate_until_decided
 from lm_eval_pruned.sweeps.tasks import fingerprint, load_task
 from lm_eval_pruned.sweeps.tracking import check_tracking, report
@@ -129,12 +131,13 @@ class UnitRunner:
             names = ("batch_size", "max_batch_size", "device")
             more = {name: getattr(sweep.settings, name) for name in names}
             try:
-                if not isinstance(configuration, Floor):
+                if isinstance(configuration, Configuration) and configuration.healed:
+                    sweep.heal(configuration)
+                    release_memory()
+                kind = sweep.model_type(configuration)
+                if kind in MODELS:
                     more["known_scores"] = self._known_scores
-                    if configuration.healed:
-                        sweep.heal(configuration)
-                        release_memory()
-                load = get_model(sweep.model_type(configuration)).create_from_arg_obj
+                load = get_model(kind).create_from_arg_obj
                 self._lm = load(sweep.model_args(configuration), more)
             except Exception as error:  # noqa: BLE001
                 # The frames of the traceback keep what was loaded so far.
@@ -196,8 +199,24 @@ class UnitRunner:
             # What `lm_eval run` records where it makes the model itself.
             model = sweep.model_type(configuration)
             results["config"] |= {"model": model, "use_cache": own_cache}
+            results["config"]["weight_bytes"] = weight_bytes(getattr(lm, "model", None))
             tracker.general_config_tracker.model_source = model
         return results
+
+
+def weight_bytes(model: Any) -> int | None:
+    """Return how many bytes the parameters and buffers of a model take, or None for an engine."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    return sum(map(_bytes_of, [*model.parameters(), *model.buffers()]))
+
+
+def _bytes_of(tensor: Any) -> int:
+    # A quantised tensor of torchao is made of others.
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    names, _ = tensor.__tensor_flatten__()
+    return sum(_bytes_of(getattr(tensor, name)) for name in names)
 
 
 def describe_error(error: BaseException) -> dict[str, str]:

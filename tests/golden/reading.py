@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).with_suffix("")
 DOCUMENTS = 80
 COMMANDS = (
-    *("plan", "compare", "power", "report", "check", "sweep"),
+    *("plan", "compare", "power", "report", "check", "verdict", "sweep"),
     *("study", "sensitivity", "profile", "prune", "heal"),
 )
 #: The shares of right answers by size, then the level of the perplexities.

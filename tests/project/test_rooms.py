@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "tasks": set(),
     "healing": {"checkpoints", "energy", "pruning", "util"},
     "sweeps": {"checkpoints", "compare", "healing", "pruning", "results", "util"},
+    "verdict": {"compare", "gate", "pruning", "report", "results", "sweeps", "util"},
     "profiling": {"batching", "checkpoints", "energy", "pruning", "tasks", "util"},
     "study": {
         *("checkpoints", "compare", "pruning", "report"),

@@ -41,13 +41,14 @@ TOPICS = {
 }
 GROUPS = {
     **TOPICS,
+    "pruned_fairness": ["bbq", "crows_pairs_english"],
     "pruned_dichotomy": BASE,
     "pruned_dichotomy_instruct": INSTRUCT,
     "pruned_demo": ["pruned_demo_truthfulness", "pruned_demo_instruction_following"],
 }
 #: Members with examples in front of each question; all others have none.
 SHOTS = {"mmlu": 5, "gsm8k": 5}
-DEMO_TASKS = set(GROUPS["pruned_demo"])
+DEMO_TASKS = {*GROUPS["pruned_demo"], "pruned_demo_bias"}
 #: Number of tasks in the harness's groups that ours refer to.
 LEAVES = {"mmlu": 57, "leaderboard_musr": 3}
 

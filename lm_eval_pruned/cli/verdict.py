@@ -1,0 +1,60 @@
+"""May CANDIDATE be served in place of BASE, of which it is a pruned, quantised or otherwise smaller
+form? Evaluate both on the same documents and answer: ship, do not ship, or not decided and what it
+would take. Without --tasks, the documents are those of a finished base, or of the demo. The same
+command goes on where it stopped.
+
+Exit code 0: ship. 1: do not ship, a score is shown to be worse. 2: not decided, or input that cannot
+be used.
+"""
+
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval_pruned.cli.compare import UNIT
+from lm_eval_pruned.sweeps.options import GROUPS
+from lm_eval_pruned.util.options import DeclaredOptions, row
+
+
+_LEFT_OUT = ("output_path", "log_samples", "predict_only")
+_evaluation = GROUPS["evaluation, as in lm_eval run"].items()
+_options = [(name, Any, each) for name, each in _evaluation if name not in _LEFT_OUT]
+Evaluation: Any = make_dataclass("Evaluation", _options, bases=(DeclaredOptions,))
+# fmt: off
+OPTIONS = (
+    row("base", "BASE", "path of results, or TYPE,key=value,... as in lm_eval --model TYPE "
+        "--model_args key=value,... with hf, pruned-hf, vllm or pruned-vllm"),
+    row("candidate", "CANDIDATE", "the same"),
+    row("--margin", "[NAME=]MARGIN", "how much worse a score may be, of one task or metric or of "
+        f"all: {UNIT} (default: 2pt of scores from 0 to 1, 1%% of bits per byte, 2%% of others)",
+        nargs="+", default=[]),
+    row("--output_path", "DIR", "folder of results and pages (default: verdict)", default="verdict"),
+    row("--no_texts", "", "leave the texts of documents and answers out of the pages"),
+    Evaluation.add_to,
+)
+# fmt: on
+
+
+def run(arguments) -> int:
+    """Evaluate what is not evaluated yet, write the pages and return the exit code."""
+    from lm_eval.utils import setup_logging
+
+    from lm_eval_pruned.verdict.decision import decide, read_margins
+    from lm_eval_pruned.verdict.models import both_runs
+    from lm_eval_pruned.verdict.page import write_pages
+
+    read_margins(arguments.margin)
+    given = Evaluation.parsed(arguments)
+    read = Evaluation.of(given, "verdict")
+    setup_logging()
+    base, candidate, folder = (
+        arguments.base,
+        arguments.candidate,
+        Path(arguments.output_path),
+    )
+    runs = both_runs(base, candidate, {n: getattr(read, n) for n in given}, folder)
+    verdict = decide(*runs, arguments.margin)
+    subtitle, texts = f"{candidate} in place of {base}", not arguments.no_texts
+    print(write_pages(verdict, folder, subtitle, texts=texts))
+    print(f"The page is {folder / 'verdict.html'}.")
+    return verdict.code

@@ -1,0 +1,194 @@
+"""May the candidate be shipped? Each score by the gate's rules, and what would decide it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lm_eval_pruned.compare.comparison import Difference, compare
+from lm_eval_pruned.compare.pairing import DocumentReader
+from lm_eval_pruned.compare.power import power_of
+from lm_eval_pruned.compare.verdicts import Margin
+from lm_eval_pruned.gate.baseline import Baseline, Rule
+from lm_eval_pruned.gate.check import CLAIM_LEVEL, check, make_baseline
+from lm_eval_pruned.gate.findings import ONLY_RUN, Finding, exit_code
+from lm_eval_pruned.results.files import ResultsError, Run, newest_first, read_json
+from lm_eval_pruned.results.folder import read_unit
+from lm_eval_pruned.results.groups import is_perplexity, is_share, primary_metrics
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Key = tuple[str, str]
+#: By exit code.
+ANSWERS = ("ship", "do not ship", "not decided")
+CLAIM = "not_worse"
+#: Metrics that say which way a model is biased, whose tasks may list others first.
+BIAS = ("bias", "pct_stereotype")
+_WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One score: how it differs, what the gate finds of it within a margin, and the floor.
+
+    `word` is ``equivalent``, ``not worse``, ``better``, ``worse`` or ``undecided``; `take` says what
+    would decide.
+    """
+
+    row: Difference
+    margin: str
+    word: str
+    finding: Finding
+    floor: float | None
+    take: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer on two runs, with the exit code of `check`."""
+
+    base: Run
+    candidate: Run
+    code: int
+    judged: Sequence[Judged]
+    notes: Sequence[str]
+
+
+def decide(base: Run, candidate: Run, margins: Sequence[str] = ()) -> Verdict:
+    """Hold a candidate against its base, each score within its margin, as `read_margins` takes it.
+
+    A candidate is shipped if each score is shown to lie within its margin, which needs no
+    correction for many scores; it is not if one is shown to be worse, and not to lie within.
+
+    Raises:
+        ValueError: A margin names nothing that was scored, or the runs cannot be compared.
+    """
+    read, keys = DocumentReader(), [*_judged_keys(base)]
+    # Of this level, intervals beyond the margin are what the gate calls shown.
+    compared = compare(base, [candidate], alpha=2 * CLAIM_LEVEL, read=read)
+    rows = {(each.task, each.metric): each for each in compared.rows}
+    if missing := [" ".join(key) for key in keys if key not in rows]:
+        raise ResultsError(
+            f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
+            "evaluate it on the same tasks."
+        )
+    asked = read_margins(margins, {name for key in keys for name in _names(key)})
+    chosen = {key: _margin_of(rows[key], asked) for key in keys}
+    rules = {(ONLY_RUN, *key): Rule(CLAIM, margin) for key, margin in chosen.items()}
+    some_rule = next(iter(rules.values()))
+    previous = Baseline({}, rules)
+    expected = make_baseline({ONLY_RUN: _only(base, keys)}, some_rule, previous)
+    findings = check({ONLY_RUN: _only(candidate, keys)}, expected)
+    judged = []
+    for finding in findings:
+        key = finding.task, finding.metric
+        row, margin, word = rows[key], chosen[key], _WORDS.get(finding.status)
+        size, ends = (
+            Margin(CLAIM, margin).size(row.base_score, row.score),
+            (row.low, row.high),
+        )
+        inside = all(None not in (size, end) and abs(end) < size for end in ends)  # type: ignore[arg-type,operator]
+        word = word or ("equivalent" if inside else "not worse")
+        runs = (_only(base, [key]), _only(candidate, [key]))
+        take = _take(*runs, key, margin, row) if word == "undecided" else ""
+        floor = floor_of(base, *key, read)
+        judged.append(Judged(row, margin, word, finding, floor, take))
+    return Verdict(base, candidate, exit_code(findings), judged, compared.notes)
+
+
+def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[str, str]:
+    """Return margins by the task or metric that ``[NAME=]MARGIN`` names, else by an empty text."""
+    found = {name: margin for name, _, margin in (t.rpartition("=") for t in texts)}
+    for name, margin in found.items():
+        Margin("margin", margin)
+        if known is not None and name not in {"", *known}:
+            raise ValueError(
+                f"--margin {name}={margin} names no task or metric of this verdict: it has "
+                f"{', '.join(sorted(known))}."
+            )
+    return found
+
+
+def floor_of(run: Run, task: str, metric: str, read: DocumentReader) -> float | None:
+    """Return the highest score without knowledge: by chance, or of the commonest answer."""
+    documents = read(run, task, metric)
+    levels = (documents.levels.chance, documents.levels.majority) if documents else ()
+    return max((each for each in levels if each is not None), default=None)
+
+
+def _judged_keys(base: Run) -> Iterator[Key]:
+    for task, primary in primary_metrics([base]):
+        metrics = [metric for name, metric in base.scores if name == task]
+        found = [m for m in metrics if _names((task, m))[1] in BIAS and m != primary]
+        # CrowS-Pairs lists first how far two sentences are apart, whichever is likelier.
+        first = [] if found and primary.startswith("likelihood_diff") else [primary]
+        yield from ((task, metric) for metric in first + found)
+
+
+def _names(key: Key) -> tuple[str, str]:
+    return key[0], key[1].partition(",")[0]
+
+
+def _margin_of(row: Difference, asked: dict[str, str]) -> str:
+    for name in (*_names((row.task, row.metric)), ""):
+        if name in asked:
+            return asked[name]
+    if "bits_per_byte" in row.metric:
+        return "1%"
+    share = not is_perplexity(row.metric) and is_share(
+        row.metric, (row.base_score, row.score)
+    )
+    return "2pt" if share else "2%"
+
+
+def _only(run: Run, keys: Sequence[Key]) -> Run:
+    """Return a run with these scores alone, and whatever width the model has."""
+    settings = {task: {**of, "widths": None} for task, of in run.settings.items()}
+    return replace(run, scores={k: run.scores[k] for k in keys}, settings=settings)
+
+
+def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> str:
+    """Say how many documents and minutes decide with a chance of 80 %, if the models do not differ."""
+    up = base.scores[key].higher_is_better
+    if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
+        return "Alone it would be shown to be worse; among all scores that needs more documents."
+    asked = Margin(CLAIM, margin)
+    try:
+        rows = power_of(base, [candidate], key[0], asked, alpha=CLAIM_LEVEL)
+    except ValueError:
+        # The finding says why nothing was decided.
+        return ""
+    seen, needed = rows[0][2], rows[up is not None][-1]
+    if not isinstance(seen, int) or not isinstance(needed, int):
+        return ""
+    if needed <= seen:
+        return (
+            f"{seen} documents had a good chance to decide if the models did not differ, so they "
+            "may well differ: evaluate other documents, or accept a wider margin."
+        )
+    costs = [_costs(run, key[0]) for run in (base, candidate)]
+    minutes = (needed - seen) * sum(seconds for _, seconds in costs) / 60
+    there = costs[0][0]
+    return (
+        f"It would take about {needed:,} documents in place of {seen:,}"
+        + (f", {max(1, round(minutes)):,} min more" if minutes else "")
+        + (
+            f", but the task has {there:,}: accept a wider margin"
+            if there < needed
+            else ""
+        )
+        + "."
+    )
+
+
+def _costs(run: Run, task: str) -> tuple[int, float]:
+    """Return how many documents a task has, and the seconds that one took, 0 if nobody knows."""
+    leaves = run.leaves(task)
+    file = newest_first(run.samples[leaves[0]].parent)[0]
+    unit, data = read_unit(file.parent), read_json(file)
+    sizes = data["n-samples"]
+    spent = unit.seconds if unit else data.get("total_evaluation_time_seconds") or 0
+    seen = sum(each["effective"] for each in sizes.values())
+    return sum(sizes[leaf]["original"] for leaf in leaves), float(spent) / seen

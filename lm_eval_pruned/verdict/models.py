@@ -1,0 +1,110 @@
+"""The two models of a verdict: finished results, or evaluated here, each as a sweep of one model."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.config.evaluate_config import EvaluatorConfig
+
+from lm_eval_pruned.compare.comparison import read_comparands
+from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.folder import UNITS
+from lm_eval_pruned.results.runs import read_sweep
+from lm_eval_pruned.sweeps.options import OF_HARNESS, read_mapping
+from lm_eval_pruned.sweeps.plan import Configuration, Sweep
+from lm_eval_pruned.sweeps.run import run_sweep
+from lm_eval_pruned.sweeps.tasks import index_tasks, resolve_tasks
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
+TYPES = {"hf": "hf-prefix"}
+TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm")}
+#: Where neither the user nor a finished base names tasks.
+TASKS = ["pruned_demo", "pruned_demo_bias"]
+
+
+class OneModel(Sweep):
+    """A sweep of one model of `TYPES`, specified as ``TYPE,key=value,...``."""
+
+    def __init__(self, name: str, text: str, options: Mapping[str, Any]) -> None:
+        kind, _, given = text.partition(",")
+        if kind not in TYPES:
+            raise ValueError(
+                f"The {name} {text} is neither a path of results nor a model: pass a folder, or a "
+                f"model type ({', '.join(TYPES)}) with its arguments, such as hf,pretrained=NAME."
+            )
+        self.model, self._base = TYPES[kind], {}
+        if given:
+            self._base = read_mapping(given, f"The {name} {text}")
+        if self.model == "hf-prefix" and "quantization_config" in self._base:
+            # HFLM passes what its config says under this name, and would pass ours beside it.
+            self.model = "pruned-hf"
+        if kind.startswith("pruned-"):
+            # Refused here, not once the base has been evaluated.
+            PruneArguments.taken_from(dict(self._base))
+        which = {"model": self.model, "model_args": self._base, "log_samples": True}
+        self.options = {**options, **which}
+        read = {key: options[key] for key in OF_HARNESS if key in options}
+        if "seed" in read:
+            seeds = [part.strip() for part in read["seed"].split(",")]
+            read["seed"] = [None if each.lower() == "none" else each for each in seeds]
+        self.settings = EvaluatorConfig.from_cli(Namespace(**{**read, **which}))
+        self.stop_when = self.healing = None
+        self.baseline = Configuration(name, {}, 0, 0.0, 0, 0.0)
+        self.configurations = [self.baseline]
+        self._manager = index_tasks(self.settings.include_path)
+        self.tasks = resolve_tasks(options["tasks"], self._manager)
+
+
+def both_runs(
+    base: str, candidate: str, options: Mapping[str, Any], output_path: Path
+) -> tuple[Run, Run]:
+    """Return the results of both models, each a path of results or as `OneModel` takes it.
+
+    What is not finished is evaluated, each model into a sweep folder of `output_path`.
+
+    Raises:
+        ValueError: A model, an option or a task cannot be used, or results cannot be read.
+        KeyboardInterrupt: Someone stopped the evaluation.
+    """
+    asked = {"tasks": TASKS, **options}
+    if Path(base).exists() and "tasks" not in options:
+        asked["tasks"] = read_comparands([_results_of(base)] * 2)[0].tasks(
+            subtasks=False
+        )
+    given = {"base": base, "candidate": candidate}
+    where = {name: str(output_path / name) for name in given}
+    planned = {
+        name: OneModel(name, text, {**asked, "output_path": where[name]})
+        for name, text in given.items()
+        if not Path(text).exists()
+    }
+    for name, sweep in planned.items():
+        print(f"The {name}: {given[name]}", flush=True)
+        if run_sweep(sweep.options, retry_failed=True, sweep=sweep) == 130:
+            raise KeyboardInterrupt
+        for failure in read_sweep(where[name]).failures:
+            raise ResultsError(
+                f"{failure.task} failed on the {name} ({failure.message}): the same command tries "
+                "it again, and evaluates nothing else twice."
+            )
+        given[name] = where[name]
+    found, runs = read_comparands([*map(_results_of, given.values())])
+    if len(runs) != 1:
+        raise ResultsError(
+            f"The candidate {candidate} is a sweep of {len(runs)} pruned models: name one of them, "
+            f"such as {candidate}/units/{runs[0].name}."
+        )
+    return found, runs[0]
+
+
+def _results_of(path: str) -> str:
+    """Return the folder of the only model in a sweep folder; another path as it is."""
+    models = [*Path(path, UNITS).glob("*/")]
+    return str(models[0]) if len(models) == 1 else path

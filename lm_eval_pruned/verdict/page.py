@@ -1,0 +1,180 @@
+"""A verdict as sections: what the terminal, the Markdown and the HTML page show."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from lm_eval_pruned.compare.comparison_table import interval_text, number_text
+from lm_eval_pruned.report.changed_answers import LOST, find_changes, written
+from lm_eval_pruned.report.page import Cell, Section, Table, as_markdown, rendered
+from lm_eval_pruned.report.sections import energy_section
+from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.tables import csv_table
+from lm_eval_pruned.verdict.agreement import agreement_on
+from lm_eval_pruned.verdict.decision import ANSWERS
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lm_eval_pruned.verdict.decision import Judged, Verdict
+
+#: How many of the answers that changed for the worse are shown.
+SHOWN = 20
+#: Tasks on bias, by parts of their names.
+ON_BIAS = ("bias", "bbq", "crows", "winogender")
+_COLUMNS = ["task", "metric", "verdict", "base", "candidate", "floor", "difference"]
+_COLUMNS += ["90% interval", "margin", "documents"]
+_HOW_TO_READ = (
+    "The floor is the score without knowledge. The difference is candidate minus base; a score is "
+    "not worse where its interval, at 90 %, lies above the margin, and equivalent where it lies "
+    "within it on both sides."
+)
+_ON_BIAS = (
+    "Bias is 0.5 where answers follow stereotypes as often as they contradict them, and 1 where "
+    "each follows one; a change either way counts. acc is the share of right answers, which here "
+    "often is that nobody can know."
+)
+_ON_AGREEMENT = (
+    "How far both models answer alike, right or wrong. KL is that of the choices, in nats; the last "
+    "column, in words, is how much of the base's text the candidate's begins with."
+)
+
+
+def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -> str:
+    """Write ``verdict.html`` and ``verdict.md``, with `texts` of answers or without.
+
+    Returns what a terminal shows.
+    """
+    title = f"May it be shipped? {ANSWERS[verdict.code].capitalize()}"
+    sections = _sections(verdict, 160 * texts)
+    rows = [
+        asdict(e.row) | {"margin": e.margin, "verdict": e.word, "floor": e.floor}
+        for e in verdict.judged
+    ]
+    csv = base64.b64encode(csv_table(rows[0], rows).encode()).decode("ascii")
+    shown = {"title": title, "subtitle": subtitle, "sections": sections}
+    page = rendered("template.html", scores=csv, scripts=[], **shown)
+    write_atomically(folder / "verdict.html", page)
+    markdown = as_markdown(title, subtitle, sections)
+    write_atomically(folder / "verdict.md", markdown)
+    return as_markdown(title, subtitle, _sections(verdict, 40 * texts), padded=True)
+
+
+def _sections(verdict: Verdict, width: int) -> list[Section]:
+    """Return what there is to say, the answer first; texts are cut to a width."""
+    judged, runs = verdict.judged, [verdict.base, verdict.candidate]
+    on_bias = [e for e in judged if any(part in e.row.task for part in ON_BIAS)]
+    others = [each for each in judged if each not in on_bias]
+    found = [
+        _answer_section(verdict),
+        _scores_section("Scores", _HOW_TO_READ, others),
+        _agreement_section(verdict),
+        _scores_section("Bias", _ON_BIAS, on_bias),
+        _size_section(verdict),
+        energy_section(runs),
+        _worse_section(verdict, width),
+        Section("Remarks", notes=verdict.notes) if verdict.notes else None,
+    ]
+    return [each for each in found if each is not None]
+
+
+def _name(each: Judged) -> str:
+    return f"{each.row.task} {each.row.metric.removesuffix(',none')}"
+
+
+def _answer_section(verdict: Verdict) -> Section:
+    words = [each.word for each in verdict.judged]
+    of = f"of {len(words)} scores are"
+    head = (
+        "Each score is shown to lie within its margin.",
+        f"{words.count('worse')} {of} shown to be worse.",
+        f"{words.count('undecided')} {of} not shown to lie within their margins.",
+    )[verdict.code]
+    notes = [
+        f"{_name(each)}: {each.word}. {each.take or each.finding.message}"
+        for word in ("worse", "undecided")
+        for each in verdict.judged
+        if each.word == word
+    ]
+    return Section(ANSWERS[verdict.code].capitalize(), [head], notes=notes)
+
+
+def _scores_section(
+    heading: str, text: str, judged: Sequence[Judged]
+) -> Section | None:
+    rows: list[list[Cell | str]] = []
+    notes = []
+    for each in judged:
+        row = each.row
+        cells: list[Cell | str] = [
+            row.task,
+            row.metric.removesuffix(",none"),
+            Cell(each.word, each.word),
+        ]
+        cells += [
+            number_text(n, ".4f") for n in (row.base_score, row.score, each.floor)
+        ]
+        cells += [f"{row.difference:+.4f}", interval_text(row.low, row.high, 4)]
+        rows.append([*cells, each.margin, str(row.documents or "-")])
+        if each.floor is not None and row.base_score <= each.floor:
+            notes.append(
+                f"The base is at or below the floor in {_name(each)}, which cannot show a loss."
+            )
+    table = Table(heading, _COLUMNS, rows, text=3)
+    return Section(heading, [text], table=table, notes=notes) if rows else None
+
+
+def _agreement_section(verdict: Verdict) -> Section | None:
+    rows = []
+    for task in verdict.base.tasks():
+        if each := agreement_on(verdict.base, verdict.candidate, task):
+            more = (
+                number_text(each.divergence, ".4f"),
+                number_text(each.beginning, ".1%"),
+            )
+            rows.append([task, str(each.documents), f"{each.equal:.1%}", *more])
+    columns = ["task", "documents", "equal answers", "KL", "same beginning"]
+    table = Table("Agreement with the base", columns, rows)
+    return Section(table.label, [_ON_AGREEMENT], table=table) if rows else None
+
+
+def _size_section(verdict: Verdict) -> Section:
+    rows = []
+    for name, run in (("base", verdict.base), ("candidate", verdict.candidate)):
+        of = run.config
+        sizes = of.get("model_num_parameters"), of.get("weight_bytes")
+        rows.append([name, *(number_text(each, ",") for each in sizes)])
+    table = Table("Size", ["model", "parameters", "bytes in memory"], rows)
+    return Section(table.label, table=table)
+
+
+def _worse_section(verdict: Verdict, width: int) -> Section | None:
+    changes = find_changes(verdict.base, [verdict.candidate])[2]
+    lost = [each for each in changes if each[0] == LOST]
+    rows = []
+    for _, _, task, before, question, after in lost[:SHOWN]:
+        texts = [
+            question.prompt[-width:],
+            written(before, question),
+            written(after, question),
+        ]
+        rows.append([task, question.number, *(text[:width] for text in texts if width)])
+    columns = [
+        "task",
+        "document",
+        "end of the prompt",
+        "base, right",
+        "candidate, wrong",
+    ]
+    table = Table(
+        "Answers that changed for the worse",
+        columns[: None if width else 2],
+        rows,
+        text=5,
+    )
+    counted = f"{len(rows)} of {len(lost)} are shown."
+    return Section(table.label, [counted], table=table) if rows else None

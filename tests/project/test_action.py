@@ -1,0 +1,88 @@
+"""The steps of the GitHub Action, run as the shell would, with programs that stand in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+import yaml
+
+from tests.helpers.checkpoints import ROOT
+
+
+ACTION = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
+STEPS = {step.get("id", "upload"): step for step in ACTION["runs"]["steps"]}
+MODEL = 'hf,pretrained=$(touch ran),x={"a": 1}'
+PROGRAM = """#!/bin/bash
+printf '<%s>' "$@" >> calls
+if [ "$1" = verdict ]; then echo '# May it be shipped? Ship' > "$5/verdict.md"; fi
+if [ "$1" = api ]; then printf %s "$OLD"; else echo said; fi
+exit ${CODE:-0}
+"""
+
+
+@pytest.fixture
+def step(tmp_path):
+    """Return what runs a step with variables, and gives its exit code and all calls so far."""
+    for name in ("lm-eval-pruned", "gh"):
+        (tmp_path / name).write_text(PROGRAM)
+        (tmp_path / name).chmod(0o755)
+
+    def step(name, **values):
+        # As the runner starts bash.
+        bash = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]
+        places = {"GITHUB_OUTPUT": "outputs", "GITHUB_STEP_SUMMARY": "summary"}
+        given = {**dict.fromkeys(STEPS[name]["env"], ""), "FOLDER": "out", **places}
+        path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            [*bash, STEPS[name]["run"]],
+            cwd=tmp_path,
+            env=given | values | path,
+            check=False,
+        )
+        calls = tmp_path / "calls"
+        return done.returncode, calls.read_text() if calls.exists() else ""
+
+    return step
+
+
+@pytest.mark.parametrize("code", ["0", "1", "2"])
+def test_a_verdict_is_commented_and_its_exit_code_handed_on(step, tmp_path, code):
+    words = "--tasks\narc_* --limit 9"
+    given = {"BASE": MODEL, "CANDIDATE": "b c", "ARGUMENTS": words, "CODE": code}
+    status, calls = step("answer", COMMAND="verdict", **given)
+    assert status == 0
+    expected = ["verdict", MODEL, "b c", "--output_path", "out", *words.split()]
+    assert calls == "".join(f"<{word}>" for word in expected)
+    assert (tmp_path / "outputs").read_text() == f"code={code}\n"
+    assert "# May it be shipped? Ship" in (tmp_path / "summary").read_text()
+    assert not (tmp_path / "ran").exists()
+    assert step("end", CODE=code)[0] == int(code)
+
+
+def test_without_a_page_the_log_is_commented(step, tmp_path):
+    given = {"RESULTS": "sweep", "BASELINE": "b.json", "CODE": "2"}
+    assert (
+        "<check><sweep><--baseline><b.json>"
+        in step("answer", COMMAND="check", **given)[1]
+    )
+    assert "exit code 2\n\n```\nsaid\n" in (tmp_path / "summary").read_text()
+    assert step("answer", COMMAND="rm")[0] == 0
+    assert "neither verdict nor check" in (tmp_path / "summary").read_text()
+
+
+@pytest.mark.parametrize("old", ["", "5\n6\n"])
+def test_one_comment_is_kept_up_to_date(step, old):
+    calls = step("comment", REPOSITORY="me/it", NUMBER="7", OLD=old)[1]
+    place = (
+        "<-X><PATCH><repos/me/it/issues/comments/5>"
+        if old
+        else "<repos/me/it/issues/7/comments>"
+    )
+    assert calls.endswith(f"<api>{place}<-F><body=@out/comment.md>")
+
+
+def test_no_input_is_put_into_a_script():
+    assert not [name for name, step in STEPS.items() if "${{" in step.get("run", "")]
+    assert STEPS["upload"]["if"] == "always()"

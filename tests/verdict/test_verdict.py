@@ -1,0 +1,190 @@
+"""The command ``lm-eval-pruned verdict``: what it answers, and what it makes of itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lm_eval_pruned import cli, tasks
+from lm_eval_pruned.results.files import read_results_file
+from lm_eval_pruned.verdict.agreement import agreement_on
+from tests.helpers.results_files import choices, write_run
+from tests.helpers.sweeping import write_tasks
+from tests.sweeps.conftest import quick  # noqa: F401
+
+
+def right(share, documents=400):
+    """Return answers of which a share is right, the same documents first."""
+    return [float(n < share * documents) for n in range(documents)]
+
+
+@pytest.fixture
+def answer(tmp_path, capsys):
+    """Return exit code and output of the command on two finished results."""
+
+    def answer(base, candidate, *words):
+        for name, values in (("old", base), ("new", candidate)):
+            write_run(tmp_path / name, {"boolq": {"acc,none": values}})
+        paths = [str(tmp_path / name) for name in ("old", "new")]
+        where = ["--output_path", str(tmp_path / "out")]
+        return cli.main(["verdict", *paths, *where, *words]), capsys.readouterr().out
+
+    return answer
+
+
+def test_a_model_in_place_of_itself_is_shipped_and_nothing_is_evaluated_twice(
+    tiny_llama, tmp_path, capsys
+):
+    made = write_tasks(tmp_path / "tasks", documents=40)
+    words = [
+        "verdict",
+        f"hf,pretrained={tiny_llama}",
+        f"pruned-hf,pretrained={tiny_llama}",
+    ]
+    words += ["--tasks", "tiny_choice", "tiny_sentence", "--include_path", str(made)]
+    words += ["--gen_kwargs", "do_sample=false,temperature=0", "--device", "cpu"]
+    words += ["--margin", "10pt", "--output_path", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    first = capsys.readouterr().out
+    assert "Each score is shown to lie within its margin." in first
+    assert first.count("|equivalent") == 2
+    # tiny_choice has three choices, of which two are ever right.
+    (line,) = [
+        x for x in first.splitlines() if x.startswith("|tiny_choice") and "acc" in x
+    ]
+    assert "|0.5000" in line
+    assert "bytes in memory" in first
+    page = (tmp_path / "out" / "verdict.html").read_text("utf-8")
+    assert "<h2>Agreement with the base</h2>" in page
+    assert (
+        (tmp_path / "out" / "verdict.md").read_text("utf-8").startswith("# May it be")
+    )
+    units = {*(tmp_path / "out").rglob("results_*.json")}
+    assert len(units) == 4
+    assert cli.main(words) == 0
+    assert {*(tmp_path / "out").rglob("results_*.json")} == units
+    words[1:3] = [str(tmp_path / "out" / name) for name in ("base", "candidate")]
+    assert cli.main(words) == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "candidate", "margin", "code", "said"),
+    [
+        (0.8, 0.8, "2pt", 0, "# May it be shipped? Ship"),
+        (0.8, 0.79, "5pt", 0, "# May it be shipped? Ship"),
+        (0.8, 0.6, "2pt", 1, "1 of 1 scores are shown to be worse"),
+        (0.8, 0.795, "1pt", 2, "1 of 1 scores are not shown"),
+        (0.6, 0.8, "2pt", 0, "not worse"),
+    ],
+)
+def test_answer_and_exit_code(base, candidate, margin, code, said, answer):
+    found = answer(right(base), right(candidate), "--margin", margin)
+    assert found[0] == code
+    assert said in found[1]
+
+
+def test_what_it_would_take_is_documents_and_minutes(tmp_path, answer):
+    spent = {"total_evaluation_time_seconds": "80"}
+    write_run(tmp_path / "x", {"boolq": {"acc,none": right(0.8)}}, **spent)
+    code, said = answer(right(0.8, 60), right(0.8, 60), "--margin", "boolq=2pt")
+    assert code == 2
+    assert "It would take about" in said
+    assert "in place of 60" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nothing", "hf"), "neither a path of results nor a model"),
+        (("hf,pretrained", "hf"), "The base hf,pretrained is 'pretrained'"),
+        (("hf", "pruned-hf,ratio=2,prune_percent=3"), "ratio=2 and prune_percent=3"),
+        (("hf", "hf", "--margin", "x"), "margin=x is no margin"),
+        (("{old}", "{old}", "--margin", "arc=1pt"), "arc=1pt names no task or metric"),
+        (("{old}", "{other}"), "no task in common"),
+    ],
+)
+def test_refusals_are_one_sentence_before_anything_is_evaluated(
+    words, message, tmp_path, capsys
+):
+    write_run(tmp_path / "old", {"boolq": {"acc,none": right(0.5)}})
+    write_run(tmp_path / "other", {"piqa": {"acc,none": right(0.5)}})
+    places = {name: str(tmp_path / name) for name in ("old", "other")}
+    given = [word.format(**places) for word in words]
+    made = write_tasks(tmp_path / "tasks")
+    given += ["--tasks", "tiny_choice", "--include_path", str(made)]
+    assert cli.main(["verdict", *given, "--output_path", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not [*tmp_path.rglob("unit.json")]
+
+
+def test_agreement_of_choices_and_of_texts(tmp_path):
+    def run(name, likelihoods, texts):
+        rows = {n: choices("q", [" a", " b"], row) for n, row in enumerate(likelihoods)}
+        asked = {"gen_args_0": {"arg_0": "q", "arg_1": {"until": []}}}
+        written = {n: {"resps": [[t]], "arguments": asked} for n, t in enumerate(texts)}
+        tasks = {"choice": (rows, likelihoods), "text": (written, texts)}
+        return read_results_file(
+            write_run(
+                tmp_path / name,
+                {
+                    task: {"acc,none": {"values": [1.0] * len(of), "rows": rows}}
+                    for task, (rows, of) in tasks.items()
+                },
+            )
+        )
+
+    logs = np.log([[0.5, 0.5], [0.75, 0.25], [0.2, 0.8]])
+    base = run("base", np.log([[0.75, 0.25]] * 2 + [[0.2, 0.8]]) - 7, ["a b c d", "e"])
+    other = run("other", logs, ["a b x d", "e"])
+    on_choices, on_texts = (agreement_on(base, other, t) for t in ("choice", "text"))
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert on_choices.divergence == pytest.approx(expected / 3)
+    assert on_choices.equal == 1
+    assert (on_texts.equal, on_texts.beginning) == (0.5, 0.75)
+    assert agreement_on(base, base, "choice").divergence == 0
+
+
+FOLDER = str(Path(tasks.__file__).parent)
+INT8 = {
+    "quant_method": "torchao",
+    "quant_type": {
+        "default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("candidate", "words", "codes"),
+    [
+        ("hf,pretrained={}", ["pruned_demo_bias", "--limit", "40"], {0}),
+        (
+            f"hf,pretrained={{}},quantization_config={json.dumps(INT8)}",
+            ["--limit", "40"],
+            {0, 2},
+        ),
+        ("pruned-hf,pretrained={},prune_percent=30", [], {1}),
+    ],
+    ids=["itself", "int8", "30 percent"],
+)
+def test_the_real_model_and_what_is_made_of_it(
+    candidate, words, codes, real_model, tmp_path, capsys
+):
+    models = [
+        each.replace("{}", real_model, 1) for each in ("hf,pretrained={}", candidate)
+    ]
+    run = ["verdict", *models, "--tasks", "pruned_demo_truthfulness", *words]
+    run += ["--margin", "10pt", "--include_path", FOLDER, "--device", "cpu"]
+    assert (
+        cli.main([*run, "--batch_size", "8", "--output_path", str(tmp_path)]) in codes
+    )
+    (size,) = [
+        x for x in capsys.readouterr().out.splitlines() if x.startswith("|candidate")
+    ]
+    of_int8 = int(size.split("|")[3].replace(",", ""))
+    # The embedding keeps its type: 28 of 135 million numbers, at 4 bytes.
+    assert (of_int8 < 300e6) == ("quantization" in candidate)
