@@ -33,6 +33,7 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     regions_by_parameter,
 )
+from lm_eval_pruned.pruning.repair import check_repairable
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
@@ -136,6 +137,7 @@ class LoadRequest:
             check_comparable(plan, self.widths)
         if {*plan.criteria, *plan.tried} & {*CALIBRATED}:
             check_observable(self.widths.skeleton())
+        check_repairable(self.widths.skeleton(), asked.repair)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that belongs to the model."""

@@ -28,6 +28,8 @@ UNIFORM = "uniform"
 MEASURED = ("sensitivity",)
 #: One ranking of the neurons of all layers, by standardised scores.
 GLOBAL = "global"
+#: What is done to the weights of the neurons that stay.
+REPAIRS = NO_REPAIR, BIAS, LEAST_SQUARES = "none", "bias", "least_squares"
 #: Seeds are below this: with the number of the layer, one has to fit into 63 bits.
 SEEDS = 1 << 43
 
@@ -69,6 +71,14 @@ def known_allocation(name: str, value: str) -> str:
     known = (UNIFORM, *MEASURED, GLOBAL)
     if value not in known:
         raise ValueError(f"{name}={value} is unknown: pass one of {', '.join(known)}.")
+    return value
+
+
+def known_repair(name: str, value: str) -> str:
+    if value not in REPAIRS:
+        raise ValueError(
+            f"{name}={value} is unknown: pass one of {', '.join(REPAIRS)}."
+        )
     return value
 
 

@@ -12,24 +12,27 @@ import inspect
 import re
 import textwrap
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval_pruned.pruning.argument_values import (
+    LEAST_SQUARES,
     MEASURED,
+    NO_REPAIR,
     UNIFORM,
     criterion_names,
     dropped_layers,
     known_allocation,
+    known_repair,
     seed_below_limit,
     whole,
     written_source,
 )
-from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, canonical_name
+from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, OBS, canonical_name
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from lm_eval_pruned.pruning.argument_values import Layers, Number
 
@@ -50,6 +53,17 @@ EXCLUSIVE = {
 LAST, BLOCK_INFLUENCE = "last", "block_influence"
 _TEXT = ("calibration", "calibration_samples")
 
+#: The recipe of arXiv 2512.22671, which is the default.
+STUDY = "study"
+#: What each recipe sets where the user does not.
+RECIPES: dict[str, dict[str, str]] = {
+    STUDY: {"criterion": "maw", "repair": NO_REPAIR},
+    "fast": {"criterion": "l2", "repair": NO_REPAIR},
+    "best": {"criterion": OBS, "repair": LEAST_SQUARES},
+}
+#: The text that is calibrated on where none is named; `docs/calibration.md` says what it holds.
+OWN_TEXT = Path(__file__).with_name("calibration_text.jsonl")
+
 
 def _argument(metavar: str | None, default: Any = None, **more: Any) -> Any:
     """Declare an argument by what stands for its value in ``--help``, and its default.
@@ -58,6 +72,14 @@ def _argument(metavar: str | None, default: Any = None, **more: Any) -> Any:
     option of commands that take several values, for one model each.
     """
     return field(default=default, metadata={"metavar": metavar, **more})
+
+
+def _recipe(name: str, value: str) -> str:
+    if value not in RECIPES:
+        raise ValueError(
+            f"{name}={value} is unknown: pass one of {', '.join(RECIPES)}."
+        )
+    return value
 
 
 def _depth_rule(name: str, value: str) -> str:
@@ -101,17 +123,26 @@ class PruneArguments:
             ``global`` ranks the neurons of all layers together. As many neurons stay in all as by
             ``uniform``. See `lm_eval_pruned.pruning.allocation`.
         min_width: Neurons to leave in each layer at least, where `allocation` is not uniform.
-        criterion: Importance score. One of ``maw`` (alias ``ppm``), ``max_abs``, ``l1``, ``l2``,
-            ``vow``, ``pon`` and ``random``, the calibrated ``maw_act`` and ``act``, or one that
+        recipe: What is set where nothing else says so. ``study`` prunes as arXiv 2512.22671 does
+            (``criterion=maw``); ``fast`` takes the criterion that does best without text
+            (``criterion=l2``); ``best`` calibrates and repairs (``criterion=obs``,
+            ``repair=least_squares``). Arguments that are given win over it.
+        criterion: Importance score; default: that of the recipe, maw. One of ``maw`` (alias ``ppm``), ``max_abs``, ``l1``, ``l2``,
+            ``vow``, ``pon`` and ``random``, the calibrated ``maw_act``, ``act`` and ``obs``, or one that
             another package declares; see `lm_eval_pruned.pruning.criteria`. ``best`` takes for
             each layer that of `criteria_tried` whose cut raises the loss on `calibration` least.
         criteria_tried: Criteria that ``criterion=best`` chooses among, such as maw+act, which is
             the default.
+        repair: What makes up for removed neurons; default: that of the recipe, none. By
+            ``least_squares`` the down projections of the neurons that stay come as close as they
+            can to the old output on `calibration` text; ``bias`` changes its mean alone. See
+            `lm_eval_pruned.pruning.repair`.
         seed: Seed of the criterion random.
-        calibration: JSON Lines file of text, for criteria that look at activations, for
-            ``criterion=best``, ``allocation=sensitivity`` and ``drop_by=block_influence``. See
-            `lm_eval_pruned.pruning.calibration`; there is no default text.
-        calibration_samples: How many of its texts to use, from the first on; default: all.
+        calibration: JSON Lines file of text, for criteria that look at activations, for `repair`,
+            ``criterion=best``, ``allocation=sensitivity`` and ``drop_by=block_influence``;
+            default: text that comes with this package. See `lm_eval_pruned.pruning.calibration`.
+        calibration_samples: How many of its texts to use, from the first on; default: all, and 16
+            where losses are measured.
 
     Raises:
         ValueError: One sentence naming an argument, its value and what would work.
@@ -140,15 +171,17 @@ class PruneArguments:
         "NAME", UNIFORM, check=known_allocation, several="allocations"
     )
     min_width: Number | None = _argument("N", check=whole)
+    recipe: str = _argument("NAME", STUDY, check=_recipe, several="recipes")
     criterion: str = _argument(
         "NAME",
-        "maw",
+        None,
         check=lambda _, value: canonical_name(value, or_best=True),
         several="criteria",
     )
     criteria_tried: str | Iterable[str] | None = _argument(
         "NAMES", check=criterion_names
     )
+    repair: str = _argument("NAME", None, check=known_repair, several="repairs")
     seed: Number = _argument("N", 0, check=seed_below_limit, several="seeds")
     calibration: str | None = _argument("FILE.jsonl")
     calibration_samples: Number | None = _argument("N", check=whole)
@@ -159,12 +192,15 @@ class PruneArguments:
         return cls(**take_prune_arguments(given))
 
     def __post_init__(self) -> None:
+        vars(self).update(settled(vars(self)))
         for name, declared in DECLARED.items():
             check, value = declared.metadata.get("check"), getattr(self, name)
             if check is not None and (value, declared.default) != (None, None):
                 object.__setattr__(self, name, check(name, value))
         for _, sentence in _broken_rules(vars(self)):
             raise ValueError(sentence)
+        if self.calibration is None and self.runs_text:
+            object.__setattr__(self, "calibration", str(OWN_TEXT))
 
     @property
     def size(self) -> tuple[str, Number] | None:
@@ -178,6 +214,20 @@ class PruneArguments:
         named: Any = self.criteria_tried
         chooses = self.criterion == BEST and self.size is not None
         return (named or ("maw", "act")) if chooses else ()
+
+    @property
+    def layer_by_layer(self) -> bool:
+        """Whether layers are cut one after the other, on what text does in those before."""
+        return self.size is not None and (
+            self.criterion == OBS or self.repair != NO_REPAIR
+        )
+
+    @property
+    def runs_text(self) -> bool:
+        """Whether calibration text is run through the model."""
+        return self.measures_depth or (
+            self.size is not None and _why_text(vars(self)) is not None
+        )
 
     @property
     def measures_depth(self) -> bool:
@@ -209,8 +259,6 @@ drop_by list: {drop_by} chooses layers to drop, but drop_layers names them itsel
 drop_layers by_layer: drop_layers and {by_layer} were given together, but the one numbers the
     layers anew and the other decides layer by layer: pass one of them, or drop_layers with one of
     {shared_sizes}
-why_text -calibration: {why_text}, so it needs text to run on: pass calibration=FILE.jsonl, with
-    text that is not part of the evaluation
 best ranked: criterion=best and {ranked} were given together, but the one compares losses and the
     other scores, which differ between criteria: name a criterion, or pass
     allocation={compared}
@@ -235,6 +283,12 @@ allocation -size: {allocation} shares out the neurons to keep, but no size was a
     of {shared_sizes}
 multiple_of -size: {multiple_of} rounds a kept width, but none was asked for: add one of {sizes}
 """
+
+
+def settled(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with what their recipe sets; one that is unknown sets nothing."""
+    row = RECIPES.get(str(given["recipe"]), {})
+    return {n: row.get(n) if value is None else value for n, value in given.items()}
 
 
 def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -284,6 +338,8 @@ def _why_text(said: Mapping[str, Any]) -> str | None:
         return f"criterion={said['criterion']} looks at activations"
     if said["criterion"] == BEST:
         return "criterion=best measures losses"
+    if said["repair"] != NO_REPAIR:
+        return f"repair={said['repair']} looks at activations"
     if said["allocation"] in MEASURED:
         return f"allocation={said['allocation']} measures losses"
     if said["drop_layers"] is not None and said["drop_by"] == BLOCK_INFLUENCE:
@@ -304,7 +360,9 @@ def without_idle(given: dict[str, Any]) -> dict[str, Any]:
     if all(given.get(name) is None for name in SIZES):
         own = DECLARED.keys() - {*CUTS, "drop_by", *_TEXT}
         told = {name: value for name, value in given.items() if name not in own}
-    asked = {name: told.get(name, each.default) for name, each in DECLARED.items()}
+    asked = settled(
+        {name: told.get(name, each.default) for name, each in DECLARED.items()}
+    )
     idle = {head.partition(" -")[0] for head, _ in _broken_rules(asked) if "-" in head}
     return {name: value for name, value in told.items() if name not in idle}
 

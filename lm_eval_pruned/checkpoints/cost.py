@@ -1,0 +1,94 @@
+"""What a cut cost: loss on text that no default calibrates on, and what the model says.
+
+The text comes with this package, in kinds that its calibration text does not have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts
+from lm_eval_pruned.util.tables import markdown_table
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: The text, by the folder of this package.
+HELD_TEXT = Path(__file__).with_name("held_text.jsonl")
+#: The loss is measured on at most this many tokens of each text.
+TOKENS = 128
+#: What the model goes on from.
+PROMPTS = ("Name three colours.", "The capital of France is", "Water boils at")
+#: Tokens of a continuation.
+_SAID = 16
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model predicts the held text.
+
+    Attributes:
+        loss: Mean loss over all its tokens, in nats per token.
+        said: What the model says to each of `PROMPTS`, by greedy decoding.
+    """
+
+    loss: float
+    said: tuple[str, ...]
+
+
+def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quality:
+    """Measure a model where it is."""
+    text = CalibrationText.of(
+        model, tokenizer, str(HELD_TEXT), longest=TOKENS, shortest=2
+    )
+    total, count = 0.0, 0
+
+    def add(tokens: torch.Tensor) -> None:
+        nonlocal total, count
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        losses = cross_entropy(logits.float(), tokens[0, 1:], reduction="none")
+        total, count = total + float(losses.double().sum()), count + len(losses)
+
+    run_texts(model, text.tokens, "held text", run=add)
+    return Quality(total / count, tuple(_said(model, tokenizer, p) for p in PROMPTS))
+
+
+def _said(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> str:
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}]
+        given: Any = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        given = tokenizer(prompt, return_tensors="pt")
+    ids = given["input_ids"].to(model.device)
+    model.eval()
+    found: Any = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=_SAID,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def cost_table(qualities: Mapping[str, Quality]) -> str:
+    """Return loss and continuations as Markdown, one column for each model by its name."""
+    rows = [
+        ("loss, nats per token", *(f"{each.loss:.3f}" for each in qualities.values()))
+    ]
+    for number, prompt in enumerate(PROMPTS):
+        said = (" ".join(each.said[number].split()) for each in qualities.values())
+        rows.append((f"“{prompt}”", *(text.replace("|", "¦") for text in said)))
+    return markdown_table(["", *qualities], rows)
