@@ -1,55 +1,66 @@
 """The command ``lm-eval-pruned``: what surrounds one run of ``lm_eval``."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from importlib import import_module
-from importlib.metadata import version
 
 
-#: Each is a file of this folder.
-COMMANDS = (
-    *("plan", "compare", "power", "report", "check", "sweep"),
-    *("sensitivity", "profile", "prune", "heal"),
-)
+#: Each is a file of this folder, whose docstring its ``--help`` shows, with `OPTIONS` and `run`.
+COMMANDS = {
+    "plan": "widths and parameters at several sizes, from a config alone",
+    "compare": "paired statistics of runs against a base",
+    "power": "how likely a comparison reaches a verdict, from the answers that changed so far",
+    "report": "a sweep as Markdown, CSV, HTML and plots",
+    "check": "hold results against a committed baseline, for CI",
+    "sweep": "many sizes by many tasks, resumable",
+    "sensitivity": "what cutting one layer alone costs, by criterion and width",
+    "profile": "latency, throughput, memory and energy at several sizes",
+    "prune": "write a pruned model as an ordinary checkpoint",
+    "heal": "train a pruned model again: an adapter, or all weights",
+}
 #: As in the metadata of the package.
 DOCUMENTATION = "https://lm-eval-pruned.github.io/lm-eval-pruned/"
 #: The extra that brings a package which not every command needs, by the name it is imported by.
-EXTRAS = {
-    "altair": "report",
-    "gguf": "demo",
-    "ray": "ray",
-    "vl_convert": "report",
-    "vllm": "vllm",
-}
+EXTRAS = {"altair": "report", "vl_convert": "report", "gguf": "demo"}
+EXTRAS |= {"ray": "ray", "vllm": "vllm"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit code.
+def parser():
+    """Return what parses the command line, an `argparse.ArgumentParser`."""
+    # Here, so that Ctrl-C during the imports ends in one line too.
+    import argparse
+    from importlib import import_module
+    from importlib.metadata import version
 
-    Args:
-        argv: Arguments without the program's name; default: those of the process.
-    """
-    parser = argparse.ArgumentParser(
+    from lm_eval_pruned.util.options import add_options
+
+    every = argparse.ArgumentParser(
         prog="lm-eval-pruned",
         description="Width pruning around lm-evaluation-harness. To evaluate a pruned model, "
         "run `lm_eval --model pruned-hf --model_args ratio=2.0 --tasks ...`.",
+        epilog=f"Documentation: {DOCUMENTATION}",
     )
-    shown = f"{parser.prog} {version(parser.prog)}"
-    parser.add_argument(
+    shown = f"{every.prog} {version(every.prog)}"
+    every.add_argument(
         "--version", action="version", version=shown, help="show the version and leave"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        import_module(f"lm_eval_pruned.cli.{name}").add(commands)
-    for each in (parser, *commands.choices.values()):
-        each.epilog = f"Documentation: {DOCUMENTATION}"
-    arguments = parser.parse_args(argv)
+    commands = every.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in COMMANDS.items():
+        module = import_module(f"lm_eval_pruned.cli.{name}")
+        command = commands.add_parser(name, help=about, description=module.__doc__)
+        command.epilog = every.epilog
+        add_options(command, module.OPTIONS)
+        command.set_defaults(run=module.run)
+    return every
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that these words spell, or those of the process; return its exit code."""
+    name = "lm-eval-pruned"
     try:
-        return arguments.run(arguments)
+        arguments = parser().parse_args(argv)
+        name += f" {arguments.command}"
+        return arguments.run(arguments) or 0
     except KeyboardInterrupt:
-        print(f"lm-eval-pruned {arguments.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
@@ -61,5 +72,5 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         message = str(error)
-    print(f"lm-eval-pruned {arguments.command}: error: {message}", file=sys.stderr)
+    print(f"{name}: error: {message}", file=sys.stderr)
     return 2

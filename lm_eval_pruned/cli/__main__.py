@@ -1,9 +1,7 @@
 """``python -m lm_eval_pruned.cli``, where the command is not on the path."""
 
-import sys
-
 from lm_eval_pruned.cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,62 +1,39 @@
-"""``lm-eval-pruned check``: results held against a committed baseline."""
+"""Hold results against a baseline file.
 
-from __future__ import annotations
+Exit code 0: every expected score is there and no worse than its rule allows. 1: one is missing,
+worse, not a number, or of another version of its task. 2: nothing worse was seen, but something
+could not be decided: other documents, shots, templates or widths than the baseline's, too few
+documents for alpha, or input that cannot be read.
+"""
 
-from lm_eval_pruned.cli.compare import add_margins
+from pathlib import Path
+
+from lm_eval_pruned.cli.compare import margins
+from lm_eval_pruned.util.options import row
 
 
-_NEW = "with --update, rule for metrics new to the baseline: "
-
-
-def add(commands) -> None:
-    """Declare the command and its options."""
-    parser = commands.add_parser(
-        "check",
-        help="hold results against a committed baseline, for CI",
-        description="Hold results against a baseline file. Exit code 0: every expected score is "
-        "there and no worse than its rule allows. 1: one is missing, worse, not a number, or of "
-        "another version of its task. 2: nothing worse was seen, but something could not be "
-        "decided: other documents, shots, templates or widths than the baseline's, too few "
-        "documents for alpha, or input that cannot be read.",
-    )
-    parser.add_argument(
-        "results",
-        metavar="RESULTS",
-        help="results file, folder that `lm_eval --output_path` filled, or sweep folder",
-    )
-    parser.add_argument(
-        "--baseline", required=True, metavar="FILE", help="baseline file"
-    )
-    forms = ("text", "json", "junit", "github")
-    parser.add_argument("--format", choices=forms, default="text")
-    parser.add_argument(
-        "--update",
-        action="store_true",
-        help="write the results to the baseline file instead; rules that it has stay",
-    )
-    rules = parser.add_mutually_exclusive_group()
-    for kind, letter, text in (
-        (
-            "absolute",
-            "T",
-            f"{_NEW}worse by at most T, in the metric's own unit (default: 0)",
-        ),
-        ("relative", "T", "the same, worse by at most T times the expected score"),
-        (
-            "alpha",
-            "A",
-            "the same, not significantly worse at level A; needs --log_samples",
-        ),
-    ):
-        rules.add_argument(f"--{kind}", type=float, metavar=letter, help=text)
-    add_margins(rules, ", as a rule with --update; needs --log_samples")
-    parser.set_defaults(run=run)
+# fmt: off
+OPTIONS = (
+    row("results", "RESULTS",
+        "results file, folder that `lm_eval --output_path` filled, or sweep folder"),
+    row("--baseline", "FILE", "baseline file", required=True),
+    row("--format", None, None, choices=("text", "json", "junit", "github"), default="text"),
+    row("--update", "",
+        "write the results to the baseline file instead; rules that it has stay"),
+    [
+        row("--absolute", "T", "with --update, rule for metrics new to the baseline: worse by at most "
+            "T, in the metric's own unit (default: 0)", type=float),
+        row("--relative", "T", "the same, worse by at most T times the expected score", type=float),
+        row("--alpha", "A", "the same, not significantly worse at level A; needs --log_samples",
+            type=float),
+        *margins(", as a rule with --update; needs --log_samples"),
+    ],
+)
+# fmt: on
 
 
 def run(arguments) -> int:
-    """Run the command; return its exit code."""
-    from pathlib import Path
-
+    """Check the results, or write them as the baseline; return the exit code."""
     from lm_eval_pruned.gate import baseline as files, check as gate
     from lm_eval_pruned.gate.findings import FORMATS, exit_code
 

@@ -1,4 +1,4 @@
-"""The options of commands that load one model: which, how it is pruned, where results go."""
+"""The options of commands that load one model: which, and how it is pruned."""
 
 from __future__ import annotations
 
@@ -6,66 +6,49 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.arguments import DECLARED, take_prune_arguments
-from lm_eval_pruned.util.options import merged, nearest
+from lm_eval_pruned.util.options import merged, nearest, row
 
 
 if TYPE_CHECKING:
-    import argparse
+    from argparse import Namespace
     from collections.abc import Iterable
 
-
-def add_model_args(parser: argparse.ArgumentParser) -> None:
-    """Declare ``--model_args``."""
-    parser.add_argument(
-        "--model_args",
-        nargs="+",
-        metavar="KEY=VALUE",
-        help="pretrained=NAME_OR_FOLDER and other arguments of loading and pruning, as in "
-        "lm_eval --model pruned-hf (default: SmolLM2-135M-Instruct)",
-    )
+# fmt: off
+MODEL_ARGS = row("--model_args", "KEY=VALUE",
+                 "pretrained=NAME_OR_FOLDER and other arguments of loading and pruning, as in "
+                 "lm_eval --model pruned-hf (default: SmolLM2-135M-Instruct)", nargs="+")
+TRUST_REMOTE_CODE = row("--trust_remote_code", "", "run model code that comes with the model")
+# fmt: on
 
 
-def add_output_path(parser: argparse.ArgumentParser, text: str) -> None:
-    """Declare ``--output_path``."""
-    parser.add_argument("--output_path", required=True, metavar="DIR", help=text)
-
-
-def read_model_args(arguments: argparse.Namespace) -> dict[str, Any]:
+def read(arguments: Namespace) -> dict[str, Any]:
     """Return ``--model_args``; raise ValueError where it is no mapping."""
     from lm_eval_pruned.sweeps.options import checked
 
     return checked("mapping", arguments.model_args or {}, "--model_args")
 
 
-def pruning_of(
-    arguments: argparse.Namespace,
-    model_args: dict[str, Any],
-    options: Iterable[str] = DECLARED,
-) -> dict[str, Any]:
-    """Take the arguments of pruning out of `model_args`, and add those given as `options`.
+def read_with_pruning(
+    arguments: Namespace, options: Iterable[str], loading: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of loading and of pruning, of which some are `options` too.
 
     Raises:
-        ValueError: One was given in both ways.
+        ValueError: One was given in both ways, or one of loading is not among `loading`.
     """
-    given = {
-        name: value
-        for name in options
-        if (value := getattr(arguments, name)) != DECLARED[name].default
-    }
-    return merged(take_prune_arguments(model_args), given)
-
-
-def refuse_others(
-    model_args: dict[str, Any], known: tuple[str, ...], command: str
-) -> None:
-    """Raise ValueError for an argument of loading that the command has no use for."""
-    known = ("pretrained", *known)
+    model_args = read(arguments)
+    given = {n: v for n in options if (v := getattr(arguments, n)) is not None}
+    pruning = merged(take_prune_arguments(model_args), given)
+    if arguments.trust_remote_code:
+        model_args["trust_remote_code"] = True
+    known = ("pretrained", *loading)
     for name in [each for each in model_args if each not in known]:
         names = f"it knows {', '.join(known)} and the arguments of pruning."
         raise ValueError(
-            f"model_args has {name}={model_args[name]}, which {command} does not take: "
+            f"model_args has {name}={model_args[name]}, which {arguments.command} does not take: "
             f"{nearest(name, [*known, *DECLARED], names)}"
         )
+    return model_args, pruning
 
 
 def with_default_model(given: dict[str, Any], doing: str) -> dict[str, Any]:

@@ -1,61 +1,35 @@
-"""``lm-eval-pruned profile``: latency, throughput, memory and energy over sizes."""
-
-from __future__ import annotations
+"""Measure the unpruned model and pruned ones side by side: prefill and decode apart, at a fixed and
+at the natural output length.
+"""
 
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from lm_eval_pruned.cli.model_args import (
-    add_model_args,
-    read_model_args,
-    with_default_model,
-)
+from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.profiling.options import ProfileRequest
-from lm_eval_pruned.pruning.arguments import SEVERAL, SEVERAL_SIZES, add_option
+from lm_eval_pruned.pruning.arguments import SEVERAL, SEVERAL_SIZES, option_row
+from lm_eval_pruned.util.options import row
 
 
-if TYPE_CHECKING:
-    import argparse
+# fmt: off
+OPTIONS = (
+    row("--model", None, "what the models run in: transformers (default) or vLLM",
+        choices=("pruned-hf", "pruned-vllm"), default="pruned-hf"),
+    loading.MODEL_ARGS,
+    *(option_row(name, several=True) for name in SEVERAL_SIZES),
+    option_row("criterion"),
+    ProfileRequest.add_to,
+    row("--prompts", "FILE",
+        '.txt with one prompt a line, or .jsonl with a key "prompt" (default: the demo set)'),
+    row("--limit", "N", "use the first N prompts only", type=int),
+    row("--device", None, "default: cuda if there is one, else cpu"),
+    row("--output_path", "DIR", "folder to write", required=True),
+)
+# fmt: on
 
 
-def add(commands) -> None:
-    """Declare the command and its options."""
-    parser = commands.add_parser(
-        "profile",
-        help="latency, throughput, memory and energy at several sizes",
-        description="Measure the unpruned model and pruned ones side by side: prefill and "
-        "decode apart, at a fixed and at the natural output length.",
-    )
-    parser.add_argument(
-        "--model",
-        choices=("pruned-hf", "pruned-vllm"),
-        default="pruned-hf",
-        help="what the models run in: transformers (default) or vLLM",
-    )
-    add_model_args(parser)
-    for name in SEVERAL_SIZES:
-        add_option(parser, name, several=True)
-    add_option(parser, "criterion")
-    ProfileRequest.add_to(parser)
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help='.txt with one prompt a line, or .jsonl with a key "prompt" (default: the demo set)',
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="use the first N prompts only"
-    )
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument(
-        "--output_path", required=True, metavar="DIR", help="folder to write"
-    )
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return its exit code."""
-    from pathlib import Path
-
+def run(arguments) -> int:
+    """Measure and write the profile; return the exit code, 130 where it was interrupted."""
     import torch
 
     from lm_eval_pruned.checkpoints.load import load_pruned
@@ -67,30 +41,28 @@ def run(arguments: argparse.Namespace) -> int:
     from lm_eval_pruned.profiling.prompts import demo_prompts, read_prompts
     from lm_eval_pruned.util.palette import plots_missing
 
-    model_args = read_model_args(arguments)
+    model_args = loading.read(arguments)
     taken = {SEVERAL.get(option, option): option for option in vars(arguments)}
-    for name, value in model_args.items():
-        if name in taken:
-            raise ValueError(
-                f"{name}={value} stands in --model_args: pass --{taken[name]} instead."
-            )
-    model_args = with_default_model(model_args, "profiling")
+    for name in model_args.keys() & taken.keys():
+        raise ValueError(
+            f"{name}={model_args[name]} stands in --model_args: pass --{taken[name]} instead."
+        )
+    model_args = loading.with_default_model(model_args, "profiling")
     file, limit = arguments.prompts, arguments.limit
     prompts = (demo_prompts() if file is None else read_prompts(Path(file)))[:limit]
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves no prompt: pass at least 1.")
+    others = [*SEVERAL_SIZES, "criterion"]
     request = ProfileRequest.of(
         ProfileRequest.parsed(arguments),
         "profile",
         pretrained=str(model_args.pop("pretrained")),
-        **{name: getattr(arguments, name) or () for name in SEVERAL_SIZES},
-        criterion=arguments.criterion,
+        **{name: v for name in others if (v := getattr(arguments, name)) is not None},
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=model_args.pop("dtype", None),
         load_arguments=model_args,
     )
-    why = plots_missing()
-    if why is not None:
+    if (why := plots_missing()) is not None:
         print(f"There will be no plots: {why}.", file=sys.stderr)
     folder = Path(arguments.output_path)
     found = profile(
@@ -102,8 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     paths = profile_report.write(found, folder)
     print(profile_report.as_markdown(found))
-    print(f"Written to {', '.join(str(path) for path in paths)}.", file=sys.stderr)
+    print(f"Written to {', '.join(map(str, paths))}.", file=sys.stderr)
     if found["interrupted"]:
         print("Interrupted: the files hold what was finished before.", file=sys.stderr)
-        return 130
-    return 0
+    return 130 if found["interrupted"] else 0

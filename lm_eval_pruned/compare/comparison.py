@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.pairing import (
     DocumentReader,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.compare.pairing import Reader
-    from lm_eval_pruned.results.stopping_record import Stopping
 
     Key = tuple[str, str]
 
@@ -39,27 +38,17 @@ if TYPE_CHECKING:
 class Difference:
     """One row of the table: one run against the base, on one task and metric.
 
-    Attributes:
-        difference: `score` - `base_score`, in the metric's own unit.
-        relative: The same as a share of `base_score`, or None.
-        low: Lower end of the interval of the difference, or None. At the level that the
-            adjustment leaves where there is a q: 0 is outside exactly where q < alpha.
-        high: Upper end.
-        p: p of the single test, or None where none was possible.
-        q: p adjusted over the runs that are compared on the task (Benjamini-Hochberg), those
-            that were pruned at random apart; or None.
-        smallest_detectable: See `PairedTest`, at the level that the adjustment leaves, or None.
-        documents: Documents both runs were scored on, or None.
-        method: Test that was made, or why none was.
-        primary: Whether this metric stands for its task; others stay outside of the adjustment.
-        verdict: ``better`` or ``worse``, where q < alpha; ``different``, where the task does
-            not say which way is up; ``not shown``, which is not the same as no difference;
-            ``not tested``; ``not comparable``, where a score is not finite; ``restated``, where
-            the metric is not primary. With a margin ``equivalent`` or ``not worse``, else
-            ``undecided`` instead of ``not shown`` and ``not tested``.
-        claim: What is shown of the margin that was asked for; None without one.
-        of: Documents that there are, where the run stopped after fewer: all else is then of
-            `documents` and holds for stopping. None else.
+    `difference` is `score` - `base_score` in the metric's own unit, `relative` the same as a share of
+    `base_score`; from `low` to `high` is its interval, at the level that the correction leaves where
+    there is a `q`. `p` is of the single test, `q` corrected over the runs that are compared on the
+    task (Benjamini-Hochberg), those that were pruned at random apart. A metric that is not `primary`
+    does not stand for its task, and has no q. Where a run stopped after some of the documents that
+    there are (`of`), all else is of these and holds for stopping. None is what is not known.
+
+    The verdict is ``better``, ``worse`` or, where the task does not say which way is up,
+    ``different``, where q < alpha; else ``not shown``, which is not the same as no difference,
+    ``not tested``, ``not comparable`` (a score is not finite) or ``restated`` (not primary). With a
+    margin it can be ``equivalent`` or ``not worse``, and is ``undecided`` where nothing is shown.
     """
 
     run: str
@@ -92,28 +81,24 @@ class Difference:
         level: float | None,
         **more: Any,
     ) -> Difference:
-        """Make the row of a run from its test, and from q and the `level` left by the correction.
+        """Make a row from the scores of base and run, their test, and what the correction left.
 
-        `scores` are those of base and run; `more` are the other attributes, and those of the test
-        that are another's.
+        `more` are the other attributes, and those of the test that are another's.
         """
         before, after = scores
         low, high = test.interval(level or test.level)
-        of_test = {"p": test.p, "method": test.method, "primary": True}
-        return cls(
-            run=run,
-            task=key[0],
-            metric=key[1],
-            base_score=before,
-            score=after,
-            difference=after - before,
-            relative=relative_change(before, after),
-            low=low,
-            high=high,
-            q=q,
-            smallest_detectable=None if q is None else test.smallest_detectable(level),
-            **{**of_test, **more},
-        )
+        share = (after - before) / abs(before) if before else math.nan
+        row = {
+            "difference": after - before,
+            "relative": share if math.isfinite(share) else None,
+            "p": test.p,
+            "method": test.method,
+            "smallest_detectable": None
+            if q is None
+            else test.smallest_detectable(level),
+            "primary": True,
+        }
+        return cls(run, *key, *scores, low=low, high=high, q=q, **{**row, **more})
 
 
 @dataclass(frozen=True)
@@ -132,19 +117,15 @@ class Comparison:
 def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     """Read what ``compare BASE RUN [RUN...]`` names.
 
-    A sweep folder as BASE stands for its baseline and, where it is the only
-    argument, its other configurations are the runs; as RUN it stands for all its
-    configurations but the baseline.
-
-    Raises:
-        ResultsError: Something cannot be read, or there is nothing to compare.
+    A sweep folder as BASE stands for its baseline, as RUN or alone for its other configurations.
+    ResultsError if something cannot be read, or there is nothing to compare.
     """
     found: list[Run] = []
     for number, path in enumerate(paths):
         if is_sweep(path):
             baseline, others = split_sweep(list(read_sweep(path).runs), str(path))
-            found += [] if number else [baseline]
-            found += others if number or len(paths) == 1 else []
+            found += [baseline] * (not number)
+            found += others * (number > 0 or len(paths) == 1)
         else:
             found.append(read_run(path))
     if len(found) < 2:
@@ -180,15 +161,9 @@ def compare(
     margin: Margin | None = None,
     read: DocumentReader | None = None,
 ) -> Comparison:
-    """Compare runs with a base.
+    """Compare runs with a base, by tests at level `alpha`, and within a `margin` if there is one.
 
-    Args:
-        base: What the others are compared with.
-        runs: At least one.
-        alpha: Level of the tests, between 0 and 1.
-        subtasks: Whether to compare the members of groups that have scores too.
-        margin: Whether differences lie within it is asked too.
-        read: Reader whose documents are used again.
+    `subtasks` are the members of groups that have scores, and `read` knows documents already.
 
     Raises:
         ResultsError: Samples cannot be read, two runs saw different documents or
@@ -198,14 +173,11 @@ def compare(
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
     everything = [base, *(run for run in runs if run is not base)]
-    notes = notes_on(everything)
-    read = read or DocumentReader()
-    pairs: list[_Pair] = []
+    notes, read, found = notes_on(everything), read or DocumentReader(), []
     for run in runs:
         for one, other in ((base, run), (run, base)):
             has = other.tasks()
-            lacks = [each for each in one.tasks(subtasks=subtasks) if each not in has]
-            if lacks:
+            if lacks := [t for t in one.tasks(subtasks=subtasks) if t not in has]:
                 what = ", ".join(lacks)
                 notes.append(
                     f"{other.name} has no results for {what}, which {one.name} has."
@@ -219,20 +191,21 @@ def compare(
         for key in base.scores:
             if key[0] in shared and key in run.scores:
                 tested = difference_test(base, run, key, alpha, read)
-                stopping = stopping_of(base, run, key[0])
-                pairs.append(_Pair(run, key, key in primary, stopping, *tested))
-    families = [(pair.key[0], is_control(pair.run)) for pair in pairs]
+                found.append((run, key, key in primary, *tested))
+    families = [(key[0], is_control(run)) for run, key, *_ in found]
     tests = [
-        pair.test if pair.primary and not pair.stopping else None for pair in pairs
+        test if primary and not stopping_of(base, run, key[0]) else None
+        for run, key, primary, test, _ in found
     ]
-    adjusted = false_discovery(
-        [test.p if test else None for test in tests], families, alpha
+    ps = [test.p if test else None for test in tests]
+    asked = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in found]
+    judged = zip(
+        found,
+        false_discovery(ps, families, alpha),
+        claims(tests, asked, families),
+        strict=True,
     )
-    asked = [
-        (margin, base.scores[each.key], each.run.scores[each.key]) for each in pairs
-    ]
-    judged = zip(pairs, adjusted, claims(tests, asked, families), strict=True)
-    rows = [_row(base, pair, *q, claim, alpha, margin) for pair, q, claim in judged]
+    rows = [_row(base, *pair, *q, claim, alpha, margin) for pair, q, claim in judged]
     without = {
         row.task
         for row in rows
@@ -282,18 +255,13 @@ def difference_test(
     return PairedTest(difference, f"none: {why}", level=level), documents
 
 
-class _Pair(NamedTuple):
-    run: Run
-    key: Key
-    primary: bool
-    stopping: Stopping | None
-    test: PairedTest
-    documents: int | None
-
-
 def _row(
     base: Run,
-    pair: _Pair,
+    run: Run,
+    key: Key,
+    primary: bool,
+    test: PairedTest,
+    documents: int | None,
     q: float | None,
     level: float | None,
     claim: Claim | None,
@@ -301,17 +269,21 @@ def _row(
     margin: Margin | None,
 ) -> Difference:
     """Return a row with its verdict, and with all else at the level that the correction leaves."""
-    run, key, primary, stopping, test, documents = pair
     before, after = base.scores[key].value, run.scores[key].value
-    p, method, of = test.p, test.method, None
-    if stopping:
-        of = stopping.of if stopping.is_partial else None
-        if of is not None and p is not None:
+    more: dict[str, Any] = {"documents": documents, "primary": primary}
+    if stopping := stopping_of(base, run, key[0]):
+        if stopping.is_partial:
+            more["of"] = stopping.of
             # On the documents that were used.
-            before = after - test.difference
-        method += f", group sequential, {stopping.text} documents" if documents else ""
+            before = before if test.p is None else after - test.difference
+        if documents:
+            more["method"] = (
+                f"{test.method}, group sequential, {stopping.text} documents"
+            )
         size = margin.size(before, after) if margin else None
-        p, q, claim = sequential(stopping, key[1], test.difference, margin, size)
+        more["p"], q, claim = sequential(
+            stopping, key[1], test.difference, margin, size
+        )
         q, level, claim = (q, test.level, claim) if primary else (None, None, None)
     if not (math.isfinite(before) and math.isfinite(after)):
         verdict = "not comparable"
@@ -320,28 +292,13 @@ def _row(
         verdict = verdict_of(after - before, q, alpha, up, margin, claim)
     else:
         verdict = "restated"
-    return Difference.made(
-        *(run.name, key, (before, after), test, q, level),
-        p=p,
-        documents=documents,
-        method=method,
-        primary=primary,
-        verdict=verdict,
-        claim=claim,
-        of=of,
-    )
-
-
-def relative_change(base: float, run: float) -> float | None:
-    """Return (run - base) / base, or None where the base is 0 or either is no number."""
-    if base == 0 or not (math.isfinite(base) and math.isfinite(run)):
-        return None
-    return (run - base) / abs(base)
+    more |= {"verdict": verdict, "claim": claim}
+    return Difference.made(run.name, key, (before, after), test, q, level, **more)
 
 
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return what two runs did not have in common beside the model."""
-    found: dict[tuple[str, ...], list[str]] = {}
+    found: dict[str, list[str]] = {}
     for task in tasks:
         one, other = (each.settings.get(task, {}) for each in (base, run))
         names = differing(one, other, COMPARED)
@@ -350,10 +307,10 @@ def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
             expected = ("answer_paths", "documents", "task_hash")
             names = [name for name in names if name not in expected]
         if names:
-            found.setdefault(tuple(map(label, names)), []).append(task)
+            found.setdefault(", ".join(map(label, names)), []).append(task)
     return [
         f"{run.name} was evaluated with other settings than {base.name} "
-        f"({', '.join(labels)}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
+        f"({labels}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
         "difference need not come from the model."
         for labels, on in found.items()
     ]

@@ -40,10 +40,7 @@ def documents_text(row: Difference) -> str:
 
 
 class Column(NamedTuple):
-    """A column of a table; a terminal, which is narrow, shows those with `terminal`.
-
-    Words are aligned to the left (``l``), numbers to the right. ``interval`` gets its confidence.
-    """
+    """A column, aligned to the left (``l``) or right; a terminal shows those with `terminal`."""
 
     title: str
     text: Callable[[Any], str]
@@ -103,6 +100,12 @@ CORRELATIONS = (
         ),
     ),
 )
+DIFFERENCE = (
+    "difference = run - base; q: p after Benjamini-Hochberg over the runs of each task, random "
+    "controls apart, so of many tasks some may show a difference by chance; interval: widened as q "
+    "is, so that it leaves out 0 exactly where a difference is shown; smallest detectable: with a "
+    "chance of 80 % at the level that this leaves."
+)
 TREND = (
     "Trend over expansion ratios (change of the score per 1 of ratio, positive where it falls "
     "with pruning; slopes of single documents):"
@@ -120,36 +123,27 @@ def _scaled(task: str, metric: str) -> str:
 def as_table(
     comparison: Comparison, *, everything: bool = True, padded: bool = False
 ) -> str:
-    """Return the comparison as Markdown tables, which `padded` aligns for a terminal.
-
-    Without `everything`, primary metrics by the columns that fit a terminal.
-    """
-    header = (
-        f"Compared with {comparison.base}; difference = run - base; q: p after "
-        "Benjamini-Hochberg over the runs of each task, random controls apart, so of many tasks "
-        "some may show a difference by chance; interval: widened as q is, so that it leaves out 0 "
-        "exactly where a difference is shown; smallest detectable: "
-        "with a chance of 80 % at the level that this leaves."
-    )
-    if not all(row.primary for row in comparison.rows):
-        header += " Rows that are `restated` are other metrics of the same answers."
-    if comparison.margin is not None:
-        header += (
-            f" Margin: {comparison.margin.text}; {comparison.margin.verdict} is shown where "
-            f"q margin is below {comparison.alpha:g} (two one-sided tests)."
-        )
-    tables: list[tuple[str, Sequence[Column], Sequence[Any]]] = [
-        ("", DIFFERENCES, comparison.rows),
-        (TREND, TRENDS, comparison.trends),
-        (CORRELATION, CORRELATIONS, comparison.correlations),
-    ]
+    """Return Markdown tables, `padded` for a terminal; without `everything`, those that fit one."""
+    header = f"Compared with {comparison.base}; "
+    tables: list[tuple[str, Sequence[Column], Sequence[Any]]]
     if not everything:
-        header = (
-            f"Compared with {comparison.base}; --all shows all columns, restated metrics, trends "
-            "and correlations."
-        )
-        primary = [row for row in comparison.rows if row.primary]
-        tables = [("", [each for each in DIFFERENCES if each.terminal], primary)]
+        header += "--all shows all columns, restated metrics, trends and correlations."
+        few = [each for each in DIFFERENCES if each.terminal]
+        tables = [("", few, [row for row in comparison.rows if row.primary])]
+    else:
+        header += DIFFERENCE
+        if not all(row.primary for row in comparison.rows):
+            header += " Rows that are `restated` are other metrics of the same answers."
+        if margin := comparison.margin:
+            header += (
+                f" Margin: {margin.text}; {margin.verdict} is shown where q margin is below "
+                f"{comparison.alpha:g} (two one-sided tests)."
+            )
+        tables = [
+            ("", DIFFERENCES, comparison.rows),
+            (TREND, TRENDS, comparison.trends),
+            (CORRELATION, CORRELATIONS, comparison.correlations),
+        ]
     parts = [header]
     for heading, columns, rows in tables:
         if comparison.margin is None:
@@ -164,21 +158,17 @@ def as_table(
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return the table of differences as CSV with a header.
-
-    The column ``of`` is there where a run stopped before its last document, and those of the margin
-    where one was asked for.
-    """
+    """Return the differences as CSV; of margins and partial documents where there are any."""
     names = [field.name for field in fields(Difference)][:-2]
-    if comparison.margin is not None:
-        names += ["margin", "p_margin", "q_margin"]
-    if any(row.of is not None for row in comparison.rows):
-        names.append("of")
+    names += ["margin", "p_margin", "q_margin"] * (comparison.margin is not None)
+    names += ["of"] * any(row.of is not None for row in comparison.rows)
     rows = []
     for row in comparison.rows:
-        claim = asdict(row.claim) if row.claim else {}
-        found = {"margin": claim.get("margin"), **asdict(row)}
-        found |= {f"{key}_margin": claim.get(key) for key in ("p", "q")}
+        claim = row.claim and (row.claim.margin, row.claim.p, row.claim.q)
+        margin = zip(
+            ("margin", "p_margin", "q_margin"), claim or [None] * 3, strict=True
+        )
+        found = asdict(row) | dict(margin)
         rows.append({name: found[name] for name in names})
     return csv_table(names, rows)
 

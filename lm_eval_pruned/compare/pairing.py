@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.statistics import PairedTest, paired_difference
-from lm_eval_pruned.results.documents import Documents, read_documents
+from lm_eval_pruned.results.documents import Documents, read_task
 from lm_eval_pruned.results.files import ResultsError, Run
 
 
@@ -19,22 +19,20 @@ if TYPE_CHECKING:
 
 
 class DocumentReader:
-    """Reads the documents of a (run, task, metric) once: the base meets every run."""
+    """Reads the samples of a (run, task) once: the base meets every run, with every metric."""
 
     def __init__(self) -> None:
-        self._read: dict[tuple[Path, str, str], Documents | None] = {}
+        self._read: dict[tuple[Path, str], dict[str, Documents]] = {}
 
     def __call__(self, run: Run, task: str, metric: str) -> Documents | None:
-        key = run.path, task, metric
-        if key not in self._read:
-            self._read[key] = read_documents(run, task, metric)
-        return self._read[key]
+        if (run.path, task) not in self._read:
+            self._read[run.path, task] = read_task(run, task)
+        return self._read[run.path, task].get(metric)
 
 
 def is_partial(run: Run, task: str) -> bool:
     """Return whether a run stopped before it had all documents of a task."""
-    stopping = run.stopping.get(task)
-    return stopping is not None and stopping.is_partial
+    return task in run.stopping and run.stopping[task].is_partial
 
 
 def paired_documents(
@@ -79,8 +77,8 @@ def paired_documents(
 
 def paired_test(pair: Pair, alpha: float = 0.05) -> PairedTest:
     """Test what the second of two runs differs by, on what `paired_documents` returned."""
-    base, run = (each.values for each in pair)
-    return paired_difference(base, run, **grouping(pair[0]), alpha=alpha)
+    base, run = pair
+    return paired_difference(base.values, run.values, **grouping(base), alpha=alpha)
 
 
 def grouping(documents: Documents) -> dict[str, Any]:

@@ -39,15 +39,10 @@ def power_of(
     documents: int | None = None,
     alpha: float = 0.05,
 ) -> list[list[object]]:
-    """Say how likely each run reaches a verdict, from the answers that changed so far.
+    """Say how likely each run reaches a verdict on a task, from the answers that changed so far.
 
-    Args:
-        base: The unpruned model.
-        runs: What is compared with it.
-        task: The task, whose primary metric counts.
-        margin: What is to be shown, and the size of the difference to be seen.
-        documents: How many documents to ask about; default: as many as there are.
-        alpha: Level of one test, without a correction for others.
+    `margin` is to be shown, and a difference of it to be seen, on `documents` as many as there are or
+    another number, by one test at level `alpha`.
 
     Returns:
         A row for each run and verdict: run, metric, documents, share of them whose value changed,
@@ -98,13 +93,13 @@ def power_of(
 def _power(
     test: PairedTest, seen: int, size: float, alpha: float
 ) -> Callable[[int], Chances]:
+    """Return the chances by number of documents, of which the test has `seen`."""
     of = test.distribution
+    if of is None:
+        raise ResultsError(f"Nothing can be said of other documents: {test.method}.")
     if isinstance(of, Shares):
         return lambda n: power_of_shares(of.changing, n, size, alpha)
-    if test.low is None or test.high is None:
-        raise ResultsError(f"Nothing can be said of other documents: {test.method}.")
-    half = float(stats.t.isf(test.level / 2, test.units - 1))
-    stderr = (test.high - test.low) / 2 / half
+    stderr = of.stderr * (of.perplexity or 1.0)
 
     def of_means(n: int) -> Chances:
         units = max(2, round(test.units * n / seen))
@@ -119,8 +114,6 @@ def power_of_means(stderr: float, degrees: int, size: float, alpha: float) -> Ch
     Source: Phillips 1990, Journal of Pharmacokinetics and Biopharmaceutics 18, 137-144
     (noncentral t), with the two tails taken for exclusive.
     """
-    if stderr == 0:
-        return 1.0, 1.0, 1.0
     away = min(size / stderr, 37.0)
     missed = float(stats.nct.cdf(stats.t.isf(alpha, degrees), degrees, away))
     seen = float(stats.nct.sf(stats.t.isf(alpha / 2, degrees), degrees, away))
@@ -137,21 +130,14 @@ def power_of_shares(changing: float, n: int, size: float, alpha: float) -> Chanc
     if n * changing > 200:
         normal = power_of_means(math.sqrt(changing / n), n - 1, size, alpha)
         return *normal[:2], different
-    many = stats.binom(n, changing)
-    counts = np.arange(max(0, many.ppf(1e-7)), many.isf(1e-7) + 1).astype(int)
-    fewest, ups = [], 0
-    for count in counts.tolist():
-        # One change more asks for one more that becomes right, or none.
-        while ups <= count and not (
-            (2 * ups - count) / n > -size
-            and Shares(ups, count - ups, n).tails(-size)[0] < alpha
-        ):
-            ups += 1
-        fewest.append(ups)
-    too_few = stats.binom.cdf(np.array(fewest) - 1, counts, 0.5)
-    both = np.maximum(0, stats.binom.cdf(counts - fewest, counts, 0.5) - too_few)
-    chances = many.pmf(counts)
-    return float(chances @ both), float(chances @ (1 - too_few)), different
+    changes = np.arange(stats.binom.isf(1e-7, n, changing) + 1)
+    ups, downs = np.meshgrid(changes, changes)
+    chance = stats.binom.pmf(ups + downs, n, changing)
+    chance *= stats.binom.pmf(ups, ups + downs, 0.5)
+    gain, outcome = (ups - downs) / n, Shares(ups, downs, n)
+    not_worse = (gain > -size) & (outcome.tails(-size)[0] < alpha)
+    equivalent = not_worse & (gain < size) & (outcome.tails(size)[1] < alpha)
+    return float(chance[equivalent].sum()), float(chance[not_worse].sum()), different
 
 
 def documents_for(

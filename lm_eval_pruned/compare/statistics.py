@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -26,8 +26,7 @@ LEAST_UNITS = 10
 SCALES = {"mean": 1.0, "perplexity": -1.0, "bits_per_byte": -1 / math.log(2)}
 
 
-@dataclass(frozen=True)
-class Shares:
+class Shares(NamedTuple):
     """`up` documents became right and `down` wrong, of `n`: Tango's score test.
 
     The spread is the one that is most likely if a difference is the true one, so there is some
@@ -36,8 +35,8 @@ class Shares:
     Source: Tango 1998, Statistics in Medicine 17, 891-908.
     """
 
-    up: int
-    down: int
+    up: Any
+    down: Any
     n: int
 
     @property
@@ -46,41 +45,37 @@ class Shares:
         return (self.up + self.down + 0.5) / (self.n + 1)
 
     def tails(self, x: float) -> tuple[float, float]:
-        """Return the p of "the difference is `x` or less", and of "`x` or more"."""
+        """Return the p of "the difference is `x` or less", and of "`x` or more".
+
+        `up` and `down` may be arrays of one shape, and so are the p then.
+        """
+        up, down, n = self
         if x < 0:
-            less, more = Shares(self.down, self.up, self.n).tails(-x)
-            return more, less
+            return Shares(down, up, n).tails(-x)[::-1]
         if x >= 1:
             return 1.0, 0.0
-        up, down, n = self.up, self.down, self.n
         # The likeliest share of documents that become wrong solves a quadratic equation.
         linear = (2 * n - up + down) * x - up - down
-        root = math.sqrt(linear**2 + 8 * n * down * x * (1 - x))
-        wrong = (
-            2 * down * x * (1 - x) / (linear + root)
-            if linear > 0
-            else (root - linear) / (4 * n)
-        )
-        variance = n * (2 * wrong + x * (1 - x))
-        z = (up - down - n * x) / math.sqrt(2 * variance) if variance else 0.0
-        return math.erfc(z) / 2, math.erfc(-z) / 2
+        root = np.sqrt(linear**2 + 8 * n * down * x * (1 - x))
+        variance = (root - linear) / 2 + n * x * (1 - x)
+        z = (up - down - n * x) / np.sqrt(2 * np.where(variance > 0, variance, np.inf))
+        return special.erfc(z) / 2, special.erfc(-z) / 2
 
     def ends(self, level: float) -> tuple[float, float]:
         """Return the two-sided interval: the differences that the score test does not reject."""
         seen = (self.up - self.down) / self.n
 
-        def end(side: int) -> float:
+        def end(side: int, most: float) -> float:
             def excess(x: float) -> float:
                 return self.tails(x)[side] - level / 2
 
-            most = (-1.0, 1.0)[side]
             return (
                 most
                 if seen == most
                 else optimize.brentq(excess, most, seen, xtol=1e-13)
             )
 
-        return end(0), end(1)
+        return end(0, -1.0), end(1, 1.0)
 
     def detectable(self, level: float) -> float | None:
         """Return the smallest difference that McNemar's mid-p test finds with `POWER`, if any."""
@@ -88,9 +83,7 @@ class Shares:
         def excess(difference: float) -> float:
             return chance_seen(self.changing, self.n, difference, level) - POWER
 
-        if excess(1.0) < 0:
-            return None
-        return float(optimize.brentq(excess, 0.0, 1.0, xtol=1e-6))
+        return None if excess(1) < 0 else optimize.brentq(excess, 0, 1, xtol=1e-6)
 
 
 def chance_seen(changing: float, n: int, difference: float, level: float) -> float:
@@ -108,15 +101,10 @@ def chance_seen(changing: float, n: int, difference: float, level: float) -> flo
     return float(many.pmf(counts) @ stats.binom.cdf(last, counts, becoming_wrong))
 
 
-@dataclass(frozen=True)
-class Means:
-    """Student's t about a difference of two means.
+class Means(NamedTuple):
+    """Student's t about `gain`, a difference of means or of the logarithms of two perplexities.
 
-    Attributes:
-        gain: The difference; of the logarithms of two perplexities.
-        stderr: Its standard error.
-        degrees: Degrees of freedom; infinite for a normal distribution.
-        perplexity: That of the base, where perplexities are compared.
+    `degrees` are infinite for a normal distribution; `perplexity` is that of the base, if any.
     """
 
     gain: float
@@ -137,7 +125,7 @@ class Means:
             share = x / self.perplexity
             x = math.log1p(share) if share > -1 else -math.inf
         z = (x - self.gain) / self.stderr
-        return float(stats.t.cdf(z, self.degrees)), float(stats.t.sf(z, self.degrees))
+        return stats.t.cdf(z, self.degrees), stats.t.sf(z, self.degrees)
 
     def ends(self, level: float) -> tuple[float, float] | None:
         """Return the two-sided interval; None where an end of it is not finite."""
@@ -155,15 +143,11 @@ class Means:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A difference between two runs, and what can be said about it.
+    """What can be said about `difference`, the score of the run minus that of the base.
 
-    Attributes:
-        difference: Score of the run minus score of the base.
-        method: What was done, in words; ``none: ...`` where no test was made, or nothing changed.
-        units: Independent units: documents, or clusters of them; 0 where not known.
-        level: Level that the test was asked to be made at.
-        sides: The one-sided p: of a run that scores less, and of one that scores more.
-        distribution: Where the interval comes from; None where there is none.
+    `method` is ``none: ...`` where no test was made, or nothing changed; `units` are independent
+    documents or clusters, 0 where not known; `sides` the one-sided p of a run that scores less, and
+    of one that scores more, and `distribution` is where the interval comes from.
     """
 
     difference: float
@@ -189,11 +173,7 @@ class PairedTest:
         return self.interval(self.level)[1]
 
     def interval(self, level: float) -> tuple[float | None, float | None]:
-        """Return the interval at another level, such as what `false_discovery` leaves.
-
-        Source: Benjamini and Yekutieli 2005, Journal of the American Statistical
-        Association 100, 71-81 (the level that the correction leaves).
-        """
+        """Return the interval at another level, such as what `false_discovery` leaves."""
         ends = self.distribution.ends(level) if self.distribution else None
         if ends is None or self.p is None:
             return None, None
@@ -205,10 +185,7 @@ class PairedTest:
         return (max(low, beyond), high) if beyond > 0 else (low, min(high, beyond))
 
     def smallest_detectable(self, level: float | None = None) -> float | None:
-        """Return the true difference that this test finds with chance `POWER`, or None.
-
-        `level` may be what `false_discovery` leaves; default: the test's own.
-        """
+        """Return the true difference that this test finds at a level with chance `POWER`, or None."""
         if self.distribution is None or self.method.startswith("none"):
             return None
         return self.distribution.detectable(self.level if level is None else level)
@@ -216,20 +193,16 @@ class PairedTest:
     def p_outside(self, low: float, high: float) -> float | None:
         """Return the p of "the true difference lies outside of (`low`, `high`)".
 
-        The larger p of two one-sided tests. Either end may be infinite. None where no interval
-        can be given.
+        The larger p of two one-sided tests. Either end may be infinite. None without a distribution.
 
         Source: Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15,
         657-680; Berger and Hsu 1996, Statistical Science 11, 283-319.
         """
         if self.distribution is None:
             return None
-        ps = [
-            self.distribution.tails(end)[side]
-            for side, end in enumerate((low, high))
-            if math.isfinite(end)
-        ]
-        return max(ps) if low < self.difference < high else max(0.5, *ps)
+        ends = [each for each in enumerate((low, high)) if math.isfinite(each[1])]
+        p = max(float(self.distribution.tails(end)[side]) for side, end in ends)
+        return p if low < self.difference < high else max(0.5, p)
 
 
 def paired_difference(
@@ -252,9 +225,9 @@ def paired_difference(
         base: Finite values of the base, shape (n,), n >= 1.
         run: Values of the run on the same documents, shape (n,).
         weights: Positive weights, shape (n,); default: ones.
-        clusters: Cluster of each document, length n; default: each its own.
-        strata: Stratum of each document, length n, for parts that another draw would hold
-            too, such as the subjects of MMLU; default: one. Clusters lie within strata.
+        clusters: Cluster of each document; default: each its own.
+        strata: Stratum of each document or cluster, for parts that another draw would hold too, such
+            as the subjects of MMLU; default: one.
         transform: From the weighted mean to the score, a name in `documents.TRANSFORMS`.
         alpha: 1 - confidence of the interval, and the level of the test.
 
@@ -262,11 +235,6 @@ def paired_difference(
         Fagerland, Lydersen and Laake 2013, BMC Medical Research Methodology 13:91 (mid-p);
         Miller 2024, arXiv 2411.00640 (means of paired differences, clusters); Cochran
         1977, Sampling Techniques, chapters 5 and 6 (strata, ratios).
-
-    Example:
-        >>> test = paired_difference([1, 0, 1, 1], [1, 0, 1, 1])
-        >>> test.difference, test.p
-        (0.0, 1.0)
     """
     both = np.array([base, run], dtype=float)
     gains, n = both[1] - both[0], both.shape[1]
@@ -276,25 +244,21 @@ def paired_difference(
     plain = transform == "mean" and clusters is None and (weights == 1).all()
     if plain and np.isin(both, (0, 1)).all():
         up, down = int((gains > 0).sum()), int((gains < 0).sum())
-        sides, shares = (_mid_p(up, down), _mid_p(down, up)), Shares(up, down, n)
+        coin = stats.binom(up + down, 0.5)
+        less, more = (float(coin.cdf(k) - coin.pmf(k) / 2) for k in (up, down))
+        sides, shares = (less, more) if up != down else (0.5, 0.5), Shares(up, down, n)
         return PairedTest((up - down) / n, "McNemar mid-p", n, alpha, sides, shares)
     perplexity = None
     if transform == "perplexity":
         perplexity = float(np.exp(-np.average(both[0], weights=weights)))
-    gains = SCALES[transform] * weights * gains
-    test = paired_t(gains, weights, clusters, strata, alpha, perplexity)
+    scaled = SCALES[transform] * weights * gains
+    test = paired_t(scaled, weights, clusters, strata, alpha, perplexity)
     between = transform == "mean" and both.min() >= 0 and both.max() <= 1
-    if test.p == 1 and test.distribution is None and between:
+    if between and not gains.any():
         # Scores between 0 and 1 change by 1 at most: so many documents without any change
         # bound the share of those that do.
         return replace(test, distribution=Shares(0, 0, test.units))
     return test
-
-
-def _mid_p(few: int, many: int) -> float:
-    """Return P(X < few) + P(X = few) / 2 of X ~ Binomial(few + many, 1/2)."""
-    coin = stats.binom(few + many, 0.5)
-    return 0.5 if few == many else float(coin.cdf(few) - coin.pmf(few) / 2)
 
 
 def paired_t(
@@ -305,10 +269,9 @@ def paired_t(
     alpha: float,
     perplexity: float | None = None,
 ) -> PairedTest:
-    """Test a weighted mean of differences, by document or cluster, within strata.
+    """Test a weighted mean of differences by the variance of a linearised ratio within strata.
 
-    The variance is that of a linearised ratio. Where all units changed alike, signs are counted.
-    `gains` are weighted, shape (n,); for the others see `paired_difference` and `Means`.
+    `gains` are weighted already, shape (n,); for the others see `paired_difference` and `Means`.
     """
     part = np.zeros(len(gains), dtype=int) if strata is None else _numbers(strata)
     unit = "documents"
@@ -316,48 +279,33 @@ def paired_t(
         unit, cluster = "clusters", _numbers(clusters)
         part = part[np.unique(cluster, return_index=True)[1]]
         gains, weights = (np.bincount(cluster, row) for row in (gains, weights))
+    sizes = np.bincount(part)
+    if sizes.min() < 2:
+        # A stratum of one unit has no spread.
+        part, sizes = np.zeros_like(part), np.array([len(part)])
     units, gain = len(gains), float(gains.sum() / weights.sum())
     with np.errstate(over="ignore", invalid="ignore"):
-        stderr, degrees = _stderr((gains - gain * weights) / weights.sum(), part)
-    means = Means(gain, stderr, degrees, perplexity)
+        residuals = (gains - gain * weights) / weights.sum()
+        within = residuals - (np.bincount(part, residuals) / sizes)[part]
+        factor = (sizes / np.maximum(sizes - 1, 1))[part]
+        stderr = math.sqrt((factor * within**2).sum())
+    means = Means(gain, stderr, units - len(sizes), perplexity)
     sides = of = None
-    changes = gains / weights
-    alike = np.ptp(changes) <= 1e-9 * np.abs(changes).max()
-    if alike and gain == 0:
+    if not gains.any():
         method, sides = f"none: all {unit} equal", (0.5, 0.5)
     elif units < LEAST_UNITS:
         method = f"none: {units} {unit} are too few for a test of their mean"
-    elif alike:
-        unlikely = 0.5 ** (units + 1)
-        sides = (1 - unlikely, unlikely) if gain > 0 else (unlikely, 1 - unlikely)
-        method = f"sign test: all {unit} changed alike"
-    elif not math.isfinite(stderr):
-        method = "none: values too large to be squared"
+    elif not 1e-9 * np.abs(gains / weights).max() < stderr < math.inf:
+        method = f"none: all {unit} changed alike, or by values too large to be squared"
     else:
         method, of = f"paired t test over {unit}", means
-        sides = means.tails(0.0)[::-1]
+        less, more = means.tails(0.0)
+        sides = float(more), float(less)
     return PairedTest(means.score(gain), method, units, alpha, sides, of)
 
 
-def _stderr(residuals: np.ndarray, part: np.ndarray) -> tuple[float, int]:
-    """Return the standard error from the spread within strata, and its degrees of freedom."""
-    sizes = np.bincount(part)
-    # Strata of one unit, which have no spread of their own, are put together.
-    single = sizes == 1
-    if single.sum() == 1 and len(sizes) > 1:
-        single[np.argmax(sizes)] = True
-    part = _numbers(np.where(single[part], -1, part))
-    within = residuals - (np.bincount(part, residuals) / np.bincount(part))[part]
-    if np.ptp(within) <= 1e-12 * np.ptp(residuals):
-        # Strata that each move as one say nothing about another draw.
-        part, within = np.zeros_like(part), residuals
-    sizes = np.bincount(part)
-    factor = (sizes / np.maximum(sizes - 1, 1))[part]
-    return math.sqrt((factor * within**2).sum()), len(part) - len(sizes)
-
-
-def _numbers(labels: Sequence[str] | np.ndarray) -> np.ndarray:
-    return np.unique(np.asarray(labels), return_inverse=True)[1]
+def _numbers(labels: Sequence[str]) -> np.ndarray:
+    return np.unique(labels, return_inverse=True)[1]
 
 
 def unpaired_difference(
@@ -367,8 +315,9 @@ def unpaired_difference(
     normal = Means(difference, math.hypot(*stderrs), math.inf)
     if normal.stderr == 0:
         return PairedTest(difference, "none: stderr is 0", level=alpha)
-    method, sides = "unpaired z test on stderrs (weaker)", normal.tails(0.0)[::-1]
-    return PairedTest(difference, method, 0, alpha, sides, normal)
+    less, more = map(float, normal.tails(0.0))
+    method = "unpaired z test on stderrs (weaker)"
+    return PairedTest(difference, method, 0, alpha, (more, less), normal)
 
 
 def false_discovery(
@@ -378,30 +327,29 @@ def false_discovery(
 ) -> list[tuple[float | None, float | None]]:
     """Correct p values after Benjamini and Hochberg, each family by itself.
 
-    Args:
-        p_values: One per test; None for a test that was not made, which does not count.
-        families: The family of each test; default: all are one.
-        alpha: Rate of false discoveries.
-
     Returns:
         The adjusted p of each test, and the level that the correction leaves for it: with all
         other p as they are, it is significant exactly where its p is below ``alpha * k / n``, of n
-        tests and k discoveries if this p was 0. None and None without a test.
+        tests and k discoveries if this p was 0. None and None where there is no p.
+
+    Source: Benjamini and Yekutieli 2005, Journal of the American Statistical Association 100, 71-81.
 
     Example:
         >>> false_discovery([0.01, 0.04, 0.04], ["boolq", "boolq", "arc_easy"])
         [(0.02, 0.05), (0.04, 0.05), (0.04, 0.05)]
     """
-    members: dict[Hashable, list[int]] = {}
+    labels = [None] * len(p_values) if families is None else families
+    found: list[tuple[float | None, float | None]] = [(None, None)] * len(p_values)
     for place, p in enumerate(p_values):
         if p is not None:
-            members.setdefault(families[place] if families else None, []).append(place)
-    found: list[tuple[float | None, float | None]] = [(None, None)] * len(p_values)
-    for places in members.values():
-        made = np.array([p_values[place] for place in places], dtype=float)
-        adjusted = stats.false_discovery_control(made).tolist()
-        for number, place in enumerate(places):
-            others = np.where(np.arange(len(made)) == number, 0.0, made)
-            discoveries = (stats.false_discovery_control(others) < alpha).sum()
-            found[place] = adjusted[number], float(alpha * discoveries / len(made))
+            others = [
+                each
+                for number, each in enumerate(p_values)
+                if each is not None
+                and labels[number] == labels[place]
+                and number != place
+            ]
+            q = stats.false_discovery_control([p, *others])[0]
+            discoveries = (stats.false_discovery_control([0.0, *others]) < alpha).sum()
+            found[place] = float(q), float(alpha * discoveries / (len(others) + 1))
     return found

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from lm_eval_pruned.results.files import Run
 
 
+NEEDS_SAMPLES = "none: needs logged samples of the same documents in all configurations"
+
+
 @dataclass(frozen=True)
 class Correlation:
     """Pearson's r of two tasks over `n` configurations; None where one of them never changes."""
@@ -43,11 +46,11 @@ class Trend:
 
     n: int
     slope: float
-    low: float | None
-    high: float | None
-    p: float | None
-    method: str
-    units: int
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    method: str = NEEDS_SAMPLES
+    units: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class TaskTrend:
     task: str
     metric: str
     trend: Trend
-    q: float | None
+    q: float | None = None
 
 
 def correlate(x: ArrayLike, y: ArrayLike, *, alpha: float = 0.05) -> Correlation:
@@ -81,10 +84,11 @@ def correlate(x: ArrayLike, y: ArrayLike, *, alpha: float = 0.05) -> Correlation
     n = len(x)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return Correlation(n)
-    r = float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
-    width = math.asinh(float(stats.t.isf(alpha / 2, n - 2)) / math.sqrt(n - 2))
-    z = math.atanh(r) if abs(r) < 1 else math.copysign(math.inf, r)
-    return Correlation(n, r, math.tanh(z - width), math.tanh(z + width))
+    r = float(np.corrcoef(x, y)[0, 1])
+    width = np.arcsinh(stats.t.isf(alpha / 2, n - 2) / math.sqrt(n - 2))
+    with np.errstate(divide="ignore"):
+        ends = np.tanh(np.arctanh(r) + np.array([-width, width]))
+    return Correlation(n, r, *ends.tolist())
 
 
 def trend(
@@ -101,16 +105,10 @@ def trend(
 
     Sizes are cut from each other, so that what one gets wrong by chance is likely wrong in the
     next. Documents are independent: each has a slope over the ratios (least squares), and these
-    slopes are tested like differences.
+    slopes are tested like differences, a perplexity as its logarithm.
 
-    Args:
-        ratios: Expansion ratios, shape (k,), k >= 2 of them different.
-        values: Values of the documents, shape (k, n): row j belongs to ``ratios[j]``.
-        weights: As all below in `statistics.paired_difference`.
-        clusters: Length n.
-        strata: Length n.
-        transform: A perplexity is taken as its logarithm.
-        alpha: Level of the test.
+    `ratios` are of shape (k,), two of them different, the `values` of the documents of shape (k, n);
+    for the others see `statistics.paired_difference`.
     """
     rows = np.array(values, dtype=float)
     centred = np.asarray(ratios, dtype=float)
@@ -120,8 +118,8 @@ def trend(
     weights = np.ones(len(slopes)) if weights is None else np.asarray(weights, float)
     test = paired_t(slopes * weights, weights, clusters, strata, alpha)
     method = test.method.replace("paired t test", "t test of slopes")
-    slope = test.difference
-    return Trend(len(rows), slope, test.low, test.high, test.p, method, test.units)
+    ends = test.interval(alpha)
+    return Trend(len(rows), test.difference, *ends, test.p, method, test.units)
 
 
 def over_ratios(
@@ -135,37 +133,24 @@ def over_ratios(
     pairs: list[TaskCorrelation] = []
     trends: list[TaskTrend] = []
     for name, members in series_of(runs).items():
-        if len({run.expansion_ratio for run in members}) < 3:
-            continue
-        scores = {}
-        for key in primary_metrics(members):
-            if not any(is_partial(run, key[0]) for run in members):
-                values = [run.scores[key].value for run in members]
-                logs = is_perplexity(key[1]) and min(values) > 0
-                scores[key] = np.log(values).tolist() if logs else values
-                found = _trend(members, key, scores[key], alpha, read)
-                trends.append(TaskTrend(name, *key, found, None))
+        ratios, scores = [run.expansion_ratio or 0.0 for run in members], {}
+        for key in primary_metrics(members) if len({*ratios}) > 2 else ():
+            if any(is_partial(run, key[0]) for run in members):
+                continue
+            values = np.array([run.scores[key].value for run in members])
+            logs = is_perplexity(key[1]) and values.min() > 0
+            scores[key] = np.log(values) if logs else values
+            same = [paired_documents(members[0], run, *key, read) for run in members]
+            rows = [pair[1].values for pair in same if pair]
+            if same[0] and len(rows) == len(same):
+                found = trend(ratios, rows, **grouping(same[0][1]), alpha=alpha)
+            else:
+                slope = float(np.polyfit(ratios, scores[key], 1)[0])
+                found = Trend(len(members), slope)
+            trends.append(TaskTrend(name, *key, found))
         for both in itertools.combinations(scores, 2):
             correlation = correlate(*(scores[key] for key in both), alpha=alpha)
             pairs.append(TaskCorrelation(name, both, correlation))
     ps, series = [each.trend.p for each in trends], [each.series for each in trends]
     adjusted = zip(trends, false_discovery(ps, series), strict=True)
     return tuple(pairs), tuple(replace(each, q=q) for each, (q, _) in adjusted)
-
-
-def _trend(
-    members: Sequence[Run],
-    key: tuple[str, str],
-    scores: Sequence[float],
-    alpha: float,
-    read: DocumentReader,
-) -> Trend:
-    ratios = [run.expansion_ratio or 0.0 for run in members]
-    pairs = [paired_documents(members[0], run, *key, read) for run in members]
-    documents = [pair[1] for pair in pairs if pair is not None]
-    if len(documents) == len(members):
-        values = [each.values for each in documents]
-        return trend(ratios, values, **grouping(documents[0]), alpha=alpha)
-    slope = float(np.polyfit(ratios, scores, 1)[0])
-    why = "none: needs logged samples of the same documents in all configurations"
-    return Trend(len(members), slope, None, None, None, why, 0)

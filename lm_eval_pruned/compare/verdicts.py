@@ -61,15 +61,6 @@ class Margin:
             return number
         return number / 100 if 0 <= base <= 1 and 0 <= score <= 1 else None
 
-    def bounds(self, base: Score, run: Score) -> tuple[float, float] | None:
-        """Return between what the true difference has to lie, or None where that is not known."""
-        size, up = self.size(base.value, run.value), base.higher_is_better
-        if size is None:
-            return None
-        if self.claim == "equivalent" or up is None:
-            return -size, size
-        return (-size, math.inf) if up else (-math.inf, size)
-
     @property
     def verdict(self) -> str:
         """What is claimed, in words."""
@@ -98,17 +89,20 @@ def claims(
     `asked` are the margin of each row, the score of its base and that of its run; tests of one of
     `families` are adjusted together.
     """
-    bounds = [margin.bounds(*scores) if margin else None for margin, *scores in asked]
-    ps = [
-        test.p_outside(*within) if test and within else None
-        for test, within in zip(tests, bounds, strict=True)
-    ]
-    qs = false_discovery(ps, families)
+    found: list[tuple[float, float] | None] = []
+    for test, (margin, base, run) in zip(tests, asked, strict=True):
+        size, up = margin and margin.size(base.value, run.value), base.higher_is_better
+        p = None
+        if margin and size and test:
+            # Where one side is not asked about, its end is infinite.
+            both = margin.claim == "equivalent" or up is None
+            low, high = (-size if side or both else -math.inf for side in (up, not up))
+            p = test.p_outside(low, -high)
+        found.append(None if p is None or not size else (size, p))
+    qs = false_discovery([each and each[1] for each in found], families)
     return [
-        Claim(min(map(abs, within)), p, q)
-        if within and p is not None and q is not None
-        else None
-        for within, p, (q, _) in zip(bounds, ps, qs, strict=True)
+        None if each is None or q is None else Claim(*each, q)
+        for each, (q, _) in zip(found, qs, strict=True)
     ]
 
 

@@ -24,8 +24,6 @@ from lm_eval_pruned.energy.readings import (
 if TYPE_CHECKING:
     from codecarbon.output_methods.emissions_data import EmissionsData
 
-#: NVML renews its counter within so many seconds; the load model sees ticks of 0.01 s.
-_RESOLUTION = 0.1
 #: What codecarbon reads counters or sensors with, by the mode or the type of its hardware.
 _COUNTERS = {
     "intel_rapl": "RAPL energy counters of the processor packages",
@@ -38,7 +36,7 @@ _COUNTERS = {
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """Where the number of one component comes from: how it is found, and in words."""
+    """Where the number of one component comes from."""
 
     kind: Literal["measured", "modelled", "constant", "none"]
     description: str
@@ -49,10 +47,8 @@ class MeterDescription:
     """What a meter is and what its numbers hold.
 
     Attributes:
-        name: Name and version.
         scope: What is metered and what is left out.
         resolution_seconds: Time by which the edge of a window may be off, in seconds.
-        sources: By component.
         hardware: Model names, by component.
         country: ISO 3166 alpha-3 code that the carbon intensity belongs to, or None.
     """
@@ -85,11 +81,8 @@ def check_country(country: str) -> str:
 class CodecarbonMeter:
     """Counts the energy of this machine with codecarbon, without files and network.
 
-    The settings ``force_cpu_power``, ``force_ram_power``, ``pue`` and ``rapl_*`` of the user's
-    codecarbon configuration apply, and the description says so.
-
-    Args:
-        country: ISO 3166 alpha-3 code whose carbon intensity gives the emissions, or None.
+    `country` is the ISO 3166 alpha-3 code whose carbon intensity gives the emissions, or None. Of
+    the user's codecarbon configuration, ``force_...``, ``pue`` and ``rapl_...`` apply.
 
     Source: codecarbon 3.3.2, `emissions_tracker.py`, `core/resource_tracker.py`.
     """
@@ -101,11 +94,7 @@ class CodecarbonMeter:
         self._latest: EmissionsData | None = None
 
     def start(self) -> MeterDescription:
-        """Start a tracker, take a first measurement and say what is metered by which means.
-
-        Raises:
-            RuntimeError: codecarbon measured nothing.
-        """
+        """Measure for the first time; raise RuntimeError where codecarbon swallows an error."""
         import codecarbon
         from codecarbon.output_methods.base_output import BaseOutput
 
@@ -133,10 +122,9 @@ class CodecarbonMeter:
         )
         self._tracker.start()
         data = self._measure()
-        hardware = {
-            getattr(part, "chip_part", type(part).__name__).lower(): part
-            for part in self._tracker._hardware
-        }
+        hardware = {}
+        for part in self._tracker._hardware:
+            hardware[getattr(part, "chip_part", type(part).__name__).lower()] = part
         self._sources = {name: _source(name, hardware.get(name)) for name in COMPONENTS}
         models = {name: getattr(data, f"{name}_model") for name in ("cpu", "gpu")}
         factor = f", except through the factor PUE {data.pue:g}" * (data.pue != 1)
@@ -144,7 +132,8 @@ class CodecarbonMeter:
             name=f"codecarbon {codecarbon.__version__}",
             scope="the whole machine, with whatever else ran on it; disks, network, fans, power "
             f"supply losses and cooling are not in it{factor}",
-            resolution_seconds=_RESOLUTION,
+            # NVML renews its counter so often; the load model sees ticks of 0.01 s.
+            resolution_seconds=0.1,
             sources=self._sources,
             hardware={name: str(model) for name, model in models.items() if model},
             country=self._country,
@@ -195,10 +184,10 @@ def _with_fresh_readings(base: type) -> type:
 
 
 def _source(name: str, part: Any) -> ComponentSource:
-    """Say where codecarbon has the power of a component from, by its hardware object or None."""
-    mode = getattr(part, "_mode", type(part).__name__)
+    """Say where the power of a component comes from, by codecarbon's object for it or None."""
     if part is None:
         return ComponentSource("none", f"codecarbon found no {name} to measure")
+    mode = getattr(part, "_mode", type(part).__name__)
     if mode in _COUNTERS:
         return ComponentSource("measured", _COUNTERS[mode])
     if mode == "GPU":
@@ -206,28 +195,24 @@ def _source(name: str, part: Any) -> ComponentSource:
         library = "NVML" if "Nvidia" in type(devices[0]).__name__ else "AMD SMI"
         counted = all(getattr(each, "_has_counter", False) for each in devices)
         means = "energy counter" if counted else "power, sampled each second"
-        count = len(part._get_gpu_ids())
-        return ComponentSource("measured", f"{library} {means} of {count} device(s)")
+        count = f"{len(part._get_gpu_ids())} device(s)"
+        return ComponentSource("measured", f"{library} {means} of {count}")
     if mode == "RAM":
         watts = f"{part.total_power().W:g} W"
         if part._force_ram_power is not None:
             return ComponentSource("constant", f"{watts}, forced by the user")
-        installed = "codecarbon's constant for the installed memory"
-        return ComponentSource("modelled", f"{installed}: {watts}, whatever the load")
+        words = f"codecarbon's constant for the installed memory: {watts}, whatever the load"
+        return ComponentSource("modelled", words)
     if mode not in ("constant", "cpu_load"):
         return ComponentSource("modelled", f"codecarbon's {mode}")
-    origin = (
-        "codecarbon's constant for a processor that it does not know"
-        if part._is_generic_tdp
-        else "thermal design power from codecarbon's table, or forced by the user"
-    )
+    origin = "thermal design power from codecarbon's table, or forced by the user"
+    if part._is_generic_tdp:
+        origin = "codecarbon's constant for a processor that it does not know"
     watts = f"{part._tdp:g} W ({origin})"
     if mode == "constant":
         return ComponentSource("constant", f"half of {watts}")
     cores = psutil.cpu_count() or 1
-    return ComponentSource(
-        "modelled",
-        f"codecarbon's load model: {watts} x (0.1 + 0.9 x load^3), the load being "
-        f"that of all {cores} cores: an idle machine counts as 10 % of it, one busy core as "
-        f"{10 + 90 / cores**3:.4g} %; no counter was readable",
-    )
+    model = f"codecarbon's load model: {watts} x (0.1 + 0.9 x load^3), the load being that of all"
+    idle = f"{cores} cores: an idle machine counts as 10 % of it, one busy core as"
+    words = f"{model} {idle} {10 + 90 / cores**3:.4g} %; no counter was readable"
+    return ComponentSource("modelled", words)

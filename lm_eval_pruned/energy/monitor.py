@@ -21,10 +21,9 @@ logger = logging.getLogger("lm_eval.pruned.energy")
 
 
 class EnergyMonitor:
-    """Measures named windows with a meter that may fail.
+    """Measures named windows, which may nest and overlap, with a meter that may fail.
 
-    Windows may nest and overlap; those inside another one add up to it, but for those measured
-    apart. What the meter does wrong raises nothing: it is in the notes of the readings.
+    What the meter does wrong raises nothing: it is in the notes of the readings.
 
     Args:
         meter: The meter, which the first window starts. None in a process that is not the one
@@ -125,7 +124,7 @@ class EnergyMonitor:
         return EnergyReading(took.seconds, Joules(**measured), notes=tuple(notes))
 
     def _ask(self, call: Callable[[], Any], failure: str) -> Any:
-        """Return what the meter answers; None where it fails, after which it is not asked again."""
+        """Return what the meter answers; one that fails is not asked again."""
         try:
             return call()
         except Exception as error:  # noqa: BLE001

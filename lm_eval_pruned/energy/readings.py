@@ -48,7 +48,6 @@ class EnergyReading:
 
     Attributes:
         seconds: Wall time in seconds; None where it was not measured.
-        joules: Energy by component.
         emissions_kg: Emissions in kg CO2e; None without a carbon intensity.
         notes: Why something was not measured.
     """
@@ -105,9 +104,7 @@ def add_up(
 ) -> EnergyReading:
     """Add readings of windows; a figure that one of them lacks is None in the sum.
 
-    Args:
-        readings: Windows one after the other, or of several machines.
-        at_once: The windows ran side by side: the wall time is the longest one's.
+    Where they ran `at_once`, on several machines, the wall time is the longest one's.
     """
     parts = list(readings)
     if not parts:

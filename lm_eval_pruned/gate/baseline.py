@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from lm_eval_pruned.compare.verdicts import CLAIMS, Margin
@@ -82,11 +81,8 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
         score, known = run.scores[task, metric], run.settings.get(task, {}).items()
         settings = {k: v for k, v in known if v is not None and k not in MODEL}
         about = {"version": run.versions.get(task), "settings": settings, "metrics": {}}
-        record = {
-            "score": score.value,
-            "higher_is_better": score.higher_is_better,
-            rule.kind: rule.value,
-        }
+        up: Any = score.higher_is_better
+        record = {"score": score.value, "higher_is_better": up, rule.kind: rule.value}
         if key in baseline.documents:
             record["documents"] = _as_dict(baseline.documents[key])
         runs.setdefault(name, {}).setdefault(task, about)["metrics"][metric] = record
@@ -110,16 +106,18 @@ def read_baseline(file: str | Path) -> Baseline:
             raise ValueError(f"schema_version is {data['schema_version']}")
         for name, tasks in data["runs"].items():
             scores = {}
-            versions = {task: entry.get("version") for task, entry in tasks.items()}
-            settings = {task: {**tasks[task].get("settings", {})} for task in tasks}
             for task, entry in tasks.items():
                 for metric, record in entry["metrics"].items():
-                    key = name, task, metric
-                    baseline.rules[key] = _rule(key, record)
-                    up = record.get("higher_is_better")
+                    key, up = (name, task, metric), record["higher_is_better"]
+                    kinds = [kind for kind in RULES if kind in record]
+                    if len(kinds) != 1 or finite_or_none(record["score"]) is None:
+                        raise ValueError(f"{key} needs a score and one of {RULES}")
+                    baseline.rules[key] = Rule(kinds[0], record[kinds[0]])
                     scores[task, metric] = Score(float(record["score"]), None, up, None)
                     if "documents" in record:
-                        baseline.documents[key] = _from_dict(record["documents"])
+                        baseline.documents[key] = _from_dict(**record["documents"])
+            versions = {task: tasks[task].get("version") for task in tasks}
+            settings = {task: tasks[task].get("settings", {}) for task in tasks}
             run = Run("the baseline", file, scores, versions, settings=settings)
             baseline.runs[name] = run
         if not baseline.rules:
@@ -133,18 +131,6 @@ def read_baseline(file: str | Path) -> Baseline:
     return baseline
 
 
-def _rule(key: Key, record: Mapping[str, Any]) -> Rule:
-    """Return the rule in the record of a metric, whose score is a finite one."""
-    kinds = [kind for kind in RULES if kind in record]
-    known = record.get("higher_is_better") in (True, False, None)
-    if len(kinds) != 1 or not known or finite_or_none(record.get("score")) is None:
-        raise ValueError(
-            f"{' '.join(key)} needs a finite score, true, false or null as higher_is_better, and "
-            f"one of {', '.join(RULES)}"
-        )
-    return Rule(kinds[0], record[kinds[0]])
-
-
 def _as_dict(documents: Documents) -> dict[str, Any]:
     names = [f"{task} {digest} {number}" for task, digest, number in documents.keys]
     table = pd.DataFrame({"values": documents.values}, index=names)
@@ -156,16 +142,13 @@ def _as_dict(documents: Documents) -> dict[str, Any]:
     return {"transform": documents.transform, **table.to_dict()}
 
 
-def _from_dict(record: Mapping[str, Any]) -> Documents:
-    table = pd.DataFrame({"weights": 1, "clusters": None, **record})
-    values, weights = table[["values", "weights"]].to_numpy(dtype=float).T
-    alone = table["clusters"].isna()
-    known = {*table["transform"]} <= {*TRANSFORMS} and alone.nunique() == 1
-    if not known or not np.isfinite(values * weights).all():
-        raise ValueError(
-            "documents without finite scores, clusters or a known transform"
-        )
-    clusters = None if alone.all() else tuple(table["clusters"])
+def _from_dict(transform: str, **columns: Mapping[str, Any]) -> Documents:
+    table = pd.DataFrame(columns)
+    if transform not in TRANSFORMS or table.empty or table.isna().any(axis=None):
+        raise ValueError("documents without scores or a known transform")
     names = (name.rsplit(" ", 2) for name in table.index)
     keys = tuple((task, digest, int(number)) for task, digest, number in names)
-    return Documents(keys, values, weights, clusters, record["transform"])
+    numbers = table.reindex(columns=["values", "weights"], fill_value=1).astype(float)
+    clusters = tuple(table["clusters"]) if "clusters" in table else None
+    values, weights = numbers.to_numpy().T
+    return Documents(keys, values, weights, clusters, transform)

@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare.comparison import difference_test, settings_notes
-from lm_eval_pruned.compare.pairing import is_partial
+from lm_eval_pruned.compare.comparison import settings_notes
+from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
 from lm_eval_pruned.compare.statistics import LEAST_UNITS, PairedTest, false_discovery
 from lm_eval_pruned.compare.verdicts import claims
 from lm_eval_pruned.gate.baseline import OF_DOCUMENTS, Baseline, Key, Rule
@@ -36,11 +36,7 @@ _NEW = "new", "Not in the baseline; to add it, run with --update."
 
 
 def read_results(path: str | Path) -> dict[str, Run]:
-    """Read the runs to be checked, by the names they have in a baseline.
-
-    Raises:
-        ResultsError: They cannot be read, or a unit of the sweep failed.
-    """
+    """Read runs by the names they have in a baseline; ResultsError if a unit of a sweep failed."""
     if not is_sweep(path):
         return {ONLY_RUN: read_run(path)}
     sweep = read_sweep(path)
@@ -55,10 +51,7 @@ def read_results(path: str | Path) -> dict[str, Run]:
 def make_baseline(
     runs: Mapping[str, Run], rule: Rule, previous: Baseline | None = None
 ) -> Baseline:
-    """Make a baseline of results.
-
-    Rules of `previous` stay; `rule` is for metrics that it has none for. A rule that tests documents
-    and finds none cannot decide, which `check` says.
+    """Make a baseline of results, with the rules of `previous`, and `rule` for other metrics.
 
     Raises:
         ResultsError: A score is NaN, infinite or partial.
@@ -71,8 +64,8 @@ def make_baseline(
             if refused := _refused(run, run, task, metric):
                 raise ResultsError(f"{run.path}, {task} {metric}: {refused[1]}")
             baseline.rules[key] = kept.get(key, rule)
-            tested = baseline.rules[key].kind in OF_DOCUMENTS
-            if tested and (found := _documents(run, task, metric)):
+            documents = baseline.rules[key].kind in OF_DOCUMENTS
+            if documents and (found := _documents(run, task, metric)):
                 baseline.documents[key] = found
     return baseline
 
@@ -86,12 +79,8 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         One finding per metric, sorted by run, task and metric.
     """
     before, after = (
-        {
-            (name, *key): score
-            for name in each
-            for key, score in each[name].scores.items()
-        }
-        for each in (baseline.runs, runs)
+        {(name, *key): score for name in of for key, score in of[name].scores.items()}
+        for of in (baseline.runs, runs)
     )
     found: dict[Key, Decision] = dict.fromkeys(after, _NEW)
     tests: dict[Key, PairedTest] = {}
@@ -109,10 +98,12 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
                 tests[key] = _tested(key, runs[name], baseline)
             except ResultsError as why:
                 found[key] = "undecided", str(why)
-    found |= _by_documents(tests, before, after, baseline)
+    found |= _by_documents(tests, baseline.rules, before, after)
     findings = []
     for key, (status, message) in sorted(found.items()):
-        one, other = (e[key].value if key in e else None for e in (before, after))
+        one, other = (
+            each[key].value if key in each else None for each in (before, after)
+        )
         findings.append(Finding(*key, status, one, other, message))
     return findings
 
@@ -129,15 +120,13 @@ def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
     if not math.isfinite(score):
         return "fail", f"The score is {score}, not a finite number."
     if is_partial(run, task):
-        why = f"{run.stopping[task].text} documents: evaluate without --stop_when."
-        return "undecided", f"The score is {why}"
+        part = f"{run.stopping[task].text} documents"
+        return "undecided", f"The score is {part}: evaluate without --stop_when."
     one, other = before.settings.get(task, {}), run.settings.get(task, {})
-    names = [*ASKED]
-    if one.get("num_fewshot") == other.get("num_fewshot") == 0:
-        names = [name for name in names if name not in OF_FEWSHOT]
+    no_shots = one.get("num_fewshot") == other.get("num_fewshot") == 0
+    names = [name for name in ASKED if not (no_shots and name in OF_FEWSHOT)]
     # Another width is another model.
-    if None not in (one.get("widths"), other.get("widths")):
-        names.append("widths")
+    names += ["widths"] if one.get("widths") and other.get("widths") else []
     why = ", ".join(
         f"{name} {shown(other.get(name))} and in the baseline {shown(one.get(name))}"
         for name in differing(one, other, names)
@@ -171,74 +160,62 @@ def _documents(run: Run, task: str, metric: str) -> Documents | None:
 
 def _tested(key: Key, run: Run, baseline: Baseline) -> PairedTest:
     """Test documents; raise ResultsError without any, or if they are others or weigh otherwise."""
-    (name, task, metric), stored = key, baseline.documents.get(key)
-    before = baseline.runs[name]
-    test, documents = difference_test(
-        *(before, run, (task, metric)),
+    name, task, metric = key
+    before, stored = baseline.runs[name], baseline.documents.get(key)
+    pair = paired_documents(
+        *(before, run, task, metric),
         read=lambda each, *of: stored if each is before else _documents(run, *of),
     )
-    if documents is None:
+    if pair is None:
         raise ResultsError(
             f"The rule {baseline.rules[key].kind} needs logged samples that make up {metric} of "
-            f"{task}, weighted as in the baseline: evaluate with --log_samples, or use a tolerance "
-            "for this metric."
+            f"{task}, weighted as in the baseline: evaluate with --log_samples, or {_TOLERANCE}"
         )
-    return test
+    return paired_test(pair)
 
 
 def _by_documents(
     tests: Mapping[Key, PairedTest],
+    rules: Mapping[Key, Rule],
     before: Mapping[Key, Score],
     after: Mapping[Key, Score],
-    baseline: Baseline,
 ) -> Iterator[tuple[Key, Decision]]:
     """Decide the rules of documents together.
 
     The p of all rules ``alpha`` are adjusted as one family, and those of all rules with a
     margin as another, so that a gate of many metrics does not close by chance.
     """
-    rules, documents = baseline.rules, baseline.documents
     asked = [(rules[key].margin, before[key], after[key]) for key in tests]
     families = [margin is not None for margin, *_ in asked]
-    sides: list[tuple[float | None, float | None]] = []
-    for key, test in tests.items():
-        up = before[key].higher_is_better
-        less, more = (test.p, None) if up is None else test.sides or (None, None)
-        sides.append((more, less) if up is False else (less, more))
+    ps = [_sides(tests[key], before[key].higher_is_better) for key in tests]
     judged = zip(
         *(tests.items(), asked, claims([*tests.values()], asked, families)),
-        *(false_discovery([p[side] for p in sides], families) for side in (0, 1)),
+        *(false_discovery([p[side] for p in ps], families) for side in (0, 1)),
         strict=True,
     )
     for (key, test), (margin, score, _), claim, (worse, _), (better, _) in judged:
         way = "different" if score.higher_is_better is None else "worse"
         alpha = CLAIM_LEVEL if margin else float(rules[key].value)
-        is_worse = worse is not None and worse < alpha
+        within = f"{margin.verdict} within {margin.text}" if margin else ""
         status = "undecided"
         if margin and claim is None:
             said = f"No interval can be given that would lie within {margin.text}: {_TOLERANCE}"
-        elif margin and claim and claim.q < alpha:
-            status = "pass"
-            said = f"Shown to be {margin.verdict} within {margin.text} (q = {claim.q:.3g})."
-        elif (worse is None or test.units < LEAST_UNITS) and (is_worse or not margin):
+        elif claim and claim.q < alpha:
+            status, said = "pass", f"Shown to be {within} (q = {claim.q:.3g})."
+        elif worse is None or test.units < LEAST_UNITS:
             said = (
                 f"{test.units} independent documents are too few to decide, at least {LEAST_UNITS} "
                 f"are needed: {_TOLERANCE}"
             )
-        elif is_worse:
+        elif worse < alpha:
             status, change = "fail", f"{way} by {abs(test.difference):.6g}"
             said = f"Significantly {change} (q = {worse:.3g} < {alpha:g})."
         elif better is not None and better < alpha:
             status, said = _IMPROVED
-        elif margin and claim:
+        elif claim:
             said = (
-                f"Not shown to be {margin.verdict} within {margin.text} (q = {claim.q:.3g} >= "
-                f"{alpha:g}), nor worse: `lm-eval-pruned power` says how many documents decide."
-            )
-        elif _worst_p(test, documents[key], score.higher_is_better) >= alpha:
-            said = (
-                "Too few documents to decide, not even the worst score would be significant: "
-                f"{_TOLERANCE}"
+                f"Not shown to be {within} (q = {claim.q:.3g} >= {alpha:g}), nor worse: "
+                "`lm-eval-pruned power` says how many documents decide."
             )
         else:
             status = "pass"
@@ -246,22 +223,17 @@ def _by_documents(
         yield key, (status, said)
 
 
-def _worst_p(test: PairedTest, before: Documents, up: bool | None) -> float:
-    """Return McNemar's mid-p if every answer changed for the worse; 0 for other tests."""
-    if not test.method.startswith("McNemar"):
-        return 0.0
-    right = int(before.values.sum())
-    wrong = len(before.values) - right
-    changed = {True: right, False: wrong, None: max(right, wrong)}[up]
-    return 0.5 ** (changed + (up is not None))
+def _sides(test: PairedTest, up: bool | None) -> tuple[float | None, float | None]:
+    """Return p of a change for the worse and for the better; of any change where `up` is None."""
+    less, more = test.sides or (None, None)
+    return (test.p, None) if up is None else (less, more) if up else (more, less)
 
 
 def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:
     """Return what differs from the baseline beside the scores, one sentence each."""
     found = notes_on(runs.values())
-    for name, before in baseline.runs.items():
-        if name in runs:
-            has = runs[name].tasks()
-            tasks = [task for task in before.tasks() if task in has]
-            found += settings_notes(before, runs[name], tasks)
+    for name in [each for each in baseline.runs if each in runs]:
+        before, run = baseline.runs[name], runs[name]
+        tasks = [task for task in before.tasks() if task in run.tasks()]
+        found += settings_notes(before, run, tasks)
     return found

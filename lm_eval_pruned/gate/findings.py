@@ -44,8 +44,8 @@ class Finding:
     @property
     def title(self) -> str:
         """Run, task and metric in words; the only run has no name."""
-        run = "" if self.run == ONLY_RUN else f"{self.run} "
-        return f"{run}{self.task} {self.metric}"
+        names = (self.run, self.task, self.metric)
+        return " ".join(names[self.run == ONLY_RUN :])
 
     def scores(self, form: str = "expected {}, got {}") -> str:
         """Return both scores in words."""
@@ -59,14 +59,22 @@ def exit_code(findings: Sequence[Finding]) -> int:
     return 1 if "fail" in statuses else 2 if "undecided" in statuses else 0
 
 
+def _summary(findings: Sequence[Finding]) -> str:
+    counts = Counter(finding.status for finding in findings)
+    told = {s: counts[s] for s in STATUSES if counts[s] or s != "undecided"}
+    parts = [f"{count} {STATUSES[status][2]}" for status, count in told.items()]
+    word = ("passed", "failed", "undecided")[exit_code(findings)]
+    return f"Check {word}: {', '.join(parts)}.\n"
+
+
 def _text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     lines = [
-        f"{each.status.upper():8} {each.title}: {each.scores('{} -> {}')}. {each.message}"
+        f"{each.status.upper():8} {each.title}: {each.scores('{} -> {}')}. {each.message}\n"
         for each in findings
         if each.status != "pass"
     ]
-    lines += [f"NOTE     {note}" for note in notes]
-    return "\n".join([*lines, _summary(findings)]) + "\n"
+    lines += [f"NOTE     {note}\n" for note in notes]
+    return "".join([*lines, _summary(findings)])
 
 
 def _json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
@@ -76,15 +84,18 @@ def _json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
 
 
 def _junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    elements = [STATUSES[finding.status][0] for finding in findings]
-    about = {"name": "lm-eval-pruned check", "tests": str(len(findings))}
-    about |= {f"{name}s": str(elements.count(name)) for name in ("failure", "error")}
-    root = ElementTree.Element("testsuites")
-    suite = ElementTree.SubElement(root, "testsuite", about)
-    for each, element in zip(findings, elements, strict=True):
+    root, counts = (
+        ElementTree.Element("testsuites"),
+        Counter(e.status for e in findings),
+    )
+    about = {"name": "lm-eval-pruned check", "tests": len(findings)}
+    about |= {"failures": counts["fail"], "errors": counts["undecided"]}
+    texts = {name: str(value) for name, value in about.items()}
+    suite = ElementTree.SubElement(root, "testsuite", texts)
+    for each in findings:
         name = {"classname": f"{each.run}.{each.task}", "name": each.metric}
         case = ElementTree.SubElement(suite, "testcase", name)
-        if element:
+        if element := STATUSES[each.status][0]:
             said = ElementTree.SubElement(case, element, message=each.message)
             said.text = each.scores()
     if notes:
@@ -102,22 +113,11 @@ def _github(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     ]
     said += [("warning", "not as in the baseline", note) for note in notes]
     lines = [
-        f"::{kind} title={title.translate(in_title)}::{text.translate(in_text)}"
+        f"::{kind} title={title.translate(in_title)}::{text.translate(in_text)}\n"
         for kind, title, text in said
         if kind
     ]
-    return "\n".join([*lines, _summary(findings)]) + "\n"
-
-
-def _summary(findings: Sequence[Finding]) -> str:
-    counts = Counter(finding.status for finding in findings)
-    parts = [
-        f"{counts[status]} {words}"
-        for status, (_, _, words) in STATUSES.items()
-        if counts[status] or status != "undecided"
-    ]
-    word = ("passed", "failed", "undecided")[exit_code(findings)]
-    return f"Check {word}: {', '.join(parts)}."
+    return "".join([*lines, _summary(findings)])
 
 
 #: What writes findings and notes, by the value of ``--format``.

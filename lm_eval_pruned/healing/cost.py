@@ -14,7 +14,7 @@ from lm_eval_pruned.energy.readings import EnergyReading, Joules, add_up
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_WINDOW = "training"
+_UNMETERED = {"joules": {}, "notes": ["the first part was trained without a meter"]}
 
 
 class TrainingCost:
@@ -28,34 +28,29 @@ class TrainingCost:
     def __init__(
         self, *, metered: bool, before: Mapping[str, Any] | None = None
     ) -> None:
-        self._spent = [EnergyReading(0.0, notes=("nothing was trained",))]
+        self._metered, self._open = metered, False
+        self._before: list[EnergyReading] = []
         if before is not None:
-            unknown: dict[str, Any] = {
-                "joules": {},
-                "notes": ["the first part was trained without a meter"],
-            }
-            energy = before.get("energy") or unknown
+            energy: dict[str, Any] = before.get("energy") or _UNMETERED
             joules, notes = Joules(**energy["joules"]), tuple(energy["notes"])
-            self._spent = [EnergyReading(before["seconds"], joules, notes=notes)]
-        self._metered, self._resumed, self._open = metered, before is not None, False
+            self._before = [EnergyReading(before["seconds"], joules, notes=notes)]
         meters = metered and meters_the_machine()
         self._monitor = EnergyMonitor(CodecarbonMeter() if meters else None)
         self._monitor.start_in_background()
+        self.close = self._monitor.stop
 
     def begin(self, *, on_gpu: bool) -> None:
         """Begin to count; `on_gpu`, energy without that of the GPU is no total."""
         if on_gpu:
             self._monitor.required.add("gpu")
-        self._monitor.begin_window(_WINDOW)
+        self._monitor.begin_window("training")
         self._open = True
 
     def so_far(self) -> dict[str, Any]:
         """Return ``seconds`` and, where it is metered, ``energy``, as records have them."""
-        parts = self._spent
-        if self._open:
-            # One window to the end: in a short one of its own a counter may stand still.
-            parts = parts[: self._resumed] + [self._monitor.read_window(_WINDOW)]
-        reading = add_up(parts)
+        # One window to the end: in a short one a counter may not move at all.
+        now = [self._monitor.read_window("training")] if self._open else []
+        reading = add_up([*self._before, *now])
         everywhere, here = map(os.environ.get, ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         if here is not None and int(everywhere or 1) > int(here):
             notes = (*reading.notes, "only the first of several machines was metered")
@@ -70,7 +65,3 @@ class TrainingCost:
                 "notes": list(reading.notes),
             }
         return record
-
-    def close(self) -> None:
-        """Stop the meter."""
-        self._monitor.stop()

@@ -25,8 +25,7 @@ TRAINING = {
     "save_steps": 100,
     "save_total_limit": 2,
 }
-#: The learning rate of each method. Adapters start at zero and bear a higher one than weights
-#: that were trained before.
+#: By method: adapters start at zero and bear a higher one than weights that were trained before.
 LEARNING_RATE = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5}
 #: Defaults of `peft.LoraConfig` here: every linear layer but the head.
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -50,12 +49,6 @@ class HealingOptions(DeclaredOptions):
 
     Raises:
         ValueError: One sentence naming an argument, its value and what would work.
-
-    Example:
-        >>> HealingOptions(teacher_weight=1.5)
-        Traceback (most recent call last):
-            ...
-        ValueError: teacher_weight=1.5 is no share of the loss: pass a number from 0 to 1.
     """
 
     method: str = option(str, "lora", "NAME", choices=tuple(LEARNING_RATE))
@@ -92,11 +85,7 @@ class HealingOptions(DeclaredOptions):
         raise ValueError(f"{why}.")
 
     def trainer_arguments(self, folder: Path) -> TrainingArguments:
-        """Return what `transformers.Trainer` is told, its checkpoints being in `folder`.
-
-        Raises:
-            ValueError: A training argument is unknown, set by another option or out of range.
-        """
+        """Return what `transformers.Trainer` is told; raise ValueError where it takes no such thing."""
         from transformers import TrainingArguments
 
         own = {"output_dir": str(folder), "max_steps": self.max_steps or -1}
@@ -109,12 +98,7 @@ class HealingOptions(DeclaredOptions):
         return {**TRAINING, **rate, **self.training_args}
 
     def adapter_config(self) -> LoraConfig | None:
-        """Return the adapter to train; None where all weights are trained.
-
-        Raises:
-            ValueError: An argument of the adapter is unknown, set by another option or out of
-                range.
-        """
+        """Return the adapter to train, or None; raise ValueError where peft takes no such thing."""
         from peft import LoraConfig
 
         if self.method == "full":
@@ -126,11 +110,8 @@ class HealingOptions(DeclaredOptions):
     def as_dict(self) -> dict[str, Any]:
         """Return what the record of a healing holds, and what a resumed one must share."""
         teacher = {"weight": self.teacher_weight, "temperature": self.temperature}
-        return {
-            "method": self.method,
-            "max_length": self.max_length,
-            "teacher": teacher if self.teacher_weight else None,
-        }
+        shared = {"method": self.method, "max_length": self.max_length}
+        return {**shared, "teacher": teacher if self.teacher_weight else None}
 
 
 #: The options by name.

@@ -43,13 +43,7 @@ if TYPE_CHECKING:
 
 
 class Healed(NamedTuple):
-    """What a healing did.
-
-    Attributes:
-        folder: The adapter or model; of a healing that was interrupted, its checkpoint.
-        record: What the file `healing.json` holds.
-        finished: Whether it came to its end.
-    """
+    """The adapter or model, or the checkpoint of a healing that was interrupted; and its record."""
 
     folder: Path
     record: dict[str, Any]
@@ -63,11 +57,10 @@ def prepare(
     options: HealingOptions,
     checkpoints: Path,
 ) -> tuple[TrainingArguments, LoraConfig | None, LoadRequest, PreTrainedTokenizerBase]:
-    """Refuse what `heal` cannot do with texts, before a weight is read.
+    """Return what Trainer is told, the adapter, the model with its pruning, and its tokenizer.
 
-    Returns:
-        What Trainer is told, the adapter to train, the model with its pruning, and its
-        tokenizer.
+    Raises:
+        ValueError: `heal` cannot do this. No weight was read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -76,7 +69,7 @@ def prepare(
     where = "training_args say where to train, such as use_cpu=true"
     quantised = "quantised weights cannot be trained, so quantise what comes out"
     refused = {"peft": "merge it into a checkpoint first"}
-    refused |= {"device": where, "device_map": where}
+    refused |= dict.fromkeys(("device", "device_map"), where)
     refused |= dict.fromkeys(quantising_arguments(model_args), quantised)
     for name, advice in refused.items():
         if model_args.get(name) is not None:
@@ -131,16 +124,12 @@ def heal(
     that runs, with a checkpoint.
 
     Args:
-        model_args: ``pretrained``, the arguments of
-            `lm_eval_pruned.pruning.arguments.PruneArguments` and what else
-            ``from_pretrained`` takes.
-        data: Text to train on; see `lm_eval_pruned.healing.text.texts_of`. None of it may
-            be part of what is evaluated.
+        model_args: ``pretrained``, arguments of pruning and what else ``from_pretrained`` takes.
+        data: Text to train on, none of which may be evaluated; see `texts_of`.
         output: Folder to write; it must not exist, or be empty.
         options: How to train.
         resume: Go on from the last checkpoint of the same healing. None: if there is one.
-        merge: Also write the model with the adapter merged, as an ordinary checkpoint in
-            the folder ``merged`` below `output`.
+        merge: Also write the merged model, as a checkpoint in the folder ``merged`` below `output`.
         metered: Whether to measure the energy of the training.
 
     Raises:
@@ -200,23 +189,20 @@ def heal(
         teacher = request.load()[0].eval().requires_grad_(False)
     with contextlib.closing(TrainingCost(metered=metered, before=before)) as cost:
         checkpointing = training.Checkpoints(record, cost)
-        try:
-            trainer = training.HealingTrainer(
-                teacher,
-                options,
-                model=model,
-                args=arguments,
-                train_dataset=[{"input_ids": each, "labels": each} for each in blocks],
-                callbacks=[checkpointing],
-            )
-        except (ImportError, RuntimeError) as error:
-            raise ValueError(
-                f"training_args ask for what is not here ({error}): install it, or leave it "
-                "out."
-            ) from None
+        trainer = training.HealingTrainer(
+            teacher,
+            options,
+            model=model,
+            args=arguments,
+            train_dataset=[{"input_ids": each, "labels": each} for each in blocks],
+            callbacks=[checkpointing],
+        )
         if teacher is not None:
-            if adapter is not None:
-                _share(teacher, parameters)
+            # Tensors that an adapter leaves alone are in memory once.
+            for name, theirs in teacher.named_parameters() if adapter else ():
+                ours = parameters.get(name)
+                if ours is not None and torch.equal(ours.to(theirs.device), theirs):
+                    theirs.data = ours.data
             teacher.to(arguments.device)  # type: ignore[arg-type]
         with checkpointing.listening():
             trainer.train_from(last)
@@ -244,13 +230,11 @@ def checkpoints_of(output: Path) -> Path:
 def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
     """Return the last whole checkpoint to go on from; None to begin."""
     found = [file.parent for file in folder.glob(f"checkpoint-*/{HEALING}")]
-    if resume and not found:
+    if resume is not None and resume is not bool(found):
         raise ValueError(
             f"resume goes on from a checkpoint, but {folder} holds none: leave it out to begin."
-        )
-    if found and resume is False:
-        raise ValueError(
-            f"{folder} holds checkpoints of a healing: add --resume to go on from the last, or "
+            if resume
+            else f"{folder} holds checkpoints of a healing: add --resume to go on from the last, or "
             "delete the folder."
         )
     return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
@@ -265,14 +249,6 @@ def _check_same(last: Path | None, before: dict[str, Any], now: dict[str, Any]) 
             )
 
 
-def _share(teacher: PreTrainedModel, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Let the teacher hold no tensor that the pruned model has as well, and never changes."""
-    for name, theirs in teacher.named_parameters():
-        ours = parameters.get(name)
-        if ours is not None and torch.equal(ours.to(theirs.device), theirs):
-            theirs.data = ours.data
-
-
 def _write(
     model: Any,
     request: LoadRequest,
@@ -282,7 +258,6 @@ def _write(
     *,
     merge: bool,
 ) -> None:
-    """Write the adapter, or the model, or both."""
     name, revision = request.pretrained, request.model_arguments.get("revision")
     origin = (name, revision, source_folder(name, request.model_arguments), pruned)
     method, text = record["method"], record["data"]

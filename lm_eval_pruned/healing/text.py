@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 def texts_of(file: str) -> list[Text]:
-    """Read text to train on.
-
-    Args:
-        file: JSON Lines file as `lm_eval_pruned.pruning.calibration.read_texts` reads it, or a
-            plain text in UTF-8 whose name ends in ``.txt``, which counts as one text.
+    """Read JSON Lines as `read_texts` does, or a file ``.txt``, which counts as one text.
 
     Raises:
         ValueError: The file is missing, empty or of another form.
@@ -45,10 +41,9 @@ def digest_of(file: str) -> str:
 def token_blocks(
     file: str, texts: list[Text], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Iterator[list[int]]:
-    """Put texts one after the other and cut them into blocks of `length` tokens.
+    """Cut texts, with the end of text after each, into blocks of `length` tokens, as these are taken.
 
-    Between two texts is the tokenizer's end of text, where it has one. What is left at
-    the end is dropped. Texts are tokenised as blocks are taken; `file` is where they come from.
+    What is left at the end is dropped; `file` is where the texts come from.
 
     Raises:
         ValueError: All texts together are shorter than a block.

@@ -46,7 +46,7 @@ class HealingTrainer(Trainer):
         self._weight = options.teacher_weight
 
     def train_from(self, last: Path | None) -> None:
-        """Train to the end, from a checkpoint if there is one; from one of the last step, no more."""
+        """Train to the end, from a checkpoint if there is one."""
         if last is None:
             self.train()
             return
@@ -55,6 +55,7 @@ class HealingTrainer(Trainer):
         if steps <= 0 and state.num_train_epochs >= self.args.num_train_epochs:
             steps = state.max_steps
         if 0 < steps <= state.global_step:
+            # Trainer would take one more step.
             self._load_from_checkpoint(str(last))
             self.state = state
         else:
@@ -83,12 +84,7 @@ class HealingTrainer(Trainer):
 
 
 class Checkpoints(TrainerCallback):
-    """Records in checkpoints what they are of, and one when the training is interrupted.
-
-    Args:
-        record: What the adapter is trained on.
-        cost: What was spent on it so far.
-    """
+    """Writes a record into each checkpoint, and makes one when the training is interrupted."""
 
     def __init__(self, record: dict[str, Any], cost: TrainingCost) -> None:
         self._record, self._cost = record, cost

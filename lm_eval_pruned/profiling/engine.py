@@ -1,7 +1,7 @@
 """A model in vLLM, as far as a profile asks for it.
 
 Times are those of a client of the engine: they hold what its scheduler and the way to its
-processes take. Memory is in other processes, so it is not measured.
+processes take.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lm_eval_pruned.profiling.prompts import Batch
+    from transformers import BatchEncoding
 
 
 class EngineModel:
@@ -21,8 +21,10 @@ class EngineModel:
     vLLM chooses the device itself, and the dtype where it is None.
     """
 
+    #: None: what it allocates is in other processes.
+    device = None
+
     def __init__(self, pretrained: str, *, device: str, dtype: Any, **given: Any):
-        import torch
         from lm_eval.api.registry import get_model
 
         self._lm: Any = get_model("pruned-vllm")(
@@ -35,19 +37,15 @@ class EngineModel:
             **given,
         )
         self.config = self._lm.model.llm_engine.model_config.hf_config
-        self.device = torch.device(device)
+        self.close = self._lm.close
 
     def get_memory_footprint(self) -> int:
         """Return the bytes of weights and buffers in all processes of the engine."""
         return sum(self._lm.model.collective_rpc("model_bytes"))
 
-    def close(self) -> None:
-        """End the engine."""
-        self._lm.close()
-
     def timed_generation(
         self,
-        batch: Batch,
+        batch: BatchEncoding,
         max_new_tokens: int,
         *,
         fixed: bool,
@@ -59,9 +57,10 @@ class EngineModel:
         settings = SamplingParams(
             temperature=0, max_tokens=max_new_tokens, ignore_eos=fixed, detokenize=False
         )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         prompts = [
-            TokensPrompt(prompt_token_ids=ids[mask.bool()].tolist())
-            for ids, mask in zip(batch.ids, batch.mask, strict=True)
+            TokensPrompt(prompt_token_ids=row[kept.bool()].tolist())
+            for row, kept in zip(ids, mask, strict=True)
         ]
         start = clock()
         outputs = self._lm.model.generate(prompts, settings, use_tqdm=False)
@@ -69,7 +68,7 @@ class EngineModel:
         lengths = [len(output.outputs[0].token_ids) for output in outputs]
         return {
             "rows": len(outputs),
-            "prompt_tokens": int(batch.mask.sum()),
+            "prompt_tokens": int(mask.sum()),
             "output_tokens": sum(lengths),
             "steps": max(lengths),
             "first": max(output.metrics.first_token_latency for output in outputs),

@@ -1,23 +1,17 @@
-"""``lm-eval-pruned profile``: latency, throughput, memory and energy over sizes.
+"""Measure models side by side: prefill and decode, at a fixed and at the natural output length.
 
-Prefill and decode are told apart, and each model is measured at a *fixed* output
-length and at its *natural* one. A model that stops earlier is not a faster model:
-only the fixed length compares speed, and the natural one is printed with the mean
-output length beside it.
-
-All models are measured once in each repeat, in an order that rotates, so that a
-machine that gets slower does so for all of them. Differences are taken within a
-repeat.
+Each repeat measures all models once, in an order that rotates, so that a machine that gets slower
+does so for all of them. Only the fixed length compares speed: who stops earlier is not faster.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import re
+import platform
 import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,20 +23,25 @@ from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
     end_tokens,
 )
+from lm_eval_pruned.profiling.memory import free_bytes, peak_memory
 from lm_eval_pruned.profiling.options import ProfileRequest, plan_models
-from lm_eval_pruned.profiling.prompts import Batch, make_batches
-from lm_eval_pruned.profiling.summary import ENERGY_WINDOW_SECONDS, MODES, summarise
+from lm_eval_pruned.profiling.prompts import make_batches
+from lm_eval_pruned.profiling.summary import MODES, cells_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-    from transformers import PreTrainedModel
+    from transformers import BatchEncoding, PreTrainedModel
 
     from lm_eval_pruned.energy.monitor import EnergyMonitor
 
+#: Version of the JSON; raised when a key changes its meaning.
+SCHEMA_VERSION = 1
 #: Share of the free memory that all models together may take.
 MEMORY_SHARE = 0.6
+#: A prefill pass is repeated until its energy window is this long, in seconds.
+ENERGY_WINDOW_SECONDS = 1.0
 
 
 def profile(
@@ -54,19 +53,19 @@ def profile(
     load: Callable[..., Any] = load_pruned,
     on_repeat: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure; see the module's docstring.
+    """Measure the models of `request` on `prompts`.
 
     Args:
-        request, prompts: What to measure, on which texts.
-        monitor: Measures the energy.
+        request, prompts, monitor: What to measure, on which texts, and the energy with what.
         clock: Returns seconds; for tests.
-        load: Loads a model: `load_pruned`, or
-            `lm_eval_pruned.profiling.engine.EngineModel`.
+        load: `load_pruned`, or `lm_eval_pruned.profiling.engine.EngineModel`.
         on_repeat: Called with what there is so far after each repeat.
 
     Returns:
-        What ``profile.json`` holds; see `lm_eval_pruned.profiling.summary.summarise`. After
-        an interrupt from the keyboard, what was finished, with ``interrupted`` set.
+        What ``profile.json`` holds (JSON types only): the request, the environment, how it was
+        measured, ``energy`` (meter, scope, source of each component, and what went wrong),
+        ``models`` (see `plan_models`) and ``cells`` (see `cells_of`). After an interrupt from the
+        keyboard, what was finished, with ``interrupted`` set.
 
     Raises:
         ValueError: A size is out of range, or a prompt is too long for the model.
@@ -74,188 +73,205 @@ def profile(
     """
     from tqdm import tqdm
 
-    models = plan_models(request)
-    interrupted = False
     if torch.device(request.device).type != "cpu":
         # Energy without that of the GPU is then no total.
         monitor.required.add("gpu")
-    monitor.start()
-    with contextlib.ExitStack() as ending:
-        ending.callback(monitor.stop)
-        profiler = Profiler(request, models, prompts, monitor, clock, load)
-        ending.callback(profiler.release)
-        total = request.repeats * len(models) * len(request.batch_sizes)
-        bar = ending.enter_context(tqdm(total=total, desc="Profiling", unit="pass"))
-        try:
+    profiler = _Profiler(request, plan_models(request), monitor, clock, load)
+    profiler.read(prompts)
+    passes = request.repeats * len(profiler.models) * len(request.batch_sizes)
+    try:
+        monitor.start()
+        profiler.load_baseline()
+        with tqdm(total=passes, desc="Profiling", unit="pass") as bar:
             for repeat in range(request.repeats):
-                shift = repeat % len(models)
-                turn, sizes = models[shift:] + models[:shift], request.batch_sizes
-                order = list(product(turn, sizes))
-                if profiler.together:
-                    # Passes that are compared follow one another.
-                    order = [(model, size) for size, model in product(sizes, turn)]
-                for model, size in order:
-                    bar.set_postfix_str(f"{model['name']}, batch size {size}")
-                    profiler.measure(repeat, model, size)
+                for spec, size in profiler.order(repeat):
+                    profiler.measure(repeat, spec, size)
                     bar.update()
                 if on_repeat is not None:
-                    on_repeat(profiler.result(interrupted))
-        except KeyboardInterrupt:
-            if not profiler.passes:
-                raise
-            interrupted = True
-    return profiler.result(interrupted)
+                    on_repeat(profiler.result())
+    except KeyboardInterrupt:
+        if not profiler.rows:
+            raise
+        profiler.interrupted = True
+    finally:
+        profiler.release()
+        monitor.stop()
+    return profiler.result()
 
 
-class Profiler:
-    """Runs one model after the other on the same batches.
+@dataclass
+class _Profiler:
+    """Runs one model after the other on the same batches, and keeps a row for each batch."""
 
-    Attributes:
-        together: Whether all models are in memory at once; else each is loaded in its turn.
-        warm_up_batches: Batches that ran before a measurement.
-        timings: One row for each batch that was measured: what `generate` returns, with
-            model, batch size, mode and repeat.
-        passes: One row for each pass over all batches: what it took in joules and bytes.
-    """
+    request: ProfileRequest
+    models: list[dict[str, Any]]
+    monitor: EnergyMonitor
+    clock: Callable[[], float]
+    load: Callable[..., Any]
+    batches: dict[int, list[BatchEncoding]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    held: dict[str, Any] = field(default_factory=dict)
+    together: bool = False
+    warm_up_batches: int = 0
+    interrupted: bool = False
 
-    def __init__(
-        self,
-        request: ProfileRequest,
-        models: list[dict[str, Any]],
-        prompts: Sequence[str],
-        monitor: EnergyMonitor,
-        clock: Callable[[], float],
-        load: Callable[..., Any],
-    ) -> None:
+    def read(self, prompts: Sequence[str]) -> None:
+        """Tokenise the prompts for each batch size."""
         from transformers import AutoTokenizer
 
-        self.warm_up_batches = 0
-        self.timings: list[dict[str, Any]] = []
-        self.passes: list[dict[str, Any]] = []
-        self._request, self._models, self._monitor = request, models, monitor
-        self._clock, self._load = clock, load
-        where = request.source()
-        tokenizer = AutoTokenizer.from_pretrained(request.pretrained, **where)
+        request = self.request
+        source = request.source()
+        tokenizer = AutoTokenizer.from_pretrained(request.pretrained, **source)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self._pad = int(tokenizer.pad_token_id or 0)
-        chat = request.apply_chat_template
-        self._batches = {
-            size: make_batches(tokenizer, prompts, size, request.device, chat=chat)
-            for size in request.batch_sizes
-        }
-        first, *others = models
-        baseline = self._loaded(first)
-        self._held = {first["name"]: baseline}
+        self.pad_token = int(tokenizer.pad_token_id or 0)
+        for size in request.batch_sizes:
+            self.batches[size] = make_batches(
+                *(tokenizer, prompts, size, request.device),
+                chat=request.apply_chat_template,
+            )
+
+    def load_baseline(self) -> None:
+        """Load the baseline, and decide whether the others fit into memory beside it."""
+        first, *others = self.models
+        device = self.loaded(first).device
         each = first["model_bytes"] / first["parameters"]
         more = each * sum(model["parameters"] for model in others)
         # Each engine takes the memory that is left for its cache.
-        self.together = not _in_engine(baseline) and (
-            more <= MEMORY_SHARE * free_bytes(baseline.device)
-        )
+        if device is not None:
+            self.together = more <= MEMORY_SHARE * free_bytes(device)
+
+    def order(self, repeat: int) -> list[tuple[dict[str, Any], int]]:
+        """Return the models and batch sizes of a repeat, one after the other."""
+        shift = repeat % len(self.models)
+        turn = self.models[shift:] + self.models[:shift]
+        if not self.together:
+            return list(product(turn, self.batches))
+        # Passes that are compared follow one another.
+        return [(model, size) for size, model in product(self.batches, turn)]
 
     def measure(self, repeat: int, spec: dict[str, Any], size: int) -> None:
         """Measure one model at one batch size: a prefill, and a pass in each mode."""
-        name = spec["name"]
-        if name not in self._held:
-            if not self.together:
-                self.release()
-            self._held[name] = self._loaded(spec)
-        model = self._held[name]
-        timings, passes, tokens = [], [], self._request.max_new_tokens
-        # What an engine allocates is in other processes.
-        watch: Any = contextlib.nullcontext({})
-        if not _in_engine(model):
-            watch = _peak_memory(model.device, spec["model_bytes"])
-        with watch as peaks:
-            prefill = self._prefill(model, size)
+        model, rows = self.loaded(spec), []
+        with peak_memory(model.device, spec["model_bytes"]) as peaks:
+            least = ENERGY_WINDOW_SECONDS
+            _, prefill = self.window(model, size, 1, fixed=True, least=least)
             for mode in MODES:
-                key = {"batch_size": size, "mode": mode, "model": name}
+                tokens, fixed = self.request.max_new_tokens, mode == "fixed"
+                timed, both = self.window(model, size, tokens, fixed=fixed)
+                key = {"batch_size": size, "mode": mode, "model": spec["name"]}
                 key["repeat"] = repeat
-                self._monitor.begin_window(mode)
-                timings += [
-                    {**key, **self._generate(model, batch, mode, tokens)}
-                    for batch in self._batches[size]
-                ]
-                reading = self._monitor.end_window(mode)
-                taken = {f"both_{k}": j for k, j in reading.joules.as_dict().items()}
-                passes.append({**key, **prefill, **taken, "reading": reading})
+                key |= {f"prefill_{part}": joules for part, joules in prefill.items()}
+                key |= {f"both_{part}": joules for part, joules in both.items()}
+                rows += [{**key, **each} for each in timed]
+                if (ratio(both["total"], prefill["total"]) or 1) < 1:
+                    self.notes.append(
+                        f"{spec['name']}, batch size {size}, {mode}: generation took less energy "
+                        "than its prefill alone in some repeat, so the decode energy is noise"
+                    )
         # Of a pass that was interrupted, nothing counts.
-        self.timings += timings
-        self.passes += [{**row, **peaks} for row in passes]
+        self.rows += [{**row, **peaks} for row in rows]
 
-    def result(self, interrupted: bool) -> dict[str, Any]:
-        """Return what `profile` does, of what was measured so far."""
-        return summarise(
-            *(self._request, self._models, self._monitor, self.timings, self.passes),
-            models_held="together" if self.together else "one at a time",
-            warm_up_batches=self.warm_up_batches,
-            interrupted=interrupted,
-        )
+    def window(
+        self, model: Any, size: int, tokens: int, *, fixed: bool, least: float = 0
+    ) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+        """Generate for all batches, until `least` seconds are over; add the joules of a batch."""
+        timed: list[dict[str, Any]] = []
+        self.monitor.begin_window("pass")
+        start = self.clock() if least else 0.0
+        while not timed or (least and self.clock() - start < least):
+            for batch in self.batches[size]:
+                run = partial(model.timed_generation, fixed=fixed, clock=self.clock)
+                timed.append(run(batch, tokens))
+        reading = self.monitor.end_window("pass")
+        self.notes += reading.notes
+        if (reading.seconds or 0.0) < ENERGY_WINDOW_SECONDS:
+            self.notes.append(
+                f"energy windows at batch size {size} are shorter than "
+                f"{ENERGY_WINDOW_SECONDS:g} s and unreliable; use more prompts or tokens"
+            )
+        joules = reading.joules.as_dict().items()
+        return timed, {part: ratio(each, len(timed)) for part, each in joules}
 
-    def release(self) -> None:
-        """Let go of the models."""
-        for model in self._held.values():
-            if _in_engine(model):
-                model.close()
-        self._held.clear()
-        release_memory()
-
-    def _loaded(self, spec: dict[str, Any]) -> Any:
-        """Load a model, and run it until it is warm.
-
-        Raises:
-            ValueError: A prompt and its output do not fit into it.
-        """
-        request, tokens = self._request, self._request.max_new_tokens
+    def loaded(self, spec: dict[str, Any]) -> Any:
+        """Return a model that is warm; load it where it is not held."""
+        if spec["name"] in self.held:
+            return self.held[spec["name"]]
+        if not self.together:
+            self.release()
+        request, tokens = self.request, self.request.max_new_tokens
         arguments = {**request.load_arguments, **spec["asked"]}
         if spec["asked"]:
             arguments |= {"criterion": request.criterion, "seed": request.seed}
         torch.manual_seed(request.seed)
-        model = self._load(
+        model = self.load(
             request.pretrained, device=request.device, dtype=request.dtype, **arguments
         )
+        self.held[spec["name"]] = model
+        if not hasattr(model, "timed_generation"):
+            model.timed_generation = partial(generate, model, pad_token=self.pad_token)
         spec["model_bytes"] = int(model.get_memory_footprint())
-        longest = max(b.ids.shape[1] for many in self._batches.values() for b in many)
+        every = [batch for batches in self.batches.values() for batch in batches]
+        longest = max(batch["input_ids"].shape[1] for batch in every)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and longest + tokens > limit:
             raise ValueError(
                 f"max_new_tokens={tokens} after a prompt of {longest} tokens does not fit into "
                 f"the model's {limit} positions: use shorter prompts or fewer tokens."
             )
-        for batches in self._batches.values():
+        for batches in self.batches.values():
             for batch in batches[:2]:
-                self._generate(model, batch, "fixed", min(8, tokens))
+                few = min(8, tokens)
+                model.timed_generation(batch, few, fixed=True, clock=self.clock)
                 self.warm_up_batches += 1
         return model
 
-    def _generate(
-        self, model: Any, batch: Batch, mode: str, tokens: int
-    ) -> dict[str, Any]:
-        run = functools.partial(generate, model, pad_token=self._pad)
-        run = model.timed_generation if _in_engine(model) else run
-        return run(batch, tokens, fixed=mode == "fixed", clock=self._clock)
+    def release(self) -> None:
+        """Let go of the models."""
+        for model in self.held.values():
+            if model.device is None:
+                model.close()
+        self.held.clear()
+        release_memory()
 
-    def _prefill(self, model: Any, size: int) -> dict[str, float | None]:
-        """Return joules of one prefill of all batches, by component."""
-        passes = 0
-        self._monitor.begin_window("prefill")
-        start = self._clock()
-        while passes == 0 or self._clock() - start < ENERGY_WINDOW_SECONDS:
-            for batch in self._batches[size]:
-                self._generate(model, batch, "fixed", 1)
-            passes += 1
-        joules = self._monitor.end_window("prefill").joules.as_dict()
-        return {f"prefill_{name}": ratio(each, passes) for name, each in joules.items()}
-
-
-def _in_engine(model: Any) -> bool:
-    return hasattr(model, "timed_generation")
+    def result(self) -> dict[str, Any]:
+        """Return what `profile` does, of what was measured so far."""
+        name, meter = (
+            platform.processor() or platform.machine(),
+            self.monitor.describe(),
+        )
+        if torch.device(self.request.device).type == "cuda":
+            name = torch.cuda.get_device_name(self.request.device)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "request": asdict(self.request),
+            "environment": {
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                **{p: version(p) for p in ("torch", "transformers", "lm-eval-pruned")},
+                "device": self.request.device,
+                "device_name": name,
+                "threads": torch.get_num_threads(),
+            },
+            "models_held": "together" if self.together else "one at a time",
+            "warm_up_batches": self.warm_up_batches,
+            "interrupted": self.interrupted,
+            "energy": {
+                "meter": meter and meter.name,
+                "scope": meter and meter.scope,
+                "sources": meter and {k: asdict(s) for k, s in meter.sources.items()},
+                "hardware": meter and meter.hardware,
+                "notes": list(dict.fromkeys([*self.monitor.failures, *self.notes])),
+            },
+            "models": self.models,
+            "cells": cells_of(self.rows, [model["name"] for model in self.models]),
+        }
 
 
 def generate(
     model: PreTrainedModel,
-    batch: Batch,
+    batch: BatchEncoding,
     max_new_tokens: int,
     *,
     fixed: bool,
@@ -264,12 +280,8 @@ def generate(
 ) -> dict[str, Any]:
     """Generate greedily and take the time of the first and the last token.
 
-    Args:
-        model, batch: The model, and its prompts.
-        max_new_tokens: Most output tokens.
-        fixed: Whether the end of text is forbidden, so that there are exactly as many.
-        pad_token: Id that fills rows which have ended.
-        clock: Returns seconds.
+    Where `fixed`, the end of text is forbidden, so that there are exactly `max_new_tokens`; else
+    rows that have ended are filled with `pad_token`.
 
     Returns:
         ``rows``, the number of prompts; ``prompt_tokens`` without padding; ``output_tokens``
@@ -278,7 +290,7 @@ def generate(
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    device, ends = batch.ids.device, end_tokens(model)
+    ids, ends = batch["input_ids"], end_tokens(model)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -290,65 +302,32 @@ def generate(
     times: list[float] = []
 
     def look_at_clock() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if ids.device.type == "cuda":
+            torch.cuda.synchronize(ids.device)
         times.append(clock())
 
     def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         # This criterion never stops: it is what is called after the first token.
         if len(times) == 1:
             look_at_clock()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=device)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=ids.device)
 
     look_at_clock()
     with torch.inference_mode():
         output = model.generate(  # type: ignore[operator]
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
+            input_ids=ids,
+            attention_mask=batch["attention_mask"],
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([stop]),
         )
     look_at_clock()
     start, first, end = times
-    tokens = output[:, batch.ids.shape[1] :]
+    tokens = output[:, ids.shape[1] :]
     return {
-        "rows": tokens.shape[0],
-        "prompt_tokens": int(batch.mask.sum()),
+        "rows": len(tokens),
+        "prompt_tokens": int(batch["attention_mask"].sum()),
         "output_tokens": tokens.numel() if fixed else count_generated(tokens, ends),
         "steps": tokens.shape[1],
         "first": first - start,
         "total": end - start,
     }
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return how much memory of a device is free, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-@contextlib.contextmanager
-def _peak_memory(device: torch.device, held: int) -> Iterator[dict[str, int]]:
-    """Yield what holds the most bytes in use, once the block is left.
-
-    ``peak_device_bytes``, on CUDA, are those of the block and of a model of `held` bytes;
-    ``peak_host_bytes``, on Linux, are those of the whole process.
-    """
-    peaks: dict[str, int] = {}
-    cleared, before = 0, 0
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    with contextlib.suppress(OSError):
-        # Starts the system's record of the peak anew (man 5 proc).
-        cleared = Path("/proc/self/clear_refs").write_text("5")
-    yield peaks
-    if device.type == "cuda":
-        above = torch.cuda.max_memory_allocated(device) - before
-        peaks["peak_device_bytes"] = above + held
-    status = Path("/proc/self/status").read_text() if cleared else ""
-    if found := re.search(r"VmHWM:\s*(\d+) kB", status):
-        peaks["peak_host_bytes"] = int(found[1]) * 1024

@@ -73,9 +73,7 @@ class ProfileRequest(DeclaredOptions):
 
 
 def plan_models(request: ProfileRequest) -> list[dict[str, Any]]:
-    """Resolve the sizes to widths, without reading weights.
-
-    Sizes that come to the widths of one before them are left out, with a line in the log.
+    """Resolve the sizes to widths, without reading weights; equal ones are measured once.
 
     Returns:
         A row for each model, the baseline first: ``name``, such as ``ratio=2.4
@@ -96,32 +94,29 @@ def plan_models(request: ProfileRequest) -> list[dict[str, Any]]:
     for name, file in zip(files, request.widths, strict=True):
         # Files in different folders may have one name.
         sizes.append(("widths", file, name if files.count(name) == 1 else file))
-    named: dict[str, dict[str, Any]] = {"baseline": {"prune_percent": 0}}
+    asked: list[tuple[str, dict[str, Any]]] = [("baseline", {"prune_percent": 0})]
     for (argument, value, shown), multiple in product(sizes, request.multiple_of):
         rounded = f" multiple_of={multiple}" if multiple != 1 else ""
-        asked = {argument: value, "multiple_of": multiple}
-        named.setdefault(f"{argument}={shown}{rounded}", asked)
+        size = {argument: value, "multiple_of": multiple}
+        asked.append((f"{argument}={shown}{rounded}", size))
     models: dict[tuple[float, str], dict[str, Any]] = {}
-    for name, asked in named.items():
-        (argument, value), *more = asked.items()
+    for name, size in asked:
+        (argument, value), *more = size.items()
         given = {**dict(more), **request.source()}
         (row,) = plan_rows(request.pretrained, argument, [value], **given)
         # A file may give all layers one width.
         by_layer = row.layer_widths if "," in row.layer_widths else ""
-        widths = (row.intermediate_size, by_layer)
-        if widths in models:
-            logger.info(
-                "%s has the width of %s, %s: it is measured once.",
-                *(name, models[widths]["name"], by_layer or row.intermediate_size),
-            )
-            continue
-        models[widths] = {
+        model = {
             "name": name,
-            "asked": asked if models else {},
+            "asked": size if models else {},
             "intermediate_size": row.intermediate_size,
             "expansion_ratio": row.expansion_ratio,
             "parameters": row.parameters,
             "model_bytes": None,
             "layer_widths": by_layer,
         }
+        first = models.setdefault((row.intermediate_size, by_layer), model)
+        if first is not model:
+            widths = by_layer or row.intermediate_size
+            logger.info("%s is %s again, at %s neurons.", name, first["name"], widths)
     return list(models.values())

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-
-class Batch(NamedTuple):
-    """Prompts that run together, left-padded.
-
-    Attributes:
-        ids: Token ids, shape (rows, length).
-        mask: 1 for a token and 0 for padding, shape (rows, length).
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -63,20 +50,19 @@ def make_batches(
     device: str,
     *,
     chat: bool = False,
-) -> list[Batch]:
+) -> list[BatchEncoding]:
     """Tokenise prompts into left-padded batches, in their order."""
     if chat:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         how = {"tokenize": False, "add_generation_prompt": True}
         prompts = tokenizer.apply_chat_template(turns, **how)  # type: ignore[arg-type, assignment]
-    batches = []
-    for start in range(0, len(prompts), batch_size):
-        encoded = tokenizer(
+    return [
+        tokenizer(
             list(prompts[start : start + batch_size]),
             padding=True,
             padding_side="left",
             add_special_tokens=not chat,
             return_tensors="pt",
         ).to(device)
-        batches.append(Batch(encoded["input_ids"], encoded["attention_mask"]))
-    return batches
+        for start in range(0, len(prompts), batch_size)
+    ]

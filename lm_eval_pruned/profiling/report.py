@@ -6,7 +6,6 @@ import json
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from lm_eval_pruned.energy.readings import COMPONENTS
@@ -18,6 +17,8 @@ from lm_eval_pruned.util.tables import markdown_table
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from lm_eval_pruned.util.figures import Plot
 
 #: A column of a table: heading, key of a row, multiple of its unit, format.
 _Column = tuple[str, str, float, str]
@@ -60,27 +61,20 @@ _DRAWN = "Means over repeats, with bands of their 95 % intervals."
 
 
 def write(profile: dict[str, Any], folder: Path) -> list[Path]:
-    """Write everything into `folder`, each file whole or not at all; return the paths.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
+    """Write everything into `folder`, each file whole or not at all; return the paths."""
     write_json(profile, folder)
     files: dict[str, str | bytes] = {"profile.md": as_markdown(profile)}
     if plots_missing() is None:
-        for name, suffix in product(_PLOTS, ("png", "svg")):
-            files[f"{name}.{suffix}"] = draw(profile, name, suffix)
+        for name in _PLOTS:
+            plot = draw(profile, name)
+            files |= {f"{name}.png": plot.png, f"{name}.svg": plot.svg}
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in ("profile.json", *files)]
 
 
 def write_json(profile: dict[str, Any], folder: Path) -> None:
-    """Write the JSON alone, whole or not at all.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
+    """Write the JSON alone, whole or not at all."""
     write_atomically(folder / "profile.json", json.dumps(profile, indent=2) + "\n")
 
 
@@ -146,7 +140,6 @@ def _table(columns: Sequence[_Column], rows: list[dict[str, Any]]) -> str:
 
 
 def _written(value: Any, scale: float, form: str) -> str:
-    """Return a text, a number, or a mean with half its interval, in a multiple of its unit."""
     if isinstance(value, dict):
         text = _written(value["mean"], scale, form)
         if value.get("low") is None:
@@ -157,18 +150,11 @@ def _written(value: Any, scale: float, form: str) -> str:
     return "n/m" if value is None else format(value * scale, form)
 
 
-def draw(profile: dict[str, Any], plot: str, suffix: str) -> bytes:
-    """Draw against expansion ratio, one line per batch size and output length.
+def draw(profile: dict[str, Any], name: str) -> Plot:
+    """Draw ``latency``, ``throughput`` or ``energy`` against expansion ratio.
 
-    Models whose layers differ in width are open points beside the line.
-
-    Args:
-        profile: The profile.
-        plot: ``latency``, ``throughput`` or ``energy``.
-        suffix: ``png`` or ``svg``.
-
-    Returns:
-        The file.
+    There is a line for each batch size and output length; a model whose layers differ in width
+    is a point with a name.
     """
     import altair as alt
 
@@ -176,30 +162,22 @@ def draw(profile: dict[str, Any], plot: str, suffix: str) -> bytes:
 
     models = pd.DataFrame(profile["models"]).set_index("name")
     cells = pd.json_normalize(profile["cells"]).join(models, on="model")
-    by_layer = cells["layer_widths"] != ""
     cells["line"] = [
-        f"batch size {size}, {mode} length{', widths by layer' * apart}"
-        for size, mode, apart in zip(
-            cells["batch_size"], cells["mode"], by_layer, strict=True
-        )
+        f"batch size {size}, {mode} length{f', {model}' if widths else ''}"
+        for size, mode, model, widths in cells[
+            ["batch_size", "mode", "model", "layer_widths"]
+        ].itertuples(index=False)
     ]
     look = line_look(list(cells["line"].unique()))
-    x = over_ratios("expansion_ratio")
     panels = []
-    for label, metric, scale, _ in _PLOTS[plot]:
+    for label, metric, scale, _ in _PLOTS[name]:
         # The figures of latencies are those of batches; repeats have intervals.
         where = "latency_estimates." * metric.startswith("seconds") + metric
-        drawn = cells[["line", "expansion_ratio"]].copy()
-        for part in ("mean", "low", "high"):
-            of = cells.get(f"{where}.{part}")
-            drawn[part] = np.nan if of is None else scale * of.astype(float)
+        parts = {f"{where}.{part}": part for part in ("mean", "low", "high")}
+        drawn = cells.reindex(columns=list(parts)).rename(columns=parts) * scale
+        drawn = cells[["line", "expansion_ratio"]].join(drawn.astype(float))
         drawn = drawn.dropna(subset=["mean"])
         title = f"{label} (not measured)" if drawn.empty else label
         y = alt.Y("mean:Q", scale=alt.Scale(domainMin=0)).title(title)
-        apart = alt.Chart(drawn[by_layer[drawn.index]]).mark_point()
-        panels.append(
-            lines(drawn[~by_layer[drawn.index]], x, y, look)
-            + apart.encode(x=x, y=y, color=look["color"])
-        )
-    made = Plot(plot, plot.capitalize(), _DRAWN, alt.hconcat(*panels))
-    return made.svg.encode() if suffix == "svg" else made.png
+        panels.append(lines(drawn, over_ratios("expansion_ratio"), y, look))
+    return Plot(name, name.capitalize(), _DRAWN, alt.hconcat(*panels))

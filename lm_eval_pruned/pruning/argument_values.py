@@ -30,7 +30,7 @@ MEASURED = ("sensitivity",)
 GLOBAL = "global"
 #: What is done to the weights of the neurons that stay.
 REPAIRS = NO_REPAIR, BIAS, LEAST_SQUARES = "none", "bias", "least_squares"
-#: Seeds are below this: with the number of the layer, one has to fit into 63 bits.
+#: Above all seeds: with the number of the layer, one has to fit into 63 bits.
 SEEDS = 1 << 43
 
 
@@ -48,18 +48,17 @@ def exact(name: str, value: Number, example: str) -> Fraction:
         ) from None
 
 
-def whole(name: str, value: Number, at_least: int = 1) -> int:
+def whole(name: str, value: Number, least: int = 1) -> int:
     number = exact(name, value, "1")
-    if number.denominator != 1 or number < at_least:
+    if number.denominator != 1 or number < least:
         raise ValueError(
-            f"{name}={value} is not a whole number of {at_least} or more: "
-            f"pass one such as {name}=1."
+            f"{name}={value} is not a whole number of {least} or more: pass one such as {name}=1."
         )
     return int(number)
 
 
 def seed_below_limit(name: str, value: Number) -> int:
-    number = whole(name, value, at_least=0)
+    number = whole(name, value, least=0)
     if number >= SEEDS:
         raise ValueError(
             f"{name}={value} is too large for a generator: pass one below {SEEDS}."
@@ -74,19 +73,10 @@ def known_allocation(name: str, value: str) -> str:
     return value
 
 
-def known_repair(name: str, value: str) -> str:
-    if value not in REPAIRS:
-        raise ValueError(
-            f"{name}={value} is unknown: pass one of {', '.join(REPAIRS)}."
-        )
-    return value
-
-
 def criterion_names(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
     """Return the criteria that text such as ``maw+act`` names, each once."""
     written = value if isinstance(value, str) else "+".join(value)
-    names = re.findall(r"[^+,;\s]+", written)
-    if not names:
+    if not (names := re.findall(r"[^+,;\s]+", written)):
         raise ValueError(
             f"{name}={value} names no criterion: pass some such as {name}=maw+act."
         )
@@ -101,13 +91,13 @@ def layer_numbers(name: str, value: Layers) -> list[int]:
     for part in re.split(r"[,;+\s]+", text.strip().strip("[]()")):
         # Five digits are more layers than any model has.
         match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", part)
-        first, last = (match[1], match[2] or match[1]) if match else (1, 0)
-        if int(last) < int(first):
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise ValueError(
                 f"{name}={value} is no list of layers: write numbers and ranges such as 4-11, or "
                 "0+4-11 where a comma separates arguments."
             )
-        numbers += range(int(first), int(last) + 1)
+        numbers += range(first, last + 1)
     return numbers
 
 
@@ -141,12 +131,7 @@ def written_by_layer(values: Iterable[tuple[int, Any]]) -> str:
 
 
 def written_source(widths: Any) -> str:
-    """Return what results and messages call `widths`: a file's name, or the widths.
-
-    Example:
-        >>> written_source("somewhere/a.json")
-        'a.json'
-    """
+    """Return what results and messages call `widths`: a file's name, or the widths by layer."""
     if isinstance(widths, (str, Path)):
         return Path(widths).name
     try:
@@ -165,21 +150,15 @@ def read_widths(widths: Any) -> dict[int, int]:
 
     Raises:
         ValueError: The file is missing or in no such form, or a number is not whole.
-
-    Example:
-        >>> read_widths([1200, None, 900])
-        {0: 1200, 2: 900}
     """
-    content = widths
     try:
-        if isinstance(widths, (str, Path)):
-            text = Path(widths).read_text(encoding="utf-8-sig")
-            if text.lstrip()[:1] in ("{", "["):
-                content = json.loads(text)
-            else:
-                rows = csv.DictReader(text.splitlines(), skipinitialspace=True)
-                content = {row["layer"]: row["width"] for row in rows}
-        return _by_layer(content)
+        if not isinstance(widths, (str, Path)):
+            return _by_layer(widths)
+        text = Path(widths).read_text(encoding="utf-8-sig")
+        if text.lstrip()[:1] in ("{", "["):
+            return _by_layer(json.loads(text))
+        rows = csv.DictReader(text.splitlines(), skipinitialspace=True)
+        return _by_layer({row["layer"]: row["width"] for row in rows})
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
             f"widths={written_source(widths)} cannot be read ({error}): pass a JSON file such as "

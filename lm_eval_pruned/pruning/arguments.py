@@ -1,9 +1,7 @@
 """The arguments of pruning, declared once: names, defaults, help, and what is wrong with them.
 
-`lm_eval_pruned.load_pruned` and `lm_eval_pruned.prune_model`, the model types, and the commands
-``prune``, ``plan`` and ``sweep`` with its YAML file take them from the fields of
-`PruneArguments`, and their help from its docstring. Whatever needs a model to be checked is
-checked in `lm_eval_pruned.pruning.plan`. Nothing here imports torch, transformers or the harness.
+Python, the model types, the commands and a sweep's YAML file take them from `PruneArguments`.
+Nothing here imports torch, transformers or the harness.
 """
 
 from __future__ import annotations
@@ -11,24 +9,26 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval_pruned.pruning.argument_values import (
+    BIAS,
     LEAST_SQUARES,
     MEASURED,
     NO_REPAIR,
+    REPAIRS,
     UNIFORM,
     criterion_names,
     dropped_layers,
     known_allocation,
-    known_repair,
     seed_below_limit,
     whole,
     written_source,
 )
 from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, OBS, canonical_name
+from lm_eval_pruned.util.options import DeclaredOptions, Row, option
 
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ EXCLUSIVE = {
 }
 #: How a count of layers to drop chooses them: by their place, or by what they do to hidden states.
 LAST, BLOCK_INFLUENCE = "last", "block_influence"
-_TEXT = ("calibration", "calibration_samples")
 
 #: The recipe of arXiv 2512.22671, which is the default.
 STUDY = "study"
@@ -65,23 +64,6 @@ RECIPES: dict[str, dict[str, str]] = {
 OWN_TEXT = Path(__file__).with_name("calibration_text.jsonl")
 
 
-def _argument(metavar: str | None, default: Any = None, **more: Any) -> Any:
-    """Declare an argument by what stands for its value in ``--help``, and its default.
-
-    `check` takes the name and a value, and returns the value as it is kept; `several` is the
-    option of commands that take several values, for one model each.
-    """
-    return field(default=default, metadata={"metavar": metavar, **more})
-
-
-def _recipe(name: str, value: str) -> str:
-    if value not in RECIPES:
-        raise ValueError(
-            f"{name}={value} is unknown: pass one of {', '.join(RECIPES)}."
-        )
-    return value
-
-
 def _depth_rule(name: str, value: str) -> str:
     if value not in (LAST, BLOCK_INFLUENCE):
         raise ValueError(
@@ -90,12 +72,13 @@ def _depth_rule(name: str, value: str) -> str:
     return value
 
 
+# Of an option, `several` is the option of commands that takes several values, for one model each,
+# and `text` says of values that need calibration text why they do.
 @dataclass(frozen=True, kw_only=True)
-class PruneArguments:
+class PruneArguments(DeclaredOptions):
     """What a user asks for, checked as far as that needs no model; without a size, nothing.
 
-    Whole numbers become integers, and `criterion` its name without aliases. The first sentence
-    on an argument is its line for ``--help``.
+    Whole numbers become integers, and `criterion` its name without aliases.
 
     Args:
         ratio: Expansion ratio to keep. Such as 2.0; the kept width is ``ceil(ratio * H)``.
@@ -150,41 +133,52 @@ class PruneArguments:
     Example:
         >>> PruneArguments(prune_percent=40, criterion="ppm").criterion
         'maw'
-        >>> PruneArguments(ratio=2, prune_percent=40)
-        Traceback (most recent call last):
-            ...
-        ValueError: ratio=2 and prune_percent=40 were given together, but each of them sets ...
     """
 
-    ratio: Number | None = _argument("R", several="ratios")
-    prune_percent: Number | None = _argument("P", several="prune_percents")
-    intermediate_size: Number | None = _argument("K")
-    widths: LayerWidths | None = _argument("FILE", several="widths")
-    multiple_of: Number = _argument("N", 1, check=whole)
-    layers: Layers | None = _argument(None)
-    skip_layers: Layers | None = _argument(None)
-    drop_layers: Layers | None = _argument(
-        "N", check=dropped_layers, several="drop_layers"
+    ratio: Number | None = option(object, None, "R", several="ratios")
+    prune_percent: Number | None = option(object, None, "P", several="prune_percents")
+    intermediate_size: Number | None = option(object, None, "K")
+    widths: LayerWidths | None = option(object, None, "FILE", several="widths")
+    multiple_of: Number = option(object, 1, "N", check=whole)
+    layers: Layers | None = option(object, None)
+    skip_layers: Layers | None = option(object, None)
+    drop_layers: Layers | None = option(
+        object, None, "N", check=dropped_layers, several="drop_layers"
     )
-    drop_by: str = _argument("NAME", LAST, check=_depth_rule)
-    allocation: str = _argument(
-        "NAME", UNIFORM, check=known_allocation, several="allocations"
+    drop_by: str = option(
+        *(object, LAST, "NAME"),
+        check=_depth_rule,
+        text={BLOCK_INFLUENCE: "compares hidden states"},
     )
-    min_width: Number | None = _argument("N", check=whole)
-    recipe: str = _argument("NAME", STUDY, check=_recipe, several="recipes")
-    criterion: str = _argument(
-        "NAME",
-        None,
+    allocation: str = option(
+        *(object, UNIFORM, "NAME"),
+        check=known_allocation,
+        several="allocations",
+        text=dict.fromkeys(MEASURED, "measures losses"),
+    )
+    min_width: Number | None = option(object, None, "N", check=whole)
+    recipe: str = option(
+        object, STUDY, "NAME", choices=tuple(RECIPES), several="recipes"
+    )
+    criterion: str = option(
+        *(object, None, "NAME"),
         check=lambda _, value: canonical_name(value, or_best=True),
         several="criteria",
+        text=dict.fromkeys(CALIBRATED, "looks at activations")
+        | {BEST: "measures losses"},
     )
-    criteria_tried: str | Iterable[str] | None = _argument(
-        "NAMES", check=criterion_names
+    criteria_tried: str | Iterable[str] | None = option(
+        object, None, "NAMES", check=criterion_names
     )
-    repair: str = _argument("NAME", None, check=known_repair, several="repairs")
-    seed: Number = _argument("N", 0, check=seed_below_limit, several="seeds")
-    calibration: str | None = _argument("FILE.jsonl")
-    calibration_samples: Number | None = _argument("N", check=whole)
+    repair: str = option(
+        *(object, None, "NAME"),
+        choices=REPAIRS,
+        several="repairs",
+        text=dict.fromkeys((BIAS, LEAST_SQUARES), "looks at activations"),
+    )
+    seed: Number = option(object, 0, "N", check=seed_below_limit, several="seeds")
+    calibration: str | None = option(object, None, "FILE.jsonl")
+    calibration_samples: Number | None = option(object, None, "N", check=whole)
 
     @classmethod
     def taken_from(cls, given: dict[str, Any]) -> PruneArguments:
@@ -193,10 +187,7 @@ class PruneArguments:
 
     def __post_init__(self) -> None:
         vars(self).update(settled(vars(self)))
-        for name, declared in DECLARED.items():
-            check, value = declared.metadata.get("check"), getattr(self, name)
-            if check is not None and (value, declared.default) != (None, None):
-                object.__setattr__(self, name, check(name, value))
+        super().__post_init__()
         for _, sentence in _broken_rules(vars(self)):
             raise ValueError(sentence)
         if self.calibration is None and self.runs_text:
@@ -205,8 +196,8 @@ class PruneArguments:
     @property
     def size(self) -> tuple[str, Number] | None:
         """Name and value of the argument that says how many neurons to keep, if any."""
-        given = ((name, getattr(self, name)) for name in SIZES)
-        return next((size for size in given if size[1] is not None), None)
+        given = [(n, v) for n in SIZES if (v := getattr(self, n)) is not None]
+        return given[0] if given else None
 
     @property
     def tried(self) -> tuple[str, ...]:
@@ -236,19 +227,13 @@ class PruneArguments:
 
 
 #: The arguments by name, in order.
-DECLARED: dict[str, Field[Any]] = {each.name: each for each in fields(PruneArguments)}
+DECLARED: dict[str, Field[Any]] = PruneArguments.declared()
 #: Options that take several values of an argument, and the argument.
 SEVERAL: dict[str, str] = {
-    each.metadata["several"]: name
-    for name, each in DECLARED.items()
-    if "several" in each.metadata
+    o.metadata["several"]: n for n, o in DECLARED.items() if "several" in o.metadata
 }
 #: Those of `SEVERAL` that take sizes.
 SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZES}
-#: The arguments as the docstring explains them.
-_EXPLAINED = inspect.cleandoc(
-    (PruneArguments.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
-)
 
 
 #: What cannot be asked for. An entry names what is given and, with a minus, what is not, arguments
@@ -289,6 +274,15 @@ def settled(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments with what their recipe sets; one that is unknown sets nothing."""
     row = RECIPES.get(str(given["recipe"]), {})
     return {n: row.get(n) if value is None else value for n, value in given.items()}
+
+
+def _why_text(given: Mapping[str, Any]) -> str | None:
+    """Return why arguments need calibration text; None where they look at weights alone."""
+    for name in ("criterion", "allocation", *DECLARED):
+        why = DECLARED[name].metadata.get("text", {}).get(str(given[name]))
+        if why and (name != "drop_by" or given["drop_layers"] is not None):
+            return f"{name}={given[name]} {why}"
+    return None
 
 
 def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -332,21 +326,6 @@ def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield head, f"{sentence.format(**said | facts)}."
 
 
-def _why_text(said: Mapping[str, Any]) -> str | None:
-    """Return why the arguments need calibration text; None where they look at weights alone."""
-    if said["criterion"] in CALIBRATED:
-        return f"criterion={said['criterion']} looks at activations"
-    if said["criterion"] == BEST:
-        return "criterion=best measures losses"
-    if said["repair"] != NO_REPAIR:
-        return f"repair={said['repair']} looks at activations"
-    if said["allocation"] in MEASURED:
-        return f"allocation={said['allocation']} measures losses"
-    if said["drop_layers"] is not None and said["drop_by"] == BLOCK_INFLUENCE:
-        return f"drop_by={said['drop_by']} compares hidden states"
-    return None
-
-
 def without_idle(given: dict[str, Any]) -> dict[str, Any]:
     """Return arguments without those that would say nothing, and be refused, beside the others.
 
@@ -358,8 +337,8 @@ def without_idle(given: dict[str, Any]) -> dict[str, Any]:
     """
     told = given
     if all(given.get(name) is None for name in SIZES):
-        own = DECLARED.keys() - {*CUTS, "drop_by", *_TEXT}
-        told = {name: value for name, value in given.items() if name not in own}
+        kept = (*CUTS, "drop_by", "calibration", "calibration_samples")
+        told = {n: v for n, v in given.items() if n not in DECLARED or n in kept}
     asked = settled(
         {name: told.get(name, each.default) for name, each in DECLARED.items()}
     )
@@ -376,46 +355,34 @@ def take_prune_arguments(given: dict[str, Any]) -> dict[str, Any]:
             own[name] = given.pop(name)
             last = name if name.endswith("layers") else last
         # From skip_layers=0,15 the harness makes {"skip_layers": 0, "15": ""}.
-        elif given[name] == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name) and last:
+        elif last and given[name] == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name):
             before = own[last]
             own[last] = [*(before if isinstance(before, list) else [before]), name]
             del given[name]
     return own
 
 
-def add_option(parser: Any, name: str, *, several: bool = False) -> None:
-    """Add the option of an argument to a command: ``ratio``, or, with `several`, ``ratios``."""
-    declared = DECLARED[SEVERAL[name] if several else name]
-    parser.add_argument(
-        f"--{name}",
-        metavar=declared.metadata["metavar"],
-        help=help_of(name, several=several),
-        **({"nargs": "+"} if several else {"default": declared.default}),
-    )
+def option_row(name: str, *, several: bool = False) -> Row:
+    """Return the row of a command's option: ``ratio``, or, with `several`, ``ratios``."""
+    _, how = PruneArguments.row(SEVERAL[name] if several else name)
+    more = {"help": help_of(name, several=True), "nargs": "+"} if several else {}
+    return f"--{name}", how | more
 
 
 def help_of(name: str, *, several: bool = False) -> str:
-    """Return the line for ``--help`` of the option that `add_option` adds."""
-    declared = DECLARED[SEVERAL[name] if several else name]
-    found = re.search(
-        rf"^{declared.name}: ((?s:.*?))\.(?:\s|\Z)", _EXPLAINED, re.MULTILINE
-    )
-    text = " ".join(found[1].split()) if found else ""
-    if not text[:2].isupper():
-        text = text[:1].lower() + text[1:]
-    if declared.default is not None:
-        text += f" (default: {declared.default})"
-    return f"{text}; one model each" if several else text
+    """Return the line for ``--help`` of the option that `option_row` declares."""
+    if several:
+        return f"{PruneArguments.help_of(SEVERAL[name])}; one model each"
+    return PruneArguments.help_of(name)
 
 
 def takes_prune_arguments(function: Function) -> Function:
     """Show the arguments of pruning in the signature and the docstring of a function.
 
-    In the signature they are the first to be passed by name, and stand for
-    ``**prune_arguments``; in the docstring they stand for the line ``ratio, ...:``.
+    They stand for ``**prune_arguments``, first of those that are passed by name, and for the line
+    ``ratio, ...:``.
     """
-    signature = inspect.signature(function)
-    named = inspect.Parameter.KEYWORD_ONLY
+    signature, named = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
     taken = [
         inspect.Parameter(name, named, default=each.default, annotation=each.type)
         for name, each in DECLARED.items()
@@ -429,5 +396,7 @@ def takes_prune_arguments(function: Function) -> Function:
 
 def described(docstring: str) -> str:
     """Return a docstring with the help of all arguments in place of its line ``ratio, ...:``."""
+    args = inspect.cleandoc(PruneArguments.__doc__ or "").partition("Args:\n")[2]
+    explained = textwrap.dedent(args.partition("\n\n")[0])
     line = re.compile(r"^( *)ratio, \.\.\.:.*$", re.MULTILINE)
-    return line.sub(lambda found: textwrap.indent(_EXPLAINED, found[1]), docstring)
+    return line.sub(lambda found: textwrap.indent(explained, found[1]), docstring)

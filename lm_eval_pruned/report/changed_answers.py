@@ -6,9 +6,9 @@ You Need", 2024, arXiv 2407.09141).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib.resources import files
+from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare.comparison_table import number_text
 from lm_eval_pruned.report.page import Section, Table, rendered, run_label
 from lm_eval_pruned.results.documents import (
     Answer,
@@ -18,7 +18,6 @@ from lm_eval_pruned.results.documents import (
     read_samples,
 )
 from lm_eval_pruned.results.groups import primary_metrics
-from lm_eval_pruned.util.tables import csv_table
 
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     _Answers = dict[tuple[str, tuple[str, int]], tuple[Answer, Question]]
 
 PAGE = "flips.html"
-CSV = "flips.csv"
 #: What can become of an answer; what changes a score comes first.
 KINDS = (
     LOST := "right to wrong",
@@ -37,28 +35,23 @@ KINDS = (
     STILL_WRONG := "another wrong answer",
     STILL_RIGHT := "another right answer",
 )
-#: Characters of a prompt that the page keeps, from its end: the question follows its examples.
-LONGEST_PROMPT = 2000
 
 
 def changed_answers(
     title: str, base: Run, others: Sequence[Run], *, texts: bool = True
-) -> tuple[Section | None, dict[str, str]]:
+) -> tuple[Section | None, str]:
     """Compare the answers of runs with those of the base, document by document.
 
     Returns:
-        The section and the files that it links, by name; None and no file where no task logged
+        The section, and the page `PAGE` that it links; None and no page where no task logged
         samples of answers that are right or wrong. Without `texts` the page names documents by
         number and hash alone.
 
     Raises:
         ResultsError: A file of samples cannot be read or is incomplete.
     """
-    counts: list[dict[str, Any]] = []
-    documents: dict[tuple, dict[str, Any]] = {}
-    changes: list[tuple[int, str, str, str]] = []
-    not_counted = []
-    labels = {run.name: run_label(run) for run in others}
+    rows, not_counted = [], []
+    changes: list[tuple[str, str, str, Answer, Question, Answer]] = []
     for task in base.tasks(subtasks=False):
         metric, before = _counted(base, task)
         if not before:
@@ -67,42 +60,44 @@ def changed_answers(
             after = _answers(run, task, metric)
             both = [key for key in before if key in after]
             kinds = {key: _kind(before[key][0], after[key][0]) for key in both}
-            if kinds:
-                counts.append(_counts(run, task, metric, [*kinds.values()]))
-            for key, kind in kinds.items():
-                if kind:
-                    named = {"index": len(documents), "task": task, "leaf": key[0]}
-                    new = named | _document(*before[key], texts)
-                    document = documents.setdefault((task, key), new)
-                    written = _written(*after[key]) if texts else ""
-                    changes.append((document["index"], labels[run.name], kind, written))
-    if not counts:
-        return None, {}
-    changes.sort(key=lambda change: KINDS.index(change[2]))
-    data = {"documents": [*documents.values()], "changes": changes}
-    page = rendered("changed_answers.html", title=title, data=data, texts=texts)
+            found, label = [*kinds.values()], run_label(run)
+            if found:
+                counts = len(found), found.count(LOST), found.count(GAINED)
+                share = sum(map(bool, found)) / len(found)
+                another = "-" if None in found else f"{share:.0%}"
+                rows.append([label, task, metric, *map(str, counts), another])
+            changes += [
+                (kind, label, key[0], *before[key], after[key][0])
+                for key, kind in kinds.items()
+                if kind
+            ]
+    if not rows:
+        return None, ""
+    changes.sort(key=lambda change: KINDS.index(change[0]))
     explanation = (
         "A pruned model with the accuracy of the unpruned one may answer other questions right "
         "(Dutta et al. 2024, Accuracy is Not All You Need, arXiv 2407.09141). The answer is the "
         "most likely choice, or the text after the task's filter; free texts nearly always differ "
         "in something. A - stands where the samples do not tell which answer was chosen."
     )
-    names = ["task", "metric", "documents", "right_to_wrong", "wrong_to_right"]
-    rows = [
-        [labels[row["run"]], *(str(row[name]) for name in names)]
-        + [number_text(row["changed_share"], ".0%")]
-        for row in counts
-    ]
-    columns = ["run", *(name.replace("_", " ") for name in names), "another answer"]
+    columns = ["run", "task", "metric", "documents", LOST, GAINED, "another answer"]
     none = "Without samples, or without a metric that counts single documents as right or wrong"
     section = Section(
         "Changed answers",
         [explanation],
         table=Table("Changed answers", columns, rows, text=3),
         notes=[f"{none}: {', '.join(not_counted)}."] if not_counted else [],
-        links=[("All of them, one by one", PAGE), ("The counts as CSV", CSV)],
+        links=[("All of them, one by one", PAGE)],
     )
-    return section, {PAGE: page, CSV: csv_table(counts[0], counts)}
+    page = rendered(
+        "changed_answers.html",
+        title=f"Changed answers: {title}",
+        texts=texts,
+        changes=changes,
+        written=_written,
+        scripts=[files(__package__).joinpath("changed_answers.js").read_text("utf-8")],
+    )
+    return section, page
 
 
 def _counted(base: Run, task: str) -> tuple[str, _Answers]:
@@ -118,11 +113,9 @@ def _counted(base: Run, task: str) -> tuple[str, _Answers]:
 
 def _answers(run: Run, task: str, metric: str) -> _Answers:
     """Return answers by document; none where samples are missing or one is neither right nor wrong."""
-    leaves = run.leaves(task)
+    leaves, name = run.leaves(task), metric.rpartition(",")[0]
     if (task, metric) not in run.scores or not run.samples.keys() >= {*leaves}:
         return {}
-    name = metric.rpartition(",")[0]
-
     found: _Answers = {}
     for leaf in leaves:
         for key, (answer, question) in read_samples(
@@ -143,37 +136,6 @@ def _kind(before: Answer, after: Answer) -> str | None:
     if before.chosen == after.chosen:
         return ""
     return STILL_RIGHT if before.right else STILL_WRONG
-
-
-def _counts(
-    run: Run, task: str, metric: str, kinds: Sequence[str | None]
-) -> dict[str, Any]:
-    n, lost, gained = len(kinds), kinds.count(LOST), kinds.count(GAINED)
-    changed = None if None in kinds else sum(map(bool, kinds))
-    return {
-        "run": run.name,
-        "expansion_ratio": run.expansion_ratio,
-        "task": task,
-        "metric": metric,
-        "documents": n,
-        "right_to_wrong": lost,
-        "wrong_to_right": gained,
-        "flipped_share": (lost + gained) / n,
-        "changed": changed,
-        "changed_share": None if changed is None else changed / n,
-    }
-
-
-def _document(before: Answer, question: Question, texts: bool) -> dict[str, Any]:
-    named = {"number": question.number, "hash": question.digest[:16]}
-    if not texts:
-        return named
-    return named | {
-        "prompt": question.prompt[-LONGEST_PROMPT:],
-        "expected": question.target,
-        "choices": question.choices,
-        "before": _written(before, question),
-    }
 
 
 def _written(answer: Answer, question: Question) -> str:

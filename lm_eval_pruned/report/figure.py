@@ -1,4 +1,4 @@
-"""The figure of a report: what pruning takes next to what it leaves.
+"""The figures of a report over the expansion ratios: what pruning takes, and what it leaves.
 
 Needs altair and vl-convert-python (the extra ``report``).
 """
@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from lm_eval_pruned.compare.comparison_table import DIFFERENCES
-from lm_eval_pruned.report.curves import slug
+from lm_eval_pruned.compare.comparison_table import CORRELATIONS, DIFFERENCES
 from lm_eval_pruned.report.page import Section
+from lm_eval_pruned.report.sections import declared_table
 from lm_eval_pruned.results.documents import Levels
 from lm_eval_pruned.results.groups import (
     FAMILIES,
@@ -29,7 +29,7 @@ from lm_eval_pruned.results.groups import (
     primary_metrics,
     series_of,
 )
-from lm_eval_pruned.util.figures import Plot, line_look, lines, over_ratios
+from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratios
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 #: How scores are drawn: file, title, axis and description.
 MEASURES = {
     "relative": (
-        *("capabilities", "Scores relative to the unpruned model"),
+        "capabilities",
+        "Scores relative to the unpruned model",
         "relative to unpruned (%)",
         (
             "Perplexities are inverted (unpruned / pruned), so that up is better. Tasks on which the "
@@ -49,7 +50,8 @@ MEASURES = {
         ),
     ),
     "raw": (
-        *("scores", "Scores"),
+        "scores",
+        "Scores",
         "score (%)",
         (
             "Dashed rules are chance, dotted ones the level of always giving the commonest answer, "
@@ -57,7 +59,8 @@ MEASURES = {
         ),
     ),
     "above_chance": (
-        *("above-chance", "What is left above chance"),
+        "above-chance",
+        "What is left above chance",
         "(score − chance) / (unpruned − chance) (%)",
         (
             "The unpruned model is at 100 %, guessing at 0 %. Tasks that it scores less than two "
@@ -73,6 +76,9 @@ _RULES: dict[str, list[float]] = {
     "chance": [7, 4],
     "majority": [1.5, 3],
 }
+#: Tasks that stand for knowledge and for truthfulness, the study's own first.
+KNOWLEDGE = ("mmlu", "gsm8k", "arc_challenge", "boolq", "lambada_openai", "wikitext")
+TRUTHFULNESS = ("truthfulqa_mc2", "truthfulqa_mc1", "pruned_demo_truthfulness")
 
 
 def figure_section(
@@ -109,6 +115,11 @@ def figure_section(
     return Section(heading, plots=plots, scripts=scripts) if plots else None
 
 
+def slug(name: str) -> str:
+    """Return a name as part of a file's name."""
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower() or "all"
+
+
 def points_of(
     members: Sequence[Run],
     base: Run,
@@ -123,15 +134,12 @@ def points_of(
     """
     ratios = {run.name: run.expansion_ratio for run in members}
     points: list[dict[str, Any]] = []
+    drawn: dict[tuple[str, str], list[Difference]] = {}
+    for row in comparison.rows:
+        if row.run in ratios and math.isfinite(row.score):
+            drawn.setdefault((row.task, row.metric), []).append(row)
     for key in primary_metrics([base]):
-        rows = [
-            row
-            for row in comparison.rows
-            if (row.task, row.metric) == key
-            and row.run in ratios
-            and math.isfinite(row.score)
-        ]
-        if not rows:
+        if not (rows := drawn.get(key)):
             continue
         unpruned, known = base.scores[key], levels.get(key, Levels())
         share = is_share(key[1], [unpruned.value, *(row.score for row in rows)])
@@ -194,13 +202,9 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
     if measure != "raw":
         floor = 0.0 if measure == "above_chance" else math.nan
         rules = {"unit": "%", "unpruned": 100, "chance": floor, "majority": math.nan}
-    found = points.assign(
-        measure=measure,
-        value=placed(points["after"]),
-        low=ends.min(axis=1, skipna=False),
-        high=ends.max(axis=1, skipna=False),
-        **rules,
-    )
+    low, high = ends.min(axis=1, skipna=False), ends.max(axis=1, skipna=False)
+    places = {"value": placed(points["after"]), "low": low, "high": high}
+    found = points.assign(measure=measure, **places, **rules)
     return found.dropna(subset=["value", "ratio"])
 
 
@@ -227,17 +231,48 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
             .mark_rule(strokeDash=dash, color="var(--edge)")
             .encode(y=f"{level}:Q", tooltip=["line:N", f"{level}:Q"])
             for level, dash in _RULES.items()
-            if rows[level].notna().any()
+            if level in rows and rows[level].notna().any()
         ]
-        chart = alt.layer(*rules, lines(rows, over_ratios(), y, look, TOLD))
-        chosen = "families == 'all' || datum.family == families"
-        panels.append(chart.transform_filter(chosen))
-    labels = {"all": "all", **families}
-    choice = alt.binding_select(
-        options=list(labels), labels=list(labels.values()), name="Tasks "
-    )
-    chart = alt.concat(*panels, columns=2).add_params(
-        alt.param(name="families", value="all", bind=choice)
-    )
+        panels.append(alt.layer(*rules, lines(rows, over_ratios(), y, look, TOLD)))
+    chart = alt.concat(*panels, columns=2)
     one = data["unit"].nunique() == 1
     return chart.resolve_scale(y="shared" if one else "independent")
+
+
+def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section | None:
+    """A truthfulness task against a knowledge task, one point per size, with Pearson's r."""
+    plots, rows = [], []
+    for series, members in series_of(runs).items():
+        metrics = dict(primary_metrics(members))
+        known = [[t for t in of if t in metrics] for of in (KNOWLEDGE, TRUTHFULNESS)]
+        if not all(known) or len(members) < 2:
+            continue
+        pair = [(of[0], metrics[of[0]]) for of in known]
+        rows += [
+            each
+            for each in comparison.correlations
+            if each.series == series and {*each.tasks} == {*pair}
+        ]
+        scores = [[run.scores[key].value for key in pair] for run in members]
+        points = pd.DataFrame(scores, columns=["x", "y"])
+        points["ratio"] = [run.expansion_ratio for run in members]
+        x, y = (f"{task}, {metric.removesuffix(',none')}" for task, metric in pair)
+        scale = alt.Scale(zero=False)
+        chart = alt.Chart(points).encode(
+            alt.X("x:Q", scale=scale, title=x), alt.Y("y:Q", scale=scale, title=y)
+        )
+        labels = chart.mark_text(align="left", dx=6, dy=-6)
+        chart = (
+            chart.mark_line(color=HUES[0], opacity=0.5).encode(order="ratio:Q")
+            + chart.mark_point(color=HUES[0], filled=True, opacity=1)
+            + labels.encode(text=alt.Text("ratio:Q", format=".2f"))
+        )
+        title = f"{pair[1][0]} against {pair[0][0]} ({series})"
+        said = "One point per configuration, labelled with its expansion ratio."
+        plots.append(Plot(f"knowledge-truthfulness-{slug(series)}", title, said, chart))
+    heading = "Knowledge against truthfulness"
+    said = "The interval takes the sizes for independent draws, which steps of pruning are not."
+    if not plots:
+        return None
+    table = declared_table(heading, CORRELATIONS, rows, comparison.alpha)
+    return Section(heading, [said], table=table if rows else None, plots=plots)

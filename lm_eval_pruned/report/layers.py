@@ -57,38 +57,32 @@ class LayerCurves:
 
     @classmethod
     def of(cls, data: Mapping[str, Any], source: str = "the curves") -> LayerCurves:
-        """Take curves from what a ``sensitivity.json`` holds.
-
-        Raises:
-            ResultsError: It holds damaged curves, or those of another version.
-        """
+        """Take curves from a ``sensitivity.json``; ResultsError if they cannot be read."""
         try:
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']}, not {VERSION}")
-            loss = float(data["loss"])
+            loss, every = float(data["loss"]), pd.DataFrame(data["curves"])
             text = f"{loss:.3f} unpruned, on {data['texts']} texts with {data['tokens']:,} tokens"
-            every = pd.DataFrame(data["curves"]).explode(["widths", "losses"])
+            every = every.explode(["widths", "losses"]).astype({"layer": int})
             removed = 1 - every["widths"].astype(float) / every["width_before"]
             every["share"] = (100 * removed).round().astype(int)
             every["rise"] = every["losses"].astype(float) - loss
-            if every.empty or not np.isfinite(every[["layer", "rise"]]).all(axis=None):
-                raise ValueError("a loss or a layer is missing")
-            every = every[["layer", "criterion", "share", "rise"]]
         except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(
                 f"{source} holds no sensitivity curves that can be read ({error}): measure them "
                 "again."
             ) from None
         control = every[every["criterion"] == RANDOM].groupby(["layer", "share"])
-        control = control["rise"].agg(low="min", high="max", seeds="size")
-        rises = every.groupby(["layer", "criterion", "share"], as_index=False).mean()
-        rises = rises.join(control, on=["layer", "share"])
+        chance = control["rise"].agg(low="min", high="max", seeds="size")
+        by = ["layer", "criterion", "share"]
+        rises = every.groupby(by, as_index=False)["rise"].mean()
+        rises = rises.join(chance, on=["layer", "share"])
         above, below = rises["rise"] > rises["high"], rises["rise"] < rises["low"]
         verdict = np.select([above, below], ["worse", "better"], "")
         rises["verdict"] = np.where(rises["criterion"] == RANDOM, "", verdict)
         criteria = tuple(name for name in every["criterion"].unique() if name != RANDOM)
         shares = tuple(sorted(every["share"].unique().tolist()))
-        seeds = 0 if control.empty else int(control["seeds"].min())
+        seeds = 0 if chance.empty else int(chance["seeds"].min())
         return cls(text, criteria, shares, seeds, rises)
 
 
@@ -101,8 +95,7 @@ def rises_table(curves: LayerCurves, share: int) -> Table:
             text += f" [{each.low:+.3f}, {each.high:+.3f}]"
         cells[each.layer][each.criterion] = Cell(text, each.verdict)
     columns = {name: name for name in curves.criteria}
-    if curves.seeds:
-        columns[RANDOM] = f"random, {_seeds(curves)}"
+    columns |= {RANDOM: f"random, {_seeds(curves)}"} if curves.seeds else {}
     rows: list[list[Cell | str]] = [
         [str(layer), *(of.get(name, "-") for name in columns)]
         for layer, of in sorted(cells.items())
@@ -116,16 +109,17 @@ def explanation(curves: LayerCurves) -> list[str]:
         "Each number is by how much the loss rises, in nats per token, where one layer alone is "
         f"cut and all others are whole: {curves.text}."
     )
-    missing = (
-        "The criterion random was not measured, so nothing says which layers a criterion "
-        "misjudges: add random to --criteria."
-    )
     chance = (
         f"The zero line is random with {_seeds(curves)}: \u25bc worse and \u25b2 better than "
         "every seed. A criterion that chooses as chance does is worse than every seed in one of "
         f"{curves.seeds + 1} layers."
     )
-    return [first, chance if curves.seeds else missing]
+    if not curves.seeds:
+        chance = (
+            "The criterion random was not measured, so nothing says which layers a criterion "
+            "misjudges: add random to --criteria."
+        )
+    return [first, chance]
 
 
 def _seeds(curves: LayerCurves) -> str:
@@ -161,11 +155,7 @@ def layer_plots(curves: LayerCurves) -> list[Plot]:
 
 
 def layers_section(sweep: SweepResults) -> Section | None:
-    """Lines and a table of the curves of a sweep that has them.
-
-    Raises:
-        ResultsError: Its ``sensitivity.json`` is damaged.
-    """
+    """Lines and a table of the curves of a sweep; None where it has no ``sensitivity.json``."""
     data = read_curves(sweep.path)
     if data is None:
         return None

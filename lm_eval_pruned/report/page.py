@@ -31,15 +31,10 @@ MARKS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table: its text, and ``better`` or ``worse``."""
+    """One cell of a table; the verdicts ``better`` and ``worse`` have a colour."""
 
     text: str
-    mark: str = ""
-
-
-def tone_of(verdict: str) -> str:
-    """Return the mark of a cell with this verdict: its colour."""
-    return verdict if verdict in ("better", "worse") else ""
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Table:
     text: int = 1
 
     def cells(self) -> list[list[Cell]]:
-        """Return the rows; text alone is a cell without mark."""
+        """Return the rows; text alone is a cell without verdict."""
         return [
             [Cell(each) if isinstance(each, str) else each for each in row]
             for row in self.rows
@@ -96,7 +91,9 @@ def rendered(template: str, **values: Any) -> str:
     loader = PackageLoader("lm_eval_pruned.report", ".")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
     shared = {"colours": style(), "only_these": only_these}
-    return environment.get_template(template).render(values, **shared)
+    page = environment.get_template(template).render(values, **shared)
+    # What models write may hold halves of characters.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def only_these(scripts: Sequence[str]) -> str:

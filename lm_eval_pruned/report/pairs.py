@@ -27,10 +27,13 @@ def healing_section(
     others: Sequence[Run], alpha: float, read: DocumentReader
 ) -> Section | None:
     """Each healed size against the run of the same neurons before, and what the training took."""
+
+    def kept(run: Run) -> Any:
+        return run.pruning.get("kept_digest")
+
     healed = [run for run in others if run.healing]
-    before = {run.pruning.get("kept_digest"): run for run in others if not run.healing}
-    digests = ((run.pruning.get("kept_digest"), run) for run in healed)
-    pairs = [(before[each], run) for each, run in digests if each and each in before]
+    before = {kept(run): run for run in others if not run.healing and kept(run)}
+    pairs = [(before[kept(run)], run) for run in healed if kept(run) in before]
     text = (
         "Each size after it was trained again against the same size before, paired by document. q: "
         "p after Benjamini-Hochberg over the sizes of each task. Energy is that of the machine "
@@ -39,41 +42,6 @@ def healing_section(
     rows = _rows(pairs, alpha, read)
     costs = [f"{run_label(run)}: {_cost(run)}" for run in healed]
     return compared_section("Healing: after against before", text, rows, alpha, costs)
-
-
-def random_section(
-    others: Sequence[Run], alpha: float, read: DocumentReader
-) -> Section | None:
-    """Each configuration against those whose neurons were removed at random in the same places."""
-
-    def cut(run: Run) -> tuple[Any, ...]:
-        names = ("asked", "allocation", "layers_pruned", "layers_dropped")
-        trained = healing_name(run) if run.healing else None
-        return (*map(run.pruning.get, (*names, "hidden_size")), trained)
-
-    pruned = [run for run in others if run.pruning.get("criterion")]
-    controls = [run for run in pruned if is_control(run)]
-    pairs = [
-        (control, run)
-        for run in pruned
-        for control in controls
-        if not is_control(run) and cut(control) == cut(run)
-    ]
-    text = (
-        "Each configuration against those of its size whose neurons were removed at random, one "
-        "seed at a time, paired by document: what the criterion is worth. q: p after "
-        "Benjamini-Hochberg over the rows of each task."
-    )
-    paired = [run for pair in pairs for run in pair]
-    missing = [run_label(run) for run in pruned if run not in (*controls, *paired)]
-    criteria = dict.fromkeys([*(run.pruning["criterion"] for run in pruned), "random"])
-    command = (
-        f"Nothing of the size of {', '.join(missing)} was cut at random. To add that, run the "
-        f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
-        "evaluated again."
-    )
-    rows, notes = _rows(pairs, alpha, read), [command] if missing else []
-    return compared_section("Against pruning at random", text, rows, alpha, notes)
 
 
 def _cost(run: Run) -> str:
@@ -89,6 +57,47 @@ def _cost(run: Run) -> str:
     return ", ".join([healing_name(run), *parts, *(energy.get("notes") or ())])
 
 
+def random_section(
+    others: Sequence[Run], alpha: float, read: DocumentReader
+) -> Section | None:
+    """Each configuration against those whose neurons were removed at random in the same places."""
+
+    def cut(run: Run) -> list[Any]:
+        names = (
+            "asked",
+            "allocation",
+            "layers_pruned",
+            "layers_dropped",
+            "hidden_size",
+        )
+        trained = healing_name(run) if run.healing else None
+        return [*map(run.pruning.get, names), trained]
+
+    pruned = [run for run in others if run.pruning.get("criterion")]
+    chosen = [run for run in pruned if not is_control(run)]
+    pairs = [
+        (control, run)
+        for run in chosen
+        for control in pruned
+        if is_control(control) and cut(control) == cut(run)
+    ]
+    text = (
+        "Each configuration against those of its size whose neurons were removed at random, one "
+        "seed at a time, paired by document: what the criterion is worth. q: p after "
+        "Benjamini-Hochberg over the rows of each task."
+    )
+    paired = [run for _, run in pairs]
+    missing = [run_label(run) for run in chosen if run not in paired]
+    criteria = dict.fromkeys([*(run.pruning["criterion"] for run in pruned), "random"])
+    command = (
+        f"Nothing of the size of {', '.join(missing)} was cut at random. To add that, run the "
+        f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
+        "evaluated again."
+    )
+    rows, notes = _rows(pairs, alpha, read), [command] if missing else []
+    return compared_section("Against pruning at random", text, rows, alpha, notes)
+
+
 def _rows(
     pairs: Sequence[tuple[Run, Run]], alpha: float, read: DocumentReader
 ) -> list[Difference]:
@@ -101,22 +110,20 @@ def _rows(
                 # Where a run stops was decided against the unpruned model.
                 test = replace(test, method="none: a score is partial", sides=None)
             found.append((before, after, key, test, documents))
-    adjusted = false_discovery(
-        [test.p for *_, test, _ in found],
-        [(task, is_control(after)) for _, after, (task, _), *_ in found],
-        alpha,
-    )
+    ps = [test.p for *_, test, _ in found]
+    families = [(key[0], is_control(after)) for _, after, key, *_ in found]
+    adjusted = false_discovery(ps, families, alpha)
     rows = []
     for each, (q, level) in zip(found, adjusted, strict=True):
         before, after, key, test, documents = each
-        up = before.scores[key].higher_is_better
-        one, other = (run.scores[key].value for run in (before, after))
+        one, other = before.scores[key], after.scores[key].value
+        change, up = other - one.value, one.higher_is_better
         rows.append(
             Difference.made(
                 f"{run_label(after)} against {before.name}",
-                *(key, (one, other), test, q, level),
+                *(key, (one.value, other), test, q, level),
                 documents=documents,
-                verdict=verdict_of(other - one, q, alpha, up),
+                verdict=verdict_of(change, q, alpha, up),
             )
         )
     return rows

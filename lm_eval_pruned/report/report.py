@@ -1,7 +1,4 @@
-"""``lm-eval-pruned report``: a sweep as Markdown, CSV, one HTML page and plots.
-
-A report is a list of sections; Markdown and HTML are two ways to write the same list.
-"""
+"""``lm-eval-pruned report``: a sweep as Markdown, CSV, one HTML page and plots."""
 
 from __future__ import annotations
 
@@ -12,11 +9,10 @@ from typing import TYPE_CHECKING
 from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report import pairs, sections as words
-from lm_eval_pruned.report.changed_answers import CSV, PAGE, changed_answers
-from lm_eval_pruned.report.curves import energy_section, truthfulness_section
-from lm_eval_pruned.report.figure import figure_section
+from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
+from lm_eval_pruned.report.figure import figure_section, truthfulness_section
 from lm_eval_pruned.report.layers import layers_section
-from lm_eval_pruned.report.page import as_markdown, only_these, rendered
+from lm_eval_pruned.report.page import as_markdown, rendered
 from lm_eval_pruned.results.files import as_mapping
 from lm_eval_pruned.results.groups import healing_name
 from lm_eval_pruned.results.runs import read_sweep
@@ -72,7 +68,7 @@ def write_report(
         f"{len(runs)} configurations, {len(base.tasks(subtasks=False))} tasks, compared with "
         f"the unpruned model ({base.name})"
     )
-    answers, beside = changed_answers(title, base, others, texts=texts)
+    answers, changes = changed_answers(title, base, others, texts=texts)
     found = [
         words.families_section(runs, comparison),
         figure_section(base, runs, comparison, levels),
@@ -83,7 +79,7 @@ def write_report(
         answers,
         truthfulness_section(runs, comparison),
         words.trends_section(comparison),
-        energy_section(runs),
+        words.energy_section(runs),
         layers_section(sweep),
         words.repeating_section(sweep, base),
         words.remarks_section(sweep, others, comparison),
@@ -96,20 +92,21 @@ def write_report(
         subtitle=subtitle,
         sections=sections,
         scores=base64.b64encode(scores.encode("utf-8")).decode("ascii"),
-        allowed=only_these([each for section in sections for each in section.scripts]),
+        scripts=[each for section in sections for each in section.scripts],
     )
     files: dict[str, str | bytes] = {
         "report.html": page,
         "report.md": as_markdown(title, subtitle, sections),
         "results.csv": scores,
-        **beside,
     }
-    for section in sections:
-        files |= {f"plots/{each.name}.svg": each.svg for each in section.plots}
-        files |= {f"plots/{each.name}.png": each.png for each in section.plots}
-    for name in {PAGE, CSV} - set(beside):
+    if answers:
+        files[PAGE] = changes
+    else:
         # Of an earlier report, whose texts must not stay behind.
-        (target / name).unlink(missing_ok=True)
+        (target / PAGE).unlink(missing_ok=True)
+    plots = [plot for section in sections for plot in section.plots]
+    files |= {f"plots/{plot.name}.svg": plot.svg for plot in plots}
+    files |= {f"plots/{plot.name}.png": plot.png for plot in plots}
     for name, content in files.items():
         write_atomically(target / name, content)
     return [target / name for name in files]

@@ -14,9 +14,11 @@ from lm_eval_pruned.compare.comparison_table import (
     TRENDS,
     Column,
     documents_text,
+    number_text,
     titles,
 )
-from lm_eval_pruned.report.page import MARKS, Cell, Section, Table, run_label, tone_of
+from lm_eval_pruned.report.page import MARKS, Cell, Section, Table, run_label
+from lm_eval_pruned.results.files import as_mapping
 from lm_eval_pruned.results.groups import (
     FAMILIES,
     family_of,
@@ -27,14 +29,14 @@ from lm_eval_pruned.results.runs import setting_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison, Difference
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
 
 #: Columns of differences in the colour of the verdict.
-TONED = ("difference", "verdict")
+COLOURED = ("difference", "verdict")
 #: What a row of ``results.csv`` says in addition.
 LEFT_OUT = ("relative", "p", "test", "margin", "q margin")
 
@@ -46,28 +48,19 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
         for name, members in series_of(runs).items()
         for run in members
     }
-    found = Counter(
-        (family_of(row.task).label, *places[row.run], row.verdict)
-        for row in comparison.rows
-        if row.primary and row.run in places
-    )
+    labels = [family.label for family in FAMILIES]
+    found: dict[tuple[str, str], dict[str, Counter[str]]] = {}
+    for row in comparison.rows:
+        if row.primary and row.run in places:
+            series, ratio = places[row.run]
+            sizes = found.setdefault((family_of(row.task).label, series), {})
+            sizes.setdefault(ratio, Counter())[row.verdict] += 1
     if not found:
         return None
-
-    def cell(label: str, series: str, ratio: str) -> Cell:
-        counts = {each: found[label, series, ratio, each] for each in MARKS}
-        shown = [each for each, count in counts.items() if count]
-        text = ", ".join(f"{MARKS[each]} {counts[each]} {each}" for each in shown)
-        tones = {*map(tone_of, shown)} - {""}
-        return Cell(text or "-", tones.pop() if len(tones) == 1 else "")
-
-    ratios = sorted({ratio for _, _, ratio, _ in found}, key=float, reverse=True)
-    starts = dict.fromkeys((label, series) for label, series, *_ in found)
+    ratios = sorted({each for of in found.values() for each in of}, key=float)[::-1]
     rows: list[list[Cell | str]] = [
-        [*start, *(cell(*start, ratio) for ratio in ratios)]
-        for family in FAMILIES
-        for start in starts
-        if start[0] == family.label
+        [*start, *(_counted(found[start].get(ratio, {})) for ratio in ratios)]
+        for start in sorted(found, key=lambda start: labels.index(start[0]))
     ]
     heading = "Families of tasks by size"
     text = (
@@ -77,6 +70,13 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     )
     table = Table(heading, ["family", "pruned by", *ratios], rows, text=2)
     return Section(heading, [text], table=table)
+
+
+def _counted(counts: Mapping[str, int]) -> Cell:
+    shown = [verdict for verdict in MARKS if verdict in counts]
+    text = ", ".join(f"{MARKS[each]} {counts[each]} {each}" for each in shown)
+    decided = [each for each in shown if each in ("better", "worse")]
+    return Cell(text or "-", decided[0] if len(decided) == 1 else "")
 
 
 def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> Section:
@@ -102,6 +102,14 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
     )
     columns = ["task", "metric", *map(run_label, [base, *others])]
     return Section("Scores", [legend], table=Table("Scores", columns, rows, text=2))
+
+
+def _score_cell(row: Difference | None) -> Cell:
+    if row is None:
+        return Cell("-")
+    part = "" if row.of is None else f" ({documents_text(row)})"
+    text = f"{row.score:.4f} {MARKS.get(row.verdict, '')}".rstrip()
+    return Cell(text + part, row.verdict)
 
 
 def differences_section(
@@ -144,26 +152,56 @@ def declared_table(
     label: str, columns: Sequence[Column], rows: Sequence[Any], alpha: float
 ) -> Table:
     """Return rows in columns that `compare` declares."""
-
-    def cell(row: Any, each: Column) -> Cell:
-        tone = tone_of(row.verdict) if each.title in TONED else ""
-        return Cell(each.text(row), tone)
-
-    cells = [[cell(row, column) for column in columns] for row in rows]
+    cells = [
+        [
+            Cell(each.text(row), row.verdict if each.title in COLOURED else "")
+            for each in columns
+        ]
+        for row in rows
+    ]
     return Table(label, titles(columns, alpha), cells, text=3)
 
 
 def trends_section(comparison: Comparison) -> Section | None:
     """The slope of each task over the expansion ratios."""
-    if not comparison.trends:
-        return None
     text = (
         "Slope: change of the score per 1 of expansion ratio, positive where the score falls with "
         "pruning. Each document has a slope, and their mean is tested over documents, because the "
         "sizes are no independent draws. A score that rises and then falls can have a slope of 0."
     )
     table = declared_table("Trends", TRENDS, comparison.trends, comparison.alpha)
-    return Section("Trends over expansion ratios", [text], table=table)
+    heading = "Trends over expansion ratios"
+    return Section(heading, [text], table=table) if comparison.trends else None
+
+
+def energy_section(runs: Sequence[Run]) -> Section | None:
+    """What the meter logged, by configuration and kind of request."""
+    rows, sources = [], set()
+    notes: dict[str, None] = {}
+    for run in runs:
+        for tasks, block in run.energy.items():
+            parts = as_mapping(block.get("sources")).items()
+            sources |= {f"{part.upper()}: {of['kind']}" for part, of in parts if of}
+            notes |= dict.fromkeys(block.get("notes") or ())
+            for kind, record in as_mapping(block.get("request_types")).items():
+                seconds, tokens = record.get("seconds"), record.get("generated_tokens")
+                joules = as_mapping(record.get("joules")).get("total")
+                per_token = record.get("joules_per_processed_token")
+                latency = 1000 * seconds / tokens if seconds and tokens else None
+                totals = [number_text(each, ",.1f") for each in (seconds, joules)]
+                shares = [number_text(each, ".4g") for each in (per_token, latency)]
+                rows.append([run_label(run), tasks, kind, *totals, *shares])
+    if not rows:
+        return None
+    said = (
+        "As the meter logged them while the tasks ran, with all that the machine did beside. "
+        f"Sources: {'; '.join(sorted(sources)) or 'not known'}. Modelled energy is an estimate, not "
+        "a measurement. The time per generated token includes reading the prompts."
+    )
+    columns = ["configuration", "tasks", "requests", "seconds", "joules"]
+    columns += ["J / processed token", "ms / generated token"]
+    table = Table("Energy and latency", columns, rows, text=3)
+    return Section(table.label, [said], table=table, notes=list(notes))
 
 
 def repeating_section(sweep: SweepResults, base: Run) -> Section:
@@ -195,19 +233,9 @@ def remarks_section(
     """What failed, and what the reader of the scores has to know."""
     compared = {row.run for row in comparison.rows}
     alone = [run.name for run in others if run.name not in compared]
-    failures = sweep.failures
     notes = [
-        *(f"{each.task} failed on {each.run}: {each.message}" for each in failures),
+        *(f"{e.task} failed on {e.run}: {e.message}" for e in sweep.failures),
         *comparison.notes,
         *(f"{name} shares no task with the unpruned model." for name in alone),
     ]
     return Section("Remarks", notes=notes) if notes else None
-
-
-def _score_cell(row: Difference | None) -> Cell:
-    if row is None:
-        return Cell("-")
-    text = f"{row.score:.4f} {MARKS.get(row.verdict, '')}".rstrip()
-    if row.of is not None:
-        text += f" ({documents_text(row)})"
-    return Cell(text, tone_of(row.verdict))

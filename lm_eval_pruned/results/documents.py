@@ -7,8 +7,9 @@ import json
 import math
 import os.path
 import re
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from lm_eval_pruned.results.files import ResultsError, Run, as_mapping, is_numbe
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -43,10 +44,9 @@ TRANSFORMS = {
 
 @dataclass(frozen=True)
 class Levels:
-    """Scores that need no knowledge.
+    """Scores without knowledge: of a model that finds all choices alike, of the commonest answer.
 
-    `chance` is that of a model that finds all choices equally likely, None without choices;
-    `majority` that of the commonest answer, None where documents offer different choices.
+    None where documents offer no choices, and where they offer different ones.
     """
 
     chance: float | None = None
@@ -78,22 +78,19 @@ class Documents:
     def in_the_order_of(self, other: Documents, part: bool = False) -> Documents | None:
         """Return the documents of `other`, all or a `part` of these; None where it has others."""
         place = {key: index for index, key in enumerate(self.keys)}
-        if not {*other.keys} <= place.keys() or len(other.keys) < len(place) * (
-            not part
-        ):
+        order = [place.get(key, -1) for key in other.keys]
+        if -1 in order or (len(order) < len(place) and not part):
             return None
-        order = [place[key] for key in other.keys]
         clusters = self.clusters and tuple(self.clusters[index] for index in order)
         values, weights = self.values[order], self.weights[order]
-        return Documents(
-            other.keys, values, weights, clusters, self.transform, self.levels
+        return replace(
+            self, keys=other.keys, values=values, weights=weights, clusters=clusters
         )
 
     def is_scored_like(self, other: Documents) -> bool:
         """Whether the same documents in the same order make up their score in one way."""
-        return self.transform == other.transform and np.allclose(
-            self.weights, other.weights
-        )
+        alike = np.allclose(self.weights, other.weights)
+        return alike and self.transform == other.transform
 
     @property
     def strata(self) -> tuple[str, ...] | None:
@@ -104,16 +101,10 @@ class Documents:
 
 @dataclass(frozen=True)
 class Question:
-    """One document as a model was asked about it.
+    """One document as a model was asked about it; the harness's ``doc_id`` and ``doc_hash``.
 
-    Attributes:
-        number: The harness's ``doc_id``.
-        digest: Its ``doc_hash``.
-        prompt: What the model read.
-        target: A text or the index of a choice; of IFEval, the names of the instructions.
-        choices: Continuations that were compared; empty where the model wrote freely.
-        right: Index of the right choice; None where that is not one.
-        chance: See `Levels`.
+    `choices` is empty where the model wrote freely, `right` the index of the one right choice, and
+    `target` of IFEval the names of the instructions.
     """
 
     number: str
@@ -139,29 +130,48 @@ class Answer:
 
 
 def read_documents(run: Run, task: str, metric: str) -> Documents | None:
-    """Read the scores of single documents of a task or group from the logged samples.
+    """Return the documents of one metric as `read_task` reads them, or None."""
+    return read_task(run, task).get(metric)
 
-    None where samples are missing, or where no aggregation known here makes the reported score of
-    them (the harness has some that are no function of a mean). Raises what `read_samples` does.
+
+def read_task(run: Run, task: str) -> dict[str, Documents]:
+    """Read the scores of single documents of a task or group from the logged samples, by metric.
+
+    Metrics are left out where samples are missing, or where no aggregation known here makes the
+    reported score of them (the harness has some that are no function of a mean). Raises what
+    `read_samples` does.
     """
-    name = metric.rpartition(",")[0]
-    of_choices = name.startswith("acc")
-    rows: list[tuple[Any, ...]] = []
+    metrics = [metric for name, metric in run.scores if name == task]
+    lines: dict[str, list[Any]] = {metric: [] for metric in metrics}
     for leaf in run.leaves(task):
-        field = [each for text, each in CLUSTER_FIELDS.items() if re.search(text, leaf)]
+        about = partial(_cluster_and_question, leaf)
+        read = _read(run, leaf, metrics, about) if leaf in run.samples else {}
+        # A score that some member has no documents of is not made of documents.
+        lines = {metric: of for metric, of in lines.items() if read.get(metric)}
+        for metric, of in lines.items():
+            size = len(read[metric])
+            of += [((leaf, *key), size, *rest) for key, *rest in read[metric]]
+    found = {
+        metric: _documents(metric, of, run.scores[task, metric].value)
+        for metric, of in lines.items()
+    }
+    return {metric: documents for metric, documents in found.items() if documents}
 
-        def take(row: Mapping[str, Any], field: list[str] = field) -> tuple[Any, ...]:
-            cluster = as_mapping(row.get("doc")).get(*field[:1] or [""])
-            return row[name], read_question(row) if of_choices else None, cluster
 
-        found = read_samples(run, leaf, metric, take) if leaf in run.samples else []
-        if not found:
-            return None
-        for number, (key, (value, question, cluster)) in enumerate(found):
-            cluster = f"{leaf}\0{number if cluster is None else cluster}"
-            rows.append(((leaf, *key), len(found), cluster, value, question))
-    keys, sizes, clusters, raw, questions = zip(*rows, strict=True)
-    reported = run.scores[task, metric].value
+def _cluster_and_question(
+    leaf: str, row: Mapping[str, Any]
+) -> tuple[str, Question | None]:
+    fields = [field for text, field in CLUSTER_FIELDS.items() if re.search(text, leaf)]
+    text = as_mapping(row.get("doc")).get(*fields[:1] or [""])
+    cluster = f"{leaf}\0{row.get('doc_id') if text is None else text}"
+    asks = any(name.startswith("acc") for name in row)
+    return cluster, read_question(row) if asks else None
+
+
+def _documents(
+    metric: str, lines: Sequence[tuple[Any, ...]], reported: float
+) -> Documents | None:
+    keys, sizes, raw, abouts = zip(*lines, strict=True)
     # The score of a group is a mean over documents, or over tasks.
     for (values, weights), divisor, transform in itertools.product(
         _readings(raw), (1, np.array(sizes)), TRANSFORMS
@@ -170,8 +180,9 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
         with np.errstate(over="ignore"):
             score = TRANSFORMS[transform](np.average(values, weights=weights))
         if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
+            clusters, questions = zip(*abouts, strict=True)
             grouped = clusters if len({*clusters}) < len(keys) else None
-            levels = levels_of(questions if of_choices else (), weights)
+            levels = levels_of(questions if metric.startswith("acc") else (), weights)
             return Documents(keys, values, weights, grouped, transform, levels)
     return None
 
@@ -184,15 +195,14 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """
     if all(map(is_number, raw)):
         yield np.array(raw, dtype=float), np.ones(len(raw))
-    elif all(
-        isinstance(each, list) and each and all(map(is_number, each)) for each in raw
-    ):
-        lengths = np.array([len(each) for each in raw], dtype=float)
-        yield np.array([np.mean(each) for each in raw]), lengths
-        if (lengths == 2).all():
+        return
+    lists = all(isinstance(each, list) and each for each in raw)
+    if lists and all(map(is_number, itertools.chain(*raw))):
+        lengths = np.array([*map(len, raw)], dtype=float)
+        yield np.array([*map(np.mean, raw)]), lengths
+        if (lengths == 2).all() and all(weight > 0 for _, weight in raw):
             sums, weights = np.array(raw, dtype=float).T
-            if (weights > 0).all():
-                yield sums / weights, weights
+            yield sums / weights, weights
 
 
 def read_samples(
@@ -208,9 +218,18 @@ def read_samples(
         ResultsError: The file cannot be read, or holds another number of documents than
             the results file says.
     """
-    file = run.samples[task]
-    name, _, filter_name = metric.rpartition(",")
-    rows, logged = [], 0
+    found = _read(run, task, [metric], take)[metric]
+    return [(key, taken) for key, _, taken in found]
+
+
+def _read(
+    run: Run, task: str, metrics: Iterable[str], take: Callable[[Mapping[str, Any]], T]
+) -> dict[str, list[tuple[tuple[str, int], Any, T]]]:
+    """Return key, value and what `take` makes of a line, of each document with a metric."""
+    file, found = run.samples[task], {}
+    parts = {metric: metric.rpartition(",")[::2] for metric in metrics}
+    rows: dict[str, list[tuple[Any, ...]]] = {metric: [] for metric in parts}
+    logged: Counter[str] = Counter()
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -221,19 +240,28 @@ def read_samples(
                     f"{file}, line {number}: not whole JSON with a doc_hash; the file was cut off, "
                     "or was not written by lm-eval 0.4.3 or later."
                 ) from None
-            if row.get("filter") == filter_name:
-                logged += 1
-                if row.get(name) is not None:
-                    rows.append((row.get("doc_id", number), digest, take(row)))
-    score = run.scores.get((task, metric))
-    if score and score.documents not in (None, logged):
-        raise ResultsError(
-            f"{file} holds {logged} documents of {task} (filter {filter_name!r}), and the results "
-            f"file says {score.documents}: one of them is incomplete."
-        )
-    seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
-    rows.sort(key=lambda row: row[0])
-    return [((digest, next(seen[digest])), taken) for _, digest, taken in rows]
+            logged[row.get("filter")] += 1
+            has = [
+                (metric, row[name])
+                for metric, (name, of) in parts.items()
+                if row.get("filter") == of and row.get(name) is not None
+            ]
+            taken = take(row) if has else None
+            for metric, value in has:
+                rows[metric].append((row.get("doc_id", number), digest, value, taken))
+    for metric, (_, of) in parts.items():
+        score = run.scores.get((task, metric))
+        if score and score.documents not in (None, logged[of]):
+            raise ResultsError(
+                f"{file} holds {logged[of]} documents of {task} (filter {of!r}), and the results "
+                f"file says {score.documents}: one of them is incomplete."
+            )
+        seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+        found[metric] = [
+            ((digest, next(seen[digest])), *rest)
+            for _, digest, *rest in sorted(rows[metric], key=lambda row: row[0])
+        ]
+    return found
 
 
 def levels_of(documents: Sequence[Question], weights: np.ndarray) -> Levels:

@@ -176,12 +176,12 @@ def read_results_file(file: Path) -> Run:
         energy={", ".join(data["results"]): energy} if energy else {},
     )
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
-    stopped = {}
-    if record := data["stopping"]:
-        if record.get("schema_version") != SCHEMA:
-            raise ResultsError(
-                f"{file} says that it stopped early, in a way that this version cannot read."
-            )
+    record, stopped = data["stopping"], {}
+    if record and record.get("schema_version") != SCHEMA:
+        raise ResultsError(
+            f"{file} says that it stopped early, in a way that this version cannot read."
+        )
+    if record:
         stopping = Stopping.from_dict(record)
         stopped = dict.fromkeys(run.members(stopping.task), stopping)
     return replace(run, settings=settings, stopping=stopped)
@@ -211,6 +211,5 @@ def _find_samples(file: Path, tasks: Iterable[str]) -> dict[str, Path]:
 
 
 def _date_of(file: Path) -> str:
-    """Return the date that the harness put into the name of a file; empty without one."""
     match = _DATE.search(file.stem)
     return match[1] if match else ""

@@ -73,23 +73,15 @@ def read_unit(folder: Path) -> UnitRecord | None:
         if unit["schema_version"] != SCHEMA:
             return None
         results = next(iter(newest_first(folder)), None)
-        return UnitRecord(
-            fingerprint=str(unit["fingerprint"]),
-            seconds=float(unit["seconds"]),
-            error=None if results else read_json(folder / ERROR),
-            results=results,
-            definition=unit.get("definition") or {},
-        )
+        error = None if results else read_json(folder / ERROR)
+        made = str(unit["fingerprint"]), float(unit["seconds"])
+        return UnitRecord(*made, error, results, unit.get("definition") or {})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """Read ``sweep.json``, and the ids of the configurations in it.
-
-    Raises:
-        ResultsError: There is none, or none of the schema known here.
-    """
+    """Read ``sweep.json`` and the ids of its configurations; ResultsError if it is not known here."""
     file = sweep / DEFINITION
     if not is_sweep(sweep):
         raise ResultsError(
@@ -97,8 +89,7 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
             "makes one."
         )
     definition = read_json(file)
-    schema = definition.get("schema_version")
-    if schema != SCHEMA:
+    if (schema := definition.get("schema_version")) != SCHEMA:
         raise ResultsError(
             f"{file} has schema version {schema}, and this version of lm-eval-pruned reads "
             f"{SCHEMA}: use the version that wrote it, or upgrade lm-eval-pruned."

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 
 if TYPE_CHECKING:
@@ -17,9 +16,8 @@ if TYPE_CHECKING:
 TAKEN, LEFT, UNKNOWN = "taken", "left", "unknown"
 
 
-@dataclass(frozen=True)
-class Family:
-    """Tasks that measure one thing: `tasks` is a regular expression that their names match.
+class Family(NamedTuple):
+    """Tasks that measure one thing; the regular expression `tasks` matches their names.
 
     Their group is called ``pruned_`` and then `name`.
     """
@@ -30,23 +28,17 @@ class Family:
     tasks: str
 
 
+_KNOWLEDGE = "mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)math(_|$)|medmcqa|medqa"
+_COMMONSENSE = "hellaswag|winogrande|piqa|boolq|social_iqa|commonsense_?qa|(^|_)copa"
+_LANGUAGE = "wikitext|lambada|^held_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma"
 #: In the order of legends; the first whose expression is found counts.
 FAMILIES = (
-    Family(
-        *("knowledge", "Knowledge", TAKEN),
-        "mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)math(_|$)|medmcqa|medqa",
-    ),
-    Family(
-        *("commonsense", "Commonsense", TAKEN),
-        "hellaswag|winogrande|piqa|boolq|social_iqa|commonsense_?qa|(^|_)copa",
-    ),
-    Family(
-        *("language_modeling", "Language modelling", TAKEN),
-        "wikitext|lambada|^held_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma",
-    ),
+    Family("knowledge", "Knowledge", TAKEN, _KNOWLEDGE),
+    Family("commonsense", "Commonsense", TAKEN, _COMMONSENSE),
+    Family("language_modeling", "Language modelling", TAKEN, _LANGUAGE),
     Family("truthfulness", "Truthfulness", LEFT, "truthful"),
     Family(
-        *("instruction_following", "Instruction following", LEFT), "ifeval|instruction"
+        "instruction_following", "Instruction following", LEFT, "ifeval|instruction"
     ),
     Family("reasoning", "Multi-step reasoning", LEFT, "musr|(^|_)bbh(_|$)"),
     Family("other", "The rest", UNKNOWN, ""),
@@ -101,8 +93,8 @@ def series_name(run: Run) -> str:
     }
     if "allocation" not in record:
         texts["layer_widths"] = "widths by layer"
-    known = [key for key in texts if record.get(key) is not None]
-    parts = [texts[key].format(record[key]) for key in known]
+    known = {key: record[key] for key in texts if record.get(key) is not None}
+    parts = [texts[key].format(value) for key, value in known.items()]
     if run.healing:
         parts.append(f"healed by {healing_name(run)}")
     return ", ".join(parts) or "-"

@@ -31,10 +31,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """What a sweep found: a run for each configuration with results, in the order of `definition`.
-
-    `definition` is ``sweep.json``.
-    """
+    """What a sweep found: a run for each configuration with results, and ``sweep.json``."""
 
     path: Path
     definition: Mapping[str, Any]
@@ -43,11 +40,7 @@ class SweepResults:
 
 
 def read_sweep(path: str | Path) -> SweepResults:
-    """Read a sweep folder, which may be of a sweep that is still running.
-
-    Raises:
-        ResultsError: It is no sweep of a schema known here, or holds no finished unit.
-    """
+    """Read a sweep folder; ResultsError if it is none that is known here, or no unit is finished."""
     path = Path(path)
     definition, names = read_definition(path)
     runs, failures = [], []
@@ -74,15 +67,10 @@ def read_sweep(path: str | Path) -> SweepResults:
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
-    """Read one run.
+    """Read a results file, or a folder as ``lm_eval --output_path`` fills it, as one run.
 
-    Args:
-        path: A results file, or a folder as ``lm_eval --output_path`` fills it. Of
-            several results of one model in a folder the newest of each task counts.
-        name: Name for tables; default: made from `path`.
-
-    Raises:
-        ResultsError: There is no such path, or it cannot be read as one run.
+    Of several results of one model in a folder the newest of each task counts. `name` is for tables.
+    ResultsError if there is no such path, or it cannot be read as one run.
     """
     path = Path(path)
     if path.is_file():

@@ -33,8 +33,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return the settings of a task of a results file, or of a group that is made of `leaves`.
 
-    A value of JSON for each name in the tuples above, ``answer_paths``, ``widths`` and
-    ``kept_digest``; None for what was off or is not recorded.
+    None for what was off or is not recorded.
     """
     config, hashes = data["config"], data["task_hashes"]
     pruning, paths = (config.get(each) or {} for each in ("pruning", "answer_paths"))
@@ -46,18 +45,18 @@ def settings_of(
     if len(leaves) > 1 and hashes.keys() >= set(leaves):
         text = "".join(f"{leaf} {hashes[leaf]}\n" for leaf in sorted(leaves))
         task_hash = hashlib.sha256(text.encode()).hexdigest()
-    uniform = {"mlps": "layers", "width_after": "intermediate_size_after"}
-    of_all = {key: pruning.get(name) for key, name in uniform.items()}
-    groups = pruning.get("groups") or [of_all] * bool(of_all["width_after"])
+    width, of = pruning.get("intermediate_size_after"), pruning.get("groups")
+    groups = of or [{"mlps": pruning.get("layers"), "width_after": width}] * bool(width)
+    same = ("fewshot_as_multiturn", "lm_eval_version", "transformers_version")
+    seeds = [f"{kind}_seed" for kind in ("fewshot", "random", "numpy", "torch")]
     found = {
+        **{name: data.get(name) for name in same},
+        **{name: config.get(name) for name in (*seeds, "gen_kwargs", *MODEL)},
         "documents": None if None in counts else sum(counts),
         "num_fewshot": data["n-shot"].get(task, common),
         "task_hash": task_hash,
-        "fewshot_as_multiturn": data.get("fewshot_as_multiturn"),
         "chat_template": data.get("chat_template_sha"),
         "system_instruction": data.get("system_instruction_sha"),
-        "lm_eval_version": data.get("lm_eval_version"),
-        "transformers_version": data.get("transformers_version"),
         "dtype": config.get("model_dtype"),
         "answer_paths": {
             name: sorted(path["requests"]) if isinstance(path, dict) else path
@@ -68,8 +67,6 @@ def settings_of(
         ),
         "kept_digest": pruning.get("kept_digest"),
     }
-    seeds = [f"{kind}_seed" for kind in ("fewshot", "random", "numpy", "torch")]
-    found |= {name: config.get(name) for name in (*seeds, "gen_kwargs", *MODEL)}
     return {
         name: value if value or type(value) is int else None
         for name, value in found.items()

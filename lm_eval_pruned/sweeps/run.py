@@ -84,7 +84,7 @@ def run_sweep(
             ended = run_on_ray(sweep, waiting, new, progress, part)
         else:
             ended = _run_here(runner, waiting, several, new, progress.start)
-        with contextlib.closing(progress), contextlib.closing(ended):
+        with contextlib.closing(ended):
             try:
                 for unit, files, spent, error in ended:
                     definition = sweep.definition(*unit)

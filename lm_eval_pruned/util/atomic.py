@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def write_atomically(file: str | Path, content: str | bytes) -> None:
     """Write `content` to `file`, durably; readers see the old file or the new one.
 
-    Args:
-        file: Its folder is made if it is missing.
-        content: Text is written in UTF-8.
+    Text is written in UTF-8. A missing folder is made.
 
     Raises:
         OSError: The folder cannot be written to; `file` is then as it was.
@@ -32,8 +30,7 @@ def write_atomically(file: str | Path, content: str | bytes) -> None:
     try:
         with unfinished.open("xb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        sync(unfinished)
         if file.exists():
             shutil.copymode(file, unfinished)
         unfinished.replace(file)
@@ -47,17 +44,13 @@ def write_atomically(file: str | Path, content: str | bytes) -> None:
 def appearing_whole(output: Path) -> Iterator[Path]:
     """Yield a folder beside `output` that takes its name when the block succeeds.
 
-    Args:
-        output: Path of a folder that is not there yet, or empty.
-
     Raises:
-        OSError: The folder cannot be written, or `output` has come into being.
+        OSError: The folder cannot be written, or there is something in `output` already.
     """
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(
-        tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent)
-    )
+    prefix = f".{output.name}.unfinished-"
+    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
     try:
         yield unfinished
         for path in unfinished.rglob("*"):

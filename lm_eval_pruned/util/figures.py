@@ -33,29 +33,21 @@ MARKS = {
     "not tested": "M-.8,-.8L.8,.8M-.8,.8L.8,-.8",
     "partial": "M0,-1.5L1.3,0L0,1.5L-1.3,0Z",
 }
-_GROUND = alt.value("var(--ground)")
+_INK = {"color": "var(--ink)"}
 _TEXT = {"labelColor": "var(--ink)", "titleColor": "var(--ink)"}
 _EDGE = {"domainColor": "var(--edge)", "tickColor": "var(--edge)"}
 _LOOK = {
     "font": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif",
     "background": "transparent",
     "view": {"stroke": None, "continuousWidth": 360, "continuousHeight": 280},
-    "title": {"color": "var(--ink)", "subtitleColor": "var(--quiet)"},
+    "title": _INK | {"subtitleColor": "var(--quiet)"},
     "axis": _TEXT | _EDGE | {"gridColor": "var(--line)", "titleFontWeight": "normal"},
     "axisX": {"grid": False, "labelOverlap": "greedy", "labelSeparation": 4},
     "header": _TEXT,
-    "legend": {
-        **_TEXT,
-        "labelLimit": 0,
-        "symbolSize": 300,
-        "symbolType": "stroke",
-        "symbolOpacity": 1,
-        "columns": 3,
-        "orient": "bottom",
-    },
-    "mark": {"color": "var(--ink)"},
-    "text": {"color": "var(--ink)"},
-    "rule": {"color": "var(--ink)"},
+    "legend": _TEXT
+    | {"labelLimit": 0, "symbolSize": 300, "symbolType": "stroke", "symbolOpacity": 1}
+    | {"columns": 3, "orient": "bottom"},
+    **dict.fromkeys(("mark", "text", "rule"), _INK),
 }
 
 
@@ -67,7 +59,7 @@ class Plot:
         name: Name of its files, without suffix.
         title: Heading.
         description: What it shows, in a sentence or two; the text alternative.
-        chart: The chart, whose colours are a page's variables.
+        chart: The chart, in the variables of a page.
     """
 
     name: str
@@ -100,11 +92,8 @@ class Plot:
 
     @cached_property
     def _on_paper(self) -> str:
-        title = {
-            "text": self.title,
-            "subtitle": textwrap.wrap(self.description, 90),
-            "anchor": "start",
-        }
+        below = textwrap.wrap(self.description, 90)
+        title = {"text": self.title, "subtitle": below, "anchor": "start"}
         config = _LOOK | {"background": "var(--ground)"}
         text = json.dumps(self.spec | {"title": title, "config": config})
         for name, colour in variables("light").items():
@@ -122,19 +111,15 @@ def over_ratios(field: str = "ratio") -> alt.X:
 def line_look(
     names: Sequence[str], hues: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Return the colour and the dash of lines, of which no two are alike, and one legend.
+    """Return colour and dash of each value of the column ``line``, no two alike, and one legend.
 
-    Args:
-        names: Values of the column ``line``.
-        hues: Colour of each; default: one after the other.
+    Colours come from `hues`, by name, or else one after the other.
     """
-    turn = range(len(names))
-    dashes = [DASHES[n % len(DASHES)] for n in turn]
-    of = [HUES[n % len(HUES)] for n in turn]
+    turns = list(range(len(names)))
+    of = [hues[name] if hues else HUES[n % len(HUES)] for n, name in enumerate(names)]
     if hues:
-        of = [hues[name] for name in names]
-        dashes = [DASHES[of[:n].count(of[n]) % len(DASHES)] for n in turn]
-
+        turns = [of[:n].count(hue) for n, hue in enumerate(of)]
+    dashes = [DASHES[n % len(DASHES)] for n in turns]
     hue, dash = (alt.Scale(domain=list(names), range=each) for each in (of, dashes))
     return {
         "color": alt.Color("line:N", scale=hue, title=None),
@@ -154,35 +139,31 @@ def lines(
     Args:
         data: Besides it and the fields of the axes, ``low`` and ``high`` may be the ends of an
             interval of y, and ``mark``, one of `MARKS`, with ``filled`` says how a point is drawn.
-        x: Horizontal axis.
-        y: Vertical axis.
+        x, y: The axes.
         look: See `line_look`.
         tooltip: Columns that are shown where a reader points at a point.
     """
     hue = look["color"]
     chart = alt.Chart().encode(x=x, color=hue)
-    layers = []
-    if "low" in data:
-        ends = y.copy()
-        ends.shorthand = "low:Q"
-        band = chart.mark_area(opacity=0.16).encode(y=ends, y2="high", detail="line:N")
-        layers.append(
-            band.transform_filter("isValid(datum.low) && isValid(datum.high)")
-        )
     line = chart.mark_line(strokeWidth=1.8)
-    layers.append(line.encode(y=y, strokeDash=look["strokeDash"]))
     points = chart.mark_point(size=46, strokeWidth=1.6, opacity=1)
     points = points.encode(y=y, fill=hue)
     if "mark" in data:
         shapes = alt.Scale(domain=list(MARKS), range=list(MARKS.values()))
-        points = points.transform_filter(
-            alt.FieldOneOfPredicate(field="mark", oneOf=list(MARKS))
-        ).encode(
+        drawn = alt.FieldOneOfPredicate(field="mark", oneOf=list(MARKS))
+        ground = alt.value("var(--ground)")
+        points = points.transform_filter(drawn).encode(
             shape=alt.Shape("mark:N", scale=shapes, legend=None),
             stroke=hue,
-            fill=alt.when("datum.filled").then(hue).otherwise(_GROUND),
+            fill=alt.when("datum.filled").then(hue).otherwise(ground),
         )
-    layers.append(points)
+    layers = [line.encode(y=y, strokeDash=look["strokeDash"]), points]
+    if "low" in data:
+        ends = y.copy()
+        ends.shorthand = "low:Q"
+        band = chart.mark_area(opacity=0.16).encode(y=ends, y2="high", detail="line:N")
+        known = "isValid(datum.low) && isValid(datum.high)"
+        layers.insert(0, band.transform_filter(known))
     if tooltip:
         pointed = alt.Chart().mark_point(size=400, opacity=0, filled=True)
         layers.append(pointed.encode(x=x, y=y, tooltip=list(tooltip)))

@@ -1,4 +1,4 @@
-"""Options that the fields of a dataclass declare once, for a command, a YAML file and Python."""
+"""Options, declared once: as rows for a command, or as a dataclass for YAML and Python too."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterable, Mapping
 
+#: Name and arguments of `argparse.ArgumentParser.add_argument`.
+Row = tuple[str, dict[str, Any]]
 _EXPECTED = {
     str: "a name",
     int: "a whole number",
@@ -23,42 +24,63 @@ _EXPECTED = {
 }
 
 
-def option(kind: type, default: Any, metavar: str | None = None, **bounds: Any) -> Any:
+def row(name: str, metavar: str | None, about: str | None, **how: Any) -> Row:
+    """Declare an option of a command: its name, what stands for the value, and its line of help.
+
+    An option whose `metavar` is empty is a flag. `how` is what argparse takes besides.
+    """
+    kind = {"action": "store_true"} if metavar == "" else {"metavar": metavar}
+    return name, {"help": about, **kind, **how}
+
+
+def add_options(parser: Any, rows: Iterable[Any]) -> None:
+    """Add rows to a command: of a list of rows, one may be given; a function adds its own."""
+    for each in rows:
+        if isinstance(each, list):
+            add_options(parser.add_mutually_exclusive_group(), each)
+        elif callable(each):
+            each(parser)
+        else:
+            parser.add_argument(each[0], **each[1])
+
+
+def option(kind: Any, default: Any, metavar: str | None = None, **more: Any) -> Any:
     """Declare an option, as a field of a `DeclaredOptions`.
 
     Args:
-        kind: What a value must be: str, int, float, bool for a flag, or dict for a mapping.
+        kind: What a value must be: str, int, float, bool or dict; or a function that converts it,
+            with `expected`, what to say of a value that it refuses.
         default: The value where nobody gives one; of an option that takes several, a tuple.
         metavar: What stands for the value in ``--help``.
-        **bounds: ``least``, the smallest number, or ``choices``, all values.
+        **more: ``least`` value; all ``choices``; ``check``, which is called with name and value and
+            returns what to keep; ``help``, in place of the docstring; ``nargs`` of argparse, where
+            ``?`` makes the value optional.
     """
-    shown = {"kind": kind, "metavar": metavar, **bounds}
+    shown = {"kind": kind, "metavar": metavar, **more}
     if kind is dict:
         return field(default_factory=dict, metadata=shown)
     return field(default=default, metadata=shown)
 
 
 class DeclaredOptions:
-    """A dataclass with fields that `option` declares, and perhaps others.
+    """A dataclass with fields that `option` declares; values out of bounds raise ValueError.
 
-    The first sentence on an option, under ``Args`` in the docstring of the dataclass, is its line
-    for ``--help``.
-
-    Raises:
-        ValueError: A value is out of the bounds of its option.
+    The first sentence on an option in the docstring of the dataclass is its line for ``--help``.
     """
 
     def __post_init__(self) -> None:
         for name, each in self.declared().items():
-            least, choices = map(each.metadata.get, ("least", "choices"))
-            value = getattr(self, name)
+            bounds, value = each.metadata, getattr(self, name)
+            if "check" in bounds and (value, each.default) != (None, None):
+                value = bounds["check"](name, value)
+                object.__setattr__(self, name, value)
             for one in value if isinstance(value, tuple) else (value,):
-                if choices is not None and one not in choices:
-                    known = ", ".join(choices)
+                if one not in bounds.get("choices", (one,)):
+                    known = ", ".join(bounds["choices"])
                     raise ValueError(f"{name}={one} is unknown: pass one of {known}.")
-                if None not in (least, one) and one < least:
+                if "least" in bounds and one is not None and one < bounds["least"]:
                     raise ValueError(
-                        f"{name}={one} is too small: pass {least} or more."
+                        f"{name}={one} is too small: pass {bounds['least']} or more."
                     )
 
     @classmethod
@@ -67,41 +89,49 @@ class DeclaredOptions:
         return {each.name: each for each in fields(cls) if "kind" in each.metadata}  # type: ignore[arg-type]
 
     @classmethod
-    def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the options to a command; one that is not given is None."""
+    def help_of(cls, name: str) -> str:
+        """Return the line for ``--help`` of an option."""
+        if "help" in cls.declared()[name].metadata:
+            return cls.declared()[name].metadata["help"]
         explained = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
-        for name, each in cls.declared().items():
-            found = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
-            about, default = " ".join(found[1].split()) if found else "", each.default
+        found = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
+        about, default = " ".join(found[1].split()), cls.declared()[name].default  # type: ignore[index]
+        if not about[:2].isupper():
             about = about[:1].lower() + about[1:]
-            several = isinstance(default, tuple)
-            if default is not MISSING and default is not None and default is not False:
-                values = map(str, default if several else [default])
-                about += f" (default: {', '.join(values)})"
-            if each.metadata["kind"] is bool:
-                how: dict[str, Any] = {"action": "store_true", "default": None}
-            else:
-                metavar = each.metadata["metavar"]
-                how = {"metavar": metavar, "nargs": "+" if several else None}
-            parser.add_argument(f"--{name}", help=about, **how)
+        if default is MISSING or default is None or default is False:
+            return about
+        values = default if isinstance(default, tuple) else [default]
+        return f"{about} (default: {', '.join(map(str, values))})"
 
     @classmethod
-    def parsed(cls, arguments: argparse.Namespace) -> dict[str, Any]:
+    def row(cls, name: str) -> Row:
+        """Return the row of an option, which is None where a command is not given it."""
+        each = cls.declared()[name]
+        nargs = each.metadata.get("nargs", "+" * isinstance(each.default, tuple))
+        how = {"nargs": nargs} if nargs else {}
+        if nargs == "?":
+            how["const"] = True
+        flag = each.metadata["kind"] is bool
+        metavar = "" if flag else each.metadata["metavar"]
+        return row(f"--{name}", metavar, cls.help_of(name), default=None, **how)
+
+    @classmethod
+    def add_to(cls, parser: Any, names: Iterable[str] | None = None) -> None:
+        """Add the options, or those of `names`, to a command."""
+        add_options(parser, map(cls.row, names or cls.declared()))
+
+    @classmethod
+    def parsed(cls, arguments: Any) -> dict[str, Any]:
         """Return the options that were given to a command."""
         every = {name: getattr(arguments, name) for name in cls.declared()}
         return {name: value for name, value in every.items() if value is not None}
 
     @classmethod
     def of(cls, given: Mapping[str, Any], where: str, **others: Any) -> Any:
-        """Make one of the options that a mapping holds, as a command or YAML has them.
-
-        Args:
-            given: Values by the names of the options, or texts that spell them.
-            where: What holds them, for messages.
-            **others: Fields that are no options, as they are.
+        """Make one of values by the names of options, or of texts that spell them.
 
         Raises:
-            ValueError: A name is unknown, or a value of no use.
+            ValueError: A name in what the message calls `where` is unknown, or a value of no use.
         """
         known, values = cls.declared(), {}
         for name, value in given.items():
@@ -111,14 +141,12 @@ class DeclaredOptions:
             kind = known[name].metadata["kind"]
             several = isinstance(known[name].default, tuple)
             try:
-                values[name] = (
-                    tuple(_converted(kind, each) for each in value)
-                    if several
-                    else _converted(kind, value)
-                )
-            except (TypeError, ValueError):
+                every = [_converted(kind, v) for v in (value if several else [value])]
+                values[name] = tuple(every) if several else every[0]
+            except (TypeError, ValueError, OSError):
+                expected = known[name].metadata.get("expected") or _EXPECTED[kind]
                 raise ValueError(
-                    f"{where} has {name}={value}: pass {_EXPECTED[kind]}."
+                    f"{where} has {name}={value}: pass {expected}."
                 ) from None
         return cls(**values, **others)
 
@@ -142,8 +170,10 @@ def merged(model_args: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     return {**model_args, **options}
 
 
-def _converted(kind: type, value: Any) -> Any:
+def _converted(kind: Any, value: Any) -> Any:
     """Return a value as its option has it, or raise TypeError or ValueError."""
+    if kind not in _EXPECTED:
+        return kind(value)
     if kind is dict:
         from lm_eval.utils import handle_arg_string, simple_parse_args_string
 
@@ -155,8 +185,7 @@ def _converted(kind: type, value: Any) -> Any:
             str(name): handle_arg_string(each) if isinstance(each, str) else each
             for name, each in every.items()
         }
-    if isinstance(value, bool) is not (kind is bool):
-        raise TypeError
-    if kind is int and isinstance(value, float):
+    cut_off = kind is int and isinstance(value, float)
+    if cut_off or isinstance(value, bool) is not (kind is bool):
         raise TypeError
     return kind(value)

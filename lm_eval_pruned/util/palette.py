@@ -43,15 +43,9 @@ def plots_missing() -> str | None:
 
 
 def variables(scheme: str) -> dict[str, str]:
-    """Return the colours of a scheme, ``light`` or ``dark``, by the names of a page's variables.
-
-    Example:
-        >>> variables("light")["family-knowledge"], variables("dark")["ground"]
-        ('#0060a0', '#16181b')
-    """
+    """Return the colours of a scheme, ``light`` or ``dark``, by the names of a page's variables."""
     every = PAGE | {f"family-{name}": hues for name, hues in FAMILIES.items()}
-    number = ("light", "dark").index(scheme)
-    return {name: colours[number] for name, colours in every.items()}
+    return {name: hues[scheme == "dark"] for name, hues in every.items()}
 
 
 def style() -> str:

@@ -1,28 +1,25 @@
-"""How far something is: a bar on a terminal; of a sweep, one line per unit elsewhere."""
+"""How far something is: of a sweep, a line per unit; of steps, a bar on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import sys
 from collections import defaultdict
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 class Progress:
-    """Reports units as they start and end.
+    """Prints a line where a unit starts and where it ends.
 
     Args:
         done: Units of this sweep that were finished before.
         failed: Units that failed before and are not tried again.
         waiting: Names of the tasks of the units to run.
-        seconds: ``(task, seconds)`` of units that were finished before, from which
-            the time left is estimated.
-        workers: How many units run at once.
+        seconds: Task and seconds of units that were finished before, to estimate the time left.
     """
 
     def __init__(
@@ -31,60 +28,28 @@ class Progress:
         failed: int,
         waiting: Sequence[str],
         seconds: Sequence[tuple[str, float]] = (),
-        workers: int = 1,
     ) -> None:
-        from tqdm import tqdm
-        from tqdm.contrib.logging import logging_redirect_tqdm
-
-        self.done, self.failed, self.workers = done, failed, workers
-        self._total = done + failed + len(waiting)
-        self._waiting = list(waiting)
+        self.done, self.failed, self.workers = done, failed, 1
+        self._total, self._waiting = done + failed + len(waiting), list(waiting)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for task, duration in seconds:
             self._seconds[task].append(duration)
-        form = "{n_fmt}/{total_fmt} |{bar:10}| {desc}"
-        # None: a bar on a terminal alone.
-        self._bar = tqdm(
-            total=self._total, initial=done + failed, bar_format=form, disable=None
-        )
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(self._bar)
-        if not self._bar.disable:
-            logger = logging.getLogger("lm_eval")
-            self._stack.enter_context(logging_redirect_tqdm([logger]))
-        self._say(
-            f"{self._total} units: {done} done, {failed} failed before, "
-            f"{len(waiting)} to run"
-        )
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        self._stack.close()
+        counts = f"{done} done, {failed} failed before, {len(waiting)} to run"
+        print(f"{self._total} units: {counts}", flush=True)
 
     def start(self, configuration: str, task: str) -> None:
         """Say that a unit starts."""
-        if self._bar.disable:
-            self._say(f"{self._place(1)} {configuration} / {task} starts")
-        else:
-            self._bar.set_description_str(f"{self._left()}, {task} of {configuration}")
+        self._say(self.done + self.failed + 1, f"{configuration} / {task} starts")
 
     def finish(
         self,
         configuration: str,
         task: str,
         seconds: float,
-        scores: dict[str, float],
-        error: dict[str, str] | None,
+        scores: Mapping[str, float],
+        error: Mapping[str, str] | None,
     ) -> None:
-        """Say how a unit ended.
-
-        Args:
-            configuration: Id of its configuration.
-            task: Name of its task.
-            seconds: Time its evaluation took.
-            scores: Its own metrics.
-            error: None, or type and message of what it failed with.
-        """
+        """Say how a unit ended: with scores after some seconds, or with type and message of an error."""
         self._waiting.remove(task)
         if error is None:
             self.done += 1
@@ -94,53 +59,32 @@ class Progress:
             self.failed += 1
             message = error["message"].strip().partition("\n")[0]
             what = f"FAILED with {error['type']}: {message}"
-        self._bar.update()
-        self._say(
-            f"{self._place()} {configuration} / {task}: {what} "
-            f"({clock(seconds)}, {self._left()})"
-        )
+        left = self.remaining_seconds()
+        known = "time left unknown" if left is None else f"{_clock(left)} left"
+        ended = f"{configuration} / {task}: {what} ({_clock(seconds)}, {known})"
+        self._say(self.done + self.failed, ended)
 
     def remaining_seconds(self) -> float | None:
-        """Estimate the time left, from units of the same task where there are any.
-
-        Returns:
-            Seconds, or None while nothing is known.
-        """
-        known = {task: sum(all_) / len(all_) for task, all_ in self._seconds.items()}
+        """Estimate the time left by units of the same tasks, else of all; None while none is known."""
+        known = {task: fmean(durations) for task, durations in self._seconds.items()}
         if not known:
             return None
-        typical = sum(known.values()) / len(known)
-        left = sum(known.get(task, typical) for task in self._waiting)
+        left = sum(known.get(task, fmean(known.values())) for task in self._waiting)
         return left / max(1, min(self.workers, len(self._waiting)))
 
-    def _place(self, ahead: int = 0) -> str:
-        return f"[{self.done + self.failed + ahead}/{self._total}]"
-
-    def _left(self) -> str:
-        left = self.remaining_seconds()
-        return "time left unknown" if left is None else f"{clock(left)} left"
-
-    def _say(self, line: str) -> None:
-        if self._bar.disable:
-            print(line, flush=True)
-        else:
-            self._bar.write(line, file=sys.stdout)
+    def _say(self, number: int, what: str) -> None:
+        print(f"[{number}/{self._total}] {what}", flush=True)
 
 
 @contextlib.contextmanager
 def steps(total: int, what: str) -> Iterator[Callable[[int], object]]:
-    """Show a bar on a terminal, and nothing elsewhere, while `what` takes `total` steps.
-
-    Yields:
-        A function to be called with how many more were taken.
-    """
+    """Yield what counts the steps of `what`: a bar on a terminal, and nothing elsewhere."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc=what, unit="step", leave=False, disable=None) as bar:
         yield bar.update
 
 
-def clock(seconds: float) -> str:
-    """Return a duration as hours, minutes and seconds, such as ``0:09:30``."""
+def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -40,9 +40,12 @@ def markdown_table(
     align = "l".ljust(len(columns), "r") if align is None else align
     lines = [[_cell(cell) for cell in row] for row in (columns, *rows)]
     lines.insert(1, ["---" if letter == "l" else "---:" for letter in align])
-    by_column = list(zip(*lines, strict=True))
-    if padded:
-        by_column = [*map(_padded, by_column, align)]
+    by_column = []
+    for cells, letter in zip(zip(*lines, strict=True), align, strict=True):
+        width, side = max(map(len, cells)), "<" if letter == "l" else ">"
+        rule = f"{cells[1]:-{side}{width}}"
+        wide = [f"{cell:{side}{width}}" for cell in cells]
+        by_column.append([wide[0], rule, *wide[2:]] if padded else cells)
     return "\n".join(f"|{'|'.join(line)}|" for line in zip(*by_column, strict=True))
 
 
@@ -60,11 +63,3 @@ def _cell(value: object) -> str:
     # A backslash in front of a bar would take the escape away from it.
     text = re.sub(r"\\+(?=\||$)", lambda found: 2 * found[0], text)
     return text.replace("|", "\\|")
-
-
-def _padded(column: Sequence[str], letter: str) -> tuple[str, ...]:
-    width = max(map(len, column))
-    heading, rule, *cells = column
-    side = "<" if letter == "l" else ">"
-    padded = [f"{cell:{side}{width}}" for cell in (heading, *cells)]
-    return padded[0], f"{rule:-{side}{width}}", *padded[1:]

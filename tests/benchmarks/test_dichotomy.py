@@ -15,6 +15,7 @@ import pytest
 
 from lm_eval_pruned.cli import profile
 from lm_eval_pruned.sweeps import options as sweep_options
+from lm_eval_pruned.util.options import add_options
 from tests.helpers import checkpoints, results_files
 
 
@@ -50,9 +51,7 @@ def test_every_step_is_a_command_that_is_accepted(steps, model, tmp_path):
     )
     parsers = {"sweep": argparse.ArgumentParser(), "profile": argparse.ArgumentParser()}
     sweep_options.add_arguments(parsers["sweep"])
-    commands = argparse.ArgumentParser().add_subparsers()
-    profile.add(commands)
-    parsers["profile"] = commands.choices["profile"]
+    add_options(parsers["profile"], profile.OPTIONS)
     for step in steps.STEPS:
         program, command, *words = steps.words_of(step, setting)
         assert program == "lm-eval-pruned"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 
 import pytest
 
@@ -10,67 +9,32 @@ from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.curves import read_sensitivity
 
 
-TEXTS = ["The first text, of some tokens.", "Another one!"]
+@pytest.fixture
+def command(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "The first, of some tokens."}\n{"text": "Another!"}\n')
+    words = ["sensitivity", "--model_args", f"pretrained={tiny_llama}"]
+    return [*words, "--calibration", str(text)]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    file.write_text("".join(json.dumps({"text": each}) + "\n" for each in TEXTS))
-    return file
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def measured(tiny_llama, text, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("measured")
-    code = cli.main(
-        ["sensitivity", "--model_args", f"pretrained={tiny_llama}"]
-        + ["--calibration", str(text), "--output_path", str(folder)]
-        + ["--criteria", "ppm", "act", "random", "--seeds", "0", "5"]
-        + ["--prune_percents", "25", "50"]
-    )
-    assert code == 0
-    return folder
-
-
-def test_every_layer_has_a_curve_by_every_criterion_and_seed(measured):
-    found = read_sensitivity(measured / "sensitivity.json")
-    names = {(curve.layer, curve.criterion, curve.seed) for curve in found.curves}
-    ranked = (("maw", None), ("act", None), ("random", 0), ("random", 5))
-    assert names == {(layer, *way) for layer in range(3) for way in ranked}
-    assert (found.file, found.texts) == ("text.jsonl", len(TEXTS))
-
-
-def test_the_files(measured):
+def test_every_layer_has_a_curve_by_every_criterion_and_seed(command, tmp_path, capsys):
     pytest.importorskip("altair", reason="plots need the extra `report`")
-    assert {file.name for file in measured.iterdir()} == {
-        "sensitivity.json",
-        "sensitivity.csv",
-        "sensitivity-by-layer.png",
-        "sensitivity-by-layer.svg",
-    }
-    with (measured / "sensitivity.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    # 3 layers, 4 rankings, 2 widths.
-    assert len(rows) == 24
-    assert {row["layer"] for row in rows} == {"0", "1", "2"}
-
-
-def test_the_same_command_prints_the_same(tiny_llama, text, capsys):
-    command = ["sensitivity", "--model_args", f"pretrained={tiny_llama}"]
-    command += ["--calibration", str(text), "--criteria", "maw"]
-    command += ["--prune_percents", "50"]
+    command += ["--criteria", "ppm", "act", "random", "--seeds", "0", "5"]
+    command += ["--prune_percents", "25", "50", "--output_path", str(tmp_path / "out")]
     assert cli.main(command) == 0
     first = capsys.readouterr().out
     assert "|layer|" in first
-    assert "add random to --criteria" in first
+    found = read_sensitivity(tmp_path / "out/sensitivity.json")
+    names = {(curve.layer, curve.criterion, curve.seed) for curve in found.curves}
+    ranked = (("maw", None), ("act", None), ("random", 0), ("random", 5))
+    assert names == {(layer, *way) for layer in range(3) for way in ranked}
+    assert (found.file, found.texts) == ("text.jsonl", 2)
+    plots = {f"sensitivity-by-layer.{kind}" for kind in ("png", "svg")}
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {"sensitivity.json", "sensitivity.csv", *plots}
+    with (tmp_path / "out/sensitivity.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3 * len(ranked) * 2
     assert cli.main(command) == 0
     assert capsys.readouterr().out == first
 
@@ -78,22 +42,17 @@ def test_the_same_command_prints_the_same(tiny_llama, text, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--criteria", "nonsense"], "criterion=nonsense is unknown"),
-        (["--criteria", "maw", "--seeds", "1"], "only the criterion random has any"),
-        (["--prune_percents", "100"], "prune_percents=100 and"),
-        (["--calibration_samples", "9"], "holds 2 texts, but 9 were asked for"),
-        (
-            ["--calibration", "nowhere.jsonl"],
-            "calibration=nowhere.jsonl cannot be read",
-        ),
-        (["--model_args", "pretrained=x,ratio=2"], "model_args has ratio=2"),
+        ("--criteria nonsense", "criterion=nonsense is unknown"),
+        ("--criteria maw --seeds 1", "only the criterion random"),
+        ("--prune_percents 100", "prune_percents=100"),
+        ("--calibration_samples 9", "9 were asked for"),
+        ("--calibration nowhere.jsonl", "nowhere.jsonl cannot be read"),
+        ("--model_args pretrained=x,ratio=2", "model_args has ratio=2"),
     ],
 )
 def test_what_is_refused_before_a_weight_is_read(
-    words, message, text, tiny_llama, monkeypatch, capsys
+    words, message, command, monkeypatch, capsys
 ):
     monkeypatch.setattr(LoadRequest, "load", None)
-    command = ["sensitivity", "--model_args", f"pretrained={tiny_llama}"]
-    command += ["--calibration", str(text), *words]
-    assert cli.main(command) == 2
+    assert cli.main([*command, *words.split()]) == 2
     assert message in capsys.readouterr().err

@@ -1,3 +1,5 @@
+"""What `compare` finds between results as the harness writes them."""
+
 from __future__ import annotations
 
 import json
@@ -11,12 +13,12 @@ from lm_eval_pruned import cli
 from lm_eval_pruned.compare import comparison, comparison_table
 from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.results.files import ResultsError
-from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_run
 from tests.helpers.results_files import pruning, write_run, write_sweep
 
 
 N = 80
+NOISE = np.random.default_rng(0).normal(0, 0.1, size=(6, N))
 
 
 def answers(share: float, n: int = N) -> list[float]:
@@ -25,367 +27,256 @@ def answers(share: float, n: int = N) -> list[float]:
     return (order < share * n).astype(float).tolist()
 
 
-def runs(tmp_path, base, *others, **options):
+def acc(share: float, n: int = N) -> dict:
+    return {"acc,none": answers(share, n)}
+
+
+def perplexity(shift: float, noise: int = 0) -> dict:
+    """Return a perplexity that rises where `shift` falls."""
+    values = list(NOISE[0] - 3 + shift + NOISE[noise] / 9)
+    return {"values": values, "aggregation": "perplexity", "higher_is_better": False}
+
+
+def runs(tmp_path, *tasks, **options):
     return [
-        read_run(write_run(tmp_path / str(number), tasks, **options), str(number))
-        for number, tasks in enumerate([base, *others])
+        read_run(write_run(tmp_path / str(number), each, **options), str(number))
+        for number, each in enumerate(tasks)
     ]
 
 
 def rows_of(base, *others, **options):
+    """Return rows by run and task, of the primary metric."""
     rows = comparison.compare(base, others, **options).rows
-    return {(row.run, row.task, row.metric): row for row in rows}
-
-
-def test_verdicts_follow_the_direction_of_the_metric(tmp_path):
-    loglikelihoods = np.random.default_rng(0).normal(-3, 0.1, size=N)
-    perplexity = {"aggregation": "perplexity", "higher_is_better": False}
-    base, run = runs(
-        tmp_path,
-        {
-            "tf": {"acc,none": answers(0.3)},
-            "boolq": {"acc,none": answers(0.7)},
-            "lambada": {
-                "perplexity,none": {"values": list(loglikelihoods), **perplexity}
-            },
-            "same": {"acc,none": answers(0.5)},
-        },
-        {
-            "tf": {"acc,none": answers(0.6)},
-            "boolq": {"acc,none": answers(0.4)},
-            "lambada": {
-                "perplexity,none": {"values": list(loglikelihoods - 1), **perplexity}
-            },
-            "same": {"acc,none": answers(0.51)},
-        },
-    )
-    rows = rows_of(base, run)
-    verdicts = {task: row.verdict for (_, task, _), row in rows.items()}
-    assert verdicts == {
-        "tf": "better",
-        "boolq": "worse",
-        "lambada": "worse",
-        "same": "not shown",
-    }
-    row = rows["1", "tf", "acc,none"]
-    assert (row.method, row.documents) == ("McNemar mid-p", N)
-    assert row.difference == pytest.approx(0.3)
-    assert row.low < row.difference < row.high
-    assert row.relative == pytest.approx(1.0)
-    assert all(row.q >= row.p for row in rows.values())
-
-
-def test_documents_are_matched_by_hash_not_by_place(tmp_path):
-    base, run = runs(
-        tmp_path, *[{"tf": {"acc,none": answers(share)}} for share in (0.4, 0.6)]
-    )
-    before = rows_of(base, run)
-    file = run.samples["tf"]
-    lines = file.read_text().splitlines()
-    for number, line in enumerate(lines):
-        row = json.loads(line)
-        row["doc_id"] = N - number
-        lines[number] = json.dumps(row)
-    file.write_text("\n".join(lines[::-1]) + "\n")
-    assert rows_of(base, run) == before
-
-
-def test_other_documents_are_an_error(tmp_path):
-    base, run = runs(
-        tmp_path,
-        {"tf": {"acc,none": answers(0.4, 20)}},
-        {"tf": {"acc,none": answers(0.4, 15)}},
-    )
-    with pytest.raises(
-        ResultsError, match=r"5 of 20 only in 0, 0 of 15 only in 1.*--limit"
-    ):
-        comparison.compare(base, [run])
-
-
-def test_another_version_of_a_task_is_an_error(tmp_path):
-    tasks = {"tf": {"acc,none": answers(0.4)}}
-    base = read_run(write_run(tmp_path / "a", tasks))
-    run = read_run(write_run(tmp_path / "b", tasks, versions={"tf": 2.0}))
-    with pytest.raises(ResultsError, match=r"version 1\.0 in .* and 2\.0"):
-        comparison.compare(base, [run])
-
-
-def test_without_samples_the_weaker_test_says_so(tmp_path):
-    tasks = [
-        {"tf": {"acc,none": {"values": answers(share), "stderr": 0.05}}}
-        for share in (0.3, 0.4)
-    ]
-    base, run = runs(tmp_path, *tasks, samples=False)
-    result = comparison.compare(base, [run])
-    assert "weaker" in result.rows[0].method
-    assert any("--log_samples" in note for note in result.notes)
-    with_samples = runs(tmp_path / "with", *tasks)
-    paired = comparison.compare(with_samples[0], with_samples[1:])
-    assert paired.rows[0].p < result.rows[0].p
-
-
-def test_without_anything_there_is_no_test(tmp_path):
-    base, run = runs(tmp_path, *[{"tf": {"acc,none": answers(0.3)}}] * 2, samples=False)
-    row = comparison.compare(base, [run]).rows[0]
-    assert (row.p, row.q, row.verdict) == (None, None, "not tested")
-
-
-def test_nan_is_not_comparable_and_does_not_spoil_the_rest(tmp_path):
-    broken = [float("nan"), *answers(0.3)[1:]]
-    base, run = runs(
-        tmp_path,
-        {"tf": {"mc2,none": answers(0.3)}, "boolq": {"acc,none": answers(0.3)}},
-        {"tf": {"mc2,none": broken}, "boolq": {"acc,none": answers(0.8)}},
-    )
-    rows = rows_of(base, run)
-    assert rows["1", "tf", "mc2,none"].verdict == "not comparable"
-    assert "the score of 1 is no finite number" in rows["1", "tf", "mc2,none"].method
-    other = rows["1", "boolq", "acc,none"]
-    assert other.verdict == "better"
-    assert other.q == other.p
-    json.loads(comparison_table.as_json(comparison.compare(base, [run])))
-
-
-def test_tasks_of_one_run_only_are_named(tmp_path):
-    base, run = runs(
-        tmp_path,
-        {"tf": {"acc,none": answers(0.3)}, "ifeval": {"acc,none": answers(0.3)}},
-        {"tf": {"acc,none": answers(0.3)}},
-    )
-    result = comparison.compare(base, [run])
-    assert any("1 has no results for ifeval" in note for note in result.notes)
-    other = read_run(write_run(tmp_path / "x", {"arc": {"acc,none": [1.0]}}))
-    with pytest.raises(ResultsError, match="no task in common"):
-        comparison.compare(base, [other])
-
-
-def test_other_settings_are_named(tmp_path):
-    tasks = {"tf": {"acc,none": answers(0.4)}}
-    base = read_run(write_run(tmp_path / "a", tasks), "a")
-    file = write_run(
-        tmp_path / "b", tasks, chat_template_sha="f00", **{"n-shot": {"tf": 5}}
-    )
-    run = read_run(file, "b")
-    (note,) = comparison.compare(base, [run]).notes
-    assert "other settings than a (num_fewshot, chat template)" in note
-    assert comparison.compare(base, [base]).notes == ()
-
-
-@pytest.mark.parametrize("alpha", [0, 1, -0.1, float("nan")])
-def test_alpha_out_of_range(tmp_path, alpha):
-    base, run = runs(tmp_path, *[{"tf": {"acc,none": answers(0.3)}}] * 2)
-    with pytest.raises(ValueError, match="alpha="):
-        comparison.compare(base, [run], alpha=alpha)
+    return {(row.run, row.task): row for row in rows if row.primary}
 
 
 def sweep(tmp_path):
     shares = {0: (0.8, 0.2), 20: (0.6, 0.3), 40: (0.5, 0.6), 60: (0.3, 0.5)}
-    return write_sweep(
-        tmp_path,
-        {
-            f"p{percent}": (
-                percent,
-                {
-                    "mmlu": {"acc,none": answers(knows)},
-                    "tf": {"acc,none": answers(true)},
-                },
-            )
-            for percent, (knows, true) in shares.items()
-        },
+    found = {
+        f"p{percent}": (percent, {"mmlu": acc(knows), "tf": acc(true)})
+        for percent, (knows, true) in shares.items()
+    }
+    # Log perplexity falls linearly with the share of right answers.
+    for _, tasks in found.values():
+        level = np.mean(tasks["mmlu"]["acc,none"])
+        tasks["wikitext"] = {"word_perplexity,none": perplexity(20 * level - 20)}
+    return write_sweep(tmp_path, found)
+
+
+def test_verdicts_follow_the_direction_of_the_metric(tmp_path):
+    def tasks(tf, boolq, same, shift, noise):
+        lambada = {"perplexity,none": perplexity(shift, noise)}
+        accuracies = {"tf": acc(tf), "boolq": acc(boolq), "same": acc(same)}
+        return accuracies | {"lambada": lambada}
+
+    rows = rows_of(
+        *runs(tmp_path, tasks(0.3, 0.7, 0.5, 0, 0), tasks(0.6, 0.4, 0.51, -1, 1))
     )
+    verdicts = {task: row.verdict for (_, task), row in rows.items()}
+    expected = {"tf": "better", "boolq": "worse", "same": "not shown"}
+    assert verdicts == expected | {"lambada": "worse"}
+    row = rows["1", "tf"]
+    assert (row.method, row.documents) == ("McNemar mid-p", N)
+    assert (row.difference, row.relative) == pytest.approx((0.3, 1.0))
+    assert row.low < row.difference < row.high
+    assert all(row.q >= row.p for row in rows.values())
+    nothing = rows_of(*runs(tmp_path / "0", {"tf": acc(0)}, {"tf": acc(0.5)}))
+    assert nothing["1", "tf"].relative is None
+
+
+def test_documents_are_matched_by_hash_not_by_place(tmp_path):
+    base, run = runs(tmp_path, {"tf": acc(0.4)}, {"tf": acc(0.6)})
+    before = rows_of(base, run)
+    rows = [json.loads(line) for line in run.samples["tf"].read_text().splitlines()]
+    lines = [json.dumps(row | {"doc_id": N - row["doc_id"]}) for row in rows[::-1]]
+    run.samples["tf"].write_text("\n".join(lines) + "\n")
+    assert rows_of(base, run) == before
+
+
+def test_samples_are_read_once_for_all_metrics_and_runs(tmp_path, monkeypatch):
+    metrics = {"acc,none": answers(0.5), "acc_norm,none": answers(0.6)}
+    base, *others = runs(tmp_path, *[{"arc": metrics}] * 3)
+    opened = []
+    file = type(base.samples["arc"])
+    plain = file.open
+    monkeypatch.setattr(
+        file,
+        "open",
+        lambda path, *a, **k: (opened.append(path), plain(path, *a, **k))[1],
+    )
+    assert len(comparison.compare(base, others).rows) == 4
+    assert len(opened) == len(set(opened)) == 3
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "words"),
+    [
+        ({"tf": acc(0.4, 15)}, {}, r"65 of 80 only in 0, 0 of 15 only in 1"),
+        ({"tf": acc(0.4)}, {"versions": {"tf": 2.0}}, r"version 1\.0 in 0 and 2\.0"),
+        ({"arc": acc(0.4)}, {}, "no task in common"),
+    ],
+)
+def test_what_cannot_be_compared(tmp_path, other, options, words):
+    (base,) = runs(tmp_path, {"tf": acc(0.4)})
+    run = read_run(write_run(tmp_path / "1", other, **options), "1")
+    with pytest.raises(ResultsError, match=words):
+        comparison.compare(base, [run])
+    for alpha in (0, 1, float("nan")):
+        with pytest.raises(ValueError, match="alpha="):
+            comparison.compare(base, [run], alpha=alpha)
+
+
+def test_comparands(tmp_path):
+    write_sweep(tmp_path / "sweep", {"p20": (20, {"tf": acc(1)})})
+    with pytest.raises(ResultsError, match="no finished run of the unpruned model"):
+        comparison.read_comparands([str(tmp_path / "sweep")])
+    paths = [
+        str(write_run(tmp_path / each, {"tf": acc(1)}).parent)
+        for each in ("a/x", "b/x")
+    ]
+    with pytest.raises(ResultsError, match="nothing to compare"):
+        comparison.read_comparands(paths[:1])
+    whole = str(sweep(tmp_path / "whole"))
+    base, others = comparison.read_comparands([*paths, whole])
+    assert [base.name, *(run.name for run in others)] == [
+        "x",
+        paths[1],
+        "p20",
+        "p40",
+        "p60",
+    ]
+    base, others = comparison.read_comparands([whole, paths[0]])
+    assert [base.name, *(run.name for run in others)] == ["p0", "x"]
+
+
+def test_without_samples_the_weaker_test_says_so(tmp_path):
+    tasks = [
+        {"tf": {"acc,none": {"values": answers(share), "stderr": 0.05}}, "b": acc(0.5)}
+        for share in (0.3, 0.4)
+    ]
+    base, run = runs(tmp_path, *tasks, samples=False)
+    result = comparison.compare(base, [run])
+    weaker, none = result.rows
+    assert "weaker" in weaker.method
+    assert any("--log_samples" in note for note in result.notes)
+    assert (none.p, none.q, none.verdict) == (None, None, "not tested")
+    paired = rows_of(*runs(tmp_path / "with", *tasks))
+    assert paired["1", "tf"].p < weaker.p
+
+
+def test_nan_is_not_comparable_and_does_not_spoil_the_rest(tmp_path):
+    broken = {"mc2,none": [float("nan"), *answers(0.3)[1:]]}
+    base, run = runs(
+        tmp_path,
+        {"tf": {"mc2,none": answers(0.3)}, "boolq": acc(0.3)},
+        {"tf": broken, "boolq": acc(0.8)},
+    )
+    result = comparison.compare(base, [run])
+    rows = {row.task: row for row in result.rows}
+    assert rows["tf"].verdict == "not comparable"
+    assert "the score of 1 is no finite number" in rows["tf"].method
+    assert rows["boolq"].verdict == "better"
+    assert rows["boolq"].q == rows["boolq"].p
+    assert "NaN" not in comparison_table.as_json(result)
+
+
+def test_what_only_one_run_has_and_other_settings_are_named(tmp_path):
+    both = {"tf": acc(0.4), "ifeval": acc(0.3)}
+    (base,) = runs(tmp_path, both)
+    other = {"chat_template_sha": "f00", "n-shot": {"tf": 5}}
+    run = read_run(write_run(tmp_path / "b", {"tf": acc(0.4)}, **other), "b")
+    lacking, settings = comparison.compare(base, [run]).notes
+    assert "b has no results for ifeval" in lacking
+    assert "other settings than 0 (num_fewshot, chat template)" in settings
+    assert comparison.compare(base, [base]).notes == ()
 
 
 @pytest.mark.smoke
-def test_a_sweep_is_compared_with_its_baseline(tmp_path):
-    base, others = comparison.read_comparands([str(sweep(tmp_path))])
-    assert base.name == "p0"
-    assert [run.name for run in others] == ["p20", "p40", "p60"]
-    result = comparison.compare(base, others)
-    assert len(result.rows) == 6
-    (pair,) = result.correlations
-    assert pair.series == "maw"
-    assert pair.tasks == (("mmlu", "acc,none"), ("tf", "acc,none"))
-    assert (pair.correlation.n, pair.correlation.pearson < -0.7) == (4, True)
-    trends = {trend.task: trend.trend for trend in result.trends}
-    assert trends["mmlu"].slope > 0 > trends["tf"].slope
-    assert trends["mmlu"].p < 1e-6
-
-
-def test_no_number_of_a_table_is_drawn(tmp_path, monkeypatch):
-    folder = sweep(tmp_path)
-
-    def refuse(*arguments, **options):
-        raise AssertionError("a random number was asked for")
-
-    for name in ("default_rng", "RandomState", "Generator"):
-        monkeypatch.setattr(np.random, name, refuse)
-    base, others = comparison.read_comparands([str(folder)])
-    result = comparison.compare(base, others)
-    assert all(row.q is not None for row in result.rows)
-
-
-def test_without_samples_a_sweep_has_slopes_and_no_test_of_them(tmp_path):
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_sweep_is_compared_with_its_baseline(tmp_path, monkeypatch, samples):
     folder = sweep(tmp_path)
     for file in folder.glob("units/p40/*/samples_*.jsonl"):
-        file.unlink()
+        file.unlink() if not samples else None
+    for name in ("default_rng", "RandomState", "Generator"):
+        monkeypatch.delattr(np.random, name)
     base, others = comparison.read_comparands([str(folder)])
+    assert [base.name, *(run.name for run in others)] == ["p0", "p20", "p40", "p60"]
     result = comparison.compare(base, others)
-    for each in result.trends:
-        assert (each.trend.n, each.trend.p, each.q) == (4, None, None)
-        assert each.trend.slope != 0
-        assert "needs logged samples" in each.trend.method
-    assert "needs logged samples" in comparison_table.as_table(result)
-
-
-def test_perplexities_are_correlated_as_logarithms(tmp_path):
-    shares = {0: 0.8, 20: 0.6, 40: 0.5, 60: 0.3}
-    noise = np.random.default_rng(0).normal(0, 0.1, size=N)
-    folder = write_sweep(
-        tmp_path,
-        {
-            f"p{percent}": (
-                percent,
-                {
-                    "mmlu": {"acc,none": answers(share)},
-                    # Log perplexity falls linearly with the share of right answers.
-                    "wikitext": {
-                        "word_perplexity,none": {
-                            "values": list(noise + 20 * np.mean(answers(share)) - 25),
-                            "aggregation": "perplexity",
-                            "higher_is_better": False,
-                        }
-                    },
-                },
-            )
-            for percent, share in shares.items()
-        },
-    )
-    base, others = comparison.read_comparands([str(folder)])
-    result = comparison.compare(base, others)
-    (pair,) = result.correlations
-    assert pair.correlation.pearson == pytest.approx(-1)
-    assert "wikitext log word_perplexity,none" in comparison_table.as_table(result)
-    slopes = {each.task: each.trend.slope for each in result.trends}
+    assert len(result.rows) == 9
+    pairs = {each.tasks: each.correlation for each in result.correlations}
+    one, other = ("mmlu", "acc,none"), ("wikitext", "word_perplexity,none")
+    assert pairs[one, other].pearson == pytest.approx(-1)
+    assert -1 < pairs[one, ("tf", "acc,none")].pearson < -0.7
+    trends = {each.task: each for each in result.trends}
+    slopes = {task: each.trend.slope for task, each in trends.items()}
+    assert slopes["mmlu"] > 0 > slopes["tf"]
     assert slopes["wikitext"] == pytest.approx(-20 * slopes["mmlu"])
-
-
-def family(tmp_path):
-    """Compare a run on four tasks, two of which have two metrics."""
-    sides = []
-    for side in (0, 1):
-        perplexity = {"aggregation": "perplexity", "higher_is_better": False}
-        values = np.random.default_rng(side).normal(-3, 0.1, size=N)
-        sides.append(
-            {
-                "little": {"acc,none": answers((0.5, 0.4)[side])},
-                "certain": {"acc,none": answers((0.9, 0.1)[side])},
-                "arc": {"acc,none": answers(0.6), "acc_norm,none": answers(0.5)},
-                "wikitext": {
-                    f"{unit}_perplexity,none": {"values": list(values), **perplexity}
-                    for unit in ("word", "byte")
-                },
-            }
-        )
-    base, run = runs(tmp_path, *sides)
-    return comparison.compare(base, [run])
+    mmlu = trends["mmlu"]
+    assert (mmlu.trend.n, mmlu.series) == (4, "maw")
+    if samples:
+        assert mmlu.trend.p < mmlu.q < 1e-6
+    else:
+        assert (mmlu.trend.p, mmlu.q) == (None, None)
+        assert "needs logged samples" in comparison_table.as_table(result)
 
 
 @pytest.mark.parametrize("margin", [None, Margin("not_worse", "15pt")])
-def test_certain_tasks_and_random_controls_are_no_part_of_the_family(tmp_path, margin):
+def test_other_tasks_and_random_controls_are_no_part_of_the_family(tmp_path, margin):
     shares = {0: 0.5, 10: 0.4, 20: 0.48, 30: 0.47, 40: 0.1, 50: 0.1}
 
     def rows(name, certain: int, largest: str):
-        runs = [
-            read_run(
-                write_run(
-                    tmp_path / name / str(percent),
-                    {"asked": {"acc,none": answers(share)}}
-                    | {
-                        f"held{n}": {"acc,none": answers(0.1 if percent else 0.9)}
-                        for n in range(certain)
-                    },
-                    pruning=pruning(
-                        percent, criterion=largest if percent >= 40 else "maw"
-                    ),
-                ),
-                str(percent),
-            )
-            for percent, share in shares.items()
-        ]
-        found = rows_of(*runs, margin=margin)
-        return {key[0]: row for key, row in found.items() if key[1] == "asked"}
+        found = []
+        for percent, share in shares.items():
+            held = {f"held{n}": acc(0.1 if percent else 0.9) for n in range(certain)}
+            of = pruning(percent, criterion=largest if percent >= 40 else "maw")
+            folder = tmp_path / name / str(percent)
+            file = write_run(folder, {"asked": acc(share), **held}, pruning=of)
+            found.append(read_run(file, str(percent)))
+        rows = rows_of(*found, margin=margin)
+        return {run: row for (run, task), row in rows.items() if task == "asked"}
 
     alone = rows("alone", 0, "maw")
     assert rows("beside", 3, "maw") == alone
     one, other = alone["10"], rows("random", 0, "random")["10"]
-    assert one.p == other.p
     # Where the two that lost for certain were cut at random, only three are asked about.
-    assert one.q == pytest.approx(5 / 3 * one.p)
+    assert (one.p, one.q) == pytest.approx((other.p, 5 / 3 * one.p))
     assert other.q == pytest.approx(3 * other.p)
+    # Among runs without a difference there is a part of alpha; among certain ones nearly all.
+    assert other.smallest_detectable > one.smallest_detectable
     if margin is not None:
         assert one.claim.q == pytest.approx(5 / 3 * other.claim.q)
 
 
 def test_intervals_agree_with_verdicts_after_the_correction(tmp_path):
     soft = np.random.default_rng(5).random(N)
-    noise = np.random.default_rng(6).normal(0, 0.1, size=(6, N))
-    shares = (0.5, 0.42, 0.48, 0.49, 0.5, 0.5)
     tasks = [
-        {
-            "tf": {"acc,none": answers(share)},
-            "mc": {"mc2,none": (soft + share / 4 + noise[number]).tolist()},
-        }
-        for number, share in enumerate(shares)
+        {"tf": acc(share), "mc": {"mc2,none": (soft + share / 4 + noise).tolist()}}
+        for share, noise in zip((0.5, 0.42, 0.48, 0.49, 0.5, 0.5), NOISE, strict=True)
     ]
-    base, *others = runs(tmp_path, *tasks)
-    result = comparison.compare(base, others)
-    apart = {row.task for row in result.rows if row.p < 0.05 <= row.q}
-    assert apart == {"tf", "mc"}
-    for row in result.rows:
+    rows = rows_of(*runs(tmp_path, *tasks)).values()
+    assert "tf" in {row.task for row in rows if row.p < 0.05 <= row.q}
+    for row in rows:
         assert (row.low > 0 or row.high < 0) == (row.q < 0.05), row
         assert row.low <= row.difference <= row.high
-    assert "so that it leaves out 0 exactly where a difference is shown" in (
-        comparison_table.as_table(result)
-    )
 
 
 def test_one_metric_stands_for_a_task_in_the_correction(tmp_path):
-    result = family(tmp_path)
-    rows = {(row.task, row.metric): row for row in result.rows}
-    restated = {key for key, row in rows.items() if not row.primary}
-    assert restated == {("arc", "acc,none"), ("wikitext", "byte_perplexity,none")}
-    for key in restated:
-        assert rows[key].p is not None
-        assert rows[key].low is None or rows[key].low < rows[key].high
-        assert (rows[key].q, rows[key].verdict) == (None, "restated")
-        assert rows[key].smallest_detectable is None
-    table = comparison_table.as_table(result)
-    assert "over the runs of each task, random controls apart" in table
-    assert table.count("|restated|") == 2
-
-
-def test_subtasks_have_a_primary_metric_each(tmp_path):
-    tasks = {
-        f"mmlu_{n}": {"acc,none": answers(0.5, 20), "acc_norm,none": answers(0.5, 20)}
-        for n in range(3)
-    }
-    groups = {"mmlu": list(tasks)}
-    scores = {"mmlu": {"acc,none": 0.5, "acc_norm,none": 0.5}}
-    base, run = runs(tmp_path, tasks, tasks, groups=groups, group_scores=scores)
+    two = {f"{unit}_perplexity,none": perplexity(0) for unit in ("word", "byte")}
+    arc = {**acc(0.6), "acc_norm,none": answers(0.5)}
+    groups = {"groups": {"both": ["arc", "wikitext"]}}
+    scores = {"group_scores": {"both": {"acc,none": 0.5, "acc_norm,none": 0.5}}}
+    tasks = {"arc": arc, "wikitext": two}
+    base, run = runs(tmp_path, tasks, tasks, **groups, **scores)
+    assert {row.task for row in comparison.compare(base, [run]).rows} == {"both"}
     result = comparison.compare(base, [run], subtasks=True)
-    assert sum(row.primary for row in result.rows) == 4
-    assert all(row.metric == "acc_norm,none" for row in result.rows if row.primary)
-
-
-def test_the_smallest_detectable_is_that_of_the_corrected_level(tmp_path):
-    def smallest(*others):
-        shares = (0.5, 0.4, *others)
-        tasks = [{"tf": {"acc,none": answers(share)}} for share in shares]
-        rows = rows_of(*runs(tmp_path / str(others), *tasks))
-        return rows["1", "tf", "acc,none"].smallest_detectable
-
-    # Among runs without a difference it has a part of alpha; among certain ones nearly all.
-    assert smallest(0.5, 0.5) > smallest(0.1, 0.1) == smallest()
+    primary = {(row.task, row.metric) for row in result.rows if row.primary}
+    expected = {("both", "acc_norm,none"), ("arc", "acc_norm,none")}
+    assert primary == expected | {("wikitext", "word_perplexity,none")}
+    for row in result.rows:
+        if not row.primary:
+            assert (row.q, row.verdict) == (None, "restated")
+            assert row.smallest_detectable is None
+    assert comparison_table.as_table(result).count("|restated|") == 3
 
 
 @pytest.mark.parametrize(
@@ -396,267 +287,99 @@ def test_the_smallest_detectable_is_that_of_the_corrected_level(tmp_path):
         ("squadv2", "context"),
         ("squad_completion", "context"),
         ("boolq", "passage"),
+        ("leaderboard_musr_object_placements", "narrative"),
     ],
 )
 def test_documents_about_one_text_are_one_unit(tmp_path, task, field):
     docs = {number: {"n": number, field: f"text {number // 4}"} for number in range(N)}
-    base, run = runs(
-        tmp_path,
-        *[
-            {task: {"acc,none": {"values": answers(share), "docs": docs}}}
-            for share in (0.4, 0.6)
-        ],
-    )
-    row = comparison.compare(base, [run]).rows[0]
-    assert row.method == "paired t test over clusters"
-    assert row.documents == N
-
-
-@pytest.mark.parametrize("weighted", [True, False])
-def test_subjects_of_mmlu_are_no_clusters(tmp_path, weighted):
-    sizes = range(6, 18)
-
-    def subjects(share):
-        return {f"mmlu_{n}": {"acc,none": answers(share, n)} for n in sizes}
-
-    def average(share):
-        values = [tasks["acc,none"] for tasks in subjects(share).values()]
-        return np.mean(np.concatenate(values) if weighted else [*map(np.mean, values)])
-
-    base, run = (
-        read_run(
-            write_run(
-                tmp_path / str(share),
-                subjects(share),
-                groups={"mmlu": list(subjects(share))},
-                group_scores={"mmlu": {"acc,none": float(average(share))}},
-            ),
-            str(share),
-        )
+    tasks = [
+        {task: {"acc,none": {"values": answers(share), "docs": docs}}}
         for share in (0.4, 0.6)
-    )
-    (row,) = comparison.compare(base, [run]).rows
-    assert row.method == (
-        "McNemar mid-p" if weighted else "paired t test over documents"
-    )
-    assert row.verdict == "better"
-
-
-def test_criteria_are_series_of_their_own(tmp_path):
-    members = [
-        read_run(
-            write_run(
-                tmp_path / f"{criterion}{percent}",
-                {"tf": {"acc,none": answers(0.5)}},
-                pruning=pruning(percent, criterion=criterion, seed=seed),
-            )
-        )
-        for criterion, seed, percent in [
-            ("maw", None, 0),
-            ("maw", None, 20),
-            ("random", 1, 20),
-            ("random", 2, 20),
-            ("maw", None, 40),
-        ]
     ]
-    series = series_of(members)
-    assert {name: len(runs) for name, runs in series.items()} == {
-        "maw": 3,
-        "random, seed 1": 2,
-        "random, seed 2": 2,
-    }
+    (row,) = rows_of(*runs(tmp_path, *tasks)).values()
+    assert (row.method, row.documents) == ("paired t test over clusters", N)
 
 
-def test_what_cuts_layers_otherwise_is_a_series_of_its_own(tmp_path):
-    members = []
-    for name, percent, own in (
-        ("a", 0, {}),
-        ("b", 20, {}),
-        ("c", 20, {"layer_widths": {"0": 9}}),
-        ("d", 20, {"layer_widths": {"0": 9}, "allocation": "sensitivity"}),
-        ("e", 30, {"layer_widths": {"0": 8}, "allocation": "sensitivity"}),
-        ("f", 20, {"layers_pruned": "1-29"}),
-    ):
-        tasks = {"tf": {"acc,none": answers(0.5)}}
-        described = pruning(percent) | own
-        members.append(read_run(write_run(tmp_path / name, tasks, pruning=described)))
-    series = series_of(members)
-    assert {name: len(runs) for name, runs in series.items()} == {
-        "maw": 2,
-        "maw, widths by layer": 2,
-        "maw, allocation sensitivity": 3,
-        "maw, layers 1-29": 2,
-    }
-
-
-def test_a_sweep_without_baseline_is_refused(tmp_path):
-    write_sweep(tmp_path, {"p20": (20, {"tf": {"acc,none": [1.0]}})})
-    with pytest.raises(ResultsError, match="no finished run of the unpruned model"):
-        comparison.read_comparands([str(tmp_path)])
-
-
-def test_one_run_alone_cannot_be_compared(tmp_path):
-    write_run(tmp_path, {"tf": {"acc,none": [1.0]}})
-    with pytest.raises(ResultsError, match="nothing to compare"):
-        comparison.read_comparands([str(tmp_path)])
-
-
-def test_the_command_in_a_terminal(tmp_path, capsys, monkeypatch):
-    folders = [
-        str(
-            write_run(
-                tmp_path / str(share),
-                {"tf": {"acc,none": answers(share), "acc_norm,none": answers(share)}},
-            )
-        )
-        for share in (0.5, 0.3, 0.49)
-    ]
-
-    def shown(*options):
-        assert cli.main(["compare", *folders, *options]) == 0
-        return capsys.readouterr().out
-
-    markdown = shown()
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert shown("--format", "markdown") == markdown
-    first, *table = shown().splitlines()
-    assert "--all shows all columns" in first
-    rows = [line for line in table if line]
-    assert len({len(line) for line in rows}) == 1
-    assert len(rows) == 4
-    for column in ("score", "difference", "95% interval", "verdict"):
-        assert column in rows[0]
-    assert "smallest detectable" not in rows[0]
-    # The same as elsewhere, in columns of one width.
-    assert re.sub("[ -]", "", shown("--all")) == re.sub("[ -]", "", markdown)
-    assert markdown.count("|restated|") == 2
-
-
-@pytest.mark.parametrize("form", ["table", "csv", "json"])
-def test_the_command(tmp_path, capsys, form):
-    folder = sweep(tmp_path)
-    assert cli.main(["compare", str(folder), "--format", form]) == 0
-    text = capsys.readouterr().out
-    assert "p60" in text and "McNemar mid-p" in text
-    if form == "json":
-        assert len(json.loads(text)["rows"]) == 6
-
-
-def test_the_command_on_unusable_input(tmp_path, capsys):
-    assert cli.main(["compare", str(tmp_path), str(tmp_path)]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("lm-eval-pruned compare: error: ")
-    assert message.count("\n") == 1
-
-
-def margin(text: str, claim: str = "equivalent") -> Margin:
-    return Margin(claim, text)
-
-
-def nearly(share: float, changed: int, n: int) -> list[float]:
-    """The answers of `answers`, of which some changed: as many for the better as the worse."""
-    values = np.array(answers(share, n))
-    for old in (0.0, 1.0):
-        values[np.flatnonzero(values == old)[: changed // 2]] = 1 - old
-    return values.tolist()
-
-
-def test_the_same_and_better_and_worse_and_not_known(tmp_path):
+@pytest.mark.parametrize("claim", ["equivalent", "not_worse"])
+def test_the_same_and_better_and_worse_and_not_known(tmp_path, claim):
     n = 1200
-    base, run = runs(
-        tmp_path,
-        {task: {"acc,none": answers(0.5, n)} for task in ("up", "down", "same", "few")},
-        {
-            "up": {"acc,none": answers(0.7, n)},
-            "down": {"acc,none": answers(0.3, n)},
-            "same": {"acc,none": nearly(0.5, 20, n)},
-            "few": {"acc,none": nearly(0.5, 600, n)},
-        },
-    )
-    rows = rows_of(base, run, margin=margin("2pt"))
-    assert {task: row.verdict for (_, task, _), row in rows.items()} == {
+
+    def nearly(changed: int) -> dict:
+        """Return half of the answers right, of which as many changed in each direction."""
+        values = np.array(answers(0.5, n))
+        for old in (0.0, 1.0):
+            values[np.flatnonzero(values == old)[: changed // 2]] = 1 - old
+        return {"acc,none": values.tolist()}
+
+    after = {"up": acc(0.7, n), "down": acc(0.3, n), "same": nearly(20)}
+    after |= {"few": nearly(600), "little": acc(0.51, n)}
+    base, run = runs(tmp_path, {task: acc(0.5, n) for task in after}, after)
+    rows = rows_of(base, run, margin=Margin(claim, "2pt"))
+    assert {task: row.verdict for (_, task), row in rows.items()} == {
         "up": "better",
         "down": "worse",
-        "same": "equivalent",
+        "same": claim.replace("_", " "),
         "few": "undecided",
+        # Certain, and within the margin.
+        "little": "equivalent" if claim == "equivalent" else "better",
     }
-    for row in rows.values():
-        assert row.claim.margin == 0.02
-        assert (row.claim.q < 0.05) == (row.verdict == "equivalent")
-    rows = rows_of(base, run, margin=margin("2pt", "not_worse"))
-    assert {task: row.verdict for (_, task, _), row in rows.items()} == {
-        "up": "better",
-        "down": "worse",
-        "same": "not worse",
-        "few": "undecided",
-    }
+    assert {row.claim.margin for row in rows.values()} == {0.02}
     # Without a margin nothing of this is said.
     assert {row.claim for row in rows_of(base, run).values()} == {None}
 
 
-def test_a_difference_that_is_certain_may_be_within_the_margin(tmp_path):
-    n = 2000
-    before = np.zeros(n)
-    after = before.copy()
-    after[:12] = 1
-    base, run = runs(
-        tmp_path,
-        {"t": {"acc,none": before.tolist()}},
-        {"t": {"acc,none": after.tolist()}},
-    )
-    (row,) = rows_of(base, run, margin=margin("2pt")).values()
-    assert row.q < 0.05
-    assert row.verdict == "equivalent"
-
-
-def test_not_worse_follows_the_direction_of_the_metric(tmp_path):
-    loglikelihoods = np.random.default_rng(0).normal(-3, 0.1, size=N)
-    metric = {"aggregation": "perplexity", "higher_is_better": False}
-
-    def of(shift):
-        noise = np.random.default_rng(1).normal(0, 0.01, size=N)
-        values = list(loglikelihoods + shift + (noise if shift else 0))
-        return {"wiki": {"word_perplexity,none": {"values": values, **metric}}}
-
-    base, lower, higher = runs(tmp_path, of(0), of(0.2), of(-0.2))
-    rows = rows_of(base, lower, higher, margin=margin("5%", "not_worse"))
+def test_margins_of_a_perplexity(tmp_path):
+    tasks = [
+        {"w": {"perplexity,none": perplexity(*by)}}
+        for by in ((0,), (0.2, 1), (-0.2, 2))
+    ]
+    base, *others = runs(tmp_path, *tasks)
+    rows = rows_of(base, *others, margin=Margin("not_worse", "5%"))
     assert [row.verdict for row in rows.values()] == ["better", "worse"]
-    assert next(iter(rows.values())).claim.margin == pytest.approx(
-        0.05 * rows["1", "wiki", "word_perplexity,none"].base_score
-    )
-
-
-def test_percentage_points_of_a_perplexity_are_no_margin(tmp_path):
-    metric = {"aggregation": "perplexity", "higher_is_better": False}
-    tasks = {"wiki": {"perplexity,none": {"values": [-3.0] * 20, **metric}}}
-    base, run = runs(tmp_path, tasks, tasks)
-    result = comparison.compare(base, [run], margin=margin("1pt"))
+    assert rows["1", "w"].claim.margin == pytest.approx(rows["1", "w"].base_score / 20)
+    result = comparison.compare(base, [base], margin=Margin("equivalent", "1pt"))
     assert [row.verdict for row in result.rows] == ["undecided"]
-    assert any("1pt is no margin for wiki" in note for note in result.notes)
+    assert any("1pt is no margin for w" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(
     "text", ["", "pt", "-1pt", "0", "0pt", "1 point", "nan", "inf%"]
 )
 def test_what_is_no_margin(text):
-    with pytest.raises(ValueError, match="is no margin: give percentage points"):
-        margin(text)
+    with pytest.raises(ValueError, match="is no margin"):
+        Margin("equivalent", text)
 
 
-def test_the_command_with_a_margin(tmp_path, capsys):
-    tasks = {"t": {"acc,none": answers(0.5, 400)}}
-    paths = [str(write_run(tmp_path / name, tasks)) for name in "ab"]
-    assert cli.main(["compare", *paths, "--equivalent", "3pt"]) == 0
-    shown = capsys.readouterr().out
-    assert "Margin: 3pt" in shown
-    assert "|equivalent|" in shown
-    assert cli.main(["compare", *paths, "--not_worse", "3pt", "--format", "csv"]) == 0
-    header, row = capsys.readouterr().out.splitlines()
+def test_the_command(tmp_path, capsys, monkeypatch):
+    paths = [
+        str(
+            write_run(
+                tmp_path / str(share),
+                {"tf": acc(share) | {"acc_norm,none": answers(share)}},
+            )
+        )
+        for share in (0.5, 0.3, 0.49)
+    ]
+
+    def shown(*options):
+        assert cli.main(["compare", *paths, *options]) == 0
+        return capsys.readouterr().out
+
+    markdown = shown()
+    assert markdown.count("|restated|") == 2
+    header, *_ = shown("--not_worse", "45pt", "--format", "csv").splitlines()
     assert header.endswith("verdict,margin,p_margin,q_margin")
-    assert ",not worse,0.03," in row
-    assert cli.main(["compare", *paths, "--not_worse", "3pt", "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["margin"]["text"] == "3pt"
-    two = ["--not_worse", "3pt", "--equivalent", "1pt"]
+    assert json.loads(shown("--equivalent", "3pt", "--format", "json"))["margin"] == {
+        "claim": "equivalent",
+        "text": "3pt",
+    }
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    rows = [line for line in shown().splitlines() if line[:1] == "|"]
+    assert len({len(line) for line in rows}) == 1
+    assert "restated" not in "".join(rows)
+    # The same as elsewhere, in columns of one width.
+    assert re.sub("[ -]", "", shown("--all")) == re.sub("[ -]", "", markdown)
+    assert cli.main(["compare", str(tmp_path / "no"), paths[0]]) == 2
+    assert "compare: error: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(["compare", *paths, *two])
-    assert "not allowed with argument" in capsys.readouterr().err
+        shown("--not_worse", "3pt", "--equivalent", "1pt")

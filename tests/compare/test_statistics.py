@@ -1,3 +1,5 @@
+"""Tests, intervals and corrections against published values and independent formulas."""
+
 from __future__ import annotations
 
 import csv
@@ -10,73 +12,63 @@ import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
 
-from lm_eval_pruned.compare import comparison, statistics, trends
+from lm_eval_pruned.compare import statistics, trends
+from lm_eval_pruned.compare.statistics import paired_difference
 from tests.helpers import checkpoints
 
 
 STUDY = checkpoints.DATA / "study_benchmarks.csv"
+RATIOS = [4, 3.6, 3.2, 2.8, 2.4, 2, 1.6]
 
 bits = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
-reals = st.lists(
-    st.tuples(
-        *[st.floats(-50, 50, allow_subnormal=False).map(lambda v: round(v, 3))] * 2
-    ),
-    min_size=1,
-    max_size=40,
-)
+real = st.floats(-50, 50, allow_subnormal=False).map(lambda value: round(value, 3))
+reals = st.lists(st.tuples(real, real), min_size=1, max_size=40)
+counts = st.tuples(*[st.integers(0, 40)] * 3).filter(any)
+levels = st.sampled_from([0.3, 0.1, 0.05, 0.01, 0.001])
 
 
-def study(model: str, task: str, metric: str) -> list[float]:
-    with STUDY.open(encoding="utf-8") as file:
-        return [
-            float(row["value"])
-            for row in csv.DictReader(file)
-            if (row["base_model"], row["task"], row["metric"]) == (model, task, metric)
-        ]
+@functools.cache
+def paired(up: int, down: int, same: int = 0, alpha: float = 0.05):
+    """Test right-or-wrong documents, of which so many became right and wrong."""
+    base, run = [0] * up + [1] * (down + same), [1] * up + [0] * down + [1] * same
+    return paired_difference(base, run, alpha=alpha)
 
 
-@pytest.mark.parametrize(
-    ("model", "r", "shown"),
-    [("Llama-3.2-3B", -0.864, True), ("Llama-3.2-1B", -0.676, False)],
-)
-def test_correlation_of_the_study(model, r, shown):
-    result = trends.correlate(
-        study(model, "mmlu", "acc,none"), study(model, "truthfulqa_mc2", "acc,none")
-    )
-    assert result.n == 7
-    assert round(result.pearson, 3) == r
-    assert result.pearson_low < r < result.pearson_high
-    assert (result.pearson_high < 0) == shown
+def every_outcome(n: int, up: float, down: float):
+    """Yield (test, chance) of all that can happen to n documents."""
+    for ups in range(n + 1):
+        for downs in range(n + 1 - ups):
+            left = n - ups - downs
+            seen = [ups, downs, left]
+            chance = stats.multinomial.pmf(seen, n, [up, down, 1 - up - down])
+            if chance > 1e-6:
+                yield paired(*seen), chance
 
 
-@pytest.mark.parametrize(
-    ("model", "position", "change"),
-    [("Llama-3.2-1B", 3, "+75.0%"), ("Llama-3.2-3B", 4, "+74.4%")],
-)
-def test_relative_changes_of_the_study(model, position, change):
-    scores = study(model, "ifeval", "prompt_level_strict_acc,none")
-    assert f"{comparison.relative_change(scores[0], scores[position]):+.1%}" == change
+@given(st.one_of(bits, reals))
+def test_swapping_the_runs_flips_the_sign(pairs):
+    base, run = zip(*pairs, strict=True)
+    there, back = paired_difference(base, run), paired_difference(run, base)
+    assert back.difference == -there.difference
+    assert back.p == pytest.approx(there.p)
+    assert back.smallest_detectable() == there.smallest_detectable()
+    if there.low is not None:
+        ends = -there.high, -there.low
+        assert (back.low, back.high) == pytest.approx(ends, abs=1e-12)
+    same = paired_difference(base, base)
+    assert (same.difference, same.p) == (0, 1)
 
 
-@given(bits, st.randoms(use_true_random=False))
-def test_mcnemar_does_not_see_the_order_of_documents(pairs, random):
-    shuffled = list(pairs)
-    random.shuffle(shuffled)
-    assert statistics.paired_difference(*zip(*pairs, strict=True)) == (
-        statistics.paired_difference(*zip(*shuffled, strict=True))
-    )
-
-
-@given(reals, st.randoms(use_true_random=False), st.booleans())
-def test_means_do_not_see_the_order_of_documents(pairs, random, clustered):
+@given(st.one_of(bits, reals), st.randoms(use_true_random=False), st.booleans())
+def test_the_order_of_documents_does_not_matter(pairs, random, grouped):
     def test(rows):
-        return statistics.paired_difference(
-            [row[0] for row in rows],
-            [row[1] for row in rows],
-            weights=[row[2] for row in rows],
-            clusters=[row[3] for row in rows] if clustered else None,
-            strata=[row[3][-1] for row in rows],
-        )
+        base, run, weights, names = zip(*rows, strict=True)
+        options = {
+            "weights": weights,
+            "clusters": names,
+            "strata": [n[-1] for n in names],
+        }
+        return paired_difference(base, run, **options if grouped else {})
 
     rows = [(*pair, 1.0 + n % 3, f"cluster {n % 15}") for n, pair in enumerate(pairs)]
     before = test(rows)
@@ -87,129 +79,24 @@ def test_means_do_not_see_the_order_of_documents(pairs, random, clustered):
         assert getattr(after, name) == pytest.approx(getattr(before, name), abs=1e-9)
 
 
-@given(st.one_of(bits, reals))
-def test_swapping_the_runs_flips_the_sign(pairs):
-    base, run = zip(*pairs, strict=True)
-    there = statistics.paired_difference(base, run)
-    back = statistics.paired_difference(run, base)
-    assert back.difference == -there.difference
-    assert (back.p, back.smallest_detectable()) == (
-        there.p,
-        there.smallest_detectable(),
-    )
-    if there.low is None:
-        assert back.low is None
-    else:
-        assert back.low == pytest.approx(-there.high, abs=1e-12)
-        assert back.high == pytest.approx(-there.low, abs=1e-12)
-
-
-@given(st.one_of(bits, reals))
-def test_identical_runs_have_p_1(pairs):
-    values = [pair[0] for pair in pairs]
-    result = statistics.paired_difference(values, values)
-    assert (result.difference, result.p) == (0, 1)
-
-
-def paired(up: int, down: int, same: int = 0, **options):
-    base = [0] * up + [1] * down + [1] * same
-    return statistics.paired_difference(
-        base, [1] * up + [0] * down + [1] * same, **options
-    )
-
-
-changes = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40)).filter(
-    lambda counts: sum(counts) > 0
-)
-
-
-@given(changes)
-def test_mid_p_counts_half_of_what_was_seen(counts):
-    up, down, same = counts
-    result = paired(up, down, same)
-    coin = stats.binom(up + down, 0.5)
-    exact = min(1, 2 * coin.cdf(min(up, down)))
-    half = min(1, 2 * coin.cdf(min(up, down)) - coin.pmf(min(up, down)))
+@given(counts, levels)
+def test_mid_p_counts_half_of_what_was_seen_and_its_interval_agrees(seen, alpha):
+    up, down, _ = seen
+    result, coin = paired(*seen, alpha=alpha), stats.binom(up + down, 0.5)
+    half = 2 * coin.cdf(min(up, down)) - coin.pmf(min(up, down))
     assert result.p == pytest.approx(1 if up == down else half)
-    assert result.p <= exact + 1e-12
-    assert result.low <= result.difference <= result.high
+    assert sum(result.sides) == pytest.approx(1)
+    assert (result.sides[1] < 0.5) == (up > down)
+    low, high = result.interval(alpha)
+    assert low <= result.difference <= high
+    assert (low > 0 or high < 0) == (result.p < alpha)
 
 
-@given(changes, st.sampled_from([0.2, 0.05, 0.01, 0.001]))
-def test_interval_and_mid_p_agree(counts, alpha):
-    result = paired(*counts, alpha=alpha)
-    other = paired(*counts).interval(alpha)
-    assert (result.low, result.high) == pytest.approx(other, abs=1e-11)
-    for low, high in ((result.low, result.high), other):
-        assert (low > 0 or high < 0) == (result.p < alpha)
-        assert low <= result.difference <= high
-
-
-@given(changes)
-def test_one_sided_mid_p_are_the_two_halves(counts):
-    less, greater = paired(*counts).sides
-    assert less + greater == pytest.approx(1)
-    assert paired(*counts).p == pytest.approx(min(1, 2 * min(less, greater)))
-    if counts[0] > counts[1]:
-        assert greater < less
-
-
-def test_five_documents_lost_are_significant_to_a_one_sided_test_only():
-    assert paired(0, 5).sides == pytest.approx((1 / 64, 63 / 64))
-    assert paired(0, 4).p == pytest.approx(1 / 16)
-
-
-def every_outcome(n: int, up: float, down: float):
-    """Yield (ups, downs, chance) of n documents."""
-    for ups in range(n + 1):
-        downs = np.arange(n + 1 - ups)
-        chance = stats.multinomial.pmf(
-            np.stack([np.full_like(downs, ups), downs, n - ups - downs], axis=1),
-            n,
-            [up, down, 1 - up - down],
-        )
-        for number, each in zip(downs, chance, strict=True):
-            if each > 1e-7:
-                yield ups, int(number), each
-
-
-@pytest.mark.parametrize(
-    ("up", "down"), [(0.03, 0.03), (0.15, 0.15), (0.05, 0.01), (0.4, 0.1), (0.45, 0)]
-)
-def test_coverage_and_level_of_mid_p_counted_out(up, down):
-    covered = rejected = 0.0
-    for ups, downs, chance in every_outcome(30, up, down):
-        result = paired(ups, downs, 30 - ups - downs)
-        covered += chance * (result.low - 1e-9 <= up - down <= result.high + 1e-9)
-        rejected += chance * (result.p < 0.05)
-    assert covered > 0.935
-    if up == down:
-        assert rejected < 0.055
-        assert covered == pytest.approx(1 - rejected, abs=1e-3)
-
-
-@pytest.mark.parametrize(("n", "at_least"), [(30, 0.925), (64, 0.94)])
-@pytest.mark.parametrize("share", [0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 0.95])
-def test_coverage_where_all_changes_go_one_way_counted_out(n, at_least, share):
-    covered = 0.0
-    for ups, downs, chance in every_outcome(n, share, 0):
-        result = paired(ups, downs, n - ups - downs)
-        covered += chance * (result.low - 1e-9 <= share <= result.high + 1e-9)
-    assert covered > at_least
-
-
-def test_documents_of_which_none_changed_have_an_interval():
-    result = paired(0, 0, 60)
-    assert (result.low, result.high) == pytest.approx((-0.0602, 0.0602), abs=5e-5)
-    # About the share that none of 60 documents would show in 2.5 % of cases.
-    assert result.high == pytest.approx(1 - 0.025 ** (1 / 60), abs=1e-3)
-
-
-@given(changes, st.sampled_from([0.3, 0.1, 0.05, 0.01, 0.001]))
-def test_interval_solves_tango_s_equation_in_closed_form(counts, alpha):
+@given(counts, levels)
+def test_interval_solves_tango_s_equation_in_closed_form(seen, alpha):
     """Yang, Sun and Hardin 2013: the ends are roots of an equation of fourth degree."""
-    up, down, _ = counts
-    n, gain, lost = sum(counts), up - down, up + down
+    up, down, _ = seen
+    n, gain, lost = sum(seen), up - down, up + down
     g = stats.norm.isf(alpha / 2) ** 2
     roots = np.roots(
         [
@@ -221,8 +108,7 @@ def test_interval_solves_tango_s_equation_in_closed_form(counts, alpha):
         ]
     )
     for end in statistics.Shares(up, down, n).ends(alpha):
-        if abs(end) < 1:
-            assert abs(roots - end).min() < 1e-5
+        assert abs(end) == 1 or abs(roots - end).min() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -233,6 +119,8 @@ def test_interval_solves_tango_s_equation_in_closed_form(counts, alpha):
         (6, 16, 161, -0.124, -0.0054),
         # Newcombe's example of Tango's interval.
         (12, 2, 50, 0.0611, 0.3447),
+        # Nothing changed: about the share that none of 60 would show in 2.5 % of cases.
+        (0, 0, 60, -0.0602, 0.0602),
     ],
 )
 def test_interval_is_tango_s_as_published(up, down, n, low, high):
@@ -241,15 +129,31 @@ def test_interval_is_tango_s_as_published(up, down, n, low, high):
     assert (found.low, found.high) == pytest.approx((low, high), **digits)
 
 
-@pytest.mark.parametrize("n", [30, 64])
-@pytest.mark.parametrize("margin", [0.03, 0.1, 0.2])
-def test_level_of_not_worse_where_all_changes_go_one_way_counted_out(n, margin):
-    wrongly = sum(
-        chance
-        for ups, downs, chance in every_outcome(n, 0, margin)
-        if paired(ups, downs, n - ups - downs).p_outside(-margin, math.inf) < 0.05
-    )
-    assert wrongly < 0.05
+@pytest.mark.parametrize(
+    ("up", "down"), [(0.03, 0.03), (0.15, 0.15), (0.4, 0.1), (0.05, 0), (0.45, 0)]
+)
+def test_coverage_and_level_counted_out(up, down):
+    covered = rejected = 0.0
+    for test, chance in every_outcome(30, up, down):
+        covered += chance * (test.low - 1e-9 <= up - down <= test.high + 1e-9)
+        rejected += chance * (test.p < 0.05)
+    assert covered > 0.925
+    assert up != down or rejected < 0.055
+
+
+@pytest.mark.parametrize(
+    ("n", "up", "down", "low", "high"),
+    [
+        (60, 0.06, 0.01, -0.05, 0.05),
+        (40, 0.12, 0.02, -0.1, 0.1),
+        (30, 0, 0.03, -0.03, math.inf),
+        (64, 0, 0.2, -0.2, math.inf),
+    ],
+)
+def test_level_of_claims_counted_out(n, up, down, low, high):
+    """At a true difference of the margin, a claim is made in about 5 % of cases at most."""
+    outcomes = every_outcome(n, up, down)
+    assert sum(c for test, c in outcomes if test.p_outside(low, high) < 0.05) < 0.054
 
 
 @pytest.mark.parametrize(("changed", "level"), [(2, 0.05), (2, 0.05 / 18), (30, 0.05)])
@@ -258,248 +162,142 @@ def test_smallest_detectable_has_the_power_of_mid_p_counted_out(changed, level):
     n = 100
     smallest = paired(changed, 0, n - changed).smallest_detectable(level)
     share = max((changed + 0.5) / (n + 1), smallest)
-    up, down = (share + smallest) / 2, (share - smallest) / 2
-    power = sum(
-        chance
-        for ups, downs, chance in every_outcome(n, up, max(0.0, down))
-        if paired_p(ups, downs) < level
+    up, down = (share + smallest) / 2, max(0.0, (share - smallest) / 2)
+    ups, downs = np.meshgrid(np.arange(n + 1), np.arange(n + 1))
+    chance = stats.binom.pmf(ups + downs, n, share)
+    chance = chance * stats.binom.pmf(ups, ups + downs, up / (up + down))
+    few = np.minimum(ups, downs)
+    p = 2 * stats.binom.cdf(few, ups + downs, 0.5) - stats.binom.pmf(
+        few, ups + downs, 0.5
     )
-    assert power == pytest.approx(statistics.POWER, abs=0.005)
+    assert chance[p < level].sum() == pytest.approx(statistics.POWER, abs=0.005)
 
 
-def paired_p(up: int, down: int) -> float:
-    coin = stats.binom(up + down, 0.5)
-    return 2 * coin.cdf(min(up, down)) - coin.pmf(min(up, down))
+@given(counts, st.floats(0.005, 0.3), st.floats(0.01, 0.4))
+def test_p_outside_is_where_the_interval_leaves_the_margin(seen, margin, alpha):
+    test = paired(*seen)
+    low, high = test.interval(2 * alpha)
+    if min(abs(low + margin), abs(high - margin)) > 1e-6:
+        inside = -margin < low and high < margin and abs(test.difference) < margin
+        assert (test.p_outside(-margin, margin) < alpha) == inside
+
+
+@given(st.integers(0, 400), st.sampled_from([*statistics.SCALES]), levels)
+def test_p_intervals_and_claims_of_means_agree(seed, transform, alpha):
+    rng = np.random.default_rng(seed)
+    base = rng.normal(-3, 1, size=30)
+    run, words = base + rng.normal(0.2, 0.5, size=30), rng.integers(1, 40, size=30)
+    options = {"weights": words, "transform": transform, "alpha": alpha}
+    test = paired_difference(base, run, **options)
+    assert (test.p < alpha) == (test.low > 0 or test.high < 0)
+    assert test.low < test.difference < test.high
+    assert (test.sides[0] < 0.5) == (test.difference < 0)
+    low, high = test.distribution.ends(alpha)
+    assert test.p_outside(low, math.inf) == pytest.approx(alpha / 2, abs=1e-6)
+    assert test.p_outside(-math.inf, high) == pytest.approx(alpha / 2, abs=1e-6)
+    assert test.p_outside(low / 2, high) > alpha / 2 or low > 0
+    small, large = (test.smallest_detectable(level) for level in (alpha, alpha / 99))
+    assert small < large
 
 
 def test_means_of_documents_are_the_paired_t_test():
-    rng = np.random.default_rng(1)
-    base, run = rng.normal(size=(2, 50))
-    result = statistics.paired_difference(base, run)
-    assert (result.p, *result.sides) == pytest.approx(
-        [
-            stats.ttest_rel(run, base, alternative=side).pvalue
-            for side in ("two-sided", "less", "greater")
-        ]
-    )
+    base, run = np.random.default_rng(1).normal(size=(2, 50))
+    result = paired_difference(base, run)
+    sides = ("two-sided", "less", "greater")
+    expected = [stats.ttest_rel(run, base, alternative=side).pvalue for side in sides]
+    assert (result.p, *result.sides) == pytest.approx(expected)
     interval = stats.ttest_rel(run, base).confidence_interval()
     assert (result.low, result.high) == pytest.approx(interval)
+    one_sided = [
+        stats.ttest_1samp(run - base, end, alternative=side).pvalue
+        for end, side in ((-0.5, "greater"), (0.5, "less"))
+    ]
+    assert result.p_outside(-0.5, 0.5) == pytest.approx(max(one_sided))
+    assert result.p_outside(-0.5, math.inf) == pytest.approx(one_sided[0])
+    size = result.smallest_detectable() / ((run - base).std(ddof=1) / np.sqrt(50))
+    power = stats.nct.sf(stats.t.isf(0.025, 49), 49, size)
+    assert power == pytest.approx(statistics.POWER, abs=1e-4)
 
 
 def test_clusters_are_the_regression_with_clustered_errors():
     import statsmodels.api as sm
 
     rng = np.random.default_rng(2)
-    sizes = rng.integers(1, 12, size=30)
-    names = np.repeat(np.arange(30), sizes)
-    base = rng.normal(size=len(names))
-    run = base + rng.normal(size=30)[names] + rng.normal(size=len(names))
-    result = statistics.paired_difference(base, run, clusters=names.astype(str))
-    fit = sm.OLS(run - base, np.ones(len(base))).fit(
-        cov_type="cluster",
-        cov_kwds={"groups": names, "use_correction": False},
-    )
-    stderr = fit.bse[0] * np.sqrt(30 / 29)
-    assert result.difference == pytest.approx(fit.params[0])
-    half = stats.t.isf(0.025, 29) * stderr
-    assert result.high - result.difference == pytest.approx(half)
+    names = np.repeat(np.arange(30), rng.integers(1, 12, size=30))
+    gains = rng.normal(size=30)[names] + rng.normal(size=len(names))
+    test = paired_difference(np.zeros(len(names)), gains, clusters=names.astype(str))
+    groups = {"groups": names, "use_correction": False}
+    ones = np.ones(len(names))
+    fit = sm.OLS(gains, ones).fit(cov_type="cluster", cov_kwds=groups)
+    assert test.difference == pytest.approx(fit.params[0])
+    half = stats.t.isf(0.025, 29) * fit.bse[0] * np.sqrt(30 / 29)
+    assert test.high - test.difference == pytest.approx(half)
+    assert test.units == 30
 
 
 def test_strata_are_the_textbook_s():
-    rng = np.random.default_rng(3)
-    sizes = [5, 20, 40]
-    names = np.repeat(["a", "b", "c"], sizes)
-    shift = np.repeat([-2.0, 0.0, 2.0], sizes)
-    weights = np.repeat([1 / size for size in sizes], sizes)
+    rng, sizes = np.random.default_rng(3), [5, 20, 40]
+    names, shift = np.repeat([*"abc"], sizes), np.repeat([-2.0, 0.0, 2.0], sizes)
+    weights = 1 / np.repeat(sizes, sizes)
     gains = shift + rng.normal(size=65)
-    options = {"weights": weights, "strata": names}
-    result = statistics.paired_difference(np.zeros(65), gains, **options)
+    result = paired_difference(np.zeros(65), gains, weights=weights, strata=names)
     parts = [gains[names == name] for name in "abc"]
     assert result.difference == pytest.approx(np.mean([part.mean() for part in parts]))
     stderr = np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / 3
     half = stats.t.isf(0.025, 62) * stderr
     assert result.high - result.difference == pytest.approx(half)
-    loose = statistics.paired_difference(np.zeros(65), gains, weights=weights)
-    assert loose.high > result.high
-
-
-def test_strata_of_one_document_keep_a_spread():
-    gains = np.random.default_rng(4).normal(size=30)
-    names = [str(number) for number in range(30)]
-    alone = statistics.paired_difference(np.zeros(30), gains, strata=names)
-    loose = statistics.paired_difference(np.zeros(30), gains)
-    assert (alone.low, alone.high) == pytest.approx((loose.low, loose.high))
-    names[:29] = ["many"] * 29
-    assert statistics.paired_difference(np.zeros(30), gains, strata=names).p is not None
-    # Two strata that each move as one say nothing about how documents vary.
-    opposite = statistics.paired_difference(
-        [0.0] * 30, [0.5] * 20 + [-0.5] * 10, strata=["a"] * 20 + ["b"] * 10
-    )
-    assert 0.01 < opposite.p < 1
-
-
-@given(st.integers(0, 400), st.sampled_from(["mean", "perplexity", "bits_per_byte"]))
-def test_interval_and_p_of_means_agree(seed, transform):
-    rng = np.random.default_rng(seed)
-    base = rng.normal(-3, 1, size=30)
-    run = base + rng.normal(0.2, 0.5, size=30)
-    weights = rng.integers(1, 40, size=30).astype(float)
-    options = {"weights": weights, "transform": transform}
-    result = statistics.paired_difference(base, run, **options)
-    assert (result.p < 0.05) == (result.low > 0 or result.high < 0)
-    assert result.low < result.difference < result.high
-    assert (result.sides[0] < 0.5) == (result.difference < 0)
+    # A stratum of one document has no spread: then there are none.
+    alone = paired_difference(np.zeros(65), gains, strata=[*names[:-1], "d"])
+    assert alone == paired_difference(np.zeros(65), gains)
 
 
 def test_a_perplexity_is_tested_as_its_logarithm():
     rng = np.random.default_rng(0)
-    base = rng.normal(-3, 0.3, size=40)
+    words, base = rng.integers(5, 500, size=40), rng.normal(-3, 0.3, size=40)
     run = base + rng.normal(-0.1, 0.3, size=40)
-    result = statistics.paired_difference(base, run, transform="perplexity")
+    result = paired_difference(base, run, transform="perplexity")
     before = np.exp(-base.mean())
     ratios = np.array([result.low, result.high]) / before + 1
     interval = stats.ttest_rel(base, run).confidence_interval()
     assert np.log(ratios) == pytest.approx(list(interval))
-    assert result.p_outside(-np.inf, 0.05 * before) == pytest.approx(
-        stats.ttest_1samp(base - run, np.log(1.05), alternative="less").pvalue
-    )
+    less = stats.ttest_1samp(base - run, np.log(1.05), alternative="less").pvalue
+    assert result.p_outside(-np.inf, 0.05 * before) == pytest.approx(less)
     # Nothing lies below a perplexity of 0.
     assert result.p_outside(-2 * before, np.inf) == 0
+    result = paired_difference(base, run, weights=words, transform="perplexity")
+    one, other = (np.exp(-np.average(each, weights=words)) for each in (base, run))
+    assert result.difference == pytest.approx(other - one)
+    # One that explodes is still worse.
+    far = paired_difference(base, base - 8 - run / 9, transform="perplexity")
+    assert far.p < 1e-6
+    assert 0 < far.low < far.difference < far.high
 
 
-def test_a_perplexity_that_explodes_is_still_worse():
-    rng = np.random.default_rng(0)
-    base = rng.normal(-3, 0.3, size=20)
-    run = base - rng.uniform(5, 12, size=20)
-    result = statistics.paired_difference(base, run, transform="perplexity")
-    assert result.p < 1e-6
-    assert 0 < result.low < result.difference < result.high
-
-
-def test_documents_that_all_change_alike():
-    result = statistics.paired_difference([0.9] * 12, [0.4] * 12)
-    assert result.p == pytest.approx(2**-12)
-    assert (result.low, result.high) == (None, None)
-    assert "sign test" in result.method
-    assert result.sides[0] == pytest.approx(2**-13)
-
-
-def test_numbers_too_large_for_a_variance():
-    values = [1e300] * 12 + [0.0]
-    result = statistics.paired_difference(values, values[::-1])
-    assert (result.low, result.p) == (None, None)
-    assert "too large" in result.method
-
-
-def simulate(draw, truth: float, times: int) -> tuple[float, float]:
-    """Return the shares of intervals that hold the truth, and of p < 0.05."""
-    covered = rejected = 0
-    for seed in range(times):
-        base, run, options = draw(np.random.default_rng(seed))
-        result = statistics.paired_difference(base, run, **options)
-        covered += result.low <= truth <= result.high
-        rejected += result.p < 0.05
-    return covered / times, rejected / times
-
-
-@pytest.mark.parametrize("n", [10, 40])
-def test_the_t_test_keeps_its_level_with_few_documents(n):
-    def draw(rng):
-        return np.zeros(n) + 0.1, 0.1 + rng.normal(size=n), {}
-
-    coverage, rejected = simulate(draw, 0, 1000)
-    assert 0.93 <= coverage <= 0.97
-    assert 0.03 <= rejected <= 0.07
-
-
-def clustered(rng):
-    effect = np.repeat(rng.normal(0, 0.3, size=40), 10)
-    base = rng.random(400)
-    names = [str(number // 10) for number in range(400)]
-    return base, base + effect + rng.normal(0, 0.2, size=400), names
-
-
-def test_clusters_keep_the_level_that_documents_alone_would_miss():
-    def by_cluster(rng):
-        base, run, names = clustered(rng)
-        return base, run, {"clusters": names}
-
-    def by_document(rng):
-        base, run, _ = clustered(rng)
-        return base, run, {}
-
-    coverage, rejected = simulate(by_cluster, 0, 1000)
-    assert 0.93 <= coverage <= 0.97
-    assert 0.03 <= rejected <= 0.07
-    _, naive = simulate(by_document, 0, 50)
-    assert naive > 0.3
-
-
-def test_ratio_scores_weigh_their_documents():
-    # A perplexity over words: long documents count more.
-    rng = np.random.default_rng(0)
-    words = rng.integers(5, 500, size=60).astype(float)
-    base = rng.normal(-3, 0.2, size=60)
-    run = base - rng.normal(0.1, 0.02, size=60)
-    result = statistics.paired_difference(
-        base, run, weights=words, transform="perplexity"
-    )
-    expected = np.exp(-np.average(run, weights=words)) - np.exp(
-        -np.average(base, weights=words)
-    )
-    assert result.difference == pytest.approx(expected)
-    assert 0 < result.low < expected < result.high
-    assert result.p < 0.001
-
-
-@pytest.mark.parametrize("n", [12, 60, 5000])
-def test_a_stricter_level_needs_a_larger_difference(n):
-    gains = np.random.default_rng(0).normal(size=n)
-    test = statistics.paired_difference(np.zeros(n), gains)
-    sizes = [test.smallest_detectable(level) for level in (0.05, 1e-4, 1e-8)]
-    assert sizes == sorted(sizes)
-    normal = stats.norm.isf([0.025, 0.5e-4, 0.5e-8]) + stats.norm.ppf(0.8)
-    assert (np.array(sizes) >= normal * gains.std(ddof=1) / np.sqrt(n)).all()
-
-
-def test_smallest_detectable_difference_is_found_with_the_stated_power():
-    rng = np.random.default_rng(3)
-    base = rng.normal(size=60)
-    smallest = statistics.paired_difference(
-        base, base + rng.normal(0, 1, size=60)
-    ).smallest_detectable()
-
-    def draw(rng):
-        base = rng.normal(size=60)
-        return base, base + rng.normal(smallest, 1, size=60), {}
-
-    _, power = simulate(draw, smallest, 300)
-    assert 0.7 <= power <= 0.9
-
-
-def test_one_document():
-    result = statistics.paired_difference([0], [1])
-    assert (result.difference, result.p) == (1, pytest.approx(0.5))
+@pytest.mark.parametrize(
+    ("base", "run", "p", "words"),
+    [
+        ([0.5], [0.7], None, "too few"),
+        ([1e300] * 12 + [0.0], [0.0] + [1e300] * 12, None, "too large"),
+        ([0.9] * 12, [0.4] * 12, None, "alike"),
+        ([5.25] * 60, [5.25] * 60, 1, "equal"),
+        ([0], [1], 0.5, "McNemar"),
+    ],
+)
+def test_what_cannot_be_tested_says_why(base, run, p, words):
+    result = paired_difference(base, run)
+    assert result.p == (p and pytest.approx(p))
+    assert words in result.method
     assert result.smallest_detectable() is None
-    result = statistics.paired_difference([0.5], [0.7])
-    assert (result.low, result.p, result.smallest_detectable()) == (None, None, None)
-    assert "too few" in result.method
+    assert p or (result.low, result.p_outside(-1, 1)) == (None, None)
 
 
-def test_four_documents_can_show_nothing_and_five_can():
+def test_documents_without_any_change_bound_the_share_of_those_that_do():
+    scores = np.linspace(0.1, 0.9, 60)
+    same = paired_difference(scores, scores)
+    assert (same.low, same.high) == pytest.approx((-0.0602, 0.0602), abs=5e-5)
+    assert same.p_outside(-0.07, 0.07) < 0.05 < same.p_outside(-0.02, 0.02)
     assert paired(0, 4).smallest_detectable() is None
     assert 0.9 < paired(0, 5).smallest_detectable() < 1
-
-
-def test_all_ties():
-    result = statistics.paired_difference([1, 0] * 30, [1, 0] * 30)
-    assert result.p == 1
-    # No change in 60 documents does not prove that there is none in the next ones.
-    assert result.low < 0 < result.high
-    result = statistics.paired_difference([0.25] * 60, [0.25] * 60)
-    assert (result.difference, result.p) == (0, 1)
-    assert (result.low, result.high) == pytest.approx((-0.0602, 0.0602), abs=5e-5)
-    assert result.smallest_detectable() is None
 
 
 def test_unpaired_test_says_that_it_is_weaker():
@@ -509,99 +307,73 @@ def test_unpaired_test_says_that_it_is_weaker():
     assert statistics.unpaired_difference(0.1, 0.0, 0.0).p is None
 
 
-@given(st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=30))
-def test_levels_are_where_the_correction_decides(p_values):
-    found = statistics.false_discovery(p_values)
-    for p, (q, level) in zip(p_values, found, strict=True):
-        assert (p is None) == (q is None) == (level is None)
-        if p is not None:
-            assert q >= p or q == pytest.approx(p)
-        if p is not None and abs(q - 0.05) > 1e-9:
-            assert (q < 0.05) == (p < level)
+@given(st.lists(st.tuples(st.one_of(st.none(), st.floats(0, 1)), st.booleans())))
+def test_the_correction_is_benjamini_and_hochberg_s_in_each_family(tests):
+    ps, families = [p for p, _ in tests], [family for _, family in tests]
+    found = statistics.false_discovery(ps, families)
+    for family in (True, False):
+        members = [
+            each for each in zip(ps, found, families, strict=True) if each[2] == family
+        ]
+        made = [(p, *of) for p, of, _ in members if p is not None]
+        assert all(of == (None, None) for p, of, _ in members if p is None)
+        ranked = sorted(p for p, _, _ in made)
+        for p, q, level in made:
+            ends = [
+                other * len(made) / (k + 1)
+                for k, other in enumerate(ranked)
+                if other >= p
+            ]
+            assert q == pytest.approx(min(1, *ends, 1))
+            assert abs(q - 0.05) < 1e-9 or (q < 0.05) == (p < level)
 
 
-def test_levels_of_a_table():
-    found = statistics.false_discovery([1e-9, 1e-9, 0.3, None], alpha=0.06)
-    levels = [level for _, level in found]
-    assert levels == [pytest.approx(0.04), pytest.approx(0.04), 0.06, None]
+def study(model: str, task: str) -> list[float]:
+    with STUDY.open(encoding="utf-8") as file:
+        key = (model, task, "acc,none")
+        rows = list(csv.DictReader(file))
+    return [
+        float(row["value"])
+        for row in rows
+        if (row["base_model"], row["task"], row["metric"]) == key
+    ]
 
 
-def test_families_are_adjusted_by_themselves():
-    p = [0.01, 1e-9, None, 0.04, 1e-9]
-    families = ["one", "other", "one", "one", "other"]
-    qs, levels = zip(*statistics.false_discovery(p, families), strict=True)
-    assert list(qs) == pytest.approx([0.02, 1e-9, None, 0.04, 1e-9])
-    assert list(levels) == pytest.approx([0.05, 0.05, None, 0.05, 0.05])
-
-
-@pytest.mark.parametrize("base", [0, float("nan")])
-def test_relative_change_of_nothing(base):
-    assert comparison.relative_change(base, 1.0) is None
-
-
-def test_correlation_with_a_constant():
-    result = trends.correlate([1, 2, 3], [5, 5, 5])
-    assert (result.n, result.pearson, result.pearson_low) == (3, None, None)
+@pytest.mark.parametrize(
+    ("model", "r", "shown"),
+    [("Llama-3.2-3B", -0.864, True), ("Llama-3.2-1B", -0.676, False)],
+)
+def test_correlation_of_the_study(model, r, shown):
+    result = trends.correlate(study(model, "mmlu"), study(model, "truthfulqa_mc2"))
+    assert (result.n, round(result.pearson, 3)) == (7, r)
+    assert (result.pearson_high < 0) == shown
 
 
 @given(st.integers(0, 10_000), st.integers(3, 12), st.floats(-1, 1))
-def test_interval_and_p_of_a_correlation_agree(seed, n, slope):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=n)
-    y = slope * x + rng.normal(size=n) / 2
-    result = trends.correlate(x, y)
-    outside = result.pearson_low > 0 or result.pearson_high < 0
-    expected = stats.pearsonr(x, y)
+def test_a_correlation_is_outside_of_its_interval_where_student_s_p_is_small(
+    seed, n, b
+):
+    x, noise = np.random.default_rng(seed).normal(size=(2, n))
+    result, expected = (
+        trends.correlate(x, b * x + noise),
+        stats.pearsonr(x, b * x + noise),
+    )
     assert result.pearson == pytest.approx(expected.statistic)
-    assert outside == (expected.pvalue < 0.05)
     assert result.pearson_low <= result.pearson <= result.pearson_high
+    outside = result.pearson_low > 0 or result.pearson_high < 0
+    assert outside == (expected.pvalue < 0.05)
+    assert trends.correlate(x, np.ones(n)) == trends.Correlation(n)
 
 
-@pytest.mark.parametrize("n", [4, 5, 7])
-@pytest.mark.parametrize("truth", [0.0, 0.8])
-def test_coverage_of_a_correlation(n, truth):
-    rng = np.random.default_rng(n)
-    covered = 0
-    for _ in range(1000):
-        x = rng.normal(size=n)
-        y = truth * x + np.sqrt(1 - truth**2) * rng.normal(size=n)
-        result = trends.correlate(x, y)
-        covered += result.pearson_low <= truth <= result.pearson_high
-    assert 0.93 <= covered / 1000 <= 0.97
-
-
-RATIOS = [4, 3.6, 3.2, 2.8, 2.4, 2, 1.6]
-
-
-def walk(rng, n, flips=0.03):
-    """Return right-or-wrong documents, of which each size flips some of the last one's."""
-    rows = [rng.random(n) < 0.5]
-    while len(rows) < len(RATIOS):
-        rows.append(rows[-1] ^ (rng.random(n) < flips))
-    return np.array(rows, dtype=float)
-
-
-def test_a_walk_of_nested_sizes_is_no_trend():
-    found = kendall = 0
-    for seed in range(400):
-        rows = walk(np.random.default_rng(seed), 200)
-        found += trends.trend(RATIOS, rows).p < 0.05
-        kendall += stats.kendalltau(RATIOS, rows.mean(axis=1)).pvalue < 0.05
-    assert found / 400 < 0.08
-    assert kendall / 400 > 0.2
-
-
-def test_trend():
+def test_a_trend_is_the_mean_slope_of_documents():
     rng = np.random.default_rng(0)
     base = rng.normal(size=50)
     rows = [base + 0.1 * ratio + 0.01 * rng.normal(size=50) for ratio in RATIOS]
     result = trends.trend(RATIOS, rows)
+    slopes = np.polyfit(RATIOS, rows, 1)[0]
     assert (result.n, result.units) == (7, 50)
-    assert result.slope == pytest.approx(0.1, abs=0.005)
-    assert result.low < result.slope < result.high
-    assert result.p < 1e-9
-    scores = np.mean(rows, axis=1)
-    assert result.slope == pytest.approx(np.polyfit(RATIOS, scores, 1)[0])
+    assert result.slope == pytest.approx(slopes.mean())
+    assert result.p == pytest.approx(stats.ttest_1samp(slopes, 0).pvalue)
     # Of perplexities the logarithm has a slope; it falls where log-likelihoods rise.
     upside_down = trends.trend(RATIOS, rows, transform="perplexity")
     assert upside_down.slope == pytest.approx(-result.slope)
@@ -626,80 +398,3 @@ def test_the_benchmark_of_coverage_runs():
     assert float(wrong) > 1.8
     assert float(any_wrong) > 0.8
     assert max(map(float, alone)) < 0.08
-
-
-@given(
-    st.integers(0, 30),
-    st.integers(0, 30),
-    st.integers(0, 60),
-    st.floats(0.005, 0.3),
-    st.floats(0.01, 0.4),
-)
-def test_p_outside_is_where_the_interval_leaves_the_margin(up, down, same, margin, a):
-    if up + down + same == 0:
-        return
-    test = paired(up, down, same)
-    p = test.p_outside(-margin, margin)
-    low, high = test.interval(2 * a)
-    if min(abs(low + margin), abs(high - margin)) < 1e-6:
-        return
-    inside = -margin < low and high < margin and abs(test.difference) < margin
-    assert (p < a) == inside
-
-
-@pytest.mark.parametrize("transform", ["mean", "perplexity", "bits_per_byte"])
-@pytest.mark.parametrize("seed", range(4))
-def test_p_outside_and_intervals_of_means_agree(seed, transform):
-    rng = np.random.default_rng(seed)
-    base = rng.normal(-3, 0.4, size=50)
-    run = base + rng.normal(0.01, 0.1, size=50)
-    test = statistics.paired_difference(base, run, transform=transform, alpha=0.1)
-    low, high = test.interval(0.1)
-    assert (low, high) == pytest.approx((test.low, test.high), rel=1e-6)
-    # At its own ends the interval is just inside.
-    assert test.p_outside(low, math.inf) == pytest.approx(0.05, abs=1e-6)
-    assert test.p_outside(-math.inf, high) == pytest.approx(0.05, abs=1e-6)
-    wide = test.p_outside(low - 0.1, high + 0.1)
-    assert wide < test.p_outside(low - 0.01, high + 0.01) < 0.05
-
-
-def test_two_one_sided_tests_are_those_of_the_textbook():
-    rng = np.random.default_rng(3)
-    gains = rng.normal(0.02, 0.2, size=40)
-    test = statistics.paired_difference(np.zeros(40), gains)
-    lower = stats.ttest_1samp(gains, -0.1, alternative="greater").pvalue
-    upper = stats.ttest_1samp(gains, 0.1, alternative="less").pvalue
-    assert test.p_outside(-0.1, 0.1) == pytest.approx(max(lower, upper))
-    assert test.p_outside(-0.1, math.inf) == pytest.approx(lower)
-
-
-def test_documents_without_any_change_bound_the_share_of_those_that_do():
-    scores = np.linspace(0.1, 0.9, 200)
-    same = statistics.paired_difference(scores, scores)
-    assert same.p_outside(-0.02, 0.02) < 0.05 < same.p_outside(-0.005, 0.005)
-    # Without bounds on a score nothing follows from that.
-    assert statistics.paired_difference(scores + 5, scores + 5).p_outside(-1, 1) is None
-
-
-def test_a_difference_outside_of_the_margin_is_never_within_it():
-    test = paired(40, 0, 60)
-    assert test.p_outside(-0.1, 0.1) >= 0.5
-
-
-@pytest.mark.parametrize(
-    ("n", "margin", "up", "down"),
-    [(60, 0.05, 0.06, 0.01), (40, 0.1, 0.12, 0.02), (60, 0.1, 0.1, 0)],
-)
-def test_level_of_equivalence_counted_out(n, margin, up, down):
-    """At a true difference of the margin, equivalence is claimed in about 5 % of cases at most."""
-    wrongly = sum(
-        chance
-        for ups, downs, chance in every_outcome(n, up, down)
-        if paired_p_outside(ups, downs, n - ups - downs, margin) < 0.05
-    )
-    assert 0.01 < wrongly < 0.054
-
-
-@functools.cache
-def paired_p_outside(up: int, down: int, same: int, margin: float) -> float:
-    return paired(up, down, same).p_outside(-margin, margin)

@@ -29,15 +29,25 @@ def score_of(values, aggregation: str = "mean") -> float:
     return float(np.exp(-mean) if aggregation == "weighted" else -mean / np.log(2))
 
 
-def offering(options, target: object = "0") -> dict:
-    """Return what the harness logs of a document with several choices."""
+def offering(
+    options, target: object = "0", prompt: str = "the question", likelihoods=()
+) -> dict:
+    """Return what the harness logs of a document with several choices, and of their likelihoods."""
+    answers = [[str(value), "False"] for value in likelihoods]
     return {
         "arguments": {
-            f"gen_args_{number}": {"arg_0": "the question", "arg_1": option}
+            f"gen_args_{number}": {"arg_0": prompt, "arg_1": option}
             for number, option in enumerate(options)
         },
         "target": str(target),
+        "resps": [[answer] for answer in answers],
+        "filtered_resps": answers,
     }
+
+
+def choices(prompt: str, endings, likelihoods, **more) -> dict:
+    """Return a line of a multiple-choice task, as the harness writes it."""
+    return offering(endings, "0", prompt, likelihoods) | more
 
 
 def write_run(
@@ -67,12 +77,12 @@ def write_run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     data: dict = {
-        "results": {},
+        "results": {task: {"name": task, "alias": task} for task in tasks},
         "group_subtasks": {task: [] for task in tasks} | (groups or {}),
         "configs": {},
-        "versions": {},
-        "n-shot": {},
-        "higher_is_better": {},
+        "versions": dict.fromkeys(tasks, 1.0),
+        "n-shot": dict.fromkeys(tasks, 0),
+        "higher_is_better": {task: {} for task in tasks},
         "n-samples": {},
         "config": {"model": "pruned-hf", "model_args": {"pretrained": "tiny"}},
         "lm_eval_version": "0.4.13",
@@ -82,58 +92,41 @@ def write_run(
         data["config"]["pruning"] = pruning
     for task, metrics in tasks.items():
         rows: dict[tuple[str, int], dict] = {}
-        data["results"][task] = entry = {"name": task, "alias": task}
-        data["versions"][task] = 1.0
-        data["n-shot"][task] = 0
-        data["higher_is_better"][task] = {}
         for metric, spec in metrics.items():
             spec = spec if isinstance(spec, dict) else {"values": spec}
-            values = spec["values"]
-            name, filter_name = metric.split(",")
+            values, (name, filter_name) = spec["values"], metric.split(",")
             score = spec.get("score", score_of(values, spec.get("aggregation", "mean")))
-            entry[metric] = score
-            stderr = spec.get("stderr", "N/A")
-            entry[f"{name}_stderr,{filter_name}"] = stderr
+            stderr = {f"{name}_stderr,{filter_name}": spec.get("stderr", "N/A")}
+            data["results"][task] |= {metric: score} | stderr
             data["higher_is_better"][task][name] = spec.get("higher_is_better", True)
-            data["n-samples"][task] = {
-                "original": len(values),
-                "effective": len(values),
-            }
+            size = dict.fromkeys(("original", "effective"), len(values))
+            data["n-samples"][task] = size
             for number, value in enumerate(values):
-                doc = (spec.get("docs") or {}).get(number, {"question": number})
-                digest = hashlib.sha256(json.dumps([task, doc]).encode()).hexdigest()
-                row = rows.setdefault(
-                    (filter_name, number),
-                    {
-                        "doc_id": number,
-                        "doc": doc,
-                        "target": "0",
-                        "resps": [],
-                        "filter": filter_name,
-                        "metrics": [],
-                        "doc_hash": digest,
-                    },
-                )
-                prompt = (spec.get("prompts") or {}).get(number, f"prompt {number}")
-                digest = hashlib.sha256(prompt.encode()).hexdigest()
-                row.setdefault("prompt_hash", digest)
-                row.update((spec.get("rows") or {}).get(number, {}))
+                doc = spec.get("docs", {}).get(number, {"question": number})
+                prompt = spec.get("prompts", {}).get(number, f"prompt {number}")
+                row = {"doc_id": number, "doc": doc, "target": "0", "resps": []}
+                row |= {"filter": filter_name, "metrics": []}
+                row |= {"doc_hash": _digest(json.dumps([task, doc]))}
+                row |= {"prompt_hash": _digest(prompt)}
+                row = rows.setdefault((filter_name, number), row)
+                row |= spec.get("rows", {}).get(number, {})
                 row["metrics"].append(name)
                 row[name] = value.tolist() if isinstance(value, np.generic) else value
         if samples:
-            (folder / f"samples_{task}_{date}.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in rows.values()),
-                encoding="utf-8",
-            )
+            lines = "".join(json.dumps(row) + "\n" for row in rows.values())
+            file = folder / f"samples_{task}_{date}.jsonl"
+            file.write_text(lines, encoding="utf-8")
     for group, metrics in (group_scores or {}).items():
         data["results"][group] = {"alias": group} | metrics
-        data["higher_is_better"][group] = {
-            metric.split(",")[0]: True for metric in metrics
-        }
-    data.update(sections)
+        names = [metric.split(",")[0] for metric in metrics]
+        data["higher_is_better"][group] = dict.fromkeys(names, True)
     file = folder / f"results_{date}.json"
-    file.write_text(json.dumps(data, indent=2), encoding="utf-8")
+    file.write_text(json.dumps(data | sections, indent=2), encoding="utf-8")
     return file
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def pruning(percent: int, *, criterion: str = "maw", seed: int | None = None) -> dict:
@@ -168,14 +161,9 @@ def write_sweep(folder: Path, runs: dict, *, schema: int = 1, **failures) -> Pat
         **failures: By configuration id, the task that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(
-        json.dumps(
-            {
-                "schema_version": schema,
-                "configurations": [{"id": identifier} for identifier in runs],
-            }
-        )
-    )
+    configurations = [{"id": identifier} for identifier in runs]
+    definition = {"schema_version": schema, "configurations": configurations}
+    (folder / "sweep.json").write_text(json.dumps(definition))
     for identifier, (size, tasks) in runs.items():
         for task, metrics in tasks.items():
             write_run(
@@ -186,7 +174,6 @@ def write_sweep(folder: Path, runs: dict, *, schema: int = 1, **failures) -> Pat
     for identifier, task in failures.items():
         unit = folder / "units" / identifier / task
         unit.mkdir(parents=True)
-        (unit / "error.json").write_text(
-            json.dumps({"task": task, "message": "out of memory"})
-        )
+        error = {"task": task, "message": "out of memory"}
+        (unit / "error.json").write_text(json.dumps(error))
     return folder

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,13 +13,12 @@ from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
-from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
+from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
 from lm_eval_pruned.model_wrappers.batching.generation import count_generated
 from lm_eval_pruned.model_wrappers.energy_windows import (
     SCHEMA_VERSION,
     EnergyLog,
-    Usage,
 )
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import checkpoints, evaluations
@@ -68,31 +64,83 @@ def generated(prompt, task="t", number=0, **arguments):
     return Instance("generate_until", {}, (prompt, arguments), 0, (task, number, 1))
 
 
-def rolling(text, task="t", number=0):
-    return Instance("loglikelihood_rolling", {}, (text,), 0, (task, number, 1))
+def rolling(text):
+    return Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1))
+
+
+ONE = [scored("abc", "de")]
+
+
+def energy_of(model):
+    return model.get_model_info()["energy"]
 
 
 def test_scored_requests_are_counted_in_tokens_without_padding(lm):
     model = lm()
     model.loglikelihood([scored("abc", "de"), scored("a", "bcdefgh")])
-    block = model.get_model_info()["energy"]["request_types"]["loglikelihood"]
-    assert block["requests"] == 2
-    assert block["prompt_tokens"] == 5 + 8
-    # The last token of a continuation is scored but not sent through the model.
-    assert block["processed_tokens"] == 4 + 7
-    assert block["generated_tokens"] == 0
-    assert block["joules_per_generated_token"] is None
-    assert block["seconds"] == 1.0
-    assert block["joules"] == {"cpu": 10.0, "gpu": None, "ram": 5.0, "total": 15.0}
-    assert block["kwh"] == pytest.approx(15.0 / 3.6e6)
-    assert block["mean_watts"] == 15.0
-    assert block["joules_per_processed_token"] == pytest.approx(15.0 / 11)
+    record = energy_of(model)["request_types"]["loglikelihood"]
+    assert record == {
+        "requests": 2,
+        "prompt_tokens": 5 + 8,
+        # The last token of a continuation is scored but not sent through the model.
+        "processed_tokens": 4 + 7,
+        "generated_tokens": 0,
+        "seconds": 1.0,
+        "joules": {"cpu": 10.0, "gpu": None, "ram": 5.0, "total": 15.0},
+        "kwh": pytest.approx(15.0 / 3.6e6),
+        "mean_watts": 15.0,
+        "joules_per_processed_token": pytest.approx(15.0 / 11),
+        "joules_per_generated_token": None,
+        "emissions_kg_co2e": None,
+        "carbon_intensity_g_co2e_per_kwh": None,
+    }
+    model.loglikelihood(ONE)
+    block = energy_of(model)
+    # A model that is evaluated again starts from nothing.
+    assert block["total"]["requests"] == 1
+    assert json.loads(json.dumps(block)) == block == energy_of(model)
 
 
-def test_a_context_shared_by_one_token_answers_is_processed_once(lm):
-    model = lm(logits_cache=True)
-    model.loglikelihood([scored("abcd", "x"), scored("abcd", "y"), scored("abcd", "z")])
-    assert model.token_counts == TokenCounts(prompt=15, processed=4)
+SHARED = [scored("One preamble. " + c, " no") for c in ("abc", "abd", "xyz")]
+LONG = [scored("twenty-one characters" + c, "q") for c in "ab"]
+TREE = {"prefix_sharing": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "requests", "prompt", "processed"),
+    [
+        ({}, [scored("abcd", "ef"), scored("uvwx", "yz")], 12, 10),
+        # A context shared by answers of one token is processed once.
+        ({"logits_cache": True}, [scored("abcd", c) for c in "xyz"], 15, 4),
+        # One token of context is put before each text.
+        ({}, [rolling("abcdef"), rolling("uvwxyz")], 14, 12),
+        ({"slot_refilling": False}, [generated("abcdef"), generated("uvwxyz")], 12, 18),
+        (TREE, SHARED, 60, None),
+        (TREE, [scored("nothing in common", " yes")], 21, 20),
+        # Some of a call's requests exceed what may be shared.
+        ({**TREE, "window": 20}, [*SHARED, *LONG], 106, None),
+    ],
+)
+def test_tokens_are_those_that_the_model_was_given(
+    lm, arguments, requests, prompt, processed
+):
+    window = arguments.get("window")
+    model = lm(**{k: v for k, v in arguments.items() if k != "window"})
+    model._warmed_up = True
+    model.config.sliding_window = window
+    model.model.generation_config.eos_token_id = None
+    positions = []
+    model.model.get_input_embeddings().register_forward_pre_hook(
+        # Rows are equally long, so that nothing is padded.
+        lambda _, inputs: positions.append(inputs[0].numel())
+    )
+    answers = getattr(model, requests[0].request_type)(requests)
+    made = 4 * len(answers) if "slot_refilling" in arguments else 0
+    assert model.token_counts == TokenCounts(prompt, made, sum(positions))
+    if processed is None:
+        assert 0 < sum(positions) < prompt - 20
+    else:
+        assert sum(positions) == processed
 
 
 def test_an_encoders_tokens_are_processed_too(tmp_path):
@@ -101,45 +149,10 @@ def test_an_encoders_tokens_are_processed_too(tmp_path):
         str(tmp_path), device="cpu", batch_size=2, max_length=64, backend="seq2seq"
     )
     model._energy, _ = log_of()
-    model._warmed_up = True
-    positions = 0
-
-    def watch(module, arguments, options):
-        nonlocal positions
-        ids = arguments[0] if arguments else options["input_ids"]
-        positions += 0 if ids is None else ids.numel()
-
-    for stack in (model.model.get_encoder(), model.model.get_decoder()):
-        stack.register_forward_pre_hook(watch, with_kwargs=True)
     # Of equal length, so that nothing is padded; a text twice, which is computed twice.
     pairs = [("abcdef", "gh"), ("uvwxyz", "ij"), ("uvwxyz", "ij")]
     model.loglikelihood([scored(*pair) for pair in pairs])
-    assert model.token_counts.processed == positions > 0
-    path = model.get_model_info()["answer_paths"]["loglikelihood"]
-    assert path["tokens_computed"] == {"plain": positions}
-
-
-def test_rolling_requests_are_measured(lm):
-    model = lm()
-    model.loglikelihood_rolling([rolling("abcdef"), rolling("xy")])
-    block = model.get_model_info()["energy"]["request_types"]["loglikelihood_rolling"]
-    assert block["requests"] == 2
-    # One token of context is put before each text.
-    assert block["prompt_tokens"] == 7 + 3
-    assert block["processed_tokens"] == 6 + 2
-
-
-def test_an_evaluation_has_its_own_requests(lm):
-    model = lm()
-    model.loglikelihood([scored("abcdef", "gh"), scored("xy", "z")])
-    model.loglikelihood_rolling([rolling("abcdef")])
-    model.begin_evaluation()
-    model.loglikelihood([scored("abcd", "ef")])
-    info = model.get_model_info()
-    assert list(info["energy"]["request_types"]) == ["loglikelihood"]
-    assert info["energy"]["request_types"]["loglikelihood"]["requests"] == 1
-    assert info["energy"]["total"]["prompt_tokens"] == 6
-    assert info["answer_paths"]["loglikelihood"]["requests"] == {"plain": 1}
+    assert model.token_counts.processed == 3 * (6 + 2)
 
 
 def test_generated_tokens_stop_at_the_end_of_text(lm, monkeypatch):
@@ -154,8 +167,6 @@ def test_generated_tokens_stop_at_the_end_of_text(lm, monkeypatch):
     monkeypatch.setattr(model.model, "generate", generate)
     model.generate_until([generated("abcdef"), generated("xy")])
     assert model.token_counts == TokenCounts(prompt=8, generated=6, processed=8 + 6 - 2)
-    block = model.get_model_info()["energy"]["request_types"]["generate_until"]
-    assert block["requests"] == 2
 
 
 def test_generation_counts_what_the_model_was_given(lm):
@@ -184,13 +195,11 @@ def test_generation_counts_what_the_model_was_given(lm):
     st.lists(st.integers(0, 4), max_size=2, unique=True),
 )
 def test_count_generated_agrees_with_counting_by_hand(rows, ends):
-    by_hand = 0
-    for row in rows:
-        for token in row:
-            by_hand += 1
-            if token in ends:
-                break
-    assert count_generated(torch.tensor(rows), ends) == by_hand
+    lengths = [
+        next((n for n, token in enumerate(row, 1) if token in ends), len(row))
+        for row in rows
+    ]
+    assert count_generated(torch.tensor(rows), ends) == sum(lengths)
 
 
 def test_tokens_of_shared_prefixes_and_of_the_plain_path(lm, monkeypatch):
@@ -237,64 +246,48 @@ def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
     assert model.loglikelihood(requests) == [
         (pytest.approx(score, abs=1e-4), greedy) for score, greedy in plain
     ]
-    block = model.get_model_info()["energy"]
-    tasks = block["tasks"]
-    assert [tasks[t]["loglikelihood"]["requests"] for t in ("one", "two", "three")] == [
-        2,
-        1,
-        1,
-    ]
+    block = energy_of(model)
+    tasks = {name: task["loglikelihood"] for name, task in block["tasks"].items()}
+    counts = {name: task["requests"] for name, task in tasks.items()}
+    assert counts == {"one": 2, "two": 1, "three": 1}
     whole = block["request_types"]["loglikelihood"]
     for key in ("seconds", "prompt_tokens", "processed_tokens", "kwh"):
-        parts = sum(task["loglikelihood"][key] for task in tasks.values())
+        parts = sum(task[key] for task in tasks.values())
         assert parts == pytest.approx(whole[key])
+
+
+PER_TASK = {"energy": True, "energy_per_task": True}
+SAMPLED = generated("xy", do_sample=True, temperature=0.5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("request_type", "requests", "arguments", "searches"),
+    ("requests", "batch_size", "arguments", "searches"),
     [
-        ("loglikelihood", [scored("a" * n, "b") for n in (9, 7, 5, 3)], {}, 2),
-        (
-            "loglikelihood",
-            [scored("abcd", "ef", "t"), scored("ab", "c", "u")],
-            {"energy": True, "energy_per_task": True},
-            2,
-        ),
-        ("loglikelihood_rolling", [rolling("abcdef"), rolling("xy")], {}, 1),
+        # Two batches, as HFLM searches before each.
+        ([scored("a" * n, "b") for n in (9, 7, 5, 3)], "auto:2", {}, 2),
+        ([*ONE, scored("ab", "c", "u")], "auto", PER_TASK, 2),
+        ([rolling("abcdef"), rolling("xy")], "auto", {}, 1),
         # Greedy requests run in slots; the one that HFLM gets makes it search.
-        (
-            "generate_until",
-            [
-                *(generated(text, max_gen_toks=130) for text in ("abc", "defg")),
-                generated("xy", do_sample=True, temperature=0.5),
-            ],
-            {},
-            1,
-        ),
+        ([generated("abc", max_gen_toks=130), SAMPLED], "auto", {}, 1),
     ],
 )
 def test_the_search_for_a_batch_size_is_a_window_of_its_own(
-    lm, request_type, requests, arguments, searches
+    lm, requests, batch_size, arguments, searches
 ):
-    blocks = []
-    # With two batches, as HFLM searches before each.
-    size = 2 if searches == 2 and "energy" not in arguments else 4
-    auto = f"auto:{searches}" if size == 2 else "auto"
-    for batch_size in (size, auto):
+    blocks, size = [], 2 if batch_size == "auto:2" else 4
+    name = requests[0].request_type
+    for each in (size, batch_size):
         torch.manual_seed(0)
-        model = lm(
-            batch_size=batch_size, max_batch_size=size, max_length=256, **arguments
-        )
-        getattr(model, request_type)(requests)
-        blocks.append(model.get_model_info()["energy"])
+        model = lm(batch_size=each, max_batch_size=size, max_length=256, **arguments)
+        getattr(model, name)(requests)
+        blocks.append(energy_of(model))
     fixed, found = blocks
-    assert found["request_types"] == fixed["request_types"]
-    assert found["total"] == fixed["total"]
-    assert found.get("tasks") == fixed.get("tasks")
+    for section in ("request_types", "total", "tasks"):
+        assert found.get(section) == fixed.get(section)
     assert "batch_size_search" not in fixed["set_up"]
     # HFLM sends five passes through the model in each search.
-    search = found["set_up"]["batch_size_search"][request_type]
+    search = found["set_up"]["batch_size_search"][name]
     assert search["seconds"] == 5.0 * searches
     assert search["joules"]["total"] == 15.0 * 5.0 * searches
 
@@ -302,46 +295,43 @@ def test_the_search_for_a_batch_size_is_a_window_of_its_own(
 def test_the_first_pass_ever_is_a_window_of_its_own(lm):
     model = lm()
     for _ in range(2):
-        model.loglikelihood([scored("abc", "de")])
+        model.loglikelihood(ONE)
     model.generate_until([generated("abc", max_gen_toks=1)])
-    block = model.get_model_info()["energy"]
+    block = energy_of(model)
     assert set(block["set_up"]) == {"warm_up"}
-    assert set(block["set_up"]["warm_up"]) == {"loglikelihood"}
-    assert block["set_up"]["warm_up"]["loglikelihood"]["joules"]["total"] == 15.0
+    (warm_up,) = block["set_up"]["warm_up"].values()
+    assert warm_up["joules"]["total"] == 15.0
     assert block["request_types"]["loglikelihood"]["seconds"] == 2.0
     assert block["total"]["joules"]["total"] == 15.0 * 3
 
 
-def test_a_search_that_fails_is_not_told_of_the_next_requests(lm, monkeypatch):
-    model = lm(batch_size="auto", max_batch_size=1, max_length=64)
+@pytest.mark.parametrize("batch_size", [4, "auto"])
+def test_requests_that_fail_are_not_told_of_the_next_ones(lm, monkeypatch, batch_size):
+    model = lm(batch_size=batch_size, max_batch_size=1, max_length=64)
     with monkeypatch.context() as patch:
         patch.setattr(model, "_model_call", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            model.loglikelihood([scored("abc", "de")])
-    model.loglikelihood([scored("abc", "de")])
-    block = model.get_model_info()["energy"]
-    (search,) = block["set_up"]["batch_size_search"].values()
-    assert search["seconds"] == 5.0
-    assert block["total"]["seconds"] == 1.0
+            model.loglikelihood(ONE)
+    model.loglikelihood(ONE)
+    block = energy_of(model)
+    assert (block["total"]["requests"], block["total"]["seconds"]) == (1, 1.0)
+    if batch_size == "auto":
+        (search,) = block["set_up"]["batch_size_search"].values()
+        assert search["seconds"] == 5.0
 
 
-def test_idle_energy_is_measured_first_and_net_energy_may_be_negative(lm):
-    log, clock = log_of({"cpu": [(0.0, 50.0), (4.0, 20.0)]}, idle_seconds=4)
-    model = lm((log, clock))
-    model.loglikelihood([scored("abc", "de")])
-    model.loglikelihood([scored("abc", "de")])
-    block = model.get_model_info()["energy"]
-    assert block["idle"]["seconds"] == 4.0
-    assert block["idle"]["mean_watts"] == 50.0
-    record = block["request_types"]["loglikelihood"]
-    assert record["joules"]["cpu"] == 40.0
-    assert record["idle_joules"]["cpu"] == 100.0
-    assert record["net_joules"] == {
-        "cpu": -60.0,
-        "gpu": None,
-        "ram": None,
-        "total": -60.0,
-    }
+def test_idle_energy_is_measured_first_and_once_and_net_energy_may_be_negative(lm):
+    model = lm(log_of({"cpu": [(0.0, 50.0), (4.0, 20.0)]}, idle_seconds=4))
+    for _ in range(2):
+        model.loglikelihood(ONE)
+        model.loglikelihood(ONE)
+        block = energy_of(model)
+        assert block["idle"]["seconds"] == 4.0
+        assert block["idle"]["mean_watts"] == 50.0
+        record = block["request_types"]["loglikelihood"]
+        assert record["joules"]["cpu"] == 40.0
+        assert record["idle_joules"]["cpu"] == 100.0
+        assert record["net_joules"]["cpu"] == record["net_joules"]["total"] == -60.0
 
 
 @pytest.mark.parametrize(
@@ -356,36 +346,24 @@ def test_idle_energy_is_measured_first_and_net_energy_may_be_negative(lm):
 def test_without_the_energy_of_the_gpu_there_is_none_per_token(
     lm, monkeypatch, watts, on_gpu, status
 ):
-    log, clock = log_of(watts, idle_seconds=2)
-    model = lm((log, clock), energy=True, energy_per_task=True)
+    model = lm(log_of(watts, idle_seconds=2), energy=True, energy_per_task=True)
     if on_gpu:
-        device = torch.device("cuda")
-        monkeypatch.setattr(model, "_accelerators", lambda: {device})
+        monkeypatch.setattr(model, "_accelerators", lambda: {torch.device("cuda")})
         monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: None)
-    model.loglikelihood([scored("abc", "de")])
-    model.generate_until([generated("abc")])
-    block = model.get_model_info()["energy"]
+    model.loglikelihood(ONE)
+    block = energy_of(model)
     assert block["status"] == status
-    records = [
-        *block["request_types"].values(),
-        *(record for task in block["tasks"].values() for record in task.values()),
-        block["total"],
-        block["idle"],
-    ]
-    for record in records:
+    windows = [block["request_types"]["loglikelihood"], block["total"]]
+    windows.append(block["tasks"]["t"]["loglikelihood"])
+    for record in (*windows, block["idle"]):
         assert record["joules"]["cpu"] > 0
         assert (record["joules"]["total"] is None) == (status != "ok")
         assert (record["mean_watts"] is None) == (status != "ok")
-    for record in records[:-1]:
-        known = record["joules_per_processed_token"] is not None
-        assert known == (status == "ok")
+    for record in windows:
+        assert (record["joules_per_processed_token"] is None) == (status != "ok")
         assert (record["net_joules"]["total"] is None) == (status != "ok")
-    if status != "ok":
-        assert any("gpu" in note and "no total" in note for note in block["notes"])
-        assert (
-            block["request_types"]["generate_until"]["joules_per_generated_token"]
-            is None
-        )
+    noted = any("gpu" in note and "no total" in note for note in block["notes"])
+    assert noted == (status != "ok")
 
 
 def test_devices_are_waited_for_where_a_meter_is_read_beside_other_work(
@@ -395,192 +373,100 @@ def test_devices_are_waited_for_where_a_meter_is_read_beside_other_work(
     events = []
     monkeypatch.setattr(model, "_accelerators", lambda: {torch.device("cuda", 1)})
     monkeypatch.setattr(
-        torch.accelerator, "synchronize", lambda device: events.append(str(device))
+        torch.accelerator, "synchronize", lambda _: events.append("wait")
     )
-    for name in ("begin_window", "end_window"):
-        method = getattr(model._energy.monitor, name)
-        monkeypatch.setattr(
-            model._energy.monitor,
-            name,
-            lambda *args, method=method, **kwargs: (
-                events.append("meter"),
-                method(*args, **kwargs),
-            )[1],
-        )
-    model.loglikelihood([scored("abc", "de")])
+    meter = model._energy.monitor._meter
+    read = meter.read
+    monkeypatch.setattr(meter, "read", lambda: (events.append("meter"), read())[1])
+    model.loglikelihood(ONE)
     # Warm-up, then the search within the window of the requests.
-    wait = "cuda:1"
-    assert events == [*(wait, "meter") * 2, "meter", *(wait, "meter") * 2, "meter"]
+    assert events == [*("wait", "meter") * 2, "meter", *("wait", "meter") * 2, "meter"]
 
 
 @pytest.mark.parametrize("fail_at", ["start", 1, 3, "stop"])
 def test_answers_survive_a_meter_that_fails(lm, fail_at):
-    requests = [scored("abc", "de")]
-    expected = lm().loglikelihood(requests)
+    expected = lm().loglikelihood(ONE)
     model = lm(log_of(fail_at=fail_at))
-    assert model.loglikelihood(requests) == expected
-    assert model.loglikelihood(requests) == expected
-    block = model.get_model_info()["energy"]
+    assert model.loglikelihood(ONE) == expected
+    assert model.loglikelihood(ONE) == expected
+    block = energy_of(model)
     assert block["status"] in {"not measured", "partial"}
     assert any("the meter" in note for note in block["notes"])
     assert block["request_types"]["loglikelihood"]["requests"] == 2
-    json.dumps(block)
-
-
-def test_a_model_that_raises_leaves_no_window_open(lm, monkeypatch):
-    model = lm()
-    with monkeypatch.context() as patch:
-        patch.setattr(model.model, "forward", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model.loglikelihood([scored("abc", "de")])
-    model.loglikelihood([scored("abc", "de")])
-    assert model.get_model_info()["energy"]["total"]["requests"] == 1
 
 
 def test_cached_answers_cost_nothing_and_are_counted(lm, tmp_path):
-    requests = [scored("abc", "de"), scored("abc", "fg")]
-    first = CachingLM(lm(), str(tmp_path / "cache.db"))
-    answers = first.loglikelihood(requests)
-    assert first.get_model_info()["energy"]["cached_answers"] == 0
-    first.dbdict.close()
-
-    second = CachingLM(lm(), str(tmp_path / "cache.db"))
-    assert [tuple(a) for a in second.loglikelihood([*requests, scored("q", "r")])] == [
-        *answers,
-        second.lm.loglikelihood([scored("q", "r")])[0],
-    ]
-    block = second.get_model_info()["energy"]
-    assert block["cached_answers"] == 2
-    assert block["request_types"]["loglikelihood"]["requests"] == 2
-
-    third = CachingLM(lm(), str(tmp_path / "cache.db"))
-    third.loglikelihood(requests)
-    block = third.get_model_info()["energy"]
+    model = lm()
+    cache = CachingLM(model, str(tmp_path / "cache.db"))
+    requests = [*ONE, scored("abc", "fg")]
+    answers = cache.loglikelihood(requests)
+    block = energy_of(cache)
+    assert (block["cached_answers"], block["total"]["requests"]) == (0, 2)
+    more = cache.loglikelihood([*requests, scored("q", "r")])
+    assert [tuple(each) for each in more[:2]] == answers
+    block = energy_of(cache)
+    assert (block["cached_answers"], block["total"]["requests"]) == (2, 1)
+    cache.loglikelihood(requests)
+    block = energy_of(cache)
     assert block["cached_answers"] == 2
     assert block["request_types"] == {}
-    assert block["total"]["requests"] == 0
     assert block["total"]["joules"]["total"] is None
 
 
-def test_the_block_is_json_and_the_same_when_asked_twice(lm):
-    model = lm()
-    model.loglikelihood([scored("abc", "de")])
-    model.loglikelihood([scored("abc", "de")])
-    block = model.get_model_info()["energy"]
-    assert block["total"]["requests"] == 2
-    assert json.loads(json.dumps(block)) == block
-    assert model.get_model_info()["energy"] == block
-
-
-def test_a_model_that_is_evaluated_again_starts_from_nothing(lm, tmp_path):
-    model = lm(log_of(idle_seconds=2))
-    cache = CachingLM(model, str(tmp_path / "cache.db"))
-    cache.loglikelihood([scored("abc", "de")])
-    first = cache.get_model_info()["energy"]
-    cache.generate_until([generated("abc")])
-    second = cache.get_model_info()["energy"]
-    assert set(first["request_types"]) == {"loglikelihood"}
-    assert set(second["request_types"]) == {"generate_until"}
-    assert second["total"]["requests"] == 1
-    assert second["idle"] == first["idle"]
-    cache.loglikelihood([scored("abc", "de")])
-    third = cache.get_model_info()["energy"]
-    assert third["request_types"] == {}
-    assert third["cached_answers"] == 1
-
-
 @pytest.mark.parametrize("announced", [True, False])
-def test_every_evaluation_counts_the_answers_it_was_handed(lm, announced):
+def test_every_evaluation_has_its_own_requests_and_answers_from_before(lm, announced):
     """They are handed over before the requests that are left to compute, as in a sweep."""
     model = lm()
-    counted = []
     for _ in range(3):
         if announced:
             model.begin_evaluation()
         model.count_kept_answers(5)
-        model.loglikelihood([scored("abc", "de")])
-        counted.append(model.get_model_info()["energy"]["cached_answers"])
-    assert counted == [5, 5, 5]
+        model.loglikelihood(ONE)
+        info = model.get_model_info()
+        assert info["energy"]["cached_answers"] == 5
+        assert info["energy"]["total"]["requests"] == 1
+        if announced:
+            paths = info["answer_paths"]["loglikelihood"]
+            assert paths["requests"] == {"plain": 1}
 
 
 def test_machines_add_up_and_processes_are_not_metered_twice():
-    log, clock = log_of()
-    processes = []
-    for metered, tokens, duration in [(True, 3, 2.0), (False, 4, 0.0), (True, 5, 4.0)]:
-        reading = None
-        if metered:
-            log.monitor.begin_window("w")
-            clock.sleep(duration)
-            reading = log.monitor.end_window("w")
-        usage = Usage(1, TokenCounts(prompt=tokens), reading)
-        processes.append(
-            {("request_types", "loglikelihood"): usage, ("cached_answers",): Usage(1)}
-        )
-    processes.append({("cached_answers",): Usage(2)})
-    log.add(processes)
-    block = log.finish()
-    record = block["request_types"]["loglikelihood"]
-    assert record["prompt_tokens"] == 12
-    assert record["joules"]["total"] == 15.0 * 6.0
-    assert record["seconds"] == 4.0
-    assert block["machines"] == 2
-    assert block["cached_answers"] == 5
-
-
-def test_the_idle_power_of_all_machines_is_subtracted():
     machines = [
         # 100 W and 50 W at idle; 500 W and 250 W at work, for 10 s.
         log_of({"cpu": [(0.0, 100.0), (4.0, 500.0)]}, idle_seconds=4),
         log_of({"cpu": [(0.0, 50.0), (4.0, 250.0)]}, idle_seconds=4),
     ]
     # A second process of the first machine, which another one meters.
-    logs = [*machines, (EnergyLog(None, 4, lambda _: None), None)]
-    lm = SimpleNamespace(token_counts=TokenCounts())
+    logs = [*machines, (EnergyLog(None, 4, lambda _: None), Clock())]
     for _ in range(2):
         shares = []
-        for (log, clock), seconds in zip(logs, (10.0, 10.0, 0.0), strict=True):
+        for number, (log, clock) in enumerate(logs):
+            lm = SimpleNamespace(token_counts=TokenCounts())
             log.measure_idle()
+            log.count_cached(number)
             key = "request_types", "loglikelihood"
             with log.window(*key, lm=lm, requests=1, left_open=True):
                 with log.window("set_up", "batch_size_search", key[1]):
-                    if clock is not None:
-                        clock.sleep(2.0)
-                if clock is not None:
-                    clock.sleep(seconds)
+                    clock.sleep(2.0)
+                clock.sleep(10.0)
+                lm.token_counts.prompt += 3 + number
             shares.append(log.take())
         machines[0][0].add(shares)
     block = machines[0][0].finish()
     assert block["machines"] == 2
+    assert block["cached_answers"] == 2 * (0 + 1 + 2)
     assert block["idle"]["seconds"] == 4.0
     assert block["idle"]["joules"]["total"] == 4 * (100 + 50)
     assert block["idle"]["mean_watts"] == 150.0
     for record in (block["request_types"]["loglikelihood"], block["total"]):
+        assert (record["requests"], record["prompt_tokens"]) == (6, 2 * (3 + 4 + 5))
+        assert record["seconds"] == 2 * 10.0
         assert record["joules"]["total"] == 2 * (5000 + 2500)
         assert record["idle_joules"]["total"] == 2 * (1000 + 500)
         assert record["net_joules"]["total"] == 2 * (4000 + 2000)
     search = block["set_up"]["batch_size_search"]["loglikelihood"]
     assert search["seconds"] == 2 * 2.0
     assert search["joules"]["total"] == 2 * (1000 + 500)
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, True),
-        ({"LOCAL_RANK": "0"}, True),
-        ({"LOCAL_RANK": "1"}, False),
-        ({"SLURM_LOCALID": "3"}, False),
-        ({"LOCAL_RANK": "0", "SLURM_LOCALID": "3"}, True),
-    ],
-)
-def test_one_process_of_a_launcher_meters_its_machine(
-    monkeypatch, environment, expected
-):
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert meters_the_machine() is expected
 
 
 @pytest.mark.parametrize(
@@ -604,96 +490,23 @@ def test_nothing_is_imported_or_started_when_it_is_off(tiny_llama):
         "from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM\n"
         f"lm = PrunedHFLM({str(tiny_llama)!r}, device='cpu')\n"
         "assert 'energy' not in lm.get_model_info()\n"
-        "names = [n for n in sys.modules if n.split('.')[0] == 'codecarbon']\n"
-        "assert not names, names\n"
+        "assert 'codecarbon' not in sys.modules\n"
         "assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    evaluations.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.slow
 def test_processes_meet_at_the_barrier(tmp_path):
     """Two real processes over gloo: counts of both, energy of one."""
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--standalone",
-            "--module",
-            "tests.helpers.barrier_of_two_processes",
-            str(tmp_path / "block.json"),
-        ],
-        check=True,
-        cwd=checkpoints.ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    block = json.loads((tmp_path / "block.json").read_text())
+    file = tmp_path / "block.json"
+    module = ("-m", "tests.helpers.barrier_of_two_processes", file)
+    evaluations.run([*evaluations.TWO_PROCESSES, *module], checkpoints.ROOT, check=True)
+    block = json.loads(file.read_text())
     record = block["request_types"]["loglikelihood"]
     assert block["machines"] == 1
-    assert record["requests"] == 1 + 2
-    assert record["prompt_tokens"] == 10 + 20
-    assert record["joules"]["total"] == 7.0 * 3.0
-    assert record["seconds"] == 3.0
-
-
-@pytest.mark.slow
-def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
-    """The real codecarbon, the real command, no network."""
-    command = Path(sys.executable).with_name("lm_eval")
-    model_args = (
-        f"pretrained={tiny_llama},ratio=2.0,energy=true,energy_per_task=true,"
-        "energy_idle_seconds=0.3,energy_country=ESP,max_length=512,prefix_sharing=false,slot_refilling=false"
-    )
-    subprocess.run(
-        [
-            command,
-            "--model=pruned-hf",
-            f"--model_args={model_args}",
-            "--tasks=pruned_demo",
-            "--device=cpu",
-            "--batch_size=auto",
-            "--max_batch_size=2",
-            "--limit=3",
-            f"--output_path={tmp_path / 'out'}",
-        ],
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    (results,) = (tmp_path / "out").glob("**/results_*.json")
-    block = json.loads(results.read_text())["config"]["energy"]
-    assert block["status"] == "ok"
-    assert block["schema_version"] == SCHEMA_VERSION
-    assert block["country"] == "ESP"
-    assert set(block["request_types"]) == {"loglikelihood", "generate_until"}
-    for record in (*block["request_types"].values(), block["total"], block["idle"]):
-        joules = record["joules"]
-        parts = [joules[name] for name in ("cpu", "gpu", "ram") if joules[name]]
-        assert joules["total"] == pytest.approx(sum(parts), rel=1e-6)
-        assert record["mean_watts"] == pytest.approx(
-            joules["total"] / record["seconds"]
-        )
-        assert record["emissions_kg_co2e"] == pytest.approx(
-            record["kwh"] * record["carbon_intensity_g_co2e_per_kwh"] / 1000
-        )
-    for name, record in block["request_types"].items():
-        parts = [
-            types[name]["joules"]["total"]
-            for types in block["tasks"].values()
-            if name in types
-        ]
-        slack = block["resolution_seconds"] * record["mean_watts"] * 2 * len(parts)
-        assert sum(parts) == pytest.approx(record["joules"]["total"], abs=slack)
-    # Every type of request was preceded by a search, which no record above holds.
-    assert set(block["set_up"]["batch_size_search"]) == set(block["request_types"])
-    for search in block["set_up"]["batch_size_search"].values():
-        assert search["joules"]["total"] > 0
-    for name, source in block["sources"].items():
-        assert (block["total"]["joules"][name] is None) == (source["kind"] == "none")
+    assert (record["requests"], record["prompt_tokens"]) == (1 + 2, 10 + 20)
+    assert (record["joules"]["total"], record["seconds"]) == (7.0 * 3.0, 3.0)
 
 
 _SITE = """
@@ -714,26 +527,52 @@ socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refuse
 
 
 @pytest.mark.slow
-def test_an_evaluation_with_energy_never_uses_the_network(tiny_llama, tmp_path):
+def test_the_stock_command_writes_the_block_without_a_network(tiny_llama, tmp_path):
+    """The real codecarbon and the real command."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(_SITE)
-    attempts = tmp_path / "attempts"
-    guarded = {
-        "PYTHONPATH": str(tmp_path / "site"),
-        "NETWORK_ATTEMPTS": str(attempts),
-    }
+    attempts, out = tmp_path / "attempts", tmp_path / "out"
+    guarded = {"PYTHONPATH": tmp_path / "site", "NETWORK_ATTEMPTS": attempts}
     ask = "import socket; socket.create_connection(('localhost', 9))"
     done = evaluations.run([sys.executable, "-c", ask], tmp_path, **guarded)
     assert "off limits" in done.stderr
     attempts.unlink()
 
-    model_args = f"pretrained={tiny_llama},ratio=2.0,energy=true,energy_country=ESP"
-    arguments = evaluations.command("pruned-hf", model_args, tmp_path / "out")
-    done = evaluations.run(arguments, tmp_path, **guarded)
-    assert done.returncode == 0, done.stderr
+    model_args = (
+        f"pretrained={tiny_llama},ratio=2.0,energy=true,energy_per_task=true,"
+        "energy_idle_seconds=0.3,energy_country=ESP,max_length=512,prefix_sharing=false,"
+        "slot_refilling=false"
+    )
+    evaluations.lm_eval(
+        *("--model=pruned-hf", f"--model_args={model_args}", "--tasks=pruned_demo"),
+        *("--device=cpu", "--batch_size=auto", "--max_batch_size=2", "--limit=3"),
+        f"--output_path={out}",
+        cwd=tmp_path,
+        **guarded,
+    )
     assert not attempts.exists(), attempts.read_text()
-    _, config = evaluations.read(tmp_path / "out")
-    assert config["energy"]["status"] == "ok"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "site"}
+    block = evaluations.results(out)["config"]["energy"]
+    assert (block["status"], block["country"]) == ("ok", "ESP")
+    assert block["schema_version"] == SCHEMA_VERSION
+    assert set(block["request_types"]) == {"loglikelihood", "generate_until"}
+    for record in (*block["request_types"].values(), block["total"], block["idle"]):
+        joules = record["joules"]
+        parts = [joules[name] for name in ("cpu", "gpu", "ram") if joules[name]]
+        assert joules["total"] == pytest.approx(sum(parts), rel=1e-6)
+        assert record["emissions_kg_co2e"] > 0
+    for name, record in block["request_types"].items():
+        parts = [
+            types[name]["joules"]["total"]
+            for types in block["tasks"].values()
+            if name in types
+        ]
+        slack = block["resolution_seconds"] * record["mean_watts"] * 2 * len(parts)
+        assert sum(parts) == pytest.approx(record["joules"]["total"], abs=slack)
+    # Every type of request was preceded by a search, which no record above holds.
+    assert set(block["set_up"]["batch_size_search"]) == set(block["request_types"])
+    for name, source in block["sources"].items():
+        assert (block["total"]["joules"][name] is None) == (source["kind"] == "none")
 
 
 @pytest.mark.slow

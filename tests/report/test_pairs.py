@@ -6,18 +6,17 @@ import csv
 import io
 import json
 
-import numpy as np
 import pytest
 
 from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.compare.statistics import paired_difference
 from lm_eval_pruned.report.pairs import healing_section, random_section
-from lm_eval_pruned.report.report import as_csv
 from lm_eval_pruned.report.sections import scores_section
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
 from tests.helpers.results_files import pruning, write_sweep
+from tests.report import conftest
 
 
 HEALING = {
@@ -28,24 +27,22 @@ HEALING = {
     "tokens_seen": 819200,
     "seconds": 1234.5,
     "energy": {
-        "meter": "a meter",
-        "joules": {"cpu": 400.0, "gpu": None, "ram": 100.0, "total": 51234.0},
+        "joules": {"total": 51234.0},
         "sources": {"cpu": "modelled", "gpu": "none", "ram": "constant"},
         "notes": [],
     },
 }
-N = 200
+BY = "lora with teacher 0.5"
 
 
-def answers(share: float) -> list[float]:
-    order = np.random.default_rng(11).permutation(N)
-    return (order < share * N).astype(float).tolist()
+def answers(share):
+    return conftest.answers(share, n=200)
 
 
-def tasks(knows: float, true: float = 0.4) -> dict:
+def tasks(knows):
     return {
         "mmlu": {"acc,none": answers(knows)},
-        "truthfulqa_mc2": {"acc,none": answers(true)},
+        "truthfulqa_mc2": {"acc,none": answers(0.4)},
     }
 
 
@@ -56,141 +53,98 @@ def folder(tmp_path):
         runs[f"p{percent}"] = percent, tasks(before)
         runs[f"p{percent}_healed"] = percent, tasks(after)
     write_sweep(tmp_path, runs)
-    for file in tmp_path.glob("units/*_healed/*/results_*.json"):
-        set_healing(file, HEALING)
+    set_healing(tmp_path, "*_healed", HEALING)
     return tmp_path
 
 
-def set_healing(file, healing):
-    results = json.loads(file.read_text())
-    results["config"]["healing"] = healing
-    file.write_text(json.dumps(results))
+def set_healing(folder, names, healing):
+    for file in folder.glob(f"units/{names}/*/results_*.json"):
+        results = json.loads(file.read_text())
+        results["config"]["healing"] = healing
+        file.write_text(json.dumps(results))
 
 
-def keep(folder, *names):
-    """Leave these configurations in a sweep."""
-    definition = json.loads((folder / "sweep.json").read_text())
-    definition["configurations"] = [{"id": name} for name in ("base", *names)]
-    (folder / "sweep.json").write_text(json.dumps(definition))
+def healing_of(folder, *names):
+    """Return the section on these configurations, by default all."""
+    _, others = split_sweep(list(read_sweep(folder).runs), "")
+    chosen = [run for run in others if not names or run.name in names]
+    return healing_section(chosen, 0.05, DocumentReader())
 
 
-def runs_of(folder):
-    return split_sweep(list(read_sweep(folder).runs), "")
+def cells(section, *titles):
+    """Return the texts in these columns of a section's table."""
+    places = [section.table.columns.index(title) for title in titles]
+    return [[row[place].text for place in places] for row in section.table.cells()]
 
 
-def healing_of(folder):
-    return healing_section(runs_of(folder)[1], 0.05, DocumentReader())
+def test_healed_sizes_are_told_apart(folder):
+    pytest.importorskip("altair", reason="figures need the extra `report`")
+    from lm_eval_pruned.report.report import as_csv
 
-
-def cells(section):
-    titles = section.table.columns
-    return [
-        dict(zip(titles, (cell.text for cell in row), strict=True))
-        for row in section.table.cells()
-    ]
-
-
-def test_healed_sizes_are_a_series_of_their_own(folder):
-    series = series_of(read_sweep(folder).runs)
-    healed = series["maw, healed by lora with teacher 0.5"]
+    base, others = split_sweep(list(read_sweep(folder).runs), "")
+    series = series_of([base, *others])
     assert [run.name for run in series["maw"]] == ["base", "p20", "p40", "p60"]
-    assert [run.name for run in healed][1:] == [f"p{p}_healed" for p in (20, 40, 60)]
-
-
-def test_scores_and_csv_tell_them_apart(folder):
-    base, others = runs_of(folder)
+    healed = [run.name for run in series[f"maw, healed by {BY}"]]
+    assert healed == ["base", *(f"p{p}_healed" for p in (20, 40, 60))]
     comparison = compare(base, others)
-    table = scores_section(base, others, comparison).table
-    assert "p40_healed (2.40)" in table.columns
-    rows = list(csv.DictReader(io.StringIO(as_csv(base, others, comparison))))
-    assert {row["run"]: row["healed_by"] for row in rows} == {
-        "base": "",
-        **{f"p{percent}": "" for percent in (20, 40, 60)},
-        **{f"p{p}_healed": "lora with teacher 0.5" for p in (20, 40, 60)},
-    }
+    columns = scores_section(base, others, comparison).table.columns
+    assert "p40_healed (2.40)" in columns
+    rows = csv.DictReader(io.StringIO(as_csv(base, others, comparison)))
+    assert {row["run"] for row in rows if row["healed_by"] == BY} == {*healed[1:]}
 
 
 def test_the_cost(folder):
-    nothing = dict.fromkeys(("cpu", "gpu", "ram", "total"))
-    energy = {"meter": None, "joules": nothing, "sources": None, "notes": ["no meter"]}
-    for file in folder.glob("units/p20_healed/*/results_*.json"):
-        set_healing(file, {**HEALING, "energy": energy})
+    energy = {"joules": {"total": None}, "sources": None, "notes": ["no meter"]}
+    set_healing(folder, "p20_healed", {**HEALING, "energy": energy})
     first, second, _ = healing_of(folder).notes
-    start = (
-        "lora with teacher 0.5, text text.jsonl, steps 200, tokens_seen 819200, "
-        "seconds 1234.5, joules "
+    took = (
+        f"{BY}, text text.jsonl, steps 200, tokens_seen 819200, seconds 1234.5, joules "
     )
-    assert first == f"p20_healed (3.20): {start}not measured, no meter"
+    assert first == f"p20_healed (3.20): {took}not measured, no meter"
     end = "51234.0, cpu modelled, gpu none, ram constant"
-    assert second == f"p40_healed (2.40): {start}{end}"
+    assert second == f"p40_healed (2.40): {took}{end}"
 
 
 def test_after_is_tested_against_before(folder):
     section = healing_of(folder)
-    rows = cells(section)
-    assert [row["run"] for row in rows[:3]] == [
-        f"{after} against p{percent}"
-        for after, percent in (
-            ("p20_healed (3.20)", 20),
-            ("p40_healed (2.40)", 40),
-            ("p60_healed (1.60)", 60),
-        )
-    ]
-    assert [rows[1][name] for name in ("task", "base", "score", "difference")] == [
-        *("mmlu", "0.3000", "0.5000", "+0.2000")
-    ]
-    assert rows[1]["verdict"] == "better"
+    names = ("run", "task", "base", "score", "difference", "verdict")
+    rows = cells(section, *names, "95% interval")
+    runs = [f"p{p}_healed ({4 - p / 25:.2f}) against p{p}" for p in (20, 40, 60)]
+    assert [row[0] for row in rows] == runs * 2
     test = paired_difference(answers(0.3), answers(0.5))
-    assert rows[1]["95% interval"] == f"[{test.low:+.4f}, {test.high:+.4f}]"
-    assert {row["verdict"] for row in rows[3:]} == {"not shown"}
-    assert section.table.cells()[1][-1].mark == "better"
+    interval = f"[{test.low:+.4f}, {test.high:+.4f}]"
+    assert rows[1][1:] == ["mmlu", "0.3000", "0.5000", "+0.2000", "better", interval]
+    assert {row[5] for row in rows[3:]} == {"not shown"}
 
 
-def test_without_samples_the_test_is_that_of_compare(folder):
+def test_what_is_missing_for_a_pair(folder):
+    section = healing_of(folder, "p20_healed")
+    assert (section.table, len(section.notes)) == (None, 1)
+    assert healing_of(folder, "p20") is None
     for file in folder.glob("units/p20_healed/mmlu/samples_*"):
         file.unlink()
     section = healing_of(folder)
-    row = cells(section)[0]
-    assert (row["verdict"], row["difference"]) == ("not tested", "+0.1000")
-    assert row["q"] == row["95% interval"] == "-"
+    (row, *_) = cells(section, "verdict", "difference", "q", "95% interval")
+    assert row == ["not tested", "+0.1000", "-", "-"]
     assert "none: neither samples nor standard errors" in section.paragraphs[1]
 
 
-def test_without_the_size_before_there_is_its_cost_alone(folder):
-    keep(folder, "p20_healed")
-    section = healing_of(folder)
-    assert (section.table, len(section.notes)) == (None, 1)
-
-
-def test_a_sweep_without_healing_says_nothing(folder):
-    keep(folder, "p20")
-    assert healing_of(folder) is None
-
-
 def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):
-    chance = {
-        f"r{percent}_{seed}": (
-            pruning(percent, criterion="random", seed=seed),
-            tasks(0.25 + 0.01 * seed),
-        )
-        for percent in (20, 40)
-        for seed in (0, 1)
-    }
     runs = {"base": (0, tasks(1.0)), "p20": (20, tasks(0.9)), "p40": (40, tasks(0.27))}
     # No random one has this size.
     runs["p60"] = 60, tasks(0.2)
-    _, others = runs_of(write_sweep(tmp_path, runs | chance))
+    for percent in (20, 40):
+        for seed in (0, 1):
+            chance = pruning(percent, criterion="random", seed=seed)
+            runs[f"r{percent}_{seed}"] = chance, tasks(0.25 + 0.01 * seed)
+    _, others = split_sweep(list(read_sweep(write_sweep(tmp_path, runs)).runs), "")
     section = random_section(others, 0.05, DocumentReader())
-    names = ("run", "task", "base", "score", "difference", "verdict")
-    rows = [[row[name] for name in names] for row in cells(section)]
+    rows = cells(section, "run", "task", "base", "score", "verdict")
     assert rows[:4] == [
-        [f"{run} against {control}", "mmlu", before, after, difference, verdict]
-        for run, control, before, after, difference, verdict in (
-            ("p20 (3.20)", "r20_0", "0.2500", "0.9000", "+0.6500", "better"),
-            ("p20 (3.20)", "r20_1", "0.2600", "0.9000", "+0.6400", "better"),
-            ("p40 (2.40)", "r40_0", "0.2500", "0.2700", "+0.0200", "not shown"),
-            ("p40 (2.40)", "r40_1", "0.2600", "0.2700", "+0.0100", "not shown"),
-        )
+        ["p20 (3.20) against r20_0", "mmlu", "0.2500", "0.9000", "better"],
+        ["p20 (3.20) against r20_1", "mmlu", "0.2600", "0.9000", "better"],
+        ["p40 (2.40) against r40_0", "mmlu", "0.2500", "0.2700", "not shown"],
+        ["p40 (2.40) against r40_1", "mmlu", "0.2600", "0.2700", "not shown"],
     ]
     assert {row[-1] for row in rows[4:]} == {"not shown"}
     (note,) = section.notes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from lm_eval_pruned.util.progress import Progress
@@ -16,7 +14,6 @@ def test_lines_where_there_is_no_terminal(capsys):
     progress.start("baseline", "b")
     error = {"type": "MemoryError", "message": "no memory\nat all"}
     progress.finish("baseline", "b", 3.0, {}, error)
-    progress.close()
     assert capsys.readouterr().out.splitlines() == [
         "4 units: 1 done, 1 failed before, 2 to run",
         "[3/4] baseline / a starts",
@@ -42,16 +39,3 @@ def test_time_left_is_unknown_at_first(capsys):
     assert progress.remaining_seconds() is None
     progress.finish("c", "a", 1.0, {}, {"type": "E", "message": ""})
     assert "time left unknown" in capsys.readouterr().out
-
-
-def test_bar_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = Progress(1, 0, ["a"], [("a", 10.0)])
-    progress.start("ratio-2", "a")
-    progress.finish("ratio-2", "a", 12.0, {"acc": 0.5}, None)
-    progress.close()
-    out, err = capsys.readouterr()
-    assert "[2/2] ratio-2 / a: acc 0.5000" in out
-    assert "1/2 |" in err
-    assert "0:00:10 left, a of ratio-2" in err
-    assert "2/2 |" in err

@@ -1,0 +1,262 @@
+"""The figure of a report: what is drawn, and what a browser makes of the page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lm_eval_pruned.compare.comparison import compare, split_sweep
+from lm_eval_pruned.results.documents import Levels
+from lm_eval_pruned.results.groups import series_of
+from lm_eval_pruned.results.runs import read_sweep
+from lm_eval_pruned.results.stopping_record import Stopping
+from lm_eval_pruned.util import palette
+from tests.helpers.results_files import write_sweep
+from tests.report.conftest import CHOICES, NASTY, N, answers
+
+
+pytest.importorskip("altair", reason="figures need the extra `report`")
+
+from lm_eval_pruned.report.figure import measure_chart, points_of
+from lm_eval_pruned.report.report import write_report
+
+
+def points(sweep, levels):
+    base, others = split_sweep(list(read_sweep(sweep).runs), str(sweep))
+    ((_, members),) = series_of([base, *others]).items()
+    return points_of(members, base, compare(base, others), levels)
+
+
+@pytest.fixture(scope="module")
+def drawn(sweep):
+    known = {(task, "acc,none"): Levels(1 / CHOICES[task][0]) for task in CHOICES}
+    return points(sweep, known | {("boolq", "acc,none"): Levels(0.5, 0.625)})
+
+
+def point(drawn, measure, task, run):
+    """Return the point of a task and a size by a measure, None where there is none."""
+    here = (drawn[["line", "measure", "run"]] == [task, measure, run]).all(axis=1)
+    found = drawn[here].to_dict("records")
+    assert len(found) < 2
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize(
+    ("measure", "value"),
+    [("raw", 30), ("relative", 100 * 0.3 / 0.65), ("above_chance", 100 * 0.05 / 0.4)],
+)
+def test_scores_by_each_measure(drawn, measure, value):
+    mmlu = point(drawn, measure, "mmlu", "p60")
+    assert mmlu["value"] == pytest.approx(value)
+    assert mmlu["low"] < value < mmlu["high"]
+    assert (mmlu["ratio"], mmlu["mark"], mmlu["filled"]) == (1.6, "tested", True)
+    base = point(drawn, measure, "mmlu", "p0")
+    assert base["mark"] == "unpruned"
+    assert base["low"] == base["high"] == base["value"]
+    assert base["value"] == pytest.approx(65 if measure == "raw" else 100)
+
+
+def test_perplexities_are_inverted_and_keep_their_unit(drawn):
+    wikitext = point(drawn, "relative", "wikitext", "p60")
+    assert wikitext["value"] == pytest.approx(100 * np.exp(-3), rel=0.1)
+    assert wikitext["low"] < wikitext["value"] < wikitext["high"]
+    assert point(drawn, "raw", "wikitext", "p60")["unit"] == "word_perplexity"
+    assert point(drawn, "above_chance", "wikitext", "p60") is None
+
+
+def test_a_level_is_drawn_of_what_is_known(drawn):
+    # A task at chance has nothing to lose.
+    assert point(drawn, "above_chance", "boolq", "p60") is None
+    known = (point(drawn, "raw", task, "p60") for task in ("boolq", "mmlu", "gsm8k"))
+    levels = [[each["chance"], each["majority"]] for each in known]
+    nan = np.nan
+    np.testing.assert_array_equal(levels, [[50, 62.5], [25, nan], [nan, nan]])
+
+
+def test_what_pruning_takes_is_next_to_what_it_leaves(drawn):
+    def titles(measure):
+        spec = measure_chart(drawn[drawn["measure"] == measure], measure).to_dict()
+        layers = [panel["layer"][-1]["layer"][-1] for panel in spec["concat"]]
+        return [layer["encoding"]["y"]["title"] for layer in layers]
+
+    assert titles("relative") == [
+        [families, "relative to unpruned (%)"]
+        for families in (
+            "Knowledge, Commonsense, Language modelling",
+            "Truthfulness, Multi-step reasoning",
+            "The rest",
+        )
+    ]
+    assert ["Language modelling", "word_perplexity"] in titles("raw")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A sweep of which one unit was decided after 20 documents of `N`."""
+    folder = tmp_path_factory.mktemp("stopped")
+    before, sizes = answers(0.7, 1), {20: answers(0.6, 2), 60: [0.0] * 20}
+    runs = {f"p{p}": (p, {"mmlu": {"acc,none": v}}) for p, v in sizes.items()}
+    write_sweep(folder, {"p0": (0, {"mmlu": {"acc,none": before}}), **runs})
+    lost = -sum(before[:20]) / 20
+    record = Stopping(
+        *("decided", "mmlu", N, 0.05, 2, "acc,none", "difference"),
+        *((20,), (1e-5,), (None,), lost, lost - 0.2, lost + 0.2),
+        {"acc,none": (0.0, 0.3)},
+    )
+    (file,) = folder.glob("units/p60/mmlu/results_*.json")
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({**data, "stopping": record.as_dict()}))
+    write_report(folder)
+    return folder
+
+
+def test_a_partial_score_is_drawn_with_the_documents_it_has(stopped):
+    found = points(stopped, {("mmlu", "acc,none"): Levels(0.25)})
+    full, partial = (point(found, "raw", "mmlu", name) for name in ("p20", "p60"))
+    assert (full["mark"], partial["mark"]) == ("tested", "partial")
+    assert (full["documents"], partial["documents"]) == (str(N), f"partial: 20 of {N}")
+    # Its interval is that of the look, and all of it is of the same documents.
+    base, others = split_sweep(list(read_sweep(stopped).runs), str(stopped))
+    (row,) = (each for each in compare(base, others).rows if each.run == "p60")
+    assert row.base_score + row.low < partial["value"] == partial["low"] == 0
+    assert partial["high"] == pytest.approx(100 * (row.base_score + row.high))
+    relative = point(found, "relative", "mmlu", "p60")
+    assert relative["high"] == pytest.approx(100 * (1 + row.high / row.base_score))
+    chance = 100 * (0 - 0.25) / (row.base_score - 0.25)
+    above = point(found, "above_chance", "mmlu", "p60")
+    assert above["value"] == pytest.approx(chance)
+
+
+def test_a_partial_score_says_so_in_every_format(stopped):
+    for name in ("report.html", "report.md"):
+        text = (stopped / "report" / name).read_text(encoding="utf-8")
+        assert f"partial: 20 of {N}" in text
+        assert "McNemar mid-p, group sequential." in text
+    rows = list(csv.DictReader((stopped / "report/results.csv").open()))
+    (partial,) = (row for row in rows if row["of"])
+    names = ("documents", "of", "score_low", "score_high")
+    assert [partial[name] for name in names] == ["20", str(N), "0.0", "0.3"]
+
+
+def contrast(one, other):
+    """Return the contrast of two colours of red, green and blue, from 1 to 21, by WCAG 2.2."""
+    parts = np.array([one, other]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    lower, higher = sorted(linear @ (0.2126, 0.7152, 0.0722))
+    return (higher + 0.05) / (lower + 0.05)
+
+
+def rgb(colour):
+    """Return the red, green and blue of a colour such as ``#0060a0``."""
+    return [*bytes.fromhex(colour[1:])]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_stand_out(scheme):
+    assert contrast(rgb("#000000"), rgb("#ffffff")) == pytest.approx(21)
+    colours = {name: rgb(hue) for name, hue in palette.variables(scheme).items()}
+    texts = [hue for name, hue in colours.items() if name.startswith("family-")]
+    texts += [colours[name] for name in ("ink", "quiet", "better", "worse")]
+    for ground in (colours["ground"], colours["band"]):
+        assert min(contrast(colour, ground) for colour in texts) >= 4.5
+    assert contrast(colours["edge"], colours["ground"]) >= 3
+
+
+READY = (
+    "document.querySelector('.drawing')?.getAttribute('aria-busy') === 'false' "
+    "&& document.querySelectorAll('.drawing .role-mark').length > 1"
+)
+
+
+@pytest.fixture
+def shown(sweep, browser):
+    """The page as it is when it is opened."""
+    browser.open(sweep / "report/report.html")
+    browser.wait(READY)
+    yield browser
+    assert browser.errors == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "scheme", "plot"),
+    [
+        (390, "dark", "scores-maw"),
+        (800, "light", "scores-maw"),
+        (1280, "dark", "capabilities-maw"),
+        (1280, "light", "scores-maw"),
+    ],
+)
+def test_a_browser_shows_it(shown, tmp_path, width, scheme, plot):
+    shown.look(width, scheme=scheme)
+    shown.choose("figure select", plot)
+    shown.wait(READY)
+    assert shown.run("document.documentElement.scrollWidth") == width
+    # No name of a task is cut.
+    texts = "[...document.querySelectorAll('.drawing text')].map((e) => e.textContent)"
+    known = {*CHOICES} - {"boolq", "leaderboard_musr_object_placements", NASTY}
+    assert known <= {*shown.run(texts)}
+    shown.screenshot(tmp_path / "page.png", width, 2400)
+    with Image.open(tmp_path / "page.png") as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=int)
+    colours = palette.variables(scheme)
+    for name, least in {"ground": 0.4 * 2400 * width, "family-knowledge": 100}.items():
+        assert (np.abs(pixels - rgb(colours[name])).max(axis=2) < 5).sum() > least, name
+
+
+@pytest.mark.slow
+def test_scores_are_seen_on_a_telephone(shown):
+    shown.look(390)
+    seen = (
+        "[...document.querySelectorAll('.wide')].map((e) => [e.ariaLabel, "
+        "[...e.querySelectorAll('tbody tr:first-child td:not(.text)')].filter((c) => "
+        "c.getBoundingClientRect().right <= e.getBoundingClientRect().right).length])"
+    )
+    counts = dict(shown.run(seen))
+    assert min(counts.values()) >= 1
+    assert counts["Differences from the unpruned model"] >= 2
+
+
+@pytest.mark.slow
+def test_every_control_is_reached_with_the_tab_key(shown):
+    name = "((e) => e.name || e.download || e.ariaLabel || e.tagName)"
+    seen = set()
+    for _ in range(30):
+        for kind in ("keyDown", "keyUp"):
+            key = {"type": kind, "key": "Tab", "windowsVirtualKeyCode": 9}
+            shown.send("Input.dispatchKeyEvent", **key)
+        seen.add(shown.run(f"{name}(document.activeElement)"))
+    assert {"SELECT", "results.csv", "SUMMARY", "Scores"} <= seen
+
+
+@pytest.mark.slow
+def test_who_points_at_a_point_is_told_its_numbers(shown):
+    shown.run("document.querySelector('.drawing').scrollIntoView()")
+    path = "document.querySelector('.drawing .mark-symbol.role-mark path')"
+    centre = "((box) => [box.x + box.width / 2, box.y + box.height / 2])"
+    x, y = shown.run(f"{centre}({path}.getBoundingClientRect())")
+    # A browser takes the first move for the mouse having been there.
+    for place in (x - 3, x, x - 1):
+        shown.send("Input.dispatchMouseEvent", type="mouseMoved", x=place, y=y)
+        time.sleep(0.1)
+    shown.wait("document.querySelector('#vg-tooltip-element.visible')")
+    told = shown.run("document.querySelector('#vg-tooltip-element').innerText")
+    for word in ("interval", "documents", "smallest detectable", "q", "verdict"):
+        assert word in told
+
+
+@pytest.mark.slow
+def test_a_browser_tells_a_partial_score_apart(browser, stopped):
+    browser.open(stopped / "report/report.html")
+    browser.wait(READY)
+    shapes = browser.run(
+        "[...document.querySelectorAll('.drawing .mark-symbol.role-mark path')]"
+        ".filter((path) => getComputedStyle(path).opacity > 0)"
+        ".map((path) => path.getAttribute('d').includes('A') ? 'circle' : 'diamond')"
+    )
+    assert sorted(shapes) == ["circle", "diamond"]

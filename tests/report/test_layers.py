@@ -1,0 +1,122 @@
+"""The curves of single layers as a report and ``lm-eval-pruned sensitivity`` show them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lm_eval_pruned.pruning.curves import read_sensitivity
+from lm_eval_pruned.report.layers import (
+    LayerCurves,
+    explanation,
+    layer_plots,
+    layers_section,
+    rises_table,
+)
+from lm_eval_pruned.results.files import ResultsError
+from lm_eval_pruned.results.runs import read_sweep
+from tests.helpers.results_files import write_sweep
+from tests.helpers.sensitivities import made_curves
+
+
+@pytest.fixture
+def curves():
+    return LayerCurves.of(made_curves())
+
+
+def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
+    """Rooms keep the two apart; the file is what they share."""
+    file = tmp_path / "sensitivity.json"
+    file.write_text(json.dumps(made_curves()))
+    measured = read_sensitivity(file)
+    measured.write(file)
+    read = LayerCurves.of(json.loads(file.read_text()))
+    rises = read.rises.set_index(["layer", "criterion", "share"])["rise"]
+    assert {*read.rises["layer"]} == {curve.layer for curve in measured.curves}
+    assert read.criteria == ("maw", "act")
+    for curve in measured.curves:
+        for width, rise in zip(curve.widths, measured.rises(curve), strict=True):
+            if curve.criterion != "random":
+                key = curve.layer, curve.criterion, round(100 - width)
+                assert rises[key] == pytest.approx(rise)
+
+
+def test_rises_are_judged_by_the_seeds_of_chance(curves):
+    assert (curves.shares, curves.seeds) == ((10, 50), 3)
+    table = rises_table(curves, 50)
+    assert table.columns == ["layer", "maw", "act", "random, 3 seeds"]
+    rows = [[cell.text for cell in row] for row in table.cells()]
+    chance = "+0.550 [+0.500, +0.600]"
+    assert rows[0] == ["0", "+2.000 \u25bc", "+0.050 \u25b2", chance]
+    # Within the range of the seeds.
+    assert rows[1] == ["1", "+0.525", "+0.050 \u25b2", chance]
+    text = " ".join(explanation(curves))
+    assert "3.000 unpruned, on 2 texts with 256 tokens" in text
+    assert "one of 4 layers" in text
+
+
+def test_without_random_nothing_is_judged():
+    curves = LayerCurves.of(made_curves(seeds=()))
+    table = rises_table(curves, 50)
+    assert table.columns == ["layer", "maw", "act"]
+    assert {cell.verdict for row in table.cells() for cell in row} == {""}
+    assert "add random to --criteria" in explanation(curves)[1]
+
+
+def test_layers_of_different_widths_share_their_shares():
+    data = made_curves(width=99, kept=(49, 89))
+    data["curves"] += [
+        {**curve, "layer": curve["layer"] + 4} for curve in made_curves()["curves"]
+    ]
+    assert LayerCurves.of(data).shares == (10, 50, 51)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.pop("curves"),
+        lambda data: data.update(version=9),
+        lambda data: data.update(curves=[]),
+        lambda data: data["curves"][0].pop("layer"),
+        lambda data: data["curves"][0]["widths"].pop(),
+        lambda data: data["curves"][0].update(width_before=0),
+    ],
+)
+def test_damaged_curves_are_refused(damage):
+    data = made_curves()
+    damage(data)
+    with pytest.raises(ResultsError, match=r"^FILE holds no sensitivity curves"):
+        LayerCurves.of(data, "FILE")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        made_curves(),
+        made_curves(seeds=()),
+        made_curves(layers=1, kept=(50,)),
+        made_curves(criteria=()),
+        # Losses that fall.
+        made_curves() | {"loss": 9.0},
+    ],
+)
+def test_they_are_drawn(made):
+    pytest.importorskip("altair", reason="plots need the extra `report`")
+    (plot,) = layer_plots(LayerCurves.of(made))
+    assert plot.png.startswith(b"\x89PNG")
+    assert "nats per token" in plot.svg
+
+
+def test_the_section_of_a_sweep(tmp_path):
+    pytest.importorskip("altair", reason="plots need the extra `report`")
+    write_sweep(tmp_path, {"base": (0, {"boolq": {"acc,none": [0.0, 1.0]}})})
+    sweep, file = read_sweep(tmp_path), tmp_path / "sensitivity.json"
+    assert layers_section(sweep) is None
+    file.write_text(json.dumps(made_curves()))
+    section = layers_section(sweep)
+    assert "The table is of 10 % removed" in section.paragraphs[-1]
+    assert [plot.name for plot in section.plots] == ["sensitivity-by-layer"]
+    file.write_text("{}")
+    with pytest.raises(ResultsError, match=r"sensitivity\.json holds no"):
+        layers_section(sweep)
