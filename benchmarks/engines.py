@@ -3,7 +3,7 @@
 Every model type answers the requests of every task, taking turns, each in a copy of the same
 weights; loading is timed apart. The table has a row for each request type, whose requests the
 harness hands over together whatever tasks they are of, with the seconds of each model type: the
-median, and in brackets the range of the repeats. Below it the run says how far the answers agree
+median between the least and the most of the repeats. Below it the run says how far the answers agree
 with those of the last one: by how much log-likelihoods differ at most, and how many texts are the
 same.
 
@@ -23,7 +23,6 @@ import argparse
 import json
 import logging
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -31,7 +30,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from reporting import machine, synchronise
+from reporting import (
+    agreement,
+    in_turns,
+    machine,
+    requests_of,
+    spread,
+    synchronise,
+)
 
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.util.tables import markdown_table
@@ -135,48 +141,17 @@ def load(name: str, arguments: argparse.Namespace) -> LM:
 
 
 def work_of(arguments: argparse.Namespace, lm: Any) -> Work:
-    """Return the requests by type, as the harness hands them over; see ``--max-gen-toks``."""
-    from lm_eval.tasks import TaskManager
-
+    """Return the requests by type, as the harness hands them over."""
     work: Work = {}
-    template = {
-        "apply_chat_template": True,
-        "chat_template": lm.apply_chat_template,
-        "tokenizer_name": lm.tokenizer_name,
-    }
-    for task in TaskManager().load(arguments.tasks)["tasks"].values():
-        if arguments.num_fewshot is not None:
-            task.set_config("num_fewshot", arguments.num_fewshot)
-        task.set_fewshot_seed(1234)
-        task.build_all_requests(
-            limit=arguments.limit, **(template if arguments.chat else {})
-        )
-        for request in task.instances:
-            if request.request_type == "generate_until" and arguments.max_gen_toks:
-                settings = {**request.args[1], "max_gen_toks": arguments.max_gen_toks}
-                request.arguments = (request.args[0], settings)
-            work.setdefault(request.request_type, []).append(request)
+    for request in requests_of(
+        arguments.tasks,
+        arguments.limit,
+        chat=lm if arguments.chat else None,
+        num_fewshot=arguments.num_fewshot,
+        max_gen_toks=arguments.max_gen_toks,
+    ):
+        work.setdefault(request.request_type, []).append(request)
     return work
-
-
-def agreement(ours: list[Any], theirs: list[Any]) -> str:
-    """Say how far the answers of two model types agree."""
-    if isinstance(ours[0], str):
-        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-        return f"{same} of {len(ours)} texts are the same"
-    pairs = [
-        (a[0], b[0]) if isinstance(a, list) else (a, b)
-        for a, b in zip(ours, theirs, strict=True)
-    ]
-    return f"log-likelihoods differ by at most {max(abs(a - b) for a, b in pairs):.2g}"
-
-
-def seconds(values: list[float]) -> str:
-    """Return the median, and the range of several."""
-    median = f"{statistics.median(values):.1f} s"
-    if len(values) == 1:
-        return median
-    return f"{median} ({min(values):.1f}-{max(values):.1f})"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -217,27 +192,19 @@ def main(argv: list[str] | None = None) -> None:
         Engine(name, others.get(name, sys.executable), options)
         for name in arguments.models
     ]
-    for repeat in range(arguments.repeats):
-        shift = repeat % len(engines)
-        for engine in engines[shift:] + engines[:shift]:
-            engine.answer()
+    for engine in in_turns(engines, arguments.repeats):
+        engine.answer()
     for engine in engines:
         engine.close()
     for said in dict.fromkeys(engine.machine for engine in engines):
         print(said, end="\n\n")
     last = engines[-1]
-    rows: list[list[str]] = [
-        ["loading", "", *(f"{engine.load_seconds:.1f} s" for engine in engines)]
-    ]
+    rows = [["loading", "", *(spread([engine.load_seconds]) for engine in engines)]]
     rows += [
-        [
-            work,
-            str(len(answers)),
-            *(seconds(engine.seconds[work]) for engine in engines),
-        ]
+        [work, str(len(answers)), *(spread(each.seconds[work]) for each in engines)]
         for work, answers in last.answers.items()
     ]
-    header = ["work", "requests", *(engine.name for engine in engines)]
+    header = ["work", "requests", *(f"{engine.name}, s" for engine in engines)]
     print(markdown_table(header, rows), end="\n\n")
     for engine in engines[:-1]:
         for work, answers in last.answers.items():

@@ -22,17 +22,15 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import math
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
 from lm_eval.models.huggingface import HFLM
-from loglikelihood import TASKS
-from reporting import likelihood_requests, machine, on_the_fast_path
+from loglikelihood import TASKS, tasks
+from reporting import machine, on_the_fast_path, requests_of, root_mean_square
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.default_model import find_default_model
@@ -86,22 +84,15 @@ def distances(
 
     reference = score(HFLM, copy.deepcopy(model).float(), batch_size)
     shared = [v for calls in CALLS for v in score(PrefixHFLM, model, "auto", calls)]
-    return {
-        "hf, batch size 1": root_mean_square(score(HFLM, model, 1), reference),
-        f"hf, batch size {batch_size}": root_mean_square(
-            score(HFLM, model, batch_size), reference
-        ),
-        "hf-prefix": root_mean_square(shared, reference * len(CALLS)),
+    found = {
+        f"hf, batch size {size}": root_mean_square(score(HFLM, model, size), reference)
+        for size in (1, batch_size)
     }
-
-
-def root_mean_square(values: list[float], reference: list[float]) -> float:
-    """Return the root mean square of the differences of two equally long lists."""
-    squares = [(a - b) ** 2 for a, b in zip(values, reference, strict=True)]
-    return math.sqrt(sum(squares) / len(squares))
+    return {**found, "hf-prefix": root_mean_square(shared, reference * len(CALLS))}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print; exit with a message where sharing lies too far off."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -113,26 +104,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="documents per task; default: all")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
     parser.add_argument("--percents", nargs="+", type=float, default=[0, 40])
-    parser.add_argument(
-        "--batch-size", type=int, default=8, help="the larger one of hf (default: 8)"
-    )
+    parser.add_argument("--batch-size", type=int, default=8, help="the larger of hf's")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args(argv)
+    # They say how tasks are built, and warn of each model that is handed over.
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    # It warns of each model that is handed over.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
     pretrained = arguments.pretrained or find_default_model().pretrained
     if arguments.data:
         pretrained = str(Path(pretrained).absolute())
         os.chdir(arguments.data)
     task = arguments.task or ("truthfulqa" if arguments.data else "demo")
+    asked = requests_of(tasks(task), arguments.limit)
     # TruthfulQA asks for most answers twice.
-    requests = list(
-        {r.args: r for r in likelihood_requests(TASKS[task], arguments.limit)}.values()
-    )
+    requests = list({request.args: request for request in asked}.values())
     tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained)
 
-    began = time.process_time()
     rows, worst = [], 0.0
     for dtype in arguments.dtypes:
         for percent in arguments.percents:
@@ -148,11 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             figures = (f"{value:.3f}" for value in found.values())
             rows.append((dtype, f"{percent:g}", *figures, f"{shared / batched:.2f}"))
             print(*rows[-1], file=sys.stderr, flush=True)
-    print(f"Machine: {machine(arguments.device)}.")
-    print(
-        f"Task: {task}, limit {arguments.limit}, {len(requests)} answers; "
-        f"{time.process_time() - began:.0f} s of CPU time.\n"
-    )
+    print(f"{machine(arguments.device)}\n\n{task}, {len(requests)} answers\n")
     columns = ("dtype", "pruned, %", *found, "hf-prefix / hf in batches")
     print(markdown_table(columns, rows))
     if not worst <= LIMIT:

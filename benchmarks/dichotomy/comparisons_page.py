@@ -80,11 +80,10 @@ _SIZES = {
     "allocation.md": ("10", "20", "30", "40", "50"),
 }
 GPU = """\
-On a machine with a CUDA card, one command measures the two kinds of widths there, and another checks what 40 % leave beside the next multiple of 64 in models of the Llama-3 shapes:
+On a machine with a CUDA card, one command measures the two kinds of widths there:
 
 ```bash
 lm-eval-pruned profile --ratios 2.4 1.6 1.07 --multiple_of 1 64 --batch_sizes 1 8 32 --device cuda --output_path FOLDER
-sh benchmarks/gpu_check.sh
 ```"""
 
 

@@ -23,9 +23,9 @@ TRUST_REMOTE_CODE = row("--trust_remote_code", "", "run model code that comes wi
 
 def read(arguments: Namespace) -> dict[str, Any]:
     """Return ``--model_args``; raise ValueError where it is no mapping."""
-    from lm_eval_pruned.sweeps.options import checked
+    from lm_eval_pruned.sweeps.options import read_mapping
 
-    return checked("mapping", arguments.model_args or {}, "--model_args")
+    return read_mapping(arguments.model_args or {}, "--model_args")
 
 
 def read_with_pruning(

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
 
 from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
 from lm_eval_pruned.compare.verdicts import Claim, Margin
@@ -31,7 +30,10 @@ LEAST_OF_MEANS = 500
 def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
     """Add a look at `run`, a unit's results on so many `documents`, which is the last if it has a reason.
 
-    ResultsError if base and run do not belong together.
+    By Bonferroni's inequality, the chance that any size is decided wrongly at any look is `LEVEL`
+    at most, however looks and sizes depend on each other.
+
+    Source: Jennison and Turnbull 2000, Group Sequential Methods, chapter 9.
     """
     task = before.task
     metric = next((m for t, m in primary_metrics([base, run]) if t == task), "")
@@ -39,44 +41,32 @@ def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
     # That a run is partial is known here before its results file says so.
     marked = replace(run, stopping={task: now})
     pair = paired_documents(base, marked, task, metric) if metric else None
-    test = paired_test(pair, now.nominal_level) if pair else None
-    p = p_margin = None
-    if test and (test.method.startswith("McNemar") or documents >= LEAST_OF_MEANS):
-        p = test.p
-        if now.margin:
+    if pair is not None:
+        test = paired_test(pair)
+        now = replace(now, difference=test.difference)
+        if test.method.startswith("McNemar") or documents >= LEAST_OF_MEANS:
             scores = (each.scores[task, metric].value for each in (base, run))
-            size = Margin("equivalent", now.margin).size(*scores)
-            p_margin = None if size is None else test.p_outside(-size, size)
-    now = replace(now, p=(*now.p, p), p_margin=(*now.p_margin, p_margin))
-    if test:
-        now = replace(now, difference=test.difference, low=test.low, high=test.high)
+            margin = now.margin and Margin("equivalent", now.margin).size(*scores)
+            ps = test.p, test.p_outside(-margin, margin) if margin else None
+            p, p_margin = (1.0 if each is None else each / now.share for each in ps)
+            now = replace(now, p=min(now.p, p), p_margin=min(now.p_margin, p_margin))
     # Equivalence is claimed wrongly where the difference is as large as the margin, and a
     # difference where there is none: one size can err in one of both only.
-    for reason, each in (("difference", p), ("equivalent", p_margin)):
-        if each is not None and each < now.nominal_level:
+    for reason, p in (("difference", now.p), ("equivalent", now.p_margin)):
+        if p < now.level / now.sizes:
             return replace(now, reason=reason)
-    if now.is_partial:
-        return now
-    tested = any(each is not None for each in now.p)
-    return replace(now, reason="all documents" if tested else "no test")
+    return replace(now, reason="" if now.is_partial else "all documents")
 
 
 def with_scores(stopping: Stopping, run: Run) -> Stopping:
-    """Return the record with the intervals of all scores of its task, at the level of its look."""
+    """Return the record with the intervals of scores that are means, at the level of its look."""
     found = {}
-    for (task, metric), score in run.scores.items():
-        if task != stopping.task:
-            continue
-        documents = read_documents(run, task, metric)
-        ends: tuple[float | None, ...] = (None, None)
-        if documents is not None and documents.transform == "mean":
-            nothing = replace(documents, values=np.zeros(len(documents.values)))
-            test = paired_test((nothing, documents), stopping.nominal_level)
-            ends = test.low, test.high
-        if None in ends and score.stderr is not None:
-            half = float(stats.norm.isf(stopping.nominal_level / 2)) * score.stderr
-            ends = score.value - half, score.value + half
-        found[metric] = ends
+    for task, metric in run.scores:
+        known = task == stopping.task and read_documents(run, task, metric)
+        if known and known.transform == "mean":
+            nothing = replace(known, values=np.zeros(len(known.values)))
+            test = paired_test((nothing, known), stopping.nominal_level)
+            found[metric] = test.low, test.high
     return replace(stopping, scores=found)
 
 
@@ -100,12 +90,10 @@ def sequential(
     decided = math.nan if stopping.difference is None else stopping.difference
     if metric != stopping.metric or not math.isclose(difference, decided, abs_tol=1e-9):
         return None, None, None
-    (p, q), (p_margin, q_margin) = (
-        (each, min(1.0, stopping.sizes * each))
-        for each in map(stopping.repeated, (stopping.p, stopping.p_margin))
-    )
-    same = margin == Margin("equivalent", stopping.margin) if stopping.margin else False
-    return p, q, Claim(size, p_margin, q_margin) if size and same else None
+    p, p_margin = stopping.p, stopping.p_margin
+    q, q_margin = (min(1.0, stopping.sizes * each) for each in (p, p_margin))
+    looked_at = stopping.margin and margin == Margin("equivalent", stopping.margin)
+    return p, q, Claim(size, p_margin, q_margin) if size and looked_at else None
 
 
 def partial_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:

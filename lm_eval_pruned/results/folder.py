@@ -94,7 +94,13 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
             f"{file} has schema version {schema}, and this version of lm-eval-pruned reads "
             f"{SCHEMA}: use the version that wrote it, or upgrade lm-eval-pruned."
         )
-    return definition, [str(each["id"]) for each in definition["configurations"]]
+    try:
+        return definition, [str(each["id"]) for each in definition["configurations"]]
+    except (KeyError, TypeError):
+        raise ResultsError(
+            f"{file} does not list its configurations by id: run the same `lm-eval-pruned sweep` "
+            "again, which writes it anew."
+        ) from None
 
 
 def read_curves(sweep: Path) -> Mapping[str, Any] | None:

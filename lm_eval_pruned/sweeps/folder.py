@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from lm_eval_pruned.results.folder import (
     unit_folder,
 )
 from lm_eval_pruned.sweeps.tasks import fingerprint
-from lm_eval_pruned.util.atomic import sync, umask, write_atomically
+from lm_eval_pruned.util.atomic import sync, write_atomically
 
 
 if TYPE_CHECKING:
@@ -54,9 +54,8 @@ class SweepFolder:
     @contextlib.contextmanager
     def new_unit(self) -> Iterator[Path]:
         """Give an empty folder on the sweep's file system; what is left of it goes."""
-        self._unfinished.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=self._unfinished))
-        folder.chmod(0o777 & ~umask())
+        folder = self._unfinished / uuid.uuid4().hex
+        folder.mkdir(parents=True)
         try:
             yield folder
         finally:
@@ -76,13 +75,6 @@ class SweepFolder:
         loses none. `folder` comes from `new_unit` and has the harness's files, which go where the
         unit has failed.
         """
-        unit = {
-            "configuration": names[0],
-            "task": names[1],
-            "fingerprint": fingerprint(definition),
-            "seconds": round(seconds, 3),
-            "definition": definition,
-        }
         scores: dict[str, float] = {}
         if error is None:
             (results,) = folder.glob("results_*.json")
@@ -91,6 +83,13 @@ class SweepFolder:
             for file in folder.iterdir():
                 file.unlink()
             (folder / ERROR).write_text(error_text(error), encoding="utf-8")
+        unit = {
+            "configuration": names[0],
+            "task": names[1],
+            "fingerprint": fingerprint(definition),
+            "seconds": round(seconds, 3),
+            "definition": definition,
+        }
         (folder / UNIT).write_text(as_text(unit), encoding="utf-8")
         for path in (*folder.iterdir(), folder):
             sync(path)
@@ -108,11 +107,11 @@ class SweepFolder:
         if record is not None and record.error is not None:
             shutil.rmtree(target)
             return
-        name = record.fingerprint[:12] if record else "unreadable"
         parent = self.path / "superseded" / target.parent.name / target.name
         parent.mkdir(parents=True, exist_ok=True)
-        endings = itertools.chain([""], (f"-{n}" for n in itertools.count(1)))
-        places = (parent / f"{name}{ending}" for ending in endings)
+        name = record.fingerprint[:12] if record else "unreadable"
+        numbered = (parent / f"{name}-{number}" for number in itertools.count(1))
+        places = itertools.chain([parent / name], numbered)
         os.rename(target, next(place for place in places if not place.exists()))
 
     @contextlib.contextmanager
@@ -162,7 +161,7 @@ def write_results(results: dict[str, Any], tracker: Any, folder: Path) -> None:
     for name, rows in samples.items():
         tracker.save_results_samples(task_name=name, samples=rows)
     total = sum(map(len, samples.values()))
-    written = [file.read_bytes() for file in folder.glob("samples_*.jsonl")]
+    written = (file.read_bytes() for file in folder.glob("samples_*.jsonl"))
     lines = sum(content.count(b"\n") for content in written)
     whole = [file.read_bytes()[-1:] for file in folder.glob("results_*.json")] == [b"}"]
     if lines != total or not whole:

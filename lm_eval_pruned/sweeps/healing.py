@@ -36,7 +36,7 @@ _HOW = (
 
 
 class SweepHealing:
-    """How the configurations of a sweep with the option ``heal`` are trained, on the text `data`.
+    """How the configurations of a sweep with the option ``heal`` are trained.
 
     Raises:
         ValueError: An option is unknown or of no use, the text cannot be read, or the
@@ -64,8 +64,8 @@ class SweepHealing:
             )
         refuse_other_processes("heal", asked)
         self._options = HealingOptions.of(given, "heal")
-        self.data = str(data)
-        self._texts, self._sha256 = texts_of(self.data), digest_of(self.data)
+        self._data = str(data)
+        self._texts, self._sha256 = texts_of(self._data), digest_of(self._data)
 
     def definition(self) -> dict[str, Any]:
         """Return what decides the weights that come out, beside the model."""
@@ -81,20 +81,13 @@ class SweepHealing:
 
     def check(self, model_args: Mapping[str, Any], place: Path) -> None:
         """Refuse a training to `place` that cannot be, before a model is loaded."""
-        prepare(
-            dict(model_args),
-            self.data,
-            self._texts,
-            self._options,
-            checkpoints_of(place),
-        )
+        given = dict(model_args), self._data, self._texts, self._options
+        prepare(*given, checkpoints_of(place))
 
     def train(
         self, model_args: Mapping[str, Any], place: Path, device: str | None
     ) -> None:
-        """Train an adapter to `place`, unless it is there; go on from its last checkpoint.
-
-        Another process that trains the same one is waited for.
+        """Train an adapter to `place`, or wait for a process that does, unless it is there.
 
         Raises:
             KeyboardInterrupt: The training was stopped by hand, with a checkpoint.
@@ -108,7 +101,7 @@ class SweepHealing:
             for dead in place.parent.glob(f".{place.name}.unfinished-*"):
                 shutil.rmtree(dead, ignore_errors=True)
             if not place.is_dir():
-                healed = heal(dict(model_args), self.data, place, options, resume=None)
+                healed = heal(dict(model_args), self._data, place, options, resume=None)
                 if not healed.finished:
                     raise KeyboardInterrupt
             shutil.rmtree(checkpoints_of(place), ignore_errors=True)

@@ -1,8 +1,7 @@
 """What a sweep can be asked for: the options of ``lm-eval-pruned sweep`` and of its YAML file.
 
-One table describes both, so that a key of the file is an option of the command
-without its dashes. Names and meanings are those of ``lm_eval run`` wherever it
-has the option. Nothing here imports torch or the harness.
+Names and meanings are those of ``lm_eval run`` wherever it has the option. Nothing here imports
+torch or the harness.
 """
 
 from __future__ import annotations
@@ -10,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.healing.options import DECLARED as HEALING
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
-from lm_eval_pruned.util.options import merged, nearest
+from lm_eval_pruned.util.options import DeclaredOptions, merged, option
 
 
 if TYPE_CHECKING:
@@ -23,123 +23,160 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class Option(NamedTuple):
-    """One option of the command and one key of the YAML file.
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_text, value))
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError
+    return str(value)
 
-    Attributes:
-        name: Name in both.
-        kind: Key of `KINDS`: what a value must be.
-        decides: ``scores`` or files of a unit, as an argument of `lm_eval.simple_evaluate`;
-            ``how`` units are run, so that a sweep may go on under another, such as a smaller
-            batch; ``where`` they run and what they write lies; or else ``what`` is evaluated.
-        metavar: Placeholder for ``--help``; empty for a flag.
-        help: Line for ``--help``.
+
+def _texts(value: Any) -> list[str]:
+    items = [part.strip() for part in _text(value).split(",") if part.strip()]
+    if not items:
+        raise ValueError
+    return items
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    from lm_eval._cli.utils import key_val_to_dict
+
+    if isinstance(value, list):
+        return {k: v for item in value for k, v in _mapping(item).items()}
+    if isinstance(value, str):
+        is_json = value.lstrip().startswith("{")
+        return json.loads(value) if is_json else key_val_to_dict(value)
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def _samples(value: Any) -> dict[str, list[int]]:
+    is_file = isinstance(value, str) and not value.lstrip().startswith("{")
+    return _mapping(json.loads(Path(value).read_text("utf-8")) if is_file else value)
+
+
+def _boolean(value: Any) -> bool:
+    word = str(value).lower()
+    if word not in ("true", "1", "yes", "false", "0", "no"):
+        raise ValueError
+    return word in ("true", "1", "yes")
+
+
+def _name_or_flag(value: Any) -> bool | str:
+    return value if isinstance(value, bool) else _text(value)
+
+
+#: ``nargs`` of argparse, and what to say of a wrong value, by the function that converts it.
+_SHAPES = {
+    _texts: ("+", "one or more names or numbers"),
+    _text: (None, "one value"),
+    _mapping: ("+", "key=value pairs or a mapping"),
+    _samples: (None, 'JSON such as {"boolq": [0, 1]}, or a file of it'),
+    _boolean: ("?", "true or false"),
+    _name_or_flag: ("?", "true, false or a name"),
+}
+
+
+def _option(kind: Any, decides: str, metavar: str | None, about: str) -> Any:
+    """Declare an option of a sweep by what it decides.
+
+    That is ``scores`` or files of a unit, as an argument of `lm_eval.simple_evaluate`; ``how``
+    units are run, so that a sweep may go on under another, such as a smaller batch; ``where`` they
+    run and what they write lies; or else ``what`` is evaluated.
     """
-
-    name: str
-    kind: str
-    decides: str
-    metavar: str
-    help: str
+    nargs, expected = _SHAPES.get(kind, (None, None))
+    least = {"least": 0} if kind is float else {}
+    shown = {"help": about, "nargs": nargs, "expected": expected, **least}
+    return option(kind, None, metavar, decides=decides, **shown)
 
 
 #: Arguments of pruning of which all models of a sweep have one value.
 SHARED = tuple(name for name in DECLARED if name not in (*SIZES, *SEVERAL.values()))
-_WORDS = ("criteria", "widths", "allocations")
 _PAIRS = "KEY=VALUE"
 # fmt: off
 #: The options under their headings for ``--help``.
 GROUPS = {
-    "configurations": (
-        Option("model", "text", "what", "NAME", "pruned-hf (default) or pruned-vllm"),
-        Option("model_args", "mapping", "what", _PAIRS,
-               "arguments of the model type, and those of pruning that all models share"),
-        *(Option(name, "words" if name in _WORDS else "numbers", "what",
-                 DECLARED[argument].metadata["metavar"], help_of(name, several=True))
-          for name, argument in SEVERAL.items()),
-        *(Option(name, "text", "what", DECLARED[name].metadata["metavar"] or name.upper(), help_of(name))
-          for name in SHARED),
-        Option("heal", "mapping", "what", _PAIRS,
-               "train each pruned model again and evaluate it before and after: data=FILE and the "
-               f"options of lm-eval-pruned heal ({', '.join(HEALING)})"),
-    ),
-    "evaluation, as in lm_eval run": (
-        Option("tasks", "words", "what", "TASK", "tasks, groups, tags, patterns or YAML files"),
-        Option("output_path", "text", "where", "DIR", "folder of the sweep"),
-        Option("limit", "number", "scores", "N", "documents per task: a count, or a share below 1"),
-        Option("samples", "samples", "scores", "JSON", "JSON or a file: documents per task, by index"),
-        Option("batch_size", "text", "how", "SIZE", "a number, auto, or auto:N (default: 1)"),
-        Option("max_batch_size", "integer", "how", "N", "upper bound of auto"),
-        Option("num_fewshot", "integer", "scores", "N", "examples in the context"),
-        Option("apply_chat_template", "flag_or_text", "scores", "NAME",
-               "wrap prompts in the chat template, or in the one of this name"),
-        Option("fewshot_as_multiturn", "boolean", "scores", "BOOL", "examples as turns of a conversation"),
-        Option("system_instruction", "text", "scores", "TEXT", "system prompt"),
-        Option("gen_kwargs", "mapping", "scores", _PAIRS, "arguments of generation"),
-        Option("device", "text", "how", "DEVICE", "such as cuda:0 or cpu"),
-        Option("log_samples", "boolean", "scores", "BOOL",
-               "write every document's outputs (default here: true)"),
-        Option("predict_only", "flag", "scores", "", "write outputs, compute no metric"),
-        Option("use_cache", "text", "how", "PREFIX",
-               "prefix of the files that cache responses, one file per configuration"),
-        Option("include_path", "text", "what", "DIR", "folder of more tasks"),
-        Option("metadata", "mapping", "what", _PAIRS, "more arguments for tasks"),
-        Option("seed", "text", "what", "N", "seeds of python, numpy, torch and few-shot choice"),
-        Option("trust_remote_code", "flag", "what", "", "run code that comes with models and data"),
-        Option("confirm_run_unsafe_code", "flag", "what", "", "run tasks marked as unsafe"),
-    ),
-    "logging and tracking, as in lm_eval run": (
-        Option("wandb_args", "mapping", "where", _PAIRS, "arguments of wandb.init; each unit is one run"),
-        Option("wandb_config_args", "mapping", "where", _PAIRS, "more entries for the config of each W&B run"),
-        Option("trackio_args", "mapping", "where", _PAIRS, "arguments of trackio.init; each unit is one run"),
-        Option("hf_hub_log_args", "mapping", "where", _PAIRS, "whether and where results go to the Hub"),
-    ),
-    "where the units run": (
-        Option("ray", "flag_or_text", "where", "ADDRESS",
-               "run on the Ray cluster at this address; without one, on the cluster that RAY_ADDRESS "
-               "names or that runs here, else on one started for the sweep"),
-        Option("gpus_per_unit", "number", "where", "N",
-               "GPUs of one Ray worker (default: 1 where the cluster has any)"),
-        Option("cpus_per_unit", "number", "where", "N", "CPUs of one Ray worker (default: 1)"),
-    ),
-    "fewer documents": (
-        Option("stop_when", "text", "what", "RULE",
-               "decided, or decided:MARGIN: stop a unit when its difference to the unpruned model is "
-               "shown, or equivalence within the margin (such as 1pt)"),
-    ),
+    "configurations": {
+        "model": _option(str, "what", "NAME", "pruned-hf (default) or pruned-vllm"),
+        "model_args": _option(_mapping, "what", _PAIRS,
+            "arguments of the model type, and those of pruning that all models share"),
+        **{name: _option(_texts, "what", DECLARED[argument].metadata["metavar"], help_of(name, several=True))
+           for name, argument in SEVERAL.items()},
+        **{name: _option(_text, "what", DECLARED[name].metadata["metavar"], help_of(name))
+           for name in SHARED},
+        "heal": _option(_mapping, "what", _PAIRS,
+            "train each pruned model again and evaluate it before and after: data=FILE and the "
+            f"options of lm-eval-pruned heal ({', '.join(HEALING)})"),
+    },
+    "evaluation, as in lm_eval run": {
+        "tasks": _option(_texts, "what", "TASK", "tasks, groups, tags, patterns or YAML files"),
+        "output_path": _option(str, "where", "DIR", "folder of the sweep"),
+        "limit": _option(float, "scores", "N", "documents per task: a count, or a share below 1"),
+        "samples": _option(_samples, "scores", "JSON", "JSON or a file: documents per task, by index"),
+        "batch_size": _option(str, "how", "SIZE", "a number, auto, or auto:N (default: 1)"),
+        "max_batch_size": _option(int, "how", "N", "upper bound of auto"),
+        "num_fewshot": _option(int, "scores", "N", "examples in the context"),
+        "apply_chat_template": _option(_name_or_flag, "scores", "NAME",
+            "wrap prompts in the chat template, or in the one of this name"),
+        "fewshot_as_multiturn": _option(_boolean, "scores", "BOOL", "examples as turns of a conversation"),
+        "system_instruction": _option(str, "scores", "TEXT", "system prompt"),
+        "gen_kwargs": _option(_mapping, "scores", _PAIRS, "arguments of generation"),
+        "device": _option(str, "how", "DEVICE", "such as cuda:0 or cpu"),
+        "log_samples": _option(_boolean, "scores", "BOOL",
+            "write every document's outputs (default here: true)"),
+        "predict_only": _option(bool, "scores", None, "write outputs, compute no metric"),
+        "use_cache": _option(str, "how", "PREFIX",
+            "prefix of the files that cache responses, one file per configuration"),
+        "include_path": _option(str, "what", "DIR", "folder of more tasks"),
+        "metadata": _option(_mapping, "what", _PAIRS, "more arguments for tasks"),
+        "seed": _option(_text, "what", "N", "seeds of python, numpy, torch and few-shot choice"),
+        "trust_remote_code": _option(bool, "what", None, "run code that comes with models and data"),
+        "confirm_run_unsafe_code": _option(bool, "what", None, "run tasks marked as unsafe"),
+    },
+    "logging and tracking, as in lm_eval run": {
+        "wandb_args": _option(_mapping, "where", _PAIRS, "arguments of wandb.init; each unit is one run"),
+        "wandb_config_args": _option(_mapping, "where", _PAIRS, "more entries for the config of each W&B run"),
+        "trackio_args": _option(_mapping, "where", _PAIRS, "arguments of trackio.init; each unit is one run"),
+    },
+    "where the units run": {
+        "ray": _option(_name_or_flag, "where", "ADDRESS",
+            "run on the Ray cluster at this address; without one, on the cluster that RAY_ADDRESS "
+            "names or that runs here, else on one started for the sweep"),
+        "gpus_per_unit": _option(float, "where", "N",
+            "GPUs of one Ray worker (default: 1 where the cluster has any)"),
+        "cpus_per_unit": _option(float, "where", "N", "CPUs of one Ray worker (default: 1)"),
+    },
+    "fewer documents": {
+        "stop_when": _option(str, "what", "RULE",
+            "decided, or decided:MARGIN: stop a unit when its difference to the unpruned model is "
+            "shown, or equivalence within the margin (such as 1pt)"),
+    },
 }
 # fmt: on
-OPTIONS = tuple(option for group in GROUPS.values() for option in group)
+_SweepOptions: Any = make_dataclass(
+    "SweepOptions",
+    [(name, Any, each) for group in GROUPS.values() for name, each in group.items()],
+    bases=(DeclaredOptions,),
+)
+OPTIONS = tuple(_SweepOptions.declared().values())
 #: Names of the options that the harness reads.
 OF_HARNESS = tuple(
-    option.name
-    for title, group in GROUPS.items()
-    if title.endswith("lm_eval run")
-    for option in group
+    name for title in GROUPS if title.endswith("lm_eval run") for name in GROUPS[title]
 )
 
 
 def deciding(*what: str) -> tuple[str, ...]:
-    """Return the names of the options that decide this; see `Option`."""
-    return tuple(option.name for option in OPTIONS if option.decides in what)
+    """Return the names of the options that decide this; see `_option`."""
+    return tuple(each.name for each in OPTIONS if each.metadata["decides"] in what)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to `parser`; every one that was not given is None."""
     about = "YAML file of options; those of the command line win"
     parser.add_argument("--config", metavar="FILE", help=about)
-    optional = {"nargs": "?", "const": True}
-    shapes: dict[str, dict[str, Any]] = {
-        **{kind: {"nargs": "+"} for kind in ("numbers", "words", "mapping")},
-        **dict.fromkeys(("flag_or_text", "boolean"), optional),
-    }
     for title, options in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for name, kind, _, metavar, about in options:
-            shape = shapes.get(kind, {}) | {"metavar": metavar}
-            if kind == "flag":
-                shape = {"action": "store_true", "default": None}
-            group.add_argument(f"--{name}", help=about, **shape)
+        _SweepOptions.add_to(parser.add_argument_group(title), options)
     which = parser.add_argument_group("which units run")
     about = "run part I of N, I from 0 to N-1; the parts share the folder and need not know of each other"
     which.add_argument("--shard", metavar="I/N", help=about)
@@ -158,10 +195,7 @@ def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
         OSError: The file cannot be read.
     """
     options = read_file(arguments.config) if arguments.config else {}
-    for option in OPTIONS:
-        given = getattr(arguments, option.name, None)
-        if given is not None:
-            options[option.name] = checked(option.kind, given, f"--{option.name}")
+    options |= _checked(_SweepOptions.parsed(arguments), "sweep")
     shared = {n: parse_number(options.pop(n)) for n in SHARED if n in options}
     if shared:
         options["model_args"] = merged(options.get("model_args", {}), shared)
@@ -180,23 +214,29 @@ def read_file(path: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--config {path} is not valid YAML: {' '.join(str(error).split())}."
-        ) from None
+        why = f"is not valid YAML: {' '.join(str(error).split())}"
+        raise ValueError(f"--config {path} {why}.") from None
     if not isinstance(content, dict):
         raise ValueError(  # noqa: TRY004
             f"--config {path} holds a {type(content).__name__}, but a sweep is a mapping of "
             "options such as `ratios: [3.6, 2.0]`."
         )
-    kinds = {option.name: option.kind for option in OPTIONS}
-    for key in [key for key in content if key not in kinds]:
-        hint = nearest(str(key), kinds)
-        raise ValueError(f"--config {path} has the unknown key {key}: {hint}")
-    return {
-        key: checked(kinds[key], value, f"{key} in {path}")
-        for key, value in content.items()
-        if value is not None
-    }
+    given = {name: value for name, value in content.items() if value is not None}
+    return _checked(given, f"--config {path}")
+
+
+def _checked(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    read = _SweepOptions.of(given, where)
+    return {name: getattr(read, name) for name in given}
+
+
+def read_mapping(value: Any, where: str) -> dict[str, Any]:
+    """Return key=value pairs, JSON or a mapping as a mapping, or raise ValueError."""
+    try:
+        return _mapping(value)
+    except (TypeError, ValueError):
+        expected = _SHAPES[_mapping][1]
+        raise ValueError(f"{where} is {value!r}: pass {expected}.") from None
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -210,13 +250,12 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def parse_number(text: str) -> int | float | str:
-    """Return a size as `lm_eval run` would read it from ``--model_args``."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+    """Return a number, 2 for 2.0 as for 2, so that both are one configuration; else the text."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
 
 
 def refuse_other_processes(name: str, options: Mapping[str, Any]) -> None:
@@ -229,83 +268,3 @@ def refuse_other_processes(name: str, options: Mapping[str, Any]) -> None:
             f"{name} needs the sweep's folder in the one process that evaluates: leave out {other} "
             f"or {name}, or share the sweep out with --shard."
         )
-
-
-def checked(kind: str, value: Any, where: str) -> Any:
-    """Return a value as its kind has it, or raise ValueError, which names it by `where`."""
-    expected, check = KINDS[kind]
-    try:
-        return check(value)
-    except (TypeError, ValueError, OSError) as error:
-        detail = f" ({error})" if str(error) else ""
-        raise ValueError(f"{where} is {value!r}{detail}: pass {expected}.") from None
-
-
-def _items(value: Any) -> list[str]:
-    items = [part.strip() for part in _text(value).split(",") if part.strip()]
-    if not items:
-        raise ValueError
-    return items
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    from lm_eval._cli.utils import key_val_to_dict
-
-    if isinstance(value, dict):
-        return value
-    merged: dict[str, Any] = {}
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, str):
-            raise TypeError
-        is_json = item.lstrip().startswith("{")
-        merged |= json.loads(item) if is_json else key_val_to_dict(item)
-    return merged
-
-
-def _samples(value: Any) -> dict[str, list[int]]:
-    if isinstance(value, str):
-        is_json = value.lstrip().startswith("{")
-        value = json.loads(value if is_json else Path(value).read_text("utf-8"))
-    if not isinstance(value, dict):
-        raise TypeError
-    return value
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(_text, value))
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError
-    return str(value)
-
-
-def _number(value: Any) -> float:
-    number = float(str(value))
-    if not 0 <= number < float("inf"):
-        raise ValueError
-    return number
-
-
-def _boolean(value: Any) -> bool:
-    word = str(value).lower()
-    if word not in ("true", "1", "yes", "false", "0", "no"):
-        raise ValueError
-    return word in ("true", "1", "yes")
-
-
-#: By name: what an error asks for, and the check, which returns the value or raises.
-KINDS = {
-    "numbers": ("one or more numbers", _items),
-    "words": ("one or more names", _items),
-    "mapping": ("key=value pairs or a mapping", _mapping),
-    "samples": ('JSON such as {"boolq": [0, 1]}, or a file of it', _samples),
-    "text": ("one value", _text),
-    "integer": ("a whole number", lambda value: int(str(value))),
-    "number": ("a number of 0 or more", _number),
-    "boolean": ("true or false", _boolean),
-    "flag": ("true or false", _boolean),
-    "flag_or_text": (
-        "true, false or a name",
-        lambda value: value if isinstance(value, bool) else _text(value),
-    ),
-}

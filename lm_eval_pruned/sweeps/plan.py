@@ -1,7 +1,8 @@
 """From the options of a sweep to its units: one task on one configuration each, and what defines it.
 
-The fingerprint of a unit covers everything that decides its scores, so that a finished
-unit is recognised, and one whose definition changed is not mistaken for it.
+A unit is what one ``lm_eval`` command would evaluate, in a folder of the sweep. Its fingerprint
+covers everything that decides its scores, so that a finished unit is recognised, and one whose
+definition changed is not mistaken for it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from lm_eval_pruned.sweeps.tasks import (
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from lm_eval.tasks import TaskManager
 
@@ -69,10 +70,8 @@ SOURCES = {
 }
 #: Arguments of all configurations that decide how many parameters a size has.
 _WITH_SIZES = ("multiple_of", *EXCLUSIVE["says which layers to prune"])
-#: What a configuration takes from its row of the plan.
-_size = operator.attrgetter(
-    "intermediate_size", "expansion_ratio", "parameters", "reduction"
-)
+_SIZE = ("intermediate_size", "expansion_ratio", "parameters", "reduction")
+_size = operator.attrgetter(*_SIZE)
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,8 @@ class Sweep:
     Attributes:
         stop_when: What ends a unit of a pruned model, or None for its last document.
         settings: The harness's own reading of the options.
-        configurations: The unpruned `baseline` first, then in the order asked for.
-        healing: How pruned models are trained again, or None.
+        configurations: The unpruned `baseline` first, then in the order asked for, and behind each
+            pruned one, where the sweep has `healing`, the same trained again.
 
     Raises:
         ValueError: An option, a size or a task does not exist or fit the model.
@@ -133,38 +132,28 @@ class Sweep:
         self.stop_when = read_rule(options)
         self.settings = _settings(options, self.model)
         self._base = self.settings.model_args
+        self.configurations = _configurations(options, self._base)
+        self.baseline, *pruned = self.configurations
         self.healing = SweepHealing(options) if "heal" in options else None
-        self.baseline, *pruned = _configurations(options, self._base)
         if self.healing is not None:
-            pruned = self._with_healed(self.healing, pruned)
-        self.configurations = [self.baseline, *pruned]
+            if not pruned:
+                raise ValueError(
+                    "heal trains pruned models, but the sweep has none: add sizes such as "
+                    "--prune_percents 20 40."
+                )
+            # What is wrong with one size is wrong with all that are asked for alike.
+            for each in {tuple(each.arguments): each for each in pruned}.values():
+                self.healing.check(self._trained(each), Path(options["output_path"]))
+            for each in pruned:
+                healed = replace(each, id=f"{each.id}_healed", healed=True)
+                self.configurations.insert(self.configurations.index(each) + 1, healed)
         self._manager = index_tasks(self.settings.include_path)
         self.tasks = resolve_tasks(options["tasks"], self._manager)
 
-    def _with_healed(
-        self, healing: SweepHealing, pruned: list[Configuration]
-    ) -> list[Configuration]:
-        """Return each pruned configuration and behind it the same one, trained again."""
-        if not pruned:
-            raise ValueError(
-                "heal trains pruned models, but the sweep has none: add sizes such as "
-                "--prune_percents 20 40."
-            )
-        # What is wrong with one size is wrong with all that are asked for alike.
-        for each in {tuple(each.arguments): each for each in pruned}.values():
-            healing.check(self._trained(each), Path(self.options["output_path"]))
-        return [
-            each
-            for before in pruned
-            for each in (before, replace(before, id=f"{before.id}_healed", healed=True))
-        ]
-
     def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
-        """Return the units, those of one configuration together; of part I of N for ``(I, N)``.
-
-        They are dealt out task by task, so that N parts of N configurations get one model each.
-        """
+        """Return the units, those of one configuration together; of part I of N for ``(I, N)``."""
         part, parts = shard or (0, 1)
+        # Dealt out task by task: N parts of N configurations get one model each.
         count = len(self.configurations)
         return [
             Unit(configuration, task)
@@ -216,8 +205,7 @@ class Sweep:
             "model_args": self._described(self._pruned(configuration)),
             "sources": self.sources,
         }
-        if configuration.healed:
-            assert self.healing is not None
+        if configuration.healed and self.healing is not None:
             definition["healing"] = self.healing.definition()
         return definition
 
@@ -225,12 +213,12 @@ class Sweep:
         self, configuration: Configuration, task: SweepTask
     ) -> dict[str, Any]:
         """Return everything that decides a unit's scores."""
-        names = (*deciding("scores"), "seed")
+        decide = (*deciding("scores"), "seed")
         definition = {
             **self.model_definition(configuration),
             "task": task.name,
             "task_sha256": task.digest,
-            "settings": {name: getattr(self.settings, name) for name in names},
+            "settings": {name: getattr(self.settings, name) for name in decide},
             "metadata": self.options.get("metadata") or {},
             "versions": {name: version(name) for name in ("lm-eval", "lm-eval-pruned")},
         }
@@ -256,7 +244,6 @@ class Sweep:
         }
 
     def _pruned(self, configuration: Configuration) -> dict[str, Any]:
-        """Return the model's arguments, before what it is trained on."""
         return without_idle({**self._base, **configuration.arguments})
 
     def _trained(self, configuration: Configuration) -> dict[str, Any]:
@@ -276,7 +263,7 @@ class Sweep:
         return described
 
 
-def model_source(base: Mapping[str, Any]) -> dict[str, Any]:
+def model_source(base: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that say which checkpoint a sweep is of."""
     if not base.get("pretrained"):
         base = {**base, **find_default_model().model_args()}
@@ -284,19 +271,19 @@ def model_source(base: Mapping[str, Any]) -> dict[str, Any]:
     return {name: base[name] for name in names if base.get(name)}
 
 
-def _source(name: str, file: str, base: Mapping[str, Any]) -> dict[str, str | None]:
+def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]:
     """Return what identifies a checkpoint: of a folder its content, on the Hub the commit."""
     folder = Path(name)
     if folder.is_dir():
         inner = folder / str(base.get("subfolder") or "")
         # Other folders in it, such as the checkpoints of a training, do not count.
         return {"sha256": hash_folder(inner if inner.is_dir() else folder)}
-    try:
+    commit = None
+    with contextlib.suppress(OSError, ValueError, IndexError):
         found = cached_file(name, file, revision=base.get("revision") or "main")
         path = Path(found or "").parts
-        return {"name": name, "commit": path[path.index("snapshots") + 1]}
-    except (OSError, ValueError, IndexError):
-        return {"name": name, "commit": None}
+        commit = path[path.index("snapshots") + 1]
+    return {"name": name, "commit": commit}
 
 
 def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
@@ -304,8 +291,7 @@ def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
     arguments = dict(options.get("model_args") or {})
     _check_names(arguments, model)
     read = {name: options[name] for name in OF_HARNESS if name in options}
-    read |= {"model": model, "model_args": arguments}
-    read.setdefault("log_samples", True)
+    read = {"log_samples": True, **read, "model": model, "model_args": arguments}
     if "seed" in read:
         seeds = [part.strip() for part in read["seed"].split(",")]
         read["seed"] = [None if part.lower() == "none" else part for part in seeds]
@@ -330,8 +316,7 @@ def _check_names(arguments: dict[str, Any], model: str) -> None:
     # The workers of Ray may have vLLM where this machine has none.
     with contextlib.suppress(ImportError):
         known |= get_model(model).argument_names()  # type: ignore[attr-defined]
-    found = misspelt(arguments, known, config)
-    if found is not None:
+    if found := misspelt(arguments, known, config):
         name, near = found
         raise ValueError(
             f"model_args has {name}={arguments[name]}, which {model} does not know: did you mean "
@@ -342,31 +327,30 @@ def _check_names(arguments: dict[str, Any], model: str) -> None:
 def _configurations(
     options: dict[str, Any], base: dict[str, Any]
 ) -> list[Configuration]:
-    """Return the baseline, and each size by each allocation, criterion and seed."""
+    """Return the baseline, each size by each allocation, criterion and seed, and each depth."""
     plan = functools.partial(plan_rows, **model_source(base))
     (whole,) = plan(argument="prune_percent", values=["0"])
-    variants = list(_variants(options))
     found = {"baseline": Configuration("baseline", {}, *_size(whole))}
+    variants = [*_variants(options)]
+    shared = {name: base[name] for name in _WITH_SIZES if base.get(name) is not None}
     for option, argument in SEVERAL.items():
         if argument not in CUTS:
             continue
-        values, by, names = options.get(option, []), variants, _WITH_SIZES
-        if argument not in SIZES:
-            by, names = [{}], ()
+        values = options.get(option, [])
         if argument != "widths":
-            values = [*map(_canonical, values)]
-        shared = {n: base[n] for n in names if base.get(n) is not None}
-        rows = plan(argument=argument, values=values, **shared)
-        sizes = zip(values, rows, strict=True)
-        for (value, row), variant in itertools.product(sizes, by):
-            if row.parameters == whole.parameters:
-                continue
+            values = [*map(parse_number, values)]
+        is_size = argument in SIZES
+        rows = plan(argument=argument, values=values, **shared if is_size else {})
+        sizes = [each for each in zip(values, rows, strict=True) if each[1].reduction]
+        for (value, row), variant in itertools.product(
+            sizes, variants if is_size else [{}]
+        ):
             arguments = {argument: value, **variant}
             # Refused here, not once the baseline has been evaluated.
             PruneArguments.taken_from(without_idle({**base, **arguments}))
             name = _id(arguments)
             found[name] = Configuration(name, arguments, *_size(row))
-    return list(found.values())
+    return [*found.values()]
 
 
 def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -395,10 +379,3 @@ def _id(arguments: dict[str, Any]) -> str:
         digest = fingerprint({"widths": read_widths(named["widths"])})[:8]
         named["widths"] = f"{Path(named['widths']).stem}-{digest}"
     return "_".join(f"{k}-{v}" for k, v in named.items()).replace("/", "over")
-
-
-def _canonical(text: str) -> int | float | str:
-    """Return one notation for one number, so that 2.0 is the same configuration as 2."""
-    number = parse_number(text)
-    whole = isinstance(number, float) and number.is_integer()
-    return int(number) if whole else number

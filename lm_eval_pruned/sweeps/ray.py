@@ -21,7 +21,7 @@ from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Collection, Generator, Iterator
 
     from lm_eval_pruned.sweeps.plan import Unit
     from lm_eval_pruned.sweeps.unit import Ended
@@ -60,8 +60,6 @@ def run_on_ray(
         restarts = {"max_restarts": -1, "max_task_retries": RETRIES}
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, **restarts)(Worker)
         waiting, started = list(units), itertools.count()
-        # Units that a device has failed once.
-        again: list[tuple[str, str]] = []
         # The configuration whose model each worker that has started holds.
         held: dict[Any, str] = {}
         running: dict[Any, tuple[Any, Unit | None]] = {}
@@ -72,44 +70,33 @@ def run_on_ray(
                 worker = remote.remote(options, os.getcwd(), name)
                 stack.callback(ray.kill, worker)
                 running[worker.ready.remote()] = worker, None
-            if not running:
-                print(
-                    f"Stopped: no worker is left for {len(waiting)} units. The same command goes "
-                    "on with them."
-                )
-                return
             (future, *_), _ = ray.wait(list(running))
             worker, unit = running.pop(future)
-            lost = unusable = False
             try:
-                *result, unusable = ray.get(future)
+                seconds, files, failure, usable = ray.get(future)
             except ray.exceptions.RayError as error:
-                logger.error("A worker was lost: %s", error)
-                result, lost = [0.0, {}, describe_error(error)], True
-            if unit is None:
-                unusable = lost
-            elif unusable and unit.names not in again:
-                again.append(unit.names)
-                waiting.append(unit)
-            else:
-                seconds, files, failure = result
+                if unit is None:
+                    raise ValueError(
+                        f"--ray: a worker cannot start ({error})."
+                    ) from None
+                seconds, files, failure, usable = 0.0, {}, describe_error(error), False
+            if unit is not None:
                 with new_folder() as folder:
                     for name, content in files.items():
                         (folder / name).write_bytes(content)
                     yield unit, folder, seconds, failure
-            if waiting and not (lost or unusable):
-                unit = choose_unit(waiting, held.get(worker), [*held.values()])
+            if waiting and usable:
+                unit = choose_unit(waiting, held.get(worker), held.values())
                 waiting.remove(unit)
                 held[worker] = unit.configuration.id
                 progress.workers = len(held)
                 progress.start(*unit.names)
                 future = worker.run.remote(*unit.names, unit.task.digest)
                 running[future] = worker, unit
-                continue
-            # Its resources go to whoever waits for them; where no worker can be, none starts.
-            places -= unusable
-            held.pop(worker, None)
-            ray.kill(worker)
+            else:
+                # Its resources go to whoever waits for them, another worker among them.
+                held.pop(worker, None)
+                ray.kill(worker)
 
 
 @contextlib.contextmanager
@@ -124,30 +111,25 @@ def _cluster(options: dict[str, Any]) -> Iterator[Any]:
             "--ray needs the package ray, which is not installed: "
             "run `pip install 'lm-eval-pruned[ray]'`."
         ) from None
-    if ray.is_initialized():
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            asked = options["ray"]
+            address = asked if isinstance(asked, str) else None
+            try:
+                ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+            except (ConnectionError, RuntimeError) as error:
+                raise ValueError(
+                    f"--ray {asked}: the cluster cannot be reached ({error}); pass the address "
+                    "of its head, or --ray alone to start one here."
+                ) from None
+            stack.callback(ray.shutdown)
         yield ray
-        return
-    asked = options["ray"]
-    address = asked if isinstance(asked, str) else None
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError) as error:
-        raise ValueError(
-            f"--ray {asked}: the cluster cannot be reached ({error}); pass the address "
-            "of its head, or --ray alone to start one here."
-        ) from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
-def choose_unit(waiting: list[Unit], holds: str | None, elsewhere: list[str]) -> Unit:
-    """Return the unit that a free worker should take.
-
-    One of the configuration it holds; else of one that no other worker holds; else
-    of the one with the most units left.
-    """
+def choose_unit(
+    waiting: list[Unit], holds: str | None, elsewhere: Collection[str]
+) -> Unit:
+    """Return a unit of the model it holds; else of one that nobody holds; else of the most left."""
     names = [unit.configuration.id for unit in waiting]
     ranks = [(n != holds, n in elsewhere, -names.count(n)) for n in names]
     return waiting[ranks.index(min(ranks))]
@@ -169,9 +151,9 @@ class Worker:
         self._units = {unit.names: unit for unit in sweep.units()}
         self._runner = UnitRunner(sweep, part)
 
-    def ready(self) -> tuple[bool]:
-        """Return, once the worker is there, that its device has not failed."""
-        return (False,)
+    def ready(self) -> tuple[float, dict[str, bytes], None, bool]:
+        """Return, once the worker is there, what `run` returns of a unit."""
+        return 0.0, {}, None, True
 
     def run(
         self, configuration: str, task: str, digest: str
@@ -180,7 +162,7 @@ class Worker:
 
         Returns:
             Seconds, the harness's files by name, None or what the unit failed with, and
-            whether the device failed, after which this process can run no other unit.
+            whether this process can run another, which it cannot after its device failed.
         """
         unit = self._units.get((configuration, task))
         if unit is None or unit.task.digest != digest:
@@ -188,8 +170,8 @@ class Worker:
                 f"the task {task} on {socket.gethostname()} is not the one this sweep was "
                 "planned with: install the same lm_eval and task folders on every node."
             )
-            return 0.0, {}, describe_error(stranger), False
+            return 0.0, {}, describe_error(stranger), True
         with tempfile.TemporaryDirectory() as folder:
             seconds, error = self._runner.attempt(unit, Path(folder))
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        return seconds, files, error, self._runner.device_failed
+        return seconds, files, error, not self._runner.device_failed

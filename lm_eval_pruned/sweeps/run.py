@@ -12,6 +12,7 @@ import functools
 import os
 import tempfile
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.results.folder import is_sweep, read_definition, unit_folder
@@ -45,11 +46,11 @@ def run_sweep(
     retry_failed: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Run the units of a sweep that its folder does not hold yet; see `options` for the arguments.
+    """Run the units of a sweep, or its shard, that its folder does not hold; see `options`.
 
     Returns:
-        Exit code: 0 where every unit of this sweep (or shard) is done, 1 where one
-        failed or could not be run, 130 after Ctrl-C.
+        Exit code: 0 where every unit is done, 1 where one failed or could not be run, 130
+        after Ctrl-C.
 
     Raises:
         ValueError: The sweep cannot be planned, or its folder is in use.
@@ -61,15 +62,13 @@ def run_sweep(
     part = f"_shard{shard[0]}of{shard[1]}" if shard else ""
     runner = UnitRunner(sweep, part, functools.partial(_unpruned_run, sweep, folder))
     if dry_run:
-        print(_plan_table(sweep, _sort(sweep, folder, units), folder), end="")
+        print(_plan_table(sweep, _sort(sweep, folder, units), folder.path), end="")
         return 0
     several = _other_processes()
     if several and not several.is_main_process:
         followed = _run_here(runner, units, several, tempfile.TemporaryDirectory)
         collections.deque(followed, maxlen=0)
         return int(runner.device_failed)
-    # What the Hub refuses, it refuses before the first model is loaded.
-    runner.tracking.hub_tracker()
     with folder.held():
         entries = _sort(sweep, folder, units)
         folder.write_definition(sweep.as_dict())
@@ -126,7 +125,7 @@ def _run_here(
     for unit in [unit for unit in units if unit.names in names]:
         starts(*unit.names)
         with new_folder() as files:
-            seconds, error = runner.attempt(unit, files)
+            seconds, error = runner.attempt(unit, Path(files))
             # Processes talk through their devices: without one, this process can only leave, and
             # the launcher ends the others.
             if several and not runner.device_failed:
@@ -138,10 +137,7 @@ def _run_here(
 
 
 def _other_processes() -> Any:
-    """Return the Accelerator of processes that share each unit, or None for a process alone.
-
-    The harness gathers the scores in the main one, which alone reads and writes the folder.
-    """
+    """Return the Accelerator of processes that share each unit, or None for a process alone."""
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return None
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -159,14 +155,14 @@ def _other_processes() -> Any:
 
 def _unpruned_run(sweep: Sweep, folder: SweepFolder, task: SweepTask) -> Run:
     """Return the unpruned model's results on a task."""
-    record = folder.read(sweep.baseline.id, task.name)
-    now = fingerprint(sweep.definition(sweep.baseline, task))
-    if record is None or record.error or record.fingerprint != now:
+    names = sweep.baseline.id, task.name
+    record, now = folder.read(*names), sweep.definition(sweep.baseline, task)
+    if record is None or record.error or record.fingerprint != fingerprint(now):
         raise ValueError(
             f"{task.name} has no results of the unpruned model to compare with in {folder.path}: "
             "evaluate baseline first, and then use --retry_failed."
         )
-    return read_newest(unit_folder(folder.path, sweep.baseline.id, task.name))
+    return read_newest(unit_folder(folder.path, *names))
 
 
 def _sort(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry]:
@@ -200,24 +196,17 @@ def _sort(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry]:
     return entries
 
 
-def _plan_table(sweep: Sweep, entries: list[Entry], folder: SweepFolder) -> str:
+def _plan_table(sweep: Sweep, entries: list[Entry], folder: Path) -> str:
     counts = collections.Counter((unit.configuration.id, s) for unit, s, _ in entries)
     total = collections.Counter(state for _, state, _ in entries)
-    columns = ["configuration", "kept width", "expansion ratio", "parameters"]
+    columns = ("configuration", "kept width", "expansion ratio", "parameters")
     rows = []
     for each in sweep.configurations:
         size = f"{each.kept_width:,}", f"{each.expansion_ratio:.4f}"
         left = f"{each.parameters:,}", f"{each.reduction:.2%}"
         rows.append([each.id, *size, *left, *(counts[each.id, s] for s in STATES)])
-    healing = ""
-    if sweep.healing is not None:
-        there = [sweep.adapter(e).is_dir() for e in sweep.configurations if e.healed]
-        healing = (
-            f"Healing: {sum(there)} of {len(there)} trained, {len(there) - sum(there)} to train, "
-            f"on {sweep.healing.data}\n"
-        )
     return (
         f"{markdown_table([*columns, 'reduction', *STATES], rows)}\n\n"
-        f"Tasks: {', '.join(task.name for task in sweep.tasks)}\n{healing}"
-        f"Units: {len(entries)}, {', '.join(f'{total[s]} {s}' for s in STATES)}, in {folder.path}\n"
+        f"Tasks: {', '.join(task.name for task in sweep.tasks)}\n"
+        f"Units: {len(entries)}, {', '.join(f'{total[s]} {s}' for s in STATES)}, in {folder}\n"
     )

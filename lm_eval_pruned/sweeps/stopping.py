@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import tempfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 from lm_eval.api.samplers import FirstNSampler
@@ -24,7 +24,7 @@ from lm_eval_pruned.sweeps.options import refuse_other_processes
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from lm_eval.api.task import Task
 
@@ -47,11 +47,16 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
     if rule is None:
         return None
     refuse_other_processes(f"stop_when={rule}", options)
-    for other, value in (("log_samples", False), ("predict_only", True)):
-        if options.get(other) is value:
+    others = {**(options.get("model_args") or {}), **options}
+    for name, wrong in (
+        ("log_samples", False),
+        ("predict_only", True),
+        ("energy", True),
+    ):
+        if others.get(name) is wrong:
             raise ValueError(
-                f"stop_when={rule} compares documents, and {other} is {value}: leave one of "
-                "them out."
+                f"stop_when={rule} compares documents look by look, and {name} is {wrong}: leave "
+                "one of them out."
             )
     word, colon, margin = rule.partition(":")
     if word != "decided" or (colon and not margin):
@@ -77,16 +82,16 @@ def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
             examples = settings.num_fewshot
         told = {**(config.generation_kwargs or {}), **(settings.gen_kwargs or {})}
         sampled = told.get("do_sample", told.get("temperature"))
-        why = None
         if examples and not isinstance(getattr(task, "sampler", None), FirstNSampler):
             why = "its few-shot examples at random: take 0, or sampler: first_n in its YAML"
         elif task.OUTPUT_TYPE == "generate_until" and sampled:
             why = "its answers at random: pass --gen_kwargs do_sample=false"
-        if why:
-            raise ValueError(
-                f"stop_when={rule} needs prompts and answers that depend on the document alone, "
-                f"and {name} draws {why}, or leave stop_when out."
-            )
+        else:
+            continue
+        raise ValueError(
+            f"stop_when={rule} needs prompts and answers that depend on the document alone, and "
+            f"{name} draws {why}, or leave stop_when out."
+        )
 
 
 def documents_of_looks(
@@ -100,18 +105,20 @@ def documents_of_looks(
     orders = {}
     seed = (settings.seed or [None])[0] or 0
     for name, task in tasks.items():
-        known: Sequence[int] = range(len(task.eval_docs))
+        known = [*range(len(task.eval_docs))]
         if settings.samples and settings.samples.get(name):
             known = sorted(settings.samples[name])
         elif settings.limit:
             known = known[: get_sample_size(task, settings.limit)]
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         orders[name] = [known[place] for place in rng.permutation(len(known))]
-    looks: dict[int, dict[str, list[int]]] = {}
+    looks = {}
     for share in LOOKS:
         # A group's members are strata of its test, which needs two documents of each.
-        counts = {name: math.ceil(share * len(order)) for name, order in orders.items()}
-        chosen = {name: sorted(orders[name][: max(2, n)]) for name, n in counts.items()}
+        chosen = {
+            name: sorted(order[: max(2, math.ceil(share * len(order)))])
+            for name, order in orders.items()
+        }
         count = sum(map(len, chosen.values()))
         if count >= LEAST or share == 1:
             looks[count] = chosen
@@ -119,51 +126,35 @@ def documents_of_looks(
 
 
 def evaluate_until_decided(
-    lm: Any,
     sweep: Any,
-    loaded: Any,
+    name: str,
+    tasks: Mapping[str, Task],
     base: Run,
     evaluate: Callable[..., dict[str, Any]],
     scratch: Path,
 ) -> dict[str, Any]:
     """Evaluate the documents of one look after the other, until the comparison is decided.
 
-    `loaded` is what `TaskManager.load` made of the task. `evaluate` takes the harness's objects,
-    indices of documents by task, and the prefix of a cache that holds earlier answers.
+    Args:
+        name: Of the task or group that `tasks` make up.
+        evaluate: Takes indices of documents by task, and the prefix of a cache of earlier answers.
 
     Returns:
         The harness's results on the documents of the last look, with the block ``stopping``.
     """
-    tasks = [*loaded["groups"].values()][:1] or [*loaded["tasks"].values()]
-    name = next(iter(loaded["groups"] or loaded["tasks"]))
-    looks = documents_of_looks(loaded["tasks"], sweep.settings)
+    looks = documents_of_looks(tasks, sweep.settings)
     sizes = len(sweep.configurations) - 1
     stopping = Stopping(sweep.stop_when, name, max(looks), LEVEL, sizes)
-    answered = 0
     with tempfile.TemporaryDirectory(dir=scratch) as place:
         for count, chosen in looks.items():
-            # What this evaluation has paid for is not what an earlier one left in a cache.
-            lm.count_kept_answers(-answered)
-            # Asking for it ends the measurement of energy.
-            with mock.patch.object(lm, "get_model_info", dict):
-                results = evaluate(tasks, chosen, str(Path(place, "answers")))
-            samples = results["samples"]
-            answered = _answers(samples)
-            # Writing samples changes them.
-            copied = {task: [dict(row) for row in samples[task]] for task in samples}
+            results = evaluate(chosen, str(Path(place, "answers")))
             here = Path(place, str(count))
-            write_results({**results, "samples": copied}, EvaluationTracker(), here)
+            # Writing takes the samples out and changes them.
+            write_results(copy.deepcopy(results), EvaluationTracker(), here)
             run = read_newest(here)
             stopping = look(stopping, count, base, run)
             if stopping.reason:
                 break
         stopping = with_scores(stopping, run)
-    logger.info("%s: %s (%s).", stopping.task, stopping.text, stopping.reason)
-    results["config"].update(lm.get_model_info())
+    logger.info("%s: %s (%s).", name, stopping.text, stopping.reason)
     return {**results, "stopping": stopping.as_dict()}
-
-
-def _answers(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
-    """Return how many requests were answered; each filter lists all documents again."""
-    found = ({row["doc_id"]: row["resps"] for row in rows} for rows in samples.values())
-    return sum(len(one) for each in found for resps in each.values() for one in resps)

@@ -21,9 +21,12 @@ from lm_eval.tasks._factory import GROUP_FIELD_NAMES, TaskFactory
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from lm_eval.tasks import TaskManager
+
+#: Settings of a task that may name files.
+_DATA = ("dataset_path", "dataset_kwargs")
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,8 @@ def index_tasks(include_path: str | None) -> TaskManager:
 
 
 def with_metadata(manager: TaskManager, metadata: dict[str, Any]) -> TaskManager:
-    """Return a copy of `manager` that attaches `metadata` to the tasks it loads.
-
-    A new one would read the harness's ten thousand YAML files again.
-    """
+    """Return a copy of `manager` that attaches `metadata` to the tasks it loads."""
+    # A new one would read the harness's ten thousand YAML files again.
     manager = copy.copy(manager)
     manager.metadata = metadata
     manager._factory = TaskFactory(meta=metadata)
@@ -70,9 +71,8 @@ def load_task(manager: TaskManager, task: SweepTask) -> list[Any]:
 def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
     """Return the units' tasks for names, patterns, tags, groups and YAML files.
 
-    A group that aggregates its members' scores stays whole, since its score is
-    made from all of them. A group that only collects tasks, and a tag, become one
-    unit per member, with the settings that the group gives its members.
+    A group that aggregates its members' scores stays whole. A group that only collects tasks, and
+    a tag, become one unit per member, with the settings that the group gives its members.
 
     Raises:
         ValueError: A name matches nothing, or one task is asked for in two ways.
@@ -141,12 +141,9 @@ def _inline(config: dict[str, Any]) -> SweepTask:
     return SweepTask(config["task"], _digest(config), build)
 
 
-def _flat(found: Any) -> Iterator[SweepTask]:
-    if isinstance(found, SweepTask):
-        yield found
-    else:
-        for each in found:
-            yield from _flat(each)
+def _flat(found: Any) -> list[SweepTask]:
+    is_one = isinstance(found, SweepTask)
+    return [found] if is_one else [task for each in found for task in _flat(each)]
 
 
 def _digest(config: Any) -> str:
@@ -156,11 +153,10 @@ def _digest(config: Any) -> str:
 
 def _described(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
-        data = key in ("dataset_path", "dataset_kwargs")
-        names = {name: key if data else name for name in value}
+        data = key in _DATA
         return {
-            name: _described(value[name], below)
-            for name, below in names.items()
+            name: _described(below, key if data else name)
+            for name, below in value.items()
             if name != "config_source"
         }
     if isinstance(value, (list, tuple)):
@@ -172,13 +168,12 @@ def _described(value: Any, key: str = "") -> Any:
         without = (".yaml", ".yml", ".md")
         code = file and hash_folder(Path(file).parent, without=without)
         return [getattr(value, "__qualname__", type(value).__qualname__), code]
-    if key in ("dataset_path", "dataset_kwargs") and isinstance(value, str):
+    if key in _DATA and isinstance(value, str):
         found = map(Path, sorted(glob.glob(value)))
-        hashes = [
-            hash_folder(path, deep=True) if path.is_dir() else hash_file(path)
-            for path in found
-        ]
-        return hashes or value
+        hashed = (
+            hash_folder(p, deep=True) if p.is_dir() else hash_file(p) for p in found
+        )
+        return [*hashed] or value
     return value
 
 
@@ -202,8 +197,8 @@ def hash_folder(folder: Path, deep: bool = False, without: tuple[str, ...] = ())
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
+        digest = hashlib.sha256()
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

@@ -1,9 +1,10 @@
-"""The report of `benchmarks/gpu_check.py`, made on the CPU with tiny shapes."""
+"""The page of `benchmarks/gpu_check.py`, made on the CPU with a tiny shape."""
 
 from __future__ import annotations
 
-import importlib
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,139 +12,120 @@ import torch
 from tests.helpers import checkpoints
 
 
-SECTIONS = [
-    "Tests marked gpu",
-    "Answers equal to those of hf",
-    "Memory while loading, layout by layout",
-    "Prune on load, tiny",
-    "Log-likelihood, tiny",
-    "Generation, tiny",
-    "Widths and energy, tiny",
-]
-
-
 @pytest.fixture(scope="module")
-def gpu_check():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(checkpoints.ROOT / "benchmarks"))
-        yield importlib.import_module("gpu_check")
+def gpu_check(script):
+    return script("gpu_check")
 
 
 @pytest.fixture
-def on_the_cpu(gpu_check, tmp_path):
-    """Return what runs the script on the CPU, giving its exit code and its report."""
+def part(script, tmp_path):
+    """Return what runs a part in this process, giving its exit code and what it wrote."""
 
-    def run(*options):
-        report = tmp_path / "report.md"
-        code = gpu_check.main(
-            ["--device", "cpu", "--tiny", "--output", str(report), *options]
+    def run(name, shape):
+        page = tmp_path / "part.md"
+        words = ["--part", name, "--shape", shape, "--page", str(page)]
+        code = script("gpu_parts").main(
+            [*words, "--device", "cpu", "--folder", str(tmp_path)]
         )
-        return code, report.read_text(encoding="utf-8")
+        return code, page.read_text(encoding="utf-8")
 
     return run
 
 
-def results(report):
-    """Return the result of each section, from the table at the top."""
-    return dict(
-        re.findall(r"^\|([^|]+)\|(passed|failed|skipped)\|$", report, re.MULTILINE)
-    )
+@pytest.fixture
+def on_the_cpu(gpu_check, tmp_path):
+    """Return what makes the page, giving the exit code, the results of the parts, and the page."""
 
+    def run():
+        file = tmp_path / "page.md"
+        code = gpu_check.main(["--quick", "--device", "cpu", "--output", str(file)])
+        page = file.read_text(encoding="utf-8")
+        found = re.findall(
+            r"^\|([^|]+)\|(passed|failed|skipped)\|$", page, re.MULTILINE
+        )
+        return code, dict(found), page
 
-def section(report, heading):
-    return report.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return run
 
 
 @pytest.mark.slow
-def test_one_command_answers_everything(on_the_cpu, gpu_check, monkeypatch):
-    # Energy windows need no second each here.
-    monkeypatch.setattr(gpu_check.profiling, "ENERGY_WINDOW_SECONDS", 0)
-    code, report = on_the_cpu("--in-process")
-    assert results(report) == dict.fromkeys(SECTIONS, "passed") | {
-        "Tests marked gpu": "skipped",
-        "Memory while loading, layout by layout": "skipped",
-    }, report
+def test_one_command_writes_a_page_of_all_parts(on_the_cpu):
+    code, results, page = on_the_cpu()
+    parts = ("Answers equal to those of hf", "Load, tiny", "Speed, tiny")
+    assert results == {**dict.fromkeys(parts, "passed"), "pruned-vllm, tiny": "skipped"}
     assert code == 0
-    for fact in ("card", "torch", "transformers", "lm_eval", "command", "date"):
-        assert f"|{fact}|" in report
-    assert "sh benchmarks/gpu_check.sh --device cpu --tiny" in report
-    assert "slots" in section(report, "Answers equal to those of hf")
-    assert "pruned on load, 40 %" in section(report, "Prune on load, tiny")
-    for heading in ("Log-likelihood, tiny", "Generation, tiny"):
-        rows = re.findall(r"^\|(\d+)\|", section(report, heading), re.MULTILINE)
-        assert rows == ["1", "4"]
-    widths = section(report, "Widths and energy, tiny")
-    assert re.findall(
-        r"^\|(?:baseline|ratio=[^|]*)\|(\d+)\|\d\.", widths, re.MULTILINE
-    ) == [
-        "171",
-        "103",
-        "64",
-    ]
-    assert "J per output token" in widths
-    assert str(checkpoints.ROOT) not in report
+    assert "sh benchmarks/gpu_check.sh --quick --device cpu" in page
+    for said in ("slots", "pruned on load, 40 %", " / hf-prefix|", "attention"):
+        assert said in page
+    assert str(checkpoints.ROOT) not in page
 
 
-def test_a_section_that_fails_leaves_the_others_alone(
+def test_parts_follow_one_that_fails_until_time_is_over(
     on_the_cpu, gpu_check, monkeypatch
 ):
-    def breaks(self):
-        yield "a figure from before"
-        raise torch.OutOfMemoryError("the card is full")
+    def run(part, options, seconds):
+        if part.name == "speed":
+            monkeypatch.setattr(gpu_check, "QUICK", 0)
+        if part.name == "equality":
+            return "failed", "**Failed**: the card is full"
+        return "passed", '{"card": "cpu"}'
 
-    def too_large(self):
-        raise gpu_check.Skipped("it needs 90 GiB")
-
-    def works(self):
-        yield "a figure"
-
-    monkeypatch.setattr(
-        gpu_check.Check,
-        "sections",
-        lambda self: {
-            name: method.__get__(self)
-            for name, method in (("A", breaks), ("B", too_large), ("C", works))
-        },
-    )
-    code, report = on_the_cpu("--in-process")
+    monkeypatch.setattr(gpu_check, "run", run)
+    code, results, page = on_the_cpu()
     assert code == 1
-    assert results(report) == {"A": "failed", "B": "skipped", "C": "passed"}
-    assert "a figure from before" in section(report, "A")
-    assert "**Failed**: OutOfMemoryError: the card is full" in section(report, "A")
-    assert section(report, "B").strip() == "Skipped: it needs 90 GiB."
-    assert section(report, "C").strip() == "a figure"
+    assert list(results.values()) == ["failed", "passed", "passed", "skipped"]
+    assert "the card is full" in page
+    assert "minutes are over" in page
 
 
-@pytest.mark.slow
-def test_a_section_whose_process_dies_has_failed(gpu_check):
-    status, text = gpu_check.run_apart("Tests marked gpu", ["--device", "nowhere"])
+def test_a_part_that_takes_too_long_is_ended(gpu_check):
+    part = gpu_check.Part("", "facts", "", 0)
+    status, said = gpu_check.run(part, ["--device", "cpu"], 0)
     assert status == "failed"
-    assert "its process ended with 1" in text
+    assert "more than 0 s" in said
 
 
-@pytest.mark.slow
-def test_a_section_runs_in_a_process_of_its_own(gpu_check, tmp_path):
-    options = ["--device", "cpu", "--tiny", "--folder", str(tmp_path)]
-    status, text = gpu_check.run_apart("Tests marked gpu", options)
-    assert (status, text) == ("skipped", "Skipped: this needs a CUDA device.")
-
-
-def test_a_shape_that_does_not_fit_is_skipped_with_the_reason(
-    gpu_check, tmp_path, monkeypatch
+@pytest.mark.parametrize("shape, weights, most", [("1B", 2.3, 6), ("8B", 15.0, 20)])
+def test_a_shape_that_does_not_fit_is_skipped_with_what_it_needs(
+    part, script, monkeypatch, shape, weights, most
 ):
     class Little:
         available = 2**30
 
-    monkeypatch.setattr(gpu_check.psutil, "virtual_memory", Little)
-    check = gpu_check.Check("cpu", gpu_check.FULL, tmp_path)
-    status, text = gpu_check.run_section(check.sections()["Generation, 8B"])
-    assert status == "skipped"
-    assert "needs about 40 GiB of memory on cpu, and 1 GiB are free" in text
+    monkeypatch.setattr(script("gpu_parts").psutil, "virtual_memory", Little)
+    code, said = part("speed", shape)
+    assert code == script("gpu_check").SKIPPED
+    assert f"which {weights} are weights" in said
+    assert weights < float(re.search(r"about ([\d.]+) GiB", said)[1]) < most
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without")
-def test_without_a_card_it_says_what_would_work(gpu_check, capsys):
-    with pytest.raises(SystemExit) as end:
+def test_hf_gets_the_largest_batch_size_that_has_memory(part, script, monkeypatch):
+    beside_hf = script("beside_hf")
+
+    class Small(beside_hf.HFLM):
+        def loglikelihood(self, *args, **kwargs):
+            if self.batch_size > 1:
+                raise torch.OutOfMemoryError
+            return super().loglikelihood(*args, **kwargs)
+
+    monkeypatch.setattr(beside_hf, "HFLM", Small)
+    code, said = part("speed", "tiny")
+    assert code == 0
+    assert "batch size 8, out of memory" in said
+    assert "|hf, batch size 1|" in said
+
+
+def test_the_process_that_writes_the_page_has_no_torch(script):
+    script("gpu_check")
+    code = "import sys, gpu_check; sys.exit('torch' in sys.modules)"
+    folder = checkpoints.ROOT / "benchmarks"
+    assert not subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, check=False
+    ).returncode
+
+
+def test_without_a_card_it_says_what_would_work(gpu_check, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "run", lambda *_: ("failed", "no card"))
+    with pytest.raises(SystemExit):
         gpu_check.main([])
-    assert end.value.code == 2
-    assert "--device cpu --tiny" in capsys.readouterr().err
+    assert "--device cpu" in capsys.readouterr().err

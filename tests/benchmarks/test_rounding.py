@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from functools import partial
 
 import pytest
-import torch
-from lm_eval.api.instance import Instance
-from transformers import AutoModelForCausalLM
-
-from tests.helpers import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +39,6 @@ def test_the_table_has_three_distances_and_their_ratio(rounding, tiny_llama, cap
 def test_it_fails_where_sharing_lies_further_off(rounding, tiny_llama, monkeypatch):
     found = {"hf, batch size 1": 1.0, "hf, batch size 8": 1.0, "hf-prefix": 1.26}
     monkeypatch.setattr(rounding, "distances", lambda *_: found)
-    monkeypatch.setattr(rounding, "likelihood_requests", lambda *_: [])
+    monkeypatch.setattr(rounding, "requests_of", lambda *_: [])
     with pytest.raises(SystemExit, match=r"1\.26 times as far"):
         rounding.main(["--pretrained", str(tiny_llama), "--limit", "1"])
-
-
-@pytest.mark.slow
-def test_a_model_that_is_not_shared_is_an_error(rounding, tiny_llama, monkeypatch):
-    unshared = partial(rounding.PrefixHFLM, prefix_sharing=False)
-    monkeypatch.setattr(rounding, "PrefixHFLM", unshared)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
-    requests = [
-        Instance("loglikelihood", {}, ("a" * 200, "bcde"[i:]), i) for i in range(4)
-    ]
-    with pytest.raises(RuntimeError, match="plain path: prefix_sharing=false"):
-        rounding.distances(model, checkpoints.byte_tokenizer(), requests)

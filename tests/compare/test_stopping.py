@@ -1,4 +1,4 @@
-"""Stopping when decided: the design, its error, its p values, and what compare makes of them."""
+"""Stopping when decided: the level of each look, p values, and the record."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from scipy import stats
 
 from lm_eval_pruned.compare.stopping import LEVEL, sequential
 from lm_eval_pruned.compare.verdicts import Margin
-from lm_eval_pruned.results.stopping_record import Stopping
-from lm_eval_pruned.sweeps.stopping import read_rule
+from lm_eval_pruned.results.stopping_record import Stopping, spent
 
 
-def _stopping(*looks: int, of: int = 800, sizes: int = 1, **more) -> Stopping:
-    return Stopping(
-        "decided", "boolq", of, LEVEL, sizes, "acc,none", looks=looks, **more
-    )
+def record(*looks, of=800, sizes=1, rule="decided", **more):
+    return Stopping(rule, "boolq", of, LEVEL, sizes, "acc,none", looks=looks, **more)
 
 
 def test_the_looks_share_the_level_and_spend_all_of_it_with_the_last_document():
-    assert _stopping(100, 200, 400, 800).shares == (1 / 16, 1 / 16, 1 / 8, 3 / 4)
-    assert _stopping(800).shares == (1.0,)
-    assert sum(_stopping(100, 200, 400).shares) == pytest.approx(1 / 4)
-    assert _stopping(100, sizes=5).nominal_level == pytest.approx(LEVEL / 16 / 5)
+    looks = (100, 200, 400, 800)
+    shares = [record(*looks[: n + 1]).share for n in range(4)]
+    assert shares == [1 / 16, 1 / 16, 1 / 8, 3 / 4]
+    assert record(800).share == 1
+    assert record(100, sizes=5).nominal_level == pytest.approx(LEVEL / 16 / 5)
 
 
 def test_four_looks_err_no_more_often_than_the_level():
@@ -33,68 +31,50 @@ def test_four_looks_err_no_more_often_than_the_level():
     steps = np.sqrt(np.diff(looks, prepend=0))
     sums = (rng.normal(size=(40_000, 4)) * steps).cumsum(axis=1)
     p = 2 * stats.norm.sf(np.abs(sums) / np.sqrt(looks))
-    shares = np.array(_stopping(*looks.tolist(), of=3270).shares)
+    shares = np.diff([spent(n, 3270) for n in looks.tolist()], prepend=0)
     crossed = (p < LEVEL * shares).any(axis=1).mean()
     # Bonferroni's inequality gives a little away, because looks share their documents.
     assert 0.04 < crossed < LEVEL + 3 * (0.05 * 0.95 / 40_000) ** 0.5
 
 
-def test_repeated_p_is_the_level_at_which_a_unit_just_stops():
-    for number in range(3):
-        stopping = _stopping(*(100, 200, 800)[: number + 1], sizes=4)
-        p = [1.0] * (number + 1)
-        p[number] = stopping.nominal_level
-        assert stopping.repeated(p) == pytest.approx(LEVEL / 4)
-    assert _stopping(100, 800).repeated((None, 1.0)) == 1.0
-    assert _stopping(100, 200).repeated((0.001, 0.9)) == _stopping(100).repeated(
-        [0.001]
-    )
-
-
 def test_the_record_is_read_as_it_was_written():
-    record = _stopping(
-        *(100, 200),
-        sizes=2,
-        reason="difference",
-        p=(None, 1e-6),
-        p_margin=(None, None),
-        difference=-0.4,
-        low=-0.6,
-        high=-0.2,
-        scores={"acc,none": (0.1, 0.2)},
-    )
-    written = json.loads(json.dumps(record.as_dict()))
-    assert Stopping.from_dict(written) == record
+    more = {"reason": "difference", "p": 1e-6, "difference": -0.4}
+    written = record(100, 200, scores={"acc,none": (0.1, None)}, **more)
+    assert Stopping.from_dict(json.loads(json.dumps(written.as_dict()))) == written
 
 
 def test_differences_and_a_margin_share_one_level():
     """Of six sizes three have no difference, and three one as large as the margin."""
-    margin, n, sizes = Margin("equivalent", "10pt"), 400, 6
+    margin, sizes = Margin("equivalent", "10pt"), 6
 
-    def wrong(seed: int, rule: str) -> bool:
-        rng = np.random.default_rng(seed)
-        p = np.where(np.arange(sizes) < 3, rng.random(sizes), 1e-9)
-        p_margin = np.where(np.arange(sizes) < 3, 1e-9, rng.random(sizes))
+    def wrong(seed):
+        ps = [*np.random.default_rng(seed).random(sizes)]
+        pairs = [(p, 1e-9) for p in ps[:3]] + [(1e-9, p) for p in ps[3:]]
         found = [
             sequential(
-                Stopping(
-                    rule, "boolq", n, LEVEL, sizes, "acc,none", "all documents", (n,),
-                    (p[k],), (p_margin[k],), 0.0, 0.0, 0.0,
+                record(
+                    *(400,), of=400, sizes=sizes, rule="decided:10pt",
+                    p=p, p_margin=p_margin, difference=0.0,
                 ),
-                "acc,none", 0.0, margin, 0.1,
+                *("acc,none", 0.0, margin, 0.1),
             )
-            for k in range(sizes)
+            for p, p_margin in pairs
         ]  # fmt: skip
-        different = [q < 0.05 for _, q, _ in found[:3]]
-        return any(different) or any(claim.q < 0.05 for _, _, claim in found[3:])
+        return any(q < LEVEL for _, q, _ in found[:3]) or any(
+            claim.q < LEVEL for _, _, claim in found[3:]
+        )
 
     # Holm for each of both questions would be wrong in 9.7 % of sweeps.
-    assert np.mean([wrong(seed, "decided:10pt") for seed in range(4000)]) < 0.055
+    assert np.mean([wrong(seed) for seed in range(4000)]) < 0.055
 
 
-@pytest.mark.parametrize(
-    "text", ["", "decide", "decided:", "decided:one", "decided:0pt"]
-)
-def test_other_rules_are_refused(text):
-    with pytest.raises(ValueError, match=r"pass decided|give percentage points"):
-        read_rule({"stop_when": text})
+def test_another_metric_difference_or_margin_has_no_p():
+    stopping = record(100, rule="decided:1pt", p=1e-6, difference=-0.4)
+    nothing = (None, None, None)
+    margin = Margin("equivalent", "1pt")
+    assert sequential(stopping, "acc_norm,none", -0.4, margin, 0.01) == nothing
+    assert sequential(stopping, "acc,none", -0.3, margin, 0.01) == nothing
+    p, _, claim = sequential(
+        stopping, "acc,none", -0.4, Margin("equivalent", "2pt"), 0.02
+    )
+    assert (p, claim) == (1e-6, None)

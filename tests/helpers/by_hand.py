@@ -6,8 +6,10 @@ scored and sliced in a loop over plain tensors.
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,27 +22,67 @@ SEPARATE = [
 FUSED = [("gate_up_proj", "down_proj"), ("input_linear", "output_linear")]
 
 
-def peak_to_peak(gate, up):
-    """Return the study's score of each row pair, float32."""
-    gate, up = gate.float(), up.float()
-    return (gate.max(1).values + gate.min(1).values.abs()) + (
-        up.max(1).values + up.min(1).values.abs()
-    )
+#: The formulas of docs/criteria.md: of gate and up, each of shape (neurons, H).
+FORMULAS = {
+    "maw": lambda g, u: g.max(1) + abs(g.min(1)) + u.max(1) + abs(u.min(1)),
+    "max_abs": lambda g, u: abs(g).max(1) + abs(u).max(1),
+    "l1": lambda g, u: abs(g).sum(1) + abs(u).sum(1),
+    "l2": lambda g, u: np.linalg.norm(g, axis=1) + np.linalg.norm(u, axis=1),
+    "vow": lambda g, u: g.var(1, ddof=1) + u.var(1, ddof=1),
+    "pon": lambda g, u: abs(g).sum(1) * abs(u).sum(1),
+}
 
 
-def best(width_of):
-    """Return the rule that keeps the best neurons; ties go to the lower index.
+def _relative_peaks(rows):
+    peaks = rows.max(1) + abs(rows.min(1))
+    return peaks / (peaks.max() or 1)
+
+
+#: Also of down, transposed, and of what goes into it, (tokens, neurons) for each text.
+FORMULAS_OF_ACTIVITY = {
+    "act": lambda g, u, d, x: (
+        np.linalg.norm(d, axis=1) * np.linalg.norm(np.concatenate(x), axis=0)
+    ),
+    "maw_act": lambda g, u, d, x: (
+        sum(map(_relative_peaks, (g, u, d)))
+        * sum(np.linalg.norm(text, axis=0) for text in x)
+    ),
+}
+
+
+def random_scores(neurons, layer, seed=0):
+    """Draw the scores of the control: `layer` counts the MLPs of the model."""
+    generator = torch.Generator().manual_seed(seed * 2**20 + layer)
+    return torch.randperm(neurons, generator=generator).float()
+
+
+def top(scores, width):
+    """Return the `width` best of some scores; ties go to the lower index."""
+    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    return torch.tensor(sorted(ranked[:width]))
+
+
+def best(width_of, criterion="maw", seed=0):
+    """Return the rule that keeps the best neurons; it slices one model.
 
     Args:
         width_of: The kept width, or a rule that returns it for the path of a module
             and its width.
+        criterion: One of `FORMULAS`, or ``random``.
+        seed: Seed of ``random``.
     """
+    number = itertools.count()
 
     def kept_of(path, gate, up):
-        scores = peak_to_peak(gate, up).tolist()
-        ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+        if criterion == "random":
+            scores = random_scores(len(gate), next(number), seed)
+        elif criterion == "maw":
+            # In float32, where neurons may be on a par.
+            scores = FORMULAS["maw"](gate.float().numpy(), up.float().numpy())
+        else:
+            scores = FORMULAS[criterion](gate.double().numpy(), up.double().numpy())
         width = width_of(path, len(scores)) if callable(width_of) else width_of
-        return torch.tensor(sorted(ranked[:width]))
+        return top(scores.tolist(), width)
 
     return kept_of
 

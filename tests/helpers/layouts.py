@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from tests.helpers import by_hand
 from tests.helpers.checkpoints import (
     auto_class,
     byte_tokenizer,
@@ -128,6 +131,38 @@ def save_family(folder, family: str, width: int, seed: int = 0, **more):
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return auto_class(config).from_pretrained(folder, **EAGER).eval()
+
+
+def save_gemma3n(folder, widths, **more):
+    """Write a checkpoint whose config has a list of widths, one per layer."""
+    config = tiny_config(
+        "gemma3n_text",
+        **more,
+        intermediate_size=widths,
+        vocab_size_per_layer_input=260,
+        hidden_size_per_layer_input=8,
+        laurel_rank=8,
+        num_kv_shared_layers=0,
+        layer_types=["full_attention"] * len(widths),
+        activation_sparsity_pattern=[0.0] * len(widths),
+    )
+    tiny_model(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def layer_of(path: str) -> int:
+    """Return the number of the layer that a module is in."""
+    return int(re.search(r"\.(\d+)\.", path + ".")[1])
+
+
+def ragged(folder, widths, family="llama", config_width=16):
+    """Write a checkpoint as other pruners do: one width in the config, many in fact."""
+    model = save_family(folder, family, config_width)
+    state, _ = by_hand.sliced(
+        model, by_hand.best(lambda path, width: widths[layer_of(path)])
+    )
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return model, state
 
 
 @torch.no_grad()

@@ -18,41 +18,26 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-CHOICES = """\
-task: tiny_choice
+TASK = """\
+task: {task}
 custom_dataset: !function utils.load
-output_type: multiple_choice
+output_type: {kind}
 test_split: test
-doc_to_text: "{{question}}"
+doc_to_text: "{{{{question}}}}"
+{more}
+metric_list:
+  - metric: {metric}
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+CHOICE = """\
 doc_to_target: answer
-doc_to_choice: ["yes", "no", "perhaps"]
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1.0
-"""
-
-SENTENCES = """\
-task: tiny_sentence
-custom_dataset: !function utils.load
-output_type: generate_until
-test_split: test
-doc_to_text: "{{question}}"
+doc_to_choice: ["yes", "no", "perhaps"]"""
+SENTENCE = """\
 doc_to_target: "{{question}}"
-generation_kwargs:
-  until: []
-  do_sample: true
-  temperature: 1.0
-  max_gen_toks: 3
-metric_list:
-  - metric: exact_match
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1.0
-"""
+generation_kwargs: {until: [], do_sample: true, temperature: 1.0, max_gen_toks: 3}"""
 
 UTILS = """\
 import json
@@ -98,27 +83,23 @@ def sweep_options(
 def write_tasks(folder: Path, documents: int = 4) -> Path:
     """Write two tasks and two groups of them to `folder` and return it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "choice.yaml").write_text(CHOICES)
-    (folder / "sentence.yaml").write_text(SENTENCES)
-    (folder / "utils.py").write_text(UTILS)
-    for name, text in GROUPS.items():
+    for name, kind, metric, more in (
+        ("choice", "multiple_choice", "acc", CHOICE),
+        ("sentence", "generate_until", "exact_match", SENTENCE),
+    ):
+        text = TASK.format(task=f"tiny_{name}", kind=kind, metric=metric, more=more)
+        (folder / f"{name}.yaml").write_text(text)
+    rows = ({"question": f"Is {n} even?", "answer": n % 2} for n in range(documents))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, text in {**GROUPS, "utils.py": UTILS, "questions.jsonl": lines}.items():
         (folder / name).write_text(text)
-    (folder / "questions.jsonl").write_text(
-        "".join(
-            json.dumps({"question": f"Is {n} even?", "answer": n % 2}) + "\n"
-            for n in range(documents)
-        )
-    )
     return folder
 
 
 def forked(run, kill_after: int | None = None) -> int:
-    """Run a function in a forked process and return its exit code.
+    """Run a function in a forked process and return the exit code that it returns.
 
-    Args:
-        run: Returns an exit code.
-        kill_after: The process kills itself with SIGKILL at this call of a Python
-            function; the exit code is then -9.
+    At call `kill_after` of a Python function the process kills itself; the code is then -9.
     """
     child = os.fork()
     if child:
@@ -156,10 +137,10 @@ def results_of(folder: Path) -> dict[str, dict]:
     for unit in sorted(folder.glob("units/*/*")):
         (file,) = unit.glob("results_*.json")
         results = json.loads(file.read_text())
-        samples = {}
-        for path in sorted(unit.glob("samples_*.jsonl")):
-            name = path.name.rpartition("_")[0]
-            samples[name] = [json.loads(line) for line in path.read_text().splitlines()]
+        samples = {
+            path.name.rpartition("_")[0]: [*map(json.loads, path.open())]
+            for path in sorted(unit.glob("samples_*.jsonl"))
+        }
         found[f"{unit.parent.name}/{unit.name}"] = {
             "scores": results["results"],
             "hashes": results["task_hashes"],
@@ -172,7 +153,7 @@ def files_of(folder: Path) -> dict[str, tuple[str, ...]]:
     """Return the names of the files of each unit; results carry the time in theirs."""
     return {
         f"{unit.parent.name}/{unit.name}": tuple(
-            sorted(file.name for file in unit.iterdir())
+            sorted(map(os.path.basename, unit.iterdir()))
         )
         for unit in folder.glob("units/*/*")
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from fractions import Fraction
 
 import pytest
@@ -19,6 +21,7 @@ from tests.helpers.comparing import assert_same_model
 
 
 HIDDEN, WIDTH, LAYERS = 32, 88, 3
+ROOM = "lm_eval_pruned.model_wrappers"
 
 numbers = st.one_of(
     st.sampled_from(
@@ -91,19 +94,20 @@ def assert_clear(error, arguments):
 
 def asked_width(arguments):
     """Return the kept width that valid arguments ask for."""
-
-    def exact(name):
-        return Fraction(str(arguments[name]).strip())
-
-    if arguments.get("ratio") is not None:
-        width = math.ceil(exact("ratio") * HIDDEN)
-    elif arguments.get("prune_percent") is not None:
-        width = WIDTH - math.floor(exact("prune_percent") * WIDTH / 100)
-    elif arguments.get("intermediate_size") is not None:
-        width = int(exact("intermediate_size"))
-    else:
+    given = {
+        name: Fraction(str(arguments[name]).strip())
+        for name in ("ratio", "prune_percent", "intermediate_size", "multiple_of")
+        if arguments.get(name) is not None
+    }
+    multiple = int(given.pop("multiple_of", 1))
+    if not given:
         return WIDTH
-    multiple = int(Fraction(str(arguments.get("multiple_of", 1)).strip()))
+    ((name, asked),) = given.items()
+    width = {
+        "ratio": math.ceil(asked * HIDDEN),
+        "prune_percent": WIDTH - math.floor(asked * WIDTH / 100),
+        "intermediate_size": int(asked),
+    }[name]
     return width // multiple * multiple
 
 
@@ -149,45 +153,38 @@ def test_an_argument_is_obeyed_or_named(tiny_llama, text):
     assert_same_model(made.model, by_hand.narrow(full, kept_of))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("peft=0", "peft=0 is not understood"),
-        ("peft=2.5", "peft=2.5 is not understood"),
-        ("peft=false", "peft=False is not understood"),
-        ("peft=nowhere/", "peft=nowhere/ is no adapter"),
-        ("delta=2.5", "delta=2.5 is not understood"),
-        ("device=0", "device=0 is not understood: pass one such as cpu"),
-        ("dtype=abc", "dtype=abc is not understood"),
-        ("dtype=tensor", "dtype=tensor is not understood"),
-        ("softmax_dtype=half_precision", "softmax_dtype=half_precision"),
-        ("backend=abc", "backend=abc is not understood: pass default, causal"),
-        ("batch_size=nan", "batch_size=nan is not understood"),
-        ("batch_size=0", "batch_size=0 is not understood"),
-        ("batch_size=-1", "batch_size=-1 is not understood"),
-        ("batch_size=true", "batch_size=True is not understood"),
-        ("batch_size=automatic", "batch_size=automatic is not understood"),
-        ("max_batch_size=0", "max_batch_size=0 is not understood"),
-        ("max_length=2.5", "max_length=2.5 is not understood"),
-        ("max_length=-1", "max_length=-1 is not understood"),
-        ("trust_remote_code=off", "trust_remote_code='off' is not understood"),
-        ("load_in_8bit=2", "load_in_8bit=2 is not understood"),
-        ("attn_implementation=1", "attn_implementation=1 is not understood"),
-        ("tokenizer=1", "tokenizer=1 is not understood"),
-        ("pretrained=1", "pretrained=1 is not understood"),
-        ("subfolder=1", "subfolder=1 is not understood"),
-        ("energy=off", "energy='off' is not understood: pass true or false"),
-        ("energy=nan", "energy=nan is not understood"),
-        ("energy=true,energy_per_task=2", "energy_per_task=2 is not understood"),
-        ("hidden_size=0", "describes no model that can be built .ZeroDivisionError"),
-        ("hidden_size=-8", "describes no model that can be built"),
-        ("hidden_size=abc", "describes no model that can be built"),
-        ("num_hidden_layers=2", "layers.2.mlp.*config.json knows nothing"),
-        ("prune_precent=40", "prune_precent=40 .*: did you mean prune_percent\\?"),
-        ("prefix_share=0", "prefix_share=0 .*: did you mean prefix_sharing\\?"),
-        ("frobnicate=3", "frobnicate=3 is not understood: neither this package"),
-    ],
-)
+#: What hf and transformers leave unclear: an argument, and what the sentence says of it.
+UNCLEAR = [
+    *(
+        (text, "is not understood")
+        for text in [
+            *("peft=0", "peft=2.5", "peft=false", "delta=2.5", "dtype=abc"),
+            *("dtype=tensor", "softmax_dtype=half_precision", "batch_size=nan"),
+            *(
+                "batch_size=0",
+                "batch_size=-1",
+                "batch_size=true",
+                "batch_size=automatic",
+            ),
+            *("max_batch_size=0", "max_length=2.5", "max_length=-1", "load_in_8bit=2"),
+            *("trust_remote_code=off", "attn_implementation=1", "tokenizer=1"),
+            *("pretrained=1", "subfolder=1", "energy=nan", "energy=off"),
+        ]
+    ),
+    ("peft=nowhere/", "is no adapter"),
+    ("device=0", "pass one such as cpu"),
+    ("backend=abc", "pass default, causal"),
+    ("hidden_size=0", "describes no model that can be built .ZeroDivisionError"),
+    ("hidden_size=-8", "describes no model that can be built"),
+    ("hidden_size=abc", "describes no model that can be built"),
+    ("num_hidden_layers=2", "layers.2.mlp.*config.json knows nothing"),
+    ("prune_precent=40", r"did you mean prune_percent\?"),
+    ("prefix_share=0", r"did you mean prefix_sharing\?"),
+    ("frobnicate=3", "neither this package"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), UNCLEAR)
 def test_what_hf_and_transformers_leave_unclear_is_one_sentence(
     tiny_llama, text, message
 ):
@@ -211,22 +208,26 @@ def test_the_command_ends_with_the_sentence(tiny_llama, text, monkeypatch):
     assert isinstance(ended.value, ValueError)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"prefix_share": False}, "prefix_share=False .*: did you mean prefix_sharing"),
-        ({"dtype": "abc"}, "dtype=abc is not understood"),
-    ],
-)
-def test_hf_prefix_checks_its_arguments_alike(tiny_llama, given, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("given", [{"prefix_share": False}, {"dtype": "abc"}])
+def test_hf_prefix_checks_its_arguments_alike(tiny_llama, given):
+    with pytest.raises(ValueError, match="is not understood"):
         PrefixHFLM(str(tiny_llama), device="cpu", **given)
 
 
-@pytest.mark.parametrize("size", ["4", "auto", "auto:2", "007"])
-def test_batch_sizes_that_hf_takes_are_taken(tiny_llama, size):
-    assert not isinstance(outcome(tiny_llama, f"batch_size={size}"), Exception)
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(f"batch_size={n}" for n in ("4", "auto", "auto:2", "007")),
+        "trust_remote_code=0",
+    ],
+)
+def test_what_hf_takes_is_taken(tiny_llama, text):
+    assert outcome(tiny_llama, text).config.intermediate_size == WIDTH
 
 
-def test_flags_may_be_written_as_numbers(tiny_llama):
-    assert outcome(tiny_llama, "trust_remote_code=0").config.intermediate_size == WIDTH
+def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for name in ("lm_eval.models.vllm_causallms", f"{ROOM}.pruned_vllm"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .*vllm"):
+        importlib.import_module(f"{ROOM}.pruned_vllm")

@@ -33,42 +33,33 @@ def allowed(curves, neurons, min_width, multiple_of):
     """Return every allocation that the bounds allow, by the rules as the docs state them."""
     choices = []
     for curve in curves:
-        widths = [
-            width
-            for width in range(multiple_of, full(curve) + 1, multiple_of)
-            if width >= min_width
-        ]
-        choices.append(widths or [full(curve)])
+        multiples = range(multiple_of, full(curve) + 1, multiple_of)
+        choices.append([n for n in multiples if n >= min_width] or [full(curve)])
     found = [each for each in itertools.product(*choices) if sum(each) <= neurons]
     most = max(map(sum, found), default=None)
     return [each for each in found if sum(each) == most]
 
 
-@st.composite
-def any_curve(draw, most=7):
-    steps = draw(st.lists(st.integers(0, 6), min_size=1, max_size=most))
-    return np.cumsum([0, *steps], dtype=np.int64)
+def curves_of(steps):
+    curve = steps.map(lambda each: np.cumsum([0, *each], dtype=np.int64))
+    return st.lists(curve, min_size=1, max_size=4)
 
 
-@st.composite
-def convex_curve(draw, most=7):
-    steps = draw(st.lists(st.integers(0, 6), min_size=1, max_size=most))
-    return np.cumsum([0, *sorted(steps)], dtype=np.int64)
-
-
-curves_of_any_shape = st.lists(any_curve(), min_size=1, max_size=4)
-convex_curves = st.lists(convex_curve(), min_size=1, max_size=4)
+any_steps = st.lists(st.integers(0, 6), min_size=1, max_size=7)
+curves_of_any_shape = curves_of(any_steps)
+convex_curves = curves_of(any_steps.map(sorted))
 
 
 @given(curves_of_any_shape, st.data(), st.integers(1, 3), st.integers(1, 3))
 def test_no_allocation_costs_less(curves, data, min_width, multiple_of):
     neurons = data.draw(st.integers(1, sum(map(full, curves))))
     every = allowed(curves, neurons, min_width, multiple_of)
+    bounds = {"min_width": min_width, "multiple_of": multiple_of}
     if not every:
         with pytest.raises(ValueError, match=f"^min_width={min_width} keeps"):
-            allocate(curves, neurons, min_width=min_width, multiple_of=multiple_of)
+            allocate(curves, neurons, **bounds)
         return
-    widths = allocate(curves, neurons, min_width=min_width, multiple_of=multiple_of)
+    widths = allocate(curves, neurons, **bounds)
     assert widths in every
     least = min(total(curves, each) for each in every)
     assert total(curves, widths) == least
@@ -124,14 +115,8 @@ def test_a_layer_that_is_spoilt_by_the_first_cut_is_given_up_or_left_alone():
     st.data(),
 )
 def test_a_measured_curve_starts_at_nothing_and_never_falls(rises, width, data):
-    kept = data.draw(
-        st.lists(
-            st.integers(1, width - 1),
-            min_size=len(rises),
-            max_size=len(rises),
-            unique=True,
-        ).map(sorted)
-    )
+    sizes = {"min_size": len(rises), "max_size": len(rises)}
+    kept = sorted(data.draw(st.sets(st.integers(1, width - 1), **sizes)))
     curve = costs_of_losses(width, kept, rises)
     assert (len(curve), curve[0]) == (width + 1, 0)
     assert np.all(np.diff(curve) >= 0)

@@ -14,192 +14,115 @@ from hypothesis.extra.numpy import arrays
 
 from lm_eval_pruned.pruning import criteria
 from lm_eval_pruned.pruning.calibration import NeuronActivity
-from lm_eval_pruned.pruning.criteria import kept_set, score_neurons
+from lm_eval_pruned.pruning.criteria import (
+    CALIBRATED,
+    CRITERIA,
+    RANDOM,
+    check_finite,
+    kept_set,
+    score_neurons,
+)
+from lm_eval_pruned.pruning.slicing import narrow
+from tests.helpers.by_hand import FORMULAS, FORMULAS_OF_ACTIVITY, random_scores
 
 
-def _var(rows):
-    return rows.var(axis=1, ddof=1)
-
-
-def _norm(rows, order):
-    return np.linalg.norm(rows, ord=order, axis=1)
-
-
-#: The formulas, written down once more in float64.
-FORMULAS = {
-    "maw": lambda g, u: g.max(1) + abs(g.min(1)) + u.max(1) + abs(u.min(1)),
-    "max_abs": lambda g, u: abs(g).max(1) + abs(u).max(1),
-    "l1": lambda g, u: _norm(g, 1) + _norm(u, 1),
-    "l2": lambda g, u: _norm(g, 2) + _norm(u, 2),
-    "vow": lambda g, u: _var(g) + _var(u),
-    "pon": lambda g, u: _norm(g, 1) * _norm(u, 1),
-}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BY_WEIGHTS = sorted({*CRITERIA} - {*CALIBRATED})
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+seeds = st.integers(0, 2**32)
 
 
 def weights(seed: int, neurons: int, hidden: int, dtype=torch.float32):
+    """Return gate, up and down."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(neurons, hidden, generator=generator).to(dtype) for _ in range(2)
-    ]
+    gate, up, down = torch.randn(3, neurons, hidden, generator=generator).to(dtype)
+    return gate, up, down.T.contiguous()
 
 
-@pytest.mark.parametrize("name", sorted({*criteria.CRITERIA} - {*criteria.CALIBRATED}))
+@pytest.mark.parametrize("name", CRITERIA)
 @given(
-    seed=st.integers(0, 2**32),
+    seed=seeds,
     neurons=st.integers(1, 40),
     hidden=st.integers(2, 40),
     dtype=st.sampled_from(DTYPES),
 )
 def test_scores_follow_the_formula(name, seed, neurons, hidden, dtype):
-    gate, up = weights(seed, neurons, hidden, dtype)
-    scores = score_neurons(gate, up, name)
+    gate, up, down = weights(seed, neurons, hidden, dtype)
+    x = np.random.default_rng(seed).normal(size=(2, 3, neurons))
+    norms = np.linalg.norm(x, axis=1)
+    activity = NeuronActivity(
+        torch.from_numpy(np.linalg.norm(norms, axis=0)), torch.from_numpy(norms.sum(0))
+    )
+    scores = score_neurons(gate, up, name, down=down, activity=activity)
     assert scores.dtype == torch.float32
     assert scores.shape == (neurons,)
-    expected = FORMULAS[name](*(w.double().numpy() for w in (gate, up)))
+    g, u, d = (w.double().numpy() for w in (gate, up, down.T))
+    expected = (
+        FORMULAS_OF_ACTIVITY[name](g, u, d, x)
+        if name in CALIBRATED
+        else FORMULAS[name](g, u)
+    )
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-5, atol=1e-6)
-    if dtype == torch.float32:
-        assert torch.equal(criteria.CRITERIA[name].score(gate, up), scores)
 
 
-@pytest.mark.parametrize("name", [*FORMULAS, "random"])
+@pytest.mark.parametrize("name", [*BY_WEIGHTS, RANDOM])
 def test_scoring_in_blocks_changes_nothing(name, monkeypatch):
-    gate, up = weights(0, 37, 8)
+    gate, up, _ = weights(0, 37, 8)
     whole = score_neurons(gate, up, name)
     monkeypatch.setattr(criteria, "_BLOCK_ELEMENTS", 8 * 5)
     assert torch.equal(score_neurons(gate, up, name), whole)
 
 
-@pytest.mark.parametrize("name", FORMULAS)
-@given(seed=st.integers(0, 2**32), data=st.data())
-def test_permuting_neurons_permutes_the_kept_set(name, seed, data):
-    gate, up = weights(seed, 20, 8)
+@pytest.mark.parametrize("name", BY_WEIGHTS)
+@given(seed=seeds, data=st.data(), exponent=st.integers(-20, 20))
+def test_order_and_scale_of_the_neurons_do_not_matter(name, seed, data, exponent):
+    gate, up, _ = weights(seed, 20, 8)
     width = data.draw(st.integers(1, 20))
-    permutation = torch.tensor(data.draw(st.permutations(range(20))))
+    order = torch.tensor(data.draw(st.permutations(range(20))))
     kept = kept_set(score_neurons(gate, up, name), width)
-    permuted = kept_set(score_neurons(gate[permutation], up[permutation], name), width)
-    assert set(permutation[permuted].tolist()) == set(kept.tolist())
-
-
-@pytest.mark.parametrize("name", FORMULAS)
-@given(
-    seed=st.integers(0, 2**32), width=st.integers(1, 20), exponent=st.integers(-20, 20)
-)
-def test_scaling_all_weights_leaves_the_kept_set(name, seed, width, exponent):
+    permuted = kept_set(score_neurons(gate[order], up[order], name), width)
+    assert set(order[permuted].tolist()) == set(kept.tolist())
     # A power of two scales every float without rounding, so no near-tie can flip.
-    gate, up = weights(seed, 20, 8)
     c = 2.0**exponent
-    kept = kept_set(score_neurons(gate, up, name), width)
-    scaled = kept_set(score_neurons(gate * c, up * c, name), width)
-    assert torch.equal(kept, scaled)
-
-
-@given(arrays(np.float32, st.integers(1, 30), elements=st.integers(0, 4)), st.data())
-def test_the_kept_set_is_the_top_with_ties_to_the_lower_index(scores, data):
-    width = data.draw(st.integers(1, len(scores)))
-    kept = kept_set(torch.from_numpy(scores), width).tolist()
-    by_rank = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
-    assert kept == sorted(by_rank[:width])
-
-
-@given(arrays(np.float32, st.integers(2, 30), elements=st.integers(0, 9)))
-def test_kept_sets_nest(scores):
-    kept = [
-        set(kept_set(torch.from_numpy(scores), k).tolist())
-        for k in range(1, len(scores) + 1)
-    ]
-    for smaller, larger in itertools.pairwise(kept):
-        assert smaller < larger
-
-
-def test_random_depends_on_seed_and_layer_only():
-    gate, up = weights(0, 50, 8)
-    other = weights(1, 50, 8)
-    scores = score_neurons(gate, up, "random", layer=3, seed=7)
-    assert torch.equal(scores, score_neurons(*other, "random", layer=3, seed=7))
-    assert not torch.equal(scores, score_neurons(gate, up, "random", layer=4, seed=7))
-    assert not torch.equal(scores, score_neurons(gate, up, "random", layer=3, seed=8))
-    assert len(scores.unique()) == 50
-
-
-def test_random_does_not_touch_the_global_generator():
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    score_neurons(*weights(0, 10, 4), "random", layer=1)
-    assert torch.equal(torch.rand(1), expected)
-
-
-def test_random_scores_are_the_same_everywhere():
-    # Anybody can draw them again: the generator is torch's, seeded by both numbers.
-    for seed, layer in ((0, 0), (7, 3), (2**43 - 1, 5)):
-        generator = torch.Generator().manual_seed(seed * 2**20 + layer)
-        expected = torch.randperm(9, generator=generator).float()
-        scores = score_neurons(*weights(0, 9, 4), "random", layer=layer, seed=seed)
-        assert torch.equal(scores, expected)
-    default = score_neurons(*weights(0, 9, 4), "random")
-    assert torch.equal(
-        default, score_neurons(*weights(0, 9, 4), "random", layer=0, seed=0)
-    )
-
-
-def activity(neurons, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    norm, summed = torch.rand(2, neurons, generator=generator, dtype=torch.float64)
-    return NeuronActivity(norm, summed)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_calibrated_scores_follow_their_formulas(dtype):
-    gate, up = weights(1, 10, 6, dtype)
-    down = weights(2, 6, 10, dtype)[0]
-    fired = activity(10)
-    g, u, d = (w.double().numpy() for w in (gate, up, down.T))
-    peaks = [rows.max(1) + abs(rows.min(1)) for rows in (g, u, d)]
-    structure = sum(p / p.max() for p in peaks)
-    scores = {
-        name: score_neurons(gate, up, name, down=down, activity=fired)
-        for name in criteria.CALIBRATED
-    }
-    assert all(s.dtype == torch.float32 and s.shape == (10,) for s in scores.values())
-    np.testing.assert_allclose(
-        scores["maw_act"], structure * fired.summed_norms.numpy(), rtol=2e-5
-    )
-    np.testing.assert_allclose(
-        scores["act"], _norm(d, 2) * fired.norm.numpy(), rtol=2e-5
-    )
-
-
-def test_weights_of_nought_have_a_score_of_nought():
-    zero = torch.zeros(5, 4)
-    scores = score_neurons(zero, zero, "maw_act", down=zero.T, activity=activity(5))
-    assert scores.tolist() == [0] * 5
+    assert torch.equal(kept, kept_set(score_neurons(gate * c, up * c, name), width))
 
 
 def test_the_scale_of_a_matrix_does_not_matter_to_maw_act():
-    gate, up = weights(1, 10, 6)
-    down = weights(2, 6, 10)[0]
+    gate, up, down = weights(1, 10, 6)
+    given = {"activity": NeuronActivity(*torch.rand(2, 10, dtype=torch.float64))}
     scores, scaled = (
-        score_neurons(gate * c, up, "maw_act", down=down * c * c, activity=activity(10))
+        score_neurons(gate * c, up, "maw_act", down=down * c * c, **given)
         for c in (1, 2.0**-20)
     )
     assert torch.equal(scores, scaled)
+    none = score_neurons(gate * 0, up * 0, "maw_act", down=down * 0, **given)
+    assert none.tolist() == [0] * 10
 
 
-@pytest.mark.parametrize("name", [*criteria.CRITERIA, "random"])
-def test_names_are_their_own_canonical_form(name):
-    # Read from a command line, the name is another object than the one in the code.
-    read = "".join(list(name))
-    assert criteria.canonical_name(read) == name
-    if name == "random":
-        gate, up = weights(0, 9, 4)
-        scores = score_neurons(gate, up, read)
-        assert torch.equal(scores, score_neurons(gate, up, name))
+@given(arrays(np.float32, st.integers(1, 30), elements=st.integers(0, 4)))
+def test_kept_sets_are_the_top_and_nest_and_ties_go_to_the_lower_index(scores):
+    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    widths = range(1, len(scores) + 1)
+    kept = [kept_set(torch.from_numpy(scores), width).tolist() for width in widths]
+    assert kept == [sorted(ranked[:width]) for width in widths]
+    assert all({*a} < {*b} for a, b in itertools.pairwise(kept))
 
 
-@pytest.mark.parametrize("name", ["", "a", "Maw", "randon", "zebra", "~"])
-def test_any_other_name_is_refused(name):
-    with pytest.raises(ValueError, match=f"criterion={name} is unknown: pass one of"):
+def test_random_scores_can_be_drawn_again_anywhere():
+    """They depend on seed and layer alone, and leave the global generator as it is."""
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    for seed, layer in ((0, 0), (7, 3), (7, 4), (2**43 - 1, 5)):
+        # Read from a command line, the name is another object than the one in the code.
+        name, given = "".join(list(RANDOM)), {"layer": layer, "seed": seed}
+        scores = score_neurons(*weights(seed % 9, 9, 4)[:2], name, **given)
+        assert torch.equal(scores, random_scores(9, layer, seed))
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("name", ["", "a", "Maw", "randon", "best", "~"])
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"criterion={name} is unknown"):
         criteria.canonical_name(name)
 
 
@@ -211,3 +134,117 @@ def test_names_are_checked_without_torch(monkeypatch):
     anew = importlib.import_module(name)
     assert anew is not criteria
     assert anew.canonical_name("ppm") == "maw"
+
+
+# Any numbers that a weight can hold.
+
+NUMBERS = [0.0, -0.0, 1.0, -1.0, 6e-8, -6e-8, 65504.0, -65504.0]
+BROKEN = [float("inf"), float("-inf"), float("nan")]
+
+
+@st.composite
+def matrices(draw, special=()):
+    rows, columns = draw(st.integers(1, 9)), draw(st.integers(2, 9))
+    number = st.floats(-100, 100, width=16) | st.sampled_from([*NUMBERS, *special])
+    numbers = draw(st.lists(number, min_size=rows * columns, max_size=rows * columns))
+    matrix = torch.tensor(numbers, dtype=torch.float64).view(rows, columns)
+    # Rows of one sign are where bits and numbers order differently.
+    for row in range(rows):
+        if sign := draw(st.sampled_from([0, 1, -1])):
+            matrix[row] = matrix[row].abs() * sign
+    return matrix.to(draw(st.sampled_from(DTYPES)))
+
+
+def assert_extremes(matrix):
+    high, low = matrix.amax(1).float(), matrix.amin(1).float()
+    peaks = high + low.abs()
+    assert torch.equal(score_neurons(matrix, matrix, "maw"), peaks + peaks)
+    largest = matrix.abs().amax(1).float()
+    assert torch.equal(score_neurons(matrix, matrix, "max_abs"), 2 * largest)
+
+
+def assert_narrow(weight, kept, axis):
+    result = narrow(weight, kept, axis)
+    assert result.is_contiguous()
+    assert torch.equal(result, weight.index_select(axis, kept))
+
+
+@given(matrices(), st.integers(0, 1), st.data())
+def test_extremes_and_narrowing_are_exact(matrix, axis, data):
+    assert_extremes(matrix)
+    numbers = st.integers(0, matrix.shape[axis] - 1)
+    kept = torch.tensor(sorted(data.draw(st.sets(numbers, min_size=1))))
+    for weight in (matrix, matrix.T.contiguous().T):
+        assert_narrow(weight, kept, axis)
+    bias = matrix.select(1 - axis, 0)
+    assert torch.equal(narrow(bias, kept, 0), bias[kept])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_weights(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(301, 503).to(dtype)
+    assert_extremes(weight)
+    for axis in (0, 1):
+        kept = torch.randperm(weight.shape[axis])[:200].sort().values
+        assert_narrow(weight, kept, axis)
+
+
+@given(matrices(special=BROKEN))
+def test_what_is_not_finite_shows(matrix):
+    bad, good = int((~matrix.isfinite()).sum()), torch.zeros_like(matrix)
+    for name in (*BY_WEIGHTS, RANDOM):
+        for gate, up, down in (
+            (matrix, good, good.T),
+            (good, matrix, good.T),
+            (good, good, matrix.T),
+        ):
+            if not bad:
+                score_neurons(gate, up, name, down=down)
+                continue
+            with pytest.raises(ValueError, match=f"holds {bad} NaN or infinite"):
+                score_neurons(gate, up, name, down=down)
+
+
+@pytest.mark.parametrize("payload", [0x7F81, 0xFF81, 0x7FFF, 0xFFFF])
+def test_every_nan_is_found(payload):
+    bits = torch.tensor([[1, payload - (1 << 16) * (payload > 0x7FFF)]])
+    matrix = bits.to(torch.int16).view(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight holds 1 NaN"):
+        score_neurons(matrix, matrix, "maw")
+    with pytest.raises(ValueError, match="w holds 1 NaN"):
+        check_finite("w", matrix)
+
+
+def test_large_finite_weights_are_not_mistaken_for_infinite_ones():
+    gate, up, down = weights(0, 9, 4)
+    scores = score_neurons(gate.fill_(3e38), up, "maw", down=down)
+    assert kept_set(scores, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_subclasses_go_through_torch():
+    class Shifted(torch.Tensor):
+        """Stands for a quantised tensor, whose bits are not its numbers."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            called.append(function.__name__)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    called: list[str] = []
+    weight = torch.randn(4, 4, dtype=torch.bfloat16).as_subclass(Shifted)
+    score_neurons(weight, weight, "maw")
+    narrow(weight, torch.arange(2), 1)
+    assert {"amax", "amin", "index_select"} <= set(called)
+    assert "view" not in called
+
+
+@pytest.mark.parametrize("name", [*CRITERIA, RANDOM])
+def test_scores_and_narrow_weights_hold_no_graph(name):
+    gate, kept = torch.randn(6, 4, requires_grad=True), torch.tensor([1, 3])
+    given = {"down": gate.T, "activity": NeuronActivity(*torch.ones(2, 6))}
+    assert not score_neurons(gate, gate, name, **given).requires_grad
+    for weight, axis in itertools.product((gate, gate.T, gate.bfloat16()), (0, 1)):
+        assert not narrow(weight, kept, axis).requires_grad
+    # What keeps all neurons is not copied.
+    assert narrow(gate, torch.arange(6), 0) is narrow(gate, torch.arange(4), 1) is gate

@@ -60,22 +60,20 @@ def test_the_real_model_comes_out_bit_for_bit(loaded, real_model, criterion, per
     """
     theirs = prune_with_optipfair(loaded, criterion, percent)
     ours = load_pruned(real_model, prune_percent=percent, criterion=criterion)
-    unequal = []
+    unequal = 0
     for layer, kept in enumerate(ours.prune_record.kept):
         source = loaded.model.layers[layer].mlp
-        narrowed = theirs.model.layers[layer].mlp
-        if torch.equal(source.gate_proj.weight[kept], narrowed.gate_proj.weight):
+        gate, up = (m.weight.detach() for m in (source.gate_proj, source.up_proj))
+        narrowed = theirs.model.layers[layer].mlp.gate_proj.weight.detach()
+        if torch.equal(gate[kept], narrowed):
             continue
-        unequal.append(layer)
-        gate, up = source.gate_proj.weight.detach(), source.up_proj.weight.detach()
+        unequal += 1
         scores = score_neurons(gate, up, criterion)
-        theirs_rows = {
-            row.numpy().tobytes() for row in narrowed.gate_proj.weight.detach()
-        }
-        in_theirs = torch.tensor([row.numpy().tobytes() in theirs_rows for row in gate])
+        rows = {row.numpy().tobytes() for row in narrowed}
+        in_theirs = torch.tensor([row.numpy().tobytes() in rows for row in gate])
         in_ours = torch.zeros_like(in_theirs).index_fill(0, kept, True)
         threshold = float(scores[kept].min())
         assert set(scores[in_ours ^ in_theirs].tolist()) == {threshold}
-    assert len(unequal) <= 2, "ties at the threshold are rare"
+    assert unequal <= 2, "ties at the threshold are rare"
     if not unequal:
         assert_same_model(ours, theirs)

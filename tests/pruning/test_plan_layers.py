@@ -2,66 +2,52 @@
 
 from __future__ import annotations
 
-import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints import load
-from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.planning import as_table, plan_rows
-from lm_eval_pruned.pruning.arguments import PruneArguments, without_idle
+from lm_eval_pruned.pruning.allocation import plan_layers
+from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
+from lm_eval_pruned.pruning.slicing import widths_in_memory
+from tests.helpers import by_hand, checkpoints, layouts
 from tests.helpers.checkpoints import byte_tokenizer
+from tests.helpers.ways_to_load import Source, assert_one_model, write_texts
 
 
-TEXTS = ("the quick brown fox jumps over the lazy dog", "a text of its own")
+WIDTH = 40
 
 
 @pytest.fixture
 def text(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    file = tmp_path / "texts.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    return str(file)
+    return write_texts(tmp_path / "texts.jsonl")
 
 
 def widths_of(model) -> list[int]:
-    return [layer.mlp.gate_proj.out_features for layer in model.model.layers]
+    return [*widths_in_memory(model).layers.values()]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"multiple_of": 8}, {"min_width": 60}])
-def test_global_keeps_the_highest_standard_scores_of_all_layers(tiny_llama, arguments):
-    loaded = load_pruned(str(tiny_llama), ratio=2, allocation="global", **arguments)
+@pytest.mark.parametrize("asked", [{}, {"multiple_of": 8}, {"min_width": 60}])
+def test_global_keeps_the_highest_standard_scores_of_all_layers(tiny_llama, asked):
+    loaded = load_pruned(str(tiny_llama), ratio=2, allocation="global", **asked)
     widths = widths_of(loaded)
     assert sum(widths) == 64 * len(widths)
     assert dict(loaded.prune_record.plan.layer_widths) == dict(enumerate(widths))
-    if not arguments:
-        whole = load_pruned(str(tiny_llama))
+    if not asked:
         standard = []
-        for layer in whole.model.layers:
-            gate, up = (
-                w.weight.detach().float().numpy()
-                for w in (layer.mlp.gate_proj, layer.mlp.up_proj)
-            )
-            maw = sum(w.max(1) + abs(w.min(1)) for w in (gate, up)).astype(np.float64)
+        for layer in load_pruned(str(tiny_llama)).model.layers:
+            rows = (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
+            maw = by_hand.FORMULAS["maw"](*(w.detach().double().numpy() for w in rows))
             standard.append((maw - maw.mean()) / maw.std())
         threshold = np.sort(np.concatenate(standard))[-64 * len(widths)]
         assert [int((each >= threshold).sum()) for each in standard] == widths
-
-
-def test_pruning_in_memory_and_while_loading_keep_the_same(tiny_llama, tmp_path):
-    asked = {"prune_percent": 30, "allocation": "global", "criterion": "l2"}
-    loaded = load_pruned(str(tiny_llama), **asked).prune_record
-    assert prune_model(load_pruned(str(tiny_llama)), **asked).prune_record.digest == (
-        loaded.digest
-    )
-    exported = export_pruned(
-        str(tiny_llama), tmp_path / "out", prune_arguments=asked
-    ).record
-    assert (exported.digest, exported.plan) == (loaded.digest, loaded.plan)
-    assert loaded.as_dict()["allocation"] == "global"
 
 
 @pytest.mark.parametrize("criterion", ["maw", "act"])
@@ -73,20 +59,16 @@ def test_layers_that_a_uniform_cut_leaves_alone_are_weighed_too(
     load_pruned(str(tiny_llama), widths={1: 43}).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     asked = {"intermediate_size": 64, "criterion": criterion}
-    if criterion == "act":
-        asked["calibration"] = text
+    asked |= {"calibration": text} if criterion == "act" else {}
     asked["multiple_of"] = multiple_of
-    uniform = widths_of(load_pruned(str(folder), **asked))
-    assert uniform == [64, 43, 64]
-    loaded = load_pruned(str(folder), allocation="global", **asked)
+    source = Source(folder)
+    assert widths_of(source.load(**asked)) == [64, 43, 64]
+    asked["allocation"] = "global"
+    loaded = source.load(**asked)
     # With multiples of 8 alone, no widths add up to 171.
     assert sum(widths_of(loaded)) == (168 if multiple_of == 8 else 171)
-    in_memory = prune_model(
-        load_pruned(str(folder)),
-        tokenizer=byte_tokenizer(),
-        allocation="global",
-        **asked,
-    )
+    more = {"tokenizer": byte_tokenizer(), **asked}
+    in_memory = prune_model(source.load(), **more)
     assert in_memory.prune_record.digest == loaded.prune_record.digest
 
 
@@ -100,107 +82,128 @@ def test_losses_decide_where_neurons_go(tiny_llama, text):
     found = record.as_dict()
     assert found["measured_on"]["file"] == "texts.jsonl"
     assert len(found["measured_on"]["sha256"]) == 64
-    assert found["allocation"] == "sensitivity"
-    assert "calibration" not in found
+    assert found["allocation"] == "sensitivity" and "calibration" not in found
 
 
-def test_in_memory_and_from_the_checkpoint_the_same_is_found(tiny_llama, text):
-    asked = {"prune_percent": 40, "calibration": text, "allocation": "sensitivity"}
-    for more in ({}, {"criterion": "best", "criteria_tried": "act,random"}):
-        loaded = load_pruned(str(tiny_llama), **asked, **more).prune_record
-        whole = load_pruned(str(tiny_llama))
-        pruned = prune_model(whole, tokenizer=byte_tokenizer(), **asked, **more)
-        assert pruned.prune_record.plan == loaded.plan
-        assert pruned.prune_record.digest == loaded.digest
-        assert pruned.prune_record.as_dict() == loaded.as_dict()
-
-
-def test_the_best_criterion_of_each_layer_is_recorded_and_used(tiny_llama, text):
-    asked = {"prune_percent": 40, "calibration": text}
-    model = load_pruned(
-        str(tiny_llama), criterion="best", criteria_tried="maw+act+random", **asked
-    )
-    record = model.prune_record.as_dict()
-    assert record["criteria_tried"] == ["maw", "act", "random"]
-    assert len(set(widths_of(model))) == 1
-    for layer, name in record["layer_criteria"].items():
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_best_criterion_of_each_layer_is_recorded_and_used(family, tmp_path, text):
+    layouts.save_family(tmp_path / "source", family, 24)
+    source = Source(tmp_path / "source")
+    tried = ["maw", "l2", "random"] + ["act"] * (family == "llama")
+    more = {"criterion": "best", "criteria_tried": "+".join(tried)}
+    asked = {"prune_percent": 40, "calibration": text, **more}
+    model = source.load(**asked)
+    record, layers = model.prune_record, [*widths_in_memory(model).layers]
+    found = record.as_dict()
+    assert found["criteria_tried"] == tried
+    assert widths_of(model) == widths_of(source.load(prune_percent=40))
+    assert found["layer_criteria"].keys() == {str(layer) for layer in layers}
+    alone = {}
+    for name in tried:
         given = {"calibration": text} if name == "act" else {}
-        alone = load_pruned(str(tiny_llama), prune_percent=40, criterion=name, **given)
-        same = alone.prune_record.kept[int(layer)]
-        assert torch.equal(model.prune_record.kept[int(layer)], same)
+        pruned = source.load(prune_percent=40, criterion=name, **given)
+        alone[name] = pruned.prune_record.kept
+    for number, mlp in enumerate(widths_in_memory(model).mlps):
+        name = found["layer_criteria"][str(mlp.block)]
+        assert torch.equal(record.kept[number], alone[name][number])
+    state, ways = model.state_dict(), ("in memory", "exported")
+    assert_one_model(source, asked, state, tmp_path, ways)
 
 
 def test_several_sizes_are_measured_once(tiny_llama, text, monkeypatch):
-    calls = []
-    measure = load.cached_losses
+    calls, measure = [], load.cached_losses
     monkeypatch.setattr(
         load,
         "cached_losses",
         lambda *given, **named: calls.append(1) or measure(*given, **named),
     )
-    rows = plan_rows(
-        str(tiny_llama),
-        "prune_percent",
-        [10, 50],
-        allocation="sensitivity",
-        criterion="best",
-        calibration=text,
-    )
+    sizes = (str(tiny_llama), "prune_percent", [10, 50])
+    asked = {"allocation": "sensitivity", "criterion": "best", "calibration": text}
+    rows = plan_rows(*sizes, **asked)
     assert calls == [1, 1], "once by each criterion"
     assert all(row.layer_widths and row.layer_criteria for row in rows)
-    uniform = plan_rows(str(tiny_llama), "prune_percent", [10, 50])
+    uniform = plan_rows(*sizes)
     assert [r.parameters for r in rows] == [r.parameters for r in uniform]
     assert "|widths by layer|criteria by layer|" in as_table(rows)
 
 
-def test_layers_that_are_left_alone_take_no_part(tiny_llama):
-    record = load_pruned(
-        str(tiny_llama), ratio=2, allocation="global", skip_layers=0
-    ).prune_record
-    others = dict(record.plan.layer_widths)
-    assert 0 not in others
-    assert sum(others.values()) == 64 * len(others)
+class Made:
+    """Evidence that hypothesis makes up."""
+
+    def __init__(self, losses, scores):
+        self._losses, self._scores = losses, scores
+
+    def scores(self, criterion):
+        return self._scores
+
+    def curves(self, criteria):
+        widths = tuple(sorted({WIDTH - math.floor(s / 100 * WIDTH) for s in (25, 50)}))
+        curves = tuple(
+            LayerCurve(layer, WIDTH, name, None, widths, losses)
+            for name in criteria
+            for layer, losses in enumerate(self._losses)
+        )
+        return Sensitivity("m", 3.0, curves, "t.jsonl", "0" * 64, 2, 9)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Return the widths of a model of each family."""
+
+    def widths(family):
+        if family not in known:
+            config = checkpoints.tiny_config(family, **layouts.overrides(family, WIDTH))
+            known[family] = widths_in_memory(checkpoints.tiny_model(config))
+        return known[family]
+
+    known: dict = {}
+    return widths
+
+
+losses_of_a_layer = st.tuples(st.floats(2, 9), st.floats(2, 9))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"allocation": "fair"}, "allocation=fair is unknown: pass one of uniform, "),
-        ({"allocation": "sensitivity"}, "allocation=sensitivity measures losses, so"),
-        ({"criterion": "best"}, "criterion=best measures losses, so it needs text"),
-        (
-            {"criterion": "best", "allocation": "global", "calibration": "a"},
-            "criterion=best and allocation=global were given together",
-        ),
-        ({"criteria_tried": "maw+act"}, r"criteria_tried=maw\+act names criteria"),
-        (
-            {"criterion": "best", "criteria_tried": "+", "calibration": "a"},
-            r"criteria_tried=\+ names no criterion",
-        ),
-        ({"min_width": 8}, "min_width=8 bounds what an allocation takes"),
-        ({"allocation": "global", "min_width": 0}, "min_width=0 is not a whole"),
-    ],
+    "family", ["mixtral", "qwen2_moe", "olmoe", "gpt_oss", "granitemoeshared"]
 )
-def test_what_contradicts_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        PruneArguments(ratio=2, **arguments)
+@given(
+    allocation=st.sampled_from(["sensitivity", "global"]),
+    percent=st.integers(5, 90),
+    multiple=st.sampled_from([1, 4]),
+    losses=st.lists(losses_of_a_layer, min_size=2, max_size=2),
+    seed=st.integers(0, 99),
+)
+def test_experts_of_a_layer_share_a_width_and_the_budget_is_exact(
+    found, family, allocation, percent, multiple, losses, seed
+):
+    widths = found(family)
+    torch.manual_seed(seed)
+    scores = {mlp.name: torch.rand(mlp.width) for mlp in widths.mlps}
+    asked = {"prune_percent": percent, "multiple_of": multiple}
+    uniform = widths.plan(PruneArguments(**asked))
+    text = {"calibration": "t.jsonl"} if allocation == "sensitivity" else {}
+    plan = widths.plan(PruneArguments(**asked, allocation=allocation, **text))
+    plan = plan_layers(plan, widths, Made(losses, scores))
+    kept, targets = dict(plan.layer_widths), widths.targets(plan)
+    assert sum(kept.values()) == uniform.width * len(kept)
+    for mlp in widths.mlps:
+        if mlp.kind == "expert":
+            assert targets[mlp.name] == kept[mlp.block]
+        else:
+            share = mlp.width * kept[mlp.block] / WIDTH
+            assert share - multiple < targets[mlp.name] < share + 1
+    alike = widths.targets(uniform)
+    shared = [mlp.name for mlp in widths.mlps if mlp.kind == "shared"]
+    difference = sum(targets[name] - alike[name] for name in shared)
+    assert abs(difference) <= multiple * len(shared)
 
 
-def test_an_allocation_needs_a_size_and_no_widths():
-    with pytest.raises(ValueError, match=r"^allocation=global shares out the neurons"):
-        PruneArguments(allocation="global")
-    with pytest.raises(ValueError, match=r"^allocation=global and widths=\S+ were"):
-        PruneArguments(allocation="global", widths={0: 5})
-
-
-def test_bounds_that_leave_too_much_are_refused(tiny_llama):
-    with pytest.raises(ValueError, match=r"^min_width=65 keeps .* at most 64"):
-        load_pruned(str(tiny_llama), ratio=2, allocation="global", min_width=65)
-
-
-def test_arguments_that_say_nothing_are_left_out():
-    given = {"calibration": "a", "min_width": 8, "criteria_tried": "maw", "ratio": 2}
-    assert without_idle(given) == {"ratio": 2}
-    full = given | {"criterion": "best", "allocation": "sensitivity"}
-    assert without_idle(full) == full
-    assert without_idle({"allocation": "global", "dtype": "auto"}) == {"dtype": "auto"}
+@pytest.mark.parametrize("layers", [{"layers": "1+2"}, {"skip_layers": 0}])
+def test_layers_that_are_left_alone_take_no_part(layers):
+    """So the first, which is dense, need not be weighed against the experts of the others."""
+    config = layouts.overrides("qwen3_moe", WIDTH) | {"num_hidden_layers": 3}
+    model = checkpoints.tiny_model(checkpoints.tiny_config("qwen3_moe", **config))
+    pruned = prune_model(model, prune_percent=30, allocation="global", **layers)
+    first, *others = widths_of(pruned)
+    assert (first, sum(others)) == (3 * WIDTH, 2 * 28)
+    assert 0 not in dict(pruned.prune_record.plan.layer_widths)

@@ -105,7 +105,7 @@ def stopped(tmp_path_factory):
     lost = -sum(before[:20]) / 20
     record = Stopping(
         *("decided", "mmlu", N, 0.05, 2, "acc,none", "difference"),
-        *((20,), (1e-5,), (None,), lost, lost - 0.2, lost + 0.2),
+        *((20,), 1e-4, 1.0, lost),
         {"acc,none": (0.0, 0.3)},
     )
     (file,) = folder.glob("units/p60/mmlu/results_*.json")

@@ -8,8 +8,10 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 
+from tests.helpers.sweeping import sweep_options, write_tasks
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture(scope="module", autouse=True)
 def quick():
     """Leave out what takes seconds and decides nothing: thirteen thousand YAML files of
     other tasks, and the harness's look at the machine.
@@ -24,3 +26,13 @@ def quick():
         patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def options(tiny_llama, tasks, tmp_path):
+    return sweep_options(tiny_llama, tasks, tmp_path / "sweep")

@@ -1,0 +1,47 @@
+"""Run by torch's launcher: two processes share a model; one may run out of memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed
+
+from lm_eval_pruned.model_wrappers.batching import slot_refilling
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
+from tests.helpers.answering import GENERATED, SCORED
+
+
+def main(pretrained: str, folder: Path, short: str) -> None:
+    rank = os.environ["RANK"]
+    # Free memory differs between processes, the number of slots must not.
+    slot_refilling.psutil.virtual_memory = None
+    lm = PrefixHFLM(
+        pretrained,
+        tp_plan="auto",
+        device="cpu",
+        dtype="float32",
+        batch_size="auto" if short == "none" else 8,
+        slots=None if short == "none" else 4,
+        max_length=64,
+    )
+    passes = []
+
+    def run_out(*_):
+        passes.append(1)
+        if len(passes) == 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
+
+    if short != "none" and rank == "1":
+        lm.model.model.layers[1].register_forward_pre_hook(run_out)
+    if short == "shared":
+        SCORED.ask(lm, [(f"{n} " * 15, ending) for n in range(40) for ending in "abc"])
+    answers = GENERATED.ask(lm)
+    folder.joinpath(rank).write_text(json.dumps([answers, GENERATED.record(lm)]))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

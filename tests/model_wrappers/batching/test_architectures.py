@@ -1,0 +1,152 @@
+"""On every architecture that takes the fast paths, the answers are those of `HFLM`.
+
+Every architecture runs with windows of 24 tokens where it has any, on requests shorter
+and longer than that.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lm_eval_pruned.model_wrappers.batching import attention_support
+from tests.helpers.answering import (
+    GENERATED,
+    OLDER,
+    SCORED,
+    WINDOW,
+    assert_close,
+    greedy,
+    hf,
+    ours,
+    shrunk,
+)
+from tests.helpers.checkpoints import tiny_config, tiny_model
+
+
+pytestmark = pytest.mark.usefixtures("share_however_little")
+
+#: Attention that an architecture does not have.
+ONLY_EAGER = {(name, "sdpa") for name in ("gemma2", "gpt_oss", "vaultgemma", "xglm")}
+WITH_WINDOWS = {
+    *(
+        "afmoe",
+        "cohere2",
+        "cwm",
+        "exaone4",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gpt_oss",
+    ),
+    *(
+        "llama4",
+        "llama4_text",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "olmo3",
+    ),
+    *("phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
+    *("starcoder2", "vaultgemma"),
+}
+FAST = {
+    ("gemma2", "eager"),
+    ("gpt_oss", "eager"),
+    ("llama", "eager"),
+    ("mistral", "sdpa"),
+}
+
+
+def sides(config, attention="sdpa"):
+    config._attn_implementation = attention
+    try:
+        model = tiny_model(config)
+    except ValueError as error:
+        if OLDER and "does not support an attention implementation" in str(error):
+            pytest.skip(f"{config.model_type} has no {attention} in this transformers")
+        raise
+    # XGLM's says where a decoder starts, which greedy generation has no use for.
+    model.generation_config.decoder_start_token_id = None
+    return [make(model, max_length=512) for make in (hf, ours)]
+
+
+def check_scores(plain, shared, lengths):
+    """Score texts of these lengths with two endings and three continuations each."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 200, (max(lengths),), generator=generator).tolist()
+    asked = [
+        (None, text[: max(1, length - len(end) - len(tail))] + end, tail)
+        for length in lengths
+        for end in ([1, 2], [length % 100] * 7)
+        for tail in ([3, 4], [5], [6, 7, 8])
+    ]
+    got, expected = (
+        lm._loglikelihood_tokens(asked, disable_tqdm=True) for lm in (shared, plain)
+    )
+    spread = torch.tensor([value for value, _ in expected]).std().item()
+    assert_close(got, expected, 1e-3 * spread)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    [
+        pytest.param(name, attention, marks=() if fast else pytest.mark.slow)
+        for name in sorted(attention_support.PLAIN_ATTENTION)
+        for attention in ("sdpa", "eager")
+        if (name, attention) not in ONLY_EAGER
+        for fast in [(name, attention) in FAST]
+    ],
+)
+def test_every_known_architecture(model_type, attention):
+    """Both fast paths answer as HFLM does."""
+    plain, lm = sides(shrunk(model_type), attention)
+    limit = attention_support.sequence_limit(lm.model.config)
+    assert limit == (WINDOW if model_type in WITH_WINDOWS else None)
+    check_scores(plain, lm, (20, 23, 24, 25, 26, 60))
+    check_scores(plain, lm, (20, 200, 400))
+    assert SCORED.record(lm)["requests"]["shared"] > 0
+    asked = greedy("abcdefgh", "abcdexyz", "qrstuvwx", until=[])
+    assert GENERATED.ask(lm, asked) == GENERATED.ask(plain, asked)
+    assert GENERATED.record(lm)["requests"] == {"slots": 3}
+    # Beyond the window.
+    asked = greedy("abcdefgh" * 3, until=[])
+    assert GENERATED.ask(lm, asked) == GENERATED.ask(plain, asked)
+    path = "plain" if model_type in WITH_WINDOWS else "slots"
+    assert GENERATED.record(lm)["requests"] == {path: 1}
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_length_of_a_batch(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+    longest = 40
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+        rope["original_max_position_embeddings"], longest = 40, 160
+    config = tiny_config(rope_parameters=rope, max_position_embeddings=longest)
+    plain, shared = sides(config)
+    assert attention_support.sequence_limit(shared.model.config) == 40
+    # The plain path's answers beyond the limit depend on what else is in the batch.
+    check_scores(plain, shared, (20, 39, 40))
+    assert SCORED.record(shared)["requests"].keys() == {"shared"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [(40, 50, 56), (20, 31, 32, 33, 34, 56)])
+def test_attention_temperature_follows_the_position(lengths):
+    """Llama 4 takes the place in the row and the cache for the position."""
+    config = shrunk(
+        "llama4_text",
+        floor_scale=64,
+        attn_scale=0.5,
+        attention_chunk_size=500,
+        no_rope_layers=[0, 0, 1],
+        layer_types=["full_attention", "full_attention", "chunked_attention"],
+    )
+    plain, lm = sides(config)
+    assert attention_support.sequence_limit(config) == 32
+    check_scores(plain, lm, lengths)
+    asked = greedy(*("a" * (length // 2) for length in lengths), until=[])
+    assert GENERATED.ask(lm, asked) == GENERATED.ask(plain, asked)
+    assert GENERATED.record(lm)["requests"].keys() == {"slots", "plain"}

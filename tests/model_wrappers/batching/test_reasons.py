@@ -1,0 +1,367 @@
+"""When a fast path gives way, what it says, and what the results record of it."""
+
+from __future__ import annotations
+
+import weakref
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+import transformers
+
+from lm_eval_pruned.model_wrappers.batching import (
+    answer_paths,
+    attention_support,
+    cpu_linear,
+    fast_path,
+    prefix_pass,
+    prefix_sharing,
+)
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from tests.helpers.answering import (
+    GENERATED,
+    PROMPTS,
+    SCORED,
+    assert_close,
+    greedy,
+    hf,
+    ours,
+    shrunk,
+    tiny,
+    wrapped,
+)
+from tests.helpers.checkpoints import auto_class, tiny_config, tiny_model
+from tests.helpers.layouts import overrides
+
+
+UNKNOWN = "is not among the model types that were tried"
+
+
+class OwnLlama(transformers.LlamaForCausalLM):
+    """As a checkpoint may bring along, under the name of a model type that is known."""
+
+
+def model_of(config, attention="eager"):
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
+
+
+def own_class(model):
+    model.__class__ = OwnLlama
+    return model
+
+
+def adapted(**adapter):
+    model = model_of(tiny_config())
+    values = {"peft_type": peft.PeftType.LORA, **adapter}
+    model.peft_config = {"default": SimpleNamespace(**values)}
+    return model
+
+
+def flash():
+    model = model_of(tiny_config())
+    model.config._attn_implementation = "flash_attention_2"
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        # ALiBi, a recurrent state, attention that looks both ways, other positions.
+        *((lambda n=name: model_of(shrunk(n)), UNKNOWN) for name in ("mpt", "mamba", "bert", "xlm")),
+        (lambda: model_of(shrunk("falcon", alibi=True)), "ALiBi"),
+        (lambda: model_of(shrunk("gemma3_text", use_bidirectional_attention=True)), "both ways"),
+        (lambda: model_of(tiny_config(is_causal=False)), "both ways"),
+        (lambda: own_class(model_of(tiny_config())), "OwnLlama is not a class of transformers"),
+        (flash, "attn_implementation=flash_attention_2 takes no mask of its own"),
+        *((lambda k=kind: adapted(peft_type=k), f"({kind}) may look at the whole row")
+          for kind in ("XLORA", "LOHA", "PROMPT_TUNING", "ADAPTION_PROMPT", "NEW")),
+        (lambda: adapted(alora_invocation_tokens=[5, 6]), "searches for in the row"),
+        (adapted, None),
+        (lambda: model_of(tiny_config()), None),
+    ],
+)  # fmt: skip
+def test_what_about_a_model_speaks_against_fast_paths(make, reason):
+    lm = SimpleNamespace(model=make(), backend="causal")
+    got = attention_support.unsupported_reason(lm)
+    assert (got is None) if reason is None else reason in got
+    lm.backend = "seq2seq"
+    got = attention_support.unsupported_reason(lm)
+    assert got == "the model is an encoder-decoder"
+
+
+def said(fast, caplog) -> list[str]:
+    """Return what the fast path has logged."""
+    name = f"lm_eval.models.{fast.argument}"
+    return [record.message for record in caplog.records if record.name == name]
+
+
+def test_spread_weights_speak_against_slots():
+    lm = ours(tiny())
+    lm.accelerator = SimpleNamespace(
+        distributed_type="FSDP", unwrap_model=lambda model: model
+    )
+    assert "keep step" in GENERATED.path(lm).unsupported(lm)
+    assert SCORED.path(lm).unsupported(lm) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: tiny_model(shrunk("bloom")), f"bloom {UNKNOWN}"),
+        (
+            lambda: tiny_model(tiny_config("t5", **overrides("t5", 64))),
+            "the model is an encoder-decoder",
+        ),
+    ],
+    ids=["unknown", "encoder-decoder"],
+)
+def test_a_model_that_is_not_supported_answers_as_hf_and_one_line_says_why(
+    fast, make, reason, caplog
+):
+    model = make()
+    backend = "seq2seq" if model.config.is_encoder_decoder else "causal"
+    lm = ours(model, backend=backend, batch_size=1)
+    asked = fast.asked[:3]
+    expected = fast.ask(hf(model, backend=backend), asked)
+    for _ in range(2):
+        assert_close(fast.ask(lm, asked), expected, 0)
+    (line,) = said(fast, caplog)
+    assert reason in line
+    record = fast.record(lm)
+    assert (record["requests"], record["reasons"]) == ({"plain": 6}, [reason])
+    assert not getattr(lm, fast.argument)
+
+
+def test_turned_off_it_is_hfs_own_path(kind, caplog):
+    lm = ours(tiny(), **{kind.argument: False}, batch_size=1)
+    assert_close(kind.ask(lm), kind.ask(hf(lm.model)), 0)
+    assert not getattr(lm, kind.argument)
+    record = kind.record(lm)
+    assert record["requests"].keys() == {"plain"}
+    assert record["reasons"] == [f"{kind.argument}=false"]
+    # Without arguments of energy, nobody counts what HFLM generates.
+    assert (record["tokens_computed"]["plain"] is None) == (kind is GENERATED)
+    assert "slots" not in record
+    assert not said(kind, caplog)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prefix_sharing": "sometimes"},
+        {"slot_refilling": "sometimes"},
+        *({"slots": slots} for slots in (0, -1, 1.5, "many", True)),
+    ],
+)
+def test_arguments_that_are_neither_flags_nor_counts_are_refused(arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r} is not understood"):
+        ours(tiny(), **arguments)
+
+
+#: What a task may ask for of each request, and why `HFLM` answers it; None: greedy all the same.
+SETTINGS = [
+    ({"do_sample": True, "temperature": 0.7}, "do_sample"),
+    ({"temperature": 0.7}, "do_sample"),
+    ({"num_beams": 2}, "num_beams=2"),
+    ({"repetition_penalty": 1.3}, "repetition_penalty=1.3"),
+    ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=2"),
+    ({"suppress_tokens": [65]}, "suppress_tokens=[65]"),
+    ({"min_new_tokens": 2}, "min_new_tokens=2"),
+    ({"max_length": 80}, "max_length"),
+    ({"logits_processor": []}, "logits_processor"),
+    ({"num_beams": 1}, None),
+    ({"repetition_penalty": 1.0}, None),
+    ({"temperature": 0.0}, None),
+    ({"do_sample": False, "top_p": 0.9}, None),
+]
+
+
+def test_each_request_that_is_more_than_greedy_has_its_own_reason(caplog):
+    model = tiny()
+    asked = [
+        request for more, _ in SETTINGS for request in greedy(*PROMPTS[:2], **more)
+    ]
+    torch.manual_seed(0)
+    expected = GENERATED.ask(hf(model), asked)
+    lm = ours(model, batch_size=1)
+    torch.manual_seed(0)
+    assert GENERATED.ask(lm, asked) == expected
+    reasons = [f"{why} is asked for" for _, why in SETTINGS if why]
+    counted = {why: 2 * reasons.count(why) for why in reasons}
+    assert lm.answer_paths.of("generate_until").by_reason == counted
+    assert len(said(GENERATED, caplog)) == len(counted)
+    record = GENERATED.record(lm)
+    assert record["requests"] == {"slots": 8, "plain": 18}
+    assert record["reasons"] == list(counted)
+    # What was logged in an earlier evaluation is no reason in the next.
+    GENERATED.ask(lm, greedy(*PROMPTS, num_beams=2))
+    assert GENERATED.record(lm)["reasons"] == ["num_beams=2 is asked for"]
+
+
+def test_the_models_own_settings_count():
+    model = tiny()
+    model.generation_config.repetition_penalty = 1.4
+    lm = ours(model)
+    assert GENERATED.ask(lm) == GENERATED.ask(hf(model))
+    assert GENERATED.record(lm)["reasons"] == ["repetition_penalty=1.4 is asked for"]
+
+
+@pytest.mark.parametrize(
+    ("least_saving", "requests", "reasons"),
+    [
+        (-9, {"shared": 12, "plain": 2}, {"it is longer than 24 tokens": 2}),
+        (
+            9,
+            {"plain": 14},
+            {
+                "requests have too little in common": 12,
+                "it is longer than 24 tokens": 2,
+            },
+        ),
+    ],
+)
+def test_each_scored_request_has_its_own_reason(
+    least_saving, requests, reasons, monkeypatch
+):
+    monkeypatch.setattr(prefix_sharing, "_least_saving", lambda device: least_saving)
+    lm = ours(tiny_model(tiny_config("mistral", sliding_window=24)))
+    short = [(f"The same {n} times", " abc"[: 2 + n % 3]) for n in range(12)]
+    # HFLM computes what two answers of one token share once.
+    SCORED.ask(lm, [*short, ("x" * 40, "a"), ("x" * 40, "b")])
+    assert lm.answer_paths.of("loglikelihood").by_reason == reasons
+    record = SCORED.record(lm)
+    assert record["requests"] == requests
+    assert record["reasons"] == list(reasons)
+    if least_saving < 0:
+        assert record["tokens_computed"]["plain"] == 40
+
+
+def test_what_is_worth_sharing_does_not_depend_on_the_width():
+    """Close to the least saving, the share of the MLPs in the work would decide."""
+    decisions = set()
+    for percent in (None, 20, 40, 60, 80):
+        lm = wrapped(PrunedHFLM, tiny_model(tiny_config()), prune_percent=percent)
+        worth = []
+        for length in range(1, 20):
+            requests = [(None, [9] * length + [a], [a] * 40) for a in range(9)]
+            work = prefix_pass.Work.of(requests, 512)
+            worth.append(lm._is_worth_it(requests, work))
+        decisions.add(tuple(worth))
+    assert len(decisions) == 1
+    assert set(*decisions) == {False, True}
+
+
+def test_what_answered_is_recorded_for_one_evaluation(fast):
+    """Nor does it depend on what was answered before: a sweep that goes on compares paths."""
+    lm, records = ours(tiny()), []
+    for asked in (fast.asked, fast.asked[:4], fast.asked):
+        before = lm.token_counts.processed
+        fast.ask(lm, asked)
+        expected = {
+            "requests": {fast.fast: len(asked)},
+            "tokens_computed": {fast.fast: lm.token_counts.processed - before},
+            "reasons": [],
+        }
+        if fast is GENERATED:
+            expected["slots"] = 2
+        records.append(fast.record(lm))
+        assert records[-1] == expected
+    assert records[0] == records[2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "linear"), [(torch.float32, "onednn"), (torch.float64, "torch")]
+)
+def test_the_results_say_what_computed_linear_layers(fast, dtype, linear, monkeypatch):
+    for module in (cpu_linear, answer_paths):
+        monkeypatch.setattr(module, "linear_backend", lambda: "onednn")
+    lm = ours(tiny(dtype=dtype))
+    fast.ask(lm)
+    assert lm.get_model_info()["answer_paths"]["linear"] == linear
+
+
+# --- processes that meet, and a lack of memory
+
+
+def not_called(*_, **__):
+    raise AssertionError("called")
+
+
+def test_processes_agree_on_how_batch_sizes_are_found(monkeypatch):
+    # A detection is a meeting of all processes, and what a process can share differs.
+    lm = ours(tiny(), batch_size="auto")
+    monkeypatch.setattr(lm, "_detect_batch_size", not_called)
+    SCORED.ask(lm)
+    lm._world_size = 2
+    asked = [(letter * 4, "x") for letter in "abc"]
+    expected = SCORED.ask(hf(lm.model), asked)
+    assert_close(SCORED.ask(lm, asked), expected)
+    # Beyond a window.
+    lm.model.config.sliding_window = 3
+    assert_close(SCORED.ask(lm, asked), expected)
+
+
+NO_MEMORY = "CUDA out of memory. Tried to allocate 1 PiB."
+
+
+def failing(lm, message, fits=lambda tokens: False):
+    """Let the passes of a model fail that do not fit; return what the failed ones held."""
+    held = []
+
+    def look(_, inputs):
+        if not fits(inputs[0].shape[:-1].numel()):
+            hidden = inputs[0] + 1
+            held.append(weakref.ref(hidden))
+            raise RuntimeError(message)
+
+    lm.model.model.layers[1].register_forward_pre_hook(look)
+    return held
+
+
+@pytest.mark.slow
+def test_a_lack_of_memory_halves_passes_for_good(fast, monkeypatch, caplog):
+    asked = [(letter * 9, *fast.asked[0][1:]) for letter in "abcdef"]
+    expected = fast.ask(hf(tiny()), asked)
+    lm = ours(tiny(), slots=6)
+    held = failing(lm, NO_MEMORY, lambda tokens: tokens < 24)
+    left = []
+    clear = fast_path.clear_device_cache
+
+    def cleared(**arguments):
+        clear(**arguments)
+        left.extend(ref() for ref in held)
+
+    monkeypatch.setattr(fast_path, "clear_device_cache", cleared)
+    monkeypatch.setattr(prefix_sharing, "_least_saving", lambda device: -9.0)
+    assert_close(fast.ask(lm, asked), expected)
+    most, lines = fast.path(lm).most, said(fast, caplog)
+    assert f"at most {most} {fast.path(lm).unit} at once" in lines[-1]
+    assert left and not any(tensor is not None for tensor in left)
+    # Learnt for the next call.
+    assert_close(fast.ask(lm, asked), expected)
+    assert (fast.path(lm).most, said(fast, caplog)) == (most, lines)
+    assert fast.record(lm)["requests"].keys() == {fast.fast}
+
+
+def test_another_error_is_not_taken_for_lack_of_memory(fast):
+    lm = ours(tiny())
+    failing(lm, "shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        fast.ask(lm)
+    assert fast.path(lm).most is None
+
+
+def test_processes_that_share_a_model_do_not_back_off_one_by_one(fast):
+    model = tiny()
+    model._tp_size = 2
+    lm = ours(model, slots=6)
+    failing(lm, NO_MEMORY)
+    advice = (
+        "slots=3" if fast is GENERATED else "a smaller batch_size, or prefix_sharing"
+    )
+    with pytest.raises(RuntimeError, match=f"at once.*give {advice}"):
+        fast.ask(lm)

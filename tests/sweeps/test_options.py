@@ -1,0 +1,148 @@
+"""The options of a sweep: the same on the command line and in YAML, with clear errors."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+from lm_eval._cli.run import Run
+
+from lm_eval_pruned.sweeps.options import (
+    OF_HARNESS,
+    OPTIONS,
+    add_arguments,
+    parse_number,
+    parse_shard,
+    read_options,
+)
+
+
+BASE = "tasks: [boolq]\noutput_path: out\n"
+
+
+def read(*words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return read_options(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        (tmp_path / "sweep.yaml").write_text(text)
+        return tmp_path / "sweep.yaml"
+
+    return write
+
+
+def test_file_and_command_line_say_the_same(file):
+    path = file(
+        "model_args:\n  pretrained: m\n  dtype: bfloat16\n  max_length: 64\n"
+        "ratios: [4.0, 3.6, 2]\ncriteria: [maw, l2]\ntasks: a,b\noutput_path: out\nlimit: 10\n"
+        "seed: [1, 2, 3, 4]\nlog_samples: false\nfewshot_as_multiturn: false\nray: true\n"
+        "gpus_per_unit: 0.5\nbatch_size: auto:4\nnum_fewshot: 0\napply_chat_template: true\n"
+        "gen_kwargs: {temperature: 0, until: [a, b]}\ntrust_remote_code: true\ndevice:\n"
+        "heal: {data: a.jsonl, training_args: {bf16: true}}\n"
+    )
+    assert (
+        read("--config", path)
+        == read(
+            "--model_args", "pretrained=m,dtype=bfloat16", "max_length=64",
+            "--ratios", "4.0", "3.6,2", "--criteria", "maw", "l2", "--tasks", "a", "b",
+            "--output_path", "out", "--limit", "10", "--seed", "1,2,3,4", "--log_samples", "no",
+            "--fewshot_as_multiturn", "false", "--ray", "--gpus_per_unit", "0.5",
+            "--batch_size", "auto:4", "--num_fewshot", "0", "--apply_chat_template",
+            "--gen_kwargs", "temperature=0,until=['a','b']", "--trust_remote_code",
+            "--heal", '{"data": "a.jsonl", "training_args": {"bf16": true}}',
+        )
+        == {
+            "model_args": {"pretrained": "m", "dtype": "bfloat16", "max_length": 64},
+            "ratios": ["4.0", "3.6", "2"],
+            "criteria": ["maw", "l2"],
+            "tasks": ["a", "b"],
+            "output_path": "out",
+            "limit": 10.0,
+            "seed": "1,2,3,4",
+            "log_samples": False,
+            "fewshot_as_multiturn": False,
+            "ray": True,
+            "gpus_per_unit": 0.5,
+            "batch_size": "auto:4",
+            "num_fewshot": 0,
+            "apply_chat_template": True,
+            "gen_kwargs": {"temperature": 0, "until": ["a", "b"]},
+            "trust_remote_code": True,
+            "heal": {"data": "a.jsonl", "training_args": {"bf16": True}},
+        }
+    )  # fmt: skip
+    assert read("--config", path, "--limit", "0.5")["limit"] == 0.5
+
+
+def test_samples_are_json_or_a_file_of_it(tmp_path):
+    file = tmp_path / "samples.json"
+    file.write_text('{"a": [0, 2]}')
+    base = ["--tasks", "a", "--output_path", "o", "--samples"]
+    for text in (file, file.read_text()):
+        assert read(*base, text)["samples"] == {"a": [0, 2]}
+    for text in ("{", "no.json", tmp_path):
+        with pytest.raises(ValueError, match="sweep has samples="):
+            read(*base, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ratio: [2.0]\n" + BASE, "unknown key ratio: did you mean ratios?"),
+        ("1: 1\n" + BASE, "unknown key 1: known: model, model_args"),
+        (BASE + "ratios: [true]\n", "one or more"),
+        (BASE + "ratios: {a: 1}\n", "one or more"),
+        (BASE + "ratios: []\n", "one or more"),
+        (BASE + "limit: all\n", "limit=all"),
+        (BASE + "limit: -1\n", "limit=-1"),
+        (BASE + "num_fewshot: 1.5\n", "whole number"),
+        (BASE + "log_samples: maybe\n", "true or false"),
+        (BASE + "model_args: [a, b]\n", "key=value"),
+        (BASE + "model_args: 3\n", "key=value"),
+        (BASE + "ray: {a: 1}\n", "or a name"),
+        ("[1, 2]\n", "list"),
+        ("", "NoneType"),
+        ("a: [\n", "not valid YAML"),
+        ("output_path: o\n", "tasks was not given"),
+        ("tasks: a\n", "output_path was not given"),
+    ],
+    ids=lambda value: value[-30:].strip(),
+)
+def test_errors_of_the_file(file, text, message):
+    with pytest.raises(ValueError, match=message):
+        read("--config", file(text))
+
+
+@pytest.mark.parametrize("text", ["", "1", "/2", "a/2", "-1/2", "0/0", "2/2", "1.0/2"])
+def test_shards_count_from_zero(text):
+    assert parse_shard("1/3") == (1, 3)
+    with pytest.raises(ValueError, match="--shard"):
+        parse_shard(text)
+
+
+def test_a_number_has_one_notation():
+    found = [parse_number(text) for text in ("4", "4.0", "3.6", "8/3", "many")]
+    assert list(map(repr, found)) == ["4", "4", "3.6", "'8/3'", "'many'"]
+
+
+def test_options_of_the_harness_are_those_of_lm_eval_run():
+    run = Run(argparse.ArgumentParser().add_subparsers())
+    assert {*OF_HARNESS} <= {action.dest for action in run._parser._actions}
+
+
+def test_help_imports_neither_torch_nor_the_harness():
+    code = (
+        "import sys\nfrom lm_eval_pruned.cli import main\n"
+        "try:\n    main(['sweep', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'lm_eval', 'ray', 'yaml'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.endswith("[]\n")
+    assert all(f"--{option.name}" in out for option in OPTIONS)
