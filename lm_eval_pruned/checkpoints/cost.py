@@ -5,6 +5,7 @@ The text comes with this package, in kinds that its calibration text does not ha
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts
+from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_eval_pruned.checkpoints.request import LoadRequest
+
+#: Whose quality is measured: the model before, after, and after a random cut of the same size.
+UNPRUNED, PRUNED, RANDOM_CUT = "unpruned", "pruned", "random cut"
 #: The text, by the folder of this package.
 HELD_TEXT = Path(__file__).with_name("held_text.jsonl")
 #: The loss is measured on at most this many tokens of each text.
@@ -29,6 +36,10 @@ TOKENS = 128
 PROMPTS = ("Name three colours.", "The capital of France is", "Water boils at")
 #: Tokens of a continuation.
 _SAID = 16
+
+
+class UnmeasurableError(ValueError):
+    """The model cannot be asked for the next token of a text."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,13 @@ class Quality:
 
 
 def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quality:
-    """Measure a model where it is."""
+    """Measure a model where it is.
+
+    Raises:
+        UnmeasurableError: It has an encoder, or its tokenizer cannot read the text.
+    """
+    if model.config.is_encoder_decoder:
+        raise UnmeasurableError("The text has no target for the decoder.")
     text = CalibrationText.of(
         model, tokenizer, str(HELD_TEXT), longest=TOKENS, shortest=2
     )
@@ -73,14 +90,28 @@ def _said(
         given = tokenizer(prompt, return_tensors="pt")
     ids = given["input_ids"].to(model.device)
     model.eval()
-    found: Any = model.generate(
+    found: Any = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=_SAID,
         do_sample=False,
         pad_token_id=tokenizer.eos_token_id,
     )
-    return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    said = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    return str(said).strip()
+
+
+def random_cut(request: LoadRequest) -> LoadRequest:
+    """Return the request for a random cut of the same size and layers, without repair."""
+    asked, kept = (
+        request.prune_arguments,
+        (*CUTS, "layers", "skip_layers", "multiple_of"),
+    )
+    given = {n: v for n in kept if (v := getattr(asked, n)) is not None}
+    arguments = PruneArguments(**given, criterion=RANDOM)
+    return dataclasses.replace(
+        request, prune_arguments=arguments, plan=request.widths.plan(arguments)
+    )
 
 
 def cost_table(qualities: Mapping[str, Quality]) -> str:

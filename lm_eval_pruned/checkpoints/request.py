@@ -183,6 +183,11 @@ class LoadRequest:
             widths = widths_in_memory(model)
         return model, widths
 
+    def only_device(self) -> Any:
+        """Return the device that the whole model is asked for; None where it is split, or unsaid."""
+        places = self.model_arguments.get("device_map")
+        return places.get("") if isinstance(places, dict) and len(places) == 1 else None
+
     def placed(self, model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
         """Return a pruned model in the dtype, and on the devices, that the user asked for.
 

@@ -57,7 +57,7 @@ STUDY = "study"
 #: What each recipe sets where the user does not.
 RECIPES: dict[str, dict[str, str]] = {
     STUDY: {"criterion": "maw", "repair": NO_REPAIR},
-    "fast": {"criterion": "l2", "repair": NO_REPAIR},
+    "fast": {"criterion": "maw", "repair": NO_REPAIR, "skip_layers": "0"},
     "best": {"criterion": OBS, "repair": LEAST_SQUARES},
 }
 #: The text that is calibrated on where none is named; `docs/calibration.md` says what it holds.
@@ -107,8 +107,8 @@ class PruneArguments(DeclaredOptions):
             ``uniform``. See `lm_eval_pruned.pruning.allocation`.
         min_width: Neurons to leave in each layer at least, where `allocation` is not uniform.
         recipe: What is set where nothing else says so. ``study`` prunes as arXiv 2512.22671 does
-            (``criterion=maw``); ``fast`` takes the criterion that does best without text
-            (``criterion=l2``); ``best`` calibrates and repairs (``criterion=obs``,
+            (``criterion=maw``); ``fast`` does best without text
+            (the same, with ``skip_layers=0``); ``best`` calibrates and repairs (``criterion=obs``,
             ``repair=least_squares``). Arguments that are given win over it.
         criterion: Importance score; default: that of the recipe, maw. One of ``maw`` (alias ``ppm``), ``max_abs``, ``l1``, ``l2``,
             ``vow``, ``pon`` and ``random``, the calibrated ``maw_act``, ``act`` and ``obs``, or one that
@@ -271,9 +271,15 @@ multiple_of -size: {multiple_of} rounds a kept width, but none was asked for: ad
 
 
 def settled(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments with what their recipe sets; one that is unknown sets nothing."""
-    row = RECIPES.get(str(given["recipe"]), {})
+    """Return arguments with what their recipe sets beside them; an unknown one sets nothing."""
+    row = dict(RECIPES.get(str(given["recipe"]), {}))
+    if given["widths"] is not None or given["layers"] is not None or _sizeless(given):
+        row.pop("skip_layers", None)
     return {n: row.get(n) if value is None else value for n, value in given.items()}
+
+
+def _sizeless(given: Mapping[str, Any]) -> bool:
+    return all(given[name] is None for name in SIZES)
 
 
 def _why_text(given: Mapping[str, Any]) -> str | None:

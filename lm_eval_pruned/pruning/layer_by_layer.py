@@ -10,15 +10,25 @@ import contextlib
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lm_eval_pruned.pruning.calibration import watched
 from lm_eval_pruned.pruning.depth import layers_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+
+def _move(modules: Iterable[nn.Module], device: torch.device) -> None:
+    for module in modules:
+        for weight in module.parameters(recurse=False):
+            weight.data = weight.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 class _ReturnedError(Exception):
@@ -35,10 +45,21 @@ class LayerByLayer:
         passed: How many of them the texts have passed.
     """
 
-    def __init__(self, model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
-        """Let `texts`, each of shape (1, tokens), int64, wait in front of the first layer."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        texts: Sequence[Tensor],
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Let `texts`, each of shape (1, tokens), int64, wait in front of the first layer.
+
+        They run on `device`, to which one layer at a time is brought; default: where the model is.
+        """
         self._model, self._texts = model, texts
-        self.layers: list[Any] = list(layers_of(model)[1])
+        self._home = model.device
+        self._device = self._home if device is None else torch.device(device)
+        self._path, layers = layers_of(model)
+        self.layers: list[Any] = list(layers)
         self.passed = 0
         self._returned: list[Any] = []
         self._skips = True
@@ -63,12 +84,33 @@ class LayerByLayer:
         with watched(self._model, {**(hooks or {}), layer: stop}):
             for number, text in enumerate(self._texts):
                 with self._waiting(number), contextlib.suppress(_ReturnedError):
-                    self._model(input_ids=text.to(self._model.device), use_cache=False)
+                    self._model(input_ids=text.to(self._device), use_cache=False)
         return found
 
     def go_on(self, returned: list[Any]) -> None:
         """Let the texts wait in front of the layer after, with what this one `returned`."""
         self._returned, self.passed = returned, self.passed + 1
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Have the next layer, and what lies outside of all layers, where the texts run."""
+        if self._device == self._home:
+            yield
+            return
+        layer = self.layers[self.passed]
+        modules = [
+            *layer.modules(),
+            *(
+                module
+                for name, module in self._model.named_modules()
+                if not name.startswith(f"{self._path}.")
+            ),
+        ]
+        try:
+            _move(modules, self._device)
+            yield
+        finally:
+            _move(modules, self._home)
 
     @contextlib.contextmanager
     def _waiting(self, text: int) -> Iterator[None]:

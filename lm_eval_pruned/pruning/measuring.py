@@ -149,6 +149,7 @@ class LoadedModel:
         calibration: JSON Lines file of text.
         samples: How many of its texts to use; None for all.
         seed: Seed of the criterion ``random``.
+        device: Where text runs layer by layer; default: where the model is.
     """
 
     model: PreTrainedModel
@@ -157,6 +158,7 @@ class LoadedModel:
     calibration: str | None
     samples: int | None
     seed: int
+    device: Any = None
 
     def score(self, mlp: GluMlp, criterion: str) -> Tensor:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
@@ -199,16 +201,16 @@ class LoadedModel:
         )
         return known.calibration
 
-    def text(self, samples: int | None = None, *lengths: int, **more: int) -> Any:
+    def text(self, samples: int | None = None, **bounds: int) -> CalibrationText:
         """Return calibration text, by default all that was asked for; see `CalibrationText.of`."""
-        given = (self.model, self.tokenizer, str(self.calibration))
-        return CalibrationText.of(*given, samples or self.samples, *lengths, **more)
+        file, samples = str(self.calibration), samples or self.samples
+        return CalibrationText.of(self.model, self.tokenizer, file, samples, **bounds)
 
     def curves(self, criteria: Sequence[str]) -> Sensitivity:
         """Return the losses with one layer cut at a time, by each of `criteria`."""
         if self.known.curves is None:
             samples = samples_for_losses(str(self.calibration), self.samples)
-            text = self.text(samples, LENGTH, shortest=2)
+            text = self.text(samples, longest=LENGTH, shortest=2)
             removed = [Fraction(str(share)) for share in MEASURED_CUTS]
             found = [self.losses(text, criterion, removed) for criterion in criteria]
             curves = tuple(curve for each in found for curve in each.curves)

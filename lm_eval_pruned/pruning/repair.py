@@ -169,6 +169,7 @@ def cut_layer_by_layer(
     scores: Mapping[str, Tensor],
     repair: str,
     on_error: contextlib.ExitStack,
+    device: torch.device | str | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """Choose and repair the neurons of some GLU-MLPs, one layer after the other.
 
@@ -183,6 +184,7 @@ def cut_layer_by_layer(
         scores: Scores of each by name; those without any go by `order_by_cost`.
         repair: One of ``none``, ``bias`` and ``least_squares``.
         on_error: Takes what undoes the change of each weight.
+        device: Where texts run and matrices are; see `LayerByLayer`.
 
     Returns:
         The kept neurons of each MLP by name, shape (k,), int64, ascending, on the CPU; and how
@@ -193,7 +195,7 @@ def cut_layer_by_layer(
         UnsupportedModelError: See `check_repairable`.
     """
     check_repairable(model, repair)
-    walk, kept, done = LayerByLayer(model, texts), {}, 0
+    walk, kept, done = LayerByLayer(model, texts, device), {}, 0
     by_stack: dict[nn.Module, list[GluMlp]] = defaultdict(list)
     for mlp in mlps:
         by_stack[model.get_submodule(mlp.stack)].append(mlp)
@@ -207,20 +209,19 @@ def cut_layer_by_layer(
                 for mlp in own
                 if (place := mlp.projection("down_proj")) is not None
             }
-            returned = walk.run(hooks)
-            for mlp in own:
-                moments = seen.get(mlp.name)
-                kept[mlp.name], changed = _cut(
-                    mlp,
-                    moments,
-                    targets[mlp.name],
-                    scores.get(mlp.name),
-                    repair,
-                    on_error,
-                )
-                done += changed
-            # What was removed changes what the layer returns.
-            walk.go_on(walk.run() if own else returned)
+            with walk.on_device():
+                returned = walk.run(hooks)
+                for mlp in own:
+                    name = mlp.name
+                    kept[name], changed = _cut(
+                        *(mlp, seen.pop(name, None), targets[name]),
+                        *(scores.get(name), repair, on_error),
+                    )
+                    done += changed
+                if own:
+                    # What was removed changes what the layer returns.
+                    returned = walk.run()
+            walk.go_on(returned)
             step(1)
     if done < len(mlps) and repair != NO_REPAIR:
         logger.warning(
@@ -260,28 +261,35 @@ def _cut(
             f"The calibration text makes {mlp.name} produce NaN or infinite activations: use "
             "another dtype, such as dtype=float32, or other text."
         )
-    gram = None
-    if scores is None or repair == LEAST_SQUARES:
-        gram = regularised(moments, bias is not None and moments.tokens > 0)
-    kept = (
-        order_by_cost(gram, down, width)
-        if scores is None and gram is not None
-        else kept_set(scores, width)
-    )
     enough = moments.tokens >= width
+    solves = repair == LEAST_SQUARES and enough
+    gram = torch.empty(0)
+    if scores is None or solves:
+        gram = regularised(moments, bias is not None and moments.tokens > 0)
+    if scores is None:
+        kept = order_by_cost(gram, down, width)
+    else:
+        kept = kept_set(scores, width)
     here, gone = kept.to(down.device), _others(kept, mlp.width).to(down.device)
     before = down.clone()
-    on_error.callback(down.copy_, before)
-    if repair == LEAST_SQUARES and enough:
+    on_error.callback(_restore, mlp, before.cpu())
+    if solves:
         down[:, here] = repaired(gram, before, here).to(down.dtype)
     down[:, gone] = 0
-    changed = repair == LEAST_SQUARES and enough
     if bias is not None and repair != NO_REPAIR and enough:
-        on_error.callback(bias.copy_, bias.clone())
+        on_error.callback(_restore_bias, mlp, bias.cpu().clone())
         mean = (moments.total / moments.tokens).double()
         bias += ((before.double() - down.double()) @ mean).to(bias)
-        changed = True
-    return kept, changed
+        return kept, True
+    return kept, solves
+
+
+def _restore(mlp: GluMlp, weights: Tensor) -> None:
+    mlp.weight("down_proj").detach().copy_(weights)
+
+
+def _restore_bias(mlp: GluMlp, bias: Tensor) -> None:
+    mlp.projection("down_proj").bias.detach().copy_(bias)
 
 
 def _bias(mlp: GluMlp) -> Tensor | None:

@@ -149,7 +149,8 @@ def carry_out(
                 text = evidence.text()
                 own = [mlp for of in cut.values() for mlp in of]
                 chosen, done = cut_layer_by_layer(
-                    model, text.tokens, own, targets, scores, asked.repair, on_error
+                    *(model, text.tokens, own, targets, scores, asked.repair),
+                    *(on_error, evidence.device),
                 )
                 kept |= chosen
                 if asked.repair != NO_REPAIR:
