@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 
 def _move(modules: Iterable[nn.Module], device: torch.device) -> None:
     for module in modules:
-        for weight in module.parameters(recurse=False):
-            weight.data = weight.data.to(device)
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
+        # As `nn.Module.to` does, but for the module without those inside it.
+        module._apply(lambda weight: weight.to(device), recurse=False)
 
 
 class _ReturnedError(Exception):
