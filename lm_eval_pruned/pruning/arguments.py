@@ -162,7 +162,7 @@ class PruneArguments(DeclaredOptions):
     )
     criterion: str = option(
         *(object, None, "NAME"),
-        check=lambda _, value: canonical_name(value, or_best=True),
+        check=lambda _, value: canonical_name(value, chosen=True),
         several="criteria",
         text=dict.fromkeys(CALIBRATED, "looks at activations")
         | {BEST: "measures losses"},

@@ -165,14 +165,14 @@ ACTIVITY = tuple(name for name, each in CRITERIA.items() if each.needs == "activ
 CALIBRATED = (*ACTIVITY, OBS)
 
 
-def canonical_name(criterion: str, *, or_best: bool = False) -> str:
-    """Return the name of a criterion without aliases; ``best`` only where it `or_best` may be.
+def canonical_name(criterion: str, *, chosen: bool = False) -> str:
+    """Return the name of a criterion without aliases; those without scores only where `chosen`.
 
     Raises:
         ValueError: `criterion` is unknown; the message lists the known ones.
     """
     name = ALIASES.get(criterion, criterion)
-    own = [*CRITERIA, OBS, RANDOM, *([BEST] if or_best else [])]
+    own = [*CRITERIA, RANDOM, *([OBS, BEST] if chosen else [])]
     if name not in own and name not in (added := _declared_elsewhere()):
         known = ", ".join([*own, *ALIASES, *sorted(added)])
         raise ValueError(f"criterion={criterion} is unknown: pass one of {known}.")

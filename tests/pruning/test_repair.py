@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from hypothesis import given, strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.checkpoints.cost import HELD_TEXT
 from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.cli import main
+from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.repair import (
@@ -237,3 +242,63 @@ def test_text_that_is_too_short_repairs_nothing_and_says_so(folder, tmp_path, ca
     assert "0 of 3 GLU-MLPs are repaired" in caplog.text
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_the_own_text_has_six_kinds_and_shares_no_run_of_8_words_with_held_text():
+    words = {}
+    for file in (OWN_TEXT, HELD_TEXT):
+        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        words[file] = {
+            tuple(found[n : n + 8])
+            for found in (re.findall(r"\w+", line["text"].lower()) for line in lines)
+            for n in range(len(found) - 7)
+        }
+        assert len({line["kind"] for line in lines}) >= 4
+    assert OWN_TEXT.stat().st_size < 300_000
+    assert not words[OWN_TEXT] & words[HELD_TEXT]
+    demo = Path(__file__).parents[2] / "tasks" / "demo"
+    for name in ("instructions.jsonl", "misconceptions.jsonl"):
+        text = " ".join(re.findall(r"\w+", (demo / name).read_text("utf-8").lower()))
+        assert not any(" ".join(run) in text for run in words[OWN_TEXT])
+
+
+@pytest.mark.parametrize("criterion", ["act", "obs"])
+def test_an_allocation_goes_with_repair(folder, criterion):
+    model = load_pruned(
+        str(folder),
+        prune_percent=40,
+        criterion=criterion,
+        repair="least_squares",
+        allocation="global",
+        calibration=str(folder / "text.jsonl"),
+    )
+    widths = dict(model.prune_record.plan.layer_widths)
+    assert sum(widths.values()) == 3 * 39
+    for number, layer in enumerate(model.model.layers):
+        assert layer.mlp.down_proj.weight.shape == (32, widths[number])
+
+
+def test_prune_takes_the_best_recipe_and_says_what_the_cut_cost(
+    folder, tmp_path, capsys
+):
+    output = tmp_path / "pruned"
+    text = ["--calibration", str(folder / "text.jsonl")]
+    size = ["--prune_percent", "40", "--check", "--output_path", str(output)]
+    assert main(["prune", "--model_args", f"pretrained={folder}", *size, *text]) == 0
+    out, err = capsys.readouterr()
+    assert "recipe=best was chosen" in err
+    assert "unpruned|pruned|random cut" in out
+    assert f"verdict pruned-hf,pretrained={folder} " in out
+    card = (output / "README.md").read_text("utf-8")
+    for said in ("loss, nats per token", "random cut", "least squares"):
+        assert said in card
+    assert '"repair": "least_squares"' in card
+    expected = load_pruned(
+        str(folder),
+        prune_percent=40,
+        recipe="best",
+        calibration=str(folder / "text.jsonl"),
+    )
+    opened = LlamaForCausalLM.from_pretrained(output)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight, opened.state_dict()[name]), name
