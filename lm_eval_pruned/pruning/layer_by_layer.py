@@ -11,6 +11,7 @@ from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lm_eval_pruned.pruning.calibration import watched
 from lm_eval_pruned.pruning.depth import layers_of
@@ -36,11 +37,13 @@ class _ReturnedError(Exception):
 class LayerByLayer:
     """Texts that wait in front of one layer of a model, at first the first.
 
-    Their hidden states are held once, of shape (1, tokens, H) for each text.
+    Their hidden states are held once. Texts of similar length run together, padded at their ends,
+    where nothing in front can see it.
 
     Attributes:
         layers: The decoder layers of the model.
         passed: How many of them the texts have passed.
+        real: Which tokens of the batch that runs are no padding, shape (texts, tokens), bool.
     """
 
     def __init__(
@@ -48,12 +51,18 @@ class LayerByLayer:
         model: PreTrainedModel,
         texts: Sequence[Tensor],
         device: torch.device | str | None = None,
+        batch_size: int = 1,
     ) -> None:
         """Let `texts`, each of shape (1, tokens), int64, wait in front of the first layer.
 
-        They run on `device`, to which one layer at a time is brought; default: where the model is.
+        So many run together. They run on `device`, to which one layer at a time is brought; default: where the model is.
         """
-        self._model, self._texts = model, texts
+        self._model = model
+        ordered = sorted((text[0] for text in texts), key=len)
+        starts = range(0, len(ordered), batch_size)
+        together = [ordered[n : n + batch_size] for n in starts]
+        self._batches = [pad_sequence(each, batch_first=True) for each in together]
+        self._lengths = [torch.tensor([*map(len, each)]) for each in together]
         self._home = model.device
         self._device = self._home if device is None else torch.device(device)
         self._path, layers = layers_of(model)
@@ -65,7 +74,7 @@ class LayerByLayer:
     def run(
         self, hooks: Mapping[nn.Module, Callable[..., None]] | None = None
     ) -> list[Any]:
-        """Run the texts through the next layer and return what it returns, for each text.
+        """Run the texts through the next layer and return what it returns, for each batch.
 
         `hooks` are forward hooks, which are given arguments by name as well.
         """
@@ -80,9 +89,11 @@ class LayerByLayer:
 
         layer = self.layers[self.passed]
         with watched(self._model, {**(hooks or {}), layer: stop}):
-            for number, text in enumerate(self._texts):
+            for number, batch in enumerate(self._batches):
+                lengths = self._lengths[number][:, None]
+                self.real = (torch.arange(batch.shape[1]) < lengths).to(self._device)
                 with self._waiting(number), contextlib.suppress(_ReturnedError):
-                    self._model(input_ids=text.to(self._device), use_cache=False)
+                    self._model(input_ids=batch.to(self._device), use_cache=False)
         return found
 
     def go_on(self, returned: list[Any]) -> None:
@@ -111,11 +122,11 @@ class LayerByLayer:
             _move(modules, self._home)
 
     @contextlib.contextmanager
-    def _waiting(self, text: int) -> Iterator[None]:
+    def _waiting(self, batch: int) -> Iterator[None]:
         """Let the layers that were passed return what is known, without computing."""
         passed = self.layers[: self.passed] if self._skips else []
         with contextlib.ExitStack() as undo:
             for layer in passed:
                 undo.callback(vars(layer).pop, "forward")
-                vars(layer)["forward"] = lambda *_, **__: self._returned[text]
+                vars(layer)["forward"] = lambda *_, **__: self._returned[batch]
             yield

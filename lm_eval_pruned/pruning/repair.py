@@ -56,6 +56,8 @@ RIDGE = 0.01
 #: Neurons are removed in so many steps; between two of them, the costs of the others are computed
 #: anew.
 STEPS = 24
+#: So many texts run through a layer together.
+_TOGETHER = 8
 
 
 @dataclass
@@ -195,7 +197,9 @@ def cut_layer_by_layer(
         UnsupportedModelError: See `check_repairable`.
     """
     check_repairable(model, repair)
-    walk, kept, done = LayerByLayer(model, texts, device), {}, 0
+    # What experts are given does not tell padding apart.
+    together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
+    walk, kept, done = LayerByLayer(model, texts, device, together), {}, 0
     by_stack: dict[nn.Module, list[GluMlp]] = defaultdict(list)
     for mlp in mlps:
         by_stack[model.get_submodule(mlp.stack)].append(mlp)
@@ -205,7 +209,7 @@ def cut_layer_by_layer(
             own = by_stack.get(layer, [])
             seen: dict[str, Moments] = {}
             hooks = {
-                place: functools.partial(_observe, seen, mlp)
+                place: functools.partial(_observe, walk, seen, mlp)
                 for mlp in own
                 if (place := mlp.projection("down_proj")) is not None
             }
@@ -236,9 +240,17 @@ def cut_layer_by_layer(
 
 
 def _observe(
-    seen: dict[str, Moments], mlp: GluMlp, module, positional, named, output
+    walk: LayerByLayer,
+    seen: dict[str, Moments],
+    mlp: GluMlp,
+    module,
+    positional,
+    named,
+    output,
 ) -> None:
     x = positional[0].flatten(0, -2)
+    if len(x) == walk.real.numel():
+        x = x[walk.real.flatten()]
     if mlp.name not in seen:
         seen[mlp.name] = Moments.none(mlp.width, x.device)
     seen[mlp.name].add(x)

@@ -118,7 +118,9 @@ def tiny(**more) -> LlamaForCausalLM:
 
 def test_texts_meet_each_layer_with_what_the_changed_ones_return():
     model = tiny()
-    texts = [torch.arange(n)[None] for n in (5, 9)]
+    texts = [
+        torch.arange(n)[None] for n in (5, 9)
+    ]  # Alone, so that rounding is the same.
     walk = LayerByLayer(model, texts)
     for layer in walk.layers:
         walk.run()
