@@ -146,8 +146,7 @@ def figures(runs: list[StudyRun], workload: str, percent: int) -> dict[str, floa
 
     Returns:
         ``tokens_per_prompt``; ``ms`` to the last token (NaN where the study has none);
-        ``tokens_per_second`` over the whole loop, and ``own_rate``, the study's; joules
-        per token ``gross``, ``net`` of idle, of the ``gpu``, and as ``published``;
+        ``tokens_per_second`` over the whole loop; joules per token ``gross``, ``net`` of idle, of the ``gpu``, and as ``published``;
         ``joules_per_prompt``, gross.
     """
     taken_off = Subtraction.of(runs)
@@ -160,7 +159,6 @@ def figures(runs: list[StudyRun], workload: str, percent: int) -> dict[str, floa
         "tokens_per_prompt": mean(lambda r: r.tokens / r.prompts),
         "ms": mean(lambda r: float("nan") if r.ms is None else r.ms),
         "tokens_per_second": mean(lambda r: r.tokens / r.seconds),
-        "own_rate": mean(lambda r: r.tokens_per_second),
         "gross": mean(lambda r: r.total / r.tokens),
         "net": mean(lambda r: taken_off.net(r) / r.tokens),
         "gpu": mean(lambda r: r.gpu / r.tokens),
@@ -184,7 +182,6 @@ def as_markdown() -> str:
     sizes = sorted({run.percent for run in runs})
     cells = [figures(runs, "hellaswag_latency_b1", percent) for percent in sizes]
     rates = [cell["tokens_per_second"] for cell in cells]
-    own = [cell["own_rate"] for cell in cells]
     headline = {
         key: change(runs, "mmlu_latency_b1", key)
         for key in ("published", "net", "gross", "gpu")
@@ -192,41 +189,33 @@ def as_markdown() -> str:
     return "\n\n".join(
         [
             _paragraph(f"""
-            **The study's unit is kg CO2e.** What it takes for kWh, divided by codecarbon's total kWh, is
-            {_both_ends(taken_off.low, taken_off.high, ".5f")} in all {len(runs)} runs: a carbon intensity, kg CO2e per kWh.
-            It is the same in each run, so it cancels in percentages: emissions per token and gross joules per token
-            fall by the same {-headline["gross"]:.1f} % (MMLU, batch size 1, 60 % pruned).
+            **The study's unit is kg CO2e.** The figure that it takes for kWh, divided by codecarbon's kWh, is
+            {_both_ends(taken_off.low, taken_off.high, ".5f")} in all {len(runs)} runs: a carbon intensity. It cancels in
+            percentages.
             """),
             _paragraph(f"""
-            **The published joules per token are net of an idle power.** They are these emissions, taken for kWh, less a constant
-            times the time: taking off {taken_off.factor:.3f} times the RAM energy, which codecarbon counts as a constant
-            power, reproduces all {len(runs)} values within {100 * taken_off.error:.2f} %. In units that fit, that is
-            {taken_off.factor / taken_off.high:.2f} times the RAM energy. The watts are not in the data, but the
-            processor's energy is {_both_ends(min(quotients), max(quotients), ".3f")} times the RAM's in every run, and
-            codecarbon's constants are {CPU_WATTS:g} W for a processor that it does not know and {RAM_WATTS:g} W for
-            memory, a quotient of {CPU_WATTS / RAM_WATTS:.3f}. With these the idle power is {taken_off.idle_watts:.1f} W:
-            both constants and {taken_off.idle_watts - CPU_WATTS - RAM_WATTS:.1f} W of the GPU. What is
-            left above it is the GPU's alone.
+            **The published joules per token are net of an idle power.** Subtracting {taken_off.factor:.3f} times the
+            RAM energy, which codecarbon counts as a constant power, from those emissions reproduces all {len(runs)} values
+            within {100 * taken_off.error:.2f} %. The watts are not in the data, but the processor's energy is
+            {_both_ends(min(quotients), max(quotients), ".3f")} times the RAM's in every run, and codecarbon's
+            constants are {CPU_WATTS:g} W for a processor that it does not know and {RAM_WATTS:g} W for memory. With these
+            constants the idle power is {taken_off.idle_watts:.1f} W, and what remains is energy of the GPU.
             """),
             _paragraph(f"""
-            **Both savings are right, of different things.** At 60 % a token of MMLU takes {-headline["net"]:.1f} % less
-            energy net of idle ({-headline["published"]:.1f} % as published), {-headline["gpu"]:.1f} % less on the GPU and
-            {-headline["gross"]:.1f} % less gross. Net is what the model adds to a machine that runs anyway; gross
-            is what the machine draws while it works, and follows the time where most of its power is idle power.
+            **Both savings are right, for different questions.** At 60 % a token of MMLU takes {-headline["net"]:.1f} % less
+            energy net of idle ({-headline["published"]:.1f} % as published), {-headline["gpu"]:.1f} % less on the GPU, and
+            {-headline["gross"]:.1f} % less gross. Net is what the model adds on a machine that runs anyway. Gross is what
+            the machine draws while the model works; it follows the time where most of the power is idle power.
             """),
             _changes(runs),
-            "Joules from codecarbon's kWh, means of the three seeds. HellaSwag, batch size 1, at most 20 new tokens:",
+            "HellaSwag, batch size 1, at most 20 new tokens; joules from codecarbon's kWh, means of the three seeds:",
             _table(runs, "hellaswag_latency_b1"),
-            "MMLU, batch size 1, at most 50 new tokens:",
-            _table(runs, "mmlu_latency_b1"),
             _paragraph(f"""
             **The "latency penalty" is output length.** On HellaSwag the time to the last token goes from {whole["ms"]:.0f} to
-            {pruned["ms"]:.0f} ms, because the unpruned model stops after {whole["tokens_per_prompt"]:.1f} of 20 tokens
-            and the pruned one after {pruned["tokens_per_prompt"]:.1f}. Tokens/s stay within {min(rates):.1f} and
-            {max(rates):.1f} ({min(own):.1f} to {max(own):.1f} in the study's own column, which leaves out what the loop
-            adds). A prompt costs {pruned["joules_per_prompt"] / whole["joules_per_prompt"]:.1f} times the energy for the
-            same reason. Joules per token fall on HellaSwag partly because one prefill is spread over more tokens, not
-            because decoding became cheaper.
+            {pruned["ms"]:.0f} ms because the unpruned model stops after {whole["tokens_per_prompt"]:.1f} of 20 tokens
+            and the pruned one after {pruned["tokens_per_prompt"]:.1f}. Tokens per second stay between {min(rates):.1f} and
+            {max(rates):.1f}, and a prompt costs {pruned["joules_per_prompt"] / whole["joules_per_prompt"]:.1f} times the
+            energy. Joules per token fall partly because one prefill is spread over more tokens.
             """),
         ]
     )

@@ -1,8 +1,8 @@
-"""Draw the scores published with arXiv 2512.22671, alone and beside ours: ``python docs/make_study_figures.py``.
+"""Draw the figures of the README and of the pages on pruning: ``python docs/make_study_figures.py``.
 
-Reads them (``tests/data/study_benchmarks.csv``), and the ``results.csv`` of the two reports in ``docs/smollm2``. Writes
-``docs/dichotomy.svg`` for the README, and one SVG and one PNG per benchmark to
-``docs/smollm2/next-to-the-study``. Needs the extra ``report``.
+Reads the scores published with arXiv 2512.22671 (``tests/data/study_benchmarks.csv``) and the tables beside the pages,
+``docs/measurements/dichotomy.csv`` and ``docs/measurements/price.csv``. Writes ``docs/dichotomy.svg`` and one SVG beside
+each table. Needs the extra ``report``.
 """
 
 from __future__ import annotations
@@ -12,86 +12,116 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 
-from lm_eval_pruned.util.figures import Plot, line_look, lines, over_ratios
+from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratios
 
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ROOT / "docs" / "smollm2"
+PAGES = ROOT / "docs" / "measurements"
 #: Task and metric, label.
-ALONE = {
+STUDY = {
     ("ifeval", "inst_level_strict_acc,none"): "IFEval",
     ("truthfulqa_mc2", "acc,none"): "TruthfulQA MC2",
     ("mmlu", "acc,none"): "MMLU",
     ("gsm8k", "exact_match,strict-match"): "GSM8K",
 }
-BESIDE = {
-    ("truthfulqa_mc1", "acc,none"): "TruthfulQA MC1",
-    ("truthfulqa_mc2", "acc,none"): "TruthfulQA MC2",
-    ("boolq", "acc,none"): "BoolQ",
-    ("ifeval", "inst_level_strict_acc,none"): "IFEval, instructions, strict",
+#: Task: label, settings, and the floor that is drawn.
+MEASURED = {
+    "truthfulqa_mc1": ("TruthfulQA MC1, %", "bfloat16", "equally likely answers"),
+    "truthfulqa_mc2": ("TruthfulQA MC2, %", "bfloat16", "equally likely answers"),
+    "boolq": ("BoolQ, %", "bfloat16", "commonest answer"),
+    "ifeval": ("IFEval, %", "bfloat16, 128 tokens", "answer Yes"),
+    "held_text": ("speeches, bits per byte", "bfloat16", None),
 }
+CRITERIA = ("maw", "l2", "act", "random")
+PRICES = ("uniform maw", "uniform act", "sensitivity maw", "sensitivity best", "random")
+REMOVED = alt.X("percent:Q", title="neurons removed, %")
 
 
-def chart(rows: pd.DataFrame, look: alt.Color, **scale: bool) -> alt.LayerChart:
-    """Return scores in percent of the largest model's, as lines over expansion ratios."""
-    rows = rows.sort_values("expansion_ratio")
+def study() -> Plot:
+    """Draw four benchmarks of the study's smaller model, in percent of the unpruned model's scores."""
+    rows = pd.read_csv(ROOT / "tests" / "data" / "study_benchmarks.csv")
+    rows = rows[rows["base_model"] == "Llama-3.2-1B"].copy()
+    keys = zip(rows["task"], rows["metric"], strict=True)
+    rows["line"] = [STUDY.get(key) for key in keys]
+    rows = rows.dropna(subset=["line"]).sort_values("expansion_ratio")
     largest = rows.groupby("line")["value"].transform("last")
     rows["percent"] = 100 * rows["value"] / largest
     y = alt.Y("percent:Q", title="score, % of the unpruned model")
-    if scale:
-        y = y.scale(**scale)
     level = alt.Chart(pd.DataFrame({"percent": [100]})).mark_rule().encode(y=y)
-    columns = ["expansion_ratio", "line", "percent", "mark", "filled"]
-    shown = rows[[column for column in columns if column in rows]]
-    return level + lines(shown, over_ratios("expansion_ratio"), y, look)
+    shown = rows[["expansion_ratio", "line", "percent"]]
+    look = line_look(list(STUDY.values()))
+    drawn = level + lines(shown, over_ratios("expansion_ratio"), y, look)
+    return Plot("dichotomy", "Llama-3.2-1B, arXiv 2512.22671", "", drawn)
 
 
-def alone(study: pd.DataFrame) -> None:
-    """Draw four benchmarks of one model."""
-    rows = study[study["base_model"] == "Llama-3.2-1B"].copy()
-    keys = zip(rows["task"], rows["metric"], strict=True)
-    rows["line"] = [ALONE.get(key) for key in keys]
-    drawn = chart(rows.dropna(subset=["line"]), line_look(list(ALONE.values())))
-    plot = Plot("dichotomy", "Llama-3.2-1B, arXiv 2512.22671", "", drawn)
-    (ROOT / "docs" / "dichotomy.svg").write_text(plot.svg, encoding="utf-8")
+def over_sizes(rows: pd.DataFrame, value: str, names: tuple[str, ...]) -> pd.DataFrame:
+    """Return a line for each of `names`, from the unpruned model on; seeds as mean, lowest and highest."""
+    of = rows["method"].str.replace(r", seed \d+$", "", regex=True)
+    start = rows[of == "unpruned"]
+    drawn = [
+        pd.concat([start, rows[of == name]]).assign(line=name, value=lambda r: r[value])
+        for name in names
+        if (of == name).any()
+    ]
+    by = pd.concat(drawn).groupby(["line", "percent"], as_index=False)["value"]
+    return by.agg(value="mean", low="min", high="max")
 
 
-def beside(study: pd.DataFrame) -> None:
-    """Draw our sweeps next to the curves of the study's two models."""
-    ours = pd.concat(map(pd.read_csv, sorted(OURS.glob("*/results.csv"))))
-    tested = {True: "not tested", False: "tested"}
-    ours = ours.assign(
-        line="SmolLM2-135M-Instruct",
-        value=ours["score"],
-        filled=ours["q"] < 0.05,
-        mark=ours["q"].isna().map(tested),
+def level(at: float, y: alt.Y) -> alt.Chart:
+    """Return a dotted rule."""
+    chart = alt.Chart(pd.DataFrame({"value": [at]}))
+    return chart.mark_rule(strokeDash=[2, 2]).encode(y=y)
+
+
+def look_of(names: tuple[str, ...]) -> dict[str, alt.Color]:
+    """Return a colour for each name; chance has that of the text."""
+    hues = {name: HUES[n % len(HUES)] for n, name in enumerate(names)}
+    return line_look(names, hues | {"random": "var(--ink)"})
+
+
+def dichotomy() -> Plot:
+    """Draw the scores of SmolLM2 by criterion, with what needs no knowledge."""
+    rows = pd.read_csv(PAGES / "dichotomy.csv")
+    floors = rows[(rows["question"] == "floor") & (rows["n"] < 500)]
+    rows = rows[(rows["question"] == "unpruned") & (rows["model"] == "SmolLM2")]
+    look = look_of(CRITERIA)
+    panels = []
+    for task, (title, settings, floor) in MEASURED.items():
+        scale = 1 if floor is None else 100
+        of = rows[(rows["task"] == task) & (rows["settings"] == settings)]
+        of = of.assign(score=scale * of["score"])
+        y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
+        panel = lines(over_sizes(of, "score", CRITERIA), REMOVED, y, look)
+        if floor is not None:
+            at = floors[(floors["task"] == task) & (floors["method"] == floor)]
+            at = at[at["n"] == of["n"].max()]
+            panel += level(scale * at["score"].iloc[0], y)
+        panels.append(panel.properties(title=title, width=220, height=180))
+    said = "Dotted: a score that needs no knowledge. Band: three random choices of neurons."
+    title = "SmolLM2-135M-Instruct, cut alike in all layers"
+    return Plot("dichotomy", title, said, alt.concat(*panels, columns=3))
+
+
+def price() -> Plot:
+    """Draw the loss of SmolLM2 on held speeches over the share removed."""
+    rows = pd.read_csv(PAGES / "price.csv")
+    rows = rows[(rows["table"] == "loss") & (rows["model"] == "SmolLM2")]
+    scale = alt.Scale(zero=False, domain=[3, 10], clamp=True)
+    y = alt.Y("value:Q", title="loss on held speeches, nats per token", scale=scale)
+    drawn = lines(over_sizes(rows, "value", PRICES), REMOVED, y, look_of(PRICES))
+    drawn += level(rows[rows["method"] == "unpruned"]["value"].iloc[0], y)
+    said = (
+        "Dotted: the unpruned model. Band: three random choices of neurons. "
+        "What lies above 10 is drawn at 10."
     )
-    study = study[~study["base_model"].str.endswith("-Instruct")]
-    study = study.assign(
-        line=study["base_model"] + " (study)", mark="not tested", filled=False
-    )
-    both = pd.concat([ours, study])
-    folder = OURS / "next-to-the-study"
-    folder.mkdir(exist_ok=True)
-    for (task, metric), title in BESIDE.items():
-        rows = both[(both["task"] == task) & (both["metric"] == metric)]
-        look = line_look(sorted(rows["line"].unique(), reverse=True))
-        plot = Plot(
-            task,
-            title,
-            "In percent of the unpruned model's score. Filled points: q < 0.05; open ones: no "
-            "difference shown; crosses: not tested.",
-            chart(rows, look, zero=False),
-        )
-        (folder / f"{task}.svg").write_text(plot.svg, encoding="utf-8")
-        (folder / f"{task}.png").write_bytes(plot.png)
+    return Plot("price", "SmolLM2-135M-Instruct", said, drawn)
 
 
 def main() -> None:
     """Draw all figures."""
-    study = pd.read_csv(ROOT / "tests" / "data" / "study_benchmarks.csv")
-    alone(study)
-    beside(study)
+    (ROOT / "docs" / "dichotomy.svg").write_text(study().svg, encoding="utf-8")
+    for plot in (dichotomy(), price()):
+        (PAGES / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
 
 
 if __name__ == "__main__":
