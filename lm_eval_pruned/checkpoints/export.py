@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.checkpoints.cost import (
+    PRUNED,
+    RANDOM_CUT,
+    UNPRUNED,
+    Quality,
+    UnmeasurableError,
+    cost_table,
+    quality_of,
+    random_cut,
+)
 from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest, asked_of
@@ -22,6 +34,7 @@ from lm_eval_pruned.util.atomic import appearing_whole
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Collection, Mapping
 
     from transformers import PreTrainedModel
 
@@ -44,6 +57,10 @@ _OWN_FILES = ("config.json", "trainer_state.json", "adapter_config.json")
 #: Model-card fields of the source that stay true of the pruned model.
 _KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
 _OURS = f"`lm-eval-pruned {version('lm-eval-pruned')}`"
+_UNTRAINED = "No other weight was changed, and nothing was trained afterwards."
+_REPAIRED = """The down projections of the neurons that stayed were changed by least squares on \
+calibration text, and nothing was trained afterwards."""
+_COST = "On text in kinds that the calibration text of lm-eval-pruned does not have:"
 _IN_STOCK = "The checkpoint opens in stock transformers and `lm_eval --model hf`."
 _NOT_IN_STOCK = """Its layers differ in width, which the config has in `per_layer_config`. \
 transformers up to 5.24 builds no MLPs from that: open it with `lm_eval_pruned.load_pruned` or \
@@ -59,12 +76,15 @@ class Export:
         record: What was pruned; its digest equals that of pruning while loading.
         weight_bytes: Size of the weights, in bytes.
         shards: Number of weight files.
+        cost: The `Quality` of the unpruned and the pruned model, and of a random cut, by these
+            names; empty where it was not asked for or cannot be measured.
     """
 
     folder: Path
     record: PruneRecord
     weight_bytes: int
     shards: int
+    cost: Mapping[str, Quality] = field(default_factory=dict)
 
 
 def export_pruned(
@@ -75,6 +95,7 @@ def export_pruned(
     device: str | torch.device = "cpu",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     push_to_hub: str | None = None,
+    measured: Collection[str] = (),
     prune_arguments: dict[str, Any],
     **from_pretrained: Any,
 ) -> Export:
@@ -94,6 +115,7 @@ def export_pruned(
         device: Where the pruned model is put before it is saved.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
+        measured: Whose `Quality` to measure: some of `UNPRUNED`, `PRUNED` and `RANDOM_CUT`.
         prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
         **from_pretrained: Anything else ``from_pretrained`` takes.
 
@@ -124,17 +146,29 @@ def export_pruned(
         PruneArguments(**prune_arguments),
         {**given, "dtype": dtype, "device_map": {"": device}},
     )
-    model = load_request(request)
+    cost: dict[str, Quality] = {}
+
+    def measure(name: str, model: PreTrainedModel) -> None:
+        with contextlib.suppress(UnmeasurableError):
+            cost[name] = quality_of(model, tokenizer())
+
+    tokenizer = functools.cache(request.load_tokenizer)
+    if RANDOM_CUT in measured:
+        measure(RANDOM_CUT, load_request(random_cut(request)))
+    look = (lambda loaded: measure(UNPRUNED, loaded.model)) if measured else None
+    model = load_request(request, look=look)
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
     if not record.plan.changes_model:
         raise ValueError(
             f"{asked_of(record.plan) or 'no size'} keeps all {record.plan.width_before} neurons, so "
             f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
         )
+    if PRUNED in measured:
+        measure(PRUNED, model)
     source = source_folder(pretrained, given)
     with appearing_whole(output) as unfinished:
         save_loaded(model, request, source, unfinished, max_shard_size)
-        card = model_card(pretrained, given.get("revision"), source, record)
+        card = model_card(pretrained, given.get("revision"), source, record, cost=cost)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         weights = [p.stat().st_size for p in unfinished.glob("*.safetensors")]
     if push_to_hub is not None:
@@ -146,7 +180,7 @@ def export_pruned(
             folder_path=output,
             commit_message="Upload a model pruned by lm-eval-pruned",
         )
-    return Export(output, record, sum(weights), len(weights))
+    return Export(output, record, sum(weights), len(weights), cost)
 
 
 def check_output(output: Path) -> None:
@@ -224,7 +258,8 @@ def model_card(
     revision: str | None,
     folder: Path,
     record: PruneRecord,
-    trained: str = "No other weight was changed, and nothing was trained afterwards.",
+    trained: str | None = None,
+    cost: Mapping[str, Quality] | None = None,
 ) -> str:
     """Return the README.md of the exported checkpoint.
 
@@ -234,8 +269,12 @@ def model_card(
         folder: Folder of the source's own card.
         record: What was pruned.
         trained: A sentence on how the pruned model was trained.
+        cost: What to show of it; see `Export`.
     """
     plan, name = record.plan, _name(pretrained)
+    if trained is None:
+        trained = _UNTRAINED if record.repaired is None else _REPAIRED
+    shown = f"{_COST}\n\n{cost_table(cost)}\n\n" if cost else ""
     source = f"{name} (revision {revision})" if revision else name
     criteria = " or ".join(f"`{each}`" for each in plan.criteria)
     ranked = f" The neurons that stayed are the best of each layer by {criteria}."
@@ -250,7 +289,7 @@ those that stay, where some are left out).
 {json.dumps(record.as_dict(), indent=2)}
 ```
 
-{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} What the cut cost depends on
+{shown}{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} What the cut cost depends on
 the model, the size and the task, so evaluate the model for your use before relying on it.
 """
     tags = ["depth-pruning"] * (plan.depth is not None)

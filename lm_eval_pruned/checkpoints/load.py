@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
     from fractions import Fraction
 
     import torch
@@ -122,6 +122,7 @@ def load_request(
     request: LoadRequest,
     tokenizer: PreTrainedTokenizerBase | None = None,
     known_scores: KnownScores | None = None,
+    look: Callable[[LoadedModel], object] | None = None,
 ) -> PreTrainedModel:
     """Load the model of a request, prune it, then cast and place what is left.
 
@@ -129,6 +130,7 @@ def load_request(
         request: What is to be loaded.
         tokenizer: What reads calibration text; default: that of the model.
         known_scores: What earlier loads measured; takes what this one does.
+        look: Is given the model before it is pruned.
     """
     asked = request.prune_arguments
     request.check_text()
@@ -142,6 +144,8 @@ def load_request(
             return finished(model, widths)
     stored = Stored.of(request, tokenizer, known_scores)
     widths = stored.request.widths
+    if look is not None:
+        look(stored)
     return finished(request.placed(stored.pruned(), widths), widths)
 
 
@@ -153,7 +157,7 @@ class Stored(LoadedModel):
         request: What was loaded, with the widths that its tensors have and the plan for them.
     """
 
-    request: LoadRequest
+    request: LoadRequest = field(kw_only=True)
 
     @classmethod
     def of(
@@ -189,6 +193,7 @@ class Stored(LoadedModel):
             asked.calibration,
             samples,
             plan.seed,
+            request.only_device(),
             request=request,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, astuple, dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.argument_values import written_by_layer, written_layers
@@ -53,6 +54,27 @@ class PlanRow:
     layer_criteria: str = ""
     layers_dropped: str = ""
     equal_ratio: str = ""
+
+
+def suggested_recipe(
+    prune_arguments: dict[str, Any], loading: dict[str, Any]
+) -> tuple[str, str]:
+    """Return which recipe suits a model, and why; reads its config alone.
+
+    Raises:
+        ValueError, UnsupportedModelError, OSError: As `lm_eval_pruned.load_pruned`.
+    """
+    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+
+    given = dict(loading)
+    calibrated = PruneArguments(**{**prune_arguments, "recipe": "best"})
+    request = LoadRequest.resolve(None, given.pop("pretrained"), calibrated, given)
+    try:
+        request.check_text()
+    except UnsupportedModelError as error:
+        return "fast", f"calibration text is of no use here: {error}"
+    return "best", f"{Path(str(calibrated.calibration)).name} can be calibrated on"
 
 
 def plan_rows(

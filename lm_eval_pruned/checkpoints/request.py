@@ -33,6 +33,7 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     regions_by_parameter,
 )
+from lm_eval_pruned.pruning.repair import check_repairable
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
@@ -136,6 +137,7 @@ class LoadRequest:
             check_comparable(plan, self.widths)
         if {*plan.criteria, *plan.tried} & {*CALIBRATED}:
             check_observable(self.widths.skeleton())
+        check_repairable(self.widths.skeleton(), asked.repair)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that belongs to the model."""
@@ -180,6 +182,11 @@ class LoadRequest:
             # The class is handed the part of the config that is of text.
             widths = widths_in_memory(model)
         return model, widths
+
+    def only_device(self) -> Any:
+        """Return the device that the whole model is asked for; None where it is split, or unsaid."""
+        places = self.model_arguments.get("device_map")
+        return places.get("") if isinstance(places, dict) and len(places) == 1 else None
 
     def placed(self, model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
         """Return a pruned model in the dtype, and on the devices, that the user asked for.

@@ -12,7 +12,6 @@ from lm_eval_pruned.pruning.argument_values import exact, seed_below_limit, whol
 from lm_eval_pruned.pruning.calibration import (
     CalibrationText,
     check_observable,
-    read_texts,
 )
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
@@ -21,7 +20,12 @@ from lm_eval_pruned.pruning.criteria import (
     canonical_name,
 )
 from lm_eval_pruned.pruning.curves import Sensitivity, read_sensitivity
-from lm_eval_pruned.pruning.measuring import LENGTH, LoadedModel, ScoreTable
+from lm_eval_pruned.pruning.measuring import (
+    LENGTH,
+    LoadedModel,
+    ScoreTable,
+    samples_for_losses,
+)
 
 
 if TYPE_CHECKING:
@@ -33,8 +37,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.arguments import Number
 
-#: How many texts the loss is measured on by default.
-SAMPLES = 16
 #: Part of the name of a cached curve; raise it when they are measured in another way.
 _MEASURE = 2
 
@@ -84,9 +86,9 @@ def measure_sensitivity(
             f"calibration_tokens={length} leave nothing to measure: name a criterion and shares "
             "between 0 and 100, such as 10 25 50, and use 2 tokens of each text or more."
         )
-    if calibration_samples is None:
-        calibration_samples = min(SAMPLES, len(read_texts(calibration)))
-    samples = whole("calibration_samples", calibration_samples)
+    if calibration_samples is not None:
+        calibration_samples = whole("calibration_samples", calibration_samples)
+    samples = samples_for_losses(calibration, calibration_samples)
     skeleton = request.widths.skeleton()
     if skeleton.config.is_encoder_decoder or names.keys() & {*CALIBRATED}:
         check_observable(skeleton)

@@ -2,6 +2,8 @@
 tokenizer files, model card. What is kept has to fit in memory.
 """
 
+import sys
+
 from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.pruning.arguments import DECLARED, EXCLUSIVE, option_row
 from lm_eval_pruned.util.options import row
@@ -18,28 +20,44 @@ OPTIONS = (
     row("--device", None, "where calibration text is run through the model (default: cpu)",
         default="cpu"),
     row("--max_shard_size", "SIZE", "largest weight file (default: 50GB)", default="50GB"),
+    row("--check", "", "also measure a random cut of the same size"),
     row("--push_to_hub", "REPO", "upload the finished folder to this repository on the Hub"),
 )
 # fmt: on
 
 
 def run(arguments) -> None:
-    """Write the checkpoint, and print what was done to each layer."""
+    """Write the checkpoint; print what was done, what it cost, and the next command."""
+    from lm_eval_pruned.checkpoints import cost
     from lm_eval_pruned.checkpoints.export import export_pruned
-    from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
+    from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, suggested_recipe
 
     source = ("dtype", *SOURCE_ARGUMENTS)
     model_args, pruning = loading.read_with_pruning(arguments, DECLARED, source)
+    loaded = loading.with_default_model(model_args, "pruning")
+    if not {"recipe", "criterion"} & pruning.keys():
+        pruning["recipe"], why = suggested_recipe(pruning, loaded)
+        print(f"recipe={pruning['recipe']} was chosen, because {why}.", file=sys.stderr)
+    measured = [cost.UNPRUNED, cost.PRUNED, *[cost.RANDOM_CUT] * arguments.check]
     export = export_pruned(
         output=arguments.output_path,
         device=arguments.device,
         max_shard_size=arguments.max_shard_size,
         push_to_hub=arguments.push_to_hub,
         prune_arguments=pruning,
-        **loading.with_default_model(model_args, "pruning"),
+        measured=measured,
+        **loaded,
     )
     print(export.record.as_table())
+    if export.cost:
+        shown = {name: export.cost[name] for name in measured if name in export.cost}
+        print(f"\n{cost.cost_table(shown)}\n")
     print(
         f"Wrote {export.weight_bytes:,} bytes of weights in {export.shards} "
         f"file{'s' if export.shards != 1 else ''} to {export.folder}."
+    )
+    before = ",".join(f"{name}={value}" for name, value in loaded.items())
+    print(
+        "May it be shipped? lm-eval-pruned verdict "
+        f"pruned-hf,{before} pruned-hf,pretrained={export.folder}"
     )

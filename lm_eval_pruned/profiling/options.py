@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
 from lm_eval_pruned.pruning.argument_values import written_source
-from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.arguments import RECIPES, STUDY
 from lm_eval_pruned.util.options import DeclaredOptions, option
 
 
@@ -48,7 +48,7 @@ class ProfileRequest(DeclaredOptions):
     ratios: Sequence[Number] = ()
     prune_percents: Sequence[Number] = ()
     widths: Sequence[str] = ()
-    criterion: str = PruneArguments.criterion
+    criterion: str = RECIPES[STUDY]["criterion"]
     device: str = "cpu"
     dtype: str | None = None
     load_arguments: dict[str, Any] = field(default_factory=dict)

@@ -23,7 +23,7 @@ import numpy as np
 
 from lm_eval_pruned.pruning.argument_values import MEASURED, UNIFORM, written_by_layer
 from lm_eval_pruned.pruning.calibration import check_observable
-from lm_eval_pruned.pruning.criteria import CALIBRATED
+from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
 from lm_eval_pruned.pruning.measuring import MEASURED_CUTS, LoadedModel
 
@@ -68,8 +68,10 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
     kept = {layer: targets[names[0]] for layer, names in held.items()}
     neurons, multiple = sum(kept.values()), plan.multiple_of
     lowest: Any = plan.arguments.min_width
+    # Where layers are chosen one after the other, how wide each becomes is decided before.
+    criterion = "act" if plan.criterion == OBS else plan.criterion
     if plan.tried or plan.allocation in MEASURED:
-        tried = plan.tried or (plan.criterion,)
+        tried = plan.tried or (criterion,)
         found = evidence.curves(tried)
 
         def cost(layer: int, criterion: str) -> Costs:
@@ -86,7 +88,7 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
             needed = neurons // len(held) // multiple * multiple
             lowest = min(math.ceil(min(own[layer] for layer in held) * share), needed)
     else:
-        scores = evidence.scores(plan.criterion)
+        scores = evidence.scores(criterion)
         costs = [costs_of_scores([scores[n] for n in each]) for each in held.values()]
     if plan.allocation != UNIFORM:
         shared = allocate(costs, neurons, min_width=lowest or 1, multiple_of=multiple)

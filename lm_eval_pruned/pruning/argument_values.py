@@ -28,6 +28,8 @@ UNIFORM = "uniform"
 MEASURED = ("sensitivity",)
 #: One ranking of the neurons of all layers, by standardised scores.
 GLOBAL = "global"
+#: What is done to the weights of the neurons that stay.
+REPAIRS = NO_REPAIR, BIAS, LEAST_SQUARES = "none", "bias", "least_squares"
 #: Above all seeds: with the number of the layer, one has to fit into 63 bits.
 SEEDS = 1 << 43
 

@@ -10,10 +10,15 @@ import inspect
 import re
 import textwrap
 from dataclasses import Field, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval_pruned.pruning.argument_values import (
+    BIAS,
+    LEAST_SQUARES,
     MEASURED,
+    NO_REPAIR,
+    REPAIRS,
     UNIFORM,
     criterion_names,
     dropped_layers,
@@ -22,13 +27,12 @@ from lm_eval_pruned.pruning.argument_values import (
     whole,
     written_source,
 )
-from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, canonical_name
+from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, OBS, canonical_name
 from lm_eval_pruned.util.options import DeclaredOptions, Row, option
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from lm_eval_pruned.pruning.argument_values import Layers, Number
 
@@ -47,6 +51,17 @@ EXCLUSIVE = {
 }
 #: How a count of layers to drop chooses them: by their place, or by what they do to hidden states.
 LAST, BLOCK_INFLUENCE = "last", "block_influence"
+
+#: The recipe of arXiv 2512.22671, which is the default.
+STUDY = "study"
+#: What each recipe sets where the user does not.
+RECIPES: dict[str, dict[str, str]] = {
+    STUDY: {"criterion": "maw", "repair": NO_REPAIR},
+    "fast": {"criterion": "maw", "repair": NO_REPAIR, "skip_layers": "0"},
+    "best": {"criterion": OBS, "repair": LEAST_SQUARES},
+}
+#: The text that is calibrated on where none is named; `docs/calibration.md` says what it holds.
+OWN_TEXT = Path(__file__).with_name("calibration_text.jsonl")
 
 
 def _depth_rule(name: str, value: str) -> str:
@@ -91,17 +106,26 @@ class PruneArguments(DeclaredOptions):
             ``global`` ranks the neurons of all layers together. As many neurons stay in all as by
             ``uniform``. See `lm_eval_pruned.pruning.allocation`.
         min_width: Neurons to leave in each layer at least, where `allocation` is not uniform.
-        criterion: Importance score. One of ``maw`` (alias ``ppm``), ``max_abs``, ``l1``, ``l2``,
-            ``vow``, ``pon`` and ``random``, the calibrated ``maw_act`` and ``act``, or one that
+        recipe: What is set where nothing else says so. ``study`` prunes as arXiv 2512.22671 does
+            (``criterion=maw``); ``fast`` does best without text
+            (the same, with ``skip_layers=0``); ``best`` calibrates and repairs (``criterion=obs``,
+            ``repair=least_squares``). Arguments that are given win over it.
+        criterion: Importance score; default: that of the recipe, maw. One of ``maw`` (alias ``ppm``), ``max_abs``, ``l1``, ``l2``,
+            ``vow``, ``pon`` and ``random``, the calibrated ``maw_act``, ``act`` and ``obs``, or one that
             another package declares; see `lm_eval_pruned.pruning.criteria`. ``best`` takes for
             each layer that of `criteria_tried` whose cut raises the loss on `calibration` least.
         criteria_tried: Criteria that ``criterion=best`` chooses among, such as maw+act, which is
             the default.
+        repair: What makes up for removed neurons; default: that of the recipe, none. By
+            ``least_squares`` the down projections of the neurons that stay come as close as they
+            can to the old output on `calibration` text; ``bias`` changes its mean alone. See
+            `lm_eval_pruned.pruning.repair`.
         seed: Seed of the criterion random.
-        calibration: JSON Lines file of text, for criteria that look at activations, for
-            ``criterion=best``, ``allocation=sensitivity`` and ``drop_by=block_influence``. See
-            `lm_eval_pruned.pruning.calibration`; there is no default text.
-        calibration_samples: How many of its texts to use, from the first on; default: all.
+        calibration: JSON Lines file of text, for criteria that look at activations, for `repair`,
+            ``criterion=best``, ``allocation=sensitivity`` and ``drop_by=block_influence``;
+            default: text that comes with this package. See `lm_eval_pruned.pruning.calibration`.
+        calibration_samples: How many of its texts to use, from the first on; default: all, and 16
+            where losses are measured.
 
     Raises:
         ValueError: One sentence naming an argument, its value and what would work.
@@ -133,15 +157,24 @@ class PruneArguments(DeclaredOptions):
         text=dict.fromkeys(MEASURED, "measures losses"),
     )
     min_width: Number | None = option(object, None, "N", check=whole)
+    recipe: str = option(
+        object, STUDY, "NAME", choices=tuple(RECIPES), several="recipes"
+    )
     criterion: str = option(
-        *(object, "maw", "NAME"),
-        check=lambda _, value: canonical_name(value, or_best=True),
+        *(object, None, "NAME"),
+        check=lambda _, value: canonical_name(value, chosen=True),
         several="criteria",
         text=dict.fromkeys(CALIBRATED, "looks at activations")
         | {BEST: "measures losses"},
     )
     criteria_tried: str | Iterable[str] | None = option(
         object, None, "NAMES", check=criterion_names
+    )
+    repair: str = option(
+        *(object, None, "NAME"),
+        choices=REPAIRS,
+        several="repairs",
+        text=dict.fromkeys((BIAS, LEAST_SQUARES), "looks at activations"),
     )
     seed: Number = option(object, 0, "N", check=seed_below_limit, several="seeds")
     calibration: str | None = option(object, None, "FILE.jsonl")
@@ -153,9 +186,12 @@ class PruneArguments(DeclaredOptions):
         return cls(**take_prune_arguments(given))
 
     def __post_init__(self) -> None:
+        vars(self).update(settled(vars(self)))
         super().__post_init__()
         for _, sentence in _broken_rules(vars(self)):
             raise ValueError(sentence)
+        if self.calibration is None and self.runs_text:
+            object.__setattr__(self, "calibration", str(OWN_TEXT))
 
     @property
     def size(self) -> tuple[str, Number] | None:
@@ -169,6 +205,20 @@ class PruneArguments(DeclaredOptions):
         named: Any = self.criteria_tried
         chooses = self.criterion == BEST and self.size is not None
         return (named or ("maw", "act")) if chooses else ()
+
+    @property
+    def layer_by_layer(self) -> bool:
+        """Whether layers are cut one after the other, on what text does in those before."""
+        return self.size is not None and (
+            self.criterion == OBS or self.repair != NO_REPAIR
+        )
+
+    @property
+    def runs_text(self) -> bool:
+        """Whether calibration text is run through the model."""
+        return self.measures_depth or (
+            self.size is not None and _why_text(vars(self)) is not None
+        )
 
     @property
     def measures_depth(self) -> bool:
@@ -194,8 +244,6 @@ drop_by list: {drop_by} chooses layers to drop, but drop_layers names them itsel
 drop_layers by_layer: drop_layers and {by_layer} were given together, but the one numbers the
     layers anew and the other decides layer by layer: pass one of them, or drop_layers with one of
     {shared_sizes}
-why_text -calibration: {why_text}, so it needs text to run on: pass calibration=FILE.jsonl, with
-    text that is not part of the evaluation
 best ranked: criterion=best and {ranked} were given together, but the one compares losses and the
     other scores, which differ between criteria: name a criterion, or pass
     allocation={compared}
@@ -222,6 +270,27 @@ multiple_of -size: {multiple_of} rounds a kept width, but none was asked for: ad
 """
 
 
+def settled(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with what their recipe sets beside them; an unknown one sets nothing."""
+    row = dict(RECIPES.get(str(given["recipe"]), {}))
+    if given["widths"] is not None or given["layers"] is not None or _sizeless(given):
+        row.pop("skip_layers", None)
+    return {n: row.get(n) if value is None else value for n, value in given.items()}
+
+
+def _sizeless(given: Mapping[str, Any]) -> bool:
+    return all(given[name] is None for name in SIZES)
+
+
+def _why_text(given: Mapping[str, Any]) -> str | None:
+    """Return why arguments need calibration text; None where they look at weights alone."""
+    for name in ("criterion", "allocation", *DECLARED):
+        why = DECLARED[name].metadata.get("text", {}).get(str(given[name]))
+        if why and (name != "drop_by" or given["drop_layers"] is not None):
+            return f"{name}={given[name]} {why}"
+    return None
+
+
 def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each rule that arguments break, without and with its sentence.
 
@@ -240,12 +309,6 @@ def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if len(several := [told[name] for name in names if name in told]) > 1:
             together = f"{' and '.join(several)} were given together"
             yield "", f"{together}, but each of them {purpose}: pass one."
-    why_text = [
-        f"{said[name]} {why}"
-        for name in ("criterion", "allocation", *DECLARED)
-        if (why := DECLARED[name].metadata.get("text", {}).get(str(given[name])))
-        if name != "drop_by" or "drop_layers" in told
-    ]
     best = given["criterion"] == BEST and said["criterion"]
     shared = told.get("allocation") or best
     facts = told | {
@@ -256,7 +319,7 @@ def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "calibrated": " or ".join(CALIBRATED),
         "list": isinstance(given["drop_layers"], tuple),
         "chosen": told.get("layers") or told.get("skip_layers"),
-        "why_text": why_text and why_text[0],
+        "why_text": _why_text(given),
         "best": best,
         "ranked": given["allocation"] not in MEASURED and told.get("allocation"),
         "shared": shared,
@@ -282,7 +345,9 @@ def without_idle(given: dict[str, Any]) -> dict[str, Any]:
     if all(given.get(name) is None for name in SIZES):
         kept = (*CUTS, "drop_by", "calibration", "calibration_samples")
         told = {n: v for n, v in given.items() if n not in DECLARED or n in kept}
-    asked = {name: told.get(name, each.default) for name, each in DECLARED.items()}
+    asked = settled(
+        {name: told.get(name, each.default) for name, each in DECLARED.items()}
+    )
     idle = {head.partition(" -")[0] for head, _ in _broken_rules(asked) if "-" in head}
     return {name: value for name, value in told.items() if name not in idle}
 

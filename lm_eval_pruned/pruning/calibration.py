@@ -7,6 +7,7 @@ default text: whatever stood here could be what the evaluation measures.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -170,6 +171,29 @@ class CalibrationText:
         }
 
 
+@contextlib.contextmanager
+def watched(
+    model: PreTrainedModel, hooks: Mapping[nn.Module, Callable[..., None]]
+) -> Iterator[None]:
+    """Have a model in evaluation mode, without gradients, and with forward hooks.
+
+    The hooks are given arguments by name as well.
+    """
+    training = model.training
+    model.eval()
+    handles = [
+        module.register_forward_hook(hook, with_kwargs=True)
+        for module, hook in hooks.items()
+    ]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
 def run_texts(
     model: PreTrainedModel,
     texts: Sequence[Tensor],
@@ -177,28 +201,17 @@ def run_texts(
     hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
     run: Callable[[Tensor], object] | None = None,
 ) -> None:
-    """Run texts, each of shape (1, tokens), int64, through a model in evaluation mode.
+    """Run texts, each of shape (1, tokens), int64, through a `watched` model.
 
     Each text is a batch of its own, without padding, so that the same texts on the same machine
-    give the same numbers. `what` is the label of the bar; `hooks` are forward hooks that also take
-    arguments by name; `run` is called with each text, by default for one forward pass.
+    give the same numbers. `what` is the label of the bar; `run` is called with each text, by
+    default for one forward pass.
     """
-    training = model.training
-    model.eval()
-    handles = [
-        module.register_forward_hook(hook, with_kwargs=True)
-        for module, hook in (hooks or {}).items()
-    ]
     run = run or (lambda tokens: model(input_ids=tokens, use_cache=False))
-    try:
-        with torch.no_grad(), steps(len(texts), what) as step:
-            for text in texts:
-                run(text.to(model.device))
-                step(1)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    with watched(model, hooks or {}), steps(len(texts), what) as step:
+        for text in texts:
+            run(text.to(model.device))
+            step(1)
 
 
 def calibrate(

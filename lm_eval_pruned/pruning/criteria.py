@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: The control: scores that do not look at the weights.
 RANDOM = "random"
+#: Order by what a removal costs after repair; see `lm_eval_pruned.pruning.repair`.
+OBS = "obs"
 #: The wish to have the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocation`.
 BEST = "best"
 ALIASES = {"ppm": "maw"}
@@ -158,18 +160,19 @@ CRITERIA = {
         _act, "sqrt(sum d²) · sqrt(sum x²)", "arXiv 2306.11695, equation 1", "activity"
     ),
 }
-#: Criteria that need calibration text.
-CALIBRATED = tuple(name for name, each in CRITERIA.items() if each.needs == "activity")
+#: Criteria that score by `NeuronActivity`, and those that need calibration text.
+ACTIVITY = tuple(name for name, each in CRITERIA.items() if each.needs == "activity")
+CALIBRATED = (*ACTIVITY, OBS)
 
 
-def canonical_name(criterion: str, *, or_best: bool = False) -> str:
-    """Return the name of a criterion without aliases; ``best`` only where it `or_best` may be.
+def canonical_name(criterion: str, *, chosen: bool = False) -> str:
+    """Return the name of a criterion without aliases; those without scores only where `chosen`.
 
     Raises:
         ValueError: `criterion` is unknown; the message lists the known ones.
     """
     name = ALIASES.get(criterion, criterion)
-    own = [*CRITERIA, RANDOM, *([BEST] if or_best else [])]
+    own = [*CRITERIA, RANDOM, *([OBS, BEST] if chosen else [])]
     if name not in own and name not in (added := _declared_elsewhere()):
         known = ", ".join([*own, *ALIASES, *sorted(added)])
         raise ValueError(f"criterion={criterion} is unknown: pass one of {known}.")

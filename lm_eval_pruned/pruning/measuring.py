@@ -18,9 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from lm_eval_pruned.pruning.calibration import CalibrationText, calibrate, run_texts
+from lm_eval_pruned.pruning.calibration import (
+    CalibrationText,
+    calibrate,
+    read_texts,
+    run_texts,
+)
 from lm_eval_pruned.pruning.criteria import (
-    CALIBRATED,
+    ACTIVITY,
     RANDOM,
     kept_set,
     score_neurons,
@@ -42,8 +47,8 @@ if TYPE_CHECKING:
 
 #: Shares of a layer's neurons to remove when its loss is measured, in percent.
 MEASURED_CUTS = (25, 50, 75, 87.5)
-#: The loss is measured on this many tokens of each text by default.
-LENGTH = 128
+#: The loss is measured on this many tokens of so many texts by default.
+LENGTH, SAMPLES = 128, 16
 
 
 @dataclass
@@ -128,6 +133,11 @@ def depth_in_memory(
     return Depth.of(arguments, layers, *known.influence)
 
 
+def samples_for_losses(file: str, samples: int | None) -> int:
+    """Return on how many texts of a file losses are measured: by default at most `SAMPLES`."""
+    return samples or min(SAMPLES, len(read_texts(file)))
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """What an unpruned model in memory says of its neurons and layers, each thing measured once.
@@ -139,6 +149,7 @@ class LoadedModel:
         calibration: JSON Lines file of text.
         samples: How many of its texts to use; None for all.
         seed: Seed of the criterion ``random``.
+        device: Where text runs layer by layer; default: where the model is.
     """
 
     model: PreTrainedModel
@@ -147,13 +158,14 @@ class LoadedModel:
     calibration: str | None
     samples: int | None
     seed: int
+    device: Any = None
 
     def score(self, mlp: GluMlp, criterion: str) -> Tensor:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
         known, activity = self.known, None
         key = (criterion, self.seed if criterion == RANDOM else 0, mlp.name)
         if key not in known.scores:
-            if criterion in CALIBRATED:
+            if criterion in ACTIVITY:
                 activity = self._calibrated().activity[mlp.name]
             gate, up, down = (mlp.weight(each).contiguous() for each in NEURON_AXIS)
             scores = score_neurons(
@@ -174,7 +186,7 @@ class LoadedModel:
     ) -> Mapping[str, Tensor]:
         """Return the scores of `mlps`, or of all, by a criterion and name of the MLP."""
         mlps = find_glu_mlps(self.model) if mlps is None else mlps
-        if mlps and criterion in CALIBRATED:
+        if mlps and criterion in ACTIVITY:
             # Text runs once, before threads ask for it.
             self._calibrated()
         # Most of scoring does not hold the lock of the interpreter.
@@ -189,13 +201,16 @@ class LoadedModel:
         )
         return known.calibration
 
+    def text(self, samples: int | None = None, **bounds: int) -> CalibrationText:
+        """Return calibration text, by default all that was asked for; see `CalibrationText.of`."""
+        file, samples = str(self.calibration), samples or self.samples
+        return CalibrationText.of(self.model, self.tokenizer, file, samples, **bounds)
+
     def curves(self, criteria: Sequence[str]) -> Sensitivity:
         """Return the losses with one layer cut at a time, by each of `criteria`."""
         if self.known.curves is None:
-            file, samples = str(self.calibration), self.samples
-            text = CalibrationText.of(
-                self.model, self.tokenizer, file, samples, LENGTH, shortest=2
-            )
+            samples = samples_for_losses(str(self.calibration), self.samples)
+            text = self.text(samples, longest=LENGTH, shortest=2)
             removed = [Fraction(str(share)) for share in MEASURED_CUTS]
             found = [self.losses(text, criterion, removed) for criterion in criteria]
             curves = tuple(curve for each in found for curve in each.curves)

@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_pruned.pruning.argument_values import (
+    NO_REPAIR,
     UNIFORM,
     written_by_layer,
     written_layers,
 )
-from lm_eval_pruned.pruning.criteria import CALIBRATED, RANDOM
+from lm_eval_pruned.pruning.arguments import STUDY
+from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
 from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
-    from lm_eval_pruned.pruning.calibration import Calibration
     from lm_eval_pruned.pruning.widths import Widths
 
 
@@ -50,7 +53,9 @@ class PruneRecord:
             empty for the baseline, and where the process that loaded does not tell.
         groups: The GLU-MLPs by kind and width.
         config_expresses_widths: Whether stock transformers can open the model once it is saved.
-        calibration: The text on which the neurons were observed, if any.
+        calibration: The text on which the neurons were observed, if any, as the results file
+            describes it.
+        repaired: How many GLU-MLPs were repaired; None where no repair was asked for.
     """
 
     plan: PrunePlan
@@ -60,7 +65,8 @@ class PruneRecord:
     kept: tuple[Tensor, ...]
     groups: tuple[WidthGroup, ...]
     config_expresses_widths: bool
-    calibration: Calibration | None
+    calibration: Mapping[str, Any] | None
+    repaired: int | None = None
 
     @classmethod
     def of(
@@ -68,7 +74,8 @@ class PruneRecord:
         plan: PrunePlan,
         widths: Widths,
         kept: tuple[Tensor, ...] | None,
-        calibration: Calibration | None = None,
+        calibration: Mapping[str, Any] | None = None,
+        repaired: int | None = None,
     ) -> PruneRecord:
         """Describe what `plan` did to the MLPs of `widths`; `kept` is None where nobody tells."""
         targets = widths.targets(plan)
@@ -84,8 +91,8 @@ class PruneRecord:
             kept or (),
             tuple(WidthGroup(*group, mlps) for group, mlps in counts.items()),
             not widths.inexpressible(targets),
-            # Others may have been tried on the text, and not been chosen.
-            calibration if {*plan.criteria} & {*CALIBRATED} else None,
+            calibration,
+            repaired,
         )
 
     @property
@@ -107,6 +114,7 @@ class PruneRecord:
     def as_dict(self) -> dict[str, Any]:
         """Return the record as the results file holds it (JSON types only)."""
         plan = self.plan
+        recipe, repair = plan.arguments.recipe, plan.arguments.repair
         record: dict[str, Any] = {
             "criterion": plan.criterion if plan.prunes else None,
             "asked": plan.asked,
@@ -133,7 +141,10 @@ class PruneRecord:
             "measured_on": plan.measured_on and dict(plan.measured_on),
             "layer_widths": plan.layer_widths,
             "layer_criteria": plan.layer_criteria,
-            "calibration": self.calibration and self.calibration.measured_on,
+            "calibration": self.calibration and dict(self.calibration),
+            "recipe": recipe if recipe != STUDY else None,
+            "repair": repair if repair != NO_REPAIR and plan.prunes else None,
+            "mlps_repaired": self.repaired,
             "seed": plan.seed if RANDOM in plan.criteria else None,
         }
         record |= {k: value for k, value in optional.items() if value is not None}
@@ -159,6 +170,8 @@ class PruneRecord:
             done = f"criteria by layer {written_by_layer(plan.layer_criteria)}"
         elif plan.prunes:
             done = f"criterion={plan.criterion}"
+        if self.repaired is not None:
+            done += f", repair={plan.arguments.repair}"
         asked = [f"{name}={value}" for name, value in plan.asked.items()] or [
             "baseline"
         ]

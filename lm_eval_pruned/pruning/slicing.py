@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from lm_eval_pruned.pruning.allocation import plan_layers
+from lm_eval_pruned.pruning.argument_values import NO_REPAIR
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.criteria import as_words, kept_set
+from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, as_words, kept_set
 from lm_eval_pruned.pruning.depth import drop_layers
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
@@ -25,6 +26,7 @@ from lm_eval_pruned.pruning.layouts import (
 )
 from lm_eval_pruned.pruning.measuring import LoadedModel, ScoreTable, depth_in_memory
 from lm_eval_pruned.pruning.record import PruneRecord
+from lm_eval_pruned.pruning.repair import cut_layer_by_layer
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
@@ -117,7 +119,9 @@ def carry_out(
 
     `evidence` settles the plan, and `widths` are those of the layers that stay.
     """
-    model = evidence.model
+    model, asked = evidence.model, plan.arguments
+    calibration: dict[str, Any] | None = None
+    repaired: int | None = None
     kept: dict[str, Tensor] = {}
     # An error leaves the model whole: all is scored before the first MLP is narrowed.
     with contextlib.ExitStack() as on_error:
@@ -133,13 +137,27 @@ def carry_out(
                     cut[criteria.get(mlp.block, plan.criterion)].append(mlp)
             scores: dict[str, Tensor] = {}
             for criterion, of in cut.items():
-                scores |= evidence.scores(criterion, of)
+                if criterion != OBS:
+                    scores |= evidence.scores(criterion, of)
             kept = {
                 mlp.name: kept_set(scores[mlp.name], targets[mlp.name])
                 if mlp.name in scores
                 else torch.arange(mlp.width, device="cpu")
                 for mlp in mlps
             }
+            if asked.layer_by_layer:
+                text = evidence.text()
+                own = [mlp for of in cut.values() for mlp in of]
+                chosen, done = cut_layer_by_layer(
+                    *(model, text.tokens, own, targets, scores, asked.repair),
+                    *(on_error, evidence.device),
+                )
+                kept |= chosen
+                if asked.repair != NO_REPAIR:
+                    repaired = done
+                calibration = text.as_dict()
+            elif {*plan.criteria} & {*CALIBRATED} and evidence.known.calibration:
+                calibration = evidence.known.calibration.measured_on
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
             together = [list(group) for _, group in by_path]
             # Copying holds no lock of the interpreter either: without threads, a load of a 1B
@@ -149,8 +167,7 @@ def carry_out(
             widths.copy_keys(widths.narrowed_config(targets), model.config)
             widths.describe_layers(model.config, targets)
         on_error.pop_all()
-    calibration = evidence.known.calibration if plan.prunes else None
-    record = PruneRecord.of(plan, widths, tuple(kept.values()), calibration)
+    record = PruneRecord.of(plan, widths, tuple(kept.values()), calibration, repaired)
     model.prune_record = record  # type: ignore[assignment]
     return model
 

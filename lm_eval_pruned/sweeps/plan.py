@@ -25,13 +25,15 @@ from transformers.utils import cached_file
 from lm_eval_pruned.checkpoints.configs import misspelt
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
-from lm_eval_pruned.pruning.argument_values import known_allocation, read_widths
+from lm_eval_pruned.pruning.argument_values import read_widths
 from lm_eval_pruned.pruning.arguments import (
     CUTS,
     DECLARED,
     EXCLUSIVE,
+    RECIPES,
     SEVERAL,
     SIZES,
+    STUDY,
     PruneArguments,
     without_idle,
 )
@@ -377,20 +379,31 @@ def _configurations(
 
 def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what is combined with each size, without what is the default."""
-    allocations = options.get("allocations", [PruneArguments.allocation])
-    criteria = options.get("criteria", [PruneArguments.criterion])
-    names = [canonical_name(name, or_best=True) for name in criteria]
+    criteria = options.get("criteria", [])
+    names = [canonical_name(name, chosen=True) for name in criteria]
     seeds = [*map(parse_number, options.get("seeds", []))]
     if seeds and "random" not in names:
         raise ValueError(
             f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has "
             "any: add --criteria random, or leave --seeds out."
         )
-    for allocation, criterion in itertools.product(allocations, names):
-        known_allocation("allocation", allocation)
-        each = {"allocation": allocation, "criterion": criterion}
-        told = {k: v for k, v in each.items() if v != DECLARED[k].default}
-        drawn = seeds if criterion == "random" else []
+    several = {
+        "recipe": options.get("recipes", []),
+        "allocation": options.get("allocations", []),
+        "criterion": names,
+        "repair": options.get("repairs", []),
+    }
+    usual = {n: each.default for n, each in DECLARED.items()} | RECIPES[STUDY]
+    for values in itertools.product(*(every or [None] for every in several.values())):
+        given = dict(zip(several, values, strict=True))
+        # What a recipe sets may be what is given, and must not be left out.
+        silent = usual if given["recipe"] in (None, STUDY) else {}
+        told = {
+            name: value
+            for name, value in given.items()
+            if value is not None and value != silent.get(name)
+        }
+        drawn = seeds if given["criterion"] == "random" else []
         yield from [{**told, "seed": seed} for seed in drawn] or [told]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.pruning.repair import Moments
 from tests.helpers import simulated_card as card
 from tests.helpers.checkpoints import (
     auto_class,
@@ -112,6 +113,30 @@ def test_calibration_runs_where_the_model_is(criterion, route, tiny_llama, tmp_p
         model = load_pruned(str(tiny_llama), device="card")
         prune_model(model, tokenizer=byte_tokenizer(), **arguments)
     assert_same_on_the_card(model, expected)
+
+
+@pytest.mark.parametrize("route", ["load", "prune"])
+def test_repair_runs_on_the_card_one_layer_at_a_time(route, tiny_llama, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "one two three " * 20}) + "\n")
+    arguments = {"ratio": 1, "recipe": "best", "calibration": str(text)}
+    expected = load_pruned(str(tiny_llama), **arguments)
+    ran = []
+    observed = Moments.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            *(Moments, "add"), lambda self, x: (ran.append(x.device), observed(self, x))
+        )
+        if route == "load":
+            model = load_pruned(str(tiny_llama), device="card", **arguments)
+        else:
+            model = load_pruned(str(tiny_llama), device="card")
+            prune_model(model, tokenizer=byte_tokenizer(), **arguments)
+    assert {device.type for device in ran} == {"card"}
+    assert model.prune_record.digest == expected.prune_record.digest
+    for name, weight in expected.state_dict().items():
+        own = model.state_dict()[name].cpu()
+        torch.testing.assert_close(own, weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("criterion", ["maw", "l2", "random"])

@@ -1,0 +1,317 @@
+"""Repair: kept neurons take over what removed ones supplied, by least squares, without training.
+
+A GLU-MLP returns ``W x`` (plus a bias), x being the activations of its neurons, W the weights of
+down. With only the neurons S left, the weights of S that are closest to the old output over some
+text, in the sense of least squares with a ridge, are ::
+
+    W_S + W_R G_RS (G_SS + lambda I)^-1,    G = sum over the tokens of x x'
+
+where R are the removed neurons. `repaired` computes them; `order_by_cost` removes the neurons
+whose removal costs least after that (optimal brain surgeon). Layers are cut one after the other,
+each on the inputs that the cut ones give it, so that errors do not add up unseen.
+
+Source: Hassibi and Stork 1993, "Second order derivatives for network pruning: Optimal brain
+surgeon"; Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv
+2204.09656, section 3.4 (least squares over the kept); Kurtic et al. 2023, "ZipLM", arXiv
+2302.04089, section 3 (blocks of columns); An et al. 2023, FLAP, arXiv 2312.11983, section 4.3
+(bias).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lm_eval_pruned.pruning.argument_values import BIAS, LEAST_SQUARES, NO_REPAIR
+from lm_eval_pruned.pruning.criteria import kept_set
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
+from lm_eval_pruned.pruning.layouts import (
+    UnsupportedModelError,
+    describe,
+    find_glu_mlps,
+)
+from lm_eval_pruned.util.progress import steps
+
+
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from lm_eval_pruned.pruning.layouts import GluMlp
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.repair")
+
+#: lambda, as a share of the mean of the diagonal of G. From 0.01 to 0.1 nothing changes.
+RIDGE = 0.01
+#: Neurons are removed in so many steps; between two of them, the costs of the others are computed
+#: anew.
+STEPS = 24
+#: So many texts run through a layer together.
+_TOGETHER = 8
+
+
+@dataclass
+class Moments:
+    """What the neurons of a GLU-MLP did over some tokens.
+
+    Attributes:
+        gram: Sum of x x', shape (I, I), float32, where the weights are.
+        total: Sum of x, shape (I,), float32.
+        tokens: Number of tokens.
+    """
+
+    gram: Tensor
+    total: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def none(cls, width: int, device: torch.device) -> Moments:
+        """Return those of no token."""
+        return cls(
+            torch.zeros(width, width, device=device), torch.zeros(width, device=device)
+        )
+
+    def add(self, x: Tensor) -> None:
+        """Take in more tokens, of shape (tokens, I)."""
+        x = x.float()
+        self.gram.addmm_(x.T, x)
+        self.total += x.sum(0)
+        self.tokens += len(x)
+
+
+def regularised(moments: Moments, centred: bool) -> Tensor:
+    """Return G + lambda I, shape (I, I), float64; `centred` is for weights beside a bias."""
+    gram = moments.gram.double()
+    if centred:
+        total = moments.total.double()
+        gram -= torch.outer(total, total) / moments.tokens
+    gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) or 1.0)
+    return gram
+
+
+def repaired(gram: Tensor, down: Tensor, kept: Tensor) -> Tensor:
+    """Return the weights of down that make up for the neurons that are gone.
+
+    Args:
+        gram: G + lambda I, shape (I, I), float64.
+        down: Weights of all neurons, shape (H, I), any float.
+        kept: Those that stay, shape (k,), int64, ascending.
+
+    Returns:
+        Shape (H, k), float64.
+    """
+    gone = _others(kept, len(gram))
+    own, taken_over = gram[kept][:, kept], gram[kept][:, gone]
+    down = down.to(gram)
+    lost = taken_over @ down[:, gone].T
+    return down[:, kept] + torch.cholesky_solve(lost, torch.linalg.cholesky(own)).T
+
+
+def order_by_cost(gram: Tensor, down: Tensor, width: int) -> Tensor:
+    """Return the `width` neurons that stay if those go whose removal costs least after repair.
+
+    The cost of neuron j is ``|w_j|^2 / (G^-1)_jj``, w_j being its column of down. After each of
+    `STEPS` steps, weights and inverse are those of the neurons that are left, repaired.
+
+    Args:
+        gram: G + lambda I, shape (I, I), float64.
+        down: Weights of down, shape (H, I), any float.
+        width: Neurons to keep.
+
+    Returns:
+        Indices, shape (k,), int64, ascending, on the CPU.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    left = torch.arange(len(gram), device=gram.device)
+    weights = down.to(gram).T
+    most = math.ceil((len(left) - width) / STEPS)
+    while (excess := len(left) - width) > 0:
+        costs = weights.square().sum(1) / inverse.diagonal()
+        order = costs.sort(stable=True).indices
+        going, staying = order[: min(most, excess)], order[min(most, excess) :]
+        staying = staying.sort().values
+        across = inverse[staying][:, going]
+        own = torch.linalg.cholesky(inverse[going][:, going])
+        weights = weights[staying] - across @ torch.cholesky_solve(weights[going], own)
+        inverse = inverse[staying][:, staying] - across @ torch.cholesky_solve(
+            across.T, own
+        )
+        left = left[staying]
+    return left.cpu()
+
+
+def check_repairable(model: PreTrainedModel, repair: str) -> None:
+    """Refuse ``repair=bias`` where down has no bias; `model` may be on the meta device.
+
+    Raises:
+        UnsupportedModelError: As said.
+    """
+    if repair == BIAS and all(_bias(mlp) is None for mlp in find_glu_mlps(model)):
+        raise UnsupportedModelError(
+            f"repair={BIAS} corrects the bias of down_proj, and {describe(model)} has none: pass "
+            f"repair={LEAST_SQUARES}."
+        )
+
+
+def cut_layer_by_layer(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    mlps: Sequence[GluMlp],
+    targets: Mapping[str, int],
+    scores: Mapping[str, Tensor],
+    repair: str,
+    on_error: contextlib.ExitStack,
+    device: torch.device | str | None = None,
+) -> tuple[dict[str, Tensor], int]:
+    """Choose and repair the neurons of some GLU-MLPs, one layer after the other.
+
+    Removed neurons stay in the model, with weights of 0 in down. An MLP whose activations cannot
+    be observed, or that sees fewer tokens than it keeps neurons, is not repaired.
+
+    Args:
+        model: The model, with all its neurons.
+        texts: Calibration text, each of shape (1, tokens), int64.
+        mlps: Those to cut.
+        targets: Kept width of each by name.
+        scores: Scores of each by name; those without any go by `order_by_cost`.
+        repair: One of ``none``, ``bias`` and ``least_squares``.
+        on_error: Takes what undoes the change of each weight.
+        device: Where texts run and matrices are; see `LayerByLayer`.
+
+    Returns:
+        The kept neurons of each MLP by name, shape (k,), int64, ascending, on the CPU; and how
+        many MLPs were repaired.
+
+    Raises:
+        ValueError: An activation is NaN or infinite.
+        UnsupportedModelError: See `check_repairable`.
+    """
+    check_repairable(model, repair)
+    # What experts are given does not tell padding apart.
+    together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
+    walk, kept, done = LayerByLayer(model, texts, device, together), {}, 0
+    by_stack: dict[nn.Module, list[GluMlp]] = defaultdict(list)
+    for mlp in mlps:
+        by_stack[model.get_submodule(mlp.stack)].append(mlp)
+    last = max(walk.layers.index(layer) for layer in by_stack)
+    with torch.no_grad(), steps(last + 1, "repair") as step:
+        for layer in walk.layers[: last + 1]:
+            own = by_stack.get(layer, [])
+            seen: dict[str, Moments] = {}
+            hooks = {
+                place: functools.partial(_observe, walk, seen, mlp)
+                for mlp in own
+                if (place := mlp.projection("down_proj")) is not None
+            }
+            with walk.on_device():
+                returned = walk.run(hooks)
+                for mlp in own:
+                    name = mlp.name
+                    kept[name], changed = _cut(
+                        *(mlp, seen.pop(name, None), targets[name]),
+                        *(scores.get(name), repair, on_error),
+                    )
+                    done += changed
+                if own:
+                    # What was removed changes what the layer returns.
+                    returned = walk.run()
+            walk.go_on(returned)
+            step(1)
+    if done < len(mlps) and repair != NO_REPAIR:
+        logger.warning(
+            "repair=%s: %d of %d GLU-MLPs are repaired; the others keep their weights, because "
+            "their activations cannot be observed or the calibration text has fewer tokens for "
+            "them than they keep neurons.",
+            repair,
+            done,
+            len(mlps),
+        )
+    return kept, done
+
+
+def _observe(
+    walk: LayerByLayer,
+    seen: dict[str, Moments],
+    mlp: GluMlp,
+    module,
+    positional,
+    named,
+    output,
+) -> None:
+    x = positional[0].flatten(0, -2)
+    if len(x) == walk.real.numel():
+        x = x[walk.real.flatten()]
+    if mlp.name not in seen:
+        seen[mlp.name] = Moments.none(mlp.width, x.device)
+    seen[mlp.name].add(x)
+
+
+def _cut(
+    mlp: GluMlp,
+    moments: Moments | None,
+    width: int,
+    scores: Tensor | None,
+    repair: str,
+    on_error: contextlib.ExitStack,
+) -> tuple[Tensor, bool]:
+    """Set the columns of removed neurons to 0, and the others to repaired ones."""
+    down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
+    if moments is None:
+        moments = Moments.none(mlp.width, down.device)
+    if not moments.gram.isfinite().all():
+        raise ValueError(
+            f"The calibration text makes {mlp.name} produce NaN or infinite activations: use "
+            "another dtype, such as dtype=float32, or other text."
+        )
+    enough = moments.tokens >= width
+    solves = repair == LEAST_SQUARES and enough
+    gram = torch.empty(0)
+    if scores is None or solves:
+        gram = regularised(moments, bias is not None and moments.tokens > 0)
+    if scores is None:
+        kept = order_by_cost(gram, down, width)
+    else:
+        kept = kept_set(scores, width)
+    here, gone = kept.to(down.device), _others(kept, mlp.width).to(down.device)
+    before = down.clone()
+    on_error.callback(_restore, mlp, before.cpu())
+    if solves:
+        down[:, here] = repaired(gram, before, here).to(down.dtype)
+    down[:, gone] = 0
+    if bias is not None and repair != NO_REPAIR and enough:
+        on_error.callback(_restore_bias, mlp, bias.cpu().clone())
+        mean = (moments.total / moments.tokens).double()
+        bias += ((before.double() - down.double()) @ mean).to(bias)
+        return kept, True
+    return kept, solves
+
+
+def _restore(mlp: GluMlp, weights: Tensor) -> None:
+    mlp.weight("down_proj").detach().copy_(weights)
+
+
+def _restore_bias(mlp: GluMlp, bias: Tensor) -> None:
+    mlp.projection("down_proj").bias.detach().copy_(bias)
+
+
+def _bias(mlp: GluMlp) -> Tensor | None:
+    """Return the bias of down, shape (H,), where it is a module with one."""
+    bias: Any = getattr(mlp.projection("down_proj"), "bias", None)
+    return None if bias is None else bias.detach()
+
+
+def _others(kept: Tensor, width: int) -> Tensor:
+    """Return the indices below `width` that are not `kept`, ascending."""
+    gone = torch.ones(width, dtype=torch.bool, device=kept.device)
+    gone[kept] = False
+    return gone.nonzero().flatten()

@@ -1,0 +1,306 @@
+"""Repair by least squares: what it promises of one layer, and of a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.checkpoints.cost import HELD_TEXT
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.cli import main
+from lm_eval_pruned.pruning.arguments import OWN_TEXT
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.repair import (
+    Moments,
+    order_by_cost,
+    regularised,
+    repaired,
+)
+from tests.helpers.checkpoints import byte_tokenizer
+
+
+TEXTS = [
+    "One two three four five six seven eight nine ten. " * 12,
+    "A model is cut, and what is left of it is asked again. " * 12,
+]
+seeds = st.integers(0, 2**20)
+
+
+def layer(seed: int, neurons: int = 24, tokens: int = 60):
+    """Return activations (tokens, I), down (H, I) and regularised G of a layer, and H = 5."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(neurons, neurons, generator=generator)
+    x = torch.randn(tokens, neurons, generator=generator) @ mixing
+    down = torch.randn(5, neurons, generator=generator)
+    moments = Moments.none(neurons, torch.device("cpu"))
+    moments.add(x)
+    return x.double(), down.double(), regularised(moments, centred=False)
+
+
+def objective(gram, down, kept, weights) -> float:
+    """Return the squared error of the output, with the ridge: the trace of D G D'."""
+    change = -down.clone()
+    change[:, kept] += weights
+    return float((change @ gram @ change.T).diagonal().sum())
+
+
+@given(seeds)
+def test_keeping_all_neurons_changes_nothing(seed):
+    _, down, gram = layer(seed)
+    assert torch.equal(repaired(gram, down, torch.arange(24)), down)
+
+
+@given(seeds)
+def test_a_neuron_that_others_make_up_goes_without_loss(seed):
+    x, down, _ = layer(seed)
+    x[:, 7] = x[:, 3] - 2 * x[:, 11]
+    gram = x.T @ x + 1e-9 * torch.eye(24)
+    kept = torch.tensor([n for n in range(24) if n != 7])
+    lost = x[:, kept] @ repaired(gram, down, kept).T - x @ down.T
+    assert lost.abs().max() < 1e-6 * (x @ down.T).abs().max()
+
+
+@given(seeds, st.integers(1, 23), st.sampled_from([4, 60]))
+def test_repair_lowers_the_error_and_no_change_does_better(seed, width, tokens):
+    # With 4 tokens G has rank 4.
+    x, down, gram = layer(seed, tokens=tokens)
+    kept = order_by_cost(gram, down, width)
+    new = repaired(gram, down, kept)
+    wanted = x @ down.T
+
+    def error(weights):
+        return float((x[:, kept] @ weights.T - wanted).square().sum())
+
+    assert error(new) <= error(down[:, kept]) * (1 + 1e-9)
+    best = objective(gram, down, kept, new)
+    generator = torch.Generator().manual_seed(seed)
+    for size in (1e-3, 1e-1):
+        step = size * torch.randn(new.shape, generator=generator, dtype=torch.float64)
+        assert objective(gram, down, kept, new + step) >= best
+
+
+@given(seeds)
+def test_the_first_neuron_to_go_is_the_one_that_costs_least_after_repair(seed):
+    _, down, gram = layer(seed, neurons=12)
+    costs = []
+    for gone in range(12):
+        kept = torch.tensor([n for n in range(12) if n != gone])
+        costs.append(objective(gram, down, kept, repaired(gram, down, kept)))
+    left = order_by_cost(gram, down, 11)
+    (gone,) = {*range(12)} - {*left.tolist()}
+    assert costs[gone] == pytest.approx(min(costs), rel=1e-6)
+
+
+@given(seeds)
+def test_32_bit_activations_give_the_weights_of_64_bit_ones(seed):
+    x, down, gram = layer(seed)
+    exact = x.T @ x
+    exact.diagonal().add_(0.01 * float(exact.diagonal().mean()))
+    kept = torch.arange(0, 24, 2)
+    single, double = (repaired(each, down, kept) for each in (gram, exact))
+    torch.testing.assert_close(single, double, rtol=1e-4, atol=1e-4)
+
+
+def tiny(**more) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 300}
+    config = LlamaConfig(**sizes, intermediate_size=64, num_hidden_layers=3, **more)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_texts_meet_each_layer_with_what_the_changed_ones_return():
+    model = tiny()
+    texts = [
+        torch.arange(n)[None] for n in (5, 9)
+    ]  # Alone, so that rounding is the same.
+    walk = LayerByLayer(model, texts)
+    for layer in walk.layers:
+        walk.run()
+        with torch.no_grad():
+            layer.mlp.down_proj.weight.mul_(1.5)
+        returned = walk.run()
+        walk.go_on(returned)
+    for text, each in zip(texts, returned, strict=True):
+        hidden = model.model(input_ids=text, use_cache=False).last_hidden_state
+        torch.testing.assert_close(model.model.norm(each), hidden, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a tiny checkpoint with a tokenizer, and calibration text beside it."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    lines = "\n".join(json.dumps({"text": text}) for text in TEXTS)
+    (path / "text.jsonl").write_text(lines + "\n")
+    return path
+
+
+@pytest.mark.parametrize("criterion", ["maw", "act", "obs", "random"])
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_repair_is_the_same_on_load_in_memory_and_in_an_export(
+    folder, tmp_path, criterion, mlp_bias
+):
+    source = folder
+    if mlp_bias:
+        source = tmp_path / "biased"
+        model = tiny(mlp_bias=True)
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.mlp.down_proj.bias)
+        model.save_pretrained(source)
+        byte_tokenizer().save_pretrained(source)
+    asked = {
+        "prune_percent": 40,
+        "criterion": criterion,
+        "repair": "least_squares",
+        "calibration": str(folder / "text.jsonl"),
+    }
+    loaded = load_pruned(str(source), **asked)
+    whole = LlamaForCausalLM.from_pretrained(source)
+    in_memory = prune_model(whole, tokenizer=byte_tokenizer(), **asked)
+    output = tmp_path / "exported"
+    export_pruned(str(source), output=output, prune_arguments=asked)
+    opened = LlamaForCausalLM.from_pretrained(output)
+    for other in (in_memory, opened):
+        for name, weight in loaded.state_dict().items():
+            assert torch.equal(weight, other.state_dict()[name]), name
+    record = loaded.prune_record.as_dict()
+    assert (record["repair"], record["mlps_repaired"]) == ("least_squares", 3)
+    assert record["calibration"]["file"] == "text.jsonl"
+    without = {**asked, "repair": "none"}
+    if criterion in ("maw", "random"):
+        del without["calibration"]
+    unrepaired = load_pruned(str(source), **without)
+    assert "repair" not in unrepaired.prune_record.as_dict()
+    for layer, without in zip(
+        loaded.model.layers, unrepaired.model.layers, strict=True
+    ):
+        assert not torch.equal(layer.mlp.down_proj.weight, without.mlp.down_proj.weight)
+
+
+def test_a_bias_alone_takes_over_the_mean_of_what_is_gone(folder):
+    model = tiny(mlp_bias=True)
+    seen = []
+    first = model.model.layers[0].mlp
+    first.register_forward_hook(lambda module, given, output: seen.append(output))
+    asked = {"calibration": str(folder / "text.jsonl"), "layers": 0}
+    ids = byte_tokenizer()(TEXTS)["input_ids"]
+
+    def mean():
+        seen.clear()
+        with torch.no_grad():
+            for each in ids:
+                model(torch.tensor([each]))
+        return torch.cat([each.flatten(0, -2) for each in seen]).mean(0)
+
+    before = mean()
+    prune_model(
+        model, tokenizer=byte_tokenizer(), prune_percent=40, repair="bias", **asked
+    )
+    torch.testing.assert_close(mean(), before, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bias_that_is_not_there_is_refused_before_the_load(folder):
+    asked = {"prune_percent": 40, "repair": "bias"}
+    text = {"calibration": str(folder / "text.jsonl")}
+    with pytest.raises(UnsupportedModelError, match="repair=least_squares"):
+        load_pruned(str(folder), **asked, **text)
+
+
+def test_what_fails_leaves_the_model_whole(folder):
+    model = tiny()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1e38)
+    wrong = model.model.layers[2].mlp.up_proj.weight.clone()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        prune_model(
+            model,
+            tokenizer=byte_tokenizer(),
+            prune_percent=40,
+            recipe="best",
+            calibration=str(folder / "text.jsonl"),
+        )
+    before["model.layers.2.mlp.up_proj.weight"] = wrong
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_text_that_is_too_short_repairs_nothing_and_says_so(folder, tmp_path, caplog):
+    short = tmp_path / "short.jsonl"
+    short.write_text(json.dumps({"text": "Too short."}) + "\n")
+    asked = {"prune_percent": 40, "repair": "least_squares", "calibration": str(short)}
+    model = load_pruned(str(folder), **asked)
+    plain = load_pruned(str(folder), prune_percent=40)
+    assert model.prune_record.as_dict()["mlps_repaired"] == 0
+    assert "0 of 3 GLU-MLPs are repaired" in caplog.text
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_the_own_text_has_six_kinds_and_shares_no_run_of_8_words_with_held_text():
+    words = {}
+    for file in (OWN_TEXT, HELD_TEXT):
+        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        words[file] = {
+            tuple(found[n : n + 8])
+            for found in (re.findall(r"\w+", line["text"].lower()) for line in lines)
+            for n in range(len(found) - 7)
+        }
+        assert len({line["kind"] for line in lines}) >= 4
+    assert OWN_TEXT.stat().st_size < 300_000
+    assert not words[OWN_TEXT] & words[HELD_TEXT]
+    demo = Path(__file__).parents[2] / "tasks" / "demo"
+    for name in ("instructions.jsonl", "misconceptions.jsonl"):
+        text = " ".join(re.findall(r"\w+", (demo / name).read_text("utf-8").lower()))
+        assert not any(" ".join(run) in text for run in words[OWN_TEXT])
+
+
+@pytest.mark.parametrize("criterion", ["act", "obs"])
+def test_an_allocation_goes_with_repair(folder, criterion):
+    model = load_pruned(
+        str(folder),
+        prune_percent=40,
+        criterion=criterion,
+        repair="least_squares",
+        allocation="global",
+        calibration=str(folder / "text.jsonl"),
+    )
+    widths = dict(model.prune_record.plan.layer_widths)
+    assert sum(widths.values()) == 3 * 39
+    for number, layer in enumerate(model.model.layers):
+        assert layer.mlp.down_proj.weight.shape == (32, widths[number])
+
+
+def test_prune_takes_the_best_recipe_and_says_what_the_cut_cost(
+    folder, tmp_path, capsys
+):
+    output = tmp_path / "pruned"
+    text = ["--calibration", str(folder / "text.jsonl")]
+    size = ["--prune_percent", "40", "--check", "--output_path", str(output)]
+    assert main(["prune", "--model_args", f"pretrained={folder}", *size, *text]) == 0
+    out, err = capsys.readouterr()
+    assert "recipe=best was chosen" in err
+    assert "unpruned|pruned|random cut" in out
+    assert f"verdict pruned-hf,pretrained={folder} " in out
+    card = (output / "README.md").read_text("utf-8")
+    for said in ("loss, nats per token", "random cut", "least squares"):
+        assert said in card
+    assert '"repair": "least_squares"' in card
+    expected = load_pruned(
+        str(folder),
+        prune_percent=40,
+        recipe="best",
+        calibration=str(folder / "text.jsonl"),
+    )
+    opened = LlamaForCausalLM.from_pretrained(output)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(weight, opened.state_dict()[name]), name
