@@ -22,7 +22,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval_pruned.sweeps.floors import Floor
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
-from lm_eval_pruned.sweeps.plan import MODELS
+from lm_eval_pruned.sweeps.plan import MODELS, Configuration
 from lm_eval_pruned.sweeps.stopping import check_tasks, evaluate_until_decided
 from lm_eval_pruned.sweeps.tasks import fingerprint, load_task
 from lm_eval_pruned.sweeps.tracking import check_tracking, report
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.sweeps.plan import Configuration, Sweep, Unit
+    from lm_eval_pruned.sweeps.plan import Sweep, Unit
     from lm_eval_pruned.sweeps.tasks import SweepTask
 
     #: A unit, the folder of its files, its seconds, and None or what it failed with.
