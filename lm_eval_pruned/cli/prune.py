@@ -11,11 +11,17 @@ from lm_eval_pruned.util.options import row
 
 _GROUPS = {names[0]: [*map(option_row, names)] for names in EXCLUSIVE.values()}
 _GROUPED = [name for names in EXCLUSIVE.values() for name in names[1:]]
+_ROWS = _GROUPS | {
+    "recipe": row(
+        *("--recipe", "NAME"),
+        "what to prune by: study, fast or best (default: best, or fast where text cannot be run)",
+    )
+}
 # fmt: off
 OPTIONS = (
     loading.MODEL_ARGS,
     row("--output_path", "DIR", "folder to write; new or empty", required=True),
-    *(_GROUPS.get(n, option_row(n)) for n in DECLARED if n not in _GROUPED),
+    *(_ROWS.get(n, option_row(n)) for n in DECLARED if n not in _GROUPED),
     loading.TRUST_REMOTE_CODE,
     row("--device", None, "where calibration text is run through the model (default: cpu)",
         default="cpu"),

@@ -106,20 +106,20 @@ class PruneArguments(DeclaredOptions):
             ``global`` ranks the neurons of all layers together. As many neurons stay in all as by
             ``uniform``. See `lm_eval_pruned.pruning.allocation`.
         min_width: Neurons to leave in each layer at least, where `allocation` is not uniform.
-        recipe: What is set where nothing else says so. ``study`` prunes as arXiv 2512.22671 does
-            (``criterion=maw``); ``fast`` does best without text
-            (the same, with ``skip_layers=0``); ``best`` calibrates and repairs (``criterion=obs``,
-            ``repair=least_squares``). Arguments that are given win over it.
-        criterion: Importance score; default: that of the recipe, maw. One of ``maw`` (alias ``ppm``), ``max_abs``, ``l1``, ``l2``,
-            ``vow``, ``pon`` and ``random``, the calibrated ``maw_act``, ``act`` and ``obs``, or one that
-            another package declares; see `lm_eval_pruned.pruning.criteria`. ``best`` takes for
-            each layer that of `criteria_tried` whose cut raises the loss on `calibration` least.
+        recipe: What to prune by: study, fast or best. It sets what is not given: ``study``
+            ``criterion=maw``, as arXiv 2512.22671 has it; ``fast``, which reads no text, the same
+            with ``skip_layers=0``; ``best`` ``criterion=obs`` and ``repair=least_squares``.
+        criterion: Importance score; default: maw, or that of the recipe. One of ``maw`` (alias
+            ``ppm``), ``max_abs``, ``l1``, ``l2``, ``vow``, ``pon`` and ``random``, the calibrated
+            ``maw_act``, ``act`` and ``obs``, or one that another package declares; see
+            `lm_eval_pruned.pruning.criteria`. ``best`` takes for each layer that of
+            `criteria_tried` whose cut raises the loss on `calibration` least.
         criteria_tried: Criteria that ``criterion=best`` chooses among, such as maw+act, which is
             the default.
-        repair: What makes up for removed neurons; default: that of the recipe, none. By
-            ``least_squares`` the down projections of the neurons that stay come as close as they
-            can to the old output on `calibration` text; ``bias`` changes its mean alone. See
-            `lm_eval_pruned.pruning.repair`.
+        repair: What makes up for removed neurons: none, bias or least_squares; default: none, or
+            that of the recipe. ``least_squares`` changes the down projections so that they come as
+            close to the old output on `calibration` text as they can; ``bias`` corrects its mean.
+            See `lm_eval_pruned.pruning.repair`.
         seed: Seed of the criterion random.
         calibration: JSON Lines file of text, for criteria that look at activations, for `repair`,
             ``criterion=best``, ``allocation=sensitivity`` and ``drop_by=block_influence``;

@@ -58,8 +58,6 @@ ARGUMENTS = [
     # Allocation and the choice of criteria.
     ({"allocation": "global"}, "allocation=global shares .* no size"),
     ({"ratio": 2, "allocation": "fair"}, "allocation=fair is unknown"),
-    ({"ratio": 2, "allocation": "sensitivity"}, "allocation=sensitivity .* text"),
-    ({"ratio": 2, "criterion": "best"}, "criterion=best .* text"),
     (
         {"ratio": 2, "criterion": "best", "allocation": "global", "calibration": "a"},
         "criterion=best and allocation=global",
@@ -74,7 +72,8 @@ ARGUMENTS = [
     # Text.
     ({"ratio": 2, "calibration": "a"}, "calibration=a .* criterion=maw looks"),
     ({"ratio": 2, "calibration_samples": 1}, "calibration_samples=1 .* criterion=maw"),
-    ({"ratio": 2, "criterion": "act"}, "criterion=act .* text"),
+    ({"ratio": 2, "recipe": "worst"}, "recipe=worst is unknown"),
+    ({"ratio": 2, "repair": "nails"}, "repair=nails is unknown"),
     (
         {"ratio": 2, "criterion": "act", "calibration": "a", "calibration_samples": 0},
         "calibration_samples=0 is not a whole",
@@ -88,7 +87,6 @@ ARGUMENTS = [
     (DROP | {"drop_by": "magic"}, "drop_by=magic is no way"),
     (INFLUENCE, "no count was given"),
     ({"drop_layers": "1+2", **INFLUENCE}, "drop_layers names them itself"),
-    (DROP | INFLUENCE, "drop_by=block_influence .* text"),
     (DROP | {"calibration": "a.jsonl"}, "looks at weights alone"),
     (DROP | {"widths": {0: 4}}, "drop_layers and widths="),
     (DROP | {"ratio": 1, "allocation": "global"}, "drop_layers and allocation=global"),

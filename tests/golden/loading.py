@@ -117,7 +117,6 @@ MISTAKES: tuple[dict[str, Any], ...] = (
     {"widths": {0: 30}, "layers": "0"},
     {"prune_percent": 40, "criterion": "mow"},
     {"prune_percent": 40, "criterion": "random", "seed": -1},
-    {"prune_percent": 40, "criterion": "act"},
     {"prune_percent": 40, "criterion": "act", "calibration": "absent.jsonl"},
     {"prune_percent": 40, "calibration": TEXT},
     {"prune_percent": 40, "criterion": "best", "calibration": TEXT, "criteria_tried": "maw+mow"},
@@ -131,7 +130,6 @@ MISTAKES: tuple[dict[str, Any], ...] = (
     {"drop_layers": [0, 1, 2]},
     {"drop_layers": 1, "drop_by": "first"},
     {"drop_by": "block_influence"},
-    {"drop_layers": 1, "drop_by": "block_influence"},
     {"drop_layers": 1, "widths": {0: 30}},
     {"drop_layers": 1, "prune_percent": 40, "allocation": "global"},
 )  # fmt: skip

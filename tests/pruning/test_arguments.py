@@ -22,7 +22,7 @@ DEFAULTS = {
     "multiple_of": 1,
     "drop_by": "last",
     "allocation": "uniform",
-    "criterion": "maw",
+    "recipe": "study",
     "seed": 0,
 }
 CALLED = {

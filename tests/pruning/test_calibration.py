@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.pruning.calibration import calibrate, read_texts
-from lm_eval_pruned.pruning.criteria import CALIBRATED
+from lm_eval_pruned.pruning.criteria import ACTIVITY, CALIBRATED
 from tests.helpers import checkpoints, evaluations
 from tests.helpers.checkpoints import byte_tokenizer
 from tests.helpers.comparing import assert_same_model
@@ -77,7 +77,7 @@ def test_chats_go_through_the_template(tiny_llama, tmp_path):
 
 def test_long_texts_are_cut_at_the_models_positions(tmp_path, text):
     folder = checkpoints.save_tiny(tmp_path / "model", max_position_embeddings=8)
-    found = kept_by(folder, text).calibration.measured_on
+    found = kept_by(folder, text).calibration
     assert found["tokens"] == 8 * len(TEXTS)
 
 
@@ -101,7 +101,7 @@ def test_silent_neurons_go_first(tiny_llama, tmp_path_factory, silent):
             layer.mlp.up_proj.weight[sorted(silent)] *= 100
     asked = {"intermediate_size": 88 - len(silent), "calibration": file}
     asked["tokenizer"] = byte_tokenizer()
-    for criterion in CALIBRATED:
+    for criterion in ACTIVITY:
         observed = prune_model(copy.deepcopy(model), criterion=criterion, **asked)
         for kept in observed.prune_record.kept:
             assert not silent & set(kept.tolist())
