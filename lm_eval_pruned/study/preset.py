@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import plan_rows
-from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, SEVERAL
+from lm_eval_pruned.pruning.arguments import CUTS, SEVERAL
 from lm_eval_pruned.sweeps.options import read_file
 from lm_eval_pruned.sweeps.plan import model_source
 
@@ -59,8 +59,6 @@ def options_of(
             del options["seeds"]
         if "samples" in given:
             options.pop("limit", None)
-        if "recipe" in DECLARED and "recipe" not in arguments:
-            options["beside"] = [{"recipe": "best"}]
         options |= given
         options["model_args"] = {**arguments, "pretrained": source["pretrained"]}
         options["output_path"] = str(Path(given["output_path"], name))

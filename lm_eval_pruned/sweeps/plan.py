@@ -112,8 +112,7 @@ class Sweep:
     """A sweep that has been planned: nothing is loaded, nothing is evaluated.
 
     Args:
-        options: From `options.read_options`; also `beside`, arguments of pruning that each size is
-            combined with beside its criteria.
+        options: From `options.read_options`.
 
     Attributes:
         stop_when: What ends a unit of a pruned model, or None for its last document.
@@ -355,7 +354,7 @@ def _configurations(
     plan = functools.partial(plan_rows, **model_source(base))
     (whole,) = plan(argument="prune_percent", values=["0"])
     found = {"baseline": Configuration("baseline", {}, *_size(whole))}
-    variants = [*_variants(options), *options.get("beside", [])]
+    variants = [*_variants(options)]
     shared = {name: base[name] for name in _WITH_SIZES if base.get(name) is not None}
     for option, argument in SEVERAL.items():
         if argument not in CUTS:
@@ -387,23 +386,20 @@ def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
             f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has "
             "any: add --criteria random, or leave --seeds out."
         )
-    several = {
-        "recipe": options.get("recipes", []),
-        "allocation": options.get("allocations", []),
-        "criterion": names,
-        "repair": options.get("repairs", []),
-    }
+    # A recipe chooses the criterion, so the two are not combined.
+    chosen = [{"recipe": name} for name in options.get("recipes", [])]
+    if names or not chosen:
+        chosen += [{"criterion": name} for name in names or [None]]
+    several = [
+        [{argument: value} for value in options.get(option) or [None]]
+        for option, argument in (("allocations", "allocation"), ("repairs", "repair"))
+    ]
     usual = {n: each.default for n, each in DECLARED.items()} | RECIPES[STUDY]
-    for values in itertools.product(*(every or [None] for every in several.values())):
-        given = dict(zip(several, values, strict=True))
-        # What a recipe sets may be what is given, and must not be left out.
-        silent = usual if given["recipe"] in (None, STUDY) else {}
-        told = {
-            name: value
-            for name, value in given.items()
-            if value is not None and value != silent.get(name)
-        }
-        drawn = seeds if given["criterion"] == "random" else []
+    for parts in itertools.product(*several, chosen):
+        given = functools.reduce(operator.or_, parts)
+        silent = {} if "recipe" in given else usual
+        told = {n: v for n, v in given.items() if v not in (None, silent.get(n))}
+        drawn = seeds if given.get("criterion") == "random" else []
         yield from [{**told, "seed": seed} for seed in drawn] or [told]
 
 

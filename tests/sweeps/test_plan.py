@@ -177,7 +177,6 @@ def test_shards_are_a_partition(options, parts):
         ({"ratios": ["many"]}, "ratio=many"),
         ({"seeds": ["1"]}, "only the criterion random"),
         ({"criteria": ["random"], "seeds": ["-1"]}, "seed=-1"),
-        ({"criteria": ["best"]}, "best"),
         ({"model": "hf"}, "model=hf"),
         ({"tasks": ["no_such_task"]}, "no_such_task"),
         ({"include_path": "/no/such/folder"}, "not a folder"),
