@@ -220,7 +220,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tiny_llama, text, tmp_path):
 def test_the_work_is_what_the_documentation_says(
     tmp_path, text, monkeypatch, layers, criteria
 ):
-    """Half of a whole forward pass for each cut (docs/allocation.md)."""
+    """Half of a whole forward pass for each cut (docs/layers.md)."""
     tokens, forward = [], LlamaMLP.forward
 
     def counting(self, hidden):
