@@ -60,7 +60,7 @@ RECIPES: dict[str, dict[str, str]] = {
     "fast": {"criterion": "maw", "repair": NO_REPAIR, "skip_layers": "0"},
     "best": {"criterion": OBS, "repair": LEAST_SQUARES},
 }
-#: The text that is calibrated on where none is named; `docs/calibration.md` says what it holds.
+#: The text that is calibrated on where none is named; `docs/criteria.md` says what it holds.
 OWN_TEXT = Path(__file__).with_name("calibration_text.jsonl")
 
 

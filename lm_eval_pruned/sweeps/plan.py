@@ -389,7 +389,7 @@ def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     # A recipe chooses the criterion, so the two are not combined.
     chosen = [{"recipe": name} for name in options.get("recipes", [])]
     if names or not chosen:
-        chosen += [{"criterion": name} for name in names or [None]]
+        chosen += [{"criterion": name} for name in names or [""]]
     several = [
         [{argument: value} for value in options.get(option) or [None]]
         for option, argument in (("allocations", "allocation"), ("repairs", "repair"))
@@ -398,7 +398,7 @@ def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for parts in itertools.product(*several, chosen):
         given = functools.reduce(operator.or_, parts)
         silent = {} if "recipe" in given else usual
-        told = {n: v for n, v in given.items() if v not in (None, silent.get(n))}
+        told = {n: v for n, v in given.items() if v and v != silent.get(n)}
         drawn = seeds if given.get("criterion") == "random" else []
         yield from [{**told, "seed": seed} for seed in drawn] or [told]
 
