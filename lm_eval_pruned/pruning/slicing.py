@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -14,9 +15,15 @@ import numpy as np
 import torch
 
 from lm_eval_pruned.pruning.allocation import plan_layers
-from lm_eval_pruned.pruning.argument_values import NO_REPAIR
+from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, as_words, kept_set
+from lm_eval_pruned.pruning.criteria import (
+    CALIBRATED,
+    OBS,
+    as_words,
+    beaten_by_chance,
+    kept_set,
+)
 from lm_eval_pruned.pruning.depth import drop_layers
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
@@ -179,6 +186,8 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
     """
     plan: PrunePlan = model.prune_record.plan  # type: ignore[union-attr, assignment]
     targets = widths.targets(plan)
+    if plan.prunes and (plan.allocation, plan.arguments.repair) == (UNIFORM, NO_REPAIR):
+        _tell_once(beaten_by_chance(plan.criterion, 1 - plan.width / plan.width_before))
     choose_experts_implementation(model)
     if names := widths.inexpressible(targets):
         logger.warning(
@@ -201,6 +210,12 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
                 math.lcm(_CUDA_MULTIPLE, plan.multiple_of),
             )
     return model
+
+
+@functools.cache
+def _tell_once(sentence: str | None) -> None:
+    if sentence is not None:
+        logger.warning(sentence)
 
 
 def choose_experts_implementation(model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.cost import HELD_TEXT
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.cli import main
+from lm_eval_pruned.pruning import slicing
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
@@ -304,3 +305,14 @@ def test_prune_takes_the_best_recipe_and_says_what_the_cut_cost(
     opened = LlamaForCausalLM.from_pretrained(output)
     for name, weight in expected.state_dict().items():
         assert torch.equal(weight, opened.state_dict()[name]), name
+
+
+def test_whoever_prunes_worse_than_chance_is_told_once(folder, caplog):
+    slicing._tell_once.cache_clear()
+    for _ in range(2):
+        load_pruned(str(folder), prune_percent=10)
+    assert caplog.text.count("did worse than a random cut") == 1
+    slicing._tell_once.cache_clear()
+    load_pruned(str(folder), prune_percent=40)
+    load_pruned(str(folder), prune_percent=10, criterion="random")
+    assert caplog.text.count("did worse than a random cut") == 1
