@@ -1,8 +1,8 @@
 """Draw the figures of the README and of the pages on pruning: ``python docs/make_study_figures.py``.
 
 Reads the scores published with arXiv 2512.22671 (``lm_eval_pruned/study/study_benchmarks.csv``) and the tables beside the pages,
-``docs/measurements/dichotomy.csv`` and ``docs/measurements/price.csv``. Writes ``docs/dichotomy.svg`` and one SVG beside
-each table. Needs the extra ``report``.
+``dichotomy.csv``, ``price.csv`` and ``recipes.csv`` in ``docs/measurements``. Writes ``docs/dichotomy.svg`` and one SVG
+beside each table. Needs the extra ``report``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ MEASURED = {
 }
 CRITERIA = ("maw", "l2", "act", "random")
 PRICES = ("uniform maw", "uniform act", "sensitivity maw", "sensitivity best", "random")
+#: Rows of ``recipes.csv``, and what the figure calls them.
+RECIPES = ("maw", "random", "fast", "best")
+SHOWN_AS = ("study (maw)", "random", "fast", "best")
 REMOVED = alt.X("percent:Q", title="neurons removed, %")
 
 
@@ -117,10 +120,24 @@ def price() -> Plot:
     return Plot("price", "SmolLM2-135M-Instruct", said, drawn)
 
 
+def recipes() -> Plot:
+    """Draw the loss on held text by recipe over the share removed."""
+    rows = pd.read_csv(PAGES / "recipes.csv", comment="#")
+    rows = rows[rows["model"] == "SmolLM2"].rename(columns={"removed": "percent"})
+    unpruned = rows[rows["method"] == "unpruned"]["mean"].iloc[0]
+    shown = rows.replace({"method": dict(zip(RECIPES, SHOWN_AS, strict=True))})
+    scale = alt.Scale(zero=False, clamp=True)
+    y = alt.Y("value:Q", title="loss on held text, nats per token", scale=scale)
+    of = over_sizes(shown, "mean", SHOWN_AS)
+    drawn = lines(of, REMOVED, y, look_of(SHOWN_AS)) + level(unpruned, y)
+    said = "Dotted: the unpruned model. Mean of seven kinds of text, none of them in the calibration text."
+    return Plot("recipes", "SmolLM2-135M-Instruct", said, drawn)
+
+
 def main() -> None:
     """Draw all figures."""
     (ROOT / "docs" / "dichotomy.svg").write_text(study().svg, encoding="utf-8")
-    for plot in (dichotomy(), price()):
+    for plot in (dichotomy(), price(), recipes()):
         (PAGES / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
 
 
