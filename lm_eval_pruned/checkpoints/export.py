@@ -22,6 +22,7 @@ from lm_eval_pruned.util.atomic import appearing_whole
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
 
     from transformers import PreTrainedModel
 
@@ -76,6 +77,7 @@ def export_pruned(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     push_to_hub: str | None = None,
     prune_arguments: dict[str, Any],
+    more_files: Callable[[PruneRecord], dict[str, str]] | None = None,
     **from_pretrained: Any,
 ) -> Export:
     """Write a pruned model as an ordinary checkpoint that stock transformers opens.
@@ -95,6 +97,8 @@ def export_pruned(
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
         prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+        more_files: Returns further files, text by name, for what was pruned; what it raises ends the
+            export before anything is written.
         **from_pretrained: Anything else ``from_pretrained`` takes.
 
     Raises:
@@ -131,11 +135,14 @@ def export_pruned(
             f"{asked_of(record.plan) or 'no size'} keeps all {record.plan.width_before} neurons, so "
             f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
         )
+    more = {} if more_files is None else more_files(record)
     source = source_folder(pretrained, given)
     with appearing_whole(output) as unfinished:
         save_loaded(model, request, source, unfinished, max_shard_size)
         card = model_card(pretrained, given.get("revision"), source, record)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        for name, text in {"README.md": card, **more}.items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            (unfinished / name).write_text(text, encoding="utf-8")
         weights = [p.stat().st_size for p in unfinished.glob("*.safetensors")]
     if push_to_hub is not None:
         from huggingface_hub import HfApi

@@ -18,6 +18,8 @@ OPTIONS = (
     row("--device", None, "where calibration text is run through the model (default: cpu)",
         default="cpu"),
     row("--max_shard_size", "SIZE", "largest weight file (default: 50GB)", default="50GB"),
+    row("--results", "PATH", "results file of this size, or a folder of them: its scores are written in the "
+        "form that the Hub reads"),
     row("--push_to_hub", "REPO", "upload the finished folder to this repository on the Hub"),
 )
 # fmt: on
@@ -27,6 +29,10 @@ def run(arguments) -> None:
     """Write the checkpoint, and print what was done to each layer."""
     from lm_eval_pruned.checkpoints.export import export_pruned
     from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
+    from lm_eval_pruned.results.hub import EVAL_RESULTS, eval_results
+
+    def scores(record):
+        return {EVAL_RESULTS: eval_results(arguments.results, record.digest)}
 
     source = ("dtype", *SOURCE_ARGUMENTS)
     model_args, pruning = loading.read_with_pruning(arguments, DECLARED, source)
@@ -36,6 +42,7 @@ def run(arguments) -> None:
         max_shard_size=arguments.max_shard_size,
         push_to_hub=arguments.push_to_hub,
         prune_arguments=pruning,
+        more_files=scores if arguments.results else None,
         **loading.with_default_model(model_args, "pruning"),
     )
     print(export.record.as_table())

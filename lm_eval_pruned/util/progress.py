@@ -30,6 +30,7 @@ class Progress:
         seconds: Sequence[tuple[str, float]] = (),
     ) -> None:
         self.done, self.failed, self.workers = done, failed, 1
+        self.elsewhere = 0
         self._total, self._waiting = done + failed + len(waiting), list(waiting)
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for task, duration in seconds:
@@ -40,6 +41,11 @@ class Progress:
     def start(self, configuration: str, task: str) -> None:
         """Say that a unit starts."""
         self._say(self.done + self.failed + 1, f"{configuration} / {task} starts")
+
+    def leave(self, task: str) -> None:
+        """Leave a unit of a task to another process."""
+        self._waiting.remove(task)
+        self.elsewhere += 1
 
     def finish(
         self,
