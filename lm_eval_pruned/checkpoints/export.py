@@ -34,7 +34,7 @@ from lm_eval_pruned.util.atomic import appearing_whole
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from transformers import PreTrainedModel
 
@@ -97,6 +97,7 @@ def export_pruned(
     push_to_hub: str | None = None,
     measured: Collection[str] = (),
     prune_arguments: dict[str, Any],
+    more_files: Callable[[PruneRecord], dict[str, str]] | None = None,
     **from_pretrained: Any,
 ) -> Export:
     """Write a pruned model as an ordinary checkpoint that stock transformers opens.
@@ -117,6 +118,8 @@ def export_pruned(
         push_to_hub: Repository on the Hub to upload the finished folder to.
         measured: Whose `Quality` to measure: some of `UNPRUNED`, `PRUNED` and `RANDOM_CUT`.
         prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+        more_files: Returns further files, text by name, for what was pruned; what it raises ends the
+            export before anything is written.
         **from_pretrained: Anything else ``from_pretrained`` takes.
 
     Raises:
@@ -165,11 +168,14 @@ def export_pruned(
         )
     if PRUNED in measured:
         measure(PRUNED, model)
+    more = {} if more_files is None else more_files(record)
     source = source_folder(pretrained, given)
     with appearing_whole(output) as unfinished:
         save_loaded(model, request, source, unfinished, max_shard_size)
         card = model_card(pretrained, given.get("revision"), source, record, cost=cost)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        for name, text in {"README.md": card, **more}.items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            (unfinished / name).write_text(text, encoding="utf-8")
         weights = [p.stat().st_size for p in unfinished.glob("*.safetensors")]
     if push_to_hub is not None:
         from huggingface_hub import HfApi

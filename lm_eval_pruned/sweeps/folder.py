@@ -36,10 +36,18 @@ if TYPE_CHECKING:
 
 
 class SweepFolder:
-    """The folder of one sweep, or of part I of N where `shard` is ``(I, N)``."""
+    """The folder of one sweep, or of part I of N where `shard` is ``(I, N)``.
 
-    def __init__(self, path: str | Path, shard: tuple[int, int] | None = None) -> None:
-        self.path = Path(path)
+    Processes for which it is `shared` hold units of it, one at a time.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shard: tuple[int, int] | None = None,
+        shared: bool = False,
+    ) -> None:
+        self.path, self._shared = Path(path), shared
         self._part = f"shard-{shard[0]}-of-{shard[1]}" if shard else "sweep"
         self._unfinished = self.path / ".unfinished" / self._part
 
@@ -118,13 +126,34 @@ class SweepFolder:
     def held(self) -> Iterator[None]:
         """Hold the folder, or its part, against a second process, and remove what one that died left.
 
+        Where it is shared, units are held instead; see `claimed`.
+
         Raises:
             ValueError: Another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        if self._shared:
+            yield
+            return
         with locked(self.path / f"{self._part}.lock"):
             shutil.rmtree(self._unfinished, ignore_errors=True)
             yield
+
+    @contextlib.contextmanager
+    def claimed(self, names: tuple[str, str]) -> Iterator[bool]:
+        """Hold a unit, and say whether it could be held: another process may have it."""
+        key = unit_folder(self.path, *names).relative_to(self.path)
+        locks = self.path / ".locks" / key.parent
+        locks.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(locks / f"{key.name}.lock"))
+            except ValueError:
+                yield False
+                return
+            self._unfinished = self.path / ".unfinished" / key
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+            yield True
 
 
 @contextlib.contextmanager

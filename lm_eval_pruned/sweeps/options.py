@@ -147,7 +147,10 @@ GROUPS = {
             "names or that runs here, else on one started for the sweep"),
         "gpus_per_unit": _option(float, "where", "N",
             "GPUs of one Ray worker (default: 1 where the cluster has any)"),
-        "cpus_per_unit": _option(float, "where", "N", "CPUs of one Ray worker (default: 1)"),
+        "cpus_per_unit": _option(float, "where", "N",
+            "CPUs of one Ray worker, and its threads (default: 1, and threads for the CPUs that are free)"),
+        "minutes_per_unit": _option(float, "where", "N",
+            "stop a unit on a Ray worker after so many minutes, and record it as failed"),
     },
     "fewer documents": {
         "stop_when": _option(str, "what", "RULE",
@@ -180,7 +183,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for title, options in GROUPS.items():
         _SweepOptions.add_to(parser.add_argument_group(title), options)
     which = parser.add_argument_group("which units run")
-    about = "run part I of N, I from 0 to N-1; the parts share the folder and need not know of each other"
+    about = (
+        "run part I of N, I from 0 to N-1; or next: take one unit after the other that no other "
+        "process of the same folder has"
+    )
     which.add_argument("--shard", metavar="I/N", help=about)
     for flag, about in (
         ("--retry_failed", "run failed units again"),
@@ -246,12 +252,14 @@ def read_mapping(value: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is {value!r}: pass {expected}.") from None
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """Return ``(I, N)`` of ``I/N``; ValueError where that is no part."""
+def parse_shard(text: str) -> tuple[int, int] | str:
+    """Return ``(I, N)`` of ``I/N``, or ``next``; ValueError where that is no part."""
+    if text == "next":
+        return text
     found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
     if found is None or int(found[1]) >= int(found[2]):
         raise ValueError(
-            f"--shard {text} is not I/N with I from 0 to N-1: pass one such as 0/4."
+            f"--shard {text} is not I/N with I from 0 to N-1: pass one such as 0/4, or next."
         )
     return int(found[1]), int(found[2])
 
@@ -273,5 +281,5 @@ def refuse_other_processes(name: str, options: Mapping[str, Any]) -> None:
     if other is not None:
         raise ValueError(
             f"{name} needs the sweep's folder in the one process that evaluates: leave out {other} "
-            f"or {name}, or share the sweep out with --shard."
+            f"or {name}, or share the sweep out with --shard I/N."
         )

@@ -10,10 +10,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
+import random
+import re
 import socket
 import tempfile
+import time
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.sweeps.plan import Sweep
@@ -21,7 +27,7 @@ from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Iterator
+    from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 
     from lm_eval_pruned.sweeps.plan import Unit
     from lm_eval_pruned.sweeps.unit import Ended
@@ -31,6 +37,9 @@ logger = logging.getLogger("lm_eval.pruned.sweep")
 
 #: How often a unit starts again after its worker or node was lost.
 RETRIES = 3
+#: Seconds of waiting before a unit that the Hub answered with 429 starts again; the Hub counts
+#: requests over five minutes.
+PAUSES = (30, 60, 120, 240)
 
 
 def run_on_ray(
@@ -39,60 +48,89 @@ def run_on_ray(
     new_folder: Callable[[], Any],
     progress: Progress,
     part: str,
+    known: list[tuple[str, float]],
 ) -> Generator[Ended]:
     """Evaluate units on the cluster that the sweep asks for, and yield them as they end.
 
+    `known` has tasks and seconds of earlier units, by which the longest start first.
+
     Raises:
-        ValueError: Ray is not installed, the cluster cannot be reached, or it has not got what
-            a unit needs.
+        ValueError: Ray is not installed, the cluster cannot be reached, or no node of it has
+            what a unit needs.
     """
     options = sweep.options
     with _cluster(options) as ray, contextlib.ExitStack() as stack:
         total = ray.cluster_resources()
         cpus = options.get("cpus_per_unit", 1)
         gpus = options.get("gpus_per_unit", 1 if total.get("GPU") else 0)
+        asked = {"CPU": cpus, "GPU": gpus}
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        most = min(len(units), sum(_places(each, asked, len(units)) for each in nodes))
         needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
-        shares = [total.get(k, 0) / n for k, n in (("CPU", cpus), ("GPU", gpus)) if n]
-        places = int(min(shares, default=len(units)) + 1e-9)
-        if not places:
-            raise ValueError(f"{needs} are more than the cluster has: ask for less.")
+        if units and not most:
+            raise ValueError(f"{needs} are more than any node has: ask for less.")
         logger.info("The sweep waits for workers, each of which needs %s.", needs)
         restarts = {"max_restarts": -1, "max_task_retries": RETRIES}
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, **restarts)(Worker)
-        waiting, started = list(units), itertools.count()
+        free = ray.available_resources()
+        # Without a number of its own, a worker shares the free CPUs with the others.
+        share = free.get("CPU", 1) / max(1, min(most, _places(free, asked, most)))
+        threads = max(1, int(options.get("cpus_per_unit") or share))
+        limit = 60 * (options.get("minutes_per_unit") or math.inf)
+        waiting, started, moved = list(units), itertools.count(), set()
         # The configuration whose model each worker that has started holds.
         held: dict[Any, str] = {}
-        running: dict[Any, tuple[Any, Unit | None]] = {}
+        running: dict[Any, tuple[Any, Unit | None, float]] = {}
         # A worker that still waits for a place is not waited for.
-        while waiting or any(unit for _, unit in running.values()):
-            while len(running) < min(places, len(waiting)):
+        while waiting or any(unit for _, unit, _ in running.values()):
+            # One worker may wait for a place; others start where there is one.
+            room = max(1, _places(ray.available_resources(), asked, most))
+            room -= sum(unit is None for _, unit, _ in running.values())
+            for _ in range(min(room, min(most, len(waiting)) - len(running))):
                 name = f"{part}_worker{next(started)}"
-                worker = remote.remote(options, os.getcwd(), name)
+                worker = remote.remote(options, os.getcwd(), name, threads)
                 stack.callback(ray.kill, worker)
-                running[worker.ready.remote()] = worker, None
-            (future, *_), _ = ray.wait(list(running))
-            worker, unit = running.pop(future)
+                running[worker.ready.remote()] = worker, None, math.inf
+            first = min(running, key=lambda each: running[each][2])
+            end = running[first][2]
+            left = None if end == math.inf else max(0.0, end - time.monotonic())
+            ended, _ = ray.wait(list(running), timeout=left)
+            future = ended[0] if ended else first
+            worker, unit, _ = running.pop(future)
+            seconds, files, failure, usable, lost = 0.0, {}, None, False, False
             try:
+                if not ended:
+                    seconds = limit
+                    raise TimeoutError(
+                        f"it took longer than minutes_per_unit={limit / 60:g}."
+                    )
                 seconds, files, failure, usable = ray.get(future)
-            except ray.exceptions.RayError as error:
+                lost = not usable
+            except (TimeoutError, ray.exceptions.RayError) as error:
                 if unit is None:
                     raise ValueError(
                         f"--ray: a worker cannot start ({error})."
                     ) from None
-                seconds, files, failure, usable = 0.0, {}, describe_error(error), False
-            if unit is not None:
+                failure = describe_error(error)
+            if unit and lost and unit.names not in moved:
+                # The device may be to blame, or the unit: another worker will tell.
+                moved.add(unit.names)
+                waiting.append(unit)
+            elif unit:
                 with new_folder() as folder:
                     for name, content in files.items():
                         (folder / name).write_bytes(content)
                     yield unit, folder, seconds, failure
+                if failure is None:
+                    known.append((unit.task.name, seconds))
             if waiting and usable:
-                unit = choose_unit(waiting, held.get(worker), held.values())
+                unit = choose_unit(waiting, held.get(worker), held.values(), known)
                 waiting.remove(unit)
                 held[worker] = unit.configuration.id
                 progress.workers = len(held)
                 progress.start(*unit.names)
                 future = worker.run.remote(*unit.names, unit.task.digest)
-                running[future] = worker, unit
+                running[future] = worker, unit, time.monotonic() + limit
             else:
                 # Its resources go to whoever waits for them, another worker among them.
                 held.pop(worker, None)
@@ -126,19 +164,59 @@ def _cluster(options: dict[str, Any]) -> Iterator[Any]:
         yield ray
 
 
+def _places(
+    resources: Mapping[str, float], asked: Mapping[str, float], most: int
+) -> int:
+    """Return how many workers that ask for so much find a place, `most` if they ask for nothing."""
+    shares = [resources.get(name, 0) / n for name, n in asked.items() if n]
+    return int(min(shares, default=most) + 1e-9)
+
+
 def choose_unit(
-    waiting: list[Unit], holds: str | None, elsewhere: Collection[str]
+    waiting: list[Unit],
+    holds: str | None,
+    elsewhere: Collection[str],
+    known: list[tuple[str, float]],
 ) -> Unit:
-    """Return a unit of the model it holds; else of one that nobody holds; else of the most left."""
-    names = [unit.configuration.id for unit in waiting]
-    ranks = [(n != holds, n in elsewhere, -names.count(n)) for n in names]
+    """Return a unit of the model it holds; else of one that nobody holds; else of the most left.
+
+    By the tasks and seconds that are `known`, the longest unit of a model goes first, and what is
+    left of a model is counted. A task that is unknown takes as long as the known ones on average.
+    """
+    spent = {name: fmean(s for task, s in known if task == name) for name, _ in known}
+    usual = fmean(spent.values()) if spent else 1.0
+    tasks = [(u.configuration.id, spent.get(u.task.name, usual)) for u in waiting]
+    left: dict[str, float] = defaultdict(float)
+    for name, seconds in tasks:
+        left[name] += seconds
+    ranks = [(n != holds, n in elsewhere, -left[n], -s) for n, s in tasks]
     return waiting[ranks.index(min(ranks))]
+
+
+def attempt_patiently(
+    runner: UnitRunner, unit: Unit, folder: Path
+) -> tuple[float, dict[str, str] | None]:
+    """Attempt a unit as its runner does, and again after a while where the Hub says 429."""
+    for pause in PAUSES:
+        seconds, error = runner.attempt(unit, folder)
+        refused = r"\b429 (Client Error|Too Many Requests)"
+        if error is None or not re.search(refused, error["traceback"]):
+            return seconds, error
+        # Those that were refused together do not come back together.
+        wait = pause * random.uniform(0.75, 1.25)
+        logger.warning("The Hub says 429: %s / %s waits %.0f s.", *unit.names, wait)
+        # It holds what loading has raised.
+        runner.release()
+        time.sleep(wait)
+    return runner.attempt(unit, folder)
 
 
 class Worker:
     """Evaluates units in a process of the cluster."""
 
-    def __init__(self, options: dict[str, Any], folder: str, part: str) -> None:
+    def __init__(
+        self, options: dict[str, Any], folder: str, part: str, threads: int
+    ) -> None:
         # Relative paths in the options start from where the sweep was started.
         if Path(folder).is_dir():
             os.chdir(folder)
@@ -146,7 +224,7 @@ class Worker:
         from lm_eval.utils import setup_logging
 
         setup_logging()
-        torch.set_num_threads(max(1, int(options.get("cpus_per_unit", 1))))
+        torch.set_num_threads(threads)
         sweep = Sweep(options)
         self._units = {unit.names: unit for unit in sweep.units()}
         self._runner = UnitRunner(sweep, part)
@@ -172,6 +250,6 @@ class Worker:
             )
             return 0.0, {}, describe_error(stranger), True
         with tempfile.TemporaryDirectory() as folder:
-            seconds, error = self._runner.attempt(unit, Path(folder))
+            seconds, error = attempt_patiently(self._runner, unit, Path(folder))
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         return seconds, files, error, not self._runner.device_failed

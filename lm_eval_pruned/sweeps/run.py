@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import tempfile
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.results.folder import is_sweep, read_definition, unit_folder
 from lm_eval_pruned.results.runs import read_newest
 from lm_eval_pruned.sweeps.folder import SweepFolder
+from lm_eval_pruned.sweeps.options import refuse_other_processes
 from lm_eval_pruned.sweeps.plan import Sweep, Unit
-from lm_eval_pruned.sweeps.ray import run_on_ray
+from lm_eval_pruned.sweeps.ray import attempt_patiently, choose_unit, run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.unit import UnitRunner
 from lm_eval_pruned.util.progress import Progress
@@ -27,9 +29,10 @@ from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
 
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.folder import UnitRecord
     from lm_eval_pruned.sweeps.tasks import SweepTask
     from lm_eval_pruned.sweeps.unit import Ended
 
@@ -42,27 +45,35 @@ DONE, FAILED, TO_RUN = STATES = ("done", "failed", "to run")
 def run_sweep(
     options: dict[str, Any],
     *,
-    shard: tuple[int, int] | None = None,
+    shard: tuple[int, int] | str | None = None,
     retry_failed: bool = False,
     dry_run: bool = False,
     sweep: Sweep | None = None,
 ) -> int:
     """Run the units of a sweep, or its shard, that its folder does not hold; see `options`.
 
-    `sweep` is what was planned from the options already, if it was.
+    `sweep` is what was planned from the options already, if it was. The shard ``next`` is one
+    unit after the other that no other process of such a shard has.
 
     Returns:
-        Exit code: 0 where every unit is done, 1 where one failed or could not be run, 130
-        after Ctrl-C.
+        Exit code: 0 where every unit is done, or another process has it; 1 where one failed or
+        could not be run, 130 after Ctrl-C.
 
     Raises:
         ValueError: The sweep cannot be planned, or its folder is in use.
         OSError: The model's config or the folder cannot be read or written.
     """
     sweep = sweep or Sweep(options)
-    folder = SweepFolder(options["output_path"], shard)
-    units = sweep.units(shard)
-    part = f"_shard{shard[0]}of{shard[1]}" if shard else ""
+    fixed = shard if isinstance(shard, tuple) else None
+    shared = shard is not None and fixed is None
+    if shared:
+        refuse_other_processes(f"--shard {shard}", options)
+    folder = SweepFolder(options["output_path"], fixed, shared=shared)
+    units = sweep.units(fixed)
+    part = f"_shard{fixed[0]}of{fixed[1]}" if fixed else ""
+    if shared:
+        task = os.environ.get("SLURM_ARRAY_TASK_ID") or uuid.uuid4().hex[:8]
+        part = f"_shard_{task}"
     runner = UnitRunner(sweep, part, functools.partial(_unpruned_run, sweep, folder))
     if dry_run:
         print(_plan_table(sweep, _sort(sweep, folder, units), folder.path), end="")
@@ -73,6 +84,7 @@ def run_sweep(
         collections.deque(followed, maxlen=0)
         return int(runner.device_failed)
     with folder.held():
+        seen = {unit.names: folder.read(*unit.names) for unit in units}
         entries = _sort(sweep, folder, units)
         folder.write_definition(sweep.as_dict())
         chosen = (TO_RUN, FAILED) if retry_failed else (TO_RUN,)
@@ -86,11 +98,19 @@ def run_sweep(
         ]
         quick = [u.names for u in waiting if u.configuration in sweep.floors]
         names = [u.task.name for u in waiting if u.names not in quick]
+        known = [
+            (unit.task.name, s)
+            for unit, _, s in entries
+            if s and unit.configuration not in sweep.floors
+        ]
         failed = len(units) - len(waiting) - states[DONE]
         progress = Progress(states[DONE], failed, names, seconds, quick)
         new = folder.new_unit
         if options.get("ray") and waiting:
-            ended = run_on_ray(sweep, waiting, new, progress, part)
+            ended = run_on_ray(sweep, waiting, new, progress, part, known)
+        elif shared:
+            mine = _open_units(folder, waiting, seen, known, progress)
+            ended = _run_here(runner, mine, several, new, progress.start)
         else:
             ended = _run_here(runner, waiting, several, new, progress.start)
         with contextlib.closing(ended):
@@ -116,12 +136,37 @@ def run_sweep(
             f"{progress.failed} of {len(units)} units failed; error.json in their folders "
             f"below {folder.path / 'units'} says why, --retry_failed tries them again."
         )
-    return 0 if progress.done == len(units) else 1
+    if progress.elsewhere:
+        print(f"Other processes have {progress.elsewhere} of {len(units)} units.")
+    return 0 if progress.done + progress.elsewhere == len(units) else 1
+
+
+def _open_units(
+    folder: SweepFolder,
+    units: list[Unit],
+    seen: dict[tuple[str, str], UnitRecord | None],
+    known: list[tuple[str, float]],
+    progress: Progress,
+) -> Generator[Unit]:
+    """Yield units that no other process has, each held until the next one is asked for."""
+    left, holds = list(units), None
+    elsewhere: set[str] = set()
+    while left:
+        unit = choose_unit(left, holds, elsewhere, known)
+        left.remove(unit)
+        with folder.claimed(unit.names) as free:
+            if free and folder.read(*unit.names) == seen[unit.names]:
+                holds = unit.configuration.id
+                yield unit
+                continue
+        if not free:
+            elsewhere.add(unit.configuration.id)
+        progress.leave(*unit.names)
 
 
 def _run_here(
     runner: UnitRunner,
-    units: list[Unit],
+    units: Iterable[Unit],
     several: Any,
     new_folder: Callable[[], Any],
     starts: Callable[[str, str], None] = lambda *names: None,
@@ -129,13 +174,16 @@ def _run_here(
     """Evaluate the units that wait in the main process, and yield how each ended."""
     from accelerate.utils import broadcast_object_list, gather_object
 
-    names = [unit.names for unit in units]
     if several:
-        (names,) = broadcast_object_list([names])
-    for unit in [unit for unit in units if unit.names in names]:
+        units = list(units)
+        (names,) = broadcast_object_list([[unit.names for unit in units]])
+        units = [unit for unit in units if unit.names in names]
+    patiently = functools.partial(attempt_patiently, runner)
+    attempt = runner.attempt if several else patiently
+    for unit in units:
         starts(*unit.names)
         with new_folder() as files:
-            seconds, error = runner.attempt(unit, Path(files))
+            seconds, error = attempt(unit, Path(files))
             # Processes talk through their devices: without one, this process can only leave, and
             # the launcher ends the others.
             if several and not runner.device_failed:
@@ -191,7 +239,8 @@ def _sort(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry]:
         if record is not None and record.fingerprint == fingerprint(now):
             entries.append((unit, FAILED if record.error else DONE, record.seconds))
             continue
-        entries.append((unit, TO_RUN, 0.0))
+        spent = record.seconds if record is not None and not record.error else 0.0
+        entries.append((unit, TO_RUN, spent))
         if record is not None and record.error is None:
             again, was = again + 1, record.definition
             changed |= {

@@ -32,6 +32,7 @@ class Progress:
         quick: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.done, self.failed, self.workers = done, failed, 1
+        self.elsewhere = 0
         to_run = len(waiting) + len(quick)
         self._total, self._waiting = done + failed + to_run, list(waiting)
         self._quick = quick
@@ -44,6 +45,12 @@ class Progress:
     def start(self, configuration: str, task: str) -> None:
         """Say that a unit starts."""
         self._say(self.done + self.failed + 1, f"{configuration} / {task} starts")
+
+    def leave(self, configuration: str, task: str) -> None:
+        """Leave a unit to another process."""
+        if (configuration, task) not in self._quick:
+            self._waiting.remove(task)
+        self.elsewhere += 1
 
     def finish(
         self,

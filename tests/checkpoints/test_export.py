@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import parse_eval_result_entries
 from hypothesis import given, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -24,6 +26,7 @@ from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.cli import main
 from tests.helpers import checkpoints, evaluations
 from tests.helpers.architectures import candidates, listed, script
+from tests.helpers.results_files import write_run
 from tests.helpers.ways_to_load import Source, assert_state
 
 
@@ -263,6 +266,34 @@ def test_pushes_the_finished_folder_only_when_asked(tiny_llama, tmp_path, monkey
     assert calls == []
     export_pruned(str(tiny_llama), tmp_path / "b", push_to_hub="r", **HALF)
     assert calls == [("create", "r"), ("upload", "me/r")]
+
+
+def test_scores_of_the_same_neurons_are_exported_as_the_hub_reads_them(
+    tiny_llama, tmp_path, capsys
+):
+    digest = load_pruned(str(tiny_llama), prune_percent=50).prune_record.digest
+    configs = {
+        name: {"dataset_path": place, "metric_list": [{"metric": "acc"}], **more}
+        for name, place, more in (
+            ("gpqa", "Idavidrein/gpqa", {"dataset_name": "gpqa_diamond"}),
+            ("local", "json", {}),
+        )
+    }
+    tasks = {name: {"acc,none": [1, 0, 1, 0]} for name in configs}
+    for found in (digest, "another"):
+        pruned = {"kept_digest": found}
+        write_run(tmp_path / found, tasks, pruning=pruned, configs=configs)
+    command = ["prune", "--model_args", f"pretrained={tiny_llama}"]
+    command += ["--prune_percent", "50", "--output_path", str(tmp_path / "out")]
+    assert main([*command, "--results", str(tmp_path / "another")]) == 2
+    assert "of other neurons" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--results", str(tmp_path / digest)]) == 0
+    text = (tmp_path / "out" / ".eval_results" / "lm_eval.yaml").read_text()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
+    assert (entry.dataset_id, entry.task_id) == ("Idavidrein/gpqa", "gpqa_diamond")
+    assert entry.value == 0.5
+    assert entry.notes == ("lm-evaluation-harness, gpqa: acc,none, 0-shot, 4 documents")
 
 
 def test_command(tiny_llama, tmp_path, capsys):

@@ -78,6 +78,58 @@ def test_equals_quantising_the_exported_checkpoint(source, exported, config, wri
 
 
 @pytest.mark.slow
+def test_an_export_is_quantised_saved_and_opened_again(exported, tmp_path):
+    """As docs/models.md has it."""
+    int8 = {"quantization_config": torchao_int8()}
+    model = AutoModelForCausalLM.from_pretrained(exported.folder, **int8)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again.model.layers[0].mlp.gate_proj.weight) is not torch.nn.Parameter
+    assert torch.equal(logits(again), logits(model))
+
+
+def write_gguf(folder, file):
+    """Write a Llama as llama.cpp's converter does: rows of q and k reordered, norms as they are."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra 'test')")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config, kind = model.config, gguf.MODEL_ARCH.LLAMA
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads}
+        heads["k_proj"] = config.num_key_value_heads
+        if (count := heads.get(name.split(".")[-2])) is not None:
+            rows = tensor.reshape(count, 2, -1, tensor.shape[1]).swapaxes(1, 2)
+            tensor = rows.reshape(tensor.shape)
+        new = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(new, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.slow
+def test_an_export_goes_through_gguf_and_back(exported, tmp_path):
+    write_gguf(exported.folder, tmp_path / "pruned.gguf")
+    given = {"gguf_file": "pruned.gguf", "dtype": torch.float32}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **given)
+    assert again.config.intermediate_size == 128
+    plain = AutoModelForCausalLM.from_pretrained(exported.folder, dtype=torch.float32)
+    assert torch.equal(logits(again), logits(plain))
+
+
+@pytest.mark.slow
 @each_kind
 def test_layers_of_different_width_are_quantised(source, config, written):
     some, every, none = (

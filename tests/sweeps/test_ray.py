@@ -7,31 +7,53 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
 
 from lm_eval_pruned.sweeps.plan import Configuration, Sweep, Unit
-from lm_eval_pruned.sweeps.ray import Worker, choose_unit
+from lm_eval_pruned.sweeps.ray import Worker, attempt_patiently, choose_unit
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.sweeping import files_of, results_of, sweep_options, write_tasks
 
 
 @pytest.mark.parametrize(
-    ("waiting", "holds", "elsewhere", "chosen"),
+    ("waiting", "holds", "elsewhere", "known", "chosen"),
     [
-        ("aab", "b", [], 2),
-        ("aab", None, [], 0),
-        ("aab", None, ["a"], 2),
-        ("abb", "c", ["a", "b"], 1),
-        ("abb", "a", ["a", "b"], 0),
+        ("at at bt", "b", [], {}, 2),
+        ("at at bt", None, [], {}, 0),
+        ("at at bt", None, ["a"], {}, 2),
+        ("at bt bt", "c", ["a", "b"], {}, 1),
+        ("at bt bt", "a", ["a", "b"], {}, 0),
+        ("at au bt", "a", [], {"t": 1, "u": 2}, 1),
+        ("at bu cv", None, [], {"t": 1, "u": 3}, 1),
+        ("at bu cv cv", None, [], {"t": 1, "u": 3}, 2),
     ],
 )
-def test_a_worker_prefers_the_model_it_holds(waiting, holds, elsewhere, chosen):
-    task: Any = SimpleNamespace(name="t")
-    units = [Unit(Configuration(name, {}, 1, 1, 1, 0), task) for name in waiting]
-    assert choose_unit(units, holds, elsewhere) is units[chosen]
+def test_a_worker_prefers_its_model_and_then_the_longest_unit(
+    waiting, holds, elsewhere, known, chosen
+):
+    units = [
+        Unit(Configuration(a, {}, 1, 1, 1, 0), cast("Any", SimpleNamespace(name=b)))
+        for a, b in waiting.split()
+    ]
+    assert choose_unit(units, holds, elsewhere, list(known.items())) is units[chosen]
+
+
+def test_a_unit_that_the_hub_refuses_waits_longer_and_longer(monkeypatch, tmp_path):
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    runner = mock.Mock()
+    told = {"traceback": "Client error '429 Too Many Requests' for url"}
+    runner.attempt.side_effect = [(1.0, told), (1.0, told), (2.0, None)]
+    unit = SimpleNamespace(names=("baseline", "t"))
+    assert attempt_patiently(runner, cast("Any", unit), tmp_path) == (2.0, None)
+    assert slept[1] > slept[0] > 0
+    runner.attempt.side_effect = [(1.0, {"traceback": "429 documents"})]
+    attempt_patiently(runner, cast("Any", unit), tmp_path)
+    assert len(slept) == runner.release.call_count == 2
 
 
 @pytest.fixture
@@ -48,7 +70,7 @@ def test_a_missing_package_is_named(options, monkeypatch):
 
 
 def test_a_worker_sends_its_files_and_refuses_another_task(options, one_thread):
-    worker = Worker({**options, "cpus_per_unit": 2.0}, os.getcwd(), "_worker0")
+    worker = Worker(options, os.getcwd(), "_worker0", threads=2)
     assert torch.get_num_threads() == 2
     (task,) = (t for t in Sweep(options).tasks if t.name == "tiny_choice")
     _, files, failure, usable = worker.run("ratio-1.5", task.name, task.digest)
@@ -127,12 +149,25 @@ def test_units_of_lost_workers_run_again(cpus, options, request):
 
 
 @pytest.mark.slow
-def test_after_a_device_has_failed_another_process_goes_on(one_cpu, options):
+def test_after_a_device_has_failed_another_process_takes_the_unit(one_cpu, options):
     in_the_first_process(options, "raise RuntimeError('CUDA error: an assert')")
-    assert run_sweep({**options, "ray": True}) == 1
-    folder = Path(options["output_path"])
-    assert len(list(folder.glob("units/*/*/error.json"))) == 1
-    assert run_sweep({**options, "ray": True}, retry_failed=True) == 0
+    assert run_sweep({**options, "ray": True}) == 0
+
+
+@pytest.mark.slow
+def test_a_unit_that_never_ends_fails_alone(cluster, options):
+    change_utils(options, 'raise ConnectionError("the data set', 'signal.pause() #("')
+    change_utils(options, "import json", "import json, signal")
+    choice = Path(options["include_path"], "choice.yaml")
+    choice.write_text(choice.read_text().replace("utils.load", "utils.cannot_be_had"))
+    asked = {**options, "ratios": [], "tasks": ["tiny_choice"], "ray": True}
+    assert run_sweep({**asked, "minutes_per_unit": 0.01}) == 1
+    (file,) = Path(options["output_path"]).glob("units/*/*/error.json")
+    error = json.loads(file.read_text())
+    assert (error["type"], "minutes_per_unit=0.01" in error["message"]) == (
+        "TimeoutError",
+        True,
+    )
 
 
 @pytest.mark.slow

@@ -486,6 +486,25 @@ def test_shards_together_are_the_sweep(options, folder, undisturbed):
 
 
 @pytest.mark.slow
+def test_processes_take_the_next_open_unit(options, folder, undisturbed, capsys):
+    """One holds a unit and dies, two go on side by side."""
+    with SweepFolder(folder, shared=True).claimed(("baseline", "tiny_choice")) as mine:
+        assert mine
+        assert run_sweep(options, shard="next") == 0
+        assert "Other processes have 1 of 4 units." in capsys.readouterr().out
+        assert sorted(results_of(folder)) == sorted(results_of(undisturbed[0]))[1:]
+    before = files_of(folder)
+    assert run_sweep(options, shard="next") == 0
+    assert results_of(folder) == results_of(undisturbed[0])
+    assert before.items() <= files_of(folder).items()
+
+
+def test_the_next_unit_is_for_one_process_at_a_time(options):
+    with pytest.raises(ValueError, match=r"--shard next .* leave out --ray"):
+        run_sweep({**options, "ray": True}, shard="next")
+
+
+@pytest.mark.slow
 def test_answers_are_kept_for_one_model_each(options, folder, undisturbed, tmp_path):
     options = {**options, "use_cache": str(tmp_path / "cache" / "responses")}
     for _ in range(2):

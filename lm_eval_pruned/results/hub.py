@@ -1,0 +1,74 @@
+"""Scores in the form that the Hub reads: ``.eval_results/*.yaml`` in the repository of a model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.results.files import ResultsError, newest_first, read_json
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from huggingface_hub import EvalResultEntry
+
+#: Where the scores lie in a repository.
+EVAL_RESULTS = ".eval_results/lm_eval.yaml"
+
+
+def eval_results(path: str | Path, digest: str) -> str:
+    """Return the scores of a results file, or of a folder of them, as the Hub reads them.
+
+    Raises:
+        ResultsError: They are of other neurons than those of `digest`, or there are none that a
+            data set of the Hub has all documents of.
+    """
+    import yaml
+    from huggingface_hub import eval_result_entries_to_yaml
+
+    path = Path(path)
+    entries: dict[str, EvalResultEntry] = {}
+    for file in [path] if path.is_file() else newest_first(path):
+        content = read_json(file)
+        found = content.get("config", {}).get("pruning", {}).get("kept_digest")
+        if found != digest:
+            raise ResultsError(
+                f"results={file} is of other neurons (kept digest {found}) than those that are "
+                f"exported ({digest}): pass results of pruned-hf with the same arguments."
+            )
+        for task, entry in _entries(content):
+            entries.setdefault(task, entry)
+    if not entries:
+        raise ResultsError(
+            f"results={path} has no score of all documents of a data set of the Hub: evaluate a "
+            "task such as mmlu_pro without limit, or leave results out."
+        )
+    listed = eval_result_entries_to_yaml([entries[task] for task in sorted(entries)])
+    return yaml.safe_dump(listed, sort_keys=False, allow_unicode=True)
+
+
+def _entries(content: dict[str, Any]) -> Iterator[tuple[str, EvalResultEntry]]:
+    from huggingface_hub import EvalResultEntry
+
+    day = time.strftime("%Y-%m-%d", time.gmtime(content["date"]))
+    for task, asked in content.get("configs", {}).items():
+        place, counted = str(asked.get("dataset_path")), content["n-samples"].get(task)
+        # The name of a builder, such as json, and a local folder are no data sets of the Hub.
+        if place.count("/") != 1 or Path(place).exists() or not counted:
+            continue
+        first = next(iter(asked.get("metric_list") or [{}])).get("metric")
+        scores = content["results"].get(task, {}).items()
+        named = [(n, v) for n, v in scores if n.partition(",")[0] == first]
+        if named and counted["effective"] == counted["original"]:
+            (metric, value), shots = named[0], content["n-shot"].get(task, 0)
+            entry = EvalResultEntry(
+                dataset_id=place,
+                task_id=asked.get("dataset_name") or "default",
+                value=value,
+                date=day,
+                notes=f"lm-evaluation-harness, {task}: {metric}, {shots}-shot, "
+                f"{counted['effective']} documents",
+            )
+            yield task, entry
