@@ -58,7 +58,7 @@ def power_of(
     if documents is not None and documents < 2:
         raise ValueError(f"documents={documents} are too few: give 2 or more.")
     found: list[list[object]] = []
-    for run in runs:
+    for run in [run for run in runs if not run.is_floor]:
         metric = dict(primary_metrics([base, run], subtasks=True)).get(task)
         if metric is None:
             continue

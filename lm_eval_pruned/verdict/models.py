@@ -57,7 +57,7 @@ class OneModel(Sweep):
         self.settings = EvaluatorConfig.from_cli(Namespace(**{**read, **which}))
         self.stop_when = self.healing = None
         self.baseline = Configuration(name, {}, 0, 0.0, 0, 0.0)
-        self.configurations = [self.baseline]
+        self.configurations, self.floors = [self.baseline], ()
         self._manager = index_tasks(self.settings.include_path)
         self.tasks = resolve_tasks(options["tasks"], self._manager)
 

@@ -23,6 +23,8 @@ COMMANDS = {
     "compare": ["x"],
     "power": ["boolq", "--margin", "1pt"],
     "report": ["x"],
+    "study": ["--output_path", "x"],
+    "verdict": ["a", "b", "--output_path", "x"],
     "heal": ["--data", "x", "--output_path", "x"],
     "sensitivity": ["--calibration", "x"],
     "check": ["x", "--baseline", "x"],

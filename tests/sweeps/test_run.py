@@ -147,6 +147,7 @@ def test_same_as_the_stock_command(options, undisturbed, tmp_path, monkeypatch):
         results["configs"]["tiny_sentence"]["custom_dataset"] = None
         for name in ("date", "start_time", "end_time", "total_evaluation_time_seconds"):
             results.pop(name, None)
+    assert found["config"].pop("weight_bytes") > 0
     assert found == expected
     (samples,) = (tmp_path / "stock").rglob("samples_*.jsonl")
     unit = results_of(undisturbed[0])["ratio-1.5/tiny_sentence"]
