@@ -9,7 +9,7 @@ COMMANDS = {
     "compare": "paired statistics of runs against a base",
     "power": "how likely a comparison reaches a verdict, from the answers that changed so far",
     "report": "a sweep as Markdown, CSV, HTML and plots",
-    "check": "hold results against a committed baseline, for CI",
+    "check": "compare results with a committed baseline, for CI",
     "verdict": "whether a compressed model may be shipped in place of its base",
     "sweep": "many sizes by many tasks, resumable",
     "study": "the study of arXiv 2512.22671 for any model, with a verdict on one page",
@@ -34,15 +34,21 @@ def parser():
 
     from lm_eval_pruned.util.options import add_options
 
+    class Version(argparse.Action):
+        """Prints the version; the site shows the help of a package that is not installed."""
+
+        def __call__(self, parser, *_) -> None:
+            print(f"{parser.prog} {version(parser.prog)}")
+            parser.exit()
+
     every = argparse.ArgumentParser(
         prog="lm-eval-pruned",
         description="Width pruning around lm-evaluation-harness. To evaluate a pruned model, "
         "run `lm_eval --model pruned-hf --model_args ratio=2.0 --tasks ...`.",
         epilog=f"Documentation: {DOCUMENTATION}",
     )
-    shown = f"{every.prog} {version(every.prog)}"
     every.add_argument(
-        "--version", action="version", version=shown, help="show the version and leave"
+        "--version", action=Version, nargs=0, help="show the version and leave"
     )
     commands = every.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
