@@ -52,8 +52,10 @@ def run(arguments) -> int:
         arguments.candidate,
         Path(arguments.output_path),
     )
-    runs = both_runs(base, candidate, {n: getattr(read, n) for n in given}, folder)
-    verdict = decide(*runs, arguments.margin)
+    before, after, floors = both_runs(
+        base, candidate, {n: getattr(read, n) for n in given}, folder
+    )
+    verdict = decide(before, after, arguments.margin, floors)
     subtitle, texts = f"{candidate} in place of {base}", not arguments.no_texts
     print(write_pages(verdict, folder, subtitle, texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")

@@ -26,13 +26,15 @@ class Agreement:
 
     `equal_answers` is a share of documents; an answer is a choice, or the text after the task's
     filter. `kl` is the mean divergence, in nats, of the run's distribution over the choices from
-    that of the base, None for texts. The shares and texts of the commonest answers follow.
+    that of the base, None for texts; `beginning` the mean share of the base's text, in words, before
+    the first difference, None for choices. The shares and texts of the commonest answers follow.
 
     Source: Dutta et al. 2024, arXiv 2407.09141.
     """
 
     equal_answers: float
     kl: float | None
+    beginning: float | None
     base_commonest: float
     commonest: float
     base_answer: str
@@ -50,7 +52,9 @@ def agreement(pair: Pair | None, metric: str) -> Agreement | None:
     likelihoods = ((reply.likelihoods for reply in of) for of in found)
     kl = np.mean([divergence(*both) for both in zip(*likelihoods, strict=True)])
     (base, often), (run, now) = (Counter(of).most_common(1)[0] for of in texts)
-    shares = float(np.mean(equal)), float(kl) if np.isfinite(kl) else None
+    chosen = bool(np.isfinite(kl))
+    begun = None if chosen else float(np.mean([*map(_begun, *texts)]))
+    shares = float(np.mean(equal)), float(kl) if chosen else None, begun
     return Agreement(*shares, often / len(equal), now / len(equal), base, run)
 
 
@@ -68,6 +72,12 @@ def divergence(before: Sequence[float], after: Sequence[float]) -> float:
     p, q = special.log_softmax([before, after], axis=1)
     with np.errstate(invalid="ignore"):
         return float(np.where(p > -np.inf, np.exp(p) * (p - q), 0).sum())
+
+
+def _begun(before: str, after: str) -> float:
+    one, other = before.split(), after.split()
+    same = [*(a == b for a, b in zip(one, other, strict=False)), False].index(False)
+    return same / len(one) if one else float(not other)
 
 
 def collapse_notes(

@@ -31,7 +31,7 @@ _WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
 
 @dataclass(frozen=True)
 class Judged:
-    """One score: how it differs, what the gate finds of it within a margin, and the floor.
+    """One score: how it differs, and what the gate finds of it within a margin.
 
     `word` is ``equivalent``, ``not worse``, ``better``, ``worse`` or ``undecided``; `take` says what
     would decide.
@@ -41,7 +41,6 @@ class Judged:
     margin: str
     word: str
     finding: Finding
-    floor: float | None
     take: str
 
 
@@ -56,18 +55,24 @@ class Verdict:
     notes: Sequence[str]
 
 
-def decide(base: Run, candidate: Run, margins: Sequence[str] = ()) -> Verdict:
+def decide(
+    base: Run,
+    candidate: Run,
+    margins: Sequence[str] = (),
+    floors: Sequence[Run] = (),
+) -> Verdict:
     """Hold a candidate against its base, each score within its margin, as `read_margins` takes it.
 
     A candidate is shipped if each score is shown to lie within its margin, which needs no
-    correction for many scores; it is not if one is shown to be worse, and not to lie within.
+    correction for many scores; it is not if one is shown to be worse, and not to lie within. `floors`
+    are runs of models that know nothing.
 
     Raises:
         ValueError: A margin names nothing that was scored, or the runs cannot be compared.
     """
     read, keys = DocumentReader(), [*_judged_keys(base)]
     # Of this level, intervals beyond the margin are what the gate calls shown.
-    compared = compare(base, [candidate], alpha=2 * CLAIM_LEVEL, read=read)
+    compared = compare(base, [candidate, *floors], alpha=2 * CLAIM_LEVEL, read=read)
     rows = {(each.task, each.metric): each for each in compared.rows}
     if missing := [" ".join(key) for key in keys if key not in rows]:
         raise ResultsError(
@@ -93,8 +98,7 @@ def decide(base: Run, candidate: Run, margins: Sequence[str] = ()) -> Verdict:
         word = word or ("equivalent" if inside else "not worse")
         runs = (_only(base, [key]), _only(candidate, [key]))
         take = _take(*runs, key, margin, row) if word == "undecided" else ""
-        floor = floor_of(base, *key, read)
-        judged.append(Judged(row, margin, word, finding, floor, take))
+        judged.append(Judged(row, margin, word, finding, take))
     return Verdict(base, candidate, exit_code(findings), judged, compared.notes)
 
 
@@ -109,13 +113,6 @@ def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[st
                 f"{', '.join(sorted(known))}."
             )
     return found
-
-
-def floor_of(run: Run, task: str, metric: str, read: DocumentReader) -> float | None:
-    """Return the highest score without knowledge: by chance, or of the commonest answer."""
-    documents = read(run, task, metric)
-    levels = (documents.levels.chance, documents.levels.majority) if documents else ()
-    return max((each for each in levels if each is not None), default=None)
 
 
 def _judged_keys(base: Run) -> Iterator[Key]:

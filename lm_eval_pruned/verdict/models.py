@@ -11,8 +11,9 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval_pruned.compare.comparison import read_comparands
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.folder import UNITS
+from lm_eval_pruned.results.folder import FLOOR, UNITS, is_sweep
 from lm_eval_pruned.results.runs import read_sweep
+from lm_eval_pruned.sweeps.floors import FLOORS
 from lm_eval_pruned.sweeps.options import OF_HARNESS, read_mapping
 from lm_eval_pruned.sweeps.plan import Configuration, Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
@@ -20,7 +21,7 @@ from lm_eval_pruned.sweeps.tasks import index_tasks, resolve_tasks
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
@@ -57,15 +58,18 @@ class OneModel(Sweep):
         self.settings = EvaluatorConfig.from_cli(Namespace(**{**read, **which}))
         self.stop_when = self.healing = None
         self.baseline = Configuration(name, {}, 0, 0.0, 0, 0.0)
-        self.configurations, self.floors = [self.baseline], ()
+        self.configurations = [self.baseline]
+        # The base's tell what knowing nothing gives; the candidate answers the same documents.
+        wanted = name == "base" and options.get("floors", True)
+        self.floors = FLOORS if wanted else ()
         self._manager = index_tasks(self.settings.include_path)
         self.tasks = resolve_tasks(options["tasks"], self._manager)
 
 
 def both_runs(
     base: str, candidate: str, options: Mapping[str, Any], output_path: Path
-) -> tuple[Run, Run]:
-    """Return the results of both models, each a path of results or as `OneModel` takes it.
+) -> tuple[Run, Run, Sequence[Run]]:
+    """Return the results of both models and of models that know nothing, each a path of results or as `OneModel` takes it.
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`.
 
@@ -95,16 +99,18 @@ def both_runs(
                 "it again, and evaluates nothing else twice."
             )
         given[name] = where[name]
+    floors = read_sweep(given["base"]).floors if is_sweep(given["base"]) else ()
     found, runs = read_comparands([*map(_results_of, given.values())])
+    runs = [run for run in runs if not run.is_floor]
     if len(runs) != 1:
         raise ResultsError(
             f"The candidate {candidate} is a sweep of {len(runs)} pruned models: name one of them, "
             f"such as {candidate}/units/{runs[0].name}."
         )
-    return found, runs[0]
+    return found, runs[0], floors
 
 
 def _results_of(path: str) -> str:
     """Return the folder of the only model in a sweep folder; another path as it is."""
-    models = [*Path(path, UNITS).glob("*/")]
+    models = [p for p in Path(path, UNITS).glob("*/") if not p.name.startswith(FLOOR)]
     return str(models[0]) if len(models) == 1 else path

@@ -12,7 +12,6 @@ from lm_eval_pruned.report.page import Cell, Section, Table, as_markdown, render
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
-from lm_eval_pruned.verdict.agreement import agreement_on
 from lm_eval_pruned.verdict.decision import ANSWERS
 
 
@@ -52,8 +51,7 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
     title = f"May it be shipped? {ANSWERS[verdict.code].capitalize()}"
     sections = _sections(verdict, 160 * texts)
     rows = [
-        asdict(e.row) | {"margin": e.margin, "verdict": e.word, "floor": e.floor}
-        for e in verdict.judged
+        asdict(e.row) | {"margin": e.margin, "verdict": e.word} for e in verdict.judged
     ]
     csv = base64.b64encode(csv_table(rows[0], rows).encode()).decode("ascii")
     shown = {"title": title, "subtitle": subtitle, "sections": sections}
@@ -115,14 +113,14 @@ def _scores_section(
             row.metric.removesuffix(",none"),
             Cell(each.word, each.word),
         ]
-        cells += [
-            number_text(n, ".4f") for n in (row.base_score, row.score, each.floor)
-        ]
+        floor = None if row.floor is None else row.floor.floor
+        cells += [number_text(n, ".4f") for n in (row.base_score, row.score, floor)]
         cells += [f"{row.difference:+.4f}", interval_text(row.low, row.high, 4)]
         rows.append([*cells, each.margin, str(row.documents or "-")])
-        if each.floor is not None and row.base_score <= each.floor:
+        if row.floor and row.floor.base_above_floor is False:
             notes.append(
-                f"The base is at or below the floor in {_name(each)}, which cannot show a loss."
+                f"{_name(each)}: the base is not shown to be above the floor "
+                f"({row.floor.floor_name}), so this score cannot show a loss."
             )
     table = Table(heading, _COLUMNS, rows, text=3)
     return Section(heading, [text], table=table, notes=notes) if rows else None
@@ -130,13 +128,14 @@ def _scores_section(
 
 def _agreement_section(verdict: Verdict) -> Section | None:
     rows = []
-    for task in verdict.base.tasks():
-        if each := agreement_on(verdict.base, verdict.candidate, task):
+    for each in verdict.judged:
+        if answers := each.row.answers:
             more = (
-                number_text(each.divergence, ".4f"),
-                number_text(each.beginning, ".1%"),
+                number_text(answers.kl, ".4f"),
+                number_text(answers.beginning, ".1%"),
             )
-            rows.append([task, str(each.documents), f"{each.equal:.1%}", *more])
+            equal = f"{answers.equal_answers:.1%}"
+            rows.append([each.row.task, str(each.row.documents), equal, *more])
     columns = ["task", "documents", "equal answers", "KL", "same beginning"]
     table = Table("Agreement with the base", columns, rows)
     return Section(table.label, [_ON_AGREEMENT], table=table) if rows else None

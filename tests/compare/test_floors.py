@@ -134,6 +134,7 @@ def test_agreement_sees_what_scores_do_not(tmp_path):
     assert boolq.kl == pytest.approx(changed * np.mean(base != 1))
     assert (boolq.base_commonest, boolq.commonest) == (np.mean(base), 1)
     assert (ifeval.equal_answers, ifeval.kl) == (0, None)
+    assert ifeval.beginning is not None and boolq.beginning is None
     assert rows["p20", "ifeval"].answers.equal_answers == 1
 
 

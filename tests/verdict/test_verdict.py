@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lm_eval_pruned import cli, tasks
-from lm_eval_pruned.results.files import read_results_file
-from lm_eval_pruned.verdict.agreement import agreement_on
-from tests.helpers.results_files import choices, write_run
+from lm_eval_pruned.sweeps.floors import FLOORS
+from tests.helpers.results_files import write_run
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
 
@@ -64,7 +61,8 @@ def test_a_model_in_place_of_itself_is_shipped_and_nothing_is_evaluated_twice(
         (tmp_path / "out" / "verdict.md").read_text("utf-8").startswith("# May it be")
     )
     units = {*(tmp_path / "out").rglob("results_*.json")}
-    assert len(units) == 4
+    # Of the four models that know nothing, too.
+    assert len(units) == 4 + 2 * len(FLOORS)
     assert cli.main(words) == 0
     assert {*(tmp_path / "out").rglob("results_*.json")} == units
     words[1:3] = [str(tmp_path / "out" / name) for name in ("base", "candidate")]
@@ -119,33 +117,6 @@ def test_refusals_are_one_sentence_before_anything_is_evaluated(
     assert cli.main(["verdict", *given, "--output_path", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not [*tmp_path.rglob("unit.json")]
-
-
-def test_agreement_of_choices_and_of_texts(tmp_path):
-    def run(name, likelihoods, texts):
-        rows = {n: choices("q", [" a", " b"], row) for n, row in enumerate(likelihoods)}
-        asked = {"gen_args_0": {"arg_0": "q", "arg_1": {"until": []}}}
-        written = {n: {"resps": [[t]], "arguments": asked} for n, t in enumerate(texts)}
-        tasks = {"choice": (rows, likelihoods), "text": (written, texts)}
-        return read_results_file(
-            write_run(
-                tmp_path / name,
-                {
-                    task: {"acc,none": {"values": [1.0] * len(of), "rows": rows}}
-                    for task, (rows, of) in tasks.items()
-                },
-            )
-        )
-
-    logs = np.log([[0.5, 0.5], [0.75, 0.25], [0.2, 0.8]])
-    base = run("base", np.log([[0.75, 0.25]] * 2 + [[0.2, 0.8]]) - 7, ["a b c d", "e"])
-    other = run("other", logs, ["a b x d", "e"])
-    on_choices, on_texts = (agreement_on(base, other, t) for t in ("choice", "text"))
-    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert on_choices.divergence == pytest.approx(expected / 3)
-    assert on_choices.equal == 1
-    assert (on_texts.equal, on_texts.beginning) == (0.5, 0.75)
-    assert agreement_on(base, base, "choice").divergence == 0
 
 
 FOLDER = str(Path(tasks.__file__).parent)
