@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
-from lm_eval_pruned.compare.comparison import compare, difference_test, split_sweep
+from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report.pairs import compared_pairs
-from lm_eval_pruned.results.documents import Levels
 from lm_eval_pruned.results.files import ResultsError, as_mapping
+from lm_eval_pruned.results.folder import FLOOR
 from lm_eval_pruned.results.groups import (
     LEFT,
     TAKEN,
@@ -22,14 +21,9 @@ from lm_eval_pruned.results.groups import (
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lm_eval_pruned.compare.comparison import Comparison, Difference
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
-
-#: What the ids of configurations that know nothing begin with.
-FLOOR = "floor-"
 
 
 class Floor(NamedTuple):
@@ -37,7 +31,6 @@ class Floor(NamedTuple):
 
     value: float
     by: str
-    run: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -108,10 +101,7 @@ def read_findings(sweep: SweepResults, alpha: float = 0.05) -> Findings:
         str(each["id"]): as_mapping(each.get("arguments")).get("recipe")
         for each in sweep.definition["configurations"]
     }
-    floors = [run for run in sweep.runs if run.name.startswith(FLOOR)]
-    base, others = split_sweep(
-        [run for run in sweep.runs if run not in floors], str(sweep.path)
-    )
+    base, others = split_sweep(list(sweep.runs), str(sweep.path))
     others = [run for run in others if set(run.tasks()) & set(base.tasks())]
     beside = {
         "random": [run for run in others if is_control(run)],
@@ -121,17 +111,16 @@ def read_findings(sweep: SweepResults, alpha: float = 0.05) -> Findings:
     cuts.sort(key=lambda run: -(run.expansion_ratio or 0))
     if not cuts:
         raise ResultsError(f"{sweep.path} holds no finished pruned model yet.")
-    floors += getattr(sweep, "floors", ())
     read, tasks = DocumentReader(), []
-    comparison = compare(base, cuts, alpha=alpha, read=read)
+    comparison = compare(base, [*cuts, *sweep.floors], alpha=alpha, read=read)
     for key in primary_metrics([base]):
         rows = [row for row in comparison.rows if (row.task, row.metric) == key]
-        floor, here = _floor(base, floors, key, read), {row.run for row in rows}
-        above = {
-            run.name: _is_above(run, floor, key, alpha, read)
-            for run in (base, *cuts)
-            if run is base or run.name in here
-        }
+        own = next((row.floor for row in rows if row.floor), None)
+        floor = Floor(own.floor, own.floor_name.removeprefix(FLOOR)) if own else None
+        # Whatever knows a language is far away from the perplexity of what does not.
+        unknown = True if own is None and is_perplexity(key[1]) else None
+        above = {base.name: own.base_above_floor if own else unknown}
+        above |= {r.run: r.floor.above_floor if r.floor else unknown for r in rows}
         tasks.append(TaskFinding(*key, base.scores[key].value, floor, above, rows))
     pairs = [
         (control, run)
@@ -144,42 +133,3 @@ def read_findings(sweep: SweepResults, alpha: float = 0.05) -> Findings:
         random.setdefault(row.task, set()).add(row.verdict)
     failed = [f"{e.task} failed on {e.run}: {e.message}" for e in sweep.failures]
     return Findings(base, cuts, beside, tasks, comparison, random, failed)
-
-
-def _floor(
-    base: Run, floors: Sequence[Run], key: tuple[str, str], read: DocumentReader
-) -> Floor | None:
-    documents, up = read(base, *key), base.scores[key].higher_is_better
-    levels = documents.levels if documents else Levels()
-    named = {"chance": levels.chance, "commonest answer": levels.majority}
-    found = [Floor(value, by) for by, value in named.items() if value is not None]
-    for run in floors:
-        if key in run.scores:
-            name = run.name.removeprefix(FLOOR)
-            found.append(Floor(run.scores[key].value, name, run))
-    best = max if up else min
-    return best(found, key=lambda each: each.value) if found else None
-
-
-def _is_above(
-    run: Run,
-    floor: Floor | None,
-    key: tuple[str, str],
-    alpha: float,
-    read: DocumentReader,
-) -> bool | None:
-    """Return whether a score is shown to be better than the floor; None where nothing can say."""
-    score = run.scores[key]
-    if floor is None:
-        # Whatever knows a language is far away from the perplexity of what does not.
-        return True if is_perplexity(key[1]) else None
-    gain = score.value - floor.value
-    if score.higher_is_better is False:
-        gain = -gain
-    if floor.run is not None:
-        test, _ = difference_test(floor.run, run, key, alpha, read)
-        if test.p is not None:
-            return test.p < alpha and gain > 0
-    if score.stderr is None:
-        return None
-    return gain > NormalDist().inv_cdf(1 - alpha / 2) * score.stderr

@@ -44,7 +44,7 @@ def studied(folder, tasks, percents=(0, 20, 40, 60)):
     floor = {
         task: answers(share, n) for n, (task, (*_, share)) in enumerate(tasks.items())
     }
-    write_sweep(folder, {**runs, "floor-constant": ({}, floor)})
+    write_sweep(folder, {**runs, "floor-constant": ("constant", floor)})
     return read_findings(read_sweep(folder), 0.05)
 
 
