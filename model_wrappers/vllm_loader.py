@@ -125,7 +125,7 @@ def narrow_config(request: LoadRequest, config: Any) -> None:
     widths = request.widths
     targets = widths.targets(request.plan)
     narrowed = widths.narrowed_config(targets)
-    # Widths of single layers guard the keys, and are no concern of vLLM: `build_odd_widths`.
+    # Widths of single layers guard the keys, and vLLM need not know them: `build_odd_widths`.
     copy_layers(widths.config, config)
     for key in set(widths.keys.values()):
         try:

@@ -45,7 +45,7 @@ def run(arguments) -> int:
     taken = {SEVERAL.get(option, option): option for option in vars(arguments)}
     for name in model_args.keys() & taken.keys():
         raise ValueError(
-            f"{name}={model_args[name]} stands in --model_args: pass --{taken[name]} instead."
+            f"{name}={model_args[name]} was given in --model_args: pass --{taken[name]} instead."
         )
     model_args = loading.with_default_model(model_args, "profiling")
     file, limit = arguments.prompts, arguments.limit

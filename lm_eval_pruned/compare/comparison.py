@@ -44,7 +44,7 @@ class Difference:
     `base_score`; from `low` to `high` is its interval, at the level that the correction leaves where
     there is a `q`. `p` is of the single test, `q` corrected over the runs that are compared on the
     task (Benjamini-Hochberg), those that were pruned at random apart. A metric that is not `primary`
-    does not stand for its task, and has no q. Where a run stopped after some of the documents that
+    is not the primary metric of its task, and has no q. Where a run stopped after some of the documents that
     there are (`of`), all else is of these and holds for stopping. None is what is not known.
 
     The verdict is ``better``, ``worse`` or, where the task does not say which way is up,
@@ -129,8 +129,8 @@ class Comparison:
 def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     """Read what ``compare BASE RUN [RUN...]`` names.
 
-    A sweep folder as BASE stands for its baseline, as RUN or alone for its other configurations; its
-    floors come with it.
+    A sweep folder as BASE means its baseline; as RUN, or without another path, its other
+    configurations. Its floors come with it.
     ResultsError if something cannot be read, or there is nothing to compare.
     """
     found: list[Run] = []
@@ -179,7 +179,7 @@ def compare(
     """Compare runs with a base, by tests at level `alpha`, and within a `margin` if there is one.
 
     `subtasks` are the members of groups that have scores, and `read` knows documents already. Runs
-    of models that know nothing are no part of the comparison: they are the floors of the others.
+    of models that know nothing are not compared: they are the floors of the others.
 
     Raises:
         ResultsError: Samples cannot be read, two runs saw different documents or

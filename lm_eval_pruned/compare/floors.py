@@ -112,7 +112,7 @@ def _p_above(
         test = pairing.paired_test(pair)
     elif documents and documents.transform == "mean":
         if (documents.values == 1).all():
-            # Without any spread there is no test of means.
+            # A test of means needs some spread.
             return level ** len(documents.values), "binomial"
         constant = replace(documents, values=np.full(len(documents.values), level))
         test = pairing.paired_test((constant, documents))

@@ -95,7 +95,7 @@ class EnergyMonitor:
         return self._checked(took)
 
     def _counters(self) -> EnergyReading:
-        """Return counters that stand still while something is measured apart."""
+        """Return counters that do not advance while something is measured separately."""
         counters = EnergyReading(None)
         if self._meter is not None and self._running:
             counters = self._ask(self._meter.read, "died") or counters

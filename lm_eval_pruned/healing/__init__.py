@@ -1,1 +1,1 @@
-"""Healing: training a pruned model again, so that it takes back some of what the cut cost."""
+"""Healing: training a pruned model again, to recover some of what the cut cost."""

@@ -40,7 +40,7 @@ class TrainingCost:
         self.close = self._monitor.stop
 
     def begin(self, *, on_gpu: bool) -> None:
-        """Begin to count; `on_gpu`, energy without that of the GPU is no total."""
+        """Begin to count; `on_gpu`, energy needs the part of the GPU to be a total."""
         if on_gpu:
             self._monitor.required.add("gpu")
         self._monitor.begin_window("training")

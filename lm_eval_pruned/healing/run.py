@@ -117,7 +117,7 @@ def heal(
     merge: bool = False,
     metered: bool = True,
 ) -> Healed:
-    """Train a pruned model, so that it takes back some of what pruning cost.
+    """Train a pruned model, to recover some of what pruning cost.
 
     Checkpoints go to a folder beside `output` whose name ends in ``.checkpoints``;
     `output` appears when the training is over. The first Ctrl-C ends it after the step

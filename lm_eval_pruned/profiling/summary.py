@@ -53,7 +53,7 @@ def cells_of(rows: list[dict[str, Any]], models: Sequence[str]) -> list[dict[str
     table = pd.DataFrame(rows).assign(batches=1)
     table["steps_after"] = table["steps"] - 1
     table["tokens_after"] = table["output_tokens"] - table["rows"]
-    # What a batch of one step does after its first token is no decoding.
+    # After its only token, a batch of one step decodes nothing.
     table["after"] = (table["total"] - table["first"]) * (table["steps"] > 1)
     parts = (*COMPONENTS, "total")
     for part in parts:

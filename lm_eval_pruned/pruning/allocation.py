@@ -143,7 +143,7 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
 def costs_of_scores(scores: Sequence[Any]) -> Costs:
     """Return the cost of removing 0, 1, ... I neurons of a layer, shape (I + 1,), from scores.
 
-    Scores of different layers are no common scale, so each layer's are standardised first:
+    Scores of different layers have different scales, so each layer's are standardised first:
     ``(score - mean) / standard deviation``. Of several experts, whose scores are of shape (I,)
     each, the mean of what they give up with their nth neuron counts.
 

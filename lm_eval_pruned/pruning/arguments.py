@@ -385,7 +385,7 @@ def help_of(name: str, *, several: bool = False) -> str:
 def takes_prune_arguments(function: Function) -> Function:
     """Show the arguments of pruning in the signature and the docstring of a function.
 
-    They stand for ``**prune_arguments``, first of those that are passed by name, and for the line
+    They replace ``**prune_arguments``, first of those that are passed by name, and the line
     ``ratio, ...:``.
     """
     signature, named = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY

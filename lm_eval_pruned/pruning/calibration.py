@@ -68,7 +68,7 @@ def read_texts(
     `samples` is how many, from the first on; `argument` is what messages call the file.
 
     Raises:
-        ValueError: The file is missing, a line is no such object, or there are too few.
+        ValueError: The file is missing, a line is not such an object, or there are too few.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -203,7 +203,7 @@ def run_texts(
 ) -> None:
     """Run texts, each of shape (1, tokens), int64, through a `watched` model.
 
-    Each text is a batch of its own, without padding, so that the same texts on the same machine
+    Each text is a separate batch, without padding, so that the same texts on the same machine
     give the same numbers. `what` is the label of the bar; `run` is called with each text, by
     default for one forward pass.
     """
@@ -262,7 +262,7 @@ def check_observable(model: PreTrainedModel, instead: str = "criterion=maw") -> 
 
     Raises:
         UnsupportedModelError: It has an encoder, or experts whose down projections
-            are no modules of their own; the message offers the argument `instead`.
+            are not separate modules; the message offers the argument `instead`.
     """
     if model.config.is_encoder_decoder:
         why = "has an encoder, and calibration text has no target for its decoder"

@@ -89,7 +89,7 @@ def find_keys(
     `config` is as `taken_apart` returns it, and `build` returns a model of one without weights.
 
     Raises:
-        UnsupportedModelError: The width of one has no key, or none of its own.
+        UnsupportedModelError: The width of one has no key, or shares its key.
     """
     mlps, shapes = find_glu_mlps(model), _shapes(model)
     neurons = {region.parameter for mlp in mlps for region in mlp.regions.values()}

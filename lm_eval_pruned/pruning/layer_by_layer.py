@@ -43,7 +43,7 @@ class LayerByLayer:
     Attributes:
         layers: The decoder layers of the model.
         passed: How many of them the texts have passed.
-        real: Which tokens of the batch that runs are no padding, shape (texts, tokens), bool.
+        real: False for padding in the batch that runs, shape (texts, tokens), bool.
     """
 
     def __init__(

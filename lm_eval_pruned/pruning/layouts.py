@@ -233,7 +233,7 @@ def _language_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]
     for path, module in model.get_submodule(root).named_modules(prefix=root):
         if path.startswith(towers):
             continue
-        # A tower for images or sound has a config of its own, which knows no words.
+        # A tower for images or sound has a separate config, without a vocabulary.
         if hasattr(getattr(module, "config", text), "vocab_size"):
             yield path, module
         else:

@@ -244,7 +244,7 @@ class PrunePlan:
 
 
 def whole_or_mean(width: Fraction) -> int | float:
-    """Return a width as JSON has it: a whole number, unless it is a mean that is none."""
+    """Return a width as JSON has it: a whole number, unless it is a mean that is not."""
     return int(width) if width.denominator == 1 else round(float(width), 4)
 
 

@@ -222,7 +222,7 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
     """Let experts run one by one where their width rules out the grouped product.
 
     transformers runs stacked experts in one `torch.nn.functional.grouped_mm` by
-    default, which refuses rows that are no multiple of 16 bytes.
+    default, which refuses rows whose size is not a multiple of 16 bytes.
     """
     if getattr(model.config, "_experts_implementation", None) != "grouped_mm":
         return

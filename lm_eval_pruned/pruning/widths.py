@@ -91,7 +91,7 @@ class Widths:
         self.remembered: list[Change] = []
 
     def skeleton(self, config: PretrainedConfig | None = None) -> PreTrainedModel:
-        """Return the model on the meta device, of `config` or else of its own."""
+        """Return the model on the meta device, built from `config` or from the one that it has."""
         return self._build(config or self.config)
 
     def of(self, actual: Mapping[str, int]) -> Widths:
@@ -124,7 +124,7 @@ class Widths:
 
     @property
     def _experts_first(self) -> list[GluMlp]:
-        """The MLPs, in the order in which one of them stands for a layer, or for the model."""
+        """The MLPs; the first of a layer represents it, and the first of all the model."""
         return sorted(self.mlps, key=lambda mlp: mlp.kind != "expert")
 
     @property

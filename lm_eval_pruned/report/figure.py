@@ -77,7 +77,7 @@ _RULES: dict[str, list[float]] = {
     "majority": [1.5, 3],
     (FLOOR := "highest floor"): [7, 2, 1.5, 2],
 }
-#: Tasks that stand for knowledge and for truthfulness, the study's own first.
+#: Tasks that represent knowledge and truthfulness, those of the study first.
 KNOWLEDGE = ("mmlu", "gsm8k", "arc_challenge", "boolq", "lambada_openai", "wikitext")
 TRUTHFULNESS = ("truthfulqa_mc2", "truthfulqa_mc1", "pruned_demo_truthfulness")
 

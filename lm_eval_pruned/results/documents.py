@@ -153,7 +153,7 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
     """Read the scores of single documents of a task or group from the logged samples, by metric.
 
     Metrics are left out where samples are missing, or where no aggregation known here makes the
-    reported score of them (the harness has some that are no function of a mean). Raises what
+    reported score of them (some of the harness's are not functions of a mean). Raises what
     `read_samples` does.
     """
     metrics = [metric for name, metric in run.scores if name == task]
@@ -224,7 +224,7 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def read_samples(
     run: Run, task: str, metric: str, take: Callable[[Mapping[str, Any]], T]
 ) -> list[tuple[tuple[str, int], T]]:
-    """Read the logged documents of one task, which is no group, that have a metric.
+    """Read the logged documents of one task, not of a group, that have a metric.
 
     Returns:
         Pairs of key and what `take` makes of a line, in the order of ``doc_id``. A key is

@@ -148,7 +148,7 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 
 
 def finite_or_none(value: Any) -> float | None:
-    """Return a value of a results file as a number, or None where it is no finite one."""
+    """Return a value of a results file as a number, or None where it is not finite."""
     number = is_number(value) and not isinstance(value, bool)
     return float(value) if number and math.isfinite(value) else None
 

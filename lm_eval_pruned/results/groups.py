@@ -80,7 +80,7 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def series_name(run: Run) -> str:
     """Return how a run was pruned, and whether it was trained again.
 
-    Layers that differ in width are no point on the curve of those that do not, and neither are
+    Models whose layers differ in width are not on the curve of those whose layers do not, nor are
     models of which some layers were left alone.
     """
     record = run.pruning

@@ -55,7 +55,7 @@ def _entries(content: dict[str, Any]) -> Iterator[tuple[str, EvalResultEntry]]:
     day = time.strftime("%Y-%m-%d", time.gmtime(content["date"]))
     for task, asked in content.get("configs", {}).items():
         place, counted = str(asked.get("dataset_path")), content["n-samples"].get(task)
-        # The name of a builder, such as json, and a local folder are no data sets of the Hub.
+        # The name of a builder, such as json, and a local folder are not data sets of the Hub.
         if place.count("/") != 1 or Path(place).exists() or not counted:
             continue
         first = next(iter(asked.get("metric_list") or [{}])).get("metric")

@@ -33,7 +33,7 @@ class Failure:
 class SweepResults:
     """What a sweep found: a run for each configuration with results, and ``sweep.json``.
 
-    `floors` are the runs of models that know nothing. They are no sizes of the model, and what compares
+    `floors` are the runs of models that know nothing. They are not sizes of the model, and what compares
     `runs` does not count them.
     """
 

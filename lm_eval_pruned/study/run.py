@@ -29,7 +29,7 @@ def run_study(
     dry_run: bool = False,
     **which: Any,
 ) -> int:
-    """Study each model into a folder of its own, and write the page of all.
+    """Study each model in a separate folder, and write the page of all.
 
     `measure` is ``lm-eval-pruned`` as a function of words, for the profiles; `which` units run is
     what `run_sweep` takes; for the others see `options_of`.

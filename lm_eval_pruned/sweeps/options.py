@@ -253,7 +253,7 @@ def read_mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def parse_shard(text: str) -> tuple[int, int] | str:
-    """Return ``(I, N)`` of ``I/N``, or ``next``; ValueError where that is no part."""
+    """Return ``(I, N)`` of ``I/N``, or ``next``; ValueError for anything else."""
     if text == "next":
         return text
     found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)

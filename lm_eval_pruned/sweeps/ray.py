@@ -73,7 +73,7 @@ def run_on_ray(
         restarts = {"max_restarts": -1, "max_task_retries": RETRIES}
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, **restarts)(Worker)
         free = ray.available_resources()
-        # Without a number of its own, a worker shares the free CPUs with the others.
+        # A worker without a number shares the free CPUs with the others.
         share = free.get("CPU", 1) / max(1, min(most, _places(free, asked, most)))
         threads = max(1, int(options.get("cpus_per_unit") or share))
         limit = 60 * (options.get("minutes_per_unit") or math.inf)

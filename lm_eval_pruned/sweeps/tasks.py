@@ -31,7 +31,7 @@ _DATA = ("dataset_path", "dataset_kwargs")
 
 @dataclass(frozen=True)
 class SweepTask:
-    """One task, or one group with a score of its own.
+    """One task, or one group that has a score.
 
     Attributes:
         name: The harness's name of it.
@@ -132,7 +132,7 @@ class _Planning(TaskFactory):
 
 
 def _inline(config: dict[str, Any]) -> SweepTask:
-    """Stand in for a task that a group defines in its own YAML."""
+    """Replace a task that a group defines in its own YAML."""
 
     def build(factory: TaskFactory) -> Any:
         metadata = config["metadata"] | factory._meta

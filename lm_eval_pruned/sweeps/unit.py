@@ -228,7 +228,7 @@ def describe_error(error: BaseException) -> dict[str, str]:
 
 
 def _is_of_device(error: BaseException | None) -> bool:
-    """Whether an error, or a cause of it, is of the device. Too little memory is no such failure."""
+    """Whether an error, or a cause of it, is of the device. Too little memory does not count."""
     if error is None:
         return False
     # Before release 2.8, torch raises a plain RuntimeError.

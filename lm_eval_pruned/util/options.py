@@ -25,7 +25,7 @@ _EXPECTED = {
 
 
 def row(name: str, metavar: str | None, about: str | None, **how: Any) -> Row:
-    """Declare an option of a command: its name, what stands for the value, and its line of help.
+    """Declare an option of a command: its name, a placeholder for the value, and its line of help.
 
     An option whose `metavar` is empty is a flag. `how` is what argparse takes besides.
     """
@@ -51,7 +51,7 @@ def option(kind: Any, default: Any, metavar: str | None = None, **more: Any) -> 
         kind: What a value must be: str, int, float, bool or dict; or a function that converts it,
             with `expected`, what to say of a value that it refuses.
         default: The value where nobody gives one; of an option that takes several, a tuple.
-        metavar: What stands for the value in ``--help``.
+        metavar: Placeholder for the value in ``--help``.
         **more: ``least`` value; all ``choices``; ``check``, which is called with name and value and
             returns what to keep; ``help``, in place of the docstring; ``nargs`` of argparse, where
             ``?`` makes the value optional.

@@ -49,7 +49,7 @@ def fast_cpu_linears(model: torch.nn.Module) -> Iterator[None]:
     faster, are left alone. On exit all is as before.
     """
     layers = float32_layers(model) if linear_backend() == "onednn" else []
-    # What has a forward of its own has somebody else's, such as accelerate's hook.
+    # A forward in the instance is somebody else's, such as accelerate's hook.
     layers = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in layers:
         layer.forward = partial(_linear, layer)  # type: ignore[method-assign]

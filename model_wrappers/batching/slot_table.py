@@ -57,7 +57,7 @@ class SlotJob:
 
 
 class SlotTable:
-    """Which request is in which slot, and what the slots' keys and values stand for.
+    """Which request is in which slot, and what the slots' keys and values are of.
 
     Attributes:
         cache: Keys and values of the slots.

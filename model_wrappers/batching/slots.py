@@ -85,7 +85,7 @@ class _SlotLayer(DynamicLayer):
         return stored[rows, :, : cache.width]
 
     def get_seq_length(self) -> int:
-        """Return 0, for the mask that a model makes of its own in a pass without a past."""
+        """Return 0, for the mask that a model makes itself in a pass without a past."""
         return 0
 
 

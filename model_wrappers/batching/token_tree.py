@@ -184,7 +184,7 @@ class Budget:
         row_tokens: Tokens to collect in a row before another row is begun. The cost
             of attention grows with the length of a row, at equal tokens.
         scored: Most nodes whose logits are computed. At least 1.
-        mask: Most entries of a mask, one per token and what stands in its row or before
+        mask: Most entries of a mask, one per token and each that is in its row or before
             it; chains from the root need none. A single token may exceed it.
         rounds: Whether rows and their number are rounded up to sizes that repeat, which
             the bounds allow for.
@@ -254,7 +254,7 @@ def next_pack(
         end = int(tree.end[stop])
         size = end - stop
         # Past the end of the cached path's own subtree that path is dead weight:
-        # go on only to keep a small remainder from becoming a pass of its own.
+        # go on only to keep a small remainder from becoming a separate pass.
         left = tree.depth[stop] < path and stop - start >= budget.tokens // 4
         if left or size > length or end > last:
             break
