@@ -1,8 +1,7 @@
-"""Draw the figures of the README and of the pages on pruning: ``python docs/make_study_figures.py``.
+"""Draw the figures of the README and of the pages on pruning: ``python docs/make_figures.py``.
 
-Reads the scores published with arXiv 2512.22671 (``lm_eval_pruned/study/study_benchmarks.csv``) and the tables beside the pages,
-``dichotomy.csv``, ``price.csv`` and ``recipes.csv`` in ``docs/measurements``. Writes ``docs/dichotomy.svg`` and one SVG
-beside each table. Needs the extra ``report``.
+Reads ``dichotomy.csv``, ``price.csv`` and ``recipes.csv`` in ``docs/measurements``, and writes one SVG beside each. Needs
+the extra ``report``.
 """
 
 from __future__ import annotations
@@ -12,18 +11,11 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 
-from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratios
+from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "measurements"
-#: Task and metric, label.
-STUDY = {
-    ("ifeval", "inst_level_strict_acc,none"): "IFEval",
-    ("truthfulqa_mc2", "acc,none"): "TruthfulQA MC2",
-    ("mmlu", "acc,none"): "MMLU",
-    ("gsm8k", "exact_match,strict-match"): "GSM8K",
-}
 #: Task: label, settings, and the floor that is drawn.
 MEASURED = {
     "truthfulqa_mc1": ("TruthfulQA MC1, %", "bfloat16", "equally likely answers"),
@@ -38,23 +30,6 @@ PRICES = ("uniform maw", "uniform act", "sensitivity maw", "sensitivity best", "
 RECIPES = ("maw", "random", "fast", "best")
 SHOWN_AS = ("study (maw)", "random", "fast", "best")
 REMOVED = alt.X("percent:Q", title="neurons removed, %")
-
-
-def study() -> Plot:
-    """Draw four benchmarks of the study's smaller model, in percent of the unpruned model's scores."""
-    rows = pd.read_csv(ROOT / "lm_eval_pruned" / "study" / "study_benchmarks.csv")
-    rows = rows[rows["base_model"] == "Llama-3.2-1B"].copy()
-    keys = zip(rows["task"], rows["metric"], strict=True)
-    rows["line"] = [STUDY.get(key) for key in keys]
-    rows = rows.dropna(subset=["line"]).sort_values("expansion_ratio")
-    largest = rows.groupby("line")["value"].transform("last")
-    rows["percent"] = 100 * rows["value"] / largest
-    y = alt.Y("percent:Q", title="score, % of the unpruned model")
-    level = alt.Chart(pd.DataFrame({"percent": [100]})).mark_rule().encode(y=y)
-    shown = rows[["expansion_ratio", "line", "percent"]]
-    look = line_look(list(STUDY.values()))
-    drawn = level + lines(shown, over_ratios("expansion_ratio"), y, look)
-    return Plot("dichotomy", "Llama-3.2-1B, arXiv 2512.22671", "", drawn)
 
 
 def over_sizes(rows: pd.DataFrame, value: str, names: tuple[str, ...]) -> pd.DataFrame:
@@ -136,7 +111,6 @@ def recipes() -> Plot:
 
 def main() -> None:
     """Draw all figures."""
-    (ROOT / "docs" / "dichotomy.svg").write_text(study().svg, encoding="utf-8")
     for plot in (dichotomy(), price(), recipes()):
         (PAGES / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
 
