@@ -73,8 +73,9 @@ def suggested_recipe(
     try:
         request.check_text()
     except UnsupportedModelError as error:
-        return "fast", f"calibration text is of no use here: {error}"
-    return "best", f"{Path(str(calibrated.calibration)).name} can be calibrated on"
+        return "fast", f"calibration text cannot be used: {error}"
+    text = Path(str(calibrated.calibration)).name
+    return "best", f"the model can be calibrated on {text}"
 
 
 def plan_rows(
