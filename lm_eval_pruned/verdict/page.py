@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import asdict
+from html import unescape
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison_table import interval_text, number_text
@@ -59,7 +60,8 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
     write_atomically(folder / "verdict.html", page)
     markdown = as_markdown(title, subtitle, sections)
     write_atomically(folder / "verdict.md", markdown)
-    return as_markdown(title, subtitle, _sections(verdict, 40 * texts), padded=True)
+    shown = as_markdown(title, subtitle, _sections(verdict, 40 * texts), padded=True)
+    return unescape(shown)
 
 
 def _sections(verdict: Verdict, width: int) -> list[Section]:
