@@ -55,8 +55,8 @@ def run(arguments) -> int:
     before, after, floors = both_runs(
         base, candidate, {n: getattr(read, n) for n in given}, folder
     )
-    verdict = decide(before, after, arguments.margin, floors)
     subtitle, texts = f"{candidate} in place of {base}", not arguments.no_texts
+    verdict = decide(before, after, arguments.margin, floors, texts=texts)
     print(write_pages(verdict, folder, subtitle, texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")
     return verdict.code

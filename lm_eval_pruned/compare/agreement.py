@@ -100,5 +100,7 @@ def collapse_notes(
 
 
 def _said(share: float, answer: str) -> str:
+    if not answer:
+        return f"{share:.0%} are the same"
     text = answer if len(answer) <= 40 else f"{answer[:39]}\u2026"
     return f"{share:.0%} are {json.dumps(text, ensure_ascii=False)}"

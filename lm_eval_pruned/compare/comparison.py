@@ -175,10 +175,12 @@ def compare(
     subtasks: bool = False,
     margin: Margin | None = None,
     read: DocumentReader | None = None,
+    texts: bool = True,
 ) -> Comparison:
     """Compare runs with a base, by tests at level `alpha`, and within a `margin` if there is one.
 
-    `subtasks` are the members of groups that have scores, and `read` knows documents already. Runs
+    `subtasks` are the members of groups that have scores, and `read` knows documents already.
+    Without `texts`, nothing says which answer is the commonest. Runs
     of models that know nothing are not compared: they are the floors of the others.
 
     Raises:
@@ -229,6 +231,8 @@ def compare(
         _row(base, *pair, *q, claim, alpha, margin, known, read)
         for pair, q, claim in judged
     ]
+    if not texts:
+        rows = [_without_texts(row) for row in rows]
     of_base = tuple(each for (name, *_), each in known.items() if name == base.name)
     notes += [each.note(base.name) for each in of_base if each.above_floor is False]
     notes += collapse_notes(base.name, [(r.run, r.task, r.answers) for r in rows])
@@ -326,6 +330,12 @@ def _row(
         more["floor"] = known.get((run.name, *key))
         more["answers"] = agreement(paired_documents(base, run, *key, read), key[1])
     return Difference.made(run.name, key, (before, after), test, q, level, **more)
+
+
+def _without_texts(row: Difference) -> Difference:
+    if row.answers is None:
+        return row
+    return replace(row, answers=replace(row.answers, base_answer="", answer=""))
 
 
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:

@@ -59,7 +59,8 @@ def write_report(
     runs, read = [base, *others], DocumentReader()
     comparable = [run for run in others if set(run.tasks()) & set(base.tasks())]
     asked = [*comparable, *sweep.floors] if comparable else []
-    comparison = compare(base, asked, alpha=alpha, read=read)
+    # Answers are on the page of changed answers alone, which can be left out.
+    comparison = compare(base, asked, alpha=alpha, read=read, texts=False)
     known = {(row.run, row.task, row.metric): row.floor for row in comparison.rows}
     levels = {
         key: documents.levels
@@ -89,7 +90,7 @@ def write_report(
         words.remarks_section(sweep, others, comparison),
     ]
     sections = [section for section in found if section is not None]
-    scores = as_csv(base, [*others, *sweep.floors], comparison)
+    scores = as_csv(base, others, comparison)
     page = rendered(
         "template.html",
         title=title,

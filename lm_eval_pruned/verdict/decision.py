@@ -60,6 +60,8 @@ def decide(
     candidate: Run,
     margins: Sequence[str] = (),
     floors: Sequence[Run] = (),
+    *,
+    texts: bool = True,
 ) -> Verdict:
     """Hold a candidate against its base, each score within its margin, as `read_margins` takes it.
 
@@ -72,7 +74,9 @@ def decide(
     """
     read, keys = DocumentReader(), [*_judged_keys(base)]
     # Of this level, intervals beyond the margin are what the gate calls shown.
-    compared = compare(base, [candidate, *floors], alpha=2 * CLAIM_LEVEL, read=read)
+    compared = compare(
+        base, [candidate, *floors], alpha=2 * CLAIM_LEVEL, read=read, texts=texts
+    )
     rows = {(each.task, each.metric): each for each in compared.rows}
     if missing := [" ".join(key) for key in keys if key not in rows]:
         raise ResultsError(

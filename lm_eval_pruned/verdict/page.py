@@ -60,8 +60,8 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
     write_atomically(folder / "verdict.html", page)
     markdown = as_markdown(title, subtitle, sections)
     write_atomically(folder / "verdict.md", markdown)
-    shown = as_markdown(title, subtitle, _sections(verdict, 40 * texts), padded=True)
-    return unescape(shown)
+    short = _sections(verdict, 40 * texts)
+    return unescape(as_markdown(title, subtitle, short, padded=True))
 
 
 def _sections(verdict: Verdict, width: int) -> list[Section]:

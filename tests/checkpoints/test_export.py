@@ -329,6 +329,7 @@ def test_the_real_model_through_both_commands(real_model, tmp_path):
     output = tmp_path / "out"
     prune = ["lm-eval-pruned", "prune", "--model_args", f"pretrained={real_model}"]
     prune += ["--prune_percent", "40", "--output_path", str(output)]
+    prune += ["--recipe", "study"]
     evaluations.run([*prune, "--max_shard_size", "100MB"], tmp_path, check=True)
     assert len(list(output.glob("*.safetensors"))) > 1
     answers = []

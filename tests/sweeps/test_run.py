@@ -388,7 +388,11 @@ def test_an_engine_that_died_is_started_again(options, folder, loaded, monkeypat
         raise RuntimeError("the engine ended")
 
     monkeypatch.setattr(PrunedHFLM, "loglikelihood", dying)
-    monkeypatch.setattr(PrunedHFLM, "close", closed.append, raising=False)
+
+    def close(self):
+        closed.append(self)
+
+    monkeypatch.setattr(PrunedHFLM, "close", close, raising=False)
     assert run_sweep(options) == 1
     assert len(list(folder.glob("units/*/tiny_choice/error.json"))) == 2
     assert len(list(folder.glob("units/*/tiny_sentence/results_*.json"))) == 2
