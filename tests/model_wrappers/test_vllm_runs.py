@@ -210,11 +210,12 @@ def kill_the_engine_once(doc):
 
     # Not beside the tasks, whose files decide whether a unit is done.
     killed = Path(__file__).parents[1] / "killed"
-    if not killed.exists():
+    children = multiprocessing.active_children()
+    engines = [child for child in children if "Engine" in child.name]
+    # A task reads its first document before there is an engine.
+    if engines and not killed.exists():
         killed.touch()
-        (engine,) = [
-            child for child in multiprocessing.active_children() if "Engine" in child.name
-        ]
+        (engine,) = engines
         # It takes requests and answers none, so that it dies while an answer is waited for.
         os.kill(engine.pid, signal.SIGSTOP)
         threading.Timer(3, os.kill, (engine.pid, signal.SIGKILL)).start()
