@@ -285,6 +285,7 @@ def test_scores_of_the_same_neurons_are_exported_as_the_hub_reads_them(
         write_run(tmp_path / found, tasks, pruning=pruned, configs=configs)
     command = ["prune", "--model_args", f"pretrained={tiny_llama}"]
     command += ["--prune_percent", "50", "--output_path", str(tmp_path / "out")]
+    command += ["--recipe", "study"]
     assert main([*command, "--results", str(tmp_path / "another")]) == 2
     assert "of other neurons" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
