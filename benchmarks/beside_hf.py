@@ -1,4 +1,4 @@
-"""``hf-prefix`` beside the harness's ``hf``: the same requests and weights, in one process, by turns."""
+"""``hf-prefix`` beside the harness's ``hf``: the same requests and weights in one process, alternating."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class BesideHF:
         repeats: int,
         seconds: float = math.inf,
     ) -> str:
-        """Choose `hf`'s batch size, and have both sides answer by turns.
+        """Choose `hf`'s batch size, and have both sides answer alternately.
 
         Args:
             answer: Has a side answer the requests of so many documents; None: of all.

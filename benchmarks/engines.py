@@ -11,7 +11,7 @@ same.
     python benchmarks/engines.py --tasks ifeval --limit 64 --chat --max-gen-toks 128
 
 With ``--models pruned-vllm pruned-hf --model_args ratio=2.0`` it compares pruned models. Each runs
-in a process of its own, in the environment of the interpreter that runs the script, or, as vLLM
+in a separate process, in the environment of the interpreter that runs the script, or, as vLLM
 asks for older releases of transformers, in another: ``--interpreters vllm=FOLDER/bin/python``. The
 stock tasks read their data from the Hub, or from a folder laid out under the Hub names where
 `--data` names one. On a card, add ``--device cuda --dtype bfloat16``.
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """One model type in a process of its own: its seconds and answers by request type.
+    """One model type in a separate process: its seconds and answers by request type.
 
     The process is this script with ``--serve NAME``. It loads the model, says how long that took,
     and answers everything once for each line it reads.

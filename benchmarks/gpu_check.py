@@ -8,7 +8,7 @@ are beside `hf`, at the shape of Llama-3.2-1B and, where it fits, of Llama-3.1-8
 where vLLM is installed. Without ``--quick`` there are more questions and repeats. Weights are random, so
 nothing is downloaded; cards below compute capability 8.0 run in float16, others in bfloat16.
 
-Each part runs in a process of its own, with a time limit, and the page is written after each. A part
+Each part runs in a separate process, with a time limit, and the page is written after each. A part
 that fails is reported with its error, one that cannot run here as skipped, with the reason.
 The exit code is 1 if one failed.
 
@@ -68,7 +68,7 @@ def parts(quick: bool, rehearsed: bool) -> list[Part]:
 
 
 def run(part: Part, options: list[str], seconds: float) -> tuple[str, str]:
-    """Run a part in a process of its own, which is all that ever touches the card.
+    """Run a part in a separate process; nothing else touches the card.
 
     Returns:
         ``passed``, ``failed`` or ``skipped``, and the Markdown that it wrote until then.
@@ -84,7 +84,7 @@ def run(part: Part, options: list[str], seconds: float) -> tuple[str, str]:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            # With what it has started: vLLM's engine, pytest.
+            # Together with the processes that it has started, such as vLLM's engine.
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
             note = f"**Failed**: it took more than {seconds:.0f} s."

@@ -1,4 +1,4 @@
-"""The parts of ``gpu_check.py``; each runs in a process of its own, and alone touches the card."""
+"""The parts of ``gpu_check.py``; each runs in a separate process, and nothing else touches the card."""
 
 from __future__ import annotations
 

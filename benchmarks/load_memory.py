@@ -3,7 +3,7 @@
     python benchmarks/load_memory.py [--device cuda] [--hidden_size 4096] [--layers 8]
 
 For each way in which checkpoints store gate, up and down, a checkpoint with random
-weights in bfloat16 is written to a temporary folder, and loaded in a process of its own.
+weights in bfloat16 is written to a temporary folder, and loaded in a separate process.
 The peak is that of CUDA's allocator, which is exact, or the largest growth of the
 process's private memory, which is sampled. On a device that is not
 the CPU, the run fails where the peak lies above what the loaded model holds, and one of its

@@ -5,7 +5,7 @@
 The checkpoint has the shape of Llama-3.2-1B, in bfloat16, with random weights. It
 is written to a temporary folder (2.5 GB) and read once before the first
 measurement, so both sides find it in the page cache. The sides alternate, each
-run in a process of its own, and print:
+run in a separate process, and print:
 
 - seconds: from the first call to the finished model, imports left out, as they pass and
   as the processor works, which a busy machine changes less;
@@ -16,7 +16,7 @@ run in a process of its own, and print:
 
 The floor is the least work any method has to do on these tensors: read gate and up
 once, read and write as many bytes as are kept. It is timed as plain torch operations in
-a process of its own, alternating with the sides, twice: *new*, where the file has just
+a separate process, alternating with the sides, twice: *new*, where the file has just
 been mapped and the memory written to is new, as it is for both sides, and *warm*, once
 more over the same pages, which is the speed of the memory itself.
 """

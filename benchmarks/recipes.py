@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from reporting import machine
-from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.cost import HELD_TEXT
 from lm_eval_pruned.checkpoints.default_model import find_default_model
+from lm_eval_pruned.pruning.measuring import text_loss
 from lm_eval_pruned.util.tables import csv_table
 
 
@@ -60,8 +60,7 @@ def losses(model: Any, held: dict[str, list]) -> dict[str, float]:
     for kind, documents in held.items():
         each = []
         for tokens in documents:
-            logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
-            each.append(float(cross_entropy(logits.float(), tokens[1:])))
+            each.append(text_loss(model, tokens[None]) / (len(tokens) - 1))
         found[kind] = sum(each) / len(each)
     return found
 

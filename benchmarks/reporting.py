@@ -55,7 +55,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> str:
-    """Return the spread of the ratios of values that were measured by turns."""
+    """Return the spread of the ratios of values that were measured alternately."""
     return spread([a / b for a, b in zip(over, under, strict=True)])
 
 

@@ -8,7 +8,7 @@ tells more where others use the machine.
 - ``python -c pass`` in this environment, with and without the start-up shim
   (without: the shim's module is replaced by an empty one, so the ``.pth`` file still runs);
 - ``lm-eval-pruned --help``, ``lm-eval-pruned plan`` on a tiny config, alone;
-- ``lm_eval run --model pruned-hf`` and ``--model hf``, by turns, from the start of the
+- ``lm_eval run --model pruned-hf`` and ``--model hf``, alternating, from the start of the
   process to the moment the harness hands the model its first request, on
   SmolLM2-135M-Instruct and a task whose data comes with this package.
 """
@@ -99,7 +99,7 @@ def _used() -> float:
 
 
 def compare(commands: dict[str, Command], repeats: int) -> str:
-    """Run commands by turns; return the table."""
+    """Run commands alternately; return the table."""
     for each in in_turns(list(commands.values()), repeats):
         each.run()
     return comparison({name: each.times for name, each in commands.items()})

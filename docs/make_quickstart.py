@@ -47,7 +47,7 @@ def executed(folder: str | Path) -> nbformat.NotebookNode:
             cell.outputs = [each for each in cell.outputs if not is_stderr(each)]
             for stream in (each for each in cell.outputs if "text" in each):
                 stream.text = stream.text.replace("\r\n", "\n")
-    # Which Python it was is no part of the notebook.
+    # The notebook does not say which Python it was.
     notebook.metadata.language_info = {"name": "python"}
     return notebook
 

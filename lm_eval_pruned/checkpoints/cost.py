@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts
 from lm_eval_pruned.pruning.criteria import RANDOM
+from lm_eval_pruned.pruning.measuring import text_loss
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -59,7 +59,7 @@ def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Qu
     """Measure a model where it is.
 
     Raises:
-        UnmeasurableError: It has an encoder, or its tokenizer cannot read the text.
+        UnmeasurableError: It has an encoder.
     """
     if model.config.is_encoder_decoder:
         raise UnmeasurableError("The text has no target for the decoder.")
@@ -70,9 +70,7 @@ def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Qu
 
     def add(tokens: torch.Tensor) -> None:
         nonlocal total, count
-        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-        losses = cross_entropy(logits.float(), tokens[0, 1:], reduction="none")
-        total, count = total + float(losses.double().sum()), count + len(losses)
+        total, count = total + text_loss(model, tokens), count + tokens.numel() - 1
 
     run_texts(model, text.tokens, "held text", run=add)
     return Quality(total / count, tuple(_said(model, tokenizer, p) for p in PROMPTS))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
+import logging
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -36,10 +36,13 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Collection, Mapping
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.export")
 
 #: Dtypes to store weights in.
 _STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -152,10 +155,20 @@ def export_pruned(
     cost: dict[str, Quality] = {}
 
     def measure(name: str, model: PreTrainedModel) -> None:
-        with contextlib.suppress(UnmeasurableError):
+        try:
             cost[name] = quality_of(model, tokenizer())
+        except UnmeasurableError as error:
+            logger.warning("What the cut cost (%s) is not measured: %s", name, error)
 
-    tokenizer = functools.cache(request.load_tokenizer)
+    @functools.cache
+    def tokenizer() -> PreTrainedTokenizerBase:
+        try:
+            return request.load_tokenizer()
+        except (OSError, ValueError) as error:
+            raise UnmeasurableError(
+                f"The tokenizer cannot be loaded: {error}"
+            ) from None
+
     if RANDOM_CUT in measured:
         measure(RANDOM_CUT, load_request(random_cut(request)))
     look = (lambda loaded: measure(UNPRUNED, loaded.model)) if measured else None

@@ -59,7 +59,7 @@ class PlanRow:
 def suggested_recipe(
     prune_arguments: dict[str, Any], loading: dict[str, Any]
 ) -> tuple[str, str]:
-    """Return which recipe suits a model, and why; reads its config alone.
+    """Return which recipe suits a model, and why; reads its config and tokenizer.
 
     Raises:
         ValueError, UnsupportedModelError, OSError: As `lm_eval_pruned.load_pruned`.
@@ -74,6 +74,10 @@ def suggested_recipe(
         request.check_text()
     except UnsupportedModelError as error:
         return "fast", f"calibration text cannot be used: {error}"
+    try:
+        request.load_tokenizer()
+    except (OSError, ValueError) as error:
+        return "fast", f"calibration text needs a tokenizer: {error}"
     text = Path(str(calibrated.calibration)).name
     return "best", f"the model can be calibrated on {text}"
 

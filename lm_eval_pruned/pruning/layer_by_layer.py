@@ -30,6 +30,22 @@ def _move(modules: Iterable[nn.Module], device: torch.device) -> None:
         module._apply(lambda weight: weight.to(device), recurse=False)
 
 
+def has_to_compute(named: Mapping[str, Any]) -> bool:
+    """Return whether a layer hands keys and values on in a mapping among these arguments."""
+    return any(isinstance(each, MutableMapping) for each in named.values())
+
+
+@contextlib.contextmanager
+def returning(known: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Let layers return what is `known` of each, without computing."""
+    with contextlib.ExitStack() as undo:
+        for layer in known:
+            undo.callback(vars(layer).update, dict(vars(layer)))
+            undo.callback(vars(layer).pop, "forward")
+            vars(layer)["forward"] = lambda *_, layer=layer, **__: known[layer]
+        yield
+
+
 class _ReturnedError(Exception):
     """The layer that was asked for has returned: those behind it need not run."""
 
@@ -55,7 +71,8 @@ class LayerByLayer:
     ) -> None:
         """Let `texts`, each of shape (1, tokens), int64, wait in front of the first layer.
 
-        So many run together. They run on `device`, to which one layer at a time is brought; default: where the model is.
+        So many run together, on `device`, to which one layer at a time is brought; default: where
+        the model is.
         """
         self._model = model
         ordered = sorted((text[0] for text in texts), key=len)
@@ -68,7 +85,7 @@ class LayerByLayer:
         self._path, layers = layers_of(model)
         self.layers: list[Any] = list(layers)
         self.passed = 0
-        self._returned: list[Any] = []
+        self._returned: list[Any] = [None] * len(self._batches)
         self._skips = True
 
     def run(
@@ -81,8 +98,7 @@ class LayerByLayer:
         found: list[Any] = []
 
         def stop(module, positional, named, output) -> None:
-            # Layers that share keys and values hand them on in a mapping: they have to compute.
-            if any(isinstance(each, MutableMapping) for each in named.values()):
+            if has_to_compute(named):
                 self._skips = False
             found.append(output)
             raise _ReturnedError
@@ -92,7 +108,9 @@ class LayerByLayer:
             for number, batch in enumerate(self._batches):
                 lengths = self._lengths[number][:, None]
                 self.real = (torch.arange(batch.shape[1]) < lengths).to(self._device)
-                with self._waiting(number), contextlib.suppress(_ReturnedError):
+                passed = self.layers[: self.passed] if self._skips else []
+                known = dict.fromkeys(passed, self._returned[number])
+                with returning(known), contextlib.suppress(_ReturnedError):
                     self._model(input_ids=batch.to(self._device), use_cache=False)
         return found
 
@@ -120,13 +138,3 @@ class LayerByLayer:
             yield
         finally:
             _move(modules, self._home)
-
-    @contextlib.contextmanager
-    def _waiting(self, batch: int) -> Iterator[None]:
-        """Let the layers that were passed return what is known, without computing."""
-        passed = self.layers[: self.passed] if self._skips else []
-        with contextlib.ExitStack() as undo:
-            for layer in passed:
-                undo.callback(vars(layer).pop, "forward")
-                vars(layer)["forward"] = lambda *_, **__: self._returned[batch]
-            yield

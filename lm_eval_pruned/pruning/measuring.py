@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Hashable, MutableMapping
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -32,6 +32,7 @@ from lm_eval_pruned.pruning.criteria import (
 )
 from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
 from lm_eval_pruned.pruning.depth import Depth, layers_of
+from lm_eval_pruned.pruning.layer_by_layer import has_to_compute, returning
 from lm_eval_pruned.pruning.layouts import NEURON_AXIS, find_glu_mlps
 
 
@@ -131,6 +132,16 @@ def depth_in_memory(
         text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
         known.influence = block_influence(model, text.tokens), text.as_dict()
     return Depth.of(arguments, layers, *known.influence)
+
+
+def text_loss(model: PreTrainedModel, tokens: Tensor) -> float:
+    """Return the loss of a text of shape (1, tokens), in nats, over the tokens but the first.
+
+    The loss of a token is float32, its sum float64.
+    """
+    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    losses = cross_entropy(logits.float(), tokens[0, 1:], reduction="none")
+    return float(losses.double().sum())
 
 
 def samples_for_losses(file: str, samples: int | None) -> int:
@@ -246,17 +257,11 @@ class LoadedModel:
         outputs: dict[nn.Module, Any] = {}
 
         def record(module, positional, named, output) -> None:
-            # Layers that share keys and values hand them on in a mapping: they have to compute.
-            if not any(isinstance(each, MutableMapping) for each in named.values()):
+            if not has_to_compute(named):
                 outputs[module] = output
 
-        def loss(tokens: Tensor) -> float:
-            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-            losses = cross_entropy(logits.float(), tokens[0, 1:], reduction="none")
-            return float(losses.double().sum())
-
         def measure(tokens: Tensor) -> None:
-            sums[None] += loss(tokens)
+            sums[None] += text_loss(model, tokens)
             order = list(outputs.items())
             for number, mlps in held.items():
                 calls = [module for module, _ in order]
@@ -264,7 +269,7 @@ class LoadedModel:
                 in_front = dict(order[: calls.index(cut)] if cut in calls else ())
                 for width in widths[number]:
                     with _cut(mlps, Fraction(width, before[number]), scores, in_front):
-                        sums[number, width] += loss(tokens)
+                        sums[number, width] += text_loss(model, tokens)
 
         seed = self.seed if criterion == RANDOM else None
         named = criterion if seed is None else f"{criterion}, seed {seed}"
@@ -299,8 +304,5 @@ def _cut(
             columns = gone.nonzero().flatten().to(down.device)
             undo.callback(down.index_copy_, 1, columns, down[:, columns])
             down.index_fill_(1, columns, 0)
-        for layer in returned:
-            undo.callback(vars(layer).update, dict(vars(layer)))
-            undo.callback(vars(layer).pop, "forward")
-            vars(layer)["forward"] = lambda *_, layer=layer, **__: returned[layer]
+        undo.enter_context(returning(returned))
         yield

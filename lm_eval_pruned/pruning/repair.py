@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.pruning.argument_values import BIAS, LEAST_SQUARES, NO_REPAIR
+from lm_eval_pruned.pruning.calibration import check_observable
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
 from lm_eval_pruned.pruning.layouts import (
@@ -194,9 +195,11 @@ def cut_layer_by_layer(
 
     Raises:
         ValueError: An activation is NaN or infinite.
-        UnsupportedModelError: See `check_repairable`.
+        UnsupportedModelError: See `check_repairable`, and `check_observable` without scores.
     """
     check_repairable(model, repair)
+    if any(mlp.name not in scores for mlp in mlps):
+        check_observable(model)
     # What experts are given does not tell padding apart.
     together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
     walk, kept, done = LayerByLayer(model, texts, device, together), {}, 0

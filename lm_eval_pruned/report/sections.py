@@ -54,12 +54,12 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
         for run in members
     }
     labels = [family.label for family in FAMILIES]
-    found: dict[tuple[str, str], dict[str, Counter[str]]] = {}
+    found: dict[tuple[str, str], dict[str, Counter[tuple[str, str]]]] = {}
     for row in comparison.rows:
         if row.primary and row.run in places:
             series, ratio = places[row.run]
             sizes = found.setdefault((family_of(row.task).label, series), {})
-            sizes.setdefault(ratio, Counter())[row.said] += 1
+            sizes.setdefault(ratio, Counter())[row.verdict, row.said] += 1
     if not found:
         return None
     ratios = sorted({each for of in found.values() for each in of}, key=float)[::-1]
@@ -77,15 +77,11 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     return Section(heading, [text], table=table)
 
 
-def _counted(counts: Mapping[str, int]) -> Cell:
-    shown = [
-        each for verdict in MARKS for each in counts if each.split(" (")[0] == verdict
-    ]
-    text = ", ".join(
-        f"{MARKS[each.split(' (')[0]]} {counts[each]} {each}" for each in shown
-    )
-    decided = [each for each in shown if each in ("better", "worse")]
-    return Cell(text or "-", decided[0] if len(decided) == 1 else "")
+def _counted(counts: Mapping[tuple[str, str], int]) -> Cell:
+    shown = sorted(counts, key=lambda each: [*MARKS].index(each[0]))
+    texts = [f"{MARKS[each[0]]} {counts[each]} {each[1]}" for each in shown]
+    decided = [said for _, said in shown if said in ("better", "worse")]
+    return Cell(", ".join(texts) or "-", decided[0] if len(decided) == 1 else "")
 
 
 def floors_section(comparison: Comparison) -> Section | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
@@ -22,15 +22,9 @@ from lm_eval_pruned.results.groups import (
 
 if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison import Comparison, Difference
+    from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
-
-
-class Floor(NamedTuple):
-    """The best score without knowledge, and what has it: a level, or a model that knows nothing."""
-
-    value: float
-    by: str
 
 
 @dataclass(frozen=True)
@@ -44,9 +38,14 @@ class TaskFinding:
     task: str
     metric: str
     base_score: float
-    floor: Floor | None
+    floor: Standing | None
     above: dict[str, bool | None]
     rows: list[Difference]
+
+    @property
+    def floor_by(self) -> str:
+        """What has the floor: a level, or a model that knows nothing; empty if none is known."""
+        return self.floor.floor_name.removeprefix(FLOOR) if self.floor else ""
 
     @property
     def can_fall(self) -> bool:
@@ -115,11 +114,10 @@ def read_findings(sweep: SweepResults, alpha: float = 0.05) -> Findings:
     comparison = compare(base, [*cuts, *sweep.floors], alpha=alpha, read=read)
     for key in primary_metrics([base]):
         rows = [row for row in comparison.rows if (row.task, row.metric) == key]
-        own = next((row.floor for row in rows if row.floor), None)
-        floor = Floor(own.floor, own.floor_name.removeprefix(FLOOR)) if own else None
+        floor = next((row.floor for row in rows if row.floor), None)
         # Whatever knows a language is far away from the perplexity of what does not.
-        unknown = True if own is None and is_perplexity(key[1]) else None
-        above = {base.name: own.base_above_floor if own else unknown}
+        unknown = True if floor is None and is_perplexity(key[1]) else None
+        above = {base.name: floor.base_above_floor if floor else unknown}
         above |= {r.run: r.floor.above_floor if r.floor else unknown for r in rows}
         tasks.append(TaskFinding(*key, base.scores[key].value, floor, above, rows))
     pairs = [

@@ -109,7 +109,7 @@ def _table(found: Findings, published: Published, profile: Mapping[str, Any]) ->
     for each in found.tasks:
         key, floor = (each.task, each.metric), "-"
         if each.floor:
-            floor = f"{each.floor.value:.3f} ({each.floor.by})"
+            floor = f"{each.floor.floor:.3f} ({each.floor_by})"
         above = iter(each.above)
         unpruned = _marked(each, next(above), each.base_score, "")
         cells = {
@@ -156,7 +156,7 @@ def _marked(each: TaskFinding, run: str, score: float, verdict: str) -> str:
 
 def _plots(name: str, found: Findings) -> list[Plot]:
     floors = {
-        (each.task, each.metric): Levels(each.floor.value)
+        (each.task, each.metric): Levels(each.floor.floor)
         for each in found.tasks
         if each.floor
     }

@@ -54,8 +54,8 @@ def run_study(
     from lm_eval_pruned.study.page import Studied, write_page
 
     code, found = 0, {}
-    for options in studies.values():
-        code = max(code, run_sweep(options, **which))
+    for sweep in sweeps.values():
+        code = max(code, run_sweep(sweep.options, sweep=sweep, **which))
         if code == 130:
             return code
     if int(os.environ.get("RANK") or 0):

@@ -54,7 +54,7 @@ def open_questions(found: Findings, energy: bool) -> list[str]:
     return [
         *(
             f"{each.task} cannot show a loss: unpruned, it is not shown to be above the "
-            f"{each.floor.value:.3f} of {each.floor.by}."
+            f"{each.floor.floor:.3f} of {each.floor_by}."
             for each in blind
             if each.floor
         ),
@@ -113,7 +113,7 @@ def _gains(found: Findings) -> str:
             continue
         row = better[-1]
         above = "above" if each.above[row.run] else "not shown to be above"
-        floor = each.floor and f"{above} the {each.floor.value:.3f} of {each.floor.by}"
+        floor = each.floor and f"{above} the {each.floor.floor:.3f} of {each.floor_by}"
         told.append(
             f"{each.task} goes from {row.base_score:.3f} to {row.score:.3f} at "
             f"{sizes[row.run]:g} %, {floor or 'and no floor is known'}"

@@ -12,9 +12,11 @@ import functools
 import itertools
 import operator
 from argparse import Namespace
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval.api.registry import get_model
@@ -56,7 +58,7 @@ from lm_eval_pruned.sweeps.tasks import (
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from lm_eval.tasks import TaskManager
 
@@ -134,7 +136,9 @@ class Sweep:
                 f"model={self.model} is no model type that prunes: pass {' or '.join(MODELS)}."
             )
         self.stop_when = read_rule(options)
-        self.settings = _settings(options, self.model)
+        arguments = dict(options.get("model_args") or {})
+        _check_names(arguments, self.model)
+        self.settings = harness_settings(options, self.model, arguments)
         self._base = self.settings.model_args
         self.configurations = _configurations(options, self._base)
         self.baseline, *pruned = self.configurations
@@ -286,6 +290,27 @@ class Sweep:
         return described
 
 
+def choose_unit(
+    waiting: list[Unit],
+    holds: str | None,
+    elsewhere: Collection[str],
+    known: list[tuple[str, float]],
+) -> Unit:
+    """Return a unit of the model it holds; else of one that nobody holds; else of the most left.
+
+    By the tasks and seconds that are `known`, the longest unit of a model goes first, and what is
+    left of a model is counted. A task that is unknown takes as long as the known ones on average.
+    """
+    spent = {name: fmean(s for task, s in known if task == name) for name, _ in known}
+    usual = fmean(spent.values()) if spent else 1.0
+    tasks = [(u.configuration.id, spent.get(u.task.name, usual)) for u in waiting]
+    left: dict[str, float] = defaultdict(float)
+    for name, seconds in tasks:
+        left[name] += seconds
+    ranks = [(n != holds, n in elsewhere, -left[n], -s) for n, s in tasks]
+    return waiting[ranks.index(min(ranks))]
+
+
 def model_source(base: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that say which checkpoint a sweep is of."""
     if not base.get("pretrained"):
@@ -309,10 +334,10 @@ def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]
     return {"name": name, "commit": commit}
 
 
-def _settings(options: dict[str, Any], model: str) -> EvaluatorConfig:
-    """Have the harness read and check its part of the options."""
-    arguments = dict(options.get("model_args") or {})
-    _check_names(arguments, model)
+def harness_settings(
+    options: Mapping[str, Any], model: str, arguments: dict[str, Any]
+) -> EvaluatorConfig:
+    """Have the harness read and check its part of the options, for a model and its arguments."""
     read = {name: options[name] for name in OF_HARNESS if name in options}
     read = {"log_samples": True, **read, "model": model, "model_args": arguments}
     if "seed" in read:

@@ -12,22 +12,18 @@ import itertools
 import logging
 import math
 import os
-import random
-import re
 import socket
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.plan import Sweep, choose_unit
 from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterator, Mapping
 
     from lm_eval_pruned.sweeps.plan import Unit
     from lm_eval_pruned.sweeps.unit import Ended
@@ -37,9 +33,6 @@ logger = logging.getLogger("lm_eval.pruned.sweep")
 
 #: How often a unit starts again after its worker or node was lost.
 RETRIES = 3
-#: Seconds of waiting before a unit that the Hub answered with 429 starts again; the Hub counts
-#: requests over five minutes.
-PAUSES = (30, 60, 120, 240)
 
 
 def run_on_ray(
@@ -172,45 +165,6 @@ def _places(
     return int(min(shares, default=most) + 1e-9)
 
 
-def choose_unit(
-    waiting: list[Unit],
-    holds: str | None,
-    elsewhere: Collection[str],
-    known: list[tuple[str, float]],
-) -> Unit:
-    """Return a unit of the model it holds; else of one that nobody holds; else of the most left.
-
-    By the tasks and seconds that are `known`, the longest unit of a model goes first, and what is
-    left of a model is counted. A task that is unknown takes as long as the known ones on average.
-    """
-    spent = {name: fmean(s for task, s in known if task == name) for name, _ in known}
-    usual = fmean(spent.values()) if spent else 1.0
-    tasks = [(u.configuration.id, spent.get(u.task.name, usual)) for u in waiting]
-    left: dict[str, float] = defaultdict(float)
-    for name, seconds in tasks:
-        left[name] += seconds
-    ranks = [(n != holds, n in elsewhere, -left[n], -s) for n, s in tasks]
-    return waiting[ranks.index(min(ranks))]
-
-
-def attempt_patiently(
-    runner: UnitRunner, unit: Unit, folder: Path
-) -> tuple[float, dict[str, str] | None]:
-    """Attempt a unit as its runner does, and again after a while where the Hub says 429."""
-    for pause in PAUSES:
-        seconds, error = runner.attempt(unit, folder)
-        refused = r"\b429 (Client Error|Too Many Requests)"
-        if error is None or not re.search(refused, error["traceback"]):
-            return seconds, error
-        # Those that were refused together do not come back together.
-        wait = pause * random.uniform(0.75, 1.25)
-        logger.warning("The Hub says 429: %s / %s waits %.0f s.", *unit.names, wait)
-        # It holds what loading has raised.
-        runner.release()
-        time.sleep(wait)
-    return runner.attempt(unit, folder)
-
-
 class Worker:
     """Evaluates units in a process of the cluster."""
 
@@ -250,6 +204,6 @@ class Worker:
             )
             return 0.0, {}, describe_error(stranger), True
         with tempfile.TemporaryDirectory() as folder:
-            seconds, error = attempt_patiently(self._runner, unit, Path(folder))
+            seconds, error = self._runner.attempt_patiently(unit, Path(folder))
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         return seconds, files, error, not self._runner.device_failed

@@ -20,8 +20,8 @@ from lm_eval_pruned.results.folder import is_sweep, read_definition, unit_folder
 from lm_eval_pruned.results.runs import read_newest
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.options import refuse_other_processes
-from lm_eval_pruned.sweeps.plan import Sweep, Unit
-from lm_eval_pruned.sweeps.ray import attempt_patiently, choose_unit, run_on_ray
+from lm_eval_pruned.sweeps.plan import Sweep, Unit, choose_unit
+from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.unit import UnitRunner
 from lm_eval_pruned.util.progress import Progress
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     #: A unit, its state, and the seconds that its evaluation took.
     Entry = tuple[Unit, str, float]
+    #: What the folder held of each unit, by its names, when the sweep was planned.
+    Records = dict[tuple[str, str], UnitRecord | None]
 
 DONE, FAILED, TO_RUN = STATES = ("done", "failed", "to run")
 
@@ -76,7 +78,9 @@ def run_sweep(
         part = f"_shard_{task}"
     runner = UnitRunner(sweep, part, functools.partial(_unpruned_run, sweep, folder))
     if dry_run:
-        print(_plan_table(sweep, _sort(sweep, folder, units), folder.path), end="")
+        records = _records(folder, units)
+        entries = _sort(sweep, folder, units, records)
+        print(_plan_table(sweep, entries, folder.path), end="")
         return 0
     several = _other_processes()
     if several and not several.is_main_process:
@@ -84,8 +88,8 @@ def run_sweep(
         collections.deque(followed, maxlen=0)
         return int(runner.device_failed)
     with folder.held():
-        seen = {unit.names: folder.read(*unit.names) for unit in units}
-        entries = _sort(sweep, folder, units)
+        seen = _records(folder, units)
+        entries = _sort(sweep, folder, units, seen)
         folder.write_definition(sweep.as_dict())
         chosen = (TO_RUN, FAILED) if retry_failed else (TO_RUN,)
         waiting = [unit for unit, state, _ in entries if state in chosen]
@@ -144,7 +148,7 @@ def run_sweep(
 def _open_units(
     folder: SweepFolder,
     units: list[Unit],
-    seen: dict[tuple[str, str], UnitRecord | None],
+    seen: Records,
     known: list[tuple[str, float]],
     progress: Progress,
 ) -> Generator[Unit]:
@@ -178,8 +182,7 @@ def _run_here(
         units = list(units)
         (names,) = broadcast_object_list([[unit.names for unit in units]])
         units = [unit for unit in units if unit.names in names]
-    patiently = functools.partial(attempt_patiently, runner)
-    attempt = runner.attempt if several else patiently
+    attempt = runner.attempt if several else runner.attempt_patiently
     for unit in units:
         starts(*unit.names)
         with new_folder() as files:
@@ -223,7 +226,13 @@ def _unpruned_run(sweep: Sweep, folder: SweepFolder, task: SweepTask) -> Run:
     return read_newest(unit_folder(folder.path, *names))
 
 
-def _sort(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry]:
+def _records(folder: SweepFolder, units: list[Unit]) -> Records:
+    return {unit.names: folder.read(*unit.names) for unit in units}
+
+
+def _sort(
+    sweep: Sweep, folder: SweepFolder, units: list[Unit], records: Records
+) -> list[Entry]:
     """Return which units are done, and say what becomes of other results in the folder."""
     listed = read_definition(folder.path)[1] if is_sweep(folder.path) else []
     own = [each.id for each in (*sweep.floors, *sweep.configurations)]
@@ -235,7 +244,7 @@ def _sort(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry]:
     entries: list[Entry] = []
     again, changed = 0, set()
     for unit in units:
-        now, record = sweep.definition(*unit), folder.read(*unit.names)
+        now, record = sweep.definition(*unit), records[unit.names]
         if record is not None and record.fingerprint == fingerprint(now):
             entries.append((unit, FAILED if record.error else DONE, record.seconds))
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import random
 import re
 import time
 import traceback
@@ -41,6 +42,11 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
+
+
+#: Seconds of waiting before a unit that the Hub answered with 429 starts again; the Hub counts
+#: requests over five minutes.
+PAUSES = (30, 60, 120, 240)
 
 
 class UnitRunner:
@@ -92,6 +98,23 @@ class UnitRunner:
         getattr(self._lm, "close", lambda: None)()
         self._lm = self._holds = None
         release_memory()
+
+    def attempt_patiently(
+        self, unit: Unit, folder: Path
+    ) -> tuple[float, dict[str, str] | None]:
+        """Attempt a unit, and again after a while where the Hub says 429."""
+        for pause in PAUSES:
+            seconds, error = self.attempt(unit, folder)
+            refused = r"\b429 (Client Error|Too Many Requests)"
+            if error is None or not re.search(refused, error["traceback"]):
+                return seconds, error
+            # Those that were refused together do not come back together.
+            wait = pause * random.uniform(0.75, 1.25)
+            logger.warning("The Hub says 429: %s / %s waits %.0f s.", *unit.names, wait)
+            # It holds what loading has raised.
+            self.release()
+            time.sleep(wait)
+        return self.attempt(unit, folder)
 
     def _run(self, unit: Unit, folder: Path) -> float:
         sweep, (configuration, task) = self._sweep, unit

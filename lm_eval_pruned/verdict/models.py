@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from lm_eval_pruned.compare.comparison import read_comparands
 from lm_eval_pruned.pruning.arguments import PruneArguments
@@ -14,8 +11,8 @@ from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.folder import FLOOR, UNITS, is_sweep
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps.floors import FLOORS
-from lm_eval_pruned.sweeps.options import OF_HARNESS, read_mapping
-from lm_eval_pruned.sweeps.plan import Configuration, Sweep
+from lm_eval_pruned.sweeps.options import read_mapping
+from lm_eval_pruned.sweeps.plan import Configuration, Sweep, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.tasks import index_tasks, resolve_tasks
 
@@ -51,11 +48,7 @@ class OneModel(Sweep):
             PruneArguments.taken_from(dict(self._base))
         which = {"model": self.model, "model_args": self._base, "log_samples": True}
         self.options = {**options, **which}
-        read = {key: options[key] for key in OF_HARNESS if key in options}
-        if "seed" in read:
-            seeds = [part.strip() for part in read["seed"].split(",")]
-            read["seed"] = [None if each.lower() == "none" else each for each in seeds]
-        self.settings = EvaluatorConfig.from_cli(Namespace(**{**read, **which}))
+        self.settings = harness_settings(self.options, self.model, self._base)
         self.stop_when = self.healing = None
         self.baseline = Configuration(name, {}, 0, 0.0, 0, 0.0)
         self.configurations = [self.baseline]

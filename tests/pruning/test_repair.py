@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.cost import HELD_TEXT
@@ -26,6 +26,7 @@ from lm_eval_pruned.pruning.repair import (
     repaired,
 )
 from tests.helpers.checkpoints import byte_tokenizer
+from tests.helpers.layouts import save_family
 
 
 TEXTS = [
@@ -132,6 +133,26 @@ def test_texts_meet_each_layer_with_what_the_changed_ones_return():
     for text, each in zip(texts, returned, strict=True):
         hidden = model.model(input_ids=text, use_cache=False).last_hidden_state
         torch.testing.assert_close(model.model.norm(each), hidden, rtol=0, atol=0)
+
+
+def test_layers_that_return_what_is_known_are_as_they_were_after(monkeypatch):
+    model, texts = tiny(), [torch.arange(5)[None]]
+    first = model.model.layers[0]
+    # As accelerate leaves it, for one.
+    monkeypatch.setitem(vars(first), "forward", first.forward)
+    before = dict(vars(first))
+    walk = LayerByLayer(model, texts)
+    walk.go_on(walk.run())
+    walk.run()
+    assert vars(first) == before
+
+
+def test_obs_refuses_what_cannot_be_observed_in_memory_too(folder, tmp_path):
+    save_family(tmp_path, "qwen3_moe", 64)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    text = {"calibration": str(folder / "text.jsonl"), "tokenizer": byte_tokenizer()}
+    with pytest.raises(UnsupportedModelError, match="stacked with others"):
+        prune_model(model, intermediate_size=40, criterion="obs", **text)
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +266,17 @@ def test_text_that_is_too_short_repairs_nothing_and_says_so(folder, tmp_path, ca
     assert "0 of 3 GLU-MLPs are repaired" in caplog.text
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_without_a_tokenizer_prune_is_fast_and_says_what_is_not_measured(
+    tmp_path, caplog, capsys
+):
+    tiny().save_pretrained(tmp_path / "bare")
+    asked = ["--model_args", f"pretrained={tmp_path / 'bare'}", "--prune_percent", "40"]
+    assert main(["prune", *asked, "--output_path", str(tmp_path / "out")]) == 0
+    assert "recipe=fast was chosen, because" in capsys.readouterr().err
+    assert "What the cut cost (pruned) is not measured" in caplog.text
+    assert "loss, nats" not in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 
 def test_the_own_text_has_six_kinds_and_shares_no_run_of_8_words_with_held_text():

@@ -13,9 +13,10 @@ from unittest import mock
 import pytest
 import torch
 
-from lm_eval_pruned.sweeps.plan import Configuration, Sweep, Unit
-from lm_eval_pruned.sweeps.ray import Worker, attempt_patiently, choose_unit
+from lm_eval_pruned.sweeps.plan import Configuration, Sweep, Unit, choose_unit
+from lm_eval_pruned.sweeps.ray import Worker
 from lm_eval_pruned.sweeps.run import run_sweep
+from lm_eval_pruned.sweeps.unit import UnitRunner
 from tests.helpers.sweeping import files_of, results_of, sweep_options, write_tasks
 
 
@@ -49,10 +50,13 @@ def test_a_unit_that_the_hub_refuses_waits_longer_and_longer(monkeypatch, tmp_pa
     told = {"traceback": "Client error '429 Too Many Requests' for url"}
     runner.attempt.side_effect = [(1.0, told), (1.0, told), (2.0, None)]
     unit = SimpleNamespace(names=("baseline", "t"))
-    assert attempt_patiently(runner, cast("Any", unit), tmp_path) == (2.0, None)
+    assert UnitRunner.attempt_patiently(runner, cast("Any", unit), tmp_path) == (
+        2.0,
+        None,
+    )
     assert slept[1] > slept[0] > 0
     runner.attempt.side_effect = [(1.0, {"traceback": "429 documents"})]
-    attempt_patiently(runner, cast("Any", unit), tmp_path)
+    UnitRunner.attempt_patiently(runner, cast("Any", unit), tmp_path)
     assert len(slept) == runner.release.call_count == 2
 
 
