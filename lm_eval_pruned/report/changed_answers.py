@@ -7,16 +7,10 @@ You Need", 2024, arXiv 2407.09141).
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.report.page import Section, Table, rendered, run_label
-from lm_eval_pruned.results.documents import (
-    Answer,
-    Question,
-    read_answer,
-    read_question,
-    read_samples,
-)
+from lm_eval_pruned.results.documents import Sample, read_samples
 from lm_eval_pruned.results.groups import primary_metrics
 
 
@@ -25,18 +19,28 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.results.files import Run
 
-    #: What became of an answer, the run, the task, both answers around the question.
-    Change = tuple[str, str, str, Answer, Question, Answer]
-    _Answers = dict[tuple[str, tuple[str, int]], tuple[Answer, Question]]
+    #: Whether each document was answered rightly, and its sample, by task and key.
+    _Answers = dict[tuple[str, tuple[str, int]], tuple[bool, Sample]]
 
 PAGE = "flips.html"
 #: What can become of an answer; what changes a score comes first.
 KINDS = (
     LOST := "right to wrong",
     GAINED := "wrong to right",
-    STILL_WRONG := "another wrong answer",
-    STILL_RIGHT := "another right answer",
+    "another wrong answer",
+    "another right answer",
 )
+
+
+class Change(NamedTuple):
+    """What became of one answer: one of `KINDS`, and what both models answered, as a reader sees it."""
+
+    kind: str
+    run: str
+    task: str
+    sample: Sample
+    before: str
+    after: str
 
 
 def changed_answers(
@@ -70,15 +74,9 @@ def changed_answers(
         notes=[f"{none}: {', '.join(not_counted)}."] if not_counted else [],
         links=[("All of them, one by one", PAGE)],
     )
-    page = rendered(
-        "changed_answers.html",
-        title=f"Changed answers: {title}",
-        texts=texts,
-        changes=changes,
-        written=written,
-        scripts=[files(__package__).joinpath("changed_answers.js").read_text("utf-8")],
-    )
-    return section, page
+    script = files(__package__).joinpath("changed_answers.js").read_text("utf-8")
+    shown = {"title": f"Changed answers: {title}", "texts": texts, "changes": changes}
+    return section, rendered("changed_answers.html", **shown, scripts=[script])
 
 
 def find_changes(
@@ -93,21 +91,21 @@ def find_changes(
         if not before:
             not_counted.append(task)
         for run in others:
-            after = _answers(run, task, metric)
-            both = [key for key in before if key in after]
-            kinds = {key: _kind(before[key][0], after[key][0]) for key in both}
-            found, label = [*kinds.values()], run_label(run)
-            if found:
-                counts = len(found), found.count(LOST), found.count(GAINED)
-                share = sum(map(bool, found)) / len(found)
-                another = "-" if None in found else f"{share:.0%}"
+            kinds, label = [], run_label(run)
+            for key, now in _answers(run, task, metric).items():
+                if (was := before.get(key)) is None:
+                    continue
+                pair = [sample.answer(metric) for _, sample in (was, now)]
+                kinds.append(_kind(was[0], now[0], pair))
+                if kinds[-1]:
+                    texts = [_text(each, metric) for _, each in (was, now)]
+                    changes.append(Change(kinds[-1], label, key[0], was[1], *texts))
+            if kinds:
+                counts = len(kinds), kinds.count(LOST), kinds.count(GAINED)
+                share = sum(map(bool, kinds)) / len(kinds)
+                another = "-" if None in kinds else f"{share:.0%}"
                 rows.append([label, task, metric, *map(str, counts), another])
-            changes += [
-                (kind, label, key[0], *before[key], after[key][0])
-                for key, kind in kinds.items()
-                if kind
-            ]
-    changes.sort(key=lambda change: KINDS.index(change[0]))
+    changes.sort(key=lambda change: KINDS.index(change.kind))
     return rows, not_counted, changes
 
 
@@ -124,36 +122,29 @@ def _counted(base: Run, task: str) -> tuple[str, _Answers]:
 
 def _answers(run: Run, task: str, metric: str) -> _Answers:
     """Return answers by document; none where samples are missing or one is neither right nor wrong."""
-    leaves, name = run.leaves(task), metric.rpartition(",")[0]
+    leaves = run.leaves(task)
     if (task, metric) not in run.scores or not run.samples.keys() >= {*leaves}:
         return {}
     found: _Answers = {}
     for leaf in leaves:
-        for key, (answer, question) in read_samples(
-            run, leaf, metric, lambda row: (read_answer(row, name), read_question(row))
-        ):
-            if answer is None:
+        for key, value, sample in read_samples(run, leaf, [metric])[metric]:
+            if value not in (0, 1):
                 return {}
-            found[leaf, key] = answer, question
+            found[leaf, key] = bool(value), sample
     return found
 
 
-def _kind(before: Answer, after: Answer) -> str | None:
+def _kind(was_right: bool, is_right: bool, answers: Sequence[str | None]) -> str | None:
     """Return what became of an answer: empty if it is the same, None if samples do not tell."""
-    if before.right != after.right:
-        return LOST if before.right else GAINED
-    if before.chosen is None or after.chosen is None:
+    if was_right != is_right:
+        return LOST if was_right else GAINED
+    if None in answers:
         return None
-    if before.chosen == after.chosen:
-        return ""
-    return STILL_RIGHT if before.right else STILL_WRONG
+    return "" if answers[0] == answers[1] else KINDS[2 + is_right]
 
 
-def written(answer: Answer, question: Question) -> str:
-    """Return an answer as a reader sees it."""
-    chosen = answer.chosen or ""
-    if question.choices and chosen:
-        return question.choices[int(chosen)].strip()
-    if chosen and answer.text not in ("", chosen):
-        return f"{chosen}\n\nTaken from: {answer.text}"
-    return chosen or answer.text
+def _text(sample: Sample, metric: str) -> str:
+    chosen = sample.answer(metric) or ""
+    if chosen and sample.text not in ("", chosen):
+        return f"{chosen}\n\nTaken from: {sample.text}"
+    return chosen or sample.text

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from lm_eval_pruned.report.page import Cell, Section, Table
-from lm_eval_pruned.results.files import ResultsError
-from lm_eval_pruned.results.folder import SENSITIVITY, read_curves
+from lm_eval_pruned.results.files import ResultsError, read_json
+from lm_eval_pruned.results.folder import SENSITIVITY
 
 
 if TYPE_CHECKING:
@@ -156,10 +156,10 @@ def layer_plots(curves: LayerCurves) -> list[Plot]:
 
 def layers_section(sweep: SweepResults) -> Section | None:
     """Lines and a table of the curves of a sweep; None where it has no ``sensitivity.json``."""
-    data = read_curves(sweep.path)
-    if data is None:
+    file = sweep.path / SENSITIVITY
+    if not file.is_file():
         return None
-    curves = LayerCurves.of(data, str(sweep.path / SENSITIVITY))
+    curves = LayerCurves.of(read_json(file), str(file))
     share = min(curves.shares, key=lambda each: (abs(each - _SHOWN), each))
     rest = f"The table is of {share} % removed; the others are in {SENSITIVITY}."
     table, plots = rises_table(curves, share), layer_plots(curves)

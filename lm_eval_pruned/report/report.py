@@ -125,7 +125,8 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
     for run in (base, *others):
         for (task, metric), score in run.scores.items():
             stopping = run.stopping.get(task)
-            ends = stopping.score_interval(task, metric) if stopping else (None, None)
+            known = stopping.scores if stopping and stopping.task == task else {}
+            ends = known.get(metric, (None, None))
             row = {
                 "run": run.name,
                 "expansion_ratio": run.expansion_ratio,

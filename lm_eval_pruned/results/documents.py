@@ -9,8 +9,7 @@ import os.path
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,9 +17,10 @@ from lm_eval_pruned.results.files import ResultsError, Run, as_mapping, is_numbe
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-T = TypeVar("T")
+    #: What documents are matched by: ``doc_hash`` and which repetition of the document it is.
+    Key = tuple[str, int]
 
 #: Documents that share this field belong together: they ask about the same text.
 CLUSTER_FIELDS = {
@@ -53,8 +53,7 @@ class Levels:
     majority: float | None = None
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """What one model answered to a document: the text of the likeliest choice, or what it wrote.
 
     `normed` is the choice that is likeliest for its length, `likelihoods` the log-likelihoods of all
@@ -64,6 +63,32 @@ class Reply:
     chosen: str
     normed: str
     likelihoods: tuple[float, ...] = ()
+
+
+class Sample(NamedTuple):
+    """One line of samples: how a model was asked about a document, and what it answered.
+
+    `number` and `digest` are the harness's ``doc_id`` and ``doc_hash``; documents of one `cluster`
+    ask about the same text. `choices` is empty where the model wrote freely, `right` the index of
+    the one right choice, and `target` of IFEval the names of the instructions. `reply` is None where
+    the line does not tell, `text` what the model wrote, before the filter.
+    """
+
+    number: str
+    digest: str
+    cluster: str
+    prompt: str
+    target: str
+    choices: tuple[str, ...]
+    right: int | None
+    chance: float | None
+    reply: Reply | None
+    text: str
+
+    def answer(self, metric: str) -> str | None:
+        """Return the answer that a metric judges; None where the line does not tell."""
+        normed = metric.startswith("acc_norm")
+        return self.reply and (self.reply.normed if normed else self.reply.chosen)
 
 
 @dataclass(frozen=True)
@@ -114,36 +139,6 @@ class Documents:
         return tasks if len(set(tasks)) > 1 else None
 
 
-@dataclass(frozen=True)
-class Question:
-    """One document as a model was asked about it; the harness's ``doc_id`` and ``doc_hash``.
-
-    `choices` is empty where the model wrote freely, `right` the index of the one right choice, and
-    `target` of IFEval the names of the instructions.
-    """
-
-    number: str
-    digest: str
-    prompt: str
-    target: str
-    choices: tuple[str, ...]
-    right: int | None = None
-    chance: float | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one model answered, and whether the metric counts it as right.
-
-    `chosen` is the index of the most likely choice, or the text after the task's filter; None
-    where the line does not tell. `text` is what the model wrote, before the filter.
-    """
-
-    right: bool
-    chosen: str | None
-    text: str = ""
-
-
 def read_documents(run: Run, task: str, metric: str) -> Documents | None:
     """Return the documents of one metric as `read_task` reads them, or None."""
     return read_task(run, task).get(metric)
@@ -156,11 +151,9 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
     reported score of them (some of the harness's are not functions of a mean). Raises what
     `read_samples` does.
     """
-    metrics = [metric for name, metric in run.scores if name == task]
-    lines: dict[str, list[Any]] = {metric: [] for metric in metrics}
+    lines: dict[str, list[Any]] = {m: [] for name, m in run.scores if name == task}
     for leaf in run.leaves(task):
-        about = partial(_about, leaf)
-        read = _read(run, leaf, metrics, about) if leaf in run.samples else {}
+        read = read_samples(run, leaf, lines) if leaf in run.samples else {}
         # A score that some member has no documents of is not made of documents.
         lines = {metric: of for metric, of in lines.items() if read.get(metric)}
         for metric, of in lines.items():
@@ -173,20 +166,10 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
     return {metric: documents for metric, documents in found.items() if documents}
 
 
-def _about(
-    leaf: str, row: Mapping[str, Any]
-) -> tuple[str, Question | None, Reply | None]:
-    fields = [field for text, field in CLUSTER_FIELDS.items() if re.search(text, leaf)]
-    text = as_mapping(row.get("doc")).get(*fields[:1] or [""])
-    cluster = f"{leaf}\0{row.get('doc_id') if text is None else text}"
-    asks = any(name.startswith("acc") for name in row)
-    return cluster, read_question(row) if asks else None, read_reply(row)
-
-
 def _documents(
     metric: str, lines: Sequence[tuple[Any, ...]], reported: float
 ) -> Documents | None:
-    keys, sizes, raw, abouts = zip(*lines, strict=True)
+    keys, sizes, raw, samples = zip(*lines, strict=True)
     # The score of a group is a mean over documents, or over tasks.
     for (values, weights), divisor, transform in itertools.product(
         _readings(raw), (1, np.array(sizes)), TRANSFORMS
@@ -195,9 +178,10 @@ def _documents(
         with np.errstate(over="ignore"):
             score = TRANSFORMS[transform](np.average(values, weights=weights))
         if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
-            clusters, questions, replies = zip(*abouts, strict=True)
+            clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None
-            levels = levels_of(questions if metric.startswith("acc") else (), weights)
+            levels = _levels(samples, weights) if metric[:3] == "acc" else Levels()
+            replies = tuple(sample.reply for sample in samples)
             found = keys, values, weights, grouped, transform, levels, replies
             return Documents(*found)
     return None
@@ -221,31 +205,34 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield sums / weights, weights
 
 
+def _levels(samples: Sequence[Sample], weights: np.ndarray) -> Levels:
+    chances = [each.chance for each in samples]
+    rights = [each.right for each in samples]
+    if None in chances:
+        return Levels()
+    chance = float(np.average(np.array(chances, dtype=float), weights=weights))
+    # The same choice in words may be the right one in every other context.
+    if None in rights or len({each.choices for each in samples}) > 1:
+        return Levels(chance)
+    counts = np.bincount(np.array(rights, dtype=int), weights)
+    return Levels(chance, float(counts.max() / weights.sum()))
+
+
 def read_samples(
-    run: Run, task: str, metric: str, take: Callable[[Mapping[str, Any]], T]
-) -> list[tuple[tuple[str, int], T]]:
-    """Read the logged documents of one task, not of a group, that have a metric.
+    run: Run, task: str, metrics: Iterable[str]
+) -> dict[str, list[tuple[Key, Any, Sample]]]:
+    """Read the logged documents of one task, not of a group, in the order of ``doc_id``.
 
     Returns:
-        Pairs of key and what `take` makes of a line, in the order of ``doc_id``. A key is
-        ``doc_hash`` and which repetition of the document it is.
+        By metric, the key of each document that has it, the value and the sample.
 
     Raises:
         ResultsError: The file cannot be read, or holds another number of documents than
             the results file says.
     """
-    found = _read(run, task, [metric], take)[metric]
-    return [(key, taken) for key, _, taken in found]
-
-
-def _read(
-    run: Run, task: str, metrics: Iterable[str], take: Callable[[Mapping[str, Any]], T]
-) -> dict[str, list[tuple[tuple[str, int], Any, T]]]:
-    """Return key, value and what `take` makes of a line, of each document with a metric."""
-    file, found = run.samples[task], {}
+    file, logged = run.samples[task], Counter[str]()
     parts = {metric: metric.rpartition(",")[::2] for metric in metrics}
     rows: dict[str, list[tuple[Any, ...]]] = {metric: [] for metric in parts}
-    logged: Counter[str] = Counter()
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -257,14 +244,13 @@ def _read(
                     "or was not written by lm-eval 0.4.3 or later."
                 ) from None
             logged[row.get("filter")] += 1
-            has = [
-                (metric, row[name])
-                for metric, (name, of) in parts.items()
-                if row.get("filter") == of and row.get(name) is not None
-            ]
-            taken = take(row) if has else None
-            for metric, value in has:
-                rows[metric].append((row.get("doc_id", number), digest, value, taken))
+            sample = None
+            for metric, (name, of) in parts.items():
+                if row.get("filter") == of and row.get(name) is not None:
+                    sample = sample or read_sample(row, task)
+                    place = row.get("doc_id", number)
+                    rows[metric].append((place, digest, row[name], sample))
+    found = {}
     for metric, (_, of) in parts.items():
         score = run.scores.get((task, metric))
         if score and score.documents not in (None, logged[of]):
@@ -274,97 +260,37 @@ def _read(
             )
         seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
         found[metric] = [
-            ((digest, next(seen[digest])), *rest)
-            for _, digest, *rest in sorted(rows[metric], key=lambda row: row[0])
+            ((digest, next(seen[digest])), value, sample)
+            for _, digest, value, sample in sorted(rows[metric], key=lambda row: row[0])
         ]
     return found
 
 
-def levels_of(documents: Sequence[Question], weights: np.ndarray) -> Levels:
-    """Return the levels of a score, in which documents count by `weights`, shape (n,)."""
-    chances = [each.chance for each in documents]
-    rights = [each.right for each in documents]
-    if not documents or None in chances:
-        return Levels()
-    chance = float(np.average(np.array(chances, dtype=float), weights=weights))
-    # The same choice in words may be the right one in every other context.
-    if None in rights or len({each.choices for each in documents}) > 1:
-        return Levels(chance)
-    counts = np.bincount(np.array(rights, dtype=int), weights)
-    return Levels(chance, float(counts.max() / weights.sum()))
-
-
-def read_question(row: Mapping[str, Any]) -> Question:
-    """Return what a line of samples says of its document."""
-    prompt, choices = _prompt_and_endings(row)
+def read_sample(row: Mapping[str, Any], task: str = "") -> Sample:
+    """Return what a line of the samples of a task says, as far as it goes."""
+    prompt, endings = _asked(row)
+    document, choices = as_mapping(row.get("doc")), endings if endings[1:] else ()
     texts = [choice.strip() for choice in choices]
-    document = as_mapping(row.get("doc"))
     # The target of IFEval says nothing.
     target = str(document.get("instruction_id_list") or row.get("target", ""))
-    chance, right = (1 / len(choices) if choices[1:] else None), None
+    right, chance = None, 1 / len(texts) if texts else None
     # The score of MC2 is the share of probability on true answers, which can be several.
     several = as_mapping(document.get("mc2_targets"))
-    if chance and texts == [str(each).strip() for each in several.get("choices") or ()]:
+    if texts and texts == [str(each).strip() for each in several.get("choices") or ()]:
         chance = float(np.mean(several["labels"]))
-    elif target.strip().isdecimal() and int(target) < len(choices):
+    elif target.strip().isdecimal() and int(target) < len(texts):
         right = int(target)
     elif texts.count(target.strip()) == 1:
         right = texts.index(target.strip())
+    fields = [field for text, field in CLUSTER_FIELDS.items() if re.search(text, task)]
+    about = document.get(*fields[:1] or [""])
+    cluster = f"{task}\0{row.get('doc_id') if about is None else about}"
     number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
-    choices = choices if choices[1:] else ()
-    return Question(number, digest, prompt, target, choices, right, chance)
+    asked = number, digest, cluster, prompt, target, choices, right, chance
+    return Sample(*asked, *_answered(row, endings))
 
 
-def read_answer(row: Mapping[str, Any], metric: str) -> Answer | None:
-    """Return the answer in a line of samples; None if it counts as neither right nor wrong.
-
-    `metric` is without filter, such as ``acc_norm``.
-    """
-    value = row.get(metric)
-    if not is_number(value) or value not in (0, 1):
-        return None
-    answers, written = row.get("filtered_resps"), row.get("resps")
-    endings = _prompt_and_endings(row)[1]
-    if not answers or len(endings) == 1:
-        return Answer(bool(value), None)
-    if endings:
-        likelihoods = [float(each[0]) for each in answers[: len(endings)]]
-        return Answer(bool(value), str(_likeliest(endings, likelihoods, metric)))
-    while isinstance(written, list) and len(written) == 1:
-        written = written[0]
-    chosen = answers[0] if len(answers) == 1 else answers
-    return Answer(bool(value), str(chosen), str(written))
-
-
-def read_reply(row: Mapping[str, Any]) -> Reply | None:
-    """Return the answer in a line of samples, right or wrong; None where the line does not tell."""
-    answers, endings = row.get("filtered_resps"), _prompt_and_endings(row)[1]
-    if not isinstance(answers, list) or not answers or len(endings) == 1:
-        return None
-    if not endings:
-        text = str(answers[0] if len(answers) == 1 else answers)
-        return Reply(text, text)
-    try:
-        likelihoods = [float(answers[place][0]) for place in range(len(endings))]
-    except (TypeError, ValueError, LookupError):
-        return None
-    chosen, normed = (
-        endings[_likeliest(endings, likelihoods, metric)].strip()
-        for metric in ("acc", "acc_norm")
-    )
-    return Reply(chosen, normed, tuple(likelihoods))
-
-
-def _likeliest(
-    endings: Sequence[str], likelihoods: Sequence[float], metric: str
-) -> int:
-    # The harness divides by the length of the choice without the space in front of it.
-    lengths = [len(ending.removeprefix(" ")) or 1 for ending in endings]
-    scores = np.array(likelihoods)
-    return int(np.argmax(scores / lengths if metric == "acc_norm" else scores))
-
-
-def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """Return what a model read, and the continuations; none where it wrote freely."""
     asked = list(map(as_mapping, as_mapping(row.get("arguments")).values()))
     # Asked once more without the question, for the metric that takes this away.
@@ -378,3 +304,24 @@ def _prompt_and_endings(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         return shared, ()
     pairs = zip(prompts, endings, strict=True)
     return shared, tuple(prompt[len(shared) :] + ending for prompt, ending in pairs)
+
+
+def _answered(
+    row: Mapping[str, Any], endings: Sequence[str]
+) -> tuple[Reply | None, str]:
+    answers, written = row.get("filtered_resps"), row.get("resps")
+    if not isinstance(answers, list) or not answers or len(endings) == 1:
+        return None, ""
+    if not endings:
+        while isinstance(written, list) and len(written) == 1:
+            written = written[0]
+        chosen = str(answers[0] if len(answers) == 1 else answers)
+        return Reply(chosen, chosen), str(written)
+    try:
+        scores = np.array([float(answers[n][0]) for n in range(len(endings))])
+    except (TypeError, ValueError, LookupError):
+        return None, ""
+    # The harness divides by the length of the choice without the space in front of it.
+    lengths = [len(ending.removeprefix(" ")) or 1 for ending in endings]
+    best = (endings[each.argmax()].strip() for each in (scores, scores / lengths))
+    return Reply(*best, tuple(scores.tolist())), ""

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.results.settings import settings_of
 from lm_eval_pruned.results.stopping_record import SCHEMA, Stopping
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TypeGuard
 
-#: Sections of a results file.
-SECTIONS = (
+_SECTIONS = (
     *("results", "config", "group_subtasks", "higher_is_better", "n-samples", "n-shot"),
     *("stopping", "task_hashes", "versions"),
 )
@@ -32,8 +31,7 @@ class ResultsError(ValueError):
     """A file or folder that cannot be read as results; the message names it."""
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """One aggregated number, which may be NaN or infinite; None for what the harness does not say.
 
     `documents` counts those that it was computed from.
@@ -110,7 +108,7 @@ class Run:
 
     def tasks(self, *, subtasks: bool = True) -> list[str]:
         """Return the tasks that have scores, with or without the members of groups."""
-        tasks = list(dict.fromkeys(task for task, _ in self.scores))
+        tasks = dict.fromkeys(task for task, _ in self.scores)
         below = {member for task in tasks for member in self.members(task)[1:]}
         return [task for task in tasks if subtasks or task not in below]
 
@@ -162,33 +160,27 @@ def newest_first(folder: Path) -> list[Path]:
 def read_results_file(file: Path) -> Run:
     """Read one results file, after which the run is called; ResultsError if it is none."""
     data = read_json(file)
-    data |= {key: as_mapping(data.get(key)) for key in SECTIONS}
-    scores = dict(_scores(data))
+    data |= {key: as_mapping(data.get(key)) for key in _SECTIONS}
+    config, scores = data["config"], dict(_scores(data))
     if not scores:
         raise ResultsError(
             f"{file} is no results file of lm-eval: it has no object 'results' with scores in it."
         )
     groups = data["group_subtasks"].items()
     subtasks = {group: tuple(members) for group, members in groups if members}
-    energy = as_mapping(data["config"].get("energy"))
-    run = Run(
-        name=file.stem,
-        path=file,
-        scores=scores,
-        versions=data["versions"],
-        subtasks=subtasks,
-        samples=_find_samples(file, {*data["results"]}.union(*subtasks.values())),
-        config=data["config"],
-        # Measured over all tasks of the file together.
-        energy={", ".join(data["results"]): energy} if energy else {},
-    )
+    samples = _find_samples(file, {*data["results"]}.union(*subtasks.values()))
+    found = file.stem, file, scores, data["versions"], subtasks, samples, config
+    # Measured over all tasks of the file together.
+    energy = {
+        ", ".join(data["results"]): each for each in [config.get("energy")] if each
+    }
+    run, record, stopped = Run(*found, energy), data["stopping"], {}
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
-    record, stopped = data["stopping"], {}
-    if record and record.get("schema_version") != SCHEMA:
-        raise ResultsError(
-            f"{file} says that it stopped early, in a way that this version cannot read."
-        )
     if record:
+        if record.get("schema_version") != SCHEMA:
+            raise ResultsError(
+                f"{file} says that it stopped early, in a way that this version cannot read."
+            )
         stopping = Stopping.from_dict(record)
         stopped = dict.fromkeys(run.members(stopping.task), stopping)
     return replace(run, settings=settings, stopping=stopped)
@@ -210,10 +202,8 @@ def _scores(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Score]]:
 def _find_samples(file: Path, tasks: Iterable[str]) -> dict[str, Path]:
     # A results file that was renamed may lie beside samples of one date alone.
     date = _date_of(file) or "????-??-??T*"
-    found = {
-        task: list(file.parent.glob(f"samples_{glob.escape(task)}_{date}.jsonl"))
-        for task in tasks
-    }
+    names = {task: f"samples_{glob.escape(task)}_{date}.jsonl" for task in tasks}
+    found = {task: list(file.parent.glob(name)) for task, name in names.items()}
     return {task: files[0] for task, files in found.items() if len(files) == 1}
 
 

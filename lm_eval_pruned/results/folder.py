@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.results.files import ResultsError, newest_first, read_json
 
@@ -33,8 +32,7 @@ ADAPTERS = "adapters"
 SENSITIVITY = "sensitivity.json"
 
 
-@dataclass(frozen=True)
-class UnitRecord:
+class UnitRecord(NamedTuple):
     """What the folder holds for one unit: the harness's `results` file, or an `error`.
 
     `fingerprint` is that of the `definition`; evaluating took `seconds`, without loading.
@@ -87,8 +85,7 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
     file = sweep / DEFINITION
     if not is_sweep(sweep):
         raise ResultsError(
-            f"{sweep} is not a sweep folder: it has no sweep.json. `lm-eval-pruned sweep` "
-            "makes one."
+            f"{sweep} is not a sweep folder: it has no sweep.json. `lm-eval-pruned sweep` makes one."
         )
     definition = read_json(file)
     if (schema := definition.get("schema_version")) != SCHEMA:
@@ -96,16 +93,4 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
             f"{file} has schema version {schema}, and this version of lm-eval-pruned reads "
             f"{SCHEMA}: use the version that wrote it, or upgrade lm-eval-pruned."
         )
-    try:
-        return definition, [str(each["id"]) for each in definition["configurations"]]
-    except (KeyError, TypeError):
-        raise ResultsError(
-            f"{file} does not list its configurations by id: run the same `lm-eval-pruned sweep` "
-            "again, which writes it anew."
-        ) from None
-
-
-def read_curves(sweep: Path) -> Mapping[str, Any] | None:
-    """Read ``sensitivity.json``; None where the sweep has none."""
-    file = sweep / SENSITIVITY
-    return read_json(file) if file.is_file() else None
+    return definition, [str(each["id"]) for each in definition["configurations"]]

@@ -61,18 +61,16 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
         return f"{run.pruning.get('hidden_size')}x{run.pruning.get('layers')}"
 
     sized = [r for r in runs if r.expansion_ratio is not None and not r.is_shallow]
-    baselines = {model(run): run for run in sized[::-1] if run.is_baseline}
     series: dict[tuple[str, str], list[Run]] = {}
     for run in sized:
         if not run.is_baseline:
-            key = model(run), series_name(run)
-            base = [baselines[key[0]]] if key[0] in baselines else []
-            series.setdefault(key, base).append(run)
-    one_model = len({of for of, _ in series}) == 1
+            series.setdefault((model(run), series_name(run)), []).append(run)
+    several = len({of for of, _ in series}) > 1
     return {
-        name if one_model else f"{of}, {name}": sorted(
-            members, key=lambda run: -(run.expansion_ratio or 0)
-        )
+        f"{of}, {name}" if several else name: [
+            *[run for run in sized if run.is_baseline and model(run) == of][:1],
+            *sorted(members, key=lambda run: -(run.expansion_ratio or 0)),
+        ]
         for (of, name), members in series.items()
     }
 
@@ -83,7 +81,6 @@ def series_name(run: Run) -> str:
     Models whose layers differ in width are not on the curve of those whose layers do not, nor are
     models of which some layers were left alone.
     """
-    record = run.pruning
     texts = {
         "criterion": "{}",
         "seed": "seed {}",
@@ -91,12 +88,11 @@ def series_name(run: Run) -> str:
         "layers_pruned": "layers {}",
         "allocation": "allocation {}",
     }
-    if "allocation" not in record:
+    if "allocation" not in run.pruning:
         texts["layer_widths"] = "widths by layer"
-    known = {key: record[key] for key in texts if record.get(key) is not None}
-    parts = [texts[key].format(value) for key, value in known.items()]
-    if run.healing:
-        parts.append(f"healed by {healing_name(run)}")
+    known = {key: run.pruning.get(key) for key in texts}
+    parts = [texts[k].format(value) for k, value in known.items() if value is not None]
+    parts += [f"healed by {healing_name(run)}"] * bool(run.healing)
     return ", ".join(parts) or "-"
 
 

@@ -28,8 +28,7 @@ def eval_results(path: str | Path, digest: str) -> str:
     import yaml
     from huggingface_hub import eval_result_entries_to_yaml
 
-    path = Path(path)
-    entries: dict[str, EvalResultEntry] = {}
+    path, entries = Path(path), {}
     for file in [path] if path.is_file() else newest_first(path):
         content = read_json(file)
         found = content.get("config", {}).get("pruning", {}).get("kept_digest")
@@ -38,8 +37,7 @@ def eval_results(path: str | Path, digest: str) -> str:
                 f"results={file} is of other neurons (kept digest {found}) than those that are "
                 f"exported ({digest}): pass results of pruned-hf with the same arguments."
             )
-        for task, entry in _entries(content):
-            entries.setdefault(task, entry)
+        entries = {**dict(_entries(content)), **entries}
     if not entries:
         raise ResultsError(
             f"results={path} has no score of all documents of a data set of the Hub: evaluate a "
@@ -59,16 +57,18 @@ def _entries(content: dict[str, Any]) -> Iterator[tuple[str, EvalResultEntry]]:
         if place.count("/") != 1 or Path(place).exists() or not counted:
             continue
         first = next(iter(asked.get("metric_list") or [{}])).get("metric")
+        shots, documents = content["n-shot"].get(task, 0), counted["effective"]
         scores = content["results"].get(task, {}).items()
         named = [(n, v) for n, v in scores if n.partition(",")[0] == first]
-        if named and counted["effective"] == counted["original"]:
-            (metric, value), shots = named[0], content["n-shot"].get(task, 0)
-            entry = EvalResultEntry(
-                dataset_id=place,
-                task_id=asked.get("dataset_name") or "default",
-                value=value,
-                date=day,
-                notes=f"lm-evaluation-harness, {task}: {metric}, {shots}-shot, "
-                f"{counted['effective']} documents",
+        for metric, value in named[: documents == counted["original"]]:
+            said = f"{task}: {metric}, {shots}-shot, {documents} documents"
+            yield (
+                task,
+                EvalResultEntry(
+                    dataset_id=place,
+                    task_id=asked.get("dataset_name") or "default",
+                    value=value,
+                    date=day,
+                    notes=f"lm-evaluation-harness, {said}",
+                ),
             )
-            yield task, entry

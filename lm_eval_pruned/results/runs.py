@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.results.files import (
     ResultsError,
@@ -19,9 +19,12 @@ from lm_eval_pruned.results.folder import ERROR, FLOOR, UNITS, read_definition
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+#: What tells models apart: arguments of the harness and commits, then what was pruned.
+_MODEL = ("model", "model_args", "model_sha", "peft_sha", "delta_sha")
+_PRUNING = ("intermediate_size_after", "kept_digest")
 
-@dataclass(frozen=True)
-class Failure:
+
+class Failure(NamedTuple):
     """A configuration and task of a sweep that failed, and the error in one line."""
 
     run: str
@@ -29,8 +32,7 @@ class Failure:
     message: str
 
 
-@dataclass(frozen=True)
-class SweepResults:
+class SweepResults(NamedTuple):
     """What a sweep found: a run for each configuration with results, and ``sweep.json``.
 
     `floors` are the runs of models that know nothing. They are not sizes of the model, and what compares
@@ -48,12 +50,10 @@ def read_sweep(path: str | Path) -> SweepResults:
     """Read a sweep folder; ResultsError if it is none that is known here, or no unit is finished."""
     path = Path(path)
     definition, names = read_definition(path)
-    runs: list[Run] = []
-    floors: list[Run] = []
+    found: dict[str, Run] = {}
     failures = []
     for name in names:
-        folder = path / UNITS / name
-        done = []
+        done, folder = [], path / UNITS / name
         for unit in sorted(folder.glob("*/")):
             if newest_first(unit):
                 done.append(read_newest(unit))
@@ -62,14 +62,13 @@ def read_sweep(path: str | Path) -> SweepResults:
                 first_line = message.strip().partition("\n")[0]
                 failures.append(Failure(name, unit.name, first_line))
         if done:
-            run = _joined(name, folder, done)
-            (floors if run.is_floor else runs).append(run)
+            found[name] = _joined(name, folder, done)
+    runs = [run for run in found.values() if not run.is_floor]
+    floors = [run for run in found.values() if run.is_floor]
     if not runs:
         failed = f"; {len(failures)} failed" if failures else ""
         raise ResultsError(f"{path} holds no finished unit yet{failed}.")
-    known = {run.name for run in (*runs, *floors)}
-    absent = [n for n in names if n not in known and not n.startswith(FLOOR)]
-    if absent:
+    if absent := [n for n in names if n not in found and not n.startswith(FLOOR)]:
         note = f"{path} holds no finished unit of {', '.join(absent)}."
         runs[0] = replace(runs[0], notes=(note,))
     return SweepResults(path, definition, tuple(runs), tuple(failures), tuple(floors))
@@ -82,32 +81,28 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     ResultsError if there is no such path, or it cannot be read as one run.
     """
     path = Path(path)
-    if path.is_file():
-        return replace(read_results_file(path), name=name or path.stem)
-    runs = [read_results_file(file) for file in reversed(newest_first(path))]
-    if not runs:
+    files = [path] if path.is_file() else newest_first(path)[::-1]
+    if not files:
         raise ResultsError(
             f"{path} does not exist or holds no results_*.json: give the folder that "
             "`lm_eval --output_path` named, or a results file."
         )
-    is_configuration = path.parent.name == UNITS
-    if not is_configuration and any(_model(run) != _model(runs[0]) for run in runs):
-        files = ", ".join(str(run.path.relative_to(path)) for run in runs)
+    runs = [read_results_file(file) for file in files]
+    models = [
+        [*map(run.config.get, _MODEL), *map(run.pruning.get, _PRUNING)] for run in runs
+    ]
+    # The units of a configuration are of one model, whatever its arguments say.
+    if path.parent.name != UNITS and any(each != models[0] for each in models):
+        listed = ", ".join(str(file.relative_to(path)) for file in files)
         raise ResultsError(
-            f"{path} holds the results of several models ({files}): name one of them."
+            f"{path} holds the results of several models ({listed}): name one of them."
         )
-    return _joined(name or path.name, path, runs)
+    return _joined(name or (path.stem if path.is_file() else path.name), path, runs)
 
 
 def read_newest(folder: Path) -> Run:
     """Read the newest results file of a folder that holds at least one."""
     return read_results_file(newest_first(folder)[0])
-
-
-def _model(run: Run) -> list[Any]:
-    keys = ("model", "model_args", "model_sha", "peft_sha", "delta_sha")
-    pruning = ("intermediate_size_after", "kept_digest")
-    return [*map(run.config.get, keys), *map(run.pruning.get, pruning)]
 
 
 def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:

@@ -35,22 +35,24 @@ def settings_of(
 
     None for what was off or is not recorded.
     """
-    config, hashes = data["config"], data["task_hashes"]
+    config, every_hash = data["config"], data["task_hashes"]
     pruning, paths = (config.get(each) or {} for each in ("pruning", "answer_paths"))
     counts = [data["n-samples"].get(leaf, {}).get("effective") for leaf in leaves]
-    shots = {leaf: data["n-shot"].get(leaf) for leaf in leaves}
     # The harness gives a group a number only if all its members have the same.
-    common = shots if len(set(map(str, shots.values()))) > 1 else shots[leaves[0]]
-    task_hash = hashes.get(leaves[0]) if len(leaves) == 1 else None
-    if len(leaves) > 1 and hashes.keys() >= set(leaves):
-        text = "".join(f"{leaf} {hashes[leaf]}\n" for leaf in sorted(leaves))
-        task_hash = hashlib.sha256(text.encode()).hexdigest()
-    width, of = pruning.get("intermediate_size_after"), pruning.get("groups")
-    groups = of or [{"mlps": pruning.get("layers"), "width_after": width}] * bool(width)
-    same = ("fewshot_as_multiturn", "lm_eval_version", "transformers_version")
+    shots = {leaf: data["n-shot"].get(leaf) for leaf in leaves}
+    common = shots if len({*map(str, shots.values())}) > 1 else shots[leaves[0]]
+    hashes = [f"{leaf} {every_hash.get(leaf)}\n" for leaf in sorted(leaves)]
+    task_hash = every_hash.get(leaves[0])
+    if len(leaves) > 1:
+        whole = every_hash.keys() >= {*leaves}
+        task_hash = hashlib.sha256("".join(hashes).encode()).hexdigest() * whole
+    width = pruning.get("intermediate_size_after")
+    alike = [{"mlps": pruning.get("layers"), "width_after": width}] * bool(width)
+    groups = pruning.get("groups") or alike
+    of_run = ("fewshot_as_multiturn", "lm_eval_version", "transformers_version")
     seeds = [f"{kind}_seed" for kind in ("fewshot", "random", "numpy", "torch")]
     found = {
-        **{name: data.get(name) for name in same},
+        **{name: data.get(name) for name in of_run},
         **{name: config.get(name) for name in (*seeds, "gen_kwargs", *MODEL)},
         "documents": None if None in counts else sum(counts),
         "num_fewshot": data["n-shot"].get(task, common),
@@ -62,15 +64,10 @@ def settings_of(
             name: sorted(path["requests"]) if isinstance(path, dict) else path
             for name, path in paths.items()
         },
-        "widths": ", ".join(
-            f"{each['mlps']} x {each['width_after']}" for each in groups
-        ),
+        "widths": ", ".join(f"{of['mlps']} x {of['width_after']}" for of in groups),
         "kept_digest": pruning.get("kept_digest"),
     }
-    return {
-        name: value if value or type(value) is int else None
-        for name, value in found.items()
-    }
+    return {k: v if v or type(v) is int else None for k, v in found.items()}
 
 
 def differing(

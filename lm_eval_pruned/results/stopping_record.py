@@ -77,11 +77,6 @@ class Stopping:
         """Level of a single test at the last look."""
         return self.level / self.sizes * self.share
 
-    def score_interval(self, task: str, metric: str) -> tuple[float | None, ...]:
-        """Return the interval of a score, or no ends where it is not known."""
-        known = self.scores if task == self.task else {}
-        return known.get(metric, (None, None))
-
     def as_dict(self) -> dict[str, Any]:
         """Return the block ``stopping`` of a results file."""
         return {"schema_version": SCHEMA, **asdict(self)}
@@ -89,9 +84,10 @@ class Stopping:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Stopping:
         """Read such a block of version `SCHEMA`."""
-        values = {k: v for k, v in record.items() if k != "schema_version"}
-        scores = {metric: tuple(ends) for metric, ends in values["scores"].items()}
-        return cls(**values | {"looks": tuple(values["looks"]), "scores": scores})
+        values = {**record, "looks": tuple(record["looks"])}
+        del values["schema_version"]
+        scores = {metric: tuple(ends) for metric, ends in record["scores"].items()}
+        return cls(**values | {"scores": scores})
 
 
 def spent(documents: int, of: int) -> float:

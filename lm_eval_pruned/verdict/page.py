@@ -8,7 +8,7 @@ from html import unescape
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison_table import interval_text, number_text
-from lm_eval_pruned.report.changed_answers import LOST, find_changes, written
+from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Cell, Section, Table, as_markdown, rendered
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.util.atomic import write_atomically
@@ -155,27 +155,13 @@ def _size_section(verdict: Verdict) -> Section:
 
 def _worse_section(verdict: Verdict, width: int) -> Section | None:
     changes = find_changes(verdict.base, [verdict.candidate])[2]
-    lost = [each for each in changes if each[0] == LOST]
+    lost = [each for each in changes if each.kind == LOST]
     rows = []
-    for _, _, task, before, question, after in lost[:SHOWN]:
-        texts = [
-            question.prompt[-width:],
-            written(before, question),
-            written(after, question),
-        ]
-        rows.append([task, question.number, *(text[:width] for text in texts if width)])
-    columns = [
-        "task",
-        "document",
-        "end of the prompt",
-        "base, right",
-        "candidate, wrong",
-    ]
-    table = Table(
-        "Answers that changed for the worse",
-        columns[: None if width else 2],
-        rows,
-        text=5,
-    )
+    for _, _, task, question, *answers in lost[:SHOWN]:
+        texts = [question.prompt[-width:], *(each[:width] for each in answers)]
+        rows.append([task, question.number, *(texts if width else [])])
+    columns = ["task", "document"]
+    columns += ["end of the prompt", "base, right", "candidate, wrong"] * bool(width)
+    table = Table("Answers that changed for the worse", columns, rows, text=5)
     counted = f"{len(rows)} of {len(lost)} are shown."
     return Section(table.label, [counted], table=table) if rows else None
