@@ -11,9 +11,10 @@ from lm_eval_pruned.util.options import Row, row
 UNIT = "1pt (a percentage point), 2%% (of the base's score), or a number in the metric's own unit"
 
 
-def alpha(
-    about: str = "level of the tests; intervals cover 1 - A (default: 0.05)",
-) -> Row:
+_LEVEL = "level of the tests; intervals cover 1 - A (default: 0.05)"
+
+
+def alpha(about: str = _LEVEL) -> Row:
     """Return the option for the level of tests."""
     return row("--alpha", "A", about, type=float, default=0.05)
 
@@ -21,13 +22,10 @@ def alpha(
 def margins(also: str = "") -> list[Row]:
     """Return the options that ask for a claim, of which one can be given; say `also` of both."""
     ask = "ask whether scores are shown to be"
+    found = {"equivalent": "neither better nor worse", "not_worse": "not worse"}
     return [
-        row(
-            "--equivalent",
-            "MARGIN",
-            f"{ask} neither better nor worse by it: {UNIT}{also}",
-        ),
-        row("--not_worse", "MARGIN", f"{ask} not worse by it: {UNIT}{also}"),
+        row(f"--{claim}", "MARGIN", f"{ask} {words} by it: {UNIT}{also}")
+        for claim, words in found.items()
     ]
 
 

@@ -37,13 +37,10 @@ def run(arguments) -> int:
     how = {"resume": arguments.resume, "merge": arguments.merge}
     healed = heal(model_args, *where, options, **how)
     steps, tokens = healed.record["steps"], healed.record["tokens_seen"]
-    if PartialState().is_main_process:
-        if healed.finished:
-            print(f"Trained {steps} steps on {tokens:,} tokens; wrote {healed.folder}.")
-        else:
-            print(
-                f"Stopped after {steps} steps, which are kept in {healed.folder}: the same command "
-                "with --resume goes on.",
-                file=sys.stderr,
-            )
+    speaks = PartialState().is_main_process
+    if speaks and healed.finished:
+        print(f"Trained {steps} steps on {tokens:,} tokens; wrote {healed.folder}.")
+    elif speaks:
+        kept = f"Stopped after {steps} steps, which are kept in {healed.folder}"
+        print(f"{kept}: the same command with --resume goes on.", file=sys.stderr)
     return 0 if healed.finished else 130

@@ -41,7 +41,7 @@ def run(arguments) -> int:
     from lm_eval_pruned.profiling.prompts import demo_prompts, read_prompts
     from lm_eval_pruned.util.palette import plots_missing
 
-    model_args = loading.read(arguments)
+    model_args, folder = loading.read(arguments), Path(arguments.output_path)
     taken = {SEVERAL.get(option, option): option for option in vars(arguments)}
     for name in model_args.keys() & taken.keys():
         raise ValueError(
@@ -52,19 +52,18 @@ def run(arguments) -> int:
     prompts = (demo_prompts() if file is None else read_prompts(Path(file)))[:limit]
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves no prompt: pass at least 1.")
-    others = [*SEVERAL_SIZES, "criterion"]
+    sizes = {name: getattr(arguments, name) for name in (*SEVERAL_SIZES, "criterion")}
     request = ProfileRequest.of(
         ProfileRequest.parsed(arguments),
         "profile",
         pretrained=str(model_args.pop("pretrained")),
-        **{name: v for name in others if (v := getattr(arguments, name)) is not None},
+        **{name: value for name, value in sizes.items() if value is not None},
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=model_args.pop("dtype", None),
         load_arguments=model_args,
     )
-    if (why := plots_missing()) is not None:
+    if why := plots_missing():
         print(f"There will be no plots: {why}.", file=sys.stderr)
-    folder = Path(arguments.output_path)
     found = profile(
         request,
         prompts,

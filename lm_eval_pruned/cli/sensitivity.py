@@ -3,11 +3,8 @@ criteria, with the criterion random as the zero line. Prints the curves; with --
 JSON, CSV and plots.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
@@ -16,10 +13,6 @@ from lm_eval_pruned.util.options import row
 from lm_eval_pruned.util.palette import plots_missing
 from lm_eval_pruned.util.tables import markdown_table
 
-
-if TYPE_CHECKING:
-    from lm_eval_pruned.pruning.curves import Sensitivity
-    from lm_eval_pruned.report.layers import LayerCurves
 
 # fmt: off
 #: Options that `measure_sensitivity` takes, and checks, under the same names.
@@ -51,7 +44,8 @@ def run(arguments) -> None:
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
-    from lm_eval_pruned.report.layers import LayerCurves, explanation, rises_table
+    from lm_eval_pruned.report.layers import LayerCurves
+    from lm_eval_pruned.results.folder import SENSITIVITY
 
     output = arguments.output_path and Path(arguments.output_path)
     if output:
@@ -67,37 +61,30 @@ def run(arguments) -> None:
     tokenizer = model_args.pop("tokenizer", None)
     if arguments.device is not None:
         model_args["device_map"] = {"": arguments.device}
-    nothing = PruneArguments()
     asked = {name[2:]: getattr(arguments, name[2:]) for name, _ in _MEASURING}
     measured = measure_sensitivity(
-        LoadRequest.resolve(AutoModelForCausalLM, pretrained, nothing, model_args),
+        LoadRequest.resolve(
+            AutoModelForCausalLM, pretrained, PruneArguments(), model_args
+        ),
         arguments.calibration,
         tokenizer=tokenizer and AutoTokenizer.from_pretrained(tokenizer),
         **{name: value for name, value in asked.items() if value},
     )
     curves = LayerCurves.of(measured.as_dict())
-    print("\n\n".join(explanation(curves)))
+    print(*curves.explanation, sep="\n\n")
     for share in curves.shares:
-        table = rises_table(curves, share)
+        table = curves.table(share)
         rows = [[cell.text for cell in cells] for cells in table.cells()]
         print(f"\n{table.label} of neurons removed\n")
         print(markdown_table(table.columns, rows, padded=True))
-    if output:
-        _write(measured, curves, output)
-
-
-def _write(measured: Sensitivity, curves: LayerCurves, output: Path) -> None:
-    from lm_eval_pruned.results.folder import SENSITIVITY
-
+    if not output:
+        return
     measured.write(output / SENSITIVITY)
     files: dict[str, str | bytes] = {"sensitivity.csv": measured.as_csv()}
     if why := plots_missing():
         print(f"There are no plots: {why}.", file=sys.stderr)
     else:
-        from lm_eval_pruned.report.layers import layer_plots
-
-        for plot in layer_plots(curves):
-            files |= {f"{plot.name}.svg": plot.svg, f"{plot.name}.png": plot.png}
+        files |= curves.plots()[0].files()
     for name, content in files.items():
         write_atomically(output / name, content)
     print(f"Wrote {', '.join([SENSITIVITY, *files])} to {output}.", file=sys.stderr)

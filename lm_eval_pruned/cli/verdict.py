@@ -46,17 +46,12 @@ def run(arguments) -> int:
     read_margins(arguments.margin)
     given = Evaluation.parsed(arguments)
     read = Evaluation.of(given, "verdict")
+    options = {name: getattr(read, name) for name in given}
     setup_logging()
-    base, candidate, folder = (
-        arguments.base,
-        arguments.candidate,
-        Path(arguments.output_path),
-    )
-    before, after, floors = both_runs(
-        base, candidate, {n: getattr(read, n) for n in given}, folder
-    )
-    subtitle, texts = f"{candidate} in place of {base}", not arguments.no_texts
-    verdict = decide(before, after, arguments.margin, floors, texts=texts)
+    models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
+    base, candidate, floors = both_runs(*models, options, folder)
+    subtitle, texts = f"{models[1]} in place of {models[0]}", not arguments.no_texts
+    verdict = decide(base, candidate, arguments.margin, floors, texts=texts)
     print(write_pages(verdict, folder, subtitle, texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")
     return verdict.code

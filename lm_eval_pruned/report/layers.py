@@ -74,84 +74,82 @@ class LayerCurves:
             ) from None
         control = every[every["criterion"] == RANDOM].groupby(["layer", "share"])
         chance = control["rise"].agg(low="min", high="max", seeds="size")
-        by = ["layer", "criterion", "share"]
-        rises = every.groupby(by, as_index=False)["rise"].mean()
-        rises = rises.join(chance, on=["layer", "share"])
+        rises = every.groupby(["layer", "criterion", "share"], as_index=False)["rise"]
+        rises = rises.mean().join(chance, on=["layer", "share"])
+        chosen = rises["criterion"] != RANDOM
         above, below = rises["rise"] > rises["high"], rises["rise"] < rises["low"]
-        verdict = np.select([above, below], ["worse", "better"], "")
-        rises["verdict"] = np.where(rises["criterion"] == RANDOM, "", verdict)
+        ways = [above & chosen, below & chosen]
+        rises["verdict"] = np.select(ways, ["worse", "better"], "")
         criteria = tuple(name for name in every["criterion"].unique() if name != RANDOM)
         shares = tuple(sorted(every["share"].unique().tolist()))
         seeds = 0 if chance.empty else int(chance["seeds"].min())
         return cls(text, criteria, shares, seeds, rises)
 
+    def table(self, share: int) -> Table:
+        """Return the rise of the loss by layer and criterion where `share` percent are removed."""
+        columns = {name: name for name in self.criteria}
+        columns |= {RANDOM: f"random, {self._seeds}"} if self.seeds else {}
+        rows: list[list[Cell | str]] = []
+        for layer, of in self.rises.groupby("layer"):
+            cells = {}
+            for each in of[of["share"] == share].itertuples():
+                text = f"{each.rise:+.3f}{_MARKS[each.verdict]}"
+                if each.criterion == RANDOM:
+                    text += f" [{each.low:+.3f}, {each.high:+.3f}]"
+                cells[each.criterion] = Cell(text, each.verdict)
+            rows.append([str(layer), *(cells.get(name, "-") for name in columns)])
+        label = f"Rise of the loss at {share} %"
+        return Table(label, ["layer", *columns.values()], rows)
 
-def rises_table(curves: LayerCurves, share: int) -> Table:
-    """Return the rise of the loss by layer and criterion where `share` percent are removed."""
-    cells: dict[int, dict[str, Cell]] = {each: {} for each in curves.rises["layer"]}
-    for each in curves.rises[curves.rises["share"] == share].itertuples():
-        text = f"{each.rise:+.3f}{_MARKS[each.verdict]}"
-        if each.criterion == RANDOM:
-            text += f" [{each.low:+.3f}, {each.high:+.3f}]"
-        cells[each.layer][each.criterion] = Cell(text, each.verdict)
-    columns = {name: name for name in curves.criteria}
-    columns |= {RANDOM: f"random, {_seeds(curves)}"} if curves.seeds else {}
-    rows: list[list[Cell | str]] = [
-        [str(layer), *(of.get(name, "-") for name in columns)]
-        for layer, of in sorted(cells.items())
-    ]
-    return Table(f"Rise of the loss at {share} %", ["layer", *columns.values()], rows)
-
-
-def explanation(curves: LayerCurves) -> list[str]:
-    """Return how the numbers are to be read."""
-    first = (
-        "Each number is by how much the loss rises, in nats per token, where one layer alone is "
-        f"cut and all others are whole: {curves.text}."
-    )
-    chance = (
-        f"The zero line is random with {_seeds(curves)}: \u25bc worse and \u25b2 better than "
-        "every seed. A criterion that chooses as chance does is worse than every seed in one of "
-        f"{curves.seeds + 1} layers."
-    )
-    if not curves.seeds:
-        chance = (
-            "The criterion random was not measured, so nothing says which layers a criterion "
-            "misjudges: add random to --criteria."
+    @property
+    def explanation(self) -> list[str]:
+        """How the numbers are to be read."""
+        first = (
+            "Each number is by how much the loss rises, in nats per token, where one layer alone is "
+            f"cut and all others are whole: {self.text}."
         )
-    return [first, chance]
+        chance = (
+            f"The zero line is random with {self._seeds}: \u25bc worse and \u25b2 better than "
+            "every seed. A criterion that chooses as chance does is worse than every seed in one of "
+            f"{self.seeds + 1} layers."
+        )
+        if not self.seeds:
+            chance = (
+                "The criterion random was not measured, so nothing says which layers a criterion "
+                "misjudges: add random to --criteria."
+            )
+        return [first, chance]
 
+    @property
+    def _seeds(self) -> str:
+        return f"{self.seeds} seed{'s' * (self.seeds != 1)}"
 
-def _seeds(curves: LayerCurves) -> str:
-    return f"{curves.seeds} seed{'s' * (curves.seeds != 1)}"
+    def plots(self) -> list[Plot]:
+        """Return the rise of the loss over the layers, by criterion. Needs the extra ``report``."""
+        import altair as alt
 
+        from lm_eval_pruned.util.figures import Plot, line_look, lines
 
-def layer_plots(curves: LayerCurves) -> list[Plot]:
-    """Return the rise of the loss over the layers, by criterion. Needs the extra ``report``."""
-    import altair as alt
-
-    from lm_eval_pruned.util.figures import Plot, line_look, lines
-
-    names = {"criterion": "line", "low": "least", "high": "most"}
-    rises = curves.rises.rename(columns=names)
-    rises["removed"] = rises["share"].astype(str) + " % removed"
-    width = max(240, min(720, 22 * rises["layer"].nunique()))
-    over = alt.X("layer:Q", scale=alt.Scale(nice=False))
-    scale = alt.Scale(type="symlog", constant=_LINEAR)
-    y = alt.Y("rise:Q", title="rise of the loss (nats per token)", scale=scale)
-    seeds = alt.Chart().mark_bar(size=14, opacity=0.25, color="var(--ink)")
-    seeds = seeds.transform_filter(f"datum.line == '{RANDOM}'")
-    seeds = seeds.encode(over, alt.Y("least:Q"), alt.Y2("most"))
-    look = line_look([*curves.criteria, *([RANDOM] if curves.seeds else [])])
-    drawn = lines(rises, over, y, look).layer
-    panels = alt.layer(seeds, *drawn, data=rises, width=width, height=180)
-    panels = panels.facet(row=alt.Row("removed:N", sort=None, title=None))
-    said = (
-        "Rise of the loss where one layer alone is cut, by criterion; the bars span the seeds of "
-        f"random. The axis is linear up to {_LINEAR} nats and logarithmic beyond."
-    )
-    chart = panels.resolve_scale(y="independent")
-    return [Plot("sensitivity-by-layer", "Criteria by layer", said, chart)]
+        names = {"criterion": "line", "low": "least", "high": "most"}
+        rises = self.rises.rename(columns=names)
+        rises["removed"] = rises["share"].astype(str) + " % removed"
+        width = max(240, min(720, 22 * rises["layer"].nunique()))
+        over = alt.X("layer:Q", scale=alt.Scale(nice=False))
+        scale = alt.Scale(type="symlog", constant=_LINEAR)
+        y = alt.Y("rise:Q", title="rise of the loss (nats per token)", scale=scale)
+        seeds = alt.Chart().mark_bar(size=14, opacity=0.25, color="var(--ink)")
+        seeds = seeds.transform_filter(f"datum.line == '{RANDOM}'")
+        seeds = seeds.encode(over, alt.Y("least:Q"), alt.Y2("most"))
+        look = line_look([*self.criteria, *([RANDOM] if self.seeds else [])])
+        drawn = lines(rises, over, y, look).layer
+        panels = alt.layer(seeds, *drawn, data=rises, width=width, height=180)
+        panels = panels.facet(row=alt.Row("removed:N", sort=None, title=None))
+        said = (
+            "Rise of the loss where one layer alone is cut, by criterion; the bars span the seeds of "
+            f"random. The axis is linear up to {_LINEAR} nats and logarithmic beyond."
+        )
+        chart = panels.resolve_scale(y="independent")
+        return [Plot("sensitivity-by-layer", "Criteria by layer", said, chart)]
 
 
 def layers_section(sweep: SweepResults) -> Section | None:
@@ -162,5 +160,5 @@ def layers_section(sweep: SweepResults) -> Section | None:
     curves = LayerCurves.of(read_json(file), str(file))
     share = min(curves.shares, key=lambda each: (abs(each - _SHOWN), each))
     rest = f"The table is of {share} % removed; the others are in {SENSITIVITY}."
-    table, plots = rises_table(curves, share), layer_plots(curves)
-    return Section("Layers", [*explanation(curves), rest], table=table, plots=plots)
+    said, table = [*curves.explanation, rest], curves.table(share)
+    return Section("Layers", said, table=table, plots=curves.plots())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.util.palette import style
 from lm_eval_pruned.util.tables import markdown_table
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lm_eval_pruned.util.figures import Plot
 
 
-#: How a verdict is shown. What is significant says which way; `restated` has no mark.
+#: How a verdict is shown; `restated` has no mark.
 MARKS = {
     "better": "\u25b2",
     "worse": "\u25bc",
@@ -29,8 +29,7 @@ MARKS = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One cell of a table; the verdicts ``better`` and ``worse`` have a colour."""
 
     text: str
@@ -106,6 +105,19 @@ def only_these(scripts: Sequence[str]) -> str:
     digests = (hashlib.sha256(script.encode("utf-8")).digest() for script in scripts)
     sources = [f"'sha256-{base64.b64encode(each).decode()}'" for each in digests]
     return " ".join(sources) or "'none'"
+
+
+def as_files(
+    stem: str, title: str, subtitle: str, sections: Sequence[Section], scores: str
+) -> dict[str, str | bytes]:
+    """Return a page as HTML, which holds `scores` in CSV, as Markdown, and its plots, by file."""
+    scripts = [script for section in sections for script in section.scripts]
+    shown: Any = {"title": title, "subtitle": subtitle, "sections": sections}
+    csv = base64.b64encode(scores.encode("utf-8")).decode("ascii")
+    page = rendered("template.html", **shown, scores=csv, scripts=scripts)
+    found = {f"{stem}.html": page, f"{stem}.md": as_markdown(**shown)}
+    plots = (plot for section in sections for plot in section.plots)
+    return found | {k: v for plot in plots for k, v in plot.files("plots/").items()}
 
 
 def as_markdown(

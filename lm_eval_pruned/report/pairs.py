@@ -27,26 +27,25 @@ if TYPE_CHECKING:
     #: Whether a run is above the floor of a task and metric.
     Known = Mapping[tuple[str, str, str], Standing | None]
 
+_NOTHING: Known = MappingProxyType({})
+#: What of a record of pruning is the same where the same places were cut.
+_PLACES = ("asked", "allocation", "layers_pruned", "layers_dropped", "hidden_size")
+
 
 def healing_section(
-    others: Sequence[Run],
-    alpha: float,
-    read: DocumentReader,
-    known: Known = MappingProxyType({}),
+    others: Sequence[Run], alpha: float, read: DocumentReader, known: Known = _NOTHING
 ) -> Section | None:
     """Each healed size against the run of the same neurons before, and what the training took."""
-
-    def kept(run: Run) -> Any:
-        return run.pruning.get("kept_digest")
-
     healed = [run for run in others if run.healing]
-    before = {kept(run): run for run in others if not run.healing and kept(run)}
-    pairs = [(before[kept(run)], run) for run in healed if kept(run) in before]
+    before = {run.pruning.get("kept_digest"): run for run in others if not run.healing}
+    before.pop(None, None)
+    found = [(before.get(run.pruning.get("kept_digest")), run) for run in healed]
     text = (
         "Each size after it was trained again against the same size before, paired by document. q: "
         "p after Benjamini-Hochberg over the sizes of each task. Energy is that of the machine "
         "while it trained, with all that it did beside; modelled energy is an estimate."
     )
+    pairs = [(one, run) for one, run in found if one]
     rows = compared_pairs(pairs, alpha, read, known)
     costs = [f"{run_label(run)}: {_cost(run)}" for run in healed]
     return compared_section("Healing: after against before", text, rows, alpha, costs)
@@ -66,49 +65,33 @@ def _cost(run: Run) -> str:
 
 
 def random_section(
-    others: Sequence[Run],
-    alpha: float,
-    read: DocumentReader,
-    known: Known = MappingProxyType({}),
+    others: Sequence[Run], alpha: float, read: DocumentReader, known: Known = _NOTHING
 ) -> Section | None:
     """Each configuration against those whose neurons were removed at random in the same places."""
 
     def cut(run: Run) -> list[Any]:
-        names = (
-            "asked",
-            "allocation",
-            "layers_pruned",
-            "layers_dropped",
-            "hidden_size",
-        )
         trained = healing_name(run) if run.healing else None
-        return [*map(run.pruning.get, names), trained]
+        return [*map(run.pruning.get, _PLACES), trained]
 
     pruned = [run for run in others if run.pruning.get("criterion")]
     chosen = [run for run in pruned if not is_control(run)]
-    pairs = [
-        (control, run)
-        for run in chosen
-        for control in pruned
-        if is_control(control) and cut(control) == cut(run)
-    ]
+    controls = [run for run in pruned if is_control(run)]
+    pairs = [(c, run) for run in chosen for c in controls if cut(c) == cut(run)]
     text = (
         "Each configuration against those of its size whose neurons were removed at random, one "
         "seed at a time, paired by document: what the criterion is worth. q: p after "
         "Benjamini-Hochberg over the rows of each task."
     )
+    notes = []
     paired = [run for _, run in pairs]
-    missing = [run_label(run) for run in chosen if run not in paired]
-    criteria = dict.fromkeys([*(run.pruning["criterion"] for run in pruned), "random"])
-    command = (
-        f"Nothing of the size of {', '.join(missing)} was cut at random. To add that, run the "
-        f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
-        "evaluated again."
-    )
-    rows, notes = (
-        compared_pairs(pairs, alpha, read, known),
-        [command] if missing else [],
-    )
+    if missing := [run_label(run) for run in chosen if run not in paired]:
+        criteria = dict.fromkeys([*(r.pruning["criterion"] for r in pruned), "random"])
+        notes.append(
+            f"Nothing of the size of {', '.join(missing)} was cut at random. To add that, run the "
+            f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
+            "evaluated again."
+        )
+    rows = compared_pairs(pairs, alpha, read, known)
     return compared_section("Against pruning at random", text, rows, alpha, notes)
 
 
@@ -116,23 +99,21 @@ def compared_pairs(
     pairs: Sequence[tuple[Run, Run]],
     alpha: float,
     read: DocumentReader,
-    known: Known = MappingProxyType({}),
+    known: Known = _NOTHING,
 ) -> list[Difference]:
     """Return the tasks of each pair (before, after), with q over the pairs of each task."""
-    found = []
-    for before, after in pairs:
-        for key in primary_metrics([before, after]):
-            test, documents = difference_test(before, after, key, alpha, read)
-            if is_partial(before, key[0]) or is_partial(after, key[0]):
-                # Where a run stops was decided against the unpruned model.
-                test = replace(test, method="none: a score is partial", sides=None)
-            found.append((before, after, key, test, documents))
-    ps = [test.p for *_, test, _ in found]
-    families = [(key[0], is_control(after)) for _, after, key, *_ in found]
-    adjusted = false_discovery(ps, families, alpha)
+    keys = [(*each, key) for each in pairs for key in primary_metrics(each)]
+    tests = [difference_test(*each, alpha, read) for each in keys]
+    for n, (before, after, key) in enumerate(keys):
+        if is_partial(before, key[0]) or is_partial(after, key[0]):
+            # Where a run stops was decided against the unpruned model.
+            test = replace(tests[n][0], method="none: a score is partial", sides=None)
+            tests[n] = test, tests[n][1]
+    families = [(key[0], is_control(after)) for _, after, key in keys]
+    adjusted = false_discovery([test.p for test, _ in tests], families, alpha)
     rows = []
-    for each, (q, level) in zip(found, adjusted, strict=True):
-        before, after, key, test, documents = each
+    for each, (test, documents), (q, level) in zip(keys, tests, adjusted, strict=True):
+        before, after, key = each
         one, other = before.scores[key], after.scores[key].value
         change, up = other - one.value, one.higher_is_better
         rows.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from lm_eval_pruned.report import pairs, sections as words
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
 from lm_eval_pruned.report.figure import figure_section, truthfulness_section
 from lm_eval_pruned.report.layers import layers_section
-from lm_eval_pruned.report.page import as_markdown, rendered
+from lm_eval_pruned.report.page import as_files
 from lm_eval_pruned.results.files import as_mapping
 from lm_eval_pruned.results.groups import healing_name
 from lm_eval_pruned.results.runs import read_sweep
@@ -62,11 +61,8 @@ def write_report(
     # Answers are on the page of changed answers alone, which can be left out.
     comparison = compare(base, asked, alpha=alpha, read=read, texts=False)
     known = {(row.run, row.task, row.metric): row.floor for row in comparison.rows}
-    levels = {
-        key: documents.levels
-        for key in {(row.task, row.metric) for row in comparison.rows}
-        if (documents := read(base, *key))
-    }
+    compared = {key[1:]: read(base, *key[1:]) for key in known}
+    levels = {key: of.levels for key, of in compared.items() if of}
     title = f"Width pruning of {_model_name(base)}"
     subtitle = (
         f"{len(runs)} configurations, {len(base.tasks(subtasks=False))} tasks, compared with "
@@ -89,29 +85,15 @@ def write_report(
         words.repeating_section(sweep, base),
         words.remarks_section(sweep, others, comparison),
     ]
-    sections = [section for section in found if section is not None]
     scores = as_csv(base, others, comparison)
-    page = rendered(
-        "template.html",
-        title=title,
-        subtitle=subtitle,
-        sections=sections,
-        scores=base64.b64encode(scores.encode("utf-8")).decode("ascii"),
-        scripts=[each for section in sections for each in section.scripts],
-    )
-    files: dict[str, str | bytes] = {
-        "report.html": page,
-        "report.md": as_markdown(title, subtitle, sections),
-        "results.csv": scores,
-    }
+    sections = [section for section in found if section is not None]
+    files = as_files("report", title, subtitle, sections, scores)
+    files["results.csv"] = scores
     if answers:
         files[PAGE] = changes
     else:
         # Of an earlier report, whose texts must not stay behind.
         (target / PAGE).unlink(missing_ok=True)
-    plots = [plot for section in sections for plot in section.plots]
-    files |= {f"plots/{plot.name}.svg": plot.svg for plot in plots}
-    files |= {f"plots/{plot.name}.png": plot.png for plot in plots}
     for name, content in files.items():
         write_atomically(target / name, content)
     return [target / name for name in files]
@@ -126,7 +108,7 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
         for (task, metric), score in run.scores.items():
             stopping = run.stopping.get(task)
             known = stopping.scores if stopping and stopping.task == task else {}
-            ends = known.get(metric, (None, None))
+            low, high = known.get(metric, (None, None))
             row = {
                 "run": run.name,
                 "expansion_ratio": run.expansion_ratio,
@@ -140,8 +122,8 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
                 "higher_is_better": score.higher_is_better,
                 "score": score.value,
                 "stderr": score.stderr,
-                "score_low": ends[0],
-                "score_high": ends[1],
+                "score_low": low,
+                "score_high": high,
                 "documents": score.documents,
                 "of": stopping.of if stopping and stopping.is_partial else None,
                 "base": base.name,

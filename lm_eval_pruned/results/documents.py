@@ -323,5 +323,5 @@ def _answered(
         return None, ""
     # The harness divides by the length of the choice without the space in front of it.
     lengths = [len(ending.removeprefix(" ")) or 1 for ending in endings]
-    best = (endings[each.argmax()].strip() for each in (scores, scores / lengths))
-    return Reply(*best, tuple(scores.tolist())), ""
+    best, normed = (endings[int(np.argmax(by))] for by in (scores, scores / lengths))
+    return Reply(best.strip(), normed.strip(), tuple(scores.tolist())), ""

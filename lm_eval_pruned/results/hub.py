@@ -28,7 +28,8 @@ def eval_results(path: str | Path, digest: str) -> str:
     import yaml
     from huggingface_hub import eval_result_entries_to_yaml
 
-    path, entries = Path(path), {}
+    path = Path(path)
+    entries: dict[str, EvalResultEntry] = {}
     for file in [path] if path.is_file() else newest_first(path):
         content = read_json(file)
         found = content.get("config", {}).get("pruning", {}).get("kept_digest")

@@ -73,10 +73,3 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def umask() -> int:
-    """Return the mode bits that new files of this process must not have."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

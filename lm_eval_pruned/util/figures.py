@@ -90,6 +90,13 @@ class Plot:
         """A PNG file on white ground."""
         return vl_convert.vegalite_to_png(self._on_paper, scale=2)
 
+    def files(self, folder: str = "") -> dict[str, str | bytes]:
+        """Return both files by their names in a folder."""
+        return {
+            f"{folder}{self.name}.svg": self.svg,
+            f"{folder}{self.name}.png": self.png,
+        }
+
     @cached_property
     def _on_paper(self) -> str:
         below = textwrap.wrap(self.description, 90)

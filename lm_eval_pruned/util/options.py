@@ -91,29 +91,28 @@ class DeclaredOptions:
     @classmethod
     def help_of(cls, name: str) -> str:
         """Return the line for ``--help`` of an option."""
-        if "help" in cls.declared()[name].metadata:
-            return cls.declared()[name].metadata["help"]
+        each = cls.declared()[name]
+        if "help" in each.metadata:
+            return each.metadata["help"]
         explained = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
         found = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
-        about, default = " ".join(found[1].split()), cls.declared()[name].default  # type: ignore[index]
+        about = " ".join(found[1].split())  # type: ignore[index]
         if not about[:2].isupper():
             about = about[:1].lower() + about[1:]
-        if default is MISSING or default is None or default is False:
+        if each.default is MISSING or each.default is None or each.default is False:
             return about
-        values = default if isinstance(default, tuple) else [default]
+        values = each.default if isinstance(each.default, tuple) else [each.default]
         return f"{about} (default: {', '.join(map(str, values))})"
 
     @classmethod
     def row(cls, name: str) -> Row:
         """Return the row of an option, which is None where a command is not given it."""
-        each = cls.declared()[name]
-        nargs = each.metadata.get("nargs", "+" * isinstance(each.default, tuple))
-        how = {"nargs": nargs} if nargs else {}
-        if nargs == "?":
-            how["const"] = True
+        each, how = cls.declared()[name], {"default": None}
+        if nargs := each.metadata.get("nargs", "+" * isinstance(each.default, tuple)):
+            how |= {"nargs": nargs} | ({"const": True} if nargs == "?" else {})
         flag = each.metadata["kind"] is bool
         metavar = "" if flag else each.metadata["metavar"]
-        return row(f"--{name}", metavar, cls.help_of(name), default=None, **how)
+        return row(f"--{name}", metavar, cls.help_of(name), **how)
 
     @classmethod
     def add_to(cls, parser: Any, names: Iterable[str] | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -31,14 +30,10 @@ class Progress:
         seconds: Sequence[tuple[str, float]] = (),
         quick: Sequence[tuple[str, str]] = (),
     ) -> None:
-        self.done, self.failed, self.workers = done, failed, 1
-        self.elsewhere = 0
+        self.done, self.failed, self.elsewhere, self.workers = done, failed, 0, 1
+        self._waiting, self._quick, self._seconds = [*waiting], quick, [*seconds]
         to_run = len(waiting) + len(quick)
-        self._total, self._waiting = done + failed + to_run, list(waiting)
-        self._quick = quick
-        self._seconds: dict[str, list[float]] = defaultdict(list)
-        for task, duration in seconds:
-            self._seconds[task].append(duration)
+        self._total = done + failed + to_run
         counts = f"{done} done, {failed} failed before, {to_run} to run"
         print(f"{self._total} units: {counts}", flush=True)
 
@@ -61,13 +56,11 @@ class Progress:
         error: Mapping[str, str] | None,
     ) -> None:
         """Say how a unit ended: with scores after some seconds, or with type and message of an error."""
-        is_quick = (configuration, task) in self._quick
-        if not is_quick:
+        if (configuration, task) not in self._quick:
             self._waiting.remove(task)
+            self._seconds += [] if error else [(task, seconds)]
         if error is None:
             self.done += 1
-            if not is_quick:
-                self._seconds[task].append(seconds)
             what = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         else:
             self.failed += 1
@@ -80,9 +73,10 @@ class Progress:
 
     def remaining_seconds(self) -> float | None:
         """Estimate the time left by units of the same tasks, else of all; None while none is known."""
-        known = {task: fmean(durations) for task, durations in self._seconds.items()}
-        if not known:
+        if not self._seconds:
             return None
+        tasks = {task for task, _ in self._seconds}
+        known = {t: fmean(s for task, s in self._seconds if task == t) for t in tasks}
         left = sum(known.get(task, fmean(known.values())) for task in self._waiting)
         return left / max(1, min(self.workers, len(self._waiting)))
 

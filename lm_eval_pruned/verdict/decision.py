@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.compare.comparison import Difference, compare
-from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.compare.power import power_of
 from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.gate.baseline import Baseline, Rule
 from lm_eval_pruned.gate.check import CLAIM_LEVEL, check, make_baseline
 from lm_eval_pruned.gate.findings import ONLY_RUN, Finding, exit_code
 from lm_eval_pruned.results.files import ResultsError, Run, newest_first, read_json
-from lm_eval_pruned.results.folder import read_unit
-from lm_eval_pruned.results.groups import is_perplexity, is_share, primary_metrics
+from lm_eval_pruned.results.groups import is_share, primary_metrics
 
 
 if TYPE_CHECKING:
@@ -29,8 +27,7 @@ BIAS = ("bias", "pct_stereotype")
 _WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
 
 
-@dataclass(frozen=True)
-class Judged:
+class Judged(NamedTuple):
     """One score: how it differs, and what the gate finds of it within a margin.
 
     `word` is ``equivalent``, ``not worse``, ``better``, ``worse`` or ``undecided``; `take` says what
@@ -44,8 +41,7 @@ class Judged:
     take: str
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The answer on two runs, with the exit code of `check`."""
 
     base: Run
@@ -72,11 +68,9 @@ def decide(
     Raises:
         ValueError: A margin names nothing that was scored, or the runs cannot be compared.
     """
-    read, keys = DocumentReader(), [*_judged_keys(base)]
+    keys = [*_judged_keys(base)]
     # Of this level, intervals beyond the margin are what the gate calls shown.
-    compared = compare(
-        base, [candidate, *floors], alpha=2 * CLAIM_LEVEL, read=read, texts=texts
-    )
+    compared = compare(base, [candidate, *floors], alpha=2 * CLAIM_LEVEL, texts=texts)
     rows = {(each.task, each.metric): each for each in compared.rows}
     if missing := [" ".join(key) for key in keys if key not in rows]:
         raise ResultsError(
@@ -86,19 +80,17 @@ def decide(
     asked = read_margins(margins, {name for key in keys for name in _names(key)})
     chosen = {key: _margin_of(rows[key], asked) for key in keys}
     rules = {(ONLY_RUN, *key): Rule(CLAIM, margin) for key, margin in chosen.items()}
+    before, after = ({ONLY_RUN: _only(each, keys)} for each in (base, candidate))
     some_rule = next(iter(rules.values()))
-    previous = Baseline({}, rules)
-    expected = make_baseline({ONLY_RUN: _only(base, keys)}, some_rule, previous)
-    findings = check({ONLY_RUN: _only(candidate, keys)}, expected)
+    expected = make_baseline(before, some_rule, Baseline({}, rules))
+    findings = check(after, expected)
     judged = []
     for finding in findings:
         key = finding.task, finding.metric
         row, margin, word = rows[key], chosen[key], _WORDS.get(finding.status)
-        size, ends = (
-            Margin(CLAIM, margin).size(row.base_score, row.score),
-            (row.low, row.high),
-        )
-        inside = all(None not in (size, end) and abs(end) < size for end in ends)  # type: ignore[arg-type,operator]
+        size = Margin(CLAIM, margin).size(row.base_score, row.score)
+        ends = [end for end in (row.low, row.high) if end is not None]
+        inside = size is not None and len(ends) == 2 and max(map(abs, ends)) < size
         word = word or ("equivalent" if inside else "not worse")
         runs = (_only(base, [key]), _only(candidate, [key]))
         take = _take(*runs, key, margin, row) if word == "undecided" else ""
@@ -138,9 +130,7 @@ def _margin_of(row: Difference, asked: dict[str, str]) -> str:
             return asked[name]
     if "bits_per_byte" in row.metric:
         return "1%"
-    share = not is_perplexity(row.metric) and is_share(
-        row.metric, (row.base_score, row.score)
-    )
+    share = is_share(row.metric, (row.base_score, row.score))
     return "2pt" if share else "2%"
 
 
@@ -151,7 +141,7 @@ def _only(run: Run, keys: Sequence[Key]) -> Run:
 
 
 def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> str:
-    """Say how many documents and minutes decide with a chance of 80 %, if the models do not differ."""
+    """Say how many documents decide with a chance of 80 %, if the models do not differ."""
     up = base.scores[key].higher_is_better
     if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
         return "Alone it would be shown to be worse; among all scores that needs more documents."
@@ -169,27 +159,8 @@ def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> 
             f"{seen} documents had a good chance to decide if the models did not differ, so they "
             "may well differ: evaluate other documents, or accept a wider margin."
         )
-    costs = [_costs(run, key[0]) for run in (base, candidate)]
-    minutes = (needed - seen) * sum(seconds for _, seconds in costs) / 60
-    there = costs[0][0]
-    return (
-        f"It would take about {needed:,} documents in place of {seen:,}"
-        + (f", {max(1, round(minutes)):,} min more" if minutes else "")
-        + (
-            f", but the task has {there:,}: accept a wider margin"
-            if there < needed
-            else ""
-        )
-        + "."
-    )
-
-
-def _costs(run: Run, task: str) -> tuple[int, float]:
-    """Return how many documents a task has, and the seconds that one took, 0 if nobody knows."""
-    leaves = run.leaves(task)
-    file = newest_first(run.samples[leaves[0]].parent)[0]
-    unit, data = read_unit(file.parent), read_json(file)
-    sizes = data["n-samples"]
-    spent = unit.seconds if unit else data.get("total_evaluation_time_seconds") or 0
-    seen = sum(each["effective"] for each in sizes.values())
-    return sum(sizes[leaf]["original"] for leaf in leaves), float(spent) / seen
+    leaves = base.leaves(key[0])
+    sizes = read_json(newest_first(base.samples[leaves[0]].parent)[0])["n-samples"]
+    there = sum(sizes[leaf]["original"] for leaf in leaves)
+    few = f", but the task has {there:,}: accept a wider margin" * (there < needed)
+    return f"It would take about {needed:,} documents in place of {seen:,}{few}."

@@ -28,7 +28,10 @@ TASKS = ["pruned_demo", "pruned_demo_bias"]
 
 
 class OneModel(Sweep):
-    """A sweep of one model of `TYPES`, specified as ``TYPE,key=value,...``."""
+    """A sweep of one model of `TYPES`, specified as ``TYPE,key=value,...``.
+
+    It sets what `Sweep` plans, because that plans sizes and one model has none.
+    """
 
     def __init__(self, name: str, text: str, options: Mapping[str, Any]) -> None:
         kind, _, given = text.partition(",")
@@ -70,13 +73,12 @@ def both_runs(
         ValueError: A model, an option or a task cannot be used, or results cannot be read.
         KeyboardInterrupt: Someone stopped the evaluation.
     """
-    asked = {"tasks": TASKS, **options}
+    asked, given = {"tasks": TASKS, **options}, {"base": base, "candidate": candidate}
     if Path(base).exists() and "tasks" not in options:
-        asked["tasks"] = read_comparands([_results_of(base)] * 2)[0].tasks(
-            subtasks=False
-        )
-    given = {"base": base, "candidate": candidate}
+        finished, _ = read_comparands([_results_of(base)] * 2)
+        asked["tasks"] = finished.tasks(subtasks=False)
     where = {name: str(output_path / name) for name in given}
+    # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
         name: OneModel(name, text, {**asked, "output_path": where[name]})
         for name, text in given.items()

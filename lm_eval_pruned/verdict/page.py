@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import asdict
 from html import unescape
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison_table import interval_text, number_text
 from lm_eval_pruned.report.changed_answers import LOST, find_changes
-from lm_eval_pruned.report.page import Cell, Section, Table, as_markdown, rendered
+from lm_eval_pruned.report.page import Cell, Section, Table, as_files, as_markdown
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
@@ -54,12 +53,9 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
     rows = [
         asdict(e.row) | {"margin": e.margin, "verdict": e.word} for e in verdict.judged
     ]
-    csv = base64.b64encode(csv_table(rows[0], rows).encode()).decode("ascii")
-    shown = {"title": title, "subtitle": subtitle, "sections": sections}
-    page = rendered("template.html", scores=csv, scripts=[], **shown)
-    write_atomically(folder / "verdict.html", page)
-    markdown = as_markdown(title, subtitle, sections)
-    write_atomically(folder / "verdict.md", markdown)
+    files = as_files("verdict", title, subtitle, sections, csv_table(rows[0], rows))
+    for name, content in files.items():
+        write_atomically(folder / name, content)
     short = _sections(verdict, 40 * texts)
     return unescape(as_markdown(title, subtitle, short, padded=True))
 
@@ -109,20 +105,24 @@ def _scores_section(
     rows: list[list[Cell | str]] = []
     notes = []
     for each in judged:
-        row = each.row
-        cells: list[Cell | str] = [
-            row.task,
-            row.metric.removesuffix(",none"),
-            Cell(each.word, each.word),
-        ]
-        floor = None if row.floor is None else row.floor.floor
-        cells += [number_text(n, ".4f") for n in (row.base_score, row.score, floor)]
-        cells += [f"{row.difference:+.4f}", interval_text(row.low, row.high, 4)]
-        rows.append([*cells, each.margin, str(row.documents or "-")])
-        if row.floor and row.floor.base_above_floor is False:
+        row, floor = each.row, each.row.floor
+        scores = row.base_score, row.score, floor.floor if floor else None
+        rows.append(
+            [
+                row.task,
+                row.metric.removesuffix(",none"),
+                Cell(each.word, each.word),
+                *(number_text(score, ".4f") for score in scores),
+                f"{row.difference:+.4f}",
+                interval_text(row.low, row.high, 4),
+                each.margin,
+                str(row.documents or "-"),
+            ]
+        )
+        if floor and floor.base_above_floor is False:
             notes.append(
                 f"{_name(each)}: the base is not shown to be above the floor "
-                f"({row.floor.floor_name}), so this score cannot show a loss."
+                f"({floor.floor_name}), so this score cannot show a loss."
             )
     table = Table(heading, _COLUMNS, rows, text=3)
     return Section(heading, [text], table=table, notes=notes) if rows else None
@@ -130,14 +130,12 @@ def _scores_section(
 
 def _agreement_section(verdict: Verdict) -> Section | None:
     rows = []
-    for each in verdict.judged:
-        if answers := each.row.answers:
-            more = (
-                number_text(answers.kl, ".4f"),
-                number_text(answers.beginning, ".1%"),
+    for row in (each.row for each in verdict.judged):
+        if of := row.answers:
+            more = number_text(of.kl, ".4f"), number_text(of.beginning, ".1%")
+            rows.append(
+                [row.task, str(row.documents), f"{of.equal_answers:.1%}", *more]
             )
-            equal = f"{answers.equal_answers:.1%}"
-            rows.append([each.row.task, str(each.row.documents), equal, *more])
     columns = ["task", "documents", "equal answers", "KL", "same beginning"]
     table = Table("Agreement with the base", columns, rows)
     return Section(table.label, [_ON_AGREEMENT], table=table) if rows else None
@@ -146,8 +144,7 @@ def _agreement_section(verdict: Verdict) -> Section | None:
 def _size_section(verdict: Verdict) -> Section:
     rows = []
     for name, run in (("base", verdict.base), ("candidate", verdict.candidate)):
-        of = run.config
-        sizes = of.get("model_num_parameters"), of.get("weight_bytes")
+        sizes = map(run.config.get, ("model_num_parameters", "weight_bytes"))
         rows.append([name, *(number_text(each, ",") for each in sizes)])
     table = Table("Size", ["model", "parameters", "bytes in memory"], rows)
     return Section(table.label, table=table)

@@ -16,36 +16,19 @@ from lm_eval_pruned.checkpoints.default_model import DefaultModel
 from tests.helpers.sweeping import write_tasks
 
 
-COMMANDS = {
-    "plan": ["--ratios", "2"],
-    "prune": ["--output_path", "x"],
-    "sweep": ["--output_path", "x"],
-    "compare": ["x"],
-    "power": ["boolq", "--margin", "1pt"],
-    "report": ["x"],
-    "study": ["--output_path", "x"],
-    "verdict": ["a", "b", "--output_path", "x"],
-    "heal": ["--data", "x", "--output_path", "x"],
-    "sensitivity": ["--calibration", "x"],
-    "check": ["x", "--baseline", "x"],
-    "profile": ["--output_path", "x"],
-}
-
-
-def end_with(monkeypatch, command: str, error: BaseException) -> int:
+def end_with(monkeypatch, error: BaseException) -> int:
     """Run a command that raises this; return its exit code."""
 
     def run(arguments):
         raise error
 
-    monkeypatch.setattr(import_module(f"lm_eval_pruned.cli.{command}"), "run", run)
-    return cli.main([command, *COMMANDS[command]])
+    monkeypatch.setattr(import_module("lm_eval_pruned.cli.report"), "run", run)
+    return cli.main(["report", "x"])
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
-def test_ctrl_c_ends_every_command_in_one_line(command, monkeypatch, capsys):
-    assert end_with(monkeypatch, command, KeyboardInterrupt()) == 130
-    assert capsys.readouterr().err == f"lm-eval-pruned {command}: interrupted\n"
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+    assert end_with(monkeypatch, KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "lm-eval-pruned report: interrupted\n"
 
 
 def test_ctrl_c_while_the_commands_are_imported(monkeypatch, capsys):
@@ -63,26 +46,23 @@ def test_the_version_is_the_installed_one(capsys):
     assert capsys.readouterr().out == f"lm-eval-pruned {version('lm-eval-pruned')}\n"
 
 
-def test_help_leads_to_the_documentation(capsys):
+def test_help_leads_to_the_documentation():
     urls = metadata("lm-eval-pruned").get_all("Project-URL")
-    with pytest.raises(SystemExit):
-        cli.main(["plan", "--help"])
-    told = f"Documentation{'@'}{cli.DOCUMENTATION}"
-    assert told in [each.replace(", ", "@") for each in urls]
-    assert f"Documentation: {cli.DOCUMENTATION}" in capsys.readouterr().out
+    assert f"Documentation, {cli.DOCUMENTATION}" in urls
+    assert cli.DOCUMENTATION in cli.parser().epilog
 
 
 @pytest.mark.parametrize(("module", "extra"), cli.EXTRAS.items())
 def test_a_package_of_an_extra_is_missing(module, extra, monkeypatch, capsys):
     missing = ModuleNotFoundError("No module", name=f"{module}.inside")
-    assert end_with(monkeypatch, "report", missing) == 2
+    assert end_with(monkeypatch, missing) == 2
     assert f"pip install 'lm-eval-pruned[{extra}]'" in capsys.readouterr().err
 
 
 def test_another_module_that_is_missing_is_a_mistake_to_be_shown(monkeypatch):
     missing = ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
     with pytest.raises(ModuleNotFoundError):
-        end_with(monkeypatch, "report", missing)
+        end_with(monkeypatch, missing)
 
 
 def test_a_report_without_its_extra_says_which(tmp_path):
@@ -90,9 +70,8 @@ def test_a_report_without_its_extra_says_which(tmp_path):
         f"import sys; sys.modules.update(dict.fromkeys({[*cli.EXTRAS]}))\n"
         f"from lm_eval_pruned.cli import main; sys.exit(main(['report', '{tmp_path}']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "pip install 'lm-eval-pruned[report]'" in line

@@ -45,31 +45,24 @@ def offering(
     }
 
 
-def choices(prompt: str, endings, likelihoods, **more) -> dict:
-    """Return a line of a multiple-choice task, as the harness writes it."""
-    return offering(endings, "0", prompt, likelihoods) | more
-
-
 def answered(picks, rights, options=(" no", " yes")) -> dict:
     """Return a multiple-choice task by which choice was picked, and which is right."""
-    rows = {
-        number: offering(
-            options, right, likelihoods=[-1 - (n != pick) for n in range(2)]
-        )
-        for number, (pick, right) in enumerate(zip(picks, rights, strict=True))
-    }
-    values = [float(a == b) for a, b in zip(picks, rights, strict=True)]
+    pairs, rows = [*zip(picks, rights, strict=True)], {}
+    for number, (pick, right) in enumerate(pairs):
+        likelihoods = [-1 - (n != pick) for n in range(2)]
+        rows[number] = offering(options, right, likelihoods=likelihoods)
+    values = [float(pick == right) for pick, right in pairs]
     return {"acc,none": {"values": values, "rows": rows}}
 
 
 def written(texts, rights) -> dict:
     """Return a task of free texts, and whether each is right."""
     rows = {
-        number: offering([{"until": []}])
-        | {"resps": [[text]], "filtered_resps": [text]}
+        number: offering([{"until": []}], prompt=f"Write {number}")
+        | {"resps": [[text]], "filtered_resps": [text.strip()]}
         for number, text in enumerate(texts)
     }
-    return {"prompt_level_strict_acc,none": {"values": list(rights), "rows": rows}}
+    return {"prompt_level_strict_acc,none": {"values": [*rights], "rows": rows}}
 
 
 def write_run(

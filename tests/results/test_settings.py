@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.results import settings
 from tests.helpers.results_files import write_run
 
 
@@ -22,8 +21,7 @@ def note(tmp_path, capsys):
             write_run(tmp_path / name, each, **sections)
         assert cli.main(["compare", *(str(tmp_path / name) for name in "ab")]) == 0
         lines = capsys.readouterr().out.splitlines()
-        notes = [line for line in lines if "other settings than a" in line]
-        return "".join(notes)
+        return "".join(line for line in lines if "other settings than a" in line)
 
     return compared
 
@@ -81,10 +79,3 @@ def test_without_samples_other_numbers_of_documents_are_named(note):
         {"tf": {"acc,none": {"values": [1.0, 0.0] * n, "stderr": 0.1}}} for n in (1, 9)
     )
     assert "(documents)" in note({"samples": False}, {"samples": False}, (many, few))
-
-
-def test_hashes_are_cut_in_messages():
-    assert settings.shown("a" * 64) == "a" * 12
-    assert settings.shown({"temperature": 1}) == str({"temperature": 1})
-    assert settings.shown(None) == "none"
-    assert settings.listed([*"abcdefg"]) == "a, b, c, d, e and 2 more"

@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lm_eval_pruned.util.options import (
-    DeclaredOptions,
-    add_options,
-    nearest,
-    option,
-    row,
-)
+from lm_eval_pruned.util.options import DeclaredOptions, add_options, option, row
 
 
 if TYPE_CHECKING:
@@ -85,8 +79,3 @@ def test_what_is_of_no_use_is_refused(given, message):
     with pytest.raises(ValueError) as told:
         Cooking.of(given, "cook")
     assert message in str(told.value)
-
-
-def test_advice_on_a_name():
-    assert nearest("ratoi", ["ratio", "width"]) == "did you mean ratio?"
-    assert nearest("x", ["ratio", "width"]) == "known: ratio, width."
