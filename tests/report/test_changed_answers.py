@@ -72,9 +72,9 @@ LOST, GAINED = "right to wrong", "wrong to right"
     [
         (
             picks([0, 0, 1, 1, 0, 2]),
-            picks([0, 1, 0, 2, 0, 2]),
-            ["6", "1", "1", "50%"],
-            [LOST, GAINED, "another wrong answer"],
+            picks([0, 1, 0, 2, 1, 2]),
+            ["6", "2", "1", "67%"],
+            [LOST, LOST, GAINED, "another wrong answer"],
         ),
         # Free text may change and stay right.
         (
