@@ -22,11 +22,7 @@ from tests.helpers.checkpoints import TINY, byte_tokenizer, tiny_config, tiny_mo
 class Kind:
     """A type of request.
 
-    Attributes:
-        request_type: Its name in the harness.
-        argument: The argument that turns the fast path off.
-        fast: The fast path's name in results.
-        asked: Requests with much in common.
+    `argument` turns its fast path off, which results call `fast`; those `asked` begin alike.
     """
 
     request_type: str

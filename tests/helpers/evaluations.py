@@ -46,11 +46,7 @@ def _task_manager():
 def evaluate(
     model: str, model_args: str | dict[str, Any], limit: int = 3
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Evaluate the first `limit` questions of the demo in this process.
-
-    Returns:
-        The log-likelihoods of every answer, and the config part of the results.
-    """
+    """Return log-likelihoods of all answers to the first questions of the demo, and the config."""
     from lm_eval import simple_evaluate
 
     results = simple_evaluate(
