@@ -12,11 +12,6 @@ import torch
 from tests.helpers import checkpoints
 
 
-@pytest.fixture(scope="module")
-def gpu_check(script):
-    return script("gpu_check")
-
-
 @pytest.fixture
 def part(script, tmp_path):
     """Return what runs a part in this process, giving its exit code and what it wrote."""
@@ -24,26 +19,22 @@ def part(script, tmp_path):
     def run(name, shape):
         page = tmp_path / "part.md"
         words = ["--part", name, "--shape", shape, "--page", str(page)]
-        code = script("gpu_parts").main(
-            [*words, "--device", "cpu", "--folder", str(tmp_path)]
-        )
-        return code, page.read_text(encoding="utf-8")
+        words += ["--device", "cpu", "--folder", str(tmp_path)]
+        return script("gpu_parts").main(words), page.read_text(encoding="utf-8")
 
     return run
 
 
 @pytest.fixture
-def on_the_cpu(gpu_check, tmp_path):
+def on_the_cpu(script, tmp_path):
     """Return what makes the page, giving the exit code, the results of the parts, and the page."""
 
     def run():
         file = tmp_path / "page.md"
-        code = gpu_check.main(["--quick", "--device", "cpu", "--output", str(file)])
-        page = file.read_text(encoding="utf-8")
-        found = re.findall(
-            r"^\|([^|]+)\|(passed|failed|skipped)\|$", page, re.MULTILINE
-        )
-        return code, dict(found), page
+        words = ["--quick", "--device", "cpu", "--output", str(file)]
+        code, page = script("gpu_check").main(words), file.read_text(encoding="utf-8")
+        rows = r"^\|([^|]+)\|(passed|failed|skipped)\|$"
+        return code, dict(re.findall(rows, page, re.MULTILINE)), page
 
     return run
 
@@ -61,8 +52,10 @@ def test_one_command_writes_a_page_of_all_parts(on_the_cpu):
 
 
 def test_parts_follow_one_that_fails_until_time_is_over(
-    on_the_cpu, gpu_check, monkeypatch
+    on_the_cpu, script, monkeypatch
 ):
+    gpu_check = script("gpu_check")
+
     def run(part, options, seconds):
         if part.name == "speed":
             monkeypatch.setattr(gpu_check, "QUICK", 0)
@@ -78,11 +71,10 @@ def test_parts_follow_one_that_fails_until_time_is_over(
     assert "minutes are over" in page
 
 
-def test_a_part_that_takes_too_long_is_ended(gpu_check):
-    part = gpu_check.Part("", "facts", "", 0)
-    status, said = gpu_check.run(part, ["--device", "cpu"], 0)
-    assert status == "failed"
-    assert "more than 0 s" in said
+def test_a_part_that_takes_too_long_is_ended(script):
+    part = script("gpu_check").Part("", "facts", "", 0)
+    status, said = script("gpu_check").run(part, ["--device", "cpu"], 0)
+    assert (status, "more than 0 s" in said) == ("failed", True)
 
 
 @pytest.mark.parametrize("shape, weights, most", [("1B", 2.3, 6), ("8B", 15.0, 20)])
@@ -115,17 +107,14 @@ def test_hf_gets_the_largest_batch_size_that_has_memory(part, script, monkeypatc
     assert "|hf, batch size 1|" in said
 
 
-def test_the_process_that_writes_the_page_has_no_torch(script):
-    script("gpu_check")
-    code = "import sys, gpu_check; sys.exit('torch' in sys.modules)"
-    folder = checkpoints.ROOT / "benchmarks"
-    assert not subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, check=False
-    ).returncode
+def test_the_process_that_writes_the_page_has_no_torch():
+    code = "import gpu_check, sys; sys.exit('torch' in sys.modules)"
+    command, folder = [sys.executable, "-c", code], checkpoints.ROOT / "benchmarks"
+    subprocess.run(command, cwd=folder, check=True)
 
 
-def test_without_a_card_it_says_what_would_work(gpu_check, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "run", lambda *_: ("failed", "no card"))
+def test_without_a_card_it_says_what_would_work(script, monkeypatch, capsys):
+    monkeypatch.setattr(script("gpu_check"), "run", lambda *_: ("failed", "no card"))
     with pytest.raises(SystemExit):
-        gpu_check.main([])
+        script("gpu_check").main([])
     assert "--device cpu" in capsys.readouterr().err

@@ -22,11 +22,7 @@ from tests.helpers.checkpoints import TINY, byte_tokenizer, tiny_config, tiny_mo
 class Kind:
     """A type of request.
 
-    Attributes:
-        request_type: Its name in the harness.
-        argument: The argument that turns the fast path off.
-        fast: The fast path's name in results.
-        asked: Requests with much in common.
+    `argument` turns its fast path off, which results call `fast`; those `asked` begin alike.
     """
 
     request_type: str
@@ -60,7 +56,7 @@ STEM = "The same examples in front of each question. "
 #: Prompts that begin alike, equal, short, and longer than `MAX_LENGTH`.
 PROMPTS = [
     *(f"{STEM}{end}" for end in ("One", "One more", "Two", "One")),
-    *("x", "Something else", "A long text " * 8),
+    *("x", "Something else", "A long text " * 10),
 ]
 MAX_LENGTH = 64
 
@@ -115,60 +111,28 @@ def hf(model, **arguments):
 def assert_close(got, expected, tolerance=1e-9):
     """Compare log-likelihoods up to `tolerance`, and all else of the answers exactly."""
 
-    def split(answers):
-        each = [
-            answer if isinstance(answer, tuple) else (answer,) for answer in answers
-        ]
-        numbers = [v for answer in each for v in answer if isinstance(v, float)]
-        return numbers, [
-            v for answer in each for v in answer if not isinstance(v, float)
-        ]
+    def near(value):
+        if isinstance(value, tuple):
+            return tuple(map(near, value))
+        is_number = isinstance(value, float)
+        return pytest.approx(value, abs=tolerance) if is_number else value
 
-    (numbers, others), (expected_numbers, expected_others) = split(got), split(expected)
-    assert others == expected_others
-    assert numbers == pytest.approx(expected_numbers, abs=tolerance)
+    assert got == [near(answer) for answer in expected]
 
 
 WINDOW = 24
 #: Names under which architectures keep the sizes that make them tiny, besides `TINY`'s.
 SIZES = {
-    **dict.fromkeys(
-        ("first_k_dense_replace", "n_group", "topk_group"),
-        1,
-    ),
-    **dict.fromkeys(
-        (
-            "decoder_layers",
-            "encoder_layers",
-            "n_layer",
-            "n_layers",
-            "num_experts_per_tok",
-        ),
-        2,
-    ),
-    **dict.fromkeys(
-        (
-            *("decoder_attention_heads", "encoder_attention_heads", "mamba_n_heads"),
-            *("n_head", "n_heads", "n_routed_experts", "num_experts"),
-            *("num_local_experts", "rotary_dim"),
-        ),
-        4,
-    ),
-    **dict.fromkeys(
-        ("mamba_d_state", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8
-    ),
-    **dict.fromkeys(
-        (
-            *("kv_lora_rank", "mamba_d_head", "moe_intermediate_size", "q_lora_rank"),
-            "shared_expert_intermediate_size",
-        ),
-        16,
-    ),
-    **dict.fromkeys(("d_model", "n_embd", "word_embed_proj_dim"), 32),
-    **dict.fromkeys(("ffn_dim", "mamba_d_ssm", "n_inner"), 64),
-    "n_positions": 512,
+    1: "first_k_dense_replace n_group topk_group",
+    2: "n_layer n_layers num_experts_per_tok",
+    4: "n_head n_heads n_routed_experts num_experts num_local_experts rotary_dim",
+    8: "qk_nope_head_dim qk_rope_head_dim v_head_dim",
+    16: "kv_lora_rank moe_intermediate_size q_lora_rank shared_expert_intermediate_size",
+    32: "d_model n_embd word_embed_proj_dim",
+    64: "ffn_dim n_inner",
+    512: "n_positions",
     # Some count positions from behind the padding token, whose number is 258.
-    "max_position_embeddings": 1024,
+    1024: "max_position_embeddings",
 }
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
 #: Releases before have fewer classes.
@@ -185,7 +149,10 @@ def shrunk(model_type, **overrides):
         text = shrunk(default.model_type, **overrides).to_dict()
         vision = {"num_hidden_layers": 1}
         return AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
-    arguments = {k: v for k, v in (TINY | SIZES).items() if hasattr(default, k)}
+    sizes = {name: size for size, names in SIZES.items() for name in names.split()}
+    windows = {"sliding_window": WINDOW, "use_sliding_window": True}
+    wanted = TINY | sizes | windows
+    arguments = {k: v for k, v in wanted.items() if hasattr(default, k)}
     if getattr(default, "kv_lora_rank", None):
         arguments.pop("head_dim", None)
         arguments["num_key_value_heads"] = 4
@@ -194,10 +161,6 @@ def shrunk(model_type, **overrides):
     for name in WINDOWS:
         if isinstance(getattr(default, name, None), int):
             arguments[name] = WINDOW
-    if hasattr(default, "sliding_window"):
-        arguments["sliding_window"] = WINDOW
-    if hasattr(default, "use_sliding_window"):
-        arguments |= {"use_sliding_window": True, "sliding_window": WINDOW}
     arguments |= overrides
     while True:
         try:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from lm_eval.api.instance import Instance
-
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from tests.helpers import answering
 
 
 #: vLLM has attention kernels for heads of 32, not for the eight of other tests.
@@ -52,15 +51,12 @@ def pruned_vllm(folder, **arguments):
 
 
 def pruned_hf(folder, **arguments):
-    return PrunedHFLM(
-        str(folder),
-        **{"dtype": "float32", "device": "cpu", "batch_size": 1} | arguments,
-    )
+    arguments = {"dtype": "float32", "device": "cpu", "batch_size": 1} | arguments
+    return PrunedHFLM(str(folder), **arguments)
 
 
 def scores(lm) -> list[float]:
-    requests = [Instance("loglikelihood", {}, pair, 0) for pair in SCORED]
-    return [answer[0] for answer in lm.loglikelihood(requests, disable_tqdm=True)]
+    return [value for value, _ in answering.SCORED.ask(lm, SCORED)]
 
 
 def texts(lm) -> list[str]:
@@ -69,12 +65,9 @@ def texts(lm) -> list[str]:
     vLLM keeps half a character at the end to itself, and the harness has it write out
     special tokens, which it has transformers leave out.
     """
-    settings = {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}
-    requests = [
-        Instance("generate_until", {}, (pair[0], settings), 0) for pair in SCORED
-    ]
-    answers = lm.generate_until(requests, disable_tqdm=True)
+    prompts = [prompt for prompt, _ in SCORED]
+    asked = answering.greedy(*prompts, until=["\n\n"], do_sample=False)
     return [
         re.sub("<(bos|eos|pad)>", "", answer).rstrip("\N{REPLACEMENT CHARACTER}")
-        for answer in answers
+        for answer in answering.GENERATED.ask(lm, asked)
     ]

@@ -23,7 +23,6 @@ TWO_PROCESSES = [
     *(sys.executable, "-m", "torch.distributed.run"),
     *("--standalone", "--nproc-per-node", "2"),
 ]
-TASKS = checkpoints.ROOT / "tasks"
 
 
 def _unshared(model: str | Any, model_args: Any) -> Any:
@@ -40,22 +39,14 @@ def _task_manager():
     from lm_eval.tasks import TaskManager
 
     # Without the harness's own tasks: reading them takes longer than the evaluation.
-    return TaskManager(include_path=str(TASKS), include_defaults=False)
+    folder = str(checkpoints.ROOT / "tasks")
+    return TaskManager(include_path=folder, include_defaults=False)
 
 
 def evaluate(
     model: str, model_args: str | dict[str, Any], limit: int = 3
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Evaluate a few questions of the demo in this process.
-
-    Args:
-        model: Model type, such as ``pruned-hf``.
-        model_args: Its arguments, as on the command line.
-        limit: Number of questions.
-
-    Returns:
-        The log-likelihoods of every answer, and the config part of the results.
-    """
+    """Return log-likelihoods of all answers to the first questions of the demo, and the config."""
     from lm_eval import simple_evaluate
 
     results = simple_evaluate(
@@ -93,10 +84,8 @@ def results(folder: Path) -> dict[str, Any]:
 def read(output: Path) -> tuple[list[Any], dict[str, Any]]:
     """Return what `command` wrote, in the form of `evaluate`."""
     (samples,) = output.rglob("samples_*.jsonl")
-    responses = [
-        json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()
-    ]
-    return responses, results(output)["config"]
+    rows = map(json.loads, samples.read_text().splitlines())
+    return [row["filtered_resps"] for row in rows], results(output)["config"]
 
 
 def lm_eval(*arguments: Any, check: bool = True, **options: Any):
@@ -112,19 +101,18 @@ def run(
     **environment: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command without a network, this interpreter's scripts first on the path."""
-    scripts = str(Path(sys.executable).parent)
+    path = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    fixed = {
+        "PATH": os.pathsep.join(path),
+        "OMP_NUM_THREADS": 1,
+        "HF_HUB_OFFLINE": 1,
+        "HF_DATASETS_OFFLINE": 1,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     done = subprocess.run(
         [*map(str, arguments)],
         cwd=cwd,
-        env={
-            **os.environ,
-            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            **{name: str(value) for name, value in environment.items()},
-        },
+        env={n: str(v) for n, v in {**os.environ, **fixed, **environment}.items()},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -46,7 +46,7 @@ def forget_peak() -> None:
     _peak = held_bytes()
 
 
-def wait() -> None:
+def _wait() -> None:
     """Carry out the copies that nobody waited for yet."""
     with _lock:
         for target, source in _waiting:
@@ -54,13 +54,13 @@ def wait() -> None:
         _waiting.clear()
 
 
-def is_on_card(value) -> bool:
+def _is_on_card(value) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "card"
 
 
 def _numbers_of(value):
-    if not is_on_card(value):
-        return value
+    if not _is_on_card(value):
+        return torch.device("cpu") if isinstance(value, torch.device) else value
     with _lock:
         return _numbers[value.untyped_storage()._cdata][1]
 
@@ -77,47 +77,40 @@ def _put(numbers: torch.Tensor) -> torch.Tensor:
 
 def _copy(target, source, non_blocking=False):
     numbers, source_numbers = _numbers_of(target), _numbers_of(source)
-    if non_blocking and is_on_card(target) and not is_on_card(source):
+    if non_blocking and _is_on_card(target) and not _is_on_card(source):
         with _lock:
             _waiting.append((numbers, source_numbers))
         return target
-    if is_on_card(source):
-        wait()
+    if _is_on_card(source):
+        _wait()
     numbers.copy_(source_numbers)
     return target
 
 
 def _run(operation, *args, **kwargs):
-    if operation is torch.ops.aten.copy_.default:
+    aten = torch.ops.aten
+    if operation is aten.copy_.default:
         return _copy(*args, **kwargs)
-    if operation is torch.ops.aten._copy_from.default:
+    if operation is aten._copy_from.default:
         source, target, *non_blocking = args
         return _copy(target, source, *non_blocking, **kwargs)
     flat, structure = pytree.tree_flatten((args, kwargs))
-    here = {id(_numbers_of(value)): value for value in flat if is_on_card(value)}
+    here = {id(_numbers_of(value)): value for value in flat if _is_on_card(value)}
     if here and not any(r.alias_info for r in operation._schema.returns):
-        wait()
+        _wait()
     for value in flat:
         # Only a number may come from elsewhere.
-        other = isinstance(value, torch.Tensor) and not is_on_card(value)
-        if other and value.dim() and operation is not torch.ops.aten._to_copy.default:
+        other = isinstance(value, torch.Tensor) and not _is_on_card(value)
+        if other and value.dim() and operation is not aten._to_copy.default:
             raise RuntimeError(f"{operation} mixes card and {value.device}")
     devices = [value for value in flat if isinstance(value, torch.device)]
     stays = devices[0].type == "card" if devices else bool(here)
-    args, kwargs = pytree.tree_unflatten(
-        [
-            torch.device("cpu")
-            if isinstance(value, torch.device)
-            else _numbers_of(value)
-            for value in flat
-        ],
-        structure,
-    )
+    args, kwargs = pytree.tree_unflatten(map(_numbers_of, flat), structure)
     try:
         result = operation(*args, **kwargs)
     except RuntimeError:
         # Because strides are made up, what should be copied asks for a view.
-        if operation is not torch.ops.aten.view.default:
+        if operation is not aten.view.default:
             raise
         result = args[0].reshape(args[1])
     if not stays:
@@ -131,26 +124,20 @@ def _register() -> list[torch.library.Library]:
     _setup_privateuseone_for_python_backend("card")
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(_run, "PrivateUse1")
-    aten = torch.library.Library("aten", "IMPL")
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    aten, has = torch.library.Library("aten", "IMPL"), _has_kernel
     for name in torch._C._dispatch_get_all_op_names():
-        base, _, overload = name.removeprefix("aten::").partition(".")
-        if (
-            not name.startswith("aten::")
-            or has(name, "CompositeImplicitAutograd")
-            or not (has(name, "CPU") or has(name, "CompositeExplicitAutograd"))
-            # These share the storage, by which the numbers are found.
-            or base in ("detach", "alias")
-        ):
+        room, _, own_name = name.partition("::")
+        base, _, overload = own_name.partition(".")
+        computes = has(name, "CPU") or has(name, "CompositeExplicitAutograd")
+        # These share the storage, by which the numbers are found.
+        if room != "aten" or not computes or base in ("detach", "alias"):
             continue
         operation = getattr(getattr(torch.ops.aten, base), overload or "default")
-        if not any(argument.is_out for argument in operation._schema.arguments):
-            aten.impl(
-                name.removeprefix("aten::"),
-                functools.partial(_run, operation),
-                "PrivateUse1",
-            )
+        is_out = any(argument.is_out for argument in operation._schema.arguments)
+        if not is_out and not has(name, "CompositeImplicitAutograd"):
+            aten.impl(own_name, functools.partial(_run, operation), "PrivateUse1")
     return [everything, aten]
 
 
+_has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 _libraries = _register()

@@ -3,9 +3,40 @@ from __future__ import annotations
 import os
 
 import pytest
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
 
-from tests.helpers import checkpoints
+from tests.helpers import checkpoints, made_tasks
 from tests.helpers.engines import HEADS, end_engine
+
+
+TASKS = ["tiny_choice", "tiny_rolling", "tiny_generation"]
+
+
+@pytest.fixture(scope="session")
+def made_folder(tmp_path_factory):
+    """Folder of tasks of each type of request, which need no download."""
+    folder = made_tasks.write_choice_task(tmp_path_factory.mktemp("tasks"))
+    return made_tasks.write_text_tasks(folder)
+
+
+@pytest.fixture(scope="session")
+def evaluate(made_folder):
+    """Return a function that evaluates a model, or model type, on those tasks."""
+    manager = TaskManager(include_path=str(made_folder), include_defaults=False)
+
+    def evaluate(model, tasks=TASKS, *, model_args=None, **arguments):
+        return simple_evaluate(
+            model=model,
+            model_args=model_args,
+            tasks=tasks,
+            task_manager=manager,
+            bootstrap_iters=0,
+            device="cpu",
+            **arguments,
+        )
+
+    return evaluate
 
 
 @pytest.fixture(scope="module")

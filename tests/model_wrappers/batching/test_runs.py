@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import sys
 
 import pytest
-from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
-from tests.helpers import checkpoints, evaluations, made_tasks
+from tests.helpers import checkpoints, evaluations
 from tests.helpers.answering import GENERATED, SCORED
 
 
-TASKS = ["tiny_choice", "tiny_rolling", "tiny_generation"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = made_tasks.write_choice_task(tmp_path_factory.mktemp("tasks"))
-    return made_tasks.write_text_tasks(folder)
-
-
-@pytest.fixture(scope="module")
-def manager(folder):
-    return TaskManager(include_path=str(folder), include_defaults=False)
-
-
-def evaluate(lm, manager, **arguments):
-    found = simple_evaluate(
-        model=lm,
-        **{"tasks": TASKS, "num_fewshot": 0, "bootstrap_iters": 0} | arguments,
-        task_manager=manager,
-    )
-    return copy.deepcopy(
-        {name: found[name] for name in ("results", "samples", "config")}
-    )
-
-
 def loaded(cls, pretrained, **arguments):
-    return cls(str(pretrained), **{"device": "cpu", "max_length": 256} | arguments)
+    arguments = {"device": "cpu", "max_length": 256, "batch_size": 1} | arguments
+    return cls(str(pretrained), **arguments)
 
 
 def near(value):
-    """Return `value` with its floats rounded to what two float32 paths agree on."""
-    value = json.loads(json.dumps(value, default=str), parse_float=approximately)
-    return {name: each for name, each in value.items() if name != "config"}
-
-
-def approximately(text):
-    return pytest.approx(float(text), rel=1e-4, abs=1e-4)
+    """Return `value` with its floats as what two float32 paths agree on."""
+    text = json.dumps(value, default=str)
+    return json.loads(text, parse_float=lambda n: pytest.approx(float(n), 1e-4, 1e-4))
 
 
 def exact(value):
@@ -63,12 +32,13 @@ def exact(value):
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "chat"), [(1, True), ("auto:2", False)])
 def test_samples_and_scores_are_those_of_hf(
-    tiny_llama, manager, batch_size, chat, share_however_little
+    tiny_llama, evaluate, batch_size, chat, share_however_little
 ):
-    arguments = {"apply_chat_template": chat}
-    expected = evaluate(loaded(HFLM, tiny_llama, batch_size=1), manager, **arguments)
     lm = loaded(PrefixHFLM, tiny_llama, batch_size=batch_size, max_batch_size=2)
-    got = evaluate(lm, manager, **arguments)
+    got, expected = (
+        evaluate(each, num_fewshot=0, apply_chat_template=chat)
+        for each in (lm, loaded(HFLM, tiny_llama))
+    )
     for part in ("results", "samples"):
         assert exact(got[part]) == near(expected[part])
     paths = got["config"]["answer_paths"]
@@ -88,13 +58,13 @@ def test_samples_and_scores_are_those_of_hf(
     ids=["shared", "slots"],
 )
 def test_a_broken_run_resumes_from_the_cache(
-    fast, task, requests, passes, tiny_llama, manager, tmp_path, monkeypatch
+    fast, task, requests, passes, tiny_llama, evaluate, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
         "lm_eval_pruned.model_wrappers.batching.prefix_sharing._FEWEST_TOKENS", 32
     )
-    arguments = {"use_cache": str(tmp_path / "answers"), "tasks": [task]}
-    lm, seen = loaded(PrefixHFLM, tiny_llama, batch_size=1, slots=1), []
+    cache = str(tmp_path / "answers")
+    lm, seen = loaded(PrefixHFLM, tiny_llama, slots=1), []
 
     def breaks(*_):
         seen.append(1)
@@ -103,31 +73,30 @@ def test_a_broken_run_resumes_from_the_cache(
 
     lm.model.model.embed_tokens.register_forward_pre_hook(breaks)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(lm, manager, **arguments)
-    lm = loaded(PrefixHFLM, tiny_llama)
-    got = evaluate(lm, manager, **arguments)
+        evaluate(lm, [task], use_cache=cache)
+    got = evaluate(loaded(PrefixHFLM, tiny_llama), [task], use_cache=cache)
     (again,) = got["config"]["answer_paths"][fast.request_type]["requests"].values()
     assert 0 < again < requests
-    expected = evaluate(loaded(HFLM, tiny_llama, batch_size=1), manager, tasks=[task])
+    expected = evaluate(loaded(HFLM, tiny_llama), [task])
     assert exact(got["results"]) == near(expected["results"])
 
 
 @pytest.mark.slow
-def test_two_processes(tiny_llama, folder, tmp_path):
+def test_two_processes(tiny_llama, made_folder, tmp_path):
     """Each process shares prefixes and refills slots for the documents that fall to it."""
-    answers = {}
-    for name, launch, fast in (
-        ("two", evaluations.TWO_PROCESSES, "true"),
-        ("one", [sys.executable], "false"),
+    found = []
+    for name, launch, size in (
+        ("true", evaluations.TWO_PROCESSES, "auto"),
+        ("false", [sys.executable], "1"),
     ):
         model_args = f"pretrained={tiny_llama},ratio=2"
         done = evaluations.run(
             [
                 *(*launch, "-m", "lm_eval", "--model", "pruned-hf", "--model_args"),
-                f"{model_args},prefix_sharing={fast},slot_refilling={fast}",
-                *("--tasks", ",".join(TASKS), "--include_path", folder),
-                *("--device", "cpu", "--log_samples", "--output_path", tmp_path / name),
-                *("--batch_size", "auto" if fast == "true" else "1"),
+                f"{model_args},prefix_sharing={name},slot_refilling={name}",
+                *("--tasks", "tiny_choice,tiny_rolling,tiny_generation"),
+                *("--include_path", made_folder, "--device", "cpu", "--log_samples"),
+                *("--output_path", tmp_path / name, "--batch_size", size),
                 *("--max_batch_size", "2", "--seed", "1"),
             ],
             tmp_path,
@@ -135,13 +104,12 @@ def test_two_processes(tiny_llama, folder, tmp_path):
             ACCELERATE_USE_CPU="true",
         )
         assert "not shared" not in done.stderr and "not refilled" not in done.stderr
-        answers[name] = {"results": evaluations.results(tmp_path / name)["results"]}
         (texts,) = (tmp_path / name).rglob("samples_tiny_generation*.jsonl")
         rows = map(json.loads, texts.read_text().splitlines())
-        answers[name]["texts"] = sorted(
-            (r["doc_id"], *r["filtered_resps"]) for r in rows
-        )
-    assert exact(answers["two"]) == near(answers["one"])
+        texts = sorted((r["doc_id"], *r["filtered_resps"]) for r in rows)
+        results = evaluations.results(tmp_path / name)["results"]
+        found.append([results, texts])
+    assert exact(found[0]) == near(found[1])
 
 
 @pytest.mark.slow
@@ -155,14 +123,9 @@ def test_two_processes(tiny_llama, folder, tmp_path):
 )
 def test_two_processes_that_share_a_model(tiny_llama, tmp_path, short, advice):
     """They have to run the same passes: one that is short of memory cannot go on alone."""
-    done = evaluations.run(
-        [
-            *(*evaluations.TWO_PROCESSES, "-m", "tests.helpers.split_model"),
-            *(tiny_llama, tmp_path, short),
-        ],
-        checkpoints.ROOT,
-        check=advice is None,
-    )
+    module = [*evaluations.TWO_PROCESSES, "-m", "tests.helpers.split_model"]
+    command, root = [*module, tiny_llama, tmp_path, short], checkpoints.ROOT
+    done = evaluations.run(command, root, check=advice is None)
     if advice:
         assert re.search(f"RuntimeError: Out of memory {advice}", done.stderr)
         assert "SIGABRT" not in done.stderr
@@ -170,6 +133,5 @@ def test_two_processes_that_share_a_model(tiny_llama, tmp_path, short, advice):
     first, second = (json.loads((tmp_path / rank).read_text()) for rank in "01")
     assert first == second
     answers, record = first
-    alone = loaded(HFLM, tiny_llama, batch_size=1, max_length=64)
-    assert answers == GENERATED.ask(alone)
+    assert answers == GENERATED.ask(loaded(HFLM, tiny_llama, max_length=64))
     assert record["requests"] == {"slots": record["slots"]} == {"slots": len(answers)}

@@ -16,22 +16,17 @@ SEQUENCES = st.lists(
 )
 
 
-def scored_before(wanted):
-    return np.concatenate([[0], np.cumsum(wanted)])
-
-
 @given(SEQUENCES)
 def test_a_tree_holds_each_distinct_prefix_once_in_depth_first_order(sequences):
     tree = build_tree(sequences)
     prefixes = {tuple(s[: i + 1]) for s in sequences for i in range(len(s))}
     assert len(tree) == len(prefixes)
-    for sequence, last in zip(sequences, tree.last, strict=True):
-        path = tree.path(int(last))
+    for sequence, last in zip(sequences, tree.last.tolist(), strict=True):
+        path = tree.path(last)
         assert tree.tokens[path].tolist() == sequence
         assert tree.depth[path].tolist() == list(range(len(sequence)))
         for count in range(len(sequence) + 1):
-            tail = tree.path(int(last), count)
-            assert tail.tolist() == path[len(path) - count :].tolist()
+            assert [*tree.path(last, count)] == [*path[len(path) - count :]]
     for node in range(len(tree)):
         below = {i for i in range(len(tree)) if node in tree.path(i)}
         assert below == set(range(node, tree.end[node]))
@@ -55,9 +50,10 @@ def test_an_empty_sequence_is_refused():
         build_tree([[1], []])
 
 
-def packs(tree, before, budget):
+def packs(tree, wanted, budget):
     """Return all passes, after a look at what each of them may hold."""
     found, start = [], 0
+    before = np.concatenate([[0], np.cumsum(wanted)])
     while start < len(tree):
         pack = next_pack(tree, before, start, budget)
         assert pack.start == start < pack.stop
@@ -74,29 +70,22 @@ def packs(tree, before, budget):
 
 @given(
     SEQUENCES,
-    st.builds(
-        Budget,
-        st.integers(1, 40),
-        st.integers(1, 10),
-        st.integers(1, 10),
-        st.integers(1, 300),
-    ),
+    st.builds(Budget, *(st.integers(1, most) for most in (40, 10, 10, 300))),
     st.randoms(use_true_random=False),
 )
 def test_packs_visit_every_node_once_and_find_their_ancestors(
     sequences, budget, random
 ):
     tree = build_tree(sequences)
-    wanted = np.array([random.random() < 0.5 for _ in range(len(tree))], dtype=int)
+    wanted = [int(random.random() < 0.5) for _ in range(len(tree))]
     path: set[int] = set()
-    for pack in packs(tree, scored_before(wanted), budget):
+    for pack in packs(tree, wanted, budget):
         visited = np.concatenate(pack.rows)
         assert sorted(visited.tolist()) == list(range(pack.start, pack.stop))
         for row in pack.rows:
             assert row.tolist() == sorted(row.tolist())
-            for node in row:
-                ancestors = set(tree.path(int(node)).tolist())
-                assert ancestors <= path | set(row.tolist())
+            for node in row.tolist():
+                assert set(tree.path(node).tolist()) <= path | set(row.tolist())
             if pack.chains:
                 assert tree.depth[row].tolist() == list(range(len(row)))
         parent = int(tree.parent[pack.stop]) if pack.stop < len(tree) else -1
@@ -109,8 +98,7 @@ def test_packs_visit_every_node_once_and_find_their_ancestors(
 def test_a_cut_is_made_where_the_path_is_short():
     # Ten shared tokens, then four questions of five tokens.
     tree = build_tree([[0] * 10 + [q] * 5 for q in range(1, 5)])
-    nothing = scored_before(np.zeros(len(tree), int))
-    pack = next_pack(tree, nothing, 0, Budget(23, 23, 23))
+    pack = packs(tree, [0] * len(tree), Budget(23, 23, 23))[0]
     assert (pack.stop, tree.depth[pack.stop]) == (20, 10)
 
 
@@ -122,4 +110,4 @@ def test_no_mask_of_thousands_of_tokens_by_as_many():
     """What a GPU takes at once has masks of 2**24 entries at most, 32 MB in 16 bits."""
     stem = list(range(9000))
     tree = build_tree([stem[:n] + [1, 2] for n in range(100, 9000, 50)])
-    packs(tree, scored_before(np.ones(len(tree), int)), Budget(8192, 1024, 2048))
+    packs(tree, [1] * len(tree), Budget(8192, 1024, 2048))

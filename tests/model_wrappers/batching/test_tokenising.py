@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tokenizers import (
     Tokenizer,
@@ -46,12 +45,6 @@ def merging():
     return tokenizer
 
 
-def fast(make):
-    return lambda: PreTrainedTokenizerFast(
-        tokenizer_object=make(), bos_token="<bos>", eos_token="<eos>"
-    )
-
-
 class Own(PreTrainedTokenizerFast):
     """Encodes one text otherwise than it would a batch, as a model's own code may."""
 
@@ -59,13 +52,15 @@ class Own(PreTrainedTokenizerFast):
         return super().encode(text[::-1], **kwargs)
 
 
+def made(make, kind=PreTrainedTokenizerFast):
+    return lambda: kind(tokenizer_object=make(), bos_token="<bos>", eos_token="<eos>")
+
+
 TOKENIZERS = {
     "bytes": byte_tokenizer,
-    "unigram": fast(unigram),
-    "merging": fast(merging),
-    "own": lambda: Own(
-        tokenizer_object=merging(), bos_token="<bos>", eos_token="<eos>"
-    ),
+    "unigram": made(unigram),
+    "merging": made(merging),
+    "own": made(merging, Own),
 }
 PAIRS = [
     *SCORED.asked,
@@ -76,7 +71,7 @@ PAIRS = [
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the models hand on, and a small chunk."""
+    """What the models hand on, with few texts encoded at once."""
     monkeypatch.setattr(tokenising.KeptTokens, "_latest", None)
     monkeypatch.setattr(tokenising, "_CHUNK", 5)
     found = []
@@ -90,12 +85,9 @@ def asked(monkeypatch):
     return found
 
 
-def ask(cls, tokenizer, **arguments):
-    lm = cls(tiny(), tokenizer=tokenizer, device="cpu", max_length=64, **arguments)
-    lm.loglikelihood(
-        [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(PAIRS)],
-        disable_tqdm=True,
-    )
+def ask(cls=PrefixHFLM, make=byte_tokenizer, **arguments):
+    lm = cls(tiny(), tokenizer=make(), device="cpu", max_length=64, **arguments)
+    SCORED.ask(lm, PAIRS)
     return lm
 
 
@@ -103,54 +95,41 @@ def ask(cls, tokenizer, **arguments):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_tokens_are_those_of_hf(name, bos, asked):
     for cls in (HFLM, PrefixHFLM, PrefixHFLM):
-        # A model of its own each, as the sizes of a sweep have.
-        lm = ask(cls, TOKENIZERS[name](), add_bos_token=bos)
+        # A tokenizer for each model, as the sizes of a sweep have.
+        lm = ask(cls, TOKENIZERS[name], add_bos_token=bos)
         # Padding that a generating task has set is another state of the same tokenizer.
         lm.tokenizer.pad_token = lm.tokenizer.eos_token
     assert asked[0] == asked[1] == asked[2]
 
 
 def test_a_text_is_encoded_once_and_once_for_all_models(asked, monkeypatch):
-    sent = []
-    call = PreTrainedTokenizerFast.__call__
+    sent, call = [], PreTrainedTokenizerFast.__call__
 
     def watched(self, texts, **options):
         sent.extend(texts)
         return call(self, texts, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watched)
-    tokenizer = byte_tokenizer()
     monkeypatch.setattr(tokenising, "_CHUNK", 99)
-    lm = ask(PrefixHFLM, tokenizer)
+    lm = ask()
     first = len(sent)
     assert first == len(set(sent)) < len(PAIRS) * 1.7
     # They are one list, not one for each answer.
-    contexts = [id(context) for context, _ in asked[0][:3]]
-    assert len(set(contexts)) == 1
-    ask(PrefixHFLM, byte_tokenizer())
+    assert len({id(context) for context, _ in asked[0][:3]}) == 1
+    ask()
     assert len(sent) == first
-    # A pair that no request has, and another tokenizer.
+    # A pair that no request has; another tokenizer; one whose energy is measured.
     assert lm._encode_pair("never", "asked") == HFLM._encode_pair(lm, "never", "asked")
-    ask(PrefixHFLM, byte_tokenizer(), add_bos_token=False)
+    ask(add_bos_token=False)
     assert len(sent) == 2 * first
+    monkeypatch.setattr(PrefixHFLM, "keeps_tokens", False)
+    ask(add_bos_token=False)
+    assert len(sent) == 3 * first
 
 
 def test_no_more_is_kept_than_there_is_room_for(asked, monkeypatch):
     monkeypatch.setattr(tokenising, "_MOST_KEPT", 40)
     for _ in range(2):
-        lm = ask(PrefixHFLM, byte_tokenizer())
+        lm = ask()
     assert 0 < len(lm._kept.find(PAIRS)) < 5
     assert asked[0] == asked[1]
-
-
-def test_measured_models_begin_anew(asked, monkeypatch):
-    lm = ask(PrefixHFLM, byte_tokenizer())
-    found = []
-    monkeypatch.setattr(PrefixHFLM, "keeps_tokens", False)
-    monkeypatch.setattr(
-        PrefixHFLM, "_encode_texts", lambda self, pairs: found.extend(pairs) or {}
-    )
-    ask(PrefixHFLM, byte_tokenizer())
-    assert found
-    assert asked[0] == asked[1]
-    assert lm.keeps_tokens is False
