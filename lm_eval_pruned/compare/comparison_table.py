@@ -50,17 +50,17 @@ class Column(NamedTuple):
         """Return the cell of a row; a dash where there is nothing to say."""
         if callable(self.of):
             return number_text(self.of(row), self.form)
-        found = []
+        values = []
         for name in self.of.split():
-            found.append(row)
+            values.append(row)
             for part in name.split("."):
-                found[-1] = getattr(found[-1], part, None)
-        if found[1:]:
-            return interval_text(found[0], found[1], int(self.form))
-        p = found[0] if self.form == "p" else None
-        if p is not None and p < 0.0001:
-            return "<0.0001"
-        return number_text(found[0], ".4f" if self.form == "p" else self.form)
+                values[-1] = getattr(values[-1], part, None)
+        if values[1:]:
+            return interval_text(values[0], values[1], int(self.form))
+        if self.form != "p":
+            return number_text(values[0], self.form)
+        small = values[0] is not None and values[0] < 0.0001
+        return "<0.0001" if small else number_text(values[0], ".4f")
 
 
 def filled(columns: Sequence[Column], rows: Sequence[Any]) -> list[Column]:

@@ -45,19 +45,15 @@ def power_of(
     `margin` is to be shown, and a difference of it to be seen, on as many `documents` as there are or
     another number, by one test at level `alpha`.
 
-    Returns:
-        A row for each run and verdict: run, metric, documents, share of them whose value changed,
-        margin in the metric's own unit, verdict, what has to be true for it, its chance then, and
-        how many documents have a chance of 80 %, if any.
-
-    Raises:
-        ResultsError: Nobody has results of `task`, or samples of it.
-        ValueError: `documents`, `alpha` or the margin is out of range.
+    Returns a row for each run and verdict: run, metric, documents, share of them whose value changed,
+    margin in the metric's own unit, verdict, what has to be true for it, its chance then, and how
+    many documents have a chance of 80 %, if any. ResultsError if nobody has results or samples of
+    `task`, ValueError if `documents`, `alpha` or the margin is out of range.
     """
-    if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha={alpha} is not between 0 and 0.5: give 0.05, say.")
-    if documents is not None and documents < 2:
-        raise ValueError(f"documents={documents} are too few: give 2 or more.")
+    if not 0 < alpha < 0.5 or (documents is not None and documents < 2):
+        raise ValueError(
+            f"alpha={alpha} has to be between 0 and 0.5, and documents={documents} 2 or more."
+        )
     found: list[list[object]] = []
     for run in [run for run in runs if not run.is_floor]:
         metric = dict(primary_metrics([base, run], subtasks=True)).get(task)

@@ -259,9 +259,9 @@ def paired_difference(
 def paired_t(
     gains: np.ndarray,
     weights: np.ndarray,
-    clusters: Sequence[str] | None,
-    strata: Sequence[str] | None,
-    alpha: float,
+    clusters: Sequence[str] | None = None,
+    strata: Sequence[str] | None = None,
+    alpha: float = 0.05,
     perplexity: float | None = None,
 ) -> PairedTest:
     """Test a weighted mean of differences by the variance of a linearised ratio within strata.
@@ -322,10 +322,9 @@ def false_discovery(
 ) -> list[tuple[float | None, float | None]]:
     """Correct p values after Benjamini and Hochberg, each family by itself.
 
-    Returns:
-        The adjusted p of each test, and the level that the correction leaves for it: with all
-        other p as they are, it is significant exactly where its p is below ``alpha * k / n``, of n
-        tests and k discoveries if this p was 0. None and None where there is no p.
+    Returns the adjusted p of each test, and the level that the correction leaves for it: with all
+    other p as they are, it is significant exactly where its p is below ``alpha * k / n``, of n
+    tests and k discoveries if this p was 0. None and None where there is no p.
 
     Source: Benjamini and Yekutieli 2005, Journal of the American Statistical Association 100, 71-81.
 

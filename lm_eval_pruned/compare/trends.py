@@ -95,9 +95,8 @@ def trend(
     *,
     transform: str = "mean",
     alpha: float = 0.05,
-    weights: Any = 1.0,
-    clusters: Sequence[str] | None = None,
-    strata: Sequence[str] | None = None,
+    weights: ArrayLike = 1.0,
+    **groups: Any,
 ) -> Trend:
     """Test whether a score has a trend over the expansion ratios of one model.
 
@@ -112,7 +111,7 @@ def trend(
     # Less the first row, documents that never change have a slope of exactly 0.
     slopes = SCALES[transform] * (centred / (centred @ centred)) @ (rows - rows[0])
     weights = np.broadcast_to(np.asarray(weights, dtype=float), slopes.shape)
-    test = paired_t(slopes * weights, weights, clusters, strata, alpha)
+    test = paired_t(slopes * weights, weights, alpha=alpha, **groups)
     method = test.method.replace("paired t test", "t test of slopes")
     ends = test.interval(alpha)
     return Trend(len(rows), test.difference, *ends, test.p, method, test.units)
@@ -121,17 +120,14 @@ def trend(
 def over_ratios(
     runs: Sequence[Run], alpha: float, read: DocumentReader
 ) -> tuple[tuple[TaskCorrelation, ...], tuple[TaskTrend, ...]]:
-    """Correlate any two tasks of each series, and test each for a trend, over 3 or more ratios.
-
-    Tasks of which a score is partial are left out: what they showed decided how many documents
-    there are.
-    """
+    """Correlate any two tasks of each series, and test each for a trend, over 3 or more ratios."""
     pairs: list[TaskCorrelation] = []
     trends: list[TaskTrend] = []
     for name, members in series_of(runs).items():
         ratios, scores = [run.expansion_ratio or 0.0 for run in members], {}
         for key in primary_metrics(members) if len({*ratios}) > 2 else ():
             if any(is_partial(run, key[0]) for run in members):
+                # What they showed decided how many documents there are.
                 continue
             values = np.array([run.scores[key].value for run in members])
             logs = is_perplexity(key[1]) and values.min() > 0

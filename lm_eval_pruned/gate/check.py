@@ -53,8 +53,7 @@ def make_baseline(
 ) -> Baseline:
     """Make a baseline of results, with the rules of `previous`, and `rule` for other metrics.
 
-    Raises:
-        ResultsError: A score is NaN, infinite or partial.
+    ResultsError if a score is NaN, infinite or partial.
     """
     baseline, kept = Baseline(), previous.rules if previous else {}
     for name, run in runs.items():
@@ -95,17 +94,11 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
             except ResultsError as why:
                 found[key] = "undecided", str(why)
     found |= _by_documents(tests, baseline.rules, before, after)
-    values = {key: score.value for key, score in after.items()}
-    return [
-        Finding(
-            *key,
-            status,
-            before[key].value if key in before else None,
-            values.get(key),
-            said,
-        )
-        for key, (status, said) in sorted(found.items())
-    ]
+    findings = []
+    for key, (status, said) in sorted(found.items()):
+        one, other = (of[key].value if key in of else None for of in (before, after))
+        findings.append(Finding(*key, status, one, other, said))
+    return findings
 
 
 def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
