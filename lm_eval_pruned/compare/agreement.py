@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,21 +41,25 @@ class Agreement:
     answer: str
 
 
-def agreement(pair: Pair | None, metric: str) -> Agreement | None:
-    """Compare the answers of two runs; None where the samples do not tell all of them."""
-    found = [list(filter(None, each.replies)) for each in pair or ()]
-    if not pair or {*map(len, found)} != {len(pair[0].keys)}:
+def agreement(pair: Pair | None, metric: str, texts: bool) -> Agreement | None:
+    """Compare the answers of two runs; None where the samples do not tell all of them.
+
+    Without `texts`, nothing says which answers are the commonest.
+    """
+    replies = [[*filter(None, each.replies)] for each in pair or ()]
+    if not pair or {*map(len, replies)} != {len(pair[0].keys)}:
         return None
-    normed = metric.startswith("acc_norm")
-    texts = [[reply.normed if normed else reply.chosen for reply in of] for of in found]
-    equal = [one == other for one, other in zip(*texts, strict=True)]
-    likelihoods = ((reply.likelihoods for reply in of) for of in found)
-    kl = np.mean([divergence(*both) for both in zip(*likelihoods, strict=True)])
-    (base, often), (run, now) = (Counter(of).most_common(1)[0] for of in texts)
-    chosen = bool(np.isfinite(kl))
-    begun = None if chosen else float(np.mean([*map(_begun, *texts)]))
-    shares = float(np.mean(equal)), float(kl) if chosen else None, begun
-    return Agreement(*shares, often / len(equal), now / len(equal), base, run)
+    kind = "normed" if metric.startswith("acc_norm") else "chosen"
+    said = [[getattr(reply, kind) for reply in of] for of in replies]
+    likelihoods = ((reply.likelihoods for reply in of) for of in replies)
+    kl = float(np.mean([divergence(*both) for both in zip(*likelihoods, strict=True)]))
+    begun = np.mean([*map(_begun, *said)])
+    alike = None if math.isnan(kl) else kl, float(begun) if math.isnan(kl) else None
+    equal = float(np.mean([one == other for one, other in zip(*said, strict=True)]))
+    (base, often), (run, now) = (Counter(of).most_common(1)[0] for of in said)
+    shares = often / len(said[0]), now / len(said[0])
+    base, run = (base, run) if texts else ("", "")
+    return Agreement(equal, *alike, *shares, base, run)
 
 
 def divergence(before: Sequence[float], after: Sequence[float]) -> float:
@@ -84,23 +88,13 @@ def collapse_notes(
     base: str, answers: Iterable[tuple[str, str, Agreement | None]]
 ) -> list[str]:
     """Return a note for each task to which a run, or its base, gives one answer; `answers` name both."""
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, float]] = {}
     for run, task, of in answers:
-        if of:
-            models = {base: (of.base_commonest, of.base_answer)}
-            models[run] = of.commonest, of.answer
-            if max(models.values())[0] >= COLLAPSED:
-                said = {name: _said(*each) for name, each in models.items()}
-                found.setdefault(task, {}).update(said)
+        if of and max(of.base_commonest, of.commonest) >= COLLAPSED:
+            shares = {base: of.base_commonest, run: of.commonest}
+            found.setdefault(task, {}).update(shares)
     return [
         f"{task}: a collapse to one answer. Of the answers of "
-        f"{'; of '.join(f'{run}, {said}' for run, said in runs.items())}."
-        for task, runs in found.items()
+        f"{'; of '.join(f'{run}, {share:.0%} are the same' for run, share in of.items())}."
+        for task, of in found.items()
     ]
-
-
-def _said(share: float, answer: str) -> str:
-    if not answer:
-        return f"{share:.0%} are the same"
-    text = answer if len(answer) <= 40 else f"{answer[:39]}\u2026"
-    return f"{share:.0%} are {json.dumps(text, ensure_ascii=False)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ from lm_eval_pruned.compare.statistics import (
 from lm_eval_pruned.compare.stopping import partial_notes, sequential, stopping_of
 from lm_eval_pruned.compare.trends import TaskCorrelation, TaskTrend, over_ratios
 from lm_eval_pruned.compare.verdicts import Claim, Margin, claims, verdict_of
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.documents import read_documents
+from lm_eval_pruned.results.files import ResultsError, Run, finite_or_none
 from lm_eval_pruned.results.folder import is_sweep
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import notes_on, read_run, read_sweep
@@ -29,11 +31,13 @@ from lm_eval_pruned.results.settings import COMPARED, differing, label, listed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lm_eval_pruned.compare.pairing import Reader
 
     Key = tuple[str, str]
+    #: A run, task and metric, whether that is the primary one, the test, and of how many documents.
+    Tested = tuple[Run, Key, bool, PairedTest, int | None]
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,14 @@ class Difference:
     `difference` is `score` - `base_score` in the metric's own unit, `relative` the same as a share of
     `base_score`; from `low` to `high` is its interval, at the level that the correction leaves where
     there is a `q`. `p` is of the single test, `q` corrected over the runs that are compared on the
-    task (Benjamini-Hochberg), those that were pruned at random apart. A metric that is not `primary`
-    is not the primary metric of its task, and has no q. Where a run stopped after some of the documents that
-    there are (`of`), all else is of these and holds for stopping. None is what is not known.
+    task (Benjamini-Hochberg), those that were pruned at random apart; only the `primary` metric of a
+    task has one. Where a run stopped after some of the documents that there are (`of`), all else is of
+    these and holds for stopping. None is what is not known.
 
     The verdict is ``better``, ``worse`` or, where the task does not say which way is up,
     ``different``, where q < alpha; else ``not shown``, which is not the same as no difference,
     ``not tested``, ``not comparable`` (a score is not finite) or ``restated`` (not primary). With a
     margin it can be ``equivalent`` or ``not worse``, and is ``undecided`` where nothing is shown.
-    What it means depends on the `floor`, which `said` adds; `answers` are set beside the base's.
     """
 
     run: str
@@ -92,24 +95,15 @@ class Difference:
         level: float | None,
         **more: Any,
     ) -> Difference:
-        """Make a row from the scores of base and run, their test, and what the correction left.
-
-        `more` are the other attributes, and those of the test that are another's.
-        """
+        """Make a row of the scores of base and run, their test, and what the correction left."""
         before, after = scores
         low, high = test.interval(level or test.level)
-        share = (after - before) / abs(before) if before else math.nan
-        row = {
-            "difference": after - before,
-            "relative": share if math.isfinite(share) else None,
-            "p": test.p,
-            "method": test.method,
-            "smallest_detectable": None
-            if q is None
-            else test.smallest_detectable(level),
-            "primary": True,
-        }
-        return cls(run, *key, *scores, low=low, high=high, q=q, **{**row, **more})
+        share = (after - before) / abs(before) if before else None
+        size = None if q is None else test.smallest_detectable(level)
+        row = {"p": test.p, "q": q, "smallest_detectable": size, "method": test.method}
+        ends = {"low": low, "high": high, "relative": finite_or_none(share)}
+        row |= {"difference": after - before, "primary": True, **ends}
+        return cls(run, *key, *scores, **{**row, **more})
 
 
 @dataclass(frozen=True)
@@ -127,11 +121,10 @@ class Comparison:
 
 
 def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
-    """Read what ``compare BASE RUN [RUN...]`` names.
+    """Read what ``compare BASE RUN [RUN...]`` names; ResultsError if that is nothing to compare.
 
     A sweep folder as BASE means its baseline; as RUN, or without another path, its other
-    configurations. Its floors come with it.
-    ResultsError if something cannot be read, or there is nothing to compare.
+    configurations. Its floors come with it. Runs of one name are called by their paths.
     """
     found: list[Run] = []
     for number, path in enumerate(paths):
@@ -148,10 +141,9 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
             "There is nothing to compare: give a base and at least one other run, or a sweep "
             "folder with several configurations."
         )
-    # Runs that would share a name are called by their paths.
-    names = [run.name for run in found]
+    names = Counter(run.name for run in found)
     return found[0], [
-        run if names.count(run.name) == 1 else replace(run, name=str(run.path))
+        replace(run, name=str(run.path)) if names[run.name] > 1 else run
         for run in found[1:]
     ]
 
@@ -193,20 +185,19 @@ def compare(
     floors = [run for run in runs if run.is_floor]
     runs = [run for run in runs if not run.is_floor] or floors
     everything = [base, *(run for run in runs if run is not base)]
-    notes, read, found = notes_on(everything), read or DocumentReader(), []
+    notes, read = notes_on(everything), read or DocumentReader()
+    found: list[Tested] = []
     for run in runs:
-        for one, other in ((base, run), (run, base)):
-            has = other.tasks()
-            if lacks := [t for t in one.tasks(subtasks=subtasks) if t not in has]:
-                what = ", ".join(lacks)
-                notes.append(
-                    f"{other.name} has no results for {what}, which {one.name} has."
-                )
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
-        notes += settings_notes(base, run, shared)
-        notes += partial_notes(base, run, shared)
+        for one, other in ((base, run), (run, base)):
+            names, has = one.tasks(subtasks=subtasks), other.tasks()
+            if lacks := ", ".join(task for task in names if task not in has):
+                notes.append(
+                    f"{other.name} has no results for {lacks}, which {one.name} has."
+                )
+        notes += settings_notes(base, run, shared) + partial_notes(base, run, shared)
         primary = primary_metrics([base, run], subtasks=subtasks)
         for key in base.scores:
             if key[0] in shared and key in run.scores:
@@ -217,54 +208,39 @@ def compare(
         test if primary and not stopping_of(base, run, key[0]) else None
         for run, key, primary, test, _ in found
     ]
-    ps = [test.p if test else None for test in tests]
     asked = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in found]
-    judged = zip(
-        found,
-        false_discovery(ps, families, alpha),
-        claims(tests, asked, families),
-        strict=True,
-    )
+    qs = false_discovery([t.p if t else None for t in tests], families, alpha)
     stands = [(run, key) for run, key, primary, *_ in found if primary]
     known = standings(base, floors, stands, alpha, read)
-    rows = [
-        _row(base, *pair, *q, claim, alpha, margin, known, read)
-        for pair, q, claim in judged
-    ]
-    if not texts:
-        rows = [_without_texts(row) for row in rows]
+    rows, claimed = [], claims(tests, asked, families)
+    for of, (q, level), claim in zip(found, qs, claimed, strict=True):
+        row, (run, key, *_) = _row(base, of, q, level, claim, alpha, margin), of
+        if row.primary:
+            said = agreement(paired_documents(base, run, *key, read), key[1], texts)
+            row = replace(row, floor=known.get((run.name, *key)), answers=said)
+        rows.append(row)
     of_base = tuple(each for (name, *_), each in known.items() if name == base.name)
     notes += [each.note(base.name) for each in of_base if each.above_floor is False]
     notes += collapse_notes(base.name, [(r.run, r.task, r.answers) for r in rows])
-    without = {
-        row.task
-        for row in rows
-        if margin and row.primary and not margin.size(row.base_score, row.score)
+    sized = {
+        r.task: margin and margin.size(r.base_score, r.score) for r in rows if r.primary
     }
-    if margin and without:
+    if margin and (without := [task for task, size in sized.items() if size is None]):
         notes.append(
-            f"{margin.text} is no margin for {listed(sorted(without))}, whose scores are not "
+            f"{margin.text} is no margin for {listed(without)}, whose scores are not "
             "between 0 and 1: give a share such as 2%, or a number in the metric's own unit."
         )
-    weaker = {row.task for row in rows if "weaker" in row.method}
-    if weaker:
-        notes.append(
-            f"Without usable samples, {', '.join(sorted(weaker))} had to be tested on the standard "
-            "errors, as if the runs had seen different documents; that is weaker than a paired "
-            "test: evaluate with --log_samples."
-        )
-    across = over_ratios(everything, alpha, read)
-    told = tuple(rows), *across, tuple(notes), margin, of_base
-    return Comparison(base.name, alpha, *told)
+    told = tuple(rows), *over_ratios(everything, alpha, read), tuple(notes)
+    return Comparison(base.name, alpha, *told, margin, of_base)
 
 
 def difference_test(
-    base: Run, run: Run, key: Key, alpha: float = 0.05, read: Reader | None = None
+    base: Run, run: Run, key: Key, alpha: float = 0.05, read: Reader = read_documents
 ) -> tuple[PairedTest, int | None]:
     """Test what a run differs by, on its documents where both have samples, else on stderrs.
 
     Returns the test, at the level of the last look where there were several, and how many documents
-    it is of. ResultsError if the runs saw different documents or task versions.
+    it is of. Raises what `paired_documents` does.
     """
     one, other = base.scores[key], run.scores[key]
     stopping = stopping_of(base, run, key[0])
@@ -281,27 +257,23 @@ def difference_test(
     elif stopping:
         why = f"{stopping.text} documents, without usable samples"
     else:
-        stderrs = (one.stderr, other.stderr)
-        return unpaired_difference(difference, *stderrs, alpha=alpha), None
+        return unpaired_difference(
+            difference, one.stderr, other.stderr, alpha=alpha
+        ), None
     return PairedTest(difference, f"none: {why}", level=level), documents
 
 
 def _row(
     base: Run,
-    run: Run,
-    key: Key,
-    primary: bool,
-    test: PairedTest,
-    documents: int | None,
+    tested: Tested,
     q: float | None,
     level: float | None,
     claim: Claim | None,
     alpha: float,
     margin: Margin | None,
-    known: Mapping[tuple[str, str, str], Standing],
-    read: Reader,
 ) -> Difference:
     """Return a row with its verdict, and with all else at the level that the correction leaves."""
+    run, key, primary, test, documents = tested
     before, after = base.scores[key].value, run.scores[key].value
     more: dict[str, Any] = {"documents": documents, "primary": primary}
     if stopping := stopping_of(base, run, key[0]):
@@ -310,32 +282,19 @@ def _row(
             # On the documents that were used.
             before = before if test.p is None else after - test.difference
         if documents:
-            more["method"] = (
-                f"{test.method}, group sequential, {stopping.text} documents"
-            )
-        size = margin.size(before, after) if margin else None
-        more["p"], q, claim = sequential(
-            stopping, key[1], test.difference, margin, size
-        )
-        q, level, claim = (q, test.level, claim) if primary else (None, None, None)
+            method = f"{test.method}, group sequential, {stopping.text} documents"
+            more["method"] = method
+        size, level = margin.size(before, after) if margin else None, test.level
+        found = sequential(stopping, key[1], test.difference, margin, size)
+        more["p"], q, claim = found if primary else (found[0], None, None)
+    verdict = "restated"
     if not (math.isfinite(before) and math.isfinite(after)):
         verdict = "not comparable"
     elif primary:
         up = base.scores[key].higher_is_better
         verdict = verdict_of(after - before, q, alpha, up, margin, claim)
-    else:
-        verdict = "restated"
     more |= {"verdict": verdict, "claim": claim}
-    if primary:
-        more["floor"] = known.get((run.name, *key))
-        more["answers"] = agreement(paired_documents(base, run, *key, read), key[1])
     return Difference.made(run.name, key, (before, after), test, q, level, **more)
-
-
-def _without_texts(row: Difference) -> Difference:
-    if row.answers is None:
-        return row
-    return replace(row, answers=replace(row.answers, base_answer="", answer=""))
 
 
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:

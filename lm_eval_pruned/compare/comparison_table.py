@@ -14,24 +14,16 @@ from lm_eval_pruned.util.tables import csv_table, markdown_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lm_eval_pruned.compare.agreement import Agreement
 
-
-def number_text(value: float | None, form: str, without: str = "-") -> str:
-    """Return a number in the given format, or `without` one a dash."""
-    return without if value is None else format(value, form)
-
-
-def p_text(p: float | None) -> str:
-    """Return a p value as tables show it."""
-    return "<0.0001" if p is not None and p < 0.0001 else number_text(p, ".4f")
+def number_text(value: float | None, form: str) -> str:
+    """Return a number in the given format, or a dash without one."""
+    return "-" if value is None else format(value, form)
 
 
 def interval_text(low: float | None, high: float | None, digits: int) -> str:
     """Return an interval as tables show it, or a dash where it lacks an end."""
-    if low is None or high is None:
-        return "-"
-    return f"[{low:+.{digits}f}, {high:+.{digits}f}]"
+    form = f"+.{digits}f"
+    return "-" if None in (low, high) else f"[{low:{form}}, {high:{form}}]"
 
 
 def documents_text(row: Difference) -> str:
@@ -42,21 +34,38 @@ def documents_text(row: Difference) -> str:
 
 
 class Column(NamedTuple):
-    """A column, aligned to the left (``l``) or right; a terminal shows those with `terminal`."""
+    """A column: what it shows of a row, in which format, and whether a terminal shows it.
+
+    `of` is the name of an attribute, with dots for parts of it; or two names, of the ends of an
+    interval, whose format is a number of digits; or a function. Formats are also ``p`` for a p
+    value, and ``s`` for words, which are aligned to the left.
+    """
 
     title: str
-    text: Callable[[Any], str]
-    align: str = "r"
+    of: str | Callable[[Any], Any]
+    form: str = "s"
     terminal: bool = False
+
+    def text(self, row: Any) -> str:
+        """Return the cell of a row; a dash where there is nothing to say."""
+        if callable(self.of):
+            return number_text(self.of(row), self.form)
+        values = []
+        for name in self.of.split():
+            values.append(row)
+            for part in name.split("."):
+                values[-1] = getattr(values[-1], part, None)
+        if values[1:]:
+            return interval_text(values[0], values[1], int(self.form))
+        if self.form != "p":
+            return number_text(values[0], self.form)
+        small = values[0] is not None and values[0] < 0.0001
+        return "<0.0001" if small else number_text(values[0], ".4f")
 
 
 def filled(columns: Sequence[Column], rows: Sequence[Any]) -> list[Column]:
-    """Return the columns without those of `OPTIONAL` that say nothing of any row."""
-    return [
-        each
-        for each in columns
-        if each.title not in OPTIONAL or any(each.text(row) != "-" for row in rows)
-    ]
+    """Return the columns that say something of any row."""
+    return [each for each in columns if any(each.text(row) != "-" for row in rows)]
 
 
 def titles(columns: Sequence[Column], alpha: float) -> list[str]:
@@ -65,79 +74,67 @@ def titles(columns: Sequence[Column], alpha: float) -> list[str]:
     return [interval if each.title == "interval" else each.title for each in columns]
 
 
-def _commonest(of: Agreement | None) -> str:
-    return f"{of.base_commonest:.0%} -> {of.commonest:.0%}" if of else "-"
+def _commonest(of: Difference) -> str | None:
+    both = of.answers and (of.answers.base_commonest, of.answers.commonest)
+    return "{:.0%} -> {:.0%}".format(*both) if both else None
 
 
-#: Columns that a table has where they say something.
-OPTIONAL = ("floor", "equal answers", "KL", "commonest answer")
 #: Of `Difference`. CSV and JSON have its attributes.
 DIFFERENCES = (
-    Column("run", lambda row: row.run, "l", True),
-    Column("task", lambda row: row.task, "l", True),
-    Column("metric", lambda row: row.metric, "l"),
-    Column("base", lambda row: f"{row.base_score:.4f}"),
-    Column("score", lambda row: f"{row.score:.4f}", terminal=True),
-    Column("difference", lambda row: f"{row.difference:+.4f}", terminal=True),
-    Column("interval", lambda row: interval_text(row.low, row.high, 4), terminal=True),
-    Column("relative", lambda row: number_text(row.relative, "+.1%")),
-    Column("p", lambda row: p_text(row.p)),
-    Column("q", lambda row: p_text(row.q), terminal=True),
-    Column("smallest detectable", lambda r: number_text(r.smallest_detectable, ".4f")),
-    Column("margin", lambda row: f"{row.claim.margin:.4g}" if row.claim else "-"),
-    Column("q margin", lambda row: p_text(row.claim and row.claim.q)),
-    Column("documents", documents_text),
-    Column(
-        "floor", lambda r: f"{r.floor.floor:.4f}" if r.floor else "-", terminal=True
-    ),
-    Column(
-        "equal answers",
-        lambda row: f"{row.answers.equal_answers:.0%}" if row.answers else "-",
-        terminal=True,
-    ),
-    Column("KL", lambda row: number_text(row.answers and row.answers.kl, ".3f")),
-    Column("commonest answer", lambda row: _commonest(row.answers)),
-    Column("test", lambda row: row.method, "l"),
-    Column("verdict", lambda row: row.said, "l", True),
+    Column("run", "run", terminal=True),
+    Column("task", "task", terminal=True),
+    Column("metric", "metric"),
+    Column("base", "base_score", ".4f"),
+    Column("score", "score", ".4f", terminal=True),
+    Column("difference", "difference", "+.4f", terminal=True),
+    Column("interval", "low high", "4", terminal=True),
+    Column("relative", "relative", "+.1%"),
+    Column("p", "p", "p"),
+    Column("q", "q", "p", terminal=True),
+    Column("smallest detectable", "smallest_detectable", ".4f"),
+    Column("margin", "claim.margin", ".4g"),
+    Column("q margin", "claim.q", "p"),
+    Column("documents", documents_text, ">"),
+    Column("floor", "floor.floor", ".4f", terminal=True),
+    Column("equal answers", "answers.equal_answers", ".0%", terminal=True),
+    Column("KL", "answers.kl", ".3f"),
+    Column("commonest answer", _commonest, ">"),
+    Column("test", "method"),
+    Column("verdict", "said", terminal=True),
 )
 #: Of `Standing`, of the base.
 ABOVE = {True: "yes", False: "no: cannot show a loss", None: "not tested"}
 FLOORS = (
-    Column("task", lambda each: each.task, "l", True),
-    Column("metric", lambda each: each.metric, "l"),
-    Column("without knowledge", lambda each: each.floor_name, "l", True),
-    Column("floor", lambda each: f"{each.floor:.4f}", terminal=True),
-    Column("base", lambda each: f"{each.score:.4f}", terminal=True),
-    Column("p", lambda each: p_text(each.p_floor), terminal=True),
-    Column("test", lambda each: each.floor_test, "l"),
-    Column("base is above", lambda each: ABOVE[each.above_floor], "l", True),
+    Column("task", "task", terminal=True),
+    Column("metric", "metric"),
+    Column("without knowledge", "floor_name", terminal=True),
+    Column("floor", "floor", ".4f", terminal=True),
+    Column("base", "score", ".4f", terminal=True),
+    Column("p", "p_floor", "p", terminal=True),
+    Column("test", "floor_test"),
+    Column("base is above", lambda each: ABOVE[each.above_floor], terminal=True),
 )
 #: Of `TaskTrend`.
 TRENDS = (
-    Column("series", lambda each: each.series, "l"),
-    Column("task", lambda each: each.task, "l"),
-    Column("metric", lambda each: scale_name(each.metric), "l"),
-    Column("n", lambda each: str(each.trend.n)),
-    Column("slope", lambda each: f"{each.trend.slope:+.4f}"),
-    Column("interval", lambda each: interval_text(each.trend.low, each.trend.high, 4)),
-    Column("p", lambda each: p_text(each.trend.p)),
-    Column("q", lambda each: p_text(each.q)),
-    Column("documents", lambda each: str(each.trend.units or "-")),
-    Column("test", lambda each: each.trend.method, "l"),
+    Column("series", "series"),
+    Column("task", "task"),
+    Column("metric", lambda each: scale_name(each.metric)),
+    Column("n", "trend.n", "d"),
+    Column("slope", "trend.slope", "+.4f"),
+    Column("interval", "trend.low trend.high", "4"),
+    Column("p", "trend.p", "p"),
+    Column("q", "q", "p"),
+    Column("documents", lambda each: each.trend.units or None, "d"),
+    Column("test", "trend.method"),
 )
 #: Of `TaskCorrelation`.
 CORRELATIONS = (
-    Column("series", lambda pair: pair.series, "l"),
-    Column("task", lambda pair: _scaled(*pair.tasks[0]), "l"),
-    Column("task", lambda pair: _scaled(*pair.tasks[1]), "l"),
-    Column("n", lambda pair: str(pair.correlation.n)),
-    Column("Pearson r", lambda pair: number_text(pair.correlation.pearson, "+.3f")),
-    Column(
-        "interval",
-        lambda pair: interval_text(
-            pair.correlation.pearson_low, pair.correlation.pearson_high, 2
-        ),
-    ),
+    Column("series", "series"),
+    Column("task", lambda pair: _scaled(*pair.tasks[0])),
+    Column("task", lambda pair: _scaled(*pair.tasks[1])),
+    Column("n", "correlation.n", "d"),
+    Column("Pearson r", "correlation.pearson", "+.3f"),
+    Column("interval", "correlation.pearson_low correlation.pearson_high", "2"),
 )
 DIFFERENCE = (
     "difference = run - base; q: p after Benjamini-Hochberg over the runs of each task, random "
@@ -173,38 +170,31 @@ def as_table(
     comparison: Comparison, *, everything: bool = True, padded: bool = False
 ) -> str:
     """Return Markdown tables, `padded` for a terminal; without `everything`, those that fit one."""
-    header = f"Compared with {comparison.base}; "
+    rows, margin = comparison.rows, comparison.margin
+    shown = [row for row in rows if everything or row.primary]
     tables: list[tuple[str, Sequence[Column], Sequence[Any]]]
-    if not everything:
-        header += "--all shows all columns, restated metrics, trends and correlations."
-        few = [each for each in DIFFERENCES if each.terminal]
-        tables = [("", few, [row for row in comparison.rows if row.primary])]
-        tables.append((FLOOR, [e for e in FLOORS if e.terminal], comparison.floors))
-    else:
-        header += DIFFERENCE
-        if not all(row.primary for row in comparison.rows):
-            header += " Rows that are `restated` are other metrics of the same answers."
-        if margin := comparison.margin:
-            header += (
-                f" Margin: {margin.text}; {margin.verdict} is shown where q margin is below "
+    tables = [("", DIFFERENCES, shown), (FLOOR, FLOORS, comparison.floors)]
+    about = ["--all shows all columns, restated metrics, trends and correlations."]
+    if everything:
+        about = [DIFFERENCE]
+        if not all(row.primary for row in rows):
+            about.append(
+                "Rows that are `restated` are other metrics of the same answers."
+            )
+        if margin:
+            about.append(
+                f"Margin: {margin.text}; {margin.verdict} is shown where q margin is below "
                 f"{comparison.alpha:g} (two one-sided tests)."
             )
-        if any(row.answers for row in comparison.rows):
-            header += f" {ANSWERS}"
-        tables = [
-            ("", DIFFERENCES, comparison.rows),
-            (FLOOR, FLOORS, comparison.floors),
-            (TREND, TRENDS, comparison.trends),
-            (CORRELATION, CORRELATIONS, comparison.correlations),
-        ]
-    parts = [header]
-    for heading, columns, rows in tables:
-        if comparison.margin is None:
-            columns = [each for each in columns if "margin" not in each.title]
-        columns = filled(columns, rows)
-        cells = [[column.text(row) for column in columns] for row in rows]
-        align = "".join(column.align for column in columns)
-        if rows:
+        about += [ANSWERS] * any(row.answers for row in rows)
+        tables.append((TREND, TRENDS, comparison.trends))
+        tables.append((CORRELATION, CORRELATIONS, comparison.correlations))
+    parts = [f"Compared with {comparison.base}; {' '.join(about)}"]
+    for heading, columns, of in tables:
+        columns = [e for e in filled(columns, of) if everything or e.terminal]
+        cells = [[column.text(row) for column in columns] for row in of]
+        align = "".join("l" if each.form == "s" else "r" for each in columns)
+        if of:
             heads = titles(columns, comparison.alpha)
             parts += [heading, markdown_table(heads, cells, align, padded=padded)]
     parts.append("\n".join(f"Note: {note}" for note in comparison.notes))
@@ -216,17 +206,14 @@ def as_csv(comparison: Comparison) -> str:
     names = [field.name for field in fields(Difference)][:-4]
     names += ["margin", "p_margin", "q_margin"] * (comparison.margin is not None)
     names += ["of"] * any(row.of is not None for row in comparison.rows)
-    more = [each for row in comparison.rows for each in beside(row)]
-    names += [name for name in dict.fromkeys(more) if name not in names]
     rows = []
     for row in comparison.rows:
-        claim = row.claim and (row.claim.margin, row.claim.p, row.claim.q)
-        margin = zip(
-            ("margin", "p_margin", "q_margin"), claim or [None] * 3, strict=True
-        )
-        found = asdict(row) | dict(margin) | {"floor": None} | beside(row)
-        rows.append({name: found.get(name) for name in names})
-    return csv_table(names, rows)
+        found, more = asdict(row), beside(row)
+        if claim := row.claim:
+            found |= {"margin": claim.margin, "p_margin": claim.p, "q_margin": claim.q}
+        names += [name for name in more if name not in names]
+        rows.append(found | more)
+    return csv_table(names, [{name: row.get(name) for name in names} for row in rows])
 
 
 def beside(row: Difference | None) -> dict[str, Any]:

@@ -72,14 +72,15 @@ def standings(
     qs = statistics.false_discovery([p for *_, p, _ in asked], families, alpha)
     found: dict[tuple[str, str, str], Standing] = {}
     for (run, key, best, p, test), (q, _) in zip(asked, qs, strict=True):
-        name, level, _ = best
-        value, above = run.scores[key].value, None if q is None else q < alpha
-        up = run.scores[key].higher_is_better
-        if (value <= level) if up else (value >= level):
-            above = False
-        own, place = found.get((base.name, *key)), (run.name, *key)
+        score, above = run.scores[key], None if q is None else q < alpha
+        gain = (
+            score.value - best[1] if score.higher_is_better else best[1] - score.value
+        )
+        above = False if gain <= 0 else above
+        own = found.get((base.name, *key))
         shown = own.above_floor if own else above, above
-        found[place] = Standing(*key, value, name, level, p, q, test, *shown)
+        standing = Standing(*key, score.value, *best[:2], p, q, test, *shown)
+        found[run.name, key[0], key[1]] = standing
     return found
 
 
@@ -87,18 +88,19 @@ def highest_floor(
     base: Run, floors: Sequence[Run], key: Key, read: pairing.Reader
 ) -> Floor | None:
     """Return name, score and run of the best floor of a metric; None if none is known."""
-    known: list[Floor] = [
+    up, documents = base.scores[key].higher_is_better, read(base, *key)
+    known: list[tuple[str, float | None, Run | None]] = [
         (run.name, run.scores[key].value, run) for run in floors if key in run.scores
     ]
-    if documents := read(base, *key):
-        levels = documents.levels
-        named = {"chance": levels.chance, "commonest answer": levels.majority}
-        known += [(name, v, None) for name, v in named.items() if v is not None]
-    known = [each for each in known if math.isfinite(each[1])]
-    up = base.scores[key].higher_is_better
-    if up is None or not known:
-        return None
-    return max(known, key=lambda each: each[1] if up else -each[1])
+    if documents:
+        known.append(("chance", documents.levels.chance, None))
+        known.append(("commonest answer", documents.levels.majority, None))
+    found = [
+        (name, level, run)
+        for name, level, run in known
+        if up is not None and level is not None and math.isfinite(level)
+    ]
+    return max(found, key=lambda each: each[1] if up else -each[1], default=None)
 
 
 def _p_above(

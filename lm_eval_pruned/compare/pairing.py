@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.statistics import PairedTest, paired_difference
-from lm_eval_pruned.results.documents import Documents, read_task
+from lm_eval_pruned.results.documents import Documents, read_documents, read_task
 from lm_eval_pruned.results.files import ResultsError, Run
 
 
@@ -36,7 +36,7 @@ def is_partial(run: Run, task: str) -> bool:
 
 
 def paired_documents(
-    base: Run, run: Run, task: str, metric: str, read: Reader | None = None
+    base: Run, run: Run, task: str, metric: str, read: Reader = read_documents
 ) -> Pair | None:
     """Return the documents of two runs in the same order, or None without samples.
 
@@ -45,7 +45,6 @@ def paired_documents(
     Raises:
         ResultsError: The runs saw different documents or task versions.
     """
-    read = read or DocumentReader()
     for name in base.leaves(task):
         versions = base.versions.get(name), run.versions.get(name)
         if None not in versions and versions[0] != versions[1]:
@@ -56,9 +55,9 @@ def paired_documents(
     one, other = read(base, task, metric), read(run, task, metric)
     if one is None or other is None:
         return None
-    part, few, many = is_partial(base, task) or is_partial(run, task), one, other
-    if part and len(other.keys) < len(one.keys):
-        few, many = other, one
+    part = is_partial(base, task) or is_partial(run, task)
+    swapped = part and len(other.keys) < len(one.keys)
+    few, many = (other, one) if swapped else (one, other)
     same = many.in_the_order_of(few, part)
     if same is None:
         before, after = set(one.keys), set(other.keys)
@@ -67,12 +66,11 @@ def paired_documents(
             f"only in {base.name}, {len(after - before)} of {len(after)} only in {run.name} "
             "(matched by doc_hash); evaluate both with the same --limit and data."
         )
-    if part:
-        # Members of groups weigh by how many documents of them there are.
-        same = replace(same, weights=few.weights)
+    # Of a part, members of groups weigh by how many documents of them there are.
+    same = replace(same, weights=few.weights) if part else same
     if not few.is_scored_like(same):
         return None
-    return (few, same) if few is one else (same, few)
+    return (same, few) if swapped else (few, same)
 
 
 def paired_test(pair: Pair, alpha: float = 0.05) -> PairedTest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,22 +42,18 @@ def power_of(
 ) -> list[list[object]]:
     """Say how likely each run reaches a verdict on a task, from the answers that changed so far.
 
-    `margin` is to be shown, and a difference of it to be seen, on `documents` as many as there are or
+    `margin` is to be shown, and a difference of it to be seen, on as many `documents` as there are or
     another number, by one test at level `alpha`.
 
-    Returns:
-        A row for each run and verdict: run, metric, documents, share of them whose value changed,
-        margin in the metric's own unit, verdict, what has to be true for it, its chance then, and
-        how many documents have a chance of 80 %, if any.
-
-    Raises:
-        ResultsError: Nobody has results of `task`, or samples of it.
-        ValueError: `documents`, `alpha` or the margin is out of range.
+    Returns a row for each run and verdict: run, metric, documents, share of them whose value changed,
+    margin in the metric's own unit, verdict, what has to be true for it, its chance then, and how
+    many documents have a chance of 80 %, if any. ResultsError if nobody has results or samples of
+    `task`, ValueError if `documents`, `alpha` or the margin is out of range.
     """
-    if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha={alpha} is not between 0 and 0.5: give 0.05, say.")
-    if documents is not None and documents < 2:
-        raise ValueError(f"documents={documents} are too few: give 2 or more.")
+    if not 0 < alpha < 0.5 or (documents is not None and documents < 2):
+        raise ValueError(
+            f"alpha={alpha} has to be between 0 and 0.5, and documents={documents} 2 or more."
+        )
     found: list[list[object]] = []
     for run in [run for run in runs if not run.is_floor]:
         metric = dict(primary_metrics([base, run], subtasks=True)).get(task)
@@ -74,13 +71,11 @@ def power_of(
                 f"{margin.text} is no margin for {metric} of {task}, whose score is not between 0 "
                 "and 1: give a share such as 2%, or a number in the metric's own unit."
             )
-        seen = len(pair[0].keys)
-        power = _power(paired_test(pair), seen, size, alpha)
-        changed = int((pair[0].values != pair[1].values).sum()) / seen
-        n = documents or seen
+        seen, changed = len(pair[0].keys), (pair[0].values != pair[1].values).mean()
+        power = partial(chances, paired_test(pair), seen, size, alpha)
+        about, n = [run.name, metric, seen, changed, size], documents or seen
         for place, (verdict, if_true) in enumerate(VERDICTS.items()):
-            row = [run.name, metric, seen, changed, size, verdict]
-            row += [if_true.format(margin.text), power(n)[place]]
+            row = [*about, verdict, if_true.format(margin.text), power(n)[place]]
             found.append([*row, documents_for(power, place, n)])
     if not found:
         raise ResultsError(
@@ -90,22 +85,15 @@ def power_of(
     return found
 
 
-def _power(
-    test: PairedTest, seen: int, size: float, alpha: float
-) -> Callable[[int], Chances]:
-    """Return the chances by number of documents, of which the test has `seen`."""
+def chances(test: PairedTest, seen: int, size: float, alpha: float, n: int) -> Chances:
+    """Return the chances of `VERDICTS` on `n` documents, of which the test has `seen`."""
     of = test.distribution
     if of is None:
         raise ResultsError(f"Nothing can be said of other documents: {test.method}.")
     if isinstance(of, Shares):
-        return lambda n: power_of_shares(of.changing, n, size, alpha)
-    stderr = of.stderr * (of.perplexity or 1.0)
-
-    def of_means(n: int) -> Chances:
-        units = max(2, round(test.units * n / seen))
-        return power_of_means(stderr * math.sqrt(seen / n), units - 1, size, alpha)
-
-    return of_means
+        return power_of_shares(of.changing, n, size, alpha)
+    stderr = of.stderr * (of.perplexity or 1.0) * math.sqrt(seen / n)
+    return power_of_means(stderr, max(1, round(test.units * n / seen) - 1), size, alpha)
 
 
 def power_of_means(stderr: float, degrees: int, size: float, alpha: float) -> Chances:
@@ -147,13 +135,11 @@ def documents_for(
 
     `power` gives the chance at `place`. The search starts at `n`; None where it finds no number.
     """
-    low = high = n
+    low, high = 1, n
     while power(high)[place] < POWER:
         low, high = high, 2 * high
         if high > 10_000_000:
             return None
-    while low > 1 and power(low)[place] >= POWER:
-        low, high = low // 2, low
     while high - low > max(1, high // 25):
         middle = (low + high) // 2
         low, high = (middle, high) if power(middle)[place] < POWER else (low, middle)

@@ -29,8 +29,8 @@ SCALES = {"mean": 1.0, "perplexity": -1.0, "bits_per_byte": -1 / math.log(2)}
 class Shares(NamedTuple):
     """`up` documents became right and `down` wrong, of `n`: Tango's score test.
 
-    The spread is the one that is most likely if a difference is the true one, so there is some
-    even if no document changed.
+    The spread is the likeliest one if a difference is the true one, so there is some even if no
+    document changed. `up` and `down` may be arrays of one shape.
 
     Source: Tango 1998, Statistics in Medicine 17, 891-908.
     """
@@ -45,10 +45,7 @@ class Shares(NamedTuple):
         return (self.up + self.down + 0.5) / (self.n + 1)
 
     def tails(self, x: float) -> tuple[float, float]:
-        """Return the p of "the difference is `x` or less", and of "`x` or more".
-
-        `up` and `down` may be arrays of one shape, and so are the p then.
-        """
+        """Return the p of "the difference is `x` or less", and of "`x` or more"."""
         up, down, n = self
         if x < 0:
             return Shares(down, up, n).tails(-x)[::-1]
@@ -66,14 +63,10 @@ class Shares(NamedTuple):
         seen = (self.up - self.down) / self.n
 
         def end(side: int, most: float) -> float:
-            def excess(x: float) -> float:
-                return self.tails(x)[side] - level / 2
-
-            return (
-                most
-                if seen == most
-                else optimize.brentq(excess, most, seen, xtol=1e-13)
-            )
+            excess = lambda x: self.tails(x)[side] - level / 2
+            if seen == most:
+                return most
+            return optimize.brentq(excess, most, seen, xtol=1e-13)
 
         return end(0, -1.0), end(1, 1.0)
 
@@ -86,6 +79,11 @@ class Shares(NamedTuple):
         return None if excess(1) < 0 else optimize.brentq(excess, 0, 1, xtol=1e-6)
 
 
+def mid_p(k: Any, n: Any) -> Any:
+    """Return the chance of fewer than `k` heads of `n` coins, and half of that of `k`."""
+    return stats.binom.cdf(k, n, 0.5) - stats.binom.pmf(k, n, 0.5) / 2
+
+
 def chance_seen(changing: float, n: int, difference: float, level: float) -> float:
     """Return the chance that McNemar's mid-p test finds a true difference of `n` documents.
 
@@ -95,8 +93,7 @@ def chance_seen(changing: float, n: int, difference: float, level: float) -> flo
     many = stats.binom(n, changing)
     counts = np.arange(many.ppf(1e-9), many.isf(1e-9) + 1)
     last = stats.binom.ppf(level / 2, counts, 0.5)
-    mid_p = stats.binom.cdf(last, counts, 0.5) - stats.binom.pmf(last, counts, 0.5) / 2
-    last -= mid_p >= level / 2
+    last -= mid_p(last, counts) >= level / 2
     becoming_wrong = (1 - difference / changing) / 2
     return float(many.pmf(counts) @ stats.binom.cdf(last, counts, becoming_wrong))
 
@@ -130,8 +127,8 @@ class Means(NamedTuple):
     def ends(self, level: float) -> tuple[float, float] | None:
         """Return the two-sided interval; None where an end of it is not finite."""
         half = float(stats.t.isf(level / 2, self.degrees)) * self.stderr
-        low, high = self.score(self.gain - half), self.score(self.gain + half)
-        return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+        ends = self.score(self.gain - half), self.score(self.gain + half)
+        return ends if all(map(math.isfinite, ends)) else None
 
     def detectable(self, level: float) -> float | None:
         """Return the difference that a two-sided test at `level` finds with `POWER`."""
@@ -169,7 +166,7 @@ class PairedTest:
 
     @property
     def high(self) -> float | None:
-        """Upper end."""
+        """Upper end of it."""
         return self.interval(self.level)[1]
 
     def interval(self, level: float) -> tuple[float | None, float | None]:
@@ -188,12 +185,12 @@ class PairedTest:
         """Return the true difference that this test finds at a level with chance `POWER`, or None."""
         if self.distribution is None or self.method.startswith("none"):
             return None
-        return self.distribution.detectable(self.level if level is None else level)
+        return self.distribution.detectable(level or self.level)
 
     def p_outside(self, low: float, high: float) -> float | None:
-        """Return the p of "the true difference lies outside of (`low`, `high`)".
+        """Return the p of "the true difference lies outside of (`low`, `high`)", or None.
 
-        The larger p of two one-sided tests. Either end may be infinite. None without a distribution.
+        It is the larger p of two one-sided tests. Either end may be infinite.
 
         Source: Schuirmann 1987, Journal of Pharmacokinetics and Biopharmaceutics 15,
         657-680; Berger and Hsu 1996, Statistical Science 11, 283-319.
@@ -215,26 +212,25 @@ def paired_difference(
     transform: str = "mean",
     alpha: float = 0.05,
 ) -> PairedTest:
-    """Compare two runs on the same documents.
+    """Compare two runs on the same documents, whose finite values are of shape (n,), n >= 1.
 
     Independent documents that are right or wrong get McNemar's mid-p test; all else a paired t
     test on the means of documents or clusters, with interval and p None for fewer than
     `LEAST_UNITS` of them. p < alpha exactly where 0 is outside the interval.
 
     Args:
-        base: Finite values of the base, shape (n,), n >= 1.
-        run: Values of the run on the same documents, shape (n,).
+        base: Values of the base.
+        run: Values of the run.
         weights: Positive weights, shape (n,); default: ones.
         clusters: Cluster of each document; default: each its own.
-        strata: Stratum of each document or cluster, for parts that another draw would hold too, such
-            as the subjects of MMLU; default: one.
+        strata: Stratum of each document or cluster: parts that another draw would hold too, such as
+            the subjects of MMLU; default: one.
         transform: From the weighted mean to the score, a name in `documents.TRANSFORMS`.
         alpha: 1 - confidence of the interval, and the level of the test.
 
-    Source:
-        Fagerland, Lydersen and Laake 2013, BMC Medical Research Methodology 13:91 (mid-p);
-        Miller 2024, arXiv 2411.00640 (means of paired differences, clusters); Cochran
-        1977, Sampling Techniques, chapters 5 and 6 (strata, ratios).
+    Source: Fagerland, Lydersen and Laake 2013, BMC Medical Research Methodology 13:91 (mid-p); Miller
+    2024, arXiv 2411.00640 (means of paired differences, clusters); Cochran 1977, Sampling Techniques,
+    chapters 5 and 6 (strata, ratios).
     """
     both = np.array([base, run], dtype=float)
     gains, n = both[1] - both[0], both.shape[1]
@@ -244,8 +240,7 @@ def paired_difference(
     plain = transform == "mean" and clusters is None and (weights == 1).all()
     if plain and np.isin(both, (0, 1)).all():
         up, down = int((gains > 0).sum()), int((gains < 0).sum())
-        coin = stats.binom(up + down, 0.5)
-        less, more = (float(coin.cdf(k) - coin.pmf(k) / 2) for k in (up, down))
+        less, more = (float(mid_p(each, up + down)) for each in (up, down))
         sides, shares = (less, more) if up != down else (0.5, 0.5), Shares(up, down, n)
         return PairedTest((up - down) / n, "McNemar mid-p", n, alpha, sides, shares)
     perplexity = None
@@ -264,9 +259,9 @@ def paired_difference(
 def paired_t(
     gains: np.ndarray,
     weights: np.ndarray,
-    clusters: Sequence[str] | None,
-    strata: Sequence[str] | None,
-    alpha: float,
+    clusters: Sequence[str] | None = None,
+    strata: Sequence[str] | None = None,
+    alpha: float = 0.05,
     perplexity: float | None = None,
 ) -> PairedTest:
     """Test a weighted mean of differences by the variance of a linearised ratio within strata.
@@ -327,10 +322,9 @@ def false_discovery(
 ) -> list[tuple[float | None, float | None]]:
     """Correct p values after Benjamini and Hochberg, each family by itself.
 
-    Returns:
-        The adjusted p of each test, and the level that the correction leaves for it: with all
-        other p as they are, it is significant exactly where its p is below ``alpha * k / n``, of n
-        tests and k discoveries if this p was 0. None and None where there is no p.
+    Returns the adjusted p of each test, and the level that the correction leaves for it: with all
+    other p as they are, it is significant exactly where its p is below ``alpha * k / n``, of n
+    tests and k discoveries if this p was 0. None and None where there is no p.
 
     Source: Benjamini and Yekutieli 2005, Journal of the American Statistical Association 100, 71-81.
 
@@ -338,18 +332,15 @@ def false_discovery(
         >>> false_discovery([0.01, 0.04, 0.04], ["boolq", "boolq", "arc_easy"])
         [(0.02, 0.05), (0.04, 0.05), (0.04, 0.05)]
     """
-    labels = [None] * len(p_values) if families is None else families
-    found: list[tuple[float | None, float | None]] = [(None, None)] * len(p_values)
-    for place, p in enumerate(p_values):
-        if p is not None:
-            others = [
-                each
-                for number, each in enumerate(p_values)
-                if each is not None
-                and labels[number] == labels[place]
-                and number != place
-            ]
-            q = stats.false_discovery_control([p, *others])[0]
-            discoveries = (stats.false_discovery_control([0.0, *others]) < alpha).sum()
-            found[place] = float(q), float(alpha * discoveries / (len(others) + 1))
+    tests = list(zip(p_values, families or [None] * len(p_values), strict=True))
+    found: list[tuple[float | None, float | None]] = []
+    for p, family in tests:
+        if p is None:
+            found.append((None, None))
+            continue
+        others = [each for each, label in tests if each is not None and label == family]
+        others.remove(p)
+        q = stats.false_discovery_control([p, *others])[0]
+        discoveries = (stats.false_discovery_control([0.0, *others]) < alpha).sum()
+        found.append((float(q), float(alpha * discoveries / (len(others) + 1))))
     return found

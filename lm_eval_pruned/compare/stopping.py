@@ -31,12 +31,13 @@ def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
     """Add a look at `run`, a unit's results on so many `documents`, which is the last if it has a reason.
 
     By Bonferroni's inequality, the chance that any size is decided wrongly at any look is `LEVEL`
-    at most, however looks and sizes depend on each other.
+    at most, however looks and sizes depend on each other. One size can err in one way only:
+    equivalence where the difference is as large as the margin, a difference where there is none.
 
     Source: Jennison and Turnbull 2000, Group Sequential Methods, chapter 9.
     """
     task = before.task
-    metric = next((m for t, m in primary_metrics([base, run]) if t == task), "")
+    metric = dict(primary_metrics([base, run])).get(task, "")
     now = replace(before, metric=metric, looks=(*before.looks, documents))
     # That a run is partial is known here before its results file says so.
     marked = replace(run, stopping={task: now})
@@ -50,12 +51,10 @@ def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
             ps = test.p, test.p_outside(-margin, margin) if margin else None
             p, p_margin = (1.0 if each is None else each / now.share for each in ps)
             now = replace(now, p=min(now.p, p), p_margin=min(now.p_margin, p_margin))
-    # Equivalence is claimed wrongly where the difference is as large as the margin, and a
-    # difference where there is none: one size can err in one of both only.
-    for reason, p in (("difference", now.p), ("equivalent", now.p_margin)):
-        if p < now.level / now.sizes:
-            return replace(now, reason=reason)
-    return replace(now, reason="" if now.is_partial else "all documents")
+    reason = "" if now.is_partial else "all documents"
+    for shown, p in (("equivalent", now.p_margin), ("difference", now.p)):
+        reason = shown if p < now.level / now.sizes else reason
+    return replace(now, reason=reason)
 
 
 def with_scores(stopping: Stopping, run: Run) -> Stopping:
@@ -98,18 +97,16 @@ def sequential(
 
 def partial_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return which tasks of a run, or of its base, are not of all documents."""
-    parts = {
-        each.name: [
-            f"{task} ({each.stopping[task].text}, {each.stopping[task].reason})"
-            for task in tasks
-            if is_partial(each, task)
-        ]
-        for each in (base, run)
-    }
-    return [
-        f"{name} stopped when decided: {', '.join(of)}. Scores and differences are of these documents; "
-        "intervals and p hold for stopping. q bounds the chance of any wrong decision over the sizes of "
-        "one task, not over all tasks together."
-        for name, of in parts.items()
-        if of
-    ]
+    notes = []
+    for each in (base, run):
+        stopped = {
+            task: each.stopping[task] for task in tasks if is_partial(each, task)
+        }
+        if stopped:
+            of = [f"{task} ({v.text}, {v.reason})" for task, v in stopped.items()]
+            notes.append(
+                f"{each.name} stopped when decided: {', '.join(of)}. Scores and differences are of these "
+                "documents; intervals and p hold for stopping. q bounds the chance of any wrong decision "
+                "over the sizes of one task, not over all tasks together."
+            )
+    return notes

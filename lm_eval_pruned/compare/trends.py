@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.results.files import Run
-
-
-NEEDS_SAMPLES = "none: needs logged samples of the same documents in all configurations"
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,9 @@ class Trend:
     low: float | None = None
     high: float | None = None
     p: float | None = None
-    method: str = NEEDS_SAMPLES
+    method: str = (
+        "none: needs logged samples of the same documents in all configurations"
+    )
     units: int = 0
 
 
@@ -76,9 +75,8 @@ class TaskTrend:
 def correlate(x: ArrayLike, y: ArrayLike, *, alpha: float = 0.05) -> Correlation:
     """Correlate the scores of two tasks, shape (n,) each, over n >= 3 configurations of a sweep.
 
-    The interval of confidence 1 - `alpha` takes the configurations for independent draws. It is
-    Fisher's, ``tanh(atanh(r) +- width)``; the width is such that 0 is outside exactly where
-    Student's p of r is below `alpha`.
+    Fisher's interval, ``tanh(atanh(r) +- width)``, takes the configurations for independent draws; its
+    width is such that 0 is outside exactly where Student's p of r is below `alpha`.
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     n = len(x)
@@ -95,28 +93,25 @@ def trend(
     ratios: ArrayLike,
     values: Sequence[ArrayLike],
     *,
-    weights: ArrayLike | None = None,
-    clusters: Sequence[str] | None = None,
-    strata: Sequence[str] | None = None,
     transform: str = "mean",
     alpha: float = 0.05,
+    weights: ArrayLike = 1.0,
+    **groups: Any,
 ) -> Trend:
     """Test whether a score has a trend over the expansion ratios of one model.
 
-    Sizes are cut from each other, so that what one gets wrong by chance is likely wrong in the
-    next. Documents are independent: each has a slope over the ratios (least squares), and these
-    slopes are tested like differences, a perplexity as its logarithm.
+    What one size gets wrong by chance is likely wrong in the next, but documents are independent:
+    each has a slope over the ratios (least squares), and these are tested like differences.
 
     `ratios` are of shape (k,), two of them different, the `values` of the documents of shape (k, n);
     for the others see `statistics.paired_difference`.
     """
-    rows = np.array(values, dtype=float)
-    centred = np.asarray(ratios, dtype=float)
+    rows, centred = np.array(values, dtype=float), np.asarray(ratios, dtype=float)
     centred = centred - centred.mean()
     # Less the first row, documents that never change have a slope of exactly 0.
     slopes = SCALES[transform] * (centred / (centred @ centred)) @ (rows - rows[0])
-    weights = np.ones(len(slopes)) if weights is None else np.asarray(weights, float)
-    test = paired_t(slopes * weights, weights, clusters, strata, alpha)
+    weights = np.broadcast_to(np.asarray(weights, dtype=float), slopes.shape)
+    test = paired_t(slopes * weights, weights, alpha=alpha, **groups)
     method = test.method.replace("paired t test", "t test of slopes")
     ends = test.interval(alpha)
     return Trend(len(rows), test.difference, *ends, test.p, method, test.units)
@@ -125,17 +120,14 @@ def trend(
 def over_ratios(
     runs: Sequence[Run], alpha: float, read: DocumentReader
 ) -> tuple[tuple[TaskCorrelation, ...], tuple[TaskTrend, ...]]:
-    """Correlate any two tasks of each series, and test each for a trend, over expansion ratios.
-
-    Series with fewer than 3 ratios are left out, and so are tasks of which a score is partial: how
-    many documents there are depends on what they showed.
-    """
+    """Correlate any two tasks of each series, and test each for a trend, over 3 or more ratios."""
     pairs: list[TaskCorrelation] = []
     trends: list[TaskTrend] = []
     for name, members in series_of(runs).items():
         ratios, scores = [run.expansion_ratio or 0.0 for run in members], {}
         for key in primary_metrics(members) if len({*ratios}) > 2 else ():
             if any(is_partial(run, key[0]) for run in members):
+                # What they showed decided how many documents there are.
                 continue
             values = np.array([run.scores[key].value for run in members])
             logs = is_perplexity(key[1]) and values.min() > 0

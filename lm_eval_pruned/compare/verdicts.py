@@ -23,10 +23,9 @@ CLAIMS = ("equivalent", "not_worse")
 class Margin:
     """How far a score may be away from that of the base.
 
-    Attributes:
-        claim: ``equivalent``, neither better nor worse by the margin, or ``not_worse``.
-        text: As the user wrote it: ``1pt``, a percentage point of a score between 0 and 1;
-            ``2%``, a share of the base's score; or ``0.5``, in the metric's own unit.
+    `claim` is ``equivalent``, neither better nor worse by the margin, or ``not_worse``; `text` is as
+    the user wrote it: ``1pt``, a percentage point of a score between 0 and 1; ``2%``, a share of the
+    base's score; or ``0.5``, in the metric's own unit.
 
     Example:
         >>> Margin("equivalent", "1pt").size(0.4, 0.41)
@@ -89,20 +88,20 @@ def claims(
     `asked` are the margin of each row, the score of its base and that of its run; tests of one of
     `families` are adjusted together.
     """
-    found: list[tuple[float, float] | None] = []
+    found: list[tuple[float | None, float | None]] = []
     for test, (margin, base, run) in zip(tests, asked, strict=True):
-        size, up = margin and margin.size(base.value, run.value), base.higher_is_better
-        p = None
+        size, p = margin.size(base.value, run.value) if margin else None, None
         if margin and size and test:
-            # Where one side is not asked about, its end is infinite.
-            both = margin.claim == "equivalent" or up is None
-            low, high = (-size if side or both else -math.inf for side in (up, not up))
-            p = test.p_outside(low, -high)
-        found.append(None if p is None or not size else (size, p))
-    qs = false_discovery([each and each[1] for each in found], families)
+            low, high, up = -size, size, base.higher_is_better
+            if margin.claim == "not_worse" and up is not None:
+                # The other side is not asked about.
+                low, high = (low, math.inf) if up else (-math.inf, high)
+            p = test.p_outside(low, high)
+        found.append((size, p))
+    qs = false_discovery([p for _, p in found], families)
     return [
-        None if each is None or q is None else Claim(*each, q)
-        for each, (q, _) in zip(found, qs, strict=True)
+        None if size is None or p is None or q is None else Claim(size, p, q)
+        for (size, p), (q, _) in zip(found, qs, strict=True)
     ]
 
 

@@ -94,11 +94,7 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
 
 
 def read_baseline(file: str | Path) -> Baseline:
-    """Read a baseline file.
-
-    Raises:
-        ResultsError: It does not exist, is damaged, or is of a version not read here.
-    """
+    """Read a baseline file; ResultsError if it is none, is damaged, or of another version."""
     file, baseline = Path(file), Baseline()
     try:
         data = read_json(file)

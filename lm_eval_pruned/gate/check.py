@@ -6,8 +6,8 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare.comparison import settings_notes
-from lm_eval_pruned.compare.pairing import is_partial, paired_documents, paired_test
+from lm_eval_pruned.compare.comparison import difference_test, settings_notes
+from lm_eval_pruned.compare.pairing import is_partial
 from lm_eval_pruned.compare.statistics import LEAST_UNITS, PairedTest, false_discovery
 from lm_eval_pruned.compare.verdicts import claims
 from lm_eval_pruned.gate.baseline import OF_DOCUMENTS, Baseline, Key, Rule
@@ -53,8 +53,7 @@ def make_baseline(
 ) -> Baseline:
     """Make a baseline of results, with the rules of `previous`, and `rule` for other metrics.
 
-    Raises:
-        ResultsError: A score is NaN, infinite or partial.
+    ResultsError if a score is NaN, infinite or partial.
     """
     baseline, kept = Baseline(), previous.rules if previous else {}
     for name, run in runs.items():
@@ -71,12 +70,9 @@ def make_baseline(
 
 
 def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
-    """Hold results against a baseline.
+    """Hold results against a baseline; return a finding per metric, sorted by run, task and metric.
 
     Tests are one-sided where the direction is known: the rule asks whether a result is worse.
-
-    Returns:
-        One finding per metric, sorted by run, task and metric.
     """
     before, after = (
         {(name, *key): score for name in of for key, score in of[name].scores.items()}
@@ -87,8 +83,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
     for key, rule in baseline.rules.items():
         name, task, metric = key
         if key not in after:
-            missing = " ".join(key[name in runs :])
-            found[key] = "fail", f"The results have no {missing}."
+            found[key] = "fail", f"The results have no {' '.join(key[name in runs :])}."
         elif refused := _refused(baseline.runs[name], runs[name], task, metric):
             found[key] = refused
         elif rule.kind not in OF_DOCUMENTS:
@@ -100,11 +95,9 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
                 found[key] = "undecided", str(why)
     found |= _by_documents(tests, baseline.rules, before, after)
     findings = []
-    for key, (status, message) in sorted(found.items()):
-        one, other = (
-            each[key].value if key in each else None for each in (before, after)
-        )
-        findings.append(Finding(*key, status, one, other, message))
+    for key, (status, said) in sorted(found.items()):
+        one, other = (of[key].value if key in of else None for of in (before, after))
+        findings.append(Finding(*key, status, one, other, said))
     return findings
 
 
@@ -162,16 +155,14 @@ def _tested(key: Key, run: Run, baseline: Baseline) -> PairedTest:
     """Test documents; raise ResultsError without any, or if they are others or weigh otherwise."""
     name, task, metric = key
     before, stored = baseline.runs[name], baseline.documents.get(key)
-    pair = paired_documents(
-        *(before, run, task, metric),
-        read=lambda each, *of: stored if each is before else _documents(run, *of),
-    )
-    if pair is None:
+    read = lambda each, *of: stored if each is before else _documents(run, *of)
+    test, documents = difference_test(before, run, (task, metric), read=read)
+    if documents is None:
         raise ResultsError(
             f"The rule {baseline.rules[key].kind} needs logged samples that make up {metric} of "
             f"{task}, weighted as in the baseline: evaluate with --log_samples, or {_TOLERANCE}"
         )
-    return paired_test(pair)
+    return test
 
 
 def _by_documents(
@@ -232,8 +223,8 @@ def _sides(test: PairedTest, up: bool | None) -> tuple[float | None, float | Non
 def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:
     """Return what differs from the baseline beside the scores, one sentence each."""
     found = notes_on(runs.values())
-    for name in [each for each in baseline.runs if each in runs]:
-        before, run = baseline.runs[name], runs[name]
-        tasks = [task for task in before.tasks() if task in run.tasks()]
-        found += settings_notes(before, run, tasks)
+    for name, before in baseline.runs.items():
+        if run := runs.get(name):
+            tasks = [task for task in before.tasks() if task in run.tasks()]
+            found += settings_notes(before, run, tasks)
     return found

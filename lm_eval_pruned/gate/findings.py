@@ -84,12 +84,10 @@ def _json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
 
 
 def _junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    root, counts = (
-        ElementTree.Element("testsuites"),
-        Counter(e.status for e in findings),
-    )
-    about = {"name": "lm-eval-pruned check", "tests": len(findings)}
-    about |= {"failures": counts["fail"], "errors": counts["undecided"]}
+    counts = Counter(finding.status for finding in findings)
+    sums = {"failures": counts["fail"], "errors": counts["undecided"]}
+    about = {"name": "lm-eval-pruned check", "tests": len(findings), **sums}
+    root = ElementTree.Element("testsuites")
     texts = {name: str(value) for name, value in about.items()}
     suite = ElementTree.SubElement(root, "testsuite", texts)
     for each in findings:

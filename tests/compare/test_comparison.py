@@ -69,9 +69,8 @@ def test_verdicts_follow_the_direction_of_the_metric(tmp_path):
         accuracies = {"tf": acc(tf), "boolq": acc(boolq), "same": acc(same)}
         return accuracies | {"lambada": lambada}
 
-    rows = rows_of(
-        *runs(tmp_path, tasks(0.3, 0.7, 0.5, 0, 0), tasks(0.6, 0.4, 0.51, -1, 1))
-    )
+    both = tasks(0.3, 0.7, 0.5, 0, 0), tasks(0.6, 0.4, 0.51, -1, 1)
+    rows = rows_of(*runs(tmp_path, *both))
     verdicts = {task: row.verdict for (_, task), row in rows.items()}
     expected = {"tf": "better", "boolq": "worse", "same": "not shown"}
     assert verdicts == expected | {"lambada": "worse"}
@@ -80,8 +79,6 @@ def test_verdicts_follow_the_direction_of_the_metric(tmp_path):
     assert (row.difference, row.relative) == pytest.approx((0.3, 1.0))
     assert row.low < row.difference < row.high
     assert all(row.q >= row.p for row in rows.values())
-    nothing = rows_of(*runs(tmp_path / "0", {"tf": acc(0)}, {"tf": acc(0.5)}))
-    assert nothing["1", "tf"].relative is None
 
 
 def test_documents_are_matched_by_hash_not_by_place(tmp_path):
@@ -91,21 +88,6 @@ def test_documents_are_matched_by_hash_not_by_place(tmp_path):
     lines = [json.dumps(row | {"doc_id": N - row["doc_id"]}) for row in rows[::-1]]
     run.samples["tf"].write_text("\n".join(lines) + "\n")
     assert rows_of(base, run) == before
-
-
-def test_samples_are_read_once_for_all_metrics_and_runs(tmp_path, monkeypatch):
-    metrics = {"acc,none": answers(0.5), "acc_norm,none": answers(0.6)}
-    base, *others = runs(tmp_path, *[{"arc": metrics}] * 3)
-    opened = []
-    file = type(base.samples["arc"])
-    plain = file.open
-    monkeypatch.setattr(
-        file,
-        "open",
-        lambda path, *a, **k: (opened.append(path), plain(path, *a, **k))[1],
-    )
-    assert len(comparison.compare(base, others).rows) == 4
-    assert len(opened) == len(set(opened)) == 3
 
 
 @pytest.mark.parametrize(
@@ -138,13 +120,8 @@ def test_comparands(tmp_path):
         comparison.read_comparands(paths[:1])
     whole = str(sweep(tmp_path / "whole"))
     base, others = comparison.read_comparands([*paths, whole])
-    assert [base.name, *(run.name for run in others)] == [
-        "x",
-        paths[1],
-        "p20",
-        "p40",
-        "p60",
-    ]
+    names = ["x", paths[1], "p20", "p40", "p60"]
+    assert [base.name, *(run.name for run in others)] == names
     base, others = comparison.read_comparands([whole, paths[0]])
     assert [base.name, *(run.name for run in others)] == ["p0", "x"]
 
@@ -154,14 +131,10 @@ def test_without_samples_the_weaker_test_says_so(tmp_path):
         {"tf": {"acc,none": {"values": answers(share), "stderr": 0.05}}, "b": acc(0.5)}
         for share in (0.3, 0.4)
     ]
-    base, run = runs(tmp_path, *tasks, samples=False)
-    result = comparison.compare(base, [run])
-    weaker, none = result.rows
-    assert "weaker" in weaker.method
-    assert any("--log_samples" in note for note in result.notes)
+    weaker, none = rows_of(*runs(tmp_path, *tasks, samples=False)).values()
+    paired = rows_of(*runs(tmp_path / "with", *tasks))["1", "tf"]
+    assert ("weaker" in weaker.method, paired.p < weaker.p) == (True, True)
     assert (none.p, none.q, none.verdict) == (None, None, "not tested")
-    paired = rows_of(*runs(tmp_path / "with", *tasks))
-    assert paired["1", "tf"].p < weaker.p
 
 
 def test_nan_is_not_comparable_and_does_not_spoil_the_rest(tmp_path):
@@ -279,27 +252,6 @@ def test_one_metric_stands_for_a_task_in_the_correction(tmp_path):
     assert comparison_table.as_table(result).count("|restated|") == 3
 
 
-@pytest.mark.parametrize(
-    ("task", "field"),
-    [
-        ("hellaswag", "source_id"),
-        ("drop", "passage"),
-        ("squadv2", "context"),
-        ("squad_completion", "context"),
-        ("boolq", "passage"),
-        ("leaderboard_musr_object_placements", "narrative"),
-    ],
-)
-def test_documents_about_one_text_are_one_unit(tmp_path, task, field):
-    docs = {number: {"n": number, field: f"text {number // 4}"} for number in range(N)}
-    tasks = [
-        {task: {"acc,none": {"values": answers(share), "docs": docs}}}
-        for share in (0.4, 0.6)
-    ]
-    (row,) = rows_of(*runs(tmp_path, *tasks)).values()
-    assert (row.method, row.documents) == ("paired t test over clusters", N)
-
-
 @pytest.mark.parametrize("claim", ["equivalent", "not_worse"])
 def test_the_same_and_better_and_worse_and_not_known(tmp_path, claim):
     n = 1200
@@ -351,35 +303,22 @@ def test_what_is_no_margin(text):
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    paths = [
-        str(
-            write_run(
-                tmp_path / str(share),
-                {"tf": acc(share) | {"acc_norm,none": answers(share)}},
-            )
-        )
-        for share in (0.5, 0.3, 0.49)
-    ]
+    """Formats are golden files; here is what options change."""
+    tasks = [acc(share) | {"acc_norm,none": answers(share)} for share in (0.5, 0.3)]
+    paths = [str(write_run(tmp_path / str(n), {"tf": t})) for n, t in enumerate(tasks)]
 
     def shown(*options):
         assert cli.main(["compare", *paths, *options]) == 0
         return capsys.readouterr().out
 
     markdown = shown()
-    assert markdown.count("|restated|") == 2
     header, *_ = shown("--not_worse", "45pt", "--format", "csv").splitlines()
     assert header.endswith("verdict,margin,p_margin,q_margin")
-    assert json.loads(shown("--equivalent", "3pt", "--format", "json"))["margin"] == {
-        "claim": "equivalent",
-        "text": "3pt",
-    }
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     rows = [line for line in shown().splitlines() if line[:1] == "|"]
     assert len({len(line) for line in rows}) == 1
     assert "restated" not in "".join(rows)
     # The same as elsewhere, in columns of one width.
     assert re.sub("[ -]", "", shown("--all")) == re.sub("[ -]", "", markdown)
-    assert cli.main(["compare", str(tmp_path / "no"), paths[0]]) == 2
-    assert "compare: error: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         shown("--not_worse", "3pt", "--equivalent", "1pt")

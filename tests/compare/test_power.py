@@ -61,22 +61,11 @@ def ask(tmp_path, capsys):
     before, soft = (rng.random(300) < 0.5).astype(float), rng.random(300)
     after = np.where(rng.random(300) < 0.1, 1 - before, before)
     losses = {"aggregation": "perplexity", "higher_is_better": False}
-    paths = [
-        write_run(
-            tmp_path / name,
-            {
-                "boolq": {"acc,none": acc.tolist()},
-                "tf": {"mc2,none": (soft + noise).tolist()},
-                "wiki": {
-                    "perplexity,none": {"values": (soft + noise - 3).tolist(), **losses}
-                },
-            },
-        )
-        for name, acc, noise in (
-            ("a", before, 0),
-            ("b", after, rng.normal(0, 0.05, size=300)),
-        )
-    ]
+    paths = []
+    for acc, noise in ((before, 0), (after, rng.normal(0, 0.05, size=300))):
+        wiki = {"perplexity,none": {"values": [*(soft + noise - 3)], **losses}}
+        tasks = {"boolq": {"acc,none": [*acc]}, "tf": {"mc2,none": [*(soft + noise)]}}
+        paths.append(write_run(tmp_path / str(len(paths)), {**tasks, "wiki": wiki}))
 
     def run(task, *options):
         code = cli.main(["power", task, *map(str, paths), *options])
@@ -89,9 +78,6 @@ def ask(tmp_path, capsys):
 
 @pytest.mark.parametrize("task", ["boolq", "tf", "wiki"])
 def test_the_command(ask, task):
-    _, rows, _ = ask(task, "--margin", "0.02")
-    verdicts = [row[6] for row in rows]
-    assert verdicts == ["equivalent", "not worse", "better or worse"]
     few, many = (
         [int(row[8].rstrip("%")) for row in ask(task, "--margin", "0.02", *more)[1]]
         for more in ((), ("--documents", "3000"))
@@ -104,7 +90,6 @@ def test_the_command(ask, task):
     ("task", "options", "words"),
     [
         ("gsm8k", ["--margin", "1pt"], "of gsm8k in common, but of boolq, tf"),
-        ("boolq", ["--margin", "much"], "margin=much"),
         ("wiki", ["--margin", "1pt"], "1pt is no margin"),
         ("boolq", ["--margin", "1pt", "--documents", "1"], "documents=1"),
         ("boolq", ["--margin", "1pt", "--alpha", "0.7"], "alpha=0.7"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -35,12 +33,6 @@ def test_four_looks_err_no_more_often_than_the_level():
     crossed = (p < LEVEL * shares).any(axis=1).mean()
     # Bonferroni's inequality gives a little away, because looks share their documents.
     assert 0.04 < crossed < LEVEL + 3 * (0.05 * 0.95 / 40_000) ** 0.5
-
-
-def test_the_record_is_read_as_it_was_written():
-    more = {"reason": "difference", "p": 1e-6, "difference": -0.4}
-    written = record(100, 200, scores={"acc,none": (0.1, None)}, **more)
-    assert Stopping.from_dict(json.loads(json.dumps(written.as_dict()))) == written
 
 
 def test_differences_and_a_margin_share_one_level():

@@ -21,19 +21,14 @@ def answers(share: float) -> list[float]:
     return (order < share * N).astype(float).tolist()
 
 
-def perplexity(shift: float, noise: float = 0) -> dict:
-    values = np.random.default_rng(1).normal(-3, 0.2, N) - shift
-    values += np.random.default_rng(2).normal(0, noise, N)
-    how = {"aggregation": "perplexity", "higher_is_better": False}
-    return {"values": values.tolist(), **how}
-
-
 def one(values, **more) -> dict:
     """Return a task ``tf`` with one metric."""
     return {"tf": {"acc,none": {"values": values, **more}}}
 
 
-BEFORE = {**one(answers(0.5)), "lambada": {"perplexity,none": perplexity(0)}}
+LOSSES = np.random.default_rng(1).normal(-3, 0.2, N).tolist()
+PERPLEXITY = {"values": LOSSES, "aggregation": "perplexity", "higher_is_better": False}
+BEFORE = {**one(answers(0.5)), "lambada": {"perplexity,none": PERPLEXITY}}
 
 
 @pytest.fixture
@@ -108,22 +103,10 @@ def test_the_direction_comes_from_the_harness(gate, rule, up, change, status):
     assert code == (status == "FAIL")
 
 
-@pytest.mark.parametrize(("shift", "status"), [(0.2, "FAIL"), (-0.2, "IMPROVED")])
-def test_a_higher_perplexity_is_worse(gate, shift, status):
-    scores = (perplexity(0), perplexity(shift, noise=0.1))
-    tasks = ({"lambada": {"perplexity,none": score}} for score in scores)
-    assert gate(*tasks, rule=ALPHA)[1].startswith(status)
-
-
 def test_what_is_missing_fails(gate):
     code, text = gate(BEFORE, {"tf": {"acc_norm,none": answers(0.5)}})
-    assert code == 1
-    for words in (
-        "no tf acc,none",
-        "no lambada perplexity,none",
-        "NEW      tf acc_nor",
-    ):
-        assert words in text
+    words = ("no tf acc,none", "no lambada perplexity,none", "NEW      tf acc_nor")
+    assert (code, *(each in text for each in words)) == (1, True, True, True)
 
 
 @pytest.mark.parametrize("rule", [("--absolute", "1"), ALPHA])
@@ -157,7 +140,6 @@ def test_a_failure_outweighs_what_is_undecided(gate):
 @pytest.mark.parametrize(
     ("words", "sections"),
     [
-        ("(lm_eval_version), so", {"lm_eval_version": "0.4.14"}),
         ("(task_hash) on tf, so", {"task_hashes": {"tf": "f00"}}),
         # Nothing depends on the seed of examples that there are none of.
         ("(fewshot_as_multiturn), so", {"fewshot_as_multiturn": True}),
@@ -165,11 +147,8 @@ def test_a_failure_outweighs_what_is_undecided(gate):
 )
 def test_what_else_differs_is_noted(gate, words, sections):
     code, text = gate(BEFORE, BEFORE, **sections)
-    assert code == 0
-    assert (
-        f"NOTE     after was evaluated with other settings than the baseline {words}"
-        in text
-    )
+    note = "NOTE     after was evaluated with other settings than the baseline"
+    assert (code, f"{note} {words}" in text) == (0, True)
 
 
 def test_another_few_shot_seed_matters_with_examples(tmp_path, held):
@@ -195,18 +174,17 @@ def test_documents_are_missing_or_others(gate, held, tmp_path):
 
 def test_a_group_by_significance(tmp_path, held):
     """Documents of the members, in clusters, go through the file and back."""
+    docs = {n: {"n": n, "narrative": f"{n // 5}"} for n in range(20)}
     for name, share in (("before", 0.6), ("after", 0.3)):
         rng = np.random.default_rng(0)
-        docs = {n: {"n": n, "narrative": f"{n // 5}"} for n in range(20)}
-        values = {f"musr_{n}": (rng.random(20) < share).tolist() for n in range(12)}
+        values = {f"musr_{n}": rng.random(20) < share for n in range(12)}
         tasks = {
-            task: {"acc,none": {"values": list(map(float, each)), "docs": docs}}
+            task: {"acc,none": {"values": [*map(float, each)], "docs": docs}}
             for task, each in values.items()
         }
-        score = float(np.mean([*values.values()]))
-        groups = {"groups": {"musr": [*tasks]}}
-        groups["group_scores"] = {"musr": {"acc,none": score}}
-        write_run(tmp_path / name, tasks, **groups)
+        scores = {"musr": {"acc,none": float(np.mean([*values.values()]))}}
+        about = {"groups": {"musr": [*tasks]}, "group_scores": scores}
+        write_run(tmp_path / name, tasks, **about)
     assert held("before", "--update", *ALPHA)[0] == 0
     # The subtasks have too few clusters to be tested by themselves.
     file = tmp_path / "baseline.json"
@@ -218,20 +196,19 @@ def test_a_group_by_significance(tmp_path, held):
     assert (held("before")[0], held("after")[0]) == (0, 1)
 
 
-def test_notes_and_undecided_in_every_format(gate):
-    nasty = {"a:b,c%": {"acc,none": answers(0.5)}}
-    shots = {"n-shot": {"a:b,c%": 5}}
-    data = json.loads(gate(nasty, nasty, "--format", "json", **shots)[1])
-    assert (data["passed"], data["findings"][0]["status"]) == (False, "undecided")
-    assert "(num_fewshot)" in data["notes"][0]
-    _, text = gate(nasty, nasty, "--format", "junit", **shots)
-    suite = ElementTree.fromstring(text).find("testsuite")  # noqa: S314
-    assert (suite.get("failures"), suite.get("errors")) == ("0", "1")
+def test_notes_and_names_cannot_break_a_format(gate):
+    nasty, shots = {"a:b,c%": {"acc,none": answers(0.5)}}, {"n-shot": {"a:b,c%": 5}}
+    said = {
+        form: gate(nasty, nasty, "--format", form, **shots)[1]
+        for form in ("json", "junit", "github")
+    }
+    assert "(num_fewshot)" in json.loads(said["json"])["notes"][0]
+    suite = ElementTree.fromstring(said["junit"]).find("testsuite")  # noqa: S314
     assert "num_fewshot" in suite.find("testcase/error").get("message")
     assert "num_fewshot" in suite.find("system-out").text
-    _, text = gate(nasty, nasty, "--format", "github", **shots)
-    assert text.startswith("::error title=a%3Ab%2Cc%25 acc%2Cnone::Not comparable: num")
-    assert "::warning title=not as in the baseline::after was evaluated with" in text
+    lines = said["github"].splitlines()
+    assert lines[0].startswith("::error title=a%3Ab%2Cc%25 acc%2Cnone::Not comparable")
+    assert lines[1].startswith("::warning title=not as in the baseline::after was")
 
 
 def test_a_sweep_is_checked_run_by_run(tmp_path, held):
@@ -240,18 +217,16 @@ def test_a_sweep_is_checked_run_by_run(tmp_path, held):
     write_sweep(tmp_path / "sweep", both)
     write_sweep(tmp_path / "worse", {"base": (0, tasks)})
     write_sweep(tmp_path / "failed", {**both, "p20": (20, {})}, p20="tf")
-    assert held("sweep", "--update")[0] == held("sweep")[0] == 0
-    code, text = held("worse")
-    assert (code, "no p20 tf acc,none" in text) == (1, True)
-    code, text = held("failed")
-    assert (code, "--retry_failed" in text) == (2, True)
-    # One unit of a resumed sweep is of other documents.
     few = {"arc": {"acc,none": answers(0.5)[:10]}}
-    write_run(tmp_path / "sweep/units/p20/arc", few, pruning=pruning(20))
-    code, text = held("sweep")
-    assert code == 2
-    assert "UNDECIDED p20 arc acc,none" in text
-    assert "0 failed, 1 undecided, 3 as expected" in text
+    write_sweep(tmp_path / "part", {**both, "p20": (20, {**tasks, **few})})
+    assert held("sweep", "--update")[0] == held("sweep")[0] == 0
+    for folder, code, words in (
+        ("worse", 1, "no p20 tf acc,none"),
+        ("failed", 2, "--retry_failed"),
+        ("part", 2, "0 failed, 1 undecided, 3 as expected"),
+    ):
+        found, text = held(folder)
+        assert (found, words in text) == (code, True), text
 
 
 def test_update_is_deterministic_and_keeps_rules(tmp_path, held):
@@ -306,11 +281,9 @@ def documents(values, transform="mean", **more):
         ({"results": {}}, "it lacks 'schema_version'"),
         ({"schema_version": 3, "runs": {}}, "schema_version is 3"),
         ({"schema_version": 2, "runs": {}}, "it expects nothing"),
-        ({"schema_version": 2, "runs": {"run": 3}}, "cannot be read"),
         ({"schema_version": 2, "runs": {"run": {"tf": {}}}}, "it lacks 'metrics'"),
         (baseline_of(score=float("nan"), absolute=1), "needs a score and one of"),
         (baseline_of(score=0.5, absolute=0.1, relative=0.1), "one of"),
-        (baseline_of(score=0.5), "one of"),
         (baseline_of(score=0.5, absolute=-1), "absolute=-1 is not between"),
         (baseline_of(score=0.5, alpha=2), "alpha=2 is not between 0 and 1"),
         (baseline_of(score=0.5, not_worse="much"), "not_worse=much is no margin"),
