@@ -40,15 +40,14 @@ _SAMPLE = 4000
 def missing(model: str) -> list[str]:
     """Return what has to be accepted and fetched before a model can be studied, a line each."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    if Path(model).is_dir() or any(
-        isinstance(try_to_load_from_cache(model, file), str) for file in names
-    ):
+    found = (isinstance(try_to_load_from_cache(model, file), str) for file in names)
+    if Path(model).is_dir() or any(found):
         return []
-    terms = [of for start, of in LICENCES.items() if model.startswith(start)]
-    told = [
-        f"Accept {of} on huggingface.co/{model}, then `hf auth login`." for of in terms
-    ]
-    return [*told, f"Fetch the weights: `hf download {model}`."]
+    return [
+        f"Accept {terms} on huggingface.co/{model}, then `hf auth login`."
+        for start, terms in LICENCES.items()
+        if model.startswith(start)
+    ] + [f"Fetch the weights: `hf download {model}`."]
 
 
 def operations_per_second(device: str | None, dtype: str | None) -> float:
@@ -76,22 +75,19 @@ def estimate(name: str, options: Mapping[str, Any], sweep: Sweep, speed: float) 
         rows.append([task, *(f"{count * each:,}" for each in (1, read, written))])
         documents, work = documents + count, work + count * (read + _WRITTEN * written)
         data |= {known[task]["data"]} - {""}
-    uncounted = [task.name for task in sweep.tasks if task.name not in known]
-    models = sweep.configurations
+    models, needs = sweep.configurations, missing(options["model_args"]["pretrained"])
     operations = 2 * sum(each.parameters for each in models) * work
-    needs = missing(options["model_args"]["pretrained"])
-    size = (
-        4 * sweep.baseline.parameters * bool(needs) + documents * len(models) * _SAMPLE
-    )
+    size = documents * len(models) * _SAMPLE
+    size += 4 * sweep.baseline.parameters if needs else 0
     columns = ["task", "documents", "tokens read", "tokens written at most"]
-    hours, room = operations / _REACHED / speed / 3600, f"{size / 1e9:.1f} GB of disk"
+    uncounted = [task.name for task in sweep.tasks if task.name not in known]
+    hours = operations / _REACHED / speed / 3600
     lines = [
         f"{len(models)} configurations, each on these {documents:,} documents.",
         f"About {hours:.1f} hours on this machine, give or take a factor of 3.",
-        f"About {room} beside the data sets.",
+        f"About {size / 1e9:.1f} GB of disk beside the data sets.",
         *needs,
         f"Data sets of the Hub, without a licence to accept: {', '.join(sorted(data)) or '-'}.",
+        f"Not counted: {', '.join(uncounted) or '-'}.",
     ]
-    if uncounted:
-        lines.append(f"Not counted: {', '.join(uncounted)}.")
     return "\n".join([f"# {name}\n", markdown_table(columns, rows), "", *lines, ""])

@@ -1,9 +1,10 @@
-"""What a study found: each task against its floor, and whether the dichotomy holds for the model."""
+"""What a study found: each task against its floor, and the verdict on the dichotomy in sentences."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
@@ -21,6 +22,8 @@ from lm_eval_pruned.results.groups import (
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from lm_eval_pruned.compare.comparison import Comparison, Difference
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.results.files import Run
@@ -29,28 +32,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskFinding:
-    """One task: the `rows` of its cuts from the largest size down, and its `floor` if it is known.
-
-    `above` says by run, the unpruned one first, whether the score is shown to be above the floor;
-    None where nothing can say.
-    """
+    """One task: the `rows` of its cuts from the largest size down, and its `floor` if it is known."""
 
     task: str
     metric: str
-    base_score: float
     floor: Standing | None
-    above: dict[str, bool | None]
     rows: list[Difference]
 
     @property
-    def floor_by(self) -> str:
-        """What has the floor: a level, or a model that knows nothing; empty if none is known."""
-        return self.floor.floor_name.removeprefix(FLOOR) if self.floor else ""
+    def level(self) -> str:
+        """The floor and what has it: a level, or a model that knows nothing."""
+        if self.floor is None:
+            return "-"
+        return f"{self.floor.floor:.3f} ({self.floor.floor_name.removeprefix(FLOOR)})"
 
     @property
     def can_fall(self) -> bool:
         """Whether a loss can be seen: an unpruned model at the floor has none to show."""
-        return next(iter(self.above.values())) is not False
+        return self.floor is None or self.floor.base_above_floor is not False
 
     @property
     def falls(self) -> list[Difference]:
@@ -60,13 +59,16 @@ class TaskFinding:
     @property
     def rises(self) -> list[Difference]:
         """Rows that are better than the unpruned model and not at the floor."""
-        better = [row for row in self.rows if row.verdict == "better"]
-        return [row for row in better if self.above[row.run] is not False]
+        return [row for row in self.rows if row.said == "better"]
 
 
 @dataclass(frozen=True)
 class Findings:
-    """The runs of one model, what of its tasks falls and rises, and the verdicts against chance."""
+    """The runs of one model, what of its tasks falls and rises, and the verdicts against chance.
+
+    `asked` are the options of its sweep; `random` has the verdicts of cuts by the criterion against
+    random ones, by task.
+    """
 
     base: Run
     cuts: list[Run]
@@ -75,6 +77,7 @@ class Findings:
     comparison: Comparison
     random: dict[str, set[str]]
     failed: list[str]
+    asked: Mapping[str, Any]
 
     def on(self, side: str) -> list[TaskFinding]:
         """Return the tasks that the study says are `TAKEN` or `LEFT`."""
@@ -115,19 +118,118 @@ def read_findings(sweep: SweepResults, alpha: float = 0.05) -> Findings:
     for key in primary_metrics([base]):
         rows = [row for row in comparison.rows if (row.task, row.metric) == key]
         floor = next((row.floor for row in rows if row.floor), None)
-        # Whatever knows a language is far away from the perplexity of what does not.
-        unknown = True if floor is None and is_perplexity(key[1]) else None
-        above = {base.name: floor.base_above_floor if floor else unknown}
-        above |= {r.run: r.floor.above_floor if r.floor else unknown for r in rows}
-        tasks.append(TaskFinding(*key, base.scores[key].value, floor, above, rows))
+        tasks += [TaskFinding(*key, floor, rows)] if rows else []
     pairs = [
         (control, run)
         for run in cuts
         for control in beside["random"]
         if control.expansion_ratio == run.expansion_ratio
     ]
-    random: dict[str, set[str]] = {}
+    random: dict[str, set[str]] = defaultdict(set)
     for row in compared_pairs(pairs, alpha, read):
-        random.setdefault(row.task, set()).add(row.verdict)
+        random[row.task].add(row.verdict)
     failed = [f"{e.task} failed on {e.run}: {e.message}" for e in sweep.failures]
-    return Findings(base, cuts, beside, tasks, comparison, random, failed)
+    asked = as_mapping(sweep.definition.get("definition"))
+    return Findings(base, cuts, beside, tasks, comparison, random, failed, asked)
+
+
+def size_of(run: Run) -> float:
+    """Return the percentage of the neurons that was asked for, or that a run has lost."""
+    record = run.pruning
+    if asked := record["asked"].get("prune_percent"):
+        return float(asked)
+    kept = record["intermediate_size_after"] / record["intermediate_size_before"]
+    return round(100 - 100 * kept, 1)
+
+
+def sentences(name: str, found: Findings) -> list[str]:
+    """Return what was found: the verdict, losses, gains, and how it compares with chance."""
+    chance, losses = _told(_against_chance(found)), _told(_losses(found))
+    return [
+        f"For {name} the dichotomy {found.verdict}: {_why(found)}.",
+        f"A loss is first shown {losses or 'at no size'}.",
+        f"{_gains(found) or 'No rise is shown in what the study calls robust'}.",
+        f"Against random cuts of the same size, {chance or 'nothing was compared'}.",
+    ]
+
+
+def open_questions(found: Findings) -> list[str]:
+    """Return what the results do not tell, a sentence each."""
+    unknown = [
+        each.task
+        for each in found.tasks
+        if each.floor is None and not is_perplexity(each.metric)
+    ]
+    limit = found.base.config.get("limit")
+    draws = len({run.pruning.get("seed") for run in found.beside["random"]})
+    told = {
+        f"No floor is known for {_joined(unknown)}.": unknown,
+        f"Each task is its first documents (limit {limit}), too few for small differences.": limit,
+        f"Chance is as many random cuts of each size as there are seeds: {draws}.": draws,
+    }
+    return [
+        *(
+            f"{each.task} cannot show a loss: unpruned, it is not shown to be above {each.level}."
+            for each in found.tasks
+            if not each.can_fall
+        ),
+        *(text for text, applies in told.items() if applies),
+        *[*found.failed, *found.comparison.notes][:8],
+    ]
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def _told(groups: Mapping[str, Sequence[str]]) -> str:
+    """Return the phrases that have tasks, with these in their places."""
+    every = (phrase.format(_joined(tasks)) for phrase, tasks in groups.items() if tasks)
+    return "; ".join(every)
+
+
+def _why(found: Findings) -> str:
+    taken, left = found.on(TAKEN), found.on(LEFT)
+    if found.verdict == "cannot be decided":
+        return "on one of its two sides no task has a score that is shown to be above the floor"
+    drops = [each.task for each in left if each.falls]
+    rises = [each.task for each in left if each.rises and each.task not in drops]
+    kept = [e.task for e in left if e.can_fall and e.task not in (*drops, *rises)]
+    falls = [each.task for each in taken if each.falls]
+    groups = {"{} fall": falls, "{} rise above the floor": rises}
+    told = _told(groups | {"{} fall as well": drops, "no change is shown in {}": kept})
+    return told if falls else f"no loss of knowledge or language is shown; {told}"
+
+
+def _losses(found: Findings) -> Mapping[str, list[str]]:
+    phrases = {run.name: f"at {size_of(run):g} % in {{}}" for run in found.cuts}
+    groups: dict[str, list[str]] = {phrase: [] for phrase in phrases.values()}
+    for each in found.on(TAKEN):
+        for row in each.falls[:1]:
+            groups[phrases[row.run]].append(each.task)
+    return groups
+
+
+def _gains(found: Findings) -> str:
+    sizes, told = {run.name: size_of(run) for run in found.cuts}, []
+    for each in found.on(LEFT):
+        for row in [row for row in each.rows if row.verdict == "better"][-1:]:
+            above = row.floor and row.floor.above_floor
+            told.append(
+                f"{each.task} goes from {row.base_score:.3f} to {row.score:.3f} at {sizes[row.run]:g} "
+                f"%, {'above' if above else 'not shown to be above'} its floor, {each.level}"
+            )
+    return "; ".join(told)
+
+
+def _against_chance(found: Findings) -> Mapping[str, list[str]]:
+    phrases = {
+        (True, False): "the criterion keeps more in {}",
+        (False, True): "it keeps less in {}",
+        (True, True): "it keeps more at some sizes and less at others in {}",
+        (False, False): "no difference is shown in {}",
+    }
+    groups: dict[str, list[str]] = {phrase: [] for phrase in phrases.values()}
+    for task, verdicts in found.random.items():
+        groups[phrases["better" in verdicts, "worse" in verdicts]].append(task)
+    return groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,47 +50,36 @@ def run_study(
     # Needs packages that a machine may lack, which is said before anything is run.
     from lm_eval_pruned.report.report import write_report
     from lm_eval_pruned.study.findings import read_findings
-    from lm_eval_pruned.study.page import Studied, write_page
+    from lm_eval_pruned.study.page import write_page
 
     code, found = 0, {}
     for sweep in sweeps.values():
         code = max(code, run_sweep(sweep.options, sweep=sweep, **which))
         if code == 130:
             return code
-    if int(os.environ.get("RANK") or 0):
-        return code
     for name, options in studies.items():
         folder = Path(options["output_path"])
-        profile = folder / "profile" / "profile.json"
+        file = folder / "profile" / "profile.json"
+        elsewhere = given.get("ray") or which.get("shard")
+        measured = file.is_file() and not read_json(file)["interrupted"]
         try:
-            findings = read_findings(read_sweep(folder))
             write_report(folder)
+            if not measured and not elsewhere:
+                ended = measure(_profile_words(options, file.parent, quick))
+                if ended == 130:
+                    return ended
+                code = code or ended
+            found[name] = read_findings(read_sweep(folder))
         except ResultsError as error:
             print(f"{name} is not on the page yet: {error}", file=sys.stderr)
-            continue
-        processes = int(os.environ.get("WORLD_SIZE") or 1)
-        elsewhere = given.get("ray") or which.get("shard") or processes > 1
-        if not elsewhere and not _is_whole(profile):
-            ended = measure(_profile_words(options, quick))
-            if ended == 130:
-                return ended
-            code = code or ended
-        template = options.get("apply_chat_template")
-        asked = f"asked {'in its' if template else 'without a'} chat template"
-        measured = read_json(profile) if profile.is_file() else {}
-        found[name] = Studied(findings, asked, measured)
     if found:
         print(f"Written: {write_page(Path(given['output_path']), found)[0]}")
     return code or int(len(found) < len(studies))
 
 
-def _is_whole(profile: Path) -> bool:
-    return profile.is_file() and not read_json(profile)["interrupted"]
-
-
-def _profile_words(options: Mapping[str, Any], quick: bool) -> list[str]:
+def _profile_words(options: Mapping[str, Any], folder: Path, quick: bool) -> list[str]:
     """Return the command that measures energy and latency at the sizes of a study."""
-    words = ["profile", "--output_path", str(Path(options["output_path"], "profile"))]
+    words = ["profile", "--output_path", str(folder)]
     words += ["--model_args", *(f"{k}={v}" for k, v in options["model_args"].items())]
     for name in ("ratios", "prune_percents"):
         words += [f"--{name}", *options[name]] if options.get(name) else []

@@ -77,11 +77,10 @@ class SweepFolder:
         definition: Mapping[str, Any],
         error: dict[str, str] | None = None,
     ) -> dict[str, float]:
-        """Make `folder` the unit's folder, and return the unit's own scores.
+        """Make `folder`, one of `new_unit`, the unit's folder, and return the unit's own scores.
 
         Results that were there before move to ``DIR/superseded``, so that a mistyped command
-        loses none. `folder` comes from `new_unit` and has the harness's files, which go where the
-        unit has failed.
+        loses none. The harness's files go where the unit has failed.
         """
         scores: dict[str, float] = {}
         if error is None:
@@ -115,12 +114,13 @@ class SweepFolder:
         if record is not None and record.error is not None:
             shutil.rmtree(target)
             return
-        parent = self.path / "superseded" / target.parent.name / target.name
-        parent.mkdir(parents=True, exist_ok=True)
         name = record.fingerprint[:12] if record else "unreadable"
-        numbered = (parent / f"{name}-{number}" for number in itertools.count(1))
-        places = itertools.chain([parent / name], numbered)
-        os.rename(target, next(place for place in places if not place.exists()))
+        place = self.path / "superseded" / target.parent.name / target.name / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        number = itertools.count(1)
+        while place.exists():
+            place = place.with_name(f"{name}-{next(number)}")
+        os.rename(target, place)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -143,11 +143,11 @@ class SweepFolder:
     def claimed(self, names: tuple[str, str]) -> Iterator[bool]:
         """Hold a unit, and say whether it could be held: another process may have it."""
         key = unit_folder(self.path, *names).relative_to(self.path)
-        locks = self.path / ".locks" / key.parent
-        locks.mkdir(parents=True, exist_ok=True)
+        lock = self.path / ".locks" / key.parent / f"{key.name}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(locked(locks / f"{key.name}.lock"))
+                stack.enter_context(locked(lock))
             except ValueError:
                 yield False
                 return
@@ -158,11 +158,10 @@ class SweepFolder:
 
 @contextlib.contextmanager
 def locked(file: Path, wait: float = 0) -> Iterator[None]:
-    """Hold a file against other processes.
+    """Hold a file against other processes, after at most `wait` seconds; -1 waits for ever.
 
     Raises:
-        ValueError: Another process holds it, and has done so for `wait` seconds; -1 waits for
-            as long as it takes.
+        ValueError: Another process still holds it.
     """
     from filelock import FileLock, Timeout
 
@@ -178,11 +177,7 @@ def locked(file: Path, wait: float = 0) -> Iterator[None]:
 
 
 def write_results(results: dict[str, Any], tracker: Any, folder: Path) -> None:
-    """Let the harness write its files, and make sure that it did.
-
-    Raises:
-        OSError: A file is missing or cut short; the harness only logs that.
-    """
+    """Let the harness write its files; OSError if one is missing or cut short, which it only logs."""
     samples = results.pop("samples", None) or {}
     # The tracker writes beside a path that ends in .json.
     tracker.output_path = str(folder / "results.json")

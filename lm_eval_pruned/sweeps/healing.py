@@ -14,11 +14,11 @@ from lm_eval_pruned.healing.run import checkpoints_of, heal, prepare
 from lm_eval_pruned.healing.text import digest_of, texts_of
 from lm_eval_pruned.pruning.arguments import DECLARED
 from lm_eval_pruned.sweeps.folder import locked
-from lm_eval_pruned.sweeps.options import refuse_other_processes
+from lm_eval_pruned.sweeps.options import refuse_ray
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 #: Arguments of the model type that decide which weights are trained, or are refused there.
@@ -36,33 +36,30 @@ _HOW = (
 
 
 class SweepHealing:
-    """How the configurations of a sweep with the option ``heal`` are trained.
+    """How the `pruned` configurations of a sweep with the option ``heal`` are trained.
 
     Raises:
         ValueError: An option is unknown or of no use, the text cannot be read, or the
             sweep evaluates in a way that has no adapters.
     """
 
-    def __init__(self, asked: Mapping[str, Any]) -> None:
+    def __init__(self, asked: Mapping[str, Any], pruned: Sequence[Any]) -> None:
         given = dict(asked["heal"])
-        data = given.pop("data", None)
-        model = asked.get("model", "pruned-hf")
-        if data is None:
-            raise ValueError(
-                "heal has no text to train on: add data=FILE.jsonl, one such as "
-                "lm-eval-pruned heal takes as --data."
-            )
-        if given.get("method") == "full":
-            raise ValueError(
-                "heal has method=full, which leaves a checkpoint that no longer says what was "
-                "pruned: pass method=lora or method=dora."
-            )
-        if model != "pruned-hf":
-            raise ValueError(
-                f"heal trains what pruned-hf evaluates, but the sweep has model={model}: leave "
-                "model out, or train with lm-eval-pruned heal and pass lora_local_path."
-            )
-        refuse_other_processes("heal", asked)
+        data, model = given.pop("data", None), asked.get("model", "pruned-hf")
+        wrong = {
+            "heal has no text to train on: add data=FILE.jsonl, one such as lm-eval-pruned heal "
+            "takes as --data.": data is None,
+            "heal has method=full, which leaves a checkpoint that no longer says what was pruned: "
+            "pass method=lora or method=dora.": given.get("method") == "full",
+            f"heal trains what pruned-hf evaluates, but the sweep has model={model}: leave model "
+            "out, or train with lm-eval-pruned heal and pass lora_local_path.": model
+            != "pruned-hf",
+            "heal trains pruned models, but the sweep has none: add sizes such as "
+            "--prune_percents 20 40.": not pruned,
+        }
+        for message in (message for message, applies in wrong.items() if applies):
+            raise ValueError(message)
+        refuse_ray("heal", asked)
         self._options = HealingOptions.of(given, "heal")
         self._data = str(data)
         self._texts, self._sha256 = texts_of(self._data), digest_of(self._data)

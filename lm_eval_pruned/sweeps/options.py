@@ -7,7 +7,6 @@ torch or the harness.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -211,9 +210,8 @@ def read_options(
     shared = {n: parse_number(options.pop(n)) for n in SHARED if n in options}
     if shared:
         options["model_args"] = merged(options.get("model_args", {}), shared)
-    examples = {"output_path": "sweep", "tasks": "boolq"}
-    for name, example in ((name, examples[name]) for name in needs):
-        if not options.get(name):
+    for name, example in {"output_path": "sweep", "tasks": "boolq"}.items():
+        if name in needs and not options.get(name):
             raise ValueError(
                 f"{name} was not given: add --{name} {example}, or the key to --config."
             )
@@ -273,13 +271,10 @@ def parse_number(text: str) -> int | float | str:
     return int(number) if number.is_integer() else number
 
 
-def refuse_other_processes(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError where other processes evaluate, which an option cannot have."""
-    size = os.environ.get("WORLD_SIZE") or "1"
-    launched = f"the launcher (WORLD_SIZE={size})" if int(size) > 1 else None
-    other = "--ray" if options.get("ray") else launched
-    if other is not None:
+def refuse_ray(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError where Ray evaluates, which an option cannot have."""
+    if options.get("ray"):
         raise ValueError(
-            f"{name} needs the sweep's folder in the one process that evaluates: leave out {other} "
+            f"{name} needs the sweep's folder in the one process that evaluates: leave out --ray "
             f"or {name}, or share the sweep out with --shard I/N."
         )

@@ -27,38 +27,20 @@ from transformers.utils import cached_file
 from lm_eval_pruned.checkpoints.configs import misspelt
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
+from lm_eval_pruned.pruning import arguments as of_pruning
 from lm_eval_pruned.pruning.argument_values import read_widths
-from lm_eval_pruned.pruning.arguments import (
-    CUTS,
-    DECLARED,
-    EXCLUSIVE,
-    RECIPES,
-    SEVERAL,
-    SIZES,
-    STUDY,
-    PruneArguments,
-    without_idle,
-)
+from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES
 from lm_eval_pruned.pruning.criteria import canonical_name
-from lm_eval_pruned.results.folder import ADAPTERS
+from lm_eval_pruned.results.folder import ADAPTERS, FLOOR
 from lm_eval_pruned.results.stopping_record import SCHEMA
-from lm_eval_pruned.sweeps.floors import FLOORS, Floor
+from lm_eval_pruned.sweeps import tasks as of_tasks
 from lm_eval_pruned.sweeps.healing import SweepHealing, training_arguments
 from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
 from lm_eval_pruned.sweeps.stopping import read_rule
-from lm_eval_pruned.sweeps.tasks import (
-    SweepTask,
-    fingerprint,
-    hash_file,
-    hash_folder,
-    index_tasks,
-    resolve_tasks,
-    with_metadata,
-)
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lm_eval.tasks import TaskManager
 
@@ -74,9 +56,10 @@ SOURCES = {
     "tokenizer": "tokenizer_config.json",
 }
 #: Arguments of all configurations that decide how many parameters a size has.
-_WITH_SIZES = ("multiple_of", *EXCLUSIVE["says which layers to prune"])
-_SIZE = ("intermediate_size", "expansion_ratio", "parameters", "reduction")
-_size = operator.attrgetter(*_SIZE)
+_WITH_SIZES = ("multiple_of", *of_pruning.EXCLUSIVE["says which layers to prune"])
+_size = operator.attrgetter(
+    "intermediate_size", "expansion_ratio", "parameters", "reduction"
+)
 
 
 @dataclass(frozen=True)
@@ -87,22 +70,45 @@ class Configuration:
         id: Readable and unique, such as ``ratio-2.4``.
         arguments: What prunes it, such as ``{"ratio": 2.4}``; empty for the baseline.
         healed: Whether it is trained again before it is evaluated.
+        floor: The type of a model that knows nothing, and is evaluated beside the sweep's.
     """
 
     id: str
     arguments: dict[str, Any]
-    kept_width: int | float
-    expansion_ratio: float
-    parameters: int
-    reduction: float
+    kept_width: int | float = 0
+    expansion_ratio: float = 0.0
+    parameters: int = 0
+    reduction: float = 0.0
     healed: bool = False
+    floor: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what ``sweep.json`` says of it."""
+        if self.floor:
+            return {"id": self.id, "model": self.floor, "arguments": self.arguments}
+        return {k: v for k, v in asdict(self).items() if k != "floor"}
+
+
+def _constant(name: str, answer: str, rule: str) -> Configuration:
+    arguments = {"answer": answer, "loglikelihood": rule}
+    return Configuration(f"{FLOOR}{name}-{rule}", arguments, floor="constant")
+
+
+#: Each with a text for what is generated and a rule for choices, so that few of them do for any task.
+#: Not ``first``: data sets such as TruthfulQA list the right answer first, where no model sees it.
+FLOORS = (
+    _constant("yes", "Yes", "commonest"),
+    _constant("dot", ".", "shortest"),
+    _constant("the-the", "the the", "longest"),
+    Configuration(f"{FLOOR}echo-equal", {"loglikelihood": "equal"}, floor="echo"),
+)
 
 
 class Unit(NamedTuple):
     """One task on one configuration."""
 
-    configuration: Configuration | Floor
-    task: SweepTask
+    configuration: Configuration
+    task: of_tasks.SweepTask
 
     @property
     def names(self) -> tuple[str, str]:
@@ -124,7 +130,7 @@ class Sweep:
         floors: Models that know nothing. They come first, and are none of the configurations.
 
     Raises:
-        ValueError: An option, a size or a task does not exist or fit the model.
+        ValueError: A size, criterion, model type, task or setting cannot be used.
         OSError: The model's config cannot be read.
     """
 
@@ -143,28 +149,22 @@ class Sweep:
         self.configurations = _configurations(options, self._base)
         self.baseline, *pruned = self.configurations
         self.floors = FLOORS if options.get("floors", True) else ()
-        self.healing = SweepHealing(options) if "heal" in options else None
+        self.healing = SweepHealing(options, pruned) if "heal" in options else None
         if self.healing is not None:
-            if not pruned:
-                raise ValueError(
-                    "heal trains pruned models, but the sweep has none: add sizes such as "
-                    "--prune_percents 20 40."
-                )
             # What is wrong with one size is wrong with all that are asked for alike.
             for each in {tuple(each.arguments): each for each in pruned}.values():
                 self.healing.check(self._trained(each), Path(options["output_path"]))
-            for each in pruned:
-                healed = replace(each, id=f"{each.id}_healed", healed=True)
-                self.configurations.insert(self.configurations.index(each) + 1, healed)
-        self._manager = index_tasks(self.settings.include_path)
-        self.tasks = resolve_tasks(options["tasks"], self._manager)
+            both = [(c, replace(c, id=f"{c.id}_healed", healed=True)) for c in pruned]
+            self.configurations[1:] = itertools.chain(*both)
+        self._manager = of_tasks.index_tasks(self.settings.include_path)
+        self.tasks = of_tasks.resolve_tasks(options["tasks"], self._manager)
 
     def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
         """Return the units, those of one configuration together; of part I of N for ``(I, N)``."""
         part, parts = shard or (0, 1)
         # Dealt out task by task: N parts of N configurations get one model each.
         count = len(self.configurations)
-        kinds: tuple[Sequence[Any], ...] = (self.floors, self.configurations)
+        kinds: tuple[Sequence[Configuration], ...] = self.floors, self.configurations
         return [
             Unit(configuration, task)
             for kind in kinds
@@ -173,14 +173,8 @@ class Sweep:
             if (number * count + place) % parts == part
         ]
 
-    def model_type(self, configuration: Configuration | Floor) -> str:
-        """Return what ``lm_eval --model`` would take."""
-        return configuration.model if isinstance(configuration, Floor) else self.model
-
-    def model_args(self, configuration: Configuration | Floor) -> dict[str, Any]:
+    def model_args(self, configuration: Configuration) -> dict[str, Any]:
         """Return the arguments that ``lm_eval --model_args`` would take."""
-        if isinstance(configuration, Floor):
-            return configuration.arguments
         arguments = self._pruned(configuration)
         if configuration.healed:
             arguments["peft"] = str(self.adapter(configuration))
@@ -192,7 +186,7 @@ class Sweep:
         del definition["model"]
         definition["model_args"] = self._described(self._trained(configuration))
         folder = Path(self.options["output_path"], ADAPTERS, configuration.id)
-        return folder / fingerprint(definition)[:16]
+        return folder / of_tasks.fingerprint(definition)[:16]
 
     def heal(self, configuration: Configuration) -> None:
         """Train the adapter of a healed configuration, unless it is there."""
@@ -200,13 +194,12 @@ class Sweep:
         place = self.adapter(configuration)
         self.healing.train(self._trained(configuration), place, self.settings.device)
 
-    def task_manager(self, configuration: Configuration | Floor) -> TaskManager:
+    def task_manager(self, configuration: Configuration) -> TaskManager:
         """Return the harness's task manager as `lm_eval run` would make it."""
         own = self.options.get("metadata") or {}
-        if isinstance(configuration, Floor):
-            # The documents of some tasks depend on the arguments of the model.
-            configuration = self.baseline
-        return with_metadata(self._manager, {**self.model_args(configuration), **own})
+        # The documents of some tasks depend on the arguments of the model.
+        seen = self.baseline if configuration.floor else configuration
+        return of_tasks.with_metadata(self._manager, {**self.model_args(seen), **own})
 
     @functools.cached_property
     def sources(self) -> dict[str, dict[str, str | None]]:
@@ -218,11 +211,10 @@ class Sweep:
             if named.get(argument)
         }
 
-    def model_definition(self, configuration: Configuration | Floor) -> dict[str, Any]:
+    def model_definition(self, configuration: Configuration) -> dict[str, Any]:
         """Return everything that decides which model a configuration is."""
-        if isinstance(configuration, Floor):
-            arguments = configuration.arguments
-            return {"model": configuration.model, "model_args": arguments}
+        if kind := configuration.floor:
+            return {"model": kind, "model_args": configuration.arguments}
         definition = {
             "model": self.model,
             "model_args": self._described(self._pruned(configuration)),
@@ -233,7 +225,7 @@ class Sweep:
         return definition
 
     def definition(
-        self, configuration: Configuration | Floor, task: SweepTask
+        self, configuration: Configuration, task: of_tasks.SweepTask
     ) -> dict[str, Any]:
         """Return everything that decides a unit's scores."""
         decide = (*deciding("scores"), "seed")
@@ -252,26 +244,25 @@ class Sweep:
             definition["stopping"] = rule
         return definition
 
-    def may_stop(self, configuration: Configuration | Floor) -> bool:
+    def may_stop(self, configuration: Configuration) -> bool:
         """Return whether the units of a configuration end when they are decided."""
-        whole = (self.baseline, *self.floors)
-        return self.stop_when is not None and configuration not in whole
+        is_pruned = not configuration.floor and configuration != self.baseline
+        return self.stop_when is not None and is_pruned
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``sweep.json``, the same for every shard and every start."""
-        left_out = deciding("how", "where")
+        left_out, every = deciding("how", "where"), (*self.floors, *self.configurations)
         return {
             "definition": {k: v for k, v in self.options.items() if k not in left_out},
             "sources": self.sources,
-            "configurations": [
-                *(each.as_dict() for each in self.floors),
-                *map(asdict, self.configurations),
-            ],
+            "configurations": [each.as_dict() for each in every],
             "tasks": [each.name for each in self.tasks],
         }
 
     def _pruned(self, configuration: Configuration) -> dict[str, Any]:
-        return without_idle({**self._base, **configuration.arguments})
+        if configuration.floor:
+            return configuration.arguments
+        return of_pruning.without_idle({**self._base, **configuration.arguments})
 
     def _trained(self, configuration: Configuration) -> dict[str, Any]:
         arguments = {**model_source(self._base), **self._pruned(configuration)}
@@ -286,29 +277,42 @@ class Sweep:
             described["widths"] = read_widths(described["widths"])
         text = Path(described.get("calibration", ""))
         if text.is_file():
-            described["calibration"] = {"sha256": hash_file(text)}
+            described["calibration"] = {"sha256": of_tasks.hash_file(text)}
         return described
 
 
-def choose_unit(
-    waiting: list[Unit],
-    holds: str | None,
-    elsewhere: Collection[str],
-    known: list[tuple[str, float]],
-) -> Unit:
-    """Return a unit of the model it holds; else of one that nobody holds; else of the most left.
+class Waiting:
+    """Units that wait to be run, by whoever holds a model.
 
-    By the tasks and seconds that are `known`, the longest unit of a model goes first, and what is
-    left of a model is counted. A task that is unknown takes as long as the known ones on average.
+    Attributes:
+        held: The id of the configuration whose model someone holds, by who it is.
+        known: Tasks and seconds of units that have run.
     """
-    spent = {name: fmean(s for task, s in known if task == name) for name, _ in known}
-    usual = fmean(spent.values()) if spent else 1.0
-    tasks = [(u.configuration.id, spent.get(u.task.name, usual)) for u in waiting]
-    left: dict[str, float] = defaultdict(float)
-    for name, seconds in tasks:
-        left[name] += seconds
-    ranks = [(n != holds, n in elsewhere, -left[n], -s) for n, s in tasks]
-    return waiting[ranks.index(min(ranks))]
+
+    def __init__(self, units: Sequence[Unit], known: list[tuple[str, float]]) -> None:
+        self.units, self.known = list(units), known
+        self.held: dict[Any, str] = {}
+
+    def take(self, holder: Any) -> Unit:
+        """Take a unit of the model it holds; else of one that nobody holds; else of the most left.
+
+        The longest unit of a model goes first, and what is left of a model is counted in seconds. A
+        task that is unknown takes as long as the known ones on average.
+        """
+        times = defaultdict(list)
+        for task, seconds in self.known:
+            times[task].append(seconds)
+        spent = {task: fmean(each) for task, each in times.items()}
+        usual = fmean(spent.values()) if spent else 1.0
+        tasks = [
+            (u.configuration.id, spent.get(u.task.name, usual)) for u in self.units
+        ]
+        left: dict[str, float] = defaultdict(float)
+        for name, seconds in tasks:
+            left[name] += seconds
+        own, held = self.held.get(holder), [*self.held.values()]
+        ranks = [(n != own, n in held, -left[n], -s) for n, s in tasks]
+        return self.units.pop(ranks.index(min(ranks)))
 
 
 def model_source(base: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +329,7 @@ def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]
     if folder.is_dir():
         inner = folder / str(base.get("subfolder") or "")
         # Other folders in it, such as the checkpoints of a training, do not count.
-        return {"sha256": hash_folder(inner if inner.is_dir() else folder)}
+        return {"sha256": of_tasks.hash_folder(inner if inner.is_dir() else folder)}
     commit = None
     with contextlib.suppress(OSError, ValueError, IndexError):
         found = cached_file(name, file, revision=base.get("revision") or "main")
@@ -382,20 +386,19 @@ def _configurations(
     variants = [*_variants(options)]
     shared = {name: base[name] for name in _WITH_SIZES if base.get(name) is not None}
     for option, argument in SEVERAL.items():
-        if argument not in CUTS:
+        if argument not in of_pruning.CUTS:
             continue
-        values = options.get(option, [])
+        is_size, values = argument in SIZES, options.get(option, [])
         if argument != "widths":
             values = [*map(parse_number, values)]
-        is_size = argument in SIZES
         rows = plan(argument=argument, values=values, **shared if is_size else {})
         sizes = [each for each in zip(values, rows, strict=True) if each[1].reduction]
-        for (value, row), variant in itertools.product(
-            sizes, variants if is_size else [{}]
-        ):
+        combined = itertools.product(sizes, variants if is_size else [{}])
+        for (value, row), variant in combined:
             arguments = {argument: value, **variant}
             # Refused here, not once the baseline has been evaluated.
-            PruneArguments.taken_from(without_idle({**base, **arguments}))
+            asked = of_pruning.without_idle({**base, **arguments})
+            of_pruning.PruneArguments.taken_from(asked)
             name = _id(arguments)
             found[name] = Configuration(name, arguments, *_size(row))
     return [*found.values()]
@@ -419,7 +422,8 @@ def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         [{argument: value} for value in options.get(option) or [None]]
         for option, argument in (("allocations", "allocation"), ("repairs", "repair"))
     ]
-    usual = {n: each.default for n, each in DECLARED.items()} | RECIPES[STUDY]
+    usual = {name: each.default for name, each in DECLARED.items()}
+    usual |= of_pruning.RECIPES[of_pruning.STUDY]
     for parts in itertools.product(*several, chosen):
         given = functools.reduce(operator.or_, parts)
         silent = {} if "recipe" in given else usual
@@ -432,6 +436,6 @@ def _id(arguments: dict[str, Any]) -> str:
     named = dict(arguments)
     if "widths" in named:
         # Two files may have one name, and one file may change.
-        digest = fingerprint({"widths": read_widths(named["widths"])})[:8]
+        digest = of_tasks.fingerprint({"widths": read_widths(named["widths"])})[:8]
         named["widths"] = f"{Path(named['widths']).stem}-{digest}"
     return "_".join(f"{k}-{v}" for k, v in named.items()).replace("/", "over")

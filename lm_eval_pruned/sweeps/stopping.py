@@ -20,7 +20,7 @@ from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.results.runs import read_newest
 from lm_eval_pruned.results.stopping_record import Stopping
 from lm_eval_pruned.sweeps.folder import write_results
-from lm_eval_pruned.sweeps.options import refuse_other_processes
+from lm_eval_pruned.sweeps.options import refuse_ray
 
 
 if TYPE_CHECKING:
@@ -46,13 +46,10 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
     rule: str | None = options.get("stop_when")
     if rule is None:
         return None
-    refuse_other_processes(f"stop_when={rule}", options)
+    refuse_ray(f"stop_when={rule}", options)
     others = {**(options.get("model_args") or {}), **options}
-    for name, wrong in (
-        ("log_samples", False),
-        ("predict_only", True),
-        ("energy", True),
-    ):
+    forbidden = {"log_samples": False, "predict_only": True, "energy": True}
+    for name, wrong in forbidden.items():
         if others.get(name) is wrong:
             raise ValueError(
                 f"stop_when={rule} compares documents look by look, and {name} is {wrong}: leave "
@@ -70,11 +67,7 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
 
 
 def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
-    """Refuse tasks whose answers depend on which documents are evaluated with them.
-
-    Raises:
-        ValueError: Few-shot examples or answers are drawn at random, one after the other.
-    """
+    """Raise ValueError for tasks that draw few-shot examples or answers, one after the other."""
     for name, task in tasks.items():
         config: Any = task.config
         examples = config.num_fewshot

@@ -63,11 +63,6 @@ def with_metadata(manager: TaskManager, metadata: dict[str, Any]) -> TaskManager
     return manager
 
 
-def load_task(manager: TaskManager, task: SweepTask) -> list[Any]:
-    """Return the harness's Task or Group object of a unit; this loads its data."""
-    return [task.build(manager._factory)]
-
-
 def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
     """Return the units' tasks for names, patterns, tags, groups and YAML files.
 

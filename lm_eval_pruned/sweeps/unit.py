@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import random
 import re
 import time
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import lm_eval
 import torch
@@ -20,21 +17,22 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
 from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_pruned.sweeps.floors import Floor
-from lm_eval_pruned.sweeps.folder import write_results
+from lm_eval_pruned.results.folder import unit_folder
+from lm_eval_pruned.results.runs import read_newest
+from lm_eval_pruned.sweeps.folder import SweepFolder, write_results
 from lm_eval_pruned.sweeps.options import deciding
-from lm_eval_pruned.sweeps.plan import MODELS, Configuration
+from lm_eval_pruned.sweeps.plan import MODELS
 from lm_eval_pruned.sweeps.stopping import check_tasks, evaluate_until_decided
-from lm_eval_pruned.sweeps.tasks import fingerprint, load_task
+from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.tracking import check_tracking, report
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from pathlib import Path
 
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.sweeps.plan import Sweep, Unit
+    from lm_eval_pruned.sweeps.plan import Configuration, Sweep, Unit
     from lm_eval_pruned.sweeps.tasks import SweepTask
 
     #: A unit, the folder of its files, its seconds, and None or what it failed with.
@@ -43,10 +41,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
 
-
 #: Seconds of waiting before a unit that the Hub answered with 429 starts again; the Hub counts
 #: requests over five minutes.
 PAUSES = (30, 60, 120, 240)
+#: What a traceback says that ends with an answer of 429.
+_REFUSED = r"\b429 (Client Error|Too Many Requests)"
+#: What it says where the device failed, for which too little memory does not count.
+_OF_DEVICE = r"Error: (CUDA|HIP|XPU)( driver)? error: (?!out of memory)"
 
 
 class UnitRunner:
@@ -55,43 +56,54 @@ class UnitRunner:
     Args:
         sweep: The plan.
         part: Distinguishes the cache files of processes that run side by side.
-        base: Reads the unpruned model's results on a task, for units that may stop early.
+        folder: Holds the unpruned model's results, for units that may stop early.
 
     Attributes:
         device_failed: Whether the accelerator failed, after which this process cannot use it.
     """
 
     def __init__(
-        self, sweep: Sweep, part: str, base: Callable[[SweepTask], Run] | None = None
+        self, sweep: Sweep, part: str, folder: SweepFolder | None = None
     ) -> None:
-        self._sweep, self._part, self._base = sweep, part, base
+        self._sweep, self._part, self._folder = sweep, part, folder
         check_tracking(sweep.settings)
-        self._holds: Configuration | Floor | None = None
+        self._holds: Configuration | None = None
         # The model, or what loading it raised.
         self._lm: Any = None
         self._known_scores: KnownScores = {}
         self.device_failed = False
 
     def attempt(self, unit: Unit, folder: Path) -> tuple[float, dict[str, str] | None]:
-        """Evaluate one unit and write the harness's files of it to `folder`, an empty one.
+        """Evaluate a unit and write the harness's files of it to `folder`, an empty one.
+
+        Where the Hub says 429, it starts again after a while.
 
         Returns:
             Seconds the evaluation took, without loading the model; and None, or ``type``,
             ``message`` and ``traceback`` of what the unit failed with.
         """
-        start = time.perf_counter()
-        try:
-            return self._run(unit, folder), None
-        except Exception as error:
-            logger.exception("%s / %s failed.", *unit.names)
-            self.device_failed = _is_of_device(error)
-            told = describe_error(error)
-        if getattr(self._lm, "engine_died", False):
-            # It answers nobody: the next unit starts another.
-            self.release()
-        elif not self.device_failed:
-            release_memory()
-        return time.perf_counter() - start, told
+        pauses = iter(PAUSES)
+        while True:
+            start = time.perf_counter()
+            try:
+                return self._run(unit, folder), None
+            except Exception as error:
+                logger.exception("%s / %s failed.", *unit.names)
+                told = describe_error(error)
+            seconds, why = time.perf_counter() - start, told["traceback"]
+            self.device_failed = re.search(_OF_DEVICE, why) is not None
+            pause = next(pauses, None) if re.search(_REFUSED, why) else None
+            if pause or getattr(self._lm, "engine_died", False):
+                # It holds what loading has raised, or answers nobody.
+                self.release()
+            elif not self.device_failed:
+                release_memory()
+            if not pause:
+                return seconds, told
+            # Those that were refused together do not come back together.
+            wait = pause * random.uniform(0.75, 1.25)
+            logger.warning("The Hub says 429: %s / %s waits %.0f s.", *unit.names, wait)
+            time.sleep(wait)
 
     def release(self) -> None:
         """Free the model's memory."""
@@ -99,34 +111,16 @@ class UnitRunner:
         self._lm = self._holds = None
         release_memory()
 
-    def attempt_patiently(
-        self, unit: Unit, folder: Path
-    ) -> tuple[float, dict[str, str] | None]:
-        """Attempt a unit, and again after a while where the Hub says 429."""
-        for pause in PAUSES:
-            seconds, error = self.attempt(unit, folder)
-            refused = r"\b429 (Client Error|Too Many Requests)"
-            if error is None or not re.search(refused, error["traceback"]):
-                return seconds, error
-            # Those that were refused together do not come back together.
-            wait = pause * random.uniform(0.75, 1.25)
-            logger.warning("The Hub says 429: %s / %s waits %.0f s.", *unit.names, wait)
-            # It holds what loading has raised.
-            self.release()
-            time.sleep(wait)
-        return self.attempt(unit, folder)
-
     def _run(self, unit: Unit, folder: Path) -> float:
         sweep, (configuration, task) = self._sweep, unit
         manager = sweep.task_manager(configuration)
-        tasks = load_task(manager, task)
-        base = None
+        tasks, base = [task.build(manager._factory)], None
         if sweep.stop_when is not None:
             members = manager.load(tasks)["tasks"]
             # Those of the unpruned model, too, for which all sizes wait.
             check_tasks(sweep.stop_when, members, sweep.settings)
-            if self._base and sweep.may_stop(configuration):
-                base = self._base(task)
+            if self._folder and sweep.may_stop(configuration):
+                base = _unpruned_run(sweep, self._folder, task)
         self._load(configuration)
         start, tracker = time.perf_counter(), EvaluationTracker()
         given = configuration, manager, tasks, tracker
@@ -138,13 +132,11 @@ class UnitRunner:
                 sweep, task.name, members, base, evaluate, folder.parent
             )
         seconds = time.perf_counter() - start
-        # Of several processes, the first has them.
-        if results is not None:
-            report(" ".join(unit.names), results, sweep.settings)
-            write_results(results, tracker, folder)
+        report(" ".join(unit.names), results, sweep.settings)
+        write_results(results, tracker, folder)
         return seconds
 
-    def _load(self, configuration: Configuration | Floor) -> None:
+    def _load(self, configuration: Configuration) -> None:
         """Hold the model of a configuration, or raise what loading it has raised."""
         sweep = self._sweep
         if self._holds is not configuration:
@@ -154,10 +146,10 @@ class UnitRunner:
             names = ("batch_size", "max_batch_size", "device")
             more = {name: getattr(sweep.settings, name) for name in names}
             try:
-                if isinstance(configuration, Configuration) and configuration.healed:
+                if configuration.healed:
                     sweep.heal(configuration)
                     release_memory()
-                kind = sweep.model_type(configuration)
+                kind = configuration.floor or sweep.model
                 if kind in MODELS:
                     more["known_scores"] = self._known_scores
                 load = get_model(kind).create_from_arg_obj
@@ -173,7 +165,7 @@ class UnitRunner:
 
     def _evaluate(
         self,
-        configuration: Configuration | Floor,
+        configuration: Configuration,
         manager: Any,
         tasks: list[Any],
         tracker: EvaluationTracker,
@@ -190,41 +182,49 @@ class UnitRunner:
             options |= {"limit": None, "samples": chosen}
         drawing = ("random", "numpy_random", "torch_random", "fewshot_random")
         seeds = zip(drawing, settings.seed or [None] * 4, strict=True)
-        own_cache = settings.use_cache
-        if isinstance(configuration, Floor):
-            # Their answers cost nothing, and depend on which documents there are.
-            own_cache = None
+        # The answers of what knows nothing cost nothing, and depend on which documents there are.
+        own_cache = None if configuration.floor else settings.use_cache
         if own_cache is not None:
             # The harness's key of a response holds the request and nothing of the model.
             model = fingerprint(sweep.model_definition(configuration))[:12]
             own_cache += f"_{configuration.id}_{model}{self._part}"
         try:
-            with _quiet_git():
-                results = lm_eval.simple_evaluate(
-                    model=lm,
-                    model_args=sweep.model_args(configuration),
-                    tasks=tasks,
-                    **options,
-                    **{f"{name}_seed": seed for name, seed in seeds},
-                    # What it computes on, which need not be what was asked for.
-                    device=str(getattr(lm, "device", settings.device)),
-                    use_cache=own_cache or cache,
-                    evaluation_tracker=tracker,
-                    task_manager=manager,
-                    confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
-                    metadata=manager.metadata,
-                )
+            results = lm_eval.simple_evaluate(
+                model=lm,
+                model_args=sweep.model_args(configuration),
+                tasks=tasks,
+                **options,
+                **{f"{name}_seed": seed for name, seed in seeds},
+                # What it computes on, which need not be what was asked for.
+                device=str(getattr(lm, "device", settings.device)),
+                use_cache=own_cache or cache,
+                evaluation_tracker=tracker,
+                task_manager=manager,
+                confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+                metadata=manager.metadata,
+            )
         finally:
             if (answers := getattr(lm.cache_hook, "dbdict", None)) is not None:
                 answers.close()
                 lm.set_cache_hook(CacheHook(None))
-        if results is not None:
-            # What `lm_eval run` records where it makes the model itself.
-            model = sweep.model_type(configuration)
-            results["config"] |= {"model": model, "use_cache": own_cache}
-            results["config"]["weight_bytes"] = weight_bytes(getattr(lm, "model", None))
-            tracker.general_config_tracker.model_source = model
+        # What `lm_eval run` records where it makes the model itself.
+        model = configuration.floor or sweep.model
+        size = weight_bytes(getattr(lm, "model", None))
+        told = {"model": model, "use_cache": own_cache, "weight_bytes": size}
+        results["config"] |= told
+        tracker.general_config_tracker.model_source = model
         return results
+
+
+def _unpruned_run(sweep: Sweep, folder: SweepFolder, task: SweepTask) -> Run:
+    names, now = (sweep.baseline.id, task.name), sweep.definition(sweep.baseline, task)
+    record = folder.read(*names)
+    if record is None or record.error or record.fingerprint != fingerprint(now):
+        raise ValueError(
+            f"{task.name} has no results of the unpruned model to compare with in {folder.path}: "
+            "evaluate baseline first, and then use --retry_failed."
+        )
+    return read_newest(unit_folder(folder.path, *names))
 
 
 def weight_bytes(model: Any) -> int | None:
@@ -248,21 +248,3 @@ def describe_error(error: BaseException) -> dict[str, str]:
     name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
     text = "".join(traceback.format_exception(error))
     return {"type": name, "message": str(error), "traceback": text}
-
-
-def _is_of_device(error: BaseException | None) -> bool:
-    """Whether an error, or a cause of it, is of the device. Too little memory does not count."""
-    if error is None:
-        return False
-    # Before release 2.8, torch raises a plain RuntimeError.
-    pattern = r"(CUDA|HIP|XPU)( driver)? error: (?!out of memory)"
-    found = isinstance(error, RuntimeError) and re.match(pattern, str(error))
-    return bool(found) or _is_of_device(error.__cause__ or error.__context__)
-
-
-def _quiet_git() -> contextlib.AbstractContextManager[Any]:
-    """Have the harness ask git for a commit only where there is a repository to ask about."""
-    here = Path.cwd()
-    if any((place / ".git").exists() for place in (here, *here.parents)):
-        return contextlib.nullcontext()
-    return mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None)

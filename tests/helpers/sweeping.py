@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import sys
 import threading
 import traceback
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
-
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 TASK = """\
@@ -38,7 +33,6 @@ doc_to_choice: ["yes", "no", "perhaps"]"""
 SENTENCE = """\
 doc_to_target: "{{question}}"
 generation_kwargs: {until: [], do_sample: true, temperature: 1.0, max_gen_toks: 3}"""
-
 UTILS = """\
 import json
 from pathlib import Path
@@ -54,7 +48,6 @@ def load(**kwargs):
 def cannot_be_had(**kwargs):
     raise ConnectionError("the data set cannot be had")
 """
-
 GROUPS = {
     "both.yaml": "group: tiny_both\ntask:\n  - tiny_choice\n  - task: tiny_sentence\n"
     "    num_fewshot: 0\n",
@@ -97,11 +90,16 @@ def write_tasks(folder: Path, documents: int = 4) -> Path:
     return folder
 
 
-def forked(run, kill_after: int | None = None) -> int:
-    """Run a function in a forked process and return the exit code that it returns.
+def change(tasks: str | Path, file: str, old: str, new: str) -> None:
+    """Replace a text in a file of `write_tasks`; add it where `old` is empty."""
+    path = Path(tasks, file)
+    text = path.read_text() if path.exists() else ""
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
 
-    At call `kill_after` of a Python function the process kills itself; the code is then -9.
-    """
+
+def forked(run) -> int:
+    """Run a function in a forked process and return the exit code that it returns."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -115,16 +113,6 @@ def forked(run, kill_after: int | None = None) -> int:
         # torch makes a new pool of threads at its first use in a fork, and fails if two
         # threads that load a model are the first at once.
         torch.set_num_threads(torch.get_num_threads())
-        if kill_after is not None:
-            left = kill_after
-
-            def count(frame, event, argument):
-                nonlocal left
-                left -= 1
-                if left <= 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            sys.setprofile(count)
         code = run()
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
@@ -132,10 +120,10 @@ def forked(run, kill_after: int | None = None) -> int:
         os._exit(code)
 
 
-def results_of(folder: Path) -> dict[str, dict]:
+def results_of(folder: str | Path) -> dict[str, dict]:
     """Return what each unit's results file and samples say, without times and places."""
     found = {}
-    for unit in sorted(folder.glob("units/*/*")):
+    for unit in sorted(Path(folder).glob("units/*/*")):
         (file,) = unit.glob("results_*.json")
         results = json.loads(file.read_text())
         samples = {
@@ -150,11 +138,19 @@ def results_of(folder: Path) -> dict[str, dict]:
     return found
 
 
-def files_of(folder: Path) -> dict[str, tuple[str, ...]]:
+def files_of(folder: str | Path) -> dict[str, tuple[str, ...]]:
     """Return the names of the files of each unit; results carry the time in theirs."""
     return {
         f"{unit.parent.name}/{unit.name}": tuple(
             sorted(map(os.path.basename, unit.iterdir()))
         )
-        for unit in folder.glob("units/*/*")
+        for unit in Path(folder).glob("units/*/*")
+    }
+
+
+def errors_of(folder: str | Path) -> dict[str, dict[str, str]]:
+    """Return type, message and traceback of the units that failed."""
+    return {
+        f"{file.parent.parent.name}/{file.parent.name}": json.loads(file.read_text())
+        for file in Path(folder).glob("units/*/*/error.json")
     }

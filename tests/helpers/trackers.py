@@ -5,10 +5,8 @@ Each notes its calls as lines of JSON in a file, which the test reads; none has 
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 
@@ -59,22 +57,19 @@ def init(project=None, name=None):
 """
 
 
-def _read(file: Path) -> list[dict]:
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def install(monkeypatch, folder: Path) -> SimpleNamespace:
-    """Make both packages importable; return their notes, each as a function."""
-    calls = {}
+def install(monkeypatch, folder: Path):
+    """Make both packages importable; return what reads the notes of one."""
     for name in ("wandb", "trackio"):
         (folder / name).mkdir(parents=True)
         (folder / name / "__init__.py").write_text(NOTE)
-        calls[name] = functools.partial(_read, folder / name / "calls.jsonl")
     printer = folder / "wandb" / "sdk" / "lib"
     printer.mkdir(parents=True)
     (printer / "printer.py").write_text("def new_printer():\n    return None\n")
     monkeypatch.syspath_prepend(str(folder))
-    for name in [n for n in sys.modules if n.split(".")[0] in calls]:
+    for name in [n for n in sys.modules if n.split(".")[0] in ("wandb", "trackio")]:
         monkeypatch.delitem(sys.modules, name)
-    return SimpleNamespace(**calls)
+
+    def calls(name):
+        return [*map(json.loads, (folder / name / "calls.jsonl").open())]
+
+    return calls

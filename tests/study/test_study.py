@@ -40,7 +40,7 @@ def studied(folder, tasks, percents=(0, 20, 40, 60)):
     runs = {f"p{p}": (p, at(p / percents[-1])) for p in percents}
     for p in percents[1:]:
         cut = pruning(p, criterion="random", seed=0)
-        runs[f"p{p}_random"] = (cut, at(1.2 * p / percents[-1]))
+        runs[f"p{p}_random"] = (cut, at(1.8 * p / percents[-1]))
     floor = {
         task: answers(share, n) for n, (task, (*_, share)) in enumerate(tasks.items())
     }
@@ -66,23 +66,23 @@ def studied(folder, tasks, percents=(0, 20, 40, 60)):
     ],
 )
 def test_the_verdict(tasks, words, tmp_path):
-    from lm_eval_pruned.study.verdict import sentences
+    from lm_eval_pruned.study.findings import sentences
 
-    told = sentences("tiny", studied(tmp_path, tasks), {})
-    assert len(told) == 5 and words in told[0], told
+    told = sentences("tiny", studied(tmp_path, tasks))
+    assert words in told[0], told
+    assert "keeps more in mmlu" in told[3] or "mmlu" not in words
 
 
 @pytest.mark.slow
 def test_the_page_is_short_and_shows_floors_and_what_was_published(tmp_path):
-    from lm_eval_pruned.study.page import Studied, write_page
+    from lm_eval_pruned.study.page import write_page
 
     tasks = FALLS | RISES | RISES_BELOW | {"gsm8k": (0.3, 0.0, 0.0)}
     tasks |= dict.fromkeys(("boolq", "hellaswag", "winogrande"), (0.6, 0.4, 0.5))
     tasks |= dict.fromkeys(("arc_challenge", "lambada_openai"), (0.5, 0.3, 0.2))
     tasks |= {"truthfulqa_mc1": (0.3, 0.4, 0.2), "leaderboard_musr": (0.4, 0.4, 0.3)}
     found = studied(tmp_path, tasks, (0, 10, 20, 30, 40, 50, 60))
-    models = {"Llama-3.2-1B": Studied(found, "asked without a chat template", {})}
-    page, text, *plots = write_page(tmp_path / "page", models)
+    page, text, *plots = write_page(tmp_path / "page", {"Llama-3.2-1B": found})
     told = text.read_text("utf-8")
     assert len(told.split()) < 2500
     assert {plot.stem.split("-", 3)[-1] for plot in plots} >= {"1b-relative"}
@@ -90,7 +90,10 @@ def test_the_page_is_short_and_shows_floors_and_what_was_published(tmp_path):
     assert "|ifeval|maw|0.400 (constant)|0.100 ≤|" in told
     assert "|mmlu|as published||0.311|0.251|" in told
     assert "ifeval cannot show a loss" in told
-    assert "ifeval goes from 0.100 to 0.350 at 60 %, not shown to be above" in told
+    assert (
+        "ifeval goes from 0.100 to 0.350 at 60 %, not shown to be above its floor"
+        in told
+    )
     assert page.read_text("utf-8").count("<figure") == 2
 
 
@@ -106,7 +109,6 @@ PERCENTS = ["10", "20", "30", "40", "50", "60"]
         ({}, None, False, {"apply_chat_template": True}),
         ({}, "base", True, {"limit": 30.0, "prune_percents": ["20", "40", "60"]}),
         ({"ratios": ["1.5", "1.0"]}, "base", False, {"prune_percents": None}),
-        ({"ratios": ["3.6", "2"]}, "base", False, {"prune_percents": ["10", "50"]}),
         ({"criteria": ["l2"]}, "base", False, {"seeds": None}),
         ({"samples": {"piqa": [1]}}, "base", True, {"limit": None}),
     ],
@@ -129,7 +131,7 @@ def test_what_is_given_wins_over_the_study(given, kind, quick, expected, tiny_ll
             "name the model",
         ),
         (["{model}", "{model}", "--output_path", "o"], "is the second model called"),
-        (["{model}", "--ratios", "9", "--output_path", "o"], "prune_percent=-125"),
+        (["{model}", "--ratios", "9", "--output_path", "o"], "ratio=9 is above"),
         (
             ["meta-llama/none", "--output_path", "o"],
             "Accept the Llama Community License",
@@ -171,7 +173,7 @@ def test_from_the_command_to_the_page(tiny_llama, tmp_path, capsys):
     for heading in ("verdict", "scores", "figures", "what cannot be said"):
         assert f"\n## {name}: {heading}\n" in told
     assert "|pruned_demo_truthfulness|random|" in told
-    assert "|J per written token|" in told
+    assert f"]({name}/profile/profile.md)" in told
     for file in ("report/report.html", "profile/profile.json", "sweep.json"):
         assert (tmp_path / "out" / name / file).is_file()
     # Again, it finds everything done.

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +16,17 @@ from safetensors.torch import load_file
 from lm_eval_pruned.checkpoints.adapters import HEALING
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.healing.trainer import HealingTrainer
+from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.meters import FakeMeter
-from tests.helpers.sweeping import files_of, forked, sweep_options
+from tests.helpers.sweeping import (
+    errors_of,
+    files_of,
+    forked,
+    results_of,
+    sweep_options,
+)
 
 
 TEXTS = [f"The tide of day {n} comes in twice, and goes out twice." for n in range(12)]
@@ -33,19 +39,12 @@ TRAINING = {
 NAMES = ("baseline", "ratio-1.5", "ratio-1.5_healed")
 
 
-class Now:
-    """A clock that nobody has to move."""
-
-    @property
-    def now(self) -> float:
-        return time.perf_counter()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def ten_watts(quick):
     with pytest.MonkeyPatch.context() as patch:
+        clock = type("Clock", (), {"now": property(lambda self: time.perf_counter())})
         meter = "lm_eval_pruned.healing.cost.CodecarbonMeter"
-        patch.setattr(meter, lambda: FakeMeter(Now(), {"cpu": 10.0}))
+        patch.setattr(meter, lambda: FakeMeter(clock(), {"cpu": 10.0}))
         yield
 
 
@@ -99,18 +98,14 @@ def adapter_of(options):
     return sweep.adapter(sweep.configurations[2])
 
 
-def results_of(options, name):
-    unit = Path(options["output_path"], "units", name, "tiny_choice")
-    (file,) = unit.glob("results_*.json")
-    return json.loads(file.read_text())
-
-
 def test_each_size_is_evaluated_before_and_after(done, capsys):
-    files = files_of(Path(done["output_path"]))
-    assert set(files) == {f"{name}/tiny_choice" for name in NAMES}
+    assert set(files_of(done["output_path"])) == {
+        f"{name}/tiny_choice" for name in NAMES
+    }
     adapter = adapter_of(done)
     record = json.loads((adapter / HEALING).read_text())
-    before, after = (results_of(done, name)["config"] for name in NAMES[1:])
+    runs = read_sweep(done["output_path"]).runs
+    before, after = (run.config for run in runs[1:])
     assert "healing" not in before
     assert after["healing"] | {"pruning": after["pruning"]} == record
     assert after["pruning"] == before["pruning"]
@@ -128,9 +123,9 @@ def test_each_size_is_evaluated_before_and_after(done, capsys):
 def test_another_task_trains_nothing_again_and_another_text_does(
     done, trainer, tmp_path
 ):
-    before = files_of(Path(done["output_path"]))
+    before = files_of(done["output_path"])
     assert run_sweep({**done, "tasks": ["tiny_both"]}) == 0
-    assert before.items() < files_of(Path(done["output_path"])).items()
+    assert before.items() < files_of(done["output_path"]).items()
     assert trainer.trainings == []
     other = healing(done, data=write_data(tmp_path / "data.jsonl", TEXTS[1:]))
     for options in (other, done):
@@ -139,31 +134,25 @@ def test_another_task_trains_nothing_again_and_another_text_does(
 
 
 def test_what_decides_the_weights_defines_the_unit(options, tmp_path):
-    def defined(options):
-        sweep = Sweep(options)
-        pruned, healed = (
-            sweep.definition(c, sweep.tasks[0]) for c in sweep.configurations[1:]
-        )
-        return pruned, healed, sweep.adapter(sweep.configurations[2])
+    def defined(options, **heal):
+        sweep = Sweep(healing(options, **heal))
+        _, *both = (sweep.definition(c, sweep.tasks[0]) for c in sweep.configurations)
+        return (*both, sweep.adapter(sweep.configurations[2]))
 
-    pruned, healed, adapter = defined(options)
+    pruned, healed, adapter = before = defined(options)
     for change in (
         {"max_steps": 3},
         {"training_args": {**TRAINING, "learning_rate": 1e-3}},
         {"peft_args": {"r": 2}},
         {"teacher_weight": 0.5},
     ):
-        found = defined(healing(options, **change))
+        found = defined(options, **change)
         assert found[0] == pruned
         assert found[1] != healed
         assert found[2] != adapter
     how = {**TRAINING, "save_steps": 3, "logging_steps": 1}
     moved = write_data(tmp_path / "moved.jsonl", TEXTS)
-    assert defined(healing(options, training_args=how, data=moved)) == (
-        pruned,
-        healed,
-        adapter,
-    )
+    assert defined(options, training_args=how, data=moved) == before
     for more, same in (
         ({"energy": True, "logits_cache": False}, True),
         ({"dtype": "bfloat16"}, False),
@@ -174,73 +163,61 @@ def test_what_decides_the_weights_defines_the_unit(options, tmp_path):
 
 @pytest.mark.slow
 def test_killed_while_it_trains_it_goes_on_from_the_checkpoint(done, trainer, tmp_path):
-    here = {**done, "output_path": str(tmp_path / "killed")}
+    here = {**done, "output_path": str(tmp_path)}
     trainer.at[3] = lambda: os.kill(os.getpid(), signal.SIGKILL)
     assert forked(lambda: run_sweep(here)) == -signal.SIGKILL
-    assert set(files_of(tmp_path / "killed")) == {f"{n}/tiny_choice" for n in NAMES[:2]}
+    assert set(files_of(tmp_path)) == {f"{name}/tiny_choice" for name in NAMES[:2]}
     assert not adapter_of(here).exists()
     del trainer.at[3]
     assert run_sweep(here) == 0
     assert trainer.steps == [2, 3]
-    found, expected = (
-        load_file(adapter_of(each) / "adapter_model.safetensors")
-        for each in (here, done)
-    )
+    file = "adapter_model.safetensors"
+    found, expected = (load_file(adapter_of(each) / file) for each in (here, done))
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
-    assert (
-        results_of(here, NAMES[2])["results"] == results_of(done, NAMES[2])["results"]
-    )
+    found, expected = (results_of(each["output_path"]) for each in (here, done))
+    assert all(found[unit] == expected[unit] for unit in found)
 
 
 @pytest.mark.slow
 def test_a_training_that_fails_fails_its_own_units(options, trainer, tmp_path):
-    here = {**options, "output_path": str(tmp_path / "failing")}
-    here |= {"tasks": ["tiny_both"], "prune_percents": ["20"]}
+    here = {**options, "output_path": str(tmp_path), "tasks": ["tiny_both"]}
 
     def failing():
         if len(trainer.trainings) == 1:
             raise RuntimeError("the memory ran out")
 
     trainer.at[0] = failing
-    assert run_sweep(here) == 1
-    failed = {file.parent for file in tmp_path.glob("failing/units/*/*/error.json")}
-    assert {unit.parent.name for unit in failed} == {"ratio-1.5_healed"}
-    assert all("memory ran out" in (unit / "error.json").read_text() for unit in failed)
-    assert (len(failed), len(files_of(tmp_path / "failing"))) == (2, 10)
-    assert len(trainer.trainings) == 2
+    assert run_sweep({**here, "prune_percents": ["20"]}) == 1
+    failed = errors_of(tmp_path)
+    assert {*failed} == {f"{NAMES[2]}/tiny_{task}" for task in ("choice", "sentence")}
+    assert all("memory ran out" in error["message"] for error in failed.values())
+    assert (len(files_of(tmp_path)), len(trainer.trainings)) == (10, 2)
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_it_trains_keeps_the_step(options, trainer, tmp_path, capsys):
-    here = {**options, "output_path": str(tmp_path / "stopped")}
+    here = {**options, "output_path": str(tmp_path)}
     trainer.at[2] = lambda: os.kill(os.getpid(), signal.SIGINT)
     assert run_sweep(here) == 130
     assert "Stopped: 2 of 3 units are done" in capsys.readouterr().out
-    assert list((tmp_path / "stopped").rglob("checkpoint-3/healing.json"))
+    assert list(tmp_path.rglob("checkpoint-3/healing.json"))
     assert run_sweep(here) == 0
 
 
 @pytest.mark.slow
 def test_two_shards_train_one_adapter_once(options, tmp_path):
     """They share a healed configuration: one trains, the other waits for it."""
-    file = tmp_path / "sweep.yaml"
-    more = {"tasks": ["tiny_both"], "output_path": str(tmp_path / "sweep")}
+    file, folder = tmp_path / "sweep.yaml", tmp_path / "sweep"
+    more = {"tasks": ["tiny_both"], "output_path": str(folder)}
     file.write_text(json.dumps({**options, **more}))
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval_pruned.cli",
-        "sweep",
-        "--config",
-        str(file),
-    ]
+    command = [sys.executable, "-m", "lm_eval_pruned.cli", "sweep", "--config", file]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     parts = [
         subprocess.Popen([*command, "--shard", f"{n}/2"], env=env) for n in range(2)
     ]
     assert [part.wait() for part in parts] == [0, 0]
-    assert len(files_of(tmp_path / "sweep")) == 6
-    assert len(list((tmp_path / "sweep").rglob("adapter_model.safetensors"))) == 1
+    assert len(files_of(folder)) == 6
+    assert len(list(folder.rglob("adapter_model.safetensors"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -262,14 +239,12 @@ def test_two_shards_train_one_adapter_once(options, tmp_path):
         ({}, {"model_args": {"peft": "x"}}, "model_args has peft=x"),
         ({}, {"model_args": {"delta": "x"}}, "model_args has delta=x"),
         ({}, {"model_args": {"load_in_8bit": True}}, "quantised weights"),
-        ({}, {"WORLD_SIZE": "2"}, "WORLD_SIZE=2"),
     ],
 )
 def test_what_is_refused_before_a_model_is_loaded(
     options, heal, more, message, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", more.get("WORLD_SIZE", ""))
     (tmp_path / "short.txt").write_text("Not 500 tokens of text.")
     here = {**healing(options, **heal), **more, "output_path": str(tmp_path / "out")}
     here["model_args"] = options["model_args"] | more.get("model_args", {})

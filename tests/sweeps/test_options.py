@@ -13,7 +13,6 @@ from lm_eval_pruned.sweeps.options import (
     OF_HARNESS,
     OPTIONS,
     add_arguments,
-    parse_number,
     parse_shard,
     read_options,
 )
@@ -37,47 +36,29 @@ def file(tmp_path):
     return write
 
 
-def test_file_and_command_line_say_the_same(file):
-    path = file(
-        "model_args:\n  pretrained: m\n  dtype: bfloat16\n  max_length: 64\n"
-        "ratios: [4.0, 3.6, 2]\ncriteria: [maw, l2]\ntasks: a,b\noutput_path: out\nlimit: 10\n"
-        "seed: [1, 2, 3, 4]\nlog_samples: false\nfewshot_as_multiturn: false\nray: true\n"
-        "gpus_per_unit: 0.5\nbatch_size: auto:4\nnum_fewshot: 0\napply_chat_template: true\n"
-        "gen_kwargs: {temperature: 0, until: [a, b]}\ntrust_remote_code: true\ndevice:\n"
-        "heal: {data: a.jsonl, training_args: {bf16: true}}\n"
-    )
-    assert (
-        read("--config", path)
-        == read(
-            "--model_args", "pretrained=m,dtype=bfloat16", "max_length=64",
-            "--ratios", "4.0", "3.6,2", "--criteria", "maw", "l2", "--tasks", "a", "b",
-            "--output_path", "out", "--limit", "10", "--seed", "1,2,3,4", "--log_samples", "no",
-            "--fewshot_as_multiturn", "false", "--ray", "--gpus_per_unit", "0.5",
-            "--batch_size", "auto:4", "--num_fewshot", "0", "--apply_chat_template",
-            "--gen_kwargs", "temperature=0,until=['a','b']", "--trust_remote_code",
-            "--heal", '{"data": "a.jsonl", "training_args": {"bf16": true}}',
-        )
-        == {
-            "model_args": {"pretrained": "m", "dtype": "bfloat16", "max_length": 64},
-            "ratios": ["4.0", "3.6", "2"],
-            "criteria": ["maw", "l2"],
-            "tasks": ["a", "b"],
-            "output_path": "out",
-            "limit": 10.0,
-            "seed": "1,2,3,4",
-            "log_samples": False,
-            "fewshot_as_multiturn": False,
-            "ray": True,
-            "gpus_per_unit": 0.5,
-            "batch_size": "auto:4",
-            "num_fewshot": 0,
-            "apply_chat_template": True,
-            "gen_kwargs": {"temperature": 0, "until": ["a", "b"]},
-            "trust_remote_code": True,
-            "heal": {"data": "a.jsonl", "training_args": {"bf16": True}},
-        }
-    )  # fmt: skip
-    assert read("--config", path, "--limit", "0.5")["limit"] == 0.5
+@pytest.mark.parametrize(
+    ("text", "words", "value"),
+    [
+        ("model_args: {a: m, b: 64}", ["a=m", "b=64"], {"a": "m", "b": 64}),
+        ("ratios: [4.0, 3.6, 2]", ["4.0", "3.6,2"], ["4.0", "3.6", "2"]),
+        ("limit: 10", ["10"], 10.0),
+        ("seed: [1, 2, 3, 4]", ["1,2,3,4"], "1,2,3,4"),
+        ("log_samples: false", ["no"], False),
+        ("ray: true", [], True),
+        ("batch_size: auto:4", ["auto:4"], "auto:4"),
+        ("num_fewshot: 0", ["0"], 0),
+        ("gen_kwargs: {until: [a, b]}", ["until=['a','b']"], {"until": ["a", "b"]}),
+        ("trust_remote_code: true", [], True),
+        ("heal: {of: {a: true}}", ['{"of": {"a": true}}'], {"of": {"a": True}}),
+    ],
+)
+def test_file_and_command_line_say_the_same(file, text, words, value):
+    name, path = text.partition(":")[0], file(f"{BASE}{text}\ndevice:\n")
+    expected = {"tasks": ["boolq"], "output_path": "out", name: value}
+    assert read("--config", path) == expected
+    base = ["--tasks", "boolq", "--output_path", "out"]
+    assert read(*base, f"--{name}", *words) == expected
+    assert read("--config", path, "--tasks", "a,b")["tasks"] == ["a", "b"]
 
 
 def test_samples_are_json_or_a_file_of_it(tmp_path):
@@ -97,20 +78,15 @@ def test_samples_are_json_or_a_file_of_it(tmp_path):
         ("ratio: [2.0]\n" + BASE, "unknown key ratio: did you mean ratios?"),
         ("1: 1\n" + BASE, "unknown key 1: known: model, model_args"),
         (BASE + "ratios: [true]\n", "one or more"),
-        (BASE + "ratios: {a: 1}\n", "one or more"),
         (BASE + "ratios: []\n", "one or more"),
-        (BASE + "limit: all\n", "limit=all"),
         (BASE + "limit: -1\n", "limit=-1"),
         (BASE + "num_fewshot: 1.5\n", "whole number"),
         (BASE + "log_samples: maybe\n", "true or false"),
         (BASE + "model_args: [a, b]\n", "key=value"),
-        (BASE + "model_args: 3\n", "key=value"),
         (BASE + "ray: {a: 1}\n", "or a name"),
         ("[1, 2]\n", "list"),
-        ("", "NoneType"),
         ("a: [\n", "not valid YAML"),
         ("output_path: o\n", "tasks was not given"),
-        ("tasks: a\n", "output_path was not given"),
     ],
     ids=lambda value: value[-30:].strip(),
 )
@@ -124,11 +100,6 @@ def test_shards_count_from_zero(text):
     assert parse_shard("1/3") == (1, 3)
     with pytest.raises(ValueError, match="--shard"):
         parse_shard(text)
-
-
-def test_a_number_has_one_notation():
-    found = [parse_number(text) for text in ("4", "4.0", "3.6", "8/3", "many")]
-    assert list(map(repr, found)) == ["4", "4", "3.6", "'8/3'", "'many'"]
 
 
 def test_options_of_the_harness_are_those_of_lm_eval_run():

@@ -1,22 +1,25 @@
-"""The plan of a sweep: its configurations, its units, and what defines them."""
+"""The plan of a sweep: its configurations, its units, what defines them, and which is the next."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from lm_eval_pruned.cli import main
-from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, Unit, Waiting
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.tasks import fingerprint
+from tests.helpers.sweeping import change
 
 
-def prints(options):
+def prints(options, **more):
     """Return the fingerprint of each unit by its names."""
-    sweep = Sweep(options)
+    sweep = Sweep({**options, **more})
     return {unit.names: fingerprint(sweep.definition(*unit)) for unit in sweep.units()}
 
 
@@ -29,54 +32,43 @@ def with_args(options, **more):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("changed", "decides"),
     [
-        {"limit": 2.0},
-        {"num_fewshot": 1},
-        {"apply_chat_template": True},
-        {"system_instruction": "Be brief."},
-        {"gen_kwargs": {"max_gen_toks": 2}},
-        {"seed": "7"},
-        {"log_samples": False},
-        {"metadata": {"answer": 1}},
-        {"predict_only": True},
-        {"samples": {"tiny_choice": [0]}},
-        {"dtype": "bfloat16"},
+        ({"limit": 2.0}, True),
+        ({"num_fewshot": 1}, True),
+        ({"apply_chat_template": True}, True),
+        ({"system_instruction": "Be brief."}, True),
+        ({"gen_kwargs": {"max_gen_toks": 2}}, True),
+        ({"seed": "7"}, True),
+        ({"log_samples": False}, True),
+        ({"metadata": {"answer": 1}}, True),
+        ({"predict_only": True}, True),
+        ({"samples": {"tiny_choice": [0]}}, True),
+        ({"batch_size": "8"}, False),
+        ({"device": "cuda:1"}, False),
+        ({"use_cache": "c"}, False),
+        ({"ratios": ["1.50"]}, False),
     ],
-    ids=lambda change: next(iter(change)),
+    ids=lambda value: str(value)[:20],
 )
-def test_what_decides_scores_changes_every_unit(options, change):
-    here = with_args(options, **change) if "dtype" in change else {**options, **change}
-    before, after = prints(options), prints(here)
+def test_what_decides_scores_changes_every_unit(options, changed, decides):
+    before, after = prints(options), prints(options, **changed)
     assert before.keys() == after.keys()
-    assert not {*before.values()} & {*after.values()}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"batch_size": "8"},
-        {"device": "cuda:1"},
-        {"use_cache": "c"},
-        {"ratios": ["1.50"]},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_what_says_how_changes_no_unit(options, change):
-    assert prints({**options, **change}) == prints(options)
+    same = before.items() & after.items()
+    assert len(same) == (0 if decides else len(before))
 
 
 def test_a_model_is_known_by_its_content(options, tiny_llama, tmp_path):
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     here, before = with_args(options, pretrained=str(model)), prints(options)
-    assert prints(here) == before
     (model / "checkpoint-500").mkdir()
     (model / "checkpoint-500" / "model.safetensors").touch()
     assert prints(here) == before
     content = bytearray((model / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (model / "model.safetensors").write_bytes(content)
-    assert not {*prints(here).values()} & {*before.values()}
+    for other in (here, with_args(options, dtype="bfloat16")):
+        assert not prints(other).items() & before.items()
 
 
 @pytest.mark.parametrize(
@@ -93,12 +85,9 @@ def test_a_task_is_known_by_its_settings_code_and_data(
     options, tasks, tmp_path, name, old, new, changed
 ):
     copy = shutil.copytree(tasks, tmp_path / "tasks")
-    text = (copy / name).read_text() if (copy / name).exists() else ""
-    (copy / name).write_text(text.replace(old, new))
-    before, after = prints(options), prints({**options, "include_path": str(copy)})
-    assert {
-        task for (_, task), print_ in before.items() if after[_, task] != print_
-    } == changed
+    change(copy, name, old, new)
+    same = prints(options).items() & prints(options, include_path=str(copy)).items()
+    assert {task for (_, task), _ in same} == {"tiny_choice", "tiny_sentence"} - changed
 
 
 def test_text_for_calibration_is_known_by_its_content(options, tmp_path):
@@ -109,10 +98,8 @@ def test_text_for_calibration_is_known_by_its_content(options, tmp_path):
     moved = text.rename(tmp_path / "moved.jsonl")
     assert prints(with_args(asked, calibration=str(moved))) == before
     moved.write_text('{"text": "another"}\n')
-    after = prints(with_args(asked, calibration=str(moved)))
-    assert {names[0] for names in before if before[names] != after[names]} == {
-        "ratio-1.5_criterion-act"
-    }
+    same = before.items() & prints(with_args(asked, calibration=str(moved))).items()
+    assert {names[0] for names, _ in same} == {"baseline"}
 
 
 def test_files_of_widths_are_known_by_their_content(options, tmp_path):
@@ -124,22 +111,16 @@ def test_files_of_widths_are_known_by_their_content(options, tmp_path):
     found = configured(asked, widths=[str(one), str(other), str(one)])
     assert [each.id.rpartition("-")[0] for each in found[1:]] == ["widths-1.5"] * 2
     assert [each.kept_width for each in found] == [88, 63, 20]
-    moved = tmp_path / "moved.csv"
-    defined = []
-    for text in ("layer,width\n2,41\n0,60\n", "layer,width\n2,42\n0,60\n"):
-        moved.write_text(text)
-        defined.append({*prints({**asked, "widths": [str(moved)]}).values()})
-    known = {*prints({**asked, "widths": [str(one)]}).values()}
-    assert defined[0] == known != defined[1]
+    moved, known = tmp_path / "moved.csv", {*prints(asked, widths=[str(one)]).values()}
+    for text, same in (("2,41", True), ("2,42", False)):
+        moved.write_text(f"layer,width\n{text}\n0,60\n")
+        assert ({*prints(asked, widths=[str(moved)]).values()} == known) is same
 
 
 def test_configurations_multiply(options):
-    more = {
-        "criteria": ["ppm", "l2", "random"],
-        "seeds": ["1", "2"],
-        "drop_layers": ["1"],
-    }
-    found = configured(options, ratios=["2.75"], prune_percents=["0", "20.0"], **more)
+    more = {"criteria": ["ppm", "l2", "random"], "seeds": ["1", "2"]}
+    more |= {"ratios": ["2.75"], "prune_percents": ["0", "20.0"], "drop_layers": ["1"]}
+    found = configured(options, **more)
     # The model's own size is the baseline.
     assert [each.id for each in found] == [
         "baseline",
@@ -157,21 +138,65 @@ def test_layers_that_are_left_alone_count_as_whole(options):
     assert baseline.parameters - cut.parameters == 3 * 32 * (88 - 32)
 
 
-@pytest.mark.parametrize("parts", range(1, 9))
+@pytest.mark.parametrize("parts", [*range(1, 6), 8])
 def test_shards_are_a_partition(options, parts):
-    sweep = Sweep({**options, "ratios": ["2.5", "2", "1.5"]})
+    sweep = Sweep({**options, "ratios": ["2.5", "2", "1.5"], "floors": True})
     shards = [sweep.units((part, parts)) for part in range(parts)]
-    assert sorted(unit.names for shard in shards for unit in shard) == sorted(
-        unit.names for unit in sweep.units()
-    )
-    sizes = [len(shard) for shard in shards]
+    dealt = [unit.names for shard in shards for unit in shard]
+    assert sorted(dealt) == sorted(unit.names for unit in sweep.units())
+    sizes = [sum(not u.configuration.floor for u in shard) for shard in shards]
     assert max(sizes) - min(sizes) <= 1
     if parts == len(sweep.configurations):
-        assert all(len({unit[0].id for unit in shard}) == 1 for shard in shards)
+        assert all(
+            len({u[0].id for u in shard if not u[0].floor}) == 1 for shard in shards
+        )
+
+
+def test_floors_share_nothing_with_the_model_but_the_documents(options):
+    options["floors"] = True
+    before, ids = prints(options), {floor.id for floor in FLOORS}
+    same = before.items() & prints(with_args(options, dtype="bfloat16")).items()
+    assert {names[0] for names, _ in same} == ids
+    assert not prints(options, limit=2.0).items() & before.items()
+    # The correction of a rule that stops units does not count them.
+    sweep = Sweep({**options, "stop_when": "decided"})
+    stops = [c.id for c in (*sweep.floors, *sweep.configurations) if sweep.may_stop(c)]
+    assert stops == ["ratio-1.5"]
+    pruned = sweep.definition(sweep.configurations[1], sweep.tasks[0])
+    assert pruned["stopping"]["sizes"] == 1
+    wider = Sweep({**sweep.options, "ratios": ["1.5", "1"]})
+    again = wider.definition(wider.configurations[1], wider.tasks[0])
+    assert again["stopping"] != pruned["stopping"]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("waiting", "held", "known", "chosen"),
+    [
+        ("at at bt", {"me": "b"}, {}, 2),
+        ("at at bt", {}, {}, 0),
+        ("at at bt", {"other": "a"}, {}, 2),
+        ("at bt bt", {"me": "c", 1: "a", 2: "b"}, {}, 1),
+        ("at bt bt", {"me": "a", 1: "a", 2: "b"}, {}, 0),
+        ("at au bt", {"me": "a"}, {"t": 1, "u": 2}, 1),
+        ("at bu cv", {}, {"t": 1, "u": 3}, 1),
+        ("at bu cv cv", {}, {"t": 1, "u": 3}, 2),
+    ],
+)
+def test_a_worker_prefers_its_model_and_then_the_longest_unit(
+    waiting, held, known, chosen
+):
+    units = [
+        Unit(Configuration(a, {}), cast("Any", SimpleNamespace(name=b)))
+        for a, b in waiting.split()
+    ]
+    left = Waiting(units, list(known.items()))
+    left.held |= held
+    assert left.take("me") is units[chosen]
+    assert len(left.units) == len(units) - 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
     [
         ({"ratios": ["4"]}, "ratio=4 is above the model's own expansion ratio 88/32"),
         ({"ratios": ["many"]}, "ratio=many"),
@@ -181,46 +206,39 @@ def test_shards_are_a_partition(options, parts):
         ({"tasks": ["no_such_task"]}, "no_such_task"),
         ({"include_path": "/no/such/folder"}, "not a folder"),
         ({"seed": "one"}, "'one'"),
-        ({"model_args": {"pretrained": "x", "ratio": 2}}, "use --ratios"),
+        ({"more": {"ratio": 2}}, "use --ratios"),
         ({"tasks": ["tiny_both", "tiny_sentence"]}, "asked for twice"),
         ({"fewshot_as_multiturn": True}, "apply_chat_template"),
         ({"more": {"prune_precent": 3}}, "did you mean --prune_percents"),
         ({"more": {"multipleof": 8}}, "did you mean multiple_of"),
         ({"more": {"n_layers": 2}}, "n_layers=2"),
-        (
-            {"more": {"skip_layers": 1}, "widths": ["a.json"]},
-            "skip_layers=1 and widths",
-        ),
+        ({"more": {"skip_layers": 1}, "widths": ["a.json"]}, "skip_layers=1 and widt"),
+        ({"ray": True, "shard": "next"}, r"--shard next .* leave out --ray"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 .* --shard next"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_what_is_refused_before_anything_runs(
-    options, change, message, tmp_path, monkeypatch
+    options, changed, message, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", changed.get("WORLD_SIZE", ""))
     Path("a.json").write_text("[10]")
-    here = with_args({**options, **change}, **change.get("more", {}))
-    here["model_args"] = change.get("model_args", here["model_args"])
+    here = with_args({**options, **changed}, **changed.get("more", {}))
     with pytest.raises(ValueError, match=message):
-        run_sweep(here)
+        run_sweep(here, shard=changed.get("shard"))
     assert not Path(options["output_path"]).exists()
-
-
-def test_a_setting_of_the_config_is_an_argument(options, tiny_llama, tmp_path):
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "n_layers": 3}))
-    Sweep(with_args(options, pretrained=str(model), n_layers=2))
 
 
 def test_the_command_prints_the_plan_and_writes_nothing(options, tmp_path, capsys):
     file = tmp_path / "sweep.yaml"
-    file.write_text(json.dumps({**options, "ratios": [2.0]}))
+    file.write_text(json.dumps({**options, "ratios": [2.0], "floors": True}))
     words = ["sweep", "--config", str(file), "--ratios", "1.5"]
     assert main([*words, "--dry_run"]) == 0
     out = capsys.readouterr().out
+    assert "|floor-echo-equal|-|-|-|-|0|0|2|" in out
     assert "|baseline|88|2.7500|51,424|0.00%|0|0|2|" in out
     assert "|ratio-1.5|48|1.5000|39,904|22.40%|0|0|2|" in out
-    assert "Units: 4, 0 done, 0 failed, 4 to run" in out
+    assert "Units: 12, 0 done, 0 failed, 12 to run" in out
     assert not Path(options["output_path"]).exists()
     assert main([*words, "--shard", "2/2"]) == 2

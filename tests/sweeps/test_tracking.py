@@ -22,12 +22,12 @@ def options(options):
 
 
 @pytest.fixture
-def services(monkeypatch, tmp_path):
+def calls(monkeypatch, tmp_path):
     return trackers.install(monkeypatch, tmp_path / "packages")
 
 
 @pytest.mark.slow
-def test_each_unit_is_a_run_and_its_results_are_the_same(options, services, tmp_path):
+def test_each_unit_is_a_run_and_its_results_are_the_same(options, calls, tmp_path):
     quiet = {**options, "output_path": str(tmp_path / "quiet")}
     assert run_sweep(quiet) == 0
     told = {
@@ -38,41 +38,36 @@ def test_each_unit_is_a_run_and_its_results_are_the_same(options, services, tmp_
     given = json.dumps(told)
     assert run_sweep({**options, **told}) == 0
     assert json.dumps(told) == given, "the harness takes keys out of what it gets"
-    names = [call["name"] for call in services.wandb() if call["what"] == "init"]
-    assert names == [f"mine {unit}" for unit in UNITS]
-    assert [call["name"] for call in services.trackio() if "name" in call] == UNITS
-    for calls, key in (
-        (services.wandb(), "tiny_choice/acc"),
-        (services.wandb(), "tiny_choice_eval_results"),
-        (services.wandb(), "cluster"),
-        (services.trackio(), "tiny_choice/sample"),
+    for service, names, logged in (
+        ("wandb", [f"mine {unit}" for unit in UNITS], "tiny_choice/acc"),
+        ("wandb", [f"mine {unit}" for unit in UNITS], "cluster"),
+        ("trackio", UNITS, "tiny_choice/sample"),
     ):
-        logged = [each for call in calls for each in call.get("keys", ())]
-        assert logged.count(key) == (8 if "sample" in key else 2)
-        assert [call["what"] for call in calls].count("finish") == 2
+        found = calls(service)
+        assert [call["name"] for call in found if call.get("name")] == names
+        keys = [key for call in found for key in call.get("keys", ())]
+        assert keys.count(logged) == (8 if "sample" in logged else 2)
+        assert [call["what"] for call in found].count("finish") == 2
     written = Path(options["output_path"])
     assert results_of(written) == results_of(tmp_path / "quiet")
     assert not any(b"secret-p" in path.read_bytes() for path in written.rglob("*.json"))
     # A finished unit stays finished, whoever hears of it.
-    before = services.wandb()
+    before = calls("wandb")
     assert run_sweep({**options, "wandb_args": {"project": "other"}}) == 0
-    assert services.wandb() == before
+    assert calls("wandb") == before
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [{"wandb_args": {"project": "refused"}}, {"trackio_args": {"project": "p"}}],
-)
+@pytest.mark.parametrize("service", ["wandb", "trackio"])
 def test_a_service_that_fails_leaves_the_results(
-    options, services, monkeypatch, caplog, broken
+    options, calls, monkeypatch, caplog, service
 ):
     def unreachable(self):
         raise RuntimeError("no network")
 
     logger = "lm_eval.loggers.TrackioLogger.log_eval_result"
     monkeypatch.setattr(logger, unreachable)
-    assert run_sweep({**options, **broken}) == 0
-    assert len(results_of(Path(options["output_path"]))) == 2
+    assert run_sweep({**options, f"{service}_args": {"project": "refused"}}) == 0
+    assert len(results_of(options["output_path"])) == 2
     assert f"{UNITS[0]} was not logged to" in caplog.text
 
 
@@ -85,7 +80,7 @@ def test_a_service_that_fails_leaves_the_results(
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(
-    options, services, monkeypatch, package, given, message
+    options, calls, monkeypatch, package, given, message
 ):
     if "pip" in message:
         monkeypatch.setitem(sys.modules, package, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lm_eval_pruned import cli, tasks
-from lm_eval_pruned.sweeps.floors import FLOORS
+from lm_eval_pruned.sweeps.plan import FLOORS
 from tests.helpers.results_files import write_run
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
