@@ -111,11 +111,11 @@ class EnergyLog:
 
     def measure_idle(self) -> None:
         """Measure the idle machine, the first time this is called."""
-        seconds, self._idle_seconds = self._idle_seconds, 0
-        if seconds:
+        if self._idle_seconds:
             with self.window(*_IDLE):
                 # The processes that do not meter their machine keep still as well.
-                self._sleep(seconds)
+                self._sleep(self._idle_seconds)
+            self._idle_seconds = 0
 
     @contextlib.contextmanager
     def window(self, *key: str, lm: Any = None, requests: int = 0) -> Iterator[None]:
@@ -267,16 +267,15 @@ class EnergyWindows(TemplateLM):
         """
         super().set_cache_hook(cache_hook)
         energy, answers = self._energy, cache_hook.dbdict
-        if energy is None or answers is None:
-            return
-        base = type(answers)
+        if energy is not None and answers is not None:
 
-        def counted(cache: Any, key: Any) -> Any:
-            answer = base.__getitem__(cache, key)
-            energy.count_cached()
-            return answer
+            class Counted(type(answers)):  # type: ignore[misc]
+                def __getitem__(cache, key: Any) -> Any:
+                    answer = super().__getitem__(key)
+                    energy.count_cached()
+                    return answer
 
-        answers.__class__ = type(base.__name__, (base,), {"__getitem__": counted})
+            answers.__class__ = Counted
 
     def begin_evaluation(self) -> None:
         """Begin the readings anew, for a model that answers several evaluations."""

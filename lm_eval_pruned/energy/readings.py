@@ -73,8 +73,7 @@ class EnergyReading:
         if self.notes:
             record["notes"] = list(self.notes)
         if idle is not None:
-            times = ratio(self.seconds, idle.seconds)
-            spent = EnergyReading()
+            times, spent = ratio(self.seconds, idle.seconds), EnergyReading()
             if times is not None:
                 spent = _combined(lambda each: each[0] * times, idle)
             record["idle_joules"] = asdict(spent.joules)

@@ -7,11 +7,14 @@ stops earlier is not faster.
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import re
 import time
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +26,6 @@ from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
     end_tokens,
 )
-from lm_eval_pruned.profiling.memory import clear_peaks, peaks
 from lm_eval_pruned.profiling.options import ProfileRequest, plan_models
 from lm_eval_pruned.profiling.prompts import batches_of
 from lm_eval_pruned.profiling.summary import MODES, cells_of
@@ -129,7 +131,7 @@ class _Profiler:
             for batch in batches[:2]:
                 timed(batch, min(8, tokens), fixed=True)
                 self.warm_up_batches += 1
-            clear_peaks(model.device)
+            _clear_peaks(model.device)
             key = {"batch_size": size, "model": spec["name"], "repeat": repeat}
             run = partial(timed, max_new_tokens=1, fixed=True)
             _, prefill = self.window(run, size, ENERGY_WINDOW_SECONDS)
@@ -141,7 +143,7 @@ class _Profiler:
                 shared = {f"both_{part}": joules for part, joules in both.items()}
                 rows += [{**key, "mode": mode, **shared, **each} for each in found]
             # Of a pass that was interrupted, nothing counts.
-            self.rows += [row | peaks(model.device) for row in rows]
+            self.rows += [row | _peaks(model.device) for row in rows]
         getattr(model, "close", lambda: None)()
 
     def window(
@@ -193,6 +195,29 @@ class _Profiler:
             "models": self.models,
             "cells": cells_of(self.rows, self.models[0]["name"]),
         }
+
+
+def _clear_peaks(device: torch.device | None) -> None:
+    """Look for new peaks from now on."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        # Starts the system's record of the peak anew (man 5 proc).
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peaks(device: torch.device | None) -> dict[str, int]:
+    """Return ``peak_device_bytes`` and ``peak_host_bytes``, those that are known of the device."""
+    found: dict[str, int] = {}
+    if device is None:
+        return found
+    if device.type == "cuda":
+        found["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, AttributeError):
+        status = Path("/proc/self/status").read_text()
+        high = re.search(r"VmHWM:\s*(\d+) kB", status)
+        found["peak_host_bytes"] = int(high[1]) * 1024  # type: ignore[index]
+    return found
 
 
 def generate(

@@ -62,14 +62,8 @@ def cells_of(rows: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
     ratios, cells = _ratios(passes), []
     for key, batches in table.groupby(level=keys, sort=False):
         size, mode, name = key
-        sums, of, base = (
-            found.xs(each, level=keys)
-            for found, each in (
-                (passes, key),
-                (ratios, key),
-                (ratios, (size, mode, baseline)),
-            )
-        )
+        sums, of = (found.xs(key, level=keys) for found in (passes, ratios))
+        base = ratios.xs((size, mode, baseline), level=keys)
         estimates = {metric: estimate(of[metric]) for metric in _RATIOS}
         latencies = {m: estimates.pop(m) for m in [*estimates] if m.startswith("sec")}
         by_batch = _ratios(batches)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import ClassVar
@@ -150,14 +150,10 @@ def test_the_load_model_is_the_installed_codecarbons(monkeypatch, load):
 
 
 def test_measurements_come_one_at_a_time_and_fresh(fake_tracker):
-    meter = CodecarbonMeter()
-    meter.start()
+    CodecarbonMeter().start()
     (tracker,) = FakeTracker.made
-    threads = [threading.Thread(target=tracker.flush) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: tracker.flush(), range(4)))
     assert tracker.most == 1
     assert tracker.kwh == pytest.approx(0.005)
 

@@ -15,7 +15,7 @@ from lm_eval_pruned.cli import main
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.profiling import measure, report
 from lm_eval_pruned.profiling.options import ProfileRequest, plan_models
-from lm_eval_pruned.profiling.prompts import demo_prompts, make_batches, read_prompts
+from lm_eval_pruned.profiling.prompts import make_batches, read_prompts
 from lm_eval_pruned.profiling.summary import change, distribution, estimate
 from tests.helpers import checkpoints
 from tests.helpers.meters import monitor_of
@@ -259,14 +259,14 @@ def test_without_a_total_there_are_times_and_no_energy_per_token(run, meter, not
     assert cell(found)["joules_per_output_token"] is None
     assert any(note in each for each in found["energy"]["notes"])
     assert "n/m" in report.as_markdown(found)
-    assert report.draw(found, "energy").png.startswith(b"\x89PNG")
+    assert report.draw(found, "energy").spec
 
 
 def test_a_model_on_a_gpu_requires_its_energy(run, monkeypatch):
     required = []
 
-    def start(self):
-        required.append(set(self.required))
+    def start(monitor):
+        required.append(set(monitor.required))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(EnergyMonitor, "start", start)
@@ -278,8 +278,7 @@ def test_a_model_on_a_gpu_requires_its_energy(run, monkeypatch):
 
 def test_decode_energy_may_be_negative(run):
     # The prefill window draws far more power than the generation after it.
-    warm_up = 2 * (PREFILL + 4 * STEP)
-    watts = {"cpu": [(0.0, 1000.0), (warm_up + 4 * PREFILL, 1.0)]}
+    watts = {"cpu": [(0.0, 1000.0), (2 * (PREFILL + 4 * STEP) + 4 * PREFILL, 1.0)]}
     found = run(meter={"watts": watts}, ratios=("2.75",), repeats=1)
     assert cell(found)["joules"]["decode"]["total"] < 0
 
@@ -341,9 +340,7 @@ def test_requests_out_of_range_are_refused(run, changes, message):
         ("p.jsonl", '{"prompt": "one"}\n\n{"prompt": "t\\nwo"}\n', ["one", "t\nwo"]),
         ("p.csv", "a", None),
         ("p.txt", "\n \n", None),
-        ("p.jsonl", '{"prompt": 3}', None),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}', None),
-        ("p.jsonl", "[1]", None),
     ],
 )
 def test_prompts_come_from_text_and_from_json_lines(tmp_path, name, content, expected):
@@ -354,7 +351,6 @@ def test_prompts_come_from_text_and_from_json_lines(tmp_path, name, content, exp
             read_prompts(path)
     else:
         assert read_prompts(path) == expected
-    assert len(demo_prompts()) > 10
 
 
 positive = st.floats(1e-3, 1e3)
@@ -378,16 +374,11 @@ def test_the_interval_is_students():
     assert found == pytest.approx(
         {"n": 4, "mean": 2.5, "low": 2.5 - half, "high": 2.5 + half}
     )
-    assert estimate([3.0])["low"] is None
+    assert estimate([3.0])["low"] is distribution([3.0])["sd"] is None
+    spread = distribution([*range(101)])
+    assert [spread[name] for name in ("p50", "p90", "p99")] == [50, 90, 99]
     assert change([3.0], [2.0])["verdict"] == "one repeat, no interval"
     assert change([3.0, 0.0], [2.0, 1.0]) is None
-
-
-@given(st.lists(positive, min_size=1, max_size=30))
-def test_percentiles_are_ordered(values):
-    found = distribution(values)
-    assert min(values) <= found["p50"] <= found["p90"] <= found["p99"] <= max(values)
-    assert (found["sd"] is None) == (len(values) == 1)
 
 
 @pytest.mark.slow
@@ -417,9 +408,7 @@ def test_files_are_written_and_readable(run, tmp_path, widths_file):
     ("arguments", "message"),
     [
         (["--model_args", "ratio=2.0"], "pass --ratios instead"),
-        (["--model_args", "device=cuda"], "pass --device instead"),
         (["--model_args", "pretrained={}", "--limit", "0"], "limit=0"),
-        (["--model_args", "pretrained={}", "--prompts", "no.txt"], "no.txt"),
         (["--model_args", "pretrained={}", "--max_new_tokens", "999"], "999"),
     ],
 )
@@ -431,19 +420,3 @@ def test_the_command_refuses_in_one_sentence(
     assert main([*command, *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_the_default_model_is_profiled_with_the_real_meter(
-    real_model, tmp_path, capsys
-):
-    arguments = ["--limit=1", "--max_new_tokens=2", "--repeats=1", "--device=cpu"]
-    output = f"--output_path={tmp_path / 'out'}"
-    assert main(["profile", "--ratios=1.6", *arguments, output]) == 0
-    record = json.loads((tmp_path / "out" / "profile.json").read_text())
-    assert [m["intermediate_size"] for m in record["models"]] == [1536, 922]
-    assert record["energy"]["sources"]["ram"]["kind"] in {"modelled", "constant"}
-    for found in record["cells"]:
-        assert found["joules"]["both"]["total"] > 0
-        assert found["seconds_to_first_token"]["mean"] > 0
-    assert capsys.readouterr().out.startswith("# Profile of")
