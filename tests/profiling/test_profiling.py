@@ -276,11 +276,12 @@ def test_a_model_on_a_gpu_requires_its_energy(run, monkeypatch):
     assert required == [set(), {"gpu"}]
 
 
-def test_decode_energy_may_be_negative(run):
+def test_negative_decode_energy_is_noted(run):
     # The prefill window draws far more power than the generation after it.
     watts = {"cpu": [(0.0, 1000.0), (2 * (PREFILL + 4 * STEP) + 4 * PREFILL, 1.0)]}
     found = run(meter={"watts": watts}, ratios=("2.75",), repeats=1)
     assert cell(found)["joules"]["decode"]["total"] < 0
+    assert any("less energy than its prefill" in n for n in found["energy"]["notes"])
 
 
 @pytest.fixture
