@@ -234,7 +234,7 @@ class EnergyWindows(TemplateLM):
         if energy:
             country = None if country is None else check_country(country)
             meter = CodecarbonMeter(country) if meters_the_machine() else None
-            self._energy = EnergyLog(meter and EnergyMonitor(meter), wait)
+            self._energy = EnergyLog(EnergyMonitor(meter) if meter else None, wait)
         self._energy_per_task = energy_per_task
         self._request_type = ""
         self._warmed_up = False
@@ -272,7 +272,7 @@ class EnergyWindows(TemplateLM):
             class Counted(type(answers)):  # type: ignore[misc]
                 def __getitem__(cache, key: Any) -> Any:
                     answer = super().__getitem__(key)
-                    energy.count_cached()
+                    energy.count_cached()  # type: ignore[union-attr]
                     return answer
 
             answers.__class__ = Counted

@@ -56,7 +56,7 @@ class HealingTrainer(Trainer):
                 self._load_from_checkpoint(str(last))
                 self.state = state
                 return
-        self.train(resume_from_checkpoint=last and str(last))
+        self.train(resume_from_checkpoint=str(last) if last else None)
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any
@@ -65,7 +65,8 @@ class HealingTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, **more)
         with torch.no_grad():
             expected = self._teacher(input_ids=inputs["input_ids"]).logits
-        weight, loss = self._weight, 0.0
+        weight = self._weight
+        loss: Any = 0.0
         if weight == 1:
             # Next-token loss would be computed, and its gradient, to be multiplied by 0.
             outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
