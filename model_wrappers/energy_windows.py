@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
@@ -21,12 +20,10 @@ from lm_eval_pruned.model_wrappers.batching.fast_path import check_flag
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
-    #: Section of the block, such as ``tasks``, and the names within it.
-    Key = tuple[str, ...]
-    #: What was used, by window.
-    Windows = dict[Key, "Usage"]
+    #: What was used, by section of the block, such as ``tasks``, and the names within it.
+    Windows = dict[tuple[str, ...], "Usage"]
 
 #: Version of the block under ``config.energy``; raised when a key changes its meaning.
 SCHEMA_VERSION = 2
@@ -52,9 +49,18 @@ class Usage:
     tokens: TokenCounts = field(default_factory=TokenCounts)
     reading: EnergyReading | None = None
 
+    def plus(self, other: Usage, *, at_once: bool = False) -> Usage:
+        """Add what was used afterwards, or (`at_once`) by a process beside this one."""
+        readings = [r for r in (self.reading, other.reading) if r is not None]
+        return Usage(
+            self.requests + other.requests,
+            self.tokens + other.tokens,
+            add_up(readings, at_once=at_once) if readings else None,
+        )
+
     def as_dict(self, idle: EnergyReading | None) -> dict[str, Any]:
         """Return the record for the results file. None is *not measured*."""
-        reading = self.reading or EnergyReading(None)
+        reading = self.reading or EnergyReading()
         total, tokens = reading.joules.total, self.tokens
         return {
             "requests": self.requests,
@@ -67,23 +73,9 @@ class Usage:
         }
 
 
-def _sum(parts: Iterable[Usage], *, at_once: bool = False) -> Usage:
-    """Add windows one after the other, or (`at_once`) those of processes side by side."""
-    parts = list(parts)
-    readings = [part.reading for part in parts if part.reading is not None]
-    return Usage(
-        sum(part.requests for part in parts),
-        sum((part.tokens for part in parts), TokenCounts()),
-        add_up(readings, at_once=at_once) if readings else None,
-    )
-
-
-def _by_key(logs: Iterable[Windows], *, at_once: bool = False) -> Windows:
-    parts: dict[Key, list[Usage]] = {}
-    for windows in logs:
-        for key, usage in windows.items():
-            parts.setdefault(key, []).append(usage)
-    return {key: _sum(each, at_once=at_once) for key, each in parts.items()}
+def _add(to: Windows, more: Windows, *, at_once: bool = False) -> None:
+    for key, usage in more.items():
+        to[key] = to.get(key, Usage()).plus(usage, at_once=at_once)
 
 
 class EnergyLog:
@@ -111,69 +103,41 @@ class EnergyLog:
         for windows in (self._own, self._all):
             for key in windows.keys() - {_IDLE}:
                 del windows[key]
-        self._is_over = False
-        self._machines = 1
-        self._left_open: set[Key] = set()
+        self._is_over, self._machines = False, 1
 
-    def begin_if_over(self) -> None:
-        if self._is_over:
-            self.begin()
-
-    def count_cached(self, answers: int) -> None:
-        """Count answers that cost this evaluation nothing."""
-        self.begin_if_over()
-        self._add(_CACHED, Usage(answers))
+    def count_cached(self) -> None:
+        """Count an answer that cost this evaluation nothing."""
+        self._note(_CACHED, Usage(1))
 
     def measure_idle(self) -> None:
         """Measure the idle machine, the first time this is called."""
-        seconds, self._idle_seconds = self._idle_seconds, 0
-        if seconds:
+        if self._idle_seconds:
             with self.window(*_IDLE):
                 # The processes that do not meter their machine keep still as well.
-                self._sleep(seconds)
+                self._sleep(self._idle_seconds)
+            self._idle_seconds = 0
 
     @contextlib.contextmanager
-    def window(
-        self,
-        *key: str,
-        lm: Any = None,
-        requests: int = 0,
-        left_open: bool = False,
-    ) -> Iterator[None]:
+    def window(self, *key: str, lm: Any = None, requests: int = 0) -> Iterator[None]:
         """Measure what is done in a ``with`` block; forget it where that raises.
 
-        Args:
-            *key: Section of the block, and the names within it. The windows around one of the
-                section ``set_up`` leave out its energy.
-            lm: The model, whose ``token_counts`` rise.
-            requests: How many are sent to it.
-            left_open: It ends with the next `take`, or goes on with the next window of this key.
+        `key` is a section of the block, and the names within it; the windows around one of
+        ``set_up`` leave out its energy. `lm` takes the requests, and its ``token_counts`` rise.
         """
         before = lm and replace(lm.token_counts)
-        if key not in self._left_open:
-            self.monitor.begin_window(" ".join(key))
-        self._left_open.discard(key)
+        self.monitor.begin_window(" ".join(key))
         yield
-        self._add(
-            key, Usage(requests, lm.token_counts - before if lm else TokenCounts())
-        )
-        if left_open:
-            self._left_open.add(key)
-        else:
-            self._end(key)
-
-    def _end(self, key: Key) -> None:
         reading = self.monitor.end_window(" ".join(key), apart=key[0] == "set_up")
-        if self._meters:
-            self._add(key, Usage(reading=reading))
+        tokens = lm.token_counts - before if lm else TokenCounts()
+        self._note(key, Usage(requests, tokens, reading if self._meters else None))
 
-    def _add(self, key: Key, usage: Usage) -> None:
-        self._own = _by_key([self._own, {key: usage}])
+    def _note(self, key: tuple[str, ...], usage: Usage) -> None:
+        if self._is_over:
+            self.begin()
+        _add(self._own, {key: usage})
 
     def take(self) -> Windows:
-        """End what was left open; return what this process used since the last call."""
-        while self._left_open:
-            self._end(self._left_open.pop())
+        """Return what this process used since the last call."""
         own, self._own = self._own, {}
         return own
 
@@ -181,7 +145,10 @@ class EnergyLog:
         """Add what all processes, side by side, used since they last met."""
         machines = [any(u.reading for u in windows.values()) for windows in processes]
         self._machines = max(self._machines, sum(machines))
-        self._all = _by_key([self._all, _by_key(processes, at_once=True)])
+        together: Windows = {}
+        for windows in processes:
+            _add(together, windows, at_once=True)
+        _add(self._all, together)
 
     def finish(self) -> dict[str, Any]:
         """End the evaluation; return its block for the results file. None is *not measured*."""
@@ -192,9 +159,9 @@ class EnergyLog:
         idle = windows.pop(_IDLE, Usage()).reading
         cached = windows.pop(_CACHED, Usage()).requests
         types = [usage for key, usage in windows.items() if key[0] == "request_types"]
-        total = _sum(types or [Usage(reading=EnergyReading(0.0))])
+        total = reduce(Usage.plus, types or [Usage(reading=EnergyReading(0.0))])
         noted = [each.notes for each in (total.reading, idle) if each is not None]
-        notes = list(dict.fromkeys(itertools.chain(self.monitor.failures, *noted)))
+        notes = [*dict.fromkeys(sum(noted, tuple(self.monitor.failures)))]
         meter = self.monitor.describe()
         block: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -211,13 +178,11 @@ class EnergyLog:
             "notes": notes,
         }
         block["meter"] = block.pop("name")
-        for (section, *names, last), usage in windows.items():
-            place = block.setdefault(section, {})
-            for name in names:
-                place = place.setdefault(name, {})
-            reading = usage.reading or EnergyReading(None)
-            apart = section == "set_up"
-            place[last] = reading.as_dict() if apart else usage.as_dict(idle)
+        for (*names, last), usage in windows.items():
+            place = reduce(lambda at, name: at.setdefault(name, {}), names, block)
+            place[last] = usage.as_dict(idle)
+            if names[0] == "set_up":
+                place[last] = (usage.reading or EnergyReading()).as_dict()
         return block
 
 
@@ -268,11 +233,8 @@ class EnergyWindows(TemplateLM):
         self._energy: EnergyLog | None = None
         if energy:
             country = None if country is None else check_country(country)
-            monitor = None
-            if meters_the_machine():
-                monitor = EnergyMonitor(CodecarbonMeter(country))
-                monitor.start_in_background()
-            self._energy = EnergyLog(monitor, wait)
+            meter = CodecarbonMeter(country) if meters_the_machine() else None
+            self._energy = EnergyLog(EnergyMonitor(meter) if meter else None, wait)
         self._energy_per_task = energy_per_task
         self._request_type = ""
         self._warmed_up = False
@@ -304,22 +266,16 @@ class EnergyWindows(TemplateLM):
         `CachingLM` keeps such requests to itself: reads are all that can be seen of them.
         """
         super().set_cache_hook(cache_hook)
-        answers = cache_hook.dbdict
-        if self._energy is None or answers is None:
-            return
-        base = type(answers)
+        energy, answers = self._energy, cache_hook.dbdict
+        if energy is not None and answers is not None:
 
-        def counted(cache: Any, key: Any) -> Any:
-            answer = base.__getitem__(cache, key)
-            self.count_kept_answers(1)
-            return answer
+            class Counted(type(answers)):  # type: ignore[misc]
+                def __getitem__(cache, key: Any) -> Any:
+                    answer = super().__getitem__(key)
+                    energy.count_cached()  # type: ignore[union-attr]
+                    return answer
 
-        answers.__class__ = type(base.__name__, (base,), {"__getitem__": counted})
-
-    def count_kept_answers(self, count: int) -> None:
-        """Count answers for which an earlier process spent the energy."""
-        if self._energy is not None:
-            self._energy.count_cached(count)
+            answers.__class__ = Counted
 
     def begin_evaluation(self) -> None:
         """Begin the readings anew, for a model that answers several evaluations."""
@@ -339,7 +295,6 @@ class EnergyWindows(TemplateLM):
         energy = self._energy
         if energy is None:
             return answer(requests)
-        energy.begin_if_over()
         if self._runs_on_gpu():
             energy.monitor.required.add("gpu")
         energy.measure_idle()
@@ -348,22 +303,23 @@ class EnergyWindows(TemplateLM):
             self._warmed_up = True
             with self._set_up("warm_up"):
                 self._first_pass()
-        several, count = self.world_size > 1, len(requests)
-        key = ("request_types", request_type)
-        with energy.window(*key, lm=self, requests=count, left_open=several):
-            # Processes may hold requests of different tasks, and rolling requests wait for each
-            # other.
-            if several or not self._energy_per_task:
-                return answer(requests)
+        count = len(requests)
+        with energy.window("request_types", request_type, lm=self, requests=count):
+            # Processes may hold requests of different tasks, and rolling ones wait for each other.
+            if self.world_size > 1 or not self._energy_per_task:
+                answers = answer(requests)
+                # A machine is busy until its last process has finished.
+                self.barrier()
+                return answers
             tasks: dict[str, dict[int, Any]] = {}
             for number, request in enumerate(requests):
                 tasks.setdefault(str(request.task_name), {})[number] = request
-            answers: dict[int, Any] = {}
+            found: dict[int, Any] = {}
             for task, part in tasks.items():
                 names = ("tasks", task, request_type)
                 with energy.window(*names, lm=self, requests=len(part)):
-                    answers |= zip(part, answer([*part.values()]), strict=True)
-            return [answers[number] for number in range(count)]
+                    found |= zip(part, answer([*part.values()]), strict=True)
+            return [found[number] for number in range(count)]
 
     @contextlib.contextmanager
     def _set_up(self, purpose: str) -> Iterator[None]:

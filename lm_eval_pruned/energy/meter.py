@@ -102,7 +102,19 @@ class CodecarbonMeter:
             def out(output, total: EmissionsData, delta: EmissionsData) -> None:
                 self._latest = total
 
-        self._tracker = _with_fresh_readings(codecarbon.OfflineEmissionsTracker)(
+        lock = threading.Lock()
+
+        class Tracker(codecarbon.OfflineEmissionsTracker):
+            # Two at once, one by its scheduler, would both count the time since the last one.
+            def _measure_power_and_energy(self) -> None:
+                with lock:
+                    super()._measure_power_and_energy()
+
+            # ``flush`` reuses one of up to 0.05 s ago; its energy would go to the next window.
+            def _measure_power_and_energy_if_stale(self, *_: Any, **__: Any) -> None:
+                self._measure_power_and_energy()
+
+        self._tracker = Tracker(
             output_methods=[],
             output_handlers=[Output()],
             emissions_endpoint=False,
@@ -122,9 +134,10 @@ class CodecarbonMeter:
         )
         self._tracker.start()
         data = self._measure()
-        hardware = {}
-        for part in self._tracker._hardware:
-            hardware[getattr(part, "chip_part", type(part).__name__).lower()] = part
+        hardware = {
+            getattr(part, "chip_part", type(part).__name__).lower(): part
+            for part in self._tracker._hardware
+        }
         self._sources = {name: _source(name, hardware.get(name)) for name in COMPONENTS}
         models = {name: getattr(data, f"{name}_model") for name in ("cpu", "gpu")}
         factor = f", except through the factor PUE {data.pue:g}" * (data.pue != 1)
@@ -162,25 +175,6 @@ class CodecarbonMeter:
         if self._latest is None:
             raise RuntimeError("codecarbon handed out no measurement")
         return self._latest
-
-
-def _with_fresh_readings(base: type) -> type:
-    """Return `base` with measurements that are fresh and come one at a time.
-
-    Two at once, one of them by its scheduler, would both count the time since the last one.
-    ``flush`` reuses one of up to 0.05 s ago, whose energy would count for the next window.
-    """
-    lock = threading.Lock()
-
-    class Tracker(base):  # type: ignore[misc, valid-type]
-        def _measure_power_and_energy(self) -> None:
-            with lock:
-                super()._measure_power_and_energy()
-
-        def _measure_power_and_energy_if_stale(self, *args: Any, **kwargs: Any) -> None:
-            self._measure_power_and_energy()
-
-    return Tracker
 
 
 def _source(name: str, part: Any) -> ComponentSource:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.energy.readings import EnergyReading, Joules, add_up
@@ -43,36 +42,26 @@ class EnergyMonitor:
     ) -> None:
         self.failures: list[str] = []
         self.required: set[str] = set()
-        self._meter = meter
-        self._clock = clock
-        self._running = False
-        self._lock = threading.Lock()
+        self._meter, self._clock, self._running = meter, clock, False
         self._description: MeterDescription | None = None
         self._open: dict[str, EnergyReading] = {}
-        self._apart = EnergyReading(0.0)
+        # What no open window holds.
+        self._apart = EnergyReading(0.0, Joules(0.0, 0.0, 0.0, 0.0), 0.0)
         if meter is None:
             self.failures.append("another process of this machine meters it")
 
     def start(self) -> None:
         """Start the meter if it does not run; one that failed is not tried again."""
-        with self._lock:
-            if self._meter is None or self._running:
-                return
+        if self._meter is not None and not self._running:
             told = self._ask(self._meter.start, "did not start")
-            if told is not None:
-                self._description, self._running = told, True
-                self._apart = EnergyReading(0.0, Joules(0.0, 0.0, 0.0, 0.0), 0.0)
-
-    def start_in_background(self) -> None:
-        """Start the meter while the caller does something else; it takes a second or two."""
-        threading.Thread(target=self.start, daemon=True).start()
+            self._description = told or self._description
+            self._running = told is not None
 
     def stop(self) -> None:
         """Stop the meter. A later window starts it again."""
-        with self._lock:
-            if self._meter is not None and self._running:
-                self._running = False
-                self._ask(self._meter.stop, "failed when it was stopped")
+        if self._meter is not None and self._running:
+            self._running = False
+            self._ask(self._meter.stop, "failed when it was stopped")
 
     def describe(self) -> MeterDescription | None:
         """Return what the numbers are, or None if the meter never ran."""
@@ -95,8 +84,7 @@ class EnergyMonitor:
         return self._checked(took)
 
     def _counters(self) -> EnergyReading:
-        """Return counters that do not advance while something is measured separately."""
-        counters = EnergyReading(None)
+        counters = EnergyReading()
         if self._meter is not None and self._running:
             counters = self._ask(self._meter.read, "died") or counters
         return replace(counters, seconds=self._clock()) - self._apart
@@ -106,7 +94,7 @@ class EnergyMonitor:
         if took.joules.total is None:
             note = (self.failures or ["the meter did not run"])[-1]
             return EnergyReading(took.seconds, notes=(note,))
-        parts = took.joules.as_dict()
+        parts = asdict(took.joules)
         notes = [
             f"the meter counted {part:g} J for {name} in {took.seconds:.3f} s: not measured, "
             "so there is no total"
@@ -137,7 +125,5 @@ class EnergyMonitor:
 
 def meters_the_machine() -> bool:
     """Whether this process is the one that meters its machine: the first of its launcher."""
-    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name]) == 0
-    return True
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return rank == "0"

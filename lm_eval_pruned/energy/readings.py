@@ -5,7 +5,7 @@ None always means *not measured*. A component is never reported as 0 J.
 
 from __future__ import annotations
 
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from operator import sub
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +34,6 @@ class Joules:
     ram: float | None = None
     total: float | None = None
 
-    def as_dict(self) -> dict[str, float | None]:
-        """Return the four numbers by name."""
-        return asdict(self)
-
-    def __sub__(self, other: Joules) -> Joules:
-        return _by_component(sub, self, other)
-
 
 @dataclass(frozen=True)
 class EnergyReading:
@@ -52,18 +45,14 @@ class EnergyReading:
         notes: Why something was not measured.
     """
 
-    seconds: float | None
+    seconds: float | None = None
     joules: Joules = field(default_factory=Joules)
     emissions_kg: float | None = None
     notes: tuple[str, ...] = ()
 
     def __sub__(self, before: EnergyReading) -> EnergyReading:
         """Return by how much counters moved on."""
-        return EnergyReading(
-            _if_known(sub, self.seconds, before.seconds),
-            self.joules - before.joules,
-            _if_known(sub, self.emissions_kg, before.emissions_kg),
-        )
+        return _combined(lambda each: sub(*each), self, before)
 
     def as_dict(self, idle: EnergyReading | None = None) -> dict[str, Any]:
         """Return the reading as JSON types; the keys carry the units.
@@ -75,7 +64,7 @@ class EnergyReading:
         kg_per_kwh = ratio(self.emissions_kg, kwh)
         record: dict[str, Any] = {
             "seconds": self.seconds,
-            "joules": self.joules.as_dict(),
+            "joules": asdict(self.joules),
             "kwh": kwh,
             "mean_watts": ratio(total, self.seconds),
             "emissions_kg_co2e": self.emissions_kg,
@@ -84,11 +73,11 @@ class EnergyReading:
         if self.notes:
             record["notes"] = list(self.notes)
         if idle is not None:
-            times = ratio(self.seconds, idle.seconds)
-            power = Joules() if times is None else idle.joules
-            spent = _by_component(lambda each: each * times, power)
-            net = self.joules - spent
-            record |= {"idle_joules": spent.as_dict(), "net_joules": net.as_dict()}
+            times, spent = ratio(self.seconds, idle.seconds), EnergyReading()
+            if times is not None:
+                spent = _combined(lambda each: each[0] * times, idle)
+            record["idle_joules"] = asdict(spent.joules)
+            record["net_joules"] = asdict((self - spent).joules)
         return record
 
 
@@ -109,23 +98,18 @@ def add_up(
     parts = list(readings)
     if not parts:
         return EnergyReading(0.0)
-    return EnergyReading(
-        _if_known(max if at_once else _sum, *(part.seconds for part in parts), 0.0),
-        _by_component(_sum, *(part.joules for part in parts)),
-        _if_known(_sum, *(part.emissions_kg for part in parts)),
-        tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    found = replace(_combined(sum, *parts), notes=notes)
+    return replace(found, seconds=_combined(max, *parts).seconds) if at_once else found
+
+
+def _combined(
+    function: Callable[[Any], float], *readings: EnergyReading
+) -> EnergyReading:
+    """Call a function with each figure of all readings; None where one lacks it."""
+    rows = [(r.seconds, *astuple(r.joules), r.emissions_kg) for r in readings]
+    seconds, *joules, emissions = (
+        None if None in figures else function(figures)
+        for figures in zip(*rows, strict=True)
     )
-
-
-def _sum(*values: float) -> float:
-    return sum(values)
-
-
-def _by_component(function: Callable[..., float], *parts: Joules) -> Joules:
-    columns = zip(*map(astuple, parts), strict=True)
-    return Joules(*(_if_known(function, *column) for column in columns))
-
-
-def _if_known(function: Callable[..., Any], *values: Any) -> Any:
-    """Call a function with values; None where one of them is."""
-    return None if None in values else function(*values)
+    return EnergyReading(seconds, Joules(*joules), emissions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.energy.meter import CodecarbonMeter
@@ -28,15 +28,9 @@ class TrainingCost:
     def __init__(
         self, *, metered: bool, before: Mapping[str, Any] | None = None
     ) -> None:
-        self._metered, self._open = metered, False
-        self._before: list[EnergyReading] = []
-        if before is not None:
-            energy: dict[str, Any] = before.get("energy") or _UNMETERED
-            joules, notes = Joules(**energy["joules"]), tuple(energy["notes"])
-            self._before = [EnergyReading(before["seconds"], joules, notes=notes)]
+        self._metered, self._open, self._before = metered, False, before or {}
         meters = metered and meters_the_machine()
         self._monitor = EnergyMonitor(CodecarbonMeter() if meters else None)
-        self._monitor.start_in_background()
         self.close = self._monitor.stop
 
     def begin(self, *, on_gpu: bool) -> None:
@@ -48,9 +42,19 @@ class TrainingCost:
 
     def so_far(self) -> dict[str, Any]:
         """Return ``seconds`` and, where it is metered, ``energy``, as records have them."""
+        before = self._before
+        if not self._open:
+            # All steps were taken before.
+            return {
+                name: before[name] for name in ("seconds", "energy") if name in before
+            }
         # One window to the end: in a short one a counter may not move at all.
-        now = [self._monitor.read_window("training")] if self._open else []
-        reading = add_up([*self._before, *now])
+        reading = self._monitor.read_window("training")
+        if before:
+            energy: dict[str, Any] = before.get("energy") or _UNMETERED
+            joules, notes = Joules(**energy["joules"]), tuple(energy["notes"])
+            earlier = EnergyReading(before["seconds"], joules, notes=notes)
+            reading = add_up([earlier, reading])
         everywhere, here = map(os.environ.get, ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         if here is not None and int(everywhere or 1) > int(here):
             notes = (*reading.notes, "only the first of several machines was metered")
@@ -60,7 +64,7 @@ class TrainingCost:
             meter = self._monitor.describe()
             record["energy"] = {
                 "meter": meter and meter.name,
-                "joules": reading.joules.as_dict(),
+                "joules": asdict(reading.joules),
                 "sources": meter and {k: s.kind for k, s in meter.sources.items()},
                 "notes": list(reading.notes),
             }

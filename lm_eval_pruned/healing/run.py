@@ -137,9 +137,8 @@ def heal(
         UnsupportedModelError: The model cannot be pruned, or has an encoder.
         OSError: The model cannot be read, or the result not be written.
     """
-    output = Path(output)
+    check_output(output := Path(output))
     checkpoints = checkpoints_of(output)
-    check_output(output)
     if merge and options.method == "full":
         raise ValueError(
             "merge adds an adapter to its model, but method=full trains none: leave it out, the "
@@ -147,31 +146,25 @@ def heal(
         )
     last = _checkpoint(checkpoints, resume)
     texts, length = texts_of(data), options.max_length
-    arguments, adapter, request, tokenizer = prepare(
-        model_args, data, texts, options, checkpoints
-    )
+    given = (model_args, data, texts, options, checkpoints)
+    arguments, adapter, request, tokenizer = prepare(*given)
     blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
-    text = {
-        "file": Path(data).name,
-        "sha256": digest_of(data),
-        "texts": len(texts),
-        "tokens": len(blocks) * length,
-    }
+    text = {"file": Path(data).name, "sha256": digest_of(data), "texts": len(texts)}
+    text["tokens"] = len(blocks) * length
     shared = {**options.as_dict(), "data": text}
-    before = None if last is None else read_healing(str(last))
-    if before is not None:
-        _check_same(last, before, shared)
+    before = read_healing(str(last)) if last else None
+    _check_same(last, before, shared)
     model: Any = load_request(request, tokenizer)
     pruned: PruneRecord = model.prune_record
+    pruning = pruned.as_dict()
+    kept = {"kept_digest": pruning["kept_digest"]}
+    _check_same(last, before and before["pruning"], kept)
     record = {
         "lm_eval_pruned": version("lm-eval-pruned"),
         **shared,
         "training_args": options.training(),
-        "pruning": pruned.as_dict(),
+        "pruning": pruning,
     }
-    if before is not None:
-        kept = {"kept_digest": record["pruning"]["kept_digest"]}
-        _check_same(last, before["pruning"], kept)
 
     from transformers import set_seed
 
@@ -223,8 +216,7 @@ def heal(
 
 def checkpoints_of(output: Path) -> Path:
     """Return where the checkpoints of a healing lie."""
-    whole = output.resolve()
-    return whole.with_name(f"{whole.name}.checkpoints")
+    return output.resolve().with_name(f"{output.resolve().name}.checkpoints")
 
 
 def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
@@ -240,9 +232,9 @@ def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
     return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
 
 
-def _check_same(last: Path | None, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same(last: Path | None, before: Any, now: dict[str, Any]) -> None:
     for name, value in now.items():
-        if before.get(name) != value:
+        if before is not None and before.get(name) != value:
             raise ValueError(
                 f"{last} is of a healing with {name}={before.get(name)}, but this one has "
                 f"{name}={value}: pass the same to resume, or another output to begin."

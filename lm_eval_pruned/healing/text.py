@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,17 +49,14 @@ def token_blocks(
     Raises:
         ValueError: All texts together are shorter than a block.
     """
-    end = tokenizer.eos_token_id
-    tokens: list[int] = []
-    found = False
-    for text in texts:
-        tokens += [*token_ids(tokenizer, text), *([] if end is None else [end])]
-        for start in range(0, len(tokens) - length + 1, length):
-            found = True
-            yield tokens[start : start + length]
-        tokens = tokens[len(tokens) // length * length :]
-    if not found:
+    end = [each for each in [tokenizer.eos_token_id] if each is not None]
+    tokens = chain.from_iterable([*token_ids(tokenizer, t), *end] for t in texts)
+    block = [*islice(tokens, length)]
+    if len(block) < length:
         raise ValueError(
-            f"data={file} holds {len(tokens)} tokens, but each step needs blocks of "
+            f"data={file} holds {len(block)} tokens, but each step needs blocks of "
             f"max_length={length}: pass more text or a smaller max_length."
         )
+    while len(block) == length:
+        yield block
+        block = [*islice(tokens, length)]

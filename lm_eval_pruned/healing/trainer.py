@@ -22,7 +22,6 @@ from lm_eval_pruned.util.atomic import write_atomically
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from lm_eval_pruned.healing.cost import TrainingCost
@@ -47,40 +46,35 @@ class HealingTrainer(Trainer):
 
     def train_from(self, last: Path | None) -> None:
         """Train to the end, from a checkpoint if there is one."""
-        if last is None:
-            self.train()
-            return
-        state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
-        steps = self.args.max_steps
-        if steps <= 0 and state.num_train_epochs >= self.args.num_train_epochs:
-            steps = state.max_steps
-        if 0 < steps <= state.global_step:
-            # Trainer would take one more step.
-            self._load_from_checkpoint(str(last))
-            self.state = state
-        else:
-            self.train(resume_from_checkpoint=str(last))
+        if last is not None:
+            state = TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+            steps = self.args.max_steps
+            if steps <= 0 and state.num_train_epochs >= self.args.num_train_epochs:
+                steps = state.max_steps
+            if 0 < steps <= state.global_step:
+                # Trainer would take one more step.
+                self._load_from_checkpoint(str(last))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=str(last) if last else None)
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any
     ) -> Any:
-        if self._weight == 1:
-            # Next-token loss would be computed, and its gradient, to be multiplied by 0.
-            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-            loss = self._distance(inputs, outputs)
-        else:
-            more["return_outputs"] = True
-            loss, outputs = super().compute_loss(model, inputs, **more)
-            if self._teacher is not None:
-                distance = self._distance(inputs, outputs)
-                loss = (1 - self._weight) * loss + self._weight * distance
-        return (loss, outputs) if return_outputs else loss
-
-    def _distance(self, inputs: Any, outputs: Any) -> Tensor:
-        assert self._teacher is not None
+        if self._teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, **more)
         with torch.no_grad():
             expected = self._teacher(input_ids=inputs["input_ids"]).logits
-        return distillation_loss(outputs.logits, expected, self._temperature)
+        weight = self._weight
+        loss: Any = 0.0
+        if weight == 1:
+            # Next-token loss would be computed, and its gradient, to be multiplied by 0.
+            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+        else:
+            loss, outputs = super().compute_loss(model, inputs, True, **more)
+        distance = distillation_loss(outputs.logits, expected, self._temperature)
+        loss = (1 - weight) * loss + weight * distance
+        return (loss, outputs) if return_outputs else loss
 
 
 class Checkpoints(TrainerCallback):
@@ -117,10 +111,8 @@ class Checkpoints(TrainerCallback):
         def ask(number, frame) -> None:
             self._stopping = True
             signal.signal(signal.SIGINT, before)
-            print(
-                "\nStopping after this step, with a checkpoint; Ctrl-C again stops at once.",
-                file=sys.stderr,
-            )
+            told = "Stopping after this step, with a checkpoint; Ctrl-C again stops at once."
+            print(f"\n{told}", file=sys.stderr)
 
         signal.signal(signal.SIGINT, ask)
         try:

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 
 
 class EngineModel:
-    """Loads like `lm_eval_pruned.load_pruned`, through the model type ``pruned-vllm``.
-
-    vLLM chooses the device itself, and the dtype where it is None.
-    """
+    """Loads like `lm_eval_pruned.load_pruned`; vLLM chooses the device itself."""
 
     #: None: what it allocates is in other processes.
     device = None
@@ -57,10 +54,9 @@ class EngineModel:
         settings = SamplingParams(
             temperature=0, max_tokens=max_new_tokens, ignore_eos=fixed, detokenize=False
         )
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+        rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
         prompts = [
-            TokensPrompt(prompt_token_ids=row[kept.bool()].tolist())
-            for row, kept in zip(ids, mask, strict=True)
+            TokensPrompt(prompt_token_ids=row[kept].tolist()) for row, kept in rows
         ]
         start = clock()
         outputs = self._lm.model.generate(prompts, settings, use_tqdm=False)
@@ -68,7 +64,7 @@ class EngineModel:
         lengths = [len(output.outputs[0].token_ids) for output in outputs]
         return {
             "rows": len(outputs),
-            "prompt_tokens": int(mask.sum()),
+            "prompt_tokens": int(batch["attention_mask"].sum()),
             "output_tokens": sum(lengths),
             "steps": max(lengths),
             "first": max(output.metrics.first_token_latency for output in outputs),

@@ -1,17 +1,20 @@
 """Measure models side by side: prefill and decode, at a fixed and at the natural output length.
 
-Each repeat measures all models once, in an order that rotates, so that a machine that gets slower
-does so for all of them. Only the fixed length compares speed: who stops earlier is not faster.
+Each repeat loads and measures all models once, one after the other in an order that rotates, so
+that a machine that gets slower does so for all of them. Only the fixed length compares speed: who
+stops earlier is not faster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import re
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
-from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +26,8 @@ from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
     end_tokens,
 )
-from lm_eval_pruned.profiling.memory import free_bytes, peak_memory
 from lm_eval_pruned.profiling.options import ProfileRequest, plan_models
-from lm_eval_pruned.profiling.prompts import make_batches
+from lm_eval_pruned.profiling.prompts import batches_of
 from lm_eval_pruned.profiling.summary import MODES, cells_of
 
 
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
 
 #: Version of the JSON; raised when a key changes its meaning.
 SCHEMA_VERSION = 1
-#: Share of the free memory that all models together may take.
-MEMORY_SHARE = 0.6
 #: A prefill pass is repeated until its energy window is this long, in seconds.
 ENERGY_WINDOW_SECONDS = 1.0
 
@@ -71,135 +71,51 @@ def profile(
         ValueError: A size is out of range, or a prompt is too long for the model.
         KeyboardInterrupt: Before anything was finished.
     """
-    from tqdm import tqdm
+    from tqdm import trange
 
     if torch.device(request.device).type != "cpu":
         # Energy without that of the GPU is then no total.
         monitor.required.add("gpu")
-    profiler = _Profiler(request, plan_models(request), monitor, clock, load)
-    profiler.read(prompts)
-    passes = request.repeats * len(profiler.models) * len(request.batch_sizes)
+    profiler = _Profiler(request, prompts, monitor, clock, load)
+    models = profiler.models
     try:
         monitor.start()
-        profiler.load_baseline()
-        with tqdm(total=passes, desc="Profiling", unit="pass") as bar:
-            for repeat in range(request.repeats):
-                for spec, size in profiler.order(repeat):
-                    profiler.measure(repeat, spec, size)
-                    bar.update()
-                if on_repeat is not None:
-                    on_repeat(profiler.result())
+        for repeat in trange(request.repeats, desc="Profiling", unit="repeat"):
+            shift = repeat % len(models)
+            for spec in models[shift:] + models[:shift]:
+                profiler.measure(repeat, spec)
+                release_memory()
+            if on_repeat is not None:
+                on_repeat(profiler.result())
     except KeyboardInterrupt:
         if not profiler.rows:
             raise
-        profiler.interrupted = True
+        return profiler.result(interrupted=True)
     finally:
-        profiler.release()
         monitor.stop()
     return profiler.result()
 
 
-@dataclass
 class _Profiler:
     """Runs one model after the other on the same batches, and keeps a row for each batch."""
 
-    request: ProfileRequest
-    models: list[dict[str, Any]]
-    monitor: EnergyMonitor
-    clock: Callable[[], float]
-    load: Callable[..., Any]
-    batches: dict[int, list[BatchEncoding]] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    held: dict[str, Any] = field(default_factory=dict)
-    together: bool = False
-    warm_up_batches: int = 0
-    interrupted: bool = False
+    def __init__(
+        self,
+        request: ProfileRequest,
+        prompts: Sequence[str],
+        monitor: EnergyMonitor,
+        clock: Callable[[], float],
+        load: Callable[..., Any],
+    ) -> None:
+        self.request, self.monitor, self.clock = request, monitor, clock
+        self.load, self.models = load, plan_models(request)
+        self.batches, self.pad_token = batches_of(request, prompts)
+        self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.warm_up_batches = 0
 
-    def read(self, prompts: Sequence[str]) -> None:
-        """Tokenise the prompts for each batch size."""
-        from transformers import AutoTokenizer
-
-        request = self.request
-        source = request.source()
-        tokenizer = AutoTokenizer.from_pretrained(request.pretrained, **source)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.pad_token = int(tokenizer.pad_token_id or 0)
-        for size in request.batch_sizes:
-            self.batches[size] = make_batches(
-                *(tokenizer, prompts, size, request.device),
-                chat=request.apply_chat_template,
-            )
-
-    def load_baseline(self) -> None:
-        """Load the baseline, and decide whether the others fit into memory beside it."""
-        first, *others = self.models
-        device = self.loaded(first).device
-        each = first["model_bytes"] / first["parameters"]
-        more = each * sum(model["parameters"] for model in others)
-        # Each engine takes the memory that is left for its cache.
-        if device is not None:
-            self.together = more <= MEMORY_SHARE * free_bytes(device)
-
-    def order(self, repeat: int) -> list[tuple[dict[str, Any], int]]:
-        """Return the models and batch sizes of a repeat, one after the other."""
-        shift = repeat % len(self.models)
-        turn = self.models[shift:] + self.models[:shift]
-        if not self.together:
-            return list(product(turn, self.batches))
-        # Passes that are compared follow one another.
-        return [(model, size) for size, model in product(self.batches, turn)]
-
-    def measure(self, repeat: int, spec: dict[str, Any], size: int) -> None:
-        """Measure one model at one batch size: a prefill, and a pass in each mode."""
-        model, rows = self.loaded(spec), []
-        with peak_memory(model.device, spec["model_bytes"]) as peaks:
-            least = ENERGY_WINDOW_SECONDS
-            _, prefill = self.window(model, size, 1, fixed=True, least=least)
-            for mode in MODES:
-                tokens, fixed = self.request.max_new_tokens, mode == "fixed"
-                timed, both = self.window(model, size, tokens, fixed=fixed)
-                key = {"batch_size": size, "mode": mode, "model": spec["name"]}
-                key["repeat"] = repeat
-                key |= {f"prefill_{part}": joules for part, joules in prefill.items()}
-                key |= {f"both_{part}": joules for part, joules in both.items()}
-                rows += [{**key, **each} for each in timed]
-                if (ratio(both["total"], prefill["total"]) or 1) < 1:
-                    self.notes.append(
-                        f"{spec['name']}, batch size {size}, {mode}: generation took less energy "
-                        "than its prefill alone in some repeat, so the decode energy is noise"
-                    )
-        # Of a pass that was interrupted, nothing counts.
-        self.rows += [{**row, **peaks} for row in rows]
-
-    def window(
-        self, model: Any, size: int, tokens: int, *, fixed: bool, least: float = 0
-    ) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
-        """Generate for all batches, until `least` seconds are over; add the joules of a batch."""
-        timed: list[dict[str, Any]] = []
-        self.monitor.begin_window("pass")
-        start = self.clock() if least else 0.0
-        while not timed or (least and self.clock() - start < least):
-            for batch in self.batches[size]:
-                run = partial(model.timed_generation, fixed=fixed, clock=self.clock)
-                timed.append(run(batch, tokens))
-        reading = self.monitor.end_window("pass")
-        self.notes += reading.notes
-        if (reading.seconds or 0.0) < ENERGY_WINDOW_SECONDS:
-            self.notes.append(
-                f"energy windows at batch size {size} are shorter than "
-                f"{ENERGY_WINDOW_SECONDS:g} s and unreliable; use more prompts or tokens"
-            )
-        joules = reading.joules.as_dict().items()
-        return timed, {part: ratio(each, len(timed)) for part, each in joules}
-
-    def loaded(self, spec: dict[str, Any]) -> Any:
-        """Return a model that is warm; load it where it is not held."""
-        if spec["name"] in self.held:
-            return self.held[spec["name"]]
-        if not self.together:
-            self.release()
+    def measure(self, repeat: int, spec: dict[str, Any]) -> None:
+        """Load a model; measure a prefill and a pass in each mode at all batch sizes."""
         request, tokens = self.request, self.request.max_new_tokens
         arguments = {**request.load_arguments, **spec["asked"]}
         if spec["asked"]:
@@ -208,41 +124,58 @@ class _Profiler:
         model = self.load(
             request.pretrained, device=request.device, dtype=request.dtype, **arguments
         )
-        self.held[spec["name"]] = model
-        if not hasattr(model, "timed_generation"):
-            model.timed_generation = partial(generate, model, pad_token=self.pad_token)
         spec["model_bytes"] = int(model.get_memory_footprint())
-        every = [batch for batches in self.batches.values() for batch in batches]
-        longest = max(batch["input_ids"].shape[1] for batch in every)
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and longest + tokens > limit:
-            raise ValueError(
-                f"max_new_tokens={tokens} after a prompt of {longest} tokens does not fit into "
-                f"the model's {limit} positions: use shorter prompts or fewer tokens."
-            )
-        for batches in self.batches.values():
+        ours = partial(generate, model, pad_token=self.pad_token)
+        timed = partial(getattr(model, "timed_generation", ours), clock=self.clock)
+        for size, batches in self.batches.items():
             for batch in batches[:2]:
-                few = min(8, tokens)
-                model.timed_generation(batch, few, fixed=True, clock=self.clock)
+                timed(batch, min(8, tokens), fixed=True)
                 self.warm_up_batches += 1
-        return model
+            _clear_peaks(model.device)
+            key = {"batch_size": size, "model": spec["name"], "repeat": repeat}
+            run = partial(timed, max_new_tokens=1, fixed=True)
+            _, prefill = self.window(run, size, ENERGY_WINDOW_SECONDS)
+            key |= {f"prefill_{part}": joules for part, joules in prefill.items()}
+            rows = []
+            for mode in MODES:
+                run = partial(timed, max_new_tokens=tokens, fixed=mode == "fixed")
+                found, both = self.window(run, size)
+                shared = {f"both_{part}": joules for part, joules in both.items()}
+                rows += [{**key, "mode": mode, **shared, **each} for each in found]
+                if (ratio(both["total"], prefill["total"]) or 1) < 1:
+                    self.notes.append(
+                        f"{spec['name']}, batch size {size}, {mode}: generation took less energy "
+                        "than its prefill alone in some repeat, so the decode energy is noise"
+                    )
+            # Of a pass that was interrupted, nothing counts.
+            self.rows += [row | _peaks(model.device) for row in rows]
+        getattr(model, "close", lambda: None)()
 
-    def release(self) -> None:
-        """Let go of the models."""
-        for model in self.held.values():
-            if model.device is None:
-                model.close()
-        self.held.clear()
-        release_memory()
+    def window(
+        self, run: Callable[..., dict[str, Any]], size: int, least: float = 0
+    ) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+        """Generate for all batches, until `least` seconds are over; add the joules of a batch."""
+        timed: list[dict[str, Any]] = []
+        self.monitor.begin_window("pass")
+        start = self.clock() if least else 0.0
+        while not timed or (least and self.clock() - start < least):
+            timed += map(run, self.batches[size])
+        reading = self.monitor.end_window("pass")
+        self.notes += reading.notes
+        if (reading.seconds or 0.0) < ENERGY_WINDOW_SECONDS:
+            self.notes.append(
+                f"energy windows at batch size {size} are shorter than "
+                f"{ENERGY_WINDOW_SECONDS:g} s and unreliable; use more prompts or tokens"
+            )
+        joules = asdict(reading.joules).items()
+        return timed, {part: ratio(each, len(timed)) for part, each in joules}
 
-    def result(self) -> dict[str, Any]:
+    def result(self, *, interrupted: bool = False) -> dict[str, Any]:
         """Return what `profile` does, of what was measured so far."""
-        name, meter = (
-            platform.processor() or platform.machine(),
-            self.monitor.describe(),
-        )
+        name = platform.processor() or platform.machine()
         if torch.device(self.request.device).type == "cuda":
             name = torch.cuda.get_device_name(self.request.device)
+        meter = self.monitor.describe()
         return {
             "schema_version": SCHEMA_VERSION,
             "request": asdict(self.request),
@@ -254,9 +187,9 @@ class _Profiler:
                 "device_name": name,
                 "threads": torch.get_num_threads(),
             },
-            "models_held": "together" if self.together else "one at a time",
+            "models_held": "one at a time",
             "warm_up_batches": self.warm_up_batches,
-            "interrupted": self.interrupted,
+            "interrupted": interrupted,
             "energy": {
                 "meter": meter and meter.name,
                 "scope": meter and meter.scope,
@@ -265,8 +198,31 @@ class _Profiler:
                 "notes": list(dict.fromkeys([*self.monitor.failures, *self.notes])),
             },
             "models": self.models,
-            "cells": cells_of(self.rows, [model["name"] for model in self.models]),
+            "cells": cells_of(self.rows, self.models[0]["name"]),
         }
+
+
+def _clear_peaks(device: torch.device | None) -> None:
+    """Look for new peaks from now on."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        # Starts the system's record of the peak anew (man 5 proc).
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peaks(device: torch.device | None) -> dict[str, int]:
+    """Return ``peak_device_bytes`` and ``peak_host_bytes``, those that are known of the device."""
+    found: dict[str, int] = {}
+    if device is None:
+        return found
+    if device.type == "cuda":
+        found["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, AttributeError):
+        status = Path("/proc/self/status").read_text()
+        high = re.search(r"VmHWM:\s*(\d+) kB", status)
+        found["peak_host_bytes"] = int(high[1]) * 1024  # type: ignore[index]
+    return found
 
 
 def generate(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
-from lm_eval_pruned.pruning.argument_values import written_source
 from lm_eval_pruned.pruning.arguments import RECIPES, STUDY
 from lm_eval_pruned.util.options import DeclaredOptions, option
 
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.pruning.arguments import Number
-
-logger = logging.getLogger("lm_eval.pruned.profiling")
 
 
 @dataclass(frozen=True)
@@ -84,23 +80,18 @@ def plan_models(request: ProfileRequest) -> list[dict[str, Any]]:
         ``0:1200,1-29:900``, empty where all layers are alike.
 
     Raises:
-        ValueError: A size or multiple is out of range.
-        UnsupportedModelError: The model cannot be pruned.
-        OSError: The config cannot be read.
+        ValueError, UnsupportedModelError, OSError: See `plan_rows`.
     """
-    files = [written_source(file) for file in request.widths]
-    sizes: list[tuple[str, Any, Any]] = [("ratio", r, r) for r in request.ratios]
-    sizes += [("prune_percent", p, p) for p in request.prune_percents]
-    for name, file in zip(files, request.widths, strict=True):
-        # Files in different folders may have one name.
-        sizes.append(("widths", file, name if files.count(name) == 1 else file))
-    asked: list[tuple[str, dict[str, Any]]] = [("baseline", {"prune_percent": 0})]
-    for (argument, value, shown), multiple in product(sizes, request.multiple_of):
-        rounded = f" multiple_of={multiple}" if multiple != 1 else ""
+    sizes: list[tuple[str, Any]] = [("ratio", ratio) for ratio in request.ratios]
+    sizes += [("prune_percent", percent) for percent in request.prune_percents]
+    sizes += [("widths", file) for file in request.widths]
+    asked: dict[str, dict[str, Any]] = {"baseline": {"prune_percent": 0}}
+    for (argument, value), multiple in product(sizes, request.multiple_of):
+        rounded = f" multiple_of={multiple}" * (multiple != 1)
         size = {argument: value, "multiple_of": multiple}
-        asked.append((f"{argument}={shown}{rounded}", size))
+        asked[f"{argument}={value}{rounded}"] = size
     models: dict[tuple[float, str], dict[str, Any]] = {}
-    for name, size in asked:
+    for name, size in asked.items():
         (argument, value), *more = size.items()
         given = {**dict(more), **request.source()}
         (row,) = plan_rows(request.pretrained, argument, [value], **given)
@@ -115,8 +106,5 @@ def plan_models(request: ProfileRequest) -> list[dict[str, Any]]:
             "model_bytes": None,
             "layer_widths": by_layer,
         }
-        first = models.setdefault((row.intermediate_size, by_layer), model)
-        if first is not model:
-            widths = by_layer or row.intermediate_size
-            logger.info("%s is %s again, at %s neurons.", name, first["name"], widths)
+        models.setdefault((row.intermediate_size, by_layer), model)
     return list(models.values())

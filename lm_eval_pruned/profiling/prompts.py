@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+    from lm_eval_pruned.profiling.options import ProfileRequest
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -41,6 +44,36 @@ def demo_prompts() -> list[str]:
 
     folder = Path(lm_eval_pruned.tasks.__path__[0])
     return read_prompts(folder / "demo" / "instructions.jsonl")
+
+
+def batches_of(
+    request: ProfileRequest, prompts: Sequence[str]
+) -> tuple[dict[int, list[BatchEncoding]], int]:
+    """Return batches by batch size, and the token that fills rows which have ended.
+
+    Raises:
+        ValueError: A prompt leaves no room for the tokens that are to be generated.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    name, source, tokens = request.pretrained, request.source(), request.max_new_tokens
+    tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    chat, batches = request.apply_chat_template, {}
+    for size in request.batch_sizes:
+        batches[size] = make_batches(
+            tokenizer, prompts, size, request.device, chat=chat
+        )
+    longest = max(each["input_ids"].shape[1] for each in chain(*batches.values()))
+    config = AutoConfig.from_pretrained(name, **source).get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest + tokens > limit:
+        raise ValueError(
+            f"max_new_tokens={tokens} after a prompt of {longest} tokens does not fit into the "
+            f"model's {limit} positions: use shorter prompts or fewer tokens."
+        )
+    return batches, int(tokenizer.pad_token_id or 0)
 
 
 def make_batches(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lm_eval_pruned.energy.readings import COMPONENTS
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.palette import plots_missing
 from lm_eval_pruned.util.tables import markdown_table
@@ -57,7 +56,6 @@ _PLOTS = {
     "throughput": _COLUMNS[4:6],
     "energy": _COLUMNS[6:9],
 }
-_DRAWN = "Means over repeats, with bands of their 95 % intervals."
 
 
 def write(profile: dict[str, Any], folder: Path) -> list[Path]:
@@ -80,27 +78,24 @@ def write_json(profile: dict[str, Any], folder: Path) -> None:
 
 def as_markdown(profile: dict[str, Any]) -> str:
     """Return the profile as Markdown: two tables per batch size and output length."""
-    request, models = profile["request"], profile["models"]
-    tokens = request["max_new_tokens"]
+    request, tokens = profile["request"], profile["request"]["max_new_tokens"]
     headings = {
         "fixed": f"every model generates exactly {tokens} tokens",
         "natural": f"generation ends at end of text, or at {tokens} tokens",
     }
-    told = 5 + any(model["layer_widths"] for model in models)
     chunks = [f"# Profile of {request['pretrained']}", _setting(profile)]
-    chunks.append(_table(_OF_MODELS[:told], models))
+    chunks.append(_table(_OF_MODELS, profile["models"]))
     for size, mode in product(request["batch_sizes"], headings):
         key = (size, mode)
         cells = [c for c in profile["cells"] if (c["batch_size"], c["mode"]) == key]
-        if cells:
-            chunks.append(f"## Batch size {size}, {mode} length: {headings[mode]}")
-            chunks.append(_table((("model", "model", 1, ""), *_COLUMNS), cells))
         changes = [
             {"model": cell["model"], "metric": metric.replace("_", " "), **found}
             for cell in cells
             for metric, found in cell["deltas"].items()
         ]
-        if changes:
+        if cells:
+            chunks.append(f"## Batch size {size}, {mode} length: {headings[mode]}")
+            chunks.append(_table((("model", "model", 1, ""), *_COLUMNS), cells))
             chunks.append(_table(_OF_CHANGES, changes))
     return "\n\n".join(chunks) + "\n"
 
@@ -110,8 +105,8 @@ def _setting(profile: dict[str, Any]) -> str:
     done = max((cell["repeats"] for cell in profile["cells"]), default=0)
     lines = [
         (
-            f"{done} of {profile['request']['repeats']} repeats, interleaved; models held in memory "
-            f"{profile['models_held']}; {profile['warm_up_batches']} warm-up batches, not counted."
+            f"{done} of {profile['request']['repeats']} repeats, each of which loads every model "
+            f"once; {profile['warm_up_batches']} warm-up batches, not counted."
         ),
         (
             f"{environment['device']} ({environment['device_name']}), {environment['threads']} "
@@ -122,11 +117,9 @@ def _setting(profile: dict[str, Any]) -> str:
     if profile["interrupted"]:
         lines.append("**Interrupted**: the last repeat is not complete.")
     if energy["sources"]:
-        sources = " ".join(
-            "{} {kind}: {description}.".format(name.upper(), **energy["sources"][name])
-            for name in COMPONENTS
-        )
-        lines.append(f"Energy by {energy['meter']}: {energy['scope']}. {sources}")
+        lines.append(f"Energy by {energy['meter']}: {energy['scope']}.")
+        for name, source in energy["sources"].items():
+            lines.append(f"{name.upper()} {source['kind']}: {source['description']}.")
     lines += [f"Note: {note}." for note in energy["notes"]]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -141,10 +134,10 @@ def _table(columns: Sequence[_Column], rows: list[dict[str, Any]]) -> str:
 
 def _written(value: Any, scale: float, form: str) -> str:
     if isinstance(value, dict):
-        text = _written(value["mean"], scale, form)
-        if value.get("low") is None:
-            return text
-        return f"{text} ± {_written((value['high'] - value['low']) / 2, scale, form)}"
+        text, low = _written(value["mean"], scale, form), value.get("low")
+        if low is not None:
+            text += f" ± {_written((value['high'] - low) / 2, scale, form)}"
+        return text
     if isinstance(value, str):
         return value
     return "n/m" if value is None else format(value * scale, form)
@@ -163,10 +156,9 @@ def draw(profile: dict[str, Any], name: str) -> Plot:
     models = pd.DataFrame(profile["models"]).set_index("name")
     cells = pd.json_normalize(profile["cells"]).join(models, on="model")
     cells["line"] = [
-        f"batch size {size}, {mode} length{f', {model}' if widths else ''}"
-        for size, mode, model, widths in cells[
-            ["batch_size", "mode", "model", "layer_widths"]
-        ].itertuples(index=False)
+        f"batch size {cell.batch_size}, {cell.mode} length"
+        + f", {cell.model}" * bool(cell.layer_widths)
+        for cell in cells.itertuples()
     ]
     look = line_look(list(cells["line"].unique()))
     panels = []
@@ -180,4 +172,5 @@ def draw(profile: dict[str, Any], name: str) -> Plot:
         title = f"{label} (not measured)" if drawn.empty else label
         y = alt.Y("mean:Q", scale=alt.Scale(domainMin=0)).title(title)
         panels.append(lines(drawn, over_ratios("expansion_ratio"), y, look))
-    return Plot(name, name.capitalize(), _DRAWN, alt.hconcat(*panels))
+    about = "Means over repeats, with bands of their 95 % intervals."
+    return Plot(name, name.capitalize(), about, alt.hconcat(*panels))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 MODES = ("fixed", "natural")
 CONFIDENCE = 0.95
 _PASS = ["batch_size", "mode", "model", "repeat"]
+_PEAKS = ("peak_device_bytes", "peak_host_bytes")
 #: Each figure as a ratio of two columns, of a batch or of sums over batches.
 _RATIOS = {
     "seconds_to_first_token": ("first", "batches"),
@@ -34,14 +34,14 @@ _RATIOS = {
 }
 
 
-def cells_of(rows: list[dict[str, Any]], models: Sequence[str]) -> list[dict[str, Any]]:
+def cells_of(rows: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
     """Return the figures of each model, batch size and output length as JSON types.
 
     Args:
         rows: One for each batch of a repeat: ``batch_size``, ``mode``, ``model``, ``repeat``, what
             `lm_eval_pruned.profiling.measure.generate` returns, its share of the pass's joules by
             component (``prefill_...``, ``both_...``) and the pass's ``peak_..._bytes``.
-        models: Names, the baseline first.
+        baseline: The model that the others are compared with.
 
     Returns:
         For each, with None for *not measured*: in one repeat ``prompts`` and ``prompt_tokens``
@@ -50,60 +50,53 @@ def cells_of(rows: list[dict[str, Any]], models: Sequence[str]) -> list[dict[str
         a pass, ``decode`` being ``both`` less ``prefill``; peaks of memory; and ``deltas``, the
         `change` from the baseline.
     """
-    table = pd.DataFrame(rows).assign(batches=1)
+    keys, parts = _PASS[:3], (*COMPONENTS, "total")
+    table = pd.DataFrame(rows).set_index(_PASS).astype(float).assign(batches=1)
     table["steps_after"] = table["steps"] - 1
     table["tokens_after"] = table["output_tokens"] - table["rows"]
     # After its only token, a batch of one step decodes nothing.
     table["after"] = (table["total"] - table["first"]) * (table["steps"] > 1)
-    parts = (*COMPONENTS, "total")
     for part in parts:
-        both, prefill = table[f"both_{part}"], table[f"prefill_{part}"]
-        table[f"decode_{part}"] = both.astype(float) - prefill.astype(float)
-    table = table.set_index(_PASS).sort_index()
-    passes = table.astype(float).groupby(level=_PASS).sum(min_count=1)
-    ratios, by_batch = _ratios(passes), _ratios(table)
-    cells = []
-    for size, mode, name in product(table.index.unique(0), MODES, models):
-        key = (size, mode, name)
-        if key not in passes.index:
-            continue
-        batches, sums, of = table.loc[key], passes.loc[key], ratios.loc[key]
-        base = ratios.loc[size, mode, models[0]]
-        shared = of.index.intersection(base.index)
-        estimates = {metric: estimate(of[metric]) for metric in of}
-        latencies = [metric for metric in _RATIOS if metric.startswith("seconds")]
-        changes = {m: change(of.loc[shared, m], base.loc[shared, m]) for m in of}
-        found = {
+        table[f"decode_{part}"] = table[f"both_{part}"] - table[f"prefill_{part}"]
+    passes = table.groupby(level=_PASS, sort=False).sum(min_count=1)
+    ratios, cells = _ratios(passes), []
+    for key, batches in table.groupby(level=keys, sort=False):
+        size, mode, name = key
+        sums, of = (found.xs(key, level=keys) for found in (passes, ratios))
+        base = ratios.xs((size, mode, baseline), level=keys)
+        estimates = {metric: estimate(of[metric]) for metric in _RATIOS}
+        latencies = {m: estimates.pop(m) for m in [*estimates] if m.startswith("sec")}
+        by_batch = _ratios(batches)
+        ours, theirs = of.align(base, join="inner")
+        changes = {m: change(ours[m], theirs[m]) for m in of if name != baseline}
+        highest = batches.reindex(columns=_PEAKS).max().items()
+        cell = {
             "model": name,
             "batch_size": int(size),
             "mode": mode,
             "repeats": len(of),
             "prompts": int(sums["rows"].iloc[0]),
             "prompt_tokens": int(sums["prompt_tokens"].iloc[0]),
+            **{m: distribution(by_batch[m].dropna()) for m in latencies},
+            "latency_estimates": {m: e for m, e in latencies.items() if e},
+            **estimates,
             "mean_output_tokens": float(of["mean_output_tokens"].mean()),
-            **{m: distribution(by_batch.loc[key, m].dropna()) for m in latencies},
-            "latency_estimates": {m: estimates[m] for m in latencies if estimates[m]},
+            "joules": {
+                phase: {
+                    part: _number(sums[f"{phase}_{part}"].mean(skipna=False))
+                    for part in parts
+                }
+                for phase in ("prefill", "decode", "both")
+            },
+            **{m: None if np.isnan(peak) else int(peak) for m, peak in highest},
+            "deltas": {metric: found for metric, found in changes.items() if found},
         }
-        others = estimates.keys() - {*latencies, "mean_output_tokens"}
-        found |= {metric: estimates[metric] for metric in _RATIOS if metric in others}
-        found["joules"] = {
-            phase: {
-                part: _number(sums[f"{phase}_{part}"].mean(skipna=False))
-                for part in parts
-            }
-            for phase in ("prefill", "decode", "both")
-        }
-        for peak in ("peak_device_bytes", "peak_host_bytes"):
-            found[peak] = int(batches[peak].max()) if peak in batches else None
-        found["deltas"] = {m: d for m, d in changes.items() if d and name != models[0]}
-        cells.append(found)
+        cells.append(cell)
     return cells
 
 
 def _ratios(table: pd.DataFrame) -> pd.DataFrame:
-    found = {
-        name: table[above] / table[below] for name, (above, below) in _RATIOS.items()
-    }
+    found = {name: table[above] / table[of] for name, (above, of) in _RATIOS.items()}
     # Where nothing was decoded, there is nothing to divide by.
     return pd.DataFrame(found).replace([np.inf, -np.inf], np.nan)
 
@@ -117,10 +110,9 @@ def distribution(seconds: Sequence[float]) -> dict[str, Any] | None:
     """
     if not len(seconds):
         return None
-    values = pd.Series(seconds)
-    found = [values.mean(), values.std(), *values.quantile([0.5, 0.9, 0.99])]
-    keys = ("mean", "sd", "p50", "p90", "p99")
-    return {"n": len(values), **dict(zip(keys, map(_number, found), strict=True))}
+    found = pd.Series(seconds).describe([0.5, 0.9, 0.99])
+    names = {"mean": "mean", "sd": "std", "p50": "50%", "p90": "90%", "p99": "99%"}
+    return {"n": len(seconds)} | {k: _number(found[name]) for k, name in names.items()}
 
 
 def estimate(values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
@@ -150,10 +142,8 @@ def change(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]
     if not len(values) or not (np.minimum(values, baseline) > 0).all():
         return None
     found = estimate(np.log(values) - np.log(baseline)) or {}
-    percent, low, high = (
-        None if found[key] is None else 100 * math.expm1(found[key])
-        for key in ("mean", "low", "high")
-    )
+    del found["n"]
+    percent, low, high = (e and 100 * math.expm1(e) for e in found.values())
     verdict = "no difference seen"
     if low is None or high is None:
         verdict = "one repeat, no interval"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -62,16 +62,16 @@ def healed(tiny, data, output, *, resume=False, merge=False, size=KEPT, **option
 @contextmanager
 def watching(before=lambda trainer, model: None, after=lambda inputs, loss: None):
     """Call functions around each computation of a loss."""
+    inner = HealingTrainer.compute_loss
 
-    class Watched(HealingTrainer):
-        def compute_loss(self, model, inputs, *arguments, **named):
-            before(self, model)
-            loss = super().compute_loss(model, inputs, *arguments, **named)
-            after(inputs, loss)
-            return loss
+    def compute_loss(trainer, model, inputs, *arguments, **named):
+        before(trainer, model)
+        loss = inner(trainer, model, inputs, *arguments, **named)
+        after(inputs, loss)
+        return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lm_eval_pruned.healing.trainer.HealingTrainer", Watched)
+        patch.setattr(HealingTrainer, "compute_loss", compute_loss)
         yield
 
 
@@ -139,21 +139,6 @@ def test_one_step_of_distillation_is_the_step_by_hand(tiny_llama, data, tmp_path
         torch.testing.assert_close(after[name], expected, msg=name)
 
 
-def test_distillation_alone_asks_the_model_for_no_loss(tiny_llama, data, tmp_path):
-    """Next-token loss over a large vocabulary would be computed to be multiplied by 0."""
-    seen = []
-
-    def hook(trainer, model):
-        model.register_forward_pre_hook(
-            lambda module, args, given: seen.append(set(given)), with_kwargs=True
-        )
-
-    with watching(before=hook):
-        healed(tiny_llama, data, tmp_path / "healed", max_steps=1, teacher_weight=1.0)
-    assert seen
-    assert all("input_ids" in each and "labels" not in each for each in seen)
-
-
 def test_the_adapter_is_applied_and_merged(adapter, tiny_llama):
     pruned = load_pruned(str(tiny_llama), **KEPT)
     plain = logits(pruned)
@@ -174,26 +159,18 @@ def test_the_adapter_is_applied_and_merged(adapter, tiny_llama):
 
 def test_the_record_and_the_card_say_what_an_adapter_belongs_to(adapter, tiny_llama):
     record = json.loads((adapter / HEALING).read_text())
-    pruned = load_pruned(str(tiny_llama), **KEPT).prune_record
-    assert record["pruning"] == pruned.as_dict()
-    assert record["data"]["texts"] == len(TEXTS)
-    assert len(record["data"]["sha256"]) == 64
+    assert (record["data"]["texts"], len(record["data"]["sha256"])) == (12, 64)
     assert (record["steps"], record["tokens_seen"]) == (4, 4 * 2 * 32)
     assert record["training_args"]["learning_rate"] == 1e-2
-    assert record["seconds"] > 0
     assert not list(adapter.rglob("*.bin"))
     card = ModelCard.load(adapter / "README.md")
     assert card.data.library_name == "peft"
-    for words in (
-        f" adapter for {tiny_llama.name}",
-        "53 neurons per MLP",
-        record["pruning"]["kept_digest"][:12],
-        f"{record['tokens_seen']:,} tokens of data.jsonl",
-        "prune_percent=40,peft=",
-    ):
+    digest = record["pruning"]["kept_digest"][:12]
+    for words in ("53 neurons per MLP", digest, "256 tokens of data.jsonl"):
         assert words in card.text
-    assert "More Information Needed" not in card.text
+    # Not the folder of this machine, and not peft's empty template.
     assert str(tiny_llama) not in card.content
+    assert "More Information Needed" not in card.text
 
 
 @pytest.mark.parametrize(
@@ -208,9 +185,8 @@ def test_an_adapter_of_other_neurons_is_refused_by_its_record(
 ):
     """The widths agree: nothing but the record tells."""
     given = {"device": "cpu", **other}
-    with pytest.raises(ValueError, match=f"peft=.*was trained on .*{message}") as told:
+    with pytest.raises(ValueError, match=f"peft=.*was trained on .*{message}"):
         PrunedHFLM(str(tiny_llama), peft=str(adapter), **given)
-    assert "criterion=maw" in str(told.value)
     for file in adapter.glob("adapter*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     PrunedHFLM(str(tiny_llama), peft=str(tmp_path), **given)
@@ -225,11 +201,11 @@ def test_an_adapter_that_leaves_the_mlps_alone_is_checked_too(
     adapter = tmp_path / "healed"
     attention = {"target_modules": r".*\.q_proj"}
     healed(tiny_llama, data, adapter, max_steps=1, peft_args=attention)
-    given = {"device": "cpu", "peft": str(adapter)}
-    with pytest.raises(ValueError, match="this model has no kept set"):
-        PrunedHFLM(str(tiny_llama), **given)
-    with pytest.raises(ValueError, match="was pruned already: leave out peft_stage"):
-        PrunedHFLM(str(tiny_llama), peft_stage="before", **given, **KEPT)
+    for size, message in (({}, "no kept set"), (KEPT, "leave out peft_stage")):
+        given = {"device": "cpu", "peft": str(adapter), **size}
+        given |= {"peft_stage": "before"} if size else {}
+        with pytest.raises(ValueError, match=message):
+            PrunedHFLM(str(tiny_llama), **given)
 
 
 class Killed(BaseException):
@@ -247,25 +223,23 @@ def test_full_weights_are_an_ordinary_checkpoint(tiny_llama, data, tmp_path):
     assert torch.equal(logits(lm.model), logits(model))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("teacher_weight", [0, 0.5])
+@pytest.mark.parametrize("options", [{"method": "full"}, {"teacher_weight": 0.5}])
 def test_killing_and_resuming_gives_the_same_weights(
-    tiny_llama, data, tmp_path, method, teacher_weight
+    tiny_llama, data, tmp_path, options
 ):
-    options = {"method": method, "teacher_weight": teacher_weight, "max_steps": 5}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    healed(tiny_llama, data, whole, **options)
+    healed(tiny_llama, data, whole, max_steps=5, **options)
 
     def die(trainer, model):
         if trainer.state.global_step == 3:
             raise Killed
 
     with watching(before=die), pytest.raises(Killed):
-        healed(tiny_llama, data, killed, **options)
+        healed(tiny_llama, data, killed, max_steps=5, **options)
     assert not killed.exists()
     checkpoints = tmp_path / "killed.checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
-    healed(tiny_llama, data, killed, resume=True, **options)
+    healed(tiny_llama, data, killed, resume=True, max_steps=5, **options)
     assert_same(killed, whole)
 
 
@@ -284,9 +258,7 @@ def test_from_its_last_checkpoint_a_healing_takes_no_step_too_many(
         # A checkpoint without its record is passed over.
         (tmp_path / "healed.checkpoints" / "checkpoint-4" / HEALING).unlink()
     again = healed(tiny_llama, data, output, resume=True, **options)
-    assert again.finished
-    for key in ("steps", "tokens_seen"):
-        assert again.record[key] == whole.record[key]
+    assert again.record["steps"] == whole.record["steps"]
     assert_same(output, moved)
 
 
@@ -299,30 +271,19 @@ def words_of(tiny, data, training=TRAINING, **options):
     return [*words, "--training_args", written, "--output_path"]
 
 
-SCRIPT = """
-import os, signal, sys
-from lm_eval_pruned import cli
-from lm_eval_pruned.healing.trainer import HealingTrainer
-
-inner = HealingTrainer.compute_loss
-
-def interrupted(self, *arguments, **named):
-    if self.state.global_step == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-    return inner(self, *arguments, **named)
-
-HealingTrainer.compute_loss = interrupted
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_interrupted_by_hand_it_keeps_the_step_and_goes_on(tiny_llama, data, tmp_path):
+def test_interrupted_by_hand_it_keeps_the_step_and_goes_on(
+    tiny_llama, data, tmp_path, capsys
+):
     words = words_of(tiny_llama, data, {**TRAINING, "save_steps": 100}, max_steps=5)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    ended = evaluations.run([sys.executable, "-c", SCRIPT, *words, stopped])
-    assert ended.returncode == 130, ended.stderr
-    assert "Stopped after 3 steps" in ended.stderr
+
+    def interrupt(trainer, model):
+        if trainer.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with watching(before=interrupt):
+        assert cli.main([*words, str(stopped)]) == 130
+    assert "Stopped after 3 steps" in capsys.readouterr().err
     assert not stopped.exists()
     assert cli.main([*words, str(whole)]) == 0
     assert cli.main([*words, str(stopped), "--resume"]) == 0
@@ -381,32 +342,29 @@ def test_two_processes_take_the_step_that_one_takes(tiny_llama, data, tmp_path):
 def test_text_of_other_forms_and_bf16(tiny_llama, data, tmp_path):
     plain, chat = tmp_path / "plain.txt", tmp_path / "chat.jsonl"
     plain.write_text("\n".join(TEXTS))
-    options = {"max_steps": 1, "training_args": {**TRAINING, "bf16": True}}
-    record = healed(tiny_llama, str(plain), tmp_path / "a", **options).record
-    assert record["data"]["texts"] == 1
     messages = [{"role": "user", "content": each} for each in TEXTS]
     chat.write_text(json.dumps({"messages": messages}))
-    record = healed(tiny_llama, str(chat), tmp_path / "b", max_steps=1).record
-    tokens = sum(len(each) for each in TEXTS) + len("<user>\n") * len(TEXTS) + 1
-    assert record["data"]["tokens"] == tokens // 32 * 32
+    letters = sum(map(len, TEXTS))
+    more = {plain: len(TEXTS) - 1 + 1, chat: len("<user>\n") * len(TEXTS) + 1}
+    options = {"max_steps": 1, "training_args": {**TRAINING, "bf16": True}}
+    for file, added in more.items():
+        output = tmp_path / file.stem
+        record = healed(tiny_llama, str(file), output, **options).record["data"]
+        assert record["texts"] == 1
+        assert record["tokens"] == (letters + added) // 32 * 32
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--data nowhere.jsonl", "data=nowhere.jsonl cannot be read"),
-        ("--data nowhere.txt", "data=nowhere.txt cannot be read"),
-        ("--method qlora", "method=qlora is unknown"),
         ("--teacher_weight 2", "teacher_weight=2.0 is no share"),
         ("--temperature 2", "temperature=2.0 compares"),
         ("--teacher_weight 1 --temperature 0", "temperature=0.0 divides"),
-        ("--max_length 1", "max_length=1 is too small"),
         ("--max_length 500", "needs blocks"),
         ("--max_length 5000", "more than the 512 positions"),
-        ("--max_steps 0", "max_steps=0 is too small"),
         ("--training_args learning_rte=1", "learning_rte"),
         ("--training_args max_steps=3", "other options of heal decide"),
-        ("--training_args lr_scheduler_type=x", "lr_scheduler_type=x"),
         ("--peft_args rank=3", "'rank'"),
         ("--peft_args target_modules=q", "Target modules q not found"),
         ("--peft_args use_dora=true", "has use_dora=True, which other options"),

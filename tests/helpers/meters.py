@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from lm_eval_pruned.energy.meter import ComponentSource, MeterDescription
-from lm_eval_pruned.energy.readings import EnergyReading, Joules
+from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.readings import COMPONENTS, EnergyReading, Joules
 
 
 class Clock:
     """A clock that moves when it is told to, in seconds."""
 
-    def __init__(self, now: float = 0.0):
-        self.now = now
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -30,53 +30,36 @@ class FakeMeter:
     """
 
     def __init__(self, clock, watts, kg_per_kwh=None, fail_at=None):
-        self.clock = clock
-        self.watts = watts
-        self.kg_per_kwh = kg_per_kwh
-        self.fail_at = fail_at
-        self.starts = 0
-        self.reads = 0
+        self.clock, self.watts = clock, watts
+        self.kg_per_kwh, self.fail_at = kg_per_kwh, fail_at
+        self.starts = self.reads = 0
         self.running = False
 
     def start(self):
         self.starts += 1
-        if self.fail_at == "start":
-            raise RuntimeError("no permission")
+        self._fail("start", "no permission")
         self.running = True
-        return self._description()
+        sources = dict.fromkeys(COMPONENTS, ComponentSource("none", "not there"))
+        sources |= dict.fromkeys(self.watts, ComponentSource("measured", "by decree"))
+        country = None if self.kg_per_kwh is None else "FRA"
+        return MeterDescription("fake", "nothing real", 0.0, sources, {}, country)
 
     def stop(self):
         self.running = False
-        if self.fail_at == "stop":
-            raise RuntimeError("would not stop")
+        self._fail("stop", "would not stop")
 
     def read(self):
         assert self.running
         self.reads += 1
-        if self.reads == self.fail_at:
-            raise RuntimeError("the sensor is gone")
+        self._fail(self.reads, "the sensor is gone")
         joules = {name: self._joules(power) for name, power in self.watts.items()}
         total = sum(joules.values())
-        return EnergyReading(
-            None,
-            Joules(**joules, total=total),
-            None if self.kg_per_kwh is None else total / 3.6e6 * self.kg_per_kwh,
-        )
+        kg = None if self.kg_per_kwh is None else total / 3.6e6 * self.kg_per_kwh
+        return EnergyReading(None, Joules(**joules, total=total), kg)
 
-    def _description(self):
-        return MeterDescription(
-            name="fake",
-            scope="nothing real",
-            resolution_seconds=0.0,
-            sources={
-                name: ComponentSource("measured", "by decree")
-                if name in self.watts
-                else ComponentSource("none", "not there")
-                for name in ("cpu", "gpu", "ram")
-            },
-            hardware={},
-            country="FRA" if self.kg_per_kwh is not None else None,
-        )
+    def _fail(self, event, message):
+        if event == self.fail_at:
+            raise RuntimeError(message)
 
     def _joules(self, power):
         steps = power if isinstance(power, list) else [(0.0, power)]
@@ -85,3 +68,9 @@ class FakeMeter:
             watts * max(0.0, min(self.clock.now, end) - start)
             for (start, watts), end in zip(steps, ends, strict=True)
         )
+
+
+def monitor_of(watts, *more, **meter):
+    """Return a monitor of a machine of known power, and the clock that both look at."""
+    clock = Clock()
+    return EnergyMonitor(FakeMeter(clock, watts, *more, **meter), clock), clock

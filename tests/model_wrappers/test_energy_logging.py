@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,24 +12,17 @@ from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
-from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
 from lm_eval_pruned.model_wrappers.batching.generation import count_generated
-from lm_eval_pruned.model_wrappers.energy_windows import (
-    SCHEMA_VERSION,
-    EnergyLog,
-)
+from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import checkpoints, evaluations
 from tests.helpers.layouts import save_family
-from tests.helpers.meters import Clock, FakeMeter
+from tests.helpers.meters import Clock, monitor_of
 
 
 def log_of(watts=None, *, idle_seconds=0, **meter):
-    clock = Clock()
-    monitor = EnergyMonitor(
-        FakeMeter(clock, watts or {"cpu": 10.0, "ram": 5.0}, **meter), clock
-    )
+    monitor, clock = monitor_of(watts or {"cpu": 10.0, "ram": 5.0}, **meter)
     return EnergyLog(monitor, idle_seconds, clock.sleep), clock
 
 
@@ -69,6 +61,7 @@ def rolling(text):
 
 
 ONE = [scored("abc", "de")]
+PER_TASK = {"energy": True, "energy_per_task": True}
 
 
 def energy_of(model):
@@ -94,10 +87,12 @@ def test_scored_requests_are_counted_in_tokens_without_padding(lm):
         "emissions_kg_co2e": None,
         "carbon_intensity_g_co2e_per_kwh": None,
     }
+    # The first pass ever is apart.
+    assert energy_of(model)["set_up"]["warm_up"]["loglikelihood"]["seconds"] == 1.0
     model.loglikelihood(ONE)
     block = energy_of(model)
     # A model that is evaluated again starts from nothing.
-    assert block["total"]["requests"] == 1
+    assert (block["total"]["requests"], block["set_up"]) == (1, {})
     assert json.loads(json.dumps(block)) == block == energy_of(model)
 
 
@@ -145,9 +140,8 @@ def test_tokens_are_those_that_the_model_was_given(
 
 def test_an_encoders_tokens_are_processed_too(tmp_path):
     save_family(tmp_path, "t5", 16)
-    model = PrunedHFLM(
-        str(tmp_path), device="cpu", batch_size=2, max_length=64, backend="seq2seq"
-    )
+    given = {"batch_size": 2, "max_length": 64, "backend": "seq2seq"}
+    model = PrunedHFLM(str(tmp_path), device="cpu", **given)
     model._energy, _ = log_of()
     # Of equal length, so that nothing is padded; a text twice, which is computed twice.
     pairs = [("abcdef", "gh"), ("uvwxyz", "ij"), ("uvwxyz", "ij")]
@@ -157,8 +151,7 @@ def test_an_encoders_tokens_are_processed_too(tmp_path):
 
 def test_generated_tokens_stop_at_the_end_of_text(lm, monkeypatch):
     model = lm(slot_refilling=False)
-    end = checkpoints.TINY["eos_token_id"]
-    pad = checkpoints.TINY["pad_token_id"]
+    end, pad = (checkpoints.TINY[f"{name}_token_id"] for name in ("eos", "pad"))
 
     def generate(input_ids, **_):
         new = torch.tensor([[1, 2, 3, 4], [5, end, pad, pad]])
@@ -167,25 +160,6 @@ def test_generated_tokens_stop_at_the_end_of_text(lm, monkeypatch):
     monkeypatch.setattr(model.model, "generate", generate)
     model.generate_until([generated("abcdef"), generated("xy")])
     assert model.token_counts == TokenCounts(prompt=8, generated=6, processed=8 + 6 - 2)
-
-
-def test_generation_counts_what_the_model_was_given(lm):
-    model = lm(slot_refilling=False)
-    positions = 0
-    forward = model.model.model.forward
-
-    def watched(*args, **kwargs):
-        nonlocal positions
-        ids = kwargs["input_ids"]
-        positions += int(kwargs["attention_mask"][:, -ids.shape[1] :].sum())
-        return forward(*args, **kwargs)
-
-    model._warmed_up = True
-    model.model.model.forward = watched
-    model.model.generation_config.eos_token_id = None
-    model.generate_until([generated("abcdef"), generated("xy")])
-    assert model.token_counts.generated == 8
-    assert model.token_counts.processed == positions
 
 
 @given(
@@ -202,61 +176,27 @@ def test_count_generated_agrees_with_counting_by_hand(rows, ends):
     assert count_generated(torch.tensor(rows), ends) == sum(lengths)
 
 
-def test_tokens_of_shared_prefixes_and_of_the_plain_path(lm, monkeypatch):
-    model = lm(prefix_sharing=True)
-    # The positions that the model was given; none of the rows is padded.
-    positions = 0
-
-    def watch(_, inputs):
-        nonlocal positions
-        positions += inputs[0].numel()
-
-    model.model.get_input_embeddings().register_forward_pre_hook(watch)
-    model._warmed_up = True
-    assert model._can_take(model._sharing)
-    shared = [scored("One preamble. " + c, " no") for c in ("abc", "abd", "xyz")]
-    alone = [scored("nothing in common", " yes")]
-    for requests in (shared, alone):
-        before, positions = replace(model.token_counts), 0
-        model.loglikelihood(requests)
-        counts = model.token_counts - before
-        assert counts.prompt == sum(len("".join(r.args)) for r in requests)
-        assert counts.processed == positions
-    # Some of a call's requests exceed what may be shared.
-    model.config.sliding_window = 20
-    before, positions = replace(model.token_counts), 0
-    model.loglikelihood(
-        shared + [scored("twenty-one characters" + c, "q") for c in "ab"]
-    )
-    counts = model.token_counts - before
-    assert counts.prompt == 3 * 20 + 2 * 23
-    assert counts.processed == positions
-    assert 2 * 22 < counts.processed < counts.prompt - 20
-
-
 def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
     requests = [
         scored("abcd", "x", "one", 0),
         scored("The sky", " is blue", "two", 0),
         scored("efgh", "y", "one", 1),
-        scored("ijklm", "z", "three", 0),
     ]
     plain = lm().loglikelihood(requests)
-    model = lm(energy=True, energy_per_task=True)
+    model = lm(**PER_TASK)
     assert model.loglikelihood(requests) == [
         (pytest.approx(score, abs=1e-4), greedy) for score, greedy in plain
     ]
     block = energy_of(model)
     tasks = {name: task["loglikelihood"] for name, task in block["tasks"].items()}
     counts = {name: task["requests"] for name, task in tasks.items()}
-    assert counts == {"one": 2, "two": 1, "three": 1}
+    assert counts == {"one": 2, "two": 1}
     whole = block["request_types"]["loglikelihood"]
     for key in ("seconds", "prompt_tokens", "processed_tokens", "kwh"):
         parts = sum(task[key] for task in tasks.values())
         assert parts == pytest.approx(whole[key])
 
 
-PER_TASK = {"energy": True, "energy_per_task": True}
 SAMPLED = generated("xy", do_sample=True, temperature=0.5)
 
 
@@ -292,32 +232,15 @@ def test_the_search_for_a_batch_size_is_a_window_of_its_own(
     assert search["joules"]["total"] == 15.0 * 5.0 * searches
 
 
-def test_the_first_pass_ever_is_a_window_of_its_own(lm):
+def test_requests_that_fail_are_not_told_of_the_next_ones(lm, monkeypatch):
     model = lm()
-    for _ in range(2):
-        model.loglikelihood(ONE)
-    model.generate_until([generated("abc", max_gen_toks=1)])
-    block = energy_of(model)
-    assert set(block["set_up"]) == {"warm_up"}
-    (warm_up,) = block["set_up"]["warm_up"].values()
-    assert warm_up["joules"]["total"] == 15.0
-    assert block["request_types"]["loglikelihood"]["seconds"] == 2.0
-    assert block["total"]["joules"]["total"] == 15.0 * 3
-
-
-@pytest.mark.parametrize("batch_size", [4, "auto"])
-def test_requests_that_fail_are_not_told_of_the_next_ones(lm, monkeypatch, batch_size):
-    model = lm(batch_size=batch_size, max_batch_size=1, max_length=64)
     with monkeypatch.context() as patch:
         patch.setattr(model, "_model_call", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model.loglikelihood(ONE)
     model.loglikelihood(ONE)
-    block = energy_of(model)
-    assert (block["total"]["requests"], block["total"]["seconds"]) == (1, 1.0)
-    if batch_size == "auto":
-        (search,) = block["set_up"]["batch_size_search"].values()
-        assert search["seconds"] == 5.0
+    total = energy_of(model)["total"]
+    assert (total["requests"], total["seconds"]) == (1, 1.0)
 
 
 def test_idle_energy_is_measured_first_and_once_and_net_energy_may_be_negative(lm):
@@ -346,22 +269,22 @@ def test_idle_energy_is_measured_first_and_once_and_net_energy_may_be_negative(l
 def test_without_the_energy_of_the_gpu_there_is_none_per_token(
     lm, monkeypatch, watts, on_gpu, status
 ):
-    model = lm(log_of(watts, idle_seconds=2), energy=True, energy_per_task=True)
+    model = lm(log_of(watts, idle_seconds=2), **PER_TASK)
     if on_gpu:
         monkeypatch.setattr(model, "_accelerators", lambda: {torch.device("cuda")})
         monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: None)
     model.loglikelihood(ONE)
     block = energy_of(model)
     assert block["status"] == status
-    windows = [block["request_types"]["loglikelihood"], block["total"]]
-    windows.append(block["tasks"]["t"]["loglikelihood"])
-    for record in (*windows, block["idle"]):
+    records = [block["request_types"]["loglikelihood"], block["total"]]
+    records.append(block["tasks"]["t"]["loglikelihood"])
+    for record in records:
         assert record["joules"]["cpu"] > 0
-        assert (record["joules"]["total"] is None) == (status != "ok")
-        assert (record["mean_watts"] is None) == (status != "ok")
-    for record in windows:
-        assert (record["joules_per_processed_token"] is None) == (status != "ok")
-        assert (record["net_joules"]["total"] is None) == (status != "ok")
+        for found in (
+            *(record["joules"]["total"], record["net_joules"]["total"]),
+            *(record["mean_watts"], record["joules_per_processed_token"]),
+        ):
+            assert (found is None) == (status != "ok")
     noted = any("gpu" in note and "no total" in note for note in block["notes"])
     assert noted == (status != "ok")
 
@@ -396,77 +319,69 @@ def test_answers_survive_a_meter_that_fails(lm, fail_at):
 
 
 def test_cached_answers_cost_nothing_and_are_counted(lm, tmp_path):
-    model = lm()
-    cache = CachingLM(model, str(tmp_path / "cache.db"))
+    cache = CachingLM(lm(), str(tmp_path / "cache.db"))
     requests = [*ONE, scored("abc", "fg")]
-    answers = cache.loglikelihood(requests)
-    block = energy_of(cache)
-    assert (block["cached_answers"], block["total"]["requests"]) == (0, 2)
-    more = cache.loglikelihood([*requests, scored("q", "r")])
-    assert [tuple(each) for each in more[:2]] == answers
-    block = energy_of(cache)
-    assert (block["cached_answers"], block["total"]["requests"]) == (2, 1)
-    cache.loglikelihood(requests)
-    block = energy_of(cache)
-    assert block["cached_answers"] == 2
+    expected = ((requests, 0, 2), ([*requests, scored("q", "r")], 2, 1))
+    for asked, cached, sent in (*expected, (requests, 2, 0)):
+        cache.loglikelihood(asked)
+        block = energy_of(cache)
+        assert (block["cached_answers"], block["total"]["requests"]) == (cached, sent)
     assert block["request_types"] == {}
     assert block["total"]["joules"]["total"] is None
 
 
-@pytest.mark.parametrize("announced", [True, False])
-def test_every_evaluation_has_its_own_requests_and_answers_from_before(lm, announced):
-    """They are handed over before the requests that are left to compute, as in a sweep."""
+def test_an_evaluation_that_is_announced_forgets_the_one_before(lm):
     model = lm()
-    for _ in range(3):
-        if announced:
-            model.begin_evaluation()
-        model.count_kept_answers(5)
+    for _ in range(2):
+        model.begin_evaluation()
         model.loglikelihood(ONE)
-        info = model.get_model_info()
-        assert info["energy"]["cached_answers"] == 5
-        assert info["energy"]["total"]["requests"] == 1
-        if announced:
-            paths = info["answer_paths"]["loglikelihood"]
-            assert paths["requests"] == {"plain": 1}
+    info = model.get_model_info()
+    assert info["energy"]["total"]["requests"] == 1
+    paths = info["answer_paths"]["loglikelihood"]
+    assert paths["requests"] == {"plain": 1}
+
+
+def test_a_window_ends_when_the_last_process_has_finished(lm, monkeypatch):
+    log, clock = log_of()
+    model = lm((log, clock), energy=True)
+    monkeypatch.setattr(type(model), "world_size", 2)
+    monkeypatch.setattr(model, "barrier", lambda: clock.sleep(2.0))
+    model.loglikelihood(ONE)
+    record = energy_of(model)["request_types"]["loglikelihood"]
+    assert (record["seconds"], record["joules"]["total"]) == (3.0, 45.0)
 
 
 def test_machines_add_up_and_processes_are_not_metered_twice():
-    machines = [
+    logs = [
         # 100 W and 50 W at idle; 500 W and 250 W at work, for 10 s.
         log_of({"cpu": [(0.0, 100.0), (4.0, 500.0)]}, idle_seconds=4),
         log_of({"cpu": [(0.0, 50.0), (4.0, 250.0)]}, idle_seconds=4),
+        # A second process of the first machine, which another one meters.
+        (EnergyLog(None, 4, lambda _: None), Clock()),
     ]
-    # A second process of the first machine, which another one meters.
-    logs = [*machines, (EnergyLog(None, 4, lambda _: None), Clock())]
+    (first, _), kind = logs[0], "loglikelihood"
     for _ in range(2):
-        shares = []
-        for number, (log, clock) in enumerate(logs):
+        for log, clock in logs:
             lm = SimpleNamespace(token_counts=TokenCounts())
             log.measure_idle()
-            log.count_cached(number)
-            key = "request_types", "loglikelihood"
-            with log.window(*key, lm=lm, requests=1, left_open=True):
-                with log.window("set_up", "batch_size_search", key[1]):
+            log.count_cached()
+            with log.window("request_types", kind, lm=lm, requests=1):
+                with log.window("set_up", "batch_size_search", kind):
                     clock.sleep(2.0)
                 clock.sleep(10.0)
-                lm.token_counts.prompt += 3 + number
-            shares.append(log.take())
-        machines[0][0].add(shares)
-    block = machines[0][0].finish()
-    assert block["machines"] == 2
-    assert block["cached_answers"] == 2 * (0 + 1 + 2)
-    assert block["idle"]["seconds"] == 4.0
-    assert block["idle"]["joules"]["total"] == 4 * (100 + 50)
-    assert block["idle"]["mean_watts"] == 150.0
-    for record in (block["request_types"]["loglikelihood"], block["total"]):
-        assert (record["requests"], record["prompt_tokens"]) == (6, 2 * (3 + 4 + 5))
+                lm.token_counts.prompt += 3
+        first.add([log.take() for log, _ in logs])
+    block = first.finish()
+    assert (block["machines"], block["cached_answers"]) == (2, 2 * 3)
+    assert (block["idle"]["seconds"], block["idle"]["mean_watts"]) == (4.0, 150.0)
+    for record in (block["request_types"][kind], block["total"]):
+        assert (record["requests"], record["prompt_tokens"]) == (6, 2 * 3 * 3)
         assert record["seconds"] == 2 * 10.0
         assert record["joules"]["total"] == 2 * (5000 + 2500)
         assert record["idle_joules"]["total"] == 2 * (1000 + 500)
         assert record["net_joules"]["total"] == 2 * (4000 + 2000)
-    search = block["set_up"]["batch_size_search"]["loglikelihood"]
-    assert search["seconds"] == 2 * 2.0
-    assert search["joules"]["total"] == 2 * (1000 + 500)
+    search = block["set_up"]["batch_size_search"][kind]
+    assert (search["seconds"], search["joules"]["total"]) == (2 * 2.0, 2 * (1000 + 500))
 
 
 @pytest.mark.parametrize(
@@ -484,60 +399,20 @@ def test_arguments_are_checked_before_the_model_loads(arguments, message):
         PrunedHFLM("there is no such model", **arguments)
 
 
-def test_nothing_is_imported_or_started_when_it_is_off(tiny_llama):
+def test_nothing_is_imported_when_it_is_off(tiny_llama):
     code = (
-        "import sys, threading\n"
+        "import sys\n"
         "from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM\n"
         f"lm = PrunedHFLM({str(tiny_llama)!r}, device='cpu')\n"
         "assert 'energy' not in lm.get_model_info()\n"
         "assert 'codecarbon' not in sys.modules\n"
-        "assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]\n"
     )
     evaluations.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.slow
-def test_processes_meet_at_the_barrier(tmp_path):
-    """Two real processes over gloo: counts of both, energy of one."""
-    file = tmp_path / "block.json"
-    module = ("-m", "tests.helpers.barrier_of_two_processes", file)
-    evaluations.run([*evaluations.TWO_PROCESSES, *module], checkpoints.ROOT, check=True)
-    block = json.loads(file.read_text())
-    record = block["request_types"]["loglikelihood"]
-    assert block["machines"] == 1
-    assert (record["requests"], record["prompt_tokens"]) == (1 + 2, 10 + 20)
-    assert (record["joules"]["total"], record["seconds"]) == (7.0 * 3.0, 3.0)
-
-
-_SITE = """
-import os, socket
-
-def refuse(*args, **kwargs):
-    with open(os.environ["NETWORK_ATTEMPTS"], "a") as file:
-        print(args, file=file)
-    raise OSError("the network is off limits in this test")
-
-connect = socket.socket.connect
-socket.socket.connect = lambda self, address: (
-    connect(self, address) if self.family == socket.AF_UNIX else refuse(address)
-)
-socket.socket.connect_ex = socket.socket.sendto = refuse
-socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refuse
-"""
-
-
-@pytest.mark.slow
-def test_the_stock_command_writes_the_block_without_a_network(tiny_llama, tmp_path):
+def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
     """The real codecarbon and the real command."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(_SITE)
-    attempts, out = tmp_path / "attempts", tmp_path / "out"
-    guarded = {"PYTHONPATH": tmp_path / "site", "NETWORK_ATTEMPTS": attempts}
-    ask = "import socket; socket.create_connection(('localhost', 9))"
-    done = evaluations.run([sys.executable, "-c", ask], tmp_path, **guarded)
-    assert "off limits" in done.stderr
-    attempts.unlink()
-
     model_args = (
         f"pretrained={tiny_llama},ratio=2.0,energy=true,energy_per_task=true,"
         "energy_idle_seconds=0.3,energy_country=ESP,max_length=512,prefix_sharing=false,"
@@ -546,49 +421,32 @@ def test_the_stock_command_writes_the_block_without_a_network(tiny_llama, tmp_pa
     evaluations.lm_eval(
         *("--model=pruned-hf", f"--model_args={model_args}", "--tasks=pruned_demo"),
         *("--device=cpu", "--batch_size=auto", "--max_batch_size=2", "--limit=3"),
-        f"--output_path={out}",
+        f"--output_path={tmp_path / 'out'}",
         cwd=tmp_path,
-        **guarded,
     )
-    assert not attempts.exists(), attempts.read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "site"}
-    block = evaluations.results(out)["config"]["energy"]
-    assert (block["status"], block["country"]) == ("ok", "ESP")
-    assert block["schema_version"] == SCHEMA_VERSION
-    assert set(block["request_types"]) == {"loglikelihood", "generate_until"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    block = evaluations.results(tmp_path / "out")["config"]["energy"]
+    found = (block["status"], block["country"], block["schema_version"])
+    assert found == ("ok", "ESP", 2)
+    # Every type of request was preceded by a search, which no record holds.
+    types = {"loglikelihood", "generate_until"}
+    assert set(block["request_types"]) == types
+    assert set(block["set_up"]["batch_size_search"]) == types
     for record in (*block["request_types"].values(), block["total"], block["idle"]):
-        joules = record["joules"]
-        parts = [joules[name] for name in ("cpu", "gpu", "ram") if joules[name]]
-        assert joules["total"] == pytest.approx(sum(parts), rel=1e-6)
         assert record["emissions_kg_co2e"] > 0
-    for name, record in block["request_types"].items():
-        parts = [
-            types[name]["joules"]["total"]
-            for types in block["tasks"].values()
-            if name in types
-        ]
-        slack = block["resolution_seconds"] * record["mean_watts"] * 2 * len(parts)
-        assert sum(parts) == pytest.approx(record["joules"]["total"], abs=slack)
-    # Every type of request was preceded by a search, which no record above holds.
-    assert set(block["set_up"]["batch_size_search"]) == set(block["request_types"])
-    for name, source in block["sources"].items():
-        assert (block["total"]["joules"][name] is None) == (source["kind"] == "none")
+        for name, source in block["sources"].items():
+            assert (record["joules"][name] is None) == (source["kind"] == "none")
 
 
 @pytest.mark.slow
 def test_two_processes_of_one_machine_are_metered_once(tiny_llama, tmp_path):
     model_args = f"pretrained={tiny_llama},ratio=2.0,energy=true"
     arguments = evaluations.command("pruned-hf", model_args, tmp_path / "two", limit=5)
-    done = evaluations.run(
-        [*evaluations.TWO_PROCESSES, "-m", *arguments],
-        tmp_path,
-        ACCELERATE_USE_CPU="true",
-    )
-    assert done.returncode == 0, done.stderr
+    command = [*evaluations.TWO_PROCESSES, "-m", *arguments]
+    evaluations.run(command, tmp_path, check=True, ACCELERATE_USE_CPU="true")
     _, two = evaluations.read(tmp_path / "two")
     _, one = evaluations.evaluate("pruned-hf", model_args, limit=5)
-    assert two["energy"]["status"] == "ok"
-    assert two["energy"]["machines"] == 1
+    assert (two["energy"]["status"], two["energy"]["machines"]) == ("ok", 1)
     record, whole = (each["energy"]["total"] for each in (two, one))
     for key in ("requests", "prompt_tokens", "processed_tokens"):
         # The harness gives all processes equally many, repeating some.
