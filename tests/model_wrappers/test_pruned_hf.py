@@ -14,11 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from tests.checkpoints.test_layouts_layers import ragged, save_gemma3n
 from tests.helpers import by_hand, checkpoints, made_tasks
 from tests.helpers.checkpoints import TINY, auto_class, byte_tokenizer, tiny_model
 from tests.helpers.comparing import assert_same_model
-from tests.helpers.layouts import save_family
+from tests.helpers.layouts import ragged, save_family, save_gemma3n
 
 
 TASKS = ["tiny_choice", "tiny_rolling", "tiny_generation"]
