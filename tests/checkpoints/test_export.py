@@ -208,6 +208,14 @@ def test_scores_of_the_same_neurons_are_exported_as_the_hub_reads_them(
     assert entry.notes == ("lm-evaluation-harness, gpqa: acc,none, 0-shot, 4 documents")
 
 
+def test_command(tiny_llama, tmp_path, capsys):
+    command = ["prune", "--model_args", f"pretrained={tiny_llama}", "--output_path"]
+    command += [str(tmp_path / "out"), "--prune_percent", "50"]
+    assert main([*command, "--multiple_of", "8"]) == 0
+    assert "kept digest" in capsys.readouterr().out
+    assert config_of(tmp_path / "out")["intermediate_size"] == 40
+
+
 _WATCHED = """
 import sys, threading
 from pathlib import Path
