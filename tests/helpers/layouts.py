@@ -25,103 +25,51 @@ if TYPE_CHECKING:
 #: `lm_eval_pruned.pruning.slicing.choose_experts_implementation`.
 EAGER = {"experts_implementation": "eager"}
 
-_T5 = {
-    "feed_forward_proj": "gated-gelu",
-    "decoder_start_token_id": 256,
-    "num_hidden_layers": 2,
-    "num_decoder_layers": 2,
-}
+_T5 = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 256}
+_T5 |= {"num_hidden_layers": 2, "num_decoder_layers": 2}
 _EXPERTS = {"num_experts_per_tok": 2, "num_hidden_layers": 2}
-_DEEPSEEK = {
-    **_EXPERTS,
-    "n_routed_experts": 3,
-    "n_shared_experts": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-}
+_DEEPSEEK = {"n_routed_experts": 3, "n_shared_experts": 2, "n_group": 1}
+_DEEPSEEK |= {"topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+_DEEPSEEK |= {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
+_DEEPSEEK |= {"qk_nope_head_dim": 8, "v_head_dim": 8}
+_LLAMA4 = {"num_experts_per_tok": 1, "moe_layers": [1], "interleave_moe_layer_step": 2}
+_LFM2 = {"block_ffn_dim_multiplier": 1.0, "block_multiple_of": 1}
+_LFM2["layer_types"] = ["conv", "full_attention", "conv"]
+_BOTH = {"layer_types": ["full_attention", "sliding_attention"]}
+
+
+def _overrides(width: int) -> dict[str, dict]:
+    one = {"intermediate_size": width}
+    dense, local = (
+        {"intermediate_size": 3 * width},
+        {**_EXPERTS, "num_local_experts": 3},
+    )
+    moe = {**_EXPERTS, "moe_intermediate_size": width}
+    shared = {"shared_expert_intermediate_size": 2 * width + 1}
+    return {
+        "llama": {**one, "mlp_bias": True},
+        "phi3": one,
+        "glm4": one,
+        "granitemoeshared": {**local, **one, "shared_intermediate_size": 3 * width},
+        "t5": {**_T5, "d_ff": width},
+        "umt5": {**_T5, "d_ff": width},
+        "mixtral": {**local, **one},
+        "qwen2_moe": {**moe, **shared, "num_experts": 3},
+        "qwen3_moe": {**moe, **dense, "mlp_only_layers": [0], "num_experts": 3},
+        "olmoe": {**_EXPERTS, **one, "num_experts": 3},
+        "deepseek_v3": {**moe, **dense, **_DEEPSEEK},
+        "gpt_oss": {**local, **one, **_BOTH},
+        "llama4_text": {**local, **one, "intermediate_size_mlp": 2 * width, **_LLAMA4},
+        "lfm2": {"intermediate_size": (3 * width + 1) // 2, **_LFM2},
+    }
+
+
+FAMILIES = tuple(_overrides(1))
 
 
 def overrides(family: str, width: int) -> dict:
     """Return config overrides of a model whose sizes refer to `width` neurons."""
-    return {
-        "llama": {"intermediate_size": width, "mlp_bias": True},
-        "phi3": {"intermediate_size": width},
-        "glm4": {"intermediate_size": width},
-        "granitemoeshared": {
-            **_EXPERTS,
-            "intermediate_size": width,
-            "shared_intermediate_size": 3 * width,
-            "num_local_experts": 3,
-        },
-        "t5": {**_T5, "d_ff": width},
-        "umt5": {**_T5, "d_ff": width},
-        "mixtral": {**_EXPERTS, "intermediate_size": width, "num_local_experts": 3},
-        "qwen2_moe": {
-            **_EXPERTS,
-            "moe_intermediate_size": width,
-            "shared_expert_intermediate_size": 2 * width + 1,
-            "num_experts": 3,
-        },
-        "qwen3_moe": {
-            **_EXPERTS,
-            "moe_intermediate_size": width,
-            "intermediate_size": 3 * width,
-            "mlp_only_layers": [0],
-            "num_experts": 3,
-        },
-        "olmoe": {**_EXPERTS, "intermediate_size": width, "num_experts": 3},
-        "deepseek_v3": {
-            **_DEEPSEEK,
-            "moe_intermediate_size": width,
-            "intermediate_size": 3 * width,
-        },
-        "gpt_oss": {
-            **_EXPERTS,
-            "intermediate_size": width,
-            "num_local_experts": 3,
-            "layer_types": ["full_attention", "sliding_attention"],
-        },
-        "llama4_text": {
-            **_EXPERTS,
-            "num_experts_per_tok": 1,
-            "intermediate_size": width,
-            "intermediate_size_mlp": 2 * width,
-            "num_local_experts": 3,
-            "moe_layers": [1],
-            "interleave_moe_layer_step": 2,
-        },
-        "lfm2": {
-            "intermediate_size": (3 * width + 1) // 2,
-            "block_ffn_dim_multiplier": 1.0,
-            "block_multiple_of": 1,
-            "layer_types": ["conv", "full_attention", "conv"],
-        },
-    }[family]
-
-
-FAMILIES = (
-    "llama",
-    "phi3",
-    "glm4",
-    "granitemoeshared",
-    "t5",
-    "umt5",
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "deepseek_v3",
-    "gpt_oss",
-    "llama4_text",
-    "lfm2",
-)
+    return _overrides(width)[family]
 
 
 def save_family(folder, family: str, width: int, seed: int = 0, **more):
@@ -158,9 +106,8 @@ def layer_of(path: str) -> int:
 def ragged(folder, widths, family="llama", config_width=16):
     """Write a checkpoint as other pruners do: one width in the config, many in fact."""
     model = save_family(folder, family, config_width)
-    state, _ = by_hand.sliced(
-        model, by_hand.best(lambda path, width: widths[layer_of(path)])
-    )
+    kept_of = by_hand.best(lambda path, width: widths[layer_of(path)])
+    state, _ = by_hand.sliced(model, kept_of)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     return model, state
 
@@ -180,13 +127,6 @@ def logits(model) -> torch.Tensor:
 
 
 def breadth(families: Iterable[str], *always: str) -> list[Any]:
-    """Return families as parameters of a test, of which all but some are slow.
-
-    Args:
-        families: All of them.
-        always: Those that differ most from one another, which the fast tests have too.
-    """
+    """Return families as parameters of a test; all but those that the fast tests have are slow."""
     slow = pytest.mark.slow
-    return [
-        each if each in always else pytest.param(each, marks=slow) for each in families
-    ]
+    return [f if f in always else pytest.param(f, marks=slow) for f in families]

@@ -1,12 +1,12 @@
-"""Loading, pruning and calibrating for a device that is not the CPU, in a process of its own.
+"""Loading, pruning and calibrating for a device that is not the CPU; `test_processes` runs it.
 
-`tests.checkpoints.test_devices` runs these tests; ``python -m pytest tests/helpers/on_the_card.py`` does so alone.
+The device stays registered for the rest of a process, so these tests have their own:
+``python -m pytest tests/helpers/on_the_card.py``.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 
 import pytest
 import torch
@@ -14,29 +14,22 @@ import torch
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.pruning.repair import Moments
 from tests.helpers import simulated_card as card
-from tests.helpers.checkpoints import (
-    auto_class,
-    byte_tokenizer,
-    tiny_config,
-)
-from tests.helpers.layouts import FAMILIES, logits, save_family
+from tests.helpers.checkpoints import auto_class, byte_tokenizer, tiny_config
+from tests.helpers.layouts import EAGER, FAMILIES, logits, save_family
+from tests.helpers.ways_to_load import write_texts
 
 
 #: One of each way to store gate, up and down.
 LAYOUTS = ("llama", "phi3", "mixtral", "granitemoeshared", "gpt_oss", "llama4_text")
 
 
-def size(tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def assert_same_on_the_card(model, expected):
+def assert_same_on_the_card(model, expected, **close):
     names = dict(expected.named_parameters())
     assert {p.device.type for p in model.parameters()} == {"card"}
     assert {b.device.type for b in model.buffers()} <= {"card"}
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == names[name].dtype, name
-        assert torch.equal(parameter.cpu(), names[name]), name
+        close = close or {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(parameter.cpu(), names[name], **close)
     assert model.prune_record.digest == expected.prune_record.digest
 
 
@@ -61,25 +54,19 @@ def test_the_card_refuses_what_cuda_refuses():
     ],
 )
 def test_loading_moves_what_is_kept_and_nothing_else(family, criterion, tmp_path):
-    width = 48 if criterion == "maw" else 40
     save_family(tmp_path, family, 64)
-    arguments = {
-        "intermediate_size": width,
-        "criterion": criterion,
-        "auto_class": auto_class(tiny_config(family)),
-        "experts_implementation": "eager",
-    }
+    asked = {"intermediate_size": 48 if criterion == "maw" else 40}
+    asked |= {"criterion": criterion, "auto_class": auto_class(tiny_config(family))}
     # Of the tests before.
     gc.collect()
     before = card.held_bytes()
     card.forget_peak()
-    model = load_pruned(str(tmp_path), device="card", **arguments)
+    model = load_pruned(str(tmp_path), device="card", **EAGER, **asked)
     peak = card.peak_bytes() - before
-    held = size([*model.parameters(), *model.buffers()])
-    assert card.held_bytes() - before == held
     # No layer is there twice, not even one whose experts were stored one by one.
-    assert peak == held
-    expected = load_pruned(str(tmp_path), **arguments)
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert card.held_bytes() - before == held == peak
+    expected = load_pruned(str(tmp_path), **EAGER, **asked)
     assert_same_on_the_card(model, expected)
     if not model.config.is_encoder_decoder:
         tokens = torch.arange(40, 62, device="cpu").view(2, 11).to("card")
@@ -91,52 +78,33 @@ def test_loading_moves_what_is_kept_and_nothing_else(family, criterion, tmp_path
 @pytest.mark.parametrize("criterion", ["maw", "max_abs", "l2", "vow", "random"])
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_pruning_in_memory_stays_on_the_card(family, criterion, tmp_path):
-    whole = save_family(tmp_path, family, 64)
-    expected = prune_model(whole, intermediate_size=40, criterion=criterion)
-    model = auto_class(whole.config).from_pretrained(
-        tmp_path, device_map={"": "card"}, experts_implementation="eager"
-    )
-    prune_model(model, intermediate_size=40, criterion=criterion)
-    assert_same_on_the_card(model, expected)
+    whole, asked = save_family(tmp_path, family, 64), {"criterion": criterion}
+    auto, placed = auto_class(whole.config), {"device_map": {"": "card"}}
+    model = auto.from_pretrained(tmp_path, **placed, **EAGER)
+    for each in (whole, model):
+        prune_model(each, intermediate_size=40, **asked)
+    assert_same_on_the_card(model, whole)
 
 
-@pytest.mark.parametrize("criterion", ["maw_act", "act"])
+@pytest.mark.parametrize("asked", ["maw_act", "act", "repair"])
 @pytest.mark.parametrize("route", ["load", "prune"])
-def test_calibration_runs_where_the_model_is(criterion, route, tiny_llama, tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": t}) for t in ("one two", "three")))
-    arguments = {"ratio": 1, "criterion": criterion, "calibration": str(text)}
+def test_text_runs_where_the_model_is(asked, route, tiny_llama, tmp_path, monkeypatch):
+    text = write_texts(tmp_path / "text.jsonl", ("one two three " * 20, "four"))
+    arguments = {"ratio": 1, "criterion": asked, "calibration": text}
+    close, ran, observed = {}, [], Moments.add
+    if asked == "repair":
+        del arguments["criterion"]
+        arguments["recipe"], close = "best", {"rtol": 1e-3, "atol": 1e-4}
     expected = load_pruned(str(tiny_llama), **arguments)
+    noted = lambda self, x: (ran.append(x.device.type), observed(self, x))
+    monkeypatch.setattr(Moments, "add", noted)
     if route == "load":
         model = load_pruned(str(tiny_llama), device="card", **arguments)
     else:
         model = load_pruned(str(tiny_llama), device="card")
         prune_model(model, tokenizer=byte_tokenizer(), **arguments)
-    assert_same_on_the_card(model, expected)
-
-
-@pytest.mark.parametrize("route", ["load", "prune"])
-def test_repair_runs_on_the_card_one_layer_at_a_time(route, tiny_llama, tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text(json.dumps({"text": "one two three " * 20}) + "\n")
-    arguments = {"ratio": 1, "recipe": "best", "calibration": str(text)}
-    expected = load_pruned(str(tiny_llama), **arguments)
-    ran = []
-    observed = Moments.add
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            *(Moments, "add"), lambda self, x: (ran.append(x.device), observed(self, x))
-        )
-        if route == "load":
-            model = load_pruned(str(tiny_llama), device="card", **arguments)
-        else:
-            model = load_pruned(str(tiny_llama), device="card")
-            prune_model(model, tokenizer=byte_tokenizer(), **arguments)
-    assert {device.type for device in ran} == {"card"}
-    assert model.prune_record.digest == expected.prune_record.digest
-    for name, weight in expected.state_dict().items():
-        own = model.state_dict()[name].cpu()
-        torch.testing.assert_close(own, weight, rtol=1e-3, atol=1e-4)
+    assert {*ran} == ({"card"} if asked == "repair" else set())
+    assert_same_on_the_card(model, expected, **close)
 
 
 @pytest.mark.parametrize("criterion", ["maw", "l2", "random"])

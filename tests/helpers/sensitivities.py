@@ -18,16 +18,10 @@ def made_curves(
     A share s of removed neurons costs s at random, 0.1 s more with each seed; by ``maw``
     4 s in layer 0 and 1.05 s elsewhere, by any other criterion 0.1 s.
     """
-    named: list[tuple[str, int | None]] = [(name, None) for name in criteria]
-    named += [("random", seed) for seed in seeds]
-
-    def slope(layer: int, criterion: str, seed: int | None) -> float:
-        if seed is not None:
-            return 1 + 0.1 * seed
-        if criterion == "maw":
-            return 4.0 if layer == 0 else 1.05
-        return 0.1
-
+    #: Criterion, seed, and what a share of 1 costs in layer 0 and elsewhere.
+    slopes: list[tuple[str, int | None, float, float]]
+    slopes = [(n, None, *((4.0, 1.05) if n == "maw" else (0.1, 0.1))) for n in criteria]
+    slopes += [("random", seed, 1 + 0.1 * seed, 1 + 0.1 * seed) for seed in seeds]
     return {
         "format": "lm-eval-pruned sensitivity",
         "version": 1,
@@ -41,12 +35,12 @@ def made_curves(
                 "seed": seed,
                 "widths": list(kept),
                 "losses": [
-                    loss + slope(layer, criterion, seed) * (1 - each / width)
+                    loss + (elsewhere if layer else first) * (1 - each / width)
                     for each in kept
                 ],
             }
             for layer in range(layers)
-            for criterion, seed in named
+            for criterion, seed, first, elsewhere in slopes
         ],
         "file": "text.jsonl",
         "sha256": "0" * 64,

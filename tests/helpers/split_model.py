@@ -14,20 +14,13 @@ from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from tests.helpers.answering import GENERATED, SCORED
 
 
-def main(pretrained: str, folder: Path, short: str) -> None:
-    rank = os.environ["RANK"]
+def main(pretrained: str, folder: str, short: str) -> None:
+    rank, passes = os.environ["RANK"], []
     # Free memory differs between processes, the number of slots must not.
     slot_refilling.psutil.virtual_memory = None
-    lm = PrefixHFLM(
-        pretrained,
-        tp_plan="auto",
-        device="cpu",
-        dtype="float32",
-        batch_size="auto" if short == "none" else 8,
-        slots=None if short == "none" else 4,
-        max_length=64,
-    )
-    passes = []
+    given = {"batch_size": "auto"} if short == "none" else {"batch_size": 8, "slots": 4}
+    given |= {"tp_plan": "auto", "device": "cpu", "dtype": "float32"}
+    lm = PrefixHFLM(pretrained, max_length=64, **given)
 
     def run_out(*_):
         passes.append(1)
@@ -39,9 +32,9 @@ def main(pretrained: str, folder: Path, short: str) -> None:
     if short == "shared":
         SCORED.ask(lm, [(f"{n} " * 15, ending) for n in range(40) for ending in "abc"])
     answers = GENERATED.ask(lm)
-    folder.joinpath(rank).write_text(json.dumps([answers, GENERATED.record(lm)]))
+    Path(folder, rank).write_text(json.dumps([answers, GENERATED.record(lm)]))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    main(*sys.argv[1:])

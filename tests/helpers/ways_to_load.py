@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.checkpoints.load import Stored, tensors_of
+from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.checkpoints import auto_class, byte_tokenizer
 from tests.helpers.layouts import EAGER
 
 
 TEXTS = ("The tide comes in twice a day.", "A loaf rises.", "Bridges expand in summer.")
+WEIGHTS = "model.safetensors"
 
 
 class Source:
     """A checkpoint in a folder, which stock transformers opens."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, auto=None):
         self.folder = Path(folder)
-        self.auto = auto_class(AutoConfig.from_pretrained(folder))
+        self.auto = auto or auto_class(AutoConfig.from_pretrained(folder))
 
     def whole(self, folder=None, **more):
         return self.auto.from_pretrained(folder or self.folder, **EAGER, **more).eval()
@@ -34,9 +39,27 @@ class Source:
 
     def opened(self, folder, record):
         """Open a pruned model that was saved, with stock transformers if it can."""
-        if record.config_expresses_widths:
-            return self.whole(folder)
-        return self.load(folder)
+        return (self.whole if record.config_expresses_widths else self.load)(folder)
+
+    def export(self, folder, dtype=None, **asked):
+        return export_pruned(
+            str(self.folder), folder, dtype=dtype, prune_arguments=asked
+        )
+
+
+class Uneven(Source):
+    """A checkpoint whose layers differ in width, which only this package opens."""
+
+    def whole(self, folder=None, **more):
+        return super().whole(folder, **more) if folder else self.load()
+
+
+def request_of(
+    folder, auto_class=AutoModelForCausalLM, arguments=None, **asked
+) -> LoadRequest:
+    return LoadRequest.resolve(
+        auto_class, str(folder), PruneArguments(**asked), dict(arguments or {})
+    )
 
 
 def write_texts(file, texts=TEXTS) -> str:
@@ -45,45 +68,39 @@ def write_texts(file, texts=TEXTS) -> str:
     return str(file)
 
 
-def _one_file(source, asked, folder):
-    model = source.load(**asked)
+def _recorded(model):
     return model, model.prune_record
+
+
+def _one_file(source, asked, folder):
+    return _recorded(source.load(**asked))
 
 
 def _in_memory(source, asked, folder):
-    model = prune_model(source.whole(), tokenizer=byte_tokenizer(), **asked)
-    return model, model.prune_record
+    return _recorded(prune_model(source.whole(), tokenizer=byte_tokenizer(), **asked))
 
 
-def _copy(source, folder):
+def _stored(write, source, asked, folder):
     source.whole().config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+    write(source, folder)
+    return _recorded(source.load(folder, **asked))
 
 
-def _shards(source, asked, folder):
-    _copy(source, folder)
+def _as_shards(source, folder):
     source.whole().save_pretrained(folder, max_shard_size="3KB")
     assert len(list(folder.glob("*.safetensors"))) > 5
-    model = source.load(folder, **asked)
-    return model, model.prune_record
 
 
-def _torch_files(source, asked, folder):
-    _copy(source, folder)
-    tensors = load_file(source.folder / "model.safetensors")
-    torch.save(tensors, folder / "pytorch_model.bin")
-    model = source.load(folder, **asked)
-    return model, model.prune_record
+def _as_torch_file(source, folder):
+    torch.save(load_file(source.folder / WEIGHTS), folder / "pytorch_model.bin")
 
 
-def _as_transformers_holds_it(source, asked, folder):
+def _as_transformers_holds_it(source, folder):
     """Experts in one tensor, and the tensors in another order."""
-    _copy(source, folder)
     state = reversed(source.whole().state_dict().items())
     tensors = {name: tensor.clone() for name, tensor in state}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model = source.load(folder, **asked)
-    return model, model.prune_record
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 def _saved(source, asked, folder):
@@ -93,19 +110,30 @@ def _saved(source, asked, folder):
 
 
 def _exported(source, asked, folder):
-    export = export_pruned(str(source.folder), folder, prune_arguments=asked)
-    return source.opened(folder, export.record), export.record
+    record = source.export(folder, **asked).record
+    return source.opened(folder, record), record
+
+
+def _streamed(source, asked, folder):
+    """The tensors that other engines are handed, under the keys of an exported checkpoint."""
+    source.export(folder, **asked)
+    model = Stored.of(request_of(source.folder, source.auto, **asked)).pruned()
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(model)}
+    assert tensors.keys() == load_file(folder / WEIGHTS).keys()
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return source.opened(folder, model.prune_record), model.prune_record
 
 
 #: From a `Source`, arguments of pruning and an empty folder to a model and its record.
 WAYS = {
     "one file": _one_file,
     "in memory": _in_memory,
-    "shards": _shards,
-    "torch files": _torch_files,
-    "stacked": _as_transformers_holds_it,
+    "shards": functools.partial(_stored, _as_shards),
+    "torch files": functools.partial(_stored, _as_torch_file),
+    "stacked": functools.partial(_stored, _as_transformers_holds_it),
     "saved": _saved,
     "exported": _exported,
+    "streamed": _streamed,
 }
 
 
@@ -135,4 +163,4 @@ def forbid_reading(monkeypatch):
     def load(*given, **named):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("lm_eval_pruned.checkpoints.request.LoadRequest.load", load)
+    monkeypatch.setattr(LoadRequest, "load", load)

@@ -11,7 +11,6 @@ import torch
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
-from tests.checkpoints.test_layouts_layers import save_gemma3n
 from tests.helpers import checkpoints
 from tests.helpers.engines import (
     EXPERTS,
@@ -22,6 +21,7 @@ from tests.helpers.engines import (
     scores,
     texts,
 )
+from tests.helpers.layouts import save_gemma3n
 
 
 pytestmark = pytest.mark.vllm
