@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import os
 import shutil
 import subprocess
 import sys
@@ -103,37 +102,3 @@ def test_the_entry_points_are_declared(wheel):
     assert set(declared["vllm.general_plugins"]) == {"lm_eval_pruned"}
     assert declared["lm_eval.tasks"]["pruned"] == "lm_eval_pruned.tasks"
     assert declared["console_scripts"]["lm-eval-pruned"] == "lm_eval_pruned.cli:main"
-
-
-PROGRAM = """
-import importlib, pkgutil, sys
-sys.dont_write_bytecode = True
-sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
-sys.path.insert(0, sys.argv[1])
-sys.modules.pop("lm_eval_pruned", None)
-import lm_eval_pruned
-assert lm_eval_pruned.__path__ == [sys.argv[1] + "/lm_eval_pruned"]
-for module in pkgutil.walk_packages(lm_eval_pruned.__path__, "lm_eval_pruned."):
-    try:
-        importlib.import_module(module.name)
-    except ModuleNotFoundError as missing:
-        # The one extra that the tests run without; `tox -e vllm` has it.
-        assert missing.name == "vllm", missing
-from lm_eval.tasks import TaskManager
-tasks = lm_eval_pruned.tasks.__path__[0]
-TaskManager(include_path=tasks, include_defaults=False).load(["pruned_demo"])
-"""
-
-
-@pytest.mark.slow
-def test_an_installation_is_whole_and_nothing_is_written_beside_the_code(
-    wheel, tmp_path
-):
-    site = tmp_path / "site"
-    shutil.unpack_archive(wheel, site, "zip")
-    before = {path: path.is_file() and path.read_bytes() for path in site.rglob("*")}
-    environment = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-c", PROGRAM, str(site)]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | environment, check=True)
-    after = {path: path.is_file() and path.read_bytes() for path in site.rglob("*")}
-    assert after == before

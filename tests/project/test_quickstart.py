@@ -1,11 +1,10 @@
-"""`docs/quickstart.ipynb` runs, shows what it gives, and becomes a page of the site."""
+"""`docs/quickstart.ipynb` runs and shows what it gives."""
 
 from __future__ import annotations
 
 import platform
 import re
 import runpy
-from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -76,26 +75,3 @@ def test_the_kept_outputs_are_of_one_whole_run_and_tell_nothing_of_the_machine(k
     shown = str([cell.outputs for cell in code(kept)])
     assert not re.search(r"/(?:home|root|tmp|usr|Users|work)/|[A-Z]:\\\\", shown)
     assert platform.node() not in shown
-
-
-def test_the_notebook_becomes_a_page_with_its_plots(kept):
-    hook = runpy.run_path(str(ROOT / "docs" / "notebook_hook.py"))
-    made = {}
-
-    class File:
-        src_uri = "quickstart.ipynb"
-        content_string = NOTEBOOK.read_text(encoding="utf-8")
-
-        @classmethod
-        def generated(cls, config, src_uri, *, content):
-            made[src_uri] = content
-            return SimpleNamespace(src_uri=src_uri)
-
-    hook["on_files"]([File(), SimpleNamespace(src_uri="a.md")], config=None)
-    assert made.keys() == {"quickstart.md", "quickstart-1.svg"}
-    page = made["quickstart.md"]
-    assert re.search(r"!\[[^\]]{40,}\]\(quickstart-1\.svg\)", page)
-    shown = [*(cell.source for cell in kept.cells), *outputs(kept, "text/markdown")]
-    assert not [each for each in shown if each not in page]
-    assert "<table>" in page
-    assert "<style" not in page

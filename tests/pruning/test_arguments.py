@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import runpy
-from pathlib import Path
 
 import pytest
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
-from lm_eval_pruned.cli import parser
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning.arguments import (
     DECLARED,
@@ -19,7 +15,6 @@ from lm_eval_pruned.pruning.arguments import (
     without_idle,
 )
 from lm_eval_pruned.sweeps.plan import Sweep
-from tests.helpers.checkpoints import ROOT
 
 
 #: What users rely on, whatever the declaration says; None where it is not here.
@@ -40,7 +35,7 @@ CALLED = {
 
 
 @pytest.mark.parametrize("called", CALLED)
-def test_python_and_the_site_show_and_explain_them(called):
+def test_python_shows_and_explains_them(called):
     parameters = inspect.signature(called).parameters
     assert parameters.keys() == {*DECLARED, *CALLED[called].split()}
     by_name = [
@@ -51,36 +46,6 @@ def test_python_and_the_site_show_and_explain_them(called):
     args = inspect.getdoc(called).partition("Args:\n")[2].partition("\n\n")[0]
     for name in parameters.keys() - {"self"}:
         assert f"\n    {name}: " in f"\n{args}" or f"\n    **{name}: " in args, name
-    hooks = runpy.run_path(str(ROOT / "docs" / "site_hooks.py"))
-    source = Path(inspect.getsourcefile(called)).read_text("utf-8")
-    (shown,) = (
-        node
-        for node in ast.walk(ast.parse(hooks["with_prune_arguments"](source)))
-        if isinstance(node, ast.FunctionDef)
-        and node.name == called.__name__
-        and node.decorator_list
-    )
-    assert ast.get_docstring(shown) == inspect.getdoc(called)
-    on_the_site = map(ast.literal_eval, shown.args.kw_defaults)
-    names = (each.arg for each in shown.args.kwonlyargs)
-    assert dict(zip(names, on_the_site, strict=True)) == defaults
-
-
-@pytest.mark.parametrize(
-    ("command", "words", "names"),
-    [
-        ("prune", ["--output_path", "x"], {*DECLARED}),
-        ("plan", [], {*DECLARED} - {"ratio", "prune_percent", "intermediate_size"}),
-        (
-            "sweep",
-            [],
-            {*SEVERAL} | {*DECLARED} - {*SEVERAL.values(), "intermediate_size"},
-        ),
-    ],
-)
-def test_commands_take_them(command, words, names):
-    parsed = vars(parser().parse_args([command, *words]))
-    assert {name: parsed[name] for name in names} == dict.fromkeys(names)
 
 
 def test_a_sweep_names_the_option_that_takes_several():

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.depth import Depth
-from tests.helpers import by_hand
 from tests.helpers.checkpoints import byte_tokenizer, save_tiny
 from tests.helpers.comparing import assert_same_model
 from tests.helpers.layouts import EAGER, breadth, logits, overrides
@@ -146,26 +145,6 @@ def test_every_way_gives_the_model_without_the_layers(
     assert changed - lists <= {"num_hidden_layers", "first_k_dense_replace"}
 
 
-@settings(max_examples=settings.default.max_examples // 5)
-@given(dropped=dropped_layers, percent=st.integers(1, 90), data=st.data())
-def test_the_layers_that_stay_are_narrowed_as_ever(
-    dropped, percent, data, made, tmp_path_factory
-):
-    source = made()
-    kept = [n for n in range(LAYERS) if n not in dropped]
-    chosen = data.draw(st.sets(st.sampled_from(kept), min_size=1))
-    asked: dict = {"layers": sorted(chosen)}
-    if chosen != {*kept} and data.draw(st.booleans()):
-        asked = {"skip_layers": [n for n in kept if n not in chosen]}
-    width = 88 - percent * 88 // 100
-    paths = {f"model.layers.{kept.index(number)}.mlp" for number in chosen}
-    rule = by_hand.best(lambda path, own: width if path in paths else own)
-    state, _ = by_hand.sliced(without(source.whole(), dropped), rule)
-    asked |= {"drop_layers": sorted(dropped), "prune_percent": percent}
-    folder = tmp_path_factory.mktemp("ways")
-    assert_one_model(source, asked, state, folder, ("one file", "in memory"))
-
-
 @pytest.mark.parametrize(
     ("asked", "influence", "dropped"),
     [
@@ -241,16 +220,24 @@ def test_block_influence_is_its_formula(count, made, influence, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("criterion", "named"), [("act", None), ("maw", "layers"), ("maw", "skip_layers")]
+    ("criterion", "named", "by_text"),
+    [
+        ("act", None, True),
+        ("maw", "layers", True),
+        ("maw", "skip_layers", True),
+        ("maw", "skip_layers", False),
+    ],
 )
-def test_text_chooses_layers_and_the_others_are_narrowed(
-    criterion, named, made, influence, tmp_path
+def test_the_layers_that_stay_are_narrowed(
+    criterion, named, by_text, made, influence, tmp_path
 ):
     """Activity is that of the layers that stay; lists may name some that text drops."""
     asked = {"drop_layers": 2, **influence}
     gone = made().load(**asked).prune_record.plan.depth.dropped
     stay = [layer for layer in range(LAYERS) if layer not in gone]
     listed = {"layers": [*gone, *stay[:2]], "skip_layers": [gone[0], stay[2]]}
+    if not by_text:
+        asked, listed = {"drop_layers": [*gone]}, {"skip_layers": stay[2]}
     size = {"criterion": criterion, "prune_percent": 40}
     more = {"layers": "0-1"} if named else {"calibration": influence["calibration"]}
     model = without(made().whole(), gone)

@@ -11,7 +11,6 @@ from torch import nn
 
 from lm_eval_pruned.pruning.layouts import (
     LAYOUTS,
-    GluMlp,
     UnsupportedModelError,
     find_glu_mlps,
     resize,
@@ -140,30 +139,6 @@ def test_every_layout_is_found_and_narrowed(make, options, trainable):
     assert module.d_ff == "as configured"
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [("mlp", "dense"), ("expert", "dense"), ("experts", "expert")]
-    + [(f"shared_{name}", "shared") for name in ("expert", "experts", "mlp")],
-)
-def test_kinds_of_mlps_are_told_by_their_path(path, kind):
-    (found,) = find_glu_mlps(Made(**{path: mlp()}))
-    assert found.kind == kind
-
-
-@pytest.mark.parametrize(
-    ("path", "stack", "block"),
-    [
-        ("decoder.block.3.layer.1.DenseReluDense", "decoder.block.3", 3),
-        ("model.layers.4", "model.layers.4", 4),
-        ("model.layers.17.experts.5", "model.layers.17", 17),
-        ("layer2.mlp", "layer2.mlp", 0),
-    ],
-)
-def test_the_number_of_a_layer_is_the_first_in_its_path(path, stack, block):
-    found = GluMlp("x", 0, nn.Module(), path, "dense", {})
-    assert (found.stack, found.block) == (stack, block)
-
-
 def with_extra(module, *names):
     for name in names:
         module.register_parameter(name, nn.Parameter(torch.ones(WIDTH)))
@@ -209,12 +184,6 @@ REFUSED = [
 def test_what_cannot_be_sliced_is_refused_by_name(modules, word):
     with pytest.raises(UnsupportedModelError, match=rf"^Made .*llama.*{word}"):
         find_glu_mlps(Made(**modules))
-
-
-def test_a_router_beside_experts_is_not_one_of_them():
-    router, scale = tensors(weight=(EXPERTS, HIDDEN)), tensors(weight=(HIDDEN,))
-    block = nn.ModuleDict({**experts(BOTH), "router": router})
-    assert len(find_glu_mlps(Made(block=block, experts=scale))) == EXPERTS
 
 
 class WordsConfig:

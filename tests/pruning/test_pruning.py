@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers import checkpoints
 from tests.helpers.layouts import logits, save_family
 
@@ -101,15 +100,6 @@ def test_an_error_leaves_the_model_whole(model, projection):
     assert model.config.intermediate_size == 88
     for one, other in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(one.nan_to_num(), other.nan_to_num())
-
-
-def test_a_quantised_model_is_refused(model):
-    class Linear4bit(torch.nn.Module):
-        weight = torch.zeros(88, 32, dtype=torch.int8)
-
-    model.model.layers[2].mlp.up_proj = Linear4bit()
-    with pytest.raises(UnsupportedModelError, match="Linear4bit"):
-        prune_model(model, ratio=1)
 
 
 @pytest.mark.parametrize(
