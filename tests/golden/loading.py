@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,6 +169,7 @@ def described(model: transformers.PreTrainedModel) -> dict[str, Any]:
 @contextlib.contextmanager
 def checkpoint(family: str) -> Iterator[Path]:
     """Write a tiny checkpoint of a family; the text lies beside it, in the working directory."""
+    before = Path.cwd()
     with tempfile.TemporaryDirectory() as place:
         words = WORDS.split()
         lines = [" ".join(words[n:] + words[:n]) for n in range(8)]
@@ -178,8 +180,11 @@ def checkpoint(family: str) -> Iterator[Path]:
         config = tiny_config(family, **sizes | MORE.get(family, {}))
         tiny_model(config).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
-        with contextlib.chdir(place):
+        os.chdir(place)
+        try:
             yield folder
+        finally:
+            os.chdir(before)
 
 
 def observed(family: str) -> dict[str, Any]:
