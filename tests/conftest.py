@@ -26,14 +26,11 @@ settings.register_profile(
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-def pytest_collection_modifyitems(items):
-    no_vllm = pytest.mark.skip(reason="needs vLLM; `tox -e vllm` installs it")
-    no_cuda = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(no_cuda)
-        if item.get_closest_marker("vllm") and find_spec("vllm") is None:
-            item.add_marker(no_vllm)
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("vllm") and find_spec("vllm") is None:
+        pytest.skip("needs vLLM; `tox -e vllm` installs it")
 
 
 @pytest.fixture
@@ -54,9 +51,8 @@ def tiny_llama(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_llama_sharded(tmp_path_factory):
     """The same weights as `tiny_llama`, in many shards."""
-    return checkpoints.save_tiny(
-        tmp_path_factory.mktemp("tiny-llama-sharded"), max_shard_size="20KB"
-    )
+    folder = tmp_path_factory.mktemp("tiny-llama-sharded")
+    return checkpoints.save_tiny(folder, max_shard_size="20KB")
 
 
 @pytest.fixture(scope="session")

@@ -40,17 +40,14 @@ FILE = Path(__file__).with_suffix(".json")
 WIDTH = 48
 #: Calibration text of the cases that need some; a file name in the folder of the models.
 TEXT = "text.jsonl"
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards judge it"
 
-_THREE = {"num_hidden_layers": 3}
-#: What the models of some families need to have three layers.
+#: What else the models of some families need to have three layers.
 MORE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("granitemoeshared", "mixtral", "qwen2_moe", "qwen3_moe"), _THREE),
-    **dict.fromkeys(("olmoe", "deepseek_v3", "llama4_text"), _THREE),
-    "t5": {**_THREE, "num_decoder_layers": 3},
-    "umt5": {**_THREE, "num_decoder_layers": 3},
+    "t5": {"num_decoder_layers": 3},
+    "umt5": {"num_decoder_layers": 3},
     "gpt_oss": {
-        **_THREE,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"]
     },
 }
 
@@ -75,20 +72,12 @@ CASES: dict[str, dict[str, Any]] = {
     "maw_act": {"prune_percent": 40, "criterion": "maw_act", "calibration": TEXT},
     "best": {"prune_percent": 40, "criterion": "best", "calibration": TEXT},
     "global": {"prune_percent": 40, "allocation": "global", "min_width": 5},
-    "sensitivity": {
-        "prune_percent": 40,
-        "allocation": "sensitivity",
-        "calibration": TEXT,
-    },
+    "sensitivity": {"prune_percent": 40, "allocation": "sensitivity", "calibration": TEXT},
     "dropped": {"drop_layers": 1},
     "named_dropped": {"drop_layers": [0], "prune_percent": 40},
-    "influence": {
-        "drop_layers": 1,
-        "drop_by": "block_influence",
-        "calibration": TEXT,
-    },
+    "influence": {"drop_layers": 1, "drop_by": "block_influence", "calibration": TEXT},
     "bfloat16": {"prune_percent": 40, "dtype": "bfloat16"},
-}
+}  # fmt: skip
 #: Cases that are also exported by ``lm-eval-pruned prune``.
 EXPORTED = ("percent", "layers", "global", "act", "named_dropped")
 
@@ -133,29 +122,6 @@ MISTAKES: tuple[dict[str, Any], ...] = (
     {"drop_layers": 1, "widths": {0: 30}},
     {"drop_layers": 1, "prune_percent": 40, "allocation": "global"},
 )  # fmt: skip
-
-
-def write_text(folder: Path) -> None:
-    """Write the calibration text that the cases name."""
-    words = [
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "while",
-        "seven",
-        "wizards",
-        "judge",
-        "it",
-    ]
-    lines = [" ".join(words[n:] + words[:n]) for n in range(8)]
-    content = "".join(json.dumps({"text": line}) + "\n" for line in lines)
-    (folder / TEXT).write_text(content)
 
 
 def digest(value: Any) -> str:
@@ -205,11 +171,13 @@ def checkpoint(family: str) -> Iterator[Path]:
     """Write a tiny checkpoint of a family; the text lies beside it, in the working directory."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as place:
-        write_text(Path(place))
+        words = WORDS.split()
+        lines = [" ".join(words[n:] + words[:n]) for n in range(8)]
+        content = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+        Path(place, TEXT).write_text(content)
         folder = Path(place, "model")
-        config = tiny_config(
-            family, **{**layouts.overrides(family, WIDTH), **MORE.get(family, {})}
-        )
+        sizes = layouts.overrides(family, WIDTH) | {"num_hidden_layers": 3}
+        config = tiny_config(family, **sizes | MORE.get(family, {}))
         tiny_model(config).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
         os.chdir(place)
@@ -227,36 +195,28 @@ def observed(family: str) -> dict[str, Any]:
         for name, arguments in CASES.items():
             found[name] = _loaded(folder, loader, arguments)
             if name in EXPORTED and "refused" not in found[name]:
-                found[name]["exported"] = _exported(folder, arguments)
+                output = folder.with_name(name)
+                export_pruned(str(folder), output, prune_arguments=arguments)
+                found[name]["exported"] = saved(output)
     return found
 
 
 def _loaded(folder: Path, loader: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    more = {"auto_class": loader, **layouts.EAGER}
     try:
-        model = load_pruned(
-            str(folder), auto_class=loader, **layouts.EAGER, **arguments
-        )
+        model = load_pruned(str(folder), **more, **arguments)
     except ValueError as refusal:
         return {"refused": str(refusal)}
     entry = described(model)
-    dtype = arguments.get("dtype")
-    pruning = {name: value for name, value in arguments.items() if name != "dtype"}
-    if dtype is None:
+    if "dtype" not in arguments:
         whole = loader.from_pretrained(folder, **layouts.EAGER)
-        in_memory = prune_model(whole, tokenizer=byte_tokenizer(), **pruning)
+        in_memory = prune_model(whole, tokenizer=byte_tokenizer(), **arguments)
         same = described(in_memory)
         assert same == entry, f"on load {entry}, in memory {same}"
     with tempfile.TemporaryDirectory() as place:
         model.save_pretrained(place)
         entry["saved"] = saved(Path(place))
     return entry
-
-
-def _exported(folder: Path, arguments: dict[str, Any]) -> dict[str, str]:
-    with tempfile.TemporaryDirectory() as place:
-        output = Path(place, "exported")
-        export_pruned(str(folder), output, prune_arguments=arguments)
-        return saved(output)
 
 
 def sentences() -> dict[str, str | None]:

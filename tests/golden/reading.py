@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import platform
 import re
 import tempfile
 from importlib.metadata import version
@@ -25,13 +24,8 @@ import numpy as np
 from lm_eval_pruned import cli
 from lm_eval_pruned.compare.comparison import compare, read_comparands
 from lm_eval_pruned.compare.comparison_table import as_table
-from tests.helpers.results_files import (
-    answered,
-    pruning,
-    write_run,
-    write_sweep,
-    written,
-)
+from tests.helpers import results_files
+from tests.helpers.results_files import answered, pruning, write_run, written
 
 
 if TYPE_CHECKING:
@@ -39,10 +33,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).with_suffix("")
 DOCUMENTS = 80
-COMMANDS = (
-    *("plan", "compare", "power", "report", "check", "verdict", "sweep"),
-    *("study", "sensitivity", "profile", "prune", "heal"),
-)
+COMMANDS = cli.COMMANDS
 #: The shares of right answers by size, then the level of the perplexities.
 SIZES = {
     0: (0.8, 0.3, 0.5, 2.0),
@@ -79,34 +70,30 @@ def tasks(size: int) -> dict:
     }
 
 
-def write(folder: Path) -> None:
+def write() -> None:
     """Write a sweep with a failed configuration, and three results folders."""
     sizes = {
         ("base" if not size else f"p{size}"): (size, tasks(size)) for size in SIZES
     }
-    write_sweep(folder / "sweep", {**sizes, "p80": (80, {})}, p80="boolq")
+    results_files.write_sweep(Path("sweep"), {**sizes, "p80": (80, {})}, p80="boolq")
     for size in (0, 40):
-        write_run(folder / f"p{size}", tasks(size), pruning=pruning(size))
-    write_run(
-        folder / "changed", tasks(40) | {"boolq": tasks(0)["boolq"]}, pruning=pruning(0)
-    )
+        write_run(Path(f"p{size}"), tasks(size), pruning=pruning(size))
+    changed = tasks(40) | {"boolq": tasks(0)["boolq"]}
+    write_run(Path("changed"), changed, pruning=pruning(0))
 
 
-def write_floors(folder: Path) -> None:
+def write_floors() -> None:
     """Write a sweep with floors: a task above, one that collapses, and one of free texts."""
     rng = np.random.default_rng(5)
     rights = (rng.random(DOCUMENTS) < 0.6).astype(int).tolist()
 
     def found(known: float, yes: float, follows: float, stem: str) -> dict:
-        luck = rng.random((2, DOCUMENTS))
-        knows = [
-            each if x < known else 1 - each
-            for each, x in zip(rights, luck[0], strict=True)
-        ]
+        knows, says = rng.random((2, DOCUMENTS))
+        pairs = zip(rights, knows < known, strict=True)
         texts = [f"{stem} {n}" if n % 3 else "Yes." for n in range(DOCUMENTS)]
         return {
-            "arc": answered(knows, rights),
-            "boolq": answered((luck[1] < yes).astype(int).tolist(), rights),
+            "arc": answered([each if x else 1 - each for each, x in pairs], rights),
+            "boolq": answered((says < yes).astype(int).tolist(), rights),
             "ifeval": written(texts, right(follows)),
         }
 
@@ -116,16 +103,14 @@ def write_floors(folder: Path) -> None:
         "ifeval": written(["."] * DOCUMENTS, right(0.25)),
     }
     echo = {"ifeval": written([f"{n}" for n in range(DOCUMENTS)], right(0.35))}
-    write_sweep(
-        folder / "floors",
-        {
-            "base": (0, found(0.9, 0.8, 0.45, "A")),
-            "p20": (20, found(0.8, 0.95, 0.55, "A")),
-            "p40": (40, found(0.5, 1, 0.35, "B")),
-            "floor-constant": ("constant", constant),
-            "floor-echo": ("echo", echo),
-        },
-    )
+    runs = {
+        "base": (0, found(0.9, 0.8, 0.45, "A")),
+        "p20": (20, found(0.8, 0.95, 0.55, "A")),
+        "p40": (40, found(0.5, 1, 0.35, "B")),
+        "floor-constant": ("constant", constant),
+        "floor-echo": ("echo", echo),
+    }
+    results_files.write_sweep(Path("floors"), runs)
 
 
 def printed(*arguments: str) -> str:
@@ -139,9 +124,8 @@ def printed(*arguments: str) -> str:
 def rounded(text: str) -> str:
     """Return a text without our version, whose numbers have nine digits: the last ones depend on the processor."""
     text = text.replace(version("lm-eval-pruned"), "VERSION")
-    return re.sub(
-        r"-?\d+\.\d{9,}(e-?\d+)?", lambda number: f"{float(number[0]):.9g}", text
-    )
+    number = r"-?\d+\.\d{9,}(e-?\d+)?"
+    return re.sub(number, lambda found: f"{float(found[0]):.9g}", text)
 
 
 def observed() -> Iterator[tuple[str, str]]:
@@ -151,12 +135,12 @@ def observed() -> Iterator[tuple[str, str]]:
         contextlib.chdir(path),
         mock.patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"),
     ):
-        write(Path())
+        write()
         for form in ("markdown", "csv", "json"):
             yield f"compare.{form}", printed("compare", "sweep", "--format", form)
         short = {"everything": False, "padded": True}
         yield "compare.txt", as_table(compare(*read_comparands(["sweep"])), **short)
-        write_floors(Path())
+        write_floors()
         for form in ("markdown", "csv"):
             yield f"floors.{form}", printed("compare", "floors", "--format", form)
         yield "floors.txt", as_table(compare(*read_comparands(["floors"])), **short)
@@ -187,17 +171,6 @@ def observed() -> Iterator[tuple[str, str]]:
             yield f"help_{command}.txt", printed(command, "--help")
 
 
-def same_python() -> bool:
-    """Return whether argparse breaks lines as it did when the files were written."""
-    return platform.python_version_tuple()[:2] == ("3", "11")
-
-
-def main() -> None:
-    """Write the golden files."""
-    FOLDER.mkdir(exist_ok=True)
+if __name__ == "__main__":
     for name, text in observed():
         (FOLDER / name).write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -48,15 +48,11 @@ def shape(value: Any) -> Any:
 def profile_of(tiny: Path, folder: Path) -> Any:
     """Return what ``profile.json`` holds for a model at two sizes."""
     clock = TickingClock()
-    request = measure.ProfileRequest(
-        str(tiny), ratios=("1.375",), max_new_tokens=4, repeats=2
-    )
-    result = measure.profile(
-        request,
-        ["one", "two three"],
-        monitor=EnergyMonitor(FakeMeter(clock, {"cpu": 10.0, "ram": 2.0}), clock),
-        clock=clock,
-    )
+    sizes = {"ratios": ("1.375",), "max_new_tokens": 4, "repeats": 2}
+    request = measure.ProfileRequest(str(tiny), **sizes)
+    monitor = EnergyMonitor(FakeMeter(clock, {"cpu": 10.0, "ram": 2.0}), clock)
+    prompts = ["one", "two three"]
+    result = measure.profile(request, prompts, monitor=monitor, clock=clock)
     report.write_json(result, folder)
     record = json.loads((folder / "profile.json").read_text())
     for cell in record["cells"]:
@@ -71,15 +67,10 @@ def healing_of(tiny: Path, folder: Path, **options: Any) -> Any:
     data.write_text("The tide comes in twice a day. " * 20)
     meter = FakeMeter(TickingClock(), {"cpu": 10.0, "ram": 2.0})
     training = {"use_cpu": True, "disable_tqdm": True, "save_steps": 1}
+    options |= {"max_length": 32, "max_steps": 1, "training_args": training}
+    arguments = {"pretrained": str(tiny), "prune_percent": 40}
     with mock.patch("lm_eval_pruned.healing.cost.CodecarbonMeter", return_value=meter):
-        heal(
-            {"pretrained": str(tiny), "prune_percent": 40},
-            str(data),
-            folder / "healed",
-            HealingOptions(
-                max_length=32, max_steps=1, training_args=training, **options
-            ),
-        )
+        heal(arguments, str(data), folder / "healed", HealingOptions(**options))
     record = json.loads((folder / "healed" / HEALING).read_text())
     steps = folder / "healed.checkpoints" / "checkpoint-1" / HEALING
     return {"adapter": record, "checkpoint": json.loads(steps.read_text())}
@@ -93,13 +84,12 @@ def observed() -> dict[str, Any]:
             folder.mkdir()
         tiny, profiled, plain, taught = folders
         checkpoints.save_tiny(tiny)
-        return {
-            "profile": shape(profile_of(tiny, profiled)),
-            "healing": shape(healing_of(tiny, plain)),
-            "healing with a teacher": shape(
-                healing_of(tiny, taught, teacher_weight=0.5)
-            ),
+        found = {
+            "profile": profile_of(tiny, profiled),
+            "healing": healing_of(tiny, plain),
+            "healing with a teacher": healing_of(tiny, taught, teacher_weight=0.5),
         }
+        return shape(found)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import pkgutil
 import re
-from typing import TYPE_CHECKING
 
 import pytest
 import yaml
@@ -16,54 +15,36 @@ from lm_eval_pruned.pruning import criteria
 from tests.helpers.checkpoints import ROOT
 
 
-if TYPE_CHECKING:
-    import pathlib
-
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-#: A path from the root of the repository, wherever it stands.
+#: A path from the root of the repository, wherever it is written.
 PATH = re.compile(
     r"(?<![\w./-])(?:lm_eval_pruned|model_wrappers|tasks|tests|benchmarks|tools|docs|\.github|\.ci)"
     r"/[\w./-]*\w\.(?:py|md|ya?ml|jsonl?|csv|html|sh|cff|svg|ipynb)\b"
 )
-#: Made by whoever runs a command.
-WRITTEN_LATER = {"docs/measurements/gpu-CARD.md"}
+#: What people read but the changelog; pages on upstream speak of the harness's repository.
+PROSE = [
+    path
+    for pattern in ("*.md", ".github/**/*.*", "docs/**/*.md", "tasks/**/*.md")
+    for path in ROOT.glob(pattern)
+    if path.is_file() and path.name != "CHANGELOG.md" and "upstream" not in path.parts
+]
 
 
-def written() -> list[pathlib.Path]:
-    """Return what people read: all prose but the changelog, and all source but tests."""
-    prose = [*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.*")]
-    for folder in ("docs", "tasks"):
-        prose += (ROOT / folder).rglob("*.md")
-    for folder in ("lm_eval_pruned", "model_wrappers", "tasks", "benchmarks", "tools"):
-        prose += (ROOT / folder).rglob("*.py")
-    return [path for path in prose if path.is_file() and path.name != "CHANGELOG.md"]
-
-
-def test_files_that_are_named_or_linked_exist():
-    for path in written():
-        # It speaks of the harness's repository.
-        if "upstream" in str(path.relative_to(ROOT)):
-            continue
+def test_what_prose_names_or_links_exists():
+    for path in PROSE:
         text = path.read_text(encoding="utf-8")
-        names = {*PATH.findall(text)} - WRITTEN_LATER
+        # Whoever runs a benchmark on a card writes this one.
+        files = {*PATH.findall(text)} - {"docs/measurements/gpu-CARD.md"}
         if path.parent == ROOT:
-            names |= {*re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)}
-        assert not [name for name in names if not (ROOT / name).exists()], path
-
-
-def test_names_of_the_package_that_are_mentioned_exist():
-    mentioned = {
-        name
-        for path in written()
-        for name in re.findall(r"`(lm_eval_pruned(?:\.\w+)+)`", path.read_text("utf-8"))
-    }
-    assert len(mentioned) > 10
-    for name in mentioned - {criteria.GROUP}:  # a group of entry points
-        # Modules are found, not imported: some need a package that is not installed here.
-        with contextlib.suppress(ModuleNotFoundError):
-            if importlib.util.find_spec(name) is not None:
-                continue
-        pkgutil.resolve_name(name)
+            files |= {*re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)}
+        assert not [name for name in files if not (ROOT / name).exists()], path
+        names = {*re.findall(r"`(lm_eval_pruned(?:\.\w+)+)`", text)}
+        for name in names - {criteria.GROUP}:  # a group of entry points
+            # Modules are found, not imported: some need a package that is not installed here.
+            with contextlib.suppress(ModuleNotFoundError):
+                if importlib.util.find_spec(name) is not None:
+                    continue
+            pkgutil.resolve_name(name)
 
 
 def test_the_citation_is_of_this_version():
@@ -71,7 +52,6 @@ def test_the_citation_is_of_this_version():
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == config["metadata"]["version"]
-    assert citation["repository-code"] == config["metadata"]["url"]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

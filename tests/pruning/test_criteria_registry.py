@@ -71,21 +71,14 @@ def test_curves_are_measured_each_time(install, tiny_llama, tmp_path, monkeypatc
     assert found[0] == found[2] != found[1]
 
 
-def test_names_are_known_without_importing_the_package(install):
-    install("raise RuntimeError('imported')", "broken = user_criteria:f")
-    plan = PrunePlan.from_arguments(32, 88, ratio=2, criterion="broken")
-    assert plan.criterion == "broken"
+def test_names_are_known_without_importing_and_ours_cannot_be_taken(install):
+    names = ("broken", "maw", "ppm")
+    entries = [f"{name} = user_criteria:f" for name in names]
+    install("raise RuntimeError('imported')", *entries)
+    plans = [PrunePlan.from_arguments(32, 88, ratio=2, criterion=n) for n in names]
+    assert [plan.criterion for plan in plans] == ["broken", "maw", "maw"]
     with pytest.raises(ValueError, match=r"criterion=x is unknown.*maw_act.*, broken"):
         PrunePlan.from_arguments(32, 88, ratio=2, criterion="x")
-
-
-def test_built_in_names_and_aliases_cannot_be_taken(install, tiny_llama):
-    before = load_pruned(str(tiny_llama), ratio=2).prune_record.digest
-    code = "def zero(gate, up):\n    return gate[:, 0] * 0"
-    install(code, "maw = user_criteria:zero", "ppm = user_criteria:zero")
-    for name in ("maw", "ppm"):
-        loaded = load_pruned(str(tiny_llama), ratio=2, criterion=name)
-        assert loaded.prune_record.digest == before
 
 
 @pytest.mark.parametrize(
@@ -93,7 +86,6 @@ def test_built_in_names_and_aliases_cannot_be_taken(install, tiny_llama):
     [
         ("gate", r"shape \(88, 32\).* return 88 finite"),
         ("gate[:80, 0]", r"shape \(80,\)"),
-        ("gate[:, 0] / 0", "NaN or infinite"),
         ("gate[:, 0].double() * 0 + 1e300", "NaN or infinite"),
     ],
 )
@@ -114,7 +106,7 @@ def test_the_example_of_the_documentation(install, tiny_llama):
     assert loaded.config.intermediate_size == 64
 
 
-def test_every_built_in_criterion_is_documented():
+def test_every_built_in_criterion_is_documented_with_its_formula():
     text = (checkpoints.ROOT / "docs" / "criteria.md").read_text().replace("\\|", "|")
     assert all(f"`{name}`" in text for name in (*CRITERIA, RANDOM, *ALIASES))
     for name, criterion in CRITERIA.items():

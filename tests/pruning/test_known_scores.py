@@ -1,9 +1,8 @@
-"""One scoring for all widths: scores that outlive a load."""
+"""One scoring, and one pass of text, for all sizes: scores that outlive a load."""
 
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 
 import pytest
 import torch
@@ -21,15 +20,10 @@ from tests.helpers.comparing import assert_same_model
 from tests.helpers.ways_to_load import write_texts
 
 
-PERCENTS = [0, 10, 20, 30, 40, 50, 60]
-BEST = {"criterion": "best", "criteria_tried": "maw+act+maw_act"}
-DEPTH = {"drop_by": "block_influence"}
-
-
 @pytest.fixture
 def text(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return write_texts(tmp_path / "texts.jsonl")
+    return {"calibration": write_texts(tmp_path / "texts.jsonl")}
 
 
 @pytest.fixture
@@ -72,70 +66,58 @@ def load(tiny_llama, work):
     return load
 
 
-@pytest.mark.parametrize("criterion", [*CRITERIA, RANDOM])
-def test_seven_widths_are_cut_by_one_scoring(criterion, load, work, text):
-    asked = {"calibration": text} if criterion in CALIBRATED else {}
-    for percent in PERCENTS:
-        load(prune_percent=percent, criterion=criterion, **asked)
-    passes = {"calibrate": 1} if criterion in CALIBRATED else {}
-    assert Counter(work) == {"score_neurons": 3, **passes}, (
-        "each of three layers is scored once"
-    )
+PERCENTS = [{"prune_percent": percent} for percent in (0, 10, 40, 60)]
+BEST = {"criterion": "best", "criteria_tried": "maw+act+maw_act"}
+DEPTH = {"drop_by": "block_influence"}
+RANDOM_1 = {"ratio": 1, "criterion": RANDOM}
+#: Loads, and how often what is computed for them: a model has three layers.
+LOADS = [
+    *(
+        ([each | {"criterion": name} for each in PERCENTS], {"score_neurons": 3})
+        for name in (*CRITERIA, RANDOM)
+    ),
+    ([DEPTH | {"drop_layers": count} for count in (1, 2)], {"block_influence": 1}),
+    ([RANDOM_1, {"ratio": 1}, RANDOM_1 | {"seed": 7}], {"score_neurons": 9}),
+    ([{"ratio": 1, "layers": each} for each in ("0", "0-1")], {"score_neurons": 2}),
+    (
+        [{"ratio": 2, "dtype": each} for each in (torch.bfloat16, torch.float16)],
+        {"score_neurons": 3},
+    ),
+    pytest.param(
+        [each | BEST for each in PERCENTS],
+        {"calibrate": 1, "losses": 3},
+        marks=pytest.mark.slow,
+    ),
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cached", [False, True])
-def test_sizes_with_the_best_criterion_take_one_calibration(
-    tiny_llama, text, load, work, cached
-):
-    if cached:
-        load_pruned(str(tiny_llama), prune_percent=30, calibration=text, **BEST)
-        work.clear()
-    for percent in PERCENTS:
-        load(prune_percent=percent, calibration=text, **BEST)
-    assert work.count("calibrate") == 1
-    assert work.count("losses") == (0 if cached else 3)
-
-
-def test_depths_take_one_pass_of_text(text, load, work):
-    for count in (1, 2):
-        load(drop_layers=count, calibration=text, **DEPTH)
-    assert Counter(work) == {"block_influence": 1}
+@pytest.mark.parametrize(("loads", "expected"), LOADS)
+def test_several_sizes_are_measured_once(loads, expected, load, work, text):
+    needs_text = {*CALIBRATED, "best", *DEPTH.values()}
+    for asked in loads:
+        load(**asked, **(text if needs_text & {*map(str, asked.values())} else {}))
+    if loads[0].get("criterion") in CALIBRATED:
+        expected = expected | {"calibrate": 1}
+    assert {name: work.count(name) for name in expected} == expected
+    assert "best" in loads[0].values() or {*work} == {*expected}
 
 
 def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, text, work):
-    asked = {"calibration": text}
-    plan_rows(str(tiny_llama), "drop_layers", [1, 2], **DEPTH, **asked)
-    assert Counter(work) == {"block_influence": 1}
-    plan_rows(str(tiny_llama), "prune_percent", [20, 40], **BEST, **asked)
+    plan_rows(str(tiny_llama), "drop_layers", [1, 2], **DEPTH, **text)
+    assert work == ["block_influence"]
+    sizes = (str(tiny_llama), "prune_percent", [20, 40])
+    rows = plan_rows(*sizes, **BEST, allocation="sensitivity", **text)
     assert (work.count("calibrate"), work.count("losses")) == (1, 3)
-
-
-@pytest.mark.parametrize("change", [{"criterion": "l1"}, {"seed": 7}])
-def test_what_decides_the_scores_is_told_apart(change, load, work):
-    load(ratio=1, criterion=RANDOM)
-    load(ratio=1)
-    load(ratio=1, **{"criterion": RANDOM, **change})
-    assert Counter(work) == {"score_neurons": 3 * 3}
-
-
-def test_one_scoring_serves_all_dtypes_and_layers_are_added(load, work):
-    load(ratio=1, layers="0")
-    load(ratio=1, layers="0-1")
-    assert Counter(work) == {"score_neurons": 2}
-    for dtype in (torch.bfloat16, torch.float16):
-        load(ratio=2, dtype=dtype)
-    assert Counter(work) == {"score_neurons": 3}
+    assert all(row.layer_widths and row.layer_criteria for row in rows)
+    alike = [row.parameters for row in plan_rows(*sizes)]
+    assert [row.parameters for row in rows] == alike
 
 
 def test_a_checkpoint_that_changed_is_scored_again(tiny_llama, tmp_path, work, load):
     folder = shutil.copytree(tiny_llama, tmp_path / "copy")
     load(folder, ratio=1)
-
-    def flip(tensors):
-        for name in tensors:
-            tensors[name] = tensors[name].flip(0)
-
-    edit_weights(folder, flip)
+    edit_weights(
+        folder, lambda held: held.update({n: w.flip(0) for n, w in held.items()})
+    )
     load(folder, ratio=1)
-    assert Counter(work) == {"score_neurons": 2 * 3}
+    assert work == ["score_neurons"] * 6

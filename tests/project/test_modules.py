@@ -1,4 +1,4 @@
-"""The examples in docstrings are what Python prints, without a network."""
+"""Every installed module: its types are checked, its examples run, public names show one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import doctest
 import importlib
 
 import pytest
+from mypy.main import process_options
 
 import lm_eval_pruned
-from tests.project.test_types import modules
+from tests.helpers.checkpoints import ROOT
+from tests.helpers.installed import modules
 
 
 WITH_EXAMPLES = [
@@ -28,3 +30,9 @@ def test_examples_run(name):
     done = doctest.testmod(importlib.import_module(name), optionflags=flags)
     assert done.attempted, "a prompt outside of a docstring"
     assert not done.failed
+
+
+def test_mypy_checks_every_module_under_its_installed_name(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sources, _ = process_options([])
+    assert {source.module for source in sources} == modules().keys()
