@@ -31,7 +31,7 @@ import torch
 from lm_eval_pruned.pruning.argument_values import BIAS, LEAST_SQUARES, NO_REPAIR
 from lm_eval_pruned.pruning.calibration import check_observable
 from lm_eval_pruned.pruning.criteria import kept_set
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
     describe,
@@ -217,7 +217,12 @@ def cut_layer_by_layer(
                 if (place := mlp.projection("down_proj")) is not None
             }
             with walk.on_device():
-                returned = walk.run(hooks)
+                if not own:
+                    walk.go_on(walk.run())
+                    step(1)
+                    continue
+                replay = _replay(walk, model, own)
+                replay.run(hooks)
                 for mlp in own:
                     name = mlp.name
                     kept[name], changed = _cut(
@@ -225,10 +230,8 @@ def cut_layer_by_layer(
                         *(scores.get(name), repair, on_error),
                     )
                     done += changed
-                if own:
-                    # What was removed changes what the layer returns.
-                    returned = walk.run()
-            walk.go_on(returned)
+                # What was removed changes what the layer returns.
+                walk.go_on(replay.again())
             step(1)
     if done < len(mlps) and repair != NO_REPAIR:
         logger.warning(
@@ -240,6 +243,15 @@ def cut_layer_by_layer(
             len(mlps),
         )
     return kept, done
+
+
+def _replay(
+    walk: LayerByLayer, model: PreTrainedModel, own: Sequence[GluMlp]
+) -> Replay:
+    down = own[0].projection("down_proj")
+    alone = len(own) == 1 and down is not None and own[0].kind == "dense"
+    fits = alone and Replay.fits(walk, model, down)
+    return Replay(walk, {mlp.module for mlp in own}, down if fits else None)
 
 
 def _observe(

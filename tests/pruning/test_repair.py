@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.cost import HELD_TEXT
@@ -17,7 +19,8 @@ from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.pruning import slicing
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
+from lm_eval_pruned.pruning.depth import layers_of
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.repair import (
     Moments,
@@ -25,8 +28,8 @@ from lm_eval_pruned.pruning.repair import (
     regularised,
     repaired,
 )
-from tests.helpers.checkpoints import byte_tokenizer
-from tests.helpers.layouts import save_family
+from tests.helpers.checkpoints import byte_tokenizer, save_tiny
+from tests.helpers.layouts import FAMILIES, breadth, save_family
 
 
 TEXTS = [
@@ -118,6 +121,17 @@ def tiny(**more) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def made(folder: Path, family: str):
+    """Return a tiny model of a family; its expert layers keep any width."""
+    if family in FAMILIES:
+        save_family(folder, family, 64)
+    else:
+        more = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
+        save_tiny(folder, family, **(more if family == "gemma3n_text" else {}))
+    eager = {"experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, **eager).eval()
+
+
 def test_texts_meet_each_layer_with_what_the_changed_ones_return():
     model = tiny()
     texts = [
@@ -133,6 +147,59 @@ def test_texts_meet_each_layer_with_what_the_changed_ones_return():
     for text, each in zip(texts, returned, strict=True):
         hidden = model.model(input_ids=text, use_cache=False).last_hidden_state
         torch.testing.assert_close(model.model.norm(each), hidden, rtol=0, atol=0)
+
+
+#: Layers that differ in what happens around their MLP.
+SHAPES = ("llama", "phi3", "gemma2", "gemma3n_text", "cohere", "granite", "olmo2", "lfm2")
+SHAPES += ("falcon_h1", "mixtral", "qwen2_moe", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    "family", breadth(SHAPES, "llama", "gemma2", "gemma3n_text", "qwen2_moe")
+)
+@pytest.mark.parametrize("fits", [True, False])
+def test_texts_meet_each_layer_with_what_the_cut_ones_return(
+    family, fits, tmp_path, monkeypatch
+):
+    model = made(tmp_path, family)
+    returned: list = []
+    go_on = LayerByLayer.go_on
+
+    def noting(walk, found):
+        returned.append(found[0])
+        go_on(walk, found)
+
+    monkeypatch.setattr(LayerByLayer, "go_on", noting)
+    monkeypatch.setattr(Replay, "fits", lambda *_: fits)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": TEXTS[0][:200]}) + "\n")
+    asked = {"prune_percent": 40, "repair": "least_squares", "calibration": str(text)}
+    prune_model(model, tokenizer=byte_tokenizer(), **asked)
+    ids = torch.tensor([byte_tokenizer()(TEXTS[0][:200])["input_ids"]])
+    outputs: list = []
+    for layer in layers_of(model)[1]:
+        layer.register_forward_hook(lambda module, given, output: outputs.append(output))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert len(returned) == len(outputs)
+    for one, other in zip(returned, outputs, strict=True):
+        first, second = (e[0] if isinstance(e, tuple) else e for e in (one, other))
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_in_front_of_the_down_projection_runs_twice(folder, monkeypatch):
+    ran: Counter[str] = Counter()
+    monkeypatch.setattr(Replay, "fits", lambda *_: True)
+    for part in (LlamaAttention, LlamaMLP):
+
+        def counting(self, *given, forward=part.forward, name=part.__name__, **named):
+            ran[name] += 1
+            return forward(self, *given, **named)
+
+        monkeypatch.setattr(part, "forward", counting)
+    text = {"calibration": str(folder / "text.jsonl"), "tokenizer": byte_tokenizer()}
+    prune_model(tiny(), prune_percent=40, recipe="best", **text)
+    assert ran == {"LlamaAttention": 3, "LlamaMLP": 3}
 
 
 def test_layers_that_return_what_is_known_are_as_they_were_after(monkeypatch):
