@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
+    left_of,
     newest_first,
     read_json,
     read_results_file,
@@ -106,8 +107,8 @@ def read_newest(folder: Path) -> Run:
 
 def _model(run: Run) -> list[Any]:
     keys = ("model", "model_args", "model_sha", "peft_sha", "delta_sha")
-    pruning = ("intermediate_size_after", "kept_digest")
-    return [*map(run.config.get, keys), *map(run.pruning.get, pruning)]
+    width = run.pruning.get("intermediate_size_after")
+    return [*map(run.config.get, keys), width, *left_of(run.pruning)]
 
 
 def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:
