@@ -37,6 +37,7 @@ from lm_eval_pruned.pruning.layouts import (
     describe,
     find_glu_mlps,
 )
+from lm_eval_pruned.pruning.stacked import StackedInputs, one_by_one
 from lm_eval_pruned.util.progress import steps
 
 
@@ -203,7 +204,7 @@ def cut_layer_by_layer(
     """
     check_repairable(model, repair)
     if any(mlp.name not in scores for mlp in mlps):
-        check_observable(model)
+        check_observable(model, stacked=True)
     # What experts are given does not tell padding apart.
     together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
     walk, kept, done = LayerByLayer(model, texts, device, together), {}, 0
@@ -211,7 +212,11 @@ def cut_layer_by_layer(
     for mlp in mlps:
         by_stack[model.get_submodule(mlp.stack)].append(mlp)
     last = max(walk.layers.index(layer) for layer in by_stack)
-    with torch.no_grad(), steps(last + 1, "repair") as step:
+    with (
+        torch.no_grad(),
+        one_by_one(model, mlps),
+        steps(last + 1, "repair") as step,
+    ):
         for layer in walk.layers[: last + 1]:
             own = by_stack.get(layer, [])
             seen: dict[str, Moments] = {}
@@ -226,7 +231,11 @@ def cut_layer_by_layer(
                     step(1)
                     continue
                 replay = _replay(walk, model, own)
-                replay.run(hooks)
+                see = functools.partial(_see, walk, seen)
+                with StackedInputs(own, see):
+                    replay.run(hooks)
+                if not seen and any(mlp.name not in scores for mlp in own):
+                    check_observable(model)
                 for mlp in own:
                     name = mlp.name
                     kept[name], changed = _cut(
@@ -258,16 +267,12 @@ def _replay(
     return Replay(walk, {mlp.module for mlp in own}, down if fits else None)
 
 
-def _observe(
-    walk: LayerByLayer,
-    seen: dict[str, Moments],
-    mlp: GluMlp,
-    module,
-    positional,
-    named,
-    output,
-) -> None:
-    x = positional[0].flatten(0, -2)
+def _observe(walk, seen, mlp, module, positional, named, output) -> None:
+    _see(walk, seen, mlp, positional[0])
+
+
+def _see(walk: LayerByLayer, seen: dict[str, Moments], mlp: GluMlp, x: Tensor) -> None:
+    x = x.flatten(0, -2)
     if len(x) == walk.real.numel():
         x = x[walk.real.flatten()]
     if mlp.name not in seen:
