@@ -249,11 +249,10 @@ def test_stacked_experts_are_repaired_and_err_less(family, folder, tmp_path, cap
     ids = torch.tensor([byte_tokenizer()(TEXTS[0])["input_ids"]])[:, :512]
 
     def logits(**asked):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path)
-        if asked:
-            prune_model(model, tokenizer=byte_tokenizer(), calibration=text, **asked)
+        more = {**asked, "calibration": text} if asked else {}
+        model = load_pruned(str(tmp_path), tokenizer=byte_tokenizer(), **more)
         with torch.no_grad():
-            return model(input_ids=ids).logits, getattr(model, "prune_record", None)
+            return model(input_ids=ids).logits, model.prune_record
 
     whole, _ = logits()
     best, record = logits(prune_percent=40, criterion="obs", repair="least_squares")
