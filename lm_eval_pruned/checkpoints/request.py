@@ -26,7 +26,7 @@ from lm_eval_pruned.checkpoints.configs import (
 from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
-from lm_eval_pruned.pruning.criteria import CALIBRATED, check_finite
+from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, check_finite
 from lm_eval_pruned.pruning.depth import Depth, count_layers
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
@@ -136,7 +136,9 @@ class LoadRequest:
         if plan.is_open:
             check_comparable(plan, self.widths)
         if {*plan.criteria, *plan.tried} & {*CALIBRATED}:
-            check_observable(self.widths.skeleton())
+            # Layers that are cut one after the other show what their experts are given.
+            alone = plan.criterion == OBS and not plan.is_open
+            check_observable(self.widths.skeleton(), stacked=alone)
         check_repairable(self.widths.skeleton(), asked.repair)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -42,7 +42,7 @@ def run(arguments) -> None:
     from lm_eval_pruned.results.hub import EVAL_RESULTS, eval_results
 
     def scores(record):
-        return {EVAL_RESULTS: eval_results(arguments.results, record.digest)}
+        return {EVAL_RESULTS: eval_results(arguments.results, record.as_dict())}
 
     source = ("dtype", *SOURCE_ARGUMENTS)
     model_args, pruning = loading.read_with_pruning(arguments, DECLARED, source)

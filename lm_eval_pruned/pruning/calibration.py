@@ -257,8 +257,12 @@ def calibrate(
     return Calibration(on, found)
 
 
-def check_observable(model: PreTrainedModel, instead: str = "criterion=maw") -> None:
+def check_observable(
+    model: PreTrainedModel, instead: str = "criterion=maw", stacked: bool = False
+) -> None:
     """Refuse a model, possibly on the meta device, whose activations hooks cannot see.
+
+    `stacked` says that experts need not be separate modules.
 
     Raises:
         UnsupportedModelError: It has an encoder, or experts whose down projections
@@ -267,8 +271,8 @@ def check_observable(model: PreTrainedModel, instead: str = "criterion=maw") -> 
     if model.config.is_encoder_decoder:
         why = "has an encoder, and calibration text has no target for its decoder"
     else:
-        stacked = (m for m in find_glu_mlps(model) if m.projection("down_proj") is None)
-        if (mlp := next(stacked, None)) is None:
+        apart = (m for m in find_glu_mlps(model) if m.projection("down_proj") is None)
+        if stacked or (mlp := next(apart, None)) is None:
             return
         why = (
             f"keeps the down projection of {mlp.name} stacked with others, where its input cannot "

@@ -7,6 +7,8 @@ give it, and no layer in front runs again.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections import defaultdict
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,14 @@ from lm_eval_pruned.pruning.depth import layers_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import (
+        Callable,
+        Collection,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -46,8 +55,8 @@ def returning(known: Mapping[nn.Module, Any]) -> Iterator[None]:
         yield
 
 
-class _ReturnedError(Exception):
-    """The layer that was asked for has returned: those behind it need not run."""
+class ReturnedError(Exception):
+    """What was asked for has returned: what is behind it need not run."""
 
 
 class LayerByLayer:
@@ -59,7 +68,9 @@ class LayerByLayer:
     Attributes:
         layers: The decoder layers of the model.
         passed: How many of them the texts have passed.
-        real: False for padding in the batch that runs, shape (texts, tokens), bool.
+        batch: Number of the batch that runs.
+        real: False for padding in that batch, shape (texts, tokens), bool.
+        skips: Whether layers that the texts have passed need not compute.
     """
 
     def __init__(
@@ -86,31 +97,42 @@ class LayerByLayer:
         self.layers: list[Any] = list(layers)
         self.passed = 0
         self._returned: list[Any] = [None] * len(self._batches)
-        self._skips = True
+        self.skips = True
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all batches, padding included."""
+        return sum(batch.numel() for batch in self._batches)
 
     def run(
-        self, hooks: Mapping[nn.Module, Callable[..., None]] | None = None
+        self,
+        hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
+        known: Callable[[], Mapping[nn.Module, Any]] = dict,
     ) -> list[Any]:
         """Run the texts through the next layer and return what it returns, for each batch.
 
-        `hooks` are forward hooks, which are given arguments by name as well.
+        Args:
+            hooks: Forward hooks, which are given arguments by name as well. One that raises
+                `ReturnedError` ends the batch, which returns nothing.
+            known: Asked for each `batch` which modules need not compute, and what they return.
         """
         found: list[Any] = []
 
         def stop(module, positional, named, output) -> None:
             if has_to_compute(named):
-                self._skips = False
+                self.skips = False
             found.append(output)
-            raise _ReturnedError
+            raise ReturnedError
 
         layer = self.layers[self.passed]
         with watched(self._model, {**(hooks or {}), layer: stop}):
             for number, batch in enumerate(self._batches):
                 lengths = self._lengths[number][:, None]
+                self.batch = number
                 self.real = (torch.arange(batch.shape[1]) < lengths).to(self._device)
-                passed = self.layers[: self.passed] if self._skips else []
-                known = dict.fromkeys(passed, self._returned[number])
-                with returning(known), contextlib.suppress(_ReturnedError):
+                passed = self.layers[: self.passed] if self.skips else []
+                returned = dict.fromkeys(passed, self._returned[number]) | dict(known())
+                with returning(returned), contextlib.suppress(ReturnedError):
                     self._model(input_ids=batch.to(self._device), use_cache=False)
         return found
 
@@ -138,3 +160,87 @@ class LayerByLayer:
             yield
         finally:
             _move(modules, self._home)
+
+
+class Replay:
+    """What the next layer of a walk has computed when only down projections change after it.
+
+    That is what its parts in front of its GLU-MLPs returned, and what went into the down
+    projection of a dense MLP. With it, the layer runs again for the cost of that projection.
+    """
+
+    def __init__(
+        self, walk: LayerByLayer, modules: Collection[nn.Module], down: nn.Linear | None
+    ) -> None:
+        """Take the modules of the layer's GLU-MLPs, and the down projection of the only one.
+
+        `down` is None where the layer has several, or where activations take too much memory.
+        """
+        self._walk, self._modules, self._down = walk, modules, down
+        self._returned: dict[int, dict[nn.Module, Any]] = defaultdict(dict)
+        self._given: dict[int, Tensor] = {}
+        self._output: Tensor | None = None
+        self._ends_with_down = False
+        #: The batch of which a GLU-MLP has returned.
+        self._past = -1
+        # Norms are cheap to compute, and as large as what attention returns.
+        self._parts = [
+            part
+            for part in walk.layers[walk.passed].children()
+            if not {*part.modules()} & {*modules}
+            and any(weight.dim() > 1 for weight in part.parameters())
+        ]
+
+    @staticmethod
+    def fits(walk: LayerByLayer, model: PreTrainedModel, down: nn.Linear) -> bool:
+        """Return whether the activations take no more memory than the weights of the model."""
+        own = walk.tokens * down.in_features * down.weight.element_size()
+        return own <= model.num_parameters() * down.weight.element_size()
+
+    def run(self, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
+        """Run the texts through the layer for the first time; see `LayerByLayer.run`."""
+        own: dict[nn.Module, Callable[..., None]] = dict.fromkeys(
+            self._parts, self._keep
+        )
+        own |= dict.fromkeys(self._modules, self._end)
+        if self._down is not None:
+            own[self._down] = functools.partial(self._take, hooks.get(self._down))
+        self._walk.run({**hooks, **own}, self._without_down)
+
+    def again(self) -> list[Any]:
+        """Run them once more, and return what the layer returns now."""
+        return self._walk.run(known=self._known)
+
+    def _keep(self, module, positional, named, output) -> None:
+        if self._walk.batch == self._past:
+            return
+        found = self._returned[self._walk.batch]
+        # What ran twice did not return the same.
+        found[module] = None if module in found or has_to_compute(named) else output
+
+    def _take(self, hook, module, positional, named, output) -> None:
+        if hook is not None:
+            hook(module, positional, named, output)
+        self._output = output
+        if self._ends_with_down or self._walk.batch == 0:
+            self._given[self._walk.batch] = positional[0]
+        if self._ends_with_down:
+            raise ReturnedError
+
+    def _end(self, module, positional, named, output) -> None:
+        self._past = self._walk.batch
+        # Some models scale what down returns.
+        self._ends_with_down = self._output is not None and output is self._output
+
+    def _without_down(self) -> Mapping[nn.Module, Any]:
+        return {self._down: None} if self._down and self._ends_with_down else {}
+
+    def _known(self) -> Mapping[nn.Module, Any]:
+        known: dict[nn.Module, Any] = {}
+        if self._walk.skips:
+            returned = self._returned[self._walk.batch].items()
+            known |= {part: each for part, each in returned if each is not None}
+        if self._down is not None and self._ends_with_down:
+            (mlp,) = self._modules
+            known[mlp] = self._down(self._given[self._walk.batch])
+        return known

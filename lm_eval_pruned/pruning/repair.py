@@ -31,12 +31,13 @@ import torch
 from lm_eval_pruned.pruning.argument_values import BIAS, LEAST_SQUARES, NO_REPAIR
 from lm_eval_pruned.pruning.calibration import check_observable
 from lm_eval_pruned.pruning.criteria import kept_set
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
     describe,
     find_glu_mlps,
 )
+from lm_eval_pruned.pruning.stacked import StackedInputs, one_by_one
 from lm_eval_pruned.util.progress import steps
 
 
@@ -132,7 +133,9 @@ def order_by_cost(gram: Tensor, down: Tensor, width: int) -> Tensor:
     Returns:
         Indices, shape (k,), int64, ascending, on the CPU.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    # On a CPU this takes a third of the time of `torch.cholesky_inverse`.
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.cholesky_solve(identity, torch.linalg.cholesky(gram))
     left = torch.arange(len(gram), device=gram.device)
     weights = down.to(gram).T
     most = math.ceil((len(left) - width) / STEPS)
@@ -141,12 +144,14 @@ def order_by_cost(gram: Tensor, down: Tensor, width: int) -> Tensor:
         order = costs.sort(stable=True).indices
         going, staying = order[: min(most, excess)], order[min(most, excess) :]
         staying = staying.sort().values
-        across = inverse[staying][:, going]
-        own = torch.linalg.cholesky(inverse[going][:, going])
-        weights = weights[staying] - across @ torch.cholesky_solve(weights[going], own)
-        inverse = inverse[staying][:, staying] - across @ torch.cholesky_solve(
-            across.T, own
-        )
+        rows = inverse[going]
+        own = torch.linalg.cholesky(rows[:, going])
+        both = torch.cat([rows[:, staying], weights[going]], 1)
+        both = torch.linalg.solve_triangular(own, both, upper=False)
+        across, taken = both.split([len(staying), weights.shape[1]], 1)
+        weights = weights[staying] - across.T @ taken
+        inverse = inverse.index_select(0, staying).index_select(1, staying)
+        inverse.addmm_(across.T, across, alpha=-1)
         left = left[staying]
     return left.cpu()
 
@@ -199,7 +204,7 @@ def cut_layer_by_layer(
     """
     check_repairable(model, repair)
     if any(mlp.name not in scores for mlp in mlps):
-        check_observable(model)
+        check_observable(model, stacked=True)
     # What experts are given does not tell padding apart.
     together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
     walk, kept, done = LayerByLayer(model, texts, device, together), {}, 0
@@ -207,7 +212,11 @@ def cut_layer_by_layer(
     for mlp in mlps:
         by_stack[model.get_submodule(mlp.stack)].append(mlp)
     last = max(walk.layers.index(layer) for layer in by_stack)
-    with torch.no_grad(), steps(last + 1, "repair") as step:
+    with (
+        torch.no_grad(),
+        one_by_one(model, mlps),
+        steps(last + 1, "repair") as step,
+    ):
         for layer in walk.layers[: last + 1]:
             own = by_stack.get(layer, [])
             seen: dict[str, Moments] = {}
@@ -217,7 +226,16 @@ def cut_layer_by_layer(
                 if (place := mlp.projection("down_proj")) is not None
             }
             with walk.on_device():
-                returned = walk.run(hooks)
+                if not own:
+                    walk.go_on(walk.run())
+                    step(1)
+                    continue
+                replay = _replay(walk, model, own)
+                see = functools.partial(_see, walk, seen)
+                with StackedInputs(own, see):
+                    replay.run(hooks)
+                if not seen and any(mlp.name not in scores for mlp in own):
+                    check_observable(model)
                 for mlp in own:
                     name = mlp.name
                     kept[name], changed = _cut(
@@ -225,10 +243,8 @@ def cut_layer_by_layer(
                         *(scores.get(name), repair, on_error),
                     )
                     done += changed
-                if own:
-                    # What was removed changes what the layer returns.
-                    returned = walk.run()
-            walk.go_on(returned)
+                # What was removed changes what the layer returns.
+                walk.go_on(replay.again())
             step(1)
     if done < len(mlps) and repair != NO_REPAIR:
         logger.warning(
@@ -242,16 +258,21 @@ def cut_layer_by_layer(
     return kept, done
 
 
-def _observe(
-    walk: LayerByLayer,
-    seen: dict[str, Moments],
-    mlp: GluMlp,
-    module,
-    positional,
-    named,
-    output,
-) -> None:
-    x = positional[0].flatten(0, -2)
+def _replay(
+    walk: LayerByLayer, model: PreTrainedModel, own: Sequence[GluMlp]
+) -> Replay:
+    down = own[0].projection("down_proj")
+    alone = len(own) == 1 and down is not None and own[0].kind == "dense"
+    fits = alone and Replay.fits(walk, model, down)
+    return Replay(walk, {mlp.module for mlp in own}, down if fits else None)
+
+
+def _observe(walk, seen, mlp, module, positional, named, output) -> None:
+    _see(walk, seen, mlp, positional[0])
+
+
+def _see(walk: LayerByLayer, seen: dict[str, Moments], mlp: GluMlp, x: Tensor) -> None:
+    x = x.flatten(0, -2)
     if len(x) == walk.real.numel():
         x = x[walk.real.flatten()]
     if mlp.name not in seen:

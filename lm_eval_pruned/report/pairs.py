@@ -12,7 +12,7 @@ from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.compare.verdicts import verdict_of
 from lm_eval_pruned.report.page import run_label
 from lm_eval_pruned.report.sections import compared_section
-from lm_eval_pruned.results.files import as_mapping
+from lm_eval_pruned.results.files import as_mapping, left_of
 from lm_eval_pruned.results.groups import healing_name, is_control, primary_metrics
 
 
@@ -35,17 +35,17 @@ _PLACES = ("asked", "allocation", "layers_pruned", "layers_dropped", "hidden_siz
 def healing_section(
     others: Sequence[Run], alpha: float, read: DocumentReader, known: Known = _NOTHING
 ) -> Section | None:
-    """Each healed size against the run of the same neurons before, and what the training took."""
+    """Each healed size against the run of the same weights before, and what the training took."""
     healed = [run for run in others if run.healing]
-    before = {run.pruning.get("kept_digest"): run for run in others if not run.healing}
-    before.pop(None, None)
-    found = [(before.get(run.pruning.get("kept_digest")), run) for run in healed]
+    unhealed = [run for run in others if not run.healing]
+    before = {left_of(e.pruning): e for e in unhealed if e.pruning.get("kept_digest")}
+    left = [(left_of(run.pruning), run) for run in healed]
+    pairs = [(before[each], run) for each, run in left if each in before]
     text = (
         "Each size after it was trained again against the same size before, paired by document. q: "
         "p after Benjamini-Hochberg over the sizes of each task. Energy is that of the machine "
         "while it trained, with all that it did beside; modelled energy is an estimate."
     )
-    pairs = [(one, run) for one, run in found if one]
     rows = compared_pairs(pairs, alpha, read, known)
     costs = [f"{run_label(run)}: {_cost(run)}" for run in healed]
     return compared_section("Healing: after against before", text, rows, alpha, costs)

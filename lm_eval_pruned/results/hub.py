@@ -6,11 +6,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.results.files import ResultsError, newest_first, read_json
+from lm_eval_pruned.results.files import (
+    ResultsError,
+    as_mapping,
+    left_of,
+    newest_first,
+    read_json,
+)
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from huggingface_hub import EvalResultEntry
 
@@ -18,12 +24,12 @@ if TYPE_CHECKING:
 EVAL_RESULTS = ".eval_results/lm_eval.yaml"
 
 
-def eval_results(path: str | Path, digest: str) -> str:
+def eval_results(path: str | Path, pruning: Mapping[str, Any]) -> str:
     """Return the scores of a results file, or of a folder of them, as the Hub reads them.
 
     Raises:
-        ResultsError: They are of other neurons than those of `digest`, or there are none that a
-            data set of the Hub has all documents of.
+        ResultsError: They are of other neurons than the record `pruning` says, or of another
+            repair, or there are none that a data set of the Hub has all documents of.
     """
     import yaml
     from huggingface_hub import eval_result_entries_to_yaml
@@ -32,11 +38,13 @@ def eval_results(path: str | Path, digest: str) -> str:
     entries: dict[str, EvalResultEntry] = {}
     for file in [path] if path.is_file() else newest_first(path):
         content = read_json(file)
-        found = content.get("config", {}).get("pruning", {}).get("kept_digest")
-        if found != digest:
+        found = as_mapping(as_mapping(content.get("config")).get("pruning"))
+        if left_of(found) != left_of(pruning):
+            one, other = (", ".join(map(str, left_of(e))) for e in (found, pruning))
             raise ResultsError(
-                f"results={file} is of other neurons (kept digest {found}) than those that are "
-                f"exported ({digest}): pass results of pruned-hf with the same arguments."
+                f"results={file} is of other neurons or another repair (kept digest, repair and "
+                f"its text: {one}) than those that are exported ({other}): pass results of "
+                "pruned-hf with the same arguments."
             )
         entries = {**dict(_entries(content)), **entries}
     if not entries:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
+    left_of,
     newest_first,
     read_json,
     read_results_file,
@@ -19,9 +20,8 @@ from lm_eval_pruned.results.folder import ERROR, FLOOR, UNITS, read_definition
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-#: What tells models apart: arguments of the harness and commits, then what was pruned.
+#: What tells models apart beside the pruning: arguments of the harness and commits.
 _MODEL = ("model", "model_args", "model_sha", "peft_sha", "delta_sha")
-_PRUNING = ("intermediate_size_after", "kept_digest")
 
 
 class Failure(NamedTuple):
@@ -88,9 +88,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
             "`lm_eval --output_path` named, or a results file."
         )
     runs = [read_results_file(file) for file in files]
-    models = [
-        [*map(run.config.get, _MODEL), *map(run.pruning.get, _PRUNING)] for run in runs
-    ]
+    models = [_model(run) for run in runs]
     # The units of a configuration are of one model, whatever its arguments say.
     if path.parent.name != UNITS and any(each != models[0] for each in models):
         listed = ", ".join(str(file.relative_to(path)) for file in files)
@@ -103,6 +101,11 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
 def read_newest(folder: Path) -> Run:
     """Read the newest results file of a folder that holds at least one."""
     return read_results_file(newest_first(folder)[0])
+
+
+def _model(run: Run) -> list[Any]:
+    width = run.pruning.get("intermediate_size_after")
+    return [*map(run.config.get, _MODEL), width, *left_of(run.pruning)]
 
 
 def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:

@@ -191,14 +191,17 @@ def test_scores_of_the_same_neurons_are_exported_as_the_hub_reads_them(
         )
     }
     tasks = {name: {"acc,none": [1, 0, 1, 0]} for name in configs}
-    for found in (digest, "another"):
-        pruned = {"kept_digest": found}
-        write_run(tmp_path / found, tasks, pruning=pruned, configs=configs)
+    repaired = {"repair": "least_squares", "calibration": {"sha256": "ab"}}
+    for name, found in ((digest, {}), ("another", {}), ("repaired", repaired)):
+        left = name if name == "another" else digest
+        pruned = {"kept_digest": left, **found}
+        write_run(tmp_path / name, tasks, pruning=pruned, configs=configs)
     command = ["prune", "--model_args", f"pretrained={tiny_llama}"]
     command += ["--prune_percent", "50", "--output_path", str(tmp_path / "out")]
     command += ["--recipe", "study"]
-    assert main([*command, "--results", str(tmp_path / "another")]) == 2
-    assert "of other neurons" in capsys.readouterr().err
+    for wrong in ("another", "repaired"):
+        assert main([*command, "--results", str(tmp_path / wrong)]) == 2
+        assert "of other neurons or another repair" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*command, "--results", str(tmp_path / digest)]) == 0
     text = (tmp_path / "out" / ".eval_results" / "lm_eval.yaml").read_text()

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.cost import HELD_TEXT
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.cli import main
-from lm_eval_pruned.pruning import slicing
+from lm_eval_pruned.pruning import slicing, stacked
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.depth import layers_of
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
 from lm_eval_pruned.pruning.repair import (
     Moments,
     order_by_cost,
     regularised,
     repaired,
 )
-from tests.helpers.checkpoints import byte_tokenizer
-from tests.helpers.layouts import save_family
+from lm_eval_pruned.pruning.stacked import StackedInputs
+from tests.helpers.checkpoints import byte_tokenizer, save_tiny
+from tests.helpers.layouts import FAMILIES, breadth, save_family
 
 
 TEXTS = [
@@ -118,6 +122,17 @@ def tiny(**more) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def made(folder: Path, family: str):
+    """Return a tiny model of a family; its expert layers keep any width."""
+    if family in FAMILIES:
+        save_family(folder, family, 64)
+    else:
+        more = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
+        save_tiny(folder, family, **(more if family == "gemma3n_text" else {}))
+    eager = {"experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, **eager).eval()
+
+
 def test_texts_meet_each_layer_with_what_the_changed_ones_return():
     model = tiny()
     texts = [
@@ -135,6 +150,70 @@ def test_texts_meet_each_layer_with_what_the_changed_ones_return():
         torch.testing.assert_close(model.model.norm(each), hidden, rtol=0, atol=0)
 
 
+#: Layers that differ in what happens around their MLP.
+SHAPES = (
+    "llama",
+    "phi3",
+    "gemma2",
+    "gemma3n_text",
+    "cohere",
+    "granite",
+    "olmo2",
+    "lfm2",
+)
+SHAPES += ("falcon_h1", "mixtral", "qwen2_moe", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    "family", breadth(SHAPES, "llama", "gemma2", "gemma3n_text", "qwen2_moe")
+)
+@pytest.mark.parametrize("fits", [True, False])
+def test_texts_meet_each_layer_with_what_the_cut_ones_return(
+    family, fits, tmp_path, monkeypatch
+):
+    model = made(tmp_path, family)
+    returned: list = []
+    go_on = LayerByLayer.go_on
+
+    def noting(walk, found):
+        returned.append(found[0])
+        go_on(walk, found)
+
+    monkeypatch.setattr(LayerByLayer, "go_on", noting)
+    monkeypatch.setattr(Replay, "fits", lambda *_: fits)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": TEXTS[0][:200]}) + "\n")
+    asked = {"prune_percent": 40, "repair": "least_squares", "calibration": str(text)}
+    prune_model(model, tokenizer=byte_tokenizer(), **asked)
+    ids = torch.tensor([byte_tokenizer()(TEXTS[0][:200])["input_ids"]])
+    outputs: list = []
+    for layer in layers_of(model)[1]:
+        layer.register_forward_hook(
+            lambda module, given, output: outputs.append(output)
+        )
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert len(returned) == len(outputs)
+    for one, other in zip(returned, outputs, strict=True):
+        first, second = (e[0] if isinstance(e, tuple) else e for e in (one, other))
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_in_front_of_the_down_projection_runs_twice(folder, monkeypatch):
+    ran: Counter[str] = Counter()
+    monkeypatch.setattr(Replay, "fits", lambda *_: True)
+    for part in (LlamaAttention, LlamaMLP):
+
+        def counting(self, *given, forward=part.forward, name=part.__name__, **named):
+            ran[name] += 1
+            return forward(self, *given, **named)
+
+        monkeypatch.setattr(part, "forward", counting)
+    text = {"calibration": str(folder / "text.jsonl"), "tokenizer": byte_tokenizer()}
+    prune_model(tiny(), prune_percent=40, recipe="best", **text)
+    assert ran == {"LlamaAttention": 3, "LlamaMLP": 3}
+
+
 def test_layers_that_return_what_is_known_are_as_they_were_after(monkeypatch):
     model, texts = tiny(), [torch.arange(5)[None]]
     first = model.model.layers[0]
@@ -147,12 +226,51 @@ def test_layers_that_return_what_is_known_are_as_they_were_after(monkeypatch):
     assert vars(first) == before
 
 
-def test_obs_refuses_what_cannot_be_observed_in_memory_too(folder, tmp_path):
-    save_family(tmp_path, "qwen3_moe", 64)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+def test_stacked_experts_are_seen_with_the_tokens_that_are_routed_to_them(
+    family, tmp_path
+):
+    model, seen = made(tmp_path, family), defaultdict(list)
+    own = [mlp for mlp in find_glu_mlps(model) if mlp.stack.endswith("layers.1")]
+    experts = {mlp.name: mlp.width for mlp in own if mlp.kind == "expert"}
+    see = StackedInputs(own, lambda mlp, x: seen[mlp.name].append(x))
+    with torch.no_grad(), see:
+        model(input_ids=torch.arange(40)[None], use_cache=False)
+    assert len(experts) == 3 and seen.keys() <= experts.keys()
+    tokens = sum(len(x) for each in seen.values() for x in each)
+    assert tokens == 40 * (1 if family == "llama4_text" else 2)
+    assert all(x.shape[1] == experts[n] for n, each in seen.items() for x in each)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_stacked_experts_are_repaired_and_err_less(family, folder, tmp_path, caplog):
+    made(tmp_path, family)
+    text = str(folder / "text.jsonl")
+    ids = torch.tensor([byte_tokenizer()(TEXTS[0])["input_ids"]])[:, :512]
+
+    def logits(**asked):
+        more = {**asked, "calibration": text} if asked else {}
+        model = load_pruned(str(tmp_path), tokenizer=byte_tokenizer(), **more)
+        with torch.no_grad():
+            return model(input_ids=ids).logits, model.prune_record
+
+    whole, _ = logits()
+    best, record = logits(prune_percent=40, criterion="obs", repair="least_squares")
+    plain, _ = logits(prune_percent=40, criterion="obs")
+    assert (best - whole).norm() < (plain - whole).norm()
+    assert record.as_dict()["mlps_repaired"] == len(record.kept)
+    assert "keep their weights" not in caplog.text
+
+
+def test_experts_that_nothing_shows_are_refused(folder, tmp_path, monkeypatch):
+    model = made(tmp_path, "mixtral")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    monkeypatch.setattr(stacked, "_PRODUCTS", set())
     text = {"calibration": str(folder / "text.jsonl"), "tokenizer": byte_tokenizer()}
     with pytest.raises(UnsupportedModelError, match="stacked with others"):
         prune_model(model, intermediate_size=40, criterion="obs", **text)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
 
 
 @pytest.fixture(scope="module")

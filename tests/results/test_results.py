@@ -58,7 +58,8 @@ def test_results_of_one_model_are_joined_and_of_two_are_not(tmp_path, folders):
     write_run(tmp_path / folders[1], TASKS, date=NEW, pruning=pruning(20))
     assert {*read_run(tmp_path).tasks()} == {"tf", "boolq"}
     hf = {"config": {"model": "hf", "model_args": {"pretrained": "tiny"}}}
-    for other in ({"pruning": pruning(40)}, hf):
+    repaired = {"pruning": pruning(20) | {"repair": "least_squares"}}
+    for other in ({"pruning": pruning(40)}, repaired, hf):
         write_run(tmp_path / folders[0], BOOLQ, **other)
         with pytest.raises(ResultsError, match=rf"several models \(.*results_{DATE}"):
             read_run(tmp_path)

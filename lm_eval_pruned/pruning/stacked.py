@@ -1,0 +1,71 @@
+"""What goes into the down projections of experts that are stacked in one tensor.
+
+No module has it as its input, so the products of such a tensor with activations are watched while
+experts run one by one, as transformers calls ``eager``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from lm_eval_pruned.pruning.layouts import GluMlp
+
+#: Functions that take activations and then weights: (tokens, I) and those of one expert, or
+#: (experts, tokens, I) and those of all.
+_PRODUCTS = {"linear", "matmul", "__matmul__", "bmm"}
+
+
+class StackedInputs(TorchFunctionMode):
+    """Shows the activations of stacked experts, each time that one runs."""
+
+    def __init__(
+        self, mlps: Sequence[GluMlp], see: Callable[[GluMlp, Tensor], None]
+    ) -> None:
+        """`see` is given each of `mlps` that is stacked and its activations, (tokens, I)."""
+        super().__init__()
+        self._see = see
+        self._by_place = {
+            mlp.weight("down_proj").data_ptr(): mlp
+            for mlp in mlps
+            if mlp.projection("down_proj") is None
+        }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None) -> Any:
+        """Run a function, and look at what it is given."""
+        if len(args) > 1 and getattr(func, "__name__", "") in _PRODUCTS:
+            x, weight = args[:2]
+            if isinstance(weight, torch.Tensor) and weight.data_ptr() in self._by_place:
+                pairs = (
+                    zip(x, weight, strict=True) if weight.dim() > 2 else [(x, weight)]
+                )
+                for given, own in pairs:
+                    # Where all experts see all tokens, those of others are 0.
+                    seen = given[given.any(1)] if weight.dim() > 2 else given
+                    if (mlp := self._by_place.get(own.data_ptr())) is not None:
+                        self._see(mlp, seen)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def one_by_one(model: PreTrainedModel, mlps: Sequence[GluMlp]) -> Iterator[None]:
+    """Have experts run one by one where some of `mlps` are stacked."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before is None or all(mlp.projection("down_proj") for mlp in mlps):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
