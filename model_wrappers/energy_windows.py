@@ -205,11 +205,11 @@ class EnergyWindows(TemplateLM):
         Args:
             *args: As in the model.
             energy: Measure wall time, tokens and energy of each request type.
-            energy_per_task: Run the requests of each task as a window of their own.
-            energy_idle_seconds: First measure the idle machine for so many seconds, and report
-                net energy beside gross.
+            energy_per_task: Measure the requests of each task in a separate window.
+            energy_idle_seconds: First measure the idle machine for this many seconds, and also
+                report net energy.
             energy_country: ISO 3166 alpha-3 code of the country whose carbon intensity
-                turns energy into emissions. Without it there are none.
+                turns energy into emissions, which are reported only with it.
             **kwargs: Everything the model takes.
 
         Raises:
@@ -220,8 +220,8 @@ class EnergyWindows(TemplateLM):
         wait, country = energy_idle_seconds, energy_country
         if type(wait) not in (int, float) or not 0 <= wait < float("inf"):
             raise ValueError(
-                f"energy_idle_seconds={wait} is no time to wait: pass a number of seconds, such as "
-                "10, or 0."
+                f"energy_idle_seconds={wait} is not a number of seconds: pass one such as 10, "
+                "or 0."
             )
         others = {"per_task": energy_per_task, "idle_seconds": wait, "country": country}
         for name, given in others.items():
@@ -323,7 +323,7 @@ class EnergyWindows(TemplateLM):
 
     @contextlib.contextmanager
     def _set_up(self, purpose: str) -> Iterator[None]:
-        """Measure what no request asked for apart from the requests, and count none of it."""
+        """Measure what belongs to no request, and leave it out of the requests' figures."""
         if self._energy is None:
             yield
             return

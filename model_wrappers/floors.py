@@ -43,10 +43,10 @@ class EchoLM(LM):
         super().__init__()
         for name in others.keys() - _OF_HARNESS:
             known = "pass loglikelihood=RULE, and to constant answer=TEXT"
-            raise ValueError(f"{name}={others[name]} is not known here: {known}.")
+            raise ValueError(f"{name}={others[name]} is unknown: {known}.")
         if loglikelihood not in RULES:
             known = f"pass one of {', '.join(RULES)}"
-            raise ValueError(f"loglikelihood={loglikelihood} is no rule: {known}.")
+            raise ValueError(f"loglikelihood={loglikelihood} is not a rule: {known}.")
         self._rule, self._device = loglikelihood, "cpu"
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -130,7 +130,7 @@ def _right_answers(
         by_task[document[0].task_name].append(document)
     for of in by_task.values():
         choices, *more = {_choices(document) for document in of}
-        # Of one document alone, the commonest answer would be its own.
+        # Of a single document, the commonest answer would be the right one.
         tells = [] if more or len(of) == 1 else filter(_RIGHT.search, of[0][0].doc)
         for name in tells:
             rights = [_place(document[0].doc.get(name), choices) for document in of]

@@ -156,8 +156,8 @@ class PrunedHFLM(EnergyLoggingHFLM):
             self._prune_arguments = PruneArguments.taken_from(kwargs)
             if peft_stage not in (None, *STAGES) or (peft_stage and peft is None):
                 raise ValueError(
-                    f"peft_stage={peft_stage} says nothing: pass peft=ADAPTER, and one of "
-                    f"{', '.join(STAGES)} for when it is applied, or leave it out."
+                    f"peft_stage={peft_stage} says when peft is applied: pass peft=ADAPTER and one of "
+                    f"{', '.join(STAGES)}, or leave peft_stage out."
                 )
         self._peft_stage = peft_stage or "after"
         # HFLM passes what its config says under this name, and would pass ours beside it.

@@ -155,8 +155,8 @@ def build_odd_widths(request: LoadRequest, model: nn.Module) -> None:
         linears = {n: c for n, c in children.items() if isinstance(c, LinearBase)}
         if not linears or any(each.quant_config for each in linears.values()):
             raise UnsupportedModelError(
-                f"{name} would have a width of its own, and {type(model).__name__} of vLLM has no "
-                "such module, or quantised it: prune all layers alike, or use --model pruned-hf."
+                f"{name} would have another width than its config says, which {type(model).__name__} "
+                "of vLLM cannot build, or cannot build quantised: prune all layers alike, or use --model pruned-hf."
             )
         for child, linear in linears.items():
             setattr(mlp, child, _of_width(linear, targets[name]))

@@ -33,7 +33,7 @@ class MissingNLTKDataError(SystemExit, LookupError):
     """NLTK's ``punkt_tab`` is needed and cannot be found.
 
     As a `LookupError` it can be caught like any error; where nothing catches it,
-    Python prints its message alone, without a traceback, and exits with status 1,
+    Python prints only its message, without a traceback, and exits with status 1,
     because it is a `SystemExit` too.
     """
 

@@ -51,7 +51,9 @@ def check_adapter(
         config = PeftConfig.from_pretrained(adapter, revision=revision)
         stored = load_peft_weights(adapter, device="cpu", revision=revision)
     except (ValueError, OSError, SafetensorError) as error:
-        raise ValueError(f"{argument}={adapter} is no adapter ({error}).") from None
+        raise ValueError(
+            f"{argument}={adapter} is not an adapter ({error}): pass its folder or Hub name."
+        ) from None
     after = stage == "after"
     healing = read_healing(adapter, revision)
     if not after and healing and healing["pruning"]["kept_digest"]:
@@ -68,8 +70,8 @@ def check_adapter(
     if after and depth is not None and absent:
         # peft passes over them.
         raise ValueError(
-            f"{argument}={adapter} has {absent[0]}, of which the {len(depth.kept)} of "
-            f"{depth.before} layers that drop_layers leaves know nothing: pass an adapter that "
+            f"{argument}={adapter} has {absent[0]}, which is not in the {len(depth.kept)} of "
+            f"{depth.before} layers that drop_layers leaves: pass an adapter that "
             "was trained on them, or peft_stage=before to merge it first."
         )
     for name in sorted(stored.keys() & expected.keys()):
@@ -119,7 +121,7 @@ def check_kept(
     revision: str | None = None,
     argument: str = "peft",
 ) -> dict[str, Any] | None:
-    """Return what an adapter says it was trained on; None where it says nothing.
+    """Return what an adapter says it was trained on; None without a record.
 
     Raises:
         ValueError: It was trained on another kept set than that of `digest`, or its record is
@@ -144,7 +146,7 @@ def check_kept(
 
 
 def read_healing(adapter: str, revision: str | None = None) -> dict[str, Any] | None:
-    """Return what an adapter says it was trained on; None where it says nothing.
+    """Return what an adapter says it was trained on; None without a record.
 
     Raises:
         ValueError: Its file is damaged.
@@ -160,7 +162,7 @@ def read_healing(adapter: str, revision: str | None = None) -> dict[str, Any] | 
         healing["pruning"]["kept_digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is no record of a healing ({error!r}), so nothing says on which neurons the "
-            "adapter was trained: copy it anew beside the adapter."
+            f"{file} is not a healing record ({error!r}), so the neurons that the adapter was "
+            "trained on are unknown: copy the record again beside the adapter."
         ) from None
     return healing

@@ -113,7 +113,7 @@ def clear_errors(
 ) -> Iterator[None]:
     """Turn what transformers raises into a ValueError that names the cause.
 
-    `arguments` are those of ``from_pretrained``, None while the model's config alone is used.
+    `arguments` are those of ``from_pretrained``, None while only the model's config is used.
     """
     try:
         yield
@@ -320,7 +320,7 @@ def check_filled(
         is_bias = key.endswith(".bias") and f"{key[:-5]}.weight" in state
         if is_bias or re.sub(r"\.\d+\.", ".*.", key) in layers:
             raise ValueError(
-                f"The checkpoint holds {key}, of which its config.json knows nothing: correct "
+                f"The checkpoint holds {key}, which its config.json does not describe: correct "
                 "the number of layers or the key of that bias there, or copy it again."
             )
 

@@ -55,7 +55,7 @@ _KEPT_FILES = (
     *("NOTICE*", "USE_POLICY*"),
 )
 _MODEL_CODE = "*.py"
-#: Those among them that are true of the source alone.
+#: Those among them that are true only of the source.
 _OWN_FILES = ("config.json", "trainer_state.json", "adapter_config.json")
 #: Model-card fields of the source that stay true of the pruned model.
 _KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
@@ -107,7 +107,7 @@ def export_pruned(
 
     The model is loaded as `lm_eval_pruned.load_pruned` loads it, and saved. Every tensor has its
     stored name and, unless `dtype` says otherwise, the dtype it is loaded in; the config
-    changes in its width alone; tokenizer files, generation config and licence are
+    changes only in its width; tokenizer files, generation config and licence are
     copied as they are.
 
     Args:

@@ -232,7 +232,7 @@ def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_buildable(request: LoadRequest) -> None:
-    """Refuse what no engine can build from a config, apart from dense MLPs, which are built anew."""
+    """Refuse what no engine can build from a config, except dense MLPs, which are rebuilt."""
     widths, plan = request.widths, request.plan
     why = None
     if request.prune_arguments.drop_layers is not None:
@@ -250,9 +250,9 @@ def check_buildable(request: LoadRequest) -> None:
     for name in widths.inexpressible(widths.targets(plan)):
         if name in experts:
             raise UnsupportedModelError(
-                f"{asked_of(plan) or 'The checkpoint'} gives {name} a width of its own, and an engine that "
-                f"builds experts from {widths.keys[name]} in the config cannot have that: prune "
-                "all layers alike, or use --model pruned-hf."
+                f"{asked_of(plan) or 'The checkpoint'} gives {name} another width than the "
+                f"other experts, and an engine builds all of them from {widths.keys[name]} in the "
+                "config: prune all layers alike, or use --model pruned-hf."
             )
 
 

@@ -52,7 +52,7 @@ def measure_sensitivity(
     calibration_tokens: Number = LENGTH,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Sensitivity:
-    """Measure what cutting one layer alone costs, for each layer, criterion and width.
+    """Measure what cutting a single layer costs, for each layer, criterion and width.
 
     Args:
         request: The model, whatever its plan says.

@@ -94,7 +94,7 @@ def layer_numbers(name: str, value: Layers) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
             raise ValueError(
-                f"{name}={value} is no list of layers: write numbers and ranges such as 4-11, or "
+                f"{name}={value} does not name layers: write numbers and ranges such as 4-11, or "
                 "0+4-11 where a comma separates arguments."
             )
         numbers += range(first, last + 1)
@@ -114,7 +114,7 @@ def written_layers(layers: Iterable[int]) -> str:
 
 
 def written_by_layer(values: Iterable[tuple[int, Any]]) -> str:
-    """Return what layers have, such as widths, by layer; None writes the layers alone.
+    """Return what layers have, such as widths, by layer; with None, only the layers.
 
     Example:
         >>> written_by_layer([(0, 1200), (1, 900), (2, 900)])
@@ -145,7 +145,7 @@ def read_widths(widths: Any) -> dict[int, int]:
 
     Args:
         widths: A file, or what it holds. JSON: an object ``{"0": 1200, "1": 900}``, or a list with
-            one width per layer from 0 on, in which null leaves a layer alone. CSV: the columns
+            one width per layer from 0 on, in which null leaves a layer as it is. CSV: the columns
             ``layer`` and ``width``.
 
     Raises:

@@ -67,7 +67,7 @@ OWN_TEXT = Path(__file__).with_name("calibration_text.jsonl")
 def _depth_rule(name: str, value: str) -> str:
     if value not in (LAST, BLOCK_INFLUENCE):
         raise ValueError(
-            f"{name}={value} is no way to choose layers: pass {LAST} or {BLOCK_INFLUENCE}."
+            f"{name}={value} is not a rule for choosing layers: pass {LAST} or {BLOCK_INFLUENCE}."
         )
     return value
 
@@ -76,7 +76,7 @@ def _depth_rule(name: str, value: str) -> str:
 # and `text` says of values that need calibration text why they do.
 @dataclass(frozen=True, kw_only=True)
 class PruneArguments(DeclaredOptions):
-    """What a user asks for, checked as far as that needs no model; without a size, nothing.
+    """What a user asks for, checked as far as possible without a model.
 
     Whole numbers become integers, and `criterion` its name without aliases.
 
@@ -95,18 +95,18 @@ class PruneArguments(DeclaredOptions):
             the saved model only if its config holds widths per layer; this package always does.
         skip_layers: Layers to leave as they are. Instead of `layers`.
         drop_layers: Layers to leave out whole, as a count or as a list. Such as 4, chosen by
-            `drop_by`, or ``3+7-9``, ``[3]`` or ``[3, 7]``. The layers that stay are numbered anew
-            from 0; `layers` and `skip_layers` go by the numbers of the unpruned model. With a
+            `drop_by`, or ``3+7-9``, ``[3]`` or ``[3, 7]``. The layers that stay are renumbered
+            from 0; `layers` and `skip_layers` use the numbers of the unpruned model. With a
             size, the layers that stay are narrowed as well. See `lm_eval_pruned.pruning.depth`.
-        drop_by: How a count of `drop_layers` chooses. ``last`` keeps the last layer and drops
+        drop_by: How to choose the layers where `drop_layers` is a count. ``last`` keeps the last layer and drops
             those before it; ``block_influence`` drops those that change the hidden states of
             `calibration` text least.
-        allocation: How the neurons are shared among the layers. ``uniform`` cuts all alike;
+        allocation: How to share the cut among the layers. ``uniform`` cuts all alike;
             ``sensitivity`` takes from those whose cut raises the loss on `calibration` least;
             ``global`` ranks the neurons of all layers together. As many neurons stay in all as by
             ``uniform``. See `lm_eval_pruned.pruning.allocation`.
-        min_width: Neurons to leave in each layer at least, where `allocation` is not uniform.
-        recipe: What to prune by: study, fast or best. It sets what is not given: ``study``
+        min_width: Fewest neurons to leave in a layer, where `allocation` is not uniform.
+        recipe: Recipe for the cut: study, fast or best. It sets what is not given: ``study``
             ``criterion=maw``, as arXiv 2512.22671 has it; ``fast``, which reads no text, the same
             with ``skip_layers=0``; ``best`` ``criterion=obs`` and ``repair=least_squares``.
         criterion: Importance score; default: maw, or that of the recipe. One of ``maw`` (alias
@@ -116,7 +116,7 @@ class PruneArguments(DeclaredOptions):
             `criteria_tried` whose cut raises the loss on `calibration` least.
         criteria_tried: Criteria that ``criterion=best`` chooses among, such as maw+act, which is
             the default.
-        repair: What makes up for removed neurons: none, bias or least_squares; default: none, or
+        repair: How to make up for removed neurons: none, bias or least_squares; default: none, or
             that of the recipe. ``least_squares`` changes the down projections so that they come as
             close to the old output on `calibration` text as they can; ``bias`` corrects its mean.
             See `lm_eval_pruned.pruning.repair`.
@@ -201,7 +201,7 @@ class PruneArguments(DeclaredOptions):
 
     @property
     def tried(self) -> tuple[str, ...]:
-        """The criteria among which the loss decides; none where there is no choice."""
+        """The criteria among which the loss decides; empty unless criterion is best."""
         named: Any = self.criteria_tried
         chooses = self.criterion == BEST and self.size is not None
         return (named or ("maw", "act")) if chooses else ()
@@ -253,10 +253,10 @@ widths chosen: {chosen} and {widths} were given together, but widths says itself
     to prune: leave out the others there
 drop_by -drop_layers: {drop_by} chooses layers to drop, but no count was given: pass a count such
     as drop_layers=4, or leave it out
-calibration -why_text: {calibration} was given, but {criterion} looks at weights alone: leave
+calibration -why_text: {calibration} was given, but {criterion} looks only at weights: leave
     it out, or pass criterion={calibrated}
-calibration_samples -why_text: {calibration_samples} was given, but {criterion} looks at
-    weights alone: leave it out, or pass criterion={calibrated}
+calibration_samples -why_text: {calibration_samples} was given, but {criterion} looks only at
+    weights: leave it out, or pass criterion={calibrated}
 criteria_tried -best: {criteria_tried} names criteria to choose among, but {criterion} leaves
     no choice: add criterion=best, or leave it out
 min_width -allocation: {min_width} bounds what an allocation takes from a layer, but {allocation}
@@ -283,7 +283,7 @@ def _sizeless(given: Mapping[str, Any]) -> bool:
 
 
 def _why_text(given: Mapping[str, Any]) -> str | None:
-    """Return why arguments need calibration text; None where they look at weights alone."""
+    """Return why arguments need calibration text; None where they look only at weights."""
     for name in ("criterion", "allocation", *DECLARED):
         why = DECLARED[name].metadata.get("text", {}).get(str(given[name]))
         if why and (name != "drop_by" or given["drop_layers"] is not None):
@@ -294,7 +294,7 @@ def _why_text(given: Mapping[str, Any]) -> str | None:
 def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield each rule that arguments break, without and with its sentence.
 
-    In front of a minus is the argument that says nothing beside the others.
+    In front of a minus is the argument that has no effect beside the others.
     """
     said = {name: f"{name}={value}" for name, value in given.items()}
     said["widths"] = f"widths={written_source(given['widths'])}"

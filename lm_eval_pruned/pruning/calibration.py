@@ -102,8 +102,8 @@ def _text_of(line: str, where: str) -> Text:
         if several and all(isinstance(each, dict) for each in several):
             return several
     raise ValueError(
-        f'{where} is no JSON object with "text" (a string) or "messages" (a list of objects with '
-        "role and content)."
+        f'{where} is not a JSON object with "text" (a string) or "messages" (a list of objects '
+        "with role and content)."
     )
 
 
@@ -279,5 +279,5 @@ def check_observable(
             "be observed"
         )
     raise UnsupportedModelError(
-        f"{describe(model)} {why}: choose by weights alone, such as {instead}."
+        f"{describe(model)} {why}: choose by weights only, such as {instead}."
     )

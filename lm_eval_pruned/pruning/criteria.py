@@ -47,7 +47,7 @@ class Criterion:
             (H, neurons), and the `NeuronActivity`. Returns shape (neurons,), float32.
         formula: What it computes of row g of gate, row u of up and column d of down.
         source: Where the formula is from.
-        needs: ``extremes`` of gate and up alone, where no rounding depends on the device, and
+        needs: ``extremes`` of gate and up only, where no rounding depends on the device, and
             finite scores prove that the weights are finite; ``weights``, all of gate and up;
             or ``activity``, what the neurons do on calibration text.
     """

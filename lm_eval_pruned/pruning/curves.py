@@ -1,4 +1,4 @@
-"""Loss curves: what the loss on calibration text becomes when one layer alone is cut.
+"""Loss curves: what the loss on calibration text becomes when a single layer is cut.
 
 Pure data, without torch: the curves that `lm_eval_pruned.pruning.measuring` measures, that
 allocations are made of, and that tables and plots show.
@@ -22,7 +22,7 @@ FORMAT, VERSION = "lm-eval-pruned sensitivity", 1
 
 @dataclass(frozen=True)
 class LayerCurve:
-    """What cutting one layer alone costs, by one criterion.
+    """What cutting a single layer costs, by one criterion.
 
     Attributes:
         layer: Number of the layer, as ``layers=`` counts.
@@ -87,7 +87,7 @@ class Sensitivity:
             )
 
     def curve(self, layer: int, criterion: str, seed: int | None = None) -> LayerCurve:
-        """Return the curve of a layer by a criterion; `seed` is for ``random`` alone."""
+        """Return the curve of a layer by a criterion; `seed` is only for ``random``."""
         by_name = {(c.layer, c.criterion, c.seed): c for c in self.curves}
         alone = by_name.get((layer, criterion, None))
         return alone or by_name[layer, criterion, seed]
@@ -121,7 +121,7 @@ def read_sensitivity(file: str | Path) -> Sensitivity:
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
         if (found.pop("format"), found.pop("version")) != (FORMAT, VERSION):
-            raise ValueError(f"it is no file of {FORMAT}, version {VERSION}")
+            raise ValueError(f"it is not a file of {FORMAT}, version {VERSION}")
         for each in found["curves"]:
             each |= {name: tuple(each[name]) for name in ("widths", "losses")}
         found["curves"] = tuple(LayerCurve(**each) for each in found["curves"])

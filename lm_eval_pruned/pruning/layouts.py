@@ -1,7 +1,7 @@
 """GLU layouts: where a model keeps its GLU-MLPs, and how each is cut out of its parameters.
 
 A GLU-MLP computes ``down_proj(act(gate_proj(x)) * up_proj(x))``; neuron i is row i of
-gate and up with column i of down. Names and kinds of weights are known here alone.
+gate and up with column i of down. Only this file knows names and kinds of weights.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class GluMlp:
         return getattr(*self.place(region))
 
     def projection(self, name: str) -> Any:
-        """Return the nn.Linear of ``gate_proj``, ``up_proj`` or ``down_proj`` alone, if any."""
+        """Return the nn.Linear that holds only ``gate_proj``, ``up_proj`` or ``down_proj``, if any."""
         region = self.regions[name, "weight"]
         alone = region.half is region.expert is None
         return self.place(region)[0] if alone else None
@@ -313,5 +313,5 @@ def _check_complete(model: PreTrainedModel, mlps: list[GluMlp]) -> None:
         if other != name:
             raise UnsupportedModelError(
                 f"{describe(model)} shares one weight between {other} and {name}: slicing would "
-                "part them."
+                "separate them."
             )

@@ -233,7 +233,7 @@ class LoadedModel:
     def losses(
         self, text: CalibrationText, criterion: str, removed: Sequence[Fraction]
     ) -> Sensitivity:
-        """Measure the loss with one layer alone cut by a criterion, for each layer and width.
+        """Measure the loss with a single layer cut by a criterion, for each layer and width.
 
         Up to the layer that is cut, such a model is the unpruned one. So for every text the
         layers in front of it return what they returned in the unpruned model, and only the

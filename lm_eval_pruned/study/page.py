@@ -38,7 +38,7 @@ LEGEND = (
 
 
 def published_of(model: str) -> dict[tuple[str, str, float], float]:
-    """Return what the study published of a model of its own: scores by task, metric and percentage."""
+    """Return the scores that the study published of a model, by task, metric and percentage."""
     text = files(__package__).joinpath("study_benchmarks.csv").read_text("utf-8")
     return {
         (row["task"], row["metric"], float(row["prune_percent"])): float(row["value"])

@@ -135,7 +135,7 @@ def _margin_of(row: Difference, asked: dict[str, str]) -> str:
 
 
 def _only(run: Run, keys: Sequence[Key]) -> Run:
-    """Return a run with these scores alone, and whatever width the model has."""
+    """Return a run with only these scores, and whatever width the model has."""
     settings = {task: {**of, "widths": None} for task, of in run.settings.items()}
     return replace(run, scores={k: run.scores[k] for k in keys}, settings=settings)
 

@@ -84,7 +84,7 @@ def unsupported_reason(lm: Any) -> str | None:
         return "its config makes attention look both ways"
     attention = getattr(config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
-        return f"attn_implementation={attention} takes no mask of its own: pass attn_implementation=sdpa"
+        return f"attn_implementation={attention} takes no explicit mask: pass attn_implementation=sdpa"
     try:
         sequence_limit(config)
     except RuntimeError:

@@ -6,7 +6,7 @@ EPYC, against 220 through oneDNN. On family 25 with AVX-512 (Zen 4), whose units
 as wide, oneDNN is faster by a tenth in a layer and by a quarter in an output embedding.
 On Intel's, oneDNN took 20 to 40 % longer.
 Both are IEEE float32; results differ by the order of summation, so the choice follows
-from the processor alone and is the same in every run on a machine.
+only from the processor and is the same in every run on a machine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fast_cpu_linears(model: torch.nn.Module) -> Iterator[None]:
 
     For inference: gradients do not pass. Layers on other devices, of other dtypes or
     of other classes than `torch.nn.Linear`, and models on a CPU where nothing is
-    faster, are left alone. On exit all is as before.
+    faster, stay as they are. On exit all is as before.
     """
     layers = float32_layers(model) if linear_backend() == "onednn" else []
     # A forward in the instance is somebody else's, such as accelerate's hook.

@@ -69,7 +69,7 @@ class FastPathMixin(_Neighbour):
 
     Attributes:
         token_counts: Totals since the model was loaded. Of what `HFLM` computes itself the
-            prompts of scored requests alone; a class that measures more adds it.
+            only prompts of scored requests; a class that measures more adds it.
         answer_paths: How many requests took which path, and why.
     """
 

@@ -178,7 +178,7 @@ class PrefixSharingMixin(FastPathMixin):
         groups = _by_text(requests)
         splits_alike = all(len({len(r[2]) for r in group}) == 1 for group in groups)
         asked = self.logits_cache  # type: ignore[has-type]
-        # HFLM looks for equal texts in front of a decoder alone.
+        # HFLM looks for equal texts only in front of a decoder.
         cached = asked and splits_alike and not is_encoder_decoder(self)
         computed = [group[0] for group in groups] if cached else requests
         self.logits_cache = cached

@@ -193,7 +193,7 @@ class SlotRefillingMixin(FastPathMixin):
         elif isinstance(self.batch_size, int):
             slots = max(self.batch_size, min(usual, room // each))
         elif free is not None:
-            # HFLM's own ceiling of 64 says nothing of this model.
+            # HFLM's ceiling of 64 was not chosen for this model.
             ceiling = self.max_batch_size
             slots = min(usual if ceiling == 64 else ceiling, room // each)
         else:

@@ -99,7 +99,7 @@ class SlotCache(Cache):
         row_places: Places of its new tokens in the slot, padding included, [rows, new].
         width: Tokens of the longest slot of a pass, the new ones included.
         in_order: Whether its rows are the slots 0, 1, ...
-        shows_slots: Whether the pass sees what slots hold; else new tokens alone.
+        shows_slots: Whether the pass sees what slots hold; else only new tokens.
         on_cpu: Whether it runs on a CPU.
     """
 

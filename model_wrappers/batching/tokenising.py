@@ -78,8 +78,8 @@ class TokenisingMixin(_Neighbour):
     `HFLM`'s ``_encode_pair`` still decides what to encode and where to cut.
     """
 
-    # Whether the next model gets the tokens. Not where energy is measured: the first model of
-    # a sweep alone would pay for them.
+    # Whether the next model gets the tokens. Not where energy is measured: only the
+    # first model of a sweep would pay for them.
     keeps_tokens: bool = True
 
     _kept: KeptTokens | None = None

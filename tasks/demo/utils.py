@@ -206,7 +206,7 @@ def mean_over_instructions(items: Sequence[bool | Sequence[bool]]) -> float:
             `score_instructions` returned.
 
     Source:
-        The harness's ``agg_inst_level_acc``, which takes lists alone.
+        The harness's ``agg_inst_level_acc``, which takes only lists.
     """
     return float(np.hstack(items).mean())
 
@@ -250,7 +250,7 @@ def _ifeval() -> ModuleType:
 
 @contextmanager
 def _quiet_without_a_language() -> Iterator[None]:
-    """Drop one message of IFEval's code, which looks like a crash and is none.
+    """Drop one message of IFEval's code that looks like a crash but is harmless.
 
     An answer without letters has no language. IFEval counts the instruction as followed,
     and the harness logs an error that holds the whole answer.

@@ -112,10 +112,10 @@ def test_an_adapter_that_leaves_the_mlps_alone_fits_any_width(tiny_llama, adapte
         (40, BEFORE, "40 neurons, but .*MLPs of 88 .*intermediate_size=40"),
         (64, {"ratio": None}, "64 neurons, but .*MLPs of 88"),
         (88, {**BEFORE, "load_in_8bit": True}, "load_in_8bit quantises"),
-        (88, {**BEFORE, "peft": None}, "peft_stage=before says nothing"),
-        (88, {"peft_stage": "during"}, "peft_stage=during says nothing"),
+        (88, {**BEFORE, "peft": None}, "peft_stage=before says when"),
+        (88, {"peft_stage": "during"}, "peft_stage=during says when"),
         (88, {**BEFORE, "peft": "nowhere", "ratio": 9}, "ratio=9 is above"),
-        (88, {"peft": "."}, r"peft=\. is no adapter"),
+        (88, {"peft": "."}, r"peft=\. is not an adapter"),
     ],
 )
 def test_what_does_not_fit_is_told_before_weights_are_read(
@@ -138,5 +138,5 @@ def test_an_adapter_whose_weights_are_damaged(
     if damage == "cut":
         file.write_bytes(content[:100])
     forbid_reading(monkeypatch)
-    with pytest.raises(ValueError, match=f"peft={folder} is no adapter"):
+    with pytest.raises(ValueError, match=f"peft={folder} is not an adapter"):
         hf_model(tiny_llama, ratio=2, peft=folder)

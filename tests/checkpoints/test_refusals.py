@@ -36,7 +36,7 @@ ARGUMENTS = [
     ({"intermediate_size": 10, "multiple_of": 16}, "multiple_of=16 .* at most 10"),
     ({"ratio": 2, "seed": "x"}, "seed=x is not a finite"),
     ({"seed": 2**43}, "seed=8796093022208 is too large"),
-    *(({"ratio": 1, "layers": n}, "layers=.* is no list of") for n in NO_LAYERS),
+    *(({"ratio": 1, "layers": n}, "layers=.* does not name layers") for n in NO_LAYERS),
     ({"ratio": 1, "skip_layers": ""}, "skip_layers=.* is no l"),
     ({"ratio": 1, "layers": "0-99999"}, "names layer 5, .* 0-4"),
     ({"ratio": 1, "layers": "0,7,6"}, "names layer 6"),
@@ -55,9 +55,9 @@ ARGUMENTS = [
     ({"ratio": 2, **BEST, "calibration_samples": 0}, "ation_samples=0 is not a whole"),
     ({"drop_layers": "3+5"}, "names layer 5, .* 0-4"),
     *(({"drop_layers": n}, f"drop_layers={n} is not a whole") for n in (0, -1)),
-    *(({"drop_layers": each}, "is no list of layers") for each in ("x", [])),
+    *(({"drop_layers": each}, "does not name layers") for each in ("x", [])),
     ({"drop_layers": "1+2", **INFLUENCE}, "drop_layers names them itself"),
-    (DROP | {"calibration": "a.jsonl"}, "looks at weights alone"),
+    (DROP | {"calibration": "a.jsonl"}, "looks only at weights"),
     (DROP | {"ratio": 1, **BEST}, "drop_layers and criterion=best"),
     (DROP | {"layers": "0"}, "no size was asked for"),
     (DROP | {"multiple_of": 8}, "rounds a kept width"),
@@ -118,9 +118,9 @@ def test_arguments_of_from_pretrained(arguments, word, folder, monkeypatch):
         (b"", "holds 0 texts, but 3"),
         (b"\n  \n", "holds 0 texts"),
         (b'{"text": "a"}', "holds 1 texts, but 3 .*smaller calibration_samples"),
-        (b'{"text": "a"}\n{"text": ', "line 2 is no JSON object"),
+        (b'{"text": "a"}\n{"text": ', "line 2 is not a JSON object"),
         *(
-            (line, "line 1 is no JSON object")
+            (line, "line 1 is not a JSON object")
             for line in (b'{"text": ""}', b'{"prompt": "a"}', b'["a"]')
             + (b'{"messages": []}', b'{"messages": ["a"]}')
         ),

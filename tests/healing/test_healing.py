@@ -191,7 +191,7 @@ def test_an_adapter_of_other_neurons_is_refused_by_its_record(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     PrunedHFLM(str(tiny_llama), peft=str(tmp_path), **given)
     (tmp_path / HEALING).write_text("{}")
-    with pytest.raises(ValueError, match=r"healing\.json is no record of a healing"):
+    with pytest.raises(ValueError, match=r"healing\.json is not a healing record"):
         PrunedHFLM(str(tiny_llama), peft=str(tmp_path), **given)
 
 

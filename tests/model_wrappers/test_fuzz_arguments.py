@@ -125,11 +125,11 @@ UNCLEAR = {
     " load_in_8bit=2 trust_remote_code=off attn_implementation=1 tokenizer=1"
     " pretrained=1 subfolder=1 energy=nan energy=off prefix_sharing=sometimes"
     " slot_refilling=2 slots=0 slots=-1 slots=1.5 slots=many slots=true",
-    "is no adapter": "peft=nowhere/",
+    "is not an adapter": "peft=nowhere/",
     "pass one such as cpu": "device=0",
     "pass default, causal": "backend=abc",
     "describes no model that can be built": "hidden_size=0 hidden_size=-8 hidden_size=abc",
-    "layers.2.mlp.*config.json knows nothing": "num_hidden_layers=2",
+    "layers.2.mlp.*config.json does not describe": "num_hidden_layers=2",
     r"did you mean prune_percent\?": "prune_precent=40",
     r"did you mean prefix_sharing\?": "prefix_share=0",
     "neither this package": "frobnicate=3",

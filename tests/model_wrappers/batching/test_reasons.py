@@ -69,7 +69,7 @@ LORA = {"peft_type": peft.PeftType.LORA}
         (lambda: model_of(shrunk("gemma3_text", use_bidirectional_attention=True)), "both ways"),
         (lambda: model_of(tiny_config(is_causal=False)), "both ways"),
         (lambda: model_of(own_class=OwnLlama), "OwnLlama is not a class of transformers"),
-        (lambda: model_of(attention="flash_attention_2"), "flash_attention_2 takes no mask"),
+        (lambda: model_of(attention="flash_attention_2"), "flash_attention_2 takes no explicit mask"),
         *((lambda k=kind: model_of(peft_type=k), f"({kind}) may look at the whole row")
           for kind in ("XLORA", "LOHA", "PROMPT_TUNING", "ADAPTION_PROMPT", "NEW")),
         (lambda: model_of(alora_invocation_tokens=[5, 6], **LORA), "searches for in the row"),
