@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import tempfile
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ PERCENT = 40
 #: Largest tiny model; classes whose configs do not shrink that far are not tried.
 MOST_PARAMETERS = 30_000_000
 SECONDS_PER_CLASS = 120
+#: The reason of most refusals: one list, not a message for each.
+NO_GLU = "no GLU-MLP of a known layout"
 
 #: So that results can be compared bit for bit at any width.
 EAGER = {"experts_implementation": "eager", "attn_implementation": "eager"}
@@ -331,25 +334,37 @@ built and pruned by {PERCENT} %. {len(pruned)} can be pruned.
 ## Pruned
 
 Each equals slicing by hand bit for bit, in memory and from a checkpoint, and stock
-transformers opens the saved result with equal logits. The config keys are those
-that hold the new widths. Where an activation looks at all neurons at once (top-k
+transformers opens the saved result with equal logits. The config keys in brackets
+hold the new widths. Where an activation looks at all neurons at once (top-k
 sparsity), removing neurons also changes the ones that stay.
 """.splitlines()
-    lines.append(
-        markdown_table(
-            ["model type", "class", "widths in the config"],
-            [[*_names(row), row.detail] for row in pruned],
-            "lll",
-        )
-    )
+    widths = sorted({row.detail for row in pruned})
+    types = {w: [row.model_type for row in pruned if row.detail == w] for w in widths}
+    cells = [
+        [w, _listed(types[w])] for w in sorted(widths, key=lambda w: -len(types[w]))
+    ]
+    lines.append(markdown_table(["widths in the config", "model types"], cells, "ll"))
     for outcome, title in (
-        ("refused", "Refused, with this message"),
+        ("refused", "Refused"),
         ("not tried", "Not tried: the script cannot build or run a tiny one"),
     ):
-        found = [[*_names(r), r.detail] for r in rows if r.outcome == outcome]
+        found = [row for row in rows if row.outcome == outcome]
+        plain = [row.model_type for row in found if f"has {NO_GLU}" in row.detail]
         lines += ["", f"## {title}", ""]
-        lines.append(markdown_table(["model type", "class", ""], found, "lll"))
+        if plain:
+            lines += [
+                f"{len(plain)} model types have {NO_GLU}, and so no width to prune;"
+            ]
+            lines += ["evaluate them with `--model hf` or `--model hf-prefix`:", ""]
+            lines += [*textwrap.wrap(_listed(plain), 120, break_on_hyphens=False), ""]
+            lines += ["The others are refused with this message:", ""]
+        others = [[*_names(r), r.detail] for r in found if r.model_type not in plain]
+        lines.append(markdown_table(["model type", "class", ""], others, "lll"))
     return "\n".join(lines) + "\n"
+
+
+def _listed(model_types: list[str]) -> str:
+    return ", ".join(f"`{each}`" for each in model_types)
 
 
 def _names(row: Row) -> list[str]:

@@ -32,6 +32,8 @@ def candidates() -> dict[str, tuple]:
 
 
 def listed(title: str) -> set[str]:
-    """Return the model types in a section of the table."""
+    """Return the model types in a section of the table, in its rows or in a list."""
     text = TABLE.partition(f"## {title}")[2].partition("\n## ")[0]
-    return set(re.findall(r"^\|`([^`]+)`\|", text, flags=re.MULTILINE))
+    found = re.findall(r"^\|`([^`]+)`\|", text, flags=re.MULTILINE)
+    lists = re.findall(r"^(?:\|[^`|]+\|)?`.*", text, flags=re.MULTILINE)
+    return {*found, *re.findall(r"`([^`]+)`", " ".join(lists))}
