@@ -344,27 +344,28 @@ sparsity), removing neurons also changes the ones that stay.
         [w, _listed(types[w])] for w in sorted(widths, key=lambda w: -len(types[w]))
     ]
     lines.append(markdown_table(["widths in the config", "model types"], cells, "ll"))
-    for outcome, title in (
-        ("refused", "Refused"),
-        ("not tried", "Not tried: the script cannot build or run a tiny one"),
-    ):
-        found = [row for row in rows if row.outcome == outcome]
-        plain = [row.model_type for row in found if f"has {NO_GLU}" in row.detail]
-        lines += ["", f"## {title}", ""]
-        if plain:
-            lines += [
-                f"{len(plain)} model types have {NO_GLU}, and so no width to prune;"
-            ]
-            lines += ["evaluate them with `--model hf` or `--model hf-prefix`:", ""]
-            lines += [*textwrap.wrap(_listed(plain), 120, break_on_hyphens=False), ""]
-            lines += ["The others are refused with this message:", ""]
-        others = [[*_names(r), r.detail] for r in found if r.model_type not in plain]
-        lines.append(markdown_table(["model type", "class", ""], others, "lll"))
+    refused = [row for row in rows if row.outcome == "refused"]
+    plain = [row.model_type for row in refused if f"has {NO_GLU}" in row.detail]
+    others = [[*_names(r), r.detail] for r in refused if r.model_type not in plain]
+    untried = [row.model_type for row in rows if row.outcome == "not tried"]
+    lines += ["", "## Refused", ""]
+    lines += [f"{len(plain)} model types have {NO_GLU}, and so no width to prune;"]
+    lines += ["evaluate them with `--model hf` or `--model hf-prefix`:", ""]
+    lines += [*_wrapped(plain), "", "The others are refused with this message:", ""]
+    lines.append(markdown_table(["model type", "class", ""], others, "lll"))
+    lines += ["", "## Not tried", ""]
+    lines += ["The script cannot build or run a tiny model of these types;"]
+    lines += ["`python docs/make_architectures.py MODEL_TYPE` prints why:", ""]
+    lines += _wrapped(untried)
     return "\n".join(lines) + "\n"
 
 
 def _listed(model_types: list[str]) -> str:
     return ", ".join(f"`{each}`" for each in model_types)
+
+
+def _wrapped(model_types: list[str]) -> list[str]:
+    return textwrap.wrap(_listed(model_types), 120, break_on_hyphens=False)
 
 
 def _names(row: Row) -> list[str]:
