@@ -202,8 +202,8 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
         cut = (targets[n] for n in targets if targets[n] < widths.actual[n])
         if odd := next((width for width in cut if width % _CUDA_MULTIPLE), 0):
             logger.warning(
-                "%d neurons are no multiple of %d, which CUDA's kernels for 16-bit weights want: "
-                "add multiple_of=%d for speed.",
+                "%d neurons are not a multiple of %d, so CUDA's kernels for 16-bit weights are "
+                "slower: add multiple_of=%d.",
                 odd,
                 _CUDA_MULTIPLE,
                 math.lcm(_CUDA_MULTIPLE, plan.multiple_of),
