@@ -37,7 +37,7 @@ ARGUMENTS = [
     ({"ratio": 2, "seed": "x"}, "seed=x is not a finite"),
     ({"seed": 2**43}, "seed=8796093022208 is too large"),
     *(({"ratio": 1, "layers": n}, "layers=.* does not name layers") for n in NO_LAYERS),
-    ({"ratio": 1, "skip_layers": ""}, "skip_layers=.* is no l"),
+    ({"ratio": 1, "skip_layers": ""}, "skip_layers=.* does not name"),
     ({"ratio": 1, "layers": "0-99999"}, "names layer 5, .* 0-4"),
     ({"ratio": 1, "layers": "0,7,6"}, "names layer 6"),
     ({"skip_layers": 0}, "^skip_layers says .* no size"),
