@@ -145,7 +145,7 @@ def narrow_config(request: LoadRequest, config: Any) -> None:
 
 
 def build_odd_widths(request: LoadRequest, model: nn.Module) -> None:
-    """Build the MLPs of vLLM's `model`, which has no weights yet, anew whose width its config cannot hold."""
+    """Rebuild the MLPs whose width the config of vLLM's `model` cannot hold, before it has weights."""
     targets = request.widths.targets(request.plan)
     paths = {mlp.name: mlp.path for mlp in request.widths.mlps}
     modules = dict(model.named_modules())
@@ -176,7 +176,7 @@ def _of_width(linear: LinearBase, width: int) -> LinearBase:
 
 
 class PruneRecordExtension:
-    """What a worker of vLLM tells of its model; see ``worker_extension_cls`` there."""
+    """What a worker of vLLM reports about its model; see ``worker_extension_cls`` there."""
 
     def model_bytes(self) -> int:
         """Return the bytes of the weights and buffers of this worker."""

@@ -143,7 +143,7 @@ def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
 
 
 def _equal_ratio(request: LoadRequest, parameters: int) -> str:
-    """Return the ratio that leaves all layers with so many parameters; empty if none does."""
+    """Return the ratio at which all layers together have as many parameters; empty without one."""
     plan, whole = request.plan, request.widths.whole
     before = whole.parameters_before
     rest = whole.count_parameters(dict.fromkeys(whole.actual, 0))

@@ -56,7 +56,7 @@ def returning(known: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 class ReturnedError(Exception):
-    """What was asked for has returned: what is behind it need not run."""
+    """Ends a pass as soon as the wanted layer has returned."""
 
 
 class LayerByLayer:
@@ -163,10 +163,10 @@ class LayerByLayer:
 
 
 class Replay:
-    """What the next layer of a walk has computed when only down projections change after it.
+    """What a layer computed, kept to run it again after only down projections changed.
 
-    That is what its parts in front of its GLU-MLPs returned, and what went into the down
-    projection of a dense MLP. With it, the layer runs again for the cost of that projection.
+    It holds what the parts in front of the GLU-MLPs returned, and the input of a dense MLP's down
+    projection. With it, the layer runs again for the cost of that projection.
     """
 
     def __init__(

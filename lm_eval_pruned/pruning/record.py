@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WidthGroup:
-    """So many GLU-MLPs of one kind, one config key and one width, in neurons, before and after."""
+    """A number of GLU-MLPs that share kind, config key and width before and after, in neurons."""
 
     kind: str
     config_key: str

@@ -154,7 +154,7 @@ def sentences(name: str, found: Findings) -> list[str]:
 
 
 def open_questions(found: Findings) -> list[str]:
-    """Return what the results do not tell, a sentence each."""
+    """Return what the results leave open, a sentence each."""
     unknown = [
         each.task
         for each in found.tasks
@@ -164,8 +164,8 @@ def open_questions(found: Findings) -> list[str]:
     draws = len({run.pruning.get("seed") for run in found.beside["random"]})
     told = {
         f"No floor is known for {_joined(unknown)}.": unknown,
-        f"Each task is its first documents (limit {limit}), too few for small differences.": limit,
-        f"Chance is as many random cuts of each size as there are seeds: {draws}.": draws,
+        f"Each task is cut to its first documents (limit {limit}), too few for small differences.": limit,
+        f"Chance is estimated from random cuts of each size, one for each seed: {draws}.": draws,
     }
     return [
         *(

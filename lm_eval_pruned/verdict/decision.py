@@ -144,7 +144,7 @@ def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> 
     """Say how many documents decide with a chance of 80 %, if the models do not differ."""
     up = base.scores[key].higher_is_better
     if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
-        return "Alone it would be shown to be worse; among all scores that needs more documents."
+        return "A test of only this score would show it to be worse; a test of all scores needs more documents."
     asked = Margin(CLAIM, margin)
     try:
         rows = power_of(base, [candidate], key[0], asked, alpha=CLAIM_LEVEL)
@@ -163,4 +163,4 @@ def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> 
     sizes = read_json(newest_first(base.samples[leaves[0]].parent)[0])["n-samples"]
     there = sum(sizes[leaf]["original"] for leaf in leaves)
     few = f", but the task has {there:,}: accept a wider margin" * (there < needed)
-    return f"It would take about {needed:,} documents in place of {seen:,}{few}."
+    return f"It would take about {needed:,} documents instead of {seen:,}{few}."

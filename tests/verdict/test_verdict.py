@@ -78,7 +78,7 @@ def test_answer_and_exit_code(base, candidate, margin, code, said, answer):
 def test_what_it_would_take_is_documents(answer):
     code, said = answer(right(0.8, 60), right(0.8, 60), "--margin", "boolq=2pt")
     assert code == 2
-    assert "documents in place of 60, but the task has 60" in said
+    assert "documents instead of 60, but the task has 60" in said
 
 
 @pytest.mark.parametrize(
