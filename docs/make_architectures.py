@@ -343,7 +343,7 @@ sparsity), removing neurons also changes the ones that stay.
     cells = [
         [w, _listed(types[w])] for w in sorted(widths, key=lambda w: -len(types[w]))
     ]
-    lines.append(markdown_table(["widths in the config", "model types"], cells, "ll"))
+    lines += ["", markdown_table(["widths in the config", "model types"], cells, "ll")]
     refused = [row for row in rows if row.outcome == "refused"]
     plain = [row.model_type for row in refused if f"has {NO_GLU}" in row.detail]
     others = [[*_names(r), r.detail] for r in refused if r.model_type not in plain]
