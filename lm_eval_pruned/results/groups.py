@@ -30,7 +30,7 @@ class Family(NamedTuple):
 
 _KNOWLEDGE = "mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)math(_|$)|medmcqa|medqa"
 _COMMONSENSE = "hellaswag|winogrande|piqa|boolq|social_iqa|commonsense_?qa|(^|_)copa"
-_LANGUAGE = "wikitext|lambada|^held_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma"
+_LANGUAGE = "wikitext|lambada|^held_text|demo_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma"
 #: In the order of legends; the first whose expression is found counts.
 FAMILIES = (
     Family("knowledge", "Knowledge", TAKEN, _KNOWLEDGE),

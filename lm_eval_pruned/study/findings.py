@@ -66,8 +66,8 @@ class TaskFinding:
 class Findings:
     """The runs of one model, what of its tasks falls and rises, and the verdicts against chance.
 
-    `asked` are the options of its sweep; `random` has the verdicts of cuts by the criterion against
-    random ones, by task.
+    `asked` are the options of its sweep; `against` has the verdicts of cuts by the criterion against
+    the other cuts of the same size, by their name in `beside` and task.
     """
 
     base: Run
@@ -75,7 +75,7 @@ class Findings:
     beside: dict[str, list[Run]]
     tasks: list[TaskFinding]
     comparison: Comparison
-    random: dict[str, set[str]]
+    against: dict[str, dict[str, set[str]]]
     failed: list[str]
     asked: Mapping[str, Any]
 
@@ -119,18 +119,20 @@ def read_findings(sweep: SweepResults, alpha: float = 0.05) -> Findings:
         rows = [row for row in comparison.rows if (row.task, row.metric) == key]
         floor = next((row.floor for row in rows if row.floor), None)
         tasks += [TaskFinding(*key, floor, rows)] if rows else []
-    pairs = [
-        (control, run)
-        for run in cuts
-        for control in beside["random"]
-        if control.expansion_ratio == run.expansion_ratio
-    ]
-    random: dict[str, set[str]] = defaultdict(set)
-    for row in compared_pairs(pairs, alpha, read):
-        random[row.task].add(row.verdict)
+    against: dict[str, dict[str, set[str]]] = {}
+    for way, runs in beside.items():
+        against[way] = defaultdict(set)
+        pairs = [
+            (other, run)
+            for run in cuts
+            for other in runs
+            if other.expansion_ratio == run.expansion_ratio
+        ]
+        for row in compared_pairs(pairs, alpha, read):
+            against[way][row.task].add(row.verdict)
     failed = [f"{e.task} failed on {e.run}: {e.message}" for e in sweep.failures]
     asked = as_mapping(sweep.definition.get("definition"))
-    return Findings(base, cuts, beside, tasks, comparison, random, failed, asked)
+    return Findings(base, cuts, beside, tasks, comparison, against, failed, asked)
 
 
 def size_of(run: Run) -> float:
@@ -143,13 +145,17 @@ def size_of(run: Run) -> float:
 
 
 def sentences(name: str, found: Findings) -> list[str]:
-    """Return what was found: the verdict, losses, gains, and how it compares with chance."""
-    chance, losses = _told(_against_chance(found)), _told(_losses(found))
+    """Return what was found: verdict, losses, gains, the criterion against chance and the best cut."""
+    losses = _told(_losses(found))
+    others = {"random cuts": "random", "`recipe=best`": "recipe=best"}
     return [
         f"For {name} the dichotomy {found.verdict}: {_why(found)}.",
         f"A loss is first shown {losses or 'at no size'}.",
         f"{_gains(found) or 'No rise is shown in what the study calls robust'}.",
-        f"Against random cuts of the same size, {chance or 'nothing was compared'}.",
+        *(
+            f"Against {words} of the same size, {_told(_against(found, way)) or 'nothing was compared'}."
+            for words, way in others.items()
+        ),
     ]
 
 
@@ -196,8 +202,10 @@ def _why(found: Findings) -> str:
     rises = [each.task for each in left if each.rises and each.task not in drops]
     kept = [e.task for e in left if e.can_fall and e.task not in (*drops, *rises)]
     falls = [each.task for each in taken if each.falls]
-    groups = {"{} fall": falls, "{} rise above the floor": rises}
-    told = _told(groups | {"{} fall as well": drops, "no change is shown in {}": kept})
+    groups = {"a loss in {}": falls, "a rise above the floor in {}": rises}
+    told = _told(
+        groups | {"a loss in {} as well": drops, "no change shown in {}": kept}
+    )
     return told if falls else f"no loss of knowledge or language is shown; {told}"
 
 
@@ -222,7 +230,7 @@ def _gains(found: Findings) -> str:
     return "; ".join(told)
 
 
-def _against_chance(found: Findings) -> Mapping[str, list[str]]:
+def _against(found: Findings, way: str) -> Mapping[str, list[str]]:
     phrases = {
         (True, False): "the criterion keeps more in {}",
         (False, True): "it keeps less in {}",
@@ -230,6 +238,6 @@ def _against_chance(found: Findings) -> Mapping[str, list[str]]:
         (False, False): "no difference is shown in {}",
     }
     groups: dict[str, list[str]] = {phrase: [] for phrase in phrases.values()}
-    for task, verdicts in found.random.items():
+    for task, verdicts in found.against[way].items():
         groups[phrases["better" in verdicts, "worse" in verdicts]].append(task)
     return groups

@@ -1,8 +1,8 @@
 """Loading and scoring of the demo tasks.
 
 lm-evaluation-harness loads this file by its path, so it imports neither its
-siblings nor the installed package. The data are read from the JSON Lines files
-beside it into memory: no network, no `datasets` cache, any working directory.
+siblings nor the installed package. The data are read from JSON Lines files
+of the package into memory: no network, no `datasets` cache, any working directory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from importlib.resources.abc import Traversable
     from types import ModuleType
 
 FOLDER = Path(__file__).parent
@@ -90,7 +92,7 @@ def load_misconceptions(**_: Any) -> dict[str, datasets.Dataset]:
         0 false). In ``mc1_targets`` exactly one choice is true, the best answer;
         ``mc2_targets`` holds the same choices and the other true answers.
     """
-    return {"test": _read("misconceptions.jsonl", MISCONCEPTION_FEATURES)}
+    return {"test": _read(FOLDER / "misconceptions.jsonl", MISCONCEPTION_FEATURES)}
 
 
 def load_instructions(**_: Any) -> dict[str, datasets.Dataset]:
@@ -107,12 +109,19 @@ def load_instructions(**_: Any) -> dict[str, datasets.Dataset]:
             raised here so that nothing is generated that could not be scored.
     """
     _ifeval()
-    return {"test": _read("instructions.jsonl", INSTRUCTION_FEATURES)}
+    return {"test": _read(FOLDER / "instructions.jsonl", INSTRUCTION_FEATURES)}
 
 
 def load_ambiguous_questions(**_: Any) -> dict[str, datasets.Dataset]:
     """Return questions about two people that their context does not answer, as ``test``."""
-    return {"test": _read("bias.jsonl", AMBIGUOUS_FEATURES)}
+    return {"test": _read(FOLDER / "bias.jsonl", AMBIGUOUS_FEATURES)}
+
+
+def load_held_text(**_: Any) -> dict[str, datasets.Dataset]:
+    """Return the held text of this package, of ``kind`` news, manual, speech or talk, as ``test``."""
+    file = files("lm_eval_pruned") / "checkpoints" / "held_text.jsonl"
+    features = datasets.Features(dict.fromkeys(("kind", "text"), _STRING))
+    return {"test": _read(file, features)}
 
 
 def score_bias(
@@ -211,9 +220,8 @@ def mean_over_instructions(items: Sequence[bool | Sequence[bool]]) -> float:
     return float(np.hstack(items).mean())
 
 
-def _read(name: str, features: datasets.Features) -> datasets.Dataset:
-    with (FOLDER / name).open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+def _read(file: Traversable, features: datasets.Features) -> datasets.Dataset:
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     return datasets.Dataset.from_list(rows, features=features)
 
 

@@ -53,11 +53,11 @@ def studied(folder, tasks, percents=(0, 20, 40, 60)):
     [
         (
             FALLS | RISES,
-            "dichotomy holds: mmlu and piqa fall; truthfulqa_mc2 rise above the floor",
+            "dichotomy holds: a loss in mmlu and piqa; a rise above the floor in truthfulqa_mc2",
         ),
         (
             FALLS | DROPS,
-            "does not hold: mmlu and piqa fall; truthfulqa_mc2 fall as well",
+            "does not hold: a loss in mmlu and piqa; a loss in truthfulqa_mc2 as well",
         ),
         (FALLS | RISES | {"ifeval": (0.9, 0.5, 0.1)}, "holds in part"),
         (FALLS | RISES_BELOW, "cannot be decided"),
@@ -69,6 +69,7 @@ def test_the_verdict(tasks, words, tmp_path):
     from lm_eval_pruned.study.findings import sentences
 
     told = sentences("tiny", studied(tmp_path, tasks))
+    assert len(told) == 5
     assert words in told[0], told
     assert "keeps more in mmlu" in told[3] or "mmlu" not in words
 

@@ -39,7 +39,7 @@ GROUPS = {
 }
 #: Members with examples in front of each question; all others have none.
 SHOTS = {"mmlu": 5, "gsm8k": 5}
-DEMO_TASKS = {*GROUPS["pruned_demo"], "pruned_demo_bias"}
+DEMO_TASKS = {*GROUPS["pruned_demo"], "pruned_demo_bias", "pruned_demo_text"}
 #: Number of tasks in the harness's groups that ours refer to.
 LEAVES = {"mmlu": 57, "leaderboard_musr": 3}
 
