@@ -12,7 +12,7 @@ from lm_eval_pruned.report.page import Cell, Section, Table, as_files, as_markdo
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
-from lm_eval_pruned.verdict.decision import ANSWERS
+from lm_eval_pruned.verdict.decision import ANSWERS, files_of, seconds_per_document
 
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ _ON_BIAS = (
 _ON_AGREEMENT = (
     "How far both models answer alike, right or wrong. KL is that of the choices, in nats; the last "
     "column, in words, is how much of the base's text the candidate's begins with."
+)
+_ON_TIME = (
+    "The time is the wall time of the evaluation on the machine that made the results, over all "
+    "documents; results that lm_eval wrote include loading the model. It is not the latency of a "
+    "server: lm-eval-pruned profile measures latency and throughput."
 )
 
 
@@ -145,9 +150,11 @@ def _size_section(verdict: Verdict) -> Section:
     rows = []
     for name, run in (("base", verdict.base), ("candidate", verdict.candidate)):
         sizes = map(run.config.get, ("model_num_parameters", "weight_bytes"))
-        rows.append([name, *(number_text(each, ",") for each in sizes)])
-    table = Table("Size", ["model", "parameters", "bytes in memory"], rows)
-    return Section(table.label, table=table)
+        time = number_text(seconds_per_document(files_of(run)), ".3g")
+        rows.append([name, *(number_text(each, ",") for each in sizes), time])
+    columns = ["model", "parameters", "bytes in memory", "s / document"]
+    table = Table("Size and time", columns, rows)
+    return Section(table.label, [_ON_TIME], table=table)
 
 
 def _worse_section(verdict: Verdict, width: int) -> Section | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ def right(share, documents=400):
 def answer(tmp_path, capsys):
     """Return exit code and output of the command on two finished results."""
 
-    def answer(base, candidate, *words):
+    def answer(base, candidate, *words, **sections):
         for name, values in (("old", base), ("new", candidate)):
-            write_run(tmp_path / name, {"boolq": {"acc,none": values}})
+            write_run(tmp_path / name, {"boolq": {"acc,none": values}}, **sections)
         paths = [str(tmp_path / name) for name in ("old", "new")]
         where = ["--output_path", str(tmp_path / "out")]
         return cli.main(["verdict", *paths, *where, *words]), capsys.readouterr().out
@@ -75,10 +76,26 @@ def test_answer_and_exit_code(base, candidate, margin, code, said, answer):
     assert said in found[1]
 
 
-def test_what_it_would_take_is_documents(answer):
-    code, said = answer(right(0.8, 60), right(0.8, 60), "--margin", "boolq=2pt")
+def test_what_it_would_take_is_documents_and_minutes(answer, tmp_path):
+    # What lm_eval adds to a folder later is of another task, at another speed.
+    more = "2026-01-03T03-04-05.678901"
+    for name in ("old", "new"):
+        write_run(tmp_path / name, {"piqa": {"acc,none": right(0.5)}}, date=more)
+    given = right(0.8, 60), right(0.8, 60), "--margin", "10pt", "boolq=2pt"
+    code, said = answer(*given, total_evaluation_time_seconds="80")
     assert code == 2
-    assert "documents in place of 60, but the task has 60" in said
+    assert "documents in place of 60, but the task has 60: accept" in said
+    sizes = {"boolq": {"original": 3270, "effective": 60}}
+    timed = {"n-samples": sizes, "total_evaluation_time_seconds": "90"}
+    _, said = answer(*given, **timed)
+    (needed, minutes) = re.search(
+        r"about (\S+) documents .*, ([\d,]+) min", said
+    ).groups()
+    # Both models take 1.5 s for each document that is not there yet.
+    assert int(minutes) == round((int(needed.replace(",", "")) - 60) * 2 * 1.5 / 60)
+    (row,) = [row for row in said.splitlines() if row.startswith("|candidate")]
+    # 90 s on 60 documents, and none known of the 400 of the other task.
+    assert row.split("|")[4].strip() == "1.5"
 
 
 @pytest.mark.parametrize(
