@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from html import unescape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison_table import interval_text, number_text
@@ -17,7 +19,6 @@ from lm_eval_pruned.verdict.decision import ANSWERS, files_of, seconds_per_docum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from lm_eval_pruned.verdict.decision import Judged, Verdict
 
@@ -65,8 +66,29 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
     return unescape(as_markdown(title, subtitle, short, padded=True))
 
 
+def card_section(verdict: Verdict, base: str) -> str:
+    """Return the tables for the card of the candidate, held against what `base` names.
+
+    A card is published: it has no texts of documents, and no folders of this machine.
+    """
+    title = f"May it be shipped? {ANSWERS[verdict.code].capitalize()}"
+    named = re.sub(
+        "[^,=]+", lambda m: Path(m[0]).name if Path(m[0]).exists() else m[0], base
+    )
+    subtitle = f"Compared with {named}, by `lm-eval-pruned verdict`."
+    answer, *tables = _tables(verdict)
+    text = as_markdown(title, subtitle, [replace(answer, notes=()), *tables])
+    return re.sub(r"(?m)^#", "##", text)
+
+
 def _sections(verdict: Verdict, width: int) -> list[Section]:
     """Return what there is to say, the answer first; texts are cut to a width."""
+    remarks = [Section("Remarks", notes=verdict.notes)] * bool(verdict.notes)
+    worse = _worse_section(verdict, width)
+    return [*_tables(verdict), *([worse] if worse else []), *remarks]
+
+
+def _tables(verdict: Verdict) -> list[Section]:
     judged, runs = verdict.judged, [verdict.base, verdict.candidate]
     on_bias = [e for e in judged if any(part in e.row.task for part in ON_BIAS)]
     others = [each for each in judged if each not in on_bias]
@@ -77,8 +99,6 @@ def _sections(verdict: Verdict, width: int) -> list[Section]:
         _scores_section("Bias", _ON_BIAS, on_bias),
         _size_section(verdict),
         energy_section(runs),
-        _worse_section(verdict, width),
-        Section("Remarks", notes=verdict.notes) if verdict.notes else None,
     ]
     return [each for each in found if each is not None]
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
 
 from lm_eval_pruned import cli, tasks
 from lm_eval_pruned.sweeps.floors import FLOORS
+from lm_eval_pruned.util.atomic import write_atomically
 from tests.helpers.results_files import write_run
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
@@ -96,6 +100,48 @@ def test_what_it_would_take_is_documents_and_minutes(answer, tmp_path):
     (row,) = [row for row in said.splitlines() if row.startswith("|candidate")]
     # 90 s on 60 documents, and none known of the 400 of the other task.
     assert row.split("|")[4].strip() == "1.5"
+
+
+def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
+    answer, tmp_path, monkeypatch, capsys
+):
+    hub = tmp_path / "hub"
+    write_atomically(hub / "README.md", "---\nlicense: mit\n---\nMine.\n")
+
+    class Api:
+        def auth_check(self, repo_id, write):
+            assert write
+            if repo_id != "me/small":
+                raise OSError(f"{repo_id} is not there")
+
+        def file_exists(self, repo_id, filename):
+            return (hub / filename).exists()
+
+        def hf_hub_download(self, repo_id, filename):
+            return str(hub / filename)
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, hub, dirs_exist_ok=True)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    given = right(0.8), right(0.8), "--push_to_hub"
+    code, said = answer(*given, "me/small")
+    assert code == 0
+    assert "no score of all documents of a data set of the Hub" in said
+    assert not (hub / ".eval_results").exists()
+    of = {"dataset_path": "google/boolq", "metric_list": [{"metric": "acc"}]}
+    answer(*given, "me/small", "--margin", "1pt", configs={"boolq": of})
+    card = (hub / "README.md").read_text()
+    # A second verdict takes the place of the first, and the rest is the author's.
+    assert card.startswith("---\nlicense: mit\n---\nMine.\n")
+    assert card.count("## May it be shipped? Ship") == 1
+    assert "|boolq|acc|equivalent|" in card and "|1pt|" in card
+    assert str(tmp_path) not in card and "prompt 0" not in card
+    (entry,) = parse_eval_result_entries(
+        yaml.safe_load((hub / ".eval_results" / "verdict.yaml").read_text())
+    )
+    assert (entry.dataset_id, entry.value) == ("google/boolq", 0.8)
+    assert answer(*given, "me/wrong") == (2, "")
 
 
 @pytest.mark.parametrize(
