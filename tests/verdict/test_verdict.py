@@ -80,6 +80,12 @@ def test_answer_and_exit_code(base, candidate, margin, code, said, answer):
     assert said in found[1]
 
 
+def test_without_texts_changed_answers_are_named_by_their_documents(answer):
+    code, said = answer(right(0.8), right(0.6), "--no_texts")
+    assert code == 1
+    assert re.search(r"^\|boolq\|240 +\|$", said, re.MULTILINE)
+
+
 def test_what_it_would_take_is_documents_and_minutes(answer, tmp_path):
     # What lm_eval adds to a folder later is of another task, at another speed.
     more = "2026-01-03T03-04-05.678901"
