@@ -186,6 +186,8 @@ def _worse_section(verdict: Verdict, width: int) -> Section | None:
         rows.append([task, question.number, *(texts if width else [])])
     columns = ["task", "document"]
     columns += ["end of the prompt", "base, right", "candidate, wrong"] * bool(width)
-    table = Table("Answers that changed for the worse", columns, rows, text=len(columns))
+    table = Table(
+        "Answers that changed for the worse", columns, rows, text=len(columns)
+    )
     counted = f"{len(rows)} of {len(lost)} are shown."
     return Section(table.label, [counted], table=table) if rows else None
