@@ -30,6 +30,8 @@ OPTIONS = (
         nargs="+", default=[]),
     row("--output_path", "DIR", "folder of results and pages (default: verdict)", default="verdict"),
     row("--no_texts", "", "leave the texts of documents and answers out of the pages"),
+    row("--push_to_hub", "REPO", "write the verdict into the card of this repository of the candidate on the "
+        "Hub, and its scores beside it"),
     Evaluation.add_to,
 )
 # fmt: on
@@ -39,13 +41,16 @@ def run(arguments) -> int:
     """Evaluate what is not evaluated yet, write the pages and return the exit code."""
     from lm_eval.utils import setup_logging
 
+    from lm_eval_pruned.results.hub import check_repository, push_verdict
     from lm_eval_pruned.verdict.decision import decide, read_margins
     from lm_eval_pruned.verdict.models import both_runs
-    from lm_eval_pruned.verdict.page import write_pages
+    from lm_eval_pruned.verdict.page import card_section, write_pages
 
     read_margins(arguments.margin)
     given = Evaluation.parsed(arguments)
     read = Evaluation.of(given, "verdict")
+    if repository := arguments.push_to_hub:
+        check_repository(repository)
     options = {name: getattr(read, name) for name in given}
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
@@ -54,4 +59,7 @@ def run(arguments) -> int:
     verdict = decide(base, candidate, arguments.margin, floors, texts=texts)
     print(write_pages(verdict, folder, subtitle, texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")
+    if repository:
+        section = card_section(verdict, models[0])
+        print(push_verdict(repository, section, candidate.path, folder / "hub"))
     return verdict.code

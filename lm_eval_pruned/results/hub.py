@@ -13,6 +13,7 @@ from lm_eval_pruned.results.files import (
     newest_first,
     read_json,
 )
+from lm_eval_pruned.util.atomic import write_atomically
 
 
 if TYPE_CHECKING:
@@ -20,16 +21,54 @@ if TYPE_CHECKING:
 
     from huggingface_hub import EvalResultEntry
 
-#: Where the scores lie in a repository.
+#: Where the scores lie in a repository: those of an export, and those of a verdict.
 EVAL_RESULTS = ".eval_results/lm_eval.yaml"
+_OF_VERDICT = ".eval_results/verdict.yaml"
+#: What the section of a card that belongs to this package lies between.
+_BEGIN, _END = "<!-- lm-eval-pruned verdict -->", "<!-- end of the verdict -->"
 
 
-def eval_results(path: str | Path, pruning: Mapping[str, Any]) -> str:
+def check_repository(repository: str) -> None:
+    """Raise the Hub's own error, an OSError, if the user cannot write to a repository."""
+    from huggingface_hub import HfApi
+
+    HfApi().auth_check(repository, write=True)
+
+
+def push_verdict(repository: str, section: str, results: Path, folder: Path) -> str:
+    """Write a section into a repository's card, in place of an earlier one, and scores beside it.
+
+    What is pushed is written to `folder`. Returns a sentence on what was pushed.
+    """
+    from huggingface_hub import HfApi
+
+    api, card = HfApi(), ""
+    if api.file_exists(repository, "README.md"):
+        file = Path(api.hf_hub_download(repository, "README.md"))
+        card = file.read_text("utf-8")
+    start, end = card.rfind(_BEGIN), card.rfind(_END)
+    earlier = 0 <= start < end
+    before = card[:start] if earlier else card + "\n" * bool(card)
+    after = card[end + len(_END) :] if earlier else "\n"
+    text = f"{before}{_BEGIN}\n\n{section}\n{_END}{after}"
+    write_atomically(folder / "README.md", text)
+    try:
+        write_atomically(folder / _OF_VERDICT, eval_results(results))
+        said = f"and scores ({_OF_VERDICT})"
+    except ResultsError as error:
+        (folder / _OF_VERDICT).unlink(missing_ok=True)
+        said = f"without scores: {error}"
+    message = "Add a verdict by lm-eval-pruned"
+    api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    return f"{repository} has the verdict in its README.md, {said}"
+
+
+def eval_results(path: str | Path, pruning: Mapping[str, Any] | None = None) -> str:
     """Return the scores of a results file, or of a folder of them, as the Hub reads them.
 
     Raises:
-        ResultsError: They are of other neurons than the record `pruning` says, or of another
-            repair, or there are none that a data set of the Hub has all documents of.
+        ResultsError: They are of other neurons than the record `pruning` says, if it is given, or of
+            another repair, or there are none that a data set of the Hub has all documents of.
     """
     import yaml
     from huggingface_hub import eval_result_entries_to_yaml
@@ -39,7 +78,7 @@ def eval_results(path: str | Path, pruning: Mapping[str, Any]) -> str:
     for file in [path] if path.is_file() else newest_first(path):
         content = read_json(file)
         found = as_mapping(as_mapping(content.get("config")).get("pruning"))
-        if left_of(found) != left_of(pruning):
+        if pruning is not None and left_of(found) != left_of(pruning):
             one, other = (", ".join(map(str, left_of(e))) for e in (found, pruning))
             raise ResultsError(
                 f"results={file} is of other neurons or another repair (kept digest, repair and "
@@ -50,7 +89,7 @@ def eval_results(path: str | Path, pruning: Mapping[str, Any]) -> str:
     if not entries:
         raise ResultsError(
             f"results={path} has no score of all documents of a data set of the Hub: evaluate a "
-            "task such as mmlu_pro without limit, or leave results out."
+            "task such as mmlu_pro without limit."
         )
     listed = eval_result_entries_to_yaml([entries[task] for task in sorted(entries)])
     return yaml.safe_dump(listed, sort_keys=False, allow_unicode=True)

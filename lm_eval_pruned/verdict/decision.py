@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.compare.comparison import Difference, compare
 from lm_eval_pruned.compare.power import power_of
@@ -11,12 +11,20 @@ from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.gate.baseline import Baseline, Rule
 from lm_eval_pruned.gate.check import CLAIM_LEVEL, check, make_baseline
 from lm_eval_pruned.gate.findings import ONLY_RUN, Finding, exit_code
-from lm_eval_pruned.results.files import ResultsError, Run, newest_first, read_json
+from lm_eval_pruned.results.files import (
+    ResultsError,
+    Run,
+    as_mapping,
+    newest_first,
+    read_json,
+)
+from lm_eval_pruned.results.folder import read_unit
 from lm_eval_pruned.results.groups import is_share, primary_metrics
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 Key = tuple[str, str]
 #: By exit code.
@@ -141,7 +149,7 @@ def _only(run: Run, keys: Sequence[Key]) -> Run:
 
 
 def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> str:
-    """Say how many documents decide with a chance of 80 %, if the models do not differ."""
+    """Say how many documents, in how many minutes, decide with a chance of 80 %, if the models do not differ."""
     up = base.scores[key].higher_is_better
     if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
         return "A test of only this score would show it to be worse; a test of all scores needs more documents."
@@ -160,7 +168,39 @@ def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> 
             "may well differ: evaluate other documents, or accept a wider margin."
         )
     leaves = base.leaves(key[0])
-    sizes = read_json(newest_first(base.samples[leaves[0]].parent)[0])["n-samples"]
+    files = [
+        next(file for file in files_of(run) if leaves[0] in _sizes(file))
+        for run in (base, candidate)
+    ]
+    sizes, costs = _sizes(files[0]), [seconds_per_document([file]) for file in files]
     there = sum(sizes[leaf]["original"] for leaf in leaves)
-    few = f", but the task has {there:,}: accept a wider margin" * (there < needed)
-    return f"It would take about {needed:,} documents instead of {seen:,}{few}."
+    more = f"It would take about {needed:,} documents instead of {seen:,}"
+    if there < needed:
+        return f"{more}, but the task has {there:,}: accept a wider margin."
+    minutes = (needed - seen) * sum(map(float, filter(None, costs))) / 60
+    return f"{more}, {max(1, round(minutes)):,} min." if all(costs) else f"{more}."
+
+
+def files_of(run: Run) -> list[Path]:
+    """Return the results files that a run was read from."""
+    return [run.path] if run.path.is_file() else newest_first(run.path)
+
+
+def seconds_per_document(files: Iterable[Path]) -> float | None:
+    """Return the wall time of evaluating, over the documents; None where no file says it.
+
+    That of a sweep's unit leaves out loading the model, that of the harness includes it.
+    """
+    spent, seen = 0.0, 0
+    for file in files:
+        unit = read_unit(file.parent)
+        told = read_json(file).get("total_evaluation_time_seconds")
+        if seconds := float(unit.seconds if unit else told or 0):
+            spent += seconds
+            seen += sum(each["effective"] for each in _sizes(file).values())
+    return spent / seen if seen else None
+
+
+def _sizes(file: Path) -> Mapping[str, Any]:
+    """Return how many documents each task of a results file has, and how many were evaluated."""
+    return as_mapping(read_json(file).get("n-samples"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from html import unescape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison_table import interval_text, number_text
@@ -12,12 +14,11 @@ from lm_eval_pruned.report.page import Cell, Section, Table, as_files, as_markdo
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
-from lm_eval_pruned.verdict.decision import ANSWERS
+from lm_eval_pruned.verdict.decision import ANSWERS, files_of, seconds_per_document
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from lm_eval_pruned.verdict.decision import Judged, Verdict
 
@@ -41,6 +42,11 @@ _ON_AGREEMENT = (
     "How far both models answer alike, right or wrong. KL is that of the choices, in nats; the last "
     "column, in words, is how much of the base's text the candidate's begins with."
 )
+_ON_TIME = (
+    "The time is the wall time of the evaluation on the machine that made the results, over all "
+    "documents; results that lm_eval wrote include loading the model. It is not the latency of a "
+    "server: lm-eval-pruned profile measures latency and throughput."
+)
 
 
 def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -> str:
@@ -60,8 +66,29 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
     return unescape(as_markdown(title, subtitle, short, padded=True))
 
 
+def card_section(verdict: Verdict, base: str) -> str:
+    """Return the tables for the card of the candidate, held against what `base` names.
+
+    A card is published: it has no texts of documents, and no folders of this machine.
+    """
+    title = f"May it be shipped? {ANSWERS[verdict.code].capitalize()}"
+    named = re.sub(
+        "[^,=]+", lambda m: Path(m[0]).name if Path(m[0]).exists() else m[0], base
+    )
+    subtitle = f"Compared with {named}, by `lm-eval-pruned verdict`."
+    answer, *tables = _tables(verdict)
+    text = as_markdown(title, subtitle, [replace(answer, notes=()), *tables])
+    return re.sub(r"(?m)^#", "##", text)
+
+
 def _sections(verdict: Verdict, width: int) -> list[Section]:
     """Return what there is to say, the answer first; texts are cut to a width."""
+    remarks = [Section("Remarks", notes=verdict.notes)] * bool(verdict.notes)
+    worse = _worse_section(verdict, width)
+    return [*_tables(verdict), *([worse] if worse else []), *remarks]
+
+
+def _tables(verdict: Verdict) -> list[Section]:
     judged, runs = verdict.judged, [verdict.base, verdict.candidate]
     on_bias = [e for e in judged if any(part in e.row.task for part in ON_BIAS)]
     others = [each for each in judged if each not in on_bias]
@@ -72,8 +99,6 @@ def _sections(verdict: Verdict, width: int) -> list[Section]:
         _scores_section("Bias", _ON_BIAS, on_bias),
         _size_section(verdict),
         energy_section(runs),
-        _worse_section(verdict, width),
-        Section("Remarks", notes=verdict.notes) if verdict.notes else None,
     ]
     return [each for each in found if each is not None]
 
@@ -145,9 +170,11 @@ def _size_section(verdict: Verdict) -> Section:
     rows = []
     for name, run in (("base", verdict.base), ("candidate", verdict.candidate)):
         sizes = map(run.config.get, ("model_num_parameters", "weight_bytes"))
-        rows.append([name, *(number_text(each, ",") for each in sizes)])
-    table = Table("Size", ["model", "parameters", "bytes in memory"], rows)
-    return Section(table.label, table=table)
+        time = number_text(seconds_per_document(files_of(run)), ".3g")
+        rows.append([name, *(number_text(each, ",") for each in sizes), time])
+    columns = ["model", "parameters", "bytes in memory", "s / document"]
+    table = Table("Size and time", columns, rows)
+    return Section(table.label, [_ON_TIME], table=table)
 
 
 def _worse_section(verdict: Verdict, width: int) -> Section | None:
@@ -159,6 +186,8 @@ def _worse_section(verdict: Verdict, width: int) -> Section | None:
         rows.append([task, question.number, *(texts if width else [])])
     columns = ["task", "document"]
     columns += ["end of the prompt", "base, right", "candidate, wrong"] * bool(width)
-    table = Table("Answers that changed for the worse", columns, rows, text=5)
+    table = Table(
+        "Answers that changed for the worse", columns, rows, text=len(columns)
+    )
     counted = f"{len(rows)} of {len(lost)} are shown."
     return Section(table.label, [counted], table=table) if rows else None

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
 
 from lm_eval_pruned import cli, tasks
 from lm_eval_pruned.sweeps.plan import FLOORS
+from lm_eval_pruned.util.atomic import write_atomically
 from tests.helpers.results_files import write_run
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
@@ -23,9 +28,9 @@ def right(share, documents=400):
 def answer(tmp_path, capsys):
     """Return exit code and output of the command on two finished results."""
 
-    def answer(base, candidate, *words):
+    def answer(base, candidate, *words, **sections):
         for name, values in (("old", base), ("new", candidate)):
-            write_run(tmp_path / name, {"boolq": {"acc,none": values}})
+            write_run(tmp_path / name, {"boolq": {"acc,none": values}}, **sections)
         paths = [str(tmp_path / name) for name in ("old", "new")]
         where = ["--output_path", str(tmp_path / "out")]
         return cli.main(["verdict", *paths, *where, *words]), capsys.readouterr().out
@@ -75,10 +80,74 @@ def test_answer_and_exit_code(base, candidate, margin, code, said, answer):
     assert said in found[1]
 
 
-def test_what_it_would_take_is_documents(answer):
-    code, said = answer(right(0.8, 60), right(0.8, 60), "--margin", "boolq=2pt")
+def test_without_texts_changed_answers_are_named_by_their_documents(answer):
+    code, said = answer(right(0.8), right(0.6), "--no_texts")
+    assert code == 1
+    assert re.search(r"^\|boolq\|240 +\|$", said, re.MULTILINE)
+
+
+def test_what_it_would_take_is_documents_and_minutes(answer, tmp_path):
+    # What lm_eval adds to a folder later is of another task, at another speed.
+    more = "2026-01-03T03-04-05.678901"
+    for name in ("old", "new"):
+        write_run(tmp_path / name, {"piqa": {"acc,none": right(0.5)}}, date=more)
+    given = right(0.8, 60), right(0.8, 60), "--margin", "10pt", "boolq=2pt"
+    code, said = answer(*given, total_evaluation_time_seconds="80")
     assert code == 2
-    assert "documents instead of 60, but the task has 60" in said
+    assert "documents instead of 60, but the task has 60: accept" in said
+    sizes = {"boolq": {"original": 3270, "effective": 60}}
+    timed = {"n-samples": sizes, "total_evaluation_time_seconds": "90"}
+    _, said = answer(*given, **timed)
+    (needed, minutes) = re.search(
+        r"about (\S+) documents .*, ([\d,]+) min", said
+    ).groups()
+    # Both models take 1.5 s for each document that is not there yet.
+    assert int(minutes) == round((int(needed.replace(",", "")) - 60) * 2 * 1.5 / 60)
+    (row,) = [row for row in said.splitlines() if row.startswith("|candidate")]
+    # 90 s on 60 documents, and none known of the 400 of the other task.
+    assert row.split("|")[4].strip() == "1.5"
+
+
+def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
+    answer, tmp_path, monkeypatch, capsys
+):
+    hub = tmp_path / "hub"
+    write_atomically(hub / "README.md", "---\nlicense: mit\n---\nMine.\n")
+
+    class Api:
+        def auth_check(self, repo_id, write):
+            assert write
+            if repo_id != "me/small":
+                raise OSError(f"{repo_id} is not there")
+
+        def file_exists(self, repo_id, filename):
+            return (hub / filename).exists()
+
+        def hf_hub_download(self, repo_id, filename):
+            return str(hub / filename)
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, hub, dirs_exist_ok=True)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    given = right(0.8), right(0.8), "--push_to_hub"
+    code, said = answer(*given, "me/small")
+    assert code == 0
+    assert "no score of all documents of a data set of the Hub" in said
+    assert not (hub / ".eval_results").exists()
+    of = {"dataset_path": "google/boolq", "metric_list": [{"metric": "acc"}]}
+    answer(*given, "me/small", "--margin", "1pt", configs={"boolq": of})
+    card = (hub / "README.md").read_text()
+    # A second verdict takes the place of the first, and the rest is the author's.
+    assert card.startswith("---\nlicense: mit\n---\nMine.\n")
+    assert card.count("## May it be shipped? Ship") == 1
+    assert "|boolq|acc|equivalent|" in card and "|1pt|" in card
+    assert str(tmp_path) not in card and "prompt 0" not in card
+    (entry,) = parse_eval_result_entries(
+        yaml.safe_load((hub / ".eval_results" / "verdict.yaml").read_text())
+    )
+    assert (entry.dataset_id, entry.value) == ("google/boolq", 0.8)
+    assert answer(*given, "me/wrong") == (2, "")
 
 
 @pytest.mark.parametrize(
