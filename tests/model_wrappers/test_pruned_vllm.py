@@ -96,6 +96,17 @@ def test_activations_are_observed_before_the_engine_loads(
     assert ours.get_model_info()["pruning"] == theirs.get_model_info()["pruning"]
 
 
+def test_files_are_read_ahead_where_that_is_asked(llama, monkeypatch, in_this_process):
+    from vllm.model_executor.model_loader import weight_utils
+
+    read: list[str] = []
+    prefetch = "_prefetch_all_checkpoints"
+    monkeypatch.setattr(weight_utils, prefetch, lambda files, **_: read.extend(files))
+    ours = pruned_vllm(llama, ratio=2.0, safetensors_load_strategy="prefetch")
+    assert read == [str(llama / "model.safetensors")]
+    assert scores(ours) == pytest.approx(scores(pruned_hf(llama, ratio=2.0)), abs=1e-3)
+
+
 def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
     from peft import LoraConfig, get_peft_model
 
